@@ -1,0 +1,15 @@
+"""Every test sees eight simulated CPU devices and deterministic, strict JAX."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+# `configs/` lies beside the package, not inside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
