@@ -1,0 +1,306 @@
+"""One Flax decoder for the Qwen, Llama, Mistral and Gemma families.
+
+What differs between the families is data (`ModelConfig`); the layers are stacked on a leading axis
+and run by a scan, so compile time does not grow with depth. The decoder returns hidden states: what
+becomes of them (logits, log-probs) is the caller's choice, since [B, T, V] is the largest array of
+all.
+
+Letters: B batch, T tokens, D model width, H heads, K key/value heads, F width of the MLP, V
+vocabulary, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adpo_jax import rope as rope_lib
+from adpo_jax.attention import GLOBAL_WINDOW, Attend, LayerInfo
+from adpo_jax.rope import Rope
+from adpo_jax.sharding import constrain
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of a decoder.
+
+    Attributes:
+      windows: for each layer, how many tokens back it sees; None for all of them.
+      ropes: the distinct rotary embeddings.
+      layer_ropes: for each layer, its index into `ropes`.
+      norm_plus_one: RMSNorm multiplies by 1 + w, not w (Gemma).
+      post_norms: a second norm after attention and MLP, before the residual sum (Gemma 2 and 3).
+      embed_scale: embeddings are multiplied by sqrt(hidden_size) (Gemma).
+      attention_scale: multiplies q k^T; usually head_dim ** -0.5.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int, ...]
+    attention_scale: float
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    embed_scale: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if not len(self.windows) == len(self.layer_ropes) == self.num_layers:
+            raise ValueError("windows and layer_ropes need one entry a layer")
+
+    @property
+    def layer_info(self) -> LayerInfo:
+        windows = [GLOBAL_WINDOW if w is None else w for w in self.windows]
+        return LayerInfo(
+            index=np.arange(self.num_layers, dtype=np.int32),
+            window=np.array(windows, np.int32),
+            rope=np.array(self.layer_ropes, np.int32),
+        )
+
+
+# Logical axes of every parameter, those of a layer without the leading "layers".
+LAYER_AXES = {
+    "attn_norm": ("norm",),
+    "q": ("embed", "heads", "head_dim"),
+    "k": ("embed", "kv_heads", "head_dim"),
+    "v": ("embed", "kv_heads", "head_dim"),
+    "o": ("heads", "head_dim", "embed"),
+    "q_bias": ("heads", "head_dim"),
+    "k_bias": ("kv_heads", "head_dim"),
+    "v_bias": ("kv_heads", "head_dim"),
+    "o_bias": ("norm",),
+    "q_norm": ("norm",),
+    "k_norm": ("norm",),
+    "attn_post_norm": ("norm",),
+    "mlp_norm": ("norm",),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+    "gate_bias": ("mlp",),
+    "up_bias": ("mlp",),
+    "down_bias": ("norm",),
+    "mlp_post_norm": ("norm",),
+}
+TOP_AXES = {
+    "embed": ("vocab", "embed"),
+    "final_norm": ("norm",),
+    "head": ("embed", "vocab"),
+}
+
+
+def logical_axes(params) -> Any:
+    """The tree of logical axes of a parameter tree.
+
+    Raises:
+      ValueError: naming the parameters that no table covers.
+    """
+    uncovered = []
+
+    def axes_of(path, leaf):
+        names = [key.key for key in path]
+        if names[0] == "layers" and len(names) == 2 and names[1] in LAYER_AXES:
+            return ("layers", *LAYER_AXES[names[1]])
+        if len(names) == 1 and names[0] in TOP_AXES:
+            return TOP_AXES[names[0]]
+        uncovered.append(f"{'/'.join(names)} {tuple(leaf.shape)}")
+        return ()
+
+    axes = jax.tree_util.tree_map_with_path(axes_of, params)
+    if uncovered:
+        raise ValueError("no logical axes for the parameters: " + ", ".join(uncovered))
+    return axes
+
+
+def is_decayed(path: tuple[str, ...]) -> bool:
+    """Whether weight decay applies: not to norms and biases."""
+    return not path[-1].endswith(("norm", "bias"))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, plus_one: bool) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32; keeps the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = weight.astype(jnp.float32) + (1.0 if plus_one else 0.0)
+    return (normed * scale).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer block; the carry is (hidden [B, T, D], cache)."""
+
+    config: ModelConfig
+    attend: Attend
+    dtype: Any
+    param_dtype: Any
+    mesh: Mesh | None
+
+    def weight(self, name: str, *shape: int) -> jax.Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        if name.endswith("bias"):
+            init = nn.initializers.zeros
+        return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        c = self.config
+        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+        weight = self.param(name, init, x.shape[-1:], self.param_dtype)
+        return rms_norm(x, weight, eps=c.norm_eps, plus_one=c.norm_plus_one)
+
+    @nn.compact
+    def __call__(self, carry, layer: LayerInfo, rope_tables):
+        x, cache = carry
+        attended, cache = self.attention(self.norm("attn_norm", x), layer, rope_tables, cache)
+        if self.config.post_norms:
+            attended = self.norm("attn_post_norm", attended)
+        x = constrain(x + attended, self.mesh, "batch", "length", None)
+        fed = self.mlp(self.norm("mlp_norm", x))
+        if self.config.post_norms:
+            fed = self.norm("mlp_post_norm", fed)
+        x = constrain(x + fed, self.mesh, "batch", "length", None)
+        return (x, cache), None
+
+    def attention(self, x, layer: LayerInfo, rope_tables, cache):
+        c = self.config
+        D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        q = jnp.einsum("btd,dnh->btnh", x, self.weight("q", D, H, h))
+        k = jnp.einsum("btd,dnh->btnh", x, self.weight("k", D, K, h))
+        v = jnp.einsum("btd,dnh->btnh", x, self.weight("v", D, K, h))
+        if c.qkv_bias:
+            q = q + self.weight("q_bias", H, h)
+            k = k + self.weight("k_bias", K, h)
+            v = v + self.weight("v_bias", K, h)
+        if c.qk_norm:
+            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+        cos, sin = (table[layer.rope] for table in rope_tables)
+        q, k = rope_lib.rotate(q, cos, sin), rope_lib.rotate(k, cos, sin)
+        q = constrain(q, self.mesh, "batch", "length", "heads", None)
+        k = constrain(k, self.mesh, "batch", "length", "kv_heads", None)
+        v = constrain(v, self.mesh, "batch", "length", "kv_heads", None)
+        attended, cache = self.attend(q, k, v, layer, cache)
+        out = jnp.einsum("btnh,nhd->btd", attended, self.weight("o", H, h, D))
+        if c.out_bias:
+            out = out + self.weight("o_bias", D)
+        return out, cache
+
+    def mlp(self, x):
+        c = self.config
+        D, F = c.hidden_size, c.intermediate_size
+        gate = x @ self.weight("gate", D, F)
+        up = x @ self.weight("up", D, F)
+        if c.mlp_bias:
+            gate, up = gate + self.weight("gate_bias", F), up + self.weight("up_bias", F)
+        hidden = ACTIVATIONS[c.activation](gate) * up
+        hidden = constrain(hidden, self.mesh, "batch", "length", "mlp")
+        down = hidden @ self.weight("down", F, D)
+        return down + self.weight("down_bias", D) if c.mlp_bias else down
+
+
+class Decoder(nn.Module):
+    """Embeds tokens and runs the stack of layers.
+
+    Attributes:
+      attend: what each layer's queries attend to, and where keys and values are kept.
+      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
+      param_dtype: of the parameters at initialisation.
+      remat: one of `REMAT_POLICIES`, what the backward pass recomputes.
+    """
+
+    config: ModelConfig
+    attend: Attend
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, cache=None):
+        """Runs the model.
+
+        Args:
+          tokens, positions: [B, T] int32.
+          cache: what `attend` keeps between calls, a pytree.
+
+        Returns:
+          hidden [B, T, D] after the final norm, in `dtype`, and the cache.
+        """
+        c = self.config
+        V, D = c.vocab_size, c.hidden_size
+        normal = nn.initializers.normal(c.initializer_range)
+        embed = self.param("embed", normal, (V, D), self.param_dtype)
+        x = jnp.take(embed, tokens, axis=0).astype(self.dtype)
+        if c.embed_scale:
+            x = x * jnp.asarray(D**0.5, self.dtype)
+        x = constrain(x, self.mesh, "batch", "length", None)
+
+        layer = Layer
+        if self.remat != "none":
+            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )(c, self.attend, self.dtype, self.param_dtype, self.mesh, name="layers")
+        rope_tables = rope_lib.cos_sin(c.ropes, c.head_dim, positions)
+        layers = jax.tree.map(jnp.asarray, c.layer_info)
+        (x, cache), _ = stack((x, cache), layers, rope_tables)
+
+        ones = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+        final_norm = self.param("final_norm", ones, (D,), self.param_dtype)
+        x = rms_norm(x, final_norm, eps=c.norm_eps, plus_one=c.norm_plus_one)
+        if not c.tie_embeddings:
+            self.param("head", normal, (D, V), self.param_dtype)
+        return x, cache
+
+
+def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | None = None):
+    """Logits [..., V] float32 of hidden states [..., D]."""
+    if config.tie_embeddings:
+        spec, weight = "...d,vd->...v", params["embed"]
+    else:
+        spec, weight = "...d,dv->...v", params["head"]
+    logits = jnp.einsum(
+        spec, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    if mesh is not None and hidden.ndim == 3:
+        logits = constrain(logits, mesh, "batch", "length", "vocab")
+    return logits

@@ -1,0 +1,224 @@
+"""Policy: the public face of a language model whose parameters are a plain tree.
+
+A `Policy` holds what never changes (architecture, dtypes, mesh) and is hashable; parameters are an
+argument of every method, so new weights need no new object.
+
+Letters: B batch, T tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adpo_jax import attention, sharding
+from adpo_jax.attention import Attend, KVCache
+from adpo_jax.log_probs import token_log_probs
+from adpo_jax.model import REMAT_POLICIES, Decoder, ModelConfig, head_logits, logical_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A decoder language model.
+
+    Attributes:
+      config: the architecture.
+      dtype: of the computation (norms, softmax and log-probs are float32 whatever it is).
+      param_dtype: of the parameters.
+      mesh: devices the parameters are spread over; None for the default device.
+      gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
+      hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+    gradient_checkpointing: str = "none"
+    hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        if self.gradient_checkpointing not in REMAT_POLICIES:
+            raise ValueError(
+                f"gradient_checkpointing is one of {sorted(REMAT_POLICIES)}, "
+                f"given {self.gradient_checkpointing!r}"
+            )
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+
+    # --- parameters
+
+    def _decoder(self, attend: Attend) -> Decoder:
+        return Decoder(
+            self.config, attend, self.dtype, self.param_dtype, self.mesh, self.gradient_checkpointing
+        )
+
+    def _init(self, key: jax.Array):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        decoder = self._decoder(self.self_attention(tokens, tokens))
+        return decoder.init(key, tokens, tokens)["params"]
+
+    def abstract_params(self):
+        """The parameter tree as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        if self.mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda s, axes: jax.ShapeDtypeStruct(
+                s.shape, s.dtype, sharding=sharding.named_sharding(self.mesh, axes, s.shape)
+            ),
+            shapes,
+            logical_axes(shapes),
+        )
+
+    def init(self, key: jax.Array):
+        """Random parameters, born in their sharded layout."""
+        if self.mesh is None:
+            return jax.jit(self._init)(key)
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_params())
+        return jax.jit(self._init, out_shardings=shardings)(key)
+
+    # --- pure building blocks, for use inside jit
+
+    def __call__(self, params, tokens, positions, kv_cache=None, attend: Attend | None = None):
+        """Runs the decoder.
+
+        Args:
+          tokens, positions: [B, T] int32.
+          kv_cache: carried through `attend`.
+          attend: an attention of `adpo_jax.attention`; by default a causal one over the T tokens
+            of each row, without a cache.
+
+        Returns:
+          (hidden [B, T, D] in `dtype`, kv_cache).
+        """
+        if attend is None:
+            attend = self.self_attention(positions, jnp.ones_like(tokens))
+        return self._decoder(attend).apply({"params": params}, tokens, positions, kv_cache)
+
+    def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
+        """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
+        return attention.self_attention(positions, segments, **self._attention_kwargs)
+
+    def new_cache(self, batch: int, length: int, dtype=None) -> KVCache:
+        """An empty cache for `batch` rows of `length` tokens."""
+        c = self.config
+        return KVCache.zeros(
+            c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype
+        )
+
+    def cached_step(self, params, tokens, attention_mask, kv_cache: KVCache):
+        """Runs T more tokens of every row after those in the cache.
+
+        Args:
+          tokens, attention_mask: [B, T] int32; rows are padded on the left of their first tokens.
+
+        Returns:
+          (hidden [B, T, D], the cache with T more columns filled).
+        """
+        seen = jnp.sum(kv_cache.segments, axis=1, keepdims=True)
+        positions = jnp.maximum(seen + jnp.cumsum(attention_mask, axis=1) - 1, 0)
+        segments = attention_mask.astype(jnp.int32)
+        kv_cache = kv_cache.append(positions.astype(jnp.int32), segments)
+        attend = attention.cached_attention(kv_cache, tokens.shape[1], **self._attention_kwargs)
+        return self(params, tokens, positions, kv_cache, attend)
+
+    @property
+    def _attention_kwargs(self) -> dict:
+        return {"scale": self.config.attention_scale, "soft_cap": self.config.attention_soft_cap}
+
+    def head(self, params, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]."""
+        return head_logits(self.config, params, hidden, self.mesh)
+
+    def hidden(self, params, tokens, attention_mask) -> jax.Array:
+        """Hidden states [B, T, D] of rows padded on either side; meaningless at padding."""
+        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0).astype(jnp.int32)
+        attend = self.self_attention(positions, attention_mask.astype(jnp.int32))
+        return self(params, tokens, positions, attend=attend)[0]
+
+    def completion_log_probs(
+        self, params, tokens, attention_mask, *, num_completion: int, temperature: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probs and entropies of the last `num_completion` tokens of each row.
+
+        The head runs over those columns alone.
+
+        Args:
+          tokens, attention_mask: [B, T] int32.
+
+        Returns:
+          (log_probs, entropy), each [B, num_completion] float32 in nats; finite but meaningless at
+          padding.
+        """
+        hidden = self.hidden(params, tokens, attention_mask)[:, -num_completion - 1 : -1]
+        targets = tokens[:, -num_completion:]
+        return token_log_probs(
+            self.config, params, hidden, targets, temperature=temperature, mesh=self.mesh
+        )
+
+    # --- public, jitted
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _logits(self, params, tokens, attention_mask):
+        return self.head(params, self.hidden(params, tokens, attention_mask))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _log_probs(self, params, tokens, attention_mask):
+        scored, _ = self.completion_log_probs(
+            params, tokens, attention_mask, num_completion=tokens.shape[1] - 1
+        )
+        both_real = (attention_mask[:, 1:] * attention_mask[:, :-1]) > 0
+        return jnp.pad(jnp.where(both_real, scored, 0.0), ((0, 0), (1, 0)))
+
+    def logits(self, params, tokens, attention_mask=None) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+          tokens: [B, T] int32.
+          attention_mask: [B, T], 1 at real tokens, padding on either side; None for no padding.
+
+        Returns:
+          [B, T, V] float32, meaningless at padding.
+
+        Raises:
+          ValueError: for shapes that do not fit, or token ids outside the vocabulary.
+        """
+        return self._logits(params, *self._checked(tokens, attention_mask))
+
+    def log_probs(self, params, tokens, attention_mask=None) -> jax.Array:
+        """log p(tokens[t] | tokens[<t]).
+
+        Args:
+          tokens, attention_mask: as for `logits`.
+
+        Returns:
+          [B, T] float32 in nats; 0 at the first real token of a row and at padding.
+
+        Raises:
+          ValueError: as `logits`.
+        """
+        tokens, attention_mask = self._checked(tokens, attention_mask)
+        if tokens.shape[1] == 1:
+            return jnp.zeros(tokens.shape, jnp.float32)
+        return self._log_probs(params, tokens, attention_mask)
+
+    def _checked(self, tokens, attention_mask):
+        if attention_mask is None:
+            attention_mask = np.ones(np.shape(tokens), np.int32)
+        if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(attention_mask):
+            raise ValueError(
+                "tokens and attention_mask are both [B, T]; given shapes "
+                f"{np.shape(tokens)} and {np.shape(attention_mask)}"
+            )
+        if not isinstance(tokens, jax.Array):
+            low, high = np.min(tokens, initial=0), np.max(tokens, initial=0)
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids are in [0, {self.config.vocab_size}); given {low} to {high}"
+                )
+        return jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask, jnp.int32)

@@ -1,0 +1,137 @@
+"""The device mesh and the one table that says how every array lies on it.
+
+Arrays are described by logical axes ("heads", "mlp", "batch", ...). `RULES` maps a logical axis to
+mesh axes. Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split),
+`tensor` (heads, hidden width of the MLP and vocabulary split).
+
+A `sequence` mesh axis for long contexts would be one more entry in `MESH_AXES` and a rule for
+"length"; no parameter has that axis.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "norm": None,
+}
+
+# Axes which are replicated where the mesh does not divide them: few key/value heads (GQA) and odd
+# vocabulary sizes are common. Every other axis must divide.
+MAY_REPLICATE = frozenset({"kv_heads", "vocab"})
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+      data, fsdp, tensor: axis sizes; one of them may be -1, meaning "the rest".
+      devices: defaults to `jax.devices()`.
+
+    Raises:
+      ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = resolve_mesh_sizes(data, fsdp, tensor, num_devices=len(devices))
+    return jax.make_mesh(
+        sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def resolve_mesh_sizes(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, ...]:
+    """Axis sizes with -1 filled in; their product is `num_devices` or a ValueError is raised."""
+    sizes = (data, fsdp, tensor)
+    given = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+    if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh sizes are positive, at most one of them -1; given {given}")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    rest, remainder = divmod(num_devices, known)
+    if remainder or (-1 not in sizes and rest != 1):
+        raise ValueError(
+            f"the mesh needs data x fsdp x tensor = {num_devices} devices; given {given}. "
+            "Set one axis to -1 to take the rest."
+        )
+    return tuple(rest if s == -1 else s for s in sizes)
+
+
+def partition_spec(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """The partition of an array with these logical axes.
+
+    Raises:
+      ValueError: for an unknown logical axis, or a dimension that its mesh axes do not divide
+        (unless the axis is in `MAY_REPLICATE`).
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"logical axes {axes} do not fit the shape {shape}")
+    spec = []
+    for axis, size in zip(axes, shape):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r}; known: {sorted(RULES)}")
+        names = RULES[axis] if axis is not None else None
+        parts = mesh_axis_size(mesh, names)
+        if size % parts:
+            if axis not in MAY_REPLICATE:
+                raise ValueError(
+                    f"the mesh splits {axis!r} in {parts}, which does not divide its size {size}; "
+                    f"choose mesh sizes that do ({dict(mesh.shape)} given)"
+                )
+            names = None
+        spec.append(names)
+    return PartitionSpec(*spec)
+
+
+def mesh_axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
+    """The number of parts that these mesh axes make."""
+    names = (names,) if isinstance(names, str) else names or ()
+    return int(np.prod([mesh.shape[n] for n in names]))
+
+
+def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape) -> NamedSharding:
+    """`partition_spec` bound to its mesh."""
+    return NamedSharding(mesh, partition_spec(mesh, axes, tuple(shape)))
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """Pins the layout of an intermediate inside jit; without a mesh, the identity.
+
+    A dimension that the mesh does not divide is left to the compiler.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    spec = [
+        RULES[a] if a is not None and x.shape[i] % mesh_axis_size(mesh, RULES[a]) == 0 else None
+        for i, a in enumerate(axes)
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSharding:
+    """Rows split over (`data`, `fsdp`), everything else replicated."""
+
+    mesh: Mesh
+
+    @property
+    def num_shards(self) -> int:
+        return mesh_axis_size(self.mesh, RULES["batch"])
+
+    def put(self, tree):
+        """Host arrays with a leading batch axis -> device arrays split over it."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
