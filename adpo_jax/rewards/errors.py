@@ -1,0 +1,32 @@
+"""What stops a run because of a reward."""
+
+
+class RewardError(ValueError):
+    """A reward function failed, or gave something that is no reward.
+
+    Attributes:
+      function: the function's name.
+      path: the file it came from; None for a built-in.
+      sample: the offending completion with its columns, `{"completion": str, "columns": dict,
+        "index": int}`, for the loop to save; None where no single sample is to blame.
+      traceback_text: the traceback inside the function, "" where it did not raise.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        function: str,
+        path: str | None = None,
+        sample: dict | None = None,
+        traceback_text: str = "",
+    ):
+        self.function = function
+        self.path = path
+        self.sample = sample
+        self.traceback_text = traceback_text
+        where = f"{function} ({path})" if path else function
+        super().__init__(
+            f"reward function {where}: {message}"
+            + (f"\n{traceback_text}" if traceback_text else "")
+        )
