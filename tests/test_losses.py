@@ -1,0 +1,606 @@
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from adpo_jax import adaptive_tau, adpo_loss, grpo_loss, target_distribution
+from adpo_jax.losses import Adpo, Grpo
+
+P, G, T = 4, 8, 6
+
+
+def make_batch(seed=0, prompts=P, group=G, tokens=T, ratio=0.3):
+    """Flat log_probs, anchor_log_probs, rewards, mask with ragged lengths, as numpy."""
+    rng = np.random.default_rng(seed)
+    rows = prompts * group
+    anchor = -rng.exponential(1.0, (rows, tokens)).astype(np.float32)
+    log_probs = anchor + ratio * rng.standard_normal((rows, tokens)).astype(np.float32)
+    rewards = rng.integers(0, 2, rows).astype(np.float32) - rng.random(rows).astype(np.float32) / 9
+    mask = np.arange(tokens) < rng.integers(1, tokens + 1, (rows, 1))
+    return log_probs, anchor, rewards, mask.astype(np.float32)
+
+
+def fold(array, group=G):
+    return jnp.asarray(array).reshape(-1, group, *array.shape[1:])
+
+
+def folded_batch(**kwargs):
+    return tuple(fold(array, kwargs.get("group", G)) for array in make_batch(**kwargs))
+
+
+@functools.cache
+def jitted(loss_fn, **options):
+    """Compiled once for all tests that call it with these options and shapes."""
+    return jax.jit(functools.partial(loss_fn, **options))
+
+
+@functools.cache
+def jitted_grad(loss_fn, **options):
+    return jax.jit(jax.value_and_grad(lambda *batch: loss_fn(*batch, **options)[0]))
+
+
+def loss_and_metrics(loss_fn, *batch, **options):
+    return jitted(loss_fn, **options)(*batch)
+
+
+def loss_and_grad(loss_fn, *batch, **options):
+    return jitted_grad(loss_fn, **options)(*batch)
+
+
+# The facts of the algorithm.
+
+
+@pytest.mark.parametrize("beta_reward", [0.05, 0.5, 5.0])
+def test_the_loss_on_policy_is_log_g_whatever_the_rewards(beta_reward):
+    log_probs, _, rewards, mask = make_batch()
+    loss, _ = loss_and_metrics(
+        adpo_loss, log_probs, log_probs, rewards, mask, beta_reward=beta_reward
+    )
+    np.testing.assert_allclose(loss, math.log(G), rtol=1e-6)
+
+
+def test_the_gradient_on_policy_is_reinforce_with_an_advantage_that_sums_to_zero():
+    log_probs, _, rewards, mask = make_batch()
+    _, gradient = loss_and_grad(adpo_loss, log_probs, log_probs, rewards, mask)
+    q_PG = target_distribution(fold(rewards))
+    advantage_PG = (q_PG - 1 / G) / adaptive_tau(q_PG)[:, None]
+    np.testing.assert_allclose(advantage_PG.sum(-1), np.zeros(P), atol=1e-5)
+    np.testing.assert_allclose(
+        fold(gradient), -advantage_PG[..., None] / P * fold(mask), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_equal_rewards_give_a_uniform_target_no_gradient_at_the_anchor_and_a_pull_back_elsewhere():
+    # 0.1 is not representable: a mean of rounded values would leave a spread of its own.
+    rewards = np.full(2 * 6, 0.1, np.float32)
+    log_probs, anchor, _, mask = make_batch(prompts=2, group=6)
+    np.testing.assert_array_equal(
+        target_distribution(fold(rewards, 6)), np.full((2, 6), 1 / 6, np.float32)
+    )
+    _, at_anchor = loss_and_grad(adpo_loss, anchor, anchor, rewards, mask, num_generations=6)
+    np.testing.assert_allclose(at_anchor, 0, atol=1e-7)
+
+    _, elsewhere = loss_and_grad(adpo_loss, log_probs, anchor, rewards, mask, num_generations=6)
+    ratio_PG = fold(((log_probs - anchor) * mask).sum(-1), 6)
+    highest = jnp.argmax(ratio_PG, -1)
+    gradient_PG = fold(elsewhere, 6)[..., 0]
+    # Descent lowers the completion that rose most above the anchor.
+    assert (jnp.take_along_axis(gradient_PG, highest[:, None], -1) > 0).all()
+    assert jnp.vdot(gradient_PG, ratio_PG) > 0
+
+
+def test_a_constant_added_to_a_whole_group_changes_nothing():
+    log_probs, anchor, rewards, _ = make_batch()
+    mask = np.ones_like(log_probs)
+    shift = np.repeat(np.array([3.0, -7.0, 0.5, 20.0], np.float32), G)[:, None] / T
+    loss, gradient = loss_and_grad(adpo_loss, log_probs, anchor, rewards, mask)
+    shifted_loss, shifted = loss_and_grad(adpo_loss, log_probs + shift, anchor, rewards, mask)
+    np.testing.assert_allclose(shifted_loss, loss, rtol=2e-6)
+    np.testing.assert_allclose(shifted, gradient, atol=2e-6)
+
+
+def test_permuting_the_rows_of_a_group_permutes_its_gradient():
+    batch = make_batch()
+    order = np.arange(P * G)
+    order[G : 2 * G] = G + np.random.default_rng(1).permutation(G)
+    loss, gradient = loss_and_grad(adpo_loss, *batch[:1], *batch[1:])
+    permuted_loss, permuted = loss_and_grad(adpo_loss, *(array[order] for array in batch))
+    np.testing.assert_allclose(permuted_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(permuted, gradient[order], atol=1e-7)
+
+
+def test_rows_of_different_prompts_do_not_mix():
+    log_probs, anchor, rewards, mask = make_batch()
+    _, gradient = loss_and_grad(adpo_loss, log_probs, anchor, rewards, mask)
+    changed = rewards.copy()
+    changed[:G] = changed[:G][::-1]
+    _, other = loss_and_grad(adpo_loss, log_probs, anchor, changed, mask)
+    assert np.abs(other[:G] - gradient[:G]).max() > 1e-3
+    np.testing.assert_array_equal(other[G:], gradient[G:])
+
+
+@pytest.mark.parametrize("tau", [0.3, 0.8, 2.0])
+def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau):
+    # Log-probabilities over all G completions, so that pi is a distribution to be optimised.
+    rng = np.random.default_rng(0)
+    anchor = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((1, G)), jnp.float32))
+    rewards_PG = jnp.asarray(rng.random((1, G)), jnp.float32)
+    algorithm = Adpo(tau=tau, use_adaptive_tau=False, beta_reward=1.0)
+    mask = jnp.ones((1, G, 1))
+    prepared = algorithm.prepare(rewards_PG, mask)
+
+    def loss(logits):
+        log_pi = jax.nn.log_softmax(logits)
+        return algorithm.loss(log_pi[..., None], anchor[..., None], mask, prepared)[0]
+
+    def descend(_, logits):
+        return logits - tau**2 * jax.grad(loss)(logits)
+
+    logits = jax.lax.fori_loop(0, 4000, descend, anchor)
+    expected = jax.nn.softmax(anchor + tau * jnp.log(prepared.scores.q_PG))
+    np.testing.assert_allclose(jax.nn.softmax(logits), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1.0, 50.0])
+def test_two_completions_have_the_same_target_whatever_the_gap(gap):
+    q = target_distribution(jnp.array([[2.0 + gap, 2.0]]), beta_reward=0.5)
+    np.testing.assert_allclose(q, [[0.944, 0.056]], atol=5e-4)
+
+
+@pytest.mark.parametrize(("right", "entropy", "tau"), [(7, 0.94, 0.425), (1, 0.08, 0.769)])
+def test_an_easy_prompt_gets_a_sharp_temperature_and_a_hard_one_a_high(right, entropy, tau):
+    q = target_distribution((jnp.arange(8) < right).astype(float)[None])
+    relative = -(q * jnp.log(q)).sum() / math.log(8)
+    np.testing.assert_allclose(relative, entropy, atol=5e-3)
+    np.testing.assert_allclose(adaptive_tau(q), [tau], atol=2e-3)
+
+
+# Rewards.
+
+
+def test_scale_rewards_divides_by_the_group_the_batch_or_nothing():
+    rewards = np.array([[0.0, 1.0, 2.0], [0.0, 10.0, 20.0]], np.float32)
+    centred = rewards - rewards.mean(-1, keepdims=True)
+    scaled = {
+        "group": centred / rewards.std(-1, ddof=1, keepdims=True),
+        "batch": centred / rewards.std(ddof=1),
+        "none": centred,
+    }
+    for scale, z in scaled.items():
+        expected = jax.nn.softmax(z / 5.0)
+        q = target_distribution(rewards, beta_reward=5.0, scale_rewards=scale)
+        np.testing.assert_allclose(q, expected, rtol=1e-5, err_msg=scale)
+        loss, _ = loss_and_metrics(
+            adpo_loss,
+            *make_batch(prompts=2, group=3)[:2],
+            rewards.ravel(),
+            np.ones((6, T)),
+            num_generations=3,
+            scale_rewards=scale,
+        )
+        assert np.isfinite(loss)
+
+
+def test_batch_scaling_uses_the_whole_iteration_while_normalisers_use_the_mini_batch():
+    log_probs, anchor, rewards, mask = folded_batch()
+    algorithm = Adpo(scale_rewards="batch")
+    scores = algorithm.score(rewards)
+    first = jax.tree.map(lambda leaf: leaf[:2], scores)
+    prepared = algorithm.normalise(first, mask[:2])
+    np.testing.assert_allclose(prepared.weights.kept_group_P, [0.5, 0.5])
+    np.testing.assert_array_equal(
+        prepared.scores.q_PG, target_distribution(rewards, scale_rewards="batch")[:2]
+    )
+    assert np.abs(algorithm.score(rewards[:2]).q_PG - prepared.scores.q_PG).max() > 1e-3
+    loss, _ = algorithm.loss(log_probs[:2], anchor[:2], mask[:2], prepared)
+    assert loss > 1.0
+
+
+def test_a_group_with_less_spread_than_min_reward_std_counts_as_equal():
+    rewards = jnp.array([[0.0, -0.01, -0.02, -0.05], [0.0, 1.0, 0.0, 1.0]])
+    q = target_distribution(rewards, min_reward_std=0.1)
+    np.testing.assert_array_equal(q[0], np.full(4, 0.25, np.float32))
+    np.testing.assert_allclose(q[1], target_distribution(rewards)[1])
+    assert target_distribution(rewards)[0, 0] > 0.5
+
+    log_probs, anchor, _, mask = make_batch(prompts=2, group=4)
+    for loss_fn in (adpo_loss, grpo_loss):
+        arguments = (log_probs, anchor, rewards.ravel(), mask)
+        prefix = loss_fn.__name__.removesuffix("_loss")
+        _, published = loss_and_metrics(loss_fn, *arguments, num_generations=4)
+        _, floored = loss_and_metrics(loss_fn, *arguments, num_generations=4, min_reward_std=0.1)
+        assert published[f"{prefix}/zero_std_frac"] == 0.0
+        assert floored[f"{prefix}/zero_std_frac"] == 0.5
+
+
+def test_failed_prompts_leave_the_loss_mean_and_the_kl_mean_and_are_counted():
+    log_probs, anchor, rewards, mask = make_batch()
+    rewards[:G] = -np.arange(G) / 100  # all <= 0: failed
+    rewards[G : 2 * G] = np.abs(rewards[G : 2 * G]) + 0.1
+    rewards[2 * G :: G] = 1.0
+    options = {"beta_anchor_kl": 0.3, "drop_all_failed_prompts": True}
+    for loss_fn in (adpo_loss, grpo_loss):
+        prefix = loss_fn.__name__.removesuffix("_loss")
+        loss, gradient = loss_and_grad(loss_fn, log_probs, anchor, rewards, mask, **options)
+        kept, kept_gradient = loss_and_grad(
+            loss_fn, log_probs[G:], anchor[G:], rewards[G:], mask[G:], **options
+        )
+        np.testing.assert_allclose(loss, kept, rtol=1e-6)
+        np.testing.assert_array_equal(gradient[:G], 0)
+        np.testing.assert_allclose(gradient[G:], kept_gradient, atol=1e-7)
+        _, metrics = loss_and_metrics(loss_fn, log_probs, anchor, rewards, mask, **options)
+        assert metrics[f"{prefix}/dropped_prompts"] == 1
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_a_batch_with_every_prompt_dropped_has_loss_zero_and_no_gradient(loss_fn):
+    log_probs, anchor, rewards, mask = make_batch()
+    options = {"drop_all_failed_prompts": True, "beta_anchor_kl": 1.0}
+    failed = (log_probs, anchor, -np.abs(rewards), mask)
+    loss, gradient = loss_and_grad(loss_fn, *failed, **options)
+    assert loss == 0.0
+    np.testing.assert_array_equal(gradient, 0)
+    assert all(np.isfinite(value) for value in loss_fn(*failed, **options)[1].values())
+
+
+# The policy's temperature.
+
+
+def test_the_policy_entropy_mode_raises_tau_with_entropy_between_its_bounds():
+    rewards, entropy = jnp.zeros((3, 2)), jnp.array([0.0, 0.5, 1.0])
+    algorithm = Adpo(
+        tau=1.0,
+        adaptive_tau_alpha=1.0,
+        adaptive_tau_min=1.2,
+        adaptive_tau_max=1.7,
+        adaptive_tau_mode="policy_entropy",
+    )
+    scores = algorithm.score(rewards, policy_entropy_P=entropy)
+    np.testing.assert_allclose(scores.tau_P, [1.2, 1.5, 1.7])
+    with pytest.raises(ValueError, match="needs policy_entropy_P"):
+        algorithm.score(rewards)
+    with pytest.raises(ValueError, match=r"shape \(3,\), got \(2,\)"):
+        algorithm.score(rewards, policy_entropy_P=entropy[:2])
+
+
+def test_tau_is_constant_without_adaptation_and_floored_with_it():
+    log_probs, anchor, rewards, mask = make_batch()
+    _, metrics = loss_and_metrics(
+        adpo_loss, log_probs, anchor, rewards, mask, tau=1.3, use_adaptive_tau=False
+    )
+    np.testing.assert_allclose(metrics["adpo/mean_tau"], 1.3, rtol=1e-6)
+    _, metrics = loss_and_metrics(
+        adpo_loss, log_probs, anchor, rewards, mask, tau=0.1, adaptive_tau_min=0.3
+    )
+    np.testing.assert_allclose(metrics["adpo/mean_tau"], 0.3, rtol=1e-6)
+
+
+def test_length_normalize_divides_each_log_ratio_by_its_tokens():
+    log_probs, anchor, rewards, mask = make_batch()
+    lengths = mask.sum(-1, keepdims=True)
+    loss, gradient = loss_and_grad(
+        adpo_loss, log_probs, anchor, rewards, mask, length_normalize=True
+    )
+    by_hand, by_hand_gradient = loss_and_grad(
+        adpo_loss, log_probs / lengths, anchor / lengths, rewards, mask
+    )
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-6)
+    np.testing.assert_allclose(gradient, by_hand_gradient / lengths, atol=1e-7)
+
+
+# Splits: micro-batches of whole groups, and of any rows.
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        Adpo(beta_anchor_kl=0.2, drop_all_failed_prompts=True),
+        Adpo(length_normalize=True, scale_rewards="batch"),
+        Grpo(beta_anchor_kl=0.2, drop_all_failed_prompts=True, scale_rewards="batch"),
+        Grpo(aggregation="sequence_mean"),
+    ],
+    ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence"],
+)
+def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
+    log_probs, anchor, rewards, mask = folded_batch()
+    rewards = rewards.at[1].set(-jnp.arange(G) / 50)  # one failed prompt
+    prepared = algorithm.prepare(rewards, mask)
+    whole_fn = jax.jit(jax.value_and_grad(algorithm.loss, has_aux=True))
+    (loss, metrics), gradient = whole_fn(log_probs, anchor, mask, prepared)
+
+    ends = list(itertools.accumulate(sizes, initial=0))
+    parts = []
+    for start, end in itertools.pairwise(ends):
+        part = jax.tree.map(lambda leaf: leaf[start:end], (log_probs, anchor, mask, prepared))  # noqa: B023
+        parts.append(whole_fn(*part))
+    summed = jax.tree.map(lambda *values: sum(values), *[part[0] for part in parts])
+    np.testing.assert_allclose(summed[0], loss, rtol=1e-6)
+    assert metrics.keys() == summed[1].keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(summed[1][name], value, rtol=2e-6, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(
+        np.concatenate([part[1] for part in parts]), gradient, rtol=1e-6, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_the_closed_form_weights_are_the_gradient_however_the_rows_are_split(length_normalize):
+    log_probs, anchor, rewards, mask = folded_batch()
+    algorithm = Adpo(length_normalize=length_normalize)
+    prepared = algorithm.prepare(rewards, mask)
+    expected = jax.grad(lambda x: algorithm.loss(x, anchor, mask, prepared)[0])(log_probs)
+
+    weights_PG = algorithm.sequence_weights(((log_probs - anchor) * mask).sum(-1), prepared)
+    rows = np.random.default_rng(0).permutation(P * G)
+    gradient = np.zeros((P * G, T), np.float32)
+    for chunk in np.split(rows, [5, 6, 20]):  # pieces that cut through groups
+        weights, row_mask = weights_PG.reshape(-1)[chunk], mask.reshape(-1, T)[chunk]
+        surrogate = jax.grad(lambda x, w, m: (w * (x * m).sum(-1)).sum())
+        gradient[chunk] = surrogate(log_probs.reshape(-1, T)[chunk], weights, row_mask)
+    np.testing.assert_allclose(fold(gradient), expected, rtol=1e-5, atol=1e-8)
+
+
+# Numbers that break careless code.
+
+
+@pytest.mark.parametrize("poison", [-np.inf, np.inf, np.nan])
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_what_lies_under_the_mask_changes_nothing(loss_fn, poison):
+    log_probs, anchor, rewards, mask = make_batch()
+    poisoned = [np.where(mask > 0, array, poison) for array in (log_probs, anchor)]
+    clean = loss_and_grad(loss_fn, log_probs, anchor, rewards, mask, beta_anchor_kl=0.5)
+    other = loss_and_grad(loss_fn, *poisoned, rewards, mask, beta_anchor_kl=0.5)
+    jax.tree.map(np.testing.assert_array_equal, other, clean)
+    np.testing.assert_array_equal(clean[1][mask == 0], 0)
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_masked_columns_equal_sliced_columns(loss_fn):
+    log_probs, anchor, rewards, _ = make_batch()
+    mask = np.ones((P * G, T)) * (np.arange(T) < 4)
+    options = {"beta_anchor_kl": 0.5}
+    loss, gradient = loss_and_grad(loss_fn, log_probs, anchor, rewards, mask, **options)
+    sliced, sliced_gradient = loss_and_grad(
+        loss_fn, log_probs[:, :4], anchor[:, :4], rewards, mask[:, :4], **options
+    )
+    np.testing.assert_allclose(loss, sliced, rtol=1e-6)
+    np.testing.assert_allclose(gradient[:, :4], sliced_gradient, atol=1e-7)
+
+
+@pytest.mark.parametrize("nats", [30.0, 300.0, 3000.0])
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_huge_log_ratios_stay_finite_and_push_back_to_the_anchor(loss_fn, nats):
+    _, anchor, _, mask = make_batch()
+    rewards = np.zeros(P * G)
+    mask[:] = 1
+    sign = np.where(np.arange(P * G) % 2, 1.0, -1.0)[:, None].astype(np.float32)
+    loss, gradient = loss_and_grad(
+        loss_fn, anchor + sign * nats, anchor, rewards, mask, beta_anchor_kl=0.1
+    )
+    assert np.isfinite(loss)
+    assert np.isfinite((gradient**2).sum())
+    assert ((gradient * sign) > 0).all()
+
+
+def test_a_fully_masked_batch_is_finite():
+    log_probs, anchor, rewards, _ = make_batch()
+    nothing = np.zeros_like(log_probs)
+    for loss_fn in (adpo_loss, grpo_loss):
+        for options in ({}, {"beta_anchor_kl": 1.0}):
+            loss, gradient = loss_and_grad(loss_fn, log_probs, anchor, rewards, nothing, **options)
+            assert np.isfinite(loss)
+            np.testing.assert_array_equal(gradient, 0)
+
+
+def test_bf16_log_probs_are_subtracted_per_token_and_summed_in_float32():
+    tokens = 1024
+    _, anchor, rewards, mask = make_batch(tokens=tokens)
+    anchor = jnp.asarray(anchor, jnp.bfloat16)
+    log_probs = anchor * jnp.bfloat16(1.0078125)
+    mask = np.ones_like(mask)
+    loss, metrics = loss_and_metrics(adpo_loss, log_probs, anchor, rewards, mask)
+    exact, _ = loss_and_metrics(
+        adpo_loss, log_probs.astype(jnp.float32), anchor.astype(jnp.float32), rewards, mask
+    )
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, exact, rtol=1e-6)
+    summed_first = np.abs(log_probs.sum(-1) - anchor.sum(-1)).astype(np.float32).mean()
+    assert np.abs(summed_first - metrics["adpo/abs_log_ratio"]) > 0.1
+    gradient = jax.grad(lambda x: adpo_loss(x, anchor, rewards, mask)[0])(log_probs)
+    assert gradient.dtype == jnp.bfloat16
+
+
+def test_anchor_kl_is_an_estimate_of_the_kl_and_not_the_absolute_log_ratio():
+    # Exact: sum over the vocabulary of pi * k3 is KL(pi, anchor).
+    rng = np.random.default_rng(0)
+    log_pi, log_anchor = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((2, 6)), jnp.float32))
+    pi = np.exp(np.asarray(log_pi, np.float64))
+    draws = rng.choice(6, size=(8, 20_000), p=pi / pi.sum())
+    _, metrics = loss_and_metrics(
+        adpo_loss, log_pi[draws], log_anchor[draws], np.zeros(8), np.ones(draws.shape)
+    )
+    expected = (pi * (log_pi - log_anchor)).sum()
+    np.testing.assert_allclose(metrics["adpo/anchor_kl"], expected, rtol=0.02)
+    assert metrics["adpo/abs_log_ratio"] > 100 * expected
+
+
+# GRPO.
+
+
+def test_grpo_equals_a_plain_loop_over_tokens():
+    log_probs, anchor, rewards, mask = make_batch()
+    low, high, beta = 0.1, 0.3, 0.05
+    totals, kl_totals, clipped = np.zeros(P * G), np.zeros(P * G), 0
+    for row, (group, _) in enumerate(np.ndindex(P, G)):
+        members = rewards[group * G : group * G + G].astype(np.float64)
+        advantage = (rewards[row] - members.mean()) / (members.std(ddof=1) + 1e-6)
+        for token in range(int(mask[row].sum())):
+            ratio = math.exp(float(log_probs[row, token]) - float(anchor[row, token]))
+            clip = min(max(ratio, 1 - low), 1 + high)
+            totals[row] -= min(ratio * advantage, clip * advantage)
+            clipped += clip * advantage < ratio * advantage
+            kl_totals[row] += 1 / ratio - 1 - math.log(1 / ratio)
+    lengths = mask.sum(-1)
+    expected = {
+        "token_mean": (totals + beta * kl_totals).sum() / lengths.sum(),
+        "sequence_mean": ((totals + beta * kl_totals) / lengths).mean(),
+    }
+    options = {"clip_low": low, "clip_high": high, "beta_anchor_kl": beta}
+    for aggregation, value in expected.items():
+        loss, metrics = loss_and_metrics(
+            grpo_loss, log_probs, anchor, rewards, mask, aggregation=aggregation, **options
+        )
+        np.testing.assert_allclose(loss, value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(metrics["grpo/clip_frac"], clipped / lengths.sum(), rtol=1e-5)
+
+
+def test_the_grpo_gradient_on_policy_is_the_advantage_and_stops_where_clipped():
+    log_probs, _, rewards, mask = make_batch()
+    advantages = np.asarray(Grpo().score(fold(rewards)).advantages_PG).reshape(-1, 1)
+    _, gradient = loss_and_grad(grpo_loss, log_probs, log_probs, rewards, mask)
+    np.testing.assert_allclose(gradient, -advantages * mask / mask.sum(), rtol=1e-5, atol=1e-8)
+
+    far = log_probs + 0.5 * np.sign(advantages)  # already past the clip in the wanted direction
+    _, gradient = loss_and_grad(grpo_loss, far, log_probs, rewards, mask)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_jit_and_vmap_agree_with_plain_calls(loss_fn):
+    batches = [make_batch(seed) for seed in range(3)]
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    compiled = [loss_and_metrics(loss_fn, *batch) for batch in batches]
+    jax.tree.map(assert_close, compiled[0], loss_fn(*batches[0]))
+    stacked = jax.jit(jax.vmap(loss_fn))(*(np.stack(arrays) for arrays in zip(*batches)))
+    jax.tree.map(assert_close, stacked, jax.tree.map(lambda *leaves: np.stack(leaves), *compiled))
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_no_gradient_flows_into_the_anchor_or_the_rewards(loss_fn):
+    gradients = jax.grad(
+        lambda *arguments: loss_fn(*arguments, beta_anchor_kl=0.5)[0], argnums=(1, 2)
+    )(*make_batch())
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_inputs_sharded_over_eight_devices_give_the_same_loss_and_gradient(loss_fn, axis_type):
+    assert jax.device_count() == 8, "tests/conftest.py sets eight simulated devices"
+    batch = make_batch(prompts=8)
+    loss, gradient = loss_and_grad(loss_fn, *batch, beta_anchor_kl=0.1)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        sharded = [
+            jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in batch
+        ]
+        step = jax.jit(lambda *arguments: loss_and_grad(loss_fn, *arguments, beta_anchor_kl=0.1))
+        sharded_loss, sharded_gradient = step(*sharded)
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(sharded_gradient, gradient, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_float64_inputs_under_x64_give_a_float64_loss(loss_fn):
+    with jax.enable_x64(True):
+        loss, metrics = loss_and_metrics(loss_fn, *make_batch())
+        assert loss.dtype == jnp.float64
+        assert {value.dtype for value in metrics.values()} == {jnp.dtype("float64")}
+    loss, metrics = loss_and_metrics(loss_fn, *make_batch())
+    assert {value.dtype for value in metrics.values()} == {jnp.dtype("float32")}
+    assert all(value.shape == () for value in metrics.values())
+
+
+def test_the_loss_keeps_the_strictest_promotion_rules():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for loss_fn in (adpo_loss, grpo_loss):
+            log_probs, anchor, rewards, mask = make_batch()
+            loss, _ = loss_and_metrics(loss_fn, log_probs, anchor, rewards, mask > 0)
+            assert np.isfinite(loss)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_trailing_rows_are_ignored_and_have_no_gradient(loss_fn):
+    batch = make_batch()
+    extra = [np.concatenate([array, array[:3] + 1]) for array in batch]
+    loss, gradient = loss_and_grad(loss_fn, *batch)
+    longer_loss, longer = loss_and_grad(loss_fn, *extra)
+    assert longer_loss == loss
+    np.testing.assert_array_equal(longer, np.concatenate([gradient, np.zeros((3, T))]))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"tau": 0.0}, "tau must be a finite number above 0, got 0.0"),
+        ({"tau": math.nan}, "tau must be a finite number above 0, got nan"),
+        ({"tau": "warm"}, "tau must be .* got 'warm'"),
+        ({"beta_reward": -1}, "beta_reward must be"),
+        ({"beta_reward": math.inf}, "beta_reward must be"),
+        ({"adaptive_tau_alpha": -0.1}, "adaptive_tau_alpha must be at least 0"),
+        ({"adaptive_tau_min": 0}, "adaptive_tau_min must be"),
+        ({"beta_anchor_kl": -1e-3}, "beta_anchor_kl must be at least 0"),
+        ({"min_reward_std": -1}, "min_reward_std must be"),
+        ({"scale_rewards": "prompt"}, "one of group, batch, none; got 'prompt'"),
+        ({"num_generations": 1}, "num_generations must be a whole number of at least 2, got 1"),
+        ({"num_generations": 2.5}, "num_generations must be"),
+        ({"num_generations": 64}, "32 rows, fewer than one group of num_generations=64"),
+    ],
+)
+def test_adpo_refuses_what_cannot_work(options, text):
+    with pytest.raises(ValueError, match=text):
+        jax.jit(lambda *batch: adpo_loss(*batch, **options))(*make_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"clip_low": 0.0}, "clip_low must be a finite number above 0"),
+        ({"clip_low": 1.5}, "clip_low must be at most 1, got 1.5"),
+        ({"clip_high": -1}, "clip_high must be"),
+        ({"beta_anchor_kl": -1}, "beta_anchor_kl must be"),
+        ({"min_reward_std": math.nan}, "min_reward_std must be"),
+        ({"scale_rewards": "prompt"}, "one of group, batch, none"),
+        ({"aggregation": "mean"}, "one of token_mean, sequence_mean; got 'mean'"),
+    ],
+)
+def test_grpo_refuses_what_cannot_work(options, text):
+    with pytest.raises(ValueError, match=text):
+        grpo_loss(*make_batch(), **options)
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
+def test_mismatched_shapes_are_refused_with_both_shapes(loss_fn):
+    log_probs, anchor, rewards, mask = make_batch()
+    with pytest.raises(ValueError, match=r"anchor_log_probs must have shape \(32, 6\).*\(32, 5\)"):
+        loss_fn(log_probs, anchor[:, :5], rewards, mask)
+    with pytest.raises(ValueError, match=r"completion_mask must have shape"):
+        loss_fn(log_probs, anchor, rewards, mask[:8])
+    with pytest.raises(ValueError, match=r"rewards must have shape \(32,\).*\(32, 1\)"):
+        loss_fn(log_probs, anchor, rewards[:, None], mask)
+    with pytest.raises(ValueError, match=r"log_probs must be \[B, T\]"):
+        loss_fn(log_probs[0], anchor[0], rewards[0], mask[0])
+
+
+def test_the_pieces_refuse_groups_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"at least 2 completions in it, got shape \(4, 1\)"):
+        Adpo().score(jnp.zeros((4, 1)))
+    with pytest.raises(ValueError, match=r"\[P, G\] = \(2, 3\)"):
+        Grpo().prepare(jnp.zeros((2, 3)), jnp.ones((3, 2, 5)))
+    with pytest.raises(ValueError, match=r"adaptive_tau_max=1\.0 has no effect"):
+        Adpo(adaptive_tau_max=1.0)
+    with pytest.raises(ValueError, match="adaptive_tau_mode must be one of"):
+        Adpo(adaptive_tau_mode="entropy")
