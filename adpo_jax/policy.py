@@ -8,6 +8,8 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 
 import dataclasses
 import functools
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,10 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import attention, sharding
+from adpo_jax import attention, hf, sharding
 from adpo_jax.attention import Attend, KVCache
+from adpo_jax.hf_config import language_config, model_config
 from adpo_jax.log_probs import token_log_probs
-from adpo_jax.model import REMAT_POLICIES, Decoder, ModelConfig, head_logits, logical_axes
+from adpo_jax.model import (
+    REMAT_POLICIES,
+    Decoder,
+    ModelConfig,
+    head_logits,
+    logical_axes,
+    unrolled_forward,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Policy:
       mesh: devices the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
       hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
+      generation_config: likewise its `generation_config.json`; empty for none.
     """
 
     config: ModelConfig
@@ -40,6 +51,7 @@ class Policy:
     mesh: Mesh | None = None
     gradient_checkpointing: str = "none"
     hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    generation_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if self.gradient_checkpointing not in REMAT_POLICIES:
@@ -50,11 +62,144 @@ class Policy:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
 
+    # --- from and to Hugging Face
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> tuple["Policy", Any]:
+        """A model of a Hugging Face folder or hub name; safetensors only.
+
+        Every tensor is read once, straight into its place on the mesh.
+
+        Args:
+          name: a local folder, or a name on the hub, which is downloaded.
+          dtype: of the computation.
+          param_dtype: of the parameters; `dtype` if None.
+          mesh, gradient_checkpointing: as of `Policy`.
+
+        Returns:
+          (policy, params).
+
+        Raises:
+          ValueError: for a folder or architecture that is not supported, or weights which do not
+            fit it.
+        """
+        folder, config_json, generation_config = hf.load_folder_config(name)
+        policy = cls.abstract_from_config(
+            config_json, dtype, param_dtype, mesh, gradient_checkpointing
+        )
+        policy = dataclasses.replace(policy, generation_config=generation_config)
+        params = hf.load_params(
+            policy.config, policy.abstract_params(), folder, config_json["model_type"]
+        )
+        return policy, params
+
+    @classmethod
+    def from_config(
+        cls,
+        hf_config: Mapping[str, Any],
+        key: jax.Array,
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> tuple["Policy", Any]:
+        """A model with random weights.
+
+        Args:
+          hf_config: the content of a Hugging Face `config.json`, with its `model_type`.
+          key: a JAX random key.
+
+        Returns:
+          (policy, params); the other arguments and errors as of `from_pretrained`.
+        """
+        policy = cls.abstract_from_config(
+            hf_config, dtype, param_dtype, mesh, gradient_checkpointing
+        )
+        return policy, policy.init(key)
+
+    @classmethod
+    def abstract_from_config(
+        cls,
+        hf_config: Mapping[str, Any],
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> "Policy":
+        """The policy alone, without weights: for shapes, compilation and dry runs.
+
+        Arguments and errors as of `from_config`.
+        """
+        hf_config = language_config(hf_config)
+        return cls(
+            config=model_config(hf_config),
+            dtype=dtype,
+            param_dtype=dtype if param_dtype is None else param_dtype,
+            mesh=mesh,
+            gradient_checkpointing=gradient_checkpointing,
+            hf_config=hf_config,
+        )
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        params,
+        tokenizer=None,
+        *,
+        dtype: Any = None,
+        max_shard_size: int = 5 * 10**9,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads.
+
+        The folder appears whole or not at all. On several processes all of them must call this,
+        and process 0 writes.
+
+        Args:
+          params: of this policy, however they are sharded.
+          tokenizer: written too, by its own `save_pretrained`; None for none.
+          dtype: of the weights on disk; the policy's `param_dtype` if None.
+          max_shard_size: bytes of one safetensors file.
+          overwrite: replace a folder that is not empty.
+
+        Raises:
+          ValueError: for a folder that is not empty, parameters that are not of this policy, or a
+            policy that came from no Hugging Face config.
+        """
+        if not self.hf_config:
+            raise ValueError("this policy has no hf_config; make it by Policy.from_config")
+        wanted = jax.tree.map(jnp.shape, self.abstract_params())
+        if jax.tree.map(jnp.shape, params) != wanted:
+            raise ValueError("the parameters have other names or shapes than this policy's")
+        hf.save_folder(
+            folder,
+            params,
+            config=self.config,
+            config_json=self.hf_config,
+            generation_config=self.generation_config,
+            tokenizer=tokenizer,
+            dtype=self.param_dtype if dtype is None else dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+
     # --- parameters
 
     def _decoder(self, attend: Attend) -> Decoder:
         return Decoder(
-            self.config, attend, self.dtype, self.param_dtype, self.mesh, self.gradient_checkpointing
+            self.config,
+            attend,
+            self.dtype,
+            self.param_dtype,
+            self.mesh,
+            self.gradient_checkpointing,
         )
 
     def _init(self, key: jax.Array):
@@ -88,6 +233,7 @@ class Policy:
         """Runs the decoder.
 
         Args:
+          params: the parameter tree; with its layers unstacked into a tuple they run one by one.
           tokens, positions: [B, T] int32.
           kv_cache: carried through `attend`.
           attend: an attention of `adpo_jax.attention`; by default a causal one over the T tokens
@@ -98,7 +244,10 @@ class Policy:
         """
         if attend is None:
             attend = self.self_attention(positions, jnp.ones_like(tokens))
-        return self._decoder(attend).apply({"params": params}, tokens, positions, kv_cache)
+        decoder = self._decoder(attend)
+        if isinstance(params["layers"], tuple):
+            return unrolled_forward(decoder, params, tokens, positions, kv_cache)
+        return decoder.apply({"params": params}, tokens, positions, kv_cache)
 
     def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""

@@ -24,7 +24,8 @@ class Rope:
       low_freq_factor, high_freq_factor: llama3, the wavelengths (as fractions of the original
         length) between which frequencies are interpolated.
       beta_fast, beta_slow: yarn, the same in rotations over the original length.
-      attention_factor: yarn, multiplies cos and sin; None derives it from `factor`.
+      truncate: yarn, whether the range of dimensions between them is rounded to whole ones.
+      attention_factor: yarn, multiplies cos and sin.
       original_length: tokens of context before the stretch.
     """
 
@@ -35,7 +36,8 @@ class Rope:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None
+    truncate: bool = True
+    attention_factor: float = 1.0
     original_length: int = 0
 
     def __post_init__(self):
@@ -72,14 +74,14 @@ class Rope:
             turns = self.original_length / (rotations * 2 * math.pi)
             return head_dim * math.log(turns) / (2 * math.log(self.theta))
 
-        low = max(math.floor(dimension_with(self.beta_fast)), 0)
-        high = min(math.ceil(dimension_with(self.beta_slow)), head_dim - 1)
-        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+        low, high = dimension_with(self.beta_fast), dimension_with(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = high - low if high != low else 0.001
+        ramp = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
         stretched = inverse / self.factor * ramp + inverse * (1 - ramp)
-        scale = self.attention_factor
-        if scale is None:
-            scale = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
-        return stretched.astype(np.float32), float(scale)
+        return stretched.astype(np.float32), float(self.attention_factor)
 
 
 def cos_sin(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array):
