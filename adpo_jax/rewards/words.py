@@ -1,0 +1,70 @@
+"""Answers that are words: a weekday, a name, a choice among (A) to (J), a numeral in some base."""
+
+import re
+
+_COMMAND = re.compile(
+    r"\\(?:text[a-z]{0,6}|mathrm|mathbf|mathit|mbox|hbox|boldsymbol|operatorname)\b"
+)
+_NOISE = re.compile(r"\\[,;:! ()\[\]]|[{}$*`\"]|\\(?:left|right|quad|qquad)\b|~")
+_EDGES = " .,;:!?'"
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer) )?(?:\(([A-Ja-j])\)|([A-Ja-j])(?=$|[).:]))[).:]?(.*)"
+)
+_OTHER_CHOICE = re.compile(r"\([A-Ja-j]\)|\b(?:or|and|not)\b|\b[A-J]\b")
+_BASED = re.compile(
+    r"\(?([0-9A-Za-z]{1,60})\)?_\{?\(?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\)?\}?"
+)
+_BASE_NAMES = dict(
+    zip("two three four five six seven eight nine ten".split(), range(2, 11), strict=True)
+)
+
+
+def words(text: str) -> str:
+    """The bare words of an answer, spaces collapsed."""
+    text = _NOISE.sub(" ", _COMMAND.sub(" ", text))
+    return " ".join(text.split()).strip(_EDGES)
+
+
+def same_words(answer: str, reference: str) -> bool:
+    """Whether two answers say the same; the case matters only for single letters."""
+    a, b = words(answer), words(reference)
+    if not a or not b:
+        return False
+    letter = choice_of(reference)
+    if letter is not None:
+        return choice_of(answer) == letter
+    if a == b:
+        return True
+    a, b = a.casefold(), b.casefold()
+    return len(b) > 2 and a.removeprefix("the ") == b.removeprefix("the ") or a == b == "no"
+
+
+def choice_of(text: str) -> str | None:
+    """The letter of `C`, `(C)`, `C.` or `(C) 15`; None where another letter is named as well."""
+    match = _CHOICE.fullmatch(words(text) if not text.startswith("(") else words(text))
+    if match is None or _OTHER_CHOICE.search(match[3]):
+        return None
+    return (match[1] or match[2]).upper()
+
+
+def based_numeral(text: str) -> tuple[str, int] | None:
+    """The digits and the base of a numeral as `1011_2` or `2B_{12}`, else None."""
+    if "_" not in text:
+        return None
+    match = _BASED.fullmatch(_NOISE_IN_NUMERALS.sub("", _COMMAND.sub("", text)))
+    if match is None:
+        return None
+    digits = match[1].upper()
+    base = _BASE_NAMES[match[2]] if match[2].isalpha() else int(match[2])
+    has_digit = any(c in "0123456789" for c in digits)
+    is_numeral = has_digit and match[1][0] in "0123456789" or (base > 10 and match[1].isupper())
+    if not is_numeral or not 2 <= base <= 36:
+        return None
+    if any(int(c, 36) >= base for c in digits):
+        return None
+    return digits.lstrip("0") or "0", base
+
+
+_NOISE_IN_NUMERALS = re.compile(
+    r"[\s$]|\\[,;!]|\{(?=[^{}]{0,60}\}_)|\}(?=_)|(?<=_)\{(?=\{)|\}(?=\}$)"
+)
