@@ -263,9 +263,7 @@ class Decoder(nn.Module):
         V, D = c.vocab_size, c.hidden_size
         normal = nn.initializers.normal(c.initializer_range)
         embed = self.param("embed", normal, (V, D), self.param_dtype)
-        x = jnp.take(embed, tokens, axis=0).astype(self.dtype)
-        if c.embed_scale:
-            x = x * jnp.asarray(D**0.5, self.dtype)
+        x = embed_tokens(c, embed, tokens, self.dtype)
         x = constrain(x, self.mesh, "batch", "length", None)
 
         layer = Layer
@@ -288,6 +286,33 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.param("head", normal, (D, V), self.param_dtype)
         return x, cache
+
+
+def unrolled_forward(decoder: Decoder, params, tokens, positions, cache=None):
+    """`decoder.apply`, its layers run one by one; the cache may be a tuple with one entry a layer.
+
+    Compile time grows with depth, but no layer's parameters are sliced out of a stack: XLA's CPU
+    compiler copies such a slice before a matrix product, which more than doubles a decode step.
+
+    Args:
+      params: as the decoder's, with `params["layers"]` a tuple of the layers' own trees.
+    """
+    c = decoder.config
+    x = embed_tokens(c, params["embed"], tokens, decoder.dtype)
+    x = constrain(x, decoder.mesh, "batch", "length", None)
+    layer = Layer(c, decoder.attend, decoder.dtype, decoder.param_dtype, decoder.mesh, parent=None)
+    rope_tables = rope_lib.cos_sin(c.ropes, c.head_dim, positions)
+    for i, layer_params in enumerate(params["layers"]):
+        info = LayerInfo(*(leaf[i].item() for leaf in c.layer_info))
+        (x, cache), _ = layer.apply({"params": layer_params}, (x, cache), info, rope_tables)
+    x = rms_norm(x, params["final_norm"], eps=c.norm_eps, plus_one=c.norm_plus_one)
+    return x, cache
+
+
+def embed_tokens(config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+    """Embeddings [B, T, D] of tokens [B, T]."""
+    x = jnp.take(embed, tokens, axis=0).astype(dtype)
+    return x * jnp.asarray(config.hidden_size**0.5, dtype) if config.embed_scale else x
 
 
 def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | None = None):
