@@ -263,7 +263,7 @@ class Grpo:
       clip_low, clip_high: how far the ratio may fall and rise before the gradient stops, > 0.
       beta_anchor_kl: coefficient of the k3 penalty, >= 0.
       scale_rewards: divide by the "group" or "batch" standard deviation (ddof=1), or "none".
-      aggregation: "token_mean" over all tokens of the batch, or "sequence_mean", the mean over
+      loss_aggregation: "token-mean" over all tokens of the batch, or "sequence-mean", the mean over
         completions of the mean over their tokens (as in DeepSeekMath).
       drop_all_failed_prompts, min_reward_std: as in `Adpo`.
 
@@ -274,7 +274,7 @@ class Grpo:
     clip_high: float = 0.2
     beta_anchor_kl: float = 0.0
     scale_rewards: str = "group"
-    aggregation: str = "token_mean"
+    loss_aggregation: str = "token-mean"
     drop_all_failed_prompts: bool = False
     min_reward_std: float = 0.0
 
@@ -286,7 +286,9 @@ class Grpo:
         groups.check_number("beta_anchor_kl", self.beta_anchor_kl, least=0.0)
         groups.check_number("min_reward_std", self.min_reward_std, least=0.0)
         groups.check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        groups.check_choice("aggregation", self.aggregation, ("token_mean", "sequence_mean"))
+        groups.check_choice(
+            "loss_aggregation", self.loss_aggregation, ("token-mean", "sequence-mean")
+        )
 
     def score(self, rewards_PG: jax.Array) -> GrpoScores:
         """Advantages from the rewards, [P, G], of the whole iteration."""
@@ -302,7 +304,7 @@ class Grpo:
         shape = scores.advantages_PG.shape
         groups.check_mask(mask_PGT, shape)
         weights = groups.batch_weights(scores.kept_P, mask_PGT)
-        if self.aggregation == "token_mean":
+        if self.loss_aggregation == "token-mean":
             token_weight_PG = jnp.broadcast_to(weights.kept_token_P[:, None], shape)
         else:
             token_weight_PG = weights.kept_group_P[:, None] / (shape[1] * groups.lengths(mask_PGT))
@@ -417,7 +419,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     beta_anchor_kl: float = 0.0,
     scale_rewards: str = "group",
-    aggregation: str = "token_mean",
+    loss_aggregation: str = "token-mean",
     drop_all_failed_prompts: bool = False,
     min_reward_std: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
@@ -432,7 +434,7 @@ def grpo_loss(
         clip_high=clip_high,
         beta_anchor_kl=beta_anchor_kl,
         scale_rewards=scale_rewards,
-        aggregation=aggregation,
+        loss_aggregation=loss_aggregation,
         drop_all_failed_prompts=drop_all_failed_prompts,
         min_reward_std=min_reward_std,
     )

@@ -303,7 +303,7 @@ def test_length_normalize_divides_each_log_ratio_by_its_tokens():
         Adpo(beta_anchor_kl=0.2, drop_all_failed_prompts=True),
         Adpo(length_normalize=True, scale_rewards="batch"),
         Grpo(beta_anchor_kl=0.2, drop_all_failed_prompts=True, scale_rewards="batch"),
-        Grpo(aggregation="sequence_mean"),
+        Grpo(loss_aggregation="sequence-mean"),
     ],
     ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence"],
 )
@@ -448,13 +448,13 @@ def test_grpo_equals_a_plain_loop_over_tokens():
             kl_totals[row] += 1 / ratio - 1 - math.log(1 / ratio)
     lengths = mask.sum(-1)
     expected = {
-        "token_mean": (totals + beta * kl_totals).sum() / lengths.sum(),
-        "sequence_mean": ((totals + beta * kl_totals) / lengths).mean(),
+        "token-mean": (totals + beta * kl_totals).sum() / lengths.sum(),
+        "sequence-mean": ((totals + beta * kl_totals) / lengths).mean(),
     }
     options = {"clip_low": low, "clip_high": high, "beta_anchor_kl": beta}
     for aggregation, value in expected.items():
         loss, metrics = loss_and_metrics(
-            grpo_loss, log_probs, anchor, rewards, mask, aggregation=aggregation, **options
+            grpo_loss, log_probs, anchor, rewards, mask, loss_aggregation=aggregation, **options
         )
         np.testing.assert_allclose(loss, value, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(metrics["grpo/clip_frac"], clipped / lengths.sum(), rtol=1e-5)
@@ -574,7 +574,7 @@ def test_adpo_refuses_what_cannot_work(options, text):
         ({"beta_anchor_kl": -1}, "beta_anchor_kl must be"),
         ({"min_reward_std": math.nan}, "min_reward_std must be"),
         ({"scale_rewards": "prompt"}, "one of group, batch, none"),
-        ({"aggregation": "mean"}, "one of token_mean, sequence_mean; got 'mean'"),
+        ({"loss_aggregation": "mean"}, "one of token-mean, sequence-mean; got 'mean'"),
     ],
 )
 def test_grpo_refuses_what_cannot_work(options, text):
