@@ -52,6 +52,10 @@ def loss_and_grad(loss_fn, *batch, **options):
     return jitted_grad(loss_fn, **options)(*batch)
 
 
+def targets(rewards, **options):
+    return jitted(target_distribution, **options)(jnp.asarray(rewards))
+
+
 # The facts of the algorithm.
 
 
@@ -67,8 +71,8 @@ def test_the_loss_on_policy_is_log_g_whatever_the_rewards(beta_reward):
 def test_the_gradient_on_policy_is_reinforce_with_an_advantage_that_sums_to_zero():
     log_probs, _, rewards, mask = make_batch()
     _, gradient = loss_and_grad(adpo_loss, log_probs, log_probs, rewards, mask)
-    q_PG = target_distribution(fold(rewards))
-    advantage_PG = (q_PG - 1 / G) / adaptive_tau(q_PG)[:, None]
+    q_PG = targets(fold(rewards))
+    advantage_PG = (q_PG - 1 / G) / jitted(adaptive_tau)(q_PG)[:, None]
     np.testing.assert_allclose(advantage_PG.sum(-1), np.zeros(P), atol=1e-5)
     np.testing.assert_allclose(
         fold(gradient), -advantage_PG[..., None] / P * fold(mask), rtol=1e-5, atol=1e-7
@@ -79,9 +83,7 @@ def test_equal_rewards_give_a_uniform_target_no_gradient_at_the_anchor_and_a_pul
     # 0.1 is not representable: a mean of rounded values would leave a spread of its own.
     rewards = np.full(2 * 6, 0.1, np.float32)
     log_probs, anchor, _, mask = make_batch(prompts=2, group=6)
-    np.testing.assert_array_equal(
-        target_distribution(fold(rewards, 6)), np.full((2, 6), 1 / 6, np.float32)
-    )
+    np.testing.assert_array_equal(targets(fold(rewards, 6)), np.full((2, 6), 1 / 6, np.float32))
     _, at_anchor = loss_and_grad(adpo_loss, anchor, anchor, rewards, mask, num_generations=6)
     np.testing.assert_allclose(at_anchor, 0, atol=1e-7)
 
@@ -132,7 +134,7 @@ def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau):
     rewards_PG = jnp.asarray(rng.random((1, G)), jnp.float32)
     algorithm = Adpo(tau=tau, use_adaptive_tau=False, beta_reward=1.0)
     mask = jnp.ones((1, G, 1))
-    prepared = algorithm.prepare(rewards_PG, mask)
+    prepared = jax.jit(algorithm.prepare)(rewards_PG, mask)
 
     def loss(logits):
         log_pi = jax.nn.log_softmax(logits)
@@ -148,16 +150,16 @@ def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau):
 
 @pytest.mark.parametrize("gap", [1e-3, 1.0, 50.0])
 def test_two_completions_have_the_same_target_whatever_the_gap(gap):
-    q = target_distribution(jnp.array([[2.0 + gap, 2.0]]), beta_reward=0.5)
+    q = targets(jnp.array([[2.0 + gap, 2.0]]), beta_reward=0.5)
     np.testing.assert_allclose(q, [[0.944, 0.056]], atol=5e-4)
 
 
 @pytest.mark.parametrize(("right", "entropy", "tau"), [(7, 0.94, 0.425), (1, 0.08, 0.769)])
 def test_an_easy_prompt_gets_a_sharp_temperature_and_a_hard_one_a_high(right, entropy, tau):
-    q = target_distribution((jnp.arange(8) < right).astype(float)[None])
+    q = targets((jnp.arange(8) < right).astype(float)[None])
     relative = -(q * jnp.log(q)).sum() / math.log(8)
     np.testing.assert_allclose(relative, entropy, atol=5e-3)
-    np.testing.assert_allclose(adaptive_tau(q), [tau], atol=2e-3)
+    np.testing.assert_allclose(jitted(adaptive_tau)(q), [tau], atol=2e-3)
 
 
 # Rewards.
@@ -173,7 +175,7 @@ def test_scale_rewards_divides_by_the_group_the_batch_or_nothing():
     }
     for scale, z in scaled.items():
         expected = jax.nn.softmax(z / 5.0)
-        q = target_distribution(rewards, beta_reward=5.0, scale_rewards=scale)
+        q = targets(rewards, beta_reward=5.0, scale_rewards=scale)
         np.testing.assert_allclose(q, expected, rtol=1e-5, err_msg=scale)
         loss, _ = loss_and_metrics(
             adpo_loss,
@@ -189,13 +191,11 @@ def test_scale_rewards_divides_by_the_group_the_batch_or_nothing():
 def test_batch_scaling_uses_the_whole_iteration_while_normalisers_use_the_mini_batch():
     log_probs, anchor, rewards, mask = folded_batch()
     algorithm = Adpo(scale_rewards="batch")
-    scores = algorithm.score(rewards)
+    scores = jax.jit(algorithm.score)(rewards)
     first = jax.tree.map(lambda leaf: leaf[:2], scores)
     prepared = algorithm.normalise(first, mask[:2])
     np.testing.assert_allclose(prepared.weights.kept_group_P, [0.5, 0.5])
-    np.testing.assert_array_equal(
-        prepared.scores.q_PG, target_distribution(rewards, scale_rewards="batch")[:2]
-    )
+    np.testing.assert_array_equal(prepared.scores.q_PG, targets(rewards, scale_rewards="batch")[:2])
     assert np.abs(algorithm.score(rewards[:2]).q_PG - prepared.scores.q_PG).max() > 1e-3
     loss, _ = algorithm.loss(log_probs[:2], anchor[:2], mask[:2], prepared)
     assert loss > 1.0
@@ -203,10 +203,10 @@ def test_batch_scaling_uses_the_whole_iteration_while_normalisers_use_the_mini_b
 
 def test_a_group_with_less_spread_than_min_reward_std_counts_as_equal():
     rewards = jnp.array([[0.0, -0.01, -0.02, -0.05], [0.0, 1.0, 0.0, 1.0]])
-    q = target_distribution(rewards, min_reward_std=0.1)
+    q = targets(rewards, min_reward_std=0.1)
     np.testing.assert_array_equal(q[0], np.full(4, 0.25, np.float32))
-    np.testing.assert_allclose(q[1], target_distribution(rewards)[1])
-    assert target_distribution(rewards)[0, 0] > 0.5
+    np.testing.assert_allclose(q[1], targets(rewards)[1])
+    assert targets(rewards)[0, 0] > 0.5
 
     log_probs, anchor, _, mask = make_batch(prompts=2, group=4)
     for loss_fn in (adpo_loss, grpo_loss):
@@ -263,7 +263,7 @@ def test_the_policy_entropy_mode_raises_tau_with_entropy_between_its_bounds():
     scores = algorithm.score(rewards, policy_entropy_P=entropy)
     np.testing.assert_allclose(scores.tau_P, [1.2, 1.5, 1.7])
     with pytest.raises(ValueError, match="needs policy_entropy_P"):
-        algorithm.score(rewards)
+        jax.jit(algorithm.score)(rewards)
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(2,\)"):
         algorithm.score(rewards, policy_entropy_P=entropy[:2])
 
@@ -310,7 +310,7 @@ def test_length_normalize_divides_each_log_ratio_by_its_tokens():
 def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
     log_probs, anchor, rewards, mask = folded_batch()
     rewards = rewards.at[1].set(-jnp.arange(G) / 50)  # one failed prompt
-    prepared = algorithm.prepare(rewards, mask)
+    prepared = jax.jit(algorithm.prepare)(rewards, mask)
     whole_fn = jax.jit(jax.value_and_grad(algorithm.loss, has_aux=True))
     (loss, metrics), gradient = whole_fn(log_probs, anchor, mask, prepared)
 
@@ -333,8 +333,9 @@ def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
 def test_the_closed_form_weights_are_the_gradient_however_the_rows_are_split(length_normalize):
     log_probs, anchor, rewards, mask = folded_batch()
     algorithm = Adpo(length_normalize=length_normalize)
-    prepared = algorithm.prepare(rewards, mask)
-    expected = jax.grad(lambda x: algorithm.loss(x, anchor, mask, prepared)[0])(log_probs)
+    prepared = jax.jit(algorithm.prepare)(rewards, mask)
+    gradient_fn = jax.jit(jax.grad(lambda x: algorithm.loss(x, anchor, mask, prepared)[0]))
+    expected = gradient_fn(log_probs)
 
     weights_PG = algorithm.sequence_weights(((log_probs - anchor) * mask).sum(-1), prepared)
     rows = np.random.default_rng(0).permutation(P * G)
