@@ -131,7 +131,7 @@ def _is_wordlike(reference: str) -> bool:
 
 def _same_text(a: Answer, b: Answer) -> bool:
     """For answers outside the grammar: the same words, or the same LaTeX but for spaces."""
-    if same_words(a.text, b.text):
+    if (b.tree is None or _is_wordlike(b.text)) and same_words(a.text, b.text):
         return True
     if a.tokens is None or b.tokens is None:
         return False

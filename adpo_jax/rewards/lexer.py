@@ -77,7 +77,12 @@ def normalise(text: str) -> str:
         text = _SIZES.sub(" ", text)
     if "$" in text:
         text = text.replace("\\$", "\\dollar ").replace("$", " ")
-    return text.strip().rstrip(".").rstrip()
+    text = text.strip().rstrip(".").rstrip()
+    if text.startswith("\\text{") and text.endswith("}") and text.count("{") == 1:
+        inner = text[len("\\text{") : -1]
+        if any(c in "0123456789" for c in inner):
+            return inner.strip()  # `\\text{5 apples}` is no word
+    return text
 
 
 def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
@@ -146,6 +151,8 @@ def _text_token(group: re.Match, glued: bool) -> Token:
         return Token(
             "word" if inner.isalpha() and inner in FUNCTION_WORDS else "text", content, glued
         )
+    if inner.lower() == "infinity":
+        return Token("cmd", "infty", glued)
     if re.fullmatch(_NUMBER, inner) and len(inner) <= MAX_DIGITS:
         return Token("num", inner, glued)
     return Token("text", content, glued)

@@ -43,6 +43,7 @@ _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec": "csc"
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"}
 _INFINITIES = {"infinity", "inf", "Infinity"}
 _END = Token("", "", False)
+_OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
 _TEN = ("num", Fraction(10))
 
 
@@ -62,8 +63,12 @@ def parse(tokens: list[Token]) -> Tree:
 def _split_words(tokens: list[Token]) -> list[Token]:
     """Splits runs of letters into known names and single letters: "xsin" into x and sin."""
     split: list[Token] = []
-    for token in tokens:
+    for i, token in enumerate(tokens):
         word = token.text
+        if word == "U" and 0 < i < len(tokens) - 1:
+            if tokens[i - 1].text in _CLOSING and tokens[i + 1].text in _OPENING:
+                split.append(Token("cmd", "cup", False))
+                continue
         if token.kind != "word" or len(word) == 1 or word in FUNCTION_WORDS or word in _INFINITIES:
             split.append(token)
         elif word.lower() in ("and", "or"):
@@ -190,13 +195,6 @@ class _Parser:
             token = self.peek()
             if token.kind == "cmd" and token.text in _SET_COMMANDS:
                 operator = _SET_COMMANDS[token.text]
-            elif (
-                token.kind == "word"
-                and token.text == "U"
-                and not token.glued
-                and tree[0] == "tuple"
-            ):
-                operator = "union"
             else:
                 return tree
             self.position += 1

@@ -40,6 +40,8 @@ def to_intervals(tree: Tree) -> Intervals | None:
         return _LINE
     if kind == "tuple" and len(tree[3]) == 2:
         low, high = (_end(t) for t in tree[3])
+        if (low.infinity and tree[1] == "[") or (high.infinity and tree[2] == "]"):
+            return None
         low = low._replace(side=int(tree[1] == "("))
         high = high._replace(side=int(tree[2] == "]"))
         return [(low, high)] if _order(low, high) < 0 else None

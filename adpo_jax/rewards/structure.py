@@ -29,7 +29,8 @@ def same_tree(a: Tree, b: Tree) -> bool:
         a = _assigned(a) or a
     elif b[0] == "rel" and a[0] != "rel":
         b = _assigned(b) or b
-    if realset.is_set(a) or realset.is_set(b):
+    same_variables = not symbols(a) or not symbols(b) or symbols(a) == symbols(b)
+    if same_variables and (realset.is_set(a) or realset.is_set(b)):
         left, right = _intervals(a), _intervals(b)
         if left is not None and right is not None:
             return realset.same(left, right)
@@ -84,6 +85,8 @@ def _both_signs(tree: Tree) -> list[Tree]:
 
 def _without_assignments(members: list[Tree]) -> list[Tree]:
     """x = 3, x = 7 as 3, 7; x = 3, y = 4 stay as they are."""
+    if not members:
+        return members
     names = {m[2][0] if m[0] == "rel" and m[1] == ("=",) else None for m in members}
     if len(names) != 1 or None in names:
         # "x = 3, 7" names the variable once.
@@ -159,7 +162,7 @@ def _is_name(tree: Tree) -> bool:
         return True
     if tree[0] == "mul" and tree[1][0] == "sym":
         upper = all(t[0] == "sym" and t[1].isupper() for t in tree[1:])
-        return upper or (tree[1][1][0] in _FUNCTION_NAMES and tree[2][0] in ("sym", "tuple"))
+        return upper or (tree[1][1][0] in _FUNCTION_NAMES and tree[2][0] in ("sym", "num", "tuple"))
     return tree[0] == "tuple" and all(t[0] == "sym" for t in tree[3])
 
 

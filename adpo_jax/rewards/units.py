@@ -22,7 +22,7 @@ _CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit,
 _SHORT = set(_CANONICAL) | set(
     "men day toy egg cup car cow dog cat pie pen bag box bus ant bee pig hen hat cap can jar key "
     "map mug net nut pan pin pot rod rug row set tie tip van way win ice boy guy kid man fan sq per "
-    "age bar bed big bit bow bun job lap leg log old one pea red tax tea new".split()
+    "of age bar bed big bit bow bun job lap leg log old one pea red tax tea new".split()
 )
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -59,6 +59,8 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
     if all(t.kind not in ("text", "word") for t in tokens):
         return tokens, unit
     tokens = _without_label(_scaled(tokens))
+    if unit is None and len(tokens) > 1 and tokens[0].text in ("USD", "EUR", "GBP"):
+        tokens, unit = tokens[1:], _CANONICAL[tokens[0].text]
     for start in range(1, len(tokens)):
         if tokens[start].kind in ("text", "word") and _ends_value(tokens[start - 1]):
             name = _unit_name(tokens[start:])
@@ -76,9 +78,12 @@ def _ends_value(token: Token) -> bool:
 def _scaled(tokens: list[Token]) -> list[Token]:
     scaled: list[Token] = []
     for token in tokens:
-        power = _SCALES.get(token.text.strip().lower()) if token.kind in ("text", "word") else None
+        word = token.text.strip().lower() if token.kind in ("text", "word") else ""
+        power = _SCALES.get(word)
         if power and scaled and _ends_value(scaled[-1]):
             scaled += [Token("op", "*", True), Token("num", "1" + "0" * power, True)]
+        elif word == "percent":
+            scaled.append(Token("op", "%", True))
         else:
             scaled.append(token)
     return scaled
@@ -89,7 +94,7 @@ def _without_label(tokens: list[Token]) -> list[Token]:
     for i, token in enumerate(tokens[:8]):
         if token.kind == "text" and token.text.rstrip().endswith((":", "=", " is", " are")):
             label, end = token.text.rstrip(" :="), i + 1
-        elif i and token.kind == "op" and token.text in ("=", ":"):
+        elif i and token.kind == "op" and token.text == "=":
             label, end = " ".join(t.text for t in tokens[:i]), i + 1
         else:
             if token.kind not in ("text", "word"):
@@ -114,7 +119,8 @@ def _unit_name(tokens: list[Token]) -> str | None:
                 if word in ("/", "^") or (word in ("2", "3") and parts and parts[-1] == "^"):
                     parts.append(word)
                     continue
-                name = _word_name(word.strip(".,()"), token)
+                after_slash = bool(parts) and parts[-1] in ("/", "*")
+                name = _word_name(word.strip(".,()"), token, after_slash)
                 if name is None:
                     return None
                 parts.append(name)
@@ -132,16 +138,17 @@ def _unit_name(tokens: list[Token]) -> str | None:
     for adjective, power in (("square", 2), ("sq", 2), ("cubic", 3)):
         if name.startswith(adjective + " "):
             name = f"{name[len(adjective) + 1 :]} ^ {power}"
-    return name.replace(" ", "")
+    name = name.replace(" ", "")
+    return "mph" if name == "mi/h" else name
 
 
-def _word_name(word: str, token: Token) -> str | None:
+def _word_name(word: str, token: Token, after_slash: bool) -> str | None:
     if not word.isascii() or not word.replace("-", "").isalpha():
         return None
     lower = word.lower()
     if lower in _NO_UNITS or word in FUNCTION_WORDS:
         return None
-    if token.kind == "word":
+    if token.kind == "word" and not after_slash:
         if len(word) == 1 and (token.glued or word not in _SINGLE_LETTERS):
             return None
         if len(word) in (2, 3) and lower not in _SHORT and lower.rstrip("s") not in _SHORT:
