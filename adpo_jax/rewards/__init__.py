@@ -6,9 +6,19 @@
 Nothing here imports JAX or sympy, so that grading workers start quickly and hold no device.
 """
 
-from adpo_jax.rewards.builtin import good_accuracy
+from adpo_jax.rewards.builtin import exact_match, format_reward, good_accuracy, length_penalty
 from adpo_jax.rewards.custom import RewardFunction
 from adpo_jax.rewards.errors import RewardError
-from adpo_jax.rewards.model import RewardModel, Scores
+from adpo_jax.rewards.model import Handle, RewardModel, Scores
 
-__all__ = ["RewardError", "RewardFunction", "RewardModel", "Scores", "good_accuracy"]
+__all__ = [
+    "Handle",
+    "RewardError",
+    "RewardFunction",
+    "RewardModel",
+    "Scores",
+    "exact_match",
+    "format_reward",
+    "good_accuracy",
+    "length_penalty",
+]

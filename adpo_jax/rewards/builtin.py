@@ -3,6 +3,7 @@
 from adpo_jax.rewards.compare import compare
 from adpo_jax.rewards.extract import find_answer, find_reference
 from adpo_jax.rewards.limits import MAX_NGRAM_WORDS
+from adpo_jax.rewards.linear_regex import compile_linear
 
 Completions = list[str] | list[list[dict[str, str]]]
 
@@ -53,10 +54,7 @@ def good_accuracy_counted(
     **columns,
 ) -> tuple[list[float], int]:
     """As good_accuracy, and how many completions held no answer that could be read."""
-    if len(completions) != len(solution):
-        raise ValueError(
-            f"good_accuracy: {len(completions)} completions but {len(solution)} solutions"
-        )
+    _same_length("good_accuracy", completions, solution)
     if ngram_size < 1 or max_penalty > 0 or penalty_scale_factor < 0:
         raise ValueError(
             "good_accuracy: wanted ngram_size >= 1, max_penalty <= 0 and penalty_scale_factor >= 0,"
@@ -80,3 +78,92 @@ def _repetition(text: str, ngram_size: int) -> float:
         return 0.0
     distinct = set(zip(*(words[i:] for i in range(ngram_size))))
     return 1.0 - len(distinct) / count
+
+
+def exact_match(completions: Completions, solution: list, **columns) -> list[float]:
+    """1.0 where the answer found reads like the reference but for spaces, else 0.0.
+
+    Args:
+      completions: N strings, or N chats of which the last message counts.
+      solution: N reference answers, or worked solutions ending in one.
+      **columns: ignored.
+    """
+    _same_length("exact_match", completions, solution)
+    scores = []
+    for text, reference in zip(texts(completions), solution, strict=True):
+        answer = find_answer(text)
+        same = answer and answer.split() == find_reference(reference).split()
+        scores.append(1.0 if same else 0.0)
+    return scores
+
+
+THINK_THEN_ANSWER = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+
+
+def format_reward(
+    completions: Completions, pattern: str = THINK_THEN_ANSWER, **columns
+) -> list[float]:
+    """1.0 where the whole completion matches a pattern, else 0.0, in linear time.
+
+    Args:
+      completions: N strings, or N chats of which the last message counts.
+      pattern: a regular expression without lookaround and backreferences (see
+        `linear_regex.LinearRegex`); `.` matches newlines too.
+      **columns: ignored.
+
+    Raises:
+      ValueError: the pattern cannot be matched in linear time, or is malformed.
+    """
+    automaton = compile_linear(pattern)
+    return [float(automaton.fullmatch(text)) for text in texts(completions)]
+
+
+def length_penalty(
+    completions: Completions,
+    completion_tokens: list[int] | None = None,
+    max_length: int = 1024,
+    buffer_length: int = 256,
+    **columns,
+) -> list[float]:
+    """DAPO's soft overlong penalty: 0 for a completion short enough, down to -1 at max_length.
+
+    0 up to `max_length - buffer_length` tokens, then falling linearly to -1 at `max_length`, and -1
+    beyond.
+
+    Args:
+      completions: N completions.
+      completion_tokens: their lengths in tokens, which the training loop passes.
+      max_length: the length from which on the penalty is -1, in tokens.
+      buffer_length: over how many tokens it grows, 1 to max_length.
+      **columns: ignored.
+
+    Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, equation 13.
+    """
+    if not 1 <= buffer_length <= max_length:
+        raise ValueError(
+            "length_penalty: wanted 1 <= buffer_length <= max_length, "
+            f"got {buffer_length} and {max_length}"
+        )
+    if completion_tokens is None:
+        raise ValueError(
+            "length_penalty needs the column completion_tokens, one length a completion"
+        )
+    _same_length("length_penalty", completions, completion_tokens)
+    start = max_length - buffer_length
+    return [-min(max((n - start) / buffer_length, 0.0), 1.0) or 0.0 for n in completion_tokens]
+
+
+def _same_length(name: str, completions: Completions, column: list) -> None:
+    if len(completions) != len(column):
+        raise ValueError(
+            f"{name}: {len(completions)} completions but {len(column)} values for them"
+        )
+
+
+# The columns that each takes, so that no others are sent to the workers.
+COLUMNS = {
+    "good_accuracy": ("solution",),
+    "exact_match": ("solution",),
+    "format_reward": (),
+    "length_penalty": ("completion_tokens",),
+}

@@ -16,7 +16,7 @@ from adpo_jax.rewards.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.parse import Tree, parse
 from adpo_jax.rewards.structure import same_tree
 from adpo_jax.rewards.units import split_unit
-from adpo_jax.rewards.words import based_numeral, choice_of, same_words
+from adpo_jax.rewards.words import based_numeral, is_choice, same_words
 
 _NUMBER = re.compile(
     r"\\?\$?([-+]?)\\?\$?([0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,60})(\.[0-9]{0,60})?"
@@ -126,7 +126,7 @@ def _same(a: Answer, b: Answer) -> bool:
 
 
 def _is_wordlike(reference: str) -> bool:
-    return choice_of(reference) is not None or reference.isalpha()
+    return is_choice(reference) or reference.isalpha()
 
 
 def _same_text(a: Answer, b: Answer) -> bool:

@@ -1,16 +1,24 @@
-"""Loading reward functions, built-in or from a user's file, and calling them."""
+"""Reward functions, built-in or from a user's file: finding, checking and calling them."""
 
 import asyncio
 import dataclasses
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 from adpo_jax.rewards import builtin
 
-BUILTINS: dict[str, Callable] = {"good_accuracy": builtin.good_accuracy}
+BUILTINS: dict[str, Callable] = {
+    "good_accuracy": builtin.good_accuracy,
+    "exact_match": builtin.exact_match,
+    "format_reward": builtin.format_reward,
+    "length_penalty": builtin.length_penalty,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +38,35 @@ class RewardFunction:
     kwargs: dict = dataclasses.field(default_factory=dict)
 
 
+class Grades(NamedTuple):
+    """What one function gave for N completions.
+
+    parts: N rewards under each part's name, under "" where the function returned a plain list;
+      None where it skipped the sample.
+    unparsed: how many completions held no answer that could be read.
+    """
+
+    parts: dict[str, list[float | None]]
+    unparsed: int = 0
+
+
+class BadReward(ValueError):
+    """What a function returned is no reward; `index` is the sample's place, None for them all."""
+
+    def __init__(self, message: str, index: int | None = None):
+        super().__init__(message)
+        self.index = index
+
+
 def load(function: RewardFunction) -> Callable:
-    """The function itself.
+    """The function itself, checked as far as is possible without a completion.
 
     Raises:
-      ValueError: no such built-in, file or function, a file that does not import, or a keyword
-        that the function does not take.
+      ValueError: no such built-in, file or function, a file that does not import, a keyword that
+        the function does not take, or a setting that a built-in refuses.
     """
+    if not math.isfinite(function.weight):
+        raise ValueError(f"reward function {function.name}: its weight is {function.weight}")
     if function.path is None:
         if function.name not in BUILTINS:
             raise ValueError(
@@ -46,38 +76,105 @@ def load(function: RewardFunction) -> Callable:
         found = BUILTINS[function.name]
     else:
         found = _from_file(Path(function.path), function.name)
-    parameters = inspect.signature(found).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters, takes_any = _parameters(found)
     unknown = [key for key in function.kwargs if key not in parameters]
-    if unknown and not takes_any:
+    if unknown and (not takes_any or function.path is None):
         raise ValueError(
             f"reward function {function.name} takes no keyword {', '.join(unknown)}; "
             f"it takes {', '.join(parameters)}"
         )
+    if function.path is None:
+        columns = {name: [] for name in builtin.COLUMNS[function.name]}
+        found([], **columns, **function.kwargs)
     return found
+
+
+def grade(
+    found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
+) -> Grades:
+    """Calls a reward function, with those columns that it takes, and checks what it returns.
+
+    Args:
+      found: what `load` gave for the function.
+      function: its settings.
+      completions: N strings.
+      columns: N values under each name.
+
+    Raises:
+      BadReward: not N rewards, or one that is no finite number.
+      Exception: whatever the function raises.
+    """
+    if found is builtin.good_accuracy:
+        scores, unparsed = builtin.good_accuracy_counted(
+            completions, columns["solution"], **function.kwargs
+        )
+        return Grades({"": scores}, unparsed)
+    result = call(found, function, completions, columns)
+    if inspect.isawaitable(result):
+        result = asyncio.run(_awaited(result))
+    return checked(result, len(completions))
+
+
+def call(
+    found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
+):
+    """Calls a reward function; of an async one the result is still to be awaited."""
+    parameters, takes_any = _parameters(found)
+    both = columns.keys() & function.kwargs.keys()
+    if both:
+        raise ValueError(f"{', '.join(both)} is a data column and a reward keyword: rename one")
+    keywords = {k: v for k, v in columns.items() if takes_any or k in parameters}
+    chats = [[{"role": "assistant", "content": text}] for text in completions]
+    return found(chats, **keywords, **function.kwargs)
+
+
+def checked(result, count: int) -> Grades:
+    """What a function returned, as Grades.
+
+    Raises:
+      BadReward: not `count` rewards, or one that is no finite number.
+    """
+    parts = result if isinstance(result, dict) else {"": result}
+    if not parts:
+        raise BadReward("returned an empty dict")
+    return Grades({str(name): _numbers(values, count) for name, values in parts.items()})
+
+
+def _numbers(values, count: int) -> list[float | None]:
+    try:
+        values = values.tolist() if hasattr(values, "tolist") else list(values)
+    except TypeError:
+        values = None
+    if values is None or isinstance(values, (int, float)) or len(values) != count:
+        got = "no list" if not isinstance(values, list) else f"{len(values)}"
+        raise BadReward(f"wanted a list of {count} rewards, got {got}")
+    numbers: list[float | None] = []
+    for i, value in enumerate(values):
+        if value is not None:
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                raise BadReward(f"the reward of sample {i} is {value!r:.100}", i) from None
+            if not math.isfinite(value):
+                raise BadReward(f"the reward of sample {i} is {value}", i)
+        numbers.append(value)
+    return numbers
+
+
+async def _awaited(awaitable):
+    return await awaitable
+
+
+def _parameters(found: Callable) -> tuple[dict, bool]:
+    parameters = inspect.signature(found).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}, takes_any
 
 
 def _from_file(path: Path, name: str) -> Callable:
     if not path.is_file():
         raise ValueError(f"reward function {name}: no file {path}")
-    module_name = f"_adpo_reward_{path.stem}_{abs(hash(str(path.resolve())))}"
-    module = sys.modules.get(module_name)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"reward function {name}: {path} is no Python file (.py)")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # dataclasses and pickles in the file look it up
-        folder = str(path.resolve().parent)
-        if folder not in sys.path:
-            sys.path.append(folder)  # so that the file may import its neighbours
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise ValueError(
-                f"reward function {name}: importing {path} failed: {type(error).__name__}: {error}"
-            ) from error
+    module = _import(path, name)
     found = getattr(module, name, None)
     if not callable(found):
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
@@ -88,17 +185,23 @@ def _from_file(path: Path, name: str) -> Callable:
     return found
 
 
-def call(found: Callable, completions: list[str], columns: dict[str, list], kwargs: dict):
-    """Calls a reward function with those columns that it takes; runs it if it is async."""
-    parameters = inspect.signature(found).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    keywords = {k: v for k, v in columns.items() if (takes_any or k in parameters)} | kwargs
-    chats = [[{"role": "assistant", "content": text}] for text in completions]
-    result = found(chats, **keywords)
-    if inspect.isawaitable(result):
-        result = asyncio.run(_awaited(result))
-    return result
-
-
-async def _awaited(awaitable):
-    return await awaitable
+def _import(path: Path, name: str) -> ModuleType:
+    path = path.resolve()
+    module_name = f"_reward_{path.stem}_{abs(hash((str(path), path.stat().st_mtime_ns)))}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"reward function {name}: {path} is no Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickles in the file look it up
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that the file may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[module_name]
+        raise ValueError(
+            f"reward function {name}: importing {path} failed: {type(error).__name__}: {error}"
+        ) from error
+    return module

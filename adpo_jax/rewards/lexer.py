@@ -15,9 +15,17 @@ class Unreadable(ValueError):
 
 
 class Token(NamedTuple):
-    kind: str  # "num", "word" (letters), "cmd" (LaTeX, no backslash), "op", "text" (of \\text{...}), "begin", "end"
+    """A piece of an answer.
+
+    kind: "num", "repeat" (a repeating decimal), "word" (letters), "cmd" (LaTeX, without its
+      backslash), "op", "text" (what \\text{} holds), "begin" and "end" (of an environment, whose name
+      is the text).
+    glued: no space stands before it.
+    """
+
+    kind: str
     text: str
-    glued: bool  # no space before it
+    glued: bool
 
 
 _UNICODE = {
@@ -50,7 +58,7 @@ _LEX = re.compile(
     r"(?P<space>(?:[ ~]|\\[,;:!> ]|\\q?quad(?![A-Za-z])|\\hspace\{[^{}]{0,20}\})+)"
     + rf"|(?P<grouped>{_GROUPS % _SAFE_SEPARATOR}|{_GROUPS % ' '}(?! ?/))"
     + rf"|(?P<commas>{_GROUPS % ','})"
-    + rf"|(?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar)(?:\{{[0-9]+\}}|[0-9]))"
+    + r"|(?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar)(?:\{[0-9]+\}|[0-9]))"
     + rf"|(?P<num>{_NUMBER}(?:[eE][-+]?[0-9]{{1,4}}(?![0-9A-Za-z.]))?)"
     + r"|(?P<env>\\(?:begin|end)\{[A-Za-z]{1,12}\})"
     + r"|(?P<cmd>\\[A-Za-z]+|\\[{}%$|&#_\\])"

@@ -56,7 +56,9 @@ def to_intervals(tree: Tree) -> Intervals | None:
         return _intersection(left, right if kind == "intersection" else _complement(right))
     if kind == "or":
         parts = [to_intervals(t) for t in tree[1]]
-        return None if None in parts or not _all_relations(tree[1]) else _union(sum(parts, []))
+        if None in parts or not _all_relations(tree[1]):
+            return None
+        return _union([interval for part in parts for interval in part])
     if kind == "list" and _all_relations(tree[1]):
         result = _LINE
         for part in tree[1]:

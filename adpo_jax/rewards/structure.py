@@ -171,7 +171,7 @@ def _assigned(tree: Tree) -> Tree | None:
     if tree[0] != "rel" or len(tree[2]) != 2 or tree[1] not in (("=",), ("in",), ("~",)):
         return None
     left, right = tree[2]
-    if not _is_name(left) or symbols(left) & symbols(right) and left[0] == "sym":
+    if not _is_name(left) or (symbols(left) & symbols(right) and left[0] == "sym"):
         return None
     return right
 

@@ -19,28 +19,31 @@ _SYNONYMS = {
     "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne",
 }  # fmt: skip
 _CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit, *names.split())}
-_SHORT = set(_CANONICAL) | set(
-    "men day toy egg cup car cow dog cat pie pen bag box bus ant bee pig hen hat cap can jar key "
-    "map mug net nut pan pin pot rod rug row set tie tip van way win ice boy guy kid man fan sq per "
-    "of age bar bed big bit bow bun job lap leg log old one pea red tax tea new".split()
-)
+_SHORT_NOUNS = """
+    men day toy egg cup car cow dog cat pie pen bag box bus ant bee pig hen hat cap can jar
+    key map mug net nut pan pin pot rod rug row set tie tip van way win ice boy guy kid man
+    fan sq per of age bar bed big bit bow bun job lap leg log old one pea red tax tea new
+"""
+_SHORT = set(_CANONICAL) | set(_SHORT_NOUNS.split())
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp"}
 # Words that say something about the value rather than what is counted.
-_NO_UNITS = set(
-    "and or not nor no none never to too between among if but maybe perhaps probably possibly either neither than "
-    "more less fewer about approximately approx around roughly almost nearly plus minus times over under "
-    "divided multiplied by is are was be equals equal half quarter third dozen dozens percent wrong "
-    "right correct incorrect false true answer something anything any all both except otherwise "
-    "else when where for with without then so thus therefore because since i think guess hope it "
-    "this that these those which who what as like ish least most up down at from until till only "
-    "just also another other instead rather versus vs even odd unknown undefined question reference "
-    "one two three four five six seven eight nine ten eleven twelve twenty mod modulo remainder "
-    "tenth tenths hundredth hundredths thousandth thousandths squared cubed power base factorial "
-    "hundreds thousands millions billions choose ways? however actually wait sorry could would "
-    "should may might can cannot will now final solution value number in".split()
-) - {"in", "ways?"}  # fmt: skip
+_NOT_COUNTED = """
+    and or not nor no none never to too between among if but maybe perhaps probably possibly
+    either neither than more less fewer about approximately approx around roughly almost
+    nearly plus minus times over under divided multiplied by is are was be equals equal half
+    quarter third dozen dozens percent wrong right correct incorrect false true answer
+    something anything any all both except otherwise else when where for with without then so
+    thus therefore because since i think guess hope it this that these those which who what as
+    like ish least most up down at from until till only just also another other instead rather
+    versus vs even odd unknown undefined question reference one two three four five six seven
+    eight nine ten eleven twelve twenty mod modulo remainder tenth tenths hundredth hundredths
+    thousandth thousandths squared cubed power base factorial hundreds thousands millions
+    billions choose however actually wait sorry could would should may might can cannot will
+    now final solution value number
+"""
+_NO_UNITS = set(_NOT_COUNTED.split())
 
 
 def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:

@@ -14,9 +14,10 @@ _OTHER_CHOICE = re.compile(r"\([A-Ja-j]\)|\b(?:or|and|not)\b|\b[A-J]\b")
 _BASED = re.compile(
     r"\(?([0-9A-Za-z]{1,60})\)?_\{?\(?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\)?\}?"
 )
-_BASE_NAMES = dict(
-    zip("two three four five six seven eight nine ten".split(), range(2, 11), strict=True)
-)
+_BASE_NAMES = {
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10,
+}  # fmt: skip
 
 
 def words(text: str) -> str:
@@ -30,21 +31,25 @@ def same_words(answer: str, reference: str) -> bool:
     a, b = words(answer), words(reference)
     if not any(c.isalpha() for c in b):
         return False  # numbers have their own comparison, which nothing here may loosen
-    letter = choice_of(reference)
-    if letter is not None:
-        return choice_of(answer) == letter
+    if is_choice(reference):
+        return choice_of(answer) == choice_of(reference)
     if a == b:
         return True
     a, b = a.casefold(), b.casefold()
-    return len(b) > 2 and a.removeprefix("the ") == b.removeprefix("the ") or a == b == "no"
+    return (len(b) > 2 and a.removeprefix("the ") == b.removeprefix("the ")) or a == b == "no"
 
 
 def choice_of(text: str) -> str | None:
     """The letter of `C`, `(C)`, `C.` or `(C) 15`; None where another letter is named as well."""
-    match = _CHOICE.fullmatch(words(text) if not text.startswith("(") else words(text))
+    match = _CHOICE.fullmatch(words(text))
     if match is None or _OTHER_CHOICE.search(match[3]):
         return None
     return (match[1] or match[2]).upper()
+
+
+def is_choice(reference: str) -> bool:
+    """Whether a reference is the capital letter of a choice."""
+    return choice_of(reference) is not None and not any(c.islower() for c in words(reference))
 
 
 def based_numeral(text: str) -> tuple[str, int] | None:
@@ -57,7 +62,7 @@ def based_numeral(text: str) -> tuple[str, int] | None:
     digits = match[1].upper()
     base = _BASE_NAMES[match[2]] if match[2].isalpha() else int(match[2])
     has_digit = any(c in "0123456789" for c in digits)
-    is_numeral = has_digit and match[1][0] in "0123456789" or (base > 10 and match[1].isupper())
+    is_numeral = (has_digit and match[1][0] in "0123456789") or (base > 10 and match[1].isupper())
     if not is_numeral or not 2 <= base <= 36:
         return None
     if any(int(c, 36) >= base for c in digits):

@@ -1,0 +1,326 @@
+"""Worker processes that grade under a deadline.
+
+Each worker belongs to one thread of the run, which starts it when there is first something to do,
+hands it a chunk of completions, and reads one reply a completion. No reply within the deadline: the
+worker is killed with all its children, that completion counts as killed, a fresh worker takes the
+rest. A worker that dies by itself is replaced likewise, and its completion tried once more.
+"""
+
+import atexit
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from adpo_jax.rewards import wire
+from adpo_jax.rewards.custom import RewardFunction
+
+_START_TIMEOUT_S = 300.0  # a user's file may import much
+_MAX_CHUNK = 64
+
+
+class Chunk(NamedTuple):
+    """Completions to grade with one of the functions."""
+
+    job: "Job"
+    function: int
+    positions: list[int]
+    completions: list[str]
+    columns: dict[str, list]
+
+
+class Job:
+    """The grading of a batch: outcomes arrive in any order."""
+
+    def __init__(self, num_chunks: int):
+        # Of each function and position: the worker's reply.
+        self.outcomes: dict[tuple[int, int], dict] = {}
+        self.error: Exception | None = None
+        self._left = num_chunks
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        if not num_chunks:
+            self._done.set()
+
+    @property
+    def is_over(self) -> bool:
+        return self._done.is_set()
+
+    def finish_chunk(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._done.set()
+
+    def stop(self) -> None:
+        """Ends the job early: an outcome says why."""
+        self._done.set()
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            self.error = self.error or error
+            self._done.set()
+
+    def wait(self) -> None:
+        """Waits until all outcomes are there or the job has stopped. Raises why it failed."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class WorkerPool:
+    """Processes that run reward functions; safe to use from any thread.
+
+    Args:
+      functions: what the workers run.
+      num_workers: how many, at least 1.
+      timeout_s: seconds for one completion in one function.
+      memory_limit_mb: of each worker, in MiB; None for no limit.
+      recycle_after: completions after which a worker is replaced by a fresh one, which bounds what
+        a leak can hold.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        num_workers: int,
+        timeout_s: float,
+        memory_limit_mb: int | None = 4096,
+        recycle_after: int = 100_000,
+    ):
+        if num_workers < 1 or timeout_s <= 0 or recycle_after < 1:
+            raise ValueError(
+                "wanted num_workers >= 1, timeout_s > 0 and recycle_after >= 1, "
+                f"got {num_workers}, {timeout_s} and {recycle_after}"
+            )
+        self._settings = (list(functions), timeout_s, memory_limit_mb)
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._recycle_after = recycle_after
+        self._queue: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._workers: set[_Worker] = set()
+        self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
+        self._closed = False
+        atexit.register(self.close)
+
+    def check(self) -> None:
+        """Starts a worker, which loads the functions. Raises ValueError where that fails."""
+        job = Job(1)
+        self._enqueue([Chunk(job, 0, [], [], {})], job)
+        job.wait()
+
+    def submit(
+        self, completions: list[str], columns: dict[str, list], wanted: list[tuple[str, ...] | None]
+    ) -> Job:
+        """Starts grading a batch with every function.
+
+        Args:
+          completions: N strings.
+          columns: N values under each name.
+          wanted: of each function the columns it takes, None for all.
+
+        Raises:
+          ValueError: a column cannot be sent to another process.
+        """
+        size = max(1, min(_MAX_CHUNK, len(completions) // (4 * self._num_workers)))
+        starts = range(0, len(completions), size)
+        job = Job(len(starts) * len(wanted))
+        chunks = []
+        for function, names in enumerate(wanted):
+            taken = columns if names is None else {n: columns[n] for n in names if n in columns}
+            _refuse_unpicklable(taken)
+            for start in starts:
+                part = slice(start, start + size)
+                positions = list(range(*part.indices(len(completions))))
+                sliced = {name: list(values[part]) for name, values in taken.items()}
+                chunks.append(Chunk(job, function, positions, completions[part], sliced))
+        self._enqueue(chunks, job)
+        return job
+
+    def worker_ids(self) -> list[int]:
+        """The process ids of the live workers."""
+        with self._lock:
+            return [worker.process.pid for worker in self._workers]
+
+    def close(self) -> None:
+        """Kills the workers; what is not graded by then fails. May be called again."""
+        with self._lock:
+            self._closed = True
+            workers, threads, jobs = set(self._workers), self._threads, list(self._jobs)
+            self._threads = []
+        for job in jobs:
+            if not job.is_over:
+                job.fail(RuntimeError("the reward workers were closed while grading"))
+        for _ in threads:
+            self._queue.put(None)
+        for worker in workers:
+            worker.kill()
+        for thread in threads:
+            thread.join()
+        atexit.unregister(self.close)
+
+    def _enqueue(self, chunks: list[Chunk], job: Job) -> None:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the reward workers are closed")
+            self._jobs.add(job)
+            while len(self._threads) < self._num_workers:
+                thread = threading.Thread(target=self._serve, name="reward-worker", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        for chunk in chunks:
+            self._queue.put(chunk)
+
+    def _serve(self) -> None:
+        """What a thread does: grades chunks with a worker of its own."""
+        worker: _Worker | None = None
+        while (chunk := self._queue.get()) is not None:
+            try:
+                worker = self._grade(worker, chunk)
+                chunk.job.finish_chunk()
+            except Exception as error:
+                self._retire(worker)
+                worker = None
+                chunk.job.fail(error)
+            del chunk
+        self._retire(worker)
+
+    def _grade(self, worker: "_Worker | None", chunk: Chunk) -> "_Worker | None":
+        """Grades a chunk; gives the worker to go on with, None where it had to be killed."""
+        places = {position: i for i, position in enumerate(chunk.positions)}  # still to grade
+        deaths: dict[int, int] = {}
+        while not chunk.job.is_over:
+            if worker is not None and worker.served >= self._recycle_after:
+                self._retire(worker)
+                worker = None
+            if worker is None:
+                worker = self._start()
+            if not places:
+                break
+            try:
+                if not self._ask(worker, chunk, places):
+                    chunk.job.stop()
+                    self._retire(worker)  # it is still busy with the rest
+                    return None
+            except (TimeoutError, OSError) as error:
+                timed_out = isinstance(error, TimeoutError)
+                self._retire(worker)
+                worker = None
+                if self._closed:
+                    raise RuntimeError("the reward workers were closed while grading") from None
+                first = next(iter(places))
+                deaths[first] = deaths.get(first, 0) + 1
+                if timed_out or deaths[first] > 1:
+                    del places[first]
+                    killed = {"killed": "timeouts" if timed_out else "crashes"}
+                    chunk.job.outcomes[chunk.function, first] = killed
+        return worker
+
+    def _ask(self, worker: "_Worker", chunk: Chunk, places: dict[int, int]) -> bool:
+        """Has a worker grade what is left of a chunk, taking each reply off `places`.
+
+        Returns:
+          False when a function failed, at which the run is to stop.
+        """
+        rows = list(places.values())
+        message = (
+            chunk.function,
+            list(places),
+            [chunk.completions[i] for i in rows],
+            {name: [values[i] for i in rows] for name, values in chunk.columns.items()},
+        )
+        deadline_s = 1.1 * self._timeout_s + 0.1  # the rest is for what is not the function's own
+        wire.send_pickle(worker.connection, message, deadline_s)
+        while places:
+            reply = wire.receive_json(worker.connection, deadline_s)
+            worker.served += 1
+            position = reply.pop("position")
+            chunk.job.outcomes[chunk.function, position] = reply
+            del places[position]
+            if "error" in reply:
+                return False
+        return True
+
+    def _start(self) -> "_Worker":
+        worker = _Worker()
+        with self._lock:
+            closed = self._closed
+            self._workers.add(worker)
+        if closed:
+            self._retire(worker)
+            raise RuntimeError("the reward workers are closed")
+        try:
+            wire.send_pickle(worker.connection, self._settings, _START_TIMEOUT_S)
+            reply = wire.receive_json(worker.connection, _START_TIMEOUT_S)
+        except OSError as error:
+            self._retire(worker)
+            raise RuntimeError(
+                f"a reward worker did not start ({type(error).__name__}); importing the reward "
+                "functions' files may have ended it"
+            ) from error
+        if "refused" in reply:
+            self._retire(worker)
+            raise ValueError(reply["refused"])
+        return worker
+
+    def _retire(self, worker: "_Worker | None") -> None:
+        if worker is not None:
+            worker.kill()
+            worker.connection.close()
+            with self._lock:
+                self._workers.discard(worker)
+
+
+class _Worker:
+    """A process and the socket to it."""
+
+    def __init__(self):
+        self.served = 0
+        self.connection, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from adpo_jax.rewards.worker import main; main({theirs.fileno()}, {os.getpid()})"
+        )
+        # A worker that imports JAX must not take the run's accelerator, nor all of the cores.
+        environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ
+        environment["JAX_PLATFORMS"] = "cpu"
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=environment,
+            )
+
+    def kill(self) -> None:
+        """Kills the process with its children and waits for it. May be called from any thread."""
+        if self.process.returncode is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a reply
+
+
+def _refuse_unpicklable(columns: dict[str, list]) -> None:
+    for name, values in columns.items():
+        try:
+            pickle.dumps(values[:1], pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise ValueError(
+                f"column {name!r} cannot be sent to the reward workers: {error}; "
+                "drop it or grade in process (num_workers 0)"
+            ) from error

@@ -1,0 +1,113 @@
+"""A grading worker: a process that runs reward functions for `pool.WorkerPool`.
+
+It is a fresh interpreter (no fork, so none of the run's threads, devices or locks), in a session of
+its own, under a memory limit, and it ends when the run does.
+"""
+
+import asyncio
+import ctypes
+import inspect
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+
+from adpo_jax.rewards import custom, wire
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(descriptor: int, parent: int) -> None:
+    """Serves the run over a socket until it closes."""
+    _end_with(parent)
+    connection = socket.socket(fileno=descriptor)
+    try:
+        functions, timeout_s, memory_limit_mb = wire.receive_pickle(connection)
+        if memory_limit_mb and sys.platform == "linux":
+            limit = memory_limit_mb << 20
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        found = _load(functions, connection)
+        while found is not None:
+            index, positions, completions, columns = wire.receive_pickle(connection)
+            serve = _serve_together if _is_async(found[index]) else _serve
+            serve(connection, found[index], functions[index], positions, completions, columns,
+                  timeout_s)  # fmt: skip
+    except ConnectionError:
+        pass
+
+
+def _is_async(found) -> bool:
+    return inspect.iscoroutinefunction(found)
+
+
+def _load(functions: list, connection: socket.socket) -> list | None:
+    try:
+        found = [custom.load(function) for function in functions]
+    except ValueError as error:
+        wire.send_json(connection, {"refused": str(error)})
+        return None
+    wire.send_json(connection, {"ready": True})
+    return found
+
+
+def _serve(connection, found, function, positions, completions, columns, timeout_s) -> None:
+    """Grades completions one after the other, reporting each as it is done."""
+    for i, position in enumerate(positions):
+        one = {name: values[i : i + 1] for name, values in columns.items()}
+        try:
+            grades = custom.grade(found, function, completions[i : i + 1], one)
+            reply = {"parts": grades.parts, "unparsed": grades.unparsed}
+        except MemoryError:
+            reply = {"killed": "crashes"}
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            reply = _failure(error)
+        wire.send_json(connection, reply | {"position": position})
+
+
+def _serve_together(
+    connection, found, function, positions, completions, columns, timeout_s
+) -> None:
+    """Grades completions with an async function, all waiting at the same time."""
+
+    async def grade_one(i: int) -> None:
+        one = {name: values[i : i + 1] for name, values in columns.items()}
+        try:
+            awaitable = custom.call(found, function, completions[i : i + 1], one)
+            result = await asyncio.wait_for(awaitable, timeout_s)
+            reply = {"parts": custom.checked(result, 1).parts, "unparsed": 0}
+        except TimeoutError:
+            reply = {"killed": "timeouts"}
+        except MemoryError:
+            reply = {"killed": "crashes"}
+        except (Exception, SystemExit) as error:
+            reply = _failure(error)
+        wire.send_json(connection, reply | {"position": positions[i]})
+
+    async def grade_all() -> None:
+        await asyncio.gather(*(grade_one(i) for i in range(len(positions))))
+
+    asyncio.run(grade_all())
+
+
+def _failure(error: BaseException) -> dict:
+    if isinstance(error, custom.BadReward):
+        return {"error": str(error), "traceback": ""}
+    text = "".join(traceback.format_exception(error))
+    return {"error": f"{type(error).__name__}: {error}", "traceback": text[-20_000:]}
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the run does: at once on Linux, within a second elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
