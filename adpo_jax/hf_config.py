@@ -131,6 +131,7 @@ ONLY_VALUE = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal
 
 # Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
 # transformers runs the model (`pretraining_tp` reorders the same sums) and generates.
+# `sliding_window_size` stands beside `sliding_window` in the first Gemma 2 configs.
 HARMLESS = {
     "architectures",
     "auto_map",
@@ -148,6 +149,7 @@ HARMLESS = {
     "pretraining_tp",
     "return_dict",
     "sep_token_id",
+    "sliding_window_size",
     "task_specific_params",
     "tokenizer_class",
     "torch_dtype",

@@ -262,6 +262,8 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
         if abstract.sharding is not None:
             # The same layout; in the words of the table too, which jit's cache compares.
             param = jax.device_put(param, abstract.sharding)
+        # One parameter at a time in host memory: transfers would otherwise pile up.
+        param.block_until_ready()
         (params["layers"] if leaf.stacked else params)[leaf.path[-1]] = param
         finite.append(finite_per_tensor)
     bad = [
