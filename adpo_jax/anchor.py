@@ -1,0 +1,75 @@
+"""The anchor: the policy that the loss measures log-ratios against.
+
+    on_policy     the parameters at the start of the iteration; nothing is kept
+    fixed         the initial parameters
+    ema           an exponential moving average of the policy, moved once an iteration
+    kl_triggered  a copy, renewed whenever the policy has drifted a given KL away from it
+
+Source: Wang 2025, arXiv 2510.18913.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+MODES = ("on_policy", "fixed", "ema", "kl_triggered")
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """How the anchor follows the policy.
+
+    Attributes:
+      mode: one of `MODES`.
+      ema_alpha: ema, the weight of the old anchor, in [0, 1].
+      kl_threshold: kl_triggered, nats a token.
+    """
+
+    mode: str = "on_policy"
+    ema_alpha: float = 0.99
+    kl_threshold: float = 0.1
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"anchor.mode is one of {MODES}, given {self.mode!r}")
+        if not 0.0 <= self.ema_alpha <= 1.0:
+            raise ValueError(f"anchor.ema_alpha is in [0, 1], given {self.ema_alpha}")
+        if self.kl_threshold <= 0.0:
+            raise ValueError(f"anchor.kl_threshold is > 0 nats a token, given {self.kl_threshold}")
+
+    @property
+    def keeps_params(self) -> bool:
+        """Whether a second copy of the parameters is held."""
+        return self.mode != "on_policy"
+
+    def init(self, params):
+        """The first anchor: a copy (the state it comes from is donated), or None."""
+        return _copy(params) if self.keeps_params else None
+
+    def refresh(self, anchor_params, params, *, measured_kl: float):
+        """The anchor of the next iteration.
+
+        Args:
+          measured_kl: nats a token between the policy and the anchor, as just measured.
+
+        Returns:
+          (anchor parameters, whether they were renewed).
+        """
+        if self.mode == "ema":
+            return _moving_average(anchor_params, params, self.ema_alpha), True
+        if self.mode == "kl_triggered" and measured_kl > self.kl_threshold:
+            return _copy(params), True
+        return anchor_params, False
+
+
+@jax.jit
+def _copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+@jax.jit
+def _moving_average(anchor_params, params, alpha):
+    return jax.tree.map(
+        lambda a, p: (alpha * a + (1.0 - alpha) * p).astype(a.dtype), anchor_params, params
+    )

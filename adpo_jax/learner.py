@@ -1,0 +1,162 @@
+"""One iteration's learning: anchor log-probs, then optimizer steps over mini-batches of prompts.
+
+One optimizer step an iteration under the on-policy anchor costs no anchor forward: the anchor is
+the policy of that very step. Everything else costs one.
+
+Letters: P prompts, G completions of a prompt, T completion tokens.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adpo_jax import losses, update
+from adpo_jax.anchor import Anchor
+from adpo_jax.config import BatchPlan
+from adpo_jax.policy import Policy
+from adpo_jax.sharding import BatchSharding
+from adpo_jax.update import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Turns a scored batch of completions into a new state.
+
+    Attributes:
+      algorithm: `losses.Adpo` or `losses.Grpo`.
+      schedule: the optimizer's learning rate by optimizer step, for the log.
+      temperature: of the sampler.
+      seed: of the order of prompts over mini-batches.
+    """
+
+    policy: Policy
+    algorithm: losses.Adpo | losses.Grpo
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    anchor: Anchor
+    plan: BatchPlan
+    temperature: float = 1.0
+    seed: int = 0
+
+    @functools.cached_property
+    def _update(self) -> Callable:
+        return update.make_update(
+            self.policy,
+            self.algorithm,
+            self.optimizer,
+            num_micro=self.plan.num_micro,
+            temperature=self.temperature,
+        )
+
+    @functools.cached_property
+    def _log_probs(self) -> Callable:
+        num_micro = self.plan.num_prompts // self.plan.micro_prompts
+        return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
+
+    @property
+    def _tau_follows_entropy(self) -> bool:
+        return (
+            isinstance(self.algorithm, losses.Adpo)
+            and self.algorithm.use_adaptive_tau
+            and self.algorithm.adaptive_tau_mode == "policy_entropy"
+        )
+
+    @property
+    def needs_anchor_forward(self) -> bool:
+        """Whether an iteration runs the anchor over its completions."""
+        one_step = self.plan.updates_per_iteration == 1
+        return self.anchor.keeps_params or not one_step or self._tau_follows_entropy
+
+    def init_state(self, params) -> TrainState:
+        """The state before the first iteration; it takes `params` over."""
+        return update.init_state(self.policy, params, self.optimizer, self.anchor.init(params))
+
+    def learn(
+        self, state: TrainState, batch: Batch, rewards_PG: np.ndarray
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One iteration.
+
+        Args:
+          state: donated.
+          batch: P prompts with their G completions each, host arrays.
+          rewards_PG: [P, G] float32.
+
+        Returns:
+          The new state, one iteration on, and the iteration's metrics.
+
+        Raises:
+          FloatingPointError: for a loss or gradient that is not finite.
+        """
+        step = int(state.step)
+        anchor_log_probs, entropy_P = self._anchor_forward(state, batch)
+        kwargs = {"policy_entropy_P": entropy_P} if self._tau_follows_entropy else {}
+        scores = jax.device_get(self.algorithm.score(jnp.asarray(rewards_PG), **kwargs))
+
+        history = []
+        whole = (batch, scores, anchor_log_probs)
+        for rows in self._mini_batches(step):
+            part = whole if rows is None else jax.tree.map(lambda x, r=rows: x[r], whole)
+            state, metrics = self._update(state, *self.put(part))
+            history.append(jax.device_get(metrics))
+        metrics = _iteration_metrics(history)
+        _check_finite(metrics, step)
+        metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
+
+        anchor_params, renewed = self.anchor.refresh(
+            state.anchor_params, state.params, measured_kl=self._measured_kl(history)
+        )
+        metrics["anchor/renewed"] = float(renewed)
+        return state.replace(step=state.step + 1, anchor_params=anchor_params), metrics
+
+    def _anchor_forward(self, state: TrainState, batch: Batch):
+        """Anchor log-probs [P, G, T] and mean token entropy [P] over log V; None where unneeded."""
+        if not self.needs_anchor_forward:
+            return None, None
+        params = state.anchor_params if self.anchor.keeps_params else state.params
+        log_probs, entropy = jax.device_get(self._log_probs(params, self.put(batch)))
+        mask = batch.completion_mask_PGT
+        tokens_P = np.maximum(mask.sum((1, 2)), 1.0)
+        entropy_P = (entropy * mask).sum((1, 2)) / tokens_P
+        return log_probs, entropy_P / math.log(self.policy.config.vocab_size)
+
+    def _mini_batches(self, step: int):
+        """The prompts of each optimizer step: a fresh order every epoch; None for all of them."""
+        P, size = self.plan.num_prompts, self.plan.mini_prompts
+        for epoch in range(self.plan.epochs):
+            if size == P:
+                yield None
+                continue
+            order = np.random.default_rng([self.seed, step, epoch]).permutation(P)
+            yield from order.reshape(-1, size)
+
+    def put(self, tree):
+        """Host arrays with a leading batch axis -> device arrays, spread over the mesh."""
+        if self.policy.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return BatchSharding(self.policy.mesh).put(tree)
+
+    def _measured_kl(self, history) -> float:
+        prefix = "adpo" if isinstance(self.algorithm, losses.Adpo) else "grpo"
+        return float(history[-1][f"{prefix}/anchor_kl"])
+
+
+def _iteration_metrics(history: list[dict]) -> dict[str, float]:
+    """Means over the optimizer steps; what compares with the sampler, at the first step alone."""
+    means = {name: float(np.mean([m[name] for m in history])) for name in history[0]}
+    first = {k: float(v) for k, v in history[0].items() if k.startswith("rollout/")}
+    return means | first
+
+
+def _check_finite(metrics: dict[str, float], step: int) -> None:
+    for name, value in metrics.items():
+        watched = name.endswith("/loss") or name == "update/grad_norm"
+        if watched and not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} in iteration {step + 1}; the last checkpoint is from before"
+            )

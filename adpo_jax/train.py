@@ -1,0 +1,216 @@
+"""The road: prompts -> rollout -> rewards -> anchor log-probs -> loss -> update -> metrics,
+checkpoint, evaluation.
+
+Left out here and found next door: what each part is made from (`setup`), the anchor forward and
+the optimizer steps of an iteration (`learner`).
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from adpo_jax import data, setup, sft
+from adpo_jax import metrics as metrics_lib
+from adpo_jax.checkpoints import Checkpoints
+from adpo_jax.config import finalized
+from adpo_jax.evaluate import evaluate
+from adpo_jax.rewards import RewardError
+from adpo_jax.rollout import (
+    Prompts,
+    decode_completions,
+    make_batch,
+    reward_metrics,
+    rollout_metrics,
+)
+from adpo_jax.run_folder import RunFolder
+from adpo_jax.setup import Parts
+from adpo_jax.update import TrainState, init_state
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains a policy, or goes on training it.
+
+    Args:
+      config: any config of `configs/`.
+      workdir: the run's folder. One with a run of the same config is resumed.
+
+    Returns:
+      The metrics of the last evaluation; empty where the config names no evaluation data.
+
+    Raises:
+      ValueError: for a config, data or folder that cannot work, before anything is written.
+      RewardError: when a reward function fails; the sample at fault is in `samples/`.
+      FloatingPointError: for a loss or gradient that is not finite.
+    """
+    config = finalized(config)
+    parts = setup.build(config)
+    folder = RunFolder(Path(workdir))
+    resumed = folder.claim(config)
+    with (
+        parts.reward_model,
+        Checkpoints(
+            folder.checkpoints,
+            save_freq=config.trainer.save_freq,
+            keep=config.trainer.save_total_limit,
+        ) as checkpoints,
+    ):
+        state = parts.learner.init_state(parts.params)
+        first = checkpoints.latest_step if resumed else None
+        if first is not None:
+            state = checkpoints.restore_latest(state)
+            logging.info("resumed from iteration %d", first)
+        purge_step = 0 if first is None else first + 1
+        with contextlib.closing(metrics_lib.make_writer(folder.root, purge_step)) as writer:
+            if first is None:
+                state = _start(config, parts, state, folder, writer)
+                checkpoints.save(0, state)
+            state = _iterate(config, parts, state, folder, writer, checkpoints)
+            checkpoints.save(int(state.step), state)
+        if not folder.export.exists():
+            parts.policy.save_pretrained(folder.export, state.params, parts.tokenizer)
+        last = metrics_lib.read_jsonl(folder.root / "metrics.jsonl")
+        evaluations = [row for row in last if "eval/accuracy" in row]
+        return {k: v for k, v in evaluations[-1].items() if "eval/" in k} if evaluations else {}
+
+
+def _start(config, parts: Parts, state, folder: RunFolder, writer) -> TrainState:
+    """The cold start, and what the policy can do before the first iteration."""
+    if config.sft.steps:
+        params = _cold_start(config, parts, state.params, writer)
+        state = parts.learner.init_state(params)
+    if parts.val_prompts:
+        metrics = _evaluate(parts, state, folder, 0)
+        writer.write_scalars(0, metrics)
+        print(f"before training: accuracy {metrics['eval/accuracy']:.3f}", flush=True)
+    return state
+
+
+def _iterate(
+    config, parts: Parts, state: TrainState, folder, writer, checkpoints: Checkpoints
+) -> TrainState:
+    """The loop."""
+    start, num_steps = int(state.step), parts.num_steps
+    root_key = jax.random.key(config.trainer.seed)
+    test_freq = config.trainer.test_freq
+    with metrics_lib.Progress("iteration", num_steps, start) as progress:
+        for step in range(start, num_steps):
+            prompts = _prompts_for_step(config, parts.train_prompts, step)
+            key = jax.random.fold_in(root_key, step)
+            state, metrics, samples = _iteration(config, parts, state, prompts, key, folder)
+            done = step + 1
+            if parts.val_prompts and (done == num_steps or (test_freq and done % test_freq == 0)):
+                metrics |= _evaluate(parts, state, folder, done)
+            writer.write_scalars(done, metrics)
+            _show(config, progress, folder, done, metrics, samples)
+            checkpoints.maybe_save(done, state)
+    return state
+
+
+def _prompts_for_step(config, prompts: Prompts, step: int) -> Prompts:
+    rows = data.prompt_indices(
+        step,
+        seed=config.trainer.seed,
+        num_rows=len(prompts),
+        batch_size=config.data.train_batch_size,
+    )
+    return prompts.select(rows)
+
+
+def _iteration(
+    config, parts: Parts, state: TrainState, prompts: Prompts, key: jax.Array, folder: RunFolder
+) -> tuple[TrainState, dict[str, float], list[dict]]:
+    """One iteration: (new state, metrics, one record a completion)."""
+    G, times = parts.sampling.n, {}
+    with _timed(times, "time/rollout"):
+        out = parts.engine.generate(state.params, prompts.token_ids, parts.sampling, key)
+        completions = decode_completions(parts.tokenizer, out)
+    with _timed(times, "time/reward"):
+        columns = prompts.repeated_columns(G)
+        try:
+            scores = parts.reward_model.score(completions, columns)
+        except RewardError as error:
+            folder.write_samples(f"reward_error_{int(state.step) + 1:06d}", [error.sample or {}])
+            raise
+        rewards_PG = scores.total.reshape(-1, G)
+    with _timed(times, "time/update"):
+        batch = make_batch(prompts, out, max_prompt_length=config.data.max_prompt_length)
+        state, metrics = parts.learner.learn(state, batch, rewards_PG)
+    metrics |= reward_metrics(rewards_PG, scores.components, scores.counts)
+    metrics |= rollout_metrics(out, times["time/rollout"]) | times
+    samples = [
+        {"prompt": columns[config.data.prompt_key][i], "completion": text, "reward": float(reward)}
+        for i, (text, reward) in enumerate(zip(completions, scores.total))
+    ]
+    return state, metrics, samples
+
+
+def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> dict[str, float]:
+    times: dict[str, float] = {}
+    with _timed(times, "time/eval"):
+        evaluation = evaluate(
+            parts.engine, state.params, parts.val_prompts, parts.tokenizer, parts.sampling
+        )
+    solutions = parts.val_prompts.columns["solution"]
+    verdicts = zip(evaluation.completions, solutions, evaluation.correct.tolist())
+    folder.write_samples(
+        f"eval_{step:06d}",
+        [{"completion": c, "solution": s, "correct": v} for c, s, v in verdicts],
+    )
+    return evaluation.metrics | times
+
+
+def _cold_start(config, parts: Parts, params, writer):
+    """Supervised training on demonstrations; returns the new parameters."""
+    c = config.sft
+    prompts, completions = setup.load_demonstrations(config, parts.tokenizer)
+    adamw = setup.make_cold_start_optimizer(config)
+    state = init_state(parts.policy, params, adamw)
+    sft_step = sft.make_sft_step(parts.policy, adamw)
+    batches = sft.batches(
+        prompts.token_ids,
+        completions,
+        num_steps=c.steps,
+        batch_size=c.batch_size,
+        seed=config.trainer.seed,
+        prompt_length=config.data.max_prompt_length,
+        length=config.data.max_response_length,
+    )
+    with metrics_lib.Progress("cold start", c.steps) as progress:
+        for step, batch in enumerate(batches):
+            state, loss = sft_step(state, *parts.learner.put(batch))
+            if (step + 1) % 50 == 0 or step + 1 == c.steps:
+                progress.update(step + 1, f"loss {float(loss):.3f}")
+                writer.write_scalars(0, {"sft/step": step + 1, "sft/loss": float(loss)})
+    return state.params
+
+
+def _show(config, progress, folder: RunFolder, step: int, metrics: dict, samples: list[dict]):
+    """The progress line, and now and then a few completions with their rewards."""
+    note = (
+        f"reward {metrics['reward/mean']:.3f}  length {metrics['rollout/length_mean']:.1f}  "
+        f"entropy {metrics['policy/entropy']:.3f}  {metrics['rollout/tokens_per_s']:.0f} tokens/s"
+    )
+    if "eval/accuracy" in metrics:
+        note += f"  accuracy {metrics['eval/accuracy']:.3f}"
+    progress.update(step, note)
+    freq = config.trainer.log_samples_freq
+    if not freq or step % freq:
+        return
+    folder.write_samples(f"train_{step:06d}", samples)
+    shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
+    for i in shown[: config.trainer.log_num_samples]:
+        prompt, completion, reward = samples[i].values()
+        progress.print(f"  [{reward:+.2f}] {prompt}\n    {completion!r}")
+
+
+@contextlib.contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start
