@@ -80,8 +80,7 @@ def test_the_gradient_on_policy_is_reinforce_with_an_advantage_that_sums_to_zero
 
 
 def test_equal_rewards_give_a_uniform_target_no_gradient_at_the_anchor_and_a_pull_back_elsewhere():
-    # 0.1 is not representable: a mean of rounded values would leave a spread of its own.
-    rewards = np.full(2 * 6, 0.1, np.float32)
+    rewards = np.full(2 * 6, 0.9, np.float32)
     log_probs, anchor, _, mask = make_batch(prompts=2, group=6)
     np.testing.assert_array_equal(targets(fold(rewards, 6)), np.full((2, 6), 1 / 6, np.float32))
     _, at_anchor = loss_and_grad(adpo_loss, anchor, anchor, rewards, mask, num_generations=6)
@@ -216,6 +215,16 @@ def test_a_group_with_less_spread_than_min_reward_std_counts_as_equal():
         _, floored = loss_and_metrics(loss_fn, *arguments, num_generations=4, min_reward_std=0.1)
         assert published[f"{prefix}/zero_std_frac"] == 0.0
         assert floored[f"{prefix}/zero_std_frac"] == 0.5
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.9, -0.05, 1 / 3])
+@pytest.mark.parametrize("algorithm", [Adpo(), Grpo()], ids=["adpo", "grpo"])
+def test_the_rounding_of_a_mean_is_no_spread(algorithm, reward):
+    # Six times 0.9 over six is not 0.9 in float32.
+    scores = jax.jit(algorithm.score)(jnp.full((1, 6), reward))
+    assert not scores.spread_P.any()
+    if isinstance(algorithm, Grpo):
+        np.testing.assert_array_equal(scores.advantages_PG, 0)
 
 
 def test_failed_prompts_leave_the_loss_mean_and_the_kl_mean_and_are_counted():
