@@ -36,8 +36,8 @@ def scale_rewards(
     Returns:
       [P, G] the scaled rewards, and [P] bool: has the group a spread?
     """
-    # Relative to the group's first reward, so that equal rewards give exactly 0: the float32 mean of
-    # six times 0.9 is off by 6e-8, which would be a spread, and in GRPO an advantage of -0.06.
+    # Relative to the group's first reward, so that equal rewards give exactly 0: the float32 mean
+    # of six times 0.9 is off by 6e-8, which would be a spread, in GRPO an advantage of -0.06.
     relative_PG = rewards_PG - rewards_PG[:, :1]
     centred_PG = relative_PG - relative_PG.mean(-1, keepdims=True)
     std_P = jnp.std(relative_PG, axis=-1, ddof=1)
