@@ -1,0 +1,235 @@
+"""Tokens per second of the rollout engine beside Tunix's sampler and transformers' generate.
+
+    python scripts/bench_rollout.py --shapes S,M --cases fixed,eos,long --peers tunix,trl
+    python scripts/bench_rollout.py --shapes S --cases fixed --peers ""         the engine alone
+
+Every peer gets the same weights and prompts, float32, on the CPU: 16 prompts x 8 samples. Cases:
+`fixed`, prompt 64 and 128 new tokens; `eos`, the same with V / 40 ids that end a sequence (useful
+tokens are counted); `long`, prompt 512 and 64 new tokens. Each runs in a process of its own, the
+engine and the peers in turn, `--rounds` times; a result is one JSON line with the median, least and
+most over all timed repeats.
+
+The peers' scripts are `../shared/peers` beside the checkout, and `../shared/peers/setup.sh` makes
+their environments under PEERS_HOME (default ~/.cache/adpo_peers). Nothing else may be running.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+REPO = Path(__file__).resolve().parents[1]
+PEERS = REPO.parent / "shared" / "peers"
+PEERS_HOME = Path(os.environ.get("PEERS_HOME", Path.home() / ".cache" / "adpo_peers"))
+CASES = {
+    "fixed": {"phase": "rollout", "prompt_len": 64, "new": 128},
+    "eos": {"phase": "rollout_eos", "prompt_len": 64, "new": 128},
+    "long": {"phase": "rollout", "prompt_len": 512, "new": 64},
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", default="S,M")
+    parser.add_argument("--cases", default="fixed,eos,long")
+    parser.add_argument("--peers", default="tunix,trl")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats of a process")
+    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--steps-per-dispatch", type=int, default=32)
+    parser.add_argument("--cache-dtype", default="float32")
+    parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def model_of(shape: dict, weights: dict):
+    """The policy and parameters of the peers' Qwen3-shaped weights (Hugging Face names, [out, in])."""
+    import numpy as np
+
+    from adpo_jax.model import ModelConfig
+    from adpo_jax.policy import Policy
+    from adpo_jax.rope import Rope
+
+    L, D, h = shape["layers"], shape["hidden"], shape["head_dim"]
+    config = ModelConfig(
+        vocab_size=shape["vocab"],
+        hidden_size=D,
+        intermediate_size=shape["inter"],
+        num_layers=L,
+        num_heads=shape["heads"],
+        num_kv_heads=shape["kv"],
+        head_dim=h,
+        windows=(None,) * L,
+        ropes=(Rope(theta=1_000_000.0),),
+        layer_ropes=(0,) * L,
+        attention_scale=h**-0.5,
+        qk_norm=True,
+        tie_embeddings=True,
+    )
+
+    def stacked(name, *axes):
+        each = [weights[f"model.layers.{i}.{name}.weight"] for i in range(L)]
+        return np.stack([w.T.reshape(axes) if axes else w for w in each])
+
+    layers = {
+        "attn_norm": stacked("input_layernorm"),
+        "q": stacked("self_attn.q_proj", D, shape["heads"], h),
+        "k": stacked("self_attn.k_proj", D, shape["kv"], h),
+        "v": stacked("self_attn.v_proj", D, shape["kv"], h),
+        "o": stacked("self_attn.o_proj", shape["heads"], h, D),
+        "q_norm": stacked("self_attn.q_norm"),
+        "k_norm": stacked("self_attn.k_norm"),
+        "mlp_norm": stacked("post_attention_layernorm"),
+        "gate": stacked("mlp.gate_proj", D, shape["inter"]),
+        "up": stacked("mlp.up_proj", D, shape["inter"]),
+        "down": stacked("mlp.down_proj", shape["inter"], D),
+    }
+    params = {
+        "embed": weights["model.embed_tokens.weight"],
+        "final_norm": weights["model.norm.weight"],
+        "layers": layers,
+    }
+    return Policy(config), params
+
+
+def gemm_ceiling() -> float:
+    """GFLOP/s of a float32 product of 2048 x 2048 matrices, the median of 9."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((2048, 2048))
+    multiply = jax.jit(lambda a, b: a @ b)
+    multiply(x, x).block_until_ready()
+    rates = []
+    for _ in range(9):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        rates.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+    return statistics.median(rates)
+
+
+def run_engine(a, shape_name: str, case_name: str) -> dict:
+    """Times the engine in this process."""
+    sys.path[:0] = [str(REPO), str(PEERS)]
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import common
+    import jax
+    import numpy as np
+
+    from adpo_jax import Engine, SamplingParams
+
+    case = CASES[case_name]
+    batch = SimpleNamespace(shape=shape_name, prompts=16, gens=8, mean_len=40.0, **case)
+    prompts, completions, _ = common.batch(batch)
+    policy, params = model_of(common.SHAPES[shape_name], common.weights(shape_name))
+    params = jax.device_put(params)
+    engine = Engine(
+        policy,
+        max_prompt_length=case["prompt_len"],
+        max_response_length=case["new"],
+        num_slots=a.slots,
+        steps_per_dispatch=a.steps_per_dispatch,
+        cache_dtype=a.cache_dtype,
+    )
+    stop_ids = tuple(common.eos_ids(batch)) if case_name == "eos" else ()
+    sampling = SamplingParams(n=8, max_tokens=case["new"], stop_token_ids=stop_ids)
+    start = time.perf_counter()
+    # Lengths differ with the key, and so do the batch sizes that have to be compiled.
+    for seed in range(4 if stop_ids else 1):
+        engine.generate(params, prompts, sampling, jax.random.key(100 + seed))
+    warm_up = time.perf_counter() - start
+    common.reset_peak()
+    walls, tokens = [], []
+    for seed in range(a.repeats):
+        start = time.perf_counter()
+        out = engine.generate(params, prompts, sampling, jax.random.key(seed))
+        walls.append(time.perf_counter() - start)
+        tokens.append(int(out.lengths.sum()))
+    # The same figure as the peers print, to see that all do the same arithmetic.
+    rows = np.concatenate([np.repeat(prompts, 8, 0), completions], 1)[:8]
+    check = policy.log_probs(params, rows)[:, case["prompt_len"] :]
+    ceiling = gemm_ceiling()
+    rates = [t / w for t, w in zip(tokens, walls)]
+    flops = 2 * common.param_count(shape_name)["total"] * statistics.median(rates)
+    return {
+        "peer": "adpo_jax",
+        "tokens_per_s": common.stat(rates, 1),
+        "wall_s": common.stat(walls),
+        "warmup_s": round(warm_up, 2),
+        "gemm_ceiling_gflops": round(ceiling, 1),
+        "fraction_of_gemm_ceiling": round(flops / 1e9 / ceiling, 3),
+        "peak_rss_mb": round(common.status_mb("VmHWM")),
+        "logp_mean": float(np.mean(check)),
+        "stats": out.stats,
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def in_process(command: list[str], cwd: Path) -> dict:
+    """Runs a bench and reads its `RESULT` line."""
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"no result from {' '.join(command)}\n{run.stdout}\n{run.stderr}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def run_one(a, who: str, shape: str, case_name: str) -> dict:
+    if who == "adpo_jax":
+        options = [
+            f"--slots={a.slots}",
+            f"--steps-per-dispatch={a.steps_per_dispatch}",
+            f"--cache-dtype={a.cache_dtype}",
+        ]
+        command = [sys.executable, __file__, "--engine-only", "--shapes", shape]
+        command += ["--cases", case_name, f"--repeats={a.repeats}", *options]
+        return in_process(command, REPO)
+    case = CASES[case_name]
+    command = [str(PEERS_HOME / f"venv-{who}" / "bin" / "python"), f"bench_{who}.py"]
+    command += ["--shape", shape, "--phase", case["phase"], "--repeats", str(a.repeats)]
+    command += ["--prompt-len", str(case["prompt_len"]), "--new", str(case["new"])]
+    return in_process(command, PEERS)
+
+
+def main():
+    a = arguments()
+    if a.engine_only:
+        print("RESULT " + json.dumps(run_engine(a, a.shapes, a.cases)), flush=True)
+        return
+    peers = [peer for peer in a.peers.split(",") if peer]
+    for shape in a.shapes.split(","):
+        for case in a.cases.split(","):
+            runs = {who: [] for who in ["adpo_jax", *peers]}
+            for _ in range(a.rounds):
+                for who, results in runs.items():
+                    results.append(run_one(a, who, shape, case))
+            rate = {
+                who: {
+                    "median": statistics.median(r["tokens_per_s"]["median"] for r in results),
+                    "min": min(r["tokens_per_s"]["min"] for r in results),
+                    "max": max(r["tokens_per_s"]["max"] for r in results),
+                }
+                for who, results in runs.items()
+            }
+            line = {"shape": shape, "case": case, "tokens_per_s": rate}
+            if peers:
+                best = max(rate[peer]["median"] for peer in peers)
+                line["ratio_to_better_peer"] = round(rate["adpo_jax"]["median"] / best, 2)
+            ours = runs["adpo_jax"][-1]
+            for name in ("gemm_ceiling_gflops", "fraction_of_gemm_ceiling", "warmup_s", "stats"):
+                line[name] = ours[name]
+            line["peak_rss_mb"] = {who: r[-1]["peak_rss_mb"] for who, r in runs.items()}
+            line["versions"] = {who: r[-1]["versions"] for who, r in runs.items()}
+            line["logp_mean"] = {
+                who: r[-1].get("check", r[-1]).get("logp_mean") for who, r in runs.items()
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
