@@ -15,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.experimental import multihost_utils
 
 from adpo_jax import hf_weights
-from adpo_jax.hf_weights import Checkpoint
+from adpo_jax.hf_tensors import GEMMA3_PREFIXES, GEMMA3_VISION
 from adpo_jax.model import ModelConfig
+from adpo_jax.safetensors_files import Checkpoint
 
 # What a language model needs, and not the other formats beside it.
 DOWNLOADED = [
@@ -111,7 +112,7 @@ def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: 
     """
     checkpoint = Checkpoint(weight_files(folder))
     if model_type == "gemma3":
-        checkpoint.rename(hf_weights.GEMMA3_PREFIXES, drop=hf_weights.GEMMA3_VISION)
+        checkpoint.rename(GEMMA3_PREFIXES, drop=GEMMA3_VISION)
     return hf_weights.load(config, abstract_params, checkpoint)
 
 

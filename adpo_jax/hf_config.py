@@ -1,187 +1,22 @@
-"""Hugging Face `config.json` -> `ModelConfig`.
+"""Hugging Face `config.json` -> `ModelConfig`; reads what transformers 4 and 5 write."""
 
-Reads what transformers 4 and 5 write. A key is understood, known to leave the forward pass alone,
-or refused: a setting that changes the model and is silently ignored would train a different model.
-"""
-
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from adpo_jax.hf_families import (
+    ACTIVATION_NAMES,
+    FAMILIES,
+    GEMMA3_WITH_VISION,
+    GENERATION,
+    HARMLESS,
+    ONLY_VALUE,
+    SIZES,
+    SUPPORTED_MODEL_TYPES,
+    Family,
+)
 from adpo_jax.model import ModelConfig
 from adpo_jax.rope import SUPPORTED_TYPES, Rope
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One `model_type`.
-
-    Attributes:
-      architecture: the transformers class whose forward pass this is.
-      defaults: every key that is read, with the value transformers takes where config.json leaves
-        it out.
-    """
-
-    architecture: str
-    defaults: Mapping[str, Any]
-
-
-SIZES = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-}
-COMMON = {
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
-}
-QWEN = {
-    **COMMON,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32_768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-    "layer_types": None,
-}
-GEMMA = {
-    **COMMON,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "layer_types": None,
-}
-
-FAMILIES: Mapping[str, Family] = {
-    "qwen2": Family("Qwen2ForCausalLM", {**QWEN, "head_dim": None}),
-    "qwen3": Family("Qwen3ForCausalLM", {**QWEN, "head_dim": 128, "attention_bias": False}),
-    "llama": Family(
-        "LlamaForCausalLM",
-        {
-            **COMMON,
-            "num_key_value_heads": None,
-            "head_dim": None,
-            "max_position_embeddings": 2048,
-            "attention_bias": False,
-            "mlp_bias": False,
-        },
-    ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        {
-            **COMMON,
-            "num_key_value_heads": 8,
-            "head_dim": None,
-            "max_position_embeddings": 131_072,
-            "sliding_window": 4096,
-        },
-    ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        {
-            **GEMMA,
-            "max_position_embeddings": 8192,
-            "final_logit_softcapping": 30.0,
-            "attn_logit_softcapping": 50.0,
-        },
-    ),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        {
-            **GEMMA,
-            # The published configs leave these sizes to the defaults.
-            "vocab_size": 262_208,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "max_position_embeddings": 131_072,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-            "sliding_window_pattern": 6,
-            "final_logit_softcapping": None,
-        },
-    ),
-}
-SUPPORTED_MODEL_TYPES = (*FAMILIES, "gemma3")
-
-ACTIVATION_NAMES = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-}
-
-# Keys with one supported value.
-ONLY_VALUE = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal": True}
-
-# Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
-# transformers runs the model (`pretraining_tp` reorders the same sums) and generates.
-# `sliding_window_size` stands beside `sliding_window` in the first Gemma 2 configs.
-HARMLESS = {
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "cache_implementation",
-    "dtype",
-    "eos_token_id",
-    "hidden_act",
-    "id2label",
-    "label2id",
-    "max_position_embeddings",
-    "model_type",
-    "name_or_path",
-    "pad_token_id",
-    "pretraining_tp",
-    "return_dict",
-    "sep_token_id",
-    "sliding_window_size",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unk_token_id",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-GENERATION = {
-    "begin_suppress_tokens",
-    "do_sample",
-    "early_stopping",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "length_penalty",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "min_p",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "repetition_penalty",
-    "suppress_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-}
 
 ROPE_KEYS = {
     "default": set(),
@@ -217,30 +52,30 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: for an unsupported `model_type` or architecture.
     """
-    config = dict(hf_config)
-    model_type = config.get("model_type")
-    if model_type == "gemma3":
-        config = dict(config.get("text_config") or {})
+    model_type = hf_config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported: "
+            + ", ".join(SUPPORTED_MODEL_TYPES)
+        )
+    wrapped = model_type == "gemma3"
+    config = dict(hf_config.get("text_config") or {}) if wrapped else dict(hf_config)
+    if wrapped:
         config["model_type"] = "gemma3_text"
         # transformers ties by the outer setting; token ids and dtype stand outside too.
         config["tie_word_embeddings"] = hf_config.get("tie_word_embeddings", True)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"):
             if hf_config.get(key) is not None:
                 config[key] = hf_config[key]
-        config["architectures"] = [FAMILIES["gemma3_text"].architecture]
-    elif model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type {model_type!r} is not supported; supported: "
-            + ", ".join(SUPPORTED_MODEL_TYPES)
-        )
-    wanted = FAMILIES[config["model_type"]].architecture
-    given = config.get("architectures") or [wanted]
+    architecture = FAMILIES[config["model_type"]].architecture
+    wanted = GEMMA3_WITH_VISION if wrapped else architecture
+    given = hf_config.get("architectures") or [wanted]
     if list(given) != [wanted]:
         raise ValueError(
             f"architectures {list(given)} of model_type {model_type!r} is not supported; "
             f"supported: {wanted}"
         )
-    config["architectures"] = [wanted]
+    config["architectures"] = [architecture]
     return config
 
 
@@ -391,8 +226,10 @@ def _ropes(model_type: str, c: Mapping[str, Any], layer_types: list[str]):
             _rope(local, c["rope_local_base_freq"], c["max_position_embeddings"]),
         )
         return ropes, tuple(int(kind == "sliding_attention") for kind in layer_types)
-    parameters = dict(c["rope_scaling"] or c["rope_parameters"] or {})
-    rope = _rope(parameters, c["rope_theta"], c["max_position_embeddings"])
+    spellings = [p for p in (c["rope_scaling"], c["rope_parameters"]) if p] or [{}]
+    rope, *others = (_rope(p, c["rope_theta"], c["max_position_embeddings"]) for p in spellings)
+    if others and others != [rope]:
+        raise ValueError(f"rope_scaling ({rope}) and rope_parameters ({others[0]}) disagree")
     return (rope,), (0,) * len(layer_types)
 
 

@@ -1,0 +1,181 @@
+"""What the supported model types are called, what they read from `config.json`, and what they may.
+
+A key is read, known to leave the forward pass alone, or refused: a setting that changes the model
+and is silently ignored would train a different model.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Attributes:
+      architecture: the transformers class whose forward pass this is.
+      defaults: every key that is read, with the value transformers takes where config.json leaves
+        it out.
+    """
+
+    architecture: str
+    defaults: Mapping[str, Any]
+
+
+SIZES = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+}
+COMMON = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+}
+QWEN = {
+    **COMMON,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+GEMMA = {
+    **COMMON,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen2": Family("Qwen2ForCausalLM", {**QWEN, "head_dim": None}),
+    "qwen3": Family("Qwen3ForCausalLM", {**QWEN, "head_dim": 128, "attention_bias": False}),
+    "llama": Family(
+        "LlamaForCausalLM",
+        {
+            **COMMON,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {
+            **COMMON,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            **GEMMA,
+            "max_position_embeddings": 8192,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA,
+            # The published configs leave these sizes to the defaults.
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "final_logit_softcapping": None,
+        },
+    ),
+}
+SUPPORTED_MODEL_TYPES = (*FAMILIES, "gemma3")
+GEMMA3_WITH_VISION = "Gemma3ForConditionalGeneration"
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
+
+# Keys with one supported value.
+ONLY_VALUE = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal": True}
+
+# Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
+# transformers runs the model (`pretraining_tp` reorders the same sums) and generates.
+# `sliding_window_size` stands beside `sliding_window` in the first Gemma 2 configs.
+HARMLESS = {
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "dtype",
+    "eos_token_id",
+    "hidden_act",
+    "id2label",
+    "label2id",
+    "max_position_embeddings",
+    "model_type",
+    "name_or_path",
+    "pad_token_id",
+    "pretraining_tp",
+    "return_dict",
+    "sep_token_id",
+    "sliding_window_size",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+GENERATION = {
+    "begin_suppress_tokens",
+    "do_sample",
+    "early_stopping",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "repetition_penalty",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
