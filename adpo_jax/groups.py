@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Metrics = dict[str, jax.Array]
+
 # exp() of a log-ratio is continued linearly from here on: exp(40)^2 = 5.5e34 still fits float32, so
 # the squared norm of a gradient stays finite too, and the gradient keeps its direction.
 _LINEAR_FROM = 40.0
@@ -108,6 +110,18 @@ def k3(log_ratio: jax.Array) -> jax.Array:
 def entropy(q_PG: jax.Array) -> jax.Array:
     """[P] in nats."""
     return -jax.scipy.special.xlogy(q_PG, q_PG).sum(-1)
+
+
+def shared_metrics(
+    prefix: str, log_ratio_PG: jax.Array, k3_P: jax.Array, scores: NamedTuple, weights: Weights
+) -> Metrics:
+    """The metrics that every loss has, as sums; `scores` has the fields kept_P and spread_P."""
+    return {
+        f"{prefix}/anchor_kl": (weights.token_P * k3_P).sum(),
+        f"{prefix}/abs_log_ratio": (weights.group_P * jnp.abs(log_ratio_PG).mean(-1)).sum(),
+        f"{prefix}/dropped_prompts": (~scores.kept_P).sum(dtype=k3_P.dtype),
+        f"{prefix}/zero_std_frac": jnp.where(scores.spread_P, 0.0, weights.group_P).sum(),
+    }
 
 
 def as_groups(array: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The losses: ADPO, and GRPO as the baseline to compare with.
+"""The losses: ADPO, and GRPO (`grpo`) as the baseline to compare with.
 
 Two ways in. `adpo_loss` and `grpo_loss` are pure functions over a flat batch, for people with their
 own training loop. Underneath lie `Adpo` and `Grpo`, which an update step uses piece by piece:
@@ -14,8 +14,7 @@ Everything that `loss` takes has the leading axis P, so a micro-batch is a slice
 
 Letters: B rows (P * G), P prompts, G completions of a prompt, T tokens.
 
-Source: Wang 2025, "ADPO: Anchored Direct Preference Optimization", arXiv 2510.18913; Shao et al.
-2024, "DeepSeekMath", arXiv 2402.03300.
+Source: Wang 2025, "ADPO: Anchored Direct Preference Optimization", arXiv 2510.18913.
 """
 
 import math
@@ -26,13 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax import groups
-from adpo_jax.groups import Weights
+from adpo_jax.groups import Metrics, Weights
+from adpo_jax.grpo import Grpo
 
-Metrics = dict[str, jax.Array]
-
-# Added to the standard deviation that rewards are divided by.
-_ADPO_EPS = 1e-8  # the ADPO reference
-_GRPO_EPS = 1e-6  # verl; TRL adds 1e-4
+# Added to the standard deviation that rewards are divided by; the reference has it so.
+_EPS = 1e-8
 
 
 class AdpoScores(NamedTuple):
@@ -50,22 +47,6 @@ class AdpoPrepared(NamedTuple):
     scores: AdpoScores
     weights: Weights
     inverse_tau_PG: jax.Array  # 1 / tau, divided by the completion's length under length_normalize
-
-
-class GrpoScores(NamedTuple):
-    """What the rewards decide in GRPO."""
-
-    advantages_PG: jax.Array
-    kept_P: jax.Array  # bool
-    spread_P: jax.Array  # bool
-
-
-class GrpoPrepared(NamedTuple):
-    """`GrpoScores` and the normalisers: all that `Grpo.loss` needs besides log-probabilities."""
-
-    scores: GrpoScores
-    weights: Weights
-    token_weight_PG: jax.Array  # what one token of this completion weighs in the loss
 
 
 @dataclass(frozen=True)
@@ -144,7 +125,7 @@ class Adpo:
         """
         rewards_PG = groups.as_groups(rewards_PG)
         z_PG, spread_P = groups.scale_rewards(
-            rewards_PG, self.scale_rewards, self.min_reward_std, _ADPO_EPS
+            rewards_PG, self.scale_rewards, self.min_reward_std, _EPS
         )
         q_PG = jax.nn.softmax(z_PG / self.beta_reward, axis=-1)
         tau_P = self._tau(q_PG, policy_entropy_P)
@@ -203,7 +184,7 @@ class Adpo:
             "adpo/mean_tau": (weights.group_P * scores.tau_P).sum(),
             "adpo/target_entropy": (weights.group_P * groups.entropy(scores.q_PG)).sum(),
             "adpo/kl_penalty": kl_penalty,
-            **_shared_metrics("adpo", log_ratio_PG, k3_P, scores, weights),
+            **groups.shared_metrics("adpo", log_ratio_PG, k3_P, scores, weights),
         }
         return loss, metrics
 
@@ -247,105 +228,6 @@ class Adpo:
             )
         tau_P = self.tau * (1.0 + self.adaptive_tau_alpha * entropy_P)
         return jnp.clip(tau_P, self.adaptive_tau_min, self.adaptive_tau_max)
-
-
-@dataclass(frozen=True)
-class Grpo:
-    """Group Relative Policy Optimization: the clipped surrogate over group-standardised rewards.
-
-        A_i = (R_i - group mean) / (std + 1e-6),   r = exp(log_prob - anchor_log_prob) per token
-        loss = mean of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta_anchor_kl * k3
-
-    The anchor stands for the policy that sampled, so the anchor to train with is the on-policy one;
-    the k3 penalty is to the same anchor.
-
-    Parameters:
-      clip_low, clip_high: how far the ratio may fall and rise before the gradient stops, > 0.
-      beta_anchor_kl: coefficient of the k3 penalty, >= 0.
-      scale_rewards: divide by the "group" or "batch" standard deviation (ddof=1), or "none".
-      loss_aggregation: "token-mean" over all tokens of the batch, or "sequence-mean", the mean over
-        completions of the mean over their tokens (as in DeepSeekMath).
-      drop_all_failed_prompts, min_reward_std: as in `Adpo`.
-
-    Raises ValueError for a parameter that cannot work.
-    """
-
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta_anchor_kl: float = 0.0
-    scale_rewards: str = "group"
-    loss_aggregation: str = "token-mean"
-    drop_all_failed_prompts: bool = False
-    min_reward_std: float = 0.0
-
-    def __post_init__(self):
-        groups.check_number("clip_low", self.clip_low, above=0.0)
-        groups.check_number("clip_high", self.clip_high, above=0.0)
-        if self.clip_low > 1.0:
-            raise ValueError(f"clip_low must be at most 1, got {self.clip_low}")
-        groups.check_number("beta_anchor_kl", self.beta_anchor_kl, least=0.0)
-        groups.check_number("min_reward_std", self.min_reward_std, least=0.0)
-        groups.check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        groups.check_choice(
-            "loss_aggregation", self.loss_aggregation, ("token-mean", "sequence-mean")
-        )
-
-    def score(self, rewards_PG: jax.Array) -> GrpoScores:
-        """Advantages from the rewards, [P, G], of the whole iteration."""
-        rewards_PG = groups.as_groups(rewards_PG)
-        advantages_PG, spread_P = groups.scale_rewards(
-            rewards_PG, self.scale_rewards, self.min_reward_std, _GRPO_EPS
-        )
-        kept_P = groups.kept_prompts(rewards_PG, self.drop_all_failed_prompts)
-        return jax.lax.stop_gradient(GrpoScores(advantages_PG, kept_P, spread_P))
-
-    def normalise(self, scores: GrpoScores, mask_PGT: jax.Array) -> GrpoPrepared:
-        """Fold in the normalisers of the batch of one optimizer step, [P, G, T] its mask."""
-        shape = scores.advantages_PG.shape
-        groups.check_mask(mask_PGT, shape)
-        weights = groups.batch_weights(scores.kept_P, mask_PGT)
-        if self.loss_aggregation == "token-mean":
-            token_weight_PG = jnp.broadcast_to(weights.kept_token_P[:, None], shape)
-        else:
-            token_weight_PG = weights.kept_group_P[:, None] / (shape[1] * groups.lengths(mask_PGT))
-        return GrpoPrepared(scores, weights, token_weight_PG)
-
-    def prepare(self, rewards_PG: jax.Array, mask_PGT: jax.Array) -> GrpoPrepared:
-        """`score` and `normalise` at once, where the iteration is one optimizer step."""
-        return self.normalise(self.score(rewards_PG), mask_PGT)
-
-    def loss(
-        self,
-        log_probs_PGT: jax.Array,
-        anchor_log_probs_PGT: jax.Array,
-        mask_PGT: jax.Array,
-        prepared: GrpoPrepared,
-    ) -> tuple[jax.Array, Metrics]:
-        """The loss of a micro-batch: sums over its completions. Arguments as in `Adpo.loss`."""
-        scores, weights, token_weight_PG = prepared
-        log_ratio_PGT = groups.log_ratios(log_probs_PGT, anchor_log_probs_PGT, mask_PGT)
-        ratio_PGT = 1.0 + groups.expm1(log_ratio_PGT)
-        clipped_PGT = jnp.clip(ratio_PGT, 1.0 - self.clip_low, 1.0 + self.clip_high)
-        advantages_PG1 = scores.advantages_PG[..., None]
-        surrogate_PGT = jnp.minimum(ratio_PGT * advantages_PG1, clipped_PGT * advantages_PG1)
-        is_clipped_PGT = clipped_PGT * advantages_PG1 < ratio_PGT * advantages_PG1
-        k3_PGT = groups.k3(log_ratio_PGT)
-        surrogate_PG = jnp.where(mask_PGT.astype(bool), surrogate_PGT, 0.0).sum(-1)
-        kl_penalty = (token_weight_PG * k3_PGT.sum(-1)).sum()
-
-        loss = surrogate_loss = -(token_weight_PG * surrogate_PG).sum()
-        if self.beta_anchor_kl:
-            loss = loss + self.beta_anchor_kl * kl_penalty
-        metrics = {
-            "grpo/loss": surrogate_loss,
-            # A masked token has ratio 1, so it is never counted as clipped.
-            "grpo/clip_frac": (
-                weights.token_P * is_clipped_PGT.sum((1, 2), dtype=weights.token_P.dtype)
-            ).sum(),
-            "grpo/kl_penalty": kl_penalty,
-            **_shared_metrics("grpo", log_ratio_PGT.sum(-1), k3_PGT.sum((1, 2)), scores, weights),
-        }
-        return loss, metrics
 
 
 def adpo_loss(
@@ -524,13 +406,3 @@ def _flat_loss(algorithm, log_probs, anchor_log_probs, rewards, completion_mask,
     mask_PGT = fold(completion_mask)
     prepared = algorithm.prepare(fold(rewards), mask_PGT)
     return algorithm.loss(fold(log_probs), fold(anchor_log_probs), mask_PGT, prepared)
-
-
-def _shared_metrics(prefix, log_ratio_PG, k3_P, scores, weights):
-    """The metrics that both losses have, as sums."""
-    return {
-        f"{prefix}/anchor_kl": (weights.token_P * k3_P).sum(),
-        f"{prefix}/abs_log_ratio": (weights.group_P * jnp.abs(log_ratio_PG).mean(-1)).sum(),
-        f"{prefix}/dropped_prompts": (~scores.kept_P).sum(dtype=k3_P.dtype),
-        f"{prefix}/zero_std_frac": jnp.where(scores.spread_P, 0.0, weights.group_P).sum(),
-    }
