@@ -19,7 +19,7 @@ from adpo_jax.rewards.units import split_unit
 from adpo_jax.rewards.words import based_numeral, is_choice, same_words
 
 _NUMBER = re.compile(
-    r"\\?\$?([-+]?)\\?\$?([0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,60})(\.[0-9]{0,60})?"
+    r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,60})(\.[0-9]{0,60})?"
 )
 _ROUNDED = re.compile(r"[-+]?[0-9,]*\.[0-9]{2,}")
 
@@ -153,7 +153,7 @@ def _is_rounding(a: Answer, b: Answer) -> bool:
     or more: 0.8 and 0.75 are taken to be exact otherwise.
     """
     reference = normalise(b.text)
-    if not _ROUNDED.fullmatch(reference) or symbols(a.tree):
+    if not _ROUNDED.fullmatch(reference) or a.is_percent or symbols(a.tree):
         return False
     digits = reference.replace(",", "").lstrip("+-").replace(".", "").lstrip("0")
     if len(digits) < 2 or a.tree[0] not in (

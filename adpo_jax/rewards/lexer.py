@@ -18,8 +18,7 @@ class Token(NamedTuple):
     """A piece of an answer.
 
     kind: "num", "repeat" (a repeating decimal), "word" (letters), "cmd" (LaTeX, without its
-      backslash), "op", "text" (what \\text{} holds), "begin" and "end" (of an environment, whose name
-      is the text).
+      backslash), "op", "text" (what \\text{} holds), "begin" and "end" (an environment's name).
     glued: no space stands before it.
     """
 
@@ -83,6 +82,8 @@ def normalise(text: str) -> str:
     text = text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
     if "\\" in text:
         text = _SIZES.sub(" ", text)
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
     if "$" in text:
         text = text.replace("\\$", "\\dollar ").replace("$", " ")
     text = text.strip().rstrip(".").rstrip()

@@ -78,6 +78,8 @@ class ScalarParser:
         if self.peek() == ("cmd", "approx", self.peek().glued):
             self.position += 1  # a leading "about" leaves the value as it stands
         sign = self.sign()
+        if sign == "add" and self.peek().text == "-" and self.accept("-"):
+            sign = "pm"  # "+-5", written plainly
         tree = self.term()
         if sign:
             zero = ("num", Fraction(0))
@@ -92,9 +94,6 @@ class ScalarParser:
     def sign(self) -> str | None:
         token = self.peek()
         if token.kind == "op" and token.text in "+-":
-            if token.text == "+" and self.peek(1).text == "-" and self.peek(1).glued:
-                self.position += 2  # "+-" written plainly
-                return "pm"
             self.position += 1
             return "add" if token.text == "+" else "neg"
         if token.kind == "cmd" and token.text in ("pm", "mp"):
