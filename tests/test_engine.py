@@ -1,0 +1,325 @@
+"""The engine against the plain forward of the policy, and against itself in another shape."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.model import ModelConfig
+from adpo_jax.rope import Rope
+
+V = 61
+MIXED = [5, 1, 12, 20, 2]  # prompt lengths
+
+
+def config(**changes) -> ModelConfig:
+    base = ModelConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        windows=(None, None),
+        ropes=(Rope(),),
+        layer_ropes=(0, 0),
+        attention_scale=0.25,
+        tie_embeddings=True,
+        initializer_range=0.3,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+FAMILIES = {
+    "qwen3": {"qk_norm": True},
+    "qwen2": {"qkv_bias": True, "tie_embeddings": False},
+    "llama": {"tie_embeddings": False, "ropes": (Rope(5e5, "linear", 2.0),)},
+    "mistral": {"windows": (6, 6), "tie_embeddings": False},
+    "gemma2": {
+        "windows": (6, None),
+        "norm_plus_one": True,
+        "post_norms": True,
+        "embed_scale": True,
+        "attention_soft_cap": 20.0,
+        "logit_soft_cap": 15.0,
+        "activation": "gelu_tanh",
+    },
+    "gemma3": {
+        "windows": (6, None),
+        "norm_plus_one": True,
+        "post_norms": True,
+        "embed_scale": True,
+        "qk_norm": True,
+        "ropes": (Rope(1e4), Rope(1e6)),
+        "layer_ropes": (0, 1),
+        "activation": "gelu_tanh",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    policy = Policy(config(qk_norm=True))
+    return policy, policy.init(jax.random.key(0))
+
+
+def prompts_of(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, V, length).tolist() for length in lengths]
+
+
+def engine_of(policy, **options):
+    sizes = {"max_prompt_length": 24, "max_response_length": 40, "num_slots": 8}
+    return Engine(policy, **{**sizes, **options})
+
+
+def full_forward(function, params, prompt, completion):
+    """A [1, T, ...] function of the whole sequence, padded so that few lengths are compiled."""
+    row = np.zeros((1, 72), np.int32)
+    sequence = [*prompt, *completion]
+    row[0, : len(sequence)] = sequence
+    mask = (np.arange(72) < len(sequence)).astype(np.int32)[None]
+    return np.asarray(function(params, row, mask))[0]
+
+
+def assert_greedy_is_argmax(policy, params, prompts, out):
+    for p, prompt in enumerate(prompts):
+        for row, length in zip(out.tokens[p], out.lengths[p]):
+            completion = row[:length]
+            logits = full_forward(policy.logits, params, prompt, completion)
+            predicted = logits[len(prompt) - 1 :][:length].argmax(-1)
+            np.testing.assert_array_equal(completion, predicted)
+
+
+def assert_log_probs_agree(policy, params, prompts, out, atol=1e-4):
+    for p, prompt in enumerate(prompts):
+        for s, length in enumerate(out.lengths[p]):
+            scored = full_forward(policy.log_probs, params, prompt, out.tokens[p, s, :length])
+            scored = scored[len(prompt) :][:length]
+            np.testing.assert_allclose(out.log_probs[p, s, :length], scored, atol=atol)
+            assert (out.log_probs[p, s, length:] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_argmax_of_the_full_forward_in_every_family(family):
+    policy = Policy(config(**FAMILIES[family]))
+    params = policy.init(jax.random.key(1))
+    prompts = prompts_of(MIXED)
+    # 4 slots for 10 samples: slots are refilled at different ages.
+    engine = engine_of(policy, num_slots=4)
+    sampling = SamplingParams(n=2, temperature=0, max_tokens=18, stop_token_ids=(3, 4, 5))
+    out = engine.generate(params, prompts, sampling, jax.random.key(0))
+    assert_greedy_is_argmax(policy, params, prompts, out)
+
+
+def test_log_probs_equal_those_of_the_full_forward(model):
+    policy, params = model
+    prompts = prompts_of(MIXED)
+    sampling = SamplingParams(n=3, max_tokens=40, stop_token_ids=(7, 8))
+    out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(1))
+    assert_log_probs_agree(policy, params, prompts, out)
+    assert (out.finish_reason == np.where(out.lengths < 40, "stop", out.finish_reason)).all()
+
+
+def test_scanned_layers_sample_what_unrolled_ones_do(model, monkeypatch):
+    policy, params = model
+    prompts, sampling = prompts_of(MIXED), SamplingParams(n=2, max_tokens=12)
+    unrolled = engine_of(policy).generate(params, prompts, sampling, jax.random.key(2))
+    monkeypatch.setattr("adpo_jax.engine.MAX_UNROLLED_LAYERS", 0)
+    engine = engine_of(policy)
+    assert engine.verbs.layout.stacked
+    scanned = engine.generate(params, prompts, sampling, jax.random.key(2))
+    np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
+    np.testing.assert_allclose(scanned.log_probs, unrolled.log_probs, atol=1e-5)
+
+
+def test_samples_do_not_depend_on_slots_order_or_company(model):
+    policy, params = model
+    prompts = prompts_of(MIXED)
+    sampling = SamplingParams(n=3, max_tokens=40, stop_token_ids=tuple(range(8)))
+    key = jax.random.key(3)
+    many = engine_of(policy, num_slots=16).generate(params, prompts, sampling, key)
+    few = engine_of(policy, num_slots=2, steps_per_dispatch=5)
+    reversed_order = few.generate(params, prompts[::-1], sampling, key)
+    np.testing.assert_array_equal(reversed_order.tokens[::-1], many.tokens)
+    np.testing.assert_allclose(reversed_order.log_probs[::-1], many.log_probs, atol=1e-5)
+    alone = few.generate(params, prompts[2:3], sampling, key)
+    np.testing.assert_array_equal(alone.tokens[0], many.tokens[2])
+
+
+def test_keys_samples_and_equal_prompts_differ(model):
+    policy, params = model
+    engine, prompt = engine_of(policy), prompts_of([6])[0]
+    sampling = SamplingParams(n=2, max_tokens=20)
+    out = engine.generate(params, [prompt, prompt], sampling, jax.random.key(4))
+    assert len(np.unique(out.tokens.reshape(4, -1), axis=0)) == 4
+    other = engine.generate(params, [prompt, prompt], sampling, jax.random.key(5))
+    assert (other.tokens != out.tokens).any()
+    again = engine.generate(params, [prompt, prompt], sampling, jax.random.PRNGKey(4))
+    np.testing.assert_array_equal(again.tokens, out.tokens)
+
+
+def test_a_prompt_is_prefilled_once_for_all_its_samples(model):
+    policy, params = model
+    prompts = prompts_of(MIXED)
+    sampling = SamplingParams(n=4, max_tokens=4)
+    out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(0))
+    assert out.stats["prefill_tokens"] == sum(MIXED) - len(MIXED)
+    state = engine_of(policy).verbs.init_decode_state(8, 16, 2, 24, 4)
+    # Two rows of 24 tokens for two groups of four; a copy a sample would be eight.
+    assert state.prefix.kv[0].v.shape == (2, 2, 24, 16)
+
+
+def test_the_first_token_may_be_the_stop_token(model):
+    policy, params = model
+    sampling = SamplingParams(n=2, max_tokens=9, stop_token_ids=tuple(range(V)), pad_token_id=9)
+    out = engine_of(policy).generate(params, prompts_of([3, 1]), sampling, jax.random.key(0))
+    assert (out.lengths == 1).all()
+    assert (out.finish_reason == "stop").all()
+    assert (out.mask.sum(-1) == 1).all()
+    assert (out.tokens[..., 1:] == 9).all()
+    assert out.tokens.shape == (2, 2, 9)
+
+
+def test_ignore_eos_runs_to_the_length(model):
+    policy, params = model
+    sampling = SamplingParams(max_tokens=9, stop_token_ids=tuple(range(V)), ignore_eos=True)
+    out = engine_of(policy).generate(params, prompts_of([3]), sampling, jax.random.key(0))
+    assert out.lengths.item() == 9
+    assert out.finish_reason.item() == "length"
+
+
+def test_min_tokens_holds_the_stop_tokens_back(model):
+    policy, params = model
+    sampling = SamplingParams(n=4, max_tokens=12, min_tokens=5, stop_token_ids=tuple(range(40)))
+    out = engine_of(policy).generate(params, prompts_of([3, 4]), sampling, jax.random.key(0))
+    assert out.lengths.min() >= 5
+    assert (out.tokens[:, :, :4] >= 40).all()
+
+
+@pytest.mark.parametrize(("length", "n", "max_tokens"), [(24, 1, 1), (24, 1, 40), (1, 5, 1)])
+def test_sizes_at_their_limits(model, length, n, max_tokens):
+    policy, params = model
+    prompts = prompts_of([length, 2])
+    sampling = SamplingParams(n=n, max_tokens=max_tokens)
+    out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(6))
+    assert (out.lengths == max_tokens).all()
+    assert (out.finish_reason == "length").all()
+    assert_log_probs_agree(policy, params, prompts, out)
+
+
+def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(model):
+    policy, params = model
+    letters = [chr(97 + i % 4) for i in range(V)]  # many tokens a letter
+
+    def detokenize(ids):
+        return "".join(letters[i] for i in ids)
+
+    prompts, key = prompts_of(MIXED), jax.random.key(7)
+    engine = engine_of(policy, num_slots=4, detokenize=detokenize)
+    free = engine.generate(params, prompts, SamplingParams(n=3, max_tokens=40), key)
+    sampling = SamplingParams(n=3, max_tokens=40, stop=("abc", "dd"))
+    out = engine.generate(params, prompts, sampling, key)
+    assert (out.finish_reason == "stop").any()
+    for tokens, length, reason, unstopped in zip(
+        out.tokens.reshape(-1, 40),
+        out.lengths.reshape(-1),
+        out.finish_reason.reshape(-1),
+        free.tokens.reshape(-1, 40),
+    ):
+        text = detokenize(unstopped)
+        ends = [text.find(s) + len(s) for s in ("abc", "dd") if s in text]
+        assert length == min(ends, default=40)
+        assert reason == ("stop" if ends else "length")
+        np.testing.assert_array_equal(tokens[:length], unstopped[:length])
+        assert (tokens[length:] == 0).all()
+
+
+def test_groups_are_handed_over_as_they_end(model):
+    policy, params = model
+    prompts, done = prompts_of(MIXED), []
+    sampling = SamplingParams(n=2, max_tokens=30, stop_token_ids=tuple(range(10)))
+    engine = engine_of(policy, num_slots=2, steps_per_dispatch=4)
+    out = engine.generate(params, prompts, sampling, jax.random.key(8), on_group_done=done.append)
+    assert sorted(group.prompt_index for group in done) == list(range(len(prompts)))
+    for group in done:
+        np.testing.assert_array_equal(group.tokens, out.tokens[group.prompt_index])
+        np.testing.assert_array_equal(group.lengths, out.lengths[group.prompt_index])
+
+
+def test_mixed_lengths_pay(model):
+    policy, params = model
+    sampling = SamplingParams(n=4, max_tokens=40, stop_token_ids=tuple(range(12)))
+    prompts = prompts_of([4] * 10)
+    out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(9))
+    # Batches of 8 that wait for their longest sample would run this many steps of 8 slots.
+    batches = out.lengths.reshape(-1, 8).max(-1).sum() * 8
+    assert out.stats["slot_steps"] < 0.7 * batches
+
+
+def test_new_parameters_and_new_numbers_compile_nothing(model):
+    policy, params = model
+    engine, prompts = engine_of(policy), prompts_of([5, 6])
+    sampling = SamplingParams(n=4, max_tokens=8)
+    engine.generate(params, prompts, sampling, jax.random.key(0))
+    verbs = type(engine.verbs)
+    count = lambda: sum(  # noqa: E731
+        f._cache_size() for f in (verbs.prefill, verbs.insert, verbs.assign, verbs.generate)
+    )
+    before = count()
+    other = jax.tree.map(lambda x: x * 1.01, params)
+    warmer = dataclasses.replace(sampling, temperature=0.7, stop_token_ids=(1, 2))
+    out = engine.generate(other, prompts_of([5, 6], seed=1), warmer, jax.random.key(1))
+    assert count() == before
+    assert np.isfinite(out.log_probs).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(jnp.bfloat16, 0.15), (jnp.int8, 0.15), (jnp.float32, 1e-4)]
+)
+def test_a_smaller_cache_dtype_stays_close(model, dtype, atol):
+    policy, params = model
+    prompts = prompts_of([9, 3])
+    sampling = SamplingParams(n=2, max_tokens=20)
+    engine = engine_of(policy, cache_dtype=dtype)
+    out = engine.generate(params, prompts, sampling, jax.random.key(10))
+    assert_log_probs_agree(policy, params, prompts, out, atol=atol)
+
+
+def test_eight_devices_sample_what_one_does(model):
+    from adpo_jax.sharding import make_mesh
+
+    policy, params = model
+    prompts = prompts_of(MIXED)
+    sampling = SamplingParams(n=3, max_tokens=12, stop_token_ids=(3, 4))
+    one = engine_of(policy, num_slots=8).generate(params, prompts, sampling, jax.random.key(11))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded = dataclasses.replace(policy, mesh=mesh)
+    shardings = jax.tree.map(lambda s: s.sharding, sharded.abstract_params())
+    engine = engine_of(sharded, num_slots=8)
+    out = engine.generate(jax.device_put(params, shardings), prompts, sampling, jax.random.key(11))
+    np.testing.assert_array_equal(out.tokens, one.tokens)
+    np.testing.assert_allclose(out.log_probs, one.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([[1] * 25], {}, "prompt 0 is a list of 1 to 24 token ids"),
+        ([[1], []], {}, "prompt 1 is a list"),
+        ([[V]], {}, "outside"),
+        ([[0.5]], {}, "made of token ids"),
+        ([[1]], {"max_tokens": 41}, "max_response_length"),
+        ([[1]], {"stop": ("x",)}, "detokenize"),
+    ],
+)
+def test_what_the_engine_was_not_made_for_is_refused(model, prompts, changes, message):
+    policy, params = model
+    sampling = SamplingParams(**{"max_tokens": 4, **changes})
+    with pytest.raises(ValueError, match=message):
+        engine_of(policy).generate(params, prompts, sampling, jax.random.key(0))

@@ -1,0 +1,149 @@
+"""One token of one row: frequencies, truncation, log-probs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adpo_jax import sampling
+from adpo_jax.sampling import SamplingParams
+
+LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5], np.float32)
+CHI_SQUARE_999 = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}
+
+
+def draw(logits, params, seed=0, generated=None):
+    logits = jnp.asarray(logits)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(seed), len(logits)))
+    generated = jnp.zeros(len(logits), jnp.int32) if generated is None else generated
+    return sample(logits, keys, generated, params.knobs(), params.method)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def sample(logits, keys, generated, knobs, method):
+    uniform = sampling.uniforms(keys, generated)
+    return sampling.sample(logits, uniform, generated, knobs, method)
+
+
+def truncated_by_sorting(logits, params) -> np.ndarray:
+    """Probabilities of the truncated, tempered distribution, the plain way."""
+    x = np.asarray(logits, np.float64) / params.temperature
+    order = np.argsort(-x)
+    p = np.exp(x - x.max())
+    if params.top_k > 0:
+        p[order[params.top_k :]] = 0
+    p /= p.sum()
+    if params.top_p < 1:
+        before = np.cumsum(p[order]) - p[order]
+        p[order[before >= params.top_p]] = 0
+    p[p < params.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+SETTINGS = {
+    "plain": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.6),
+    "top-k": SamplingParams(top_k=3),
+    "top-p": SamplingParams(top_p=0.7),
+    "min-p": SamplingParams(min_p=0.2),
+    "all": SamplingParams(temperature=1.3, top_k=6, top_p=0.9, min_p=0.1),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_frequencies_match_the_truncated_distribution(name):
+    params, draws = SETTINGS[name], 20_000
+    expected = truncated_by_sorting(LOGITS, params)
+    drawn = draw(np.tile(LOGITS, (draws, 1)), params)
+    counts = np.bincount(np.asarray(drawn.tokens), minlength=len(LOGITS))
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    chi_square = np.sum((counts - draws * expected)[kept] ** 2 / (draws * expected[kept]))
+    assert chi_square < CHI_SQUARE_999[kept.sum() - 1]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_log_probs_are_those_of_the_distribution_sampled_from(name):
+    params = SETTINGS[name]
+    drawn = draw(np.tile(LOGITS, (200, 1)), params)
+    expected = np.log(truncated_by_sorting(LOGITS, params)[np.asarray(drawn.tokens)])
+    np.testing.assert_allclose(drawn.log_probs, expected, atol=1e-5)
+
+
+def test_full_log_probs_ignore_the_truncation_but_not_the_temperature():
+    params = SamplingParams(temperature=0.7, top_k=2, full_log_probs=True)
+    drawn = draw(np.tile(LOGITS, (50, 1)), params)
+    expected = jax.nn.log_softmax(LOGITS / 0.7)[drawn.tokens]
+    np.testing.assert_allclose(drawn.full_log_probs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [300, 1000, 1024])
+def test_a_vocabulary_of_many_blocks_gives_the_right_frequencies(vocab):
+    logits = np.full(vocab, -4.0, np.float32)
+    logits[[0, 127, 128, vocab - 1]] = 3.0
+    draws = 8_000
+    tokens = np.asarray(draw(np.tile(logits, (draws, 1)), SamplingParams()).tokens)
+    probs = np.exp(logits) / np.exp(logits).sum()
+    groups = np.array([np.mean(tokens == i) for i in (0, 127, 128, vocab - 1)])
+    error = np.sqrt(probs[0] * (1 - probs[0]) / draws)
+    assert np.abs(groups - probs[0]).max() < 4 * error
+    assert tokens.max() < vocab
+
+
+def test_top_1_is_greedy():
+    logits = np.random.default_rng(0).normal(size=(64, 500)).astype(np.float32)
+    greedy = draw(logits, SamplingParams(temperature=0)).tokens
+    np.testing.assert_array_equal(greedy, logits.argmax(-1))
+    np.testing.assert_array_equal(draw(logits, SamplingParams(top_k=1)).tokens, greedy)
+    np.testing.assert_array_equal(draw(logits, SamplingParams(top_p=1e-6)).tokens, greedy)
+    np.testing.assert_array_equal(draw(logits, SamplingParams(min_p=1.0)).tokens, greedy)
+
+
+def test_the_first_of_equal_logits_is_greedy():
+    logits = np.zeros((1, 9), np.float32)
+    logits[0, [4, 7]] = 1
+    assert draw(logits, SamplingParams(temperature=0)).tokens[0] == 4
+
+
+def test_truncation_keeps_what_sorting_keeps():
+    logits = np.random.default_rng(1).normal(scale=3, size=(32, 400)).astype(np.float32)
+    for params in (SamplingParams(top_k=17), SamplingParams(top_p=0.8), SamplingParams(min_p=0.05)):
+        kept = sampling.truncate(jnp.asarray(logits), params.knobs(), params.method) > -jnp.inf
+        expected = np.stack([truncated_by_sorting(row, params) > 0 for row in logits])
+        np.testing.assert_array_equal(kept, expected)
+
+
+def test_a_uniform_at_either_end_points_at_a_token_with_mass():
+    logits = jnp.array([[-jnp.inf, 0.0, 1.0, -jnp.inf]] * 2)
+    ends = jnp.array([[0.0, 0.0], [1 - 2**-24] * 2], jnp.float32)
+    tokens, _ = sampling.inverse_cdf(logits, jnp.max(logits, -1), ends)
+    assert tokens.tolist() == [1, 2]
+
+
+def test_stop_tokens_wait_for_min_tokens():
+    logits = np.full((2, 6), -20.0, np.float32)
+    logits[:, 5] = 20
+    params = SamplingParams(stop_token_ids=(5,), min_tokens=3)
+    drawn = draw(logits, params, generated=jnp.array([2, 3], jnp.int32))
+    assert drawn.tokens[0] != 5
+    assert drawn.tokens[1] == 5
+    np.testing.assert_allclose(drawn.log_probs[0], np.log(1 / 5), atol=1e-4)
+
+
+def test_other_numbers_compile_nothing_new():
+    one, other = SamplingParams(temperature=0.5, top_p=0.9), SamplingParams(top_p=0.2)
+    assert one.method == other.method
+    shapes = [[np.shape(x) for x in p.knobs()] for p in (one, other)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("min_p", 1.5)]
+    + [("max_tokens", 0), ("min_tokens", 500), ("stop", ("",))],
+)
+def test_settings_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} is "):
+        SamplingParams(**{name: value})
