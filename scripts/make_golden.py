@@ -75,7 +75,6 @@ MODELS = {
         "attention_bias": True,
         "mlp_bias": True,
         "tie_word_embeddings": True,
-        "num_hidden_layers": 2,
     },
     "llama_linear": {
         "model_type": "llama",
@@ -106,7 +105,6 @@ MODELS = {
     "gemma2": {
         "model_type": "gemma2",
         "head_dim": 8,
-        "num_hidden_layers": 4,
         "tie_word_embeddings": True,
         "sliding_window": 6,
         "query_pre_attn_scalar": 12,

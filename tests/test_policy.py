@@ -12,7 +12,9 @@ from golden_models import FAMILIES, GOLDEN, VARIANTS, arrays, config_of, model
 from adpo_jax import Policy
 from adpo_jax.sharding import make_mesh
 
-# The bound for float32; the goldens reach 4e-5 on logits of up to 30.
+# Compiles in half the time; for programs whose speed is of no matter.
+QUICK = {"xla_backend_optimization_level": 0}
+# The bound for float32; the goldens reach 4e-5 on logits of up to 30.
 TOLERANCE = 1e-4
 
 
@@ -46,7 +48,7 @@ def test_decoding_token_by_token_equals_the_forward_of_transformers(name):
     golden = arrays(name)
     tokens, mask = golden["left_tokens"], golden["left_mask"]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def decode(params, tokens, mask):
         def step(cache, column):
             token, real = column
@@ -65,7 +67,7 @@ def test_a_prefill_and_a_second_chunk_equal_the_forward_of_transformers(name):
     golden = arrays(name)
     tokens, mask = jnp.asarray(golden["left_tokens"]), jnp.asarray(golden["left_mask"])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def in_two_chunks(params, tokens, mask):
         cache = policy.new_cache(tokens.shape[0], tokens.shape[1] + 3)
         first, cache = policy.cached_step(params, tokens[:, :16], mask[:, :16], cache)
@@ -179,9 +181,8 @@ def test_log_probs_do_not_depend_on_the_side_of_the_padding():
 def test_completion_log_probs_are_the_last_columns_tempered():
     policy, params = model("qwen3")
     tokens = arrays("qwen3")["full_tokens"]
-    score = jax.jit(
-        functools.partial(policy.completion_log_probs, num_completion=7, temperature=0.7)
-    )
+    score = functools.partial(policy.completion_log_probs, num_completion=7, temperature=0.7)
+    score = jax.jit(score, compiler_options=QUICK)
     scored, entropy = score(params, jnp.asarray(tokens), jnp.ones_like(tokens))
     full = jax.nn.log_softmax(policy.logits(params, tokens)[:, -8:-1] / 0.7)
     wanted = np.take_along_axis(np.asarray(full), tokens[:, -7:, None], axis=-1)[..., 0]
@@ -215,9 +216,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 
     def gradient(checkpointing):
         remat = dataclasses.replace(policy, gradient_checkpointing=checkpointing)
-        return jax.jit(jax.grad(lambda p: remat.hidden(p, tokens, jnp.ones_like(tokens)).sum()))(
-            params
-        )
+        loss = lambda p: remat.hidden(p, tokens, jnp.ones_like(tokens)).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
     plain = gradient("none")["layers"]
     assert all(np.any(g) for g in plain.values())

@@ -23,37 +23,36 @@ def inputs(name: str):
     return policy.config, head, hidden, targets, jax.random.normal(key_weights, (2, B, T))
 
 
-def plain(config, head, hidden, targets, temperature):
+def plain(config, head, hidden, targets, *, temperature):
     log_p = jax.nn.log_softmax(head_logits(config, head, hidden) / temperature)
     scored = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return scored, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
-# An untied head, a tied one, and a tied one with a soft cap.
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2"])
-@pytest.mark.parametrize("tokens_per_chunk", [1, 4 * B, 10_000])
-def test_chunks_of_any_size_equal_the_plain_log_softmax_with_gradients(name, tokens_per_chunk):
+# An untied head, and a tied one with a soft cap; 4 does not divide T = 11.
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_chunks_of_any_size_equal_the_plain_log_softmax_with_gradients(name):
     config, head, hidden, targets, weights = inputs(name)
 
     def value_and_gradients(score):
         def loss(head, hidden):
-            scored, entropy = score(head, hidden)
+            scored, entropy = score(config, head, hidden, targets, temperature=0.6)
             return jnp.sum(weights[0] * scored + weights[1] * entropy), (scored, entropy)
 
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(head, hidden)
+        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        quick = {"xla_backend_optimization_level": 0}
+        return jax.jit(gradient, compiler_options=quick)(head, hidden)
 
-    chunked = value_and_gradients(
-        lambda head, hidden: token_log_probs(
-            config, head, hidden, targets, temperature=0.6, tokens_per_chunk=tokens_per_chunk
+    wanted = value_and_gradients(plain)
+    for columns in (1, 4, T, 100):
+        score = functools.partial(token_log_probs, tokens_per_chunk=columns * B)
+        chunked = value_and_gradients(score)
+        (_, (scored, entropy)), gradients = chunked
+        assert scored.shape == entropy.shape == (B, T)
+        assert all(np.any(g) for g in jax.tree.leaves(gradients[1]))
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-4), chunked, wanted
         )
-    )
-    wanted = value_and_gradients(lambda head, hidden: plain(config, head, hidden, targets, 0.6))
-    (_, (scored, entropy)), gradients = chunked
-    assert scored.shape == entropy.shape == (B, T)
-    assert all(np.any(g) for g in jax.tree.leaves(gradients[1]))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-4), chunked, wanted
-    )
 
 
 def test_no_array_holds_all_logits():
