@@ -969,6 +969,52 @@ CASES = {
             "(2,1),(4,3)", "(1,2)", "(1,2,3,4)", "(1,4),(3,2)",
         ],
     ),
+    "approximate": (
+        "3.14",
+        [r"\approx 3.14", r"x\approx 3.14", "≈ 3.14"],
+        [r"\approx 3.1", r"\approx 3"],
+    ),
+    "approximate_integer": (
+        "18",
+        [r"x = 17.6 + 0.4 = 18", r"\text{The answer is }18"],
+        [r"\approx 18", r"x\approx 18", "18...", r"18\ldots", r"\text{anything but: }18",
+         r"\text{not }18", r"\text{The answer is not }18", "~18", r"\sim 18"],
+    ),
+    "sci_letter": (
+        "45000",
+        ["4.5 x 10^4", "4.5x10^4", "4.5 X 10^{4}", r"\textbf{45,000}", "45~000"],
+        ["4.5 x 10^5", "4.5x", "4.5 x 10", "4.5 x^4"],
+    ),
+    "over": (
+        r"\frac{a+1}{b}",
+        [r"{a+1\over b}", r"\nicefrac{a+1}{b}", r"{{a+1} \over {b}}"],
+        [r"{a+1 \over b+1}", r"a+{1\over b}"],
+    ),
+    "point_by_names": (
+        "(2,-1)",
+        ["x=2, y=-1", "x=2,y=-1", r"x = 2 \text{ and } y = -1"],
+        ["x=-1, y=2", "y=2, x=-1", "x=2", "x=2, x=-1", "x=2, y=1"],
+    ),
+    "numbered_roots": (
+        "3, 7",
+        ["x_1=3, x_2=7", r"x_1 = 7 \text{ and } x_2 = 3"],
+        ["x_1=3, x_2=8", "x=3, y=7", "x_1=3"],
+    ),
+    "base_in_words": (
+        "1011_2",
+        ["1011 base 2", r"1011 \text{ (base 2)}", r"1011_\text{two}", "1011 in base two"],
+        ["1011 base 3", "1011 base", "base 2"],
+    ),
+    "currency_before": (
+        "45",
+        ["US\\$45", "USD 45", "EUR 45.00", "GBP 45"],
+        ["USD 54", "US 4.5", "45 45"],
+    ),
+    "difference_of_sets": (
+        r"(0,1)\cup(1,3)",
+        [r"x\in(0,3), x\ne 1", r"(0,1) \bigcup (1,3)", r"0<x<3\text{ and }x\neq 1"],
+        [r"x\in(0,3), x\ne 2", r"x\in(0,3)"],
+    ),
 }  # fmt: skip
 
 

@@ -41,6 +41,8 @@ FOUND = {
     "a bold last line": ("Adding up.\n**31**", "31"),
     "a last line in display maths": ("So:\n\\[\n31\n\\]", "31"),
     "after thinking": (r"<think>\boxed{24}?</think><answer>25</answer>", "25"),
+    "a sentence that announces a line": ("The final answer is on the next line.\n0.64", "0.64"),
+    "a factorial": ("So it is\n5!", "5!"),
     "only while thinking": (r"<think>so \boxed{24}</think> That is all.", "24"),
 }
 

@@ -144,8 +144,8 @@ VOCABULARY = r"""
     \frac \dfrac { } ( ) [ ] \{ \} 1 2 12 0 7 0.5 1e5 99 x y n e i \pi \sqrt \sqrt[3] ^ ^{ ^2 _ !
     \% + - * / \cdot = < \le \ne , ; : | \left( \right) \text{ \text{and} or and \cup \setminus \in
     \infty \pm \sin \cos \tan \ln \log_2 \arcsin \exp \binom \begin{pmatrix} \end{pmatrix} & \\
-    \boxed{ \circ ^\circ \lfloor \rfloor \mathbb{R} $ million apples cm ** \approx \overline{3} max( gcd(
-    sqrt( |x| 123456789012345678901234567890 n! e^{ \tan( \gamma ½ ∞ <answer> </answer> #### +/-
+    \boxed{ \circ ^\circ \lfloor \rfloor \mathbb{R} $ million apples cm ** \approx \overline{3} max(
+    gcd( sqrt( |x| 123456789012345678901234567890 n! e^{ \tan( \gamma ½ ∞ <answer> #### +/-
 """
 PIECES = VOCABULARY.split()
 REFERENCES = [

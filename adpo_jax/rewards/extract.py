@@ -141,7 +141,9 @@ def _after_phrase(text: str) -> str | None:
     line = rest[connective.end() if connective else 0 :].split("\n", 1)[0]
     for stop in (". ", "! ", "? "):
         line = line.split(stop, 1)[0]
-    return _undressed(line) or None
+    line = _undressed(line)
+    is_prose = len(line.split()) > 3 and line.replace(" ", "").isalpha()  # "on the next line"
+    return line if line and not is_prose else None
 
 
 def _last_line(text: str) -> str | None:
@@ -155,4 +157,4 @@ def _last_line(text: str) -> str | None:
 def _undressed(line: str) -> str:
     """A line without what emphasises or ends it."""
     line = line.strip().strip("*_`").strip()
-    return line.rstrip(".!").strip() if not line.endswith("\\!") else line
+    return line[:-1].rstrip() if line.endswith(".") and not line.endswith("..") else line

@@ -50,9 +50,10 @@ _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathtt|mathcal"
     r"|bold|bm|boldsymbol|operatorname\*?|underline|boxed|fbox|mathbb)[ ]{0,4}\{([^{}\\$]{0,120})\}"
 )
+_WHOLE_TEXT = re.compile(r"\\(?:text[a-z]{0,6}|mbox|mathrm|mathbf|bm|boldsymbol)\{([^{}]*)\}")
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _GROUPS = r"[0-9]{1,3}(?:%s[0-9]{3}){1,20}(?![0-9])(?:\.[0-9]+)?"
-_SAFE_SEPARATOR = r"(?:\{,\}|\\,|\\!|,\\!|\\[:; ]|\{\\,\})"
+_SAFE_SEPARATOR = r"(?:\{,\}|\\text\{,\}|~|\\,|\\!|,\\!|\\[:; ]|\{\\,\})"
 _LEX = re.compile(
     r"(?P<space>(?:[ ~]|\\[,;:!> ]|\\q?quad(?![A-Za-z])|\\hspace\{[^{}]{0,20}\})+)"
     + rf"|(?P<grouped>{_GROUPS % _SAFE_SEPARATOR}|{_GROUPS % ' '}(?! ?/))"
@@ -86,11 +87,14 @@ def normalise(text: str) -> str:
         text = text.replace("+/-", "\\pm ")
     if "$" in text:
         text = text.replace("\\$", "\\dollar ").replace("$", " ")
-    text = text.strip().rstrip(".").rstrip()
-    if text.startswith("\\text{") and text.endswith("}") and text.count("{") == 1:
-        inner = text[len("\\text{") : -1]
-        if any(c in "0123456789" for c in inner):
-            return inner.strip()  # `\\text{5 apples}` is no word
+    text = text.strip()
+    if text.startswith("~"):
+        text = "\\approx " + text[1:]
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    whole = _WHOLE_TEXT.fullmatch(text)
+    if whole and any(c in "0123456789" for c in whole[1]):
+        return whole[1].strip()  # `\\text{5 apples}` is no word
     return text
 
 
@@ -133,7 +137,7 @@ def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
             piece = piece[1:]
             if piece in _OPERATORS:
                 kind, piece = "op", _OPERATORS[piece]
-            elif piece in ("dfrac", "tfrac", "cfrac"):
+            elif piece in ("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"):
                 piece = "frac"
         if kind in ("num", "repeat") and sum(c in "0123456789" for c in piece) > MAX_DIGITS:
             raise Unreadable("number too long")

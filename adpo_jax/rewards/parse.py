@@ -27,7 +27,7 @@ __all__ = ["Tree", "parse"]
 
 _RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!="}
 _RELATION_COMMANDS = {"in": "in", "approx": "~", "equiv": "=", "simeq": "~"}
-_SET_COMMANDS = {"cup": "union", "cap": "intersection", "setminus": "setminus",
+_SET_COMMANDS = {"cup": "union", "cap": "intersection", "bigcup": "union", "setminus": "setminus",
                  "backslash": "setminus"}  # fmt: skip
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"}
 _OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
@@ -58,6 +58,8 @@ def _split_words(tokens: list[Token]) -> list[Token]:
         )
         if word == "U" and is_between_sets:
             split.append(Token("cmd", "cup", False))
+        elif word in ("x", "X") and _is_times(tokens, i):
+            split.append(Token("op", "*", False))
         elif token.kind != "word" or len(word) == 1 or word in FUNCTION_WORDS or word in INFINITIES:
             split.append(token)
         elif word.lower() in ("and", "or"):
@@ -68,6 +70,14 @@ def _split_words(tokens: list[Token]) -> list[Token]:
                 split.append(Token("word", name, glued))
                 glued = True
     return split
+
+
+def _is_times(tokens: list[Token], i: int) -> bool:
+    """Whether the letter x is a multiplication sign, as in `4.5 x 10^4`."""
+    around = tokens[max(i - 1, 0) : i + 3]
+    return len(around) == 4 and (
+        around[0].kind == "num" and around[2].text == "10" and around[3].text in ("^", "**")
+    )
 
 
 def _names_in(word: str) -> list[str]:
@@ -130,7 +140,10 @@ class Parser(ScalarParser):
             self.position += 1
 
     def relation(self) -> Tree:
-        operators, sides = [], [self.set_expression()]
+        operators: list[str] = []
+        # A leading "approximately" is said of something without a name.
+        is_about = self.peek()[:2] in (("cmd", "approx"), ("cmd", "simeq"))
+        sides = [("sym", "")] if is_about else [self.set_expression()]
         while True:
             token = self.peek()
             if token.kind == "op" and token.text in _RELATIONS:

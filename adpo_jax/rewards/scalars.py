@@ -75,8 +75,6 @@ class ScalarParser:
     # Arithmetic
 
     def expression(self) -> Tree:
-        if self.peek() == ("cmd", "approx", self.peek().glued):
-            self.position += 1  # a leading "about" leaves the value as it stands
         sign = self.sign()
         if sign == "add" and self.peek().text == "-" and self.accept("-"):
             sign = "pm"  # "+-5", written plainly
@@ -188,6 +186,9 @@ class ScalarParser:
                 return self.bracket(token.text)
             if token.text == "{":
                 tree = self.nested(self.items)
+                if self.peek()[:2] == ("cmd", "over"):
+                    self.position += 1
+                    tree = ("div", tree, self.nested(self.items))
                 self.expect("}")
                 return ("set", tree[1]) if tree[0] == "list" else tree
             if token.text == "|":
@@ -211,23 +212,41 @@ class ScalarParser:
         return ("num", value)
 
     def proper_fraction(self) -> Fraction | None:
-        """The fraction of a mixed number, 1/4 in `7 1/4` and `7\\frac{1}{4}`, if one comes next."""
-        start = self.position
-        top = bottom = None
-        if self.peek().kind == "cmd" and self.peek().text == "frac":
-            self.position += 1
-            top, bottom = self.argument(), self.argument()
-        elif self.peek().kind == "num" and not self.peek().glued and self.peek(1).text == "/":
-            self.position += 2
-            top, bottom = ("num", _fraction(self.tokens[start].text)), ("num", Fraction(0))
-            if self.peek().kind == "num":
-                bottom = ("num", _fraction(self.next().text))
-        if top and bottom and top[0] == bottom[0] == "num" and 0 < top[1] < bottom[1]:
-            part = top[1] / bottom[1]
-            if top[1].denominator == bottom[1].denominator == 1:
-                return part
-        self.position = start
-        return None
+        """The fraction of a mixed number, 1/4 in `7 1/4` and `7\\frac{1}{4}`, if one comes next.
+
+        It looks at tokens only: parsing what might be no mixed number, and then once more, would
+        double the time with every level of nesting.
+        """
+        if self.peek()[:2] == ("cmd", "frac"):
+            top = self.integer_argument(1, 0)
+            bottom = self.integer_argument(*top[1:]) if top else None
+        elif not self.peek().glued and self.peek(1)[:2] == ("op", "/"):
+            top, bottom = ((_integer(self.peek(ahead)), 3, 0) for ahead in (0, 2))
+        else:
+            return None
+        if not top or not bottom or not 0 < (top[0] or 0) < (bottom[0] or 0):
+            return None
+        value, ahead, digit = bottom
+        self.position += ahead
+        if digit:
+            self.tokens[self.position] = Token("num", self.peek().text[digit:], True)
+        return Fraction(top[0], value)
+
+    def integer_argument(self, ahead: int, digit: int) -> tuple[int, int, int] | None:
+        """An integer as a TeX argument, `{12}` or a single digit, at a digit of a later token.
+
+        Returns:
+          The integer, and the token and digit after it; None if no integer stands there.
+        """
+        token = self.peek(ahead)
+        if not digit and token[:2] == ("op", "{") and self.peek(ahead + 2)[:2] == ("op", "}"):
+            value = _integer(self.peek(ahead + 1))
+            return None if value is None else (value, ahead + 3, 0)
+        if _integer(token) is None:
+            return None
+        is_last = digit + 1 == len(token.text)
+        following = (ahead + 1, 0) if is_last else (ahead, digit + 1)
+        return int(token.text[digit]), *following
 
     def argument(self) -> Tree:
         """A TeX argument: a group, one command, one letter, or one digit of a number."""
@@ -358,6 +377,10 @@ class ScalarParser:
     def starts_function(self) -> bool:
         token = self.peek()
         return (token.text in FUNCTION_WORDS and token.text != "sqrt") or token.text == "("
+
+
+def _integer(token: Token) -> int | None:
+    return int(token.text) if token.kind == "num" and token.text.isdecimal() else None
 
 
 def _fraction(text: str) -> Fraction:

@@ -34,8 +34,12 @@ def same_tree(a: Tree, b: Tree) -> bool:
         left, right = _intervals(a), _intervals(b)
         if left is not None and right is not None:
             return realset.same(left, right)
+    if a[0] == "list" and b[0] == "tuple" and b[1:3] == ("(", ")"):
+        a = _as_point(a)
     left, right = _collected(a), _collected(b)
     if left is not None and right is not None:
+        if _named_apart(left) != _named_apart(right):
+            return False
         return _same_collections(left, right, as_sets="set" in (a[0], b[0]))
     if left is not None or right is not None:
         if a[0] == "set" and len(left) == 1:
@@ -77,6 +81,15 @@ def _collected(tree: Tree) -> list[Tree] | None:
     return _without_assignments(members) if len(members) > 1 else None
 
 
+def _as_point(tree: Tree) -> Tree:
+    """x = 2, y = -1 as (2, -1), the names being in the order of the alphabet."""
+    names = [t[2][0] if t[0] == "rel" and t[1] == ("=",) else ("none",) for t in tree[1]]
+    letters = [n[1] for n in names if n[0] == "sym"]
+    if len(letters) < len(names) or letters != sorted(set(letters)):
+        return tree
+    return ("tuple", "(", ")", tuple(t[2][1] for t in tree[1]))
+
+
 def _both_signs(tree: Tree) -> list[Tree]:
     if mentions(tree, ("pm",), ("mp",)):
         return [with_sign(tree, 1), with_sign(tree, -1)]
@@ -84,10 +97,10 @@ def _both_signs(tree: Tree) -> list[Tree]:
 
 
 def _without_assignments(members: list[Tree]) -> list[Tree]:
-    """x = 3, x = 7 as 3, 7; x = 3, y = 4 stay as they are."""
+    """x = 3, x = 7 as 3, 7, and so x_1 = 3, x_2 = 7; x = 3, y = 4 stay as they are."""
     if not members:
         return members
-    names = {m[2][0] if m[0] == "rel" and m[1] == ("=",) else None for m in members}
+    names = {_unnumbered(m[2][0]) if m[0] == "rel" and m[1] == ("=",) else None for m in members}
     if len(names) != 1 or None in names:
         # "x = 3, 7" names the variable once.
         first, *rest = members
@@ -95,6 +108,15 @@ def _without_assignments(members: list[Tree]) -> list[Tree]:
             return [_assigned(_settled(first)) or first, *rest]
         return members
     return [_assigned(m) or m for m in members]
+
+
+def _named_apart(members: list[Tree]) -> bool:
+    """Whether they give values to different variables, which no bare list of values does."""
+    return len(members) > 1 and all(m[0] == "rel" for m in members)
+
+
+def _unnumbered(name: Tree) -> Tree:
+    return ("sym", name[1].split("_")[0]) if name[0] == "sym" else name
 
 
 def _same_collections(a: list[Tree], b: list[Tree], *, as_sets: bool) -> bool:
@@ -133,6 +155,8 @@ def _settled(tree: Tree) -> Tree:
         return tree
     operators, sides = tree[1], tree[2]
     if _is_name(sides[0]) and len(sides) > 1:
+        if operators[0] == "~" and not _is_decimal(sides[1]):
+            return tree
         name, sides, operators = sides[0], sides[1:], operators[1:]
     elif len(sides) == 2 and _is_name(sides[1]) and not symbols(sides[0]):
         name, sides, operators = sides[1], sides[:1], ()
@@ -147,6 +171,12 @@ def _settled(tree: Tree) -> Tree:
         elif not (equal_scalars(x, y) or (operator == "~" and _close(x, y))):
             return tree
     return sides[0] if name is None else ("rel", ("=",), (name, sides[0]))
+
+
+def _is_decimal(tree: Tree) -> bool:
+    """Whether it is a number that rounding can have given: 3.14 may be approximate, 18 may not."""
+    tree = tree[1] if tree[0] == "neg" else tree
+    return tree[0] == "num" and tree[1].denominator > 1
 
 
 def _close(x: Tree, y: Tree) -> bool:
@@ -168,7 +198,7 @@ def _is_name(tree: Tree) -> bool:
 
 def _assigned(tree: Tree) -> Tree | None:
     """The right side of an equation whose left side is only a name."""
-    if tree[0] != "rel" or len(tree[2]) != 2 or tree[1] not in (("=",), ("in",), ("~",)):
+    if tree[0] != "rel" or len(tree[2]) != 2 or tree[1] not in (("=",), ("in",)):
         return None
     left, right = tree[2]
     if not _is_name(left) or (symbols(left) & symbols(right) and left[0] == "sym"):

@@ -27,7 +27,12 @@ _SHORT_NOUNS = """
 _SHORT = set(_CANONICAL) | set(_SHORT_NOUNS.split())
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
 _MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp"}
+_NO_LABELS = {
+    "not", "never", "no", "nor", "or", "but", "except", "anything", "either", "neither", "between",
+    "than",
+}  # fmt: skip
 # Words that say something about the value rather than what is counted.
 _NOT_COUNTED = """
     and or not nor no none never to too between among if but maybe perhaps probably possibly
@@ -62,8 +67,9 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
     if all(t.kind not in ("text", "word") for t in tokens):
         return tokens, unit
     tokens = _without_label(_scaled(tokens))
-    if unit is None and len(tokens) > 1 and tokens[0].text in ("USD", "EUR", "GBP"):
-        tokens, unit = tokens[1:], _CANONICAL[tokens[0].text]
+    if len(tokens) > 1 and tokens[0].text in _CURRENCIES and tokens[1].kind == "num":
+        unit = unit or _CURRENCIES[tokens[0].text]
+        tokens = tokens[1:]
     for start in range(1, len(tokens)):
         if tokens[start].kind in ("text", "word") and _ends_value(tokens[start - 1]):
             name = _unit_name(tokens[start:])
@@ -105,7 +111,7 @@ def _without_label(tokens: list[Token]) -> list[Token]:
             continue
         words = label.lower().split()
         is_words = all(w.isalpha() for w in words) and any(len(w) > 3 for w in words)
-        if end < len(tokens) and is_words and not {"not", "never", "no", "nor"} & set(words):
+        if end < len(tokens) and is_words and not _NO_LABELS & set(words):
             return tokens[end:]
         return tokens
     return tokens

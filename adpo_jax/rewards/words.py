@@ -11,9 +11,9 @@ _CHOICE = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?(?:\( ?([A-Ja-j]) ?\)|([A-Ja-j])(?=$|[).:]))[).:]?(.*)"
 )
 _OTHER_CHOICE = re.compile(r"\([A-Ja-j]\)|\b(?:or|and|not)\b|\b[A-J]\b")
-_BASED = re.compile(
-    r"\(?([0-9A-Za-z]{1,60})\)?_\{?\(?([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)\)?\}?"
-)
+_BASE = r"([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)"
+_BASED = re.compile(rf"\(?([0-9A-Za-z]{{1,60}})\)?_\{{?\(?{_BASE}\)?\}}?")
+_IN_BASE = re.compile(rf"([0-9A-Za-z]{{1,60}}) \(?(?:in )?base[ -]{_BASE}\)?")
 _BASE_NAMES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10,
@@ -54,9 +54,10 @@ def is_choice(reference: str) -> bool:
 
 def based_numeral(text: str) -> tuple[str, int] | None:
     """The digits and the base of a numeral as `1011_2` or `2B_{12}`, else None."""
-    if "_" not in text:
+    if "_" not in text and "base" not in text:
         return None
-    match = _BASED.fullmatch(_NOISE_IN_NUMERALS.sub("", _COMMAND.sub("", text)))
+    bare = _COMMAND.sub("", text)
+    match = _BASED.fullmatch(_NOISE_IN_NUMERALS.sub("", bare)) or _IN_BASE.fullmatch(words(bare))
     if match is None:
         return None
     digits = match[1].upper()
