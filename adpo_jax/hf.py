@@ -86,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index_path} has no weight_map")
-        names = sorted(set(weight_map.values()))
+        names = sorted({str(name) for name in weight_map.values()})
         outside = [name for name in names if Path(name).name != name or name == ".."]
         if outside:
             raise ValueError(f"{index_path} names files outside its folder: {outside}")
@@ -168,15 +168,22 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
     if jax.process_index() != 0:
         yield temporary
         return
+    # A container that was killed while writing comes back with the same process id.
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if folder.exists():
             folder.rename(replaced)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_folder_config(name: str | os.PathLike) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Hugging Face folders: round trips, sharding, and what is refused."""
 
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -415,6 +416,26 @@ def test_a_failed_save_leaves_nothing_new_and_the_old_in_place(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         policy.save_pretrained(tmp_path / "new", params, Tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    policy, params = model("qwen2")
+    policy.save_pretrained(tmp_path / "out", params)
+    (tmp_path / "out" / "old.txt").write_text("x")
+    stale = tmp_path / f".out.writing-{os.getpid()}"
+    stale.mkdir()
+    rename = Path.rename
+
+    def failing(self, target):
+        if self == stale:
+            raise OSError("no permission")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no permission"):
+        policy.save_pretrained(tmp_path / "out", params, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old.txt").exists()
 
 
 def test_foreign_parameters_and_a_policy_without_a_config_are_refused(tmp_path):
