@@ -19,8 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adpo_jax import kv_cache, sampling
+from adpo_jax import kernels, kv_cache, sampling
 from adpo_jax.kv_cache import KV, CacheLayout, View
+from adpo_jax.model import fused_layer
 from adpo_jax.policy import Policy
 from adpo_jax.sampling import Knobs, Method
 from adpo_jax.sharding import constrain
@@ -71,16 +72,19 @@ class Verbs:
 
     policy: Policy
     layout: CacheLayout
+    attention: str = "xla"  # one of `kernels.ATTENTION`
 
     # --- parameters
 
     @functools.partial(jax.jit, static_argnums=0)
     def load_params(self, params):
-        """Parameters as decoding wants them: unstacked where the layers run one by one."""
+        """Parameters as decoding wants them: unstacked and fused where layers run one by one."""
         if self.layout.stacked:
             return params
         layers = params["layers"]
         each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(self.layout.num_layers)]
+        if self.policy.mesh is None or self.policy.mesh.size == 1:
+            each = map(fused_layer, each)
         return {**params, "layers": tuple(each)}
 
     # --- the state
@@ -266,7 +270,7 @@ class Verbs:
         slots, layout = state.slots, self.layout
         view = View(
             position=slots.position,
-            age=slots.generated,
+            age=jnp.where(slots.active, slots.generated, -1),
             column=state.column,
             row=slots.row,
             rank=slots.rank,
@@ -274,18 +278,18 @@ class Verbs:
             prefix_length=state.prefix.lengths,
         )
         config, axes = self.policy.config, layout.column_axes()
+        attend_part = kernels.attend_part(self.attention, layout, config.attention_soft_cap)
 
         def attend(q, k, v, layer, own):
             own = kv_cache.write_layer(own, layer.index, layout.pack(k, v), axes, state.column)
             out = kv_cache.group_attention(
                 q[:, 0],
-                kv_cache.read_layer(own, layer.index),
-                kv_cache.read_layer(state.prefix.kv, layer.index),
+                own,
+                state.prefix.kv,
+                layer,
                 view,
-                layer.window,
                 scale=config.attention_scale,
-                soft_cap=config.attention_soft_cap,
-                transposed_keys=layout.transposed_keys,
+                attend=attend_part,
                 mesh=self.policy.mesh,
             )
             return out[:, None], own

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from adpo_jax import cache_plan, kernels
 from adpo_jax import schedule as schedule_lib
 from adpo_jax.decode import DecodeState, Slots, Verbs
 from adpo_jax.kv_cache import CacheLayout
@@ -82,9 +83,14 @@ class Engine:
       policy: the model; its parameters are an argument of `generate`.
       max_prompt_length: tokens of the longest prompt taken.
       max_response_length: tokens of the longest completion.
-      num_slots: samples decoded at once.
+      num_slots: samples decoded at once, at most; None for 64 on a CPU and 256 elsewhere.
       mesh: devices; slots are split over (`data`, `fsdp`), heads over `tensor`. None: the policy's.
       cache_dtype: of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
+      attention: of decoding, one of `kernels.ATTENTION`.
+      gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
+        may be in use with the cache; lowers `num_slots` to what fits. None for no limit.
+      group_size: samples of a prompt that memory is planned for.
+      free_cache_engine: give the cache's memory back after every call.
       steps_per_dispatch: decode steps between two looks of the host.
       detokenize: token ids -> text, needed for stop strings.
     """
@@ -95,9 +101,13 @@ class Engine:
         *,
         max_prompt_length: int,
         max_response_length: int,
-        num_slots: int = 64,
+        num_slots: int | None = None,
         mesh: Mesh | None = None,
         cache_dtype: Any = None,
+        attention: str = "auto",
+        gpu_memory_utilization: float | None = None,
+        group_size: int = 1,
+        free_cache_engine: bool = True,
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
     ):
@@ -105,22 +115,74 @@ class Engine:
             policy = dataclasses.replace(policy, mesh=mesh)
         c = policy.config
         on_cpu = jax.default_backend() == "cpu"
+        plain = attention == "xla" or (attention == "auto" and on_cpu)
         layout = CacheLayout(
             num_layers=c.num_layers,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,
             dtype=jnp.dtype(policy.dtype if cache_dtype is None else cache_dtype),
-            stacked=not (on_cpu and c.num_layers <= MAX_UNROLLED_LAYERS),
-            transposed_keys=on_cpu,
+            stacked=not (on_cpu and plain and c.num_layers <= MAX_UNROLLED_LAYERS),
+            transposed_keys=on_cpu and plain,
         )
+        devices = jax.devices()[:1] if policy.mesh is None else list(policy.mesh.devices.flat)
+        attention = kernels.resolve(attention, layout, len(devices))
         self.policy = policy
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
         self.steps_per_dispatch = steps_per_dispatch
-        self.verbs = Verbs(policy, layout)
+        self.verbs = Verbs(policy, layout, attention)
         self._detokenize = detokenize
-        self._shards = 1 if policy.mesh is None else mesh_axis_size(policy.mesh, RULES["batch"])
-        self.num_slots = -(-num_slots // self._shards) * self._shards
+        self._shards = splits = 1
+        if policy.mesh is not None:
+            self._shards = mesh_axis_size(policy.mesh, RULES["batch"])
+            heads = mesh_axis_size(policy.mesh, RULES["kv_heads"])
+            splits = self._shards * (heads if c.num_kv_heads % heads == 0 else 1)
+        # A kernel reads no more columns than a slot sees, so its ring need not grow.
+        self.column_stages = 4 if attention == "xla" else 1
+        budget = (None, "")
+        if gpu_memory_utilization is not None:
+            budget = cache_plan.memory_budget(gpu_memory_utilization, devices)
+        self.plan = cache_plan.plan(
+            layout,
+            max_prompt_length=max_prompt_length,
+            max_response_length=max_response_length,
+            group_size=group_size,
+            most_slots=num_slots or (64 if on_cpu else cache_plan.MAX_SLOTS),
+            multiple=self._shards,
+            splits=splits,
+            stages=self.column_stages,
+            budget=budget[0],
+            budget_text=budget[1],
+        )
+        self.num_slots = self.plan.num_slots
+        # Rows are bounded only where memory is.
+        self.most_rows = None if gpu_memory_utilization is None else self.plan.rows
+        # Fewer rows make a step faster where arithmetic is the bottleneck, and not where reading
+        # the weights is.
+        fractions = SLOT_FRACTIONS if on_cpu else ()
+        self.slot_sizes = schedule_lib.slot_buckets(
+            self.num_slots, fractions, self._shards, MIN_SLOTS
+        )
+        self.free_cache_engine = free_cache_engine
+        self._kept: DecodeState | None = None
+
+    def free_cache(self):
+        """Gives the memory of a kept cache back."""
+        self._kept = None
+
+    def new_state(self, *sizes: int) -> DecodeState:
+        """A state without active slots, the kept one where it has these sizes."""
+        wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
+        kept, self._kept = self._kept, None
+        if kept is not None and jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted):
+            return kept
+        del kept
+        return self.verbs.init_decode_state(*sizes)
+
+    def keep_state(self, state: DecodeState):
+        """Called with the state of a rollout that has ended."""
+        if not self.free_cache_engine:
+            self._kept = state
 
     def generate(
         self,
@@ -179,6 +241,7 @@ class Engine:
         try:
             while not rollout.done:
                 yield from rollout.advance()
+            self.keep_state(rollout.state)
         finally:
             if stats is not None:
                 stats.update(rollout.stats)
@@ -231,21 +294,17 @@ class _Rollout:
             ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
         )
 
-        shards, stages = engine._shards, 4
-        self.slot_sizes = schedule_lib.slot_buckets(
-            engine.num_slots, SLOT_FRACTIONS, shards, MIN_SLOTS
-        )
-        self.column_sizes = schedule_lib.column_buckets(T, stages)
+        self.slot_sizes = engine.slot_sizes
+        self.column_sizes = schedule_lib.column_buckets(T, engine.column_stages)
         slots = self._slots_for(P * n)
-        rows = slots if n == 1 else min(schedule_lib.power_of_two(P), 2 * -(-slots // n))
-        rows = -(-rows // shards) * shards
+        rows = min(schedule_lib.power_of_two(P), cache_plan.prefix_rows(slots, n))
+        rows = min(rows, engine.most_rows or rows)
+        rows = cache_plan.up_to_multiple(rows, engine._shards)
         longest = max(len(p) for p in prompts) - 1
         self.prefix_length = schedule_lib.length_bucket(longest, engine.max_prompt_length)
         self.schedule = Schedule(P, n, slots, rows)
         self.columns = self._columns_for(0)
-        self.state: DecodeState = self.verbs.init_decode_state(
-            slots, self.columns, rows, self.prefix_length, n
-        )
+        self.state = engine.new_state(slots, self.columns, rows, self.prefix_length, n)
         self.retired: list[int] = []  # slots that the host ended: the device does not know yet
 
     @property

@@ -14,14 +14,18 @@ prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adpo_jax.attention import MASKED
+from adpo_jax.attention import MASKED, LayerInfo
 from adpo_jax.sharding import constrain
+
+# Further back than any token is.
+UNBOUNDED = 1 << 30
 
 
 class LayerKV(NamedTuple):
@@ -139,10 +143,10 @@ def write_layer(kv: KV, index, layer: LayerKV, axes: LayerKV, column=0) -> KV:
 
 
 class View(NamedTuple):
-    """Which tokens each slot sees in this step; the same for all layers but for their window."""
+    """What each slot is at in this step; the same for all layers."""
 
     position: jax.Array  # [B] int32, of the token being fed, in its sequence
-    age: jax.Array  # [B] int32, own tokens before the one being fed
+    age: jax.Array  # [B] int32, own tokens before the one being fed; -1 for an idle slot
     column: jax.Array  # int32 scalar, of the ring, where this step writes
     row: jax.Array  # [B] int32, the slot's prefix row
     rank: jax.Array  # [B] int32, the slot's place among the samples of that row
@@ -150,51 +154,85 @@ class View(NamedTuple):
     prefix_length: jax.Array  # [P] int32
 
 
-def own_visible(view: View, columns: int, window) -> jax.Array:
-    """[B, C] bool, the columns of the ring that a slot sees, the one being written included."""
-    steps_back = jnp.mod(view.column - jnp.arange(columns, dtype=jnp.int32), columns)
-    return (steps_back <= view.age[:, None]) & (steps_back < window)
+class Reach(NamedTuple):
+    """Which columns a query sees: the last `reach + 1` up to `origin`, and those below `length`.
+
+    In a ring, columns before the first are the last ones.
+    """
+
+    origin: jax.Array  # [rows, Q] int32
+    reach: jax.Array  # [rows, Q] int32, -1 for nothing
+    length: jax.Array  # [rows] int32
+    ring: bool
 
 
-def prefix_visible(view: View, length: int, window) -> jax.Array:
-    """[P, M, T] bool, the tokens of its prefix that each sample sees."""
-    at = jnp.arange(length, dtype=jnp.int32)
-    distance = view.position[view.slot][:, :, None] - at
-    return (at < view.prefix_length[:, None, None]) & (distance < window)
+def own_reach(view: View, columns: int, queries: int, window) -> Reach:
+    """A slot sees its own last tokens in the ring, the one being fed included."""
+    B = view.age.shape[0]
+    reach = jnp.minimum(view.age, window - 1)
+    return Reach(
+        origin=jnp.broadcast_to(view.column, (B, queries)),
+        reach=jnp.broadcast_to(reach[:, None], (B, queries)),
+        length=jnp.full((B,), columns, jnp.int32),
+        ring=True,
+    )
+
+
+def prefix_reach(view: View, queries: int, window) -> Reach:
+    """The samples of a prefix row see its tokens; `queries` heads a sample."""
+    origin = jnp.repeat(view.position[view.slot], queries, axis=1)
+    reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
+    return Reach(origin, reach, view.prefix_length, ring=False)
+
+
+def visible(reach: Reach, columns: int) -> jax.Array:
+    """[rows, Q, columns] bool."""
+    at = jnp.arange(columns, dtype=jnp.int32)
+    back = reach.origin[:, :, None] - at
+    if reach.ring:
+        back = jnp.mod(back, columns)
+    return (back <= reach.reach[:, :, None]) & (at < reach.length[:, None, None])
 
 
 class Part(NamedTuple):
     """Attention to some of the keys, before it is divided by the sum of the weights."""
 
-    out: jax.Array  # [..., D] float32, sum of exp(score - top) * value
-    top: jax.Array  # [...] float32, the largest score
-    total: jax.Array  # [...] float32, sum of exp(score - top)
+    out: jax.Array  # [rows, K, Q, D] float32, sum of exp(score - top) * value
+    top: jax.Array  # [rows, K, Q] float32, the largest score
+    total: jax.Array  # [rows, K, Q] float32, sum of exp(score - top)
 
 
-def attend_part(q, kv: LayerKV, visible, *, soft_cap, transposed_keys: bool) -> Part:
-    """Attention of queries to the keys of their row.
+# (q [rows, K, Q, D] scaled, kv, layer index, reach) -> Part
+AttendPart = Callable[[jax.Array, KV, Any, Reach], Part]
+
+
+def attend_part(
+    q, kv: KV, index, reach: Reach, *, soft_cap: float | None, transposed_keys: bool
+) -> Part:
+    """Attention of queries to the keys of their row, the plain version of the kernels.
 
     Args:
       q: [rows, K, Q, D], scaled.
-      visible: bool, broadcastable to [rows, K, Q, columns].
+      kv, index: of the stored layers, which one.
     """
-    k = kv.k.astype(q.dtype)
+    layer = read_layer(kv, index)
     spec = "bkqd,bkds->bkqs" if transposed_keys else "bkqd,bksd->bkqs"
+    k = layer.k.astype(q.dtype)
     scores = jnp.einsum(spec, q, k, preferred_element_type=jnp.float32)
-    if kv.k_scale is not None:
-        scores = scores * kv.k_scale[:, :, None, :]
+    if layer.k_scale is not None:
+        scores = scores * layer.k_scale[:, :, None, :]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(visible, scores, MASKED)
+    scores = jnp.where(visible(reach, scores.shape[-1])[:, None], scores, MASKED)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    if kv.v_scale is not None:
-        weights = weights * kv.v_scale[:, :, None, :]
+    if layer.v_scale is not None:
+        weights = weights * layer.v_scale[:, :, None, :]
     out = jnp.einsum(
         "bkqs,bksd->bkqd",
         weights.astype(q.dtype),
-        kv.v.astype(q.dtype),
+        layer.v.astype(q.dtype),
         preferred_element_type=jnp.float32,
     )
     return Part(out, top, total)
@@ -213,17 +251,16 @@ def merge(a: Part, b: Part) -> jax.Array:
 
 def group_attention(
     q_BHD: jax.Array,
-    own: LayerKV,
-    prefix: LayerKV,
+    own: KV,
+    prefix: KV,
+    layer: LayerInfo,
     view: View,
-    window,
     *,
     scale: float,
-    soft_cap: float | None,
-    transposed_keys: bool,
+    attend: AttendPart,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """One query a slot over its group's prefix and its own tokens; the plain version.
+    """One query a slot over its group's prefix and its own tokens.
 
     Queries are gathered by group, so that a prefix is read once for all its samples.
 
@@ -231,20 +268,16 @@ def group_attention(
       [B, H, D] in the dtype of q.
     """
     B, H, D = q_BHD.shape
-    K = own.v.shape[1]
+    one = own if isinstance(own, LayerKV) else own[0]
+    K, C = one.v.shape[-3], one.v.shape[-2]
     R = H // K
     P, M = view.slot.shape
     q_BKRD = (q_BHD * jnp.asarray(scale, q_BHD.dtype)).reshape(B, K, R, D)
-    form = {"soft_cap": soft_cap, "transposed_keys": transposed_keys}
-
-    visible_BC = own_visible(view, own.v.shape[2], window)
-    own_part = attend_part(q_BKRD, own, visible_BC[:, None, None], **form)
+    own_part = attend(q_BKRD, own, layer.index, own_reach(view, C, R, layer.window))
 
     q_PKQD = q_BKRD[view.slot].swapaxes(1, 2).reshape(P, K, M * R, D)
     q_PKQD = constrain(q_PKQD, mesh, "batch", "kv_heads", None, None)
-    visible_PMT = prefix_visible(view, prefix.v.shape[2], window)
-    visible_PQT = jnp.repeat(visible_PMT, R, axis=1)
-    shared = attend_part(q_PKQD, prefix, visible_PQT[:, None], **form)
+    shared = attend(q_PKQD, prefix, layer.index, prefix_reach(view, R, layer.window))
 
     def of_slots(x):  # [P, K, M * R, ...] -> [B, K, R, ...]
         by_sample = x.reshape(P, K, M, R, *x.shape[3:]).swapaxes(1, 2)

@@ -323,3 +323,15 @@ def test_what_the_engine_was_not_made_for_is_refused(model, prompts, changes, me
     sampling = SamplingParams(**{"max_tokens": 4, **changes})
     with pytest.raises(ValueError, match=message):
         engine_of(policy).generate(params, prompts, sampling, jax.random.key(0))
+
+
+def test_the_tpu_kernel_interpreted_in_the_engine_samples_what_xla_does():
+    policy = Policy(config(head_dim=128, num_heads=4, num_kv_heads=2, windows=(7, None)))
+    params = policy.init(jax.random.key(2))
+    prompts, sampling = prompts_of([5, 18]), SamplingParams(n=2, max_tokens=10)
+    key = jax.random.key(12)
+    plain = engine_of(policy).generate(params, prompts, sampling, key)
+    kernel = engine_of(policy, attention="pallas_tpu_interpret", num_slots=3)
+    out = kernel.generate(params, prompts, sampling, key)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    np.testing.assert_allclose(out.log_probs, plain.log_probs, atol=1e-4)

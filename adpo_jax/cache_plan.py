@@ -1,0 +1,127 @@
+"""How many slots the key/value cache has, from the memory it may take.
+
+    bytes = slots x columns x token bytes x copies + prefix rows x prefix tokens x token bytes
+
+`copies` is 2 where the ring of columns grows in stages, since the old and the new ring are alive at
+once, and 1 where it has its full length from the start.
+"""
+
+import dataclasses
+import os
+
+import jax
+
+from adpo_jax.kv_cache import CacheLayout
+from adpo_jax.schedule import column_buckets, length_bucket
+
+MAX_SLOTS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """The sizes of the cache, and what they cost on one device.
+
+    Attributes:
+      rows: prefix rows for groups of the planned size.
+      device_bytes: of the cache on each device, at its peak.
+    """
+
+    num_slots: int
+    rows: int
+    device_bytes: int
+
+
+def prefix_rows(num_slots: int, group_size: int) -> int:
+    """Prefix rows that keep the slots busy.
+
+    Twice as many as whole groups fill the slots: a group that waits for its last sample keeps its
+    row while its other slots are refilled.
+    """
+    return num_slots if group_size == 1 else 2 * -(-num_slots // group_size)
+
+
+def memory_budget(utilization: float, devices) -> tuple[int, str]:
+    """Bytes of one device that the cache may take, and how that number came about.
+
+    On GPUs and TPUs: utilization x the device's memory, less what is in use. On a CPU: utilization
+    x the memory that is free, shared by the devices simulated on it.
+    """
+    stats = devices[0].memory_stats()
+    if devices[0].platform != "cpu" and stats and "bytes_limit" in stats:
+        limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
+        return int(utilization * limit) - used, (
+            f"{utilization} x {readable(limit)} of device memory - {readable(used)} in use"
+        )
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    local = len(jax.local_devices())
+    return int(utilization * available / local), (
+        f"{utilization} x {readable(available)} of free memory / {local} device(s)"
+    )
+
+
+def plan(
+    layout: CacheLayout,
+    *,
+    max_prompt_length: int,
+    max_response_length: int,
+    group_size: int,
+    most_slots: int,
+    multiple: int,
+    splits: int,
+    stages: int,
+    budget: int | None,
+    budget_text: str = "",
+) -> CachePlan:
+    """The most slots, up to `most_slots`, whose cache fits the budget.
+
+    Args:
+      group_size: samples of a prompt.
+      multiple: of slots and rows, the devices they are split over.
+      splits: devices that a token's keys and values are split over in all.
+      stages: lengths that the ring of columns grows through.
+      budget: bytes of one device; None for no limit.
+
+    Raises:
+      ValueError: when not even one group fits, with the arithmetic.
+    """
+    columns = column_buckets(max_response_length, stages)
+    prefix = length_bucket(max_prompt_length - 1, max_prompt_length)
+    token = layout.token_bytes()
+    copies = 2 if len(columns) > 1 else 1
+
+    def of(slots: int) -> CachePlan:
+        rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
+        total = token * (slots * columns[-1] * copies + rows * prefix)
+        return CachePlan(slots, rows, -(-total // splits))
+
+    smallest = up_to_multiple(min(group_size, most_slots), multiple)
+    largest = max(smallest, up_to_multiple(most_slots, multiple))
+    if budget is None or of(largest).device_bytes <= budget:
+        return of(largest)
+    one_group = of(smallest)
+    if one_group.device_bytes > budget:
+        raise ValueError(
+            f"the key/value cache of one group does not fit: {smallest} slots x {columns[-1]} tokens x "
+            f"{copies} + {one_group.rows} prompts x {prefix} tokens, at {readable(token)} a token "
+            f"over {splits} device(s), is {readable(one_group.device_bytes)} a device; there are "
+            f"{readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, shorten "
+            "max_response_length or max_prompt_length, or take a smaller cache dtype"
+        )
+    sizes = range(smallest, largest, multiple)
+    return max(
+        (of(slots) for slots in sizes if of(slots).device_bytes <= budget),
+        key=lambda fitting: fitting.num_slots,
+    )
+
+
+def up_to_multiple(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def readable(count: int) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

@@ -1,0 +1,101 @@
+"""Slots from bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adpo_jax import Engine, Policy, SamplingParams, cache_plan
+from adpo_jax.kv_cache import CacheLayout
+from adpo_jax.model import ModelConfig
+from adpo_jax.rope import Rope
+
+LAYOUT = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
+SIZES = {"max_prompt_length": 512, "max_response_length": 1024, "group_size": 8}
+PLAIN = {"multiple": 1, "splits": 1, "stages": 1}
+
+
+def small_policy():
+    return Policy(
+        ModelConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            windows=(None, None),
+            ropes=(Rope(),),
+            layer_ropes=(0, 0),
+            attention_scale=0.25,
+            tie_embeddings=True,
+        )
+    )
+
+
+def test_a_token_costs_its_keys_and_values_in_every_layer():
+    assert LAYOUT.token_bytes() == 2 * 28 * 8 * 128 * 2
+    int8 = CacheLayout(28, 8, 128, jnp.int8, stacked=True, transposed_keys=False)
+    assert int8.token_bytes() == 2 * 28 * 8 * (128 + 4)
+
+
+def test_the_plan_counts_what_is_allocated():
+    plan = cache_plan.plan(LAYOUT, **SIZES, **PLAIN, most_slots=16, budget=None)
+    assert (plan.num_slots, plan.rows) == (16, 4)
+    kv = jax.eval_shape(lambda: (LAYOUT.zeros(16, 1024), LAYOUT.zeros(4, 512)))
+    assert plan.device_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kv))
+
+
+def test_a_budget_is_filled_and_not_passed():
+    budget = 10 * 2**30
+    plan = cache_plan.plan(LAYOUT, **SIZES, **PLAIN, most_slots=256, budget=budget)
+    assert plan.device_bytes <= budget
+    more = cache_plan.plan(LAYOUT, **SIZES, **PLAIN, most_slots=plan.num_slots + 1, budget=None)
+    assert more.device_bytes > budget
+    split = cache_plan.plan(
+        LAYOUT, **SIZES, multiple=4, splits=8, stages=1, most_slots=1024, budget=budget
+    )
+    assert split.num_slots > 6 * plan.num_slots
+    assert split.num_slots % 4 == 0
+
+
+def test_one_group_too_many_is_refused_with_the_arithmetic():
+    with pytest.raises(ValueError, match="8 slots x 1024 tokens x 1") as refused:
+        cache_plan.plan(
+            LAYOUT, **SIZES, **PLAIN, most_slots=64, budget=2**29, budget_text="0.5 x 1 GiB"
+        )
+    for part in ("2 prompts x 512 tokens", "112 KiB a token", "512 MiB (0.5 x 1 GiB)"):
+        assert part in str(refused.value)
+
+
+def test_the_engine_takes_what_fits_its_memory(monkeypatch):
+    policy = small_policy()
+    sizes = {"max_prompt_length": 16, "max_response_length": 32, "gpu_memory_utilization": 0.5}
+    token = 2 * 2 * 2 * 16 * 4
+    one_slot = token * (32 + 16)
+    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_: (11 * one_slot, ""))
+    assert Engine(policy, **sizes).num_slots == 11
+    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_: (one_slot // 2, "half a slot"))
+    with pytest.raises(ValueError, match="half a slot"):
+        Engine(policy, **sizes)
+
+
+def test_a_kept_cache_is_used_again_and_can_be_freed():
+    policy = small_policy()
+    params = policy.init(jax.random.key(0))
+    engine = Engine(
+        policy,
+        max_prompt_length=8,
+        max_response_length=8,
+        num_slots=4,
+        free_cache_engine=False,
+    )
+    sampling = SamplingParams(n=2, max_tokens=8)
+    first = engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
+    kept = engine._kept.own[0].k.unsafe_buffer_pointer()
+    second = engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
+    np.testing.assert_array_equal(second.tokens, first.tokens)
+    assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
+    engine.free_cache()
+    assert engine._kept is None
