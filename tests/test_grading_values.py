@@ -41,6 +41,8 @@ def test_rationals_stay_exact():
         (r"|3-4i|", "5"),
         (r"\lfloor -\sqrt2 \rfloor", "-2"),
         (r"\sec\frac\pi3", "2"),
+        (r"\ln 1 \cdot \sin 2", r"\sin 0"),
+        (r"0\cdot\pi", "0"),
     ],
 )
 def test_identities_hold(left, right):

@@ -213,6 +213,14 @@ def test_workers_start_lazily_and_import_neither_jax_nor_sympy(file):
         np.testing.assert_array_equal(model.score(["modules"], columns(["modules"])).total, [0])
 
 
+def test_odd_characters_reach_the_workers(file):
+    completions = ["\ud83d \x00 \\boxed{5}", "\udcff" * 10, "\n" * 1000]
+    functions = [RewardFunction(), RewardFunction(file, "obeys")]
+    with RewardModel(functions, num_workers=1) as model:
+        scores = model.score(completions, columns(completions))
+    np.testing.assert_array_equal(scores.total, [2, 1, 1])
+
+
 def test_batches_overlap_and_come_from_any_thread(file):
     with make(file, timeout_s=10.0) as model:
         model.score(["a"], columns(["a"]))

@@ -80,7 +80,7 @@ def overlap(a: Ball, b: Ball) -> bool:
         return False
     re = libmp.mpf_sub(a.re, b.re, PRECISION, _ROUND)
     im = libmp.mpf_sub(a.im, b.im, PRECISION, _ROUND)
-    return max(_mag(re), _mag(im)) <= tolerance
+    return re == im == fzero or max(_mag(re), _mag(im)) <= tolerance
 
 
 def compare(a: Ball, b: Ball) -> int:
