@@ -15,13 +15,12 @@ NAME = "embedded:arithmetic"
 
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon")
 THINGS = ("apples", "books", "coins", "cards", "shells", "stamps", "pens", "eggs")
-GAINS = ("finds {n} more", "buys {n} more", "gets {n} from {other}", "wins {n}")
-LOSSES = ("gives {n} to {other}", "loses {n}", "sells {n}", "drops {n}")
-DOUBLES = ("doubles them", "gets as many again")
+GAINS = ("finds", "buys", "wins", "gets")
+LOSSES = ("loses", "sells", "drops", "lends")
 
 LARGEST = 50  # no total passes it
 NUM_CHANGES = (3, 5)  # fewest and most
-CAREFUL_SHARE = 0.4  # of the demonstrations that show their working
+CAREFUL_SHARE = 0.45  # of the demonstrations that show their working
 NUM_ROWS = {"train": 8192, "val": 256}
 
 _SEEDS = {"train": 1, "val": 2, "demonstrations": 3}
@@ -78,25 +77,27 @@ def rows(split: str) -> dict[str, list[str]]:
 
 def _problem(rng: random.Random) -> tuple[str, str, int]:
     """One problem: the question, the working ("12+5=17\\n17-8=9") and the result."""
-    person, other = rng.sample(PEOPLE, 2)
-    thing = rng.choice(THINGS)
-    total = rng.randint(2, 20)
-    sentences, working = [f"{person} has {total} {thing}."], []
+    person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
+    start = total = rng.randint(2, 20)
+    changes, working = [], []
     for _ in range(rng.randint(*NUM_CHANGES)):
         before, n = total, rng.randint(2, 9)
         may_grow, may_shrink = total + n <= LARGEST, total - n >= 2
         kinds = ["gain"] * may_grow + ["loss"] * may_shrink + ["double"] * (2 * total <= LARGEST)
         kind = rng.choice(kinds)
         if kind == "gain":
-            total, phrase, step = total + n, rng.choice(GAINS), f"{before}+{n}"
+            total, change, step = total + n, f"{rng.choice(GAINS)} {n}", f"{before}+{n}"
         elif kind == "loss":
-            total, phrase, step = total - n, rng.choice(LOSSES), f"{before}-{n}"
+            total, change, step = total - n, f"{rng.choice(LOSSES)} {n}", f"{before}-{n}"
         else:
-            total, phrase, step = total * 2, rng.choice(DOUBLES), f"{before}*2"
-        sentences.append(f"{person} {phrase.format(n=n, other=other)}.")
+            total, change, step = total * 2, "doubles them", f"{before}*2"
+        changes.append(change)
         working.append(f"{step}={total}")
-    sentences.append(f"How many {thing} does {person} have?")
-    return " ".join(sentences), "\n".join(working), total
+    question = (
+        f"{person} has {start} {thing}. {person} {', '.join(changes)}. "
+        f"How many {thing} does {person} have?"
+    )
+    return question, "\n".join(working), total
 
 
 @functools.cache

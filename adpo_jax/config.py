@@ -8,6 +8,7 @@ get wrong. An empty string means "not set".
 """
 
 import dataclasses
+import difflib
 
 import ml_collections
 from ml_collections import ConfigDict
@@ -40,8 +41,9 @@ def _algorithm() -> dict:
         "tau": 0.8,  # temperature of the anchored policy distribution
         "use_adaptive_tau": True,
         "adaptive_tau_alpha": 0.5,
-        "adaptive_tau_min": 0.05,
+        "adaptive_tau_min": 0.05,  # floor of the adapted tau
         "adaptive_tau_mode": "target_entropy",  # target_entropy | policy_entropy
+        "adaptive_tau_max": placeholder(float),  # ceiling under policy_entropy; None for no ceiling
         "beta_reward": 0.5,  # temperature of the target distribution
         "scale_rewards": "group",  # group | batch | none
         "min_reward_std": 0.0,  # a group whose rewards spread less counts as all equal
@@ -141,6 +143,7 @@ def _sft() -> dict:
         "lr": 1e-3,
         "lr_warmup_steps": 20,
         "weight_decay": 0.01,
+        "betas": (0.9, 0.999),
     }
 
 
@@ -172,7 +175,7 @@ def _trainer() -> dict:
 
 def finalized(config: ConfigDict) -> ConfigDict:
     """A frozen copy with derived defaults filled in, after `validate`."""
-    config = ConfigDict(config.copy_and_resolve_references(), convert_dict=True)
+    config = ConfigDict(config).copy_and_resolve_references()
     with config.unlocked():
         actor = config.actor_rollout_ref.actor
         actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
@@ -227,6 +230,33 @@ def validate(config: ConfigDict) -> None:
         )
     if config.sft.steps and not config.sft.train_files:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Checks that every `--config.KEY=...` of a command line names a key.
+
+    Raises:
+      ValueError: naming the nearest key there is.
+    """
+    known = set(_keys(default_config()))
+    for argument in argv:
+        key = argument.lstrip("-").split("=", 1)[0]
+        if not argument.startswith("-") or not key.startswith("config."):
+            continue
+        key = key.removeprefix("config.")
+        # What lies below an open dictionary (reward_kwargs) is the user's to name.
+        if not any(key == k or key.startswith(f"{k}.") for k in known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"the config has no key {key}; did you mean {near}?")
+
+
+def _keys(config: ConfigDict, prefix: str = ""):
+    """The dotted names of all keys that hold a value."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and len(value):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _require_at_least(config: ConfigDict, minima: dict[str, int]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from adpo_jax.config import check_overrides
 from adpo_jax.host_memory import use_huge_pages
 from adpo_jax.rewards import RewardError
 
@@ -50,6 +51,11 @@ def run() -> None:
     """Entry point of the console script."""
     use_huge_pages()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        check_overrides(sys.argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     app.run(main)
 
 

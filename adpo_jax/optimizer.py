@@ -27,8 +27,8 @@ def make_schedule(
         raise ValueError(f"lr_scheduler_type is one of {SCHEDULES}, given {kind!r}")
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(
-            f"lr_warmup_steps is between 0 and the run's {total_steps} optimizer steps, "
-            f"given {warmup_steps}"
+            f"the learning rate warms up over {warmup_steps} steps, but there are {total_steps} "
+            "optimizer steps; lower lr_warmup_steps"
         )
     rest = max(total_steps - warmup_steps, 1)
     after = {

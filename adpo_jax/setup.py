@@ -301,8 +301,11 @@ def make_cold_start_optimizer(config: ConfigDict) -> optax.GradientTransformatio
         kind="cosine",
         min_lr_ratio=0.1,
     )
+    b1, b2 = config.sft.betas
     return optimizer.make_optimizer(
         schedule,
         weight_decay=config.sft.weight_decay,
         grad_clip=config.actor_rollout_ref.actor.grad_clip,
+        b1=b1,
+        b2=b2,
     )

@@ -8,26 +8,32 @@ from adpo_jax.config import default_config
 
 def get_config():
     config = default_config()
-    with config.unlocked():
-        config.sft.train_files = "embedded:arithmetic"
-    config.sft.steps = 500
-    config.sft.batch_size = 64
-    config.sft.lr = 3e-3
 
-    config.data.train_files = "embedded:arithmetic"
-    config.data.val_files = "embedded:arithmetic"
-    config.data.prompt_template = "{prompt}\n"
-    config.data.max_prompt_length = 44
-    config.data.max_response_length = 36
-    config.data.train_batch_size = 32
+    sft = config.sft
+    sft.train_files = "embedded:arithmetic"
+    sft.steps = 400
+    sft.batch_size = 64
+    sft.lr = 5e-3
+    sft.betas = (0.9, 0.98)
 
-    config.algorithm.num_generations = 8
-    config.actor_rollout_ref.actor.optim.lr = 1e-3
-    config.actor_rollout_ref.actor.optim.lr_warmup_steps = 5
+    data = config.data
+    data.train_files = "embedded:arithmetic"
+    data.val_files = "embedded:arithmetic"
+    data.prompt_template = "{prompt}\n"
+    data.max_prompt_length = 32
+    data.max_response_length = 36
+    data.train_batch_size = 32
 
-    config.trainer.experiment_name = "arithmetic"
-    config.trainer.bf16 = False
-    config.trainer.total_training_steps = 40
-    config.trainer.test_freq = 10
-    config.trainer.save_freq = 20
+    optim = config.actor_rollout_ref.actor.optim
+    optim.lr = 1e-3
+    optim.betas = (0.9, 0.98)
+    optim.lr_scheduler_type = "cosine"
+    optim.min_lr_ratio = 0.1
+
+    trainer = config.trainer
+    trainer.experiment_name = "arithmetic"
+    trainer.bf16 = False
+    trainer.total_training_steps = 60
+    trainer.test_freq = 10
+    trainer.save_freq = 20
     return config

@@ -1,0 +1,149 @@
+import runpy
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from adpo_jax import setup
+from adpo_jax.config import batch_plan, check_overrides, default_config, finalized
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def parse(*overrides, name="arithmetic"):
+    """The config as the command line gives it."""
+    values = flags.FlagValues()
+    argv = ["main", f"--config={CONFIGS / name}.py", *overrides]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return finalized(holder.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_valid_and_has_every_key(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    assert config.is_locked
+    finalized(config)
+    assert set(flat(config)) >= set(flat(default_config())) - {
+        "reward_model.reward_kwargs",
+        "data.chat_template_kwargs",
+        "actor_rollout_ref.model.hf_config",
+    }
+
+
+def flat(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items") and len(value):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_a_misspelt_key_is_refused_and_the_nearest_named():
+    with pytest.raises(ValueError, match=r"did you mean algorithm\.num_generations\?"):
+        check_overrides(["main", "--config.algorithm.num_generation=4"])
+    check_overrides(["main", "--config.algorithm.tau=4", "--config.reward_model.reward_kwargs.x=1"])
+
+
+def test_the_published_recipe_has_the_published_values():
+    config = parse(name="math_level3")
+    algorithm = config.algorithm
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen3-1.7B"
+    assert (algorithm.num_generations, algorithm.tau, algorithm.beta_reward) == (8, 0.8, 0.5)
+    assert (algorithm.adaptive_tau_alpha, algorithm.adaptive_tau_min) == (1.0, 0.1)
+    assert config.actor_rollout_ref.actor.optim.lr == 1.5e-5
+    assert config.trainer.total_epochs == 2
+
+
+def test_grpo_config_differs_from_adpo_in_the_algorithm_and_the_name_alone():
+    adpo, grpo = parse(name="gsm8k").to_dict(), parse(name="gsm8k_grpo").to_dict()
+    assert adpo.pop("algorithm") != grpo.pop("algorithm")
+    assert adpo["trainer"].pop("experiment_name") != grpo["trainer"].pop("experiment_name")
+    assert adpo == grpo
+
+
+REFUSALS = {
+    "--config.data.train_batch_size=0": "data.train_batch_size is at least 1",
+    "--config.algorithm.num_generations=1": "algorithm.num_generations is at least 2",
+    "--config.actor_rollout_ref.actor.ppo_mini_batch_size=5": "must divide data.train_batch_size",
+    "--config.algorithm.adv_estimator=ppo": "adpo or grpo, given 'ppo'",
+    "--config.trainer.total_training_steps=0": "total_training_steps is at least 1",
+    "--config.sft.train_files=": "sft.train_files names no data",
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_a_config_that_cannot_work_is_refused(override):
+    with pytest.raises(ValueError, match=REFUSALS[override]):
+        parse(override)
+
+
+def test_grpo_refuses_an_anchor_that_is_not_the_sampling_policy():
+    with pytest.raises(ValueError, match="anchor.mode=on_policy"):
+        parse("--config.algorithm.adv_estimator=grpo", "--config.anchor.mode=ema")
+
+
+def test_a_micro_batch_that_splits_a_group_is_refused_with_the_sizes_that_work():
+    config = parse("--config.trainer.per_device_train_batch_size=12")
+    with pytest.raises(ValueError, match=r"whole groups of 8 .* these work: \[8, 16, 32"):
+        batch_plan(config, num_shards=1)
+    config = parse("--config.trainer.per_device_train_batch_size=16")
+    assert batch_plan(config, num_shards=2).micro_prompts == 4
+
+
+def test_a_batch_that_does_not_spread_over_the_devices_is_refused():
+    with pytest.raises(ValueError, match="32 prompts does not spread over 3 devices"):
+        batch_plan(parse(), num_shards=3)
+
+
+def adpo_loss_under(*overrides):
+    """Loss and gradient of a fixed batch under the algorithm that the command line asks for."""
+    config = parse(*overrides)
+    algorithm = setup.make_algorithm(config)
+    rng = np.random.default_rng(0)
+    P, G, T = 3, config.algorithm.num_generations, 5
+    log_probs = jnp.asarray(rng.normal(-2, 0.5, (P, G, T)), jnp.float32)
+    anchor = log_probs + jnp.asarray(rng.normal(0, 0.4, (P, G, T)), jnp.float32)
+    rewards = rng.normal(0, 1, (P, G)).astype(np.float32)
+    rewards[0] = -np.abs(rewards[0]) * 0.05
+    mask = jnp.asarray(rng.random((P, G, T)) < 0.8, jnp.float32)
+    kwargs = {}
+    if config.algorithm.adaptive_tau_mode == "policy_entropy":
+        kwargs["policy_entropy_P"] = jnp.array([0.2, 0.5, 0.9])
+    prepared = algorithm.prepare(jnp.asarray(rewards), mask, **kwargs)
+    return float(algorithm.loss(log_probs, anchor, mask, prepared)[0])
+
+
+ALGORITHM_OVERRIDES = {
+    "num_generations": ("4",),
+    "tau": ("0.5",),
+    "use_adaptive_tau": ("false",),
+    "adaptive_tau_alpha": ("0.9",),
+    "adaptive_tau_min": ("0.75",),
+    "adaptive_tau_mode": ("policy_entropy",),
+    "adaptive_tau_max": ("0.81", "--config.algorithm.adaptive_tau_mode=policy_entropy"),
+    "beta_reward": ("0.3",),
+    "scale_rewards": ("none",),
+    "min_reward_std": ("0.3",),
+    "beta_anchor_kl": ("0.1",),
+    "drop_all_failed_prompts": ("true",),
+    "length_normalize": ("true",),
+    "adv_estimator": ("grpo",),
+    "clip_low": ("0.05", "--config.algorithm.adv_estimator=grpo"),
+    "clip_high": ("0.05", "--config.algorithm.adv_estimator=grpo"),
+    "loss_aggregation": ("sequence-mean", "--config.algorithm.adv_estimator=grpo"),
+}
+
+
+@pytest.mark.parametrize("key", ALGORITHM_OVERRIDES)
+def test_each_algorithm_parameter_on_the_command_line_changes_the_loss(key):
+    value, *context = ALGORITHM_OVERRIDES[key]
+    changed = adpo_loss_under(f"--config.algorithm.{key}={value}", *context)
+    assert abs(changed - adpo_loss_under(*context)) > 1e-5
+
+
+def test_every_algorithm_parameter_is_covered_by_the_test_above():
+    assert set(ALGORITHM_OVERRIDES) == set(default_config().algorithm)

@@ -1,0 +1,186 @@
+"""The whole road on a policy so small that only the wiring is tested."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_config import parse
+
+from adpo_jax import setup, sharding
+from adpo_jax.metrics import read_jsonl
+from adpo_jax.policy import Policy
+from adpo_jax.rewards import RewardError
+from adpo_jax.train import train
+
+TINY = (
+    "--config.actor_rollout_ref.model.hf_config="
+    "{'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'head_dim': 8}",
+    "--config.sft.steps=2",
+    "--config.sft.lr_warmup_steps=0",
+    "--config.sft.batch_size=8",
+    "--config.data.train_batch_size=8",
+    "--config.data.max_response_length=6",
+    "--config.data.max_val_samples=8",
+    "--config.algorithm.num_generations=2",
+    "--config.trainer.total_training_steps=4",
+    "--config.trainer.save_freq=2",
+    "--config.trainer.test_freq=2",
+    "--config.trainer.log_samples_freq=2",
+    "--config.actor_rollout_ref.actor.optim.lr_warmup_steps=0",
+)
+
+REWARD = """
+from pathlib import Path
+
+def even_length(completions, solution, *, bonus=0.0, **columns):
+    if Path(__file__).with_name("broken").exists() and seen(completions):
+        raise RuntimeError("the disk is gone")
+    texts = [completion[0]["content"] for completion in completions]
+    return [bonus + (len(text) % 2 == 0) for text in texts]
+
+CALLS = []
+
+def seen(completions):
+    CALLS.append(len(completions))
+    return len(CALLS) == 3
+"""
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        setup.sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
+    )
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text(REWARD)
+    return path
+
+
+def with_reward(path):
+    return (
+        f"--config.custom_reward_function.path={path}",
+        "--config.custom_reward_function.name=even_length",
+    )
+
+
+def scalars(folder):
+    """The metrics of a run without what depends on the clock."""
+    timed = ("time", "rollout/tokens_per_s")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed)}
+        for row in read_jsonl(folder / "metrics.jsonl")
+        if "sft/step" not in row
+    ]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(tmp_path):
+    config = parse(*TINY)
+    last = train(config, tmp_path / "run")
+    folder = tmp_path / "run"
+    rows = scalars(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert last["eval/accuracy"] == rows[-1]["eval/accuracy"]
+    assert ["eval/accuracy" in row for row in rows] == [True, False, True, False, True]
+    documented = {"loss", "anchor_kl", "mean_tau", "kl_penalty", "dropped_prompts"}
+    assert {f"adpo/{name}" for name in documented} < set(rows[1])
+    assert rows[1]["adpo/loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert rows[1]["rollout/mismatch_kl"] < 1e-6
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "export"
+    }  # fmt: skip
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"0", "2", "4"}
+    assert json.loads((folder / "config.json").read_text())["algorithm"]["tau"] == 0.8
+    samples = (folder / "samples" / "train_000002.jsonl").read_text().splitlines()
+    assert len(samples) == 16
+    assert set(json.loads(samples[0])) == {"prompt", "completion", "reward"}
+    policy, params = Policy.from_pretrained(folder / "export")
+    assert policy.config.hidden_size == 16
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, reward_file):
+    config = parse(*TINY, *with_reward(reward_file))
+    train(config, tmp_path / "whole")
+    (tmp_path / "broken").touch()
+    with pytest.raises(RewardError, match="the disk is gone"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "reward_error_000003.jsonl").exists()
+    (tmp_path / "broken").unlink()
+    train(config, tmp_path / "run")
+    assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
+    weights = [tmp_path / name / "export" / "model.safetensors" for name in ("run", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path):
+    short = (*TINY, "--config.trainer.total_training_steps=1", "--config.sft.steps=0")
+    train(parse(*short), tmp_path / "run")
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match=r"algorithm.tau: 0.8 -> 0.5"):
+        train(parse(*short, "--config.algorithm.tau=0.5"), tmp_path / "run")
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("all my work")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train(parse(*short), tmp_path / "other")
+
+
+VARIANTS = {
+    "grpo": ("--config.algorithm.adv_estimator=grpo",),
+    "mini-batches, epochs and an ema anchor": (
+        "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "--config.actor_rollout_ref.actor.ppo_epochs=2",
+        "--config.trainer.per_device_train_batch_size=4",
+        "--config.anchor.mode=ema",
+    ),
+    "bfloat16, checkpointed": (
+        "--config.trainer.bf16=true",
+        "--config.trainer.gradient_checkpointing=true",
+    ),
+}
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train(tmp_path, variant):
+    config = parse(
+        *TINY,
+        *VARIANTS[variant],
+        "--config.trainer.total_training_steps=2",
+        "--config.sft.steps=0",
+    )
+    train(config, tmp_path)
+    losses = [v for row in scalars(tmp_path) for k, v in row.items() if k.endswith("/loss")]
+    assert len(losses) == 2
+    assert all(np.isfinite(losses))
+
+
+def test_eight_devices_train_like_one(tmp_path, request, reward_file):
+    overrides = (*TINY, *with_reward(reward_file), "--config.trainer.total_training_steps=2")
+    train(parse(*overrides, "--config.mesh.tensor=2"), tmp_path / "eight")
+    request.getfixturevalue("one_device")
+    train(parse(*overrides, "--config.mesh.tensor=1"), tmp_path / "one")
+    for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "one")):
+        assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_reward_kwargs_and_other_columns_reach_the_function(tmp_path, reward_file):
+    config = parse(
+        *TINY,
+        *with_reward(reward_file),
+        "--config.reward_model.reward_kwargs={'bonus': 10.0}",
+        "--config.trainer.total_training_steps=1",
+        "--config.sft.steps=0",
+    )
+    train(config, tmp_path / "run")
+    assert scalars(tmp_path / "run")[-1]["reward/mean"] >= 10.0

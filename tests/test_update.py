@@ -1,0 +1,233 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from adpo_jax import losses, optimizer, sharding, update
+from adpo_jax.anchor import Anchor
+from adpo_jax.config import BatchPlan
+from adpo_jax.learner import Learner
+
+SGD = optax.sgd(1.0)
+
+
+def step(policy, params, batch, rewards, *, num_micro=1, algorithm=None, anchor=None, put=None):
+    """One SGD step of rate 1, so that parameters show the gradient."""
+    algorithm = algorithm or losses.Adpo()
+    scores = jax.device_get(algorithm.score(jnp.asarray(rewards)))
+    run = update.make_update(policy, algorithm, SGD, num_micro=num_micro)
+    state = update.init_state(policy, jax.tree.map(jnp.copy, params), SGD)
+    put = put or (lambda tree: jax.tree.map(jnp.asarray, tree))
+    state, metrics = run(state, *put((batch, scores, anchor)))
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+def assert_same(one, other, rtol=1e-5, atol=2e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), one, other)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        losses.Adpo(drop_all_failed_prompts=True, beta_anchor_kl=0.1, scale_rewards="batch"),
+        losses.Grpo(beta_anchor_kl=0.1),
+        losses.Grpo(loss_aggregation="sequence-mean"),
+    ],
+    ids=["adpo", "grpo", "grpo sequence-mean"],
+)
+def test_micro_batches_give_the_gradient_and_metrics_of_the_whole_batch(algorithm):
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    rewards[2] = -np.abs(rewards[2])  # a failed prompt
+    anchor = np.random.default_rng(1).normal(-3.0, 0.3, batch.completion_mask_PGT.shape)
+    anchor = anchor.astype(np.float32)
+    whole = step(policy, params, batch, rewards, algorithm=algorithm, anchor=anchor)
+    for num_micro in (2, 8):
+        split = step(
+            policy, params, batch, rewards, algorithm=algorithm, anchor=anchor, num_micro=num_micro
+        )
+        assert_same(whole, split)
+
+
+def test_without_anchor_log_probs_the_anchor_is_the_policy_itself():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    log_probs, _ = update.make_log_probs(policy, num_micro=2)(params, batch)
+    explicit = step(policy, params, batch, rewards, anchor=np.asarray(log_probs))
+    implicit = step(policy, params, batch, rewards)
+    assert_same(explicit[0], implicit[0])
+    assert implicit[1]["adpo/loss"] == pytest.approx(np.log(4), rel=1e-6)
+    assert implicit[1]["adpo/anchor_kl"] == 0.0
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_an_update_on_eight_devices_equals_one_on_one_device(sizes):
+    batch, rewards = tiny.batch()
+    policy, params = tiny.policy_and_params()
+    expected = step(policy, params, batch, rewards)
+    mesh = sharding.make_mesh(*sizes)
+    sharded_policy = dataclasses.replace(policy, mesh=mesh)
+    layout = jax.tree.map(lambda s: s.sharding, sharded_policy.abstract_params())
+    found = step(
+        sharded_policy,
+        jax.device_put(params, layout),
+        batch,
+        rewards,
+        put=sharding.BatchSharding(mesh).put,
+    )
+    assert_same(expected, found, rtol=1e-4, atol=1e-5)
+
+
+def test_optimizer_state_is_born_with_the_layout_of_the_parameters():
+    mesh = sharding.make_mesh(1, 4, 2)
+    policy, params = tiny.policy_and_params(mesh)
+    adamw = optimizer.make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.1, grad_clip=1.0)
+    state = update.init_state(policy, params, adamw)
+    mu = next(s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
+    assert jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mu, params)
+    assert "tensor" in str(mu["layers"]["q"].sharding.spec)
+
+
+def is_adam(state):
+    return isinstance(state, optax.ScaleByAdamState)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    policy, params = tiny.policy_and_params()
+    adamw = optimizer.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.5, grad_clip=0)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = adamw.update(zeros, adamw.init(params), params)
+    decayed = jax.tree.map(lambda u: bool(jnp.any(u != 0)), updates)
+    assert decayed["layers"]["q"]
+    assert decayed["embed"]
+    assert not decayed["layers"]["attn_norm"]
+    assert not decayed["layers"]["q_norm"]
+    assert not decayed["final_norm"]
+
+
+def test_the_schedule_warms_up_and_decays_to_its_floor():
+    rate = optimizer.make_schedule(
+        2.0, warmup_steps=4, total_steps=14, kind="cosine", min_lr_ratio=0.1
+    )
+    assert [float(rate(i)) for i in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert float(rate(4)) == pytest.approx(2.0)
+    assert float(rate(14)) == pytest.approx(0.2)
+    linear = optimizer.make_schedule(2.0, warmup_steps=0, total_steps=10, kind="linear")
+    assert float(linear(5)) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="lr_scheduler_type is one of"):
+        optimizer.make_schedule(1.0, warmup_steps=0, total_steps=1, kind="sine")
+    with pytest.raises(ValueError, match="warms up over 5 steps, but there are 2"):
+        optimizer.make_schedule(1.0, warmup_steps=5, total_steps=2, kind="constant")
+
+
+def make_learner(policy, *, anchor=None, mini=8, epochs=1, algorithm=None, lr=0.01):
+    return Learner(
+        policy=policy,
+        algorithm=algorithm or losses.Adpo(),
+        optimizer=optax.sgd(lr),
+        schedule=optax.constant_schedule(lr),
+        anchor=anchor or Anchor(),
+        plan=BatchPlan(num_prompts=8, mini_prompts=mini, micro_prompts=mini, epochs=epochs),
+    )
+
+
+def test_one_update_needs_no_anchor_forward_and_more_need_one():
+    policy, _ = tiny.policy_and_params()
+    assert not make_learner(policy).needs_anchor_forward
+    assert make_learner(policy, mini=4).needs_anchor_forward
+    assert make_learner(policy, epochs=2).needs_anchor_forward
+    assert make_learner(policy, anchor=Anchor("fixed")).needs_anchor_forward
+    follows_entropy = losses.Adpo(adaptive_tau_mode="policy_entropy")
+    assert make_learner(policy, algorithm=follows_entropy).needs_anchor_forward
+
+
+def test_several_updates_measure_against_the_first_parameters_of_the_iteration():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    learner = make_learner(policy, epochs=3, lr=0.01)
+    state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    assert int(state.step) == 1
+    assert metrics["adpo/anchor_kl"] > 0.0
+    assert metrics["adpo/loss"] < np.log(4)  # repeated steps towards the target lower it
+
+
+def test_every_prompt_is_in_one_mini_batch_an_epoch_and_the_order_follows_seed_and_step():
+    policy, _ = tiny.policy_and_params()
+    learner = make_learner(policy, mini=2, epochs=2)
+    orders = [np.concatenate(list(learner._mini_batches(step))) for step in (0, 0, 1)]
+    assert sorted(orders[0]) == sorted(list(range(8)) * 2)
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert (orders[0] != orders[2]).any()
+
+
+def test_policy_entropy_sets_tau():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    algorithm = losses.Adpo(adaptive_tau_mode="policy_entropy")
+    learner = make_learner(policy, algorithm=algorithm)
+    _, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    assert 0.8 < metrics["adpo/mean_tau"] <= 0.8 * 1.5
+
+
+def test_anchor_modes_follow_the_policy_as_documented():
+    before, after = {"w": jnp.zeros(3)}, {"w": jnp.ones(3)}
+    fixed, ema = Anchor("fixed"), Anchor("ema", ema_alpha=0.75)
+    kl = Anchor("kl_triggered", kl_threshold=0.1)
+    assert Anchor().init(before) is None
+    assert fixed.refresh(before, after, measured_kl=9.0) == (before, False)
+    moved, _ = ema.refresh(before, after, measured_kl=0.0)
+    np.testing.assert_allclose(moved["w"], 0.25)
+    kept, renewed = kl.refresh(before, after, measured_kl=0.05)
+    assert (kept is before, renewed) == (True, False)
+    copied, renewed = kl.refresh(before, after, measured_kl=0.2)
+    assert renewed
+    assert copied["w"].unsafe_buffer_pointer() != after["w"].unsafe_buffer_pointer()
+
+
+def test_anchor_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="anchor.mode is one of"):
+        Anchor("momentum")
+    with pytest.raises(ValueError, match="ema_alpha is in"):
+        Anchor("ema", ema_alpha=1.5)
+    with pytest.raises(ValueError, match="kl_threshold is > 0"):
+        Anchor("kl_triggered", kl_threshold=0.0)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "ema", "kl_triggered"])
+def test_a_kept_anchor_survives_the_donation_of_the_state(mode):
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    anchor = Anchor(mode, ema_alpha=0.5, kl_threshold=1e-9)
+    learner = make_learner(policy, anchor=anchor, lr=0.5)
+    state = learner.init_state(params)
+    first = jax.device_get(state.anchor_params)
+    for _ in range(2):
+        state, metrics = learner.learn(state, batch, rewards)
+    last = jax.device_get(state.anchor_params)
+    moved = float(np.abs(last["embed"] - first["embed"]).max())
+    assert (moved == 0.0) == (mode == "fixed")
+    assert metrics["adpo/anchor_kl"] > 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_iteration():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    params = params | {"final_norm": params["final_norm"] * np.nan}
+    learner = make_learner(policy)
+    with pytest.raises(FloatingPointError, match="in iteration 1"):
+        learner.learn(learner.init_state(params), batch, rewards)
+
+
+def test_an_update_compiles_once_a_run():
+    policy, params = tiny.policy_and_params()
+    learner = make_learner(policy, mini=4, epochs=2)
+    state = learner.init_state(params)
+    for seed in range(3):
+        batch, rewards = tiny.batch(seed=seed)
+        state, _ = learner.learn(state, batch, rewards)
+    assert learner._update._cache_size() == 1
+    assert learner._log_probs._cache_size() == 1
