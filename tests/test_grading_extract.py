@@ -43,6 +43,7 @@ FOUND = {
     "after thinking": (r"<think>\boxed{24}?</think><answer>25</answer>", "25"),
     "a sentence that announces a line": ("The final answer is on the next line.\n0.64", "0.64"),
     "a factorial": ("So it is\n5!", "5!"),
+    "a line after a thought": ("<think>Maybe the answer is 6. No.</think>\n7", "7"),
     "only while thinking": (r"<think>so \boxed{24}</think> That is all.", "24"),
 }
 

@@ -2,8 +2,8 @@ r"""Finding the answer in a completion, by linear scans.
 
 The order: the last balanced `\boxed{}` (or `\fbox{}`, `\boxed 5`), the last closed `<answer>`,
 `#### N`, "the answer is ..." or "Answer: ...", a last line. Text after the last `</think>` is
-searched first, so that a draft made while thinking does not beat the final answer; the whole
-completion is searched when nothing but a last line is found there.
+searched first, so that a draft made while thinking does not beat the final answer; boxes, tags and
+hashes before it count when there is none after it.
 
 Every regular expression here is a plain alternation or has bounded repeats: time is linear in the
 completion, whatever it says.
@@ -38,9 +38,11 @@ def find_answer(completion: str) -> str | None:
     text = completion[-MAX_SEARCHED_CHARS:]
     think_end = text.rfind("</think>")
     tail = text[think_end + len("</think>") :] if think_end >= 0 else text
-    answer = _marked_answer(tail)
+    answer = _marked(tail)
+    if answer is None:
+        answer = _after_phrase(tail)
     if answer is None and think_end >= 0:
-        answer = _marked_answer(text)
+        answer = _marked(text)
     if answer is None:
         answer = _last_line(tail)
     if answer is None or len(answer) > 2 * MAX_ANSWER_CHARS:
@@ -64,7 +66,8 @@ def find_reference(solution: object) -> str:
     return text
 
 
-def _marked_answer(text: str) -> str | None:
+def _marked(text: str) -> str | None:
+    """The answer in a box, a tag or after hashes."""
     box = _last_box(text)
     if box is not None:
         return box
@@ -72,8 +75,7 @@ def _marked_answer(text: str) -> str | None:
     if tag is not None:
         inside = _after_hashes(tag)
         return inside if inside is not None else _after_phrase(tag) or tag
-    hashes = _after_hashes(text)
-    return hashes if hashes is not None else _after_phrase(text)
+    return _after_hashes(text)
 
 
 def _last_box(text: str) -> str | None:
