@@ -20,6 +20,7 @@ from adpo_jax.kv_cache import LayerKV, Part, Reach
 
 # Columns of a block. With 8 heads of 128 in bf16 a block of keys is 256 kB.
 BLOCK = 128
+LANES = 128
 
 
 def block_range(reach: Reach, columns: int, block: int) -> tuple[jax.Array, jax.Array]:
@@ -71,36 +72,39 @@ def _kernel(
 
     @pl.when(j <= last_ref[row])
     def _():
-        q = q_ref[0]
-        k, v = k_ref[0, 0].astype(q.dtype), v_ref[0, 0].astype(q.dtype)
-        over_heads = (((2,), (2,)), ((0,), (0,)))
-        scores = jax.lax.dot_general(q, k, over_heads, preferred_element_type=jnp.float32)
-        if quantized:
-            scores = scores * k_scale_ref[0, 0][:, None, :]
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
         this = jax.lax.rem(start_ref[row] - j + blocks, blocks)
-        at = this * block + jax.lax.broadcasted_iota(jnp.int32, scores.shape[1:], 1)
+        at = this * block + jax.lax.broadcasted_iota(jnp.int32, origin_ref.shape[1:], 1)
         back = origin_ref[0] - at
         if ring:
             back = jnp.where(back < 0, back + columns, back)
         seen = (back <= reach_ref[0]) & (at < length_ref[row])
-        scores = jnp.where(seen[None], scores, MASKED)
-        top = jnp.maximum(top_ref[0], jnp.max(scores, axis=-1, keepdims=True))
-        # A block may hold nothing that is seen while the top is still MASKED.
-        weights = jnp.where(seen[None], jnp.exp(scores - top), 0.0)
-        shrink = jnp.exp(top_ref[0] - top)
-        total_ref[0] = total_ref[0] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        if quantized:
-            weights = weights * v_scale_ref[0, 0][:, None, :]
-        over_columns = (((2,), (1,)), ((0,), (0,)))
         # A block may reach past the last column, where anything may lie.
-        v = jnp.where((at[:1] < columns).reshape(1, -1, 1), v, jnp.zeros_like(v))
-        added = jax.lax.dot_general(
-            weights.astype(v.dtype), v, over_columns, preferred_element_type=jnp.float32
-        )
-        out_ref[0] = out_ref[0] * shrink + added
-        top_ref[0] = top
+        inside = this * block + jax.lax.broadcasted_iota(jnp.int32, v_ref.shape[3:], 0) < columns
+        for head in range(q_ref.shape[1]):
+            q = q_ref[0, head]
+            k, v = k_ref[0, 0, head].astype(q.dtype), v_ref[0, 0, head].astype(q.dtype)
+            scores = jax.lax.dot_general(
+                q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            if quantized:
+                scores = scores * k_scale_ref[0, 0, head][None, :]
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            scores = jnp.where(seen, scores, MASKED)
+            old_top = top_ref[0, head]
+            top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
+            # Nothing of a block may be seen while the top is still MASKED.
+            weights = jnp.where(seen, jnp.exp(scores - top[:, :1]), 0.0)
+            shrink = jnp.exp(old_top - top)
+            total_ref[0, head] = total_ref[0, head] * shrink + jnp.sum(
+                weights, axis=-1, keepdims=True
+            )
+            if quantized:
+                weights = weights * v_scale_ref[0, 0, head][None, :]
+            v = jnp.where(inside, v, jnp.zeros_like(v))
+            added = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            out_ref[0, head] = out_ref[0, head] * shrink[:, :1] + added
+            top_ref[0, head] = top
 
 
 def attend_part(
@@ -136,14 +140,18 @@ def attend_part(
     def of_scales(row, j, layer, start, last, length):
         return (layer[0], row, 0, column_block(row, j, start, last))
 
-    per_query = pl.BlockSpec((1, Q, 1), of_query)
+    # One number a query, repeated along the lanes of a vector register.
+    per_query = pl.BlockSpec((1, Q, block), of_query)
+    one = pl.BlockSpec((1, K, Q, LANES), of_row)
     stored = pl.BlockSpec((1, 1, K, block, D), of_block)
     in_specs = [pl.BlockSpec((1, K, Q, D), of_row), per_query, per_query, stored, stored]
-    inputs = [q, reach.origin[..., None], reach.reach[..., None], kv.k, kv.v]
+    origin, reaches = (
+        jnp.broadcast_to(x[..., None], (rows, Q, block)) for x in (reach.origin, reach.reach)
+    )
+    inputs = [q, origin, reaches, kv.k, kv.v]
     if quantized:
         in_specs += [pl.BlockSpec((1, 1, K, block), of_scales)] * 2
         inputs += [kv.k_scale, kv.v_scale]
-    one = pl.BlockSpec((1, K, Q, 1), of_row)
     kernel = functools.partial(
         _kernel,
         block=block,
@@ -163,8 +171,8 @@ def attend_part(
         ),
         out_shape=[
             jax.ShapeDtypeStruct((rows, K, Q, D), jnp.float32),
-            jax.ShapeDtypeStruct((rows, K, Q, 1), jnp.float32),
-            jax.ShapeDtypeStruct((rows, K, Q, 1), jnp.float32),
+            jax.ShapeDtypeStruct((rows, K, Q, LANES), jnp.float32),
+            jax.ShapeDtypeStruct((rows, K, Q, LANES), jnp.float32),
         ],
         interpret=interpret,
     )(jnp.reshape(index, (1,)).astype(jnp.int32), start, last, reach.length, *inputs)

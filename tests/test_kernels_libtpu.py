@@ -1,0 +1,97 @@
+"""The decode kernel and a whole decode step compiled by the TPU's own compiler, without a TPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adpo_jax import Policy, SamplingParams
+from adpo_jax.decode import Verbs
+from adpo_jax.kernels import decode_tpu
+from adpo_jax.kv_cache import CacheLayout, Reach
+from adpo_jax.model import ModelConfig
+from adpo_jax.rope import Rope
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """Places the shapes of a tree on one chip of a v5e."""
+    pytest.importorskip("libtpu", reason='needs pip install "libtpu==0.0.42.*"')
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return functools.partial(
+        jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    )
+
+
+def ints(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
+@pytest.mark.parametrize(
+    ("rows", "queries", "columns", "ring"), [(64, 2, 1024, True), (8, 16, 512, False)]
+)
+def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
+    on_tpu, dtype, rows, queries, columns, ring
+):
+    layout = CacheLayout(4, 8, 128, dtype, stacked=True, transposed_keys=False)
+    kv = jax.eval_shape(lambda: layout.zeros(rows, columns))
+    q = jax.ShapeDtypeStruct((rows, 8, queries, 128), jnp.bfloat16)
+    per_query = ints(rows, queries)
+
+    def attend(q, kv, index, origin, reach, length):
+        return decode_tpu.attend_part(q, kv, index, Reach(origin, reach, length, ring))
+
+    arguments = on_tpu((q, kv, ints(), per_query, per_query, ints(rows)))
+    compiled = jax.jit(attend).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
+    L = 28
+    config = ModelConfig(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=L,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        windows=(None,) * L,
+        ropes=(Rope(1e6),),
+        layer_ropes=(0,) * L,
+        attention_scale=128**-0.5,
+        qk_norm=True,
+        tie_embeddings=True,
+    )
+    policy = Policy(config, jnp.bfloat16, jnp.bfloat16)
+    layout = CacheLayout(L, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
+    verbs = Verbs(policy, layout, "pallas_tpu")
+    sampling = SamplingParams(n=8, max_tokens=512)
+    state = jax.eval_shape(lambda: verbs.init_decode_state(64, 512, 16, 512, 8))
+    knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
+    compiled = Verbs.generate.lower(
+        verbs,
+        on_tpu(policy.abstract_params()),
+        on_tpu(state),
+        on_tpu(knobs),
+        sampling.method,
+        32,
+        on_tpu(ints()),
+        on_tpu(ints()),
+    ).compile()
+    memory = compiled.memory_analysis()
+    cache = layout.token_bytes() * (64 * 512 + 16 * 512)
+    assert memory.alias_size_in_bytes > cache
+    assert memory.temp_size_in_bytes < cache / 8
