@@ -40,14 +40,14 @@ def prefix_rows(num_slots: int, group_size: int) -> int:
     return num_slots if group_size == 1 else 2 * -(-num_slots // group_size)
 
 
-def memory_budget(utilization: float, devices) -> tuple[int, str]:
+def memory_budget(utilization: float, device: jax.Device) -> tuple[int, str]:
     """Bytes of one device that the cache may take, and how that number came about.
 
     On GPUs and TPUs: utilization x the device's memory, less what is in use. On a CPU: utilization
     x the memory that is free, shared by the devices simulated on it.
     """
-    stats = devices[0].memory_stats()
-    if devices[0].platform != "cpu" and stats and "bytes_limit" in stats:
+    stats = device.memory_stats()
+    if device.platform != "cpu" and stats and "bytes_limit" in stats:
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
         return int(utilization * limit) - used, (
             f"{utilization} x {readable(limit)} of device memory - {readable(used)} in use"
@@ -101,9 +101,10 @@ def plan(
     one_group = of(smallest)
     if one_group.device_bytes > budget:
         raise ValueError(
-            f"the key/value cache of one group does not fit: {smallest} slots x {columns[-1]} tokens x "
-            f"{copies} + {one_group.rows} prompts x {prefix} tokens, at {readable(token)} a token "
-            f"over {splits} device(s), is {readable(one_group.device_bytes)} a device; there are "
+            "the key/value cache of one group does not fit: "
+            f"{smallest} slots x {columns[-1]} tokens x {copies} + "
+            f"{one_group.rows} prompts x {prefix} tokens, at {readable(token)} a token over "
+            f"{splits} device(s), is {readable(one_group.device_bytes)} a device; there are "
             f"{readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, shorten "
             "max_response_length or max_prompt_length, or take a smaller cache dtype"
         )

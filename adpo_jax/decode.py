@@ -236,6 +236,8 @@ class Verbs:
             return step + 1, state, results
 
         _, state, results = jax.lax.while_loop(more, one, (jnp.int32(0), state, results))
+        # Whole on every device, so that every process can read them.
+        results = jax.tree.map(lambda x: constrain(x, self.policy.mesh, None, None), results)
         return state, results
 
     def _step(self, params, state: DecodeState, uniform, knobs: Knobs, method: Method):

@@ -1,0 +1,257 @@
+"""One call of `Engine.generate` under way: the loop between the queue and the decode steps.
+
+Each turn fills free slots from the queue, fits the sizes of batch and ring to what is alive, runs
+some decode steps in one dispatch, and takes their tokens.
+
+Letters: P prompts, n samples of a prompt, T tokens, B slots.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adpo_jax import cache_plan
+from adpo_jax import schedule as schedule_lib
+from adpo_jax.decode import Slots
+from adpo_jax.sampling import SamplingParams
+from adpo_jax.schedule import Schedule
+
+# Tokens of one prefill call, padding included; bounds its activations.
+PREFILL_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupOutput:
+    """The completions of one prompt; fields as in `RolloutOutput`, without the axis of prompts."""
+
+    prompt_index: int
+    tokens: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    log_probs: np.ndarray
+    finish_reason: np.ndarray
+    full_log_probs: np.ndarray | None
+
+
+class Generation:
+    """One call of `generate` under way."""
+
+    def __init__(self, engine, params, prompts: list[np.ndarray], sampling: SamplingParams, key):
+        self.engine, self.verbs = engine, engine.verbs
+        self.prompts, self.sampling = prompts, sampling
+        self.params = self.verbs.load_params(params)
+        P, n, T = len(prompts), sampling.n, sampling.max_tokens
+        self.tokens = np.full((P, n, T), sampling.pad_token_id, np.int32)
+        self.log_probs = np.zeros((P, n, T), np.float32)
+        self.full_log_probs = np.zeros((P, n, T), np.float32) if sampling.full_log_probs else None
+        self.lengths = np.zeros((P, n), np.int32)
+        self.stopped = np.zeros((P, n), bool)
+        self.key_data = np.asarray(_sample_keys(key, schedule_lib.prompt_uids(prompts), n))
+        self.stats = dict.fromkeys(
+            ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
+        )
+
+        self.slot_sizes = engine.slot_sizes
+        self.column_sizes = schedule_lib.column_buckets(T, engine.column_stages)
+        slots = self._slots_for(P * n)
+        rows = min(schedule_lib.power_of_two(P), cache_plan.prefix_rows(slots, n))
+        rows = min(rows, engine.most_rows or rows)
+        rows = cache_plan.up_to_multiple(rows, engine.shards)
+        longest = max(len(p) for p in prompts) - 1
+        self.prefix_length = schedule_lib.length_bucket(longest, engine.max_prompt_length)
+        self.schedule = Schedule(P, n, slots, rows)
+        self.columns = self._columns_for(0)
+        self.state = engine.new_state(slots, self.columns, rows, self.prefix_length, n)
+        self.retired: list[int] = []  # slots that the host ended: the device does not know yet
+
+    @property
+    def done(self) -> bool:
+        return not self.schedule.num_waiting and not len(self.schedule.live_slots)
+
+    def advance(self) -> list[GroupOutput]:
+        """Fills the slots, runs some steps, and returns the groups that ended."""
+        starts, admitted = self.schedule.start()
+        if admitted:
+            self._prefill(admitted)
+        self._resize()
+        if starts or self.retired:
+            self._assign(starts)
+        return self._decode()
+
+    # --- sizes
+
+    def _slots_for(self, needed: int) -> int:
+        return next((s for s in self.slot_sizes if s >= needed), self.slot_sizes[-1])
+
+    def _columns_for(self, oldest: int) -> int:
+        """Columns that hold the oldest live sample and as many more steps as one dispatch does."""
+        steps = min(self.engine.steps_per_dispatch, self.column_sizes[0])
+        needed = min(oldest + steps, self.column_sizes[-1])
+        return next(c for c in self.column_sizes if c >= needed)
+
+    def _ages(self) -> np.ndarray:
+        """Tokens sampled so far in each live slot."""
+        flat = self.schedule.sample_in[self.schedule.live_slots]
+        return self.lengths.reshape(-1)[flat]
+
+    def _resize(self):
+        """Shrinks the batch when few samples are left; grows the ring when they get long."""
+        schedule, oldest = self.schedule, int(self._ages().max(initial=0))
+        slots, columns = schedule.num_slots, max(self.columns, self._columns_for(oldest))
+        if not schedule.num_waiting:
+            slots = min(slots, self._slots_for(len(schedule.live_slots)))
+        if slots == schedule.num_slots and columns == self.columns:
+            return
+        if slots < schedule.num_slots:
+            columns = self._columns_for(oldest)
+            order = schedule.compact(slots)
+            self.retired = []
+        else:
+            order = np.arange(slots, dtype=np.int32)
+        self.state = self.verbs.resize(
+            self.state, order, schedule.members.copy(), columns, np.int32(oldest)
+        )
+        self.columns = columns
+        self.stats["resizes"] += 1
+
+    # --- prompts into rows, samples into slots
+
+    def _prefill(self, admitted: dict[int, int]):
+        """Prefills the prompts of these groups, of like length together."""
+        by_length = sorted(admitted, key=lambda group: len(self.prompts[group]))
+        while by_length:
+            length = self._prefill_bucket(by_length[-1])
+            most = max(1, PREFILL_TOKENS // length)
+            batch, by_length = by_length[-most:], by_length[:-most]
+            # Rows beyond the batch repeat its last prompt, into the same prefix row.
+            rows = schedule_lib.power_of_two(len(batch))
+            rows = cache_plan.up_to_multiple(rows, self.engine.shards)
+            filled = batch + batch[-1:] * (rows - len(batch))
+            tokens = np.zeros((rows, length), np.int32)
+            lengths = np.array([len(self.prompts[g]) - 1 for g in filled], np.int32)
+            for i, group in enumerate(filled):
+                tokens[i, : lengths[i]] = self.prompts[group][:-1]
+            prefixes = self.verbs.prefill(self.params, tokens, lengths)
+            targets = np.array([admitted[g] for g in filled], np.int32)
+            self.state = self.verbs.insert(self.state, prefixes, targets)
+            self.stats["prefill_calls"] += 1
+            self.stats["prefill_tokens"] += int(lengths[: len(batch)].sum())
+
+    def _prefill_bucket(self, group: int) -> int:
+        length = len(self.prompts[group]) - 1
+        return min(
+            schedule_lib.length_bucket(length, self.engine.max_prompt_length), self.prefix_length
+        )
+
+    def _assign(self, starts):
+        B = self.schedule.num_slots
+        fresh = np.zeros(B, bool)
+        fresh[self.retired] = True
+        ints = np.zeros((5, B), np.int32)
+        active, key_data = np.zeros(B, bool), np.zeros((B, 2), np.uint32)
+        for start in starts:
+            prompt, slot = self.prompts[start.group], start.slot
+            ints[:, slot] = prompt[-1], len(prompt) - 1, 0, start.row, start.sample
+            fresh[slot] = active[slot] = True
+            key_data[slot] = self.key_data[start.group, start.sample]
+        token, position, generated, row, rank = ints
+        slots = Slots(token, position, generated, active, row, rank, key_data)
+        self.state = self.verbs.assign(self.state, fresh, slots, self.schedule.members.copy())
+        self.retired = []
+
+    # --- decoding
+
+    def _decode(self) -> list[GroupOutput]:
+        live = len(self.schedule.live_slots)
+        if self.schedule.num_waiting:
+            stop_at = live - max(1, self.schedule.num_slots // 8)
+        else:
+            stop_at = max((s for s in self.slot_sizes if s < live), default=0)
+        room = self.columns - int(self._ages().max(initial=0))
+        if self.columns == self.column_sizes[-1]:
+            room = self.engine.steps_per_dispatch
+        self.state, results = self.verbs.generate(
+            self.params,
+            self.state,
+            self.sampling.knobs(),
+            self.sampling.method,
+            self.engine.steps_per_dispatch,
+            np.int32(max(stop_at, 0)),
+            np.int32(room),
+        )
+        results = jax.device_get(results)
+        steps = int(np.sum(results.valid.any(axis=1)))
+        self.stats["dispatches"] += 1
+        self.stats["steps"] += steps
+        self.stats["slot_steps"] += steps * self.schedule.num_slots
+        ended = (self._collect(slot, results) for slot in self.schedule.live_slots)
+        return [self._group_output(group) for group in ended if group is not None]
+
+    def _collect(self, slot: int, results) -> int | None:
+        """Takes a slot's new tokens; returns its group if all its samples have ended."""
+        group, sample = divmod(int(self.schedule.sample_in[slot]), self.sampling.n)
+        count = int(results.valid[:, slot].sum())
+        before = int(self.lengths[group, sample])
+        stopped = bool(results.stopped[:count, slot].any())
+        new = results.tokens[:count, slot]
+        at_string = self._tokens_to_stop_string(self.tokens[group, sample, :before], new)
+        if at_string is not None:
+            if at_string < count or not stopped:
+                self.retired.append(slot)
+            count, stopped = at_string, True
+        after = before + count
+        self.tokens[group, sample, before:after] = new[:count]
+        self.log_probs[group, sample, before:after] = results.log_probs[:count, slot]
+        if self.full_log_probs is not None:
+            full = results.full_log_probs[:count, slot]
+            self.full_log_probs[group, sample, before:after] = full
+        self.lengths[group, sample] = after
+        self.stopped[group, sample] = stopped
+        if not stopped and after < self.sampling.max_tokens:
+            return None
+        return self.schedule.finish(slot)
+
+    def _tokens_to_stop_string(self, old: np.ndarray, new: np.ndarray) -> int | None:
+        """How many of the new tokens complete the first stop string, None if there is none."""
+        if not self.sampling.stop:
+            return None
+
+        def contains(count: int) -> bool:
+            text = self.engine.detokenize([*old.tolist(), *new[:count].tolist()])
+            return any(stop in text for stop in self.sampling.stop)
+
+        first = max(1, self.sampling.min_tokens - len(old))
+        if first > len(new) or not contains(len(new)):
+            return None
+        return next(count for count in range(first, len(new) + 1) if contains(count))
+
+    def _group_output(self, group: int) -> GroupOutput:
+        lengths = self.lengths[group]
+        mask = np.arange(self.sampling.max_tokens) < lengths[:, None]
+        full = None if self.full_log_probs is None else self.full_log_probs[group]
+        return GroupOutput(
+            prompt_index=group,
+            tokens=self.tokens[group],
+            mask=mask.astype(np.int32),
+            lengths=lengths,
+            log_probs=self.log_probs[group],
+            finish_reason=np.where(self.stopped[group], "stop", "length"),
+            full_log_probs=full,
+        )
+
+
+@jax.jit
+def _fold_in_all(key, uids, samples):
+    def of_sample(uid, sample):
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, uid), sample))
+
+    return jax.vmap(jax.vmap(of_sample, (None, 0)), (0, None))(uids, samples)
+
+
+def _sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
+    """The key of each sample, [P, n, 2] uint32."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return _fold_in_all(key, uids, np.arange(n, dtype=np.uint32))
