@@ -7,7 +7,8 @@ Every peer gets the same weights and prompts, float32, on the CPU: 16 prompts x 
 `fixed`, prompt 64 and 128 new tokens; `eos`, the same with V / 40 ids that end a sequence (useful
 tokens are counted); `long`, prompt 512 and 64 new tokens. Each runs in a process of its own, the
 engine and the peers in turn, `--rounds` times; a result is one JSON line with the median, least and
-most over all timed repeats.
+most over all timed repeats, by the clock and by CPU seconds (which say more where something else
+was running after all; `other_cpus` is how much of a CPU that took).
 
 The peers' scripts are `../shared/peers` beside the checkout, and `../shared/peers/setup.sh` makes
 their environments under PEERS_HOME (default ~/.cache/adpo_peers). Nothing else may be running.
@@ -48,7 +49,7 @@ def arguments():
 
 
 def model_of(shape: dict, weights: dict):
-    """The policy and parameters of the peers' Qwen3-shaped weights (Hugging Face names, [out, in])."""
+    """The policy and parameters of the peers' weights, Qwen3 by name and [out, in]."""
     import numpy as np
 
     from adpo_jax.model import ModelConfig
@@ -140,26 +141,28 @@ def run_engine(a, shape_name: str, case_name: str) -> dict:
     sampling = SamplingParams(n=8, max_tokens=case["new"], stop_token_ids=stop_ids)
     start = time.perf_counter()
     # Lengths differ with the key, and so do the batch sizes that have to be compiled.
-    for seed in range(4 if stop_ids else 1):
-        engine.generate(params, prompts, sampling, jax.random.key(100 + seed))
+    for seed in range(a.repeats if stop_ids else 1):
+        engine.generate(params, prompts, sampling, jax.random.key(seed))
     warm_up = time.perf_counter() - start
     common.reset_peak()
-    walls, tokens = [], []
+    runs, tokens = common.Runs(), []
     for seed in range(a.repeats):
-        start = time.perf_counter()
+        runs.start()
         out = engine.generate(params, prompts, sampling, jax.random.key(seed))
-        walls.append(time.perf_counter() - start)
+        runs.stop()
         tokens.append(int(out.lengths.sum()))
     # The same figure as the peers print, to see that all do the same arithmetic.
     rows = np.concatenate([np.repeat(prompts, 8, 0), completions], 1)[:8]
     check = policy.log_probs(params, rows)[:, case["prompt_len"] :]
     ceiling = gemm_ceiling()
-    rates = [t / w for t, w in zip(tokens, walls)]
+    rates = [t / w for t, w in zip(tokens, runs.wall)]
     flops = 2 * common.param_count(shape_name)["total"] * statistics.median(rates)
     return {
         "peer": "adpo_jax",
         "tokens_per_s": common.stat(rates, 1),
-        "wall_s": common.stat(walls),
+        "tokens_per_cpu_s": common.stat([t / c for t, c in zip(tokens, runs.cpu)], 1),
+        "other_cpus": common.stat(runs.other, 2),
+        "wall_s": common.stat(runs.wall),
         "warmup_s": round(warm_up, 2),
         "gemm_ceiling_gflops": round(ceiling, 1),
         "fraction_of_gemm_ceiling": round(flops / 1e9 / ceiling, 3),
@@ -196,6 +199,15 @@ def run_one(a, who: str, shape: str, case_name: str) -> dict:
     return in_process(command, PEERS)
 
 
+def over_all(results: list[dict]) -> dict:
+    """The median, least and most over several processes."""
+    return {
+        "median": statistics.median(r["median"] for r in results),
+        "min": min(r["min"] for r in results),
+        "max": max(r["max"] for r in results),
+    }
+
+
 def main():
     a = arguments()
     if a.engine_only:
@@ -208,18 +220,17 @@ def main():
             for _ in range(a.rounds):
                 for who, results in runs.items():
                     results.append(run_one(a, who, shape, case))
-            rate = {
-                who: {
-                    "median": statistics.median(r["tokens_per_s"]["median"] for r in results),
-                    "min": min(r["tokens_per_s"]["min"] for r in results),
-                    "max": max(r["tokens_per_s"]["max"] for r in results),
-                }
-                for who, results in runs.items()
+            line = {"shape": shape, "case": case}
+            for measure in ("tokens_per_s", "tokens_per_cpu_s"):
+                rate = {who: over_all([r[measure] for r in rs]) for who, rs in runs.items()}
+                line[measure] = rate
+                if peers:
+                    best = max(rate[peer]["median"] for peer in peers)
+                    ratio = rate["adpo_jax"]["median"] / best
+                    line[f"{measure}_ratio_to_better_peer"] = round(ratio, 2)
+            line["other_cpus"] = {
+                who: max(r["other_cpus"]["median"] for r in rs) for who, rs in runs.items()
             }
-            line = {"shape": shape, "case": case, "tokens_per_s": rate}
-            if peers:
-                best = max(rate[peer]["median"] for peer in peers)
-                line["ratio_to_better_peer"] = round(rate["adpo_jax"]["median"] / best, 2)
             ours = runs["adpo_jax"][-1]
             for name in ("gemm_ceiling_gflops", "fraction_of_gemm_ceiling", "warmup_s", "stats"):
                 line[name] = ours[name]
