@@ -136,7 +136,7 @@ class Verbs:
         rows, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (rows, T))
         segments = (positions < true_length[:, None]).astype(jnp.int32)
-        attend_within = self.policy.self_attention(positions, segments)
+        attend_within = kernels.prefill_attention(self.attention, self.policy, positions, segments)
         axes = self.layout.column_axes()
 
         def attend(q, k, v, layer, kv):

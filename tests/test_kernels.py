@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from adpo_jax import kernels, kv_cache
+from adpo_jax import Policy, kernels, kv_cache
+from adpo_jax.attention import LayerInfo
 from adpo_jax.kernels import decode_gpu, decode_tpu
 from adpo_jax.kv_cache import CacheLayout, Reach
+from adpo_jax.model import ModelConfig
+from adpo_jax.rope import Rope
 
 ROWS, K, Q, D, L = 5, 2, 3, 128, 2
 
@@ -119,6 +122,44 @@ def test_the_gpu_kernel_lowers_for_cuda():
     with jax.sharding.use_abstract_mesh(mesh):
         text = lowered_for("cuda", decode_gpu.attend_part).as_text()
     assert "triton" in text
+
+
+def prefill_config(windows):
+    return ModelConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=K,
+        head_dim=D,
+        windows=windows,
+        ropes=(Rope(),),
+        layer_ropes=(0, 0),
+        attention_scale=D**-0.5,
+        attention_soft_cap=5.0,
+    )
+
+
+def test_splash_prefill_agrees_with_plain_attention_in_every_layers_window():
+    policy, T = Policy(prefill_config((40, None))), 128
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, n, D)), jnp.float32) for n in (4, K, K))
+    lengths = np.array([[T], [70]])
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
+    segments = (positions < lengths).astype(jnp.int32)
+    plain = policy.self_attention(positions, segments)
+    splash = kernels.prefill_attention("pallas_tpu_interpret", policy, positions, segments)
+    for index in range(2):
+        layer = LayerInfo(*(jnp.asarray(leaf[index]) for leaf in policy.config.layer_info))
+        for row, length in enumerate(lengths[:, 0]):
+            ours, wanted = (a(q, k, v, layer, None)[0][row, :length] for a in (splash, plain))
+            np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+def test_prefill_of_sizes_that_splash_cannot_take_is_plain():
+    assert kernels.prefill_tpu.fits(prefill_config((None, None)), 256)
+    assert not kernels.prefill_tpu.fits(prefill_config((None, None)), 64)
 
 
 def test_a_kernel_that_cannot_run_is_refused():

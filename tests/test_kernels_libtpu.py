@@ -80,10 +80,11 @@ def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
     verbs = Verbs(policy, layout, "pallas_tpu")
     sampling = SamplingParams(n=8, max_tokens=512)
     state = jax.eval_shape(lambda: verbs.init_decode_state(64, 512, 16, 512, 8))
+    verbs_params = policy.abstract_params()
     knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
     compiled = Verbs.generate.lower(
         verbs,
-        on_tpu(policy.abstract_params()),
+        on_tpu(verbs_params),
         on_tpu(state),
         on_tpu(knobs),
         sampling.method,
@@ -91,6 +92,11 @@ def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
         on_tpu(ints()),
         on_tpu(ints()),
     ).compile()
+    prefill = Verbs.prefill.lower(
+        verbs, on_tpu(verbs_params), on_tpu(ints(8, 512)), on_tpu(ints(8))
+    ).compile()
+    # No [8, 16, 512, 512] float32 scores.
+    assert prefill.memory_analysis().temp_size_in_bytes < 8 * 16 * 512 * 512 * 4
     memory = compiled.memory_analysis()
     cache = layout.token_bytes() * (64 * 512 + 16 * 512)
     assert memory.alias_size_in_bytes > cache

@@ -1,6 +1,7 @@
-"""Attention of decoding: which implementation runs where.
+"""Attention of the rollout engine: which implementation runs where.
 
-Each takes the same arguments as `kv_cache.attend_part`, the plain version that all are tested on.
+Those of decoding take the same arguments as `kv_cache.attend_part`, the plain version that all are
+tested on; the plain version of prefill is `Policy.self_attention`.
 """
 
 import functools
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax import kv_cache
-from adpo_jax.kernels import decode_gpu, decode_tpu
+from adpo_jax.attention import Attend
+from adpo_jax.kernels import decode_gpu, decode_tpu, prefill_tpu
 from adpo_jax.kv_cache import AttendPart, CacheLayout
+from adpo_jax.policy import Policy
 
 # xla: everywhere. pallas_tpu: Mosaic; its _interpret runs on a CPU, to test. pallas_gpu: Triton.
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret")
@@ -54,3 +57,18 @@ def attend_part(attention: str, layout: CacheLayout, soft_cap: float | None) -> 
         return functools.partial(decode_gpu.attend_part, soft_cap=soft_cap)
     interpret = attention.endswith("interpret")
     return functools.partial(decode_tpu.attend_part, soft_cap=soft_cap, interpret=interpret)
+
+
+def prefill_attention(
+    attention: str, policy: Policy, positions: jax.Array, segments: jax.Array
+) -> Attend:
+    """Causal attention of prompts padded on the right to themselves.
+
+    Args:
+      positions, segments: [rows, T] int32, as `Policy.self_attention` takes them.
+    """
+    length = positions.shape[1]
+    if attention.startswith("pallas_tpu") and prefill_tpu.fits(policy.config, length):
+        interpret = attention.endswith("interpret")
+        return prefill_tpu.causal_attention(policy.config, length, interpret=interpret)
+    return policy.self_attention(positions, segments)
