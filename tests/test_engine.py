@@ -335,3 +335,20 @@ def test_the_tpu_kernel_interpreted_in_the_engine_samples_what_xla_does():
     out = kernel.generate(params, prompts, sampling, key)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
     np.testing.assert_allclose(out.log_probs, plain.log_probs, atol=1e-4)
+
+
+def test_the_program_of_28_layers_is_hardly_larger_than_that_of_4():
+    def size(layers: int) -> int:
+        changes = {"windows": (None,) * layers, "layer_ropes": (0,) * layers}
+        policy = Policy(config(num_layers=layers, **changes))
+        verbs = engine_of(policy).verbs
+        sampling = SamplingParams(n=2)
+        state = jax.eval_shape(lambda: verbs.init_decode_state(8, 32, 4, 16, 2))
+        params = jax.eval_shape(verbs.load_params, policy.abstract_params())
+        numbers = (np.int32(0), np.int32(8))
+        lowered = type(verbs).generate.lower(
+            verbs, params, state, sampling.knobs(), sampling.method, 8, *numbers
+        )
+        return len(lowered.as_text())
+
+    assert size(28) < 1.5 * size(4)
