@@ -76,9 +76,22 @@ class Verbs:
 
     # --- parameters
 
-    @functools.partial(jax.jit, static_argnums=0)
     def load_params(self, params):
-        """Parameters as decoding wants them: unstacked and fused where layers run one by one."""
+        """Parameters as decoding wants them.
+
+        In the dtype of the computation, so that no step reads them in a wider one; norms stay as
+        they are, and so does the arithmetic. Unstacked and fused where layers run one by one.
+        """
+        narrower = jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype)
+        # Nothing to change: no second copy.
+        return self._loaded(params) if narrower or not self.layout.stacked else params
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _loaded(self, params):
+        def cast(path, leaf):
+            return leaf if path[-1].key.endswith("norm") else leaf.astype(self.policy.dtype)
+
+        params = jax.tree_util.tree_map_with_path(cast, params)
         if self.layout.stacked:
             return params
         layers = params["layers"]

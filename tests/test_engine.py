@@ -290,6 +290,17 @@ def test_a_smaller_cache_dtype_stays_close(model, dtype, atol):
     assert_log_probs_agree(policy, params, prompts, out, atol=atol)
 
 
+def test_bfloat16_decoding_of_float32_weights_is_close_to_the_bfloat16_forward():
+    policy = Policy(config(qk_norm=True), dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    params = policy.init(jax.random.key(3))
+    engine, prompts = engine_of(policy), prompts_of([9, 3])
+    loaded = engine.verbs.load_params(params)
+    assert loaded["embed"].dtype == loaded["layers"][0]["qkv"].dtype == jnp.bfloat16
+    assert loaded["final_norm"].dtype == jnp.float32
+    out = engine.generate(params, prompts, SamplingParams(n=2, max_tokens=20), jax.random.key(0))
+    assert_log_probs_agree(policy, params, prompts, out, atol=0.2)
+
+
 def test_eight_devices_sample_what_one_does(model):
     from adpo_jax.sharding import make_mesh
 
