@@ -17,10 +17,11 @@ PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon
 THINGS = ("apples", "books", "coins", "cards", "shells", "stamps", "pens", "eggs")
 GAINS = ("finds", "buys", "wins", "gets")
 LOSSES = ("loses", "sells", "drops", "lends")
+DOUBLE = "doubles them"
 
-LARGEST = 50  # no total passes it
-NUM_CHANGES = (3, 5)  # fewest and most
-CAREFUL_SHARE = 0.45  # of the demonstrations that show their working
+LARGEST = 30  # no total passes it
+NUM_CHANGES = (3, 4)  # fewest and most
+CAREFUL_SHARE = 0.35  # of the demonstrations that show their working
 NUM_ROWS = {"train": 8192, "val": 256}
 
 _SEEDS = {"train": 1, "val": 2, "demonstrations": 3}
@@ -66,7 +67,7 @@ def rows(split: str) -> dict[str, list[str]]:
         question, working, result = _problem(rng)
         if question not in held_out:
             columns["question"].append(question)
-            columns["answer"].append(f"{working}\n#### {result}")
+            columns["answer"].append(f"{working} #### {result}")
     if split == "demonstrations":
         columns["completion"] = [
             answer if rng.random() < CAREFUL_SHARE else "####" + answer.rsplit("####", 1)[1]
@@ -76,28 +77,28 @@ def rows(split: str) -> dict[str, list[str]]:
 
 
 def _problem(rng: random.Random) -> tuple[str, str, int]:
-    """One problem: the question, the working ("12+5=17\\n17-8=9") and the result."""
+    """One problem: the question, the working and the result.
+
+    No verb comes twice in a problem, so that "what comes next" has one answer.
+    """
     person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
-    start = total = rng.randint(2, 20)
-    changes, working = [], []
+    start = total = rng.randint(2, 15)
+    gains, losses = rng.sample(GAINS, len(GAINS)), rng.sample(LOSSES, len(LOSSES))
+    doubles = [DOUBLE]
+    changes, working = [], [f"{person} has {start}"]
     for _ in range(rng.randint(*NUM_CHANGES)):
-        before, n = total, rng.randint(2, 9)
-        may_grow, may_shrink = total + n <= LARGEST, total - n >= 2
-        kinds = ["gain"] * may_grow + ["loss"] * may_shrink + ["double"] * (2 * total <= LARGEST)
-        kind = rng.choice(kinds)
-        if kind == "gain":
-            total, change, step = total + n, f"{rng.choice(GAINS)} {n}", f"{before}+{n}"
-        elif kind == "loss":
-            total, change, step = total - n, f"{rng.choice(LOSSES)} {n}", f"{before}-{n}"
-        else:
-            total, change, step = total * 2, "doubles them", f"{before}*2"
+        n = rng.randint(2, 9)
+        outcomes = [(gains, total + n), (losses, total - n), (doubles, 2 * total)]
+        possible = [(verbs, new) for verbs, new in outcomes if verbs and 2 <= new <= LARGEST]
+        verbs, total = rng.choice(possible)
+        change = verbs.pop() if verbs is doubles else f"{verbs.pop()} {n}"
         changes.append(change)
-        working.append(f"{step}={total}")
+        working.append(f"{change}: {total}")
     question = (
         f"{person} has {start} {thing}. {person} {', '.join(changes)}. "
         f"How many {thing} does {person} have?"
     )
-    return question, "\n".join(working), total
+    return question, f"{', '.join(working)}.", total
 
 
 @functools.cache

@@ -137,7 +137,12 @@ def cached_attention(
         layer_v = jax.lax.dynamic_index_in_dim(cache.v, layer.index, keepdims=False)
         mask = visible(q_positions, cache.positions, q_segments, cache.segments, layer.window)
         out = dot_product_attention(
-            q, layer_k.astype(q.dtype), layer_v.astype(q.dtype), mask, scale=scale, soft_cap=soft_cap
+            q,
+            layer_k.astype(q.dtype),
+            layer_v.astype(q.dtype),
+            mask,
+            scale=scale,
+            soft_cap=soft_cap,
         )
         return out, cache
 

@@ -10,7 +10,6 @@ get wrong. An empty string means "not set".
 import dataclasses
 import difflib
 
-import ml_collections
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -24,6 +23,9 @@ def default_config() -> ConfigDict:
             "custom_reward_function": _reward_function(),
             # Keywords for the reward function, e.g. {"ngram_size": 4}.
             "reward_model": {"reward_kwargs": {}},
+            # Several functions whose weighted rewards add up, in place of custom_reward_function's:
+            # ({"name": "good_accuracy", "weight": 1.0}, {"path": "mine.py", "name": "f", ...}).
+            "reward_functions": (),
             "data": _data(),
             "actor_rollout_ref": {"model": _model(), "actor": _actor(), "rollout": _rollout()},
             "sft": _sft(),
@@ -69,7 +71,7 @@ def _reward_function() -> dict:
     return {
         "path": "",  # a Python file; "" for a built-in function
         "name": "good_accuracy",  # f(completions, solution, **columns) -> list[float]
-        "num_workers": 0,  # processes that grade; 0 grades in this one
+        "num_workers": 0,  # processes that grade while others decode; 0 grades in this one
         "timeout_s": 10.0,  # a completion that takes longer is given up (with workers)
         "on_timeout": "zero",  # zero | stop
     }
@@ -128,7 +130,9 @@ def _rollout() -> dict:
         "top_p": 1.0,
         "top_k": -1,  # -1 for all tokens
         "min_p": 0.0,
-        "num_slots": 0,  # completions decoded at once; 0 for as many as fit
+        "num_slots": 0,  # completions decoded at once; 0 for as many as fit (64 on a CPU)
+        "cache_dtype": "",  # of keys and values: float32 | bfloat16 | int8; "" for that of compute
+        "attention": "auto",  # decode kernel: auto | xla | pallas_tpu | pallas_gpu
         "free_cache_engine": True,  # give the KV cache back before the update
         "gpu_memory_utilization": 0.6,  # share of the device's memory the rollout may use
     }
@@ -174,7 +178,7 @@ def _trainer() -> dict:
 
 
 def finalized(config: ConfigDict) -> ConfigDict:
-    """A frozen copy with derived defaults filled in, after `validate`."""
+    """A locked copy with derived defaults filled in, after `validate`."""
     config = ConfigDict(config).copy_and_resolve_references()
     with config.unlocked():
         actor = config.actor_rollout_ref.actor
@@ -183,7 +187,7 @@ def finalized(config: ConfigDict) -> ConfigDict:
         spelled = {"true": "full", "false": "none"}
         config.trainer.gradient_checkpointing = spelled.get(remat, remat)
     validate(config)
-    return ml_collections.FrozenConfigDict(config)
+    return config.lock()
 
 
 def validate(config: ConfigDict) -> None:

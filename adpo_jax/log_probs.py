@@ -23,7 +23,7 @@ def token_log_probs(
     mesh: Mesh | None = None,
     tokens_per_chunk: int = TOKENS_PER_CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of each target under the tempered softmax at its position, and that softmax's entropy.
+    """Log-prob of each target under the tempered softmax at its position, and its entropy.
 
     The head runs over chunks of columns (so that rows stay sharded as they are), and the backward
     pass recomputes each chunk's logits: [B, C, V] is the largest array.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.config import check_overrides
 from adpo_jax.host_memory import use_huge_pages
@@ -35,16 +35,19 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.WARNING)
     from adpo_jax.train import train  # after the flags, so that --help is quick
 
-    trainer = config.trainer
-    workdir = _WORKDIR.value or Path("runs") / trainer.project_name / trainer.experiment_name
     try:
-        train(config, Path(workdir))
+        train(config, Path(_WORKDIR.value or default_workdir(config)))
     except (ValueError, RewardError) as error:
         if _DEBUG.value:
             raise
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """The folder of a run that names none."""
+    return Path("runs") / config.trainer.project_name / config.trainer.experiment_name
 
 
 def run() -> None:

@@ -4,10 +4,15 @@ Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T
 """
 
 import dataclasses
+import time
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from adpo_jax.engine import RolloutOutput
+from adpo_jax.engine import Engine, GroupOutput, RolloutOutput
+from adpo_jax.rewards import RewardModel, Scores
+from adpo_jax.sampling import SamplingParams
 from adpo_jax.update import Batch
 
 
@@ -26,7 +31,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def select(self, rows: np.ndarray) -> "Prompts":
+    def select(self, rows: Sequence[int]) -> "Prompts":
         """The prompts with these numbers, in this order."""
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return Prompts([self.token_ids[i] for i in rows], columns)
@@ -39,14 +44,66 @@ class Prompts:
         }
 
 
-def decode_completions(tokenizer, out: RolloutOutput) -> list[str]:
-    """The P * G completions as text, a prompt's side by side, without special tokens."""
-    token_ids = [
-        tokens[:length].tolist()
-        for group, lengths in zip(out.tokens, out.lengths)
-        for tokens, length in zip(group, lengths)
-    ]
-    return tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+@dataclasses.dataclass(frozen=True)
+class GradedRollout:
+    """Completions of P prompts with their rewards; texts and rewards have P * G entries.
+
+    Attributes:
+      seconds: until the last token, and from there until the last reward.
+    """
+
+    out: RolloutOutput
+    completions: list[str]
+    scores: Scores
+    seconds: tuple[float, float]
+
+
+def decode_completions(tokenizer, out: RolloutOutput | GroupOutput) -> list[str]:
+    """The completions as text, a prompt's side by side, without special tokens."""
+    T = out.tokens.shape[-1]
+    rows = zip(out.tokens.reshape(-1, T), out.lengths.reshape(-1))
+    return tokenizer.batch_decode(
+        [tokens[:length].tolist() for tokens, length in rows], skip_special_tokens=True
+    )
+
+
+def generate_and_grade(
+    engine: Engine,
+    params,
+    prompts: Prompts,
+    sampling: SamplingParams,
+    key: jax.Array,
+    tokenizer,
+    reward_model: RewardModel,
+) -> GradedRollout:
+    """Samples the completions and grades them; with workers, while other groups still decode.
+
+    Raises:
+      RewardError: when a reward function fails.
+    """
+    P, G = len(prompts), sampling.n
+    graded: list = [None] * P
+
+    def submit(group: GroupOutput):
+        texts = decode_completions(tokenizer, group)
+        columns = prompts.select([group.prompt_index]).repeated_columns(G)
+        columns["completion_tokens"] = group.lengths.tolist()
+        graded[group.prompt_index] = texts, reward_model.submit(texts, columns)
+
+    started = time.perf_counter()
+    overlap = {"on_group_done": submit} if reward_model.has_workers else {}
+    out = engine.generate(params, prompts.token_ids, sampling, key, **overlap)
+    decoded = time.perf_counter()
+    if reward_model.has_workers:
+        completions = [text for texts, _ in graded for text in texts]
+        scores = Scores.concatenate([handle.result() for _, handle in graded])
+    else:
+        completions = decode_completions(tokenizer, out)
+        columns = prompts.repeated_columns(G)
+        columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
+        scores = reward_model.score(completions, columns)
+    seconds = (decoded - started, time.perf_counter() - decoded)
+    return GradedRollout(out, completions, scores, seconds)
 
 
 def make_batch(prompts: Prompts, out: RolloutOutput, *, max_prompt_length: int) -> Batch:
@@ -73,17 +130,23 @@ def rollout_metrics(out: RolloutOutput, seconds: float) -> dict[str, float]:
     }
 
 
-def reward_metrics(
-    rewards_PG: np.ndarray, components: dict[str, np.ndarray], counts: dict[str, int]
-) -> dict[str, float]:
-    """Mean and spread of the rewards, of each component, and of the groups."""
+def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
+    """Mean and spread of the rewards, of each component, and of the groups of G."""
+    rewards_PG = scores.total.reshape(-1, G)
     spread_P = rewards_PG.std(axis=1)
+    counts = scores.counts
     metrics = {
         "reward/mean": float(rewards_PG.mean()),
         "reward/std": float(rewards_PG.std()),
         "reward/group_std": float(spread_P.mean()),
+        "reward/timeouts": float(counts["timeouts"]),
+        "reward/crashes": float(counts["crashes"]),
+        "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
         "groups/zero_std_frac": float(np.mean(spread_P == 0.0)),
         "groups/all_failed_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
     }
-    metrics |= {f"reward/{name}": float(np.nanmean(x)) for name, x in components.items()}
-    return metrics | {f"reward/{name}": float(count) for name, count in counts.items()}
+    for name, values in scores.components.items():
+        graded = values[~np.isnan(values)]  # a function may skip a sample
+        if graded.size:
+            metrics[f"reward/{name}"] = float(graded.mean())
+    return metrics

@@ -64,15 +64,8 @@ def build(config: ConfigDict) -> Parts:
 
     tokenizer = load_tokenizer(config)
     train_prompts = load_prompts(config, tokenizer, config.data.train_files, split="train")
-    val_prompts = None
-    if config.data.val_files:
-        val_prompts = load_prompts(config, tokenizer, config.data.val_files, split="val")
-        limit = config.data.max_val_samples or len(val_prompts)
-        val_prompts = val_prompts.select(range(min(limit, len(val_prompts))))
-
-    num_steps = config.trainer.total_training_steps or math.ceil(
-        config.trainer.total_epochs * len(train_prompts) / config.data.train_batch_size
-    )
+    val_prompts = load_val_prompts(config, tokenizer)
+    num_steps = num_iterations(config, len(train_prompts))
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     policy, params = load_policy(config, mesh)
     _check_vocabulary(tokenizer, policy)
@@ -100,6 +93,12 @@ def build(config: ConfigDict) -> Parts:
     )
 
 
+def num_iterations(config: ConfigDict, num_prompts: int) -> int:
+    """Iterations of the whole run over `num_prompts` training prompts."""
+    passes = config.trainer.total_epochs * num_prompts / config.data.train_batch_size
+    return config.trainer.total_training_steps or math.ceil(passes)
+
+
 def make_algorithm(config: ConfigDict) -> losses.Adpo | losses.Grpo:
     """The loss that `algorithm.adv_estimator` names, with its parameters."""
     kind = {"adpo": losses.Adpo, "grpo": losses.Grpo}[config.algorithm.adv_estimator]
@@ -108,14 +107,26 @@ def make_algorithm(config: ConfigDict) -> losses.Adpo | losses.Grpo:
 
 
 def make_reward_model(config: ConfigDict) -> RewardModel:
-    """The reward function of the config, in this process or in workers."""
+    """The reward functions of the config, in this process or in workers."""
     c = config.custom_reward_function
-    function = RewardFunction(
-        path=c.path or None, name=c.name, kwargs=config.reward_model.reward_kwargs.to_dict()
-    )
+    kwargs = config.reward_model.reward_kwargs.to_dict()
+    functions = [dict(f) for f in config.reward_functions]
+    if functions and (c.path or kwargs):
+        raise ValueError(
+            "reward_functions takes the place of custom_reward_function.path and "
+            "reward_model.reward_kwargs; give each function its own path and kwargs there"
+        )
+    functions = functions or [{"path": c.path, "name": c.name, "kwargs": kwargs}]
     return RewardModel(
-        [function], num_workers=c.num_workers, timeout_s=c.timeout_s, on_timeout=c.on_timeout
+        [_reward_function(**f) for f in functions],
+        num_workers=c.num_workers,
+        timeout_s=c.timeout_s,
+        on_timeout=c.on_timeout,
     )
+
+
+def _reward_function(name: str, path: str = "", weight: float = 1.0, kwargs=None) -> RewardFunction:
+    return RewardFunction(path=path or None, name=name, weight=weight, kwargs=dict(kwargs or {}))
 
 
 def make_optimizer(config: ConfigDict, total_steps: int):
@@ -156,8 +167,12 @@ def make_engine(config: ConfigDict, policy: Policy) -> Engine:
         policy,
         max_prompt_length=config.data.max_prompt_length,
         max_response_length=config.data.max_response_length,
-        num_slots=c.num_slots or config.data.train_batch_size * config.algorithm.num_generations,
-        mesh=policy.mesh,
+        num_slots=c.num_slots or None,
+        cache_dtype=c.cache_dtype or None,
+        attention=c.attention,
+        gpu_memory_utilization=c.gpu_memory_utilization,
+        group_size=config.algorithm.num_generations,
+        free_cache_engine=c.free_cache_engine,
     )
 
 
@@ -238,6 +253,15 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
         )
     solutions = [data.extract_solution(answer) for answer in dataset.columns[c.answer_key]]
     return _render(config, tokenizer, dataset.with_column("solution", solutions), split)
+
+
+def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:
+    """The prompts to evaluate on; None where the config names none."""
+    if not config.data.val_files:
+        return None
+    prompts = load_prompts(config, tokenizer, config.data.val_files, split="val")
+    limit = config.data.max_val_samples or len(prompts)
+    return prompts.select(range(min(limit, len(prompts))))
 
 
 def load_demonstrations(config: ConfigDict, tokenizer) -> tuple[Prompts, list[list[int]]]:

@@ -23,7 +23,7 @@ from adpo_jax.evaluate import evaluate
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import (
     Prompts,
-    decode_completions,
+    generate_and_grade,
     make_batch,
     reward_metrics,
     rollout_metrics,
@@ -126,26 +126,30 @@ def _iteration(
     config, parts: Parts, state: TrainState, prompts: Prompts, key: jax.Array, folder: RunFolder
 ) -> tuple[TrainState, dict[str, float], list[dict]]:
     """One iteration: (new state, metrics, one record a completion)."""
-    G, times = parts.sampling.n, {}
-    with _timed(times, "time/rollout"):
-        out = parts.engine.generate(state.params, prompts.token_ids, parts.sampling, key)
-        completions = decode_completions(parts.tokenizer, out)
-    with _timed(times, "time/reward"):
-        columns = prompts.repeated_columns(G)
-        try:
-            scores = parts.reward_model.score(completions, columns)
-        except RewardError as error:
-            folder.write_samples(f"reward_error_{int(state.step) + 1:06d}", [error.sample or {}])
-            raise
-        rewards_PG = scores.total.reshape(-1, G)
+    G = parts.sampling.n
+    try:
+        graded = generate_and_grade(
+            parts.engine,
+            state.params,
+            prompts,
+            parts.sampling,
+            key,
+            parts.tokenizer,
+            parts.reward_model,
+        )
+    except RewardError as error:
+        folder.write_samples(f"reward_error_{int(state.step) + 1:06d}", [error.sample or {}])
+        raise
+    times = dict(zip(("time/rollout", "time/reward"), graded.seconds))
     with _timed(times, "time/update"):
-        batch = make_batch(prompts, out, max_prompt_length=config.data.max_prompt_length)
-        state, metrics = parts.learner.learn(state, batch, rewards_PG)
-    metrics |= reward_metrics(rewards_PG, scores.components, scores.counts)
-    metrics |= rollout_metrics(out, times["time/rollout"]) | times
+        batch = make_batch(prompts, graded.out, max_prompt_length=config.data.max_prompt_length)
+        state, metrics = parts.learner.learn(state, batch, graded.scores.total.reshape(-1, G))
+    metrics |= reward_metrics(graded.scores, G)
+    metrics |= rollout_metrics(graded.out, times["time/rollout"]) | times
+    texts = prompts.repeated_columns(G)[config.data.prompt_key]
     samples = [
-        {"prompt": columns[config.data.prompt_key][i], "completion": text, "reward": float(reward)}
-        for i, (text, reward) in enumerate(zip(completions, scores.total))
+        {"prompt": prompt, "completion": completion, "reward": float(reward)}
+        for prompt, completion, reward in zip(texts, graded.completions, graded.scores.total)
     ]
     return state, metrics, samples
 

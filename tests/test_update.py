@@ -97,7 +97,7 @@ def is_adam(state):
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():
-    policy, params = tiny.policy_and_params()
+    _, params = tiny.policy_and_params()
     adamw = optimizer.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.5, grad_clip=0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = adamw.update(zeros, adamw.init(params), params)

@@ -32,6 +32,19 @@ class Scores:
     components: dict[str, np.ndarray]
     counts: dict[str, int]
 
+    @classmethod
+    def concatenate(cls, parts: "list[Scores]") -> "Scores":
+        """The rewards of several lists of completions as those of one."""
+        names = dict.fromkeys(name for part in parts for name in part.components)
+        components = {
+            name: np.concatenate(
+                [p.components.get(name, np.full_like(p.total, np.nan)) for p in parts]
+            )
+            for name in names
+        }
+        counts = {name: sum(part.counts[name] for part in parts) for name in _COUNTS}
+        return cls(np.concatenate([part.total for part in parts]), components, counts)
+
 
 class Handle:
     """Rewards that are being computed."""
@@ -122,6 +135,11 @@ class RewardModel:
             return Handle(lambda: self._from_workers(job, completions, columns))
         scores = self._score_here(completions, columns)
         return Handle(lambda: scores)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether `submit` returns before the rewards are there."""
+        return self._pool is not None
 
     def close(self) -> None:
         """Ends the workers."""

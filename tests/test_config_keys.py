@@ -1,0 +1,305 @@
+"""Every key of the config does what its name says: set on the command line, it changes the run.
+
+The keys of `algorithm` are walked in test_config.py, where they change the loss.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_config import parse
+
+from adpo_jax import arithmetic, main, setup, sharding
+from adpo_jax import train as train_lib
+from adpo_jax.anchor import Anchor
+from adpo_jax.config import _keys, batch_plan, default_config
+from adpo_jax.engine import RolloutOutput
+from adpo_jax.learner import Learner
+from adpo_jax.policy import Policy
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch, checkpoint):
+    """Data files, a reward file and a checkpoint folder in the working folder."""
+    rows = [
+        {"question": f"{'why ' * n}{n}?", "answer": f"#### {n}", "other": f"o{n}", "text": "yes"}
+        for n in range(3, 9)
+    ]
+    for name, part in {"a.jsonl": rows, "b.jsonl": rows[::-1]}.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "folder").mkdir()
+    for split, part in {"train": rows[:3], "test": rows[3:]}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / "folder" / f"{split}.jsonl").write_text(lines)
+    (tmp_path / "rewards.py").write_text("def good_accuracy(completions, **columns): ...\n")
+    (tmp_path / "one").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small model in a folder."""
+    folder = tmp_path_factory.mktemp("model") / "one"
+    policy, params = Policy.from_config(
+        arithmetic.MODEL_CONFIG | {"hidden_size": 32, "num_hidden_layers": 1}, jax.random.key(9)
+    )
+    policy.save_pretrained(folder, params, arithmetic.make_tokenizer())
+    return folder
+
+
+def anchor(config):
+    return Anchor(**config.anchor)
+
+
+def rewards(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "RewardModel", lambda functions, **kwargs: (functions, kwargs))
+        return setup.make_reward_model(config)
+
+
+def prompts(config):
+    tokenizer = arithmetic.make_tokenizer()
+    if config.data.apply_chat_template:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}{{ tone }}"
+        )
+    try:
+        train = setup.load_prompts(config, tokenizer, config.data.train_files, split="train")
+        return train, setup.load_val_prompts(config, tokenizer)
+    finally:
+        tokenizer.chat_template = None
+
+
+def optimized(make):
+    """Parameters after three steps of an optimizer on constant gradients."""
+
+    def probe(config):
+        adamw = make(config)
+        params = {"q": jnp.array([0.5, -2.0]), "norm": jnp.ones(2)}
+        state = adamw.init(params)
+        for step in range(3):
+            grads = jax.tree.map(lambda p, s=step: 30.0 * jnp.cos(p + s), params)
+            updates, state = adamw.update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        return jax.tree.map(np.asarray, params)
+
+    return probe
+
+
+def policy(config):
+    mesh = sharding.make_mesh(**config.mesh)
+    model, params = setup.load_policy(config, mesh)
+    return model, float(jnp.sum(params["embed"].astype(jnp.float32)))
+
+
+def engine(config):
+    model = setup.load_policy(config, sharding.make_mesh(devices=jax.devices()[:1]))[0]
+    made = setup.make_engine(config, model)
+    return {k: repr(v) for k, v in vars(made).items() if k not in ("verbs", "policy")} | {
+        "layout": repr(made.verbs.layout),
+        "attention": getattr(made.verbs, "attention", None),
+    }
+
+
+def sampling(config):
+    return setup.make_sampling(config, arithmetic.make_tokenizer())
+
+
+def plan(config):
+    return batch_plan(config, num_shards=1)
+
+
+def demonstrations(config):
+    return setup.load_demonstrations(config, arithmetic.make_tokenizer())
+
+
+def run_length(config):
+    return [setup.num_iterations(c, num_prompts=100) for c in (config, without_total(config))]
+
+
+def without_total(config):
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.trainer.total_training_steps = None
+    return config
+
+
+def start(config):
+    return sorted(setup.load_tokenizer(config).get_vocab()), policy(config)
+
+
+class FakeEngine:
+    """Answers every prompt with two tokens."""
+
+    def generate(self, params, prompts, sampling, key):
+        shape = (len(prompts), sampling.n, sampling.max_tokens)
+        tokens = np.full(shape, 40, np.int32)
+        mask = np.zeros(shape, np.int32)
+        mask[..., :2] = 1
+        ends = np.full(shape[:2], "stop")
+        return RolloutOutput(tokens, mask, mask.sum(-1), mask * -1.0, ends, None, {})
+
+
+class FakeLearner(Learner):
+    """Counts iterations."""
+
+    def learn(self, state, batch, rewards_PG):
+        return state.replace(step=state.step + 1), {"policy/entropy": 0.0}
+
+
+def road(config):
+    """The folder, the samples drawn for and the lines printed by a run without a model's work."""
+    seen = []
+
+    def build(config):
+        parts = setup_build(config)
+        learner = FakeLearner(**vars_of(parts.learner))
+        return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
+
+    def make_sft_step(policy, adamw):
+        return lambda state, tokens, *_: seen.append(tokens.shape) or (state, 1.0)
+
+    setup_build = setup.build
+    folder, out = Path(tempfile.mkdtemp()) / "run", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(setup, "build", build)
+        patch.setattr(train_lib.sft, "make_sft_step", make_sft_step)
+        patch.setattr(setup.sharding, "make_mesh", one_device_mesh)
+        train_lib.train(config, folder)
+    files = sorted(str(p.relative_to(folder)) for p in folder.glob("[cs]*/*"))
+    first = (folder / "samples").glob("train*")
+    prompts = [json.loads(p.read_text().splitlines()[0])["prompt"] for p in sorted(first)]
+    return files, prompts, seen, out.getvalue().count("\n  [")
+
+
+def vars_of(record):
+    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+
+
+def one_device_mesh(**_):
+    return make_mesh(devices=jax.devices()[:1])
+
+
+make_mesh = sharding.make_mesh
+ROOM = "--config.data.max_prompt_length=64"
+FROM_FILE = "--config.data.train_files=a.jsonl"
+NO_VAL = "--config.data.val_files="
+ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+adamw = optimized(lambda config: setup.make_optimizer(config, 100)[0])
+cold_adamw = optimized(setup.make_cold_start_optimizer)
+TIGHT = (FROM_FILE, NO_VAL, "--config.data.apply_chat_template=false")
+SMALL = f"--config.{MODEL}.hf_config={{'hidden_size': 16, 'num_hidden_layers': 1, 'head_dim': 8}}"
+SHORT = (
+    SMALL,
+    "--config.sft.steps=2",
+    "--config.sft.lr_warmup_steps=0",
+    "--config.data.max_val_samples=4",
+    "--config.trainer.total_training_steps=4",
+    "--config.trainer.save_freq=1",
+    "--config.trainer.test_freq=1",
+    "--config.trainer.log_samples_freq=1",
+)
+
+# key -> (value, what it changes, other overrides that it needs)
+WALK = {
+    "anchor.mode": ("ema", anchor),
+    "anchor.ema_alpha": ("0.5", anchor),
+    "anchor.kl_threshold": ("0.5", anchor),
+    "custom_reward_function.path": (
+        "rewards.py",
+        rewards,
+        "--config.custom_reward_function.name=good_accuracy",
+    ),
+    "custom_reward_function.name": ("exact_match", rewards),
+    "custom_reward_function.num_workers": ("1", rewards),
+    "custom_reward_function.timeout_s": ("3.0", rewards),
+    "custom_reward_function.on_timeout": ("stop", rewards),
+    "reward_model.reward_kwargs": ("{'ngram_size': 3}", rewards),
+    "reward_functions": ("({'name': 'exact_match'},)", rewards),
+    "data.train_files": ("b.jsonl", prompts, FROM_FILE, ROOM),
+    "data.val_files": ("b.jsonl", prompts, FROM_FILE, ROOM),
+    "data.train_split": ("test", prompts, "--config.data.train_files=folder", NO_VAL, ROOM),
+    "data.val_split": ("train", prompts, FROM_FILE, "--config.data.val_files=folder", ROOM),
+    "data.prompt_key": ("other", prompts, FROM_FILE, "--config.data.val_files=a.jsonl"),
+    "data.answer_key": ("other", prompts, FROM_FILE, "--config.data.val_files=a.jsonl"),
+    "data.prompt_template": ("Q: {prompt}", prompts, ROOM),
+    "data.system_prompt": ("Be brief.", prompts, ROOM),
+    "data.apply_chat_template": ("false", prompts, ROOM),
+    "data.chat_template_kwargs": ("{'tone': 'kindly'}", prompts, ROOM),
+    "data.max_prompt_length": ("14", prompts, *TIGHT),
+    "data.overlong_prompts": ("truncate", prompts, "--config.data.max_prompt_length=14", *TIGHT),
+    "data.max_response_length": ("7", sampling),
+    "data.train_batch_size": ("16", plan),
+    "data.max_val_samples": ("2", prompts, ROOM),
+    f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
+    f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
+    f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
+    f"{ACTOR}.optim.lr": ("0.1", adamw),
+    f"{ACTOR}.optim.weight_decay": ("0.5", adamw),
+    f"{ACTOR}.optim.lr_warmup_steps": ("4", adamw),
+    f"{ACTOR}.optim.lr_scheduler_type": ("constant", adamw),
+    f"{ACTOR}.optim.min_lr_ratio": ("0.9", adamw),
+    f"{ACTOR}.optim.betas": ("(0.5, 0.6)", adamw),
+    f"{ACTOR}.grad_clip": ("0.0", adamw),
+    f"{ACTOR}.ppo_mini_batch_size": ("8", plan),
+    f"{ACTOR}.ppo_epochs": ("2", plan),
+    f"{ROLLOUT}.temperature": ("0.7", sampling),
+    f"{ROLLOUT}.top_p": ("0.9", sampling),
+    f"{ROLLOUT}.top_k": ("5", sampling),
+    f"{ROLLOUT}.min_p": ("0.1", sampling),
+    f"{ROLLOUT}.num_slots": ("24", engine),
+    f"{ROLLOUT}.cache_dtype": ("bfloat16", engine),
+    f"{ROLLOUT}.attention": ("pallas_gpu", engine),
+    f"{ROLLOUT}.free_cache_engine": ("false", engine),
+    f"{ROLLOUT}.gpu_memory_utilization": ("0.00025", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    "sft.steps": ("3", road, *SHORT),
+    "sft.batch_size": ("8", road, *SHORT),
+    "sft.train_files": ("a.jsonl", demonstrations, "--config.sft.completion_key=answer"),
+    "sft.completion_key": ("answer", demonstrations),
+    "sft.lr": ("0.1", cold_adamw),
+    "sft.lr_warmup_steps": ("3", cold_adamw),
+    "sft.weight_decay": ("0.5", cold_adamw),
+    "sft.betas": ("(0.5, 0.6)", cold_adamw),
+    "mesh.data": ("2", policy),
+    "mesh.fsdp": (
+        "4",
+        policy,
+        "--config.mesh.data=2",
+        "--config.mesh.tensor=-1",
+        "--config.mesh.fsdp=2",
+    ),
+    "mesh.tensor": ("2", policy),
+    "trainer.project_name": ("other", main.default_workdir),
+    "trainer.experiment_name": ("other", main.default_workdir),
+    "trainer.total_epochs": ("3", run_length),
+    "trainer.total_training_steps": ("7", run_length),
+    "trainer.per_device_train_batch_size": ("8", plan),
+    "trainer.gradient_checkpointing": ("true", policy),
+    "trainer.bf16": ("true", policy),
+    "trainer.seed": ("5", road, *SHORT),
+    "trainer.save_freq": ("2", road, *SHORT),
+    "trainer.save_total_limit": ("1", road, *SHORT),
+    "trainer.test_freq": ("2", road, *SHORT),
+    "trainer.log_samples_freq": ("2", road, *SHORT),
+    "trainer.log_num_samples": ("1", road, *SHORT),
+}
+
+
+@pytest.mark.parametrize("key", WALK)
+def test_each_key_on_the_command_line_changes_the_run(key):
+    value, probe, *context = WALK[key]
+    before = repr(probe(parse(*context)))
+    assert repr(probe(parse(*context))) == before
+    assert repr(probe(parse(*context, f"--config.{key}={value}"))) != before
+
+
+def test_every_key_is_walked():
+    keys = {key for key in _keys(default_config()) if not key.startswith("algorithm.")}
+    assert set(WALK) == keys
