@@ -4,7 +4,7 @@
     state    = insert(state, prefixes, rows)             prompts into prefix rows
     state    = assign(state, fresh, slots, members)      samples into slots
     state, results = generate(params, state, knobs, ...) several steps of every slot
-    state    = resize(state, ...)                        fewer or more slots and columns
+    state    = grow(state, ...), resize(state, ...)      more columns, other slots
 
 A prefix holds all tokens of its prompt but the last; the last is the first token that each sample
 feeds. So the first token of a completion is sampled like every other, and prefill needs no head.
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adpo_jax import kernels, kv_cache, sampling
 from adpo_jax.kv_cache import KV, CacheLayout, View
@@ -319,6 +320,28 @@ class Verbs:
         return layer.v.shape[-2]
 
     # --- resize
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def _padded(self, own: KV, columns: int) -> KV:
+        def pad(x, axis):
+            widths = [(0, 0)] * x.ndim
+            axis += self.layout.stacked
+            widths[axis] = (0, columns - x.shape[axis])
+            return jnp.pad(x, widths)
+
+        def pad_layer(layer):
+            return jax.tree.map(pad, layer, self.layout.column_axes())
+
+        padded = pad_layer(own) if self.layout.stacked else tuple(map(pad_layer, own))
+        return self._sharded(padded)
+
+    def grow(self, state: DecodeState, columns: int, column: int) -> DecodeState:
+        """Lengthens a ring that has not gone round: a copy, where `resize` gathers.
+
+        Args:
+          column: steps written so far, at most the old columns.
+        """
+        return state._replace(own=self._padded(state.own, columns), column=np.int32(column))
 
     def resize(
         self, state: DecodeState, order: jax.Array, members: jax.Array, columns: int, kept

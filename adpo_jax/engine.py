@@ -33,7 +33,7 @@ from adpo_jax.sharding import RULES, mesh_axis_size
 # Layers run one by one up to this depth on a CPU; beyond it, compile time would grow too far.
 MAX_UNROLLED_LAYERS = 12
 # The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
-SLOT_FRACTIONS = (0.75, 0.5, 0.25, 0.125)
+SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 MIN_SLOTS = 8
 DEFAULT_CPU_SLOTS = 64
 
@@ -150,7 +150,7 @@ class Engine:
         wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
         kept, self._kept = self._kept, None
         if kept is not None and jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted):
-            return kept
+            return kept._replace(column=np.int32(0))
         del kept
         return self.verbs.init_decode_state(*sizes)
 

@@ -63,6 +63,7 @@ class Generation:
         self.prefix_length = schedule_lib.length_bucket(longest, engine.max_prompt_length)
         self.schedule = Schedule(P, n, slots, rows)
         self.columns = self._columns_for(0)
+        self.written = 0  # steps since the ring began at its first column
         self.state = engine.new_state(slots, self.columns, rows, self.prefix_length, n)
         self.retired: list[int] = []  # slots that the host ended: the device does not know yet
 
@@ -104,6 +105,11 @@ class Generation:
             slots = min(slots, self._slots_for(len(schedule.live_slots)))
         if slots == schedule.num_slots and columns == self.columns:
             return
+        self.stats["resizes"] += 1
+        if slots == schedule.num_slots and self.written <= self.columns:
+            self.state = self.verbs.grow(self.state, columns, self.written)
+            self.columns = columns
+            return
         if slots < schedule.num_slots:
             columns = self._columns_for(oldest)
             order = schedule.compact(slots)
@@ -113,8 +119,7 @@ class Generation:
         self.state = self.verbs.resize(
             self.state, order, schedule.members.copy(), columns, np.int32(oldest)
         )
-        self.columns = columns
-        self.stats["resizes"] += 1
+        self.columns, self.written = columns, oldest
 
     # --- prompts into rows, samples into slots
 
@@ -185,6 +190,7 @@ class Generation:
         steps = int(np.sum(results.valid.any(axis=1)))
         self.stats["dispatches"] += 1
         self.stats["steps"] += steps
+        self.written += steps
         self.stats["slot_steps"] += steps * self.schedule.num_slots
         ended = (self._collect(slot, results) for slot in self.schedule.live_slots)
         return [self._group_output(group) for group in ended if group is not None]

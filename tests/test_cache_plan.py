@@ -1,5 +1,7 @@
 """Slots from bytes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,15 +89,24 @@ def test_a_kept_cache_is_used_again_and_can_be_freed():
     engine = Engine(
         policy,
         max_prompt_length=8,
-        max_response_length=8,
+        max_response_length=64,
         num_slots=4,
         free_cache_engine=False,
     )
     sampling = SamplingParams(n=2, max_tokens=8)
     first = engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
+    # Long enough for the ring to grow from where the first call left it.
+    longer = dataclasses.replace(sampling, max_tokens=64)
+    engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
+    engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
     kept = engine._kept.own[0].k.unsafe_buffer_pointer()
     second = engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
     np.testing.assert_array_equal(second.tokens, first.tokens)
     assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
+    third = engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
+    np.testing.assert_array_equal(third.tokens[..., :8], first.tokens)
+    engine.free_cache()
+    fresh = engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
+    np.testing.assert_array_equal(third.tokens, fresh.tokens)
     engine.free_cache()
     assert engine._kept is None
