@@ -52,6 +52,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     parts = setup.build(config)
     folder = RunFolder(Path(workdir))
     resumed = folder.claim(config)
+    _announce(parts, folder)
     with (
         parts.reward_model,
         Checkpoints(
@@ -74,9 +75,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
             checkpoints.save(int(state.step), state)
         if not folder.export.exists():
             parts.policy.save_pretrained(folder.export, state.params, parts.tokenizer)
+        print(f"done; the policy is in {folder.export}", flush=True)
         last = metrics_lib.read_jsonl(folder.root / "metrics.jsonl")
         evaluations = [row for row in last if "eval/accuracy" in row]
         return {k: v for k, v in evaluations[-1].items() if "eval/" in k} if evaluations else {}
+
+
+def _announce(parts: Parts, folder: RunFolder) -> None:
+    size = sum(x.size for x in jax.tree.leaves(parts.params))
+    print(
+        f"{folder.root}: {size:,} parameters on {parts.policy.mesh.size} device(s), "
+        f"{len(parts.train_prompts):,} prompts, {parts.num_steps:,} iterations",
+        flush=True,
+    )
 
 
 def _start(config, parts: Parts, state, folder: RunFolder, writer) -> TrainState:

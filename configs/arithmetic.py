@@ -11,7 +11,7 @@ def get_config():
 
     sft = config.sft
     sft.train_files = "embedded:arithmetic"
-    sft.steps = 350
+    sft.steps = 450
     sft.batch_size = 64
     sft.lr = 3e-3
     sft.betas = (0.9, 0.98)
@@ -25,7 +25,7 @@ def get_config():
     data.train_batch_size = 32
 
     optim = config.actor_rollout_ref.actor.optim
-    optim.lr = 3e-4
+    optim.lr = 5e-4
     optim.betas = (0.9, 0.98)
     optim.lr_scheduler_type = "cosine"
     optim.min_lr_ratio = 0.1
@@ -33,7 +33,7 @@ def get_config():
     trainer = config.trainer
     trainer.experiment_name = "arithmetic"
     trainer.bf16 = False
-    trainer.total_training_steps = 40
+    trainer.total_training_steps = 50
     trainer.test_freq = 10
     trainer.save_freq = 20
     return config
