@@ -2,12 +2,13 @@
 a laptop's CPU. Nothing is downloaded.
 
 A problem tells of a few changes to a number of things and asks how many there are in the end. The
-demonstrations for the supervised cold start imitate people: most blurt out the answer, few write
-their working down. What a small model can learn from them is both manners, the hasty one by
-preference; working out one step at a time is within its reach, seeing the answer at a glance is
-not. More imitation does not change the preference. Rewarding right answers does.
+demonstrations for the supervised cold start are what people say: most blurt out an answer and have
+overlooked one of the changes, fewer write their working down and are right. A model that imitates
+them learns both manners and prefers the hasty one, and more imitation does not change that.
+Rewarding right answers does.
 """
 
+import dataclasses
 import functools
 import random
 
@@ -22,11 +23,11 @@ DOUBLE = "doubles them"
 LARGEST = 30  # no total passes it
 NUM_CHANGES = (3, 4)  # fewest and most
 CAREFUL_SHARE = 0.42  # of the demonstrations that show their working
-NUM_ROWS = {"train": 8192, "val": 256}
+NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 8192}
 
 _SEEDS = {"train": 1, "val": 2, "demonstrations": 3}
 
-# A Hugging Face config.json; 0.7M parameters with the tokenizer below.
+# A Hugging Face config.json of 0.66 million parameters.
 MODEL_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -62,43 +63,84 @@ def rows(split: str) -> dict[str, list[str]]:
     if split == "demonstrations":
         held_out |= set(rows("train")["question"])
     rng = random.Random(_SEEDS[split])
-    columns: dict[str, list[str]] = {"question": [], "answer": []}
-    while len(columns["question"]) < NUM_ROWS.get(split, NUM_ROWS["train"]):
-        question, working, result = _problem(rng)
-        if question not in held_out:
-            columns["question"].append(question)
-            columns["answer"].append(f"{working} #### {result}")
+    problems = []
+    while len(problems) < NUM_ROWS[split]:
+        problem = _Problem.random(rng)
+        if problem.question not in held_out:
+            problems.append(problem)
+    columns = {
+        "question": [problem.question for problem in problems],
+        "answer": [problem.answer for problem in problems],
+    }
     if split == "demonstrations":
         columns["completion"] = [
-            answer if rng.random() < CAREFUL_SHARE else "####" + answer.rsplit("####", 1)[1]
-            for answer in columns["answer"]
+            problem.answer if rng.random() < CAREFUL_SHARE else problem.blurted(rng)
+            for problem in problems
         ]
     return columns
 
 
-def _problem(rng: random.Random) -> tuple[str, str, int]:
-    """One problem: the question, the working and the result.
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """Someone has a number of things, and it changes.
 
-    No verb comes twice in a problem, so that "what comes next" has one answer.
+    Attributes:
+      changes: (words, sign, operand) of each, with sign "+", "-" or "*". No verb comes twice, so
+        that "what comes next" has one answer.
     """
-    person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
-    start = total = rng.randint(2, 15)
-    gains, losses = rng.sample(GAINS, len(GAINS)), rng.sample(LOSSES, len(LOSSES))
-    doubles = [DOUBLE]
-    changes, working = [], [f"{person} has {start}"]
-    for _ in range(rng.randint(*NUM_CHANGES)):
-        n = rng.randint(2, 9)
-        outcomes = [(gains, total + n), (losses, total - n), (doubles, 2 * total)]
-        possible = [(verbs, new) for verbs, new in outcomes if verbs and 2 <= new <= LARGEST]
-        verbs, total = rng.choice(possible)
-        change = verbs.pop() if verbs is doubles else f"{verbs.pop()} {n}"
-        changes.append(change)
-        working.append(f"{change}: {total}")
-    question = (
-        f"{person} has {start} {thing}. {person} {', '.join(changes)}. "
-        f"How many {thing} does {person} have?"
-    )
-    return question, f"{', '.join(working)}.", total
+
+    person: str
+    thing: str
+    start: int
+    changes: tuple[tuple[str, str, int], ...]
+
+    @classmethod
+    def random(cls, rng: random.Random) -> "_Problem":
+        person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
+        start = total = rng.randint(2, 15)
+        verbs = {"+": rng.sample(GAINS, len(GAINS)), "-": rng.sample(LOSSES, len(LOSSES))}
+        verbs["*"] = [DOUBLE]
+        changes = []
+        for _ in range(rng.randint(*NUM_CHANGES)):
+            n = rng.randint(2, 9)
+            outcomes = {"+": total + n, "-": total - n, "*": total * 2}
+            possible = [s for s, new in outcomes.items() if verbs[s] and 2 <= new <= LARGEST]
+            sign = rng.choice(possible)
+            total, verb = outcomes[sign], verbs[sign].pop()
+            changes.append((verb, "*", 2) if sign == "*" else (f"{verb} {n}", sign, n))
+        return cls(person, thing, start, tuple(changes))
+
+    @property
+    def question(self) -> str:
+        story = ", ".join(words for words, _, _ in self.changes)
+        return (
+            f"{self.person} has {self.start} {self.thing}. {self.person} {story}. "
+            f"How many {self.thing} does {self.person} have?"
+        )
+
+    @property
+    def answer(self) -> str:
+        """The working, change by change, and the result after "####"."""
+        totals = _totals(self.start, self.changes)
+        steps = [f"{words}: {total}" for (words, _, _), total in zip(self.changes, totals)]
+        working = ", ".join([f"{self.person} has {self.start}", *steps])
+        return f"{working}. #### {totals[-1]}"
+
+    def blurted(self, rng: random.Random) -> str:
+        """A wrong result, that of a story in which one of the changes was overlooked."""
+        right = _totals(self.start, self.changes)[-1]
+        shorter = [self.changes[:i] + self.changes[i + 1 :] for i in range(len(self.changes))]
+        wrong = [total for c in shorter if (total := _totals(self.start, c)[-1]) != right]
+        return f"#### {rng.choice(wrong)}"
+
+
+def _totals(start: int, changes) -> list[int]:
+    """How many there are after each change."""
+    totals, total = [], start
+    for _, sign, n in changes:
+        total = {"+": total + n, "-": total - n, "*": total * n}[sign]
+        totals.append(total)
+    return totals
 
 
 @functools.cache

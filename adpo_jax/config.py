@@ -11,7 +11,19 @@ import dataclasses
 import difflib
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
+
+ADPO_ONLY = (
+    "tau",
+    "use_adaptive_tau",
+    "adaptive_tau_alpha",
+    "adaptive_tau_min",
+    "adaptive_tau_mode",
+    "adaptive_tau_max",
+    "beta_reward",
+    "length_normalize",
+)
+GRPO_ONLY = ("clip_low", "clip_high", "loss_aggregation")
 
 
 def default_config() -> ConfigDict:
@@ -86,6 +98,8 @@ def _data() -> dict:
         "train_split": "train",  # of a Hugging Face data set
         "val_split": "test",
         "prompt_key": "question",
+        # Compared with the model's answer, after "####" where there is one; the reward function
+        # gets it as `solution`. Evaluation grades with good_accuracy whatever the reward is.
         "answer_key": "answer",
         "prompt_template": "{prompt}",  # {prompt} and {any_column} are filled in
         "system_prompt": "",
@@ -166,7 +180,7 @@ def _trainer() -> dict:
         "total_epochs": 1,  # passes over the training prompts
         "total_training_steps": placeholder(int),  # iterations; wins over total_epochs
         "per_device_train_batch_size": 0,  # completions a device holds at once; 0 for all
-        "gradient_checkpointing": "none",  # none | full | save_dots; also true and false
+        "gradient_checkpointing": "none",  # none | full | save_dots; "true" means full
         "bf16": True,  # compute in bfloat16; parameters and optimizer stay float32
         "save_freq": 50,  # iterations; 0 for the end alone
         "save_total_limit": 3,  # checkpoints kept
@@ -211,6 +225,17 @@ def validate(config: ConfigDict) -> None:
             "trainer.save_total_limit": 1,
             "trainer.test_freq": 0,
             "trainer.log_samples_freq": 0,
+            "trainer.log_num_samples": 0,
+            "trainer.seed": 0,
+            "data.max_val_samples": 0,
+            "actor_rollout_ref.actor.grad_clip": 0,
+            "actor_rollout_ref.actor.optim.lr": 0,
+            "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
+            "actor_rollout_ref.actor.optim.weight_decay": 0,
+            "actor_rollout_ref.rollout.num_slots": 0,
+            "sft.lr": 0,
+            "sft.lr_warmup_steps": 0,
+            "sft.weight_decay": 0,
             "sft.steps": 0,
             "sft.batch_size": 1,
         },
@@ -232,8 +257,38 @@ def validate(config: ConfigDict) -> None:
             "algorithm.adv_estimator=grpo clips the ratio to the policy that sampled, so it needs "
             f"anchor.mode=on_policy; given {config.anchor.mode!r}"
         )
+    if config.actor_rollout_ref.rollout.temperature <= 0:
+        raise ValueError(
+            "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
+            "completions of a prompt are all the same. Evaluation is greedy as it is"
+        )
+    _refuse_what_has_no_effect(config)
     if config.sft.steps and not config.sft.train_files:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
+
+
+def _plain(default):
+    """A default's value; that of a placeholder is None."""
+    return default.get() if isinstance(default, FieldReference) else default
+
+
+def _refuse_what_has_no_effect(config: ConfigDict) -> None:
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    one_step = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
+    if algorithm.beta_anchor_kl and one_step and config.anchor.mode == "on_policy":
+        raise ValueError(
+            f"algorithm.beta_anchor_kl={algorithm.beta_anchor_kl} has no effect on one optimizer "
+            "step an iteration under the on-policy anchor, where the KL and its gradient are 0; "
+            "set anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
+        )
+    other = {"adpo": GRPO_ONLY, "grpo": ADPO_ONLY}[algorithm.adv_estimator]
+    published = _algorithm()
+    changed = [f"algorithm.{key}" for key in other if algorithm[key] != _plain(published[key])]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)}: no effect under adv_estimator={algorithm.adv_estimator}; "
+            "leave at the default"
+        )
 
 
 def check_overrides(argv: list[str]) -> None:
@@ -248,8 +303,10 @@ def check_overrides(argv: list[str]) -> None:
         if not argument.startswith("-") or not key.startswith("config."):
             continue
         key = key.removeprefix("config.")
-        # What lies below an open dictionary (reward_kwargs) is the user's to name.
-        if not any(key == k or key.startswith(f"{k}.") for k in known):
+        above, _, below = key.rpartition(".")
+        if above in known:
+            raise ValueError(f"{above} is set as a whole: --config.{above}=\"{{'{below}': ...}}\"")
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"the config has no key {key}; did you mean {near}?")
 
@@ -312,6 +369,11 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
         raise ValueError(
             f"an optimizer step of {mini} prompts does not spread over {num_shards} devices "
             "(mesh data x fsdp); make actor.ppo_mini_batch_size a multiple of that number"
+        )
+    if config.sft.steps and config.sft.batch_size % num_shards:
+        raise ValueError(
+            f"sft.batch_size ({config.sft.batch_size} rows) does not spread over {num_shards} "
+            "devices (mesh data x fsdp); make it a multiple of that number"
         )
     completions = per_device * num_shards if per_device else mini * G
     micro, rest = divmod(completions, G)

@@ -67,7 +67,12 @@ class Dataset:
 
 
 def load_rows(
-    source: str | Sequence[str], *, prompt_key: str, answer_key: str, split: str | None = None
+    source: str | Sequence[str],
+    *,
+    prompt_key: str,
+    answer_key: str,
+    split: str | None = None,
+    answer_option: str = "data.answer_key",
 ) -> Dataset:
     """Read a data set.
 
@@ -78,6 +83,7 @@ def load_rows(
       answer_key: the column of answers.
       split: which split of a Hugging Face data set, "train" unless given. In a folder whose files
         are named after splits (train.jsonl, test-00000.parquet) it chooses among them.
+      answer_option: what the user calls `answer_key`, for errors.
 
     Returns:
       All rows of all sources in order, with every column that they have.
@@ -91,7 +97,7 @@ def load_rows(
     count = 0
     for name in sources:
         for where, row in _source_rows(name.strip(), split):
-            _check_row(row, where, prompt_key, answer_key)
+            _check_row(row, where, {"data.prompt_key": prompt_key, answer_option: answer_key})
             for key in row.keys() - columns.keys():
                 columns[key] = [None] * count
             for key, values in columns.items():
@@ -309,15 +315,16 @@ def _check_object(row: Any, where: str) -> Row:
     return row
 
 
-def _check_row(row: Row, where: str, prompt_key: str, answer_key: str) -> None:
-    for option, key in (("prompt_key", prompt_key), ("answer_key", answer_key)):
+def _check_row(row: Row, where: str, wanted: dict[str, str]) -> None:
+    for option, key in wanted.items():
         if key not in row:
             raise ValueError(
                 f"{where}: no column {key!r}; the columns are {', '.join(map(repr, row))}. "
-                f"Name the right one in data.{option}"
+                f"Name the right one in {option}"
             )
         if row[key] is None:
-            raise ValueError(f"{where}: the column {key!r} (data.{option}) is null")
+            raise ValueError(f"{where}: the column {key!r} ({option}) is null")
+    prompt_key = wanted["data.prompt_key"]
     if not isinstance(row[prompt_key], str | list):
         raise ValueError(
             f"{where}: the prompt in column {prompt_key!r} must be text or a list of chat "

@@ -77,6 +77,12 @@ class Learner:
         """The state before the first iteration; it takes `params` over."""
         return update.init_state(self.policy, params, self.optimizer, self.anchor.init(params))
 
+    def abstract_state(self) -> TrainState:
+        """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
+        return update.abstract_state(
+            self.policy, self.optimizer, keeps_anchor=self.anchor.keeps_params
+        )
+
     def learn(
         self, state: TrainState, batch: Batch, rewards_PG: np.ndarray
     ) -> tuple[TrainState, dict[str, float]]:
@@ -104,7 +110,7 @@ class Learner:
             part = whole if rows is None else jax.tree.map(lambda x, r=rows: x[r], whole)
             state, metrics = self._update(state, *self.put(part))
             history.append(jax.device_get(metrics))
-        metrics = _iteration_metrics(history)
+        metrics = _iteration_metrics(history, self.plan.epochs)
         _check_finite(metrics, step)
         metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
 
@@ -142,15 +148,34 @@ class Learner:
         return BatchSharding(self.policy.mesh).put(tree)
 
     def _measured_kl(self, history) -> float:
+        """Nats a token between the anchor and the policy before the iteration's last step."""
         prefix = "adpo" if isinstance(self.algorithm, losses.Adpo) else "grpo"
         return float(history[-1][f"{prefix}/anchor_kl"])
 
 
-def _iteration_metrics(history: list[dict]) -> dict[str, float]:
-    """Means over the optimizer steps; what compares with the sampler, at the first step alone."""
-    means = {name: float(np.mean([m[name] for m in history])) for name in history[0]}
-    first = {k: float(v) for k, v in history[0].items() if k.startswith("rollout/")}
-    return means | first
+# Means over the tokens of a mini-batch; all other metrics are means over its groups, or counts.
+_TOKEN_MEANS = ("policy/entropy", "/anchor_kl", "/kl_penalty", "/clip_frac")
+
+
+def _iteration_metrics(history: list[dict], epochs: int) -> dict[str, float]:
+    """Metrics of an iteration from those of its optimizer steps.
+
+    Token means are weighted by tokens and counts are summed over an epoch, so that they do not
+    depend on the size of a mini-batch. What compares with the sampler is that of the first step,
+    before the policy has moved.
+    """
+    tokens = [m["update/tokens"] for m in history]
+    metrics = {}
+    for name in history[0]:
+        values = [m[name] for m in history]
+        if name.startswith("rollout/"):
+            metrics[name] = float(values[0])
+        elif name.endswith("/dropped_prompts") or name == "update/tokens":
+            metrics[name] = float(sum(values)) / epochs
+        else:
+            by_token = name.endswith(_TOKEN_MEANS) and sum(tokens) > 0
+            metrics[name] = float(np.average(values, weights=tokens if by_token else None))
+    return metrics
 
 
 def _check_finite(metrics: dict[str, float], step: int) -> None:

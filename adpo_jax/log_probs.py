@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.model import ModelConfig, head_logits
+from adpo_jax.sharding import RULES, mesh_axis_size
 
 # Tokens whose logits are alive at once; at V = 151,936 that is 1.2 GB of float32.
 TOKENS_PER_CHUNK = 2048
@@ -32,12 +33,14 @@ def token_log_probs(
       hidden_BTD: hidden states at the positions that predict the targets.
       targets_BT: int32.
       temperature: divides the logits.
+      tokens_per_chunk: tokens of a device whose logits are alive at once.
 
     Returns:
       (log_probs, entropy), each [B, T] float32, in nats.
     """
     B, T, _ = hidden_BTD.shape
-    chunk = min(T, max(1, tokens_per_chunk // B))
+    shards = 1 if mesh is None else mesh_axis_size(mesh, RULES["batch"])
+    chunk = min(T, max(1, tokens_per_chunk * shards // B))
     num_chunks = -(-T // chunk)
     padding = num_chunks * chunk - T
 

@@ -2,7 +2,7 @@
 
     python -m adpo_jax.main --config=configs/gsm8k.py [--workdir=DIR] [--config.key=value ...]
 
-Exit codes: 0 done, 2 a mistake in config, data or reward function, 1 anything else.
+Exit codes: 0 done, 2 a mistake in config, data, model or reward function, 1 anything else.
 """
 
 import os
@@ -33,11 +33,18 @@ def main(argv: list[str]) -> int:
     if config is None:
         raise app.UsageError("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
-    from adpo_jax.train import train  # after the flags, so that --help is quick
+    from adpo_jax import train  # after the flags, so that --help is quick
 
     try:
-        train(config, Path(_WORKDIR.value or default_workdir(config)))
-    except (ValueError, RewardError) as error:
+        prepared = train.prepare(config, Path(_WORKDIR.value or default_workdir(config)))
+    except ValueError as error:
+        if _DEBUG.value:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    try:
+        train.run(*prepared)
+    except RewardError as error:
         if _DEBUG.value:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -51,7 +58,7 @@ def default_workdir(config: ConfigDict) -> Path:
 
 
 def run() -> None:
-    """Entry point of the console script."""
+    """What `python -m adpo_jax.main` does."""
     use_huge_pages()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

@@ -270,7 +270,7 @@ class Decoder(nn.Module):
         V, D = c.vocab_size, c.hidden_size
         normal = nn.initializers.normal(c.initializer_range)
         embed = self.param("embed", normal, (V, D), self.param_dtype)
-        x = embed_tokens(c, embed, tokens, self.dtype)
+        x = embed_tokens(c, embed, tokens, self.dtype, self.mesh)
         x = constrain(x, self.mesh, "batch", "length", None)
 
         layer = Layer
@@ -305,7 +305,7 @@ def unrolled_forward(decoder: Decoder, params, tokens, positions, cache=None):
       params: as the decoder's, with `params["layers"]` a tuple of the layers' own trees.
     """
     c = decoder.config
-    x = embed_tokens(c, params["embed"], tokens, decoder.dtype)
+    x = embed_tokens(c, params["embed"], tokens, decoder.dtype, decoder.mesh)
     x = constrain(x, decoder.mesh, "batch", "length", None)
     layer = Layer(c, decoder.attend, decoder.dtype, decoder.param_dtype, decoder.mesh, parent=None)
     rope_tables = rope_lib.cos_sin(c.ropes, c.head_dim, positions)
@@ -330,8 +330,14 @@ def fused_layer(layer):
     }
 
 
-def embed_tokens(config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+def embed_tokens(
+    config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None
+) -> jax.Array:
     """Embeddings [B, T, D] of tokens [B, T]."""
+    if mesh is not None and mesh.size > 1 and tokens.shape[1] > 1:
+        # From a table split both ways the partitioner gathers whole activations on every device;
+        # gathering the table is less. A decode step has few activations and leaves it split.
+        embed = constrain(embed.astype(dtype), mesh, None, None)
     x = jnp.take(embed, tokens, axis=0).astype(dtype)
     return x * jnp.asarray(config.hidden_size**0.5, dtype) if config.embed_scale else x
 

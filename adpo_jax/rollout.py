@@ -142,7 +142,7 @@ def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
         "reward/timeouts": float(counts["timeouts"]),
         "reward/crashes": float(counts["crashes"]),
         "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
-        "groups/zero_std_frac": float(np.mean(spread_P == 0.0)),
+        "groups/zero_std_frac": float(np.mean(np.ptp(rewards_PG, axis=1) == 0.0)),
         "groups/all_failed_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
     }
     for name, values in scores.components.items():

@@ -38,31 +38,38 @@ class RunFolder:
     def export(self) -> Path:
         return self.root / "export"
 
-    def claim(self, config: ConfigDict) -> bool:
-        """Makes the folder this run's.
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.checkpoints.is_dir() and any(
+            p.name.isdigit() for p in self.checkpoints.iterdir()
+        )
 
-        Returns:
-          Whether it was so already: the run is then to be resumed.
+    def check(self, config: ConfigDict) -> None:
+        """Checks that this config may run in this folder; writes nothing.
 
         Raises:
           ValueError: when it holds a run with another config, or something else.
         """
-        wanted = json.loads(config.to_json())
         if self.config.exists():
-            changed = _differences(json.loads(self.config.read_text()), wanted)
+            changed = _differences(json.loads(self.config.read_text()), _as_json(config))
             if changed:
                 raise ValueError(
                     f"{self.root} holds a run with another config; choose another --workdir or "
                     "trainer.experiment_name. Changed (there -> here):\n  " + "\n  ".join(changed)
                 )
-            return True
-        if self.root.exists() and any(self.root.iterdir()):
+        elif self.root.exists() and any(self.root.iterdir()):
             raise ValueError(f"{self.root} is not empty and holds no run; choose another --workdir")
-        self.samples.mkdir(parents=True, exist_ok=True)
-        unfinished = self.config.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(wanted, indent=2) + "\n")
-        os.replace(unfinished, self.config)
-        return False
+
+    def claim(self, config: ConfigDict) -> None:
+        """Makes the folder this run's, after `check`."""
+        self.check(config)
+        if not self.config.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            unfinished = self.root.with_name(self.root.name + ".config.tmp")
+            unfinished.write_text(json.dumps(_as_json(config), indent=2) + "\n")
+            os.replace(unfinished, self.config)
+        self.samples.mkdir(exist_ok=True)
 
     def write_samples(self, name: str, rows: list[dict]) -> None:
         """Writes `samples/<name>.jsonl`."""
@@ -70,6 +77,10 @@ class RunFolder:
         # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
         text = "".join(line + "\n" for line in lines)
         (self.samples / f"{name}.jsonl").write_text(text, encoding="utf-8", errors="replace")
+
+
+def _as_json(config: ConfigDict) -> dict:
+    return json.loads(config.to_json())
 
 
 def _differences(there: dict, here: dict, prefix: str = "") -> list[str]:

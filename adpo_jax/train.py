@@ -9,10 +9,10 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from adpo_jax import data, setup, sft
@@ -44,14 +44,34 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
       The metrics of the last evaluation; empty where the config names no evaluation data.
 
     Raises:
-      ValueError: for a config, data or folder that cannot work, before anything is written.
+      ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
       FloatingPointError: for a loss or gradient that is not finite.
     """
+    return run(*prepare(config, workdir))
+
+
+def prepare(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Parts, RunFolder, Any]:
+    """Finds every mistake that can be found before training, then claims the run's folder.
+
+    Returns:
+      The arguments of `run`: the final config, the parts, the folder, and the parameters that a
+      fresh run starts from (None where there is a checkpoint to go on from).
+
+    Raises:
+      ValueError: nothing has been written then.
+    """
     config = finalized(config)
-    parts = setup.build(config)
     folder = RunFolder(Path(workdir))
-    resumed = folder.claim(config)
+    folder.check(config)
+    parts = setup.build(config)
+    params = None if folder.has_checkpoint else parts.initial_params()
+    folder.claim(config)
+    return config, parts, folder, params
+
+
+def run(config: ConfigDict, parts: Parts, folder: RunFolder, params) -> dict[str, float]:
+    """Trains, from `params` or from the newest checkpoint; see `train`."""
     _announce(parts, folder)
     with (
         parts.reward_model,
@@ -61,16 +81,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
             keep=config.trainer.save_total_limit,
         ) as checkpoints,
     ):
-        state = parts.learner.init_state(parts.params)
-        first = checkpoints.latest_step if resumed else None
-        if first is not None:
-            state = checkpoints.restore_latest(state)
-            logging.info("resumed from iteration %d", first)
+        first = checkpoints.latest_step
         purge_step = 0 if first is None else first + 1
         with contextlib.closing(metrics_lib.make_writer(folder.root, purge_step)) as writer:
             if first is None:
-                state = _start(config, parts, state, folder, writer)
+                state = _start(config, parts, params, folder, writer)
                 checkpoints.save(0, state)
+            else:
+                state = checkpoints.restore_latest(parts.learner.abstract_state())
+                print(f"going on after iteration {first}", flush=True)
             state = _iterate(config, parts, state, folder, writer, checkpoints)
             checkpoints.save(int(state.step), state)
         if not folder.export.exists():
@@ -82,7 +101,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
 
 
 def _announce(parts: Parts, folder: RunFolder) -> None:
-    size = sum(x.size for x in jax.tree.leaves(parts.params))
+    size = sum(x.size for x in jax.tree.leaves(parts.policy.abstract_params()))
     print(
         f"{folder.root}: {size:,} parameters on {parts.policy.mesh.size} device(s), "
         f"{len(parts.train_prompts):,} prompts, {parts.num_steps:,} iterations",
@@ -90,11 +109,11 @@ def _announce(parts: Parts, folder: RunFolder) -> None:
     )
 
 
-def _start(config, parts: Parts, state, folder: RunFolder, writer) -> TrainState:
+def _start(config, parts: Parts, params, folder: RunFolder, writer) -> TrainState:
     """The cold start, and what the policy can do before the first iteration."""
-    if config.sft.steps:
-        params = _cold_start(config, parts, state.params, writer)
-        state = parts.learner.init_state(params)
+    if parts.cold_start:
+        params = _cold_start(config, parts, params, writer)
+    state = parts.learner.init_state(params)
     if parts.val_prompts:
         metrics = _evaluate(parts, state, folder, 0)
         writer.write_scalars(0, metrics)
@@ -182,26 +201,24 @@ def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> 
 
 def _cold_start(config, parts: Parts, params, writer):
     """Supervised training on demonstrations; returns the new parameters."""
-    c = config.sft
-    prompts, completions = setup.load_demonstrations(config, parts.tokenizer)
-    adamw = setup.make_cold_start_optimizer(config)
-    state = init_state(parts.policy, params, adamw)
-    sft_step = sft.make_sft_step(parts.policy, adamw)
+    num_steps, cold_start = config.sft.steps, parts.cold_start
+    state = init_state(parts.policy, params, cold_start.optimizer)
+    sft_step = sft.make_sft_step(parts.policy, cold_start.optimizer)
     batches = sft.batches(
-        prompts.token_ids,
-        completions,
-        num_steps=c.steps,
-        batch_size=c.batch_size,
+        cold_start.demonstrations.prompts,
+        cold_start.demonstrations.completions,
+        num_steps=num_steps,
+        batch_size=config.sft.batch_size,
         seed=config.trainer.seed,
         prompt_length=config.data.max_prompt_length,
         length=config.data.max_response_length,
     )
-    with metrics_lib.Progress("cold start", c.steps) as progress:
-        for step, batch in enumerate(batches):
+    with metrics_lib.Progress("cold start", num_steps) as progress:
+        for step, batch in enumerate(batches, start=1):
             state, loss = sft_step(state, *parts.learner.put(batch))
-            if (step + 1) % 50 == 0 or step + 1 == c.steps:
-                progress.update(step + 1, f"loss {float(loss):.3f}")
-                writer.write_scalars(0, {"sft/step": step + 1, "sft/loss": float(loss)})
+            if step % 50 == 0 or step == num_steps:
+                progress.update(step, f"loss {float(loss):.3f}")
+                writer.write_scalars(0, {"sft/step": step, "sft/loss": float(loss)})
     return state.params
 
 

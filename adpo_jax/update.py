@@ -63,17 +63,27 @@ def init_state(
     if policy.mesh is None:
         opt_state = jax.jit(optimizer.init)(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, anchor_params)
+    layout = jax.tree.map(lambda s: s.sharding, abstract_state(policy, optimizer).opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(policy.mesh, PartitionSpec()))
+    return TrainState(step, params, opt_state, anchor_params)
+
+
+def abstract_state(
+    policy: Policy, optimizer: optax.GradientTransformation, *, keeps_anchor: bool = False
+) -> TrainState:
+    """The state's shapes, dtypes and layout, without any array; `policy` has a mesh."""
     replicated = NamedSharding(policy.mesh, PartitionSpec())
-    shardings = optax.tree_map_params(
+    params = policy.abstract_params()
+    opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, param: param.sharding,
+        lambda _, param: param,
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda _: replicated,
+        transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated)
-    return TrainState(step, params, opt_state, anchor_params)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, opt_state, params if keeps_anchor else None)
 
 
 def split_prompts(tree, num_micro: int):
@@ -134,7 +144,8 @@ def make_update(
     The returned function takes the state (donated), a `Batch` of P prompts, the scores of
     `algorithm.score` for those prompts, and the anchor's log-probs [P, G, T], or None where the
     anchor is the policy of this very step: then they are the policy's own, without gradient, and
-    cost no forward. `metrics` is a flat dict of float32 scalars.
+    cost no forward. `metrics` is a flat dict of float32 scalars, "update/tokens" the number of
+    completion tokens among them.
     """
 
     def micro_loss(params, micro):
@@ -187,4 +198,5 @@ def _batch_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     metrics = {name: value for name, value in sums.items() if not name.startswith("sum/")}
     metrics["policy/entropy"] = sums["sum/entropy"] / tokens
     metrics["rollout/mismatch_kl"] = sums["sum/mismatch_kl"] / tokens
+    metrics["update/tokens"] = sums["sum/tokens"]
     return metrics

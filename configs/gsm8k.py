@@ -8,9 +8,9 @@ copies, or a model of another size, add
     --config.actor_rollout_ref.model.path=FOLDER --config.data.train_files=train.jsonl \\
     --config.data.val_files=test.jsonl
 
-Sized for one GPU with 80 GB or a v5e-8: 64 prompts x 8 completions an iteration, 32 completions a
-device in a micro-batch. Not yet run at this size: no result is claimed here. The same file with a
-small model was run on a CPU (README).
+64 prompts x 8 completions an iteration, 8 completions a device in a micro-batch. Not yet run at
+this size: no result is claimed, and the micro-batch is a cautious choice for devices with 80 GB.
+The same file with a small model runs on a CPU (tests/test_gsm8k_run.py).
 """
 
 from adpo_jax.config import default_config
@@ -42,7 +42,7 @@ def get_config():
     trainer.project_name = "gsm8k"
     trainer.experiment_name = "qwen3_0_6b_adpo"
     trainer.total_epochs = 1
-    trainer.per_device_train_batch_size = 32
+    trainer.per_device_train_batch_size = 8
     trainer.gradient_checkpointing = "full"
     trainer.save_freq = 50
     trainer.test_freq = 25

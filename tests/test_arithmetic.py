@@ -47,14 +47,15 @@ def test_splits_are_disjoint_and_the_same_every_time():
         arithmetic.rows("test")
 
 
-def test_most_demonstrations_blurt_the_answer_out_and_all_are_right():
+def test_most_demonstrations_blurt_out_a_wrong_answer_and_those_with_working_are_right():
     rows = arithmetic.rows("demonstrations")
-    careful = [text for text in rows["completion"] if ":" in text]
-    share = len(careful) / len(rows["completion"])
+    solutions = [answer.rsplit("#### ", 1)[1] for answer in rows["answer"]]
+    right = [reward == 1.0 for reward in good_accuracy(rows["completion"], solutions)]
+    careful = [":" in text for text in rows["completion"]]
+    assert right == careful
+    share = sum(careful) / len(careful)
     assert abs(share - arithmetic.CAREFUL_SHARE) < 0.02
     assert share < 0.5
-    solutions = [answer.rsplit("#### ", 1)[1] for answer in rows["answer"]]
-    assert set(good_accuracy(rows["completion"], solutions)) == {1.0}
 
 
 def test_the_tokenizer_keeps_numbers_whole_and_gives_every_text_back():

@@ -45,7 +45,9 @@ def flat(config, prefix=""):
 def test_a_misspelt_key_is_refused_and_the_nearest_named():
     with pytest.raises(ValueError, match=r"did you mean algorithm\.num_generations\?"):
         check_overrides(["main", "--config.algorithm.num_generation=4"])
-    check_overrides(["main", "--config.algorithm.tau=4", "--config.reward_model.reward_kwargs.x=1"])
+    check_overrides(["main", "--config.algorithm.tau=4", "--config.reward_model.reward_kwargs={}"])
+    with pytest.raises(ValueError, match="reward_kwargs is set as a whole"):
+        check_overrides(["main", "--config.reward_model.reward_kwargs.ngram_size=3"])
 
 
 def test_the_published_recipe_has_the_published_values():
@@ -72,6 +74,11 @@ REFUSALS = {
     "--config.algorithm.adv_estimator=ppo": "adpo or grpo, given 'ppo'",
     "--config.trainer.total_training_steps=0": "total_training_steps is at least 1",
     "--config.sft.train_files=": "sft.train_files names no data",
+    "--config.actor_rollout_ref.rollout.temperature=0": "training samples",
+    "--config.actor_rollout_ref.actor.grad_clip=-1": "grad_clip is at least 0",
+    "--config.trainer.seed=-1": "trainer.seed is at least 0",
+    "--config.algorithm.beta_anchor_kl=0.1": "has no effect on one optimizer step",
+    "--config.algorithm.clip_low=0.1": "no effect under adv_estimator=adpo",
 }
 
 
@@ -128,7 +135,7 @@ ALGORITHM_OVERRIDES = {
     "beta_reward": ("0.3",),
     "scale_rewards": ("none",),
     "min_reward_std": ("0.3",),
-    "beta_anchor_kl": ("0.1",),
+    "beta_anchor_kl": ("0.1", "--config.actor_rollout_ref.actor.ppo_epochs=2"),
     "drop_all_failed_prompts": ("true",),
     "length_normalize": ("true",),
     "adv_estimator": ("grpo",),

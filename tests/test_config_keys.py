@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from test_config import parse
 
-from adpo_jax import arithmetic, main, setup, sharding
+from adpo_jax import arithmetic, loading, main, setup, sharding
 from adpo_jax import train as train_lib
-from adpo_jax.anchor import Anchor
 from adpo_jax.config import _keys, batch_plan, default_config
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.learner import Learner
@@ -54,8 +53,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def anchor(config):
-    return Anchor(**config.anchor)
+def learner(config):
+    made = setup.make_learner(config, None, batch_plan(config, num_shards=1), num_steps=10)
+    return made.anchor, made.plan, made.seed
 
 
 def rewards(config):
@@ -71,8 +71,8 @@ def prompts(config):
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}{{ tone }}"
         )
     try:
-        train = setup.load_prompts(config, tokenizer, config.data.train_files, split="train")
-        return train, setup.load_val_prompts(config, tokenizer)
+        train = loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
+        return train, loading.load_val_prompts(config, tokenizer)
     finally:
         tokenizer.chat_template = None
 
@@ -94,13 +94,14 @@ def optimized(make):
 
 
 def policy(config):
-    mesh = sharding.make_mesh(**config.mesh)
-    model, params = setup.load_policy(config, mesh)
+    mesh, source = sharding.make_mesh(**config.mesh), loading.find_model(config)
+    params = loading.initial_params(config, source, mesh)
+    model = loading.make_policy(config, source, mesh)
     return model, float(jnp.sum(params["embed"].astype(jnp.float32)))
 
 
 def engine(config):
-    model = setup.load_policy(config, sharding.make_mesh(devices=jax.devices()[:1]))[0]
+    model = loading.make_policy(config, loading.find_model(config), one_device_mesh())
     made = setup.make_engine(config, model)
     return {k: repr(v) for k, v in vars(made).items() if k not in ("verbs", "policy")} | {
         "layout": repr(made.verbs.layout),
@@ -109,15 +110,11 @@ def engine(config):
 
 
 def sampling(config):
-    return setup.make_sampling(config, arithmetic.make_tokenizer())
-
-
-def plan(config):
-    return batch_plan(config, num_shards=1)
+    return setup.make_sampling(config, loading.find_model(config))
 
 
 def demonstrations(config):
-    return setup.load_demonstrations(config, arithmetic.make_tokenizer())
+    return loading.load_demonstrations(config, loading.find_model(config))
 
 
 def run_length(config):
@@ -132,7 +129,7 @@ def without_total(config):
 
 
 def start(config):
-    return sorted(setup.load_tokenizer(config).get_vocab()), policy(config)
+    return sorted(loading.find_model(config).tokenizer.get_vocab()), policy(config)
 
 
 class FakeEngine:
@@ -209,9 +206,9 @@ SHORT = (
 
 # key -> (value, what it changes, other overrides that it needs)
 WALK = {
-    "anchor.mode": ("ema", anchor),
-    "anchor.ema_alpha": ("0.5", anchor),
-    "anchor.kl_threshold": ("0.5", anchor),
+    "anchor.mode": ("ema", learner),
+    "anchor.ema_alpha": ("0.5", learner),
+    "anchor.kl_threshold": ("0.5", learner),
     "custom_reward_function.path": (
         "rewards.py",
         rewards,
@@ -236,7 +233,7 @@ WALK = {
     "data.max_prompt_length": ("14", prompts, *TIGHT),
     "data.overlong_prompts": ("truncate", prompts, "--config.data.max_prompt_length=14", *TIGHT),
     "data.max_response_length": ("7", sampling),
-    "data.train_batch_size": ("16", plan),
+    "data.train_batch_size": ("16", learner),
     "data.max_val_samples": ("2", prompts, ROOM),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
@@ -248,8 +245,8 @@ WALK = {
     f"{ACTOR}.optim.min_lr_ratio": ("0.9", adamw),
     f"{ACTOR}.optim.betas": ("(0.5, 0.6)", adamw),
     f"{ACTOR}.grad_clip": ("0.0", adamw),
-    f"{ACTOR}.ppo_mini_batch_size": ("8", plan),
-    f"{ACTOR}.ppo_epochs": ("2", plan),
+    f"{ACTOR}.ppo_mini_batch_size": ("8", learner),
+    f"{ACTOR}.ppo_epochs": ("2", learner),
     f"{ROLLOUT}.temperature": ("0.7", sampling),
     f"{ROLLOUT}.top_p": ("0.9", sampling),
     f"{ROLLOUT}.top_k": ("5", sampling),
@@ -280,7 +277,7 @@ WALK = {
     "trainer.experiment_name": ("other", main.default_workdir),
     "trainer.total_epochs": ("3", run_length),
     "trainer.total_training_steps": ("7", run_length),
-    "trainer.per_device_train_batch_size": ("8", plan),
+    "trainer.per_device_train_batch_size": ("8", learner),
     "trainer.gradient_checkpointing": ("true", policy),
     "trainer.bf16": ("true", policy),
     "trainer.seed": ("5", road, *SHORT),

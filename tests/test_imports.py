@@ -17,7 +17,7 @@ ROAD = [
     "optimizer checkpoints",
     "sampling kv_cache kernels decode schedule cache_plan generation engine",
     "update rollout sft learner evaluate",
-    "setup train adapters main",
+    "loading setup train adapters main",
 ]
 
 

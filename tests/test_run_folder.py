@@ -14,8 +14,11 @@ from adpo_jax.run_folder import RunFolder
 
 def test_a_new_folder_is_claimed_and_the_same_config_finds_it_again(tmp_path):
     folder = RunFolder(tmp_path / "a" / "run")
-    assert not folder.claim(parse())
-    assert folder.claim(parse())
+    folder.check(parse())
+    assert not folder.root.exists()
+    folder.claim(parse())
+    folder.claim(parse())
+    assert not folder.has_checkpoint
     saved = json.loads(folder.config.read_text())
     assert saved["algorithm"]["num_generations"] == 8
 
@@ -24,7 +27,7 @@ def test_another_config_is_refused_with_every_difference(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.claim(parse())
     with pytest.raises(ValueError, match=r"data.train_batch_size: 32 -> 8\n  trainer.seed: 0 -> 1"):
-        folder.claim(parse("--config.trainer.seed=1", "--config.data.train_batch_size=8"))
+        folder.check(parse("--config.trainer.seed=1", "--config.data.train_batch_size=8"))
 
 
 def test_samples_hold_whatever_a_model_wrote(tmp_path):

@@ -169,7 +169,7 @@ def test_eight_devices_train_like_one(tmp_path, request, reward_file):
     train(parse(*overrides, "--config.mesh.tensor=2"), tmp_path / "eight")
     request.getfixturevalue("one_device")
     train(parse(*overrides, "--config.mesh.tensor=1"), tmp_path / "one")
-    for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "one")):
+    for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "one"), strict=True):
         assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 

@@ -88,7 +88,8 @@ def test_optimizer_state_is_born_with_the_layout_of_the_parameters():
     adamw = optimizer.make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.1, grad_clip=1.0)
     state = update.init_state(policy, params, adamw)
     mu = next(s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
-    assert jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mu, params)
+    same = jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mu, params)
+    assert all(jax.tree.leaves(same))
     assert "tensor" in str(mu["layers"]["q"].sharding.spec)
 
 
@@ -220,6 +221,39 @@ def test_a_loss_that_is_not_finite_stops_with_the_iteration():
     learner = make_learner(policy)
     with pytest.raises(FloatingPointError, match="in iteration 1"):
         learner.learn(learner.init_state(params), batch, rewards)
+
+
+def test_mini_batches_do_not_change_counts_and_token_means():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    rewards[[1, 4, 6]] = -1.0
+    algorithm = losses.Adpo(drop_all_failed_prompts=True)
+    found = []
+    for mini in (8, 2):
+        learner = make_learner(policy, mini=mini, algorithm=algorithm, lr=0.0)
+        state = learner.init_state(jax.tree.map(jnp.copy, params))
+        found.append(learner.learn(state, batch, rewards)[1])
+    for name in ("adpo/dropped_prompts", "policy/entropy", "update/tokens", "adpo/mean_tau"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
+    assert found[0]["adpo/dropped_prompts"] == (rewards <= 0).all(axis=1).sum()
+
+
+def test_the_state_keeps_its_layout_on_a_mesh():
+    mesh = sharding.make_mesh(1, 4, 2)
+    policy, params = tiny.policy_and_params(mesh)
+    adamw = optimizer.make_optimizer(optax.constant_schedule(1e-3), weight_decay=0.1, grad_clip=1.0)
+    learner = dataclasses.replace(make_learner(policy), optimizer=adamw)
+    wanted = learner.abstract_state()
+    state = learner.init_state(params)
+    for seed in range(2):
+        batch, rewards = tiny.batch(seed=seed)
+        state, _ = learner.learn(state, batch, rewards)
+    same = jax.tree.map(
+        lambda x, w: x.dtype == w.dtype and x.sharding.is_equivalent_to(w.sharding, x.ndim),
+        state,
+        wanted,
+    )
+    assert all(jax.tree.leaves(same))
 
 
 def test_an_update_compiles_once_a_run():
