@@ -65,7 +65,7 @@ def rows(split: str) -> dict[str, list[str]]:
     rng = random.Random(_SEEDS[split])
     problems = []
     while len(problems) < NUM_ROWS[split]:
-        problem = _Problem.random(rng)
+        problem = _Problem.draw(rng)
         if problem.question not in held_out:
             problems.append(problem)
     columns = {
@@ -95,7 +95,7 @@ class _Problem:
     changes: tuple[tuple[str, str, int], ...]
 
     @classmethod
-    def random(cls, rng: random.Random) -> "_Problem":
+    def draw(cls, rng: random.Random) -> "_Problem":
         person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
         start = total = rng.randint(2, 15)
         verbs = {"+": rng.sample(GAINS, len(GAINS)), "-": rng.sample(LOSSES, len(LOSSES))}
