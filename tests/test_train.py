@@ -184,3 +184,20 @@ def test_reward_kwargs_and_other_columns_reach_the_function(tmp_path, reward_fil
     )
     train(config, tmp_path / "run")
     assert scalars(tmp_path / "run")[-1]["reward/mean"] >= 10.0
+
+
+@pytest.mark.torch
+@pytest.mark.usefixtures("one_device")
+def test_transformers_loads_the_export_of_a_run_and_gives_the_same_logits(tmp_path):
+    torch = pytest.importorskip("torch", reason="the extra [torch] is not installed")
+    from transformers import AutoModelForCausalLM
+
+    short = ("--config.trainer.total_training_steps=1", "--config.sft.steps=1")
+    train(parse(*TINY, *short), tmp_path / "run")
+    export = tmp_path / "run" / "export"
+    theirs = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    policy, params = Policy.from_pretrained(export)
+    tokens = np.random.default_rng(0).integers(0, policy.config.vocab_size, (2, 12))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(policy.logits(params, tokens), expected, atol=1e-4)
