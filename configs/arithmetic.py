@@ -5,8 +5,8 @@
 Needs a CPU with two cores and three minutes; downloads nothing. A supervised cold start imitates
 demonstrations of which most blurt out a wrong answer, then ADPO rewards right ones. Accuracy on 256
 held-out problems, seeds 0, 1, 2: 6%, 22%, 4% after the cold start, 100% after 50 iterations
-(2-core x86-64 VM, 2026-11-22, commit 8a486e6, under 2 min 50 s each). The cold start alone, given 1,400
-steps instead of 450, ends at 22%.
+(2-core x86-64 VM, 2026-11-22, commit 8a486e6, under 2 min 50 s each). The cold start alone, given
+1,400 steps instead of 450, ends at 22%.
 """
 
 from adpo_jax.config import default_config
