@@ -21,7 +21,7 @@ def make_schedule(
       min_lr_ratio: the floor of cosine and linear, as a fraction of `lr`.
 
     Raises:
-      ValueError: for an unknown kind, or a warm-up that is not shorter than the run.
+      ValueError: for an unknown kind, or a warm-up longer than the run.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"lr_scheduler_type is one of {SCHEDULES}, given {kind!r}")

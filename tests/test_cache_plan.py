@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams, cache_plan
 from adpo_jax.kv_cache import CacheLayout
-from adpo_jax.model import ModelConfig
-from adpo_jax.rope import Rope
 
 LAYOUT = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
 SIZES = {"max_prompt_length": 512, "max_response_length": 1024, "group_size": 8}
@@ -18,22 +17,7 @@ PLAIN = {"multiple": 1, "splits": 1, "stages": 1}
 
 
 def small_policy():
-    return Policy(
-        ModelConfig(
-            vocab_size=32,
-            hidden_size=32,
-            intermediate_size=48,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
-            windows=(None, None),
-            ropes=(Rope(),),
-            layer_ropes=(0, 0),
-            attention_scale=0.25,
-            tie_embeddings=True,
-        )
-    )
+    return Policy(tiny.model_config())
 
 
 def test_a_token_costs_its_keys_and_values_in_every_layer():

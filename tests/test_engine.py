@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.model import ModelConfig
@@ -16,22 +17,7 @@ MIXED = [5, 1, 12, 20, 2]  # prompt lengths
 
 
 def config(**changes) -> ModelConfig:
-    base = ModelConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        windows=(None, None),
-        ropes=(Rope(),),
-        layer_ropes=(0, 0),
-        attention_scale=0.25,
-        tie_embeddings=True,
-        initializer_range=0.3,
-    )
-    return dataclasses.replace(base, **changes)
+    return tiny.model_config(**{"vocab_size": V} | changes)
 
 
 FAMILIES = {

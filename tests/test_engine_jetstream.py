@@ -8,10 +8,9 @@ import types
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
-from adpo_jax.model import ModelConfig
-from adpo_jax.rope import Rope
 
 
 class WordTokenizer:
@@ -48,23 +47,7 @@ def jetstream(monkeypatch):
 def test_the_orchestrator_gets_the_greedy_tokens_of_generate(jetstream):
     from adpo_jax.adapters.jetstream import JetStreamEngine
 
-    policy = Policy(
-        ModelConfig(
-            vocab_size=40,
-            hidden_size=32,
-            intermediate_size=48,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
-            windows=(None, None),
-            ropes=(Rope(),),
-            layer_ropes=(0, 0),
-            attention_scale=0.25,
-            tie_embeddings=True,
-            initializer_range=0.3,
-        )
-    )
+    policy = Policy(tiny.model_config(vocab_size=40))
     params = policy.init(jax.random.key(0))
     engine = Engine(policy, max_prompt_length=16, max_response_length=32, num_slots=2)
     # The orchestrator takes pad tokens for the end of a text, so none may be sampled.

@@ -41,11 +41,11 @@ def model(tmp_path_factory):
     return folder / "tiny"
 
 
-def main(model: Path, workdir: Path, *overrides: str, name="gsm8k", debug=False):
+def main(model: Path, workdir: Path, *overrides: str):
     return run(
         "-m",
         "adpo_jax.main",
-        f"--config={ROOT / 'configs' / name}.py",
+        f"--config={ROOT / 'configs' / 'gsm8k.py'}",
         f"--workdir={workdir}",
         f"--config.actor_rollout_ref.model.path={model}",
         f"--config.data.train_files={GSM8K / 'train.jsonl'}",

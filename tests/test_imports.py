@@ -57,7 +57,7 @@ def test_every_module_is_on_the_road_and_imports_run_one_way():
     assert not wrong
 
 
-def test_only_setup_train_and_main_read_the_config():
+def test_only_setup_train_and_main_import_the_config():
     readers = {name for name in modules() if "config" in imports_of(name)}
     # The learner takes the plan of an iteration's batches, a plain record.
     assert readers == {"setup", "train", "main", "learner"}

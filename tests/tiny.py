@@ -1,9 +1,13 @@
 """Small things that several tests are made from."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
+from adpo_jax.model import ModelConfig
 from adpo_jax.policy import Policy
+from adpo_jax.rope import Rope
 from adpo_jax.update import Batch
 
 CONFIG = {
@@ -22,6 +26,26 @@ CONFIG = {
     "tie_word_embeddings": True,
     "initializer_range": 0.3,
 }
+
+
+def model_config(**changes) -> ModelConfig:
+    """A plain two-layer decoder, as the engine's tests want it."""
+    base = ModelConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        windows=(None, None),
+        ropes=(Rope(),),
+        layer_ropes=(0, 0),
+        attention_scale=0.25,
+        tie_embeddings=True,
+        initializer_range=0.3,
+    )
+    return dataclasses.replace(base, **changes)
 
 
 def policy_and_params(mesh=None, **kwargs):
