@@ -3,27 +3,12 @@
 `configs/*.py` start from `default_config()` and change what they need. The dictionary is locked, so
 a misspelt key stops the run and names the nearest one. Units are in the comments; "prompts" count
 distinct prompts, "completions" count their samples. What one key allows is checked by whoever uses
-it (an algorithm checks its own parameters); `validate` checks what only several keys together can
-get wrong. An empty string means "not set".
+it (an algorithm checks its own parameters); `config_checks` checks what only several keys together
+can get wrong. An empty string means "not set".
 """
 
-import dataclasses
-import difflib
-
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference, placeholder
-
-ADPO_ONLY = (
-    "tau",
-    "use_adaptive_tau",
-    "adaptive_tau_alpha",
-    "adaptive_tau_min",
-    "adaptive_tau_mode",
-    "adaptive_tau_max",
-    "beta_reward",
-    "length_normalize",
-)
-GRPO_ONLY = ("clip_low", "clip_high", "loss_aggregation")
+from ml_collections.config_dict import placeholder
 
 
 def default_config() -> ConfigDict:
@@ -191,201 +176,10 @@ def _trainer() -> dict:
     }
 
 
-def finalized(config: ConfigDict) -> ConfigDict:
-    """A locked copy with derived defaults filled in, after `validate`."""
-    config = ConfigDict(config).copy_and_resolve_references()
-    with config.unlocked():
-        actor = config.actor_rollout_ref.actor
-        actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
-        remat = str(config.trainer.gradient_checkpointing).lower()
-        spelled = {"true": "full", "false": "none"}
-        config.trainer.gradient_checkpointing = spelled.get(remat, remat)
-    validate(config)
-    return config.lock()
-
-
-def validate(config: ConfigDict) -> None:
-    """Checks what only several keys together can get wrong.
-
-    Raises:
-      ValueError: with what was wanted, what was given and the cure.
-    """
-    _require_at_least(
-        config,
-        {
-            "algorithm.num_generations": 2,
-            "data.train_batch_size": 1,
-            "data.max_prompt_length": 1,
-            "data.max_response_length": 1,
-            "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
-            "actor_rollout_ref.actor.ppo_epochs": 1,
-            "trainer.per_device_train_batch_size": 0,
-            "trainer.total_epochs": 1,
-            "trainer.save_freq": 0,
-            "trainer.save_total_limit": 1,
-            "trainer.test_freq": 0,
-            "trainer.log_samples_freq": 0,
-            "trainer.log_num_samples": 0,
-            "trainer.seed": 0,
-            "data.max_val_samples": 0,
-            "actor_rollout_ref.actor.grad_clip": 0,
-            "actor_rollout_ref.actor.optim.lr": 0,
-            "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
-            "actor_rollout_ref.actor.optim.weight_decay": 0,
-            "actor_rollout_ref.rollout.num_slots": 0,
-            "sft.lr": 0,
-            "sft.lr_warmup_steps": 0,
-            "sft.weight_decay": 0,
-            "sft.steps": 0,
-            "sft.batch_size": 1,
-        },
-    )
-    if config.trainer.total_training_steps is not None:
-        _require_at_least(config, {"trainer.total_training_steps": 1})
-    prompts, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
-    if prompts % mini:
-        raise ValueError(
-            f"actor.ppo_mini_batch_size ({mini} prompts) must divide data.train_batch_size "
-            f"({prompts} prompts)"
-        )
-    if config.algorithm.adv_estimator not in ("adpo", "grpo"):
-        raise ValueError(
-            f"algorithm.adv_estimator is adpo or grpo, given {config.algorithm.adv_estimator!r}"
-        )
-    if config.algorithm.adv_estimator == "grpo" and config.anchor.mode != "on_policy":
-        raise ValueError(
-            "algorithm.adv_estimator=grpo clips the ratio to the policy that sampled, so it needs "
-            f"anchor.mode=on_policy; given {config.anchor.mode!r}"
-        )
-    if config.actor_rollout_ref.rollout.temperature <= 0:
-        raise ValueError(
-            "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
-            "completions of a prompt are all the same. Evaluation is greedy as it is"
-        )
-    _refuse_what_has_no_effect(config)
-    if config.sft.steps and not config.sft.train_files:
-        raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
-
-
-def _plain(default):
-    """A default's value; that of a placeholder is None."""
-    return default.get() if isinstance(default, FieldReference) else default
-
-
-def _refuse_what_has_no_effect(config: ConfigDict) -> None:
-    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
-    one_step = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
-    if algorithm.beta_anchor_kl and one_step and config.anchor.mode == "on_policy":
-        raise ValueError(
-            f"algorithm.beta_anchor_kl={algorithm.beta_anchor_kl} has no effect on one optimizer "
-            "step an iteration under the on-policy anchor, where the KL and its gradient are 0; "
-            "set anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
-        )
-    other = {"adpo": GRPO_ONLY, "grpo": ADPO_ONLY}[algorithm.adv_estimator]
-    published = _algorithm()
-    changed = [f"algorithm.{key}" for key in other if algorithm[key] != _plain(published[key])]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)}: no effect under adv_estimator={algorithm.adv_estimator}; "
-            "leave at the default"
-        )
-
-
-def check_overrides(argv: list[str]) -> None:
-    """Checks that every `--config.KEY=...` of a command line names a key.
-
-    Raises:
-      ValueError: naming the nearest key there is.
-    """
-    known = set(_keys(default_config()))
-    for argument in argv:
-        key = argument.lstrip("-").split("=", 1)[0]
-        if not argument.startswith("-") or not key.startswith("config."):
-            continue
-        key = key.removeprefix("config.")
-        above, _, below = key.rpartition(".")
-        if above in known:
-            raise ValueError(f"{above} is set as a whole: --config.{above}=\"{{'{below}': ...}}\"")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"the config has no key {key}; did you mean {near}?")
-
-
-def _keys(config: ConfigDict, prefix: str = ""):
+def keys(config: ConfigDict, prefix: str = ""):
     """The dotted names of all keys that hold a value."""
     for key, value in config.items():
         if isinstance(value, ConfigDict) and len(value):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
-
-
-def _require_at_least(config: ConfigDict, minima: dict[str, int]) -> None:
-    for key, minimum in minima.items():
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        if value < minimum:
-            raise ValueError(f"{key} is at least {minimum}, given {value}")
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """How an iteration's prompts are cut into optimizer steps and micro-batches.
-
-    Attributes:
-      num_prompts: prompts an iteration.
-      mini_prompts: prompts an optimizer step.
-      micro_prompts: prompts whose completions run through the model at once.
-      epochs: passes over the iteration.
-    """
-
-    num_prompts: int
-    mini_prompts: int
-    micro_prompts: int
-    epochs: int
-
-    @property
-    def updates_per_iteration(self) -> int:
-        return self.epochs * self.num_prompts // self.mini_prompts
-
-    @property
-    def num_micro(self) -> int:
-        return self.mini_prompts // self.micro_prompts
-
-
-def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
-    """The cut of an iteration over `num_shards` batch shards of the mesh.
-
-    Raises:
-      ValueError: when a micro-batch would not hold whole groups, or does not divide the optimizer
-        step, or does not spread over the devices; with sizes that would work.
-    """
-    G = config.algorithm.num_generations
-    prompts = config.data.train_batch_size
-    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
-    per_device = config.trainer.per_device_train_batch_size
-    if mini % num_shards:
-        raise ValueError(
-            f"an optimizer step of {mini} prompts does not spread over {num_shards} devices "
-            "(mesh data x fsdp); make actor.ppo_mini_batch_size a multiple of that number"
-        )
-    if config.sft.steps and config.sft.batch_size % num_shards:
-        raise ValueError(
-            f"sft.batch_size ({config.sft.batch_size} rows) does not spread over {num_shards} "
-            "devices (mesh data x fsdp); make it a multiple of that number"
-        )
-    completions = per_device * num_shards if per_device else mini * G
-    micro, rest = divmod(completions, G)
-    if rest or micro == 0 or mini % micro or micro % num_shards:
-        allowed = [
-            m * G // num_shards
-            for m in range(num_shards, mini + 1, num_shards)
-            if mini % m == 0 and m * G % num_shards == 0
-        ]
-        raise ValueError(
-            "trainer.per_device_train_batch_size counts completions a device; times "
-            f"{num_shards} devices it must be whole groups of {G} that divide an optimizer step of "
-            f"{mini} x {G} = {mini * G} completions. Given {per_device}; these work: {allowed}"
-        )
-    return BatchPlan(prompts, mini, micro, config.actor_rollout_ref.actor.ppo_epochs)

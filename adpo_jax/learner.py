@@ -18,7 +18,7 @@ import optax
 
 from adpo_jax import losses, update
 from adpo_jax.anchor import Anchor
-from adpo_jax.config import BatchPlan
+from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.policy import Policy
 from adpo_jax.sharding import BatchSharding
 from adpo_jax.update import Batch, TrainState

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax.config import check_overrides
+from adpo_jax.config_checks import check_overrides
 from adpo_jax.host_memory import use_huge_pages
 from adpo_jax.rewards import RewardError
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax import loading, losses, optimizer, sharding
 from adpo_jax.anchor import Anchor
-from adpo_jax.config import BatchPlan, batch_plan
+from adpo_jax.batch_plan import BatchPlan, batch_plan
 from adpo_jax.engine import Engine
 from adpo_jax.learner import Learner
 from adpo_jax.loading import Demonstrations, ModelSource
@@ -60,7 +60,7 @@ def build(config: ConfigDict) -> Parts:
     """Everything the loop needs but the weights; cheap checks before expensive work.
 
     Args:
-      config: as `config.finalized` returns it.
+      config: as `config_checks.finalized` returns it.
 
     Raises:
       ValueError: for anything in the config that cannot work.

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from adpo_jax import data, setup, sft
 from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
-from adpo_jax.config import finalized
+from adpo_jax.config_checks import finalized
 from adpo_jax.evaluate import evaluate
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import (

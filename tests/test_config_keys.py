@@ -18,7 +18,8 @@ from test_config import parse
 
 from adpo_jax import arithmetic, loading, main, setup, sharding
 from adpo_jax import train as train_lib
-from adpo_jax.config import _keys, batch_plan, default_config
+from adpo_jax.batch_plan import batch_plan
+from adpo_jax.config import default_config, keys
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.learner import Learner
 from adpo_jax.policy import Policy
@@ -298,5 +299,5 @@ def test_each_key_on_the_command_line_changes_the_run(key):
 
 
 def test_every_key_is_walked():
-    keys = {key for key in _keys(default_config()) if not key.startswith("algorithm.")}
-    assert set(WALK) == keys
+    walked = {key for key in keys(default_config()) if not key.startswith("algorithm.")}
+    assert set(WALK) == walked

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # except from left to right.
 ROAD = [
     "clu_without_tensorflow host_memory sharding rope groups safetensors_files",
-    "rewards data arithmetic run_folder metrics config",
+    "rewards data arithmetic run_folder metrics config config_checks batch_plan",
     "prompts grpo losses anchor",
     "attention model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
     "optimizer checkpoints",
@@ -57,10 +57,14 @@ def test_every_module_is_on_the_road_and_imports_run_one_way():
     assert not wrong
 
 
-def test_only_setup_train_and_main_import_the_config():
-    readers = {name for name in modules() if "config" in imports_of(name)}
-    # The learner takes the plan of an iteration's batches, a plain record.
-    assert readers == {"setup", "train", "main", "learner"}
+def test_only_the_top_of_the_road_reads_the_config():
+    readers = {
+        name
+        for name in modules() - {"config", "config_checks", "batch_plan"}
+        if (PACKAGE / f"{name}.py").exists()
+        and "ml_collections" in (PACKAGE / f"{name}.py").read_text()
+    }
+    assert readers == {"loading", "setup", "train", "main"}
 
 
 def test_a_grading_process_imports_neither_jax_nor_sympy():

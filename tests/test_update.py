@@ -9,7 +9,7 @@ import tiny
 
 from adpo_jax import losses, optimizer, sharding, update
 from adpo_jax.anchor import Anchor
-from adpo_jax.config import BatchPlan
+from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.learner import Learner
 
 SGD = optax.sgd(1.0)

@@ -1,0 +1,67 @@
+"""How an iteration's prompts are cut into optimizer steps and micro-batches."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How an iteration's prompts are cut into optimizer steps and micro-batches.
+
+    Attributes:
+      num_prompts: prompts an iteration.
+      mini_prompts: prompts an optimizer step.
+      micro_prompts: prompts whose completions run through the model at once.
+      epochs: passes over the iteration.
+    """
+
+    num_prompts: int
+    mini_prompts: int
+    micro_prompts: int
+    epochs: int
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return self.epochs * self.num_prompts // self.mini_prompts
+
+    @property
+    def num_micro(self) -> int:
+        return self.mini_prompts // self.micro_prompts
+
+
+def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
+    """The cut of an iteration over `num_shards` batch shards of the mesh.
+
+    Raises:
+      ValueError: when a micro-batch would not hold whole groups, or does not divide the optimizer
+        step, or does not spread over the devices; with sizes that would work.
+    """
+    G = config.algorithm.num_generations
+    prompts = config.data.train_batch_size
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    per_device = config.trainer.per_device_train_batch_size
+    if mini % num_shards:
+        raise ValueError(
+            f"an optimizer step of {mini} prompts does not spread over {num_shards} devices "
+            "(mesh data x fsdp); make actor.ppo_mini_batch_size a multiple of that number"
+        )
+    if config.sft.steps and config.sft.batch_size % num_shards:
+        raise ValueError(
+            f"sft.batch_size ({config.sft.batch_size} rows) does not spread over {num_shards} "
+            "devices (mesh data x fsdp); make it a multiple of that number"
+        )
+    completions = per_device * num_shards if per_device else mini * G
+    micro, rest = divmod(completions, G)
+    if rest or micro == 0 or mini % micro or micro % num_shards:
+        allowed = [
+            m * G // num_shards
+            for m in range(num_shards, mini + 1, num_shards)
+            if mini % m == 0 and m * G % num_shards == 0
+        ]
+        raise ValueError(
+            "trainer.per_device_train_batch_size counts completions a device; times "
+            f"{num_shards} devices it must be whole groups of {G} that divide an optimizer step of "
+            f"{mini} x {G} = {mini * G} completions. Given {per_device}; these work: {allowed}"
+        )
+    return BatchPlan(prompts, mini, micro, config.actor_rollout_ref.actor.ppo_epochs)
