@@ -64,7 +64,8 @@ def test_only_the_top_of_the_road_reads_the_config():
         if (PACKAGE / f"{name}.py").exists()
         and "ml_collections" in (PACKAGE / f"{name}.py").read_text()
     }
-    assert readers == {"loading", "setup", "train", "main"}
+    # The run folder keeps it.
+    assert readers == {"run_folder", "loading", "setup", "train", "main"}
 
 
 def test_a_grading_process_imports_neither_jax_nor_sympy():
