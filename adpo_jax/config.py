@@ -35,7 +35,7 @@ def default_config() -> ConfigDict:
 
 def _algorithm() -> dict:
     return {
-        "adv_estimator": "adpo",  # adpo | grpo
+        "adv_estimator": "adpo",  # adpo | grpo | rloo
         "num_generations": 8,  # completions a prompt, >= 2
         "tau": 0.8,  # temperature of the anchored policy distribution
         "use_adaptive_tau": True,
@@ -44,7 +44,7 @@ def _algorithm() -> dict:
         "adaptive_tau_mode": "target_entropy",  # target_entropy | policy_entropy
         "adaptive_tau_max": placeholder(float),  # ceiling under policy_entropy; None for no ceiling
         "beta_reward": 0.5,  # temperature of the target distribution
-        "scale_rewards": "group",  # group | batch | none
+        "scale_rewards": "group",  # group | batch | none (rloo has its own)
         "min_reward_std": 0.0,  # a group whose rewards spread less counts as all equal
         "beta_anchor_kl": 0.0,  # coefficient of the k3 penalty
         "drop_all_failed_prompts": False,  # prompts whose rewards are all <= 0 leave the loss

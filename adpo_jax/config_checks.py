@@ -17,6 +17,11 @@ ADPO_ONLY = (
     "length_normalize",
 )
 GRPO_ONLY = ("clip_low", "clip_high", "loss_aggregation")
+WITHOUT_EFFECT = {
+    "adpo": GRPO_ONLY,
+    "grpo": ADPO_ONLY,
+    "rloo": (*ADPO_ONLY, *GRPO_ONLY, "scale_rewards"),
+}
 
 
 def finalized(config: ConfigDict) -> ConfigDict:
@@ -76,9 +81,10 @@ def validate(config: ConfigDict) -> None:
             f"actor.ppo_mini_batch_size ({mini} prompts) must divide data.train_batch_size "
             f"({prompts} prompts)"
         )
-    if config.algorithm.adv_estimator not in ("adpo", "grpo"):
+    if config.algorithm.adv_estimator not in WITHOUT_EFFECT:
         raise ValueError(
-            f"algorithm.adv_estimator is adpo or grpo, given {config.algorithm.adv_estimator!r}"
+            f"algorithm.adv_estimator is one of {', '.join(WITHOUT_EFFECT)}; "
+            f"given {config.algorithm.adv_estimator!r}"
         )
     if config.algorithm.adv_estimator == "grpo" and config.anchor.mode != "on_policy":
         raise ValueError(
@@ -104,9 +110,9 @@ def _refuse_what_has_no_effect(config: ConfigDict) -> None:
             "step an iteration under the on-policy anchor, where the KL and its gradient are 0; "
             "set anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
         )
-    other = {"adpo": GRPO_ONLY, "grpo": ADPO_ONLY}[algorithm.adv_estimator]
     published = default_config().algorithm
-    changed = [f"algorithm.{key}" for key in other if algorithm[key] != published[key]]
+    unused = WITHOUT_EFFECT[algorithm.adv_estimator]
+    changed = [f"algorithm.{key}" for key in unused if algorithm[key] != published[key]]
     if changed:
         raise ValueError(
             f"{', '.join(changed)}: no effect under adv_estimator={algorithm.adv_estimator}; "

@@ -29,14 +29,14 @@ class Learner:
     """Turns a scored batch of completions into a new state.
 
     Attributes:
-      algorithm: `losses.Adpo` or `losses.Grpo`.
+      algorithm: `losses.Adpo`, `losses.Grpo` or `losses.Rloo`.
       schedule: the optimizer's learning rate by optimizer step, for the log.
       temperature: of the sampler.
       seed: of the order of prompts over mini-batches.
     """
 
     policy: Policy
-    algorithm: losses.Adpo | losses.Grpo
+    algorithm: losses.Algorithm
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     anchor: Anchor
@@ -149,8 +149,8 @@ class Learner:
 
     def _measured_kl(self, history) -> float:
         """Nats a token between the anchor and the policy before the iteration's last step."""
-        prefix = "adpo" if isinstance(self.algorithm, losses.Adpo) else "grpo"
-        return float(history[-1][f"{prefix}/anchor_kl"])
+        (name,) = [name for name in history[-1] if name.endswith("/anchor_kl")]
+        return float(history[-1][name])
 
 
 # Means over the tokens of a mini-batch; all other metrics are means over its groups, or counts.

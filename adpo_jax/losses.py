@@ -1,7 +1,7 @@
-"""The losses: ADPO, and GRPO (`grpo`) as the baseline to compare with.
+"""The losses: ADPO, and GRPO (`grpo`) and RLOO (`rloo`) as baselines to compare with.
 
 Two ways in. `adpo_loss` and `grpo_loss` are pure functions over a flat batch, for people with their
-own training loop. Underneath lie `Adpo` and `Grpo`, which an update step uses piece by piece:
+own training loop. Underneath lie `Adpo`, `Grpo` and `Rloo`, which an update step uses by pieces:
 
     score      what the rewards alone decide (targets, temperatures, advantages), over the batch of
                the whole iteration
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from adpo_jax import groups
 from adpo_jax.groups import Metrics, Weights
 from adpo_jax.grpo import Grpo
+from adpo_jax.rloo import Rloo
 
 # Added to the standard deviation that rewards are divided by; the reference has it so.
 _EPS = 1e-8
@@ -228,6 +229,9 @@ class Adpo:
             )
         tau_P = self.tau * (1.0 + self.adaptive_tau_alpha * entropy_P)
         return jnp.clip(tau_P, self.adaptive_tau_min, self.adaptive_tau_max)
+
+
+Algorithm = Adpo | Grpo | Rloo
 
 
 def adpo_loss(

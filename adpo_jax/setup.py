@@ -96,9 +96,10 @@ def num_iterations(config: ConfigDict, num_prompts: int) -> int:
     return config.trainer.total_training_steps or math.ceil(passes)
 
 
-def make_algorithm(config: ConfigDict) -> losses.Adpo | losses.Grpo:
+def make_algorithm(config: ConfigDict) -> losses.Algorithm:
     """The loss that `algorithm.adv_estimator` names, with its parameters."""
-    kind = {"adpo": losses.Adpo, "grpo": losses.Grpo}[config.algorithm.adv_estimator]
+    kinds = {"adpo": losses.Adpo, "grpo": losses.Grpo, "rloo": losses.Rloo}
+    kind = kinds[config.algorithm.adv_estimator]
     fields = {field.name for field in dataclasses.fields(kind)}
     return kind(**{k: v for k, v in config.algorithm.items() if k in fields})
 

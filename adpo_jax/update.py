@@ -137,7 +137,7 @@ def make_update(
     """The optimizer step, a jitted `(state, batch, scores, anchor_log_probs) -> (state, metrics)`.
 
     Args:
-      algorithm: `losses.Adpo` or `losses.Grpo`.
+      algorithm: `losses.Adpo`, `losses.Grpo` or `losses.Rloo`.
       num_micro: micro-batches whose gradients are summed; divides the number of prompts.
       temperature: of the sampler; the log-probs of the loss are tempered alike.
 

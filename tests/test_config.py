@@ -73,7 +73,7 @@ REFUSALS = {
     "--config.data.train_batch_size=0": "data.train_batch_size is at least 1",
     "--config.algorithm.num_generations=1": "algorithm.num_generations is at least 2",
     "--config.actor_rollout_ref.actor.ppo_mini_batch_size=5": "must divide data.train_batch_size",
-    "--config.algorithm.adv_estimator=ppo": "adpo or grpo, given 'ppo'",
+    "--config.algorithm.adv_estimator=ppo": "one of adpo, grpo, rloo; given 'ppo'",
     "--config.trainer.total_training_steps=0": "total_training_steps is at least 1",
     "--config.sft.train_files=": "sft.train_files names no data",
     "--config.actor_rollout_ref.rollout.temperature=0": "training samples",
@@ -93,6 +93,12 @@ def test_a_config_that_cannot_work_is_refused(override):
 def test_grpo_refuses_an_anchor_that_is_not_the_sampling_policy():
     with pytest.raises(ValueError, match="anchor.mode=on_policy"):
         parse("--config.algorithm.adv_estimator=grpo", "--config.anchor.mode=ema")
+
+
+@pytest.mark.parametrize("key", ["tau=0.5", "clip_low=0.1", "scale_rewards=none"])
+def test_rloo_refuses_parameters_of_the_other_losses(key):
+    with pytest.raises(ValueError, match="no effect under adv_estimator=rloo"):
+        parse("--config.algorithm.adv_estimator=rloo", f"--config.algorithm.{key}")
 
 
 def test_a_micro_batch_that_splits_a_group_is_refused_with_the_sizes_that_work():

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 ROAD = [
     "clu_without_tensorflow host_memory sharding rope groups safetensors_files",
     "rewards data arithmetic run_folder metrics config config_checks batch_plan",
-    "prompts grpo losses anchor",
+    "prompts grpo rloo losses anchor",
     "attention model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
     "optimizer checkpoints",
     "sampling kv_cache kernels decode schedule cache_plan generation engine",

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adpo_jax import adaptive_tau, adpo_loss, grpo_loss, target_distribution
-from adpo_jax.losses import Adpo, Grpo
+from adpo_jax.losses import Adpo, Grpo, Rloo
 
 P, G, T = 4, 8, 6
 
@@ -218,12 +218,12 @@ def test_a_group_with_less_spread_than_min_reward_std_counts_as_equal():
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.9, -0.05, 1 / 3])
-@pytest.mark.parametrize("algorithm", [Adpo(), Grpo()], ids=["adpo", "grpo"])
+@pytest.mark.parametrize("algorithm", [Adpo(), Grpo(), Rloo()], ids=["adpo", "grpo", "rloo"])
 def test_the_rounding_of_a_mean_is_no_spread(algorithm, reward):
     # Six times 0.9 over six is not 0.9 in float32.
     scores = jax.jit(algorithm.score)(jnp.full((1, 6), reward))
     assert not scores.spread_P.any()
-    if isinstance(algorithm, Grpo):
+    if not isinstance(algorithm, Adpo):
         np.testing.assert_array_equal(scores.advantages_PG, 0)
 
 
@@ -313,8 +313,9 @@ def test_length_normalize_divides_each_log_ratio_by_its_tokens():
         Adpo(length_normalize=True, scale_rewards="batch"),
         Grpo(beta_anchor_kl=0.2, drop_all_failed_prompts=True, scale_rewards="batch"),
         Grpo(loss_aggregation="sequence-mean"),
+        Rloo(beta_anchor_kl=0.2, drop_all_failed_prompts=True),
     ],
-    ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence"],
+    ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence", "rloo"],
 )
 def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
     log_probs, anchor, rewards, mask = folded_batch()
@@ -479,6 +480,45 @@ def test_the_grpo_gradient_on_policy_is_the_advantage_and_stops_where_clipped():
     far = log_probs + 0.5 * np.sign(advantages)  # already past the clip in the wanted direction
     _, gradient = loss_and_grad(grpo_loss, far, log_probs, rewards, mask)
     np.testing.assert_array_equal(gradient, 0)
+
+
+# RLOO.
+
+
+def test_the_rloo_advantage_is_the_reward_less_the_mean_of_the_others():
+    rewards = np.array([[1.0, 0.0, 0.0, 0.5], [2.0, 2.0, 2.0, 2.0]], np.float32)
+    scores = Rloo().score(jnp.asarray(rewards))
+    # By hand: 1 - 0.5/3, 0 - 1.5/3, 0 - 1.5/3, 0.5 - 1/3.
+    np.testing.assert_allclose(
+        scores.advantages_PG, [[5 / 6, -0.5, -0.5, 1 / 6], [0, 0, 0, 0]], atol=1e-6
+    )
+    np.testing.assert_array_equal(scores.spread_P, [True, False])
+
+
+def test_rloo_equals_a_plain_loop_over_completions():
+    log_probs, anchor, rewards, mask = folded_batch()
+    algorithm = Rloo(beta_anchor_kl=0.05)
+    total, kl = 0.0, 0.0
+    for p, g in np.ndindex(P, G):
+        others = [float(rewards[p, j]) for j in range(G) if j != g]
+        advantage = float(rewards[p, g]) - sum(others) / len(others)
+        ratios = np.asarray((log_probs - anchor)[p, g])[: int(mask[p, g].sum())].astype(np.float64)
+        total -= advantage * ratios.sum()
+        kl += (np.exp(-ratios) + ratios - 1).sum()
+    expected = total / (P * G) + 0.05 * kl / mask.sum()
+    loss, metrics = algorithm.loss(log_probs, anchor, mask, algorithm.prepare(rewards, mask))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rloo/loss"], total / (P * G), rtol=1e-5)
+
+
+def test_the_rloo_gradient_is_the_advantage_on_every_token_wherever_the_anchor_is():
+    log_probs, anchor, rewards, mask = folded_batch()
+    prepared = Rloo().prepare(rewards, mask)
+    gradient_fn = jax.jit(jax.grad(lambda *batch: Rloo().loss(*batch)[0]))
+    expected = -prepared.scores.advantages_PG[..., None] * mask / (P * G)
+    for base in (log_probs, anchor):
+        gradient = gradient_fn(log_probs, base, mask, prepared)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
 
 
 # Transformations.

@@ -136,6 +136,7 @@ def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path):
 
 VARIANTS = {
     "grpo": ("--config.algorithm.adv_estimator=grpo",),
+    "rloo": ("--config.algorithm.adv_estimator=rloo",),
     "mini-batches, epochs and an ema anchor": (
         "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "--config.actor_rollout_ref.actor.ppo_epochs=2",

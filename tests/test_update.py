@@ -36,8 +36,9 @@ def assert_same(one, other, rtol=1e-5, atol=2e-6):
         losses.Adpo(drop_all_failed_prompts=True, beta_anchor_kl=0.1, scale_rewards="batch"),
         losses.Grpo(beta_anchor_kl=0.1),
         losses.Grpo(loss_aggregation="sequence-mean"),
+        losses.Rloo(beta_anchor_kl=0.1),
     ],
-    ids=["adpo", "grpo", "grpo sequence-mean"],
+    ids=["adpo", "grpo", "grpo sequence-mean", "rloo"],
 )
 def test_micro_batches_give_the_gradient_and_metrics_of_the_whole_batch(algorithm):
     policy, params = tiny.policy_and_params()
