@@ -24,7 +24,7 @@ from adpo_jax import kernels, kv_cache, sampling
 from adpo_jax.kv_cache import KV, CacheLayout, View
 from adpo_jax.model import fused_layer
 from adpo_jax.policy import Policy
-from adpo_jax.sampling import Knobs, Method
+from adpo_jax.sampling import Alternatives, Knobs, Method
 from adpo_jax.sharding import constrain
 
 
@@ -58,11 +58,12 @@ class DecodeState(NamedTuple):
 
 
 class ResultTokens(NamedTuple):
-    """What some steps sampled, [steps, B] each."""
+    """What some steps sampled, [steps, B] each; alternatives [steps, B, A]."""
 
     tokens: jax.Array  # int32
     log_probs: jax.Array  # float32
     full_log_probs: jax.Array | None  # float32
+    alternatives: Alternatives | None
     valid: jax.Array  # bool, the slot was active
     stopped: jax.Array  # bool, by a stop token
 
@@ -221,10 +222,16 @@ class Verbs:
         """
         B = state.slots.token.shape[0]
         zeros = jnp.zeros((num_steps, B), jnp.float32)
+        alternatives = None
+        if method.num_alternatives:
+            A = min(method.num_alternatives, self.policy.config.vocab_size)
+            many = jnp.zeros((num_steps, B, A), jnp.float32)
+            alternatives = Alternatives(many.astype(jnp.int32), many)
         results = ResultTokens(
             tokens=jnp.zeros((num_steps, B), jnp.int32),
             log_probs=zeros,
             full_log_probs=zeros if method.full_log_probs else None,
+            alternatives=alternatives,
             valid=jnp.zeros((num_steps, B), bool),
             stopped=jnp.zeros((num_steps, B), bool),
         )
@@ -242,7 +249,7 @@ class Verbs:
             state, result = self._step(params, state, uniforms[step], knobs, method)
             results = jax.tree.map(
                 lambda all_steps, new: jax.lax.dynamic_update_slice(
-                    all_steps, new[None], (step, 0)
+                    all_steps, new[None], (step,) + (0,) * new.ndim
                 ),
                 results,
                 result,

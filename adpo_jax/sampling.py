@@ -96,10 +96,11 @@ class SamplingParams:
         padded = np.full(max(8, -(-len(stop_ids) // 8) * 8), -1, np.int32)
         padded[: len(stop_ids)] = stop_ids
         return Knobs(
+            greedy=np.bool_(self.greedy),
             temperature=np.float32(1.0 if self.greedy else self.temperature),
-            top_k=np.int32(self.top_k),
-            top_p=np.float32(self.top_p),
-            min_p=np.float32(self.min_p),
+            top_k=np.int32(-1 if self.greedy else self.top_k),
+            top_p=np.float32(1.0 if self.greedy else self.top_p),
+            min_p=np.float32(0.0 if self.greedy else self.min_p),
             min_tokens=np.int32(self.min_tokens),
             max_tokens=np.int32(self.max_tokens),
             stop_ids=padded,
@@ -108,14 +109,21 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Which steps of sampling are compiled in."""
+    """Which steps of sampling are compiled in.
+
+    Attributes:
+      mixed: some rows are greedy and others are not, as `Knobs.greedy` says.
+      num_alternatives: also return so many of the likeliest tokens of each row.
+    """
 
     greedy: bool = False
+    mixed: bool = False
     top_k: bool = False
     top_p: bool = False
     min_p: bool = False
     min_tokens: bool = False
     full_log_probs: bool = False
+    num_alternatives: int = 0
 
     @property
     def truncates(self) -> bool:
@@ -123,8 +131,12 @@ class Method:
 
 
 class Knobs(NamedTuple):
-    """The numbers of `SamplingParams` as arrays, arguments of the compiled program."""
+    """The numbers of `SamplingParams` as arrays, arguments of the compiled program.
 
+    One for all rows, as here, or one a row, with a leading axis [B].
+    """
+
+    greedy: Any  # bool scalar, read where the method is mixed
     temperature: Any  # float32 scalar, > 0
     top_k: Any  # int32 scalar
     top_p: Any  # float32 scalar
@@ -140,6 +152,14 @@ class Sampled(NamedTuple):
     tokens: jax.Array  # [B] int32
     log_probs: jax.Array  # [B] float32, under the distribution sampled from
     full_log_probs: jax.Array | None  # [B] float32, tempered and not truncated
+    alternatives: "Alternatives | None" = None
+
+
+class Alternatives(NamedTuple):
+    """The likeliest tokens of every row, the likeliest first."""
+
+    tokens: jax.Array  # [B, A] int32
+    log_probs: jax.Array  # [B, A] float32, as those of the sampled token; -inf where truncated
 
 
 def uniforms(key_data: jax.Array, position: jax.Array) -> jax.Array:
@@ -177,7 +197,7 @@ def sample(
         logits = jnp.where(
             (generated < knobs.min_tokens)[:, None], without(logits, knobs.stop_ids), logits
         )
-    logits = logits / knobs.temperature
+    logits = logits / _by_row(knobs.temperature)
     kept = truncate(logits, knobs, method) if method.truncates else logits
     top = jnp.max(kept, axis=-1)
     if method.greedy:
@@ -185,17 +205,30 @@ def sample(
         log_z = top + jnp.log(jnp.sum(jnp.exp(kept - top[:, None]), axis=-1))
     else:
         tokens, log_z = inverse_cdf(kept, top, uniform)
+        if method.mixed:
+            tokens = jnp.where(knobs.greedy, first_equal(kept, top), tokens)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     full = None
     if method.full_log_probs:
         full = chosen - jax.nn.logsumexp(logits, axis=-1) if method.truncates else chosen - log_z
-    return Sampled(tokens, chosen - log_z, full)
+    alternatives = None
+    if method.num_alternatives:
+        likeliest, ids = jax.lax.top_k(kept, min(method.num_alternatives, kept.shape[-1]))
+        alternatives = Alternatives(ids.astype(jnp.int32), likeliest - log_z[:, None])
+    return Sampled(tokens, chosen - log_z, full, alternatives)
+
+
+def _by_row(knob):
+    """A knob that broadcasts against [B, V], whether it is one for all rows or one a row."""
+    return jnp.reshape(knob, (-1, 1))
 
 
 def without(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Logits [B, V] with those of `ids` at -inf; ids of -1 are skipped."""
-    V = logits.shape[-1]
-    banned = jnp.zeros((V,), bool).at[jnp.where(ids < 0, V, ids)].set(True, mode="drop")
+    """Logits [B, V] with those of `ids` ([S], or [B, S]) at -inf; ids of -1 are skipped."""
+    B, V = logits.shape
+    ids = jnp.broadcast_to(jnp.where(ids < 0, V, ids), (B, ids.shape[-1]))
+    rows = jnp.arange(B)[:, None]
+    banned = jnp.zeros((B, V), bool).at[rows, ids].set(True, mode="drop")
     return jnp.where(banned, -jnp.inf, logits)
 
 
@@ -248,17 +281,20 @@ def truncate(logits: jax.Array, knobs: Knobs, method: Method) -> jax.Array:
     In this order, each on what the one before kept. Tokens that tie with the last one kept stay.
     """
     if method.top_k:
-        k = jnp.minimum(knobs.top_k, logits.shape[-1])
+        V = logits.shape[-1]
+        k = jnp.where(knobs.top_k < 0, V, jnp.minimum(knobs.top_k, V))
         logits = keep_largest(logits, lambda at_least: jnp.sum(at_least, axis=-1) >= k)
     if method.top_p:
         probs = jax.nn.softmax(logits, axis=-1)
         # The sum over all tokens may round to a little less than 1.
         enough = knobs.top_p * jnp.sum(probs, axis=-1)
+        # Nothing short of all tokens is enough for a row that keeps all.
+        enough = jnp.where(knobs.top_p < 1, enough, jnp.inf)
         logits = keep_largest(
             logits, lambda at_least: jnp.sum(jnp.where(at_least, probs, 0), axis=-1) >= enough
         )
     if method.min_p:
-        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(knobs.min_p)
+        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(_by_row(knobs.min_p))
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
     return logits
 

@@ -1,5 +1,6 @@
 """One token of one row: frequencies, truncation, log-probs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -147,3 +148,43 @@ def test_other_numbers_compile_nothing_new():
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} is "):
         SamplingParams(**{name: value})
+
+
+ROWS = [
+    SamplingParams(temperature=0, max_tokens=3, top_p=0.5),
+    SamplingParams(temperature=0.6, top_p=0.7),
+    SamplingParams(top_k=3, min_p=0.1, min_tokens=2, stop_token_ids=(0,)),
+    SamplingParams(temperature=1.3, stop_token_ids=(1, 2)),
+]
+
+
+def test_knobs_a_row_sample_each_row_as_its_own_knobs_do():
+    """What a server does: rows with settings of their own in one program."""
+    V = 300
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        logits = rng.normal(0, 2, (len(ROWS), V)).astype(np.float32)
+        logits[2, 0] = 9.0  # the stop token that min_tokens holds back
+        keys = jax.random.key_data(jax.random.split(jax.random.key(seed), len(ROWS)))
+        generated = jnp.zeros(len(ROWS), jnp.int32)
+        knobs = jax.tree.map(lambda *each: np.stack(each), *(p.knobs() for p in ROWS))
+        method = sampling.Method(
+            mixed=True, top_k=True, top_p=True, min_p=True, min_tokens=True, num_alternatives=5
+        )
+        together = sample(logits, keys, generated, knobs, method)
+        for i, params in enumerate(ROWS):
+            row = slice(i, i + 1)
+            alone = sample(logits[row], keys[row], generated[row], params.knobs(), params.method)
+            assert together.tokens[i] == alone.tokens[0]
+            np.testing.assert_allclose(together.log_probs[i], alone.log_probs[0], atol=1e-6)
+
+
+def test_alternatives_are_the_likeliest_tokens_under_the_distribution_sampled_from():
+    params = SamplingParams(temperature=0.5, top_k=3)
+    method = dataclasses.replace(params.method, num_alternatives=4)
+    key = jax.random.key_data(jax.random.split(jax.random.key(0), 1))
+    drawn = sample(LOGITS[None], key, jnp.zeros(1, jnp.int32), params.knobs(), method)
+    expected = truncated_by_sorting(LOGITS, params)
+    np.testing.assert_array_equal(drawn.alternatives.tokens[0, :3], np.argsort(-expected)[:3])
+    likeliest = np.exp(drawn.alternatives.log_probs[0])
+    np.testing.assert_allclose(likeliest, np.sort(expected)[::-1][:4], atol=1e-6)
