@@ -1,4 +1,4 @@
-"""Metrics: clu's writer interface onto `metrics.jsonl` and TensorBoard, and the terminal.
+"""Metrics: clu's writer interface onto `metrics.jsonl` and TensorBoard.
 
 A row belongs to a step: the number of iterations done when it was measured. After a resume from
 step k the rows beyond k, whose iterations are about to be done again, are taken back.
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
 import tensorboardX
 
 from adpo_jax.clu_without_tensorflow import metric_writers
@@ -148,56 +146,3 @@ def make_writer(workdir: Path, purge_step: int | None = None) -> metric_writers.
             TensorBoardWriter(workdir / "tensorboard", purge_step),
         ]
     )
-
-
-class Progress:
-    """A progress bar with an ETA on a terminal, plain lines elsewhere.
-
-    Args:
-      title: what is being done.
-      total: steps in all.
-      done: steps done before (a resumed run).
-    """
-
-    def __init__(self, title: str, total: int, done: int = 0):
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
-        self._title, self._total, self._first = title, total, done
-        self._started = time.monotonic()
-        self._bar = None
-        if self._console.is_terminal:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("{task.fields[note]}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(title, total=total, completed=done, note="")
-
-    def __enter__(self):
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_):
-        if self._bar:
-            self._bar.stop()
-
-    def update(self, step: int, note: str) -> None:
-        """Shows that `step` steps are done, with a few words on the last one."""
-        if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
-            return
-        elapsed = time.monotonic() - self._started
-        left = elapsed / max(step - self._first, 1) * (self._total - step)
-        self.print(f"{self._title} {step}/{self._total}  {note}  eta {_minutes(left)}")
-
-    def print(self, text: str) -> None:
-        """Prints text above the bar, markup characters as they are."""
-        self._console.print(text, markup=False)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -106,6 +106,31 @@ def generate_and_grade(
     return GradedRollout(out, completions, scores, seconds)
 
 
+def sample_records(prompts: Sequence, graded: GradedRollout) -> list[dict]:
+    """One record a completion, as they are shown and kept.
+
+    Args:
+      prompts: P * G, what each completion answers, as it stands in the data.
+
+    Returns:
+      Dicts with "prompt", "completion", "reward" and "components", the score of each reward
+      function, None where it skipped the completion.
+    """
+    components = graded.scores.components
+    scores = zip(*([None if np.isnan(x) else float(x) for x in v] for v in components.values()))
+    return [
+        {
+            "prompt": prompt,
+            "completion": completion,
+            "reward": float(reward),
+            "components": dict(zip(components, values)),
+        }
+        for prompt, completion, reward, values in zip(
+            prompts, graded.completions, graded.scores.total, scores, strict=True
+        )
+    ]
+
+
 def make_batch(prompts: Prompts, out: RolloutOutput, *, max_prompt_length: int) -> Batch:
     """Prompts and completions side by side, as the update wants them."""
     P, G, T = out.tokens.shape

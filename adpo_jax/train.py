@@ -20,6 +20,7 @@ from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
 from adpo_jax.evaluate import evaluate
+from adpo_jax.progress import Progress
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import (
     Prompts,
@@ -27,6 +28,7 @@ from adpo_jax.rollout import (
     make_batch,
     reward_metrics,
     rollout_metrics,
+    sample_records,
 )
 from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
@@ -128,7 +130,7 @@ def _iterate(
     start, num_steps = int(state.step), parts.num_steps
     root_key = jax.random.key(config.trainer.seed)
     test_freq = config.trainer.test_freq
-    with metrics_lib.Progress("iteration", num_steps, start) as progress:
+    with Progress("iteration", num_steps, start) as progress:
         for step in range(start, num_steps):
             prompts = _prompts_for_step(config, parts.train_prompts, step)
             key = jax.random.fold_in(root_key, step)
@@ -177,11 +179,7 @@ def _iteration(
     metrics |= reward_metrics(graded.scores, G)
     metrics |= rollout_metrics(graded.out, times["time/rollout"]) | times
     texts = prompts.repeated_columns(G)[config.data.prompt_key]
-    samples = [
-        {"prompt": prompt, "completion": completion, "reward": float(reward)}
-        for prompt, completion, reward in zip(texts, graded.completions, graded.scores.total)
-    ]
-    return state, metrics, samples
+    return state, metrics, sample_records(texts, graded)
 
 
 def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> dict[str, float]:
@@ -213,7 +211,7 @@ def _cold_start(config, parts: Parts, params, writer):
         prompt_length=config.data.max_prompt_length,
         length=config.data.max_response_length,
     )
-    with metrics_lib.Progress("cold start", num_steps) as progress:
+    with Progress("cold start", num_steps) as progress:
         for step, batch in enumerate(batches, start=1):
             state, loss = sft_step(state, *parts.learner.put(batch))
             if step % 50 == 0 or step == num_steps:
@@ -236,9 +234,7 @@ def _show(config, progress, folder: RunFolder, step: int, metrics: dict, samples
         return
     folder.write_samples(f"train_{step:06d}", samples)
     shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
-    for i in shown[: config.trainer.log_num_samples]:
-        prompt, completion, reward = samples[i].values()
-        progress.print(f"  [{reward:+.2f}] {prompt}\n    {completion!r}")
+    progress.print_samples([samples[i] for i in shown[: config.trainer.log_num_samples]])
 
 
 @contextlib.contextmanager

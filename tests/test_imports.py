@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # except from left to right.
 ROAD = [
     "clu_without_tensorflow host_memory sharding rope groups safetensors_files",
-    "rewards data arithmetic run_folder metrics config config_checks batch_plan",
+    "rewards data arithmetic run_folder metrics progress config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
     "attention model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
     "optimizer checkpoints",

@@ -8,7 +8,8 @@ from test_config import parse
 
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.clu_without_tensorflow import metric_writers
-from adpo_jax.metrics import JsonlWriter, Progress, make_writer, read_jsonl
+from adpo_jax.metrics import JsonlWriter, make_writer, read_jsonl
+from adpo_jax.progress import Progress
 from adpo_jax.run_folder import RunFolder
 
 

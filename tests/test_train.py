@@ -99,7 +99,7 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
     assert json.loads((folder / "config.json").read_text())["algorithm"]["tau"] == 0.8
     samples = (folder / "samples" / "train_000002.jsonl").read_text().splitlines()
     assert len(samples) == 16
-    assert set(json.loads(samples[0])) == {"prompt", "completion", "reward"}
+    assert set(json.loads(samples[0])) == {"prompt", "completion", "reward", "components"}
     policy, params = Policy.from_pretrained(folder / "export")
     assert policy.config.hidden_size == 16
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
