@@ -111,9 +111,9 @@ class Verbs:
         """An empty state of these sizes."""
         ints = jnp.zeros(slots, jnp.int32)
         return DecodeState(
-            own=self._sharded(self.layout.zeros(slots, columns)),
+            own=self.sharded(self.layout.zeros(slots, columns)),
             prefix=Prefixes(
-                self._sharded(self.layout.zeros(rows, prefix_length)), jnp.zeros(rows, jnp.int32)
+                self.sharded(self.layout.zeros(rows, prefix_length)), jnp.zeros(rows, jnp.int32)
             ),
             slots=Slots(
                 token=ints,
@@ -128,7 +128,7 @@ class Verbs:
             column=jnp.zeros((), jnp.int32),
         )
 
-    def _sharded(self, kv: KV) -> KV:
+    def sharded(self, kv: KV) -> KV:
         """Rows over the batch axes, heads over the tensor axis."""
         lead = (None,) if self.layout.stacked else ()
 
@@ -158,7 +158,7 @@ class Verbs:
             out, _ = attend_within(q, k, v, layer, None)
             return out, kv_cache.write_layer(kv, layer.index, self.layout.pack(k, v), axes)
 
-        empty = self._sharded(self.layout.zeros(rows, T))
+        empty = self.sharded(self.layout.zeros(rows, T))
         _, kv = self.policy(params, tokens, positions, empty, attend)
         return Prefixes(kv, true_length)
 
@@ -340,7 +340,7 @@ class Verbs:
             return jax.tree.map(pad, layer, self.layout.column_axes())
 
         padded = pad_layer(own) if self.layout.stacked else tuple(map(pad_layer, own))
-        return self._sharded(padded)
+        return self.sharded(padded)
 
     def grow(self, state: DecodeState, columns: int, column: int) -> DecodeState:
         """Lengthens a ring that has not gone round: a copy, where `resize` gathers.
@@ -382,4 +382,4 @@ class Verbs:
         exists = order < slots.token.shape[0]
         slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)
-        return self._sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
+        return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)

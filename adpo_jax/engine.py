@@ -209,10 +209,15 @@ class Engine:
         key: jax.Array,
         *,
         stats: dict[str, int] | None = None,
+        on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
     ) -> Iterator[GroupOutput]:
-        """`generate` as an iterator over the groups, in the order in which they end."""
-        prompts = self._checked(prompts, sampling)
-        rollout = Generation(self, params, prompts, sampling, key)
+        """`generate` as an iterator over the groups, in the order in which they end.
+
+        Args:
+          on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
+        """
+        prompts = self.checked(prompts, sampling)
+        rollout = Generation(self, params, prompts, sampling, key, on_tokens)
         try:
             while not rollout.done:
                 yield from rollout.advance()
@@ -221,7 +226,8 @@ class Engine:
             if stats is not None:
                 stats.update(rollout.stats)
 
-    def _checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
+    def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
+        """The prompts as arrays, where this engine can sample from them; see `generate`."""
         if not len(prompts):
             raise ValueError("generate needs at least one prompt; given none")
         if sampling.max_tokens > self.max_response_length:

@@ -7,6 +7,7 @@ Letters: P prompts, n samples of a prompt, T tokens, B slots.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,16 @@ class GroupOutput:
 class Generation:
     """One call of `generate` under way."""
 
-    def __init__(self, engine, params, prompts: list[np.ndarray], sampling: SamplingParams, key):
+    def __init__(
+        self,
+        engine,
+        params,
+        prompts: list[np.ndarray],
+        sampling: SamplingParams,
+        key,
+        on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
+    ):
+        self.on_tokens = on_tokens
         self.engine, self.verbs = engine, engine.verbs
         self.prompts, self.sampling = prompts, sampling
         self.params = self.verbs.load_params(params)
@@ -48,7 +58,7 @@ class Generation:
         self.full_log_probs = np.zeros((P, n, T), np.float32) if sampling.full_log_probs else None
         self.lengths = np.zeros((P, n), np.int32)
         self.stopped = np.zeros((P, n), bool)
-        self.key_data = np.asarray(_sample_keys(key, schedule_lib.prompt_uids(prompts), n))
+        self.key_data = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), n))
         self.stats = dict.fromkeys(
             ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
         )
@@ -215,6 +225,8 @@ class Generation:
             self.full_log_probs[group, sample, before:after] = full
         self.lengths[group, sample] = after
         self.stopped[group, sample] = stopped
+        if self.on_tokens is not None:
+            self.on_tokens(group, sample, new[:count])
         if not stopped and after < self.sampling.max_tokens:
             return None
         return self.schedule.finish(slot)
@@ -256,7 +268,7 @@ def _fold_in_all(key, uids, samples):
     return jax.vmap(jax.vmap(of_sample, (None, 0)), (0, None))(uids, samples)
 
 
-def _sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
+def sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
     """The key of each sample, [P, n, 2] uint32."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key, impl="threefry2x32")

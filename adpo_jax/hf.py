@@ -11,7 +11,11 @@ from typing import Any
 import huggingface_hub
 import jax
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from jax.experimental import multihost_utils
 
 from adpo_jax import hf_weights
@@ -154,6 +158,31 @@ def save_folder(
                 tokenizer.save_pretrained(temporary)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def push_folder(folder: str | os.PathLike, name: str, *, private: bool = True) -> str:
+    """Uploads a model's folder to the hub, into a repository that is made if it is not there.
+
+    The token is the hub client's: the environment variable HF_TOKEN, or that of `hf auth login`.
+
+    Args:
+      name: user/model.
+      private: of a repository that is made.
+
+    Returns:
+      The model's address.
+
+    Raises:
+      ValueError: when the hub refuses, or cannot be reached.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} was not uploaded to {name!r}: {reason}") from error
+    return f"https://huggingface.co/{name}"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

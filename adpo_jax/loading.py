@@ -28,6 +28,7 @@ class ModelSource:
       tokenizer: a Hugging Face tokenizer.
       stop_token_ids: the tokens that end a completion.
       random_init: start from random weights.
+      generation_config: the folder's generation_config.json; empty for none.
     """
 
     folder: Path | None
@@ -35,6 +36,7 @@ class ModelSource:
     tokenizer: object
     stop_token_ids: tuple[int, ...]
     random_init: bool
+    generation_config: dict = dataclasses.field(default_factory=dict)
 
 
 def find_model(config: ConfigDict) -> ModelSource:
@@ -57,7 +59,9 @@ def find_model(config: ConfigDict) -> ModelSource:
     folder, hf_config, generation = hf.load_folder_config(model.path)
     tokenizer = _load_tokenizer(folder)
     stop = _stop_token_ids(folder, tokenizer, generation)
-    return ModelSource(folder, hf_config | overrides, tokenizer, stop, model.random_init)
+    return ModelSource(
+        folder, hf_config | overrides, tokenizer, stop, model.random_init, generation
+    )
 
 
 def _load_tokenizer(folder: Path):

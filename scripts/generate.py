@@ -1,30 +1,36 @@
-"""Samples completions from a model: text to the screen as groups end, JSON lines to a file.
+"""Samples completions from a model: text on the screen as it is sampled, JSON lines to a file.
 
     python scripts/generate.py --model Qwen/Qwen3-0.6B --prompt "What is 12 x 13?" --n 8
-    python scripts/generate.py --model runs/mine/hf --prompts questions.jsonl --out answers.jsonl
+    python scripts/generate.py --model runs/mine --prompts questions.jsonl --out answers.jsonl
 
-`--model` is a Hugging Face folder or hub name; a trained policy is one too once it is exported. A
-line of `--prompts` is {"prompt": text or [messages]}; its other keys are copied to the output.
+`--model` is a Hugging Face folder or hub name, the folder of a run, or one of its checkpoints
+(`runs/.../checkpoints/50`). Prompts go through the chat template where there is one, and those for
+a run through its prompt template and system prompt. A line of `--prompts` is {"prompt": text or
+[messages]}; its other keys are copied to the output.
+
+All completions are sampled at once; the screen follows the first one that has not ended.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import jax
-from transformers import AutoTokenizer
 
-from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.engine import GroupOutput
+from adpo_jax.pretrained import Pretrained, PromptFormat
+from adpo_jax.text_stream import TextStream
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--model", required=True, help="Hugging Face folder, run, checkpoint")
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
     parser.add_argument("--prompts", type=Path, help="JSON lines with a key `prompt`")
-    parser.add_argument("--out", type=Path, help="JSON lines, one a completion")
+    parser.add_argument("--out", type=Path, help="JSON lines, one a completion; a new file")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--min-tokens", type=int, default=0)
@@ -37,81 +43,87 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slots", type=int, default=None, help="completions decoded at once")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
-    parser.add_argument("--raw", action="store_true", help="no chat template")
-    return parser.parse_args()
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--no-chat-template", action="store_true")
+    parser.add_argument("--raw", action="store_true", help="no template of any kind")
+    parser.add_argument("--quiet", action="store_true", help="no completions on the screen")
+    return parser.parse_args(argv)
 
 
 def read_rows(a: argparse.Namespace) -> list[dict]:
     """The rows to complete, from the command line and the file."""
     rows = [{"prompt": text} for text in a.prompt]
     if a.prompts is not None:
-        lines = a.prompts.read_text(encoding="utf-8").splitlines()
-        rows += [json.loads(line) for line in lines if line.strip()]
+        try:
+            lines = a.prompts.read_text(encoding="utf-8").splitlines()
+            rows += [json.loads(line) for line in lines if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--prompts {a.prompts}: {error}") from error
     if not rows:
-        raise SystemExit("nothing to complete: give --prompt or --prompts")
+        raise ValueError("nothing to complete: give --prompt or --prompts")
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or "prompt" not in row:
-            raise SystemExit(f'row {number} has no key "prompt"')
+            raise ValueError(f'row {number} has no key "prompt"')
     return rows
 
 
-def token_ids(tokenizer, prompt, raw: bool) -> list[int]:
-    """A prompt, text or messages, as the model is given it."""
-    if raw or tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise SystemExit("messages need a chat template, which this tokenizer has not")
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+def with_options(model: Pretrained, a: argparse.Namespace) -> Pretrained:
+    """The model with the prompt format that the command line asks for."""
+    prompt_format = model.prompt_format
+    if a.raw:
+        prompt_format = PromptFormat(apply_chat_template=False)
+    if a.no_chat_template:
+        prompt_format = dataclasses.replace(prompt_format, apply_chat_template=False)
+    if a.system is not None:
+        prompt_format = dataclasses.replace(prompt_format, system_prompt=a.system)
+    return dataclasses.replace(model, prompt_format=prompt_format)
 
 
-def stop_token_ids(policy: Policy, tokenizer) -> tuple[int, ...]:
-    """What ends a completion, as the model's generation_config and tokenizer say."""
-    stated = (policy.generation_config or {}).get("eos_token_id", [])
-    ids = set(stated if isinstance(stated, list) else [stated])
-    return tuple(sorted((ids | {tokenizer.eos_token_id}) - {None}))
+def printable(text: str) -> str:
+    """Text without control characters: what a model writes shall not steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
-def main():
-    a = arguments()
-    rows = read_rows(a)
-    tokenizer = AutoTokenizer.from_pretrained(a.model)
-    policy, params = Policy.from_pretrained(a.model, dtype=a.dtype)
-    prompts = [token_ids(tokenizer, row["prompt"], a.raw) for row in rows]
-    pad = tokenizer.pad_token_id
-    sampling = SamplingParams(
-        n=a.n,
-        temperature=a.temperature,
-        top_k=a.top_k,
-        top_p=a.top_p,
-        min_p=a.min_p,
-        max_tokens=a.max_tokens,
-        min_tokens=a.min_tokens,
-        stop=tuple(a.stop),
-        stop_token_ids=stop_token_ids(policy, tokenizer),
-        ignore_eos=a.ignore_eos,
-        pad_token_id=0 if pad is None else pad,
-    )
-    engine = Engine(
-        policy,
-        max_prompt_length=max(len(prompt) for prompt in prompts),
-        max_response_length=a.max_tokens,
-        num_slots=a.slots,
-        gpu_memory_utilization=0.9,
-        group_size=a.n,
-        detokenize=tokenizer.decode,
-    )
-    out = a.out.open("w", encoding="utf-8") if a.out else None
-    for group in engine.stream(params, prompts, sampling, jax.random.key(a.seed)):
-        for line in completions(group, rows[group.prompt_index], tokenizer):
-            print(f"--- prompt {group.prompt_index}, {line['finish_reason']}", flush=True)
-            print(line["completion"], flush=True)
-            if out is not None:
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-                out.flush()
-    if out is not None:
-        out.close()
-        print(f"{len(rows) * a.n} completions in {a.out}", file=sys.stderr)
+class Screen:
+    """Shows completions one after the other, the first that has not ended as it is sampled."""
+
+    def __init__(self, model: Pretrained, num_prompts: int, n: int):
+        self._order = [(prompt, sample) for prompt in range(num_prompts) for sample in range(n)]
+        self._texts = {at: TextStream(model.tokenizer.decode) for at in self._order}
+        self._unseen = dict.fromkeys(self._order, "")
+        self._ended: dict[tuple[int, int], str] = {}
+        self._at = 0
+        self._header()
+
+    def push(self, prompt: int, sample: int, tokens) -> None:
+        """Takes new tokens of a completion."""
+        self._unseen[prompt, sample] += self._texts[prompt, sample].push(tokens)
+        self._show()
+
+    def end(self, group: GroupOutput) -> None:
+        """The completions of a prompt have ended."""
+        for sample, reason in enumerate(group.finish_reason):
+            at = group.prompt_index, sample
+            self._unseen[at] += self._texts[at].finish()
+            self._ended[at] = str(reason)
+        self._show()
+
+    def _header(self) -> None:
+        prompt, sample = self._order[self._at]
+        print(f"--- prompt {prompt}, completion {sample}", flush=True)
+
+    def _show(self) -> None:
+        while True:
+            at = self._order[self._at]
+            print(printable(self._unseen[at]), end="", flush=True)
+            self._unseen[at] = ""
+            if at not in self._ended:
+                return
+            print("" if self._ended[at] == "stop" else " [cut off at --max-tokens]")
+            if self._at + 1 == len(self._order):
+                return
+            self._at += 1
+            self._header()
 
 
 def completions(group: GroupOutput, row: dict, tokenizer) -> list[dict]:
@@ -133,5 +145,71 @@ def completions(group: GroupOutput, row: dict, tokenizer) -> list[dict]:
     return lines
 
 
+def generate(a: argparse.Namespace) -> None:
+    """Reads the model, samples, shows and writes.
+
+    Raises:
+      ValueError: for anything on the command line that cannot work.
+    """
+    rows = read_rows(a)
+    sampling = SamplingParams(
+        n=a.n,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        min_p=a.min_p,
+        max_tokens=a.max_tokens,
+        min_tokens=a.min_tokens,
+        stop=tuple(a.stop),
+        ignore_eos=a.ignore_eos,
+    )
+    if a.out is not None and a.out.exists():
+        raise ValueError(f"{a.out} is there already; give another --out")
+    model = with_options(pretrained.load(a.model, dtype=a.dtype), a)
+    prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
+    sampling = dataclasses.replace(
+        sampling, stop_token_ids=model.stop_token_ids, pad_token_id=model.pad_token_id
+    )
+    engine = Engine(
+        model.policy,
+        max_prompt_length=max(len(prompt) for prompt in prompts),
+        max_response_length=a.max_tokens,
+        num_slots=a.slots,
+        gpu_memory_utilization=0.9,
+        group_size=a.n,
+        # Few, so that text flows; a fourth of a second for a model of 30 tokens a second.
+        steps_per_dispatch=32 if a.quiet else 8,
+        detokenize=model.tokenizer.decode,
+    )
+    screen = None if a.quiet else Screen(model, len(rows), a.n)
+    groups = engine.stream(
+        model.params,
+        prompts,
+        sampling,
+        jax.random.key(a.seed),
+        on_tokens=None if screen is None else screen.push,
+    )
+    out = a.out.open("x", encoding="utf-8") if a.out else None
+    for group in groups:
+        if screen is not None:
+            screen.end(group)
+        for line in completions(group, rows[group.prompt_index], model.tokenizer) if out else ():
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+    if out is not None:
+        out.close()
+        print(f"{len(rows) * a.n} completions in {a.out}", file=sys.stderr)
+
+
+def main() -> int:
+    a = arguments()
+    try:
+        generate(a)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,9 +15,9 @@ ROAD = [
     "prompts grpo rloo losses anchor",
     "attention model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
     "optimizer checkpoints",
-    "sampling kv_cache kernels decode schedule cache_plan generation engine",
+    "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
     "update rollout sft learner evaluate",
-    "loading setup train adapters main",
+    "loading pretrained setup train adapters main",
 ]
 
 

@@ -1,0 +1,194 @@
+"""A model to use, from a Hugging Face folder or hub name, a run's folder, or one of its
+checkpoints.
+
+Left out: training state; only the parameters of a checkpoint are read.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from adpo_jax import loading
+from adpo_jax.config import default_config
+from adpo_jax.data import Dataset
+from adpo_jax.policy import Policy
+from adpo_jax.prompts import Message, render_prompts
+from adpo_jax.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How text becomes a prompt; fields as the keys of `data` in the config."""
+
+    prompt_template: str = "{prompt}"
+    system_prompt: str = ""
+    apply_chat_template: bool = True
+    chat_template_kwargs: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model and all that using it takes.
+
+    Attributes:
+      stop_token_ids: the tokens that end a completion.
+      prompt_format: of the run it was trained in; the plain one for a Hugging Face folder.
+      source: the folder or name it was read from.
+    """
+
+    policy: Policy
+    params: Any
+    tokenizer: Any
+    stop_token_ids: tuple[int, ...]
+    prompt_format: PromptFormat
+    source: str
+
+    @property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    def prompts(
+        self,
+        texts: list[str | list[Message]],
+        *,
+        max_length: int,
+        prompt_format: PromptFormat | None = None,
+    ) -> list[list[int]]:
+        """Token ids of texts or lists of messages.
+
+        Args:
+          max_length: tokens.
+          prompt_format: in place of the model's.
+
+        Raises:
+          ValueError: for a prompt that is empty, too long or cannot be rendered.
+        """
+        rendered = render_prompts(
+            Dataset({"prompt": texts}),
+            self.tokenizer,
+            prompt_key="prompt",
+            max_prompt_length=max_length,
+            **dataclasses.asdict(prompt_format or self.prompt_format),
+        )
+        if rendered.num_overlong:
+            raise ValueError(
+                f"{rendered.num_overlong} of {len(texts)} prompts are longer than {max_length} "
+                "tokens; shorten them or raise the limit"
+            )
+        return rendered.token_ids
+
+
+def load(
+    name: str | os.PathLike, *, dtype: Any = "float32", mesh: Mesh | None = None
+) -> Pretrained:
+    """A model by the name that people have for it.
+
+    Args:
+      name: a Hugging Face folder or hub name; the folder of a run, of which the exported policy is
+        read where there is one, otherwise the newest checkpoint; the folder `checkpoints` of a run
+        (the newest one); or one of the folders in it.
+      dtype: of the parameters and the computation.
+      mesh: devices; None for the default device.
+
+    Raises:
+      ValueError: when nothing of the kind is there, or it cannot be read.
+    """
+    run, step = _run_and_step(Path(name).expanduser())
+    if run is None:
+        return _from_hugging_face(name, dtype, mesh, PromptFormat())
+    config = _run_config(run)
+    prompt_format = _prompt_format(config)
+    if step is None and run.export.is_dir():
+        return _from_hugging_face(run.export, dtype, mesh, prompt_format)
+    source = loading.find_model(config)
+    policy = Policy.abstract_from_config(source.hf_config, dtype, mesh=mesh)
+    policy = dataclasses.replace(policy, generation_config=source.generation_config)
+    checkpoint = _checkpoint_folder(run, step)
+    return Pretrained(
+        policy=policy,
+        params=_read_params(checkpoint, policy),
+        tokenizer=source.tokenizer,
+        stop_token_ids=source.stop_token_ids,
+        prompt_format=prompt_format,
+        source=str(checkpoint),
+    )
+
+
+def _from_hugging_face(name, dtype, mesh, prompt_format: PromptFormat) -> Pretrained:
+    policy, params = Policy.from_pretrained(name, dtype, mesh=mesh)
+    config = default_config()
+    config.actor_rollout_ref.model.path = str(name)
+    source = loading.find_model(config)
+    return Pretrained(
+        policy, params, source.tokenizer, source.stop_token_ids, prompt_format, str(name)
+    )
+
+
+def _run_and_step(path: Path) -> tuple[RunFolder | None, str | None]:
+    """The run that a path lies in and the step it names; "" for the newest; None for neither."""
+    for root, step in ((path, None), (path.parent, ""), (path.parent.parent, path.name)):
+        inside = step is None or (path if step == "" else path.parent).name == "checkpoints"
+        if inside and _is_run(root):
+            return RunFolder(root), step
+    return None, None
+
+
+def _is_run(folder: Path) -> bool:
+    config = RunFolder(folder).config
+    try:
+        return "actor_rollout_ref" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _run_config(run: RunFolder):
+    """The run's config; keys that were not there when it was written have their defaults."""
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        config.update(json.loads(run.config.read_text(encoding="utf-8")))
+    return config
+
+
+def _prompt_format(config) -> PromptFormat:
+    c = config.data
+    return PromptFormat(
+        c.prompt_template,
+        c.system_prompt,
+        c.apply_chat_template,
+        c.chat_template_kwargs.to_dict(),
+    )
+
+
+def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:
+    if not run.has_checkpoint:
+        raise ValueError(f"{run.root} holds a run with neither an export nor a checkpoint")
+    steps = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
+    if not step:
+        return run.checkpoints / str(steps[-1])
+    if not step.isdigit() or int(step) not in steps:
+        raise ValueError(f"{run.checkpoints} has the checkpoints {steps}; given {step!r}")
+    return run.checkpoints / step
+
+
+def _read_params(checkpoint: Path, policy: Policy):
+    """The parameters alone, in the dtype and layout of the policy."""
+
+    def placed(leaf):
+        sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    wanted = {"params": jax.tree.map(placed, policy.abstract_params())}
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(checkpoint.resolve() / "default", args=args)["params"]

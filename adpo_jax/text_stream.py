@@ -1,0 +1,80 @@
+"""Tokens in as they are sampled, text out as soon as it is certain.
+
+A character may span tokens and a tokenizer may look back, so text is held until it ends in a whole
+character; and what could be the beginning of a stop string is held until it is not.
+"""
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+
+
+class TextStream:
+    """The text of one completion under way.
+
+    Args:
+      decode: token ids -> text.
+      stop: strings of which the first to appear ends the text, before it.
+
+    Attributes:
+      text: all that was given out.
+      num_tokens: tokens taken; those after a stop string are not.
+      stopped: whether a stop string ended the text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
+        self._decode, self._stop = decode, tuple(stop)
+        self._tokens: list[int] = []
+        # Tokens before `_done` are decoded; those from `_context` on are decoded again, since a
+        # tokenizer may write a token in another way at the beginning of a text.
+        self._context = self._done = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Takes further tokens; returns the text that is certain now."""
+        if not self._stop:
+            return self._push(tokens)
+        return "".join(self._push([token]) for token in tokens if not self.stopped)
+
+    def finish(self) -> str:
+        """The rest of the text, when no tokens follow."""
+        if self.stopped:
+            return ""
+        return self._give(self._held + self._new_text(), last=True)
+
+    def _push(self, tokens: Sequence[int]) -> str:
+        self._tokens.extend(int(token) for token in tokens)
+        new = self._new_text()
+        if not new or new.endswith(REPLACEMENT):
+            return ""
+        self._context, self._done = self._done, len(self._tokens)
+        return self._give(self._held + new)
+
+    def _new_text(self) -> str:
+        """What the tokens since `_done` add to the text before them."""
+        context = self._decode(self._tokens[self._context : self._done])
+        return self._decode(self._tokens[self._context :])[len(context) :]
+
+    def _give(self, text: str, last: bool = False) -> str:
+        """Gives text out up to a stop string, or to what may become one."""
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        self.stopped = bool(found)
+        if found:
+            end = min(found)
+        else:
+            end = len(text) - (0 if last else self._possible_stop(text))
+        self._held = "" if found else text[end:]
+        self.text += text[:end]
+        return text[:end]
+
+    def _possible_stop(self, text: str) -> int:
+        """Characters at the end of the text that a stop string may begin with."""
+        longest = min(max(map(len, self._stop), default=1) - 1, len(text))
+        lengths = range(longest, 0, -1)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)

@@ -1,0 +1,177 @@
+"""Requests that come and go, against the engine that knows them all from the start."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.continuous import ContinuousBatch
+
+V = 61
+LENGTHS = [5, 1, 12, 20, 2, 23]
+# Few lengths, so that the engine compiles few programs to compare with.
+SETTINGS = [
+    SamplingParams(n=2, max_tokens=32, temperature=0.7, stop_token_ids=(1, 2)),
+    SamplingParams(max_tokens=40, temperature=0),
+    SamplingParams(n=2, max_tokens=31, top_k=7, top_p=0.8, stop_token_ids=(3,)),
+    SamplingParams(max_tokens=30, min_p=0.05, min_tokens=6, stop_token_ids=tuple(range(20))),
+    SamplingParams(max_tokens=1),
+    SamplingParams(max_tokens=32, ignore_eos=True, stop_token_ids=tuple(range(30))),
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    policy = Policy(tiny.model_config(vocab_size=V, qk_norm=True))
+    engine = Engine(
+        policy, max_prompt_length=24, max_response_length=40, num_slots=8, steps_per_dispatch=4
+    )
+    return engine, policy.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def expected(engine):
+    """What the engine gives each request alone."""
+    engine, params = engine
+    return [
+        engine.generate(params, [prompt], sampling, jax.random.key(seed))
+        for seed, (prompt, sampling) in enumerate(zip(prompts(), SETTINGS))
+    ]
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, V, length).tolist() for length in LENGTHS]
+
+
+class Collector:
+    """Runs a batch and keeps what comes."""
+
+    def __init__(self, batch):
+        self.batch, self.tokens, self.log_probs, self.reasons = batch, {}, {}, {}
+
+    def step(self):
+        for new in self.batch.step():
+            assert new.sample not in self.reasons
+            self.tokens.setdefault(new.sample, []).extend(new.tokens.tolist())
+            self.log_probs.setdefault(new.sample, []).extend(new.log_probs.tolist())
+            if new.finish_reason:
+                self.reasons[new.sample] = new.finish_reason
+
+    def run(self):
+        while self.batch.busy:
+            self.step()
+
+    def assert_equal(self, samples, out):
+        assert len(samples) == out.tokens.shape[1]
+        for i, sample in enumerate(samples):
+            length = out.lengths[0, i]
+            np.testing.assert_array_equal(self.tokens[sample], out.tokens[0, i, :length])
+            np.testing.assert_allclose(
+                self.log_probs[sample], out.log_probs[0, i, :length], atol=1e-5
+            )
+            assert self.reasons[sample] == out.finish_reason[0, i]
+
+
+def submit(batch, which):
+    return batch.submit(prompts()[which], SETTINGS[which], seed=which)
+
+
+def test_requests_that_arrive_while_others_decode_get_what_the_engine_gives_them_alone(
+    engine, expected
+):
+    batch = ContinuousBatch(*engine)
+    collector, submitted = Collector(batch), {}
+    for which in range(len(SETTINGS)):
+        submitted[which] = submit(batch, which)
+        collector.step()
+        collector.step()
+    collector.run()
+    for which, samples in submitted.items():
+        collector.assert_equal(samples, expected[which])
+
+
+def test_more_requests_than_slots_all_end_and_the_memory_goes_back(engine, expected):
+    batch = ContinuousBatch(*engine)
+    collector = Collector(batch)
+    submitted = [(which % 6, submit(batch, which % 6)) for which in range(30)]
+    assert batch.num_waiting > batch.engine.num_slots
+    collector.run()
+    for which, samples in submitted:
+        collector.assert_equal(samples, expected[which])
+    batch.step()
+    assert batch._state is None
+
+
+def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(engine, expected):
+    batch = ContinuousBatch(*engine)
+    collector = Collector(batch)
+    kept, gone, waiting = submit(batch, 1), submit(batch, 5), submit(batch, 0)
+    collector.step()
+    for sample in gone:
+        batch.cancel(sample)
+    seen = {sample: len(collector.tokens[sample]) for sample in gone}
+    collector.step()
+    assert batch.num_running == sum(not sample.ended for sample in kept + waiting)
+    late = submit(batch, 2)
+    for sample in late:
+        batch.cancel(sample)  # before it began
+    collector.run()
+    assert {sample: len(collector.tokens[sample]) for sample in gone} == seen
+    assert all(sample.ended for sample in gone + late)
+    assert not set(late) & set(collector.tokens)
+    collector.assert_equal(kept, expected[1])
+    collector.assert_equal(waiting, expected[0])
+
+
+def test_few_programs_serve_all_settings(engine):
+    batch = ContinuousBatch(*engine)
+    collector = Collector(batch)
+
+    def all_at_once(seed):
+        for prompt, sampling in zip(prompts(), SETTINGS):
+            warmer = dataclasses.replace(sampling, temperature=sampling.temperature * 1.1)
+            batch.submit(prompt, warmer, seed=seed)
+        collector.run()
+
+    all_at_once(0)
+    before = type(batch.verbs).generate._cache_size()
+    all_at_once(1)
+    assert type(batch.verbs).generate._cache_size() == before
+
+
+def test_alternatives_come_to_whom_they_are_due(engine):
+    batch = ContinuousBatch(*engine)
+    (with_five,) = batch.submit([1, 2], SamplingParams(max_tokens=6), seed=0, num_alternatives=5)
+    (without,) = batch.submit([1, 2], SamplingParams(max_tokens=6), seed=0)
+    for new in batch.step():
+        if new.sample is without:
+            assert new.alternatives is None
+            continue
+        ids, log_probs = new.alternatives
+        assert ids.shape == log_probs.shape == (len(new.tokens), 5)
+        assert (np.diff(log_probs) <= 0).all()
+        for token, log_prob, row, scored in zip(new.tokens, new.log_probs, ids, log_probs):
+            if token in row:
+                np.testing.assert_allclose(scored[row.tolist().index(token)], log_prob, atol=1e-5)
+            assert log_prob <= scored[0] + 1e-5
+    batch.cancel(with_five)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        ([], {}, "1 to 24 token ids"),
+        ([1] * 25, {}, "1 to 24 token ids"),
+        ([V], {}, "outside"),
+        ([1], {"max_tokens": 41}, "max_response_length"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_at_once(engine, prompt, changes, message):
+    batch = ContinuousBatch(*engine)
+    with pytest.raises(ValueError, match=message):
+        batch.submit(prompt, SamplingParams(**{"max_tokens": 4} | changes), seed=0)
+    assert not batch.busy

@@ -1,0 +1,172 @@
+"""One name for a model: a Hugging Face folder, a run, a checkpoint; and what is made of it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_config import parse
+
+from adpo_jax import arithmetic, pretrained, setup
+from adpo_jax.checkpoints import Checkpoints
+from adpo_jax.config_checks import finalized
+from adpo_jax.policy import Policy
+from adpo_jax.run_folder import RunFolder
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+
+
+def script(name: str):
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the embedded task with checkpoints after 1 and 2 iterations, and no export yet."""
+    config = finalized(parse(f"--config.actor_rollout_ref.model.hf_config={SMALL}"))
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "small")
+    folder.claim(config)
+    parts = setup.build(config)
+    state = parts.learner.init_state(parts.initial_params())
+    with Checkpoints(folder.checkpoints, save_freq=1, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state.replace(params=scaled(state.params, step)))
+    return folder.root, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    policy, params = Policy.from_config(arithmetic.MODEL_CONFIG | SMALL, jax.random.key(9))
+    policy.save_pretrained(folder, params, arithmetic.make_tokenizer())
+    return folder
+
+
+def scaled(params, by):
+    return jax.tree.map(lambda x: x * by, params)
+
+
+def assert_params(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+
+
+def test_a_run_is_its_newest_checkpoint_and_a_step_is_that_one(run):
+    root, params = run
+    for name in (root, root / "checkpoints", root / "checkpoints" / "2"):
+        assert_params(pretrained.load(name).params, scaled(params, 2))
+    first = pretrained.load(root / "checkpoints" / "1")
+    assert_params(first.params, params)
+    assert first.prompt_format.prompt_template == "{prompt}\n"
+    # Its prompts are those it was trained on.
+    expected = first.tokenizer("2 + 2?\n")["input_ids"]
+    assert first.prompts(["2 + 2?"], max_length=99) == [expected]
+    assert first.stop_token_ids == (first.tokenizer.eos_token_id,)
+    with pytest.raises(ValueError, match=r"has the checkpoints \[1, 2\]; given '3'"):
+        pretrained.load(root / "checkpoints" / "3")
+
+
+def test_the_dtype_is_that_asked_for(run):
+    model = pretrained.load(run[0], dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+
+
+def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_path, capsys):
+    generate, out = script("generate"), tmp_path / "out.jsonl"
+    rows = [{"prompt": "Ann has 3 apples.", "id": 7}, {"prompt": "Ben"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model", str(folder), "--prompts", str(tmp_path / "in.jsonl"), "--n", "3"]
+    command += ["--max-tokens", "12", "--out", str(out)]
+    generate.generate(generate.arguments(command))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted((r["prompt_index"], r["sample"]) for r in lines) == [
+        (p, s) for p in range(2) for s in range(3)
+    ]
+    assert all(row["id"] == 7 for row in lines if row["prompt_index"] == 0)
+    shown = capsys.readouterr().out
+    ordered = sorted(lines, key=lambda r: (r["prompt_index"], r["sample"]))
+    place = 0
+    for row in ordered:
+        place = shown.index(f"--- prompt {row['prompt_index']}, completion {row['sample']}", place)
+        assert generate.printable(row["completion"]) in shown[place:]
+    with pytest.raises(ValueError, match="is there already"):
+        generate.generate(generate.arguments(command))
+
+
+def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):
+    generate = script("generate")
+    model = pretrained.load(folder)
+    screen = generate.Screen(model, 1, 2)
+    ids = model.tokenizer("3 apples and 4 pens")["input_ids"]
+    screen.push(0, 1, ids)  # the second waits for the first
+    assert "apples" not in capsys.readouterr().out
+    screen.push(0, 0, ids[:3])
+    assert model.tokenizer.decode(ids[:3]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "nothing to complete"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", ""], "empty"),
+    ],
+)
+def test_generate_tells_a_mistake_in_one_line(folder, command, message, monkeypatch, capsys):
+    generate = script("generate")
+    monkeypatch.setattr("sys.argv", ["generate.py", "--model", str(folder), *command])
+    assert generate.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_export_writes_the_parameters_of_a_checkpoint_and_overwrites_nothing(run, tmp_path):
+    export, out = script("export_hf"), tmp_path / "out"
+    root, params = run
+    command = ["--model", str(root / "checkpoints" / "1"), "--out", str(out)]
+    export.export(export.arguments(command))
+    read = pretrained.load(out)
+    assert_params(read.params, params)
+    assert read.tokenizer.get_vocab() == pretrained.load(root).tokenizer.get_vocab()
+    with pytest.raises(ValueError, match="is there already"):
+        export.export(export.arguments(command))
+
+
+class Hub:
+    """Stands in for the client of the hub."""
+
+    def __init__(self):
+        self.calls = []
+
+    def create_repo(self, name, **kwargs):
+        if name == "someone/else":
+            raise OSError("403 Forbidden\nmore")
+        self.calls.append(("create", name, kwargs))
+
+    def upload_folder(self, *, folder_path, repo_id):
+        files = sorted(path.name for path in Path(folder_path).iterdir())
+        self.calls.append(("upload", repo_id, files))
+
+
+def test_an_export_is_uploaded_privately_by_flag(folder, tmp_path, monkeypatch, capsys):
+    hub, export = Hub(), script("export_hf")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    command = ["--model", str(folder), "--out", str(tmp_path / "a"), "--push-to-hub", "me/it"]
+    export.export(export.arguments(command))
+    (_, name, kwargs), (_, uploaded_to, files) = hub.calls
+    assert (name, uploaded_to) == ("me/it", "me/it")
+    assert kwargs == {"private": True, "exist_ok": True}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert capsys.readouterr().out.endswith("https://huggingface.co/me/it\n")
+    command = ["--model", str(folder), "--out", str(tmp_path / "b"), "--push-to-hub"]
+    with pytest.raises(ValueError, match=r"not uploaded to 'someone/else': 403 Forbidden$"):
+        export.export(export.arguments([*command, "someone/else"]))
