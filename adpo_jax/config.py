@@ -38,8 +38,8 @@ def _algorithm() -> dict:
         "adv_estimator": "adpo",  # adpo | grpo | rloo
         "num_generations": 8,  # completions a prompt, >= 2
         "tau": 0.8,  # temperature of the anchored policy distribution
-        "use_adaptive_tau": True,
-        "adaptive_tau_alpha": 0.5,
+        "use_adaptive_tau": True,  # another tau for each prompt
+        "adaptive_tau_alpha": 0.5,  # how far it goes; 0 for not at all
         "adaptive_tau_min": 0.05,  # floor of the adapted tau
         "adaptive_tau_mode": "target_entropy",  # target_entropy | policy_entropy
         "adaptive_tau_max": placeholder(float),  # ceiling under policy_entropy; None for no ceiling
@@ -49,10 +49,9 @@ def _algorithm() -> dict:
         "beta_anchor_kl": 0.0,  # coefficient of the k3 penalty
         "drop_all_failed_prompts": False,  # prompts whose rewards are all <= 0 leave the loss
         "length_normalize": False,  # divide a completion's log-prob by its number of tokens
-        # grpo alone:
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "loss_aggregation": "token-mean",  # token-mean | sequence-mean
+        "clip_low": 0.2,  # grpo alone: ratios are clipped at 1 - clip_low
+        "clip_high": 0.2,  # grpo alone: and at 1 + clip_high
+        "loss_aggregation": "token-mean",  # grpo alone: token-mean | sequence-mean
     }
 
 
@@ -81,13 +80,13 @@ def _data() -> dict:
         "train_files": "embedded:arithmetic",
         "val_files": "",  # "" for no evaluation
         "train_split": "train",  # of a Hugging Face data set
-        "val_split": "test",
-        "prompt_key": "question",
+        "val_split": "test",  # of a Hugging Face data set
+        "prompt_key": "question",  # column of the prompts
         # Compared with the model's answer, after "####" where there is one; the reward function
         # gets it as `solution`. Evaluation grades with good_accuracy whatever the reward is.
         "answer_key": "answer",
         "prompt_template": "{prompt}",  # {prompt} and {any_column} are filled in
-        "system_prompt": "",
+        "system_prompt": "",  # "" for none
         "apply_chat_template": True,  # where the tokenizer has one
         "chat_template_kwargs": {},  # e.g. {"enable_thinking": False}
         "max_prompt_length": 512,  # tokens
@@ -110,12 +109,12 @@ def _model() -> dict:
 def _actor() -> dict:
     return {
         "optim": {
-            "lr": 1e-6,
+            "lr": 1e-6,  # peak learning rate of AdamW
             "weight_decay": 0.01,  # not on norms and biases
             "lr_warmup_steps": 0,  # optimizer steps
             "lr_scheduler_type": "constant",  # constant | cosine | linear
             "min_lr_ratio": 0.0,  # where cosine and linear end, as a fraction of lr
-            "betas": (0.9, 0.999),
+            "betas": (0.9, 0.999),  # of AdamW
         },
         "grad_clip": 1.0,  # global norm; 0 for none
         "ppo_mini_batch_size": 0,  # prompts an optimizer step; 0 for the whole iteration
@@ -125,10 +124,10 @@ def _actor() -> dict:
 
 def _rollout() -> dict:
     return {
-        "temperature": 1.0,
-        "top_p": 1.0,
+        "temperature": 1.0,  # divides the logits
+        "top_p": 1.0,  # keep the fewest tokens with this mass; 1 for all
         "top_k": -1,  # -1 for all tokens
-        "min_p": 0.0,
+        "min_p": 0.0,  # drop tokens less likely than this share of the likeliest
         "num_slots": 0,  # completions decoded at once; 0 for as many as fit (64 on a CPU)
         "cache_dtype": "",  # of keys and values: float32 | bfloat16 | int8; "" for that of compute
         "attention": "auto",  # decode kernel: auto | xla | pallas_tpu | pallas_gpu
@@ -143,10 +142,10 @@ def _sft() -> dict:
         "train_files": "",  # as data.train_files; rows with a prompt and a completion
         "completion_key": "completion",  # the column with the text to imitate
         "batch_size": 64,  # rows a step
-        "lr": 1e-3,
-        "lr_warmup_steps": 20,
-        "weight_decay": 0.01,
-        "betas": (0.9, 0.999),
+        "lr": 1e-3,  # peak; falls along a cosine to a tenth
+        "lr_warmup_steps": 20,  # optimizer steps
+        "weight_decay": 0.01,  # not on norms and biases
+        "betas": (0.9, 0.999),  # of AdamW
     }
 
 
@@ -160,8 +159,8 @@ def _mesh() -> dict:
 
 def _trainer() -> dict:
     return {
-        "project_name": "adpo_jax",
-        "experiment_name": "default",
+        "project_name": "adpo_jax",  # the run lies in runs/<project_name>/<experiment_name>
+        "experiment_name": "default",  # see project_name
         "total_epochs": 1,  # passes over the training prompts
         "total_training_steps": placeholder(int),  # iterations; wins over total_epochs
         "per_device_train_batch_size": 0,  # completions a device holds at once; 0 for all
@@ -171,8 +170,8 @@ def _trainer() -> dict:
         "save_total_limit": 3,  # checkpoints kept
         "test_freq": 50,  # iterations; 0 for before and after alone
         "log_samples_freq": 10,  # iterations between printed samples; 0 for never
-        "log_num_samples": 2,
-        "seed": 0,
+        "log_num_samples": 2,  # samples printed each time
+        "seed": 0,  # of weights, order of the prompts and sampling
     }
 
 

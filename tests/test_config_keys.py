@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -301,3 +302,11 @@ def test_each_key_on_the_command_line_changes_the_run(key):
 def test_every_key_is_walked():
     walked = {key for key in keys(default_config()) if not key.startswith("algorithm.")}
     assert set(WALK) == walked
+
+
+def test_the_reference_has_every_key_with_its_default_and_meaning():
+    script = Path(__file__).resolve().parents[1] / "scripts" / "make_config_reference.py"
+    made = runpy.run_path(str(script))
+    assert {entry.key for entry in made["entries"]()} == set(keys(default_config()))
+    written = made["REFERENCE"].read_text()
+    assert written == made["reference"](), "stale: run python scripts/make_config_reference.py"
