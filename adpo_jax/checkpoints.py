@@ -1,9 +1,57 @@
-"""Checkpoints of the whole training state, through orbax."""
+"""Checkpoints of the whole training state: atomic, checked bit by bit, written beside training.
 
+A checkpoint is a folder `<step>` of orbax's format. It appears under that name when it is complete,
+by a rename, and carries digests of its arrays, so that a restored state is either the saved one or
+known to be damaged; then the one before takes its place. A save that fails is retried.
+
+Left out: remote file systems, and state that is no pytree of arrays.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+_DELETED = ".deleted"
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class SaveError(OSError):
+    """Checkpoints failed to be written too often in a row."""
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be restored."""
+
+
+class _DamagedError(Exception):
+    """A checkpoint that is not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A state from the disk.
+
+    Attributes:
+      step: iterations done.
+      state: the tree of arrays.
+      metrics: those that were saved with it.
+    """
+
+    step: int
+    state: Any
+    metrics: dict[str, float]
 
 
 class Checkpoints:
@@ -13,54 +61,378 @@ class Checkpoints:
       folder: where they lie; made when missing.
       save_freq: iterations between two of them; 0 for `save` alone.
       keep: how many of the newest are kept.
+      best_metric: the checkpoint with the largest value of this metric is kept too, and a new
+        largest value is saved at once; "" for neither.
+      max_failures: failed saves in a row that stop the run.
+
+    On several processes all of them make the same calls.
     """
 
-    def __init__(self, folder: Path, *, save_freq: int, keep: int):
-        self._save_freq = save_freq
-        # On a CPU orbax would write from the very buffers that the next update reuses.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=jax.default_backend() != "cpu"
-        )
-        self._manager = ocp.CheckpointManager(Path(folder).resolve(), options=options)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        save_freq: int,
+        keep: int,
+        best_metric: str = "",
+        max_failures: int = 1,
+    ):
+        self._folder = Path(folder).resolve()
+        self._save_freq, self._keep = save_freq, keep
+        self._best_metric, self._max_failures = best_metric, max_failures
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._pending: int | None = None  # the step that is being written
+        self._owed = False  # the last save failed
+        self._failed_in_a_row = 0
+        self.num_failures = 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, ascending."""
+        return complete_steps(self._folder)
 
     @property
     def latest_step(self) -> int | None:
         """Iterations done in the newest checkpoint; None where there is none."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
-    def maybe_save(self, step: int, state) -> bool:
-        """Saves the state after `step` iterations where it is due; says whether it did."""
-        if self._save_freq and step % self._save_freq == 0:
-            return self.save(step, state)
-        return False
+    def is_due(self, step: int, metrics: dict[str, float] | None = None) -> bool:
+        """Whether the state after `step` iterations, with these metrics, is to be saved.
 
-    def save(self, step: int, state) -> bool:
-        """Saves the state after `step` iterations, unless that is saved already."""
-        if step in self._manager.all_steps():
+        Raises:
+          SaveError: when a save has failed meanwhile, after too many failures in a row.
+        """
+        if jax.process_count() == 1:  # several have to find out together, in `save`
+            self._notice()
+        due = self._save_freq and step % self._save_freq == 0
+        return bool(due or self._owed or self._is_best(metrics or {}))
+
+    def save(self, step: int, state, metrics: dict[str, float] | None = None) -> bool:
+        """Begins to save the state after `step` iterations, unless that is saved already.
+
+        The state may be donated as soon as this returns.
+
+        Args:
+          metrics: of that iteration, kept with it.
+
+        Raises:
+          SaveError: after too many failures in a row.
+        """
+        self.wait()
+        if step in self.steps:
             return False
-        return self._manager.save(step, args=ocp.args.StandardSave(state))
+        try:
+            content = _description(state) | {"metrics": metrics or {}}
+            # On a CPU orbax writes from the very buffers that the next update reuses.
+            arrays = _copy(state) if jax.default_backend() == "cpu" else state
+            self._pending = step
+            self._checkpointer.save(
+                self._folder / str(step),
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(arrays),
+                    description=ocp.args.JsonSave(_sealed(content)),
+                ),
+            )
+        except Exception as error:  # orbax has no common base, and nothing here may lose the run
+            self._failed(error)
+        return True
 
-    def restore_latest(self, like):
-        """The newest state.
+    def save_now(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
+        """Saves and waits until it is on the disk, trying again after a failure.
+
+        Raises:
+          SaveError: after too many failures in a row.
+        """
+        pause_s = 0.5
+        while True:
+            self.save(step, state, metrics)
+            self.wait()
+            if step in self.steps:
+                return
+            time.sleep(pause_s)
+            pause_s *= 2
+
+    def wait(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          SaveError: when it failed, after too many failures in a row.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._checkpointer.wait_until_finished()
+        except Exception as error:
+            failure = error
+        else:
+            failure = None
+        if not _on_all_processes(failure is None):
+            self._failed(failure or RuntimeError("another process could not write"))
+            return
+        self._pending, self._owed, self._failed_in_a_row = None, False, 0
+        self._prune()
+
+    def restore_latest(self, like) -> Restored:
+        """The newest state that is whole; damaged ones are moved aside, loudly.
 
         Args:
           like: a state of arrays with the wanted shapes, dtypes and shardings.
 
         Raises:
-          ValueError: when there is none, or its shapes are not those of `like`.
+          CheckpointError: when none is whole, or its arrays are not those of `like`.
         """
-        if self.latest_step is None:
-            raise ValueError(f"no checkpoint in {self._manager.directory}")
+        if not self.steps:
+            raise CheckpointError(f"no checkpoint in {self._folder}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(self.latest_step, args=ocp.args.StandardRestore(abstract))
+        reasons = []
+        for step in reversed(self.steps):
+            try:
+                return self._restore(step, abstract)
+            except _DamagedError as error:
+                reasons.append(f"{step}: {error}")
+                aside = self._move_aside(step)
+                print(
+                    f"WARNING: checkpoint {step} is damaged ({error}); moved to {aside}, "
+                    "trying the one before",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        raise CheckpointError(
+            f"every checkpoint in {self._folder} was damaged: {'; '.join(reasons)}. They lie in "
+            f"{self._aside}; start again in another folder"
+        )
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for what is being written; a failure of it is told, not raised."""
+        try:
+            self.wait()
+        except SaveError as error:
+            print(f"WARNING: {error}", file=sys.stderr, flush=True)
+        self._checkpointer.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+    # --- restoring
+
+    def _restore(self, step: int, abstract) -> Restored:
+        folder = self._folder / str(step)
+        try:
+            content = self._read_description(folder)
+        except Exception as error:
+            content, failure = None, error
+        else:
+            failure = None
+        if not _on_all_processes(failure is None):
+            raise _DamagedError(f"its description cannot be read: {_first_line(failure)}")
+        wanted = _shapes(abstract)
+        if content["arrays"] != wanted:
+            raise CheckpointError(_mismatch(folder, content["arrays"], wanted))
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = self._checkpointer.restore(folder, args=args).state
+        except Exception as error:
+            state, failure = None, error
+        if not _on_all_processes(failure is None):
+            raise _DamagedError(_first_line(failure))
+        digests = _digests(state)
+        changed = [name for name in digests if digests[name] != content["digests"][name]]
+        if changed:
+            raise _DamagedError(f"bits have changed in {', '.join(changed[:4])}")
+        return Restored(step, state, content["metrics"])
+
+    def _read_description(self, folder: Path) -> dict:
+        args = ocp.args.Composite(description=ocp.args.JsonRestore())
+        return _unsealed(self._checkpointer.restore(folder, args=args).description)
+
+    @property
+    def _aside(self) -> Path:
+        return self._folder.with_name("damaged_checkpoints")
+
+    def _move_aside(self, step: int) -> Path:
+        self._aside.mkdir(exist_ok=True)
+        number = len(list(self._aside.iterdir()))
+        target = self._aside / f"{step}-{number}"
+        if jax.process_index() == 0:
+            (self._folder / str(step)).rename(target)
+        _barrier("moved a damaged checkpoint aside")
+        return target
+
+    # --- keeping house
+
+    def _notice(self) -> None:
+        """Takes note of a save that has ended meanwhile, well or badly."""
+        if self._pending is None:
+            return
+        try:
+            self._checkpointer.check_for_errors()
+        except Exception as error:
+            self._failed(error)
+            return
+        if self._pending in self.steps:
+            self.wait()
+
+    def _failed(self, error: Exception) -> None:
+        step, self._pending, self._owed = self._pending, None, True
+        self._failed_in_a_row += 1
+        self.num_failures += 1
+        self._sweep()
+        text = (
+            f"checkpoint {step} could not be written to {self._folder} "
+            f"({self._failed_in_a_row} in a row): {_first_line(error)}"
+        )
+        if self._failed_in_a_row >= self._max_failures:
+            left = f"the newest whole checkpoint is {self.latest_step}"
+            raise SaveError(f"{text}; {left}") from error
+        print(f"WARNING: {text}; trying again", file=sys.stderr, flush=True)
+
+    def _sweep(self) -> None:
+        """Removes what a process that died, or a save that failed, left half done."""
+        if jax.process_index() == 0:
+            for path in self._folder.iterdir():
+                if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
+        _barrier("swept the checkpoints")
+
+    def _prune(self) -> None:
+        kept = {*self.steps[-self._keep :], *self._best_steps()}
+        for step in self.steps:
+            if step not in kept and jax.process_index() == 0:
+                # Renamed first: a folder under its own name is a whole checkpoint.
+                doomed = self._folder / f"{step}{_DELETED}"
+                (self._folder / str(step)).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+        _barrier("pruned the checkpoints")
+
+    def _best_steps(self) -> list[int]:
+        """The step of the best checkpoint, the first of equals; empty where there is none."""
+        values = self._values()
+        return [max(values, key=lambda step: (values[step], -step))] if values else []
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        value = metrics.get(self._best_metric, math.nan)
+        return math.isfinite(value) and value > max(self._values().values(), default=-math.inf)
+
+    def _values(self) -> dict[int, float]:
+        """The best metric of each checkpoint that has it."""
+        if not self._best_metric:
+            return {}
+        values = {}
+        for step in self.steps:
+            try:
+                metrics = self._read_description(self._folder / str(step))["metrics"]
+            except Exception:  # damaged: found out, and told, when it is restored
+                continue
+            value = metrics.get(self._best_metric)
+            if value is not None and math.isfinite(value):
+                values[step] = value
+        return values
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints lie complete in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+# --- what is kept beside the arrays
+
+
+def _description(state) -> dict:
+    return {"arrays": _shapes(state), "digests": _digests(state)}
+
+
+def _shapes(tree) -> dict[str, list]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
+    }
+
+
+def _mismatch(folder: Path, there: dict, wanted: dict) -> str:
+    differing = [
+        f"{name}: {there.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    ]
+    return (
+        f"{folder} holds the state of another model, optimizer or anchor: "
+        f"{'; '.join(differing[:4])} ({len(differing)} arrays differ). Use the config it was "
+        "written with, or another folder"
+    )
+
+
+def _sealed(content: dict) -> dict:
+    text = json.dumps(content, sort_keys=True)
+    return {"content": text, "crc32": zlib.crc32(text.encode())}
+
+
+def _unsealed(sealed: dict) -> dict:
+    text = sealed["content"]
+    if zlib.crc32(text.encode()) != sealed["crc32"]:
+        raise ValueError("its checksum is wrong")
+    return json.loads(text)
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = "" if error is None else str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _digests(tree) -> dict[str, str]:
+    """A digest of every array, the same on every mesh."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    numbers = jax.device_get(_digests_on_device([leaf for _, leaf in leaves]))
+    return {
+        jax.tree_util.keystr(path): "".join(f"{int(n):08x}" for n in np.asarray(digest))
+        for (path, _), digest in zip(leaves, numbers)
+    }
+
+
+@jax.jit
+def _digests_on_device(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_digest(leaf) for leaf in leaves]
+
+
+def _digest(x: jax.Array) -> jax.Array:
+    """[2] uint32: two sums mod 2**32 of the elements' bits, each mixed with the element's place.
+
+    Integer sums have no order, so that every sharding gives the same. For a given place each term
+    is a bijection of the bits: a single changed element always changes both sums.
+    """
+    width = jnp.dtype(x.dtype).itemsize * 8
+    bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = bits + place * jnp.uint32(0x9E3779B9)
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # the finaliser of MurmurHash3
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    weighted = bits * (2 * place + 1)
+    return jnp.stack([jnp.sum(weighted), jnp.sum(mixed ^ (mixed >> 16))])
+
+
+@jax.jit
+def _copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+# --- several processes
+
+
+def _on_all_processes(ok: bool) -> bool:
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -167,7 +167,15 @@ def _trainer() -> dict:
         "gradient_checkpointing": "none",  # none | full | save_dots; "true" means full
         "bf16": True,  # compute in bfloat16; parameters and optimizer stay float32
         "save_freq": 50,  # iterations; 0 for the end alone
-        "save_total_limit": 3,  # checkpoints kept
+        "save_total_limit": 3,  # checkpoints kept, the newest
+        "best_metric": "",  # e.g. eval/accuracy: its largest value is saved at once and kept too
+        "max_save_failures": 3,  # failed saves in a row that stop the run
+        "grace_period_s": 30.0,  # seconds from SIGTERM or Ctrl-C to the exit
+        "on_bad_update": "stop",  # stop | skip: loss, gradient or reward not finite, anchor too far
+        "max_bad_updates": 3,  # skipped iterations in a row that stop the run all the same
+        "max_anchor_kl": 0.0,  # nats a token; an update beyond it is bad; 0 for no limit
+        "rollout_data_dir": "",  # within the run's folder: where every rollout is recorded
+        "compilation_cache_dir": "~/.cache/adpo_jax/xla",  # compiled programs; "" for none
         "test_freq": 50,  # iterations; 0 for before and after alone
         "log_samples_freq": 10,  # iterations between printed samples; 0 for never
         "log_num_samples": 2,  # samples printed each time

@@ -33,6 +33,7 @@ class Learner:
       schedule: the optimizer's learning rate by optimizer step, for the log.
       temperature: of the sampler.
       seed: of the order of prompts over mini-batches.
+      max_anchor_kl: nats a token beyond which an optimizer step is skipped; 0 for no limit.
     """
 
     policy: Policy
@@ -43,6 +44,7 @@ class Learner:
     plan: BatchPlan
     temperature: float = 1.0
     seed: int = 0
+    max_anchor_kl: float = 0.0
 
     @functools.cached_property
     def _update(self) -> Callable:
@@ -52,6 +54,7 @@ class Learner:
             self.optimizer,
             num_micro=self.plan.num_micro,
             temperature=self.temperature,
+            max_anchor_kl=self.max_anchor_kl,
         )
 
     @functools.cached_property
@@ -94,10 +97,8 @@ class Learner:
           rewards_PG: [P, G] float32.
 
         Returns:
-          The new state, one iteration on, and the iteration's metrics.
-
-        Raises:
-          FloatingPointError: for a loss or gradient that is not finite.
+          The new state, one iteration on, and the iteration's metrics; "update/skipped" is the
+          share of its optimizer steps that were not sound and left the parameters as they were.
         """
         step = int(state.step)
         anchor_log_probs, entropy_P = self._anchor_forward(state, batch)
@@ -111,7 +112,6 @@ class Learner:
             state, metrics = self._update(state, *self.put(part))
             history.append(jax.device_get(metrics))
         metrics = _iteration_metrics(history, self.plan.epochs)
-        _check_finite(metrics, step)
         metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
 
         anchor_params, renewed = self.anchor.refresh(
@@ -176,12 +176,3 @@ def _iteration_metrics(history: list[dict], epochs: int) -> dict[str, float]:
             by_token = name.endswith(_TOKEN_MEANS) and sum(tokens) > 0
             metrics[name] = float(np.average(values, weights=tokens if by_token else None))
     return metrics
-
-
-def _check_finite(metrics: dict[str, float], step: int) -> None:
-    for name, value in metrics.items():
-        watched = name.endswith("/loss") or name == "update/grad_norm"
-        if watched and not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} is {value} in iteration {step + 1}; the last checkpoint is from before"
-            )

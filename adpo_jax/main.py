@@ -2,11 +2,20 @@
 
     python -m adpo_jax.main --config=configs/gsm8k.py [--workdir=DIR] [--config.key=value ...]
 
-Exit codes: 0 done, 2 a mistake in config, data, model or reward function, 1 anything else.
+Exit codes:
+
+    0    done
+    1    a fault of this program
+    2    a mistake in the command line, config, data, model, run folder or reward function
+    3    the training was stopped by its settings: updates that are not sound
+    4    the disk: no checkpoint could be written
+    75   interrupted by SIGTERM, SIGINT or a preemption notice; the same command goes on
+    130  a second Ctrl-C
 """
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -14,59 +23,110 @@ from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.config_checks import check_overrides
 from adpo_jax.host_memory import use_huge_pages
-from adpo_jax.rewards import RewardError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "the run's folder; runs/<project_name>/<experiment_name> if not given"
 )
-_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake in config or data")
+_RESUME = flags.DEFINE_string(
+    "resume", "auto", "auto: go on with the run in the folder if there is one | never | must"
+)
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "resume under a config that changes what the run is"
+)
+_REPLAY = flags.DEFINE_string(
+    "replay", None, "a folder of recorded rollouts to train from, in place of a sampler"
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 
 USER_ERROR = 2
+STOPPED = 3
+DISK_ERROR = 4
 
 
 def main(argv: list[str]) -> int:
     """Trains what the config says; returns the exit code."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
+        return _failed(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
     config = _CONFIG.value
     if config is None:
-        raise app.UsageError("--config is missing, for example --config=configs/arithmetic.py")
+        return _failed("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
-    from adpo_jax import train  # after the flags, so that --help is quick
+    # After the flags, so that --help is quick.
+    from adpo_jax import compilation_cache, train
+    from adpo_jax.checkpoints import CheckpointError
+    from adpo_jax.guard import TrainingStopped
+    from adpo_jax.interruption import EXIT_CODE, Interrupted, Interruption
+    from adpo_jax.rewards import RewardError
 
-    try:
-        prepared = train.prepare(config, Path(_WORKDIR.value or default_workdir(config)))
-    except ValueError as error:
-        if _DEBUG.value:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    try:
-        train.run(*prepared)
-    except RewardError as error:
-        if _DEBUG.value:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    with Interruption(config.trainer.grace_period_s) as interruption:
+        try:
+            with interruption.abandonable():
+                compilation_cache.use(config.trainer.compilation_cache_dir)
+                prepared = train.prepare(
+                    config,
+                    Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(config),
+                    resume=_RESUME.value,
+                    allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+                    replay=Path(_REPLAY.value) if _REPLAY.value else None,
+                )
+        except ValueError as error:
+            return _failed(error)
+        except Interrupted as reason:
+            return _failed(f"stopped by {reason}; nothing had been begun", EXIT_CODE)
+        try:
+            train.run(prepared, interruption)
+        except (RewardError, CheckpointError) as error:
+            return _failed(error)
+        except TrainingStopped as error:
+            return _failed(error, STOPPED)
+        except OSError as error:
+            return _failed(error, DISK_ERROR)
+        except Interrupted:
+            return EXIT_CODE
     return 0
 
 
 def default_workdir(config: ConfigDict) -> Path:
-    """The folder of a run that names none."""
-    return Path("runs") / config.trainer.project_name / config.trainer.experiment_name
+    """The folder of a run that names none.
+
+    Raises:
+      ValueError: where a link leads out of `runs/`.
+    """
+    runs = Path("runs")
+    folder = runs / config.trainer.project_name / config.trainer.experiment_name
+    if not folder.resolve().is_relative_to(runs.resolve()):
+        raise ValueError(f"{folder} leads out of {runs}/ to {folder.resolve()}; give a --workdir")
+    return folder
 
 
 def run() -> None:
     """What `python -m adpo_jax.main` does."""
     use_huge_pages()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    app.run(main, flags_parser=_parsed)
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    """Parses the flags; exits with code 2 for a mistake in them or in the config file."""
+    debug = "--debug" in argv
     try:
-        check_overrides(sys.argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        check_overrides(argv)
+        return flags.FLAGS(argv)
+    except Exception as error:  # a config file is a program: anything may go wrong in it
+        if debug:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: " * (not isinstance(error, ValueError | flags.Error))
+        print(f"error: {what}{error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    app.run(main)
+
+
+def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:
+    """Tells what went wrong; returns the exit code."""
+    if _DEBUG.value and isinstance(error, BaseException):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -186,6 +186,7 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
         plan=plan,
         temperature=config.actor_rollout_ref.rollout.temperature,
         seed=config.trainer.seed,
+        max_anchor_kl=config.trainer.max_anchor_kl,
     )
 
 

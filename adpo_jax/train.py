@@ -6,8 +6,9 @@ the optimizer steps of an iteration (`learner`).
 """
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import data, setup, sft
+from adpo_jax import data, recording, setup, sft
 from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
 from adpo_jax.evaluate import evaluate
+from adpo_jax.guard import SKIPPED, Guard
+from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.progress import Progress
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import (
+    GradedRollout,
     Prompts,
     generate_and_grade,
     make_batch,
@@ -34,13 +38,34 @@ from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
 from adpo_jax.update import TrainState, init_state
 
+# The completions of an iteration: (step from 0, parameters) -> prompts and graded completions.
+Rollouts = Callable[[int, Any], tuple[Prompts, GradedRollout]]
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that can be started: everything checked, its folder claimed.
+
+    Attributes:
+      config: the final one.
+      params: what a fresh run starts from; None where there is a checkpoint to go on from.
+      rollouts: the sampler and the reward functions, or a recording.
+    """
+
+    config: ConfigDict
+    parts: Parts
+    folder: RunFolder
+    params: Any
+    rollouts: Rollouts
+
+
+def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
     """Trains a policy, or goes on training it.
 
     Args:
       config: any config of `configs/`.
       workdir: the run's folder. One with a run of the same config is resumed.
+      options: as for `prepare`.
 
     Returns:
       The metrics of the last evaluation; empty where the config names no evaluation data.
@@ -48,57 +73,86 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     Raises:
       ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
-      FloatingPointError: for a loss or gradient that is not finite.
+      TrainingStopped: for updates that are not sound, by the settings of the config.
+      SaveError: when no checkpoint can be written.
     """
-    return run(*prepare(config, workdir))
+    return run(prepare(config, workdir, **options))
 
 
-def prepare(config: ConfigDict, workdir: Path) -> tuple[ConfigDict, Parts, RunFolder, Any]:
+def prepare(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    resume: str = "auto",
+    allow_config_change: bool = False,
+    replay: Path | None = None,
+) -> Run:
     """Finds every mistake that can be found before training, then claims the run's folder.
 
-    Returns:
-      The arguments of `run`: the final config, the parts, the folder, and the parameters that a
-      fresh run starts from (None where there is a checkpoint to go on from).
+    Args:
+      resume: "auto" goes on with the run in the folder where there is one, "never" refuses such a
+        folder, "must" any other.
+      allow_config_change: resume under a config that changes what the run is.
+      replay: a folder of recorded rollouts to train from, in place of a sampler.
 
     Raises:
       ValueError: nothing has been written then.
     """
     config = finalized(config)
     folder = RunFolder(Path(workdir))
-    folder.check(config)
+    options = {
+        "replay": replay,
+        "resume": resume,
+        "allow_config_change": allow_config_change,
+    }
+    folder.check(config, **options)
     parts = setup.build(config)
+    rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
     params = None if folder.has_checkpoint else parts.initial_params()
-    folder.claim(config)
-    return config, parts, folder, params
+    folder.claim(config, **options)
+    return Run(config, parts, folder, params, rollouts)
 
 
-def run(config: ConfigDict, parts: Parts, folder: RunFolder, params) -> dict[str, float]:
-    """Trains, from `params` or from the newest checkpoint; see `train`."""
+def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
+    """Trains, from the given parameters or from the newest checkpoint; see `train`.
+
+    Raises:
+      Interrupted: when `interruption` asked for it; the state has been saved.
+    """
+    config, parts, folder = run.config, run.parts, run.folder
+    interruption = interruption or Interruption()
     _announce(parts, folder)
     with (
+        folder,
         parts.reward_model,
         Checkpoints(
             folder.checkpoints,
             save_freq=config.trainer.save_freq,
             keep=config.trainer.save_total_limit,
+            best_metric=config.trainer.best_metric,
+            max_failures=config.trainer.max_save_failures,
         ) as checkpoints,
     ):
-        first = checkpoints.latest_step
-        purge_step = 0 if first is None else first + 1
+        restored = None
+        if checkpoints.steps:
+            restored = checkpoints.restore_latest(parts.learner.abstract_state())
+        purge_step = 0 if restored is None else restored.step + 1
         with contextlib.closing(metrics_lib.make_writer(folder.root, purge_step)) as writer:
-            if first is None:
-                state = _start(config, parts, params, folder, writer)
-                checkpoints.save(0, state)
+            if restored is None:
+                with interruption.abandonable():
+                    state, metrics = _start(run, writer)
+                writer.flush()
+                checkpoints.save(0, state, metrics)
             else:
-                state = checkpoints.restore_latest(parts.learner.abstract_state())
-                print(f"going on after iteration {first}", flush=True)
-            state = _iterate(config, parts, state, folder, writer, checkpoints)
-            checkpoints.save(int(state.step), state)
-        if not folder.export.exists():
-            parts.policy.save_pretrained(folder.export, state.params, parts.tokenizer)
+                print(f"going on after iteration {restored.step}", flush=True)
+                state, metrics = restored.state, restored.metrics
+                del restored  # or the donated state would be held on to
+            state = _iterate(run, state, metrics, writer, checkpoints, interruption)
+        with interruption.abandonable():
+            _export(parts, folder, state)
         print(f"done; the policy is in {folder.export}", flush=True)
-        last = metrics_lib.read_jsonl(folder.root / "metrics.jsonl")
-        evaluations = [row for row in last if "eval/accuracy" in row]
+        rows = metrics_lib.read_jsonl(folder.metrics)
+        evaluations = [row for row in rows if "eval/accuracy" in row]
         return {k: v for k, v in evaluations[-1].items() if "eval/" in k} if evaluations else {}
 
 
@@ -111,37 +165,105 @@ def _announce(parts: Parts, folder: RunFolder) -> None:
     )
 
 
-def _start(config, parts: Parts, params, folder: RunFolder, writer) -> TrainState:
+def _start(run: Run, writer) -> tuple[TrainState, dict[str, float]]:
     """The cold start, and what the policy can do before the first iteration."""
+    parts, params, metrics = run.parts, run.params, {}
     if parts.cold_start:
-        params = _cold_start(config, parts, params, writer)
+        params = _cold_start(run.config, parts, params, writer)
     state = parts.learner.init_state(params)
     if parts.val_prompts:
-        metrics = _evaluate(parts, state, folder, 0)
+        metrics = _evaluate(parts, state, run.folder, 0)
         writer.write_scalars(0, metrics)
         print(f"before training: accuracy {metrics['eval/accuracy']:.3f}", flush=True)
-    return state
+    return state, metrics
 
 
 def _iterate(
-    config, parts: Parts, state: TrainState, folder, writer, checkpoints: Checkpoints
+    run: Run,
+    state: TrainState,
+    metrics: dict[str, float],
+    writer,
+    checkpoints: Checkpoints,
+    interruption: Interruption,
 ) -> TrainState:
-    """The loop."""
-    start, num_steps = int(state.step), parts.num_steps
-    root_key = jax.random.key(config.trainer.seed)
-    test_freq = config.trainer.test_freq
-    with Progress("iteration", num_steps, start) as progress:
-        for step in range(start, num_steps):
-            prompts = _prompts_for_step(config, parts.train_prompts, step)
-            key = jax.random.fold_in(root_key, step)
-            state, metrics, samples = _iteration(config, parts, state, prompts, key, folder)
-            done = step + 1
-            if parts.val_prompts and (done == num_steps or (test_freq and done % test_freq == 0)):
-                metrics |= _evaluate(parts, state, folder, done)
-            writer.write_scalars(done, metrics)
-            _show(config, progress, folder, done, metrics, samples)
-            checkpoints.maybe_save(done, state)
+    """The loop; `metrics` are those of the iteration that `state` comes from."""
+    config, folder = run.config, run.folder
+    start, num_steps = int(state.step), run.parts.num_steps
+    guard = Guard(config.trainer.on_bad_update, config.trainer.max_bad_updates)
+    rows = metrics_lib.read_jsonl(folder.metrics)
+    guard.resume(rows)
+    try:
+        with Progress("iteration", num_steps, start) as progress:
+            if metrics and (not rows or rows[-1]["step"] < start):
+                # Interrupted between the update and the end of its evaluation.
+                with interruption.abandonable():
+                    metrics |= _due_evaluation(run, state, metrics)
+                writer.write_scalars(start, metrics)
+            for step in range(start, num_steps):
+                interruption.check(step)
+                with interruption.abandonable():
+                    prompts, graded = run.rollouts(step, state.params)
+                if config.trainer.rollout_data_dir:
+                    recording.write(folder.recordings(config), step + 1, prompts, graded)
+                state, metrics = _learn(config, run.parts, state, prompts, graded)
+                evidence = ""
+                if metrics[SKIPPED]:
+                    evidence = str(recording.write(folder.bad_batches, step + 1, prompts, graded))
+                guard.check(step + 1, metrics, evidence)
+                with interruption.abandonable():
+                    metrics |= _due_evaluation(run, state, metrics)
+                if checkpoints.num_failures:
+                    metrics["checkpoint/failures"] = float(checkpoints.num_failures)
+                writer.write_scalars(step + 1, metrics)
+                _show(config, progress, folder, step + 1, metrics, prompts, graded)
+                if checkpoints.is_due(step + 1, metrics):
+                    writer.flush()  # what a checkpoint has behind it is in the log
+                    checkpoints.save(step + 1, state, metrics)
+    except Interrupted as reason:
+        writer.flush()
+        checkpoints.save_now(int(state.step), state, metrics)
+        print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
+        raise
+    writer.flush()
+    checkpoints.save_now(num_steps, state, metrics)
     return state
+
+
+def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
+    """Samples completions of the step's prompts, and grades them."""
+    root_key = jax.random.key(config.trainer.seed)
+
+    def rollouts(step: int, params):
+        prompts = _prompts_for_step(config, parts.train_prompts, step)
+        key = jax.random.fold_in(root_key, step)
+        try:
+            graded = generate_and_grade(
+                parts.engine,
+                params,
+                prompts,
+                parts.sampling,
+                key,
+                parts.tokenizer,
+                parts.reward_model,
+            )
+        except RewardError as error:
+            folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
+            raise
+        return prompts, graded
+
+    return rollouts
+
+
+def _replayed(config, parts: Parts, replay: Path) -> Rollouts:
+    """Reads what another run recorded."""
+    recording.check(
+        replay,
+        range(1, parts.num_steps + 1),
+        num_prompts=config.data.train_batch_size,
+        num_samples=config.algorithm.num_generations,
+        max_tokens=config.data.max_response_length,
+    )
+    return lambda step, params: recording.read(replay, step + 1)
 
 
 def _prompts_for_step(config, prompts: Prompts, step: int) -> Prompts:
@@ -154,32 +276,37 @@ def _prompts_for_step(config, prompts: Prompts, step: int) -> Prompts:
     return prompts.select(rows)
 
 
-def _iteration(
-    config, parts: Parts, state: TrainState, prompts: Prompts, key: jax.Array, folder: RunFolder
-) -> tuple[TrainState, dict[str, float], list[dict]]:
-    """One iteration: (new state, metrics, one record a completion)."""
-    G = parts.sampling.n
-    try:
-        graded = generate_and_grade(
-            parts.engine,
-            state.params,
-            prompts,
-            parts.sampling,
-            key,
-            parts.tokenizer,
-            parts.reward_model,
-        )
-    except RewardError as error:
-        folder.write_samples(f"reward_error_{int(state.step) + 1:06d}", [error.sample or {}])
-        raise
+def _learn(
+    config, parts: Parts, state: TrainState, prompts: Prompts, graded: GradedRollout
+) -> tuple[TrainState, dict[str, float]]:
+    """The update, and the metrics of the iteration."""
+    G = config.algorithm.num_generations
     times = dict(zip(("time/rollout", "time/reward"), graded.seconds))
     with _timed(times, "time/update"):
         batch = make_batch(prompts, graded.out, max_prompt_length=config.data.max_prompt_length)
         state, metrics = parts.learner.learn(state, batch, graded.scores.total.reshape(-1, G))
     metrics |= reward_metrics(graded.scores, G)
     metrics |= rollout_metrics(graded.out, times["time/rollout"]) | times
-    texts = prompts.repeated_columns(G)[config.data.prompt_key]
-    return state, metrics, sample_records(texts, graded)
+    return state, metrics
+
+
+def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:
+    """The metrics of an evaluation where one is due after `state.step` iterations."""
+    done, test_freq = int(state.step), run.config.trainer.test_freq
+    due = done == run.parts.num_steps or (test_freq and done % test_freq == 0)
+    if not run.parts.val_prompts or not due or "eval/accuracy" in metrics:
+        return {}
+    return _evaluate(run.parts, state, run.folder, done)
+
+
+def _export(parts: Parts, folder: RunFolder, state: TrainState) -> None:
+    """Writes the policy, unless the export is of this very state."""
+    step = int(state.step)
+    if folder.exported_step != step:
+        parts.policy.save_pretrained(
+            folder.export, state.params, parts.tokenizer, overwrite=folder.export.exists()
+        )
+        folder.note_export(step)
 
 
 def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> dict[str, float]:
@@ -220,7 +347,15 @@ def _cold_start(config, parts: Parts, params, writer):
     return state.params
 
 
-def _show(config, progress, folder: RunFolder, step: int, metrics: dict, samples: list[dict]):
+def _show(
+    config,
+    progress: Progress,
+    folder: RunFolder,
+    step: int,
+    metrics: dict[str, float],
+    prompts: Prompts,
+    graded: GradedRollout,
+) -> None:
     """The progress line, and now and then a few completions with their rewards."""
     note = (
         f"reward {metrics['reward/mean']:.3f}  length {metrics['rollout/length_mean']:.1f}  "
@@ -232,6 +367,8 @@ def _show(config, progress, folder: RunFolder, step: int, metrics: dict, samples
     freq = config.trainer.log_samples_freq
     if not freq or step % freq:
         return
+    texts = prompts.repeated_columns(config.algorithm.num_generations)[config.data.prompt_key]
+    samples = sample_records(texts, graded)
     folder.write_samples(f"train_{step:06d}", samples)
     shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
     progress.print_samples([samples[i] for i in shown[: config.trainer.log_num_samples]])

@@ -133,6 +133,7 @@ def make_update(
     *,
     num_micro: int = 1,
     temperature: float = 1.0,
+    max_anchor_kl: float = 0.0,
 ) -> Callable:
     """The optimizer step, a jitted `(state, batch, scores, anchor_log_probs) -> (state, metrics)`.
 
@@ -140,6 +141,10 @@ def make_update(
       algorithm: `losses.Adpo`, `losses.Grpo` or `losses.Rloo`.
       num_micro: micro-batches whose gradients are summed; divides the number of prompts.
       temperature: of the sampler; the log-probs of the loss are tempered alike.
+      max_anchor_kl: nats a token to the anchor beyond which the step is skipped; 0 for no limit.
+
+    A step whose loss or gradient is not finite is skipped too: the state stays as it was and
+    "update/skipped" is 1.
 
     The returned function takes the state (donated), a `Batch` of P prompts, the scores of
     `algorithm.score` for those prompts, and the anchor's log-probs [P, G, T], or None where the
@@ -176,9 +181,26 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = _batch_metrics(sums) | {"update/grad_norm": optax.global_norm(grads)}
+        sound = _is_sound(metrics, max_anchor_kl)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        metrics["update/skipped"] = 1.0 - sound
         return state.replace(params=params, opt_state=opt_state), metrics
 
     return jax.jit(update, donate_argnums=0)
+
+
+def _is_sound(metrics: dict[str, jax.Array], max_anchor_kl: float) -> jax.Array:
+    """Whether loss and gradient are finite and the anchor near."""
+    watched = [v for k, v in metrics.items() if k.endswith("/loss") or k == "update/grad_norm"]
+    sound = jnp.all(jnp.isfinite(jnp.stack(watched)))
+    if max_anchor_kl:
+        kls = [value for name, value in metrics.items() if name.endswith("/anchor_kl")]
+        sound &= jnp.max(jnp.stack(kls)) <= max_anchor_kl
+    return sound
 
 
 def _sampling_sums(log_probs, entropy, batch: Batch) -> dict[str, jax.Array]:

@@ -150,7 +150,8 @@ class FakeLearner(Learner):
     """Counts iterations."""
 
     def learn(self, state, batch, rewards_PG):
-        return state.replace(step=state.step + 1), {"policy/entropy": 0.0}
+        metrics = {"policy/entropy": 0.0, "update/skipped": 0.0}
+        return state.replace(step=state.step + 1), metrics
 
 
 def road(config):

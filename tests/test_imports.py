@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # From the ground up to the road and the command line. Those of a line do not import each other,
 # except from left to right.
 ROAD = [
-    "clu_without_tensorflow host_memory sharding rope groups safetensors_files",
-    "rewards data arithmetic run_folder metrics progress config config_checks batch_plan",
+    "clu_without_tensorflow host_memory compilation_cache sharding rope groups safetensors_files",
+    "rewards data arithmetic redaction metrics progress config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
     "attention model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
-    "optimizer checkpoints",
+    "optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
-    "update rollout sft learner evaluate",
+    "update rollout recording sft learner evaluate",
     "loading pretrained setup train adapters main",
 ]
 

@@ -215,13 +215,34 @@ def test_a_kept_anchor_survives_the_donation_of_the_state(mode):
     assert metrics["adpo/anchor_kl"] > 0.0
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_iteration():
+def test_a_step_that_is_not_sound_leaves_the_state_as_it_was():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
-    params = params | {"final_norm": params["final_norm"] * np.nan}
-    learner = make_learner(policy)
-    with pytest.raises(FloatingPointError, match="in iteration 1"):
-        learner.learn(learner.init_state(params), batch, rewards)
+    learner = make_learner(policy, lr=0.5)
+    before = jax.device_get(params)
+    state = learner.init_state(params)
+    opt_before = jax.device_get(state.opt_state)
+    state, metrics = learner.learn(state, batch, np.where(rewards > 1.0, np.inf, rewards))
+    assert metrics["update/skipped"] == 1.0
+    assert not np.isfinite(metrics["update/grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, opt_before)
+    state, metrics = learner.learn(state, batch, rewards)
+    assert metrics["update/skipped"] == 0.0
+    assert int(state.step) == 2
+
+
+def test_a_step_beyond_the_largest_anchor_kl_is_skipped():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    for limit, skipped in ((1e-6, 1.0), (10.0, 0.0)):
+        learner = make_learner(policy, anchor=Anchor("fixed"), lr=0.5)
+        learner = dataclasses.replace(learner, max_anchor_kl=limit)
+        state = learner.init_state(jax.tree.map(jnp.copy, params))
+        state, metrics = learner.learn(state, batch, rewards)
+        assert metrics["update/skipped"] == 0.0  # the anchor is the policy
+        state, metrics = learner.learn(state, batch, rewards)
+        assert metrics["update/skipped"] == skipped
 
 
 def test_mini_batches_do_not_change_counts_and_token_means():
