@@ -53,13 +53,13 @@ def main(argv: list[str]) -> int:
         return _failed("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
     # After the flags, so that --help is quick.
-    from adpo_jax import compilation_cache, train
+    from adpo_jax import compilation_cache, setup, train
     from adpo_jax.checkpoints import CheckpointError
     from adpo_jax.guard import TrainingStopped
-    from adpo_jax.interruption import EXIT_CODE, Interrupted, Interruption
+    from adpo_jax.interruption import EXIT_CODE, Interrupted
     from adpo_jax.rewards import RewardError
 
-    with Interruption(config.trainer.grace_period_s) as interruption:
+    with setup.make_interruption(config) as interruption:
         try:
             with interruption.abandonable():
                 compilation_cache.use(config.trainer.compilation_cache_dir)

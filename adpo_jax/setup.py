@@ -7,6 +7,7 @@ plain arguments.
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -15,7 +16,10 @@ from ml_collections import ConfigDict
 from adpo_jax import loading, losses, optimizer, sharding
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan, batch_plan
+from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.engine import Engine
+from adpo_jax.guard import Guard
+from adpo_jax.interruption import Interruption
 from adpo_jax.learner import Learner
 from adpo_jax.loading import Demonstrations, ModelSource
 from adpo_jax.policy import Policy
@@ -172,6 +176,28 @@ def make_engine(config: ConfigDict, policy: Policy) -> Engine:
         group_size=config.algorithm.num_generations,
         free_cache_engine=c.free_cache_engine,
     )
+
+
+def make_checkpoints(config: ConfigDict, folder: Path) -> Checkpoints:
+    """The checkpoints of a run, in this folder."""
+    c = config.trainer
+    return Checkpoints(
+        folder,
+        save_freq=c.save_freq,
+        keep=c.save_total_limit,
+        best_metric=c.best_metric,
+        max_failures=c.max_save_failures,
+    )
+
+
+def make_guard(config: ConfigDict) -> Guard:
+    """What watches over the updates."""
+    return Guard(config.trainer.on_bad_update, config.trainer.max_bad_updates)
+
+
+def make_interruption(config: ConfigDict) -> Interruption:
+    """What takes the signals over."""
+    return Interruption(config.trainer.grace_period_s)
 
 
 def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps: int) -> Learner:

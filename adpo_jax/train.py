@@ -21,7 +21,7 @@ from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
 from adpo_jax.evaluate import evaluate
-from adpo_jax.guard import SKIPPED, Guard
+from adpo_jax.guard import SKIPPED
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.progress import Progress
 from adpo_jax.rewards import RewardError
@@ -125,13 +125,7 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
     with (
         folder,
         parts.reward_model,
-        Checkpoints(
-            folder.checkpoints,
-            save_freq=config.trainer.save_freq,
-            keep=config.trainer.save_total_limit,
-            best_metric=config.trainer.best_metric,
-            max_failures=config.trainer.max_save_failures,
-        ) as checkpoints,
+        setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
         restored = None
         if checkpoints.steps:
@@ -189,7 +183,7 @@ def _iterate(
     """The loop; `metrics` are those of the iteration that `state` comes from."""
     config, folder = run.config, run.folder
     start, num_steps = int(state.step), run.parts.num_steps
-    guard = Guard(config.trainer.on_bad_update, config.trainer.max_bad_updates)
+    guard = setup.make_guard(config)
     rows = metrics_lib.read_jsonl(folder.metrics)
     guard.resume(rows)
     try:

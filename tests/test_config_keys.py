@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_config import parse
 
-from adpo_jax import arithmetic, loading, main, setup, sharding
+from adpo_jax import arithmetic, compilation_cache, loading, main, setup, sharding
 from adpo_jax import train as train_lib
 from adpo_jax.batch_plan import batch_plan
 from adpo_jax.config import default_config, keys
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory):
 
 def learner(config):
     made = setup.make_learner(config, None, batch_plan(config, num_shards=1), num_steps=10)
-    return made.anchor, made.plan, made.seed
+    return made.anchor, made.plan, made.seed, made.max_anchor_kl
 
 
 def rewards(config):
@@ -132,6 +132,25 @@ def without_total(config):
 
 def start(config):
     return sorted(loading.find_model(config).tokenizer.get_vocab()), policy(config)
+
+
+def settings(make):
+    """What a part was made with."""
+    return lambda config: {k: v for k, v in vars(make(config)).items() if k.lstrip("_") in WATCHED}
+
+
+WATCHED = ("best_metric", "max_failures", "grace_s", "action", "limit")
+saving = settings(lambda config: setup.make_checkpoints(config, Path(tempfile.mkdtemp())))
+
+
+def cache(config):
+    """What JAX's compilation cache is set to."""
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        patch.setattr(compilation_cache.jax.config, "update", seen.__setitem__)
+        compilation_cache.use(config.trainer.compilation_cache_dir)
+    return seen
 
 
 class FakeEngine:
@@ -286,6 +305,14 @@ WALK = {
     "trainer.seed": ("5", road, *SHORT),
     "trainer.save_freq": ("2", road, *SHORT),
     "trainer.save_total_limit": ("1", road, *SHORT),
+    "trainer.best_metric": ("eval/accuracy", saving),
+    "trainer.max_save_failures": ("7", saving),
+    "trainer.grace_period_s": ("7.0", settings(setup.make_interruption)),
+    "trainer.on_bad_update": ("skip", settings(setup.make_guard)),
+    "trainer.max_bad_updates": ("7", settings(setup.make_guard)),
+    "trainer.max_anchor_kl": ("0.5", learner),
+    "trainer.rollout_data_dir": ("collected", road, *SHORT),
+    "trainer.compilation_cache_dir": ("", cache),
     "trainer.test_freq": ("2", road, *SHORT),
     "trainer.log_samples_freq": ("2", road, *SHORT),
     "trainer.log_num_samples": ("1", road, *SHORT),
