@@ -1,0 +1,120 @@
+"""Trains for a long time and watches for growth: memory, threads, open files, compilations.
+
+    python scripts/soak.py --minutes=60 --out=soak [--config.key=value ...]
+
+The embedded task with small batches, checkpoints, evaluations and samples often, so that an hour
+has thousands of iterations. A line a sample goes to `<out>/soak.jsonl`; the summary compares the
+median of the last tenth of the samples with that of the tenth after the warm-up (the first fifth).
+"""
+
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+ROOT = Path(__file__).resolve().parents[1]
+_CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "arithmetic.py"))
+_MINUTES = flags.DEFINE_float("minutes", 60.0, "how long; time in which the process is stopped too")
+_OUT = flags.DEFINE_string("out", "soak", "folder of the run and of soak.jsonl")
+_EVERY = flags.DEFINE_float("every", 5.0, "seconds between two samples")
+
+GROWTH_LIMIT = 0.03
+
+
+def main(argv):
+    import jax
+
+    from adpo_jax import setup, train
+
+    config = _CONFIG.value
+    with config.unlocked():
+        config.data.train_batch_size = 4
+        config.data.max_val_samples = 32
+        config.trainer.total_training_steps = 1_000_000
+        config.trainer.save_freq = 25
+        config.trainer.test_freq = 50
+        config.trainer.log_samples_freq = 10
+        config.trainer.best_metric = "eval/accuracy"
+        config.trainer.rollout_data_dir = "rollouts"
+        config.actor_rollout_ref.actor.optim.lr = 1e-5
+        config.trainer.grace_period_s = 300.0
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compilations.append(seconds) if "backend_compile" in name else ()
+    )
+    out = Path(_OUT.value)
+    prepared = train.prepare(config, out / "run")
+    with setup.make_interruption(config) as interruption:
+        watch = threading.Thread(target=_watch, args=(out, compilations), daemon=True)
+        watch.start()
+        try:
+            train.run(prepared, interruption)
+        except train.Interrupted:
+            pass
+    print(json.dumps(summary(out / "soak.jsonl"), indent=2))
+
+
+def _watch(out: Path, compilations: list) -> None:
+    """Samples until the time is over, then asks the run to stop."""
+    metrics = out / "run" / "metrics.jsonl"
+    counted, place, running_s, last = 0, 0, 0.0, time.monotonic()
+    with (out / "soak.jsonl").open("w") as file:
+        while running_s < _MINUTES.value * 60:
+            time.sleep(_EVERY.value)
+            now = time.monotonic()
+            running_s += min(now - last, 2 * _EVERY.value)  # not what it was stopped for
+            last = now
+            if metrics.exists():
+                with metrics.open("rb") as rows:
+                    rows.seek(place)
+                    new = rows.read()
+                counted, place = counted + new.count(b"\n"), place + len(new)
+            status = Path("/proc/self/status").read_text()
+            sample = {
+                "running_s": round(running_s, 1),
+                "rows": counted,
+                "rss_mb": round(int(status.split("VmRSS:")[1].split()[0]) / 1024, 1),
+                "threads": int(status.split("Threads:")[1].split()[0]),
+                "files": len(os.listdir("/proc/self/fd")),
+                "compilations": len(compilations),
+            }
+            file.write(json.dumps(sample) + "\n")
+            file.flush()
+    os.kill(os.getpid(), 15)
+
+
+def summary(path: Path) -> dict:
+    """The first and last of everything after the warm-up, and the growth of memory."""
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    tenth = max(len(samples) // 10, 1)
+    warm = samples[len(samples) // 5 :]
+    first, last = warm[:tenth], warm[-tenth:]
+
+    def median(part, name):
+        return statistics.median(sample[name] for sample in part)
+
+    growth = median(last, "rss_mb") / median(first, "rss_mb") - 1
+    return {
+        "minutes": round(samples[-1]["running_s"] / 60, 1),
+        "rows": samples[-1]["rows"],
+        "rss_mb": [median(first, "rss_mb"), median(last, "rss_mb")],
+        "rss_growth": round(growth, 4),
+        **{
+            name: [warm[0][name], warm[-1][name], max(s[name] for s in warm)]
+            for name in ("threads", "files", "compilations")
+        },
+        "flat": growth < GROWTH_LIMIT
+        and all(warm[-1][n] <= warm[0][n] for n in ("threads", "files", "compilations")),
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
