@@ -7,6 +7,7 @@ has thousands of iterations. A line a sample goes to `<out>/soak.jsonl`; the sum
 median of the last tenth of the samples with that of the tenth after the warm-up (the first fifth).
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -55,10 +56,8 @@ def main(argv):
     with setup.make_interruption(config) as interruption:
         watch = threading.Thread(target=_watch, args=(out, compilations), daemon=True)
         watch.start()
-        try:
+        with contextlib.suppress(train.Interrupted):
             train.run(prepared, interruption)
-        except train.Interrupted:
-            pass
     print(json.dumps(summary(out / "soak.jsonl"), indent=2))
 
 
