@@ -191,4 +191,4 @@ def _read_params(checkpoint: Path, policy: Policy):
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(checkpoint.resolve() / "default", args=args)["params"]
+        return checkpointer.restore(checkpoint.resolve() / "state", args=args)["params"]

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +35,7 @@ def main(argv):
 
     from adpo_jax import setup, train
 
+    logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
     with config.unlocked():
         config.data.train_batch_size = 4
