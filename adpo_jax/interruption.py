@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again, and it goes on
-SECOND_INTERRUPT = 130  # what a shell reports for a process that Ctrl-C ended
+from adpo_jax.exit_codes import INTERRUPTED, SECOND_INTERRUPT
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -123,7 +122,7 @@ class Interruption:
 
     def _give_up(self) -> None:
         text = f"not done after {self.grace_s:g} s: exiting; the last checkpoint is whole"
-        _exit(text, EXIT_CODE)
+        _exit(text, INTERRUPTED)
 
 
 def _exit(text: str, code: int) -> None:

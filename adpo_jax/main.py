@@ -2,15 +2,7 @@
 
     python -m adpo_jax.main --config=configs/gsm8k.py [--workdir=DIR] [--config.key=value ...]
 
-Exit codes:
-
-    0    done
-    1    a fault of this program
-    2    a mistake in the command line, config, data, model, run folder or reward function
-    3    the training was stopped by its settings: updates that are not sound
-    4    the disk: no checkpoint could be written
-    75   interrupted by SIGTERM, SIGINT or a preemption notice; the same command goes on
-    130  a second Ctrl-C
+The exit code is one of `exit_codes`.
 """
 
 import os
@@ -22,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.config_checks import check_overrides
+from adpo_jax.exit_codes import DISK_ERROR, INTERRUPTED, STOPPED, USER_ERROR
 from adpo_jax.host_memory import use_huge_pages
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
@@ -39,10 +32,6 @@ _REPLAY = flags.DEFINE_string(
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 
-USER_ERROR = 2
-STOPPED = 3
-DISK_ERROR = 4
-
 
 def main(argv: list[str]) -> int:
     """Trains what the config says; returns the exit code."""
@@ -56,7 +45,7 @@ def main(argv: list[str]) -> int:
     from adpo_jax import compilation_cache, setup, train
     from adpo_jax.checkpoints import CheckpointError
     from adpo_jax.guard import TrainingStopped
-    from adpo_jax.interruption import EXIT_CODE, Interrupted
+    from adpo_jax.interruption import Interrupted
     from adpo_jax.rewards import RewardError
 
     with setup.make_interruption(config) as interruption:
@@ -73,7 +62,7 @@ def main(argv: list[str]) -> int:
         except ValueError as error:
             return _failed(error)
         except Interrupted as reason:
-            return _failed(f"stopped by {reason}; nothing had been begun", EXIT_CODE)
+            return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
         try:
             train.run(prepared, interruption)
         except (RewardError, CheckpointError) as error:
@@ -83,7 +72,7 @@ def main(argv: list[str]) -> int:
         except OSError as error:
             return _failed(error, DISK_ERROR)
         except Interrupted:
-            return EXIT_CODE
+            return INTERRUPTED
     return 0
 
 
@@ -104,7 +93,17 @@ def run() -> None:
     """What `python -m adpo_jax.main` does."""
     use_huge_pages()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    app.run(main, flags_parser=_parsed)
+    app.run(_main, flags_parser=_parsed)
+
+
+def _main(argv: list[str]) -> int:
+    code = main(argv)
+    if code == INTERRUPTED:
+        # A rollout that was abandoned still computes: tearing JAX down under it may crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _parsed(argv: list[str]) -> list[str]:

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # From the ground up to the road and the command line. Those of a line do not import each other,
 # except from left to right.
 ROAD = [
-    "clu_without_tensorflow host_memory compilation_cache sharding rope groups safetensors_files",
+    "clu_without_tensorflow exit_codes host_memory compilation_cache",
+    "sharding rope groups safetensors_files",
     "rewards data arithmetic redaction metrics progress config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
     "attention model log_probs hf_families hf_config hf_tensors hf_weights hf policy",

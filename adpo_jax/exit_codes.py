@@ -1,0 +1,9 @@
+"""What the exit code of `python -m adpo_jax.main` says; 0 is done, 1 a fault of this program."""
+
+USER_ERROR = 2  # a mistake in the command line, config, data, model, run folder or reward function
+STOPPED = 3  # the training was stopped by its settings: updates that are not sound
+DISK_ERROR = 4  # no checkpoint could be written
+INTERRUPTED = (
+    75  # by SIGTERM, Ctrl-C or a preemption notice; the same command goes on (EX_TEMPFAIL)
+)
+SECOND_INTERRUPT = 130  # a second Ctrl-C

@@ -1,0 +1,251 @@
+"""Checkpoints: whole or not there, the saved bits or known to be damaged, kept by age and value."""
+
+import resource
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adpo_jax import checkpoints as checkpoints_lib
+from adpo_jax.checkpoints import CheckpointError, Checkpoints, SaveError
+from adpo_jax.sharding import make_mesh
+
+
+def state(value):
+    return {
+        "params": jnp.full((64, 32), value, jnp.float32) + jnp.arange(32),
+        "half": jnp.full((8,), value, jnp.bfloat16),
+        "step": jnp.int32(value),
+    }
+
+
+def saved(folder, steps=(1, 2, 3), **options):
+    with Checkpoints(folder, save_freq=1, keep=5, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state(step), {"eval/accuracy": step / 10})
+    return folder
+
+
+def restore(folder):
+    with Checkpoints(folder, save_freq=1, keep=5) as checkpoints:
+        return checkpoints.restore_latest(state(0))
+
+
+def data_files(folder):
+    return sorted(
+        (p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 0),
+        key=lambda p: p.stat().st_size,
+    )
+
+
+def test_a_state_comes_back_with_its_step_and_metrics(tmp_path):
+    restored = restore(saved(tmp_path))
+    assert restored.step == 3
+    assert restored.metrics == {"eval/accuracy": 0.3}
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state(3))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "the largest file is cut short": lambda f: data_files(f)[-1].write_bytes(
+        data_files(f)[-1].read_bytes()[:100]
+    ),
+    "a bit of the largest file flips": lambda f: flip(data_files(f)[-1]),
+    "the largest file is missing": lambda f: data_files(f)[-1].unlink(),
+    "the largest file is empty": lambda f: data_files(f)[-1].write_bytes(b""),
+    "the state is missing": lambda f: shutil.rmtree(f / "state"),
+    "the description is missing": lambda f: shutil.rmtree(f / "description"),
+    "a bit of the description flips": lambda f: flip(f / "description" / "metadata"),
+    "the manifest is missing": lambda f: (f / "state" / "manifest.ocdbt").unlink(),
+    "the metadata is missing": lambda f: (f / "state" / "_METADATA").unlink(),
+    "the folder is empty": lambda f: [shutil.rmtree(p) for p in f.iterdir() if p.is_dir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_moved_aside_for_the_one_before(tmp_path, damage, capfd):
+    folder = saved(tmp_path / "checkpoints")
+    DAMAGES[damage](folder / "3")
+    restored = restore(folder)
+    assert restored.step == 2
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state(2))
+    assert "WARNING: checkpoint 3 is damaged" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "damaged_checkpoints").iterdir()] == ["3-0"]
+    # Its place is free for the same step, done again.
+    with Checkpoints(folder, save_freq=1, keep=5) as checkpoints:
+        assert checkpoints.save(3, state(3))
+    assert restore(folder).step == 3
+
+
+def test_any_flipped_byte_is_survived(tmp_path):
+    """A byte in every file of a checkpoint: the state is the saved one, or the one before."""
+    source = saved(tmp_path / "source", steps=(1, 2))
+    names = [p.relative_to(source / "2") for p in data_files(source / "2")]
+    outcomes = []
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number) / "checkpoints"
+        shutil.copytree(source, folder)
+        flip(folder / "2" / name)
+        restored = restore(folder)
+        jax.tree.map(np.testing.assert_array_equal, restored.state, state(restored.step))
+        outcomes.append(restored.step)
+    assert set(outcomes) == {1, 2}
+
+
+def test_with_all_checkpoints_damaged_nothing_is_started_silently(tmp_path):
+    folder = saved(tmp_path / "checkpoints", steps=(1, 2))
+    for step in ("1", "2"):
+        flip(data_files(folder / step)[-1])
+    with pytest.raises(CheckpointError, match="every checkpoint in .* was damaged"):
+        restore(folder)
+
+
+def test_a_state_of_another_shape_is_refused_and_not_taken_for_damage(tmp_path):
+    saved(tmp_path)
+    with (
+        Checkpoints(tmp_path, save_freq=1, keep=5) as checkpoints,
+        pytest.raises(CheckpointError, match=r"another model.*\['params'\]"),
+    ):
+        checkpoints.restore_latest(state(0) | {"params": jnp.zeros((3, 3))})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_digest_is_the_same_on_every_mesh_and_changes_with_every_element():
+    x = jax.random.normal(jax.random.key(0), (16, 8))
+    plain = checkpoints_lib._digests({"x": x})
+    for sizes in ((8, 1, 1), (2, 2, 2)):
+        sharding = NamedSharding(make_mesh(*sizes), PartitionSpec("fsdp", "tensor"))
+        assert checkpoints_lib._digests({"x": jax.device_put(x, sharding)}) == plain
+    others = [checkpoints_lib._digests({"x": x.at[i, j].add(1e-6)}) for i, j in ((0, 0), (15, 7))]
+    swapped = checkpoints_lib._digests({"x": x[::-1]})
+    assert len({d["x"] for d in (plain, *others, swapped)}) == 4
+
+
+def test_a_state_saved_on_one_mesh_is_restored_on_another(tmp_path):
+    def on(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+        return state(1) | {"params": jax.device_put(state(1)["params"], sharding)}
+
+    with Checkpoints(tmp_path, save_freq=1, keep=5) as checkpoints:
+        checkpoints.save(1, on(make_mesh(1, 8, 1)))
+    like = on(make_mesh(2, 2, 2))
+    with Checkpoints(tmp_path, save_freq=1, keep=5) as checkpoints:
+        restored = checkpoints.restore_latest(like).state
+    assert restored["params"].sharding == like["params"].sharding
+    jax.tree.map(np.testing.assert_array_equal, restored, like)
+
+
+def test_the_best_checkpoint_is_saved_at_once_and_kept_beside_the_newest(tmp_path):
+    values = {1: 0.1, 2: 0.7, 3: 0.2, 4: 0.7, 5: 0.3, 6: float("nan")}
+    with Checkpoints(tmp_path, save_freq=4, keep=1, best_metric="eval/accuracy") as checkpoints:
+        tried = []
+        for step, value in values.items():
+            metrics = {"eval/accuracy": value}
+            if checkpoints.is_due(step, metrics):
+                checkpoints.save(step, state(step), metrics)
+                checkpoints.wait()
+                tried.append(step)
+        assert tried == [1, 2, 4]
+        assert checkpoints.steps == [2, 4]
+
+
+def test_what_a_killed_process_left_is_removed_and_never_taken_for_a_checkpoint(tmp_path):
+    saved(tmp_path, steps=(1,))
+    for name in ("2.orbax-checkpoint-tmp", "3.deleted"):
+        shutil.copytree(tmp_path / "1", tmp_path / name)
+    with Checkpoints(tmp_path, save_freq=1, keep=5) as checkpoints:
+        assert checkpoints.steps == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def fill_disk(monkeypatch, failures: int, *, later: bool = False) -> None:
+    """Lets the first few saves fail, at once or in the background."""
+    checkpointer = checkpoints_lib.ocp.AsyncCheckpointer
+    name = "wait_until_finished" if later else "save"
+    original, left = getattr(checkpointer, name), [failures]
+
+    def failing(self, *args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        return original(self, *args, **kwargs)
+
+    if later:  # what never ends has no folder
+        save = checkpointer.save
+        monkeypatch.setattr(checkpointer, "save", lambda *a, **k: left[0] or save(*a, **k))
+    monkeypatch.setattr(checkpointer, name, failing)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_save_that_fails_is_tried_again_at_the_next_iteration(
+    tmp_path, monkeypatch, capfd, later
+):
+    fill_disk(monkeypatch, 2, later=later)
+    with Checkpoints(tmp_path, save_freq=4, keep=5, max_failures=3) as checkpoints:
+        tried = []
+        for step in range(4, 12):
+            if checkpoints.is_due(step):
+                checkpoints.save(step, state(step))
+                checkpoints.wait()
+                tried.append(step)
+        assert tried == [4, 5, 6, 8]
+        assert checkpoints.num_failures == 2
+        assert checkpoints.steps == [6, 8]
+    err = capfd.readouterr().err
+    assert "checkpoint 4 could not be written" in err
+    assert "(2 in a row): [Errno 28] No space left on device; trying again" in err
+
+
+def test_after_so_many_failures_in_a_row_the_run_stops_with_the_last_one_whole(
+    tmp_path, monkeypatch
+):
+    saved(tmp_path, steps=(1,))
+    fill_disk(monkeypatch, 3)
+    with Checkpoints(tmp_path, save_freq=1, keep=5, max_failures=3) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(step, state(step))
+        with pytest.raises(SaveError, match=r"3 in a row.*newest whole checkpoint is 1"):
+            checkpoints.save(4, state(4))
+    assert restore(tmp_path).step == 1
+
+
+def test_saving_at_the_end_tries_again_by_itself(tmp_path, monkeypatch):
+    fill_disk(monkeypatch, 2)
+    monkeypatch.setattr(checkpoints_lib.time, "sleep", lambda s: None)
+    with Checkpoints(tmp_path, save_freq=0, keep=5, max_failures=3) as checkpoints:
+        checkpoints.save_now(1, state(1))
+        assert checkpoints.steps == [1]
+
+
+def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_folder_valid(tmp_path, capfd):
+    """A limit on the size of files stands for a full disk: the real writer meets a real error."""
+    large = {"x": jax.random.normal(jax.random.key(0), (256, 1024))}
+    with Checkpoints(tmp_path, save_freq=1, keep=5, max_failures=3) as checkpoints:
+        checkpoints.save(1, large)
+        checkpoints.wait()
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+            checkpoints.save(2, large)
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+        assert checkpoints.steps == [1]
+        assert [p.name for p in tmp_path.iterdir()] == ["1"]
+        assert checkpoints.is_due(3)
+        checkpoints.save(3, large)
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 3]
+        np.testing.assert_array_equal(checkpoints.restore_latest(large).state["x"], large["x"])
+    assert "checkpoint 2 could not be written" in capfd.readouterr().err

@@ -1,0 +1,208 @@
+"""A run that is killed, again and again and anywhere, ends like one that nothing happened to."""
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto import event_pb2
+from test_train import TINY
+
+from adpo_jax.exit_codes import INTERRUPTED
+from adpo_jax.metrics import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLABLE = ROOT / "tests" / "killable.py"
+STEPS = 8
+SETTINGS = (
+    *TINY,
+    f"--config.trainer.total_training_steps={STEPS}",
+    "--config.trainer.save_total_limit=2",
+    "--config.trainer.best_metric=eval/accuracy",
+    "--config.trainer.rollout_data_dir=rollouts",
+    "--config.anchor.mode=ema",
+    "--config.anchor.ema_alpha=0.9",
+    "--config.actor_rollout_ref.actor.ppo_epochs=2",
+    "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "--config.actor_rollout_ref.actor.optim.lr=0.01",
+)
+
+
+def start(workdir, *flags, place="nowhere", count=0, settings=SETTINGS):
+    """The command line as a process."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "compiled"))
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(KILLABLE),
+            place,
+            str(count),
+            f"--config={ROOT / 'configs' / 'arithmetic.py'}",
+            f"--workdir={workdir}",
+            *settings,
+            *flags,
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, expected=0) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == expected, out
+    return out
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run without any accident."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    finish(start(folder))
+    return folder
+
+
+def rows_of(folder):
+    """The metrics without what depends on the clock."""
+    timed = ("time", "rollout/tokens_per_s")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timed)}
+        for row in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def events_of(folder) -> dict[tuple[str, int], float]:
+    """The scalars that TensorBoard shows: those that no later session took back."""
+    scalars = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content, place = path.read_bytes(), 0
+        while place + 12 <= len(content):
+            (size,) = struct.unpack("<Q", content[place : place + 8])
+            record = content[place + 12 : place + 12 + size]
+            if len(record) < size:
+                break  # cut off by the kill
+            place += 12 + size + 4
+            event = event_pb2.Event.FromString(record)
+            if event.session_log.status == event_pb2.SessionLog.START:
+                scalars = {k: v for k, v in scalars.items() if k[1] < event.step}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars[value.tag, event.step] = value.simple_value
+    return scalars
+
+
+def description(folder) -> dict:
+    """The digests of all arrays in the last checkpoint."""
+    path = folder / "checkpoints" / str(STEPS) / "description" / "metadata"
+    return json.loads(json.loads(path.read_text())["content"])
+
+
+def assert_same(run, straight):
+    """Parameters, optimizer, anchor, metrics, events, samples, recordings and checkpoints."""
+    assert description(run)["digests"] == description(straight)["digests"]
+    rows = rows_of(run)
+    assert rows == rows_of(straight)
+    iterations = [row["step"] for row in rows if "sft/step" not in row]
+    assert iterations == list(range(STEPS + 1))
+    events = events_of(run)
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and "sft/step" not in row:
+                assert events[name, row["step"]] == pytest.approx(value, rel=1e-6), name
+    for part in ("export", "samples", "rollouts"):
+        there = {p.name: p for p in (straight / part).iterdir()}
+        here = {p.name: p for p in (run / part).iterdir()}
+        assert here.keys() == there.keys(), part
+        for name, path in there.items():
+            assert here[name].read_bytes() == path.read_bytes(), name
+    names = [{p.name for p in (f / "checkpoints").iterdir()} for f in (run, straight)]
+    assert names[0] == names[1]
+    assert {p.name for p in run.iterdir()} == {p.name for p in straight.iterdir()}
+
+
+def wait_for_step(folder, step: int, process) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'{{"step": {step},' in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"never came to step {step}: {process.communicate()[0]}")
+
+
+def test_killed_at_a_commit_and_stopped_by_sigterm_it_ends_the_same(tmp_path, straight):
+    run = tmp_path / "run"
+    finish(start(run, place="committing a checkpoint", count=5), expected=-signal.SIGKILL)
+    again = start(run)
+    wait_for_step(run, 6, again)
+    again.send_signal(signal.SIGTERM)
+    out = finish(again, expected=INTERRUPTED)
+    assert "SIGTERM: stopping, within 30 s" in out
+    assert "which is saved" in out
+    assert "Traceback" not in out
+    finish(start(run, "--resume=must"))
+    assert_same(run, straight)
+
+
+PLACES = [
+    ("cold start", 1),
+    ("writing a checkpoint", 1),
+    ("grading", 1),
+    ("rollout", 2),
+    ("update", 1),
+    ("evaluation", 1),
+    ("torn row", 2),
+    ("writing a checkpoint", 2),
+    ("committing a checkpoint", 2),
+    ("purging the metrics", 1),
+    ("deleting a checkpoint", 1),
+    ("update", 3),
+    ("torn row", 3),
+    ("grading", 2),
+    ("writing a checkpoint", 1),
+    ("exporting", 1),
+    ("noting the export", 1),
+]
+
+
+@pytest.mark.slow
+def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, straight):
+    run, kills = tmp_path / "run", 0
+    moments = random.Random(0)
+    begun = time.monotonic()
+    finish(start(tmp_path / "warm"))
+    duration = time.monotonic() - begun
+    plan = [("random", 0)] * 12 + PLACES
+    moments.shuffle(plan)
+    # What can only happen at the end of the run comes last.
+    plan.sort(key=lambda item: item[0] in ("exporting", "noting the export"))
+    for place, count in plan:
+        process = start(run, place="nowhere" if place == "random" else place, count=count)
+        if place == "random":
+            try:
+                process.wait(timeout=moments.uniform(0.1, 1.0) * duration)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode in (0, -signal.SIGKILL), out
+        kills += process.returncode != 0
+        print(f"{place} {count}: exit code {process.returncode}", flush=True)
+        if process.returncode == 0:
+            assert_same(run, straight)
+            run = tmp_path / f"run_{kills}"  # it came to its end: another one
+    finish(start(run))
+    assert_same(run, straight)
+    print(f"{kills} kills")
+    assert kills >= 20
