@@ -7,6 +7,7 @@ character; and what could be the beginning of a stop string is held until it is 
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+LONGEST_BEGINNING = 3  # bytes of a character that may still become whole
 
 
 class TextStream:
@@ -28,6 +29,7 @@ class TextStream:
         # Tokens before `_done` are decoded; those from `_context` on are decoded again, since a
         # tokenizer may write a token in another way at the beginning of a text.
         self._context = self._done = 0
+        self._given = 0  # characters given out of the text after `_done`
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -46,15 +48,18 @@ class TextStream:
         """The rest of the text, when no tokens follow."""
         if self.stopped:
             return ""
-        return self._give(self._held + self._new_text(), last=True)
+        return self._give(self._held + self._new_text()[self._given :], last=True)
 
     def _push(self, tokens: Sequence[int]) -> str:
         self._tokens.extend(int(token) for token in tokens)
         new = self._new_text()
-        if not new or new.endswith(REPLACEMENT):
-            return ""
-        self._context, self._done = self._done, len(self._tokens)
-        return self._give(self._held + new)
+        beginning = len(new) - len(new.rstrip(REPLACEMENT))
+        certain = new[: len(new) - min(beginning, LONGEST_BEGINNING)]
+        fresh = certain[self._given :]
+        self._given = max(len(certain), self._given)
+        if new and not beginning:
+            self._context, self._done, self._given = self._done, len(self._tokens), 0
+        return self._give(self._held + fresh) if fresh else ""
 
     def _new_text(self) -> str:
         """What the tokens since `_done` add to the text before them."""

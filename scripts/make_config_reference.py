@@ -2,7 +2,7 @@
 
     python scripts/make_config_reference.py
 
-Defaults are those of `default_config()`; a key's meaning is the comment beside it or right above it.
+Defaults are those of `default_config()`; the meaning of a key is the comment beside or above it.
 """
 
 import ast
@@ -20,8 +20,8 @@ REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 HEAD = """\
 # Every config key
 
-A config of `configs/` starts from these defaults and changes what it needs; the command line changes
-it further: `--config.algorithm.tau=0.5`. A misspelt key stops the run and names the nearest one. A
+A config of `configs/` starts from these defaults and changes what it needs; the command line does
+the rest: `--config.algorithm.tau=0.5`. A misspelt key stops the run and names the nearest one. A
 test sets every key and sees what it governs change.
 
 *Written by `scripts/make_config_reference.py` from `adpo_jax/config.py`; do not edit it here.*

@@ -61,3 +61,10 @@ def test_a_real_tokenizer_gives_its_text_back(text):
     stream = TextStream(TOKENIZER.decode)
     ids = TOKENIZER(text)["input_ids"]
     assert "".join(stream.push([i]) for i in ids) + stream.finish() == TOKENIZER.decode(ids)
+
+
+def test_a_stop_string_is_found_among_bytes_that_are_no_text():
+    stream = TextStream(in_bytes, ["ab"])
+    assert "".join(stream.push([byte]) for byte in b"\xff\xff\xff\xff\xff\xff") != ""
+    stream.push(list(b"ab and more"))
+    assert (stream.stopped, stream.num_tokens) == (True, 8)

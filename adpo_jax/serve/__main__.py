@@ -1,0 +1,161 @@
+"""The command line of the server.
+
+    python -m adpo_jax.serve --model Qwen/Qwen3-0.6B --dtype bfloat16
+
+`--model` is a Hugging Face folder or hub name, the folder of a run, or one of its checkpoints.
+Needs the extra [serve]: starlette and uvicorn, what FastAPI stands on. They are pure Python, tell
+when a client has gone, and let requests under way finish on SIGTERM.
+
+It listens on this machine alone unless told otherwise, and then wants an API key, from the
+environment variable ADPO_JAX_API_KEY or a file: a command line can be read by others.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from adpo_jax.host_memory import use_huge_pages
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+KEY_VARIABLE = "ADPO_JAX_API_KEY"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m adpo_jax.serve", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face folder or name, run, or checkpoint")
+    add("--name", help="what clients call the model; by default the last part of --model")
+    add("--dtype", default="float32", help="float32 or bfloat16")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000, help="0 for any that is free")
+    add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
+    add("--slots", type=int, default=64, help="completions decoded at once")
+    half = "tokens; by default half of the model's positions, at most 2048"
+    add("--max-prompt-length", type=int, help=half)
+    add("--max-response-length", type=int, help=half)
+    add("--steps-per-dispatch", type=int, default=4, help="tokens that come at once")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="of the device's memory")
+    add("--max-requests", type=int, default=256, help="under way at once; others get a 429")
+    add("--max-body-bytes", type=int, default=1 << 20, help="of a request")
+    add("--drain-seconds", type=int, default=60, help="for requests under way after SIGTERM")
+    return parser.parse_args(argv)
+
+
+def read_api_key(a: argparse.Namespace) -> str | None:
+    """The key that clients must send; None for none.
+
+    Raises:
+      ValueError: for a file without one, or none where others can reach the server.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if a.api_key_file is not None:
+        try:
+            key = a.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--api-key-file: {error}") from None
+        if not key:
+            raise ValueError(f"--api-key-file: {a.api_key_file} is empty")
+    if not key and a.host not in LOCAL:
+        raise ValueError(
+            f"--host {a.host} lets others in: set {KEY_VARIABLE} or --api-key-file, or listen on "
+            "127.0.0.1"
+        )
+    return key or None
+
+
+def make_server(a: argparse.Namespace):
+    """A uvicorn server of the model that the command line names.
+
+    Raises:
+      ValueError: for anything on the command line that cannot work.
+    """
+    try:
+        import uvicorn
+
+        from adpo_jax.serve.app import App
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name} is missing: pip install 'adpo-jax[serve]', or '.[serve]' in a clone"
+        ) from None
+    from adpo_jax import pretrained
+    from adpo_jax.continuous import ContinuousBatch
+    from adpo_jax.engine import Engine
+    from adpo_jax.serve.decoding import Decoding
+    from adpo_jax.serve.protocol import Limits
+    from adpo_jax.serve.service import Service
+
+    api_key = read_api_key(a)
+    model = pretrained.load(a.model, dtype=a.dtype)
+    limits = Limits(*_lengths(a, model.policy))
+    engine = Engine(
+        model.policy,
+        max_prompt_length=limits.max_prompt_length,
+        max_response_length=limits.max_response_length,
+        num_slots=a.slots,
+        gpu_memory_utilization=a.gpu_memory_utilization,
+        steps_per_dispatch=a.steps_per_dispatch,
+    )
+    batch = ContinuousBatch(engine, model.params)
+    light = dataclasses.replace(model, params=None)
+
+    def make_service() -> Service:
+        def go_down():
+            server.should_exit = True
+
+        decoding = Decoding(batch, asyncio.get_running_loop(), on_failure=go_down)
+        return Service(light, decoding, limits)
+
+    app = App(
+        make_service,
+        model_name=a.name or Path(a.model).name,
+        api_key=api_key,
+        max_body_bytes=a.max_body_bytes,
+        max_requests=a.max_requests,
+    )
+    config = uvicorn.Config(
+        app.asgi,
+        host=a.host,
+        port=a.port,
+        http="h11",
+        lifespan="on",
+        # Above what the app itself turns away, for connections that ask for nothing.
+        limit_concurrency=2 * a.max_requests + 64,
+        timeout_graceful_shutdown=a.drain_seconds,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    server.app = app
+    return server
+
+
+def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
+    """Tokens of the longest prompt and the longest completion."""
+    positions = policy.hf_config.get("max_position_embeddings") or 4096
+    half = min(positions // 2, 2048)
+    prompt, response = a.max_prompt_length or half, a.max_response_length or half
+    if prompt < 1 or response < 1 or prompt + response > positions:
+        raise ValueError(
+            f"--max-prompt-length {prompt} + --max-response-length {response} must be positive and "
+            f"at most the {positions} positions of this model"
+        )
+    return prompt, response
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until it is told to stop; returns the exit code."""
+    try:
+        server = make_server(arguments(argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    server.run()
+    failed = server.app.service is None or server.app.service.decoding.failed
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    use_huge_pages()
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The HTTP of the server: routes, who may come in, what is answered when something is wrong."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from absl import logging
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from adpo_jax.serve.answers import Answer
+from adpo_jax.serve.fields import ApiError, parse_object
+from adpo_jax.serve.protocol import CompletionRequest, parse
+from adpo_jax.serve.service import Service
+
+
+class App:
+    """The server as a Starlette application.
+
+    Args:
+      make_service: called when the server starts, on its event loop.
+      model_name: that clients ask for.
+      api_key: what clients must send as `Authorization: Bearer ...`; None for nothing.
+      max_body_bytes: of a request.
+      max_requests: under way at once; more are told to come back later.
+      body_timeout_s: for a request's body to arrive.
+    """
+
+    def __init__(
+        self,
+        make_service: Callable[[], Service],
+        *,
+        model_name: str,
+        api_key: str | None = None,
+        max_body_bytes: int = 1 << 20,
+        max_requests: int = 256,
+        body_timeout_s: float = 30.0,
+    ):
+        self._make_service, self._model_name = make_service, model_name
+        self._api_key = api_key
+        self._max_body_bytes, self._max_requests = max_body_bytes, max_requests
+        self._body_timeout_s = body_timeout_s
+        self._under_way = 0
+        self.service: Service | None = None
+        self.asgi = Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models/{name:path}", self._guarded(self._model)),
+                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            ],
+            exception_handlers={HTTPException: _http_error, Exception: _our_error},
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _):
+        self.service = self._make_service()
+        yield
+        await asyncio.to_thread(self.service.decoding.stop)
+
+    def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]):
+        """The endpoint for those who have the key, its refusals as answers."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                return await endpoint(request)
+            except ApiError as error:
+                return _refusal(error)
+
+        return guarded
+
+    def _check_key(self, request: Request) -> None:
+        if self._api_key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+            raise ApiError(
+                "the API key is missing or wrong",
+                status=401,
+                code="invalid_api_key",
+                kind="authentication_error",
+            )
+
+    # --- what there is
+
+    async def _health(self, _: Request) -> Response:
+        decoding = self.service.decoding
+        content = {
+            "status": "failed" if decoding.failed else "ok",
+            "running": decoding.batch.num_running,
+            "waiting": decoding.batch.num_waiting,
+        }
+        return _json(content, 503 if decoding.failed else 200)
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self._model_name, "object": "model", "created": 0, "owned_by": "adpo_jax"}
+
+    async def _models(self, _: Request) -> Response:
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._model_name:
+            raise ApiError("no such model", status=404, param="model", code="model_not_found")
+        return _json(self._card())
+
+    # --- completions
+
+    async def _complete(self, request: Request) -> Response:
+        return await self._admitted(request, chat=False)
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._admitted(request, chat=True)
+
+    async def _admitted(self, request: Request, *, chat: bool) -> Response:
+        if self._under_way >= self._max_requests:
+            raise ApiError(
+                f"{self._max_requests} requests are under way; come back later",
+                status=429,
+                code="rate_limit_exceeded",
+                kind="rate_limit_error",
+            )
+        self._under_way += 1
+        handed_on = False
+        try:
+            body = parse_object(await self._body(request))
+            asked = parse(body, chat=chat, model=self._model_name, limits=self.service.limits)
+            prompts = await self.service.tokenized(asked)
+            answer = Answer(asked, self._model_name, sum(len(prompt) for prompt in prompts))
+            if not asked.stream:
+                return await self._whole(request, asked, prompts, answer)
+            # A stream that cannot begin is refused with a status of its own.
+            context = self.service.choices(asked, prompts)
+            choices, news = await context.__aenter__()
+            handed_on = True
+            return EventStream(_events(answer, choices, news), context, self._leave)
+        finally:
+            if not handed_on:
+                self._leave()
+
+    def _leave(self) -> None:
+        self._under_way -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, if it is JSON, small enough and does not take forever."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # No form of a web page can send this one unasked.
+            raise ApiError("Content-Type must be application/json", status=415)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self._max_body_bytes:
+                        raise ApiError(
+                            f"the body is larger than {self._max_body_bytes} bytes", status=413
+                        )
+        except TimeoutError:
+            raise ApiError("the body took too long to arrive", status=408) from None
+        except ClientDisconnect:
+            raise ApiError("the client has gone", status=400) from None
+        return bytes(body)
+
+    async def _whole(self, request: Request, asked: CompletionRequest, prompts, answer) -> Response:
+        async with self.service.choices(asked, prompts) as (choices, news):
+
+            async def all_news():
+                async for _ in news:
+                    pass
+
+            if not await _unless_gone(request.receive, all_news()):
+                return Response(status_code=499)  # nobody reads it
+            return _json(answer.body(choices))
+
+
+async def _events(answer: Answer, choices, news) -> AsyncIterator[str]:
+    """The chunks of a stream as server-sent events."""
+    for choice in choices:
+        if (chunk := answer.opening(choice)) is not None:
+            yield _event(chunk)
+    try:
+        async for choice, text, scored in news:
+            if (chunk := answer.chunk(choice, text, scored)) is not None:
+                yield _event(chunk)
+    except ApiError as error:
+        yield _event(error.body())
+        return
+    if (chunk := answer.usage_chunk(choices)) is not None:
+        yield _event(chunk)
+    yield "data: [DONE]\n\n"
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {_dumped(content)}\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events, until the client has gone.
+
+    Args:
+      events: lines to send.
+      context: left at the end, whatever the end is.
+      on_end: called after that.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], context, on_end: Callable[[], None]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._context, self._on_end = events, context, on_end
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def send_all():
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self._events:
+                body = event.encode()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        try:
+            await _unless_gone(receive, send_all())
+        except OSError:
+            pass  # the client went while something was being sent
+        finally:
+            await self._context.__aexit__(None, None, None)
+            self._on_end()
+
+
+async def _unless_gone(receive, work) -> bool:
+    """Does the work while the client is there; says whether it was done."""
+
+    async def gone():
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return working.done()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+def _dumped(content: dict[str, Any]) -> str:
+    # ASCII, so that no lone surrogate can break it.
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def _json(content: dict[str, Any], status: int = 200, headers=None) -> Response:
+    return Response(_dumped(content), status, headers, media_type="application/json")
+
+
+def _refusal(error: ApiError) -> Response:
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return _json(error.body(), error.status, headers)
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    return _json(ApiError(error.detail).body(), error.status_code, error.headers)
+
+
+async def _our_error(request: Request, error: Exception) -> Response:
+    logging.error("%s failed", request.url.path, exc_info=error)
+    failure = ApiError("the server made a mistake", status=500, kind="server_error")
+    return _json(failure.body(), 500)

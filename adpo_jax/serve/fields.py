@@ -1,0 +1,106 @@
+"""The fields of a request's JSON body, each of the type and within the bounds it must have."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+class ApiError(Exception):
+    """A refusal in OpenAI's form.
+
+    Attributes:
+      status: of HTTP.
+      param: the field at fault; None for the whole request.
+      code: a word for programs; None for none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+    ):
+        super().__init__(message)
+        self.message, self.status = message, status
+        self.param, self.code, self.kind = param, code, kind
+
+    def body(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.kind}
+        return {"error": error | {"param": self.param, "code": self.code}}
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(body)
+    except RecursionError:
+        raise ApiError("the body is nested too deeply") from None
+    except ValueError as error:  # bad UTF-8 and endless numbers too
+        raise ApiError(f"the body is no valid JSON: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise ApiError("the body must be a JSON object")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in a message, not longer than it needs to be."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Fields:
+    """The fields of a body, taken one by one; null is as good as absent."""
+
+    def __init__(self, body: dict[str, Any]):
+        self._left = {name: value for name, value in body.items() if value is not None}
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """A field as it is."""
+        return self._left.pop(name, default)
+
+    def checked(self, name: str, default: Any, wanted: str, holds: Callable[[Any], bool]) -> Any:
+        """A field for which `holds` is true.
+
+        Raises:
+          ApiError: naming the field, what was wanted and what was given.
+        """
+        if name not in self._left:
+            return default
+        value = self._left.pop(name)
+        if not holds(value):
+            raise ApiError(f"{name} must be {wanted}; given {shown(value)}", param=name)
+        return value
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        def holds(value):
+            return type(value) is int and low <= value <= high
+
+        return self.checked(name, default, f"an integer from {low} to {high}", holds)
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        def holds(value):
+            return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+        return float(self.checked(name, default, f"a number from {low} to {high}", holds))
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        return self.checked(name, default, "true or false", lambda value: type(value) is bool)
+
+    def without_effect(self, name: str, *values: Any) -> None:
+        """A field that may be there only with a value that asks for nothing."""
+        if name in self._left and self._left.pop(name) not in values:
+            raise ApiError(
+                f"{name} is not supported here", param=name, code="unsupported_parameter"
+            )
+
+    def finish(self) -> None:
+        """Refuses what nobody took."""
+        if self._left:
+            name = sorted(self._left)[0]
+            raise ApiError(
+                f"unknown field {shown(name)}", param=str(name)[:80], code="unknown_parameter"
+            )

@@ -1,0 +1,234 @@
+"""What a client may ask for: the bodies of /v1/completions and /v1/chat/completions.
+
+Beyond OpenAI's own: top_k, min_p, min_tokens, ignore_eos, stop_token_ids, chat_template_kwargs
+(as in vLLM). What would change the answer and is not supported is refused, not ignored.
+"""
+
+import dataclasses
+from typing import Any
+
+from adpo_jax.continuous import MAX_ALTERNATIVES
+from adpo_jax.prompts import Message
+from adpo_jax.sampling import SamplingParams
+from adpo_jax.serve.fields import ApiError, Fields, shown
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256  # characters
+# Below this the tempered logits leave float32; it is greedy by any measure.
+LEAST_TEMPERATURE = 1e-3
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Said about a request and of no consequence for the answer.
+NOTES = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+      max_prompt_length, max_response_length: tokens.
+      max_choices: completions of a request, over all its prompts.
+    """
+
+    max_prompt_length: int
+    max_response_length: int
+    max_choices: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionRequest:
+    """A request whose fields are known to be good.
+
+    Attributes:
+      prompts: texts or lists of token ids; of a chat, one list of messages.
+      sampling: without the model's stop tokens.
+      seed: None for any.
+      logprobs: whether log-probs are wanted.
+      top_logprobs: likeliest tokens beside each one.
+    """
+
+    chat: bool
+    prompts: list[str | list[int] | list[Message]]
+    sampling: SamplingParams
+    seed: int | None
+    logprobs: bool
+    top_logprobs: int
+    stream: bool
+    include_usage: bool
+    chat_template_kwargs: dict[str, Any]
+
+
+def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> CompletionRequest:
+    """A request from its body.
+
+    Raises:
+      ApiError: for anything in it that cannot be done.
+    """
+    fields = Fields(body)
+    asked_for = fields.checked("model", model, "a string", lambda value: type(value) is str)
+    if asked_for != model:
+        raise ApiError(
+            f"the model {shown(asked_for)} is not served here; this is {model!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    prompts = [_messages(fields)] if chat else _prompts(fields)
+    sampling = _sampling(fields, limits, chat=chat)
+    if len(prompts) * sampling.n > limits.max_choices:
+        raise ApiError(
+            f"n x prompts is at most {limits.max_choices}; given {sampling.n} x {len(prompts)}",
+            param="n",
+        )
+    logprobs, top_logprobs = _logprobs(fields, chat)
+    request = CompletionRequest(
+        chat=chat,
+        prompts=prompts,
+        sampling=sampling,
+        seed=fields.integer("seed", None, -(2**63), 2**63 - 1),
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+        stream=fields.boolean("stream"),
+        include_usage=_include_usage(fields),
+        chat_template_kwargs=fields.checked(
+            "chat_template_kwargs", {}, "an object", lambda value: type(value) is dict
+        )
+        if chat
+        else {},
+    )
+    _refuse_the_rest(fields, sampling.n)
+    return request
+
+
+def _sampling(fields: Fields, limits: Limits, *, chat: bool) -> SamplingParams:
+    most = limits.max_response_length
+    default = most if chat else min(16, most)
+    max_tokens = fields.integer("max_tokens", default, 1, most)
+    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, most)
+    temperature = fields.number("temperature", 1.0, 0, 100)
+    top_k = fields.integer("top_k", -1, -1, 2**31 - 1)
+    top_p = fields.number("top_p", 1.0, 0, 1)
+    stop = fields.checked("stop", (), _STOP, _is_stop)
+    ids = fields.checked("stop_token_ids", (), "up to 16 token ids", _is_token_ids)
+    return SamplingParams(
+        n=fields.integer("n", 1, 1, limits.max_choices),
+        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+        top_k=top_k or -1,
+        # The likeliest token alone, where OpenAI's own servers take 0 too.
+        top_p=max(top_p, 1e-6),
+        min_p=fields.number("min_p", 0.0, 0, 1),
+        max_tokens=max_tokens,
+        min_tokens=fields.integer("min_tokens", 0, 0, max_tokens),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_token_ids=tuple(ids),
+        ignore_eos=fields.boolean("ignore_eos"),
+    )
+
+
+_STOP = f"a string or up to {MAX_STOP_STRINGS}, of 1 to {MAX_STOP_LENGTH} characters each"
+
+
+def _is_stop(value: Any) -> bool:
+    strings = [value] if isinstance(value, str) else value
+    return (
+        isinstance(strings, list)
+        and len(strings) <= MAX_STOP_STRINGS
+        and all(isinstance(s, str) and 1 <= len(s) <= MAX_STOP_LENGTH for s in strings)
+    )
+
+
+def _is_token_ids(value: Any) -> bool:
+    ids = isinstance(value, list) and len(value) <= 16
+    return ids and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
+def _logprobs(fields: Fields, chat: bool) -> tuple[bool, int]:
+    """Whether log-probs are wanted, and how many of the likeliest beside each."""
+    if chat:
+        logprobs = fields.boolean("logprobs")
+        top = fields.integer("top_logprobs", 0, 0, MAX_ALTERNATIVES)
+        if top and not logprobs:
+            raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return logprobs, top
+    top = fields.integer("logprobs", None, 0, MAX_ALTERNATIVES)
+    return top is not None, top or 0
+
+
+def _include_usage(fields: Fields) -> bool:
+    options = fields.checked("stream_options", {}, "an object", lambda value: type(value) is dict)
+    options = Fields(options)
+    include_usage = options.boolean("include_usage")
+    options.without_effect("include_obfuscation", False)
+    options.finish()
+    return include_usage
+
+
+def _refuse_the_rest(fields: Fields, n: int) -> None:
+    for name in NOTES:
+        fields.take(name)
+    for name in ("frequency_penalty", "presence_penalty"):
+        fields.without_effect(name, 0)
+    fields.without_effect("logit_bias", {})
+    fields.without_effect("best_of", n)
+    fields.without_effect("echo", False)
+    fields.without_effect("suffix", "")
+    fields.without_effect("response_format", {"type": "text"})
+    fields.without_effect("tools", [])
+    fields.without_effect("tool_choice", "none", "auto")
+    fields.without_effect("modalities", ["text"])
+    fields.finish()
+
+
+def _prompts(fields: Fields) -> list[str | list[int]]:
+    """The prompt of a completion: text, texts, token ids, or lists of them."""
+    prompt = fields.take("prompt")
+    wanted = "prompt must be text, a list of texts, token ids, or a list of lists of token ids"
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise ApiError(f"{wanted}; given {shown(prompt)}", param="prompt")
+    if all(type(i) is int for i in prompt):
+        return [prompt]
+    if all(isinstance(text, str) for text in prompt):
+        return prompt
+    if all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in prompt):
+        return prompt
+    raise ApiError(f"{wanted}; given {shown(prompt)}", param="prompt")
+
+
+def _messages(fields: Fields) -> list[Message]:
+    messages = fields.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(
+            f"messages must be a list of at least one message; given {shown(messages)}",
+            param="messages",
+        )
+    return [_message(message, number) for number, message in enumerate(messages)]
+
+
+def _message(message: Any, number: int) -> Message:
+    where = f"messages[{number}]"
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise ApiError(f"{where} must be an object with a role of {list(ROLES)}", param="messages")
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_text_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise ApiError(f"{where}.content must be text or a list of text parts", param="messages")
+    return {"role": message["role"], "content": content}
+
+
+def _text_part(part: Any, where: str) -> str:
+    is_text = isinstance(part, dict) and part.get("type") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
+        raise ApiError(f"{where}.content holds a part that is no text", param="messages")
+    return part["text"]
