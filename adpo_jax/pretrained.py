@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from adpo_jax import loading
+from adpo_jax.checkpoints import complete_steps
 from adpo_jax.config import default_config
 from adpo_jax.data import Dataset
 from adpo_jax.policy import Policy
@@ -92,8 +93,8 @@ def load(
 
     Args:
       name: a Hugging Face folder or hub name; the folder of a run, of which the exported policy is
-        read where there is one, otherwise the newest checkpoint; the folder `checkpoints` of a run
-        (the newest one); or one of the folders in it.
+        read unless a checkpoint is newer; the folder `checkpoints` of a run (the newest one); or
+        one of the folders in it.
       dtype: of the parameters and the computation.
       mesh: devices; None for the default device.
 
@@ -105,7 +106,9 @@ def load(
         return _from_hugging_face(name, dtype, mesh, PromptFormat())
     config = _run_config(run)
     prompt_format = _prompt_format(config)
-    if step is None and run.export.is_dir():
+    newest = max(complete_steps(run.checkpoints), default=0)
+    # An export without a note is whole: it appears by a rename.
+    if step is None and run.export.is_dir() and (run.exported_step or newest) >= newest:
         return _from_hugging_face(run.export, dtype, mesh, prompt_format)
     source = loading.find_model(config)
     policy = Policy.abstract_from_config(source.hf_config, dtype, mesh=mesh)
@@ -167,9 +170,9 @@ def _prompt_format(config) -> PromptFormat:
 
 
 def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:
-    if not run.has_checkpoint:
+    steps = complete_steps(run.checkpoints)
+    if not steps:
         raise ValueError(f"{run.root} holds a run with neither an export nor a checkpoint")
-    steps = sorted(int(p.name) for p in run.checkpoints.iterdir() if p.name.isdigit())
     if not step:
         return run.checkpoints / str(steps[-1])
     if not step.isdigit() or int(step) not in steps:

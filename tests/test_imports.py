@@ -18,7 +18,7 @@ ROAD = [
     "optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
     "update rollout recording sft learner evaluate",
-    "loading pretrained setup train adapters main",
+    "loading pretrained serve setup train adapters main",
 ]
 
 

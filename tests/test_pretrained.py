@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
     folder.claim(config)
     parts = setup.build(config)
     state = parts.learner.init_state(parts.initial_params())
-    with Checkpoints(folder.checkpoints, save_freq=1, keep=3) as checkpoints:
+    with folder, Checkpoints(folder.checkpoints, save_freq=1, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state.replace(params=scaled(state.params, step)))
     return folder.root, jax.device_get(state.params)
@@ -71,6 +72,18 @@ def test_a_run_is_its_newest_checkpoint_and_a_step_is_that_one(run):
     assert first.stop_token_ids == (first.tokenizer.eos_token_id,)
     with pytest.raises(ValueError, match=r"has the checkpoints \[1, 2\]; given '3'"):
         pretrained.load(root / "checkpoints" / "3")
+
+
+def test_an_export_is_read_unless_a_checkpoint_is_newer(run, tmp_path):
+    root, params = run
+    copy = tmp_path / "run"
+    shutil.copytree(root, copy)
+    model = pretrained.load(root)
+    model.policy.save_pretrained(copy / "export", scaled(params, 7), model.tokenizer)
+    for step, expected in ((1, 2), (2, 7)):
+        RunFolder(copy).note_export(step)
+        assert_params(pretrained.load(copy).params, scaled(params, expected))
+    assert pretrained.load(copy).prompt_format.prompt_template == "{prompt}\n"
 
 
 def test_the_dtype_is_that_asked_for(run):
