@@ -40,7 +40,7 @@ class Anchor:
 
     @property
     def keeps_params(self) -> bool:
-        """Whether a second copy of the parameters is held."""
+        """Whether a second copy of the parameters (of the adapters, under LoRA) is held."""
         return self.mode != "on_policy"
 
     def init(self, params):

@@ -103,6 +103,13 @@ def _model() -> dict:
         "path": "embedded:arithmetic",
         "hf_config": {},  # overrides of config.json; with random_init, any size by one line
         "random_init": False,  # start from random weights, not from those in the folder
+        # LoRA: adapters of this rank are trained beside frozen weights; 0 trains the weights.
+        "lora_rank": 0,
+        "lora_alpha": 32.0,  # adapters are scaled by lora_alpha / lora_rank
+        # "all-linear", or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
+        "lora_target_modules": "all-linear",
+        # Adapters to start from: a folder of peft's or its Hub name, which says the three above.
+        "lora_adapter_path": "",
     }
 
 

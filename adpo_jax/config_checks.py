@@ -66,6 +66,7 @@ def validate(config: ConfigDict) -> None:
             "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
             "actor_rollout_ref.actor.optim.weight_decay": 0,
             "actor_rollout_ref.rollout.num_slots": 0,
+            "actor_rollout_ref.model.lora_rank": 0,
             "sft.lr": 0,
             "sft.lr_warmup_steps": 0,
             "sft.weight_decay": 0,
@@ -97,6 +98,7 @@ def validate(config: ConfigDict) -> None:
             "completions of a prompt are all the same. Evaluation is greedy as it is"
         )
     _refuse_what_has_no_effect(config)
+    _refuse_lora_without_effect(config)
     if config.sft.steps and not config.sft.train_files:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
 
@@ -117,6 +119,21 @@ def _refuse_what_has_no_effect(config: ConfigDict) -> None:
         raise ValueError(
             f"{', '.join(changed)}: no effect under adv_estimator={algorithm.adv_estimator}; "
             "leave at the default"
+        )
+
+
+def _refuse_lora_without_effect(config: ConfigDict) -> None:
+    model, default = config.actor_rollout_ref.model, default_config().actor_rollout_ref.model
+    keys = ("lora_rank", "lora_alpha", "lora_target_modules")
+    changed = [f"model.{key}" for key in keys if model[key] != default[key]]
+    if model.lora_adapter_path and changed:
+        raise ValueError(
+            f"{', '.join(changed)}: no effect beside model.lora_adapter_path, whose folder says "
+            "rank, alpha and targets; leave at the default"
+        )
+    if changed and not model.lora_rank:
+        raise ValueError(
+            f"{', '.join(changed)}: no effect without model.lora_rank, which is 0 (no LoRA)"
         )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from adpo_jax import kernels, kv_cache, sampling
 from adpo_jax.kv_cache import KV, CacheLayout, View
+from adpo_jax.lora import merged_layer
 from adpo_jax.model import fused_layer
 from adpo_jax.policy import Policy
 from adpo_jax.sampling import Alternatives, Knobs, Method
@@ -82,7 +83,9 @@ class Verbs:
         """Parameters as decoding wants them.
 
         In the dtype of the computation, so that no step reads them in a wider one; norms stay as
-        they are, and so does the arithmetic. Unstacked and fused where layers run one by one.
+        they are, and so does the arithmetic. Unstacked and fused where layers run one by one, and
+        then adapters are merged into that copy, in float32; elsewhere they stay beside their
+        weights, which no copy is made of.
         """
         narrower = jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype)
         # Nothing to change: no second copy.
@@ -98,6 +101,8 @@ class Verbs:
             return params
         layers = params["layers"]
         each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(self.layout.num_layers)]
+        if self.policy.lora and self.policy.dtype == jnp.float32:
+            each = [merged_layer(layer, self.policy.lora.scale) for layer in each]
         if self.policy.mesh is None or self.policy.mesh.size == 1:
             each = map(fused_layer, each)
         return {**params, "layers": tuple(each)}

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def find_folder(name: str | os.PathLike) -> Path:
+def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOADED)) -> Path:
     """A local folder as it is, else the download of a hub name.
+
+    Args:
+      patterns: the files to download.
 
     Raises:
       ValueError: when it is neither.
@@ -54,7 +57,7 @@ def find_folder(name: str | os.PathLike) -> Path:
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ValueError(f"there is no folder {folder}")
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=DOWNLOADED))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
@@ -131,31 +134,53 @@ def save_folder(
     dtype,
     max_shard_size: int,
     overwrite: bool,
+    lora_scale: float = 1.0,
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads.
 
-    On several processes all of them must call this, and process 0 writes.
+    Adapters are merged into their weights. On several processes all of them must call this, and
+    process 0 writes.
 
     Raises:
       ValueError: for a folder that is not empty, unless `overwrite`.
     """
     dtype = np.dtype(dtype)
+    config_json = {k: v for k, v in config_json.items() if k != "torch_dtype"}
+    config_json["dtype"] = dtype.name
+    token_ids = {k: config_json[k] for k in TOKEN_IDS if config_json.get(k) is not None}
+    generation_config = generation_config or {"_from_model_config": True, **token_ids}
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        hf_weights.save(
+            config,
+            params,
+            temporary,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            lora_scale=lora_scale,
+        )
+        if jax.process_index() == 0:
+            write_json(temporary / "config.json", config_json)
+            write_json(temporary / "generation_config.json", generation_config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, whole or not at all.
+
+    On several processes all of them must enter it, and process 0 writes.
+
+    Raises:
+      ValueError: for a folder that is not empty, unless `overwrite`.
+    """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another folder, or overwrite=True")
-    config_json = {k: v for k, v in config_json.items() if k != "torch_dtype"}
-    config_json["dtype"] = dtype.name
-    token_ids = {k: config_json[k] for k in TOKEN_IDS if config_json.get(k) is not None}
-    generation_config = generation_config or {"_from_model_config": True, **token_ids}
     with _renamed_when_done(folder) as temporary:
-        hf_weights.save(config, params, temporary, dtype=dtype, max_shard_size=max_shard_size)
-        if jax.process_index() == 0:
-            _write_json(temporary / "config.json", config_json)
-            _write_json(temporary / "generation_config.json", generation_config)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+        yield temporary
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 
@@ -185,7 +210,7 @@ def push_folder(folder: str | os.PathLike, name: str, *, private: bool = True) -
     return f"https://huggingface.co/{name}"
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from adpo_jax import lora
 from adpo_jax.hf_tensors import HARMLESS_TENSORS, TOP_TENSORS, Leaf, leaves
 from adpo_jax.model import ModelConfig
 from adpo_jax.safetensors_files import Checkpoint
@@ -149,8 +150,18 @@ def _to_tree_layout(x: jax.Array, *, stacked, order, dtype, sharding):
 # --- writing
 
 
-def save(config: ModelConfig, params, folder: Path, *, dtype, max_shard_size: int) -> None:
+def save(
+    config: ModelConfig,
+    params,
+    folder: Path,
+    *,
+    dtype,
+    max_shard_size: int,
+    lora_scale: float = 1.0,
+) -> None:
     """Writes `model.safetensors`, or numbered shards and their index, into an existing folder.
+
+    Adapters are merged into their weights.
 
     Tensors are gathered one at a time; a process holds one shard. On several processes all of them
     must call this, and process 0 writes.
@@ -160,7 +171,7 @@ def save(config: ModelConfig, params, folder: Path, *, dtype, max_shard_size: in
       max_shard_size: bytes.
     """
     dtype = np.dtype(dtype)
-    shards = _shards(leaves(config, params), dtype.itemsize, max_shard_size)
+    shards = _shards(leaves(config, lora.without_adapters(params)), dtype.itemsize, max_shard_size)
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = "model.safetensors"
@@ -170,7 +181,7 @@ def save(config: ModelConfig, params, folder: Path, *, dtype, max_shard_size: in
         for leaf, layer in shard:
             name = leaf.hf_names[layer or 0]
             weight_map[name] = file_name
-            tensor = _gather(leaf, layer, leaf.of(params), dtype)
+            tensor = _gather(leaf, layer, params, lora_scale, dtype)
             if jax.process_index() == 0:
                 tensors[name] = np.asarray(tensor)
         if jax.process_index() == 0:
@@ -206,8 +217,10 @@ def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
     return shards
 
 
-def _gather(leaf: Leaf, layer: int | None, param: jax.Array, dtype) -> jax.Array:
+def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> jax.Array:
     """One tensor as it lies on disk, on every device of the parameter."""
+    param = leaf.of(params)
+    adapter = lora.adapter_of(params, leaf.path[-1])
     sharding = param.sharding if isinstance(param, jax.Array) else None
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
@@ -215,12 +228,21 @@ def _gather(leaf: Leaf, layer: int | None, param: jax.Array, dtype) -> jax.Array
         sharding = None
     order = tuple(np.argsort(leaf.tensor.order).tolist())
     return _to_disk_layout(
-        param, layer, order=order, shape=leaf.hf_shape, dtype=dtype, sharding=sharding
+        param,
+        layer,
+        adapter,
+        scale=lora_scale,
+        order=order,
+        shape=leaf.hf_shape,
+        dtype=dtype,
+        sharding=sharding,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("order", "shape", "dtype", "sharding"))
-def _to_disk_layout(param, layer, *, order, shape, dtype, sharding):
+@functools.partial(jax.jit, static_argnames=("scale", "order", "shape", "dtype", "sharding"))
+def _to_disk_layout(param, layer, adapter, *, scale, order, shape, dtype, sharding):
     x = param if layer is None else param[layer]
+    if adapter is not None:
+        x = lora.merged(x, *(matrix[layer] for matrix in adapter), scale)
     x = jnp.transpose(x, order).reshape(shape).astype(dtype)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

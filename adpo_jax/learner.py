@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import losses, update
+from adpo_jax import lora, losses, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.policy import Policy
@@ -78,7 +78,8 @@ class Learner:
 
     def init_state(self, params) -> TrainState:
         """The state before the first iteration; it takes `params` over."""
-        return update.init_state(self.policy, params, self.optimizer, self.anchor.init(params))
+        anchor_params = self.anchor.init(lora.split(params)[0])
+        return update.init_state(self.policy, params, self.optimizer, anchor_params)
 
     def abstract_state(self) -> TrainState:
         """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
@@ -115,7 +116,9 @@ class Learner:
         metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
 
         anchor_params, renewed = self.anchor.refresh(
-            state.anchor_params, state.params, measured_kl=self._measured_kl(history)
+            state.anchor_params,
+            lora.split(state.params)[0],
+            measured_kl=self._measured_kl(history),
         )
         metrics["anchor/renewed"] = float(renewed)
         return state.replace(step=state.step + 1, anchor_params=anchor_params), metrics
@@ -124,7 +127,7 @@ class Learner:
         """Anchor log-probs [P, G, T] and mean token entropy [P] over log V; None where unneeded."""
         if not self.needs_anchor_forward:
             return None, None
-        params = state.anchor_params if self.anchor.keeps_params else state.params
+        params = state.anchor if self.anchor.keeps_params else state.params
         log_probs, entropy = jax.device_get(self._log_probs(params, self.put(batch)))
         mask = batch.completion_mask_PGT
         tokens_P = np.maximum(mask.sum((1, 2)), 1.0)

@@ -12,7 +12,8 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from adpo_jax import arithmetic, data, hf
+from adpo_jax import arithmetic, data, hf, lora_files
+from adpo_jax.lora import Lora, parse_targets
 from adpo_jax.policy import Policy
 from adpo_jax.prompts import render_prompts
 from adpo_jax.rollout import Prompts
@@ -29,6 +30,8 @@ class ModelSource:
       stop_token_ids: the tokens that end a completion.
       random_init: start from random weights.
       generation_config: the folder's generation_config.json; empty for none.
+      lora: the adapters that are trained; None where the weights are.
+      adapter: a folder of adapters to start from; None for new ones.
     """
 
     folder: Path | None
@@ -36,6 +39,8 @@ class ModelSource:
     tokenizer: object
     stop_token_ids: tuple[int, ...]
     random_init: bool
+    lora: Lora | None
+    adapter: Path | None
     generation_config: dict = dataclasses.field(default_factory=dict)
 
 
@@ -47,10 +52,12 @@ def find_model(config: ConfigDict) -> ModelSource:
     """
     model = config.actor_rollout_ref.model
     overrides = model.hf_config.to_dict()
+    adapters = _find_lora(model)
     if model.path == arithmetic.NAME:
         tokenizer = arithmetic.make_tokenizer()
         stop = (tokenizer.eos_token_id,)
-        return ModelSource(None, arithmetic.MODEL_CONFIG | overrides, tokenizer, stop, True)
+        hf_config = arithmetic.MODEL_CONFIG | overrides
+        return ModelSource(None, hf_config, tokenizer, stop, True, *adapters)
     if overrides and not model.random_init:
         raise ValueError(
             f"model.hf_config changes the architecture ({sorted(overrides)}), so the weights in "
@@ -60,8 +67,17 @@ def find_model(config: ConfigDict) -> ModelSource:
     tokenizer = _load_tokenizer(folder)
     stop = _stop_token_ids(folder, tokenizer, generation)
     return ModelSource(
-        folder, hf_config | overrides, tokenizer, stop, model.random_init, generation
+        folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapters, generation
     )
+
+
+def _find_lora(model: ConfigDict) -> tuple[Lora | None, Path | None]:
+    if model.lora_adapter_path:
+        folder, lora = lora_files.find(model.lora_adapter_path)
+        return lora, folder
+    if not model.lora_rank:
+        return None, None
+    return Lora(model.lora_rank, model.lora_alpha, parse_targets(model.lora_target_modules)), None
 
 
 def _load_tokenizer(folder: Path):
@@ -92,13 +108,13 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
     Raises:
       ValueError: for an architecture that is not supported, or a tokenizer of another model.
     """
-    policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, mesh))
+    policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
     if len(source.tokenizer) > policy.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(source.tokenizer)} tokens, the model embeds "
             f"{policy.config.vocab_size}: they do not belong together"
         )
-    return policy
+    return dataclasses.replace(policy, lora=source.lora)
 
 
 def initial_params(config: ConfigDict, source: ModelSource, mesh: Mesh):
@@ -107,17 +123,25 @@ def initial_params(config: ConfigDict, source: ModelSource, mesh: Mesh):
     Raises:
       ValueError: for weights that do not fit the architecture.
     """
-    kwargs = _policy_kwargs(config, mesh)
+    kwargs = _policy_kwargs(config, source, mesh)
+    key = jax.random.key(config.trainer.seed)
     if source.random_init:
-        key = jax.random.key(config.trainer.seed)
-        return Policy.from_config(source.hf_config, key, **kwargs)[1]
-    return Policy.from_pretrained(source.folder, **kwargs)[1]
+        policy, params = Policy.from_config(source.hf_config, key, **kwargs)
+    else:
+        policy, params = Policy.from_pretrained(source.folder, **kwargs)
+    if source.adapter:
+        return lora_files.load(policy, params, source.adapter)[1]
+    if source.lora:
+        return policy.with_adapters(params, source.lora, key)[1]
+    return params
 
 
-def _policy_kwargs(config: ConfigDict, mesh: Mesh) -> dict:
+def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:
+    dtype = jnp.bfloat16 if config.trainer.bf16 else jnp.float32
     return {
-        "dtype": jnp.bfloat16 if config.trainer.bf16 else jnp.float32,
-        "param_dtype": jnp.float32,
+        "dtype": dtype,
+        # Nothing is ever added to frozen weights, so they need not be wider than the computation.
+        "param_dtype": dtype if source.lora else jnp.float32,
         "mesh": mesh,
         "gradient_checkpointing": config.trainer.gradient_checkpointing,
     }

@@ -21,6 +21,7 @@ from adpo_jax import attention, hf, sharding
 from adpo_jax.attention import Attend, KVCache
 from adpo_jax.hf_config import language_config, model_config
 from adpo_jax.log_probs import token_log_probs
+from adpo_jax.lora import Lora, join, split
 from adpo_jax.model import (
     REMAT_POLICIES,
     Decoder,
@@ -38,9 +39,10 @@ class Policy:
     Attributes:
       config: the architecture.
       dtype: of the computation (norms, softmax and log-probs are float32 whatever it is).
-      param_dtype: of the parameters.
+      param_dtype: of the parameters; adapters are float32 whatever it is.
       mesh: devices the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
+      lora: the adapters beside the weights, which are frozen then; None for none.
       hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
       generation_config: likewise its `generation_config.json`; empty for none.
     """
@@ -50,6 +52,7 @@ class Policy:
     param_dtype: Any = jnp.float32
     mesh: Mesh | None = None
     gradient_checkpointing: str = "none"
+    lora: Lora | None = None
     hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
     generation_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
@@ -160,12 +163,13 @@ class Policy:
         """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads.
 
         The folder appears whole or not at all. On several processes all of them must call this,
-        and process 0 writes.
+        and process 0 writes. Adapters are merged into their weights.
 
         Args:
           params: of this policy, however they are sharded.
           tokenizer: written too, by its own `save_pretrained`; None for none.
-          dtype: of the weights on disk; the policy's `param_dtype` if None.
+          dtype: of the weights on disk. If None, float32 where there are adapters (a narrower one
+            would round most of what they learned away), else the policy's `param_dtype`.
           max_shard_size: bytes of one safetensors file.
           overwrite: replace a folder that is not empty.
 
@@ -178,6 +182,8 @@ class Policy:
         wanted = jax.tree.map(jnp.shape, self.abstract_params())
         if jax.tree.map(jnp.shape, params) != wanted:
             raise ValueError("the parameters have other names or shapes than this policy's")
+        if dtype is None:
+            dtype = jnp.float32 if self.lora else self.param_dtype
         hf.save_folder(
             folder,
             params,
@@ -185,9 +191,10 @@ class Policy:
             config_json=self.hf_config,
             generation_config=self.generation_config,
             tokenizer=tokenizer,
-            dtype=self.param_dtype if dtype is None else dtype,
+            dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            lora_scale=self._lora_scale,
         )
 
     # --- parameters
@@ -200,12 +207,21 @@ class Policy:
             self.param_dtype,
             self.mesh,
             self.gradient_checkpointing,
+            self._lora_scale,
         )
+
+    @property
+    def _lora_scale(self) -> float:
+        return self.lora.scale if self.lora else 1.0
 
     def _init(self, key: jax.Array):
         tokens = jnp.zeros((1, 1), jnp.int32)
         decoder = self._decoder(self.self_attention(tokens, tokens))
-        return decoder.init(key, tokens, tokens)["params"]
+        params = decoder.init(key, tokens, tokens)["params"]
+        return join(self._init_adapters(key, params), params) if self.lora else params
+
+    def _init_adapters(self, key: jax.Array, params):
+        return {"layers": self.lora.init(jax.random.fold_in(key, 1), params["layers"])}
 
     def abstract_params(self):
         """The parameter tree as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh."""
@@ -226,6 +242,21 @@ class Policy:
             return jax.jit(self._init)(key)
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_params())
         return jax.jit(self._init, out_shardings=shardings)(key)
+
+    def with_adapters(self, params, lora: Lora, key: jax.Array) -> tuple["Policy", Any]:
+        """This policy with new adapters, which change nothing until they are trained.
+
+        Args:
+          params: of this policy; they become the frozen part of the result, without a copy.
+
+        Returns:
+          (policy, params).
+        """
+        policy = dataclasses.replace(self, lora=lora)
+        wanted, _ = split(policy.abstract_params())
+        layout = None if self.mesh is None else jax.tree.map(lambda s: s.sharding, wanted)
+        init = jax.jit(policy._init_adapters, out_shardings=layout)
+        return policy, join(init(key, params), params)
 
     # --- pure building blocks, for use inside jit
 

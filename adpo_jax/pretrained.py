@@ -14,10 +14,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from adpo_jax import loading
+from adpo_jax import loading, lora
 from adpo_jax.checkpoints import complete_steps
 from adpo_jax.config import default_config
 from adpo_jax.data import Dataset
+from adpo_jax.loading import ModelSource
 from adpo_jax.policy import Policy
 from adpo_jax.prompts import Message, render_prompts
 from adpo_jax.run_folder import RunFolder
@@ -112,11 +113,16 @@ def load(
         return _from_hugging_face(run.export, dtype, mesh, prompt_format)
     source = loading.find_model(config)
     policy = Policy.abstract_from_config(source.hf_config, dtype, mesh=mesh)
-    policy = dataclasses.replace(policy, generation_config=source.generation_config)
+    policy = dataclasses.replace(
+        policy, lora=source.lora, generation_config=source.generation_config
+    )
     checkpoint = _checkpoint_folder(run, step)
+    params = _read_params(checkpoint, policy)
+    if policy.lora:
+        params = lora.join(params, _frozen_params(config, source, policy))
     return Pretrained(
         policy=policy,
-        params=_read_params(checkpoint, policy),
+        params=params,
         tokenizer=source.tokenizer,
         stop_token_ids=source.stop_token_ids,
         prompt_format=prompt_format,
@@ -181,13 +187,14 @@ def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:
 
 
 def _read_params(checkpoint: Path, policy: Policy):
-    """The parameters alone, in the dtype and layout of the policy."""
+    """The trained parameters alone, in the dtype and layout of the policy."""
 
     def placed(leaf):
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    wanted = {"params": jax.tree.map(placed, policy.abstract_params())}
+    trained, _ = lora.split(policy.abstract_params())
+    wanted = {"params": jax.tree.map(placed, trained)}
     args = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -195,3 +202,10 @@ def _read_params(checkpoint: Path, policy: Policy):
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(checkpoint.resolve() / "state", args=args)["params"]
+
+
+def _frozen_params(config, source: ModelSource, policy: Policy):
+    """The weights beside the adapters of a run, in the dtype and layout of the policy."""
+    _, frozen = lora.split(loading.initial_params(config, source, policy.mesh))
+    _, wanted = lora.split(policy.abstract_params())
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, wanted)

@@ -7,6 +7,7 @@ checkpoints/           the training state; damaged ones are moved to damaged_che
 samples/               completions with their rewards
 bad_batches/           recordings of iterations whose update was not sound
 export/                the final policy as a Hugging Face folder
+adapter/               under LoRA, its adapters as a folder of peft
 <rollout_data_dir>/    recordings of all iterations, where the config asks for them
 """
 
@@ -95,6 +96,10 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.root / "export"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
 
     @property
     def has_checkpoint(self) -> bool:

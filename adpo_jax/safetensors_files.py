@@ -69,7 +69,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
-    def rename(self, prefixes: dict[str, str], drop: re.Pattern) -> None:
+    def rename(self, prefixes: dict[str, str], drop: re.Pattern | None = None) -> None:
         """Replaces prefixes of names, and forgets the tensors that `drop` matches."""
 
         def renamed(name):
@@ -79,7 +79,9 @@ class Checkpoint:
             return name
 
         self._entries = {
-            renamed(name): entry for name, entry in self._entries.items() if not drop.match(name)
+            renamed(name): entry
+            for name, entry in self._entries.items()
+            if drop is None or not drop.match(name)
         }
 
     def shape(self, name: str) -> tuple[int, ...]:

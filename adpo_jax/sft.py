@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adpo_jax import lora
 from adpo_jax.data import prompt_indices
 from adpo_jax.policy import Policy
 from adpo_jax.update import TrainState
@@ -23,7 +24,8 @@ def make_sft_step(policy: Policy, optimizer: optax.GradientTransformation) -> Ca
     completion token, in nats.
     """
 
-    def loss_fn(params, tokens, attention_mask, completion_mask):
+    def loss_fn(trained, frozen, tokens, attention_mask, completion_mask):
+        params = lora.join(trained, frozen)
         log_probs, _ = policy.completion_log_probs(
             params, tokens, attention_mask, num_completion=completion_mask.shape[-1]
         )
@@ -31,10 +33,11 @@ def make_sft_step(policy: Policy, optimizer: optax.GradientTransformation) -> Ca
         return total / jnp.maximum(jnp.sum(completion_mask), 1.0)
 
     def step(state: TrainState, tokens, attention_mask, completion_mask):
+        trained, frozen = lora.split(state.params)
         gradient = jax.value_and_grad(loss_fn)
-        loss, grads = gradient(state.params, tokens, attention_mask, completion_mask)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        loss, grads = gradient(trained, frozen, tokens, attention_mask, completion_mask)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = lora.join(optax.apply_updates(trained, updates), frozen)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), loss
 
     return jax.jit(step, donate_argnums=0)

@@ -28,6 +28,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "norm": None,
+    "rank": None,
 }
 
 # Axes which are replicated where the mesh does not divide them: few key/value heads (GQA) and odd

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import data, recording, setup, sft
+from adpo_jax import data, lora, lora_files, recording, setup, sft
 from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
@@ -48,7 +48,8 @@ class Run:
 
     Attributes:
       config: the final one.
-      params: what a fresh run starts from; None where there is a checkpoint to go on from.
+      params: what a fresh run starts from; None where there is a checkpoint to go on from, unless
+        it lacks frozen parameters.
       rollouts: the sampler and the reward functions, or a recording.
     """
 
@@ -108,7 +109,8 @@ def prepare(
     folder.check(config, **options)
     parts = setup.build(config)
     rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
-    params = None if folder.has_checkpoint else parts.initial_params()
+    in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
+    params = None if in_checkpoint else parts.initial_params()
     folder.claim(config, **options)
     return Run(config, parts, folder, params, rollouts)
 
@@ -129,21 +131,21 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
     ):
         restored = None
         if checkpoints.steps:
-            restored = checkpoints.restore_latest(parts.learner.abstract_state())
+            restored = checkpoints.restore_latest(parts.learner.abstract_state().saved)
         purge_step = 0 if restored is None else restored.step + 1
         with contextlib.closing(metrics_lib.make_writer(folder.root, purge_step)) as writer:
             if restored is None:
                 with interruption.abandonable():
                     state, metrics = _start(run, writer)
                 writer.flush()
-                checkpoints.save(0, state, metrics)
+                checkpoints.save(0, state.saved, metrics)
             else:
                 print(f"going on after iteration {restored.step}", flush=True)
-                state, metrics = restored.state, restored.metrics
+                state, metrics = restored.state.joined(run.params), restored.metrics
                 del restored  # or the donated state would be held on to
             state = _iterate(run, state, metrics, writer, checkpoints, interruption)
         with interruption.abandonable():
-            _export(parts, folder, state)
+            _export(run, state)
         print(f"done; the policy is in {folder.export}", flush=True)
         rows = metrics_lib.read_jsonl(folder.metrics)
         evaluations = [row for row in rows if "eval/accuracy" in row]
@@ -151,9 +153,13 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
 
 
 def _announce(parts: Parts, folder: RunFolder) -> None:
-    size = sum(x.size for x in jax.tree.leaves(parts.policy.abstract_params()))
+    params = parts.policy.abstract_params()
+    size, trained = (
+        sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, lora.split(params)[0])
+    )
+    trained = f", {trained:,} of them trained," if parts.policy.lora else ""
     print(
-        f"{folder.root}: {size:,} parameters on {parts.policy.mesh.size} device(s), "
+        f"{folder.root}: {size:,} parameters{trained} on {parts.policy.mesh.size} device(s), "
         f"{len(parts.train_prompts):,} prompts, {parts.num_steps:,} iterations",
         flush=True,
     )
@@ -212,14 +218,14 @@ def _iterate(
                 _show(config, progress, folder, step + 1, metrics, prompts, graded)
                 if checkpoints.is_due(step + 1, metrics):
                     writer.flush()  # what a checkpoint has behind it is in the log
-                    checkpoints.save(step + 1, state, metrics)
+                    checkpoints.save(step + 1, state.saved, metrics)
     except Interrupted as reason:
         writer.flush()
-        checkpoints.save_now(int(state.step), state, metrics)
+        checkpoints.save_now(int(state.step), state.saved, metrics)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
-    checkpoints.save_now(num_steps, state, metrics)
+    checkpoints.save_now(num_steps, state.saved, metrics)
     return state
 
 
@@ -293,14 +299,18 @@ def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, flo
     return _evaluate(run.parts, state, run.folder, done)
 
 
-def _export(parts: Parts, folder: RunFolder, state: TrainState) -> None:
-    """Writes the policy, unless the export is of this very state."""
-    step = int(state.step)
-    if folder.exported_step != step:
-        parts.policy.save_pretrained(
-            folder.export, state.params, parts.tokenizer, overwrite=folder.export.exists()
-        )
-        folder.note_export(step)
+def _export(run: Run, state: TrainState) -> None:
+    """Writes the policy, and its adapters alone, unless the export is of this very state."""
+    policy, folder, step = run.parts.policy, run.folder, int(state.step)
+    if folder.exported_step == step:
+        return
+    if policy.lora:
+        base = run.config.actor_rollout_ref.model.path
+        lora_files.save(folder.adapter, policy, state.params, base_model=base, overwrite=True)
+    policy.save_pretrained(
+        folder.export, state.params, run.parts.tokenizer, overwrite=folder.export.exists()
+    )
+    folder.note_export(step)
 
 
 def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> dict[str, float]:

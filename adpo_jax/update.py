@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adpo_jax import groups
+from adpo_jax import groups, lora
 from adpo_jax.policy import Policy
 
 
@@ -46,27 +46,62 @@ class TrainState:
     Attributes:
       step: int32 scalar, iterations done.
       params: the policy.
-      opt_state: of the optimizer.
-      anchor_params: a second copy of the parameters where the anchor mode needs one, else None.
+      opt_state: of the optimizer, over what is trained of the parameters (`lora.split`).
+      anchor_params: a second copy of what is trained where the anchor mode needs one, else None.
+      frozen_checksum: uint32 scalar of the frozen parameters under LoRA, else None.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     anchor_params: Any = None
+    frozen_checksum: jax.Array | None = None
+
+    @property
+    def anchor(self) -> Any:
+        """The anchor's whole parameter tree; its frozen part is the policy's."""
+        return lora.join(self.anchor_params, lora.split(self.params)[1])
+
+    @property
+    def saved(self) -> "TrainState":
+        """What a checkpoint holds: all but the frozen parameters, which their source gives back."""
+        return self.replace(params=lora.split(self.params)[0])
+
+    def joined(self, params) -> "TrainState":
+        """The state of which this is what was `saved`.
+
+        Args:
+          params: a tree with the frozen part; not looked at where nothing is frozen.
+
+        Raises:
+          ValueError: when the frozen part is not the one that the state was trained on.
+        """
+        if self.frozen_checksum is None:
+            return self
+        _, frozen = lora.split(params)
+        if self.frozen_checksum != lora.checksum(frozen):
+            raise ValueError(
+                "the weights of the model are not those that the adapters of this checkpoint were "
+                "trained on; give the model back its files, or start a new run"
+            )
+        return self.replace(params=lora.join(self.params, frozen))
 
 
 def init_state(
     policy: Policy, params, optimizer: optax.GradientTransformation, anchor_params=None
 ) -> TrainState:
     """The state before the first iteration, the optimizer's arrays laid out like the parameters."""
+    trained, frozen = lora.split(params)
+    checksum = lora.checksum(frozen) if policy.lora else None
     if policy.mesh is None:
-        opt_state = jax.jit(optimizer.init)(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, anchor_params)
+        opt_state = jax.jit(optimizer.init)(trained)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, anchor_params, checksum)
     layout = jax.tree.map(lambda s: s.sharding, abstract_state(policy, optimizer).opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(policy.mesh, PartitionSpec()))
-    return TrainState(step, params, opt_state, anchor_params)
+    opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
+    everywhere = NamedSharding(policy.mesh, PartitionSpec())
+    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    checksum = jax.device_put(checksum, everywhere)
+    return TrainState(step, params, opt_state, anchor_params, checksum)
 
 
 def abstract_state(
@@ -75,15 +110,17 @@ def abstract_state(
     """The state's shapes, dtypes and layout, without any array; `policy` has a mesh."""
     replicated = NamedSharding(policy.mesh, PartitionSpec())
     params = policy.abstract_params()
+    trained, _ = lora.split(params)
     opt_state = optax.tree_map_params(
         optimizer,
         lambda _, param: param,
-        jax.eval_shape(optimizer.init, params),
-        params,
+        jax.eval_shape(optimizer.init, trained),
+        trained,
         transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(step, params, opt_state, params if keeps_anchor else None)
+    checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated) if policy.lora else None
+    return TrainState(step, params, opt_state, trained if keeps_anchor else None, checksum)
 
 
 def split_prompts(tree, num_micro: int):
@@ -153,7 +190,8 @@ def make_update(
     completion tokens among them.
     """
 
-    def micro_loss(params, micro):
+    def micro_loss(trained, frozen, micro):
+        params = lora.join(trained, frozen)
         batch, prepared, anchor_log_probs = micro
         log_probs, entropy = batch_log_probs(policy, params, batch, temperature=temperature)
         if anchor_log_probs is None:
@@ -165,30 +203,31 @@ def make_update(
     def update(state: TrainState, batch: Batch, scores, anchor_log_probs):
         prepared = algorithm.normalise(scores, batch.completion_mask_PGT)
         micros = split_prompts((batch, prepared, anchor_log_probs), num_micro)
+        trained, frozen = lora.split(state.params)
         gradient = jax.grad(micro_loss, has_aux=True)
 
         def add_micro(sums, micro):
-            return jax.tree.map(jnp.add, sums, gradient(state.params, micro)), None
+            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, micro)), None
 
         if num_micro == 1:
-            grads, sums = gradient(state.params, jax.tree.map(lambda x: x[0], micros))
+            grads, sums = gradient(trained, frozen, jax.tree.map(lambda x: x[0], micros))
         else:
             first = jax.tree.map(lambda x: x[0], micros)
-            shapes = jax.eval_shape(gradient, state.params, first)
+            shapes = jax.eval_shape(gradient, trained, frozen, first)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add_micro, zeros, micros)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        moved = optax.apply_updates(trained, updates)
         metrics = _batch_metrics(sums) | {"update/grad_norm": optax.global_norm(grads)}
         sound = _is_sound(metrics, max_anchor_kl)
-        params, opt_state = jax.tree.map(
+        trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+            (moved, opt_state),
+            (trained, state.opt_state),
         )
         metrics["update/skipped"] = 1.0 - sound
-        return state.replace(params=params, opt_state=opt_state), metrics
+        return state.replace(params=lora.join(trained, frozen), opt_state=opt_state), metrics
 
     return jax.jit(update, donate_argnums=0)
 

@@ -17,12 +17,21 @@ import numpy as np
 import pytest
 from test_config import parse
 
-from adpo_jax import arithmetic, compilation_cache, loading, main, setup, sharding
+from adpo_jax import (
+    arithmetic,
+    compilation_cache,
+    loading,
+    lora_files,
+    main,
+    setup,
+    sharding,
+)
 from adpo_jax import train as train_lib
 from adpo_jax.batch_plan import batch_plan
 from adpo_jax.config import default_config, keys
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.learner import Learner
+from adpo_jax.lora import Lora
 from adpo_jax.policy import Policy
 
 
@@ -41,6 +50,7 @@ def files(tmp_path, monkeypatch, checkpoint):
         (tmp_path / "folder" / f"{split}.jsonl").write_text(lines)
     (tmp_path / "rewards.py").write_text("def good_accuracy(completions, **columns): ...\n")
     (tmp_path / "one").symlink_to(checkpoint)
+    (tmp_path / "adapter").symlink_to(checkpoint.with_name("adapter"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -52,6 +62,8 @@ def checkpoint(tmp_path_factory):
         arithmetic.MODEL_CONFIG | {"hidden_size": 32, "num_hidden_layers": 1}, jax.random.key(9)
     )
     policy.save_pretrained(folder, params, arithmetic.make_tokenizer())
+    adapted = policy.with_adapters(params, Lora(2, 4.0), jax.random.key(1))
+    lora_files.save(folder.with_name("adapter"), *adapted, base_model=str(folder))
     return folder
 
 
@@ -260,6 +272,10 @@ WALK = {
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
     f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
+    f"{MODEL}.lora_rank": ("3", policy),
+    f"{MODEL}.lora_alpha": ("8.0", policy, f"--config.{MODEL}.lora_rank=3"),
+    f"{MODEL}.lora_target_modules": ("q_proj,v_proj", policy, f"--config.{MODEL}.lora_rank=3"),
+    f"{MODEL}.lora_adapter_path": ("adapter", policy, f"--config.{MODEL}.path=one"),
     f"{ACTOR}.optim.lr": ("0.1", adamw),
     f"{ACTOR}.optim.weight_decay": ("0.5", adamw),
     f"{ACTOR}.optim.lr_warmup_steps": ("4", adamw),
