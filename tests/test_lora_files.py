@@ -157,9 +157,7 @@ def test_a_run_trains_adapters_on_a_base_that_stays_and_goes_on_where_it_stopped
     assert np.abs(merged.logits(base, TOKENS) - logits).max() > 1e-2
     # So is the checkpoint of the last iteration, which holds adapters and reads the weights again.
     read = pretrained.load(tmp_path / "whole" / "checkpoints")
-    np.testing.assert_allclose(
-        read.policy.logits(read.params, TOKENS), logits, rtol=0, atol=1e-4
-    )
+    np.testing.assert_allclose(read.policy.logits(read.params, TOKENS), logits, rtol=0, atol=1e-4)
 
 
 def test_a_checkpoint_holds_the_adapters_and_goes_on_with_no_other_weights():
