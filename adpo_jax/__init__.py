@@ -15,6 +15,13 @@ _HOMES = {
     "Policy": "policy",
     "Engine": "engine",
     "SamplingParams": "sampling",
+    "ContinuousBatch": "continuous",
+    "Adpo": "losses",
+    "Grpo": "losses",
+    "Batch": "update",
+    "TrainState": "update",
+    "init_state": "update",
+    "make_update": "update",
 }
 
 __all__ = sorted(_HOMES)

@@ -13,13 +13,16 @@ All completions are sampled at once; the screen follows the first one that has n
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 
 import jax
 
-from adpo_jax import Engine, SamplingParams, pretrained
+from adpo_jax import Engine, SamplingParams, compilation_cache, pretrained
+from adpo_jax.config import default_config
 from adpo_jax.engine import GroupOutput
 from adpo_jax.pretrained import Pretrained, PromptFormat
 from adpo_jax.text_stream import TextStream
@@ -89,7 +92,8 @@ class Screen:
 
     def __init__(self, model: Pretrained, num_prompts: int, n: int):
         self._order = [(prompt, sample) for prompt in range(num_prompts) for sample in range(n)]
-        self._texts = {at: TextStream(model.tokenizer.decode) for at in self._order}
+        decode = functools.partial(model.tokenizer.decode, skip_special_tokens=True)
+        self._texts = {at: TextStream(decode) for at in self._order}
         self._unseen = dict.fromkeys(self._order, "")
         self._ended: dict[tuple[int, int], str] = {}
         self._at = 0
@@ -202,7 +206,9 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     a = arguments()
+    compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
         generate(a)
     except ValueError as error:

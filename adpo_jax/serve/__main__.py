@@ -146,8 +146,13 @@ def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is told to stop; returns the exit code."""
+    a = arguments(argv)
+    from adpo_jax import compilation_cache  # after the arguments, so that --help is quick
+    from adpo_jax.config import default_config
+
+    compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
-        server = make_server(arguments(argv))
+        server = make_server(a)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -158,4 +163,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     use_huge_pages()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.exit(main())
