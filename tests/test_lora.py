@@ -208,7 +208,7 @@ def compiled_update(policy):
 
 
 def test_an_update_keeps_no_gradient_and_no_copy_of_the_base():
-    config = {**tiny.CONFIG, "hidden_size": 64, "intermediate_size": 512}
+    config = {**tiny.CONFIG, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 1024}
     full = Policy.abstract_from_config(config)
     adapted = dataclasses.replace(full, lora=Lora(2, 4.0))
     base = sum(x.size * 4 for x in jax.tree.leaves(full.abstract_params()))
