@@ -49,6 +49,8 @@ def test_what_a_page_names_is_there(page):
     files = re.findall(r"`((?:scripts|configs|tests|adpo_jax|notebooks|docs)/[\w/.]+\w)`", text)
     files += re.findall(r"\b(?:python |=)((?:scripts|configs)/\w+\.py)", text)
     assert [name for name in files if not (ROOT / name).exists()] == []
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
     known = set(keys(default_config()))
     sections = {key.split(".")[0] for key in known} - {"data"}
     named = set(re.findall(r"--config\.([\w.]+\w)", text))

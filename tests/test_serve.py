@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -327,6 +330,22 @@ def test_bad_messages_are_refused(address, messages, message):
     assert message in error_of(response)["message"]
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"},
+        {"tokenize": False},
+        {"tone": ["x"]},
+        "x",
+    ],
+)
+def test_a_client_has_no_hold_on_the_template_but_its_variables(address, kwargs):
+    body = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": kwargs}
+    response = post(address, "/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert "chat_template_kwargs" in error_of(response)["message"]
+
+
 def test_other_refusals_have_their_status(address, client):
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.completions.create(model="gpt-4", prompt="x")
@@ -411,3 +430,20 @@ def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, m
         assert "memory" not in response.text
         wait_until(lambda: server.should_exit)
         assert server.app.service.decoding.failed
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_finishes_its_streams(folder):
+    command = [sys.executable, "-m", "adpo_jax.serve", f"--model={folder}", "--port=0", *LENGTHS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "running on" in line)
+        address = re.search(r"http://[\d.:]+", line)[0]
+        body = {"prompt": "Ann", "max_tokens": 64, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        process.stderr.read()
+        # uvicorn ends by the signal it was given once everything is done.
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)

@@ -99,11 +99,7 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
         top_logprobs=top_logprobs,
         stream=fields.boolean("stream"),
         include_usage=_include_usage(fields),
-        chat_template_kwargs=fields.checked(
-            "chat_template_kwargs", {}, "an object", lambda value: type(value) is dict
-        )
-        if chat
-        else {},
+        chat_template_kwargs=_template_kwargs(fields) if chat else {},
     )
     _refuse_the_rest(fields, sampling.n)
     return request
@@ -170,6 +166,15 @@ def _include_usage(fields: Fields) -> bool:
     options.without_effect("include_obfuscation", False)
     options.finish()
     return include_usage
+
+
+def _template_kwargs(fields: Fields) -> dict[str, Any]:
+    def holds(value):
+        scalars = (str, bool, int, float)
+        return type(value) is dict and all(type(v) in scalars for v in value.values())
+
+    wanted = "an object of texts, numbers, true and false"
+    return fields.checked("chat_template_kwargs", {}, wanted, holds)
 
 
 def _refuse_the_rest(fields: Fields, n: int) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 import secrets
 import sys
 from collections.abc import AsyncIterator
@@ -59,6 +60,11 @@ class Service:
     def _chat_prompt(self, request: CompletionRequest) -> list[int]:
         if not self.model.tokenizer.chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
+        # A template of the client's own, above all, would be a program of the client's own.
+        own = inspect.signature(self.model.tokenizer.apply_chat_template).parameters
+        taken = sorted(own.keys() & request.chat_template_kwargs.keys())
+        if taken:
+            raise ValueError(f"chat_template_kwargs cannot set {', '.join(taken)}")
         kwargs = self.model.prompt_format.chat_template_kwargs | request.chat_template_kwargs
         return self._rendered(request.prompts[0], PromptFormat(chat_template_kwargs=kwargs))
 
