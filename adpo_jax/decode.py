@@ -103,9 +103,13 @@ class Verbs:
         each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(self.layout.num_layers)]
         if self.policy.lora and self.policy.dtype == jnp.float32:
             each = [merged_layer(layer, self.policy.lora.scale) for layer in each]
+        params = {**params, "layers": tuple(each)}
         if self.policy.mesh is None or self.policy.mesh.size == 1:
-            each = map(fused_layer, each)
-        return {**params, "layers": tuple(each)}
+            params["layers"] = tuple(map(fused_layer, each))
+            if self.policy.config.tie_embeddings:
+                # A small batch's product with the table as it lies turns it first: twice the time.
+                params["head"] = params["embed"].T
+        return params
 
     # --- the state
 
@@ -369,6 +373,25 @@ class Verbs:
             state.own, state.slots, state.column, order, columns, kept
         )
         return state._replace(own=own, slots=slots, column=column, members=members)
+
+    def regroup(
+        self, state: DecodeState, rows: jax.Array, row: jax.Array, rank: jax.Array
+    ) -> DecodeState:
+        """Gathers prefix rows, after a `resize` whose members speak of the new ones.
+
+        Args:
+          rows: [new P] int32, the old row of each new one.
+          row, rank: [B] int32, the place of each slot among the members.
+        """
+        prefix = self._rows_of(state.prefix, rows)
+        slots = state.slots._replace(row=row, rank=rank)
+        return state._replace(prefix=prefix, slots=slots)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _rows_of(self, prefix: Prefixes, rows: jax.Array) -> Prefixes:
+        lead = 1 if self.layout.stacked else 0
+        kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=lead), prefix.kv)
+        return Prefixes(self.sharded(kv), prefix.lengths[rows])
 
     @functools.partial(jax.jit, static_argnums=(0, 5))
     def _gather(self, own: KV, slots: Slots, column, order, columns: int, kept):

@@ -120,15 +120,18 @@ class Generation:
             self.state = self.verbs.grow(self.state, columns, self.written)
             self.columns = columns
             return
+        rows = None
         if slots < schedule.num_slots:
             columns = self._columns_for(oldest)
-            order = schedule.compact(slots)
+            order, rows = schedule.compact(slots)
             self.retired = []
         else:
             order = np.arange(slots, dtype=np.int32)
-        self.state = self.verbs.resize(
-            self.state, order, schedule.members.copy(), columns, np.int32(oldest)
-        )
+        members = schedule.members.copy()
+        self.state = self.verbs.resize(self.state, order, members, columns, np.int32(oldest))
+        if rows is not None:
+            row, rank = schedule.row_of.copy(), schedule.rank_of.copy()
+            self.state = self.verbs.regroup(self.state, rows, row, rank)
         self.columns, self.written = columns, oldest
 
     # --- prompts into rows, samples into slots

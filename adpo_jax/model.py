@@ -376,10 +376,10 @@ def embed_tokens(
 
 def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | None = None):
     """Logits [..., V] float32 of hidden states [..., D]."""
-    if config.tie_embeddings:
-        spec, weight = "...d,vd->...v", params["embed"]
-    else:
+    if "head" in params:
         spec, weight = "...d,dv->...v", params["head"]
+    else:
+        spec, weight = "...d,vd->...v", params["embed"]
     logits = jnp.einsum(
         spec, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
     )

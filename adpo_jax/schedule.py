@@ -74,16 +74,19 @@ class Schedule:
     Attributes:
       sample_in: [B] int64, group * n + sample of each slot, -1 where it is free.
       members: [P, M] int32, the slot of each sample of a prefix row, 0 where it has none.
+      row_of, rank_of: [B] int32, the place of each slot in `members`; meaningless where it is free.
     """
 
     def __init__(self, num_groups: int, n: int, num_slots: int, num_rows: int):
         self.n = n
         self.sample_in = np.full(num_slots, -1, np.int64)
         self.members = np.zeros((num_rows, n), np.int32)
+        self.row_of = np.zeros(num_slots, np.int32)
+        self.rank_of = np.zeros(num_slots, np.int32)
         self._waiting = collections.deque((g, s) for g in range(num_groups) for s in range(n))
         self._free_slots = list(range(num_slots))
         self._free_rows = list(range(num_rows))
-        self._row_of: dict[int, int] = {}
+        self._row_of_group: dict[int, int] = {}
         self._left = [n] * num_groups
 
     @property
@@ -107,45 +110,67 @@ class Schedule:
         starts, admitted = [], {}
         while self._waiting and self._free_slots:
             group, sample = self._waiting[0]
-            if group not in self._row_of:
+            if group not in self._row_of_group:
                 if not self._free_rows:
                     break
-                admitted[group] = self._row_of[group] = heapq.heappop(self._free_rows)
+                admitted[group] = self._row_of_group[group] = heapq.heappop(self._free_rows)
             self._waiting.popleft()
-            slot, row = heapq.heappop(self._free_slots), self._row_of[group]
+            slot, row = heapq.heappop(self._free_slots), self._row_of_group[group]
             self.sample_in[slot] = group * self.n + sample
             self.members[row, sample] = slot
+            self.row_of[slot], self.rank_of[slot] = row, sample
             starts.append(Start(group, sample, slot, row))
         return starts, admitted
 
     def finish(self, slot: int) -> int | None:
         """Frees a slot whose sample has ended; returns its group if that was its last sample."""
-        group, sample = divmod(int(self.sample_in[slot]), self.n)
+        group = int(self.sample_in[slot]) // self.n
         self.sample_in[slot] = -1
         heapq.heappush(self._free_slots, slot)
-        self.members[self._row_of[group], sample] = 0
+        self.members[self.row_of[slot], self.rank_of[slot]] = 0
         self._left[group] -= 1
         if self._left[group]:
             return None
-        heapq.heappush(self._free_rows, self._row_of.pop(group))
+        heapq.heappush(self._free_rows, self._row_of_group.pop(group))
         return group
 
-    def compact(self, num_slots: int) -> np.ndarray:
-        """Moves the live samples into the first slots of a batch of another size.
+    def compact(self, num_slots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Moves the live samples into the first slots of a smaller batch; none may be waiting.
+
+        The prefix rows follow: with `members` as narrow as the rows allow, no attention is spent on
+        places of samples that have ended. Where there is a row for each slot, a group has several.
 
         Returns:
-          [new B] int32, the old slot of each new one, the old B where it is free.
+          [new B] int32, the old slot of each new one, the old B where it is free; and
+          [new P] int32, the old prefix row of each new one.
         """
         live = self.live_slots
         assert len(live) <= num_slots
+        assert not self._waiting
         order = np.full(num_slots, self.num_slots, np.int32)
         order[: len(live)] = live
         moved = np.full(num_slots, -1, np.int64)
         moved[: len(live)] = self.sample_in[live]
-        self.sample_in = moved
+        self.sample_in, old_rows = moved, self.row_of[live]
         self._free_slots = list(range(len(live), num_slots))
-        self.members[:] = 0
-        for slot, flat in enumerate(moved[: len(live)]):
-            group, sample = divmod(int(flat), self.n)
-            self.members[self._row_of[group], sample] = slot
-        return order
+        return order, self._regroup(old_rows, min(len(self.members), num_slots))
+
+    def _regroup(self, old_rows: np.ndarray, num_rows: int) -> np.ndarray:
+        """Lays the table of members out anew over `num_rows` rows; old_rows are of the slots."""
+        groups = collections.defaultdict(list)
+        for slot in self.live_slots.tolist():
+            groups[int(self.sample_in[slot]) // self.n].append(slot)
+        width = 1
+        while sum(-(-len(slots) // width) for slots in groups.values()) > num_rows:
+            width *= 2
+        self.members = np.zeros((num_rows, width), np.int32)
+        self.row_of = np.zeros(self.num_slots, np.int32)
+        self.rank_of = np.zeros(self.num_slots, np.int32)
+        source, row = np.zeros(num_rows, np.int32), 0
+        for slots in groups.values():
+            for rank, slot in enumerate(slots):
+                self.row_of[slot], self.rank_of[slot] = row + rank // width, rank % width
+                self.members[self.row_of[slot], self.rank_of[slot]] = slot
+                source[self.row_of[slot]] = old_rows[slot]
+            row += -(-len(slots) // width)
+        return source

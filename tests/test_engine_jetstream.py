@@ -64,10 +64,13 @@ def test_the_orchestrator_gets_the_greedy_tokens_of_generate(jetstream):
         prefill_params=[loaded],
         generate_params=[loaded],
     )
-    try:
-        texts = asyncio.run(serve(jetstream, driver, prompts))
-    finally:
-        driver.stop()
+    # The driver's threads close their channels a little after the last token, on this event loop,
+    # and an exception there kills the process. So the loop outlives them.
+    with asyncio.Runner() as runner:
+        try:
+            texts = runner.run(serve(jetstream, driver, prompts))
+        finally:
+            driver.stop()
     for tokens, row, length in zip(texts, wanted.tokens[:, 0], wanted.lengths[:, 0]):
         expected = [t for t in row[:length].tolist() if t not in (0, 1)]
         assert tokens == expected

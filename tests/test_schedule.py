@@ -1,0 +1,49 @@
+"""Which sample is in which slot, beside which prompt."""
+
+import numpy as np
+import pytest
+
+from adpo_jax.schedule import Schedule
+
+
+def assert_consistent(schedule: Schedule, prompt_in_row: np.ndarray):
+    """Every live sample is found in the table of members, on a row that holds its prompt."""
+    for slot in schedule.live_slots:
+        row, rank = schedule.row_of[slot], schedule.rank_of[slot]
+        assert schedule.members[row, rank] == slot
+        assert prompt_in_row[row] == schedule.sample_in[slot] // schedule.n
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed):
+    rng = np.random.default_rng(seed)
+    schedule = Schedule(num_groups=9, n=4, num_slots=16, num_rows=8)
+    prompt_in_row = np.full(8, -1)
+    ended = 0
+    while ended < 36:
+        _, admitted = schedule.start()
+        for group, row in admitted.items():
+            prompt_in_row[row] = group
+        assert_consistent(schedule, prompt_in_row)
+        for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 4)]:
+            ended += 1
+            schedule.finish(slot)
+        live = len(schedule.live_slots)
+        smaller = max(2, schedule.num_slots // 2)
+        if not schedule.num_waiting and live <= smaller < schedule.num_slots:
+            _, source = schedule.compact(smaller)
+            prompt_in_row = prompt_in_row[source]
+            assert_consistent(schedule, prompt_in_row)
+    assert len(schedule.live_slots) == 0
+
+
+def test_the_table_of_members_narrows_as_samples_end():
+    schedule = Schedule(num_groups=2, n=8, num_slots=16, num_rows=2)
+    schedule.start()
+    assert schedule.members.shape == (2, 8)
+    for slot in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
+        schedule.finish(slot)
+    order, source = schedule.compact(4)
+    assert order.tolist() == [5, 6, 7, 15]
+    assert source.tolist() == [0, 1]
+    assert schedule.members.tolist() == [[0, 1, 2, 0], [3, 0, 0, 0]]
