@@ -25,6 +25,7 @@ def default_config() -> ConfigDict:
             "reward_functions": (),
             "data": _data(),
             "actor_rollout_ref": {"model": _model(), "actor": _actor(), "rollout": _rollout()},
+            "eval": _eval(),
             "sft": _sft(),
             "mesh": _mesh(),
             "trainer": _trainer(),
@@ -48,6 +49,9 @@ def _algorithm() -> dict:
         "min_reward_std": 0.0,  # a group whose rewards spread less counts as all equal
         "beta_anchor_kl": 0.0,  # coefficient of the k3 penalty
         "drop_all_failed_prompts": False,  # prompts whose rewards are all <= 0 leave the loss
+        # Groups whose rewards are all equal make room for others, sampled from further prompts.
+        "filter_groups": False,
+        "filter_max_attempts": 4,  # with filter_groups: batches sampled an iteration, at most
         "length_normalize": False,  # divide a completion's log-prob by its number of tokens
         "clip_low": 0.2,  # grpo alone: ratios are clipped at 1 - clip_low
         "clip_high": 0.2,  # grpo alone: and at 1 + clip_high
@@ -83,7 +87,7 @@ def _data() -> dict:
         "val_split": "test",  # of a Hugging Face data set
         "prompt_key": "question",  # column of the prompts
         # Compared with the model's answer, after "####" where there is one; the reward function
-        # gets it as `solution`. Evaluation grades with good_accuracy whatever the reward is.
+        # gets it as `solution`.
         "answer_key": "answer",
         "prompt_template": "{prompt}",  # {prompt} and {any_column} are filled in
         "system_prompt": "",  # "" for none
@@ -143,6 +147,20 @@ def _rollout() -> dict:
     }
 
 
+def _eval() -> dict:
+    return {
+        # samples a prompt, besides the greedy answer, for mean@n, pass@k and maj@k; 0 for none
+        "n": 0,
+        "ks": (),  # the k of pass@k and maj@k, each at most n; () for n alone
+        "temperature": 1.0,  # of the samples
+        "top_p": 1.0,  # of the samples; 1 keeps all tokens
+        "top_k": -1,  # of the samples; -1 keeps all tokens
+        "max_tokens": 0,  # length limit of an answer; 0 for data.max_response_length
+        "graded_by": "accuracy",  # accuracy (good_accuracy) | reward (the run's reward functions)
+        "category_key": "",  # the data column to break the scores down by; "" for none
+    }
+
+
 def _sft() -> dict:
     return {
         "steps": 0,  # optimizer steps of supervised training before the first iteration; 0 for none
@@ -184,6 +202,9 @@ def _trainer() -> dict:
         "rollout_data_dir": "",  # within the run's folder: where every rollout is recorded
         "compilation_cache_dir": "~/.cache/adpo_jax/xla",  # compiled programs; "" for none
         "test_freq": 50,  # iterations; 0 for before and after alone
+        # besides metrics.jsonl and TensorBoard: any of wandb, mlflow, trackio, e.g. ("wandb",)
+        "logger": (),
+        "profile_steps": (),  # first and last iteration of an xprof trace, e.g. (3, 5); () for none
         "log_samples_freq": 10,  # iterations between printed samples; 0 for never
         "log_num_samples": 2,  # samples printed each time
         "seed": 0,  # of weights, order of the prompts and sampling

@@ -47,6 +47,7 @@ def validate(config: ConfigDict) -> None:
         config,
         {
             "algorithm.num_generations": 2,
+            "algorithm.filter_max_attempts": 1,
             "data.train_batch_size": 1,
             "data.max_prompt_length": 1,
             "data.max_response_length": 1,
@@ -67,6 +68,8 @@ def validate(config: ConfigDict) -> None:
             "actor_rollout_ref.actor.optim.weight_decay": 0,
             "actor_rollout_ref.rollout.num_slots": 0,
             "actor_rollout_ref.model.lora_rank": 0,
+            "eval.n": 0,
+            "eval.max_tokens": 0,
             "sft.lr": 0,
             "sft.lr_warmup_steps": 0,
             "sft.weight_decay": 0,
@@ -97,6 +100,10 @@ def validate(config: ConfigDict) -> None:
             "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
             "completions of a prompt are all the same. Evaluation is greedy as it is"
         )
+    if config.eval.graded_by not in ("accuracy", "reward"):
+        raise ValueError(f"eval.graded_by is accuracy or reward, given {config.eval.graded_by!r}")
+    if config.eval.ks and not config.eval.n:
+        raise ValueError(f"eval.ks={config.eval.ks} has no effect without samples: set eval.n")
     _refuse_what_has_no_effect(config)
     _refuse_lora_without_effect(config)
     if config.sft.steps and not config.sft.train_files:

@@ -9,6 +9,7 @@ Letters: P prompts, G completions of a prompt, T completion tokens.
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import lora, losses, update
+from adpo_jax import lora, losses, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.policy import Policy
@@ -62,6 +63,12 @@ class Learner:
         num_micro = self.plan.num_prompts // self.plan.micro_prompts
         return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
 
+    @functools.cached_property
+    def _peak_flops(self) -> float | None:
+        """What the devices can do at most, FLOP/s; None where that is not published."""
+        mesh = self.policy.mesh
+        return profiling.peak_flops(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
+
     @property
     def _tau_follows_entropy(self) -> bool:
         return (
@@ -101,18 +108,28 @@ class Learner:
           The new state, one iteration on, and the iteration's metrics; "update/skipped" is the
           share of its optimizer steps that were not sound and left the parameters as they were.
         """
-        step = int(state.step)
+        step, started = int(state.step), time.perf_counter()
         anchor_log_probs, entropy_P = self._anchor_forward(state, batch)
+        anchored = time.perf_counter()
         kwargs = {"policy_entropy_P": entropy_P} if self._tau_follows_entropy else {}
         scores = jax.device_get(self.algorithm.score(jnp.asarray(rewards_PG), **kwargs))
 
-        history = []
+        history, flops = [], 0.0
         whole = (batch, scores, anchor_log_probs)
         for rows in self._mini_batches(step):
             part = whole if rows is None else jax.tree.map(lambda x, r=rows: x[r], whole)
-            state, metrics = self._update(state, *self.put(part))
+            part = self.put(part)
+            if self._peak_flops:
+                flops += profiling.program_flops(self._update, state, *part)
+            state, metrics = self._update(state, *part)
             history.append(jax.device_get(metrics))
+        seconds = time.perf_counter() - anchored
         metrics = _iteration_metrics(history, self.plan.epochs)
+        metrics |= {"time/anchor": anchored - started, "time/update": seconds}
+        metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
+        metrics["update/padding_frac"] = 1.0 - float(batch.attention_mask_PGS.mean())
+        if self._peak_flops:
+            metrics["update/mfu"] = flops / seconds / self._peak_flops
         metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
 
         anchor_params, renewed = self.anchor.refresh(
@@ -157,7 +174,7 @@ class Learner:
 
 
 # Means over the tokens of a mini-batch; all other metrics are means over its groups, or counts.
-_TOKEN_MEANS = ("policy/entropy", "/anchor_kl", "/kl_penalty", "/clip_frac")
+_TOKEN_MEANS = ("rollout/entropy", "/anchor_kl", "/kl_penalty", "/clip_frac")
 
 
 def _iteration_metrics(history: list[dict], epochs: int) -> dict[str, float]:
@@ -171,7 +188,7 @@ def _iteration_metrics(history: list[dict], epochs: int) -> dict[str, float]:
     metrics = {}
     for name in history[0]:
         values = [m[name] for m in history]
-        if name.startswith("rollout/"):
+        if name == "rollout/mismatch_kl":
             metrics[name] = float(values[0])
         elif name.endswith("/dropped_prompts") or name == "update/tokens":
             metrics[name] = float(sum(values)) / epochs

@@ -165,6 +165,12 @@ def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:
     if not config.data.val_files:
         return None
     prompts = load_prompts(config, tokenizer, config.data.val_files, split="val")
+    category = config.eval.category_key
+    if category and category not in prompts.columns:
+        raise ValueError(
+            f"eval.category_key is {category!r}; data.val_files has the columns "
+            f"{sorted(prompts.columns)}"
+        )
     limit = config.data.max_val_samples or len(prompts)
     return prompts.select(range(min(limit, len(prompts))))
 

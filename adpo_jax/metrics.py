@@ -4,11 +4,13 @@ A row belongs to a step: the number of iterations done when it was measured. Aft
 step k the rows beyond k, whose iterations are about to be done again, are taken back.
 """
 
+import html
 import json
 import math
 import os
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ import numpy as np
 import tensorboardX
 
 from adpo_jax.clu_without_tensorflow import metric_writers
+from adpo_jax.redaction import redacted
 
 
-class _Writer(metric_writers.MetricWriter):
+class Writer(metric_writers.MetricWriter):
     """A clu writer that leaves out every kind of record it has no place for."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
@@ -32,6 +35,9 @@ class _Writer(metric_writers.MetricWriter):
 
     def write_images(self, step: int, images):
         pass
+
+    def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
+        """Writes rows, one or more, that have the same keys."""
 
     def write_hparams(self, hparams: Mapping[str, Any]):
         pass
@@ -55,7 +61,7 @@ class _Writer(metric_writers.MetricWriter):
         pass
 
 
-class TensorBoardWriter(_Writer):
+class TensorBoardWriter(Writer):
     """Scalars, histograms, images and texts as TensorBoard events, without TensorFlow.
 
     Args:
@@ -78,14 +84,17 @@ class TensorBoardWriter(_Writer):
         for name, text in texts.items():
             self._writer.add_text(name, text, step)
 
+    def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
+        self._writer.add_text(name, markdown_table(rows), step)
+
     def write_images(self, step: int, images):
         for name, image in images.items():
             layout = "NHWC" if np.ndim(image) == 4 else "HWC"
             self._writer.add_images(name, np.asarray(image), step, dataformats=layout)
 
     def write_hparams(self, hparams: Mapping[str, Any]):
-        lines = [f"    {name}: {value}" for name, value in hparams.items()]
-        self._writer.add_text("config", "\n".join(lines), 0)
+        text = json.dumps(redacted(dict(hparams)), default=str, indent=2)
+        self._writer.add_text("config", textwrap.indent(text, "    "), 0)
 
     def flush(self):
         self._writer.flush()
@@ -94,7 +103,7 @@ class TensorBoardWriter(_Writer):
         self._writer.close()
 
 
-class JsonlWriter(_Writer):
+class JsonlWriter(Writer):
     """One JSON object a line: `step`, `time` (Unix seconds), and every scalar of that call.
 
     Args:
@@ -130,6 +139,13 @@ def read_jsonl(path: str | Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def write_jsonl(path: str | Path, rows: list[dict]) -> None:
+    """Writes one row a line, whatever text is in it."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
+    Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")
+
+
 def _json_number(value) -> float | int | None:
     """JSON has no NaN: None stands for it."""
     number = float(value)
@@ -138,11 +154,37 @@ def _json_number(value) -> float | int | None:
     return int(number) if number.is_integer() and isinstance(value, int) else number
 
 
-def make_writer(workdir: Path, purge_step: int | None = None) -> metric_writers.MetricWriter:
-    """The writer of a run folder: `metrics.jsonl` and `tensorboard/`."""
-    return metric_writers.MultiWriter(
+class Writers(metric_writers.MultiWriter):
+    """Several writers as one, tables included."""
+
+    def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
+        """Writes rows that have the same keys; nothing where there are none."""
+        for writer in self._writers if rows else ():
+            writer.write_table(step, name, rows)
+
+
+def make_writer(
+    workdir: Path, purge_step: int | None = None, *others: metric_writers.MetricWriter
+) -> Writers:
+    """The writer of a run folder: `metrics.jsonl`, `tensorboard/`, and `others`."""
+    return Writers(
         [
             JsonlWriter(workdir / "metrics.jsonl", purge_step),
             TensorBoardWriter(workdir / "tensorboard", purge_step),
+            *others,
         ]
     )
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table, their text shown as it is."""
+
+    def cell(value) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        text = html.escape(str(value), quote=False).replace("|", "&#124;").replace("`", "&#96;")
+        return text.replace("\n", "<br>")
+
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[cell(value) for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

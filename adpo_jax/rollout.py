@@ -50,12 +50,14 @@ class GradedRollout:
 
     Attributes:
       seconds: until the last token, and from there until the last reward.
+      metrics: what else is to be logged about it.
     """
 
     out: RolloutOutput
     completions: list[str]
     scores: Scores
     seconds: tuple[float, float]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def decode_completions(tokenizer, out: RolloutOutput | GroupOutput) -> list[str]:
@@ -113,8 +115,8 @@ def sample_records(prompts: Sequence, graded: GradedRollout) -> list[dict]:
       prompts: P * G, what each completion answers, as it stands in the data.
 
     Returns:
-      Dicts with "prompt", "completion", "reward" and "components", the score of each reward
-      function, None where it skipped the completion.
+      Dicts with "prompt", "completion", "reward", "components" (the score of each reward function,
+      None where it skipped the completion) and "num_tokens".
     """
     components = graded.scores.components
     scores = zip(*([None if np.isnan(x) else float(x) for x in v] for v in components.values()))
@@ -124,9 +126,15 @@ def sample_records(prompts: Sequence, graded: GradedRollout) -> list[dict]:
             "completion": completion,
             "reward": float(reward),
             "components": dict(zip(components, values)),
+            "num_tokens": int(length),
         }
-        for prompt, completion, reward, values in zip(
-            prompts, graded.completions, graded.scores.total, scores, strict=True
+        for prompt, completion, reward, values, length in zip(
+            prompts,
+            graded.completions,
+            graded.scores.total,
+            scores,
+            graded.out.lengths.reshape(-1),
+            strict=True,
         )
     ]
 
@@ -145,13 +153,20 @@ def make_batch(prompts: Prompts, out: RolloutOutput, *, max_prompt_length: int) 
     return Batch(tokens, attention_mask, mask, np.asarray(out.log_probs, np.float32))
 
 
-def rollout_metrics(out: RolloutOutput, seconds: float) -> dict[str, float]:
-    """Lengths in tokens, the share cut off at the limit, and tokens a second."""
+def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
+    """Lengths in tokens, the share cut off at the limit, tokens a second, and variety."""
+    out, seconds = graded.out, max(graded.seconds[0], 1e-9)
+    P, G = out.lengths.shape
+    texts = graded.completions
+    different = [len(set(texts[i : i + G])) / G for i in range(0, P * G, G)]
     return {
         "rollout/length_mean": float(out.lengths.mean()),
         "rollout/length_max": float(out.lengths.max()),
         "rollout/truncated_frac": float(np.mean(out.finish_reason == "length")),
         "rollout/tokens_per_s": float(out.lengths.sum() / seconds),
+        "rollout/unique_frac": float(np.mean(different)),
+        "time/rollout": graded.seconds[0],
+        "time/reward": graded.seconds[1],
     }
 
 
@@ -168,7 +183,8 @@ def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
         "reward/crashes": float(counts["crashes"]),
         "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
         "groups/zero_std_frac": float(np.mean(np.ptp(rewards_PG, axis=1) == 0.0)),
-        "groups/all_failed_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
+        "groups/all_right_frac": float(np.mean((rewards_PG > 0.0).all(axis=1))),
+        "groups/all_wrong_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
     }
     for name, values in scores.components.items():
         graded = values[~np.isnan(values)]  # a function may skip a sample

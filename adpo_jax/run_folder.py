@@ -8,6 +8,11 @@ samples/               completions with their rewards
 bad_batches/           recordings of iterations whose update was not sound
 export/                the final policy as a Hugging Face folder
 adapter/               under LoRA, its adapters as a folder of peft
+surplus/               with algorithm.filter_groups, the groups that wait for the next iteration
+profile/               xprof traces of the iterations that the config asks for
+environment.json       versions and devices of the newest part of the run
+trackers.json          the identifiers of the run's records in experiment trackers
+evaluations/           what `python -m adpo_jax.evaluate` found, one folder each time
 <rollout_data_dir>/    recordings of all iterations, where the config asks for them
 """
 
@@ -40,6 +45,7 @@ MAY_CHANGE = (
     "custom_reward_function.num_workers",
     "custom_reward_function.on_timeout",
     "custom_reward_function.timeout_s",
+    "eval.",
     "trainer.best_metric",
     "trainer.compilation_cache_dir",
     "trainer.experiment_name",
@@ -47,11 +53,13 @@ MAY_CHANGE = (
     "trainer.gradient_checkpointing",
     "trainer.log_num_samples",
     "trainer.log_samples_freq",
+    "trainer.logger",
     "trainer.max_anchor_kl",
     "trainer.max_bad_updates",
     "trainer.max_save_failures",
     "trainer.on_bad_update",
     "trainer.per_device_train_batch_size",
+    "trainer.profile_steps",
     "trainer.project_name",
     "trainer.rollout_data_dir",
     "trainer.save_freq",
@@ -92,6 +100,14 @@ class RunFolder:
     @property
     def bad_batches(self) -> Path:
         return self.root / "bad_batches"
+
+    @property
+    def surplus(self) -> Path:
+        return self.root / "surplus"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
 
     @property
     def export(self) -> Path:
@@ -196,6 +212,11 @@ class RunFolder:
     def recordings(self, config: ConfigDict) -> Path:
         """Where the rollouts are recorded."""
         return self.root / config.trainer.rollout_data_dir
+
+    def write_environment(self, environment: dict) -> None:
+        """Writes what this part of the run runs on."""
+        text = json.dumps(environment, indent=2) + "\n"
+        _replace(self.root / "environment.json", text.encode())
 
     def write_samples(self, name: str, rows: list[dict]) -> None:
         """Writes `samples/<name>.jsonl`."""

@@ -10,19 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
-from adpo_jax import loading, losses, optimizer, sharding
+from adpo_jax import loading, losses, optimizer, sharding, trackers
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan, batch_plan
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.engine import Engine
+from adpo_jax.evaluation import EvalSettings
 from adpo_jax.guard import Guard
 from adpo_jax.interruption import Interruption
 from adpo_jax.learner import Learner
 from adpo_jax.loading import Demonstrations, ModelSource
+from adpo_jax.metrics import Writer
 from adpo_jax.policy import Policy
+from adpo_jax.profiling import Profiler
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollout import Prompts
 from adpo_jax.sampling import SamplingParams
@@ -44,6 +48,7 @@ class Parts:
       initial_params: reads or makes the parameters that a fresh run starts from.
       cold_start: None where the config asks for no supervised stage.
       val_prompts: None where the config names no evaluation data.
+      eval_reward_model: what grades the evaluation.
       num_steps: iterations of the whole run.
     """
 
@@ -56,6 +61,8 @@ class Parts:
     engine: Engine
     sampling: SamplingParams
     reward_model: RewardModel
+    eval_settings: EvalSettings
+    eval_reward_model: RewardModel
     learner: Learner
     num_steps: int
 
@@ -72,6 +79,8 @@ def build(config: ConfigDict) -> Parts:
     mesh = sharding.make_mesh(**config.mesh)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     make_algorithm(config)  # its parameters are checked before any file is read
+    trackers.check_installed(config.trainer.logger)
+    make_profiler(config, Path())
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
     sampling = make_sampling(config, source)
@@ -79,6 +88,7 @@ def build(config: ConfigDict) -> Parts:
         config, source.tokenizer, config.data.train_files, split="train"
     )
     num_steps = num_iterations(config, len(train_prompts))
+    reward_model = make_reward_model(config)
     return Parts(
         policy=policy,
         initial_params=lambda: loading.initial_params(config, source, mesh),
@@ -86,9 +96,11 @@ def build(config: ConfigDict) -> Parts:
         cold_start=make_cold_start(config, source) if config.sft.steps else None,
         train_prompts=train_prompts,
         val_prompts=loading.load_val_prompts(config, source.tokenizer),
+        eval_settings=make_eval_settings(config, source.stop_token_ids),
+        eval_reward_model=make_eval_reward_model(config, reward_model),
         engine=make_engine(config, policy),
         sampling=sampling,
-        reward_model=make_reward_model(config),
+        reward_model=reward_model,
         learner=make_learner(config, policy, plan, num_steps),
         num_steps=num_steps,
     )
@@ -162,18 +174,54 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
     )
 
 
+def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> EvalSettings:
+    """What evaluation asks of the policy."""
+    c = config.eval
+    sampling = SamplingParams(
+        temperature=c.temperature,
+        top_p=c.top_p,
+        top_k=c.top_k,
+        max_tokens=c.max_tokens or config.data.max_response_length,
+        stop_token_ids=stop_token_ids,
+    )
+    ks = tuple(c.ks) or ((c.n,) if c.n else ())
+    return EvalSettings(sampling, num_samples=c.n, ks=ks, category_key=c.category_key)
+
+
+def make_eval_reward_model(config: ConfigDict, reward_model: RewardModel) -> RewardModel:
+    """The run's reward functions, or `good_accuracy` alone."""
+    if config.eval.graded_by == "reward":
+        return reward_model
+    return RewardModel([RewardFunction(name="good_accuracy")])
+
+
+def make_profiler(config: ConfigDict, folder: Path) -> Profiler:
+    """What traces the iterations that the config names."""
+    return Profiler(folder, config.trainer.profile_steps)
+
+
+def make_trackers(config: ConfigDict, workdir: Path) -> list[Writer]:
+    """The experiment trackers of the config, on one process alone."""
+    if jax.process_index() > 0:
+        return []
+    c = config.trainer
+    return [
+        trackers.TRACKERS[name](workdir, c.project_name, c.experiment_name) for name in c.logger
+    ]
+
+
 def make_engine(config: ConfigDict, policy: Policy) -> Engine:
     """The rollout engine, shared by training and evaluation."""
     c = config.actor_rollout_ref.rollout
     return Engine(
         policy,
         max_prompt_length=config.data.max_prompt_length,
-        max_response_length=config.data.max_response_length,
+        max_response_length=max(config.data.max_response_length, config.eval.max_tokens),
         num_slots=c.num_slots or None,
         cache_dtype=c.cache_dtype or None,
         attention=c.attention,
         gpu_memory_utilization=c.gpu_memory_utilization,
-        group_size=config.algorithm.num_generations,
+        group_size=max(config.algorithm.num_generations, config.eval.n),
         free_cache_engine=c.free_cache_engine,
     )
 

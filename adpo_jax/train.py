@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import data, lora, lora_files, recording, setup, sft
+from adpo_jax import data, lora, lora_files, profiling, recording, setup, sft
 from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
-from adpo_jax.evaluate import evaluate
+from adpo_jax.evaluation import evaluate
+from adpo_jax.filtering import GroupFilter
 from adpo_jax.guard import SKIPPED
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.progress import Progress
@@ -58,6 +59,11 @@ class Run:
     folder: RunFolder
     params: Any
     rollouts: Rollouts
+
+    def save_rollouts(self, step: int) -> None:
+        """Keeps what sampling needs to go on after `step` iterations, where it needs anything."""
+        if isinstance(self.rollouts, GroupFilter):
+            self.rollouts.save(step)
 
 
 def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
@@ -133,7 +139,11 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
         if checkpoints.steps:
             restored = checkpoints.restore_latest(parts.learner.abstract_state().saved)
         purge_step = 0 if restored is None else restored.step + 1
-        with contextlib.closing(metrics_lib.make_writer(folder.root, purge_step)) as writer:
+        others = setup.make_trackers(config, folder.root)
+        writer = metrics_lib.make_writer(folder.root, purge_step, *others)
+        with contextlib.closing(writer):
+            writer.write_hparams(config.to_dict())
+            folder.write_environment(profiling.environment())
             if restored is None:
                 with interruption.abandonable():
                     state, metrics = _start(run, writer)
@@ -190,6 +200,7 @@ def _iterate(
     config, folder = run.config, run.folder
     start, num_steps = int(state.step), run.parts.num_steps
     guard = setup.make_guard(config)
+    profiler = setup.make_profiler(config, folder.profile)
     rows = metrics_lib.read_jsonl(folder.metrics)
     guard.resume(rows)
     try:
@@ -199,13 +210,16 @@ def _iterate(
                 with interruption.abandonable():
                     metrics |= _due_evaluation(run, state, metrics)
                 writer.write_scalars(start, metrics)
+            saving: dict[str, float] = {}  # of the iteration before
             for step in range(start, num_steps):
                 interruption.check(step)
+                profiler.begin(step + 1)
                 with interruption.abandonable():
                     prompts, graded = run.rollouts(step, state.params)
                 if config.trainer.rollout_data_dir:
                     recording.write(folder.recordings(config), step + 1, prompts, graded)
                 state, metrics = _learn(config, run.parts, state, prompts, graded)
+                metrics |= saving
                 evidence = ""
                 if metrics[SKIPPED]:
                     evidence = str(recording.write(folder.bad_batches, step + 1, prompts, graded))
@@ -215,16 +229,22 @@ def _iterate(
                 if checkpoints.num_failures:
                     metrics["checkpoint/failures"] = float(checkpoints.num_failures)
                 writer.write_scalars(step + 1, metrics)
-                _show(config, progress, folder, step + 1, metrics, prompts, graded)
+                _show(config, progress, writer, folder, step + 1, metrics, prompts, graded)
+                profiler.end(step + 1)
+                saving.clear()
                 if checkpoints.is_due(step + 1, metrics):
-                    writer.flush()  # what a checkpoint has behind it is in the log
-                    checkpoints.save(step + 1, state.saved, metrics)
+                    with _timed(saving, "time/checkpoint"):
+                        writer.flush()  # what a checkpoint has behind it is in the log
+                        run.save_rollouts(step + 1)
+                        checkpoints.save(step + 1, state.saved, metrics)
     except Interrupted as reason:
         writer.flush()
+        run.save_rollouts(int(state.step))
         checkpoints.save_now(int(state.step), state.saved, metrics)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
+    run.save_rollouts(num_steps)
     checkpoints.save_now(num_steps, state.saved, metrics)
     return state
 
@@ -233,11 +253,9 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
     """Samples completions of the step's prompts, and grades them."""
     root_key = jax.random.key(config.trainer.seed)
 
-    def rollouts(step: int, params):
-        prompts = _prompts_for_step(config, parts.train_prompts, step)
-        key = jax.random.fold_in(root_key, step)
+    def graded(key: jax.Array, prompts: Prompts, step: int, params) -> GradedRollout:
         try:
-            graded = generate_and_grade(
+            return generate_and_grade(
                 parts.engine,
                 params,
                 prompts,
@@ -249,9 +267,24 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
         except RewardError as error:
             folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
             raise
-        return prompts, graded
 
-    return rollouts
+    def rollouts(step: int, params):
+        prompts = _prompts_for_step(config, parts.train_prompts, step)
+        return prompts, graded(jax.random.fold_in(root_key, step), prompts, step, params)
+
+    def attempt(step: int, number: int, prompts: Prompts, params) -> GradedRollout:
+        key = jax.random.fold_in(jax.random.fold_in(root_key, step), number)
+        return graded(key, prompts, step, params)
+
+    if not config.algorithm.filter_groups:
+        return rollouts
+    return GroupFilter(
+        attempt,
+        lambda number: _prompts_for_step(config, parts.train_prompts, number),
+        folder.surplus,
+        max_attempts=config.algorithm.filter_max_attempts,
+        min_reward_std=config.algorithm.min_reward_std,
+    )
 
 
 def _replayed(config, parts: Parts, replay: Path) -> Rollouts:
@@ -281,13 +314,10 @@ def _learn(
 ) -> tuple[TrainState, dict[str, float]]:
     """The update, and the metrics of the iteration."""
     G = config.algorithm.num_generations
-    times = dict(zip(("time/rollout", "time/reward"), graded.seconds))
-    with _timed(times, "time/update"):
-        batch = make_batch(prompts, graded.out, max_prompt_length=config.data.max_prompt_length)
-        state, metrics = parts.learner.learn(state, batch, graded.scores.total.reshape(-1, G))
-    metrics |= reward_metrics(graded.scores, G)
-    metrics |= rollout_metrics(graded.out, times["time/rollout"]) | times
-    return state, metrics
+    batch = make_batch(prompts, graded.out, max_prompt_length=config.data.max_prompt_length)
+    state, metrics = parts.learner.learn(state, batch, graded.scores.total.reshape(-1, G))
+    metrics |= reward_metrics(graded.scores, G) | rollout_metrics(graded) | graded.metrics
+    return state, metrics | profiling.memory_metrics()
 
 
 def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:
@@ -317,14 +347,14 @@ def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> 
     times: dict[str, float] = {}
     with _timed(times, "time/eval"):
         evaluation = evaluate(
-            parts.engine, state.params, parts.val_prompts, parts.tokenizer, parts.sampling
+            parts.engine,
+            state.params,
+            parts.val_prompts,
+            parts.tokenizer,
+            parts.eval_settings,
+            parts.eval_reward_model,
         )
-    solutions = parts.val_prompts.columns["solution"]
-    verdicts = zip(evaluation.completions, solutions, evaluation.correct.tolist())
-    folder.write_samples(
-        f"eval_{step:06d}",
-        [{"completion": c, "solution": s, "correct": v} for c, s, v in verdicts],
-    )
+    folder.write_samples(f"eval_{step:06d}", evaluation.records)
     return evaluation.metrics | times
 
 
@@ -354,6 +384,7 @@ def _cold_start(config, parts: Parts, params, writer):
 def _show(
     config,
     progress: Progress,
+    writer: metrics_lib.Writers,
     folder: RunFolder,
     step: int,
     metrics: dict[str, float],
@@ -363,7 +394,7 @@ def _show(
     """The progress line, and now and then a few completions with their rewards."""
     note = (
         f"reward {metrics['reward/mean']:.3f}  length {metrics['rollout/length_mean']:.1f}  "
-        f"entropy {metrics['policy/entropy']:.3f}  {metrics['rollout/tokens_per_s']:.0f} tokens/s"
+        f"entropy {metrics['rollout/entropy']:.3f}  {metrics['rollout/tokens_per_s']:.0f} tokens/s"
     )
     if "eval/accuracy" in metrics:
         note += f"  accuracy {metrics['eval/accuracy']:.3f}"
@@ -375,11 +406,14 @@ def _show(
     samples = sample_records(texts, graded)
     folder.write_samples(f"train_{step:06d}", samples)
     shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
-    progress.print_samples([samples[i] for i in shown[: config.trainer.log_num_samples]])
+    shown = [samples[i] for i in shown[: config.trainer.log_num_samples]]
+    progress.print_samples(shown)
+    writer.write_table(step, "samples", [s | s.pop("components") for s in shown])
 
 
 @contextlib.contextmanager
 def _timed(times: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
-    yield
+    with jax.profiler.TraceAnnotation(name):
+        yield
     times[name] = time.perf_counter() - start

@@ -257,7 +257,7 @@ def _sampling_sums(log_probs, entropy, batch: Batch) -> dict[str, jax.Array]:
 def _batch_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     tokens = jnp.maximum(sums["sum/tokens"], 1.0)
     metrics = {name: value for name, value in sums.items() if not name.startswith("sum/")}
-    metrics["policy/entropy"] = sums["sum/entropy"] / tokens
+    metrics["rollout/entropy"] = sums["sum/entropy"] / tokens
     metrics["rollout/mismatch_kl"] = sums["sum/mismatch_kl"] / tokens
     metrics["update/tokens"] = sums["sum/tokens"]
     return metrics

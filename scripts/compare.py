@@ -9,7 +9,7 @@ a seed and is kept in `OUT/start/`), sees the same prompts in the same order, dr
 completions of at most as many tokens with the same sampler keys, and takes as many optimizer
 steps. Each iteration also measures how far the policy that sampled has moved from the start, in
 nats a completion (`compare/start_kl`). Runs that are finished are not repeated, so the same command
-goes on where it stopped.
+goes on where it stopped. At the end `OUT/comparison.md` has a table, `OUT/report.html` the curves.
 """
 
 import argparse
@@ -20,14 +20,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from adpo_jax import train
 from adpo_jax.host_memory import use_huge_pages
 from adpo_jax.learner import Learner
+from adpo_jax.report import page
+from adpo_jax.report.runs import Run
 
-# Each method with the learning rate that served it best among those tried on other seeds, see
-# docs/comparison.md.
 METHODS = {
     "adpo": {},
     "adpo-fixed": {"algorithm.use_adaptive_tau": False},
@@ -122,13 +123,63 @@ def run(config_path: str, folder: Path, start: Path, changes: dict, seed: int) -
         "sft.steps": 0,
         "trainer.seed": seed,
     }
-    config, parts, run_folder, params = train.prepare(
-        read_config(config_path, changes | given), folder
-    )
+    prepared = train.prepare(read_config(config_path, changes | given), folder)
+    parts, params = prepared.parts, prepared.params
     fields = {f.name: getattr(parts.learner, f.name) for f in dataclasses.fields(Learner)}
     start_params = jax.tree.map(jnp.copy, parts.initial_params() if params is None else params)
     learner = MeasuringLearner(**fields, start_params=start_params)
-    train.run(config, dataclasses.replace(parts, learner=learner), run_folder, params)
+    train.run(dataclasses.replace(prepared, parts=dataclasses.replace(parts, learner=learner)))
+
+
+def measures(run: Run) -> dict[str, float]:
+    """What a finished run is judged by; NaN for steps to a mark that it never reached."""
+    accuracy, reward = run.series("eval/accuracy"), run.series("reward/mean")
+    rewards, start_kl = np.array(list(reward.values())), list(run.series(START_KL).values())
+    recent = np.convolve(rewards, np.ones(5) / 5, "valid")  # of 5 iterations: one alone is noisy
+    return {
+        "final accuracy": accuracy[max(accuracy)],
+        "reward, last 10 iterations": rewards[-10:].mean(),
+        "reward, all iterations": rewards.mean(),
+        "iterations to 80% accuracy": next((k for k, v in accuracy.items() if v >= 0.8), np.nan),
+        "iterations to reward 0.8": next((i + 5 for i, v in enumerate(recent) if v >= 0.8), np.nan),
+        "KL from the start, last 10": np.mean(start_kl[-10:]) if start_kl else np.nan,
+        "completion tokens": sum(run.series("update/tokens").values()),
+    }
+
+
+def mean_and_interval(values: list[float]) -> str:
+    """The mean and the half width of its 95% interval over seeds, by Student's t."""
+    present = np.array([value for value in values if np.isfinite(value)])
+    missing = len(values) - len(present)
+    if not len(present):
+        return "never"
+    present = np.round(present, 12)  # differences of equal numbers
+    text = _short(present.mean())
+    if len(present) > 1:
+        half = page.t_quantile(len(present) - 1) * present.std(ddof=1) / np.sqrt(len(present))
+        text += f" ± {_short(half)}"
+    return text + (f" ({missing} never)" if missing else "")
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """Every measure of every method, and its difference to the first method seed by seed."""
+    measured = {name: [measures(run) for run in found] for name, found in runs.items()}
+    first = next(iter(measured))
+    names = list(measured[first][0])
+    lines = [["method", "seeds", *names], ["---"] * (len(names) + 2)]
+    for name, rows in measured.items():
+        cells = [mean_and_interval([row[measure] for row in rows]) for measure in names]
+        lines.append([name, str(len(rows)), *cells])
+    for name, rows in measured.items():
+        if name != first and len(rows) == len(measured[first]):
+            pairs = list(zip(rows, measured[first]))
+            cells = [mean_and_interval([a[n] - b[n] for a, b in pairs]) for n in names]
+            lines.append([f"{name} less {first}", str(len(rows)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def main():
@@ -142,6 +193,11 @@ def main():
         start = common_start(a.config, a.start or a.out / "start", {}, seed)
         for name, changes in variants.items():
             run(a.config, a.out / name / f"seed{seed}", start, common | changes, seed)
+    folders = {name: [a.out / name / f"seed{seed}" for seed in a.seeds] for name in variants}
+    text = table({name: [Run.read(path) for path in paths] for name, paths in folders.items()})
+    (a.out / "comparison.md").write_text(text)
+    page.write([path for paths in folders.values() for path in paths], a.out / "report.html")
+    print(text, f"the curves are in {a.out / 'report.html'}", sep="\n")
 
 
 if __name__ == "__main__":

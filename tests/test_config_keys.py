@@ -127,6 +127,32 @@ def sampling(config):
     return setup.make_sampling(config, loading.find_model(config))
 
 
+def evaluation(config):
+    reward_model = setup.make_reward_model(config)
+    own = setup.make_eval_reward_model(config, reward_model) is reward_model
+    return setup.make_eval_settings(config, (1,)), own
+
+
+def traced(config):
+    """The iterations, of five, in which a trace begins or ends."""
+    events = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.profiler, "start_trace", lambda folder: events.append("begins"))
+        patch.setattr(jax.profiler, "stop_trace", lambda: events.append("ends"))
+        profiler = setup.make_profiler(config, Path())
+        for step in range(1, 6):
+            profiler.begin(step)
+            events.append(step)
+            profiler.end(step)
+    return events
+
+
+def tracked(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.trackers, "TRACKERS", {"wandb": lambda workdir, *names: names})
+        return setup.make_trackers(config, Path())
+
+
 def demonstrations(config):
     return loading.load_demonstrations(config, loading.find_model(config))
 
@@ -181,7 +207,7 @@ class FakeLearner(Learner):
     """Counts iterations."""
 
     def learn(self, state, batch, rewards_PG):
-        metrics = {"policy/entropy": 0.0, "update/skipped": 0.0}
+        metrics = {"rollout/entropy": 0.0, "update/skipped": 0.0}
         return state.replace(step=state.step + 1), metrics
 
 
@@ -240,6 +266,8 @@ SHORT = (
 
 # key -> (value, what it changes, other overrides that it needs)
 WALK = {
+    "algorithm.filter_groups": ("true", road, *SHORT),
+    "algorithm.filter_max_attempts": ("2", road, "--config.algorithm.filter_groups=true", *SHORT),
     "anchor.mode": ("ema", learner),
     "anchor.ema_alpha": ("0.5", learner),
     "anchor.kl_threshold": ("0.5", learner),
@@ -294,6 +322,14 @@ WALK = {
     f"{ROLLOUT}.attention": ("pallas_gpu", engine),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
     f"{ROLLOUT}.gpu_memory_utilization": ("0.00025", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    "eval.n": ("3", evaluation),
+    "eval.ks": ("(2,)", evaluation, "--config.eval.n=3"),
+    "eval.temperature": ("0.7", evaluation),
+    "eval.top_p": ("0.9", evaluation),
+    "eval.top_k": ("5", evaluation),
+    "eval.max_tokens": ("9", evaluation),
+    "eval.graded_by": ("reward", evaluation),
+    "eval.category_key": ("kind", evaluation),
     "sft.steps": ("3", road, *SHORT),
     "sft.batch_size": ("8", road, *SHORT),
     "sft.train_files": ("a.jsonl", demonstrations, "--config.sft.completion_key=answer"),
@@ -330,6 +366,8 @@ WALK = {
     "trainer.rollout_data_dir": ("collected", road, *SHORT),
     "trainer.compilation_cache_dir": ("", cache),
     "trainer.test_freq": ("2", road, *SHORT),
+    "trainer.logger": ("('wandb',)", tracked),
+    "trainer.profile_steps": ("(2, 3)", traced),
     "trainer.log_samples_freq": ("2", road, *SHORT),
     "trainer.log_num_samples": ("1", road, *SHORT),
 }
@@ -345,7 +383,7 @@ def test_each_key_on_the_command_line_changes_the_run(key):
 
 def test_every_key_is_walked():
     walked = {key for key in keys(default_config()) if not key.startswith("algorithm.")}
-    assert set(WALK) == walked
+    assert set(WALK) == walked | {"algorithm.filter_groups", "algorithm.filter_max_attempts"}
 
 
 def test_the_reference_has_every_key_with_its_default_and_meaning():

@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 ROAD = [
     "clu_without_tensorflow exit_codes host_memory compilation_cache",
     "sharding rope groups safetensors_files",
-    "rewards data arithmetic redaction metrics progress config config_checks batch_plan",
+    "rewards data arithmetic redaction metrics trackers profiling progress",
+    "config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
     "attention lora model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
-    "update rollout recording sft learner evaluate",
-    "loading pretrained serve setup train adapters main",
+    "update rollout recording filtering sft learner evaluation",
+    "loading pretrained serve setup train evaluate report adapters main",
 ]
 
 
@@ -66,7 +67,7 @@ def test_only_the_top_of_the_road_reads_the_config():
         and "ml_collections" in (PACKAGE / f"{name}.py").read_text()
     }
     # The run folder keeps it.
-    assert readers == {"run_folder", "loading", "setup", "train", "main"}
+    assert readers == {"run_folder", "loading", "setup", "train", "evaluate", "main"}
 
 
 def test_a_grading_process_imports_neither_jax_nor_sympy():

@@ -89,7 +89,7 @@ def test_reward_metrics_count_groups_and_skip_what_was_not_graded():
     assert metrics["reward/half"] == pytest.approx(2 / 3)
     assert "reward/never" not in metrics
     assert metrics["groups/zero_std_frac"] == 0.5
-    assert metrics["groups/all_failed_frac"] == 0.5
+    assert metrics["groups/all_wrong_frac"] == 0.5
     assert metrics["reward/mean"] == pytest.approx(1 / 3)
 
 

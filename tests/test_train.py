@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from test_config import parse
+from test_metrics import check_documented
 
 from adpo_jax import setup, sharding
 from adpo_jax.metrics import read_jsonl
@@ -71,7 +72,7 @@ def with_reward(path):
 
 def scalars(folder):
     """The metrics of a run without what depends on the clock."""
-    timed = ("time", "rollout/tokens_per_s")
+    timed = ("time", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
     return [
         {k: v for k, v in row.items() if not k.startswith(timed)}
         for row in read_jsonl(folder / "metrics.jsonl")
@@ -81,25 +82,34 @@ def scalars(folder):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(tmp_path):
-    config = parse(*TINY)
+    profiled = ("--config.eval.n=2", "--config.trainer.profile_steps=(2, 3)")
+    config = parse(*TINY, *profiled)
     last = train(config, tmp_path / "run")
     folder = tmp_path / "run"
     rows = scalars(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert last["eval/accuracy"] == rows[-1]["eval/accuracy"]
     assert ["eval/accuracy" in row for row in rows] == [True, False, True, False, True]
-    documented = {"loss", "anchor_kl", "mean_tau", "kl_penalty", "dropped_prompts"}
-    assert {f"adpo/{name}" for name in documented} < set(rows[1])
+    written = {name for row in read_jsonl(folder / "metrics.jsonl") for name in row}
+    check_documented(written - {"step", "time"}, {"always", "adpo", "evaluation", "samples"})
+    assert list((folder / "profile").rglob("*.xplane.pb"))
     assert rows[1]["adpo/loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert rows[1]["rollout/mismatch_kl"] < 1e-6
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "export"
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "export",
+        "environment.json", "profile",
     }  # fmt: skip
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"0", "2", "4"}
     assert json.loads((folder / "config.json").read_text())["algorithm"]["tau"] == 0.8
     samples = (folder / "samples" / "train_000002.jsonl").read_text().splitlines()
     assert len(samples) == 16
-    assert set(json.loads(samples[0])) == {"prompt", "completion", "reward", "components"}
+    assert set(json.loads(samples[0])) == {
+        "prompt",
+        "completion",
+        "reward",
+        "components",
+        "num_tokens",
+    }
     policy, params = Policy.from_pretrained(folder / "export")
     assert policy.config.hidden_size == 16
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
@@ -137,6 +147,7 @@ def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path):
 VARIANTS = {
     "grpo": ("--config.algorithm.adv_estimator=grpo",),
     "rloo": ("--config.algorithm.adv_estimator=rloo",),
+    "filter_groups": ("--config.algorithm.filter_groups=true",),
     "mini-batches, epochs and an ema anchor": (
         "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "--config.actor_rollout_ref.actor.ppo_epochs=2",

@@ -255,7 +255,7 @@ def test_mini_batches_do_not_change_counts_and_token_means():
         learner = make_learner(policy, mini=mini, algorithm=algorithm, lr=0.0)
         state = learner.init_state(jax.tree.map(jnp.copy, params))
         found.append(learner.learn(state, batch, rewards)[1])
-    for name in ("adpo/dropped_prompts", "policy/entropy", "update/tokens", "adpo/mean_tau"):
+    for name in ("adpo/dropped_prompts", "rollout/entropy", "update/tokens", "adpo/mean_tau"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
     assert found[0]["adpo/dropped_prompts"] == (rewards <= 0).all(axis=1).sum()
 

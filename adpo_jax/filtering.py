@@ -1,0 +1,194 @@
+"""Dynamic sampling: groups whose rewards are all equal teach nothing, so others take their place.
+
+An iteration samples batch after batch of prompts until it has as many groups with a spread as a
+batch has prompts. Shapes stay those of a batch: what is more waits for the next iteration, what is
+still missing after the last attempt is filled with groups without a spread.
+
+A group that waited was sampled by the policy of the iteration before; the loss does not know. What
+waits, and how many batches were drawn, is kept with every checkpoint, so that a resumed run goes on
+as if it had not stopped.
+
+Source: Yu et al. 2025, "DAPO", arXiv 2503.14476, section 3.2, which drops the surplus.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adpo_jax import recording
+from adpo_jax.engine import RolloutOutput
+from adpo_jax.rewards import Scores
+from adpo_jax.rollout import GradedRollout, Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Prompts with their graded completions."""
+
+    prompts: Prompts
+    graded: GradedRollout
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def rewards_PG(self) -> np.ndarray:
+        return self.graded.scores.total.reshape(len(self), -1)
+
+    def select(self, rows: Sequence[int]) -> "Groups":
+        """The groups with these numbers, in this order."""
+        out, scores = self.graded.out, self.graded.scores
+        G = out.lengths.shape[1]
+        flat = [row * G + g for row in rows for g in range(G)]
+        return Groups(
+            self.prompts.select(rows),
+            dataclasses.replace(
+                self.graded,
+                out=_map_arrays(lambda x: x[list(rows)], out),
+                completions=[self.graded.completions[i] for i in flat],
+                scores=Scores(
+                    scores.total[flat],
+                    {name: values[flat] for name, values in scores.components.items()},
+                    dict.fromkeys(scores.counts, 0),
+                ),
+            ),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Groups]") -> "Groups":
+        """The groups of several as those of one; seconds and counts add up."""
+        graded = [part.graded for part in parts]
+        prompts = [part.prompts for part in parts]
+        columns = {
+            name: [value for p in prompts for value in p.columns[name]]
+            for name in prompts[0].columns
+        }
+        seconds = np.sum([g.seconds for g in graded], axis=0)
+        return cls(
+            Prompts([ids for p in prompts for ids in p.token_ids], columns),
+            GradedRollout(
+                _map_arrays(lambda *x: np.concatenate(x), *(g.out for g in graded)),
+                [text for g in graded for text in g.completions],
+                Scores.concatenate([g.scores for g in graded]),
+                (float(seconds[0]), float(seconds[1])),
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What an iteration leaves to the next."""
+
+    drawn: int = 0  # batches of prompts so far
+    surplus: Groups | None = None
+
+
+class GroupFilter:
+    """Rollouts in which every group has a spread, as far as the attempts suffice.
+
+    Args:
+      sample: (step from 0, attempt from 0, prompts, parameters) -> graded completions.
+      prompts_of: the batch of prompts with a number, from 0.
+      folder: where `save` writes.
+      max_attempts: batches sampled in an iteration, at most.
+      min_reward_std: a group whose standard deviation (ddof=1) is below it has no spread.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[int, int, Prompts, Any], GradedRollout],
+        prompts_of: Callable[[int], Prompts],
+        folder: Path,
+        *,
+        max_attempts: int,
+        min_reward_std: float = 0.0,
+    ):
+        self._sample, self._prompts_of, self._folder = sample, prompts_of, folder
+        self._max_attempts, self._min_reward_std = max_attempts, min_reward_std
+        self._states: dict[int, _State] = {0: _State()}  # by iterations done
+
+    def __call__(self, step: int, params) -> tuple[Prompts, GradedRollout]:
+        """The groups of the iteration after `step` iterations, with the metrics of the filter.
+
+        Raises:
+          ValueError: when what iteration `step` left was not kept.
+        """
+        before = self._state(step)
+        found = [before.surplus] if before.surplus else []
+        dropped, sampled, seconds = [], 0, np.zeros(2)
+        for attempt in range(self._max_attempts):
+            prompts = self._prompts_of(before.drawn + attempt)
+            groups = Groups(prompts, self._sample(step, attempt, prompts, params))
+            seconds += groups.graded.seconds
+            sampled += len(groups)
+            spread = self._has_spread(groups.rewards_PG)
+            found.append(groups.select(np.flatnonzero(spread)))
+            dropped.append(groups.select(np.flatnonzero(~spread)))
+            if sum(map(len, found)) >= len(prompts):
+                break
+        P, num_found = len(prompts), sum(map(len, found))
+        candidates = Groups.concatenate([*found, *dropped])
+        chosen = candidates.select(range(P))
+        surplus = candidates.select(range(P, num_found)) if num_found > P else None
+        self._states = {
+            step: before,
+            step + 1: _State(before.drawn + attempt + 1, surplus),
+        }
+        metrics = {
+            "filter/attempts": attempt + 1.0,
+            "filter/dropped_frac": sum(map(len, dropped)) / sampled,
+            "filter/fillers": float(max(P - num_found, 0)),
+            "filter/carried": float(max(num_found - P, 0)),
+            "filter/sampled_reward": _mean_reward([*found[len(found) - attempt - 1 :], *dropped]),
+        }
+        graded = dataclasses.replace(
+            chosen.graded, seconds=(float(seconds[0]), float(seconds[1])), metrics=metrics
+        )
+        return chosen.prompts, graded
+
+    def save(self, step: int) -> None:
+        """Keeps what the next iteration is left after `step` iterations."""
+        state = self._state(step)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if state.surplus is not None:
+            recording.write(self._folder, step, state.surplus.prompts, state.surplus.graded)
+        content = {"drawn": state.drawn, "surplus": state.surplus is not None}
+        (self._folder / f"{step:06d}.json").write_text(json.dumps(content) + "\n")
+
+    def _state(self, step: int) -> _State:
+        if step not in self._states:
+            path = self._folder / f"{step:06d}.json"
+            if not path.exists():
+                raise ValueError(
+                    f"algorithm.filter_groups: {path} is missing, in which iteration {step} left "
+                    "its surplus; start again in another folder"
+                )
+            content = json.loads(path.read_text())
+            surplus = Groups(*recording.read(self._folder, step)) if content["surplus"] else None
+            self._states = {step: _State(content["drawn"], surplus)}
+        return self._states[step]
+
+    def _has_spread(self, rewards_PG: np.ndarray) -> np.ndarray:
+        std_P = rewards_PG.std(axis=1, ddof=1)
+        return (np.ptp(rewards_PG, axis=1) > 0) & (std_P >= self._min_reward_std)
+
+
+def _map_arrays(function, *outs: RolloutOutput) -> RolloutOutput:
+    """A rollout whose arrays are `function` of those of others."""
+    names = ("tokens", "mask", "lengths", "log_probs", "finish_reason", "full_log_probs")
+    arrays = {
+        name: None
+        if getattr(outs[0], name) is None
+        else function(*(getattr(out, name) for out in outs))
+        for name in names
+    }
+    return RolloutOutput(**arrays, stats={})
+
+
+def _mean_reward(parts: Sequence[Groups]) -> float:
+    """Of all completions of this iteration, dropped ones included."""
+    return float(np.concatenate([part.graded.scores.total for part in parts]).mean())

@@ -1,0 +1,30 @@
+"""The command line of the report."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from adpo_jax.exit_codes import USER_ERROR
+from adpo_jax.report import page
+
+
+def main() -> int:
+    """Writes the report that the command line asks for; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m adpo_jax.report", description="One HTML page about one or several runs."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; seeds are joined")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
+    parser.add_argument("--png", type=Path, help="a folder for the pictures as PNG files")
+    a = parser.parse_args()
+    try:
+        page.write(a.runs, a.out, png=a.png)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    print(f"the report is in {a.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Puts the page of a report together."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+from adpo_jax.report import figures
+from adpo_jax.report.figures import SERIES, Picture
+from adpo_jax.report.runs import Group, Run, differences, grouped
+
+# The pictures of the page, in order, where the runs have the metric: name, title, unit.
+CURVES = (
+    ("eval/accuracy", "Accuracy, greedy", "share of prompts"),
+    ("reward/mean", "Reward, sampled", "mean reward"),
+    ("rollout/length_mean", "Length of completions", "tokens"),
+    ("rollout/entropy", "Entropy of the policy", "nats a token"),
+    ("compare/start_kl", "Distance from the start", "nats a completion"),
+    ("adpo/anchor_kl", "KL to the anchor (ADPO)", "nats a token"),
+    ("adpo/mean_tau", "Temperature (ADPO)", "mean over prompts"),
+    ("grpo/clip_frac", "Clipped tokens (GRPO)", "share"),
+    ("groups/zero_std_frac", "Groups without spread", "share"),
+    ("rollout/unique_frac", "Different texts in a group", "share"),
+    ("rollout/truncated_frac", "Cut off at the limit", "share"),
+    ("update/grad_norm", "Norm of the gradient", "before the clip"),
+    ("rollout/mismatch_kl", "Sampler against trainer", "nats a token"),
+    ("rollout/tokens_per_s", "Sampling speed", "tokens a second"),
+    ("memory/host_gib", "Memory of the process", "GiB"),
+)
+_STAGES = ("rollout", "reward", "anchor", "update", "eval", "checkpoint")
+_NUM_SAMPLES = 6  # of a group
+
+
+def write(folders: Sequence[Path], out: Path, *, png: Path | None = None) -> None:
+    """Writes one self-contained page about some runs.
+
+    Args:
+      folders: of runs; those that differ in their seed alone are joined.
+      out: the page; one that is there is replaced.
+      png: a folder for the pictures as PNG files too.
+
+    Raises:
+      ValueError: when a folder holds no run.
+    """
+    groups = grouped([Run.read(Path(folder)) for folder in folders])
+    pictures = [p for name, title, unit in CURVES if (p := _curve(groups, name, title, unit))]
+    spreads = [p for group in groups for p in _spreads(group)]
+    seconds = [stage_seconds(group) for group in groups]
+    bars = [figures.stages(groups, seconds)] if any(seconds) else []
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("adpo_jax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    page = environment.get_template("template.html").render(
+        groups=groups,
+        overview=[overview(group) for group in groups],
+        curves=[_inline(p) for p in pictures],
+        spreads=[_inline(p) for p in spreads],
+        stages=[_inline(p) for p in bars],
+        seconds=seconds,
+        samples=[samples_of(group) for group in groups],
+        differences=differences(groups),
+        configs=[_pretty(group.runs[0].config) for group in groups],
+        environments=_environments(groups),
+        colours=SERIES,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for, and controls that
+    # HTML does not allow.
+    page = "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in page
+    )
+    out.write_text(page, encoding="utf-8", errors="replace")
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for picture in (*pictures, *spreads, *bars):
+            picture.save_png(png)
+
+
+def overview(group: Group) -> dict[str, object]:
+    """A row of the table at the top."""
+    last = [_last(run, "eval/accuracy") for run in group.runs]
+    first = [next(iter(run.series("eval/accuracy").values()), None) for run in group.runs]
+    rewards = [list(run.series("reward/mean").values())[-10:] for run in group.runs]
+    steps = [run.rows[-1]["step"] for run in group.runs]
+    tokens = [sum(run.series("update/tokens").values()) for run in group.runs]
+    hours = [(run.rows[-1]["time"] - run.rows[0]["time"]) / 3600 for run in group.runs]
+    return {
+        "label": group.label,
+        "seeds": ", ".join(str(run.seed) for run in group.runs),
+        "iterations": _span(steps),
+        "accuracy before": _mean(first),
+        "accuracy after": _mean(last),
+        "95% interval": _interval(group, last),
+        "reward, last 10": _mean([np.mean(r) for r in rewards if r]),
+        "completion tokens": _number(float(np.mean(tokens))),
+        "hours": _mean(hours),
+    }
+
+
+def stage_seconds(group: Group) -> dict[str, float]:
+    """Mean seconds of an iteration by stage, what is not done each time spread over all."""
+    means: dict[str, float] = {}
+    for stage in _STAGES:
+        totals = [sum(run.series(f"time/{stage}").values()) for run in group.runs]
+        iterations = [max(run.rows[-1]["step"], 1) for run in group.runs]
+        if any(totals):
+            means[stage] = sum(totals) / sum(iterations)
+    return means
+
+
+def samples_of(group: Group) -> dict[str, object]:
+    """The same prompts answered before and after training, changed verdicts first."""
+    for run in group.runs:
+        evaluations = run.samples("eval")
+        if len(evaluations) >= 2:
+            first, last = min(evaluations), max(evaluations)
+            pairs = list(zip(_greedy(evaluations[first]), _greedy(evaluations[last])))
+            order = sorted(
+                range(len(pairs)),
+                key=lambda i: (pairs[i][0]["correct"] == pairs[i][1]["correct"], i),
+            )
+            shown = [pairs[i] for i in _varied(order, pairs)]
+            return {"seed": run.seed, "first": first, "last": last, "pairs": shown}
+    return {}
+
+
+def _varied(order: list[int], pairs: list) -> list[int]:
+    """A few of each kind of change, in the given order."""
+    kinds: dict[tuple, list[int]] = {}
+    for i in order:
+        kinds.setdefault((pairs[i][0]["correct"], pairs[i][1]["correct"]), []).append(i)
+    rounds = [i for k in range(_NUM_SAMPLES) for rows in kinds.values() for i in rows[k : k + 1]]
+    return rounds[:_NUM_SAMPLES]
+
+
+def _greedy(records: list[dict]) -> list[dict]:
+    return [r for r in records if r.get("sampling", "greedy") == "greedy"]
+
+
+def _curve(groups, name: str, title: str, unit: str) -> Picture | None:
+    return figures.curve(groups, name, title, unit=unit)
+
+
+def _spreads(group: Group) -> list[Picture]:
+    found = (
+        figures.distribution(group, "reward", f"Rewards: {group.label}", unit="reward"),
+        figures.distribution(group, "num_tokens", f"Lengths: {group.label}", unit="tokens"),
+    )
+    return [picture for picture in found if picture]
+
+
+def _inline(picture: Picture) -> str:
+    return jinja2.utils.markupsafe.Markup(picture.svg)
+
+
+def _environments(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """What the groups' first runs ran on: name -> a value a group."""
+    found = [group.runs[0].environment for group in groups]
+    names = dict.fromkeys(name for environment in found for name in environment)
+    return {name: [str(environment.get(name, "")) for environment in found] for name in names}
+
+
+def _pretty(config: dict[str, object]) -> str:
+    return "\n".join(f"{key} = {json.dumps(value, default=str)}" for key, value in config.items())
+
+
+def _last(run: Run, name: str) -> float | None:
+    return next(reversed(run.series(name).values()), None)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    present = [value for value in values if value is not None]
+    return f"{np.mean(present):.3f}" if present else ""
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
+
+
+def _interval(group: Group, last: list[float | None]) -> str:
+    """Over seeds by Student's t where there are several, else over prompts by bootstrap."""
+    present = np.array([value for value in last if value is not None])
+    if len(present) > 1:
+        half = t_quantile(len(present) - 1) * present.std(ddof=1) / np.sqrt(len(present))
+        return f"{max(present.mean() - half, 0):.3f} to {min(present.mean() + half, 1):.3f}, seeds"
+    ends = [_last(group.runs[0], f"eval/accuracy_{end}") for end in ("low", "high")]
+    return "" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}, prompts"
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5% quantile of Student's t distribution."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    return table[degrees - 1] if degrees <= len(table) else 1.96 + 2.4 / degrees
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,207 @@
+"""Names of metrics, trackers, the terminal, and where time goes."""
+
+import io
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from test_config import parse
+
+from adpo_jax import profiling, setup
+from adpo_jax.metrics import make_writer, markdown_table, read_jsonl
+from adpo_jax.progress import Progress
+from adpo_jax.trackers import TRACKERS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+
+
+def documented() -> dict[str, str]:
+    """Name pattern -> when it appears, from the table of docs/metrics.md."""
+    found = {}
+    for line in DOCS.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            found |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells[2])
+    return found
+
+
+def check_documented(written: set[str], whens: set[str]) -> None:
+    """Checks a run's names against the documentation, both ways."""
+    patterns = {
+        re.compile(re.sub(r"<[a-z]+>", "[^ ]+", re.escape(name))): (name, when)
+        for name, when in documented().items()
+    }
+    unknown = {name for name in written if not any(p.fullmatch(name) for p in patterns)}
+    assert not unknown, f"not in docs/metrics.md: {sorted(unknown)}"
+    silent = [
+        name
+        for p, (name, when) in patterns.items()
+        if when in whens and not any(p.fullmatch(w) for w in written)
+    ]
+    assert not silent, f"in docs/metrics.md, but not written: {silent}"
+
+
+def test_an_undocumented_or_missing_metric_is_noticed():
+    with pytest.raises(AssertionError, match=r"not in docs.*'reward/a b'"):
+        check_documented({"reward/a b"}, set())
+    with pytest.raises(AssertionError, match=r"not written: .*adpo/mean_tau"):
+        check_documented({"adpo/loss"}, {"adpo"})
+
+
+class StandIn:
+    """A tracker's module that writes down what it is told."""
+
+    def __init__(self):
+        self.calls = []
+        self.config = types.SimpleNamespace(update=self.note("config"))
+        self.entities = types.SimpleNamespace(Metric=lambda *args: args)
+        for name in ("log", "finish", "log_batch", "log_text", "set_terminated"):
+            setattr(self, name, self.note(name))
+
+    def note(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+    def init(self, **kwargs):
+        self.calls.append(("init", (), kwargs))
+        return self
+
+    def MlflowClient(self):
+        return self
+
+    def Table(self, columns, data):
+        return {"columns": columns, "data": data}
+
+    def get_experiment_by_name(self, name):
+        return None
+
+    def create_experiment(self, name):
+        return f"experiment {name}"
+
+    def create_run(self, experiment, run_name):
+        self.calls.append(("create_run", (experiment, run_name), {}))
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="run 1"))
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_gets_metrics_samples_and_the_config_without_secrets(
+    tracker, tmp_path, monkeypatch
+):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, tracker, module)
+    for _ in range(2):  # the second time is a resumed run
+        config = parse(f"--config.trainer.logger=('{tracker}',)")
+        writer = make_writer(tmp_path, None, *setup.make_trackers(config, tmp_path))
+        writer.write_hparams({"tau": 0.8, "kwargs": {"api_key": "hunter2"}})
+        writer.write_scalars(3, {"reward/mean": jnp.float32(0.5), "adpo/loss": np.nan})
+        writer.write_table(3, "samples", [{"prompt": "2+2", "completion": "<b>4", "reward": 1.0}])
+        writer.write_table(4, "samples", [])
+        writer.close()
+    told = repr(module.calls)
+    assert "hunter2" not in told
+    assert all(text in told for text in ("0.8", "reward/mean", "<b>4", "adpo_jax"))
+    assert "adpo/loss" not in told  # NaN is no value to plot
+    starts = [call for call in module.calls if call[0] in ("init", "create_run")]
+    assert len(starts) == (1 if tracker == "mlflow" else 2)
+    assert all(start == starts[0] for start in starts)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert rows[0]["adpo/loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("logger", "text"),
+    [("('tensorboard2',)", "is made of wandb, mlflow, trackio"), ("('wandb',)", "pip install")],
+)
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused(logger, text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = parse(f"--config.trainer.logger={logger}")
+    with pytest.raises(ValueError, match=text):
+        setup.build(config)
+
+
+def test_samples_are_a_table_in_tensorboard_with_their_text_as_it_is():
+    table = markdown_table([{"completion": "<script>|\n`x`", "reward": 0.123456}])
+    assert table.splitlines()[0] == "| completion | reward |"
+    assert "&lt;script&gt;&#124;<br>&#96;x&#96; | 0.123 |" in table
+
+
+SAMPLES = [
+    {
+        "prompt": "2+2",
+        "completion": "[red]4[/red]\x1b[2J",
+        "reward": 1.5,
+        "components": {"accuracy": 1.0, "format": None},
+    }
+]
+
+
+def shown(terminal: bool) -> str:
+    out = io.StringIO()
+    console = rich.console.Console(
+        file=out, force_terminal=terminal, width=100, highlight=False, soft_wrap=not terminal
+    )
+    with Progress("iteration", total=4, done=1, console=console) as progress:
+        progress.update(2, "reward 0.5  100 tokens/s")
+        progress.print_samples(SAMPLES)
+    return out.getvalue()
+
+
+def test_samples_are_a_table_with_each_score_in_a_terminal_and_lines_elsewhere():
+    plain, table = shown(terminal=False), shown(terminal=True)
+    assert "iteration 2/4  reward 0.5  100 tokens/s  eta 0:0" in plain
+    assert "[+1.50 accuracy 1.00] 2+2" in plain
+    assert all(name in table for name in ("accuracy", "format", "1.50", "2/4"))
+    for text in (plain, table):
+        assert "[red]4[/red]" in text
+        assert "\x1b[2J" not in text
+
+
+def test_flops_are_those_of_matrix_products_with_loops_counted_as_often_as_they_run():
+    w, x = jnp.ones((16, 16)), jnp.ones((8, 16))
+
+    def loss(w):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=10)[0].sum()
+
+    forward = 2 * 8 * 16 * 16 * 10
+    assert profiling.program_flops(jax.jit(loss), w) == forward
+    # Backward: two products for each of the forward; the first step's input needs no gradient,
+    # which the loop computes all the same.
+    assert profiling.program_flops(jax.jit(jax.grad(loss)), w) == 3 * forward
+    again = jax.jit(jax.grad(jax.checkpoint(loss)))
+    assert profiling.program_flops(again, w) == 4 * forward
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype)
+    assert profiling.program_flops(jax.jit(loss), shape) == forward
+
+
+def test_a_device_without_a_published_peak_has_no_mfu():
+    assert profiling.peak_flops(jax.devices()[:1]) is None
+    chip = types.SimpleNamespace(device_kind="TPU v5 lite")
+    assert profiling.peak_flops([chip, chip]) == 2 * 197e12
+
+
+def test_memory_is_that_of_the_process_and_of_devices_that_tell():
+    metrics = profiling.memory_metrics()
+    assert set(metrics) == {"memory/host_gib"}  # a CPU device does not tell
+    assert 0.05 < metrics["memory/host_gib"] < 1000
+
+
+@pytest.mark.parametrize("steps", ["(3,)", "(0, 2)", "(4, 3)"])
+def test_steps_to_profile_that_are_no_range_are_refused(steps):
+    config = parse(f"--config.trainer.profile_steps={steps}")
+    with pytest.raises(ValueError, match="profile_steps is the first and the last"):
+        setup.build(config)
+
+
+def test_the_ids_of_trackers_are_kept_in_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn())
+    config = parse("--config.trainer.logger=('wandb',)")
+    setup.make_trackers(config, tmp_path)
+    before = json.loads((tmp_path / "trackers.json").read_text())
+    setup.make_trackers(config, tmp_path)
+    assert json.loads((tmp_path / "trackers.json").read_text()) == before
