@@ -1,17 +1,177 @@
 """From hidden states to log-probs of given tokens, without ever holding [B, T, V] logits.
 
+The head runs over chunks of tokens, and a chunk's logits live while it is worked on. Two ways to
+differentiate it:
+
+    token_log_probs      log-probs with any gradient; the backward pass makes the logits again
+    weighted_log_probs   sum of weights * log-probs for weights known beforehand: the gradient
+                         (weights * (one-hot - softmax)) is made where the logits are at hand, which
+                         saves one product in four
+
+Softmax, log-probs and accumulated gradients are float32 whatever the hidden states are. Where the
+mesh splits the vocabulary, each device keeps its part of the logits and only sums over it travel.
+
 Letters: B batch, T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
 
-from adpo_jax.model import ModelConfig, head_logits
+from adpo_jax.model import ModelConfig
 from adpo_jax.sharding import RULES, mesh_axis_size
 
-# Tokens whose logits are alive at once; at V = 151,936 that is 1.2 GB of float32.
-TOKENS_PER_CHUNK = 2048
+# Tokens of a device whose logits are alive at once; at V = 151,936 that is 0.6 GB of float32.
+TOKENS_PER_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """What never changes of a head; its methods see one device's part of every array.
+
+    Attributes:
+      tied: the weight is the embedding [V, D], not [D, V].
+      rows_axes, vocab_axis: mesh axes that split the rows and the vocabulary, empty for none.
+    """
+
+    tied: bool
+    soft_cap: float | None
+    temperature: float
+    chunk: int
+    with_entropy: bool
+    mesh: Mesh | None
+    rows_axes: tuple[str, ...]
+    vocab_axis: str
+
+    @property
+    def _weight_spec(self) -> Spec:
+        vocab = self.vocab_axis or None
+        return Spec(vocab, None) if self.tied else Spec(None, vocab)
+
+    def spread(self, function, weight, *rows, out_rows: int, with_weight: bool):
+        """`function(weight, *rows)`, on every device over its part of the arrays.
+
+        Args:
+          out_rows: how many results have the rows' leading axis.
+          with_weight: a last result is shaped as the weight.
+        """
+        if self.mesh is None or self.mesh.size == 1:
+            return function(weight, *rows)
+        row, rows_spec = Spec(self.rows_axes or None), (Spec(self.rows_axes or None),) * out_rows
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self._weight_spec, *(row for _ in rows)),
+            out_specs=(*rows_spec, *((self._weight_spec,) if with_weight else ())),
+            check_vma=False,
+        )(weight, *rows)
+
+    def over_vocab(self, reduce, x):
+        """Finishes a reduction over the vocabulary; `reduce` is jax.lax.psum or pmax."""
+        return reduce(x, self.vocab_axis) if self.vocab_axis else x
+
+    def logits(self, weight, hidden_CD):
+        """[C, V] float32, soft-capped, over the temperature; and the derivative of that."""
+        spec = "cd,vd->cv" if self.tied else "cd,dv->cv"
+        logits = jnp.einsum(spec, hidden_CD, weight, preferred_element_type=jnp.float32)
+        slope = 1.0 / self.temperature
+        if self.soft_cap is not None:
+            capped = jnp.tanh(logits / self.soft_cap)
+            logits, slope = self.soft_cap * capped, (1.0 - jnp.square(capped)) / self.temperature
+        return (logits if self.temperature == 1.0 else logits / self.temperature), slope
+
+    def targets(self, logits_CV, targets_C):
+        """[C, V] bool: the target's column, on the device that has it."""
+        V = logits_CV.shape[-1]
+        first = jax.lax.axis_index(self.vocab_axis) * V if self.vocab_axis else 0
+        return (targets_C - first)[:, None] == jax.lax.broadcasted_iota(jnp.int32, (1, V), 1)
+
+    def scores(self, logits_CV, targets_C):
+        """(log-prob [C], entropy [C], log of the partition function [C])."""
+        top_C = self.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
+        exp_CV = jnp.exp(logits_CV - top_C[:, None])
+        sum_C = self.over_vocab(jax.lax.psum, jnp.sum(exp_CV, axis=-1))
+        log_z_C = top_C + jnp.log(sum_C)
+        if self.vocab_axis:
+            at_target_CV = jnp.where(self.targets(logits_CV, targets_C), logits_CV, 0.0)
+            target_C = jax.lax.psum(jnp.sum(at_target_CV, axis=-1), self.vocab_axis)
+        else:
+            target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        if not self.with_entropy:
+            return target_C - log_z_C, jnp.zeros_like(log_z_C), log_z_C
+        mean_C = self.over_vocab(jax.lax.psum, jnp.sum(exp_CV * logits_CV, axis=-1)) / sum_C
+        return target_C - log_z_C, log_z_C - mean_C, log_z_C
+
+    def gradients(self, weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C):
+        """Gradients by hidden states and weight of g . log_prob + e . entropy.
+
+        d log_prob / d logits = one-hot - p,   d entropy / d logits = -p (log p + H)
+
+        e_C and h_C (the entropy) are None where no gradient comes from the entropy.
+        """
+        log_p_CV = logits_CV - log_z_C[:, None]
+        pull_CV = g_C[:, None]
+        if e_C is not None:
+            pull_CV = pull_CV + e_C[:, None] * (log_p_CV + h_C[:, None])
+        onehot_CV = jnp.where(self.targets(logits_CV, targets_C), g_C[:, None], 0.0)
+        d_CV = (slope * (onehot_CV - pull_CV * jnp.exp(log_p_CV))).astype(hidden_CD.dtype)
+        by_hidden, by_weight = ("cv,vd->cd", "cv,cd->vd") if self.tied else ("cv,dv->cd", "cd,cv->dv")
+        d_hidden = jnp.einsum(by_hidden, d_CV, weight, preferred_element_type=jnp.float32)
+        pair = (d_CV, hidden_CD) if self.tied else (hidden_CD, d_CV)
+        return d_hidden, jnp.einsum(by_weight, *pair, preferred_element_type=jnp.float32)
+
+    def chunked(self, function, first, *rows):
+        """Scans `function(carry, *chunk) -> (carry, results)` over chunks of the rows' tokens.
+
+        Args:
+          rows: [B, T, ...] each; a chunk is [C, ...].
+
+        Returns:
+          (the last carry, results [B, T, ...]).
+        """
+        B, T = rows[0].shape[:2]
+        C = min(self.chunk, B * T)
+        num_chunks = -(-B * T // C)
+
+        def split(x):
+            x = x.reshape(B * T, *x.shape[2:])
+            x = jnp.pad(x, ((0, num_chunks * C - B * T),) + ((0, 0),) * (x.ndim - 1))
+            return x.reshape(num_chunks, C, *x.shape[1:])
+
+        carry, out = jax.lax.scan(lambda c, x: function(c, *x), first, tuple(map(split, rows)))
+
+        def join(x):
+            return x.reshape(num_chunks * C, *x.shape[2:])[: B * T].reshape(B, T, *x.shape[2:])
+
+        return carry, jax.tree.map(join, out)
+
+    def settle(self, d_hidden_BTD, d_weight, dtype):
+        """Sums the gradients over the devices that share an array."""
+        d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
+        if self.rows_axes:
+            d_weight = jax.lax.psum(d_weight, self.rows_axes)
+        return d_hidden_BTD, d_weight
+
+
+def _head(config, mesh, rows: int, vocab: int, **settings) -> _Head:
+    def usable(logical, size):
+        names = RULES[logical]
+        parts = 1 if mesh is None else mesh_axis_size(mesh, names)
+        return names if parts > 1 and size % parts == 0 else ()
+
+    return _Head(
+        tied=config.tie_embeddings,
+        soft_cap=config.logit_soft_cap,
+        mesh=mesh,
+        rows_axes=usable("batch", rows),
+        vocab_axis=usable("vocab", vocab) or "",
+        **settings,
+    )
 
 
 def token_log_probs(
@@ -21,41 +181,159 @@ def token_log_probs(
     targets_BT: jax.Array,
     *,
     temperature: float = 1.0,
+    with_entropy: bool = True,
     mesh: Mesh | None = None,
     tokens_per_chunk: int = TOKENS_PER_CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each target under the tempered softmax at its position, and its entropy.
 
-    The head runs over chunks of columns (so that rows stay sharded as they are), and the backward
-    pass recomputes each chunk's logits: [B, C, V] is the largest array.
+    Differentiable by `params` and `hidden_BTD`.
 
     Args:
       hidden_BTD: hidden states at the positions that predict the targets.
       targets_BT: int32.
       temperature: divides the logits.
+      with_entropy: False spares a pass over the logits; the entropy is then 0.
       tokens_per_chunk: tokens of a device whose logits are alive at once.
 
     Returns:
       (log_probs, entropy), each [B, T] float32, in nats.
     """
-    B, T, _ = hidden_BTD.shape
-    shards = 1 if mesh is None else mesh_axis_size(mesh, RULES["batch"])
-    chunk = min(T, max(1, tokens_per_chunk * shards // B))
-    num_chunks = -(-T // chunk)
-    padding = num_chunks * chunk - T
+    weight = params["embed"] if config.tie_embeddings else params["head"]
+    head = _head(
+        config,
+        mesh,
+        hidden_BTD.shape[0],
+        config.vocab_size,
+        temperature=temperature,
+        chunk=tokens_per_chunk,
+        with_entropy=with_entropy,
+    )
+    return _log_probs(head, weight, hidden_BTD, targets_BT)
 
-    def in_chunks(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, num_chunks, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def of_chunk(args):
-        hidden_BCD, targets_BC = args
-        logits = head_logits(config, params, hidden_BCD, mesh) / temperature
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.take_along_axis(logits, targets_BC[..., None], axis=-1)[..., 0]
-        expected = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-        return target - log_z, log_z - expected
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(head: _Head, weight, hidden_BTD, targets_BT):
+    return _log_probs_forward(head, weight, hidden_BTD, targets_BT)[0]
 
-    chunked = jax.lax.map(of_chunk, (in_chunks(hidden_BTD), in_chunks(targets_BT)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, :T] for x in chunked)
+
+def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
+    def forward(weight, hidden_BTD, targets_BT):
+        def of_chunk(_, hidden_CD, targets_C):
+            return None, head.scores(head.logits(weight, hidden_CD)[0], targets_C)
+
+        return head.chunked(of_chunk, None, hidden_BTD, targets_BT)[1]
+
+    log_probs, entropy, log_z = head.spread(
+        forward, weight.astype(hidden_BTD.dtype), hidden_BTD, targets_BT, out_rows=3, with_weight=False
+    )
+    return (log_probs, entropy), (weight, hidden_BTD, targets_BT, log_z, entropy)
+
+
+def _log_probs_backward(head: _Head, residuals, cotangents):
+    weight, hidden_BTD, targets_BT, log_z_BT, entropy_BT = residuals
+
+    def backward(weight, *rows):
+        def of_chunk(d_weight, hidden_CD, targets_C, log_z_C, g_C, *entropy):
+            logits_CV, slope = head.logits(weight, hidden_CD)
+            e_C, h_C = entropy or (None, None)
+            d_hidden_CD, d_chunk = head.gradients(
+                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C
+            )
+            return d_weight + d_chunk, d_hidden_CD
+
+        zeros = jnp.zeros(weight.shape, jnp.float32)
+        d_weight, d_hidden_BTD = head.chunked(of_chunk, zeros, *rows)
+        return head.settle(d_hidden_BTD, d_weight, weight.dtype)
+
+    rows = (hidden_BTD, targets_BT, log_z_BT, cotangents[0])
+    rows += (cotangents[1], entropy_BT) if head.with_entropy else ()
+    cast = weight.astype(hidden_BTD.dtype)
+    d_hidden, d_weight = head.spread(backward, cast, *rows, out_rows=1, with_weight=True)
+    return d_weight.astype(weight.dtype), d_hidden, _no_gradient(targets_BT)
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def weighted_log_probs(
+    config: ModelConfig,
+    params,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+    mesh: Mesh | None = None,
+    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """sum(weights * log-probs), differentiable by `params` and `hidden_BTD`, in one pass.
+
+    Arguments as of `token_log_probs`.
+
+    Args:
+      weights_BT: float32, without gradient.
+
+    Returns:
+      The sum, and (log_probs, entropy) as of `token_log_probs` but without gradient.
+    """
+    weight = params["embed"] if config.tie_embeddings else params["head"]
+    head = _head(
+        config,
+        mesh,
+        hidden_BTD.shape[0],
+        config.vocab_size,
+        temperature=temperature,
+        chunk=tokens_per_chunk,
+        with_entropy=with_entropy,
+    )
+    return _weighted(head, weight, hidden_BTD, targets_BT, jax.lax.stop_gradient(weights_BT))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
+    log_probs, entropy = _log_probs(head, weight, hidden_BTD, targets_BT)
+    return jnp.sum(weights_BT * log_probs), (log_probs, entropy)
+
+
+def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
+    def forward(weight, *rows):
+        def of_chunk(d_weight, hidden_CD, targets_C, g_C):
+            logits_CV, slope = head.logits(weight, hidden_CD)
+            log_prob_C, entropy_C, log_z_C = head.scores(logits_CV, targets_C)
+            d_hidden_CD, d_chunk = head.gradients(
+                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, None, None
+            )
+            return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
+
+        zeros = jnp.zeros(weight.shape, jnp.float32)
+        d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, zeros, *rows)
+        return log_probs, entropy, *head.settle(d_hidden, d_weight, weight.dtype)
+
+    rows = (hidden_BTD, targets_BT, weights_BT)
+    cast = weight.astype(hidden_BTD.dtype)
+    log_probs, entropy, d_hidden, d_weight = head.spread(
+        forward, cast, *rows, out_rows=3, with_weight=True
+    )
+    total = jnp.sum(weights_BT * log_probs)
+    residuals = (d_weight.astype(weight.dtype), d_hidden, targets_BT, weights_BT)
+    return (total, (log_probs, entropy)), residuals
+
+
+def _weighted_backward(head: _Head, residuals, cotangents):
+    d_weight, d_hidden_BTD, targets_BT, weights_BT = residuals
+    scale = cotangents[0]
+    return (
+        (scale * d_weight).astype(d_weight.dtype),
+        (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),
+        _no_gradient(targets_BT),
+        jnp.zeros_like(weights_BT),
+    )
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _no_gradient(integers: jax.Array) -> np.ndarray:
+    return np.zeros(integers.shape, jax.dtypes.float0)

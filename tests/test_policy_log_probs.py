@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from golden_models import model
 
-from adpo_jax.log_probs import token_log_probs
+from adpo_jax import sharding
+from adpo_jax.log_probs import token_log_probs, weighted_log_probs
 from adpo_jax.model import head_logits
 
 B, T = 3, 11
@@ -55,6 +56,59 @@ def test_chunks_of_any_size_equal_the_plain_log_softmax_with_gradients(name):
         )
 
 
+def test_weights_known_beforehand_give_the_same_gradient_in_one_pass():
+    config, head, hidden, targets, (weights, _) = inputs("gemma2")
+
+    def plain_sum(head, hidden):
+        scored, _ = plain(config, head, hidden, targets, temperature=0.6)
+        return jnp.sum(weights * scored)
+
+    def in_one_pass(head, hidden):
+        return weighted_log_probs(
+            config, head, hidden, targets, weights, temperature=0.6, tokens_per_chunk=8
+        )
+
+    wanted = jax.value_and_grad(plain_sum, argnums=(0, 1))(head, hidden)
+    gradient = jax.value_and_grad(in_one_pass, argnums=(0, 1), has_aux=True)
+    (total, (scored, entropy)), gradients = jax.jit(gradient)(head, hidden)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    jax.tree.map(close, (total, gradients), wanted)
+    jax.tree.map(close, (scored, entropy), plain(config, head, hidden, targets, temperature=0.6))
+
+
+# 64 tokens of a vocabulary of 64: tied and soft-capped, and untied.
+@pytest.mark.parametrize("name", ["gemma2", "qwen2"])
+def test_a_split_vocabulary_gives_the_same_and_no_device_gathers_logits(name):
+    policy, params = model(name)
+    config, head = policy.config, inputs(name)[1]
+    hidden = jax.random.normal(jax.random.key(1), (4, 16, config.hidden_size))
+    targets = jax.random.randint(jax.random.key(2), (4, 16), 0, config.vocab_size)
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def score(mesh, head, hidden):
+        def loss(head, hidden):
+            total, (scored, entropy) = weighted_log_probs(
+                config, head, hidden, targets, jnp.cos(targets), mesh=mesh, tokens_per_chunk=16
+            )
+            again, spread = token_log_probs(config, head, hidden, targets, mesh=mesh)
+            return total + jnp.sum(jnp.sin(again) + spread), (scored, entropy, again)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, hidden)
+
+    axes = {"embed": ("vocab", "embed"), "head": ("embed", "vocab")}
+    laid_out = {
+        k: jax.device_put(v, sharding.named_sharding(mesh, axes[k], v.shape))
+        for k, v in head.items()
+    }
+    rows = jax.device_put(hidden, sharding.named_sharding(mesh, ("batch", None, None), hidden.shape))
+    compiled = jax.jit(functools.partial(score, mesh)).lower(laid_out, rows).compile()
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+    jax.tree.map(close, compiled(laid_out, rows), score(None, head, hidden))
+    logits = f",{config.vocab_size}]"
+    gathers = [line for line in compiled.as_text().splitlines() if "all-gather(" in line]
+    assert not [line for line in gathers if logits in line.split("all-gather(")[0] and "[16," in line]
+
+
 def test_no_array_holds_all_logits():
     config, head, hidden, targets, _ = inputs("qwen2")
     lowered = jax.jit(
@@ -62,6 +116,6 @@ def test_no_array_holds_all_logits():
     ).lower(head, hidden)
     text = lowered.as_text()
     V = config.vocab_size
-    assert f"tensor<{B}x4x{V}xf32>" in text
-    assert f"tensor<{B}x{T}x{V}xf32>" not in text
-    assert f"tensor<{B}x12x{V}xf32>" not in text
+    assert f"tensor<{4 * B}x{V}xf32>" in text
+    assert f"{T}x{V}xf32>" not in text
+    assert f"tensor<{B * 12}x{V}xf32>" not in text
