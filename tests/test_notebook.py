@@ -18,7 +18,7 @@ def executed(parameters: str | None = None):
         if parameters and "parameters" in cell.metadata.get("tags", []):
             cell.source = parameters
     folder = {"metadata": {"path": str(NOTEBOOK.parents[1])}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=folder).execute()
+    nbclient.NotebookClient(notebook, timeout=1800, resources=folder).execute()
     return notebook
 
 
