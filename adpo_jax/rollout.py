@@ -5,13 +5,13 @@ Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from adpo_jax.engine import Engine, GroupOutput, RolloutOutput
-from adpo_jax.rewards import RewardModel, Scores
+from adpo_jax.rewards import RewardError, RewardModel, Scores
 from adpo_jax.sampling import SamplingParams
 from adpo_jax.update import Batch
 
@@ -77,11 +77,12 @@ def generate_and_grade(
     key: jax.Array,
     tokenizer,
     reward_model: RewardModel,
+    on_error: Callable[[RewardError], None],
 ) -> GradedRollout:
     """Samples the completions and grades them; with workers, while other groups still decode.
 
-    Raises:
-      RewardError: when a reward function fails.
+    Args:
+      on_error: called when a reward function fails; where it does not raise, all rewards are NaN.
     """
     P, G = len(prompts), sampling.n
     graded: list = [None] * P
@@ -96,14 +97,18 @@ def generate_and_grade(
     overlap = {"on_group_done": submit} if reward_model.has_workers else {}
     out = engine.generate(params, prompts.token_ids, sampling, key, **overlap)
     decoded = time.perf_counter()
-    if reward_model.has_workers:
-        completions = [text for texts, _ in graded for text in texts]
-        scores = Scores.concatenate([handle.result() for _, handle in graded])
-    else:
-        completions = decode_completions(tokenizer, out)
-        columns = prompts.repeated_columns(G)
-        columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
-        scores = reward_model.score(completions, columns)
+    try:
+        if reward_model.has_workers:
+            completions = [text for texts, _ in graded for text in texts]
+            scores = Scores.concatenate([handle.result() for _, handle in graded])
+        else:
+            completions = decode_completions(tokenizer, out)
+            columns = prompts.repeated_columns(G)
+            columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
+            scores = reward_model.score(completions, columns)
+    except RewardError as error:
+        on_error(error)
+        scores = Scores.unknown(P * G)
     seconds = (decoded - started, time.perf_counter() - decoded)
     return GradedRollout(out, completions, scores, seconds)
 

@@ -254,19 +254,22 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
     root_key = jax.random.key(config.trainer.seed)
 
     def graded(key: jax.Array, prompts: Prompts, step: int, params) -> GradedRollout:
-        try:
-            return generate_and_grade(
-                parts.engine,
-                params,
-                prompts,
-                parts.sampling,
-                key,
-                parts.tokenizer,
-                parts.reward_model,
-            )
-        except RewardError as error:
+        def on_error(error: RewardError):
             folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
-            raise
+            # NaN rewards make an update that is not sound, which is skipped.
+            if not error.nonfinite or config.trainer.on_bad_update != "skip":
+                raise error
+
+        return generate_and_grade(
+            parts.engine,
+            params,
+            prompts,
+            parts.sampling,
+            key,
+            parts.tokenizer,
+            parts.reward_model,
+            on_error,
+        )
 
     def rollouts(step: int, params):
         prompts = _prompts_for_step(config, parts.train_prompts, step)

@@ -14,10 +14,13 @@ from adpo_jax import checkpoints as checkpoints_lib
 from adpo_jax.checkpoints import CheckpointError, Checkpoints, SaveError
 from adpo_jax.sharding import make_mesh
 
+# orbax leaves the coroutines of a restore that failed to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def state(value):
     return {
-        "params": jnp.full((64, 32), value, jnp.float32) + jnp.arange(32),
+        "params": jax.random.normal(jax.random.key(value), (64, 512)),
         "half": jnp.full((8,), value, jnp.bfloat16),
         "step": jnp.int32(value),
     }
@@ -66,7 +69,6 @@ DAMAGES = {
     "the description is missing": lambda f: shutil.rmtree(f / "description"),
     "a bit of the description flips": lambda f: flip(f / "description" / "metadata"),
     "the manifest is missing": lambda f: (f / "state" / "manifest.ocdbt").unlink(),
-    "the metadata is missing": lambda f: (f / "state" / "_METADATA").unlink(),
     "the folder is empty": lambda f: [shutil.rmtree(p) for p in f.iterdir() if p.is_dir()],
 }
 
@@ -121,19 +123,25 @@ def test_a_state_of_another_shape_is_refused_and_not_taken_for_damage(tmp_path):
 
 def test_a_digest_is_the_same_on_every_mesh_and_changes_with_every_element():
     x = jax.random.normal(jax.random.key(0), (16, 8))
-    plain = checkpoints_lib._digests({"x": x})
+
+    def digest(x):
+        return checkpoints_lib._digests([x])["[0]"]
+
+    plain = digest(x)
     for sizes in ((8, 1, 1), (2, 2, 2)):
         sharding = NamedSharding(make_mesh(*sizes), PartitionSpec("fsdp", "tensor"))
-        assert checkpoints_lib._digests({"x": jax.device_put(x, sharding)}) == plain
-    others = [checkpoints_lib._digests({"x": x.at[i, j].add(1e-6)}) for i, j in ((0, 0), (15, 7))]
-    swapped = checkpoints_lib._digests({"x": x[::-1]})
-    assert len({d["x"] for d in (plain, *others, swapped)}) == 4
+        assert digest(jax.device_put(x, sharding)) == plain
+    others = [digest(x.at[i, j].add(1e-6)) for i, j in ((0, 0), (15, 7))]
+    assert len({plain, *others, digest(x[::-1])}) == 4
 
 
 def test_a_state_saved_on_one_mesh_is_restored_on_another(tmp_path):
     def on(mesh):
-        sharding = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
-        return state(1) | {"params": jax.device_put(state(1)["params"], sharding)}
+        specs = {"params": PartitionSpec("fsdp", "tensor")}
+        return {
+            name: jax.device_put(x, NamedSharding(mesh, specs.get(name, PartitionSpec())))
+            for name, x in state(1).items()
+        }
 
     with Checkpoints(tmp_path, save_freq=1, keep=5) as checkpoints:
         checkpoints.save(1, on(make_mesh(1, 8, 1)))

@@ -51,11 +51,17 @@ class Grades(NamedTuple):
 
 
 class BadReward(ValueError):
-    """What a function returned is no reward; `index` is the sample's place, None for them all."""
+    """What a function returned is no reward.
 
-    def __init__(self, message: str, index: int | None = None):
+    Attributes:
+      index: the sample's place, None for them all.
+      nonfinite: it is a number, but not a finite one.
+    """
+
+    def __init__(self, message: str, index: int | None = None, *, nonfinite: bool = False):
         super().__init__(message)
         self.index = index
+        self.nonfinite = nonfinite
 
 
 def load(function: RewardFunction) -> Callable:
@@ -156,7 +162,7 @@ def _numbers(values, count: int) -> list[float | None]:
             except (TypeError, ValueError):
                 raise BadReward(f"the reward of sample {i} is {value!r:.100}", i) from None
             if not math.isfinite(value):
-                raise BadReward(f"the reward of sample {i} is {value}", i)
+                raise BadReward(f"the reward of sample {i} is {value}", i, nonfinite=True)
         numbers.append(value)
     return numbers
 

@@ -10,6 +10,7 @@ class RewardError(ValueError):
       sample: the offending completion with its columns, `{"completion": str, "columns": dict,
         "index": int}`, for the loop to save; None where no single sample is to blame.
       traceback_text: the traceback inside the function, "" where it did not raise.
+      nonfinite: it gave a number, but not a finite one.
     """
 
     def __init__(
@@ -20,11 +21,13 @@ class RewardError(ValueError):
         path: str | None = None,
         sample: dict | None = None,
         traceback_text: str = "",
+        nonfinite: bool = False,
     ):
         self.function = function
         self.path = path
         self.sample = sample
         self.traceback_text = traceback_text
+        self.nonfinite = nonfinite
         where = f"{function} ({path})" if path else function
         super().__init__(
             f"reward function {where}: {message}"

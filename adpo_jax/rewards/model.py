@@ -33,6 +33,11 @@ class Scores:
     counts: dict[str, int]
 
     @classmethod
+    def unknown(cls, count: int) -> "Scores":
+        """Rewards that no function gave: NaN."""
+        return cls(np.full(count, np.nan, np.float32), {}, dict.fromkeys(_COUNTS, 0))
+
+    @classmethod
     def concatenate(cls, parts: "list[Scores]") -> "Scores":
         """The rewards of several lists of completions as those of one."""
         names = dict.fromkeys(name for part in parts for name in part.components)
@@ -165,7 +170,14 @@ class RewardModel:
             try:
                 grades.append(custom.grade(found, function, completions, columns))
             except BadReward as error:
-                raise self._error(function, str(error), error.index, completions, columns) from None
+                raise self._error(
+                    function,
+                    str(error),
+                    error.index,
+                    completions,
+                    columns,
+                    nonfinite=error.nonfinite,
+                ) from None
             except Exception as error:
                 index = _culprit(found, function, completions, columns)
                 message = f"{type(error).__name__}: {error}"
@@ -183,7 +195,13 @@ class RewardModel:
             function = self.functions[index]
             if "error" in reply:
                 raise self._error(
-                    function, reply["error"], position, completions, columns, reply["traceback"]
+                    function,
+                    reply["error"],
+                    position,
+                    completions,
+                    columns,
+                    reply["traceback"],
+                    nonfinite=reply.get("nonfinite", False),
                 )
             counts["unparsed"] += reply.get("unparsed", 0)
             if "killed" in reply:
@@ -242,6 +260,8 @@ class RewardModel:
         completions: list[str],
         columns: dict[str, list],
         traceback_text: str = "",
+        *,
+        nonfinite: bool = False,
     ) -> RewardError:
         sample = None
         if index is not None:
@@ -256,6 +276,7 @@ class RewardModel:
             path=function.path,
             sample=sample,
             traceback_text=traceback_text,
+            nonfinite=nonfinite,
         )
 
 

@@ -95,7 +95,7 @@ def _serve_together(
 
 def _failure(error: BaseException) -> dict:
     if isinstance(error, custom.BadReward):
-        return {"error": str(error), "traceback": ""}
+        return {"error": str(error), "traceback": "", "nonfinite": error.nonfinite}
     text = "".join(traceback.format_exception(error))
     return {"error": f"{type(error).__name__}: {error}", "traceback": text[-20_000:]}
 

@@ -1,0 +1,326 @@
+"""What goes wrong in the middle of a run: updates that are not sound, full disks, changed configs,
+recordings replayed."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_config import parse
+from test_train import TINY, one_device, scalars  # noqa: F401  (a fixture)
+
+from adpo_jax import checkpoints as checkpoints_lib
+from adpo_jax import recording
+from adpo_jax.checkpoints import Checkpoints, SaveError
+from adpo_jax.guard import SKIPPED, Guard, TrainingStopped
+from adpo_jax.rewards import RewardError
+from adpo_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+SHORT = (*TINY, "--config.sft.steps=0", "--config.trainer.save_freq=1", "--config.data.val_files=")
+REWARD = """
+from pathlib import Path
+
+CALLS = []
+
+def even_length(completions, solution, **columns):
+    CALLS.append(len(completions))
+    value = {values}.get(len(CALLS))
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(len(text) % 2) if value is None or i else value for i, text in enumerate(texts)]
+"""
+
+
+def with_reward(folder, values):
+    """A reward function that gives the first completion of some iterations another reward."""
+    path = folder / "reward.py"
+    path.write_text(REWARD.replace("{values}", values))
+    return (
+        f"--config.custom_reward_function.path={path}",
+        "--config.custom_reward_function.name=even_length",
+    )
+
+
+def digests(run, step):
+    path = run / "checkpoints" / str(step) / "description" / "metadata"
+    return json.loads(json.loads(path.read_text())["content"])["digests"]
+
+
+# --- updates that are not sound
+
+HUGE = "{2: 1e39}"  # finite where it is given, infinite as a float32
+NAN = "{2: float('nan')}"
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+def test_a_bad_update_stops_the_run_with_its_batch_saved_and_the_checkpoint_before(tmp_path):
+    config = parse(*SHORT, *with_reward(tmp_path, HUGE))
+    with pytest.raises(TrainingStopped, match=r"iteration 2 is not sound .*000002.parquet"):
+        train(config, tmp_path / "run")
+    with Checkpoints(tmp_path / "run" / "checkpoints", save_freq=1, keep=3) as checkpoints:
+        assert checkpoints.latest_step == 1
+    prompts, graded = recording.read(tmp_path / "run" / "bad_batches", 2)
+    assert len(prompts) == 8
+    assert not np.isfinite(graded.scores.total).all()
+
+
+@pytest.mark.parametrize("values", [HUGE, NAN])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_bad_update_is_skipped_where_the_config_says_so(tmp_path, values):
+    config = parse(
+        *SHORT, *with_reward(tmp_path, values), "--config.trainer.on_bad_update=skip",
+        "--config.trainer.save_total_limit=5",
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    rows = scalars(tmp_path / "run")
+    assert [row[SKIPPED] for row in rows] == [0.0, 1.0, 0.0, 0.0]
+    run = tmp_path / "run"
+    names = [name for name in digests(run, 2) if "params" in name]
+    before, after = digests(run, 1), digests(run, 2)
+    assert [before[name] for name in names] == [after[name] for name in names]
+    assert digests(run, 3) != after
+    assert recording.path_of(run / "bad_batches", 2).exists()
+
+
+def test_a_reward_that_is_no_number_stops_the_run_with_the_sample(tmp_path):
+    with pytest.raises(RewardError, match="the reward of sample 0 is nan"):
+        train(parse(*SHORT, *with_reward(tmp_path, NAN)), tmp_path / "run")
+    samples = tmp_path / "run" / "samples" / "reward_error_000002.jsonl"
+    assert "completion" in json.loads(samples.read_text())
+
+
+def test_an_anchor_that_is_too_far_away_is_a_bad_update(tmp_path):
+    config = parse(
+        *SHORT,
+        "--config.anchor.mode=fixed",
+        "--config.trainer.max_anchor_kl=1e-9",
+        "--config.actor_rollout_ref.actor.optim.lr=0.1",
+        "--config.trainer.on_bad_update=skip",
+        "--config.trainer.max_bad_updates=2",
+    )
+    with pytest.raises(TrainingStopped, match=r"2 iterations in a row.*max_bad_updates is 2"):
+        train(config, tmp_path / "run")
+
+
+def test_the_guard_counts_over_a_resume_as_without():
+    def rows(*flags):
+        return [{"step": 0, "eval/accuracy": 0.0}] + [{SKIPPED: flag} for flag in flags]
+
+    for flags, expected in (((), 0), ((1, 0), 0), ((0, 1, 1), 2), ((0.5,), 1)):
+        guard = Guard("skip", limit=3)
+        guard.resume(rows(*flags))
+        assert guard.in_a_row == expected
+    guard.check(9, {SKIPPED: 0.25}, "there")
+    with pytest.raises(TrainingStopped, match="3 iterations in a row"):
+        guard.check(10, {SKIPPED: 1.0, "adpo/loss": float("nan")}, "there")
+
+
+# --- the disk
+
+
+def test_a_save_that_fails_costs_nothing_and_is_counted_in_the_metrics(tmp_path, monkeypatch):
+    train(parse(*SHORT), tmp_path / "whole")
+    original, calls = checkpoints_lib.ocp.AsyncCheckpointer.save, []
+
+    def save(self, path, **kwargs):
+        calls.append(path)
+        if len(calls) in (2, 3):
+            raise OSError(28, "No space left on device")
+        return original(self, path, **kwargs)
+
+    monkeypatch.setattr(checkpoints_lib.ocp.AsyncCheckpointer, "save", save)
+    train(parse(*SHORT), tmp_path / "run")
+    assert digests(tmp_path / "run", 4) == digests(tmp_path / "whole", 4)
+    counts = [row.get("checkpoint/failures", 0) for row in scalars(tmp_path / "run")]
+    assert counts == [0, 1, 2, 2]
+
+
+def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
+    tmp_path, monkeypatch
+):
+    train(parse(*SHORT), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        original, calls = checkpoints_lib.ocp.AsyncCheckpointer.save, []
+
+        def save(self, path, **kwargs):
+            calls.append(path)
+            if len(calls) > 2:
+                raise OSError(28, "No space left on device")
+            return original(self, path, **kwargs)
+
+        patch.setattr(checkpoints_lib.ocp.AsyncCheckpointer, "save", save)
+        with pytest.raises(SaveError, match=r"No space left on device; the newest whole .* is 1"):
+            train(parse(*SHORT), tmp_path / "run")
+    train(parse(*SHORT), tmp_path / "run")
+    assert digests(tmp_path / "run", 4) == digests(tmp_path / "whole", 4)
+    assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
+
+
+# --- another config, another mesh
+
+
+def test_steps_and_learning_rate_may_change_and_the_change_is_noted(tmp_path):
+    run = tmp_path / "run"
+    train(parse(*SHORT, "--config.trainer.total_training_steps=2"), run)
+    first = (run / "export" / "model.safetensors").read_bytes()
+    train(parse(*SHORT, "--config.actor_rollout_ref.actor.optim.lr=0.01"), run)
+    assert (run / "export" / "model.safetensors").read_bytes() != first
+    assert [row["step"] for row in scalars(run)] == [1, 2, 3, 4]
+    noted = json.loads((run / "config_changes.jsonl").read_text())
+    assert noted["after_iteration"] == 2
+    assert set(noted["changed"]) == {
+        "actor_rollout_ref.actor.optim.lr",
+        "trainer.total_training_steps",
+    }
+    assert json.loads((run / "config.json").read_text())["trainer"]["total_training_steps"] == 4
+
+
+def test_what_the_run_is_may_not_change_unless_it_is_meant(tmp_path):
+    run = tmp_path / "run"
+    short = (*SHORT, "--config.trainer.total_training_steps=1")
+    train(parse(*short), run)
+    changed = parse(*SHORT, "--config.algorithm.tau=0.5", "--config.trainer.seed=1")
+    with pytest.raises(ValueError, match=r"tau: 0.8 -> 0.5\n  trainer.seed: 0 -> 1$") as error:
+        train(changed, run)
+    assert "--allow_config_change" in str(error.value)
+    assert "total_training_steps" not in str(error.value)
+    train(changed, run, allow_config_change=True)
+    assert [row["step"] for row in scalars(run)] == [1, 2, 3, 4]
+
+
+def test_a_change_that_the_state_does_not_fit_is_refused_in_words_and_nothing_is_lost(tmp_path):
+    run = tmp_path / "run"
+    train(parse(*SHORT, "--config.trainer.total_training_steps=1"), run)
+    changed = parse(*SHORT, "--config.anchor.mode=fixed")
+    with pytest.raises(ValueError, match="another model, optimizer or anchor"):
+        train(changed, run, allow_config_change=True)
+    assert not (run / "damaged_checkpoints").exists()
+    train(parse(*SHORT), run, allow_config_change=True)
+
+
+def test_resume_never_must_and_auto(tmp_path):
+    run = tmp_path / "run"
+    config = parse(*SHORT, "--config.trainer.total_training_steps=1")
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        train(config, run, resume="must")
+    assert not run.exists()
+    train(config, run, resume="never")
+    with pytest.raises(ValueError, match="holds a run"):
+        train(config, run, resume="never")
+    train(config, run, resume="must")
+    with pytest.raises(ValueError, match="--resume is one of auto, never, must"):
+        train(config, run, resume="yes")
+
+
+def test_another_mesh_goes_on_with_the_same_results(tmp_path, request):
+    half = "--config.trainer.total_training_steps=2"
+    run = tmp_path / "run"
+    train(parse(*SHORT), tmp_path / "whole")
+    train(parse(*SHORT, half), run)
+    request.getfixturevalue("monkeypatch").undo()  # from one device to all eight
+    train(parse(*SHORT, "--config.mesh.tensor=2"), run)
+    for here, there in zip(scalars(run), scalars(tmp_path / "whole"), strict=True):
+        assert here == pytest.approx(there, rel=1e-5, abs=1e-5)
+
+
+# --- recordings
+
+
+def test_a_replay_of_a_recording_gives_the_same_bits_without_a_sampler(tmp_path, monkeypatch):
+    recorded = parse(*SHORT, "--config.trainer.rollout_data_dir=rollouts")
+    train(recorded, tmp_path / "run")
+    folder = tmp_path / "run" / "rollouts"
+    assert sorted(p.name for p in folder.iterdir()) == [f"00000{n}.parquet" for n in range(1, 5)]
+    monkeypatch.setattr("adpo_jax.train.generate_and_grade", None)
+    train(parse(*SHORT), tmp_path / "replayed", replay=folder)
+    assert digests(tmp_path / "replayed", 4) == digests(tmp_path / "run", 4)
+    assert scalars(tmp_path / "replayed") == scalars(tmp_path / "run")
+    # Another loss on the same data: the same rewards, other parameters.
+    other = parse(*SHORT, "--config.algorithm.adv_estimator=grpo")
+    train(other, tmp_path / "grpo", replay=folder)
+    assert digests(tmp_path / "grpo", 4) != digests(tmp_path / "run", 4)
+    rewards = [[row["reward/mean"] for row in scalars(tmp_path / n)] for n in ("grpo", "run")]
+    assert rewards[0] == rewards[1]
+    # A run that replays goes on as one.
+    with pytest.raises(ValueError, match="replay: "):
+        train(parse(*SHORT), tmp_path / "replayed")
+
+
+def test_a_recording_is_never_overwritten(tmp_path):
+    config = parse(*SHORT, "--config.trainer.rollout_data_dir=r", "--config.trainer.save_freq=0")
+    train(config, tmp_path / "run")
+    folder = tmp_path / "run" / "r"
+    prompts, graded = recording.read(folder, 1)
+    before = recording.path_of(folder, 1).read_bytes()
+    recording.write(folder, 1, prompts, graded)
+    assert recording.path_of(folder, 1).read_bytes() == before
+    graded.completions[0] += "!"
+    recording.write(folder, 1, prompts, graded)
+    assert (folder / "000001.superseded-0.parquet").read_bytes() == before
+    assert recording.read(folder, 1)[1].completions == graded.completions
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "000003.parquet").unlink(), "no recording of iteration 3 .1 of this"),
+        (lambda f: (f / "000003.parquet").write_bytes(b"PAR1"), "no readable recording"),
+        (lambda f: [p.unlink() for p in f.iterdir()], "there: none"),
+    ],
+)
+def test_a_recording_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path, damage, words, folder_of_recordings
+):
+    damage(folder_of_recordings)
+    with pytest.raises(ValueError, match=words):
+        train(parse(*SHORT), tmp_path / "replayed", replay=folder_of_recordings)
+    assert not (tmp_path / "replayed").exists()
+
+
+@pytest.fixture
+def folder_of_recordings(tmp_path):
+    rng = np.random.default_rng(0)
+    for step in range(1, 5):
+        recording.write(tmp_path / "r", step, *random_rollout(rng))
+    return tmp_path / "r"
+
+
+def random_rollout(rng, P=8, G=2, T=6):
+    lengths = rng.integers(1, T + 1, (P, G)).astype(np.int32)
+    mask = (np.arange(T) < lengths[..., None]).astype(np.int32)
+    out = recording.RolloutOutput(
+        tokens=rng.integers(0, 90, (P, G, T)).astype(np.int32) * mask,
+        mask=mask,
+        lengths=lengths,
+        log_probs=rng.normal(-3, 1, (P, G, T)).astype(np.float32) * mask,
+        finish_reason=np.full((P, G), "stop"),
+        full_log_probs=None,
+        stats={},
+    )
+    scores = recording.Scores(
+        rng.normal(size=P * G).astype(np.float32),
+        {"a": np.where(np.arange(P * G) % 3, 1.0, np.nan).astype(np.float32)},
+        {"timeouts": 0, "crashes": 0, "unparsed": 1},
+    )
+    texts = [f"text \u2028 {i} \ud800" for i in range(P * G)]
+    prompts = recording.Prompts(
+        [rng.integers(0, 90, 3).tolist() for _ in range(P)],
+        {"question": [f"q{i}" for i in range(P)], "solution": [str(i) for i in range(P)]},
+    )
+    return prompts, recording.GradedRollout(out, texts, scores, (1.0, 1.0))
+
+
+def test_every_bit_of_a_rollout_survives_its_recording(tmp_path):
+    prompts, graded = random_rollout(np.random.default_rng(1))
+    recording.write(tmp_path, 7, prompts, graded)
+    there, read = recording.read(tmp_path, 7)
+    assert there == prompts
+    for name in ("tokens", "mask", "lengths", "log_probs", "finish_reason"):
+        np.testing.assert_array_equal(getattr(read.out, name), getattr(graded.out, name))
+    np.testing.assert_array_equal(read.scores.total, graded.scores.total)
+    np.testing.assert_array_equal(read.scores.components["a"], graded.scores.components["a"])
+    assert read.scores.counts == graded.scores.counts
+    assert read.completions[1] == "text \u2028 1 ?"
+    assert sys.getsizeof(recording.path_of(tmp_path, 7).read_bytes()) < 20_000
