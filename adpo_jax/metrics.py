@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 from adpo_jax.clu_without_tensorflow import metric_writers
 from adpo_jax.redaction import redacted
@@ -64,43 +66,54 @@ class Writer(metric_writers.MetricWriter):
 class TensorBoardWriter(Writer):
     """Scalars, histograms, images and texts as TensorBoard events, without TensorFlow.
 
+    tensorboardX's own SummaryWriter hands events to a thread that its `flush` does not wait for:
+    what was logged before a checkpoint could be lost. Here `flush` means it.
+
     Args:
       logdir: folder of the event files.
       purge_step: records of this step and later ones, from an earlier run, are hidden.
     """
 
     def __init__(self, logdir: str | Path, purge_step: int | None = None):
-        self._writer = tensorboardX.SummaryWriter(str(logdir), purge_step=purge_step)
+        Path(logdir).mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(Path(logdir) / "events"), f".{os.getpid()}")
+        if purge_step is not None:
+            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(purge_step, session_log=started)
+
+    def _write(self, step: int, **content):
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         for name, value in scalars.items():
-            self._writer.add_scalar(name, float(value), step)
+            self._write(step, summary=summary.scalar(name, float(value)))
 
     def write_histograms(self, step: int, arrays, num_buckets=None):
         for name, values in arrays.items():
-            self._writer.add_histogram(name, np.asarray(values), step)
+            histogram = summary.histogram(name, np.asarray(values), "tensorflow")
+            self._write(step, summary=histogram)
 
     def write_texts(self, step: int, texts: Mapping[str, str]):
         for name, text in texts.items():
-            self._writer.add_text(name, text, step)
+            self._write(step, summary=summary.text(name, text))
 
     def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
-        self._writer.add_text(name, markdown_table(rows), step)
+        self._write(step, summary=summary.text(name, markdown_table(rows)))
 
     def write_images(self, step: int, images):
         for name, image in images.items():
-            layout = "NHWC" if np.ndim(image) == 4 else "HWC"
-            self._writer.add_images(name, np.asarray(image), step, dataformats=layout)
+            batch = np.asarray(image).reshape(-1, *np.shape(image)[-3:])
+            self._write(step, summary=summary.image(name, batch, dataformats="NHWC"))
 
     def write_hparams(self, hparams: Mapping[str, Any]):
         text = json.dumps(redacted(dict(hparams)), default=str, indent=2)
-        self._writer.add_text("config", textwrap.indent(text, "    "), 0)
+        self._write(0, summary=summary.text("config", textwrap.indent(text, "    ")))
 
     def flush(self):
-        self._writer.flush()
+        self._events.flush()
 
     def close(self):
-        self._writer.close()
+        self._events.close()
 
 
 class JsonlWriter(Writer):

@@ -77,12 +77,15 @@ def generate_and_grade(
     key: jax.Array,
     tokenizer,
     reward_model: RewardModel,
-    on_error: Callable[[RewardError], None],
+    on_error: Callable[[RewardError], None] | None = None,
 ) -> GradedRollout:
     """Samples the completions and grades them; with workers, while other groups still decode.
 
     Args:
       on_error: called when a reward function fails; where it does not raise, all rewards are NaN.
+
+    Raises:
+      RewardError: when a reward function fails and there is no `on_error`.
     """
     P, G = len(prompts), sampling.n
     graded: list = [None] * P
@@ -107,8 +110,10 @@ def generate_and_grade(
             columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
             scores = reward_model.score(completions, columns)
     except RewardError as error:
+        if on_error is None:
+            raise
         on_error(error)
-        scores = Scores.unknown(P * G)
+        scores = Scores.unknown(P * G, reward_model.names)
     seconds = (decoded - started, time.perf_counter() - decoded)
     return GradedRollout(out, completions, scores, seconds)
 
@@ -175,6 +180,7 @@ def rollout_metrics(graded: GradedRollout) -> dict[str, float]:
     }
 
 
+@np.errstate(invalid="ignore")  # of rewards that are not finite, the metrics are not either
 def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
     """Mean and spread of the rewards, of each component, and of the groups of G."""
     rewards_PG = scores.total.reshape(-1, G)

@@ -33,9 +33,10 @@ class Scores:
     counts: dict[str, int]
 
     @classmethod
-    def unknown(cls, count: int) -> "Scores":
-        """Rewards that no function gave: NaN."""
-        return cls(np.full(count, np.nan, np.float32), {}, dict.fromkeys(_COUNTS, 0))
+    def unknown(cls, count: int, names: list[str]) -> "Scores":
+        """Rewards that the functions of these names could not give: NaN."""
+        nan = np.full(count, np.nan, np.float32)
+        return cls(nan, dict.fromkeys(names, nan), dict.fromkeys(_COUNTS, 0))
 
     @classmethod
     def concatenate(cls, parts: "list[Scores]") -> "Scores":
@@ -250,7 +251,8 @@ class RewardModel:
             index = int(np.argmin(has_reward))
             message = f"gave None for sample {index}, which leaves it without any reward"
             raise self._error(self.functions[0], message, index, completions, columns)
-        return Scores(total.astype(np.float32), components, counts)
+        with np.errstate(over="ignore"):  # infinity, which makes an update that is not sound
+            return Scores(total.astype(np.float32), components, counts)
 
     def _error(
         self,
