@@ -1,6 +1,8 @@
 """Checks of the configuration that only several keys together, or a command line, can fail."""
 
 import difflib
+import re
+from pathlib import PurePath
 
 from ml_collections import ConfigDict
 
@@ -22,6 +24,53 @@ WITHOUT_EFFECT = {
     "grpo": ADPO_ONLY,
     "rloo": (*ADPO_ONLY, *GRPO_ONLY, "scale_rewards"),
 }
+
+# A key, what it has an effect under, and whether that is so.
+_NEEDS = (
+    ("anchor.ema_alpha", "anchor.mode=ema", lambda c: c.anchor.mode == "ema"),
+    (
+        "anchor.kl_threshold",
+        "anchor.mode=kl_triggered",
+        lambda c: c.anchor.mode == "kl_triggered",
+    ),
+    *(
+        (
+            f"algorithm.adaptive_tau_{key}",
+            "algorithm.use_adaptive_tau=true",
+            lambda c: c.algorithm.use_adaptive_tau,
+        )
+        for key in ("alpha", "min", "mode", "max")
+    ),
+    (
+        "algorithm.adaptive_tau_max",
+        "algorithm.adaptive_tau_mode=policy_entropy",
+        lambda c: c.algorithm.adaptive_tau_mode == "policy_entropy",
+    ),
+    *(
+        (
+            f"custom_reward_function.{key}",
+            "custom_reward_function.num_workers above 0",
+            lambda c: c.custom_reward_function.num_workers,
+        )
+        for key in ("timeout_s", "on_timeout")
+    ),
+    (
+        "trainer.max_bad_updates",
+        "trainer.on_bad_update=skip",
+        lambda c: c.trainer.on_bad_update == "skip",
+    ),
+)
+
+_CHOICES = {
+    "trainer.on_bad_update": ("stop", "skip"),
+    "trainer.gradient_checkpointing": ("none", "full", "save_dots"),
+    "data.overlong_prompts": ("filter", "truncate"),
+}
+
+# What a folder may be named: one part of a path, and no hidden one.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
+
+_TAKEN = ("bad_batches", "checkpoints", "damaged_checkpoints", "export", "samples", "tensorboard")
 
 
 def finalized(config: ConfigDict) -> ConfigDict:
@@ -61,6 +110,10 @@ def validate(config: ConfigDict) -> None:
             "trainer.log_samples_freq": 0,
             "trainer.log_num_samples": 0,
             "trainer.seed": 0,
+            "trainer.max_save_failures": 1,
+            "trainer.max_bad_updates": 1,
+            "trainer.max_anchor_kl": 0,
+            "trainer.grace_period_s": 0,
             "data.max_val_samples": 0,
             "actor_rollout_ref.actor.grad_clip": 0,
             "actor_rollout_ref.actor.optim.lr": 0,
@@ -85,6 +138,18 @@ def validate(config: ConfigDict) -> None:
             f"actor.ppo_mini_batch_size ({mini} prompts) must divide data.train_batch_size "
             f"({prompts} prompts)"
         )
+    for key, choices in _CHOICES.items():
+        if _value(config, key) not in choices:
+            given = _value(config, key)
+            raise ValueError(f"{key} is one of {', '.join(choices)}; given {given!r}")
+    for key in ("actor_rollout_ref.actor.optim.betas", "sft.betas"):
+        betas = _value(config, key)
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"{key} are two numbers in [0, 1), given {tuple(betas)}")
+    if not 0.0 <= config.actor_rollout_ref.actor.optim.min_lr_ratio <= 1.0:
+        ratio = config.actor_rollout_ref.actor.optim.min_lr_ratio
+        raise ValueError(f"actor_rollout_ref.actor.optim.min_lr_ratio is in [0, 1], given {ratio}")
+    _check_paths(config)
     if config.algorithm.adv_estimator not in WITHOUT_EFFECT:
         raise ValueError(
             f"algorithm.adv_estimator is one of {', '.join(WITHOUT_EFFECT)}; "
@@ -119,7 +184,14 @@ def _refuse_what_has_no_effect(config: ConfigDict) -> None:
             "step an iteration under the on-policy anchor, where the KL and its gradient are 0; "
             "set anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
         )
-    published = default_config().algorithm
+    default = default_config()
+    for key, need, is_met in _NEEDS:
+        if _value(config, key) != _value(default, key) and not is_met(config):
+            raise ValueError(
+                f"{key}={_value(config, key)} has no effect without {need}; leave it at the "
+                f"default ({_value(default, key)}) or set that too"
+            )
+    published = default.algorithm
     unused = WITHOUT_EFFECT[algorithm.adv_estimator]
     changed = [f"algorithm.{key}" for key in unused if algorithm[key] != published[key]]
     if changed:
@@ -166,8 +238,28 @@ def check_overrides(argv: list[str]) -> None:
 
 def _require_at_least(config: ConfigDict, minima: dict[str, int]) -> None:
     for key, minimum in minima.items():
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        if value < minimum:
+        value = _value(config, key)
+        if not minimum <= value < float("inf"):  # NaN is neither
             raise ValueError(f"{key} is at least {minimum}, given {value}")
+
+
+def _value(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_paths(config: ConfigDict) -> None:
+    """Nothing that a config names is written outside the run's folder."""
+    for key in ("trainer.project_name", "trainer.experiment_name"):
+        if not _NAME.fullmatch(_value(config, key)):
+            raise ValueError(
+                f"{key} is the name of a folder, letters, digits and _.+=@,- without a leading "
+                f"dot; given {_value(config, key)!r}. --workdir takes any path"
+            )
+    folder = PurePath(config.trainer.rollout_data_dir)
+    if folder.is_absolute() or ".." in folder.parts or folder.parts[:1] in [(t,) for t in _TAKEN]:
+        raise ValueError(
+            "trainer.rollout_data_dir lies within the run's folder, beside "
+            f"{', '.join(_TAKEN)}; given {str(folder)!r}"
+        )

@@ -84,7 +84,7 @@ def _load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no tokenizer can be read from {folder}: {reason}") from error
@@ -156,8 +156,20 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
     c = config.data
     hub_split = {"train": c.train_split, "val": c.val_split}[split]
     dataset = _load_rows(config, source, split, hub_split, "data.answer_key", c.answer_key)
+    _check_ids(dataset, source)
     solutions = [data.extract_solution(answer) for answer in dataset.columns[c.answer_key]]
     return _render(config, tokenizer, dataset.with_column("solution", solutions), split)
+
+
+def _check_ids(dataset: data.Dataset, source: str) -> None:
+    """Rows with one `id` are a file that was appended to itself, or two that overlap."""
+    places: dict = {}
+    for row, value in enumerate(dataset.columns.get("id", [])):
+        if value is not None and places.setdefault(str(value), row) != row:
+            raise ValueError(
+                f"{source}: rows {places[str(value)] + 1} and {row + 1} have the same id "
+                f"{value!r}; remove one, or rename the column if it is no id"
+            )
 
 
 def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:

@@ -93,7 +93,7 @@ def run() -> None:
     """What `python -m adpo_jax.main` does."""
     use_huge_pages()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    app.run(_main, flags_parser=_parsed)
+    app.run(_main, flags_parser=parse_flags)
 
 
 def _main(argv: list[str]) -> int:
@@ -106,12 +106,12 @@ def _main(argv: list[str]) -> int:
     return code
 
 
-def _parsed(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parses the flags; exits with code 2 for a mistake in them or in the config file."""
     debug = "--debug" in argv
     try:
         check_overrides(argv)
-        return flags.FLAGS(argv)
+        return values(argv)
     except Exception as error:  # a config file is a program: anything may go wrong in it
         if debug:
             traceback.print_exc()

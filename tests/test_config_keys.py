@@ -245,6 +245,7 @@ def one_device_mesh(**_):
 
 
 make_mesh = sharding.make_mesh
+WORKERS = "--config.custom_reward_function.num_workers=1"
 ROOM = "--config.data.max_prompt_length=64"
 FROM_FILE = "--config.data.train_files=a.jsonl"
 NO_VAL = "--config.data.val_files="
@@ -269,8 +270,8 @@ WALK = {
     "algorithm.filter_groups": ("true", road, *SHORT),
     "algorithm.filter_max_attempts": ("2", road, "--config.algorithm.filter_groups=true", *SHORT),
     "anchor.mode": ("ema", learner),
-    "anchor.ema_alpha": ("0.5", learner),
-    "anchor.kl_threshold": ("0.5", learner),
+    "anchor.ema_alpha": ("0.5", learner, "--config.anchor.mode=ema"),
+    "anchor.kl_threshold": ("0.5", learner, "--config.anchor.mode=kl_triggered"),
     "custom_reward_function.path": (
         "rewards.py",
         rewards,
@@ -278,8 +279,8 @@ WALK = {
     ),
     "custom_reward_function.name": ("exact_match", rewards),
     "custom_reward_function.num_workers": ("1", rewards),
-    "custom_reward_function.timeout_s": ("3.0", rewards),
-    "custom_reward_function.on_timeout": ("stop", rewards),
+    "custom_reward_function.timeout_s": ("3.0", rewards, WORKERS),
+    "custom_reward_function.on_timeout": ("stop", rewards, WORKERS),
     "reward_model.reward_kwargs": ("{'ngram_size': 3}", rewards),
     "reward_functions": ("({'name': 'exact_match'},)", rewards),
     "data.train_files": ("b.jsonl", prompts, FROM_FILE, ROOM),
@@ -361,7 +362,11 @@ WALK = {
     "trainer.max_save_failures": ("7", saving),
     "trainer.grace_period_s": ("7.0", settings(setup.make_interruption)),
     "trainer.on_bad_update": ("skip", settings(setup.make_guard)),
-    "trainer.max_bad_updates": ("7", settings(setup.make_guard)),
+    "trainer.max_bad_updates": (
+        "7",
+        settings(setup.make_guard),
+        "--config.trainer.on_bad_update=skip",
+    ),
     "trainer.max_anchor_kl": ("0.5", learner),
     "trainer.rollout_data_dir": ("collected", road, *SHORT),
     "trainer.compilation_cache_dir": ("", cache),

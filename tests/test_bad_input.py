@@ -1,0 +1,726 @@
+"""Every mistake of a user: one clear error, exit code 2, no traceback, nothing written or lost.
+
+The cases run through `main` in this process, with a sampler that makes completions up; a few go
+through a process of their own.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from safetensors.numpy import load_file, save_file
+from test_config_keys import FakeEngine, FakeLearner, vars_of
+
+from adpo_jax import arithmetic, main, setup
+from adpo_jax.policy import Policy
+from adpo_jax.update import TrainState
+
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = f"--config={ROOT / 'configs' / 'arithmetic.py'}"
+ROWS = [{"question": f"{n} plus 1?", "answer": f"#### {n + 1}"} for n in range(3, 9)]
+MODEL = "actor_rollout_ref.model"
+ACTOR = "actor_rollout_ref.actor"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A small model in a folder."""
+    folder = tmp_path_factory.mktemp("model") / "good"
+    small = arithmetic.MODEL_CONFIG | {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    policy, params = Policy.from_config(small, jax.random.key(9))
+    policy.save_pretrained(folder, params, arithmetic.make_tokenizer())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch, model):
+    """A working folder with good data and a good model in it."""
+    write_rows("good.jsonl", ROWS, tmp_path)
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "build", with_a_fake_sampler(setup.build))
+    monkeypatch.setattr(setup.sharding, "make_mesh", mesh_of_one(setup.sharding.make_mesh))
+
+
+def mesh_of_one(make_mesh):
+    return lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
+
+
+def with_a_fake_sampler(build):
+    def fake(config):
+        parts = build(config)
+        if config.actor_rollout_ref.model.path == arithmetic.NAME:  # its weights are not at issue
+            parts = dataclasses.replace(parts, initial_params=lambda: {"w": jnp.zeros(2)})
+        learner = StandInLearner(**vars_of(parts.learner))
+        return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
+
+    return fake
+
+
+class StandInLearner(FakeLearner):
+    """Holds a state that is no model's."""
+
+    def init_state(self, params):
+        return TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {"m": jnp.zeros(2)})
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def outcome(argv, monkeypatch, capsys) -> tuple[int, str]:
+    """What `python -m adpo_jax.main ARGV` exits with and prints as its error."""
+    values = flags.FlagValues()
+    argv = ["main", *argv]
+    holder = config_flags.DEFINE_config_file(
+        "config", None, flag_values=values, sys_argv=argv, lock_config=True
+    )
+    texts = {"workdir": None, "resume": "auto", "replay": None}
+    for name, default in texts.items():
+        flags.DEFINE_string(name, default, "", flag_values=values)
+    for name in ("allow_config_change", "debug"):
+        flags.DEFINE_bool(name, False, "", flag_values=values)
+    try:
+        rest = main.parse_flags(argv, values)
+    except SystemExit as leaving:
+        return leaving.code, capsys.readouterr().err
+    monkeypatch.setattr(main, "_CONFIG", holder)
+    for name in (*texts, "allow_config_change", "debug"):
+        monkeypatch.setattr(main, f"_{name.upper()}", SimpleNamespace(value=values[name].value))
+    return main.main(rest), capsys.readouterr().err
+
+
+def assert_refused(argv, words, monkeypatch, capsys):
+    """Exit code 2, one message with these words, no traceback, and the folder as it was."""
+    before = tree_of(Path.cwd())
+    code, err = outcome(argv, monkeypatch, capsys)
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert "Traceback" not in err
+    for word in [words] if isinstance(words, str) else words:
+        assert word in err, err
+    assert tree_of(Path.cwd()) == before
+
+
+# --- the config
+
+CONFIG = {
+    "an unknown key": ("algorithm.tauu=1", "did you mean algorithm.tau?"),
+    "a key of no section": ("learning_rate=1", "did you mean"),
+    "a key in another section": ("trainer.lr=1", "has no key trainer.lr"),
+    "a key below a value": ("algorithm.tau.x=1", "is set as a whole"),
+    "text for an integer": ("data.train_batch_size=many", "many"),
+    "text for a number": ("algorithm.tau=high", "high"),
+    "text for yes or no": ("trainer.bf16=maybe", "maybe"),
+    "half an integer": ("data.train_batch_size=1.5", "1.5"),
+    "tau 0": ("algorithm.tau=0", "tau"),
+    "tau below 0": ("algorithm.tau=-1", "tau"),
+    "tau that is no number": ("algorithm.tau=nan", "tau"),
+    "beta_reward 0": ("algorithm.beta_reward=0", "beta_reward"),
+    "a group of one": ("algorithm.num_generations=1", "num_generations is at least 2"),
+    "scale_rewards": ("algorithm.scale_rewards=all", "scale_rewards"),
+    "adaptive_tau_alpha": ("algorithm.adaptive_tau_alpha=-2", "adaptive_tau_alpha"),
+    "adaptive_tau_mode": ("algorithm.adaptive_tau_mode=guess", "adaptive_tau_mode"),
+    "min_reward_std": ("algorithm.min_reward_std=-1", "min_reward_std"),
+    "an unknown estimator": ("algorithm.adv_estimator=ppo", "adv_estimator is one of adpo, grpo"),
+    "a batch of none": ("data.train_batch_size=0", "train_batch_size is at least 1"),
+    "a batch below none": ("data.train_batch_size=-8", "train_batch_size is at least 1"),
+    "mini-batches that do not divide": (f"{ACTOR}.ppo_mini_batch_size=5", "must divide"),
+    "a micro-batch that splits groups": (
+        "trainer.per_device_train_batch_size=12",
+        "these work: [8, 16, 32",
+    ),
+    "no epochs over a batch": (f"{ACTOR}.ppo_epochs=0", "ppo_epochs is at least 1"),
+    "a mesh of more devices": ("mesh.tensor=3", "mesh needs data x fsdp x tensor = 1 devices"),
+    "a mesh with two rests": ("mesh.data=-1", "at most one of them -1"),
+    "a mesh axis of 0": ("mesh.data=0", "mesh sizes are positive"),
+    "an anchor mode": ("anchor.mode=old", "anchor.mode is one of"),
+    "ema_alpha": (("anchor.mode=ema", "anchor.ema_alpha=2"), "ema_alpha is in [0, 1]"),
+    "kl_threshold": (("anchor.mode=kl_triggered", "anchor.kl_threshold=0"), "kl_threshold is > 0"),
+    "ema_alpha without effect": ("anchor.ema_alpha=0.5", "no effect without anchor.mode=ema"),
+    "kl_threshold without effect": ("anchor.kl_threshold=1", "without anchor.mode=kl_triggered"),
+    "adaptive tau without effect": (
+        ("algorithm.use_adaptive_tau=false", "algorithm.adaptive_tau_alpha=0.9"),
+        "no effect without algorithm.use_adaptive_tau=true",
+    ),
+    "adaptive_tau_max without effect": (
+        "algorithm.adaptive_tau_max=1.0",
+        "without algorithm.adaptive_tau_mode=policy_entropy",
+    ),
+    "a clip under adpo": ("algorithm.clip_low=0.1", "no effect under adv_estimator=adpo"),
+    "tau under grpo": (("algorithm.adv_estimator=grpo", "algorithm.tau=1"), "no effect under"),
+    "grpo with another anchor": (
+        ("algorithm.adv_estimator=grpo", "anchor.mode=ema"),
+        "needs anchor.mode=on_policy",
+    ),
+    "a KL penalty of 0": ("algorithm.beta_anchor_kl=0.1", "has no effect on one optimizer step"),
+    "temperature 0": (f"{ROLLOUT}.temperature=0", "temperature is above 0"),
+    "top_p 0": (f"{ROLLOUT}.top_p=0", "top_p"),
+    "top_p above 1": (f"{ROLLOUT}.top_p=1.5", "top_p"),
+    "top_k": (f"{ROLLOUT}.top_k=0", "top_k"),
+    "min_p": (f"{ROLLOUT}.min_p=2", "min_p"),
+    "the cache's dtype": (f"{ROLLOUT}.cache_dtype=float64", "cache_dtype"),
+    "the decode kernel": (f"{ROLLOUT}.attention=cuda", "attention"),
+    "slots below 0": (f"{ROLLOUT}.num_slots=-1", "num_slots is at least 0"),
+    "a share of the memory": (f"{ROLLOUT}.gpu_memory_utilization=-1", "gpu_memory_utilization"),
+    "lr below 0": (f"{ACTOR}.optim.lr=-1", "optim.lr is at least 0"),
+    "lr that is no number": (f"{ACTOR}.optim.lr=nan", "optim.lr is at least 0, given nan"),
+    "infinite lr": (f"{ACTOR}.optim.lr=inf", "optim.lr"),
+    "the schedule": (f"{ACTOR}.optim.lr_scheduler_type=exp", "lr_scheduler_type is one of"),
+    "a warm-up beyond the run": (f"{ACTOR}.optim.lr_warmup_steps=99", "lower lr_warmup_steps"),
+    "one beta": (f"{ACTOR}.optim.betas=(0.9,)", "betas are two numbers"),
+    "a beta of 1": (f"{ACTOR}.optim.betas=(0.9, 1.0)", "betas are two numbers"),
+    "min_lr_ratio": (f"{ACTOR}.optim.min_lr_ratio=2", "min_lr_ratio is in [0, 1]"),
+    "weight_decay": (f"{ACTOR}.optim.weight_decay=-1", "weight_decay is at least 0"),
+    "grad_clip": (f"{ACTOR}.grad_clip=-1", "grad_clip is at least 0"),
+    "no steps": ("trainer.total_training_steps=0", "total_training_steps is at least 1"),
+    "no epochs": ("trainer.total_epochs=0", "total_epochs is at least 1"),
+    "no checkpoint kept": ("trainer.save_total_limit=0", "save_total_limit is at least 1"),
+    "a seed below 0": ("trainer.seed=-1", "seed is at least 0"),
+    "no failed save": ("trainer.max_save_failures=0", "max_save_failures is at least 1"),
+    "a grace period": ("trainer.grace_period_s=-1", "grace_period_s is at least 0"),
+    "what to do with a bad update": ("trainer.on_bad_update=ignore", "one of stop, skip"),
+    "bad updates without effect": ("trainer.max_bad_updates=9", "without trainer.on_bad_update"),
+    "the largest KL": ("trainer.max_anchor_kl=-1", "max_anchor_kl is at least 0"),
+    "gradient checkpointing": ("trainer.gradient_checkpointing=some", "gradient_checkpointing"),
+    "a recording elsewhere": ("trainer.rollout_data_dir=../x", "within the run's folder"),
+    "a recording anywhere": ("trainer.rollout_data_dir=/tmp/x", "within the run's folder"),
+    "a recording in the way": ("trainer.rollout_data_dir=export/x", "within the run's folder"),
+    "a name that climbs": ("trainer.experiment_name=../../x", "experiment_name is the name"),
+    "a name that is a path": ("trainer.project_name=/tmp", "project_name is the name"),
+    "no name": ("trainer.experiment_name=", "experiment_name is the name"),
+    "prompts of no tokens": ("data.max_prompt_length=0", "max_prompt_length is at least 1"),
+    "answers of no tokens": ("data.max_response_length=0", "max_response_length is at least 1"),
+    "overlong prompts": ("data.overlong_prompts=drop", "one of filter, truncate"),
+    "a template without prompt": ("data.prompt_template=Hello", "prompt_template"),
+    "a template of no column": ("data.prompt_template={prompt}{name}", "name"),
+    "a cold start without data": ("sft.train_files=", "names no data"),
+    "a cold start's column": ("sft.completion_key=text", "sft.completion_key"),
+    "reward workers": ("custom_reward_function.num_workers=-1", "num_workers"),
+    "a time limit without effect": ("custom_reward_function.timeout_s=5", "num_workers above 0"),
+    "samples below none": ("data.max_val_samples=-1", "max_val_samples is at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG)
+def test_a_config_that_cannot_work(case, monkeypatch, capsys):
+    overrides, words = CONFIG[case]
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    argv = [ARITHMETIC, *(f"--config.{override}" for override in overrides)]
+    assert_refused(argv, words, monkeypatch, capsys)
+
+
+# --- the command line and the config file
+
+CONFIG_FILES = {
+    "missing": (None, "No such file"),
+    "no program": ("def get_config(:", "SyntaxError"),
+    "without get_config": ("x = 1", "get_config"),
+    "that fails": ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
+    "with an unknown key": (
+        "from adpo_jax.config import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.algorithm.taus = 1\n    return c",
+        "taus",
+    ),
+    "with a value of another type": (
+        "from adpo_jax.config import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.algorithm.tau = 'x'\n    return c",
+        "tau",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_FILES)
+def test_a_config_file_that_is_none(case, monkeypatch, capsys):
+    text, words = CONFIG_FILES[case]
+    if text is not None:
+        Path("mine.py").write_text(text)
+    assert_refused(["--config=mine.py"], words, monkeypatch, capsys)
+
+
+COMMAND_LINES = {
+    "no config": ([], "--config is missing"),
+    "a loose word": ([ARITHMETIC, "more"], "unknown arguments ['more']"),
+    "an unknown flag": ([ARITHMETIC, "--wrokdir=x"], "wrokdir"),
+    "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),
+    "nothing to resume": ([ARITHMETIC, "--resume=must"], "has no checkpoint"),
+    "nothing to replay": ([ARITHMETIC, "--replay=nowhere"], "there is no folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_a_command_line_that_cannot_work(case, monkeypatch, capsys):
+    assert_refused(*COMMAND_LINES[case], monkeypatch, capsys)
+
+
+# --- data
+
+
+def write_rows(name: str, rows, folder=None) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (Path(folder or ".") / name).write_text(text)
+
+
+def write_sparse(name: str, size: int) -> None:
+    with Path(name).open("wb") as file:
+        file.truncate(size)
+
+
+def truncated_parquet(name: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.parquet.write_table(pa.table({k: [r[k] for r in ROWS] for k in ROWS[0]}), name)
+    Path(name).write_bytes(Path(name).read_bytes()[:-20])
+
+
+LONG = [{"question": "1 " * 99, "answer": "1"}]
+DATA = {
+    "missing": ("x.jsonl", lambda n: None, "there is no such file"),
+    "empty": ("x.jsonl", lambda n: Path(n).touch(), "there are no rows"),
+    "without its prompts": (
+        "x.jsonl",
+        lambda n: write_rows(n, [{"q": "1", "answer": "1"}]),
+        "data.prompt_key",
+    ),
+    "without its answers": (
+        "x.jsonl",
+        lambda n: write_rows(n, [{"question": "1"}]),
+        "data.answer_key",
+    ),
+    "a broken line": ("x.jsonl", lambda n: Path(n).write_text('{"question": '), "x.jsonl:1:"),
+    "a line of 100 MB": ("x.jsonl", lambda n: write_sparse(n, 10**8), "longer than 33554432"),
+    "not UTF-8": ("x.jsonl", lambda n: Path(n).write_bytes(b'{"question": "\xff"}'), "not UTF-8"),
+    "no objects": ("x.jsonl", lambda n: Path(n).write_text("[1, 2]\n"), "must be a JSON object"),
+    "a prompt that is null": (
+        "x.jsonl",
+        lambda n: write_rows(n, [{"question": None, "answer": "1"}]),
+        "is null",
+    ),
+    "a prompt that is a number": (
+        "x.jsonl",
+        lambda n: write_rows(n, [{"question": 3, "answer": "1"}]),
+        "must be text",
+    ),
+    "all prompts too long": (
+        "x.jsonl",
+        lambda n: write_rows(n, LONG),
+        "data.max_prompt_length",
+    ),
+    "the same id twice": (
+        "x.jsonl",
+        lambda n: write_rows(n, [row | {"id": i % 5} for i, row in enumerate(ROWS)]),
+        "rows 1 and 6 have the same id 0",
+    ),
+    "half a character": (
+        "x.jsonl",
+        lambda n: Path(n).write_text('{"question": "\\ud800", "answer": "1"}\n'),
+        "half a surrogate pair",
+    ),
+    "of another kind": ("x.csv", lambda n: Path(n).write_text("a,b"), "data files end in"),
+    "an empty folder": ("x", lambda n: Path(n).mkdir(), "the folder has no"),
+    "Parquet cut short": ("x.parquet", truncated_parquet, "not a readable Parquet file"),
+    "Parquet by name alone": (
+        "x.parquet",
+        lambda n: Path(n).write_text("{}"),
+        "not a readable Parquet file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_data_that_cannot_be_read(case, which, monkeypatch, capsys):
+    name, make, words = DATA[case]
+    make(name)
+    argv = [
+        ARITHMETIC,
+        "--config.data.train_files=good.jsonl",
+        f"--config.data.{which}_files={name}",
+    ]
+    assert_refused(argv, words, monkeypatch, capsys)
+
+
+# --- models and tokenizers
+
+
+def edit_json(name: str, **changes) -> None:
+    path = Path("model") / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(change) -> None:
+    path = Path("model/model.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut_short(path: str, size: int) -> None:
+    Path(path).write_bytes(Path(path).read_bytes()[:size])
+
+
+def an_index(name: str) -> None:
+    Path("model/model.safetensors").rename("model.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": name}}
+    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def a_pickle() -> None:
+    Path("model/model.safetensors").unlink()
+    Path("model/pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch owned'\ntR.")
+
+
+def without_tokenizer() -> None:
+    for path in Path("model").glob("*token*"):
+        path.unlink()
+
+
+def another_tokenizer(**changes) -> None:
+    def strip(tokenizer):
+        tokenizer.update(changes)
+
+    path = Path("model/tokenizer_config.json")
+    content = json.loads(path.read_text())
+    strip(content)
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    edit_json("generation_config.json", eos_token_id=None)
+
+
+FIRST = "model.layers.0.self_attn.q_proj.weight"
+MODELS = {
+    "a folder that is not there": (lambda: shutil.rmtree("model"), "there is no folder"),
+    "a file": (
+        lambda: (shutil.rmtree("model"), Path("model").touch()),
+        "give the folder that holds config.json",
+    ),
+    "no config.json": (lambda: Path("model/config.json").unlink(), "has no config.json"),
+    "config.json that is no JSON": (
+        lambda: Path("model/config.json").write_text("{"),
+        "is no valid JSON",
+    ),
+    "an unknown architecture": (
+        lambda: edit_json("config.json", architectures=["Mamba"], model_type="mamba"),
+        "mamba",
+    ),
+    "no weights": (lambda: Path("model/model.safetensors").unlink(), "has neither"),
+    "a tensor that is missing": (
+        lambda: edit_tensors(lambda t: t.pop(FIRST)),
+        ["missing tensors", FIRST],
+    ),
+    "a tensor too many": (
+        lambda: edit_tensors(lambda t: t.update(extra=np.zeros(2, np.float32))),
+        "unexpected tensors: extra",
+    ),
+    "a tensor of another shape": (
+        lambda: edit_tensors(lambda t: t.update({FIRST: np.zeros((3, 3), np.float32)})),
+        ["wrong shape", FIRST],
+    ),
+    "weights that are no numbers": (
+        lambda: edit_tensors(lambda t: t.update({FIRST: t[FIRST] * np.nan})),
+        ["NaN or infinity", FIRST],
+    ),
+    "quantised weights": (
+        lambda: edit_tensors(lambda t: t.update({FIRST: t[FIRST].astype(np.int8)})),
+        "dtype I8",
+    ),
+    "weights cut short": (lambda: cut_short("model/model.safetensors", 3000), "is cut short"),
+    "a header cut short": (lambda: cut_short("model/model.safetensors", 20), "cut short"),
+    "an index that climbs out": (
+        lambda: an_index("../model.safetensors"),
+        "names files outside its folder",
+    ),
+    "an index of what is not there": (lambda: an_index("a.safetensors"), "that are missing"),
+    "a pickle": (a_pickle, "only pickled weights (pytorch_model.bin)"),
+    "another size": (lambda: edit_json("config.json", hidden_size=24), "wrong shape"),
+    "a size of text": (lambda: edit_json("config.json", hidden_size="big"), "hidden_size"),
+    "heads that do not divide": (
+        lambda: edit_json("config.json", num_key_value_heads=3),
+        "num_key_value_heads",
+    ),
+    "no tokenizer": (without_tokenizer, "no tokenizer can be read"),
+    "a tokenizer that is no JSON": (
+        lambda: Path("model/tokenizer.json").write_text("{"),
+        "no tokenizer can be read",
+    ),
+    "a tokenizer without an end": (
+        lambda: another_tokenizer(eos_token=None),
+        "no end-of-sequence token",
+    ),
+    "a tokenizer larger than the model": (
+        lambda: edit_json("config.json", vocab_size=20),
+        "they do not belong together",
+    ),
+    "a tokenizer of the folder's own code": (
+        lambda: (
+            Path("model/evil.py").write_text("open('owned', 'w')\nclass T: pass\n"),
+            edit_json(
+                "tokenizer_config.json",
+                auto_map={"AutoTokenizer": ["evil.T", None]},
+                tokenizer_class="T",
+            ),
+        ),
+        "no tokenizer can be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_be_used(case, monkeypatch, capsys):
+    make, words = MODELS[case]
+    make()
+    argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
+    assert_refused(argv, words, monkeypatch, capsys)
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("pad", [None, "eos"])
+def test_a_tokenizer_without_a_pad_or_with_the_end_as_one_is_as_good(pad, monkeypatch, capsys):
+    path = Path("model/tokenizer_config.json")
+    content = json.loads(path.read_text())
+    content["pad_token"] = content["eos_token"] if pad else None
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
+    argv += ["--config.trainer.total_training_steps=1", "--config.data.val_files="]
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys)[0] == 0
+
+
+def save_nothing(self, folder, *_, **__):
+    Path(folder).mkdir()
+
+
+def test_weights_of_another_architecture_by_override(monkeypatch, capsys):
+    argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
+    argv += [f"--config.{MODEL}.hf_config={{'num_hidden_layers': 2}}"]
+    assert_refused(argv, "set model.random_init=true", monkeypatch, capsys)
+
+
+# --- reward functions
+
+BEFORE = {
+    "no file": (None, "no file"),
+    "no such function": ("def g(completions, **c): ...", "it defines g"),
+    "no program": ("def f(:", "SyntaxError"),
+    "that does not import": ("import nothing_of_this_name", "nothing_of_this_name"),
+    "that leaves": ("raise SystemExit(0)", "importing"),
+    "no function": ("f = 3", "defines no function of that name"),
+}
+DURING = {
+    "raises": ("raise KeyError('lost')", "KeyError: 'lost'"),
+    "of another length": ("return [1.0]", "wanted a list of 256 rewards, got 1"),
+    "NaN": ("return [float('nan')] * len(completions)", "the reward of sample 0 is nan"),
+    "infinite": ("return [float('inf')] * len(completions)", "the reward of sample 0 is inf"),
+    "text": ("return ['good'] * len(completions)", "the reward of sample 0 is 'good'"),
+    "no list": ("return 1.0", "got no list"),
+    "nothing": ("return None", "got no list"),
+    "an empty dict": ("return {}", "empty dict"),
+}
+SHORT = (
+    "--config.sft.steps=0",
+    "--config.data.val_files=",
+    "--config.trainer.total_training_steps=1",
+)
+
+
+def with_reward(text: str | None, *more: str) -> list[str]:
+    if text is not None:
+        Path("reward.py").write_text(text)
+    keys = ("path=reward.py", "name=f", *more)
+    return [ARITHMETIC, *SHORT, *(f"--config.custom_reward_function.{key}" for key in keys)]
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_a_reward_function_that_cannot_be_loaded(case, monkeypatch, capsys):
+    text, words = BEFORE[case]
+    assert_refused(with_reward(text), words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("case", DURING)
+def test_a_reward_function_that_fails_in_the_middle(case, monkeypatch, capsys):
+    body, words = DURING[case]
+    argv = with_reward(f"def f(completions, **columns):\n    {body}\n")
+    code, err = outcome([*argv, "--workdir=run"], monkeypatch, capsys)
+    assert code == 2
+    assert words in err
+    assert "learner.py" not in err  # what is told is the traceback of the function alone
+    assert Path("run/samples/reward_error_000001.jsonl").exists()
+    # Nothing is lost: the function mended, the same command goes on.
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    argv = with_reward("def f(completions, **columns):\n    return [0.5] * len(completions)\n")
+    os.utime("reward.py", (1, 1))
+    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys)[0] == 0
+
+
+def test_a_reward_function_that_hangs(monkeypatch, capsys):
+    text = "import time\ndef f(completions, **columns):\n    time.sleep(1e6)\n"
+    argv = with_reward(text, "num_workers=1", "timeout_s=0.3", "on_timeout=stop")
+    argv += ["--config.data.train_batch_size=1", "--config.algorithm.num_generations=2"]
+    monkeypatch.setattr(FakeEngine, "generate", reporting_groups(FakeEngine.generate))
+    code, err = outcome([*argv, "--workdir=run"], monkeypatch, capsys)
+    assert code == 2
+    assert "ran past its deadline and was killed" in err
+
+
+def reporting_groups(generate):
+    from adpo_jax.engine import GroupOutput
+
+    def reporting(self, params, prompts, sampling, key, on_group_done):
+        out = generate(self, params, prompts, sampling, key)
+        for p in range(len(prompts)):
+            values = [getattr(out, f.name) for f in dataclasses.fields(GroupOutput)[1:]]
+            on_group_done(GroupOutput(p, *(v if v is None else v[p] for v in values)))
+        return out
+
+    return reporting
+
+
+REWARD_SETTINGS = {
+    "an unknown built-in": (("custom_reward_function.name=accuracy",), "no built-in"),
+    "a keyword that it does not take": (
+        ("reward_model.reward_kwargs={'size': 3}",),
+        "takes no keyword size",
+    ),
+    "a setting that it refuses": (
+        ("custom_reward_function.name=length_penalty",),
+        "length_penalty",
+    ),
+    "on_timeout": (
+        ("custom_reward_function.num_workers=1", "custom_reward_function.on_timeout=wait"),
+        "wanted 'zero' or 'stop'",
+    ),
+    "a time limit of nothing": (
+        ("custom_reward_function.num_workers=1", "custom_reward_function.timeout_s=0"),
+        "timeout",
+    ),
+    "two ways at once": (
+        ("reward_functions=({'name': 'exact_match'},)", "custom_reward_function.path=r.py"),
+        "takes the place of",
+    ),
+    "an infinite weight": (
+        ("reward_functions=({'name': 'exact_match', 'weight': float('inf')},)",),
+        "weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REWARD_SETTINGS)
+def test_reward_settings_that_cannot_work(case, monkeypatch, capsys):
+    overrides, words = REWARD_SETTINGS[case]
+    argv = [ARITHMETIC, *SHORT, *(f"--config.{override}" for override in overrides)]
+    assert_refused(argv, words, monkeypatch, capsys)
+
+
+# --- the run's folder
+
+
+def foreign_folder():
+    Path("run").mkdir()
+    Path("run/thesis.tex").write_text("all my work")
+
+
+def linked_folder():
+    Path("elsewhere").mkdir()
+    claimed()
+    Path("run/checkpoints").symlink_to(Path("elsewhere").resolve())
+
+
+def claimed(**changes):
+    from test_config import parse
+
+    from adpo_jax.run_folder import RunFolder
+
+    folder = RunFolder(Path("run"))
+    folder.claim(parse(*SHORT))
+    folder.release()
+    content = json.loads(Path("run/config.json").read_text())
+    content["algorithm"] |= changes
+    Path("run/config.json").write_text(json.dumps(content))
+
+
+FOLDERS = {
+    "of something else": (foreign_folder, "is not empty and holds no run"),
+    "that is a file": (lambda: Path("run").touch(), "is a file"),
+    "of another config": (lambda: claimed(tau=0.5), "algorithm.tau: 0.5 -> 0.8"),
+    "with a config cut short": (
+        lambda: (claimed(), cut_short("run/config.json", 50)),
+        "is no JSON",
+    ),
+    "with a link out of it": (linked_folder, "is a link that leaves the run's folder"),
+    "below a file": (lambda: Path("run").symlink_to("good.jsonl/x"), ""),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_cannot_be_used(case, monkeypatch, capsys):
+    make, words = FOLDERS[case]
+    make()
+    assert_refused([ARITHMETIC, *SHORT, "--workdir=run"], words, monkeypatch, capsys)
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, capsys):
+    argv = [ARITHMETIC, *SHORT, "--workdir=/proc/adpo_jax_run"]
+    assert_refused(argv, "/proc/adpo_jax_run cannot be written", monkeypatch, capsys)
+
+
+def test_a_folder_that_another_process_trains_in(monkeypatch, capsys):
+    claimed()
+    hold = (
+        "import fcntl, os, time; f = os.open('run', 0); fcntl.flock(f, fcntl.LOCK_EX);"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        argv = [ARITHMETIC, *SHORT, "--workdir=run"]
+        assert_refused(argv, "another process is training in run", monkeypatch, capsys)
+        process.kill()
+
+
+def test_a_default_folder_that_a_link_leads_away(monkeypatch, capsys):
+    Path("runs/adpo_jax").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    Path("runs/adpo_jax/arithmetic").symlink_to(Path("elsewhere").resolve())
+    assert_refused([ARITHMETIC, *SHORT], "leads out of runs/", monkeypatch, capsys)
+
+
+# --- the same in a process of its own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((ARITHMETIC, "--config.algorithm.tau=0"), "tau"),
+        ((ARITHMETIC, "--config.data.train_batch_size=many"), "many"),
+    ],
+)
+def test_a_process_exits_with_code_2_and_shows_a_traceback_only_when_asked(arguments, words):
+    for debug in ((), ("--debug",)):
+        done = subprocess.run(
+            [sys.executable, "-m", "adpo_jax.main", *arguments, *debug],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert ("Traceback" in done.stderr) == bool(debug)
+    assert not Path("runs").exists()
+
+
+def test_there_are_enough_cases():
+    tables = (CONFIG, CONFIG_FILES, COMMAND_LINES, DATA, MODELS, BEFORE, DURING, REWARD_SETTINGS)
+    assert sum(map(len, (*tables, FOLDERS))) >= 150

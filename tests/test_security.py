@@ -1,0 +1,100 @@
+"""A run writes no secrets down, runs no code from data, stays in its folder and does not listen."""
+
+import ast
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from test_bad_input import (  # noqa: F401  (fixtures)
+    ARITHMETIC,
+    SHORT,
+    model,
+    outcome,
+    save_nothing,
+    tree_of,
+    with_reward,
+    workplace,
+)
+
+from adpo_jax.policy import Policy
+from adpo_jax.redaction import REDACTED, redacted
+
+PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
+HF_TOKEN = "hf_" + "aB3" * 10
+WANDB_KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ({"api_key": "x"}, {"api_key": REDACTED}),
+        ({"openai_api_key": "x"}, {"openai_api_key": REDACTED}),
+        ({"HF_TOKEN": "y"}, {"HF_TOKEN": REDACTED}),
+        ({"judge": {"password": "x"}}, {"judge": {"password": REDACTED}}),
+        ({"header": f"Bearer {HF_TOKEN}"}, {"header": f"Bearer {REDACTED}"}),
+        ({"run": WANDB_KEY}, {"run": REDACTED}),
+        ({"url": "https://me:hunter2@host/x"}, {"url": f"https://{REDACTED}@host/x"}),
+        ([{"secret": "x"}], [{"secret": REDACTED}]),
+        ({"max_tokens": 7, "eos_token": "</s>"}, {"max_tokens": 7, "eos_token": "</s>"}),
+        ({"prompt_key": "question", "seed": 3}, {"prompt_key": "question", "seed": 3}),
+        ({"api_key": ""}, {"api_key": ""}),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_secret_is_not_written(given, written):
+    assert redacted(given) == written
+
+
+def test_secrets_reach_the_reward_function_and_no_file_or_line(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", HF_TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    text = (
+        "def f(completions, judge, **columns):\n"
+        "    assert judge['api_key'] == 'hunter2'\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    kwargs = {"judge": {"api_key": "hunter2", "header": f"Bearer {HF_TOKEN}"}}
+    argv = [*with_reward(text), f"--config.reward_model.reward_kwargs={kwargs}", "--workdir=run"]
+    for _ in range(2):  # the second time as a resume, which compares with what was saved
+        code, err = outcome(argv, monkeypatch, capsys)
+        assert code == 0, err
+    for name, content in tree_of(Path("run")).items():
+        for secret in ("hunter2", HF_TOKEN, WANDB_KEY):
+            assert secret.encode() not in content, name
+    assert json.loads(Path("run/config.json").read_text())["reward_model"]["reward_kwargs"] == {
+        "judge": {"api_key": REDACTED, "header": f"Bearer {REDACTED}"}
+    }
+
+
+def test_a_run_opens_no_port(monkeypatch, capsys):
+    def refuse(*_):
+        raise AssertionError("a port")
+
+    monkeypatch.setattr(socket.socket, "listen", refuse)
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    assert outcome([ARITHMETIC, *SHORT, "--workdir=run"], monkeypatch, capsys)[0] == 0
+
+
+def calls_of(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            function = node.func
+            yield ast.unparse(function), {k.arg: ast.unparse(k.value) for k in node.keywords}
+
+
+def test_nothing_unpickles_evaluates_or_trusts_remote_code():
+    for path in PACKAGE.rglob("*.py"):
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        # A worker's socket, on which only the process that started it writes pickles.
+        assert "pickle" not in names or path.name == "wire.py", path
+        for function, keywords in calls_of(path):
+            assert function not in ("eval", "exec", "torch.load"), path
+            assert keywords.get("allow_pickle", "False") == "False", path
+            assert keywords.get("trust_remote_code", "False") == "False", path
