@@ -90,7 +90,7 @@ class TensorBoardWriter(Writer):
 
     def write_histograms(self, step: int, arrays, num_buckets=None):
         for name, values in arrays.items():
-            histogram = summary.histogram(name, np.asarray(values), "tensorflow")
+            histogram = summary.histogram(name, np.asarray(values), num_buckets or 64)
             self._write(step, summary=histogram)
 
     def write_texts(self, step: int, texts: Mapping[str, str]):

@@ -224,6 +224,7 @@ class RewardModel:
             killed.append({i for i, reply in enumerate(replies) if "killed" in reply})
         return self._combined(grades, counts, killed, completions, columns)
 
+    @np.errstate(over="ignore")  # to infinity, which makes an update that is not sound
     def _combined(
         self,
         grades: list[Grades],
@@ -251,8 +252,7 @@ class RewardModel:
             index = int(np.argmin(has_reward))
             message = f"gave None for sample {index}, which leaves it without any reward"
             raise self._error(self.functions[0], message, index, completions, columns)
-        with np.errstate(over="ignore"):  # infinity, which makes an update that is not sound
-            return Scores(total.astype(np.float32), components, counts)
+        return Scores(total.astype(np.float32), components, counts)
 
     def _error(
         self,

@@ -1,0 +1,77 @@
+"""Signals: stop in good order, or at once when asked twice or when the time is up."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adpo_jax.exit_codes import INTERRUPTED, SECOND_INTERRUPT
+from adpo_jax.interruption import Interrupted, Interruption
+
+BUSY = """
+import sys, time
+from adpo_jax.interruption import Interruption
+with Interruption(grace_s=float(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(60)  # as good as a compilation: nothing looks at the flag
+"""
+
+
+def busy(grace_s: float) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, str(grace_s)],
+        cwd=Path(__file__).resolve().parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_interrupt_exits_at_once():
+    process = busy(grace_s=60.0)
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT: stopping, within 60 s" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == SECOND_INTERRUPT
+    assert "second interrupt" in err
+
+
+def test_a_stage_that_outlasts_the_grace_period_is_left():
+    process = busy(grace_s=0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == INTERRUPTED
+    assert "not done after 0.2 s" in err
+
+
+def test_a_stage_that_may_be_abandoned_is_left_and_any_other_finished():
+    with Interruption(grace_s=60.0) as interruption:
+        done = []
+        with pytest.raises(Interrupted, match="SIGTERM"), interruption.abandonable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            done.append("never")
+        assert interruption.requested
+    with Interruption(grace_s=60.0) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        done.append("finished")
+        with pytest.raises(Interrupted):
+            interruption.check(1)
+        with pytest.raises(Interrupted), interruption.abandonable():
+            done.append("never")
+    assert done == ["finished"]
+
+
+def test_the_handlers_from_before_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Interruption():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
