@@ -52,12 +52,16 @@ def test_a_stage_that_outlasts_the_grace_period_is_left():
 
 
 def test_a_stage_that_may_be_abandoned_is_left_and_any_other_finished():
+    done = []
+
+    def stage():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        done.append("never")
+
     with Interruption(grace_s=60.0) as interruption:
-        done = []
         with pytest.raises(Interrupted, match="SIGTERM"), interruption.abandonable():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-            done.append("never")
+            stage()
         assert interruption.requested
     with Interruption(grace_s=60.0) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
