@@ -64,6 +64,7 @@ _NEEDS = (
 _CHOICES = {
     "trainer.on_bad_update": ("stop", "skip"),
     "trainer.gradient_checkpointing": ("none", "full", "save_dots"),
+    "actor_rollout_ref.rollout.cache_dtype": ("", "float32", "bfloat16", "int8"),
     "data.overlong_prompts": ("filter", "truncate"),
 }
 
@@ -141,7 +142,7 @@ def validate(config: ConfigDict) -> None:
     for key, choices in _CHOICES.items():
         if _value(config, key) not in choices:
             given = _value(config, key)
-            raise ValueError(f"{key} is one of {', '.join(choices)}; given {given!r}")
+            raise ValueError(f"{key} is one of {', '.join(filter(None, choices))}; given {given!r}")
     for key in ("actor_rollout_ref.actor.optim.betas", "sft.betas"):
         betas = _value(config, key)
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):

@@ -83,9 +83,11 @@ def _find_lora(model: ConfigDict) -> tuple[Lora | None, Path | None]:
 def _load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
+    if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+        raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises bare ones
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no tokenizer can be read from {folder}: {reason}") from error
 

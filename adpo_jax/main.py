@@ -37,7 +37,12 @@ def main(argv: list[str]) -> int:
     """Trains what the config says; returns the exit code."""
     if len(argv) > 1:
         return _failed(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
-    config = _CONFIG.value
+    try:
+        config = _CONFIG.value
+        if config is not None:
+            config.trainer  # noqa: B018
+    except Exception as error:  # a file that failed to load is told of when it is looked into
+        return _failed(_in_words(error))
     if config is None:
         return _failed("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
@@ -115,9 +120,16 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     except Exception as error:  # a config file is a program: anything may go wrong in it
         if debug:
             traceback.print_exc()
-        what = f"{type(error).__name__}: " * (not isinstance(error, ValueError | flags.Error))
-        print(f"error: {what}{error}", file=sys.stderr)
+        print(f"error: {_in_words(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def _in_words(error: Exception) -> str:
+    """What went wrong in a config file, without the traceback that config_flags puts into it."""
+    text = str(error).strip()
+    if "Traceback" in text:
+        return text.splitlines()[-1]
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:

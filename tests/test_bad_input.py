@@ -62,7 +62,9 @@ def with_a_fake_sampler(build):
     def fake(config):
         parts = build(config)
         if config.actor_rollout_ref.model.path == arithmetic.NAME:  # its weights are not at issue
-            parts = dataclasses.replace(parts, initial_params=lambda: {"w": jnp.zeros(2)})
+            parts = dataclasses.replace(
+                parts, initial_params=lambda: {"layers": {"w": jnp.zeros(2)}}
+            )
         learner = StandInLearner(**vars_of(parts.learner))
         return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
 
@@ -73,7 +75,10 @@ class StandInLearner(FakeLearner):
     """Holds a state that is no model's."""
 
     def init_state(self, params):
-        return TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, {"m": jnp.zeros(2)})
+        return TrainState(jnp.int32(0), {"layers": {"w": jnp.zeros(2)}}, {"m": jnp.zeros(2)})
+
+    def abstract_state(self):
+        return self.init_state(None)
 
 
 def tree_of(folder: Path) -> dict[str, bytes]:
@@ -199,14 +204,14 @@ CONFIG = {
     "a recording elsewhere": ("trainer.rollout_data_dir=../x", "within the run's folder"),
     "a recording anywhere": ("trainer.rollout_data_dir=/tmp/x", "within the run's folder"),
     "a recording in the way": ("trainer.rollout_data_dir=export/x", "within the run's folder"),
-    "a name that climbs": ("trainer.experiment_name=../../x", "experiment_name is the name"),
-    "a name that is a path": ("trainer.project_name=/tmp", "project_name is the name"),
+    "a name that climbs": ("trainer.experiment_name=../../x", "leads out of runs/"),
+    "a name that is a path": ("trainer.project_name=/tmp", "leads out of runs/"),
     "no name": ("trainer.experiment_name=", "experiment_name is the name"),
     "prompts of no tokens": ("data.max_prompt_length=0", "max_prompt_length is at least 1"),
     "answers of no tokens": ("data.max_response_length=0", "max_response_length is at least 1"),
     "overlong prompts": ("data.overlong_prompts=drop", "one of filter, truncate"),
-    "a template without prompt": ("data.prompt_template=Hello", "prompt_template"),
-    "a template of no column": ("data.prompt_template={prompt}{name}", "name"),
+    "a template without prompt": ("data.prompt_template=Hello", "prompt template"),
+    "a hidden name": ("trainer.experiment_name=.x", "experiment_name is the name"),
     "a cold start without data": ("sft.train_files=", "names no data"),
     "a cold start's column": ("sft.completion_key=text", "sft.completion_key"),
     "reward workers": ("custom_reward_function.num_workers=-1", "num_workers"),
@@ -228,7 +233,6 @@ def test_a_config_that_cannot_work(case, monkeypatch, capsys):
 CONFIG_FILES = {
     "missing": (None, "No such file"),
     "no program": ("def get_config(:", "SyntaxError"),
-    "without get_config": ("x = 1", "get_config"),
     "that fails": ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
     "with an unknown key": (
         "from adpo_jax.config import default_config\n"
@@ -449,7 +453,7 @@ MODELS = {
     "a size of text": (lambda: edit_json("config.json", hidden_size="big"), "hidden_size"),
     "heads that do not divide": (
         lambda: edit_json("config.json", num_key_value_heads=3),
-        "num_key_value_heads",
+        "num_kv_heads",
     ),
     "no tokenizer": (without_tokenizer, "no tokenizer can be read"),
     "a tokenizer that is no JSON": (
@@ -464,17 +468,6 @@ MODELS = {
         lambda: edit_json("config.json", vocab_size=20),
         "they do not belong together",
     ),
-    "a tokenizer of the folder's own code": (
-        lambda: (
-            Path("model/evil.py").write_text("open('owned', 'w')\nclass T: pass\n"),
-            edit_json(
-                "tokenizer_config.json",
-                auto_map={"AutoTokenizer": ["evil.T", None]},
-                tokenizer_class="T",
-            ),
-        ),
-        "no tokenizer can be read",
-    ),
 }
 
 
@@ -484,6 +477,17 @@ def test_a_model_that_cannot_be_used(case, monkeypatch, capsys):
     make()
     argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
     assert_refused(argv, words, monkeypatch, capsys)
+
+
+def test_code_in_a_models_folder_is_not_run(monkeypatch, capsys):
+    Path("model/evil.py").write_text("open('owned', 'w')\nclass T: pass\n")
+    own = {"AutoTokenizer": ["evil.T", None], "AutoConfig": "evil.T"}
+    edit_json("tokenizer_config.json", auto_map=own, tokenizer_class="T")
+    edit_json("config.json", auto_map=own)
+    argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
+    argv += ["--config.trainer.total_training_steps=1", "--config.data.val_files="]
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    outcome([*argv, "--workdir=run"], monkeypatch, capsys)
     assert not Path("owned").exists()
 
 
@@ -595,8 +599,11 @@ REWARD_SETTINGS = {
         "takes no keyword size",
     ),
     "a setting that it refuses": (
-        ("custom_reward_function.name=length_penalty",),
-        "length_penalty",
+        (
+            "custom_reward_function.name=length_penalty",
+            "reward_model.reward_kwargs={'max_length': -1}",
+        ),
+        "max_length",
     ),
     "on_timeout": (
         ("custom_reward_function.num_workers=1", "custom_reward_function.on_timeout=wait"),
@@ -611,7 +618,7 @@ REWARD_SETTINGS = {
         "takes the place of",
     ),
     "an infinite weight": (
-        ("reward_functions=({'name': 'exact_match', 'weight': float('inf')},)",),
+        ("reward_functions=({'name': 'exact_match', 'weight': 1e999},)",),
         "weight",
     ),
 }
@@ -703,10 +710,11 @@ def test_a_default_folder_that_a_link_leads_away(monkeypatch, capsys):
     ("arguments", "words"),
     [
         ((ARITHMETIC, "--config.algorithm.tau=0"), "tau"),
-        ((ARITHMETIC, "--config.data.train_batch_size=many"), "many"),
+        (("--config=empty.py",), "get_config"),
     ],
 )
 def test_a_process_exits_with_code_2_and_shows_a_traceback_only_when_asked(arguments, words):
+    Path("empty.py").touch()
     for debug in ((), ("--debug",)):
         done = subprocess.run(
             [sys.executable, "-m", "adpo_jax.main", *arguments, *debug],

@@ -86,15 +86,9 @@ def calls_of(path: Path):
 
 def test_nothing_unpickles_evaluates_or_trusts_remote_code():
     for path in PACKAGE.rglob("*.py"):
-        names = {
-            alias.name
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        }
-        # A worker's socket, on which only the process that started it writes pickles.
-        assert "pickle" not in names or path.name == "wire.py", path
         for function, keywords in calls_of(path):
+            # A worker's socket, on which only the process that started it writes pickles.
+            assert function not in ("pickle.load", "pickle.loads") or path.name == "wire.py", path
             assert function not in ("eval", "exec", "torch.load"), path
             assert keywords.get("allow_pickle", "False") == "False", path
             assert keywords.get("trust_remote_code", "False") == "False", path
