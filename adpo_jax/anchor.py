@@ -24,11 +24,13 @@ class Anchor:
       mode: one of `MODES`.
       ema_alpha: ema, the weight of the old anchor, in [0, 1].
       kl_threshold: kl_triggered, nats a token.
+      offload: the anchor's copy waits in the host's memory between its uses.
     """
 
     mode: str = "on_policy"
     ema_alpha: float = 0.99
     kl_threshold: float = 0.1
+    offload: bool = False
 
     def __post_init__(self):
         if self.mode not in MODES:

@@ -4,6 +4,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+LAYOUTS = ("packed", "rows")
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
@@ -12,14 +14,19 @@ class BatchPlan:
     Attributes:
       num_prompts: prompts an iteration.
       mini_prompts: prompts an optimizer step.
-      micro_prompts: prompts whose completions run through the model at once.
+      micro_prompts: rows, prompts whose completions run through the model at once.
       epochs: passes over the iteration.
+      layout: "packed", streams in which groups share their prompt (`packing`), or "rows", padded.
+      micro_completions: packed, completions of full length that fit in a micro-batch of a device;
+        0 for all.
     """
 
     num_prompts: int
     mini_prompts: int
     micro_prompts: int
     epochs: int
+    layout: str = "packed"
+    micro_completions: int = 0
 
     @property
     def updates_per_iteration(self) -> int:
@@ -27,6 +34,7 @@ class BatchPlan:
 
     @property
     def num_micro(self) -> int:
+        """Micro-batches of an optimizer step in rows; packed ones are cut by their tokens."""
         return self.mini_prompts // self.micro_prompts
 
 
@@ -34,8 +42,8 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
     """The cut of an iteration over `num_shards` batch shards of the mesh.
 
     Raises:
-      ValueError: when a micro-batch would not hold whole groups, or does not divide the optimizer
-        step, or does not spread over the devices; with sizes that would work.
+      ValueError: when prompts do not spread over the devices, or a micro-batch of rows does not
+        hold whole groups that divide the optimizer step; with sizes that would work.
     """
     G = config.algorithm.num_generations
     prompts = config.data.train_batch_size
@@ -51,6 +59,14 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
             f"sft.batch_size ({config.sft.batch_size} rows) does not spread over {num_shards} "
             "devices (mesh data x fsdp); make it a multiple of that number"
         )
+    epochs, layout = (
+        config.actor_rollout_ref.actor.ppo_epochs,
+        config.actor_rollout_ref.actor.layout,
+    )
+    if layout not in LAYOUTS:
+        raise ValueError(f"actor.layout is one of {LAYOUTS}, given {layout!r}")
+    if layout == "packed":
+        return BatchPlan(prompts, mini, mini, epochs, layout, per_device)
     completions = per_device * num_shards if per_device else mini * G
     micro, rest = divmod(completions, G)
     if rest or micro == 0 or mini % micro or micro % num_shards:
@@ -60,8 +76,8 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
             if mini % m == 0 and m * G % num_shards == 0
         ]
         raise ValueError(
-            "trainer.per_device_train_batch_size counts completions a device; times "
-            f"{num_shards} devices it must be whole groups of {G} that divide an optimizer step of "
-            f"{mini} x {G} = {mini * G} completions. Given {per_device}; these work: {allowed}"
+            "under actor.layout=rows trainer.per_device_train_batch_size, completions a device, "
+            f"times {num_shards} devices must be whole groups of {G} that divide an optimizer step "
+            f"of {mini} x {G} = {mini * G} completions. Given {per_device}; these work: {allowed}"
         )
-    return BatchPlan(prompts, mini, micro, config.actor_rollout_ref.actor.ppo_epochs)
+    return BatchPlan(prompts, mini, micro, epochs, layout, per_device)

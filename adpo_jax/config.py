@@ -64,6 +64,7 @@ def _anchor() -> dict:
         "mode": "on_policy",  # on_policy | fixed | ema | kl_triggered
         "ema_alpha": 0.99,  # weight of the old anchor, each iteration
         "kl_threshold": 0.1,  # nats a token
+        "offload": False,  # the kept copy waits in the host's memory between its uses
     }
 
 
@@ -126,10 +127,15 @@ def _actor() -> dict:
             "lr_scheduler_type": "constant",  # constant | cosine | linear
             "min_lr_ratio": 0.0,  # where cosine and linear end, as a fraction of lr
             "betas": (0.9, 0.999),  # of AdamW
+            "mu_dtype": "float32",  # of AdamW's first moment: float32 | bfloat16
         },
+        "optimizer_offload": False,  # its state waits in the host's memory during the rollout
         "grad_clip": 1.0,  # global norm; 0 for none
         "ppo_mini_batch_size": 0,  # prompts an optimizer step; 0 for the whole iteration
         "ppo_epochs": 1,  # passes over an iteration's completions
+        # How completions run through the model: packed side by side with one copy of their prompt,
+        # or in padded rows, each with its own.
+        "layout": "packed",  # packed | rows
     }
 
 

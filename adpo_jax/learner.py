@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import lora, losses, profiling, update
+from adpo_jax import lora, losses, offload, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
+from adpo_jax.packing import Batch, PackedBatch, pack
 from adpo_jax.policy import Policy
 from adpo_jax.sharding import BatchSharding
-from adpo_jax.update import Batch, TrainState
+from adpo_jax.update import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Learner:
       temperature: of the sampler.
       seed: of the order of prompts over mini-batches.
       max_anchor_kl: nats a token beyond which an optimizer step is skipped; 0 for no limit.
+      offload_optimizer: its state waits in the host's memory while completions are sampled.
     """
 
     policy: Policy
@@ -46,6 +48,15 @@ class Learner:
     temperature: float = 1.0
     seed: int = 0
     max_anchor_kl: float = 0.0
+    offload_optimizer: bool = False
+
+    def __post_init__(self):
+        mesh = self.policy.mesh if self.policy else None
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        if self.offload_optimizer:
+            offload.check(device, "actor.optimizer_offload")
+        if self.anchor.offload:
+            offload.check(device, "anchor.offload")
 
     @functools.cached_property
     def _update(self) -> Callable:
@@ -69,6 +80,22 @@ class Learner:
         mesh = self.policy.mesh
         return profiling.peak_flops(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
 
+    def laid_out(self, batch: Batch, *, whole_groups: bool = False) -> Batch | PackedBatch:
+        """The batch as the plan has it run through the model, host arrays.
+
+        Args:
+          whole_groups: where a micro-batch has the room, keep the groups whole.
+        """
+        plan, mesh, G = self.plan, self.policy.mesh, batch.tokens_PGS.shape[1]
+        if plan.layout == "rows":
+            return batch
+        return pack(
+            batch,
+            completions_per_micro=plan.micro_completions,
+            num_shards=BatchSharding(mesh).num_shards if mesh else 1,
+            whole_groups=whole_groups and not 0 < plan.micro_completions < G,
+        )
+
     @property
     def _tau_follows_entropy(self) -> bool:
         return (
@@ -86,7 +113,16 @@ class Learner:
     def init_state(self, params) -> TrainState:
         """The state before the first iteration; it takes `params` over."""
         anchor_params = self.anchor.init(lora.split(params)[0])
-        return update.init_state(self.policy, params, self.optimizer, anchor_params)
+        state = update.init_state(self.policy, params, self.optimizer, anchor_params)
+        return self._put_away(state)
+
+    def _put_away(self, state: TrainState) -> TrainState:
+        """The state with what is not needed before the next update in the host's memory."""
+        if self.offload_optimizer:
+            state = state.replace(opt_state=offload.to_host(state.opt_state))
+        if self.anchor.offload:
+            state = state.replace(anchor_params=offload.to_host(state.anchor_params))
+        return state
 
     def abstract_state(self) -> TrainState:
         """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
@@ -114,38 +150,46 @@ class Learner:
         kwargs = {"policy_entropy_P": entropy_P} if self._tau_follows_entropy else {}
         scores = jax.device_get(self.algorithm.score(jnp.asarray(rewards_PG), **kwargs))
 
+        if self.offload_optimizer:
+            state = state.replace(opt_state=offload.to_device(state.opt_state))
         history, flops = [], 0.0
         whole = (batch, scores, anchor_log_probs)
         for rows in self._mini_batches(step):
             part = whole if rows is None else jax.tree.map(lambda x, r=rows: x[r], whole)
-            part = self.put(part)
+            mini, *others = part
+            mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
+            part = self.put((mini, *others))
             if self._peak_flops:
-                flops += profiling.program_flops(self._update, state, *part)
+                # The loop over packed micro-batches, which has all the products, counts once.
+                turns = int(mini.num_micro_B[0]) if isinstance(mini, PackedBatch) else 1
+                flops += turns * profiling.program_flops(self._update, state, *part)
             state, metrics = self._update(state, *part)
-            history.append(jax.device_get(metrics))
+            history.append(jax.device_get(metrics) | {"update/padding_frac": mini.padding_frac})
         seconds = time.perf_counter() - anchored
         metrics = _iteration_metrics(history, self.plan.epochs)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
-        metrics["update/padding_frac"] = 1.0 - float(batch.attention_mask_PGS.mean())
         if self._peak_flops:
             metrics["update/mfu"] = flops / seconds / self._peak_flops
         metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
 
         anchor_params, renewed = self.anchor.refresh(
-            state.anchor_params,
+            offload.to_device(state.anchor_params) if self.anchor.offload else state.anchor_params,
             lora.split(state.params)[0],
             measured_kl=self._measured_kl(history),
         )
         metrics["anchor/renewed"] = float(renewed)
-        return state.replace(step=state.step + 1, anchor_params=anchor_params), metrics
+        state = state.replace(step=state.step + 1, anchor_params=anchor_params)
+        return self._put_away(state), metrics
 
     def _anchor_forward(self, state: TrainState, batch: Batch):
         """Anchor log-probs [P, G, T] and mean token entropy [P] over log V; None where unneeded."""
         if not self.needs_anchor_forward:
             return None, None
+        if self.anchor.offload:
+            state = state.replace(anchor_params=offload.to_device(state.anchor_params))
         params = state.anchor if self.anchor.keeps_params else state.params
-        log_probs, entropy = jax.device_get(self._log_probs(params, self.put(batch)))
+        log_probs, entropy = jax.device_get(self._log_probs(params, self.put(self.laid_out(batch))))
         mask = batch.completion_mask_PGT
         tokens_P = np.maximum(mask.sum((1, 2)), 1.0)
         entropy_P = (entropy * mask).sum((1, 2)) / tokens_P

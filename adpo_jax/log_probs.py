@@ -120,10 +120,12 @@ class _Head:
             pull_CV = pull_CV + e_C[:, None] * (log_p_CV + h_C[:, None])
         onehot_CV = jnp.where(self.targets(logits_CV, targets_C), g_C[:, None], 0.0)
         d_CV = (slope * (onehot_CV - pull_CV * jnp.exp(log_p_CV))).astype(hidden_CD.dtype)
-        by_hidden, by_weight = ("cv,vd->cd", "cv,cd->vd") if self.tied else ("cv,dv->cd", "cd,cv->dv")
-        d_hidden = jnp.einsum(by_hidden, d_CV, weight, preferred_element_type=jnp.float32)
-        pair = (d_CV, hidden_CD) if self.tied else (hidden_CD, d_CV)
-        return d_hidden, jnp.einsum(by_weight, *pair, preferred_element_type=jnp.float32)
+        spec = "cv,vd->cd" if self.tied else "cv,dv->cd"
+        d_hidden = jnp.einsum(spec, d_CV, weight, preferred_element_type=jnp.float32)
+        # Always [D, V]: the narrow operand is the one that a CPU transposes.
+        return d_hidden, jnp.einsum(
+            "cd,cv->dv", hidden_CD, d_CV, preferred_element_type=jnp.float32
+        )
 
     def chunked(self, function, first, *rows):
         """Scans `function(carry, *chunk) -> (carry, results)` over chunks of the rows' tokens.
@@ -150,12 +152,12 @@ class _Head:
 
         return carry, jax.tree.map(join, out)
 
-    def settle(self, d_hidden_BTD, d_weight, dtype):
-        """Sums the gradients over the devices that share an array."""
+    def settle(self, d_hidden_BTD, d_weight_DV, dtype):
+        """Sums the gradients over the devices that share an array; the weight's in its layout."""
         d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
         if self.rows_axes:
-            d_weight = jax.lax.psum(d_weight, self.rows_axes)
-        return d_hidden_BTD, d_weight
+            d_weight_DV = jax.lax.psum(d_weight_DV, self.rows_axes)
+        return d_hidden_BTD, d_weight_DV.T if self.tied else d_weight_DV
 
 
 def _head(config, mesh, rows: int, vocab: int, **settings) -> _Head:
@@ -225,7 +227,12 @@ def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
         return head.chunked(of_chunk, None, hidden_BTD, targets_BT)[1]
 
     log_probs, entropy, log_z = head.spread(
-        forward, weight.astype(hidden_BTD.dtype), hidden_BTD, targets_BT, out_rows=3, with_weight=False
+        forward,
+        weight.astype(hidden_BTD.dtype),
+        hidden_BTD,
+        targets_BT,
+        out_rows=3,
+        with_weight=False,
     )
     return (log_probs, entropy), (weight, hidden_BTD, targets_BT, log_z, entropy)
 
@@ -242,7 +249,7 @@ def _log_probs_backward(head: _Head, residuals, cotangents):
             )
             return d_weight + d_chunk, d_hidden_CD
 
-        zeros = jnp.zeros(weight.shape, jnp.float32)
+        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
         d_weight, d_hidden_BTD = head.chunked(of_chunk, zeros, *rows)
         return head.settle(d_hidden_BTD, d_weight, weight.dtype)
 
@@ -307,7 +314,7 @@ def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
             )
             return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
 
-        zeros = jnp.zeros(weight.shape, jnp.float32)
+        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
         d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, zeros, *rows)
         return log_probs, entropy, *head.settle(d_hidden, d_weight, weight.dtype)
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from adpo_jax.engine import Engine, GroupOutput, RolloutOutput
+from adpo_jax.packing import Batch
 from adpo_jax.rewards import RewardError, RewardModel, Scores
 from adpo_jax.sampling import SamplingParams
-from adpo_jax.update import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,7 +155,12 @@ def make_optimizer(config: ConfigDict, total_steps: int):
     )
     b1, b2 = c.optim.betas
     adamw = optimizer.make_optimizer(
-        schedule, weight_decay=c.optim.weight_decay, grad_clip=c.grad_clip, b1=b1, b2=b2
+        schedule,
+        weight_decay=c.optim.weight_decay,
+        grad_clip=c.grad_clip,
+        b1=b1,
+        b2=b2,
+        mu_dtype=c.optim.mu_dtype,
     )
     return adamw, schedule
 
@@ -261,6 +266,7 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
         temperature=config.actor_rollout_ref.rollout.temperature,
         seed=config.trainer.seed,
         max_anchor_kl=config.trainer.max_anchor_kl,
+        offload_optimizer=config.actor_rollout_ref.actor.optimizer_offload,
     )
 
 

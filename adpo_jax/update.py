@@ -1,42 +1,34 @@
 """The update: a batch of scored completions -> new parameters.
 
-The loss of a mini-batch is a sum over micro-batches of whole groups whose normalisers were folded
-in beforehand (`losses`), so however a mini-batch is split, it gives the same gradient.
+The gradient is taken in two steps. First the loss by the log-probs of the whole mini-batch: one
+weight a token, which costs nothing. Then, micro-batch by micro-batch, the sum of weights times
+log-probs by the parameters. So however a mini-batch is cut, it gives the same loss and gradient,
+and a group need not fit in a micro-batch.
 
-Left out: packing, prompts shared within a group, and groups larger than a micro-batch.
+The weights need the log-probs of whole groups. Where the anchor is the policy of this very step
+they are known beforehand, as every log-ratio is 0. Otherwise a micro-batch of whole groups finds
+them between its forward and backward pass, and only where groups are split does a forward over all
+micro-batches, without gradient, come first.
 
-Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens.
+Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens,
+B streams side by side, M micro-batches, C completion places of a stream, D model width.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax import groups, lora
+from adpo_jax.layouts import Layout, MicroBatch, layout_of
+from adpo_jax.log_probs import token_log_probs, weighted_log_probs
+from adpo_jax.packing import Batch, PackedBatch
 from adpo_jax.policy import Policy
-
-
-class Batch(NamedTuple):
-    """Completions of one iteration, the group axis explicit.
-
-    A row is the prompt, padded on its left, followed by the completion, padded on its right, so
-    that completions start in the same column everywhere.
-    """
-
-    tokens_PGS: np.ndarray  # int32
-    attention_mask_PGS: np.ndarray  # int32, 1 at real tokens
-    completion_mask_PGT: np.ndarray  # float32, 1 at sampled tokens, the stop token included
-    sampler_log_probs_PGT: np.ndarray  # float32, under the distribution they were drawn from
-
-    @property
-    def num_completion(self) -> int:
-        return self.completion_mask_PGT.shape[-1]
 
 
 @flax.struct.dataclass
@@ -123,42 +115,64 @@ def abstract_state(
     return TrainState(step, params, opt_state, trained if keeps_anchor else None, checksum)
 
 
-def split_prompts(tree, num_micro: int):
-    """Leaves [P, ...] -> [num_micro, P / num_micro, ...], each part spread over all devices."""
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Log-probs of micro-batches, and their gradient by what is trained of the parameters."""
 
-    def split(x):
-        return jnp.swapaxes(x.reshape(-1, num_micro, *x.shape[1:]), 0, 1)
+    policy: Policy
+    temperature: float
+    with_entropy: bool
 
-    return jax.tree.map(split, tree)
+    @property
+    def _head(self) -> dict:
+        names = ("temperature", "with_entropy")
+        return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
+
+    def micro(self, params, micro: MicroBatch):
+        """Log-probs and entropies, [rows, places] each."""
+        hidden_and_targets = micro.hidden_and_targets(self.policy, params)
+        return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
+
+    def batch(self, params, layout: Layout):
+        """Log-probs and entropies [P, G, T] of a batch."""
+        _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
+        return jax.tree.map(layout.by_group, parts)
+
+    def gradient(self, trained, frozen, micro: MicroBatch, weights_PGT):
+        """Gradient of the sum of weights times log-probs, and what `micro` returns."""
+
+        def weighted(trained):
+            params = lora.join(trained, frozen)
+            return weighted_log_probs(
+                self.policy.config,
+                params,
+                *micro.hidden_and_targets(self.policy, params),
+                micro.values(weights_PGT),
+                **self._head,
+            )
+
+        return jax.grad(weighted, has_aux=True)(trained)
+
+    def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
+        """The same with weights that `weights_of` makes of the log-probs."""
+        (log_probs, entropy), pull = jax.vjp(
+            lambda trained: self.micro(lora.join(trained, frozen), micro), trained
+        )
+        weights = micro.values(weights_of(log_probs))
+        return pull((weights, jnp.zeros_like(entropy)))[0], (log_probs, entropy)
 
 
-def batch_log_probs(policy: Policy, params, batch: Batch, *, temperature: float):
-    """Log-probs and entropies [P, G, T] float32 of a batch's completions."""
-    P, G, S = batch.tokens_PGS.shape
-    log_probs, entropy = policy.completion_log_probs(
-        params,
-        batch.tokens_PGS.reshape(P * G, S),
-        batch.attention_mask_PGS.reshape(P * G, S),
-        num_completion=batch.num_completion,
-        temperature=temperature,
-    )
-    return log_probs.reshape(P, G, -1), entropy.reshape(P, G, -1)
-
-
-def make_log_probs(policy: Policy, *, num_micro: int, temperature: float = 1.0) -> Callable:
+def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
     """A jitted `(params, batch) -> (log_probs, entropy)`, each [P, G, T] float32, no gradient.
 
     Args:
-      num_micro: micro-batches run one after the other; divides P.
+      num_micro: micro-batches of a padded `Batch`, run one after the other; divides P. A
+        `PackedBatch` has its own.
     """
+    scorer = _Scorer(policy, temperature, with_entropy=True)
 
-    def of_micro(params, micro: Batch):
-        return batch_log_probs(policy, params, micro, temperature=temperature)
-
-    def log_probs(params, batch: Batch):
-        micros = split_prompts(batch, num_micro)
-        parts = jax.lax.map(lambda micro: of_micro(params, micro), micros)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
+    def log_probs(params, batch: Batch | PackedBatch):
+        return scorer.batch(params, layout_of(batch, num_micro))
 
     return jax.jit(log_probs)
 
@@ -171,55 +185,73 @@ def make_update(
     num_micro: int = 1,
     temperature: float = 1.0,
     max_anchor_kl: float = 0.0,
+    with_entropy: bool = True,
 ) -> Callable:
     """The optimizer step, a jitted `(state, batch, scores, anchor_log_probs) -> (state, metrics)`.
 
     Args:
-      algorithm: `losses.Adpo`, `losses.Grpo` or `losses.Rloo`.
-      num_micro: micro-batches whose gradients are summed; divides the number of prompts.
+      algorithm: of `losses`, e.g. `losses.Adpo`.
+      num_micro: micro-batches of a padded `Batch`, whose gradients are summed; divides the number
+        of prompts. A `PackedBatch` has its own.
       temperature: of the sampler; the log-probs of the loss are tempered alike.
+      with_entropy: measure the policy's entropy; False spares a pass over the logits.
       max_anchor_kl: nats a token to the anchor beyond which the step is skipped; 0 for no limit.
 
     A step whose loss or gradient is not finite is skipped too: the state stays as it was and
     "update/skipped" is 1.
 
-    The returned function takes the state (donated), a `Batch` of P prompts, the scores of
-    `algorithm.score` for those prompts, and the anchor's log-probs [P, G, T], or None where the
-    anchor is the policy of this very step: then they are the policy's own, without gradient, and
-    cost no forward. `metrics` is a flat dict of float32 scalars, "update/tokens" the number of
-    completion tokens among them.
+    The returned function takes the state (donated), a batch of P prompts (a `PackedBatch` of
+    `packing.pack`, or a padded `Batch`), the scores of `algorithm.score` for those prompts, and the
+    anchor's log-probs [P, G, T], or None where the anchor is the policy of this very step: then
+    they are the policy's own, without gradient, and cost no forward. With log-probs given, a batch
+    whose micro-batches do not hold whole groups costs a forward before the gradient.
+    `metrics` is a flat dict of float32 scalars, "update/tokens" the number of completion tokens
+    among them.
     """
 
-    def micro_loss(trained, frozen, micro):
-        params = lora.join(trained, frozen)
-        batch, prepared, anchor_log_probs = micro
-        log_probs, entropy = batch_log_probs(policy, params, batch, temperature=temperature)
+    scorer = _Scorer(policy, temperature, with_entropy)
+    slope = jax.grad(algorithm.loss, has_aux=True)
+
+    def known_weights(params, layout: Layout, anchor_log_probs, prepared):
+        """d loss / d log-prob of every token, [P, G, T]; None: each micro-batch finds its own."""
+        mask = layout.batch.completion_mask_PGT
         if anchor_log_probs is None:
-            anchor_log_probs = jax.lax.stop_gradient(log_probs)
-        mask = batch.completion_mask_PGT
-        loss, metrics = algorithm.loss(log_probs, anchor_log_probs, mask, prepared)
-        return loss, metrics | _sampling_sums(log_probs, entropy, batch)
-
-    def update(state: TrainState, batch: Batch, scores, anchor_log_probs):
-        prepared = algorithm.normalise(scores, batch.completion_mask_PGT)
-        micros = split_prompts((batch, prepared, anchor_log_probs), num_micro)
-        trained, frozen = lora.split(state.params)
-        gradient = jax.grad(micro_loss, has_aux=True)
-
-        def add_micro(sums, micro):
-            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, micro)), None
-
-        if num_micro == 1:
-            grads, sums = gradient(trained, frozen, jax.tree.map(lambda x: x[0], micros))
+            log_probs = anchor_log_probs = jnp.zeros(mask.shape)  # only their difference counts
+        elif layout.has_whole_groups:
+            return None
         else:
-            first = jax.tree.map(lambda x: x[0], micros)
-            shapes = jax.eval_shape(gradient, trained, frozen, first)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, sums), _ = jax.lax.scan(add_micro, zeros, micros)
+            log_probs, _ = dataclasses.replace(scorer, with_entropy=False).batch(params, layout)
+        return slope(log_probs, anchor_log_probs, mask, prepared)[0]
+
+    def update(state: TrainState, batch: Batch | PackedBatch, scores, anchor_log_probs):
+        layout = layout_of(batch, num_micro)
+        mask = batch.completion_mask_PGT
+        prepared = algorithm.normalise(scores, mask)
+        weights = known_weights(state.params, layout, anchor_log_probs, prepared)
+        trained, frozen = lora.split(state.params)
+
+        def add_micro(sums, i):
+            def weights_of(log_probs):
+                # A group's weights follow from its own log-probs: those of others do not matter.
+                filled = layout.fill(anchor_log_probs, i, log_probs)
+                return slope(filled, anchor_log_probs, mask, prepared)[0]
+
+            if weights is None:
+                more = scorer.gradient_of(trained, frozen, layout.micro(i), weights_of)
+            else:
+                more = scorer.gradient(trained, frozen, layout.micro(i), weights)
+            grads, scored = more
+            return jax.tree.map(jnp.add, sums, grads), scored
+
+        grads, parts = layout.loop(add_micro, jax.tree.map(jnp.zeros_like, trained))
+        log_probs, entropy = jax.tree.map(layout.by_group, parts)
+        anchor = log_probs if anchor_log_probs is None else anchor_log_probs
+        _, metrics = algorithm.loss(log_probs, anchor, mask, prepared)
+        metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, batch)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         moved = optax.apply_updates(trained, updates)
-        metrics = _batch_metrics(sums) | {"update/grad_norm": optax.global_norm(grads)}
+        metrics["update/grad_norm"] = optax.global_norm(grads)
         sound = _is_sound(metrics, max_anchor_kl)
         trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
@@ -242,22 +274,16 @@ def _is_sound(metrics: dict[str, jax.Array], max_anchor_kl: float) -> jax.Array:
     return sound
 
 
-def _sampling_sums(log_probs, entropy, batch: Batch) -> dict[str, jax.Array]:
-    """Sums over tokens of what compares the trained policy with the sampler, without gradient."""
+def _sampling_metrics(log_probs, entropy, batch) -> dict[str, jax.Array]:
+    """Means over tokens of what compares the trained policy with the sampler."""
     mask = batch.completion_mask_PGT
-    log_probs, entropy = jax.lax.stop_gradient((log_probs, entropy))
+    tokens = jnp.sum(mask)
     log_ratio = jnp.where(mask > 0, log_probs - batch.sampler_log_probs_PGT, 0.0)
-    return {
-        "sum/tokens": jnp.sum(mask),
-        "sum/entropy": jnp.sum(jnp.where(mask > 0, entropy, 0.0)),
-        "sum/mismatch_kl": jnp.sum(groups.k3(-log_ratio)),
+    metrics = {
+        "rollout/mismatch_kl": jnp.sum(groups.k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
+        "update/tokens": tokens,
     }
-
-
-def _batch_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    tokens = jnp.maximum(sums["sum/tokens"], 1.0)
-    metrics = {name: value for name, value in sums.items() if not name.startswith("sum/")}
-    metrics["rollout/entropy"] = sums["sum/entropy"] / tokens
-    metrics["rollout/mismatch_kl"] = sums["sum/mismatch_kl"] / tokens
-    metrics["update/tokens"] = sums["sum/tokens"]
+    if entropy is not None:
+        total = jnp.sum(jnp.where(mask > 0, entropy, 0.0))
+        metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
     return metrics

@@ -101,12 +101,21 @@ def test_rloo_refuses_parameters_of_the_other_losses(key):
         parse("--config.algorithm.adv_estimator=rloo", f"--config.algorithm.{key}")
 
 
-def test_a_micro_batch_that_splits_a_group_is_refused_with_the_sizes_that_work():
-    config = parse("--config.trainer.per_device_train_batch_size=12")
+def test_a_micro_batch_of_rows_that_splits_a_group_is_refused_with_the_sizes_that_work():
+    rows = "--config.actor_rollout_ref.actor.layout=rows"
+    config = parse("--config.trainer.per_device_train_batch_size=12", rows)
     with pytest.raises(ValueError, match=r"whole groups of 8 .* these work: \[8, 16, 32"):
         batch_plan(config, num_shards=1)
-    config = parse("--config.trainer.per_device_train_batch_size=16")
+    config = parse("--config.trainer.per_device_train_batch_size=16", rows)
     assert batch_plan(config, num_shards=2).micro_prompts == 4
+
+
+def test_packed_micro_batches_have_any_size():
+    config = parse("--config.trainer.per_device_train_batch_size=3")
+    assert batch_plan(config, num_shards=2).micro_completions == 3
+    config = parse("--config.actor_rollout_ref.actor.layout=columns")
+    with pytest.raises(ValueError, match="actor.layout is one of"):
+        batch_plan(config, num_shards=1)
 
 
 def test_a_batch_that_does_not_spread_over_the_devices_is_refused():

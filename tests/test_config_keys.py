@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory):
 
 def learner(config):
     made = setup.make_learner(config, None, batch_plan(config, num_shards=1), num_steps=10)
-    return made.anchor, made.plan, made.seed, made.max_anchor_kl
+    return made.anchor, made.plan, made.seed, made.offload_optimizer, made.max_anchor_kl
 
 
 def rewards(config):
@@ -313,6 +313,10 @@ WALK = {
     f"{ACTOR}.optim.betas": ("(0.5, 0.6)", adamw),
     f"{ACTOR}.grad_clip": ("0.0", adamw),
     f"{ACTOR}.ppo_mini_batch_size": ("8", learner),
+    f"{ACTOR}.layout": ("rows", learner),
+    f"{ACTOR}.optimizer_offload": ("true", learner),
+    f"{ACTOR}.optim.mu_dtype": ("bfloat16", adamw),
+    "anchor.offload": ("true", learner),
     f"{ACTOR}.ppo_epochs": ("2", learner),
     f"{ROLLOUT}.temperature": ("0.7", sampling),
     f"{ROLLOUT}.top_p": ("0.9", sampling),

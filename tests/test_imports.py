@@ -15,10 +15,11 @@ ROAD = [
     "rewards data arithmetic redaction metrics trackers profiling progress",
     "config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
-    "attention lora model log_probs hf_families hf_config hf_tensors hf_weights hf policy",
+    "packing attention tile_attention lora model log_probs",
+    "hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
-    "update rollout recording filtering sft learner evaluation",
+    "layouts offload update rollout recording filtering sft learner evaluation",
     "loading pretrained serve setup train evaluate report adapters main",
 ]
 

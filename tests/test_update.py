@@ -7,12 +7,13 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import losses, optimizer, sharding, update
+from adpo_jax import losses, offload, optimizer, sharding, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.learner import Learner
 
 SGD = optax.sgd(1.0)
+SCHEDULE = optax.constant_schedule(1e-3)
 
 
 def step(policy, params, batch, rewards, *, num_micro=1, algorithm=None, anchor=None, put=None):
@@ -278,12 +279,61 @@ def test_the_state_keeps_its_layout_on_a_mesh():
     assert all(jax.tree.leaves(same))
 
 
-def test_an_update_compiles_once_a_run():
+def test_an_update_of_rows_compiles_once_a_run():
     policy, params = tiny.policy_and_params()
     learner = make_learner(policy, mini=4, epochs=2)
+    learner = dataclasses.replace(learner, plan=dataclasses.replace(learner.plan, layout="rows"))
     state = learner.init_state(params)
     for seed in range(3):
         batch, rewards = tiny.batch(seed=seed)
         state, _ = learner.learn(state, batch, rewards)
     assert learner._update._cache_size() == 1
     assert learner._log_probs._cache_size() == 1
+
+
+def test_state_that_waits_on_the_host_changes_nothing_but_its_place():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    states = []
+    for on_host in (False, True):
+        anchor = Anchor("ema", ema_alpha=0.5, offload=on_host)
+        adamw = optimizer.make_optimizer(SCHEDULE, weight_decay=0.1, grad_clip=1.0)
+        learner = dataclasses.replace(
+            make_learner(policy, anchor=anchor), optimizer=adamw, offload_optimizer=on_host
+        )
+        state = learner.init_state(jax.tree.map(jnp.copy, params))
+        for _ in range(2):
+            state, _ = learner.learn(state, batch, rewards)
+        states.append(state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    away = (states[1].opt_state, states[1].anchor_params)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(away)} == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(states[1].params)} == {"device"}
+
+
+def test_offload_is_refused_where_there_is_no_pinned_host_memory():
+    class Memory:
+        kind = "device"
+
+    class Device:
+        device_kind = "toaster"
+
+        def addressable_memories(self):
+            return [Memory()]
+
+    with pytest.raises(ValueError, match="anchor.offload needs a platform with pinned_host"):
+        offload.check(Device(), "anchor.offload")
+
+
+def test_the_first_moment_has_its_own_dtype_and_parameters_stay_float32():
+    policy, params = tiny.policy_and_params(dtype="bfloat16", param_dtype="float32")
+    adamw = optimizer.make_optimizer(SCHEDULE, weight_decay=0.1, grad_clip=1.0, mu_dtype="bfloat16")
+    learner = dataclasses.replace(make_learner(policy), optimizer=adamw)
+    batch, rewards = tiny.batch()
+    state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
+    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves((adam.nu, state.params))} == {jnp.dtype("float32")}
+    assert np.isfinite(metrics["update/grad_norm"])
+    with pytest.raises(ValueError, match="mu_dtype is float32 or bfloat16"):
+        optimizer.make_optimizer(SCHEDULE, weight_decay=0.1, grad_clip=1.0, mu_dtype="int8")

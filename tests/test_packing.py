@@ -1,0 +1,164 @@
+"""Packed streams with shared prompts give what padded rows give."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_update import assert_same, step
+
+from adpo_jax import losses, packing, sharding, update
+from adpo_jax.packing import pack
+from adpo_jax.policy import Policy
+
+
+def anchored(batch):
+    """Anchor log-probs that are not the policy's."""
+    rng = np.random.default_rng(1)
+    return rng.normal(-3.0, 0.3, batch.completion_mask_PGT.shape).astype(np.float32)
+
+
+@functools.cache
+def in_rows(anchor: bool):
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    anchor_log_probs = anchored(batch) if anchor else None
+    return step(policy, params, batch, rewards, algorithm=ALGORITHM, anchor=anchor_log_probs)
+
+
+ALGORITHM = losses.Adpo(drop_all_failed_prompts=True, beta_anchor_kl=0.1)
+
+
+@pytest.mark.parametrize(
+    ("cut", "anchor"),
+    [
+        ({}, False),
+        ({"completions_per_micro": 1}, True),  # groups of 4 split, a forward first
+        ({"completions_per_micro": 3}, False),
+        ({"completions_per_micro": 5, "whole_groups": True}, True),
+        ({"share_prompts": False, "completions_per_micro": 6}, False),
+    ],
+    ids=str,
+)
+def test_every_cut_gives_the_gradient_and_metrics_of_padded_rows(cut, anchor):
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    packed = pack(batch, tile=4, **cut)
+    found = step(
+        policy,
+        params,
+        packed,
+        rewards,
+        algorithm=ALGORITHM,
+        anchor=anchored(batch) if anchor else None,
+    )
+    assert_same(in_rows(anchor), found)
+
+
+# Windows of some layers, soft caps and a rope of its own a layer; a window of every layer.
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "window"])
+def test_windows_soft_caps_and_ropes_of_each_layer_are_those_of_padded_rows(family):
+    changes = {
+        "gemma2": {"windows": (None, 4), "attention_soft_cap": 1.5, "logit_soft_cap": 2.0},
+        "gemma3": {"windows": (3, None), "layer_ropes": (1, 0), "qk_norm": True},
+        "window": {"windows": (4, 4), "tie_embeddings": False},
+    }[family]
+    ropes = (tiny.Rope(), tiny.Rope(theta=100.0))
+    policy = Policy(tiny.model_config(ropes=ropes, **changes))
+    params = policy.init(jax.random.key(0))
+    batch, _ = tiny.batch(P=3)
+    weights = (
+        jnp.cos(jnp.arange(batch.completion_mask_PGT.size)) * batch.completion_mask_PGT.ravel()
+    )
+
+    def weighted(params, batch):
+        log_probs, entropy = update.make_log_probs(policy)(params, batch)
+        return weights @ (log_probs + 0.3 * entropy).ravel()
+
+    packed = pack(batch, tile=4, completions_per_micro=0)
+    wanted = jax.value_and_grad(weighted)(params, jax.tree.map(jnp.asarray, batch))
+    found = jax.value_and_grad(weighted)(params, jax.tree.map(jnp.asarray, packed))
+    assert_same(wanted, found, rtol=2e-5, atol=1e-5)
+
+
+def test_streams_on_eight_devices_give_what_one_device_gives():
+    batch, rewards = tiny.batch()
+    policy, params = tiny.policy_and_params()
+    mesh = sharding.make_mesh(2, 2, 2)
+    on_mesh = dataclasses.replace(policy, mesh=mesh)
+    layout = jax.tree.map(lambda s: s.sharding, on_mesh.abstract_params())
+    packed = pack(batch, num_shards=4, completions_per_micro=3, tile=4)
+    found = step(
+        on_mesh,
+        jax.device_put(params, layout),
+        packed,
+        rewards,
+        algorithm=ALGORITHM,
+        put=sharding.BatchSharding(mesh).put,
+    )
+    assert_same(in_rows(False), found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "save_dots"])
+def test_recomputing_changes_nothing(remat):
+    policy, params = tiny.policy_and_params(gradient_checkpointing=remat)
+    batch, rewards = tiny.batch()
+    found = step(policy, params, pack(batch, tile=4), rewards, algorithm=ALGORITHM)
+    assert_same(in_rows(False), found)
+
+
+def test_every_token_has_one_place_and_a_prompt_runs_once():
+    batch, _ = tiny.batch()
+    packed = pack(batch, completions_per_micro=4, whole_groups=True, tile=4)
+    real = batch.completion_mask_PGT > 0
+    assert (packed.slots_PGT >= 0).tolist() == real.tolist()
+    assert len(set(packed.slots_PGT[real])) == real.sum()
+    targets = packed.micro.targets.reshape(-1)[packed.slots_PGT[real]]
+    np.testing.assert_array_equal(targets, batch.tokens_PGS[:, :, -6:][real])
+    prompt_tokens = batch.attention_mask_PGS[:, 0, :-6].sum() - len(batch.tokens_PGS)
+    assert np.count_nonzero(packed.micro.segments) == prompt_tokens + real.sum()
+
+
+def ragged(P=32, G=8, T=512, mean=120.0, seed=0):
+    """Lengths as on GSM8K: prompts around 70 tokens, completions around 120, few at the limit."""
+    rng = np.random.default_rng(seed)
+    prompt_lengths = np.clip(rng.lognormal(np.log(70), 0.4, P), 20, 255).astype(int)
+    lengths = np.clip(rng.lognormal(np.log(mean), 0.5, (P, G)), 8, T).astype(int)
+    mask = np.zeros((P, G, 256 + T), np.int32)
+    for p in range(P):
+        mask[p, :, 256 - prompt_lengths[p] : 256] = 1
+        for g in range(G):
+            mask[p, g, 256 : 256 + lengths[p, g]] = 1
+    floats = mask[:, :, 256:].astype(np.float32)
+    return packing.Batch(np.ones_like(mask), mask, floats, floats)
+
+
+@pytest.mark.parametrize("micro", [0, 8, 16, 64])
+def test_padding_stays_under_a_tenth_on_lengths_like_those_of_gsm8k(micro):
+    batches = [ragged(seed=seed) for seed in range(4)]
+    assert min(batch.padding_frac for batch in batches) > 0.6
+    fracs = [pack(batch, completions_per_micro=micro).padding_frac for batch in batches]
+    assert np.mean(fracs) < 0.1
+
+
+def test_sizes_are_few_so_that_few_updates_are_compiled():
+    shapes = {
+        tuple(x.shape for x in pack(ragged(seed=seed), completions_per_micro=32).micro)
+        for seed in range(24)
+    }
+    assert len(shapes) <= 10
+
+
+def test_what_cannot_be_laid_out_is_refused():
+    batch, _ = tiny.batch()
+    with pytest.raises(ValueError, match="does not hold a group of 4"):
+        pack(batch, completions_per_micro=3, whole_groups=True)
+    with pytest.raises(ValueError, match="do not spread over 3 streams"):
+        pack(batch, num_shards=3)
+    tokens = batch.tokens_PGS.copy()
+    tokens[0, 1, 4] += 1
+    with pytest.raises(ValueError, match="different prompts"):
+        pack(batch._replace(tokens_PGS=tokens))
