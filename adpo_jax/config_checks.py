@@ -33,6 +33,7 @@ _NEEDS = (
         "anchor.mode=kl_triggered",
         lambda c: c.anchor.mode == "kl_triggered",
     ),
+    ("anchor.offload", "an anchor.mode that keeps one", lambda c: c.anchor.mode != "on_policy"),
     *(
         (
             f"algorithm.adaptive_tau_{key}",

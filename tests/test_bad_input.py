@@ -144,8 +144,9 @@ CONFIG = {
     "a batch of none": ("data.train_batch_size=0", "train_batch_size is at least 1"),
     "a batch below none": ("data.train_batch_size=-8", "train_batch_size is at least 1"),
     "mini-batches that do not divide": (f"{ACTOR}.ppo_mini_batch_size=5", "must divide"),
-    "a micro-batch that splits groups": (
-        "trainer.per_device_train_batch_size=12",
+    "a layout": (f"{ACTOR}.layout=columns", "actor.layout is one of"),
+    "a micro-batch of rows that splits groups": (
+        (f"{ACTOR}.layout=rows", "trainer.per_device_train_batch_size=12"),
         "these work: [8, 16, 32",
     ),
     "no epochs over a batch": (f"{ACTOR}.ppo_epochs=0", "ppo_epochs is at least 1"),
@@ -156,6 +157,7 @@ CONFIG = {
     "ema_alpha": (("anchor.mode=ema", "anchor.ema_alpha=2"), "ema_alpha is in [0, 1]"),
     "kl_threshold": (("anchor.mode=kl_triggered", "anchor.kl_threshold=0"), "kl_threshold is > 0"),
     "ema_alpha without effect": ("anchor.ema_alpha=0.5", "no effect without anchor.mode=ema"),
+    "offload without effect": ("anchor.offload=true", "no effect without an anchor.mode"),
     "kl_threshold without effect": ("anchor.kl_threshold=1", "without anchor.mode=kl_triggered"),
     "adaptive tau without effect": (
         ("algorithm.use_adaptive_tau=false", "algorithm.adaptive_tau_alpha=0.9"),

@@ -316,7 +316,7 @@ WALK = {
     f"{ACTOR}.layout": ("rows", learner),
     f"{ACTOR}.optimizer_offload": ("true", learner),
     f"{ACTOR}.optim.mu_dtype": ("bfloat16", adamw),
-    "anchor.offload": ("true", learner),
+    "anchor.offload": ("true", learner, "--config.anchor.mode=ema"),
     f"{ACTOR}.ppo_epochs": ("2", learner),
     f"{ROLLOUT}.temperature": ("0.7", sampling),
     f"{ROLLOUT}.top_p": ("0.9", sampling),
