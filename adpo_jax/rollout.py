@@ -98,7 +98,8 @@ def generate_and_grade(
 
     started = time.perf_counter()
     overlap = {"on_group_done": submit} if reward_model.has_workers else {}
-    out = engine.generate(params, prompts.token_ids, sampling, key, **overlap)
+    with jax.profiler.TraceAnnotation("rollout"):
+        out = engine.generate(params, prompts.token_ids, sampling, key, **overlap)
     decoded = time.perf_counter()
     try:
         if reward_model.has_workers:

@@ -44,7 +44,7 @@ class WandbWriter(Writer):
 
 
 class MlflowWriter(Writer):
-    """MLflow; records to MLFLOW_TRACKING_URI, or to the working folder where that is not set."""
+    """MLflow; records to MLFLOW_TRACKING_URI, or where MLflow itself chooses."""
 
     def __init__(self, workdir: Path, project: str, name: str):
         mlflow = _tracker("mlflow")
