@@ -182,6 +182,8 @@ def test_eight_devices_train_like_one(tmp_path, request, reward_file):
     request.getfixturevalue("one_device")
     train(parse(*overrides, "--config.mesh.tensor=1"), tmp_path / "one")
     for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "one"), strict=True):
+        for row in (eight, one):
+            row.pop("update/padding_frac", None)  # four streams are padded to the longest
         assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
