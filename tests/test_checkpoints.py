@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, the saved bits or known to be damaged, kept by age and value."""
 
+import gc
 import resource
 import shutil
 import signal
@@ -16,6 +17,12 @@ from adpo_jax.sharding import make_mesh
 
 # orbax leaves the coroutines of a restore that failed to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.collect()  # here, where it is ignored, not at the end of the session
 
 
 def state(value):
