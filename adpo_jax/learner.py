@@ -145,7 +145,8 @@ class Learner:
           share of its optimizer steps that were not sound and left the parameters as they were.
         """
         step, started = int(state.step), time.perf_counter()
-        anchor_log_probs, entropy_P = self._anchor_forward(state, batch)
+        with jax.profiler.TraceAnnotation("anchor"):
+            anchor_log_probs, entropy_P = self._anchor_forward(state, batch)
         anchored = time.perf_counter()
         kwargs = {"policy_entropy_P": entropy_P} if self._tau_follows_entropy else {}
         scores = jax.device_get(self.algorithm.score(jnp.asarray(rewards_PG), **kwargs))
@@ -163,8 +164,10 @@ class Learner:
                 # The loop over packed micro-batches, which has all the products, counts once.
                 turns = int(mini.num_micro_B[0]) if isinstance(mini, PackedBatch) else 1
                 flops += turns * profiling.program_flops(self._update, state, *part)
-            state, metrics = self._update(state, *part)
-            history.append(jax.device_get(metrics) | {"update/padding_frac": mini.padding_frac})
+            with jax.profiler.TraceAnnotation("update"):
+                state, metrics = self._update(state, *part)
+                metrics = jax.device_get(metrics)
+            history.append(metrics | {"update/padding_frac": mini.padding_frac})
         seconds = time.perf_counter() - anchored
         metrics = _iteration_metrics(history, self.plan.epochs)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
@@ -182,6 +185,10 @@ class Learner:
         state = state.replace(step=state.step + 1, anchor_params=anchor_params)
         return self._put_away(state), metrics
 
+    def log_probs(self, params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probs and entropies [P, G, T] float32 of a batch's completions, on the host."""
+        return jax.device_get(self._log_probs(params, self.put(self.laid_out(batch))))
+
     def _anchor_forward(self, state: TrainState, batch: Batch):
         """Anchor log-probs [P, G, T] and mean token entropy [P] over log V; None where unneeded."""
         if not self.needs_anchor_forward:
@@ -189,7 +196,7 @@ class Learner:
         if self.anchor.offload:
             state = state.replace(anchor_params=offload.to_device(state.anchor_params))
         params = state.anchor if self.anchor.keeps_params else state.params
-        log_probs, entropy = jax.device_get(self._log_probs(params, self.put(self.laid_out(batch))))
+        log_probs, entropy = self.log_probs(params, batch)
         mask = batch.completion_mask_PGT
         tokens_P = np.maximum(mask.sum((1, 2)), 1.0)
         entropy_P = (entropy * mask).sum((1, 2)) / tokens_P

@@ -246,11 +246,13 @@ def make_update(
         grads, parts = layout.loop(add_micro, jax.tree.map(jnp.zeros_like, trained))
         log_probs, entropy = jax.tree.map(layout.by_group, parts)
         anchor = log_probs if anchor_log_probs is None else anchor_log_probs
-        _, metrics = algorithm.loss(log_probs, anchor, mask, prepared)
+        with jax.named_scope("loss"):
+            _, metrics = algorithm.loss(log_probs, anchor, mask, prepared)
         metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, batch)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        moved = optax.apply_updates(trained, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            moved = optax.apply_updates(trained, updates)
         metrics["update/grad_norm"] = optax.global_norm(grads)
         sound = _is_sound(metrics, max_anchor_kl)
         trained, opt_state = jax.tree.map(

@@ -93,7 +93,7 @@ class MeasuringLearner(Learner):
 
     def learn(self, state, batch, rewards_PG):
         """As `Learner.learn`, with E[log policy - log start] of a whole completion, nats."""
-        log_probs, _ = jax.device_get(self._log_probs(self.start_params, self.put(batch)))
+        log_probs, _ = self.log_probs(self.start_params, batch)
         log_ratio = (batch.sampler_log_probs_PGT - log_probs) * batch.completion_mask_PGT
         state, metrics = super().learn(state, batch, rewards_PG)
         return state, metrics | {START_KL: float(log_ratio.sum(-1).mean())}

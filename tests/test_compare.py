@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_report import make_run
 
@@ -44,3 +45,29 @@ def test_methods_are_compared_seed_by_seed(compare, tmp_path):
     assert "never |" in lines[2]
     assert lines[4].startswith("| b less a | 2 | 0 ± 0 | 0.25 ± ")
     assert lines[4].endswith(" 150 ± 0 |")
+
+
+@pytest.mark.slow
+def test_methods_start_from_the_same_weights_and_see_the_same_prompts(compare, tmp_path):
+    tiny = {
+        "sft.steps": 2,
+        "sft.batch_size": 8,
+        "sft.lr_warmup_steps": 0,
+        "data.train_batch_size": 8,
+        "data.max_response_length": 6,
+        "data.max_val_samples": 8,
+        "algorithm.num_generations": 2,
+        "trainer.total_training_steps": 2,
+        "trainer.log_samples_freq": 1,
+    }
+    start = compare["common_start"]("configs/arithmetic.py", tmp_path / "start", tiny, 3)
+    first = {}
+    for method in ("adpo", "rloo"):
+        folder = tmp_path / method
+        changes = tiny | compare["METHODS"][method]
+        compare["run"]("configs/arithmetic.py", folder, start, changes, 3)
+        found = Run.read(folder)
+        assert found.series(compare["START_KL"])[1] == pytest.approx(0.0, abs=1e-4)
+        assert np.isfinite(found.series(compare["START_KL"])[2])
+        first[method] = (folder / "samples" / "train_000001.jsonl").read_text()
+    assert first["adpo"] == first["rloo"]
