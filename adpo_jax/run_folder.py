@@ -310,12 +310,11 @@ def _may_change(key: str) -> bool:
 
 def _filled(there: dict, defaults: dict) -> dict:
     """`there` with the keys that it lacks."""
-    return {
-        key: _filled(there[key], value)
-        if isinstance(there.get(key), dict) and isinstance(value, dict) and value
-        else there.get(key, value)
-        for key, value in (defaults | there).items()
-    }
+    filled = defaults | there
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(there.get(key), dict):
+            filled[key] = _filled(there[key], default) if default else there[key]
+    return filled
 
 
 def _differences(there: dict, here: dict, prefix: str = "") -> dict[str, str]:
