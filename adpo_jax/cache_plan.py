@@ -11,6 +11,7 @@ import os
 
 import jax
 
+from adpo_jax.chips import chip_of
 from adpo_jax.kv_cache import CacheLayout
 from adpo_jax.schedule import column_buckets, length_bucket
 
@@ -46,6 +47,11 @@ def memory_budget(utilization: float, device: jax.Device) -> tuple[int, str]:
     On GPUs and TPUs: utilization x the device's memory, less what is in use. On a CPU: utilization
     x the memory that is free, shared by the devices simulated on it.
     """
+    if device.platform != "cpu" and device.client is not jax.local_devices()[0].client:
+        chip = chip_of(device)  # of a topology that is not there
+        if chip is None:
+            raise ValueError(f"the memory of a {device.device_kind} is not known; see chips.py")
+        return int(utilization * chip.memory), f"{utilization} x {readable(chip.memory)}"
     stats = device.memory_stats()
     if device.platform != "cpu" and stats and "bytes_limit" in stats:
         limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)

@@ -145,6 +145,9 @@ def _rollout() -> dict:
         "top_p": 1.0,  # keep the fewest tokens with this mass; 1 for all
         "top_k": -1,  # -1 for all tokens
         "min_p": 0.0,  # drop tokens less likely than this share of the likeliest
+        # Devices that a copy of the parameters is split over while sampling, within one process; 0
+        # for as many as mesh.tensor, up to what a process has.
+        "tensor_model_parallel_size": 0,
         "num_slots": 0,  # completions decoded at once; 0 for as many as fit (64 on a CPU)
         "cache_dtype": "",  # of keys and values: float32 | bfloat16 | int8; "" for that of compute
         "attention": "auto",  # decode kernel: auto | xla | pallas_tpu | pallas_gpu

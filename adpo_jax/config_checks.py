@@ -125,6 +125,7 @@ def validate(config: ConfigDict) -> None:
             "actor_rollout_ref.model.lora_rank": 0,
             "eval.n": 0,
             "eval.max_tokens": 0,
+            "actor_rollout_ref.rollout.tensor_model_parallel_size": 0,
             "sft.lr": 0,
             "sft.lr_warmup_steps": 0,
             "sft.weight_decay": 0,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adpo_jax import kernels, kv_cache, sampling
+from adpo_jax import kernels, kv_cache, sampling, sharding
 from adpo_jax.kv_cache import KV, CacheLayout, View
 from adpo_jax.lora import merged_layer
 from adpo_jax.model import fused_layer
@@ -83,22 +83,25 @@ class Verbs:
         """Parameters as decoding wants them.
 
         In the dtype of the computation, so that no step reads them in a wider one; norms stay as
-        they are, and so does the arithmetic. Unstacked and fused where layers run one by one, and
-        then adapters are merged into that copy, in float32; elsewhere they stay beside their
-        weights, which no copy is made of.
+        they are, and so does the arithmetic. On the mesh of the rollout. Unstacked and fused where
+        layers run one by one, and then adapters are merged into that copy, in float32; elsewhere
+        they stay beside their weights. What needs no change is not copied.
         """
-        narrower = jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype)
-        # Nothing to change: no second copy.
-        return self._loaded(params) if narrower or not self.layout.stacked else params
+        if jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype):
+            params = self._cast(params)
+        if self.policy.mesh is not None:
+            params = sharding.move(params, self.policy.shardings(params))
+        return params if self.layout.stacked else self._unstacked(params)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _loaded(self, params):
+    def _cast(self, params):
         def cast(path, leaf):
             return leaf if path[-1].key.endswith("norm") else leaf.astype(self.policy.dtype)
 
-        params = jax.tree_util.tree_map_with_path(cast, params)
-        if self.layout.stacked:
-            return params
+        return jax.tree_util.tree_map_with_path(cast, params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _unstacked(self, params):
         layers = params["layers"]
         each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(self.layout.num_layers)]
         if self.policy.lora and self.policy.dtype == jnp.float32:
@@ -111,7 +114,20 @@ class Verbs:
                 params["head"] = params["embed"].T
         return params
 
+    def abstract_params(self):
+        """The shapes and layout of what `load_params` returns."""
+        params = self.policy.abstract_params()
+        dtypes = jax.eval_shape(self._cast, params)
+        params = jax.tree.map(
+            lambda p, d: jax.ShapeDtypeStruct(p.shape, d.dtype, sharding=p.sharding), params, dtypes
+        )
+        return params if self.layout.stacked else _abstract_result(Verbs._unstacked, self, params)
+
     # --- the state
+
+    def abstract_state(self, *sizes: int) -> DecodeState:
+        """The shapes and layout of `init_decode_state`'s result."""
+        return _abstract_result(Verbs.init_decode_state, self, *sizes)
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
     def init_decode_state(
@@ -310,7 +326,9 @@ class Verbs:
             prefix_length=state.prefix.lengths,
         )
         config, axes = self.policy.config, layout.column_axes()
-        attend_part = kernels.attend_part(self.attention, layout, config.attention_soft_cap)
+        attend_part = kernels.attend_part(
+            self.attention, layout, config.attention_soft_cap, self.policy.mesh
+        )
 
         def attend(q, k, v, layer, own):
             own = kv_cache.write_layer(own, layer.index, layout.pack(k, v), axes, state.column)
@@ -411,3 +429,13 @@ class Verbs:
         slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)
         return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
+
+
+def _abstract_result(jitted, *args):
+    """The shapes and layout of a jitted function's result."""
+    lowered = jitted.lower(*args)
+    return jax.tree.map(
+        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
+        lowered.out_info,
+        lowered.compile().output_shardings,
+    )

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from adpo_jax import cache_plan, kernels
 from adpo_jax import schedule as schedule_lib
 from adpo_jax.decode import DecodeState, Verbs
-from adpo_jax.generation import Generation, GroupOutput
+from adpo_jax.generation import PREFILL_TOKENS, Generation, GroupOutput
 from adpo_jax.kv_cache import CacheLayout
 from adpo_jax.policy import Policy
 from adpo_jax.sampling import SamplingParams
@@ -60,6 +60,20 @@ class RolloutOutput:
     finish_reason: np.ndarray
     full_log_probs: np.ndarray | None
     stats: dict[str, int]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["RolloutOutput"]) -> "RolloutOutput":
+        """The prompts of all parts, in their order; counts are summed."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def joined(name):
+            arrays = [getattr(part, name) for part in parts]
+            return None if arrays[0] is None else np.concatenate(arrays)
+
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "stats"]
+        stats = {name: sum(part.stats[name] for part in parts) for name in parts[0].stats}
+        return cls(**{name: joined(name) for name in names}, stats=stats)
 
 
 class Engine:
@@ -99,9 +113,10 @@ class Engine:
     ):
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
-        num_devices = 1 if policy.mesh is None else policy.mesh.size
-        layout = _layout(policy, cache_dtype, attention)
-        attention = kernels.resolve(attention, layout, num_devices)
+        device = _device(policy)
+        on_cpu = device.platform == "cpu"
+        layout = _layout(policy, cache_dtype, attention, on_cpu)
+        attention = kernels.resolve(attention, layout, device.platform)
         self.policy = policy
         self.verbs = Verbs(policy, layout, attention)
         self.max_prompt_length = max_prompt_length
@@ -116,9 +131,8 @@ class Engine:
         self.shards, splits = _splits(policy)
         budget, budget_text = None, ""
         if gpu_memory_utilization is not None:
-            device = jax.local_devices()[0]
             budget, budget_text = cache_plan.memory_budget(gpu_memory_utilization, device)
-        default = DEFAULT_CPU_SLOTS if _on_cpu() else cache_plan.MAX_SLOTS
+        default = DEFAULT_CPU_SLOTS if on_cpu else cache_plan.MAX_SLOTS
         self.plan = cache_plan.plan(
             layout,
             max_prompt_length=max_prompt_length,
@@ -136,10 +150,36 @@ class Engine:
         self.most_rows = None if budget is None else self.plan.rows
         # A smaller batch makes a step faster where arithmetic is the bottleneck, and hardly where
         # reading the weights is.
-        fractions = SLOT_FRACTIONS if _on_cpu() else ()
+        fractions = SLOT_FRACTIONS if on_cpu else ()
         self.slot_sizes = schedule_lib.slot_buckets(
             self.num_slots, fractions, self.shards, MIN_SLOTS
         )
+
+    @property
+    def prefill_rows(self) -> int:
+        """The most prompts of full length that are prefilled at once."""
+        length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
+        return cache_plan.up_to_multiple(max(1, PREFILL_TOKENS // length), self.shards)
+
+    def lower(self, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+        """The programs "prefill" and "decode" at their largest sizes, from shapes alone."""
+        n, verbs, multiple = sampling.n, self.verbs, self.shards
+        length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
+        columns = schedule_lib.column_buckets(self.max_response_length, self.column_stages)[-1]
+        rows = cache_plan.up_to_multiple(cache_plan.prefix_rows(self.num_slots, n), multiple)
+        rows = min(rows, self.most_rows or rows)
+        params = verbs.abstract_params()
+        state = verbs.abstract_state(self.num_slots, columns, rows, length, n)
+        tokens = jax.ShapeDtypeStruct((self.prefill_rows, length), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
+        return {
+            "prefill": Verbs.prefill.lower(verbs, params, tokens, lengths),
+            "decode": Verbs.generate.lower(
+                verbs, params, state, knobs, sampling.method, self.steps_per_dispatch, count, count
+            ),
+        }
 
     def free_cache(self):
         """Gives the memory of a kept cache back."""
@@ -257,14 +297,15 @@ class Engine:
         return checked
 
 
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
+def _device(policy: Policy) -> jax.Device:
+    """One of the devices of the rollout."""
+    return jax.local_devices()[0] if policy.mesh is None else policy.mesh.devices.flat[0]
 
 
-def _layout(policy: Policy, cache_dtype: Any, attention: str) -> CacheLayout:
+def _layout(policy: Policy, cache_dtype: Any, attention: str, on_cpu: bool) -> CacheLayout:
     """How this model's cache lies for the attention that will run here."""
     c = policy.config
-    plain_on_cpu = _on_cpu() and attention in ("auto", "xla")
+    plain_on_cpu = on_cpu and attention in ("auto", "xla")
     return CacheLayout(
         num_layers=c.num_layers,
         num_kv_heads=c.num_kv_heads,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from adpo_jax.engine import Engine
+from adpo_jax import distributed
+from adpo_jax.engine import Engine, RolloutOutput
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rewards.extract import find_answer
 from adpo_jax.rollout import Prompts, decode_completions
@@ -144,11 +145,16 @@ class _Graded:
 
 
 def _graded(engine, params, prompts: Prompts, tokenizer, sampling, reward_model) -> _Graded:
-    out = engine.generate(params, prompts.token_ids, sampling, jax.random.key(0))
-    texts = decode_completions(tokenizer, out)
-    columns = prompts.repeated_columns(sampling.n)
-    columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
-    rewards = reward_model.score(texts, columns).total
+    mine = prompts.select(distributed.own_rows(len(prompts)))
+    out = engine.generate(params, mine.token_ids, sampling, jax.random.key(0))
+    with distributed.fail_together():
+        texts = decode_completions(tokenizer, out)
+        columns = mine.repeated_columns(sampling.n)
+        columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
+        rewards = reward_model.score(texts, columns).total
+    outs, texts, rewards = zip(*distributed.all_gather((out, texts, rewards)))
+    out, rewards = RolloutOutput.concatenate(outs), np.concatenate(rewards)
+    texts = [text for part in texts for text in part]
     n = sampling.n
     return _Graded(
         prompts,

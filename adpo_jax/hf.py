@@ -65,6 +65,24 @@ def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOA
         ) from error
 
 
+def find_config(name: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of a local folder or a hub name; of the latter no other file is downloaded.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or folder.exists() or str(name).count("/") != 1:
+        return read_json(find_folder(name) / "config.json")
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(str(name), "config.json")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"there is no folder {name!r}, and the Hugging Face hub gives no config.json of that "
+            f"name: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError naming the file where there is none."""
     try:

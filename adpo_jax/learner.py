@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import lora, losses, offload, profiling, update
+from adpo_jax import distributed, lora, losses, offload, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.packing import Batch, PackedBatch, pack
@@ -187,7 +187,30 @@ class Learner:
 
     def log_probs(self, params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs and entropies [P, G, T] float32 of a batch's completions, on the host."""
-        return jax.device_get(self._log_probs(params, self.put(self.laid_out(batch))))
+        return distributed.fetch(self._log_probs(params, self.put(self.laid_out(batch))))
+
+    def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
+        """The programs of `learn`, from shapes alone: "update", and "anchor" where it is needed.
+
+        Args:
+          batch: of an iteration, as for `learn`; only its shapes matter.
+        """
+        state, mask = self.abstract_state(), batch.completion_mask_PGT
+        kwargs, lowered, anchor_log_probs = {}, {}, None
+        if self._tau_follows_entropy:
+            kwargs = {"policy_entropy_P": np.zeros(mask.shape[:1], np.float32)}
+        if self.needs_anchor_forward:
+            anchor_log_probs = np.zeros_like(mask)
+            whole = self._abstract(self.laid_out(batch))
+            lowered["anchor"] = self._log_probs.lower(state.params, whole)
+        scores = jax.device_get(self.algorithm.score(jnp.zeros(mask.shape[:2]), **kwargs))
+        part = (batch, scores, anchor_log_probs)
+        mini, *others = jax.tree.map(lambda x: x[: self.plan.mini_prompts], part)
+        mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
+        return lowered | {"update": self._update.lower(state, *self._abstract((mini, *others)))}
+
+    def _abstract(self, tree):
+        return BatchSharding(self.policy.mesh).abstract(tree)
 
     def _anchor_forward(self, state: TrainState, batch: Batch):
         """Anchor log-probs [P, G, T] and mean token entropy [P] over log V; None where unneeded."""

@@ -80,6 +80,19 @@ def _find_lora(model: ConfigDict) -> tuple[Lora | None, Path | None]:
     return Lora(model.lora_rank, model.lora_alpha, parse_targets(model.lora_target_modules)), None
 
 
+def find_architecture(config: ConfigDict) -> ModelSource:
+    """The model's config.json and nothing else of it: no tokenizer, no weights.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    model = config.actor_rollout_ref.model
+    if model.path == arithmetic.NAME:
+        return find_model(config)
+    hf_config = hf.find_config(model.path) | model.hf_config.to_dict()
+    return ModelSource(None, hf_config, (), (0,), True, *_find_lora(model))
+
+
 def _load_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 

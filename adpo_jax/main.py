@@ -14,7 +14,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.config_checks import check_overrides
-from adpo_jax.exit_codes import DISK_ERROR, INTERRUPTED, STOPPED, USER_ERROR
+from adpo_jax.exit_codes import (
+    DISK_ERROR,
+    DOES_NOT_FIT,
+    HOST_LOST,
+    INTERRUPTED,
+    STOPPED,
+    USER_ERROR,
+)
 from adpo_jax.host_memory import use_huge_pages
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
@@ -29,6 +36,18 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 _REPLAY = flags.DEFINE_string(
     "replay", None, "a folder of recorded rollouts to train from, in place of a sampler"
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "one process a host; found out where not given (TPU pod, SLURM, JAX_*)"
+)
+_HOST_TIMEOUT_S = flags.DEFINE_integer(
+    "host_timeout_s", 100, "seconds after which a host that is lost stops the others", lower_bound=5
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "compile the steps from shapes alone and say what they need; run nothing"
+)
+_DRY_RUN_TOPOLOGY = flags.DEFINE_string(
+    "dry_run_topology", "", "a dry run for a TPU slice that is not there, such as v5e:2x4"
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 
@@ -47,12 +66,20 @@ def main(argv: list[str]) -> int:
         return _failed("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
     # After the flags, so that --help is quick.
-    from adpo_jax import compilation_cache, setup, train
+    import jax
+
+    from adpo_jax import compilation_cache, distributed, setup, train
     from adpo_jax.checkpoints import CheckpointError
     from adpo_jax.guard import TrainingStopped
     from adpo_jax.interruption import Interrupted
     from adpo_jax.rewards import RewardError
 
+    if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
+        return _dry_run(config)
+    try:
+        distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
+    except ValueError as error:
+        return _failed(error)
     with setup.make_interruption(config) as interruption:
         try:
             with interruption.abandonable():
@@ -78,7 +105,31 @@ def main(argv: list[str]) -> int:
             return _failed(error, DISK_ERROR)
         except Interrupted:
             return INTERRUPTED
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            _failed(
+                "another host has stopped or cannot be reached; the last checkpoint is whole, and "
+                f"the same command goes on from it. What was seen here: {error}"
+            )
+            os._exit(HOST_LOST)  # leaving in good order would wait for the other host
     return 0
+
+
+def _dry_run(config: ConfigDict) -> int:
+    """Prints what the run would need; the exit code says whether it fits."""
+    import jax
+
+    from adpo_jax import dry_run
+
+    if _DRY_RUN_TOPOLOGY.value:
+        jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is not asked
+    try:
+        report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
+    except ValueError as error:
+        return _failed(error)
+    print("\n".join(report.lines()))
+    return 0 if report.fits else DOES_NOT_FIT
 
 
 def default_workdir(config: ConfigDict) -> Path:

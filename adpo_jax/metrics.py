@@ -177,9 +177,19 @@ class Writers(metric_writers.MultiWriter):
 
 
 def make_writer(
-    workdir: Path, purge_step: int | None = None, *others: metric_writers.MetricWriter
+    workdir: Path,
+    purge_step: int | None = None,
+    *others: metric_writers.MetricWriter,
+    writes: bool = True,
 ) -> Writers:
-    """The writer of a run folder: `metrics.jsonl`, `tensorboard/`, and `others`."""
+    """The writer of a run folder: `metrics.jsonl`, `tensorboard/`, and `others`.
+
+    Args:
+      purge_step: rows of this step and later ones, from an earlier run, are taken back.
+      writes: False for a process that leaves writing to another.
+    """
+    if not writes:
+        return Writers([])
     return Writers(
         [
             JsonlWriter(workdir / "metrics.jsonl", purge_step),

@@ -229,12 +229,24 @@ class Policy:
         if self.mesh is None:
             return shapes
         return jax.tree.map(
-            lambda s, axes: jax.ShapeDtypeStruct(
-                s.shape, s.dtype, sharding=sharding.named_sharding(self.mesh, axes, s.shape)
-            ),
+            lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
             shapes,
-            logical_axes(shapes),
+            self.shardings(shapes),
         )
+
+    def shardings(self, params):
+        """How a parameter tree (arrays or their shapes) lies on the policy's mesh."""
+        return jax.tree.map(
+            lambda x, axes: sharding.named_sharding(self.mesh, axes, x.shape),
+            params,
+            logical_axes(params),
+        )
+
+    def constrained(self, params):
+        """Pins the layout of a parameter tree (gradients too) inside jit."""
+        if self.mesh is None or self.mesh.size == 1:
+            return params
+        return jax.lax.with_sharding_constraint(params, self.shardings(params))
 
     def init(self, key: jax.Array):
         """Random parameters, born in their sharded layout."""

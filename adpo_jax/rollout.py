@@ -59,6 +59,18 @@ class GradedRollout:
     seconds: tuple[float, float]
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["GradedRollout"]) -> "GradedRollout":
+        """The rollouts of several processes as one; the slowest says how long they took."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            out=RolloutOutput.concatenate([part.out for part in parts]),
+            completions=[text for part in parts for text in part.completions],
+            scores=Scores.concatenate([part.scores for part in parts]),
+            seconds=tuple(max(seconds) for seconds in zip(*(part.seconds for part in parts))),
+        )
+
 
 def decode_completions(tokenizer, out: RolloutOutput | GroupOutput) -> list[str]:
     """The completions as text, a prompt's side by side, without special tokens."""

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.num_slots",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "custom_reward_function.num_workers",
     "custom_reward_function.on_timeout",
     "custom_reward_function.timeout_s",
@@ -75,10 +76,12 @@ class RunFolder:
 
     Args:
       root: the folder; made by `claim`.
+      writes: whether this process claims the folder and writes there; of several, one does.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, *, writes: bool = True):
         self.root = Path(root)
+        self.writes = writes
         self._release = None
 
     @property
@@ -132,6 +135,8 @@ class RunFolder:
 
     def note_export(self, step: int) -> None:
         """Notes which state the export is of; the note goes when the folder is replaced."""
+        if not self.writes:
+            return
         self._export_note.write_text(json.dumps({"iterations": step}) + "\n")
 
     @property
@@ -183,6 +188,8 @@ class RunFolder:
           ValueError: as `check`, or for a folder that cannot be written or that another process
             holds; nothing is written then.
         """
+        if not self.writes:
+            return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._hold()
@@ -215,11 +222,15 @@ class RunFolder:
 
     def write_environment(self, environment: dict) -> None:
         """Writes what this part of the run runs on."""
+        if not self.writes:
+            return
         text = json.dumps(environment, indent=2) + "\n"
         _replace(self.root / "environment.json", text.encode())
 
     def write_samples(self, name: str, rows: list[dict]) -> None:
         """Writes `samples/<name>.jsonl`."""
+        if not self.writes:
+            return
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
         # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
         text = "".join(line + "\n" for line in lines)

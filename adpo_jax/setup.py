@@ -87,6 +87,8 @@ def build(config: ConfigDict) -> Parts:
     train_prompts = loading.load_prompts(
         config, source.tokenizer, config.data.train_files, split="train"
     )
+    val_prompts = loading.load_val_prompts(config, source.tokenizer)
+    _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
     reward_model = make_reward_model(config)
     return Parts(
@@ -95,7 +97,7 @@ def build(config: ConfigDict) -> Parts:
         tokenizer=source.tokenizer,
         cold_start=make_cold_start(config, source) if config.sft.steps else None,
         train_prompts=train_prompts,
-        val_prompts=loading.load_val_prompts(config, source.tokenizer),
+        val_prompts=val_prompts,
         eval_settings=make_eval_settings(config, source.stop_token_ids),
         eval_reward_model=make_eval_reward_model(config, reward_model),
         engine=make_engine(config, policy),
@@ -104,6 +106,20 @@ def build(config: ConfigDict) -> Parts:
         learner=make_learner(config, policy, plan, num_steps),
         num_steps=num_steps,
     )
+
+
+def _check_enough_for_all_processes(config: ConfigDict, val_prompts: Prompts | None) -> None:
+    wanted, size = jax.process_count(), config.data.train_batch_size
+    if size < wanted:
+        raise ValueError(
+            f"data.train_batch_size is {size} prompts an iteration for {wanted} processes; each "
+            f"samples for its own: raise it to {wanted} or more"
+        )
+    if val_prompts is not None and len(val_prompts) < wanted:
+        raise ValueError(
+            f"there are {len(val_prompts)} prompts to evaluate on for {wanted} processes; raise "
+            "data.max_val_samples or leave data.val_files empty"
+        )
 
 
 def num_iterations(config: ConfigDict, num_prompts: int) -> int:
@@ -220,6 +236,7 @@ def make_engine(config: ConfigDict, policy: Policy) -> Engine:
     c = config.actor_rollout_ref.rollout
     return Engine(
         policy,
+        mesh=sharding.rollout_mesh(policy.mesh, c.tensor_model_parallel_size),
         max_prompt_length=config.data.max_prompt_length,
         max_response_length=max(config.data.max_response_length, config.eval.max_tokens),
         num_slots=c.num_slots or None,

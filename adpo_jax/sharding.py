@@ -4,21 +4,27 @@ Arrays are described by logical axes ("heads", "mlp", "batch", ...). `RULES` map
 mesh axes. Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split),
 `tensor` (heads, hidden width of the MLP and vocabulary split).
 
-A `sequence` mesh axis for long contexts would be one more entry in `MESH_AXES` and a rule for
-"length"; no parameter has that axis.
+Training arrays lie on one mesh over all devices of all processes. Rollouts run on a mesh of each
+process's own devices (`rollout_mesh`), so that processes decode without waiting for each other.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    # The place of context parallelism: a mesh axis "sequence" in `MESH_AXES`, named here. No
+    # parameter has this axis; attention would then pass keys round it (a ring), and the columns of
+    # a completion's log-probs would be split over it.
     "length": None,
     "layers": None,
     "embed": "fsdp",
@@ -48,9 +54,73 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh_sizes(data, fsdp, tensor, num_devices=len(devices))
-    return jax.make_mesh(
-        sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    # A tensor axis of 4 on a torus of 8 x 8 is half a row: splitting a physical axis is allowed.
+    grid = mesh_utils.create_device_mesh(
+        sizes, devices=devices, allow_split_physical_axes=devices[0].platform == "tpu"
     )
+    return _mesh(grid)
+
+
+def rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:
+    """The mesh on which this process samples: its own devices, the parameters on each `tensor`.
+
+    No axis `fsdp`: with the parameters split over it, every decode step would gather all of them.
+
+    Args:
+      mesh: of training, over the devices of all processes.
+      tensor: devices that one copy of the parameters is split over; 0 for as many as in training,
+        up to what a process has.
+
+    Raises:
+      ValueError: when a process's devices do not divide into groups of `tensor`.
+    """
+    mine = [d for d in mesh.devices.flat if d.process_index == _own_process(mesh)]
+    return _rollout_mesh(mine, mesh, tensor)
+
+
+def _own_process(mesh: Mesh) -> int:
+    """This process, or the first one of a topology that is not there."""
+    indices = {d.process_index for d in mesh.devices.flat}
+    return jax.process_index() if jax.process_index() in indices else min(indices)
+
+
+def _rollout_mesh(devices: list, mesh: Mesh, tensor: int) -> Mesh:
+    tensor = tensor or math.gcd(mesh.shape["tensor"], len(devices))
+    if len(devices) % tensor:
+        raise ValueError(
+            f"rollout.tensor_model_parallel_size is {tensor}, which does not divide the "
+            f"{len(devices)} device(s) of a process; rollouts run within a process"
+        )
+    return _mesh(np.array(devices).reshape(len(devices) // tensor, 1, tensor))
+
+
+def _mesh(grid: np.ndarray) -> Mesh:
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def move(tree, shardings):
+    """Arrays of a mesh of all processes, or of this one's, -> arrays laid out as `shardings` say.
+
+    Args:
+      tree: arrays.
+      shardings: a tree of `NamedSharding`s over devices of this process.
+    """
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_local_copy, tree, shardings)
+
+
+def _local_copy(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """One copy a process, each laid out over its devices as `sharding` says for this one."""
+    by_process = collections.defaultdict(list)
+    for device in x.sharding.mesh.devices.flat:
+        by_process[device.process_index].append(device)
+    local = sharding.mesh
+    grid = np.array([by_process[p] for p in sorted(by_process)])
+    everywhere = Mesh(grid.reshape(-1, *local.devices.shape), ("process", *local.axis_names))
+    copies = jax.device_put(x, NamedSharding(everywhere, sharding.spec))
+    mine = [shard.data for shard in copies.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, mine)
 
 
 def resolve_mesh_sizes(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, ...]:
@@ -132,7 +202,22 @@ class BatchSharding:
     def num_shards(self) -> int:
         return mesh_axis_size(self.mesh, RULES["batch"])
 
+    def abstract(self, tree):
+        """The shapes and layout of `put`'s result."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree
+        )
+
     def put(self, tree):
         """Host arrays with a leading batch axis -> device arrays split over it."""
         sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
+        if self.mesh.is_multi_process:
+            # Every process has the whole batch and puts its own rows.
+            return jax.tree.map(
+                lambda x: jax.make_array_from_callback(
+                    x.shape, sharding, np.asarray(x).__getitem__
+                ),
+                tree,
+            )
         return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)

@@ -16,7 +16,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import data, lora, lora_files, profiling, recording, setup, sft
+from adpo_jax import (
+    data,
+    distributed,
+    lora,
+    lora_files,
+    profiling,
+    recording,
+    setup,
+    sft,
+)
 from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
@@ -62,7 +71,7 @@ class Run:
 
     def save_rollouts(self, step: int) -> None:
         """Keeps what sampling needs to go on after `step` iterations, where it needs anything."""
-        if isinstance(self.rollouts, GroupFilter):
+        if isinstance(self.rollouts, GroupFilter) and self.folder.writes:
             self.rollouts.save(step)
 
 
@@ -105,19 +114,21 @@ def prepare(
     Raises:
       ValueError: nothing has been written then.
     """
-    config = finalized(config)
-    folder = RunFolder(Path(workdir))
     options = {
         "replay": replay,
         "resume": resume,
         "allow_config_change": allow_config_change,
     }
-    folder.check(config, **options)
-    parts = setup.build(config)
-    rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+    with distributed.fail_together():
+        config = finalized(config)
+        folder = RunFolder(Path(workdir), writes=distributed.is_leader())
+        folder.check(config, **options)
+        parts = setup.build(config)
+        rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
     params = None if in_checkpoint else parts.initial_params()
-    folder.claim(config, **options)
+    with distributed.fail_together():
+        folder.claim(config, **options)
     return Run(config, parts, folder, params, rollouts)
 
 
@@ -139,8 +150,8 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
         if checkpoints.steps:
             restored = checkpoints.restore_latest(parts.learner.abstract_state().saved)
         purge_step = 0 if restored is None else restored.step + 1
-        others = setup.make_trackers(config, folder.root)
-        writer = metrics_lib.make_writer(folder.root, purge_step, *others)
+        others = setup.make_trackers(config, folder.root) if folder.writes else ()
+        writer = metrics_lib.make_writer(folder.root, purge_step, *others, writes=folder.writes)
         with contextlib.closing(writer):
             writer.write_hparams(config.to_dict())
             folder.write_environment(profiling.environment())
@@ -168,8 +179,10 @@ def _announce(parts: Parts, folder: RunFolder) -> None:
         sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, lora.split(params)[0])
     )
     trained = f", {trained:,} of them trained," if parts.policy.lora else ""
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
-        f"{folder.root}: {size:,} parameters{trained} on {parts.policy.mesh.size} device(s), "
+        f"{folder.root}: {size:,} parameters{trained} on {parts.policy.mesh.size} device(s)"
+        f"{processes}, "
         f"{len(parts.train_prompts):,} prompts, {parts.num_steps:,} iterations",
         flush=True,
     )
@@ -201,7 +214,8 @@ def _iterate(
     start, num_steps = int(state.step), run.parts.num_steps
     guard = setup.make_guard(config)
     profiler = setup.make_profiler(config, folder.profile)
-    rows = metrics_lib.read_jsonl(folder.metrics)
+    # As process 0 sees the file, which it may be writing.
+    rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
     guard.resume(rows)
     try:
         with Progress("iteration", num_steps, start) as progress:
@@ -216,12 +230,12 @@ def _iterate(
                 profiler.begin(step + 1)
                 with interruption.abandonable():
                     prompts, graded = run.rollouts(step, state.params)
-                if config.trainer.rollout_data_dir:
+                if config.trainer.rollout_data_dir and folder.writes:
                     recording.write(folder.recordings(config), step + 1, prompts, graded)
                 state, metrics = _learn(config, run.parts, state, prompts, graded)
                 metrics |= saving
                 evidence = ""
-                if metrics[SKIPPED]:
+                if metrics[SKIPPED] and folder.writes:
                     evidence = str(recording.write(folder.bad_batches, step + 1, prompts, graded))
                 guard.check(step + 1, metrics, evidence)
                 with interruption.abandonable():
@@ -250,26 +264,35 @@ def _iterate(
 
 
 def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
-    """Samples completions of the step's prompts, and grades them."""
+    """Samples completions of the step's prompts, and grades them; each process for its own."""
     root_key = jax.random.key(config.trainer.seed)
 
     def graded(key: jax.Array, prompts: Prompts, step: int, params) -> GradedRollout:
-        def on_error(error: RewardError):
+        def keep_sample(error: RewardError):
             folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
+
+        def on_error(error: RewardError):
             # NaN rewards make an update that is not sound, which is skipped.
             if not error.nonfinite or config.trainer.on_bad_update != "skip":
                 raise error
+            keep_sample(error)
 
-        return generate_and_grade(
-            parts.engine,
-            params,
-            prompts,
-            parts.sampling,
-            key,
-            parts.tokenizer,
-            parts.reward_model,
-            on_error,
-        )
+        try:
+            with distributed.fail_together():
+                mine = generate_and_grade(
+                    parts.engine,
+                    params,
+                    prompts.select(distributed.own_rows(len(prompts))),
+                    parts.sampling,
+                    key,
+                    parts.tokenizer,
+                    parts.reward_model,
+                    on_error,
+                )
+        except RewardError as error:
+            keep_sample(error)
+            raise
+        return GradedRollout.concatenate(distributed.all_gather(mine))
 
     def rollouts(step: int, params):
         prompts = _prompts_for_step(config, parts.train_prompts, step)

@@ -241,9 +241,11 @@ def make_update(
             else:
                 more = scorer.gradient(trained, frozen, layout.micro(i), weights)
             grads, scored = more
-            return jax.tree.map(jnp.add, sums, grads), scored
+            # Left to itself the partitioner may sum whole gradients on every device.
+            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
 
-        grads, parts = layout.loop(add_micro, jax.tree.map(jnp.zeros_like, trained))
+        zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
+        grads, parts = layout.loop(add_micro, zeros)
         log_probs, entropy = jax.tree.map(layout.by_group, parts)
         anchor = log_probs if anchor_log_probs is None else anchor_log_probs
         with jax.named_scope("loss"):

@@ -123,6 +123,11 @@ def engine(config):
     }
 
 
+def rollout_mesh(config):
+    model = loading.make_policy(config, loading.find_model(config), make_mesh())
+    return dict(setup.make_engine(config, model).policy.mesh.shape)
+
+
 def sampling(config):
     return setup.make_sampling(config, loading.find_model(config))
 
@@ -322,6 +327,7 @@ WALK = {
     f"{ROLLOUT}.top_p": ("0.9", sampling),
     f"{ROLLOUT}.top_k": ("5", sampling),
     f"{ROLLOUT}.min_p": ("0.1", sampling),
+    f"{ROLLOUT}.tensor_model_parallel_size": ("2", rollout_mesh),
     f"{ROLLOUT}.num_slots": ("24", engine),
     f"{ROLLOUT}.cache_dtype": ("bfloat16", engine),
     f"{ROLLOUT}.attention": ("pallas_gpu", engine),

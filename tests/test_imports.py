@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # except from left to right.
 ROAD = [
     "clu_without_tensorflow exit_codes host_memory compilation_cache",
-    "sharding rope groups safetensors_files",
+    "sharding distributed rope groups safetensors_files hlo chips",
     "rewards data arithmetic redaction metrics trackers profiling progress",
     "config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
@@ -20,7 +20,7 @@ ROAD = [
     "lora_files optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
     "layouts offload update rollout recording filtering sft learner evaluation",
-    "loading pretrained serve setup train evaluate report adapters main",
+    "loading pretrained serve setup dry_run train evaluate report adapters main",
 ]
 
 
@@ -68,7 +68,7 @@ def test_only_the_top_of_the_road_reads_the_config():
         and "ml_collections" in (PACKAGE / f"{name}.py").read_text()
     }
     # The run folder keeps it.
-    assert readers == {"run_folder", "loading", "setup", "train", "evaluate", "main"}
+    assert readers == {"run_folder", "loading", "setup", "dry_run", "train", "evaluate", "main"}
 
 
 def test_a_grading_process_imports_neither_jax_nor_sympy():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from adpo_jax import Policy, kernels, kv_cache
+from adpo_jax import Policy, kernels, kv_cache, sharding
 from adpo_jax.attention import LayerInfo
 from adpo_jax.kernels import decode_gpu, decode_tpu
 from adpo_jax.kv_cache import CacheLayout, Reach
@@ -157,6 +157,33 @@ def test_splash_prefill_agrees_with_plain_attention_in_every_layers_window():
             np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 1, 1), (1, 1, 4)])
+def test_kernels_on_a_mesh_agree_with_the_plain_version(sizes):
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:4])
+    kv = jax.tree.map(lambda x: jnp.concatenate([x[:, 1:], x[:, ::-1][:, :4]], axis=1), stored(96))
+    q = jnp.concatenate([queries()[1:]] * 2)
+    reach = Reach(*(jnp.concatenate([x[1:]] * 2) for x in ring_reach(96)[:3]), ring=True)
+    plain = kv_cache.attend_part(q, kv, 1, reach, soft_cap=None, transposed_keys=False)
+    attend = kernels.attend_part("pallas_tpu_interpret", layout(), None, mesh)
+    split = jax.jit(lambda q, kv, *arrays: attend(q, kv, 1, Reach(*arrays, ring=True)))(
+        q, kv, *reach[:3]
+    )
+    for ours, wanted in zip(normalised(split), normalised(plain)):
+        np.testing.assert_allclose(ours, wanted, atol=2e-6)
+
+    policy = Policy(prefill_config((40, None)), mesh=mesh)
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(4, 128, n, D)), jnp.float32) for n in (4, K, K))
+    positions = jnp.broadcast_to(jnp.arange(128, dtype=jnp.int32), (4, 128))
+    plain = policy.self_attention(positions, jnp.ones_like(positions))
+    splash = kernels.prefill_attention("pallas_tpu_interpret", policy, positions, positions)
+    layer = LayerInfo(*(jnp.asarray(leaf[0]) for leaf in policy.config.layer_info))
+    ours, wanted = (
+        jax.jit(lambda *x, a=a: a(*x, layer, None)[0])(q, k, v) for a in (splash, plain)
+    )
+    np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
 def test_prefill_of_sizes_that_splash_cannot_take_is_plain():
     assert kernels.prefill_tpu.fits(prefill_config((None, None)), 256)
     assert not kernels.prefill_tpu.fits(prefill_config((None, None)), 64)
@@ -165,11 +192,10 @@ def test_prefill_of_sizes_that_splash_cannot_take_is_plain():
 def test_a_kernel_that_cannot_run_is_refused():
     small = CacheLayout(L, K, 64, jnp.float32, stacked=True, transposed_keys=False)
     with pytest.raises(ValueError, match="multiple of 128; given 64"):
-        kernels.resolve("pallas_tpu", small, 1)
-    with pytest.raises(ValueError, match="runs on one device"):
-        kernels.resolve("pallas_tpu", layout(), 8)
+        kernels.resolve("pallas_tpu", small, "tpu")
     with pytest.raises(ValueError, match="no int8 cache"):
-        kernels.resolve("pallas_gpu", layout(jnp.int8), 1)
+        kernels.resolve("pallas_gpu", layout(jnp.int8), "gpu")
     with pytest.raises(ValueError, match="attention is one of"):
-        kernels.resolve("cuda", layout(), 1)
-    assert kernels.resolve("auto", layout(), 1) == "xla"
+        kernels.resolve("cuda", layout(), "gpu")
+    assert kernels.resolve("auto", layout(), "cpu") == "xla"
+    assert kernels.resolve("auto", layout(), "tpu") == "pallas_tpu"

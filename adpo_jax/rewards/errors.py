@@ -17,7 +17,7 @@ class RewardError(ValueError):
         self,
         message: str,
         *,
-        function: str,
+        function: str = "",  # has a default so that the error can be pickled
         path: str | None = None,
         sample: dict | None = None,
         traceback_text: str = "",

@@ -1,0 +1,164 @@
+"""Several processes that train one policy: how they find each other, and what they tell each other.
+
+Every process runs the same program on its own devices. Arrays of the mesh are global: a jitted
+function is called by all processes at the same time. What a host knows (the completions that it
+sampled, their rewards) stays with its process until `all_gather`.
+
+Left out: a process that comes back while the others go on. When one is lost all stop, and the same
+command goes on from the last checkpoint.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# Set by a launcher for each process; JAX itself reads the first alone.
+COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+
+
+def initialize(wanted: bool | None, *, timeout_s: int) -> None:
+    """Joins the other processes, before anything else of JAX is used.
+
+    Args:
+      wanted: whether there are others; None to look at the environment.
+      timeout_s: after so many seconds without a sign of life from one process, all others stop.
+
+    Raises:
+      ValueError: when there are said to be others and the environment does not say which.
+    """
+    found = _environment()
+    if wanted is False or (wanted is None and found is None):
+        return
+    try:
+        jax.distributed.initialize(
+            **(found or {}),
+            heartbeat_timeout_seconds=timeout_s,
+            shutdown_timeout_seconds=timeout_s,
+        )
+    except ValueError as error:
+        if wanted is None:  # a machine with TPU chips of its own, no pod
+            return
+        raise ValueError(
+            f"--distributed: {error} Neither SLURM nor a TPU pod is recognised here; set "
+            f"{COORDINATOR} (host:port of process 0), {NUM_PROCESSES} and {PROCESS_ID}"
+        ) from error
+    if not is_leader():  # what goes to standard output is said once
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _environment() -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize`, empty where JAX finds them; None for no others.
+
+    Raises:
+      ValueError: for a coordinator's address without number and place of the processes.
+    """
+    env = os.environ
+    if COORDINATOR in env and not _on_tpu_pod():
+        try:
+            num_processes, process_id = int(env[NUM_PROCESSES]), int(env[PROCESS_ID])
+        except (KeyError, ValueError) as error:
+            if _several_slurm_tasks():
+                return {}
+            raise ValueError(
+                f"{COORDINATOR} is set, so {NUM_PROCESSES} and {PROCESS_ID} (0 to one less) are "
+                f"wanted as integers; given {env.get(NUM_PROCESSES)!r} and {env.get(PROCESS_ID)!r}"
+            ) from error
+        address = env[COORDINATOR]
+        return {
+            "coordinator_address": address,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    return {} if _several_slurm_tasks() or _on_tpu_pod() else None
+
+
+def _several_slurm_tasks() -> bool:
+    """Whether `srun` started several of us; a login or batch shell has no SLURM_STEP_NODELIST."""
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
+def _on_tpu_pod() -> bool:
+    """Whether this machine may be one of a TPU pod: GKE names its hosts, a TPU VM has chips."""
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+    if hosts is not None:
+        return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    if "TPU_SKIP_MDS_QUERY" in os.environ:
+        return False
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def is_leader() -> bool:
+    """Whether this process writes logs, samples and exports: process 0."""
+    return jax.process_index() == 0
+
+
+def own_rows(num_rows: int) -> range:
+    """Of so many rows those of this process: as many as any other has, or one more or less.
+
+    In the order of the processes they are all rows in their order.
+    """
+    first, last = (num_rows * (jax.process_index() + i) // jax.process_count() for i in (0, 1))
+    return range(first, last)
+
+
+def all_gather(value: Any) -> list:
+    """What each process gives, in their order; every process gets all of it.
+
+    Args:
+      value: anything that pickles, large arrays too.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(mine.size))
+    # A power of two, so that few programs are compiled.
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
+    padded[: mine.size] = mine
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """An error within, of one process, becomes one of all: none waits for the one that failed.
+
+    Within, no process waits for another.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    mine = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    errors = all_gather(mine)
+    first = next((process for process, error in enumerate(errors) if error is not None), None)
+    if first is not None:
+        raise mine if mine is not None else errors[first]
+
+
+def fetch(tree):
+    """Arrays of any layout -> numpy arrays, whole on every process."""
+    return jax.tree.map(
+        lambda x: (
+            jax.device_get(x)
+            if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+            else multihost_utils.process_allgather(x, tiled=True)
+        ),
+        tree,
+    )

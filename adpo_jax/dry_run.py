@@ -1,0 +1,412 @@
+"""What a run would need, found out by compiling it: nothing is run, no weights are read.
+
+    python -m adpo_jax.main --config=configs/gsm8k.py --dry_run
+    python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=v5e:2x4
+
+The programs of an iteration (prefill, decode, anchor, update) are compiled from shapes for the
+devices at hand, or through libtpu for a TPU slice that is not there. Memory is what XLA says it
+will allocate; FLOPs and collectives are read from the compiled programs, loops counted (`hlo`).
+
+Left out: time. The floor of an iteration is arithmetic at the chip's peak or memory traffic at its
+full bandwidth, whichever is longer, and no run reaches it.
+
+Letters: P prompts, G completions of a prompt, T tokens.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adpo_jax import loading, rollout, setup, sharding
+from adpo_jax.batch_plan import batch_plan
+from adpo_jax.cache_plan import readable
+from adpo_jax.chips import Chip, chip_of
+from adpo_jax.config_checks import finalized
+from adpo_jax.engine import Engine, RolloutOutput
+from adpo_jax.hlo import Collective, Program
+from adpo_jax.learner import Learner
+from adpo_jax.rollout import Prompts
+from adpo_jax.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled program of an iteration; figures of one device.
+
+    Attributes:
+      calls: of one iteration, at full lengths; of "decode" the steps, one token of every slot.
+      temporary: bytes that it allocates while it runs, its results included.
+      moved: bytes of its arguments and results, each touched once.
+      flops: of its matrix products (those inside of Pallas kernels are not seen).
+      balance: flops x devices / flops of the program before it was cut up: 1 where no device does
+        what another does too.
+      compile_s: seconds that compiling took here.
+    """
+
+    name: str
+    calls: int
+    temporary: int
+    moved: int
+    flops: int
+    balance: float
+    collectives: list[Collective]
+    compile_s: float
+
+    def floor_s(self, chip: Chip) -> float:
+        """Seconds that all its calls of an iteration take at least."""
+        return self.calls * max(self.flops / chip.flops, self.moved / chip.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one device of a run holds and does; bytes of one device.
+
+    Attributes:
+      resident: what lies there all the time: parameters, optimizer, anchor.
+      rollout: what lies there besides while sampling: the parameters' copy, the cache.
+      failed: programs that do not fit, with the compiler's words.
+    """
+
+    title: str
+    device_kind: str
+    chip: Chip | None
+    memory: int | None
+    resident: dict[str, int]
+    rollout: dict[str, int]
+    steps: list[Step]
+    failed: dict[str, str]
+    cures: list[str]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes in use at the peak of each program."""
+        base = sum(self.resident.values())
+        return {
+            s.name: base
+            + s.temporary
+            + (sum(self.rollout.values()) if s.name in ("prefill", "decode") else 0)
+            for s in self.steps
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values(), default=0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program compiled, and the largest leaves room in the device's memory."""
+        return not self.failed and (self.memory is None or self.peak <= self.memory)
+
+    def lines(self) -> Iterator[str]:
+        """The report as Markdown."""
+        yield f"{self.title}"
+        yield ""
+        yield from _table(["one device holds", "bytes"], self._memory_rows())
+        yield ""
+        yield self._verdict()
+        yield from (f"- {cure}" for cure in self.cures)
+        yield ""
+        yield from _table(
+            ["program", "calls", "TFLOP a call", "FLOPs balance", "bytes a call", "floor", "built"],
+            [self._step_row(s) for s in self.steps],
+        )
+        yield ""
+        if self.chip is not None and not self.failed:
+            floor = sum(s.floor_s(self.chip) for s in self.steps)
+            yield (
+                f"An iteration takes {_seconds(floor)} or more: {self.chip.flops / 1e12:.0f} "
+                f"TFLOP/s and {self.chip.bandwidth / 1e9:.0f} GB/s are published for one "
+                f"{self.chip.name} (chips.py); waiting for other devices is not counted."
+            )
+            yield ""
+        rows = [
+            [s.name, c.kind, c.shape, f"{c.calls}", readable(c.bytes), c.source or "-"]
+            for s in self.steps
+            for c in s.collectives[:6]
+        ]
+        if rows:
+            yield "Collectives of one call that move most (results on one device):"
+            yield ""
+            yield from _table(["program", "kind", "result", "times", "bytes", "for"], rows)
+        else:
+            yield "No collectives."
+
+    def _memory_rows(self) -> list[list[str]]:
+        rows = [[name, readable(size)] for name, size in self.resident.items()]
+        rows += [
+            [f"{name} (while sampling)", readable(size)] for name, size in self.rollout.items()
+        ]
+        rows += [[f"activations of {s.name}", readable(s.temporary)] for s in self.steps]
+        rows += [[f"peak, in {n}", readable(p)] for n, p in self.peaks.items() if p == self.peak]
+        return [*rows, [f"memory of one {self.device_kind}", _memory_text(self.memory)]]
+
+    def _verdict(self) -> str:
+        if self.failed:
+            return "Does not fit: " + "; ".join(f"{n}: {why}" for n, why in self.failed.items())
+        if self.memory is None:
+            return "The memory of this device is not known."
+        share = f"{self.peak / self.memory:.0%} of the memory"
+        return f"Fits: {share}." if self.fits else f"Does not fit: {share}. What would help:"
+
+    def _step_row(self, s: Step) -> list[str]:
+        floor = "-" if self.chip is None else _seconds(s.floor_s(self.chip))
+        return [
+            s.name,
+            f"{s.calls}",
+            f"{s.flops / 1e12:.3g}",
+            f"{s.balance:.3f}",
+            readable(s.moved),
+            floor,
+            f"{s.compile_s:.1f} s",
+        ]
+
+
+def dry_run(config: ConfigDict, topology: str = "") -> Report:
+    """Compiles an iteration of a run.
+
+    Args:
+      topology: a TPU slice as libtpu names it, such as "v5e:2x4"; "" for the devices at hand.
+
+    Raises:
+      ValueError: for a config that cannot work on these devices, or a topology that cannot be
+        compiled for here.
+    """
+    config = finalized(config)
+    devices = topology_devices(topology) if topology else jax.devices()
+    return _report(config, devices, topology or f"{len(devices)} x {devices[0].device_kind}")
+
+
+def topology_devices(name: str) -> list:
+    """The devices of a TPU slice that need not be there.
+
+    Raises:
+      ValueError: without libtpu, or for a name it does not know.
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "compiling for a TPU that is not there needs libtpu: pip install 'adpo-jax[tpu-aot]'"
+        ) from None
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of several classes, by the kind of mistake
+        raise ValueError(
+            f"libtpu has no topology {name!r}; it is a generation and chips a side, such as "
+            f"v5e:2x4, v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _report(config: ConfigDict, devices: list, where: str) -> Report:
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
+    source = loading.find_architecture(config)
+    policy = loading.make_policy(config, source, mesh)
+    engine = setup.make_engine(config, policy)
+    # More than the learning rate takes to warm up.
+    learner = setup.make_learner(config, policy, plan, num_steps=10**6)
+    sampling = setup.make_sampling(config, source)
+
+    calls = _calls(config, engine, learner, num_processes=_num_processes(mesh))
+    steps, failed = [], {}
+    for name, lowered in _lowered(config, engine, learner, sampling):
+        devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
+        try:
+            steps.append(_compiled(name, lowered, calls[name], devices_of))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            failed[name] = _hbm_text(str(error))
+    state = learner.abstract_state()
+    resident = {
+        "parameters": _device_bytes(state.params),
+        "optimizer": _device_bytes(state.opt_state),
+        "anchor": _device_bytes(state.anchor_params),
+    }
+    copy = _device_bytes(engine.verbs.abstract_params())
+    if policy.dtype == policy.param_dtype and engine.policy.mesh.size == mesh.size == 1:
+        copy = 0
+    chip = chip_of(devices[0])
+    report = Report(
+        title=_title(config, policy, mesh, engine, where),
+        device_kind=devices[0].device_kind,
+        chip=chip,
+        memory=_memory(devices[0], chip),
+        resident=resident,
+        rollout={"parameters to sample with": copy, "cache": engine.plan.device_bytes},
+        steps=steps,
+        failed=failed,
+        cures=[],
+    )
+    if report.fits:
+        return report
+    return dataclasses.replace(report, cures=list(_cures(config, report, mesh, engine)))
+
+
+def _title(config, policy, mesh, engine: Engine, where: str) -> str:
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(policy.abstract_params()))
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    own = " x ".join(
+        f"{name} {n}" for name, n in engine.policy.mesh.shape.items() if name != "fsdp"
+    )
+    data = config.data
+    return (
+        f"{config.actor_rollout_ref.model.path}: {count / 1e9:.3g}B parameters on {where} "
+        f"({_num_processes(mesh)} host(s); mesh {axes}; a host samples on {own}, "
+        f"{engine.num_slots} slots, attention {engine.verbs.attention}); "
+        f"{data.train_batch_size} prompts x {config.algorithm.num_generations} completions, "
+        f"{data.max_prompt_length} + {data.max_response_length} tokens, "
+        f"gradient_checkpointing={config.trainer.gradient_checkpointing}"
+    )
+
+
+def _lowered(config, engine: Engine, learner: Learner, sampling: SamplingParams):
+    """(name, program) of an iteration, one after the other, so that one alone is held."""
+    P, G = config.data.train_batch_size, config.algorithm.num_generations
+    T, length = config.data.max_response_length, config.data.max_prompt_length
+    out = RolloutOutput(
+        tokens=np.zeros((P, G, T), np.int32),
+        mask=np.ones((P, G, T), np.int32),
+        lengths=np.full((P, G), T, np.int32),
+        log_probs=np.zeros((P, G, T), np.float32),
+        finish_reason=np.full((P, G), "length"),
+        full_log_probs=None,
+        stats={},
+    )
+    prompts = Prompts([[0] * length] * P, {})
+    yield from engine.lower(sampling).items()
+    batch = rollout.make_batch(prompts, out, max_prompt_length=length)
+    yield from learner.lower(batch).items()
+
+
+def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:
+    """How often each program runs in an iteration whose completions all have full length."""
+    own = -(-config.data.train_batch_size // num_processes)
+    rows = engine.prefill_rows
+    waves = -(-own * config.algorithm.num_generations // engine.num_slots)
+    return {
+        "prefill": -(-own // rows),
+        "decode": waves * config.data.max_response_length,
+        "anchor": 1,
+        "update": learner.plan.updates_per_iteration,
+    }
+
+
+def _compiled(name: str, lowered: jax.stages.Lowered, calls: int, num_devices: int) -> Step:
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text())
+    whole = Program(lowered.compiler_ir("hlo").as_hlo_text()).flops
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Step(
+        name=name,
+        calls=calls,
+        temporary=memory.temp_size_in_bytes + results,
+        moved=memory.argument_size_in_bytes + results,
+        flops=program.flops,
+        balance=program.flops * num_devices / max(whole, 1),
+        collectives=program.collectives,
+        compile_s=seconds,
+    )
+
+
+def _hbm_text(error: str) -> str:
+    """The compiler's sentence on how much was needed and how much there is."""
+    sentences = [line.strip() for line in error.splitlines() if "hbm" in line.lower()]
+    return sentences[0][:200] if sentences else error.splitlines()[0][:200]
+
+
+def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
+    """Settings that would lower the peak, with the bytes of one device that each frees."""
+    rollout_config = config.actor_rollout_ref.rollout
+    names = [n for n, peak in report.peaks.items() if peak > (report.memory or peak)]
+    names += list(report.failed)
+    copy, cache = report.rollout.values()
+    local, tensor = engine.policy.mesh.size, engine.policy.mesh.shape["tensor"]
+    if {"prefill", "decode"} & set(names):
+        if tensor < local:
+            yield (
+                f"actor_rollout_ref.rollout.tensor_model_parallel_size={2 * tensor} frees "
+                f"{readable(copy // 2)} while sampling"
+            )
+        if engine.num_slots > engine.shards:
+            yield (
+                f"actor_rollout_ref.rollout.num_slots={engine.num_slots // 2} frees "
+                f"{readable(cache // 2)} while sampling"
+            )
+        if rollout_config.cache_dtype != "int8":
+            yield (
+                "actor_rollout_ref.rollout.cache_dtype=int8 frees about "
+                f"{readable(cache // 2)} while sampling"
+            )
+    if {"anchor", "update"} & set(names):
+        temporary = max((s.temporary for s in report.steps if s.name in names), default=None)
+        half = "about half of the activations"
+        if temporary is not None:
+            half = f"about {readable(temporary // 2)}"
+        per_device = config.trainer.per_device_train_batch_size
+        micro = per_device or config.data.train_batch_size * config.algorithm.num_generations // (
+            mesh.shape["data"] * mesh.shape["fsdp"]
+        )
+        if micro > 1:
+            yield f"trainer.per_device_train_batch_size={micro // 2} frees {half} of an update"
+        if config.trainer.gradient_checkpointing != "full":
+            yield "trainer.gradient_checkpointing=full keeps one layer's activations at a time"
+    if report.resident["anchor"]:
+        yield f"anchor.mode=on_policy frees {readable(report.resident['anchor'])}"
+    if mesh.shape["data"] > 1:
+        state = sum(report.resident.values())
+        yield (
+            f"mesh.data=1, its devices given to mesh.fsdp, frees "
+            f"{readable(state - state // mesh.shape['data'])}"
+        )
+    state = sum(report.resident.values())
+    yield f"twice the devices on mesh.fsdp frees {readable(state // 2)} of the state"
+
+
+def _device_bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _num_processes(mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def _memory(device, chip: Chip | None) -> int | None:
+    if chip is not None:
+        return chip.memory
+    try:
+        return device.memory_stats()["bytes_limit"]
+    except (TypeError, KeyError, jax.errors.JaxRuntimeError):
+        return None
+
+
+def _memory_text(memory: int | None) -> str:
+    return "not known" if memory is None else readable(memory)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"

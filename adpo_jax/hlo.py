@@ -1,0 +1,251 @@
+"""What a compiled program does, read from its HLO text: FLOPs and collectives, loops counted.
+
+XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here a loop
+whose condition compares its counter with a constant counts as often as it turns; one whose end is
+decided while it runs (decoding) counts once.
+
+Source: the text format of https://openxla.org/xla/operation_semantics; FLOPs of a convolution as in
+xla/service/hlo_cost_analysis.cc (a TPU's compiler writes every matrix product as one).
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
+_ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_SHAPE = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}]*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of a program, all of its calls together.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      shape: of the result on one device, e.g. "bf16[4,128,256]".
+      calls: how often it runs.
+      bytes: of its results on one device, all calls.
+      source: the operation of the model that it serves, shortened.
+    """
+
+    kind: str
+    shape: str
+    calls: int
+    bytes: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    rest: str  # everything after the opcode
+
+
+class Program:
+    """A module of HLO text."""
+
+    def __init__(self, text: str):
+        self._computations, self._entry = _parse(text)
+
+    @functools.cached_property
+    def _times(self) -> dict[str, int]:
+        """How often each computation runs."""
+        times = collections.Counter({self._entry: 1})
+        for name in self._in_call_order():
+            for instruction in self._computations[name]:
+                called = _called(instruction)
+                turns = self._turns(instruction) if instruction.opcode == "while" else 1
+                for other in called:
+                    times[other] += times[name] * turns
+        return times
+
+    def _in_call_order(self) -> list[str]:
+        """Every computation after all those that call it."""
+        order, seen = [], set()
+
+        def visit(name):
+            if name in seen or name not in self._computations:
+                return
+            seen.add(name)
+            for instruction in self._computations[name]:
+                for other in _called(instruction):
+                    visit(other)
+            order.append(name)
+
+        visit(self._entry)
+        return order[::-1]
+
+    def _turns(self, loop: _Instruction) -> int:
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1)
+        instructions = self._computations[condition]
+        root = instructions[-1]
+        if root.opcode == "fusion":
+            instructions = instructions + self._computations[_called(root)[0]]
+            root = instructions[-1]
+        if root.opcode != "compare" or "direction=LT" not in root.rest:
+            return 1
+        numbers = [
+            int(match.group(1))
+            for i in instructions
+            if i.opcode == "constant" and (match := re.match(r"\((\d+)\)", i.rest))
+        ]
+        return numbers[0] if len(numbers) == 1 else 1
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products; two a multiplication with addition."""
+        total = 0
+        for name, instructions in self._computations.items():
+            shapes = {i.name: i.shape for i in instructions}
+            for i in instructions:
+                if i.opcode == "dot":
+                    total += self._times[name] * _dot_flops(i, shapes)
+                elif i.opcode == "convolution":
+                    total += self._times[name] * _convolution_flops(i, shapes)
+        return total
+
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        """All collectives, those that move most first."""
+        # One that runs beside arithmetic is written several times, under one channel.
+        found: dict = {}
+        for name, instructions in self._computations.items():
+            for i in instructions:
+                kind = i.opcode.removesuffix("-start")
+                if kind not in COLLECTIVES or not self._times[name]:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", i.rest)
+                key = channel.group(1) if channel else (name, i.name)
+                times, _ = found.get(key, (0, None))
+                if self._times[name] >= times:
+                    found[key] = self._times[name], i
+        sums = collections.Counter()
+        for times, i in found.values():
+            shape = _SHAPE.findall(i.shape)
+            shape = shape[-1:] if i.opcode.endswith("-start") else shape
+            size = sum(_bytes(*s) for s in shape)
+            text = " ".join(f"{kind}[{dims}]" for kind, dims in shape)
+            key = (i.opcode.removesuffix("-start"), text, size, _source(i.rest))
+            sums[key] += times
+        collectives = [
+            Collective(kind, text, calls, calls * size, source)
+            for (kind, text, size, source), calls in sums.items()
+        ]
+        return sorted(collectives, key=lambda c: -c.bytes)
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if line and not line[0].isspace() and line.endswith("{") and not line.startswith("HloM"):
+            words = line.removeprefix("ENTRY ").split()
+            current = words[0].lstrip("%")
+            computations[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif " = " in line and line[0].isspace():
+            computations[current].append(_instruction(line.strip()))
+    return computations, entry
+
+
+def _instruction(line: str) -> _Instruction:
+    name, value = line.removeprefix("ROOT ").split(" = ", 1)
+    if value.startswith("("):
+        end = _closing(value, 0) + 1
+    else:
+        end = value.index(" ")
+    shape, rest = value[:end], value[end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    rest = rest[len(opcode) :]
+    inside = rest[1 : _closing(rest, 0)] if rest else ""
+    operands = re.findall(r"%?([A-Za-z_][\w.\-]*)(?=,|$)", re.sub(r"/\*.*?\*/", "", inside))
+    return _Instruction(name.lstrip("%"), shape, opcode.strip(), operands, rest)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] == "(") - (text[at] == ")")
+        if not depth:
+            return at
+    return len(text) - 1
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    if "=" not in instruction.rest:
+        return []
+    names = []
+    for match in re.finditer(
+        r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}",
+        instruction.rest,
+    ):
+        names += [match.group(1)] if match.group(1) else match.group(2).replace("%", "").split(", ")
+    return names
+
+
+def _dims(shape: str) -> list[int]:
+    return [int(d) for d in _SHAPE.search(shape).group(2).split(",") if d]
+
+
+def _bytes(kind: str, dims: str) -> int:
+    bits = _ITEM_BITS.get(kind) if kind in _ITEM_BITS else int(re.search(r"\d+", kind).group())
+    return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
+
+
+def _dot_flops(i: _Instruction, shapes: dict[str, str]) -> int:
+    lhs = _dims(shapes[i.operands[0]])
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+    inner = math.prod(lhs[int(d)] for d in contracted.group(1).split(",") if d) if contracted else 1
+    return 2 * math.prod(_dims(i.shape)) * inner
+
+
+def _convolution_flops(i: _Instruction, shapes: dict[str, str]) -> int:
+    """2 x output x input features x the taps of the window that meet the input."""
+    lhs, rhs, out = (_dims(s) for s in (shapes[i.operands[0]], shapes[i.operands[1]], i.shape))
+    lhs_labels, rhs_labels, out_labels = re.search(
+        r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.rest
+    ).groups()
+    window = re.search(r"window=\{([^}]*)\}", i.rest)
+    fields = dict(f.split("=") for f in window.group(1).split()) if window else {}
+    total = rhs[rhs_labels.index("i")] * out[out_labels.index("b")] * out[out_labels.index("f")]
+    spatial = sorted(c for c in lhs_labels if c.isdigit())
+    for axis, label in enumerate(spatial):
+
+        def field(name, default, axis=axis):
+            return fields[name].split("x")[axis] if name in fields else default
+
+        low = int(field("pad", "0_0").split("_")[0])
+        size, stride = int(field("size", 1)), int(field("stride", 1))
+        dilate, spread = int(field("rhs_dilate", 1)), int(field("lhs_dilate", 1))
+        length = (lhs[lhs_labels.index(label)] - 1) * spread + 1
+        total *= sum(
+            1
+            for o in range(out[out_labels.index(label)])
+            for k in range(size)
+            if 0 <= (at := o * stride + k * dilate - low) < length and at % spread == 0
+        )
+    return 2 * total
+
+
+def _source(rest: str) -> str:
+    """The tail of the operation's name, without the wrappers of transformations."""
+    name = re.search(r'op_name="([^"]*)"', rest)
+    if not name:
+        return ""
+    parts = [p for p in name.group(1).split("/") if p not in ("while", "body", "closed_call")]
+    backward = "backward " if "transpose(" in name.group(1) else ""
+    return backward + "/".join(parts[-2:])

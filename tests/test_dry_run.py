@@ -1,0 +1,122 @@
+"""Dry runs: what is read from compiled programs, and an iteration compiled for a TPU slice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_config import parse
+
+from adpo_jax import chips, dry_run, sharding
+from adpo_jax.hlo import Program
+
+TINY = (
+    "--config.actor_rollout_ref.model.hf_config="
+    "{'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'head_dim': 8}",
+    "--config.data.train_batch_size=8",
+    "--config.algorithm.num_generations=2",
+    "--config.trainer.bf16=true",
+)
+
+
+def test_flops_and_collectives_count_every_turn_of_a_loop():
+    mesh = sharding.make_mesh(1, 2, 2, devices=jax.devices()[:4])
+
+    def put(shape, *spec):
+        layout = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+
+    def layers(weights, x):
+        def body(x, w):
+            return jnp.tanh(x @ w[0]) @ w[1], None
+
+        return jax.lax.scan(body, x, weights)[0]
+
+    weights = put((5, 2, 64, 64), None, None, "fsdp", "tensor")
+    lowered = jax.jit(layers).lower(weights, put((8, 64), "fsdp"))
+    whole = Program(lowered.compiler_ir("hlo").as_hlo_text())
+    assert whole.flops == 5 * 2 * (2 * 8 * 64 * 64)
+    program = Program(lowered.compile().as_text())
+    assert program.flops * 4 == whole.flops
+    assert program.collectives
+    assert all(c.calls % 5 == 0 for c in program.collectives)
+    assert program.collectives[0].bytes >= program.collectives[-1].bytes > 0
+
+
+def test_the_flops_of_a_convolution_are_those_of_the_product_it_stands_for():
+    """A TPU's compiler writes a batched product as a convolution over a dilated batch."""
+    text = """HloModule m
+ENTRY %main (a: bf16[4,4,128,32], b: bf16[4,4,128,32]) -> bf16[4,4,128,128] {
+  %a = bf16[4,128,4,32]{3,2,1,0} parameter(0)
+  %b = bf16[4,128,4,32]{3,2,1,0} parameter(1)
+  ROOT %c = bf16[4,4,128,128]{2,3,1,0} convolution(%a, %b), window={size=4x4 stride=3x3 \
+lhs_dilate=4x4}, dim_labels=0b1f_0o1i->01bf
+}
+"""
+    assert Program(text).flops == 2 * 4 * 4 * 128 * 128 * 32
+
+
+def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
+    report = dry_run.dry_run(parse(*TINY, "--config.anchor.mode=fixed", "--config.mesh.tensor=2"))
+    assert [step.name for step in report.steps] == ["prefill", "decode", "anchor", "update"]
+    parameters = report.resident["parameters"]
+    assert report.resident["anchor"] == parameters
+    assert 2 * parameters < report.resident["optimizer"] < 2 * parameters + 100
+    assert report.rollout["cache"] > 0
+    steps = {step.name: step for step in report.steps}
+    assert steps["decode"].calls == 28
+    assert report.peaks["decode"] > report.peaks["decode"] - steps["decode"].temporary > parameters
+    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
+    text = "\n".join(report.lines())
+    for part in ("| optimizer |", "| update |", "all-gather", "8 x cpu", "FLOPs balance"):
+        assert part in text
+
+
+def test_what_does_not_fit_says_which_setting_frees_how_much():
+    config = parse(*TINY, "--config.anchor.mode=fixed")
+    report = dry_run.dry_run(config)
+    small = dataclasses.replace(report, memory=report.peak // 2)
+    mesh = sharding.make_mesh(2, 4, 1)
+    engine = type("Engine", (), {"policy": type("P", (), {"mesh": mesh}), "shards": 2})
+    engine.num_slots = 8
+    cures = "\n".join(dry_run._cures(config, small, mesh, engine))
+    assert not small.fits
+    assert "trainer.per_device_train_batch_size=1 frees about" in cures
+    assert "gradient_checkpointing=full" in cures
+    assert f"anchor.mode=on_policy frees {dry_run.readable(report.resident['anchor'])}" in cures
+    assert "mesh.data=1" in cures
+    assert "Does not fit: 2" in "\n".join(small.lines())
+
+
+def test_a_topology_without_libtpu_or_of_no_known_name_is_refused(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(ValueError, match=r"pip install 'adpo-jax\[tpu-aot\]'"):
+        dry_run.dry_run(parse(*TINY), "v5e:2x2")
+
+
+def test_published_figures_are_known_for_every_generation_that_can_be_compiled_for():
+    kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H200")
+    assert all(chips.CHIPS[kind].flops > 1e14 for kind in kinds)
+
+
+@pytest.mark.slow
+def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():
+    pytest.importorskip("libtpu", reason="needs the extra [tpu-aot]")
+    config = parse(
+        *TINY[1:],
+        "--config.actor_rollout_ref.model.hf_config={'hidden_size': 256, 'intermediate_size': 512,"
+        " 'num_hidden_layers': 2, 'head_dim': 128}",
+        "--config.data.max_prompt_length=128",
+        "--config.data.max_response_length=128",
+        "--config.mesh.tensor=2",
+    )
+    report = dry_run.dry_run(config, "v5e:2x2")
+    assert "attention pallas_tpu" in report.title
+    assert [step.name for step in report.steps] == ["prefill", "decode", "update"]
+    assert report.fits
+    assert report.memory == 16 * 2**30
+    # Products within a kernel are not seen, in the cut program nor before.
+    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
+    with pytest.raises(ValueError, match="libtpu has no topology 'v5e:banana'"):
+        dry_run.dry_run(config, "v5e:banana")

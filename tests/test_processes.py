@@ -1,0 +1,206 @@
+"""Training on two processes with four simulated devices each, against one process with eight."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_config import parse
+
+from adpo_jax import distributed
+from adpo_jax.metrics import read_jsonl
+from adpo_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 10
+OVERRIDES = (
+    "--config.actor_rollout_ref.model.hf_config="
+    "{'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'head_dim': 8}",
+    "--config.actor_rollout_ref.actor.optim.lr=0.005",
+    "--config.custom_reward_function.name=letters",
+    "--config.sft.steps=0",
+    "--config.data.train_batch_size=8",
+    "--config.data.max_response_length=6",
+    "--config.data.max_val_samples=9",
+    "--config.algorithm.num_generations=2",
+    "--config.mesh.tensor=2",
+    "--config.trainer.save_freq=1",
+    "--config.trainer.test_freq=2",
+    "--config.trainer.log_samples_freq=2",
+)
+REWARD = """
+import os, time
+def letters(completions, solution, **columns):
+    if os.path.exists(__file__ + ".slow"):
+        time.sleep(1.0)
+    return [(sum(map(ord, c[0]["content"])) % 11) / 5 for c in completions]
+"""
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    return (*OVERRIDES, f"--config.custom_reward_function.path={tmp_path / 'reward.py'}")
+
+
+def start_two(folder: Path, *arguments: str, timeout_s: int = 100) -> list[subprocess.Popen]:
+    """The same command twice, as a launcher would start it on two hosts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    command = [sys.executable, "-m", "adpo_jax.main", "--config=configs/arithmetic.py"]
+    command += [f"--workdir={folder}", f"--host_timeout_s={timeout_s}", *arguments]
+    processes = []
+    for i in range(2):
+        env = os.environ | {
+            "XLA_FLAGS": flags,
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+        }
+        log = (folder.parent / f"{folder.name}.{i}.log").open("w")
+        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
+    return processes
+
+
+def log_of(folder: Path, process: int) -> str:
+    return (folder.parent / f"{folder.name}.{process}.log").read_text()
+
+
+def finish(folder: Path, processes: list[subprocess.Popen], timeout_s: float = 240) -> list[int]:
+    try:
+        codes = [process.wait(timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], log_of(folder, 0) + log_of(folder, 1)
+    return codes
+
+
+def assert_same_run(one: Path, other: Path):
+    """The same metrics and the same exported parameters."""
+    rows, expected = read_jsonl(one / "metrics.jsonl"), read_jsonl(other / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, wanted in zip(rows, expected):
+        assert row.keys() == wanted.keys()
+        for name, value in row.items():
+            if not name.startswith(("time", "memory/")) and not name.endswith("tokens_per_s"):
+                np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    weights, expected = (load_file(run / "export" / "model.safetensors") for run in (one, other))
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_train_as_one_does(tmp_path, overrides):
+    two, one = tmp_path / "two", tmp_path / "one"
+    overrides += ("--config.trainer.total_training_steps=2",)
+    processes = start_two(two, *overrides)
+    train(parse(*overrides), one)
+    finish(two, processes)
+    assert_same_run(two, one)
+    assert read_jsonl(two / "metrics.jsonl")[1]["update/grad_norm"] > 0.01
+    assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
+    for name in ("train_000002", "eval_000002"):
+        samples = [(run / "samples" / f"{name}.jsonl").read_text() for run in (two, one)]
+        assert samples[0] == samples[1]
+    assert "2 processes" in log_of(two, 0)
+    assert "iteration" not in log_of(two, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path, overrides, victim
+):
+    two, one = tmp_path / "two", tmp_path / "one"
+    overrides += ("--config.trainer.total_training_steps=5",)
+    slow = tmp_path / "reward.py.slow"
+    slow.touch()
+    processes = start_two(two, *overrides, timeout_s=TIMEOUT_S)
+    deadline = time.monotonic() + 240
+    while not (two / "checkpoints" / "2").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    other = processes[1 - victim]
+    try:
+        code = other.wait(5 * TIMEOUT_S)
+    finally:
+        other.kill()
+    assert time.monotonic() - killed < 3 * TIMEOUT_S
+    log = log_of(two, 1 - victim)
+    assert code == 5, log
+    assert "another host" in log
+    assert "the same command goes on" in log
+
+    slow.unlink()
+    finish(two, start_two(two, *overrides))
+    train(parse(*overrides), one)
+    assert_same_run(two, one)
+
+
+@pytest.mark.slow
+def test_a_reward_function_that_fails_on_one_process_stops_both(tmp_path, overrides):
+    (tmp_path / "reward.py").write_text(
+        "import os\n"
+        "def letters(completions, solution, **columns):\n"
+        "    if os.environ['JAX_PROCESS_ID'] == '1':\n"
+        "        raise RuntimeError('no ruler')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    two = tmp_path / "two"
+    processes = start_two(two, *overrides, "--config.trainer.total_training_steps=1")
+    codes = [process.wait(240) for process in processes]
+    assert codes == [2, 2]
+    assert all("no ruler" in log_of(two, i) for i in range(2))
+    assert (two / "samples" / "reward_error_000001.jsonl").exists()
+
+
+def test_the_environment_says_whether_there_are_others(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_NUM", "JAX_PROCESS", "SLURM", "TPU_", "MEGASCALE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert distributed._environment() is None
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-4]")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert distributed._environment() == {}
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host-0,host-1")
+    assert distributed._environment() == {}
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    assert distributed._environment() is None
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host-0:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID .* as integers; given '4' and None"):
+        distributed._environment()
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    assert distributed._environment() == {
+        "coordinator_address": "host-0:1234",
+        "num_processes": 4,
+        "process_id": 3,
+    }
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+
+    def refuse(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", refuse)
+    with pytest.raises(ValueError, match="--distributed: .* set JAX_COORDINATOR_ADDRESS"):
+        distributed.initialize(True, timeout_s=10)
+
+
+def test_rows_are_shared_out_in_order(monkeypatch):
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 3)
+    rows = []
+    for process in range(3):
+        monkeypatch.setattr(distributed.jax, "process_index", lambda p=process: p)
+        rows += distributed.own_rows(8)
+    assert rows == list(range(8))
