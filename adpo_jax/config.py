@@ -136,6 +136,7 @@ def _actor() -> dict:
         # How completions run through the model: packed side by side with one copy of their prompt,
         # or in padded rows, each with its own.
         "layout": "packed",  # packed | rows
+        "attention": "auto",  # of the training forward: auto | xla | pallas_tpu | cudnn
     }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from adpo_jax.packing import Batch, Micro, PackedBatch
 from adpo_jax.policy import Policy
-from adpo_jax.tile_attention import Stream, stream_attention
+from adpo_jax.tile_attention import Stream
 
 
 class MicroBatch(Protocol):
@@ -153,11 +153,8 @@ class PackedMicro(NamedTuple):
 
     def hidden_and_targets(self, policy: Policy, params):
         streams = self.streams
-        attend = stream_attention(
-            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles),
-            scale=policy.config.attention_scale,
-            soft_cap=policy.config.attention_soft_cap,
-            windows=any(window is not None for window in policy.config.windows),
+        attend = policy.stream_attention(
+            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles)
         )
         hidden, _ = policy(params, streams.tokens, streams.positions, attend=attend)
         return hidden[:, -streams.targets.shape[1] :], streams.targets

@@ -129,7 +129,8 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
             f"the tokenizer has {len(source.tokenizer)} tokens, the model embeds "
             f"{policy.config.vocab_size}: they do not belong together"
         )
-    return dataclasses.replace(policy, lora=source.lora)
+    attention = config.actor_rollout_ref.actor.attention
+    return dataclasses.replace(policy, lora=source.lora, attention=attention)
 
 
 def initial_params(config: ConfigDict, source: ModelSource, mesh: Mesh):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import attention, hf, sharding
+from adpo_jax import attention, attention_kernels, hf, sharding
 from adpo_jax.attention import Attend, KVCache
 from adpo_jax.hf_config import language_config, model_config
 from adpo_jax.log_probs import token_log_probs
@@ -30,6 +30,7 @@ from adpo_jax.model import (
     logical_axes,
     unrolled_forward,
 )
+from adpo_jax.tile_attention import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Policy:
       param_dtype: of the parameters; adapters are float32 whatever it is.
       mesh: devices the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
+      attention: of whole sequences, one of `attention_kernels.ATTENTION`.
       lora: the adapters beside the weights, which are frozen then; None for none.
       hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
       generation_config: likewise its `generation_config.json`; empty for none.
@@ -52,6 +54,7 @@ class Policy:
     param_dtype: Any = jnp.float32
     mesh: Mesh | None = None
     gradient_checkpointing: str = "none"
+    attention: str = "auto"
     lora: Lora | None = None
     hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
     generation_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -64,6 +67,8 @@ class Policy:
             )
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        if self.attention != "auto":
+            attention_kernels.resolve(self.attention, self.attention_settings)
 
     # --- from and to Hugging Face
 
@@ -294,7 +299,28 @@ class Policy:
 
     def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
-        return attention.self_attention(positions, segments, **self._attention_kwargs)
+        settings = self.attention_settings
+        name = attention_kernels.resolve(self.attention, settings)
+        return attention_kernels.self_attention(name, settings, positions, segments)
+
+    def stream_attention(self, stream: Stream) -> Attend:
+        """Attention of a packed stream to itself, for the training forward."""
+        settings = self.attention_settings
+        name = attention_kernels.resolve(self.attention, settings)
+        return attention_kernels.stream_attention(name, settings, stream)
+
+    @property
+    def attention_settings(self) -> attention_kernels.Settings:
+        c = self.config
+        return attention_kernels.Settings(
+            windows=c.windows,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            scale=c.attention_scale,
+            soft_cap=c.attention_soft_cap,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
 
     def new_cache(self, batch: int, length: int, dtype=None) -> KVCache:
         """An empty cache for `batch` rows of `length` tokens."""
@@ -321,7 +347,7 @@ class Policy:
 
     @property
     def _attention_kwargs(self) -> dict:
-        return {"scale": self.config.attention_scale, "soft_cap": self.config.attention_soft_cap}
+        return self.attention_settings.plain
 
     def head(self, params, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]."""

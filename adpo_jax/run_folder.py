@@ -37,6 +37,7 @@ RESUME = ("auto", "never", "must")
 MAY_CHANGE = (
     "mesh.",
     "actor_rollout_ref.actor.optim.",
+    "actor_rollout_ref.actor.attention",
     "actor_rollout_ref.actor.grad_clip",
     "actor_rollout_ref.rollout.attention",
     "actor_rollout_ref.rollout.free_cache_engine",

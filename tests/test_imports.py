@@ -15,7 +15,7 @@ ROAD = [
     "rewards data arithmetic redaction metrics trackers profiling progress",
     "config config_checks batch_plan",
     "prompts grpo rloo losses anchor",
-    "packing attention tile_attention lora model log_probs",
+    "packing attention tile_attention attention_kernels lora model log_probs",
     "hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from adpo_jax import Policy, kernels, kv_cache, sharding
-from adpo_jax.attention import LayerInfo
+from adpo_jax import kernels, kv_cache
 from adpo_jax.kernels import decode_gpu, decode_tpu
 from adpo_jax.kv_cache import CacheLayout, Reach
-from adpo_jax.model import ModelConfig
-from adpo_jax.rope import Rope
+from adpo_jax.sharding import make_mesh
 
 ROWS, K, Q, D, L = 5, 2, 3, 128, 2
 
@@ -124,71 +122,6 @@ def test_the_gpu_kernel_lowers_for_cuda():
     assert "triton" in text
 
 
-def prefill_config(windows):
-    return ModelConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=16,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=K,
-        head_dim=D,
-        windows=windows,
-        ropes=(Rope(),),
-        layer_ropes=(0, 0),
-        attention_scale=D**-0.5,
-        attention_soft_cap=5.0,
-    )
-
-
-def test_splash_prefill_agrees_with_plain_attention_in_every_layers_window():
-    policy, T = Policy(prefill_config((40, None))), 128
-    rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, T, n, D)), jnp.float32) for n in (4, K, K))
-    lengths = np.array([[T], [70]])
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (2, T))
-    segments = (positions < lengths).astype(jnp.int32)
-    plain = policy.self_attention(positions, segments)
-    splash = kernels.prefill_attention("pallas_tpu_interpret", policy, positions, segments)
-    for index in range(2):
-        layer = LayerInfo(*(jnp.asarray(leaf[index]) for leaf in policy.config.layer_info))
-        for row, length in enumerate(lengths[:, 0]):
-            ours, wanted = (a(q, k, v, layer, None)[0][row, :length] for a in (splash, plain))
-            np.testing.assert_allclose(ours, wanted, atol=2e-5)
-
-
-@pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 1, 1), (1, 1, 4)])
-def test_kernels_on_a_mesh_agree_with_the_plain_version(sizes):
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:4])
-    kv = jax.tree.map(lambda x: jnp.concatenate([x[:, 1:], x[:, ::-1][:, :4]], axis=1), stored(96))
-    q = jnp.concatenate([queries()[1:]] * 2)
-    reach = Reach(*(jnp.concatenate([x[1:]] * 2) for x in ring_reach(96)[:3]), ring=True)
-    plain = kv_cache.attend_part(q, kv, 1, reach, soft_cap=None, transposed_keys=False)
-    attend = kernels.attend_part("pallas_tpu_interpret", layout(), None, mesh)
-    split = jax.jit(lambda q, kv, *arrays: attend(q, kv, 1, Reach(*arrays, ring=True)))(
-        q, kv, *reach[:3]
-    )
-    for ours, wanted in zip(normalised(split), normalised(plain)):
-        np.testing.assert_allclose(ours, wanted, atol=2e-6)
-
-    policy = Policy(prefill_config((40, None)), mesh=mesh)
-    rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.normal(size=(4, 128, n, D)), jnp.float32) for n in (4, K, K))
-    positions = jnp.broadcast_to(jnp.arange(128, dtype=jnp.int32), (4, 128))
-    plain = policy.self_attention(positions, jnp.ones_like(positions))
-    splash = kernels.prefill_attention("pallas_tpu_interpret", policy, positions, positions)
-    layer = LayerInfo(*(jnp.asarray(leaf[0]) for leaf in policy.config.layer_info))
-    ours, wanted = (
-        jax.jit(lambda *x, a=a: a(*x, layer, None)[0])(q, k, v) for a in (splash, plain)
-    )
-    np.testing.assert_allclose(ours, wanted, atol=2e-5)
-
-
-def test_prefill_of_sizes_that_splash_cannot_take_is_plain():
-    assert kernels.prefill_tpu.fits(prefill_config((None, None)), 256)
-    assert not kernels.prefill_tpu.fits(prefill_config((None, None)), 64)
-
-
 def test_a_kernel_that_cannot_run_is_refused():
     small = CacheLayout(L, K, 64, jnp.float32, stacked=True, transposed_keys=False)
     with pytest.raises(ValueError, match="multiple of 128; given 64"):
@@ -199,3 +132,23 @@ def test_a_kernel_that_cannot_run_is_refused():
         kernels.resolve("cuda", layout(), "gpu")
     assert kernels.resolve("auto", layout(), "cpu") == "xla"
     assert kernels.resolve("auto", layout(), "tpu") == "pallas_tpu"
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_the_tpu_kernel_on_eight_devices_agrees_with_one(tensor):
+    """With 4 tensor shards the 2 key/value heads are not split."""
+    rows, columns = 8, 64
+    rng = np.random.default_rng(3)
+    k, v = rng.normal(size=(2, L, rows, columns, K, D)).astype(np.float32)
+    kv = jax.vmap(layout().pack)(k, v)
+    q = jnp.asarray(rng.normal(size=(rows, K, Q, D)), jnp.float32)
+    age = jnp.arange(rows, dtype=jnp.int32)[:, None] * jnp.ones((1, Q), jnp.int32)
+    reach = (jnp.full((rows, Q), 5, jnp.int32), age, jnp.full((rows,), columns, jnp.int32))
+    mesh = make_mesh(data=1, fsdp=-1, tensor=tensor)
+
+    def part(mesh):
+        attend = kernels.attend_part("pallas_tpu_interpret", layout(), None, mesh)
+        return jax.jit(lambda *arrays: attend(q, kv, 1, Reach(*arrays, ring=True)))(*reach)
+
+    for ours, wanted in zip(normalised(part(mesh)), normalised(part(None))):
+        np.testing.assert_allclose(ours, wanted, atol=1e-6)

@@ -101,3 +101,13 @@ def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
     cache = layout.token_bytes() * (64 * 512 + 16 * 512)
     assert memory.alias_size_in_bytes > cache
     assert memory.temp_size_in_bytes < cache / 8
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192])
+def test_training_attention_over_a_stream_compiles_for_a_v5e_without_scores(on_tpu, tokens):
+    from test_kernels_stream import gradient, shapes
+
+    arguments = on_tpu(shapes(tokens, 64, 8, heads=4, kv_heads=2))
+    compiled = jax.jit(gradient).lower(*arguments).compile()
+    # Less than the scores of one head.
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * tokens * 4

@@ -1,7 +1,7 @@
 """Attention of the rollout engine: which implementation runs where.
 
 Those of decoding take the same arguments as `kv_cache.attend_part`, the plain version that all are
-tested on; the plain version of prefill is `Policy.self_attention`.
+tested on; prefill is attention of whole sequences (`attention_kernels`).
 """
 
 import functools
@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from adpo_jax import kv_cache
+from adpo_jax import attention_kernels, kv_cache
 from adpo_jax.attention import Attend
-from adpo_jax.kernels import decode_gpu, decode_tpu, prefill_tpu
+from adpo_jax.kernels import decode_gpu, decode_tpu
 from adpo_jax.kv_cache import AttendPart, CacheLayout, Part, Reach
 from adpo_jax.policy import Policy
 from adpo_jax.sharding import RULES, mesh_axis_size
 
-# xla: everywhere. pallas_tpu: Mosaic; its _interpret runs on a CPU, to test. pallas_gpu: Triton.
+# xla: everywhere. pallas_tpu: Mosaic; its _interpret runs on a CPU, to test. pallas_gpu: Triton,
+# and cudnn for prefill where it takes the model.
 ATTENTION = ("auto", "xla", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret")
 
 
@@ -65,7 +66,7 @@ def _on_each_device(kernel: AttendPart, mesh: Mesh) -> AttendPart:
     """A kernel on rows and heads that are split over the mesh; none needs those of another."""
 
     def attend(q, kv, index, reach: Reach) -> Part:
-        rows, heads = RULES["batch"], heads_axis(mesh, q.shape[1])
+        rows, heads = RULES["batch"], attention_kernels.heads_axis(mesh, q.shape[1])
         lead = (None,) if kv.k.ndim == 5 else ()
         per_layer = PartitionSpec(*lead, rows, heads)
         per_row = PartitionSpec(rows)
@@ -89,12 +90,6 @@ def _on_each_device(kernel: AttendPart, mesh: Mesh) -> AttendPart:
     return attend
 
 
-def heads_axis(mesh: Mesh, num_kv_heads: int) -> str | None:
-    """The mesh axis that key/value heads, and the queries that read them, are split over."""
-    axis = RULES["kv_heads"]
-    return axis if num_kv_heads % mesh_axis_size(mesh, axis) == 0 else None
-
-
 def prefill_attention(
     attention: str, policy: Policy, positions: jax.Array, segments: jax.Array
 ) -> Attend:
@@ -103,25 +98,8 @@ def prefill_attention(
     Args:
       positions, segments: [rows, T] int32, as `Policy.self_attention` takes them.
     """
-    length = positions.shape[1]
-    if attention.startswith("pallas_tpu") and prefill_tpu.fits(policy.config, length):
-        interpret = attention.endswith("interpret")
-        attend = prefill_tpu.causal_attention(policy.config, length, interpret=interpret)
-        mesh = policy.mesh
-        if mesh is None or mesh.size == 1:
-            return attend
-        heads = heads_axis(mesh, policy.config.num_kv_heads)
-        spec = PartitionSpec(RULES["batch"], None, heads)
-
-        def on_each_device(q, k, v, layer, cache):
-            out = jax.shard_map(
-                lambda q, k, v, layer: attend(q, k, v, layer, None)[0],
-                mesh=mesh,
-                in_specs=(spec, spec, spec, PartitionSpec()),
-                out_specs=spec,
-                check_vma=False,
-            )(q, k, v, layer)
-            return out, cache
-
-        return on_each_device
-    return policy.self_attention(positions, segments)
+    settings = policy.attention_settings
+    prefill = "cudnn" if attention == "pallas_gpu" else attention
+    if attention_kernels.obstacle(prefill, settings):
+        prefill = "xla"
+    return attention_kernels.self_attention(prefill, settings, positions, segments)

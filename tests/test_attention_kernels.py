@@ -1,0 +1,103 @@
+"""Attention of whole rows: each implementation against the plain one, gradients and meshes too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from adpo_jax import Policy, attention_kernels
+from adpo_jax.attention import LayerInfo
+from adpo_jax.attention_kernels import Settings
+from adpo_jax.sharding import make_mesh
+
+H, K, D, T = 4, 2, 128, 100
+SETTINGS = Settings((40, None), K, D, D**-0.5, 5.0, jnp.float32, None)
+
+
+def rows(B):
+    """Queries, keys, values, and two segments a row behind some padding."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, D)), jnp.float32) for n in (H, K, K))
+    segments = np.ones((B, T), np.int32)
+    segments[:, 60:] = 2
+    segments[0, :13] = 0
+    positions = np.where(segments == 2, np.arange(T) - 60, np.arange(T)).astype(np.int32)
+    return q, k, v, jnp.asarray(positions), jnp.asarray(segments)
+
+
+def layer(index: int) -> LayerInfo:
+    window = SETTINGS.windows[index] or np.iinfo(np.int32).max
+    return LayerInfo(jnp.int32(index), jnp.int32(window), jnp.int32(0))
+
+
+def value_and_gradients(name, settings, index, B=2):
+    q, k, v, positions, segments = rows(B)
+    weight = jnp.asarray(np.random.default_rng(5).normal(size=q.shape), jnp.float32)
+    real = (segments > 0)[..., None, None]
+
+    def loss(q, k, v):
+        attend = attention_kernels.self_attention(name, settings, positions, segments)
+        out = jnp.where(real, attend(q, k, v, layer(index), None)[0], 0)
+        return jnp.sum(out * weight), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_splash_and_its_gradients_agree_with_plain_attention_in_every_layers_window(index):
+    plain = value_and_gradients("xla", SETTINGS, index)
+    splash = value_and_gradients("pallas_tpu_interpret", SETTINGS, index)
+    for ours, wanted in zip(splash, plain):
+        np.testing.assert_allclose(ours, wanted, atol=5e-5)
+
+
+def test_splash_on_eight_devices_agrees_with_plain_attention():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    plain = value_and_gradients("xla", SETTINGS, 1, B=4)
+    splash = value_and_gradients("pallas_tpu_interpret", SETTINGS._replace(mesh=mesh), 1, B=4)
+    for ours, wanted in zip(splash, plain):
+        np.testing.assert_allclose(ours, wanted, atol=5e-5)
+
+
+def test_what_is_given_to_cudnn_masks_what_plain_attention_does(monkeypatch):
+    plain_version = jax.nn.dot_product_attention
+
+    def stand_in(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return plain_version(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    settings = SETTINGS._replace(soft_cap=None)
+    for index in (0, 1):
+        plain = value_and_gradients("xla", settings, index)
+        cudnn = value_and_gradients("cudnn", settings, index)
+        for ours, wanted in zip(cudnn, plain):
+            np.testing.assert_allclose(ours, wanted, atol=5e-5)
+
+
+def test_an_attention_that_cannot_run_the_model_is_refused():
+    for changes, message in (
+        ({"attention": "pallas_tpu"}, "multiple of 128; given 16. Use xla"),
+        ({"attention": "cudnn"}, "takes bfloat16 or float16; given float32"),
+        ({"attention": "flash"}, "attention is one of auto, xla"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Policy(tiny.model_config(), **changes)
+    capped = tiny.model_config(attention_soft_cap=5.0)
+    with pytest.raises(ValueError, match="no soft cap"):
+        Policy(capped, dtype=jnp.bfloat16, attention="cudnn")
+
+
+def test_log_probs_of_a_policy_do_not_depend_on_its_attention():
+    config = tiny.model_config(head_dim=128, windows=(5, None))
+    policy = Policy(config)
+    params = policy.init(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 20)).astype(np.int32)
+    mask = np.ones((2, 20), np.int32)
+    mask[0, :6] = 0
+    kernel = Policy(config, attention="pallas_tpu_interpret")
+    np.testing.assert_allclose(
+        kernel.log_probs(params, tokens, mask), policy.log_probs(params, tokens, mask), atol=2e-5
+    )

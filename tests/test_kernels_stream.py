@@ -1,0 +1,140 @@
+"""The kernel of attention over packed streams against its plain version, gradients included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adpo_jax import attention_kernels
+from adpo_jax.attention import GLOBAL_WINDOW, LayerInfo, dot_product_attention
+from adpo_jax.attention_kernels import Settings, stream_tpu
+from adpo_jax.sharding import make_mesh
+from adpo_jax.tile_attention import Stream, stream_attention
+
+B, W, D = 2, 16, 128
+# (prompt tokens, completion tokens...) of the groups of each stream.
+STREAMS = [[(20, 30, 9), (3, 17, 40)], [(40, 8, 8, 20)]]
+
+
+def stream_of(tile: int = W, tokens: int = 128) -> Stream:
+    """Prompts, then completions, and padding; each tile lists those that its segments lie in."""
+    rows = []
+    for groups in STREAMS:
+        position, segment, prompt = [], [], []
+        for g, (length, *_) in enumerate(groups):
+            position += range(length)
+            segment += [g + 1] * length
+            prompt += [g + 1] * length
+        for g, (length, *completions) in enumerate(groups):
+            for completion in completions:
+                position += range(length, length + completion)
+                segment += [max(segment) + 1] * completion
+                prompt += [g + 1] * completion
+        padding = [0] * (tokens - len(position))
+        rows.append([x + padding for x in (position, segment, prompt)])
+    positions, segments, prompts = np.swapaxes(np.array(rows, np.int32), 0, 1)
+    n = tokens // tile
+    lists = np.full((len(rows), n, n), -1, np.int32)
+    for b in range(len(rows)):
+        tiles = segments[b].reshape(n, tile)
+        for i in range(n):
+            wanted = set(tiles[i]) | set(prompts[b].reshape(n, tile)[i])
+            listed = [t for t in range(i + 1) if wanted & (set(tiles[t]) - {0})]
+            lists[b, i, : len(listed)] = listed
+    longest = (lists >= 0).sum(-1).max()
+    return Stream(positions, segments, prompts, lists[..., :longest])
+
+
+def of_layer(window=GLOBAL_WINDOW):
+    return LayerInfo(np.int32(0), np.int32(window), np.int32(0))
+
+
+def tensors(heads, kv_heads, tokens=128, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = [(B, tokens, n, D) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "soft_cap", "window"),
+    [(2, 2, None, GLOBAL_WINDOW), (4, 2, 3.0, GLOBAL_WINDOW), (2, 1, None, 11)],
+)
+def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
+    heads, kv_heads, soft_cap, window
+):
+    stream, (q, k, v, weight) = stream_of(), tensors(heads, kv_heads)
+    settings = {"scale": D**-0.5, "soft_cap": soft_cap}
+    real = jnp.asarray(stream.segments > 0)[..., None, None]
+
+    def loss(attend, q, k, v):
+        out = attend(q, k, v)
+        return jnp.sum(jnp.where(real, out * weight, 0)), jnp.where(real, out, 0)
+
+    def both(attend):
+        value = jax.value_and_grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True)
+        return jax.jit(value)(q, k, v)
+
+    attention = stream_attention(stream, windows=True, **settings)
+    (_, plain), plain_grads = both(lambda q, k, v: attention(q, k, v, of_layer(window), None)[0])
+    kernel = functools.partial(stream_tpu.attend, interpret=True, **settings)
+    (_, fast), fast_grads = both(lambda q, k, v: kernel(q, k, v, of_layer(window), stream))
+    np.testing.assert_allclose(fast, plain, atol=1e-5)
+    for ours, wanted in zip(fast_grads, plain_grads):
+        assert np.abs(wanted).max() > 0.1
+        np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+def test_streams_side_by_side_on_devices_agree_with_the_plain_version():
+    stream, (q, k, v, _) = stream_of(), tensors(4, 2)
+    settings = Settings((None,), 2, D, D**-0.5, None, jnp.float32, None)
+    sharded = settings._replace(mesh=make_mesh(data=B, fsdp=1, tensor=4))
+
+    def out(name, settings):
+        attend = attention_kernels.stream_attention(name, settings, stream)
+        return jax.jit(lambda *qkv: attend(*qkv, of_layer(), None)[0])(q, k, v)
+
+    real = (stream.segments > 0)[..., None, None]
+    plain, fast = out("xla", settings), out("pallas_tpu_interpret", sharded)
+    np.testing.assert_allclose(np.where(real, fast, 0), np.where(real, plain, 0), atol=1e-5)
+    # The mask that cudnn would be given.
+    mask = attention_kernels._seen_in(stream, np.int32(GLOBAL_WINDOW))
+    dense = dot_product_attention(q, k, v, mask, scale=D**-0.5)
+    np.testing.assert_allclose(np.where(real, dense, 0), np.where(real, plain, 0), atol=1e-5)
+
+
+def test_the_lists_of_queries_are_the_lists_of_keys_turned_round():
+    stream = stream_of()
+    tiles, counts = jax.tree.map(np.asarray, stream_tpu.query_lists(stream.key_tiles))
+    n = tiles.shape[1]
+    for b in range(B):
+        for key in range(n):
+            sees = [i for i in range(n) if key in stream.key_tiles[b, i]]
+            assert tiles[b, key, : counts[b, key]].tolist() == sees
+
+
+def gradient(q, k, v, stream):
+    def loss(q, k, v):
+        out = stream_tpu.attend(q, k, v, of_layer(), stream, scale=D**-0.5)
+        return out.astype(jnp.float32).sum()
+
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+
+def shapes(tokens, tile, listed, heads, kv_heads, streams=1):
+    ints = jax.ShapeDtypeStruct((streams, tokens), jnp.int32)
+    stream = Stream(*[ints] * 3, jax.ShapeDtypeStruct((streams, tokens // tile, listed), jnp.int32))
+    q, k = (jax.ShapeDtypeStruct((streams, tokens, n, D), jnp.bfloat16) for n in (heads, kv_heads))
+    return q, k, k, stream
+
+
+def test_forward_and_backward_lower_for_a_tpu():
+    lowered = jax.jit(gradient).trace(*shapes(512, 64, 4, 4, 2)).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("tpu_custom_call") >= 3
+
+
+def test_streams_that_do_not_fit_are_known():
+    assert stream_tpu.fits(8192, 128, 128, 2)
+    assert not stream_tpu.fits(65536, 1024, 128, 2)
+    assert not stream_tpu.fits(8192, 128, 64, 2)
