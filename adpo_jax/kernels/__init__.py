@@ -15,7 +15,7 @@ from adpo_jax.attention import Attend
 from adpo_jax.kernels import decode_gpu, decode_tpu
 from adpo_jax.kv_cache import AttendPart, CacheLayout, Part, Reach
 from adpo_jax.policy import Policy
-from adpo_jax.sharding import RULES, mesh_axis_size
+from adpo_jax.sharding import RULES
 
 # xla: everywhere. pallas_tpu: Mosaic; its _interpret runs on a CPU, to test. pallas_gpu: Triton,
 # and cudnn for prefill where it takes the model.
