@@ -179,20 +179,21 @@ PLACES = [
 
 @pytest.mark.slow
 def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, straight):
-    run, kills = tmp_path / "run", 0
     moments = random.Random(0)
-    begun = time.monotonic()
-    finish(start(tmp_path / "warm"))
-    duration = time.monotonic() - begun
-    plan = [("random", 0)] * 12 + PLACES
+    plan = [("random", 0)] * 8 + PLACES
     moments.shuffle(plan)
     # What can only happen at the end of the run comes last.
     plan.sort(key=lambda item: item[0] in ("exporting", "noting the export"))
-    for place, count in plan:
+    begun = time.monotonic()
+    finish(start(tmp_path / "warm"))
+    duration = time.monotonic() - begun
+    run, kills = tmp_path / "run", 0
+    while plan or kills < 20:
+        place, count = plan.pop(0) if plan else ("random", 0)
         process = start(run, place="nowhere" if place == "random" else place, count=count)
         if place == "random":
             try:
-                process.wait(timeout=moments.uniform(0.1, 1.0) * duration)
+                process.wait(timeout=moments.uniform(0.1, 0.8) * duration)
             except subprocess.TimeoutExpired:
                 process.kill()
         out, _ = process.communicate(timeout=300)
@@ -205,4 +206,3 @@ def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, 
     finish(start(run))
     assert_same(run, straight)
     print(f"{kills} kills")
-    assert kills >= 20
