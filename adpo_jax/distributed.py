@@ -55,6 +55,12 @@ def initialize(wanted: bool | None, *, timeout_s: int) -> None:
             f"--distributed: {error} Neither SLURM nor a TPU pod is recognised here; set "
             f"{COORDINATOR} (host:port of process 0), {NUM_PROCESSES} and {PROCESS_ID}"
         ) from error
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}; when one is lost the others stop "
+        f"within {timeout_s} s, and the same command goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
     if not is_leader():  # what goes to standard output is said once
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

@@ -32,6 +32,7 @@ from adpo_jax.config_checks import finalized
 from adpo_jax.engine import Engine, RolloutOutput
 from adpo_jax.hlo import Collective, Program
 from adpo_jax.learner import Learner
+from adpo_jax.packing import PackedBatch
 from adpo_jax.rollout import Prompts
 from adpo_jax.sampling import SamplingParams
 
@@ -179,8 +180,21 @@ def dry_run(config: ConfigDict, topology: str = "") -> Report:
         compiled for here.
     """
     config = finalized(config)
-    devices = topology_devices(topology) if topology else jax.devices()
-    return _report(config, devices, topology or f"{len(devices)} x {devices[0].device_kind}")
+    if not topology:
+        devices = jax.devices()
+        return _report(config, devices, None, f"{len(devices)} x {devices[0].device_kind}")
+    devices = topology_devices(topology)
+    return _report(config, devices, _one_host(topology, devices), topology)
+
+
+def _one_host(topology: str, devices: list) -> list:
+    """The devices of one host: libtpu compiles for whole slices, not for a part of one."""
+    if len({device.process_index for device in devices}) == 1:
+        return devices
+    generation, _, sides = topology.partition(":")
+    host = topology_devices(f"{generation}:2x2" + "x1" * (sides.count("x") - 1))
+    assert len(host) == sum(d.process_index == devices[0].process_index for d in devices)
+    return host
 
 
 def topology_devices(name: str) -> list:
@@ -208,22 +222,25 @@ def topology_devices(name: str) -> list:
         ) from error
 
 
-def _report(config: ConfigDict, devices: list, where: str) -> Report:
+def _report(config: ConfigDict, devices: list, host: list | None, where: str) -> Report:
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     source = loading.find_architecture(config)
     policy = loading.make_policy(config, source, mesh)
-    engine = setup.make_engine(config, policy)
+    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1}
+    sizes["tensor"] = math.gcd(mesh.shape["tensor"], len(host or []))
+    host_mesh = host and sharding.make_mesh(**sizes, devices=host)
+    engine = setup.make_engine(config, policy, host_mesh)
     # More than the learning rate takes to warm up.
     learner = setup.make_learner(config, policy, plan, num_steps=10**6)
     sampling = setup.make_sampling(config, source)
 
     calls = _calls(config, engine, learner, num_processes=_num_processes(mesh))
     steps, failed = [], {}
-    for name, lowered in _lowered(config, engine, learner, sampling):
+    for name, lowered, turns in _lowered(config, engine, learner, sampling):
         devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
         try:
-            steps.append(_compiled(name, lowered, calls[name], devices_of))
+            steps.append(_compiled(name, lowered, turns, calls[name], devices_of))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -272,7 +289,7 @@ def _title(config, policy, mesh, engine: Engine, where: str) -> str:
 
 
 def _lowered(config, engine: Engine, learner: Learner, sampling: SamplingParams):
-    """(name, program) of an iteration, one after the other, so that one alone is held."""
+    """(name, program, turns of its open loops) of an iteration."""
     P, G = config.data.train_batch_size, config.algorithm.num_generations
     T, length = config.data.max_response_length, config.data.max_prompt_length
     out = RolloutOutput(
@@ -285,9 +302,14 @@ def _lowered(config, engine: Engine, learner: Learner, sampling: SamplingParams)
         stats={},
     )
     prompts = Prompts([[0] * length] * P, {})
-    yield from engine.lower(sampling).items()
+    for name, lowered in engine.lower(sampling).items():
+        yield name, lowered, 1
     batch = rollout.make_batch(prompts, out, max_prompt_length=length)
-    yield from learner.lower(batch).items()
+    for name, lowered in learner.lower(batch).items():
+        size = P if name == "anchor" else learner.plan.mini_prompts
+        laid_out = learner.laid_out(jax.tree.map(lambda x, size=size: x[:size], batch))
+        packed = isinstance(laid_out, PackedBatch)
+        yield name, lowered, int(laid_out.num_micro_B[0]) if packed else 1
 
 
 def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:
@@ -303,13 +325,15 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
     }
 
 
-def _compiled(name: str, lowered: jax.stages.Lowered, calls: int, num_devices: int) -> Step:
+def _compiled(
+    name: str, lowered: jax.stages.Lowered, turns: int, calls: int, num_devices: int
+) -> Step:
     started = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    program = Program(compiled.as_text())
-    whole = Program(lowered.compiler_ir("hlo").as_hlo_text()).flops
+    program = Program(compiled.as_text(), turns)
+    whole = Program(lowered.compiler_ir("hlo").as_hlo_text(), turns).flops
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Step(
         name=name,

@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here a loop
 whose condition compares its counter with a constant counts as often as it turns; one whose end is
-decided while it runs (decoding) counts once.
+decided while it runs (decoding, packed micro-batches) counts as often as the caller says.
 
 Source: the text format of https://openxla.org/xla/operation_semantics; FLOPs of a convolution as in
 xla/service/hlo_cost_analysis.cc (a TPU's compiler writes every matrix product as one).
@@ -56,10 +56,15 @@ class _Instruction:
 
 
 class Program:
-    """A module of HLO text."""
+    """A module of HLO text.
 
-    def __init__(self, text: str):
+    Args:
+      unknown_turns: how often a loop turns whose end is decided while it runs.
+    """
+
+    def __init__(self, text: str, unknown_turns: int = 1):
         self._computations, self._entry = _parse(text)
+        self._unknown_turns = unknown_turns
 
     @functools.cached_property
     def _times(self) -> dict[str, int]:
@@ -97,13 +102,13 @@ class Program:
             instructions = instructions + self._computations[_called(root)[0]]
             root = instructions[-1]
         if root.opcode != "compare" or "direction=LT" not in root.rest:
-            return 1
+            return self._unknown_turns
         numbers = [
             int(match.group(1))
             for i in instructions
             if i.opcode == "constant" and (match := re.match(r"\((\d+)\)", i.rest))
         ]
-        return numbers[0] if len(numbers) == 1 else 1
+        return numbers[0] if len(numbers) == 1 else self._unknown_turns
 
     @functools.cached_property
     def flops(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adpo_jax import loading, losses, optimizer, sharding, trackers
@@ -231,12 +232,16 @@ def make_trackers(config: ConfigDict, workdir: Path) -> list[Writer]:
     ]
 
 
-def make_engine(config: ConfigDict, policy: Policy) -> Engine:
-    """The rollout engine, shared by training and evaluation."""
+def make_engine(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) -> Engine:
+    """The rollout engine, shared by training and evaluation.
+
+    Args:
+      mesh: of one host of those that train; None for this process's part of the policy's.
+    """
     c = config.actor_rollout_ref.rollout
     return Engine(
         policy,
-        mesh=sharding.rollout_mesh(policy.mesh, c.tensor_model_parallel_size),
+        mesh=sharding.rollout_mesh(mesh or policy.mesh, c.tensor_model_parallel_size),
         max_prompt_length=config.data.max_prompt_length,
         max_response_length=max(config.data.max_response_length, config.eval.max_tokens),
         num_slots=c.num_slots or None,

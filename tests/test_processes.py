@@ -84,15 +84,20 @@ def finish(folder: Path, processes: list[subprocess.Popen], timeout_s: float = 2
     return codes
 
 
+def _timeless(row: dict) -> dict:
+    """The metrics that depend neither on the clock nor on the machine."""
+    by_machine = ("time", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
+    return {name: value for name, value in row.items() if not name.startswith(by_machine)}
+
+
 def assert_same_run(one: Path, other: Path):
     """The same metrics and the same exported parameters."""
     rows, expected = read_jsonl(one / "metrics.jsonl"), read_jsonl(other / "metrics.jsonl")
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    for row, wanted in zip(rows, expected):
+    for row, wanted in zip(map(_timeless, rows), map(_timeless, expected)):
         assert row.keys() == wanted.keys()
         for name, value in row.items():
-            if not name.startswith(("time", "memory/")) and not name.endswith("tokens_per_s"):
-                np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-5, err_msg=name)
     weights, expected = (load_file(run / "export" / "model.safetensors") for run in (one, other))
     for name, value in weights.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -136,8 +141,8 @@ def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_from_its_checkp
         other.kill()
     assert time.monotonic() - killed < 3 * TIMEOUT_S
     log = log_of(two, 1 - victim)
-    assert code == 5, log
-    assert "another host" in log
+    # Ours where an exchange failed, JAX's own where it saw the silence first.
+    assert (code == 5 and "another host" in log) or (code == -6 and "another task died" in log), log
     assert "the same command goes on" in log
 
     slow.unlink()
