@@ -4,6 +4,7 @@ The cases run through `main` in this process, with a sampler that makes completi
 through a process of their own.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -85,6 +86,14 @@ def tree_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+# The flags of the command line but the config, by their names in `main`.
+FLAGS = {
+    attribute: other
+    for attribute, other in vars(main).items()
+    if isinstance(other, flags.FlagHolder) and attribute != "_CONFIG"
+}
+
+
 def outcome(argv, monkeypatch, capsys) -> tuple[int, str]:
     """What `python -m adpo_jax.main ARGV` exits with and prints as its error."""
     values = flags.FlagValues()
@@ -92,18 +101,15 @@ def outcome(argv, monkeypatch, capsys) -> tuple[int, str]:
     holder = config_flags.DEFINE_config_file(
         "config", None, flag_values=values, sys_argv=argv, lock_config=True
     )
-    texts = {"workdir": None, "resume": "auto", "replay": None}
-    for name, default in texts.items():
-        flags.DEFINE_string(name, default, "", flag_values=values)
-    for name in ("allow_config_change", "debug"):
-        flags.DEFINE_bool(name, False, "", flag_values=values)
+    for other in FLAGS.values():
+        values[other.name] = copy.deepcopy(flags.FLAGS[other.name])
     try:
         rest = main.parse_flags(argv, values)
     except SystemExit as leaving:
         return leaving.code, capsys.readouterr().err
     monkeypatch.setattr(main, "_CONFIG", holder)
-    for name in (*texts, "allow_config_change", "debug"):
-        monkeypatch.setattr(main, f"_{name.upper()}", SimpleNamespace(value=values[name].value))
+    for attribute, other in FLAGS.items():
+        monkeypatch.setattr(main, attribute, SimpleNamespace(value=values[other.name].value))
     return main.main(rest), capsys.readouterr().err
 
 
@@ -502,7 +508,7 @@ def test_a_tokenizer_without_a_pad_or_with_the_end_as_one_is_as_good(pad, monkey
     argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
     argv += ["--config.trainer.total_training_steps=1", "--config.data.val_files="]
     monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
-    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys)[0] == 0
+    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys) == (0, "")
 
 
 def save_nothing(self, folder, *_, **__):
@@ -568,7 +574,7 @@ def test_a_reward_function_that_fails_in_the_middle(case, monkeypatch, capsys):
     monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
     argv = with_reward("def f(completions, **columns):\n    return [0.5] * len(completions)\n")
     os.utime("reward.py", (1, 1))
-    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys)[0] == 0
+    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys) == (0, "")
 
 
 def test_a_reward_function_that_hangs(monkeypatch, capsys):
