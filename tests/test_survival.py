@@ -187,8 +187,9 @@ def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, 
     begun = time.monotonic()
     finish(start(tmp_path / "warm"))
     duration = time.monotonic() - begun
-    run, kills = tmp_path / "run", 0
+    run, kills, number = tmp_path / "run", 0, 0
     while plan or kills < 20:
+        number += 1
         place, count = plan.pop(0) if plan else ("random", 0)
         process = start(run, place="nowhere" if place == "random" else place, count=count)
         if place == "random":
@@ -202,7 +203,7 @@ def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, 
         print(f"{place} {count}: exit code {process.returncode}", flush=True)
         if process.returncode == 0:
             assert_same(run, straight)
-            run = tmp_path / f"run_{kills}"  # it came to its end: another one
+            run = tmp_path / f"run_{number}"  # it came to its end: another one
     finish(start(run))
     assert_same(run, straight)
     print(f"{kills} kills")
