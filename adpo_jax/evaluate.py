@@ -26,10 +26,6 @@ from adpo_jax.host_memory import use_huge_pages
 from adpo_jax.metrics import write_jsonl
 from adpo_jax.rewards import RewardError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
-_MODEL = flags.DEFINE_string("model", None, "a Hugging Face folder or name, a run, a checkpoint")
-_OUT = flags.DEFINE_string("out", None, "the folder to write to; a new one if not given")
-
 
 def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> dict[str, float]:
     """Scores a model on `data.val_files` and writes every completion.
@@ -87,16 +83,15 @@ def table(metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], config: ConfigDict | None, model: str | None, out: str | None) -> int:
     """Evaluates what the command line says; returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
-    if _CONFIG.value is None or _MODEL.value is None:
+    if config is None or model is None:
         raise app.UsageError("--model and --config are needed")
     logging.set_verbosity(logging.WARNING)
     try:
-        out = None if _OUT.value is None else Path(_OUT.value)
-        print(table(evaluate_model(_CONFIG.value, _MODEL.value, out)))
+        print(table(evaluate_model(config, model, Path(out) if out else None)))
     except (ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -112,7 +107,11 @@ def run() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
-    app.run(main)
+    # Defined here, since the flags of `main` have some of these names too.
+    config = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
+    model = flags.DEFINE_string("model", None, "a Hugging Face folder or name, a run, a checkpoint")
+    out = flags.DEFINE_string("out", None, "the folder to write to; a new one if not given")
+    app.run(lambda argv: main(argv, config.value, model.value, out.value))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ class Policy:
 
     def _init(self, key: jax.Array):
         tokens = jnp.zeros((1, 1), jnp.int32)
-        decoder = self._decoder(self.self_attention(tokens, tokens))
+        plain = attention.self_attention(tokens, tokens, **self.attention_settings.plain)
+        decoder = self._decoder(plain)
         params = decoder.init(key, tokens, tokens)["params"]
         return join(self._init_adapters(key, params), params) if self.lora else params
 

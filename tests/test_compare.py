@@ -47,7 +47,7 @@ def test_methods_are_compared_seed_by_seed(compare, tmp_path):
     assert lines[4].endswith(" 150 ± 0 |")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_methods_start_from_the_same_weights_and_see_the_same_prompts(compare, tmp_path):
     tiny = {
         "sft.steps": 2,

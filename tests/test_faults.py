@@ -88,7 +88,7 @@ def test_a_reward_that_is_no_number_stops_the_run_with_the_sample(tmp_path):
     assert "completion" in json.loads(samples.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_anchor_that_is_too_far_away_is_a_bad_update(tmp_path):
     config = parse(
         *SHORT,
@@ -135,7 +135,7 @@ def test_a_save_that_fails_costs_nothing_and_is_counted_in_the_metrics(tmp_path,
     assert counts == [0, 1, 2, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     tmp_path, monkeypatch
 ):
@@ -176,7 +176,7 @@ def test_steps_and_learning_rate_may_change_and_the_change_is_noted(tmp_path):
     assert json.loads((run / "config.json").read_text())["trainer"]["total_training_steps"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_the_run_is_may_not_change_unless_it_is_meant(tmp_path):
     run = tmp_path / "run"
     short = (*SHORT, "--config.trainer.total_training_steps=1")
@@ -190,7 +190,7 @@ def test_what_the_run_is_may_not_change_unless_it_is_meant(tmp_path):
     assert [row["step"] for row in scalars(run)] == [1, 2, 3, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_change_that_the_state_does_not_fit_is_refused_in_words_and_nothing_is_lost(tmp_path):
     run = tmp_path / "run"
     train(parse(*SHORT, "--config.trainer.total_training_steps=1"), run)
@@ -215,7 +215,7 @@ def test_resume_never_must_and_auto(tmp_path):
         train(config, run, resume="yes")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_mesh_goes_on_with_the_same_results(tmp_path, request):
     constant = "--config.actor_rollout_ref.actor.optim.lr_scheduler_type=constant"
     run = tmp_path / "run"

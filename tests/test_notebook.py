@@ -32,10 +32,10 @@ def test_the_notebook_runs_on_a_smaller_model(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     text = text_of(executed(SMALL))
     assert "eval/accuracy" in text
-    assert "accuracy" in text.split("eval/accuracy")[1]
+    assert "accuracy" in text.split("eval/accuracy")[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_as_it_is_learns(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     text = text_of(executed())

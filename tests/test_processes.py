@@ -119,7 +119,7 @@ def test_two_processes_train_as_one_does(tmp_path, overrides):
     assert "iteration" not in log_of(two, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_from_its_checkpoint(
     tmp_path, overrides, victim
@@ -151,7 +151,7 @@ def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_from_its_checkp
     assert_same_run(two, one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_function_that_fails_on_one_process_stops_both(tmp_path, overrides):
     (tmp_path / "reward.py").write_text(
         "import os\n"

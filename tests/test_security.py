@@ -87,8 +87,9 @@ def calls_of(path: Path):
 def test_nothing_unpickles_evaluates_or_trusts_remote_code():
     for path in PACKAGE.rglob("*.py"):
         for function, keywords in calls_of(path):
-            # A worker's socket, on which only the process that started it writes pickles.
-            assert function not in ("pickle.load", "pickle.loads") or path.name == "wire.py", path
+            # From the process that started this one, or from another process of the same run.
+            trusted = path.name in ("wire.py", "distributed.py")
+            assert function not in ("pickle.load", "pickle.loads") or trusted, path
             assert function not in ("eval", "exec", "torch.load"), path
             assert keywords.get("allow_pickle", "False") == "False", path
             assert keywords.get("trust_remote_code", "False") == "False", path

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 import signal
@@ -39,7 +40,7 @@ LENGTHS = ["--max-prompt-length=48", "--max-response-length=64", "--slots=8"]
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     policy, params = Policy.from_config(CONFIG, jax.random.key(0))
-    tokenizer = arithmetic.make_tokenizer()
+    tokenizer = copy.deepcopy(arithmetic.make_tokenizer())
     tokenizer.chat_template = TEMPLATE
     policy.save_pretrained(folder, params, tokenizer)
     return folder
@@ -432,7 +433,7 @@ def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, m
         assert server.app.service.decoding.failed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_that_is_told_to_end_finishes_its_streams(folder):
     command = [sys.executable, "-m", "adpo_jax.serve", f"--model={folder}", "--port=0", *LENGTHS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -177,7 +177,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, straight):
     moments = random.Random(0)
     plan = [("random", 0)] * 8 + PLACES
