@@ -160,20 +160,23 @@ class _Head:
         return d_hidden_BTD, d_weight_DV.T if self.tied else d_weight_DV
 
 
-def _head(config, mesh, rows: int, vocab: int, **settings) -> _Head:
+def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Array]:
+    """The head for so many rows, and its weight."""
+
     def usable(logical, size):
         names = RULES[logical]
         parts = 1 if mesh is None else mesh_axis_size(mesh, names)
         return names if parts > 1 and size % parts == 0 else ()
 
-    return _Head(
+    head = _Head(
         tied=config.tie_embeddings,
         soft_cap=config.logit_soft_cap,
         mesh=mesh,
         rows_axes=usable("batch", rows),
-        vocab_axis=usable("vocab", vocab) or "",
+        vocab_axis=usable("vocab", config.vocab_size) or "",
         **settings,
     )
+    return head, params["embed"] if config.tie_embeddings else params["head"]
 
 
 def token_log_probs(
@@ -201,12 +204,11 @@ def token_log_probs(
     Returns:
       (log_probs, entropy), each [B, T] float32, in nats.
     """
-    weight = params["embed"] if config.tie_embeddings else params["head"]
-    head = _head(
+    head, weight = _head_of(
         config,
+        params,
         mesh,
         hidden_BTD.shape[0],
-        config.vocab_size,
         temperature=temperature,
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,
@@ -285,12 +287,11 @@ def weighted_log_probs(
     Returns:
       The sum, and (log_probs, entropy) as of `token_log_probs` but without gradient.
     """
-    weight = params["embed"] if config.tie_embeddings else params["head"]
-    head = _head(
+    head, weight = _head_of(
         config,
+        params,
         mesh,
         hidden_BTD.shape[0],
-        config.vocab_size,
         temperature=temperature,
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,

@@ -20,7 +20,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from bench_rollout import PEERS, PEERS_HOME, REPO, in_process, model_of, over_all
+from bench_rollout import PEERS, PEERS_HOME, REPO, compared, in_process, model_of
 
 NEW, PROMPT, PROMPTS, GENS = 128, 64, 16, 8
 
@@ -148,24 +148,12 @@ def main():
     peers = [peer for peer in a.peers.split(",") if peer]
     for shape in a.shapes.split(","):
         for case in a.cases.split(","):
-            runs = {who: [] for who in ["adpo_jax", *peers]}
-            for _ in range(a.rounds):
-                for who, results in runs.items():
-                    results.append(run_one(a, who, shape, case))
-            line = {"shape": shape, "case": case}
-            for measure in ("tokens_per_s", "tokens_per_cpu_s"):
-                rate = {who: over_all([r[measure] for r in rs]) for who, rs in runs.items()}
-                line[measure] = rate
-                if peers:
-                    best = max(rate[peer]["median"] for peer in peers)
-                    ratio = rate["adpo_jax"]["median"] / best
-                    line[f"{measure}_ratio_to_better_peer"] = round(ratio, 2)
+            rates, runs = compared(
+                a.rounds, peers, lambda who, _, s=shape, c=case: run_one(a, who, s, c)
+            )
+            line = {"shape": shape, "case": case} | rates
             ours = runs["adpo_jax"][-1]
             line |= {name: ours[name] for name in ("wall_s", "update_s", "padding_frac")}
-            line["peak_rss_mb"] = {who: rs[-1]["peak_rss_mb"] for who, rs in runs.items()}
-            line["other_cpus"] = {
-                who: max(r["other_cpus"]["median"] for r in rs) for who, rs in runs.items()
-            }
             print(json.dumps(line), flush=True)
 
 

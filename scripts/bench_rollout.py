@@ -208,6 +208,33 @@ def over_all(results: list[dict]) -> dict:
     }
 
 
+def compared(rounds: int, peers: list[str], run) -> tuple[dict, dict]:
+    """Runs ours and the peers in turn: the rates of all with the ratio to the better peer's.
+
+    Args:
+      run: `(who, ours) -> result` of one process; `ours` is our latest result, None for ourselves.
+
+    Returns:
+      (line of rates, all results by who).
+    """
+    runs = {who: [] for who in ["adpo_jax", *peers]}
+    for _ in range(rounds):
+        for who, results in runs.items():
+            results.append(run(who, None if who == "adpo_jax" else runs["adpo_jax"][-1]))
+    line = {}
+    for measure in ("tokens_per_s", "tokens_per_cpu_s"):
+        rate = {who: over_all([r[measure] for r in rs]) for who, rs in runs.items()}
+        line[measure] = rate
+        if peers:
+            best = max(rate[peer]["median"] for peer in peers)
+            line[f"{measure}_ratio_to_better_peer"] = round(rate["adpo_jax"]["median"] / best, 2)
+    line["other_cpus"] = {
+        who: max(r["other_cpus"]["median"] for r in rs) for who, rs in runs.items()
+    }
+    line["peak_rss_mb"] = {who: rs[-1]["peak_rss_mb"] for who, rs in runs.items()}
+    return line, runs
+
+
 def main():
     a = arguments()
     if a.engine_only:
@@ -216,25 +243,13 @@ def main():
     peers = [peer for peer in a.peers.split(",") if peer]
     for shape in a.shapes.split(","):
         for case in a.cases.split(","):
-            runs = {who: [] for who in ["adpo_jax", *peers]}
-            for _ in range(a.rounds):
-                for who, results in runs.items():
-                    results.append(run_one(a, who, shape, case))
-            line = {"shape": shape, "case": case}
-            for measure in ("tokens_per_s", "tokens_per_cpu_s"):
-                rate = {who: over_all([r[measure] for r in rs]) for who, rs in runs.items()}
-                line[measure] = rate
-                if peers:
-                    best = max(rate[peer]["median"] for peer in peers)
-                    ratio = rate["adpo_jax"]["median"] / best
-                    line[f"{measure}_ratio_to_better_peer"] = round(ratio, 2)
-            line["other_cpus"] = {
-                who: max(r["other_cpus"]["median"] for r in rs) for who, rs in runs.items()
-            }
+            rates, runs = compared(
+                a.rounds, peers, lambda who, _, s=shape, c=case: run_one(a, who, s, c)
+            )
+            line = {"shape": shape, "case": case} | rates
             ours = runs["adpo_jax"][-1]
             for name in ("gemm_ceiling_gflops", "fraction_of_gemm_ceiling", "warmup_s", "stats"):
                 line[name] = ours[name]
-            line["peak_rss_mb"] = {who: r[-1]["peak_rss_mb"] for who, r in runs.items()}
             line["versions"] = {who: r[-1]["versions"] for who, r in runs.items()}
             line["logp_mean"] = {
                 who: r[-1].get("check", r[-1]).get("logp_mean") for who, r in runs.items()

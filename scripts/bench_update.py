@@ -24,7 +24,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from bench_rollout import PEERS, PEERS_HOME, REPO, gemm_ceiling, in_process, model_of, over_all
+from bench_rollout import PEERS, PEERS_HOME, REPO, compared, gemm_ceiling, in_process, model_of
 
 CASES = {
     "equal": {"prompt_len": 64, "new": 128},
@@ -151,28 +151,18 @@ def by_real_tokens(result: dict, num_tokens: int) -> dict:
 
 def compare(a, shape: str, case: str, peers: list[str]) -> dict:
     """One line of the table."""
-    runs = {who: [] for who in ["adpo_jax", *peers]}
-    for _ in range(a.rounds):
-        for who, results in runs.items():
-            result = run_one(a, who, shape, case)
-            if who != "adpo_jax":
-                result = by_real_tokens(result, runs["adpo_jax"][-1]["num_tokens"])
-            results.append(result)
-    line = {"shape": shape, "case": case, "layout": a.layout, "micro": a.micro}
-    for measure in ("tokens_per_s", "tokens_per_cpu_s"):
-        rate = {who: over_all([r[measure] for r in rs]) for who, rs in runs.items()}
-        line[measure] = rate
-        if peers:
-            best = max(rate[peer]["median"] for peer in peers)
-            line[f"{measure}_ratio_to_better_peer"] = round(rate["adpo_jax"]["median"] / best, 2)
+
+    def run(who: str, ours: dict | None) -> dict:
+        result = run_one(a, who, shape, case)
+        return by_real_tokens(result, ours["num_tokens"]) if ours else result
+
+    rates, runs = compared(a.rounds, peers, run)
+    line = {"shape": shape, "case": case, "layout": a.layout, "micro": a.micro} | rates
     ours = runs["adpo_jax"][-1]
     names = ("gemm_ceiling_gflops", "compile_s", "compiled_temp_mb", "padding_frac", "num_tokens")
     line |= {name: ours[name] for name in names}
-    for name in ("fraction_of_gemm_ceiling", "peak_rss_mb", "check", "versions"):
+    for name in ("fraction_of_gemm_ceiling", "check", "versions"):
         line[name] = {who: rs[-1].get(name) for who, rs in runs.items()}
-    line["other_cpus"] = {
-        who: max(r["other_cpus"]["median"] for r in rs) for who, rs in runs.items()
-    }
     return line
 
 
