@@ -86,9 +86,10 @@ class Generation:
         starts, admitted = self.schedule.start()
         if admitted:
             self._prefill(admitted)
-        self._resize()
+        # Before the batch shrinks: `starts` speak of the slots and rows as they are now.
         if starts or self.retired:
             self._assign(starts)
+        self._resize()
         return self._decode()
 
     # --- sizes
@@ -124,7 +125,6 @@ class Generation:
         if slots < schedule.num_slots:
             columns = self._columns_for(oldest)
             order, rows = schedule.compact(slots)
-            self.retired = []
         else:
             order = np.arange(slots, dtype=np.int32)
         members = schedule.members.copy()

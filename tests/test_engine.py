@@ -137,6 +137,17 @@ def test_samples_do_not_depend_on_slots_order_or_company(model):
     np.testing.assert_array_equal(alone.tokens[0], many.tokens[2])
 
 
+def test_the_last_samples_may_start_as_the_batch_shrinks(model):
+    policy, params = model
+    # 16 samples end in one step; 4 of two groups wait, start in their slots, and the batch halves.
+    prompts, sampling = prompts_of([6] * 10), SamplingParams(n=2, max_tokens=4)
+    key = jax.random.key(13)
+    wide = engine_of(policy, num_slots=16).generate(params, prompts, sampling, key)
+    assert wide.stats["slot_steps"] == 4 * 16 + 4 * 8
+    narrow = engine_of(policy, num_slots=8).generate(params, prompts, sampling, key)
+    np.testing.assert_array_equal(wide.tokens, narrow.tokens)
+
+
 def test_keys_samples_and_equal_prompts_differ(model):
     policy, params = model
     engine, prompt = engine_of(policy), prompts_of([6])[0]
