@@ -22,7 +22,7 @@ from adpo_jax import loading, pretrained, setup, sharding
 from adpo_jax.config_checks import check_overrides, finalized
 from adpo_jax.evaluation import evaluate
 from adpo_jax.exit_codes import USER_ERROR
-from adpo_jax.host_memory import use_huge_pages
+from adpo_jax.host_memory import tune_malloc
 from adpo_jax.metrics import write_jsonl
 from adpo_jax.rewards import RewardError
 
@@ -100,7 +100,7 @@ def main(argv: list[str], config: ConfigDict | None, model: str | None, out: str
 
 def run() -> None:
     """What `python -m adpo_jax.evaluate` does."""
-    use_huge_pages()
+    tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         check_overrides(sys.argv)

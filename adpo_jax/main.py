@@ -22,7 +22,7 @@ from adpo_jax.exit_codes import (
     STOPPED,
     USER_ERROR,
 )
-from adpo_jax.host_memory import use_huge_pages
+from adpo_jax.host_memory import tune_malloc
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -147,7 +147,7 @@ def default_workdir(config: ConfigDict) -> Path:
 
 def run() -> None:
     """What `python -m adpo_jax.main` does."""
-    use_huge_pages()
+    tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app.run(_main, flags_parser=parse_flags)
 

@@ -71,9 +71,9 @@ def run_ours(a) -> dict:
     """Times our update in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from adpo_jax.host_memory import use_huge_pages
+    from adpo_jax.host_memory import tune_malloc
 
-    use_huge_pages()
+    tune_malloc()
     import common
     import jax
     import jax.numpy as jnp

@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adpo_jax import train
-from adpo_jax.host_memory import use_huge_pages
+from adpo_jax.host_memory import tune_malloc
 from adpo_jax.learner import Learner
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
@@ -201,5 +201,5 @@ def main():
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    tune_malloc()
     main()

@@ -117,4 +117,7 @@ def summary(path: Path) -> dict:
 
 
 if __name__ == "__main__":
+    from adpo_jax.host_memory import tune_malloc
+
+    tune_malloc()
     app.run(main)

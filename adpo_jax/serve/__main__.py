@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from adpo_jax.host_memory import use_huge_pages
+from adpo_jax.host_memory import tune_malloc
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -162,6 +162,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.exit(main())
