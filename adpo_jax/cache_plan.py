@@ -1,9 +1,9 @@
 """How many slots the key/value cache has, from the memory it may take.
 
-    bytes = slots x columns x token bytes x copies + prefix rows x prefix tokens x token bytes
+    tokens = slots x columns + prefix rows x prefix tokens + second copies
 
-`copies` is 2 where the ring of columns grows in stages, since the old and the new ring are alive at
-once, and 1 where it has its full length from the start.
+The old and the new ring are alive at once where it grows in stages or the batch shrinks, and so are
+the old and the new prefix rows where the batch shrinks; never both stores at the same time.
 """
 
 import dataclasses
@@ -75,6 +75,7 @@ def plan(
     multiple: int,
     splits: int,
     stages: int,
+    shrinks: bool,
     budget: int | None,
     budget_text: str = "",
 ) -> CachePlan:
@@ -85,6 +86,7 @@ def plan(
       multiple: of slots and rows, the devices they are split over.
       splits: devices that a token's keys and values are split over in all.
       stages: lengths that the ring of columns grows through.
+      shrinks: whether slots and prefix rows are gathered into smaller batches.
       budget: bytes of one device; None for no limit.
 
     Raises:
@@ -93,12 +95,15 @@ def plan(
     columns = column_buckets(max_response_length, stages)
     prefix = length_bucket(max_prompt_length - 1, max_prompt_length)
     token = layout.token_bytes()
-    copies = 2 if len(columns) > 1 else 1
+    copies = {"ring": shrinks or len(columns) > 1, "rows": shrinks}
+
+    def second_copies(slots: int, rows: int) -> int:
+        return max(copies["ring"] * slots * columns[-1], copies["rows"] * rows * prefix)
 
     def of(slots: int) -> CachePlan:
         rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
-        total = token * (slots * columns[-1] * copies + rows * prefix)
-        return CachePlan(slots, rows, -(-total // splits))
+        tokens = slots * columns[-1] + rows * prefix + second_copies(slots, rows)
+        return CachePlan(slots, rows, -(-token * tokens // splits))
 
     smallest = up_to_multiple(min(group_size, most_slots), multiple)
     largest = max(smallest, up_to_multiple(most_slots, multiple))
@@ -108,11 +113,11 @@ def plan(
     if one_group.device_bytes > budget:
         raise ValueError(
             "the key/value cache of one group does not fit: "
-            f"{smallest} slots x {columns[-1]} tokens x {copies} + "
-            f"{one_group.rows} prompts x {prefix} tokens, at {readable(token)} a token over "
-            f"{splits} device(s), is {readable(one_group.device_bytes)} a device; there are "
-            f"{readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, shorten "
-            "max_response_length or max_prompt_length, or take a smaller cache dtype"
+            f"{smallest} slots x {columns[-1]} tokens + {one_group.rows} prompts x {prefix} tokens "
+            f"+ {second_copies(smallest, one_group.rows)} of second copies, at {readable(token)} a "
+            f"token over {splits} device(s), is {readable(one_group.device_bytes)} a device; there "
+            f"are {readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, "
+            "shorten max_response_length or max_prompt_length, or take a smaller cache dtype"
         )
     sizes = range(smallest, largest, multiple)
     return max(

@@ -24,12 +24,11 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adpo_jax import cache_plan, generation
 from adpo_jax import schedule as schedule_lib
-from adpo_jax.decode import DecodeState, Prefixes, ResultTokens, Slots, Verbs
+from adpo_jax.decode import DecodeState, Prefixes, ResultTokens, Slots
 from adpo_jax.engine import Engine
 from adpo_jax.sampling import Knobs, Method, SamplingParams
 
@@ -249,8 +248,9 @@ class ContinuousBatch:
             members = np.arange(slots, dtype=np.int32)[:, None]
             state = self.verbs.resize(self._state, order, members, columns, np.int32(oldest))
             rows = np.arange(slots, dtype=np.int32)
+            kv, lengths = self.verbs.rows_of(state.prefix, order)
             self._state = state._replace(
-                prefix=_moved_prefixes(self.verbs, state.prefix, order, prefix),
+                prefix=Prefixes(self.verbs.with_columns(kv, prefix), lengths),
                 slots=state.slots._replace(row=rows),
             )
             moved = [self._in_slot[slot] for slot in live]
@@ -308,8 +308,9 @@ class ContinuousBatch:
     def _copy(self, prefixes: Prefixes, row: int, slots: list[int]):
         """Gives the same prompt to further slots."""
         count = schedule_lib.power_of_two(len(slots))
+        count = cache_plan.up_to_multiple(count, self.engine.shards)
         targets = np.array(slots + slots[-1:] * (count - len(slots)), np.int32)
-        repeated = _taken(self.verbs, prefixes, np.full(count, row, np.int32))
+        repeated = self.verbs.rows_of(prefixes, np.full(count, row, np.int32))
         self._state = self.verbs.insert(self._state, repeated, targets)
 
     def _prefill_length(self, sample: Sample) -> int:
@@ -384,34 +385,3 @@ def _size_for(sizes: list[int], needed: int) -> int:
 
 def _padded(stop_ids: np.ndarray, width: int) -> np.ndarray:
     return np.pad(stop_ids, (0, width - len(stop_ids)), constant_values=-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _taken(verbs: Verbs, prefixes: Prefixes, rows: jax.Array) -> Prefixes:
-    """Some rows of prefilled prompts."""
-    axis = 1 if verbs.layout.stacked else 0
-    kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), prefixes.kv)
-    return Prefixes(kv, prefixes.lengths[rows])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _moved_prefixes(verbs: Verbs, prefixes: Prefixes, order: jax.Array, length: int) -> Prefixes:
-    """The prefix rows in another order, with `length` columns each."""
-    lead = 1 if verbs.layout.stacked else 0
-
-    def move(x, axis):
-        x = jnp.take(x, order, axis=lead, mode="clip")
-        axis += lead
-        kept = min(length, x.shape[axis])
-        x = jax.lax.slice_in_dim(x, 0, kept, axis=axis)
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, length - kept)
-        return jnp.pad(x, widths)
-
-    def move_layer(layer):
-        return jax.tree.map(move, layer, verbs.layout.column_axes())
-
-    kv = prefixes.kv
-    kv = move_layer(kv) if verbs.layout.stacked else tuple(map(move_layer, kv))
-    lengths = jnp.take(prefixes.lengths, order, mode="clip")
-    return Prefixes(verbs.sharded(kv), lengths)

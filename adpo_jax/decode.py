@@ -77,6 +77,11 @@ class Verbs:
     layout: CacheLayout
     attention: str = "xla"  # one of `kernels.ATTENTION`
 
+    @property
+    def lead(self) -> int:
+        """The axis of the rows in each array of a store."""
+        return int(self.layout.stacked)
+
     # --- parameters
 
     def load_params(self, params):
@@ -155,11 +160,10 @@ class Verbs:
 
     def sharded(self, kv: KV) -> KV:
         """Rows over the batch axes, heads over the tensor axis."""
-        lead = (None,) if self.layout.stacked else ()
 
         def place(x):
-            rest = (None,) * (x.ndim - len(lead) - 2)
-            return constrain(x, self.policy.mesh, *lead, "batch", "kv_heads", *rest)
+            rest = (None,) * (x.ndim - self.lead - 2)
+            return constrain(x, self.policy.mesh, *(None,) * self.lead, "batch", "kv_heads", *rest)
 
         return jax.tree.map(place, kv)
 
@@ -195,13 +199,12 @@ class Verbs:
           prefixes: with as many columns as the state's or fewer.
           rows: [of prefixes] int32. The same row twice is fine for the same prompt.
         """
-        lead = 1 if self.layout.stacked else 0
 
         def put(stored, new):
             def one(i, stored):
-                row = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=lead)
+                row = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=self.lead)
                 at = [0] * stored.ndim
-                at[lead] = rows[i]
+                at[self.lead] = rows[i]
                 return jax.lax.dynamic_update_slice(stored, row, at)
 
             return jax.lax.fori_loop(0, rows.shape[0], one, stored)
@@ -355,19 +358,27 @@ class Verbs:
 
     # --- resize
 
+    def _by_columns(self, change, kv: KV) -> KV:
+        """`change(array, axis of its columns)` for every array of a store."""
+        axes = jax.tree.map(lambda axis: axis + self.lead, self.layout.column_axes())
+
+        def of_layer(layer):
+            return jax.tree.map(change, layer, axes)
+
+        changed = of_layer(kv) if self.layout.stacked else tuple(map(of_layer, kv))
+        return self.sharded(changed)
+
     @functools.partial(jax.jit, static_argnums=(0, 2))
-    def _padded(self, own: KV, columns: int) -> KV:
-        def pad(x, axis):
+    def with_columns(self, kv: KV, columns: int) -> KV:
+        """The first columns of a store, or all and empty ones after them."""
+
+        def fit(x, axis):
+            x = jax.lax.slice_in_dim(x, 0, min(columns, x.shape[axis]), axis=axis)
             widths = [(0, 0)] * x.ndim
-            axis += self.layout.stacked
             widths[axis] = (0, columns - x.shape[axis])
             return jnp.pad(x, widths)
 
-        def pad_layer(layer):
-            return jax.tree.map(pad, layer, self.layout.column_axes())
-
-        padded = pad_layer(own) if self.layout.stacked else tuple(map(pad_layer, own))
-        return self.sharded(padded)
+        return self._by_columns(fit, kv)
 
     def grow(self, state: DecodeState, columns: int, column: int) -> DecodeState:
         """Lengthens a ring that has not gone round: a copy, where `resize` gathers.
@@ -375,7 +386,7 @@ class Verbs:
         Args:
           column: steps written so far, at most the old columns.
         """
-        return state._replace(own=self._padded(state.own, columns), column=np.int32(column))
+        return state._replace(own=self.with_columns(state.own, columns), column=np.int32(column))
 
     def resize(
         self, state: DecodeState, order: jax.Array, members: jax.Array, columns: int, kept
@@ -401,30 +412,28 @@ class Verbs:
           rows: [new P] int32, the old row of each new one.
           row, rank: [B] int32, the place of each slot among the members.
         """
-        prefix = self._rows_of(state.prefix, rows)
+        prefix = self.rows_of(state.prefix, rows)
         slots = state.slots._replace(row=row, rank=rank)
         return state._replace(prefix=prefix, slots=slots)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _rows_of(self, prefix: Prefixes, rows: jax.Array) -> Prefixes:
-        lead = 1 if self.layout.stacked else 0
-        kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=lead), prefix.kv)
-        return Prefixes(self.sharded(kv), prefix.lengths[rows])
+    def rows_of(self, prefix: Prefixes, rows: jax.Array) -> Prefixes:
+        """Some of the prompts, or one several times."""
+        kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=self.lead, mode="clip"), prefix.kv)
+        return Prefixes(self.sharded(kv), jnp.take(prefix.lengths, rows, mode="clip"))
 
     @functools.partial(jax.jit, static_argnums=(0, 5))
     def _gather(self, own: KV, slots: Slots, column, order, columns: int, kept):
-        # Column j holds the token of kept - j steps ago.
-        take = jnp.mod(column - kept + jnp.arange(columns), self._columns(own))
-        lead = 1 if self.layout.stacked else 0
+        first = jnp.mod(column - kept, self._columns(own))
 
-        def move(x, axis):
-            x = jnp.take(x, order, axis=lead, mode="clip")
-            return jnp.take(x, take, axis=axis + lead, mode="clip")
+        def turn(x, axis):
+            # As slices: gathering columns takes several times as long.
+            size = min(columns, x.shape[axis])
+            return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis), first, size, axis)
 
-        def move_layer(layer):
-            return jax.tree.map(move, layer, self.layout.column_axes())
-
-        moved = move_layer(own) if self.layout.stacked else tuple(map(move_layer, own))
+        turned = self.with_columns(self._by_columns(turn, own), columns)
+        take = functools.partial(jnp.take, indices=order, axis=self.lead, mode="clip")
+        moved = jax.tree.map(take, turned)
         exists = order < slots.token.shape[0]
         slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)

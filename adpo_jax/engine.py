@@ -33,7 +33,7 @@ from adpo_jax.sharding import RULES, mesh_axis_size
 # Layers run one by one up to this depth on a CPU; beyond it, compile time would grow too far.
 MAX_UNROLLED_LAYERS = 12
 # The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
-SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
+SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 MIN_SLOTS = 8
 DEFAULT_CPU_SLOTS = 64
 
@@ -132,6 +132,9 @@ class Engine:
         budget, budget_text = None, ""
         if gpu_memory_utilization is not None:
             budget, budget_text = cache_plan.memory_budget(gpu_memory_utilization, device)
+        # A smaller batch makes a step faster where arithmetic is the bottleneck, and hardly where
+        # reading the weights is.
+        fractions = SLOT_FRACTIONS if on_cpu else ()
         default = DEFAULT_CPU_SLOTS if on_cpu else cache_plan.MAX_SLOTS
         self.plan = cache_plan.plan(
             layout,
@@ -142,15 +145,13 @@ class Engine:
             multiple=self.shards,
             splits=splits,
             stages=self.column_stages,
+            shrinks=bool(fractions),
             budget=budget,
             budget_text=budget_text,
         )
         self.num_slots = self.plan.num_slots
         # Rows are bounded only where memory is.
         self.most_rows = None if budget is None else self.plan.rows
-        # A smaller batch makes a step faster where arithmetic is the bottleneck, and hardly where
-        # reading the weights is.
-        fractions = SLOT_FRACTIONS if on_cpu else ()
         self.slot_sizes = schedule_lib.slot_buckets(
             self.num_slots, fractions, self.shards, MIN_SLOTS
         )
@@ -187,10 +188,13 @@ class Engine:
 
     def new_state(self, *sizes: int) -> DecodeState:
         """A state without active slots, the kept one where it has these sizes."""
-        wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
         kept, self._kept = self._kept, None
-        if kept is not None and jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted):
-            return kept._replace(column=np.int32(0))
+        if kept is not None:
+            wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
+            if jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted):
+                # Samples that a stop string ended last are still active on the device.
+                idle = kept.slots._replace(active=jnp.zeros_like(kept.slots.active))
+                return kept._replace(slots=idle, column=np.int32(0))
         del kept
         return self.verbs.init_decode_state(*sizes)
 

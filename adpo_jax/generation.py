@@ -205,34 +205,45 @@ class Generation:
         self.stats["steps"] += steps
         self.written += steps
         self.stats["slot_steps"] += steps * self.schedule.num_slots
-        ended = (self._collect(slot, results) for slot in self.schedule.live_slots)
-        return [self._group_output(group) for group in ended if group is not None]
+        return [self._group_output(group) for group in self._collect(results)]
 
-    def _collect(self, slot: int, results) -> int | None:
-        """Takes a slot's new tokens; returns its group if all its samples have ended."""
-        group, sample = divmod(int(self.schedule.sample_in[slot]), self.sampling.n)
-        count = int(results.valid[:, slot].sum())
-        before = int(self.lengths[group, sample])
-        stopped = bool(results.stopped[:count, slot].any())
-        new = results.tokens[:count, slot]
-        at_string = self._tokens_to_stop_string(self.tokens[group, sample, :before], new)
-        if at_string is not None:
-            if at_string < count or not stopped:
-                self.retired.append(slot)
-            count, stopped = at_string, True
-        after = before + count
-        self.tokens[group, sample, before:after] = new[:count]
-        self.log_probs[group, sample, before:after] = results.log_probs[:count, slot]
+    def _collect(self, results) -> list[int]:
+        """Takes all new tokens; returns the groups whose last sample has ended."""
+        live, T = self.schedule.live_slots, self.sampling.max_tokens
+        samples = self.schedule.sample_in[live]
+        lengths, all_stopped = self.lengths.reshape(-1), self.stopped.reshape(-1)
+        before = lengths[samples]
+        counts, stopped = results.valid[:, live].sum(axis=0), results.stopped[:, live].any(axis=0)
+        if self.sampling.stop:
+            self._end_at_stop_strings(results, live, counts, stopped)
+
+        step, i = np.nonzero(np.arange(len(results.valid))[:, None] < counts)
+
+        def take(kept, new):
+            kept.reshape(-1, T)[samples[i], before[i] + step] = new[step, live[i]]
+
+        take(self.tokens, results.tokens)
+        take(self.log_probs, results.log_probs)
         if self.full_log_probs is not None:
-            full = results.full_log_probs[:count, slot]
-            self.full_log_probs[group, sample, before:after] = full
-        self.lengths[group, sample] = after
-        self.stopped[group, sample] = stopped
+            take(self.full_log_probs, results.full_log_probs)
+        lengths[samples], all_stopped[samples] = before + counts, stopped
         if self.on_tokens is not None:
-            self.on_tokens(group, sample, new[:count])
-        if not stopped and after < self.sampling.max_tokens:
-            return None
-        return self.schedule.finish(slot)
+            for slot, sample, count in zip(live, samples.tolist(), counts):
+                self.on_tokens(*divmod(sample, self.sampling.n), results.tokens[:count, slot])
+        ended = live[stopped | (before + counts >= T)]
+        groups = [self.schedule.finish(slot) for slot in ended.tolist()]
+        return [group for group in groups if group is not None]
+
+    def _end_at_stop_strings(self, results, live, counts: np.ndarray, stopped: np.ndarray):
+        """Shortens `counts` to the tokens that complete a stop string, and marks their samples."""
+        for i, slot in enumerate(live):
+            group, sample = divmod(int(self.schedule.sample_in[slot]), self.sampling.n)
+            old = self.tokens[group, sample, : self.lengths[group, sample]]
+            at_string = self._tokens_to_stop_string(old, results.tokens[: counts[i], slot])
+            if at_string is not None:
+                if at_string < counts[i] or not stopped[i]:
+                    self.retired.append(slot)
+                counts[i], stopped[i] = at_string, True
 
     def _tokens_to_stop_string(self, old: np.ndarray, new: np.ndarray) -> int | None:
         """How many of the new tokens complete the first stop string, None if there is none."""

@@ -388,7 +388,8 @@ def unrolled_forward(decoder: Decoder, params, tokens, positions, cache=None):
         decoder.lora_scale,
         parent=None,
     )
-    rope_tables = rope_lib.cos_sin(c.ropes, c.head_dim, positions)
+    # Computed once: XLA's CPU compiler else computes them anew for every head of every layer.
+    rope_tables = jax.lax.optimization_barrier(rope_lib.cos_sin(c.ropes, c.head_dim, positions))
     for i, layer_params in enumerate(params["layers"]):
         info = LayerInfo(*(leaf[i].item() for leaf in c.layer_info))
         (x, cache), _ = layer.apply({"params": layer_params}, (x, cache), info, rope_tables)

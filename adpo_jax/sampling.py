@@ -31,12 +31,14 @@ class SamplingParams:
       top_p: keep the fewest tokens whose mass, among those top_k kept, reaches top_p; 1 keeps all.
       min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
       max_tokens: length limit of a completion, its stop token included.
-      min_tokens: stop tokens cannot be sampled before this many tokens.
+      min_tokens: stop tokens cannot be sampled before this many tokens, and a stop string that was
+        complete before ends the completion there.
       stop_token_ids: a completion ends with any of these, which is its last token.
       stop: a completion ends with the token that completes any of these strings.
       ignore_eos: no stop token ends a completion.
       pad_token_id: fills `tokens` after the end of a completion.
-      full_log_probs: also return log-probs over the whole vocabulary, tempered but not truncated.
+      full_log_probs: also return log-probs over the whole vocabulary, tempered but not truncated,
+        and the stop tokens that `min_tokens` holds back among it.
     """
 
     n: int = 1
@@ -193,12 +195,12 @@ def sample(
       uniform: [B, 2] float32 in [0, 1).
       generated: [B] int32, tokens sampled before this one (for `min_tokens`).
     """
+    kept = logits = logits / _by_row(knobs.temperature)
     if method.min_tokens:
-        logits = jnp.where(
-            (generated < knobs.min_tokens)[:, None], without(logits, knobs.stop_ids), logits
-        )
-    logits = logits / _by_row(knobs.temperature)
-    kept = truncate(logits, knobs, method) if method.truncates else logits
+        too_young = (generated < knobs.min_tokens)[:, None]
+        kept = jnp.where(too_young, without(kept, knobs.stop_ids), kept)
+    if method.truncates:
+        kept = truncate(kept, knobs, method)
     top = jnp.max(kept, axis=-1)
     if method.greedy:
         tokens = first_equal(kept, top)
@@ -210,7 +212,7 @@ def sample(
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     full = None
     if method.full_log_probs:
-        full = chosen - jax.nn.logsumexp(logits, axis=-1) if method.truncates else chosen - log_z
+        full = chosen - (log_z if kept is logits else jax.nn.logsumexp(logits, axis=-1))
     alternatives = None
     if method.num_alternatives:
         likeliest, ids = jax.lax.top_k(kept, min(method.num_alternatives, kept.shape[-1]))

@@ -160,9 +160,7 @@ class Schedule:
         groups = collections.defaultdict(list)
         for slot in self.live_slots.tolist():
             groups[int(self.sample_in[slot]) // self.n].append(slot)
-        width = 1
-        while sum(-(-len(slots) // width) for slots in groups.values()) > num_rows:
-            width *= 2
+        width = self._width(list(map(len, groups.values())), num_rows)
         self.members = np.zeros((num_rows, width), np.int32)
         self.row_of = np.zeros(self.num_slots, np.int32)
         self.rank_of = np.zeros(self.num_slots, np.int32)
@@ -174,3 +172,11 @@ class Schedule:
                 source[self.row_of[slot]] = old_rows[slot]
             row += -(-len(slots) // width)
         return source
+
+    def _width(self, group_sizes: list[int], num_rows: int) -> int:
+        """Members of a row: one of two for each number of slots, since programs differ by it."""
+        if self.num_slots <= num_rows:
+            return 1
+        narrow = min(power_of_two(-(-2 * self.num_slots // num_rows)), self.n)
+        fits = sum(-(-size // narrow) for size in group_sizes) <= num_rows
+        return narrow if fits else self.n

@@ -2,6 +2,7 @@
 
     python scripts/bench_rollout.py --shapes S,M --cases fixed,eos,long --peers tunix,trl
     python scripts/bench_rollout.py --shapes S --cases fixed --peers ""         the engine alone
+    python scripts/bench_rollout.py --compile-time 4,12,28      seconds by the number of layers
 
 Every peer gets the same weights and prompts, float32, on the CPU: 16 prompts x 8 samples. Cases:
 `fixed`, prompt 64 and 128 new tokens; `eos`, the same with V / 40 ids that end a sequence (useful
@@ -44,22 +45,21 @@ def arguments():
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--steps-per-dispatch", type=int, default=32)
     parser.add_argument("--cache-dtype", default="float32")
+    parser.add_argument("--compile-time", default="", help="of models of so many layers: 4,12,28")
     parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def model_of(shape: dict, weights: dict):
-    """The policy and parameters of the peers' weights, Qwen3 by name and [out, in]."""
-    import numpy as np
-
+def policy_of(shape: dict):
+    """The policy of a shape, a Qwen3."""
     from adpo_jax.model import ModelConfig
     from adpo_jax.policy import Policy
     from adpo_jax.rope import Rope
 
-    L, D, h = shape["layers"], shape["hidden"], shape["head_dim"]
+    L, h = shape["layers"], shape["head_dim"]
     config = ModelConfig(
         vocab_size=shape["vocab"],
-        hidden_size=D,
+        hidden_size=shape["hidden"],
         intermediate_size=shape["inter"],
         num_layers=L,
         num_heads=shape["heads"],
@@ -72,6 +72,14 @@ def model_of(shape: dict, weights: dict):
         qk_norm=True,
         tie_embeddings=True,
     )
+    return Policy(config)
+
+
+def model_of(shape: dict, weights: dict):
+    """The policy and parameters of the peers' weights, Qwen3 by name and [out, in]."""
+    import numpy as np
+
+    L, D, h = shape["layers"], shape["hidden"], shape["head_dim"]
 
     def stacked(name, *axes):
         each = [weights[f"model.layers.{i}.{name}.weight"] for i in range(L)]
@@ -95,7 +103,7 @@ def model_of(shape: dict, weights: dict):
         "final_norm": weights["model.norm.weight"],
         "layers": layers,
     }
-    return Policy(config), params
+    return policy_of(shape), params
 
 
 def gemm_ceiling() -> float:
@@ -118,6 +126,9 @@ def run_engine(a, shape_name: str, case_name: str) -> dict:
     """Times the engine in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from adpo_jax.host_memory import use_huge_pages
+
+    use_huge_pages()  # as every command of ours does
     import common
     import jax
     import numpy as np
@@ -171,6 +182,31 @@ def run_engine(a, shape_name: str, case_name: str) -> dict:
         "stats": out.stats,
         "versions": {"jax": jax.__version__},
     }
+
+
+def compile_times(depths: list[int]) -> dict[int, float]:
+    """Seconds to trace and compile prefill and decode of shape S with so many layers."""
+    sys.path[:0] = [str(REPO), str(PEERS)]
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import common
+    import jax
+
+    from adpo_jax import Engine, SamplingParams
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    seconds = {}
+    for layers in [1, *depths]:  # the first one is the warm-up
+        engine = Engine(
+            policy_of(common.SHAPES["S"] | {"layers": layers}),
+            max_prompt_length=64,
+            max_response_length=128,
+            num_slots=128,
+        )
+        start = time.perf_counter()
+        for lowered in engine.lower(SamplingParams(n=8)).values():
+            lowered.compile()
+        seconds[layers] = round(time.perf_counter() - start, 2)
+    return {layers: seconds[layers] for layers in depths}
 
 
 def in_process(command: list[str], cwd: Path) -> dict:
@@ -239,6 +275,9 @@ def main():
     a = arguments()
     if a.engine_only:
         print("RESULT " + json.dumps(run_engine(a, a.shapes, a.cases)), flush=True)
+        return
+    if a.compile_time:
+        print(json.dumps({"compile_s": compile_times([*map(int, a.compile_time.split(","))])}))
         return
     peers = [peer for peer in a.peers.split(",") if peer]
     for shape in a.shapes.split(","):

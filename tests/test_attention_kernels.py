@@ -77,6 +77,28 @@ def test_what_is_given_to_cudnn_masks_what_plain_attention_does(monkeypatch):
             np.testing.assert_allclose(ours, wanted, atol=5e-5)
 
 
+def test_cudnn_and_its_gradient_lower_for_cuda(monkeypatch):
+    """JAX asks the GPU for its generation and for cuDNN's version: answered as on an H200."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    settings = SETTINGS._replace(soft_cap=None, dtype=jnp.bfloat16)
+
+    def gradients(q, k, v, positions, segments):
+        def loss(q, k, v):
+            attend = attention_kernels.self_attention("cudnn", settings, positions, segments)
+            return jnp.sum(attend(q, k, v, layer(0), None)[0].astype(jnp.float32))
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    q, k, v, positions, segments = rows(B=2)
+    arguments = (*(x.astype(jnp.bfloat16) for x in (q, k, v)), positions, segments)
+    text = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
+
+
 def test_an_attention_that_cannot_run_the_model_is_refused():
     for changes, message in (
         ({"attention": "pallas_tpu"}, "multiple of 128; given 16. Use xla"),

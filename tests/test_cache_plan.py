@@ -13,7 +13,7 @@ from adpo_jax.kv_cache import CacheLayout
 
 LAYOUT = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
 SIZES = {"max_prompt_length": 512, "max_response_length": 1024, "group_size": 8}
-PLAIN = {"multiple": 1, "splits": 1, "stages": 1}
+PLAIN = {"multiple": 1, "splits": 1, "stages": 1, "shrinks": False}
 
 
 def small_policy():
@@ -33,25 +33,44 @@ def test_the_plan_counts_what_is_allocated():
     assert plan.device_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kv))
 
 
+@pytest.mark.parametrize(("prompt", "response"), [(64, 1024), (1024, 64)])
+def test_a_store_that_is_gathered_anew_is_counted_twice(prompt, response):
+    sizes = {"max_prompt_length": prompt, "max_response_length": response, "group_size": 8}
+
+    def tokens(**changes):
+        plan = cache_plan.plan(LAYOUT, **sizes, **PLAIN | changes, most_slots=16, budget=None)
+        return plan.device_bytes // LAYOUT.token_bytes()
+
+    ring, rows = 16 * response, 4 * prompt
+    assert tokens() == ring + rows
+    assert tokens(shrinks=True) == ring + rows + max(ring, rows)
+    if response > 64:
+        assert tokens(stages=4) == 2 * ring + rows
+
+
 def test_a_budget_is_filled_and_not_passed():
     budget = 10 * 2**30
     plan = cache_plan.plan(LAYOUT, **SIZES, **PLAIN, most_slots=256, budget=budget)
     assert plan.device_bytes <= budget
     more = cache_plan.plan(LAYOUT, **SIZES, **PLAIN, most_slots=plan.num_slots + 1, budget=None)
     assert more.device_bytes > budget
-    split = cache_plan.plan(
-        LAYOUT, **SIZES, multiple=4, splits=8, stages=1, most_slots=1024, budget=budget
-    )
+    eight = PLAIN | {"multiple": 4, "splits": 8}
+    split = cache_plan.plan(LAYOUT, **SIZES, **eight, most_slots=1024, budget=budget)
     assert split.num_slots > 6 * plan.num_slots
     assert split.num_slots % 4 == 0
 
 
 def test_one_group_too_many_is_refused_with_the_arithmetic():
-    with pytest.raises(ValueError, match="8 slots x 1024 tokens x 1") as refused:
+    with pytest.raises(ValueError, match="8 slots x 1024 tokens") as refused:
         cache_plan.plan(
             LAYOUT, **SIZES, **PLAIN, most_slots=64, budget=2**29, budget_text="0.5 x 1 GiB"
         )
-    for part in ("2 prompts x 512 tokens", "112 KiB a token", "512 MiB (0.5 x 1 GiB)"):
+    for part in (
+        "2 prompts x 512 tokens",
+        "0 of second copies",
+        "112 KiB a token",
+        "512 MiB (0.5 x 1 GiB)",
+    ):
         assert part in str(refused.value)
 
 
@@ -59,7 +78,7 @@ def test_the_engine_takes_what_fits_its_memory(monkeypatch):
     policy = small_policy()
     sizes = {"max_prompt_length": 16, "max_response_length": 32, "gpu_memory_utilization": 0.5}
     token = 2 * 2 * 2 * 16 * 4
-    one_slot = token * (32 + 16)
+    one_slot = token * (32 + 16 + 32)
     monkeypatch.setattr(cache_plan, "memory_budget", lambda *_: (11 * one_slot, ""))
     assert Engine(policy, **sizes).num_slots == 11
     monkeypatch.setattr(cache_plan, "memory_budget", lambda *_: (one_slot // 2, "half a slot"))
@@ -94,3 +113,23 @@ def test_a_kept_cache_is_used_again_and_can_be_freed():
     np.testing.assert_array_equal(third.tokens, fresh.tokens)
     engine.free_cache()
     assert engine._kept is None
+
+
+def test_a_kept_cache_holds_no_samples_that_a_stop_string_ended():
+    policy = small_policy()
+    params = policy.init(jax.random.key(0))
+    engine = Engine(
+        policy,
+        max_prompt_length=8,
+        max_response_length=16,
+        num_slots=8,
+        steps_per_dispatch=4,
+        free_cache_engine=False,
+        detokenize=lambda ids: "a" * len(ids),
+    )
+    by_string = SamplingParams(n=2, max_tokens=16, stop=("aaa",))
+    out = engine.generate(params, [[1], [2], [3], [4]], by_string, jax.random.key(0))
+    assert (out.lengths == 3).all()
+    assert engine._kept.slots.active.all()  # nobody told the device
+    engine.generate(params, [[1], [2], [3]], SamplingParams(n=2, max_tokens=8), jax.random.key(0))
+    assert not engine._kept.slots.active.any()

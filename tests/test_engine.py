@@ -209,7 +209,8 @@ def test_sizes_at_their_limits(model, length, n, max_tokens):
     assert_log_probs_agree(policy, params, prompts, out)
 
 
-def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(model):
+@pytest.mark.parametrize("min_tokens", [0, 7])
+def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(model, min_tokens):
     policy, params = model
     letters = [chr(97 + i % 4) for i in range(V)]  # many tokens a letter
 
@@ -219,7 +220,7 @@ def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(mode
     prompts, key = prompts_of(MIXED), jax.random.key(7)
     engine = engine_of(policy, num_slots=4, detokenize=detokenize)
     free = engine.generate(params, prompts, SamplingParams(n=3, max_tokens=40), key)
-    sampling = SamplingParams(n=3, max_tokens=40, stop=("abc", "dd"))
+    sampling = SamplingParams(n=3, max_tokens=40, min_tokens=min_tokens, stop=("abc", "dd"))
     out = engine.generate(params, prompts, sampling, key)
     assert (out.finish_reason == "stop").any()
     for tokens, length, reason, unstopped in zip(
@@ -230,7 +231,7 @@ def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(mode
     ):
         text = detokenize(unstopped)
         ends = [text.find(s) + len(s) for s in ("abc", "dd") if s in text]
-        assert length == min(ends, default=40)
+        assert length == max(min(ends, default=40), min_tokens)
         assert reason == ("stop" if ends else "length")
         np.testing.assert_array_equal(tokens[:length], unstopped[:length])
         assert (tokens[length:] == 0).all()
@@ -275,6 +276,29 @@ def test_new_parameters_and_new_numbers_compile_nothing(model):
     assert np.isfinite(out.log_probs).all()
 
 
+def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypatch):
+    policy, params = model
+    engine = engine_of(policy, num_slots=32, max_response_length=48)
+    verbs, sizes = type(engine.verbs), set()
+    generate = verbs.generate
+
+    def recorded(self, params, state, *rest):
+        columns = state.own[0].v.shape[2]
+        sizes.add((len(state.slots.token), columns, state.members.shape))
+        return generate(self, params, state, *rest)
+
+    monkeypatch.setattr(verbs, "generate", recorded)
+    sampling = SamplingParams(n=8, max_tokens=48, stop_token_ids=(1, 2, 3))
+    before = generate._cache_size()
+    for seed in range(4):
+        engine.generate(params, prompts_of([3] * 4, seed), sampling, jax.random.key(seed))
+    assert generate._cache_size() - before <= len(sizes)
+    widths = {}
+    for slots, _, members in sizes:
+        widths.setdefault(slots, set()).add(members)
+    assert all(len(tables) <= 2 for tables in widths.values())
+
+
 @pytest.mark.parametrize(
     ("dtype", "atol"), [(jnp.bfloat16, 0.15), (jnp.int8, 0.15), (jnp.float32, 1e-4)]
 )
@@ -285,6 +309,30 @@ def test_a_smaller_cache_dtype_stays_close(model, dtype, atol):
     engine = engine_of(policy, cache_dtype=dtype)
     out = engine.generate(params, prompts, sampling, jax.random.key(10))
     assert_log_probs_agree(policy, params, prompts, out, atol=atol)
+
+
+def test_the_scales_of_an_int8_cache_follow_its_columns(model):
+    """Through a ring that grows and goes round, refilled slots and a batch that shrinks."""
+    policy, params = model
+    prompts = prompts_of(MIXED + [9] * 3)
+    sampling = SamplingParams(n=4, max_tokens=40, stop_token_ids=(3,))
+    engine = engine_of(policy, num_slots=16, cache_dtype=jnp.int8, steps_per_dispatch=8)
+    out = engine.generate(params, prompts, sampling, jax.random.key(14))
+    assert out.stats["resizes"] > 1
+    assert out.stats["steps"] > 64
+    assert_log_probs_agree(policy, params, prompts, out, atol=0.2)
+
+
+def test_full_log_probs_are_the_trainers_under_truncation(model):
+    policy, params = model
+    prompts = prompts_of(MIXED)
+    sampling = SamplingParams(
+        n=2, max_tokens=12, top_k=9, min_tokens=3, stop_token_ids=(1, 2), full_log_probs=True
+    )
+    out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(15))
+    assert (out.log_probs >= out.full_log_probs - 1e-6).all()
+    whole = dataclasses.replace(out, log_probs=out.full_log_probs)
+    assert_log_probs_agree(policy, params, prompts, whole)
 
 
 def test_bfloat16_decoding_of_float32_weights_is_close_to_the_bfloat16_forward():

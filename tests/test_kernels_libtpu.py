@@ -8,27 +8,32 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adpo_jax import Policy, SamplingParams
+from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.decode import Verbs
 from adpo_jax.kernels import decode_tpu
 from adpo_jax.kv_cache import CacheLayout, Reach
 from adpo_jax.model import ModelConfig
 from adpo_jax.rope import Rope
+from adpo_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def on_tpu(monkeypatch):
-    """Places the shapes of a tree on one chip of a v5e."""
+def v5e(monkeypatch):
+    """The four chips of a v5e:2x2."""
     pytest.importorskip("libtpu", reason='needs pip install "libtpu==0.0.42.*"')
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
-    sharding = NamedSharding(mesh, PartitionSpec())
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+@pytest.fixture
+def on_tpu(v5e):
+    """Places the shapes of a tree on one chip of a v5e."""
+    sharding = NamedSharding(Mesh(np.array(v5e[:1]), ("chip",)), PartitionSpec())
     return functools.partial(
         jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     )
@@ -58,25 +63,27 @@ def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
-def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
-    L = 28
-    config = ModelConfig(
+def qwen3_06b(layers: int = 28) -> ModelConfig:
+    return ModelConfig(
         vocab_size=151_936,
         hidden_size=1024,
         intermediate_size=3072,
-        num_layers=L,
+        num_layers=layers,
         num_heads=16,
         num_kv_heads=8,
         head_dim=128,
-        windows=(None,) * L,
+        windows=(None,) * layers,
         ropes=(Rope(1e6),),
-        layer_ropes=(0,) * L,
+        layer_ropes=(0,) * layers,
         attention_scale=128**-0.5,
         qk_norm=True,
         tie_embeddings=True,
     )
-    policy = Policy(config, jnp.bfloat16, jnp.bfloat16)
-    layout = CacheLayout(L, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
+
+
+def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
+    policy = Policy(qwen3_06b(), jnp.bfloat16, jnp.bfloat16)
+    layout = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
     verbs = Verbs(policy, layout, "pallas_tpu")
     sampling = SamplingParams(n=8, max_tokens=512)
     state = jax.eval_shape(lambda: verbs.init_decode_state(64, 512, 16, 512, 8))
@@ -101,6 +108,29 @@ def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
     cache = layout.token_bytes() * (64 * 512 + 16 * 512)
     assert memory.alias_size_in_bytes > cache
     assert memory.temp_size_in_bytes < cache / 8
+
+
+def test_the_engine_compiles_with_its_kernels_on_a_mesh_of_four_chips(v5e):
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=v5e)
+    engine = Engine(
+        Policy(qwen3_06b(layers=4), jnp.bfloat16, jnp.bfloat16),
+        max_prompt_length=512,
+        max_response_length=512,
+        num_slots=64,
+        group_size=8,
+        mesh=mesh,
+        attention="pallas_tpu",
+    )
+    lowered = engine.lower(SamplingParams(n=8, max_tokens=512))
+    prefill, decode = (lowered[name].compile() for name in ("prefill", "decode"))
+    # Attention to the prompt and to the own tokens, in a loop over the layers.
+    assert decode.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert prefill.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    # Each chip's share of the cache is updated in place, and none is gathered.
+    share = engine.plan.device_bytes
+    memory = decode.memory_analysis()
+    assert memory.alias_size_in_bytes >= share
+    assert memory.temp_size_in_bytes < share
 
 
 @pytest.mark.parametrize("tokens", [2048, 8192])

@@ -80,6 +80,17 @@ def test_full_log_probs_ignore_the_truncation_but_not_the_temperature():
     np.testing.assert_allclose(drawn.full_log_probs, expected, atol=1e-5)
 
 
+def test_full_log_probs_count_the_stop_tokens_that_min_tokens_holds_back():
+    params = SamplingParams(stop_token_ids=(0,), min_tokens=1, full_log_probs=True)
+    drawn = draw(np.tile(LOGITS, (50, 1)), params)
+    assert (drawn.tokens != 0).all()
+    expected = jax.nn.log_softmax(LOGITS)[drawn.tokens]
+    np.testing.assert_allclose(drawn.full_log_probs, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        drawn.log_probs, expected - np.log(1 - jax.nn.softmax(LOGITS)[0]), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("vocab", [300, 1000, 1024])
 def test_a_vocabulary_of_many_blocks_gives_the_right_frequencies(vocab):
     logits = np.full(vocab, -4.0, np.float32)

@@ -37,6 +37,23 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed):
     assert len(schedule.live_slots) == 0
 
 
+def test_each_batch_size_has_at_most_two_tables_of_members():
+    shapes = {}
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        schedule = Schedule(num_groups=16, n=8, num_slots=128, num_rows=16)
+        schedule.start()
+        for slots in (96, 64, 48, 32, 24, 16, 8):
+            for slot in rng.permutation(schedule.live_slots)[slots:]:
+                schedule.finish(slot)
+            schedule.compact(slots)
+            shapes.setdefault(slots, set()).add(schedule.members.shape)
+    assert all(len(seen) <= 2 for seen in shapes.values())
+    assert shapes[96] == shapes[64] == {(16, 8)}
+    assert shapes[16] == {(16, 1)}
+    assert shapes[8] == {(8, 1)}
+
+
 def test_the_table_of_members_narrows_as_samples_end():
     schedule = Schedule(num_groups=2, n=8, num_slots=16, num_rows=2)
     schedule.start()
