@@ -126,9 +126,9 @@ def run_engine(a, shape_name: str, case_name: str) -> dict:
     """Times the engine in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from adpo_jax.host_memory import use_huge_pages
+    from adpo_jax.host_memory import tune_malloc
 
-    use_huge_pages()  # as every command of ours does
+    tune_malloc()  # as every command of ours does
     import common
     import jax
     import numpy as np

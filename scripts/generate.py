@@ -24,7 +24,7 @@ import jax
 from adpo_jax import Engine, SamplingParams, compilation_cache, pretrained
 from adpo_jax.config import default_config
 from adpo_jax.engine import GroupOutput
-from adpo_jax.host_memory import use_huge_pages
+from adpo_jax.host_memory import tune_malloc
 from adpo_jax.pretrained import Pretrained, PromptFormat
 from adpo_jax.text_stream import TextStream
 
@@ -219,5 +219,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    tune_malloc()
     sys.exit(main())
