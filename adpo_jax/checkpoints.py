@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,21 @@ class Checkpoints:
         """Iterations done in the newest checkpoint; None where there is none."""
         return max(self.steps, default=None)
 
-    def is_due(self, step: int, metrics: dict[str, float] | None = None) -> bool:
+    def is_due(
+        self, step: int, metrics: dict[str, float] | None = None, *, every: int | None = None
+    ) -> bool:
         """Whether the state after `step` iterations, with these metrics, is to be saved.
+
+        Args:
+          every: iterations between two; None for `save_freq`.
 
         Raises:
           SaveError: when a save has failed meanwhile, after too many failures in a row.
         """
         if jax.process_count() == 1:  # several have to find out together, in `save`
             self._notice()
-        due = self._save_freq and step % self._save_freq == 0
+        freq = self._save_freq if every is None else every
+        due = freq and step % freq == 0
         return bool(due or self._owed or self._is_best(metrics or {}))
 
     def save(self, step: int, state, metrics: dict[str, float] | None = None) -> bool:
@@ -174,22 +181,21 @@ class Checkpoints:
         self._pending, self._owed, self._failed_in_a_row = None, False, 0
         self._prune()
 
-    def restore_latest(self, like) -> Restored:
+    def restore_latest(self, like: Callable[[int], Any]) -> Restored:
         """The newest state that is whole; damaged ones are moved aside, loudly.
 
         Args:
-          like: a state of arrays with the wanted shapes, dtypes and shardings.
+          like: step -> a state of arrays with the wanted shapes, dtypes and shardings.
 
         Raises:
           CheckpointError: when none is whole, or its arrays are not those of `like`.
         """
         if not self.steps:
             raise CheckpointError(f"no checkpoint in {self._folder}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         reasons = []
         for step in reversed(self.steps):
             try:
-                return self._restore(step, abstract)
+                return self._restore(step, like(step))
             except _DamagedError as error:
                 reasons.append(f"{step}: {error}")
                 aside = self._move_aside(step)
@@ -220,7 +226,8 @@ class Checkpoints:
 
     # --- restoring
 
-    def _restore(self, step: int, abstract) -> Restored:
+    def _restore(self, step: int, like) -> Restored:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         folder = self._folder / str(step)
         try:
             content = self._read_description(folder)
@@ -335,10 +342,11 @@ class Checkpoints:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints lie complete in a folder, ascending."""
+    """The steps whose checkpoints lie complete in a folder, ascending; below 0 in a cold start."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    names = [path.name for path in folder.iterdir()]
+    return sorted(int(name) for name in names if name.removeprefix("-").isdigit())
 
 
 # --- what is kept beside the arrays

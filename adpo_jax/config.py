@@ -108,6 +108,9 @@ def _model() -> dict:
         "path": "embedded:arithmetic",
         "hf_config": {},  # overrides of config.json; with random_init, any size by one line
         "random_init": False,  # start from random weights, not from those in the folder
+        # Run the Python code in the model's folder that its tokenizer asks for, with all your
+        # rights; the model itself never runs any.
+        "trust_remote_code": False,
         # LoRA: adapters of this rank are trained beside frozen weights; 0 trains the weights.
         "lora_rank": 0,
         "lora_alpha": 32.0,  # adapters are scaled by lora_alpha / lora_rank
@@ -177,6 +180,7 @@ def _sft() -> dict:
         "train_files": "",  # as data.train_files; rows with a prompt and a completion
         "completion_key": "completion",  # the column with the text to imitate
         "batch_size": 64,  # rows a step
+        "save_freq": 200,  # steps between two checkpoints; 0 for none
         "lr": 1e-3,  # peak; falls along a cosine to a tenth
         "lr_warmup_steps": 20,  # optimizer steps
         "weight_decay": 0.01,  # not on norms and biases

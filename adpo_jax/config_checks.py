@@ -97,6 +97,7 @@ _LEAST = {
     "sft.weight_decay": 0,
     "sft.steps": 0,
     "sft.batch_size": 1,
+    "sft.save_freq": 0,
 }
 
 _CHOICES = {

@@ -46,7 +46,12 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     if out is not None and out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
     dtype = "bfloat16" if config.trainer.bf16 else "float32"
-    found = pretrained.load(model, dtype=dtype, mesh=sharding.make_mesh(**config.mesh))
+    found = pretrained.load(
+        model,
+        dtype=dtype,
+        mesh=sharding.make_mesh(**config.mesh),
+        trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
+    )
     prompts = loading.load_val_prompts(config, found.tokenizer)
     settings = setup.make_eval_settings(config, found.stop_token_ids)
     with setup.make_reward_model(config) as reward_model:

@@ -258,9 +258,15 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_folder_config(name: str | os.PathLike) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The folder of a model, its config.json and its generation_config.json (empty if absent)."""
-    folder = find_folder(name)
+def load_folder_config(
+    name: str | os.PathLike, *, with_code: bool = False
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of a model, its config.json and its generation_config.json (empty if absent).
+
+    Args:
+      with_code: download Python files too.
+    """
+    folder = find_folder(name, [*DOWNLOADED, "*.py"] if with_code else DOWNLOADED)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     return folder, read_json(folder / "config.json"), generation

@@ -38,6 +38,7 @@ class Interruption:
         self.grace_s = grace_s
         self._name: str | None = None
         self._may_raise = False
+        self._checks = 0
         self._before: dict = {}
         self._ends: tuple[socket.socket, socket.socket] | None = None
 
@@ -46,18 +47,16 @@ class Interruption:
         """Whether this process was asked to stop."""
         return self._name is not None
 
-    def check(self, step: int) -> None:
-        """Raises where this or any other process was asked to stop.
-
-        Args:
-          step: iterations done; several processes call this for each of them.
+    def check(self) -> None:
+        """Raises where this or any other process was asked to stop; all make the same calls.
 
         Raises:
-          Interrupted: on all processes at the same step.
+          Interrupted: on all processes at the same call.
         """
         asked = self.requested
+        self._checks += 1
         if jax.process_count() > 1:
-            preempted = _reached_preemption(step)
+            preempted = _reached_preemption(self._checks)
             asked = bool(np.any(multihost_utils.process_allgather(np.array(asked or preempted))))
         if asked:
             raise Interrupted(self._name or "a preemption notice")
@@ -130,9 +129,9 @@ def _exit(text: str, code: int) -> None:
     os._exit(code)
 
 
-def _reached_preemption(step: int) -> bool:
-    """Whether JAX's preemption service asks all processes to save at this step."""
+def _reached_preemption(number: int) -> bool:
+    """Whether JAX's preemption service asks all processes to stop at their call of this number."""
     try:
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(number)
     except RuntimeError:  # the service is off
         return False

@@ -4,6 +4,7 @@ Like `setup`, these functions read the config; nothing behind them does.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -63,8 +64,10 @@ def find_model(config: ConfigDict) -> ModelSource:
             f"model.hf_config changes the architecture ({sorted(overrides)}), so the weights in "
             f"{model.path} no longer fit; set model.random_init=true or leave hf_config empty"
         )
-    folder, hf_config, generation = hf.load_folder_config(model.path)
-    tokenizer = _load_tokenizer(folder)
+    folder, hf_config, generation = hf.load_folder_config(
+        model.path, with_code=model.trust_remote_code
+    )
+    tokenizer = _load_tokenizer(folder, model.trust_remote_code)
     stop = _stop_token_ids(folder, tokenizer, generation)
     return ModelSource(
         folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapters, generation
@@ -93,14 +96,26 @@ def find_architecture(config: ConfigDict) -> ModelSource:
     return ModelSource(None, hf_config, (), (0,), True, *_find_lora(model))
 
 
-def _load_tokenizer(folder: Path):
+def _load_tokenizer(folder: Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
+
+    if trust_remote_code:
+        print(
+            f"WARNING: model.trust_remote_code: Python code in {folder} may run, with your rights",
+            file=sys.stderr,
+            flush=True,
+        )
 
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare ones
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer of {folder} is Python code in that folder, which is not run; read "
+                "it, then set actor_rollout_ref.model.trust_remote_code=true"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no tokenizer can be read from {folder}: {reason}") from error
 

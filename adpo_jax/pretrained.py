@@ -88,7 +88,11 @@ class Pretrained:
 
 
 def load(
-    name: str | os.PathLike, *, dtype: Any = "float32", mesh: Mesh | None = None
+    name: str | os.PathLike,
+    *,
+    dtype: Any = "float32",
+    mesh: Mesh | None = None,
+    trust_remote_code: bool = False,
 ) -> Pretrained:
     """A model by the name that people have for it.
 
@@ -98,19 +102,22 @@ def load(
         one of the folders in it.
       dtype: of the parameters and the computation.
       mesh: devices; None for the default device.
+      trust_remote_code: run the code in a model's folder that its tokenizer asks for.
 
     Raises:
       ValueError: when nothing of the kind is there, or it cannot be read.
     """
     run, step = _run_and_step(Path(name).expanduser())
     if run is None:
-        return _from_hugging_face(name, dtype, mesh, PromptFormat())
+        return _from_hugging_face(name, dtype, mesh, PromptFormat(), trust_remote_code)
     config = _run_config(run)
+    # What a folder says of itself is no consent.
+    config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
     prompt_format = _prompt_format(config)
     newest = max(complete_steps(run.checkpoints), default=0)
     # An export without a note is whole: it appears by a rename.
     if step is None and run.export.is_dir() and (run.exported_step or newest) >= newest:
-        return _from_hugging_face(run.export, dtype, mesh, prompt_format)
+        return _from_hugging_face(run.export, dtype, mesh, prompt_format, trust_remote_code)
     source = loading.find_model(config)
     policy = Policy.abstract_from_config(source.hf_config, dtype, mesh=mesh)
     policy = dataclasses.replace(
@@ -130,10 +137,13 @@ def load(
     )
 
 
-def _from_hugging_face(name, dtype, mesh, prompt_format: PromptFormat) -> Pretrained:
+def _from_hugging_face(
+    name, dtype, mesh, prompt_format: PromptFormat, trust_remote_code: bool
+) -> Pretrained:
     policy, params = Policy.from_pretrained(name, dtype, mesh=mesh)
     config = default_config()
     config.actor_rollout_ref.model.path = str(name)
+    config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
     source = loading.find_model(config)
     return Pretrained(
         policy, params, source.tokenizer, source.stop_token_ids, prompt_format, str(name)
@@ -181,7 +191,7 @@ def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:
         raise ValueError(f"{run.root} holds a run with neither an export nor a checkpoint")
     if not step:
         return run.checkpoints / str(steps[-1])
-    if not step.isdigit() or int(step) not in steps:
+    if step not in map(str, steps):
         raise ValueError(f"{run.checkpoints} has the checkpoints {steps}; given {step!r}")
     return run.checkpoints / step
 

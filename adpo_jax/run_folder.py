@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "custom_reward_function.on_timeout",
     "custom_reward_function.timeout_s",
     "eval.",
+    "sft.save_freq",
     "trainer.best_metric",
     "trainer.compilation_cache_dir",
     "trainer.experiment_name",

@@ -19,26 +19,19 @@ from adpo_jax import loading, losses, optimizer, sharding, trackers
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan, batch_plan
 from adpo_jax.checkpoints import Checkpoints
+from adpo_jax.cold_start import ColdStart
 from adpo_jax.engine import Engine
 from adpo_jax.evaluation import EvalSettings
 from adpo_jax.guard import Guard
 from adpo_jax.interruption import Interruption
 from adpo_jax.learner import Learner
-from adpo_jax.loading import Demonstrations, ModelSource
+from adpo_jax.loading import ModelSource
 from adpo_jax.metrics import Writer
 from adpo_jax.policy import Policy
 from adpo_jax.profiling import Profiler
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollout import Prompts
 from adpo_jax.sampling import SamplingParams
-
-
-@dataclasses.dataclass(frozen=True)
-class ColdStart:
-    """The supervised stage."""
-
-    demonstrations: Demonstrations
-    optimizer: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +85,12 @@ def build(config: ConfigDict) -> Parts:
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
     reward_model = make_reward_model(config)
+    learner = make_learner(config, policy, plan, num_steps)
     return Parts(
         policy=policy,
         initial_params=lambda: loading.initial_params(config, source, mesh),
         tokenizer=source.tokenizer,
-        cold_start=make_cold_start(config, source) if config.sft.steps else None,
+        cold_start=make_cold_start(config, source, learner) if config.sft.steps else None,
         train_prompts=train_prompts,
         val_prompts=val_prompts,
         eval_settings=make_eval_settings(config, source.stop_token_ids),
@@ -104,7 +98,7 @@ def build(config: ConfigDict) -> Parts:
         engine=make_engine(config, policy),
         sampling=sampling,
         reward_model=reward_model,
-        learner=make_learner(config, policy, plan, num_steps),
+        learner=learner,
         num_steps=num_steps,
     )
 
@@ -292,10 +286,22 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
     )
 
 
-def make_cold_start(config: ConfigDict, source: ModelSource) -> ColdStart:
+def make_cold_start(config: ConfigDict, source: ModelSource, learner: Learner) -> ColdStart:
     """The supervised stage of the config."""
-    adamw = make_cold_start_optimizer(config)
-    return ColdStart(loading.load_demonstrations(config, source), adamw)
+    demonstrations = loading.load_demonstrations(config, source)
+    return ColdStart(
+        policy=learner.policy,
+        optimizer=make_cold_start_optimizer(config),
+        prompts=demonstrations.prompts,
+        completions=demonstrations.completions,
+        num_steps=config.sft.steps,
+        batch_size=config.sft.batch_size,
+        prompt_length=config.data.max_prompt_length,
+        length=config.data.max_response_length,
+        seed=config.trainer.seed,
+        save_freq=config.sft.save_freq,
+        put=learner.put,
+    )
 
 
 def make_cold_start_optimizer(config: ConfigDict) -> optax.GradientTransformation:

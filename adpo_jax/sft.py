@@ -69,14 +69,17 @@ def batches(
     prompts: list[list[int]],
     completions: list[list[int]],
     *,
+    first: int = 0,
     num_steps: int,
     batch_size: int,
     seed: int,
     prompt_length: int,
     length: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """`num_steps` batches as `pad_rows` makes them, in an order that depends on the seed alone."""
-    for step in range(num_steps):
+    """The batches of steps `first` to `num_steps`, as `pad_rows` makes them, a function of both and
+    the seed alone.
+    """
+    for step in range(first, num_steps):
         rows = prompt_indices(step, seed=seed, num_rows=len(prompts), batch_size=batch_size)
         yield pad_rows(
             [prompts[i] for i in rows],

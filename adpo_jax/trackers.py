@@ -30,7 +30,8 @@ class WandbWriter(Writer):
         )
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
-        self._run.log(_finite(scalars), step=step)
+        # It takes no step below 0: the rows of a cold start are one there.
+        self._run.log(_finite(scalars), step=max(step, 0))
 
     def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
         table = self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])

@@ -24,10 +24,9 @@ from adpo_jax import (
     profiling,
     recording,
     setup,
-    sft,
 )
 from adpo_jax import metrics as metrics_lib
-from adpo_jax.checkpoints import Checkpoints
+from adpo_jax.checkpoints import Checkpoints, Restored
 from adpo_jax.config_checks import finalized
 from adpo_jax.evaluation import evaluate
 from adpo_jax.filtering import GroupFilter
@@ -46,7 +45,7 @@ from adpo_jax.rollout import (
 )
 from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
-from adpo_jax.update import TrainState, init_state
+from adpo_jax.update import TrainState
 
 # The completions of an iteration: (step from 0, parameters) -> prompts and graded completions.
 Rollouts = Callable[[int, Any], tuple[Prompts, GradedRollout]]
@@ -146,24 +145,15 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
         parts.reward_model,
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
-        restored = None
-        if checkpoints.steps:
-            restored = checkpoints.restore_latest(parts.learner.abstract_state().saved)
-        purge_step = 0 if restored is None else restored.step + 1
+        restored = checkpoints.restore_latest(_abstract_state(parts)) if checkpoints.steps else None
+        purge_step = -config.sft.steps if restored is None else restored.step + 1
         others = setup.make_trackers(config, folder.root) if folder.writes else ()
         writer = metrics_lib.make_writer(folder.root, purge_step, *others, writes=folder.writes)
         with contextlib.closing(writer):
             writer.write_hparams(config.to_dict())
             folder.write_environment(profiling.environment())
-            if restored is None:
-                with interruption.abandonable():
-                    state, metrics = _start(run, writer)
-                writer.flush()
-                checkpoints.save(0, state.saved, metrics)
-            else:
-                print(f"going on after iteration {restored.step}", flush=True)
-                state, metrics = restored.state.joined(run.params), restored.metrics
-                del restored  # or the donated state would be held on to
+            state, metrics = _start(run, restored, writer, checkpoints, interruption)
+            del restored  # or the donated state would be held on to
             state = _iterate(run, state, metrics, writer, checkpoints, interruption)
         with interruption.abandonable():
             _export(run, state)
@@ -188,17 +178,31 @@ def _announce(parts: Parts, folder: RunFolder) -> None:
     )
 
 
-def _start(run: Run, writer) -> tuple[TrainState, dict[str, float]]:
-    """The cold start, and what the policy can do before the first iteration."""
-    parts, params, metrics = run.parts, run.params, {}
-    if parts.cold_start:
-        params = _cold_start(run.config, parts, params, writer)
-    state = parts.learner.init_state(params)
-    if parts.val_prompts:
-        metrics = _evaluate(parts, state, run.folder, 0)
-        writer.write_scalars(0, metrics)
-        print(f"before training: accuracy {metrics['eval/accuracy']:.3f}", flush=True)
-    return state, metrics
+def _abstract_state(parts: Parts) -> Callable[[int], TrainState]:
+    """What the checkpoint of a step holds: of the cold start where it is below 0."""
+    return lambda step: (parts.learner if step >= 0 else parts.cold_start).abstract_state().saved
+
+
+def _start(
+    run: Run,
+    restored: Restored | None,
+    writer: metrics_lib.Writers,
+    checkpoints: Checkpoints,
+    interruption: Interruption,
+) -> tuple[TrainState, dict[str, float]]:
+    """The state to iterate from and its metrics: the restored one, or that after the cold start."""
+    cold_start, params = run.parts.cold_start, run.params
+    if restored is not None:
+        where = "iteration" if restored.step >= 0 else "cold start step"
+        state = restored.state.joined(params)
+        print(f"going on after {where} {int(state.step)}", flush=True)
+        if restored.step >= 0:
+            return state, restored.metrics
+    elif cold_start:
+        state = cold_start.init_state(params)
+    if cold_start:
+        params = cold_start.train(state, writer, checkpoints, interruption).params
+    return run.parts.learner.init_state(params), {}
 
 
 def _iterate(
@@ -216,17 +220,22 @@ def _iterate(
     profiler = setup.make_profiler(config, folder.profile)
     # As process 0 sees the file, which it may be writing.
     rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
+    rows = [row for row in rows if "sft/step" not in row]
     guard.resume(rows)
     try:
         with Progress("iteration", num_steps, start) as progress:
-            if metrics and (not rows or rows[-1]["step"] < start):
-                # Interrupted between the update and the end of its evaluation.
+            if not rows or rows[-1]["step"] < start:
+                # At the very start, or interrupted between the update and its evaluation's end.
                 with interruption.abandonable():
                     metrics |= _due_evaluation(run, state, metrics)
-                writer.write_scalars(start, metrics)
+                if metrics:
+                    writer.write_scalars(start, metrics)
+            if start == 0:
+                writer.flush()
+                checkpoints.save(0, state.saved, metrics)
             saving: dict[str, float] = {}  # of the iteration before
             for step in range(start, num_steps):
-                interruption.check(step)
+                interruption.check()
                 profiler.begin(step + 1)
                 with interruption.abandonable():
                     prompts, graded = run.rollouts(step, state.params)
@@ -349,10 +358,13 @@ def _learn(
 def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:
     """The metrics of an evaluation where one is due after `state.step` iterations."""
     done, test_freq = int(state.step), run.config.trainer.test_freq
-    due = done == run.parts.num_steps or (test_freq and done % test_freq == 0)
+    due = done in (0, run.parts.num_steps) or (test_freq and done % test_freq == 0)
     if not run.parts.val_prompts or not due or "eval/accuracy" in metrics:
         return {}
-    return _evaluate(run.parts, state, run.folder, done)
+    metrics = _evaluate(run.parts, state, run.folder, done)
+    if done == 0:
+        print(f"before training: accuracy {metrics['eval/accuracy']:.3f}", flush=True)
+    return metrics
 
 
 def _export(run: Run, state: TrainState) -> None:
@@ -382,29 +394,6 @@ def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> 
         )
     folder.write_samples(f"eval_{step:06d}", evaluation.records)
     return evaluation.metrics | times
-
-
-def _cold_start(config, parts: Parts, params, writer):
-    """Supervised training on demonstrations; returns the new parameters."""
-    num_steps, cold_start = config.sft.steps, parts.cold_start
-    state = init_state(parts.policy, params, cold_start.optimizer)
-    sft_step = sft.make_sft_step(parts.policy, cold_start.optimizer)
-    batches = sft.batches(
-        cold_start.demonstrations.prompts,
-        cold_start.demonstrations.completions,
-        num_steps=num_steps,
-        batch_size=config.sft.batch_size,
-        seed=config.trainer.seed,
-        prompt_length=config.data.max_prompt_length,
-        length=config.data.max_response_length,
-    )
-    with Progress("cold start", num_steps) as progress:
-        for step, batch in enumerate(batches, start=1):
-            state, loss = sft_step(state, *parts.learner.put(batch))
-            if step % 50 == 0 or step == num_steps:
-                progress.update(step, f"loss {float(loss):.3f}")
-                writer.write_scalars(0, {"sft/step": step, "sft/loss": float(loss)})
-    return state.params
 
 
 def _show(

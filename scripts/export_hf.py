@@ -24,6 +24,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="run, checkpoint or Hugging Face folder")
     parser.add_argument("--out", required=True, type=Path, help="a folder that is not there yet")
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run its tokenizer's own code"
+    )
     parser.add_argument("--push-to-hub", metavar="NAME", help="user/model to upload to")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     return parser.parse_args(argv)
@@ -39,7 +42,7 @@ def export(a: argparse.Namespace) -> None:
         raise ValueError(f"--dtype is float32 or bfloat16; given {a.dtype!r}")
     if a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
-    model = pretrained.load(a.model, dtype=a.dtype)
+    model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
     model.policy.save_pretrained(a.out, model.params, model.tokenizer)
     size = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{a.out}: {size:,} parameters in {a.dtype}, from {model.source}")

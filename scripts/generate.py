@@ -47,6 +47,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slots", type=int, default=None, help="completions decoded at once")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run its tokenizer's own code"
+    )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--no-chat-template", action="store_true")
     parser.add_argument("--raw", action="store_true", help="no template of any kind")
@@ -170,7 +173,9 @@ def generate(a: argparse.Namespace) -> None:
     )
     if a.out is not None and a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
-    model = with_options(pretrained.load(a.model, dtype=a.dtype), a)
+    model = with_options(
+        pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code), a
+    )
     prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
     sampling = dataclasses.replace(
         sampling, stop_token_ids=model.stop_token_ids, pad_token_id=model.pad_token_id

@@ -21,9 +21,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 from safetensors.numpy import load_file, save_file
+from test_config import parse
 from test_config_keys import FakeEngine, FakeLearner, vars_of
 
-from adpo_jax import arithmetic, main, setup
+from adpo_jax import arithmetic, loading, main, pretrained, setup
 from adpo_jax.policy import Policy
 from adpo_jax.update import TrainState
 
@@ -485,6 +486,30 @@ def test_a_model_that_cannot_be_used(case, monkeypatch, capsys):
     make()
     argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
     assert_refused(argv, words, monkeypatch, capsys)
+
+
+def test_the_code_of_a_tokenizer_is_run_where_the_config_asks_for_it(monkeypatch, capsys, tmp_path):
+    Path("model/mine.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "open('ran', 'w')\n"
+        "class Mine(PreTrainedTokenizerFast): pass\n"
+    )
+    own = {"AutoTokenizer": [None, "mine.Mine"]}
+    edit_json("tokenizer_config.json", auto_map=own, tokenizer_class="Mine")
+    argv = [ARITHMETIC, f"--config.{MODEL}.path=./model", "--config.sft.steps=0"]
+    words = "the tokenizer of model is Python code in that folder, which is not run"
+    assert_refused(argv, words, monkeypatch, capsys)
+    assert not Path("ran").exists()
+    with pytest.raises(ValueError, match=words):
+        pretrained.load("model")
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code")
+    )
+    config = parse(*argv[1:], f"--config.{MODEL}.trust_remote_code=true")
+    assert type(loading.find_model(config).tokenizer).__name__ == "Mine"
+    assert Path("ran").exists()
+    assert "may run, with your rights" in capsys.readouterr().err
+    assert type(pretrained.load("model", trust_remote_code=True).tokenizer).__name__ == "Mine"
 
 
 def test_code_in_a_models_folder_is_not_run(monkeypatch, capsys):

@@ -24,6 +24,7 @@ from adpo_jax import (
     lora_files,
     main,
     setup,
+    sft,
     sharding,
 )
 from adpo_jax import train as train_lib
@@ -105,6 +106,17 @@ def optimized(make):
         return jax.tree.map(np.asarray, params)
 
     return probe
+
+
+def trust(config):
+    """Whether code of the model's folder may be run."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            loading, "_load_tokenizer", lambda _, trust: seen.append(trust) or make_tokenizer()
+        )
+        loading.find_model(config)
+    return seen
 
 
 def policy(config):
@@ -232,7 +244,7 @@ def road(config):
     folder, out = Path(tempfile.mkdtemp()) / "run", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(setup, "build", build)
-        patch.setattr(train_lib.sft, "make_sft_step", make_sft_step)
+        patch.setattr(sft, "make_sft_step", make_sft_step)
         patch.setattr(setup.sharding, "make_mesh", one_device_mesh)
         train_lib.train(config, folder)
     files = sorted(str(p.relative_to(folder)) for p in folder.glob("[cs]*/*"))
@@ -250,6 +262,7 @@ def one_device_mesh(**_):
 
 
 make_mesh = sharding.make_mesh
+make_tokenizer = arithmetic.make_tokenizer
 WORKERS = "--config.custom_reward_function.num_workers=1"
 ROOM = "--config.data.max_prompt_length=64"
 FROM_FILE = "--config.data.train_files=a.jsonl"
@@ -306,6 +319,7 @@ WALK = {
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
     f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
+    f"{MODEL}.trust_remote_code": ("true", trust, f"--config.{MODEL}.path=one"),
     f"{MODEL}.lora_rank": ("3", policy),
     f"{MODEL}.lora_alpha": ("8.0", policy, f"--config.{MODEL}.lora_rank=3"),
     f"{MODEL}.lora_target_modules": ("q_proj,v_proj", policy, f"--config.{MODEL}.lora_rank=3"),
@@ -344,6 +358,7 @@ WALK = {
     "eval.category_key": ("kind", evaluation),
     "sft.steps": ("3", road, *SHORT),
     "sft.batch_size": ("8", road, *SHORT),
+    "sft.save_freq": ("1", road, *SHORT, "--config.trainer.save_freq=0"),
     "sft.train_files": ("a.jsonl", demonstrations, "--config.sft.completion_key=answer"),
     "sft.completion_key": ("answer", demonstrations),
     "sft.lr": ("0.1", cold_adamw),

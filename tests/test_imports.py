@@ -19,7 +19,7 @@ ROAD = [
     "hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
-    "layouts offload update rollout recording filtering sft learner evaluation",
+    "layouts offload update rollout recording filtering sft cold_start learner evaluation",
     "loading pretrained serve setup dry_run train evaluate report adapters main",
 ]
 

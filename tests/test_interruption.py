@@ -68,7 +68,7 @@ def test_a_stage_that_may_be_abandoned_is_left_and_any_other_finished():
         time.sleep(0.01)
         done.append("finished")
         with pytest.raises(Interrupted):
-            interruption.check(1)
+            interruption.check()
         with pytest.raises(Interrupted), interruption.abandonable():
             done.append("never")
     assert done == ["finished"]

@@ -107,7 +107,7 @@ def test_checkpoints_keep_the_newest_and_restore_it(tmp_path):
     with Checkpoints(tmp_path, save_freq=2, keep=2) as checkpoints:
         assert checkpoints.latest_step is None
         with pytest.raises(ValueError, match="no checkpoint in"):
-            checkpoints.restore_latest(state(0))
+            checkpoints.restore_latest(lambda _: state(0))
         due = [checkpoints.is_due(step) for step in range(1, 7)]
         assert due == [False, True, False, True, False, True]
         for step in (2, 4, 6):
@@ -115,7 +115,7 @@ def test_checkpoints_keep_the_newest_and_restore_it(tmp_path):
         assert not checkpoints.save(6, state(0))  # never overwritten
     with Checkpoints(tmp_path, save_freq=2, keep=2) as checkpoints:
         assert checkpoints.latest_step == 6
-        restored = checkpoints.restore_latest(state(0))
+        restored = checkpoints.restore_latest(lambda _: state(0))
         np.testing.assert_array_equal(restored.state["params"], 6.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "6"]
 
@@ -128,4 +128,6 @@ def test_a_saved_state_outlives_the_donation_of_its_buffers(tmp_path):
             checkpoints.save(step, current)
             current = advance(current)
     with Checkpoints(tmp_path, save_freq=1, keep=5) as checkpoints:
-        np.testing.assert_array_equal(checkpoints.restore_latest(state(0)).state["params"], 3.0)
+        np.testing.assert_array_equal(
+            checkpoints.restore_latest(lambda _: state(0)).state["params"], 3.0
+        )

@@ -29,6 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="Hugging Face folder or name, run, or checkpoint")
     add("--name", help="what clients call the model; by default the last part of --model")
     add("--dtype", default="float32", help="float32 or bfloat16")
+    add("--trust-remote-code", action="store_true", help="run its tokenizer's own code")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
@@ -88,7 +89,7 @@ def make_server(a: argparse.Namespace):
     from adpo_jax.serve.service import Service
 
     api_key = read_api_key(a)
-    model = pretrained.load(a.model, dtype=a.dtype)
+    model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
     limits = Limits(*_lengths(a, model.policy))
     engine = Engine(
         model.policy,

@@ -1,0 +1,99 @@
+"""A run that is asked to stop after every step and started again ends like one that ran through."""
+
+
+import pytest
+from test_config import parse
+from test_faults import digests
+from test_train import TINY, one_device, scalars  # noqa: F401  (a fixture)
+
+from adpo_jax.interruption import Interrupted, Interruption
+from adpo_jax.metrics import read_jsonl
+from adpo_jax.train import prepare, run, train
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+SHORT = (
+    *TINY,
+    "--config.sft.steps=0",
+    "--config.data.val_files=",
+    "--config.trainer.total_training_steps=3",
+    "--config.trainer.save_freq=0",
+)
+VARIED = ("--config.custom_reward_function.path={}", "--config.custom_reward_function.name=letters")
+REWARD = """
+def letters(completions, solution, **columns):
+    return [float(sum(map(ord, c[0]["content"])) % 3 == 0) for c in completions]
+"""
+
+
+class After(Interruption):
+    """Asks the run to stop after so many steps or iterations."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self._left = count
+
+    def check(self) -> None:
+        if self._left == 0:
+            raise Interrupted("a test")
+        self._left -= 1
+
+
+def in_parts(config, folder, *counts: int):
+    """Starts the run again and again, each time for so many steps, and at last to its end."""
+    for count in counts:
+        with pytest.raises(Interrupted):
+            run(prepare(config, folder), After(count))
+    train(config, folder)
+
+
+def assert_same(one, other, last: int):
+    assert digests(one, last) == digests(other, last)
+    assert scalars(one) == scalars(other)
+
+
+STATES = {
+    "fixed": ("--config.anchor.mode=fixed",),
+    "ema": ("--config.anchor.mode=ema", "--config.anchor.ema_alpha=0.5"),
+    "kl_triggered": ("--config.anchor.mode=kl_triggered", "--config.anchor.kl_threshold=1e-7"),
+    "filter_groups": ("--config.algorithm.filter_groups=true",),
+}
+
+
+@pytest.mark.parametrize("kept", STATES)
+def test_what_is_carried_from_one_iteration_to_the_next_survives(tmp_path, kept):
+    (tmp_path / "reward.py").write_text(REWARD)
+    varied = [flag.format(tmp_path / "reward.py") for flag in VARIED]
+    config = parse(*SHORT, *varied, *STATES[kept], "--config.actor_rollout_ref.actor.optim.lr=0.01")
+    train(config, tmp_path / "whole")
+    in_parts(config, tmp_path / "run", 1, 1)
+    assert_same(tmp_path / "run", tmp_path / "whole", 3)
+    rows = scalars(tmp_path / "whole")
+    if kept == "filter_groups":
+        assert any(row["filter/carried"] for row in rows)
+    if kept == "kl_triggered":
+        assert any(row["anchor/renewed"] for row in rows)
+
+
+def test_a_cold_start_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("adpo_jax.cold_start._LOG_FREQ", 2)
+    config = parse(
+        *TINY,
+        "--config.sft.steps=7",
+        "--config.sft.save_freq=2",
+        "--config.trainer.total_training_steps=1",
+    )
+    train(config, tmp_path / "whole")
+    in_parts(config, tmp_path / "run", 0, 3, 2, 2)
+    assert_same(tmp_path / "run", tmp_path / "whole", 1)
+    rows, whole = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
+    supervised = [
+        {k: v for k, v in row.items() if k != "time"} for row in rows if "sft/step" in row
+    ]
+    assert [(row["step"], row["sft/step"]) for row in supervised] == [
+        (-5, 2),
+        (-3, 4),
+        (-1, 6),
+        (0, 7),
+    ]
+    assert supervised == [{k: v for k, v in r.items() if k != "time"} for r in whole[:4]]
