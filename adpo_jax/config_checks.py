@@ -25,38 +25,95 @@ WITHOUT_EFFECT = {
     "rloo": (*ADPO_ONLY, *GRPO_ONLY, "scale_rewards"),
 }
 
-# A key, what it has an effect under, and whether that is so.
+_EVAL = ("n", "ks", "temperature", "top_p", "top_k", "max_tokens", "graded_by", "category_key")
+_SFT = (
+    "completion_key",
+    "batch_size",
+    "save_freq",
+    "lr",
+    "lr_warmup_steps",
+    "weight_decay",
+    "betas",
+)
+
+# Keys, what they have an effect under, and whether that is so. What only paces or shapes a stage
+# that a config describes does not stop it from being switched off by one key: test_freq without
+# val_files, and sft.lr with train_files but 0 steps.
 _NEEDS = (
-    ("anchor.ema_alpha", "anchor.mode=ema", lambda c: c.anchor.mode == "ema"),
+    (("anchor.ema_alpha",), "anchor.mode=ema", lambda c: c.anchor.mode == "ema"),
     (
-        "anchor.kl_threshold",
+        ("anchor.kl_threshold",),
         "anchor.mode=kl_triggered",
         lambda c: c.anchor.mode == "kl_triggered",
     ),
-    ("anchor.offload", "an anchor.mode that keeps one", lambda c: c.anchor.mode != "on_policy"),
-    *(
-        (
-            f"algorithm.adaptive_tau_{key}",
-            "algorithm.use_adaptive_tau=true",
-            lambda c: c.algorithm.use_adaptive_tau,
-        )
-        for key in ("alpha", "min", "mode", "max")
+    (("anchor.offload",), "an anchor.mode that keeps one", lambda c: c.anchor.mode != "on_policy"),
+    (
+        tuple(f"algorithm.adaptive_tau_{key}" for key in ("alpha", "min", "mode", "max")),
+        "algorithm.use_adaptive_tau=true",
+        lambda c: c.algorithm.use_adaptive_tau,
     ),
     (
-        "algorithm.adaptive_tau_max",
+        ("algorithm.adaptive_tau_max",),
         "algorithm.adaptive_tau_mode=policy_entropy",
         lambda c: c.algorithm.adaptive_tau_mode == "policy_entropy",
     ),
-    *(
-        (
-            f"custom_reward_function.{key}",
-            "custom_reward_function.num_workers above 0",
-            lambda c: c.custom_reward_function.num_workers,
-        )
-        for key in ("timeout_s", "on_timeout")
+    (
+        ("algorithm.filter_max_attempts",),
+        "algorithm.filter_groups=true",
+        lambda c: c.algorithm.filter_groups,
     ),
     (
-        "trainer.max_bad_updates",
+        ("custom_reward_function.timeout_s", "custom_reward_function.on_timeout"),
+        "custom_reward_function.num_workers above 0",
+        lambda c: c.custom_reward_function.num_workers,
+    ),
+    (
+        ("custom_reward_function.name",),
+        "its being the only one (reward_functions takes its place)",
+        lambda c: not c.reward_functions,
+    ),
+    (
+        ("data.system_prompt", "data.chat_template_kwargs"),
+        "data.apply_chat_template=true",
+        lambda c: c.data.apply_chat_template,
+    ),
+    (
+        ("actor_rollout_ref.actor.optim.min_lr_ratio",),
+        "a schedule that falls (actor.optim.lr_scheduler_type=cosine or linear)",
+        lambda c: c.actor_rollout_ref.actor.optim.lr_scheduler_type != "constant",
+    ),
+    (
+        ("data.max_val_samples", "data.val_split", *(f"eval.{key}" for key in _EVAL)),
+        "data.val_files",
+        lambda c: c.data.val_files,
+    ),
+    (
+        ("trainer.best_metric",),
+        "data.val_files",
+        lambda c: c.data.val_files or not c.trainer.best_metric.startswith("eval/"),
+    ),
+    (
+        ("eval.ks", "eval.temperature", "eval.top_p", "eval.top_k"),
+        "samples (eval.n above 0): the greedy answer has none",
+        lambda c: c.eval.n,
+    ),
+    (
+        tuple(f"sft.{key}" for key in _SFT),
+        "a cold start (sft.train_files and sft.steps)",
+        lambda c: c.sft.train_files,
+    ),
+    (
+        ("trainer.total_epochs",),
+        "leaving trainer.total_training_steps out, which wins over it",
+        lambda c: c.trainer.total_training_steps is None,
+    ),
+    (
+        ("trainer.log_num_samples",),
+        "trainer.log_samples_freq above 0",
+        lambda c: c.trainer.log_samples_freq,
+    ),
+    (
+        ("trainer.max_bad_updates",),
         "trainer.on_bad_update=skip",
         lambda c: c.trainer.on_bad_update == "skip",
     ),
@@ -165,12 +222,10 @@ def validate(config: ConfigDict) -> None:
             "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
             "completions of a prompt are all the same. Evaluation is greedy as it is"
         )
-    if config.eval.ks and not config.eval.n:
-        raise ValueError(f"eval.ks={config.eval.ks} has no effect without samples: set eval.n")
-    _refuse_what_has_no_effect(config)
-    _refuse_lora_without_effect(config)
     if config.sft.steps and not config.sft.train_files:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
+    _refuse_what_has_no_effect(config)
+    _refuse_lora_without_effect(config)
 
 
 def _refuse_what_has_no_effect(config: ConfigDict) -> None:
@@ -183,11 +238,12 @@ def _refuse_what_has_no_effect(config: ConfigDict) -> None:
             "set anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
         )
     default = default_config()
-    for key, need, is_met in _NEEDS:
-        if _value(config, key) != _value(default, key) and not is_met(config):
+    for needing, need, is_met in _NEEDS:
+        changed = [key for key in needing if _value(config, key) != _value(default, key)]
+        if changed and not is_met(config):
             raise ValueError(
-                f"{key}={_value(config, key)} has no effect without {need}; leave it at the "
-                f"default ({_value(default, key)}) or set that too"
+                f"{changed[0]}={_value(config, changed[0])} has no effect without {need}; leave it "
+                f"at the default ({_value(default, changed[0])}) or see to that too"
             )
     published = default.algorithm
     unused = WITHOUT_EFFECT[algorithm.adv_estimator]

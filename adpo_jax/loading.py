@@ -99,25 +99,38 @@ def find_architecture(config: ConfigDict) -> ModelSource:
 def _load_tokenizer(folder: Path, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
+    if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+        raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
     if trust_remote_code:
         print(
             f"WARNING: model.trust_remote_code: Python code in {folder} may run, with your rights",
             file=sys.stderr,
             flush=True,
         )
-
-    if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
-        raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
+    elif _is_code_of_its_own(folder):
+        raise ValueError(
+            f"the tokenizer of {folder} is Python code in that folder, which is not run; read it, "
+            "then set actor_rollout_ref.model.trust_remote_code=true"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare ones
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"the tokenizer of {folder} is Python code in that folder, which is not run; read "
-                "it, then set actor_rollout_ref.model.trust_remote_code=true"
-            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no tokenizer can be read from {folder}: {reason}") from error
+
+
+def _is_code_of_its_own(folder: Path) -> bool:
+    """Whether the tokenizer's class is in the folder and not in transformers.
+
+    transformers would read such a folder as something that may be another tokenizer.
+    """
+    import transformers
+
+    path = folder / "tokenizer_config.json"
+    settings = hf.read_json(path) if path.exists() else {}
+    name = settings.get("tokenizer_class")
+    its_own = "AutoTokenizer" in (settings.get("auto_map") or ())
+    return its_own and bool(name) and not hasattr(transformers, name)
 
 
 def _stop_token_ids(folder: Path, tokenizer, generation: dict) -> tuple[int, ...]:

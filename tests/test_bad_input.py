@@ -164,6 +164,44 @@ CONFIG = {
     "ema_alpha": (("anchor.mode=ema", "anchor.ema_alpha=2"), "ema_alpha is in [0, 1]"),
     "kl_threshold": (("anchor.mode=kl_triggered", "anchor.kl_threshold=0"), "kl_threshold is > 0"),
     "ema_alpha without effect": ("anchor.ema_alpha=0.5", "no effect without anchor.mode=ema"),
+    "filter_max_attempts without effect": (
+        "algorithm.filter_max_attempts=9",
+        "no effect without algorithm.filter_groups=true",
+    ),
+    "a reward's name without effect": (
+        ("reward_functions=({'name': 'exact_match'},)", "custom_reward_function.name=letters"),
+        "reward_functions takes its place",
+    ),
+    "system_prompt without effect": (
+        ("data.apply_chat_template=false", "data.system_prompt=Hm."),
+        "no effect without data.apply_chat_template=true",
+    ),
+    "min_lr_ratio without effect": (
+        f"{ACTOR}.optim.lr_scheduler_type=constant",
+        "min_lr_ratio=0.1 has no effect without a schedule that falls",
+    ),
+    "max_val_samples without effect": (
+        ("data.val_files=", "data.max_val_samples=9"),
+        "max_val_samples=9 has no effect without data.val_files",
+    ),
+    "eval.n without effect": (("data.val_files=", "eval.n=4"), "no effect without data.val_files"),
+    "best_metric without effect": (
+        ("data.val_files=", "trainer.best_metric=eval/accuracy"),
+        "no effect without data.val_files",
+    ),
+    "eval.top_p without effect": ("eval.top_p=0.9", "no effect without samples"),
+    "a cold start's lr without effect": (
+        ("sft.train_files=", "sft.steps=0"),
+        "no effect without a cold start",
+    ),
+    "epochs without effect": (
+        "trainer.total_epochs=3",
+        "no effect without leaving trainer.total_training_steps out",
+    ),
+    "samples to show without effect": (
+        ("trainer.log_samples_freq=0", "trainer.log_num_samples=9"),
+        "no effect without trainer.log_samples_freq above 0",
+    ),
     "offload without effect": ("anchor.offload=true", "no effect without an anchor.mode"),
     "kl_threshold without effect": ("anchor.kl_threshold=1", "without anchor.mode=kl_triggered"),
     "adaptive tau without effect": (

@@ -327,7 +327,7 @@ WALK = {
     f"{ACTOR}.optim.lr": ("0.1", adamw),
     f"{ACTOR}.optim.weight_decay": ("0.5", adamw),
     f"{ACTOR}.optim.lr_warmup_steps": ("4", adamw),
-    f"{ACTOR}.optim.lr_scheduler_type": ("constant", adamw),
+    f"{ACTOR}.optim.lr_scheduler_type": ("linear", adamw),
     f"{ACTOR}.optim.min_lr_ratio": ("0.9", adamw),
     f"{ACTOR}.optim.betas": ("(0.5, 0.6)", adamw),
     f"{ACTOR}.grad_clip": ("0.0", adamw),
@@ -350,9 +350,9 @@ WALK = {
     f"{ROLLOUT}.gpu_memory_utilization": ("0.00025", engine, f"--config.{ROLLOUT}.num_slots=256"),
     "eval.n": ("3", evaluation),
     "eval.ks": ("(2,)", evaluation, "--config.eval.n=3"),
-    "eval.temperature": ("0.7", evaluation),
-    "eval.top_p": ("0.9", evaluation),
-    "eval.top_k": ("5", evaluation),
+    "eval.temperature": ("0.7", evaluation, "--config.eval.n=3"),
+    "eval.top_p": ("0.9", evaluation, "--config.eval.n=3"),
+    "eval.top_k": ("5", evaluation, "--config.eval.n=3"),
     "eval.max_tokens": ("9", evaluation),
     "eval.graded_by": ("reward", evaluation),
     "eval.category_key": ("kind", evaluation),
@@ -407,9 +407,11 @@ WALK = {
 @pytest.mark.parametrize("key", WALK)
 def test_each_key_on_the_command_line_changes_the_run(key):
     value, probe, *context = WALK[key]
-    before = repr(probe(parse(*context)))
-    assert repr(probe(parse(*context))) == before
-    assert repr(probe(parse(*context, f"--config.{key}={value}"))) != before
+    # The one whose length is given in epochs.
+    file = "gsm8k" if key == "trainer.total_epochs" else "arithmetic"
+    before = repr(probe(parse(*context, name=file)))
+    assert repr(probe(parse(*context, name=file))) == before
+    assert repr(probe(parse(*context, f"--config.{key}={value}", name=file))) != before
 
 
 def test_every_key_is_walked():

@@ -142,10 +142,10 @@ def test_sampled_scores_lie_between_their_bounds():
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["--config.eval.ks=(4,)"], "set eval.n"),
+        (["--config.eval.ks=(4,)"], "eval.n above 0"),
         (["--config.eval.n=2", "--config.eval.ks=(4,)"], "pass@k needs at least k samples"),
         (["--config.eval.n=2", "--config.eval.temperature=0.0"], "eval.temperature is above 0"),
-        (["--config.eval.graded_by=me"], "accuracy or reward, given 'me'"),
+        (["--config.eval.graded_by=me"], "one of accuracy, reward; given 'me'"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused(overrides, text):
