@@ -24,6 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from adpo_jax import distributed
+
 _DELETED = ".deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -267,7 +269,7 @@ class Checkpoints:
         target = self._aside / f"{step}-{number}"
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(target)
-        _barrier("moved a damaged checkpoint aside")
+        distributed.wait_for_all("moved a damaged checkpoint aside")
         return target
 
     # --- keeping house
@@ -304,7 +306,7 @@ class Checkpoints:
             for path in self._folder.iterdir():
                 if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
                     shutil.rmtree(path, ignore_errors=True)
-        _barrier("swept the checkpoints")
+        distributed.wait_for_all("swept the checkpoints")
 
     def _prune(self) -> None:
         kept = {*self.steps[-self._keep :], *self._best_steps()}
@@ -314,7 +316,7 @@ class Checkpoints:
                 doomed = self._folder / f"{step}{_DELETED}"
                 (self._folder / str(step)).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-        _barrier("pruned the checkpoints")
+        distributed.wait_for_all("pruned the checkpoints")
 
     def _best_steps(self) -> list[int]:
         """The step of the best checkpoint, the first of equals; empty where there is none."""
@@ -439,8 +441,3 @@ def _on_all_processes(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -138,6 +138,12 @@ def all_gather(value: Any) -> list:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called this with that name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
     """An error within, of one process, becomes one of all: none waits for the one that failed.

@@ -104,6 +104,7 @@ def main(argv: list[str]) -> int:
         except OSError as error:
             return _failed(error, DISK_ERROR)
         except Interrupted:
+            distributed.wait_for_all("stopped")  # who is left behind takes the others for dead
             return INTERRUPTED
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:

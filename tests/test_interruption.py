@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from adpo_jax import interruption as interruption_lib
 from adpo_jax.exit_codes import INTERRUPTED, SECOND_INTERRUPT
 from adpo_jax.interruption import Interrupted, Interruption
 
@@ -79,3 +80,21 @@ def test_the_handlers_from_before_come_back():
     with Interruption():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_preemption_notice_stops_all_processes_at_the_same_call(monkeypatch):
+    calls = []
+
+    def reached(number):
+        calls.append(number)
+        return number == 3
+
+    monkeypatch.setattr(interruption_lib.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(interruption_lib.multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(interruption_lib.multihost_utils, "process_allgather", lambda x: x)
+    interruption = Interruption()
+    interruption.check()
+    interruption.check()
+    with pytest.raises(Interrupted, match="a preemption notice"):
+        interruption.check()
+    assert calls == [1, 2, 3]
