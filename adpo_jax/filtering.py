@@ -150,14 +150,21 @@ class GroupFilter:
         )
         return chosen.prompts, graded
 
-    def save(self, step: int) -> None:
-        """Keeps what the next iteration is left after `step` iterations."""
+    def save(self, step: int, oldest: int = 0) -> None:
+        """Keeps what the next iteration is left after `step` iterations.
+
+        Args:
+          oldest: what earlier steps than this one left is removed.
+        """
         state = self._state(step)
         self._folder.mkdir(parents=True, exist_ok=True)
         if state.surplus is not None:
             recording.write(self._folder, step, state.surplus.prompts, state.surplus.graded)
         content = {"drawn": state.drawn, "surplus": state.surplus is not None}
         (self._folder / f"{step:06d}.json").write_text(json.dumps(content) + "\n")
+        for path in self._folder.iterdir():
+            if int(path.name.partition(".")[0]) < oldest:
+                path.unlink()
 
     def _state(self, step: int) -> _State:
         if step not in self._states:

@@ -15,6 +15,7 @@ Both are told by an environment variable that glibc reads once, before Python st
 process replaces itself.
 """
 
+import ctypes
 import os
 import sys
 
@@ -34,6 +35,13 @@ def tune_malloc() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def give_back() -> None:
+    """Gives the kernel back what malloc holds and nobody uses: compiling leaves much of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _cpu_only() -> bool:

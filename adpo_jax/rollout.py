@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from adpo_jax import distributed
 from adpo_jax.engine import Engine, GroupOutput, RolloutOutput
 from adpo_jax.packing import Batch
 from adpo_jax.rewards import RewardError, RewardModel, Scores
@@ -129,6 +130,60 @@ def generate_and_grade(
         scores = Scores.unknown(P * G, reward_model.names)
     seconds = (decoded - started, time.perf_counter() - decoded)
     return GradedRollout(out, completions, scores, seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Samples completions and grades them; of several processes, each does so for its own prompts.
+
+    Attributes:
+      seed: with step and attempt, of the completions.
+      keep_sample: called with the step and the error when a reward function fails.
+      takes_nonfinite: a reward that is no number makes all of them NaN, and is no error.
+    """
+
+    engine: Engine
+    sampling: SamplingParams
+    tokenizer: object
+    reward_model: RewardModel
+    seed: int
+    keep_sample: Callable[[int, RewardError], None]
+    takes_nonfinite: bool = False
+
+    def __call__(self, step: int, attempt: int | None, prompts: Prompts, params) -> GradedRollout:
+        """The completions of all prompts, the same on every process.
+
+        Args:
+          attempt: None where a step samples once.
+
+        Raises:
+          RewardError: when a reward function fails on any process.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        if attempt is not None:
+            key = jax.random.fold_in(key, attempt)
+
+        def on_error(error: RewardError):
+            if not (error.nonfinite and self.takes_nonfinite):
+                raise error
+            self.keep_sample(step, error)
+
+        try:
+            with distributed.fail_together():
+                mine = generate_and_grade(
+                    self.engine,
+                    params,
+                    prompts.select(distributed.own_rows(len(prompts))),
+                    self.sampling,
+                    key,
+                    self.tokenizer,
+                    self.reward_model,
+                    on_error,
+                )
+        except RewardError as error:
+            self.keep_sample(step, error)
+            raise
+        return GradedRollout.concatenate(distributed.all_gather(mine))
 
 
 def sample_records(prompts: Sequence, graded: GradedRollout) -> list[dict]:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from adpo_jax import (
     data,
     distributed,
+    host_memory,
     lora,
     lora_files,
     profiling,
@@ -26,7 +27,7 @@ from adpo_jax import (
     setup,
 )
 from adpo_jax import metrics as metrics_lib
-from adpo_jax.checkpoints import Checkpoints, Restored
+from adpo_jax.checkpoints import CheckpointError, Checkpoints, Restored
 from adpo_jax.config_checks import finalized
 from adpo_jax.evaluation import evaluate
 from adpo_jax.filtering import GroupFilter
@@ -37,7 +38,7 @@ from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import (
     GradedRollout,
     Prompts,
-    generate_and_grade,
+    Sampler,
     make_batch,
     reward_metrics,
     rollout_metrics,
@@ -68,10 +69,10 @@ class Run:
     params: Any
     rollouts: Rollouts
 
-    def save_rollouts(self, step: int) -> None:
+    def save_rollouts(self, step: int, checkpoints: Checkpoints) -> None:
         """Keeps what sampling needs to go on after `step` iterations, where it needs anything."""
         if isinstance(self.rollouts, GroupFilter) and self.folder.writes:
-            self.rollouts.save(step)
+            self.rollouts.save(step, oldest=min(checkpoints.steps, default=0))
 
 
 def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
@@ -180,7 +181,16 @@ def _announce(parts: Parts, folder: RunFolder) -> None:
 
 def _abstract_state(parts: Parts) -> Callable[[int], TrainState]:
     """What the checkpoint of a step holds: of the cold start where it is below 0."""
-    return lambda step: (parts.learner if step >= 0 else parts.cold_start).abstract_state().saved
+
+    def abstract_state(step: int) -> TrainState:
+        if step < 0 and parts.cold_start is None:
+            raise CheckpointError(
+                f"checkpoint {step} is of a cold start, which sft.steps=0 leaves out; set it as it "
+                "was, or start in another folder"
+            )
+        return (parts.learner if step >= 0 else parts.cold_start).abstract_state().saved
+
+    return abstract_state
 
 
 def _start(
@@ -258,64 +268,55 @@ def _iterate(
                 if checkpoints.is_due(step + 1, metrics):
                     with _timed(saving, "time/checkpoint"):
                         writer.flush()  # what a checkpoint has behind it is in the log
-                        run.save_rollouts(step + 1)
+                        run.save_rollouts(step + 1, checkpoints)
                         checkpoints.save(step + 1, state.saved, metrics)
+                        host_memory.give_back()
     except Interrupted as reason:
         writer.flush()
-        run.save_rollouts(int(state.step))
+        run.save_rollouts(int(state.step), checkpoints)
         checkpoints.save_now(int(state.step), state.saved, metrics)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
-    run.save_rollouts(num_steps)
+    run.save_rollouts(num_steps, checkpoints)
     checkpoints.save_now(num_steps, state.saved, metrics)
     return state
 
 
 def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
-    """Samples completions of the step's prompts, and grades them; each process for its own."""
-    root_key = jax.random.key(config.trainer.seed)
+    """Samples completions of the step's prompts, and grades them."""
 
-    def graded(key: jax.Array, prompts: Prompts, step: int, params) -> GradedRollout:
-        def keep_sample(error: RewardError):
-            folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
+    def keep_sample(step: int, error: RewardError):
+        folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
 
-        def on_error(error: RewardError):
-            # NaN rewards make an update that is not sound, which is skipped.
-            if not error.nonfinite or config.trainer.on_bad_update != "skip":
-                raise error
-            keep_sample(error)
+    def prompts_of(step: int) -> Prompts:
+        rows = data.prompt_indices(
+            step,
+            seed=config.trainer.seed,
+            num_rows=len(parts.train_prompts),
+            batch_size=config.data.train_batch_size,
+        )
+        return parts.train_prompts.select(rows)
 
-        try:
-            with distributed.fail_together():
-                mine = generate_and_grade(
-                    parts.engine,
-                    params,
-                    prompts.select(distributed.own_rows(len(prompts))),
-                    parts.sampling,
-                    key,
-                    parts.tokenizer,
-                    parts.reward_model,
-                    on_error,
-                )
-        except RewardError as error:
-            keep_sample(error)
-            raise
-        return GradedRollout.concatenate(distributed.all_gather(mine))
+    def rollouts(step: int, params) -> tuple[Prompts, GradedRollout]:
+        prompts = prompts_of(step)
+        return prompts, sampler(step, None, prompts, params)
 
-    def rollouts(step: int, params):
-        prompts = _prompts_for_step(config, parts.train_prompts, step)
-        return prompts, graded(jax.random.fold_in(root_key, step), prompts, step, params)
-
-    def attempt(step: int, number: int, prompts: Prompts, params) -> GradedRollout:
-        key = jax.random.fold_in(jax.random.fold_in(root_key, step), number)
-        return graded(key, prompts, step, params)
-
+    sampler = Sampler(
+        parts.engine,
+        parts.sampling,
+        parts.tokenizer,
+        parts.reward_model,
+        seed=config.trainer.seed,
+        keep_sample=keep_sample,
+        # NaN rewards make an update that is not sound, which is skipped.
+        takes_nonfinite=config.trainer.on_bad_update == "skip",
+    )
     if not config.algorithm.filter_groups:
         return rollouts
     return GroupFilter(
-        attempt,
-        lambda number: _prompts_for_step(config, parts.train_prompts, number),
+        sampler,
+        prompts_of,
         folder.surplus,
         max_attempts=config.algorithm.filter_max_attempts,
         min_reward_std=config.algorithm.min_reward_std,
@@ -332,16 +333,6 @@ def _replayed(config, parts: Parts, replay: Path) -> Rollouts:
         max_tokens=config.data.max_response_length,
     )
     return lambda step, params: recording.read(replay, step + 1)
-
-
-def _prompts_for_step(config, prompts: Prompts, step: int) -> Prompts:
-    rows = data.prompt_indices(
-        step,
-        seed=config.trainer.seed,
-        num_rows=len(prompts),
-        batch_size=config.data.train_batch_size,
-    )
-    return prompts.select(rows)
 
 
 def _learn(

@@ -56,13 +56,14 @@ def torn_row(count: int):
 def arm(place: str, count: int):
     from orbax.checkpoint._src.path import atomicity
 
-    from adpo_jax import checkpoints, hf, metrics, run_folder, sft, train
+    from adpo_jax import checkpoints, hf, metrics, rollout, run_folder, sft, train
     from adpo_jax.learner import Learner
     from adpo_jax.rewards import RewardModel
 
     places = {
         "cold start": lambda: at(sft, "make_sft_step", count, before=False),
-        "rollout": lambda: at(train, "generate_and_grade", count, before=True),
+        "step of the cold start": lambda: at(Learner, "put", count, before=True),
+        "rollout": lambda: at(rollout, "generate_and_grade", count, before=True),
         "grading": lambda: at(RewardModel, "score", count, before=True),
         "update": lambda: at(Learner, "learn", count, before=False),
         "evaluation": lambda: at(train, "evaluate", count, before=True),

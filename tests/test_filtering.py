@@ -90,6 +90,8 @@ def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
     second, sampler = made(tmp_path / "run", useful)
     assert [questions(second(step, None)[0]) for step in range(3, 6)] == expected[3:]
     assert sampler.calls[0] == (3, 0)
+    second.save(6, oldest=4)
+    assert {path.name[:6] for path in (tmp_path / "run").iterdir()} == {"000006"}
     lost, _ = made(tmp_path / "run", useful)
     with pytest.raises(ValueError, match="iteration 2 left its surplus"):
         lost(2, None)

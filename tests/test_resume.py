@@ -1,5 +1,6 @@
 """A run that is asked to stop after every step and started again ends like one that ran through."""
 
+import shutil
 
 import pytest
 from test_config import parse
@@ -16,6 +17,7 @@ SHORT = (
     *TINY,
     "--config.sft.steps=0",
     "--config.data.val_files=",
+    "--config.data.max_val_samples=0",
     "--config.trainer.total_training_steps=3",
     "--config.trainer.save_freq=0",
 )
@@ -84,7 +86,13 @@ def test_a_cold_start_goes_on_where_it_stopped(tmp_path, monkeypatch):
         "--config.trainer.total_training_steps=1",
     )
     train(config, tmp_path / "whole")
-    in_parts(config, tmp_path / "run", 0, 3, 2, 2)
+    with pytest.raises(Interrupted):
+        run(prepare(config, tmp_path / "run"), After(0))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    without = parse(*TINY, "--config.sft.steps=0")
+    with pytest.raises(ValueError, match="checkpoint -7 is of a cold start"):
+        train(without, tmp_path / "other", allow_config_change=True)
+    in_parts(config, tmp_path / "run", 3, 2, 2)
     assert_same(tmp_path / "run", tmp_path / "whole", 1)
     rows, whole = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
     supervised = [

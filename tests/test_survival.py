@@ -20,18 +20,17 @@ from adpo_jax.metrics import read_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 KILLABLE = ROOT / "tests" / "killable.py"
 STEPS = 8
-SETTINGS = (
+ANY_ANCHOR = (
     *TINY,
     f"--config.trainer.total_training_steps={STEPS}",
     "--config.trainer.save_total_limit=2",
     "--config.trainer.best_metric=eval/accuracy",
     "--config.trainer.rollout_data_dir=rollouts",
-    "--config.anchor.mode=ema",
-    "--config.anchor.ema_alpha=0.9",
     "--config.actor_rollout_ref.actor.ppo_epochs=2",
     "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
     "--config.actor_rollout_ref.actor.optim.lr=0.01",
 )
+SETTINGS = (*ANY_ANCHOR, "--config.anchor.mode=ema", "--config.anchor.ema_alpha=0.9")
 
 
 def start(workdir, *flags, place="nowhere", count=0, settings=SETTINGS):
@@ -119,7 +118,7 @@ def assert_same(run, straight):
     events = events_of(run)
     for row in rows:
         for name, value in row.items():
-            if name != "step" and "sft/step" not in row:
+            if name != "step":
                 assert events[name, row["step"]] == pytest.approx(value, rel=1e-6), name
     for part in ("export", "samples", "rollouts"):
         there = {p.name: p for p in (straight / part).iterdir()}
@@ -207,3 +206,44 @@ def test_killed_at_every_place_and_at_random_moments_it_ends_the_same(tmp_path, 
     finish(start(run))
     assert_same(run, straight)
     print(f"{kills} kills")
+
+
+# What else is carried from step to step, and where it is killed.
+CARRIED = {
+    "fixed": (("--config.anchor.mode=fixed",), (("update", 3), ("rollout", 2), ("torn row", 3))),
+    "kl_triggered": (
+        ("--config.anchor.mode=kl_triggered", "--config.anchor.kl_threshold=1e-6"),
+        (("update", 3), ("committing a checkpoint", 5), ("grading", 2)),
+    ),
+    "filter_groups": (
+        ("--config.algorithm.filter_groups=true", "--config.custom_reward_function.name=odd"),
+        (("update", 3), ("rollout", 3), ("committing a checkpoint", 5)),
+    ),
+    "cold start": (
+        ("--config.sft.steps=120", "--config.sft.save_freq=30"),
+        (("step of the cold start", 40), ("step of the cold start", 40), ("torn row", 1)),
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CARRIED)
+def test_killed_under_another_anchor_and_in_the_cold_start_it_ends_the_same(tmp_path, name):
+    flags, kills = CARRIED[name]
+    reward = tmp_path / "odd.py"
+    reward.write_text(
+        "def odd(completions, **columns):\n"
+        "    return [float(sum(map(ord, c[0]['content'])) % 3 == 0) for c in completions]\n"
+    )
+    if "odd" in flags[-1]:
+        flags += (f"--config.custom_reward_function.path={reward}",)
+    settings = (*ANY_ANCHOR, *flags)
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    finish(start(straight, settings=settings))
+    for place, count in kills:
+        process = start(run, place=place, count=count, settings=settings)
+        finish(process, expected=-signal.SIGKILL)
+    finish(start(run, settings=settings))
+    assert_same(run, straight)
+    if name == "filter_groups":
+        assert any(row.get("filter/carried") for row in rows_of(run))
