@@ -49,6 +49,10 @@ def in_parts(config, folder, *counts: int):
     train(config, folder)
 
 
+def stopped(*_):
+    raise Interrupted("a test")
+
+
 def assert_same(one, other, last: int):
     assert digests(one, last) == digests(other, last)
     assert scalars(one) == scalars(other)
@@ -77,7 +81,7 @@ def test_what_is_carried_from_one_iteration_to_the_next_survives(tmp_path, kept)
         assert any(row["anchor/renewed"] for row in rows)
 
 
-def test_a_cold_start_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_cold_start_and_the_evaluation_after_it_go_on_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("adpo_jax.cold_start._LOG_FREQ", 2)
     config = parse(
         *TINY,
@@ -92,7 +96,14 @@ def test_a_cold_start_goes_on_where_it_stopped(tmp_path, monkeypatch):
     without = parse(*TINY, "--config.sft.steps=0")
     with pytest.raises(ValueError, match="checkpoint -7 is of a cold start"):
         train(without, tmp_path / "other", allow_config_change=True)
-    in_parts(config, tmp_path / "run", 3, 2, 2)
+    for count in (3, 2, 1):
+        with pytest.raises(Interrupted):
+            run(prepare(config, tmp_path / "run"), After(count))
+    with monkeypatch.context() as patch:
+        patch.setattr("adpo_jax.train.evaluate", stopped)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert_same(tmp_path / "run", tmp_path / "whole", 1)
     rows, whole = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("run", "whole"))
     supervised = [
