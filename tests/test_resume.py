@@ -41,12 +41,10 @@ class After(Interruption):
         self._left -= 1
 
 
-def in_parts(config, folder, *counts: int):
-    """Starts the run again and again, each time for so many steps, and at last to its end."""
-    for count in counts:
-        with pytest.raises(Interrupted):
-            run(prepare(config, folder), After(count))
-    train(config, folder)
+def interrupt(config, folder, count: int):
+    """Starts the run, or goes on with it, for so many steps."""
+    with pytest.raises(Interrupted):
+        run(prepare(config, folder), After(count))
 
 
 def stopped(*_):
@@ -72,7 +70,8 @@ def test_what_is_carried_from_one_iteration_to_the_next_survives(tmp_path, kept)
     varied = [flag.format(tmp_path / "reward.py") for flag in VARIED]
     config = parse(*SHORT, *varied, *STATES[kept], "--config.actor_rollout_ref.actor.optim.lr=0.01")
     train(config, tmp_path / "whole")
-    in_parts(config, tmp_path / "run", 1, 1)
+    interrupt(config, tmp_path / "run", 2)
+    train(config, tmp_path / "run")
     assert_same(tmp_path / "run", tmp_path / "whole", 3)
     rows = scalars(tmp_path / "whole")
     if kept == "filter_groups":
@@ -90,15 +89,12 @@ def test_a_cold_start_and_the_evaluation_after_it_go_on_where_they_stopped(tmp_p
         "--config.trainer.total_training_steps=1",
     )
     train(config, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(prepare(config, tmp_path / "run"), After(0))
+    interrupt(config, tmp_path / "run", 0)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     without = parse(*TINY, "--config.sft.steps=0")
     with pytest.raises(ValueError, match="checkpoint -7 is of a cold start"):
         train(without, tmp_path / "other", allow_config_change=True)
-    for count in (3, 2, 1):
-        with pytest.raises(Interrupted):
-            run(prepare(config, tmp_path / "run"), After(count))
+    interrupt(config, tmp_path / "run", 3)
     with monkeypatch.context() as patch:
         patch.setattr("adpo_jax.train.evaluate", stopped)
         with pytest.raises(Interrupted):
