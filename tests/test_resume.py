@@ -1,4 +1,4 @@
-"""A run that is asked to stop after every step and started again ends like one that ran through."""
+"""A run that is asked to stop and started again ends like one that ran through."""
 
 import shutil
 
