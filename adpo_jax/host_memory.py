@@ -16,6 +16,7 @@ process replaces itself.
 """
 
 import ctypes
+import functools
 import os
 import sys
 
@@ -39,9 +40,15 @@ def tune_malloc() -> None:
 
 def give_back() -> None:
     """Gives the kernel back what malloc holds and nobody uses: compiling leaves much of it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+@functools.cache
+def _malloc_trim():
+    """glibc's function; None where the C library has none."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def _cpu_only() -> bool:
