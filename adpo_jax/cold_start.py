@@ -5,12 +5,12 @@ both stages have one order, in which what came after a restored checkpoint is ta
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import optax
 
 from adpo_jax import sft, update
 from adpo_jax.checkpoints import Checkpoints
+from adpo_jax.guard import SKIPPED, TrainingStopped
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.metrics import Writers
 from adpo_jax.policy import Policy
@@ -31,7 +31,7 @@ class ColdStart:
       prompt_length, length: tokens that prompts and completions are padded to.
       seed: of the demonstrations' order.
       save_freq: steps between two checkpoints; 0 for none.
-      put: host arrays -> device arrays, spread over the mesh.
+      completions_per_micro: demonstrations of full length that a device holds at once; 0 for all.
     """
 
     policy: Policy
@@ -44,7 +44,7 @@ class ColdStart:
     length: int
     seed: int
     save_freq: int
-    put: Callable
+    completions_per_micro: int = 0
 
     def init_state(self, params) -> TrainState:
         """The state before the first step; it takes `params` over."""
@@ -64,20 +64,25 @@ class ColdStart:
 
         Raises:
           Interrupted: when `stop` asked for it; the state has been saved.
+          TrainingStopped: when the loss or gradient of a step was not finite.
         """
         done, last = int(state.step), self.num_steps
-        step_fn = sft.make_sft_step(self.policy, self.optimizer)
+        step_fn = sft.make_sft_step(
+            self.policy, self.optimizer, completions_per_micro=self.completions_per_micro
+        )
+        skipped = 0.0
         try:
             with Progress("cold start", last, done) as progress:
                 for batch in self._batches(done):
                     stop.check()
-                    state, loss = step_fn(state, *self.put(batch))
+                    state, metrics = step_fn(state, batch)
+                    skipped = skipped + metrics[SKIPPED]
                     done += 1
                     if done % _LOG_FREQ == 0 or done == last:
-                        progress.update(done, f"loss {float(loss):.3f}")
-                        writer.write_scalars(
-                            done - last, {"sft/step": done, "sft/loss": float(loss)}
-                        )
+                        loss = float(metrics["sft/loss"])
+                        progress.update(done, f"loss {loss:.3f}")
+                        writer.write_scalars(done - last, {"sft/step": done, "sft/loss": loss})
+                        _check(int(skipped), done)
                     if done < last and checkpoints.is_due(done - last, every=self.save_freq):
                         writer.flush()  # what a checkpoint has behind it is in the log
                         checkpoints.save(done - last, state.saved)
@@ -98,4 +103,12 @@ class ColdStart:
             seed=self.seed,
             prompt_length=self.prompt_length,
             length=self.length,
+        )
+
+
+def _check(skipped: int, done: int) -> None:
+    if skipped:
+        raise TrainingStopped(
+            f"the loss or gradient of {skipped} of the cold start's steps up to {done} was not "
+            "finite, and they were left out; lower sft.lr, or look at sft.train_files"
         )

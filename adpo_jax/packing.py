@@ -47,6 +47,28 @@ class Batch(NamedTuple):
         return 1.0 - float(np.mean(self.attention_mask_PGS > 0))
 
 
+def balanced(batch: Batch, num_shards: int) -> np.ndarray:
+    """An order of the prompts in which shards of equally many hold about equally many tokens.
+
+    The longest group first, each to the shard with the fewest tokens that has room: devices whose
+    streams are shorter wait for the longest.
+
+    Returns:
+      [P] int, the prompts of the first shard first; to index all that has a row a prompt.
+    """
+    P, T = len(batch.tokens_PGS), batch.num_completion
+    tokens_P = (batch.completion_mask_PGT > 0).sum((1, 2))
+    tokens_P = tokens_P + batch.attention_mask_PGS[:, 0, :-T].sum(-1)
+    shards: list[list[int]] = [[] for _ in range(num_shards)]
+    loads = np.zeros(num_shards)
+    for prompt in np.argsort(-tokens_P, kind="stable"):
+        lightest = int(np.argmin(loads))
+        shards[lightest].append(prompt)
+        full = len(shards[lightest]) * num_shards >= P
+        loads[lightest] = np.inf if full else loads[lightest] + tokens_P[prompt]
+    return np.concatenate([sorted(shard) for shard in shards])
+
+
 class Micro(NamedTuple):
     """The streams of the micro-batches; leaves [B, M, ...] int32."""
 

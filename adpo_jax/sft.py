@@ -1,8 +1,12 @@
 """Supervised training on worked examples: the cold start before reinforcement, for any config.
 
-Letters: B rows, S prompt and completion tokens, T completion tokens.
+A step is an update like any other (`update`), packed and in micro-batches, with a loss of its own
+over groups of one completion.
+
+Letters: P prompts, T completion tokens, S prompt and completion tokens.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -10,59 +14,73 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import lora
+from adpo_jax import sharding
 from adpo_jax.data import prompt_indices
+from adpo_jax.packing import Batch, balanced, pack
 from adpo_jax.policy import Policy
-from adpo_jax.update import TrainState
+from adpo_jax.update import TrainState, make_update
 
 
-def make_sft_step(policy: Policy, optimizer: optax.GradientTransformation) -> Callable:
-    """A jitted `(state, tokens, attention_mask, completion_mask) -> (state, loss)`.
+@dataclasses.dataclass(frozen=True)
+class Imitation:
+    """The mean negative log-prob of a completion token in nats, by the pieces of `losses`."""
 
-    state is a `TrainState` (donated), tokens and attention_mask are [B, S] int32, completion_mask
-    is [B, T] float32 over the last T columns; the loss is the mean negative log-prob of a
-    completion token, in nats.
-    """
+    def normalise(self, scores: None, mask_PGT: jax.Array) -> jax.Array:
+        """1 / number of completion tokens of an optimizer step."""
+        return 1.0 / jnp.maximum(jnp.sum(mask_PGT), 1.0)
 
-    def loss_fn(trained, frozen, tokens, attention_mask, completion_mask):
-        params = lora.join(trained, frozen)
-        log_probs, _ = policy.completion_log_probs(
-            params, tokens, attention_mask, num_completion=completion_mask.shape[-1]
-        )
-        total = -jnp.sum(jnp.where(completion_mask > 0, log_probs, 0.0))
-        return total / jnp.maximum(jnp.sum(completion_mask), 1.0)
-
-    def step(state: TrainState, tokens, attention_mask, completion_mask):
-        trained, frozen = lora.split(state.params)
-        gradient = jax.value_and_grad(loss_fn)
-        loss, grads = gradient(trained, frozen, tokens, attention_mask, completion_mask)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = lora.join(optax.apply_updates(trained, updates), frozen)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), loss
-
-    return jax.jit(step, donate_argnums=0)
+    def loss(self, log_probs_PGT, anchor_log_probs_PGT, mask_PGT, per_token):
+        """(loss, metrics); without an anchor, whose log-probs play no part."""
+        loss = -per_token * jnp.sum(jnp.where(mask_PGT > 0, log_probs_PGT, 0.0))
+        return loss, {"sft/loss": loss}
 
 
-def pad_rows(
-    prompts: list[list[int]], completions: list[list[int]], *, prompt_length: int, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts padded on their left, completions on their right, side by side.
+def make_sft_step(
+    policy: Policy, optimizer: optax.GradientTransformation, *, completions_per_micro: int = 0
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """`(state, batch) -> (state, metrics)`, the state donated, the batch of `batches`.
+
+    "sft/loss" is among the metrics. As in every update, a step whose loss or gradient is not finite
+    leaves the state as it was, and "update/skipped" is 1.
 
     Args:
-      prompts, completions: B lists of token ids, at most `prompt_length` and `length` long.
+      completions_per_micro: as of `packing.pack`.
+    """
+    update = make_update(policy, Imitation(), optimizer, with_entropy=False)
+    shards = sharding.BatchSharding(policy.mesh)
+
+    def step(state: TrainState, batch: Batch):
+        order = balanced(batch, shards.num_shards)
+        batch = jax.tree.map(lambda x: x[order], batch)
+        packed = pack(
+            batch, completions_per_micro=completions_per_micro, num_shards=shards.num_shards
+        )
+        state, metrics = update(state, shards.put(packed), None, None)
+        return state.replace(step=state.step + 1), metrics
+
+    return step
+
+
+def make_batch(
+    prompts: list[list[int]], completions: list[list[int]], *, prompt_length: int, length: int
+) -> Batch:
+    """Groups of one completion each, prompts padded on their left, completions on their right.
+
+    Args:
+      prompts, completions: P lists of token ids, at most `prompt_length` and `length` long.
 
     Returns:
-      tokens [B, S] int32, attention_mask [B, S] int32, completion_mask [B, T] float32, with
-      S = prompt_length + length and T = length.
+      P prompts, T = length, S = prompt_length + length; the sampler's log-probs are 0.
     """
-    B = len(prompts)
-    tokens = np.zeros((B, prompt_length + length), np.int32)
+    P = len(prompts)
+    tokens = np.zeros((P, 1, prompt_length + length), np.int32)
     attention_mask = np.zeros_like(tokens)
     for row, (prompt, completion) in enumerate(zip(prompts, completions)):
         first, last = prompt_length - len(prompt), prompt_length + len(completion)
-        tokens[row, first:last] = prompt + completion
-        attention_mask[row, first:last] = 1
-    return tokens, attention_mask, attention_mask[:, prompt_length:].astype(np.float32)
+        tokens[row, 0, first:last] = prompt + completion
+        attention_mask[row, 0, first:last] = 1
+    mask = attention_mask[..., prompt_length:].astype(np.float32)
+    return Batch(tokens, attention_mask, mask, np.zeros_like(mask))
 
 
 def batches(
@@ -75,13 +93,13 @@ def batches(
     seed: int,
     prompt_length: int,
     length: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The batches of steps `first` to `num_steps`, as `pad_rows` makes them, a function of both and
-    the seed alone.
+) -> Iterator[Batch]:
+    """The batches of steps `first` to `num_steps`, as `make_batch` makes them, a function of both
+    and the seed alone.
     """
     for step in range(first, num_steps):
         rows = prompt_indices(step, seed=seed, num_rows=len(prompts), batch_size=batch_size)
-        yield pad_rows(
+        yield make_batch(
             [prompts[i] for i in rows],
             [completions[i] for i in rows],
             prompt_length=prompt_length,

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -194,13 +195,13 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSharding:
-    """Rows split over (`data`, `fsdp`), everything else replicated."""
+    """Rows split over (`data`, `fsdp`), everything else replicated; one device without a mesh."""
 
-    mesh: Mesh
+    mesh: Mesh | None
 
     @property
     def num_shards(self) -> int:
-        return mesh_axis_size(self.mesh, RULES["batch"])
+        return 1 if self.mesh is None else mesh_axis_size(self.mesh, RULES["batch"])
 
     def abstract(self, tree):
         """The shapes and layout of `put`'s result."""
@@ -211,6 +212,8 @@ class BatchSharding:
 
     def put(self, tree):
         """Host arrays with a leading batch axis -> device arrays split over it."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
         sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
         if self.mesh.is_multi_process:
             # Every process has the whole batch and puts its own rows.

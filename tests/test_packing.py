@@ -144,6 +144,20 @@ def test_padding_stays_under_a_tenth_on_lengths_like_those_of_gsm8k(micro):
     assert np.mean(fracs) < 0.1
 
 
+def test_balanced_shards_hold_equally_many_prompts_and_nearly_as_many_tokens():
+    batches = [ragged(P=64, seed=seed) for seed in range(4)]
+    before, after = [], []
+    for batch in batches:
+        order = packing.balanced(batch, 8)
+        assert sorted(order) == list(range(64))
+        even = packing.Batch(*(x[order] for x in batch))
+        before.append(pack(batch, num_shards=8).padding_frac)
+        after.append(pack(even, num_shards=8).padding_frac)
+        tokens = even.completion_mask_PGT.reshape(8, -1).sum(1)
+        assert tokens.max() < 1.03 * tokens.mean()
+    assert np.mean(after) < 0.1 < np.mean(before)
+
+
 def test_sizes_are_few_so_that_few_updates_are_compiled():
     shapes = {
         tuple(x.shape for x in pack(ragged(seed=seed), completions_per_micro=32).micro)

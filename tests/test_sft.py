@@ -1,0 +1,65 @@
+"""The cold start: supervised steps in micro-batches, and what happens when one goes wrong."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from adpo_jax import sft, sharding
+from adpo_jax.lora import Lora
+from adpo_jax.update import init_state
+
+PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8], [9], [7, 9, 3], [2, 3], [8, 4, 6]]
+COMPLETIONS = [[2, 7, 1], [8], [2, 8, 1, 8, 2], [8, 4], [5, 9, 0], [4, 5], [2, 3, 5, 3, 6], [0, 2]]
+BATCH = sft.make_batch(PROMPTS, COMPLETIONS, prompt_length=4, length=5)
+
+
+def descended(policy, params, batch=BATCH, **kwargs):
+    """Parameters after one SGD step of rate 1, and its metrics."""
+    optimizer = optax.sgd(1.0)
+    state = init_state(policy, jax.tree.map(jnp.copy, params), optimizer)
+    state, metrics = sft.make_sft_step(policy, optimizer, **kwargs)(state, batch)
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+def mean_nll(policy, params):
+    rows = (jnp.asarray(x[:, 0]) for x in (BATCH.tokens_PGS, BATCH.attention_mask_PGS))
+    log_probs, _ = policy.completion_log_probs(params, *rows, num_completion=5)
+    mask = BATCH.completion_mask_PGT[:, 0]
+    return -(log_probs * mask).sum() / mask.sum()
+
+
+def assert_close(one, other, atol=2e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), one, other)
+
+
+@pytest.mark.parametrize("completions_per_micro", [0, 3])
+def test_a_step_descends_the_mean_over_tokens_however_the_batch_is_cut(completions_per_micro):
+    policy, params = tiny.policy_and_params()
+    loss, gradient = jax.value_and_grad(lambda params: mean_nll(policy, params))(params)
+    found, metrics = descended(policy, params, completions_per_micro=completions_per_micro)
+    assert metrics["sft/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert_close(found, jax.tree.map(jnp.subtract, params, gradient))
+
+
+def test_a_mesh_and_adapters_take_the_same_step():
+    policy, params = tiny.policy_and_params()
+    policy, params = policy.with_adapters(params, Lora(2, 4.0), jax.random.key(1))
+    expected, _ = descended(policy, params)
+    policy = dataclasses.replace(policy, mesh=sharding.make_mesh(2, 2, 2))
+    layout = jax.tree.map(lambda s: s.sharding, policy.abstract_params())
+    found, _ = descended(policy, jax.device_put(params, layout))
+    assert_close(found, expected, atol=1e-5)
+    assert_close(found["embed"], params["embed"])
+
+
+def test_a_step_that_is_not_finite_leaves_the_parameters_as_they_were():
+    policy, params = tiny.policy_and_params()
+    params["final_norm"] = params["final_norm"].at[0].set(jnp.nan)
+    found, metrics = descended(policy, params)
+    assert metrics["update/skipped"] == 1.0
+    jax.tree.map(np.testing.assert_array_equal, found, params)
