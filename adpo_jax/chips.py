@@ -25,17 +25,27 @@ class Chip:
 
 
 # By `Device.device_kind`. TPUs: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x, /v4; a
-# JAX device of tpu7x is one of the two halves of a chip. GPUs: NVIDIA's data sheets, SXM.
+# JAX device of tpu7x is one of the two halves of a chip. GPUs: NVIDIA's data sheets, SXM where it
+# is not said.
 CHIPS = {
     "TPU v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9),
     "TPU v5 lite": Chip("TPU v5e", 16 * GIB, 197e12, 819e9),
     "TPU v5": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9),
     "TPU v6 lite": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9),
     "TPU7x": Chip("TPU7x (half a chip)", 96 * GIB, 2307e12 / 2, 7380e9 / 2),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 40 * 10**9, 312e12, 1555e9),
     "NVIDIA A100-SXM4-80GB": Chip("A100 80 GB", 80 * 10**9, 312e12, 2039e9),
+    "NVIDIA A100 80GB PCIe": Chip("A100 80 GB PCIe", 80 * 10**9, 312e12, 1935e9),
     "NVIDIA H100 80GB HBM3": Chip("H100", 80 * 10**9, 989e12, 3350e9),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 80 * 10**9, 756e12, 2039e9),
     "NVIDIA H200": Chip("H200", 141 * 10**9, 989e12, 4800e9),
     "NVIDIA B200": Chip("B200", 180 * 10**9, 2250e12, 7700e9),
+}
+# What other versions of libtpu call them.
+CHIPS |= {
+    "TPU v5e": CHIPS["TPU v5 lite"],
+    "TPU v5p": CHIPS["TPU v5"],
+    "TPU v6e": CHIPS["TPU v6 lite"],
 }
 
 

@@ -30,9 +30,9 @@ from adpo_jax.cache_plan import readable
 from adpo_jax.chips import Chip, chip_of
 from adpo_jax.config_checks import finalized
 from adpo_jax.engine import Engine, RolloutOutput
+from adpo_jax.flops import traced_flops
 from adpo_jax.hlo import Collective, Program
 from adpo_jax.learner import Learner
-from adpo_jax.packing import PackedBatch
 from adpo_jax.rollout import Prompts
 from adpo_jax.sampling import SamplingParams
 
@@ -46,8 +46,8 @@ class Step:
       temporary: bytes that it allocates while it runs, its results included.
       moved: bytes of its arguments and results, each touched once.
       flops: of its matrix products (those inside of Pallas kernels are not seen).
-      balance: flops x devices / flops of the program before it was cut up: 1 where no device does
-        what another does too.
+      balance: flops x devices / flops that the program asks for: 1 where no device does what
+        another does too.
       compile_s: seconds that compiling took here.
     """
 
@@ -237,10 +237,10 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
 
     calls = _calls(config, engine, learner, num_processes=_num_processes(mesh))
     steps, failed = [], {}
-    for name, lowered, turns in _lowered(config, engine, learner, sampling):
+    for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
         devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
         try:
-            steps.append(_compiled(name, lowered, turns, calls[name], devices_of))
+            steps.append(_compiled(name, traced, turns, calls[name], devices_of))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -288,8 +288,10 @@ def _title(config, policy, mesh, engine: Engine, where: str) -> str:
     )
 
 
-def _lowered(config, engine: Engine, learner: Learner, sampling: SamplingParams):
-    """(name, program, turns of its open loops) of an iteration."""
+def _traced(
+    config, engine: Engine, learner: Learner, sampling: SamplingParams
+) -> dict[str, tuple[jax.stages.Traced, int]]:
+    """The programs of an iteration, and how often their open loops turn."""
     P, G = config.data.train_batch_size, config.algorithm.num_generations
     T, length = config.data.max_response_length, config.data.max_prompt_length
     out = RolloutOutput(
@@ -302,14 +304,9 @@ def _lowered(config, engine: Engine, learner: Learner, sampling: SamplingParams)
         stats={},
     )
     prompts = Prompts([[0] * length] * P, {})
-    for name, lowered in engine.lower(sampling).items():
-        yield name, lowered, 1
     batch = rollout.make_batch(prompts, out, max_prompt_length=length)
-    for name, lowered in learner.lower(batch).items():
-        size = P if name == "anchor" else learner.plan.mini_prompts
-        laid_out = learner.laid_out(jax.tree.map(lambda x, size=size: x[:size], batch))
-        packed = isinstance(laid_out, PackedBatch)
-        yield name, lowered, int(laid_out.num_micro_B[0]) if packed else 1
+    rollout_programs = engine.trace(sampling)
+    return {name: (traced, 1) for name, traced in rollout_programs.items()} | learner.trace(batch)
 
 
 def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:
@@ -326,14 +323,13 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
 
 
 def _compiled(
-    name: str, lowered: jax.stages.Lowered, turns: int, calls: int, num_devices: int
+    name: str, traced: jax.stages.Traced, turns: int, calls: int, num_devices: int
 ) -> Step:
     started = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text(), turns)
-    whole = Program(lowered.compiler_ir("hlo").as_hlo_text(), turns).flops
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Step(
         name=name,
@@ -341,7 +337,7 @@ def _compiled(
         temporary=memory.temp_size_in_bytes + results,
         moved=memory.argument_size_in_bytes + results,
         flops=program.flops,
-        balance=program.flops * num_devices / max(whole, 1),
+        balance=program.flops * num_devices / max(traced_flops(traced, turns), 1),
         collectives=program.collectives,
         compile_s=seconds,
     )

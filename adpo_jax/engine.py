@@ -162,7 +162,7 @@ class Engine:
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         return cache_plan.up_to_multiple(max(1, PREFILL_TOKENS // length), self.shards)
 
-    def lower(self, sampling: SamplingParams) -> dict[str, jax.stages.Lowered]:
+    def trace(self, sampling: SamplingParams) -> dict[str, jax.stages.Traced]:
         """The programs "prefill" and "decode" at their largest sizes, from shapes alone."""
         n, verbs, multiple = sampling.n, self.verbs, self.shards
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
@@ -176,8 +176,8 @@ class Engine:
         count = jax.ShapeDtypeStruct((), jnp.int32)
         knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
         return {
-            "prefill": Verbs.prefill.lower(verbs, params, tokens, lengths),
-            "decode": Verbs.generate.lower(
+            "prefill": Verbs.prefill.trace(verbs, params, tokens, lengths),
+            "decode": Verbs.generate.trace(
                 verbs, params, state, knobs, sampling.method, self.steps_per_dispatch, count, count
             ),
         }

@@ -103,12 +103,25 @@ class Program:
             root = instructions[-1]
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return self._unknown_turns
-        numbers = [
-            int(match.group(1))
-            for i in instructions
-            if i.opcode == "constant" and (match := re.match(r"\((\d+)\)", i.rest))
-        ]
-        return numbers[0] if len(numbers) == 1 else self._unknown_turns
+        numbers = [n for i in instructions if (n := _constant(i)) is not None]
+        if len(numbers) != 1:
+            return self._unknown_turns
+        return -(-numbers[0] // self._stride(loop, instructions))
+
+    def _stride(self, loop: _Instruction, condition: list[_Instruction]) -> int:
+        """What a turn adds to the counter: 2 where a TPU's compiler has put two turns into one."""
+        places = [m.group(1) for i in condition if (m := re.search(r"index=(\d+)", i.rest))]
+        body = re.search(r"body=%?([\w.\-]+)", loop.rest).group(1)
+        if len(places) != 1 or self._computations[body][-1].opcode != "tuple":
+            return 1
+        made = {i.name: i for i in self._computations[body]}
+        counter = made.get(self._computations[body][-1].operands[int(places[0])])
+        stride = 0
+        while counter is not None and counter.opcode == "add":
+            terms = [made[name] for name in counter.operands]
+            stride += sum(_constant(term) or 0 for term in terms)
+            counter = next((term for term in terms if _constant(term) is None), None)
+        return max(stride, 1)
 
     @functools.cached_property
     def flops(self) -> int:
@@ -126,29 +139,36 @@ class Program:
     @functools.cached_property
     def collectives(self) -> list[Collective]:
         """All collectives, those that move most first."""
-        # One that runs beside arithmetic is written several times, under one channel.
+        # One that runs beside arithmetic is written several times, under one channel; those that
+        # were written by hand have channels of their own, which may be the same numbers.
         found: dict = {}
         for name, instructions in self._computations.items():
             for i in instructions:
                 kind = i.opcode.removesuffix("-start")
                 if kind not in COLLECTIVES or not self._times[name]:
                     continue
+                shape = tuple(_SHAPE.findall(i.shape))
+                if i.opcode in ("all-gather-start", "collective-permute-start"):
+                    # Operands, results, and scalars that the device counts with.
+                    arrays = [(item, dims) for item, dims in shape if dims]
+                    shape = tuple(arrays[len(arrays) // 2 :])
                 channel = re.search(r"channel_id=(\d+)", i.rest)
-                key = channel.group(1) if channel else (name, i.name)
+                key = kind, shape, channel.group(1) if channel else (name, i.name)
                 times, _ = found.get(key, (0, None))
                 if self._times[name] >= times:
-                    found[key] = self._times[name], i
+                    found[key] = self._times[name], _source(i.rest)
         sums = collections.Counter()
-        for times, i in found.values():
-            shape = _SHAPE.findall(i.shape)
-            shape = shape[-1:] if i.opcode.endswith("-start") else shape
-            size = sum(_bytes(*s) for s in shape)
-            text = " ".join(f"{kind}[{dims}]" for kind, dims in shape)
-            key = (i.opcode.removesuffix("-start"), text, size, _source(i.rest))
-            sums[key] += times
+        for (kind, shape, _), (times, source) in found.items():
+            sums[kind, shape, source] += times
         collectives = [
-            Collective(kind, text, calls, calls * size, source)
-            for (kind, text, size, source), calls in sums.items()
+            Collective(
+                kind,
+                " ".join(f"{item}[{dims}]" for item, dims in shape),
+                calls,
+                calls * sum(_bytes(*part) for part in shape),
+                source,
+            )
+            for (kind, shape, source), calls in sums.items()
         ]
         return sorted(collectives, key=lambda c: -c.bytes)
 
@@ -200,6 +220,12 @@ def _called(instruction: _Instruction) -> list[str]:
     ):
         names += [match.group(1)] if match.group(1) else match.group(2).replace("%", "").split(", ")
     return names
+
+
+def _constant(instruction: _Instruction) -> int | None:
+    """The value of an integer constant."""
+    match = instruction.opcode == "constant" and re.match(r"\((\d+)\)", instruction.rest)
+    return int(match.group(1)) if match else None
 
 
 def _dims(shape: str) -> list[int]:

@@ -20,7 +20,8 @@ import optax
 from adpo_jax import distributed, lora, losses, offload, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
-from adpo_jax.packing import Batch, PackedBatch, pack
+from adpo_jax.flops import traced_flops
+from adpo_jax.packing import Batch, PackedBatch, balanced, pack
 from adpo_jax.policy import Policy
 from adpo_jax.sharding import BatchSharding
 from adpo_jax.update import TrainState
@@ -86,15 +87,19 @@ class Learner:
         Args:
           whole_groups: where a micro-batch has the room, keep the groups whole.
         """
-        plan, mesh, G = self.plan, self.policy.mesh, batch.tokens_PGS.shape[1]
+        plan, G = self.plan, batch.tokens_PGS.shape[1]
         if plan.layout == "rows":
             return batch
         return pack(
             batch,
             completions_per_micro=plan.micro_completions,
-            num_shards=BatchSharding(mesh).num_shards if mesh else 1,
+            num_shards=BatchSharding(self.policy.mesh).num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
         )
+
+    def _balanced(self, batch: Batch) -> np.ndarray:
+        """The order of the prompts in which the devices have about equally much to do."""
+        return balanced(batch, BatchSharding(self.policy.mesh).num_shards)
 
     @property
     def _tau_follows_entropy(self) -> bool:
@@ -156,14 +161,12 @@ class Learner:
         history, flops = [], 0.0
         whole = (batch, scores, anchor_log_probs)
         for rows in self._mini_batches(step):
-            part = whole if rows is None else jax.tree.map(lambda x, r=rows: x[r], whole)
-            mini, *others = part
+            rows = rows[self._balanced(_rows(batch, rows))]
+            mini, *others = _rows(whole, rows)
             mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
             part = self.put((mini, *others))
             if self._peak_flops:
-                # The loop over packed micro-batches, which has all the products, counts once.
-                turns = int(mini.num_micro_B[0]) if isinstance(mini, PackedBatch) else 1
-                flops += turns * profiling.program_flops(self._update, state, *part)
+                flops += traced_flops(self._update.trace(state, *part), _turns(mini))
             with jax.profiler.TraceAnnotation("update"):
                 state, metrics = self._update(state, *part)
                 metrics = jax.device_get(metrics)
@@ -178,7 +181,7 @@ class Learner:
 
         anchor_params, renewed = self.anchor.refresh(
             offload.to_device(state.anchor_params) if self.anchor.offload else state.anchor_params,
-            lora.split(state.params)[0],
+            state.trained,
             measured_kl=self._measured_kl(history),
         )
         metrics["anchor/renewed"] = float(renewed)
@@ -187,27 +190,40 @@ class Learner:
 
     def log_probs(self, params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs and entropies [P, G, T] float32 of a batch's completions, on the host."""
-        return distributed.fetch(self._log_probs(params, self.put(self.laid_out(batch))))
+        order = self._balanced(batch)
+        laid_out = self.laid_out(_rows(batch, order))
+        found = distributed.fetch(self._log_probs(params, self.put(laid_out)))
+        return _rows(found, np.argsort(order))
 
-    def lower(self, batch: Batch) -> dict[str, jax.stages.Lowered]:
+    def trace(self, batch: Batch) -> dict[str, tuple[jax.stages.Traced, int]]:
         """The programs of `learn`, from shapes alone: "update", and "anchor" where it is needed.
 
         Args:
           batch: of an iteration, as for `learn`; only its shapes matter.
+
+        Returns:
+          For each name the program and how often its loop over micro-batches turns.
         """
         state, mask = self.abstract_state(), batch.completion_mask_PGT
-        kwargs, lowered, anchor_log_probs = {}, {}, None
+        kwargs, traced, anchor_log_probs = {}, {}, None
         if self._tau_follows_entropy:
             kwargs = {"policy_entropy_P": np.zeros(mask.shape[:1], np.float32)}
         if self.needs_anchor_forward:
             anchor_log_probs = np.zeros_like(mask)
-            whole = self._abstract(self.laid_out(batch))
-            lowered["anchor"] = self._log_probs.lower(state.params, whole)
+            whole = self.laid_out(batch)
+            traced["anchor"] = (
+                self._log_probs.trace(state.params, self._abstract(whole)),
+                _turns(whole),
+            )
         scores = jax.device_get(self.algorithm.score(jnp.zeros(mask.shape[:2]), **kwargs))
         part = (batch, scores, anchor_log_probs)
-        mini, *others = jax.tree.map(lambda x: x[: self.plan.mini_prompts], part)
+        mini, *others = _rows(part, np.arange(self.plan.mini_prompts))
         mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
-        return lowered | {"update": self._update.lower(state, *self._abstract((mini, *others)))}
+        traced["update"] = (
+            self._update.trace(state, *self._abstract((mini, *others))),
+            _turns(mini),
+        )
+        return traced
 
     def _abstract(self, tree):
         return BatchSharding(self.policy.mesh).abstract(tree)
@@ -226,25 +242,33 @@ class Learner:
         return log_probs, entropy_P / math.log(self.policy.config.vocab_size)
 
     def _mini_batches(self, step: int):
-        """The prompts of each optimizer step: a fresh order every epoch; None for all of them."""
+        """The prompts of each optimizer step, a fresh order every epoch."""
         P, size = self.plan.num_prompts, self.plan.mini_prompts
         for epoch in range(self.plan.epochs):
             if size == P:
-                yield None
+                yield np.arange(P)
                 continue
             order = np.random.default_rng([self.seed, step, epoch]).permutation(P)
             yield from order.reshape(-1, size)
 
     def put(self, tree):
         """Host arrays with a leading batch axis -> device arrays, spread over the mesh."""
-        if self.policy.mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
         return BatchSharding(self.policy.mesh).put(tree)
 
     def _measured_kl(self, history) -> float:
         """Nats a token between the anchor and the policy before the iteration's last step."""
         (name,) = [name for name in history[-1] if name.endswith("/anchor_kl")]
         return float(history[-1][name])
+
+
+def _rows(tree, rows: np.ndarray):
+    """Some of the prompts of whatever has a row for each."""
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+def _turns(batch: Batch | PackedBatch) -> int:
+    """How often the loop over packed micro-batches turns, which the program itself does not say."""
+    return int(batch.num_micro_B[0]) if isinstance(batch, PackedBatch) else 1
 
 
 # Means over the tokens of a mini-batch; all other metrics are means over its groups, or counts.

@@ -1,5 +1,5 @@
 """What a run ran on and where its time and memory went: versions and devices, xprof traces, the
-use of memory, the arithmetic of a program.
+use of memory, the peak of the devices.
 """
 
 import contextlib
@@ -12,27 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.extend import core
 
-# Peak of dense bfloat16 matrix products of one device, FLOP/s, as its maker publishes it, by
-# `device_kind`.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from adpo_jax.chips import chip_of
 
 
 class Profiler:
@@ -114,48 +95,5 @@ def _resident_bytes() -> int:
 
 def peak_flops(devices: list) -> float | None:
     """The published peak of all devices together, FLOP/s; None where one is not known."""
-    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
-    return None if None in peaks else float(sum(peaks))
-
-
-def program_flops(jitted, *args) -> float:
-    """Floating point operations of the matrix products that one call of a jitted function does.
-
-    Counted on the traced program, what is recomputed in a backward pass included, a loop's body as
-    often as it runs (XLA's cost analysis counts it once) and the dearest branch of a choice. A
-    `while` of unknown length counts once, a hand-written kernel as much as its cost estimate says.
-
-    Args:
-      args: the arguments of the call, or `jax.ShapeDtypeStruct`s like them.
-    """
-    return _flops(jitted.trace(*args).jaxpr.jaxpr)
-
-
-def _flops(jaxpr) -> float:
-    return sum(map(_equation_flops, jaxpr.eqns), 0.0)
-
-
-def _equation_flops(eqn) -> float:
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        lhs = eqn.invars[0].aval.shape
-        return 2.0 * np.prod(eqn.outvars[0].aval.shape) * np.prod([lhs[i] for i in contracted])
-    if name == "pallas_call":
-        estimate = params.get("cost_estimate")
-        return float(estimate.flops) if estimate else 0.0
-    inner = [_flops(sub) for value in params.values() for sub in _jaxprs(value)]
-    if name == "cond":
-        return max(inner)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
-
-
-def _jaxprs(value):
-    """The programs in a parameter of an equation."""
-    if isinstance(value, core.ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _jaxprs(item)
+    chips = [chip_of(device) for device in devices]
+    return None if None in chips else sum(chip.flops for chip in chips)

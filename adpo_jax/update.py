@@ -38,7 +38,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, iterations done.
       params: the policy.
-      opt_state: of the optimizer, over what is trained of the parameters (`lora.split`).
+      opt_state: of the optimizer, over what is `trained` of the parameters.
       anchor_params: a second copy of what is trained where the anchor mode needs one, else None.
       frozen_checksum: uint32 scalar of the frozen parameters under LoRA, else None.
     """
@@ -50,14 +50,24 @@ class TrainState:
     frozen_checksum: jax.Array | None = None
 
     @property
+    def trained(self) -> Any:
+        """The part of the parameters that the optimizer changes (`lora.split`)."""
+        return lora.split(self.params)[0]
+
+    @property
+    def frozen(self) -> Any:
+        """The rest of the parameters."""
+        return lora.split(self.params)[1]
+
+    @property
     def anchor(self) -> Any:
         """The anchor's whole parameter tree; its frozen part is the policy's."""
-        return lora.join(self.anchor_params, lora.split(self.params)[1])
+        return lora.join(self.anchor_params, self.frozen)
 
     @property
     def saved(self) -> "TrainState":
         """What a checkpoint holds: all but the frozen parameters, which their source gives back."""
-        return self.replace(params=lora.split(self.params)[0])
+        return self.replace(params=self.trained)
 
     def joined(self, params) -> "TrainState":
         """The state of which this is what was `saved`.
@@ -228,7 +238,7 @@ def make_update(
         mask = batch.completion_mask_PGT
         prepared = algorithm.normalise(scores, mask)
         weights = known_weights(state.params, layout, anchor_log_probs, prepared)
-        trained, frozen = lora.split(state.params)
+        trained, frozen = state.trained, state.frozen
 
         def add_micro(sums, i):
             def weights_of(log_probs):

@@ -57,6 +57,33 @@ lhs_dilate=4x4}, dim_labels=0b1f_0o1i->01bf
     assert Program(text).flops == 2 * 4 * 4 * 128 * 128 * 32
 
 
+def test_a_loop_that_takes_two_turns_at_once_turns_half_as_often():
+    """As a TPU's compiler writes products whose operand travels round the devices meanwhile."""
+    text = """HloModule m
+%cond (p.1: (f32[4,4], u32[])) -> pred[] {
+  %p.1 = (f32[4,4], u32[]) parameter(0)
+  %i.1 = u32[] get-tuple-element(%p.1), index=1
+  %end = u32[] constant(8)
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+%body (p: (f32[4,4], u32[])) -> (f32[4,4], u32[]) {
+  %p = (f32[4,4], u32[]) parameter(0)
+  %x = f32[4,4] get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %one = u32[] constant(1)
+  %j = u32[] add(%i, %one)
+  %k = u32[] add(%j, %one)
+  %y = f32[4,4] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[4,4], u32[]) tuple(%y, %k)
+}
+ENTRY %main (a: (f32[4,4], u32[])) -> (f32[4,4], u32[]) {
+  %a = (f32[4,4], u32[]) parameter(0)
+  ROOT %w = (f32[4,4], u32[]) while(%a), condition=%cond, body=%body
+}
+"""
+    assert Program(text).flops == 8 // 2 * 2 * 4 * 4 * 4
+
+
 def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
     report = dry_run.dry_run(parse(*TINY, "--config.anchor.mode=fixed", "--config.mesh.tensor=2"))
     assert [step.name for step in report.steps] == ["prefill", "decode", "anchor", "update"]
@@ -67,7 +94,7 @@ def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
     steps = {step.name: step for step in report.steps}
     assert steps["decode"].calls == 28
     assert report.peaks["decode"] > report.peaks["decode"] - steps["decode"].temporary > parameters
-    assert steps["decode"].balance == steps["prefill"].balance == pytest.approx(1.0, abs=0.1)
+    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
     text = "\n".join(report.lines())
     for part in ("| optimizer |", "| update |", "all-gather", "8 x cpu", "FLOPs balance"):
         assert part in text
@@ -101,6 +128,7 @@ def test_published_figures_are_known_for_every_generation_that_can_be_compiled_f
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():
     pytest.importorskip("libtpu", reason="needs the extra [tpu-aot]")
     config = parse(
@@ -117,6 +145,6 @@ def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():
     assert report.fits
     assert report.memory == 16 * 2**30
     # Products within a kernel are not seen, in the cut program nor before.
-    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps[:2])
+    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
     with pytest.raises(ValueError, match="libtpu has no topology 'v5e:banana'"):
         dry_run.dry_run(config, "v5e:banana")

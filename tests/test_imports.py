@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # except from left to right.
 ROAD = [
     "clu_without_tensorflow exit_codes host_memory compilation_cache",
-    "sharding distributed rope groups safetensors_files hlo chips",
+    "sharding distributed rope groups safetensors_files hlo flops chips",
     "rewards data arithmetic redaction metrics trackers profiling progress",
     "config config_checks batch_plan",
     "prompts grpo rloo losses anchor",

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+from jax.sharding import PartitionSpec
 from test_config import parse
 
-from adpo_jax import profiling, setup
+from adpo_jax import profiling, setup, sharding
+from adpo_jax.flops import traced_flops
 from adpo_jax.metrics import make_writer, markdown_table, read_jsonl
 from adpo_jax.progress import Progress
 from adpo_jax.trackers import TRACKERS
@@ -169,14 +171,33 @@ def test_flops_are_those_of_matrix_products_with_loops_counted_as_often_as_they_
         return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=10)[0].sum()
 
     forward = 2 * 8 * 16 * 16 * 10
-    assert profiling.program_flops(jax.jit(loss), w) == forward
+    assert traced_flops(jax.jit(loss).trace(w)) == forward
     # Backward: two products for each of the forward; the first step's input needs no gradient,
     # which the loop computes all the same.
-    assert profiling.program_flops(jax.jit(jax.grad(loss)), w) == 3 * forward
-    again = jax.jit(jax.grad(jax.checkpoint(loss)))
-    assert profiling.program_flops(again, w) == 4 * forward
+    assert traced_flops(jax.jit(jax.grad(loss)).trace(w)) == 3 * forward
+    again = jax.jit(jax.value_and_grad(jax.checkpoint(loss)))
+    assert traced_flops(again.trace(w)) == 4 * forward
+    # What nothing needs is not done: here the loss itself.
+    assert traced_flops(jax.jit(jax.grad(jax.checkpoint(loss))).trace(w)) == 3 * forward
     shape = jax.ShapeDtypeStruct(w.shape, w.dtype)
-    assert profiling.program_flops(jax.jit(loss), shape) == forward
+    assert traced_flops(jax.jit(loss).trace(shape)) == forward
+
+    def until(n):
+        return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] @ w), (0, x))[1]
+
+    assert traced_flops(jax.jit(until).trace(3), unknown_turns=4) == 4 * forward // 10
+
+
+def test_flops_of_a_shard_map_are_those_of_all_parts_but_not_of_devices_with_the_same_part():
+    mesh = sharding.make_mesh(2, 2, 2)
+    rows = PartitionSpec(("data", "fsdp"))
+
+    def product(x):
+        split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=rows, out_specs=rows)
+        return split(x)
+
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    assert traced_flops(jax.jit(product).trace(x)) == 4 * (2 * 2 * 16 * 2)
 
 
 def test_a_device_without_a_published_peak_has_no_mfu():

@@ -103,9 +103,22 @@ def assert_same_run(one: Path, other: Path):
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_two_processes_train_as_one_does(tmp_path, overrides):
+ADAPTERS_AND_FILTER = (
+    "--config.actor_rollout_ref.model.lora_rank=2",
+    "--config.anchor.mode=fixed",
+    "--config.algorithm.filter_groups=True",
+    "--config.algorithm.min_reward_std=0.5",
+)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(ADAPTERS_AND_FILTER, marks=pytest.mark.long)],
+    ids=["weights", "adapters, groups replaced"],
+)
+def test_two_processes_train_as_one_does(tmp_path, overrides, more):
     two, one = tmp_path / "two", tmp_path / "one"
-    overrides += ("--config.trainer.total_training_steps=2",)
+    overrides += ("--config.trainer.total_training_steps=2", *more)
     processes = start_two(two, *overrides)
     train(parse(*overrides), one)
     finish(two, processes)

@@ -1,0 +1,68 @@
+"""The arithmetic that a program asks for, counted before it is compiled and cut up over devices."""
+
+import math
+
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+
+def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
+    """Floating-point operations of the matrix products of a program, all devices together.
+
+    What is recomputed in a backward pass is included, what no result depends on is not. A loop's
+    body counts as often as it runs (XLA's cost analysis counts it once), of a choice the dearest
+    branch, a hand-written kernel as much as its cost estimate says, or not at all. What `shard_map`
+    runs counts once for each of the parts that the mesh cuts its arrays into, not for the devices
+    that have the same part.
+
+    Args:
+      traced: of a jitted function, `jitted.trace(*args)`; arrays or their shapes.
+      unknown_turns: how often a loop turns whose end is decided while it runs.
+    """
+    jaxpr = traced.jaxpr.jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _flops(used, unknown_turns)
+
+
+def _flops(jaxpr, turns: int) -> int:
+    return sum(_equation_flops(eqn, turns) for eqn in jaxpr.eqns)
+
+
+def _equation_flops(eqn, turns: int) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        lhs = eqn.invars[0].aval.shape
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+    if name == "pallas_call":
+        estimate = params.get("cost_estimate")
+        return int(estimate.flops) if estimate else 0
+    inner = [_flops(sub, turns) for value in params.values() for sub in _jaxprs(value)]
+    if name == "cond":
+        return max(inner)
+    if name == "scan":
+        return sum(inner) * params["length"]
+    if name == "while":
+        return sum(inner) * turns
+    if name == "shard_map":
+        return sum(inner) * _num_parts(params)
+    return sum(inner)
+
+
+def _num_parts(params) -> int:
+    """Into how many parts the arrays of a `shard_map` are cut."""
+    specs = jax.tree.leaves((params["in_specs"], params["out_specs"]))
+    axes = {name for spec in specs for name in jax.tree.leaves(tuple(spec))}
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
+
+
+def _jaxprs(value):
+    """The programs in a parameter of an equation."""
+    if isinstance(value, core.ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, core.Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _jaxprs(item)
