@@ -10,6 +10,8 @@ differentiate it:
 
 Softmax, log-probs and accumulated gradients are float32 whatever the hidden states are. Where the
 mesh splits the vocabulary, each device keeps its part of the logits and only sums over it travel.
+Where it splits the width, the weight is gathered once, before the chunks, and its gradient's parts
+are added up once, after them, each on the device that keeps it.
 
 Letters: B batch, T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
@@ -36,7 +38,8 @@ class _Head:
 
     Attributes:
       tied: the weight is the embedding [V, D], not [D, V].
-      rows_axes, vocab_axis: mesh axes that split the rows and the vocabulary, empty for none.
+      rows_axes: mesh axes that split the rows, empty for none.
+      vocab_axis, width_axis: those that split the weight, empty for none.
     """
 
     tied: bool
@@ -47,24 +50,32 @@ class _Head:
     mesh: Mesh | None
     rows_axes: tuple[str, ...]
     vocab_axis: str
+    width_axis: str
 
     @property
     def _weight_spec(self) -> Spec:
-        vocab = self.vocab_axis or None
-        return Spec(vocab, None) if self.tied else Spec(None, vocab)
+        vocab, width = self.vocab_axis or None, self.width_axis or None
+        return Spec(vocab, width) if self.tied else Spec(width, vocab)
 
     def spread(self, function, weight, *rows, out_rows: int, with_weight: bool):
-        """`function(weight, *rows)`, on every device over its part of the arrays.
+        """`function(weight, *rows)`, on every device over its part of the rows and the vocabulary.
 
         Args:
           out_rows: how many results have the rows' leading axis.
-          with_weight: a last result is shaped as the weight.
+          with_weight: a last result lies as the weight does (`settle`).
         """
         if self.mesh is None or self.mesh.size == 1:
             return function(weight, *rows)
         row, rows_spec = Spec(self.rows_axes or None), (Spec(self.rows_axes or None),) * out_rows
+
+        def local(weight, *rows):
+            if self.width_axis:
+                axis = 1 if self.tied else 0
+                weight = jax.lax.all_gather(weight, self.width_axis, axis=axis, tiled=True)
+            return function(weight, *rows)
+
         return jax.shard_map(
-            function,
+            local,
             mesh=self.mesh,
             in_specs=(self._weight_spec, *(row for _ in rows)),
             out_specs=(*rows_spec, *((self._weight_spec,) if with_weight else ())),
@@ -155,8 +166,10 @@ class _Head:
     def settle(self, d_hidden_BTD, d_weight_DV, dtype):
         """Sums the gradients over the devices that share an array; the weight's in its layout."""
         d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
-        if self.rows_axes:
-            d_weight_DV = jax.lax.psum(d_weight_DV, self.rows_axes)
+        if copies := [axis for axis in self.rows_axes if axis != self.width_axis]:
+            d_weight_DV = jax.lax.psum(d_weight_DV, copies)
+        if self.width_axis:
+            d_weight_DV = jax.lax.psum_scatter(d_weight_DV, self.width_axis, tiled=True)
         return d_hidden_BTD, d_weight_DV.T if self.tied else d_weight_DV
 
 
@@ -168,11 +181,15 @@ def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Ar
         parts = 1 if mesh is None else mesh_axis_size(mesh, names)
         return names if parts > 1 and size % parts == 0 else ()
 
+    rows_axes = usable("batch", rows)
+    width = RULES["embed"]
     head = _Head(
         tied=config.tie_embeddings,
         soft_cap=config.logit_soft_cap,
         mesh=mesh,
-        rows_axes=usable("batch", rows),
+        rows_axes=rows_axes,
+        # Devices that have the same rows each make the whole gradient: nothing to add up there.
+        width_axis=width if width in rows_axes and usable("embed", config.hidden_size) else "",
         vocab_axis=usable("vocab", config.vocab_size) or "",
         **settings,
     )
