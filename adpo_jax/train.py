@@ -252,6 +252,7 @@ def _iterate(
                 if config.trainer.rollout_data_dir and folder.writes:
                     recording.write(folder.recordings(config), step + 1, prompts, graded)
                 state, metrics = _learn(config, run.parts, state, prompts, graded)
+                host_memory.give_back()
                 metrics |= saving
                 evidence = ""
                 if metrics[SKIPPED] and folder.writes:
@@ -270,7 +271,6 @@ def _iterate(
                         writer.flush()  # what a checkpoint has behind it is in the log
                         run.save_rollouts(step + 1, checkpoints)
                         checkpoints.save(step + 1, state.saved, metrics)
-                        host_memory.give_back()
     except Interrupted as reason:
         writer.flush()
         run.save_rollouts(int(state.step), checkpoints)

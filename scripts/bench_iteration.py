@@ -41,9 +41,9 @@ def run_ours(a) -> dict:
     """Times our iterations in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from adpo_jax.host_memory import tune_malloc
+    from adpo_jax import host_memory
 
-    tune_malloc()
+    host_memory.tune_malloc()
     import common
     import jax
     import numpy as np
@@ -88,6 +88,7 @@ def run_ours(a) -> dict:
         batch = make_batch(prompts, out, max_prompt_length=PROMPT)
         state, metrics = learner.learn(state, batch, rewards)
         jax.block_until_ready(state)
+        host_memory.give_back()  # as a run does after every iteration
         return state, metrics, int(out.lengths.sum()), rollout_done
 
     start = time.perf_counter()
