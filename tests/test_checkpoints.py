@@ -266,3 +266,16 @@ def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_folder_valid(tmp_
             checkpoints.restore_latest(lambda _: large).state["x"], large["x"]
         )
     assert "checkpoint 2 could not be written" in capfd.readouterr().err
+
+
+def test_saves_leave_nothing_in_memory(tmp_path):
+    def lists_after(steps):
+        for step in steps:
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+        gc.collect()
+        return sum(type(x) is list for x in gc.get_objects())
+
+    with Checkpoints(tmp_path, save_freq=1, keep=1) as checkpoints:
+        before = lists_after(range(3))
+        assert lists_after(range(3, 9)) < before + 30  # 27 a save, if tensorstore is asked
