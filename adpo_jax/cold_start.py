@@ -31,7 +31,7 @@ class ColdStart:
       prompt_length, length: tokens that prompts and completions are padded to.
       seed: of the demonstrations' order.
       save_freq: steps between two checkpoints; 0 for none.
-      completions_per_micro: demonstrations of full length that a device holds at once; 0 for all.
+      rows_per_micro: demonstrations that a device holds at once; 0 for all.
     """
 
     policy: Policy
@@ -44,7 +44,7 @@ class ColdStart:
     length: int
     seed: int
     save_freq: int
-    completions_per_micro: int = 0
+    rows_per_micro: int = 0
 
     def init_state(self, params) -> TrainState:
         """The state before the first step; it takes `params` over."""
@@ -68,7 +68,10 @@ class ColdStart:
         """
         done, last = int(state.step), self.num_steps
         step_fn = sft.make_sft_step(
-            self.policy, self.optimizer, completions_per_micro=self.completions_per_micro
+            self.policy,
+            self.optimizer,
+            batch_size=self.batch_size,
+            rows_per_micro=self.rows_per_micro,
         )
         skipped = 0.0
         try:

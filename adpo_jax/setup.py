@@ -300,7 +300,7 @@ def make_cold_start(config: ConfigDict, source: ModelSource, learner: Learner) -
         length=config.data.max_response_length,
         seed=config.trainer.seed,
         save_freq=config.sft.save_freq,
-        completions_per_micro=config.trainer.per_device_train_batch_size,
+        rows_per_micro=config.trainer.per_device_train_batch_size,
     )
 
 

@@ -1,7 +1,8 @@
 """Supervised training on worked examples: the cold start before reinforcement, for any config.
 
-A step is an update like any other (`update`), packed and in micro-batches, with a loss of its own
-over groups of one completion.
+A step is an update like any other (`update`), in micro-batches, with a loss of its own over groups
+of one completion. Its rows are padded, not packed: all steps have one shape and compile once, where
+packed ones of the arithmetic example had 22.
 
 Letters: P prompts, T completion tokens, S prompt and completion tokens.
 """
@@ -16,7 +17,7 @@ import optax
 
 from adpo_jax import sharding
 from adpo_jax.data import prompt_indices
-from adpo_jax.packing import Batch, balanced, pack
+from adpo_jax.packing import Batch
 from adpo_jax.policy import Policy
 from adpo_jax.update import TrainState, make_update
 
@@ -36,26 +37,30 @@ class Imitation:
 
 
 def make_sft_step(
-    policy: Policy, optimizer: optax.GradientTransformation, *, completions_per_micro: int = 0
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    rows_per_micro: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`(state, batch) -> (state, metrics)`, the state donated, the batch of `batches`.
 
     "sft/loss" is among the metrics. As in every update, a step whose loss or gradient is not finite
-    leaves the state as it was, and "update/skipped" is 1.
+    leaves the parameters as they were, and "update/skipped" is 1.
 
     Args:
-      completions_per_micro: as of `packing.pack`.
+      batch_size: rows of a batch.
+      rows_per_micro: rows that a device holds at once, at most; 0 for all.
     """
-    update = make_update(policy, Imitation(), optimizer, with_entropy=False)
     shards = sharding.BatchSharding(policy.mesh)
+    rows = batch_size // shards.num_shards
+    num_micro = next(
+        n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= (rows_per_micro or rows)
+    )
+    update = make_update(policy, Imitation(), optimizer, num_micro=num_micro, with_entropy=False)
 
     def step(state: TrainState, batch: Batch):
-        order = balanced(batch, shards.num_shards)
-        batch = jax.tree.map(lambda x: x[order], batch)
-        packed = pack(
-            batch, completions_per_micro=completions_per_micro, num_shards=shards.num_shards
-        )
-        state, metrics = update(state, shards.put(packed), None, None)
+        state, metrics = update(state, shards.put(batch), None, None)
         return state.replace(step=state.step + 1), metrics
 
     return step

@@ -22,7 +22,7 @@ def descended(policy, params, batch=BATCH, **kwargs):
     """Parameters after one SGD step of rate 1, and its metrics."""
     optimizer = optax.sgd(1.0)
     state = init_state(policy, jax.tree.map(jnp.copy, params), optimizer)
-    state, metrics = sft.make_sft_step(policy, optimizer, **kwargs)(state, batch)
+    state, metrics = sft.make_sft_step(policy, optimizer, batch_size=8, **kwargs)(state, batch)
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
@@ -37,11 +37,11 @@ def assert_close(one, other, atol=2e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), one, other)
 
 
-@pytest.mark.parametrize("completions_per_micro", [0, 3])
-def test_a_step_descends_the_mean_over_tokens_however_the_batch_is_cut(completions_per_micro):
+@pytest.mark.parametrize("rows_per_micro", [0, 3])
+def test_a_step_descends_the_mean_over_tokens_however_the_batch_is_cut(rows_per_micro):
     policy, params = tiny.policy_and_params()
     loss, gradient = jax.value_and_grad(lambda params: mean_nll(policy, params))(params)
-    found, metrics = descended(policy, params, completions_per_micro=completions_per_micro)
+    found, metrics = descended(policy, params, rows_per_micro=rows_per_micro)
     assert metrics["sft/loss"] == pytest.approx(float(loss), rel=1e-5)
     assert_close(found, jax.tree.map(jnp.subtract, params, gradient))
 
