@@ -286,7 +286,7 @@ def _iteration_metrics(history: list[dict], epochs: int) -> dict[str, float]:
     metrics = {}
     for name in history[0]:
         values = [m[name] for m in history]
-        if name == "rollout/mismatch_kl":
+        if name.startswith("rollout/mismatch"):
             metrics[name] = float(values[0])
         elif name.endswith("/dropped_prompts") or name == "update/tokens":
             metrics[name] = float(sum(values)) / epochs

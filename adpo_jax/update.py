@@ -295,6 +295,7 @@ def _sampling_metrics(log_probs, entropy, batch) -> dict[str, jax.Array]:
     log_ratio = jnp.where(mask > 0, log_probs - batch.sampler_log_probs_PGT, 0.0)
     metrics = {
         "rollout/mismatch_kl": jnp.sum(groups.k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
+        "rollout/mismatch_ratio_max": jnp.exp(jnp.max(jnp.abs(log_ratio))),
         "update/tokens": tokens,
     }
     if entropy is not None:

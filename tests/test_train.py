@@ -95,6 +95,7 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
     assert list((folder / "profile").rglob("*.xplane.pb"))
     assert rows[1]["adpo/loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert rows[1]["rollout/mismatch_kl"] < 1e-6
+    assert 1.0 <= rows[1]["rollout/mismatch_ratio_max"] < 1.001
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "export",
         "environment.json", "profile",
