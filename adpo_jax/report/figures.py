@@ -87,9 +87,15 @@ class Picture:
         return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(self.title)}" ', 1)
 
     def save_png(self, folder: Path) -> None:
-        """Writes `<name>.png`, on white."""
+        """Writes `<name>.png`, on white, with the legend that the page has once for all."""
+        labels = self._figure.axes[0].get_legend_handles_labels()[1]
         with matplotlib.rc_context(_STYLE):
+            legend = None
+            if len(labels) > 1 and not self._figure.legends:
+                legend = self._figure.legend(loc="outside lower center", ncols=3, fontsize=8)
             self._figure.savefig(folder / f"{self.name}.png", dpi=160, facecolor="white")
+            if legend is not None:
+                legend.remove()
 
 
 def curve(groups: Sequence[Group], name: str, title: str, *, unit: str = "") -> Picture | None:
