@@ -59,10 +59,11 @@ def arm(place: str, count: int):
     from adpo_jax import checkpoints, hf, metrics, rollout, run_folder, sft, train
     from adpo_jax.learner import Learner
     from adpo_jax.rewards import RewardModel
+    from adpo_jax.sharding import BatchSharding
 
     places = {
         "cold start": lambda: at(sft, "make_sft_step", count, before=False),
-        "step of the cold start": lambda: at(Learner, "put", count, before=True),
+        "step of the cold start": lambda: at(BatchSharding, "put", count, before=True),
         "rollout": lambda: at(rollout, "generate_and_grade", count, before=True),
         "grading": lambda: at(RewardModel, "score", count, before=True),
         "update": lambda: at(Learner, "learn", count, before=False),

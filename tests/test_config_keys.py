@@ -237,8 +237,12 @@ def road(config):
         learner = FakeLearner(**vars_of(parts.learner))
         return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
 
-    def make_sft_step(policy, adamw):
-        return lambda state, tokens, *_: seen.append(tokens.shape) or (state, 1.0)
+    def make_sft_step(*_, **options):
+        def step(state, batch):
+            seen.append((batch.tokens_PGS.shape, options))
+            return state.replace(step=state.step + 1), {"sft/loss": 1.0, "update/skipped": 0.0}
+
+        return step
 
     setup_build = setup.build
     folder, out = Path(tempfile.mkdtemp()) / "run", io.StringIO()
@@ -347,7 +351,7 @@ WALK = {
     f"{ROLLOUT}.cache_dtype": ("bfloat16", engine),
     f"{ROLLOUT}.attention": ("pallas_gpu", engine),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
-    f"{ROLLOUT}.gpu_memory_utilization": ("0.00025", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
     "eval.n": ("3", evaluation),
     "eval.ks": ("(2,)", evaluation, "--config.eval.n=3"),
     "eval.temperature": ("0.7", evaluation, "--config.eval.n=3"),

@@ -95,6 +95,7 @@ def test_gsm8k_with_a_reward_file_under_grpo(model, tmp_path):
         "--config.custom_reward_function.num_workers=1",
         "--config.algorithm.adv_estimator=grpo",
         "--config.data.val_files=",
+        "--config.data.max_val_samples=0",
     )
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
