@@ -115,7 +115,7 @@ def abstract_state(
     trained, _ = lora.split(params)
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, param: param,
+        lambda s, param: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=param.sharding),
         jax.eval_shape(optimizer.init, trained),
         trained,
         transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),

@@ -326,11 +326,14 @@ def test_offload_is_refused_where_there_is_no_pinned_host_memory():
 
 
 def test_the_first_moment_has_its_own_dtype_and_parameters_stay_float32():
-    policy, params = tiny.policy_and_params(dtype="bfloat16", param_dtype="float32")
+    mesh = sharding.make_mesh()
+    policy, params = tiny.policy_and_params(mesh, dtype="bfloat16", param_dtype="float32")
     adamw = optimizer.make_optimizer(SCHEDULE, weight_decay=0.1, grad_clip=1.0, mu_dtype="bfloat16")
     learner = dataclasses.replace(make_learner(policy), optimizer=adamw)
     batch, rewards = tiny.batch()
     state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    dtypes = [[x.dtype for x in jax.tree.leaves(s)] for s in (learner.abstract_state(), state)]
+    assert dtypes[0] == dtypes[1]  # what a checkpoint is restored as
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
     assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves((adam.nu, state.params))} == {jnp.dtype("float32")}
