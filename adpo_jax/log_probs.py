@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from adpo_jax.model import ModelConfig
-from adpo_jax.sharding import RULES, mesh_axis_size
+from adpo_jax.sharding import axes_that_split
 
 # Tokens of a device whose logits are alive at once; at V = 151,936 that is 0.6 GB of float32.
 TOKENS_PER_CHUNK = 1024
@@ -176,21 +176,16 @@ class _Head:
 def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Array]:
     """The head for so many rows, and its weight."""
 
-    def usable(logical, size):
-        names = RULES[logical]
-        parts = 1 if mesh is None else mesh_axis_size(mesh, names)
-        return names if parts > 1 and size % parts == 0 else ()
-
-    rows_axes = usable("batch", rows)
-    width = RULES["embed"]
+    rows_axes = axes_that_split(mesh, "batch", rows) or ()
+    width = axes_that_split(mesh, "embed", config.hidden_size)
     head = _Head(
         tied=config.tie_embeddings,
         soft_cap=config.logit_soft_cap,
         mesh=mesh,
         rows_axes=rows_axes,
         # Devices that have the same rows each make the whole gradient: nothing to add up there.
-        width_axis=width if width in rows_axes and usable("embed", config.hidden_size) else "",
-        vocab_axis=usable("vocab", config.vocab_size) or "",
+        width_axis=width if width in rows_axes else "",
+        vocab_axis=axes_that_split(mesh, "vocab", config.vocab_size) or "",
         **settings,
     )
     return head, params["embed"] if config.tie_embeddings else params["head"]

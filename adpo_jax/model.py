@@ -467,6 +467,4 @@ def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | Non
     )
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
-    if mesh is not None and hidden.ndim == 3:
-        logits = constrain(logits, mesh, "batch", "length", "vocab")
-    return logits
+    return constrain(logits, mesh, "batch", *("length",) * (hidden.ndim - 2), "vocab")

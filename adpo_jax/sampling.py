@@ -9,11 +9,15 @@ Letters: B rows, V vocabulary, N blocks of the vocabulary, W tokens of a block.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from adpo_jax.sharding import axes_that_split
 
 # Tokens of a block of the vocabulary. 128 divides most vocabularies and is a vector register's
 # multiple everywhere; 152k tokens make 1,187 blocks.
@@ -183,7 +187,12 @@ def uniforms(key_data: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def sample(
-    logits: jax.Array, uniform: jax.Array, generated: jax.Array, knobs: Knobs, method: Method
+    logits: jax.Array,
+    uniform: jax.Array,
+    generated: jax.Array,
+    knobs: Knobs,
+    method: Method,
+    mesh: Mesh | None = None,
 ) -> Sampled:
     """Samples one token of every row.
 
@@ -194,7 +203,9 @@ def sample(
       logits: [B, V] float32.
       uniform: [B, 2] float32 in [0, 1).
       generated: [B] int32, tokens sampled before this one (for `min_tokens`).
+      mesh: where it splits the vocabulary, no device gathers the logits (but for alternatives).
     """
+    split_by = axes_that_split(mesh, "vocab", logits.shape[1])
     kept = logits = logits / _by_row(knobs.temperature)
     if method.min_tokens:
         too_young = (generated < knobs.min_tokens)[:, None]
@@ -206,10 +217,15 @@ def sample(
         tokens = first_equal(kept, top)
         log_z = top + jnp.log(jnp.sum(jnp.exp(kept - top[:, None]), axis=-1))
     else:
-        tokens, log_z = inverse_cdf(kept, top, uniform)
+        draw = functools.partial(split_inverse_cdf, mesh=mesh) if split_by else inverse_cdf
+        tokens, log_z = draw(kept, top, uniform)
         if method.mixed:
             tokens = jnp.where(knobs.greedy, first_equal(kept, top), tokens)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    if split_by:
+        is_chosen = tokens[:, None] == jnp.arange(logits.shape[1], dtype=jnp.int32)
+        chosen = jnp.sum(jnp.where(is_chosen, logits, 0.0), axis=1)
+    else:
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     full = None
     if method.full_log_probs:
         full = chosen - (log_z if kept is logits else jax.nn.logsumexp(logits, axis=-1))
@@ -252,8 +268,7 @@ def inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array):
       tokens [B] int32 and log Z [B] float32, the log-sum-exp of the logits.
     """
     B, V = logits.shape
-    width = BLOCK if V > 2 * BLOCK else V
-    blocks = -(-V // width)
+    blocks, width = vocabulary_blocks(V)
     if blocks * width > V:
         logits = jnp.pad(logits, ((0, 0), (0, blocks * width - V)), constant_values=-jnp.inf)
     logits_BNW = logits.reshape(B, blocks, width)
@@ -262,6 +277,49 @@ def inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array):
     within_BW = jnp.take_along_axis(logits_BNW, block[:, None, None], axis=1)[:, 0]
     token = block * width + pick(jnp.exp(within_BW - top[:, None]), uniform[:, 1])
     return token, top + jnp.log(jnp.sum(mass_BN, axis=-1))
+
+
+def split_inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array, mesh: Mesh):
+    """`inverse_cdf` where the mesh splits the vocabulary: the masses of blocks travel, not logits.
+
+    A block may lie on two devices, each of which has its part of the mass and -inf for the rest.
+    """
+    B, V = logits.shape
+    blocks, width = vocabulary_blocks(V)
+    rows, vocab = axes_that_split(mesh, "batch", B), axes_that_split(mesh, "vocab", V)
+
+    def local(logits, top, uniform):
+        B, here = logits.shape
+        first_block, skipped = jnp.divmod(jax.lax.axis_index(vocab) * here, width)
+        touched = -(-(here + width - 1) // width)
+        aligned = jnp.full((B, touched * width), -jnp.inf, logits.dtype)
+        aligned = jax.lax.dynamic_update_slice(aligned, logits, (0, skipped))
+        logits_BNW = aligned.reshape(B, touched, width)
+        mine_BN = jnp.sum(jnp.exp(logits_BNW - top[:, None, None]), axis=-1)
+        mass_BN = jnp.zeros((B, blocks + touched), mine_BN.dtype)
+        mass_BN = jax.lax.dynamic_update_slice(mass_BN, mine_BN, (0, first_block))
+        mass_BN = jax.lax.psum(mass_BN[:, :blocks], vocab)
+        block = pick(mass_BN, uniform[:, 0])
+        at = block - first_block
+        within_BW = jnp.take_along_axis(logits_BNW, at[:, None, None], axis=1, mode="clip")[:, 0]
+        is_here = (at >= 0) & (at < touched)
+        within_BW = jax.lax.pmax(jnp.where(is_here[:, None], within_BW, -jnp.inf), vocab)
+        token = block * width + pick(jnp.exp(within_BW - top[:, None]), uniform[:, 1])
+        return token, top + jnp.log(jnp.sum(mass_BN, axis=-1))
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(rows, vocab), PartitionSpec(rows), PartitionSpec(rows)),
+        out_specs=PartitionSpec(rows),
+        check_vma=False,
+    )(logits, top, uniform)
+
+
+def vocabulary_blocks(V: int) -> tuple[int, int]:
+    """(blocks, tokens of a block) that a vocabulary is searched in."""
+    width = BLOCK if V > 2 * BLOCK else V
+    return -(-V // width), width
 
 
 def pick(mass: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -174,9 +174,25 @@ def mesh_axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
     return int(np.prod([mesh.shape[n] for n in names]))
 
 
+def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str, ...] | None:
+    """The mesh axes that split a dimension with this logical axis; None where they cannot."""
+    parts = 1 if mesh is None else mesh_axis_size(mesh, RULES[axis])
+    return RULES[axis] if parts > 1 and size % parts == 0 else None
+
+
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape) -> NamedSharding:
     """`partition_spec` bound to its mesh."""
     return NamedSharding(mesh, partition_spec(mesh, axes, tuple(shape)))
+
+
+def device_bytes(tree) -> int:
+    """Bytes on one device of a tree of abstract arrays, whole where they have no sharding."""
+
+    def of(x) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
@@ -187,8 +203,8 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     spec = [
-        RULES[a] if a is not None and x.shape[i] % mesh_axis_size(mesh, RULES[a]) == 0 else None
-        for i, a in enumerate(axes)
+        None if axis is None else axes_that_split(mesh, axis, size)
+        for axis, size in zip(axes, x.shape)
     ]
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import sampling
+from adpo_jax import sampling, sharding
+from adpo_jax.hlo import Program
 from adpo_jax.sampling import SamplingParams
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5], np.float32)
@@ -22,10 +23,10 @@ def draw(logits, params, seed=0, generated=None):
     return sample(logits, keys, generated, params.knobs(), params.method)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def sample(logits, keys, generated, knobs, method):
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def sample(logits, keys, generated, knobs, method, mesh=None):
     uniform = sampling.uniforms(keys, generated)
-    return sampling.sample(logits, uniform, generated, knobs, method)
+    return sampling.sample(logits, uniform, generated, knobs, method, mesh)
 
 
 def truncated_by_sorting(logits, params) -> np.ndarray:
@@ -102,6 +103,25 @@ def test_a_vocabulary_of_many_blocks_gives_the_right_frequencies(vocab):
     error = np.sqrt(probs[0] * (1 - probs[0]) / draws)
     assert np.abs(groups - probs[0]).max() < 4 * error
     assert tokens.max() < vocab
+
+
+@pytest.mark.parametrize("name", ["plain", "all", "greedy"])
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 1, 8)])
+def test_a_split_vocabulary_gives_the_same_tokens_and_is_not_gathered(name, sizes):
+    params = (SETTINGS | {"greedy": SamplingParams(temperature=0)})[name]
+    mesh, B, V = sharding.make_mesh(*sizes), 32, 1000  # blocks of 128 that lie on two devices
+    logits = np.random.default_rng(0).normal(0, 3, (B, V)).astype(np.float32)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), B))
+    rest = (keys, jnp.zeros(B, jnp.int32), params.knobs(), params.method)
+    alone = sample(logits, *rest)
+    layout = sharding.named_sharding(mesh, ("batch", "vocab"), logits.shape)
+    laid_out = jax.device_put(logits, layout)
+    split = sample(laid_out, *rest, mesh)
+    np.testing.assert_array_equal(split.tokens, alone.tokens)
+    np.testing.assert_allclose(split.log_probs, alone.log_probs, atol=1e-5)
+    moved = Program(sample.lower(laid_out, *rest, mesh).compile().as_text()).collectives
+    gathered = logits.nbytes // sizes[0]
+    assert 0 < max(c.bytes // c.calls for c in moved) < gathered / 4
 
 
 def test_top_1_is_greedy():
