@@ -41,28 +41,42 @@ def prefix_rows(num_slots: int, group_size: int) -> int:
     return num_slots if group_size == 1 else 2 * -(-num_slots // group_size)
 
 
-def memory_budget(utilization: float, device: jax.Device) -> tuple[int, str]:
+def memory_budget(
+    utilization: float, device: jax.Device, *, resident: int = 0, copied: int = 0
+) -> tuple[int, str]:
     """Bytes of one device that the cache may take, and how that number came about.
 
-    On GPUs and TPUs: utilization x the device's memory, less what is in use. On a CPU: utilization
-    x the memory that is free, shared by the devices simulated on it.
+    On GPUs and TPUs: utilization x the device's memory, less what is in use there or will be. On a
+    CPU: utilization x the memory that is free, shared by the devices simulated on it, less what
+    will be in use.
+
+    Args:
+      resident: bytes that lie there while sampling, whether they do already or not.
+      copied: bytes of the parameters to sample with, where they are a copy.
     """
+    share, text, in_use = _device_share(utilization, device)
+    resident = max(resident, in_use)
+    text += f" - {readable(resident)} of state" if resident else ""
+    text += f" - {readable(copied)} of parameters to sample with" if copied else ""
+    return share - resident - copied, text
+
+
+def _device_share(utilization: float, device: jax.Device) -> tuple[int, str, int]:
+    """Bytes that may be in use on a device, how many that is, and how many of them are."""
     if device.platform != "cpu" and device.client is not jax.local_devices()[0].client:
         chip = chip_of(device)  # of a topology that is not there
         if chip is None:
             raise ValueError(f"the memory of a {device.device_kind} is not known; see chips.py")
-        return int(utilization * chip.memory), f"{utilization} x {readable(chip.memory)}"
+        return int(utilization * chip.memory), f"{utilization} x {readable(chip.memory)}", 0
     stats = device.memory_stats()
     if device.platform != "cpu" and stats and "bytes_limit" in stats:
-        limit, used = stats["bytes_limit"], stats.get("bytes_in_use", 0)
-        return int(utilization * limit) - used, (
-            f"{utilization} x {readable(limit)} of device memory - {readable(used)} in use"
-        )
+        limit = stats["bytes_limit"]
+        text = f"{utilization} x {readable(limit)} of device memory"
+        return int(utilization * limit), text, stats.get("bytes_in_use", 0)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     local = len(jax.local_devices())
-    return int(utilization * available / local), (
-        f"{utilization} x {readable(available)} of free memory / {local} device(s)"
-    )
+    text = f"{utilization} x {readable(available)} of free memory / {local} device(s)"
+    return int(utilization * available / local), text, 0
 
 
 def plan(

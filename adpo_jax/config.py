@@ -156,7 +156,7 @@ def _rollout() -> dict:
         "cache_dtype": "",  # of keys and values: float32 | bfloat16 | int8; "" for that of compute
         "attention": "auto",  # decode kernel: auto | xla | pallas_tpu | pallas_gpu
         "free_cache_engine": True,  # give the KV cache back before the update
-        "gpu_memory_utilization": 0.6,  # share of the device's memory the rollout may use
+        "gpu_memory_utilization": 0.85,  # share of the device's memory in use while sampling
     }
 
 

@@ -121,12 +121,27 @@ class Verbs:
 
     def abstract_params(self):
         """The shapes and layout of what `load_params` returns."""
+        params = self._abstract_cast()
+        return params if self.layout.stacked else _abstract_result(Verbs._unstacked, self, params)
+
+    def _abstract_cast(self):
         params = self.policy.abstract_params()
         dtypes = jax.eval_shape(self._cast, params)
-        params = jax.tree.map(
+        return jax.tree.map(
             lambda p, d: jax.ShapeDtypeStruct(p.shape, d.dtype, sharding=p.sharding), params, dtypes
         )
-        return params if self.layout.stacked else _abstract_result(Verbs._unstacked, self, params)
+
+    def copied_bytes(self, given: Policy) -> int:
+        """Bytes of one device that `load_params` takes for parameters that lie as `given`'s do."""
+        loaded = self._abstract_cast()
+        if not self.layout.stacked:
+            return sharding.device_bytes(loaded)
+
+        def copied(old, new):
+            same = old.dtype == new.dtype and old.sharding == new.sharding
+            return 0 if same else sharding.device_bytes(new)
+
+        return sum(jax.tree.leaves(jax.tree.map(copied, given.abstract_params(), loaded)))
 
     # --- the state
 
@@ -294,7 +309,7 @@ class Verbs:
         slots = state.slots
         hidden, own = self._forward(params, state)
         logits = self.policy.head(params, hidden)
-        drawn = sampling.sample(logits, uniform, slots.generated, knobs, method)
+        drawn = sampling.sample(logits, uniform, slots.generated, knobs, method, self.policy.mesh)
         stopped = jnp.any(drawn.tokens[:, None] == knobs.stop_ids, axis=-1) & slots.active
         generated = slots.generated + 1
         going_on = slots.active & ~stopped & (generated < knobs.max_tokens)

@@ -18,7 +18,6 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -230,9 +229,9 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
     sizes = dict(config.mesh) | {"data": 1, "fsdp": -1}
     sizes["tensor"] = math.gcd(mesh.shape["tensor"], len(host or []))
     host_mesh = host and sharding.make_mesh(**sizes, devices=host)
-    engine = setup.make_engine(config, policy, host_mesh)
     # More than the learning rate takes to warm up.
     learner = setup.make_learner(config, policy, plan, num_steps=10**6)
+    engine = setup.make_engine(config, policy, host_mesh, resident_bytes=learner.resident_bytes())
     sampling = setup.make_sampling(config, source)
 
     calls = _calls(config, engine, learner, num_processes=_num_processes(mesh))
@@ -245,22 +244,14 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             failed[name] = _hbm_text(str(error))
-    state = learner.abstract_state()
-    resident = {
-        "parameters": _device_bytes(state.params),
-        "optimizer": _device_bytes(state.opt_state),
-        "anchor": _device_bytes(state.anchor_params),
-    }
-    copy = _device_bytes(engine.verbs.abstract_params())
-    if policy.dtype == policy.param_dtype and engine.policy.mesh.size == mesh.size == 1:
-        copy = 0
+    copy = engine.verbs.copied_bytes(policy)
     chip = chip_of(devices[0])
     report = Report(
         title=_title(config, policy, mesh, engine, where),
         device_kind=devices[0].device_kind,
         chip=chip,
         memory=_memory(devices[0], chip),
-        resident=resident,
+        resident=learner.state_bytes(),
         rollout={"parameters to sample with": copy, "cache": engine.plan.device_bytes},
         steps=steps,
         failed=failed,
@@ -395,13 +386,6 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
         )
     state = sum(report.resident.values())
     yield f"twice the devices on mesh.fsdp frees {readable(state // 2)} of the state"
-
-
-def _device_bytes(tree: Any) -> int:
-    """Bytes of a tree of abstract arrays on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def _num_processes(mesh) -> int:

@@ -88,7 +88,9 @@ class Engine:
       cache_dtype: of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
       attention: of decoding, one of `kernels.ATTENTION`.
       gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
-        may be in use with the cache; lowers `num_slots` to what fits. None for no limit.
+        may be in use while sampling; lowers `num_slots` to what fits. None for no limit.
+      resident_bytes: of one device, taken while sampling by what may not be there yet, such as a
+        trainer's parameters and optimizer; read with `gpu_memory_utilization`.
       group_size: samples of a prompt that memory is planned for.
       free_cache_engine: give the cache's memory back after every call.
       steps_per_dispatch: decode steps between two looks of the host.
@@ -106,11 +108,13 @@ class Engine:
         cache_dtype: Any = None,
         attention: str = "auto",
         gpu_memory_utilization: float | None = None,
+        resident_bytes: int = 0,
         group_size: int = 1,
         free_cache_engine: bool = True,
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
     ):
+        given = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
         device = _device(policy)
@@ -131,7 +135,12 @@ class Engine:
         self.shards, splits = _splits(policy)
         budget, budget_text = None, ""
         if gpu_memory_utilization is not None:
-            budget, budget_text = cache_plan.memory_budget(gpu_memory_utilization, device)
+            budget, budget_text = cache_plan.memory_budget(
+                gpu_memory_utilization,
+                device,
+                resident=resident_bytes,
+                copied=self.verbs.copied_bytes(given),
+            )
         # A smaller batch makes a step faster where arithmetic is the bottleneck, and hardly where
         # reading the weights is.
         fractions = SLOT_FRACTIONS if on_cpu else ()

@@ -23,7 +23,7 @@ from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.flops import traced_flops
 from adpo_jax.packing import Batch, PackedBatch, balanced, pack
 from adpo_jax.policy import Policy
-from adpo_jax.sharding import BatchSharding
+from adpo_jax.sharding import BatchSharding, device_bytes
 from adpo_jax.update import TrainState
 
 
@@ -134,6 +134,21 @@ class Learner:
         return update.abstract_state(
             self.policy, self.optimizer, keeps_anchor=self.anchor.keeps_params
         )
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of one device of the parts of the state."""
+        state = self.abstract_state()
+        return {
+            "parameters": device_bytes(state.params),
+            "optimizer": device_bytes(state.opt_state),
+            "anchor": device_bytes(state.anchor_params),
+        }
+
+    def resident_bytes(self) -> int:
+        """Those that stay on the device between updates."""
+        parts = self.state_bytes()
+        away = {"optimizer": self.offload_optimizer, "anchor": self.anchor.offload}
+        return sum(size for part, size in parts.items() if not away.get(part))
 
     def learn(
         self, state: TrainState, batch: Batch, rewards_PG: np.ndarray

@@ -95,7 +95,7 @@ def build(config: ConfigDict) -> Parts:
         val_prompts=val_prompts,
         eval_settings=make_eval_settings(config, source.stop_token_ids),
         eval_reward_model=make_eval_reward_model(config, reward_model),
-        engine=make_engine(config, policy),
+        engine=make_engine(config, policy, resident_bytes=learner.resident_bytes()),
         sampling=sampling,
         reward_model=reward_model,
         learner=learner,
@@ -226,11 +226,14 @@ def make_trackers(config: ConfigDict, workdir: Path) -> list[Writer]:
     ]
 
 
-def make_engine(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) -> Engine:
+def make_engine(
+    config: ConfigDict, policy: Policy, mesh: Mesh | None = None, *, resident_bytes: int = 0
+) -> Engine:
     """The rollout engine, shared by training and evaluation.
 
     Args:
       mesh: of one host of those that train; None for this process's part of the policy's.
+      resident_bytes: of one device, what a trainer keeps there while the engine samples.
     """
     c = config.actor_rollout_ref.rollout
     return Engine(
@@ -242,6 +245,7 @@ def make_engine(config: ConfigDict, policy: Policy, mesh: Mesh | None = None) ->
         cache_dtype=c.cache_dtype or None,
         attention=c.attention,
         gpu_memory_utilization=c.gpu_memory_utilization,
+        resident_bytes=resident_bytes,
         group_size=max(config.algorithm.num_generations, config.eval.n),
         free_cache_engine=c.free_cache_engine,
     )

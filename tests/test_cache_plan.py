@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from adpo_jax import Engine, Policy, SamplingParams, cache_plan
+from adpo_jax import Engine, Policy, SamplingParams, cache_plan, sharding
+from adpo_jax.decode import Verbs
 from adpo_jax.kv_cache import CacheLayout
 
 LAYOUT = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
@@ -79,11 +80,60 @@ def test_the_engine_takes_what_fits_its_memory(monkeypatch):
     sizes = {"max_prompt_length": 16, "max_response_length": 32, "gpu_memory_utilization": 0.5}
     token = 2 * 2 * 2 * 16 * 4
     one_slot = token * (32 + 16 + 32)
-    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_: (11 * one_slot, ""))
+    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: (11 * one_slot, ""))
     assert Engine(policy, **sizes).num_slots == 11
-    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_: (one_slot // 2, "half a slot"))
+    too_little = (one_slot // 2, "half a slot")
+    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: too_little)
     with pytest.raises(ValueError, match="half a slot"):
         Engine(policy, **sizes)
+
+
+class Accelerator:
+    """A device with a gigabyte, a tenth of it in use."""
+
+    platform = "gpu"
+    client = jax.local_devices()[0].client
+
+    def memory_stats(self):
+        return {"bytes_limit": 10**9, "bytes_in_use": 10**8}
+
+
+@pytest.mark.parametrize(
+    ("taken", "left"),
+    [
+        ({}, 700),
+        ({"resident": 300 * 10**6}, 500),
+        ({"resident": 50 * 10**6}, 700),  # it lies there already
+        ({"resident": 300 * 10**6, "copied": 200 * 10**6}, 300),
+    ],
+)
+def test_the_budget_leaves_room_for_what_is_still_to_come(taken, left):
+    budget, text = cache_plan.memory_budget(0.8, Accelerator(), **taken)
+    assert budget == left * 10**6
+    assert ("of parameters to sample with" in text) == ("copied" in taken)
+
+
+def test_what_a_rollout_copies_of_the_parameters():
+    wide = Policy(tiny.model_config(), param_dtype=jnp.float32, dtype=jnp.bfloat16)
+    narrow = dataclasses.replace(wide, param_dtype=jnp.bfloat16)
+    stacked = dataclasses.replace(LAYOUT, num_layers=wide.config.num_layers)
+    count = sum(x.size for x in jax.tree.leaves(wide.abstract_params()))
+    norms = sum(
+        x.size
+        for path, x in jax.tree_util.tree_leaves_with_path(wide.abstract_params())
+        if path[-1].key.endswith("norm")
+    )
+    assert Verbs(wide, stacked).copied_bytes(wide) == 2 * (count - norms)
+    assert Verbs(narrow, stacked).copied_bytes(narrow) == 0
+    unstacked = dataclasses.replace(stacked, stacked=False)
+    assert Verbs(narrow, unstacked).copied_bytes(narrow) == 2 * count
+
+    mesh = sharding.make_mesh(1, 4, 2)
+    trained = dataclasses.replace(narrow, mesh=mesh)
+    sampled = dataclasses.replace(narrow, mesh=sharding.rollout_mesh(mesh))
+    whole = sharding.device_bytes(sampled.abstract_params())
+    assert Verbs(sampled, stacked).copied_bytes(trained) == whole
+    assert count < whole < 2 * count  # split over `tensor` but for the norms
 
 
 def test_a_kept_cache_is_used_again_and_can_be_freed():
