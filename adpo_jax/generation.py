@@ -66,15 +66,17 @@ class Generation:
         self.slot_sizes = engine.slot_sizes
         self.column_sizes = schedule_lib.column_buckets(T, engine.column_stages)
         slots = self._slots_for(P * n)
-        rows = min(schedule_lib.power_of_two(P), cache_plan.prefix_rows(slots, n))
+        parts = schedule_lib.rows_of_a_group(P, n, engine.shards)
+        rows = min(schedule_lib.power_of_two(P * parts), cache_plan.prefix_rows(slots, n))
         rows = min(rows, engine.most_rows or rows)
         rows = cache_plan.up_to_multiple(rows, engine.shards)
         longest = max(len(p) for p in prompts) - 1
         self.prefix_length = schedule_lib.length_bucket(longest, engine.max_prompt_length)
-        self.schedule = Schedule(P, n, slots, rows)
+        self.schedule = Schedule(P, n, slots, rows, engine.shards)
         self.columns = self._columns_for(0)
         self.written = 0  # steps since the ring began at its first column
-        self.state = engine.new_state(slots, self.columns, rows, self.prefix_length, n)
+        members = self.schedule.members.shape[1]
+        self.state = engine.new_state(slots, self.columns, rows, self.prefix_length, members)
         self.retired: list[int] = []  # slots that the host ended: the device does not know yet
 
     @property
@@ -113,7 +115,7 @@ class Generation:
         schedule, oldest = self.schedule, int(self._ages().max(initial=0))
         slots, columns = schedule.num_slots, max(self.columns, self._columns_for(oldest))
         if not schedule.num_waiting:
-            slots = min(slots, self._slots_for(len(schedule.live_slots)))
+            slots = min(slots, self._slots_for(schedule.needed_slots))
         if slots == schedule.num_slots and columns == self.columns:
             return
         self.stats["resizes"] += 1
@@ -137,10 +139,10 @@ class Generation:
     # --- prompts into rows, samples into slots
 
     def _prefill(self, admitted: dict[int, int]):
-        """Prefills the prompts of these groups, of like length together."""
-        by_length = sorted(admitted, key=lambda group: len(self.prompts[group]))
+        """Prefills the prompts of groups into their prefix rows, those of like length together."""
+        by_length = sorted(admitted, key=lambda row: len(self.prompts[admitted[row]]))
         while by_length:
-            length = self._prefill_bucket(by_length[-1])
+            length = self._prefill_bucket(admitted[by_length[-1]])
             most = max(1, PREFILL_TOKENS // length)
             batch, by_length = by_length[-most:], by_length[:-most]
             # Rows beyond the batch repeat its last prompt, into the same prefix row.
@@ -148,12 +150,12 @@ class Generation:
             rows = cache_plan.up_to_multiple(rows, self.engine.shards)
             filled = batch + batch[-1:] * (rows - len(batch))
             tokens = np.zeros((rows, length), np.int32)
-            lengths = np.array([len(self.prompts[g]) - 1 for g in filled], np.int32)
-            for i, group in enumerate(filled):
-                tokens[i, : lengths[i]] = self.prompts[group][:-1]
+            prompts = [self.prompts[admitted[row]][:-1] for row in filled]
+            lengths = np.array(list(map(len, prompts)), np.int32)
+            for i, prompt in enumerate(prompts):
+                tokens[i, : lengths[i]] = prompt
             prefixes = self.verbs.prefill(self.params, tokens, lengths)
-            targets = np.array([admitted[g] for g in filled], np.int32)
-            self.state = self.verbs.insert(self.state, prefixes, targets)
+            self.state = self.verbs.insert(self.state, prefixes, np.array(filled, np.int32))
             self.stats["prefill_calls"] += 1
             self.stats["prefill_tokens"] += int(lengths[: len(batch)].sum())
 
@@ -171,7 +173,7 @@ class Generation:
         active, key_data = np.zeros(B, bool), np.zeros((B, 2), np.uint32)
         for start in starts:
             prompt, slot = self.prompts[start.group], start.slot
-            ints[:, slot] = prompt[-1], len(prompt) - 1, 0, start.row, start.sample
+            ints[:, slot] = prompt[-1], len(prompt) - 1, 0, start.row, start.rank
             fresh[slot] = active[slot] = True
             key_data[slot] = self.key_data[start.group, start.sample]
         token, position, generated, row, rank = ints

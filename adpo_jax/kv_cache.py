@@ -14,15 +14,17 @@ prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.attention import MASKED, LayerInfo
-from adpo_jax.sharding import constrain
+from adpo_jax.sharding import axes_that_split
 
 # Further back than any token is.
 UNBOUNDED = 1 << 30
@@ -178,9 +180,9 @@ def own_reach(view: View, columns: int, queries: int, window) -> Reach:
     )
 
 
-def prefix_reach(view: View, queries: int, window) -> Reach:
-    """The samples of a prefix row see its tokens; `queries` heads a sample."""
-    origin = jnp.repeat(view.position[view.slot], queries, axis=1)
+def prefix_reach(view: View, position_PM: jax.Array, queries: int, window) -> Reach:
+    """The samples of a prefix row, at these positions, see its tokens; `queries` heads a sample."""
+    origin = jnp.repeat(position_PM, queries, axis=1)
     reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
     return Reach(origin, reach, view.prefix_length, ring=False)
 
@@ -262,7 +264,8 @@ def group_attention(
 ) -> jax.Array:
     """One query a slot over its group's prefix and its own tokens.
 
-    Queries are gathered by group, so that a prefix is read once for all its samples.
+    Queries are gathered by group, so that a prefix is read once for all its samples. A slot lies on
+    the device of its prefix row (`schedule`), so that nothing moves between devices.
 
     Returns:
       [B, H, D] in the dtype of q.
@@ -275,13 +278,42 @@ def group_attention(
     q_BKRD = (q_BHD * jnp.asarray(scale, q_BHD.dtype)).reshape(B, K, R, D)
     own_part = attend(q_BKRD, own, layer.index, own_reach(view, C, R, layer.window))
 
-    q_PKQD = q_BKRD[view.slot].swapaxes(1, 2).reshape(P, K, M * R, D)
-    q_PKQD = constrain(q_PKQD, mesh, "batch", "kv_heads", None, None)
-    shared = attend(q_PKQD, prefix, layer.index, prefix_reach(view, R, layer.window))
+    def of_rows(q_BKRD, slot_PM):  # -> [P, K, M * R, D]
+        P, K = len(slot_PM), q_BKRD.shape[1]
+        return q_BKRD[slot_PM % len(q_BKRD)].swapaxes(1, 2).reshape(P, K, M * R, D)
 
-    def of_slots(x):  # [P, K, M * R, ...] -> [B, K, R, ...]
+    def of_members(x_B1, slot_PM):  # -> [P, M]
+        return x_B1[slot_PM % len(x_B1), 0]
+
+    def of_slots(x, row_B, rank_B):  # [P, K, M * R, ...] -> [B, K, R, ...]
+        P, K = x.shape[:2]
         by_sample = x.reshape(P, K, M, R, *x.shape[3:]).swapaxes(1, 2)
-        return by_sample[view.row, view.rank]
+        return by_sample[row_B % P, rank_B]
 
-    prefix_part = jax.tree.map(of_slots, shared)
+    on_device = functools.partial(_on_each_device, mesh=mesh, rows=math.gcd(B, P), heads=K)
+    q_PKQD = on_device(of_rows)(q_BKRD, view.slot)
+    position_PM = on_device(of_members, heads=1)(view.position[:, None], view.slot)
+    reach = prefix_reach(view, position_PM, R, layer.window)
+    shared = attend(q_PKQD, prefix, layer.index, reach)
+
+    prefix_part = jax.tree.map(lambda x: on_device(of_slots)(x, view.row, view.rank), shared)
     return merge(own_part, prefix_part).reshape(B, H, D).astype(q_BHD.dtype)
+
+
+def _on_each_device(gather: Callable, *, mesh: Mesh | None, rows: int, heads: int) -> Callable:
+    """`gather(x [rows, K, ...], *indices [rows, ...])` on each device's part of rows and heads."""
+    if mesh is None or mesh.size == 1:
+        return gather
+    by_row = axes_that_split(mesh, "batch", rows)
+    by_head = PartitionSpec(by_row, axes_that_split(mesh, "kv_heads", heads))
+
+    def everywhere(x, *indices):
+        return jax.shard_map(
+            gather,
+            mesh=mesh,
+            in_specs=(by_head, *(PartitionSpec(by_row) for _ in indices)),
+            out_specs=by_head,
+            check_vma=False,
+        )(x, *indices)
+
+    return everywhere

@@ -2,7 +2,7 @@
 
 Groups wait in a queue. A group is admitted when a prefix row is free and a slot is free for at
 least one of its samples; its other samples follow as slots become free. A row is free again when
-the last sample of its group has ended.
+the last of its samples has ended.
 
 Letters: B slots, P prefix rows, M samples of a group.
 """
@@ -66,10 +66,18 @@ class Start:
     sample: int
     slot: int
     row: int
+    rank: int
 
 
 class Schedule:
     """The queue of groups and the tables of slots and prefix rows.
+
+    Slots and rows lie in equal parts, one a shard; a sample's slot is in the part of its row: no
+    device then reads a prompt that another one has. Where there are fewer groups than shards, each
+    is split over several rows.
+
+    Args:
+      num_slots, num_rows: multiples of `num_shards`.
 
     Attributes:
       sample_in: [B] int64, group * n + sample of each slot, -1 where it is free.
@@ -77,16 +85,21 @@ class Schedule:
       row_of, rank_of: [B] int32, the place of each slot in `members`; meaningless where it is free.
     """
 
-    def __init__(self, num_groups: int, n: int, num_slots: int, num_rows: int):
-        self.n = n
+    def __init__(self, num_groups: int, n: int, num_slots: int, num_rows: int, num_shards: int = 1):
+        self.n, self.num_shards = n, num_shards
         self.sample_in = np.full(num_slots, -1, np.int64)
-        self.members = np.zeros((num_rows, n), np.int32)
+        parts = rows_of_a_group(num_groups, n, num_shards)
+        samples = [part.tolist() for part in np.array_split(np.arange(n), parts)]
+        self.members = np.zeros((num_rows, len(samples[0])), np.int32)
         self.row_of = np.zeros(num_slots, np.int32)
         self.rank_of = np.zeros(num_slots, np.int32)
-        self._waiting = collections.deque((g, s) for g in range(num_groups) for s in range(n))
-        self._free_slots = list(range(num_slots))
-        self._free_rows = list(range(num_rows))
-        self._row_of_group: dict[int, int] = {}
+        # (group, its samples that share a row), not admitted yet.
+        self._queue = collections.deque((g, part) for g in range(num_groups) for part in samples)
+        self._free_slots = [list(part) for part in _parts(num_slots, num_shards)]
+        self._free_rows = [list(part) for part in _parts(num_rows, num_shards)]
+        # Of each shard, (group, sample, row, rank) that wait for a slot there.
+        self._admitted = [collections.deque() for _ in range(num_shards)]
+        self._left_in_row: dict[int, int] = {}
         self._left = [n] * num_groups
 
     @property
@@ -95,88 +108,141 @@ class Schedule:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Samples without a slot."""
+        return sum(map(len, self._admitted)) + sum(len(samples) for _, samples in self._queue)
 
     @property
     def live_slots(self) -> np.ndarray:
         return np.flatnonzero(self.sample_in >= 0)
 
+    @property
+    def needed_slots(self) -> int:
+        """The smallest batch that holds the live samples, each in its shard."""
+        live = self.sample_in.reshape(self.num_shards, -1) >= 0
+        return int(live.sum(axis=1).max()) * self.num_shards
+
     def start(self) -> tuple[list[Start], dict[int, int]]:
         """Fills free slots from the queue.
 
         Returns:
-          the samples that start, and the prefix row of each group that has to be prefilled.
+          the samples that start, and the group of each prefix row that has to be prefilled.
         """
         starts, admitted = [], {}
-        while self._waiting and self._free_slots:
-            group, sample = self._waiting[0]
-            if group not in self._row_of_group:
-                if not self._free_rows:
-                    break
-                admitted[group] = self._row_of_group[group] = heapq.heappop(self._free_rows)
-            self._waiting.popleft()
-            slot, row = heapq.heappop(self._free_slots), self._row_of_group[group]
-            self.sample_in[slot] = group * self.n + sample
-            self.members[row, sample] = slot
-            self.row_of[slot], self.rank_of[slot] = row, sample
-            starts.append(Start(group, sample, slot, row))
+        for shard in range(self.num_shards):
+            starts += self._fill(shard)
+        while self._queue:
+            roomy = max(
+                (shard for shard in range(self.num_shards) if self._free_rows[shard]),
+                key=lambda shard: len(self._free_slots[shard]),
+                default=None,
+            )
+            if roomy is None or not self._free_slots[roomy]:
+                break
+            group, samples = self._queue.popleft()
+            row = heapq.heappop(self._free_rows[roomy])
+            admitted[row], self._left_in_row[row] = group, len(samples)
+            places = ((group, sample, row, rank) for rank, sample in enumerate(samples))
+            self._admitted[roomy].extend(places)
+            starts += self._fill(roomy)
         return starts, admitted
+
+    def _fill(self, shard: int) -> list[Start]:
+        """Starts admitted samples of a shard in its free slots."""
+        starts = []
+        while self._admitted[shard] and self._free_slots[shard]:
+            group, sample, row, rank = self._admitted[shard].popleft()
+            slot = heapq.heappop(self._free_slots[shard])
+            self.sample_in[slot] = group * self.n + sample
+            self.members[row, rank] = slot
+            self.row_of[slot], self.rank_of[slot] = row, rank
+            starts.append(Start(group, sample, slot, row, rank))
+        return starts
 
     def finish(self, slot: int) -> int | None:
         """Frees a slot whose sample has ended; returns its group if that was its last sample."""
-        group = int(self.sample_in[slot]) // self.n
+        group, row = int(self.sample_in[slot]) // self.n, int(self.row_of[slot])
+        shard = slot * self.num_shards // self.num_slots
         self.sample_in[slot] = -1
-        heapq.heappush(self._free_slots, slot)
-        self.members[self.row_of[slot], self.rank_of[slot]] = 0
+        heapq.heappush(self._free_slots[shard], slot)
+        self.members[row, self.rank_of[slot]] = 0
+        self._left_in_row[row] -= 1
+        if not self._left_in_row[row]:
+            heapq.heappush(self._free_rows[shard], row)
         self._left[group] -= 1
-        if self._left[group]:
-            return None
-        heapq.heappush(self._free_rows, self._row_of_group.pop(group))
-        return group
+        return None if self._left[group] else group
 
     def compact(self, num_slots: int) -> tuple[np.ndarray, np.ndarray]:
-        """Moves the live samples into the first slots of a smaller batch; none may be waiting.
+        """Moves the live samples into the first slots of smaller shards; none may be waiting.
 
         The prefix rows follow: with `members` as narrow as the rows allow, no attention is spent on
         places of samples that have ended. Where there is a row for each slot, a group has several.
+
+        Args:
+          num_slots: at least `needed_slots`, a multiple of the shards.
 
         Returns:
           [new B] int32, the old slot of each new one, the old B where it is free; and
           [new P] int32, the old prefix row of each new one.
         """
-        live = self.live_slots
-        assert len(live) <= num_slots
-        assert not self._waiting
+        assert self.needed_slots <= num_slots
+        assert not self.num_waiting
         order = np.full(num_slots, self.num_slots, np.int32)
-        order[: len(live)] = live
+        before, after = _parts(self.num_slots, self.num_shards), _parts(num_slots, self.num_shards)
+        self._free_slots = []
+        for old, new in zip(before, after):
+            live = [slot for slot in old if self.sample_in[slot] >= 0]
+            order[new.start : new.start + len(live)] = live
+            self._free_slots.append(list(new[len(live) :]))
+        exists = order < self.num_slots
         moved = np.full(num_slots, -1, np.int64)
-        moved[: len(live)] = self.sample_in[live]
-        self.sample_in, old_rows = moved, self.row_of[live]
-        self._free_slots = list(range(len(live), num_slots))
+        moved[exists] = self.sample_in[order[exists]]
+        old_rows = np.zeros(num_slots, np.int32)
+        old_rows[exists] = self.row_of[order[exists]]
+        self.sample_in = moved
         return order, self._regroup(old_rows, min(len(self.members), num_slots))
 
     def _regroup(self, old_rows: np.ndarray, num_rows: int) -> np.ndarray:
         """Lays the table of members out anew over `num_rows` rows; old_rows are of the slots."""
-        groups = collections.defaultdict(list)
-        for slot in self.live_slots.tolist():
-            groups[int(self.sample_in[slot]) // self.n].append(slot)
-        width = self._width(list(map(len, groups.values())), num_rows)
+        shards = []
+        for part in _parts(self.num_slots, self.num_shards):
+            groups = collections.defaultdict(list)
+            for slot in part:
+                if self.sample_in[slot] >= 0:
+                    groups[int(self.sample_in[slot]) // self.n].append(slot)
+            shards.append(groups)
+        sizes = [[len(slots) for slots in groups.values()] for groups in shards]
+        width = self._width(sizes, num_rows)
         self.members = np.zeros((num_rows, width), np.int32)
         self.row_of = np.zeros(self.num_slots, np.int32)
         self.rank_of = np.zeros(self.num_slots, np.int32)
-        source, row = np.zeros(num_rows, np.int32), 0
-        for slots in groups.values():
-            for rank, slot in enumerate(slots):
-                self.row_of[slot], self.rank_of[slot] = row + rank // width, rank % width
-                self.members[self.row_of[slot], self.rank_of[slot]] = slot
-                source[self.row_of[slot]] = old_rows[slot]
-            row += -(-len(slots) // width)
+        self._left_in_row = collections.Counter()
+        source = np.zeros(num_rows, np.int32)
+        for groups, rows in zip(shards, _parts(num_rows, self.num_shards)):
+            row = rows.start
+            for slots in groups.values():
+                for rank, slot in enumerate(slots):
+                    self.row_of[slot], self.rank_of[slot] = row + rank // width, rank % width
+                    self.members[self.row_of[slot], self.rank_of[slot]] = slot
+                    self._left_in_row[int(self.row_of[slot])] += 1
+                    source[self.row_of[slot]] = old_rows[slot]
+                row += -(-len(slots) // width)
         return source
 
-    def _width(self, group_sizes: list[int], num_rows: int) -> int:
+    def _width(self, group_sizes: list[list[int]], num_rows: int) -> int:
         """Members of a row: one of two for each number of slots, since programs differ by it."""
         if self.num_slots <= num_rows:
             return 1
         narrow = min(power_of_two(-(-2 * self.num_slots // num_rows)), self.n)
-        fits = sum(-(-size // narrow) for size in group_sizes) <= num_rows
+        room = num_rows // self.num_shards
+        fits = all(sum(-(-size // narrow) for size in sizes) <= room for sizes in group_sizes)
         return narrow if fits else self.n
+
+
+def rows_of_a_group(num_groups: int, n: int, num_shards: int) -> int:
+    """Prefix rows of a group's samples: several where there are fewer groups than shards."""
+    return min(n, -(-num_shards // max(num_groups, 1)))
+
+
+def _parts(size: int, num_shards: int) -> list[range]:
+    each = size // num_shards
+    return [range(shard * each, (shard + 1) * each) for shard in range(num_shards)]

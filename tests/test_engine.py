@@ -378,6 +378,24 @@ def test_eight_devices_sample_what_one_does(model):
     out = engine.generate(jax.device_put(params, shardings), prompts, sampling, jax.random.key(11))
     np.testing.assert_array_equal(out.tokens, one.tokens)
     np.testing.assert_allclose(out.log_probs, one.log_probs, atol=1e-4)
+    # Fewer prompts than devices: the samples of one lie beside several copies of its keys.
+    alone = engine.generate(
+        jax.device_put(params, shardings), prompts[:1], sampling, jax.random.key(11)
+    )
+    np.testing.assert_array_equal(alone.tokens, one.tokens[:1])
+
+
+def test_attention_of_decoding_moves_nothing_between_devices(model):
+    from adpo_jax.hlo import Program
+    from adpo_jax.sharding import make_mesh
+
+    sharded = dataclasses.replace(model[0], mesh=make_mesh(data=4, fsdp=1, tensor=2))
+    engine = engine_of(sharded, num_slots=32)
+    decode = engine.trace(SamplingParams(n=4, max_tokens=40))["decode"]
+    moved = Program(decode.lower().compile().as_text()).collectives
+    sources = {c.source for c in moved}
+    assert any("dot_general" in source for source in sources)  # of the products split over `tensor`
+    assert not [source for source in sources if "attention/" in source and "dot" not in source]
 
 
 @pytest.mark.parametrize(

@@ -7,34 +7,49 @@ from adpo_jax.schedule import Schedule
 
 
 def assert_consistent(schedule: Schedule, prompt_in_row: np.ndarray):
-    """Every live sample is found in the table of members, on a row that holds its prompt."""
+    """Every live sample is in the table of members, on a row of its shard with its prompt."""
+    B, P, shards = schedule.num_slots, len(schedule.members), schedule.num_shards
     for slot in schedule.live_slots:
         row, rank = schedule.row_of[slot], schedule.rank_of[slot]
         assert schedule.members[row, rank] == slot
         assert prompt_in_row[row] == schedule.sample_in[slot] // schedule.n
+        assert slot * shards // B == row * shards // P
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed):
+@pytest.mark.parametrize(("shards", "groups"), [(1, 9), (2, 9), (4, 9), (4, 3), (4, 1)])
+def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards, groups):
     rng = np.random.default_rng(seed)
-    schedule = Schedule(num_groups=9, n=4, num_slots=16, num_rows=8)
+    schedule = Schedule(groups, n=4, num_slots=16, num_rows=8, num_shards=shards)
     prompt_in_row = np.full(8, -1)
-    ended = 0
-    while ended < 36:
-        _, admitted = schedule.start()
-        for group, row in admitted.items():
+    started, ended = set(), 0
+    while ended < 4 * groups:
+        starts, admitted = schedule.start()
+        for row, group in admitted.items():
             prompt_in_row[row] = group
+        assert not started & {(start.group, start.sample) for start in starts}
+        started |= {(start.group, start.sample) for start in starts}
         assert_consistent(schedule, prompt_in_row)
         for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 4)]:
             ended += 1
             schedule.finish(slot)
-        live = len(schedule.live_slots)
-        smaller = max(2, schedule.num_slots // 2)
-        if not schedule.num_waiting and live <= smaller < schedule.num_slots:
+        smaller = max(2, shards, schedule.num_slots // 2)
+        fits = schedule.needed_slots <= smaller < schedule.num_slots
+        if fits and not schedule.num_waiting:
             _, source = schedule.compact(smaller)
             prompt_in_row = prompt_in_row[source]
             assert_consistent(schedule, prompt_in_row)
     assert len(schedule.live_slots) == 0
+    assert len(started) == 4 * groups
+
+
+def test_one_group_keeps_every_shard_busy():
+    schedule = Schedule(num_groups=1, n=8, num_slots=8, num_rows=4, num_shards=4)
+    starts, admitted = schedule.start()
+    assert len(starts) == 8
+    assert set(admitted.values()) == {0}
+    assert sorted(admitted) == [0, 1, 2, 3]
+    assert schedule.members.shape == (4, 2)
 
 
 def test_each_batch_size_has_at_most_two_tables_of_members():
