@@ -2,11 +2,11 @@
 
 A stream holds many segments side by side: prompts, and completions that also see the prompt of
 their group. A query tile's list names the tiles where the segments of its tokens, and their
-prompts, lie. Scores are made for listed tiles alone, and never kept: the backward pass makes them
-again from the log of the normaliser (Dao et al. 2022, arXiv 2205.14135).
+prompts, lie. Keys are gathered and scores made for listed tiles alone, and never kept: the backward
+pass makes them again from the log of the normaliser (Dao et al. 2022, arXiv 2205.14135).
 
 Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, S = J W keys,
-H heads, K key/value heads, R = H / K, D head dim, X tiles of several streams.
+c query tiles at once, H heads, K key/value heads, R = H / K, Q = R W, D head dim.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class _Shape:
 
     scale: float
     soft_cap: float | None
-    chunk: int  # tiles whose scores are alive at once
+    chunk: int  # tiles of a stream whose scores are alive at once
 
 
 def stream_attention(
@@ -75,110 +75,125 @@ def stream_attention(
     def attend(q, k, v, layer: LayerInfo, cache):
         H, K, D = q.shape[2], k.shape[2], q.shape[3]
         mask = causal & (distance < layer.window) if windows else causal
-        # [B n, K, R W, D]: every product below is then a plain batch of matrices.
+        # [B, n, K, R W, D]: every product below is then a plain batch of matrices.
         q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
-        q = q.reshape(B * n, K, H // K * W, D)
-
-        def keys(x):
-            x = _tiles_of(x.reshape(B, n, W, K, D), tiles)
-            x = x.reshape(B, n, J * W, K, D).transpose(0, 1, 3, 2, 4)
-            return x.reshape(B * n, K, J * W, D)
-
-        score_bytes = 4 * H * W * J * W
+        q = q.reshape(B, n, K, H // K * W, D)
+        score_bytes = 4 * B * H * W * J * W
         shape = _Shape(scale, soft_cap, max(1, SCORE_BYTES // score_bytes))
-        out = _attention(shape, q, keys(k), keys(v), mask.reshape(B * n, W, J * W))
+        k, v = k.reshape(B, n, W, K, D), v.reshape(B, n, W, K, D)
+        out = _attention(shape, q, k, v, tiles, mask)
         out = out.reshape(B, n, K, H // K, W, D).transpose(0, 1, 4, 2, 3, 5)
         return out.reshape(B, N, H, D), cache
 
     return attend
 
 
-def _gather(x_BnZ, tiles_BnJ):
-    """[B, n, ...] -> [B, n, J, ...], the listed tiles."""
-    return jax.vmap(lambda x, tiles: jnp.take(x, tiles, axis=0))(x_BnZ, tiles_BnJ)
+def _gather(x_BnZ, tiles_BcJ):
+    """[B, n, ...] -> [B, c, J, ...], the listed tiles."""
+    return jax.vmap(lambda x, tiles: jnp.take(x, tiles, axis=0))(x_BnZ, tiles_BcJ)
 
 
-@jax.custom_vjp
-def _tiles_of(x_BnWKD, tiles_BnJ):
-    """`_gather`, with a 0/1 matrix product for a gradient: a CPU scatters one row at a time."""
-    return _gather(x_BnWKD, tiles_BnJ)
+def _listed(x_BnWKD, tiles_BcJ):
+    """The keys or values that tiles of queries see, [B, c, K, S, D]."""
+    x = _gather(x_BnWKD, tiles_BcJ)
+    B, c, J, W, K, D = x.shape
+    return x.reshape(B, c, J * W, K, D).swapaxes(2, 3)
 
 
-def _tiles_forward(x_BnWKD, tiles_BnJ):
-    return _gather(x_BnWKD, tiles_BnJ), tiles_BnJ
+def _unlisted(g_BcKSD, tiles_BcJ, n: int):
+    """The gradient [B, n, W, K, D] float32 of `_listed`.
+
+    As a product with a 0/1 matrix: a CPU scatters one row at a time.
+    """
+    B, c, J = tiles_BcJ.shape
+    K, S, D = g_BcKSD.shape[2:]
+    used = jax.nn.one_hot(tiles_BcJ.reshape(B, c * J), n, axis=1, dtype=g_BcKSD.dtype)
+    flat = g_BcKSD.swapaxes(2, 3).reshape(B, c * J, S // J * K * D)
+    summed = jnp.einsum(
+        "bnj,bjz->bnz",
+        used,
+        flat,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return summed.reshape(B, n, S // J, K, D)
 
 
-def _tiles_backward(tiles_BnJ, g_BnJWKD):
-    B, n, J = tiles_BnJ.shape
-    used = jax.nn.one_hot(tiles_BnJ.reshape(B, n * J), n, axis=1, dtype=g_BnJWKD.dtype)
-    flat = g_BnJWKD.reshape(B, n * J, -1)
-    summed = jnp.einsum("bnj,bjz->bnz", used, flat, precision=jax.lax.Precision.HIGHEST)
-    return summed.reshape(B, n, *g_BnJWKD.shape[3:]), None
-
-
-_tiles_of.defvjp(_tiles_forward, _tiles_backward)
-
-
-def _scores(shape: _Shape, q_XKQD, k_XKSD, mask_XWS):
-    """Masked scores [X, K, R W, S] float32, and the derivative of the soft cap (or 1)."""
-    X, K, Q, _ = q_XKQD.shape
-    W, S = mask_XWS.shape[1:]
-    scores = jnp.einsum("xkqd,xksd->xkqs", q_XKQD, k_XKSD, preferred_element_type=jnp.float32)
+def _scores(shape: _Shape, q_BcKQD, k_BcKSD, mask_BcWS):
+    """Masked scores [B, c, K, R W, S] float32, and the derivative of the soft cap (or 1)."""
+    B, c, K, Q, _ = q_BcKQD.shape
+    W, S = mask_BcWS.shape[2:]
+    scores = jnp.einsum("bckqd,bcksd->bckqs", q_BcKQD, k_BcKSD, preferred_element_type=jnp.float32)
     slope = 1.0
     if shape.soft_cap is not None:
         capped = jnp.tanh(scores / shape.soft_cap)
         scores, slope = shape.soft_cap * capped, 1.0 - jnp.square(capped)
-    scores = scores.reshape(X, K, Q // W, W, S)
-    return jnp.where(mask_XWS[:, None, None], scores, MASKED).reshape(X, K, Q, S), slope
+    scores = scores.reshape(B, c, K, Q // W, W, S)
+    masked = jnp.where(mask_BcWS[:, :, None, None], scores, MASKED)
+    return masked.reshape(B, c, K, Q, S), slope
 
 
-def _in_chunks(shape: _Shape, function, *tiles):
-    """`function` over chunks of the leading axis, one after the other where there are several."""
-    X = tiles[0].shape[0]
-    if shape.chunk >= X:
-        return function(*tiles)
-    chunks = -(-X // shape.chunk)
-    pad = chunks * shape.chunk - X
+def _in_chunks(shape: _Shape, function, carry, *tiles):
+    """`function(carry, *chunk) -> (carry, results)` over chunks of the second axis, in turn."""
+    n = tiles[0].shape[1]
+    if shape.chunk >= n:
+        return function(carry, *tiles)
+    chunks = -(-n // shape.chunk)
+    pad = chunks * shape.chunk - n
 
     def split(x):
-        x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(chunks, shape.chunk, *x.shape[1:])
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), chunks, shape.chunk, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda chunk: function(*chunk), tuple(map(split, tiles)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:X], out)
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(len(x), -1, *x.shape[3:])[:, :n]
+
+    carry, out = jax.lax.scan(lambda c, chunk: function(c, *chunk), carry, tuple(map(split, tiles)))
+    return carry, jax.tree.map(join, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(shape: _Shape, q_XKQD, k_XKSD, v_XKSD, mask_XWS):
-    return _forward(shape, q_XKQD, k_XKSD, v_XKSD, mask_XWS)[0]
+def _attention(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS):
+    return _forward(shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS)[0]
 
 
-def _forward(shape: _Shape, q_XKQD, k_XKSD, v_XKSD, mask_XWS):
-    def forward(q, k, v, mask):
+def _forward(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS):
+    def forward(_, q, tiles, mask):
+        k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
         scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, mask)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("xkqs,xksd->xkqd", weights.astype(v.dtype), v)
-        return (out / total).astype(q.dtype), top + jnp.log(total)
+        out = jnp.einsum("bckqs,bcksd->bckqd", weights.astype(v.dtype), v)
+        return None, ((out / total).astype(q.dtype), top + jnp.log(total))
 
-    out, log_z = _in_chunks(shape, forward, q_XKQD, k_XKSD, v_XKSD, mask_XWS)
-    return out, (q_XKQD, k_XKSD, v_XKSD, mask_XWS, out, log_z)
+    _, (out, log_z) = _in_chunks(shape, forward, None, q_BnKQD, tiles_BnJ, mask_BnWS)
+    return out, (q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, out, log_z)
 
 
-def _backward(shape: _Shape, residuals, d_out_XKQD):
-    def backward(q, k, v, mask, out, log_z, d_out):
+def _backward(shape: _Shape, residuals, d_out_BnKQD):
+    q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1 = residuals
+    n = k_BnWKD.shape[1]
+
+    def backward(sums, q, tiles, mask, out, log_z, d_out):
+        k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
         q = q * jnp.asarray(shape.scale, q.dtype)
         scores, slope = _scores(shape, q, k, mask)
         weights = jnp.exp(scores - log_z)
         mean = jnp.sum((d_out * out).astype(jnp.float32), axis=-1, keepdims=True)
-        d_weights = jnp.einsum("xkqd,xksd->xkqs", d_out, v, preferred_element_type=jnp.float32)
+        d_weights = jnp.einsum("bckqd,bcksd->bckqs", d_out, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - mean) * slope).astype(q.dtype)
-        d_v = jnp.einsum("xkqs,xkqd->xksd", weights.astype(v.dtype), d_out)
-        d_q = jnp.einsum("xkqs,xksd->xkqd", d_scores, k) * jnp.asarray(shape.scale, q.dtype)
-        return d_q, jnp.einsum("xkqs,xkqd->xksd", d_scores, q), d_v
+        d_v = jnp.einsum("bckqs,bckqd->bcksd", weights.astype(v.dtype), d_out)
+        d_k = jnp.einsum("bckqs,bckqd->bcksd", d_scores, q)
+        d_q = jnp.einsum("bckqs,bcksd->bckqd", d_scores, k) * jnp.asarray(shape.scale, q.dtype)
+        sums = (sums[0] + _unlisted(d_k, tiles, n), sums[1] + _unlisted(d_v, tiles, n))
+        return sums, d_q
 
-    return *_in_chunks(shape, backward, *residuals, d_out_XKQD), None
+    zeros = jnp.zeros(k_BnWKD.shape, jnp.float32)
+    tiled = (q_BnKQD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1, d_out_BnKQD)
+    (d_k, d_v), d_q = _in_chunks(shape, backward, (zeros, zeros), *tiled)
+    return d_q, d_k.astype(k_BnWKD.dtype), d_v.astype(v_BnWKD.dtype), None, None
 
 
 _attention.defvjp(_forward, _backward)
