@@ -151,8 +151,10 @@ def pack(
         [_Stream(batch, pieces, lengths_PG, share_prompts, tile) for pieces in cut] for cut in cuts
     ]
     flat = [stream for shard in streams for stream in shard]
-    num_prompt = _rounded(max(s.num_prompt for s in flat), tile, 2)
     num_completion = _rounded(max(s.num_completion for s in flat), tile, 16)
+    num_prompt = max(s.num_prompt for s in flat)
+    # By the length of the whole stream: short prompts need few sizes, long ones close ones.
+    num_prompt = _up(num_prompt, _step(num_prompt + num_completion, tile, 32))
     key_tiles = [[s.key_tiles(num_prompt, num_completion) for s in shard] for shard in streams]
     J = _rounded(max(len(row) for shard in key_tiles for s in shard for row in s), 1, 2)
 
@@ -197,8 +199,16 @@ def _check_prompts(batch: Batch, prompt_length: int) -> None:
 
 def _rounded(size: int, least: int, per_octave: int) -> int:
     """The next of so many values an octave (a power of 2), a multiple of `least`."""
+    return _up(size, _step(size, least, per_octave))
+
+
+def _step(size: int, least: int, per_octave: int) -> int:
     step = 2 ** max((size - 1).bit_length() - per_octave.bit_length(), 0)
-    step = -(-max(step, least) // least) * least
+    return _up(max(step, least), least)
+
+
+def _up(size: int, step: int) -> int:
+    """The next multiple of `step`, and at least one."""
     return max(-(-size // step), 1) * step
 
 

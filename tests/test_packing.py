@@ -11,8 +11,10 @@ import tiny
 from test_update import assert_same, step
 
 from adpo_jax import losses, packing, sharding, update
+from adpo_jax.attention import LayerInfo
 from adpo_jax.packing import pack
 from adpo_jax.policy import Policy
+from adpo_jax.tile_attention import Stream, stream_attention
 
 
 def anchored(batch):
@@ -122,17 +124,19 @@ def test_every_token_has_one_place_and_a_prompt_runs_once():
     assert np.count_nonzero(packed.micro.segments) == prompt_tokens + real.sum()
 
 
-def ragged(P=32, G=8, T=512, mean=120.0, seed=0):
+def ragged(P=32, G=8, T=512, mean=120.0, seed=0, prompts=(70, 0.4)):
     """Lengths as on GSM8K: prompts around 70 tokens, completions around 120, few at the limit."""
     rng = np.random.default_rng(seed)
-    prompt_lengths = np.clip(rng.lognormal(np.log(70), 0.4, P), 20, 255).astype(int)
+    median, spread = prompts
+    S = 4 * median
+    prompt_lengths = np.clip(rng.lognormal(np.log(median), spread, P), 20, S - 1).astype(int)
     lengths = np.clip(rng.lognormal(np.log(mean), 0.5, (P, G)), 8, T).astype(int)
-    mask = np.zeros((P, G, 256 + T), np.int32)
+    mask = np.zeros((P, G, S + T), np.int32)
     for p in range(P):
-        mask[p, :, 256 - prompt_lengths[p] : 256] = 1
+        mask[p, :, S - prompt_lengths[p] : S] = 1
         for g in range(G):
-            mask[p, g, 256 : 256 + lengths[p, g]] = 1
-    floats = mask[:, :, 256:].astype(np.float32)
+            mask[p, g, S : S + lengths[p, g]] = 1
+    floats = mask[:, :, S:].astype(np.float32)
     return packing.Batch(np.ones_like(mask), mask, floats, floats)
 
 
@@ -142,6 +146,34 @@ def test_padding_stays_under_a_tenth_on_lengths_like_those_of_gsm8k(micro):
     assert min(batch.padding_frac for batch in batches) > 0.6
     fracs = [pack(batch, completions_per_micro=micro).padding_frac for batch in batches]
     assert np.mean(fracs) < 0.1
+
+
+@pytest.mark.parametrize("micro", [0, 16])
+def test_long_prompts_are_padded_by_less_than_a_sixth(micro):
+    fracs = []
+    for seed in range(4):
+        batch = ragged(P=16, T=64, mean=40.0, seed=seed, prompts=(550, 0.1))
+        fracs.append(pack(batch, completions_per_micro=micro).padding_frac)
+    assert np.mean(fracs) < 1 / 6
+
+
+def test_what_is_kept_for_the_gradient_does_not_grow_with_the_listed_tiles():
+    rng = np.random.default_rng(0)
+    B, N, H, K, D = 1, 1024, 4, 2, 8
+    n = N // packing.TILE
+    ones = jnp.ones((B, N), jnp.int32)
+    positions = jnp.arange(N, dtype=jnp.int32)[None]
+    lists = np.where(np.tri(n, dtype=bool), np.arange(n), -1)[None].astype(np.int32)
+    attend = stream_attention(Stream(positions, ones, ones, jnp.asarray(lists)), scale=1.0)
+    layer = LayerInfo(0, None, None)
+
+    def pullback(q, k, v):
+        return jax.vjp(lambda *x: attend(*x, layer, None)[0], q, k, v)[1]
+
+    q, k, v = (jnp.asarray(rng.normal(size=(B, N, h, D)), jnp.float32) for h in (H, K, K))
+    kept = jax.tree.leaves(jax.eval_shape(pullback, q, k, v))
+    floats = [x for x in kept if x.dtype == jnp.float32]
+    assert sum(x.size for x in floats) <= q.size + k.size + v.size + q.size + B * N * H
 
 
 def test_balanced_shards_hold_equally_many_prompts_and_nearly_as_many_tokens():
