@@ -5,7 +5,5 @@ STOPPED = 3  # the training was stopped by its settings: updates that are not so
 DISK_ERROR = 4  # no checkpoint could be written
 HOST_LOST = 5  # of several; 134, from JAX, where that is found out while nothing is exchanged
 DOES_NOT_FIT = 6  # a dry run found that the devices are too small
-INTERRUPTED = (
-    75  # by SIGTERM, Ctrl-C or a preemption notice; the same command goes on (EX_TEMPFAIL)
-)
+INTERRUPTED = 75  # by a signal or a preemption notice; the same command goes on (EX_TEMPFAIL)
 SECOND_INTERRUPT = 130  # a second Ctrl-C

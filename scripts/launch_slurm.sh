@@ -28,12 +28,14 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 # A node that fails takes the step down (--kill-on-bad-exit); the job starts it again, and it goes
-# on from the last checkpoint. Codes 2, 3 and 4 are mistakes that another attempt would repeat.
+# on from the last checkpoint. Codes 2, 3 and 4 are mistakes that another attempt would repeat. Code
+# 75 is the time limit or a preemption, for which there is no time left here: the job is queued again.
 for attempt in 1 2 3 4 5; do
     code=0
     srun --kill-on-bad-exit=1 python -m adpo_jax.main --distributed "$@" || code=$?
     case $code in
         0 | 2 | 3 | 4) exit "$code" ;;
+        75) scontrol requeue "$SLURM_JOB_ID"; exit ;;
     esac
     echo "attempt $attempt ended with code $code"
     sleep 20

@@ -42,26 +42,31 @@ create() {
 install() {
     local archive
     archive="$(mktemp --suffix=.tar.gz)"
-    git archive --format=tar.gz --output="$archive" HEAD
+    # What git ignores stays here; what is not committed yet goes along.
+    git ls-files -z --cached --others --exclude-standard --deduplicate |
+        tar --null --ignore-failed-read -czf "$archive" -T -
     "${TPU[@]}" scp "$archive" "$TPU_NAME":adpo_jax.tar.gz "${WHERE[@]}" --worker=all
     rm -f "$archive"
+    # The image's own Python may be older than 3.11; uv brings one.
     on_every_host "set -e; rm -rf adpo_jax; mkdir adpo_jax; tar xzf adpo_jax.tar.gz -C adpo_jax
-        python3 -m venv venv
-        venv/bin/pip install -q -e 'adpo_jax[tpu,hub]'"
+        python3 -m pip install -q --user uv
+        [ -e venv ] || python3 -m uv venv -q --python 3.12 venv
+        python3 -m uv pip install -q --python venv/bin/python -e 'adpo_jax[tpu,hub]'"
 }
 
 train() {
-    local arguments
-    printf -v arguments '%q ' "$@"
+    local arguments loop
+    printf -v arguments ' %q' "$@"
     # The hosts find each other through the TPU's metadata. A host that is lost stops the others;
     # the loop on each host starts the command again, and it goes on from the last checkpoint.
-    on_every_host "cd adpo_jax && nohup bash -c '
-        for attempt in 1 2 3 4 5; do
-            ../venv/bin/python -m adpo_jax.main --distributed $arguments
+    # Codes 2 to 4 are what another attempt would only repeat (docs/reliability.md).
+    loop="for attempt in 1 2 3 4 5; do
+            ../venv/bin/python -m adpo_jax.main --distributed$arguments
             code=\$?
-            case \$code in 0 | 2 | 3 | 4) exit \$code ;; esac
+            case \$code in 0 | [2-4]) exit \$code ;; esac
             echo \"attempt \$attempt ended with code \$code\"; sleep 20
-        done' > ../train.log 2>&1 < /dev/null &"
+        done"
+    on_every_host "cd adpo_jax && nohup bash -c $(printf %q "$loop") >> ../train.log 2>&1 < /dev/null &"
 }
 
 logs() {
