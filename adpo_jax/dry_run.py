@@ -64,13 +64,19 @@ class Step:
         return self.calls * max(self.flops / chip.flops, self.moved / chip.bandwidth)
 
 
+# The program that a part of the state comes back from the host's memory for.
+_PROGRAM_OF = {"optimizer": "update", "anchor": "anchor"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What one device of a run holds and does; bytes of one device.
 
     Attributes:
-      resident: what lies there all the time: parameters, optimizer, anchor.
+      resident: the state: parameters, optimizer, anchor.
       rollout: what lies there besides while sampling: the parameters' copy, the cache.
+      on_host: parts of the state that are on the device only while their program runs.
+      keeps_cache: the cache stays there during the update.
       failed: programs that do not fit, with the compiler's words.
     """
 
@@ -80,6 +86,8 @@ class Report:
     memory: int | None
     resident: dict[str, int]
     rollout: dict[str, int]
+    on_host: frozenset[str]
+    keeps_cache: bool
     steps: list[Step]
     failed: dict[str, str]
     cures: list[str]
@@ -87,13 +95,15 @@ class Report:
     @property
     def peaks(self) -> dict[str, int]:
         """Bytes in use at the peak of each program."""
-        base = sum(self.resident.values())
-        return {
-            s.name: base
-            + s.temporary
-            + (sum(self.rollout.values()) if s.name in ("prefill", "decode") else 0)
-            for s in self.steps
-        }
+        return {s.name: self._there(s.name) + s.temporary for s in self.steps}
+
+    def _there(self, program: str) -> int:
+        """Bytes that lie there while a program runs, besides what it makes itself."""
+        away = {part for part in self.on_host if _PROGRAM_OF[part] != program}
+        state = sum(size for part, size in self.resident.items() if part not in away)
+        if program in ("prefill", "decode"):
+            return state + sum(self.rollout.values())
+        return state + (self.rollout["cache"] if self.keeps_cache else 0)
 
     @property
     def peak(self) -> int:
@@ -139,7 +149,12 @@ class Report:
             yield "No collectives."
 
     def _memory_rows(self) -> list[list[str]]:
-        rows = [[name, readable(size)] for name, size in self.resident.items()]
+        rows = [
+            [f"{name} (on the host but for the {_PROGRAM_OF[name]})", readable(size)]
+            if name in self.on_host
+            else [name, readable(size)]
+            for name, size in self.resident.items()
+        ]
         rows += [
             [f"{name} (while sampling)", readable(size)] for name, size in self.rollout.items()
         ]
@@ -253,6 +268,8 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
         memory=_memory(devices[0], chip),
         resident=learner.state_bytes(),
         rollout={"parameters to sample with": copy, "cache": engine.plan.device_bytes},
+        on_host=learner.parts_on_host,
+        keeps_cache=not engine.free_cache_engine,
         steps=steps,
         failed=failed,
         cures=[],
@@ -368,14 +385,17 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
         half = "about half of the activations"
         if temporary is not None:
             half = f"about {readable(temporary // 2)}"
-        per_device = config.trainer.per_device_train_batch_size
-        micro = per_device or config.data.train_batch_size * config.algorithm.num_generations // (
-            mesh.shape["data"] * mesh.shape["fsdp"]
-        )
-        if micro > 1:
-            yield f"trainer.per_device_train_batch_size={micro // 2} frees {half} of an update"
+        if smaller := _smaller_micro(config, mesh):
+            yield f"trainer.per_device_train_batch_size={smaller} frees {half} of an update"
         if config.trainer.gradient_checkpointing != "full":
             yield "trainer.gradient_checkpointing=full keeps one layer's activations at a time"
+        if not engine.free_cache_engine:
+            yield f"rollout.free_cache_engine=True frees {readable(cache)} during the update"
+    waits = {"optimizer": "actor_rollout_ref.actor.optimizer_offload", "anchor": "anchor.offload"}
+    for part, setting in waits.items():
+        size = report.resident[part]
+        if size and part not in report.on_host and _PROGRAM_OF[part] not in names:
+            yield f"{setting}=True frees {readable(size)} but for the {_PROGRAM_OF[part]}"
     if report.resident["anchor"]:
         yield f"anchor.mode=on_policy frees {readable(report.resident['anchor'])}"
     if mesh.shape["data"] > 1:
@@ -386,6 +406,22 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
         )
     state = sum(report.resident.values())
     yield f"twice the devices on mesh.fsdp frees {readable(state // 2)} of the state"
+
+
+def _smaller_micro(config, mesh) -> int:
+    """Completions a device of the next smaller micro-batch that works; 0 where there is none."""
+    num_shards, G = mesh.shape["data"] * mesh.shape["fsdp"], config.algorithm.num_generations
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    now = config.trainer.per_device_train_batch_size or mini * G // num_shards
+    smaller = config.copy_and_resolve_references()
+    for size in range(now // 2, 0, -1):
+        smaller.trainer.per_device_train_batch_size = size
+        try:
+            batch_plan(smaller, num_shards=num_shards)
+        except ValueError:
+            continue
+        return size
+    return 0
 
 
 def _num_processes(mesh) -> int:

@@ -1,6 +1,7 @@
 """Dry runs: what is read from compiled programs, and an iteration compiled for a TPU slice."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,13 @@ def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
     assert report.rollout["cache"] > 0
     steps = {step.name: step for step in report.steps}
     assert steps["decode"].calls == 28
-    assert report.peaks["decode"] > report.peaks["decode"] - steps["decode"].temporary > parameters
+    state = sum(report.resident.values())
+    sampling = state + sum(report.rollout.values())
+    assert report.peaks == {
+        name: (sampling if name in ("prefill", "decode") else state) + step.temporary
+        for name, step in steps.items()
+    }
+    assert min(step.temporary for step in report.steps) > 0
     assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
     text = "\n".join(report.lines())
     for part in ("| optimizer |", "| update |", "all-gather", "8 x cpu", "FLOPs balance"):
@@ -105,15 +112,53 @@ def test_what_does_not_fit_says_which_setting_frees_how_much():
     report = dry_run.dry_run(config)
     small = dataclasses.replace(report, memory=report.peak // 2)
     mesh = sharding.make_mesh(2, 4, 1)
-    engine = type("Engine", (), {"policy": type("P", (), {"mesh": mesh}), "shards": 2})
-    engine.num_slots = 8
+    engine = types.SimpleNamespace(
+        policy=types.SimpleNamespace(mesh=mesh), shards=2, num_slots=8, free_cache_engine=True
+    )
     cures = "\n".join(dry_run._cures(config, small, mesh, engine))
     assert not small.fits
     assert "trainer.per_device_train_batch_size=1 frees about" in cures
     assert "gradient_checkpointing=full" in cures
     assert f"anchor.mode=on_policy frees {dry_run.readable(report.resident['anchor'])}" in cures
     assert "mesh.data=1" in cures
+    optimizer = dry_run.readable(report.resident["optimizer"])
+    assert f"optimizer_offload=True frees {optimizer} but for the update" not in cures
+    rollout_alone = dataclasses.replace(small, steps=small.steps[:2])
+    cures = "\n".join(dry_run._cures(config, rollout_alone, mesh, engine))
+    assert f"optimizer_offload=True frees {optimizer} but for the update" in cures
     assert "Does not fit: 2" in "\n".join(small.lines())
+
+
+def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are():
+    report = dry_run.dry_run(parse(*TINY, "--config.anchor.mode=fixed"))
+    moved = dataclasses.replace(
+        report, on_host=frozenset({"optimizer", "anchor"}), keeps_cache=True
+    )
+    less = {name: report.peaks[name] - moved.peaks[name] for name in report.peaks}
+    optimizer, anchor = report.resident["optimizer"], report.resident["anchor"]
+    cache = report.rollout["cache"]
+    assert less == {
+        "prefill": optimizer + anchor,
+        "decode": optimizer + anchor,
+        "anchor": optimizer - cache,
+        "update": anchor - cache,
+    }
+    assert "optimizer (on the host but for the update)" in "\n".join(moved.lines())
+
+
+def test_a_smaller_micro_batch_is_one_that_works():
+    packed = parse(*TINY, "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4")
+    mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    G = packed.algorithm.num_generations
+    assert dry_run._smaller_micro(packed, mesh) == 4 * G // 2 // 2
+    rows = parse(
+        *TINY,
+        "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "--config.actor_rollout_ref.actor.layout=rows",
+    )
+    assert dry_run._smaller_micro(rows, mesh) == G
+    rows.trainer.per_device_train_batch_size = G
+    assert dry_run._smaller_micro(rows, mesh) == 0
 
 
 def test_a_topology_without_libtpu_or_of_no_known_name_is_refused(monkeypatch):
