@@ -231,12 +231,13 @@ def validate(config: ConfigDict) -> None:
 def _refuse_what_has_no_effect(config: ConfigDict) -> None:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     one_step = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
-    if algorithm.beta_anchor_kl and one_step and config.anchor.mode == "on_policy":
-        raise ValueError(
-            f"algorithm.beta_anchor_kl={algorithm.beta_anchor_kl} has no effect on one optimizer "
-            "step an iteration under the on-policy anchor, where the KL and its gradient are 0; "
-            "set anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
-        )
+    for key in ("algorithm.beta_anchor_kl", "trainer.max_anchor_kl"):
+        if _value(config, key) and one_step and config.anchor.mode == "on_policy":
+            raise ValueError(
+                f"{key}={_value(config, key)} has no effect on one optimizer step an iteration "
+                "under the on-policy anchor, where the KL and its gradient are 0; set "
+                "anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
+            )
     default = default_config()
     for needing, need, is_met in _NEEDS:
         changed = [key for key in needing if _value(config, key) != _value(default, key)]

@@ -397,7 +397,7 @@ WALK = {
         settings(setup.make_guard),
         "--config.trainer.on_bad_update=skip",
     ),
-    "trainer.max_anchor_kl": ("0.5", learner),
+    "trainer.max_anchor_kl": ("0.5", learner, "--config.anchor.mode=fixed"),
     "trainer.rollout_data_dir": ("collected", road, *SHORT),
     "trainer.compilation_cache_dir": ("", cache),
     "trainer.test_freq": ("2", road, *SHORT),
