@@ -6,6 +6,7 @@ the policy of that very step. Everything else costs one.
 Letters: P prompts, G completions of a prompt, T completion tokens.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -21,6 +22,7 @@ from adpo_jax import distributed, lora, losses, offload, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.flops import traced_flops
+from adpo_jax.optimizer import steps_taken
 from adpo_jax.packing import Batch, PackedBatch, balanced, pack
 from adpo_jax.policy import Policy
 from adpo_jax.sharding import BatchSharding, device_bytes
@@ -71,6 +73,18 @@ class Learner:
         )
 
     @functools.cached_property
+    def _plain_update(self) -> Callable:
+        """The update that recomputes nothing, to count what the model itself asks for."""
+        policy = dataclasses.replace(self.policy, gradient_checkpointing="none")
+        return dataclasses.replace(self, policy=policy)._update
+
+    def _arithmetic(self, state: TrainState, part, turns: int) -> collections.Counter:
+        """Floating-point operations of an update: of the model, and with what is recomputed."""
+        model = traced_flops(self._plain_update.trace(state, *part), turns)
+        all_of_it = traced_flops(self._update.trace(state, *part), turns)
+        return collections.Counter(mfu=model, hfu=all_of_it)
+
+    @functools.cached_property
     def _log_probs(self) -> Callable:
         num_micro = self.plan.num_prompts // self.plan.micro_prompts
         return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
@@ -88,12 +102,14 @@ class Learner:
           whole_groups: where a micro-batch has the room, keep the groups whole.
         """
         plan, G = self.plan, batch.tokens_PGS.shape[1]
+        num_shards = BatchSharding(self.policy.mesh).num_shards
         if plan.layout == "rows":
             return batch
         return pack(
             batch,
-            completions_per_micro=plan.micro_completions,
-            num_shards=BatchSharding(self.policy.mesh).num_shards,
+            # The anchor's forward over all mini-batches takes no more memory than an update.
+            completions_per_micro=plan.micro_completions or plan.mini_prompts // num_shards * G,
+            num_shards=num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
         )
 
@@ -119,9 +135,9 @@ class Learner:
         """The state before the first iteration; it takes `params` over."""
         anchor_params = self.anchor.init(lora.split(params)[0])
         state = update.init_state(self.policy, params, self.optimizer, anchor_params)
-        return self._put_away(state)
+        return self.put_away(state)
 
-    def _put_away(self, state: TrainState) -> TrainState:
+    def put_away(self, state: TrainState) -> TrainState:
         """The state with what is not needed before the next update in the host's memory."""
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_host(state.opt_state))
@@ -144,11 +160,15 @@ class Learner:
             "anchor": device_bytes(state.anchor_params),
         }
 
-    def resident_bytes(self) -> int:
-        """Those that stay on the device between updates."""
-        parts = self.state_bytes()
+    @property
+    def parts_on_host(self) -> frozenset[str]:
+        """The parts of the state that wait in the host's memory until they are needed."""
         away = {"optimizer": self.offload_optimizer, "anchor": self.anchor.offload}
-        return sum(size for part, size in parts.items() if not away.get(part))
+        return frozenset(part for part, is_away in away.items() if is_away)
+
+    def resident_bytes(self) -> int:
+        """Bytes of one device of the state while completions are sampled."""
+        return sum(n for part, n in self.state_bytes().items() if part not in self.parts_on_host)
 
     def learn(
         self, state: TrainState, batch: Batch, rewards_PG: np.ndarray
@@ -173,7 +193,7 @@ class Learner:
 
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_device(state.opt_state))
-        history, flops = [], 0.0
+        history, arithmetic = [], collections.Counter()
         whole = (batch, scores, anchor_log_probs)
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(_rows(batch, rows))]
@@ -181,7 +201,7 @@ class Learner:
             mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
             part = self.put((mini, *others))
             if self._peak_flops:
-                flops += traced_flops(self._update.trace(state, *part), _turns(mini))
+                arithmetic += self._arithmetic(state, part, _turns(mini))
             with jax.profiler.TraceAnnotation("update"):
                 state, metrics = self._update(state, *part)
                 metrics = jax.device_get(metrics)
@@ -190,9 +210,9 @@ class Learner:
         metrics = _iteration_metrics(history, self.plan.epochs)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
-        if self._peak_flops:
-            metrics["update/mfu"] = flops / seconds / self._peak_flops
-        metrics["update/lr"] = float(self.schedule((step + 1) * len(history) - 1))
+        for name, flops in arithmetic.items():
+            metrics[f"update/{name}"] = flops / seconds / self._peak_flops
+        metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = self.anchor.refresh(
             offload.to_device(state.anchor_params) if self.anchor.offload else state.anchor_params,
@@ -201,7 +221,7 @@ class Learner:
         )
         metrics["anchor/renewed"] = float(renewed)
         state = state.replace(step=state.step + 1, anchor_params=anchor_params)
-        return self._put_away(state), metrics
+        return self.put_away(state), metrics
 
     def log_probs(self, params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probs and entropies [P, G, T] float32 of a batch's completions, on the host."""

@@ -83,3 +83,9 @@ def make_optimizer(
     )
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
     return optax.chain(clip, adamw)
+
+
+def steps_taken(opt_state) -> int:
+    """Optimizer steps in this state, without those that were skipped; 0 where none are counted."""
+    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return max((int(count) for _, count in counts), default=0)

@@ -207,7 +207,7 @@ def _start(
         state = restored.state.joined(params)
         print(f"going on after {where} {int(state.step)}", flush=True)
         if restored.step >= 0:
-            return state, restored.metrics
+            return run.parts.learner.put_away(state), restored.metrics
     elif cold_start:
         state = cold_start.init_state(params)
     if cold_start:

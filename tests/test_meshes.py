@@ -91,17 +91,38 @@ def test_parameters_gradients_optimizer_anchor_cache_and_batches_are_split():
     assert split_axes(tokens) == {"data", "fsdp"}
     assert tokens.addressable_shards[0].data.shape[0] == 2
 
-    gradient = jax.jit(policy.constrained)(jax.device_get(params))
     moments = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s))
-    for tree in (params, gradient, moments.mu, moments.nu, state.anchor_params):
+    for tree in (params, moments.mu, moments.nu, state.anchor_params):
         for x in (tree["embed"], tree["layers"]["q"], tree["layers"]["o"], tree["layers"]["down"]):
             assert split_axes(x) == {"fsdp", "tensor"}
             assert x.addressable_shards[0].data.size == x.size // 8
+
+    # Of an update on this mesh, no array is a whole gradient.
+    (update, _) = learner.trace(batch)["update"]
+    compiled = update.lower().compile().as_text()
+    for x in (params["embed"], params["layers"]["q"], params["layers"]["down"]):
+        assert f"f32[{','.join(map(str, x.addressable_shards[0].data.shape))}]" in compiled
+        assert f"f32[{','.join(map(str, x.shape))}]" not in compiled
 
     engine.generate(state.params, PROMPTS, SamplingParams(n=1, max_tokens=6), jax.random.key(0))
     for layer in (*engine._kept.own, *engine._kept.prefix.kv):
         for x in (layer.k, layer.v):
             assert x.addressable_shards[0].data.size == x.size // 8
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_gradient_of_a_frequent_token_is_summed_in_the_dtype_of_the_table(sizes):
+    mesh = sharding.make_mesh(*sizes)
+    embed = jnp.zeros((32, 16), jnp.float32)
+    tokens, config = np.zeros((8, 512), np.int32), tiny.policy_and_params()[0].config
+
+    def value(embed):
+        x = embed_tokens(config, embed, tokens, jnp.bfloat16, mesh)
+        return jnp.sum(x.astype(jnp.float32)) * 0.01
+
+    layout = sharding.named_sharding(mesh, ("vocab", "embed"), embed.shape)
+    gradient = jax.jit(jax.grad(value))(jax.device_put(embed, layout))
+    np.testing.assert_allclose(gradient[0], 4096 * float(jnp.bfloat16(0.01)), rtol=1e-3)
 
 
 def _is_adam(x):

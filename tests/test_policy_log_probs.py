@@ -1,5 +1,6 @@
 """The chunked head: log-probs and entropies without [B, T, V] logits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -122,3 +123,28 @@ def test_no_array_holds_all_logits():
     assert f"tensor<{4 * B}x{V}xf32>" in text
     assert f"{T}x{V}xf32>" not in text
     assert f"tensor<{B * 12}x{V}xf32>" not in text
+
+
+def test_loss_and_gradient_take_an_eighth_of_the_memory_of_all_logits():
+    N, V, D = 4096, 4096, 128
+    config = dataclasses.replace(
+        model("qwen2")[0].config, vocab_size=V, hidden_size=D, tie_embeddings=True
+    )
+    head = {"embed": jax.ShapeDtypeStruct((V, D), jnp.float32)}
+    hidden = jax.ShapeDtypeStruct((1, N, D), jnp.float32)
+    targets = jnp.zeros((1, N), jnp.int32)
+    weights = jnp.ones((1, N), jnp.float32)
+
+    def in_chunks(head, hidden):
+        return weighted_log_probs(
+            config, head, hidden, targets, weights, tokens_per_chunk=128, with_entropy=False
+        )[0]
+
+    def all_at_once(head, hidden):
+        return jnp.sum(weights * plain(config, head, hidden, targets, temperature=1.0)[0])
+
+    def peak(loss):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        return gradient.lower(head, hidden).compile().memory_analysis().temp_size_in_bytes
+
+    assert peak(in_chunks) <= peak(all_at_once) / 8

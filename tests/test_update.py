@@ -233,6 +233,46 @@ def test_a_step_that_is_not_sound_leaves_the_state_as_it_was():
     assert int(state.step) == 2
 
 
+def test_the_learning_rate_told_is_that_of_the_last_step_taken():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    adamw = optimizer.make_optimizer(schedule, weight_decay=0.0, grad_clip=1.0)
+    learner = dataclasses.replace(make_learner(policy), optimizer=adamw, schedule=schedule)
+    state, rates = learner.init_state(params), []
+    for given in (rewards, np.full_like(rewards, np.nan), rewards):
+        state, metrics = learner.learn(state, batch, given)
+        rates.append(metrics["update/lr"])
+    assert rates == pytest.approx([1.0, 1.0, 0.9])
+
+
+def test_arithmetic_of_the_model_leaves_out_what_is_recomputed():
+    batch, rewards = tiny.batch()
+    found = {}
+    for remat in ("none", "full"):
+        policy, params = tiny.policy_and_params(gradient_checkpointing=remat)
+        learner = make_learner(policy)
+        scores = learner.algorithm.score(jnp.asarray(rewards))
+        part = (learner.laid_out(batch), scores, None)
+        found[remat] = learner._arithmetic(learner.init_state(params), part, 1)
+    assert found["none"]["mfu"] == found["none"]["hfu"] == found["full"]["mfu"]
+    assert found["full"]["hfu"] > 1.1 * found["full"]["mfu"]
+
+
+def test_the_anchor_forward_runs_in_micro_batches_of_the_update():
+    policy, _ = tiny.policy_and_params()
+    batch, _ = tiny.batch()
+    plan = BatchPlan(num_prompts=8, mini_prompts=2, micro_prompts=2, epochs=1)
+    learner = dataclasses.replace(make_learner(policy), plan=plan)
+    anchor, update = learner.laid_out(batch), learner.laid_out(batch_rows(batch, 2))
+    assert anchor.micro.tokens.shape[-1] <= 1.5 * update.micro.tokens.shape[-1]
+    assert anchor.num_micro_B[0] > 1
+
+
+def batch_rows(batch, count):
+    return type(batch)(*(x[:count] for x in batch))
+
+
 def test_a_step_beyond_the_largest_anchor_kl_is_skipped():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
