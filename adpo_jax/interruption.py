@@ -23,8 +23,8 @@ from adpo_jax.exit_codes import INTERRUPTED, SECOND_INTERRUPT
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop."""
+class Interrupted(BaseException):
+    """The run was asked to stop; no error, so that no `except Exception` takes it for one."""
 
 
 class Interruption:
@@ -65,16 +65,25 @@ class Interruption:
     def abandonable(self) -> Iterator[None]:
         """A stage that may be given up anywhere; a signal raises `Interrupted` in it.
 
+        Code of the user within may catch that: what such a stage gave is not to be used, so it is
+        raised again at the end, and in the place of an error that came of it.
+
         One of several processes may not leave the others in the middle of a collective: there, a
         stage is never given up.
         """
-        self._may_raise = jax.process_count() == 1
+        allowed = self._may_raise = jax.process_count() == 1
         try:
-            if self._may_raise and self.requested:
+            if allowed and self.requested:
                 raise Interrupted(self._name)
             yield
+        except Exception as error:
+            if allowed and self.requested:
+                raise Interrupted(self._name) from error
+            raise
         finally:
             self._may_raise = False
+        if allowed and self.requested:
+            raise Interrupted(self._name)
 
     def __enter__(self):
         # Python runs a handler when the main thread is back from the compiler or the device. The

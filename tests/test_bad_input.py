@@ -640,6 +640,23 @@ def test_a_reward_function_that_fails_in_the_middle(case, monkeypatch, capsys):
     assert outcome([*argv, "--workdir=run"], monkeypatch, capsys) == (0, "")
 
 
+def test_a_signal_while_rewards_are_given_saves_the_run_and_is_no_mistake(monkeypatch, capsys):
+    argv = with_reward(
+        "import os, signal, time\n"
+        "def f(completions, **columns):\n"
+        "    if not os.path.exists('asked'):\n"
+        "        open('asked', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(5)\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    code, err = outcome([*argv, "--workdir=run"], monkeypatch, capsys)
+    assert code == 75, err
+    assert Path("run/checkpoints/0").is_dir()
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    assert outcome([*argv, "--workdir=run"], monkeypatch, capsys) == (0, "")
+
+
 def test_a_reward_function_that_hangs(monkeypatch, capsys):
     text = "import time\ndef f(completions, **columns):\n    time.sleep(1e6)\n"
     argv = with_reward(text, "num_workers=1", "timeout_s=0.3", "on_timeout=stop")

@@ -12,6 +12,7 @@ import pytest
 from adpo_jax import interruption as interruption_lib
 from adpo_jax.exit_codes import INTERRUPTED, SECOND_INTERRUPT
 from adpo_jax.interruption import Interrupted, Interruption
+from adpo_jax.rewards import RewardFunction, RewardModel
 
 BUSY = """
 import sys, time
@@ -73,6 +74,52 @@ def test_a_stage_that_may_be_abandoned_is_left_and_any_other_finished():
         with pytest.raises(Interrupted), interruption.abandonable():
             done.append("never")
     assert done == ["finished"]
+
+
+CATCHING = {
+    "nothing": "",
+    "errors": "except Exception: pass",
+    "everything": "except BaseException: pass",
+    "everything, for an error": "except BaseException: raise RuntimeError('lost') from None",
+}
+
+
+@pytest.mark.parametrize("caught", CATCHING)
+def test_a_reward_function_cannot_swallow_a_signal(tmp_path, caught):
+    """Its rewards would be other ones than without the signal, or the signal would be a fault."""
+    path = tmp_path / "reward.py"
+    path.write_text(
+        "import os, signal, time\n"
+        "def f(completions, **columns):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.2)\n"
+        f"    {CATCHING[caught] or 'finally: pass'}\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    with (
+        RewardModel([RewardFunction(path=str(path), name="f")]) as model,
+        Interruption(grace_s=60.0) as interruption,
+        pytest.raises(Interrupted, match="SIGTERM"),
+        interruption.abandonable(),
+    ):
+        model.score(["a", "b"], {"solution": ["a", "b"]})
+
+
+def test_a_signal_while_a_reward_file_is_imported_is_no_fault_of_the_file(tmp_path):
+    path = tmp_path / "reward.py"
+    path.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(5)")
+    with (
+        Interruption(grace_s=60.0) as interruption,
+        pytest.raises(Interrupted, match="SIGTERM"),
+        interruption.abandonable(),
+    ):
+        RewardModel([RewardFunction(path=str(path), name="f")])
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    with pytest.raises(KeyError), Interruption().abandonable():
+        raise KeyError("lost")
 
 
 def test_the_handlers_from_before_come_back():

@@ -205,8 +205,10 @@ def _import(path: Path, name: str) -> ModuleType:
         sys.path.append(str(path.parent))  # so that the file may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[module_name]
+        if not isinstance(error, Exception | SystemExit):
+            raise
         raise ValueError(
             f"reward function {name}: importing {path} failed: {type(error).__name__}: {error}"
         ) from error
