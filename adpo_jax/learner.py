@@ -22,6 +22,7 @@ from adpo_jax import distributed, lora, losses, offload, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.flops import traced_flops
+from adpo_jax.guard import SKIPPED
 from adpo_jax.optimizer import steps_taken
 from adpo_jax.packing import Batch, PackedBatch, balanced, pack
 from adpo_jax.policy import Policy
@@ -182,7 +183,8 @@ class Learner:
 
         Returns:
           The new state, one iteration on, and the iteration's metrics; "update/skipped" is the
-          share of its optimizer steps that were not sound and left the parameters as they were.
+          share of its optimizer steps that were not sound and left the parameters as they were. At
+          1, the anchor is what it was too.
         """
         step, started = int(state.step), time.perf_counter()
         with jax.profiler.TraceAnnotation("anchor"):
@@ -214,11 +216,13 @@ class Learner:
             metrics[f"update/{name}"] = flops / seconds / self._peak_flops
         metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
-        anchor_params, renewed = self.anchor.refresh(
-            offload.to_device(state.anchor_params) if self.anchor.offload else state.anchor_params,
-            state.trained,
-            measured_kl=self._measured_kl(history),
-        )
+        anchor_params, renewed = state.anchor_params, False
+        if metrics[SKIPPED] < 1.0:  # or nothing has moved, and neither does the anchor
+            if self.anchor.offload:
+                anchor_params = offload.to_device(anchor_params)
+            anchor_params, renewed = self.anchor.refresh(
+                anchor_params, state.trained, measured_kl=self._measured_kl(history)
+            )
         metrics["anchor/renewed"] = float(renewed)
         state = state.replace(step=state.step + 1, anchor_params=anchor_params)
         return self.put_away(state), metrics

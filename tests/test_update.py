@@ -219,18 +219,19 @@ def test_a_kept_anchor_survives_the_donation_of_the_state(mode):
 def test_a_step_that_is_not_sound_leaves_the_state_as_it_was():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
-    learner = make_learner(policy, lr=0.5)
-    before = jax.device_get(params)
-    state = learner.init_state(params)
-    opt_before = jax.device_get(state.opt_state)
+    learner = make_learner(policy, anchor=Anchor("ema", ema_alpha=0.5), lr=0.5)
+    state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    assert metrics["anchor/renewed"] == 1.0
+    before = jax.device_get(state)  # policy and anchor are apart: a moving average would move
     state, metrics = learner.learn(state, batch, np.where(rewards > 1.0, np.inf, rewards))
     assert metrics["update/skipped"] == 1.0
     assert not np.isfinite(metrics["update/grad_norm"])
-    jax.tree.map(np.testing.assert_array_equal, state.params, before)
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, opt_before)
+    assert metrics["anchor/renewed"] == 0.0
+    for name in ("params", "opt_state", "anchor_params"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
     state, metrics = learner.learn(state, batch, rewards)
     assert metrics["update/skipped"] == 0.0
-    assert int(state.step) == 2
+    assert int(state.step) == 3
 
 
 def test_the_learning_rate_told_is_that_of_the_last_step_taken():
