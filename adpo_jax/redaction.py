@@ -5,31 +5,61 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
-# The last word of a key: "api_key", "openai_api_key", "hf_token"; not "max_tokens" or "eos_token".
-_SECRET_KEY = re.compile(
-    r"(^|_)(api_?key|access_?key|secret(_?key)?|private_?key|password|passwd|credentials?"
-    r"|(hf|hub|wandb|auth|access|api|bearer)_?token)$|^(token|key)$",
-    re.IGNORECASE,
+# By the last word of a name: "key", "openai_key", "X-Api-Key", "judgeToken"; not "max_tokens" or
+# "eos_token_id".
+_WORDS = (
+    "key|keys|apikey|token|secrets?|passwords?|passwd|passphrase|credentials?|authorization|cookie"
 )
-# Hugging Face, OpenAI, GitHub, AWS and Google keys; W&B's are 40 hexadecimal digits.
+_SECRET_NAME = re.compile(
+    rf"(?i:(?:^|[_\-. ])(?:{_WORDS})$)|(?<=[a-z])(?:Key|Token|Secret|Password|Authorization)$"
+)
+# The names of the config itself that end so: columns of the data.
+NO_SECRETS = ("prompt_key", "answer_key", "completion_key", "category_key")
+# "</s>", "[MASK]" or "####": a token of a tokenizer.
+_SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]|\W*", re.DOTALL)
+# Hugging Face, OpenAI, GitHub, AWS and Google keys. W&B's are 40 hexadecimal digits and nothing
+# else; as a part of more they are a commit in the path of a snapshot.
 _SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
-    r"|AIza[A-Za-z0-9_-]{30,}|(?<![A-Za-z0-9])[0-9a-f]{40}(?![A-Za-z0-9])"
+    r"|AIza[A-Za-z0-9_-]{30,}|(?<=\bBearer )\S+|\A[0-9a-f]{40}\Z"
     r"|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"
 )
 
 
-def redacted(value: Any, key: str = "") -> Any:
+def redacted(value: Any, name: str = "") -> Any:
     """A copy of a config in which everything that looks like a secret is replaced.
 
     Args:
       value: dicts, lists and plain values.
-      key: the name that `value` stands under.
+      name: what `value` stands under; all text below the name of a secret is one.
     """
+    return _redacted(value, _is_secret(name))
+
+
+def is_redaction_of(old: Any, new: Any) -> bool:
+    """Whether `old` was written where `new` stood, with the commit in a path left out.
+
+    Configs of earlier runs lack it, since 40 hexadecimal digits were left out anywhere.
+    """
+    if not isinstance(old, str) or not isinstance(new, str) or REDACTED not in old:
+        return False
+    parts = map(re.escape, old.split(REDACTED))
+    return re.fullmatch("[0-9a-f]{40}".join(parts), new) is not None
+
+
+def _redacted(value: Any, secret: bool) -> Any:
     if isinstance(value, dict):
-        return {name: redacted(item, str(name)) for name, item in value.items()}
+        return {
+            name: _redacted(item, secret or _is_secret(str(name))) for name, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [redacted(item, key) for item in value]
+        return [_redacted(item, secret) for item in value]
     if not isinstance(value, str) or not value:
         return value
-    return REDACTED if _SECRET_KEY.search(key) else _SECRET_VALUE.sub(REDACTED, value)
+    if secret and not _SPECIAL_TOKEN.fullmatch(value):
+        return REDACTED
+    return _SECRET_VALUE.sub(REDACTED, value)
+
+
+def _is_secret(name: str) -> bool:
+    return name not in NO_SECRETS and _SECRET_NAME.search(name) is not None

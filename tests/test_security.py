@@ -17,12 +17,14 @@ from test_bad_input import (  # noqa: F401  (fixtures)
     workplace,
 )
 
+from adpo_jax.config import default_config
 from adpo_jax.policy import Policy
-from adpo_jax.redaction import REDACTED, redacted
+from adpo_jax.redaction import REDACTED, is_redaction_of, redacted
 
 PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 HF_TOKEN = "hf_" + "aB3" * 10
 WANDB_KEY = "0123456789abcdef" * 2 + "01234567"
+SNAPSHOT = f"~/.cache/huggingface/hub/models--me--big/snapshots/{WANDB_KEY}"
 
 
 @pytest.mark.parametrize(
@@ -39,10 +41,36 @@ WANDB_KEY = "0123456789abcdef" * 2 + "01234567"
         ({"max_tokens": 7, "eos_token": "</s>"}, {"max_tokens": 7, "eos_token": "</s>"}),
         ({"prompt_key": "question", "seed": 3}, {"prompt_key": "question", "seed": 3}),
         ({"api_key": ""}, {"api_key": ""}),
+        ({"openai_key": "x"}, {"openai_key": REDACTED}),
+        ({"judge_token": "x"}, {"judge_token": REDACTED}),
+        ({"judgeToken": "x", "x-api-key": "y"}, {"judgeToken": REDACTED, "x-api-key": REDACTED}),
+        ({"Authorization": "Bearer abc"}, {"Authorization": REDACTED}),
+        ({"headers": ["a: x", "Bearer abc"]}, {"headers": ["a: x", f"Bearer {REDACTED}"]}),
+        ({"credentials": {"user": "me", "n": 1}}, {"credentials": {"user": REDACTED, "n": 1}}),
+        ({"stop_token": "<|end|>", "token_id": 3}, {"stop_token": "<|end|>", "token_id": 3}),
+        ({"path": SNAPSHOT}, {"path": SNAPSHOT}),
     ],
 )  # fmt: skip
 def test_what_looks_like_a_secret_is_not_written(given, written):
     assert redacted(given) == written
+
+
+def test_no_key_of_the_config_itself_is_taken_for_a_secret():
+    def filled(config, name=""):
+        if isinstance(config, dict) and config:
+            return {key: filled(value, key) for key, value in config.items()}
+        return f"value of {name}"
+
+    config = filled(default_config().to_dict())
+    assert redacted(config) == config
+
+
+def test_a_path_whose_commit_an_earlier_version_left_out_is_the_same_path():
+    old = SNAPSHOT.replace(WANDB_KEY, REDACTED)
+    assert is_redaction_of(old, SNAPSHOT)
+    assert not is_redaction_of(old, SNAPSHOT.replace("big", "small"))
+    assert not is_redaction_of(old, SNAPSHOT[:-1])
+    assert not is_redaction_of(REDACTED, "something else")
 
 
 def test_secrets_reach_the_reward_function_and_no_file_or_line(monkeypatch, capsys):
