@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
     from adpo_jax.checkpoints import CheckpointError
     from adpo_jax.guard import TrainingStopped
     from adpo_jax.interruption import Interrupted
+    from adpo_jax.recording import ReplayError
     from adpo_jax.rewards import RewardError
 
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
         try:
             train.run(prepared, interruption)
-        except (RewardError, CheckpointError) as error:
+        except (RewardError, CheckpointError, ReplayError) as error:
             return _failed(error)
         except TrainingStopped as error:
             return _failed(error, STOPPED)

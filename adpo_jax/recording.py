@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from adpo_jax.engine import RolloutOutput
@@ -29,6 +30,12 @@ from adpo_jax.rewards import Scores
 from adpo_jax.rollout import GradedRollout, Prompts
 
 VERSION = 1
+
+
+class ReplayError(ValueError):
+    """A recording that is missing, damaged or of another run."""
+
+
 _REWARD = "reward/"
 
 
@@ -44,7 +51,8 @@ def write(folder: Path, step: int, prompts: Prompts, graded: GradedRollout) -> P
     that was taken back, is renamed, never overwritten.
     """
     buffer = pa.BufferOutputStream()
-    pa.parquet.write_table(_table(step, prompts, graded), buffer, compression="zstd")
+    table = _table(step, prompts, graded)
+    pa.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     content = buffer.getvalue().to_pybytes()
     path = path_of(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +71,20 @@ def read(folder: Path, step: int) -> tuple[Prompts, GradedRollout]:
     """The recording of iteration `step`, counted from 1.
 
     Raises:
-      ValueError: when there is none, or its file cannot be read.
+      ReplayError: when there is none, or its file is damaged.
     """
+    path = path_of(folder, step)
     started = time.perf_counter()
-    table, info = _read_table(path_of(folder, step))
+    table, info = _opened(path, pa.parquet.read_table), _info(path)
+    try:
+        prompts, out, scores = _parsed(table, info)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ReplayError(f"{path} is no readable recording: {error!r}") from error
+    seconds = (time.perf_counter() - started, 0.0)
+    return prompts, GradedRollout(out, table["completion"].to_pylist(), scores, seconds)
+
+
+def _parsed(table: pa.Table, info: dict) -> tuple[Prompts, RolloutOutput, Scores]:
     P, G, T = info["prompts"], info["samples"], info["max_tokens"]
     rows = table.to_pydict()
     lengths = np.array([len(ids) for ids in rows["token_ids"]], np.int32).reshape(P, G)
@@ -94,38 +112,50 @@ def read(folder: Path, step: int) -> tuple[Prompts, GradedRollout]:
         for name in table.column_names
         if name.startswith(_REWARD)
     }
-    scores = Scores(table["reward"].to_numpy(), components, info["counts"])
-    seconds = (time.perf_counter() - started, 0.0)
-    return prompts, GradedRollout(out, rows["completion"], scores, seconds)
+    return prompts, out, Scores(table["reward"].to_numpy(), components, info["counts"])
 
 
 def check(
-    folder: Path, steps: Iterable[int], *, num_prompts: int, num_samples: int, max_tokens: int
+    folder: Path,
+    steps: Iterable[int],
+    *,
+    num_prompts: int,
+    num_samples: int,
+    max_tokens: int,
+    max_prompt_length: int,
 ) -> None:
     """Checks that iterations `steps` are recorded, and fit the run that they are to be replayed in.
 
     Raises:
-      ValueError: naming what is missing or differs.
+      ReplayError: naming what is missing or differs.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"--replay: there is no folder {folder}")
+        raise ReplayError(f"--replay: there is no folder {folder}")
     missing = [step for step in steps if not path_of(folder, step).exists()]
     if missing:
         there = sorted(path.name for path in folder.glob("*.parquet"))
-        raise ValueError(
+        raise ReplayError(
             f"--replay: {folder} has no recording of iteration {missing[0]} "
             f"({len(missing)} of this run's are missing; there: {', '.join(there[:3]) or 'none'}"
             f"{' ...' if len(there) > 3 else ''}); set trainer.total_training_steps to what it has"
         )
     for step in steps:
-        info = _info(path_of(folder, step), pa.parquet.read_schema)
+        path = path_of(folder, step)
+        info = _info(path)
         given = (info["prompts"], info["samples"], info["max_tokens"])
         if given != (num_prompts, num_samples, max_tokens):
-            raise ValueError(
-                f"--replay: {path_of(folder, step)} has (prompts, completions a prompt, tokens) "
+            raise ReplayError(
+                f"--replay: {path} has (prompts, completions a prompt, tokens) "
                 f"{given}; the config's data.train_batch_size, algorithm.num_generations and "
                 f"data.max_response_length are {(num_prompts, num_samples, max_tokens)}"
+            )
+        prompts = _opened(path, pa.parquet.read_table, columns=["prompt_token_ids"])[0]
+        longest = pa.compute.max(pa.compute.list_value_length(prompts)).as_py()
+        if longest > max_prompt_length:
+            raise ReplayError(
+                f"--replay: {path} has a prompt of {longest} tokens; raise data.max_prompt_length, "
+                f"which is {max_prompt_length}"
             )
 
 
@@ -167,23 +197,24 @@ def _table(step: int, prompts: Prompts, graded: GradedRollout) -> pa.Table:
     return pa.table(columns).replace_schema_metadata({"adpo_jax": json.dumps(info)})
 
 
-def _read_table(path: Path) -> tuple[pa.Table, dict]:
-    return _opened(path, pa.parquet.read_table), _info(path, pa.parquet.read_schema)
-
-
-def _opened(path: Path, reader):
+def _opened(path: Path, reader, **options):
+    if reader is pa.parquet.read_table:
+        options["page_checksum_verification"] = True
     try:
-        return reader(path)
+        return reader(path, **options)
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--replay: {path} is no readable recording: {reason}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReplayError(f"{path} is no readable recording: {reason}") from error
 
 
-def _info(path: Path, reader) -> dict:
-    metadata = _opened(path, reader).metadata or {}
+def _info(path: Path) -> dict:
+    metadata = _opened(path, pa.parquet.read_schema).metadata or {}
     if b"adpo_jax" not in metadata:
-        raise ValueError(f"--replay: {path} is a Parquet file, but no recording of a run")
-    info = json.loads(metadata[b"adpo_jax"])
+        raise ReplayError(f"{path} is a Parquet file, but no recording of a run")
+    try:
+        info = json.loads(metadata[b"adpo_jax"])
+    except ValueError as error:
+        raise ReplayError(f"{path} is no readable recording: {error}") from error
     if info["version"] != VERSION:
-        raise ValueError(f"--replay: {path} has version {info['version']}, wanted {VERSION}")
+        raise ReplayError(f"{path} has version {info['version']}, wanted {VERSION}")
     return info

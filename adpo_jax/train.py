@@ -89,6 +89,8 @@ def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
     Raises:
       ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
+      CheckpointError: when no checkpoint can be gone on from.
+      ReplayError: for a recording that is damaged inside.
       TrainingStopped: for updates that are not sound, by the settings of the config.
       SaveError: when no checkpoint can be written.
     """
@@ -204,7 +206,10 @@ def _start(
     cold_start, params = run.parts.cold_start, run.params
     if restored is not None:
         where = "iteration" if restored.step >= 0 else "cold start step"
-        state = restored.state.joined(params)
+        try:
+            state = restored.state.joined(params)
+        except ValueError as error:  # the frozen weights are not those of before
+            raise CheckpointError(str(error)) from error
         print(f"going on after {where} {int(state.step)}", flush=True)
         if restored.step >= 0:
             return run.parts.learner.put_away(state), restored.metrics
@@ -331,6 +336,7 @@ def _replayed(config, parts: Parts, replay: Path) -> Rollouts:
         num_prompts=config.data.train_batch_size,
         num_samples=config.algorithm.num_generations,
         max_tokens=config.data.max_response_length,
+        max_prompt_length=config.data.max_prompt_length,
     )
     return lambda step, params: recording.read(replay, step + 1)
 
@@ -352,7 +358,11 @@ def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, flo
     due = done in (0, run.parts.num_steps) or (test_freq and done % test_freq == 0)
     if not run.parts.val_prompts or not due or "eval/accuracy" in metrics:
         return {}
-    metrics = _evaluate(run.parts, state, run.folder, done)
+    try:
+        metrics = _evaluate(run.parts, state, run.folder, done)
+    except RewardError as error:
+        run.folder.write_samples(f"reward_error_eval_{done:06d}", [error.sample or {}])
+        raise
     if done == 0:
         print(f"before training: accuracy {metrics['eval/accuracy']:.3f}", flush=True)
     return metrics
