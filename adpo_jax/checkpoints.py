@@ -7,9 +7,13 @@ known to be damaged; then the one before takes its place. A save that fails is r
 Left out: remote file systems, and state that is no pytree of arrays.
 """
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -25,6 +29,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from adpo_jax import distributed
+
+# Beside the folder of the checkpoints: where damaged ones go, and the note of the first.
+DAMAGED = "damaged_checkpoints"
+FIRST = "first_checkpoint.json"
 
 _DELETED = ".deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -181,6 +189,7 @@ class Checkpoints:
         if not _on_all_processes(failure is None):
             self._failed(failure or RuntimeError("another process could not write"))
             return
+        self._note_first(self._pending)
         self._pending, self._owed, self._failed_in_a_row = None, False, 0
         self._prune()
 
@@ -192,13 +201,17 @@ class Checkpoints:
 
         Raises:
           CheckpointError: when none is whole, or its arrays are not those of `like`.
+          OSError: when one cannot be read now, which says nothing of what it holds: too many open
+            files, no permission. Nothing is moved then.
         """
         if not self.steps:
             raise CheckpointError(f"no checkpoint in {self._folder}")
         reasons = []
         for step in reversed(self.steps):
             try:
-                return self._restore(step, like(step))
+                restored = self._restore(step, like(step))
+                self._note_first(step)  # of a run that is older than the note
+                return restored
             except _DamagedError as error:
                 reasons.append(f"{step}: {error}")
                 aside = self._move_aside(step)
@@ -232,24 +245,10 @@ class Checkpoints:
     def _restore(self, step: int, like) -> Restored:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         folder = self._folder / str(step)
-        try:
-            content = self._read_description(folder)
-        except Exception as error:
-            content, failure = None, error
-        else:
-            failure = None
-        if not _on_all_processes(failure is None):
-            raise _DamagedError(f"its description cannot be read: {_first_line(failure)}")
-        wanted = _shapes(abstract)
-        if content["arrays"] != wanted:
-            raise CheckpointError(_mismatch(folder, content["arrays"], wanted))
-        try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = self._checkpointer.restore(folder, args=args).state
-        except Exception as error:
-            state, failure = None, error
-        if not _on_all_processes(failure is None):
-            raise _DamagedError(_first_line(failure))
+        content = _read(lambda: self._read_description(folder))
+        _check_arrays(folder, content["arrays"], abstract)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = _read(lambda: self._checkpointer.restore(folder, args=args).state)
         digests = _digests(state)
         changed = [name for name in digests if digests[name] != content["digests"][name]]
         if changed:
@@ -262,7 +261,7 @@ class Checkpoints:
 
     @property
     def _aside(self) -> Path:
-        return self._folder.with_name("damaged_checkpoints")
+        return self._folder.with_name(DAMAGED)
 
     def _move_aside(self, step: int) -> Path:
         self._aside.mkdir(exist_ok=True)
@@ -274,6 +273,13 @@ class Checkpoints:
         return target
 
     # --- keeping house
+
+    def _note_first(self, step: int) -> None:
+        """Notes, once in a run, that there is a state that it must not start again without."""
+        path = self._folder.with_name(FIRST)
+        if jax.process_index() == 0 and not path.exists():
+            with contextlib.suppress(OSError):  # a full disk; the next save tries again
+                path.write_text(json.dumps({"step": step}) + "\n")
 
     def _notice(self) -> None:
         """Takes note of a save that has ended meanwhile, well or badly."""
@@ -352,6 +358,31 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.removeprefix("-").isdigit())
 
 
+def check(folder: Path, like: Callable[[int], Any]) -> None:
+    """Checks that the newest checkpoint in a folder, if any, holds what is wanted; reads no array.
+
+    Args:
+      like: as for `Checkpoints.restore_latest`.
+
+    Raises:
+      CheckpointError: when its arrays are not those of `like`.
+    """
+    for step in reversed(complete_steps(folder)):
+        path = Path(folder) / str(step)
+        try:
+            sealed = json.loads((path / "description" / "metadata").read_text(encoding="utf-8"))
+            arrays = _unsealed(sealed)["arrays"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: told when it is restored, in the place of the one before
+        _check_arrays(path, arrays, like(step))
+        return
+
+
+def digest(state) -> str:
+    """One digest of all arrays of a state, the same on every mesh: SHA-256 of theirs."""
+    return hashlib.sha256(json.dumps(_digests(state), sort_keys=True).encode()).hexdigest()
+
+
 def _leave_bytes_uncounted() -> None:
     """Keeps orbax from asking tensorstore, twice a save, for a number that it logs.
 
@@ -374,6 +405,12 @@ def _shapes(tree) -> dict[str, list]:
     return {
         jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
     }
+
+
+def _check_arrays(folder: Path, there: dict, like) -> None:
+    wanted = _shapes(like)
+    if there != wanted:
+        raise CheckpointError(_mismatch(folder, there, wanted))
 
 
 def _mismatch(folder: Path, there: dict, wanted: dict) -> str:
@@ -399,6 +436,58 @@ def _unsealed(sealed: dict) -> dict:
     if zlib.crc32(text.encode()) != sealed["crc32"]:
         raise ValueError("its checksum is wrong")
     return json.loads(text)
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    """What `read` gives on this process, where it gives something on all.
+
+    Raises:
+      _DamagedError: what was to be read is missing, or is not what was written.
+      OSError, MemoryError or another: it could not be read now; what lies there may be whole.
+    """
+    result, failure = None, None
+    try:
+        result = read()
+    except Exception as error:
+        failure = error
+    readable = failure is None or _is_damage(failure)
+    if not _on_all_processes(readable):
+        if readable or type(failure) in (ValueError, Exception):  # of tensorstore and orbax
+            reason = "another process cannot" if readable else _first_line(_causes(failure)[-1])
+            raise OSError(f"the checkpoint cannot be read: {reason}") from failure
+        raise failure
+    if not _on_all_processes(failure is None):
+        raise _DamagedError(_first_line(failure and _causes(failure)[-1])) from failure
+    return result
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came of, the first cause last."""
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of reading says that a file is missing or holds something else."""
+    # orbax wraps some in a bare Exception.
+    causes = [cause for cause in _causes(error) if type(cause) is not Exception]
+    return bool(causes) and all(map(_says_damage, causes))
+
+
+def _says_damage(error: BaseException) -> bool:
+    """tensorstore raises ValueError for everything, with the system's error number in its text."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if not isinstance(error, ValueError | LookupError | TypeError | AttributeError | EOFError):
+        return False  # MemoryError, and RuntimeError where no thread can be started
+    numbers = re.findall(r"OS error (\d+)", str(error))
+    missing = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    return all(int(number) in missing for number in numbers) and not re.search(
+        r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)
+    )
 
 
 def _first_line(error: BaseException | None) -> str:

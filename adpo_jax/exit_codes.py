@@ -2,7 +2,7 @@
 
 USER_ERROR = 2  # a mistake in the command line, config, data, model, run folder or reward function
 STOPPED = 3  # the training was stopped by its settings: updates that are not sound
-DISK_ERROR = 4  # no checkpoint could be written
+DISK_ERROR = 4  # no checkpoint could be written, or one not be read for now
 HOST_LOST = 5  # of several; 134, from JAX, where that is found out while nothing is exchanged
 DOES_NOT_FIT = 6  # a dry run found that the devices are too small
 INTERRUPTED = 75  # by a signal or a preemption notice; the same command goes on (EX_TEMPFAIL)

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, the saved bits or known to be damaged, kept by age and value."""
 
+import contextlib
 import gc
+import os
 import resource
 import shutil
 import signal
@@ -116,6 +118,66 @@ def test_with_all_checkpoints_damaged_nothing_is_started_silently(tmp_path):
         flip(data_files(folder / step)[-1])
     with pytest.raises(CheckpointError, match="every checkpoint in .* was damaged"):
         restore(folder)
+
+
+@contextlib.contextmanager
+def few_files(spare: int):
+    """So many more files can be opened, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 50, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.dup(opened[0]))
+        for descriptor in opened[len(opened) - spare :]:
+            os.close(descriptor)
+        yield
+    finally:
+        for descriptor in opened[: len(opened) - spare]:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_what_cannot_be_read_now_is_not_taken_for_damage(tmp_path, spare):
+    folder = saved(tmp_path / "checkpoints")
+    with Checkpoints(folder, save_freq=1, keep=5) as checkpoints:
+        with few_files(spare), pytest.raises(Exception, match="(?i)too many open") as raised:
+            checkpoints.restore_latest(lambda _: state(0))
+        assert not isinstance(raised.value, CheckpointError)
+        assert checkpoints.restore_latest(lambda _: state(0)).step == 3
+    assert not (tmp_path / "damaged_checkpoints").exists()
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = Exception("Encountered error while reading")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (FileNotFoundError(2, "No such file"), True),
+        (ValueError("its checksum is wrong"), True),
+        (
+            ValueError('DATA_LOSS: Error reading "params": CRC-32C checksum verification failed'),
+            True,
+        ),
+        (ValueError("NOT_FOUND: Error opening: [OS error 2: ENOENT No such file]"), True),
+        (ValueError("UNKNOWN: Error opening: [OS error 24: EMFILE Too many open files]"), False),
+        (ValueError("RESOURCE_EXHAUSTED: no room"), False),
+        (PermissionError(13, "Permission denied"), False),
+        (OSError(24, "Too many open files"), False),
+        (RuntimeError("can't start new thread"), False),
+        (MemoryError(), False),
+        (wrapped(ValueError("DATA_LOSS: CRC-32C checksum verification failed")), True),
+        (wrapped(OSError(24, "Too many open files")), False),
+    ],
+)
+def test_damage_is_what_is_missing_or_wrong(error, is_damage):
+    assert checkpoints_lib._is_damage(error) is is_damage
 
 
 def test_a_state_of_another_shape_is_refused_and_not_taken_for_damage(tmp_path):
