@@ -169,8 +169,6 @@ _CHOICES = {
 # What a folder may be named: one part of a path, and no hidden one.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 
-_TAKEN = ("bad_batches", "checkpoints", "damaged_checkpoints", "export", "samples", "tensorboard")
-
 
 def finalized(config: ConfigDict) -> ConfigDict:
     """A locked copy with derived defaults filled in, after `validate`."""
@@ -313,8 +311,8 @@ def _check_paths(config: ConfigDict) -> None:
                 f"dot; given {_value(config, key)!r}. --workdir takes any path"
             )
     folder = PurePath(config.trainer.rollout_data_dir)
-    if folder.is_absolute() or ".." in folder.parts or folder.parts[:1] in [(t,) for t in _TAKEN]:
+    if folder.is_absolute() or ".." in folder.parts:
         raise ValueError(
-            "trainer.rollout_data_dir lies within the run's folder, beside "
-            f"{', '.join(_TAKEN)}; given {str(folder)!r}"
+            "trainer.rollout_data_dir is a folder of its own within the run's folder; given "
+            f"{str(folder)!r}"
         )

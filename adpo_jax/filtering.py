@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from adpo_jax import recording
+from adpo_jax.checkpoints import CheckpointError
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.rewards import Scores
 from adpo_jax.rollout import GradedRollout, Prompts
@@ -115,7 +116,7 @@ class GroupFilter:
         """The groups of the iteration after `step` iterations, with the metrics of the filter.
 
         Raises:
-          ValueError: when what iteration `step` left was not kept.
+          CheckpointError: when what iteration `step` left was not kept.
         """
         before = self._state(step)
         found = [before.surplus] if before.surplus else []
@@ -166,15 +167,26 @@ class GroupFilter:
             if int(path.name.partition(".")[0]) < oldest:
                 path.unlink()
 
+    def check(self, step: int) -> None:
+        """Checks that a run can go on after `step` iterations; below 0 it is in the cold start.
+
+        Raises:
+          CheckpointError: when what iteration `step` left was not kept.
+        """
+        self._state(max(step, 0))
+
     def _state(self, step: int) -> _State:
         if step not in self._states:
             path = self._folder / f"{step:06d}.json"
-            if not path.exists():
-                raise ValueError(
-                    f"algorithm.filter_groups: {path} is missing, in which iteration {step} left "
-                    "its surplus; start again in another folder"
-                )
-            content = json.loads(path.read_text())
+            try:
+                content = json.loads(path.read_text())
+            except (FileNotFoundError, ValueError) as error:
+                reason = "missing" if isinstance(error, FileNotFoundError) else "no JSON"
+                raise CheckpointError(
+                    f"algorithm.filter_groups: {path} is {reason}, in which iteration {step} left "
+                    "its surplus. A run that began without it goes on without it; set it as it "
+                    "was, or start again in another folder"
+                ) from error
             surplus = Groups(*recording.read(self._folder, step)) if content["surplus"] else None
             self._states = {step: _State(content["drawn"], surplus)}
         return self._states[step]

@@ -4,6 +4,8 @@ Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T
 """
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -36,6 +38,13 @@ class Prompts:
         """The prompts with these numbers, in this order."""
         columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
         return Prompts([self.token_ids[i] for i in rows], columns)
+
+    def digest(self) -> str:
+        """SHA-256 of all token ids and solutions, in their order."""
+        found = hashlib.sha256()
+        for ids, solution in zip(self.token_ids, self.columns["solution"], strict=True):
+            found.update(json.dumps([ids, solution], default=str).encode())
+        return found.hexdigest()
 
     def repeated_columns(self, times: int) -> dict[str, list]:
         """The columns with each value repeated, one for every completion of its prompt."""

@@ -1,9 +1,11 @@
 """The folder of a run: whose it is, and where its things lie.
 
-config.json            the whole config; what else it ran under is in config_changes.jsonl
+config.json            the whole config, with digests of the data and reward files that it names;
+                       what else it ran under is in config_changes.jsonl
 metrics.jsonl          one object a line
 tensorboard/           the same as events
-checkpoints/           the training state; damaged ones are moved to damaged_checkpoints/
+checkpoints/           the training state; damaged ones are moved to damaged_checkpoints/, and
+                       first_checkpoint.json says that there has been one
 samples/               completions with their rewards
 bad_batches/           recordings of iterations whose update was not sound
 export/                the final policy as a Hugging Face folder
@@ -22,13 +24,14 @@ import os
 import shutil
 import time
 import weakref
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ml_collections import ConfigDict
 
+from adpo_jax import checkpoints as checkpoints_lib
 from adpo_jax.checkpoints import complete_steps
 from adpo_jax.config import default_config
-from adpo_jax.redaction import redacted
+from adpo_jax.redaction import is_redaction_of, redacted
 
 RESUME = ("auto", "never", "must")
 
@@ -36,9 +39,14 @@ RESUME = ("auto", "never", "must")
 # dot stands for all keys below it.
 MAY_CHANGE = (
     "mesh.",
-    "actor_rollout_ref.actor.optim.",
     "actor_rollout_ref.actor.attention",
     "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.actor.optim.betas",
+    "actor_rollout_ref.actor.optim.lr",
+    "actor_rollout_ref.actor.optim.lr_scheduler_type",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps",
+    "actor_rollout_ref.actor.optim.min_lr_ratio",
+    "actor_rollout_ref.actor.optim.weight_decay",
     "actor_rollout_ref.rollout.attention",
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
@@ -70,6 +78,31 @@ MAY_CHANGE = (
     "trainer.test_freq",
     "trainer.total_epochs",
     "trainer.total_training_steps",
+)
+
+# The digests in config.json, a dict of texts.
+CONTENTS = "contents"
+
+# What a run writes in its folder, and its trackers do; recordings have a name of their own.
+NAMES = (
+    "adapter",
+    "bad_batches",
+    "checkpoints",
+    "config.json",
+    "config_changes.jsonl",
+    "damaged_checkpoints",
+    "environment.json",
+    "evaluations",
+    "export",
+    "first_checkpoint.json",
+    "metrics.jsonl",
+    "metrics.tmp",
+    "profile",
+    "samples",
+    "surplus",
+    "tensorboard",
+    "trackers.json",
+    "wandb",
 )
 
 
@@ -130,16 +163,31 @@ class RunFolder:
     @property
     def exported_step(self) -> int | None:
         """Iterations that the exported policy has behind it; None where there is no export."""
-        try:
-            return json.loads(self._export_note.read_text())["iterations"]
-        except FileNotFoundError:
-            return None
+        return self._exported.get("iterations")
 
-    def note_export(self, step: int) -> None:
-        """Notes which state the export is of; the note goes when the folder is replaced."""
+    @property
+    def exported_state(self) -> str | None:
+        """The digest of the state that was exported; None where there is none, or an older note."""
+        return self._exported.get("state")
+
+    def note_export(self, step: int, state: str) -> None:
+        """Notes which state the export is of; the note goes when the folder is replaced.
+
+        Args:
+          step: iterations that it has behind it.
+          state: its digest.
+        """
         if not self.writes:
             return
-        self._export_note.write_text(json.dumps({"iterations": step}) + "\n")
+        note = {"iterations": step, "state": state}
+        self._export_note.write_text(json.dumps(note) + "\n")
+
+    @property
+    def _exported(self) -> dict:
+        try:
+            return json.loads(self._export_note.read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return {}
 
     @property
     def _export_note(self) -> Path:
@@ -152,6 +200,7 @@ class RunFolder:
         replay: Path | None = None,
         resume: str = "auto",
         allow_config_change: bool = False,
+        contents: dict | None = None,
     ) -> None:
         """Checks that this config may run in this folder; writes nothing.
 
@@ -159,6 +208,8 @@ class RunFolder:
           replay: the recording that the run trains from, which is part of what it is.
           resume: one of `RESUME`.
           allow_config_change: let the config change what the run is.
+          contents: digests of what the files hold that the config names, in words (see
+            `setup.contents`); None where they are not known yet.
 
         Raises:
           ValueError: when it holds a run with another config, or something else, or not what
@@ -171,17 +222,19 @@ class RunFolder:
         holds_run = self.config.exists()
         if not holds_run and self.root.exists() and any(self.root.iterdir()):
             raise ValueError(f"{self.root} is not empty and holds no run; choose another --workdir")
-        if resume == "must" and not self.has_checkpoint:
-            raise ValueError(
-                f"--resume=must, but {self.root} has no checkpoint; --resume=auto starts a new run"
-            )
         if resume == "never" and holds_run:
             raise ValueError(
                 f"--resume=never, but {self.root} holds a run; choose another --workdir or "
                 "trainer.experiment_name, or go on with --resume=auto"
             )
+        self._check_state_is_there()
+        if resume == "must" and not self.has_checkpoint:
+            raise ValueError(
+                f"--resume=must, but {self.root} has no checkpoint; --resume=auto starts a new run"
+            )
         self._check_links()
-        self._check_config(config, replay, allow_config_change)
+        _check_recordings(config.trainer.rollout_data_dir)
+        self._check_config(_as_json(config, replay, contents), allow_config_change)
 
     def claim(self, config: ConfigDict, **options) -> None:
         """Makes the folder this run's until `release`; options as for `check`.
@@ -196,7 +249,7 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             self._hold()
             self.check(config, **options)
-            self._write_config(_as_json(config, options.get("replay")))
+            self._write_config(_as_json(config, options.get("replay"), options.get("contents")))
             self.samples.mkdir(exist_ok=True)
             self._sweep()
         except OSError as error:
@@ -238,6 +291,24 @@ class RunFolder:
         text = "".join(line + "\n" for line in lines)
         _replace(self.samples / f"{name}.jsonl", text.encode(errors="replace"))
 
+    def _check_state_is_there(self) -> None:
+        """A run that had a state does not start again from nothing, over what it has written."""
+        if self.has_checkpoint:
+            return
+        damaged = self.root / checkpoints_lib.DAMAGED
+        if damaged.is_dir() and any(damaged.iterdir()):
+            lost = f"all its checkpoints were damaged and lie in {damaged}"
+        elif (self.root / checkpoints_lib.FIRST).exists():
+            lost = f"it has had checkpoints, and {self.checkpoints} has none any more"
+        elif self.exported_step:
+            lost = f"it has exported its policy, and {self.checkpoints} has no checkpoint"
+        else:  # it was stopped before its first one
+            return
+        raise ValueError(
+            f"the run in {self.root} cannot go on: {lost}. Put a checkpoint back, or start anew in "
+            "another --workdir; to start anew here, remove the folder"
+        )
+
     def _check_links(self) -> None:
         """A folder from elsewhere must not make this process write anywhere else."""
         if not self.root.is_dir():
@@ -246,37 +317,57 @@ class RunFolder:
             if path.is_symlink() and not path.resolve().is_relative_to(self.root.resolve()):
                 raise ValueError(f"{path} is a link that leaves the run's folder; remove it")
 
-    def _check_config(self, config, replay, allow_config_change: bool) -> None:
-        changes = self._changes(_as_json(config, replay))
-        refused = [text for key, text in changes.items() if not _may_change(key)]
+    def _check_config(self, here: dict, allow_config_change: bool) -> None:
+        step = self._step
+        changes = self._changes(here)
+        refused = [text for key, text in changes.items() if not _may_change(key, step)]
         if refused and not allow_config_change:
             raise ValueError(
-                f"{self.root} holds a run with another config; choose another --workdir or "
-                "trainer.experiment_name, or go on with --allow_config_change. Changed "
-                "(there -> here):\n  " + "\n  ".join(refused)
+                f"{self.root} holds a run with another config, data or reward function; choose "
+                "another --workdir or trainer.experiment_name, or go on with "
+                "--allow_config_change. Changed (there -> here):\n  " + "\n  ".join(refused)
             )
 
-    def _changes(self, here: dict) -> dict[str, str]:
-        """The keys whose values differ from the saved config's, with both values."""
+    @property
+    def _step(self) -> int:
+        """Iterations done in the newest checkpoint; below 0 in a cold start."""
+        return max(complete_steps(self.checkpoints), default=0)
+
+    @property
+    def _saved_config(self) -> dict | None:
         if not self.config.exists():
-            return {}
+            return None
         try:
-            there = json.loads(self.config.read_text(encoding="utf-8"))
+            return json.loads(self.config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(
                 f"{self.config} is no JSON: {error}; choose another --workdir"
             ) from None
-        # A run that is older than a key had what is now its default.
-        there = _filled(there, json.loads(default_config().to_json()) | {"replay": ""})
-        return _differences(there, here)
+
+    def _changes(self, here: dict) -> dict[str, str]:
+        """The keys whose values differ from the saved config's, with both values."""
+        there = self._saved_config
+        if there is None:
+            return {}
+        # A run that is older than a key had what is now its default, and one that is older than
+        # its digests the contents of now.
+        there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
+        known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
+        shared = {name: known.get(name, value) for name, value in now.items()}
+        return _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
 
     def _write_config(self, content: dict) -> None:
-        changes = self._changes(content)
-        if self.config.exists() and not changes:
+        there = self._saved_config
+        content = {CONTENTS: (there or {}).get(CONTENTS, {})} | content
+        if there == content:
             return
+        changes = self._changes(content)
         if changes:
-            step = max(complete_steps(self.checkpoints), default=0)
-            line = {"time": round(time.time(), 3), "after_iteration": step, "changed": changes}
+            line = {
+                "time": round(time.time(), 3),
+                "after_iteration": self._step,
+                "changed": changes,
+            }
             with (self.root / "config_changes.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         # The unfinished file lies beside the folder: one that is not empty holds a config.
@@ -312,12 +403,29 @@ def _replace(path: Path, content: bytes, unfinished: Path | None = None) -> None
     os.replace(unfinished, path)
 
 
-def _as_json(config: ConfigDict, replay: Path | None) -> dict:
-    content = json.loads(config.to_json())
-    return redacted(content) | {"replay": str(Path(replay).resolve()) if replay else ""}
+def _check_recordings(name: str) -> None:
+    """Nothing of a recording lies where the run writes, or removes, something else."""
+    if not name:
+        return
+    first = PurePath(name).parts[:1]
+    if first == () or first[0] in NAMES or first[0].startswith("."):
+        raise ValueError(
+            "trainer.rollout_data_dir is a folder of its own within the run's folder, beside "
+            f"{', '.join(NAMES)}; given {name!r}"
+        )
 
 
-def _may_change(key: str) -> bool:
+def _as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> dict:
+    content = redacted(json.loads(config.to_json()))
+    content["replay"] = str(Path(replay).resolve()) if replay else ""
+    return content if contents is None else content | {CONTENTS: contents}
+
+
+def _may_change(key: str, step: int) -> bool:
+    """Whether a run with this checkpoint goes on under another value of a key."""
+    if key.startswith(f"{CONTENTS}."):
+        # What has not been used yet, or never will be again, has no part in the state.
+        return step >= 0 if key == f"{CONTENTS}.demonstrations" else step <= 0
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)
 
 
@@ -337,6 +445,6 @@ def _differences(there: dict, here: dict, prefix: str = "") -> dict[str, str]:
         old, new = there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines |= _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
+        elif old != new and not is_redaction_of(old, new):
             lines[f"{prefix}{key}"] = f"{prefix}{key}: {old!r} -> {new!r}"
     return lines

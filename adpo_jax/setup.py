@@ -5,6 +5,7 @@ plain arguments.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,30 @@ def build(config: ConfigDict) -> Parts:
         learner=learner,
         num_steps=num_steps,
     )
+
+
+def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
+    """Digests, in words, of what the files hold that the config names and the training uses.
+
+    Under the keys "train_prompts" (token ids and solutions), "demonstrations" (token ids, where
+    there is a cold start) and "reward_files" (their bytes, where there are any).
+    """
+    found = {"train_prompts": _in_words(parts.train_prompts)}
+    if parts.cold_start:
+        pairs = Prompts(parts.cold_start.prompts, {"solution": parts.cold_start.completions})
+        found["demonstrations"] = _in_words(pairs)
+    paths = sorted({f.path for f in parts.reward_model.functions if f.path})
+    if paths:
+        found["reward_files"] = ", ".join(f"{path}: sha256 {_sha256(path)}" for path in paths)
+    return found
+
+
+def _in_words(prompts: Prompts) -> str:
+    return f"{len(prompts)} prompts, sha256 {prompts.digest()}"
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _check_enough_for_all_processes(config: ConfigDict, val_prompts: Prompts | None) -> None:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from adpo_jax import checkpoints as checkpoints_lib
 from adpo_jax import (
     data,
     distributed,
@@ -127,10 +128,14 @@ def prepare(
         folder.check(config, **options)
         parts = setup.build(config)
         rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+        checkpoints_lib.check(folder.checkpoints, _abstract_state(parts))
+        if isinstance(rollouts, GroupFilter):
+            rollouts.check(max(checkpoints_lib.complete_steps(folder.checkpoints), default=0))
+        contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
     params = None if in_checkpoint else parts.initial_params()
     with distributed.fail_together():
-        folder.claim(config, **options)
+        folder.claim(config, contents=contents, **options)
     return Run(config, parts, folder, params, rollouts)
 
 
@@ -370,8 +375,10 @@ def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, flo
 
 def _export(run: Run, state: TrainState) -> None:
     """Writes the policy, and its adapters alone, unless the export is of this very state."""
-    policy, folder, step = run.parts.policy, run.folder, int(state.step)
-    if folder.exported_step == step:
+    policy, folder = run.parts.policy, run.folder
+    # Under another learning rate, or from an older checkpoint, as many iterations end elsewhere.
+    digest = checkpoints_lib.digest(state.saved)
+    if folder.exported_state == digest:
         return
     if policy.lora:
         base = run.config.actor_rollout_ref.model.path
@@ -379,7 +386,7 @@ def _export(run: Run, state: TrainState) -> None:
     policy.save_pretrained(
         folder.export, state.params, run.parts.tokenizer, overwrite=folder.export.exists()
     )
-    folder.note_export(step)
+    folder.note_export(int(state.step), digest)
 
 
 def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -764,6 +765,85 @@ def test_a_folder_that_cannot_be_used(case, monkeypatch, capsys):
     make, words = FOLDERS[case]
     make()
     assert_refused([ARITHMETIC, *SHORT, "--workdir=run"], words, monkeypatch, capsys)
+
+
+def began(monkeypatch, capsys, *flags) -> list[str]:
+    """A run of one iteration; returns its command."""
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    argv = [ARITHMETIC, *SHORT, "--workdir=run", *flags]
+    assert outcome(argv, monkeypatch, capsys) == (0, "")
+    return argv
+
+
+def test_a_config_that_the_checkpoint_does_not_fit_is_not_written(monkeypatch, capsys):
+    argv = began(monkeypatch, capsys)
+    larger = TrainState(jnp.int32(0), {"layers": {"w": jnp.zeros(3)}}, {"m": jnp.zeros(3)})
+    monkeypatch.setattr(StandInLearner, "init_state", lambda *_: larger)
+    argv += ["--config.algorithm.tau=0.7", "--allow_config_change"]
+    assert_refused(argv, "another model, optimizer or anchor", monkeypatch, capsys)
+
+
+def test_group_filtering_cannot_begin_in_the_middle_of_a_run(monkeypatch, capsys):
+    argv = began(monkeypatch, capsys)
+    argv += ["--config.algorithm.filter_groups=true", "--allow_config_change"]
+    assert_refused(argv, "000001.json is missing", monkeypatch, capsys)
+
+
+def test_checkpoints_that_were_removed_are_missed(monkeypatch, capsys):
+    argv = began(monkeypatch, capsys)
+    shutil.rmtree("run/checkpoints")
+    assert_refused(argv, "it has had checkpoints", monkeypatch, capsys)
+
+
+def test_data_and_rewards_that_have_changed_are_refused_with_both_digests(monkeypatch, capsys):
+    write_rows("grown.jsonl", ROWS)
+    reward = "def f(completions, **columns):\n    return [0.5] * len(completions)\n"
+    files = (*with_reward(reward)[-2:], "--config.data.train_files=grown.jsonl")
+    argv = began(monkeypatch, capsys, *files, "--config.data.apply_chat_template=false")
+    write_rows("grown.jsonl", [*ROWS, {"question": "1 plus 1?", "answer": "#### 2"}])
+    Path("reward.py").write_text(reward.replace("0.5", "0.25"))
+    words = ["contents.train_prompts: '6 prompts, sha256 ", " -> '7 prompts, sha256 "]
+    words += ["contents.reward_files: 'reward.py: sha256 "]
+    assert_refused(argv, words, monkeypatch, capsys)
+    assert outcome([*argv, "--allow_config_change"], monkeypatch, capsys) == (0, "")
+
+
+def recorded(monkeypatch, capsys) -> list[str]:
+    """A recorded run; returns the command that replays it."""
+    began(monkeypatch, capsys, "--config.trainer.rollout_data_dir=rollouts")
+    return [ARITHMETIC, *SHORT, "--workdir=other", "--replay=run/rollouts"]
+
+
+def test_a_replay_with_too_little_room_for_its_prompts(monkeypatch, capsys):
+    argv = recorded(monkeypatch, capsys)
+    assert outcome(argv, monkeypatch, capsys) == (0, "")
+    argv = [*argv, "--workdir=third", "--config.data.max_prompt_length=3"]
+    argv += ["--config.data.overlong_prompts=truncate"]
+    assert_refused(argv, "raise data.max_prompt_length, which is 3", monkeypatch, capsys)
+
+
+def test_a_recording_that_is_damaged_in_its_pages(monkeypatch, capsys):
+    argv = recorded(monkeypatch, capsys)
+    path = Path("run/rollouts/000001.parquet")
+    rows = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    columns = {rows.column(i).path_in_schema: rows.column(i) for i in range(rows.num_columns)}
+    column = columns["log_probs.list.element"]
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 0x10
+    path.write_bytes(content)
+    code, err = outcome(argv, monkeypatch, capsys)
+    assert code == 2, err
+    assert "000001.parquet is no readable recording" in err
+
+
+def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_sample(monkeypatch, capsys):
+    argv = with_reward("def f(completions, **columns):\n    raise KeyError('lost')\n")
+    argv += ["--config.data.val_files=embedded:arithmetic", "--config.eval.graded_by=reward"]
+    argv += ["--config.data.max_val_samples=4", "--workdir=run"]
+    code, err = outcome(argv, monkeypatch, capsys)
+    assert code == 2, err
+    sample = json.loads(Path("run/samples/reward_error_eval_000000.jsonl").read_text())
+    assert sample["index"] == 0
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 recordings replayed."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -180,6 +181,11 @@ def test_steps_and_learning_rate_may_change_and_the_change_is_noted(tmp_path):
         "trainer.total_training_steps",
     }
     assert json.loads((run / "config.json").read_text())["trainer"]["total_training_steps"] == 4
+    # As many iterations again, from the checkpoint before: the export is not taken for that policy.
+    older = (run / "export" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "4")
+    train(parse(*SHORT, "--config.actor_rollout_ref.actor.optim.lr=0.1"), run)
+    assert (run / "export" / "model.safetensors").read_bytes() != older
 
 
 @pytest.mark.long

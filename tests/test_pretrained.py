@@ -81,7 +81,7 @@ def test_an_export_is_read_unless_a_checkpoint_is_newer(run, tmp_path):
     model = pretrained.load(root)
     model.policy.save_pretrained(copy / "export", scaled(params, 7), model.tokenizer)
     for step, expected in ((1, 2), (2, 7)):
-        RunFolder(copy).note_export(step)
+        RunFolder(copy).note_export(step, "")
         assert_params(pretrained.load(copy).params, scaled(params, expected))
     assert pretrained.load(copy).prompt_format.prompt_template == "{prompt}\n"
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.clu_without_tensorflow import metric_writers
 from adpo_jax.metrics import JsonlWriter, make_writer, read_jsonl
 from adpo_jax.progress import Progress
-from adpo_jax.run_folder import RunFolder
+from adpo_jax.run_folder import NAMES, RunFolder
 
 
 def test_a_new_folder_is_claimed_and_the_same_config_finds_it_again(tmp_path):
@@ -31,6 +32,80 @@ def test_another_config_is_refused_with_every_difference(tmp_path):
         folder.check(parse("--config.trainer.seed=1", "--config.data.train_batch_size=8"))
 
 
+def test_the_type_of_the_optimizers_moments_says_what_the_run_is(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse())
+    optim = "--config.actor_rollout_ref.actor.optim"
+    folder.check(parse(f"{optim}.lr=0.5", f"{optim}.betas=(0.5, 0.9)"))
+    with pytest.raises(ValueError, match=r"optim.mu_dtype: 'float32' -> 'bfloat16'$"):
+        folder.check(parse(f"{optim}.mu_dtype=bfloat16"))
+
+
+def test_recordings_lie_beside_all_that_a_run_writes(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for name in (*NAMES, "metrics.jsonl/x", "surplus/deep", ".", "./", ".hidden", "./export"):
+        with pytest.raises(ValueError, match="rollout_data_dir is a folder of its own"):
+            folder.check(parse(f"--config.trainer.rollout_data_dir={name}"))
+    for name in ("rollouts", "samples_of_rollouts", "a/export"):
+        folder.check(parse(f"--config.trainer.rollout_data_dir={name}"))
+    assert not folder.root.exists()
+
+
+CONTENTS = {"train_prompts": "3 prompts, sha256 a", "reward_files": "r.py: sha256 b"}
+DEMONSTRATIONS = {"demonstrations": "9 prompts, sha256 c"}
+
+
+def test_other_contents_of_the_same_files_are_refused_once_they_have_been_used(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse(), contents=CONTENTS | DEMONSTRATIONS)
+    grown = CONTENTS | {"train_prompts": "4 prompts, sha256 d"}
+    other = DEMONSTRATIONS | {"demonstrations": "8 prompts, sha256 e"}
+    refused = {-1: [other], 0: [], 1: [grown]}
+    for step in (-1, 0, 1):
+        (folder.checkpoints / str(step)).mkdir(parents=True)
+        for contents in (grown, other):
+            if contents in refused[step]:
+                with pytest.raises(ValueError, match=r"prompts, sha256 .' -> '. prompts, sha256"):
+                    folder.check(parse(), contents=contents)
+                folder.check(parse(), contents=contents, allow_config_change=True)
+            else:
+                folder.check(parse(), contents=contents)
+    before = folder.config.read_bytes()
+    with pytest.raises(ValueError, match=r"\n  contents.train_prompts: '3 .*' -> '4 prompts, sh"):
+        folder.claim(parse(), contents=grown)
+    assert folder.config.read_bytes() == before
+    folder.claim(parse(), contents=grown, allow_config_change=True)
+    assert json.loads(folder.config.read_text())["contents"] == grown
+    noted = json.loads((folder.root / "config_changes.jsonl").read_text())
+    assert list(noted["changed"]) == ["contents.train_prompts"]
+
+
+def test_a_run_older_than_its_digests_goes_on_and_gets_them(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse())
+    saved = json.loads(folder.config.read_text())
+    del saved["contents"]
+    folder.config.write_text(json.dumps(saved))
+    (folder.checkpoints / "1").mkdir(parents=True)
+    folder.claim(parse(), contents=CONTENTS)
+    assert json.loads(folder.config.read_text())["contents"] == CONTENTS
+    assert not (folder.root / "config_changes.jsonl").exists()
+
+
+def test_a_run_goes_on_whose_config_lacks_what_is_no_secret_any_more(tmp_path):
+    path = "/hub/models--a--b/snapshots/" + "0a1b2c3d" * 5
+    here = parse(f"--config.actor_rollout_ref.model.path={path}")
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(here)
+    text = folder.config.read_text()
+    assert path in text
+    folder.config.write_text(text.replace("0a1b2c3d" * 5, "<redacted>"))
+    folder.claim(here)
+    assert folder.config.read_text() == text
+    with pytest.raises(ValueError, match=r"model.path: '.*3d' -> '.*4e'"):
+        folder.check(parse(f"--config.actor_rollout_ref.model.path={path[:-2]}4e"))
+
+
 def test_a_config_older_than_a_key_had_its_default(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.claim(parse())
@@ -40,6 +115,65 @@ def test_a_config_older_than_a_key_had_its_default(tmp_path):
     as_default = ("--config.sft.lr=1e-3", "--config.sft.betas=(0.9, 0.999)")
     with pytest.raises(ValueError, match=r"\n  sft.train_files: '' -> 'embedded:arithmetic'$"):
         folder.check(parse("--config.sft.steps=0", *as_default))
+
+
+LOSSES = {
+    "the checkpoints were damaged": (
+        lambda root: (
+            (root / "damaged_checkpoints" / "4-0").mkdir(parents=True),
+            (root / "checkpoints").mkdir(),
+        ),
+        "all its checkpoints were damaged and lie in",
+    ),
+    "the checkpoints were removed": (
+        lambda root: shutil.rmtree(saved(root / "checkpoints")),
+        "it has had checkpoints",
+    ),
+    "the folder of the checkpoints was emptied": (
+        lambda root: [shutil.rmtree(p) for p in saved(root / "checkpoints").iterdir()],
+        "it has had checkpoints",
+    ),
+    "the export alone is left": (
+        lambda root: (RunFolder(root).export.mkdir(), RunFolder(root).note_export(4, "")),
+        "it has exported its policy",
+    ),
+}
+
+
+def saved(folder):
+    with Checkpoints(folder, save_freq=1, keep=1) as checkpoints:
+        checkpoints.save(0, state(0))
+    return folder
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_whose_state_is_lost_does_not_start_again_silently(tmp_path, loss):
+    lose, words = LOSSES[loss]
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse())
+    folder.check(parse())
+    lose(folder.root)
+    for resume in ("auto", "must"):
+        with pytest.raises(ValueError, match=f"{words}.* remove the folder"):
+            folder.check(parse(), resume=resume)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse())
+    writer = JsonlWriter(folder.metrics)
+    writer.write_scalars(3, {"a": 1.0})
+    writer.close()
+    (folder.checkpoints / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    folder.check(parse())
+
+
+def test_a_run_older_than_the_note_of_its_first_checkpoint_gets_it_when_it_goes_on(tmp_path):
+    note = saved(tmp_path / "checkpoints").with_name("first_checkpoint.json")
+    note.unlink()
+    with Checkpoints(tmp_path / "checkpoints", save_freq=1, keep=1) as checkpoints:
+        checkpoints.restore_latest(lambda _: state(0))
+    assert json.loads(note.read_text()) == {"step": 0}
 
 
 def test_samples_hold_whatever_a_model_wrote(tmp_path):

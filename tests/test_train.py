@@ -12,6 +12,7 @@ from adpo_jax import setup, sharding
 from adpo_jax.metrics import read_jsonl
 from adpo_jax.policy import Policy
 from adpo_jax.rewards import RewardError
+from adpo_jax.run_folder import NAMES
 from adpo_jax.train import train
 
 TINY = (
@@ -98,8 +99,9 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
     assert 1.0 <= rows[1]["rollout/mismatch_ratio_max"] < 1.001
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "samples", "export",
-        "environment.json", "profile",
+        "environment.json", "profile", "first_checkpoint.json",
     }  # fmt: skip
+    assert {p.name for p in folder.iterdir()} <= set(NAMES)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"0", "2", "4"}
     assert json.loads((folder / "config.json").read_text())["algorithm"]["tau"] == 0.8
     samples = (folder / "samples" / "train_000002.jsonl").read_text().splitlines()

@@ -14,6 +14,7 @@ from adpo_jax.redaction import redacted
 
 # What tells a run from its siblings, and not what kind of run it is.
 _OF_ONE_RUN = ("trainer.seed", "trainer.experiment_name", "trainer.project_name")
+_DIGESTS = "contents."  # of files that the config names, which may lie in a folder for each seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,11 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 def _kind(run: Run) -> dict[str, object]:
     """The config without what is one run's own; a seed within a path counts as its own too."""
-    kind = {key: value for key, value in run.config.items() if key not in _OF_ONE_RUN}
+    kind = {
+        key: value
+        for key, value in run.config.items()
+        if key not in _OF_ONE_RUN and not key.startswith(_DIGESTS)
+    }
     seed = re.compile(rf"seed[_-]?{run.seed}(?!\d)")
     return {k: seed.sub("seed*", v) if isinstance(v, str) else v for k, v in kind.items()}
 
