@@ -247,7 +247,8 @@ def _iterate(
             if not rows or rows[-1]["step"] < start:
                 # At the very start, or interrupted between the update and its evaluation's end.
                 with interruption.abandonable():
-                    metrics |= _due_evaluation(run, state, metrics)
+                    evaluated = _due_evaluation(run, state, metrics)
+                metrics |= evaluated  # only now: what was abandoned is not saved
                 if metrics:
                     writer.write_scalars(start, metrics)
             if start == 0:
@@ -269,7 +270,8 @@ def _iterate(
                     evidence = str(recording.write(folder.bad_batches, step + 1, prompts, graded))
                 guard.check(step + 1, metrics, evidence)
                 with interruption.abandonable():
-                    metrics |= _due_evaluation(run, state, metrics)
+                    evaluated = _due_evaluation(run, state, metrics)
+                metrics |= evaluated
                 if checkpoints.num_failures:
                     metrics["checkpoint/failures"] = float(checkpoints.num_failures)
                 writer.write_scalars(step + 1, metrics)

@@ -658,6 +658,29 @@ def test_a_signal_while_rewards_are_given_saves_the_run_and_is_no_mistake(monkey
     assert outcome([*argv, "--workdir=run"], monkeypatch, capsys) == (0, "")
 
 
+def test_a_signal_that_an_evaluations_reward_swallows_is_made_up_for(monkeypatch, capsys):
+    argv = with_reward(
+        "import os, signal, time\n"
+        "def f(completions, **columns):\n"
+        "    if os.path.exists('asked'):\n"
+        "        return [0.5] * len(completions)\n"
+        "    open('asked', 'w').close()\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(5)\n"
+        "    except BaseException:\n"
+        "        return [0.25] * len(completions)\n"
+    )
+    argv += ["--config.data.val_files=embedded:arithmetic", "--config.data.max_val_samples=4"]
+    argv += ["--config.eval.graded_by=reward", "--workdir=run"]
+    code, err = outcome(argv, monkeypatch, capsys)
+    assert code == 75, err
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    assert outcome(argv, monkeypatch, capsys) == (0, "")
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["eval/reward"] for row in rows] == [0.5, 0.5]
+
+
 def test_a_reward_function_that_hangs(monkeypatch, capsys):
     text = "import time\ndef f(completions, **columns):\n    time.sleep(1e6)\n"
     argv = with_reward(text, "num_workers=1", "timeout_s=0.3", "on_timeout=stop")
