@@ -309,6 +309,17 @@ class RunFolder:
             "another --workdir; to start anew here, remove the folder"
         )
 
+    def changes(self, config: ConfigDict) -> dict[str, str]:
+        """The keys in which the run that is here differs: key -> a line with both values.
+
+        Empty where there is none. `config` is a final one. What the files hold that it names is
+        left out.
+
+        Raises:
+          ValueError: when what is saved cannot be read.
+        """
+        return self._changes(_as_json(config, None, None))
+
     def _check_links(self) -> None:
         """A folder from elsewhere must not make this process write anywhere else."""
         if not self.root.is_dir():

@@ -4,18 +4,20 @@
     python scripts/compare.py --out runs/tau --seeds 0 1 --set trainer.total_training_steps=30 \\
         --variant tau-0.2 algorithm.tau=0.2 --variant tau-1.6 algorithm.tau=1.6
 
-Of one seed, every method starts from the same weights (the supervised stage of the config runs once
-a seed and is kept in `OUT/start/`), sees the same prompts in the same order, draws as many
-completions of at most as many tokens with the same sampler keys, and takes as many optimizer
-steps. Each iteration also measures how far the policy that sampled has moved from the start, in
-nats a completion (`compare/start_kl`). Runs that are finished are not repeated, so the same command
-goes on where it stopped. At the end `OUT/comparison.md` has a table, `OUT/report.html` the curves.
+Of one seed, every method starts from the same weights (the supervised stage of the config, where
+it has one, runs once a seed and is kept in `OUT/start/`), sees the same prompts in the same order,
+draws as many completions of at most as many tokens with the same sampler keys, and takes as many
+optimizer steps. Each iteration also measures how far the policy that sampled has moved from the
+start, in nats a completion (`compare/start_kl`). Runs that are finished are not repeated, so the
+same command goes on where it stopped; a folder whose run had other settings is refused. At the end
+`OUT/comparison.md` has a table, `OUT/report.html` the curves.
 """
 
 import argparse
 import ast
 import dataclasses
 import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -24,10 +26,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adpo_jax import train
+from adpo_jax.config_checks import check_overrides, finalized
+from adpo_jax.exit_codes import USER_ERROR
 from adpo_jax.host_memory import tune_malloc
 from adpo_jax.learner import Learner
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
+from adpo_jax.run_folder import RunFolder
 
 METHODS = {
     "adpo": {},
@@ -38,8 +43,24 @@ METHODS = {
 
 START_KL = "compare/start_kl"
 
+# What the weights after the supervised stage depend on; a name stands for all that begin with it.
+OF_THE_START = (
+    "actor_rollout_ref.model.",
+    "actor_rollout_ref.actor.grad_clip",
+    "data.prompt_",
+    "data.system_prompt",
+    "data.apply_chat_template",
+    "data.chat_template_kwargs",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "data.overlong_prompts",
+    "sft.",
+    "trainer.bf16",
+    "trainer.seed",
+)
 
-def arguments() -> argparse.Namespace:
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/arithmetic.py")
     parser.add_argument("--out", type=Path, required=True)
@@ -57,7 +78,7 @@ def arguments() -> argparse.Namespace:
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of the config for all"
     )
     parser.add_argument("--start", type=Path, help="folder of the common starts, else OUT/start")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def overrides(items: list[str]) -> dict:
@@ -66,19 +87,60 @@ def overrides(items: list[str]) -> dict:
     for item in items:
         key, equals, text = item.partition("=")
         if not equals:
-            raise SystemExit(f"{item!r}: wanted KEY=VALUE")
+            raise ValueError(f"{item!r}: wanted KEY=VALUE")
         try:
             changes[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             changes[key] = text
+    check_overrides([f"--config.{key}=" for key in changes])
     return changes
+
+
+def check_comparable(common: dict, variants: dict[str, dict]) -> None:
+    """Checks that what all methods have in common is not set for one of them.
+
+    Raises:
+      ValueError: naming the keys, and where they belong.
+    """
+    if not variants:
+        raise ValueError("nothing to compare: give --methods or --variant")
+    if "trainer.seed" in common:
+        raise ValueError("--set trainer.seed: the seeds are those of --seeds")
+    fixed = ("sft.", "actor_rollout_ref.model.path", "trainer.seed")
+    for name, changes in variants.items():
+        if wrong := [key for key in changes if key.startswith(fixed)]:
+            raise ValueError(
+                f"--variant {name} {', '.join(wrong)}: of one seed all methods start alike; "
+                "--set and --seeds say from where"
+            )
 
 
 def read_config(path: str, changes: dict) -> ConfigDict:
     """A config file's config with some keys changed."""
     config = runpy.run_path(path)["get_config"]()
-    config.update_from_flattened_dict(changes)
+    try:
+        config.update_from_flattened_dict(changes)
+    except TypeError as error:
+        raise ValueError(f"a key is set to what it cannot be: {error}") from error
     return config
+
+
+def is_finished(folder: Path, config: ConfigDict, keys: tuple[str, ...] = ("",)) -> bool:
+    """Whether the run of this config in this folder is done.
+
+    Args:
+      keys: beginnings of the keys in which a run of another config differs.
+
+    Raises:
+      ValueError: when the folder holds a run of another config.
+    """
+    changes = RunFolder(folder).changes(finalized(config))
+    if wrong := [text for key, text in changes.items() if key.startswith(keys)]:
+        raise ValueError(
+            f"{folder} holds a run with other settings; choose another --out, --start or name, or "
+            "remove it. Changed (there -> here):\n  " + "\n  ".join(wrong)
+        )
+    return (folder / "export").exists()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,31 +161,52 @@ class MeasuringLearner(Learner):
         return state, metrics | {START_KL: float(log_ratio.sum(-1).mean())}
 
 
-def common_start(config_path: str, folder: Path, changes: dict, seed: int) -> Path:
-    """The weights that all methods start from with this seed, made once: a Hugging Face folder."""
-    export = folder / f"seed{seed}" / "export"
-    if not export.exists():
-        # One iteration at learning rate 0 leaves the weights as the supervised stage made them.
-        nothing = {
-            "actor_rollout_ref.actor.optim.lr": 0.0,
-            "trainer.total_training_steps": 1,
-            "trainer.test_freq": 0,
-            "trainer.seed": seed,
-        }
-        train.train(read_config(config_path, changes | nothing), export.parent)
-    return export
+def start_config(config_path: str, changes: dict, seed: int) -> ConfigDict:
+    """The config that makes a start: the supervised stage, and one iteration at learning rate 0.
 
-
-def run(config_path: str, folder: Path, start: Path, changes: dict, seed: int) -> None:
-    """One training run from a common start, unless it is finished."""
-    if (folder / "export").exists():
-        return
-    given = {
-        "actor_rollout_ref.model.path": str(start),
-        "sft.steps": 0,
+    Args:
+      changes: those that all methods have in common.
+    """
+    nothing = {
+        "actor_rollout_ref.actor.optim.lr": 0.0,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": 0,
+        "trainer.best_metric": "",
+        "trainer.logger": (),
+        "trainer.profile_steps": (),
         "trainer.seed": seed,
+        "trainer.test_freq": 0,
+        "trainer.total_epochs": 1,
+        "trainer.total_training_steps": 1,
     }
-    prepared = train.prepare(read_config(config_path, changes | given), folder)
+    return read_config(config_path, changes | nothing)
+
+
+def common_start(config_path: str, folder: Path, changes: dict, seed: int) -> dict:
+    """What makes all methods start from the same weights with this seed, as changes of the config.
+
+    Args:
+      folder: where what the supervised stage made is kept.
+      changes: those that all methods have in common.
+    """
+    config = start_config(config_path, changes, seed)
+    if not config.sft.steps:
+        return {}  # the config's own model, of the same seed
+    folder = folder / f"seed{seed}"
+    if not is_finished(folder, config, OF_THE_START):
+        train.train(config, folder, allow_config_change=True)
+    return {
+        "actor_rollout_ref.model.path": str(folder / "export"),
+        "actor_rollout_ref.model.hf_config": {},  # the export has it
+        "actor_rollout_ref.model.random_init": False,
+        "sft.steps": 0,
+    }
+
+
+def run(config: ConfigDict, folder: Path) -> None:
+    """One training run from a common start, unless it is finished."""
+    if is_finished(folder, config):
+        return
+    prepared = train.prepare(config, folder)
     parts, params = prepared.parts, prepared.params
     fields = {f.name: getattr(parts.learner, f.name) for f in dataclasses.fields(Learner)}
     start_params = jax.tree.map(jnp.copy, parts.initial_params() if params is None else params)
@@ -132,12 +215,15 @@ def run(config_path: str, folder: Path, start: Path, changes: dict, seed: int) -
 
 
 def measures(run: Run) -> dict[str, float]:
-    """What a finished run is judged by; NaN for steps to a mark that it never reached."""
+    """What a finished run is judged by; NaN for steps to a mark that it never reached.
+
+    Of a run without evaluations, what they would show is left out.
+    """
     accuracy, reward = run.series("eval/accuracy"), run.series("reward/mean")
     rewards, start_kl = np.array(list(reward.values())), list(run.series(START_KL).values())
     recent = np.convolve(rewards, np.ones(5) / 5, "valid")  # of 5 iterations: one alone is noisy
-    return {
-        "final accuracy": accuracy[max(accuracy)],
+    found = {
+        "final accuracy": accuracy.get(max(accuracy, default=0)),
         "reward, last 10 iterations": rewards[-10:].mean(),
         "reward, all iterations": rewards.mean(),
         "iterations to 80% accuracy": next((k for k, v in accuracy.items() if v >= 0.8), np.nan),
@@ -145,6 +231,7 @@ def measures(run: Run) -> dict[str, float]:
         "KL from the start, last 10": np.mean(start_kl[-10:]) if start_kl else np.nan,
         "completion tokens": sum(run.series("update/tokens").values()),
     }
+    return {name: value for name, value in found.items() if accuracy or "accuracy" not in name}
 
 
 def mean_and_interval(values: list[float]) -> str:
@@ -165,7 +252,8 @@ def table(runs: dict[str, list[Run]]) -> str:
     """Every measure of every method, and its difference to the first method seed by seed."""
     measured = {name: [measures(run) for run in found] for name, found in runs.items()}
     first = next(iter(measured))
-    names = list(measured[first][0])
+    everywhere = set.intersection(*(set(row) for rows in measured.values() for row in rows))
+    names = [name for name in measured[first][0] if name in everywhere]
     lines = [["method", "seeds", *names], ["---"] * (len(names) + 2)]
     for name, rows in measured.items():
         cells = [mean_and_interval([row[measure] for row in rows]) for measure in names]
@@ -182,17 +270,21 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def main():
-    a = arguments()
+def compare(a: argparse.Namespace) -> None:
+    """Trains what is not there yet, and writes the table and the report.
+
+    Raises:
+      ValueError: for settings that cannot work, or other ones than those of a run that is there.
+    """
     common = overrides(a.set)
     variants = {name: METHODS[name] for name in a.methods}
     variants |= {name: overrides(changes) for name, *changes in a.variant}
-    if not variants:
-        raise SystemExit("nothing to compare: give --methods or --variant")
+    check_comparable(common, variants)
     for seed in a.seeds:
-        start = common_start(a.config, a.start or a.out / "start", {}, seed)
+        start = common_start(a.config, a.start or a.out / "start", common, seed)
         for name, changes in variants.items():
-            run(a.config, a.out / name / f"seed{seed}", start, common | changes, seed)
+            changes = common | changes | start | {"trainer.seed": seed}
+            run(read_config(a.config, changes), a.out / name / f"seed{seed}")
     folders = {name: [a.out / name / f"seed{seed}" for seed in a.seeds] for name in variants}
     text = table({name: [Run.read(path) for path in paths] for name, paths in folders.items()})
     (a.out / "comparison.md").write_text(text)
@@ -200,6 +292,16 @@ def main():
     print(text, f"the curves are in {a.out / 'report.html'}", sep="\n")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Compares what the command line says; returns the exit code."""
+    try:
+        compare(arguments(argv))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
 if __name__ == "__main__":
     tune_malloc()
-    main()
+    sys.exit(main())

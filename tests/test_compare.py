@@ -1,15 +1,23 @@
 """What scripts/compare.py makes of runs that are there."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_report import make_run
 
+from adpo_jax import setup, sharding
+from adpo_jax.config_checks import finalized
+from adpo_jax.metrics import read_jsonl
 from adpo_jax.report.runs import Run
+from adpo_jax.run_folder import RunFolder
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "compare.py"
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "compare.py"
+CONFIGS = str(ROOT / "configs" / "{}.py")
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +26,16 @@ def compare():
 
 
 def test_overrides_are_read_as_python_where_they_are(compare):
-    found = compare["overrides"](["algorithm.tau=0.2", "a.b=(1, 2)", "data.val_files=x.jsonl"])
-    assert found == {"algorithm.tau": 0.2, "a.b": (1, 2), "data.val_files": "x.jsonl"}
-    with pytest.raises(SystemExit, match="wanted KEY=VALUE"):
+    found = compare["overrides"](["algorithm.tau=0.2", "eval.ks=(1, 2)", "data.val_files=x.jsonl"])
+    assert found == {"algorithm.tau": 0.2, "eval.ks": (1, 2), "data.val_files": "x.jsonl"}
+    with pytest.raises(ValueError, match="wanted KEY=VALUE"):
         compare["overrides"](["tau"])
+    with pytest.raises(ValueError, match=r"did you mean algorithm\.tau"):
+        compare["overrides"](["algorithm.tauu=0.2"])
 
 
 @pytest.mark.parametrize("method", ["adpo", "adpo-fixed", "grpo", "rloo"])
 def test_every_method_is_a_config_that_works(compare, method):
-    from adpo_jax.config_checks import finalized
-
     config = compare["read_config"]("configs/arithmetic.py", compare["METHODS"][method])
     assert finalized(config).algorithm.adv_estimator == method.split("-")[0]
 
@@ -47,9 +55,73 @@ def test_methods_are_compared_seed_by_seed(compare, tmp_path):
     assert lines[4].endswith(" 150 ± 0 |")
 
 
-@pytest.mark.long
-def test_methods_start_from_the_same_weights_and_see_the_same_prompts(compare, tmp_path):
+def test_runs_without_evaluations_are_compared_by_what_they_have(compare, tmp_path):
+    found = Run.read(make_run(tmp_path / "a/seed0", seed=0))
+    rows = [{k: v for k, v in row.items() if "eval/" not in k} for row in found.rows]
+    header = compare["table"]({"a": [dataclasses.replace(found, rows=rows)]}).splitlines()[0]
+    assert "reward" in header
+    assert "accuracy" not in header
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "gsm8k", "gsm8k_grpo", "math_level3"])
+def test_a_start_can_be_made_under_every_config(compare, name):
+    changes = {"sft.train_files": "embedded:arithmetic", "sft.steps": 3}
+    config = compare["start_config"](CONFIGS.format(name), changes, 7)
+    finalized(config)
+    assert (config.sft.steps, config.trainer.seed) == (3, 7)
+    optim = config.actor_rollout_ref.actor.optim
+    assert setup.make_optimizer(config, 1)[1](0) == optim.lr == 0.0
+
+
+def test_without_a_supervised_stage_the_model_itself_is_the_start(compare, tmp_path):
+    assert compare["common_start"](CONFIGS.format("gsm8k"), tmp_path / "start", {}, 0) == {}
+    assert not (tmp_path / "start").exists()
+
+
+def test_what_all_methods_have_in_common_is_not_set_for_one(compare):
+    check = compare["check_comparable"]
+    check({"sft.steps": 3}, {"a": {"algorithm.tau": 0.2}})
+    with pytest.raises(ValueError, match=r"--variant a sft.steps: .* start alike"):
+        check({}, {"a": {"sft.steps": 3}})
+    with pytest.raises(ValueError, match="are those of --seeds"):
+        check({"trainer.seed": 3}, {"a": {}})
+    with pytest.raises(ValueError, match="nothing to compare"):
+        check({}, {})
+
+
+def claimed(folder, config):
+    """A folder with a finished run of this config."""
+    claimed = RunFolder(folder)
+    claimed.claim(finalized(config))
+    claimed.release()
+    (folder / "export").mkdir()
+
+
+def test_a_run_or_start_of_other_settings_is_refused(compare, tmp_path):
+    read, path = compare["read_config"], CONFIGS.format("arithmetic")
+    claimed(tmp_path / "run", read(path, {}))
+    compare["run"](read(path, {}), tmp_path / "run")  # finished: nothing is done
+    for key, value in {"algorithm.tau": 0.4, "actor_rollout_ref.actor.optim.lr": 1e-5}.items():
+        with pytest.raises(ValueError, match=rf"other settings(?s:.*){key}: .* -> {value}"):
+            compare["run"](read(path, {key: value}), tmp_path / "run")
+    claimed(tmp_path / "start" / "seed7", compare["start_config"](path, {}, 7))
+    # What the supervised stage does not depend on may differ.
+    start = compare["common_start"](path, tmp_path / "start", {"algorithm.tau": 0.4}, 7)
+    assert start["actor_rollout_ref.model.path"] == str(tmp_path / "start" / "seed7" / "export")
+    with pytest.raises(ValueError, match=r"other settings(?s:.*)sft.steps: 450 -> 3"):
+        compare["common_start"](path, tmp_path / "start", {"sft.steps": 3}, 7)
+
+
+@pytest.mark.slow
+def test_methods_start_from_the_same_weights_and_see_the_same_prompts(
+    compare, tmp_path, monkeypatch, capsys
+):
+    make_mesh = sharding.make_mesh
+    one = {"devices": jax.devices()[:1]}
+    monkeypatch.setattr(setup.sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, **one))
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     tiny = {
+        "actor_rollout_ref.model.hf_config": small,
         "sft.steps": 2,
         "sft.batch_size": 8,
         "sft.lr_warmup_steps": 0,
@@ -60,14 +132,23 @@ def test_methods_start_from_the_same_weights_and_see_the_same_prompts(compare, t
         "trainer.total_training_steps": 2,
         "trainer.log_samples_freq": 1,
     }
-    start = compare["common_start"]("configs/arithmetic.py", tmp_path / "start", tiny, 3)
+    argv = ["--config", CONFIGS.format("arithmetic"), "--out", str(tmp_path), "--seeds", "3"]
+    argv += ["--methods", "adpo", "rloo", "--set", *(f"{k}={v}" for k, v in tiny.items())]
+    assert compare["main"](argv) == 0, capsys.readouterr().err
+    assert "| rloo less adpo | 1 |" in (tmp_path / "comparison.md").read_text()
+    assert (tmp_path / "report.html").exists()
+    rows = read_jsonl(tmp_path / "start/seed3/metrics.jsonl")
+    assert max(row.get("sft/step", 0) for row in rows) == 2  # what is common reaches the start
     first = {}
     for method in ("adpo", "rloo"):
-        folder = tmp_path / method
-        changes = tiny | compare["METHODS"][method]
-        compare["run"]("configs/arithmetic.py", folder, start, changes, 3)
-        found = Run.read(folder)
+        found = Run.read(tmp_path / method / "seed3")
         assert found.series(compare["START_KL"])[1] == pytest.approx(0.0, abs=1e-4)
         assert np.isfinite(found.series(compare["START_KL"])[2])
-        first[method] = (folder / "samples" / "train_000001.jsonl").read_text()
+        first[method] = (found.folder / "samples" / "train_000001.jsonl").read_text()
     assert first["adpo"] == first["rloo"]
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "seed3" in p.parts}
+    assert compare["main"](argv) == 0
+    assert compare["main"]([*argv, "algorithm.num_generations=4"]) == 2
+    assert "num_generations: 2 -> 4" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "seed3" in p.parts} == before
