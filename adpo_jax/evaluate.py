@@ -4,22 +4,25 @@
         [--out=FOLDER] [--config.eval.n=8 ...]
 
 `--model` is a Hugging Face folder or hub name, a run's folder (its export, or its newest checkpoint
-where it has none) or one of its checkpoints (`runs/gsm8k/mine/checkpoints/50`). Data, prompts and
+if that is newer) or one of its checkpoints (`runs/gsm8k/mine/checkpoints/50`). Data, prompts and
 `eval.*` are those of the config. Two files are written to `--out`, or to `evaluations/N` in the
 run's folder (for another model in the working folder): `metrics.json` and `completions.jsonl`.
 Nothing that is there is overwritten.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from adpo_jax import loading, pretrained, setup, sharding
-from adpo_jax.config_checks import check_overrides, finalized
+from adpo_jax.command_line import load_config, parse_flags
+from adpo_jax.config_checks import finalized
 from adpo_jax.evaluation import evaluate
 from adpo_jax.exit_codes import USER_ERROR
 from adpo_jax.host_memory import tune_malloc
@@ -57,22 +60,49 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     with setup.make_reward_model(config) as reward_model:
         grader = setup.make_eval_reward_model(config, reward_model)
         engine = setup.make_engine(config, found.policy)
-        evaluation = evaluate(engine, found.params, prompts, found.tokenizer, settings, grader)
-    folder = out or _free_folder(Path(model))
-    folder.mkdir(parents=True)
-    about = {"model": model, "read_from": found.source}
-    (folder / "metrics.json").write_text(json.dumps(about | evaluation.metrics, indent=2) + "\n")
-    write_jsonl(folder / "completions.jsonl", evaluation.records)
+        with _new_folder(out, Path(model)) as folder:
+            evaluation = evaluate(engine, found.params, prompts, found.tokenizer, settings, grader)
+            about = {"model": model, "read_from": found.source} | evaluation.metrics
+            (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n")
+            write_jsonl(folder / "completions.jsonl", evaluation.records)
     print(f"every completion is in {folder / 'completions.jsonl'}", flush=True)
     return evaluation.metrics
 
 
-def _free_folder(model: Path) -> Path:
-    """`evaluations/N` in the run's folder, or in the working one; N is the first free number."""
+@contextlib.contextmanager
+def _new_folder(out: Path | None, model: Path) -> Iterator[Path]:
+    """A folder of this evaluation's own, there before hours of sampling that could be lost.
+
+    It goes again where nothing comes to lie in it.
+    """
+    try:
+        folder = _make_folder(out, model)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be made: {error.strerror}") from error
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):  # one with something in it stays
+            folder.rmdir()
+        raise
+
+
+def _make_folder(out: Path | None, model: Path) -> Path:
+    """`out`, or `evaluations/N` in the run's folder or the working one, N the first free number."""
+    if out is not None:
+        out.mkdir(parents=True)
+        return out
     homes = [p for p in (model, *model.parents) if (p / "metrics.jsonl").exists()]
     parent = (homes or [Path(".")])[0] / "evaluations"
+    parent.mkdir(exist_ok=True)
     taken = [int(p.name) for p in parent.glob("*") if p.name.isdigit()]
-    return parent / str(max(taken, default=-1) + 1)
+    number = max(taken, default=-1) + 1
+    while True:
+        try:
+            (parent / str(number)).mkdir()
+            return parent / str(number)
+        except FileExistsError:  # another evaluation was quicker
+            number += 1
 
 
 def table(metrics: dict[str, float]) -> str:
@@ -88,16 +118,17 @@ def table(metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str], config: ConfigDict | None, model: str | None, out: str | None) -> int:
+def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str | None) -> int:
     """Evaluates what the command line says; returns the exit code."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
-    if config is None or model is None:
-        raise app.UsageError("--model and --config are needed")
     logging.set_verbosity(logging.WARNING)
     try:
-        print(table(evaluate_model(config, model, Path(out) if out else None)))
-    except (ValueError, RewardError) as error:
+        content = load_config(config)
+        if content is None or model is None:
+            raise app.UsageError("--model and --config are needed")
+        print(table(evaluate_model(content, model, Path(out) if out else None)))
+    except (OSError, ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
@@ -107,16 +138,11 @@ def run() -> None:
     """What `python -m adpo_jax.evaluate` does."""
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        check_overrides(sys.argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
     # Defined here, since the flags of `main` have some of these names too.
     config = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
     model = flags.DEFINE_string("model", None, "a Hugging Face folder or name, a run, a checkpoint")
     out = flags.DEFINE_string("out", None, "the folder to write to; a new one if not given")
-    app.run(lambda argv: main(argv, config.value, model.value, out.value))
+    app.run(lambda argv: main(argv, config, model.value, out.value), flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

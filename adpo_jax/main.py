@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax.config_checks import check_overrides
+from adpo_jax.command_line import load_config, parse_flags
 from adpo_jax.exit_codes import (
     DISK_ERROR,
     DOES_NOT_FIT,
@@ -57,11 +57,9 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         return _failed(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
     try:
-        config = _CONFIG.value
-        if config is not None:
-            config.trainer  # noqa: B018
-    except Exception as error:  # a file that failed to load is told of when it is looked into
-        return _failed(_in_words(error))
+        config = load_config(_CONFIG)
+    except ValueError as error:
+        return _failed(error)
     if config is None:
         return _failed("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
@@ -162,27 +160,6 @@ def _main(argv: list[str]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the flags; exits with code 2 for a mistake in them or in the config file."""
-    debug = "--debug" in argv
-    try:
-        check_overrides(argv)
-        return values(argv)
-    except Exception as error:  # a config file is a program: anything may go wrong in it
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_in_words(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-
-
-def _in_words(error: Exception) -> str:
-    """What went wrong in a config file, without the traceback that config_flags puts into it."""
-    text = str(error).strip()
-    if "Traceback" in text:
-        return text.splitlines()[-1]
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:

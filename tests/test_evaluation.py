@@ -1,12 +1,16 @@
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from test_config import parse
 
 from adpo_jax import arithmetic, loading, setup
+from adpo_jax import evaluate as evaluate_module
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.evaluate import evaluate_model, table
 from adpo_jax.evaluation import (
@@ -188,3 +192,39 @@ def test_a_model_is_evaluated_alone_and_nothing_is_overwritten(small_model, tmp_
     assert written["eval/pass@2"] == metrics["eval/pass@2"]
     with pytest.raises(ValueError, match="is there already; choose another --out"):
         evaluate_model(config, str(small_model), tmp_path / "evaluations" / "1")
+    # A folder that cannot be made is told of before anything is sampled, and one is not left empty.
+    monkeypatch.setattr(evaluate_module, "evaluate", broken)
+    with pytest.raises(ValueError, match=r"^/proc/mine cannot be made: "):
+        evaluate_model(config, str(small_model), Path("/proc/mine"))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        evaluate_model(config, str(small_model))
+    assert sorted(p.name for p in Path("evaluations").iterdir()) == ["0", "1"]
+
+
+def broken(*_):
+    raise RuntimeError("the device is gone")
+
+
+def test_an_evaluation_that_begins_beside_another_takes_the_next_number(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    make = evaluate_module._make_folder
+    assert make(None, tmp_path / "checkpoints" / "2") == tmp_path / "evaluations" / "0"
+    monkeypatch.setattr(Path, "glob", lambda *_: [])  # the other has not made its own yet
+    assert make(None, tmp_path) == tmp_path / "evaluations" / "1"
+
+
+@pytest.mark.parametrize("content", ["", "def get_config(: ...", "raise KeyError('lost')"])
+@pytest.mark.parametrize("override", [(), ("--config.eval.n=2",)])
+def test_a_config_file_that_is_broken_is_a_mistake_in_words(content, override, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text(content)
+    argv = ["evaluate", "--model=m", f"--config={tmp_path / 'broken.py'}", *override]
+    values = flags.FlagValues()
+    define = config_flags.DEFINE_config_file
+    config = define("config", None, flag_values=values, sys_argv=argv, lock_config=True)
+    flags.DEFINE_string("model", None, "", flag_values=values)
+    try:
+        code = evaluate_module.main(evaluate_module.parse_flags(argv, values), config, "m", None)
+    except SystemExit as leaving:
+        code = leaving.code
+    assert code == 2
+    assert capsys.readouterr().err.startswith("error: ")
