@@ -1,15 +1,16 @@
 """Reports of runs that were never trained: their folders are written by hand."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree
 
 import pytest
 
-from adpo_jax.metrics import write_jsonl
+from adpo_jax.metrics import read_jsonl, write_jsonl
 from adpo_jax.report import page
 from adpo_jax.report.__main__ import main
-from adpo_jax.report.runs import Run, differences, grouped
+from adpo_jax.report.runs import Group, Run, differences, grouped
 
 HOSTILE = "</pre><script>alert(1)</script><img src=//evil.example onerror=alert(2)>&lt;\x00\ud800"
 
@@ -107,6 +108,27 @@ def test_the_overview_has_the_interval_over_seeds_and_the_stages_their_seconds(f
     assert row["accuracy after"] == "0.755"
     assert row["95% interval"] == "0.691 to 0.819, seeds"
     assert page.stage_seconds(groups[0]) == {"rollout": 1.0, "update": 3.0}
+
+
+def test_every_stage_of_any_group_has_its_column(folders, tmp_path):
+    metrics = folders[2] / "metrics.jsonl"
+    rows = read_jsonl(metrics)
+    rows[-1]["time/eval"] = 10.0
+    write_jsonl(metrics, rows)
+    page.write(folders, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<th>rollout</th><th>update</th><th>eval</th>" in text
+    assert '<td>b</td><td class="number">1</td><td class="number">3</td>' in text
+    assert '<td class="number">3</td><td class="number">2</td>' in text
+
+
+def test_hours_leave_out_the_time_that_a_run_was_stopped(folders):
+    run = Run.read(folders[0])
+    assert run.seconds == 5.0
+    rows = [row | {"time": row["time"] + 7200.0 * (row["step"] > 2)} for row in run.rows]
+    stopped = dataclasses.replace(run, rows=rows)
+    assert stopped.seconds == 4.0 + 4.0 + 60.0  # the stages of the iteration after, and a minute
+    assert page.overview(Group("a", [stopped]))["hours"] == "0.019"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys):

@@ -64,6 +64,7 @@ def write(folders: Sequence[Path], out: Path, *, png: Path | None = None) -> Non
         spreads=[_inline(p) for p in spreads],
         stages=[_inline(p) for p in bars],
         seconds=seconds,
+        stage_names=[stage for stage in _STAGES if any(stage in row for row in seconds)],
         samples=[samples_of(group) for group in groups],
         differences=differences(groups),
         configs=[_pretty(group.runs[0].config) for group in groups],
@@ -90,7 +91,7 @@ def overview(group: Group) -> dict[str, object]:
     rewards = [list(run.series("reward/mean").values())[-10:] for run in group.runs]
     steps = [run.rows[-1]["step"] for run in group.runs]
     tokens = [sum(run.series("update/tokens").values()) for run in group.runs]
-    hours = [(run.rows[-1]["time"] - run.rows[0]["time"]) / 3600 for run in group.runs]
+    hours = [run.seconds / 3600 for run in group.runs]
     return {
         "label": group.label,
         "seeds": ", ".join(str(run.seed) for run in group.runs),

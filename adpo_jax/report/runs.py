@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -52,6 +53,18 @@ class Run:
     def series(self, name: str) -> dict[int, float]:
         """The values of a metric by step, gaps left out."""
         return {row["step"]: row[name] for row in self.rows if row.get(name) is not None}
+
+    @property
+    def seconds(self) -> float:
+        """From the first row to the last, without the time that the run was stopped in between.
+
+        A row comes a minute at most after the one before and its own stages.
+        """
+        total = 0.0
+        for before, row in itertools.pairwise(self.rows):
+            stages = sum(v or 0.0 for k, v in row.items() if k.startswith("time/"))
+            total += min(row["time"] - before["time"], stages + 60.0)
+        return total
 
     @functools.cached_property
     def names(self) -> set[str]:
