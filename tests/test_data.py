@@ -89,7 +89,9 @@ def test_a_folder_gives_all_its_files_in_order_unless_they_are_named_after_split
 
 def test_the_real_gsm8k_is_read_and_every_answer_is_a_number():
     if not GSM8K.exists():
-        pytest.skip("GSM8K is not there: shared/data/gsm8k beside the checkout")
+        pytest.skip(
+            "GSM8K is not part of the repository: it would be shared/data/gsm8k beside the checkout"
+        )
     train, test = load(GSM8K, split="train"), load(GSM8K / "test.jsonl")
     assert (len(train), len(test)) == (7473, 1319)
     assert train.columns["question"][0].startswith("Natalia sold clips")

@@ -17,7 +17,11 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not in ../shared/data/gsm8k"),
+    pytest.mark.skipif(
+        not GSM8K.is_dir(),
+        reason="GSM8K is not part of the repository: it would be shared/data/gsm8k beside the "
+        "checkout",
+    ),
 ]
 
 

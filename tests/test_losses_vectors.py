@@ -11,18 +11,13 @@ import pytest
 
 from adpo_jax import adpo_loss
 
-VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors"
-JSON = VECTORS / "adpo_vectors.json"
-CASES = json.loads(JSON.read_text())["cases"] if JSON.exists() else []
-
-pytestmark = pytest.mark.skipif(
-    not CASES, reason=f"the reference vectors are not there: {VECTORS.name}/{JSON.name}"
-)
+GOLDEN = Path(__file__).parent / "golden" / "adpo_loss"
+CASES = json.loads((GOLDEN / "cases.json").read_text())["cases"]
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    with np.load(VECTORS / "adpo_vectors.npz") as archive:
+    with np.load(GOLDEN / "arrays.npz") as archive:
         return dict(archive)
 
 

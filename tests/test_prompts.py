@@ -197,7 +197,9 @@ def test_settings_that_cannot_work_are_refused(plain, chat):
 
 def test_the_real_gsm8k_renders_whole(chat):
     if not GSM8K.exists():
-        pytest.skip("GSM8K is not there: shared/data/gsm8k beside the checkout")
+        pytest.skip(
+            "GSM8K is not part of the repository: it would be shared/data/gsm8k beside the checkout"
+        )
     dataset = load_rows(str(GSM8K / "test.jsonl"), prompt_key="question", answer_key="answer")
     solutions = [extract_solution(answer) for answer in dataset.columns["answer"]]
     rendered = render_prompts(
