@@ -4,10 +4,10 @@
     python scripts/export_hf.py --model runs/gsm8k/mine/checkpoints/50 --out my-model
     HF_TOKEN=... python scripts/export_hf.py --model runs/mine --out m --push-to-hub me/my-model
 
-`--model` is the folder of a run, one of its checkpoints, or a Hugging Face folder. The folder that
-comes out is read by transformers, vLLM and whatever else reads such folders. An upload goes to a
-private repository, made if it is not there; the token is that of the environment variable HF_TOKEN
-or of `hf auth login`.
+`--model` is the folder of a run, one of its checkpoints, or a Hugging Face folder. What comes out
+is the layout of transformers; tests load it there and compare the logits. vLLM and others read that
+layout too, which has not been tried. An upload goes to a private repository, made if it is not
+there; the token is that of the environment variable HF_TOKEN or of `hf auth login`.
 """
 
 import argparse

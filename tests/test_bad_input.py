@@ -779,7 +779,10 @@ FOLDERS = {
         "is no JSON",
     ),
     "with a link out of it": (linked_folder, "is a link that leaves the run's folder"),
-    "below a file": (lambda: Path("run").symlink_to("good.jsonl/x"), ""),
+    "that is a link to below a file": (
+        lambda: Path("run").symlink_to("good.jsonl/x"),
+        "run cannot be written: File exists",
+    ),
 }
 
 
@@ -869,9 +872,10 @@ def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_sample(monkeyp
     assert sample["index"] == 0
 
 
-def test_a_folder_that_cannot_be_written(monkeypatch, capsys):
-    argv = [ARITHMETIC, *SHORT, "--workdir=/proc/adpo_jax_run"]
-    assert_refused(argv, "/proc/adpo_jax_run cannot be written", monkeypatch, capsys)
+@pytest.mark.parametrize("folder", ["/proc/adpo_jax_run", "good.jsonl/run"])
+def test_a_folder_that_cannot_be_written(folder, monkeypatch, capsys):
+    argv = [ARITHMETIC, *SHORT, f"--workdir={folder}"]
+    assert_refused(argv, f"{folder} cannot be written: ", monkeypatch, capsys)
 
 
 def test_a_folder_that_another_process_trains_in(monkeypatch, capsys):
