@@ -1,11 +1,13 @@
 """Checks of the configuration that only several keys together, or a command line, can fail."""
 
 import difflib
+import fnmatch
 import re
 from pathlib import PurePath
 
 from ml_collections import ConfigDict
 
+from adpo_jax import metric_names
 from adpo_jax.config import default_config, keys
 
 ADPO_ONLY = (
@@ -224,6 +226,7 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
     _refuse_what_has_no_effect(config)
     _refuse_lora_without_effect(config)
+    _check_best_metric(config)
 
 
 def _refuse_what_has_no_effect(config: ConfigDict) -> None:
@@ -266,6 +269,25 @@ def _refuse_lora_without_effect(config: ConfigDict) -> None:
     if changed and not model.lora_rank:
         raise ValueError(
             f"{', '.join(changed)}: no effect without model.lora_rank, which is 0 (no LoRA)"
+        )
+
+
+def _check_best_metric(config: ConfigDict) -> None:
+    """By a name that no row has, no checkpoint would ever be the best."""
+    name = config.trainer.best_metric
+    names = metric_names.of_rows(
+        config.algorithm.adv_estimator,
+        filtered=config.algorithm.filter_groups,
+        evaluated=bool(config.data.val_files),
+        num_samples=config.eval.n,
+        ks=tuple(config.eval.ks),
+        by_category=bool(config.eval.category_key),
+    )
+    if name and not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"trainer.best_metric={name}: no row of this run has it; did you mean {near}? "
+            "docs/metrics.md lists them"
         )
 
 

@@ -24,7 +24,13 @@ from adpo_jax.redaction import redacted
 
 
 class Writer(metric_writers.MetricWriter):
-    """A clu writer that leaves out every kind of record it has no place for."""
+    """A clu writer that leaves out every kind of record it has no place for.
+
+    Attributes:
+      num_failures: what could not be written so far, and ended nothing.
+    """
+
+    num_failures = 0
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         pass
@@ -170,6 +176,12 @@ def _json_number(value) -> float | int | None:
 class Writers(metric_writers.MultiWriter):
     """Several writers as one, tables included."""
 
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]):
+        """Writes scalars, with the failures so far where there were any."""
+        failures = sum(writer.num_failures for writer in self._writers)
+        counted = {"tracker/failures": failures} if failures else {}
+        super().write_scalars(step, {**scalars, **counted})
+
     def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
         """Writes rows that have the same keys; nothing where there are none."""
         for writer in self._writers if rows else ():
@@ -179,7 +191,7 @@ class Writers(metric_writers.MultiWriter):
 def make_writer(
     workdir: Path,
     purge_step: int | None = None,
-    *others: metric_writers.MetricWriter,
+    *others: Writer,
     writes: bool = True,
 ) -> Writers:
     """The writer of a run folder: `metrics.jsonl`, `tensorboard/`, and `others`.

@@ -22,18 +22,24 @@ class Profiler:
     Args:
       folder: where to.
       steps: the first and the last iteration of the trace, from 1; () for none.
+      num_steps: iterations of the run, after which a trace ends at the latest.
 
     Raises:
-      ValueError: for steps that are no such pair.
+      ValueError: for steps that are no such pair, or that the run does not reach.
     """
 
-    def __init__(self, folder: Path, steps: tuple[int, ...] = ()):
+    def __init__(self, folder: Path, steps: tuple[int, ...], num_steps: int):
         if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
             raise ValueError(
                 "trainer.profile_steps is the first and the last iteration to trace, counted from "
                 f"1, for example (3, 5); given {tuple(steps)}"
             )
-        self._folder, self._steps = folder, tuple(steps)
+        if steps and steps[0] > num_steps:
+            raise ValueError(
+                f"trainer.profile_steps begins at iteration {steps[0]}, and there are {num_steps}; "
+                "choose earlier ones"
+            )
+        self._folder, self._steps = folder, tuple(min(step, num_steps) for step in steps)
         self._running = False
 
     def begin(self, step: int) -> None:

@@ -124,14 +124,15 @@ def generate_and_grade(
         out = engine.generate(params, prompts.token_ids, sampling, key, **overlap)
     decoded = time.perf_counter()
     try:
-        if reward_model.has_workers:
-            completions = [text for texts, _ in graded for text in texts]
-            scores = Scores.concatenate([handle.result() for _, handle in graded])
-        else:
-            completions = decode_completions(tokenizer, out)
-            columns = prompts.repeated_columns(G)
-            columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
-            scores = reward_model.score(completions, columns)
+        with jax.profiler.TraceAnnotation("reward"):
+            if reward_model.has_workers:
+                completions = [text for texts, _ in graded for text in texts]
+                scores = Scores.concatenate([handle.result() for _, handle in graded])
+            else:
+                completions = decode_completions(tokenizer, out)
+                columns = prompts.repeated_columns(G)
+                columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
+                scores = reward_model.score(completions, columns)
     except RewardError as error:
         if on_error is None:
             raise

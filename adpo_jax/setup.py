@@ -75,7 +75,6 @@ def build(config: ConfigDict) -> Parts:
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     make_algorithm(config)  # its parameters are checked before any file is read
     trackers.check_installed(config.trainer.logger)
-    make_profiler(config, Path())
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
     sampling = make_sampling(config, source)
@@ -85,6 +84,7 @@ def build(config: ConfigDict) -> Parts:
     val_prompts = loading.load_val_prompts(config, source.tokenizer)
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
+    make_profiler(config, Path(), num_steps)
     reward_model = make_reward_model(config)
     learner = make_learner(config, policy, plan, num_steps)
     return Parts(
@@ -236,19 +236,21 @@ def make_eval_reward_model(config: ConfigDict, reward_model: RewardModel) -> Rew
     return RewardModel([RewardFunction(name="good_accuracy")])
 
 
-def make_profiler(config: ConfigDict, folder: Path) -> Profiler:
+def make_profiler(config: ConfigDict, folder: Path, num_steps: int) -> Profiler:
     """What traces the iterations that the config names."""
-    return Profiler(folder, config.trainer.profile_steps)
+    return Profiler(folder, config.trainer.profile_steps, num_steps)
 
 
 def make_trackers(config: ConfigDict, workdir: Path) -> list[Writer]:
-    """The experiment trackers of the config, on one process alone."""
+    """The experiment trackers of the config, on one process alone.
+
+    Raises:
+      ValueError: for one that cannot be started.
+    """
     if jax.process_index() > 0:
         return []
     c = config.trainer
-    return [
-        trackers.TRACKERS[name](workdir, c.project_name, c.experiment_name) for name in c.logger
-    ]
+    return [trackers.start(name, workdir, c.project_name, c.experiment_name) for name in c.logger]
 
 
 def make_engine(

@@ -4,12 +4,14 @@ Each is an extra that is imported when a run asks for it (`trainer.logger`), tak
 address from its own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, ...), and is given a
 config without what looks like a secret. A run that is resumed goes on in the same record: its
 identifier is kept in the run's folder. Iterations done again after a crash are recorded again;
-`metrics.jsonl` alone takes the first ones back.
+`metrics.jsonl` alone takes the first ones back. A tracker that fails never ends a run.
 """
 
 import importlib
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,12 +23,19 @@ from adpo_jax.redaction import redacted
 
 
 class WandbWriter(Writer):
-    """Weights & Biases; `WANDB_MODE=offline` needs no account."""
+    """Weights & Biases; `WANDB_MODE=offline` needs no account.
 
-    def __init__(self, workdir: Path, project: str, name: str):
+    Args, as of the other trackers:
+      workdir: the run's folder.
+      project, name: what the record is called.
+      known_id: the identifier of the record to go on with; None for a new one, see `id`.
+    """
+
+    def __init__(self, workdir: Path, project: str, name: str, known_id: str | None):
         self._wandb = _tracker("wandb")
+        self.id = known_id or uuid4().hex
         self._run = self._wandb.init(
-            project=project, name=name, id=_kept_id(workdir, "wandb"), dir=workdir, resume="allow"
+            project=project, name=name, id=self.id, dir=workdir, resume="allow"
         )
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
@@ -47,7 +56,9 @@ class WandbWriter(Writer):
 class MlflowWriter(Writer):
     """MLflow; records to MLFLOW_TRACKING_URI, or where MLflow itself chooses."""
 
-    def __init__(self, workdir: Path, project: str, name: str):
+    def __init__(self, workdir: Path, project: str, name: str, known_id: str | None):
+        # Its own 7 take minutes where there is no server, and training waits for them.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         mlflow = _tracker("mlflow")
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient()
@@ -55,11 +66,7 @@ class MlflowWriter(Writer):
         experiment_id = (
             experiment.experiment_id if experiment else self._client.create_experiment(project)
         )
-        self._id = _kept_id(
-            workdir,
-            "mlflow",
-            lambda: self._client.create_run(experiment_id, run_name=name).info.run_id,
-        )
+        self.id = known_id or self._client.create_run(experiment_id, run_name=name).info.run_id
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         now = int(time.time() * 1000)
@@ -68,28 +75,28 @@ class MlflowWriter(Writer):
             self._entities.Metric(name.replace("@", "_at_"), value, now, int(step))
             for name, value in _finite(scalars).items()
         ]
-        self._client.log_batch(self._id, metrics=values)
+        self._client.log_batch(self.id, metrics=values)
 
     def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
         text = json.dumps([dict(row) for row in rows], ensure_ascii=True, default=str, indent=1)
-        self._client.log_text(self._id, text, f"{name}/{step:06d}.json")
+        self._client.log_text(self.id, text, f"{name}/{step:06d}.json")
 
     def write_hparams(self, hparams: Mapping[str, Any]):
         text = json.dumps(redacted(dict(hparams)), default=str, indent=1)
-        self._client.log_text(self._id, text, "config.json")
+        self._client.log_text(self.id, text, "config.json")
 
     def close(self):
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self.id)
 
 
 class TrackioWriter(Writer):
     """trackio; records to TRACKIO_DIR."""
 
-    def __init__(self, workdir: Path, project: str, name: str):
+    def __init__(self, workdir: Path, project: str, name: str, known_id: str | None):
         self._trackio = _tracker("trackio")
         # Its runs are known by name; one that is resumed goes on under the same.
-        name = _kept_id(workdir, "trackio", lambda: f"{name}-{uuid4().hex[:8]}")
-        self._run = self._trackio.init(project=project, name=name, resume="allow", embed=False)
+        self.id = known_id or f"{name}-{uuid4().hex[:8]}"
+        self._run = self._trackio.init(project=project, name=self.id, resume="allow", embed=False)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         self._run.log(_finite(scalars), step=int(step))
@@ -108,6 +115,74 @@ class TrackioWriter(Writer):
 
 
 TRACKERS = {"wandb": WandbWriter, "mlflow": MlflowWriter, "trackio": TrackioWriter}
+
+
+class Harmless(Writer):
+    """A tracker that cannot end the run: its first error is told of, all are counted.
+
+    After an error the tracker is left alone for ten times as long as the attempt took, so that a
+    server that cannot be reached takes a tenth of the time at most. What it should have been given
+    meanwhile it does not get, and that counts as a failure too.
+
+    Args:
+      name: of the tracker.
+      tracker: the writer that may fail; None for one that is left alone for good.
+    """
+
+    def __init__(self, name: str, tracker: Writer | None):
+        self._name, self._tracker = name, tracker or Writer()
+        self._rests_until = -math.inf if tracker else math.inf
+        self.num_failures = 0
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]):
+        self._try(self._tracker.write_scalars, step, scalars)
+
+    def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
+        self._try(self._tracker.write_table, step, name, rows)
+
+    def write_hparams(self, hparams: Mapping[str, Any]):
+        self._try(self._tracker.write_hparams, hparams)
+
+    def close(self):
+        self._try(self._tracker.close)
+
+    def _try(self, write, *args):
+        started = time.monotonic()
+        if started < self._rests_until:
+            self.num_failures += 1
+            return
+        try:
+            write(*args)
+        except Exception as error:
+            if not self.num_failures:
+                _warn(f"{self._name} failed, and the run goes on: {_in_words(error)}")
+            self.num_failures += 1
+            now = time.monotonic()
+            self._rests_until = now + 10 * (now - started)
+
+
+def start(name: str, workdir: Path, project: str, run_name: str) -> Harmless:
+    """Starts a tracker, or goes on with the record that the run has there.
+
+    Raises:
+      ValueError: when a new record cannot be begun. A run that goes on does so without.
+    """
+    ids = _kept_ids(workdir)
+    try:
+        tracker = TRACKERS[name](workdir, project, run_name, ids.get(name))
+    except Exception as error:
+        if name not in ids:
+            raise ValueError(
+                f"trainer.logger names {name}, which cannot be started: {_in_words(error)}. See to "
+                "its account and address, or leave it out"
+            ) from error
+        _warn(f"{name} cannot be reached, and the run goes on without: {_in_words(error)}")
+        return Harmless(name, None)
+    if name not in ids:
+        unfinished = workdir / ".trackers.json.tmp"
+        unfinished.write_text(json.dumps(ids | {name: tracker.id}) + "\n")
+        os.replace(unfinished, workdir / "trackers.json")
+    return Harmless(name, tracker)
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -136,14 +211,21 @@ def _tracker(name: str):
         ) from error
 
 
-def _kept_id(workdir: Path, tracker: str, make=lambda: uuid4().hex) -> str:
-    """The identifier of this run's record, made once and kept in `trackers.json`."""
+def _kept_ids(workdir: Path) -> dict[str, str]:
+    """The identifiers of the run's records, by tracker."""
     path = workdir / "trackers.json"
-    ids = json.loads(path.read_text()) if path.exists() else {}
-    if tracker not in ids:
-        ids[tracker] = make()
-        path.write_text(json.dumps(ids) + "\n")
-    return ids[tracker]
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; remove it to begin new records") from error
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _finite(scalars: Mapping[str, Any]) -> dict[str, float]:

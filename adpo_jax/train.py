@@ -8,7 +8,7 @@ the optimizer steps of an iteration (`learner`).
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Run:
       params: what a fresh run starts from; None where there is a checkpoint to go on from, unless
         it lacks frozen parameters.
       rollouts: the sampler and the reward functions, or a recording.
+      trackers: the experiment trackers, started.
     """
 
     config: ConfigDict
@@ -69,6 +70,7 @@ class Run:
     folder: RunFolder
     params: Any
     rollouts: Rollouts
+    trackers: Sequence[metrics_lib.Writer] = ()
 
     def save_rollouts(self, step: int, checkpoints: Checkpoints) -> None:
         """Keeps what sampling needs to go on after `step` iterations, where it needs anything."""
@@ -115,7 +117,8 @@ def prepare(
       replay: a folder of recorded rollouts to train from, in place of a sampler.
 
     Raises:
-      ValueError: nothing has been written then.
+      ValueError: nothing has been written then, but for the config where a tracker cannot be
+        started.
     """
     options = {
         "replay": replay,
@@ -136,7 +139,12 @@ def prepare(
     params = None if in_checkpoint else parts.initial_params()
     with distributed.fail_together():
         folder.claim(config, contents=contents, **options)
-    return Run(config, parts, folder, params, rollouts)
+        try:
+            trackers = setup.make_trackers(config, folder.root)
+        except ValueError:
+            folder.release()
+            raise
+    return Run(config, parts, folder, params, rollouts, trackers)
 
 
 def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
@@ -155,14 +163,17 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
     ):
         restored = checkpoints.restore_latest(_abstract_state(parts)) if checkpoints.steps else None
         purge_step = -config.sft.steps if restored is None else restored.step + 1
-        others = setup.make_trackers(config, folder.root) if folder.writes else ()
-        writer = metrics_lib.make_writer(folder.root, purge_step, *others, writes=folder.writes)
-        with contextlib.closing(writer):
+        writer = metrics_lib.make_writer(
+            folder.root, purge_step, *run.trackers, writes=folder.writes
+        )
+        # Closed after what `_iterate` saves when it is interrupted: writing a trace takes a while.
+        profiler = setup.make_profiler(config, folder.profile, parts.num_steps)
+        with contextlib.closing(writer), contextlib.closing(profiler):
             writer.write_hparams(config.to_dict())
             folder.write_environment(profiling.environment())
             state, metrics = _start(run, restored, writer, checkpoints, interruption)
             del restored  # or the donated state would be held on to
-            state = _iterate(run, state, metrics, writer, checkpoints, interruption)
+            state = _iterate(run, state, metrics, writer, checkpoints, interruption, profiler)
         with interruption.abandonable():
             _export(run, state)
         print(f"done; the policy is in {folder.export}", flush=True)
@@ -232,12 +243,12 @@ def _iterate(
     writer,
     checkpoints: Checkpoints,
     interruption: Interruption,
+    profiler: profiling.Profiler,
 ) -> TrainState:
     """The loop; `metrics` are those of the iteration that `state` comes from."""
     config, folder = run.config, run.folder
     start, num_steps = int(state.step), run.parts.num_steps
     guard = setup.make_guard(config)
-    profiler = setup.make_profiler(config, folder.profile)
     # As process 0 sees the file, which it may be writing.
     rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
     rows = [row for row in rows if "sft/step" not in row]
@@ -439,6 +450,6 @@ def _show(
 @contextlib.contextmanager
 def _timed(times: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
-    with jax.profiler.TraceAnnotation(name):
+    with jax.profiler.TraceAnnotation(name.removeprefix("time/")):
         yield
     times[name] = time.perf_counter() - start

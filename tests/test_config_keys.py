@@ -156,7 +156,7 @@ def traced(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.profiler, "start_trace", lambda folder: events.append("begins"))
         patch.setattr(jax.profiler, "stop_trace", lambda: events.append("ends"))
-        profiler = setup.make_profiler(config, Path())
+        profiler = setup.make_profiler(config, Path(), num_steps=5)
         for step in range(1, 6):
             profiler.begin(step)
             events.append(step)
@@ -166,7 +166,7 @@ def traced(config):
 
 def tracked(config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup.trackers, "TRACKERS", {"wandb": lambda workdir, *names: names})
+        patch.setattr(setup.trackers, "start", lambda name, workdir, *names: (name, *names))
         return setup.make_trackers(config, Path())
 
 

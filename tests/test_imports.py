@@ -10,14 +10,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 # From the ground up to the road and the command line. Those of a line do not import each other,
 # except from left to right.
 ROAD = [
-    "clu_without_tensorflow exit_codes host_memory compilation_cache interruption metric_names",
+    "clu_without_tensorflow exit_codes host_memory compilation_cache metric_names",
     "sharding distributed rope groups safetensors_files hlo flops chips",
     "rewards data arithmetic redaction metrics trackers profiling progress",
     "config config_checks command_line batch_plan",
     "prompts grpo rloo losses anchor",
     "packing attention tile_attention attention_kernels lora model log_probs",
     "hf_families hf_config hf_tensors hf_weights hf policy",
-    "lora_files optimizer checkpoints run_folder guard",
+    "lora_files optimizer checkpoints run_folder guard interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
     "layouts offload update rollout recording filtering sft cold_start learner evaluation",
     "loading pretrained serve setup dry_run train evaluate report adapters main",

@@ -1,5 +1,6 @@
 """Names of metrics, trackers, the terminal, and where time goes."""
 
+import contextlib
 import io
 import json
 import re
@@ -15,9 +16,9 @@ import rich.console
 from jax.sharding import PartitionSpec
 from test_config import parse
 
-from adpo_jax import profiling, setup, sharding
+from adpo_jax import metric_names, profiling, setup, sharding, trackers
 from adpo_jax.flops import traced_flops
-from adpo_jax.metrics import make_writer, markdown_table, read_jsonl
+from adpo_jax.metrics import JsonlWriter, make_writer, markdown_table, read_jsonl
 from adpo_jax.progress import Progress
 from adpo_jax.trackers import TRACKERS
 
@@ -55,6 +56,42 @@ def test_an_undocumented_or_missing_metric_is_noticed():
         check_documented({"reward/a b"}, set())
     with pytest.raises(AssertionError, match=r"not written: .*adpo/mean_tau"):
         check_documented({"adpo/loss"}, {"adpo"})
+
+
+def test_the_names_of_metrics_in_the_code_are_the_documented_ones():
+    changing = {"eval", "sft"}  # eval has the numbers of samples in its names, sft is before
+    listed = {f"{group}/{n}" for group, names in metric_names.NAMES.items() for n in names.split()}
+    named = {name for name in documented() if name.split("/")[0] not in changing}
+    assert listed == {name.replace("<component>", "*") for name in named}
+    evaluated = metric_names.of_rows(
+        "adpo", filtered=False, evaluated=True, num_samples=4, ks=(1, 2), by_category=True
+    )
+    check_documented(
+        {name.replace("*", "x") for name in evaluated},
+        {"always", "adpo", "evaluation", "samples"},
+    )
+
+
+BEST = {
+    "eval/acuracy": ("did you mean eval/accuracy?", ()),
+    "reward/mean": (None, ()),
+    "reward/my_own": (None, ()),
+    "eval/pass@4": (None, ("--config.eval.n=8", "--config.eval.ks=(1, 4)")),
+    "eval/pass@2": ("did you mean eval/", ("--config.eval.n=8",)),
+    "eval/algebra/accuracy": (None, ("--config.eval.category_key=question",)),
+    "eval/algebra/acuracy": ("did you mean", ("--config.eval.category_key=question",)),
+    "grpo/loss": ("did you mean adpo/loss?", ()),
+    "filter/attempts": (None, ("--config.algorithm.filter_groups=true",)),
+    "filter/fillers": ("no row of this run has", ()),
+}
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_checkpoint_is_by_a_metric_that_there_is(name):
+    text, more = BEST[name]
+    wrong = rf"best_metric={name}.*{re.escape(text or '')}"
+    with pytest.raises(ValueError, match=wrong) if text else contextlib.nullcontext():
+        parse(f"--config.trainer.best_metric={name}", *more)
 
 
 class StandIn:
@@ -125,6 +162,76 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused(logger, text, mon
     config = parse(f"--config.trainer.logger={logger}")
     with pytest.raises(ValueError, match=text):
         setup.build(config)
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_counted_and_ends_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    config = parse("--config.trainer.logger=('mlflow',)")
+    (tracker,) = setup.make_trackers(config, tmp_path)
+    writer = make_writer(tmp_path, None, tracker)
+    attempts = []
+
+    def unreachable(*_, **__):
+        attempts.append(clock[0])
+        clock[0] += 2.0
+        raise ConnectionError("no route\nto the host")
+
+    clock = [100.0]
+    monkeypatch.setattr(trackers.time, "monotonic", lambda: clock[0])
+    module.log_batch = module.log_text = module.set_terminated = unreachable
+    for step in range(1, 5):
+        writer.write_scalars(step, {"reward/mean": 0.5})
+        clock[0] += 9.0
+    writer.write_table(4, "samples", [{"prompt": "2+2"}])
+    writer.close()
+    # Left alone for ten times as long as an attempt takes.
+    assert attempts == [100.0, 129.0]
+    err = capsys.readouterr().err
+    assert err == "warning: mlflow failed, and the run goes on: ConnectionError: no route\n"
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row.get("tracker/failures") for row in rows] == [None, 1, 2, 3]
+
+
+def test_metrics_that_cannot_be_written_to_the_run_folder_are_no_small_matter(
+    tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError("no space left")
+
+    writer = make_writer(tmp_path)
+    monkeypatch.setattr(JsonlWriter, "write_scalars", full)
+    with pytest.raises(OSError, match="no space left"):
+        writer.write_scalars(1, {"reward/mean": 0.5})
+
+
+def test_a_tracker_that_cannot_start_is_refused_in_a_new_run_and_not_missed_in_an_old_one(
+    tmp_path, monkeypatch, capsys
+):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = parse("--config.trainer.logger=('wandb',)")
+    start = module.init
+    monkeypatch.setattr(module, "init", without_account)
+    with pytest.raises(ValueError, match=r"wandb, which cannot be started: .*no API key.*leave it"):
+        setup.make_trackers(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module, "init", start)
+    setup.make_trackers(config, tmp_path)
+    monkeypatch.setattr(module, "init", without_account)
+    (tracker,) = setup.make_trackers(config, tmp_path)
+    tracker.write_scalars(1, {"reward/mean": 0.5})
+    assert tracker.num_failures == 1
+    assert "goes on without: RuntimeError: no API key" in capsys.readouterr().err
+    (tmp_path / "trackers.json").write_text('{"wandb"')
+    with pytest.raises(ValueError, match=r"trackers.json is no JSON.* remove it"):
+        setup.make_trackers(config, tmp_path)
+
+
+def without_account(**_):
+    raise RuntimeError("no API key")
 
 
 def test_samples_are_a_table_in_tensorboard_with_their_text_as_it_is():
@@ -212,10 +319,18 @@ def test_memory_is_that_of_the_process_and_of_devices_that_tell():
     assert 0.05 < metrics["memory/host_gib"] < 1000
 
 
-@pytest.mark.parametrize("steps", ["(3,)", "(0, 2)", "(4, 3)"])
-def test_steps_to_profile_that_are_no_range_are_refused(steps):
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ("(3,)", "profile_steps is the first and the last"),
+        ("(0, 2)", "profile_steps is the first and the last"),
+        ("(4, 3)", "profile_steps is the first and the last"),
+        ("(51, 60)", "begins at iteration 51, and there are 50"),
+    ],
+)
+def test_steps_to_profile_that_are_no_range_of_the_run_are_refused(steps, text):
     config = parse(f"--config.trainer.profile_steps={steps}")
-    with pytest.raises(ValueError, match="profile_steps is the first and the last"):
+    with pytest.raises(ValueError, match=text):
         setup.build(config)
 
 

@@ -1,12 +1,13 @@
 """The whole road on a policy so small that only the wiring is tested."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 from test_config import parse
-from test_metrics import check_documented
+from test_metrics import StandIn, check_documented
 
 from adpo_jax import setup, sharding
 from adpo_jax.metrics import read_jsonl
@@ -81,9 +82,16 @@ def scalars(folder):
     ]
 
 
+def events(trace):
+    """The names of all that a trace holds."""
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    return {event.name for plane in planes for line in plane.lines for event in line.events}
+
+
 @pytest.mark.usefixtures("one_device")
 def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(tmp_path):
-    profiled = ("--config.eval.n=2", "--config.trainer.profile_steps=(2, 3)")
+    # The last iteration of the trace is not reached.
+    profiled = ("--config.eval.n=2", "--config.trainer.profile_steps=(3, 9)")
     config = parse(*TINY, *profiled)
     last = train(config, tmp_path / "run")
     folder = tmp_path / "run"
@@ -93,7 +101,8 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
     assert ["eval/accuracy" in row for row in rows] == [True, False, True, False, True]
     written = {name for row in read_jsonl(folder / "metrics.jsonl") for name in row}
     check_documented(written - {"step", "time"}, {"always", "adpo", "evaluation", "samples"})
-    assert list((folder / "profile").rglob("*.xplane.pb"))
+    (trace,) = (folder / "profile").rglob("*.xplane.pb")
+    assert {"rollout", "reward", "anchor", "update", "eval"} <= events(trace)
     assert rows[1]["adpo/loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert rows[1]["rollout/mismatch_kl"] < 1e-6
     assert 1.0 <= rows[1]["rollout/mismatch_ratio_max"] < 1.001
@@ -121,11 +130,13 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
 @pytest.mark.usefixtures("one_device")
 def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, reward_file):
     config = parse(*TINY, *with_reward(reward_file))
+    profiled = parse(*TINY, *with_reward(reward_file), "--config.trainer.profile_steps=(3, 4)")
     train(config, tmp_path / "whole")
     (tmp_path / "broken").touch()
     with pytest.raises(RewardError, match="the disk is gone"):
-        train(config, tmp_path / "run")
+        train(profiled, tmp_path / "run")
     assert (tmp_path / "run" / "samples" / "reward_error_000003.jsonl").exists()
+    assert "rollout" in events(next((tmp_path / "run" / "profile").rglob("*.xplane.pb")))
     (tmp_path / "broken").unlink()
     train(config, tmp_path / "run")
     assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
@@ -134,9 +145,18 @@ def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, rewar
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path):
+def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path, monkeypatch):
     short = (*TINY, "--config.trainer.total_training_steps=1", "--config.sft.steps=0")
-    train(parse(*short), tmp_path / "run")
+    tracker = StandIn()
+    monkeypatch.setitem(sys.modules, "mlflow", tracker)
+    tracked = parse(*short, "--config.trainer.logger=('mlflow',)")
+    create_run, tracker.create_run = tracker.create_run, unreachable
+    with pytest.raises(ValueError, match="mlflow, which cannot be started: ConnectionError"):
+        train(tracked, tmp_path / "run")
+    # Nobody holds the folder then, and what fails later ends nothing.
+    tracker.create_run, tracker.log_batch = create_run, unreachable
+    train(tracked, tmp_path / "run")
+    assert scalars(tmp_path / "run")[-1]["tracker/failures"] == 1
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*"))
     with pytest.raises(ValueError, match=r"algorithm.tau: 0.8 -> 0.5"):
         train(parse(*short, "--config.algorithm.tau=0.5"), tmp_path / "run")
@@ -145,6 +165,10 @@ def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path):
     (tmp_path / "other" / "thesis.tex").write_text("all my work")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         train(parse(*short), tmp_path / "other")
+
+
+def unreachable(*_, **__):
+    raise ConnectionError("no route to the host")
 
 
 VARIANTS = {
