@@ -121,8 +121,8 @@ def test_the_engine_compiles_with_its_kernels_on_a_mesh_of_four_chips(v5e):
         mesh=mesh,
         attention="pallas_tpu",
     )
-    lowered = engine.lower(SamplingParams(n=8, max_tokens=512))
-    prefill, decode = (lowered[name].compile() for name in ("prefill", "decode"))
+    traced = engine.trace(SamplingParams(n=8, max_tokens=512))
+    prefill, decode = (traced[name].lower().compile() for name in ("prefill", "decode"))
     # Attention to the prompt and to the own tokens, in a loop over the layers.
     assert decode.as_text().count('custom_call_target="tpu_custom_call"') == 2
     assert prefill.as_text().count('custom_call_target="tpu_custom_call"') == 1
