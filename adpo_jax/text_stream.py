@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 LONGEST_BEGINNING = 3  # bytes of a character that may still become whole
+# Times that a text may go on without ending in a whole character. Bytes that never make one, or
+# special tokens without text, would otherwise all be decoded again with each new token.
+MOST_WAITS = 16
 
 
 class TextStream:
@@ -16,6 +19,7 @@ class TextStream:
     Args:
       decode: token ids -> text.
       stop: strings of which the first to appear ends the text, before it.
+      min_tokens: no text ends at a stop string before this many tokens.
 
     Attributes:
       text: all that was given out.
@@ -23,12 +27,15 @@ class TextStream:
       stopped: whether a stop string ended the text.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
-        self._decode, self._stop = decode, tuple(stop)
+    def __init__(
+        self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), min_tokens: int = 0
+    ):
+        self._decode, self._stop, self._min_tokens = decode, tuple(stop), min_tokens
         self._tokens: list[int] = []
         # Tokens before `_done` are decoded; those from `_context` on are decoded again, since a
         # tokenizer may write a token in another way at the beginning of a text.
         self._context = self._done = 0
+        self._waits = 0  # pushes since `_done` moved
         self._given = 0  # characters given out of the text after `_done`
         self._held = ""
         self.text = ""
@@ -54,12 +61,14 @@ class TextStream:
         self._tokens.extend(int(token) for token in tokens)
         new = self._new_text()
         beginning = len(new) - len(new.rstrip(REPLACEMENT))
-        certain = new[: len(new) - min(beginning, LONGEST_BEGINNING)]
+        settled = (new and not beginning) or self._waits >= MOST_WAITS
+        certain = new if settled else new[: len(new) - min(beginning, LONGEST_BEGINNING)]
         fresh = certain[self._given :]
         self._given = max(len(certain), self._given)
-        if new and not beginning:
+        self._waits = 0 if settled else self._waits + 1
+        if settled:
             self._context, self._done, self._given = self._done, len(self._tokens), 0
-        return self._give(self._held + fresh) if fresh else ""
+        return self._give(self._held + fresh) if fresh or self._held else ""
 
     def _new_text(self) -> str:
         """What the tokens since `_done` add to the text before them."""
@@ -69,12 +78,12 @@ class TextStream:
     def _give(self, text: str, last: bool = False) -> str:
         """Gives text out up to a stop string, or to what may become one."""
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        self.stopped = bool(found)
+        self.stopped = bool(found) and self.num_tokens >= self._min_tokens
         if found:
             end = min(found)
         else:
             end = len(text) - (0 if last else self._possible_stop(text))
-        self._held = "" if found else text[end:]
+        self._held = "" if self.stopped else text[end:]
         self.text += text[:end]
         return text[:end]
 

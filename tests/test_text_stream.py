@@ -63,6 +63,29 @@ def test_a_real_tokenizer_gives_its_text_back(text):
     assert "".join(stream.push([i]) for i in ids) + stream.finish() == TOKENIZER.decode(ids)
 
 
+@pytest.mark.parametrize("token", [0xFF, 256])
+def test_no_token_is_decoded_over_and_over_in_text_that_never_ends_in_a_character(token):
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return in_bytes([i for i in ids if i < 256])
+
+    stream = TextStream(decode)
+    for i in range(500):
+        stream.push([0xE2 if not i else token])
+    shown = stream.text + stream.finish()
+    assert max(decoded) < 50
+    assert len(shown) == (1 if token == 256 else 500)
+
+
+def test_a_stop_string_waits_for_min_tokens_and_the_text_still_ends_before_it():
+    stream = TextStream(in_bytes, ["ab"], min_tokens=6)
+    shown = [stream.push([byte]) for byte in b"xabcdefg"]
+    assert "".join(shown) == "x"
+    assert (stream.stopped, stream.num_tokens) == (True, 6)
+
+
 def test_a_stop_string_is_found_among_bytes_that_are_no_text():
     stream = TextStream(in_bytes, ["ab"])
     assert "".join(stream.push([byte]) for byte in b"\xff\xff\xff\xff\xff\xff") != ""

@@ -23,7 +23,8 @@ class Choice:
     def __init__(self, index: int, request: CompletionRequest, decode: Callable[[list[int]], str]):
         self.index, self.finish_reason = index, None
         self._request, self._decode = request, decode
-        self._text = TextStream(decode, request.sampling.stop)
+        sampling = request.sampling
+        self._text = TextStream(decode, sampling.stop, sampling.min_tokens)
         self._scored: list[dict] = []  # one entry a token
 
     @property
