@@ -38,7 +38,8 @@ class SamplingParams:
       min_tokens: stop tokens cannot be sampled before this many tokens, and a stop string that was
         complete before ends the completion there.
       stop_token_ids: a completion ends with any of these, which is its last token.
-      stop: a completion ends with the token that completes any of these strings.
+      stop: a completion ends with the token that completes any of these strings, in its text as
+        the engine's `detokenize` has it.
       ignore_eos: no stop token ends a completion.
       pad_token_id: fills `tokens` after the end of a completion.
       full_log_probs: also return log-probs over the whole vocabulary, tempered but not truncated,
@@ -276,7 +277,8 @@ def inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array):
     block = pick(mass_BN, uniform[:, 0])
     within_BW = jnp.take_along_axis(logits_BNW, block[:, None, None], axis=1)[:, 0]
     token = block * width + pick(jnp.exp(within_BW - top[:, None]), uniform[:, 1])
-    return token, top + jnp.log(jnp.sum(mass_BN, axis=-1))
+    # Logits that are NaN point behind the last token.
+    return jnp.minimum(token, V - 1), top + jnp.log(jnp.sum(mass_BN, axis=-1))
 
 
 def split_inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array, mesh: Mesh):
@@ -305,7 +307,7 @@ def split_inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array, mes
         is_here = (at >= 0) & (at < touched)
         within_BW = jax.lax.pmax(jnp.where(is_here[:, None], within_BW, -jnp.inf), vocab)
         token = block * width + pick(jnp.exp(within_BW - top[:, None]), uniform[:, 1])
-        return token, top + jnp.log(jnp.sum(mass_BN, axis=-1))
+        return jnp.minimum(token, V - 1), top + jnp.log(jnp.sum(mass_BN, axis=-1))
 
     return jax.shard_map(
         local,

@@ -154,6 +154,16 @@ def test_a_uniform_at_either_end_points_at_a_token_with_mass():
     assert tokens.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("sizes", [None, (1, 1, 8)])
+def test_logits_that_are_no_numbers_still_give_a_token_of_the_vocabulary(sizes):
+    mesh, V = sizes and sharding.make_mesh(*sizes), 1000  # 8 blocks of 128
+    logits = jnp.full((2, V), jnp.nan).at[1].set(0.0)
+    keys = jax.random.key_data(jax.random.split(jax.random.key(0), 2))
+    params = SamplingParams()
+    drawn = sample(logits, keys, jnp.zeros(2, jnp.int32), params.knobs(), params.method, mesh)
+    assert 0 <= drawn.tokens.min() <= drawn.tokens.max() < V
+
+
 def test_stop_tokens_wait_for_min_tokens():
     logits = np.full((2, 6), -20.0, np.float32)
     logits[:, 5] = 20
