@@ -21,6 +21,7 @@ Letters: B slots, T tokens, A alternatives.
 import collections
 import dataclasses
 import functools
+import threading
 from typing import NamedTuple
 
 import jax
@@ -119,6 +120,7 @@ class ContinuousBatch:
         self.engine, self.verbs = engine, engine.verbs
         self.params = self.verbs.load_params(params)
         self._waiting: collections.deque[Sample] = collections.deque()
+        self._queue_lock, self._any_cancelled = threading.Lock(), False
         self._in_slot: list[Sample | None] = []
         self._retired: list[int] = []  # slots that the device still thinks are active
         self._state: DecodeState | None = None
@@ -131,7 +133,19 @@ class ContinuousBatch:
         columns = schedule_lib.column_buckets(engine.max_response_length, 1)[-1]
         prefix = schedule_lib.length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
         self._steps = min(engine.steps_per_dispatch, columns)
-        self._slot_sizes = whole(engine.num_slots, engine.shards, 4)
+        self.num_slots = engine.num_slots
+        most = engine.plan.most_tokens
+        if most is not None:
+            # A row beside every slot, and either store copied as it is resized.
+            fitting = most // cache_plan.Copies(ring=True, rows=True).tokens(columns, prefix)
+            self.num_slots = min(self.num_slots, fitting // engine.shards * engine.shards)
+        if not self.num_slots:
+            raise ValueError(
+                f"the memory holds {most} tokens of keys and values, too few for one completion "
+                f"of {columns} with its prompt of {prefix} while they are copied to a larger "
+                "place; raise gpu_memory_utilization or lower the lengths"
+            )
+        self._slot_sizes = whole(self.num_slots, engine.shards, 4)
         self._column_sizes = whole(columns, 1, max(schedule_lib.COLUMN_STEP, self._steps))
         self._prefix_sizes = whole(prefix, 1, 64)
 
@@ -178,12 +192,13 @@ class ContinuousBatch:
         samples = [
             Sample(tokens[0], sampling, keys, i, num_alternatives) for i in range(sampling.n)
         ]
-        self._waiting.extend(samples)
+        with self._queue_lock:
+            self._waiting.extend(samples)
         return samples
 
     def cancel(self, sample: Sample) -> None:
         """Ends a sample without a further word; its slot is free at the next step."""
-        sample.cancelled = True
+        sample.cancelled = self._any_cancelled = True
 
     def step(self) -> list[NewTokens]:
         """Starts what waits, decodes some tokens of all that runs, and returns them."""
@@ -201,8 +216,13 @@ class ContinuousBatch:
             if sample is not None and sample.cancelled:
                 self._end(slot)
                 self._retired.append(slot)
-        while self._waiting and self._waiting[0].cancelled:
-            self._waiting.popleft().ended = True
+        if not self._any_cancelled:
+            return
+        self._any_cancelled = False
+        with self._queue_lock:
+            for sample in self._waiting:
+                sample.ended = sample.cancelled
+            self._waiting = collections.deque(s for s in self._waiting if not s.ended)
 
     def _end(self, slot: int):
         self._in_slot[slot].ended = True
@@ -212,12 +232,8 @@ class ContinuousBatch:
         """Takes samples from the queue and makes room for them; returns them."""
         running = [sample for sample in self._in_slot if sample is not None]
         starting = []
-        while self._waiting and len(running) + len(starting) < self.engine.num_slots:
-            sample = self._waiting.popleft()
-            if sample.cancelled:
-                sample.ended = True
-            else:
-                starting.append(sample)
+        while self._waiting and len(running) + len(starting) < self.num_slots:
+            starting.append(self._waiting.popleft())
         alive = running + starting
         if not alive:
             # Nothing to do: the memory goes back.
@@ -246,13 +262,14 @@ class ContinuousBatch:
             order = np.full(slots, len(self._in_slot), np.int32)
             order[: len(live)] = live
             members = np.arange(slots, dtype=np.int32)[:, None]
-            state = self.verbs.resize(self._state, order, members, columns, np.int32(oldest))
+            # One store after the other: what was there before goes before the next is made.
+            self._state = self.verbs.resize(self._state, order, members, columns, np.int32(oldest))
             rows = np.arange(slots, dtype=np.int32)
-            kv, lengths = self.verbs.rows_of(state.prefix, order)
-            self._state = state._replace(
-                prefix=Prefixes(self.verbs.with_columns(kv, prefix), lengths),
-                slots=state.slots._replace(row=rows),
-            )
+            self._state = self.verbs.regroup(self._state, order, rows, np.zeros_like(rows))
+            if prefix != self._sizes.prefix:
+                kv, lengths = self._state.prefix
+                kv = self.verbs.with_columns(kv, prefix)
+                self._state = self._state._replace(prefix=Prefixes(kv, lengths))
             moved = [self._in_slot[slot] for slot in live]
             self._in_slot = moved + [None] * (slots - len(live))
             self._retired = []
@@ -288,11 +305,11 @@ class ContinuousBatch:
         groups = sorted(slots_of.values(), key=lambda slots: len(placed[slots[0]].prompt))
         while groups:
             length = self._prefill_length(placed[groups[-1][0]])
-            most = max(1, generation.PREFILL_TOKENS // length)
+            most = schedule_lib.prefill_rows(length, self.engine.shards)
             batch, groups = groups[-most:], groups[:-most]
             # Rows beyond the batch repeat its last prompt, into the same slot.
             count = schedule_lib.power_of_two(len(batch))
-            count = cache_plan.up_to_multiple(count, self.engine.shards)
+            count = min(cache_plan.up_to_multiple(count, self.engine.shards), most)
             filled = batch + batch[-1:] * (count - len(batch))
             tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
             for i, slots in enumerate(filled):

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from adpo_jax import cache_plan, kernels
 from adpo_jax import schedule as schedule_lib
 from adpo_jax.decode import DecodeState, Verbs
-from adpo_jax.generation import PREFILL_TOKENS, Generation, GroupOutput
+from adpo_jax.generation import Generation, GroupOutput
 from adpo_jax.kv_cache import CacheLayout
 from adpo_jax.policy import Policy
 from adpo_jax.sampling import SamplingParams
@@ -32,7 +32,7 @@ from adpo_jax.sharding import RULES, mesh_axis_size
 
 # Layers run one by one up to this depth on a CPU; beyond it, compile time would grow too far.
 MAX_UNROLLED_LAYERS = 12
-# The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
+# A CPU's batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
 SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 MIN_SLOTS = 8
 DEFAULT_CPU_SLOTS = 64
@@ -92,7 +92,8 @@ class Engine:
       resident_bytes: of one device, taken while sampling by what may not be there yet, such as a
         trainer's parameters and optimizer; read with `gpu_memory_utilization`.
       group_size: samples of a prompt that memory is planned for.
-      free_cache_engine: give the cache's memory back after every call.
+      free_cache_engine: give the cache's memory back after every call; else it is kept for the next
+        one of these sizes, unless the batch shrank meanwhile, as it does on a CPU.
       steps_per_dispatch: decode steps between two looks of the host.
       detokenize: token ids -> text, needed for stop strings.
     """
@@ -114,6 +115,10 @@ class Engine:
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
     ):
+        counts = {"num_slots": num_slots, "steps_per_dispatch": steps_per_dispatch}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is 1 or more; given {value}")
         given = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
@@ -143,7 +148,7 @@ class Engine:
             )
         # A smaller batch makes a step faster where arithmetic is the bottleneck, and hardly where
         # reading the weights is.
-        fractions = SLOT_FRACTIONS if on_cpu else ()
+        self.shrinks = on_cpu
         default = DEFAULT_CPU_SLOTS if on_cpu else cache_plan.MAX_SLOTS
         self.plan = cache_plan.plan(
             layout,
@@ -154,32 +159,56 @@ class Engine:
             multiple=self.shards,
             splits=splits,
             stages=self.column_stages,
-            shrinks=bool(fractions),
+            shrinks=self.shrinks,
             budget=budget,
             budget_text=budget_text,
         )
         self.num_slots = self.plan.num_slots
-        # Rows are bounded only where memory is.
-        self.most_rows = None if budget is None else self.plan.rows
-        self.slot_sizes = schedule_lib.slot_buckets(
-            self.num_slots, fractions, self.shards, MIN_SLOTS
-        )
+        # A call starts with the smallest batch that holds it.
+        if self.shrinks:
+            sizes = schedule_lib.slot_buckets(
+                self.num_slots, SLOT_FRACTIONS, self.shards, MIN_SLOTS
+            )
+        else:
+            sizes = schedule_lib.doubling_sizes(self.num_slots, self.shards, MIN_SLOTS)
+        self.slot_sizes = sizes
 
     @property
     def prefill_rows(self) -> int:
         """The most prompts of full length that are prefilled at once."""
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
-        return cache_plan.up_to_multiple(max(1, PREFILL_TOKENS // length), self.shards)
+        return schedule_lib.prefill_rows(length, self.shards)
+
+    def sizes_for(self, num_prompts: int, n: int, columns: int, prefix: int) -> tuple[int, int]:
+        """Slots and prefix rows that decode as many samples at once as the memory allows.
+
+        Args:
+          n: samples of a prompt.
+          columns: of the ring at its longest.
+          prefix: tokens of a prefix row.
+        """
+        enough = next((s for s in self.slot_sizes if s >= num_prompts * n), self.num_slots)
+        parts = schedule_lib.rows_of_a_group(num_prompts, n, self.shards)
+        sizes = []
+        for slots in self.slot_sizes[: self.slot_sizes.index(enough) + 1]:
+            rows = schedule_lib.power_of_two(num_prompts * parts)
+            rows = min(rows, cache_plan.prefix_rows(slots, n))
+            rows = cache_plan.up_to_multiple(rows, self.shards)
+            most = self.plan.most_rows(slots, columns, prefix)
+            if most is not None:
+                rows = min(rows, most // self.shards * self.shards)
+            sizes.append((slots, rows))
+        each = -(-n // parts)  # samples of a row
+        return max(sizes, key=lambda size: (min(size[0], size[1] * each), -size[0]))
 
     def trace(self, sampling: SamplingParams) -> dict[str, jax.stages.Traced]:
         """The programs "prefill" and "decode" at their largest sizes, from shapes alone."""
-        n, verbs, multiple = sampling.n, self.verbs, self.shards
+        n, verbs = sampling.n, self.verbs
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         columns = schedule_lib.column_buckets(self.max_response_length, self.column_stages)[-1]
-        rows = cache_plan.up_to_multiple(cache_plan.prefix_rows(self.num_slots, n), multiple)
-        rows = min(rows, self.most_rows or rows)
+        slots, rows = self.sizes_for(2 * self.num_slots, n, columns, length)
         params = verbs.abstract_params()
-        state = verbs.abstract_state(self.num_slots, columns, rows, length, n)
+        state = verbs.abstract_state(slots, columns, rows, length, n)
         tokens = jax.ShapeDtypeStruct((self.prefill_rows, length), jnp.int32)
         lengths = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
@@ -206,11 +235,6 @@ class Engine:
                 return kept._replace(slots=idle, column=np.int32(0))
         del kept
         return self.verbs.init_decode_state(*sizes)
-
-    def keep_state(self, state: DecodeState):
-        """Called with the state of a rollout that has ended."""
-        if not self.free_cache_engine:
-            self._kept = state
 
     def generate(
         self,
@@ -274,7 +298,8 @@ class Engine:
         try:
             while not rollout.done:
                 yield from rollout.advance()
-            self.keep_state(rollout.state)
+            if not self.free_cache_engine:
+                self._kept = rollout.state_to_keep()
         finally:
             if stats is not None:
                 stats.update(rollout.stats)

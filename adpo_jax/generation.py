@@ -15,12 +15,10 @@ import numpy as np
 
 from adpo_jax import cache_plan
 from adpo_jax import schedule as schedule_lib
-from adpo_jax.decode import Slots
+from adpo_jax.decode import DecodeState, Slots
+from adpo_jax.kv_cache import KV
 from adpo_jax.sampling import SamplingParams
 from adpo_jax.schedule import Schedule
-
-# Tokens of one prefill call, padding included; bounds its activations.
-PREFILL_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +61,33 @@ class Generation:
             ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
         )
 
-        self.slot_sizes = engine.slot_sizes
         self.column_sizes = schedule_lib.column_buckets(T, engine.column_stages)
-        slots = self._slots_for(P * n)
-        parts = schedule_lib.rows_of_a_group(P, n, engine.shards)
-        rows = min(schedule_lib.power_of_two(P * parts), cache_plan.prefix_rows(slots, n))
-        rows = min(rows, engine.most_rows or rows)
-        rows = cache_plan.up_to_multiple(rows, engine.shards)
         longest = max(len(p) for p in prompts) - 1
         self.prefix_length = schedule_lib.length_bucket(longest, engine.max_prompt_length)
+        slots, rows = engine.sizes_for(P, n, self.column_sizes[-1], self.prefix_length)
+        # Those that a shrinking batch goes through; elsewhere it stays as it is.
+        smaller = engine.slot_sizes if engine.shrinks else ()
+        self.slot_sizes = [*(s for s in smaller if s < slots), slots]
         self.schedule = Schedule(P, n, slots, rows, engine.shards)
         self.columns = self._columns_for(0)
         self.written = 0  # steps since the ring began at its first column
         members = self.schedule.members.shape[1]
         self.state = engine.new_state(slots, self.columns, rows, self.prefix_length, members)
         self.retired: list[int] = []  # slots that the host ended: the device does not know yet
+        # The ring that the call began with, to be kept, while a longer one is in use.
+        self.first_ring: KV | None = None
+        self.has_shrunk = False
 
     @property
     def done(self) -> bool:
         return not self.schedule.num_waiting and not len(self.schedule.live_slots)
+
+    def state_to_keep(self) -> DecodeState | None:
+        """The memory that the call began with; None where the batch has shrunk and it is gone."""
+        if self.has_shrunk:
+            return None
+        own = self.state.own if self.first_ring is None else self.first_ring
+        return self.state._replace(own=own)
 
     def advance(self) -> list[GroupOutput]:
         """Fills the slots, runs some steps, and returns the groups that ended."""
@@ -119,6 +125,10 @@ class Generation:
         if slots == schedule.num_slots and columns == self.columns:
             return
         self.stats["resizes"] += 1
+        if slots < schedule.num_slots:
+            self.has_shrunk, self.first_ring = True, None
+        elif not (self.engine.free_cache_engine or self.has_shrunk or self.first_ring):
+            self.first_ring = self.state.own
         if slots == schedule.num_slots and self.written <= self.columns:
             self.state = self.verbs.grow(self.state, columns, self.written)
             self.columns = columns
@@ -143,11 +153,11 @@ class Generation:
         by_length = sorted(admitted, key=lambda row: len(self.prompts[admitted[row]]))
         while by_length:
             length = self._prefill_bucket(admitted[by_length[-1]])
-            most = max(1, PREFILL_TOKENS // length)
+            most = schedule_lib.prefill_rows(length, self.engine.shards)
             batch, by_length = by_length[-most:], by_length[:-most]
             # Rows beyond the batch repeat its last prompt, into the same prefix row.
             rows = schedule_lib.power_of_two(len(batch))
-            rows = cache_plan.up_to_multiple(rows, self.engine.shards)
+            rows = min(cache_plan.up_to_multiple(rows, self.engine.shards), most)
             filled = batch + batch[-1:] * (rows - len(batch))
             tokens = np.zeros((rows, length), np.int32)
             prompts = [self.prompts[admitted[row]][:-1] for row in filled]
@@ -286,6 +296,13 @@ def _fold_in_all(key, uids, samples):
 
 def sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
     """The key of each sample, [P, n, 2] uint32."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key, impl="threefry2x32")
-    return _fold_in_all(key, uids, np.arange(n, dtype=np.uint32))
+    return _fold_in_all(threefry(key), uids, np.arange(n, dtype=np.uint32))
+
+
+def threefry(key: jax.Array) -> jax.Array:
+    """The key itself, or one made of the bits of another implementation's, such as rbg's four."""
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    derived = jax.random.wrap_key_data(data[:2], impl="threefry2x32")
+    for word in data[2:]:
+        derived = jax.random.fold_in(derived, word)
+    return derived

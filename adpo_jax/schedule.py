@@ -15,6 +15,8 @@ import zlib
 import numpy as np
 
 MIN_BUCKET = 16
+# Tokens of one prefill call, padding included; bounds its activations.
+PREFILL_TOKENS = 8192
 COLUMN_STEP = 32
 
 
@@ -26,6 +28,15 @@ def length_bucket(length: int, limit: int) -> int:
 def power_of_two(x: int) -> int:
     """The smallest power of two that is at least x."""
     return 1 << max(x - 1, 0).bit_length()
+
+
+def prefill_rows(length: int, multiple: int) -> int:
+    """Prompts of this length that are prefilled at once, at most: a power of two, up to a multiple.
+
+    No more, since the rows of a call are padded to one.
+    """
+    rows = 1 << (max(1, PREFILL_TOKENS // length).bit_length() - 1)
+    return -(-rows // multiple) * multiple
 
 
 def column_buckets(max_tokens: int, stages: int) -> list[int]:
@@ -42,6 +53,13 @@ def slot_buckets(
     """Batch sizes that the slots shrink through, rising, the last one `num_slots`."""
     sizes = {-(-round(num_slots * f) // multiple) * multiple for f in fractions}
     return sorted({s for s in sizes if smallest <= s < num_slots} | {num_slots})
+
+
+def doubling_sizes(most: int, multiple: int, smallest: int) -> list[int]:
+    """`smallest`, twice that and so on, each up to a multiple; the last one `most`."""
+    doubled = (smallest << i for i in range(most.bit_length()))
+    sizes = {-(-size // multiple) * multiple for size in doubled}
+    return sorted({size for size in sizes if size < most} | {most})
 
 
 def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:

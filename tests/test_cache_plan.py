@@ -1,6 +1,7 @@
 """Slots from bytes."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,69 @@ def test_the_engine_takes_what_fits_its_memory(monkeypatch):
         Engine(policy, **sizes)
 
 
+@pytest.mark.parametrize("n", [1, 64])
+def test_groups_of_another_size_than_planned_for_use_all_slots_that_memory_allows(monkeypatch, n):
+    sizes = {"max_prompt_length": 16, "max_response_length": 32, "num_slots": 64, "group_size": 8}
+
+    def engine_with(tokens):
+        budget = tokens * 2 * 2 * 2 * 16 * 4, ""
+        monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: budget)
+        return Engine(small_policy(), **sizes, gpu_memory_utilization=0.5)
+
+    planned = 64 * 32 + 16 * 16 + 64 * 32
+    roomy, exact = engine_with(planned + 10_000), engine_with(planned)
+    assert roomy.sizes_for(256, n, 32, 16) == (64, cache_plan.prefix_rows(64, n))
+    slots, rows = exact.sizes_for(256, n, 32, 16)
+    assert (slots, rows) == ((48, 48) if n == 1 else (64, 2))
+    assert exact.plan.copies.tokens(slots * 32, rows * 16) <= planned
+    assert exact.sizes_for(256, 8, 32, 16) == (64, 16)
+    shape = exact.trace(SamplingParams(n=n)).get("decode").in_avals
+    assert any(x.shape[:1] == (rows,) for x in jax.tree.leaves(shape) if x.ndim == 4)
+
+
+def test_greedy_answers_on_an_engine_planned_for_groups_fill_its_slots():
+    policy = small_policy()
+    engine = Engine(
+        policy,
+        max_prompt_length=8,
+        max_response_length=8,
+        num_slots=16,
+        group_size=8,
+        gpu_memory_utilization=0.5,
+    )
+    params, greedy = policy.init(jax.random.key(0)), SamplingParams(temperature=0, max_tokens=8)
+    prompts = [[1 + i, 2] for i in range(16)]
+    assert engine.generate(params, prompts, greedy, jax.random.key(0)).stats["steps"] == 8
+
+
+def test_free_memory_counts_what_caches_files_and_stays_within_the_limits_of_groups(tmp_path):
+    group = tmp_path / "sys/fs/cgroup/a/b"
+    for folder in (tmp_path / "proc/self", group):
+        folder.mkdir(parents=True)
+    meminfo = "MemTotal: 900 kB\nMemFree: 20 kB\nMemAvailable: 500 kB\nHugePages_Total: 0\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/x\n0::/a/b\n")
+    assert cache_plan.free_memory(tmp_path) == 500 * 1024
+    files = {"memory.max": "max", "memory.current": "90000", "memory.stat": "inactive_file 10000"}
+    for name, content in files.items():
+        (group / name).write_text(content + "\n")
+    assert cache_plan.free_memory(tmp_path) == 500 * 1024
+    (group / "memory.max").write_text("100000\n")
+    assert cache_plan.free_memory(tmp_path) == 20_000
+    # No Linux: all there is, or no limit.
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert cache_plan.free_memory(tmp_path / "none") == whole
+
+
+def test_memory_that_is_not_known_is_no_limit(monkeypatch):
+    monkeypatch.setattr(cache_plan, "free_memory", lambda: None)
+    engine = Engine(
+        small_policy(), max_prompt_length=8, max_response_length=8, gpu_memory_utilization=0.5
+    )
+    assert engine.num_slots == 64
+    assert engine.plan.most_tokens is None
+
+
 class Accelerator:
     """A device with a gigabyte, a tenth of it in use."""
 
@@ -161,7 +225,22 @@ def test_a_kept_cache_is_used_again_and_can_be_freed():
     engine.free_cache()
     fresh = engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
     np.testing.assert_array_equal(third.tokens, fresh.tokens)
+    # The ring has grown; what is kept is what the next call begins with.
+    kept = engine._kept.own[0].k.unsafe_buffer_pointer()
+    engine.generate(params, [[1, 2], [3]], longer, jax.random.key(1))
+    assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
     engine.free_cache()
+    assert engine._kept is None
+
+
+def test_a_batch_that_shrinks_keeps_nothing_that_no_call_could_use():
+    policy = small_policy()
+    params, sizes = policy.init(jax.random.key(0)), {"max_prompt_length": 8, "num_slots": 16}
+    engine = Engine(policy, max_response_length=64, free_cache_engine=False, **sizes)
+    sampling = SamplingParams(n=4, max_tokens=64, stop_token_ids=tuple(range(12)))
+    prompts = [[1 + i] for i in range(4)]
+    first = engine.generate(params, prompts, sampling, jax.random.key(0))
+    assert first.stats["resizes"] > 0
     assert engine._kept is None
 
 

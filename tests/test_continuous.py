@@ -1,14 +1,16 @@
 """Requests that come and go, against the engine that knows them all from the start."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax import Engine, Policy, SamplingParams, cache_plan
 from adpo_jax.continuous import ContinuousBatch
+from adpo_jax.decode import Verbs
 
 V = 61
 LENGTHS = [5, 1, 12, 20, 2, 23]
@@ -125,6 +127,61 @@ def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(engine, expected
     assert not set(late) & set(collector.tokens)
     collector.assert_equal(kept, expected[1])
     collector.assert_equal(waiting, expected[0])
+
+
+def test_a_cancelled_request_leaves_the_queue_wherever_it_stands(engine):
+    batch = ContinuousBatch(*engine)
+    before = [sample for _ in range(9) for sample in submit(batch, 1)]
+    gone, after = submit(batch, 2), submit(batch, 1)
+    for sample in gone:
+        batch.cancel(sample)
+    batch.step()
+    assert batch.num_waiting == 2  # one of the nine, and the last
+    assert all(sample.ended for sample in gone)
+    assert not any(sample.ended for sample in before + after)
+
+
+def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypatch):
+    policy = Policy(tiny.model_config(vocab_size=V))
+    columns, prefix, slots = 16, 128, 16
+    most = slots * (columns + prefix + prefix)
+    token = 2 * 2 * 2 * 16 * 4
+    monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: (most * token, ""))
+    gpu = types.SimpleNamespace(platform="gpu")  # where the engine's own rows are never copied
+    monkeypatch.setattr("adpo_jax.engine._device", lambda _: gpu)
+    engine = Engine(
+        policy,
+        max_prompt_length=prefix,
+        max_response_length=columns,
+        gpu_memory_utilization=0.9,
+        steps_per_dispatch=4,
+    )
+    batch = ContinuousBatch(engine, policy.init(jax.random.key(0)))
+    assert engine.num_slots > batch.num_slots == slots
+
+    def cached():
+        return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 5)
+
+    peaks, others = [], cached()
+
+    def watched(verb):
+        def call(*args):
+            made = verb(*args)
+            peaks.append(cached() - others)
+            return made
+
+        return call
+
+    for name in ("_gather", "rows_of", "with_columns"):
+        monkeypatch.setattr(Verbs, name, watched(getattr(Verbs, name)))
+    sampling = SamplingParams(max_tokens=columns)
+    batch.submit([1] * prefix, sampling, seed=0)
+    batch.step()
+    for seed in range(slots - 1):
+        batch.submit([2] * 9, sampling, seed=seed)
+    batch.step()
+    assert batch.num_running == slots
+    assert prefix * slots * token < max(peaks) <= most * token
 
 
 def test_few_programs_serve_all_settings(engine):

@@ -1,6 +1,7 @@
 """The engine against the plain forward of the policy, and against itself in another shape."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,9 @@ def test_log_probs_equal_those_of_the_full_forward(model):
     sampling = SamplingParams(n=3, max_tokens=40, stop_token_ids=(7, 8))
     out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(1))
     assert_log_probs_agree(policy, params, prompts, out)
-    assert (out.finish_reason == np.where(out.lengths < 40, "stop", out.finish_reason)).all()
+    last = np.take_along_axis(out.tokens, out.lengths[..., None] - 1, axis=-1)[..., 0]
+    assert (out.finish_reason == np.where(np.isin(last, (7, 8)), "stop", "length")).all()
+    assert (out.lengths[out.finish_reason == "length"] == 40).all()
 
 
 def test_scanned_layers_sample_what_unrolled_ones_do(model, monkeypatch):
@@ -158,6 +161,14 @@ def test_keys_samples_and_equal_prompts_differ(model):
     assert (other.tokens != out.tokens).any()
     again = engine.generate(params, [prompt, prompt], sampling, jax.random.PRNGKey(4))
     np.testing.assert_array_equal(again.tokens, out.tokens)
+    wide = engine.generate(params, [prompt, prompt], sampling, jax.random.key(4, impl="rbg"))
+    bits = jax.random.key_data(jax.random.key(4, impl="rbg"))
+    np.testing.assert_array_equal(
+        engine.generate(params, [prompt, prompt], sampling, bits).tokens, wide.tokens
+    )
+    # The first half of its bits is zero for every small seed.
+    other = engine.generate(params, [prompt, prompt], sampling, jax.random.key(5, impl="rbg"))
+    assert (other.tokens != wide.tokens).any()
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_samples(model):
@@ -276,27 +287,62 @@ def test_new_parameters_and_new_numbers_compile_nothing(model):
     assert np.isfinite(out.log_probs).all()
 
 
-def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypatch):
+def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypatch, caplog):
     policy, params = model
-    engine = engine_of(policy, num_slots=32, max_response_length=48)
+    engine = engine_of(policy, num_slots=16, max_response_length=48)
     verbs, sizes = type(engine.verbs), set()
     generate = verbs.generate
 
     def recorded(self, params, state, *rest):
-        columns = state.own[0].v.shape[2]
-        sizes.add((len(state.slots.token), columns, state.members.shape))
+        columns, prefix = state.own[0].v.shape[2], state.prefix.kv[0].v.shape[2]
+        sizes.add((len(state.slots.token), columns, prefix, state.members.shape))
         return generate(self, params, state, *rest)
 
     monkeypatch.setattr(verbs, "generate", recorded)
-    sampling = SamplingParams(n=8, max_tokens=48, stop_token_ids=(1, 2, 3))
-    before = generate._cache_size()
-    for seed in range(4):
-        engine.generate(params, prompts_of([3] * 4, seed), sampling, jax.random.key(seed))
-    assert generate._cache_size() - before <= len(sizes)
+    sampling = SamplingParams(n=4, max_tokens=48, stop_token_ids=(1, 2, 3))
+    # The longest prompt of a call decides; 24 is the limit.
+    with jax.log_compiles():
+        for seed, lengths in enumerate([[3] * 4, [2, 9, 17, 1], [23, 24, 4, 4], [3, 5, 7, 17]]):
+            engine.generate(params, prompts_of(lengths, seed), sampling, jax.random.key(seed))
+    compiled = [text for text in caplog.messages if text.startswith("Compiling jit(generate)")]
+    assert 0 < len(compiled) <= len(sizes)
+    assert {prefix for _, _, prefix, _ in sizes} == {16, 24}
     widths = {}
-    for slots, _, members in sizes:
-        widths.setdefault(slots, set()).add(members)
+    for slots, _, prefix, members in sizes:
+        widths.setdefault((slots, prefix), set()).add(members)
     assert all(len(tables) <= 2 for tables in widths.values())
+
+
+def accelerator(monkeypatch):
+    """Engines made from here on take this machine for a GPU's host."""
+    monkeypatch.setattr("adpo_jax.engine._device", lambda _: types.SimpleNamespace(platform="gpu"))
+
+
+def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model, monkeypatch):
+    policy, params = model
+    accelerator(monkeypatch)
+    engine = engine_of(policy, num_slots=None, free_cache_engine=False)
+    assert engine.slot_sizes == [8, 16, 32, 64, 128, 256]
+    sampling = SamplingParams(n=2, max_tokens=40, stop_token_ids=(1,))
+    prompts = prompts_of(MIXED)
+    out = engine.generate(params, prompts, sampling, jax.random.key(3))
+    # No smaller as samples end; the ring grows.
+    assert out.stats["slot_steps"] == 16 * out.stats["steps"]
+    assert out.stats["resizes"] > 0
+    kept = engine._kept.own.k.unsafe_buffer_pointer()
+    again = engine.generate(params, prompts, sampling, jax.random.key(3))
+    assert engine._kept.own.k.unsafe_buffer_pointer() == kept
+    np.testing.assert_array_equal(again.tokens, out.tokens)
+    alone = engine.generate(params, prompts[:1], sampling, jax.random.key(3))
+    assert alone.stats["slot_steps"] == 8 * alone.stats["steps"]
+    np.testing.assert_array_equal(alone.tokens[0], out.tokens[0])
+
+
+@pytest.mark.parametrize("name", ["num_slots", "steps_per_dispatch"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_counts_below_one_are_refused_by_name(model, name, value):
+    with pytest.raises(ValueError, match=f"{name} is 1 or more; given {value}"):
+        engine_of(model[0], **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,14 @@ def test_a_kernel_that_cannot_run_is_refused():
         kernels.resolve("pallas_tpu", small, "tpu")
     with pytest.raises(ValueError, match="no int8 cache"):
         kernels.resolve("pallas_gpu", layout(jnp.int8), "gpu")
+    for attention, platform in (
+        ("pallas_gpu", "cpu"),
+        ("pallas_tpu", "cpu"),
+        ("pallas_tpu", "gpu"),
+    ):
+        wanted = f"runs on a {attention[-3:].upper()}, and this is a {platform}; use auto"
+        with pytest.raises(ValueError, match=wanted):
+            kernels.resolve(attention, layout(), platform)
     with pytest.raises(ValueError, match="attention is one of"):
         kernels.resolve("cuda", layout(), "gpu")
     assert kernels.resolve("auto", layout(), "cpu") == "xla"

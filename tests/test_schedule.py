@@ -3,7 +3,22 @@
 import numpy as np
 import pytest
 
-from adpo_jax.schedule import Schedule
+from adpo_jax.schedule import PREFILL_TOKENS, Schedule, doubling_sizes, power_of_two, prefill_rows
+
+
+def test_the_rows_of_a_prefill_are_as_many_as_it_is_padded_to():
+    for length in (16, 512, 1200, 5000, 20_000):
+        rows = prefill_rows(length, 1)
+        assert rows == power_of_two(rows)
+        assert rows * length <= PREFILL_TOKENS or rows == 1
+        assert 2 * rows * length > PREFILL_TOKENS
+    assert prefill_rows(5000, 6) == 6
+
+
+def test_sizes_double_up_to_the_largest():
+    assert doubling_sizes(256, 1, 8) == [8, 16, 32, 64, 128, 256]
+    assert doubling_sizes(100, 12, 8) == [12, 24, 36, 72, 100]
+    assert doubling_sizes(3, 1, 8) == [3]
 
 
 def assert_consistent(schedule: Schedule, prompt_in_row: np.ndarray):

@@ -18,6 +18,7 @@ from jetstream.engine import engine_api, tokenizer_api, tokenizer_pb2
 
 from adpo_jax.decode import DecodeState, Prefixes, Slots
 from adpo_jax.engine import Engine
+from adpo_jax.generation import threefry
 from adpo_jax.sampling import SamplingParams
 from adpo_jax.schedule import column_buckets, length_bucket
 
@@ -80,7 +81,7 @@ class JetStreamEngine(engine_api.Engine):
             )
         self._engine, self._verbs = engine, engine.verbs
         self._sampling, self._tokenizer = sampling, Tokenizer(tokenizer)
-        self._params, self._key = params, key
+        self._params, self._key = params, threefry(key)
         self._inserted = 0
 
     def load_params(self) -> Any:

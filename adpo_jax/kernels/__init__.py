@@ -28,14 +28,20 @@ def resolve(attention: str, layout: CacheLayout, platform: str) -> str:
     On GPUs `auto` is xla: the Triton kernel compiles, but no measurement speaks for it yet.
 
     Raises:
-      ValueError: for a name that is none of `ATTENTION`, or a kernel that cannot run with these
-        sizes.
+      ValueError: for a name that is none of `ATTENTION`, or a kernel that cannot run on this
+        platform or with these sizes.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention is one of {', '.join(ATTENTION)}; given {attention!r}")
     fits_tpu = layout.stacked and layout.head_dim % 128 == 0
     if attention == "auto":
         return "pallas_tpu" if platform == "tpu" and fits_tpu else "xla"
+    wanted = attention.removeprefix("pallas_")
+    if wanted in ("tpu", "gpu") and platform != wanted:
+        raise ValueError(
+            f"attention {attention!r} runs on a {wanted.upper()}, and this is a {platform}; use "
+            "auto, or xla"
+        )
     if attention.startswith("pallas_tpu") and not fits_tpu:
         raise ValueError(
             f"attention {attention!r} needs a head_dim that is a multiple of 128; "

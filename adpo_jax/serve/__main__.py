@@ -33,7 +33,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
-    add("--slots", type=int, default=64, help="completions decoded at once")
+    add("--slots", type=int, default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
     add("--max-prompt-length", type=int, help=half)
     add("--max-response-length", type=int, help=half)
