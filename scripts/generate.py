@@ -62,7 +62,8 @@ def read_rows(a: argparse.Namespace) -> list[dict]:
     rows = [{"prompt": text} for text in a.prompt]
     if a.prompts is not None:
         try:
-            lines = a.prompts.read_text(encoding="utf-8").splitlines()
+            # JSON text may hold other line separators as they are.
+            lines = a.prompts.read_text(encoding="utf-8").split("\n")
             rows += [json.loads(line) for line in lines if line.strip()]
         except (OSError, ValueError) as error:
             raise ValueError(f"--prompts {a.prompts}: {error}") from error
@@ -177,19 +178,26 @@ def generate(a: argparse.Namespace) -> None:
         pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code), a
     )
     prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
+    longest = max(len(prompt) for prompt in prompts)
+    positions = model.policy.hf_config.get("max_position_embeddings") or sys.maxsize
+    if longest + a.max_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens; with --max-tokens {a.max_tokens} that is "
+            f"more than the {positions} positions of this model: lower --max-tokens"
+        )
     sampling = dataclasses.replace(
         sampling, stop_token_ids=model.stop_token_ids, pad_token_id=model.pad_token_id
     )
     engine = Engine(
         model.policy,
-        max_prompt_length=max(len(prompt) for prompt in prompts),
+        max_prompt_length=longest,
         max_response_length=a.max_tokens,
         num_slots=a.slots,
         gpu_memory_utilization=0.9,
         group_size=a.n,
         # Few, so that text flows; a fourth of a second for a model of 30 tokens a second.
         steps_per_dispatch=32 if a.quiet else 8,
-        detokenize=model.tokenizer.decode,
+        detokenize=functools.partial(model.tokenizer.decode, skip_special_tokens=True),
     )
     screen = None if a.quiet else Screen(model, len(rows), a.n)
     groups = engine.stream(

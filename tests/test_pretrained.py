@@ -93,8 +93,10 @@ def test_the_dtype_is_that_asked_for(run):
 
 def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_path, capsys):
     generate, out = script("generate"), tmp_path / "out.jsonl"
-    rows = [{"prompt": "Ann has 3 apples.", "id": 7}, {"prompt": "Ben"}]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # U+2028 ends a line of text, not of JSON lines.
+    rows = [{"prompt": "Ann has 3\u2028apples.", "id": 7}, {"prompt": "Ben"}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "in.jsonl").write_text("".join(lines), encoding="utf-8")
     command = ["--model", str(folder), "--prompts", str(tmp_path / "in.jsonl"), "--n", "3"]
     command += ["--max-tokens", "12", "--out", str(out)]
     generate.generate(generate.arguments(command))
@@ -131,6 +133,10 @@ def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder,
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--prompt", "x", "--temperature", "-1"], "temperature"),
         (["--prompt", ""], "empty"),
+        (
+            ["--prompt", "x", "--max-tokens", "100000"],
+            "positions of this model: lower --max-tokens",
+        ),
     ],
 )
 def test_generate_tells_a_mistake_in_one_line(folder, command, message, monkeypatch, capsys):
