@@ -23,7 +23,15 @@ from adpo_jax import recording
 from adpo_jax.checkpoints import CheckpointError
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.rewards import Scores
-from adpo_jax.rollout import GradedRollout, Prompts
+from adpo_jax.rollout import GradedRollout, Prompts, reward_metrics, rollout_metrics
+
+# Metrics of an iteration that speak of all batches sampled in it.
+OF_ALL_ATTEMPTS = (
+    "rollout/tokens_per_s",
+    "reward/timeouts",
+    "reward/crashes",
+    "reward/unparsed_frac",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +128,11 @@ class GroupFilter:
         """
         before = self._state(step)
         found = [before.surplus] if before.surplus else []
-        dropped, sampled, seconds = [], 0, np.zeros(2)
+        dropped, attempts = [], []
         for attempt in range(self._max_attempts):
             prompts = self._prompts_of(before.drawn + attempt)
             groups = Groups(prompts, self._sample(step, attempt, prompts, params))
-            seconds += groups.graded.seconds
-            sampled += len(groups)
+            attempts.append(groups)
             spread = self._has_spread(groups.rewards_PG)
             found.append(groups.select(np.flatnonzero(spread)))
             dropped.append(groups.select(np.flatnonzero(~spread)))
@@ -141,14 +148,17 @@ class GroupFilter:
         }
         metrics = {
             "filter/attempts": attempt + 1.0,
-            "filter/dropped_frac": sum(map(len, dropped)) / sampled,
+            "filter/dropped_frac": sum(map(len, dropped)) / sum(map(len, attempts)),
             "filter/fillers": float(max(P - num_found, 0)),
             "filter/carried": float(max(num_found - P, 0)),
-            "filter/sampled_reward": _mean_reward([*found[len(found) - attempt - 1 :], *dropped]),
         }
-        graded = dataclasses.replace(
-            chosen.graded, seconds=(float(seconds[0]), float(seconds[1])), metrics=metrics
-        )
+        sampled = Groups.concatenate(attempts).graded
+        metrics["filter/sampled_reward"] = float(sampled.scores.total.mean())
+        # Of all that was sampled and graded in this time, where other metrics are of the chosen.
+        G = sampled.out.lengths.shape[1]
+        of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, G)
+        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS}
+        graded = dataclasses.replace(chosen.graded, seconds=sampled.seconds, metrics=metrics)
         return chosen.prompts, graded
 
     def save(self, step: int, oldest: int = 0) -> None:
@@ -201,13 +211,8 @@ def _map_arrays(function, *outs: RolloutOutput) -> RolloutOutput:
     names = ("tokens", "mask", "lengths", "log_probs", "finish_reason", "full_log_probs")
     arrays = {
         name: None
-        if getattr(outs[0], name) is None
+        if any(getattr(out, name) is None for out in outs)
         else function(*(getattr(out, name) for out in outs))
         for name in names
     }
     return RolloutOutput(**arrays, stats={})
-
-
-def _mean_reward(parts: Sequence[Groups]) -> float:
-    """Of all completions of this iteration, dropped ones included."""
-    return float(np.concatenate([part.graded.scores.total for part in parts]).mean())

@@ -33,7 +33,7 @@ class Sampler:
             tokens, mask, mask.sum(-1), tokens * -0.5, np.full((P, G), "stop"), None, {}
         )
         texts = [f"{name}.{g}" for name in names for g in range(G)]
-        counts = {"timeouts": 0, "crashes": 0, "unparsed": 0}
+        counts = {"timeouts": 1, "crashes": 2, "unparsed": 3}
         scores = Scores(rewards.reshape(-1), {"right": rewards.reshape(-1)}, counts)
         return GradedRollout(out, texts, scores, (1.0, 0.5))
 
@@ -56,6 +56,11 @@ def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_tim
     np.testing.assert_array_equal(graded.scores.components["right"], [1, 0] * 3)
     assert graded.seconds == (2.0, 1.0)
     assert graded.metrics == {
+        # Of both batches, as the seconds are.
+        "reward/timeouts": 2.0,
+        "reward/crashes": 4.0,
+        "reward/unparsed_frac": 6 / (2 * P * G),
+        "rollout/tokens_per_s": 2 * P * G * T / 2.0,
         "filter/attempts": 2.0,
         "filter/dropped_frac": 2 / 6,
         "filter/fillers": 0.0,
