@@ -152,10 +152,12 @@ def _rollout() -> dict:
         # Devices that a copy of the parameters is split over while sampling, within one process; 0
         # for as many as mesh.tensor, up to what a process has.
         "tensor_model_parallel_size": 0,
-        "num_slots": 0,  # completions decoded at once; 0 for as many as fit (64 on a CPU)
+        # Completions decoded at once, at most; 0 for as many as fit, up to 256 (64 on a CPU).
+        "num_slots": 0,
         "cache_dtype": "",  # of keys and values: float32 | bfloat16 | int8; "" for that of compute
         "attention": "auto",  # decode kernel: auto | xla | pallas_tpu | pallas_gpu
-        "free_cache_engine": True,  # give the KV cache back before the update
+        # Give the KV cache back before the update. A batch that shrinks, as on a CPU, always does.
+        "free_cache_engine": True,
         "gpu_memory_utilization": 0.85,  # share of the device's memory in use while sampling
     }
 
@@ -168,6 +170,7 @@ def _eval() -> dict:
         "temperature": 1.0,  # of the samples
         "top_p": 1.0,  # of the samples; 1 keeps all tokens
         "top_k": -1,  # of the samples; -1 keeps all tokens
+        "min_p": 0.0,  # of the samples; 0 keeps all tokens
         "max_tokens": 0,  # length limit of an answer; 0 for data.max_response_length
         "graded_by": "accuracy",  # accuracy (good_accuracy) | reward (the run's reward functions)
         "category_key": "",  # the data column to break the scores down by; "" for none

@@ -27,7 +27,8 @@ WITHOUT_EFFECT = {
     "rloo": (*ADPO_ONLY, *GRPO_ONLY, "scale_rewards"),
 }
 
-_EVAL = ("n", "ks", "temperature", "top_p", "top_k", "max_tokens", "graded_by", "category_key")
+_SAMPLED = ("ks", "temperature", "top_p", "top_k", "min_p")
+_EVAL = ("n", *_SAMPLED, "max_tokens", "graded_by", "category_key")
 _SFT = (
     "completion_key",
     "batch_size",
@@ -95,7 +96,7 @@ _NEEDS = (
         lambda c: c.data.val_files or not c.trainer.best_metric.startswith("eval/"),
     ),
     (
-        ("eval.ks", "eval.temperature", "eval.top_p", "eval.top_k"),
+        tuple(f"eval.{key}" for key in _SAMPLED),
         "samples (eval.n above 0): the greedy answer has none",
         lambda c: c.eval.n,
     ),

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     tokens_PGS: np.ndarray  # int32
     attention_mask_PGS: np.ndarray  # int32, 1 at real tokens
     completion_mask_PGT: np.ndarray  # float32, 1 at sampled tokens, the stop token included
-    sampler_log_probs_PGT: np.ndarray  # float32, under the distribution they were drawn from
+    sampler_log_probs_PGT: np.ndarray  # float32, the sampler's, tempered and not truncated
 
     @property
     def num_completion(self) -> int:

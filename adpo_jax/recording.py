@@ -6,6 +6,7 @@ One Parquet file an iteration, `000012.parquet`, a row a completion:
     prompt_token_ids    list<int32>
     token_ids           list<int32>, the stop token included
     log_probs           list<float32>, nats, under the distribution that was sampled from
+    full_log_probs      list<float32>, not truncated; where top-k, top-p or min-p truncate
     finish_reason       "stop" or "length"
     completion          the text, without special tokens
     reward              float32, the total; reward/<name> each component, NaN where it was skipped
@@ -89,17 +90,21 @@ def _parsed(table: pa.Table, info: dict) -> tuple[Prompts, RolloutOutput, Scores
     rows = table.to_pydict()
     lengths = np.array([len(ids) for ids in rows["token_ids"]], np.int32).reshape(P, G)
     mask = (np.arange(T) < lengths[..., None]).astype(np.int32)
-    tokens, log_probs = np.zeros((P * G, T), np.int32), np.zeros((P * G, T), np.float32)
-    for row, (ids, values) in enumerate(zip(rows["token_ids"], rows["log_probs"])):
-        tokens[row, : len(ids)] = ids
-        log_probs[row, : len(ids)] = values
+
+    def padded(name: str, dtype) -> np.ndarray:
+        values = np.zeros((P * G, T), dtype)
+        for row, found in enumerate(rows[name]):
+            values[row, : len(found)] = found
+        return values.reshape(P, G, T)
+
+    has_full = "full_log_probs" in rows
     out = RolloutOutput(
-        tokens=tokens.reshape(P, G, T),
+        tokens=padded("token_ids", np.int32),
         mask=mask,
         lengths=lengths,
-        log_probs=log_probs.reshape(P, G, T),
+        log_probs=padded("log_probs", np.float32),
         finish_reason=np.array(rows["finish_reason"]).reshape(P, G),
-        full_log_probs=None,
+        full_log_probs=padded("full_log_probs", np.float32) if has_full else None,
         stats={},
     )
     columns = [json.loads(text) for text in rows["columns"][::G]]
@@ -164,8 +169,9 @@ def _table(step: int, prompts: Prompts, graded: GradedRollout) -> pa.Table:
     P, G, T = out.tokens.shape
     lengths = out.lengths.reshape(-1).tolist()
 
-    def cut(values: np.ndarray) -> list:
-        return [row[:length] for row, length in zip(values.reshape(P * G, T), lengths)]
+    def cut(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+        rows = [row[:length] for row, length in zip(values.reshape(P * G, T), lengths)]
+        return pa.array(rows, pa.list_(kind))
 
     data = [
         json.dumps({name: values[p] for name, values in prompts.columns.items()}, default=str)
@@ -177,8 +183,8 @@ def _table(step: int, prompts: Prompts, graded: GradedRollout) -> pa.Table:
         "prompt_token_ids": pa.array(
             [ids for ids in prompts.token_ids for _ in range(G)], pa.list_(pa.int32())
         ),
-        "token_ids": pa.array(cut(out.tokens), pa.list_(pa.int32())),
-        "log_probs": pa.array(cut(out.log_probs), pa.list_(pa.float32())),
+        "token_ids": cut(out.tokens, pa.int32()),
+        "log_probs": cut(out.log_probs, pa.float32()),
         "finish_reason": out.finish_reason.reshape(-1).tolist(),
         # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
         "completion": [text.encode(errors="replace").decode() for text in graded.completions],
@@ -186,6 +192,8 @@ def _table(step: int, prompts: Prompts, graded: GradedRollout) -> pa.Table:
         **{_REWARD + name: values for name, values in graded.scores.components.items()},
         "columns": [text for text in data for _ in range(G)],
     }
+    if out.full_log_probs is not None:
+        columns["full_log_probs"] = cut(out.full_log_probs, pa.float32())
     info = {
         "version": VERSION,
         "step": step,

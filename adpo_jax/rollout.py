@@ -228,7 +228,10 @@ def sample_records(prompts: Sequence, graded: GradedRollout) -> list[dict]:
 
 
 def make_batch(prompts: Prompts, out: RolloutOutput, *, max_prompt_length: int) -> Batch:
-    """Prompts and completions side by side, as the update wants them."""
+    """Prompts and completions side by side, as the update wants them.
+
+    The sampler's log-probs are those over the whole vocabulary where the rollout has them.
+    """
     P, G, T = out.tokens.shape
     tokens = np.zeros((P, G, max_prompt_length + T), np.int32)
     attention_mask = np.zeros_like(tokens)
@@ -238,7 +241,8 @@ def make_batch(prompts: Prompts, out: RolloutOutput, *, max_prompt_length: int) 
     tokens[:, :, max_prompt_length:] = np.where(out.mask > 0, out.tokens, 0)
     attention_mask[:, :, max_prompt_length:] = out.mask
     mask = np.asarray(out.mask, np.float32)
-    return Batch(tokens, attention_mask, mask, np.asarray(out.log_probs, np.float32))
+    log_probs = out.log_probs if out.full_log_probs is None else out.full_log_probs
+    return Batch(tokens, attention_mask, mask, np.asarray(log_probs, np.float32))
 
 
 def rollout_metrics(graded: GradedRollout) -> dict[str, float]:

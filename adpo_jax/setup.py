@@ -204,7 +204,7 @@ def make_optimizer(config: ConfigDict, total_steps: int):
 def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
     """How the policy is sampled during training."""
     c = config.actor_rollout_ref.rollout
-    return SamplingParams(
+    sampling = SamplingParams(
         n=config.algorithm.num_generations,
         temperature=c.temperature,
         top_p=c.top_p,
@@ -213,6 +213,8 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
         max_tokens=config.data.max_response_length,
         stop_token_ids=source.stop_token_ids,
     )
+    # What the trainer's log-probs are compared with is not truncated either.
+    return dataclasses.replace(sampling, full_log_probs=sampling.method.truncates)
 
 
 def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> EvalSettings:
@@ -222,6 +224,7 @@ def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> E
         temperature=c.temperature,
         top_p=c.top_p,
         top_k=c.top_k,
+        min_p=c.min_p,
         max_tokens=c.max_tokens or config.data.max_response_length,
         stop_token_ids=stop_token_ids,
     )
@@ -273,7 +276,7 @@ def make_engine(
         attention=c.attention,
         gpu_memory_utilization=c.gpu_memory_utilization,
         resident_bytes=resident_bytes,
-        group_size=max(config.algorithm.num_generations, config.eval.n),
+        group_size=config.algorithm.num_generations,
         free_cache_engine=c.free_cache_engine,
     )
 

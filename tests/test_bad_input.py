@@ -191,6 +191,7 @@ CONFIG = {
         "no effect without data.val_files",
     ),
     "eval.top_p without effect": ("eval.top_p=0.9", "no effect without samples"),
+    "eval.min_p without effect": ("eval.min_p=0.1", "no effect without samples"),
     "a cold start's lr without effect": (
         ("sft.train_files=", "sft.steps=0"),
         "no effect without a cold start",
@@ -224,6 +225,7 @@ CONFIG = {
     "top_p 0": (f"{ROLLOUT}.top_p=0", "top_p"),
     "top_p above 1": (f"{ROLLOUT}.top_p=1.5", "top_p"),
     "top_k": (f"{ROLLOUT}.top_k=0", "top_k"),
+    "a kernel of elsewhere": (f"{ROLLOUT}.attention=pallas_gpu", "this is a cpu; use auto, or xla"),
     "min_p": (f"{ROLLOUT}.min_p=2", "min_p"),
     "the cache's dtype": (f"{ROLLOUT}.cache_dtype=float64", "cache_dtype"),
     "the decode kernel": (f"{ROLLOUT}.attention=cuda", "attention"),

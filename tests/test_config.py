@@ -1,4 +1,5 @@
 import runpy
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -50,6 +51,14 @@ def test_a_misspelt_key_is_refused_and_the_nearest_named():
     check_overrides(["main", "--config.algorithm.tau=4", "--config.reward_model.reward_kwargs={}"])
     with pytest.raises(ValueError, match="reward_kwargs is set as a whole"):
         check_overrides(["main", "--config.reward_model.reward_kwargs.ngram_size=3"])
+
+
+def test_log_probs_of_the_whole_distribution_are_asked_for_where_sampling_truncates():
+    source = types.SimpleNamespace(stop_token_ids=(1,))
+    rollout = "--config.actor_rollout_ref.rollout"
+    for override, wanted in (("temperature=0.7", False), ("top_p=0.9", True), ("min_p=0.1", True)):
+        sampling = setup.make_sampling(parse(f"{rollout}.{override}"), source)
+        assert sampling.full_log_probs == wanted
 
 
 def test_the_published_recipe_has_the_published_values():

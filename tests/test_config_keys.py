@@ -129,6 +129,8 @@ def policy(config):
 def engine(config):
     model = loading.make_policy(config, loading.find_model(config), one_device_mesh())
     made = setup.make_engine(config, model)
+    # The machine's free memory is another at each look.
+    made.plan = dataclasses.replace(made.plan, most_tokens=None)
     return {k: repr(v) for k, v in vars(made).items() if k not in ("verbs", "policy")} | {
         "layout": repr(made.verbs.layout),
         "attention": getattr(made.verbs, "attention", None),
@@ -349,7 +351,11 @@ WALK = {
     f"{ROLLOUT}.tensor_model_parallel_size": ("2", rollout_mesh),
     f"{ROLLOUT}.num_slots": ("24", engine),
     f"{ROLLOUT}.cache_dtype": ("bfloat16", engine),
-    f"{ROLLOUT}.attention": ("pallas_gpu", engine),
+    f"{ROLLOUT}.attention": (
+        "pallas_tpu_interpret",
+        engine,
+        f"--config.{MODEL}.hf_config={{'head_dim': 128}}",
+    ),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
     f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
     "eval.n": ("3", evaluation),
@@ -357,6 +363,7 @@ WALK = {
     "eval.temperature": ("0.7", evaluation, "--config.eval.n=3"),
     "eval.top_p": ("0.9", evaluation, "--config.eval.n=3"),
     "eval.top_k": ("5", evaluation, "--config.eval.n=3"),
+    "eval.min_p": ("0.1", evaluation, "--config.eval.n=3"),
     "eval.max_tokens": ("9", evaluation),
     "eval.graded_by": ("reward", evaluation),
     "eval.category_key": ("kind", evaluation),

@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a run: updates that are not sound, full disks, changed configs,
 recordings replayed."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -269,6 +270,16 @@ def test_a_replay_of_a_recording_gives_the_same_bits_without_a_sampler(tmp_path,
     # A run that replays goes on as one.
     with pytest.raises(ValueError, match="replay: "):
         train(parse(*SHORT, *varied), tmp_path / "replayed")
+
+
+def test_a_recording_keeps_the_log_probs_of_the_whole_distribution(tmp_path):
+    prompts, graded = random_rollout(np.random.default_rng(0))
+    whole = graded.out.log_probs - 0.5 * graded.out.mask
+    out = dataclasses.replace(graded.out, full_log_probs=whole.astype(np.float32))
+    recording.write(tmp_path, 1, prompts, dataclasses.replace(graded, out=out))
+    read = recording.read(tmp_path, 1)[1].out
+    np.testing.assert_array_equal(read.full_log_probs, out.full_log_probs)
+    np.testing.assert_array_equal(read.log_probs, out.log_probs)
 
 
 def test_a_recording_is_never_overwritten(tmp_path):

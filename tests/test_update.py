@@ -7,10 +7,11 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import losses, offload, optimizer, sharding, update
+from adpo_jax import Engine, SamplingParams, losses, offload, optimizer, sharding, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.learner import Learner
+from adpo_jax.rollout import Prompts, make_batch
 
 SGD = optax.sgd(1.0)
 SCHEDULE = optax.constant_schedule(1e-3)
@@ -136,6 +137,24 @@ def make_learner(policy, *, anchor=None, mini=8, epochs=1, algorithm=None, lr=0.
         anchor=anchor or Anchor(),
         plan=BatchPlan(num_prompts=8, mini_prompts=mini, micro_prompts=mini, epochs=epochs),
     )
+
+
+def test_in_bfloat16_the_sampler_and_the_trainer_differ_by_rounding_alone():
+    """Whatever the sampler cut off."""
+    policy, params = tiny.policy_and_params(dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    engine = Engine(policy, max_prompt_length=5, max_response_length=16, num_slots=32)
+    sampling = SamplingParams(n=4, max_tokens=16, top_p=0.7, full_log_probs=True)
+    prompts = Prompts([[1 + i, 2, 3] for i in range(8)], {})
+    out = engine.generate(params, prompts.token_ids, sampling, jax.random.key(0))
+    learner, rewards = make_learner(policy), np.eye(8, 4, dtype=np.float32)
+
+    def mismatch(out):
+        batch = make_batch(prompts, out, max_prompt_length=5)
+        started = learner.init_state(jax.tree.map(jnp.copy, params))
+        return learner.learn(started, batch, rewards)[1]["rollout/mismatch_kl"]
+
+    assert mismatch(out) < 1e-3
+    assert mismatch(dataclasses.replace(out, full_log_probs=None)) > 1e-2
 
 
 def test_one_update_needs_no_anchor_forward_and_more_need_one():
