@@ -9,30 +9,35 @@ Left out: remote file systems, and state that is no pytree of arrays.
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
 import math
-import re
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from adpo_jax import distributed
-
-# Beside the folder of the checkpoints: where damaged ones go, and the note of the first.
-DAMAGED = "damaged_checkpoints"
-FIRST = "first_checkpoint.json"
+from adpo_jax.checkpoint_files import (
+    DAMAGED,
+    FIRST,
+    CheckpointError,
+    DamagedError,
+    check_arrays,
+    complete_steps,
+    description,
+    first_line,
+    on_all_processes,
+    read_on_all,
+    sealed,
+    unsealed,
+)
+from adpo_jax.digests import digests
 
 _DELETED = ".deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -40,14 +45,6 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 class SaveError(OSError):
     """Checkpoints failed to be written too often in a row."""
-
-
-class CheckpointError(ValueError):
-    """No checkpoint can be restored."""
-
-
-class _DamagedError(Exception):
-    """A checkpoint that is not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +139,7 @@ class Checkpoints:
         if step in self.steps:
             return False
         try:
-            content = _description(state) | {"metrics": metrics or {}}
+            content = description(state) | {"metrics": metrics or {}}
             # On a CPU orbax writes from the very buffers that the next update reuses.
             arrays = _copy(state) if jax.default_backend() == "cpu" else state
             self._pending = step
@@ -150,7 +147,7 @@ class Checkpoints:
                 self._folder / str(step),
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(arrays),
-                    description=ocp.args.JsonSave(_sealed(content)),
+                    description=ocp.args.JsonSave(sealed(content)),
                 ),
             )
         except Exception as error:  # orbax has no common base, and nothing here may lose the run
@@ -186,7 +183,7 @@ class Checkpoints:
             failure = error
         else:
             failure = None
-        if not _on_all_processes(failure is None):
+        if not on_all_processes(failure is None):
             self._failed(failure or RuntimeError("another process could not write"))
             return
         self._note_first(self._pending)
@@ -212,7 +209,7 @@ class Checkpoints:
                 restored = self._restore(step, like(step))
                 self._note_first(step)  # of a run that is older than the note
                 return restored
-            except _DamagedError as error:
+            except DamagedError as error:
                 reasons.append(f"{step}: {error}")
                 aside = self._move_aside(step)
                 print(
@@ -245,19 +242,19 @@ class Checkpoints:
     def _restore(self, step: int, like) -> Restored:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         folder = self._folder / str(step)
-        content = _read(lambda: self._read_description(folder))
-        _check_arrays(folder, content["arrays"], abstract)
+        content = read_on_all(lambda: self._read_description(folder))
+        check_arrays(folder, content["arrays"], abstract)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = _read(lambda: self._checkpointer.restore(folder, args=args).state)
-        digests = _digests(state)
-        changed = [name for name in digests if digests[name] != content["digests"][name]]
+        state = read_on_all(lambda: self._checkpointer.restore(folder, args=args).state)
+        found = digests(state)
+        changed = [name for name in found if found[name] != content["digests"][name]]
         if changed:
-            raise _DamagedError(f"bits have changed in {', '.join(changed[:4])}")
+            raise DamagedError(f"bits have changed in {', '.join(changed[:4])}")
         return Restored(step, state, content["metrics"])
 
     def _read_description(self, folder: Path) -> dict:
         args = ocp.args.Composite(description=ocp.args.JsonRestore())
-        return _unsealed(self._checkpointer.restore(folder, args=args).description)
+        return unsealed(self._checkpointer.restore(folder, args=args).description)
 
     @property
     def _aside(self) -> Path:
@@ -300,7 +297,7 @@ class Checkpoints:
         self._sweep()
         text = (
             f"checkpoint {step} could not be written to {self._folder} "
-            f"({self._failed_in_a_row} in a row): {_first_line(error)}"
+            f"({self._failed_in_a_row} in a row): {first_line(error)}"
         )
         if self._failed_in_a_row >= self._max_failures:
             left = f"the newest whole checkpoint is {self.latest_step}"
@@ -350,39 +347,6 @@ class Checkpoints:
         return values
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints lie complete in a folder, ascending; below 0 in a cold start."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir()]
-    return sorted(int(name) for name in names if name.removeprefix("-").isdigit())
-
-
-def check(folder: Path, like: Callable[[int], Any]) -> None:
-    """Checks that the newest checkpoint in a folder, if any, holds what is wanted; reads no array.
-
-    Args:
-      like: as for `Checkpoints.restore_latest`.
-
-    Raises:
-      CheckpointError: when its arrays are not those of `like`.
-    """
-    for step in reversed(complete_steps(folder)):
-        path = Path(folder) / str(step)
-        try:
-            sealed = json.loads((path / "description" / "metadata").read_text(encoding="utf-8"))
-            arrays = _unsealed(sealed)["arrays"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: told when it is restored, in the place of the one before
-        _check_arrays(path, arrays, like(step))
-        return
-
-
-def digest(state) -> str:
-    """One digest of all arrays of a state, the same on every mesh: SHA-256 of theirs."""
-    return hashlib.sha256(json.dumps(_digests(state), sort_keys=True).encode()).hexdigest()
-
-
 def _leave_bytes_uncounted() -> None:
     """Keeps orbax from asking tensorstore, twice a save, for a number that it logs.
 
@@ -393,151 +357,6 @@ def _leave_bytes_uncounted() -> None:
         module.get_tensorstore_raw_bytes = lambda direction=None: 0
 
 
-# --- what is kept beside the arrays
-
-
-def _description(state) -> dict:
-    return {"arrays": _shapes(state), "digests": _digests(state)}
-
-
-def _shapes(tree) -> dict[str, list]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
-    }
-
-
-def _check_arrays(folder: Path, there: dict, like) -> None:
-    wanted = _shapes(like)
-    if there != wanted:
-        raise CheckpointError(_mismatch(folder, there, wanted))
-
-
-def _mismatch(folder: Path, there: dict, wanted: dict) -> str:
-    differing = [
-        f"{name}: {there.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted"
-        for name in sorted(there.keys() | wanted.keys())
-        if there.get(name) != wanted.get(name)
-    ]
-    return (
-        f"{folder} holds the state of another model, optimizer or anchor: "
-        f"{'; '.join(differing[:4])} ({len(differing)} arrays differ). Use the config it was "
-        "written with, or another folder"
-    )
-
-
-def _sealed(content: dict) -> dict:
-    text = json.dumps(content, sort_keys=True)
-    return {"content": text, "crc32": zlib.crc32(text.encode())}
-
-
-def _unsealed(sealed: dict) -> dict:
-    text = sealed["content"]
-    if zlib.crc32(text.encode()) != sealed["crc32"]:
-        raise ValueError("its checksum is wrong")
-    return json.loads(text)
-
-
-def _read(read: Callable[[], Any]) -> Any:
-    """What `read` gives on this process, where it gives something on all.
-
-    Raises:
-      _DamagedError: what was to be read is missing, or is not what was written.
-      OSError, MemoryError or another: it could not be read now; what lies there may be whole.
-    """
-    result, failure = None, None
-    try:
-        result = read()
-    except Exception as error:
-        failure = error
-    readable = failure is None or _is_damage(failure)
-    if not _on_all_processes(readable):
-        if readable or type(failure) in (ValueError, Exception):  # of tensorstore and orbax
-            reason = "another process cannot" if readable else _first_line(_causes(failure)[-1])
-            raise OSError(f"the checkpoint cannot be read: {reason}") from failure
-        raise failure
-    if not _on_all_processes(failure is None):
-        raise _DamagedError(_first_line(failure and _causes(failure)[-1])) from failure
-    return result
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it came of, the first cause last."""
-    found = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether an error of reading says that a file is missing or holds something else."""
-    # orbax wraps some in a bare Exception.
-    causes = [cause for cause in _causes(error) if type(cause) is not Exception]
-    return bool(causes) and all(map(_says_damage, causes))
-
-
-def _says_damage(error: BaseException) -> bool:
-    """tensorstore raises ValueError for everything, with the system's error number in its text."""
-    if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if not isinstance(error, ValueError | LookupError | TypeError | AttributeError | EOFError):
-        return False  # MemoryError, and RuntimeError where no thread can be started
-    numbers = re.findall(r"OS error (\d+)", str(error))
-    missing = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-    return all(int(number) in missing for number in numbers) and not re.search(
-        r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)
-    )
-
-
-def _first_line(error: BaseException | None) -> str:
-    text = "" if error is None else str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _digests(tree) -> dict[str, str]:
-    """A digest of every array, the same on every mesh."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    numbers = jax.device_get(_digests_on_device([leaf for _, leaf in leaves]))
-    return {
-        jax.tree_util.keystr(path): "".join(f"{int(n):08x}" for n in np.asarray(digest))
-        for (path, _), digest in zip(leaves, numbers)
-    }
-
-
-@jax.jit
-def _digests_on_device(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_digest(leaf) for leaf in leaves]
-
-
-def _digest(x: jax.Array) -> jax.Array:
-    """[2] uint32: two sums mod 2**32 of the elements' bits, each mixed with the element's place.
-
-    Integer sums have no order, so that every sharding gives the same. For a given place each term
-    is a bijection of the bits: a single changed element always changes both sums.
-    """
-    width = jnp.dtype(x.dtype).itemsize * 8
-    bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
-    bits = bits.astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = bits + place * jnp.uint32(0x9E3779B9)
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)  # the finaliser of MurmurHash3
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    weighted = bits * (2 * place + 1)
-    return jnp.stack([jnp.sum(weighted), jnp.sum(mixed ^ (mixed >> 16))])
-
-
 @jax.jit
 def _copy(tree):
     return jax.tree.map(jnp.copy, tree)
-
-
-# --- several processes
-
-
-def _on_all_processes(ok: bool) -> bool:
-    if jax.process_count() == 1:
-        return ok
-    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from adpo_jax import recording
-from adpo_jax.checkpoints import CheckpointError
+from adpo_jax.checkpoint_files import CheckpointError
 from adpo_jax.engine import RolloutOutput
 from adpo_jax.rewards import Scores
 from adpo_jax.rollout import GradedRollout, Prompts, reward_metrics, rollout_metrics

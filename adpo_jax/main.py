@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     # After the flags, so that --help is quick.
     import jax
 
-    from adpo_jax import compilation_cache, distributed, setup, train
-    from adpo_jax.checkpoints import CheckpointError
+    from adpo_jax import compilation_cache, distributed, preparation, setup, train
+    from adpo_jax.checkpoint_files import CheckpointError
     from adpo_jax.guard import TrainingStopped
     from adpo_jax.interruption import Interrupted
     from adpo_jax.recording import ReplayError
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
         try:
             with interruption.abandonable():
                 compilation_cache.use(config.trainer.compilation_cache_dir)
-                prepared = train.prepare(
+                prepared = preparation.prepare(
                     config,
                     Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(config),
                     resume=_RESUME.value,

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from adpo_jax import loading, lora
-from adpo_jax.checkpoints import complete_steps
+from adpo_jax.checkpoint_files import complete_steps
 from adpo_jax.config import default_config
 from adpo_jax.data import Dataset
 from adpo_jax.loading import ModelSource

@@ -28,60 +28,12 @@ from pathlib import Path, PurePath
 
 from ml_collections import ConfigDict
 
-from adpo_jax import checkpoints as checkpoints_lib
-from adpo_jax.checkpoints import complete_steps
-from adpo_jax.config import default_config
-from adpo_jax.redaction import is_redaction_of, redacted
+from adpo_jax import checkpoint_files
+from adpo_jax.checkpoint_files import complete_steps
+from adpo_jax.run_identity import CONTENTS, as_json, changes, may_change
 
 RESUME = ("auto", "never", "must")
 
-# What may differ between two parts of one run; all else says what the run is. A name that ends in a
-# dot stands for all keys below it.
-MAY_CHANGE = (
-    "mesh.",
-    "actor_rollout_ref.actor.attention",
-    "actor_rollout_ref.actor.grad_clip",
-    "actor_rollout_ref.actor.optim.betas",
-    "actor_rollout_ref.actor.optim.lr",
-    "actor_rollout_ref.actor.optim.lr_scheduler_type",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps",
-    "actor_rollout_ref.actor.optim.min_lr_ratio",
-    "actor_rollout_ref.actor.optim.weight_decay",
-    "actor_rollout_ref.rollout.attention",
-    "actor_rollout_ref.rollout.free_cache_engine",
-    "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "actor_rollout_ref.rollout.num_slots",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size",
-    "custom_reward_function.num_workers",
-    "custom_reward_function.on_timeout",
-    "custom_reward_function.timeout_s",
-    "eval.",
-    "sft.save_freq",
-    "trainer.best_metric",
-    "trainer.compilation_cache_dir",
-    "trainer.experiment_name",
-    "trainer.grace_period_s",
-    "trainer.gradient_checkpointing",
-    "trainer.log_num_samples",
-    "trainer.log_samples_freq",
-    "trainer.logger",
-    "trainer.max_anchor_kl",
-    "trainer.max_bad_updates",
-    "trainer.max_save_failures",
-    "trainer.on_bad_update",
-    "trainer.per_device_train_batch_size",
-    "trainer.profile_steps",
-    "trainer.project_name",
-    "trainer.rollout_data_dir",
-    "trainer.save_freq",
-    "trainer.save_total_limit",
-    "trainer.test_freq",
-    "trainer.total_epochs",
-    "trainer.total_training_steps",
-)
-
-# The digests in config.json, a dict of texts.
-CONTENTS = "contents"
 
 # What a run writes in its folder, and its trackers do; recordings have a name of their own.
 NAMES = (
@@ -234,7 +186,7 @@ class RunFolder:
             )
         self._check_links()
         _check_recordings(config.trainer.rollout_data_dir)
-        self._check_config(_as_json(config, replay, contents), allow_config_change)
+        self._check_config(as_json(config, replay, contents), allow_config_change)
 
     def claim(self, config: ConfigDict, **options) -> None:
         """Makes the folder this run's until `release`; options as for `check`.
@@ -249,7 +201,7 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             self._hold()
             self.check(config, **options)
-            self._write_config(_as_json(config, options.get("replay"), options.get("contents")))
+            self._write_config(as_json(config, options.get("replay"), options.get("contents")))
             self.samples.mkdir(exist_ok=True)
             self._sweep()
         except OSError as error:
@@ -295,10 +247,10 @@ class RunFolder:
         """A run that had a state does not start again from nothing, over what it has written."""
         if self.has_checkpoint:
             return
-        damaged = self.root / checkpoints_lib.DAMAGED
+        damaged = self.root / checkpoint_files.DAMAGED
         if damaged.is_dir() and any(damaged.iterdir()):
             lost = f"all its checkpoints were damaged and lie in {damaged}"
-        elif (self.root / checkpoints_lib.FIRST).exists():
+        elif (self.root / checkpoint_files.FIRST).exists():
             lost = f"it has had checkpoints, and {self.checkpoints} has none any more"
         elif self.exported_step:
             lost = f"it has exported its policy, and {self.checkpoints} has no checkpoint"
@@ -318,7 +270,7 @@ class RunFolder:
         Raises:
           ValueError: when what is saved cannot be read.
         """
-        return self._changes(_as_json(config, None, None))
+        return self._changes(as_json(config, None, None))
 
     def _check_links(self) -> None:
         """A folder from elsewhere must not make this process write anywhere else."""
@@ -331,7 +283,7 @@ class RunFolder:
     def _check_config(self, here: dict, allow_config_change: bool) -> None:
         step = self._step
         changes = self._changes(here)
-        refused = [text for key, text in changes.items() if not _may_change(key, step)]
+        refused = [text for key, text in changes.items() if not may_change(key, step)]
         if refused and not allow_config_change:
             raise ValueError(
                 f"{self.root} holds a run with another config, data or reward function; choose "
@@ -360,12 +312,7 @@ class RunFolder:
         there = self._saved_config
         if there is None:
             return {}
-        # A run that is older than a key had what is now its default, and one that is older than
-        # its digests the contents of now.
-        there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
-        known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
-        shared = {name: known.get(name, value) for name, value in now.items()}
-        return _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
+        return changes(there, here)
 
     def _write_config(self, content: dict) -> None:
         there = self._saved_config
@@ -424,38 +371,3 @@ def _check_recordings(name: str) -> None:
             "trainer.rollout_data_dir is a folder of its own within the run's folder, beside "
             f"{', '.join(NAMES)}; given {name!r}"
         )
-
-
-def _as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> dict:
-    content = redacted(json.loads(config.to_json()))
-    content["replay"] = str(Path(replay).resolve()) if replay else ""
-    return content if contents is None else content | {CONTENTS: contents}
-
-
-def _may_change(key: str, step: int) -> bool:
-    """Whether a run with this checkpoint goes on under another value of a key."""
-    if key.startswith(f"{CONTENTS}."):
-        # What has not been used yet, or never will be again, has no part in the state.
-        return step >= 0 if key == f"{CONTENTS}.demonstrations" else step <= 0
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)
-
-
-def _filled(there: dict, defaults: dict) -> dict:
-    """`there` with the keys that it lacks."""
-    filled = defaults | there
-    for key, default in defaults.items():
-        if isinstance(default, dict) and isinstance(there.get(key), dict):
-            filled[key] = _filled(there[key], default) if default else there[key]
-    return filled
-
-
-def _differences(there: dict, here: dict, prefix: str = "") -> dict[str, str]:
-    """The keys whose values differ, each with a line that shows both."""
-    lines = {}
-    for key in sorted(there.keys() | here.keys()):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines |= _differences(old, new, f"{prefix}{key}.")
-        elif old != new and not is_redaction_of(old, new):
-            lines[f"{prefix}{key}"] = f"{prefix}{key}: {old!r} -> {new!r}"
-    return lines

@@ -1,24 +1,22 @@
 """The road: prompts -> rollout -> rewards -> anchor log-probs -> loss -> update -> metrics,
 checkpoint, evaluation.
 
-Left out here and found next door: what each part is made from (`setup`), the anchor forward and
-the optimizer steps of an iteration (`learner`).
+Left out here and found next door: what each part is made from (`setup`), what is checked before
+anything starts (`preparation`), the anchor forward and the optimizer steps of an iteration
+(`learner`).
 """
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import checkpoints as checkpoints_lib
 from adpo_jax import (
-    data,
+    digests,
     distributed,
     host_memory,
     lora,
@@ -28,18 +26,17 @@ from adpo_jax import (
     setup,
 )
 from adpo_jax import metrics as metrics_lib
-from adpo_jax.checkpoints import CheckpointError, Checkpoints, Restored
-from adpo_jax.config_checks import finalized
+from adpo_jax.checkpoint_files import CheckpointError
+from adpo_jax.checkpoints import Checkpoints, Restored
 from adpo_jax.evaluation import evaluate
-from adpo_jax.filtering import GroupFilter
 from adpo_jax.guard import SKIPPED
 from adpo_jax.interruption import Interrupted, Interruption
+from adpo_jax.preparation import Run, abstract_state, prepare
 from adpo_jax.progress import Progress
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import (
     GradedRollout,
     Prompts,
-    Sampler,
     make_batch,
     reward_metrics,
     rollout_metrics,
@@ -48,34 +45,6 @@ from adpo_jax.rollout import (
 from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
 from adpo_jax.update import TrainState
-
-# The completions of an iteration: (step from 0, parameters) -> prompts and graded completions.
-Rollouts = Callable[[int, Any], tuple[Prompts, GradedRollout]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run that can be started: everything checked, its folder claimed.
-
-    Attributes:
-      config: the final one.
-      params: what a fresh run starts from; None where there is a checkpoint to go on from, unless
-        it lacks frozen parameters.
-      rollouts: the sampler and the reward functions, or a recording.
-      trackers: the experiment trackers, started.
-    """
-
-    config: ConfigDict
-    parts: Parts
-    folder: RunFolder
-    params: Any
-    rollouts: Rollouts
-    trackers: Sequence[metrics_lib.Writer] = ()
-
-    def save_rollouts(self, step: int, checkpoints: Checkpoints) -> None:
-        """Keeps what sampling needs to go on after `step` iterations, where it needs anything."""
-        if isinstance(self.rollouts, GroupFilter) and self.folder.writes:
-            self.rollouts.save(step, oldest=min(checkpoints.steps, default=0))
 
 
 def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
@@ -100,53 +69,6 @@ def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
     return run(prepare(config, workdir, **options))
 
 
-def prepare(
-    config: ConfigDict,
-    workdir: Path,
-    *,
-    resume: str = "auto",
-    allow_config_change: bool = False,
-    replay: Path | None = None,
-) -> Run:
-    """Finds every mistake that can be found before training, then claims the run's folder.
-
-    Args:
-      resume: "auto" goes on with the run in the folder where there is one, "never" refuses such a
-        folder, "must" any other.
-      allow_config_change: resume under a config that changes what the run is.
-      replay: a folder of recorded rollouts to train from, in place of a sampler.
-
-    Raises:
-      ValueError: nothing has been written then, but for the config where a tracker cannot be
-        started.
-    """
-    options = {
-        "replay": replay,
-        "resume": resume,
-        "allow_config_change": allow_config_change,
-    }
-    with distributed.fail_together():
-        config = finalized(config)
-        folder = RunFolder(Path(workdir), writes=distributed.is_leader())
-        folder.check(config, **options)
-        parts = setup.build(config)
-        rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
-        checkpoints_lib.check(folder.checkpoints, _abstract_state(parts))
-        if isinstance(rollouts, GroupFilter):
-            rollouts.check(max(checkpoints_lib.complete_steps(folder.checkpoints), default=0))
-        contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither
-    in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
-    params = None if in_checkpoint else parts.initial_params()
-    with distributed.fail_together():
-        folder.claim(config, contents=contents, **options)
-        try:
-            trackers = setup.make_trackers(config, folder.root)
-        except ValueError:
-            folder.release()
-            raise
-    return Run(config, parts, folder, params, rollouts, trackers)
-
-
 def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
     """Trains, from the given parameters or from the newest checkpoint; see `train`.
 
@@ -161,7 +83,7 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
         parts.reward_model,
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
-        restored = checkpoints.restore_latest(_abstract_state(parts)) if checkpoints.steps else None
+        restored = checkpoints.restore_latest(abstract_state(parts)) if checkpoints.steps else None
         purge_step = -config.sft.steps if restored is None else restored.step + 1
         writer = metrics_lib.make_writer(
             folder.root, purge_step, *run.trackers, writes=folder.writes
@@ -195,20 +117,6 @@ def _announce(parts: Parts, folder: RunFolder) -> None:
         f"{len(parts.train_prompts):,} prompts, {parts.num_steps:,} iterations",
         flush=True,
     )
-
-
-def _abstract_state(parts: Parts) -> Callable[[int], TrainState]:
-    """What the checkpoint of a step holds: of the cold start where it is below 0."""
-
-    def abstract_state(step: int) -> TrainState:
-        if step < 0 and parts.cold_start is None:
-            raise CheckpointError(
-                f"checkpoint {step} is of a cold start, which sft.steps=0 leaves out; set it as it "
-                "was, or start in another folder"
-            )
-        return (parts.learner if step >= 0 else parts.cold_start).abstract_state().saved
-
-    return abstract_state
 
 
 def _start(
@@ -306,59 +214,6 @@ def _iterate(
     return state
 
 
-def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
-    """Samples completions of the step's prompts, and grades them."""
-
-    def keep_sample(step: int, error: RewardError):
-        folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
-
-    def prompts_of(step: int) -> Prompts:
-        rows = data.prompt_indices(
-            step,
-            seed=config.trainer.seed,
-            num_rows=len(parts.train_prompts),
-            batch_size=config.data.train_batch_size,
-        )
-        return parts.train_prompts.select(rows)
-
-    def rollouts(step: int, params) -> tuple[Prompts, GradedRollout]:
-        prompts = prompts_of(step)
-        return prompts, sampler(step, None, prompts, params)
-
-    sampler = Sampler(
-        parts.engine,
-        parts.sampling,
-        parts.tokenizer,
-        parts.reward_model,
-        seed=config.trainer.seed,
-        keep_sample=keep_sample,
-        # NaN rewards make an update that is not sound, which is skipped.
-        takes_nonfinite=config.trainer.on_bad_update == "skip",
-    )
-    if not config.algorithm.filter_groups:
-        return rollouts
-    return GroupFilter(
-        sampler,
-        prompts_of,
-        folder.surplus,
-        max_attempts=config.algorithm.filter_max_attempts,
-        min_reward_std=config.algorithm.min_reward_std,
-    )
-
-
-def _replayed(config, parts: Parts, replay: Path) -> Rollouts:
-    """Reads what another run recorded."""
-    recording.check(
-        replay,
-        range(1, parts.num_steps + 1),
-        num_prompts=config.data.train_batch_size,
-        num_samples=config.algorithm.num_generations,
-        max_tokens=config.data.max_response_length,
-        max_prompt_length=config.data.max_prompt_length,
-    )
-    return lambda step, params: recording.read(replay, step + 1)
-
-
 def _learn(
     config, parts: Parts, state: TrainState, prompts: Prompts, graded: GradedRollout
 ) -> tuple[TrainState, dict[str, float]]:
@@ -390,7 +245,7 @@ def _export(run: Run, state: TrainState) -> None:
     """Writes the policy, and its adapters alone, unless the export is of this very state."""
     policy, folder = run.parts.policy, run.folder
     # Under another learning rate, or from an older checkpoint, as many iterations end elsewhere.
-    digest = checkpoints_lib.digest(state.saved)
+    digest = digests.digest(state.saved)
     if folder.exported_state == digest:
         return
     if policy.lora:

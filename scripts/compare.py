@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import train
+from adpo_jax import preparation, train
 from adpo_jax.config_checks import check_overrides, finalized
 from adpo_jax.exit_codes import USER_ERROR
 from adpo_jax.host_memory import tune_malloc
@@ -206,7 +206,7 @@ def run(config: ConfigDict, folder: Path) -> None:
     """One training run from a common start, unless it is finished."""
     if is_finished(folder, config):
         return
-    prepared = train.prepare(config, folder)
+    prepared = preparation.prepare(config, folder)
     parts, params = prepared.parts, prepared.params
     fields = {f.name: getattr(parts.learner, f.name) for f in dataclasses.fields(Learner)}
     start_params = jax.tree.map(jnp.copy, parts.initial_params() if params is None else params)

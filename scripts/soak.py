@@ -33,7 +33,7 @@ GROWTH_LIMIT = 0.03
 
 
 def main(argv):
-    from adpo_jax import setup, train
+    from adpo_jax import preparation, setup, train
 
     logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
@@ -50,7 +50,7 @@ def main(argv):
         config.trainer.grace_period_s = 300.0
     compilations = Compilations()
     out = Path(_OUT.value)
-    prepared = train.prepare(config, out / "run")
+    prepared = preparation.prepare(config, out / "run")
     with setup.make_interruption(config) as interruption:
         watch = threading.Thread(target=_watch, args=(out, compilations), daemon=True)
         watch.start()

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adpo_jax import checkpoint_files
 from adpo_jax import checkpoints as checkpoints_lib
-from adpo_jax.checkpoints import CheckpointError, Checkpoints, SaveError
+from adpo_jax.checkpoint_files import CheckpointError
+from adpo_jax.checkpoints import Checkpoints, SaveError
+from adpo_jax.digests import digests
 from adpo_jax.sharding import make_mesh
 
 # orbax leaves the coroutines of a restore that failed to the garbage collector.
@@ -177,7 +180,7 @@ def wrapped(cause: Exception) -> Exception:
     ],
 )
 def test_damage_is_what_is_missing_or_wrong(error, is_damage):
-    assert checkpoints_lib._is_damage(error) is is_damage
+    assert checkpoint_files.is_damage(error) is is_damage
 
 
 def test_a_state_of_another_shape_is_refused_and_not_taken_for_damage(tmp_path):
@@ -194,7 +197,7 @@ def test_a_digest_is_the_same_on_every_mesh_and_changes_with_every_element():
     x = jax.random.normal(jax.random.key(0), (16, 8))
 
     def digest(x):
-        return checkpoints_lib._digests([x])["[0]"]
+        return digests([x])["[0]"]
 
     plain = digest(x)
     for sizes in ((8, 1, 1), (2, 2, 2)):

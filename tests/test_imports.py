@@ -17,10 +17,12 @@ ROAD = [
     "prompts grpo rloo losses anchor",
     "packing attention tile_attention attention_kernels lora model log_probs",
     "hf_families hf_config hf_tensors hf_weights hf policy",
-    "lora_files optimizer checkpoints run_folder guard interruption",
+    "lora_files optimizer digests checkpoint_files checkpoints run_identity run_folder guard",
+    "interruption",
     "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
     "layouts offload update rollout recording filtering sft cold_start learner evaluation",
-    "loading pretrained serve setup dry_run train evaluate report adapters main",
+    "loading pretrained serve setup dry_run_report dry_run preparation train evaluate report",
+    "adapters main",
 ]
 
 
@@ -68,7 +70,9 @@ def test_only_the_top_of_the_road_reads_the_config():
         and "ml_collections" in (PACKAGE / f"{name}.py").read_text()
     }
     # The run folder keeps it.
-    assert readers == {"run_folder", "loading", "setup", "dry_run", "train", "evaluate", "main"}
+    keepers = {"run_identity", "run_folder"}
+    top = {"loading", "setup", "dry_run", "preparation", "train", "evaluate", "main"}
+    assert readers == keepers | top
 
 
 def test_a_grading_process_imports_neither_jax_nor_sympy():

@@ -9,7 +9,8 @@ from test_train import TINY, one_device, scalars  # noqa: F401  (a fixture)
 
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.metrics import read_jsonl
-from adpo_jax.train import prepare, run, train
+from adpo_jax.preparation import prepare
+from adpo_jax.train import run, train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
