@@ -155,6 +155,7 @@ def plan(
     shrinks: bool,
     budget: int | None,
     budget_text: str = "",
+    tile: int = 1,
 ) -> CachePlan:
     """The most slots, up to `most_slots`, whose cache fits the budget.
 
@@ -165,6 +166,7 @@ def plan(
       stages: lengths that the ring of columns grows through.
       shrinks: whether slots and prefix rows are gathered into smaller batches.
       budget: bytes of one device; None for no limit.
+      tile: slots of a device that are computed at once; fewer than fit are taken to fill tiles.
 
     Raises:
       ValueError: when not even one group fits, with the arithmetic.
@@ -196,10 +198,9 @@ def plan(
             "shorten max_response_length or max_prompt_length, or take a smaller cache dtype"
         )
     sizes = range(smallest, largest, multiple)
-    return max(
-        (of(slots) for slots in sizes if of(slots).device_bytes <= budget),
-        key=lambda fitting: fitting.num_slots,
-    )
+    most = max(slots for slots in sizes if of(slots).device_bytes <= budget)
+    whole = most // (tile * multiple) * (tile * multiple)
+    return of(whole if whole >= smallest else most)
 
 
 def up_to_multiple(x: int, multiple: int) -> int:

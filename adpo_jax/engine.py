@@ -36,6 +36,8 @@ MAX_UNROLLED_LAYERS = 12
 SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 MIN_SLOTS = 8
 DEFAULT_CPU_SLOTS = 64
+# Rows that a TPU's registers hold side by side; a GPU's warps like a multiple of it too.
+SLOT_TILE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Engine:
             shrinks=self.shrinks,
             budget=budget,
             budget_text=budget_text,
+            tile=1 if on_cpu else SLOT_TILE,
         )
         self.num_slots = self.plan.num_slots
         # A call starts with the smallest batch that holds it.

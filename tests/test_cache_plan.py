@@ -62,6 +62,18 @@ def test_a_budget_is_filled_and_not_passed():
     assert split.num_slots % 4 == 0
 
 
+@pytest.mark.parametrize(("shards", "wanted"), [(1, 48), (2, 48), (4, 32)])
+def test_slots_fill_whole_tiles_of_every_device(shards, wanted):
+    plain = PLAIN | {"multiple": shards}
+    most = cache_plan.plan(LAYOUT, **SIZES, **plain, most_slots=52, budget=None)
+    budget = most.device_bytes
+    plan = cache_plan.plan(LAYOUT, **SIZES, **plain, most_slots=256, budget=budget, tile=8)
+    assert plan.num_slots == wanted
+    few = cache_plan.plan(LAYOUT, **SIZES, **plain, most_slots=8, budget=None).device_bytes
+    plan = cache_plan.plan(LAYOUT, **SIZES, **plain, most_slots=256, budget=few, tile=32)
+    assert plan.num_slots == 8
+
+
 def test_one_group_too_many_is_refused_with_the_arithmetic():
     with pytest.raises(ValueError, match="8 slots x 1024 tokens") as refused:
         cache_plan.plan(
