@@ -21,6 +21,10 @@ from adpo_jax.sampling import SamplingParams
 from adpo_jax.schedule import Schedule
 
 
+# A ring with room for so many steps is not grown yet: a step reads all of its columns.
+LEAST_STEPS = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupOutput:
     """The completions of one prompt; fields as in `RolloutOutput`, without the axis of prompts."""
@@ -106,8 +110,8 @@ class Generation:
         return next((s for s in self.slot_sizes if s >= needed), self.slot_sizes[-1])
 
     def _columns_for(self, oldest: int) -> int:
-        """Columns that hold the oldest live sample and as many more steps as one dispatch does."""
-        steps = min(self.engine.steps_per_dispatch, self.column_sizes[0])
+        """Columns that hold the oldest live sample and the steps that are worth a dispatch."""
+        steps = min(LEAST_STEPS, self.engine.steps_per_dispatch, self.column_sizes[0])
         needed = min(oldest + steps, self.column_sizes[-1])
         return next(c for c in self.column_sizes if c >= needed)
 
