@@ -20,7 +20,6 @@ from adpo_jax.kv_cache import KV
 from adpo_jax.sampling import SamplingParams
 from adpo_jax.schedule import Schedule
 
-
 # A ring with room for so many steps is not grown yet: a step reads all of its columns.
 LEAST_STEPS = 8
 
