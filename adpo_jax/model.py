@@ -10,7 +10,6 @@ vocabulary, L layers.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -18,20 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax import lora
 from adpo_jax import rope as rope_lib
 from adpo_jax.attention import GLOBAL_WINDOW, Attend, LayerInfo
+from adpo_jax.layer_functions import ACTIVATIONS, gated, project, rms_norm
 from adpo_jax.rope import Rope
 from adpo_jax.sharding import RULES, constrain, mesh_axis_size, partition_spec
-
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-}
 
 REMAT_POLICIES = {
     "none": None,
@@ -159,58 +152,6 @@ def is_decayed(path: tuple[str, ...]) -> bool:
     return not path[-1].endswith(("norm", "bias"))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, plus_one: bool) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; keeps the dtype of x."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = weight.astype(jnp.float32) + (1.0 if plus_one else 0.0)
-    return (normed * scale).astype(x.dtype)
-
-
-def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., D] times weight [D, F], in the dtype of x; the weight's gradient keeps its own."""
-    return checkpoint_name(_product(x, weight), "projection")
-
-
-@jax.custom_vjp
-def _product(x, weight):
-    return x @ weight.astype(x.dtype)
-
-
-def _product_backward(residuals, g):
-    x, weight = residuals
-    # Made before it is transposed: XLA's CPU compiler else computes what g comes from (a gated
-    # activation's gradient, say) column by column, a fifth of a small model's update.
-    g = jax.lax.optimization_barrier(g)
-    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    # The narrower operand is the one that gets transposed.
-    if flat_x.shape[1] <= flat_g.shape[1]:
-        d_weight = jnp.einsum("td,tf->df", flat_x, flat_g, preferred_element_type=jnp.float32)
-    else:
-        d_weight = jnp.einsum("tf,td->fd", flat_g, flat_x, preferred_element_type=jnp.float32).T
-    return g @ weight.astype(g.dtype).T, d_weight.astype(weight.dtype)
-
-
-_product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """activation(gate) * up; the backward pass keeps its two arguments alone."""
-    return ACTIVATIONS[activation](gate) * up
-
-
-def _gated_backward(activation, residuals, g):
-    gate, up = residuals
-    activated, slope = jax.vjp(ACTIVATIONS[activation], gate)
-    return slope(g * up)[0], g * activated
-
-
-gated.defvjp(
-    lambda activation, gate, up: (gated(activation, gate, up), (gate, up)), _gated_backward
-)
-
-
 class Layer(nn.Module):
     """One pre-norm transformer block; the carry is (hidden [B, T, D], cache)."""
 
@@ -245,7 +186,7 @@ class Layer(nn.Module):
         c = self.config
         init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
         weight = self.param(name, init, x.shape[-1:], self.param_dtype)
-        return rms_norm(x, weight, eps=c.norm_eps, plus_one=c.norm_plus_one)
+        return rms_norm(x, weight, c.norm_eps, c.norm_plus_one)
 
     @nn.compact
     def __call__(self, carry, layer: LayerInfo, rope_tables):
@@ -361,7 +302,7 @@ class Decoder(nn.Module):
 
         ones = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
         final_norm = self.param("final_norm", ones, (D,), self.param_dtype)
-        x = rms_norm(x, final_norm, eps=c.norm_eps, plus_one=c.norm_plus_one)
+        x = rms_norm(x, final_norm, c.norm_eps, c.norm_plus_one)
         if not c.tie_embeddings:
             self.param("head", normal, (D, V), self.param_dtype)
         return x, cache
@@ -393,7 +334,7 @@ def unrolled_forward(decoder: Decoder, params, tokens, positions, cache=None):
     for i, layer_params in enumerate(params["layers"]):
         info = LayerInfo(*(leaf[i].item() for leaf in c.layer_info))
         (x, cache), _ = layer.apply({"params": layer_params}, (x, cache), info, rope_tables)
-    x = rms_norm(x, params["final_norm"], eps=c.norm_eps, plus_one=c.norm_plus_one)
+    x = rms_norm(x, params["final_norm"], c.norm_eps, c.norm_plus_one)
     return x, cache
 
 

@@ -120,8 +120,13 @@ def stream_attention(attention: str, settings: Settings, stream: Stream) -> Atte
         return _on_each_device(attend, settings, tuple(stream))
     if attention == "cudnn":
         return _cudnn(functools.partial(_seen_in, stream), settings)
-    windows = any(window is not None for window in settings.windows)
-    return tile_attention.stream_attention(stream, windows=windows, **settings.plain)
+    on_cpu = platform(settings.mesh) == "cpu"
+    return tile_attention.stream_attention(
+        stream,
+        windows=any(window is not None for window in settings.windows),
+        score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
+        **settings.plain,
+    )
 
 
 def _seen_in(stream: Stream, window) -> jax.Array:
