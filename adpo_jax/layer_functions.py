@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from adpo_jax.reductions import made, sum_of_columns, sum_of_rows
+from adpo_jax.cpu_fusion import made, sum_of_columns, sum_of_rows
 
 ACTIVATIONS = {
     "silu": nn.silu,

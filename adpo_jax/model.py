@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from adpo_jax import lora
 from adpo_jax import rope as rope_lib
 from adpo_jax.attention import GLOBAL_WINDOW, Attend, LayerInfo
+from adpo_jax.cpu_fusion import kept
 from adpo_jax.layer_functions import ACTIVATIONS, gated, project, rms_norm
 from adpo_jax.rope import Rope
 from adpo_jax.sharding import RULES, constrain, mesh_axis_size, partition_spec
@@ -329,8 +330,7 @@ def unrolled_forward(decoder: Decoder, params, tokens, positions, cache=None):
         decoder.lora_scale,
         parent=None,
     )
-    # Computed once: XLA's CPU compiler else computes them anew for every head of every layer.
-    rope_tables = jax.lax.optimization_barrier(rope_lib.cos_sin(c.ropes, c.head_dim, positions))
+    rope_tables = tuple(map(kept, rope_lib.cos_sin(c.ropes, c.head_dim, positions)))
     for i, layer_params in enumerate(params["layers"]):
         info = LayerInfo(*(leaf[i].item() for leaf in c.layer_info))
         (x, cache), _ = layer.apply({"params": layer_params}, (x, cache), info, rope_tables)

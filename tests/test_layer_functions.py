@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import reductions
+from adpo_jax import cpu_fusion
 from adpo_jax.layer_functions import ACTIVATIONS, gated, project, rms_norm
 
 EPS = 1e-6
@@ -70,19 +70,19 @@ def test_a_projection_and_its_gradients_are_those_of_the_product(width, out):
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 5, 7)])
 def test_sums_as_products_agree_with_sums(shape):
     x, rows, columns = drawn(shape, shape[:-1], shape[-1:])
-    agree(reductions.sum_of_rows(x, rows), reductions._plain_sum_of_rows(x, rows), 1e-6)
-    agree(reductions.sum_of_columns(x, columns), reductions._plain_sum_of_columns(x, columns), 1e-6)
+    agree(cpu_fusion.sum_of_rows(x, rows), cpu_fusion._plain_sum_of_rows(x, rows), 1e-6)
+    agree(cpu_fusion.sum_of_columns(x, columns), cpu_fusion._plain_sum_of_columns(x, columns), 1e-6)
 
 
 @pytest.mark.parametrize(
     ("platform", "has_product"), [("cpu", True), ("tpu", False), ("cuda", False)]
 )
-def test_sums_are_products_on_a_cpu_alone(platform, has_product):
+def test_products_stand_in_on_a_cpu_alone(platform, has_product):
     x, rows, columns = drawn((4, 8), (4,), (8,))
 
     def sums(x, rows, columns):
-        x = reductions.made(x)
-        return reductions.sum_of_rows(x, rows), reductions.sum_of_columns(x, columns)
+        x = cpu_fusion.made(cpu_fusion.kept(x))
+        return cpu_fusion.sum_of_rows(x, rows), cpu_fusion.sum_of_columns(x, columns)
 
     traced = jax.jit(sums).trace(x, rows, columns)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
