@@ -24,6 +24,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool) -> jax
     """Root-mean-square norm over the last axis, in float32; keeps the dtype of x.
 
     The backward pass keeps x and the weight alone.
+
+    Args:
+      x: [..., D]; weight: [D].
+      plus_one: multiply by 1 + weight (Gemma).
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * _inverse_rms(x32, eps) * _norm_scale(weight, plus_one)).astype(x.dtype)
