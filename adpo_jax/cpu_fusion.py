@@ -21,7 +21,7 @@ import numpy as np
 
 
 def made(x: jax.Array) -> jax.Array:
-    """x, on a CPU as an array of its own: no compiler then sums while it computes it."""
+    """x, on a CPU as an array of its own: what follows is not fused with what computes it."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 

@@ -76,7 +76,7 @@ def _product_backward(residuals, g):
     x, weight = residuals
     # Made before it is transposed: XLA's CPU compiler else computes what g comes from (a gated
     # activation's gradient, say) column by column, a fifth of a small model's update.
-    g = jax.lax.optimization_barrier(g)
+    g = made(g)
     flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     # The narrower operand is the one that gets transposed.
     if flat_x.shape[1] <= flat_g.shape[1]:

@@ -172,8 +172,8 @@ def _in_chunks(shape: _Shape, function, carry, *tiles):
 
 
 def _sum_over_queries(x_BcKQD, weights_BcKQS):
-    """[B, c, K, S, D]; of the two, the narrow x is the one that is transposed for the product."""
-    x_BcKDQ = jax.lax.optimization_barrier(x_BcKQD.swapaxes(3, 4))
+    """[B, c, K, S, D]; of the two, the narrow x is the one that a CPU turns for the product."""
+    x_BcKDQ = made(x_BcKQD.swapaxes(3, 4))
     return jnp.einsum("bckdq,bckqs->bckds", x_BcKDQ, weights_BcKQS).swapaxes(3, 4)
 
 
