@@ -70,8 +70,5 @@ def _sum_of_rows_as_product(x, weights):
 
 
 def _sum_of_columns_as_product(x, weights):
-    return _float32_dot_general(
-        x,
-        weights,
-        dimension_numbers=(((x.ndim - 1,), (0,)), ((), ())),
-    )
+    last = (x.ndim - 1,)
+    return _float32_dot_general(x, weights, dimension_numbers=((last, (0,)), ((), ())))

@@ -1,6 +1,6 @@
 """What a layer computes besides attention, each with the gradient that keeps and moves the least.
 
-Letters: T tokens, D width, F width of the output.
+Letters: T tokens of all rows, D width, F width of the output.
 """
 
 import functools
@@ -26,7 +26,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool) -> jax
     The backward pass keeps x and the weight alone.
 
     Args:
-      x: [..., D]; weight: [D].
+      x: [..., D].
+      weight: [D].
+      eps: added to the mean square.
       plus_one: multiply by 1 + weight (Gemma).
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.

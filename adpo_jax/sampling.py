@@ -252,7 +252,7 @@ def without(logits: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def first_equal(x: jax.Array, value: jax.Array) -> jax.Array:
-    """The first column of each row that equals `value`: argmax as two plain cpu_fusion."""
+    """The first column of each row that equals `value`: argmax as two plain reductions."""
     V = x.shape[-1]
     columns = jnp.where(x == value[:, None], jnp.arange(V, dtype=jnp.int32), V)
     return jnp.minimum(jnp.min(columns, axis=-1), V - 1)

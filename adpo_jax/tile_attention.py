@@ -206,7 +206,7 @@ def _backward(shape: _Shape, residuals, d_out_BnKQD):
         scores, slope = _scores(shape, q, k, mask)
         weights = jnp.exp(scores - log_z)
         product = made((d_out * out).astype(jnp.float32))
-        mean = sum_of_columns(product, jnp.ones(q.shape[-1]))[..., None]
+        mean = sum_of_columns(product, jnp.ones(q.shape[-1], jnp.float32))[..., None]
         d_weights = jnp.einsum("bckqd,bcksd->bckqs", d_out, v, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - mean) * slope).astype(q.dtype)
         d_v = _sum_over_queries(d_out, weights.astype(v.dtype))

@@ -74,10 +74,13 @@ def test_sums_as_products_agree_with_sums(shape):
     agree(cpu_fusion.sum_of_columns(x, columns), cpu_fusion._plain_sum_of_columns(x, columns), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("platform", "has_product"), [("cpu", True), ("tpu", False), ("cuda", False)]
-)
-def test_products_stand_in_on_a_cpu_alone(platform, has_product):
+def test_what_is_kept_is_the_same_to_the_bit():
+    (x,) = drawn((3, 5, 16))
+    np.testing.assert_array_equal(jax.jit(cpu_fusion.kept)(x), x)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_products_stand_in_on_a_cpu_alone(platform):
     x, rows, columns = drawn((4, 8), (4,), (8,))
 
     def sums(x, rows, columns):

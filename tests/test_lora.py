@@ -208,13 +208,13 @@ def compiled_update(policy):
 
 
 def test_an_update_keeps_no_gradient_and_no_copy_of_the_base():
-    config = {**tiny.CONFIG, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 1024}
+    config = {**tiny.CONFIG, "hidden_size": 64, "intermediate_size": 512, "vocab_size": 4096}
     full = Policy.abstract_from_config(config)
     adapted = dataclasses.replace(full, lora=Lora(2, 4.0))
     base = sum(x.size * 4 for x in jax.tree.leaves(full.abstract_params()))
     of_full, of_lora = compiled_update(full), compiled_update(adapted)
     # The gradient and the sum of micro-batches' gradients are gone.
-    assert of_lora.temp_size_in_bytes < of_full.temp_size_in_bytes - 0.9 * base
+    assert of_lora.temp_size_in_bytes < of_full.temp_size_in_bytes - 1.5 * base
     assert of_lora.argument_size_in_bytes < of_full.argument_size_in_bytes - 1.8 * base
     # What goes in comes out in the same buffers.
     assert of_lora.alias_size_in_bytes > 0.99 * of_lora.output_size_in_bytes > base
