@@ -89,6 +89,7 @@ def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
 @pytest.mark.parametrize("tiles_at_once", [1, 2, 4])  # of 9: even, padded, fewer than allowed
 def test_tiles_in_turn_agree_with_all_at_once(tiles_at_once):
     stream, (q, k, v, weight) = stream_of(tokens=144), tensors(4, 2, tokens=144)
+    real = jnp.asarray(stream.segments > 0)[..., None, None]
     J = stream.key_tiles.shape[-1]
     tile_bytes = 4 * B * 4 * W * J * W
 
@@ -96,10 +97,10 @@ def test_tiles_in_turn_agree_with_all_at_once(tiles_at_once):
     def both(score_bytes, q, k, v):
         attend = stream_attention(stream, scale=D**-0.5, soft_cap=3.0, score_bytes=score_bytes)
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, of_layer(), None)[0], q, k, v)
-        return out, pull(weight)
+        return jnp.where(real, out, 0), pull(jnp.where(real, weight, 0))
 
     at_once, in_turn = both(9 * tile_bytes, q, k, v), both(tiles_at_once * tile_bytes, q, k, v)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
     jax.tree.map(close, in_turn, at_once)
     text = both.lower(tiles_at_once * tile_bytes, q, k, v).as_text()
     assert "while" in text
