@@ -51,6 +51,11 @@ class Scores:
         counts = {name: sum(part.counts[name] for part in parts) for name in _COUNTS}
         return cls(np.concatenate([part.total for part in parts]), components, counts)
 
+    def select(self, rows: "list[int]") -> "Scores":
+        """The rewards of the completions with these numbers; without counts, which are of all."""
+        components = {name: values[rows] for name, values in self.components.items()}
+        return Scores(self.total[rows], components, dict.fromkeys(self.counts, 0))
+
 
 class Handle:
     """Rewards that are being computed."""

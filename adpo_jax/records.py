@@ -1,0 +1,264 @@
+"""What flows along the road: prompts, their completions, graded groups of them.
+
+Everything here is ragged and lies in the host's memory: a completion takes as many places as it has
+tokens. Who needs rectangles (the update's streams and rows) makes them, for what it runs at once.
+
+Letters: P prompts, G completions of a prompt, T tokens of a completion.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from adpo_jax.rewards import Scores
+
+
+def _per_token(dtype: type, **kwargs) -> Any:
+    """A field that has one number of this dtype a token."""
+    return dataclasses.field(metadata={"dtype": np.dtype(dtype)}, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Completion:
+    """One completion of a prompt. Its fields are listed here and nowhere else.
+
+    Every token of it is there (`present`, where it lies padded among others); which of them the
+    loss speaks of is what `trained` says, and there may be holes in it: what a tool answered
+    between two turns is there, and nobody trains on it.
+
+    Attributes:
+      tokens: [T] int32, the stop token included.
+      log_probs: [T] float32 in nats, under the distribution that each token was sampled from; 0
+        where it was not sampled.
+      trained: [T] bool, the policy sampled the token and is trained on it.
+      versions: [T] int32, iterations done by the weights that each token was sampled from.
+      turns: [T] int16, the turn that each token belongs to, from 0.
+      finish_reason: "stop" or "length".
+      full_log_probs: [T] float32, tempered and not truncated; None unless asked for.
+    """
+
+    tokens: np.ndarray = _per_token(np.int32)
+    log_probs: np.ndarray = _per_token(np.float32)
+    trained: np.ndarray = _per_token(np.bool_)
+    versions: np.ndarray = _per_token(np.int32)
+    turns: np.ndarray = _per_token(np.int16)
+    finish_reason: str = "length"
+    full_log_probs: np.ndarray | None = _per_token(np.float32, default=None)
+
+    @classmethod
+    def sampled(
+        cls,
+        tokens: np.ndarray,
+        log_probs: np.ndarray,
+        finish_reason: str,
+        *,
+        full_log_probs: np.ndarray | None = None,
+        version: int = 0,
+    ) -> "Completion":
+        """A completion of one turn, all of it sampled from the weights of one version.
+
+        Args:
+          tokens, log_probs, full_log_probs: [T]; they are copied.
+        """
+        T = len(tokens)
+        return cls(
+            tokens=np.array(tokens, np.int32),
+            log_probs=np.array(log_probs, np.float32),
+            trained=np.ones(T, bool),
+            versions=np.full(T, version, np.int32),
+            turns=np.zeros(T, np.int16),
+            finish_reason=finish_reason,
+            full_log_probs=None if full_log_probs is None else np.array(full_log_probs, np.float32),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def sampler_log_probs(self) -> np.ndarray:
+        """[T] float32, what the trainer's log-probs are compared with."""
+        return self.log_probs if self.full_log_probs is None else self.full_log_probs
+
+
+def token_fields() -> dict[str, np.dtype]:
+    """The fields of a completion that have one number a token, with their dtypes."""
+    fields = dataclasses.fields(Completion)
+    return {f.name: f.metadata["dtype"] for f in fields if "dtype" in f.metadata}
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """The completions of P prompts, G of each.
+
+    Attributes:
+      groups: P lists of G completions, in the order of the prompts.
+      stats: counts of the call that sampled them: what was prefilled, decoded and dispatched.
+    """
+
+    groups: list[list[Completion]]
+    stats: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, prompt: int) -> list[Completion]:
+        return self.groups[prompt]
+
+    @property
+    def num_samples(self) -> int:
+        """G."""
+        return len(self.groups[0])
+
+    @property
+    def flat(self) -> list[Completion]:
+        """All P * G completions, those of a prompt side by side."""
+        return [completion for group in self.groups for completion in group]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[P, G] int32, tokens."""
+        return np.array([[len(c) for c in group] for group in self.groups], np.int32)
+
+    @property
+    def finish_reasons(self) -> np.ndarray:
+        """[P, G] str, "stop" or "length"."""
+        return np.array([[c.finish_reason for c in group] for group in self.groups])
+
+    def padded(self, field: str, length: int | None = None, fill: float = 0) -> np.ndarray:
+        """One field of the tokens as a rectangle.
+
+        Args:
+          field: one of `token_fields()`, or "present", 1 where there is a token.
+          length: of the rectangle; None for that of the longest completion.
+          fill: what stands where there is no token.
+
+        Returns:
+          [P, G, length] in the field's dtype, completions at the left.
+        """
+        dtype = np.dtype(bool) if field == "present" else token_fields()[field]
+        lengths = self.lengths
+        shape = (*lengths.shape, int(lengths.max(initial=0)) if length is None else length)
+        out = np.full(shape, fill, dtype)
+        for p, group in enumerate(self.groups):
+            for g, completion in enumerate(group):
+                value = True if field == "present" else getattr(completion, field)
+                out[p, g, : len(completion)] = value
+        return out
+
+    def map(self, function: Callable[[Completion], Completion]) -> "Completions":
+        """The same with every completion replaced."""
+        return Completions([[function(c) for c in group] for group in self.groups], self.stats)
+
+    def select(self, rows: Sequence[int]) -> "Completions":
+        """The groups with these numbers, in this order; without counts, which are of the call."""
+        return Completions([self.groups[row] for row in rows])
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Completions]") -> "Completions":
+        """The groups of all parts, in their order; counts are summed."""
+        names = dict.fromkeys(name for part in parts for name in part.stats)
+        stats = {name: sum(part.stats.get(name, 0) for part in parts) for name in names}
+        return cls([group for part in parts for group in part.groups], stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts and the data columns that belong to them.
+
+    Attributes:
+      token_ids: one list of token ids a prompt.
+      columns: one value a prompt under each name; "solution" is what the answer is compared with.
+    """
+
+    token_ids: list[list[int]]
+    columns: dict[str, list]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def select(self, rows: Sequence[int]) -> "Prompts":
+        """The prompts with these numbers, in this order."""
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return Prompts([self.token_ids[i] for i in rows], columns)
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Prompts]") -> "Prompts":
+        """The prompts of all parts, which have the same columns, in their order."""
+        columns = {
+            name: [value for part in parts for value in part.columns[name]]
+            for name in parts[0].columns
+        }
+        return cls([ids for part in parts for ids in part.token_ids], columns)
+
+    def digest(self) -> str:
+        """SHA-256 of all token ids and solutions, in their order."""
+        found = hashlib.sha256()
+        for ids, solution in zip(self.token_ids, self.columns["solution"], strict=True):
+            found.update(json.dumps([ids, solution], default=str).encode())
+        return found.hexdigest()
+
+    def repeated_columns(self, times: int) -> dict[str, list]:
+        """The columns with each value repeated, one for every completion of its prompt."""
+        return {
+            name: [value for value in values for _ in range(times)]
+            for name, values in self.columns.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedGroups:
+    """Prompts with their graded completions: what an iteration trains on.
+
+    Attributes:
+      texts: P * G, what each completion says, those of a prompt side by side.
+      scores: of the P * G completions.
+      seconds: until the last token, and from there until the last reward.
+      metrics: what else is to be logged about them.
+    """
+
+    prompts: Prompts
+    completions: Completions
+    texts: list[str]
+    scores: Scores
+    seconds: tuple[float, float] = (0.0, 0.0)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[P, G] float."""
+        return self.scores.total.reshape(len(self), -1)
+
+    def select(self, rows: Sequence[int]) -> "GradedGroups":
+        """The groups with these numbers, in this order; without counts, which are of the whole."""
+        G = self.completions.num_samples
+        flat = [row * G + g for row in rows for g in range(G)]
+        return dataclasses.replace(
+            self,
+            prompts=self.prompts.select(rows),
+            completions=self.completions.select(rows),
+            texts=[self.texts[i] for i in flat],
+            scores=self.scores.select(flat),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[GradedGroups]") -> "GradedGroups":
+        """The groups of all parts, in their order, counts summed.
+
+        Seconds are those of the slowest part: the processes of a run sample at the same time.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            prompts=Prompts.concatenate([part.prompts for part in parts]),
+            completions=Completions.concatenate([part.completions for part in parts]),
+            texts=[text for part in parts for text in part.texts],
+            scores=Scores.concatenate([part.scores for part in parts]),
+            seconds=tuple(max(seconds) for seconds in zip(*(part.seconds for part in parts))),
+        )
