@@ -9,6 +9,7 @@ import importlib
 _HOMES = {
     "adpo_loss": "losses",
     "grpo_loss": "losses",
+    "rloo_loss": "losses",
     "target_distribution": "losses",
     "adaptive_tau": "losses",
     "good_accuracy": "rewards",
@@ -18,6 +19,7 @@ _HOMES = {
     "ContinuousBatch": "continuous",
     "Adpo": "losses",
     "Grpo": "losses",
+    "Rloo": "losses",
     "Batch": "update",
     "TrainState": "update",
     "init_state": "update",

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax.losses import Adpo
+from adpo_jax.losses import Adpo, PaddedTokens
 
 
 def group_loss(algorithm: Adpo, s_NG, s_anchor_NG, rewards_NG):
     """The ADPO loss of groups whose completions are one token long."""
-    mask = jnp.ones((*s_NG.shape, 1))
-    prepared = algorithm.prepare(rewards_NG, mask)
-    return algorithm.loss(s_NG[..., None], s_anchor_NG[..., None], mask, prepared)[0]
+    tokens = PaddedTokens(jnp.ones((*s_NG.shape, 1), bool))
+    prepared = algorithm.prepare(rewards_NG, tokens)
+    log_probs = {"policy": s_NG[..., None], "anchor": s_anchor_NG[..., None]}
+    return algorithm.loss(log_probs, tokens, prepared)[0]
 
 
 # %% [markdown]
@@ -78,10 +79,11 @@ def gradients(tau: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     s_NG, anchor_NG, rewards_NG = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32)
     algorithm = Adpo(tau=tau, use_adaptive_tau=False)
-    prepared = algorithm.prepare(rewards_NG, jnp.ones((5, 8, 1)))
+    tokens = PaddedTokens(jnp.ones((5, 8, 1), bool))
+    prepared = algorithm.prepare(rewards_NG, tokens)
     by_autodiff = jax.grad(group_loss, argnums=1)(algorithm, s_NG, anchor_NG, rewards_NG)
     return np.asarray(by_autodiff), np.asarray(
-        algorithm.sequence_weights(s_NG - anchor_NG, prepared)
+        algorithm.sequence_weights(s_NG - anchor_NG, tokens, prepared)
     )
 
 

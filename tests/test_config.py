@@ -12,6 +12,7 @@ from adpo_jax import setup
 from adpo_jax.batch_plan import batch_plan
 from adpo_jax.config import default_config
 from adpo_jax.config_checks import check_overrides, finalized
+from adpo_jax.losses import PaddedTokens
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -145,9 +146,11 @@ def adpo_loss_under(*overrides):
     mask = jnp.asarray(rng.random((P, G, T)) < 0.8, jnp.float32)
     kwargs = {}
     if config.algorithm.adaptive_tau_mode == "policy_entropy":
-        kwargs["policy_entropy_P"] = jnp.array([0.2, 0.5, 0.9])
-    prepared = algorithm.prepare(jnp.asarray(rewards), mask, **kwargs)
-    return float(algorithm.loss(log_probs, anchor, mask, prepared)[0])
+        kwargs["entropy_P"] = jnp.array([0.2, 0.5, 0.9])
+    tokens = PaddedTokens(mask > 0)
+    prepared = algorithm.prepare(jnp.asarray(rewards), tokens, **kwargs)
+    found = {"policy": log_probs, "anchor": anchor, "reference": anchor - 0.1}
+    return float(algorithm.loss(found, tokens, prepared)[0])
 
 
 ALGORITHM_OVERRIDES = {

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adpo_jax import adaptive_tau, adpo_loss, grpo_loss, target_distribution
-from adpo_jax.losses import Adpo, Grpo, Rloo
+from adpo_jax.losses import Adpo, Grpo, PaddedTokens, Rloo
 
 P, G, T = 4, 8, 6
 
@@ -30,7 +30,13 @@ def fold(array, group=G):
 
 
 def folded_batch(**kwargs):
-    return tuple(fold(array, kwargs.get("group", G)) for array in make_batch(**kwargs))
+    """log_probs, anchor_log_probs [P, G, T], rewards [P, G] and the tokens."""
+    *arrays, mask = (fold(array, kwargs.get("group", G)) for array in make_batch(**kwargs))
+    return *arrays, PaddedTokens(mask > 0)
+
+
+def loss_of(algorithm, log_probs, anchor, tokens, prepared):
+    return algorithm.loss({"policy": log_probs, "anchor": anchor}, tokens, prepared)
 
 
 @functools.cache
@@ -132,12 +138,12 @@ def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau):
     anchor = jax.nn.log_softmax(jnp.asarray(rng.standard_normal((1, G)), jnp.float32))
     rewards_PG = jnp.asarray(rng.random((1, G)), jnp.float32)
     algorithm = Adpo(tau=tau, use_adaptive_tau=False, beta_reward=1.0)
-    mask = jnp.ones((1, G, 1))
-    prepared = jax.jit(algorithm.prepare)(rewards_PG, mask)
+    tokens = PaddedTokens(jnp.ones((1, G, 1), bool))
+    prepared = jax.jit(algorithm.prepare)(rewards_PG, tokens)
 
     def loss(logits):
         log_pi = jax.nn.log_softmax(logits)
-        return algorithm.loss(log_pi[..., None], anchor[..., None], mask, prepared)[0]
+        return loss_of(algorithm, log_pi[..., None], anchor[..., None], tokens, prepared)[0]
 
     def descend(_, logits):
         return logits - tau**2 * jax.grad(loss)(logits)
@@ -188,15 +194,16 @@ def test_scale_rewards_divides_by_the_group_the_batch_or_nothing():
 
 
 def test_batch_scaling_uses_the_whole_iteration_while_normalisers_use_the_mini_batch():
-    log_probs, anchor, rewards, mask = folded_batch()
+    log_probs, anchor, rewards, tokens = folded_batch()
     algorithm = Adpo(scale_rewards="batch")
     scores = jax.jit(algorithm.score)(rewards)
     first = jax.tree.map(lambda leaf: leaf[:2], scores)
-    prepared = algorithm.normalise(first, mask[:2])
+    part = PaddedTokens(tokens.trained[:2])
+    prepared = algorithm.normalise(first, part)
     np.testing.assert_allclose(prepared.weights.kept_group_P, [0.5, 0.5])
     np.testing.assert_array_equal(prepared.scores.q_PG, targets(rewards, scale_rewards="batch")[:2])
     assert np.abs(algorithm.score(rewards[:2]).q_PG - prepared.scores.q_PG).max() > 1e-3
-    loss, _ = algorithm.loss(log_probs[:2], anchor[:2], mask[:2], prepared)
+    loss, _ = loss_of(algorithm, log_probs[:2], anchor[:2], part, prepared)
     assert loss > 1.0
 
 
@@ -269,12 +276,12 @@ def test_the_policy_entropy_mode_raises_tau_with_entropy_between_its_bounds():
         adaptive_tau_max=1.7,
         adaptive_tau_mode="policy_entropy",
     )
-    scores = algorithm.score(rewards, policy_entropy_P=entropy)
+    scores = algorithm.score(rewards, entropy_P=entropy)
     np.testing.assert_allclose(scores.tau_P, [1.2, 1.5, 1.7])
-    with pytest.raises(ValueError, match="needs policy_entropy_P"):
+    with pytest.raises(ValueError, match="needs entropy_P"):
         jax.jit(algorithm.score)(rewards)
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(2,\)"):
-        algorithm.score(rewards, policy_entropy_P=entropy[:2])
+        algorithm.score(rewards, entropy_P=entropy[:2])
 
 
 def test_tau_is_constant_without_adaptation_and_floored_with_it():
@@ -318,16 +325,17 @@ def test_length_normalize_divides_each_log_ratio_by_its_tokens():
     ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence", "rloo"],
 )
 def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
-    log_probs, anchor, rewards, mask = folded_batch()
+    log_probs, anchor, rewards, tokens = folded_batch()
     rewards = rewards.at[1].set(-jnp.arange(G) / 50)  # one failed prompt
-    prepared = jax.jit(algorithm.prepare)(rewards, mask)
-    whole_fn = jax.jit(jax.value_and_grad(algorithm.loss, has_aux=True))
-    (loss, metrics), gradient = whole_fn(log_probs, anchor, mask, prepared)
+    prepared = jax.jit(algorithm.prepare)(rewards, tokens)
+    whole_fn = jax.jit(jax.value_and_grad(functools.partial(loss_of, algorithm), has_aux=True))
+    (loss, metrics), gradient = whole_fn(log_probs, anchor, tokens, prepared)
+    assert set(metrics) == {metric.name for metric in algorithm.metrics}
 
     ends = list(itertools.accumulate(sizes, initial=0))
     parts = []
     for start, end in itertools.pairwise(ends):
-        part = jax.tree.map(lambda leaf: leaf[start:end], (log_probs, anchor, mask, prepared))  # noqa: B023
+        part = jax.tree.map(lambda leaf: leaf[start:end], (log_probs, anchor, tokens, prepared))  # noqa: B023
         parts.append(whole_fn(*part))
     summed = jax.tree.map(lambda *values: sum(values), *[part[0] for part in parts])
     np.testing.assert_allclose(summed[0], loss, rtol=1e-6)
@@ -341,13 +349,15 @@ def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
 
 @pytest.mark.parametrize("length_normalize", [False, True])
 def test_the_closed_form_weights_are_the_gradient_however_the_rows_are_split(length_normalize):
-    log_probs, anchor, rewards, mask = folded_batch()
+    log_probs, anchor, rewards, tokens = folded_batch()
     algorithm = Adpo(length_normalize=length_normalize)
-    prepared = jax.jit(algorithm.prepare)(rewards, mask)
-    gradient_fn = jax.jit(jax.grad(lambda x: algorithm.loss(x, anchor, mask, prepared)[0]))
+    prepared = jax.jit(algorithm.prepare)(rewards, tokens)
+    gradient_fn = jax.jit(jax.grad(lambda x: loss_of(algorithm, x, anchor, tokens, prepared)[0]))
     expected = gradient_fn(log_probs)
 
-    weights_PG = algorithm.sequence_weights(((log_probs - anchor) * mask).sum(-1), prepared)
+    mask = tokens.trained
+    log_ratio_PG = ((log_probs - anchor) * mask).sum(-1)
+    weights_PG = algorithm.sequence_weights(log_ratio_PG, tokens, prepared)
     rows = np.random.default_rng(0).permutation(P * G)
     gradient = np.zeros((P * G, T), np.float32)
     for chunk in np.split(rows, [5, 6, 20]):  # pieces that cut through groups
@@ -496,9 +506,9 @@ def test_the_rloo_advantage_is_the_reward_less_the_mean_of_the_others():
 
 
 def test_rloo_equals_a_plain_loop_over_completions():
-    log_probs, anchor, rewards, mask = folded_batch()
+    log_probs, anchor, rewards, tokens = folded_batch()
     algorithm = Rloo(beta_anchor_kl=0.05)
-    total, kl = 0.0, 0.0
+    total, kl, mask = 0.0, 0.0, tokens.trained
     for p, g in np.ndindex(P, G):
         others = [float(rewards[p, j]) for j in range(G) if j != g]
         advantage = float(rewards[p, g]) - sum(others) / len(others)
@@ -506,18 +516,19 @@ def test_rloo_equals_a_plain_loop_over_completions():
         total -= advantage * ratios.sum()
         kl += (np.exp(-ratios) + ratios - 1).sum()
     expected = total / (P * G) + 0.05 * kl / mask.sum()
-    loss, metrics = algorithm.loss(log_probs, anchor, mask, algorithm.prepare(rewards, mask))
+    prepared = algorithm.prepare(rewards, tokens)
+    loss, metrics = loss_of(algorithm, log_probs, anchor, tokens, prepared)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["rloo/loss"], total / (P * G), rtol=1e-5)
 
 
 def test_the_rloo_gradient_is_the_advantage_on_every_token_wherever_the_anchor_is():
-    log_probs, anchor, rewards, mask = folded_batch()
-    prepared = Rloo().prepare(rewards, mask)
-    gradient_fn = jax.jit(jax.grad(lambda *batch: Rloo().loss(*batch)[0]))
-    expected = -prepared.scores.advantages_PG[..., None] * mask / (P * G)
+    log_probs, anchor, rewards, tokens = folded_batch()
+    prepared = Rloo().prepare(rewards, tokens)
+    gradient_fn = jax.jit(jax.grad(lambda *batch: loss_of(Rloo(), *batch)[0]))
+    expected = -prepared.scores.advantages_PG[..., None] * tokens.trained / (P * G)
     for base in (log_probs, anchor):
-        gradient = gradient_fn(log_probs, base, mask, prepared)
+        gradient = gradient_fn(log_probs, base, tokens, prepared)
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -619,7 +630,7 @@ def test_adpo_refuses_what_cannot_work(options, text):
     ("options", "text"),
     [
         ({"clip_low": 0.0}, "clip_low must be a finite number above 0"),
-        ({"clip_low": 1.5}, "clip_low must be at most 1, got 1.5"),
+        ({"clip_low": 1.5}, "clip_low must be a finite number above 0 and at most 1, got 1.5"),
         ({"clip_high": -1}, "clip_high must be"),
         ({"beta_anchor_kl": -1}, "beta_anchor_kl must be"),
         ({"min_reward_std": math.nan}, "min_reward_std must be"),
@@ -648,8 +659,8 @@ def test_mismatched_shapes_are_refused_with_both_shapes(loss_fn):
 def test_the_pieces_refuse_groups_that_do_not_fit():
     with pytest.raises(ValueError, match=r"at least 2 completions in it, got shape \(4, 1\)"):
         Adpo().score(jnp.zeros((4, 1)))
-    with pytest.raises(ValueError, match=r"\[P, G\] = \(2, 3\)"):
-        Grpo().prepare(jnp.zeros((2, 3)), jnp.ones((3, 2, 5)))
+    with pytest.raises(ValueError, match=r"tokens are of 3 prompts, the rewards of 2"):
+        Grpo().prepare(jnp.zeros((2, 3)), PaddedTokens(jnp.ones((3, 2, 5), bool)))
     with pytest.raises(ValueError, match=r"adaptive_tau_max=1\.0 has no effect"):
         Adpo(adaptive_tau_max=1.0)
     with pytest.raises(ValueError, match="adaptive_tau_mode must be one of"):

@@ -1,6 +1,6 @@
 """What the losses share: rewards in groups, whole-batch normalisers, log-ratios, argument checks.
 
-Letters: P prompts, G completions of a prompt, T tokens. All floats are float32, float64 under x64.
+Letters: P prompts, G completions of a prompt. All floats are float32, float64 under x64.
 """
 
 import math
@@ -23,6 +23,14 @@ class Weights(NamedTuple):
     kept_token_P: jax.Array  # 1 / number of completion tokens in kept groups; 0 for a dropped group
     group_P: jax.Array  # 1 / P
     token_P: jax.Array  # 1 / number of completion tokens
+
+
+class Advantages(NamedTuple):
+    """What the rewards decide where each completion has an advantage."""
+
+    advantages_PG: jax.Array
+    kept_P: jax.Array  # bool, False where drop_all_failed_prompts took the prompt out
+    spread_P: jax.Array  # bool, False where all rewards of the group count as equal
 
 
 def scale_rewards(
@@ -59,11 +67,9 @@ def kept_prompts(rewards_PG: jax.Array, drop_all_failed_prompts: bool) -> jax.Ar
     return (rewards_PG > 0).any(-1)
 
 
-def batch_weights(kept_P: jax.Array, mask_PGT: jax.Array) -> Weights:
-    """The normalisers of a batch from its kept prompts and its completion mask."""
-    dtype = jnp.result_type(float)
-    kept_P = kept_P.astype(dtype)
-    tokens_P = mask_PGT.astype(bool).sum((1, 2)).astype(dtype)
+def batch_weights(kept_P: jax.Array, tokens_P: jax.Array) -> Weights:
+    """The normalisers of a batch from its kept prompts and its trained tokens, [P] each."""
+    kept_P = kept_P.astype(tokens_P.dtype)
     ones_P = jnp.ones_like(kept_P)
     return Weights(
         kept_group_P=kept_P / jnp.maximum(kept_P.sum(), 1.0),
@@ -73,24 +79,26 @@ def batch_weights(kept_P: jax.Array, mask_PGT: jax.Array) -> Weights:
     )
 
 
-def lengths(mask_PGT: jax.Array) -> jax.Array:
-    """Tokens of each completion, [P, G], at least 1 so that it can divide."""
-    return jnp.maximum(mask_PGT.astype(bool).sum(-1), 1).astype(jnp.result_type(float))
+def lengths(tokens) -> jax.Array:
+    """Trained tokens of each completion, [P, G], at least 1 so that it can divide.
+
+    Args:
+      tokens: `algorithm.Tokens`.
+    """
+    return jnp.maximum(tokens.sum(tokens.trained.astype(jnp.result_type(float))), 1.0)
 
 
-def log_ratios(
-    log_probs_PGT: jax.Array, anchor_log_probs_PGT: jax.Array, mask_PGT: jax.Array
-) -> jax.Array:
-    """log_prob - anchor_log_prob per token, 0 under the mask whatever lies there.
+def log_ratios(log_probs: jax.Array, others: jax.Array, trained: jax.Array) -> jax.Array:
+    """log_prob - the other's per token, 0 where `trained` is False, whatever lies there.
 
-    Subtracted token by token in float32: summed first, 1,024 tokens in bf16 lose half a nat.
+    Subtracted token by token in float32: summed first, 1,024 tokens in bf16 lose half a nat. No
+    gradient flows into `others`.
     """
     # Masked before the subtraction as well: -inf - -inf is NaN, and so would its gradient be.
-    mask_PGT = mask_PGT.astype(bool)
     dtype = jnp.result_type(float)
-    policy_PGT = jnp.where(mask_PGT, log_probs_PGT, 0.0).astype(dtype)
-    anchor_PGT = jnp.where(mask_PGT, anchor_log_probs_PGT, 0.0).astype(dtype)
-    return policy_PGT - jax.lax.stop_gradient(anchor_PGT)
+    log_probs = jnp.where(trained, log_probs, 0.0).astype(dtype)
+    others = jnp.where(trained, others, 0.0).astype(dtype)
+    return log_probs - jax.lax.stop_gradient(others)
 
 
 def expm1(x: jax.Array) -> jax.Array:
@@ -112,18 +120,6 @@ def entropy(q_PG: jax.Array) -> jax.Array:
     return -jax.scipy.special.xlogy(q_PG, q_PG).sum(-1)
 
 
-def shared_metrics(
-    prefix: str, log_ratio_PG: jax.Array, k3_P: jax.Array, scores: NamedTuple, weights: Weights
-) -> Metrics:
-    """The metrics that every loss has, as sums; `scores` has the fields kept_P and spread_P."""
-    return {
-        f"{prefix}/anchor_kl": (weights.token_P * k3_P).sum(),
-        f"{prefix}/abs_log_ratio": (weights.group_P * jnp.abs(log_ratio_PG).mean(-1)).sum(),
-        f"{prefix}/dropped_prompts": (~scores.kept_P).sum(dtype=k3_P.dtype),
-        f"{prefix}/zero_std_frac": jnp.where(scores.spread_P, 0.0, weights.group_P).sum(),
-    }
-
-
 def as_groups(array: jax.Array) -> jax.Array:
     """The array as float [P, G], or ValueError."""
     array = jnp.asarray(array).astype(jnp.result_type(float))
@@ -135,23 +131,23 @@ def as_groups(array: jax.Array) -> jax.Array:
     return array
 
 
-def check_mask(mask_PGT: jax.Array, shape_PG: tuple[int, int]) -> None:
-    """Raises ValueError unless the mask is [P, G, T] of the groups' P and G."""
-    if mask_PGT.ndim != 3 or mask_PGT.shape[:2] != shape_PG:
-        raise ValueError(
-            f"the mask must be [P, G, T] with [P, G] = {shape_PG} as the rewards have, "
-            f"got {mask_PGT.shape}"
-        )
-
-
-def check_number(name: str, value: float, *, above: float = -math.inf, least: float = -math.inf):
-    """Raises ValueError unless `value` is a finite number > above and >= least."""
-    wanted = f"a finite number above {above:g}" if least == -math.inf else f"at least {least:g}"
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+):
+    """Raises ValueError unless `value` is a finite number > above, >= least and <= most."""
+    texts = {"a finite number above": above, "at least": least, "at most": most}
+    bounds = [f"{text} {bound:g}" for text, bound in texts.items() if math.isfinite(bound)]
+    wanted = " and ".join(bounds) or "a finite number"
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be {wanted}, fixed at trace time, got {value!r}") from error
-    if not (math.isfinite(number) and number > above and number >= least):
+    if not (math.isfinite(number) and above < number and least <= number <= most):
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

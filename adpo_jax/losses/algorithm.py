@@ -1,0 +1,329 @@
+"""What an algorithm says of itself, and what all algorithms share.
+
+An algorithm is a frozen dataclass. Its fields are its parameters, each declared by `parameter` with
+its default, its meaning and its bounds: config keys, their documentation and the refusals of keys
+without effect are made from them. It names its metrics and says how each is averaged, and which
+log-probs it needs. Nothing else in the package tells algorithms apart.
+
+A new one writes `score` (what the rewards alone decide) and `objective` (its own term of the loss,
+from log-ratios), and stands in the table `losses.ALGORITHMS`.
+
+Letters: B rows of streams or prompts, P prompts, G completions of a prompt, T tokens.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from adpo_jax.losses import shared
+from adpo_jax.losses.shared import Metrics, Weights
+
+# The log-probs that a loss may ask for beside the policy's own, and whose they are.
+LOG_PROBS = {
+    "policy": "the policy that is trained",
+    "anchor": "the policy that log-ratios are measured against, by anchor.mode",
+    "sampler": "the sampler, as it drew the tokens; not truncated",
+    "reference": "the policy before the first iteration, which never moves",
+}
+
+
+class Metric(NamedTuple):
+    """A number that an algorithm logs.
+
+    Attributes:
+      name: below the algorithm's own name and a slash.
+      over: what it is a mean over, "tokens" or "groups", or "sum" for a count; so optimizer steps
+        are joined to an iteration.
+      meaning: one sentence without its full stop.
+    """
+
+    name: str
+    over: str
+    meaning: str
+
+
+SHARED_METRICS = (
+    Metric("loss", "groups", "the loss without its penalties"),
+    Metric("anchor_kl", "tokens", "k3 estimate of the KL to the anchor, nats a token"),
+    Metric("abs_log_ratio", "groups", "mean of |s - s_anchor| over completions, nats"),
+    Metric("kl_penalty", "tokens", "the k3 penalty to the anchor, before beta_anchor_kl"),
+    Metric("dropped_prompts", "sum", "prompts that drop_all_failed_prompts took out"),
+    Metric("zero_std_frac", "groups", "share of the prompts whose rewards count as all equal"),
+)
+REFERENCE_KL = Metric(
+    "reference_kl", "tokens", "the k3 penalty to the reference, before beta_reference_kl"
+)
+
+
+def parameter(
+    default: Any,
+    meaning: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of an algorithm that users set.
+
+    Args:
+      meaning: for the documentation, one sentence without its full stop.
+      above, least, most: bounds of a number.
+      choices: the texts allowed.
+    """
+    bounds = {"above": above, "least": least, "most": most, "choices": choices}
+    return dataclasses.field(default=default, metadata={"meaning": meaning, **bounds})
+
+
+def check_parameters(algorithm) -> None:
+    """Raises ValueError for the first parameter that is out of its bounds."""
+    for field in dataclasses.fields(algorithm):
+        value, bounds = getattr(algorithm, field.name), field.metadata
+        if bounds["choices"]:
+            shared.check_choice(field.name, value, bounds["choices"])
+        elif isinstance(field.default, float) or (field.default is None and value is not None):
+            shared.check_number(
+                field.name,
+                value,
+                above=bounds["above"],
+                least=bounds["least"],
+                most=bounds["most"],
+            )
+
+
+class Tokens(Protocol):
+    """Which token of a batch belongs to which completion, however they lie.
+
+    Attributes:
+      trained: bool, of the shape that log-probs have; False where there is no token, or one that
+        the loss does not speak of.
+    """
+
+    trained: jax.Array
+
+    def sum(self, values: jax.Array) -> jax.Array:
+        """Values of trained tokens, summed over each completion: [P, G]."""
+
+    def spread(self, values_PG: jax.Array) -> jax.Array:
+        """Each completion's value at its tokens, of the shape of `trained`; 0 elsewhere."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PaddedTokens:
+    """Tokens in a rectangle [P, G, T], a row a completion."""
+
+    trained: jax.Array
+
+    def sum(self, values):
+        return jnp.where(self.trained, values, 0).sum(-1)
+
+    def spread(self, values_PG):
+        return jnp.where(self.trained, values_PG[..., None], 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamTokens:
+    """Tokens side by side in B streams [B, ...], the prompts split evenly over the streams.
+
+    Attributes:
+      completion: int32, of the shape of `trained`: the number of each token's completion among the
+        P / B * G of its stream.
+      num_prompts, group_size: P and G.
+    """
+
+    trained: jax.Array
+    completion: jax.Array
+    num_prompts: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+
+    def _flat(self, values):
+        return values.reshape(self.trained.shape[0], -1)
+
+    def sum(self, values):
+        B = self.trained.shape[0]
+        values = self._flat(jnp.where(self.trained, values, 0))
+        size = self.num_prompts // B * self.group_size
+
+        def of_stream(values, completion):
+            return jax.ops.segment_sum(values, completion, num_segments=size)
+
+        sums = jax.vmap(of_stream)(values, self._flat(self.completion))
+        return sums.reshape(self.num_prompts, self.group_size)
+
+    def spread(self, values_PG):
+        values = values_PG.reshape(self.trained.shape[0], -1)
+        found = jnp.take_along_axis(values, self._flat(self.completion), axis=1)
+        return jnp.where(self.trained, found.reshape(self.trained.shape), 0)
+
+
+class Prepared(NamedTuple):
+    """What `loss` needs besides log-probs. Every leaf has a row a prompt.
+
+    Attributes:
+      scores: what `score` found; it has the fields `kept_P` and `spread_P` at least.
+      weights: the normalisers of an optimizer step.
+    """
+
+    scores: Any
+    weights: Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """The frame of a loss over groups of completions.
+
+        loss = objective + beta_anchor_kl * k3(anchor) + beta_reference_kl * k3(reference)
+        k3 = exp(d) - d - 1 per token,   d = log-prob of the other policy - log-prob of the policy
+
+    The anchor is what log-ratios are measured against (under `anchor.mode=on_policy` the policy
+    before the iteration's updates); the reference is the policy before the first iteration.
+
+    An update uses it by pieces:
+
+        score      what the rewards alone decide (targets, advantages), over the whole iteration
+        normalise  the normalisers (1 / kept groups, 1 / kept tokens), over one optimizer step
+        loss       a sum over any part of whole groups; the sums over the parts are the loss and
+                   metrics of the batch, exactly, since every normaliser is already folded in
+
+    Raises ValueError for a parameter that cannot work.
+    """
+
+    name: ClassVar[str]
+    own_metrics: ClassVar[tuple[Metric, ...]] = ()
+
+    beta_anchor_kl: float = parameter(0.0, "coefficient of the k3 penalty to the anchor", least=0.0)
+    beta_reference_kl: float = parameter(
+        0.0,
+        "coefficient of the k3 penalty to the reference, the policy before the first iteration",
+        least=0.0,
+    )
+    drop_all_failed_prompts: bool = parameter(
+        False, "prompts whose rewards are all <= 0 leave the loss"
+    )
+    min_reward_std: float = parameter(
+        0.0,
+        "a group whose rewards have a smaller standard deviation counts as all equal",
+        least=0.0,
+    )
+
+    def __post_init__(self):
+        check_parameters(self)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of `LOG_PROBS`, those that the loss reads beside the policy's."""
+        return frozenset({"anchor"} | ({"reference"} if self.beta_reference_kl else set()))
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `score` is to be given the anchor policy's entropy on each prompt."""
+        return False
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All that it logs, with whole names."""
+        reference = (REFERENCE_KL,) if self.beta_reference_kl else ()
+        return tuple(
+            metric._replace(name=f"{self.name}/{metric.name}")
+            for metric in (*SHARED_METRICS, *reference, *self.own_metrics)
+        )
+
+    @property
+    def loss_metric(self) -> str:
+        """The name of the loss among the metrics: not finite, the step is not sound."""
+        return f"{self.name}/loss"
+
+    @property
+    def anchor_kl_metric(self) -> str:
+        """The name of the measured KL to the anchor among the metrics."""
+        return f"{self.name}/anchor_kl"
+
+    def score(self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None) -> Any:
+        """What the rewards of the whole iteration decide, without gradient.
+
+        Args:
+          rewards_PG: [P, G], one a completion; G >= 2.
+          entropy_P: [P] in [0, 1], where it `needs_entropy`: the mean token entropy of the anchor
+            policy on each prompt over log(vocabulary size).
+
+        Returns:
+          A NamedTuple whose leaves have a row a prompt, `kept_P` and `spread_P` [P] bool among
+          them: False where drop_all_failed_prompts took the prompt out, and where the rewards of
+          the group count as all equal.
+        """
+        raise NotImplementedError
+
+    def objective(
+        self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared
+    ) -> tuple[jax.Array, Metrics]:
+        """The algorithm's own term of the loss, and its own metrics, as sums.
+
+        Args:
+          log_ratio: policy less anchor log-probs, of the shape of the tokens; 0 where not trained.
+        """
+        raise NotImplementedError
+
+    def token_weights(self, tokens: Tokens, prepared: Prepared) -> jax.Array:
+        """[P, G], what a token of each completion weighs in the penalties: 1 / kept tokens."""
+        shape_PG = jax.eval_shape(shared.lengths, tokens).shape
+        return jnp.broadcast_to(prepared.weights.kept_token_P[:, None], shape_PG)
+
+    def normalise(self, scores: Any, tokens: Tokens) -> Prepared:
+        """Folds in the normalisers of the batch of one optimizer step."""
+        tokens_P = tokens.sum(tokens.trained.astype(jnp.result_type(float))).sum(-1)
+        if tokens_P.shape != scores.kept_P.shape:
+            raise ValueError(
+                f"the tokens are of {tokens_P.shape[0]} prompts, the rewards of "
+                f"{scores.kept_P.shape[0]}; pass the same groups"
+            )
+        return Prepared(scores, shared.batch_weights(scores.kept_P, tokens_P))
+
+    def prepare(
+        self, rewards_PG: jax.Array, tokens: Tokens, *, entropy_P: jax.Array | None = None
+    ) -> Prepared:
+        """`score` and `normalise` at once, where the iteration is one optimizer step."""
+        return self.normalise(self.score(rewards_PG, entropy_P=entropy_P), tokens)
+
+    def loss(
+        self, log_probs: Mapping[str, jax.Array], tokens: Tokens, prepared: Prepared
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of some whole groups: sums, to be added over the parts of a batch.
+
+        Args:
+          log_probs: "policy" and those that the algorithm `needs`, each of the shape of the tokens,
+            any float dtype, anything where no token is trained. The gradient flows into "policy".
+          tokens: which of them are trained, and whose they are.
+          prepared: the rows of `prepare` or `normalise` that belong to these groups.
+
+        Returns:
+          Scalar float32 loss (float64 under x64) and a dict of scalars, named as `metrics` says.
+        """
+        policy, weights = log_probs["policy"], prepared.weights
+        log_ratio = shared.log_ratios(policy, log_probs["anchor"], tokens.trained)
+        k3_PG = tokens.sum(shared.k3(log_ratio))
+        loss, metrics = self.objective(log_ratio, tokens, prepared)
+        token_weight_PG = self.token_weights(tokens, prepared)
+        kl_penalty = (token_weight_PG * k3_PG).sum()
+        metrics = {
+            "loss": loss,
+            "anchor_kl": (weights.token_P * k3_PG.sum(-1)).sum(),
+            "abs_log_ratio": (weights.group_P * jnp.abs(tokens.sum(log_ratio)).mean(-1)).sum(),
+            "kl_penalty": kl_penalty,
+            "dropped_prompts": (~prepared.scores.kept_P).sum(dtype=k3_PG.dtype),
+            "zero_std_frac": jnp.where(prepared.scores.spread_P, 0.0, weights.group_P).sum(),
+            **metrics,
+        }
+        if self.beta_anchor_kl:
+            loss = loss + self.beta_anchor_kl * kl_penalty
+        if self.beta_reference_kl:
+            to_reference = shared.log_ratios(policy, log_probs["reference"], tokens.trained)
+            penalty = (token_weight_PG * tokens.sum(shared.k3(to_reference))).sum()
+            metrics[REFERENCE_KL.name] = penalty
+            loss = loss + self.beta_reference_kl * penalty
+        return loss, {f"{self.name}/{name}": value for name, value in metrics.items()}
