@@ -51,6 +51,18 @@ def make_sft_step(
     return step
 
 
+def demonstrations(
+    prompts: list[list[int]], completions: list[list[int]], *, prompt_length: int, length: int
+) -> Batch:
+    """Groups of one completion each, that nobody sampled, in a rectangle.
+
+    Args:
+      prompts, completions: P lists of token ids, at most `prompt_length` and `length` long.
+    """
+    groups = [[Completion.sampled(ids, np.zeros(len(ids)), "stop")] for ids in completions]
+    return make_batch(prompts, groups, prompt_length=prompt_length, completion_length=length)
+
+
 def batches(
     prompts: list[list[int]],
     completions: list[list[int]],
@@ -62,20 +74,12 @@ def batches(
     prompt_length: int,
     length: int,
 ) -> Iterator[Batch]:
-    """The batches of steps `first` to `num_steps`: padded, groups of one completion each.
-
-    They are a function of steps and seed alone.
-    """
+    """The `demonstrations` of steps `first` to `num_steps`, a function of both and the seed."""
     for step in range(first, num_steps):
         rows = prompt_indices(step, seed=seed, num_rows=len(prompts), batch_size=batch_size)
-        yield make_batch(
+        yield demonstrations(
             [prompts[i] for i in rows],
-            [[_written(completions[i])] for i in rows],
+            [completions[i] for i in rows],
             prompt_length=prompt_length,
-            completion_length=length,
+            length=length,
         )
-
-
-def _written(token_ids: list[int]) -> Completion:
-    """A completion that nobody sampled."""
-    return Completion.sampled(token_ids, np.zeros(len(token_ids)), "stop")
