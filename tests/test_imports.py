@@ -84,8 +84,20 @@ def test_a_grading_process_imports_neither_jax_nor_sympy():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_public_names_are_there():
+def test_the_public_names_are_there_for_people_type_checkers_and_the_documentation():
     import adpo_jax
 
+    assert dir(adpo_jax) == adpo_jax.__all__
     for name in adpo_jax.__all__:
-        assert callable(getattr(adpo_jax, name))
+        assert callable(getattr(adpo_jax, name)) or isinstance(adpo_jax.__version__, str)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adpo_jax")
+        for alias in node.names
+    }
+    assert typed | {"__version__"} == set(adpo_jax.__all__)
+    assert (PACKAGE / "py.typed").exists()
+    documented = (PACKAGE.parent / "docs" / "api.md").read_text()
+    assert [name for name in adpo_jax.__all__ if f"`{name}`" not in documented] == []
