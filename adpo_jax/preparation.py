@@ -76,8 +76,9 @@ def prepare(
         started.
     """
     workdir = default_workdir(config) if workdir is None else Path(workdir)
+    replay = None if replay is None else Path(replay)
     options = {
-        "replay": replay and Path(replay),
+        "replay": replay,
         "resume": resume,
         "allow_config_change": allow_config_change,
     }
@@ -87,7 +88,7 @@ def prepare(
         folder.check(config, **options)
         parts = build(config)
         source = (
-            _replayed(config, parts, Path(replay)) if replay else _sampled(config, parts, folder)
+            _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
         )
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
         source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
