@@ -68,14 +68,10 @@ class Collector:
             self.step()
 
     def assert_equal(self, samples, out):
-        assert len(samples) == out.tokens.shape[1]
-        for i, sample in enumerate(samples):
-            length = out.lengths[0, i]
-            np.testing.assert_array_equal(self.tokens[sample], out.tokens[0, i, :length])
-            np.testing.assert_allclose(
-                self.log_probs[sample], out.log_probs[0, i, :length], atol=1e-5
-            )
-            assert self.reasons[sample] == out.finish_reason[0, i]
+        for sample, completion in zip(samples, out[0], strict=True):
+            np.testing.assert_array_equal(self.tokens[sample], completion.tokens)
+            np.testing.assert_allclose(self.log_probs[sample], completion.log_probs, atol=1e-5)
+            assert self.reasons[sample] == completion.finish_reason
 
 
 def submit(batch, which):
@@ -105,7 +101,7 @@ def test_more_requests_than_slots_all_end_and_the_memory_goes_back(engine, expec
     for which, samples in submitted:
         collector.assert_equal(samples, expected[which])
     batch.step()
-    assert batch._state is None
+    assert batch._loop._state is None
 
 
 def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(engine, expected):

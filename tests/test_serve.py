@@ -429,7 +429,7 @@ def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, m
         def fail(self):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr("adpo_jax.continuous.ContinuousBatch._decode", fail)
+        monkeypatch.setattr("adpo_jax.batching.DecodeLoop._decode", fail)
         response = post(address, json={"prompt": "Ann"})
         assert response.status_code == 500
         assert error_of(response)["type"] == "server_error"
