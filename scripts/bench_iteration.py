@@ -82,8 +82,8 @@ def run_ours(a) -> dict:
 
     def iterate(state, seed):
         out = engine.generate(state.params, prompts.token_ids, sampling, jax.random.key(seed))
-        even = np.sum((out.tokens % 2 == 0) * out.mask, axis=-1)
-        rewards = (even / np.maximum(out.lengths, 1)).astype(np.float32)
+        even = [[np.mean(c.tokens % 2 == 0) for c in group] for group in out.groups]
+        rewards = np.array(even, np.float32)
         rollout_done = time.perf_counter()
         batch = make_batch(prompts, out, max_prompt_length=PROMPT)
         state, metrics = learner.learn(state, batch, rewards)

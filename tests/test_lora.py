@@ -232,10 +232,10 @@ def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monke
     prompts = [[3, 4, 5], [7, 8, 9, 10]]
     out = engine.generate(params, prompts, SamplingParams(n=2, max_tokens=8), jax.random.key(0))
     error = []
-    for p, prompt in enumerate(prompts):
-        rows = np.concatenate([np.tile(prompt, (2, 1)), out.tokens[p]], axis=1)
+    for prompt, tokens, log_probs in zip(prompts, out.padded("tokens"), out.padded("log_probs")):
+        rows = np.concatenate([np.tile(prompt, (2, 1)), tokens], axis=1)
         scored = np.asarray(policy.log_probs(params, rows))[:, len(prompt) :]
-        error.append(np.abs(scored - out.log_probs[p])[out.mask[p] > 0].max())
+        error.append(np.abs(scored - log_probs).max())
     assert max(error) < (1e-5 if dtype == "float32" else 0.1)
 
 
