@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 ROAD = [
     "clu_without_tensorflow exit_codes host_memory compilation_cache metric_names",
     "sharding distributed rope groups safetensors_files hlo flops chips",
-    "rewards data arithmetic redaction metrics trackers profiling progress",
+    "rewards records data arithmetic redaction metrics trackers profiling progress",
     "config config_checks command_line batch_plan",
     "prompts grpo rloo losses anchor",
     "cpu_fusion packing attention tile_attention attention_kernels",
@@ -20,7 +20,8 @@ ROAD = [
     "hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer digests checkpoint_files checkpoints run_identity run_folder guard",
     "interruption",
-    "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
+    "sampling kv_cache kernels decode schedule cache_plan cpu_engine batching generation engine",
+    "continuous text_stream",
     "layouts offload update rollout recording filtering sft cold_start learner evaluation",
     "loading pretrained serve setup dry_run_report dry_run preparation train evaluate report",
     "adapters main",
