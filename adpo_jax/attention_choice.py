@@ -47,8 +47,8 @@ class Implementation:
     Attributes:
       attend: the function; its arguments are those of all implementations of the use.
       platforms: where it runs, as JAX calls them; empty for everywhere.
-      obstacle: (model) -> why it cannot run this model, a clause with "it" as its subject; empty
-        where it can.
+      obstacle: (model) -> why it cannot run this model, as what follows its name in a sentence
+        ("needs a head_dim ..."); empty where it can.
       limit: (model, *inputs) -> why these inputs are too much for it; empty where they are not.
     """
 

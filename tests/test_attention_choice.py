@@ -113,7 +113,7 @@ def test_a_fallback_is_told_once_for_each_use_and_reason(each_warns):
         "attention 'pallas_gpu' of one takes 9 tokens; given 11",
     ]
     with pytest.warns(AttentionFallback, match="'cudnn' of another is not implemented"):
-        assert fitting("cudnn", use, None) == "xla"
+        assert fitting("cudnn", another, None) == "xla"
 
 
 def test_prefill_that_the_gpu_kernel_does_not_have_runs_plain_with_a_warning(each_warns):
