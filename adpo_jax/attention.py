@@ -58,20 +58,38 @@ def dot_product_attention(
     return jnp.einsum("bkrts,bskd->btkrd", weights, v_BSKD).reshape(B, T, H, D)
 
 
-def visible(q_positions, k_positions, q_segments, k_segments, window) -> jax.Array:
-    """Causal visibility within a segment and a window.
+class Tokens(NamedTuple):
+    """Where tokens belong, which decides who sees whom; arrays of shapes that broadcast."""
+
+    positions: jax.Array  # int32, in their sequence
+    segments: jax.Array  # int32, the sequence that they are part of; 0 is padding
+    prompts: jax.Array | None = None  # int32, the segment that they see besides; None for none
+
+    def pairs(self) -> tuple["Tokens", "Tokens"]:
+        """Arrays [..., T] as queries [..., T, 1] and keys [..., 1, T] of `visible`."""
+        queries = jax.tree.map(lambda x: x[..., :, None], self)
+        return queries, Tokens(self.positions[..., None, :], self.segments[..., None, :])
+
+
+def visible(queries: Tokens, keys: Tokens, window=None) -> jax.Array:
+    """Which queries see which keys: the one rule of attention of sequences to themselves.
+
+    A query sees the tokens of its segment, and of its prompt, up to itself; padding is never seen.
 
     Args:
-      q_positions, k_positions: [B, T] and [B, S] int32, the position of a token in its sequence.
-      q_segments, k_segments: [B, T] and [B, S] int32; 0 is padding, which nothing sees.
-      window: int32 scalar; a query sees itself and the window - 1 tokens before it.
+      queries, keys: of shapes that broadcast, such as [B, T, 1] and [B, 1, S].
+      window: int32 scalar; a query sees itself and the window - 1 tokens before it. None for no
+        window.
 
     Returns:
-      [B, T, S] bool.
+      bool, of the broadcast shape.
     """
-    distance = q_positions[:, :, None] - k_positions[:, None, :]
-    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] > 0)
-    return same & (distance >= 0) & (distance < window)
+    distance = queries.positions - keys.positions
+    same = keys.segments == queries.segments
+    if queries.prompts is not None:
+        same = same | (keys.segments == queries.prompts)
+    seen = same & (keys.segments > 0) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
 
 
 def self_attention(
@@ -80,12 +98,13 @@ def self_attention(
     """Attention of a batch to itself, nothing kept: the training forward.
 
     Args:
-      positions, segments: [B, T] int32, as in `visible`. Several sequences of a row are told apart
+      positions, segments: [B, T] int32, as of `Tokens`. Several sequences of a row are told apart
         by their segment numbers.
     """
+    queries, keys = Tokens(positions, segments).pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):
-        mask = visible(positions, positions, segments, segments, layer.window)
+        mask = visible(queries, keys, layer.window)
         return dot_product_attention(q, k, v, mask, scale=scale, soft_cap=soft_cap), cache
 
     return attend
@@ -135,7 +154,11 @@ def cached_attention(
         )
         layer_k = jax.lax.dynamic_index_in_dim(cache.k, layer.index, keepdims=False)
         layer_v = jax.lax.dynamic_index_in_dim(cache.v, layer.index, keepdims=False)
-        mask = visible(q_positions, cache.positions, q_segments, cache.segments, layer.window)
+        mask = visible(
+            Tokens(q_positions[..., None], q_segments[..., None]),
+            Tokens(cache.positions[:, None], cache.segments[:, None]),
+            layer.window,
+        )
         out = dot_product_attention(
             q,
             layer_k.astype(q.dtype),

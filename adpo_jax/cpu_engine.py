@@ -56,7 +56,7 @@ def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTunin
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      attention: as it was asked for, one of `kernels.ATTENTION`.
+      attention: as it was asked for, one of `attention_choice.NAMES`.
     """
     if platform != "cpu":
         return EngineTuning(

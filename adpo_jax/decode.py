@@ -75,7 +75,7 @@ class Verbs:
 
     policy: Policy
     layout: CacheLayout
-    attention: str = "xla"  # one of `kernels.ATTENTION`
+    attention: str = "xla"  # as `attention_choice.resolve` gave it for decoding
 
     @property
     def lead(self) -> int:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import cache_plan, cpu_engine, kernels
+from adpo_jax import attention_choice, cache_plan, cpu_engine, kernels
 from adpo_jax import schedule as schedule_lib
 from adpo_jax.batching import DecodeLoop, Request, Sizes
 from adpo_jax.cpu_engine import EngineTuning
@@ -47,7 +47,7 @@ class Engine:
       num_slots: samples decoded at once, at most; None for 64 on a CPU and 256 elsewhere.
       mesh: devices; slots are split over (`data`, `fsdp`), heads over `tensor`. None: the policy's.
       cache_dtype: of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
-      attention: of decoding, one of `kernels.ATTENTION`.
+      attention: of decoding, one of `attention_choice.NAMES`; prefill follows it.
       gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
         may be in use while sampling; lowers `num_slots` to what fits. None for no limit.
       resident_bytes: bytes of one device that others need while the engine samples, such as a
@@ -86,7 +86,7 @@ class Engine:
         device = _device(policy)
         tuning = cpu_engine.engine_tuning(device.platform, attention, policy.config.num_layers)
         layout = _layout(policy, cache_dtype, tuning)
-        attention = kernels.resolve(attention, layout, device.platform)
+        attention = attention_choice.resolve(attention, kernels.DECODING, layout, device.platform)
         self.policy = policy
         self.verbs = Verbs(policy, layout, attention)
         self.max_prompt_length = max_prompt_length

@@ -14,17 +14,16 @@ prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from adpo_jax.attention import MASKED, LayerInfo
-from adpo_jax.sharding import axes_that_split
+from adpo_jax.sharding import on_each_device
 
 # Further back than any token is.
 UNBOUNDED = 1 << 30
@@ -187,8 +186,8 @@ def prefix_reach(view: View, position_PM: jax.Array, queries: int, window) -> Re
     return Reach(origin, reach, view.prefix_length, ring=False)
 
 
-def visible(reach: Reach, columns: int) -> jax.Array:
-    """[rows, Q, columns] bool."""
+def columns_in_reach(reach: Reach, columns: int) -> jax.Array:
+    """Which columns of a store each query sees, [rows, Q, columns] bool."""
     at = jnp.arange(columns, dtype=jnp.int32)
     back = reach.origin[:, :, None] - at
     if reach.ring:
@@ -225,7 +224,7 @@ def attend_part(
         scores = scores * layer.k_scale[:, :, None, :]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(visible(reach, scores.shape[-1])[:, None], scores, MASKED)
+    scores = jnp.where(columns_in_reach(reach, scores.shape[-1])[:, None], scores, MASKED)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)
@@ -282,38 +281,25 @@ def group_attention(
         P, K = len(slot_PM), q_BKRD.shape[1]
         return q_BKRD[slot_PM % len(q_BKRD)].swapaxes(1, 2).reshape(P, K, M * R, D)
 
-    def of_members(x_B1, slot_PM):  # -> [P, M]
-        return x_B1[slot_PM % len(x_B1), 0]
+    def of_members(x_B, slot_PM):  # -> [P, M]
+        return x_B[slot_PM % len(x_B)]
 
     def of_slots(x, row_B, rank_B):  # [P, K, M * R, ...] -> [B, K, R, ...]
         P, K = x.shape[:2]
         by_sample = x.reshape(P, K, M, R, *x.shape[3:]).swapaxes(1, 2)
         return by_sample[row_B % P, rank_B]
 
-    on_device = functools.partial(_on_each_device, mesh=mesh, rows=math.gcd(B, P), heads=K)
-    q_PKQD = on_device(of_rows)(q_BKRD, view.slot)
-    position_PM = on_device(of_members, heads=1)(view.position[:, None], view.slot)
-    reach = prefix_reach(view, position_PM, R, layer.window)
+    by_row, by_head = ("batch",), ("batch", "kv_heads")
+    sizes = {"batch": math.gcd(B, P), "kv_heads": K}
+
+    def at_home(gather, x, *indices):
+        axes = (by_head, *(by_row for _ in indices))
+        return on_each_device(gather, mesh, sizes, axes, by_head)(x, *indices)
+
+    q_PKQD = at_home(of_rows, q_BKRD, view.slot)
+    members = on_each_device(of_members, mesh, sizes, (by_row, by_row), by_row)
+    reach = prefix_reach(view, members(view.position, view.slot), R, layer.window)
     shared = attend(q_PKQD, prefix, layer.index, reach)
 
-    prefix_part = jax.tree.map(lambda x: on_device(of_slots)(x, view.row, view.rank), shared)
+    prefix_part = jax.tree.map(lambda x: at_home(of_slots, x, view.row, view.rank), shared)
     return merge(own_part, prefix_part).reshape(B, H, D).astype(q_BHD.dtype)
-
-
-def _on_each_device(gather: Callable, *, mesh: Mesh | None, rows: int, heads: int) -> Callable:
-    """`gather(x [rows, K, ...], *indices [rows, ...])` on each device's part of rows and heads."""
-    if mesh is None or mesh.size == 1:
-        return gather
-    by_row = axes_that_split(mesh, "batch", rows)
-    by_head = PartitionSpec(by_row, axes_that_split(mesh, "kv_heads", heads))
-
-    def everywhere(x, *indices):
-        return jax.shard_map(
-            gather,
-            mesh=mesh,
-            in_specs=(by_head, *(PartitionSpec(by_row) for _ in indices)),
-            out_specs=by_head,
-            check_vma=False,
-        )(x, *indices)
-
-    return everywhere

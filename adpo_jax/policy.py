@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import attention, attention_kernels, hf, sharding
+from adpo_jax import attention, attention_choice, attention_kernels, hf, sharding
 from adpo_jax.attention import Attend, KVCache
+from adpo_jax.attention_choice import Use
+from adpo_jax.attention_kernels import ROWS, STREAMS, Settings
 from adpo_jax.hf_config import language_config, model_config
 from adpo_jax.log_probs import token_log_probs
 from adpo_jax.lora import Lora, join, split
@@ -43,7 +45,7 @@ class Policy:
       param_dtype: of the parameters; adapters are float32 whatever it is.
       mesh: devices the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
-      attention: of whole sequences, one of `attention_kernels.ATTENTION`.
+      attention: of whole sequences, one of `attention_choice.NAMES`; refused where it cannot run.
       lora: the adapters beside the weights, which are frozen then; None for none.
       hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
       generation_config: likewise its `generation_config.json`; empty for none.
@@ -68,7 +70,8 @@ class Policy:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         if self.attention != "auto":
-            attention_kernels.resolve(self.attention, self.attention_settings)
+            for use in (ROWS, STREAMS):
+                self._attention_of(use)
 
     # --- from and to Hugging Face
 
@@ -300,20 +303,22 @@ class Policy:
 
     def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
-        settings = self.attention_settings
-        name = attention_kernels.resolve(self.attention, settings)
-        return attention_kernels.self_attention(name, settings, positions, segments)
+        name = self._attention_of(ROWS)
+        return attention_kernels.self_attention(name, self.attention_settings, positions, segments)
 
     def stream_attention(self, stream: Stream) -> Attend:
         """Attention of a packed stream to itself, for the training forward."""
+        name = self._attention_of(STREAMS)
+        return attention_kernels.stream_attention(name, self.attention_settings, stream)
+
+    def _attention_of(self, use: Use) -> str:
         settings = self.attention_settings
-        name = attention_kernels.resolve(self.attention, settings)
-        return attention_kernels.stream_attention(name, settings, stream)
+        return attention_choice.resolve(self.attention, use, settings, settings.platform)
 
     @property
-    def attention_settings(self) -> attention_kernels.Settings:
+    def attention_settings(self) -> Settings:
         c = self.config
-        return attention_kernels.Settings(
+        return Settings(
             windows=c.windows,
             num_kv_heads=c.num_kv_heads,
             head_dim=c.head_dim,

@@ -11,7 +11,7 @@ process's own devices (`rollout_mesh`), so that processes decode without waiting
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +178,38 @@ def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str,
     """The mesh axes that split a dimension with this logical axis; None where they cannot."""
     parts = 1 if mesh is None else mesh_axis_size(mesh, RULES[axis])
     return RULES[axis] if parts > 1 and size % parts == 0 else None
+
+
+def on_each_device(
+    function: Callable, mesh: Mesh | None, sizes: Mapping[str, int], in_axes: tuple, out_axes: tuple
+) -> Callable:
+    """A function that each device runs on its own share: a kernel, or a gather that stays at home.
+
+    The partitioner cannot split a kernel, and it gathers what it cannot prove to be local.
+
+    Args:
+      function: of pytrees of arrays; it needs nothing of another device's share.
+      sizes: of the logical axes to split. One that the mesh does not divide stays whole.
+      in_axes: for each argument, the logical axes of all its arrays; trailing ones may be left out.
+      out_axes: likewise of the result.
+
+    Returns:
+      The function of the whole arrays; `function` itself on one device.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    split = {axis: axes_that_split(mesh, axis, size) for axis, size in sizes.items()}
+
+    def spec(axes):
+        return PartitionSpec(*(split.get(axis) for axis in axes))
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(map(spec, in_axes)),
+        out_specs=spec(out_axes),
+        check_vma=False,
+    )
 
 
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape) -> NamedSharding:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.attention import MASKED, Attend, LayerInfo
+from adpo_jax.attention import MASKED, Attend, LayerInfo, Tokens, visible
 from adpo_jax.cpu_fusion import made, sum_of_columns
 
 # Scores of so many bytes at once; more tiles run one after the other. On a CPU they then stay in
@@ -39,6 +39,10 @@ class Stream(NamedTuple):
     segments: jax.Array
     prompts: jax.Array
     key_tiles: jax.Array
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.positions, self.segments, self.prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +71,19 @@ def stream_attention(
     B, N = stream.positions.shape
     n, J = stream.key_tiles.shape[1:]
     W = N // n
-    listed = jnp.repeat(stream.key_tiles >= 0, W, axis=2)
     tiles = jnp.maximum(stream.key_tiles, 0)
 
-    def of_keys(x_BN):
-        return _gather(x_BN.reshape(B, n, W), tiles).reshape(B, n, J * W)
-
-    def tiled(x_BN):
+    def of_queries(x_BN):
         return x_BN.reshape(B, n, W)[..., None]
 
-    k_segments = of_keys(stream.segments)[:, :, None]
-    distance = tiled(stream.positions) - of_keys(stream.positions)[:, :, None]
-    same = (k_segments == tiled(stream.segments)) | (k_segments == tiled(stream.prompts))
-    causal = same & (k_segments > 0) & (distance >= 0) & listed[:, :, None]
+    def of_keys(x_BN):
+        return _gather(x_BN.reshape(B, n, W), tiles).reshape(B, n, 1, J * W)
+
+    queries = jax.tree.map(of_queries, stream.tokens)
+    keys = Tokens(of_keys(stream.positions), of_keys(stream.segments))
+    listed = jnp.repeat(stream.key_tiles >= 0, W, axis=2)
+    causal = visible(queries, keys) & listed[:, :, None]
+    distance = queries.positions - keys.positions
 
     def attend(q, k, v, layer: LayerInfo, cache):
         H, K, D = q.shape[2], k.shape[2], q.shape[3]

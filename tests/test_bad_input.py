@@ -218,7 +218,12 @@ CONFIG = {
     "a kernel of elsewhere": (f"{ROLLOUT}.attention=pallas_gpu", "this is a cpu; use auto, or xla"),
     "min_p": (f"{ROLLOUT}.min_p=2", "min_p"),
     "the cache's dtype": (f"{ROLLOUT}.cache_dtype=float64", "cache_dtype"),
-    "the decode kernel": (f"{ROLLOUT}.attention=cuda", "attention"),
+    "the decode kernel": (f"{ROLLOUT}.attention=cuda", "attention is one of auto, xla"),
+    "attention that decodes nothing": (
+        f"{ROLLOUT}.attention=cudnn",
+        "not implemented for decoding",
+    ),
+    "attention of elsewhere": (f"{ACTOR}.attention=cudnn", "runs on a GPU, and this is a cpu"),
     "slots below 0": (f"{ROLLOUT}.num_slots=-1", "num_slots is at least 0"),
     "a share of the memory": (f"{ROLLOUT}.gpu_memory_utilization=-1", "gpu_memory_utilization"),
     "lr below 0": (f"{ACTOR}.optim.lr=-1", "optim.lr is at least 0"),

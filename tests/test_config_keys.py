@@ -336,7 +336,11 @@ WALK = {
     f"{ACTOR}.optim.mu_dtype": ("bfloat16", adamw),
     "anchor.offload": ("true", learner, "--config.anchor.mode=ema"),
     f"{ACTOR}.ppo_epochs": ("2", learner),
-    f"{ACTOR}.attention": ("cudnn", policy, "--config.trainer.bf16=true"),
+    f"{ACTOR}.attention": (
+        "pallas_tpu_interpret",
+        policy,
+        f"--config.{MODEL}.hf_config={{'head_dim': 128}}",
+    ),
     f"{ROLLOUT}.temperature": ("0.7", sampling),
     f"{ROLLOUT}.top_p": ("0.9", sampling),
     f"{ROLLOUT}.top_k": ("5", sampling),

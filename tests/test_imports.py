@@ -15,7 +15,7 @@ ROAD = [
     "rewards records data arithmetic redaction metrics trackers profiling progress",
     "config config_checks command_line batch_plan",
     "prompts grpo rloo losses anchor",
-    "cpu_fusion packing attention tile_attention attention_kernels",
+    "cpu_fusion packing attention attention_choice tile_attention attention_kernels",
     "lora layer_functions model log_probs",
     "hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer digests checkpoint_files checkpoints run_identity run_folder guard",

@@ -122,26 +122,6 @@ def test_the_gpu_kernel_lowers_for_cuda():
     assert "triton" in text
 
 
-def test_a_kernel_that_cannot_run_is_refused():
-    small = CacheLayout(L, K, 64, jnp.float32, stacked=True, transposed_keys=False)
-    with pytest.raises(ValueError, match="multiple of 128; given 64"):
-        kernels.resolve("pallas_tpu", small, "tpu")
-    with pytest.raises(ValueError, match="no int8 cache"):
-        kernels.resolve("pallas_gpu", layout(jnp.int8), "gpu")
-    for attention, platform in (
-        ("pallas_gpu", "cpu"),
-        ("pallas_tpu", "cpu"),
-        ("pallas_tpu", "gpu"),
-    ):
-        wanted = f"runs on a {attention[-3:].upper()}, and this is a {platform}; use auto"
-        with pytest.raises(ValueError, match=wanted):
-            kernels.resolve(attention, layout(), platform)
-    with pytest.raises(ValueError, match="attention is one of"):
-        kernels.resolve("cuda", layout(), "gpu")
-    assert kernels.resolve("auto", layout(), "cpu") == "xla"
-    assert kernels.resolve("auto", layout(), "tpu") == "pallas_tpu"
-
-
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_the_tpu_kernel_on_eight_devices_agrees_with_one(tensor):
     """With 4 tensor shards the 2 key/value heads are not split."""

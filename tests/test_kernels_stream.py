@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import attention_kernels
-from adpo_jax.attention import GLOBAL_WINDOW, LayerInfo, dot_product_attention
+from adpo_jax import attention_choice, attention_kernels
+from adpo_jax.attention import GLOBAL_WINDOW, LayerInfo, dot_product_attention, visible
+from adpo_jax.attention_choice import AttentionFallback
 from adpo_jax.attention_kernels import Settings, stream_tpu
 from adpo_jax.sharding import make_mesh
 from adpo_jax.tile_attention import Stream, stream_attention
@@ -120,7 +121,7 @@ def test_streams_side_by_side_on_devices_agree_with_the_plain_version():
     plain, fast = out("xla", settings), out("pallas_tpu_interpret", sharded)
     np.testing.assert_allclose(np.where(real, fast, 0), np.where(real, plain, 0), atol=1e-5)
     # The mask that cudnn would be given.
-    mask = attention_kernels._seen_in(stream, np.int32(GLOBAL_WINDOW))
+    mask = visible(*stream.tokens.pairs(), np.int32(GLOBAL_WINDOW))
     dense = dot_product_attention(q, k, v, mask, scale=D**-0.5)
     np.testing.assert_allclose(np.where(real, dense, 0), np.where(real, plain, 0), atol=1e-5)
 
@@ -156,6 +157,25 @@ def test_forward_and_backward_lower_for_a_tpu():
 
 
 def test_streams_that_do_not_fit_are_known():
-    assert stream_tpu.fits(8192, 128, 128, 2)
-    assert not stream_tpu.fits(65536, 1024, 128, 2)
-    assert not stream_tpu.fits(8192, 128, 64, 2)
+    assert stream_tpu.limit(12288, 192, 128, 2) == ""
+    assert "at most 12288 tokens in 256 tiles" in stream_tpu.limit(12289, 193, 128, 2)
+    assert "given 8192 in 257" in stream_tpu.limit(8192, 257, 128, 2)
+
+
+def test_a_stream_too_long_for_the_kernel_runs_plain_with_one_warning(monkeypatch):
+    monkeypatch.setattr(stream_tpu, "VMEM_BYTES", 4 * 4 * 100 * D)
+    attention_choice._warn_once.cache_clear()
+    stream, (q, k, v, _) = stream_of(), tensors(4, 2)
+    settings = Settings((None,), 2, D, D**-0.5, None, jnp.float32, None)
+
+    def out(name):
+        attend = attention_kernels.stream_attention(name, settings, stream)
+        return attend(q, k, v, of_layer(), None)[0]
+
+    message = (
+        "'pallas_tpu_interpret' of packed streams holds streams of at most 100 tokens .*128 in 8"
+    )
+    with pytest.warns(AttentionFallback, match=message) as warned:
+        fallen_back = [out("pallas_tpu_interpret") for _ in range(2)]
+    assert len(warned) == 1
+    np.testing.assert_array_equal(fallen_back[1], out("xla"))

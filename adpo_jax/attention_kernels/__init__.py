@@ -1,9 +1,9 @@
-"""Attention of whole sequences (training, log-probs, prefill): which implementation runs where.
+"""Attention of whole sequences (training, log-probs, prefill): the implementations, a table a use.
 
-The plain versions that all are tested on are `attention.self_attention` for padded rows and
-`tile_attention.stream_attention` for packed streams.
+Those of `ROWS` take the arguments of `attention.self_attention`, those of `STREAMS` that of
+`tile_attention.stream_attention`: the plain versions that all are tested on.
 
-Letters: B rows, T tokens, N tokens of a stream, H heads, K key/value heads, D head dim.
+Letters: B rows or streams, T tokens, N tokens of a stream, H heads, K key/value heads, D head dim.
 """
 
 import functools
@@ -11,17 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from adpo_jax import attention as plain
-from adpo_jax import tile_attention
-from adpo_jax.attention import Attend, LayerInfo
+from adpo_jax import attention_choice, tile_attention
+from adpo_jax.attention import Attend, LayerInfo, Tokens, visible
+from adpo_jax.attention_choice import Implementation, Use
 from adpo_jax.attention_kernels import splash_tpu, stream_tpu
-from adpo_jax.sharding import RULES, mesh_axis_size
+from adpo_jax.sharding import on_each_device
 from adpo_jax.tile_attention import Stream
-
-# xla: everywhere. pallas_tpu: Mosaic; its _interpret runs on a CPU, to test. cudnn: of jax.nn.
-ATTENTION = ("auto", "xla", "pallas_tpu", "cudnn", "pallas_tpu_interpret")
 
 
 class Settings(NamedTuple):
@@ -44,83 +42,47 @@ class Settings(NamedTuple):
     def plain(self) -> dict:
         return {"scale": self.scale, "soft_cap": self.soft_cap}
 
-
-def resolve(attention: str, settings: Settings) -> str:
-    """The implementation that `auto` means here; a chosen one is checked.
-
-    On GPUs `auto` is xla: cudnn is a choice, but no measurement speaks for it yet.
-
-    Raises:
-      ValueError: for a name that is none of `ATTENTION`, or an implementation that cannot run this
-        model.
-    """
-    if attention not in ATTENTION:
-        raise ValueError(f"attention is one of {', '.join(ATTENTION)}; given {attention!r}")
-    if attention == "auto":
-        on_tpu = platform(settings.mesh) == "tpu"
-        return "pallas_tpu" if on_tpu and not obstacle("pallas_tpu", settings) else "xla"
-    if why := obstacle(attention, settings):
-        raise ValueError(f"attention {attention!r} {why}. Use xla")
-    return attention
-
-
-def platform(mesh: Mesh | None) -> str:
-    """Of the devices that run the model, which need not be there to compile for them."""
-    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-
-
-def obstacle(attention: str, settings: Settings) -> str:
-    """Why an implementation cannot run this model; empty where it can."""
-    D, dtype = settings.head_dim, jnp.dtype(settings.dtype)
-    if attention.startswith("pallas_tpu") and D % splash_tpu.LANES:
-        return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
-    if attention == "cudnn":
-        if dtype.itemsize != 2:
-            return f"takes bfloat16 or float16; given {dtype.name}"
-        if D % 8 or D > 256:
-            return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
-        if settings.soft_cap is not None:
-            return "has no soft cap, which this model wants"
-    return ""
+    @property
+    def platform(self) -> str:
+        """Of the devices that run the model, which need not be there to compile for them."""
+        mesh = self.mesh
+        return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def self_attention(
-    attention: str, settings: Settings, positions: jax.Array, segments: jax.Array
+    name: str, settings: Settings, positions: jax.Array, segments: jax.Array
 ) -> Attend:
     """Causal attention of rows to themselves; arguments as of `attention.self_attention`.
 
     The tokens of a segment are neighbours in their row, their positions rising by one.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `ROWS`.
     """
-    if attention.startswith("pallas_tpu"):
-        interpret = attention.endswith("interpret")
-        attend = functools.partial(
-            splash_tpu.segment_attention, settings=settings, interpret=interpret
-        )
-        return _on_each_device(attend, settings, (segments,))
-    if attention == "cudnn":
+    return ROWS.table[name].attend(settings, positions, segments)
 
-        def mask(window):
-            return plain.visible(positions, positions, segments, segments, window)
 
-        return _cudnn(mask, settings)
+def stream_attention(name: str, settings: Settings, stream: Stream) -> Attend:
+    """Attention of a packed stream to itself, as `tile_attention.stream_attention`.
+
+    A stream too long for the kernel's fast memory gets the plain version, with a warning.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `STREAMS`.
+    """
+    name = attention_choice.fitting(name, STREAMS, settings, stream)
+    return STREAMS.table[name].attend(settings, stream)
+
+
+# --- the plain versions
+
+
+def _plain_rows(settings: Settings, positions, segments) -> Attend:
     return plain.self_attention(positions, segments, **settings.plain)
 
 
-def stream_attention(attention: str, settings: Settings, stream: Stream) -> Attend:
-    """Attention of a packed stream to itself, as `tile_attention.stream_attention`.
-
-    A stream too long for the kernel's fast memory gets the plain version.
-    """
-    N, n = stream.positions.shape[1], stream.key_tiles.shape[1]
-    itemsize = jnp.dtype(settings.dtype).itemsize
-    fits = stream_tpu.fits(N, n, settings.head_dim, itemsize)
-    if attention.startswith("pallas_tpu") and fits:
-        interpret = attention.endswith("interpret")
-        attend = functools.partial(stream_tpu.attend, interpret=interpret, **settings.plain)
-        return _on_each_device(attend, settings, tuple(stream))
-    if attention == "cudnn":
-        return _cudnn(functools.partial(_seen_in, stream), settings)
-    on_cpu = platform(settings.mesh) == "cpu"
+def _plain_stream(settings: Settings, stream: Stream) -> Attend:
+    on_cpu = settings.platform == "cpu"
     return tile_attention.stream_attention(
         stream,
         windows=any(window is not None for window in settings.windows),
@@ -129,17 +91,71 @@ def stream_attention(attention: str, settings: Settings, stream: Stream) -> Atte
     )
 
 
-def _seen_in(stream: Stream, window) -> jax.Array:
-    """[B, N, N] bool: the own segment and the group's prompt, up to the token itself."""
-    distance = stream.positions[:, :, None] - stream.positions[:, None]
-    own, keys = stream.segments[:, :, None], stream.segments[:, None]
-    same = (keys == own) | (keys == stream.prompts[:, :, None])
-    return same & (keys > 0) & (distance >= 0) & (distance < window)
+# --- TPU
 
 
-def _cudnn(mask_of_window, settings: Settings) -> Attend:
+def _splash_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
+    del positions  # those of a segment's neighbours rise by one
+    attend = functools.partial(splash_tpu.segment_attention, settings=settings, interpret=interpret)
+    return _of_each_device(attend, settings, (segments,))
+
+
+def _kernel_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
+    attend = functools.partial(stream_tpu.attend, interpret=interpret, **settings.plain)
+    return _of_each_device(attend, settings, tuple(stream))
+
+
+def _of_each_device(kernel, settings: Settings, arrays: tuple[jax.Array, ...]) -> Attend:
+    """A kernel on its share of the rows and heads.
+
+    Args:
+      kernel: (q, k, v, layer, arrays) -> out.
+      arrays: [B, ...] each.
+    """
+    by_row, by_head = ("batch",), ("batch", None, "kv_heads")
+
     def attend(q, k, v, layer: LayerInfo, cache):
-        mask = mask_of_window(layer.window)[:, None]
+        local = on_each_device(
+            kernel,
+            settings.mesh,
+            {"batch": q.shape[0], "kv_heads": k.shape[2]},
+            in_axes=(by_head, by_head, by_head, (), by_row),
+            out_axes=by_head,
+        )
+        return local(q, k, v, jax.tree.map(jnp.asarray, layer), arrays), cache
+
+    return attend
+
+
+def _tpu_obstacle(settings: Settings) -> str:
+    D = settings.head_dim
+    if D % splash_tpu.LANES:
+        return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
+    return ""
+
+
+def _tpu_limit(settings: Settings, stream: Stream) -> str:
+    N, n = stream.positions.shape[1], stream.key_tiles.shape[1]
+    return stream_tpu.limit(N, n, settings.head_dim, jnp.dtype(settings.dtype).itemsize)
+
+
+# --- cuDNN
+
+
+def cudnn_rows(settings: Settings, positions: jax.Array, segments: jax.Array) -> Attend:
+    """Rows by the fused attention of cuDNN, under a mask over all pairs of tokens."""
+    return _cudnn(settings, Tokens(positions, segments))
+
+
+def _cudnn_stream(settings: Settings, stream: Stream) -> Attend:
+    return _cudnn(settings, stream.tokens)
+
+
+def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
+    queries, keys = tokens.pairs()
+
+    def attend(q, k, v, layer: LayerInfo, cache):
+        mask = visible(queries, keys, layer.window)[:, None]
         out = jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=settings.scale, implementation="cudnn"
         )
@@ -148,34 +164,43 @@ def _cudnn(mask_of_window, settings: Settings) -> Attend:
     return attend
 
 
-def heads_axis(mesh: Mesh, num_kv_heads: int) -> str | None:
-    """The mesh axis that key/value heads, and the queries that read them, are split over."""
-    axis = RULES["kv_heads"]
-    return axis if num_kv_heads % mesh_axis_size(mesh, axis) == 0 else None
+def cudnn_obstacle(settings: Settings) -> str:
+    """Why cuDNN's attention cannot run this model; empty where it can."""
+    D, dtype = settings.head_dim, jnp.dtype(settings.dtype)
+    if dtype.itemsize != 2:
+        return f"takes bfloat16 or float16; given {dtype.name}"
+    if D % 8 or D > 256:
+        return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
+    if settings.soft_cap is not None:
+        return "has no soft cap, which this model wants"
+    return ""
 
 
-def _on_each_device(attend, settings: Settings, arrays: tuple[jax.Array, ...]) -> Attend:
-    """A kernel on its share of the rows and heads: the partitioner cannot split one.
+# --- the tables
 
-    Args:
-      attend: (q, k, v, layer, arrays) -> out.
-      arrays: [B, ...] each.
-    """
-    mesh = settings.mesh
 
-    def attend_all(q, k, v, layer: LayerInfo, cache):
-        if mesh is None or mesh.size == 1:
-            return attend(q, k, v, layer, arrays), cache
-        heads = heads_axis(mesh, settings.num_kv_heads)
-        rows = PartitionSpec(RULES["batch"])
-        by_head = PartitionSpec(RULES["batch"], None, heads)
-        local = jax.shard_map(
-            attend,
-            mesh=mesh,
-            in_specs=(by_head, by_head, by_head, PartitionSpec(), (rows,) * len(arrays)),
-            out_specs=by_head,
-            check_vma=False,
-        )
-        return local(q, k, v, jax.tree.map(jnp.asarray, layer), arrays), cache
+# (settings, positions, segments) -> Attend
+ROWS = Use(
+    "padded rows",
+    {
+        "xla": Implementation(_plain_rows),
+        "pallas_tpu": Implementation(_splash_rows, ("tpu",), _tpu_obstacle),
+        "cudnn": Implementation(cudnn_rows, ("gpu",), cudnn_obstacle),
+        "pallas_tpu_interpret": Implementation(
+            functools.partial(_splash_rows, interpret=True), (), _tpu_obstacle
+        ),
+    },
+)
 
-    return attend_all
+# (settings, stream) -> Attend
+STREAMS = Use(
+    "packed streams",
+    {
+        "xla": Implementation(_plain_stream),
+        "pallas_tpu": Implementation(_kernel_stream, ("tpu",), _tpu_obstacle, _tpu_limit),
+        "cudnn": Implementation(_cudnn_stream, ("gpu",), cudnn_obstacle),
+        "pallas_tpu_interpret": Implementation(
+            functools.partial(_kernel_stream, interpret=True), (), _tpu_obstacle, _tpu_limit
+        ),
+    },
+)

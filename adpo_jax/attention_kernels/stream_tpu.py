@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from adpo_jax.attention import MASKED, LayerInfo
+from adpo_jax.attention import MASKED, LayerInfo, Tokens, visible
 from adpo_jax.tile_attention import Stream
 
 # Bytes of VMEM for two whole sides of a head, each fetched ahead once.
@@ -33,10 +33,18 @@ class _Static:
     interpret: bool
 
 
-def fits(num_tokens: int, num_tiles: int, head_dim: int, itemsize: int) -> bool:
-    """Whether a stream of these sizes, in numbers of `itemsize` bytes, fits the kernel."""
-    whole_sides = 4 * num_tokens * head_dim * itemsize
-    return whole_sides <= VMEM_BYTES and num_tiles <= MAX_TILES and head_dim % 128 == 0
+def limit(num_tokens: int, num_tiles: int, head_dim: int, itemsize: int) -> str:
+    """Why a stream of these sizes, in numbers of `itemsize` bytes, is too long; empty if it is not.
+
+    Needs a head_dim that is a multiple of 128.
+    """
+    most = VMEM_BYTES // (4 * head_dim * itemsize)
+    if num_tokens <= most and num_tiles <= MAX_TILES:
+        return ""
+    return (
+        f"holds streams of at most {most} tokens in {MAX_TILES} tiles in a core's fast memory; "
+        f"given {num_tokens} in {num_tiles}"
+    )
 
 
 def attend(
@@ -93,21 +101,12 @@ class _Sides:
         self.along = jnp.swapaxes(self.down, 2, 3)
 
 
-def _seen(queries, keys, window):
-    """Which pairs see each other; three arrays of queries and keys each, of broadcasting shapes."""
-    q_position, q_segment, q_prompt = queries
-    k_position, k_segment, _ = keys
-    distance = q_position - k_position
-    same = (k_segment == q_segment) | (k_segment == q_prompt)
-    return same & (k_segment > 0) & (distance >= 0) & (distance < window)
+def _down(x_W3) -> Tokens:
+    return Tokens(x_W3[:, 0:1], x_W3[:, 1:2], x_W3[:, 2:3])
 
 
-def _down(x_W3):
-    return x_W3[:, 0:1], x_W3[:, 1:2], x_W3[:, 2:3]
-
-
-def _along(x_3W):
-    return x_3W[0:1], x_3W[1:2], x_3W[2:3]
+def _along(x_3W) -> Tokens:
+    return Tokens(x_3W[0:1], x_3W[1:2], x_3W[2:3])
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -132,7 +131,7 @@ def _forward_kernel(static, n, J, tiles, counts, window, q, k, v, mine, theirs, 
         total_out, top, total = carry
         t = tiles[(b * n + i) * J + j]
         scores, _ = _capped(static, _dot(query, k[0, 0, t], (1, 1)))
-        seen = _seen(queries, _along(theirs[0, t]), window[0])
+        seen = visible(queries, _along(theirs[0, t]), window[0])
         scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
@@ -161,7 +160,7 @@ def _query_kernel(
     def visit(j, grad):
         t = tiles[(b * n + i) * J + j]
         scores, slope = _capped(static, _dot(query, k[0, 0, t], (1, 1)))
-        seen = _seen(queries, _along(theirs[0, t]), window[0])
+        seen = visible(queries, _along(theirs[0, t]), window[0])
         weights = jnp.where(seen, jnp.exp(scores - log_z[0, 0, 0]), 0.0)
         d_weights = _dot(d_out[0, 0, 0], v[0, 0, t], (1, 1))
         d_scores = weights * (d_weights - mean[0, 0, 0]) * slope
@@ -185,7 +184,7 @@ def _key_kernel(
         query = q[0, 0, t] * scale
         # Keys down the rows, queries along the lanes.
         scores, slope = _capped(static, _dot(key, query, (1, 1)))
-        seen = _seen(_along(theirs[0, t]), keys, window[0])
+        seen = visible(_along(theirs[0, t]), keys, window[0])
         weights = jnp.where(seen, jnp.exp(scores - log_z[0, 0, t]), 0.0)
         grad_v = grad_v + _dot(weights.astype(q.dtype), d_out[0, 0, t], (1, 0))
         d_weights = _dot(value, d_out[0, 0, t], (1, 1))

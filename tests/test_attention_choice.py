@@ -1,0 +1,143 @@
+"""One choice of attention: what runs where, what is refused, and no fallback without a warning."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from adpo_jax import Policy, attention_choice
+from adpo_jax.attention_choice import (
+    NAMES,
+    AttentionFallback,
+    Implementation,
+    Use,
+    fitting,
+    resolve,
+)
+from adpo_jax.attention_kernels import ROWS, STREAMS, Settings
+from adpo_jax.decode import Verbs
+from adpo_jax.kernels import DECODING, PREFILL
+from adpo_jax.kv_cache import CacheLayout
+
+USES = {use.name: use for use in (ROWS, STREAMS, PREFILL, DECODING)}
+
+
+def of_model(use, head_dim=128, dtype=jnp.bfloat16, **changes):
+    """What the implementations of a use look at."""
+    if use is DECODING:
+        layout = {"stacked": True, "transposed_keys": False, **changes}
+        return CacheLayout(2, 2, head_dim, dtype, **layout)
+    settings = Settings((None, None), 2, head_dim, head_dim**-0.5, None, dtype, None)
+    return settings._replace(**changes)
+
+
+@pytest.fixture
+def each_warns():
+    """Warnings that other tests have made are made again."""
+    attention_choice._warn_once.cache_clear()
+    yield
+    attention_choice._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_auto_is_the_kernel_on_a_tpu_and_plain_elsewhere_without_a_word(use):
+    assert resolve("auto", use, of_model(use), "tpu") == "pallas_tpu"
+    assert resolve("auto", use, of_model(use), "gpu") == "xla"
+    assert resolve("auto", use, of_model(use, head_dim=16, dtype=jnp.float32), "cpu") == "xla"
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_every_name_is_taken_where_it_runs_and_refused_elsewhere(use):
+    for name, one in use.table.items():
+        for platform in ("cpu", "gpu", "tpu"):
+            if not one.platforms or platform in one.platforms:
+                assert resolve(name, use, of_model(use), platform) == name
+            else:
+                wanted = f"{name!r} runs on a {one.platforms[0].upper()}, and this is a {platform}"
+                with pytest.raises(ValueError, match=f"{wanted}; use auto, or xla"):
+                    resolve(name, use, of_model(use), platform)
+    for name in set(NAMES) - {"auto", *use.table}:
+        with pytest.raises(ValueError, match=f"{name!r} is not implemented for {use.name}; .*xla"):
+            resolve(name, use, of_model(use), "gpu")
+    with pytest.raises(ValueError, match="attention is one of auto, xla, .*; given 'flash'"):
+        resolve("flash", use, of_model(use), "cpu")
+
+
+REFUSED = {
+    "lanes of rows": (ROWS, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
+    "lanes of streams": (STREAMS, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
+    "lanes of decoding": (DECODING, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
+    "Triton's shapes": (DECODING, "pallas_gpu", {"head_dim": 96}, "power of two, .* given 96"),
+    "an int8 cache": (DECODING, "pallas_gpu", {"dtype": jnp.int8}, "has no int8 cache"),
+    "layers apart": (DECODING, "pallas_gpu", {"stacked": False}, "reads layers that are stacked"),
+    "wide numbers": (ROWS, "cudnn", {"dtype": jnp.float32}, "or float16; given float32"),
+    "a wide head": (STREAMS, "cudnn", {"head_dim": 512}, "at most 256 .* given 512"),
+    "a soft cap": (ROWS, "cudnn", {"soft_cap": 5.0}, "no soft cap"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_a_model_is_refused_with_the_reason_and_the_cure(name):
+    use, attention, changes, message = REFUSED[name]
+    platform = "tpu" if attention == "pallas_tpu" else "gpu"
+    with pytest.raises(ValueError, match=f"{use.name} .*{message}.* Use auto, or xla"):
+        resolve(attention, use, of_model(use, **changes), platform)
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_auto_warns_where_the_kernel_of_a_tpu_cannot_run_the_model(use, each_warns):
+    model = of_model(use, head_dim=64)
+    message = f"'pallas_tpu' of {use.name} needs a head_dim .* 64. The plain version runs instead"
+    with pytest.warns(AttentionFallback, match=message):
+        assert resolve("auto", use, model, "tpu") == "xla"
+
+
+def test_a_fallback_is_told_once_for_each_use_and_reason(each_warns):
+    def limit(model, tokens):
+        return f"takes 9 tokens; given {tokens}" if tokens > 9 else ""
+
+    kernel = Implementation(print, ("gpu",), limit=limit)
+    table = {"xla": Implementation(print), "pallas_gpu": kernel}
+    one, another = Use("one", table), Use("another", table)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert fitting("pallas_gpu", one, None, 9) == "pallas_gpu"
+        for use, tokens in ((one, 10), (one, 10), (another, 10), (one, 11)):
+            assert fitting("pallas_gpu", use, None, tokens) == "xla"
+    assert [str(w.message).split(". ")[0] for w in told] == [
+        "attention 'pallas_gpu' of one takes 9 tokens; given 10",
+        "attention 'pallas_gpu' of another takes 9 tokens; given 10",
+        "attention 'pallas_gpu' of one takes 9 tokens; given 11",
+    ]
+    with pytest.warns(AttentionFallback, match="'cudnn' of another is not implemented"):
+        assert fitting("cudnn", another, None) == "xla"
+
+
+def test_prefill_that_the_gpu_kernel_does_not_have_runs_plain_with_a_warning(each_warns):
+    policy = Policy(tiny.model_config())
+    layout = CacheLayout(2, 2, 16, jnp.float32, stacked=True, transposed_keys=False)
+    params = policy.init(jax.random.key(0))
+    tokens, lengths = np.ones((2, 8), np.int32), np.array([8, 5], np.int32)
+    plain = Verbs(policy, layout, "xla").prefill(params, tokens, lengths)
+    message = "'pallas_gpu' of prefill has the prefill of cuDNN, which takes bfloat16 .* float32"
+    with pytest.warns(AttentionFallback, match=message):
+        fallen_back = Verbs(policy, layout, "pallas_gpu").prefill(params, tokens, lengths)
+    jax.tree.map(np.testing.assert_array_equal, fallen_back, plain)
+
+
+def test_what_decodes_also_has_a_prefill():
+    assert set(DECODING.table) <= set(PREFILL.table)
+
+
+def test_a_policy_refuses_an_attention_that_cannot_run_its_model():
+    for changes, message in (
+        ({"attention": "pallas_tpu_interpret"}, "multiple of 128; given 16. Use auto"),
+        ({"attention": "cudnn"}, "runs on a GPU, and this is a cpu"),
+        ({"attention": "pallas_gpu"}, "not implemented for padded rows"),
+        ({"attention": "flash"}, "attention is one of auto, xla"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Policy(tiny.model_config(), **changes)
