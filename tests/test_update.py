@@ -195,7 +195,7 @@ def test_grpo_clips_against_the_old_policy_and_is_pulled_to_a_fixed_reference_at
     for _ in range(3):
         state, metrics = learner.learn(state, sequences, rewards)
     # The ratios are to the policy before the iteration, the pull is to that of before the first.
-    assert metrics["grpo/reference_kl"] > 5 * metrics["grpo/anchor_kl"] > 0
+    assert metrics["grpo/reference_kl"] > 2 * metrics["grpo/anchor_kl"] > 0
     jax.tree.map(np.testing.assert_array_equal, state.reference_params, params)
 
     free = make_learner(policy, epochs=2, algorithm=losses.Grpo(), lr=0.5)
@@ -376,7 +376,8 @@ def test_the_state_keeps_its_layout_on_a_mesh():
 def test_an_update_of_rows_compiles_once_a_run():
     policy, params = tiny.policy_and_params()
     learner = make_learner(policy, mini=4, epochs=2)
-    learner = dataclasses.replace(learner, plan=dataclasses.replace(learner.plan, layout="rows"))
+    plan = dataclasses.replace(learner.plan, layout="rows", prompt_length=5, completion_length=6)
+    learner = dataclasses.replace(learner, plan=plan)
     state = learner.init_state(params)
     for seed in range(3):
         batch, rewards = tiny.batch(seed=seed)
