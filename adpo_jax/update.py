@@ -265,7 +265,7 @@ def make_update(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
             moved = optax.apply_updates(trained, updates)
-        metrics["update/grad_norm"] = optax.global_norm(grads)
+        metrics["update/grad_norm"] = optax.tree.norm(grads)
         sound = _is_sound(metrics, max_anchor_kl)
         trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
