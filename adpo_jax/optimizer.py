@@ -87,5 +87,5 @@ def make_optimizer(
 
 def steps_taken(opt_state) -> int:
     """Optimizer steps in this state, without those that were skipped; 0 where none are counted."""
-    counts = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    counts = optax.tree.get_all_with_path(opt_state, "count")
     return max((int(count) for _, count in counts), default=0)

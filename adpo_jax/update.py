@@ -323,7 +323,7 @@ def make_update(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
             moved = optax.apply_updates(trained, updates)
-        metrics["update/grad_norm"] = optax.global_norm(grads)
+        metrics["update/grad_norm"] = optax.tree.norm(grads)
         sound = jnp.isfinite(loss) & jnp.isfinite(metrics[algorithm.loss_metric])
         sound &= jnp.isfinite(metrics["update/grad_norm"])
         if max_anchor_kl:

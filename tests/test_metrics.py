@@ -205,6 +205,7 @@ def test_metrics_that_cannot_be_written_to_the_run_folder_are_no_small_matter(
     monkeypatch.setattr(JsonlWriter, "write_scalars", full)
     with pytest.raises(OSError, match="no space left"):
         writer.write_scalars(1, {"reward/mean": 0.5})
+    writer.close()
 
 
 def test_a_tracker_that_cannot_start_is_refused_in_a_new_run_and_not_missed_in_an_old_one(

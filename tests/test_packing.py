@@ -144,7 +144,18 @@ def test_windows_soft_caps_and_ropes_of_each_layer_are_those_of_padded_rows(fami
     gradient = jax.value_and_grad(weighted)
     wanted = gradient(params, rows, weights, rows.completion_mask_PGT > 0)
     found = gradient(params, streams, streams.log_probs["anchor"], streams.trained)
-    assert_same(wanted, found, rtol=2e-5, atol=1e-5)
+    jax.tree.map(assert_same_but_for_rounding, wanted, found)
+
+
+def assert_same_but_for_rounding(wanted, found):
+    """Every entry to 5e-6 of the array's largest.
+
+    The terms of an entry are as large as the largest entries, and may nearly cancel, so the float32
+    rounding of an entry is no fraction of the entry itself. Here both layouts are up to 5e-5 away
+    from the float64 gradient, whose largest entry is 24; in float64 they agree to 3e-15 of it.
+    """
+    largest = np.max(np.abs(wanted))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-6 * largest)
 
 
 def test_streams_on_eight_devices_give_what_one_device_gives():

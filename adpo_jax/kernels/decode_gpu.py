@@ -55,7 +55,7 @@ def _kernel(
         inside = (at < columns)[:, None]
         k = plt.load(k_ref.at[here], mask=inside, other=0).astype(q.dtype)
         v = plt.load(v_ref.at[here], mask=inside, other=0).astype(q.dtype)
-        scores = pl.dot(q, k, trans_b=True)
+        scores = plt.dot(q, k, trans_b=True)
         if soft_cap is not None:
             scores = soft_cap * (2 / (1 + jnp.exp(-2 * scores / soft_cap)) - 1)  # tanh
         back = origin[:, None] - at[None, :]
@@ -67,7 +67,7 @@ def _kernel(
         weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=1)
-        out = out * shrink[:, None] + pl.dot(weights.astype(v.dtype), v)
+        out = out * shrink[:, None] + plt.dot(weights.astype(v.dtype), v)
         return out, new_top, total
 
     queries, D = q.shape
