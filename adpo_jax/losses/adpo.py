@@ -50,13 +50,12 @@ class Adpo(Algorithm):
         Metric(
             "loss",
             "groups",
-            "the listwise term, dropped prompts included, nats; log G on one optimizer step under "
-            "the on-policy anchor, whatever is learned",
+            "the listwise term, dropped prompts included; log G on one optimizer step under the "
+            "on-policy anchor, whatever is learned",
+            unit="nats",
         ),
-        Metric("mean_tau", "groups", "mean temperature over prompts"),
-        Metric(
-            "target_entropy", "groups", "mean entropy of the target distribution over a group, nats"
-        ),
+        Metric("mean_tau", "groups", "the temperature of a prompt", title="Temperature"),
+        Metric("target_entropy", "groups", "entropy of the target distribution", unit="nats"),
     )
 
     tau: float = parameter(0.8, "temperature of the anchored policy distribution", above=0.0)

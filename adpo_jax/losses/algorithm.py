@@ -39,20 +39,26 @@ class Metric(NamedTuple):
       name: below the algorithm's own name and a slash.
       over: what it is a mean over, "tokens" or "groups", or "sum" for a count; so optimizer steps
         are joined to an iteration.
-      meaning: what it is, in which unit, without a full stop.
+      meaning: what it is, without a full stop.
+      unit: what it is measured in; "" for a plain number.
+      title: of its picture in reports; "" for none.
       needs: the parameter under which alone it is logged; "" for always.
     """
 
     name: str
     over: str
     meaning: str
+    unit: str = ""
+    title: str = ""
     needs: str = ""
 
 
 REFERENCE_KL = Metric(
     "reference_kl",
     "tokens",
-    "the k3 penalty to the reference over the kept prompts, nats a token, before beta_reference_kl",
+    "k3 to the reference over the prompts that were kept, before beta_reference_kl",
+    unit="nats a token",
+    title="KL to the reference",
     needs="beta_reference_kl",
 )
 SHARED_METRICS = (
@@ -60,24 +66,29 @@ SHARED_METRICS = (
     Metric(
         "anchor_kl",
         "tokens",
-        "k3 estimate of the KL between policy and anchor, nats a token, before each optimizer step",
+        "k3 estimate of the KL between policy and anchor, before each optimizer step",
+        unit="nats a token",
+        title="KL to the anchor",
     ),
     Metric(
         "abs_log_ratio",
         "groups",
-        "mean over completions of the absolute log-ratio to the anchor, nats a completion",
+        "mean of the absolute log-ratio of whole completions to the anchor",
+        unit="nats a completion",
     ),
     Metric(
         "kl_penalty",
         "tokens",
-        "the k3 penalty to the anchor over the kept prompts, nats a token, before beta_anchor_kl",
+        "k3 to the anchor over the prompts that were kept, before beta_anchor_kl",
+        unit="nats a token",
     ),
     REFERENCE_KL,
-    Metric("dropped_prompts", "sum", "prompts that drop_all_failed_prompts took out"),
+    Metric("dropped_prompts", "sum", "taken out by drop_all_failed_prompts", unit="prompts"),
     Metric(
         "zero_std_frac",
         "groups",
-        "share of the groups whose rewards count as all equal (min_reward_std)",
+        "of groups whose rewards count as all equal (min_reward_std)",
+        unit="share",
     ),
 )
 

@@ -37,7 +37,13 @@ class Grpo(Algorithm):
     on_policy_anchor: ClassVar[bool] = True
     own_metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("loss", "groups", "the clipped surrogate alone"),
-        Metric("clip_frac", "tokens", "share of the tokens whose gradient the clip stopped"),
+        Metric(
+            "clip_frac",
+            "tokens",
+            "of tokens whose gradient the clip stopped",
+            unit="share",
+            title="Clipped tokens",
+        ),
     )
 
     clip_low: float = parameter(0.2, "ratios are clipped at 1 - clip_low", above=0.0, most=1.0)
