@@ -47,7 +47,7 @@ class Anchor:
 
     def init(self, params):
         """The first anchor: a copy (the state it comes from is donated), or None."""
-        return _copy(params) if self.keeps_params else None
+        return copied(params) if self.keeps_params else None
 
     def refresh(self, anchor_params, params, *, measured_kl: float):
         """The anchor of the next iteration.
@@ -61,12 +61,13 @@ class Anchor:
         if self.mode == "ema":
             return _moving_average(anchor_params, params, self.ema_alpha), True
         if self.mode == "kl_triggered" and measured_kl > self.kl_threshold:
-            return _copy(params), True
+            return copied(params), True
         return anchor_params, False
 
 
 @jax.jit
-def _copy(params):
+def copied(params):
+    """The same parameters in memory of their own: the state they come from is donated."""
     return jax.tree.map(jnp.copy, params)
 
 

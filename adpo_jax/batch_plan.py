@@ -19,6 +19,8 @@ class BatchPlan:
       layout: "packed", streams in which groups share their prompt (`packing`), or "rows", padded.
       micro_completions: packed, completions of full length that fit in a micro-batch of a device;
         0 for all.
+      prompt_length, completion_length: tokens of the longest prompt and completion there may be; 0
+        for those of the batch at hand.
     """
 
     num_prompts: int
@@ -27,6 +29,8 @@ class BatchPlan:
     epochs: int
     layout: str = "packed"
     micro_completions: int = 0
+    prompt_length: int = 0
+    completion_length: int = 0
 
     @property
     def updates_per_iteration(self) -> int:
@@ -65,8 +69,9 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
     )
     if layout not in LAYOUTS:
         raise ValueError(f"actor.layout is one of {LAYOUTS}, given {layout!r}")
+    longest = (config.data.max_prompt_length, config.data.max_response_length)
     if layout == "packed":
-        return BatchPlan(prompts, mini, mini, epochs, layout, per_device)
+        return BatchPlan(prompts, mini, mini, epochs, layout, per_device, *longest)
     completions = per_device * num_shards if per_device else mini * G
     micro, rest = divmod(completions, G)
     if rest or micro == 0 or mini % micro or micro % num_shards:
@@ -80,4 +85,4 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
             f"times {num_shards} devices must be whole groups of {G} that divide an optimizer step "
             f"of {mini} x {G} = {mini * G} completions. Given {per_device}; these work: {allowed}"
         )
-    return BatchPlan(prompts, mini, micro, epochs, layout, per_device)
+    return BatchPlan(prompts, mini, micro, epochs, layout, per_device, *longest)

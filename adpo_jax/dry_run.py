@@ -23,17 +23,17 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import loading, rollout, setup, sharding
+from adpo_jax import loading, setup, sharding
 from adpo_jax.batch_plan import batch_plan
 from adpo_jax.cache_plan import readable
 from adpo_jax.chips import Chip, chip_of
 from adpo_jax.config_checks import finalized
 from adpo_jax.dry_run_report import PROGRAM_OF, Report, Step
-from adpo_jax.engine import Engine, RolloutOutput
+from adpo_jax.engine import Engine
 from adpo_jax.flops import traced_flops
 from adpo_jax.hlo import Program
 from adpo_jax.learner import Learner
-from adpo_jax.rollout import Prompts
+from adpo_jax.records import Completion, Sequences
 from adpo_jax.sampling import SamplingParams
 
 
@@ -155,20 +155,14 @@ def _traced(
 ) -> dict[str, tuple[jax.stages.Traced, int]]:
     """The programs of an iteration, and how often their open loops turn."""
     P, G = config.data.train_batch_size, config.algorithm.num_generations
-    T, length = config.data.max_response_length, config.data.max_prompt_length
-    out = RolloutOutput(
-        tokens=np.zeros((P, G, T), np.int32),
-        mask=np.ones((P, G, T), np.int32),
-        lengths=np.full((P, G), T, np.int32),
-        log_probs=np.zeros((P, G, T), np.float32),
-        finish_reason=np.full((P, G), "length"),
-        full_log_probs=None,
-        stats={},
-    )
-    prompts = Prompts([[0] * length] * P, {})
-    batch = rollout.make_batch(prompts, out, max_prompt_length=length)
+    # One of full length, which all prompts and completions of the iteration are.
+    completion = Completion.sampled(*np.zeros((2, config.data.max_response_length)), "length")
+    prompt = [0] * config.data.max_prompt_length
+    sequences = Sequences([prompt] * P, [[completion] * G] * P)
     rollout_programs = engine.trace(sampling)
-    return {name: (traced, 1) for name, traced in rollout_programs.items()} | learner.trace(batch)
+    return {name: (traced, 1) for name, traced in rollout_programs.items()} | learner.trace(
+        sequences
+    )
 
 
 def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:

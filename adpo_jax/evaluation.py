@@ -13,9 +13,10 @@ import numpy as np
 
 from adpo_jax import distributed
 from adpo_jax.engine import Engine, RolloutOutput
+from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rewards.extract import find_answer
-from adpo_jax.rollout import Prompts, decode_completions
+from adpo_jax.rollout import decode_completions
 from adpo_jax.sampling import SamplingParams
 
 BOOTSTRAP_REPLICATES = 2000

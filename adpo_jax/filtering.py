@@ -13,7 +13,7 @@ Source: Yu et al. 2025, "DAPO", arXiv 2503.14476, section 3.2, which drops the s
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import numpy as np
 
 from adpo_jax import recording
 from adpo_jax.checkpoint_files import CheckpointError
-from adpo_jax.engine import RolloutOutput
-from adpo_jax.rewards import Scores
-from adpo_jax.rollout import GradedRollout, Prompts, reward_metrics, rollout_metrics
+from adpo_jax.records import GradedGroups, Prompts
+from adpo_jax.rollout import reward_metrics, rollout_metrics
+from adpo_jax.source import Source
 
 # Metrics of an iteration that speak of all batches sampled in it.
 OF_ALL_ATTEMPTS = (
@@ -35,69 +35,15 @@ OF_ALL_ATTEMPTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
-    """Prompts with their graded completions."""
-
-    prompts: Prompts
-    graded: GradedRollout
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def rewards_PG(self) -> np.ndarray:
-        return self.graded.scores.total.reshape(len(self), -1)
-
-    def select(self, rows: Sequence[int]) -> "Groups":
-        """The groups with these numbers, in this order."""
-        out, scores = self.graded.out, self.graded.scores
-        G = out.lengths.shape[1]
-        flat = [row * G + g for row in rows for g in range(G)]
-        return Groups(
-            self.prompts.select(rows),
-            dataclasses.replace(
-                self.graded,
-                out=_map_arrays(lambda x: x[list(rows)], out),
-                completions=[self.graded.completions[i] for i in flat],
-                scores=Scores(
-                    scores.total[flat],
-                    {name: values[flat] for name, values in scores.components.items()},
-                    dict.fromkeys(scores.counts, 0),
-                ),
-            ),
-        )
-
-    @classmethod
-    def concatenate(cls, parts: "Sequence[Groups]") -> "Groups":
-        """The groups of several as those of one; seconds and counts add up."""
-        graded = [part.graded for part in parts]
-        prompts = [part.prompts for part in parts]
-        columns = {
-            name: [value for p in prompts for value in p.columns[name]]
-            for name in prompts[0].columns
-        }
-        seconds = np.sum([g.seconds for g in graded], axis=0)
-        return cls(
-            Prompts([ids for p in prompts for ids in p.token_ids], columns),
-            GradedRollout(
-                _map_arrays(lambda *x: np.concatenate(x), *(g.out for g in graded)),
-                [text for g in graded for text in g.completions],
-                Scores.concatenate([g.scores for g in graded]),
-                (float(seconds[0]), float(seconds[1])),
-            ),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class _State:
     """What an iteration leaves to the next."""
 
     drawn: int = 0  # batches of prompts so far
-    surplus: Groups | None = None
+    surplus: GradedGroups | None = None
 
 
-class GroupFilter:
-    """Rollouts in which every group has a spread, as far as the attempts suffice.
+class GroupFilter(Source):
+    """Groups sampled on the spot, each has a spread, as far as the attempts suffice.
 
     Args:
       sample: (step from 0, attempt from 0, prompts, parameters) -> graded completions.
@@ -109,7 +55,7 @@ class GroupFilter:
 
     def __init__(
         self,
-        sample: Callable[[int, int, Prompts, Any], GradedRollout],
+        sample: Callable[[int, int, Prompts, Any], GradedGroups],
         prompts_of: Callable[[int], Prompts],
         folder: Path,
         *,
@@ -120,7 +66,7 @@ class GroupFilter:
         self._max_attempts, self._min_reward_std = max_attempts, min_reward_std
         self._states: dict[int, _State] = {0: _State()}  # by iterations done
 
-    def __call__(self, step: int, params) -> tuple[Prompts, GradedRollout]:
+    def next(self, step: int, params) -> GradedGroups:
         """The groups of the iteration after `step` iterations, with the metrics of the filter.
 
         Raises:
@@ -131,46 +77,43 @@ class GroupFilter:
         dropped, attempts = [], []
         for attempt in range(self._max_attempts):
             prompts = self._prompts_of(before.drawn + attempt)
-            groups = Groups(prompts, self._sample(step, attempt, prompts, params))
+            groups = self._sample(step, attempt, prompts, params)
             attempts.append(groups)
-            spread = self._has_spread(groups.rewards_PG)
+            spread = self._has_spread(groups.rewards)
             found.append(groups.select(np.flatnonzero(spread)))
             dropped.append(groups.select(np.flatnonzero(~spread)))
             if sum(map(len, found)) >= len(prompts):
                 break
         P, num_found = len(prompts), sum(map(len, found))
-        candidates = Groups.concatenate([*found, *dropped])
-        chosen = candidates.select(range(P))
+        candidates = GradedGroups.concatenate([*found, *dropped])
         surplus = candidates.select(range(P, num_found)) if num_found > P else None
         self._states = {
             step: before,
             step + 1: _State(before.drawn + attempt + 1, surplus),
         }
+        sampled = GradedGroups.concatenate(attempts)
+        # One attempt after the other, where `concatenate` speaks of parts sampled at the same time.
+        seconds = np.sum([groups.seconds for groups in attempts], axis=0).tolist()
+        sampled = dataclasses.replace(sampled, seconds=tuple(seconds))
         metrics = {
             "filter/attempts": attempt + 1.0,
-            "filter/dropped_frac": sum(map(len, dropped)) / sum(map(len, attempts)),
+            "filter/dropped_frac": sum(map(len, dropped)) / len(sampled),
             "filter/fillers": float(max(P - num_found, 0)),
             "filter/carried": float(max(num_found - P, 0)),
+            "filter/sampled_reward": float(sampled.scores.total.mean()),
         }
-        sampled = Groups.concatenate(attempts).graded
-        metrics["filter/sampled_reward"] = float(sampled.scores.total.mean())
         # Of all that was sampled and graded in this time, where other metrics are of the chosen.
-        G = sampled.out.lengths.shape[1]
-        of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, G)
+        of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, sampled.rewards.shape[1])
         metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS}
-        graded = dataclasses.replace(chosen.graded, seconds=sampled.seconds, metrics=metrics)
-        return chosen.prompts, graded
+        chosen = candidates.select(range(P))
+        return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
 
-    def save(self, step: int, oldest: int = 0) -> None:
-        """Keeps what the next iteration is left after `step` iterations.
-
-        Args:
-          oldest: what earlier steps than this one left is removed.
-        """
+    def save(self, step: int, *, oldest: int = 0) -> None:
+        """Keeps what the next iteration is left after `step` iterations."""
         state = self._state(step)
         self._folder.mkdir(parents=True, exist_ok=True)
         if state.surplus is not None:
-            recording.write(self._folder, step, state.surplus.prompts, state.surplus.graded)
+            recording.write(self._folder, step, state.surplus)
         content = {"drawn": state.drawn, "surplus": state.surplus is not None}
         (self._folder / f"{step:06d}.json").write_text(json.dumps(content) + "\n")
         for path in self._folder.iterdir():
@@ -178,12 +121,16 @@ class GroupFilter:
                 path.unlink()
 
     def check(self, step: int) -> None:
-        """Checks that a run can go on after `step` iterations; below 0 it is in the cold start.
+        """Checks that what iteration `step` left was kept; below 0 it is in the supervised stage.
 
         Raises:
-          CheckpointError: when what iteration `step` left was not kept.
+          CheckpointError: when it was not.
         """
         self._state(max(step, 0))
+
+    def restore(self, step: int) -> None:
+        """Takes up what iteration `step` left; errors as of `check`."""
+        self.check(step)
 
     def _state(self, step: int) -> _State:
         if step not in self._states:
@@ -197,22 +144,10 @@ class GroupFilter:
                     "its surplus. A run that began without it goes on without it; set it as it "
                     "was, or start again in another folder"
                 ) from error
-            surplus = Groups(*recording.read(self._folder, step)) if content["surplus"] else None
+            surplus = recording.read(self._folder, step) if content["surplus"] else None
             self._states = {step: _State(content["drawn"], surplus)}
         return self._states[step]
 
     def _has_spread(self, rewards_PG: np.ndarray) -> np.ndarray:
         std_P = rewards_PG.std(axis=1, ddof=1)
         return (np.ptp(rewards_PG, axis=1) > 0) & (std_P >= self._min_reward_std)
-
-
-def _map_arrays(function, *outs: RolloutOutput) -> RolloutOutput:
-    """A rollout whose arrays are `function` of those of others."""
-    names = ("tokens", "mask", "lengths", "log_probs", "finish_reason", "full_log_probs")
-    arrays = {
-        name: None
-        if any(getattr(out, name) is None for out in outs)
-        else function(*(getattr(out, name) for out in outs))
-        for name in names
-    }
-    return RolloutOutput(**arrays, stats={})

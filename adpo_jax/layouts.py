@@ -1,41 +1,63 @@
 """How a batch on the device runs through the model, micro-batch by micro-batch.
 
 Two layouts with the same face: rows (each completion behind its own copy of the prompt, padded: the
-plain version) and packed streams (`packing`).
+plain version) and packed streams (`packing`). What there is of every token (log-probs, whether it
+is trained on) lies in arrays of the layout's own shape, [P, G, T] in rows, [B, M, C] in streams.
 
 Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens,
 B streams side by side, M micro-batches, N tokens of a stream, C completion places of it, D model
 width.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.packing import Batch, Micro, PackedBatch
+from adpo_jax.losses.algorithm import PaddedTokens, Prepared, StreamTokens, Tokens
+from adpo_jax.packing import Micro, PackedBatch
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch
 from adpo_jax.tile_attention import Stream
 
 
 class MicroBatch(Protocol):
-    """Completions that run through the model at once, in rows of places."""
+    """Completions that run through the model at once, in rows of places.
+
+    Attributes:
+      tokens: those of this micro-batch, in the shape of its part of the batch.
+    """
+
+    tokens: Tokens
 
     def hidden_and_targets(self, policy: Policy, params) -> tuple[jax.Array, jax.Array]:
         """Hidden states [rows, places, D], and the token [rows, places] that each predicts."""
 
-    def values(self, values_PGT: jax.Array) -> jax.Array:
-        """The values of its tokens, [rows, places], 0 where there is none."""
+    def of(self, values: jax.Array) -> jax.Array:
+        """Its part of values in the shape of the layout."""
+
+    def rows(self, values: jax.Array) -> jax.Array:
+        """Values of its tokens as [rows, places]."""
+
+    def from_rows(self, values: jax.Array) -> jax.Array:
+        """Values [rows, places] in the shape of its part of the batch."""
+
+    def prepared(self, prepared: Prepared) -> Prepared:
+        """What a loss over its tokens alone is given."""
 
 
 class Layout(Protocol):
-    """A batch cut into micro-batches."""
+    """A batch cut into micro-batches.
 
-    batch: Batch | PackedBatch
+    Attributes:
+      tokens: all of the batch, in the shape of the layout.
+      log_probs: of other policies, in the shape of the layout, by their names.
+      has_whole_groups: no group is split over micro-batches.
+    """
 
-    @property
-    def has_whole_groups(self) -> bool:
-        """Whether no group is split over micro-batches."""
+    tokens: Tokens
+    log_probs: dict[str, jax.Array]
+    has_whole_groups: bool
 
     def micro(self, i) -> MicroBatch:
         """The micro-batch with this number."""
@@ -43,24 +65,30 @@ class Layout(Protocol):
     def loop(self, body, first):
         """Runs `body(carry, i) -> (carry, out)` over the micro-batches; (carry, outs)."""
 
-    def by_group(self, outs: jax.Array) -> jax.Array:
-        """What `loop` collected, from [micro-batches, rows, places] to [P, G, T]."""
-
-    def fill(self, values_PGT: jax.Array, i, out: jax.Array) -> jax.Array:
-        """The values with those of micro-batch i [rows, places] in their place."""
+    def joined(self, outs: jax.Array) -> jax.Array:
+        """What `loop` collected, from [micro-batches, rows, places] to the shape of the layout."""
 
 
-def layout_of(batch: Batch | PackedBatch, num_micro: int = 1) -> Layout:
-    """The layout of a batch; `num_micro` as of `update.make_update`."""
-    return PackedLayout(batch) if isinstance(batch, PackedBatch) else RowLayout(batch, num_micro)
+def layout_of(
+    batch: Batch | PackedBatch, log_probs: dict[str, Any] | None = None, num_micro: int = 1
+) -> Layout:
+    """The layout of a batch; `log_probs` and `num_micro` as of `update.make_update`."""
+    if isinstance(batch, PackedBatch):
+        return PackedLayout(batch, batch.log_probs | (log_probs or {}))
+    return RowLayout(batch, {"sampler": batch.sampler_log_probs_PGT} | (log_probs or {}), num_micro)
 
 
 class RowLayout(NamedTuple):
     """Padded rows; a micro-batch is some of the prompts with all their completions."""
 
     batch: Batch
+    log_probs: dict[str, jax.Array]
     num_micro: int
     has_whole_groups = True
+
+    @property
+    def tokens(self) -> PaddedTokens:
+        return PaddedTokens(self.batch.completion_mask_PGT > 0)
 
     def micro(self, i) -> "RowMicro":
         return RowMicro(self, i)
@@ -75,15 +103,10 @@ class RowLayout(NamedTuple):
             return carry, jax.tree.map(lambda x: x[None], out)
         return jax.lax.scan(body, first, jnp.arange(self.num_micro))
 
-    def by_group(self, outs):
+    def joined(self, outs):
         P, G, T = self.batch.completion_mask_PGT.shape
         outs = outs.reshape(self.num_micro, -1, G, T)
         return jnp.moveaxis(outs, 0, 1).reshape(P, G, T)
-
-    def fill(self, values_PGT, i, out):
-        _, G, T = values_PGT.shape
-        parts = values_PGT.reshape(-1, self.num_micro, G, T)
-        return parts.at[:, i].set(out.reshape(-1, G, T)).reshape(values_PGT.shape)
 
 
 class RowMicro(NamedTuple):
@@ -92,31 +115,51 @@ class RowMicro(NamedTuple):
     layout: RowLayout
     i: jax.Array
 
+    @property
+    def tokens(self) -> PaddedTokens:
+        return PaddedTokens(self.of(self.layout.batch.completion_mask_PGT) > 0)
+
     def hidden_and_targets(self, policy: Policy, params):
         batch = self.layout.batch
         S, T = batch.tokens_PGS.shape[-1], batch.num_completion
-        tokens = self.layout.part(batch.tokens_PGS, self.i).reshape(-1, S)
-        mask = self.layout.part(batch.attention_mask_PGS, self.i).reshape(-1, S)
+        tokens = self.of(batch.tokens_PGS).reshape(-1, S)
+        mask = self.of(batch.attention_mask_PGS).reshape(-1, S)
         return policy.hidden(params, tokens, mask)[:, -T - 1 : -1], tokens[:, -T:]
 
-    def values(self, values_PGT):
-        return self.layout.part(values_PGT, self.i).reshape(-1, values_PGT.shape[-1])
+    def of(self, values):
+        return self.layout.part(values, self.i)
+
+    def rows(self, values):
+        return values.reshape(-1, values.shape[-1])
+
+    def from_rows(self, values):
+        _, G, T = self.layout.batch.completion_mask_PGT.shape
+        return values.reshape(-1, G, T)
+
+    def prepared(self, prepared: Prepared) -> Prepared:
+        return jax.tree.map(self.of, prepared)
 
 
 class PackedLayout(NamedTuple):
     """Streams of `packing`, side by side over the devices."""
 
     batch: PackedBatch
+    log_probs: dict[str, jax.Array]
 
     @property
     def has_whole_groups(self) -> bool:
         return self.batch.whole_groups
 
+    @property
+    def tokens(self) -> StreamTokens:
+        batch = self.batch
+        return StreamTokens(batch.trained, batch.completion, batch.num_prompts, batch.group_size)
+
     def micro(self, i) -> "PackedMicro":
-        return PackedMicro(jax.tree.map(lambda x: x[:, i], self.batch.micro))
+        return PackedMicro(self, i, jax.tree.map(lambda x: x[:, i], self.batch.micro))
 
     def loop(self, body, first):
-        max_micro = self.batch.micro.tokens.shape[1]
+        max_micro = self.batch.trained.shape[1]
         if max_micro == 1:
             carry, out = body(first, 0)
             return carry, jax.tree.map(lambda x: x[None], out)
@@ -131,36 +174,37 @@ class PackedLayout(NamedTuple):
         # Only the micro-batches that hold something: their number is data, not a shape.
         return jax.lax.fori_loop(0, self.batch.num_micro_B[0], step, (first, outs))
 
-    def by_group(self, outs):
-        B = outs.shape[1]
-        outs = jnp.moveaxis(outs, 0, 1).reshape(B, -1)
-        slots = self.batch.slots_PGT.reshape(B, -1)
-        values = jnp.take_along_axis(outs, jnp.maximum(slots, 0), axis=1)
-        return jnp.where(slots >= 0, values, 0.0).reshape(self.batch.slots_PGT.shape)
-
-    def fill(self, values_PGT, i, out):
-        B, C = out.shape
-        slots = self.batch.slots_PGT.reshape(B, -1) - i * C
-        found = jnp.take_along_axis(out, jnp.clip(slots, 0, C - 1), axis=1)
-        filled = jnp.where((slots >= 0) & (slots < C), found, values_PGT.reshape(B, -1))
-        return filled.reshape(values_PGT.shape)
+    def joined(self, outs):
+        return jnp.moveaxis(outs, 0, 1)
 
 
 class PackedMicro(NamedTuple):
     """A stream a batch shard of the mesh."""
 
+    layout: PackedLayout
+    i: jax.Array
     streams: Micro
+
+    @property
+    def tokens(self) -> StreamTokens:
+        return jax.tree.map(self.of, self.layout.tokens)
 
     def hidden_and_targets(self, policy: Policy, params):
         streams = self.streams
         attend = policy.stream_attention(
-            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles)
+            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles - 1)
         )
         hidden, _ = policy(params, streams.tokens, streams.positions, attend=attend)
         return hidden[:, -streams.targets.shape[1] :], streams.targets
 
-    def values(self, values_PGT):
-        places = self.streams.places
-        values = values_PGT.reshape(places.shape[0], -1)
-        found = jnp.take_along_axis(values, jnp.maximum(places, 0), axis=1)
-        return jnp.where(places >= 0, found, 0.0)
+    def of(self, values):
+        return values[:, self.i]
+
+    def rows(self, values):
+        return values
+
+    def from_rows(self, values):
+        return values
+
+    def prepared(self, prepared: Prepared) -> Prepared:
+        return prepared

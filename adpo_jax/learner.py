@@ -1,7 +1,8 @@
-"""One iteration's learning: anchor log-probs, then optimizer steps over mini-batches of prompts.
+"""One iteration's learning: log-probs of other policies, then optimizer steps over mini-batches.
 
 One optimizer step an iteration under the on-policy anchor costs no anchor forward: the anchor is
-the policy of that very step. Everything else costs one.
+the policy of that very step. Everything else costs one, and so does the reference where the loss
+pulls towards it.
 
 Letters: P prompts, G completions of a prompt, T completion tokens.
 """
@@ -18,24 +19,46 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import distributed, lora, losses, offload, profiling, update
+from adpo_jax import anchor as anchor_lib
+from adpo_jax import distributed, lora, offload, profiling, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.flops import traced_flops
 from adpo_jax.guard import SKIPPED
+from adpo_jax.losses import Algorithm
 from adpo_jax.optimizer import steps_taken
-from adpo_jax.packing import Batch, PackedBatch, balanced, pack
+from adpo_jax.packing import PackedBatch, Packing, balanced
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch, Sequences, make_batch, pad_values
 from adpo_jax.sharding import BatchSharding, device_bytes
 from adpo_jax.update import TrainState
+
+Ragged = list[list[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LaidOut:
+    """Sequences as they run through the model.
+
+    Attributes:
+      batch: host arrays, or their shapes.
+      log_probs: of other policies, for a padded batch; a packed one has its own.
+      turns: how often the loop over packed micro-batches turns, which the program does not say.
+      ragged: values in the shape of the layout -> P lists of G arrays, one a completion.
+    """
+
+    batch: Batch | PackedBatch
+    log_probs: dict[str, np.ndarray]
+    padding_frac: float
+    turns: int
+    ragged: Callable[[np.ndarray], Ragged]
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """Turns a scored batch of completions into a new state.
+    """Turns scored completions into a new state.
 
     Attributes:
-      algorithm: `losses.Adpo`, `losses.Grpo` or `losses.Rloo`.
       schedule: the optimizer's learning rate by optimizer step, for the log.
       temperature: of the sampler.
       seed: of the order of prompts over mini-batches.
@@ -44,7 +67,7 @@ class Learner:
     """
 
     policy: Policy
-    algorithm: losses.Algorithm
+    algorithm: Algorithm
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     anchor: Anchor
@@ -96,46 +119,76 @@ class Learner:
         mesh = self.policy.mesh
         return profiling.peak_flops(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
 
-    def laid_out(self, batch: Batch, *, whole_groups: bool = False) -> Batch | PackedBatch:
-        """The batch as the plan has it run through the model, host arrays.
+    def laid_out(
+        self, sequences: Sequences, *, whole_groups: bool = False, abstract: bool = False
+    ) -> LaidOut:
+        """The sequences as the plan has them run through the model.
 
         Args:
           whole_groups: where a micro-batch has the room, keep the groups whole.
+          abstract: shapes in place of arrays.
         """
-        plan, G = self.plan, batch.tokens_PGS.shape[1]
+        if self.plan.layout == "rows":
+            return self._in_rows(sequences)
+        plan, G = self.plan, sequences.lengths.shape[1]
         num_shards = BatchSharding(self.policy.mesh).num_shards
-        if plan.layout == "rows":
-            return batch
-        return pack(
-            batch,
+        packing = Packing(
+            sequences,
             # The anchor's forward over all mini-batches takes no more memory than an update.
             completions_per_micro=plan.micro_completions or plan.mini_prompts // num_shards * G,
+            full_length=plan.completion_length,
             num_shards=num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
         )
+        names = ("sampler", *sequences.log_probs)
+        batch = packing.abstract(names) if abstract else packing.batch(sequences)
+        return LaidOut(batch, {}, packing.padding_frac, packing.num_micro, packing.unpacked)
 
-    def _balanced(self, batch: Batch) -> np.ndarray:
-        """The order of the prompts in which the devices have about equally much to do."""
-        return balanced(batch, BatchSharding(self.policy.mesh).num_shards)
-
-    @property
-    def _tau_follows_entropy(self) -> bool:
-        return (
-            isinstance(self.algorithm, losses.Adpo)
-            and self.algorithm.use_adaptive_tau
-            and self.algorithm.adaptive_tau_mode == "policy_entropy"
+    def _in_rows(self, sequences: Sequences) -> LaidOut:
+        lengths_PG = sequences.lengths
+        T = self.plan.completion_length or int(lengths_PG.max())
+        batch = make_batch(
+            sequences.prompts,
+            sequences.completions,
+            prompt_length=self.plan.prompt_length or max(map(len, sequences.prompts)),
+            completion_length=T,
         )
+        log_probs = {name: pad_values(v, T) for name, v in sequences.log_probs.items()}
+
+        def ragged(values_PGT) -> Ragged:
+            return [
+                [values[:length] for values, length in zip(group, lengths)]
+                for group, lengths in zip(values_PGT, lengths_PG)
+            ]
+
+        return LaidOut(batch, log_probs, batch.padding_frac, 1, ragged)
+
+    def _balanced(self, sequences: Sequences) -> np.ndarray:
+        """The order of the prompts in which the devices have about equally much to do."""
+        num_shards = BatchSharding(self.policy.mesh).num_shards
+        return balanced(sequences.tokens_of_groups, num_shards)
 
     @property
     def needs_anchor_forward(self) -> bool:
         """Whether an iteration runs the anchor over its completions."""
+        if self.algorithm.needs_entropy:
+            return True
         one_step = self.plan.updates_per_iteration == 1
-        return self.anchor.keeps_params or not one_step or self._tau_follows_entropy
+        moved_away = self.anchor.keeps_params or not one_step
+        return "anchor" in self.algorithm.needs and moved_away
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the state has a copy for the reference: a fixed anchor is the reference."""
+        return "reference" in self.algorithm.needs and self.anchor.mode != "fixed"
 
     def init_state(self, params) -> TrainState:
         """The state before the first iteration; it takes `params` over."""
-        anchor_params = self.anchor.init(lora.split(params)[0])
-        state = update.init_state(self.policy, params, self.optimizer, anchor_params)
+        trained, _ = lora.split(params)
+        reference_params = anchor_lib.copied(trained) if self.keeps_reference else None
+        state = update.init_state(
+            self.policy, params, self.optimizer, self.anchor.init(trained), reference_params
+        )
         return self.put_away(state)
 
     def put_away(self, state: TrainState) -> TrainState:
@@ -149,7 +202,10 @@ class Learner:
     def abstract_state(self) -> TrainState:
         """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
         return update.abstract_state(
-            self.policy, self.optimizer, keeps_anchor=self.anchor.keeps_params
+            self.policy,
+            self.optimizer,
+            keeps_anchor=self.anchor.keeps_params,
+            keeps_reference=self.keeps_reference,
         )
 
     def state_bytes(self) -> dict[str, int]:
@@ -159,6 +215,7 @@ class Learner:
             "parameters": device_bytes(state.params),
             "optimizer": device_bytes(state.opt_state),
             "anchor": device_bytes(state.anchor_params),
+            "reference": device_bytes(state.reference_params),
         }
 
     @property
@@ -172,13 +229,13 @@ class Learner:
         return sum(n for part, n in self.state_bytes().items() if part not in self.parts_on_host)
 
     def learn(
-        self, state: TrainState, batch: Batch, rewards_PG: np.ndarray
+        self, state: TrainState, sequences: Sequences, rewards_PG: np.ndarray
     ) -> tuple[TrainState, dict[str, float]]:
         """One iteration.
 
         Args:
           state: donated.
-          batch: P prompts with their G completions each, host arrays.
+          sequences: P prompts with their G completions each.
           rewards_PG: [P, G] float32.
 
         Returns:
@@ -188,28 +245,27 @@ class Learner:
         """
         step, started = int(state.step), time.perf_counter()
         with jax.profiler.TraceAnnotation("anchor"):
-            anchor_log_probs, entropy_P = self._anchor_forward(state, batch)
+            log_probs, entropy_P = self._other_log_probs(state, sequences)
         anchored = time.perf_counter()
-        kwargs = {"policy_entropy_P": entropy_P} if self._tau_follows_entropy else {}
-        scores = jax.device_get(self.algorithm.score(jnp.asarray(rewards_PG), **kwargs))
+        sequences = dataclasses.replace(sequences, log_probs=log_probs)
+        scores = self.algorithm.score(jnp.asarray(rewards_PG), entropy_P=entropy_P)
+        scores = jax.device_get(scores)
 
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_device(state.opt_state))
         history, arithmetic = [], collections.Counter()
-        whole = (batch, scores, anchor_log_probs)
         for rows in self._mini_batches(step):
-            rows = rows[self._balanced(_rows(batch, rows))]
-            mini, *others = _rows(whole, rows)
-            mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
-            part = self.put((mini, *others))
+            rows = rows[self._balanced(sequences.select(rows))]
+            mini = self.laid_out(sequences.select(rows), whole_groups=bool(log_probs))
+            part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
             if self._peak_flops:
-                arithmetic += self._arithmetic(state, part, _turns(mini))
+                arithmetic += self._arithmetic(state, part, mini.turns)
             with jax.profiler.TraceAnnotation("update"):
                 state, metrics = self._update(state, *part)
                 metrics = jax.device_get(metrics)
             history.append(metrics | {"update/padding_frac": mini.padding_frac})
         seconds = time.perf_counter() - anchored
-        metrics = _iteration_metrics(history, self.plan.epochs)
+        metrics = self._joined(history)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
         for name, flops in arithmetic.items():
@@ -220,65 +276,89 @@ class Learner:
         if metrics[SKIPPED] < 1.0:  # or nothing has moved, and neither does the anchor
             if self.anchor.offload:
                 anchor_params = offload.to_device(anchor_params)
+            # Nats a token between the anchor and the policy before the iteration's last step.
+            measured_kl = float(history[-1][self.algorithm.anchor_kl_metric])
             anchor_params, renewed = self.anchor.refresh(
-                anchor_params, state.trained, measured_kl=self._measured_kl(history)
+                anchor_params, state.trained, measured_kl=measured_kl
             )
         metrics["anchor/renewed"] = float(renewed)
         state = state.replace(step=state.step + 1, anchor_params=anchor_params)
         return self.put_away(state), metrics
 
-    def log_probs(self, params, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probs and entropies [P, G, T] float32 of a batch's completions, on the host."""
-        order = self._balanced(batch)
-        laid_out = self.laid_out(_rows(batch, order))
-        found = distributed.fetch(self._log_probs(params, self.put(laid_out)))
-        return _rows(found, np.argsort(order))
+    def log_probs(self, params, sequences: Sequences) -> tuple[Ragged, Ragged]:
+        """Log-probs and entropies of the completions' tokens, P lists of G arrays [T] float32."""
+        order = self._balanced(sequences)
+        laid_out = self.laid_out(sequences.select(order))
+        found = distributed.fetch(self._log_probs(params, self.put(laid_out.batch)))
+        places = np.argsort(order)
+        return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
-    def trace(self, batch: Batch) -> dict[str, tuple[jax.stages.Traced, int]]:
+    def trace(self, sequences: Sequences) -> dict[str, tuple[jax.stages.Traced, int]]:
         """The programs of `learn`, from shapes alone: "update", and "anchor" where it is needed.
 
         Args:
-          batch: of an iteration, as for `learn`; only its shapes matter.
+          sequences: of an iteration, as for `learn`; only their lengths matter.
 
         Returns:
           For each name the program and how often its loop over micro-batches turns.
         """
-        state, mask = self.abstract_state(), batch.completion_mask_PGT
-        kwargs, traced, anchor_log_probs = {}, {}, None
-        if self._tau_follows_entropy:
-            kwargs = {"policy_entropy_P": np.zeros(mask.shape[:1], np.float32)}
-        if self.needs_anchor_forward:
-            anchor_log_probs = np.zeros_like(mask)
-            whole = self.laid_out(batch)
-            traced["anchor"] = (
-                self._log_probs.trace(state.params, self._abstract(whole)),
-                _turns(whole),
-            )
-        scores = jax.device_get(self.algorithm.score(jnp.zeros(mask.shape[:2]), **kwargs))
-        part = (batch, scores, anchor_log_probs)
-        mini, *others = _rows(part, np.arange(self.plan.mini_prompts))
-        mini = self.laid_out(mini, whole_groups=anchor_log_probs is not None)
-        traced["update"] = (
-            self._update.trace(state, *self._abstract((mini, *others))),
-            _turns(mini),
-        )
+        state, lengths_PG = self.abstract_state(), sequences.lengths
+        traced, names = {}, list(self._forwards(state))
+        if names:
+            whole = self.laid_out(sequences, abstract=True)
+            program = self._log_probs.trace(state.params, self._abstract(whole.batch))
+            traced["anchor"] = (program, whole.turns)
+        entropy_P = jnp.zeros(len(lengths_PG)) if self.algorithm.needs_entropy else None
+        score = functools.partial(self.algorithm.score, entropy_P=entropy_P)
+        scores = jax.device_get(score(jnp.zeros(lengths_PG.shape)))
+        log_probs = dict.fromkeys(names, sequences.values("sampler"))
+        rows = np.arange(self.plan.mini_prompts)
+        mini = dataclasses.replace(sequences, log_probs=log_probs).select(rows)
+        mini = self.laid_out(mini, whole_groups=bool(names), abstract=True)
+        part = self._abstract((mini.batch, _rows(scores, rows), mini.log_probs))
+        traced["update"] = (self._update.trace(state, *part), mini.turns)
         return traced
 
     def _abstract(self, tree):
         return BatchSharding(self.policy.mesh).abstract(tree)
 
-    def _anchor_forward(self, state: TrainState, batch: Batch):
-        """Anchor log-probs [P, G, T] and mean token entropy [P] over log V; None where unneeded."""
-        if not self.needs_anchor_forward:
-            return None, None
-        if self.anchor.offload:
-            state = state.replace(anchor_params=offload.to_device(state.anchor_params))
-        params = state.anchor if self.anchor.keeps_params else state.params
-        log_probs, entropy = self.log_probs(params, batch)
-        mask = batch.completion_mask_PGT
-        tokens_P = np.maximum(mask.sum((1, 2)), 1.0)
-        entropy_P = (entropy * mask).sum((1, 2)) / tokens_P
-        return log_probs, entropy_P / math.log(self.policy.config.vocab_size)
+    def _forwards(self, state: TrainState) -> dict[str, Callable]:
+        """The policies whose log-probs an iteration wants, and how to get their parameters."""
+
+        def anchor():
+            if not self.anchor.keeps_params:
+                return state.params
+            if not self.anchor.offload:
+                return state.anchor
+            return state.replace(anchor_params=offload.to_device(state.anchor_params)).anchor
+
+        forwards = {"anchor": anchor} if self.needs_anchor_forward else {}
+        if self.keeps_reference:
+            forwards["reference"] = lambda: state.reference
+        return forwards
+
+    def _other_log_probs(self, state: TrainState, sequences: Sequences):
+        """Log-probs by the names of their policies, and the anchor's entropy [P] over log V.
+
+        The entropy is None where the algorithm does not need it.
+        """
+        log_probs, entropy_P = {}, None
+        for name, params in self._forwards(state).items():
+            log_probs[name], entropy = self.log_probs(params(), sequences)
+            if name == "anchor" and self.algorithm.needs_entropy:
+                entropy_P = self._mean_entropy(sequences, entropy)
+        if "reference" in self.algorithm.needs and not self.keeps_reference:
+            log_probs["reference"] = log_probs["anchor"]
+        return log_probs, entropy_P
+
+    def _mean_entropy(self, sequences: Sequences, entropy: Ragged) -> np.ndarray:
+        """[P] float32, the mean over a prompt's trained tokens, over log(vocabulary size)."""
+        means = []
+        for group, values in zip(sequences.completions, entropy):
+            trained = np.concatenate([c.trained for c in group])
+            total = np.concatenate(values)[trained].sum(dtype=np.float32)
+            means.append(total / max(trained.sum(), 1))
+        return np.array(means, np.float32) / math.log(self.policy.config.vocab_size)
 
     def _mini_batches(self, step: int):
         """The prompts of each optimizer step, a fresh order every epoch."""
@@ -294,42 +374,27 @@ class Learner:
         """Host arrays with a leading batch axis -> device arrays, spread over the mesh."""
         return BatchSharding(self.policy.mesh).put(tree)
 
-    def _measured_kl(self, history) -> float:
-        """Nats a token between the anchor and the policy before the iteration's last step."""
-        (name,) = [name for name in history[-1] if name.endswith("/anchor_kl")]
-        return float(history[-1][name])
+    def _joined(self, history: list[dict]) -> dict[str, float]:
+        """Metrics of an iteration from those of its optimizer steps.
+
+        Means over tokens are weighted by tokens and counts are summed over an epoch, so that they
+        do not depend on the size of a mini-batch.
+        """
+        over = {metric.name: metric.over for metric in (*update.METRICS, *self.algorithm.metrics)}
+        tokens = [m["update/tokens"] for m in history]
+        weights = {"tokens": tokens if sum(tokens) > 0 else None}
+        metrics = {}
+        for name in history[0]:
+            values = [m[name] for m in history]
+            if over[name] == "first":
+                metrics[name] = float(values[0])
+            elif over[name] == "sum":
+                metrics[name] = float(sum(values)) / self.plan.epochs
+            else:
+                metrics[name] = float(np.average(values, weights=weights.get(over[name])))
+        return metrics
 
 
 def _rows(tree, rows: np.ndarray):
     """Some of the prompts of whatever has a row for each."""
     return jax.tree.map(lambda x: x[rows], tree)
-
-
-def _turns(batch: Batch | PackedBatch) -> int:
-    """How often the loop over packed micro-batches turns, which the program itself does not say."""
-    return int(batch.num_micro_B[0]) if isinstance(batch, PackedBatch) else 1
-
-
-# Means over the tokens of a mini-batch; all other metrics are means over its groups, or counts.
-_TOKEN_MEANS = ("rollout/entropy", "/anchor_kl", "/kl_penalty", "/clip_frac")
-
-
-def _iteration_metrics(history: list[dict], epochs: int) -> dict[str, float]:
-    """Metrics of an iteration from those of its optimizer steps.
-
-    Token means are weighted by tokens and counts are summed over an epoch, so that they do not
-    depend on the size of a mini-batch. What compares with the sampler is that of the first step,
-    before the policy has moved.
-    """
-    tokens = [m["update/tokens"] for m in history]
-    metrics = {}
-    for name in history[0]:
-        values = [m[name] for m in history]
-        if name.startswith("rollout/mismatch"):
-            metrics[name] = float(values[0])
-        elif name.endswith("/dropped_prompts") or name == "update/tokens":
-            metrics[name] = float(sum(values)) / epochs
-        else:
-            by_token = name.endswith(_TOKEN_MEANS) and sum(tokens) > 0
-            metrics[name] = float(np.average(values, weights=tokens if by_token else None))
-    return metrics

@@ -17,7 +17,7 @@ from adpo_jax import arithmetic, data, hf, lora_files
 from adpo_jax.lora import Lora, parse_targets
 from adpo_jax.policy import Policy
 from adpo_jax.prompts import render_prompts
-from adpo_jax.rollout import Prompts
+from adpo_jax.records import Prompts
 
 
 @dataclasses.dataclass(frozen=True)

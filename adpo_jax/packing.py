@@ -1,64 +1,46 @@
-"""The layout of a batch for the training forward: packed streams in which groups share a prompt.
+"""The layout of sequences for the training forward: packed streams in which groups share a prompt.
 
 A micro-batch is one stream of tokens a device: first the prompts of its groups, each once, then
 their completions, one after the other without padding between them. A completion's part of the
 stream starts with the prompt's last token and ends before its own last token, so that every place
 in it predicts one completion token, and no token runs through the model for nothing.
 
-All of this is decided on the host from the lengths. Sizes are rounded up to a few values (sixteen
-an octave for completions, fewer for the rest), so that an update compiles a few times a run, not
-once an iteration.
+All of this is decided on the host from the lengths (`Packing`). Sizes are rounded up to a few
+values (sixteen an octave for completions, fewer for the rest), so that an update compiles a few
+times a run, not once an iteration.
 
-Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens,
-B streams side by side (batch shards of the mesh), M micro-batches, N tokens of a stream, the last C
-of them of completions, n tiles, J listed key tiles.
+Letters: P prompts, G completions of a prompt, B streams side by side (batch shards of the mesh), M
+micro-batches, N tokens of a stream, the last C of them of completions, n tiles, J listed key tiles.
 """
 
 import bisect
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import flax.struct
+import jax
 import numpy as np
+
+from adpo_jax.records import Sequences
 
 # Tokens of an attention tile.
 TILE = 64
 
 
-class Batch(NamedTuple):
-    """Completions of one iteration, the group axis explicit.
-
-    A row is the prompt, padded on its left, followed by the completion, padded on its right, so
-    that completions start in the same column everywhere.
-    """
-
-    tokens_PGS: np.ndarray  # int32
-    attention_mask_PGS: np.ndarray  # int32, 1 at real tokens
-    completion_mask_PGT: np.ndarray  # float32, 1 at sampled tokens, the stop token included
-    sampler_log_probs_PGT: np.ndarray  # float32, the sampler's, tempered and not truncated
-
-    @property
-    def num_completion(self) -> int:
-        return self.completion_mask_PGT.shape[-1]
-
-    @property
-    def padding_frac(self) -> float:
-        """The share of the places run through the model that hold no token."""
-        return 1.0 - float(np.mean(self.attention_mask_PGS > 0))
-
-
-def balanced(batch: Batch, num_shards: int) -> np.ndarray:
+def balanced(tokens_P: np.ndarray, num_shards: int) -> np.ndarray:
     """An order of the prompts in which shards of equally many hold about equally many tokens.
 
     The longest group first, each to the shard with the fewest tokens that has room: devices whose
     streams are shorter wait for the longest.
 
+    Args:
+      tokens_P: [P] int, tokens of each prompt and its completions.
+
     Returns:
       [P] int, the prompts of the first shard first; to index all that has a row a prompt.
     """
-    P, T = len(batch.tokens_PGS), batch.num_completion
-    tokens_P = (batch.completion_mask_PGT > 0).sum((1, 2))
-    tokens_P = tokens_P + batch.attention_mask_PGS[:, 0, :-T].sum(-1)
+    P = len(tokens_P)
     shards: list[list[int]] = [[] for _ in range(num_shards)]
     loads = np.zeros(num_shards)
     for prompt in np.argsort(-tokens_P, kind="stable"):
@@ -70,34 +52,45 @@ def balanced(batch: Batch, num_shards: int) -> np.ndarray:
 
 
 class Micro(NamedTuple):
-    """The streams of the micro-batches; leaves [B, M, ...] int32."""
+    """The streams of the micro-batches; leaves [B, M, ...] int32.
+
+    0 stands for nothing everywhere, so that micro-batches that hold nothing are memory that was
+    never touched.
+    """
 
     tokens: np.ndarray  # [B, M, N]
     positions: np.ndarray  # [B, M, N], in the sequence
     segments: np.ndarray  # [B, M, N], prompt or completion it is part of, 0 for padding
     prompts: np.ndarray  # [B, M, N], the segment of its group's prompt
-    key_tiles: np.ndarray  # [B, M, n, J], tiles that a tile of queries sees, -1 for none
+    key_tiles: np.ndarray  # [B, M, n, J], 1 + the tiles that a tile of queries sees, 0 for none
     targets: np.ndarray  # [B, M, C], the token that each place of the completions predicts
-    places: np.ndarray  # [B, M, C], its index among the stream's P / B * G * T tokens, or -1
 
 
 @flax.struct.dataclass
 class PackedBatch:
-    """A `Batch` laid out in streams; `pack` makes it."""
+    """Sequences laid out in streams; `pack` makes it.
+
+    Attributes:
+      num_micro_B: [B] int32, all alike: micro-batches that hold anything.
+      trained: [B, M, C] bool, whether the token that a place predicts is trained on.
+      completion: [B, M, C] int32, the number of its completion among the P / B * G of its stream.
+      log_probs: under the name of each policy [B, M, C] float32, of the tokens predicted.
+      whole_groups: whether all completions of a prompt lie in one micro-batch.
+    """
 
     micro: Micro
-    num_micro_B: np.ndarray  # int32 [B], all alike: micro-batches that hold anything
-    slots_PGT: np.ndarray  # int32, the place of a token among its stream's M * C places, or -1
-    completion_mask_PGT: np.ndarray
-    sampler_log_probs_PGT: np.ndarray
+    num_micro_B: np.ndarray
+    trained: np.ndarray
+    completion: np.ndarray
+    log_probs: dict[str, np.ndarray]
+    num_prompts: int = flax.struct.field(pytree_node=False)
+    group_size: int = flax.struct.field(pytree_node=False)
     whole_groups: bool = flax.struct.field(pytree_node=False, default=False)
 
-    @property
-    def padding_frac(self) -> float:
-        """The share of the places run through the model that hold no token."""
-        held = np.count_nonzero(self.micro.segments)
-        B, _, N = self.micro.tokens.shape
-        return 1.0 - held / (B * int(self.num_micro_B[0]) * N)
+
+def pack(sequences: Sequences, **options) -> PackedBatch:
+    """Lays sequences out in streams; options and errors as of `Packing`."""
+    return Packing(sequences, **options).batch(sequences)
 
 
 class _Piece(NamedTuple):
@@ -108,93 +101,140 @@ class _Piece(NamedTuple):
     num_tokens: int
 
 
-def pack(
-    batch: Batch,
-    *,
-    completions_per_micro: int = 0,
-    num_shards: int = 1,
-    whole_groups: bool = False,
-    share_prompts: bool = True,
-    tile: int = TILE,
-) -> PackedBatch:
-    """Lays a batch out in streams.
+class Packing:
+    """Where the tokens of some sequences lie in streams, decided from their lengths alone.
 
     Args:
-      batch: host arrays.
+      sequences: P prompts with G completions each.
       completions_per_micro: so many completions of full length fit in a device's stream; shorter
         ones, correspondingly more. 0 for all in one.
+      full_length: tokens of a completion of full length; 0 for those of the longest.
       num_shards: streams side by side; divides P.
       whole_groups: keep the completions of a prompt in one micro-batch.
       share_prompts: False runs each completion with a prompt of its own.
       tile: tokens of an attention tile.
 
     Raises:
-      ValueError: when the prompts do not spread over the streams, a group does not fit in a
-        micro-batch that must hold it whole, or the rows of a group have different prompts.
+      ValueError: when the prompts do not spread over the streams, or a group does not fit in a
+        micro-batch that must hold it whole.
     """
-    P, G, S = batch.tokens_PGS.shape
-    T = batch.num_completion
-    if P % num_shards:
-        raise ValueError(f"{P} prompts do not spread over {num_shards} streams; pass a multiple")
-    budget = (completions_per_micro or P // num_shards * G) * T
-    if whole_groups and budget < G * T:
-        raise ValueError(
-            f"a micro-batch of {completions_per_micro} completions does not hold a group of {G}; "
-            f"pass completions_per_micro of at least {G}, or whole_groups=False"
-        )
-    lengths_PG = np.asarray(batch.completion_mask_PGT > 0).sum(-1)
-    _check_prompts(batch, S - T)
-    shards = np.split(np.arange(P), num_shards)
-    cuts = [_cut(lengths_PG, rows, budget, whole_groups) for rows in shards]
-    num_micro = max(map(len, cuts))
-    streams = [
-        [_Stream(batch, pieces, lengths_PG, share_prompts, tile) for pieces in cut] for cut in cuts
-    ]
-    flat = [stream for shard in streams for stream in shard]
-    num_completion = _rounded(max(s.num_completion for s in flat), tile, 16)
-    num_prompt = max(s.num_prompt for s in flat)
-    # By the length of the whole stream: short prompts need few sizes, long ones close ones.
-    num_prompt = _up(num_prompt, _step(num_prompt + num_completion, tile, 32))
-    key_tiles = [[s.key_tiles(num_prompt, num_completion) for s in shard] for shard in streams]
-    J = _rounded(max(len(row) for shard in key_tiles for s in shard for row in s), 1, 2)
 
-    # Room for as many micro-batches as completions of full length would make.
-    room = max(num_micro, -(-P // num_shards * G * T // budget))
-    shape, N = (num_shards, room), num_prompt + num_completion
-    micro = Micro(
-        *(np.zeros((*shape, N), np.int32) for _ in range(4)),
-        np.full((*shape, N // tile, J), -1, np.int32),
-        np.zeros((*shape, num_completion), np.int32),
-        np.full((*shape, num_completion), -1, np.int32),
-    )
-    slots_PGT = np.full((P, G, T), -1, np.int32)
-    for b, shard in enumerate(streams):
-        for m, stream in enumerate(shard):
-            stream.write(
-                Micro(*(leaf[b, m] for leaf in micro)),
-                key_tiles[b][m],
-                slots_PGT,
-                first_prompt=shards[b][0],
-                first_slot=m * num_completion,
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        completions_per_micro: int = 0,
+        full_length: int = 0,
+        num_shards: int = 1,
+        whole_groups: bool = False,
+        share_prompts: bool = True,
+        tile: int = TILE,
+    ):
+        lengths_PG = sequences.lengths
+        P, G = lengths_PG.shape
+        if P % num_shards:
+            raise ValueError(
+                f"{P} prompts do not spread over {num_shards} streams; pass a multiple"
             )
-    return PackedBatch(
-        micro,
-        np.full(num_shards, num_micro, np.int32),
-        slots_PGT,
-        batch.completion_mask_PGT,
-        batch.sampler_log_probs_PGT,
-        whole_groups,
-    )
+        per_shard = P // num_shards * G
+        full_length = max(full_length, int(lengths_PG.max(initial=0)), 1)
+        budget = (completions_per_micro or per_shard) * full_length
+        if whole_groups and budget < G * full_length:
+            raise ValueError(
+                f"a micro-batch of {completions_per_micro} completions does not hold a group of "
+                f"{G}; pass completions_per_micro of at least {G}, or whole_groups=False"
+            )
+        self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
+        self.tile = tile
+        prompt_lengths_P = [len(ids) for ids in sequences.prompts]
+        shards = np.split(np.arange(P), num_shards)
+        cuts = [_cut(lengths_PG, rows, budget, whole_groups) for rows in shards]
+        self.streams = [
+            [
+                _Stream(pieces, int(rows[0]), prompt_lengths_P, lengths_PG, share_prompts, tile)
+                for pieces in cut
+            ]
+            for rows, cut in zip(shards, cuts)
+        ]
+        flat = [stream for shard in self.streams for stream in shard]
+        self.num_micro = max(map(len, cuts))
+        # Room for as many micro-batches as completions of full length would make.
+        self.room = max(self.num_micro, -(-per_shard * full_length // budget))
+        self.num_completion = _rounded(max(s.num_completion for s in flat), tile, 16)
+        num_prompt = max(s.num_prompt for s in flat)
+        # By the length of the whole stream: short prompts need few sizes, long ones close ones.
+        step = _step(num_prompt + self.num_completion, tile, 32)
+        self.num_prompt = _up(num_prompt, step)
 
+    @functools.cached_property
+    def _key_tiles(self) -> list[list[list[list[int]]]]:
+        """The key tiles of each query tile of each stream of each shard."""
+        return [
+            [stream.key_tiles(self.num_prompt, self.num_completion) for stream in shard]
+            for shard in self.streams
+        ]
 
-def _check_prompts(batch: Batch, prompt_length: int) -> None:
-    prompts = (
-        batch.tokens_PGS[:, :, :prompt_length] * batch.attention_mask_PGS[:, :, :prompt_length]
-    )
-    if (prompts != prompts[:, :1]).any():
-        raise ValueError(
-            "the rows of a group have different prompts; put completions of one prompt in a group"
+    @property
+    def padding_frac(self) -> float:
+        """The share of the places run through the model that hold no token."""
+        held = sum(stream.num_tokens for shard in self.streams for stream in shard)
+        places = self.num_prompt + self.num_completion
+        return 1.0 - held / (len(self.streams) * self.num_micro * places)
+
+    def batch(self, sequences: Sequences) -> PackedBatch:
+        """The sequences in their places; host arrays, the sampler's log-probs among them."""
+        names = ("sampler", *sequences.log_probs)
+        batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.abstract(names))
+        batch.num_micro_B[:] = self.num_micro
+        values = {name: sequences.values(name) for name in names}
+        for b, shard in enumerate(self.streams):
+            for m, stream in enumerate(shard):
+                micro = Micro(*(leaf[b, m] for leaf in batch.micro))
+                for row, tiles in zip(micro.key_tiles, self._key_tiles[b][m]):
+                    row[: len(tiles)] = np.add(tiles, 1)
+                stream.write(sequences, micro)
+                for p, g, number, part in stream.places():
+                    batch.completion[b, m, part] = number
+                    batch.trained[b, m, part] = sequences.completions[p][g].trained
+                    for name, into in batch.log_probs.items():
+                        into[b, m, part] = values[name][p][g]
+        return batch
+
+    def abstract(self, names: Iterable[str] = ("sampler",)) -> PackedBatch:
+        """The shapes and dtypes of `batch`, with log-probs of these names."""
+        B, M, C, N = (
+            len(self.streams),
+            self.room,
+            self.num_completion,
+            self.num_prompt + self.num_completion,
         )
+        rows = (row for shard in self._key_tiles for stream in shard for row in stream)
+        J = _rounded(max(map(len, rows)), 1, 2)
+
+        def of(*shape: int, dtype=np.int32):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        tokens = of(B, M, N)
+        micro = Micro(*(tokens,) * 4, key_tiles=of(B, M, N // self.tile, J), targets=of(B, M, C))
+        return PackedBatch(
+            micro=micro,
+            num_micro_B=of(B),
+            trained=of(B, M, C, dtype=np.bool_),
+            completion=of(B, M, C),
+            log_probs={name: of(B, M, C, dtype=np.float32) for name in names},
+            num_prompts=self.num_prompts,
+            group_size=self.group_size,
+            whole_groups=self.whole_groups,
+        )
+
+    def unpacked(self, values_BMC: np.ndarray) -> list[list[np.ndarray]]:
+        """What an update or a forward found at each place, by completion: P lists of G arrays."""
+        found = [[None] * self.group_size for _ in range(self.num_prompts)]
+        for b, shard in enumerate(self.streams):
+            for m, stream in enumerate(shard):
+                for p, g, _, part in stream.places():
+                    found[p][g] = np.array(values_BMC[b, m, part])
+        return found
 
 
 def _rounded(size: int, least: int, per_octave: int) -> int:
@@ -279,30 +319,41 @@ def _merged(pieces: Iterable[_Piece]) -> list[_Piece]:
     return merged
 
 
+class _Segment(NamedTuple):
+    """A prompt, or a completion, in a stream."""
+
+    prompt: int
+    start: int  # among the tokens of its kind
+    length: int
+    completion: int = 0
+    behind: int = 0  # of a completion: the number of its prompt's segment in the stream
+
+
 class _Stream:
     """The stream of one micro-batch: where its prompts and completions lie."""
 
-    def __init__(self, batch: Batch, pieces, lengths_PG, share_prompts: bool, tile: int):
-        self.batch, self.tile = batch, tile
-        self.prompt_ids: list[np.ndarray] = []
-        self.prompt_starts: list[int] = []
-        # (prompt, completion, number of the prompt segment, start among the completions, tokens)
-        self.completions: list[tuple[int, int, int, int, int]] = []
+    def __init__(
+        self,
+        pieces,
+        first_prompt: int,
+        prompt_lengths_P,
+        lengths_PG,
+        share_prompts: bool,
+        tile: int,
+    ):
+        self.tile, self.first_prompt, self.group_size = tile, first_prompt, lengths_PG.shape[1]
+        self.prompts: list[_Segment] = []
+        self.completions: list[_Segment] = []
         self.num_prompt = self.num_completion = 0
-        S, T = batch.tokens_PGS.shape[-1], batch.num_completion
-        for piece in pieces:
-            real = batch.attention_mask_PGS[piece.prompt, 0, : S - T] > 0
-            ids = batch.tokens_PGS[piece.prompt, 0, : S - T][real]
-            for nth, g in enumerate(piece.completions):
+        for p, completions, _ in pieces:
+            for nth, g in enumerate(completions):
                 if nth == 0 or not share_prompts:
-                    self.num_prompt = self._start(self.num_prompt)
-                    self.prompt_ids.append(ids)
-                    self.prompt_starts.append(self.num_prompt)
-                    self.num_prompt += len(ids) - 1
-                length = int(lengths_PG[piece.prompt, g])
-                start = self._start(self.num_completion)
-                number = len(self.prompt_ids) - 1
-                self.completions.append((piece.prompt, g, number, start, length))
+                    start = self._start(self.num_prompt)
+                    self.prompts.append(_Segment(p, start, prompt_lengths_P[p] - 1))
+                    self.num_prompt = start + prompt_lengths_P[p] - 1
+                start, length = self._start(self.num_completion), int(lengths_PG[p, g])
+                behind = len(self.prompts) - 1
+                self.completions.append(_Segment(p, start, length, g, behind))
                 self.num_completion = start + length
 
     def _start(self, end: int) -> int:
@@ -310,44 +361,50 @@ class _Stream:
         gap = -end % self.tile
         return end + gap if gap <= self.tile // 16 else end
 
-    def _tiles(self, start: int, end: int) -> set[int]:
-        return set(range(start // self.tile, -(-end // self.tile))) if end > start else set()
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in (*self.prompts, *self.completions))
+
+    def places(self):
+        """(prompt, completion, its number in the stream's shard, its places) of each completion."""
+        for p, start, length, g, _ in self.completions:
+            number = (p - self.first_prompt) * self.group_size + g
+            yield p, g, number, slice(start, start + length)
+
+    def _tiles(self, start: int, length: int) -> set[int]:
+        end = start + length
+        return set(range(start // self.tile, -(-end // self.tile))) if length else set()
 
     def key_tiles(self, num_prompt: int, num_completion: int) -> list[list[int]]:
         """The key tiles of each query tile of a stream with so many places for each kind."""
         lists = [set() for _ in range((num_prompt + num_completion) // self.tile)]
 
-        def sees(start: int, end: int, also: set[int]):
-            own = self._tiles(start, end)
+        def sees(own: set[int], also: set[int]):
             for tile in own:
                 lists[tile] |= also | {other for other in own if other <= tile}
 
-        prompts = [(s, s + len(ids) - 1) for s, ids in zip(self.prompt_starts, self.prompt_ids)]
-        for start, end in prompts:
-            sees(start, end, set())
-        for _, _, number, start, length in self.completions:
-            sees(num_prompt + start, num_prompt + start + length, self._tiles(*prompts[number]))
+        of_prompts = [self._tiles(segment.start, segment.length) for segment in self.prompts]
+        for tiles in of_prompts:
+            sees(tiles, set())
+        for segment in self.completions:
+            own = self._tiles(num_prompt + segment.start, segment.length)
+            sees(own, of_prompts[segment.behind])
         return [sorted(tiles) for tiles in lists]
 
-    def write(self, micro: Micro, key_tiles, slots_PGT, *, first_prompt: int, first_slot: int):
-        """Fills the arrays of one micro-batch, and the slots of its tokens."""
+    def write(self, sequences: Sequences, micro: Micro) -> None:
+        """Fills the arrays of one micro-batch."""
         num_prompt = len(micro.tokens) - len(micro.targets)
-        for row, tiles in zip(micro.key_tiles, key_tiles):
-            row[: len(tiles)] = tiles
-        for number, (start, ids) in enumerate(zip(self.prompt_starts, self.prompt_ids), start=1):
-            part = slice(start, start + len(ids) - 1)
-            micro.tokens[part] = ids[:-1]
-            micro.positions[part] = np.arange(len(ids) - 1)
+        for number, (p, start, length, *_) in enumerate(self.prompts, start=1):
+            part = slice(start, start + length)
+            micro.tokens[part] = sequences.prompts[p][:-1]
+            micro.positions[part] = np.arange(length)
             micro.segments[part] = micro.prompts[part] = number
-        G, T = slots_PGT.shape[1:]
-        for p, g, number, start, length in self.completions:
-            ids, row = self.prompt_ids[number], self.batch.tokens_PGS[p, g, -T:][:length]
+        for number, segment in enumerate(self.completions, start=len(self.prompts) + 1):
+            p, start, length, g, behind = segment
+            tokens, last = sequences.completions[p][g].tokens, sequences.prompts[p][-1]
             part = slice(num_prompt + start, num_prompt + start + length)
-            micro.tokens[part] = np.concatenate([ids[-1:], row])[:length]
-            micro.positions[part] = len(ids) - 1 + np.arange(length)
-            micro.segments[part] = len(self.prompt_ids) + 1 + (p - first_prompt) * G + g
-            micro.prompts[part] = number + 1
-            ends = slice(start, start + length)
-            micro.targets[ends] = row
-            micro.places[ends] = ((p - first_prompt) * G + g) * T + np.arange(length)
-            slots_PGT[p, g, :length] = first_slot + start + np.arange(length)
+            micro.tokens[part] = np.concatenate([[last], tokens])[:length]
+            micro.positions[part] = len(sequences.prompts[p]) - 1 + np.arange(length)
+            micro.segments[part] = number
+            micro.prompts[part] = behind + 1
+            micro.targets[start : start + length] = tokens

@@ -10,20 +10,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from adpo_jax import checkpoint_files, data, distributed, recording, setup
+from adpo_jax import checkpoint_files, data, distributed, setup
 from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoint_files import CheckpointError
 from adpo_jax.checkpoints import Checkpoints
 from adpo_jax.config_checks import finalized
 from adpo_jax.filtering import GroupFilter
+from adpo_jax.recording import Replay
+from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardError
-from adpo_jax.rollout import GradedRollout, Prompts, Sampler
+from adpo_jax.rollout import OnTheSpot, Sampler
 from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
+from adpo_jax.source import Source
 from adpo_jax.update import TrainState
-
-# The completions of an iteration: (step from 0, parameters) -> prompts and graded completions.
-Rollouts = Callable[[int, Any], tuple[Prompts, GradedRollout]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Run:
       config: the final one.
       params: what a fresh run starts from; None where there is a checkpoint to go on from, unless
         it lacks frozen parameters.
-      rollouts: the sampler and the reward functions, or a recording.
+      source: where the groups of an iteration come from.
       trackers: the experiment trackers, started.
     """
 
@@ -42,13 +42,13 @@ class Run:
     parts: Parts
     folder: RunFolder
     params: Any
-    rollouts: Rollouts
+    source: Source
     trackers: Sequence[metrics_lib.Writer] = ()
 
-    def save_rollouts(self, step: int, checkpoints: Checkpoints) -> None:
-        """Keeps what sampling needs to go on after `step` iterations, where it needs anything."""
-        if isinstance(self.rollouts, GroupFilter) and self.folder.writes:
-            self.rollouts.save(step, oldest=min(checkpoints.steps, default=0))
+    def save_source(self, step: int, checkpoints: Checkpoints) -> None:
+        """Keeps what the source needs to go on after `step` iterations."""
+        if self.folder.writes:
+            self.source.save(step, oldest=min(checkpoints.steps, default=0))
 
 
 def prepare(
@@ -81,10 +81,9 @@ def prepare(
         folder = RunFolder(Path(workdir), writes=distributed.is_leader())
         folder.check(config, **options)
         parts = setup.build(config)
-        rollouts = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+        source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
-        if isinstance(rollouts, GroupFilter):
-            rollouts.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
+        source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
         contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
     params = None if in_checkpoint else parts.initial_params()
@@ -95,7 +94,7 @@ def prepare(
         except ValueError:
             folder.release()
             raise
-    return Run(config, parts, folder, params, rollouts, trackers)
+    return Run(config, parts, folder, params, source, trackers)
 
 
 def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
@@ -112,7 +111,7 @@ def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
     return of_step
 
 
-def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
+def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
     """Samples completions of the step's prompts, and grades them."""
 
     def keep_sample(step: int, error: RewardError):
@@ -127,10 +126,6 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
         )
         return parts.train_prompts.select(rows)
 
-    def rollouts(step: int, params) -> tuple[Prompts, GradedRollout]:
-        prompts = prompts_of(step)
-        return prompts, sampler(step, None, prompts, params)
-
     sampler = Sampler(
         parts.engine,
         parts.sampling,
@@ -142,7 +137,7 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
         takes_nonfinite=config.trainer.on_bad_update == "skip",
     )
     if not config.algorithm.filter_groups:
-        return rollouts
+        return OnTheSpot(sampler, prompts_of)
     return GroupFilter(
         sampler,
         prompts_of,
@@ -152,14 +147,13 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Rollouts:
     )
 
 
-def _replayed(config, parts: Parts, replay: Path) -> Rollouts:
+def _replayed(config, parts: Parts, replay: Path) -> Source:
     """Reads what another run recorded."""
-    recording.check(
+    return Replay(
         replay,
-        range(1, parts.num_steps + 1),
+        parts.num_steps,
         num_prompts=config.data.train_batch_size,
         num_samples=config.algorithm.num_generations,
-        max_tokens=config.data.max_response_length,
+        max_response_length=config.data.max_response_length,
         max_prompt_length=config.data.max_prompt_length,
     )
-    return lambda step, params: recording.read(replay, step + 1)

@@ -4,17 +4,18 @@ One Parquet file an iteration, `000012.parquet`, a row a completion:
 
     prompt, sample      int32, place of the prompt in the iteration, of the completion in the group
     prompt_token_ids    list<int32>
-    token_ids           list<int32>, the stop token included
-    log_probs           list<float32>, nats, under the distribution that was sampled from
-    full_log_probs      list<float32>, not truncated; where top-k, top-p or min-p truncate
+    tokens, log_probs,  the fields of `records.Completion`: a list for one that has a number a
+    trained, ...        token, full_log_probs where top-k, top-p or min-p truncate
     finish_reason       "stop" or "length"
     completion          the text, without special tokens
     reward              float32, the total; reward/<name> each component, NaN where it was skipped
     columns             the data columns of the prompt, as JSON
 
 The bits of all numbers are kept, so that a replay under the same loss gives the same parameters.
+Version 1 had token_ids for tokens, and completions of one turn alone.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -26,11 +27,12 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet
 
-from adpo_jax.engine import RolloutOutput
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts, token_fields
 from adpo_jax.rewards import Scores
-from adpo_jax.rollout import GradedRollout, Prompts
+from adpo_jax.source import Source
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 
 
 class ReplayError(ValueError):
@@ -45,14 +47,14 @@ def path_of(folder: Path, step: int) -> Path:
     return Path(folder) / f"{step:06d}.parquet"
 
 
-def write(folder: Path, step: int, prompts: Prompts, graded: GradedRollout) -> Path:
+def write(folder: Path, step: int, groups: GradedGroups) -> Path:
     """Records an iteration; returns the file.
 
     A file that is there with the same content stays; one with another content, from an iteration
     that was taken back, is renamed, never overwritten.
     """
     buffer = pa.BufferOutputStream()
-    table = _table(step, prompts, graded)
+    table = _table(step, groups)
     pa.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     content = buffer.getvalue().to_pybytes()
     path = path_of(folder, step)
@@ -68,7 +70,7 @@ def write(folder: Path, step: int, prompts: Prompts, graded: GradedRollout) -> P
     return path
 
 
-def read(folder: Path, step: int) -> tuple[Prompts, GradedRollout]:
+def read(folder: Path, step: int) -> GradedGroups:
     """The recording of iteration `step`, counted from 1.
 
     Raises:
@@ -78,46 +80,62 @@ def read(folder: Path, step: int) -> tuple[Prompts, GradedRollout]:
     started = time.perf_counter()
     table, info = _opened(path, pa.parquet.read_table), _info(path)
     try:
-        prompts, out, scores = _parsed(table, info)
+        groups = _parsed(table, info)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ReplayError(f"{path} is no readable recording: {error!r}") from error
-    seconds = (time.perf_counter() - started, 0.0)
-    return prompts, GradedRollout(out, table["completion"].to_pylist(), scores, seconds)
+    return dataclasses.replace(groups, seconds=(time.perf_counter() - started, 0.0))
 
 
-def _parsed(table: pa.Table, info: dict) -> tuple[Prompts, RolloutOutput, Scores]:
-    P, G, T = info["prompts"], info["samples"], info["max_tokens"]
-    rows = table.to_pydict()
-    lengths = np.array([len(ids) for ids in rows["token_ids"]], np.int32).reshape(P, G)
-    mask = (np.arange(T) < lengths[..., None]).astype(np.int32)
-
-    def padded(name: str, dtype) -> np.ndarray:
-        values = np.zeros((P * G, T), dtype)
-        for row, found in enumerate(rows[name]):
-            values[row, : len(found)] = found
-        return values.reshape(P, G, T)
-
-    has_full = "full_log_probs" in rows
-    out = RolloutOutput(
-        tokens=padded("token_ids", np.int32),
-        mask=mask,
-        lengths=lengths,
-        log_probs=padded("log_probs", np.float32),
-        finish_reason=np.array(rows["finish_reason"]).reshape(P, G),
-        full_log_probs=padded("full_log_probs", np.float32) if has_full else None,
-        stats={},
-    )
-    columns = [json.loads(text) for text in rows["columns"][::G]]
-    names = columns[0].keys()
+def _parsed(table: pa.Table, info: dict) -> GradedGroups:
+    P, G = info["prompts"], info["samples"]
+    flat = _completions(table, info)
+    if len(flat) != P * G:
+        raise ValueError(f"{len(flat)} rows, wanted {P} x {G}")
+    columns = [json.loads(text) for text in table["columns"].to_pylist()[::G]]
     prompts = Prompts(
-        rows["prompt_token_ids"][::G], {name: [row[name] for row in columns] for name in names}
+        table["prompt_token_ids"].to_pylist()[::G],
+        {name: [row[name] for row in columns] for name in columns[0]},
     )
     components = {
         name.removeprefix(_REWARD): table[name].to_numpy()
         for name in table.column_names
         if name.startswith(_REWARD)
     }
-    return prompts, out, Scores(table["reward"].to_numpy(), components, info["counts"])
+    return GradedGroups(
+        prompts,
+        Completions([flat[i : i + G] for i in range(0, P * G, G)]),
+        table["completion"].to_pylist(),
+        Scores(table["reward"].to_numpy(), components, info["counts"]),
+    )
+
+
+def _completions(table: pa.Table, info: dict) -> list[Completion]:
+    """The completions of all rows."""
+    old = info["version"] == 1
+    if old:
+        names = ["tokens" if name == "token_ids" else name for name in table.column_names]
+        table = table.rename_columns(names)
+    per_token = {
+        name: [np.array(row, dtype) for row in table[name].to_pylist()]
+        for name, dtype in token_fields().items()
+        if name in table.column_names
+    }
+    rows = zip(table["finish_reason"].to_pylist(), *per_token.values(), strict=True)
+    if old:
+        return [
+            Completion.sampled(
+                finish_reason=reason, version=info["step"] - 1, **dict(zip(per_token, values))
+            )
+            for reason, *values in rows
+        ]
+    found = [
+        Completion(finish_reason=reason, **dict(zip(per_token, values))) for reason, *values in rows
+    ]
+    for completion in found:
+        lengths = {len(getattr(completion, name)) for name in per_token}
+        if len(lengths) > 1:
+            raise ValueError(f"a completion whose fields have {sorted(lengths)} tokens")
+    return found
 
 
 def check(
@@ -126,7 +144,7 @@ def check(
     *,
     num_prompts: int,
     num_samples: int,
-    max_tokens: int,
+    max_response_length: int,
     max_prompt_length: int,
 ) -> None:
     """Checks that iterations `steps` are recorded, and fit the run that they are to be replayed in.
@@ -148,30 +166,59 @@ def check(
     for step in steps:
         path = path_of(folder, step)
         info = _info(path)
-        given = (info["prompts"], info["samples"], info["max_tokens"])
-        if given != (num_prompts, num_samples, max_tokens):
+        given = (info["prompts"], info["samples"])
+        if given != (num_prompts, num_samples):
             raise ReplayError(
-                f"--replay: {path} has (prompts, completions a prompt, tokens) "
-                f"{given}; the config's data.train_batch_size, algorithm.num_generations and "
-                f"data.max_response_length are {(num_prompts, num_samples, max_tokens)}"
+                f"--replay: {path} has (prompts, completions a prompt) {given}; the config's "
+                "data.train_batch_size and algorithm.num_generations are "
+                f"{(num_prompts, num_samples)}"
             )
-        prompts = _opened(path, pa.parquet.read_table, columns=["prompt_token_ids"])[0]
-        longest = pa.compute.max(pa.compute.list_value_length(prompts)).as_py()
-        if longest > max_prompt_length:
-            raise ReplayError(
-                f"--replay: {path} has a prompt of {longest} tokens; raise data.max_prompt_length, "
-                f"which is {max_prompt_length}"
-            )
+        tokens = "token_ids" if info["version"] == 1 else "tokens"
+        for column, limit, key in (
+            ("prompt_token_ids", max_prompt_length, "data.max_prompt_length"),
+            (tokens, max_response_length, "data.max_response_length"),
+        ):
+            values = _opened(path, pa.parquet.read_table, columns=[column])[0]
+            longest = pa.compute.max(pa.compute.list_value_length(values)).as_py()
+            if longest > limit:
+                what = "prompt" if column == "prompt_token_ids" else "completion"
+                raise ReplayError(
+                    f"--replay: {path} has a {what} of {longest} tokens; raise {key}, which is "
+                    f"{limit}"
+                )
 
 
-def _table(step: int, prompts: Prompts, graded: GradedRollout) -> pa.Table:
-    out = graded.out
-    P, G, T = out.tokens.shape
-    lengths = out.lengths.reshape(-1).tolist()
+class Replay(Source):
+    """The groups that another run recorded, in the same order.
 
-    def cut(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-        rows = [row[:length] for row, length in zip(values.reshape(P * G, T), lengths)]
-        return pa.array(rows, pa.list_(kind))
+    Args:
+      folder: with the recordings of iterations 1 to `num_steps`.
+      limits: of the run, as for `check`.
+    """
+
+    def __init__(self, folder: Path, num_steps: int, **limits: int):
+        self._folder, self._num_steps, self._limits = folder, num_steps, limits
+
+    def check(self, step: int) -> None:
+        """Checks that all iterations are recorded, and fit the run.
+
+        Raises:
+          ReplayError: naming what is missing or differs.
+        """
+        check(self._folder, range(1, self._num_steps + 1), **self._limits)
+
+    def next(self, step: int, params) -> GradedGroups:
+        return read(self._folder, step + 1)
+
+
+def _table(step: int, groups: GradedGroups) -> pa.Table:
+    prompts, completions, scores = groups.prompts, groups.completions.flat, groups.scores
+    P, G = groups.rewards.shape
+    ends = np.cumsum([0, *map(len, completions)], dtype=np.int32)
+
+    def ragged(name: str, dtype: np.dtype) -> pa.Array:
+        values = np.concatenate([getattr(completion, name) for completion in completions])
+        return pa.ListArray.from_arrays(ends, pa.array(values, pa.from_numpy_dtype(dtype)))
 
     data = [
         json.dumps({name: values[p] for name, values in prompts.columns.items()}, default=str)
@@ -183,24 +230,24 @@ def _table(step: int, prompts: Prompts, graded: GradedRollout) -> pa.Table:
         "prompt_token_ids": pa.array(
             [ids for ids in prompts.token_ids for _ in range(G)], pa.list_(pa.int32())
         ),
-        "token_ids": cut(out.tokens, pa.int32()),
-        "log_probs": cut(out.log_probs, pa.float32()),
-        "finish_reason": out.finish_reason.reshape(-1).tolist(),
+        **{
+            name: ragged(name, dtype)
+            for name, dtype in token_fields().items()
+            if getattr(completions[0], name) is not None
+        },
+        "finish_reason": [completion.finish_reason for completion in completions],
         # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
-        "completion": [text.encode(errors="replace").decode() for text in graded.completions],
-        "reward": np.asarray(graded.scores.total, np.float32),
-        **{_REWARD + name: values for name, values in graded.scores.components.items()},
+        "completion": [text.encode(errors="replace").decode() for text in groups.texts],
+        "reward": np.asarray(scores.total, np.float32),
+        **{_REWARD + name: values for name, values in scores.components.items()},
         "columns": [text for text in data for _ in range(G)],
     }
-    if out.full_log_probs is not None:
-        columns["full_log_probs"] = cut(out.full_log_probs, pa.float32())
     info = {
         "version": VERSION,
         "step": step,
         "prompts": P,
         "samples": G,
-        "max_tokens": T,
-        "counts": graded.scores.counts,
+        "counts": scores.counts,
     }
     return pa.table(columns).replace_schema_metadata({"adpo_jax": json.dumps(info)})
 
@@ -223,6 +270,7 @@ def _info(path: Path) -> dict:
         info = json.loads(metadata[b"adpo_jax"])
     except ValueError as error:
         raise ReplayError(f"{path} is no readable recording: {error}") from error
-    if info["version"] != VERSION:
-        raise ReplayError(f"{path} has version {info['version']}, wanted {VERSION}")
+    if info.get("version") not in READABLE:
+        wanted = " or ".join(map(str, READABLE))
+        raise ReplayError(f"{path} has version {info.get('version')}, wanted {wanted}")
     return info

@@ -1,25 +1,27 @@
-"""What flows along the road: prompts, their completions, graded groups of them.
+"""What flows along the road: prompts, their completions, graded groups, what the update runs.
 
-Everything here is ragged and lies in the host's memory: a completion takes as many places as it has
-tokens. Who needs rectangles (the update's streams and rows) makes them, for what it runs at once.
+Everything lies in the host's memory and is ragged: a completion takes as many places as it has
+tokens. Who needs rectangles (streams and rows of the update) makes them of what it runs at once;
+`Batch` is the rectangle for people with a loop of their own.
 
-Letters: P prompts, G completions of a prompt, T tokens of a completion.
+Letters: P prompts, G completions of a prompt, T tokens of a completion, S tokens of a prompt and a
+completion.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from adpo_jax.rewards import Scores
 
 
-def _per_token(dtype: type, **kwargs) -> Any:
-    """A field that has one number of this dtype a token."""
-    return dataclasses.field(metadata={"dtype": np.dtype(dtype)}, **kwargs)
+def _one_a_token(dtype: type) -> dict:
+    """The metadata of a field that has one number of this dtype a token."""
+    return {"dtype": np.dtype(dtype)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,13 +43,15 @@ class Completion:
       full_log_probs: [T] float32, tempered and not truncated; None unless asked for.
     """
 
-    tokens: np.ndarray = _per_token(np.int32)
-    log_probs: np.ndarray = _per_token(np.float32)
-    trained: np.ndarray = _per_token(np.bool_)
-    versions: np.ndarray = _per_token(np.int32)
-    turns: np.ndarray = _per_token(np.int16)
+    tokens: np.ndarray = dataclasses.field(metadata=_one_a_token(np.int32))
+    log_probs: np.ndarray = dataclasses.field(metadata=_one_a_token(np.float32))
+    trained: np.ndarray = dataclasses.field(metadata=_one_a_token(np.bool_))
+    versions: np.ndarray = dataclasses.field(metadata=_one_a_token(np.int32))
+    turns: np.ndarray = dataclasses.field(metadata=_one_a_token(np.int16))
     finish_reason: str = "length"
-    full_log_probs: np.ndarray | None = _per_token(np.float32, default=None)
+    full_log_probs: np.ndarray | None = dataclasses.field(
+        default=None, metadata=_one_a_token(np.float32)
+    )
 
     @classmethod
     def sampled(
@@ -262,3 +266,148 @@ class GradedGroups:
             scores=Scores.concatenate([part.scores for part in parts]),
             seconds=tuple(max(seconds) for seconds in zip(*(part.seconds for part in parts))),
         )
+
+    @property
+    def sequences(self) -> "Sequences":
+        """What of them runs through the model."""
+        return Sequences(self.prompts.token_ids, self.completions.groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Prompts with their completions as the update runs them.
+
+    Attributes:
+      prompts: P lists of token ids, one or more each.
+      completions: P lists of G completions.
+      log_probs: under the names of `losses.algorithm.LOG_PROBS`, those of other policies than the
+        sampler: P lists of G arrays [T] float32.
+    """
+
+    prompts: list[Sequence[int]]
+    completions: list[list[Completion]]
+    log_probs: dict[str, list[list[np.ndarray]]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[P, G] int64, tokens of the completions."""
+        return np.array([[len(c) for c in group] for group in self.completions])
+
+    @property
+    def tokens_of_groups(self) -> np.ndarray:
+        """[P] int64, tokens of a prompt and its completions."""
+        return np.array([len(ids) for ids in self.prompts]) + self.lengths.sum(1)
+
+    def select(self, rows: Sequence[int]) -> "Sequences":
+        """The groups with these numbers, in this order."""
+
+        def chosen(values):
+            return [values[row] for row in rows]
+
+        log_probs = {name: chosen(values) for name, values in self.log_probs.items()}
+        return Sequences(chosen(self.prompts), chosen(self.completions), log_probs)
+
+    def values(self, name: str) -> list[list[np.ndarray]]:
+        """The log-probs of a name, "sampler" among them: P lists of G arrays [T]."""
+        if name != "sampler":
+            return self.log_probs[name]
+        return [[c.sampler_log_probs for c in group] for group in self.completions]
+
+
+class Batch(NamedTuple):
+    """Completions in a rectangle, the group axis explicit: what a loop of one's own may hold.
+
+    A row is the prompt, padded on its left, followed by the completion, padded on its right, so
+    that completions start in the same column everywhere.
+    """
+
+    tokens_PGS: np.ndarray  # int32
+    attention_mask_PGS: np.ndarray  # int32, 1 where there is a token
+    completion_mask_PGT: np.ndarray  # float32, 1 at the tokens that are trained on
+    sampler_log_probs_PGT: np.ndarray  # float32, the sampler's, tempered and not truncated
+
+    @property
+    def num_completion(self) -> int:
+        return self.completion_mask_PGT.shape[-1]
+
+    @property
+    def padding_frac(self) -> float:
+        """The share of the places run through the model that hold no token."""
+        return 1.0 - float(np.mean(self.attention_mask_PGS > 0))
+
+    def sequences(self) -> Sequences:
+        """The same, ragged.
+
+        Raises:
+          ValueError: when the rows of a group have different prompts.
+        """
+        tokens, there = np.asarray(self.tokens_PGS), np.asarray(self.attention_mask_PGS) > 0
+        width = tokens.shape[-1] - self.num_completion
+        prompts = np.where(there, tokens, 0)[..., :width]
+        if (prompts != prompts[:, :1]).any() or (there[..., :width] != there[:, :1, :width]).any():
+            raise ValueError(
+                "the rows of a group have different prompts; put completions of one prompt in a "
+                "group"
+            )
+
+        def completion(p: int, g: int) -> Completion:
+            present = there[p, g, width:]
+            found = Completion.sampled(
+                tokens[p, g, width:][present],
+                np.asarray(self.sampler_log_probs_PGT)[p, g][present],
+                "length",
+            )
+            trained = np.asarray(self.completion_mask_PGT)[p, g][present] > 0
+            return dataclasses.replace(found, trained=trained)
+
+        P, G, _ = tokens.shape
+        return Sequences(
+            [tokens[p, 0, :width][there[p, 0, :width]] for p in range(P)],
+            [[completion(p, g) for g in range(G)] for p in range(P)],
+        )
+
+
+def make_batch(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Completion]],
+    *,
+    prompt_length: int,
+    completion_length: int,
+) -> Batch:
+    """Prompts and completions side by side in a rectangle.
+
+    Args:
+      prompts: P lists of token ids, at most `prompt_length` long.
+      completions: P lists of G, at most `completion_length` tokens long.
+
+    Returns:
+      P prompts, S = prompt_length + completion_length. The sampler's log-probs are those over the
+      whole vocabulary where the completions have them.
+    """
+    P, G = len(prompts), len(completions[0])
+    tokens = np.zeros((P, G, prompt_length + completion_length), np.int32)
+    attention_mask = np.zeros_like(tokens)
+    mask = np.zeros((P, G, completion_length), np.float32)
+    log_probs = np.zeros_like(mask)
+    for p, ids in enumerate(prompts):
+        tokens[p, :, prompt_length - len(ids) : prompt_length] = ids
+        attention_mask[p, :, prompt_length - len(ids) : prompt_length] = 1
+        for g, completion in enumerate(completions[p]):
+            T = len(completion)
+            tokens[p, g, prompt_length : prompt_length + T] = completion.tokens
+            attention_mask[p, g, prompt_length : prompt_length + T] = 1
+            mask[p, g, :T] = completion.trained
+            log_probs[p, g, :T] = completion.sampler_log_probs
+    return Batch(tokens, attention_mask, mask, log_probs)
+
+
+def pad_values(values: list[list[np.ndarray]], length: int) -> np.ndarray:
+    """P lists of G arrays [T] of numbers -> [P, G, length] float32, 0 behind their ends."""
+    padded = np.zeros((len(values), len(values[0]), length), np.float32)
+    for row, group in zip(padded, values):
+        for out, found in zip(row, group):
+            out[: len(found)] = found
+    return padded

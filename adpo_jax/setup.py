@@ -30,8 +30,8 @@ from adpo_jax.loading import ModelSource
 from adpo_jax.metrics import Writer
 from adpo_jax.policy import Policy
 from adpo_jax.profiling import Profiler
+from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
-from adpo_jax.rollout import Prompts
 from adpo_jax.sampling import SamplingParams
 
 

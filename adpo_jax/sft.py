@@ -7,33 +7,18 @@ packed ones of the arithmetic example had 22.
 Letters: P prompts, T completion tokens, S prompt and completion tokens.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from adpo_jax import sharding
 from adpo_jax.data import prompt_indices
-from adpo_jax.packing import Batch
+from adpo_jax.losses.imitation import Imitation
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch, Completion, make_batch
 from adpo_jax.update import TrainState, make_update
-
-
-@dataclasses.dataclass(frozen=True)
-class Imitation:
-    """The mean negative log-prob of a completion token in nats, by the pieces of `losses`."""
-
-    def normalise(self, scores: None, mask_PGT: jax.Array) -> jax.Array:
-        """1 / number of completion tokens of an optimizer step."""
-        return 1.0 / jnp.maximum(jnp.sum(mask_PGT), 1.0)
-
-    def loss(self, log_probs_PGT, anchor_log_probs_PGT, mask_PGT, per_token):
-        """(loss, metrics); without an anchor, whose log-probs play no part."""
-        loss = -per_token * jnp.sum(jnp.where(mask_PGT > 0, log_probs_PGT, 0.0))
-        return loss, {"sft/loss": loss}
 
 
 def make_sft_step(
@@ -66,26 +51,16 @@ def make_sft_step(
     return step
 
 
-def make_batch(
+def demonstrations(
     prompts: list[list[int]], completions: list[list[int]], *, prompt_length: int, length: int
 ) -> Batch:
-    """Groups of one completion each, prompts padded on their left, completions on their right.
+    """Groups of one completion each, that nobody sampled, in a rectangle.
 
     Args:
       prompts, completions: P lists of token ids, at most `prompt_length` and `length` long.
-
-    Returns:
-      P prompts, T = length, S = prompt_length + length; the sampler's log-probs are 0.
     """
-    P = len(prompts)
-    tokens = np.zeros((P, 1, prompt_length + length), np.int32)
-    attention_mask = np.zeros_like(tokens)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-        first, last = prompt_length - len(prompt), prompt_length + len(completion)
-        tokens[row, 0, first:last] = prompt + completion
-        attention_mask[row, 0, first:last] = 1
-    mask = attention_mask[..., prompt_length:].astype(np.float32)
-    return Batch(tokens, attention_mask, mask, np.zeros_like(mask))
+    groups = [[Completion.sampled(ids, np.zeros(len(ids)), "stop")] for ids in completions]
+    return make_batch(prompts, groups, prompt_length=prompt_length, completion_length=length)
 
 
 def batches(
@@ -99,12 +74,10 @@ def batches(
     prompt_length: int,
     length: int,
 ) -> Iterator[Batch]:
-    """The batches of steps `first` to `num_steps`, as `make_batch` makes them, a function of both
-    and the seed alone.
-    """
+    """The `demonstrations` of steps `first` to `num_steps`, a function of both and the seed."""
     for step in range(first, num_steps):
         rows = prompt_indices(step, seed=seed, num_rows=len(prompts), batch_size=batch_size)
-        yield make_batch(
+        yield demonstrations(
             [prompts[i] for i in rows],
             [completions[i] for i in rows],
             prompt_length=prompt_length,

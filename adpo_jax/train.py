@@ -33,15 +33,9 @@ from adpo_jax.guard import SKIPPED
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.preparation import Run, abstract_state, prepare
 from adpo_jax.progress import Progress
+from adpo_jax.records import GradedGroups
 from adpo_jax.rewards import RewardError
-from adpo_jax.rollout import (
-    GradedRollout,
-    Prompts,
-    make_batch,
-    reward_metrics,
-    rollout_metrics,
-    sample_records,
-)
+from adpo_jax.rollout import reward_metrics, rollout_metrics, sample_records
 from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
 from adpo_jax.update import TrainState
@@ -161,6 +155,7 @@ def _iterate(
     rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
     rows = [row for row in rows if "sft/step" not in row]
     guard.resume(rows)
+    run.source.restore(start)
     try:
         with Progress("iteration", num_steps, start) as progress:
             if not rows or rows[-1]["step"] < start:
@@ -178,15 +173,15 @@ def _iterate(
                 interruption.check()
                 profiler.begin(step + 1)
                 with interruption.abandonable():
-                    prompts, graded = run.rollouts(step, state.params)
+                    groups = run.source.next(step, state.params)
                 if config.trainer.rollout_data_dir and folder.writes:
-                    recording.write(folder.recordings(config), step + 1, prompts, graded)
-                state, metrics = _learn(config, run.parts, state, prompts, graded)
+                    recording.write(folder.recordings(config), step + 1, groups)
+                state, metrics = _learn(run.parts, state, groups)
                 host_memory.give_back()
                 metrics |= saving
                 evidence = ""
                 if metrics[SKIPPED] and folder.writes:
-                    evidence = str(recording.write(folder.bad_batches, step + 1, prompts, graded))
+                    evidence = str(recording.write(folder.bad_batches, step + 1, groups))
                 guard.check(step + 1, metrics, evidence)
                 with interruption.abandonable():
                     evaluated = _due_evaluation(run, state, metrics)
@@ -194,34 +189,34 @@ def _iterate(
                 if checkpoints.num_failures:
                     metrics["checkpoint/failures"] = float(checkpoints.num_failures)
                 writer.write_scalars(step + 1, metrics)
-                _show(config, progress, writer, folder, step + 1, metrics, prompts, graded)
+                _show(config, progress, writer, folder, step + 1, metrics, groups)
                 profiler.end(step + 1)
                 saving.clear()
                 if checkpoints.is_due(step + 1, metrics):
                     with _timed(saving, "time/checkpoint"):
                         writer.flush()  # what a checkpoint has behind it is in the log
-                        run.save_rollouts(step + 1, checkpoints)
+                        run.save_source(step + 1, checkpoints)
                         checkpoints.save(step + 1, state.saved, metrics)
     except Interrupted as reason:
         writer.flush()
-        run.save_rollouts(int(state.step), checkpoints)
+        run.save_source(int(state.step), checkpoints)
         checkpoints.save_now(int(state.step), state.saved, metrics)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
-    run.save_rollouts(num_steps, checkpoints)
+    run.save_source(num_steps, checkpoints)
     checkpoints.save_now(num_steps, state.saved, metrics)
     return state
 
 
 def _learn(
-    config, parts: Parts, state: TrainState, prompts: Prompts, graded: GradedRollout
+    parts: Parts, state: TrainState, groups: GradedGroups
 ) -> tuple[TrainState, dict[str, float]]:
     """The update, and the metrics of the iteration."""
-    G = config.algorithm.num_generations
-    batch = make_batch(prompts, graded.out, max_prompt_length=config.data.max_prompt_length)
-    state, metrics = parts.learner.learn(state, batch, graded.scores.total.reshape(-1, G))
-    metrics |= reward_metrics(graded.scores, G) | rollout_metrics(graded) | graded.metrics
+    rewards_PG = groups.rewards
+    state, metrics = parts.learner.learn(state, groups.sequences, rewards_PG)
+    metrics |= reward_metrics(groups.scores, rewards_PG.shape[1])
+    metrics |= rollout_metrics(groups) | groups.metrics
     return state, metrics | profiling.memory_metrics()
 
 
@@ -279,8 +274,7 @@ def _show(
     folder: RunFolder,
     step: int,
     metrics: dict[str, float],
-    prompts: Prompts,
-    graded: GradedRollout,
+    groups: GradedGroups,
 ) -> None:
     """The progress line, and now and then a few completions with their rewards."""
     note = (
@@ -293,8 +287,8 @@ def _show(
     freq = config.trainer.log_samples_freq
     if not freq or step % freq:
         return
-    texts = prompts.repeated_columns(config.algorithm.num_generations)[config.data.prompt_key]
-    samples = sample_records(texts, graded)
+    columns = groups.prompts.repeated_columns(config.algorithm.num_generations)
+    samples = sample_records(columns[config.data.prompt_key], groups)
     folder.write_samples(f"train_{step:06d}", samples)
     shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
     shown = [samples[i] for i in shown[: config.trainer.log_num_samples]]

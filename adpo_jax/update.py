@@ -5,13 +5,13 @@ weight a token, which costs nothing. Then, micro-batch by micro-batch, the sum o
 log-probs by the parameters. So however a mini-batch is cut, it gives the same loss and gradient,
 and a group need not fit in a micro-batch.
 
-The weights need the log-probs of whole groups. Where the anchor is the policy of this very step
-they are known beforehand, as every log-ratio is 0. Otherwise a micro-batch of whole groups finds
-them between its forward and backward pass, and only where groups are split does a forward over all
-micro-batches, without gradient, come first.
+The weights need the log-probs of whole groups. Where the anchor is the policy of this very step,
+and the loss asks for nothing else, they are known beforehand, as every log-ratio is 0. Otherwise a
+micro-batch of whole groups finds them between its forward and backward pass, and only where groups
+are split does a forward over all micro-batches, without gradient, come first.
 
-Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens,
-B streams side by side, M micro-batches, C completion places of a stream, D model width.
+Letters: P prompts, G completions of a prompt, T completion tokens, B streams side by side, M
+micro-batches, C completion places of a stream.
 """
 
 import dataclasses
@@ -24,11 +24,30 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adpo_jax import groups, lora
+from adpo_jax import lora
 from adpo_jax.layouts import Layout, MicroBatch, layout_of
 from adpo_jax.log_probs import token_log_probs, weighted_log_probs
-from adpo_jax.packing import Batch, PackedBatch
+from adpo_jax.losses.algorithm import Algorithm, Metric
+from adpo_jax.losses.shared import k3
+from adpo_jax.packing import PackedBatch
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch
+
+# What an update measures besides the algorithm's own; a metric over "steps" is a mean over
+# optimizer steps, one over "first" that of the first, before the policy has moved.
+METRICS = (
+    Metric("rollout/mismatch_kl", "first", "k3 estimate of KL(sampler || trainer), nats a token"),
+    Metric(
+        "rollout/mismatch_ratio_max",
+        "first",
+        "the largest ratio between the sampler's and the trainer's probability of a token",
+    ),
+    Metric("rollout/entropy", "tokens", "the policy's mean token entropy, nats"),
+    Metric("update/tokens", "sum", "completion tokens trained on, an epoch"),
+    Metric("update/grad_norm", "steps", "global norm of the gradient before clipping"),
+    Metric("update/skipped", "steps", "share of the optimizer steps that were not sound"),
+    Metric("update/padding_frac", "steps", "share of the places that hold no token"),
+)
 
 
 @flax.struct.dataclass
@@ -40,6 +59,8 @@ class TrainState:
       params: the policy.
       opt_state: of the optimizer, over what is `trained` of the parameters.
       anchor_params: a second copy of what is trained where the anchor mode needs one, else None.
+      reference_params: what was trained as it was before the first iteration, where the loss pulls
+        towards it and the anchor is another, else None.
       frozen_checksum: uint32 scalar of the frozen parameters under LoRA, else None.
     """
 
@@ -47,6 +68,7 @@ class TrainState:
     params: Any
     opt_state: Any
     anchor_params: Any = None
+    reference_params: Any = None
     frozen_checksum: jax.Array | None = None
 
     @property
@@ -63,6 +85,11 @@ class TrainState:
     def anchor(self) -> Any:
         """The anchor's whole parameter tree; its frozen part is the policy's."""
         return lora.join(self.anchor_params, self.frozen)
+
+    @property
+    def reference(self) -> Any:
+        """The reference's whole parameter tree; its frozen part is the policy's."""
+        return lora.join(self.reference_params, self.frozen)
 
     @property
     def saved(self) -> "TrainState":
@@ -90,24 +117,36 @@ class TrainState:
 
 
 def init_state(
-    policy: Policy, params, optimizer: optax.GradientTransformation, anchor_params=None
+    policy: Policy,
+    params,
+    optimizer: optax.GradientTransformation,
+    anchor_params=None,
+    reference_params=None,
 ) -> TrainState:
-    """The state before the first iteration, the optimizer's arrays laid out like the parameters."""
+    """The state before the first iteration, the optimizer's arrays laid out like the parameters.
+
+    It takes `params` over, and `make_update` donates the state: keep a copy of what is to outlive
+    the first update.
+    """
     trained, frozen = lora.split(params)
     checksum = lora.checksum(frozen) if policy.lora else None
     if policy.mesh is None:
-        opt_state = jax.jit(optimizer.init)(trained)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, anchor_params, checksum)
-    layout = jax.tree.map(lambda s: s.sharding, abstract_state(policy, optimizer).opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
-    everywhere = NamedSharding(policy.mesh, PartitionSpec())
-    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
-    checksum = jax.device_put(checksum, everywhere)
-    return TrainState(step, params, opt_state, anchor_params, checksum)
+        opt_state, step = jax.jit(optimizer.init)(trained), jnp.zeros((), jnp.int32)
+    else:
+        layout = jax.tree.map(lambda s: s.sharding, abstract_state(policy, optimizer).opt_state)
+        opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
+        everywhere = NamedSharding(policy.mesh, PartitionSpec())
+        step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+        checksum = jax.device_put(checksum, everywhere)
+    return TrainState(step, params, opt_state, anchor_params, reference_params, checksum)
 
 
 def abstract_state(
-    policy: Policy, optimizer: optax.GradientTransformation, *, keeps_anchor: bool = False
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    keeps_anchor: bool = False,
+    keeps_reference: bool = False,
 ) -> TrainState:
     """The state's shapes, dtypes and layout, without any array; `policy` has a mesh."""
     replicated = NamedSharding(policy.mesh, PartitionSpec())
@@ -122,7 +161,8 @@ def abstract_state(
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated) if policy.lora else None
-    return TrainState(step, params, opt_state, trained if keeps_anchor else None, checksum)
+    anchor, reference = (trained if keeps else None for keeps in (keeps_anchor, keeps_reference))
+    return TrainState(step, params, opt_state, anchor, reference, checksum)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +184,16 @@ class _Scorer:
         return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
 
     def batch(self, params, layout: Layout):
-        """Log-probs and entropies [P, G, T] of a batch."""
+        """Log-probs and entropies of a batch, in the shape of its layout."""
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
-        return jax.tree.map(layout.by_group, parts)
+        return jax.tree.map(layout.joined, parts)
 
-    def gradient(self, trained, frozen, micro: MicroBatch, weights_PGT):
-        """Gradient of the sum of weights times log-probs, and what `micro` returns."""
+    def gradient(self, trained, frozen, micro: MicroBatch, weights):
+        """Gradient of the sum of weights times log-probs, and what `micro` returns.
+
+        Args:
+          weights: in the shape of the micro-batch's part of the batch, 0 where nothing is trained.
+        """
 
         def weighted(trained):
             params = lora.join(trained, frozen)
@@ -157,7 +201,7 @@ class _Scorer:
                 self.policy.config,
                 params,
                 *micro.hidden_and_targets(self.policy, params),
-                micro.values(weights_PGT),
+                micro.rows(weights),
                 **self._head,
             )
 
@@ -168,12 +212,15 @@ class _Scorer:
         (log_probs, entropy), pull = jax.vjp(
             lambda trained: self.micro(lora.join(trained, frozen), micro), trained
         )
-        weights = micro.values(weights_of(log_probs))
+        weights = micro.rows(weights_of(micro.from_rows(log_probs)))
         return pull((weights, jnp.zeros_like(entropy)))[0], (log_probs, entropy)
 
 
 def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
-    """A jitted `(params, batch) -> (log_probs, entropy)`, each [P, G, T] float32, no gradient.
+    """A jitted `(params, batch) -> (log_probs, entropy)`, float32 in nats, no gradient.
+
+    Both have the shape of the batch's layout, [P, G, T] of a padded `Batch` and [B, M, C] of a
+    `PackedBatch`, and are meaningless where there is no token.
 
     Args:
       num_micro: micro-batches of a padded `Batch`, run one after the other; divides P. A
@@ -182,14 +229,14 @@ def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1
     scorer = _Scorer(policy, temperature, with_entropy=True)
 
     def log_probs(params, batch: Batch | PackedBatch):
-        return scorer.batch(params, layout_of(batch, num_micro))
+        return scorer.batch(params, layout_of(batch, num_micro=num_micro))
 
     return jax.jit(log_probs)
 
 
 def make_update(
     policy: Policy,
-    algorithm,
+    algorithm: Algorithm,
     optimizer: optax.GradientTransformation,
     *,
     num_micro: int = 1,
@@ -197,7 +244,7 @@ def make_update(
     max_anchor_kl: float = 0.0,
     with_entropy: bool = True,
 ) -> Callable:
-    """The optimizer step, a jitted `(state, batch, scores, anchor_log_probs) -> (state, metrics)`.
+    """The optimizer step, a jitted `(state, batch, scores, log_probs) -> (state, metrics)`.
 
     Args:
       algorithm: of `losses`, e.g. `losses.Adpo`.
@@ -211,62 +258,76 @@ def make_update(
     "update/skipped" is 1.
 
     The returned function takes the state (donated), a batch of P prompts (a `PackedBatch` of
-    `packing.pack`, or a padded `Batch`), the scores of `algorithm.score` for those prompts, and the
-    anchor's log-probs [P, G, T], or None where the anchor is the policy of this very step: then
-    they are the policy's own, without gradient, and cost no forward. With log-probs given, a batch
-    whose micro-batches do not hold whole groups costs a forward before the gradient.
-    `metrics` is a flat dict of float32 scalars, "update/tokens" the number of completion tokens
-    among them.
+    `packing.pack`, or a padded `Batch`), the scores of `algorithm.score` for those prompts, and a
+    dict of log-probs in the shape of the batch: "anchor" and what else the algorithm `needs`. A
+    `PackedBatch` may hold them itself; None stands for an empty dict. Without "anchor" the anchor
+    is the policy of this very step: its log-probs are the policy's own, without gradient, and cost
+    no forward. A loss that needs log-probs, in a batch whose micro-batches do not hold whole
+    groups, costs a forward before the gradient.
+    `metrics` is a flat dict of float32 scalars, those of `METRICS` and of the algorithm.
     """
 
     scorer = _Scorer(policy, temperature, with_entropy)
-    slope = jax.grad(algorithm.loss, has_aux=True)
 
-    def known_weights(params, layout: Layout, anchor_log_probs, prepared):
-        """d loss / d log-prob of every token, [P, G, T]; None: each micro-batch finds its own."""
-        mask = layout.batch.completion_mask_PGT
-        if anchor_log_probs is None:
-            log_probs = anchor_log_probs = jnp.zeros(mask.shape)  # only their difference counts
+    def loss_of(log_probs, others, tokens, prepared):
+        return algorithm.loss({**others, "policy": log_probs}, tokens, prepared)
+
+    slope = jax.grad(loss_of, has_aux=True)
+
+    def with_anchor(others, log_probs):
+        """All log-probs that the loss needs; the policy's own where there is no anchor."""
+        return {"anchor": jax.lax.stop_gradient(log_probs)} | others
+
+    def known_weights(params, layout: Layout, prepared):
+        """d loss / d log-prob, in the layout's shape; None where each micro-batch finds its own."""
+        tokens, others = layout.tokens, layout.log_probs
+        if "anchor" not in others and algorithm.needs <= {"anchor"}:
+            log_probs = jnp.zeros(tokens.trained.shape)  # only its difference to itself counts
         elif layout.has_whole_groups:
             return None
         else:
             log_probs, _ = dataclasses.replace(scorer, with_entropy=False).batch(params, layout)
-        return slope(log_probs, anchor_log_probs, mask, prepared)[0]
+        return slope(log_probs, with_anchor(others, log_probs), tokens, prepared)[0]
 
-    def update(state: TrainState, batch: Batch | PackedBatch, scores, anchor_log_probs):
-        layout = layout_of(batch, num_micro)
-        mask = batch.completion_mask_PGT
-        prepared = algorithm.normalise(scores, mask)
-        weights = known_weights(state.params, layout, anchor_log_probs, prepared)
+    def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
+        layout = layout_of(batch, log_probs, num_micro)
+        _check_given(algorithm, layout)
+        prepared = algorithm.normalise(scores, layout.tokens)
+        weights = known_weights(state.params, layout, prepared)
         trained, frozen = state.trained, state.frozen
 
         def add_micro(sums, i):
+            micro = layout.micro(i)
+
             def weights_of(log_probs):
                 # A group's weights follow from its own log-probs: those of others do not matter.
-                filled = layout.fill(anchor_log_probs, i, log_probs)
-                return slope(filled, anchor_log_probs, mask, prepared)[0]
+                others = with_anchor(jax.tree.map(micro.of, layout.log_probs), log_probs)
+                return slope(log_probs, others, micro.tokens, micro.prepared(prepared))[0]
 
             if weights is None:
-                more = scorer.gradient_of(trained, frozen, layout.micro(i), weights_of)
+                more = scorer.gradient_of(trained, frozen, micro, weights_of)
             else:
-                more = scorer.gradient(trained, frozen, layout.micro(i), weights)
+                more = scorer.gradient(trained, frozen, micro, micro.of(weights))
             grads, scored = more
             # Left to itself the partitioner may sum whole gradients on every device.
             return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
         grads, parts = layout.loop(add_micro, zeros)
-        log_probs, entropy = jax.tree.map(layout.by_group, parts)
-        anchor = log_probs if anchor_log_probs is None else anchor_log_probs
+        log_probs, entropy = jax.tree.map(layout.joined, parts)
         with jax.named_scope("loss"):
-            _, metrics = algorithm.loss(log_probs, anchor, mask, prepared)
-        metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, batch)
+            others = with_anchor(layout.log_probs, log_probs)
+            loss, metrics = loss_of(log_probs, others, layout.tokens, prepared)
+        metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, layout)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
             moved = optax.apply_updates(trained, updates)
         metrics["update/grad_norm"] = optax.global_norm(grads)
-        sound = _is_sound(metrics, max_anchor_kl)
+        sound = jnp.isfinite(loss) & jnp.isfinite(metrics[algorithm.loss_metric])
+        sound &= jnp.isfinite(metrics["update/grad_norm"])
+        if max_anchor_kl:
+            sound &= metrics[algorithm.anchor_kl_metric] <= max_anchor_kl
         trained, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
             (moved, opt_state),
@@ -278,27 +339,26 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def _is_sound(metrics: dict[str, jax.Array], max_anchor_kl: float) -> jax.Array:
-    """Whether loss and gradient are finite and the anchor near."""
-    watched = [v for k, v in metrics.items() if k.endswith("/loss") or k == "update/grad_norm"]
-    sound = jnp.all(jnp.isfinite(jnp.stack(watched)))
-    if max_anchor_kl:
-        kls = [value for name, value in metrics.items() if name.endswith("/anchor_kl")]
-        sound &= jnp.max(jnp.stack(kls)) <= max_anchor_kl
-    return sound
+def _check_given(algorithm: Algorithm, layout: Layout) -> None:
+    missing = sorted(algorithm.needs - {"anchor"} - layout.log_probs.keys())
+    if missing:
+        raise ValueError(
+            f"{algorithm.name} needs the log-probs of {', '.join(missing)} beside the batch; given "
+            f"those of {', '.join(sorted(layout.log_probs))}"
+        )
 
 
-def _sampling_metrics(log_probs, entropy, batch) -> dict[str, jax.Array]:
+def _sampling_metrics(log_probs, entropy, layout: Layout) -> dict[str, jax.Array]:
     """Means over tokens of what compares the trained policy with the sampler."""
-    mask = batch.completion_mask_PGT
-    tokens = jnp.sum(mask)
-    log_ratio = jnp.where(mask > 0, log_probs - batch.sampler_log_probs_PGT, 0.0)
+    trained = layout.tokens.trained
+    tokens = jnp.sum(trained, dtype=jnp.float32)
+    log_ratio = jnp.where(trained, log_probs - layout.log_probs["sampler"], 0.0)
     metrics = {
-        "rollout/mismatch_kl": jnp.sum(groups.k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
+        "rollout/mismatch_kl": jnp.sum(k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
         "rollout/mismatch_ratio_max": jnp.exp(jnp.max(jnp.abs(log_ratio))),
         "update/tokens": tokens,
     }
     if entropy is not None:
-        total = jnp.sum(jnp.where(mask > 0, entropy, 0.0))
+        total = jnp.sum(jnp.where(trained, entropy, 0.0))
         metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
     return metrics

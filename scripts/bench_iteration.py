@@ -53,13 +53,13 @@ def run_ours(a) -> dict:
     from adpo_jax.anchor import Anchor
     from adpo_jax.batch_plan import BatchPlan
     from adpo_jax.learner import Learner
-    from adpo_jax.rollout import Prompts, make_batch
+    from adpo_jax.records import Sequences
 
     drawn = SimpleNamespace(
         shape=a.shapes, prompts=PROMPTS, gens=GENS, prompt_len=PROMPT, new=NEW, mean_len=40.0
     )
     prompt_ids, _, _ = common.batch(drawn)
-    prompts = Prompts([row.tolist() for row in prompt_ids], {})
+    prompts = [row.tolist() for row in prompt_ids]
     policy, params = model_of(common.SHAPES[a.shapes], common.weights(a.shapes))
     schedule = optax.constant_schedule(common.OPT["lr"])
     learner = Learner(
@@ -70,7 +70,9 @@ def run_ours(a) -> dict:
         ),
         schedule=schedule,
         anchor=Anchor(),
-        plan=BatchPlan(PROMPTS, PROMPTS, PROMPTS, 1, micro_completions=a.micro),
+        plan=BatchPlan(
+            PROMPTS, PROMPTS, PROMPTS, 1, micro_completions=a.micro, completion_length=NEW
+        ),
     )
     state = learner.init_state(jax.tree.map(jax.numpy.array, params))
     del params
@@ -81,12 +83,11 @@ def run_ours(a) -> dict:
     sampling = SamplingParams(n=GENS, max_tokens=NEW, stop_token_ids=stop_ids)
 
     def iterate(state, seed):
-        out = engine.generate(state.params, prompts.token_ids, sampling, jax.random.key(seed))
-        even = np.sum((out.tokens % 2 == 0) * out.mask, axis=-1)
-        rewards = (even / np.maximum(out.lengths, 1)).astype(np.float32)
+        out = engine.generate(state.params, prompts, sampling, jax.random.key(seed))
+        even = [[np.mean(c.tokens % 2 == 0) for c in group] for group in out.groups]
         rollout_done = time.perf_counter()
-        batch = make_batch(prompts, out, max_prompt_length=PROMPT)
-        state, metrics = learner.learn(state, batch, rewards)
+        sequences = Sequences(prompts, out.groups)
+        state, metrics = learner.learn(state, sequences, np.array(even, np.float32))
         jax.block_until_ready(state)
         host_memory.give_back()  # as a run does after every iteration
         return state, metrics, int(out.lengths.sum()), rollout_done

@@ -51,7 +51,7 @@ def make_batch(common, shape: str, case: str):
     """The peers' batch as ours, and GRPO's advantages [P, G]."""
     import numpy as np
 
-    from adpo_jax.packing import Batch
+    from adpo_jax.records import Batch
 
     drawn = SimpleNamespace(shape=shape, prompts=16, gens=8, **CASES[case])
     prompts, completions, advantages = common.batch(drawn)
@@ -92,9 +92,13 @@ def run_ours(a) -> dict:
     state = update.init_state(policy, jax.tree.map(jnp.array, params), adamw)
     del params
     scores = algorithm.score(jnp.asarray(advantages))
-    if a.layout == "packed":
-        batch = packing.pack(batch, completions_per_micro=a.micro)
     padding = batch.padding_frac
+    if a.layout == "packed":
+        sequences = batch.sequences()
+        laid_out = packing.Packing(
+            sequences, completions_per_micro=a.micro, full_length=batch.num_completion
+        )
+        batch, padding = laid_out.batch(sequences), laid_out.padding_frac
     batch = jax.tree.map(jnp.asarray, batch)
 
     start = time.perf_counter()

@@ -151,12 +151,16 @@ class MeasuringLearner(Learner):
 
     start_params: object = None
 
-    def learn(self, state, batch, rewards_PG):
+    def learn(self, state, sequences, rewards_PG):
         """As `Learner.learn`, with E[log policy - log start] of a whole completion, nats."""
-        log_probs, _ = self.log_probs(self.start_params, batch)
-        log_ratio = (batch.sampler_log_probs_PGT - log_probs) * batch.completion_mask_PGT
-        state, metrics = super().learn(state, batch, rewards_PG)
-        return state, metrics | {START_KL: float(log_ratio.sum(-1).mean())}
+        start, _ = self.log_probs(self.start_params, sequences)
+        log_ratios = [
+            (sampled - log_probs).sum()
+            for group in zip(sequences.values("sampler"), start)
+            for sampled, log_probs in zip(*group)
+        ]
+        state, metrics = super().learn(state, sequences, rewards_PG)
+        return state, metrics | {START_KL: float(np.mean(log_ratios))}
 
 
 def start_config(config_path: str, changes: dict, seed: int) -> ConfigDict:

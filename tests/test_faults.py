@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_config import parse
 from test_train import TINY, one_device, scalars  # noqa: F401  (a fixture)
@@ -15,7 +16,8 @@ from adpo_jax import checkpoints as checkpoints_lib
 from adpo_jax import recording
 from adpo_jax.checkpoints import Checkpoints, SaveError
 from adpo_jax.guard import SKIPPED, Guard, TrainingStopped
-from adpo_jax.rewards import RewardError
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
+from adpo_jax.rewards import RewardError, Scores
 from adpo_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -67,8 +69,8 @@ def test_a_bad_update_stops_the_run_with_its_batch_saved_and_the_checkpoint_befo
         train(config, tmp_path / "run")
     with Checkpoints(tmp_path / "run" / "checkpoints", save_freq=1, keep=3) as checkpoints:
         assert checkpoints.latest_step == 1
-    prompts, graded = recording.read(tmp_path / "run" / "bad_batches", 2)
-    assert len(prompts) == 8
+    graded = recording.read(tmp_path / "run" / "bad_batches", 2)
+    assert len(graded) == 8
     assert not np.isfinite(graded.scores.total).all()
 
 
@@ -272,28 +274,55 @@ def test_a_replay_of_a_recording_gives_the_same_bits_without_a_sampler(tmp_path,
         train(parse(*SHORT, *varied), tmp_path / "replayed")
 
 
-def test_a_recording_keeps_the_log_probs_of_the_whole_distribution(tmp_path):
-    prompts, graded = random_rollout(np.random.default_rng(0))
-    whole = graded.out.log_probs - 0.5 * graded.out.mask
-    out = dataclasses.replace(graded.out, full_log_probs=whole.astype(np.float32))
-    recording.write(tmp_path, 1, prompts, dataclasses.replace(graded, out=out))
-    read = recording.read(tmp_path, 1)[1].out
-    np.testing.assert_array_equal(read.full_log_probs, out.full_log_probs)
-    np.testing.assert_array_equal(read.log_probs, out.log_probs)
+def test_a_recording_keeps_all_that_completions_have(tmp_path):
+    """Log-probs of the whole distribution, holes, turns and the weights of each token."""
+    groups = random_groups(np.random.default_rng(0))
+    odd = groups.completions.map(
+        lambda c: dataclasses.replace(
+            c,
+            trained=np.arange(len(c)) % 3 != 1,
+            versions=np.arange(len(c), dtype=np.int32),
+            turns=np.arange(len(c), dtype=np.int16) // 2,
+            full_log_probs=c.log_probs - 0.5,
+        )
+    )
+    recording.write(tmp_path, 1, dataclasses.replace(groups, completions=odd))
+    assert_same_completions(recording.read(tmp_path, 1).completions, odd)
+
+
+def assert_same_completions(found: Completions, wanted: Completions):
+    for one, other in zip(found.flat, wanted.flat, strict=True):
+        for field in dataclasses.fields(Completion):
+            value, expected = getattr(one, field.name), getattr(other, field.name)
+            np.testing.assert_array_equal(value, expected, err_msg=field.name, strict=True)
+
+
+def test_a_recording_of_version_1_is_read_as_completions_of_one_turn(tmp_path):
+    groups = random_groups(np.random.default_rng(0))
+    path = recording.write(tmp_path, 3, groups)
+    table = pq.read_table(path).drop_columns(["trained", "versions", "turns"])
+    names = ["token_ids" if name == "tokens" else name for name in table.column_names]
+    info = json.loads(table.schema.metadata[b"adpo_jax"]) | {"version": 1, "max_tokens": 6}
+    table = table.rename_columns(names).replace_schema_metadata({"adpo_jax": json.dumps(info)})
+    pq.write_table(table, path, write_page_checksum=True)
+    wanted = groups.completions.map(
+        lambda c: dataclasses.replace(c, versions=np.full(len(c), 2, np.int32))
+    )
+    assert_same_completions(recording.read(tmp_path, 3).completions, wanted)
 
 
 def test_a_recording_is_never_overwritten(tmp_path):
     config = parse(*SHORT, "--config.trainer.rollout_data_dir=r", "--config.trainer.save_freq=0")
     train(config, tmp_path / "run")
     folder = tmp_path / "run" / "r"
-    prompts, graded = recording.read(folder, 1)
+    graded = recording.read(folder, 1)
     before = recording.path_of(folder, 1).read_bytes()
-    recording.write(folder, 1, prompts, graded)
+    recording.write(folder, 1, graded)
     assert recording.path_of(folder, 1).read_bytes() == before
-    graded.completions[0] += "!"
-    recording.write(folder, 1, prompts, graded)
+    graded.texts[0] += "!"
+    recording.write(folder, 1, graded)
     assert (folder / "000001.superseded-0.parquet").read_bytes() == before
-    assert recording.read(folder, 1)[1].completions == graded.completions
+    assert recording.read(folder, 1).texts == graded.texts
 
 
 @pytest.mark.parametrize(
@@ -317,44 +346,38 @@ def test_a_recording_that_does_not_fit_is_refused_before_anything_is_written(
 def folder_of_recordings(tmp_path):
     rng = np.random.default_rng(0)
     for step in range(1, 5):
-        recording.write(tmp_path / "r", step, *random_rollout(rng))
+        recording.write(tmp_path / "r", step, random_groups(rng))
     return tmp_path / "r"
 
 
-def random_rollout(rng, P=8, G=2, T=6):
-    lengths = rng.integers(1, T + 1, (P, G)).astype(np.int32)
-    mask = (np.arange(T) < lengths[..., None]).astype(np.int32)
-    out = recording.RolloutOutput(
-        tokens=rng.integers(0, 90, (P, G, T)).astype(np.int32) * mask,
-        mask=mask,
-        lengths=lengths,
-        log_probs=rng.normal(-3, 1, (P, G, T)).astype(np.float32) * mask,
-        finish_reason=np.full((P, G), "stop"),
-        full_log_probs=None,
-        stats={},
-    )
-    scores = recording.Scores(
+def random_groups(rng, P=8, G=2, T=6) -> GradedGroups:
+    def completion():
+        length = rng.integers(1, T + 1)
+        log_probs = rng.normal(-3, 1, length)
+        return Completion.sampled(rng.integers(0, 90, length), log_probs, "stop")
+
+    scores = Scores(
         rng.normal(size=P * G).astype(np.float32),
         {"a": np.where(np.arange(P * G) % 3, 1.0, np.nan).astype(np.float32)},
         {"timeouts": 0, "crashes": 0, "unparsed": 1},
     )
     texts = [f"text \u2028 {i} \ud800" for i in range(P * G)]
-    prompts = recording.Prompts(
+    prompts = Prompts(
         [rng.integers(0, 90, 3).tolist() for _ in range(P)],
         {"question": [f"q{i}" for i in range(P)], "solution": [str(i) for i in range(P)]},
     )
-    return prompts, recording.GradedRollout(out, texts, scores, (1.0, 1.0))
+    completions = Completions([[completion() for _ in range(G)] for _ in range(P)])
+    return GradedGroups(prompts, completions, texts, scores, (1.0, 1.0))
 
 
 def test_every_bit_of_a_rollout_survives_its_recording(tmp_path):
-    prompts, graded = random_rollout(np.random.default_rng(1))
-    recording.write(tmp_path, 7, prompts, graded)
-    there, read = recording.read(tmp_path, 7)
-    assert there == prompts
-    for name in ("tokens", "mask", "lengths", "log_probs", "finish_reason"):
-        np.testing.assert_array_equal(getattr(read.out, name), getattr(graded.out, name))
-    np.testing.assert_array_equal(read.scores.total, graded.scores.total)
-    np.testing.assert_array_equal(read.scores.components["a"], graded.scores.components["a"])
-    assert read.scores.counts == graded.scores.counts
-    assert read.completions[1] == "text \u2028 1 ?"
+    groups = random_groups(np.random.default_rng(1))
+    recording.write(tmp_path, 7, groups)
+    read = recording.read(tmp_path, 7)
+    assert read.prompts == groups.prompts
+    assert_same_completions(read.completions, groups.completions)
+    np.testing.assert_array_equal(read.scores.total, groups.scores.total)
+    np.testing.assert_array_equal(read.scores.components["a"], groups.scores.components["a"])
+    assert read.scores.counts == groups.scores.counts
+    assert read.texts[1] == "text \u2028 1 ?"
     assert sys.getsizeof(recording.path_of(tmp_path, 7).read_bytes()) < 20_000

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from adpo_jax.engine import RolloutOutput
 from adpo_jax.filtering import GroupFilter
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
-from adpo_jax.rollout import GradedRollout, Prompts
 
 P, G, T = 3, 2, 4
 
@@ -27,15 +26,16 @@ class Sampler:
         self.calls.append((step, attempt))
         names = [ids[0] - 1 for ids in prompts.token_ids]
         rewards = np.array([[float(name in self.useful), 0.0] for name in names], np.float32)
-        tokens = np.repeat(np.array(names, np.int32) + 1, G * T).reshape(P, G, T)
-        mask = np.ones_like(tokens)
-        out = RolloutOutput(
-            tokens, mask, mask.sum(-1), tokens * -0.5, np.full((P, G), "stop"), None, {}
+        out = Completions(
+            [
+                [Completion.sampled([name + 1] * T, [-0.5] * T, "stop", version=step)] * G
+                for name in names
+            ]
         )
         texts = [f"{name}.{g}" for name in names for g in range(G)]
         counts = {"timeouts": 1, "crashes": 2, "unparsed": 3}
         scores = Scores(rewards.reshape(-1), {"right": rewards.reshape(-1)}, counts)
-        return GradedRollout(out, texts, scores, (1.0, 0.5))
+        return GradedGroups(prompts, out, texts, scores, (1.0, 0.5))
 
 
 def made(folder, useful, max_attempts=4, **kwargs):
@@ -43,16 +43,16 @@ def made(folder, useful, max_attempts=4, **kwargs):
     return GroupFilter(sampler, prompts_of, folder, max_attempts=max_attempts, **kwargs), sampler
 
 
-def questions(prompts):
-    return [int(question) for question in prompts.columns["question"]]
+def questions(groups):
+    return [int(question) for question in groups.prompts.columns["question"]]
 
 
 def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_time(tmp_path):
     filtered, sampler = made(tmp_path, useful={1, 3, 4, 5, 7, 8, 9, 11})
-    prompts, graded = filtered(0, None)
-    assert questions(prompts) == [1, 3, 4]
-    assert graded.completions == ["1.0", "1.1", "3.0", "3.1", "4.0", "4.1"]
-    np.testing.assert_array_equal(graded.out.tokens[:, 0, 0], [2, 4, 5])
+    graded = filtered.next(0, None)
+    assert questions(graded) == [1, 3, 4]
+    assert graded.texts == ["1.0", "1.1", "3.0", "3.1", "4.0", "4.1"]
+    assert [group[0].tokens[0] for group in graded.completions.groups] == [2, 4, 5]
     np.testing.assert_array_equal(graded.scores.components["right"], [1, 0] * 3)
     assert graded.seconds == (2.0, 1.0)
     assert graded.metrics == {
@@ -67,41 +67,44 @@ def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_tim
         "filter/carried": 1.0,
         "filter/sampled_reward": pytest.approx(4 / 12),
     }
-    prompts, _ = filtered(1, None)
-    assert questions(prompts) == [5, 7, 8]
+    carried = filtered.next(1, None)
+    assert questions(carried) == [5, 7, 8]
+    # The group that waited was drawn by the weights of the iteration before.
+    assert [group[0].versions[0] for group in carried.completions.groups] == [0, 1, 1]
     assert sampler.calls == [(0, 0), (0, 1), (1, 0)]
 
 
 def test_after_the_last_attempt_groups_without_spread_fill_the_batch(tmp_path):
     filtered, sampler = made(tmp_path, useful={4}, max_attempts=2)
-    prompts, graded = filtered(0, None)
-    assert questions(prompts) == [4, 0, 1]
-    assert graded.out.tokens.shape == (P, G, T)
+    graded = filtered.next(0, None)
+    assert questions(graded) == [4, 0, 1]
+    np.testing.assert_array_equal(graded.completions.lengths, np.full((P, G), T))
     assert graded.metrics["filter/fillers"] == 2.0
     assert graded.metrics["filter/attempts"] == 2.0
-    assert questions(filtered(1, None)[0]) == [6, 7, 8]
+    assert questions(filtered.next(1, None)) == [6, 7, 8]
     assert len(sampler.calls) == 4
 
 
 def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
     useful = set(range(0, 60, 4)) | set(range(1, 60, 4))
     whole, _ = made(tmp_path / "whole", useful)
-    expected = [questions(whole(step, None)[0]) for step in range(6)]
+    expected = [questions(whole.next(step, None)) for step in range(6)]
     first, _ = made(tmp_path / "run", useful)
     for step in range(3):
-        first(step, None)
+        first.next(step, None)
     first.save(3)
-    first(3, None)  # lost with the process
+    first.next(3, None)  # lost with the process
     second, sampler = made(tmp_path / "run", useful)
-    assert [questions(second(step, None)[0]) for step in range(3, 6)] == expected[3:]
+    second.restore(3)
+    assert [questions(second.next(step, None)) for step in range(3, 6)] == expected[3:]
     assert sampler.calls[0] == (3, 0)
     second.save(6, oldest=4)
     assert {path.name[:6] for path in (tmp_path / "run").iterdir()} == {"000006"}
     lost, _ = made(tmp_path / "run", useful)
     with pytest.raises(ValueError, match="iteration 2 left its surplus"):
-        lost(2, None)
+        lost.restore(2)
 
 
 def test_a_spread_below_min_reward_std_is_none(tmp_path):
     filtered, _ = made(tmp_path, useful=set(range(9)), max_attempts=1, min_reward_std=0.8)
-    assert filtered(0, None)[1].metrics["filter/fillers"] == 3.0  # the standard deviation is 0.71
+    assert filtered.next(0, None).metrics["filter/fillers"] == 3.0  # the standard deviation is 0.71

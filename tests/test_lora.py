@@ -129,7 +129,7 @@ def learn(mesh_sizes=None, remat="none", **kwargs):
     state = parts.init_state(jax.tree.map(jnp.copy, params))
     first = jax.device_get(state)
     for seed in range(2):
-        state, metrics = parts.learn(state, *tiny.batch(seed=seed))
+        state, metrics = parts.learn(state, *tiny.sequences(seed=seed))
     return parts, first, state, metrics
 
 

@@ -52,7 +52,7 @@ def iteration(mesh):
     state, history = learner.init_state(params), []
     for seed in range(2):  # in the second the policy has left its anchor
         batch, rewards = tiny.batch(seed=seed)
-        state, metrics = learner.learn(state, batch, rewards)
+        state, metrics = learner.learn(state, batch.sequences(), rewards)
         by_machine = ("time/", "update/tokens_per_s", "update/padding_frac")
         history.append({k: v for k, v in metrics.items() if not k.startswith(by_machine)})
     return out.tokens, jax.device_get((state.params, state.anchor_params)), history

@@ -12,23 +12,36 @@ from test_update import assert_same, step
 
 from adpo_jax import losses, packing, sharding, update
 from adpo_jax.attention import LayerInfo
-from adpo_jax.packing import pack
+from adpo_jax.packing import Packing, pack
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch, Completion, Sequences
 from adpo_jax.tile_attention import Stream, stream_attention
 
 
-def anchored(batch):
-    """Anchor log-probs that are not the policy's."""
+def anchored(batch: Batch) -> np.ndarray:
+    """Anchor log-probs that are not the policy's, [P, G, T]."""
     rng = np.random.default_rng(1)
     return rng.normal(-3.0, 0.3, batch.completion_mask_PGT.shape).astype(np.float32)
+
+
+def ragged_of(batch: Batch, anchor: bool) -> Sequences:
+    """The same sequences, with the log-probs of `anchored` where they are wanted."""
+    sequences = batch.sequences()
+    if not anchor:
+        return sequences
+    values = [
+        [row[: len(c)] for row, c in zip(rows, group)]
+        for rows, group in zip(anchored(batch), sequences.completions)
+    ]
+    return dataclasses.replace(sequences, log_probs={"anchor": values})
 
 
 @functools.cache
 def in_rows(anchor: bool):
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
-    anchor_log_probs = anchored(batch) if anchor else None
-    return step(policy, params, batch, rewards, algorithm=ALGORITHM, anchor=anchor_log_probs)
+    others = {"anchor": anchored(batch)} if anchor else None
+    return step(policy, params, batch, rewards, algorithm=ALGORITHM, log_probs=others)
 
 
 ALGORITHM = losses.Adpo(drop_all_failed_prompts=True, beta_anchor_kl=0.1)
@@ -48,16 +61,54 @@ ALGORITHM = losses.Adpo(drop_all_failed_prompts=True, beta_anchor_kl=0.1)
 def test_every_cut_gives_the_gradient_and_metrics_of_padded_rows(cut, anchor):
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
-    packed = pack(batch, tile=4, **cut)
-    found = step(
-        policy,
-        params,
-        packed,
-        rewards,
-        algorithm=ALGORITHM,
-        anchor=anchored(batch) if anchor else None,
-    )
+    packed = pack(ragged_of(batch, anchor), tile=4, **cut)
+    found = step(policy, params, packed, rewards, algorithm=ALGORITHM)
     assert_same(in_rows(anchor), found)
+
+
+# What a tool said lies between what the policy wrote: it is there, and nobody trains on it.
+HOLES = np.array([1, 1, 0, 0, 0, 1, 1, 1], bool)
+
+
+def with_holes() -> tuple[Batch, np.ndarray]:
+    """Completions of up to 8 tokens; of every second one some tokens are not trained on."""
+    batch, rewards = tiny.batch(completion=8)
+    mask = batch.completion_mask_PGT.copy()
+    mask[0] = batch.attention_mask_PGS[0, :, 5:] = 1  # whole ones, so that all holes are there
+    mask[::2, ::2] *= HOLES
+    return batch._replace(completion_mask_PGT=mask), rewards
+
+
+@pytest.mark.parametrize(
+    ("cut", "anchor"),
+    [({}, False), ({"completions_per_micro": 3}, True), ({"completions_per_micro": 4}, False)],
+    ids=str,
+)
+def test_holes_in_what_is_trained_on_are_honoured_by_both_layouts(cut, anchor):
+    policy, params = tiny.policy_and_params()
+    batch, rewards = with_holes()
+    others = {"anchor": anchored(batch)} if anchor else None
+    rows = step(policy, params, batch, rewards, algorithm=ALGORITHM, log_probs=others)
+    packed = pack(ragged_of(batch, anchor), tile=4, **cut)
+    assert_same(rows, step(policy, params, packed, rewards, algorithm=ALGORITHM))
+    assert rows[1]["update/tokens"] == batch.completion_mask_PGT.sum()
+
+
+def test_log_probs_behind_a_hole_are_those_of_the_whole_completion():
+    """What was not trained on is seen all the same."""
+    policy, params = tiny.policy_and_params()
+    batch, _ = with_holes()
+    whole = batch._replace(
+        completion_mask_PGT=batch.attention_mask_PGS[:, :, 5:].astype(np.float32)
+    )
+    in_rows, _ = update.make_log_probs(policy)(params, jax.tree.map(jnp.asarray, batch))
+    packing_of = Packing(batch.sequences(), tile=4)
+    for given in (batch, whole):
+        packed = jax.tree.map(jnp.asarray, packing_of.batch(given.sequences()))
+        found = packing_of.unpacked(np.asarray(update.make_log_probs(policy)(params, packed)[0]))
+        for p, g in np.ndindex(8, 4):
+            wanted = np.asarray(in_rows)[p, g, : len(found[p][g])]
+            np.testing.assert_allclose(found[p][g], wanted, atol=1e-5)
 
 
 # Windows of some layers, soft caps and a rope of its own a layer; a window of every layer.
@@ -72,17 +123,27 @@ def test_windows_soft_caps_and_ropes_of_each_layer_are_those_of_padded_rows(fami
     policy = Policy(tiny.model_config(ropes=ropes, **changes))
     params = policy.init(jax.random.key(0))
     batch, _ = tiny.batch(P=3)
-    weights = (
-        jnp.cos(jnp.arange(batch.completion_mask_PGT.size)) * batch.completion_mask_PGT.ravel()
+    weights = jnp.cos(jnp.arange(batch.completion_mask_PGT.size)).reshape(3, 4, -1)
+    packing_of = Packing(batch.sequences(), tile=4)
+    sequences = dataclasses.replace(
+        batch.sequences(),
+        log_probs={
+            "anchor": [
+                [w[: len(c)] for w, c in zip(ws, group)]
+                for ws, group in zip(np.asarray(weights), batch.sequences().completions)
+            ]
+        },
     )
+    packed = packing_of.batch(sequences)
 
-    def weighted(params, batch):
+    def weighted(params, batch, weights, trained):
         log_probs, entropy = update.make_log_probs(policy)(params, batch)
-        return weights @ (log_probs + 0.3 * entropy).ravel()
+        return jnp.where(trained, weights * (log_probs + 0.3 * entropy), 0.0).sum()
 
-    packed = pack(batch, tile=4, completions_per_micro=0)
-    wanted = jax.value_and_grad(weighted)(params, jax.tree.map(jnp.asarray, batch))
-    found = jax.value_and_grad(weighted)(params, jax.tree.map(jnp.asarray, packed))
+    rows, streams = jax.tree.map(jnp.asarray, (batch, packed))
+    gradient = jax.value_and_grad(weighted)
+    wanted = gradient(params, rows, weights, rows.completion_mask_PGT > 0)
+    found = gradient(params, streams, streams.log_probs["anchor"], streams.trained)
     assert_same(wanted, found, rtol=2e-5, atol=1e-5)
 
 
@@ -92,7 +153,7 @@ def test_streams_on_eight_devices_give_what_one_device_gives():
     mesh = sharding.make_mesh(2, 2, 2)
     on_mesh = dataclasses.replace(policy, mesh=mesh)
     layout = jax.tree.map(lambda s: s.sharding, on_mesh.abstract_params())
-    packed = pack(batch, num_shards=4, completions_per_micro=3, tile=4)
+    packed = pack(batch.sequences(), num_shards=4, completions_per_micro=3, tile=4)
     found = step(
         on_mesh,
         jax.device_put(params, layout),
@@ -108,43 +169,41 @@ def test_streams_on_eight_devices_give_what_one_device_gives():
 def test_recomputing_changes_nothing(remat):
     policy, params = tiny.policy_and_params(gradient_checkpointing=remat)
     batch, rewards = tiny.batch()
-    found = step(policy, params, pack(batch, tile=4), rewards, algorithm=ALGORITHM)
+    found = step(policy, params, pack(batch.sequences(), tile=4), rewards, algorithm=ALGORITHM)
     assert_same(in_rows(False), found)
 
 
 def test_every_token_has_one_place_and_a_prompt_runs_once():
-    batch, _ = tiny.batch()
-    packed = pack(batch, completions_per_micro=4, whole_groups=True, tile=4)
-    real = batch.completion_mask_PGT > 0
-    assert (packed.slots_PGT >= 0).tolist() == real.tolist()
-    assert len(set(packed.slots_PGT[real])) == real.sum()
-    targets = packed.micro.targets.reshape(-1)[packed.slots_PGT[real]]
-    np.testing.assert_array_equal(targets, batch.tokens_PGS[:, :, -6:][real])
-    prompt_tokens = batch.attention_mask_PGS[:, 0, :-6].sum() - len(batch.tokens_PGS)
-    assert np.count_nonzero(packed.micro.segments) == prompt_tokens + real.sum()
+    sequences, _ = tiny.sequences()
+    packing_of = Packing(sequences, completions_per_micro=4, whole_groups=True, tile=4)
+    packed = packing_of.batch(sequences)
+    for p, group in enumerate(packing_of.unpacked(packed.micro.targets)):
+        for targets, completion in zip(group, sequences.completions[p], strict=True):
+            np.testing.assert_array_equal(targets, completion.tokens)
+    num_tokens = sequences.lengths.sum()
+    assert packed.trained.sum() == num_tokens
+    prompt_tokens = sum(len(ids) - 1 for ids in sequences.prompts)
+    assert np.count_nonzero(packed.micro.segments) == prompt_tokens + num_tokens
 
 
-def ragged(P=32, G=8, T=512, mean=120.0, seed=0, prompts=(70, 0.4)):
+def ragged(P=32, G=8, T=512, mean=120.0, seed=0, prompts=(70, 0.4)) -> Sequences:
     """Lengths as on GSM8K: prompts around 70 tokens, completions around 120, few at the limit."""
     rng = np.random.default_rng(seed)
     median, spread = prompts
-    S = 4 * median
-    prompt_lengths = np.clip(rng.lognormal(np.log(median), spread, P), 20, S - 1).astype(int)
+    prompt_lengths = np.clip(rng.lognormal(np.log(median), spread, P), 20, 4 * median - 1)
     lengths = np.clip(rng.lognormal(np.log(mean), 0.5, (P, G)), 8, T).astype(int)
-    mask = np.zeros((P, G, S + T), np.int32)
-    for p in range(P):
-        mask[p, :, S - prompt_lengths[p] : S] = 1
-        for g in range(G):
-            mask[p, g, S : S + lengths[p, g]] = 1
-    floats = mask[:, :, S:].astype(np.float32)
-    return packing.Batch(np.ones_like(mask), mask, floats, floats)
+    ones = np.ones(T)
+    return Sequences(
+        [[1] * int(length) for length in prompt_lengths],
+        [[Completion.sampled(ones[:n], ones[:n], "stop") for n in row] for row in lengths],
+    )
 
 
 @pytest.mark.parametrize("micro", [0, 8, 16, 64])
 def test_padding_stays_under_a_tenth_on_lengths_like_those_of_gsm8k(micro):
     batches = [ragged(seed=seed) for seed in range(4)]
-    assert min(batch.padding_frac for batch in batches) > 0.6
-    fracs = [pack(batch, completions_per_micro=micro).padding_frac for batch in batches]
+    cut = {"completions_per_micro": micro, "full_length": 512}
+    fracs = [Packing(batch, **cut).padding_frac for batch in batches]
     assert np.mean(fracs) < 0.1
 
 
@@ -153,7 +212,8 @@ def test_long_prompts_are_padded_by_less_than_a_sixth(micro):
     fracs = []
     for seed in range(4):
         batch = ragged(P=16, T=64, mean=40.0, seed=seed, prompts=(550, 0.1))
-        fracs.append(pack(batch, completions_per_micro=micro).padding_frac)
+        cut = {"completions_per_micro": micro, "full_length": 64}
+        fracs.append(Packing(batch, **cut).padding_frac)
     assert np.mean(fracs) < 1 / 6
 
 
@@ -180,19 +240,20 @@ def test_balanced_shards_hold_equally_many_prompts_and_nearly_as_many_tokens():
     batches = [ragged(P=64, seed=seed) for seed in range(4)]
     before, after = [], []
     for batch in batches:
-        order = packing.balanced(batch, 8)
+        order = packing.balanced(batch.tokens_of_groups, 8)
         assert sorted(order) == list(range(64))
-        even = packing.Batch(*(x[order] for x in batch))
-        before.append(pack(batch, num_shards=8).padding_frac)
-        after.append(pack(even, num_shards=8).padding_frac)
-        tokens = even.completion_mask_PGT.reshape(8, -1).sum(1)
+        even = batch.select(order)
+        before.append(Packing(batch, num_shards=8).padding_frac)
+        after.append(Packing(even, num_shards=8).padding_frac)
+        tokens = even.lengths.reshape(8, -1).sum(1)
         assert tokens.max() < 1.03 * tokens.mean()
     assert np.mean(after) < 0.1 < np.mean(before)
 
 
 def test_sizes_are_few_so_that_few_updates_are_compiled():
+    cut = {"completions_per_micro": 32, "full_length": 512}
     shapes = {
-        tuple(x.shape for x in pack(ragged(seed=seed), completions_per_micro=32).micro)
+        tuple(x.shape for x in Packing(ragged(seed=seed), **cut).abstract().micro)
         for seed in range(24)
     }
     assert len(shapes) <= 10
@@ -200,11 +261,22 @@ def test_sizes_are_few_so_that_few_updates_are_compiled():
 
 def test_what_cannot_be_laid_out_is_refused():
     batch, _ = tiny.batch()
+    sequences = batch.sequences()
     with pytest.raises(ValueError, match="does not hold a group of 4"):
-        pack(batch, completions_per_micro=3, whole_groups=True)
+        pack(sequences, completions_per_micro=3, whole_groups=True)
     with pytest.raises(ValueError, match="do not spread over 3 streams"):
-        pack(batch, num_shards=3)
+        pack(sequences, num_shards=3)
     tokens = batch.tokens_PGS.copy()
     tokens[0, 1, 4] += 1
     with pytest.raises(ValueError, match="different prompts"):
-        pack(batch._replace(tokens_PGS=tokens))
+        batch._replace(tokens_PGS=tokens).sequences()
+
+
+def test_micro_batches_that_hold_nothing_are_memory_that_nobody_touched():
+    """Room for completions of full length, of which few come."""
+    batch = ragged(P=64, T=4096, mean=60.0)
+    packed = Packing(batch, completions_per_micro=4, full_length=4096).batch(batch)
+    num_micro, room = int(packed.num_micro_B[0]), packed.trained.shape[1]
+    assert num_micro * 8 < room
+    for leaf in jax.tree.leaves((packed.micro, packed.trained, packed.completion)):
+        assert not leaf[:, num_micro:].any()

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from adpo_jax import arithmetic
-from adpo_jax.engine import GroupOutput, RolloutOutput
+from adpo_jax.engine import FinishedGroup
+from adpo_jax.records import Completion, Completions, Prompts, make_batch, token_fields
 from adpo_jax.rewards import RewardFunction, RewardModel
-from adpo_jax.rollout import Prompts, generate_and_grade, make_batch, reward_metrics
+from adpo_jax.rollout import generate_and_grade, reward_metrics
 from adpo_jax.sampling import SamplingParams
 
 SAMPLING = SamplingParams(n=3, max_tokens=6)
@@ -17,22 +18,15 @@ TEXTS = [["#### 4", "#### 5", "no"], ["#### 9", "", "#### 09"]]
 class FakeEngine:
     """Says `TEXTS`; its groups finish in reverse order."""
 
-    def generate(self, params, prompts, sampling, key, *, on_group_done=None):
+    def generate(self, params, prompts, sampling, key, *, version=0, on_group_done=None):
         ids = [arithmetic.make_tokenizer()(texts)["input_ids"] for texts in TEXTS]
-        tokens = np.zeros((2, 3, 6), np.int32)
-        mask = np.zeros_like(tokens)
-        for p, g in np.ndindex(2, 3):
-            row = [*ids[p][g], 1][:6]  # 1 is <eos>
-            tokens[p, g, : len(row)], mask[p, g, : len(row)] = row, 1
-        out = RolloutOutput(
-            tokens, mask, mask.sum(-1), mask * -0.5, np.full((2, 3), "stop"), None, {}
+        rows = [[np.array([*row, 1][:6]) for row in group] for group in ids]  # 1 is <eos>
+        out = Completions(
+            [[Completion.sampled(row, row * -0.5, "stop") for row in group] for group in rows]
         )
         for p in (1, 0):
             if on_group_done:
-                fields = {f.name for f in dataclasses.fields(GroupOutput)} - {"prompt_index"}
-                values = {name: getattr(out, name) for name in fields}
-                group = {name: v if v is None else v[p] for name, v in values.items()}
-                on_group_done(GroupOutput(prompt_index=p, **group))
+                on_group_done(FinishedGroup(p, out[p]))
         return out
 
 
@@ -61,7 +55,7 @@ def graded(num_workers: int):
 
 def test_every_completion_gets_the_reward_of_its_own_prompt():
     result = graded(num_workers=0)
-    assert result.completions == [text for texts in TEXTS for text in texts]
+    assert result.texts == [text for texts in TEXTS for text in texts]
     accuracy = result.scores.components["good_accuracy"].reshape(2, 3)
     np.testing.assert_array_equal(accuracy == 1.0, [[True, False, False], [True, False, True]])
     penalty = result.scores.components["length_penalty"]
@@ -73,7 +67,7 @@ def test_every_completion_gets_the_reward_of_its_own_prompt():
 
 def test_grading_while_others_decode_gives_the_same_rewards():
     here, workers = graded(num_workers=0), graded(num_workers=2)
-    assert here.completions == workers.completions
+    assert here.texts == workers.texts
     np.testing.assert_array_equal(here.scores.total, workers.scores.total)
     assert here.scores.counts == workers.scores.counts
 
@@ -94,10 +88,34 @@ def test_reward_metrics_count_groups_and_skip_what_was_not_graded():
 
 
 def test_a_batch_has_prompts_to_the_left_of_their_completions():
-    out = graded(num_workers=0).out
-    batch = make_batch(prompts(), out, max_prompt_length=5)
+    out = graded(num_workers=0).completions
+    batch = make_batch(prompts().token_ids, out.groups, prompt_length=5, completion_length=6)
     np.testing.assert_array_equal(batch.tokens_PGS[0, 1, :5], [0, 0, 40, 41, 42])
     np.testing.assert_array_equal(batch.attention_mask_PGS[1, 2, :5], [0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(batch.tokens_PGS[:, :, 5:], out.tokens * out.mask)
-    np.testing.assert_array_equal(batch.completion_mask_PGT, out.mask)
+    np.testing.assert_array_equal(batch.tokens_PGS[:, :, 5:], out.padded("tokens", 6))
+    np.testing.assert_array_equal(batch.completion_mask_PGT, out.padded("present", 6))
     assert batch.num_completion == 6
+
+
+def test_a_rectangle_and_back_are_the_same_sequences():
+    groups = graded(num_workers=0)
+    holes = groups.completions.map(
+        lambda c: dataclasses.replace(c, trained=np.arange(len(c)) % 3 != 1)
+    )
+    batch = make_batch(prompts().token_ids, holes.groups, prompt_length=5, completion_length=6)
+    back = batch.sequences()
+    assert [list(ids) for ids in back.prompts] == prompts().token_ids
+    for group, wanted in zip(back.completions, holes.groups, strict=True):
+        for found, completion in zip(group, wanted, strict=True):
+            for name in set(token_fields()) - {"full_log_probs"}:
+                value = getattr(completion, name)
+                np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+
+
+def test_groups_are_selected_and_put_together_field_by_field():
+    groups = graded(num_workers=0)
+    again = type(groups).concatenate([groups.select([1]), groups.select([0]), groups.select([])])
+    assert again.prompts == groups.prompts.select([1, 0])
+    assert again.texts == groups.texts[3:] + groups.texts[:3]
+    np.testing.assert_array_equal(again.rewards, groups.rewards[[1, 0]])
+    assert again.completions.flat == groups.completions[1] + groups.completions[0]

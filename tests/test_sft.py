@@ -15,7 +15,7 @@ from adpo_jax.update import init_state
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8], [9], [7, 9, 3], [2, 3], [8, 4, 6]]
 COMPLETIONS = [[2, 7, 1], [8], [2, 8, 1, 8, 2], [8, 4], [5, 9, 0], [4, 5], [2, 3, 5, 3, 6], [0, 2]]
-BATCH = sft.make_batch(PROMPTS, COMPLETIONS, prompt_length=4, length=5)
+BATCH = sft.demonstrations(PROMPTS, COMPLETIONS, prompt_length=4, length=5)
 
 
 def descended(policy, params, batch=BATCH, **kwargs):

@@ -11,20 +11,20 @@ from adpo_jax import Engine, SamplingParams, losses, offload, optimizer, shardin
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.learner import Learner
-from adpo_jax.rollout import Prompts, make_batch
+from adpo_jax.records import Sequences
 
 SGD = optax.sgd(1.0)
 SCHEDULE = optax.constant_schedule(1e-3)
 
 
-def step(policy, params, batch, rewards, *, num_micro=1, algorithm=None, anchor=None, put=None):
+def step(policy, params, batch, rewards, *, num_micro=1, algorithm=None, log_probs=None, put=None):
     """One SGD step of rate 1, so that parameters show the gradient."""
     algorithm = algorithm or losses.Adpo()
     scores = jax.device_get(algorithm.score(jnp.asarray(rewards)))
     run = update.make_update(policy, algorithm, SGD, num_micro=num_micro)
     state = update.init_state(policy, jax.tree.map(jnp.copy, params), SGD)
     put = put or (lambda tree: jax.tree.map(jnp.asarray, tree))
-    state, metrics = run(state, *put((batch, scores, anchor)))
+    state, metrics = run(state, *put((batch, scores, log_probs)))
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
@@ -47,12 +47,10 @@ def test_micro_batches_give_the_gradient_and_metrics_of_the_whole_batch(algorith
     batch, rewards = tiny.batch()
     rewards[2] = -np.abs(rewards[2])  # a failed prompt
     anchor = np.random.default_rng(1).normal(-3.0, 0.3, batch.completion_mask_PGT.shape)
-    anchor = anchor.astype(np.float32)
-    whole = step(policy, params, batch, rewards, algorithm=algorithm, anchor=anchor)
+    given = {"algorithm": algorithm, "log_probs": {"anchor": anchor.astype(np.float32)}}
+    whole = step(policy, params, batch, rewards, **given)
     for num_micro in (2, 8):
-        split = step(
-            policy, params, batch, rewards, algorithm=algorithm, anchor=anchor, num_micro=num_micro
-        )
+        split = step(policy, params, batch, rewards, **given, num_micro=num_micro)
         assert_same(whole, split)
 
 
@@ -60,7 +58,8 @@ def test_without_anchor_log_probs_the_anchor_is_the_policy_itself():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
     log_probs, _ = update.make_log_probs(policy, num_micro=2)(params, batch)
-    explicit = step(policy, params, batch, rewards, anchor=np.asarray(log_probs))
+    given = {"anchor": np.asarray(log_probs)}
+    explicit = step(policy, params, batch, rewards, log_probs=given)
     implicit = step(policy, params, batch, rewards)
     assert_same(explicit[0], implicit[0])
     assert implicit[1]["adpo/loss"] == pytest.approx(np.log(4), rel=1e-6)
@@ -144,17 +143,18 @@ def test_in_bfloat16_the_sampler_and_the_trainer_differ_by_rounding_alone():
     policy, params = tiny.policy_and_params(dtype=jnp.bfloat16, param_dtype=jnp.float32)
     engine = Engine(policy, max_prompt_length=5, max_response_length=16, num_slots=32)
     sampling = SamplingParams(n=4, max_tokens=16, top_p=0.7, full_log_probs=True)
-    prompts = Prompts([[1 + i, 2, 3] for i in range(8)], {})
-    out = engine.generate(params, prompts.token_ids, sampling, jax.random.key(0))
+    prompts = [[1 + i, 2, 3] for i in range(8)]
+    out = engine.generate(params, prompts, sampling, jax.random.key(0))
     learner, rewards = make_learner(policy), np.eye(8, 4, dtype=np.float32)
 
     def mismatch(out):
-        batch = make_batch(prompts, out, max_prompt_length=5)
         started = learner.init_state(jax.tree.map(jnp.copy, params))
-        return learner.learn(started, batch, rewards)[1]["rollout/mismatch_kl"]
+        sequences = Sequences(prompts, out.groups)
+        return learner.learn(started, sequences, rewards)[1]["rollout/mismatch_kl"]
 
     assert mismatch(out) < 1e-3
-    assert mismatch(dataclasses.replace(out, full_log_probs=None)) > 1e-2
+    truncated = out.map(lambda c: dataclasses.replace(c, full_log_probs=None))
+    assert mismatch(truncated) > 1e-2
 
 
 def test_one_update_needs_no_anchor_forward_and_more_need_one():
@@ -171,7 +171,7 @@ def test_several_updates_measure_against_the_first_parameters_of_the_iteration()
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
     learner = make_learner(policy, epochs=3, lr=0.01)
-    state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    state, metrics = learner.learn(learner.init_state(params), batch.sequences(), rewards)
     assert int(state.step) == 1
     assert metrics["adpo/anchor_kl"] > 0.0
     assert metrics["adpo/loss"] < np.log(4)  # repeated steps towards the target lower it
@@ -186,12 +186,47 @@ def test_every_prompt_is_in_one_mini_batch_an_epoch_and_the_order_follows_seed_a
     assert (orders[0] != orders[2]).any()
 
 
+def test_grpo_clips_against_the_old_policy_and_is_pulled_to_a_fixed_reference_at_once():
+    policy, params = tiny.policy_and_params()
+    sequences, rewards = tiny.sequences()
+    pulled = losses.Grpo(beta_reference_kl=0.5)
+    learner = make_learner(policy, epochs=2, algorithm=pulled, lr=0.5)
+    state = learner.init_state(jax.tree.map(jnp.copy, params))
+    for _ in range(3):
+        state, metrics = learner.learn(state, sequences, rewards)
+    # The ratios are to the policy before the iteration, the pull is to that of before the first.
+    assert metrics["grpo/reference_kl"] > 5 * metrics["grpo/anchor_kl"] > 0
+    jax.tree.map(np.testing.assert_array_equal, state.reference_params, params)
+
+    free = make_learner(policy, epochs=2, algorithm=losses.Grpo(), lr=0.5)
+    assert free.init_state(jax.tree.map(jnp.copy, params)).reference_params is None
+    loose = free.init_state(jax.tree.map(jnp.copy, params))
+    for _ in range(3):
+        loose, _ = free.learn(loose, sequences, rewards)
+
+    def moved(state):
+        return float(np.abs(np.asarray(state.params["embed"] - params["embed"])).max())
+
+    assert moved(state) < moved(loose)
+
+
+def test_a_fixed_anchor_is_the_reference_and_is_kept_once():
+    policy, params = tiny.policy_and_params()
+    sequences, rewards = tiny.sequences()
+    algorithm = losses.Adpo(beta_reference_kl=0.1)
+    learner = make_learner(policy, anchor=Anchor("fixed"), algorithm=algorithm, lr=0.5)
+    state, _ = learner.learn(learner.init_state(params), sequences, rewards)
+    state, metrics = learner.learn(state, sequences, rewards)
+    assert state.reference_params is None
+    assert metrics["adpo/reference_kl"] == metrics["adpo/kl_penalty"] > 0
+
+
 def test_policy_entropy_sets_tau():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
     algorithm = losses.Adpo(adaptive_tau_mode="policy_entropy")
     learner = make_learner(policy, algorithm=algorithm)
-    _, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    _, metrics = learner.learn(learner.init_state(params), batch.sequences(), rewards)
     assert 0.8 < metrics["adpo/mean_tau"] <= 0.8 * 1.5
 
 
@@ -228,7 +263,7 @@ def test_a_kept_anchor_survives_the_donation_of_the_state(mode):
     state = learner.init_state(params)
     first = jax.device_get(state.anchor_params)
     for _ in range(2):
-        state, metrics = learner.learn(state, batch, rewards)
+        state, metrics = learner.learn(state, batch.sequences(), rewards)
     last = jax.device_get(state.anchor_params)
     moved = float(np.abs(last["embed"] - first["embed"]).max())
     assert (moved == 0.0) == (mode == "fixed")
@@ -239,16 +274,18 @@ def test_a_step_that_is_not_sound_leaves_the_state_as_it_was():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
     learner = make_learner(policy, anchor=Anchor("ema", ema_alpha=0.5), lr=0.5)
-    state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    state, metrics = learner.learn(learner.init_state(params), batch.sequences(), rewards)
     assert metrics["anchor/renewed"] == 1.0
     before = jax.device_get(state)  # policy and anchor are apart: a moving average would move
-    state, metrics = learner.learn(state, batch, np.where(rewards > 1.0, np.inf, rewards))
+    state, metrics = learner.learn(
+        state, batch.sequences(), np.where(rewards > 1.0, np.inf, rewards)
+    )
     assert metrics["update/skipped"] == 1.0
     assert not np.isfinite(metrics["update/grad_norm"])
     assert metrics["anchor/renewed"] == 0.0
     for name in ("params", "opt_state", "anchor_params"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
-    state, metrics = learner.learn(state, batch, rewards)
+    state, metrics = learner.learn(state, batch.sequences(), rewards)
     assert metrics["update/skipped"] == 0.0
     assert int(state.step) == 3
 
@@ -261,7 +298,7 @@ def test_the_learning_rate_told_is_that_of_the_last_step_taken():
     learner = dataclasses.replace(make_learner(policy), optimizer=adamw, schedule=schedule)
     state, rates = learner.init_state(params), []
     for given in (rewards, np.full_like(rewards, np.nan), rewards):
-        state, metrics = learner.learn(state, batch, given)
+        state, metrics = learner.learn(state, batch.sequences(), given)
         rates.append(metrics["update/lr"])
     assert rates == pytest.approx([1.0, 1.0, 0.9])
 
@@ -273,7 +310,7 @@ def test_arithmetic_of_the_model_leaves_out_what_is_recomputed():
         policy, params = tiny.policy_and_params(gradient_checkpointing=remat)
         learner = make_learner(policy)
         scores = learner.algorithm.score(jnp.asarray(rewards))
-        part = (learner.laid_out(batch), scores, None)
+        part = (learner.laid_out(batch.sequences()).batch, scores, None)
         found[remat] = learner._arithmetic(learner.init_state(params), part, 1)
     assert found["none"]["mfu"] == found["none"]["hfu"] == found["full"]["mfu"]
     assert found["full"]["hfu"] > 1.1 * found["full"]["mfu"]
@@ -284,13 +321,10 @@ def test_the_anchor_forward_runs_in_micro_batches_of_the_update():
     batch, _ = tiny.batch()
     plan = BatchPlan(num_prompts=8, mini_prompts=2, micro_prompts=2, epochs=1)
     learner = dataclasses.replace(make_learner(policy), plan=plan)
-    anchor, update = learner.laid_out(batch), learner.laid_out(batch_rows(batch, 2))
+    sequences = batch.sequences()
+    anchor, update = (learner.laid_out(s).batch for s in (sequences, sequences.select([0, 1])))
     assert anchor.micro.tokens.shape[-1] <= 1.5 * update.micro.tokens.shape[-1]
     assert anchor.num_micro_B[0] > 1
-
-
-def batch_rows(batch, count):
-    return type(batch)(*(x[:count] for x in batch))
 
 
 def test_a_step_beyond_the_largest_anchor_kl_is_skipped():
@@ -300,9 +334,9 @@ def test_a_step_beyond_the_largest_anchor_kl_is_skipped():
         learner = make_learner(policy, anchor=Anchor("fixed"), lr=0.5)
         learner = dataclasses.replace(learner, max_anchor_kl=limit)
         state = learner.init_state(jax.tree.map(jnp.copy, params))
-        state, metrics = learner.learn(state, batch, rewards)
+        state, metrics = learner.learn(state, batch.sequences(), rewards)
         assert metrics["update/skipped"] == 0.0  # the anchor is the policy
-        state, metrics = learner.learn(state, batch, rewards)
+        state, metrics = learner.learn(state, batch.sequences(), rewards)
         assert metrics["update/skipped"] == skipped
 
 
@@ -315,7 +349,7 @@ def test_mini_batches_do_not_change_counts_and_token_means():
     for mini in (8, 2):
         learner = make_learner(policy, mini=mini, algorithm=algorithm, lr=0.0)
         state = learner.init_state(jax.tree.map(jnp.copy, params))
-        found.append(learner.learn(state, batch, rewards)[1])
+        found.append(learner.learn(state, batch.sequences(), rewards)[1])
     for name in ("adpo/dropped_prompts", "rollout/entropy", "update/tokens", "adpo/mean_tau"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
     assert found[0]["adpo/dropped_prompts"] == (rewards <= 0).all(axis=1).sum()
@@ -330,7 +364,7 @@ def test_the_state_keeps_its_layout_on_a_mesh():
     state = learner.init_state(params)
     for seed in range(2):
         batch, rewards = tiny.batch(seed=seed)
-        state, _ = learner.learn(state, batch, rewards)
+        state, _ = learner.learn(state, batch.sequences(), rewards)
     same = jax.tree.map(
         lambda x, w: x.dtype == w.dtype and x.sharding.is_equivalent_to(w.sharding, x.ndim),
         state,
@@ -346,7 +380,7 @@ def test_an_update_of_rows_compiles_once_a_run():
     state = learner.init_state(params)
     for seed in range(3):
         batch, rewards = tiny.batch(seed=seed)
-        state, _ = learner.learn(state, batch, rewards)
+        state, _ = learner.learn(state, batch.sequences(), rewards)
     assert learner._update._cache_size() == 1
     assert learner._log_probs._cache_size() == 1
 
@@ -363,7 +397,7 @@ def test_state_that_waits_on_the_host_changes_nothing_but_its_place():
         )
         state = learner.init_state(jax.tree.map(jnp.copy, params))
         for _ in range(2):
-            state, _ = learner.learn(state, batch, rewards)
+            state, _ = learner.learn(state, batch.sequences(), rewards)
         states.append(state)
     jax.tree.map(np.testing.assert_array_equal, *states)
     away = (states[1].opt_state, states[1].anchor_params)
@@ -391,7 +425,7 @@ def test_the_first_moment_has_its_own_dtype_and_parameters_stay_float32():
     adamw = optimizer.make_optimizer(SCHEDULE, weight_decay=0.1, grad_clip=1.0, mu_dtype="bfloat16")
     learner = dataclasses.replace(make_learner(policy), optimizer=adamw)
     batch, rewards = tiny.batch()
-    state, metrics = learner.learn(learner.init_state(params), batch, rewards)
+    state, metrics = learner.learn(learner.init_state(params), batch.sequences(), rewards)
     dtypes = [[x.dtype for x in jax.tree.leaves(s)] for s in (learner.abstract_state(), state)]
     assert dtypes[0] == dtypes[1]  # what a checkpoint is restored as
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))

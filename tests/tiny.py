@@ -7,8 +7,8 @@ import numpy as np
 
 from adpo_jax.model import ModelConfig
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch, Sequences
 from adpo_jax.rope import Rope
-from adpo_jax.update import Batch
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -67,3 +67,9 @@ def batch(P=8, G=4, prompt=5, completion=6, seed=0) -> tuple[Batch, np.ndarray]:
     sampler = rng.normal(-3.0, 0.1, completion_mask.shape).astype(np.float32)
     rewards = rng.normal(size=(P, G)).astype(np.float32)
     return Batch(tokens * mask, mask, completion_mask, sampler), rewards
+
+
+def sequences(**kwargs) -> tuple[Sequences, np.ndarray]:
+    """`batch`, ragged, and its rewards."""
+    padded, rewards = batch(**kwargs)
+    return padded.sequences(), rewards

@@ -1,0 +1,34 @@
+"""The loss of the supervised stage. It is no algorithm of the table: there are no rewards."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from adpo_jax.losses.algorithm import Metric, Tokens
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """The mean negative log-prob of a completion token in nats.
+
+    It has of an `Algorithm` what an update asks for; groups have one completion.
+    """
+
+    name: ClassVar[str] = "sft"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("sft/loss", "tokens", "mean negative log-prob of a completion token, nats"),
+    )
+    loss_metric: ClassVar[str] = "sft/loss"
+
+    def normalise(self, scores: None, tokens: Tokens) -> jax.Array:
+        """1 / number of trained tokens of an optimizer step."""
+        return 1.0 / jnp.maximum(jnp.sum(tokens.trained, dtype=jnp.float32), 1.0)
+
+    def loss(self, log_probs, tokens: Tokens, per_token: jax.Array):
+        """(loss, metrics) of some rows; only the policy's own log-probs play a part."""
+        log_probs = jnp.where(tokens.trained, log_probs["policy"], 0.0)
+        loss = -per_token * jnp.sum(log_probs)
+        return loss, {"sft/loss": loss}
