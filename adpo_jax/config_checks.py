@@ -5,6 +5,7 @@ several keys together, or a command line, can get wrong. What the parameters of 
 checked by the algorithms.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import re
@@ -28,8 +29,17 @@ def finalized(config: ConfigDict) -> ConfigDict:
         remat = str(config.trainer.gradient_checkpointing).lower()
         spelled = {"true": "full", "false": "none"}
         config.trainer.gradient_checkpointing = spelled.get(remat, remat)
+        _fill_in_defaults_of_the_algorithm(config)
     validate(config)
     return config.lock()
+
+
+def _fill_in_defaults_of_the_algorithm(config: ConfigDict) -> None:
+    """Sets the parameters that have no default of their own, since algorithms differ in it."""
+    kind = losses.ALGORITHMS.get(config.algorithm.adv_estimator)
+    for field in dataclasses.fields(kind) if kind else ():
+        if config.algorithm[field.name] is None:
+            config.algorithm[field.name] = field.default
 
 
 def validate(config: ConfigDict) -> None:
@@ -103,6 +113,8 @@ def _refuse_kl_without_effect(config: ConfigDict) -> None:
 
 def _refuse_unmet_needs(config: ConfigDict, declared: dict[str, Key]) -> None:
     default = default_config()
+    default.algorithm.adv_estimator = config.algorithm.adv_estimator
+    _fill_in_defaults_of_the_algorithm(default)
     for name, key in declared.items():
         unmet = [need for need in key.needs if not need.is_met(config)]
         if unmet and _value(config, name) != _value(default, name):

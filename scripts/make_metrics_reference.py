@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.losses import ALGORITHMS, Algorithm, Metric
+from adpo_jax.losses.algorithm import OVER
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
@@ -28,8 +29,7 @@ def table() -> str:
             if algorithm.name != first and metric in known:
                 told.setdefault(_when(algorithm, metric), []).append(name)
             else:
-                mean = "a sum" if metric.over == "sum" else f"a mean over {metric.over}"
-                meaning = f"{metric.meaning} ({mean})"
+                meaning = f"{metric.meaning} ({OVER[metric.over]})"
                 lines.append(f"| {name} | {metric.unit} | {_when(algorithm, metric)} | {meaning} |")
         for when, names in told.items():
             lines.append(f"| {', '.join(names)} | | {when} | as under {first} |")

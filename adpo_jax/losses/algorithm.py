@@ -32,13 +32,22 @@ LOG_PROBS = {
 }
 
 
+# How a metric's numbers of optimizer steps become that of an iteration.
+OVER = {
+    "tokens": "a mean over tokens",
+    "groups": "a mean over groups",
+    "steps": "a mean over optimizer steps",
+    "sum": "a sum",
+    "first": "that of the first optimizer step",
+}
+
+
 class Metric(NamedTuple):
-    """A number that an algorithm logs.
+    """A number that is logged.
 
     Attributes:
-      name: below the algorithm's own name and a slash.
-      over: what it is a mean over, "tokens" or "groups", or "sum" for a count; so optimizer steps
-        are joined to an iteration.
+      name: that of an algorithm is below the algorithm's own name and a slash.
+      over: one of `OVER`.
       meaning: what it is, without a full stop.
       unit: what it is measured in; "" for a plain number.
       title: of its picture in reports; "" for none.
@@ -213,6 +222,11 @@ class Algorithm:
         "a group whose rewards have a smaller standard deviation counts as all equal",
         least=0.0,
     )
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for metric in cls.own_metrics:
+            shared.check_choice(f"over, of the metric {metric.name},", metric.over, tuple(OVER))
 
     def __post_init__(self):
         parameters.check(self)
