@@ -5,34 +5,78 @@ grading worker, say) does not pay for the others.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from adpo_jax.continuous import ContinuousBatch as ContinuousBatch
+    from adpo_jax.engine import Engine as Engine
+    from adpo_jax.losses import Adpo as Adpo
+    from adpo_jax.losses import Grpo as Grpo
+    from adpo_jax.losses import Rloo as Rloo
+    from adpo_jax.losses import adaptive_tau as adaptive_tau
+    from adpo_jax.losses import adpo_loss as adpo_loss
+    from adpo_jax.losses import grpo_loss as grpo_loss
+    from adpo_jax.losses import rloo_loss as rloo_loss
+    from adpo_jax.losses import target_distribution as target_distribution
+    from adpo_jax.policy import Policy as Policy
+    from adpo_jax.records import Batch as Batch
+    from adpo_jax.records import Completion as Completion
+    from adpo_jax.records import Completions as Completions
+    from adpo_jax.records import make_batch as make_batch
+    from adpo_jax.rewards import RewardFunction as RewardFunction
+    from adpo_jax.rewards import RewardModel as RewardModel
+    from adpo_jax.rewards import good_accuracy as good_accuracy
+    from adpo_jax.sampling import SamplingParams as SamplingParams
+    from adpo_jax.train import train as train
+    from adpo_jax.update import TrainState as TrainState
+    from adpo_jax.update import init_state as init_state
+    from adpo_jax.update import make_update as make_update
+
+    __version__: str
+
+# Where each public name is defined.
 _HOMES = {
+    "Adpo": "losses",
+    "Batch": "records",
+    "Completion": "records",
+    "Completions": "records",
+    "ContinuousBatch": "continuous",
+    "Engine": "engine",
+    "Grpo": "losses",
+    "Policy": "policy",
+    "RewardFunction": "rewards",
+    "RewardModel": "rewards",
+    "Rloo": "losses",
+    "SamplingParams": "sampling",
+    "TrainState": "update",
+    "adaptive_tau": "losses",
     "adpo_loss": "losses",
+    "good_accuracy": "rewards",
     "grpo_loss": "losses",
+    "init_state": "update",
+    "make_batch": "records",
+    "make_update": "update",
     "rloo_loss": "losses",
     "target_distribution": "losses",
-    "adaptive_tau": "losses",
-    "good_accuracy": "rewards",
-    "Policy": "policy",
-    "Engine": "engine",
-    "SamplingParams": "sampling",
-    "ContinuousBatch": "continuous",
-    "Adpo": "losses",
-    "Grpo": "losses",
-    "Rloo": "losses",
-    "Batch": "update",
-    "TrainState": "update",
-    "init_state": "update",
-    "make_update": "update",
+    "train": "train",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("adpo-jax")
+        except PackageNotFoundError:  # a clone that was never installed
+            return "0+unknown"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    # `train` is a module that can be called: importing it puts it here under its own name.
+    return home if name == "train" else getattr(home, name)
 
 
 def __dir__():

@@ -6,103 +6,129 @@
         for new in batch.step():
             new.sample, new.tokens, new.log_probs, new.finish_reason
 
-Each sample has settings of its own. With the same seed it is the one that `Engine.generate` gives
+Each request has settings of its own. With the same seed it is the one that `Engine.generate` gives
 for `jax.random.key(seed)`, whatever runs beside it.
 
-Other than in `generation`, whose groups and settings are known from the start, every sample has a
-prefix row of its own (row i belongs to slot i). Batch, ring and prefix rows grow through a few
-sizes as the load asks for it, and shrink when it is gone.
+The loop is that of `batching`. Here batch, ring and prefix rows grow through a few sizes as the
+load asks for it, and shrink when it is gone. A sample has a prefix row of its own, or the samples
+of a request share one, where that makes the rows few.
 
 Left out: text and stop strings (`text_stream`).
-
-Letters: B slots, T tokens, A alternatives.
 """
 
 import collections
 import dataclasses
 import functools
 import threading
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from adpo_jax import cache_plan, generation
+from adpo_jax import cache_plan, sampling
 from adpo_jax import schedule as schedule_lib
-from adpo_jax.decode import DecodeState, Prefixes, ResultTokens, Slots
+from adpo_jax.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
 from adpo_jax.engine import Engine
 from adpo_jax.sampling import Knobs, Method, SamplingParams
+from adpo_jax.schedule import Schedule
 
 # Whoever asks for likeliest tokens is given the first of so many, so that one program serves all.
 MAX_ALTERNATIVES = 20
-# Each size is a fourth of the next: at most 3 x 3 x 3 programs.
+# Each size is a fourth of the next: at most 3 x 3 x 3 programs, twice where rows are shared.
 SIZE_STEPS = (16, 4, 1)
+# Samples of a shared prefix row at most. There are rows for twice as many samples as slots.
+SHARED_WIDTH = 8
 
 
-@dataclasses.dataclass(eq=False)
-class Sample:
-    """One completion: waiting, in a slot, or ended.
+@dataclasses.dataclass(frozen=True)
+class LoadSizing:
+    """The sizes that follow the load; see `batching.Sizing`.
 
     Attributes:
-      index: its number among the samples of its prompt.
-      num_tokens: sampled so far.
-      cancelled: set by `ContinuousBatch.cancel`.
+      slot_sizes, column_sizes, prefix_sizes: those that there are programs for, rising.
+      steps: decode steps of a dispatch at most.
+      num_shards: devices that slots and rows are split over.
     """
 
-    prompt: np.ndarray
-    sampling: SamplingParams
-    keys: "Keys"
-    index: int
-    num_alternatives: int = 0
-    num_tokens: int = 0
-    cancelled: bool = False
-    ended: bool = False
+    slot_sizes: Sequence[int]
+    column_sizes: Sequence[int]
+    prefix_sizes: Sequence[int]
+    steps: int
+    num_shards: int
 
+    @property
+    def most_columns(self) -> int:
+        return self.column_sizes[-1]
 
-@dataclasses.dataclass(eq=False)
-class Keys:
-    """The keys of a prompt's samples, computed by the thread that decodes: nobody else waits."""
+    def part(self, n: int) -> int:
+        """Samples of a request that share a row at most: it lies on all devices that it can."""
+        return -(-n // self.num_shards)
 
-    prompt: np.ndarray
-    n: int
-    seed: int
+    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
+        needed = self._needed(now, schedule, oldest, self.slot_sizes[-1])
+        if now is None or needed is None:
+            return needed
+        columns, prefix = max(now.columns, needed.columns), max(now.prefix, needed.prefix)
+        return needed._replace(columns=columns, prefix=prefix)
 
-    @functools.cached_property
-    def data(self) -> np.ndarray:
-        """[n, 2] uint32 or longer."""
-        key = jax.random.key(np.uint32(self.seed % 2**32))
-        uids = schedule_lib.prompt_uids([self.prompt])
-        # Compiled once for each power of two.
-        several = schedule_lib.power_of_two(self.n)
-        return np.asarray(generation.sample_keys(key, uids, several))[0]
+    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
+        if schedule.num_waiting or schedule.num_live * 4 > now.slots:
+            return now
+        needed = self._needed(None, schedule, oldest, 0)
+        return needed if needed.slots * 4 <= now.slots else now
 
+    def smaller(self, live: int) -> int:
+        return 0
 
-class NewTokens(NamedTuple):
-    """What one step sampled of one completion.
+    def _needed(
+        self, now: Sizes | None, schedule: Schedule, oldest: int, most_slots: int
+    ) -> Sizes | None:
+        """The smallest sizes for what is alive and for what can start in up to so many slots."""
+        requests = [place[0] for place in schedule.in_slot if place]
+        alive, rows = len(requests), self._rows_in_use(now, schedule)
+        for request, count, further_rows in schedule.waiting(self._width):
+            if alive >= most_slots:
+                break
+            requests.append(request)
+            alive, rows = min(alive + count, most_slots), rows + further_rows
+        if not alive:
+            return None
+        longest = max(len(request.prompt) for request in requests) - 1
+        slots = _size_for(self.slot_sizes, max(alive, schedule.needed_slots))
+        if now is not None:
+            slots = max(slots, now.slots)
+        columns = _size_for(self.column_sizes, min(oldest + self.steps, self.most_columns))
+        prefix = _size_for(self.prefix_sizes, longest)
+        rows, width = self._rows_and_width(now, slots, rows, alive)
+        return Sizes(slots, columns, rows, width, prefix)
 
-    tokens [T] int32 and log_probs [T] float32; alternatives, ids and log-probs [T, A], where they
-    were asked for; finish_reason "stop" or "length" at the end, else None.
-    """
+    # --- prefix rows
 
-    sample: Sample
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    alternatives: tuple[np.ndarray, np.ndarray] | None
-    finish_reason: str | None
+    @property
+    def _width(self) -> int:
+        """Samples of a shared row at most: fewer of a request lie on each of several devices."""
+        return max(1, SHARED_WIDTH // self.num_shards)
 
+    def _rows_in_use(self, now: Sizes | None, schedule: Schedule) -> int:
+        """The shared rows that what was admitted takes, or would take."""
+        shares = now is not None and now.width > 1
+        return schedule.rows_in_use if shares else schedule.rows_needed(self._width)
 
-class Sizes(NamedTuple):
-    """Of the decode state."""
+    def _rows_and_width(
+        self, now: Sizes | None, slots: int, needed: int, alive: int
+    ) -> tuple[int, int]:
+        """Prefix rows for so many slots, and the samples that share one at most.
 
-    slots: int
-    columns: int
-    prefix: int
+        Rows are shared from 4 samples a row on, and until there are too few rows.
 
-    def holds(self, other: "Sizes") -> bool:
-        return all(a >= b for a, b in zip(self, other))
-
-    def joined(self, other: "Sizes") -> "Sizes":
-        return Sizes(*map(max, self, other))
+        Args:
+          needed: rows, were they shared.
+        """
+        rows = cache_plan.up_to_multiple(-(-2 * slots // self._width), self.num_shards)
+        shares = now is not None and now.width > 1
+        if rows < slots and needed <= rows and (shares or 4 * needed <= alive):
+            return rows, self._width
+        return slots, 1
 
 
 class ContinuousBatch:
@@ -118,49 +144,28 @@ class ContinuousBatch:
 
     def __init__(self, engine: Engine, params):
         self.engine, self.verbs = engine, engine.verbs
-        self.params = self.verbs.load_params(params)
-        self._waiting: collections.deque[Sample] = collections.deque()
-        self._queue_lock, self._any_cancelled = threading.Lock(), False
-        self._in_slot: list[Sample | None] = []
-        self._retired: list[int] = []  # slots that the device still thinks are active
-        self._state: DecodeState | None = None
-        self._sizes = Sizes(0, 0, 0)
-
-        def whole(limit: int, multiple: int, least: int) -> list[int]:
-            parts = (max(least, limit // part) for part in SIZE_STEPS)
-            return sorted({min(cache_plan.up_to_multiple(p, multiple), limit) for p in parts})
-
-        columns = schedule_lib.column_buckets(engine.max_response_length, 1)[-1]
-        prefix = schedule_lib.length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
-        self._steps = min(engine.steps_per_dispatch, columns)
-        self.num_slots = engine.num_slots
-        most = engine.plan.most_tokens
-        if most is not None:
-            # A row beside every slot, and either store copied as it is resized.
-            fitting = most // cache_plan.Copies(ring=True, rows=True).tokens(columns, prefix)
-            self.num_slots = min(self.num_slots, fitting // engine.shards * engine.shards)
-        if not self.num_slots:
-            raise ValueError(
-                f"the memory holds {most} tokens of keys and values, too few for one completion "
-                f"of {columns} with its prompt of {prefix} while they are copied to a larger "
-                "place; raise gpu_memory_utilization or lower the lengths"
-            )
-        self._slot_sizes = whole(self.num_slots, engine.shards, 4)
-        self._column_sizes = whole(columns, 1, max(schedule_lib.COLUMN_STEP, self._steps))
-        self._prefix_sizes = whole(prefix, 1, 64)
+        sizing = _load_sizing(engine)
+        self.num_slots = sizing.slot_sizes[-1]
+        self._part = sizing.part
+        self._loop = DecodeLoop(
+            engine.verbs, params, sizing, own_settings, num_shards=engine.shards
+        )
+        # Requests on their way to the loop, which belongs to the thread that decodes.
+        self._arrived: collections.deque[Request] = collections.deque()
+        self._num_arrived, self._lock = 0, threading.Lock()
 
     @property
     def busy(self) -> bool:
         """Whether anything waits or decodes."""
-        return bool(self._waiting) or self.num_running > 0
+        return self.num_waiting > 0 or self.num_running > 0
 
     @property
     def num_running(self) -> int:
-        return sum(sample is not None for sample in self._in_slot)
+        return self._loop.schedule.num_live
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._num_arrived + self._loop.schedule.num_waiting
 
     def submit(
         self,
@@ -188,215 +193,92 @@ class ContinuousBatch:
             raise ValueError(
                 f"num_alternatives is 0 to {MAX_ALTERNATIVES}; given {num_alternatives}"
             )
-        keys = Keys(tokens[0], sampling.n, seed)
-        samples = [
-            Sample(tokens[0], sampling, keys, i, num_alternatives) for i in range(sampling.n)
-        ]
-        with self._queue_lock:
-            self._waiting.extend(samples)
-        return samples
+        keys = functools.partial(_keys, tokens[0], sampling.n, seed)
+        request = Request(tokens[0], sampling, keys, num_alternatives)
+        with self._lock:
+            self._arrived.append(request)
+            self._num_arrived += len(request.samples)
+        return request.samples
 
     def cancel(self, sample: Sample) -> None:
         """Ends a sample without a further word; its slot is free at the next step."""
-        sample.cancelled = self._any_cancelled = True
+        self._loop.cancel(sample)
 
     def step(self) -> list[NewTokens]:
         """Starts what waits, decodes some tokens of all that runs, and returns them."""
-        self._drop_cancelled()
-        starting = self._fit()
-        if self._state is None:
-            return []
-        self._start(starting)
-        return self._decode()
+        with self._lock:
+            for request in self._arrived:
+                self._loop.submit(request, self._part(len(request.samples)))
+            self._arrived.clear()
+            self._num_arrived = 0
+        return self._loop.step()
 
-    # --- slots and sizes
 
-    def _drop_cancelled(self):
-        for slot, sample in enumerate(self._in_slot):
-            if sample is not None and sample.cancelled:
-                self._end(slot)
-                self._retired.append(slot)
-        if not self._any_cancelled:
-            return
-        self._any_cancelled = False
-        with self._queue_lock:
-            for sample in self._waiting:
-                sample.ended = sample.cancelled
-            self._waiting = collections.deque(s for s in self._waiting if not s.ended)
+def own_settings(in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
+    """Settings of its own for the sample in each slot; see `batching.Settings`."""
+    idle = SamplingParams()
+    settings = [sample.request.sampling if sample else idle for sample in in_slot]
+    knobs = [each.knobs() for each in settings]
+    width = max(len(knob.stop_ids) for knob in knobs)
+    knobs = [knob._replace(stop_ids=_padded(knob.stop_ids, width)) for knob in knobs]
+    methods = [each.method for each in settings]
+    # All or nothing, so that few programs are compiled.
+    truncates = any(method.truncates for method in methods)
+    wants_alternatives = any(sample.request.num_alternatives for sample in in_slot if sample)
+    method = Method(
+        mixed=True,
+        top_k=truncates,
+        top_p=truncates,
+        min_p=truncates,
+        min_tokens=any(method.min_tokens for method in methods),
+        num_alternatives=MAX_ALTERNATIVES if wants_alternatives else 0,
+    )
+    return Knobs(*map(np.stack, zip(*knobs))), method
 
-    def _end(self, slot: int):
-        self._in_slot[slot].ended = True
-        self._in_slot[slot] = None
 
-    def _fit(self) -> list[Sample]:
-        """Takes samples from the queue and makes room for them; returns them."""
-        running = [sample for sample in self._in_slot if sample is not None]
-        starting = []
-        while self._waiting and len(running) + len(starting) < self.num_slots:
-            starting.append(self._waiting.popleft())
-        alive = running + starting
-        if not alive:
-            # Nothing to do: the memory goes back.
-            self._state, self._in_slot, self._retired = None, [], []
-            self._sizes = Sizes(0, 0, 0)
-            return []
-        oldest = max(sample.num_tokens for sample in alive)
-        needed = Sizes(
-            _size_for(self._slot_sizes, len(alive)),
-            _size_for(self._column_sizes, min(oldest + self._steps, self._column_sizes[-1])),
-            _size_for(self._prefix_sizes, max(len(sample.prompt) - 1 for sample in alive)),
+def _load_sizing(engine: Engine) -> LoadSizing:
+    """The sizes that a server's batch may have on this engine.
+
+    Raises:
+      ValueError: where the memory does not hold a single completion.
+    """
+    columns = schedule_lib.column_buckets(engine.max_response_length, 1)[-1]
+    prefix = schedule_lib.length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
+    num_slots, most = engine.num_slots, engine.plan.most_tokens
+    if most is not None:
+        # A row beside every slot, and either store copied as it is resized.
+        fitting = most // cache_plan.Copies(ring=True, rows=True).tokens(columns, prefix)
+        num_slots = min(num_slots, fitting // engine.shards * engine.shards)
+    if not num_slots:
+        raise ValueError(
+            f"the memory holds {most} tokens of keys and values, too few for one completion "
+            f"of {columns} with its prompt of {prefix} while they are copied to a larger "
+            "place; raise gpu_memory_utilization or lower the lengths"
         )
-        if not self._sizes.holds(needed):
-            self._resize(self._sizes.joined(needed), oldest)
-        elif needed.slots * 4 <= self._sizes.slots:
-            self._resize(needed, oldest)
-        return starting
+    steps = min(engine.steps_per_dispatch, columns)
 
-    def _resize(self, sizes: Sizes, oldest: int):
-        slots, columns, prefix = sizes
-        if self._state is None:
-            self._state = self.verbs.init_decode_state(slots, columns, slots, prefix, 1)
-            self._in_slot = [None] * slots
-        else:
-            live = [slot for slot, sample in enumerate(self._in_slot) if sample is not None]
-            order = np.full(slots, len(self._in_slot), np.int32)
-            order[: len(live)] = live
-            members = np.arange(slots, dtype=np.int32)[:, None]
-            # One store after the other: what was there before goes before the next is made.
-            self._state = self.verbs.resize(self._state, order, members, columns, np.int32(oldest))
-            rows = np.arange(slots, dtype=np.int32)
-            self._state = self.verbs.regroup(self._state, order, rows, np.zeros_like(rows))
-            if prefix != self._sizes.prefix:
-                kv, lengths = self._state.prefix
-                kv = self.verbs.with_columns(kv, prefix)
-                self._state = self._state._replace(prefix=Prefixes(kv, lengths))
-            moved = [self._in_slot[slot] for slot in live]
-            self._in_slot = moved + [None] * (slots - len(live))
-            self._retired = []
-        self._sizes = sizes
+    def whole(limit: int, multiple: int, least: int) -> list[int]:
+        parts = (max(least, limit // part) for part in SIZE_STEPS)
+        return sorted({min(cache_plan.up_to_multiple(p, multiple), limit) for p in parts})
 
-    # --- samples into slots
-
-    def _start(self, starting: list[Sample]):
-        if not starting and not self._retired:
-            return
-        free = (slot for slot, sample in enumerate(self._in_slot) if sample is None)
-        placed = dict(zip(free, starting))
-        B = self._sizes.slots
-        fresh, active = np.zeros(B, bool), np.zeros(B, bool)
-        fresh[self._retired] = True
-        ints, key_data = np.zeros((2, B), np.int32), np.zeros((B, 2), np.uint32)
-        for slot, sample in placed.items():
-            self._in_slot[slot] = sample
-            ints[:, slot] = sample.prompt[-1], len(sample.prompt) - 1
-            fresh[slot] = active[slot] = True
-            key_data[slot] = sample.keys.data[sample.index]
-        self._prefill(placed)
-        zeros, rows = np.zeros(B, np.int32), np.arange(B, dtype=np.int32)
-        slots = Slots(ints[0], ints[1], zeros, active, rows, zeros, key_data)
-        self._state = self.verbs.assign(self._state, fresh, slots, rows[:, None])
-        self._retired = []
-
-    def _prefill(self, placed: dict[int, Sample]):
-        """Prefills the prompts, each once, those of like length together."""
-        slots_of = collections.defaultdict(list)
-        for slot, sample in placed.items():
-            slots_of[sample.prompt.tobytes()].append(slot)
-        groups = sorted(slots_of.values(), key=lambda slots: len(placed[slots[0]].prompt))
-        while groups:
-            length = self._prefill_length(placed[groups[-1][0]])
-            most = schedule_lib.prefill_rows(length, self.engine.shards)
-            batch, groups = groups[-most:], groups[:-most]
-            # Rows beyond the batch repeat its last prompt, into the same slot.
-            count = schedule_lib.power_of_two(len(batch))
-            count = min(cache_plan.up_to_multiple(count, self.engine.shards), most)
-            filled = batch + batch[-1:] * (count - len(batch))
-            tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
-            for i, slots in enumerate(filled):
-                prompt = placed[slots[0]].prompt[:-1]
-                tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-            prefixes = self.verbs.prefill(self.params, tokens, lengths)
-            targets = np.array([slots[0] for slots in filled], np.int32)
-            self._state = self.verbs.insert(self._state, prefixes, targets)
-            for row, slots in enumerate(batch):
-                if len(slots) > 1:
-                    self._copy(prefixes, row, slots[1:])
-
-    def _copy(self, prefixes: Prefixes, row: int, slots: list[int]):
-        """Gives the same prompt to further slots."""
-        count = schedule_lib.power_of_two(len(slots))
-        count = cache_plan.up_to_multiple(count, self.engine.shards)
-        targets = np.array(slots + slots[-1:] * (count - len(slots)), np.int32)
-        repeated = self.verbs.rows_of(prefixes, np.full(count, row, np.int32))
-        self._state = self.verbs.insert(self._state, repeated, targets)
-
-    def _prefill_length(self, sample: Sample) -> int:
-        longest = self._sizes.prefix
-        return min(schedule_lib.length_bucket(len(sample.prompt) - 1, longest), longest)
-
-    # --- decoding
-
-    def _decode(self) -> list[NewTokens]:
-        running = [sample for sample in self._in_slot if sample is not None]
-        stop_at = 0
-        if self._waiting:
-            stop_at = len(running) - max(1, self._sizes.slots // 8)
-        room = self._steps
-        if self._sizes.columns < self._column_sizes[-1]:
-            room = self._sizes.columns - max(sample.num_tokens for sample in running)
-        knobs, method = self._knobs_and_method(running)
-        self._state, results = self.verbs.generate(
-            self.params,
-            self._state,
-            knobs,
-            method,
-            self._steps,
-            np.int32(max(stop_at, 0)),
-            np.int32(room),
-        )
-        results = jax.device_get(results)
-        return [
-            self._collect(slot, sample, results)
-            for slot, sample in enumerate(self._in_slot)
-            if sample is not None
-        ]
-
-    def _knobs_and_method(self, running: list[Sample]) -> tuple[Knobs, Method]:
-        idle = SamplingParams()
-        knobs = [(sample.sampling if sample else idle).knobs() for sample in self._in_slot]
-        width = max(len(knob.stop_ids) for knob in knobs)
-        knobs = [knob._replace(stop_ids=_padded(knob.stop_ids, width)) for knob in knobs]
-        methods = [sample.sampling.method for sample in running]
-        # All or nothing, so that few programs are compiled.
-        truncates = any(method.truncates for method in methods)
-        method = Method(
-            mixed=True,
-            top_k=truncates,
-            top_p=truncates,
-            min_p=truncates,
-            min_tokens=any(method.min_tokens for method in methods),
-            num_alternatives=MAX_ALTERNATIVES if any(s.num_alternatives for s in running) else 0,
-        )
-        return Knobs(*map(np.stack, zip(*knobs))), method
-
-    def _collect(self, slot: int, sample: Sample, results: ResultTokens) -> NewTokens:
-        count = int(results.valid[:, slot].sum())
-        sample.num_tokens += count
-        stopped = bool(results.stopped[:count, slot].any())
-        finish_reason = "stop" if stopped else None
-        if not stopped and sample.num_tokens >= sample.sampling.max_tokens:
-            finish_reason = "length"
-        alternatives = None
-        if sample.num_alternatives:
-            of_slot = (x[:count, slot, : sample.num_alternatives] for x in results.alternatives)
-            alternatives = tuple(of_slot)
-        if finish_reason:
-            self._end(slot)
-        tokens, log_probs = results.tokens[:count, slot], results.log_probs[:count, slot]
-        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason)
+    return LoadSizing(
+        slot_sizes=whole(num_slots, engine.shards, 4),
+        column_sizes=whole(columns, 1, max(schedule_lib.COLUMN_STEP, steps)),
+        prefix_sizes=whole(prefix, 1, 64),
+        steps=steps,
+        num_shards=engine.shards,
+    )
 
 
-def _size_for(sizes: list[int], needed: int) -> int:
+def _keys(prompt: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """[n or more, 2] uint32."""
+    key = jax.random.key(np.uint32(seed % 2**32))
+    # Compiled once for each power of two.
+    several = schedule_lib.power_of_two(n)
+    return np.asarray(sampling.sample_keys(key, schedule_lib.prompt_uids([prompt]), several))[0]
+
+
+def _size_for(sizes: Sequence[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
 
 

@@ -1,18 +1,21 @@
-"""The rollout engine: token ids in, sampled token ids and their log-probs out. It knows no text.
+"""The rollout engine: token ids in, sampled token ids and their log-probs out.
 
     engine = Engine(policy, max_prompt_length=512, max_response_length=512, num_slots=64)
     out = engine.generate(params, prompts, SamplingParams(n=8, max_tokens=128), key)
 
-A loop on the host (`generation`) fills slots from a queue (`schedule`) and dispatches several steps
-of decoding at once (`decode`). It grows the cache's columns and shrinks the batch as samples age
-and end, through a few sizes, so that a bounded number of programs is compiled.
+It plans the memory, knows the sizes that there are programs for, and makes a call of the batching
+loop (`batching`) with the sizing of a call (`generation`). The loop dispatches several steps of
+decoding at once (`decode`). The sizes are few, so that a bounded number of programs is compiled.
 
-Not here: the text of prompts and completions, rewards, weights (an argument of every call).
+Text is seen in one place: stop strings are looked for in what `detokenize` makes of the tokens.
 
-Letters: P prompts, n samples of a prompt, T tokens, B slots.
+Not here: prompts as text, rewards, weights (an argument of every call).
+
+Letters: P prompts, n samples of a prompt, T tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,61 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import cache_plan, kernels
+from adpo_jax import cache_plan, cpu_engine, kernels
 from adpo_jax import schedule as schedule_lib
+from adpo_jax.batching import DecodeLoop, Request, Sizes
+from adpo_jax.cpu_engine import EngineTuning
 from adpo_jax.decode import DecodeState, Verbs
-from adpo_jax.generation import Generation, GroupOutput
+from adpo_jax.generation import CallSizing, FinishedGroup, Generation, shared_settings
 from adpo_jax.kv_cache import CacheLayout
 from adpo_jax.policy import Policy
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.records import Completion, Completions
+from adpo_jax.sampling import SamplingParams, sample_keys
 from adpo_jax.sharding import RULES, mesh_axis_size
-
-# Layers run one by one up to this depth on a CPU; beyond it, compile time would grow too far.
-MAX_UNROLLED_LAYERS = 12
-# A CPU's batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
-SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
-MIN_SLOTS = 8
-DEFAULT_CPU_SLOTS = 64
-# Rows that a TPU's registers hold side by side; a GPU's warps like a multiple of it too.
-SLOT_TILE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutOutput:
-    """Completions of all prompts.
-
-    Attributes:
-      tokens: [P, n, T] int32, padded on the right with `pad_token_id`; T is max_tokens. The stop
-        token is part of the completion.
-      mask: [P, n, T] int32, 1 at the tokens of the completion.
-      lengths: [P, n] int32.
-      log_probs: [P, n, T] float32 in nats, under the distribution sampled from; 0 at padding.
-      finish_reason: [P, n] str, "stop" or "length".
-      full_log_probs: [P, n, T] float32, tempered and not truncated; None unless asked for.
-      stats: counts of the call: what was prefilled, decoded and dispatched.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    lengths: np.ndarray
-    log_probs: np.ndarray
-    finish_reason: np.ndarray
-    full_log_probs: np.ndarray | None
-    stats: dict[str, int]
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["RolloutOutput"]) -> "RolloutOutput":
-        """The prompts of all parts, in their order; counts are summed."""
-        if len(parts) == 1:
-            return parts[0]
-
-        def joined(name):
-            arrays = [getattr(part, name) for part in parts]
-            return None if arrays[0] is None else np.concatenate(arrays)
-
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "stats"]
-        stats = {name: sum(part.stats[name] for part in parts) for name in parts[0].stats}
-        return cls(**{name: joined(name) for name in names}, stats=stats)
 
 
 class Engine:
@@ -91,7 +50,7 @@ class Engine:
       attention: of decoding, one of `kernels.ATTENTION`.
       gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
         may be in use while sampling; lowers `num_slots` to what fits. None for no limit.
-      resident_bytes: of one device, taken while sampling by what may not be there yet, such as a
+      resident_bytes: bytes of one device that others need while the engine samples, such as a
         trainer's parameters and optimizer; read with `gpu_memory_utilization`.
       group_size: samples of a prompt that memory is planned for.
       free_cache_engine: give the cache's memory back after every call; else it is kept for the next
@@ -125,8 +84,8 @@ class Engine:
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
         device = _device(policy)
-        on_cpu = device.platform == "cpu"
-        layout = _layout(policy, cache_dtype, attention, on_cpu)
+        tuning = cpu_engine.engine_tuning(device.platform, attention, policy.config.num_layers)
+        layout = _layout(policy, cache_dtype, tuning)
         attention = kernels.resolve(attention, layout, device.platform)
         self.policy = policy
         self.verbs = Verbs(policy, layout, attention)
@@ -137,8 +96,7 @@ class Engine:
         self.free_cache_engine = free_cache_engine
         self._kept: DecodeState | None = None
 
-        # A kernel reads no more columns than a slot sees, so its ring need not grow.
-        self.column_stages = 4 if attention == "xla" else 1
+        self.column_stages = cpu_engine.column_stages(attention)
         self.shards, splits = _splits(policy)
         budget, budget_text = None, ""
         if gpu_memory_utilization is not None:
@@ -148,33 +106,23 @@ class Engine:
                 resident=resident_bytes,
                 copied=self.verbs.copied_bytes(given),
             )
-        # A smaller batch makes a step faster where arithmetic is the bottleneck, and hardly where
-        # reading the weights is.
-        self.shrinks = on_cpu
-        default = DEFAULT_CPU_SLOTS if on_cpu else cache_plan.MAX_SLOTS
+        self.shrinks = tuning.shrinks
         self.plan = cache_plan.plan(
             layout,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             group_size=group_size,
-            most_slots=num_slots or default,
+            most_slots=num_slots or tuning.default_slots,
             multiple=self.shards,
             splits=splits,
             stages=self.column_stages,
             shrinks=self.shrinks,
             budget=budget,
             budget_text=budget_text,
-            tile=1 if on_cpu else SLOT_TILE,
+            tile=tuning.slot_tile,
         )
         self.num_slots = self.plan.num_slots
-        # A call starts with the smallest batch that holds it.
-        if self.shrinks:
-            sizes = schedule_lib.slot_buckets(
-                self.num_slots, SLOT_FRACTIONS, self.shards, MIN_SLOTS
-            )
-        else:
-            sizes = schedule_lib.doubling_sizes(self.num_slots, self.shards, MIN_SLOTS)
-        self.slot_sizes = sizes
+        self.slot_sizes = tuning.slot_sizes(self.num_slots, self.shards)
 
     @property
     def prefill_rows(self) -> int:
@@ -227,7 +175,7 @@ class Engine:
         """Gives the memory of a kept cache back."""
         self._kept = None
 
-    def new_state(self, *sizes: int) -> DecodeState:
+    def _new_state(self, *sizes: int) -> DecodeState:
         """A state without active slots, the kept one where it has these sizes."""
         kept, self._kept = self._kept, None
         if kept is not None:
@@ -246,8 +194,9 @@ class Engine:
         sampling: SamplingParams,
         key: jax.Array,
         *,
-        on_group_done: Callable[[GroupOutput], None] | None = None,
-    ) -> RolloutOutput:
+        version: int = 0,
+        on_group_done: Callable[[FinishedGroup], None] | None = None,
+    ) -> Completions:
         """Samples `sampling.n` completions of each prompt.
 
         The same key gives the same completions of a prompt whatever its place in the list, the
@@ -256,30 +205,19 @@ class Engine:
         Args:
           params: the policy's parameters.
           prompts: token ids of each prompt, without padding.
+          version: iterations done by these parameters; it is written beside every token.
           on_group_done: called with each group as its last sample ends, while others decode.
 
         Raises:
           ValueError: for prompts or settings that the engine was not made for.
         """
         stats: dict[str, int] = {}
-        groups: list[GroupOutput] = [None] * len(prompts)
-        for group in self.stream(params, prompts, sampling, key, stats=stats):
-            groups[group.prompt_index] = group
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for group in self.stream(params, prompts, sampling, key, version=version, stats=stats):
+            groups[group.prompt_index] = group.completions
             if on_group_done is not None:
                 on_group_done(group)
-
-        def stack(name):
-            return np.stack([getattr(group, name) for group in groups])
-
-        return RolloutOutput(
-            tokens=stack("tokens"),
-            mask=stack("mask"),
-            lengths=stack("lengths"),
-            log_probs=stack("log_probs"),
-            finish_reason=stack("finish_reason"),
-            full_log_probs=stack("full_log_probs") if sampling.full_log_probs else None,
-            stats=stats,
-        )
+        return Completions(groups, stats)
 
     def stream(
         self,
@@ -288,24 +226,61 @@ class Engine:
         sampling: SamplingParams,
         key: jax.Array,
         *,
+        version: int = 0,
         stats: dict[str, int] | None = None,
         on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
-    ) -> Iterator[GroupOutput]:
+    ) -> Iterator[FinishedGroup]:
         """`generate` as an iterator over the groups, in the order in which they end.
 
         Args:
+          stats: takes the counts of the call at its end.
           on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
         """
         prompts = self.checked(prompts, sampling)
-        rollout = Generation(self, params, prompts, sampling, key, on_tokens)
+        keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), sampling.n))
+        requests = [
+            Request(prompt, sampling, functools.partial(keys.__getitem__, index))
+            for index, prompt in enumerate(prompts)
+        ]
+        loop = DecodeLoop(
+            self.verbs,
+            params,
+            self._sizing(prompts, sampling),
+            shared_settings(sampling),
+            num_shards=self.shards,
+            make_state=self._new_state,
+            keeps_memory=not self.free_cache_engine,
+        )
+        for request in requests:
+            loop.submit(request)
+        generation = Generation(
+            loop, requests, version=version, detokenize=self.detokenize, on_tokens=on_tokens
+        )
         try:
-            while not rollout.done:
-                yield from rollout.advance()
+            while not generation.done:
+                yield from generation.advance()
             if not self.free_cache_engine:
-                self._kept = rollout.state_to_keep()
+                self._kept = loop.state_to_keep()
         finally:
             if stats is not None:
-                stats.update(rollout.stats)
+                stats.update(loop.stats)
+
+    def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
+        """The sizes that a call goes through."""
+        P, n = len(prompts), sampling.n
+        column_sizes = schedule_lib.column_buckets(sampling.max_tokens, self.column_stages)
+        longest = max(len(prompt) for prompt in prompts) - 1
+        prefix = schedule_lib.length_bucket(longest, self.max_prompt_length)
+        slots, rows = self.sizes_for(P, n, column_sizes[-1], prefix)
+        width = -(-n // schedule_lib.rows_of_a_group(P, n, self.shards))
+        # Those that a shrinking batch goes through; elsewhere it stays as it is.
+        smaller = self.slot_sizes if self.shrinks else ()
+        return CallSizing(
+            first=Sizes(slots, column_sizes[-1], rows, width, prefix),
+            slot_sizes=[*(s for s in smaller if s < slots), slots],
+            column_sizes=column_sizes,
+            steps=self.steps_per_dispatch,
+        )
 
     def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
         """The prompts as arrays, where this engine can sample from them; see `generate`."""
@@ -343,17 +318,16 @@ def _device(policy: Policy) -> jax.Device:
     return jax.local_devices()[0] if policy.mesh is None else policy.mesh.devices.flat[0]
 
 
-def _layout(policy: Policy, cache_dtype: Any, attention: str, on_cpu: bool) -> CacheLayout:
-    """How this model's cache lies for the attention that will run here."""
+def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayout:
+    """How this model's cache lies."""
     c = policy.config
-    plain_on_cpu = on_cpu and attention in ("auto", "xla")
     return CacheLayout(
         num_layers=c.num_layers,
         num_kv_heads=c.num_kv_heads,
         head_dim=c.head_dim,
         dtype=jnp.dtype(policy.dtype if cache_dtype is None else cache_dtype),
-        stacked=not (plain_on_cpu and c.num_layers <= MAX_UNROLLED_LAYERS),
-        transposed_keys=plain_on_cpu,
+        stacked=tuning.stacked,
+        transposed_keys=tuning.transposed_keys,
     )
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from adpo_jax import distributed
-from adpo_jax.engine import Engine, RolloutOutput
-from adpo_jax.records import Prompts
+from adpo_jax.engine import Engine
+from adpo_jax.records import Completions, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rewards.extract import find_answer
 from adpo_jax.rollout import decode_completions
@@ -149,12 +149,12 @@ def _graded(engine, params, prompts: Prompts, tokenizer, sampling, reward_model)
     mine = prompts.select(distributed.own_rows(len(prompts)))
     out = engine.generate(params, mine.token_ids, sampling, jax.random.key(0))
     with distributed.fail_together():
-        texts = decode_completions(tokenizer, out)
+        texts = decode_completions(tokenizer, out.flat)
         columns = mine.repeated_columns(sampling.n)
-        columns["completion_tokens"] = out.lengths.reshape(-1).tolist()
+        columns["completion_tokens"] = [len(completion) for completion in out.flat]
         rewards = reward_model.score(texts, columns).total
     outs, texts, rewards = zip(*distributed.all_gather((out, texts, rewards)))
-    out, rewards = RolloutOutput.concatenate(outs), np.concatenate(rewards)
+    out, rewards = Completions.concatenate(outs), np.concatenate(rewards)
     texts = [text for part in texts for text in part]
     n = sampling.n
     return _Graded(
@@ -163,7 +163,7 @@ def _graded(engine, params, prompts: Prompts, tokenizer, sampling, reward_model)
         [texts[i : i + n] for i in range(0, len(texts), n)],
         rewards.reshape(-1, n).astype(np.float64),
         out.lengths,
-        out.finish_reason == "length",
+        out.finish_reasons == "length",
     )
 
 

@@ -8,7 +8,6 @@ The exit code is one of `exit_codes`.
 import os
 import sys
 import traceback
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -52,8 +51,12 @@ _DRY_RUN_TOPOLOGY = flags.DEFINE_string(
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 
 
-def main(argv: list[str]) -> int:
-    """Trains what the config says; returns the exit code."""
+def main(argv: list[str], **parts) -> int:
+    """Trains what the config says; returns the exit code.
+
+    Args:
+      parts: `build` of `preparation.prepare`, for a run with parts of one's own.
+    """
     if len(argv) > 1:
         return _failed(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
     try:
@@ -85,10 +88,11 @@ def main(argv: list[str]) -> int:
                 compilation_cache.use(config.trainer.compilation_cache_dir)
                 prepared = preparation.prepare(
                     config,
-                    Path(_WORKDIR.value) if _WORKDIR.value else default_workdir(config),
+                    _WORKDIR.value or None,
                     resume=_RESUME.value,
                     allow_config_change=_ALLOW_CONFIG_CHANGE.value,
-                    replay=Path(_REPLAY.value) if _REPLAY.value else None,
+                    replay=_REPLAY.value or None,
+                    **parts,
                 )
         except ValueError as error:
             return _failed(error)
@@ -130,19 +134,6 @@ def _dry_run(config: ConfigDict) -> int:
         return _failed(error)
     print("\n".join(report.lines()))
     return 0 if report.fits else DOES_NOT_FIT
-
-
-def default_workdir(config: ConfigDict) -> Path:
-    """The folder of a run that names none.
-
-    Raises:
-      ValueError: where a link leads out of `runs/`.
-    """
-    runs = Path("runs")
-    folder = runs / config.trainer.project_name / config.trainer.experiment_name
-    if not folder.resolve().is_relative_to(runs.resolve()):
-        raise ValueError(f"{folder} leads out of {runs}/ to {folder.resolve()}; give a --workdir")
-    return folder
 
 
 def run() -> None:

@@ -53,15 +53,19 @@ class Run:
 
 def prepare(
     config: ConfigDict,
-    workdir: Path,
+    workdir: str | Path | None = None,
     *,
+    build: Callable[[ConfigDict], Parts] = setup.build,
     resume: str = "auto",
     allow_config_change: bool = False,
-    replay: Path | None = None,
+    replay: str | Path | None = None,
 ) -> Run:
     """Finds every mistake that can be found before training, then claims the run's folder.
 
     Args:
+      workdir: the run's folder; None for `default_workdir`.
+      build: makes the parts of the run from the final config; `setup.build`, or a function that
+        gives parts of one's own in place of some of its.
       resume: "auto" goes on with the run in the folder where there is one, "never" refuses such a
         folder, "must" any other.
       allow_config_change: resume under a config that changes what the run is.
@@ -71,6 +75,8 @@ def prepare(
       ValueError: nothing has been written then, but for the config where a tracker cannot be
         started.
     """
+    workdir = default_workdir(config) if workdir is None else Path(workdir)
+    replay = None if replay is None else Path(replay)
     options = {
         "replay": replay,
         "resume": resume,
@@ -78,10 +84,12 @@ def prepare(
     }
     with distributed.fail_together():
         config = finalized(config)
-        folder = RunFolder(Path(workdir), writes=distributed.is_leader())
+        folder = RunFolder(workdir, writes=distributed.is_leader())
         folder.check(config, **options)
-        parts = setup.build(config)
-        source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+        parts = build(config)
+        source = (
+            _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+        )
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
         source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
         contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither
@@ -95,6 +103,19 @@ def prepare(
             folder.release()
             raise
     return Run(config, parts, folder, params, source, trackers)
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """The folder of a run that names none.
+
+    Raises:
+      ValueError: where a link leads out of `runs/`.
+    """
+    runs = Path("runs")
+    folder = runs / config.trainer.project_name / config.trainer.experiment_name
+    if not folder.resolve().is_relative_to(runs.resolve()):
+        raise ValueError(f"{folder} leads out of {runs}/ to {folder.resolve()}; give a --workdir")
+    return folder
 
 
 def abstract_state(parts: Parts) -> Callable[[int], TrainState]:

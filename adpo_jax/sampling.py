@@ -5,7 +5,7 @@ cumulative distribution with two uniforms a row (a block of the vocabulary, then
 which on a CPU costs 1/28 of Gumbel noise over [B, V]. Top-k and top-p are thresholds on the logits,
 found exactly by bisecting the bits of a float.
 
-Letters: B rows, V vocabulary, N blocks of the vocabulary, W tokens of a block.
+Letters: B rows, P prompts, V vocabulary, N blocks of the vocabulary, W tokens of a block.
 """
 
 import dataclasses
@@ -41,7 +41,6 @@ class SamplingParams:
       stop: a completion ends with the token that completes any of these strings, in its text as
         the engine's `detokenize` has it.
       ignore_eos: no stop token ends a completion.
-      pad_token_id: fills `tokens` after the end of a completion.
       full_log_probs: also return log-probs over the whole vocabulary, tempered but not truncated,
         and the stop tokens that `min_tokens` holds back among it.
     """
@@ -56,7 +55,6 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    pad_token_id: int = 0
     full_log_probs: bool = False
 
     def __post_init__(self):
@@ -167,6 +165,32 @@ class Alternatives(NamedTuple):
 
     tokens: jax.Array  # [B, A] int32
     log_probs: jax.Array  # [B, A] float32, as those of the sampled token; -inf where truncated
+
+
+@jax.jit
+def _fold_in_all(key, uids, samples):
+    def of_sample(uid, sample):
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, uid), sample))
+
+    return jax.vmap(jax.vmap(of_sample, (None, 0)), (0, None))(uids, samples)
+
+
+def sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
+    """The keys of n samples of each prompt, [P, n, 2] uint32.
+
+    Args:
+      uids: [P] uint32, a number for each prompt (`schedule.prompt_uids`).
+    """
+    return _fold_in_all(threefry(key), uids, np.arange(n, dtype=np.uint32))
+
+
+def threefry(key: jax.Array) -> jax.Array:
+    """The key itself, or one made of the bits of another implementation's, such as rbg's four."""
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    derived = jax.random.wrap_key_data(data[:2], impl="threefry2x32")
+    for word in data[2:]:
+        derived = jax.random.fold_in(derived, word)
+    return derived
 
 
 def uniforms(key_data: jax.Array, position: jax.Array) -> jax.Array:

@@ -1,16 +1,17 @@
 """Which sample runs in which slot: the host's side of continuous batching, with no arrays of JAX.
 
-Groups wait in a queue. A group is admitted when a prefix row is free and a slot is free for at
-least one of its samples; its other samples follow as slots become free. A row is free again when
-the last of its samples has ended.
+Groups of samples wait in a queue. A group is admitted when a prefix row is free and a slot is free
+for at least one of its samples; its other samples follow as slots become free. A row is free again
+when the last of its samples has ended.
 
-Letters: B slots, P prefix rows, M samples of a group.
+Letters: B slots, P prefix rows, M samples of a prefix row.
 """
 
 import collections
-import dataclasses
 import heapq
 import zlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,13 +77,29 @@ def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:
     return np.array(uids, np.uint32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """A sample that starts in a slot."""
 
-    group: int
-    sample: int
+    group: Hashable
+    sample: Any
     slot: int
+    row: int
+    rank: int
+
+
+class _Queued(NamedTuple):
+    """Samples of a group that have no prefix row yet, at most `part` of which will share one."""
+
+    group: Hashable
+    samples: list
+    part: int
+
+
+class _Admitted(NamedTuple):
+    """A sample whose prompt lies in a prefix row, and that waits for a slot."""
+
+    group: Hashable
+    sample: Any
     row: int
     rank: int
 
@@ -91,55 +108,85 @@ class Schedule:
     """The queue of groups and the tables of slots and prefix rows.
 
     Slots and rows lie in equal parts, one a shard; a sample's slot is in the part of its row: no
-    device then reads a prompt that another one has. Where there are fewer groups than shards, each
-    is split over several rows.
+    device then reads a prompt that another one has. A group that is wider than a row, or that was
+    added in smaller parts, has several rows.
 
     Args:
       num_slots, num_rows: multiples of `num_shards`.
+      width: samples that share a row at most, M.
 
     Attributes:
-      sample_in: [B] int64, group * n + sample of each slot, -1 where it is free.
+      in_slot: the (group, sample) of each slot, None where it is free.
       members: [P, M] int32, the slot of each sample of a prefix row, 0 where it has none.
       row_of, rank_of: [B] int32, the place of each slot in `members`; meaningless where it is free.
+      num_waiting: samples without a slot.
+      num_live: samples in slots.
     """
 
-    def __init__(self, num_groups: int, n: int, num_slots: int, num_rows: int, num_shards: int = 1):
-        self.n, self.num_shards = n, num_shards
-        self.sample_in = np.full(num_slots, -1, np.int64)
-        parts = rows_of_a_group(num_groups, n, num_shards)
-        samples = [part.tolist() for part in np.array_split(np.arange(n), parts)]
-        self.members = np.zeros((num_rows, len(samples[0])), np.int32)
-        self.row_of = np.zeros(num_slots, np.int32)
-        self.rank_of = np.zeros(num_slots, np.int32)
-        # (group, its samples that share a row), not admitted yet.
-        self._queue = collections.deque((g, part) for g in range(num_groups) for part in samples)
-        self._free_slots = [list(part) for part in _parts(num_slots, num_shards)]
-        self._free_rows = [list(part) for part in _parts(num_rows, num_shards)]
-        # Of each shard, (group, sample, row, rank) that wait for a slot there.
-        self._admitted = [collections.deque() for _ in range(num_shards)]
+    def __init__(self, num_slots: int = 0, num_rows: int = 0, width: int = 1, num_shards: int = 1):
+        self.num_shards = num_shards
+        self.in_slot: list[tuple[Hashable, Any] | None] = []
+        self.members = np.zeros((0, width), np.int32)
+        self.row_of = self.rank_of = np.zeros(0, np.int32)
+        self.num_waiting = self.num_live = 0
+        self._queue: collections.deque[_Queued] = collections.deque()
+        # Both of each shard; heaps.
+        self._free_slots: list[list[int]] = [[] for _ in range(num_shards)]
+        self._free_rows: list[list[int]] = [[] for _ in range(num_shards)]
+        self._admitted = [collections.deque[_Admitted]() for _ in range(num_shards)]
         self._left_in_row: dict[int, int] = {}
-        self._left = [n] * num_groups
+        self.lay_out(num_slots, num_rows, width)
 
     @property
     def num_slots(self) -> int:
-        return len(self.sample_in)
+        return len(self.in_slot)
 
     @property
-    def num_waiting(self) -> int:
-        """Samples without a slot."""
-        return sum(map(len, self._admitted)) + sum(len(samples) for _, samples in self._queue)
+    def num_rows(self) -> int:
+        return len(self.members)
 
     @property
-    def live_slots(self) -> np.ndarray:
-        return np.flatnonzero(self.sample_in >= 0)
+    def width(self) -> int:
+        return self.members.shape[1]
+
+    @property
+    def live_slots(self) -> list[int]:
+        return [slot for slot, place in enumerate(self.in_slot) if place is not None]
 
     @property
     def needed_slots(self) -> int:
         """The smallest batch that holds the live samples, each in its shard."""
-        live = self.sample_in.reshape(self.num_shards, -1) >= 0
-        return int(live.sum(axis=1).max()) * self.num_shards
+        return self._fullest(len(part) - len(free) for part, free in self._shards())
 
-    def start(self) -> tuple[list[Start], dict[int, int]]:
+    @property
+    def rows_in_use(self) -> int:
+        """The fewest rows that would hold those in use, each in its shard."""
+        parts = _parts(self.num_rows, self.num_shards)
+        return self._fullest(len(p) - len(free) for p, free in zip(parts, self._free_rows))
+
+    def rows_needed(self, width: int) -> int:
+        """The fewest rows of this width that hold the admitted samples, each in its shard."""
+        counts = [collections.Counter(group for group, *_ in e) for e in self._entries()]
+        return self._fullest(sum(-(-n // width) for n in count.values()) for count in counts)
+
+    def waiting(self, width: int) -> Iterator[tuple[Hashable, int, int]]:
+        """(group, samples without a slot, further rows of this width for them), in their order."""
+        for entries in self._admitted:
+            for entry in entries:
+                yield entry.group, 1, 0
+        for group, samples, part in self._queue:
+            yield group, len(samples), -(-len(samples) // min(part, width))
+
+    def add(self, group: Hashable, samples: Sequence, part: int | None = None):
+        """Queues the samples of a group.
+
+        Args:
+          part: samples that share a prefix row at most; None for as many as rows are wide.
+        """
+        self._queue.append(_Queued(group, list(samples), part or len(samples)))
+        self.num_waiting += len(samples)
+
+    def start(self) -> tuple[list[Start], dict[int, Hashable]]:
         """Fills free slots from the queue.
 
         Returns:
@@ -156,13 +203,22 @@ class Schedule:
             )
             if roomy is None or not self._free_slots[roomy]:
                 break
-            group, samples = self._queue.popleft()
+            group, samples = self._next_part()
             row = heapq.heappop(self._free_rows[roomy])
             admitted[row], self._left_in_row[row] = group, len(samples)
-            places = ((group, sample, row, rank) for rank, sample in enumerate(samples))
+            places = (_Admitted(group, sample, row, rank) for rank, sample in enumerate(samples))
             self._admitted[roomy].extend(places)
             starts += self._fill(roomy)
         return starts, admitted
+
+    def _next_part(self) -> tuple[Hashable, list]:
+        """Takes the next samples that share a row from the queue; parts of a group are even."""
+        group, samples, part = self._queue.popleft()
+        num_parts = -(-len(samples) // min(part, self.width))
+        size = -(-len(samples) // num_parts)
+        if samples[size:]:
+            self._queue.appendleft(_Queued(group, samples[size:], part))
+        return group, samples[:size]
 
     def _fill(self, shard: int) -> list[Start]:
         """Starts admitted samples of a shard in its free slots."""
@@ -170,90 +226,124 @@ class Schedule:
         while self._admitted[shard] and self._free_slots[shard]:
             group, sample, row, rank = self._admitted[shard].popleft()
             slot = heapq.heappop(self._free_slots[shard])
-            self.sample_in[slot] = group * self.n + sample
+            self.in_slot[slot] = group, sample
             self.members[row, rank] = slot
             self.row_of[slot], self.rank_of[slot] = row, rank
             starts.append(Start(group, sample, slot, row, rank))
+        self.num_live += len(starts)
+        self.num_waiting -= len(starts)
         return starts
 
-    def finish(self, slot: int) -> int | None:
-        """Frees a slot whose sample has ended; returns its group if that was its last sample."""
-        group, row = int(self.sample_in[slot]) // self.n, int(self.row_of[slot])
-        shard = slot * self.num_shards // self.num_slots
-        self.sample_in[slot] = -1
-        heapq.heappush(self._free_slots[shard], slot)
+    def finish(self, slot: int):
+        """Frees a slot whose sample has ended."""
+        row = int(self.row_of[slot])
+        self.in_slot[slot] = None
+        self.num_live -= 1
+        heapq.heappush(self._free_slots[slot * self.num_shards // self.num_slots], slot)
         self.members[row, self.rank_of[slot]] = 0
+        self._leave_row(row)
+
+    def _leave_row(self, row: int):
         self._left_in_row[row] -= 1
         if not self._left_in_row[row]:
-            heapq.heappush(self._free_rows[shard], row)
-        self._left[group] -= 1
-        return None if self._left[group] else group
+            heapq.heappush(self._free_rows[row * self.num_shards // self.num_rows], row)
 
-    def compact(self, num_slots: int) -> tuple[np.ndarray, np.ndarray]:
-        """Moves the live samples into the first slots of smaller shards; none may be waiting.
+    def drop(self, is_unwanted: Callable[[Any], bool]):
+        """Forgets the waiting samples that nobody wants any more."""
+        queue, self._queue = self._queue, collections.deque()
+        for group, samples, part in queue:
+            left = [sample for sample in samples if not is_unwanted(sample)]
+            self.num_waiting -= len(samples) - len(left)
+            if left:
+                self._queue.append(_Queued(group, left, part))
+        for shard, entries in enumerate(self._admitted):
+            self._admitted[shard] = collections.deque[_Admitted]()
+            for entry in entries:
+                if is_unwanted(entry.sample):
+                    self.num_waiting -= 1
+                    self._leave_row(entry.row)
+                else:
+                    self._admitted[shard].append(entry)
 
-        The prefix rows follow: with `members` as narrow as the rows allow, no attention is spent on
-        places of samples that have ended. Where there is a row for each slot, a group has several.
+    def lay_out(self, num_slots: int, num_rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Moves all samples into batches of other sizes, the live ones into the first slots.
+
+        The prefix rows follow. No sample leaves its shard. Where rows are narrower than a group,
+        it has several.
 
         Args:
           num_slots: at least `needed_slots`, a multiple of the shards.
+          num_rows: at least `rows_needed(width)`, a multiple of the shards.
 
         Returns:
           [new B] int32, the old slot of each new one, the old B where it is free; and
           [new P] int32, the old prefix row of each new one.
         """
         assert self.needed_slots <= num_slots
-        assert not self.num_waiting
+        assert self.rows_needed(width) <= num_rows
+        entries, in_slot = self._entries(), self.in_slot
         order = np.full(num_slots, self.num_slots, np.int32)
-        before, after = _parts(self.num_slots, self.num_shards), _parts(num_slots, self.num_shards)
-        self._free_slots = []
-        for old, new in zip(before, after):
-            live = [slot for slot in old if self.sample_in[slot] >= 0]
-            order[new.start : new.start + len(live)] = live
-            self._free_slots.append(list(new[len(live) :]))
-        exists = order < self.num_slots
-        moved = np.full(num_slots, -1, np.int64)
-        moved[exists] = self.sample_in[order[exists]]
-        old_rows = np.zeros(num_slots, np.int32)
-        old_rows[exists] = self.row_of[order[exists]]
-        self.sample_in = moved
-        return order, self._regroup(old_rows, min(len(self.members), num_slots))
-
-    def _regroup(self, old_rows: np.ndarray, num_rows: int) -> np.ndarray:
-        """Lays the table of members out anew over `num_rows` rows; old_rows are of the slots."""
-        shards = []
-        for part in _parts(self.num_slots, self.num_shards):
-            groups = collections.defaultdict(list)
-            for slot in part:
-                if self.sample_in[slot] >= 0:
-                    groups[int(self.sample_in[slot]) // self.n].append(slot)
-            shards.append(groups)
-        sizes = [[len(slots) for slots in groups.values()] for groups in shards]
-        width = self._width(sizes, num_rows)
-        self.members = np.zeros((num_rows, width), np.int32)
-        self.row_of = np.zeros(self.num_slots, np.int32)
-        self.rank_of = np.zeros(self.num_slots, np.int32)
-        self._left_in_row = collections.Counter()
         source = np.zeros(num_rows, np.int32)
-        for groups, rows in zip(shards, _parts(num_rows, self.num_shards)):
-            row = rows.start
-            for slots in groups.values():
-                for rank, slot in enumerate(slots):
-                    self.row_of[slot], self.rank_of[slot] = row + rank // width, rank % width
-                    self.members[self.row_of[slot], self.rank_of[slot]] = slot
-                    self._left_in_row[int(self.row_of[slot])] += 1
-                    source[self.row_of[slot]] = old_rows[slot]
-                row += -(-len(slots) // width)
-        return source
+        self.in_slot = [None] * num_slots
+        self.members = np.zeros((num_rows, width), np.int32)
+        self.row_of, self.rank_of = np.zeros((2, num_slots), np.int32)
+        self._left_in_row = {}
+        slots, rows = _parts(num_slots, self.num_shards), _parts(num_rows, self.num_shards)
+        for shard, of_shard in enumerate(entries):
+            live = sorted(slot for *_, slot in of_shard if slot is not None)
+            moved = dict(zip(live, slots[shard]))
+            for old, new in moved.items():
+                order[new], self.in_slot[new] = old, in_slot[old]
+            groups = collections.defaultdict(list)
+            for group, sample, row, slot in of_shard:
+                groups[group].append((sample, row, slot))
+            self._admitted[shard].clear()
+            row = rows[shard].start
+            for group, members in groups.items():
+                for number, (sample, old_row, slot) in enumerate(members):
+                    at, rank = row + number // width, number % width
+                    source[at] = old_row
+                    self._left_in_row[at] = self._left_in_row.get(at, 0) + 1
+                    if slot is None:
+                        self._admitted[shard].append(_Admitted(group, sample, at, rank))
+                    else:
+                        new = moved[slot]
+                        self.row_of[new], self.rank_of[new] = at, rank
+                        self.members[at, rank] = new
+                row += -(-len(members) // width)
+            self._free_slots[shard] = list(slots[shard][len(live) :])
+            self._free_rows[shard] = list(range(row, rows[shard].stop))
+        return order, source
 
-    def _width(self, group_sizes: list[list[int]], num_rows: int) -> int:
-        """Members of a row: one of two for each number of slots, since programs differ by it."""
-        if self.num_slots <= num_rows:
+    def narrow_width(self, num_slots: int, num_rows: int, most: int) -> int:
+        """A width of rows that holds the admitted samples, when the batch shrinks to these sizes.
+
+        With rows as narrow as they may be, no attention is spent on places of samples that have
+        ended. It is one of two widths for each number of slots, since programs differ by it.
+
+        Args:
+          most: samples of the widest row.
+        """
+        if num_slots <= num_rows:
             return 1
-        narrow = min(power_of_two(-(-2 * self.num_slots // num_rows)), self.n)
-        room = num_rows // self.num_shards
-        fits = all(sum(-(-size // narrow) for size in sizes) <= room for sizes in group_sizes)
-        return narrow if fits else self.n
+        narrow = min(power_of_two(-(-2 * num_slots // num_rows)), most)
+        return narrow if self.rows_needed(narrow) <= num_rows else most
+
+    def _entries(self) -> list[list[tuple[Hashable, Any, int, int | None]]]:
+        """Of each shard, (group, sample, row, slot) of what was admitted, the live ones first."""
+        found = []
+        for (part, _), admitted in zip(self._shards(), self._admitted):
+            live = ((*self.in_slot[s], int(self.row_of[s]), s) for s in part if self.in_slot[s])
+            found.append([*live, *((e.group, e.sample, e.row, None) for e in admitted)])
+        return found
+
+    def _shards(self) -> Iterator[tuple[range, list[int]]]:
+        """The slots of each shard, and those that are free."""
+        return zip(_parts(self.num_slots, self.num_shards), self._free_slots)
+
+    def _fullest(self, counts: Iterator[int]) -> int:
+        """As many of something as all shards have where each has what the fullest one needs."""
+        return max(counts) * self.num_shards
 
 
 def rows_of_a_group(num_groups: int, n: int, num_shards: int) -> int:

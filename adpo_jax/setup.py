@@ -7,7 +7,7 @@ plain arguments.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,17 @@ class Parts:
     num_steps: int
 
 
-def build(config: ConfigDict) -> Parts:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
     """Everything the loop needs but the weights; cheap checks before expensive work.
 
     Args:
       config: as `config_checks.finalized` returns it.
+      devices: to train on; None for all there are.
 
     Raises:
       ValueError: for anything in the config that cannot work.
     """
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     make_algorithm(config)  # its parameters are checked before any file is read
     trackers.check_installed(config.trainer.logger)

@@ -1,15 +1,21 @@
 """The road: prompts -> rollout -> rewards -> anchor log-probs -> loss -> update -> metrics,
 checkpoint, evaluation.
 
+    import adpo_jax
+    adpo_jax.train(config, callbacks=[lambda iteration: print(iteration.metrics["reward/mean"])])
+
 Left out here and found next door: what each part is made from (`setup`), what is checked before
 anything starts (`preparation`), the anchor forward and the optimizer steps of an iteration
 (`learner`).
 """
 
 import contextlib
+import sys
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -41,12 +47,40 @@ from adpo_jax.setup import Parts
 from adpo_jax.update import TrainState
 
 
-def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
+class Iteration(NamedTuple):
+    """What a callback is told after an iteration.
+
+    Attributes:
+      step: iterations done.
+      state: after the update. The next update takes its memory: copy what is to outlive the call.
+      groups: what was sampled, graded and trained on.
+      metrics: as they are about to be logged, of an evaluation too where one was due.
+    """
+
+    step: int
+    state: TrainState
+    groups: GradedGroups
+    metrics: dict[str, float]
+
+
+# What it returns is logged beside the iteration's metrics.
+Callback = Callable[[Iteration], Mapping[str, float] | None]
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    **options,
+) -> dict[str, float]:
     """Trains a policy, or goes on training it.
 
     Args:
       config: any config of `configs/`.
-      workdir: the run's folder. One with a run of the same config is resumed.
+      workdir: the run's folder, runs/<project_name>/<experiment_name> if None. One with a run of
+        the same config is resumed.
+      callbacks: called with each `Iteration`, on every process, before its metrics are logged.
       options: as for `prepare`.
 
     Returns:
@@ -60,10 +94,12 @@ def train(config: ConfigDict, workdir: Path, **options) -> dict[str, float]:
       TrainingStopped: for updates that are not sound, by the settings of the config.
       SaveError: when no checkpoint can be written.
     """
-    return run(prepare(config, workdir, **options))
+    return run(prepare(config, workdir, **options), callbacks=callbacks)
 
 
-def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
+def run(
+    run: Run, interruption: Interruption | None = None, callbacks: Sequence[Callback] = ()
+) -> dict[str, float]:
     """Trains, from the given parameters or from the newest checkpoint; see `train`.
 
     Raises:
@@ -89,7 +125,9 @@ def run(run: Run, interruption: Interruption | None = None) -> dict[str, float]:
             folder.write_environment(profiling.environment())
             state, metrics = _start(run, restored, writer, checkpoints, interruption)
             del restored  # or the donated state would be held on to
-            state = _iterate(run, state, metrics, writer, checkpoints, interruption, profiler)
+            state = _iterate(
+                run, state, metrics, writer, checkpoints, interruption, profiler, callbacks
+            )
         with interruption.abandonable():
             _export(run, state)
         print(f"done; the policy is in {folder.export}", flush=True)
@@ -146,6 +184,7 @@ def _iterate(
     checkpoints: Checkpoints,
     interruption: Interruption,
     profiler: profiling.Profiler,
+    callbacks: Sequence[Callback],
 ) -> TrainState:
     """The loop; `metrics` are those of the iteration that `state` comes from."""
     config, folder = run.config, run.folder
@@ -188,6 +227,8 @@ def _iterate(
                 metrics |= evaluated
                 if checkpoints.num_failures:
                     metrics["checkpoint/failures"] = float(checkpoints.num_failures)
+                for callback in callbacks:
+                    metrics |= callback(Iteration(step + 1, state, groups, dict(metrics))) or {}
                 writer.write_scalars(step + 1, metrics)
                 _show(config, progress, writer, folder, step + 1, metrics, groups)
                 profiler.end(step + 1)
@@ -302,3 +343,13 @@ def _timed(times: dict[str, float], name: str) -> Iterator[None]:
     with jax.profiler.TraceAnnotation(name.removeprefix("time/")):
         yield
     times[name] = time.perf_counter() - start
+
+
+class _CallableModule(types.ModuleType):
+    """`adpo_jax.train` is this module, and what people call."""
+
+    def __call__(self, *args, **kwargs) -> dict[str, float]:
+        return train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -23,7 +23,7 @@ import jax
 
 from adpo_jax import Engine, SamplingParams, compilation_cache, pretrained
 from adpo_jax.config import default_config
-from adpo_jax.engine import GroupOutput
+from adpo_jax.generation import FinishedGroup
 from adpo_jax.host_memory import tune_malloc
 from adpo_jax.pretrained import Pretrained, PromptFormat
 from adpo_jax.text_stream import TextStream
@@ -109,12 +109,12 @@ class Screen:
         self._unseen[prompt, sample] += self._texts[prompt, sample].push(tokens)
         self._show()
 
-    def end(self, group: GroupOutput) -> None:
+    def end(self, group: FinishedGroup) -> None:
         """The completions of a prompt have ended."""
-        for sample, reason in enumerate(group.finish_reason):
+        for sample, completion in enumerate(group.completions):
             at = group.prompt_index, sample
             self._unseen[at] += self._texts[at].finish()
-            self._ended[at] = str(reason)
+            self._ended[at] = completion.finish_reason
         self._show()
 
     def _header(self) -> None:
@@ -135,23 +135,20 @@ class Screen:
             self._header()
 
 
-def completions(group: GroupOutput, row: dict, tokenizer) -> list[dict]:
+def completions(group: FinishedGroup, row: dict, tokenizer) -> list[dict]:
     """A group as rows of the output."""
-    lines = []
-    for sample, length in enumerate(group.lengths):
-        tokens = group.tokens[sample, :length].tolist()
-        lines.append(
-            {
-                **row,
-                "prompt_index": group.prompt_index,
-                "sample": sample,
-                "completion": tokenizer.decode(tokens, skip_special_tokens=True),
-                "num_tokens": int(length),
-                "finish_reason": str(group.finish_reason[sample]),
-                "log_prob": float(group.log_probs[sample].sum()),
-            }
-        )
-    return lines
+    return [
+        {
+            **row,
+            "prompt_index": group.prompt_index,
+            "sample": sample,
+            "completion": tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True),
+            "num_tokens": len(completion),
+            "finish_reason": completion.finish_reason,
+            "log_prob": float(completion.log_probs.sum()),
+        }
+        for sample, completion in enumerate(group.completions)
+    ]
 
 
 def generate(a: argparse.Namespace) -> None:
@@ -185,9 +182,7 @@ def generate(a: argparse.Namespace) -> None:
             f"the longest prompt has {longest} tokens; with --max-tokens {a.max_tokens} that is "
             f"more than the {positions} positions of this model: lower --max-tokens"
         )
-    sampling = dataclasses.replace(
-        sampling, stop_token_ids=model.stop_token_ids, pad_token_id=model.pad_token_id
-    )
+    sampling = dataclasses.replace(sampling, stop_token_ids=model.stop_token_ids)
     engine = Engine(
         model.policy,
         max_prompt_length=longest,

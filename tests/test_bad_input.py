@@ -53,25 +53,15 @@ def workplace(tmp_path, monkeypatch, model):
     write_rows("good.jsonl", ROWS, tmp_path)
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(setup, "build", with_a_fake_sampler(setup.build))
-    monkeypatch.setattr(setup.sharding, "make_mesh", mesh_of_one(setup.sharding.make_mesh))
 
 
-def mesh_of_one(make_mesh):
-    return lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
-
-
-def with_a_fake_sampler(build):
-    def fake(config):
-        parts = build(config)
-        if config.actor_rollout_ref.model.path == arithmetic.NAME:  # its weights are not at issue
-            parts = dataclasses.replace(
-                parts, initial_params=lambda: {"layers": {"w": jnp.zeros(2)}}
-            )
-        learner = StandInLearner(**vars_of(parts.learner))
-        return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
-
-    return fake
+def with_a_fake_sampler(config):
+    """The parts of a run in which nothing is sampled or learnt."""
+    parts = setup.build(config, jax.devices()[:1])
+    if config.actor_rollout_ref.model.path == arithmetic.NAME:  # its weights are not at issue
+        parts = dataclasses.replace(parts, initial_params=lambda: {"layers": {"w": jnp.zeros(2)}})
+    learner = StandInLearner(**vars_of(parts.learner))
+    return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
 
 
 class StandInLearner(FakeLearner):
@@ -112,7 +102,7 @@ def outcome(argv, monkeypatch, capsys) -> tuple[int, str]:
     monkeypatch.setattr(main, "_CONFIG", holder)
     for attribute, other in FLAGS.items():
         monkeypatch.setattr(main, attribute, SimpleNamespace(value=values[other.name].value))
-    return main.main(rest), capsys.readouterr().err
+    return main.main(rest, build=with_a_fake_sampler), capsys.readouterr().err
 
 
 def assert_refused(argv, words, monkeypatch, capsys):
@@ -694,13 +684,12 @@ def test_a_reward_function_that_hangs(monkeypatch, capsys):
 
 
 def reporting_groups(generate):
-    from adpo_jax.engine import GroupOutput
+    from adpo_jax.engine import FinishedGroup
 
-    def reporting(self, params, prompts, sampling, key, on_group_done):
-        out = generate(self, params, prompts, sampling, key)
-        for p in range(len(prompts)):
-            values = [getattr(out, f.name) for f in dataclasses.fields(GroupOutput)[1:]]
-            on_group_done(GroupOutput(p, *(v if v is None else v[p] for v in values)))
+    def reporting(self, params, prompts, sampling, key, *, version, on_group_done):
+        out = generate(self, params, prompts, sampling, key, version=version)
+        for p, completions in enumerate(out.groups):
+            on_group_done(FinishedGroup(p, completions))
         return out
 
     return reporting

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from test_config import parse
 
+import adpo_jax
 from adpo_jax import (
     arithmetic,
     compilation_cache,
@@ -27,13 +28,12 @@ from adpo_jax import (
     sft,
     sharding,
 )
-from adpo_jax import train as train_lib
 from adpo_jax.batch_plan import batch_plan
 from adpo_jax.config import declarations, default_config, keys
-from adpo_jax.engine import RolloutOutput
 from adpo_jax.learner import Learner
 from adpo_jax.lora import Lora
 from adpo_jax.policy import Policy
+from adpo_jax.records import Completion, Completions
 
 
 @pytest.fixture(autouse=True)
@@ -213,19 +213,15 @@ def cache(config):
 class FakeEngine:
     """Answers every prompt with two tokens."""
 
-    def generate(self, params, prompts, sampling, key):
-        shape = (len(prompts), sampling.n, sampling.max_tokens)
-        tokens = np.full(shape, 40, np.int32)
-        mask = np.zeros(shape, np.int32)
-        mask[..., :2] = 1
-        ends = np.full(shape[:2], "stop")
-        return RolloutOutput(tokens, mask, mask.sum(-1), mask * -1.0, ends, None, {})
+    def generate(self, params, prompts, sampling, key, *, version=0):
+        answer = Completion.sampled([40, 40], [-1.0, -1.0], "stop", version=version)
+        return Completions([[answer] * sampling.n for _ in prompts])
 
 
 class FakeLearner(Learner):
     """Counts iterations."""
 
-    def learn(self, state, batch, rewards_PG):
+    def learn(self, state, sequences, rewards_PG):
         metrics = {"rollout/entropy": 0.0, "update/skipped": 0.0}
         return state.replace(step=state.step + 1), metrics
 
@@ -235,7 +231,7 @@ def road(config):
     seen = []
 
     def build(config):
-        parts = setup_build(config)
+        parts = setup.build(config, jax.devices()[:1])
         learner = FakeLearner(**vars_of(parts.learner))
         return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
 
@@ -246,13 +242,10 @@ def road(config):
 
         return step
 
-    setup_build = setup.build
     folder, out = Path(tempfile.mkdtemp()) / "run", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(setup, "build", build)
         patch.setattr(sft, "make_sft_step", make_sft_step)
-        patch.setattr(setup.sharding, "make_mesh", one_device_mesh)
-        train_lib.train(config, folder)
+        adpo_jax.train(config, folder, build=build)
     files = sorted(str(p.relative_to(folder)) for p in folder.glob("[cs]*/*"))
     first = (folder / "samples").glob("train*")
     prompts = [json.loads(p.read_text().splitlines()[0])["prompt"] for p in sorted(first)]

@@ -68,14 +68,10 @@ class Collector:
             self.step()
 
     def assert_equal(self, samples, out):
-        assert len(samples) == out.tokens.shape[1]
-        for i, sample in enumerate(samples):
-            length = out.lengths[0, i]
-            np.testing.assert_array_equal(self.tokens[sample], out.tokens[0, i, :length])
-            np.testing.assert_allclose(
-                self.log_probs[sample], out.log_probs[0, i, :length], atol=1e-5
-            )
-            assert self.reasons[sample] == out.finish_reason[0, i]
+        for sample, completion in zip(samples, out[0], strict=True):
+            np.testing.assert_array_equal(self.tokens[sample], completion.tokens)
+            np.testing.assert_allclose(self.log_probs[sample], completion.log_probs, atol=1e-5)
+            assert self.reasons[sample] == completion.finish_reason
 
 
 def submit(batch, which):
@@ -105,7 +101,49 @@ def test_more_requests_than_slots_all_end_and_the_memory_goes_back(engine, expec
     for which, samples in submitted:
         collector.assert_equal(samples, expected[which])
     batch.step()
-    assert batch._state is None
+    assert batch._loop._state is None
+
+
+def test_samples_of_a_request_share_its_prompt_until_there_are_too_many_prompts(engine, expected):
+    sampling, prompt = SamplingParams(n=4, max_tokens=40), prompts()[3]
+    alone = engine[0].generate(engine[1], [prompt], sampling, jax.random.key(7))
+    batch = ContinuousBatch(*engine)
+    collector, loop = Collector(batch), batch._loop
+    group = batch.submit(prompt, sampling, seed=7)
+    collector.step()
+    assert (loop.sizes.slots, loop.sizes.rows, loop.sizes.width) == (4, 1, 8)
+    assert loop.stats["prefill_tokens"] == len(prompt) - 1
+    others = [submit(batch, 1) for _ in range(4)]
+    collector.step()
+    assert (loop.sizes.slots, loop.sizes.rows, loop.sizes.width) == (8, 8, 1)
+    late = batch.submit(prompt, sampling, seed=7)
+    collector.run()
+    for samples in (group, late):
+        collector.assert_equal(samples, alone)
+    for samples in others:
+        collector.assert_equal(samples, expected[1])
+
+
+def test_a_server_on_several_devices_samples_what_one_does(engine, expected):
+    from adpo_jax.sharding import make_mesh
+
+    on_one, params = engine
+    mesh = make_mesh(data=2, fsdp=1, devices=jax.devices()[:2])
+    policy = dataclasses.replace(on_one.policy, mesh=mesh)
+    params = jax.device_put(params, policy.shardings(params))
+    sizes = {"max_prompt_length": 24, "max_response_length": 40, "num_slots": 8}
+    batch = ContinuousBatch(Engine(policy, **sizes, steps_per_dispatch=4), params)
+    collector, sampling = Collector(batch), SamplingParams(n=8, max_tokens=31)
+    alone = on_one.generate(engine[1], prompts()[:1], sampling, jax.random.key(3))
+    group = batch.submit(prompts()[0], sampling, seed=3)
+    collector.step()
+    # Half of the samples on each device, beside a copy of the prompt.
+    assert (batch._loop.sizes.rows, batch._loop.sizes.width) == (4, 4)
+    others = [submit(batch, 1) for _ in range(6)]
+    collector.run()
+    collector.assert_equal(group, alone)
+    for samples in others:
+        collector.assert_equal(samples, expected[1])
 
 
 def test_a_cancelled_request_frees_its_slot_and_disturbs_nobody(engine, expected):

@@ -1,6 +1,7 @@
 """The engine against the plain forward of the policy, and against itself in another shape."""
 
 import dataclasses
+import tracemalloc
 import types
 
 import jax
@@ -74,21 +75,32 @@ def full_forward(function, params, prompt, completion):
 
 
 def assert_greedy_is_argmax(policy, params, prompts, out):
-    for p, prompt in enumerate(prompts):
-        for row, length in zip(out.tokens[p], out.lengths[p]):
-            completion = row[:length]
-            logits = full_forward(policy.logits, params, prompt, completion)
-            predicted = logits[len(prompt) - 1 :][:length].argmax(-1)
-            np.testing.assert_array_equal(completion, predicted)
+    for prompt, group in zip(prompts, out.groups, strict=True):
+        for completion in group:
+            logits = full_forward(policy.logits, params, prompt, completion.tokens)
+            predicted = logits[len(prompt) - 1 :][: len(completion)].argmax(-1)
+            np.testing.assert_array_equal(completion.tokens, predicted)
 
 
 def assert_log_probs_agree(policy, params, prompts, out, atol=1e-4):
-    for p, prompt in enumerate(prompts):
-        for s, length in enumerate(out.lengths[p]):
-            scored = full_forward(policy.log_probs, params, prompt, out.tokens[p, s, :length])
-            scored = scored[len(prompt) :][:length]
-            np.testing.assert_allclose(out.log_probs[p, s, :length], scored, atol=atol)
-            assert (out.log_probs[p, s, length:] == 0).all()
+    for prompt, group in zip(prompts, out.groups, strict=True):
+        for completion in group:
+            scored = full_forward(policy.log_probs, params, prompt, completion.tokens)
+            scored = scored[len(prompt) :][: len(completion)]
+            np.testing.assert_allclose(completion.log_probs, scored, atol=atol)
+
+
+def assert_equal_tokens(groups, others):
+    """Two lists of groups have the same completions."""
+    for group, other in zip(groups, others, strict=True):
+        for one, another in zip(group, other, strict=True):
+            np.testing.assert_array_equal(one.tokens, another.tokens)
+
+
+def assert_close_log_probs(groups, others, atol):
+    for group, other in zip(groups, others, strict=True):
+        for one, another in zip(group, other, strict=True):
+            np.testing.assert_allclose(one.log_probs, another.log_probs, atol=atol)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,21 +121,37 @@ def test_log_probs_equal_those_of_the_full_forward(model):
     sampling = SamplingParams(n=3, max_tokens=40, stop_token_ids=(7, 8))
     out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(1))
     assert_log_probs_agree(policy, params, prompts, out)
-    last = np.take_along_axis(out.tokens, out.lengths[..., None] - 1, axis=-1)[..., 0]
-    assert (out.finish_reason == np.where(np.isin(last, (7, 8)), "stop", "length")).all()
-    assert (out.lengths[out.finish_reason == "length"] == 40).all()
+    for completion in out.flat:
+        stopped = completion.tokens[-1] in (7, 8)
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(completion) == 40
+
+
+def test_a_completion_says_all_there_is_to_say_of_its_tokens(model):
+    policy, params = model
+    sampling = SamplingParams(n=2, max_tokens=7)
+    out = engine_of(policy).generate(
+        params, prompts_of([3]), sampling, jax.random.key(1), version=4
+    )
+    for completion in out.flat:
+        assert completion.trained.tolist() == [True] * 7
+        assert completion.versions.tolist() == [4] * 7
+        assert completion.turns.tolist() == [0] * 7
+        assert completion.full_log_probs is None
+        # No larger array is kept alive by it.
+        assert completion.tokens.base is None
 
 
 def test_scanned_layers_sample_what_unrolled_ones_do(model, monkeypatch):
     policy, params = model
     prompts, sampling = prompts_of(MIXED), SamplingParams(n=2, max_tokens=12)
     unrolled = engine_of(policy).generate(params, prompts, sampling, jax.random.key(2))
-    monkeypatch.setattr("adpo_jax.engine.MAX_UNROLLED_LAYERS", 0)
+    monkeypatch.setattr("adpo_jax.cpu_engine.MAX_UNROLLED_LAYERS", 0)
     engine = engine_of(policy)
     assert engine.verbs.layout.stacked
     scanned = engine.generate(params, prompts, sampling, jax.random.key(2))
-    np.testing.assert_array_equal(scanned.tokens, unrolled.tokens)
-    np.testing.assert_allclose(scanned.log_probs, unrolled.log_probs, atol=1e-5)
+    assert_equal_tokens(scanned.groups, unrolled.groups)
+    assert_close_log_probs(scanned.groups, unrolled.groups, atol=1e-5)
 
 
 def test_samples_do_not_depend_on_slots_order_or_company(model):
@@ -134,10 +162,10 @@ def test_samples_do_not_depend_on_slots_order_or_company(model):
     many = engine_of(policy, num_slots=16).generate(params, prompts, sampling, key)
     few = engine_of(policy, num_slots=2, steps_per_dispatch=5)
     reversed_order = few.generate(params, prompts[::-1], sampling, key)
-    np.testing.assert_array_equal(reversed_order.tokens[::-1], many.tokens)
-    np.testing.assert_allclose(reversed_order.log_probs[::-1], many.log_probs, atol=1e-5)
+    assert_equal_tokens(reversed_order.groups[::-1], many.groups)
+    assert_close_log_probs(reversed_order.groups[::-1], many.groups, atol=1e-5)
     alone = few.generate(params, prompts[2:3], sampling, key)
-    np.testing.assert_array_equal(alone.tokens[0], many.tokens[2])
+    assert_equal_tokens(alone.groups, many.groups[2:3])
 
 
 def test_the_last_samples_may_start_as_the_batch_shrinks(model):
@@ -148,7 +176,7 @@ def test_the_last_samples_may_start_as_the_batch_shrinks(model):
     wide = engine_of(policy, num_slots=16).generate(params, prompts, sampling, key)
     assert wide.stats["slot_steps"] == 4 * 16 + 4 * 8
     narrow = engine_of(policy, num_slots=8).generate(params, prompts, sampling, key)
-    np.testing.assert_array_equal(wide.tokens, narrow.tokens)
+    assert_equal_tokens(wide.groups, narrow.groups)
 
 
 def test_keys_samples_and_equal_prompts_differ(model):
@@ -156,19 +184,18 @@ def test_keys_samples_and_equal_prompts_differ(model):
     engine, prompt = engine_of(policy), prompts_of([6])[0]
     sampling = SamplingParams(n=2, max_tokens=20)
     out = engine.generate(params, [prompt, prompt], sampling, jax.random.key(4))
-    assert len(np.unique(out.tokens.reshape(4, -1), axis=0)) == 4
+    assert len(np.unique(out.padded("tokens").reshape(4, -1), axis=0)) == 4
     other = engine.generate(params, [prompt, prompt], sampling, jax.random.key(5))
-    assert (other.tokens != out.tokens).any()
+    assert (other.padded("tokens") != out.padded("tokens")).any()
     again = engine.generate(params, [prompt, prompt], sampling, jax.random.PRNGKey(4))
-    np.testing.assert_array_equal(again.tokens, out.tokens)
+    assert_equal_tokens(again.groups, out.groups)
     wide = engine.generate(params, [prompt, prompt], sampling, jax.random.key(4, impl="rbg"))
     bits = jax.random.key_data(jax.random.key(4, impl="rbg"))
-    np.testing.assert_array_equal(
-        engine.generate(params, [prompt, prompt], sampling, bits).tokens, wide.tokens
-    )
+    by_bits = engine.generate(params, [prompt, prompt], sampling, bits)
+    assert_equal_tokens(by_bits.groups, wide.groups)
     # The first half of its bits is zero for every small seed.
     other = engine.generate(params, [prompt, prompt], sampling, jax.random.key(5, impl="rbg"))
-    assert (other.tokens != wide.tokens).any()
+    assert (other.padded("tokens") != wide.padded("tokens")).any()
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_samples(model):
@@ -184,13 +211,11 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(model):
 
 def test_the_first_token_may_be_the_stop_token(model):
     policy, params = model
-    sampling = SamplingParams(n=2, max_tokens=9, stop_token_ids=tuple(range(V)), pad_token_id=9)
+    sampling = SamplingParams(n=2, max_tokens=9, stop_token_ids=tuple(range(V)))
     out = engine_of(policy).generate(params, prompts_of([3, 1]), sampling, jax.random.key(0))
-    assert (out.lengths == 1).all()
-    assert (out.finish_reason == "stop").all()
-    assert (out.mask.sum(-1) == 1).all()
-    assert (out.tokens[..., 1:] == 9).all()
-    assert out.tokens.shape == (2, 2, 9)
+    assert out.lengths.tolist() == [[1, 1], [1, 1]]
+    assert (out.finish_reasons == "stop").all()
+    assert all(completion.tokens.shape == (1,) for completion in out.flat)
 
 
 def test_ignore_eos_runs_to_the_length(model):
@@ -198,7 +223,7 @@ def test_ignore_eos_runs_to_the_length(model):
     sampling = SamplingParams(max_tokens=9, stop_token_ids=tuple(range(V)), ignore_eos=True)
     out = engine_of(policy).generate(params, prompts_of([3]), sampling, jax.random.key(0))
     assert out.lengths.item() == 9
-    assert out.finish_reason.item() == "length"
+    assert out.finish_reasons.item() == "length"
 
 
 def test_min_tokens_holds_the_stop_tokens_back(model):
@@ -206,7 +231,7 @@ def test_min_tokens_holds_the_stop_tokens_back(model):
     sampling = SamplingParams(n=4, max_tokens=12, min_tokens=5, stop_token_ids=tuple(range(40)))
     out = engine_of(policy).generate(params, prompts_of([3, 4]), sampling, jax.random.key(0))
     assert out.lengths.min() >= 5
-    assert (out.tokens[:, :, :4] >= 40).all()
+    assert all((completion.tokens[:4] >= 40).all() for completion in out.flat)
 
 
 @pytest.mark.parametrize(("length", "n", "max_tokens"), [(24, 1, 1), (24, 1, 40), (1, 5, 1)])
@@ -216,7 +241,7 @@ def test_sizes_at_their_limits(model, length, n, max_tokens):
     sampling = SamplingParams(n=n, max_tokens=max_tokens)
     out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(6))
     assert (out.lengths == max_tokens).all()
-    assert (out.finish_reason == "length").all()
+    assert (out.finish_reasons == "length").all()
     assert_log_probs_agree(policy, params, prompts, out)
 
 
@@ -233,19 +258,13 @@ def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(mode
     free = engine.generate(params, prompts, SamplingParams(n=3, max_tokens=40), key)
     sampling = SamplingParams(n=3, max_tokens=40, min_tokens=min_tokens, stop=("abc", "dd"))
     out = engine.generate(params, prompts, sampling, key)
-    assert (out.finish_reason == "stop").any()
-    for tokens, length, reason, unstopped in zip(
-        out.tokens.reshape(-1, 40),
-        out.lengths.reshape(-1),
-        out.finish_reason.reshape(-1),
-        free.tokens.reshape(-1, 40),
-    ):
-        text = detokenize(unstopped)
+    assert (out.finish_reasons == "stop").any()
+    for completion, unstopped in zip(out.flat, free.flat, strict=True):
+        text = detokenize(unstopped.tokens)
         ends = [text.find(s) + len(s) for s in ("abc", "dd") if s in text]
-        assert length == max(min(ends, default=40), min_tokens)
-        assert reason == ("stop" if ends else "length")
-        np.testing.assert_array_equal(tokens[:length], unstopped[:length])
-        assert (tokens[length:] == 0).all()
+        assert len(completion) == max(min(ends, default=40), min_tokens)
+        assert completion.finish_reason == ("stop" if ends else "length")
+        np.testing.assert_array_equal(completion.tokens, unstopped.tokens[: len(completion)])
 
 
 def test_groups_are_handed_over_as_they_end(model):
@@ -255,9 +274,39 @@ def test_groups_are_handed_over_as_they_end(model):
     engine = engine_of(policy, num_slots=2, steps_per_dispatch=4)
     out = engine.generate(params, prompts, sampling, jax.random.key(8), on_group_done=done.append)
     assert sorted(group.prompt_index for group in done) == list(range(len(prompts)))
-    for group in done:
-        np.testing.assert_array_equal(group.tokens, out.tokens[group.prompt_index])
-        np.testing.assert_array_equal(group.lengths, out.lengths[group.prompt_index])
+    assert all(group.completions is out[group.prompt_index] for group in done)
+
+
+def test_new_tokens_are_handed_over_after_every_dispatch(model):
+    policy, params = model
+    prompts, seen = prompts_of(MIXED), {}
+    sampling = SamplingParams(n=2, max_tokens=30, stop_token_ids=tuple(range(10)))
+
+    def on_tokens(prompt, sample, tokens):
+        assert 1 <= len(tokens) <= 4
+        seen.setdefault((prompt, sample), []).extend(tokens.tolist())
+
+    engine = engine_of(policy, num_slots=4, steps_per_dispatch=4)
+    for group in engine.stream(params, prompts, sampling, jax.random.key(8), on_tokens=on_tokens):
+        for sample, completion in enumerate(group.completions):
+            assert seen.pop((group.prompt_index, sample)) == completion.tokens.tolist()
+    assert not seen
+
+
+def test_host_memory_follows_the_tokens_that_there_are(model):
+    """Of 32 samples with room for 100,000 tokens each, some ten are sampled."""
+    policy, params = model
+    engine = engine_of(policy, max_response_length=100_000, num_slots=2)
+    engine.column_stages = 10_000  # so that the ring stays small
+    sampling = SamplingParams(n=4, max_tokens=100_000, stop_token_ids=tuple(range(6)))
+    prompts, key = prompts_of([4] * 8), jax.random.key(9)
+    engine.generate(params, prompts, sampling, key)  # compiles
+    tracemalloc.start()
+    out = engine.generate(params, prompts, sampling, key)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 32 * 100_000 * 8 / 10
+    assert out.lengths.sum() < 10_000
 
 
 def test_mixed_lengths_pay(model):
@@ -284,7 +333,7 @@ def test_new_parameters_and_new_numbers_compile_nothing(model):
     warmer = dataclasses.replace(sampling, temperature=0.7, stop_token_ids=(1, 2))
     out = engine.generate(other, prompts_of([5, 6], seed=1), warmer, jax.random.key(1))
     assert count() == before
-    assert np.isfinite(out.log_probs).all()
+    assert np.isfinite(out.padded("log_probs")).all()
 
 
 def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypatch, caplog):
@@ -332,10 +381,10 @@ def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model
     kept = engine._kept.own.k.unsafe_buffer_pointer()
     again = engine.generate(params, prompts, sampling, jax.random.key(3))
     assert engine._kept.own.k.unsafe_buffer_pointer() == kept
-    np.testing.assert_array_equal(again.tokens, out.tokens)
+    assert_equal_tokens(again.groups, out.groups)
     alone = engine.generate(params, prompts[:1], sampling, jax.random.key(3))
     assert alone.stats["slot_steps"] == 8 * alone.stats["steps"]
-    np.testing.assert_array_equal(alone.tokens[0], out.tokens[0])
+    assert_equal_tokens(alone.groups, out.groups[:1])
 
 
 @pytest.mark.parametrize("name", ["num_slots", "steps_per_dispatch"])
@@ -376,8 +425,8 @@ def test_full_log_probs_are_the_trainers_under_truncation(model):
         n=2, max_tokens=12, top_k=9, min_tokens=3, stop_token_ids=(1, 2), full_log_probs=True
     )
     out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(15))
-    assert (out.log_probs >= out.full_log_probs - 1e-6).all()
-    whole = dataclasses.replace(out, log_probs=out.full_log_probs)
+    assert all((c.log_probs >= c.full_log_probs - 1e-6).all() for c in out.flat)
+    whole = out.map(lambda c: dataclasses.replace(c, log_probs=c.full_log_probs))
     assert_log_probs_agree(policy, params, prompts, whole)
 
 
@@ -422,13 +471,13 @@ def test_eight_devices_sample_what_one_does(model):
     shardings = jax.tree.map(lambda s: s.sharding, sharded.abstract_params())
     engine = engine_of(sharded, num_slots=8)
     out = engine.generate(jax.device_put(params, shardings), prompts, sampling, jax.random.key(11))
-    np.testing.assert_array_equal(out.tokens, one.tokens)
-    np.testing.assert_allclose(out.log_probs, one.log_probs, atol=1e-4)
+    assert_equal_tokens(out.groups, one.groups)
+    assert_close_log_probs(out.groups, one.groups, atol=1e-4)
     # Fewer prompts than devices: the samples of one lie beside several copies of its keys.
     alone = engine.generate(
         jax.device_put(params, shardings), prompts[:1], sampling, jax.random.key(11)
     )
-    np.testing.assert_array_equal(alone.tokens, one.tokens[:1])
+    assert_equal_tokens(alone.groups, one.groups[:1])
 
 
 def test_attention_of_decoding_moves_nothing_between_devices(model):
@@ -471,8 +520,8 @@ def test_the_tpu_kernel_interpreted_in_the_engine_samples_what_xla_does():
     plain = engine_of(policy).generate(params, prompts, sampling, key)
     kernel = engine_of(policy, attention="pallas_tpu_interpret", num_slots=3)
     out = kernel.generate(params, prompts, sampling, key)
-    np.testing.assert_array_equal(out.tokens, plain.tokens)
-    np.testing.assert_allclose(out.log_probs, plain.log_probs, atol=1e-4)
+    assert_equal_tokens(out.groups, plain.groups)
+    assert_close_log_probs(out.groups, plain.groups, atol=1e-4)
 
 
 def test_the_program_of_28_layers_is_hardly_larger_than_that_of_4():

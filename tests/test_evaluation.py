@@ -11,7 +11,6 @@ from test_config import parse
 
 from adpo_jax import arithmetic, loading, setup
 from adpo_jax import evaluate as evaluate_module
-from adpo_jax.engine import RolloutOutput
 from adpo_jax.evaluate import evaluate_model, table
 from adpo_jax.evaluation import (
     EvalSettings,
@@ -22,7 +21,7 @@ from adpo_jax.evaluation import (
     sample_scores,
 )
 from adpo_jax.policy import Policy
-from adpo_jax.rollout import Prompts
+from adpo_jax.records import Completion, Completions, Prompts
 from adpo_jax.sampling import SamplingParams
 
 
@@ -80,13 +79,12 @@ class Parrot:
         self.tokenizer, self.lines = tokenizer, lines
 
     def generate(self, params, token_ids, sampling, key):
-        N, n, T = len(token_ids), sampling.n, sampling.max_tokens
-        tokens, mask = np.zeros((N, n, T), np.int32), np.zeros((N, n, T), np.int32)
-        for i, j in np.ndindex(N, n):
-            said = self.tokenizer(self.lines[i][j])["input_ids"]
-            tokens[i, j, : len(said)], mask[i, j, : len(said)] = said, 1
-        ends = np.full((N, n), "stop")
-        return RolloutOutput(tokens, mask, mask.sum(-1), mask * -1.0, ends, None, {})
+        def completion(line):
+            said = self.tokenizer(line)["input_ids"]
+            return Completion.sampled(said, [-1.0] * len(said), "stop")
+
+        lines = self.lines[: len(token_ids)]
+        return Completions([[completion(line) for line in of[: sampling.n]] for of in lines])
 
 
 PROMPTS = Prompts([[1], [2], [3]], {"solution": ["4", "5", "6"], "kind": ["easy", "hard", "hard"]})

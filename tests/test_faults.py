@@ -10,17 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from test_config import parse
-from test_train import TINY, one_device, scalars  # noqa: F401  (a fixture)
+from test_train import TINY, scalars, train
 
 from adpo_jax import checkpoints as checkpoints_lib
-from adpo_jax import recording
+from adpo_jax import recording, setup
 from adpo_jax.checkpoints import Checkpoints, SaveError
 from adpo_jax.guard import SKIPPED, Guard, TrainingStopped
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
-from adpo_jax.train import train
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 SHORT = (
     *TINY,
@@ -231,7 +228,7 @@ def test_resume_never_must_and_auto(tmp_path):
 
 
 @pytest.mark.long
-def test_another_mesh_goes_on_with_the_same_results(tmp_path, request):
+def test_another_mesh_goes_on_with_the_same_results(tmp_path):
     optim = "--config.actor_rollout_ref.actor.optim"
     constant = (
         f"{optim}.lr_scheduler_type=constant",
@@ -241,8 +238,8 @@ def test_another_mesh_goes_on_with_the_same_results(tmp_path, request):
     run = tmp_path / "run"
     train(parse(*SHORT, *constant), tmp_path / "whole")
     train(parse(*SHORT, *constant, "--config.trainer.total_training_steps=2"), run)
-    request.getfixturevalue("monkeypatch").undo()  # from one device to all eight
-    train(parse(*SHORT, *constant, "--config.mesh.tensor=2"), run)
+    on_eight = parse(*SHORT, *constant, "--config.mesh.tensor=2")
+    train(on_eight, run, build=setup.build)
     for here, there in zip(scalars(run), scalars(tmp_path / "whole"), strict=True):
         assert there["update/grad_norm"] > 0
         for row in (here, there):

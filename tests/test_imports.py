@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 ROAD = [
     "clu_without_tensorflow exit_codes host_memory compilation_cache metric_names",
     "sharding distributed rope groups safetensors_files hlo flops chips",
-    "rewards data arithmetic redaction metrics trackers profiling progress",
+    "rewards records data arithmetic redaction metrics trackers profiling progress",
     "losses config config_checks command_line batch_plan",
     "prompts anchor",
     "cpu_fusion packing attention tile_attention attention_kernels",
@@ -20,7 +20,8 @@ ROAD = [
     "hf_families hf_config hf_tensors hf_weights hf policy",
     "lora_files optimizer digests checkpoint_files checkpoints run_identity run_folder guard",
     "interruption",
-    "sampling kv_cache kernels decode schedule cache_plan generation engine continuous text_stream",
+    "sampling kv_cache kernels decode schedule cache_plan cpu_engine batching generation engine",
+    "continuous text_stream",
     "layouts offload update rollout recording filtering sft cold_start learner evaluation",
     "loading pretrained serve setup dry_run_report dry_run preparation train evaluate report",
     "adapters main",
@@ -84,8 +85,20 @@ def test_a_grading_process_imports_neither_jax_nor_sympy():
     assert result.stdout.strip() == "[]"
 
 
-def test_the_public_names_are_there():
+def test_the_public_names_are_there_for_people_type_checkers_and_the_documentation():
     import adpo_jax
 
+    assert dir(adpo_jax) == adpo_jax.__all__
     for name in adpo_jax.__all__:
-        assert callable(getattr(adpo_jax, name))
+        assert callable(getattr(adpo_jax, name)) or isinstance(adpo_jax.__version__, str)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adpo_jax")
+        for alias in node.names
+    }
+    assert typed | {"__version__"} == set(adpo_jax.__all__)
+    assert (PACKAGE / "py.typed").exists()
+    documented = (PACKAGE.parent / "docs" / "api.md").read_text()
+    assert [name for name in adpo_jax.__all__ if f"`{name}`" not in documented] == []

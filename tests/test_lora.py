@@ -224,7 +224,7 @@ def test_an_update_keeps_no_gradient_and_no_copy_of_the_base():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monkeypatch):
     if kwargs:  # layers stacked, as on accelerators
-        monkeypatch.setattr("adpo_jax.engine.MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr("adpo_jax.cpu_engine.MAX_UNROLLED_LAYERS", 0)
     policy, params = adapted(dtype=dtype)
     engine = Engine(policy, max_prompt_length=6, max_response_length=8, num_slots=4, **kwargs)
     loaded = engine.verbs.load_params(params)
@@ -232,10 +232,10 @@ def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monke
     prompts = [[3, 4, 5], [7, 8, 9, 10]]
     out = engine.generate(params, prompts, SamplingParams(n=2, max_tokens=8), jax.random.key(0))
     error = []
-    for p, prompt in enumerate(prompts):
-        rows = np.concatenate([np.tile(prompt, (2, 1)), out.tokens[p]], axis=1)
+    for prompt, tokens, log_probs in zip(prompts, out.padded("tokens"), out.padded("log_probs")):
+        rows = np.concatenate([np.tile(prompt, (2, 1)), tokens], axis=1)
         scored = np.asarray(policy.log_probs(params, rows))[:, len(prompt) :]
-        error.append(np.abs(scored - out.log_probs[p])[out.mask[p] > 0].max())
+        error.append(np.abs(scored - log_probs).max())
     assert max(error) < (1e-5 if dtype == "float32" else 0.1)
 
 

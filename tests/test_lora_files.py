@@ -11,12 +11,11 @@ from golden_models import GOLDEN, arrays, model
 from safetensors.numpy import load_file, save_file
 from test_config import parse
 from test_lora import adapted
-from test_train import TINY, one_device, reward_file, scalars, with_reward  # noqa: F401
+from test_train import TINY, reward_file, scalars, train, with_reward  # noqa: F401
 
 from adpo_jax import Policy, config_checks, lora, lora_files, pretrained, setup, sharding, update
 from adpo_jax.lora import Lora
 from adpo_jax.rewards import RewardError
-from adpo_jax.train import train
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (3, 9)).astype(np.int32)
 
@@ -128,7 +127,7 @@ LORA_RUN = (
 )
 
 
-@pytest.mark.usefixtures("one_device", "reward_file")
+@pytest.mark.usefixtures("reward_file")
 def test_a_run_trains_adapters_on_a_base_that_stays_and_goes_on_where_it_stopped(tmp_path):
     config = parse(*LORA_RUN, *with_reward(tmp_path / "reward.py"))
     train(config, tmp_path / "whole")

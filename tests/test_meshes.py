@@ -55,7 +55,7 @@ def iteration(mesh):
         state, metrics = learner.learn(state, batch.sequences(), rewards)
         by_machine = ("time/", "update/tokens_per_s", "update/padding_frac")
         history.append({k: v for k, v in metrics.items() if not k.startswith(by_machine)})
-    return out.tokens, jax.device_get((state.params, state.anchor_params)), history
+    return out.padded("tokens"), jax.device_get((state.params, state.anchor_params)), history
 
 
 on_one_device = functools.cache(lambda: iteration(None))

@@ -5,14 +5,12 @@ import shutil
 import pytest
 from test_config import parse
 from test_faults import digests
-from test_train import TINY, one_device, scalars  # noqa: F401  (a fixture)
+from test_train import TINY, on_one_device, scalars, train
 
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.metrics import read_jsonl
 from adpo_jax.preparation import prepare
-from adpo_jax.train import run, train
-
-pytestmark = pytest.mark.usefixtures("one_device")
+from adpo_jax.train import run
 
 SHORT = (
     *TINY,
@@ -45,7 +43,7 @@ class After(Interruption):
 def interrupt(config, folder, count: int):
     """Starts the run, or goes on with it, for so many steps."""
     with pytest.raises(Interrupted):
-        run(prepare(config, folder), After(count))
+        run(prepare(config, folder, build=on_one_device), After(count))
 
 
 def stopped(*_):

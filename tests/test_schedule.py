@@ -3,7 +3,29 @@
 import numpy as np
 import pytest
 
-from adpo_jax.schedule import PREFILL_TOKENS, Schedule, doubling_sizes, power_of_two, prefill_rows
+from adpo_jax.schedule import (
+    PREFILL_TOKENS,
+    Schedule,
+    doubling_sizes,
+    power_of_two,
+    prefill_rows,
+    rows_of_a_group,
+)
+
+
+def schedule_of(num_groups, n, num_slots, num_rows, num_shards=1):
+    """A schedule with groups of n samples in its queue, each (group, sample)."""
+    width = -(-n // rows_of_a_group(num_groups, n, num_shards))
+    schedule = Schedule(num_slots, num_rows, width, num_shards)
+    for group in range(num_groups):
+        schedule.add(group, [(group, sample) for sample in range(n)])
+    return schedule
+
+
+def shrunk(schedule, num_slots, n):
+    """Lays a schedule out as a call does whose batch shrinks."""
+    rows = min(schedule.num_rows, num_slots)
+    return schedule.lay_out(num_slots, rows, schedule.narrow_width(num_slots, rows, n))
 
 
 def test_the_rows_of_a_prefill_are_as_many_as_it_is_padded_to():
@@ -27,7 +49,8 @@ def assert_consistent(schedule: Schedule, prompt_in_row: np.ndarray):
     for slot in schedule.live_slots:
         row, rank = schedule.row_of[slot], schedule.rank_of[slot]
         assert schedule.members[row, rank] == slot
-        assert prompt_in_row[row] == schedule.sample_in[slot] // schedule.n
+        group, sample = schedule.in_slot[slot]
+        assert prompt_in_row[row] == group == sample[0]
         assert slot * shards // B == row * shards // P
 
 
@@ -35,15 +58,17 @@ def assert_consistent(schedule: Schedule, prompt_in_row: np.ndarray):
 @pytest.mark.parametrize(("shards", "groups"), [(1, 9), (2, 9), (4, 9), (4, 3), (4, 1)])
 def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards, groups):
     rng = np.random.default_rng(seed)
-    schedule = Schedule(groups, n=4, num_slots=16, num_rows=8, num_shards=shards)
+    schedule = schedule_of(groups, n=4, num_slots=16, num_rows=8, num_shards=shards)
     prompt_in_row = np.full(8, -1)
     started, ended = set(), 0
     while ended < 4 * groups:
         starts, admitted = schedule.start()
         for row, group in admitted.items():
             prompt_in_row[row] = group
-        assert not started & {(start.group, start.sample) for start in starts}
-        started |= {(start.group, start.sample) for start in starts}
+        assert not started & {start.sample for start in starts}
+        started |= {start.sample for start in starts}
+        assert len(started) - ended == schedule.num_live == len(schedule.live_slots)
+        assert 4 * groups - len(started) == schedule.num_waiting
         assert_consistent(schedule, prompt_in_row)
         for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 4)]:
             ended += 1
@@ -51,7 +76,7 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards,
         smaller = max(2, shards, schedule.num_slots // 2)
         fits = schedule.needed_slots <= smaller < schedule.num_slots
         if fits and not schedule.num_waiting:
-            _, source = schedule.compact(smaller)
+            _, source = shrunk(schedule, smaller, 4)
             prompt_in_row = prompt_in_row[source]
             assert_consistent(schedule, prompt_in_row)
     assert len(schedule.live_slots) == 0
@@ -59,7 +84,7 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards,
 
 
 def test_one_group_keeps_every_shard_busy():
-    schedule = Schedule(num_groups=1, n=8, num_slots=8, num_rows=4, num_shards=4)
+    schedule = schedule_of(num_groups=1, n=8, num_slots=8, num_rows=4, num_shards=4)
     starts, admitted = schedule.start()
     assert len(starts) == 8
     assert set(admitted.values()) == {0}
@@ -71,12 +96,12 @@ def test_each_batch_size_has_at_most_two_tables_of_members():
     shapes = {}
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        schedule = Schedule(num_groups=16, n=8, num_slots=128, num_rows=16)
+        schedule = schedule_of(num_groups=16, n=8, num_slots=128, num_rows=16)
         schedule.start()
         for slots in (96, 64, 48, 32, 24, 16, 8):
             for slot in rng.permutation(schedule.live_slots)[slots:]:
                 schedule.finish(slot)
-            schedule.compact(slots)
+            shrunk(schedule, slots, 8)
             shapes.setdefault(slots, set()).add(schedule.members.shape)
     assert all(len(seen) <= 2 for seen in shapes.values())
     assert shapes[96] == shapes[64] == {(16, 8)}
@@ -85,12 +110,54 @@ def test_each_batch_size_has_at_most_two_tables_of_members():
 
 
 def test_the_table_of_members_narrows_as_samples_end():
-    schedule = Schedule(num_groups=2, n=8, num_slots=16, num_rows=2)
+    schedule = schedule_of(num_groups=2, n=8, num_slots=16, num_rows=2)
     schedule.start()
     assert schedule.members.shape == (2, 8)
     for slot in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
         schedule.finish(slot)
-    order, source = schedule.compact(4)
+    order, source = shrunk(schedule, 4, 8)
     assert order.tolist() == [5, 6, 7, 15]
     assert source.tolist() == [0, 1]
     assert schedule.members.tolist() == [[0, 1, 2, 0], [3, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shards", [1, 2])
+def test_every_sample_stays_beside_its_prompt_through_sizes_of_all_kinds(seed, shards):
+    """Groups of any size come, are dropped and end while slots, rows and their width change."""
+    rng = np.random.default_rng(seed)
+    schedule, prompt_in_row = Schedule(num_shards=shards), np.zeros(0, int)
+    added, started, ended, dropped = 0, set(), 0, set()
+    for turn in range(60):
+        if turn < 40:
+            n = int(rng.integers(1, 9))
+            schedule.add(turn, [(turn, sample) for sample in range(n)], -(-n // shards))
+            added += n
+        slots = max(int(rng.integers(4, 9)) * shards, schedule.needed_slots)
+        width = int(rng.choice([1, 4]))
+        rows = -(-max(schedule.rows_needed(width), slots // width) // shards) * shards
+        _, source = schedule.lay_out(slots, rows, width)
+        prompt_in_row = prompt_in_row[source] if len(prompt_in_row) else np.full(rows, -1)
+        assert_consistent(schedule, prompt_in_row)
+        starts, admitted = schedule.start()
+        for row, group in admitted.items():
+            prompt_in_row[row] = group
+        started |= {start.sample for start in starts}
+        assert_consistent(schedule, prompt_in_row)
+        for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 5)]:
+            ended += 1
+            schedule.finish(slot)
+        if turn == 20:
+            waited = schedule.num_waiting
+            schedule.drop(lambda s: s[0] % 2 == 0 and not dropped.add(s))
+            assert schedule.num_waiting == waited - len(dropped)
+            assert dropped
+    while schedule.num_live or schedule.num_waiting:
+        starts, _ = schedule.start()
+        started |= {start.sample for start in starts}
+        for slot in schedule.live_slots:
+            ended += 1
+            schedule.finish(slot)
+    assert ended == len(started) == added - len(dropped)
+    assert not started & dropped
+    assert schedule.rows_in_use == 0

@@ -111,12 +111,11 @@ def test_a_completion_is_what_the_engine_samples_with_that_seed(client, folder):
     out = engine.generate(model.params, [ids], sampling, jax.random.key(5))
     assert answer.object == "text_completion"
     for choice in answer.choices:
-        length = out.lengths[0, choice.index]
-        tokens = out.tokens[0, choice.index, :length]
-        assert choice.text == model.tokenizer.decode(tokens, skip_special_tokens=True)
-        assert choice.finish_reason == out.finish_reason[0, choice.index]
-        expected = out.log_probs[0, choice.index, :length]
-        assert choice.logprobs.token_logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        expected = out[0][choice.index]
+        assert choice.text == model.tokenizer.decode(expected.tokens, skip_special_tokens=True)
+        assert choice.finish_reason == expected.finish_reason
+        log_probs = expected.log_probs.tolist()
+        assert choice.logprobs.token_logprobs == pytest.approx(log_probs, abs=1e-4)
         assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
     assert answer.usage.prompt_tokens == len(ids)
     assert answer.usage.completion_tokens == out.lengths.sum()
@@ -429,7 +428,7 @@ def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, m
         def fail(self):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr("adpo_jax.continuous.ContinuousBatch._decode", fail)
+        monkeypatch.setattr("adpo_jax.batching.DecodeLoop._decode", fail)
         response = post(address, json={"prompt": "Ann"})
         assert response.status_code == 500
         assert error_of(response)["type"] == "server_error"

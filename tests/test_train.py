@@ -9,12 +9,12 @@ import pytest
 from test_config import parse
 from test_metrics import StandIn, check_documented
 
-from adpo_jax import setup, sharding
+import adpo_jax
+from adpo_jax import setup
 from adpo_jax.metrics import read_jsonl
 from adpo_jax.policy import Policy
 from adpo_jax.rewards import RewardError
 from adpo_jax.run_folder import NAMES
-from adpo_jax.train import train
 
 TINY = (
     "--config.actor_rollout_ref.model.hf_config="
@@ -50,12 +50,14 @@ def seen(completions):
 """
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(
-        setup.sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
-    )
+def on_one_device(config):
+    """The parts of a run on one of the eight devices."""
+    return setup.build(config, jax.devices()[:1])
+
+
+def train(config, workdir, **options):
+    """As `adpo_jax.train`, on one device."""
+    return adpo_jax.train(config, workdir, **{"build": on_one_device} | options)
 
 
 @pytest.fixture
@@ -88,19 +90,30 @@ def events(trace):
     return {event.name for plane in planes for line in plane.lines for event in line.events}
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(tmp_path):
     # The last iteration of the trace is not reached.
     profiled = ("--config.eval.n=2", "--config.trainer.profile_steps=(3, 9)")
     config = parse(*TINY, *profiled)
-    last = train(config, tmp_path / "run")
+    seen = []
+
+    def callback(iteration):
+        seen.append(iteration)
+        return {"mine/right": float((iteration.groups.rewards > 0).sum())}
+
+    last = train(config, tmp_path / "run", callbacks=[callback])
     folder = tmp_path / "run"
+    assert [iteration.step for iteration in seen] == [1, 2, 3, 4]
+    assert [len(iteration.groups) for iteration in seen] == [8] * 4
+    versions = [int(i.groups.completions.flat[0].versions[0]) for i in seen]
+    assert versions == [0, 1, 2, 3]
     rows = scalars(folder)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert last["eval/accuracy"] == rows[-1]["eval/accuracy"]
     assert ["eval/accuracy" in row for row in rows] == [True, False, True, False, True]
     written = {name for row in read_jsonl(folder / "metrics.jsonl") for name in row}
-    check_documented(written - {"step", "time"}, {"always", "adpo", "evaluation", "samples"})
+    own = {"step", "time", "mine/right"}
+    assert own <= written
+    check_documented(written - own, {"always", "adpo", "evaluation", "samples"})
     (trace,) = (folder / "profile").rglob("*.xplane.pb")
     assert {"rollout", "reward", "anchor", "update", "eval"} <= events(trace)
     assert rows[1]["adpo/loss"] == pytest.approx(np.log(2), rel=1e-5)
@@ -127,7 +140,6 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, reward_file):
     config = parse(*TINY, *with_reward(reward_file))
     profiled = parse(*TINY, *with_reward(reward_file), "--config.trainer.profile_steps=(3, 4)")
@@ -144,7 +156,6 @@ def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, rewar
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-@pytest.mark.usefixtures("one_device")
 def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path, monkeypatch):
     short = (*TINY, "--config.trainer.total_training_steps=1", "--config.sft.steps=0")
     tracker = StandIn()
@@ -188,7 +199,6 @@ VARIANTS = {
 }
 
 
-@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_train(tmp_path, variant):
     config = parse(
@@ -203,10 +213,9 @@ def test_variants_train(tmp_path, variant):
     assert all(np.isfinite(losses))
 
 
-def test_eight_devices_train_like_one(tmp_path, request, reward_file):
+def test_eight_devices_train_like_one(tmp_path, reward_file):
     overrides = (*TINY, *with_reward(reward_file), "--config.trainer.total_training_steps=2")
-    train(parse(*overrides, "--config.mesh.tensor=2"), tmp_path / "eight")
-    request.getfixturevalue("one_device")
+    adpo_jax.train(parse(*overrides, "--config.mesh.tensor=2"), tmp_path / "eight")
     train(parse(*overrides, "--config.mesh.tensor=1"), tmp_path / "one")
     for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "one"), strict=True):
         for row in (eight, one):
@@ -214,7 +223,6 @@ def test_eight_devices_train_like_one(tmp_path, request, reward_file):
         assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.usefixtures("one_device")
 def test_reward_kwargs_and_other_columns_reach_the_function(tmp_path, reward_file):
     config = parse(
         *TINY,
@@ -228,7 +236,6 @@ def test_reward_kwargs_and_other_columns_reach_the_function(tmp_path, reward_fil
 
 
 @pytest.mark.torch
-@pytest.mark.usefixtures("one_device")
 def test_transformers_loads_the_export_of_a_run_and_gives_the_same_logits(tmp_path):
     torch = pytest.importorskip("torch", reason="the extra [torch] is not installed")
     from transformers import AutoModelForCausalLM

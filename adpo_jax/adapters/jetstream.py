@@ -18,8 +18,7 @@ from jetstream.engine import engine_api, tokenizer_api, tokenizer_pb2
 
 from adpo_jax.decode import DecodeState, Prefixes, Slots
 from adpo_jax.engine import Engine
-from adpo_jax.generation import threefry
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.sampling import SamplingParams, threefry
 from adpo_jax.schedule import column_buckets, length_bucket
 
 
