@@ -42,8 +42,8 @@ assert Path(adpo_jax.__file__).parent == root / "adpo_jax"
 def config(**changes):
     made = runpy.run_path(str(root / "configs" / "arithmetic.py"))["get_config"]()
     made.algorithm.adv_estimator = "gspo"
-    for name, value in changes.items():
-        made[name].update(value)
+    with made.unlocked():
+        made.update(changes)
     return finalized(made)
 
 
@@ -202,13 +202,14 @@ def test_its_loss_is_that_of_the_paper_in_rectangles_and_in_streams(gspo):
         ((P, G * T), StreamTokens(jnp.asarray(trained).reshape(P, -1), completion, P, G)),
     )
     for shape, tokens in layouts:
-        prepared = algorithm.prepare(jnp.asarray(rewards), tokens)
-        others = {"anchor": jnp.asarray(anchor).reshape(shape)}
 
-        def loss(log_probs, others=others, tokens=tokens, prepared=prepared):
-            return algorithm.loss({"policy": log_probs} | others, tokens, prepared)
+        def loss(log_probs, anchor, rewards, tokens=tokens):
+            prepared = algorithm.prepare(rewards, tokens)
+            return algorithm.loss({"policy": log_probs, "anchor": anchor}, tokens, prepared)
 
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(policy.reshape(shape))
+        loss_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        arrays = policy.reshape(shape), anchor.reshape(shape), rewards
+        (value, metrics), gradient = loss_and_gradient(*arrays)
         np.testing.assert_allclose(value, total, rtol=1e-5)
         np.testing.assert_allclose(metrics["gspo/clip_frac"], clipped / (P * G), rtol=1e-6)
         np.testing.assert_allclose(gradient.reshape(P, G, T), expected, rtol=1e-5, atol=1e-7)
