@@ -1,231 +1,484 @@
-"""The configuration: every key there is, its default, and what it means.
+"""The configuration: every key there is, its default, what it means and what it allows.
 
 `configs/*.py` start from `default_config()` and change what they need. The dictionary is locked, so
-a misspelt key stops the run and names the nearest one. Units are in the comments; "prompts" count
-distinct prompts, "completions" count their samples. What one key allows is checked by whoever uses
-it (an algorithm checks its own parameters); `config_checks` checks what only several keys together
-can get wrong. An empty string means "not set".
+a misspelt key stops the run and names the nearest one. A key is declared once, as a `Key`: from
+that come its default, its row in docs/config.md and the refusals of `config_checks`. The parameters
+of algorithms are declared by the algorithms (`losses`). In the meanings, "prompts" count distinct
+prompts, "completions" count their samples. An empty string means "not set".
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from adpo_jax.losses import ALGORITHMS, parameters
+
+
+class Need(NamedTuple):
+    """What a key has an effect under.
+
+    Attributes:
+      text: continues "no effect without".
+      is_met: whether it is so under a config.
+    """
+
+    text: str
+    is_met: Callable[[ConfigDict], Any]
+
+
+class Key(NamedTuple):
+    """One key of the config.
+
+    Attributes:
+      default: its value where a config says nothing; None for none.
+      meaning: what it is and in which unit, for docs/config.md.
+      kind: the type of the values of a key without a default.
+      least, most: bounds of a number.
+      choices: the values allowed.
+      allowed: what is allowed in words, where the bounds and choices do not say it: whoever uses
+        the value checks it.
+      needs: a key whose value is not the default is refused unless all of them are met. What only
+        paces or shapes a stage that a config describes needs no such thing, so that one key
+        switches the stage off: test_freq without val_files, and sft.lr with train_files but 0
+        steps.
+    """
+
+    default: Any
+    meaning: str
+    kind: type | None = None
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    allowed: str = ""
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def value(self) -> Any:
+        """What a fresh config holds."""
+        return placeholder(self.kind) if self.kind else self.default
+
+    @property
+    def allows(self) -> str:
+        """What is allowed, in words; "" where the type says it all."""
+        if self.allowed or self.choices:
+            return self.allowed or ", ".join(choice or '""' for choice in self.choices)
+        if self.most is not None:
+            return f"{self.least:g} to {self.most:g}"
+        return "" if self.least is None else f"at least {self.least:g}"
+
 
 def default_config() -> ConfigDict:
     """All keys with the published defaults of ADPO where there are any."""
-    config = ConfigDict(
-        {
-            "algorithm": _algorithm(),
-            "anchor": _anchor(),
-            "custom_reward_function": _reward_function(),
-            # Keywords for the reward function, e.g. {"ngram_size": 4}.
-            "reward_model": {"reward_kwargs": {}},
-            # Several functions whose weighted rewards add up, in place of custom_reward_function's:
-            # ({"name": "good_accuracy", "weight": 1.0}, {"path": "mine.py", "name": "f", ...}).
-            "reward_functions": (),
-            "data": _data(),
-            "actor_rollout_ref": {"model": _model(), "actor": _actor(), "rollout": _rollout()},
-            "eval": _eval(),
-            "sft": _sft(),
-            "mesh": _mesh(),
-            "trainer": _trainer(),
-        }
-    )
+    config = ConfigDict()
+    for name, key in declarations().items():
+        *sections, last = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        section[last] = key.value
     return config.lock()
 
 
-def _algorithm() -> dict:
+def declarations() -> dict[str, Key]:
+    """All keys by their dotted names, in the order of the documentation."""
+    sections = {
+        "algorithm": _algorithm(),
+        "anchor": _anchor(),
+        "custom_reward_function": _reward_function(),
+        "reward_model": {"reward_kwargs": Key({}, REWARD_KWARGS)},
+        "": {"reward_functions": Key((), REWARD_FUNCTIONS)},
+        "data": _data(),
+        "actor_rollout_ref.model": _model(),
+        "actor_rollout_ref.actor.optim": _optim(),
+        "actor_rollout_ref.actor": _actor(),
+        "actor_rollout_ref.rollout": _rollout(),
+        "eval": _eval(),
+        "sft": _sft(),
+        "mesh": _mesh(),
+        "trainer": _trainer(),
+    }
     return {
-        "adv_estimator": "adpo",  # adpo | grpo | rloo
-        "num_generations": 8,  # completions a prompt, >= 2
-        "tau": 0.8,  # temperature of the anchored policy distribution
-        "use_adaptive_tau": True,  # another tau for each prompt
-        "adaptive_tau_alpha": 0.5,  # how far it goes; 0 for not at all
-        "adaptive_tau_min": 0.05,  # floor of the adapted tau
-        "adaptive_tau_mode": "target_entropy",  # target_entropy | policy_entropy
-        "adaptive_tau_max": placeholder(float),  # ceiling under policy_entropy; None for no ceiling
-        "beta_reward": 0.5,  # temperature of the target distribution
-        "scale_rewards": "group",  # group | batch | none (rloo has its own)
-        "min_reward_std": 0.0,  # a group whose rewards spread less counts as all equal
-        "beta_anchor_kl": 0.0,  # coefficient of the k3 penalty
-        "drop_all_failed_prompts": False,  # prompts whose rewards are all <= 0 leave the loss
-        # Groups whose rewards are all equal make room for others, sampled from further prompts.
-        "filter_groups": False,
-        "filter_max_attempts": 4,  # with filter_groups: batches sampled an iteration, at most
-        "length_normalize": False,  # divide a completion's log-prob by its number of tokens
-        "clip_low": 0.2,  # grpo alone: ratios are clipped at 1 - clip_low
-        "clip_high": 0.2,  # grpo alone: and at 1 + clip_high
-        "loss_aggregation": "token-mean",  # grpo alone: token-mean | sequence-mean
+        f"{section}.{name}".lstrip("."): key
+        for section, keys_of_it in sections.items()
+        for name, key in keys_of_it.items()
     }
 
 
-def _anchor() -> dict:
+REWARD_KWARGS = 'keywords for the reward function, e.g. {"ngram_size": 4}'
+REWARD_FUNCTIONS = (
+    "several functions whose weighted rewards add up, in place of custom_reward_function's: "
+    '({"name": "good_accuracy", "weight": 1.0}, {"path": "mine.py", "name": "f", ...})'
+)
+
+
+def _algorithm() -> dict[str, Key]:
+    filtering = Need("algorithm.filter_groups=true", lambda c: c.algorithm.filter_groups)
+    common = {
+        "adv_estimator": Key("adpo", "the algorithm", choices=tuple(ALGORITHMS)),
+        "num_generations": Key(8, "completions a prompt", least=2),
+        "filter_groups": Key(
+            False,
+            "groups whose rewards are all equal make room for others, sampled from further prompts",
+        ),
+        "filter_max_attempts": Key(
+            4, "batches sampled an iteration, at most", least=1, needs=(filtering,)
+        ),
+    }
+    return common | {p.name: _of_algorithms(p) for p in parameters.union(ALGORITHMS.values())}
+
+
+def _of_algorithms(parameter: parameters.Parameter) -> Key:
+    """The key of a parameter; without a default where algorithms have different ones."""
+    meaning = parameter.meaning
+    if len(parameter.fields) < len(ALGORITHMS):
+        meaning += f"; {parameters.listed(parameter.fields)} alone"
+    return Key(
+        parameter.default,
+        meaning,
+        kind=parameter.kind if parameter.default is None else None,
+        allowed=parameter.allowed,
+        needs=tuple(_need_of(*other) for other in parameter.needs.items()),
+    )
+
+
+def _need_of(name: str, wanted) -> Need:
+    """That a parameter of the algorithm has this value, or the algorithm has none of that name."""
+
+    def is_met(config: ConfigDict) -> bool:
+        value = config.algorithm[name]
+        if value is None:
+            value = getattr(ALGORITHMS[config.algorithm.adv_estimator], name, wanted)
+        return value == wanted
+
+    text = str(wanted).lower() if isinstance(wanted, bool) else wanted
+    return Need(f"algorithm.{name}={text}", is_met)
+
+
+def _anchor() -> dict[str, Key]:
+    def mode(name: str) -> tuple[Need]:
+        return (Need(f"anchor.mode={name}", lambda c: c.anchor.mode == name),)
+
+    kept = Need("an anchor.mode that keeps one", lambda c: c.anchor.mode != "on_policy")
     return {
-        "mode": "on_policy",  # on_policy | fixed | ema | kl_triggered
-        "ema_alpha": 0.99,  # weight of the old anchor, each iteration
-        "kl_threshold": 0.1,  # nats a token
-        "offload": False,  # the kept copy waits in the host's memory between its uses
+        "mode": Key(
+            "on_policy",
+            "the policy that log-ratios are measured against",
+            allowed="on_policy, fixed, ema, kl_triggered",
+        ),
+        "ema_alpha": Key(
+            0.99,
+            "weight of the old anchor, each iteration",
+            allowed="0 to 1",
+            needs=mode("ema"),
+        ),
+        "kl_threshold": Key(0.1, "nats a token", allowed="above 0", needs=mode("kl_triggered")),
+        "offload": Key(
+            False, "the kept copy waits in the host's memory between its uses", needs=(kept,)
+        ),
     }
 
 
-def _reward_function() -> dict:
+def _reward_function() -> dict[str, Key]:
+    workers = Need(
+        "custom_reward_function.num_workers above 0", lambda c: c.custom_reward_function.num_workers
+    )
+    alone = Need(
+        "its being the only one (reward_functions takes its place)",
+        lambda c: not c.reward_functions,
+    )
     return {
-        "path": "",  # a Python file; "" for a built-in function
-        "name": "good_accuracy",  # f(completions, solution, **columns) -> list[float]
-        "num_workers": 0,  # processes that grade while others decode; 0 grades in this one
-        "timeout_s": 10.0,  # a completion that takes longer is given up (with workers)
-        "on_timeout": "zero",  # zero | stop
+        "path": Key("", 'a Python file; "" for a built-in function'),
+        "name": Key(
+            "good_accuracy",
+            "f(completions, solution, **columns) -> list[float]",
+            needs=(alone,),
+        ),
+        "num_workers": Key(
+            0,
+            "processes that grade while others decode; 0 grades in this one",
+            allowed="at least 0",
+        ),
+        "timeout_s": Key(
+            10.0,
+            "seconds; a completion that takes longer is given up",
+            allowed="above 0",
+            needs=(workers,),
+        ),
+        "on_timeout": Key(
+            "zero",
+            "what becomes of a completion that was given up: reward 0, or the run stops",
+            allowed="zero, stop",
+            needs=(workers,),
+        ),
     }
 
 
-def _data() -> dict:
+def _data() -> dict[str, Key]:
+    template = Need("data.apply_chat_template=true", lambda c: c.data.apply_chat_template)
     return {
-        # A .jsonl, .json or .parquet file, a folder of them, several of either (comma-separated),
-        # a Hugging Face data set name, or "embedded:arithmetic".
-        "train_files": "embedded:arithmetic",
-        "val_files": "",  # "" for no evaluation
-        "train_split": "train",  # of a Hugging Face data set
-        "val_split": "test",  # of a Hugging Face data set
-        "prompt_key": "question",  # column of the prompts
-        # Compared with the model's answer, after "####" where there is one; the reward function
-        # gets it as `solution`.
-        "answer_key": "answer",
-        "prompt_template": "{prompt}",  # {prompt} and {any_column} are filled in
-        "system_prompt": "",  # "" for none
-        "apply_chat_template": True,  # where the tokenizer has one
-        "chat_template_kwargs": {},  # e.g. {"enable_thinking": False}
-        "max_prompt_length": 512,  # tokens
-        "overlong_prompts": "filter",  # filter | truncate (keeps the end)
-        "max_response_length": 1024,  # tokens
-        "train_batch_size": 128,  # prompts an iteration
-        "max_val_samples": 0,  # evaluate on the first so many rows; 0 for all
+        "train_files": Key(
+            "embedded:arithmetic",
+            "a .jsonl, .json or .parquet file, a folder of them, several of either "
+            '(comma-separated), a Hugging Face data set name, or "embedded:arithmetic"',
+        ),
+        "val_files": Key("", 'as train_files; "" for no evaluation'),
+        "train_split": Key("train", "of a Hugging Face data set"),
+        "val_split": Key("test", "of a Hugging Face data set", needs=(_VALIDATION,)),
+        "prompt_key": Key("question", "column of the prompts"),
+        "answer_key": Key(
+            "answer",
+            'compared with the answer of the model, after "####" where there is one; the reward '
+            "function gets it as `solution`",
+        ),
+        "prompt_template": Key("{prompt}", "{prompt} and {any_column} are filled in"),
+        "system_prompt": Key("", '"" for none', needs=(template,)),
+        "apply_chat_template": Key(True, "where the tokenizer has one"),
+        "chat_template_kwargs": Key({}, 'e.g. {"enable_thinking": False}', needs=(template,)),
+        "max_prompt_length": Key(512, "tokens", least=1),
+        "overlong_prompts": Key(
+            "filter",
+            "leave them out, or cut them off at the front",
+            choices=("filter", "truncate"),
+        ),
+        "max_response_length": Key(1024, "tokens", least=1),
+        "train_batch_size": Key(128, "prompts an iteration", least=1),
+        "max_val_samples": Key(
+            0, "evaluate on the first so many rows; 0 for all", least=0, needs=(_VALIDATION,)
+        ),
     }
 
 
-def _model() -> dict:
+def _model() -> dict[str, Key]:
     return {
-        # A folder or Hub name with config.json and safetensors, or "embedded:arithmetic".
-        "path": "embedded:arithmetic",
-        "hf_config": {},  # overrides of config.json; with random_init, any size by one line
-        "random_init": False,  # start from random weights, not from those in the folder
-        # Run the Python code in the model's folder that its tokenizer asks for, with all your
-        # rights; the model itself never runs any.
-        "trust_remote_code": False,
-        # LoRA: adapters of this rank are trained beside frozen weights; 0 trains the weights.
-        "lora_rank": 0,
-        "lora_alpha": 32.0,  # adapters are scaled by lora_alpha / lora_rank
-        # "all-linear", or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
-        "lora_target_modules": "all-linear",
-        # Adapters to start from: a folder of peft's or its Hub name, which says the three above.
-        "lora_adapter_path": "",
+        "path": Key(
+            "embedded:arithmetic",
+            'a folder or Hub name with config.json and safetensors, or "embedded:arithmetic"',
+        ),
+        "hf_config": Key({}, "overrides of config.json; with random_init, any size by one line"),
+        "random_init": Key(False, "start from random weights, not from those in the folder"),
+        "trust_remote_code": Key(
+            False,
+            "run the Python code in the model's folder that its tokenizer asks for, with all your "
+            "rights; the model itself never runs any",
+        ),
+        "lora_rank": Key(
+            0,
+            "adapters of this rank (LoRA) are trained beside frozen weights; 0 trains the weights",
+            least=0,
+        ),
+        "lora_alpha": Key(32.0, "adapters are scaled by lora_alpha / lora_rank"),
+        "lora_target_modules": Key(
+            "all-linear",
+            '"all-linear", or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
+        ),
+        "lora_adapter_path": Key(
+            "",
+            "adapters to start from: a folder of peft's or its Hub name, which says the three "
+            "above",
+        ),
     }
 
 
-def _actor() -> dict:
+def _optim() -> dict[str, Key]:
+    falling = Need(
+        "a schedule that falls (actor.optim.lr_scheduler_type=cosine or linear)",
+        lambda c: c.actor_rollout_ref.actor.optim.lr_scheduler_type != "constant",
+    )
     return {
-        "optim": {
-            "lr": 1e-6,  # peak learning rate of AdamW
-            "weight_decay": 0.01,  # not on norms and biases
-            "lr_warmup_steps": 0,  # optimizer steps
-            "lr_scheduler_type": "constant",  # constant | cosine | linear
-            "min_lr_ratio": 0.0,  # where cosine and linear end, as a fraction of lr
-            "betas": (0.9, 0.999),  # of AdamW
-            "mu_dtype": "float32",  # of AdamW's first moment: float32 | bfloat16
-        },
-        "optimizer_offload": False,  # its state waits in the host's memory during the rollout
-        "grad_clip": 1.0,  # global norm; 0 for none
-        "ppo_mini_batch_size": 0,  # prompts an optimizer step; 0 for the whole iteration
-        "ppo_epochs": 1,  # passes over an iteration's completions
-        # How completions run through the model: packed side by side with one copy of their prompt,
-        # or in padded rows, each with its own.
-        "layout": "packed",  # packed | rows
-        "attention": "auto",  # of the training forward: auto | xla | pallas_tpu | cudnn
+        "lr": Key(1e-6, "peak learning rate of AdamW", least=0),
+        "weight_decay": Key(0.01, "not on norms and biases", least=0),
+        "lr_warmup_steps": Key(0, "optimizer steps", least=0),
+        "lr_scheduler_type": Key(
+            "constant", "of the learning rate", allowed="constant, cosine, linear"
+        ),
+        "min_lr_ratio": Key(
+            0.0,
+            "where cosine and linear end, as a fraction of lr",
+            least=0,
+            most=1,
+            needs=(falling,),
+        ),
+        "betas": Key((0.9, 0.999), "of AdamW", allowed=_BETAS),
+        "mu_dtype": Key("float32", "of AdamW's first moment", allowed="float32, bfloat16"),
     }
 
 
-def _rollout() -> dict:
+def _actor() -> dict[str, Key]:
     return {
-        "temperature": 1.0,  # divides the logits
-        "top_p": 1.0,  # keep the fewest tokens with this mass; 1 for all
-        "top_k": -1,  # -1 for all tokens
-        "min_p": 0.0,  # drop tokens less likely than this share of the likeliest
-        # Devices that a copy of the parameters is split over while sampling, within one process; 0
-        # for as many as mesh.tensor, up to what a process has.
-        "tensor_model_parallel_size": 0,
-        # Completions decoded at once, at most; 0 for as many as fit, up to 256 (64 on a CPU).
-        "num_slots": 0,
-        "cache_dtype": "",  # of keys and values: float32 | bfloat16 | int8; "" for that of compute
-        "attention": "auto",  # decode kernel: auto | xla | pallas_tpu | pallas_gpu
-        # Give the KV cache back before the update. A batch that shrinks, as on a CPU, always does.
-        "free_cache_engine": True,
-        "gpu_memory_utilization": 0.85,  # share of the device's memory in use while sampling
+        "optimizer_offload": Key(False, "its state waits in the host's memory during the rollout"),
+        "grad_clip": Key(1.0, "global norm; 0 for none", least=0),
+        "ppo_mini_batch_size": Key(
+            0,
+            "prompts an optimizer step; 0 for the whole iteration",
+            least=1,
+            allowed="0, or what divides data.train_batch_size",
+        ),
+        "ppo_epochs": Key(1, "passes over an iteration's completions", least=1),
+        "layout": Key(
+            "packed",
+            "how completions run through the model: packed side by side with one copy of their "
+            "prompt, or in padded rows, each with its own",
+            allowed="packed, rows",
+        ),
+        "attention": Key("auto", "of the training forward", allowed="auto, xla, pallas_tpu, cudnn"),
     }
 
 
-def _eval() -> dict:
+def _rollout() -> dict[str, Key]:
     return {
-        # samples a prompt, besides the greedy answer, for mean@n, pass@k and maj@k; 0 for none
-        "n": 0,
-        "ks": (),  # the k of pass@k and maj@k, each at most n; () for n alone
-        "temperature": 1.0,  # of the samples
-        "top_p": 1.0,  # of the samples; 1 keeps all tokens
-        "top_k": -1,  # of the samples; -1 keeps all tokens
-        "min_p": 0.0,  # of the samples; 0 keeps all tokens
-        "max_tokens": 0,  # length limit of an answer; 0 for data.max_response_length
-        "graded_by": "accuracy",  # accuracy (good_accuracy) | reward (the run's reward functions)
-        "category_key": "",  # the data column to break the scores down by; "" for none
+        "temperature": Key(1.0, "divides the logits", allowed="above 0"),
+        "top_p": Key(1.0, "keep the fewest tokens with this mass; 1 for all"),
+        "top_k": Key(-1, "-1 for all tokens"),
+        "min_p": Key(0.0, "drop tokens less likely than this share of the likeliest"),
+        "tensor_model_parallel_size": Key(
+            0,
+            "devices that a copy of the parameters is split over while sampling, within one "
+            "process; 0 for as many as mesh.tensor, up to what a process has",
+            least=0,
+        ),
+        "num_slots": Key(
+            0,
+            "completions decoded at once, at most; 0 for as many as fit, up to 256 (64 on a CPU)",
+            least=0,
+        ),
+        "cache_dtype": Key(
+            "",
+            'of keys and values; "" for that of compute',
+            choices=("", "float32", "bfloat16", "int8"),
+        ),
+        "attention": Key("auto", "decode kernel", allowed="auto, xla, pallas_tpu, pallas_gpu"),
+        "free_cache_engine": Key(
+            True,
+            "give the KV cache back before the update; a batch that shrinks, as on a CPU, always "
+            "does",
+        ),
+        "gpu_memory_utilization": Key(0.85, "share of the device's memory in use while sampling"),
     }
 
 
-def _sft() -> dict:
+def _eval() -> dict[str, Key]:
+    sampled = (_VALIDATION, _SAMPLES)
     return {
-        "steps": 0,  # optimizer steps of supervised training before the first iteration; 0 for none
-        "train_files": "",  # as data.train_files; rows with a prompt and a completion
-        "completion_key": "completion",  # the column with the text to imitate
-        "batch_size": 64,  # rows a step
-        "save_freq": 200,  # steps between two checkpoints; 0 for none
-        "lr": 1e-3,  # peak; falls along a cosine to a tenth
-        "lr_warmup_steps": 20,  # optimizer steps
-        "weight_decay": 0.01,  # not on norms and biases
-        "betas": (0.9, 0.999),  # of AdamW
+        "n": Key(
+            0,
+            "samples a prompt, besides the greedy answer, for mean@n, pass@k and maj@k; 0 for none",
+            least=0,
+            needs=(_VALIDATION,),
+        ),
+        "ks": Key((), "the k of pass@k and maj@k, each at most n; () for n alone", needs=sampled),
+        "temperature": Key(1.0, "of the samples", needs=sampled),
+        "top_p": Key(1.0, "of the samples; 1 keeps all tokens", needs=sampled),
+        "top_k": Key(-1, "of the samples; -1 keeps all tokens", needs=sampled),
+        "min_p": Key(0.0, "of the samples; 0 keeps all tokens", needs=sampled),
+        "max_tokens": Key(
+            0,
+            "length limit of an answer; 0 for data.max_response_length",
+            least=0,
+            needs=(_VALIDATION,),
+        ),
+        "graded_by": Key(
+            "accuracy",
+            "good_accuracy, or the run's reward functions",
+            choices=("accuracy", "reward"),
+            needs=(_VALIDATION,),
+        ),
+        "category_key": Key(
+            "", 'the data column to break the scores down by; "" for none', needs=(_VALIDATION,)
+        ),
     }
 
 
-def _mesh() -> dict:
+def _sft() -> dict[str, Key]:
+    needs = (_COLD_START,)
     return {
-        "data": 1,  # replicas of the parameters
-        "fsdp": -1,  # parameters and batch split; -1 for the remaining devices
-        "tensor": 1,  # heads, MLP and vocabulary split
+        "steps": Key(
+            0,
+            "optimizer steps of supervised training before the first iteration; 0 for none",
+            least=0,
+        ),
+        "train_files": Key("", "as data.train_files; rows with a prompt and a completion"),
+        "completion_key": Key("completion", "the column with the text to imitate", needs=needs),
+        "batch_size": Key(64, "rows a step", least=1, needs=needs),
+        "save_freq": Key(200, "steps between two checkpoints; 0 for none", least=0, needs=needs),
+        "lr": Key(1e-3, "peak; falls along a cosine to a tenth", least=0, needs=needs),
+        "lr_warmup_steps": Key(20, "optimizer steps", least=0, needs=needs),
+        "weight_decay": Key(0.01, "not on norms and biases", least=0, needs=needs),
+        "betas": Key((0.9, 0.999), "of AdamW", allowed=_BETAS, needs=needs),
     }
 
 
-def _trainer() -> dict:
+def _mesh() -> dict[str, Key]:
     return {
-        "project_name": "adpo_jax",  # the run lies in runs/<project_name>/<experiment_name>
-        "experiment_name": "default",  # see project_name
-        "total_epochs": 1,  # passes over the training prompts
-        "total_training_steps": placeholder(int),  # iterations; wins over total_epochs
-        "per_device_train_batch_size": 0,  # completions a device holds at once; 0 for all
-        "gradient_checkpointing": "none",  # none | full | save_dots; "true" means full
-        "bf16": True,  # compute in bfloat16; parameters and optimizer stay float32
-        "save_freq": 50,  # iterations; 0 for the end alone
-        "save_total_limit": 3,  # checkpoints kept, the newest
-        "best_metric": "",  # e.g. eval/accuracy: its largest value is saved at once and kept too
-        "max_save_failures": 3,  # failed saves in a row that stop the run
-        "grace_period_s": 30.0,  # seconds from SIGTERM or Ctrl-C to the exit
-        "on_bad_update": "stop",  # stop | skip: loss, gradient or reward not finite, anchor too far
-        "max_bad_updates": 3,  # skipped iterations in a row that stop the run all the same
-        "max_anchor_kl": 0.0,  # nats a token; an update beyond it is bad; 0 for no limit
-        "rollout_data_dir": "",  # within the run's folder: where every rollout is recorded
-        "compilation_cache_dir": "~/.cache/adpo_jax/xla",  # compiled programs; "" for none
-        "test_freq": 50,  # iterations; 0 for before and after alone
-        # besides metrics.jsonl and TensorBoard: any of wandb, mlflow, trackio, e.g. ("wandb",)
-        "logger": (),
-        "profile_steps": (),  # first and last iteration of an xprof trace, e.g. (3, 5); () for none
-        "log_samples_freq": 10,  # iterations between printed samples; 0 for never
-        "log_num_samples": 2,  # samples printed each time
-        "seed": 0,  # of weights, order of the prompts and sampling
+        "data": Key(1, "replicas of the parameters"),
+        "fsdp": Key(-1, "parameters and batch split; -1 for the remaining devices"),
+        "tensor": Key(1, "heads, MLP and vocabulary split"),
     }
+
+
+def _trainer() -> dict[str, Key]:
+    total = Need(
+        "leaving trainer.total_training_steps out, which wins over it",
+        lambda c: c.trainer.total_training_steps is None,
+    )
+    printed = Need("trainer.log_samples_freq above 0", lambda c: c.trainer.log_samples_freq)
+    skipping = Need("trainer.on_bad_update=skip", lambda c: c.trainer.on_bad_update == "skip")
+    return {
+        "project_name": Key("adpo_jax", "the run lies in runs/<project_name>/<experiment_name>"),
+        "experiment_name": Key("default", "see project_name"),
+        "total_epochs": Key(1, "passes over the training prompts", least=1, needs=(total,)),
+        "total_training_steps": Key(None, "iterations; wins over total_epochs", kind=int, least=1),
+        "per_device_train_batch_size": Key(
+            0, "completions a device holds at once; 0 for all", least=0
+        ),
+        "gradient_checkpointing": Key(
+            "none", '"true" means full', choices=("none", "full", "save_dots")
+        ),
+        "bf16": Key(True, "compute in bfloat16; parameters and optimizer stay float32"),
+        "save_freq": Key(50, "iterations; 0 for the end alone", least=0),
+        "save_total_limit": Key(3, "checkpoints kept, the newest", least=1),
+        "best_metric": Key(
+            "", "e.g. eval/accuracy: its largest value is saved at once and kept too"
+        ),
+        "max_save_failures": Key(3, "failed saves in a row that stop the run", least=1),
+        "grace_period_s": Key(30.0, "seconds from SIGTERM or Ctrl-C to the exit", least=0),
+        "on_bad_update": Key(
+            "stop",
+            "what is done where loss, gradient or reward is not finite, or the anchor too far",
+            choices=("stop", "skip"),
+        ),
+        "max_bad_updates": Key(
+            3,
+            "skipped iterations in a row that stop the run all the same",
+            least=1,
+            needs=(skipping,),
+        ),
+        "max_anchor_kl": Key(
+            0.0, "nats a token; an update beyond it is bad; 0 for no limit", least=0
+        ),
+        "rollout_data_dir": Key("", "within the run's folder: where every rollout is recorded"),
+        "compilation_cache_dir": Key("~/.cache/adpo_jax/xla", 'compiled programs; "" for none'),
+        "test_freq": Key(50, "iterations; 0 for before and after alone", least=0),
+        "logger": Key(
+            (),
+            'besides metrics.jsonl and TensorBoard: any of wandb, mlflow, trackio, e.g. ("wandb",)',
+        ),
+        "profile_steps": Key(
+            (), "first and last iteration of an xprof trace, e.g. (3, 5); () for none"
+        ),
+        "log_samples_freq": Key(10, "iterations between printed samples; 0 for never", least=0),
+        "log_num_samples": Key(2, "samples printed each time", least=0, needs=(printed,)),
+        "seed": Key(0, "of weights, order of the prompts and sampling", least=0),
+    }
+
+
+_VALIDATION = Need("data.val_files", lambda c: c.data.val_files)
+_SAMPLES = Need("samples (eval.n above 0): the greedy answer has none", lambda c: c.eval.n)
+_COLD_START = Need("a cold start (sft.train_files and sft.steps)", lambda c: c.sft.train_files)
+_BETAS = "two numbers in [0, 1)"
 
 
 def keys(config: ConfigDict, prefix: str = ""):

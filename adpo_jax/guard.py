@@ -6,7 +6,6 @@ too far away (`update`), so that there is always a good state to go on from or t
 
 import dataclasses
 
-ACTIONS = ("stop", "skip")
 SKIPPED = "update/skipped"
 
 
@@ -21,11 +20,13 @@ class Guard:
     Attributes:
       action: "stop" at the first one that is not sound, or "skip" it.
       limit: skipped iterations in a row that stop the run all the same.
+      watched: the names of the metrics that are told of one that is not sound.
       in_a_row: skipped iterations since the last sound one.
     """
 
     action: str = "stop"
     limit: int = 3
+    watched: tuple[str, ...] = ()
     in_a_row: int = 0
 
     def resume(self, rows: list[dict]) -> None:
@@ -48,12 +49,8 @@ class Guard:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        watched = {
-            name: value
-            for name, value in metrics.items()
-            if name.endswith(("/loss", "/anchor_kl")) or name == "update/grad_norm"
-        }
-        found = ", ".join(f"{name} {value:.4g}" for name, value in watched.items())
+        told = [name for name in self.watched if name in metrics]
+        found = ", ".join(f"{name} {metrics[name]:.4g}" for name in told)
         text = f"the update of iteration {step} is not sound ({found}); its batch is in {evidence}"
         if self.action == "stop":
             raise TrainingStopped(

@@ -1,11 +1,11 @@
-"""The names of metrics; docs/metrics.md says what each is. `*` stands for any text."""
+"""The names of metrics, but for those that an algorithm declares itself.
 
-_OF_EVERY_LOSS = "loss anchor_kl abs_log_ratio kl_penalty dropped_prompts zero_std_frac"
+docs/metrics.md says what each is. `*` stands for any text.
+"""
+
+from collections.abc import Iterable
 
 NAMES = {
-    "adpo": f"{_OF_EVERY_LOSS} mean_tau target_entropy",
-    "grpo": f"{_OF_EVERY_LOSS} clip_frac",
-    "rloo": _OF_EVERY_LOSS,
     "anchor": "renewed",
     "reward": "mean std group_std unparsed_frac timeouts crashes *",
     "groups": "zero_std_frac all_right_frac all_wrong_frac",
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def of_rows(
-    algorithm: str,
+    of_algorithm: Iterable[str],
     *,
     filtered: bool,
     evaluated: bool,
@@ -34,14 +34,14 @@ def of_rows(
     """All names that the rows of a run's iterations may have.
 
     Args:
-      algorithm: "adpo", "grpo" or "rloo".
+      of_algorithm: the names of the metrics of its algorithm.
       filtered: whether groups are filtered.
       evaluated: whether there is data to evaluate on.
       num_samples, ks: of the evaluation, besides the greedy answers.
       by_category: whether its scores are broken down.
     """
-    others = {"adpo", "grpo", "rloo", "filter"} - {algorithm} - ({"filter"} if filtered else set())
-    names = [f"{g}/{name}" for g in NAMES if g not in others for name in NAMES[g].split()]
+    groups = [group for group in NAMES if group != "filter" or filtered]
+    names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
     if not evaluated:
         return names
     scores = ["accuracy", "reward"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from adpo_jax.config import default_config
+from adpo_jax.losses import ALGORITHMS, parameters
 from adpo_jax.redaction import is_redaction_of, redacted
 
 # What may differ between two parts of one run; all else says what the run is. A name that ends in a
@@ -92,7 +93,19 @@ def changes(there: dict, here: dict) -> dict[str, str]:
     there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
     known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
     shared = {name: known.get(name, value) for name, value in now.items()}
-    return _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
+    lines = _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
+    without_effect = _parameters_of_others(here["algorithm"]["adv_estimator"])
+    return {key: line for key, line in lines.items() if key not in without_effect}
+
+
+def _parameters_of_others(name: str) -> set[str]:
+    """The keys of the parameters that the algorithm of this name does not have.
+
+    They are at their defaults, which may have changed since with the algorithms that there are.
+    """
+    own = ALGORITHMS[name].__dataclass_fields__
+    union = parameters.union(ALGORITHMS.values())
+    return {f"algorithm.{p.name}" for p in union if p.name not in own}
 
 
 def _filled(there: dict, defaults: dict) -> dict:

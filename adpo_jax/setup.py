@@ -151,10 +151,7 @@ def num_iterations(config: ConfigDict, num_prompts: int) -> int:
 
 def make_algorithm(config: ConfigDict) -> losses.Algorithm:
     """The loss that `algorithm.adv_estimator` names, with its parameters."""
-    kinds = {"adpo": losses.Adpo, "grpo": losses.Grpo, "rloo": losses.Rloo}
-    kind = kinds[config.algorithm.adv_estimator]
-    fields = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{k: v for k, v in config.algorithm.items() if k in fields})
+    return losses.make_algorithm(config.algorithm.adv_estimator, config.algorithm)
 
 
 def make_reward_model(config: ConfigDict) -> RewardModel:
@@ -296,7 +293,12 @@ def make_checkpoints(config: ConfigDict, folder: Path) -> Checkpoints:
 
 def make_guard(config: ConfigDict) -> Guard:
     """What watches over the updates."""
-    return Guard(config.trainer.on_bad_update, config.trainer.max_bad_updates)
+    algorithm = make_algorithm(config)
+    return Guard(
+        config.trainer.on_bad_update,
+        config.trainer.max_bad_updates,
+        watched=(algorithm.loss_metric, algorithm.anchor_kl_metric, "update/grad_norm"),
+    )
 
 
 def make_interruption(config: ConfigDict) -> Interruption:

@@ -30,15 +30,13 @@ from adpo_jax.config_checks import check_overrides, finalized
 from adpo_jax.exit_codes import USER_ERROR
 from adpo_jax.host_memory import tune_malloc
 from adpo_jax.learner import Learner
+from adpo_jax.losses import ALGORITHMS
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
 from adpo_jax.run_folder import RunFolder
 
-METHODS = {
-    "adpo": {},
-    "adpo-fixed": {"algorithm.use_adaptive_tau": False},
-    "grpo": {"algorithm.adv_estimator": "grpo"},
-    "rloo": {"algorithm.adv_estimator": "rloo"},
+METHODS = {name: {"algorithm.adv_estimator": name} for name in ALGORITHMS} | {
+    "adpo-fixed": {"algorithm.adv_estimator": "adpo", "algorithm.use_adaptive_tau": False}
 }
 
 START_KL = "compare/start_kl"

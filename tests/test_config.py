@@ -165,6 +165,7 @@ ALGORITHM_OVERRIDES = {
     "scale_rewards": ("none",),
     "min_reward_std": ("0.3",),
     "beta_anchor_kl": ("0.1", "--config.actor_rollout_ref.actor.ppo_epochs=2"),
+    "beta_reference_kl": ("0.1",),
     "drop_all_failed_prompts": ("true",),
     "length_normalize": ("true",),
     "adv_estimator": ("grpo",),

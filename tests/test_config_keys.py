@@ -29,7 +29,7 @@ from adpo_jax import (
     sharding,
 )
 from adpo_jax.batch_plan import batch_plan
-from adpo_jax.config import default_config, keys
+from adpo_jax.config import declarations, default_config, keys
 from adpo_jax.learner import Learner
 from adpo_jax.lora import Lora
 from adpo_jax.policy import Policy
@@ -427,9 +427,34 @@ def test_every_key_is_walked():
     assert set(WALK) == walked | {"algorithm.filter_groups", "algorithm.filter_max_attempts"}
 
 
-def test_the_reference_has_every_key_with_its_default_and_meaning():
+def test_every_key_is_declared_with_a_meaning_and_the_reference_is_as_declared():
+    assert set(declarations()) == set(keys(default_config()))
+    assert [name for name, key in declarations().items() if not key.meaning] == []
     script = Path(__file__).resolve().parents[1] / "scripts" / "make_config_reference.py"
     made = runpy.run_path(str(script))
-    assert {entry.key for entry in made["entries"]()} == set(keys(default_config()))
     written = made["REFERENCE"].read_text()
     assert written == made["reference"](), "stale: run python scripts/make_config_reference.py"
+
+
+@pytest.mark.parametrize("name", [n for n, key in declarations().items() if key.choices])
+def test_a_choice_that_a_key_does_not_have_is_refused_with_those_that_it_has(name):
+    with pytest.raises(ValueError, match=rf"{name} is one of .*; given 'neither'"):
+        parse(f"--config.{name}=neither")
+
+
+@pytest.mark.parametrize("name", [n for n, k in declarations().items() if k.least is not None])
+def test_a_number_below_the_least_that_a_key_allows_is_refused(name):
+    least = declarations()[name].least
+    with pytest.raises(ValueError, match=rf"{name} is (at least |in \[){least}"):
+        parse(f"--config.{name}={least - 2}")
+
+
+def test_defaults_are_no_values_that_configs_share():
+    first, second = default_config(), default_config()
+    first.trainer.total_training_steps = 3
+    first.algorithm.adaptive_tau_max = 1.0
+    with first.unlocked():
+        first.data.chat_template_kwargs.tone = "kindly"
+    assert second.trainer.total_training_steps is None
+    assert second.algorithm.adaptive_tau_max is None
+    assert second.data.chat_template_kwargs.to_dict() == {}

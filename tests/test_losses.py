@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import math
@@ -9,7 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adpo_jax import adaptive_tau, adpo_loss, grpo_loss, target_distribution
-from adpo_jax.losses import Adpo, Grpo, PaddedTokens, Rloo
+from adpo_jax.losses import ALGORITHMS, Adpo, Algorithm, Grpo, PaddedTokens, Rloo, rloo_loss
+from adpo_jax.losses.algorithm import Metric
+from adpo_jax.losses.parameters import parameter, union
 
 P, G, T = 4, 8, 6
 
@@ -530,6 +533,107 @@ def test_the_rloo_gradient_is_the_advantage_on_every_token_wherever_the_anchor_i
     for base in (log_probs, anchor):
         gradient = gradient_fn(log_probs, base, tokens, prepared)
         np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+# The reference.
+
+
+@pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss, rloo_loss])
+def test_the_pull_to_the_reference_is_k3_over_the_tokens_of_kept_prompts(loss_fn):
+    log_probs, anchor, rewards, mask = make_batch(prompts=2, group=3)
+    rewards[:3] = [-1.0, 0.0, -0.5]  # failed: this prompt leaves the loss
+    rewards[3:] = [1.0, 0.0, 0.5]
+    options = {"num_generations": 3, "drop_all_failed_prompts": True}
+    reference = log_probs + np.float32(0.4)
+    beta, name = 0.3, loss_fn.__name__.removesuffix("_loss")
+
+    def loss(log_probs, **more):
+        return loss_fn(log_probs, anchor, rewards, mask, **options, **more)
+
+    plain_and_gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    pulled = functools.partial(loss, reference_log_probs=reference, beta_reference_kl=beta)
+    pulled_and_gradient = jax.jit(jax.value_and_grad(pulled, has_aux=True))
+    (without, _), plain = plain_and_gradient(log_probs)
+    (value, metrics), gradient = pulled_and_gradient(log_probs)
+    # By hand: d = 0.4 at every token, k3 = exp(d) - d - 1 and its slope by the log-prob 1 - exp(d).
+    np.testing.assert_allclose(metrics[f"{name}/reference_kl"], math.exp(0.4) - 1.4, rtol=1e-4)
+    np.testing.assert_allclose(value, without + beta * (math.exp(0.4) - 1.4), rtol=1e-4)
+    slope = np.zeros_like(mask)
+    slope[3:] = mask[3:] * beta * (1 - math.exp(0.4)) / mask[3:].sum()
+    np.testing.assert_allclose(gradient - plain, slope, atol=1e-6)
+
+
+def test_the_pull_to_the_reference_of_a_mean_over_sequences_is_one_too():
+    log_probs, anchor, rewards, mask = make_batch()
+    reference = log_probs + np.random.default_rng(2).normal(0, 0.3, log_probs.shape)
+    _, metrics = loss_and_metrics(
+        functools.partial(grpo_loss, reference_log_probs=reference.astype(np.float32)),
+        *(log_probs, anchor, rewards, mask),
+        beta_reference_kl=1.0,
+        loss_aggregation="sequence-mean",
+    )
+    d = reference - log_probs
+    expected = ((np.exp(d) - d - 1) * mask).sum(-1) / mask.sum(-1)
+    np.testing.assert_allclose(metrics["grpo/reference_kl"], expected.mean(), rtol=1e-4)
+
+
+def test_a_pull_to_a_reference_that_is_not_given_or_does_not_fit_is_refused():
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"beta_reference_kl=0.1 needs reference_log_probs"):
+        grpo_loss(*batch, beta_reference_kl=0.1)
+    with pytest.raises(ValueError, match=r"reference_log_probs must have shape \(32, 6\)"):
+        grpo_loss(*batch, beta_reference_kl=0.1, reference_log_probs=batch[0][:, 1:])
+    with pytest.raises(ValueError, match="beta_reference_kl must be at least 0"):
+        grpo_loss(*batch, beta_reference_kl=-0.1, reference_log_probs=batch[0])
+
+
+# What algorithms declare.
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_logs_the_metrics_and_reads_the_log_probs_that_it_declares(name, beta):
+    algorithm = ALGORITHMS[name](beta_reference_kl=beta)
+    log_probs, anchor, rewards, tokens = folded_batch()
+    given = {"policy": log_probs, "anchor": anchor, "reference": anchor}
+    given = {whose: given[whose] for whose in algorithm.needs | {"policy"}}
+
+    def loss(given, rewards, tokens):
+        return algorithm.loss(given, tokens, algorithm.prepare(rewards, tokens))[1]
+
+    metrics = jax.eval_shape(loss, given, rewards, tokens)
+    assert set(metrics) == {metric.name for metric in algorithm.metrics}
+    assert {algorithm.loss_metric, algorithm.anchor_kl_metric} <= set(metrics)
+    assert ("reference" in algorithm.needs) == bool(beta)
+
+
+def test_a_parameter_of_several_algorithms_has_a_default_where_they_agree():
+    @dataclasses.dataclass(frozen=True)
+    class Near(Algorithm):
+        name = "near"
+        clip_low: float = parameter(0.01, "ratios are clipped at 1 - clip_low", above=0.0)
+        rounds: int | None = parameter(None, "rounds", least=1)
+
+    found = {parameter.name: parameter for parameter in union((Grpo, Near, Rloo))}
+    assert list(found)[:2] == ["beta_anchor_kl", "beta_reference_kl"]  # those of all come first
+    assert list(found["clip_low"].fields) == ["grpo", "near"]
+    assert found["clip_low"].default is None
+    assert found["clip_low"].meaning == (
+        "ratios are clipped at 1 - clip_low; the default is 0.2 for grpo, 0.01 for near"
+    )
+    assert found["clip_low"].allowed == "above 0 and at most 1 (grpo), above 0 (near)"
+    assert (found["clip_high"].default, found["clip_high"].allowed) == (0.2, "above 0")
+    assert (found["rounds"].kind, found["rounds"].default) == (int, None)
+    assert Near().rounds is None
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        Near(rounds=0)
+
+
+def test_a_metric_that_is_joined_in_no_known_way_is_refused_where_it_is_declared():
+    with pytest.raises(ValueError, match="over, of the metric length, must be one of tokens"):
+
+        class Wrong(Algorithm):
+            own_metrics = (Metric("length", "token", "length of a completion"),)
 
 
 # Transformations.

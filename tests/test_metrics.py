@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_config import parse
 
 from adpo_jax import metric_names, profiling, setup, sharding, trackers
 from adpo_jax.flops import traced_flops
+from adpo_jax.losses import ALGORITHMS, Adpo
 from adpo_jax.metrics import JsonlWriter, make_writer, markdown_table, read_jsonl
 from adpo_jax.progress import Progress
 from adpo_jax.trackers import TRACKERS
@@ -61,10 +63,17 @@ def test_an_undocumented_or_missing_metric_is_noticed():
 def test_the_names_of_metrics_in_the_code_are_the_documented_ones():
     changing = {"eval", "sft"}  # eval has the numbers of samples in its names, sft is before
     listed = {f"{group}/{n}" for group, names in metric_names.NAMES.items() for n in names.split()}
+    for algorithm in ALGORITHMS.values():
+        listed |= {f"{algorithm.name}/{metric.name}" for metric in algorithm.declared_metrics()}
     named = {name for name in documented() if name.split("/")[0] not in changing}
     assert listed == {name.replace("<component>", "*") for name in named}
     evaluated = metric_names.of_rows(
-        "adpo", filtered=False, evaluated=True, num_samples=4, ks=(1, 2), by_category=True
+        [m.name for m in Adpo().metrics],
+        filtered=False,
+        evaluated=True,
+        num_samples=4,
+        ks=(1, 2),
+        by_category=True,
     )
     check_documented(
         {name.replace("*", "x") for name in evaluated},
@@ -72,7 +81,14 @@ def test_the_names_of_metrics_in_the_code_are_the_documented_ones():
     )
 
 
+def test_the_table_of_the_algorithms_metrics_is_as_they_declare_them():
+    made = runpy.run_path(str(DOCS.parents[1] / "scripts" / "make_metrics_reference.py"))
+    written = made["REFERENCE"].read_text()
+    assert written == made["reference"](), "stale: run python scripts/make_metrics_reference.py"
+
+
 BEST = {
+    "adpo/reference_kl": (None, ("--config.algorithm.beta_reference_kl=0.1",)),
     "eval/acuracy": ("did you mean eval/accuracy?", ()),
     "reward/mean": (None, ()),
     "reward/my_own": (None, ()),

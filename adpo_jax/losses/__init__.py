@@ -7,6 +7,10 @@ an update uses by pieces.
 Letters: B rows (P * G), P prompts, G completions of a prompt, T tokens.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +30,21 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     )
 }
 
+
+def make_algorithm(name: str, values: Mapping[str, Any]) -> Algorithm:
+    """The algorithm of this name.
+
+    Args:
+      values: of parameters; those that it does not have, and those that are None, are left out.
+
+    Raises:
+      ValueError: for one that cannot work.
+    """
+    kind = ALGORITHMS[name]
+    own = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{k: v for k, v in values.items() if k in own and v is not None})
+
+
 __all__ = [
     "ALGORITHMS",
     "Adpo",
@@ -38,6 +57,7 @@ __all__ = [
     "adaptive_tau",
     "adpo_loss",
     "grpo_loss",
+    "make_algorithm",
     "rloo_loss",
     "target_distribution",
 ]
@@ -56,6 +76,8 @@ def adpo_loss(
     adaptive_tau_alpha: float = 0.5,
     adaptive_tau_min: float = 0.05,
     beta_anchor_kl: float = 0.0,
+    reference_log_probs: jax.Array | None = None,
+    beta_reference_kl: float = 0.0,
     drop_all_failed_prompts: bool = False,
     scale_rewards: str = "group",
     length_normalize: bool = False,
@@ -71,6 +93,7 @@ def adpo_loss(
       anchor_log_probs: [B, T], the same under the anchor.
       rewards: [B], one a completion.
       completion_mask: [B, T] bool or 0/1.
+      reference_log_probs: [B, T], the same under the reference, where beta_reference_kl is above 0.
 
     Returns:
       Scalar float32 loss (float64 under x64) and a flat dict of scalars:
@@ -80,11 +103,13 @@ def adpo_loss(
         adpo/mean_tau        mean temperature over prompts
         adpo/target_entropy  mean entropy of q, nats
         adpo/kl_penalty      k3 over the kept prompts, before beta_anchor_kl
+        adpo/reference_kl    the same to the reference, where beta_reference_kl is above 0
         adpo/dropped_prompts how many prompts drop_all_failed_prompts took out
         adpo/zero_std_frac   fraction of prompts whose rewards count as all equal
 
     Raises:
-      ValueError: B < num_generations, mismatched shapes, a parameter that cannot work.
+      ValueError: B < num_generations, mismatched shapes, a parameter that cannot work, a
+        beta_reference_kl above 0 without reference_log_probs.
     """
     algorithm = Adpo(
         tau=tau,
@@ -93,14 +118,14 @@ def adpo_loss(
         adaptive_tau_alpha=adaptive_tau_alpha,
         adaptive_tau_min=adaptive_tau_min,
         beta_anchor_kl=beta_anchor_kl,
+        beta_reference_kl=beta_reference_kl,
         drop_all_failed_prompts=drop_all_failed_prompts,
         scale_rewards=scale_rewards,
         length_normalize=length_normalize,
         min_reward_std=min_reward_std,
     )
-    return _flat_loss(
-        algorithm, log_probs, anchor_log_probs, rewards, completion_mask, num_generations
-    )
+    found = {"policy": log_probs, "anchor": anchor_log_probs, "reference": reference_log_probs}
+    return _flat_loss(algorithm, found, rewards, completion_mask, num_generations)
 
 
 def grpo_loss(
@@ -113,6 +138,8 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     beta_anchor_kl: float = 0.0,
+    reference_log_probs: jax.Array | None = None,
+    beta_reference_kl: float = 0.0,
     scale_rewards: str = "group",
     loss_aggregation: str = "token-mean",
     drop_all_failed_prompts: bool = False,
@@ -122,20 +149,20 @@ def grpo_loss(
 
     Arguments, trailing rows and errors as in `adpo_loss`. Metrics: grpo/loss (the surrogate alone),
     grpo/clip_frac (fraction of tokens whose gradient the clip stopped), and anchor_kl, kl_penalty,
-    abs_log_ratio, dropped_prompts, zero_std_frac as there.
+    reference_kl, abs_log_ratio, dropped_prompts, zero_std_frac as there.
     """
     algorithm = Grpo(
         clip_low=clip_low,
         clip_high=clip_high,
         beta_anchor_kl=beta_anchor_kl,
+        beta_reference_kl=beta_reference_kl,
         scale_rewards=scale_rewards,
         loss_aggregation=loss_aggregation,
         drop_all_failed_prompts=drop_all_failed_prompts,
         min_reward_std=min_reward_std,
     )
-    return _flat_loss(
-        algorithm, log_probs, anchor_log_probs, rewards, completion_mask, num_generations
-    )
+    found = {"policy": log_probs, "anchor": anchor_log_probs, "reference": reference_log_probs}
+    return _flat_loss(algorithm, found, rewards, completion_mask, num_generations)
 
 
 def rloo_loss(
@@ -146,52 +173,67 @@ def rloo_loss(
     *,
     num_generations: int = 8,
     beta_anchor_kl: float = 0.0,
+    reference_log_probs: jax.Array | None = None,
+    beta_reference_kl: float = 0.0,
     drop_all_failed_prompts: bool = False,
     min_reward_std: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
     """The RLOO loss of a flat batch; equation and parameters in `Rloo`.
 
     Arguments, trailing rows and errors as in `adpo_loss`. Metrics: rloo/loss (the REINFORCE term
-    alone), and anchor_kl, kl_penalty, abs_log_ratio, dropped_prompts, zero_std_frac as there.
+    alone), and anchor_kl, kl_penalty, reference_kl, abs_log_ratio, dropped_prompts, zero_std_frac
+    as there.
     """
     algorithm = Rloo(
         beta_anchor_kl=beta_anchor_kl,
+        beta_reference_kl=beta_reference_kl,
         drop_all_failed_prompts=drop_all_failed_prompts,
         min_reward_std=min_reward_std,
     )
-    return _flat_loss(
-        algorithm, log_probs, anchor_log_probs, rewards, completion_mask, num_generations
-    )
+    found = {"policy": log_probs, "anchor": anchor_log_probs, "reference": reference_log_probs}
+    return _flat_loss(algorithm, found, rewards, completion_mask, num_generations)
 
 
 def _flat_loss(
-    algorithm: Algorithm, log_probs, anchor_log_probs, rewards, completion_mask, num_generations
-):
-    """Fold [B, T] into [P, G, T], trailing rows dropped, and apply `algorithm` to it."""
-    log_probs, anchor_log_probs, rewards, completion_mask = map(
-        jnp.asarray, (log_probs, anchor_log_probs, rewards, completion_mask)
-    )
-    if log_probs.ndim != 2:
-        raise ValueError(f"log_probs must be [B, T], one number a token, got {log_probs.shape}")
-    for name, array, shape in (
-        ("anchor_log_probs", anchor_log_probs, log_probs.shape),
-        ("completion_mask", completion_mask, log_probs.shape),
-        ("rewards", rewards, log_probs.shape[:1]),
+    algorithm: Algorithm,
+    log_probs: Mapping[str, jax.Array | None],
+    rewards: jax.Array,
+    completion_mask: jax.Array,
+    num_generations: int,
+) -> tuple[jax.Array, Metrics]:
+    """Fold [B, T] into [P, G, T], trailing rows dropped, and apply `algorithm` to it.
+
+    Args:
+      log_probs: as of `Algorithm.loss`, but [B, T] each, and None for what is not given.
+    """
+    log_probs = {whose: jnp.asarray(x) for whose, x in log_probs.items() if x is not None}
+    if algorithm.beta_reference_kl and "reference" not in log_probs:
+        raise ValueError(
+            f"beta_reference_kl={algorithm.beta_reference_kl} needs reference_log_probs, the "
+            "log-probs of the completions under the reference: pass them too"
+        )
+    rewards, completion_mask = jnp.asarray(rewards), jnp.asarray(completion_mask)
+    shape = log_probs["policy"].shape
+    if len(shape) != 2:
+        raise ValueError(f"log_probs must be [B, T], one number a token, got {shape}")
+    for name, array, wanted in (
+        *((f"{whose}_log_probs", x, shape) for whose, x in log_probs.items() if whose != "policy"),
+        ("completion_mask", completion_mask, shape),
+        ("rewards", rewards, shape[:1]),
     ):
-        if array.shape != shape:
+        if array.shape != wanted:
             raise ValueError(
-                f"{name} must have shape {shape} to go with log_probs {log_probs.shape}, "
-                f"got {array.shape}"
+                f"{name} must have shape {wanted} to go with log_probs {shape}, got {array.shape}"
             )
     if int(num_generations) != num_generations or num_generations < 2:
         raise ValueError(
             f"num_generations must be a whole number of at least 2, got {num_generations!r}: "
             "completions are compared within their group"
         )
-    num_groups, group = log_probs.shape[0] // num_generations, num_generations
+    num_groups, group = shape[0] // num_generations, num_generations
     if num_groups == 0:
         raise ValueError(
-            f"the batch has {log_probs.shape[0]} rows, fewer than one group of "
+            f"the batch has {shape[0]} rows, fewer than one group of "
             f"num_generations={num_generations}: pass whole groups or lower num_generations"
         )
 
@@ -200,5 +242,5 @@ def _flat_loss(
 
     tokens = PaddedTokens(fold(completion_mask).astype(bool))
     prepared = algorithm.prepare(fold(rewards), tokens)
-    folded = {"policy": fold(log_probs), "anchor": fold(anchor_log_probs)}
+    folded = {whose: fold(array) for whose, array in log_probs.items()}
     return algorithm.loss(folded, tokens, prepared)

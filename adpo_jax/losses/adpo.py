@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens, parameter
+from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
+from adpo_jax.losses.parameters import parameter, scale_rewards_parameter
 
 # Added to the standard deviation that rewards are divided by; the reference has it so.
 _EPS = 1e-8
@@ -46,29 +47,39 @@ class Adpo(Algorithm):
 
     name: ClassVar[str] = "adpo"
     own_metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("mean_tau", "groups", "mean temperature over prompts"),
-        Metric("target_entropy", "groups", "mean entropy of q, nats"),
+        Metric(
+            "loss",
+            "groups",
+            "the listwise term, dropped prompts included; log G on one optimizer step under the "
+            "on-policy anchor, whatever is learned",
+            unit="nats",
+        ),
+        Metric("mean_tau", "groups", "the temperature of a prompt", title="Temperature"),
+        Metric("target_entropy", "groups", "entropy of the target distribution", unit="nats"),
     )
 
     tau: float = parameter(0.8, "temperature of the anchored policy distribution", above=0.0)
     beta_reward: float = parameter(0.5, "temperature of the target distribution", above=0.0)
     use_adaptive_tau: bool = parameter(True, "another tau for each prompt")
-    adaptive_tau_alpha: float = parameter(0.5, "how far it goes; 0 for not at all", least=0.0)
-    adaptive_tau_min: float = parameter(0.05, "floor of the adapted tau", above=0.0)
+    adaptive_tau_alpha: float = parameter(
+        0.5, "how far tau adapts; 0 for not at all", least=0.0, needs={"use_adaptive_tau": True}
+    )
+    adaptive_tau_min: float = parameter(
+        0.05, "floor of the adapted tau", above=0.0, needs={"use_adaptive_tau": True}
+    )
     adaptive_tau_mode: str = parameter(
         "target_entropy",
-        "whose entropy adapts tau",
+        "whose entropy adapts tau, that of the target distribution or the policy's",
         choices=("target_entropy", "policy_entropy"),
+        needs={"use_adaptive_tau": True},
     )
     adaptive_tau_max: float | None = parameter(
-        None, "ceiling under policy_entropy; None for no ceiling", above=0.0
+        None,
+        "ceiling of the adapted tau; None for no ceiling",
+        above=0.0,
+        needs={"use_adaptive_tau": True, "adaptive_tau_mode": "policy_entropy"},
     )
-    scale_rewards: str = parameter(
-        "group",
-        "rewards less their group's mean are divided by the standard deviation (ddof=1) of the "
-        "group or the batch, or by nothing",
-        choices=("group", "batch", "none"),
-    )
+    scale_rewards: str = scale_rewards_parameter()
     length_normalize: bool = parameter(
         False, "divide a completion's log-prob by its number of tokens"
     )

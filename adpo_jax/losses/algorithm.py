@@ -1,9 +1,10 @@
 """What an algorithm says of itself, and what all algorithms share.
 
-An algorithm is a frozen dataclass. Its fields are its parameters, each declared by `parameter` with
-its default, its meaning and its bounds: config keys, their documentation and the refusals of keys
-without effect are made from them. It names its metrics and says how each is averaged, and which
-log-probs it needs. Nothing else in the package tells algorithms apart.
+An algorithm is a frozen dataclass. Its fields are its parameters, each declared by
+`parameters.parameter` with its default, its meaning and its bounds: config keys, their
+documentation and the refusals of keys without effect are made from them. It names its metrics and
+says how each is averaged, and which log-probs it needs. Nothing else in the package tells
+algorithms apart.
 
 A new one writes `score` (what the rewards alone decide) and `objective` (its own term of the loss,
 from log-ratios), and stands in the table `losses.ALGORITHMS`.
@@ -12,14 +13,14 @@ Letters: B rows of streams or prompts, P prompts, G completions of a prompt, T t
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.losses import shared
+from adpo_jax.losses import parameters, shared
+from adpo_jax.losses.parameters import parameter
 from adpo_jax.losses.shared import Metrics, Weights
 
 # The log-probs that a loss may ask for beside the policy's own, and whose they are.
@@ -31,68 +32,74 @@ LOG_PROBS = {
 }
 
 
+# How a metric's numbers of optimizer steps become that of an iteration.
+OVER = {
+    "tokens": "a mean over tokens",
+    "groups": "a mean over groups",
+    "steps": "a mean over optimizer steps",
+    "sum": "a sum",
+    "first": "that of the first optimizer step",
+}
+
+
 class Metric(NamedTuple):
-    """A number that an algorithm logs.
+    """A number that is logged.
 
     Attributes:
-      name: below the algorithm's own name and a slash.
-      over: what it is a mean over, "tokens" or "groups", or "sum" for a count; so optimizer steps
-        are joined to an iteration.
-      meaning: one sentence without its full stop.
+      name: that of an algorithm is below the algorithm's own name and a slash.
+      over: one of `OVER`.
+      meaning: what it is, without a full stop.
+      unit: what it is measured in; "" for a plain number.
+      title: of its picture in reports; "" for none.
+      needs: the parameter under which alone it is logged; "" for always.
     """
 
     name: str
     over: str
     meaning: str
+    unit: str = ""
+    title: str = ""
+    needs: str = ""
 
 
-SHARED_METRICS = (
-    Metric("loss", "groups", "the loss without its penalties"),
-    Metric("anchor_kl", "tokens", "k3 estimate of the KL to the anchor, nats a token"),
-    Metric("abs_log_ratio", "groups", "mean of |s - s_anchor| over completions, nats"),
-    Metric("kl_penalty", "tokens", "the k3 penalty to the anchor, before beta_anchor_kl"),
-    Metric("dropped_prompts", "sum", "prompts that drop_all_failed_prompts took out"),
-    Metric("zero_std_frac", "groups", "share of the prompts whose rewards count as all equal"),
-)
 REFERENCE_KL = Metric(
-    "reference_kl", "tokens", "the k3 penalty to the reference, before beta_reference_kl"
+    "reference_kl",
+    "tokens",
+    "k3 to the reference over the prompts that were kept, before beta_reference_kl",
+    unit="nats a token",
+    title="KL to the reference",
+    needs="beta_reference_kl",
 )
-
-
-def parameter(
-    default: Any,
-    meaning: str,
-    *,
-    above: float = -math.inf,
-    least: float = -math.inf,
-    most: float = math.inf,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A field of an algorithm that users set.
-
-    Args:
-      meaning: for the documentation, one sentence without its full stop.
-      above, least, most: bounds of a number.
-      choices: the texts allowed.
-    """
-    bounds = {"above": above, "least": least, "most": most, "choices": choices}
-    return dataclasses.field(default=default, metadata={"meaning": meaning, **bounds})
-
-
-def check_parameters(algorithm) -> None:
-    """Raises ValueError for the first parameter that is out of its bounds."""
-    for field in dataclasses.fields(algorithm):
-        value, bounds = getattr(algorithm, field.name), field.metadata
-        if bounds["choices"]:
-            shared.check_choice(field.name, value, bounds["choices"])
-        elif isinstance(field.default, float) or (field.default is None and value is not None):
-            shared.check_number(
-                field.name,
-                value,
-                above=bounds["above"],
-                least=bounds["least"],
-                most=bounds["most"],
-            )
+SHARED_METRICS = (
+    Metric("loss", "groups", "the objective, without the penalties"),
+    Metric(
+        "anchor_kl",
+        "tokens",
+        "k3 estimate of the KL between policy and anchor, before each optimizer step",
+        unit="nats a token",
+        title="KL to the anchor",
+    ),
+    Metric(
+        "abs_log_ratio",
+        "groups",
+        "mean of the absolute log-ratio of whole completions to the anchor",
+        unit="nats a completion",
+    ),
+    Metric(
+        "kl_penalty",
+        "tokens",
+        "k3 to the anchor over the prompts that were kept, before beta_anchor_kl",
+        unit="nats a token",
+    ),
+    REFERENCE_KL,
+    Metric("dropped_prompts", "sum", "taken out by drop_all_failed_prompts", unit="prompts"),
+    Metric(
+        "zero_std_frac",
+        "groups",
+        "of groups whose rewards count as all equal (min_reward_std)",
+        unit="share",
+    ),
+)
 
 
 class Tokens(Protocol):
@@ -194,8 +201,12 @@ class Algorithm:
     Raises ValueError for a parameter that cannot work.
     """
 
+    # The name of the class is its name in the config and before the slash of its metrics.
     name: ClassVar[str]
+    # Metrics of `objective`, and those of `SHARED_METRICS` that have another meaning here.
     own_metrics: ClassVar[tuple[Metric, ...]] = ()
+    # Whether its log-ratios must be those to the policy that sampled: anchor.mode=on_policy.
+    on_policy_anchor: ClassVar[bool] = False
 
     beta_anchor_kl: float = parameter(0.0, "coefficient of the k3 penalty to the anchor", least=0.0)
     beta_reference_kl: float = parameter(
@@ -212,8 +223,13 @@ class Algorithm:
         least=0.0,
     )
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for metric in cls.own_metrics:
+            shared.check_choice(f"over, of the metric {metric.name},", metric.over, tuple(OVER))
+
     def __post_init__(self):
-        check_parameters(self)
+        parameters.check(self)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -225,13 +241,18 @@ class Algorithm:
         """Whether `score` is to be given the anchor policy's entropy on each prompt."""
         return False
 
+    @classmethod
+    def declared_metrics(cls) -> tuple[Metric, ...]:
+        """All that it may log, by short names."""
+        return tuple({m.name: m for m in (*SHARED_METRICS, *cls.own_metrics)}.values())
+
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """All that it logs, with whole names."""
-        reference = (REFERENCE_KL,) if self.beta_reference_kl else ()
+        """All that it logs under its parameters, with whole names."""
         return tuple(
             metric._replace(name=f"{self.name}/{metric.name}")
-            for metric in (*SHARED_METRICS, *reference, *self.own_metrics)
+            for metric in self.declared_metrics()
+            if not metric.needs or getattr(self, metric.needs)
         )
 
     @property
@@ -262,17 +283,31 @@ class Algorithm:
     def objective(
         self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared
     ) -> tuple[jax.Array, Metrics]:
-        """The algorithm's own term of the loss, and its own metrics, as sums.
+        """The algorithm's own term of the loss, and `own_metrics` by their short names, as sums.
 
         Args:
           log_ratio: policy less anchor log-probs, of the shape of the tokens; 0 where not trained.
         """
         raise NotImplementedError
 
+    def advantages(self, rewards_PG: jax.Array, scale: str, eps: float) -> shared.Advantages:
+        """What `score` returns where a completion's advantage is its scaled reward.
+
+        Args:
+          rewards_PG: [P, G], of the whole iteration.
+          scale, eps: as of `shared.scale_rewards`.
+        """
+        rewards_PG = shared.as_groups(rewards_PG)
+        scaled_PG, spread_P = shared.scale_rewards(rewards_PG, scale, self.min_reward_std, eps)
+        kept_P = shared.kept_prompts(rewards_PG, self.drop_all_failed_prompts)
+        return jax.lax.stop_gradient(shared.Advantages(scaled_PG, kept_P, spread_P))
+
     def token_weights(self, tokens: Tokens, prepared: Prepared) -> jax.Array:
-        """[P, G], what a token of each completion weighs in the penalties: 1 / kept tokens."""
-        shape_PG = jax.eval_shape(shared.lengths, tokens).shape
-        return jnp.broadcast_to(prepared.weights.kept_token_P[:, None], shape_PG)
+        """[P, G] or [P, 1], what a token of each completion weighs in the penalties.
+
+        1 / kept tokens, so that the penalties are means over tokens.
+        """
+        return prepared.weights.kept_token_P[:, None]
 
     def normalise(self, scores: Any, tokens: Tokens) -> Prepared:
         """Folds in the normalisers of the batch of one optimizer step."""

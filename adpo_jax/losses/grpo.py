@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens, parameter
+from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
+from adpo_jax.losses.parameters import parameter, scale_rewards_parameter
 
 # Added to the standard deviation that rewards are divided by: verl's; TRL adds 1e-4.
 _EPS = 1e-6
@@ -26,25 +27,28 @@ class Grpo(Algorithm):
         objective = mean of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
     and the penalties of `Algorithm`, averaged like the objective. The ratio is that to the policy
-    before the iteration's updates, so the anchor to train with is the on-policy one; the policy to
-    stay near is the reference.
+    before the iteration's updates, so the trainer wants the on-policy anchor; the policy to stay
+    near is the reference.
 
     Raises ValueError for a parameter that cannot work.
     """
 
     name: ClassVar[str] = "grpo"
+    on_policy_anchor: ClassVar[bool] = True
     own_metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("clip_frac", "tokens", "share of the tokens whose gradient the clip stopped"),
+        Metric("loss", "groups", "the clipped surrogate alone"),
+        Metric(
+            "clip_frac",
+            "tokens",
+            "of tokens whose gradient the clip stopped",
+            unit="share",
+            title="Clipped tokens",
+        ),
     )
 
     clip_low: float = parameter(0.2, "ratios are clipped at 1 - clip_low", above=0.0, most=1.0)
     clip_high: float = parameter(0.2, "ratios are clipped at 1 + clip_high", above=0.0)
-    scale_rewards: str = parameter(
-        "group",
-        "rewards less their group's mean are divided by the standard deviation (ddof=1) of the "
-        "group or the batch, or by nothing",
-        choices=("group", "batch", "none"),
-    )
+    scale_rewards: str = scale_rewards_parameter()
     loss_aggregation: str = parameter(
         "token-mean",
         "the mean over all tokens of the batch, or over completions of the mean over their tokens",
@@ -55,12 +59,7 @@ class Grpo(Algorithm):
         self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None
     ) -> shared.Advantages:
         """Advantages from the rewards, [P, G], of the whole iteration."""
-        rewards_PG = shared.as_groups(rewards_PG)
-        advantages_PG, spread_P = shared.scale_rewards(
-            rewards_PG, self.scale_rewards, self.min_reward_std, _EPS
-        )
-        kept_P = shared.kept_prompts(rewards_PG, self.drop_all_failed_prompts)
-        return jax.lax.stop_gradient(shared.Advantages(advantages_PG, kept_P, spread_P))
+        return self.advantages(rewards_PG, self.scale_rewards, _EPS)
 
     def objective(self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared):
         """The clipped surrogate; arguments as of `Algorithm.objective`."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Algorithm, Prepared, Tokens
+from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,21 @@ class Rloo(Algorithm):
     """
 
     name: ClassVar[str] = "rloo"
+    own_metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric(
+            "loss",
+            "groups",
+            "the REINFORCE term; 0 on one optimizer step under the on-policy anchor",
+        ),
+    )
 
     def score(
         self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None
     ) -> shared.Advantages:
         """Advantages from the rewards, [P, G], of the whole iteration."""
-        rewards_PG = shared.as_groups(rewards_PG)
-        G = rewards_PG.shape[1]
-        centred_PG, spread_P = shared.scale_rewards(rewards_PG, "none", self.min_reward_std, 0.0)
-        kept_P = shared.kept_prompts(rewards_PG, self.drop_all_failed_prompts)
-        advantages_PG = centred_PG * (G / (G - 1))
-        return jax.lax.stop_gradient(shared.Advantages(advantages_PG, kept_P, spread_P))
+        scores = self.advantages(rewards_PG, "none", eps=0.0)
+        G = scores.advantages_PG.shape[1]
+        return scores._replace(advantages_PG=scores.advantages_PG * (G / (G - 1)))
 
     def objective(self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared):
         """The REINFORCE term; arguments as of `Algorithm.objective`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from adpo_jax.losses import ALGORITHMS
 from adpo_jax.report import figures
 from adpo_jax.report.figures import SERIES, Picture
 from adpo_jax.report.runs import Group, Run, differences, grouped
@@ -18,9 +19,12 @@ CURVES = (
     ("rollout/length_mean", "Length of completions", "tokens"),
     ("rollout/entropy", "Entropy of the policy", "nats a token"),
     ("compare/start_kl", "Distance from the start", "nats a completion"),
-    ("adpo/anchor_kl", "KL to the anchor (ADPO)", "nats a token"),
-    ("adpo/mean_tau", "Temperature (ADPO)", "mean over prompts"),
-    ("grpo/clip_frac", "Clipped tokens (GRPO)", "share"),
+    *(
+        (f"{name}/{metric.name}", f"{metric.title} ({name.upper()})", metric.unit)
+        for name, algorithm in ALGORITHMS.items()
+        for metric in algorithm.declared_metrics()
+        if metric.title
+    ),
     ("groups/zero_std_frac", "Groups without spread", "share"),
     ("rollout/unique_frac", "Different texts in a group", "share"),
     ("rollout/truncated_frac", "Cut off at the limit", "share"),
