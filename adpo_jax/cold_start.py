@@ -10,12 +10,12 @@ import optax
 
 from adpo_jax import sft, update
 from adpo_jax.checkpoints import Checkpoints
-from adpo_jax.guard import SKIPPED, TrainingStopped
+from adpo_jax.guard import TrainingStopped
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.metrics import Writers
 from adpo_jax.policy import Policy
 from adpo_jax.progress import Progress
-from adpo_jax.update import TrainState
+from adpo_jax.update import SKIPPED, TrainState
 
 _LOG_FREQ = 50  # steps
 

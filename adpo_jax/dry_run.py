@@ -165,6 +165,28 @@ def _traced(
     )
 
 
+def _traced_learning(
+    learner: Learner, sequences: Sequences
+) -> dict[str, tuple[jax.stages.Traced, int]]:
+    """The programs "update", and "anchor" where other policies run over the completions."""
+    abstract = sharding.BatchSharding(learner.policy.mesh).abstract
+    state, shape_PG, traced = learner.abstract_state(), sequences.lengths.shape, {}
+    names = list(learner.forwards(state))
+    if names:
+        whole = learner.laid_out(sequences, abstract=True)
+        traced["anchor"] = learner.forward.trace(state.params, abstract(whole.batch)), whole.turns
+    entropy_P = np.zeros(shape_PG[0]) if learner.algorithm.needs_entropy else None
+    scores = learner.algorithm.score(np.zeros(shape_PG), entropy_P=entropy_P)
+    rows = range(learner.plan.mini_prompts)
+    others = dict.fromkeys(names, sequences.values("sampler"))
+    mini = dataclasses.replace(sequences, log_probs=others).select(rows)
+    mini = learner.laid_out(mini, whole_groups=bool(names), abstract=True)
+    scores = jax.tree.map(lambda x: x[: len(rows)], jax.device_get(scores))
+    part = abstract((mini.batch, scores, mini.log_probs))
+    traced["update"] = learner.update.trace(state, *part), mini.turns
+    return traced
+
+
 def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:
     """How often each program runs in an iteration whose completions all have full length."""
     own = -(-config.data.train_batch_size // num_processes)

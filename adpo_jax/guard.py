@@ -6,7 +6,7 @@ too far away (`update`), so that there is always a good state to go on from or t
 
 import dataclasses
 
-SKIPPED = "update/skipped"
+from adpo_jax.update import SKIPPED
 
 
 class TrainingStopped(Exception):

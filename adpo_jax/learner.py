@@ -20,12 +20,11 @@ import numpy as np
 import optax
 
 from adpo_jax import anchor as anchor_lib
-from adpo_jax import distributed, lora, offload, profiling, update
+from adpo_jax import distributed, lora, offload, update
 from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
-from adpo_jax.flops import traced_flops
-from adpo_jax.guard import SKIPPED
 from adpo_jax.losses import Algorithm
+from adpo_jax.meter import Meter
 from adpo_jax.optimizer import steps_taken
 from adpo_jax.packing import PackedBatch, Packing, balanced
 from adpo_jax.policy import Policy
@@ -85,10 +84,10 @@ class Learner:
         if self.anchor.offload:
             offload.check(device, "anchor.offload")
 
-    @functools.cached_property
-    def _update(self) -> Callable:
+    def _make_update(self, **changes) -> Callable:
+        """The optimizer step of this learner; `changes` are of its policy."""
         return update.make_update(
-            self.policy,
+            dataclasses.replace(self.policy, **changes),
             self.algorithm,
             self.optimizer,
             num_micro=self.plan.num_micro,
@@ -97,27 +96,23 @@ class Learner:
         )
 
     @functools.cached_property
-    def _plain_update(self) -> Callable:
-        """The update that recomputes nothing, to count what the model itself asks for."""
-        policy = dataclasses.replace(self.policy, gradient_checkpointing="none")
-        return dataclasses.replace(self, policy=policy)._update
-
-    def _arithmetic(self, state: TrainState, part, turns: int) -> collections.Counter:
-        """Floating-point operations of an update: of the model, and with what is recomputed."""
-        model = traced_flops(self._plain_update.trace(state, *part), turns)
-        all_of_it = traced_flops(self._update.trace(state, *part), turns)
-        return collections.Counter(mfu=model, hfu=all_of_it)
+    def update(self) -> Callable:
+        """The jitted optimizer step, as of `update.make_update`."""
+        return self._make_update()
 
     @functools.cached_property
-    def _log_probs(self) -> Callable:
+    def forward(self) -> Callable:
+        """The jitted forward of other policies, as of `update.make_log_probs`."""
         num_micro = self.plan.num_prompts // self.plan.micro_prompts
         return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
 
     @functools.cached_property
-    def _peak_flops(self) -> float | None:
-        """What the devices can do at most, FLOP/s; None where that is not published."""
+    def meter(self) -> Meter:
+        """What counts the arithmetic of its updates."""
         mesh = self.policy.mesh
-        return profiling.peak_flops(jax.devices()[:1] if mesh is None else list(mesh.devices.flat))
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        plain = functools.partial(self._make_update, gradient_checkpointing="none")
+        return Meter(self.update, plain, devices)
 
     def laid_out(
         self, sequences: Sequences, *, whole_groups: bool = False, abstract: bool = False
@@ -253,27 +248,26 @@ class Learner:
 
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_device(state.opt_state))
-        history, arithmetic = [], collections.Counter()
+        history, operations = [], collections.Counter()
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(sequences.select(rows))]
             mini = self.laid_out(sequences.select(rows), whole_groups=bool(log_probs))
             part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
-            if self._peak_flops:
-                arithmetic += self._arithmetic(state, part, mini.turns)
+            operations += self.meter.count((state, *part), mini.turns)
             with jax.profiler.TraceAnnotation("update"):
-                state, metrics = self._update(state, *part)
+                state, metrics = self.update(state, *part)
                 metrics = jax.device_get(metrics)
             history.append(metrics | {"update/padding_frac": mini.padding_frac})
         seconds = time.perf_counter() - anchored
-        metrics = self._joined(history)
+        declared = (*update.METRICS, *self.algorithm.metrics)
+        metrics = update.joined(declared, history, self.plan.epochs)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
-        for name, flops in arithmetic.items():
-            metrics[f"update/{name}"] = flops / seconds / self._peak_flops
+        metrics |= self.meter.shares(operations, seconds)
         metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = state.anchor_params, False
-        if metrics[SKIPPED] < 1.0:  # or nothing has moved, and neither does the anchor
+        if metrics[update.SKIPPED] < 1.0:  # or nothing has moved, and neither does the anchor
             if self.anchor.offload:
                 anchor_params = offload.to_device(anchor_params)
             # Nats a token between the anchor and the policy before the iteration's last step.
@@ -289,40 +283,11 @@ class Learner:
         """Log-probs and entropies of the completions' tokens, P lists of G arrays [T] float32."""
         order = self._balanced(sequences)
         laid_out = self.laid_out(sequences.select(order))
-        found = distributed.fetch(self._log_probs(params, self.put(laid_out.batch)))
+        found = distributed.fetch(self.forward(params, self.put(laid_out.batch)))
         places = np.argsort(order)
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
-    def trace(self, sequences: Sequences) -> dict[str, tuple[jax.stages.Traced, int]]:
-        """The programs of `learn`, from shapes alone: "update", and "anchor" where it is needed.
-
-        Args:
-          sequences: of an iteration, as for `learn`; only their lengths matter.
-
-        Returns:
-          For each name the program and how often its loop over micro-batches turns.
-        """
-        state, lengths_PG = self.abstract_state(), sequences.lengths
-        traced, names = {}, list(self._forwards(state))
-        if names:
-            whole = self.laid_out(sequences, abstract=True)
-            program = self._log_probs.trace(state.params, self._abstract(whole.batch))
-            traced["anchor"] = (program, whole.turns)
-        entropy_P = jnp.zeros(len(lengths_PG)) if self.algorithm.needs_entropy else None
-        score = functools.partial(self.algorithm.score, entropy_P=entropy_P)
-        scores = jax.device_get(score(jnp.zeros(lengths_PG.shape)))
-        log_probs = dict.fromkeys(names, sequences.values("sampler"))
-        rows = np.arange(self.plan.mini_prompts)
-        mini = dataclasses.replace(sequences, log_probs=log_probs).select(rows)
-        mini = self.laid_out(mini, whole_groups=bool(names), abstract=True)
-        part = self._abstract((mini.batch, _rows(scores, rows), mini.log_probs))
-        traced["update"] = (self._update.trace(state, *part), mini.turns)
-        return traced
-
-    def _abstract(self, tree):
-        return BatchSharding(self.policy.mesh).abstract(tree)
-
-    def _forwards(self, state: TrainState) -> dict[str, Callable]:
+    def forwards(self, state: TrainState) -> dict[str, Callable]:
         """The policies whose log-probs an iteration wants, and how to get their parameters."""
 
         def anchor():
@@ -343,7 +308,7 @@ class Learner:
         The entropy is None where the algorithm does not need it.
         """
         log_probs, entropy_P = {}, None
-        for name, params in self._forwards(state).items():
+        for name, params in self.forwards(state).items():
             log_probs[name], entropy = self.log_probs(params(), sequences)
             if name == "anchor" and self.algorithm.needs_entropy:
                 entropy_P = self._mean_entropy(sequences, entropy)
@@ -373,26 +338,6 @@ class Learner:
     def put(self, tree):
         """Host arrays with a leading batch axis -> device arrays, spread over the mesh."""
         return BatchSharding(self.policy.mesh).put(tree)
-
-    def _joined(self, history: list[dict]) -> dict[str, float]:
-        """Metrics of an iteration from those of its optimizer steps.
-
-        Means over tokens are weighted by tokens and counts are summed over an epoch, so that they
-        do not depend on the size of a mini-batch.
-        """
-        over = {metric.name: metric.over for metric in (*update.METRICS, *self.algorithm.metrics)}
-        tokens = [m["update/tokens"] for m in history]
-        weights = {"tokens": tokens if sum(tokens) > 0 else None}
-        metrics = {}
-        for name in history[0]:
-            values = [m[name] for m in history]
-            if over[name] == "first":
-                metrics[name] = float(values[0])
-            elif over[name] == "sum":
-                metrics[name] = float(sum(values)) / self.plan.epochs
-            else:
-                metrics[name] = float(np.average(values, weights=weights.get(over[name])))
-        return metrics
 
 
 def _rows(tree, rows: np.ndarray):

@@ -87,9 +87,7 @@ def prepare(
         folder = RunFolder(workdir, writes=distributed.is_leader())
         folder.check(config, **options)
         parts = build(config)
-        source = (
-            _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
-        )
+        source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
         source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
         contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither

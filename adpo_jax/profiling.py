@@ -1,6 +1,4 @@
-"""What a run ran on and where its time and memory went: versions and devices, xprof traces, the
-use of memory, the peak of the devices.
-"""
+"""What a run ran on and where its time and memory went: versions, devices, xprof traces, memory."""
 
 import contextlib
 import importlib.metadata
@@ -12,8 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-
-from adpo_jax.chips import chip_of
 
 
 class Profiler:
@@ -97,9 +93,3 @@ def _resident_bytes() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_flops(devices: list) -> float | None:
-    """The published peak of all devices together, FLOP/s; None where one is not known."""
-    chips = [chip_of(device) for device in devices]
-    return None if None in chips else sum(chip.flops for chip in chips)

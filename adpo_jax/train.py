@@ -35,7 +35,6 @@ from adpo_jax import metrics as metrics_lib
 from adpo_jax.checkpoint_files import CheckpointError
 from adpo_jax.checkpoints import Checkpoints, Restored
 from adpo_jax.evaluation import evaluate
-from adpo_jax.guard import SKIPPED
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.preparation import Run, abstract_state, prepare
 from adpo_jax.progress import Progress
@@ -44,7 +43,7 @@ from adpo_jax.rewards import RewardError
 from adpo_jax.rollout import reward_metrics, rollout_metrics, sample_records
 from adpo_jax.run_folder import RunFolder
 from adpo_jax.setup import Parts
-from adpo_jax.update import TrainState
+from adpo_jax.update import SKIPPED, TrainState
 
 
 class Iteration(NamedTuple):

@@ -15,12 +15,13 @@ micro-batches, C completion places of a stream.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -32,6 +33,8 @@ from adpo_jax.losses.shared import k3
 from adpo_jax.packing import PackedBatch
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch
+
+SKIPPED = "update/skipped"
 
 # What an update measures besides the algorithm's own; a metric over "steps" is a mean over
 # optimizer steps, one over "first" that of the first, before the policy has moved.
@@ -45,7 +48,7 @@ METRICS = (
     Metric("rollout/entropy", "tokens", "the policy's mean token entropy, nats"),
     Metric("update/tokens", "sum", "completion tokens trained on, an epoch"),
     Metric("update/grad_norm", "steps", "global norm of the gradient before clipping"),
-    Metric("update/skipped", "steps", "share of the optimizer steps that were not sound"),
+    Metric(SKIPPED, "steps", "share of the optimizer steps that were not sound"),
     Metric("update/padding_frac", "steps", "share of the places that hold no token"),
 )
 
@@ -333,7 +336,7 @@ def make_update(
             (moved, opt_state),
             (trained, state.opt_state),
         )
-        metrics["update/skipped"] = 1.0 - sound
+        metrics[SKIPPED] = 1.0 - sound
         return state.replace(params=lora.join(trained, frozen), opt_state=opt_state), metrics
 
     return jax.jit(update, donate_argnums=0)
@@ -361,4 +364,31 @@ def _sampling_metrics(log_probs, entropy, layout: Layout) -> dict[str, jax.Array
     if entropy is not None:
         total = jnp.sum(jnp.where(trained, entropy, 0.0))
         metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
+    return metrics
+
+
+def joined(
+    declared: Sequence[Metric], history: Sequence[Mapping[str, Any]], epochs: int
+) -> dict[str, float]:
+    """Metrics of an iteration from those of its optimizer steps.
+
+    Means over tokens are weighted by tokens and counts are summed over an epoch, so that they do
+    not depend on the size of a mini-batch.
+
+    Args:
+      declared: how each metric is averaged.
+      history: of each step, "update/tokens" among them.
+    """
+    over = {metric.name: metric.over for metric in declared}
+    tokens = [float(m["update/tokens"]) for m in history]
+    weights = {"tokens": tokens if sum(tokens) > 0 else None}
+    metrics = {}
+    for name in history[0]:
+        values = [float(m[name]) for m in history]
+        if over[name] == "first":
+            metrics[name] = values[0]
+        elif over[name] == "sum":
+            metrics[name] = sum(values) / epochs
+        else:
+            metrics[name] = float(np.average(values, weights=weights.get(over[name])))
     return metrics

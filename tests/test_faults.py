@@ -15,9 +15,10 @@ from test_train import TINY, scalars, train
 from adpo_jax import checkpoints as checkpoints_lib
 from adpo_jax import recording, setup
 from adpo_jax.checkpoints import Checkpoints, SaveError
-from adpo_jax.guard import SKIPPED, Guard, TrainingStopped
+from adpo_jax.guard import Guard, TrainingStopped
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
+from adpo_jax.update import SKIPPED
 
 SHORT = (
     *TINY,

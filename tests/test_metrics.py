@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import runpy
 import sys
@@ -17,9 +16,10 @@ import rich.console
 from jax.sharding import PartitionSpec
 from test_config import parse
 
-from adpo_jax import metric_names, profiling, setup, sharding, trackers
+from adpo_jax import metric_names, setup, sharding, trackers
 from adpo_jax.flops import traced_flops
 from adpo_jax.losses import ALGORITHMS, Adpo
+from adpo_jax.meter import Meter
 from adpo_jax.metrics import JsonlWriter, make_writer, markdown_table, read_jsonl
 from adpo_jax.progress import Progress
 from adpo_jax.trackers import TRACKERS
@@ -325,36 +325,11 @@ def test_flops_of_a_shard_map_are_those_of_all_parts_but_not_of_devices_with_the
 
 
 def test_a_device_without_a_published_peak_has_no_mfu():
-    assert profiling.peak_flops(jax.devices()[:1]) is None
+    program = jax.jit(lambda x: x @ x)
+    args = (jnp.ones((4, 4)),)
+    assert not Meter(program, None, jax.devices()[:1]).count(args, 1)
     chip = types.SimpleNamespace(device_kind="TPU v5 lite")
-    assert profiling.peak_flops([chip, chip]) == 2 * 197e12
-
-
-def test_memory_is_that_of_the_process_and_of_devices_that_tell():
-    metrics = profiling.memory_metrics()
-    assert set(metrics) == {"memory/host_gib"}  # a CPU device does not tell
-    assert 0.05 < metrics["memory/host_gib"] < 1000
-
-
-@pytest.mark.parametrize(
-    ("steps", "text"),
-    [
-        ("(3,)", "profile_steps is the first and the last"),
-        ("(0, 2)", "profile_steps is the first and the last"),
-        ("(4, 3)", "profile_steps is the first and the last"),
-        ("(51, 60)", "begins at iteration 51, and there are 50"),
-    ],
-)
-def test_steps_to_profile_that_are_no_range_of_the_run_are_refused(steps, text):
-    config = parse(f"--config.trainer.profile_steps={steps}")
-    with pytest.raises(ValueError, match=text):
-        setup.build(config)
-
-
-def test_the_ids_of_trackers_are_kept_in_the_run_folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", StandIn())
-    config = parse("--config.trainer.logger=('wandb',)")
-    setup.make_trackers(config, tmp_path)
-    before = json.loads((tmp_path / "trackers.json").read_text())
-    setup.make_trackers(config, tmp_path)
-    assert json.loads((tmp_path / "trackers.json").read_text()) == before
+    meter = Meter(program, lambda: program, [chip, chip])
+    counted = meter.count(args, 1)
+    assert counted == {"update/mfu": 128, "update/hfu": 128}
+    assert meter.shares(counted, 2.0)["update/mfu"] == 128 / 2.0 / (2 * 197e12)

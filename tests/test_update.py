@@ -311,9 +311,9 @@ def test_arithmetic_of_the_model_leaves_out_what_is_recomputed():
         learner = make_learner(policy)
         scores = learner.algorithm.score(jnp.asarray(rewards))
         part = (learner.laid_out(batch.sequences()).batch, scores, None)
-        found[remat] = learner._arithmetic(learner.init_state(params), part, 1)
-    assert found["none"]["mfu"] == found["none"]["hfu"] == found["full"]["mfu"]
-    assert found["full"]["hfu"] > 1.1 * found["full"]["mfu"]
+        found[remat] = learner.meter.operations((learner.init_state(params), *part), 1)
+    assert found["none"]["update/mfu"] == found["none"]["update/hfu"] == found["full"]["update/mfu"]
+    assert found["full"]["update/hfu"] > 1.1 * found["full"]["update/mfu"]
 
 
 def test_the_anchor_forward_runs_in_micro_batches_of_the_update():
@@ -382,8 +382,8 @@ def test_an_update_of_rows_compiles_once_a_run():
     for seed in range(3):
         batch, rewards = tiny.batch(seed=seed)
         state, _ = learner.learn(state, batch.sequences(), rewards)
-    assert learner._update._cache_size() == 1
-    assert learner._log_probs._cache_size() == 1
+    assert learner.update._cache_size() == 1
+    assert learner.forward._cache_size() == 1
 
 
 def test_state_that_waits_on_the_host_changes_nothing_but_its_place():
