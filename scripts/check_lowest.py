@@ -6,6 +6,8 @@ makes the virtual environment `.venv-lowest`, installs each direct dependency in
 (what those depend on comes in the version that pip picks), imports every module of the package and
 runs a short selection of tests. What fails here shows a bound that has to rise.
 
+Python is the lowest too: some of these versions have no wheels for a newer one.
+
 Extras of one accelerator and those that pin a version are left out. Warnings are no errors here:
 an old version may well be deprecated by a newer one of something else.
 """
@@ -20,6 +22,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+LOWEST_PYTHON = tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
 EXTRAS = ("hub", "serve", "report")
 # The tests' own tools are not the package's, so they come in the version that pip picks.
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "chex", "openai")
@@ -55,9 +59,8 @@ def lowest(requirement: str) -> str:
 
 def requirements() -> list[str]:
     """The direct dependencies of the package and of `EXTRAS`, each in its lowest version."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    listed = project["dependencies"] + [name for extra in EXTRAS for name in extras[extra]]
+    extras = PROJECT["optional-dependencies"]
+    listed = PROJECT["dependencies"] + [name for extra in EXTRAS for name in extras[extra]]
     return [lowest(requirement) for requirement in listed]
 
 
@@ -67,6 +70,9 @@ def main() -> None:
     folder = parser.parse_args().venv
     if folder.exists():
         sys.exit(f"there is a {folder} already, and this wants a fresh one: remove it first")
+    if sys.version_info[:2] != LOWEST_PYTHON:
+        wanted = ".".join(map(str, LOWEST_PYTHON))
+        sys.exit(f"run this with Python {wanted}, given {sys.version.split()[0]}")
     wanted = requirements()
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
