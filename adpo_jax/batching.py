@@ -218,7 +218,9 @@ class DecodeLoop:
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
             return []
-        starts, admitted = self.schedule.start()
+        starts, admitted = self.schedule.start(
+            lambda request: len(request.prompt) - 1 <= self.sizes.prefix
+        )
         if admitted:
             self._prefill(admitted)
         # Before the batch shrinks: `starts` speak of the slots and rows as they are now.

@@ -186,8 +186,13 @@ class Schedule:
         self._queue.append(_Queued(group, list(samples), part or len(samples)))
         self.num_waiting += len(samples)
 
-    def start(self) -> tuple[list[Start], dict[int, Hashable]]:
+    def start(
+        self, admits: Callable[[Hashable], bool] = lambda group: True
+    ) -> tuple[list[Start], dict[int, Hashable]]:
         """Fills free slots from the queue.
+
+        Args:
+          admits: whether a group's prompt fits a row; one that does not holds the queue up.
 
         Returns:
           the samples that start, and the group of each prefix row that has to be prefilled.
@@ -195,7 +200,7 @@ class Schedule:
         starts, admitted = [], {}
         for shard in range(self.num_shards):
             starts += self._fill(shard)
-        while self._queue:
+        while self._queue and admits(self._queue[0].group):
             roomy = max(
                 (shard for shard in range(self.num_shards) if self._free_rows[shard]),
                 key=lambda shard: len(self._free_slots[shard]),
@@ -268,18 +273,21 @@ class Schedule:
     def lay_out(self, num_slots: int, num_rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Moves all samples into batches of other sizes, the live ones into the first slots.
 
-        The prefix rows follow. No sample leaves its shard. Where rows are narrower than a group,
-        it has several.
+        The prefix rows follow. No live sample leaves its shard. Where rows are narrower than a
+        group, it has several. Where there are too few rows for all that was admitted, those that
+        wait for a slot go back to the queue.
 
         Args:
           num_slots: at least `needed_slots`, a multiple of the shards.
-          num_rows: at least `rows_needed(width)`, a multiple of the shards.
+          num_rows: enough for the live samples, a multiple of the shards.
 
         Returns:
           [new B] int32, the old slot of each new one, the old B where it is free; and
           [new P] int32, the old prefix row of each new one.
         """
         assert self.needed_slots <= num_slots
+        if self.rows_needed(width) > num_rows:
+            self._requeue_admitted()
         assert self.rows_needed(width) <= num_rows
         entries, in_slot = self._entries(), self.in_slot
         order = np.full(num_slots, self.num_slots, np.int32)
@@ -314,6 +322,16 @@ class Schedule:
             self._free_slots[shard] = list(slots[shard][len(live) :])
             self._free_rows[shard] = list(range(row, rows[shard].stop))
         return order, source
+
+    def _requeue_admitted(self):
+        """Puts the samples that were admitted and wait for a slot at the head of the queue."""
+        for entries in reversed(self._admitted):
+            groups = collections.defaultdict(list)
+            for entry in entries:
+                groups[entry.group].append(entry.sample)
+            for group, samples in reversed(groups.items()):
+                self._queue.appendleft(_Queued(group, samples, len(samples)))
+            entries.clear()
 
     def narrow_width(self, num_slots: int, num_rows: int, most: int) -> int:
         """A width of rows that holds the admitted samples, when the batch shrinks to these sizes.

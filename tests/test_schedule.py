@@ -83,6 +83,16 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards,
     assert len(started) == 4 * groups
 
 
+def test_a_prompt_that_no_row_holds_waits_and_those_behind_it_too():
+    schedule = Schedule(4, 4)
+    for group in ("short", "long", "short too"):
+        schedule.add(group, [group])
+    starts, _ = schedule.start(lambda group: group != "long")
+    assert [start.group for start in starts] == ["short"]
+    starts, _ = schedule.start()
+    assert [start.group for start in starts] == ["long", "short too"]
+
+
 def test_one_group_keeps_every_shard_busy():
     schedule = schedule_of(num_groups=1, n=8, num_slots=8, num_rows=4, num_shards=4)
     starts, admitted = schedule.start()
@@ -136,13 +146,17 @@ def test_every_sample_stays_beside_its_prompt_through_sizes_of_all_kinds(seed, s
         slots = max(int(rng.integers(4, 9)) * shards, schedule.needed_slots)
         width = int(rng.choice([1, 4]))
         rows = -(-max(schedule.rows_needed(width), slots // width) // shards) * shards
+        if turn % 3 == 0:  # enough for the live ones; those that wait may lose their rows
+            rows = slots
         _, source = schedule.lay_out(slots, rows, width)
         prompt_in_row = prompt_in_row[source] if len(prompt_in_row) else np.full(rows, -1)
         assert_consistent(schedule, prompt_in_row)
         starts, admitted = schedule.start()
         for row, group in admitted.items():
             prompt_in_row[row] = group
+        assert not started & {start.sample for start in starts}
         started |= {start.sample for start in starts}
+        assert schedule.num_waiting == added - len(started) - len(dropped)
         assert_consistent(schedule, prompt_in_row)
         for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 5)]:
             ended += 1
