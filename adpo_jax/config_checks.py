@@ -102,12 +102,18 @@ def _check_anchor(config: ConfigDict) -> None:
 def _refuse_kl_without_effect(config: ConfigDict) -> None:
     actor = config.actor_rollout_ref.actor
     one_step = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
-    for key in ("algorithm.beta_anchor_kl", "trainer.max_anchor_kl"):
-        if _value(config, key) and one_step and config.anchor.mode == "on_policy":
+    if not one_step or config.anchor.mode != "on_policy":
+        return
+    kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
+    cures = ["take more steps by ppo_epochs or ppo_mini_batch_size"]
+    cures += [] if kind.on_policy_anchor else ["set anchor.mode=fixed"]
+    reference = "set algorithm.beta_reference_kl, which pulls to the policy before the first step"
+    for key, more in (("algorithm.beta_anchor_kl", [reference]), ("trainer.max_anchor_kl", [])):
+        if _value(config, key):
             raise ValueError(
                 f"{key}={_value(config, key)} has no effect on one optimizer step an iteration "
-                "under the on-policy anchor, where the KL and its gradient are 0; set "
-                "anchor.mode=fixed, or more steps by ppo_epochs or ppo_mini_batch_size"
+                "under the on-policy anchor, where the KL and its gradient are 0: "
+                f"{', or '.join(cures + more)}"
             )
 
 

@@ -2,7 +2,10 @@
 
     python -m adpo_jax.main --config=configs/gsm8k_grpo.py
 
-The baseline to compare ADPO with. Not yet run at this size: no result is claimed here.
+The baseline to compare ADPO with. Not yet run at this size: no result is claimed here. It has no
+pull to the policy before the first iteration; DeepSeekMath's is
+`--config.algorithm.beta_reference_kl=0.04`, and costs a copy of the parameters and a forward an
+iteration.
 """
 
 import runpy

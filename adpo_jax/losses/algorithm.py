@@ -96,7 +96,7 @@ SHARED_METRICS = (
     Metric(
         "zero_std_frac",
         "groups",
-        "of groups whose rewards count as all equal (min_reward_std)",
+        "of groups whose rewards count as all equal by min_reward_std",
         unit="share",
     ),
 )
