@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import cache_plan, kernels
+from adpo_jax import cache_plan, cpu, kernels
 from adpo_jax import schedule as schedule_lib
 from adpo_jax.decode import DecodeState, Verbs
 from adpo_jax.generation import Generation, GroupOutput
@@ -30,8 +30,6 @@ from adpo_jax.policy import Policy
 from adpo_jax.sampling import SamplingParams
 from adpo_jax.sharding import RULES, mesh_axis_size
 
-# Layers run one by one up to this depth on a CPU; beyond it, compile time would grow too far.
-MAX_UNROLLED_LAYERS = 12
 # A CPU's batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
 SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 MIN_SLOTS = 8
@@ -352,7 +350,7 @@ def _layout(policy: Policy, cache_dtype: Any, attention: str, on_cpu: bool) -> C
         num_kv_heads=c.num_kv_heads,
         head_dim=c.head_dim,
         dtype=jnp.dtype(policy.dtype if cache_dtype is None else cache_dtype),
-        stacked=not (plain_on_cpu and c.num_layers <= MAX_UNROLLED_LAYERS),
+        stacked=not (plain_on_cpu and c.num_layers <= cpu.MAX_UNROLLED_LAYERS),
         transposed_keys=plain_on_cpu,
     )
 

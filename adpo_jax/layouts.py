@@ -156,7 +156,7 @@ class PackedMicro(NamedTuple):
         attend = policy.stream_attention(
             Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles)
         )
-        hidden, _ = policy(params, streams.tokens, streams.positions, attend=attend)
+        hidden, *_ = policy(params, streams.tokens, streams.positions, attend=attend)
         return hidden[:, -streams.targets.shape[1] :], streams.targets
 
     def values(self, values_PGT):
