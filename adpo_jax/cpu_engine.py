@@ -6,11 +6,9 @@ the engine as a number or a flag.
 
 import dataclasses
 
-from adpo_jax import cache_plan
+from adpo_jax import cache_plan, cpu
 from adpo_jax.schedule import doubling_sizes, slot_buckets
 
-# Layers run one by one up to this depth; beyond it, compile time would grow too far.
-MAX_UNROLLED_LAYERS = 12
 # The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
 SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 MIN_SLOTS = 8
@@ -69,7 +67,7 @@ def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTunin
     # A kernel that is interpreted here takes a cache as it lies elsewhere.
     plain = attention in ("auto", "xla")
     return EngineTuning(
-        stacked=not (plain and num_layers <= MAX_UNROLLED_LAYERS),
+        stacked=not (plain and num_layers <= cpu.MAX_UNROLLED_LAYERS),
         transposed_keys=plain,
         shrinks=True,
         default_slots=DEFAULT_CPU_SLOTS,

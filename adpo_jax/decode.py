@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adpo_jax import kernels, kv_cache, sampling, sharding
+from adpo_jax import cpu, kernels, kv_cache, parameters, sampling, sharding
 from adpo_jax.kv_cache import KV, CacheLayout, View
-from adpo_jax.lora import merged_layer
-from adpo_jax.model import fused_layer
 from adpo_jax.policy import Policy
 from adpo_jax.sampling import Alternatives, Knobs, Method
 from adpo_jax.sharding import constrain
@@ -101,23 +99,20 @@ class Verbs:
     @functools.partial(jax.jit, static_argnums=0)
     def _cast(self, params):
         def cast(path, leaf):
-            return leaf if path[-1].key.endswith("norm") else leaf.astype(self.policy.dtype)
+            wide = parameters.at(tuple(key.key for key in path)).wide
+            return leaf if wide else leaf.astype(self.policy.dtype)
 
         return jax.tree_util.tree_map_with_path(cast, params)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _unstacked(self, params):
-        layers = params["layers"]
-        each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(self.layout.num_layers)]
-        if self.policy.lora and self.policy.dtype == jnp.float32:
-            each = [merged_layer(layer, self.policy.lora.scale) for layer in each]
-        params = {**params, "layers": tuple(each)}
-        if self.policy.mesh is None or self.policy.mesh.size == 1:
-            params["layers"] = tuple(map(fused_layer, each))
-            if self.policy.config.tie_embeddings:
-                # A small batch's product with the table as it lies turns it first: twice the time.
-                params["head"] = params["embed"].T
-        return params
+        policy = self.policy
+        merge = policy.lora and policy.dtype == jnp.float32
+        return cpu.decoding_params(
+            params,
+            lora_scale=policy.lora.scale if merge else None,
+            join=policy.mesh is None or policy.mesh.size == 1,
+        )
 
     def abstract_params(self):
         """The shapes and layout of what `load_params` returns."""
@@ -203,7 +198,7 @@ class Verbs:
             return out, kv_cache.write_layer(kv, layer.index, self.layout.pack(k, v), axes)
 
         empty = self.sharded(self.layout.zeros(rows, T))
-        _, kv = self.policy(params, tokens, positions, empty, attend)
+        _, kv, _ = self.policy(params, tokens, positions, empty, attend)
         return Prefixes(kv, true_length)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -362,7 +357,7 @@ class Verbs:
             )
             return out[:, None], own
 
-        hidden, own = self.policy(
+        hidden, own, _ = self.policy(
             params, slots.token[:, None], slots.position[:, None], state.own, attend
         )
         return hidden[:, 0], own

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from adpo_jax import hf_weights
 from adpo_jax.hf_tensors import GEMMA3_PREFIXES, GEMMA3_VISION
-from adpo_jax.model import ModelConfig
+from adpo_jax.model_config import ModelConfig
 from adpo_jax.safetensors_files import Checkpoint
 
 # What a language model needs, and not the other formats beside it.

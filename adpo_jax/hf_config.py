@@ -15,7 +15,7 @@ from adpo_jax.hf_families import (
     SUPPORTED_MODEL_TYPES,
     Family,
 )
-from adpo_jax.model import ModelConfig
+from adpo_jax.model_config import ModelConfig
 from adpo_jax.rope import SUPPORTED_TYPES, Rope
 
 ROPE_KEYS = {

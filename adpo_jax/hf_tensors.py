@@ -1,7 +1,6 @@
 """Where every parameter lies in a Hugging Face checkpoint; loading and saving both follow it.
 
-Letters: V vocabulary, D model width, H heads, K key/value heads, h head dimension, F width of the
-MLP.
+The names and the axes on disk are those of the table (`parameters`).
 """
 
 import dataclasses
@@ -9,60 +8,11 @@ import functools
 import math
 import re
 
-from adpo_jax.model import ModelConfig
+import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One parameter's place in a checkpoint.
-
-    Attributes:
-      hf_name: below `model.layers.<i>.` for a parameter of a layer.
-      hf_axes: the dimensions on disk; "Hh D" is a matrix [H * h, D].
-      axes: the same letters in the order of the parameter tree (without its leading layers).
-    """
-
-    hf_name: str
-    hf_axes: str
-    axes: str
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The transposition from the letters on disk to those of the tree."""
-        return tuple(self.hf_axes.replace(" ", "").index(axis) for axis in self.axes)
-
-
-TOP_TENSORS = {
-    "embed": Tensor("model.embed_tokens.weight", "V D", "VD"),
-    "final_norm": Tensor("model.norm.weight", "D", "D"),
-    "head": Tensor("lm_head.weight", "V D", "DV"),
-}
-LAYER_TENSORS = {
-    "attn_norm": Tensor("input_layernorm.weight", "D", "D"),
-    "q": Tensor("self_attn.q_proj.weight", "Hh D", "DHh"),
-    "k": Tensor("self_attn.k_proj.weight", "Kh D", "DKh"),
-    "v": Tensor("self_attn.v_proj.weight", "Kh D", "DKh"),
-    "o": Tensor("self_attn.o_proj.weight", "D Hh", "HhD"),
-    "q_bias": Tensor("self_attn.q_proj.bias", "Hh", "Hh"),
-    "k_bias": Tensor("self_attn.k_proj.bias", "Kh", "Kh"),
-    "v_bias": Tensor("self_attn.v_proj.bias", "Kh", "Kh"),
-    "o_bias": Tensor("self_attn.o_proj.bias", "D", "D"),
-    "q_norm": Tensor("self_attn.q_norm.weight", "h", "h"),
-    "k_norm": Tensor("self_attn.k_norm.weight", "h", "h"),
-    "mlp_norm": Tensor("post_attention_layernorm.weight", "D", "D"),
-    "gate": Tensor("mlp.gate_proj.weight", "F D", "DF"),
-    "up": Tensor("mlp.up_proj.weight", "F D", "DF"),
-    "down": Tensor("mlp.down_proj.weight", "D F", "FD"),
-    "gate_bias": Tensor("mlp.gate_proj.bias", "F", "F"),
-    "up_bias": Tensor("mlp.up_proj.bias", "F", "F"),
-    "down_bias": Tensor("mlp.down_proj.bias", "D", "D"),
-}
-# Gemma 2 and 3 put a norm on either side of attention and MLP: the same name, another place.
-POST_NORM_TENSORS = {
-    "attn_post_norm": Tensor("post_attention_layernorm.weight", "D", "D"),
-    "mlp_norm": Tensor("pre_feedforward_layernorm.weight", "D", "D"),
-    "mlp_post_norm": Tensor("post_feedforward_layernorm.weight", "D", "D"),
-}
+from adpo_jax import parameters
+from adpo_jax.model_config import ModelConfig
+from adpo_jax.parameters import Parameter, Path
 
 # Buffers that old versions of transformers wrote, computed from the config.
 HARMLESS_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -79,11 +29,10 @@ GEMMA3_VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 class Leaf:
     """One parameter of a model: its tensors on disk, one a layer (or one alone)."""
 
-    path: tuple[str, ...]
-    tensor: Tensor
+    path: Path
+    parameter: Parameter
     hf_names: tuple[str, ...]
-    split_shape: tuple[int, ...]  # on disk, one dimension a letter
-    hf_shape: tuple[int, ...]
+    sizes: tuple[int, ...]  # of the letters of its axes
 
     def of(self, params):
         """This leaf of a parameter tree."""
@@ -94,40 +43,56 @@ class Leaf:
         return self.path[0] == "layers"
 
     @property
+    def split_shape(self) -> tuple[int, ...]:
+        """Of a tensor on disk, one dimension a letter."""
+        return tuple(size for group in self._groups for size in group)
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        return tuple(map(math.prod, self._groups))
+
+    @property
+    def _groups(self) -> list[list[int]]:
+        sizes = dict(zip(self.parameter.axes, self.sizes))
+        return [[sizes[letter] for letter in group] for group in self.parameter.hf_axes.split()]
+
+    @property
     def order(self) -> tuple[int, ...]:
         """The transposition from disk to tree, stacked layers included."""
         if not self.stacked:
-            return self.tensor.order
-        return (0, *(axis + 1 for axis in self.tensor.order))
+            return self.parameter.order
+        return (0, *(axis + 1 for axis in self.parameter.order))
+
+    @property
+    def disk_order(self) -> tuple[int, ...]:
+        """The transposition of one layer from the tree to disk."""
+        return tuple(np.argsort(self.parameter.order).tolist())
+
+
+def layer_tensor(layer: int, hf_name: str) -> str:
+    """The whole name of a layer's tensor."""
+    return f"model.layers.{layer}.{hf_name}"
 
 
 def leaves(config: ModelConfig, params) -> list[Leaf]:
-    """The checkpoint's view of a parameter tree, in the order of a checkpoint.
+    """The checkpoint's view of a parameter tree, in the order of the table.
 
     Args:
-      params: arrays or `jax.ShapeDtypeStruct`s.
+      params: arrays or `jax.ShapeDtypeStruct`s, adapters or weights or both.
     """
-    sizes = {
-        "V": config.vocab_size,
-        "D": config.hidden_size,
-        "H": config.num_heads,
-        "K": config.num_kv_heads,
-        "h": config.head_dim,
-        "F": config.intermediate_size,
-    }
-    layer_tensors = LAYER_TENSORS | (POST_NORM_TENSORS if config.post_norms else {})
 
-    def leaf(path, tensor, hf_names):
-        groups = [[sizes[axis] for axis in group] for group in tensor.hf_axes.split()]
-        split_shape = tuple(size for group in groups for size in group)
-        return Leaf(path, tensor, hf_names, split_shape, tuple(math.prod(g) for g in groups))
+    def leaf(path, row, param):
+        if path[0] != "layers":
+            return Leaf(path, row, (row.hf_name,), tuple(param.shape))
+        L, *sizes = param.shape
+        names = tuple(layer_tensor(i, row.hf_name) for i in range(L))
+        return Leaf(path, row, names, tuple(sizes))
 
-    found = []
-    for name, param in params["layers"].items():
-        tensor = layer_tensors[name]
-        hf_names = tuple(f"model.layers.{i}.{tensor.hf_name}" for i in range(param.shape[0]))
-        found.append(leaf(("layers", name), tensor, hf_names))
-    for name in params.keys() - {"layers"}:
-        found.append(leaf((name,), TOP_TENSORS[name], (TOP_TENSORS[name].hf_name,)))
-    order = [*TOP_TENSORS, *layer_tensors]
-    return sorted(found, key=lambda leaf: order.index(leaf.path[-1]))
+    held = parameters.by_path(params)
+    rows = parameters.of_model(config)
+    for row in tuple(rows.values()):
+        if row.adapter_inputs:
+            rows |= {("layers", adapter.name): adapter for adapter in row.adapter()}
+    unknown = held.keys() - rows.keys()
+    assert not unknown, f"parameters that the table does not give this model: {unknown}"
+    return [leaf(path, row, held[path]) for path, row in rows.items() if path in held]

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from adpo_jax import lora
-from adpo_jax.hf_tensors import HARMLESS_TENSORS, TOP_TENSORS, Leaf, leaves
-from adpo_jax.model import ModelConfig
+from adpo_jax import lora, parameters
+from adpo_jax.hf_tensors import HARMLESS_TENSORS, Leaf, leaves
+from adpo_jax.model_config import ModelConfig
 from adpo_jax.safetensors_files import Checkpoint
 
 # --- reading
@@ -64,7 +64,7 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
 
 def _account_for_all(config: ModelConfig, all_leaves: list[Leaf], checkpoint: Checkpoint) -> None:
     wanted = {name: leaf.hf_shape for leaf in all_leaves for name in leaf.hf_names}
-    head, embed = TOP_TENSORS["head"].hf_name, TOP_TENSORS["embed"].hf_name
+    head, embed = (parameters.at((name,)).hf_name for name in ("head", "embed"))
     tied_copy = config.tie_embeddings and head in checkpoint
     missing = [name for name in wanted if name not in checkpoint]
     unexpected = [
@@ -226,13 +226,12 @@ def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> 
         sharding = NamedSharding(sharding.mesh, PartitionSpec())
     else:
         sharding = None
-    order = tuple(np.argsort(leaf.tensor.order).tolist())
     return _to_disk_layout(
         param,
         layer,
         adapter,
         scale=lora_scale,
-        order=order,
+        order=leaf.disk_order,
         shape=leaf.hf_shape,
         dtype=dtype,
         sharding=sharding,

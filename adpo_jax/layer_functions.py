@@ -5,18 +5,12 @@ Letters: T tokens of all rows, D width, F width of the output.
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from adpo_jax.cpu_fusion import made, sum_of_columns, sum_of_rows
-
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-}
+from adpo_jax.cpu import made, sum_of_columns, sum_of_rows
+from adpo_jax.model_config import ACTIVATIONS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -194,7 +194,7 @@ class PackedMicro(NamedTuple):
         attend = policy.stream_attention(
             Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles - 1)
         )
-        hidden, _ = policy(params, streams.tokens, streams.positions, attend=attend)
+        hidden, *_ = policy(params, streams.tokens, streams.positions, attend=attend)
         return hidden[:, -streams.targets.shape[1] :], streams.targets
 
     def of(self, values):

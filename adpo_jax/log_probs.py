@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from adpo_jax.model import ModelConfig
+from adpo_jax.model_config import ModelConfig
 from adpo_jax.sharding import axes_that_split
 
 # Tokens of a device whose logits are alive at once; at V = 151,936 that is 0.6 GB of float32.

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The weights that can have an adapter, and how many of their axes are summed over.
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+from adpo_jax import parameters
+from adpo_jax.parameters import adapter_names, is_adapter
+
 ALL_TARGETS = "all-linear"
 
 
@@ -31,22 +32,22 @@ class Lora:
     Attributes:
       rank: R.
       alpha: A B is multiplied by alpha / rank, so that a change of rank needs no other rate.
-      targets: the weights that have an adapter, some of `INPUT_AXES`.
+      targets: the weights that have an adapter, some of `parameters.adaptable()`.
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = tuple(INPUT_AXES)
+    targets: tuple[str, ...] = tuple(parameters.adaptable())
 
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"the rank of LoRA is at least 1, given {self.rank}")
         if self.alpha <= 0:
             raise ValueError(f"the alpha of LoRA is above 0, given {self.alpha}")
-        unknown = [name for name in self.targets if name not in INPUT_AXES]
-        if unknown or not self.targets:
+        known = parameters.adaptable()
+        if not self.targets or not known.keys() >= set(self.targets):
             raise ValueError(
-                f"LoRA adapts some of {', '.join(map(hf_name, INPUT_AXES))}; "
+                f"LoRA adapts some of {', '.join(map(hf_name, known))}; "
                 f"given {', '.join(map(hf_name, self.targets)) or 'none'}"
             )
 
@@ -64,13 +65,13 @@ class Lora:
           A [L, *in, R] and B [L, R, *out] of every target, float32, by their names in the tree.
         """
         adapters = {}
-        for i, (name, num_inputs) in enumerate(INPUT_AXES.items()):
+        for i, (name, row) in enumerate(parameters.adaptable().items()):
             if name not in self.targets:
                 continue
             L, *shape = layers[name].shape
-            inputs, outputs = shape[:num_inputs], shape[num_inputs:]
+            inputs, outputs = shape[: row.adapter_inputs], shape[row.adapter_inputs :]
             bound = 1.0 / math.sqrt(math.prod(inputs))
-            a, b = names(name)
+            a, b = adapter_names(name)
             adapters[a] = jax.random.uniform(
                 jax.random.fold_in(key, i), (L, *inputs, self.rank), minval=-bound, maxval=bound
             )
@@ -80,31 +81,18 @@ class Lora:
 
 def parse_targets(text: str) -> tuple[str, ...]:
     """The weights that "q_proj,v_proj" or "all-linear" (all but embeddings and head) names."""
+    known = parameters.adaptable()
     if text == ALL_TARGETS:
-        return tuple(INPUT_AXES)
-    return tuple(name.strip().removesuffix("_proj") for name in text.split(","))
+        return tuple(known)
+    by_hf_name = {hf_name(name): name for name in known}
+    given = [name.strip() for name in text.split(",")]
+    return tuple(by_hf_name.get(name, name) for name in given)
 
 
 def hf_name(name: str) -> str:
-    """Of a weight in Hugging Face models and peft."""
-    return f"{name}_proj"
-
-
-def names(name: str) -> tuple[str, str]:
-    """The names of a weight's A and B."""
-    return f"{name}_lora_a", f"{name}_lora_b"
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of a layer is an A or a B."""
-    return name.endswith(names(""))
-
-
-def adapter_axes(name: str, axes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Logical axes of a weight's A and B from those of the weight."""
-    a, b = names(name)
-    num_inputs = INPUT_AXES[name]
-    return {a: (*axes[:num_inputs], "rank"), b: ("rank", *axes[num_inputs:])}
+    """What Hugging Face and peft call a weight: the last part of its module."""
+    row = parameters.adaptable().get(name)
+    return row.hf_module.rpartition(".")[2] if row else name
 
 
 def split(params) -> tuple[Any, Any]:
@@ -132,7 +120,7 @@ def join(trained, frozen) -> Any:
 
 def adapter_of(params, name: str) -> tuple[jax.Array, jax.Array] | None:
     """A and B of a weight of the layers, all layers together; None where it has none."""
-    a, b = names(name)
+    a, b = adapter_names(name)
     return (params["layers"][a], params["layers"][b]) if a in params["layers"] else None
 
 
@@ -164,7 +152,7 @@ def merged_layer(layer: Mapping[str, jax.Array], scale: float) -> dict[str, jax.
     """One layer's parameters without adapters, float32 where they had been."""
     plain = {name: leaf for name, leaf in layer.items() if not is_adapter(name)}
     for name in plain:
-        a, b = names(name)
+        a, b = adapter_names(name)
         if a in layer:
             plain[name] = merged(plain[name], layer[a], layer[b], scale)
     return plain

@@ -1,13 +1,9 @@
 """Adapters as peft keeps them: a folder with adapter_config.json and adapter_model.safetensors.
 
 Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
-
-Letters: L layers, R rank.
 """
 
-import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from adpo_jax import hf, lora
-from adpo_jax.hf_tensors import GEMMA3_PREFIXES, LAYER_TENSORS
+from adpo_jax import hf, lora, parameters
+from adpo_jax.hf_tensors import GEMMA3_PREFIXES, layer_tensor, leaves
 from adpo_jax.lora import Lora
 from adpo_jax.policy import Policy
 from adpo_jax.safetensors_files import Checkpoint
@@ -58,14 +54,18 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     if not {"r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{folder / CONFIG} gives no r and lora_alpha; is it an adapter of peft?")
     held = {name.rsplit(".lora_", 1)[0] for name in _checkpoint(folder)}
-    targets = tuple(target for target in lora.INPUT_AXES if _module(target, 0) in held)
+    targets = tuple(
+        name
+        for name, row in parameters.adaptable().items()
+        if layer_tensor(0, row.hf_module) in held
+    )
     if not targets:
         raise ValueError(f"{folder / WEIGHTS} holds no adapter of a layer's {_supported()}")
     return folder, Lora(int(config["r"]), float(config["lora_alpha"]), targets)
 
 
 def _supported() -> str:
-    return ", ".join(map(lora.hf_name, lora.INPUT_AXES))
+    return ", ".join(map(lora.hf_name, parameters.adaptable()))
 
 
 def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
@@ -83,7 +83,9 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
     folder, adapters = find(name)
     policy, params = policy.with_adapters(params, adapters, jax.random.key(0))
     checkpoint = _checkpoint(folder)
-    wanted = _disk_shapes(params)
+    trained, frozen = lora.split(params)
+    adapter_leaves = leaves(policy.config, trained)
+    wanted = {name: leaf.hf_shape for leaf in adapter_leaves for name in leaf.hf_names}
     unexpected = sorted(set(checkpoint) - wanted.keys())
     if unexpected:
         raise ValueError(
@@ -98,16 +100,15 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
                 f"wanted {shape}"
             )
 
-    def read(path, like):
-        name = path[-1].key
-        tensors = [checkpoint.array(t).astype(np.float32).T for t in _tensors(name, like.shape[0])]
-        stacked = np.stack(tensors).reshape(like.shape)
+    loaded = {}
+    for leaf in adapter_leaves:
+        name, like = leaf.path[-1], leaf.of(trained)
+        tensors = [checkpoint.array(tensor).astype(np.float32) for tensor in leaf.hf_names]
+        stacked = np.stack(tensors).reshape(len(tensors), *leaf.split_shape)
         if not np.isfinite(stacked).all():
             raise ValueError(f"{folder / WEIGHTS}: NaN or infinity in an adapter of {name}")
-        return jax.device_put(stacked, like.sharding)
-
-    trained, frozen = lora.split(params)
-    return policy, lora.join(jax.tree_util.tree_map_with_path(read, trained), frozen)
+        loaded[name] = jax.device_put(stacked.transpose(leaf.order), like.sharding)
+    return policy, lora.join({"layers": loaded}, frozen)
 
 
 def save(
@@ -129,9 +130,10 @@ def save(
     trained, _ = lora.split(params)
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(trained))
     tensors = {}
-    for name, stacked in whole["layers"].items():
-        for tensor, x in zip(_tensors(name, len(stacked)), stacked):
-            tensors[PREFIX + tensor] = np.ascontiguousarray(x.reshape(_matrix(name, x.shape)).T)
+    for leaf in leaves(policy.config, whole):
+        for name, x in zip(leaf.hf_names, leaf.of(whole)):
+            tensor = x.transpose(leaf.disk_order).reshape(leaf.hf_shape)
+            tensors[PREFIX + name] = np.ascontiguousarray(tensor)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -157,30 +159,3 @@ def _checkpoint(folder: Path) -> Checkpoint:
     prefixes = {PREFIX + old: new for old, new in GEMMA3_PREFIXES.items()} | {PREFIX: ""}
     checkpoint.rename(prefixes)
     return checkpoint
-
-
-def _module(weight: str, layer: int) -> str:
-    hf_name = LAYER_TENSORS[weight].hf_name.removesuffix(".weight")
-    return f"model.layers.{layer}.{hf_name}"
-
-
-def _tensors(name: str, num_layers: int) -> list[str]:
-    """The tensors on disk of an A or B, one a layer."""
-    weight, matrix = name.split("_lora_")
-    return [f"{_module(weight, i)}.lora_{matrix.upper()}.weight" for i in range(num_layers)]
-
-
-def _disk_shapes(params) -> dict[str, tuple[int, int]]:
-    """The shape on disk of every adapter's tensors: A [R, inputs], B [outputs, R]."""
-    shapes = {}
-    for name, stacked in lora.split(params)[0]["layers"].items():
-        L, *shape = stacked.shape
-        shapes |= dict.fromkeys(_tensors(name, L), _matrix(name, shape)[::-1])
-    return shapes
-
-
-def _matrix(name: str, shape: Sequence[int]) -> tuple[int, int]:
-    """The shape of an A [*in, R] as [inputs, R], of a B [R, *out] as [R, outputs]."""
-    if name.endswith("_a"):
-        return math.prod(shape[:-1]), shape[-1]
-    return shape[0], math.prod(shape[1:])

@@ -1,30 +1,30 @@
-"""One Flax decoder for the Qwen, Llama, Mistral and Gemma families.
+"""One decoder for the Qwen, Llama, Mistral and Gemma families.
 
-What differs between the families is data (`ModelConfig`); the layers are stacked on a leading axis
-and run by a scan, so compile time does not grow with depth. The decoder returns hidden states: what
-becomes of them (logits, log-probs) is the caller's choice, since [B, T, V] is the largest array of
-all.
+It is plain functions over the parameter tree that `parameters` declares. What differs between the
+families is data (`ModelConfig`); what differs between the uses of a model are two arguments,
+`attend` (which keys a query sees, and where keys are kept) and `ffn` (what follows attention). The
+layers are stacked on a leading axis and run by a scan, so compile time does not grow with depth.
+The decoder returns hidden states: what becomes of them (logits, log-probs) is the caller's choice,
+since [B, T, V] is the largest array of all.
 
-Letters: B batch, T tokens, D model width, H heads, K key/value heads, F width of the MLP, V
-vocabulary, L layers.
+Letters: B batch, T tokens, D model width, H heads, K key/value heads, h head dimension, F width of
+the MLP, V vocabulary, L layers.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from adpo_jax import lora
+from adpo_jax import cpu, parameters
 from adpo_jax import rope as rope_lib
-from adpo_jax.attention import GLOBAL_WINDOW, Attend, LayerInfo
-from adpo_jax.cpu_fusion import kept
-from adpo_jax.layer_functions import ACTIVATIONS, gated, project, rms_norm
-from adpo_jax.rope import Rope
+from adpo_jax.attention import Attend, LayerInfo
+from adpo_jax.layer_functions import gated, project, rms_norm
+from adpo_jax.model_config import ModelConfig
 from adpo_jax.sharding import RULES, constrain, mesh_axis_size, partition_spec
 
 REMAT_POLICIES = {
@@ -35,324 +35,163 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture of a decoder.
+class LayerWeights:
+    """The parameters of one layer, and how they act on hidden states.
 
     Attributes:
-      windows: for each layer, how many tokens back it sees; None for all of them.
-      ropes: the distinct rotary embeddings.
-      layer_ropes: for each layer, its index into `ropes`.
-      norm_plus_one: RMSNorm multiplies by 1 + w, not w (Gemma).
-      post_norms: a second norm after attention and MLP, before the residual sum (Gemma 2 and 3).
-      embed_scale: embeddings are multiplied by sqrt(hidden_size) (Gemma).
-      attention_scale: multiplies q k^T; usually head_dim ** -0.5.
+      params: by their names in the table of parameters.
+      dtype: of the computation; norms are float32 whatever it is.
+      lora_scale: of the adapters among `params`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int | None, ...]
-    ropes: tuple[Rope, ...]
-    layer_ropes: tuple[int, ...]
-    attention_scale: float
-    activation: str = "silu"
-    norm_eps: float = 1e-6
-    norm_plus_one: bool = False
-    post_norms: bool = False
-    embed_scale: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    attention_soft_cap: float | None = None
-    logit_soft_cap: float | None = None
-    tie_embeddings: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if not len(self.windows) == len(self.layer_ropes) == self.num_layers:
-            raise ValueError("windows and layer_ropes need one entry a layer")
-
-    @property
-    def layer_info(self) -> LayerInfo:
-        windows = [GLOBAL_WINDOW if w is None else w for w in self.windows]
-        return LayerInfo(
-            index=np.arange(self.num_layers, dtype=np.int32),
-            window=np.array(windows, np.int32),
-            rope=np.array(self.layer_ropes, np.int32),
-        )
-
-
-# Logical axes of every parameter, those of a layer without the leading "layers".
-LAYER_AXES = {
-    "attn_norm": ("norm",),
-    "q": ("embed", "heads", "head_dim"),
-    "k": ("embed", "kv_heads", "head_dim"),
-    "v": ("embed", "kv_heads", "head_dim"),
-    "o": ("heads", "head_dim", "embed"),
-    "q_bias": ("heads", "head_dim"),
-    "k_bias": ("kv_heads", "head_dim"),
-    "v_bias": ("kv_heads", "head_dim"),
-    "o_bias": ("norm",),
-    "q_norm": ("norm",),
-    "k_norm": ("norm",),
-    "attn_post_norm": ("norm",),
-    "mlp_norm": ("norm",),
-    "gate": ("embed", "mlp"),
-    "up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
-    "gate_bias": ("mlp",),
-    "up_bias": ("mlp",),
-    "down_bias": ("norm",),
-    "mlp_post_norm": ("norm",),
-}
-for _weight in lora.INPUT_AXES:
-    LAYER_AXES |= lora.adapter_axes(_weight, LAYER_AXES[_weight])
-TOP_AXES = {
-    "embed": ("vocab", "embed"),
-    "final_norm": ("norm",),
-    "head": ("embed", "vocab"),
-}
-
-
-def logical_axes(params) -> Any:
-    """The tree of logical axes of a parameter tree.
-
-    Raises:
-      ValueError: naming the parameters that no table covers.
-    """
-    uncovered = []
-
-    def axes_of(path, leaf):
-        names = [key.key for key in path]
-        if names[0] == "layers" and len(names) == 2 and names[1] in LAYER_AXES:
-            return ("layers", *LAYER_AXES[names[1]])
-        if len(names) == 1 and names[0] in TOP_AXES:
-            return TOP_AXES[names[0]]
-        uncovered.append(f"{'/'.join(names)} {tuple(leaf.shape)}")
-        return ()
-
-    axes = jax.tree_util.tree_map_with_path(axes_of, params)
-    if uncovered:
-        raise ValueError("no logical axes for the parameters: " + ", ".join(uncovered))
-    return axes
-
-
-def is_decayed(path: tuple[str, ...]) -> bool:
-    """Whether weight decay applies: not to norms and biases."""
-    return not path[-1].endswith(("norm", "bias"))
-
-
-class Layer(nn.Module):
-    """One pre-norm transformer block; the carry is (hidden [B, T, D], cache)."""
-
+    params: Mapping[str, jax.Array]
     config: ModelConfig
-    attend: Attend
     dtype: Any
-    param_dtype: Any
     mesh: Mesh | None
     lora_scale: float
 
-    def weight(self, name: str, *shape: int) -> jax.Array:
-        init = nn.initializers.normal(self.config.initializer_range)
-        if name.endswith("bias"):
-            init = nn.initializers.zeros
-        return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+    def dense(self, x: jax.Array, name: str) -> jax.Array:
+        """x [B, T, *in] times a weight [*in, *out], through its adapter and plus its bias too."""
+        return self._biased(self._product(x, name), name)
 
-    def dense(self, name: str, x: jax.Array, *out: int) -> jax.Array:
-        """x [B, T, *in] times a weight [*in, *out], and through its adapter where it has one."""
-        inputs = x.shape[2:]
-        init = nn.initializers.normal(self.config.initializer_range)
-        weight = self.param(name, init, (*inputs, *out), self.param_dtype)
-        width = math.prod(inputs)
+    def dense_each(self, x: jax.Array, *names: str) -> list[jax.Array]:
+        """`dense` by several weights of the same input."""
+        products = cpu.joined_products(
+            self.config, self.params, names, lambda name: self._product(x, name)
+        )
+        return [self._biased(y, name) for y, name in zip(products, names)]
+
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
+        """The norm of x over its last axis; x where the model has no norm of this name."""
+        c = self.config
+        if not parameters.has(c, name):
+            return x
+        return rms_norm(x, self.params[name], c.norm_eps, c.norm_plus_one)
+
+    def _product(self, x, name):
+        weight, num_inputs = self.params[name], x.ndim - 2
+        width, out = math.prod(weight.shape[:num_inputs]), weight.shape[num_inputs:]
         y = project(x.reshape(*x.shape[:2], width), weight.reshape(width, -1))
         y = y.reshape(*x.shape[:2], *out)
-        a, b = lora.names(name)
-        if not self.has_variable("params", a):
+        a, b = parameters.adapter_names(name)
+        if a not in self.params:
             return y
-        a, b = (self.get_variable("params", n).astype(self.dtype) for n in (a, b))
-        return y + jnp.tensordot(self.lora_scale * jnp.tensordot(x, a, len(inputs)), b, 1)
+        a, b = (self.params[n].astype(self.dtype) for n in (a, b))
+        return y + jnp.tensordot(self.lora_scale * jnp.tensordot(x, a, num_inputs), b, 1)
 
-    def norm(self, name: str, x: jax.Array) -> jax.Array:
-        c = self.config
-        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
-        weight = self.param(name, init, x.shape[-1:], self.param_dtype)
-        return rms_norm(x, weight, c.norm_eps, c.norm_plus_one)
-
-    @nn.compact
-    def __call__(self, carry, layer: LayerInfo, rope_tables):
-        x, cache = carry
-        attended, cache = self.attention(self.norm("attn_norm", x), layer, rope_tables, cache)
-        if self.config.post_norms:
-            attended = self.norm("attn_post_norm", attended)
-        x = constrain(x + attended, self.mesh, "batch", "length", None)
-        fed = self.mlp(self.norm("mlp_norm", x))
-        if self.config.post_norms:
-            fed = self.norm("mlp_post_norm", fed)
-        x = constrain(x + fed, self.mesh, "batch", "length", None)
-        return (x, cache), None
-
-    def attention(self, x, layer: LayerInfo, rope_tables, cache):
-        c = self.config
-        D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        if self.has_variable("params", "qkv"):
-            heads = self.dense("qkv", x, (H + 2 * K) * h).reshape(*x.shape[:2], -1, h)
-            q, k, v = jnp.split(heads, (H, H + K), axis=2)
-        else:
-            q, k, v = (self.dense(name, x, n, h) for name, n in (("q", H), ("k", K), ("v", K)))
-        if c.qkv_bias:
-            q = q + self.weight("q_bias", H, h)
-            k = k + self.weight("k_bias", K, h)
-            v = v + self.weight("v_bias", K, h)
-        if c.qk_norm:
-            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
-        cos, sin = (table[layer.rope] for table in rope_tables)
-        q, k = rope_lib.rotate(q, cos, sin), rope_lib.rotate(k, cos, sin)
-        q = constrain(q, self.mesh, "batch", "length", "heads", None)
-        k = constrain(k, self.mesh, "batch", "length", "kv_heads", None)
-        v = constrain(v, self.mesh, "batch", "length", "kv_heads", None)
-        attended, cache = self.attend(q, k, v, layer, cache)
-        out = self.dense("o", attended, D)
-        if c.out_bias:
-            out = out + self.weight("o_bias", D)
-        return out, cache
-
-    def mlp(self, x):
-        c = self.config
-        D, F = c.hidden_size, c.intermediate_size
-        if self.has_variable("params", "gate_up"):
-            gate, up = jnp.split(self.dense("gate_up", x, 2 * F), 2, axis=-1)
-        else:
-            gate, up = self.dense("gate", x, F), self.dense("up", x, F)
-        if c.mlp_bias:
-            gate, up = gate + self.weight("gate_bias", F), up + self.weight("up_bias", F)
-        hidden = gated(c.activation, gate, up)
-        hidden = constrain(hidden, self.mesh, "batch", "length", "mlp")
-        down = self.dense("down", hidden, D)
-        return down + self.weight("down_bias", D) if c.mlp_bias else down
+    def _biased(self, y, name):
+        bias = f"{name}_bias"
+        if not parameters.has(self.config, bias):
+            return y
+        return y + self.params[bias].astype(self.dtype)
 
 
-class Decoder(nn.Module):
+# What follows attention in a layer: (weights, x [B, T, D], layer) -> (out [B, T, D], extras). The
+# extras are a dict of arrays (a router's loss, say), which the decoder returns beside the hidden
+# states.
+Ffn = Callable[[LayerWeights, jax.Array, LayerInfo], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def gated_mlp(weights: LayerWeights, x: jax.Array, layer: LayerInfo):
+    """The dense `Ffn`: down(activation(gate x) * up x), without extras."""
+    gate, up = weights.dense_each(x, "gate", "up")
+    hidden = gated(weights.config.activation, gate, up)
+    hidden = constrain(hidden, weights.mesh, "batch", "length", "mlp")
+    return weights.dense(hidden, "down"), {}
+
+
+def attention(
+    weights: LayerWeights, x: jax.Array, layer: LayerInfo, rope_tables, cache, attend: Attend
+):
+    """Multi-head attention of x [B, T, D]; (out [B, T, D], cache)."""
+    mesh = weights.mesh
+    q, k, v = weights.dense_each(x, "q", "k", "v")
+    q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
+    cos, sin = (table[layer.rope] for table in rope_tables)
+    q, k = rope_lib.rotate(q, cos, sin), rope_lib.rotate(k, cos, sin)
+    q = constrain(q, mesh, "batch", "length", "heads", None)
+    k = constrain(k, mesh, "batch", "length", "kv_heads", None)
+    v = constrain(v, mesh, "batch", "length", "kv_heads", None)
+    attended, cache = attend(q, k, v, layer, cache)
+    return weights.dense(attended, "o"), cache
+
+
+def transformer_layer(
+    weights: LayerWeights,
+    x: jax.Array,
+    layer: LayerInfo,
+    rope_tables,
+    cache,
+    attend: Attend,
+    ffn: Ffn,
+):
+    """One pre-norm block of hidden states [B, T, D]; (hidden [B, T, D], cache, extras)."""
+    normed = weights.norm(x, "attn_norm")
+    attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
+    x = x + weights.norm(attended, "attn_post_norm")
+    x = constrain(x, weights.mesh, "batch", "length", None)
+    fed, extras = ffn(weights, weights.norm(x, "mlp_norm"), layer)
+    x = x + weights.norm(fed, "mlp_post_norm")
+    return constrain(x, weights.mesh, "batch", "length", None), cache, extras
+
+
+def decoder(
+    config: ModelConfig,
+    params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache=None,
+    *,
+    attend: Attend,
+    ffn: Ffn = gated_mlp,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    lora_scale: float = 1.0,
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """Embeds tokens and runs the stack of layers.
 
-    Attributes:
-      attend: what each layer's queries attend to, and where keys and values are kept.
-      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
-      param_dtype: of the parameters at initialisation.
-      remat: one of `REMAT_POLICIES`, what the backward pass recomputes.
-      lora_scale: of the adapters that the parameters hold (`lora`).
-    """
-
-    config: ModelConfig
-    attend: Attend
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    mesh: Mesh | None = None
-    remat: str = "none"
-    lora_scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, cache=None):
-        """Runs the model.
-
-        Args:
-          tokens, positions: [B, T] int32.
-          cache: what `attend` keeps between calls, a pytree.
-
-        Returns:
-          hidden [B, T, D] after the final norm, in `dtype`, and the cache.
-        """
-        c = self.config
-        V, D = c.vocab_size, c.hidden_size
-        normal = nn.initializers.normal(c.initializer_range)
-        embed = self.param("embed", normal, (V, D), self.param_dtype)
-        x = embed_tokens(c, embed, tokens, self.dtype, self.mesh)
-        x = constrain(x, self.mesh, "batch", "length", None)
-
-        layer = Layer
-        if self.remat != "none":
-            layer = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_layers,
-        )(
-            c,
-            self.attend,
-            self.dtype,
-            self.param_dtype,
-            self.mesh,
-            self.lora_scale,
-            name="layers",
-        )
-        rope_tables = rope_lib.cos_sin(c.ropes, c.head_dim, positions)
-        layers = jax.tree.map(jnp.asarray, c.layer_info)
-        (x, cache), _ = stack((x, cache), layers, rope_tables)
-
-        ones = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
-        final_norm = self.param("final_norm", ones, (D,), self.param_dtype)
-        x = rms_norm(x, final_norm, c.norm_eps, c.norm_plus_one)
-        if not c.tie_embeddings:
-            self.param("head", normal, (D, V), self.param_dtype)
-        return x, cache
-
-
-def unrolled_forward(decoder: Decoder, params, tokens, positions, cache=None):
-    """`decoder.apply`, its layers run one by one; the cache may be a tuple with one entry a layer.
-
-    Compile time grows with depth, but no layer's parameters are sliced out of a stack: XLA's CPU
-    compiler copies such a slice before a matrix product, which more than doubles a decode step.
-
     Args:
-      params: as the decoder's, with `params["layers"]` a tuple of the layers' own trees.
+      params: the tree of `parameters.init`, perhaps with adapters; or that of
+        `cpu.decoding_params`, a tuple of layers that run one by one.
+      tokens, positions: [B, T] int32.
+      cache: what `attend` keeps between calls, a pytree; a tuple may have one entry a layer where
+        the layers run one by one.
+      attend: what each layer's queries attend to, and where keys and values are kept.
+      ffn: what follows attention in each layer.
+      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
+      remat: one of `REMAT_POLICIES`, what the backward pass recomputes of layers that are stacked.
+      lora_scale: of the adapters.
+
+    Returns:
+      (hidden [B, T, D] after the final norm, in `dtype`; the cache; the extras of `ffn`, each
+      stacked over the layers, [L, ...]).
     """
-    c = decoder.config
-    x = embed_tokens(c, params["embed"], tokens, decoder.dtype, decoder.mesh)
-    x = constrain(x, decoder.mesh, "batch", "length", None)
-    layer = Layer(
-        c,
-        decoder.attend,
-        decoder.dtype,
-        decoder.param_dtype,
-        decoder.mesh,
-        decoder.lora_scale,
-        parent=None,
-    )
-    rope_tables = tuple(map(kept, rope_lib.cos_sin(c.ropes, c.head_dim, positions)))
-    for i, layer_params in enumerate(params["layers"]):
-        info = LayerInfo(*(leaf[i].item() for leaf in c.layer_info))
-        (x, cache), _ = layer.apply({"params": layer_params}, (x, cache), info, rope_tables)
-    x = rms_norm(x, params["final_norm"], c.norm_eps, c.norm_plus_one)
-    return x, cache
+    x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
+    x = constrain(x, mesh, "batch", "length", None)
 
+    def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
+        weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
+        x, cache, extras = transformer_layer(
+            weights, carry[0], layer, rope_tables, carry[1], attend, ffn
+        )
+        return (x, cache), extras
 
-def fused_layer(layer):
-    """A layer's parameters with one matrix for q, k and v, and one for gate and up.
+    layers, info = params["layers"], config.layer_info
+    rope_tables = rope_lib.cos_sin(config.ropes, config.head_dim, positions)
+    if isinstance(layers, tuple):
+        (x, cache), extras = cpu.layer_by_layer(run_layer, (x, cache), layers, info, rope_tables)
+    else:
 
-    Fewer and wider products: a tenth less time a decode step on a CPU. A layer with adapters stays
-    as it is.
-    """
-    if any(map(lora.is_adapter, layer)):
-        return layer
-    rest = {k: v for k, v in layer.items() if k not in ("q", "k", "v", "gate", "up")}
-    heads = [layer[name].reshape(layer[name].shape[0], -1) for name in ("q", "k", "v")]
-    return {
-        **rest,
-        "qkv": jnp.concatenate(heads, axis=1),
-        "gate_up": jnp.concatenate([layer["gate"], layer["up"]], axis=1),
-    }
+        def run(carry, params_and_info):
+            return run_layer(carry, *params_and_info, rope_tables)
+
+        if remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        stacked = (layers, jax.tree.map(jnp.asarray, info))
+        (x, cache), extras = jax.lax.scan(run, (x, cache), stacked)
+    x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
+    return x, cache, extras
 
 
 def embed_tokens(
@@ -377,7 +216,7 @@ def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax
     """
     if tokens.shape[0] % mesh_axis_size(mesh, RULES["batch"]):
         return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
-    vocab, width = partition_spec(mesh, TOP_AXES["embed"], embed.shape)
+    vocab, width = partition_spec(mesh, parameters.at(("embed",)).logical_axes, embed.shape)
     rows = RULES["batch"]
 
     def lookup(embed, tokens):

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from adpo_jax.model import is_decayed
+from adpo_jax import parameters
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -69,7 +69,7 @@ def make_optimizer(
 
     def decay_mask(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: is_decayed(tuple(key.key for key in path)), params
+            lambda path, _: parameters.at(tuple(key.key for key in path)).decays, params
         )
 
     adamw = optax.adamw(

@@ -17,21 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax import attention, attention_choice, attention_kernels, hf, sharding
-from adpo_jax.attention import Attend, KVCache
+from adpo_jax import attention_choice, attention_kernels, hf, parameters, sharding
+from adpo_jax.attention import Attend
 from adpo_jax.attention_choice import Use
 from adpo_jax.attention_kernels import ROWS, STREAMS, Settings
 from adpo_jax.hf_config import language_config, model_config
 from adpo_jax.log_probs import token_log_probs
 from adpo_jax.lora import Lora, join, split
-from adpo_jax.model import (
-    REMAT_POLICIES,
-    Decoder,
-    ModelConfig,
-    head_logits,
-    logical_axes,
-    unrolled_forward,
-)
+from adpo_jax.model import REMAT_POLICIES, Ffn, decoder, gated_mlp, head_logits
+from adpo_jax.model_config import ModelConfig
 from adpo_jax.tile_attention import Stream
 
 
@@ -207,26 +201,12 @@ class Policy:
 
     # --- parameters
 
-    def _decoder(self, attend: Attend) -> Decoder:
-        return Decoder(
-            self.config,
-            attend,
-            self.dtype,
-            self.param_dtype,
-            self.mesh,
-            self.gradient_checkpointing,
-            self._lora_scale,
-        )
-
     @property
     def _lora_scale(self) -> float:
         return self.lora.scale if self.lora else 1.0
 
     def _init(self, key: jax.Array):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        plain = attention.self_attention(tokens, tokens, **self.attention_settings.plain)
-        decoder = self._decoder(plain)
-        params = decoder.init(key, tokens, tokens)["params"]
+        params = parameters.init(self.config, key, self.param_dtype)
         return join(self._init_adapters(key, params), params) if self.lora else params
 
     def _init_adapters(self, key: jax.Array, params):
@@ -248,7 +228,7 @@ class Policy:
         return jax.tree.map(
             lambda x, axes: sharding.named_sharding(self.mesh, axes, x.shape),
             params,
-            logical_axes(params),
+            parameters.logical_axes(params),
         )
 
     def constrained(self, params):
@@ -281,7 +261,15 @@ class Policy:
 
     # --- pure building blocks, for use inside jit
 
-    def __call__(self, params, tokens, positions, kv_cache=None, attend: Attend | None = None):
+    def __call__(
+        self,
+        params,
+        tokens,
+        positions,
+        kv_cache=None,
+        attend: Attend | None = None,
+        ffn: Ffn = gated_mlp,
+    ):
         """Runs the decoder.
 
         Args:
@@ -290,16 +278,26 @@ class Policy:
           kv_cache: carried through `attend`.
           attend: an attention of `adpo_jax.attention`; by default a causal one over the T tokens
             of each row, without a cache.
+          ffn: what follows attention in each layer; by default the gated MLP of all families.
 
         Returns:
-          (hidden [B, T, D] in `dtype`, kv_cache).
+          (hidden [B, T, D] in `dtype`, kv_cache, the extras of `ffn` stacked over the layers).
         """
         if attend is None:
             attend = self.self_attention(positions, jnp.ones_like(tokens))
-        decoder = self._decoder(attend)
-        if isinstance(params["layers"], tuple):
-            return unrolled_forward(decoder, params, tokens, positions, kv_cache)
-        return decoder.apply({"params": params}, tokens, positions, kv_cache)
+        return decoder(
+            self.config,
+            params,
+            tokens,
+            positions,
+            kv_cache,
+            attend=attend,
+            ffn=ffn,
+            dtype=self.dtype,
+            mesh=self.mesh,
+            remat=self.gradient_checkpointing,
+            lora_scale=self._lora_scale,
+        )
 
     def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
@@ -327,33 +325,6 @@ class Policy:
             dtype=self.dtype,
             mesh=self.mesh,
         )
-
-    def new_cache(self, batch: int, length: int, dtype=None) -> KVCache:
-        """An empty cache for `batch` rows of `length` tokens."""
-        c = self.config
-        return KVCache.zeros(
-            c.num_layers, batch, length, c.num_kv_heads, c.head_dim, dtype or self.dtype
-        )
-
-    def cached_step(self, params, tokens, attention_mask, kv_cache: KVCache):
-        """Runs T more tokens of every row after those in the cache.
-
-        Args:
-          tokens, attention_mask: [B, T] int32; rows are padded on the left of their first tokens.
-
-        Returns:
-          (hidden [B, T, D], the cache with T more columns filled).
-        """
-        seen = jnp.sum(kv_cache.segments, axis=1, keepdims=True)
-        positions = jnp.maximum(seen + jnp.cumsum(attention_mask, axis=1) - 1, 0)
-        segments = attention_mask.astype(jnp.int32)
-        kv_cache = kv_cache.append(positions.astype(jnp.int32), segments)
-        attend = attention.cached_attention(kv_cache, tokens.shape[1], **self._attention_kwargs)
-        return self(params, tokens, positions, kv_cache, attend)
-
-    @property
-    def _attention_kwargs(self) -> dict:
-        return self.attention_settings.plain
 
     def head(self, params, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of hidden states [..., D]."""

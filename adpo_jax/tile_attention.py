@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.attention import MASKED, Attend, LayerInfo, Tokens, visible
-from adpo_jax.cpu_fusion import made, sum_of_columns
+from adpo_jax.cpu import made, sum_of_columns
 
 # Scores of so many bytes at once; more tiles run one after the other. On a CPU they then stay in
 # its cache: a third less time for long prompts. An accelerator wants much work at once.

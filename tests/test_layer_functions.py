@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import cpu_fusion
+from adpo_jax import cpu
 from adpo_jax.layer_functions import ACTIVATIONS, gated, project, rms_norm
 
 EPS = 1e-6
@@ -70,13 +70,13 @@ def test_a_projection_and_its_gradients_are_those_of_the_product(width, out):
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 5, 7)])
 def test_sums_as_products_agree_with_sums(shape):
     x, rows, columns = drawn(shape, shape[:-1], shape[-1:])
-    agree(cpu_fusion.sum_of_rows(x, rows), cpu_fusion._plain_sum_of_rows(x, rows), 1e-6)
-    agree(cpu_fusion.sum_of_columns(x, columns), cpu_fusion._plain_sum_of_columns(x, columns), 1e-6)
+    agree(cpu.sum_of_rows(x, rows), cpu._plain_sum_of_rows(x, rows), 1e-6)
+    agree(cpu.sum_of_columns(x, columns), cpu._plain_sum_of_columns(x, columns), 1e-6)
 
 
 def test_what_is_kept_is_the_same_to_the_bit():
     (x,) = drawn((3, 5, 16))
-    np.testing.assert_array_equal(jax.jit(cpu_fusion.kept)(x), x)
+    np.testing.assert_array_equal(jax.jit(cpu.kept)(x), x)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
@@ -84,8 +84,8 @@ def test_products_stand_in_on_a_cpu_alone(platform):
     x, rows, columns = drawn((4, 8), (4,), (8,))
 
     def sums(x, rows, columns):
-        x = cpu_fusion.made(cpu_fusion.kept(x))
-        return cpu_fusion.sum_of_rows(x, rows), cpu_fusion.sum_of_columns(x, columns)
+        x = cpu.made(cpu.kept(x))
+        return cpu.sum_of_rows(x, rows), cpu.sum_of_columns(x, columns)
 
     traced = jax.jit(sums).trace(x, rows, columns)
     text = traced.lower(lowering_platforms=(platform,)).as_text()

@@ -15,7 +15,7 @@ from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.learner import Learner
 from adpo_jax.lora import Lora
-from adpo_jax.model import logical_axes
+from adpo_jax.parameters import adaptable, adapter_names, logical_axes
 
 LORA = Lora(rank=2, alpha=6.0)
 
@@ -28,7 +28,7 @@ def adapted(adapters=LORA, *, trained=True, **kwargs):
     if not trained:
         return policy, params
     moved, frozen = lora.split(params)
-    keys = iter(jax.random.split(jax.random.key(2), 2 * len(lora.INPUT_AXES)))
+    keys = iter(jax.random.split(jax.random.key(2), 2 * len(adaptable())))
     moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), moved)
     return policy, lora.join(moved, frozen)
 
@@ -63,7 +63,7 @@ def test_new_adapters_change_nothing_bit_by_bit():
     assert 0.8 * bound < np.abs(a).max() <= bound
 
 
-@pytest.mark.parametrize("targets", [tuple(lora.INPUT_AXES), ("q", "down"), ("o",)])
+@pytest.mark.parametrize("targets", [tuple(adaptable()), ("q", "down"), ("o",)])
 def test_a_policy_with_adapters_is_the_one_with_merged_weights(targets):
     policy, params = adapted(Lora(2, 6.0, targets))
     merged = plain(policy).logits(merged_params(policy, params), TOKENS)
@@ -141,7 +141,7 @@ def changed(before, after):
     return {name for name in before if not np.array_equal(before[name], after[name])}
 
 
-ADAPTERS = {n for name in lora.INPUT_AXES for n in lora.names(name)}
+ADAPTERS = {n for name in adaptable() for n in adapter_names(name)}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_an_update_keeps_no_gradient_and_no_copy_of_the_base():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monkeypatch):
     if kwargs:  # layers stacked, as on accelerators
-        monkeypatch.setattr("adpo_jax.cpu_engine.MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr("adpo_jax.cpu.MAX_UNROLLED_LAYERS", 0)
     policy, params = adapted(dtype=dtype)
     engine = Engine(policy, max_prompt_length=6, max_response_length=8, num_slots=4, **kwargs)
     loaded = engine.verbs.load_params(params)
@@ -240,11 +240,11 @@ def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monke
 
 
 def test_what_cannot_be_adapted_is_refused():
-    with pytest.raises(ValueError, match=r"adapts some of q_proj, .*; given q_proj, lm_head_proj"):
+    with pytest.raises(ValueError, match=r"adapts some of q_proj, .*; given q_proj, lm_head"):
         Lora(2, 4.0, lora.parse_targets("q_proj,lm_head"))
     with pytest.raises(ValueError, match="rank of LoRA is at least 1, given 0"):
         Lora(0, 4.0)
     with pytest.raises(ValueError, match="alpha of LoRA is above 0, given 0"):
         Lora(2, 0.0)
-    assert lora.parse_targets("all-linear") == tuple(lora.INPUT_AXES)
+    assert lora.parse_targets("all-linear") == tuple(adaptable())
     assert lora.parse_targets("q_proj, v_proj") == ("q", "v")

@@ -14,7 +14,8 @@ from adpo_jax.anchor import Anchor
 from adpo_jax.batch_plan import BatchPlan
 from adpo_jax.engine import Engine
 from adpo_jax.learner import Learner
-from adpo_jax.model import embed_tokens, logical_axes
+from adpo_jax.model import embed_tokens
+from adpo_jax.parameters import logical_axes
 from adpo_jax.sampling import SamplingParams
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from golden_models import FAMILIES, GOLDEN, VARIANTS, arrays, config_of, model
 
-from adpo_jax import Policy
+from adpo_jax import Policy, SamplingParams
+from adpo_jax.decode import Verbs
+from adpo_jax.kv_cache import CacheLayout
 from adpo_jax.sharding import make_mesh
 
 # Compiles in half the time; for programs whose speed is of no matter.
@@ -42,39 +44,53 @@ def test_logits_equal_those_of_transformers_for_rope_types_and_windows(name):
     assert_golden(name, "full", policy.logits(params, arrays(name)["full_tokens"]))
 
 
+def decoded_log_probs(verbs: Verbs, params, tokens, lengths) -> np.ndarray:
+    """log p of every next token [B, T, V], by prefilling `lengths` tokens and feeding the others.
+
+    Args:
+      tokens: [B, T] int32, padded on the right.
+      lengths: [B] int32.
+    """
+    B, T = tokens.shape
+    V = verbs.policy.config.vocab_size
+    rows = np.arange(B, dtype=np.int32)
+    greedy = SamplingParams(temperature=0, max_tokens=T)
+    method = dataclasses.replace(greedy.method, num_alternatives=V)
+    params = verbs.load_params(params)
+    state = verbs.init_decode_state(B, T, B, T, 1)
+    state = verbs.insert(state, verbs.prefill(params, tokens, lengths), rows)
+    found = np.full((B, T, V), np.nan, np.float32)
+    for step in range(T - lengths.min()):
+        at = np.minimum(lengths + step, T - 1)
+        slots = jax.device_get(state.slots)._replace(
+            token=tokens[rows, at], position=at, active=rows >= 0, row=rows
+        )
+        state = verbs.assign(state, rows >= 0, slots, rows[:, None])
+        state, results = verbs.generate(
+            params, state, greedy.knobs(), method, 1, np.int32(-1), np.int32(1)
+        )
+        by_token = np.argsort(results.alternatives.tokens[0], axis=-1)
+        log_probs = np.take_along_axis(np.asarray(results.alternatives.log_probs[0]), by_token, -1)
+        fed = lengths + step < T
+        found[rows[fed], at[fed]] = log_probs[fed]
+    return found
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_decoding_token_by_token_equals_the_forward_of_transformers(name):
+def test_decoding_token_by_token_equals_the_forward_of_transformers(name, stacked):
     policy, params = model(name)
-    golden = arrays(name)
-    tokens, mask = golden["left_tokens"], golden["left_mask"]
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def decode(params, tokens, mask):
-        def step(cache, column):
-            token, real = column
-            hidden, cache = policy.cached_step(params, token[:, None], real[:, None], cache)
-            return cache, policy.head(params, hidden)[:, 0]
-
-        cache = policy.new_cache(*tokens.shape)
-        return jnp.moveaxis(jax.lax.scan(step, cache, (tokens.T, mask.T))[1], 0, 1)
-
-    assert_golden(name, "left", decode(params, tokens, mask))
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
-def test_a_prefill_and_a_second_chunk_equal_the_forward_of_transformers(name):
-    policy, params = model(name)
-    golden = arrays(name)
-    tokens, mask = jnp.asarray(golden["left_tokens"]), jnp.asarray(golden["left_mask"])
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def in_two_chunks(params, tokens, mask):
-        cache = policy.new_cache(tokens.shape[0], tokens.shape[1] + 3)
-        first, cache = policy.cached_step(params, tokens[:, :16], mask[:, :16], cache)
-        second, cache = policy.cached_step(params, tokens[:, 16:], mask[:, 16:], cache)
-        return policy.head(params, jnp.concatenate([first, second], axis=1))
-
-    assert_golden(name, "left", in_two_chunks(params, tokens, mask))
+    golden, c = arrays(name), policy.config
+    tokens, mask = golden["right_tokens"], golden["right_mask"]
+    layout = CacheLayout(
+        c.num_layers, c.num_kv_heads, c.head_dim, policy.dtype, stacked, transposed_keys=not stacked
+    )
+    lengths = np.array([1, 9, 5], np.int32)
+    found = decoded_log_probs(Verbs(policy, layout), params, tokens, lengths)
+    wanted = np.zeros_like(found)
+    wanted[mask > 0] = jax.nn.log_softmax(golden["right_logits"])
+    compared = (mask > 0) & (np.arange(tokens.shape[1]) >= lengths[:, None])
+    np.testing.assert_allclose(found[compared], wanted[compared], rtol=0, atol=TOLERANCE)
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
