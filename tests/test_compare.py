@@ -118,7 +118,7 @@ def test_methods_start_from_the_same_weights_and_see_the_same_prompts(
 ):
     make_mesh = sharding.make_mesh
     one = {"devices": jax.devices()[:1]}
-    monkeypatch.setattr(setup.sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, **one))
+    monkeypatch.setattr(setup.sharding, "make_mesh", lambda **sizes: make_mesh(**(sizes | one)))
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     tiny = {
         "actor_rollout_ref.model.hf_config": small,
