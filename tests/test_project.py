@@ -25,4 +25,4 @@ def test_warnings_are_errors_but_for_those_that_message_and_module_name():
     for exception in exceptions:
         action, message, category, module = exception.split(":")
         assert action == "ignore", exception
-        assert message and category and module, exception
+        assert all((message, category, module)), exception
