@@ -5,16 +5,19 @@ both stages have one order, in which what came after a restored checkpoint is ta
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import optax
 
 from adpo_jax import sft, update
 from adpo_jax.checkpoints import Checkpoints
+from adpo_jax.data import prompt_indices
 from adpo_jax.guard import TrainingStopped
 from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.metrics import Writers
 from adpo_jax.policy import Policy
 from adpo_jax.progress import Progress
+from adpo_jax.records import Batch
 from adpo_jax.update import SKIPPED, TrainState
 
 _LOG_FREQ = 50  # steps
@@ -96,17 +99,18 @@ class ColdStart:
             raise
         return state
 
-    def _batches(self, first: int):
-        return sft.batches(
-            self.prompts,
-            self.completions,
-            first=first,
-            num_steps=self.num_steps,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            prompt_length=self.prompt_length,
-            length=self.length,
-        )
+    def _batches(self, first: int) -> Iterator[Batch]:
+        """The batches of the steps from `first` on, a function of the step and the seed."""
+        for step in range(first, self.num_steps):
+            rows = prompt_indices(
+                step, seed=self.seed, num_rows=len(self.prompts), batch_size=self.batch_size
+            )
+            yield sft.demonstrations(
+                [self.prompts[i] for i in rows],
+                [self.completions[i] for i in rows],
+                prompt_length=self.prompt_length,
+                length=self.length,
+            )
 
 
 def _check(skipped: int, done: int) -> None:

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from adpo_jax import recording
-from adpo_jax.checkpoint_files import CheckpointError
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rollout import reward_metrics, rollout_metrics
-from adpo_jax.source import Source
+from adpo_jax.source import Source, SourceError
 
 # Metrics of an iteration that speak of all batches sampled in it.
 OF_ALL_ATTEMPTS = (
@@ -70,7 +69,7 @@ class GroupFilter(Source):
         """The groups of the iteration after `step` iterations, with the metrics of the filter.
 
         Raises:
-          CheckpointError: when what iteration `step` left was not kept.
+          SourceError: when what iteration `step` left was not kept.
         """
         before = self._state(step)
         found = [before.surplus] if before.surplus else []
@@ -124,7 +123,7 @@ class GroupFilter(Source):
         """Checks that what iteration `step` left was kept; below 0 it is in the supervised stage.
 
         Raises:
-          CheckpointError: when it was not.
+          SourceError: when it was not.
         """
         self._state(max(step, 0))
 
@@ -139,7 +138,7 @@ class GroupFilter(Source):
                 content = json.loads(path.read_text())
             except (FileNotFoundError, ValueError) as error:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "no JSON"
-                raise CheckpointError(
+                raise SourceError(
                     f"algorithm.filter_groups: {path} is {reason}, in which iteration {step} left "
                     "its surplus. A run that began without it goes on without it; set it as it "
                     "was, or start again in another folder"

@@ -73,8 +73,8 @@ def main(argv: list[str], **parts) -> int:
     from adpo_jax.checkpoint_files import CheckpointError
     from adpo_jax.guard import TrainingStopped
     from adpo_jax.interruption import Interrupted
-    from adpo_jax.recording import ReplayError
     from adpo_jax.rewards import RewardError
+    from adpo_jax.source import SourceError
 
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
@@ -100,7 +100,7 @@ def main(argv: list[str], **parts) -> int:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
         try:
             train.run(prepared, interruption)
-        except (RewardError, CheckpointError, ReplayError) as error:
+        except (RewardError, CheckpointError, SourceError) as error:
             return _failed(error)
         except TrainingStopped as error:
             return _failed(error, STOPPED)

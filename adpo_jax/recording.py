@@ -29,13 +29,13 @@ import pyarrow.parquet
 
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts, token_fields
 from adpo_jax.rewards import Scores
-from adpo_jax.source import Source
+from adpo_jax.source import Source, SourceError
 
 VERSION = 2
 READABLE = (1, 2)
 
 
-class ReplayError(ValueError):
+class ReplayError(SourceError):
     """A recording that is missing, damaged or of another run."""
 
 

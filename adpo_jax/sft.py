@@ -7,14 +7,13 @@ packed ones of the arithmetic example had 22.
 Letters: P prompts, T completion tokens, S prompt and completion tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 import optax
 
 from adpo_jax import sharding
-from adpo_jax.data import prompt_indices
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Completion, make_batch
@@ -28,7 +27,7 @@ def make_sft_step(
     batch_size: int,
     rows_per_micro: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`(state, batch) -> (state, metrics)`, the state donated, the batch of `batches`.
+    """`(state, batch) -> (state, metrics)`, the state donated, the batch of `demonstrations`.
 
     "sft/loss" is among the metrics. As in every update, a step whose loss or gradient is not finite
     leaves the parameters as they were, and "update/skipped" is 1.
@@ -61,25 +60,3 @@ def demonstrations(
     """
     groups = [[Completion.sampled(ids, np.zeros(len(ids)), "stop")] for ids in completions]
     return make_batch(prompts, groups, prompt_length=prompt_length, completion_length=length)
-
-
-def batches(
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    *,
-    first: int = 0,
-    num_steps: int,
-    batch_size: int,
-    seed: int,
-    prompt_length: int,
-    length: int,
-) -> Iterator[Batch]:
-    """The `demonstrations` of steps `first` to `num_steps`, a function of both and the seed."""
-    for step in range(first, num_steps):
-        rows = prompt_indices(step, seed=seed, num_rows=len(prompts), batch_size=batch_size)
-        yield demonstrations(
-            [prompts[i] for i in rows],
-            [completions[i] for i in rows],
-            prompt_length=prompt_length,
-            length=length,
-        )

@@ -5,6 +5,10 @@ from typing import Any
 from adpo_jax.records import GradedGroups
 
 
+class SourceError(ValueError):
+    """Groups that cannot be had: something is missing, damaged or of another run."""
+
+
 class Source:
     """Graded groups, iteration after iteration.
 
@@ -20,14 +24,14 @@ class Source:
           step: of the newest checkpoint; below 0 it is one of the supervised stage.
 
         Raises:
-          ValueError: naming what is missing or differs.
+          SourceError: naming what is missing or differs.
         """
 
     def restore(self, step: int) -> None:
         """Takes up what was saved after `step` iterations.
 
         Raises:
-          ValueError: when what is needed was not kept.
+          SourceError: when what is needed was not kept.
         """
 
     def next(self, step: int, params: Any) -> GradedGroups:

@@ -89,7 +89,7 @@ def train(
       ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
       CheckpointError: when no checkpoint can be gone on from.
-      ReplayError: for a recording that is damaged inside.
+      SourceError: for a recording that is damaged inside.
       TrainingStopped: for updates that are not sound, by the settings of the config.
       SaveError: when no checkpoint can be written.
     """
