@@ -8,8 +8,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from adpo_jax import arithmetic as arithmetic
+    from adpo_jax import pretrained as pretrained
     from adpo_jax.continuous import ContinuousBatch as ContinuousBatch
     from adpo_jax.engine import Engine as Engine
+    from adpo_jax.lora import Lora as Lora
     from adpo_jax.losses import Adpo as Adpo
     from adpo_jax.losses import Grpo as Grpo
     from adpo_jax.losses import Rloo as Rloo
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from adpo_jax.losses import grpo_loss as grpo_loss
     from adpo_jax.losses import rloo_loss as rloo_loss
     from adpo_jax.losses import target_distribution as target_distribution
+    from adpo_jax.packing import pack as pack
     from adpo_jax.policy import Policy as Policy
     from adpo_jax.records import Batch as Batch
     from adpo_jax.records import Completion as Completion
@@ -43,6 +47,7 @@ _HOMES = {
     "ContinuousBatch": "continuous",
     "Engine": "engine",
     "Grpo": "losses",
+    "Lora": "lora",
     "Policy": "policy",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
@@ -56,12 +61,14 @@ _HOMES = {
     "init_state": "update",
     "make_batch": "records",
     "make_update": "update",
+    "pack": "packing",
     "rloo_loss": "losses",
     "target_distribution": "losses",
-    "train": "train",
 }
+# Public names that are modules; `train` can be called.
+_MODULES = {"arithmetic": "arithmetic", "pretrained": "pretrained", "train": "train"}
 
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str):
@@ -72,11 +79,11 @@ def __getattr__(name: str):
             return version("adpo-jax")
         except PackageNotFoundError:  # a clone that was never installed
             return "0+unknown"
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    # `train` is a module that can be called: importing it puts it here under its own name.
-    return home if name == "train" else getattr(home, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__():

@@ -22,7 +22,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from adpo_jax.records import Sequences
+from adpo_jax.records import Batch, Sequences
 
 # Tokens of an attention tile.
 TILE = 64
@@ -88,8 +88,15 @@ class PackedBatch:
     whole_groups: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def pack(sequences: Sequences, **options) -> PackedBatch:
-    """Lays sequences out in streams; options and errors as of `Packing`."""
+def pack(sequences: Sequences | Batch, **options) -> PackedBatch:
+    """Lays sequences out in streams.
+
+    Args:
+      sequences: ragged, or a rectangle of host arrays.
+      options: as of `Packing`, and so are the errors.
+    """
+    if isinstance(sequences, Batch):
+        sequences = sequences.sequences()
     return Packing(sequences, **options).batch(sequences)
 
 
