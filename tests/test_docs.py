@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adpo_jax.config import default_config, keys
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.log.metrics import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
