@@ -8,8 +8,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adpo_jax.continuous import ContinuousBatch as ContinuousBatch
+    from adpo_jax import pretrained as pretrained
+    from adpo_jax.data import arithmetic as arithmetic
     from adpo_jax.engine import Engine as Engine
+    from adpo_jax.engine.continuous import ContinuousBatch as ContinuousBatch
+    from adpo_jax.engine.sampling import SamplingParams as SamplingParams
     from adpo_jax.losses import Adpo as Adpo
     from adpo_jax.losses import Grpo as Grpo
     from adpo_jax.losses import Rloo as Rloo
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from adpo_jax.losses import grpo_loss as grpo_loss
     from adpo_jax.losses import rloo_loss as rloo_loss
     from adpo_jax.losses import target_distribution as target_distribution
+    from adpo_jax.model.lora import Lora as Lora
     from adpo_jax.policy import Policy as Policy
     from adpo_jax.records import Batch as Batch
     from adpo_jax.records import Completion as Completion
@@ -26,11 +30,11 @@ if TYPE_CHECKING:
     from adpo_jax.rewards import RewardFunction as RewardFunction
     from adpo_jax.rewards import RewardModel as RewardModel
     from adpo_jax.rewards import good_accuracy as good_accuracy
-    from adpo_jax.sampling import SamplingParams as SamplingParams
     from adpo_jax.train import train as train
     from adpo_jax.update import TrainState as TrainState
     from adpo_jax.update import init_state as init_state
     from adpo_jax.update import make_update as make_update
+    from adpo_jax.update.packing import pack as pack
 
     __version__: str
 
@@ -40,14 +44,15 @@ _HOMES = {
     "Batch": "records",
     "Completion": "records",
     "Completions": "records",
-    "ContinuousBatch": "continuous",
+    "ContinuousBatch": "engine.continuous",
     "Engine": "engine",
     "Grpo": "losses",
+    "Lora": "model.lora",
     "Policy": "policy",
     "RewardFunction": "rewards",
     "RewardModel": "rewards",
     "Rloo": "losses",
-    "SamplingParams": "sampling",
+    "SamplingParams": "engine.sampling",
     "TrainState": "update",
     "adaptive_tau": "losses",
     "adpo_loss": "losses",
@@ -56,12 +61,14 @@ _HOMES = {
     "init_state": "update",
     "make_batch": "records",
     "make_update": "update",
+    "pack": "update.packing",
     "rloo_loss": "losses",
     "target_distribution": "losses",
-    "train": "train",
 }
+# Public names that are modules; `train` can be called.
+_MODULES = {"arithmetic": "data.arithmetic", "pretrained": "pretrained", "train": "train"}
 
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str):
@@ -72,11 +79,11 @@ def __getattr__(name: str):
             return version("adpo-jax")
         except PackageNotFoundError:  # a clone that was never installed
             return "0+unknown"
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
-    # `train` is a module that can be called: importing it puts it here under its own name.
-    return home if name == "train" else getattr(home, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__():

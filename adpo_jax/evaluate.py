@@ -20,14 +20,16 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax import loading, pretrained, setup, sharding
-from adpo_jax.command_line import load_config, parse_flags
-from adpo_jax.config_checks import finalized
-from adpo_jax.evaluation import evaluate
-from adpo_jax.exit_codes import USER_ERROR
-from adpo_jax.host_memory import tune_malloc
-from adpo_jax.metrics import write_jsonl
+from adpo_jax import pretrained
+from adpo_jax.devices import sharding
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.metrics import write_jsonl
 from adpo_jax.rewards import RewardError
+from adpo_jax.rollouts.evaluation import evaluate
+from adpo_jax.run import loading, setup
+from adpo_jax.run.command_line import load_config, parse_flags
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.exit_codes import USER_ERROR
 
 
 def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> dict[str, float]:

@@ -12,8 +12,9 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax.command_line import load_config, parse_flags
-from adpo_jax.exit_codes import (
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.run.command_line import load_config, parse_flags
+from adpo_jax.run.exit_codes import (
     DISK_ERROR,
     DOES_NOT_FIT,
     HOST_LOST,
@@ -21,7 +22,6 @@ from adpo_jax.exit_codes import (
     STOPPED,
     USER_ERROR,
 )
-from adpo_jax.host_memory import tune_malloc
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -69,12 +69,14 @@ def main(argv: list[str], **parts) -> int:
     # After the flags, so that --help is quick.
     import jax
 
-    from adpo_jax import compilation_cache, distributed, preparation, setup, train
-    from adpo_jax.checkpoint_files import CheckpointError
-    from adpo_jax.guard import TrainingStopped
-    from adpo_jax.interruption import Interrupted
-    from adpo_jax.recording import ReplayError
+    from adpo_jax import train
+    from adpo_jax.devices import compilation_cache, distributed
     from adpo_jax.rewards import RewardError
+    from adpo_jax.rollouts.source import SourceError
+    from adpo_jax.run import preparation, setup
+    from adpo_jax.run.checkpoint_files import CheckpointError
+    from adpo_jax.run.guard import TrainingStopped
+    from adpo_jax.run.interruption import Interrupted
 
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
@@ -100,7 +102,7 @@ def main(argv: list[str], **parts) -> int:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
         try:
             train.run(prepared, interruption)
-        except (RewardError, CheckpointError, ReplayError) as error:
+        except (RewardError, CheckpointError, SourceError) as error:
             return _failed(error)
         except TrainingStopped as error:
             return _failed(error, STOPPED)

@@ -14,14 +14,15 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from adpo_jax import loading, lora
-from adpo_jax.checkpoint_files import complete_steps
 from adpo_jax.config import default_config
-from adpo_jax.data import Dataset
-from adpo_jax.loading import ModelSource
-from adpo_jax.policy import Policy
-from adpo_jax.prompts import Message, render_prompts
-from adpo_jax.run_folder import RunFolder
+from adpo_jax.data.files import Dataset
+from adpo_jax.data.prompts import Message, render_prompts
+from adpo_jax.model import lora
+from adpo_jax.policy.policy import Policy
+from adpo_jax.run import loading
+from adpo_jax.run.checkpoint_files import complete_steps
+from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.loading import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,28 +21,24 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import (
-    digests,
-    distributed,
-    host_memory,
-    lora,
-    lora_files,
-    profiling,
-    recording,
-    setup,
-)
-from adpo_jax import metrics as metrics_lib
-from adpo_jax.checkpoint_files import CheckpointError
-from adpo_jax.checkpoints import Checkpoints, Restored
-from adpo_jax.evaluation import evaluate
-from adpo_jax.interruption import Interrupted, Interruption
-from adpo_jax.preparation import Run, abstract_state, prepare
-from adpo_jax.progress import Progress
+from adpo_jax.devices import distributed, host_memory
+from adpo_jax.log import metrics as metrics_lib
+from adpo_jax.log import profiling
+from adpo_jax.log.progress import Progress
+from adpo_jax.model import lora
+from adpo_jax.policy import adapters
 from adpo_jax.records import GradedGroups
 from adpo_jax.rewards import RewardError
-from adpo_jax.rollout import reward_metrics, rollout_metrics, sample_records
-from adpo_jax.run_folder import RunFolder
-from adpo_jax.setup import Parts
+from adpo_jax.rollouts import recording
+from adpo_jax.rollouts.evaluation import evaluate
+from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_records
+from adpo_jax.run import digests, setup
+from adpo_jax.run.checkpoint_files import CheckpointError
+from adpo_jax.run.checkpoints import Checkpoints, Restored
+from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.interruption import Interrupted, Interruption
+from adpo_jax.run.preparation import Run, abstract_state, prepare
+from adpo_jax.run.setup import Parts
 from adpo_jax.update import SKIPPED, TrainState
 
 
@@ -89,7 +85,7 @@ def train(
       ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
       CheckpointError: when no checkpoint can be gone on from.
-      ReplayError: for a recording that is damaged inside.
+      SourceError: for a recording that is damaged inside.
       TrainingStopped: for updates that are not sound, by the settings of the config.
       SaveError: when no checkpoint can be written.
     """
@@ -285,7 +281,7 @@ def _export(run: Run, state: TrainState) -> None:
         return
     if policy.lora:
         base = run.config.actor_rollout_ref.model.path
-        lora_files.save(folder.adapter, policy, state.params, base_model=base, overwrite=True)
+        adapters.save(folder.adapter, policy, state.params, base_model=base, overwrite=True)
     policy.save_pretrained(
         folder.export, state.params, run.parts.tokenizer, overwrite=folder.export.exists()
     )

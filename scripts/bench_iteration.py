@@ -41,7 +41,7 @@ def run_ours(a) -> dict:
     """Times our iterations in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from adpo_jax import host_memory
+    from adpo_jax.devices import host_memory
 
     host_memory.tune_malloc()
     import common
@@ -49,11 +49,12 @@ def run_ours(a) -> dict:
     import numpy as np
     import optax
 
-    from adpo_jax import Engine, SamplingParams, losses, optimizer
-    from adpo_jax.anchor import Anchor
-    from adpo_jax.batch_plan import BatchPlan
-    from adpo_jax.learner import Learner
+    from adpo_jax import Engine, SamplingParams, losses
     from adpo_jax.records import Sequences
+    from adpo_jax.update import optimizer
+    from adpo_jax.update.anchor import Anchor
+    from adpo_jax.update.learner import Learner
+    from adpo_jax.update.plan import BatchPlan
 
     drawn = SimpleNamespace(
         shape=a.shapes, prompts=PROMPTS, gens=GENS, prompt_len=PROMPT, new=NEW, mean_len=40.0

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adpo_jax import lora, losses, optimizer, update
+from adpo_jax import losses, update
+from adpo_jax.model import lora
 from adpo_jax.policy import Policy
+from adpo_jax.update import optimizer
 
 CONFIG = {
     "model_type": "qwen3",

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from adpo_jax import host_memory
-from adpo_jax.packing import Packing
+from adpo_jax.devices import host_memory
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts, token_fields
 from adpo_jax.rewards import Scores
+from adpo_jax.update.packing import Packing
 
 
 def arguments() -> argparse.Namespace:

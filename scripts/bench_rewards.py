@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
-from adpo_jax.rewards.extract import find_answer
+from adpo_jax.rewards.grading.extract import find_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 

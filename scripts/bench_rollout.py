@@ -52,9 +52,9 @@ def arguments():
 
 def policy_of(shape: dict):
     """The policy of a shape, a Qwen3."""
-    from adpo_jax.model import ModelConfig
+    from adpo_jax.model.decoder import ModelConfig
+    from adpo_jax.model.rope import Rope
     from adpo_jax.policy import Policy
-    from adpo_jax.rope import Rope
 
     L, h = shape["layers"], shape["head_dim"]
     config = ModelConfig(
@@ -126,7 +126,7 @@ def run_engine(a, shape_name: str, case_name: str) -> dict:
     """Times the engine in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from adpo_jax.host_memory import tune_malloc
+    from adpo_jax.devices.host_memory import tune_malloc
 
     tune_malloc()  # as every command of ours does
     import common

@@ -71,7 +71,7 @@ def run_ours(a) -> dict:
     """Times our update in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from adpo_jax.host_memory import tune_malloc
+    from adpo_jax.devices.host_memory import tune_malloc
 
     tune_malloc()
     import common
@@ -79,7 +79,8 @@ def run_ours(a) -> dict:
     import jax.numpy as jnp
     import optax
 
-    from adpo_jax import losses, optimizer, packing, update
+    from adpo_jax import losses, update
+    from adpo_jax.update import optimizer, packing
 
     batch, advantages = make_batch(common, a.shapes, a.cases)
     num_tokens = int(batch.attention_mask_PGS.sum())
@@ -175,7 +176,7 @@ def measure_head(V: int, D: int, tokens: int, repeats: int = 3) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from adpo_jax.log_probs import token_log_probs, weighted_log_probs
+    from adpo_jax.model.head import token_log_probs, weighted_log_probs
 
     config = SimpleNamespace(tie_embeddings=True, logit_soft_cap=None, vocab_size=V)
 

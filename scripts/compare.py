@@ -25,15 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from adpo_jax import preparation, train
-from adpo_jax.config_checks import check_overrides, finalized
-from adpo_jax.exit_codes import USER_ERROR
-from adpo_jax.host_memory import tune_malloc
-from adpo_jax.learner import Learner
+from adpo_jax import train
+from adpo_jax.devices.host_memory import tune_malloc
 from adpo_jax.losses import ALGORITHMS
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
-from adpo_jax.run_folder import RunFolder
+from adpo_jax.run import preparation
+from adpo_jax.run.config_checks import check_overrides, finalized
+from adpo_jax.run.exit_codes import USER_ERROR
+from adpo_jax.run.folder import RunFolder
+from adpo_jax.update.learner import Learner
 
 METHODS = {name: {"algorithm.adv_estimator": name} for name in ALGORITHMS} | {
     "adpo-fixed": {"algorithm.adv_estimator": "adpo", "algorithm.use_adaptive_tau": False}

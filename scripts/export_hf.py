@@ -16,7 +16,8 @@ from pathlib import Path
 
 import jax
 
-from adpo_jax import hf, pretrained
+from adpo_jax import pretrained
+from adpo_jax.hf import folders
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +48,7 @@ def export(a: argparse.Namespace) -> None:
     size = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{a.out}: {size:,} parameters in {a.dtype}, from {model.source}")
     if a.push_to_hub:
-        print(hf.push_folder(a.out, a.push_to_hub, private=not a.public))
+        print(folders.push_folder(a.out, a.push_to_hub, private=not a.public))
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import atheris
 
 with atheris.instrument_imports(include=["adpo_jax.rewards"]):
     from adpo_jax.rewards.builtin import good_accuracy
-    from adpo_jax.rewards.compare import compare
+    from adpo_jax.rewards.grading.compare import compare
 
 MAX_SECONDS = 0.2
 WORDS = r"""

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import jax
 
-from adpo_jax import Engine, SamplingParams, compilation_cache, pretrained
+from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.config import default_config
-from adpo_jax.generation import FinishedGroup
-from adpo_jax.host_memory import tune_malloc
+from adpo_jax.devices import compilation_cache
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.engine.generation import FinishedGroup
+from adpo_jax.engine.text_stream import TextStream
 from adpo_jax.pretrained import Pretrained, PromptFormat
-from adpo_jax.text_stream import TextStream
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

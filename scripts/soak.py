@@ -33,7 +33,8 @@ GROWTH_LIMIT = 0.03
 
 
 def main(argv):
-    from adpo_jax import preparation, setup, train
+    from adpo_jax import train
+    from adpo_jax.run import preparation, setup
 
     logging.set_verbosity(logging.WARNING)
     config = _CONFIG.value
@@ -135,7 +136,7 @@ def summary(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    from adpo_jax.host_memory import tune_malloc
+    from adpo_jax.devices.host_memory import tune_malloc
 
     tune_malloc()
     app.run(main)

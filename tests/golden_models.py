@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from adpo_jax import Policy, hf
+from adpo_jax import Policy
+from adpo_jax.hf import folders
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("qwen2", "qwen3", "llama", "llama_bias_tied", "mistral", "gemma2", "gemma3_text")
@@ -23,7 +24,9 @@ def model(name: str):
     config = config_of(name)
     weights = GOLDEN / config.pop("weights_of", name)
     policy = Policy.abstract_from_config(config)
-    params = hf.load_params(policy.config, policy.abstract_params(), weights, config["model_type"])
+    params = folders.load_params(
+        policy.config, policy.abstract_params(), weights, config["model_type"]
+    )
     return policy, params
 
 

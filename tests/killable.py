@@ -37,7 +37,7 @@ def at(owner, name: str, count: int, *, before: bool):
 
 def torn_row(count: int):
     """Half a line of metrics."""
-    from adpo_jax import metrics
+    from adpo_jax.log import metrics
 
     original = metrics.JsonlWriter.write_scalars
     calls = []
@@ -56,15 +56,20 @@ def torn_row(count: int):
 def arm(place: str, count: int):
     from orbax.checkpoint._src.path import atomicity
 
-    from adpo_jax import checkpoints, hf, metrics, rollout, run_folder, sft, train
-    from adpo_jax.learner import Learner
+    from adpo_jax import train
+    from adpo_jax.devices.sharding import BatchSharding
+    from adpo_jax.hf import folders
+    from adpo_jax.log import metrics
     from adpo_jax.rewards import RewardModel
-    from adpo_jax.sharding import BatchSharding
+    from adpo_jax.rollouts import sampler
+    from adpo_jax.run import checkpoints, folder
+    from adpo_jax.update import sft
+    from adpo_jax.update.learner import Learner
 
     places = {
         "cold start": lambda: at(sft, "make_sft_step", count, before=False),
         "step of the cold start": lambda: at(BatchSharding, "put", count, before=True),
-        "rollout": lambda: at(rollout, "generate_and_grade", count, before=True),
+        "rollout": lambda: at(sampler, "generate_and_grade", count, before=True),
         "grading": lambda: at(RewardModel, "score", count, before=True),
         "update": lambda: at(Learner, "learn", count, before=False),
         "evaluation": lambda: at(train, "evaluate", count, before=True),
@@ -78,8 +83,8 @@ def arm(place: str, count: int):
         ),
         "deleting a checkpoint": lambda: at(checkpoints.shutil, "rmtree", count, before=True),
         "purging the metrics": lambda: at(metrics.os, "replace", count, before=True),
-        "exporting": lambda: at(hf.hf_weights, "save", count, before=False),
-        "noting the export": lambda: at(run_folder.RunFolder, "note_export", count, before=True),
+        "exporting": lambda: at(folders.hf_weights, "save", count, before=False),
+        "noting the export": lambda: at(folder.RunFolder, "note_export", count, before=True),
     }
     if place != "nowhere":
         places[place]()

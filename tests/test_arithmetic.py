@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from adpo_jax import arithmetic
+from adpo_jax.data import arithmetic
 from adpo_jax.rewards import good_accuracy
 
 

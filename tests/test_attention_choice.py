@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from adpo_jax import Policy, attention_choice
-from adpo_jax.attention_choice import (
+from adpo_jax import Policy
+from adpo_jax.engine.kernels import DECODING, PREFILL
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.verbs import Verbs
+from adpo_jax.model import attention_choice
+from adpo_jax.model.attention_choice import (
     NAMES,
     AttentionFallback,
     Implementation,
@@ -17,10 +21,7 @@ from adpo_jax.attention_choice import (
     fitting,
     resolve,
 )
-from adpo_jax.attention_kernels import ROWS, STREAMS, Settings
-from adpo_jax.decode import Verbs
-from adpo_jax.kernels import DECODING, PREFILL
-from adpo_jax.kv_cache import CacheLayout
+from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
 
 USES = {use.name: use for use in (ROWS, STREAMS, PREFILL, DECODING)}
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tiny
 
-from adpo_jax import Policy, attention_kernels
-from adpo_jax.attention import LayerInfo, Tokens, visible
-from adpo_jax.attention_kernels import Settings
-from adpo_jax.sharding import make_mesh
+from adpo_jax import Policy
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.model import attention_kernels
+from adpo_jax.model.attention import LayerInfo, Tokens, visible
+from adpo_jax.model.attention_kernels import Settings
 
 H, K, D, T = 4, 2, 128, 100
 SETTINGS = Settings((40, None), K, D, D**-0.5, 5.0, jnp.float32, None)

@@ -25,8 +25,10 @@ from safetensors.numpy import load_file, save_file
 from test_config import parse
 from test_config_keys import FakeEngine, FakeLearner, vars_of
 
-from adpo_jax import arithmetic, loading, main, pretrained, setup
+from adpo_jax import main, pretrained
+from adpo_jax.data import arithmetic
 from adpo_jax.policy import Policy
+from adpo_jax.run import loading, setup
 from adpo_jax.update import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -756,7 +758,7 @@ def linked_folder():
 def claimed(**changes):
     from test_config import parse
 
-    from adpo_jax.run_folder import RunFolder
+    from adpo_jax.run.folder import RunFolder
 
     folder = RunFolder(Path("run"))
     folder.claim(parse(*SHORT))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from adpo_jax import Engine, Policy, SamplingParams, cache_plan, sharding
-from adpo_jax.decode import Verbs
-from adpo_jax.kv_cache import CacheLayout
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.devices import sharding
+from adpo_jax.engine import cache_plan
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.verbs import Verbs
 
 LAYOUT = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
 SIZES = {"max_prompt_length": 512, "max_response_length": 1024, "group_size": 8}

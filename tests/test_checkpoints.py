@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adpo_jax import checkpoint_files
-from adpo_jax import checkpoints as checkpoints_lib
-from adpo_jax.checkpoint_files import CheckpointError
-from adpo_jax.checkpoints import Checkpoints, SaveError
-from adpo_jax.digests import digests
-from adpo_jax.sharding import make_mesh
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.run import checkpoint_files
+from adpo_jax.run import checkpoints as checkpoints_lib
+from adpo_jax.run.checkpoint_files import CheckpointError
+from adpo_jax.run.checkpoints import Checkpoints, SaveError
+from adpo_jax.run.digests import digests
 
 # orbax leaves the coroutines and event loops of a restore that failed to the garbage collector, in
 # all versions up to 0.12.8; what Python then says differs from one collection to the next, so every

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from test_report import make_run
 
-from adpo_jax import setup, sharding
-from adpo_jax.config_checks import finalized
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.devices import sharding
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.report.runs import Run
-from adpo_jax.run_folder import RunFolder
+from adpo_jax.run import setup
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "compare.py"

@@ -8,11 +8,11 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from adpo_jax import setup
-from adpo_jax.batch_plan import batch_plan
 from adpo_jax.config import default_config
-from adpo_jax.config_checks import check_overrides, finalized
 from adpo_jax.losses import PaddedTokens
+from adpo_jax.run import setup
+from adpo_jax.run.batch_plan import batch_plan
+from adpo_jax.run.config_checks import check_overrides, finalized
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

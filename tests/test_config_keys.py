@@ -18,22 +18,16 @@ import pytest
 from test_config import parse
 
 import adpo_jax
-from adpo_jax import (
-    arithmetic,
-    compilation_cache,
-    loading,
-    lora_files,
-    preparation,
-    setup,
-    sft,
-    sharding,
-)
-from adpo_jax.batch_plan import batch_plan
 from adpo_jax.config import declarations, default_config, keys
-from adpo_jax.learner import Learner
-from adpo_jax.lora import Lora
-from adpo_jax.policy import Policy
+from adpo_jax.data import arithmetic
+from adpo_jax.devices import compilation_cache, sharding
+from adpo_jax.model.lora import Lora
+from adpo_jax.policy import Policy, adapters
 from adpo_jax.records import Completion, Completions
+from adpo_jax.run import loading, preparation, setup
+from adpo_jax.run.batch_plan import batch_plan
+from adpo_jax.update import sft
+from adpo_jax.update.learner import Learner
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +58,7 @@ def checkpoint(tmp_path_factory):
     )
     policy.save_pretrained(folder, params, arithmetic.make_tokenizer())
     adapted = policy.with_adapters(params, Lora(2, 4.0), jax.random.key(1))
-    lora_files.save(folder.with_name("adapter"), *adapted, base_model=str(folder))
+    adapters.save(folder.with_name("adapter"), *adapted, base_model=str(folder))
     return folder
 
 

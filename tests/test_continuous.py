@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from adpo_jax import Engine, Policy, SamplingParams, cache_plan
-from adpo_jax.batching import Request
-from adpo_jax.continuous import ContinuousBatch, LoadSizing
-from adpo_jax.decode import Verbs
-from adpo_jax.schedule import Schedule
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.engine import cache_plan
+from adpo_jax.engine.batching import Request
+from adpo_jax.engine.continuous import ContinuousBatch, LoadSizing
+from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.verbs import Verbs
 
 V = 61
 LENGTHS = [5, 1, 12, 20, 2, 23]
@@ -182,7 +183,7 @@ def test_samples_of_a_request_share_its_prompt_until_there_are_too_many_prompts(
 
 
 def test_a_server_on_several_devices_samples_what_one_does(engine):
-    from adpo_jax.sharding import make_mesh
+    from adpo_jax.devices.sharding import make_mesh
 
     on_one, params = engine
     mesh = make_mesh(data=2, fsdp=1, devices=jax.devices()[:2])
@@ -240,7 +241,7 @@ def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypat
     token = 2 * 2 * 2 * 16 * 4
     monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: (most * token, ""))
     gpu = types.SimpleNamespace(platform="gpu")  # where the engine's own rows are never copied
-    monkeypatch.setattr("adpo_jax.engine._device", lambda _: gpu)
+    monkeypatch.setattr("adpo_jax.engine.engine._device", lambda _: gpu)
     engine = Engine(
         policy,
         max_prompt_length=prefix,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from adpo_jax.config import default_config, keys
+from adpo_jax.log.metrics import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -20,7 +21,7 @@ def code_of(page: str) -> list[str]:
 
 
 def test_the_training_loop_of_the_api_page_learns_in_60_lines():
-    loop, bigger, _, requests = code_of("api.md")
+    loop, bigger, _, _, requests = code_of("api.md")
     assert len(loop.splitlines()) <= 65
     assert sum(bool(line.strip()) for line in loop.splitlines()) <= 60
     names = {}
@@ -30,6 +31,18 @@ def test_the_training_loop_of_the_api_page_learns_in_60_lines():
     assert np.isfinite(names["metrics"]["adpo/loss"])
     exec(compile(requests, "api.md", "exec"), names)
     assert [sample.ended for sample in names["first"]] == [True, True]
+
+
+def test_the_run_from_a_script_of_the_api_page_logs_what_its_callback_returns(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (script,) = (block for block in code_of("api.md") if "callbacks=" in block)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    shorter = f"config.actor_rollout_ref.model.hf_config = {small}\nlast_evaluation ="
+    exec(compile(script.replace("last_evaluation =", shorter), "api.md", "exec"), {})
+    rows = read_jsonl(tmp_path / "runs" / "from-a-script" / "metrics.jsonl")
+    assert [row["mine/longest"] > 0 for row in rows if "mine/longest" in row] == [True, True]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

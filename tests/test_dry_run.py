@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_config import parse
 
-from adpo_jax import chips, dry_run, sharding
-from adpo_jax.hlo import Program
+from adpo_jax import dry_run
+from adpo_jax.devices import chips, sharding
+from adpo_jax.dry_run.hlo import Program
 
 TINY = (
     "--config.actor_rollout_ref.model.hf_config="

@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
-from adpo_jax.model import ModelConfig
-from adpo_jax.rope import Rope
+from adpo_jax.model.decoder import ModelConfig
+from adpo_jax.model.rope import Rope
 
 V = 61
 MIXED = [5, 1, 12, 20, 2]  # prompt lengths
@@ -146,7 +146,7 @@ def test_scanned_layers_sample_what_unrolled_ones_do(model, monkeypatch):
     policy, params = model
     prompts, sampling = prompts_of(MIXED), SamplingParams(n=2, max_tokens=12)
     unrolled = engine_of(policy).generate(params, prompts, sampling, jax.random.key(2))
-    monkeypatch.setattr("adpo_jax.cpu.MAX_UNROLLED_LAYERS", 0)
+    monkeypatch.setattr("adpo_jax.model.cpu.MAX_UNROLLED_LAYERS", 0)
     engine = engine_of(policy)
     assert engine.verbs.layout.stacked
     scanned = engine.generate(params, prompts, sampling, jax.random.key(2))
@@ -364,7 +364,9 @@ def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypat
 
 def accelerator(monkeypatch):
     """Engines made from here on take this machine for a GPU's host."""
-    monkeypatch.setattr("adpo_jax.engine._device", lambda _: types.SimpleNamespace(platform="gpu"))
+    monkeypatch.setattr(
+        "adpo_jax.engine.engine._device", lambda _: types.SimpleNamespace(platform="gpu")
+    )
 
 
 def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model, monkeypatch):
@@ -460,7 +462,7 @@ def test_bfloat16_decoding_of_float32_weights_is_close_to_the_bfloat16_forward()
 
 
 def test_eight_devices_sample_what_one_does(model):
-    from adpo_jax.sharding import make_mesh
+    from adpo_jax.devices.sharding import make_mesh
 
     policy, params = model
     prompts = prompts_of(MIXED)
@@ -481,8 +483,8 @@ def test_eight_devices_sample_what_one_does(model):
 
 
 def test_attention_of_decoding_moves_nothing_between_devices(model):
-    from adpo_jax.hlo import Program
-    from adpo_jax.sharding import make_mesh
+    from adpo_jax.devices.sharding import make_mesh
+    from adpo_jax.dry_run.hlo import Program
 
     sharded = dataclasses.replace(model[0], mesh=make_mesh(data=4, fsdp=1, tensor=2))
     engine = engine_of(sharded, num_slots=32)

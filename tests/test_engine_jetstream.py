@@ -45,7 +45,7 @@ def jetstream(monkeypatch):
 
 
 def test_the_orchestrator_gets_the_greedy_tokens_of_generate(jetstream):
-    from adpo_jax.adapters.jetstream import JetStreamEngine
+    from adpo_jax.engine.jetstream import JetStreamEngine
 
     policy = Policy(tiny.model_config(vocab_size=40))
     params = policy.init(jax.random.key(0))

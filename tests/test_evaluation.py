@@ -9,10 +9,13 @@ from absl import flags
 from ml_collections import config_flags
 from test_config import parse
 
-from adpo_jax import arithmetic, loading, setup
 from adpo_jax import evaluate as evaluate_module
+from adpo_jax.data import arithmetic
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.evaluate import evaluate_model, table
-from adpo_jax.evaluation import (
+from adpo_jax.policy import Policy
+from adpo_jax.records import Completion, Completions, Prompts
+from adpo_jax.rollouts.evaluation import (
     EvalSettings,
     bootstrap_interval,
     evaluate,
@@ -20,9 +23,7 @@ from adpo_jax.evaluation import (
     pass_at_k,
     sample_scores,
 )
-from adpo_jax.policy import Policy
-from adpo_jax.records import Completion, Completions, Prompts
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.run import loading, setup
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])

@@ -12,12 +12,13 @@ import pytest
 from test_config import parse
 from test_train import TINY, scalars, train
 
-from adpo_jax import checkpoints as checkpoints_lib
-from adpo_jax import recording, setup
-from adpo_jax.checkpoints import Checkpoints, SaveError
-from adpo_jax.guard import Guard, TrainingStopped
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
+from adpo_jax.rollouts import recording
+from adpo_jax.run import checkpoints as checkpoints_lib
+from adpo_jax.run import setup
+from adpo_jax.run.checkpoints import Checkpoints, SaveError
+from adpo_jax.run.guard import Guard, TrainingStopped
 from adpo_jax.update import SKIPPED
 
 SHORT = (
@@ -257,7 +258,7 @@ def test_a_replay_of_a_recording_gives_the_same_bits_without_a_sampler(tmp_path,
     train(recorded, tmp_path / "run")
     folder = tmp_path / "run" / "rollouts"
     assert sorted(p.name for p in folder.iterdir()) == [f"00000{n}.parquet" for n in range(1, 5)]
-    monkeypatch.setattr("adpo_jax.rollout.generate_and_grade", None)
+    monkeypatch.setattr("adpo_jax.rollouts.sampler.generate_and_grade", None)
     train(parse(*SHORT, *varied), tmp_path / "replayed", replay=folder)
     assert digests(tmp_path / "replayed", 4) == digests(tmp_path / "run", 4)
     assert scalars(tmp_path / "replayed") == scalars(tmp_path / "run")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from adpo_jax.filtering import GroupFilter
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
+from adpo_jax.rollouts.filtering import GroupFilter
 
 P, G, T = 3, 2, 4
 

@@ -3,7 +3,7 @@
 import pytest
 
 from adpo_jax.rewards import good_accuracy
-from adpo_jax.rewards.compare import compare
+from adpo_jax.rewards.grading.compare import compare
 
 # Of each kind: the reference, answers that equal it, answers that do not.
 CASES = {

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from adpo_jax.rewards.extract import find_answer, find_reference
+from adpo_jax.rewards.grading.extract import find_answer, find_reference
 
 FOUND = {
     "the last box": (r"Maybe \boxed{6}? No: \boxed{2}.", "2"),

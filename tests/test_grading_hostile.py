@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adpo_jax.rewards import exact_match, format_reward, good_accuracy
-from adpo_jax.rewards.compare import compare
+from adpo_jax.rewards.grading.compare import compare
 
 CANARY = Path("/tmp/adpo_jax_grading_canary")
 TOUCH = f"__import__('os').system('touch {CANARY}')"

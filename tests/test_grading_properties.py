@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from adpo_jax.rewards import good_accuracy
-from adpo_jax.rewards.compare import compare
-from adpo_jax.rewards.extract import find_answer
+from adpo_jax.rewards.grading.compare import compare
+from adpo_jax.rewards.grading.extract import find_answer
 
 SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adpo_jax.rewards import ball, values
-from adpo_jax.rewards.ball import Ball, Undefined
-from adpo_jax.rewards.evaluate import evaluate
-from adpo_jax.rewards.lexer import normalise, tokenize
-from adpo_jax.rewards.parse import parse
+from adpo_jax.rewards.grading import ball, values
+from adpo_jax.rewards.grading.ball import Ball, Undefined
+from adpo_jax.rewards.grading.evaluate import evaluate
+from adpo_jax.rewards.grading.lexer import normalise, tokenize
+from adpo_jax.rewards.grading.parse import parse
 
 
 def value(text: str):

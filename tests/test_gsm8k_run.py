@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]

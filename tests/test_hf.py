@@ -14,8 +14,9 @@ import pytest
 from golden_models import FAMILIES, GOLDEN, config_of, model
 from safetensors.numpy import load_file, save_file
 
-from adpo_jax import Policy, hf_weights, safetensors_files
-from adpo_jax.sharding import make_mesh
+from adpo_jax import Policy
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.hf import safetensors_files, weights
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -166,7 +167,7 @@ def test_only_the_slices_of_the_mesh_are_copied(monkeypatch):
         copied.append(shape)
         return empty(shape, *args, **kwargs)
 
-    monkeypatch.setattr(hf_weights.np, "empty", counting)
+    monkeypatch.setattr(weights.np, "empty", counting)
     Policy.from_pretrained(GOLDEN / "llama", mesh=make_mesh(1, 2, 4))
     # gate on disk: [3 layers, F 24 over 4, D 16 over 2].
     assert (3, 24 // 4, 16 // 2) in copied

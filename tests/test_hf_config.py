@@ -10,9 +10,9 @@ from golden_models import config_of
 from transformers import AutoConfig
 
 from adpo_jax import Policy
-from adpo_jax.hf_config import language_config, model_config
-from adpo_jax.hf_families import FAMILIES
-from adpo_jax.rope import Rope
+from adpo_jax.hf.config import language_config, model_config
+from adpo_jax.hf.families import FAMILIES
+from adpo_jax.model.rope import Rope
 
 QWEN25_05B = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -15,7 +15,7 @@ import jax
 address, process, source, out = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 jax.distributed.initialize(address, num_processes=2, process_id=process)
 from adpo_jax import Policy
-from adpo_jax.sharding import make_mesh
+from adpo_jax.devices.sharding import make_mesh
 policy, params = Policy.from_pretrained(source, mesh=make_mesh(1, 4, 1))
 assert not params["layers"]["gate"].is_fully_addressable
 policy.save_pretrained(out, params, dtype="bfloat16")

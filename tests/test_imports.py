@@ -1,4 +1,4 @@
-"""The order of the road: a module imports only what lies before it, and graders stay light."""
+"""The rooms of the house: what may import what, and where a config may be read."""
 
 import ast
 import subprocess
@@ -7,74 +7,105 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 
-# From the ground up to the road and the command line. Those of a line do not import each other,
-# except from left to right.
-ROAD = [
-    "clu_without_tensorflow exit_codes host_memory compilation_cache metric_names",
-    "sharding distributed rope groups safetensors_files hlo flops chips",
-    "rewards records data arithmetic redaction metrics trackers profiling progress",
-    "losses config config_checks command_line batch_plan",
-    "prompts anchor",
-    "cpu_fusion packing attention tile_attention attention_kernels",
-    "lora layer_functions model log_probs",
-    "hf_families hf_config hf_tensors hf_weights hf policy",
-    "lora_files optimizer digests checkpoint_files checkpoints run_identity run_folder guard",
-    "interruption",
-    "sampling kv_cache kernels decode schedule cache_plan cpu_engine batching generation engine",
-    "continuous text_stream",
-    "layouts offload update rollout recording filtering sft cold_start learner evaluation",
-    "loading pretrained serve setup dry_run_report dry_run preparation train evaluate report",
-    "adapters main",
-]
+# A room, and the rooms that it may import. Data flows from the top down to `run`; no room imports
+# one that stands below it.
+ROOMS = {
+    "devices": "",
+    "log": "devices",
+    "data": "",
+    "rewards": "",
+    "losses": "",
+    "records": "rewards",
+    "model": "devices",
+    "hf": "model devices",
+    "policy": "hf model devices",
+    "engine": "policy model records devices",
+    "update": "policy model losses records devices",
+    "rollouts": "engine rewards records data devices",
+    "config": "losses",
+    "run": "config rollouts update engine policy hf model records losses rewards data log devices",
+}
+# What people start, made of all rooms, and of each other as said here.
+TOP = {
+    "train": "",
+    "main": "train dry_run",
+    "evaluate": "pretrained",
+    "pretrained": "",
+    "dry_run": "",
+    "serve": "pretrained",
+    "report": "",
+}
 
 
-def modules():
-    return {path.stem for path in PACKAGE.glob("*.py")} | {
-        path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()
-    }
-
-
-def imports_of(name: str) -> set[str]:
-    """The modules of the package that a module (or the files of a subpackage) imports."""
+def files_of(name: str) -> list[Path]:
     folder = PACKAGE / name
-    files = folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{name}.py"]
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{name}.py"]
+
+
+def imports_of(file: Path) -> set[str]:
+    """The modules of the package that a file imports, as in "engine.verbs"."""
     found = set()
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adpo_jax"):
-                parts = node.module.split(".")
-                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-            if isinstance(node, ast.Import):
-                names = [alias.name.split(".") for alias in node.names]
-                found |= {n[1] for n in names if n[0] == "adpo_jax" and len(n) > 1}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adpo_jax"):
+            inside = node.module.split(".")[1:]
+            found |= {".".join([*inside, alias.name]) for alias in node.names}
+        if isinstance(node, ast.Import):
+            names = [alias.name.partition(".") for alias in node.names]
+            found |= {rest for first, _, rest in names if first == "adpo_jax" and rest}
+    return found
+
+
+def rooms_imported(name: str) -> set[str]:
+    found = {module.split(".")[0] for file in files_of(name) for module in imports_of(file)}
     return found - {name}
 
 
-def test_every_module_is_on_the_road_and_imports_run_one_way():
-    order = [name for line in ROAD for name in line.split()]
-    assert len(order) == len(set(order))
-    assert modules() - {"__init__"} <= set(order)
+def test_every_file_is_in_a_room():
+    there = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.name for path in PACKAGE.iterdir() if list(path.glob("*.py"))
+    }
+    assert there - {"__init__"} == ROOMS.keys() | TOP.keys()
+
+
+def test_a_room_imports_none_but_those_it_may():
     wrong = [
-        f"{name} imports {other}"
-        for place, name in enumerate(order)
-        if name in modules()
-        for other in imports_of(name) & modules()
-        if order.index(other) > place
+        f"{room} imports {other}"
+        for room, allowed in ROOMS.items()
+        for other in sorted(rooms_imported(room) - set(allowed.split()))
     ]
     assert not wrong
 
 
-def test_only_the_top_of_the_road_reads_the_config():
+def test_what_people_start_imports_rooms_and_what_is_said():
+    wrong = [
+        f"{name} imports {other}"
+        for name, allowed in TOP.items()
+        for other in sorted(rooms_imported(name) - ROOMS.keys() - set(allowed.split()))
+    ]
+    assert not wrong
+
+
+def test_the_rules_know_no_way_round():
+    """No room may import one that may import it: else the order of the rooms means nothing."""
+    for room, allowed in ROOMS.items():
+        for other in allowed.split():
+            assert room not in ROOMS[other].split()
+    assert "update" not in ROOMS["engine"].split()
+    assert "engine" not in ROOMS["update"].split()
+
+
+def test_grading_imports_nothing_of_ours():
+    folder = PACKAGE / "rewards" / "grading"
+    for file in folder.glob("*.py"):
+        others = {m for m in imports_of(file) if not m.startswith("rewards.grading")}
+        assert not others, file
+
+
+def test_the_configuration_is_read_in_run_and_at_the_top_alone():
     readers = {
-        name
-        for name in modules() - {"config", "config_checks", "batch_plan"}
-        if (PACKAGE / f"{name}.py").exists()
-        and "ml_collections" in (PACKAGE / f"{name}.py").read_text()
+        name for name in ROOMS for file in files_of(name) if "ml_collections" in file.read_text()
     }
-    # The run folder keeps it.
-    keepers = {"run_identity", "run_folder"}
-    top = {"loading", "setup", "dry_run", "preparation", "train", "evaluate", "main"}
-    assert readers == keepers | top
+    assert readers == {"config", "run"}
 
 
 def test_a_grading_process_imports_neither_jax_nor_sympy():

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from adpo_jax import interruption as interruption_lib
-from adpo_jax.exit_codes import INTERRUPTED, SECOND_INTERRUPT
-from adpo_jax.interruption import Interrupted, Interruption
 from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.run import interruption as interruption_lib
+from adpo_jax.run.exit_codes import INTERRUPTED, SECOND_INTERRUPT
+from adpo_jax.run.interruption import Interrupted, Interruption
 
 BUSY = """
 import sys, time
-from adpo_jax.interruption import Interruption
+from adpo_jax.run.interruption import Interruption
 with Interruption(grace_s=float(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(60)  # as good as a compilation: nothing looks at the flag

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from adpo_jax import kernels, kv_cache
-from adpo_jax.kernels import decode_gpu, decode_tpu
-from adpo_jax.kv_cache import CacheLayout, Reach
-from adpo_jax.sharding import make_mesh
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine import kernels, kv_cache
+from adpo_jax.engine.kernels import decode_gpu, decode_tpu
+from adpo_jax.engine.kv_cache import CacheLayout, Reach
 
 ROWS, K, Q, D, L = 5, 2, 3, 128, 2
 

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adpo_jax import Engine, Policy, SamplingParams
-from adpo_jax.decode import Verbs
-from adpo_jax.kernels import decode_tpu
-from adpo_jax.kv_cache import CacheLayout, Reach
-from adpo_jax.model import ModelConfig
-from adpo_jax.rope import Rope
-from adpo_jax.sharding import make_mesh
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine.kernels import decode_tpu
+from adpo_jax.engine.kv_cache import CacheLayout, Reach
+from adpo_jax.engine.verbs import Verbs
+from adpo_jax.model.decoder import ModelConfig
+from adpo_jax.model.rope import Rope
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import attention_choice, attention_kernels
-from adpo_jax.attention import GLOBAL_WINDOW, LayerInfo, dot_product_attention, visible
-from adpo_jax.attention_choice import AttentionFallback
-from adpo_jax.attention_kernels import Settings, stream_tpu
-from adpo_jax.sharding import make_mesh
-from adpo_jax.tile_attention import Stream, stream_attention
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.model import attention_choice, attention_kernels
+from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo, dot_product_attention, visible
+from adpo_jax.model.attention_choice import AttentionFallback
+from adpo_jax.model.attention_kernels import Settings, stream_tpu
+from adpo_jax.model.tile_attention import Stream, stream_attention
 
 B, W, D = 2, 16, 128
 # (prompt tokens, completion tokens...) of the groups of each stream.

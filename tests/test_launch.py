@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adpo_jax import exit_codes
+from adpo_jax.run import exit_codes
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 ARGUMENTS = ["--config=configs/gsm8k.py", "--config.reward_model.reward_kwargs={'a b': \"c$d\"}"]

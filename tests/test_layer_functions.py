@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import cpu
-from adpo_jax.layer_functions import ACTIVATIONS, gated, project, rms_norm
+from adpo_jax.model import cpu
+from adpo_jax.model.layers import ACTIVATIONS, gated, project, rms_norm
 
 EPS = 1e-6
 

@@ -10,12 +10,15 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import Engine, Policy, SamplingParams, lora, losses, optimizer, sharding, update
-from adpo_jax.anchor import Anchor
-from adpo_jax.batch_plan import BatchPlan
-from adpo_jax.learner import Learner
-from adpo_jax.lora import Lora
-from adpo_jax.parameters import adaptable, adapter_names, logical_axes
+from adpo_jax import Engine, Policy, SamplingParams, losses, update
+from adpo_jax.devices import sharding
+from adpo_jax.model import lora
+from adpo_jax.model.lora import Lora
+from adpo_jax.model.parameters import adaptable, adapter_names, logical_axes
+from adpo_jax.update import optimizer
+from adpo_jax.update.anchor import Anchor
+from adpo_jax.update.learner import Learner
+from adpo_jax.update.plan import BatchPlan
 
 LORA = Lora(rank=2, alpha=6.0)
 
@@ -224,7 +227,7 @@ def test_an_update_keeps_no_gradient_and_no_copy_of_the_base():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monkeypatch):
     if kwargs:  # layers stacked, as on accelerators
-        monkeypatch.setattr("adpo_jax.cpu.MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr("adpo_jax.model.cpu.MAX_UNROLLED_LAYERS", 0)
     policy, params = adapted(dtype=dtype)
     engine = Engine(policy, max_prompt_length=6, max_response_length=8, num_slots=4, **kwargs)
     loaded = engine.verbs.load_params(params)

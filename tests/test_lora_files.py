@@ -13,9 +13,13 @@ from test_config import parse
 from test_lora import adapted
 from test_train import TINY, reward_file, scalars, train, with_reward  # noqa: F401
 
-from adpo_jax import Policy, config_checks, lora, lora_files, pretrained, setup, sharding, update
-from adpo_jax.lora import Lora
+from adpo_jax import Policy, pretrained, update
+from adpo_jax.devices import sharding
+from adpo_jax.model import lora
+from adpo_jax.model.lora import Lora
+from adpo_jax.policy import adapters
 from adpo_jax.rewards import RewardError
+from adpo_jax.run import config_checks, setup
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (3, 9)).astype(np.int32)
 
@@ -27,7 +31,7 @@ def trained():
 
 @pytest.fixture
 def folder(trained, tmp_path):
-    lora_files.save(tmp_path / "adapter", *trained, base_model="some/model")
+    adapters.save(tmp_path / "adapter", *trained, base_model="some/model")
     return tmp_path / "adapter"
 
 
@@ -47,13 +51,13 @@ def test_adapters_come_back_from_their_folder(trained, folder):
     np.testing.assert_array_equal(tensors[name], np.asarray(a)[1].reshape(32, 2).T)
 
     plain = dataclasses.replace(policy, lora=None)
-    found, loaded = lora_files.load(plain, lora.without_adapters(params), folder)
+    found, loaded = adapters.load(plain, lora.without_adapters(params), folder)
     assert found == policy
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     spread = dataclasses.replace(plain, mesh=sharding.make_mesh(2, 2, 2))
     layout = jax.tree.map(lambda s: s.sharding, spread.abstract_params())
     base = jax.device_put(lora.without_adapters(params), layout)
-    found, loaded = lora_files.load(spread, base, folder)
+    found, loaded = adapters.load(spread, base, folder)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     assert loaded["layers"]["q_lora_b"].sharding == (
         found.abstract_params()["layers"]["q_lora_b"].sharding
@@ -84,7 +88,7 @@ def test_a_folder_that_means_another_model_is_refused(trained, folder, changes, 
     policy, params = trained
     rewrite(folder, **changes)
     with pytest.raises(ValueError, match=message):
-        lora_files.load(policy, lora.without_adapters(params), folder)
+        adapters.load(policy, lora.without_adapters(params), folder)
 
 
 def test_tensors_that_do_not_fit_are_named(trained, folder):
@@ -102,10 +106,10 @@ def test_tensors_that_do_not_fit_are_named(trained, folder):
     ):
         save_file(content, path)
         with pytest.raises(ValueError, match=message):
-            lora_files.load(policy, lora.without_adapters(params), folder)
+            adapters.load(policy, lora.without_adapters(params), folder)
     path.unlink()
     with pytest.raises(ValueError, match=r"has no adapter_model.safetensors"):
-        lora_files.find(folder)
+        adapters.find(folder)
 
 
 def test_keys_of_the_config_without_effect_are_refused():
@@ -150,7 +154,7 @@ def test_a_run_trains_adapters_on_a_base_that_stays_and_goes_on_where_it_stopped
     parts = setup.build(config_checks.finalized(config))
     base = lora.without_adapters(parts.initial_params())
     merged, params = Policy.from_pretrained(tmp_path / "whole" / "export")
-    policy, adapted = lora_files.load(merged, base, tmp_path / "whole" / "adapter")
+    policy, adapted = adapters.load(merged, base, tmp_path / "whole" / "adapter")
     logits = merged.logits(params, TOKENS)
     np.testing.assert_allclose(policy.logits(adapted, TOKENS), logits, rtol=0, atol=1e-4)
     assert np.abs(merged.logits(base, TOKENS) - logits).max() > 1e-2
@@ -194,7 +198,7 @@ def test_peft_gives_the_same_logits(name, tmp_path):
     ours, tree = policy.with_adapters(params, adapters, jax.random.key(4))
     trained, frozen = lora.split(tree)
     tree = lora.join(jax.tree.map(lambda x: x + 0.05, trained), frozen)
-    lora_files.save(tmp_path / "ours", ours, tree, base_model=str(GOLDEN / name))
+    adapters.save(tmp_path / "ours", ours, tree, base_model=str(GOLDEN / name))
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours")
     expected = ours.logits(tree, tokens)
     np.testing.assert_allclose(logits(theirs), expected, rtol=0, atol=1e-4)
@@ -212,5 +216,5 @@ def test_peft_gives_the_same_logits(name, tmp_path):
     )
     theirs = peft.get_peft_model(base(), settings)
     theirs.save_pretrained(tmp_path / "theirs")
-    read = lora_files.load(policy, params, tmp_path / "theirs")
+    read = adapters.load(policy, params, tmp_path / "theirs")
     np.testing.assert_allclose(read[0].logits(read[1], tokens), logits(theirs), rtol=0, atol=1e-4)

@@ -9,14 +9,16 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import losses, optimizer, sharding
-from adpo_jax.anchor import Anchor
-from adpo_jax.batch_plan import BatchPlan
+from adpo_jax import losses
+from adpo_jax.devices import sharding
 from adpo_jax.engine import Engine
-from adpo_jax.learner import Learner
-from adpo_jax.model import embed_tokens
-from adpo_jax.parameters import logical_axes
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.model.decoder import embed_tokens
+from adpo_jax.model.parameters import logical_axes
+from adpo_jax.update import optimizer
+from adpo_jax.update.anchor import Anchor
+from adpo_jax.update.learner import Learner
+from adpo_jax.update.plan import BatchPlan
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 PROMPTS = [[1 + p, 7, 3 + p][: 1 + p % 3] for p in range(8)]

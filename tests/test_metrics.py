@@ -16,13 +16,15 @@ import rich.console
 from jax.sharding import PartitionSpec
 from test_config import parse
 
-from adpo_jax import metric_names, setup, sharding, trackers
-from adpo_jax.flops import traced_flops
+from adpo_jax.devices import sharding
+from adpo_jax.devices.flops import traced_flops
+from adpo_jax.devices.meter import Meter
+from adpo_jax.log import trackers
+from adpo_jax.log.metrics import JsonlWriter, make_writer, markdown_table, read_jsonl
+from adpo_jax.log.progress import Progress
+from adpo_jax.log.trackers import TRACKERS
 from adpo_jax.losses import ALGORITHMS, Adpo
-from adpo_jax.meter import Meter
-from adpo_jax.metrics import JsonlWriter, make_writer, markdown_table, read_jsonl
-from adpo_jax.progress import Progress
-from adpo_jax.trackers import TRACKERS
+from adpo_jax.run import metric_names, setup
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 

@@ -31,8 +31,8 @@ from pathlib import Path
 import adpo_jax
 from adpo_jax import losses
 from adpo_jax.config import default_config
-from adpo_jax.config_checks import finalized
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.train import train
 
 root, folder = map(Path, sys.argv[1:])

@@ -10,12 +10,14 @@ import pytest
 import tiny
 from test_update import assert_same, step
 
-from adpo_jax import losses, packing, sharding, update
-from adpo_jax.attention import LayerInfo
-from adpo_jax.packing import Packing, pack
+from adpo_jax import losses, update
+from adpo_jax.devices import sharding
+from adpo_jax.model.attention import LayerInfo
+from adpo_jax.model.tile_attention import Stream, stream_attention
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Completion, Sequences
-from adpo_jax.tile_attention import Stream, stream_attention
+from adpo_jax.update import packing
+from adpo_jax.update.packing import Packing, pack
 
 
 def anchored(batch: Batch) -> np.ndarray:

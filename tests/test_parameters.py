@@ -12,11 +12,14 @@ import tiny
 from golden_models import FAMILIES, config_of
 from safetensors.numpy import load_file
 
-from adpo_jax import Engine, Policy, SamplingParams, cpu, lora_files, optimizer, parameters
-from adpo_jax.lora import Lora
-from adpo_jax.model import LayerWeights, decoder, gated_mlp
-from adpo_jax.parameters import Parameter
-from adpo_jax.sharding import make_mesh
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.model import cpu, parameters
+from adpo_jax.model.decoder import LayerWeights, decoder, gated_mlp
+from adpo_jax.model.lora import Lora
+from adpo_jax.model.parameters import Parameter
+from adpo_jax.policy import adapters
+from adpo_jax.update import optimizer
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (3, 7)).astype(np.int32)
 
@@ -108,8 +111,8 @@ def test_an_adapter_sits_on_a_row_and_travels_to_peft(routed, tmp_path):
         routed[1], Lora(2, 4.0, ("router", "q")), jax.random.key(1)
     )
     assert params["layers"]["router_lora_a"].shape == (2, 16, 2)
-    lora_files.save(tmp_path / "adapter", policy, params, base_model="some/model")
-    found, loaded = lora_files.load(*routed, tmp_path / "adapter")
+    adapters.save(tmp_path / "adapter", policy, params, base_model="some/model")
+    found, loaded = adapters.load(*routed, tmp_path / "adapter")
     assert found.lora.targets == ("q", "router")
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 

@@ -10,9 +10,9 @@ import pytest
 from golden_models import FAMILIES, GOLDEN, VARIANTS, arrays, config_of, model
 
 from adpo_jax import Policy, SamplingParams
-from adpo_jax.decode import Verbs
-from adpo_jax.kv_cache import CacheLayout
-from adpo_jax.sharding import make_mesh
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.verbs import Verbs
 
 # Compiles in half the time; for programs whose speed is of no matter.
 QUICK = {"xla_backend_optimization_level": 0}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from golden_models import model
 
-from adpo_jax import sharding
-from adpo_jax.log_probs import token_log_probs, weighted_log_probs
-from adpo_jax.model import head_logits
+from adpo_jax.devices import sharding
+from adpo_jax.model.decoder import head_logits
+from adpo_jax.model.head import token_log_probs, weighted_log_probs
 
 B, T = 3, 11
 

@@ -7,9 +7,9 @@ import pytest
 from test_config import parse
 from test_processes import assert_same_run, log_of, overrides, start_two  # noqa: F401  (a fixture)
 
-from adpo_jax.checkpoint_files import complete_steps
-from adpo_jax.exit_codes import INTERRUPTED
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.run.checkpoint_files import complete_steps
+from adpo_jax.run.exit_codes import INTERRUPTED
 from adpo_jax.train import train
 
 GRACE_S = 60

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from test_config import parse
 
-from adpo_jax import arithmetic, pretrained, setup
-from adpo_jax.checkpoints import Checkpoints
-from adpo_jax.config_checks import finalized
+from adpo_jax import pretrained
+from adpo_jax.data import arithmetic
 from adpo_jax.policy import Policy
-from adpo_jax.run_folder import RunFolder
+from adpo_jax.run import setup
+from adpo_jax.run.checkpoints import Checkpoints
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.folder import RunFolder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}

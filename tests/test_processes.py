@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 from test_config import parse
 
-from adpo_jax import distributed
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.devices import distributed
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adpo_jax.data import Dataset, extract_solution, load_rows
-from adpo_jax.prompts import render_prompts
+from adpo_jax.data.files import Dataset, extract_solution, load_rows
+from adpo_jax.data.prompts import render_prompts
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 

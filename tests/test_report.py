@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from adpo_jax.metrics import read_jsonl, write_jsonl
+from adpo_jax.log.metrics import read_jsonl, write_jsonl
 from adpo_jax.report import page
 from adpo_jax.report.__main__ import main
 from adpo_jax.report.runs import Group, Run, differences, grouped

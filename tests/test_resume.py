@@ -7,9 +7,9 @@ from test_config import parse
 from test_faults import digests
 from test_train import TINY, on_one_device, scalars, train
 
-from adpo_jax.interruption import Interrupted, Interruption
-from adpo_jax.metrics import read_jsonl
-from adpo_jax.preparation import prepare
+from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.run.interruption import Interrupted, Interruption
+from adpo_jax.run.preparation import prepare
 from adpo_jax.train import run
 
 SHORT = (
@@ -80,7 +80,7 @@ def test_what_is_carried_from_one_iteration_to_the_next_survives(tmp_path, kept)
 
 
 def test_a_cold_start_and_the_evaluation_after_it_go_on_where_they_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("adpo_jax.cold_start._LOG_FREQ", 2)
+    monkeypatch.setattr("adpo_jax.run.cold_start._LOG_FREQ", 2)
     config = parse(
         *TINY,
         "--config.sft.steps=7",

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from adpo_jax.rewards import exact_match, format_reward, good_accuracy, length_penalty
-from adpo_jax.rewards.linear_regex import LinearRegex
+from adpo_jax.rewards.grading.linear_regex import LinearRegex
 
 
 def test_good_accuracy_is_one_when_right_and_penalises_repetition_when_wrong():

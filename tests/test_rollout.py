@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from adpo_jax import arithmetic
+from adpo_jax.data import arithmetic
 from adpo_jax.engine import FinishedGroup
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, Completions, Prompts, make_batch, token_fields
 from adpo_jax.rewards import RewardFunction, RewardModel
-from adpo_jax.rollout import generate_and_grade, reward_metrics
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.rollouts.sampler import generate_and_grade, reward_metrics
 
 SAMPLING = SamplingParams(n=3, max_tokens=6)
 TEXTS = [["#### 4", "#### 5", "no"], ["#### 9", "", "#### 09"]]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax.rope import Rope, cos_sin, rotate
+from adpo_jax.model.rope import Rope, cos_sin, rotate
 
 HEAD_DIM = 8
 # theta = 16: wavelengths of 2 pi times 1, 2, 4, 8 tokens.

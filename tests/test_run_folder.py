@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from test_config import parse
 
-from adpo_jax.checkpoints import Checkpoints
-from adpo_jax.clu_without_tensorflow import metric_writers
-from adpo_jax.metrics import JsonlWriter, make_writer, read_jsonl
-from adpo_jax.progress import Progress
-from adpo_jax.run_folder import NAMES, RunFolder
+from adpo_jax.log.clu_without_tensorflow import metric_writers
+from adpo_jax.log.metrics import JsonlWriter, make_writer, read_jsonl
+from adpo_jax.log.progress import Progress
+from adpo_jax.run.checkpoints import Checkpoints
+from adpo_jax.run.folder import NAMES, RunFolder
 
 
 def test_a_new_folder_is_claimed_and_the_same_config_finds_it_again(tmp_path):

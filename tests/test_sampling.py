@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adpo_jax import sampling, sharding
-from adpo_jax.hlo import Program
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.devices import sharding
+from adpo_jax.dry_run.hlo import Program
+from adpo_jax.engine import sampling
+from adpo_jax.engine.sampling import SamplingParams
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5], np.float32)
 CHI_SQUARE_999 = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}

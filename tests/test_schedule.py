@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adpo_jax.schedule import (
+from adpo_jax.engine.schedule import (
     PREFILL_TOKENS,
     Schedule,
     doubling_sizes,

@@ -18,8 +18,8 @@ from test_bad_input import (  # noqa: F401  (fixtures)
 )
 
 from adpo_jax.config import default_config
+from adpo_jax.log.redaction import REDACTED, is_redaction_of, redacted
 from adpo_jax.policy import Policy
-from adpo_jax.redaction import REDACTED, is_redaction_of, redacted
 
 PACKAGE = Path(__file__).resolve().parents[1] / "adpo_jax"
 HF_TOKEN = "hf_" + "aB3" * 10

@@ -17,7 +17,8 @@ import jax
 import openai
 import pytest
 
-from adpo_jax import Engine, SamplingParams, arithmetic, pretrained
+from adpo_jax import Engine, SamplingParams, pretrained
+from adpo_jax.data import arithmetic
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
 
@@ -241,7 +242,7 @@ def wait_until(holds, seconds=30):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_frees_its_slots(address, monkeypatch, stream):
-    from adpo_jax.continuous import ContinuousBatch
+    from adpo_jax.engine.continuous import ContinuousBatch
 
     step = ContinuousBatch.step
 
@@ -428,7 +429,7 @@ def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, m
         def fail(self):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr("adpo_jax.batching.DecodeLoop._decode", fail)
+        monkeypatch.setattr("adpo_jax.engine.batching.DecodeLoop._decode", fail)
         response = post(address, json={"prompt": "Ann"})
         assert response.status_code == 500
         assert error_of(response)["type"] == "server_error"

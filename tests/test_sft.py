@@ -9,9 +9,9 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import sft, sharding
-from adpo_jax.lora import Lora
-from adpo_jax.update import init_state
+from adpo_jax.devices import sharding
+from adpo_jax.model.lora import Lora
+from adpo_jax.update import init_state, sft
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8], [9], [7, 9, 3], [2, 3], [8, 4, 6]]
 COMPLETIONS = [[2, 7, 1], [8], [2, 8, 1, 8, 2], [8, 4], [5, 9, 0], [4, 5], [2, 3, 5, 3, 6], [0, 2]]

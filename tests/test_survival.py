@@ -14,8 +14,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 from test_train import TINY
 
-from adpo_jax.exit_codes import INTERRUPTED
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.run.exit_codes import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLABLE = ROOT / "tests" / "killable.py"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adpo_jax import arithmetic
-from adpo_jax.text_stream import TextStream
+from adpo_jax.data import arithmetic
+from adpo_jax.engine.text_stream import TextStream
 
 TOKENIZER = arithmetic.make_tokenizer()
 WORDS = st.text(alphabet="ab €😀\n", max_size=20)

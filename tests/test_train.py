@@ -10,11 +10,11 @@ from test_config import parse
 from test_metrics import StandIn, check_documented
 
 import adpo_jax
-from adpo_jax import setup
-from adpo_jax.metrics import read_jsonl
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.policy import Policy
 from adpo_jax.rewards import RewardError
-from adpo_jax.run_folder import NAMES
+from adpo_jax.run import setup
+from adpo_jax.run.folder import NAMES
 
 TINY = (
     "--config.actor_rollout_ref.model.hf_config="

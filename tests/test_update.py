@@ -7,11 +7,13 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import Engine, SamplingParams, losses, offload, optimizer, sharding, update
-from adpo_jax.anchor import Anchor
-from adpo_jax.batch_plan import BatchPlan
-from adpo_jax.learner import Learner
+from adpo_jax import Engine, SamplingParams, losses, update
+from adpo_jax.devices import offload, sharding
 from adpo_jax.records import Sequences
+from adpo_jax.update import optimizer
+from adpo_jax.update.anchor import Anchor
+from adpo_jax.update.learner import Learner
+from adpo_jax.update.plan import BatchPlan
 
 SGD = optax.sgd(1.0)
 SCHEDULE = optax.constant_schedule(1e-3)

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from adpo_jax.model import ModelConfig
+from adpo_jax.model.decoder import ModelConfig
+from adpo_jax.model.rope import Rope
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Sequences
-from adpo_jax.rope import Rope
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

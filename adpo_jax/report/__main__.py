@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from adpo_jax.exit_codes import USER_ERROR
 from adpo_jax.report import page
+from adpo_jax.run.exit_codes import USER_ERROR
 
 
 def main() -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from adpo_jax.metrics import read_jsonl
-from adpo_jax.redaction import redacted
+from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.log.redaction import redacted
 
 # What tells a run from its siblings, and not what kind of run it is.
 _OF_ONE_RUN = ("trainer.seed", "trainer.experiment_name", "trainer.project_name")

@@ -1,9 +1,9 @@
 """The ready rewards. Each takes completions as strings or as chat messages."""
 
-from adpo_jax.rewards.compare import compare
-from adpo_jax.rewards.extract import find_answer, find_reference
-from adpo_jax.rewards.limits import MAX_NGRAM_WORDS
-from adpo_jax.rewards.linear_regex import compile_linear
+from adpo_jax.rewards.grading.compare import compare
+from adpo_jax.rewards.grading.extract import find_answer, find_reference
+from adpo_jax.rewards.grading.limits import MAX_NGRAM_WORDS
+from adpo_jax.rewards.grading.linear_regex import compile_linear
 
 Completions = list[str] | list[list[dict[str, str]]]
 

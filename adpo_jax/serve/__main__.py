@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from adpo_jax.host_memory import tune_malloc
+from adpo_jax.devices.host_memory import tune_malloc
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -82,8 +82,8 @@ def make_server(a: argparse.Namespace):
             f"{error.name} is missing: pip install 'adpo-jax[serve]', or '.[serve]' in a clone"
         ) from None
     from adpo_jax import pretrained
-    from adpo_jax.continuous import ContinuousBatch
-    from adpo_jax.engine import Engine
+    from adpo_jax.engine.continuous import ContinuousBatch
+    from adpo_jax.engine.engine import Engine
     from adpo_jax.serve.decoding import Decoding
     from adpo_jax.serve.protocol import Limits
     from adpo_jax.serve.service import Service
@@ -148,7 +148,7 @@ def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is told to stop; returns the exit code."""
     a = arguments(argv)
-    from adpo_jax import compilation_cache  # after the arguments, so that --help is quick
+    from adpo_jax.devices import compilation_cache  # after the arguments, so that --help is quick
     from adpo_jax.config import default_config
 
     compilation_cache.use(default_config().trainer.compilation_cache_dir)

@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from adpo_jax.continuous import NewTokens
+from adpo_jax.engine.continuous import NewTokens
+from adpo_jax.engine.text_stream import REPLACEMENT, TextStream
 from adpo_jax.serve.protocol import CompletionRequest
-from adpo_jax.text_stream import REPLACEMENT, TextStream
 
 LEAST_LOG_PROB = -9999.0  # JSON has no -inf
 

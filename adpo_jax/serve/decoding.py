@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from absl import logging
 
-from adpo_jax.continuous import ContinuousBatch, NewTokens, Sample
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.engine.continuous import ContinuousBatch, NewTokens, Sample
+from adpo_jax.engine.sampling import SamplingParams
 
 
 class DecodingFailed(Exception):

@@ -7,9 +7,9 @@ Beyond OpenAI's own: top_k, min_p, min_tokens, ignore_eos, stop_token_ids, chat_
 import dataclasses
 from typing import Any
 
-from adpo_jax.continuous import MAX_ALTERNATIVES
-from adpo_jax.prompts import Message
-from adpo_jax.sampling import SamplingParams
+from adpo_jax.data.prompts import Message
+from adpo_jax.engine.continuous import MAX_ALTERNATIVES
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.serve.fields import ApiError, Fields, shown
 
 MAX_STOP_STRINGS = 16

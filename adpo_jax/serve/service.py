@@ -8,9 +8,9 @@ import secrets
 import sys
 from collections.abc import AsyncIterator
 
-from adpo_jax.continuous import NewTokens, Sample
+from adpo_jax.data.prompts import Message
+from adpo_jax.engine.continuous import NewTokens, Sample
 from adpo_jax.pretrained import Pretrained, PromptFormat
-from adpo_jax.prompts import Message
 from adpo_jax.serve.answers import Choice
 from adpo_jax.serve.decoding import Decoding, DecodingFailed
 from adpo_jax.serve.fields import ApiError

@@ -1,1 +1,0 @@
-"""Our parts behind the interfaces of other projects; each needs its own optional extra."""

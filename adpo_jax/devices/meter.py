@@ -1,0 +1,51 @@
+"""How much of what the devices can do an update uses.
+
+MFU counts the arithmetic that the model asks for, HFU also what is recomputed to save memory.
+
+Source of the two terms: Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B.
+"""
+
+import collections
+from collections.abc import Callable
+
+import jax
+
+from adpo_jax.devices.chips import chip_of
+from adpo_jax.devices.flops import traced_flops
+
+
+class Meter:
+    """Counts floating-point operations of updates, from programs that are traced and not run.
+
+    Args:
+      update: the jitted update that runs.
+      plain: makes the same update with nothing recomputed.
+      devices: those that it runs on together; where the peak of one is not published, nothing is
+        counted.
+    """
+
+    def __init__(self, update: Callable, plain: Callable[[], Callable], devices: list[jax.Device]):
+        self._update, self._make_plain, self._plain = update, plain, None
+        chips = [chip_of(device) for device in devices]
+        self._peak = None if None in chips else sum(chip.flops for chip in chips)
+
+    def count(self, args: tuple, turns: int) -> collections.Counter:
+        """Operations of one call of the update, under the names of the metrics.
+
+        Args:
+          args: of the update, arrays or their shapes.
+          turns: how often its loop over micro-batches turns, which the program does not say.
+        """
+        if self._peak is None:
+            return collections.Counter()
+        return self.operations(args, turns)
+
+    def operations(self, args: tuple, turns: int) -> collections.Counter:
+        """As `count`, whatever the devices are."""
+        self._plain = self._plain or self._make_plain()
+        model, run = (traced_flops(p.trace(*args), turns) for p in (self._plain, self._update))
+        return collections.Counter({"update/mfu": model, "update/hfu": run})
+
+    def shares(self, operations: collections.Counter, seconds: float) -> dict[str, float]:
+        """The shares of the devices' peak that so many operations in that time are."""
+        return {name: count / seconds / self._peak for name, count in operations.items()}

@@ -1,0 +1,308 @@
+"""What a run would need, found out by compiling it: nothing is run, no weights are read.
+
+    python -m adpo_jax.main --config=configs/gsm8k.py --dry_run
+    python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=v5e:2x4
+
+The programs of an iteration (prefill, decode, anchor, update) are compiled from shapes for the
+devices at hand, or through libtpu for a TPU slice that is not there. Memory is what XLA says it
+will allocate; FLOPs and collectives are read from the compiled programs, loops counted (`hlo`).
+
+Left out: time. The floor of an iteration is arithmetic at the chip's peak or memory traffic at its
+full bandwidth, whichever is longer, and no run reaches it.
+
+Letters: P prompts, G completions of a prompt, T tokens.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from adpo_jax.devices import sharding
+from adpo_jax.devices.chips import Chip, chip_of
+from adpo_jax.devices.flops import traced_flops
+from adpo_jax.dry_run.hlo import Program
+from adpo_jax.dry_run.report import PROGRAM_OF, Report, Step
+from adpo_jax.engine.cache_plan import readable
+from adpo_jax.engine.engine import Engine
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.records import Completion, Sequences
+from adpo_jax.run import loading, setup
+from adpo_jax.run.batch_plan import batch_plan
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.update.learner import Learner
+
+
+def dry_run(config: ConfigDict, topology: str = "") -> Report:
+    """Compiles an iteration of a run.
+
+    Args:
+      topology: a TPU slice as libtpu names it, such as "v5e:2x4"; "" for the devices at hand.
+
+    Raises:
+      ValueError: for a config that cannot work on these devices, or a topology that cannot be
+        compiled for here.
+    """
+    config = finalized(config)
+    if not topology:
+        devices = jax.devices()
+        return _report(config, devices, None, f"{len(devices)} x {devices[0].device_kind}")
+    devices = topology_devices(topology)
+    return _report(config, devices, _one_host(topology, devices), topology)
+
+
+def _one_host(topology: str, devices: list) -> list:
+    """The devices of one host: libtpu compiles for whole slices, not for a part of one."""
+    if len({device.process_index for device in devices}) == 1:
+        return devices
+    generation, _, sides = topology.partition(":")
+    host = topology_devices(f"{generation}:2x2" + "x1" * (sides.count("x") - 1))
+    assert len(host) == sum(d.process_index == devices[0].process_index for d in devices)
+    return host
+
+
+def topology_devices(name: str) -> list:
+    """The devices of a TPU slice that need not be there.
+
+    Raises:
+      ValueError: without libtpu, or for a name it does not know.
+    """
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "compiling for a TPU that is not there needs libtpu: pip install 'adpo-jax[tpu-aot]'"
+        ) from None
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of several classes, by the kind of mistake
+        raise ValueError(
+            f"libtpu has no topology {name!r}; it is a generation and chips a side, such as "
+            f"v5e:2x4, v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _report(config: ConfigDict, devices: list, host: list | None, where: str) -> Report:
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
+    source = loading.find_architecture(config)
+    policy = loading.make_policy(config, source, mesh)
+    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1}
+    sizes["tensor"] = math.gcd(mesh.shape["tensor"], len(host or []))
+    host_mesh = host and sharding.make_mesh(**sizes, devices=host)
+    # More than the learning rate takes to warm up.
+    learner = setup.make_learner(config, policy, plan, num_steps=10**6)
+    engine = setup.make_engine(config, policy, host_mesh, resident_bytes=learner.resident_bytes())
+    sampling = setup.make_sampling(config, source)
+
+    calls = _calls(config, engine, learner, num_processes=_num_processes(mesh))
+    steps, failed = [], {}
+    for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
+        devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
+        try:
+            steps.append(_compiled(name, traced, turns, calls[name], devices_of))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            failed[name] = _hbm_text(str(error))
+    copy = engine.verbs.copied_bytes(policy)
+    chip = chip_of(devices[0])
+    report = Report(
+        title=_title(config, policy, mesh, engine, where),
+        device_kind=devices[0].device_kind,
+        chip=chip,
+        memory=_memory(devices[0], chip),
+        resident=learner.state_bytes(),
+        rollout={"parameters to sample with": copy, "cache": engine.plan.device_bytes},
+        on_host=learner.parts_on_host,
+        keeps_cache=not engine.free_cache_engine,
+        steps=steps,
+        failed=failed,
+        cures=[],
+    )
+    if report.fits:
+        return report
+    return dataclasses.replace(report, cures=list(_cures(config, report, mesh, engine)))
+
+
+def _title(config, policy, mesh, engine: Engine, where: str) -> str:
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(policy.abstract_params()))
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    own = " x ".join(
+        f"{name} {n}" for name, n in engine.policy.mesh.shape.items() if name != "fsdp"
+    )
+    data = config.data
+    return (
+        f"{config.actor_rollout_ref.model.path}: {count / 1e9:.3g}B parameters on {where} "
+        f"({_num_processes(mesh)} host(s); mesh {axes}; a host samples on {own}, "
+        f"{engine.num_slots} slots, attention {engine.verbs.attention}); "
+        f"{data.train_batch_size} prompts x {config.algorithm.num_generations} completions, "
+        f"{data.max_prompt_length} + {data.max_response_length} tokens, "
+        f"gradient_checkpointing={config.trainer.gradient_checkpointing}"
+    )
+
+
+def _traced(
+    config, engine: Engine, learner: Learner, sampling: SamplingParams
+) -> dict[str, tuple[jax.stages.Traced, int]]:
+    """The programs of an iteration, and how often their open loops turn."""
+    P, G = config.data.train_batch_size, config.algorithm.num_generations
+    # One of full length, which all prompts and completions of the iteration are.
+    completion = Completion.sampled(*np.zeros((2, config.data.max_response_length)), "length")
+    prompt = [0] * config.data.max_prompt_length
+    sequences = Sequences([prompt] * P, [[completion] * G] * P)
+    rollout_programs = engine.trace(sampling)
+    return {name: (traced, 1) for name, traced in rollout_programs.items()} | learner.trace(
+        sequences
+    )
+
+
+def _traced_learning(
+    learner: Learner, sequences: Sequences
+) -> dict[str, tuple[jax.stages.Traced, int]]:
+    """The programs "update", and "anchor" where other policies run over the completions."""
+    abstract = sharding.BatchSharding(learner.policy.mesh).abstract
+    state, shape_PG, traced = learner.abstract_state(), sequences.lengths.shape, {}
+    names = list(learner.forwards(state))
+    if names:
+        whole = learner.laid_out(sequences, abstract=True)
+        traced["anchor"] = learner.forward.trace(state.params, abstract(whole.batch)), whole.turns
+    entropy_P = np.zeros(shape_PG[0]) if learner.algorithm.needs_entropy else None
+    scores = learner.algorithm.score(np.zeros(shape_PG), entropy_P=entropy_P)
+    rows = range(learner.plan.mini_prompts)
+    others = dict.fromkeys(names, sequences.values("sampler"))
+    mini = dataclasses.replace(sequences, log_probs=others).select(rows)
+    mini = learner.laid_out(mini, whole_groups=bool(names), abstract=True)
+    scores = jax.tree.map(lambda x: x[: len(rows)], jax.device_get(scores))
+    part = abstract((mini.batch, scores, mini.log_probs))
+    traced["update"] = learner.update.trace(state, *part), mini.turns
+    return traced
+
+
+def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:
+    """How often each program runs in an iteration whose completions all have full length."""
+    own = -(-config.data.train_batch_size // num_processes)
+    rows = engine.prefill_rows
+    waves = -(-own * config.algorithm.num_generations // engine.num_slots)
+    return {
+        "prefill": -(-own // rows),
+        "decode": waves * config.data.max_response_length,
+        "anchor": 1,
+        "update": learner.plan.updates_per_iteration,
+    }
+
+
+def _compiled(
+    name: str, traced: jax.stages.Traced, turns: int, calls: int, num_devices: int
+) -> Step:
+    started = time.perf_counter()
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    program = Program(compiled.as_text(), turns)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Step(
+        name=name,
+        calls=calls,
+        temporary=memory.temp_size_in_bytes + results,
+        moved=memory.argument_size_in_bytes + results,
+        flops=program.flops,
+        balance=program.flops * num_devices / max(traced_flops(traced, turns), 1),
+        collectives=program.collectives,
+        compile_s=seconds,
+    )
+
+
+def _hbm_text(error: str) -> str:
+    """The compiler's sentence on how much was needed and how much there is."""
+    sentences = [line.strip() for line in error.splitlines() if "hbm" in line.lower()]
+    return sentences[0][:200] if sentences else error.splitlines()[0][:200]
+
+
+def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
+    """Settings that would lower the peak, with the bytes of one device that each frees."""
+    rollout_config = config.actor_rollout_ref.rollout
+    names = [n for n, peak in report.peaks.items() if peak > (report.memory or peak)]
+    names += list(report.failed)
+    copy, cache = report.rollout.values()
+    local, tensor = engine.policy.mesh.size, engine.policy.mesh.shape["tensor"]
+    if {"prefill", "decode"} & set(names):
+        if tensor < local:
+            yield (
+                f"actor_rollout_ref.rollout.tensor_model_parallel_size={2 * tensor} frees "
+                f"{readable(copy // 2)} while sampling"
+            )
+        if engine.num_slots > engine.shards:
+            yield (
+                f"actor_rollout_ref.rollout.num_slots={engine.num_slots // 2} frees "
+                f"{readable(cache // 2)} while sampling"
+            )
+        if rollout_config.cache_dtype != "int8":
+            yield (
+                "actor_rollout_ref.rollout.cache_dtype=int8 frees about "
+                f"{readable(cache // 2)} while sampling"
+            )
+    if {"anchor", "update"} & set(names):
+        temporary = max((s.temporary for s in report.steps if s.name in names), default=None)
+        half = "about half of the activations"
+        if temporary is not None:
+            half = f"about {readable(temporary // 2)}"
+        if smaller := _smaller_micro(config, mesh):
+            yield f"trainer.per_device_train_batch_size={smaller} frees {half} of an update"
+        if config.trainer.gradient_checkpointing != "full":
+            yield "trainer.gradient_checkpointing=full keeps one layer's activations at a time"
+        if not engine.free_cache_engine:
+            yield f"rollout.free_cache_engine=True frees {readable(cache)} during the update"
+    waits = {"optimizer": "actor_rollout_ref.actor.optimizer_offload", "anchor": "anchor.offload"}
+    for part, setting in waits.items():
+        size = report.resident[part]
+        if size and part not in report.on_host and PROGRAM_OF[part] not in names:
+            yield f"{setting}=True frees {readable(size)} but for the {PROGRAM_OF[part]}"
+    if report.resident["anchor"]:
+        yield f"anchor.mode=on_policy frees {readable(report.resident['anchor'])}"
+    if mesh.shape["data"] > 1:
+        state = sum(report.resident.values())
+        yield (
+            f"mesh.data=1, its devices given to mesh.fsdp, frees "
+            f"{readable(state - state // mesh.shape['data'])}"
+        )
+    state = sum(report.resident.values())
+    yield f"twice the devices on mesh.fsdp frees {readable(state // 2)} of the state"
+
+
+def _smaller_micro(config, mesh) -> int:
+    """Completions a device of the next smaller micro-batch that works; 0 where there is none."""
+    num_shards, G = mesh.shape["data"] * mesh.shape["fsdp"], config.algorithm.num_generations
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    now = config.trainer.per_device_train_batch_size or mini * G // num_shards
+    smaller = config.copy_and_resolve_references()
+    for size in range(now // 2, 0, -1):
+        smaller.trainer.per_device_train_batch_size = size
+        try:
+            batch_plan(smaller, num_shards=num_shards)
+        except ValueError:
+            continue
+        return size
+    return 0
+
+
+def _num_processes(mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def _memory(device, chip: Chip | None) -> int | None:
+    if chip is not None:
+        return chip.memory
+    try:
+        return device.memory_stats()["bytes_limit"]
+    except (TypeError, KeyError, jax.errors.JaxRuntimeError):
+        return None

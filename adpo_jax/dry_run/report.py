@@ -1,0 +1,169 @@
+"""What a dry run found, as a table: one device's memory, the programs, their collectives."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from adpo_jax.devices.chips import Chip
+from adpo_jax.dry_run.hlo import Collective
+from adpo_jax.engine.cache_plan import readable
+
+# The program that a part of the state comes back from the host's memory for.
+PROGRAM_OF = {"optimizer": "update", "anchor": "anchor"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled program of an iteration; figures of one device.
+
+    Attributes:
+      calls: of one iteration, at full lengths; of "decode" the steps, one token of every slot.
+      temporary: bytes that it allocates while it runs, its results included.
+      moved: bytes of its arguments and results, each touched once.
+      flops: of its matrix products (those inside of Pallas kernels are not seen).
+      balance: flops x devices / flops that the program asks for: 1 where no device does what
+        another does too.
+      compile_s: seconds that compiling took here.
+    """
+
+    name: str
+    calls: int
+    temporary: int
+    moved: int
+    flops: int
+    balance: float
+    collectives: list[Collective]
+    compile_s: float
+
+    def floor_s(self, chip: Chip) -> float:
+        """Seconds that all its calls of an iteration take at least."""
+        return self.calls * max(self.flops / chip.flops, self.moved / chip.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one device of a run holds and does; bytes of one device.
+
+    Attributes:
+      resident: the state: parameters, optimizer, anchor.
+      rollout: what lies there besides while sampling: the parameters' copy, the cache.
+      on_host: parts of the state that are on the device only while their program runs.
+      keeps_cache: the cache stays there during the update.
+      failed: programs that do not fit, with the compiler's words.
+    """
+
+    title: str
+    device_kind: str
+    chip: Chip | None
+    memory: int | None
+    resident: dict[str, int]
+    rollout: dict[str, int]
+    on_host: frozenset[str]
+    keeps_cache: bool
+    steps: list[Step]
+    failed: dict[str, str]
+    cures: list[str]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes in use at the peak of each program."""
+        return {s.name: self._there(s.name) + s.temporary for s in self.steps}
+
+    def _there(self, program: str) -> int:
+        """Bytes that lie there while a program runs, besides what it makes itself."""
+        away = {part for part in self.on_host if PROGRAM_OF[part] != program}
+        state = sum(size for part, size in self.resident.items() if part not in away)
+        if program in ("prefill", "decode"):
+            return state + sum(self.rollout.values())
+        return state + (self.rollout["cache"] if self.keeps_cache else 0)
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values(), default=0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program compiled, and the largest leaves room in the device's memory."""
+        return not self.failed and (self.memory is None or self.peak <= self.memory)
+
+    def lines(self) -> Iterator[str]:
+        """The report as Markdown."""
+        yield f"{self.title}"
+        yield ""
+        yield from _table(["one device holds", "bytes"], self._memory_rows())
+        yield ""
+        yield self._verdict()
+        yield from (f"- {cure}" for cure in self.cures)
+        yield ""
+        yield from _table(
+            ["program", "calls", "TFLOP a call", "FLOPs balance", "bytes a call", "floor", "built"],
+            [self._step_row(s) for s in self.steps],
+        )
+        yield ""
+        if self.chip is not None and not self.failed:
+            floor = sum(s.floor_s(self.chip) for s in self.steps)
+            yield (
+                f"An iteration takes {_seconds(floor)} or more: {self.chip.flops / 1e12:.0f} "
+                f"TFLOP/s and {self.chip.bandwidth / 1e9:.0f} GB/s are published for one "
+                f"{self.chip.name} (chips.py); waiting for other devices is not counted."
+            )
+            yield ""
+        rows = [
+            [s.name, c.kind, c.shape, f"{c.calls}", readable(c.bytes), c.source or "-"]
+            for s in self.steps
+            for c in s.collectives[:6]
+        ]
+        if rows:
+            yield "Collectives of one call that move most (results on one device):"
+            yield ""
+            yield from _table(["program", "kind", "result", "times", "bytes", "for"], rows)
+        else:
+            yield "No collectives."
+
+    def _memory_rows(self) -> list[list[str]]:
+        rows = [
+            [f"{name} (on the host but for the {PROGRAM_OF[name]})", readable(size)]
+            if name in self.on_host
+            else [name, readable(size)]
+            for name, size in self.resident.items()
+        ]
+        rows += [
+            [f"{name} (while sampling)", readable(size)] for name, size in self.rollout.items()
+        ]
+        rows += [[f"activations of {s.name}", readable(s.temporary)] for s in self.steps]
+        rows += [[f"peak, in {n}", readable(p)] for n, p in self.peaks.items() if p == self.peak]
+        return [*rows, [f"memory of one {self.device_kind}", _memory_text(self.memory)]]
+
+    def _verdict(self) -> str:
+        if self.failed:
+            return "Does not fit: " + "; ".join(f"{n}: {why}" for n, why in self.failed.items())
+        if self.memory is None:
+            return "The memory of this device is not known."
+        share = f"{self.peak / self.memory:.0%} of the memory"
+        return f"Fits: {share}." if self.fits else f"Does not fit: {share}. What would help:"
+
+    def _step_row(self, s: Step) -> list[str]:
+        floor = "-" if self.chip is None else _seconds(s.floor_s(self.chip))
+        return [
+            s.name,
+            f"{s.calls}",
+            f"{s.flops / 1e12:.3g}",
+            f"{s.balance:.3f}",
+            readable(s.moved),
+            floor,
+            f"{s.compile_s:.1f} s",
+        ]
+
+
+def _memory_text(memory: int | None) -> str:
+    return "not known" if memory is None else readable(memory)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"

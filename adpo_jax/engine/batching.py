@@ -1,0 +1,400 @@
+"""The batching loop: requests come in, and their new tokens come out dispatch by dispatch.
+
+    loop = DecodeLoop(verbs, params, sizing, settings)
+    loop.submit(Request(prompt, sampling, keys))
+    while loop.busy:
+        for new in loop.step():
+            new.sample, new.tokens, new.log_probs, new.finish_reason
+
+Each step fills free slots from the queue, fits the sizes of the batch to what is alive, runs some
+decode steps in one dispatch, and takes their tokens. How large the batch is, and whether its
+samples share their settings, is what `generation` (a call whose requests are all known) and
+`continuous` (requests that come and go) decide, each in its own way.
+
+Not here: completions as a whole, text, and what a token is sampled from (`decode`, `sampling`).
+
+Letters: B slots, P prefix rows, T tokens, A alternatives.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from adpo_jax.engine import cache_plan
+from adpo_jax.engine import schedule as schedule_lib
+from adpo_jax.engine.kv_cache import KV
+from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
+from adpo_jax.engine.schedule import Schedule, Start
+from adpo_jax.engine.verbs import DecodeState, Prefixes, ResultTokens, Slots, Verbs
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """The completions that are wanted of one prompt.
+
+    Attributes:
+      prompt: [T] int32.
+      sampling: their settings; `n` says how many there are.
+      keys: gives the key of each sample, [n or more, 2] uint32. It is called by the thread that
+        decodes, when the first sample starts.
+      num_alternatives: likeliest tokens wanted beside each sampled one.
+      samples: the completions.
+    """
+
+    prompt: np.ndarray
+    sampling: SamplingParams
+    keys: Callable[[], np.ndarray]
+    num_alternatives: int = 0
+    samples: list["Sample"] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.samples = [Sample(self, index) for index in range(self.sampling.n)]
+
+    @functools.cached_property
+    def key_data(self) -> np.ndarray:
+        """[n or more, 2] uint32."""
+        return self.keys()
+
+
+@dataclasses.dataclass(eq=False)
+class Sample:
+    """One completion: waiting, in a slot, or ended.
+
+    Attributes:
+      index: its number among the samples of its request.
+      num_tokens: sampled so far.
+      cancelled: nobody wants its further tokens.
+    """
+
+    request: Request
+    index: int
+    num_tokens: int = 0
+    cancelled: bool = False
+    ended: bool = False
+
+
+class NewTokens(NamedTuple):
+    """What one step sampled of one completion.
+
+    tokens [T] int32 and log_probs [T] float32; alternatives, ids and log-probs [T, A], where they
+    were asked for; finish_reason "stop" or "length" at the end, else None; full_log_probs [T]
+    float32, tempered and not truncated, where they were asked for.
+    """
+
+    sample: Sample
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    alternatives: tuple[np.ndarray, np.ndarray] | None
+    finish_reason: str | None
+    full_log_probs: np.ndarray | None = None
+
+
+class Sizes(NamedTuple):
+    """The sizes of a decode state."""
+
+    slots: int
+    columns: int  # of the ring
+    rows: int  # prefix rows
+    width: int  # samples of a prefix row, at most
+    prefix: int  # tokens of a prefix row
+
+
+class Sizing(Protocol):
+    """How large the batch is for what waits and what is alive.
+
+    Attributes:
+      steps: decode steps of a dispatch at most.
+      most_columns: of the ring at its longest; it holds the longest completion.
+    """
+
+    steps: int
+    most_columns: int
+
+    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
+        """The sizes in which waiting samples start; None where no memory is needed any more.
+
+        Args:
+          now: the present sizes, None where there is no state yet.
+          oldest: tokens of the longest live sample.
+        """
+
+    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
+        """The sizes for the next dispatch, when all have started that could."""
+
+    def smaller(self, live: int) -> int:
+        """The next batch below so many live samples that is worth a resize; 0 for none."""
+
+
+# What each slot is sampled with, from the sample in each slot (None where it is free): numbers for
+# all rows or one a row, and the method that is compiled.
+Settings = Callable[[Sequence[Sample | None]], tuple[Knobs, Method]]
+
+
+class DecodeLoop:
+    """Decodes requests in the slots of one batch.
+
+    `cancel` may be called from any thread, all else from one.
+
+    Args:
+      params: of the policy.
+      num_shards: devices that slots and prefix rows are split over.
+      make_state: makes an empty state of given sizes, as `Verbs.init_decode_state`, which it is
+        unless given.
+      keeps_memory: remember the ring that the first state began with, for `state_to_keep`.
+
+    Attributes:
+      stats: counts of what was prefilled, decoded and dispatched.
+      sizes: of the present state; None where there is none.
+    """
+
+    def __init__(
+        self,
+        verbs: Verbs,
+        params,
+        sizing: Sizing,
+        settings: Settings,
+        *,
+        num_shards: int = 1,
+        make_state: Callable[..., DecodeState] | None = None,
+        keeps_memory: bool = False,
+    ):
+        self.params = verbs.load_params(params)
+        self.schedule = Schedule(num_shards=num_shards)
+        self.stats = dict.fromkeys(
+            ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
+        )
+        self.sizes: Sizes | None = None
+        self._verbs, self._sizing, self._settings = verbs, sizing, settings
+        self._num_shards = num_shards
+        self._make_state = make_state or verbs.init_decode_state
+        self._state: DecodeState | None = None
+        self._any_cancelled = False
+        self._retired: list[int] = []  # freed slots that the device still thinks are active
+        self._written = 0  # steps since the ring began at its first column
+        self._keeps_memory, self._has_moved = keeps_memory, False
+        # The ring that the first state began with, to be kept, while a longer one is in use.
+        self._first_ring: KV | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or decodes."""
+        return self.schedule.num_waiting > 0 or self.schedule.num_live > 0
+
+    def submit(self, request: Request, part: int | None = None):
+        """Queues the samples of a request.
+
+        Args:
+          part: samples that share a prefix row at most; None for as many as rows are wide.
+        """
+        self.schedule.add(request, request.samples, part)
+
+    def cancel(self, sample: Sample):
+        """Ends a sample without a further word; its slot is free at the next step."""
+        sample.cancelled = self._any_cancelled = True
+
+    def _drop_cancelled(self):
+        self._any_cancelled = False
+        for slot, sample in self._live():
+            if sample.cancelled:
+                self._end(slot, sample)
+                self._retired.append(slot)
+
+        def is_cancelled(sample: Sample) -> bool:
+            sample.ended = sample.cancelled
+            return sample.cancelled
+
+        self.schedule.drop(is_cancelled)
+
+    def step(self) -> list[NewTokens]:
+        """Starts what waits, decodes some tokens of all that runs, and returns them."""
+        if self._any_cancelled:
+            self._drop_cancelled()
+        oldest = max((sample.num_tokens for _, sample in self._live()), default=0)
+        self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
+        if self._state is None:
+            return []
+        starts, admitted = self.schedule.start(
+            lambda request: len(request.prompt) - 1 <= self.sizes.prefix
+        )
+        if admitted:
+            self._prefill(admitted)
+        # Before the batch shrinks: `starts` speak of the slots and rows as they are now.
+        if starts or self._retired:
+            self._assign(starts)
+        self._resize(self._sizing.fitted(self.sizes, self.schedule, oldest), oldest)
+        return self._decode(oldest)
+
+    def state_to_keep(self) -> DecodeState | None:
+        """The memory that the loop began with; None where the batch has moved and it is gone."""
+        if self._has_moved or self._state is None:
+            return None
+        own = self._state.own if self._first_ring is None else self._first_ring
+        return self._state._replace(own=own)
+
+    def _live(self) -> list[tuple[int, Sample]]:
+        """The live samples and their slots."""
+        return [(slot, place[1]) for slot, place in enumerate(self.schedule.in_slot) if place]
+
+    def _end(self, slot: int, sample: Sample):
+        sample.ended = True
+        self.schedule.finish(slot)
+
+    # --- sizes
+
+    def _resize(self, sizes: Sizes | None, oldest: int):
+        now, schedule = self.sizes, self.schedule
+        if sizes == now:
+            return
+        self.sizes = sizes
+        if sizes is None:
+            self._state, self._retired = None, []
+            schedule.lay_out(0, 0, 1)
+        elif now is None:
+            slots, columns, rows, width, prefix = sizes
+            schedule.lay_out(slots, rows, width)
+            self._state = self._make_state(slots, columns, rows, prefix, width)
+            self._written = 0
+        else:
+            self.stats["resizes"] += 1
+            self._change(now, sizes, oldest)
+
+    def _change(self, now: Sizes, sizes: Sizes, oldest: int):
+        """Moves the state into other sizes, one store after the other.
+
+        The old form of a store goes before the next store is copied.
+        """
+        slots, columns, rows, width, prefix = sizes
+        schedule, verbs = self.schedule, self._verbs
+        moves = (slots, rows, width) != (now.slots, now.rows, now.width)
+        if moves:
+            self._has_moved, self._first_ring = True, None
+        elif self._keeps_memory and not self._has_moved and self._first_ring is None:
+            self._first_ring = self._state.own
+        if moves:
+            order, source = schedule.lay_out(slots, rows, width)
+            members = schedule.members.copy()
+            self._state = verbs.resize(self._state, order, members, columns, np.int32(oldest))
+            row, rank = schedule.row_of.copy(), schedule.rank_of.copy()
+            self._state = verbs.regroup(self._state, source, row, rank)
+            self._written, self._retired = oldest, []
+        elif columns != now.columns and self._written <= now.columns < columns:
+            self._state = verbs.grow(self._state, columns, self._written)
+        elif columns != now.columns:
+            order, members = np.arange(slots, dtype=np.int32), schedule.members.copy()
+            self._state = verbs.resize(self._state, order, members, columns, np.int32(oldest))
+            self._written = oldest
+        if prefix != now.prefix:
+            kv = verbs.with_columns(self._state.prefix.kv, prefix)
+            lengths = self._state.prefix.lengths
+            self._state = self._state._replace(prefix=Prefixes(kv, lengths))
+
+    # --- prompts into rows, samples into slots
+
+    def _prefill(self, admitted: dict[int, Request]):
+        """Prefills the prompts into their prefix rows, each once, those of like length together."""
+        rows_of = collections.defaultdict(list)
+        for row, request in admitted.items():
+            rows_of[request.prompt.tobytes()].append(row)
+        prompts = sorted(rows_of.values(), key=lambda rows: len(admitted[rows[0]].prompt))
+        while prompts:
+            length = self._prefill_length(admitted[prompts[-1][0]])
+            most = schedule_lib.prefill_rows(length, self._num_shards)
+            batch, prompts = prompts[-most:], prompts[:-most]
+            # Rows beyond the batch repeat its last prompt, into the same prefix row.
+            count = schedule_lib.power_of_two(len(batch))
+            count = min(cache_plan.up_to_multiple(count, self._num_shards), most)
+            targets = [rows[0] for rows in batch]
+            targets += targets[-1:] * (count - len(batch))
+            tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
+            for i, row in enumerate(targets):
+                prompt = admitted[row].prompt[:-1]
+                tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+            prefixes = self._verbs.prefill(self.params, tokens, lengths)
+            self._state = self._verbs.insert(self._state, prefixes, np.array(targets, np.int32))
+            for i, rows in enumerate(batch):
+                if len(rows) > 1:
+                    self._copy(prefixes, i, rows[1:])
+            self.stats["prefill_calls"] += 1
+            self.stats["prefill_tokens"] += int(lengths[: len(batch)].sum())
+
+    def _copy(self, prefixes: Prefixes, index: int, rows: list[int]):
+        """Gives the same prompt to further prefix rows."""
+        count = schedule_lib.power_of_two(len(rows))
+        count = cache_plan.up_to_multiple(count, self._num_shards)
+        targets = np.array(rows + rows[-1:] * (count - len(rows)), np.int32)
+        repeated = self._verbs.rows_of(prefixes, np.full(count, index, np.int32))
+        self._state = self._verbs.insert(self._state, repeated, targets)
+
+    def _prefill_length(self, request: Request) -> int:
+        longest = self.sizes.prefix
+        return min(schedule_lib.length_bucket(len(request.prompt) - 1, longest), longest)
+
+    def _assign(self, starts: list[Start]):
+        B = self.sizes.slots
+        fresh, active = np.zeros(B, bool), np.zeros(B, bool)
+        fresh[self._retired] = True
+        ints, key_data = np.zeros((5, B), np.int32), np.zeros((B, 2), np.uint32)
+        for request, sample, slot, row, rank in starts:
+            prompt = request.prompt
+            ints[:, slot] = prompt[-1], len(prompt) - 1, 0, row, rank
+            fresh[slot] = active[slot] = True
+            key_data[slot] = request.key_data[sample.index]
+        token, position, generated, row, rank = ints
+        slots = Slots(token, position, generated, active, row, rank, key_data)
+        self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
+        self._retired = []
+
+    # --- decoding
+
+    def _decode(self, oldest: int) -> list[NewTokens]:
+        live, sizes, steps = self._live(), self.sizes, self._sizing.steps
+        if self.schedule.num_waiting:
+            stop_at = len(live) - max(1, sizes.slots // 8)
+        else:
+            stop_at = self._sizing.smaller(len(live))
+        room = steps
+        if sizes.columns < self._sizing.most_columns:
+            room = sizes.columns - oldest
+        in_slot = [place and place[1] for place in self.schedule.in_slot]
+        knobs, method = self._settings(in_slot)
+        self._state, results = self._verbs.generate(
+            self.params,
+            self._state,
+            knobs,
+            method,
+            steps,
+            np.int32(max(stop_at, 0)),
+            np.int32(room),
+        )
+        results = jax.device_get(results)
+        done = int(np.sum(results.valid.any(axis=1)))
+        self.stats["dispatches"] += 1
+        self.stats["steps"] += done
+        self.stats["slot_steps"] += done * sizes.slots
+        self._written += done
+        counts = results.valid.sum(axis=0).tolist()
+        stopped = results.stopped.any(axis=0).tolist()
+        return [self._new(slot, s, counts[slot], stopped[slot], results) for slot, s in live]
+
+    def _new(
+        self, slot: int, sample: Sample, count: int, stopped: bool, results: ResultTokens
+    ) -> NewTokens:
+        """The new tokens of one sample, which ends with the last of them if it does."""
+        sample.num_tokens += count
+        request, finish_reason = sample.request, None
+        if stopped or sample.num_tokens >= request.sampling.max_tokens:
+            finish_reason = "stop" if stopped else "length"
+            self._end(slot, sample)
+        alternatives = full = None
+        if request.num_alternatives:
+            of_slot = (x[:count, slot, : request.num_alternatives] for x in results.alternatives)
+            alternatives = tuple(of_slot)
+        if results.full_log_probs is not None:
+            full = results.full_log_probs[:count, slot]
+        tokens, log_probs = results.tokens[:count, slot], results.log_probs[:count, slot]
+        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason, full)

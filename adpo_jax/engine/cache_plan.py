@@ -1,0 +1,216 @@
+"""How many slots and prefix rows the key/value cache has, from the memory it may take.
+
+    tokens = slots x columns + prefix rows x prefix tokens + second copies
+
+The old and the new ring are alive at once where it grows in stages or the batch shrinks, and so are
+the old and the new prefix rows where the batch shrinks (and of a `ContinuousBatch` where either
+grows); never both stores at the same time.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from adpo_jax.devices.chips import chip_of
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.schedule import column_buckets, length_bucket
+
+MAX_SLOTS = 256
+
+
+class Copies(NamedTuple):
+    """Whether the ring, and whether the prefix rows, are gathered or lengthened into new ones."""
+
+    ring: bool
+    rows: bool
+
+    def tokens(self, ring: int, rows: int) -> int:
+        """Tokens of both stores at the peak, when the larger one that is copied is there twice."""
+        return ring + rows + max(self.ring * ring, self.rows * rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """The sizes of the cache, and what they cost on one device.
+
+    Attributes:
+      rows: prefix rows for groups of the planned size.
+      device_bytes: of the cache on each device, at its peak.
+      most_tokens: that the cache may hold at its peak on all devices; None for no limit.
+      copies: the stores that are there twice for a while.
+    """
+
+    num_slots: int
+    rows: int
+    device_bytes: int
+    most_tokens: int | None
+    copies: Copies
+
+    def most_rows(self, slots: int, columns: int, prefix: int) -> int | None:
+        """Prefix rows of `prefix` tokens that fit beside so many slots; None for no limit."""
+        if self.most_tokens is None:
+            return None
+        ring = slots * columns
+        left = self.most_tokens - ring
+        return min(left - ring * self.copies.ring, left // (1 + self.copies.rows)) // prefix
+
+
+def prefix_rows(num_slots: int, group_size: int) -> int:
+    """Prefix rows that keep the slots busy.
+
+    Twice as many as whole groups fill the slots: a group that waits for its last sample keeps its
+    row while its other slots are refilled.
+    """
+    return num_slots if group_size == 1 else 2 * -(-num_slots // group_size)
+
+
+def memory_budget(
+    utilization: float, device: jax.Device, *, resident: int = 0, copied: int = 0
+) -> tuple[int | None, str]:
+    """Bytes of one device that the cache may take, and how that number came about.
+
+    On GPUs and TPUs: utilization x the device's memory, less what is in use there or will be. On a
+    CPU: utilization x the memory that is free, shared by the devices simulated on it, less what
+    will be in use. None where that is not known.
+
+    Args:
+      resident: bytes that lie there while sampling, whether they do already or not.
+      copied: bytes of the parameters to sample with, where they are a copy.
+    """
+    share, text, in_use = _device_share(utilization, device)
+    if share is None:
+        return None, text
+    resident = max(resident, in_use)
+    text += f" - {readable(resident)} of state" if resident else ""
+    text += f" - {readable(copied)} of parameters to sample with" if copied else ""
+    return share - resident - copied, text
+
+
+def _device_share(utilization: float, device: jax.Device) -> tuple[int | None, str, int]:
+    """Bytes that may be in use on a device, how many that is, and how many of them are."""
+    if device.platform != "cpu" and device.client is not jax.local_devices()[0].client:
+        chip = chip_of(device)  # of a topology that is not there
+        if chip is None:
+            raise ValueError(f"the memory of a {device.device_kind} is not known; see chips.py")
+        return int(utilization * chip.memory), f"{utilization} x {readable(chip.memory)}", 0
+    stats = device.memory_stats()
+    if device.platform != "cpu" and stats and "bytes_limit" in stats:
+        limit = stats["bytes_limit"]
+        text = f"{utilization} x {readable(limit)} of device memory"
+        return int(utilization * limit), text, stats.get("bytes_in_use", 0)
+    free, local = free_memory(), len(jax.local_devices())
+    if free is None:
+        return None, "unknown", 0
+    text = f"{utilization} x {readable(free)} of free memory / {local} device(s)"
+    return int(utilization * free / local), text, 0
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of the machine's memory that can be had, those that cache files included.
+
+    On Linux what the kernel calls available, or less where a container (cgroup v2) may take less;
+    elsewhere the whole memory; None where the system does not say.
+    """
+    with contextlib.suppress(OSError, KeyError):
+        available = 1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]
+        return min([available, *_rooms_of_cgroups(root)])
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _rooms_of_cgroups(root: Path) -> Iterator[int]:
+    """Bytes that may still be taken in each group of this process that has a limit."""
+    top = root / "sys/fs/cgroup"
+    lines = (root / "proc/self/cgroup").read_text().splitlines()
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for group in (top / own, *(top / own).parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limit = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            yield limit - used + _numbers(group / "memory.stat")["inactive_file"]
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of each line by the word before it."""
+    words = (line.split() for line in path.read_text().splitlines())
+    return {name: int(number) for name, number, *_ in words}
+
+
+def plan(
+    layout: CacheLayout,
+    *,
+    max_prompt_length: int,
+    max_response_length: int,
+    group_size: int,
+    most_slots: int,
+    multiple: int,
+    splits: int,
+    stages: int,
+    shrinks: bool,
+    budget: int | None,
+    budget_text: str = "",
+    tile: int = 1,
+) -> CachePlan:
+    """The most slots, up to `most_slots`, whose cache fits the budget.
+
+    Args:
+      group_size: samples of a prompt.
+      multiple: of slots and rows, the devices they are split over.
+      splits: devices that a token's keys and values are split over in all.
+      stages: lengths that the ring of columns grows through.
+      shrinks: whether slots and prefix rows are gathered into smaller batches.
+      budget: bytes of one device; None for no limit.
+      tile: slots of a device that are computed at once; fewer than fit are taken to fill tiles.
+
+    Raises:
+      ValueError: when not even one group fits, with the arithmetic.
+    """
+    columns = column_buckets(max_response_length, stages)
+    prefix = length_bucket(max_prompt_length - 1, max_prompt_length)
+    token = layout.token_bytes()
+    copies = Copies(ring=shrinks or len(columns) > 1, rows=shrinks)
+    most_tokens = None if budget is None else max(budget, 0) * splits // token
+
+    def of(slots: int) -> CachePlan:
+        rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
+        tokens = copies.tokens(slots * columns[-1], rows * prefix)
+        return CachePlan(slots, rows, -(-token * tokens // splits), most_tokens, copies)
+
+    smallest = up_to_multiple(min(group_size, most_slots), multiple)
+    largest = max(smallest, up_to_multiple(most_slots, multiple))
+    if budget is None or of(largest).device_bytes <= budget:
+        return of(largest)
+    one_group = of(smallest)
+    if one_group.device_bytes > budget:
+        ring, rows = smallest * columns[-1], one_group.rows * prefix
+        raise ValueError(
+            "the key/value cache of one group does not fit: "
+            f"{smallest} slots x {columns[-1]} tokens + {one_group.rows} prompts x {prefix} tokens "
+            f"+ {copies.tokens(ring, rows) - ring - rows} of second copies, at {readable(token)} a "
+            f"token over {splits} device(s), is {readable(one_group.device_bytes)} a device; there "
+            f"are {readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, "
+            "shorten max_response_length or max_prompt_length, or take a smaller cache dtype"
+        )
+    sizes = range(smallest, largest, multiple)
+    most = max(slots for slots in sizes if of(slots).device_bytes <= budget)
+    whole = most // (tile * multiple) * (tile * multiple)
+    return of(whole if whole >= smallest else most)
+
+
+def up_to_multiple(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def readable(count: int) -> str:
+    """Bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

@@ -1,0 +1,286 @@
+"""Continuous batching of requests that come and go while others decode: the engine for a server.
+
+    batch = ContinuousBatch(engine, params)
+    samples = batch.submit(prompt, SamplingParams(n=2, temperature=0.7), seed=1)
+    while batch.busy:
+        for new in batch.step():
+            new.sample, new.tokens, new.log_probs, new.finish_reason
+
+Each request has settings of its own. With the same seed it is the one that `Engine.generate` gives
+for `jax.random.key(seed)`, whatever runs beside it.
+
+The loop is that of `batching`. Here batch, ring and prefix rows grow through a few sizes as the
+load asks for it, and shrink when it is gone. A sample has a prefix row of its own, or the samples
+of a request share one, where that makes the rows few.
+
+Left out: text and stop strings (`text_stream`).
+"""
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from adpo_jax.engine import cache_plan, sampling
+from adpo_jax.engine import schedule as schedule_lib
+from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
+from adpo_jax.engine.engine import Engine
+from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
+from adpo_jax.engine.schedule import Schedule
+
+# Whoever asks for likeliest tokens is given the first of so many, so that one program serves all.
+MAX_ALTERNATIVES = 20
+# Each size is a fourth of the next: at most 3 x 3 x 3 programs, twice where rows are shared.
+SIZE_STEPS = (16, 4, 1)
+# Samples of a shared prefix row at most. There are rows for twice as many samples as slots.
+SHARED_WIDTH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadSizing:
+    """The sizes that follow the load; see `batching.Sizing`.
+
+    Attributes:
+      slot_sizes, column_sizes, prefix_sizes: those that there are programs for, rising.
+      steps: decode steps of a dispatch at most.
+      num_shards: devices that slots and rows are split over.
+    """
+
+    slot_sizes: Sequence[int]
+    column_sizes: Sequence[int]
+    prefix_sizes: Sequence[int]
+    steps: int
+    num_shards: int
+
+    @property
+    def most_columns(self) -> int:
+        return self.column_sizes[-1]
+
+    def part(self, n: int) -> int:
+        """Samples of a request that share a row at most: it lies on all devices that it can."""
+        return -(-n // self.num_shards)
+
+    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
+        needed = self._needed(now, schedule, oldest, self.slot_sizes[-1])
+        if now is None or needed is None:
+            return needed
+        columns, prefix = max(now.columns, needed.columns), max(now.prefix, needed.prefix)
+        return needed._replace(columns=columns, prefix=prefix)
+
+    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
+        if schedule.num_waiting or schedule.num_live * 4 > now.slots:
+            return now
+        needed = self._needed(None, schedule, oldest, 0)
+        return needed if needed.slots * 4 <= now.slots else now
+
+    def smaller(self, live: int) -> int:
+        return 0
+
+    def _needed(
+        self, now: Sizes | None, schedule: Schedule, oldest: int, most_slots: int
+    ) -> Sizes | None:
+        """The smallest sizes for what is alive and for what can start in up to so many slots."""
+        requests = [place[0] for place in schedule.in_slot if place]
+        alive, rows = len(requests), self._rows_in_use(now, schedule)
+        for request, count, further_rows in schedule.waiting(self._width):
+            if alive >= most_slots:
+                break
+            requests.append(request)
+            alive, rows = min(alive + count, most_slots), rows + further_rows
+        if not alive:
+            return None
+        longest = max(len(request.prompt) for request in requests) - 1
+        slots = _size_for(self.slot_sizes, max(alive, schedule.needed_slots))
+        if now is not None:
+            slots = max(slots, now.slots)
+        columns = _size_for(self.column_sizes, min(oldest + self.steps, self.most_columns))
+        prefix = _size_for(self.prefix_sizes, longest)
+        rows, width = self._rows_and_width(now, slots, rows, alive)
+        return Sizes(slots, columns, rows, width, prefix)
+
+    # --- prefix rows
+
+    @property
+    def _width(self) -> int:
+        """Samples of a shared row at most: fewer of a request lie on each of several devices."""
+        return max(1, SHARED_WIDTH // self.num_shards)
+
+    def _rows_in_use(self, now: Sizes | None, schedule: Schedule) -> int:
+        """The shared rows that what was admitted takes, or would take."""
+        shares = now is not None and now.width > 1
+        return schedule.rows_in_use if shares else schedule.rows_needed(self._width)
+
+    def _rows_and_width(
+        self, now: Sizes | None, slots: int, needed: int, alive: int
+    ) -> tuple[int, int]:
+        """Prefix rows for so many slots, and the samples that share one at most.
+
+        Rows are shared from 4 samples a row on, and until there are too few rows.
+
+        Args:
+          needed: rows, were they shared.
+        """
+        rows = cache_plan.up_to_multiple(-(-2 * slots // self._width), self.num_shards)
+        shares = now is not None and now.width > 1
+        if rows < slots and needed <= rows and (shares or 4 * needed <= alive):
+            return rows, self._width
+        return slots, 1
+
+
+class ContinuousBatch:
+    """A batch whose samples come and go.
+
+    `submit` and `cancel` may be called from any thread, `step` from one.
+
+    Args:
+      engine: its `steps_per_dispatch` is the time, in tokens, that a new request may have to wait
+        for the running ones, and the most tokens that come at once.
+      params: of the policy.
+    """
+
+    def __init__(self, engine: Engine, params):
+        self.engine, self.verbs = engine, engine.verbs
+        sizing = _load_sizing(engine)
+        self.num_slots = sizing.slot_sizes[-1]
+        self._part = sizing.part
+        self._loop = DecodeLoop(
+            engine.verbs, params, sizing, own_settings, num_shards=engine.shards
+        )
+        # Requests on their way to the loop, which belongs to the thread that decodes.
+        self._arrived: collections.deque[Request] = collections.deque()
+        self._num_arrived, self._lock = 0, threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or decodes."""
+        return self.num_waiting > 0 or self.num_running > 0
+
+    @property
+    def num_running(self) -> int:
+        return self._loop.schedule.num_live
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_arrived + self._loop.schedule.num_waiting
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        num_alternatives: int = 0,
+    ) -> list[Sample]:
+        """Queues the completions of one prompt.
+
+        Args:
+          prompt: token ids.
+          sampling: of these completions; `stop` strings are not looked for.
+          num_alternatives: likeliest tokens wanted beside each sampled one, up to 20.
+
+        Returns:
+          the `sampling.n` samples, which `step` will speak of.
+
+        Raises:
+          ValueError: for a prompt or settings that the engine was not made for.
+        """
+        tokens = self.engine.checked([prompt], dataclasses.replace(sampling, stop=()))
+        if not 0 <= num_alternatives <= MAX_ALTERNATIVES:
+            raise ValueError(
+                f"num_alternatives is 0 to {MAX_ALTERNATIVES}; given {num_alternatives}"
+            )
+        keys = functools.partial(_keys, tokens[0], sampling.n, seed)
+        request = Request(tokens[0], sampling, keys, num_alternatives)
+        with self._lock:
+            self._arrived.append(request)
+            self._num_arrived += len(request.samples)
+        return request.samples
+
+    def cancel(self, sample: Sample) -> None:
+        """Ends a sample without a further word; its slot is free at the next step."""
+        self._loop.cancel(sample)
+
+    def step(self) -> list[NewTokens]:
+        """Starts what waits, decodes some tokens of all that runs, and returns them."""
+        with self._lock:
+            for request in self._arrived:
+                self._loop.submit(request, self._part(len(request.samples)))
+            self._arrived.clear()
+            self._num_arrived = 0
+        return self._loop.step()
+
+
+def own_settings(in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
+    """Settings of its own for the sample in each slot; see `batching.Settings`."""
+    idle = SamplingParams()
+    settings = [sample.request.sampling if sample else idle for sample in in_slot]
+    knobs = [each.knobs() for each in settings]
+    width = max(len(knob.stop_ids) for knob in knobs)
+    knobs = [knob._replace(stop_ids=_padded(knob.stop_ids, width)) for knob in knobs]
+    methods = [each.method for each in settings]
+    # All or nothing, so that few programs are compiled.
+    truncates = any(method.truncates for method in methods)
+    wants_alternatives = any(sample.request.num_alternatives for sample in in_slot if sample)
+    method = Method(
+        mixed=True,
+        top_k=truncates,
+        top_p=truncates,
+        min_p=truncates,
+        min_tokens=any(method.min_tokens for method in methods),
+        num_alternatives=MAX_ALTERNATIVES if wants_alternatives else 0,
+    )
+    return Knobs(*map(np.stack, zip(*knobs))), method
+
+
+def _load_sizing(engine: Engine) -> LoadSizing:
+    """The sizes that a server's batch may have on this engine.
+
+    Raises:
+      ValueError: where the memory does not hold a single completion.
+    """
+    columns = schedule_lib.column_buckets(engine.max_response_length, 1)[-1]
+    prefix = schedule_lib.length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
+    num_slots, most = engine.num_slots, engine.plan.most_tokens
+    if most is not None:
+        # A row beside every slot, and either store copied as it is resized.
+        fitting = most // cache_plan.Copies(ring=True, rows=True).tokens(columns, prefix)
+        num_slots = min(num_slots, fitting // engine.shards * engine.shards)
+    if not num_slots:
+        raise ValueError(
+            f"the memory holds {most} tokens of keys and values, too few for one completion "
+            f"of {columns} with its prompt of {prefix} while they are copied to a larger "
+            "place; raise gpu_memory_utilization or lower the lengths"
+        )
+    steps = min(engine.steps_per_dispatch, columns)
+
+    def whole(limit: int, multiple: int, least: int) -> list[int]:
+        parts = (max(least, limit // part) for part in SIZE_STEPS)
+        return sorted({min(cache_plan.up_to_multiple(p, multiple), limit) for p in parts})
+
+    return LoadSizing(
+        slot_sizes=whole(num_slots, engine.shards, 4),
+        column_sizes=whole(columns, 1, max(schedule_lib.COLUMN_STEP, steps)),
+        prefix_sizes=whole(prefix, 1, 64),
+        steps=steps,
+        num_shards=engine.shards,
+    )
+
+
+def _keys(prompt: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """[n or more, 2] uint32."""
+    key = jax.random.key(np.uint32(seed % 2**32))
+    # Compiled once for each power of two.
+    several = schedule_lib.power_of_two(n)
+    return np.asarray(sampling.sample_keys(key, schedule_lib.prompt_uids([prompt]), several))[0]
+
+
+def _size_for(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def _padded(stop_ids: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(stop_ids, (0, width - len(stop_ids)), constant_values=-1)

@@ -1,0 +1,84 @@
+"""What the rollout engine does in its own way on a CPU, for XLA's CPU compiler and few cores.
+
+Every choice gives the same samples; another one is slower. Each of them is made here, and read by
+the engine as a number or a flag.
+"""
+
+import dataclasses
+
+from adpo_jax.engine import cache_plan
+from adpo_jax.engine.schedule import doubling_sizes, slot_buckets
+from adpo_jax.model import cpu
+
+# The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
+SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
+MIN_SLOTS = 8
+DEFAULT_CPU_SLOTS = 64
+# Rows that a TPU's registers hold side by side; a GPU's warps like a multiple of it too.
+SLOT_TILE = 8
+# Lengths that the ring grows through where attention reads all of its columns.
+COLUMN_STAGES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineTuning:
+    """How the engine lays out and sizes what it decodes on one kind of machine.
+
+    Attributes:
+      stacked: layers lie on a leading axis and are scanned; else they run one by one, each on
+        parameters and a cache of its own.
+      transposed_keys: the cache has its keys as [D, columns].
+      shrinks: the batch becomes smaller as samples end. That makes a step faster where arithmetic
+        is the bottleneck, and hardly where reading the weights is.
+      default_slots: samples decoded at once unless the user says another number.
+      slot_tile: slots of a device that are computed at once.
+    """
+
+    stacked: bool
+    transposed_keys: bool
+    shrinks: bool
+    default_slots: int
+    slot_tile: int
+
+    def slot_sizes(self, num_slots: int, num_shards: int) -> list[int]:
+        """The batches that there are programs for, rising, the last one `num_slots`.
+
+        A call starts with the smallest batch that holds it.
+        """
+        if self.shrinks:
+            return slot_buckets(num_slots, SLOT_FRACTIONS, num_shards, MIN_SLOTS)
+        return doubling_sizes(num_slots, num_shards, MIN_SLOTS)
+
+
+def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTuning:
+    """What suits a platform.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      attention: as it was asked for, one of `attention_choice.NAMES`.
+    """
+    if platform != "cpu":
+        return EngineTuning(
+            stacked=True,
+            transposed_keys=False,
+            shrinks=False,
+            default_slots=cache_plan.MAX_SLOTS,
+            slot_tile=SLOT_TILE,
+        )
+    # A kernel that is interpreted here takes a cache as it lies elsewhere.
+    plain = attention in ("auto", "xla")
+    return EngineTuning(
+        stacked=not (plain and num_layers <= cpu.MAX_UNROLLED_LAYERS),
+        transposed_keys=plain,
+        shrinks=True,
+        default_slots=DEFAULT_CPU_SLOTS,
+        slot_tile=1,
+    )
+
+
+def column_stages(attention: str) -> int:
+    """Lengths that the ring grows through under an attention of `kernels`, as it was resolved.
+
+    A kernel reads no more columns than a slot sees, so its ring need not grow.
+    """
+    return COLUMN_STAGES if attention == "xla" else 1

@@ -1,0 +1,341 @@
+"""The rollout engine: token ids in, sampled token ids and their log-probs out.
+
+    engine = Engine(policy, max_prompt_length=512, max_response_length=512, num_slots=64)
+    out = engine.generate(params, prompts, SamplingParams(n=8, max_tokens=128), key)
+
+It plans the memory, knows the sizes that there are programs for, and makes a call of the batching
+loop (`batching`) with the sizing of a call (`generation`). The loop dispatches several steps of
+decoding at once (`decode`). The sizes are few, so that a bounded number of programs is compiled.
+
+Text is seen in one place: stop strings are looked for in what `detokenize` makes of the tokens.
+
+Not here: prompts as text, rewards, weights (an argument of every call).
+
+Letters: P prompts, n samples of a prompt, T tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adpo_jax.devices.sharding import RULES, mesh_axis_size
+from adpo_jax.engine import cache_plan, cpu_engine, kernels
+from adpo_jax.engine import schedule as schedule_lib
+from adpo_jax.engine.batching import DecodeLoop, Request, Sizes
+from adpo_jax.engine.cpu_engine import EngineTuning
+from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.sampling import SamplingParams, sample_keys
+from adpo_jax.engine.verbs import DecodeState, Verbs
+from adpo_jax.model import attention_choice
+from adpo_jax.policy.policy import Policy
+from adpo_jax.records import Completion, Completions
+
+
+class Engine:
+    """Samples completions of groups of prompts.
+
+    Args:
+      policy: the model; its parameters are an argument of `generate`.
+      max_prompt_length: tokens of the longest prompt taken.
+      max_response_length: tokens of the longest completion.
+      num_slots: samples decoded at once, at most; None for 64 on a CPU and 256 elsewhere.
+      mesh: devices; slots are split over (`data`, `fsdp`), heads over `tensor`. None: the policy's.
+      cache_dtype: of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
+      attention: of decoding, one of `attention_choice.NAMES`; prefill follows it.
+      gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
+        may be in use while sampling; lowers `num_slots` to what fits. None for no limit.
+      resident_bytes: bytes of one device that others need while the engine samples, such as a
+        trainer's parameters and optimizer; read with `gpu_memory_utilization`.
+      group_size: samples of a prompt that memory is planned for.
+      free_cache_engine: give the cache's memory back after every call; else it is kept for the next
+        one of these sizes, unless the batch shrank meanwhile, as it does on a CPU.
+      steps_per_dispatch: decode steps between two looks of the host.
+      detokenize: token ids -> text, needed for stop strings.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_prompt_length: int,
+        max_response_length: int,
+        num_slots: int | None = None,
+        mesh: Mesh | None = None,
+        cache_dtype: Any = None,
+        attention: str = "auto",
+        gpu_memory_utilization: float | None = None,
+        resident_bytes: int = 0,
+        group_size: int = 1,
+        free_cache_engine: bool = True,
+        steps_per_dispatch: int = 32,
+        detokenize: Callable[[list[int]], str] | None = None,
+    ):
+        counts = {"num_slots": num_slots, "steps_per_dispatch": steps_per_dispatch}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is 1 or more; given {value}")
+        given = policy
+        if mesh is not None:
+            policy = dataclasses.replace(policy, mesh=mesh)
+        device = _device(policy)
+        tuning = cpu_engine.engine_tuning(device.platform, attention, policy.config.num_layers)
+        layout = _layout(policy, cache_dtype, tuning)
+        attention = attention_choice.resolve(attention, kernels.DECODING, layout, device.platform)
+        self.policy = policy
+        self.verbs = Verbs(policy, layout, attention)
+        self.max_prompt_length = max_prompt_length
+        self.max_response_length = max_response_length
+        self.steps_per_dispatch = steps_per_dispatch
+        self.detokenize = detokenize
+        self.free_cache_engine = free_cache_engine
+        self._kept: DecodeState | None = None
+
+        self.column_stages = cpu_engine.column_stages(attention)
+        self.shards, splits = _splits(policy)
+        budget, budget_text = None, ""
+        if gpu_memory_utilization is not None:
+            budget, budget_text = cache_plan.memory_budget(
+                gpu_memory_utilization,
+                device,
+                resident=resident_bytes,
+                copied=self.verbs.copied_bytes(given),
+            )
+        self.shrinks = tuning.shrinks
+        self.plan = cache_plan.plan(
+            layout,
+            max_prompt_length=max_prompt_length,
+            max_response_length=max_response_length,
+            group_size=group_size,
+            most_slots=num_slots or tuning.default_slots,
+            multiple=self.shards,
+            splits=splits,
+            stages=self.column_stages,
+            shrinks=self.shrinks,
+            budget=budget,
+            budget_text=budget_text,
+            tile=tuning.slot_tile,
+        )
+        self.num_slots = self.plan.num_slots
+        self.slot_sizes = tuning.slot_sizes(self.num_slots, self.shards)
+
+    @property
+    def prefill_rows(self) -> int:
+        """The most prompts of full length that are prefilled at once."""
+        length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
+        return schedule_lib.prefill_rows(length, self.shards)
+
+    def sizes_for(self, num_prompts: int, n: int, columns: int, prefix: int) -> tuple[int, int]:
+        """Slots and prefix rows that decode as many samples at once as the memory allows.
+
+        Args:
+          n: samples of a prompt.
+          columns: of the ring at its longest.
+          prefix: tokens of a prefix row.
+        """
+        enough = next((s for s in self.slot_sizes if s >= num_prompts * n), self.num_slots)
+        parts = schedule_lib.rows_of_a_group(num_prompts, n, self.shards)
+        sizes = []
+        for slots in self.slot_sizes[: self.slot_sizes.index(enough) + 1]:
+            rows = schedule_lib.power_of_two(num_prompts * parts)
+            rows = min(rows, cache_plan.prefix_rows(slots, n))
+            rows = cache_plan.up_to_multiple(rows, self.shards)
+            most = self.plan.most_rows(slots, columns, prefix)
+            if most is not None:
+                rows = min(rows, most // self.shards * self.shards)
+            sizes.append((slots, rows))
+        each = -(-n // parts)  # samples of a row
+        return max(sizes, key=lambda size: (min(size[0], size[1] * each), -size[0]))
+
+    def trace(self, sampling: SamplingParams) -> dict[str, jax.stages.Traced]:
+        """The programs "prefill" and "decode" at their largest sizes, from shapes alone."""
+        n, verbs = sampling.n, self.verbs
+        length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
+        columns = schedule_lib.column_buckets(self.max_response_length, self.column_stages)[-1]
+        slots, rows = self.sizes_for(2 * self.num_slots, n, columns, length)
+        params = verbs.abstract_params()
+        state = verbs.abstract_state(slots, columns, rows, length, n)
+        tokens = jax.ShapeDtypeStruct((self.prefill_rows, length), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
+        return {
+            "prefill": Verbs.prefill.trace(verbs, params, tokens, lengths),
+            "decode": Verbs.generate.trace(
+                verbs, params, state, knobs, sampling.method, self.steps_per_dispatch, count, count
+            ),
+        }
+
+    def free_cache(self):
+        """Gives the memory of a kept cache back."""
+        self._kept = None
+
+    def _new_state(self, *sizes: int) -> DecodeState:
+        """A state without active slots, the kept one where it has these sizes."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
+            if jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted):
+                # Samples that a stop string ended last are still active on the device.
+                idle = kept.slots._replace(active=jnp.zeros_like(kept.slots.active))
+                return kept._replace(slots=idle, column=np.int32(0))
+        del kept
+        return self.verbs.init_decode_state(*sizes)
+
+    def generate(
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        key: jax.Array,
+        *,
+        version: int = 0,
+        on_group_done: Callable[[FinishedGroup], None] | None = None,
+    ) -> Completions:
+        """Samples `sampling.n` completions of each prompt.
+
+        The same key gives the same completions of a prompt whatever its place in the list, the
+        prompts beside it and the number of slots (up to the rounding of matrix products).
+
+        Args:
+          params: the policy's parameters.
+          prompts: token ids of each prompt, without padding.
+          version: iterations done by these parameters; it is written beside every token.
+          on_group_done: called with each group as its last sample ends, while others decode.
+
+        Raises:
+          ValueError: for prompts or settings that the engine was not made for.
+        """
+        stats: dict[str, int] = {}
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for group in self.stream(params, prompts, sampling, key, version=version, stats=stats):
+            groups[group.prompt_index] = group.completions
+            if on_group_done is not None:
+                on_group_done(group)
+        return Completions(groups, stats)
+
+    def stream(
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        key: jax.Array,
+        *,
+        version: int = 0,
+        stats: dict[str, int] | None = None,
+        on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
+    ) -> Iterator[FinishedGroup]:
+        """`generate` as an iterator over the groups, in the order in which they end.
+
+        Args:
+          stats: takes the counts of the call at its end.
+          on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
+        """
+        prompts = self.checked(prompts, sampling)
+        keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), sampling.n))
+        requests = [
+            Request(prompt, sampling, functools.partial(keys.__getitem__, index))
+            for index, prompt in enumerate(prompts)
+        ]
+        loop = DecodeLoop(
+            self.verbs,
+            params,
+            self._sizing(prompts, sampling),
+            shared_settings(sampling),
+            num_shards=self.shards,
+            make_state=self._new_state,
+            keeps_memory=not self.free_cache_engine,
+        )
+        for request in requests:
+            loop.submit(request)
+        generation = Generation(
+            loop, requests, version=version, detokenize=self.detokenize, on_tokens=on_tokens
+        )
+        try:
+            while not generation.done:
+                yield from generation.advance()
+            if not self.free_cache_engine:
+                self._kept = loop.state_to_keep()
+        finally:
+            if stats is not None:
+                stats.update(loop.stats)
+
+    def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
+        """The sizes that a call goes through."""
+        P, n = len(prompts), sampling.n
+        column_sizes = schedule_lib.column_buckets(sampling.max_tokens, self.column_stages)
+        longest = max(len(prompt) for prompt in prompts) - 1
+        prefix = schedule_lib.length_bucket(longest, self.max_prompt_length)
+        slots, rows = self.sizes_for(P, n, column_sizes[-1], prefix)
+        width = -(-n // schedule_lib.rows_of_a_group(P, n, self.shards))
+        # Those that a shrinking batch goes through; elsewhere it stays as it is.
+        smaller = self.slot_sizes if self.shrinks else ()
+        return CallSizing(
+            first=Sizes(slots, column_sizes[-1], rows, width, prefix),
+            slot_sizes=[*(s for s in smaller if s < slots), slots],
+            column_sizes=column_sizes,
+            steps=self.steps_per_dispatch,
+        )
+
+    def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
+        """The prompts as arrays, where this engine can sample from them; see `generate`."""
+        if not len(prompts):
+            raise ValueError("generate needs at least one prompt; given none")
+        if sampling.max_tokens > self.max_response_length:
+            raise ValueError(
+                f"max_tokens is {sampling.max_tokens}, above the engine's max_response_length "
+                f"{self.max_response_length}: lower the one or raise the other"
+            )
+        if sampling.stop and self.detokenize is None:
+            raise ValueError("stop strings need Engine(..., detokenize=...), token ids -> text")
+        V = self.policy.config.vocab_size
+        checked = []
+        for i, prompt in enumerate(prompts):
+            tokens = np.asarray(prompt)
+            if tokens.ndim != 1 or not 1 <= len(tokens) <= self.max_prompt_length:
+                raise ValueError(
+                    f"prompt {i} is a list of 1 to {self.max_prompt_length} token ids "
+                    f"(max_prompt_length); given shape {tokens.shape}"
+                )
+            if not np.issubdtype(tokens.dtype, np.integer):
+                raise ValueError(f"prompt {i} is made of token ids; given {tokens.dtype}")
+            if tokens.min() < 0 or tokens.max() >= V:
+                raise ValueError(
+                    f"prompt {i} has token ids outside [0, {V}): "
+                    f"{tokens.min()} to {tokens.max()} given"
+                )
+            checked.append(tokens.astype(np.int32))
+        return checked
+
+
+def _device(policy: Policy) -> jax.Device:
+    """One of the devices of the rollout."""
+    return jax.local_devices()[0] if policy.mesh is None else policy.mesh.devices.flat[0]
+
+
+def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayout:
+    """How this model's cache lies."""
+    c = policy.config
+    return CacheLayout(
+        num_layers=c.num_layers,
+        num_kv_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        dtype=jnp.dtype(policy.dtype if cache_dtype is None else cache_dtype),
+        stacked=tuning.stacked,
+        transposed_keys=tuning.transposed_keys,
+    )
+
+
+def _splits(policy: Policy) -> tuple[int, int]:
+    """The devices that slots are split over, and those that a slot's cache is split over in all."""
+    if policy.mesh is None:
+        return 1, 1
+    shards = mesh_axis_size(policy.mesh, RULES["batch"])
+    heads = mesh_axis_size(policy.mesh, RULES["kv_heads"])
+    return shards, shards * (heads if policy.config.num_kv_heads % heads == 0 else 1)

@@ -1,0 +1,182 @@
+"""One call of `Engine.generate`: the sizes of a batch that knows all its requests, and its records.
+
+All requests of a call share their settings, and all are there from the start. So the batch begins
+with the sizes that suit the whole call; its ring grows as samples get long, and its slots may
+become fewer when none wait any more.
+
+Letters: P prompts, n samples of a prompt, T tokens.
+"""
+
+import array
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Settings, Sizes
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.schedule import Schedule
+from adpo_jax.records import Completion
+
+# A ring with room for so many steps is not grown yet: a step reads all of its columns.
+LEAST_STEPS = 8
+
+
+class FinishedGroup(NamedTuple):
+    """The completions of one prompt."""
+
+    prompt_index: int
+    completions: list[Completion]
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSizing:
+    """The sizes that a call goes through; see `batching.Sizing`.
+
+    Attributes:
+      first: the sizes that the call begins with, but for the columns.
+      slot_sizes: the batches that it shrinks through, rising, the last one that of `first`.
+      column_sizes: the lengths that the ring grows through, rising.
+      steps: decode steps of a dispatch at most.
+    """
+
+    first: Sizes
+    slot_sizes: Sequence[int]
+    column_sizes: Sequence[int]
+    steps: int
+
+    @property
+    def most_columns(self) -> int:
+        return self.column_sizes[-1]
+
+    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes:
+        return self.first._replace(columns=self._columns_for(0)) if now is None else now
+
+    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
+        columns = self._columns_for(oldest)
+        if not schedule.num_waiting:
+            slots = next(s for s in self.slot_sizes if s >= schedule.needed_slots)
+            if slots < now.slots:
+                rows = min(now.rows, slots)
+                width = schedule.narrow_width(slots, rows, self.first.width)
+                return Sizes(slots, columns, rows, width, now.prefix)
+        return now._replace(columns=max(now.columns, columns))
+
+    def smaller(self, live: int) -> int:
+        return max((s for s in self.slot_sizes if s < live), default=0)
+
+    def _columns_for(self, oldest: int) -> int:
+        """Columns that hold the oldest live sample and the steps that are worth a dispatch."""
+        steps = min(LEAST_STEPS, self.steps, self.column_sizes[0])
+        needed = min(oldest + steps, self.most_columns)
+        return next(c for c in self.column_sizes if c >= needed)
+
+
+def shared_settings(sampling: SamplingParams) -> Settings:
+    """The same settings for all samples."""
+    chosen = sampling.knobs(), sampling.method
+    return lambda _: chosen
+
+
+class _Growing:
+    """What one sample has so far: as much memory as it has tokens."""
+
+    def __init__(self):
+        self.tokens = array.array("i")
+        self.log_probs, self.full_log_probs = array.array("f"), array.array("f")
+
+    def take(self, new: NewTokens, count: int):
+        """Takes the first of the new tokens."""
+        self.tokens.frombytes(new.tokens[:count].tobytes())
+        self.log_probs.frombytes(new.log_probs[:count].tobytes())
+        if new.full_log_probs is not None:
+            self.full_log_probs.frombytes(new.full_log_probs[:count].tobytes())
+
+
+class Generation:
+    """One call of `generate` under way: completions out of the tokens of its samples.
+
+    Args:
+      loop: where the requests are queued already.
+      requests: one a prompt, all with the same settings.
+      version: iterations done by the weights that are sampled from.
+      detokenize: token ids -> text; needed where the settings have stop strings.
+      on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
+    """
+
+    def __init__(
+        self,
+        loop: DecodeLoop,
+        requests: Sequence[Request],
+        *,
+        version: int = 0,
+        detokenize: Callable[[list[int]], str] | None = None,
+        on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
+    ):
+        self._loop, self._version = loop, version
+        self._sampling = requests[0].sampling
+        self._detokenize, self._on_tokens = detokenize, on_tokens
+        self._index = {request: index for index, request in enumerate(requests)}
+        self._growing: dict[Sample, _Growing] = {}
+        # The ended completions of each prompt that has some that have not.
+        self._ended: dict[Request, dict[int, Completion]] = {}
+        self._num_left = len(requests)
+
+    @property
+    def done(self) -> bool:
+        """Whether all groups have been handed over."""
+        return not self._num_left
+
+    def advance(self) -> list[FinishedGroup]:
+        """Runs one dispatch, and returns the groups that ended with it."""
+        groups = [self._take(new) for new in self._loop.step()]
+        finished = [group for group in groups if group is not None]
+        self._num_left -= len(finished)
+        return finished
+
+    def _take(self, new: NewTokens) -> FinishedGroup | None:
+        """Takes the new tokens of a sample; returns its group if it was the last one of it."""
+        sample, count, finish_reason = new.sample, len(new.tokens), new.finish_reason
+        growing = self._growing.get(sample)
+        if growing is None:
+            growing = self._growing[sample] = _Growing()
+        if self._sampling.stop:
+            at_string = self._tokens_to_stop_string(growing.tokens.tolist(), new.tokens.tolist())
+            if at_string is not None:
+                if finish_reason is None:
+                    self._loop.cancel(sample)
+                count, finish_reason = at_string, "stop"
+        growing.take(new, count)
+        request = sample.request
+        if self._on_tokens is not None:
+            self._on_tokens(self._index[request], sample.index, new.tokens[:count])
+        return None if finish_reason is None else self._finish(sample, finish_reason)
+
+    def _tokens_to_stop_string(self, old: list[int], new: list[int]) -> int | None:
+        """How many of the new tokens complete the first stop string, None if there is none."""
+
+        def contains(count: int) -> bool:
+            text = self._detokenize(old + new[:count])
+            return any(stop in text for stop in self._sampling.stop)
+
+        first = max(1, self._sampling.min_tokens - len(old))
+        if first > len(new) or not contains(len(new)):
+            return None
+        return next(count for count in range(first, len(new) + 1) if contains(count))
+
+    def _finish(self, sample: Sample, finish_reason: str) -> FinishedGroup | None:
+        """Makes a sample a record."""
+        growing, request = self._growing.pop(sample), sample.request
+        ended = self._ended.setdefault(request, {})
+        ended[sample.index] = Completion.sampled(
+            growing.tokens,
+            growing.log_probs,
+            finish_reason,
+            full_log_probs=growing.full_log_probs if self._sampling.full_log_probs else None,
+            version=self._version,
+        )
+        if len(ended) < len(request.samples):
+            return None
+        del self._ended[request]
+        return FinishedGroup(self._index[request], [ended[i] for i in range(len(ended))])

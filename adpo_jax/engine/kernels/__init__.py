@@ -1,0 +1,135 @@
+"""Attention of the rollout engine: the implementations, a table for decoding and one for prefill.
+
+Those of decoding take the same arguments as `kv_cache.attend_part`, the plain version that all are
+tested on; prefill is attention of whole rows (`attention_kernels`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adpo_jax.devices.sharding import on_each_device
+from adpo_jax.engine import kv_cache
+from adpo_jax.engine.kernels import decode_gpu, decode_tpu
+from adpo_jax.engine.kv_cache import AttendPart, CacheLayout, Part, Reach
+from adpo_jax.model import attention_choice, attention_kernels
+from adpo_jax.model.attention import Attend
+from adpo_jax.model.attention_choice import Implementation, Use
+from adpo_jax.model.attention_kernels import ROWS, Settings
+from adpo_jax.policy.policy import Policy
+
+
+def attend_part(
+    name: str, layout: CacheLayout, soft_cap: float | None, mesh: Mesh | None = None
+) -> AttendPart:
+    """Attention of decoding; a kernel runs on each device's part.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `DECODING`.
+    """
+    return DECODING.table[name].attend(layout, soft_cap, mesh)
+
+
+def prefill_attention(
+    name: str, policy: Policy, positions: jax.Array, segments: jax.Array
+) -> Attend:
+    """Causal attention of prompts padded on the right to themselves.
+
+    Where decoding's implementation has no prefill for this model, the plain version runs, with a
+    warning.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `DECODING`.
+      positions, segments: [rows, T] int32, as `Policy.self_attention` takes them.
+    """
+    settings = policy.attention_settings
+    name = attention_choice.fitting(name, PREFILL, settings)
+    return PREFILL.table[name].attend(settings, positions, segments)
+
+
+def _plain(layout: CacheLayout, soft_cap: float | None, mesh: Mesh | None) -> AttendPart:
+    del mesh  # the partitioner splits it
+    transposed = layout.transposed_keys
+    return functools.partial(kv_cache.attend_part, soft_cap=soft_cap, transposed_keys=transposed)
+
+
+def _tpu(layout: CacheLayout, soft_cap, mesh, *, interpret=False) -> AttendPart:
+    del layout
+    kernel = functools.partial(decode_tpu.attend_part, soft_cap=soft_cap, interpret=interpret)
+    return _of_each_device(kernel, mesh)
+
+
+def _gpu(layout: CacheLayout, soft_cap, mesh) -> AttendPart:
+    del layout
+    return _of_each_device(functools.partial(decode_gpu.attend_part, soft_cap=soft_cap), mesh)
+
+
+def _of_each_device(kernel: AttendPart, mesh: Mesh | None) -> AttendPart:
+    """A kernel on its share of the rows and heads."""
+    by_row, by_head = ("batch",), ("batch", "kv_heads")
+
+    def attend(q, kv, index, reach: Reach) -> Part:
+        def local(q, kv, index, origin, back, length):
+            return kernel(q, kv, index, Reach(origin, back, length, reach.ring))
+
+        return on_each_device(
+            local,
+            mesh,
+            {"batch": q.shape[0], "kv_heads": q.shape[1]},
+            in_axes=(by_head, (None, *by_head), (), by_row, by_row, by_row),
+            out_axes=by_head,
+        )(q, kv, index, reach.origin, reach.reach, reach.length)
+
+    return attend
+
+
+def _layout_obstacle(layout: CacheLayout) -> str:
+    if not layout.stacked or layout.transposed_keys:
+        return "reads layers that are stacked, with keys that are not transposed"
+    return ""
+
+
+def _tpu_obstacle(layout: CacheLayout) -> str:
+    D = layout.head_dim
+    if D % decode_tpu.LANES:
+        return f"needs a head_dim that is a multiple of {decode_tpu.LANES}; given {D}"
+    return _layout_obstacle(layout)
+
+
+def _gpu_obstacle(layout: CacheLayout) -> str:
+    D = layout.head_dim
+    if jnp.dtype(layout.dtype) == jnp.int8:
+        return "has no int8 cache, which was asked for; bfloat16 is one that it has"
+    if D & (D - 1):
+        return f"needs a head_dim that is a power of two, as Triton does; given {D}"
+    return _layout_obstacle(layout)
+
+
+def _gpu_prefill_obstacle(settings: Settings) -> str:
+    why = attention_kernels.cudnn_obstacle(settings)
+    return why and f"has the prefill of cuDNN, which {why}"
+
+
+# (layout, soft_cap, mesh) -> AttendPart
+DECODING = Use(
+    "decoding",
+    {
+        "xla": Implementation(_plain),
+        "pallas_tpu": Implementation(_tpu, ("tpu",), _tpu_obstacle),
+        "pallas_gpu": Implementation(_gpu, ("gpu",), _gpu_obstacle),
+        "pallas_tpu_interpret": Implementation(
+            functools.partial(_tpu, interpret=True), (), _tpu_obstacle
+        ),
+    },
+)
+
+# Prefill is run by what decoding was given; (settings, positions, segments) -> Attend
+PREFILL = Use(
+    "prefill",
+    {
+        **ROWS.table,
+        "pallas_gpu": Implementation(attention_kernels.cudnn_rows, ("gpu",), _gpu_prefill_obstacle),
+    },
+)

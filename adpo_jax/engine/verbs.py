@@ -1,0 +1,462 @@
+"""JetStream's verbs over group-shared prompts: prefill, insert, generate, pure and jitted.
+
+    prefixes = prefill(params, tokens, lengths)          once a prompt, not once a sample
+    state    = insert(state, prefixes, rows)             prompts into prefix rows
+    state    = assign(state, fresh, slots, members)      samples into slots
+    state, results = generate(params, state, knobs, ...) several steps of every slot
+    state    = grow(state, ...), resize(state, ...)      more columns, other slots
+
+A prefix holds all tokens of its prompt but the last; the last is the first token that each sample
+feeds. So the first token of a completion is sampled like every other, and prefill needs no head.
+
+Letters: B slots, P prefix rows, M samples of a prefix row, C columns of the ring, T tokens.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adpo_jax.devices import sharding
+from adpo_jax.devices.sharding import constrain
+from adpo_jax.engine import kernels, kv_cache, sampling
+from adpo_jax.engine.kv_cache import KV, CacheLayout, View
+from adpo_jax.engine.sampling import Alternatives, Knobs, Method
+from adpo_jax.model import cpu, parameters
+from adpo_jax.policy.policy import Policy
+
+
+class Prefixes(NamedTuple):
+    """Keys and values of some prompts without their last token."""
+
+    kv: KV
+    lengths: jax.Array  # [rows] int32
+
+
+class Slots(NamedTuple):
+    """What a slot is doing, [B] each."""
+
+    token: jax.Array  # int32, the next to feed
+    position: jax.Array  # int32, of that token in its sequence
+    generated: jax.Array  # int32, tokens sampled so far
+    active: jax.Array  # bool
+    row: jax.Array  # int32, prefix row of its prompt
+    rank: jax.Array  # int32, its place among the samples of that row
+    key_data: jax.Array  # [B, 2] uint32, of its sample
+
+
+class DecodeState(NamedTuple):
+    """All that decoding keeps between calls."""
+
+    own: KV  # [B rows, C columns]
+    prefix: Prefixes  # [P rows, T columns]
+    slots: Slots
+    members: jax.Array  # [P, M] int32, the slot of each sample of a prefix row; 0 where none
+    column: jax.Array  # int32 scalar, of the ring, where the next token goes
+
+
+class ResultTokens(NamedTuple):
+    """What some steps sampled, [steps, B] each; alternatives [steps, B, A]."""
+
+    tokens: jax.Array  # int32
+    log_probs: jax.Array  # float32
+    full_log_probs: jax.Array | None  # float32
+    alternatives: Alternatives | None
+    valid: jax.Array  # bool, the slot was active
+    stopped: jax.Array  # bool, by a stop token
+
+
+@dataclasses.dataclass(frozen=True)
+class Verbs:
+    """The verbs of one model on one layout of the cache; hashable, holds no arrays."""
+
+    policy: Policy
+    layout: CacheLayout
+    attention: str = "xla"  # as `attention_choice.resolve` gave it for decoding
+
+    @property
+    def lead(self) -> int:
+        """The axis of the rows in each array of a store."""
+        return int(self.layout.stacked)
+
+    # --- parameters
+
+    def load_params(self, params):
+        """Parameters as decoding wants them.
+
+        In the dtype of the computation, so that no step reads them in a wider one; norms stay as
+        they are, and so does the arithmetic. On the mesh of the rollout. Unstacked and fused where
+        layers run one by one, and then adapters are merged into that copy, in float32; elsewhere
+        they stay beside their weights. What needs no change is not copied.
+        """
+        if jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype):
+            params = self._cast(params)
+        if self.policy.mesh is not None:
+            params = sharding.move(params, self.policy.shardings(params))
+        return params if self.layout.stacked else self._unstacked(params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _cast(self, params):
+        def cast(path, leaf):
+            wide = parameters.at(tuple(key.key for key in path)).wide
+            return leaf if wide else leaf.astype(self.policy.dtype)
+
+        return jax.tree_util.tree_map_with_path(cast, params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _unstacked(self, params):
+        policy = self.policy
+        merge = policy.lora and policy.dtype == jnp.float32
+        return cpu.decoding_params(
+            params,
+            lora_scale=policy.lora.scale if merge else None,
+            join=policy.mesh is None or policy.mesh.size == 1,
+        )
+
+    def abstract_params(self):
+        """The shapes and layout of what `load_params` returns."""
+        params = self._abstract_cast()
+        return params if self.layout.stacked else _abstract_result(Verbs._unstacked, self, params)
+
+    def _abstract_cast(self):
+        params = self.policy.abstract_params()
+        dtypes = jax.eval_shape(self._cast, params)
+        return jax.tree.map(
+            lambda p, d: jax.ShapeDtypeStruct(p.shape, d.dtype, sharding=p.sharding), params, dtypes
+        )
+
+    def copied_bytes(self, given: Policy) -> int:
+        """Bytes of one device that `load_params` takes for parameters that lie as `given`'s do."""
+        loaded = self._abstract_cast()
+        if not self.layout.stacked:
+            return sharding.device_bytes(loaded)
+
+        def copied(old, new):
+            same = old.dtype == new.dtype and old.sharding == new.sharding
+            return 0 if same else sharding.device_bytes(new)
+
+        return sum(jax.tree.leaves(jax.tree.map(copied, given.abstract_params(), loaded)))
+
+    # --- the state
+
+    def abstract_state(self, *sizes: int) -> DecodeState:
+        """The shapes and layout of `init_decode_state`'s result."""
+        return _abstract_result(Verbs.init_decode_state, self, *sizes)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+    def init_decode_state(
+        self, slots: int, columns: int, rows: int, prefix_length: int, members: int
+    ) -> DecodeState:
+        """An empty state of these sizes."""
+        ints = jnp.zeros(slots, jnp.int32)
+        return DecodeState(
+            own=self.sharded(self.layout.zeros(slots, columns)),
+            prefix=Prefixes(
+                self.sharded(self.layout.zeros(rows, prefix_length)), jnp.zeros(rows, jnp.int32)
+            ),
+            slots=Slots(
+                token=ints,
+                position=ints,
+                generated=ints,
+                active=jnp.zeros(slots, bool),
+                row=ints,
+                rank=ints,
+                key_data=jnp.zeros((slots, 2), jnp.uint32),
+            ),
+            members=jnp.zeros((rows, members), jnp.int32),
+            column=jnp.zeros((), jnp.int32),
+        )
+
+    def sharded(self, kv: KV) -> KV:
+        """Rows over the batch axes, heads over the tensor axis."""
+
+        def place(x):
+            rest = (None,) * (x.ndim - self.lead - 2)
+            return constrain(x, self.policy.mesh, *(None,) * self.lead, "batch", "kv_heads", *rest)
+
+        return jax.tree.map(place, kv)
+
+    # --- prefill, insert
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def prefill(self, params, tokens: jax.Array, true_length: jax.Array) -> Prefixes:
+        """Keys and values of prompts.
+
+        Args:
+          tokens: [rows, T] int32, padded on the right.
+          true_length: [rows] int32, tokens of each; may be 0.
+        """
+        rows, T = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (rows, T))
+        segments = (positions < true_length[:, None]).astype(jnp.int32)
+        attend_within = kernels.prefill_attention(self.attention, self.policy, positions, segments)
+        axes = self.layout.column_axes()
+
+        def attend(q, k, v, layer, kv):
+            out, _ = attend_within(q, k, v, layer, None)
+            return out, kv_cache.write_layer(kv, layer.index, self.layout.pack(k, v), axes)
+
+        empty = self.sharded(self.layout.zeros(rows, T))
+        _, kv, _ = self.policy(params, tokens, positions, empty, attend)
+        return Prefixes(kv, true_length)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def insert(self, state: DecodeState, prefixes: Prefixes, rows: jax.Array) -> DecodeState:
+        """Puts prompts into prefix rows.
+
+        Args:
+          prefixes: with as many columns as the state's or fewer.
+          rows: [of prefixes] int32. The same row twice is fine for the same prompt.
+        """
+
+        def put(stored, new):
+            def one(i, stored):
+                row = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=self.lead)
+                at = [0] * stored.ndim
+                at[self.lead] = rows[i]
+                return jax.lax.dynamic_update_slice(stored, row, at)
+
+            return jax.lax.fori_loop(0, rows.shape[0], one, stored)
+
+        kv = jax.tree.map(put, state.prefix.kv, prefixes.kv)
+        lengths = state.prefix.lengths.at[rows].set(prefixes.lengths)
+        return state._replace(prefix=Prefixes(kv, lengths))
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def assign(
+        self, state: DecodeState, fresh: jax.Array, slots: Slots, members: jax.Array
+    ) -> DecodeState:
+        """Starts samples in slots, and stops those that `slots` marks inactive.
+
+        Args:
+          fresh: [B] bool, the slots to overwrite.
+          slots: what to write there.
+          members: [P, M] int32, the new table.
+        """
+
+        def choose(new, old):
+            return jnp.where(fresh.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+        return state._replace(slots=jax.tree.map(choose, slots, state.slots), members=members)
+
+    # --- generate
+
+    @functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
+    def generate(
+        self,
+        params,
+        state: DecodeState,
+        knobs: Knobs,
+        method: Method,
+        num_steps: int,
+        stop_at: jax.Array,
+        max_steps: jax.Array,
+    ) -> tuple[DecodeState, ResultTokens]:
+        """Decodes up to `num_steps` tokens of every active slot.
+
+        Ends early after `max_steps`, or as soon as no more than `stop_at` slots are active, so that
+        the host can refill or shrink.
+        """
+        B = state.slots.token.shape[0]
+        zeros = jnp.zeros((num_steps, B), jnp.float32)
+        alternatives = None
+        if method.num_alternatives:
+            A = min(method.num_alternatives, self.policy.config.vocab_size)
+            many = jnp.zeros((num_steps, B, A), jnp.float32)
+            alternatives = Alternatives(many.astype(jnp.int32), many)
+        results = ResultTokens(
+            tokens=jnp.zeros((num_steps, B), jnp.int32),
+            log_probs=zeros,
+            full_log_probs=zeros if method.full_log_probs else None,
+            alternatives=alternatives,
+            valid=jnp.zeros((num_steps, B), bool),
+            stopped=jnp.zeros((num_steps, B), bool),
+        )
+        # One call for all steps: fifty small operations a step otherwise.
+        ahead = jnp.arange(num_steps, dtype=jnp.int32)[:, None] + state.slots.generated
+        uniforms = jax.vmap(sampling.uniforms, (None, 0))(state.slots.key_data, ahead)
+
+        def more(carry):
+            step, state, _ = carry
+            active = jnp.sum(state.slots.active, dtype=jnp.int32)
+            return (step < jnp.minimum(num_steps, max_steps)) & (active > stop_at)
+
+        def one(carry):
+            step, state, results = carry
+            state, result = self._step(params, state, uniforms[step], knobs, method)
+            results = jax.tree.map(
+                lambda all_steps, new: jax.lax.dynamic_update_slice(
+                    all_steps, new[None], (step,) + (0,) * new.ndim
+                ),
+                results,
+                result,
+            )
+            return step + 1, state, results
+
+        _, state, results = jax.lax.while_loop(more, one, (jnp.int32(0), state, results))
+        # Whole on every device, so that every process can read them.
+        results = jax.tree.map(lambda x: constrain(x, self.policy.mesh, None, None), results)
+        return state, results
+
+    def _step(self, params, state: DecodeState, uniform, knobs: Knobs, method: Method):
+        """One token of every slot; inactive ones compute and discard."""
+        slots = state.slots
+        hidden, own = self._forward(params, state)
+        logits = self.policy.head(params, hidden)
+        drawn = sampling.sample(logits, uniform, slots.generated, knobs, method, self.policy.mesh)
+        stopped = jnp.any(drawn.tokens[:, None] == knobs.stop_ids, axis=-1) & slots.active
+        generated = slots.generated + 1
+        going_on = slots.active & ~stopped & (generated < knobs.max_tokens)
+
+        def advance(new, old):
+            return jnp.where(slots.active, new, old)
+
+        result = ResultTokens(*drawn, valid=slots.active, stopped=stopped)
+        columns = self._columns(own)
+        state = state._replace(
+            own=own,
+            slots=slots._replace(
+                token=advance(drawn.tokens, slots.token),
+                position=advance(slots.position + 1, slots.position),
+                generated=advance(generated, slots.generated),
+                active=going_on,
+            ),
+            column=jnp.mod(state.column + 1, columns),
+        )
+        return state, result
+
+    def _forward(self, params, state: DecodeState):
+        """Hidden states [B, D] of the slots' tokens, and the ring with their keys and values."""
+        slots, layout = state.slots, self.layout
+        view = View(
+            position=slots.position,
+            age=jnp.where(slots.active, slots.generated, -1),
+            column=state.column,
+            row=slots.row,
+            rank=slots.rank,
+            slot=state.members,
+            prefix_length=state.prefix.lengths,
+        )
+        config, axes = self.policy.config, layout.column_axes()
+        attend_part = kernels.attend_part(
+            self.attention, layout, config.attention_soft_cap, self.policy.mesh
+        )
+
+        def attend(q, k, v, layer, own):
+            own = kv_cache.write_layer(own, layer.index, layout.pack(k, v), axes, state.column)
+            out = kv_cache.group_attention(
+                q[:, 0],
+                own,
+                state.prefix.kv,
+                layer,
+                view,
+                scale=config.attention_scale,
+                attend=attend_part,
+                mesh=self.policy.mesh,
+            )
+            return out[:, None], own
+
+        hidden, own, _ = self.policy(
+            params, slots.token[:, None], slots.position[:, None], state.own, attend
+        )
+        return hidden[:, 0], own
+
+    def _columns(self, own: KV) -> int:
+        layer = own if self.layout.stacked else own[0]
+        return layer.v.shape[-2]
+
+    # --- resize
+
+    def _by_columns(self, change, kv: KV) -> KV:
+        """`change(array, axis of its columns)` for every array of a store."""
+        axes = jax.tree.map(lambda axis: axis + self.lead, self.layout.column_axes())
+
+        def of_layer(layer):
+            return jax.tree.map(change, layer, axes)
+
+        changed = of_layer(kv) if self.layout.stacked else tuple(map(of_layer, kv))
+        return self.sharded(changed)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def with_columns(self, kv: KV, columns: int) -> KV:
+        """The first columns of a store, or all and empty ones after them."""
+
+        def fit(x, axis):
+            x = jax.lax.slice_in_dim(x, 0, min(columns, x.shape[axis]), axis=axis)
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, columns - x.shape[axis])
+            return jnp.pad(x, widths)
+
+        return self._by_columns(fit, kv)
+
+    def grow(self, state: DecodeState, columns: int, column: int) -> DecodeState:
+        """Lengthens a ring that has not gone round: a copy, where `resize` gathers.
+
+        Args:
+          column: steps written so far, at most the old columns.
+        """
+        return state._replace(own=self.with_columns(state.own, columns), column=np.int32(column))
+
+    def resize(
+        self, state: DecodeState, order: jax.Array, members: jax.Array, columns: int, kept
+    ) -> DecodeState:
+        """Gathers slots into a batch of another size, over a ring of another length.
+
+        Args:
+          order: [new B] int32, the old slot of each new one; one past the last for an empty one.
+          members: [P, M] int32, the table in new slots.
+          kept: int32 scalar, own tokens of the longest slot; they become columns 0 .. kept - 1.
+        """
+        own, slots, column = self._gather(
+            state.own, state.slots, state.column, order, columns, kept
+        )
+        return state._replace(own=own, slots=slots, column=column, members=members)
+
+    def regroup(
+        self, state: DecodeState, rows: jax.Array, row: jax.Array, rank: jax.Array
+    ) -> DecodeState:
+        """Gathers prefix rows, after a `resize` whose members speak of the new ones.
+
+        Args:
+          rows: [new P] int32, the old row of each new one.
+          row, rank: [B] int32, the place of each slot among the members.
+        """
+        prefix = self.rows_of(state.prefix, rows)
+        slots = state.slots._replace(row=row, rank=rank)
+        return state._replace(prefix=prefix, slots=slots)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def rows_of(self, prefix: Prefixes, rows: jax.Array) -> Prefixes:
+        """Some of the prompts, or one several times."""
+        kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=self.lead, mode="clip"), prefix.kv)
+        return Prefixes(self.sharded(kv), jnp.take(prefix.lengths, rows, mode="clip"))
+
+    @functools.partial(jax.jit, static_argnums=(0, 5))
+    def _gather(self, own: KV, slots: Slots, column, order, columns: int, kept):
+        first = jnp.mod(column - kept, self._columns(own))
+
+        def turn(x, axis):
+            # As slices: gathering columns takes several times as long.
+            size = min(columns, x.shape[axis])
+            return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis), first, size, axis)
+
+        turned = self.with_columns(self._by_columns(turn, own), columns)
+        take = functools.partial(jnp.take, indices=order, axis=self.lead, mode="clip")
+        moved = jax.tree.map(take, turned)
+        exists = order < slots.token.shape[0]
+        slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
+        slots = slots._replace(active=slots.active & exists)
+        return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
+
+
+def _abstract_result(jitted, *args):
+    """The shapes and layout of a jitted function's result."""
+    lowered = jitted.lower(*args)
+    return jax.tree.map(
+        lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
+        lowered.out_info,
+        lowered.compile().output_shardings,
+    )

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configs, weights and tensors, in and out."""

@@ -1,0 +1,274 @@
+"""Hugging Face `config.json` -> `ModelConfig`; reads what transformers 4 and 5 write."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adpo_jax.hf.families import (
+    ACTIVATION_NAMES,
+    FAMILIES,
+    GEMMA3_WITH_VISION,
+    GENERATION,
+    HARMLESS,
+    ONLY_VALUE,
+    SIZES,
+    SUPPORTED_MODEL_TYPES,
+    Family,
+)
+from adpo_jax.model.model_config import ModelConfig
+from adpo_jax.model.rope import SUPPORTED_TYPES, Rope
+
+ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+}
+# Keys that transformers does not read for a type are ignored there, so they are here; all others
+# are refused.
+KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
+
+
+def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the language model alone, as a new dict.
+
+    `gemma3` wraps a `gemma3_text` model and a vision tower; its `text_config` is taken. Every other
+    config is returned as it is, with `architectures` filled in.
+
+    Raises:
+      ValueError: for an unsupported `model_type` or architecture.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported: "
+            + ", ".join(SUPPORTED_MODEL_TYPES)
+        )
+    wrapped = model_type == "gemma3"
+    config = dict(hf_config.get("text_config") or {}) if wrapped else dict(hf_config)
+    if wrapped:
+        config["model_type"] = "gemma3_text"
+        # transformers ties by the outer setting; token ids and dtype stand outside too.
+        config["tie_word_embeddings"] = hf_config.get("tie_word_embeddings", True)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"):
+            if hf_config.get(key) is not None:
+                config[key] = hf_config[key]
+    architecture = FAMILIES[config["model_type"]].architecture
+    wanted = GEMMA3_WITH_VISION if wrapped else architecture
+    given = hf_config.get("architectures") or [wanted]
+    if list(given) != [wanted]:
+        raise ValueError(
+            f"architectures {list(given)} of model_type {model_type!r} is not supported; "
+            f"supported: {wanted}"
+        )
+    config["architectures"] = [architecture]
+    return config
+
+
+def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a `config.json` describes.
+
+    Args:
+      hf_config: as returned by `language_config`.
+
+    Raises:
+      ValueError: for a setting that is missing, unknown or not supported, by name.
+    """
+    model_type = hf_config["model_type"]
+    family = FAMILIES[model_type]
+    _refuse_unknown(hf_config, family)
+    c = {**family.defaults, **hf_config}
+    sizes = {key: _positive_int(c, key) for key in SIZES}
+    heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
+    c["num_key_value_heads"] = c["num_key_value_heads"] or heads
+    c["head_dim"] = c["head_dim"] or sizes["hidden_size"] // heads
+    head_dim = _positive_int(c, "head_dim")
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
+
+    gemma = model_type.startswith("gemma")
+    layer_types = _layer_types(model_type, c, layers)
+    ropes, layer_ropes = _ropes(model_type, c, layer_types)
+    bias = bool(c.get("attention_bias"))
+    return ModelConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=_positive_int(c, "num_key_value_heads"),
+        head_dim=head_dim,
+        windows=_windows(c, layer_types),
+        ropes=ropes,
+        layer_ropes=layer_ropes,
+        attention_scale=(c["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+        activation=_activation(c["hidden_activation"] if gemma else c["hidden_act"]),
+        norm_eps=c["rms_norm_eps"],
+        norm_plus_one=gemma,
+        post_norms=gemma,
+        embed_scale=gemma,
+        qkv_bias=bias or model_type == "qwen2",
+        out_bias=bias,
+        mlp_bias=bool(c.get("mlp_bias")),
+        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        attention_soft_cap=c.get("attn_logit_softcapping"),
+        logit_soft_cap=c.get("final_logit_softcapping"),
+        tie_embeddings=bool(c["tie_word_embeddings"]),
+        initializer_range=c["initializer_range"],
+    )
+
+
+def _refuse_unknown(hf_config: Mapping[str, Any], family: Family) -> None:
+    for key, only in ONLY_VALUE.items():
+        if hf_config.get(key) not in (None, only):
+            raise ValueError(f"{key} = {hf_config[key]!r} is not supported; supported: {only!r}")
+    known = SIZES | HARMLESS | GENERATION | family.defaults.keys() | ONLY_VALUE.keys()
+    # A switch that is off asks for nothing; names with "_" in front are transformers' own notes.
+    unknown = sorted(
+        key for key, value in hf_config.items() if value and key not in known and key[0] != "_"
+    )
+    if unknown:
+        raise ValueError(
+            f"config.json of a {hf_config['model_type']} model has settings that are not "
+            "implemented and may change the model: "
+            + ", ".join(f"{key} = {hf_config[key]!r}" for key in unknown)
+            + ". Remove those that do not."
+        )
+
+
+def _positive_int(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json needs {key} as a positive integer; given {value!r}")
+    return value
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATION_NAMES:
+        raise ValueError(
+            f"activation {name!r} is not supported; supported: {', '.join(ACTIVATION_NAMES)}"
+        )
+    return ACTIVATION_NAMES[name]
+
+
+# --- which layers see how far
+
+
+def _layer_types(model_type: str, c: Mapping[str, Any], num_layers: int) -> list[str]:
+    def pattern(is_sliding) -> list[str]:
+        kinds = ("full_attention", "sliding_attention")
+        return [kinds[bool(is_sliding(i))] for i in range(num_layers)]
+
+    if c.get("layer_types") is not None:
+        layer_types = list(c["layer_types"])
+    elif model_type == "mistral":
+        layer_types = pattern(lambda i: c["sliding_window"] is not None)
+    elif model_type in ("qwen2", "qwen3"):
+        slides = c["use_sliding_window"] and c["sliding_window"] is not None
+        layer_types = pattern(lambda i: slides and i >= c["max_window_layers"])
+    elif model_type == "gemma2":
+        layer_types = pattern(lambda i: (i + 1) % 2)
+    elif model_type == "gemma3_text":
+        layer_types = pattern(lambda i: (i + 1) % c["sliding_window_pattern"])
+    else:
+        layer_types = pattern(lambda i: False)
+
+    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(
+            f"layer types {unknown} are not supported; supported: full_attention, sliding_attention"
+        )
+    if len(layer_types) != num_layers:
+        raise ValueError(f"{len(layer_types)} layer_types for num_hidden_layers = {num_layers}")
+    return layer_types
+
+
+def _windows(c: Mapping[str, Any], layer_types: list[str]) -> tuple[int | None, ...]:
+    if "sliding_attention" not in layer_types:
+        return (None,) * len(layer_types)
+    if not c.get("use_sliding_window", True):
+        raise ValueError("layer_types has sliding_attention, but use_sliding_window is false")
+    window = _positive_int(c, "sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+# --- rotary embeddings
+
+
+def _ropes(model_type: str, c: Mapping[str, Any], layer_types: list[str]):
+    """The distinct ropes, and each layer's index into them."""
+    if model_type == "gemma3_text":
+        nested = c["rope_parameters"] or {}
+        flat = sorted(nested.keys() - {"full_attention", "sliding_attention"})
+        if flat:
+            raise ValueError(
+                "rope_parameters of gemma3_text has one entry for full_attention and one for "
+                f"sliding_attention; given {flat}"
+            )
+        local = nested.get("sliding_attention") or {}
+        distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
+        ropes = (
+            _rope(distant, c["rope_theta"], c["max_position_embeddings"]),
+            _rope(local, c["rope_local_base_freq"], c["max_position_embeddings"]),
+        )
+        return ropes, tuple(int(kind == "sliding_attention") for kind in layer_types)
+    spellings = [p for p in (c["rope_scaling"], c["rope_parameters"]) if p] or [{}]
+    rope, *others = (_rope(p, c["rope_theta"], c["max_position_embeddings"]) for p in spellings)
+    if others and others != [rope]:
+        raise ValueError(f"rope_scaling ({rope}) and rope_parameters ({others[0]}) disagree")
+    return (rope,), (0,) * len(layer_types)
+
+
+def _rope(parameters: Mapping[str, Any], theta: float, max_positions: int) -> Rope:
+    """One rope; `theta` where the parameters have none."""
+    given = {key: value for key, value in parameters.items() if value is not None}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in SUPPORTED_TYPES:
+        raise ValueError(
+            f"rope type {kind!r} is not supported; supported: {', '.join(SUPPORTED_TYPES)}"
+        )
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor of the rope is not supported; supported: 1.0")
+    unknown = sorted(given.keys() - KNOWN_ROPE_KEYS)
+    if unknown:
+        raise ValueError(f"rope settings that are not implemented: {', '.join(unknown)}")
+    theta = given.get("rope_theta", theta)
+    used = {key: value for key, value in given.items() if key in ROPE_KEYS[kind]}
+    if kind in ("llama3", "yarn"):
+        used.setdefault("original_max_position_embeddings", max_positions)
+    if kind == "yarn":
+        used.setdefault("factor", max_positions / used["original_max_position_embeddings"])
+        used.setdefault("attention_factor", _yarn_attention_factor(used))
+    missing = sorted(ROPE_KEYS[kind] - used.keys()) if kind in ("linear", "llama3") else []
+    if missing:
+        raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
+    used.pop("mscale", None)
+    used.pop("mscale_all_dim", None)
+    if "original_max_position_embeddings" in used:
+        used["original_length"] = used.pop("original_max_position_embeddings")
+    return Rope(theta=float(theta), kind=kind, **used)
+
+
+def _yarn_attention_factor(yarn: Mapping[str, Any]) -> float:
+    """Source: transformers `_compute_yarn_parameters`."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(yarn["factor"]) + 1.0 if yarn["factor"] > 1 else 1.0
+
+    if yarn.get("mscale") and yarn.get("mscale_all_dim"):
+        return mscale(yarn["mscale"]) / mscale(yarn["mscale_all_dim"])
+    return mscale(1.0)

@@ -1,0 +1,272 @@
+"""Hugging Face folders: found or downloaded, read, and written whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import numpy as np
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from jax.experimental import multihost_utils
+
+from adpo_jax.hf import weights
+from adpo_jax.hf.safetensors_files import Checkpoint
+from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
+from adpo_jax.model.model_config import ModelConfig
+
+# What a language model needs, and not the other formats beside it.
+DOWNLOADED = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOADED)) -> Path:
+    """A local folder as it is, else the download of a hub name.
+
+    Args:
+      patterns: the files to download.
+
+    Raises:
+      ValueError: when it is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the folder that holds config.json")
+    if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+        raise ValueError(f"there is no folder {folder}")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"there is no folder {name!r}, and the Hugging Face hub gives no model of that name: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def find_config(name: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of a local folder or a hub name; of the latter no other file is downloaded.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or folder.exists() or str(name).count("/") != 1:
+        return read_json(find_folder(name) / "config.json")
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(str(name), "config.json")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"there is no folder {name!r}, and the Hugging Face hub gives no config.json of that "
+            f"name: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError naming the file where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}; is it a Hugging Face model?") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one alone, or those that an index names.
+
+    Raises:
+      ValueError: for pickles only, nothing at all, or an index with entries that are missing or
+        lie outside the folder.
+    """
+    single = folder / "model.safetensors"
+    index_path = folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index_path.exists():
+        weight_map = read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index_path} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        outside = [name for name in names if Path(name).name != name or name == ".."]
+        if outside:
+            raise ValueError(f"{index_path} names files outside its folder: {outside}")
+        absent = [name for name in names if not (folder / name).exists()]
+        if absent:
+            raise ValueError(f"{index_path} names files that are missing: {absent}")
+        return [folder / name for name in names]
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} has only pickled weights ({pickles[0]}), which may run any code when read. "
+            "Convert them: load the model with transformers in a place you trust and "
+            "save_pretrained it, which writes safetensors."
+        )
+    raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+
+
+def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: str):
+    """The parameters of a folder, in the shardings of `abstract_params`.
+
+    Args:
+      model_type: of config.json as it lies on disk.
+    """
+    checkpoint = Checkpoint(weight_files(folder))
+    if model_type == "gemma3":
+        checkpoint.rename(GEMMA3_PREFIXES, drop=GEMMA3_VISION)
+    return weights.load(config, abstract_params, checkpoint)
+
+
+def save_folder(
+    folder: str | os.PathLike,
+    params,
+    *,
+    config: ModelConfig,
+    config_json: dict[str, Any],
+    generation_config: dict[str, Any],
+    tokenizer,
+    dtype,
+    max_shard_size: int,
+    overwrite: bool,
+    lora_scale: float = 1.0,
+) -> None:
+    """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads.
+
+    Adapters are merged into their weights. On several processes all of them must call this, and
+    process 0 writes.
+
+    Raises:
+      ValueError: for a folder that is not empty, unless `overwrite`.
+    """
+    dtype = np.dtype(dtype)
+    config_json = {k: v for k, v in config_json.items() if k != "torch_dtype"}
+    config_json["dtype"] = dtype.name
+    token_ids = {k: config_json[k] for k in TOKEN_IDS if config_json.get(k) is not None}
+    generation_config = generation_config or {"_from_model_config": True, **token_ids}
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        weights.save(
+            config,
+            params,
+            temporary,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            lora_scale=lora_scale,
+        )
+        if jax.process_index() == 0:
+            write_json(temporary / "config.json", config_json)
+            write_json(temporary / "generation_config.json", generation_config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, whole or not at all.
+
+    On several processes all of them must enter it, and process 0 writes.
+
+    Raises:
+      ValueError: for a folder that is not empty, unless `overwrite`.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give another folder, or overwrite=True")
+    with _renamed_when_done(folder) as temporary:
+        yield temporary
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def push_folder(folder: str | os.PathLike, name: str, *, private: bool = True) -> str:
+    """Uploads a model's folder to the hub, into a repository that is made if it is not there.
+
+    The token is the hub client's: the environment variable HF_TOKEN, or that of `hf auth login`.
+
+    Args:
+      name: user/model.
+      private: of a repository that is made.
+
+    Returns:
+      The model's address.
+
+    Raises:
+      ValueError: when the hub refuses, or cannot be reached.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} was not uploaded to {name!r}: {reason}") from error
+    return f"https://huggingface.co/{name}"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _renamed_when_done(folder: Path) -> Iterator[Path]:
+    """A temporary sibling of `folder` that takes its place at the end, or vanishes on an error."""
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    if jax.process_index() != 0:
+        yield temporary
+        return
+    # A container that was killed while writing comes back with the same process id.
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_folder_config(
+    name: str | os.PathLike, *, with_code: bool = False
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of a model, its config.json and its generation_config.json (empty if absent).
+
+    Args:
+      with_code: download Python files too.
+    """
+    folder = find_folder(name, [*DOWNLOADED, "*.py"] if with_code else DOWNLOADED)
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    return folder, read_json(folder / "config.json"), generation

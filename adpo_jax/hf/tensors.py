@@ -1,0 +1,98 @@
+"""Where every parameter lies in a Hugging Face checkpoint; loading and saving both follow it.
+
+The names and the axes on disk are those of the table (`parameters`).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+from adpo_jax.model import parameters
+from adpo_jax.model.model_config import ModelConfig
+from adpo_jax.model.parameters import Parameter, Path
+
+# Buffers that old versions of transformers wrote, computed from the config.
+HARMLESS_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# A Gemma 3 checkpoint with pictures: the language model's prefixes, and what is left out.
+GEMMA3_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+GEMMA3_VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of a model: its tensors on disk, one a layer (or one alone)."""
+
+    path: Path
+    parameter: Parameter
+    hf_names: tuple[str, ...]
+    sizes: tuple[int, ...]  # of the letters of its axes
+
+    def of(self, params):
+        """This leaf of a parameter tree."""
+        return functools.reduce(lambda tree, key: tree[key], self.path, params)
+
+    @property
+    def stacked(self) -> bool:
+        return self.path[0] == "layers"
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        """Of a tensor on disk, one dimension a letter."""
+        return tuple(size for group in self._groups for size in group)
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        return tuple(map(math.prod, self._groups))
+
+    @property
+    def _groups(self) -> list[list[int]]:
+        sizes = dict(zip(self.parameter.axes, self.sizes))
+        return [[sizes[letter] for letter in group] for group in self.parameter.hf_axes.split()]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The transposition from disk to tree, stacked layers included."""
+        if not self.stacked:
+            return self.parameter.order
+        return (0, *(axis + 1 for axis in self.parameter.order))
+
+    @property
+    def disk_order(self) -> tuple[int, ...]:
+        """The transposition of one layer from the tree to disk."""
+        return tuple(np.argsort(self.parameter.order).tolist())
+
+
+def layer_tensor(layer: int, hf_name: str) -> str:
+    """The whole name of a layer's tensor."""
+    return f"model.layers.{layer}.{hf_name}"
+
+
+def leaves(config: ModelConfig, params) -> list[Leaf]:
+    """The checkpoint's view of a parameter tree, in the order of the table.
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s, adapters or weights or both.
+    """
+
+    def leaf(path, row, param):
+        if path[0] != "layers":
+            return Leaf(path, row, (row.hf_name,), tuple(param.shape))
+        L, *sizes = param.shape
+        names = tuple(layer_tensor(i, row.hf_name) for i in range(L))
+        return Leaf(path, row, names, tuple(sizes))
+
+    held = parameters.by_path(params)
+    rows = parameters.of_model(config)
+    for row in tuple(rows.values()):
+        if row.adapter_inputs:
+            rows |= {("layers", adapter.name): adapter for adapter in row.adapter()}
+    unknown = held.keys() - rows.keys()
+    assert not unknown, f"parameters that the table does not give this model: {unknown}"
+    return [leaf(path, row, held[path]) for path, row in rows.items() if path in held]

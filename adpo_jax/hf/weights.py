@@ -1,0 +1,247 @@
+"""Hugging Face safetensors <-> the stacked, sharded parameter tree, as `hf_tensors` lays it out.
+
+Only contiguous slices are copied on the host, straight from the mapped file and only those that a
+device needs; transposing, casting and the check for NaN happen on the devices.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from adpo_jax.hf.safetensors_files import Checkpoint
+from adpo_jax.hf.tensors import HARMLESS_TENSORS, Leaf, leaves
+from adpo_jax.model import lora, parameters
+from adpo_jax.model.model_config import ModelConfig
+
+# --- reading
+
+
+def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
+    """Reads the parameters, every leaf straight into its sharding.
+
+    Args:
+      abstract_params: `jax.ShapeDtypeStruct`s; without a sharding, on the default device.
+
+    Raises:
+      ValueError: naming the tensors that are missing, unexpected, of a wrong shape or not finite.
+    """
+    all_leaves = leaves(config, abstract_params)
+    _account_for_all(config, all_leaves, checkpoint)
+    params, finite = {"layers": {}}, []
+    for leaf in all_leaves:
+        abstract = leaf.of(abstract_params)
+        param, finite_per_tensor = _to_tree_layout(
+            _put(leaf, checkpoint, abstract.sharding),
+            stacked=leaf.stacked,
+            order=leaf.order,
+            dtype=abstract.dtype,
+            sharding=abstract.sharding,
+        )
+        if abstract.sharding is not None:
+            # The same layout; in the words of the table too, which jit's cache compares.
+            param = jax.device_put(param, abstract.sharding)
+        # One parameter at a time in host memory: transfers would otherwise pile up.
+        param.block_until_ready()
+        (params["layers"] if leaf.stacked else params)[leaf.path[-1]] = param
+        finite.append(finite_per_tensor)
+    bad = [
+        name
+        for leaf, flags in zip(all_leaves, jax.device_get(finite))
+        for name, ok in zip(leaf.hf_names, np.atleast_1d(flags))
+        if not ok
+    ]
+    if bad:
+        raise ValueError(f"weights with NaN or infinity: {_some(bad)}")
+    return params
+
+
+def _account_for_all(config: ModelConfig, all_leaves: list[Leaf], checkpoint: Checkpoint) -> None:
+    wanted = {name: leaf.hf_shape for leaf in all_leaves for name in leaf.hf_names}
+    head, embed = (parameters.at((name,)).hf_name for name in ("head", "embed"))
+    tied_copy = config.tie_embeddings and head in checkpoint
+    missing = [name for name in wanted if name not in checkpoint]
+    unexpected = [
+        name
+        for name in checkpoint
+        if name not in wanted
+        and not HARMLESS_TENSORS.search(name)
+        and not (tied_copy and name == head)
+    ]
+    shapes = [
+        f"{name} (wanted {list(shape)}, got {list(checkpoint.shape(name))})"
+        for name, shape in wanted.items()
+        if name in checkpoint and checkpoint.shape(name) != shape
+    ]
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("missing tensors", missing),
+            ("unexpected tensors", unexpected),
+            ("tensors of a wrong shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError("the weights do not fit config.json; " + "; ".join(problems))
+    if tied_copy and not np.array_equal(checkpoint.array(head), checkpoint.array(embed)):
+        raise ValueError(
+            f"{head} differs from {embed}, but config.json ties them; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _put(leaf: Leaf, checkpoint: Checkpoint, sharding: NamedSharding | None) -> jax.Array:
+    """The parameter as it lies on disk (in the dtype of the disk), split over the devices."""
+    arrays = [checkpoint.array(name).reshape(leaf.split_shape) for name in leaf.hf_names]
+    dtypes = {array.dtype for array in arrays}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    shape = (len(arrays), *leaf.split_shape) if leaf.stacked else leaf.split_shape
+
+    @functools.cache
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        index = tuple(slice(*b) for b in bounds)
+        if not leaf.stacked:
+            return np.array(arrays[0][index], dtype)
+        chosen = arrays[index[0]]
+        out = np.empty((len(chosen), *(stop - start for start, stop in bounds[1:])), dtype)
+        for i, array in enumerate(chosen):
+            out[i] = array[index[1:]]
+        return out
+
+    whole = tuple((0, size) for size in shape)
+    if sharding is None:
+        return jnp.asarray(read(whole))
+    spec = [None] * len(shape)
+    for tree_axis, names in enumerate(sharding.spec):
+        spec[leaf.order[tree_axis]] = names
+    return jax.make_array_from_callback(
+        shape,
+        NamedSharding(sharding.mesh, PartitionSpec(*spec)),
+        lambda index: read(tuple(s.indices(n)[:2] for s, n in zip(index, shape))),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("stacked", "order", "dtype", "sharding"))
+def _to_tree_layout(x: jax.Array, *, stacked, order, dtype, sharding):
+    """The parameter, and whether each of its tensors is finite."""
+    x = jnp.transpose(x, order).astype(dtype)
+    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(int(stacked), x.ndim)))
+    if sharding is None:
+        return x, finite
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return (
+        jax.lax.with_sharding_constraint(x, sharding),
+        jax.lax.with_sharding_constraint(finite, everywhere),
+    )
+
+
+# --- writing
+
+
+def save(
+    config: ModelConfig,
+    params,
+    folder: Path,
+    *,
+    dtype,
+    max_shard_size: int,
+    lora_scale: float = 1.0,
+) -> None:
+    """Writes `model.safetensors`, or numbered shards and their index, into an existing folder.
+
+    Adapters are merged into their weights.
+
+    Tensors are gathered one at a time; a process holds one shard. On several processes all of them
+    must call this, and process 0 writes.
+
+    Args:
+      dtype: on disk.
+      max_shard_size: bytes.
+    """
+    dtype = np.dtype(dtype)
+    shards = _shards(leaves(config, lora.without_adapters(params)), dtype.itemsize, max_shard_size)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file_name = "model.safetensors"
+        if len(shards) > 1:
+            file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for leaf, layer in shard:
+            name = leaf.hf_names[layer or 0]
+            weight_map[name] = file_name
+            tensor = _gather(leaf, layer, params, lora_scale, dtype)
+            if jax.process_index() == 0:
+                tensors[name] = np.asarray(tensor)
+        if jax.process_index() == 0:
+            # transformers refuses a file that does not name its framework.
+            save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    if len(shards) > 1 and jax.process_index() == 0:
+        size = sum(math.prod(leaf.hf_shape) * dtype.itemsize for s in shards for leaf, _ in s)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
+
+
+def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
+    """Lists of (leaf, layer), layer None for what stands outside the layers."""
+    tensors = [
+        (leaf, layer if leaf.stacked else None)
+        for leaf in all_leaves
+        for layer in range(len(leaf.hf_names))
+    ]
+    # Layer by layer, as readers of a part of a model expect: embeddings, layers, norm and head.
+    num_layers = max(len(leaf.hf_names) for leaf in all_leaves)
+    tensors.sort(
+        key=lambda t: t[1] if t[1] is not None else -1 if t[0].path[0] == "embed" else num_layers
+    )
+    shards, used = [[]], 0
+    for leaf, layer in tensors:
+        size = math.prod(leaf.hf_shape) * itemsize
+        if shards[-1] and used + size > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append((leaf, layer))
+        used += size
+    return shards
+
+
+def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> jax.Array:
+    """One tensor as it lies on disk, on every device of the parameter."""
+    param = leaf.of(params)
+    adapter = lora.adapter_of(params, leaf.path[-1])
+    sharding = param.sharding if isinstance(param, jax.Array) else None
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    else:
+        sharding = None
+    return _to_disk_layout(
+        param,
+        layer,
+        adapter,
+        scale=lora_scale,
+        order=leaf.disk_order,
+        shape=leaf.hf_shape,
+        dtype=dtype,
+        sharding=sharding,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "order", "shape", "dtype", "sharding"))
+def _to_disk_layout(param, layer, adapter, *, scale, order, shape, dtype, sharding):
+    x = param if layer is None else param[layer]
+    if adapter is not None:
+        x = lora.merged(x, *(matrix[layer] for matrix in adapter), scale)
+    x = jnp.transpose(x, order).reshape(shape).astype(dtype)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -1,0 +1,1 @@
+"""Where numbers go: metric writers, experiment trackers, progress lines, traces, redaction."""

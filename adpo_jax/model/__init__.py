@@ -1,0 +1,1 @@
+"""The decoder: parameters, layers, attention and its kernels, adapters, the head."""

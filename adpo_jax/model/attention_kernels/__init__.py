@@ -1,0 +1,206 @@
+"""Attention of whole sequences (training, log-probs, prefill): the implementations, a table a use.
+
+Those of `ROWS` take the arguments of `attention.self_attention`, those of `STREAMS` that of
+`tile_attention.stream_attention`: the plain versions that all are tested on.
+
+Letters: B rows or streams, T tokens, N tokens of a stream, H heads, K key/value heads, D head dim.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adpo_jax.devices.sharding import on_each_device
+from adpo_jax.model import attention as plain
+from adpo_jax.model import attention_choice, tile_attention
+from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
+from adpo_jax.model.attention_choice import Implementation, Use
+from adpo_jax.model.attention_kernels import splash_tpu, stream_tpu
+from adpo_jax.model.tile_attention import Stream
+
+
+class Settings(NamedTuple):
+    """What attention needs to know of a model and its devices; hashable.
+
+    Attributes:
+      windows: of each layer, in tokens; None for no window.
+      scale: multiplies q k^T.
+    """
+
+    windows: tuple[int | None, ...]
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    soft_cap: float | None
+    dtype: Any
+    mesh: Mesh | None
+
+    @property
+    def plain(self) -> dict:
+        return {"scale": self.scale, "soft_cap": self.soft_cap}
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that run the model, which need not be there to compile for them."""
+        mesh = self.mesh
+        return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def self_attention(
+    name: str, settings: Settings, positions: jax.Array, segments: jax.Array
+) -> Attend:
+    """Causal attention of rows to themselves; arguments as of `attention.self_attention`.
+
+    The tokens of a segment are neighbours in their row, their positions rising by one.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `ROWS`.
+    """
+    return ROWS.table[name].attend(settings, positions, segments)
+
+
+def stream_attention(name: str, settings: Settings, stream: Stream) -> Attend:
+    """Attention of a packed stream to itself, as `tile_attention.stream_attention`.
+
+    A stream too long for the kernel's fast memory gets the plain version, with a warning.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `STREAMS`.
+    """
+    name = attention_choice.fitting(name, STREAMS, settings, stream)
+    return STREAMS.table[name].attend(settings, stream)
+
+
+# --- the plain versions
+
+
+def _plain_rows(settings: Settings, positions, segments) -> Attend:
+    return plain.self_attention(positions, segments, **settings.plain)
+
+
+def _plain_stream(settings: Settings, stream: Stream) -> Attend:
+    on_cpu = settings.platform == "cpu"
+    return tile_attention.stream_attention(
+        stream,
+        windows=any(window is not None for window in settings.windows),
+        score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
+        **settings.plain,
+    )
+
+
+# --- TPU
+
+
+def _splash_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
+    del positions  # those of a segment's neighbours rise by one
+    attend = functools.partial(splash_tpu.segment_attention, settings=settings, interpret=interpret)
+    return _of_each_device(attend, settings, (segments,))
+
+
+def _kernel_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
+    attend = functools.partial(stream_tpu.attend, interpret=interpret, **settings.plain)
+    return _of_each_device(attend, settings, tuple(stream))
+
+
+def _of_each_device(kernel, settings: Settings, arrays: tuple[jax.Array, ...]) -> Attend:
+    """A kernel on its share of the rows and heads.
+
+    Args:
+      kernel: (q, k, v, layer, arrays) -> out.
+      arrays: [B, ...] each.
+    """
+    by_row, by_head = ("batch",), ("batch", None, "kv_heads")
+
+    def attend(q, k, v, layer: LayerInfo, cache):
+        local = on_each_device(
+            kernel,
+            settings.mesh,
+            {"batch": q.shape[0], "kv_heads": k.shape[2]},
+            in_axes=(by_head, by_head, by_head, (), by_row),
+            out_axes=by_head,
+        )
+        return local(q, k, v, jax.tree.map(jnp.asarray, layer), arrays), cache
+
+    return attend
+
+
+def _tpu_obstacle(settings: Settings) -> str:
+    D = settings.head_dim
+    if D % splash_tpu.LANES:
+        return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
+    return ""
+
+
+def _tpu_limit(settings: Settings, stream: Stream) -> str:
+    N, n = stream.positions.shape[1], stream.key_tiles.shape[1]
+    return stream_tpu.limit(N, n, settings.head_dim, jnp.dtype(settings.dtype).itemsize)
+
+
+# --- cuDNN
+
+
+def cudnn_rows(settings: Settings, positions: jax.Array, segments: jax.Array) -> Attend:
+    """Rows by the fused attention of cuDNN, under a mask over all pairs of tokens."""
+    return _cudnn(settings, Tokens(positions, segments))
+
+
+def _cudnn_stream(settings: Settings, stream: Stream) -> Attend:
+    return _cudnn(settings, stream.tokens)
+
+
+def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
+    queries, keys = tokens.pairs()
+
+    def attend(q, k, v, layer: LayerInfo, cache):
+        mask = visible(queries, keys, layer.window)[:, None]
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=settings.scale, implementation="cudnn"
+        )
+        return out, cache
+
+    return attend
+
+
+def cudnn_obstacle(settings: Settings) -> str:
+    """Why cuDNN's attention cannot run this model; empty where it can."""
+    D, dtype = settings.head_dim, jnp.dtype(settings.dtype)
+    if dtype.itemsize != 2:
+        return f"takes bfloat16 or float16; given {dtype.name}"
+    if D % 8 or D > 256:
+        return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
+    if settings.soft_cap is not None:
+        return "has no soft cap, which this model wants"
+    return ""
+
+
+# --- the tables
+
+
+# (settings, positions, segments) -> Attend
+ROWS = Use(
+    "padded rows",
+    {
+        "xla": Implementation(_plain_rows),
+        "pallas_tpu": Implementation(_splash_rows, ("tpu",), _tpu_obstacle),
+        "cudnn": Implementation(cudnn_rows, ("gpu",), cudnn_obstacle),
+        "pallas_tpu_interpret": Implementation(
+            functools.partial(_splash_rows, interpret=True), (), _tpu_obstacle
+        ),
+    },
+)
+
+# (settings, stream) -> Attend
+STREAMS = Use(
+    "packed streams",
+    {
+        "xla": Implementation(_plain_stream),
+        "pallas_tpu": Implementation(_kernel_stream, ("tpu",), _tpu_obstacle, _tpu_limit),
+        "cudnn": Implementation(_cudnn_stream, ("gpu",), cudnn_obstacle),
+        "pallas_tpu_interpret": Implementation(
+            functools.partial(_kernel_stream, interpret=True), (), _tpu_obstacle, _tpu_limit
+        ),
+    },
+)

@@ -1,0 +1,169 @@
+"""What the model does for XLA's CPU compiler (jax 0.10), and nothing else needs.
+
+*Fusion.* Where arrays are multiplied and then summed, the compiler hands both to a library that
+works through them one number at a time. `made` first and then multiplied by a vector they are read
+at the speed of memory: the gradient of a norm takes a tenth of the time, an update of a small model
+a sixth less. What is used several times it may compute as often, cosines for every head of every
+layer, but never a matrix product (`kept`). Elsewhere the compiler sums while it multiplies, and
+nothing is made in between: there these are the plain formulas.
+
+*Decoding.* The compiler copies the slice of a stack of layers before a matrix product, which more
+than doubles a decode step. So up to `MAX_UNROLLED_LAYERS` the engine takes the stack apart once for
+every set of weights (`decoding_params`), and the decoder runs the layers one by one
+(`layer_by_layer`). On one device the weights of one input are then joined, too: fewer and wider
+products take a tenth less time a step.
+
+Letters: T tokens of all rows, D width, L layers.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adpo_jax.model import parameters
+from adpo_jax.model.attention import LayerInfo
+from adpo_jax.model.lora import merged_layer
+from adpo_jax.model.model_config import ModelConfig
+
+# Layers run one by one up to this depth; beyond it, compile time would grow too far.
+MAX_UNROLLED_LAYERS = 12
+
+# --- fusion
+
+
+def made(x: jax.Array) -> jax.Array:
+    """x, on a CPU as an array of its own: what follows is not fused with what computes it."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """x [..., D] float32, on a CPU computed once for all that use it; D is small."""
+
+    def as_product(x):
+        identity = np.eye(x.shape[-1], dtype=x.dtype)
+        return jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.platform_dependent(x, cpu=as_product, default=lambda x: x)
+
+
+def sum_of_rows(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum of all rows of x [..., D], each times its weight of [...]; [D] float32."""
+    return jax.lax.platform_dependent(
+        x, weights, cpu=_sum_of_rows_as_product, default=_plain_sum_of_rows
+    )
+
+
+def sum_of_columns(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum of each row of x [..., D], its columns times their weights [D]; [...] float32."""
+    return jax.lax.platform_dependent(
+        x, weights, cpu=_sum_of_columns_as_product, default=_plain_sum_of_columns
+    )
+
+
+def _plain_sum_of_rows(x, weights):
+    return jnp.sum(x * weights[..., None], axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
+
+
+def _plain_sum_of_columns(x, weights):
+    return jnp.sum(x * weights, axis=-1, dtype=jnp.float32)
+
+
+_float32_dot_general = functools.partial(
+    jax.lax.dot_general,
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+)
+
+
+def _sum_of_rows_as_product(x, weights):
+    rows = tuple(range(x.ndim - 1))  # not reshaped to one axis: a mesh may split several of them
+    return _float32_dot_general(weights, x, dimension_numbers=((rows, rows), ((), ())))
+
+
+def _sum_of_columns_as_product(x, weights):
+    last = (x.ndim - 1,)
+    return _float32_dot_general(x, weights, dimension_numbers=((last, (0,)), ((), ())))
+
+
+# --- decoding
+
+
+def decoding_params(params, *, lora_scale: float | None, join: bool) -> dict[str, Any]:
+    """Parameters as a CPU decodes them, the tuple of the layers' own trees in place of their stack.
+
+    Args:
+      params: a tree whose layers are stacked.
+      lora_scale: adapters are merged with it into float32 weights; None leaves them as they are.
+      join: whether weights of one input become one matrix, and tied embeddings also a head. False
+        on a mesh, which splits each of them for itself.
+    """
+    layers = params["layers"]
+    L = len(jax.tree.leaves(layers)[0])
+    each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L)]
+    if lora_scale is not None:
+        each = [merged_layer(layer, lora_scale) for layer in each]
+    if not join:
+        return {**params, "layers": tuple(each)}
+    # A small batch's product with the table as it lies turns it first: twice the time.
+    head = params["head"] if "head" in params else params["embed"].T
+    return {**params, "layers": tuple(map(_joined, each)), "head": head}
+
+
+def _joined(layer: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A layer with one matrix [D, outputs] for the weights of one input; as it is with adapters."""
+    layer = dict(layer)
+    if any(map(parameters.is_adapter, layer)):
+        return layer
+    for group in dict.fromkeys(row.joined for row in parameters.LAYER if row.joined):
+        names = [row.name for row in parameters.LAYER if row.joined == group]
+        if layer.keys() >= set(names):
+            matrices = [layer.pop(name) for name in names]
+            flat = [matrix.reshape(len(matrix), -1) for matrix in matrices]
+            layer[group] = jnp.concatenate(flat, axis=1)
+    return layer
+
+
+def joined_products(
+    config: ModelConfig,
+    layer: Mapping[str, jax.Array],
+    names: Sequence[str],
+    product: Callable[[str], jax.Array],
+) -> list[jax.Array]:
+    """The products of one input with several weights of a layer, which may have been joined.
+
+    Args:
+      product: of the input [B, T, D] with the parameter of a name, [B, T, *out].
+    """
+    rows = parameters.of_model(config)
+    rows = [rows["layers", name] for name in names]
+    if rows[0].joined not in layer:
+        return [product(name) for name in names]
+    shapes = [row.shape(config)[1:] for row in rows]
+    y = product(rows[0].joined)
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    parts = jnp.split(y, ends.tolist(), axis=-1)
+    return [part.reshape(*y.shape[:-1], *shape) for part, shape in zip(parts, shapes)]
+
+
+def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rope_tables):
+    """`jax.lax.scan` of `model.decoder`, unrolled: `info` is a number in each layer, no array.
+
+    Args:
+      run_layer: (carry, layer's parameters, `LayerInfo`, rope tables) -> (carry, extras).
+      info: of all layers, arrays [L].
+
+    Returns:
+      (carry, extras), the latter stacked [L, ...].
+    """
+    rope_tables = tuple(map(kept, rope_tables))
+    all_extras = []
+    for i, params in enumerate(layers):
+        of_layer = LayerInfo(*(leaf[i].item() for leaf in info))
+        carry, extras = run_layer(carry, params, of_layer, rope_tables)
+        all_extras.append(extras)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras)

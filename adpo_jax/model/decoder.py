@@ -1,0 +1,252 @@
+"""One decoder for the Qwen, Llama, Mistral and Gemma families.
+
+It is plain functions over the parameter tree that `parameters` declares. What differs between the
+families is data (`ModelConfig`); what differs between the uses of a model are two arguments,
+`attend` (which keys a query sees, and where keys are kept) and `ffn` (what follows attention). The
+layers are stacked on a leading axis and run by a scan, so compile time does not grow with depth.
+The decoder returns hidden states: what becomes of them (logits, log-probs) is the caller's choice,
+since [B, T, V] is the largest array of all.
+
+Letters: B batch, T tokens, D model width, H heads, K key/value heads, h head dimension, F width of
+the MLP, V vocabulary, L layers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec
+from adpo_jax.model import cpu, parameters
+from adpo_jax.model import rope as rope_lib
+from adpo_jax.model.attention import Attend, LayerInfo
+from adpo_jax.model.layers import gated, project, rms_norm
+from adpo_jax.model.model_config import ModelConfig
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_dots": jax.checkpoint_policies.save_only_these_names("projection"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWeights:
+    """The parameters of one layer, and how they act on hidden states.
+
+    Attributes:
+      params: by their names in the table of parameters.
+      dtype: of the computation; norms are float32 whatever it is.
+      lora_scale: of the adapters among `params`.
+    """
+
+    params: Mapping[str, jax.Array]
+    config: ModelConfig
+    dtype: Any
+    mesh: Mesh | None
+    lora_scale: float
+
+    def dense(self, x: jax.Array, name: str) -> jax.Array:
+        """x [B, T, *in] times a weight [*in, *out], through its adapter and plus its bias too."""
+        return self._biased(self._product(x, name), name)
+
+    def dense_each(self, x: jax.Array, *names: str) -> list[jax.Array]:
+        """`dense` by several weights of the same input."""
+        products = cpu.joined_products(
+            self.config, self.params, names, lambda name: self._product(x, name)
+        )
+        return [self._biased(y, name) for y, name in zip(products, names)]
+
+    def norm(self, x: jax.Array, name: str) -> jax.Array:
+        """The norm of x over its last axis; x where the model has no norm of this name."""
+        c = self.config
+        if not parameters.has(c, name):
+            return x
+        return rms_norm(x, self.params[name], c.norm_eps, c.norm_plus_one)
+
+    def _product(self, x, name):
+        weight, num_inputs = self.params[name], x.ndim - 2
+        width, out = math.prod(weight.shape[:num_inputs]), weight.shape[num_inputs:]
+        y = project(x.reshape(*x.shape[:2], width), weight.reshape(width, -1))
+        y = y.reshape(*x.shape[:2], *out)
+        a, b = parameters.adapter_names(name)
+        if a not in self.params:
+            return y
+        a, b = (self.params[n].astype(self.dtype) for n in (a, b))
+        return y + jnp.tensordot(self.lora_scale * jnp.tensordot(x, a, num_inputs), b, 1)
+
+    def _biased(self, y, name):
+        bias = f"{name}_bias"
+        if not parameters.has(self.config, bias):
+            return y
+        return y + self.params[bias].astype(self.dtype)
+
+
+# What follows attention in a layer: (weights, x [B, T, D], layer) -> (out [B, T, D], extras). The
+# extras are a dict of arrays (a router's loss, say), which the decoder returns beside the hidden
+# states.
+Ffn = Callable[[LayerWeights, jax.Array, LayerInfo], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def gated_mlp(weights: LayerWeights, x: jax.Array, layer: LayerInfo):
+    """The dense `Ffn`: down(activation(gate x) * up x), without extras."""
+    gate, up = weights.dense_each(x, "gate", "up")
+    hidden = gated(weights.config.activation, gate, up)
+    hidden = constrain(hidden, weights.mesh, "batch", "length", "mlp")
+    return weights.dense(hidden, "down"), {}
+
+
+def attention(
+    weights: LayerWeights, x: jax.Array, layer: LayerInfo, rope_tables, cache, attend: Attend
+):
+    """Multi-head attention of x [B, T, D]; (out [B, T, D], cache)."""
+    mesh = weights.mesh
+    q, k, v = weights.dense_each(x, "q", "k", "v")
+    q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
+    cos, sin = (table[layer.rope] for table in rope_tables)
+    q, k = rope_lib.rotate(q, cos, sin), rope_lib.rotate(k, cos, sin)
+    q = constrain(q, mesh, "batch", "length", "heads", None)
+    k = constrain(k, mesh, "batch", "length", "kv_heads", None)
+    v = constrain(v, mesh, "batch", "length", "kv_heads", None)
+    attended, cache = attend(q, k, v, layer, cache)
+    return weights.dense(attended, "o"), cache
+
+
+def transformer_layer(
+    weights: LayerWeights,
+    x: jax.Array,
+    layer: LayerInfo,
+    rope_tables,
+    cache,
+    attend: Attend,
+    ffn: Ffn,
+):
+    """One pre-norm block of hidden states [B, T, D]; (hidden [B, T, D], cache, extras)."""
+    normed = weights.norm(x, "attn_norm")
+    attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
+    x = x + weights.norm(attended, "attn_post_norm")
+    x = constrain(x, weights.mesh, "batch", "length", None)
+    fed, extras = ffn(weights, weights.norm(x, "mlp_norm"), layer)
+    x = x + weights.norm(fed, "mlp_post_norm")
+    return constrain(x, weights.mesh, "batch", "length", None), cache, extras
+
+
+def decoder(
+    config: ModelConfig,
+    params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache=None,
+    *,
+    attend: Attend,
+    ffn: Ffn = gated_mlp,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    lora_scale: float = 1.0,
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
+    """Embeds tokens and runs the stack of layers.
+
+    Args:
+      params: the tree of `parameters.init`, perhaps with adapters; or that of
+        `cpu.decoding_params`, a tuple of layers that run one by one.
+      tokens, positions: [B, T] int32.
+      cache: what `attend` keeps between calls, a pytree; a tuple may have one entry a layer where
+        the layers run one by one.
+      attend: what each layer's queries attend to, and where keys and values are kept.
+      ffn: what follows attention in each layer.
+      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
+      remat: one of `REMAT_POLICIES`, what the backward pass recomputes of layers that are stacked.
+      lora_scale: of the adapters.
+
+    Returns:
+      (hidden [B, T, D] after the final norm, in `dtype`; the cache; the extras of `ffn`, each
+      stacked over the layers, [L, ...]).
+    """
+    x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
+    x = constrain(x, mesh, "batch", "length", None)
+
+    def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
+        weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
+        x, cache, extras = transformer_layer(
+            weights, carry[0], layer, rope_tables, carry[1], attend, ffn
+        )
+        return (x, cache), extras
+
+    layers, info = params["layers"], config.layer_info
+    rope_tables = rope_lib.cos_sin(config.ropes, config.head_dim, positions)
+    if isinstance(layers, tuple):
+        (x, cache), extras = cpu.layer_by_layer(run_layer, (x, cache), layers, info, rope_tables)
+    else:
+
+        def run(carry, params_and_info):
+            return run_layer(carry, *params_and_info, rope_tables)
+
+        if remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        stacked = (layers, jax.tree.map(jnp.asarray, info))
+        (x, cache), extras = jax.lax.scan(run, (x, cache), stacked)
+    x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
+    return x, cache, extras
+
+
+def embed_tokens(
+    config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None
+) -> jax.Array:
+    """Embeddings [B, T, D] of tokens [B, T]."""
+    if mesh is not None and mesh.size > 1:
+        x = _split_lookup(embed, tokens, dtype, mesh)
+    else:
+        x = jnp.take(embed, tokens, axis=0).astype(dtype)
+    return x * jnp.asarray(config.hidden_size**0.5, dtype) if config.embed_scale else x
+
+
+def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax.Array:
+    """Rows of a table that lies split over the mesh, without gathering it or its gradient.
+
+    Each device looks the tokens of its `fsdp` group up in its own part of the table, and the parts
+    change places: what moves is the size of the result. (The partitioner would gather the table,
+    and sum its gradient whole on every device: 2.5 GB each for 152k tokens of width 4096.) Rows are
+    cast after they are found, so that the gradient of a frequent token is summed in the table's
+    dtype: in bfloat16, 4,096 times 0.01 come to 4.
+    """
+    if tokens.shape[0] % mesh_axis_size(mesh, RULES["batch"]):
+        return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
+    vocab, width = partition_spec(mesh, parameters.at(("embed",)).logical_axes, embed.shape)
+    rows = RULES["batch"]
+
+    def lookup(embed, tokens):
+        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        if vocab is None:
+            x = jnp.take(embed, tokens, axis=0).astype(dtype)
+        else:
+            local = tokens - jax.lax.axis_index(vocab) * embed.shape[0]
+            here = (local >= 0) & (local < embed.shape[0])
+            x = jnp.take(embed, jnp.where(here, local, 0), axis=0).astype(dtype)
+            x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), dtype)), vocab)
+        return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+
+    return jax.shard_map(
+        lookup,
+        mesh=mesh,
+        in_specs=(PartitionSpec(vocab, width), PartitionSpec(rows)),
+        out_specs=PartitionSpec(rows),
+    )(embed, tokens)
+
+
+def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | None = None):
+    """Logits [..., V] float32 of hidden states [..., D]."""
+    if "head" in params:
+        spec, weight = "...d,dv->...v", params["head"]
+    else:
+        spec, weight = "...d,vd->...v", params["embed"]
+    logits = jnp.einsum(
+        spec, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    return constrain(logits, mesh, "batch", *("length",) * (hidden.ndim - 2), "vocab")

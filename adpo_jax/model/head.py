@@ -1,0 +1,359 @@
+"""From hidden states to log-probs of given tokens, without ever holding [B, T, V] logits.
+
+The head runs over chunks of tokens, and a chunk's logits live while it is worked on. Two ways to
+differentiate it:
+
+    token_log_probs      log-probs with any gradient; the backward pass makes the logits again
+    weighted_log_probs   sum of weights * log-probs for weights known beforehand: the gradient
+                         (weights * (one-hot - softmax)) is made where the logits are at hand, which
+                         saves one product in four
+
+Softmax, log-probs and accumulated gradients are float32 whatever the hidden states are. Where the
+mesh splits the vocabulary, each device keeps its part of the logits and only sums over it travel.
+Where it splits the width, the weight is gathered once, before the chunks, and its gradient's parts
+are added up once, after them, each on the device that keeps it.
+
+Letters: B batch, T tokens, C tokens of a chunk, D model width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
+
+from adpo_jax.devices.sharding import axes_that_split
+from adpo_jax.model.model_config import ModelConfig
+
+# Tokens of a device whose logits are alive at once; at V = 151,936 that is 0.6 GB of float32.
+TOKENS_PER_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """What never changes of a head; its methods see one device's part of every array.
+
+    Attributes:
+      tied: the weight is the embedding [V, D], not [D, V].
+      rows_axes: mesh axes that split the rows, empty for none.
+      vocab_axis, width_axis: those that split the weight, empty for none.
+    """
+
+    tied: bool
+    soft_cap: float | None
+    temperature: float
+    chunk: int
+    with_entropy: bool
+    mesh: Mesh | None
+    rows_axes: tuple[str, ...]
+    vocab_axis: str
+    width_axis: str
+
+    @property
+    def _weight_spec(self) -> Spec:
+        vocab, width = self.vocab_axis or None, self.width_axis or None
+        return Spec(vocab, width) if self.tied else Spec(width, vocab)
+
+    def spread(self, function, weight, *rows, out_rows: int, with_weight: bool):
+        """`function(weight, *rows)`, on every device over its part of the rows and the vocabulary.
+
+        Args:
+          out_rows: how many results have the rows' leading axis.
+          with_weight: a last result lies as the weight does (`settle`).
+        """
+        if self.mesh is None or self.mesh.size == 1:
+            return function(weight, *rows)
+        row, rows_spec = Spec(self.rows_axes or None), (Spec(self.rows_axes or None),) * out_rows
+
+        def local(weight, *rows):
+            if self.width_axis:
+                axis = 1 if self.tied else 0
+                weight = jax.lax.all_gather(weight, self.width_axis, axis=axis, tiled=True)
+            return function(weight, *rows)
+
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self._weight_spec, *(row for _ in rows)),
+            out_specs=(*rows_spec, *((self._weight_spec,) if with_weight else ())),
+            check_vma=False,
+        )(weight, *rows)
+
+    def over_vocab(self, reduce, x):
+        """Finishes a reduction over the vocabulary; `reduce` is jax.lax.psum or pmax."""
+        return reduce(x, self.vocab_axis) if self.vocab_axis else x
+
+    def logits(self, weight, hidden_CD):
+        """[C, V] float32, soft-capped, over the temperature; and the derivative of that."""
+        spec = "cd,vd->cv" if self.tied else "cd,dv->cv"
+        logits = jnp.einsum(spec, hidden_CD, weight, preferred_element_type=jnp.float32)
+        slope = 1.0 / self.temperature
+        if self.soft_cap is not None:
+            capped = jnp.tanh(logits / self.soft_cap)
+            logits, slope = self.soft_cap * capped, (1.0 - jnp.square(capped)) / self.temperature
+        return (logits if self.temperature == 1.0 else logits / self.temperature), slope
+
+    def targets(self, logits_CV, targets_C):
+        """[C, V] bool: the target's column, on the device that has it."""
+        V = logits_CV.shape[-1]
+        first = jax.lax.axis_index(self.vocab_axis) * V if self.vocab_axis else 0
+        return (targets_C - first)[:, None] == jax.lax.broadcasted_iota(jnp.int32, (1, V), 1)
+
+    def scores(self, logits_CV, targets_C):
+        """(log-prob [C], entropy [C], log of the partition function [C])."""
+        top_C = self.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
+        exp_CV = jnp.exp(logits_CV - top_C[:, None])
+        sum_C = self.over_vocab(jax.lax.psum, jnp.sum(exp_CV, axis=-1))
+        log_z_C = top_C + jnp.log(sum_C)
+        if self.vocab_axis:
+            at_target_CV = jnp.where(self.targets(logits_CV, targets_C), logits_CV, 0.0)
+            target_C = jax.lax.psum(jnp.sum(at_target_CV, axis=-1), self.vocab_axis)
+        else:
+            target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+        if not self.with_entropy:
+            return target_C - log_z_C, jnp.zeros_like(log_z_C), log_z_C
+        mean_C = self.over_vocab(jax.lax.psum, jnp.sum(exp_CV * logits_CV, axis=-1)) / sum_C
+        return target_C - log_z_C, log_z_C - mean_C, log_z_C
+
+    def gradients(self, weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C):
+        """Gradients by hidden states and weight of g . log_prob + e . entropy.
+
+        d log_prob / d logits = one-hot - p,   d entropy / d logits = -p (log p + H)
+
+        e_C and h_C (the entropy) are None where no gradient comes from the entropy.
+        """
+        log_p_CV = logits_CV - log_z_C[:, None]
+        pull_CV = g_C[:, None]
+        if e_C is not None:
+            pull_CV = pull_CV + e_C[:, None] * (log_p_CV + h_C[:, None])
+        onehot_CV = jnp.where(self.targets(logits_CV, targets_C), g_C[:, None], 0.0)
+        d_CV = (slope * (onehot_CV - pull_CV * jnp.exp(log_p_CV))).astype(hidden_CD.dtype)
+        spec = "cv,vd->cd" if self.tied else "cv,dv->cd"
+        d_hidden = jnp.einsum(spec, d_CV, weight, preferred_element_type=jnp.float32)
+        # Always [D, V]: the narrow operand is the one that a CPU transposes.
+        return d_hidden, jnp.einsum(
+            "cd,cv->dv", hidden_CD, d_CV, preferred_element_type=jnp.float32
+        )
+
+    def chunked(self, function, first, *rows):
+        """Scans `function(carry, *chunk) -> (carry, results)` over chunks of the rows' tokens.
+
+        Args:
+          rows: [B, T, ...] each; a chunk is [C, ...].
+
+        Returns:
+          (the last carry, results [B, T, ...]).
+        """
+        B, T = rows[0].shape[:2]
+        C = min(self.chunk, B * T)
+        num_chunks = -(-B * T // C)
+
+        def split(x):
+            x = x.reshape(B * T, *x.shape[2:])
+            x = jnp.pad(x, ((0, num_chunks * C - B * T),) + ((0, 0),) * (x.ndim - 1))
+            return x.reshape(num_chunks, C, *x.shape[1:])
+
+        carry, out = jax.lax.scan(lambda c, x: function(c, *x), first, tuple(map(split, rows)))
+
+        def join(x):
+            return x.reshape(num_chunks * C, *x.shape[2:])[: B * T].reshape(B, T, *x.shape[2:])
+
+        return carry, jax.tree.map(join, out)
+
+    def settle(self, d_hidden_BTD, d_weight_DV, dtype):
+        """Sums the gradients over the devices that share an array; the weight's in its layout."""
+        d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
+        if copies := [axis for axis in self.rows_axes if axis != self.width_axis]:
+            d_weight_DV = jax.lax.psum(d_weight_DV, copies)
+        if self.width_axis:
+            d_weight_DV = jax.lax.psum_scatter(d_weight_DV, self.width_axis, tiled=True)
+        return d_hidden_BTD, d_weight_DV.T if self.tied else d_weight_DV
+
+
+def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Array]:
+    """The head for so many rows, and its weight."""
+
+    rows_axes = axes_that_split(mesh, "batch", rows) or ()
+    width = axes_that_split(mesh, "embed", config.hidden_size)
+    head = _Head(
+        tied=config.tie_embeddings,
+        soft_cap=config.logit_soft_cap,
+        mesh=mesh,
+        rows_axes=rows_axes,
+        # Devices that have the same rows each make the whole gradient: nothing to add up there.
+        width_axis=width if width in rows_axes else "",
+        vocab_axis=axes_that_split(mesh, "vocab", config.vocab_size) or "",
+        **settings,
+    )
+    return head, params["embed"] if config.tie_embeddings else params["head"]
+
+
+def token_log_probs(
+    config: ModelConfig,
+    params,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+    mesh: Mesh | None = None,
+    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-prob of each target under the tempered softmax at its position, and its entropy.
+
+    Differentiable by `params` and `hidden_BTD`.
+
+    Args:
+      hidden_BTD: hidden states at the positions that predict the targets.
+      targets_BT: int32.
+      temperature: divides the logits.
+      with_entropy: False spares a pass over the logits; the entropy is then 0.
+      tokens_per_chunk: tokens of a device whose logits are alive at once.
+
+    Returns:
+      (log_probs, entropy), each [B, T] float32, in nats.
+    """
+    head, weight = _head_of(
+        config,
+        params,
+        mesh,
+        hidden_BTD.shape[0],
+        temperature=temperature,
+        chunk=tokens_per_chunk,
+        with_entropy=with_entropy,
+    )
+    return _log_probs(head, weight, hidden_BTD, targets_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_probs(head: _Head, weight, hidden_BTD, targets_BT):
+    return _log_probs_forward(head, weight, hidden_BTD, targets_BT)[0]
+
+
+def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
+    def forward(weight, hidden_BTD, targets_BT):
+        def of_chunk(_, hidden_CD, targets_C):
+            return None, head.scores(head.logits(weight, hidden_CD)[0], targets_C)
+
+        return head.chunked(of_chunk, None, hidden_BTD, targets_BT)[1]
+
+    log_probs, entropy, log_z = head.spread(
+        forward,
+        weight.astype(hidden_BTD.dtype),
+        hidden_BTD,
+        targets_BT,
+        out_rows=3,
+        with_weight=False,
+    )
+    return (log_probs, entropy), (weight, hidden_BTD, targets_BT, log_z, entropy)
+
+
+def _log_probs_backward(head: _Head, residuals, cotangents):
+    weight, hidden_BTD, targets_BT, log_z_BT, entropy_BT = residuals
+
+    def backward(weight, *rows):
+        def of_chunk(d_weight, hidden_CD, targets_C, log_z_C, g_C, *entropy):
+            logits_CV, slope = head.logits(weight, hidden_CD)
+            e_C, h_C = entropy or (None, None)
+            d_hidden_CD, d_chunk = head.gradients(
+                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C
+            )
+            return d_weight + d_chunk, d_hidden_CD
+
+        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
+        d_weight, d_hidden_BTD = head.chunked(of_chunk, zeros, *rows)
+        return head.settle(d_hidden_BTD, d_weight, weight.dtype)
+
+    rows = (hidden_BTD, targets_BT, log_z_BT, cotangents[0])
+    rows += (cotangents[1], entropy_BT) if head.with_entropy else ()
+    cast = weight.astype(hidden_BTD.dtype)
+    d_hidden, d_weight = head.spread(backward, cast, *rows, out_rows=1, with_weight=True)
+    return d_weight.astype(weight.dtype), d_hidden, _no_gradient(targets_BT)
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+
+
+def weighted_log_probs(
+    config: ModelConfig,
+    params,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+    mesh: Mesh | None = None,
+    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """sum(weights * log-probs), differentiable by `params` and `hidden_BTD`, in one pass.
+
+    Arguments as of `token_log_probs`.
+
+    Args:
+      weights_BT: float32, without gradient.
+
+    Returns:
+      The sum, and (log_probs, entropy) as of `token_log_probs` but without gradient.
+    """
+    head, weight = _head_of(
+        config,
+        params,
+        mesh,
+        hidden_BTD.shape[0],
+        temperature=temperature,
+        chunk=tokens_per_chunk,
+        with_entropy=with_entropy,
+    )
+    return _weighted(head, weight, hidden_BTD, targets_BT, jax.lax.stop_gradient(weights_BT))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
+    log_probs, entropy = _log_probs(head, weight, hidden_BTD, targets_BT)
+    return jnp.sum(weights_BT * log_probs), (log_probs, entropy)
+
+
+def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
+    def forward(weight, *rows):
+        def of_chunk(d_weight, hidden_CD, targets_C, g_C):
+            logits_CV, slope = head.logits(weight, hidden_CD)
+            log_prob_C, entropy_C, log_z_C = head.scores(logits_CV, targets_C)
+            d_hidden_CD, d_chunk = head.gradients(
+                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, None, None
+            )
+            return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
+
+        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
+        d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, zeros, *rows)
+        return log_probs, entropy, *head.settle(d_hidden, d_weight, weight.dtype)
+
+    rows = (hidden_BTD, targets_BT, weights_BT)
+    cast = weight.astype(hidden_BTD.dtype)
+    log_probs, entropy, d_hidden, d_weight = head.spread(
+        forward, cast, *rows, out_rows=3, with_weight=True
+    )
+    total = jnp.sum(weights_BT * log_probs)
+    residuals = (d_weight.astype(weight.dtype), d_hidden, targets_BT, weights_BT)
+    return (total, (log_probs, entropy)), residuals
+
+
+def _weighted_backward(head: _Head, residuals, cotangents):
+    d_weight, d_hidden_BTD, targets_BT, weights_BT = residuals
+    scale = cotangents[0]
+    return (
+        (scale * d_weight).astype(d_weight.dtype),
+        (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),
+        _no_gradient(targets_BT),
+        jnp.zeros_like(weights_BT),
+    )
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _no_gradient(integers: jax.Array) -> np.ndarray:
+    return np.zeros(integers.shape, jax.dtypes.float0)

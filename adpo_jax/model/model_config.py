@@ -1,0 +1,74 @@
+"""The architecture of a decoder, as data: what differs between the families of models."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
+from adpo_jax.model.rope import Rope
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of a decoder.
+
+    Attributes:
+      windows: for each layer, how many tokens back it sees; None for all of them.
+      ropes: the distinct rotary embeddings.
+      layer_ropes: for each layer, its index into `ropes`.
+      norm_plus_one: RMSNorm multiplies by 1 + w, not w (Gemma).
+      post_norms: a second norm after attention and MLP, before the residual sum (Gemma 2 and 3).
+      embed_scale: embeddings are multiplied by sqrt(hidden_size) (Gemma).
+      attention_scale: multiplies q k^T; usually head_dim ** -0.5.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope, ...]
+    layer_ropes: tuple[int, ...]
+    attention_scale: float
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    embed_scale: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if not len(self.windows) == len(self.layer_ropes) == self.num_layers:
+            raise ValueError("windows and layer_ropes need one entry a layer")
+
+    @property
+    def layer_info(self) -> LayerInfo:
+        windows = [GLOBAL_WINDOW if w is None else w for w in self.windows]
+        return LayerInfo(
+            index=np.arange(self.num_layers, dtype=np.int32),
+            window=np.array(windows, np.int32),
+            rope=np.array(self.layer_ropes, np.int32),
+        )

@@ -1,0 +1,228 @@
+"""Attention over a packed stream in tiles: each tile of queries sees a short list of key tiles.
+
+A stream holds many segments side by side: prompts, and completions that also see the prompt of
+their group. A query tile's list names the tiles where the segments of its tokens, and their
+prompts, lie. Keys are gathered and scores made for listed tiles alone, and never kept: the backward
+pass makes them again from the log of the normaliser (Dao et al. 2022, arXiv 2205.14135).
+
+Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, S = J W keys,
+c query tiles at once, H heads, K key/value heads, R = H / K, Q = R W, D head dim.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Tokens, visible
+from adpo_jax.model.cpu import made, sum_of_columns
+
+# Scores of so many bytes at once; more tiles run one after the other. On a CPU they then stay in
+# its cache: a third less time for long prompts. An accelerator wants much work at once.
+SCORE_BYTES = 256 * 2**20
+CACHED_SCORE_BYTES = 4 * 2**20
+
+
+class Stream(NamedTuple):
+    """Where each token of a packed stream belongs.
+
+    Attributes:
+      positions: [B, N] int32, in its sequence; a completion counts on from its prompt.
+      segments: [B, N] int32, the prompt or completion it is part of; 0 is padding.
+      prompts: [B, N] int32, the segment of the prompt that it sees besides its own segment.
+      key_tiles: [B, n, J] int32, the key tiles of each query tile, ascending; -1 for none.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+    prompts: jax.Array
+    key_tiles: jax.Array
+
+    @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.positions, self.segments, self.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Static settings of the kernel."""
+
+    scale: float
+    soft_cap: float | None
+    chunk: int  # tiles of a stream whose scores are alive at once
+
+
+def stream_attention(
+    stream: Stream,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    windows: bool = False,
+    score_bytes: int = SCORE_BYTES,
+) -> Attend:
+    """Attention of a packed stream to itself, for the training forward.
+
+    Args:
+      windows: whether any layer has a window; without, the mask is made once for all layers.
+      score_bytes: the most bytes of scores that are alive at once, on all devices together.
+    """
+    B, N = stream.positions.shape
+    n, J = stream.key_tiles.shape[1:]
+    W = N // n
+    tiles = jnp.maximum(stream.key_tiles, 0)
+
+    def of_queries(x_BN):
+        return x_BN.reshape(B, n, W)[..., None]
+
+    def of_keys(x_BN):
+        return _gather(x_BN.reshape(B, n, W), tiles).reshape(B, n, 1, J * W)
+
+    queries = jax.tree.map(of_queries, stream.tokens)
+    keys = Tokens(of_keys(stream.positions), of_keys(stream.segments))
+    listed = jnp.repeat(stream.key_tiles >= 0, W, axis=2)
+    causal = visible(queries, keys) & listed[:, :, None]
+    distance = queries.positions - keys.positions
+
+    def attend(q, k, v, layer: LayerInfo, cache):
+        H, K, D = q.shape[2], k.shape[2], q.shape[3]
+        mask = causal & (distance < layer.window) if windows else causal
+        # [B, n, K, R W, D]: every product below is then a plain batch of matrices.
+        q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
+        q = q.reshape(B, n, K, H // K * W, D)
+        chunk = _even_chunk(n, at_most=score_bytes // (4 * B * H * W * J * W))
+        shape = _Shape(scale, soft_cap, chunk)
+        k, v = k.reshape(B, n, W, K, D), v.reshape(B, n, W, K, D)
+        out = _attention(shape, q, k, v, tiles, mask)
+        out = out.reshape(B, n, K, H // K, W, D).transpose(0, 1, 4, 2, 3, 5)
+        return out.reshape(B, N, H, D), cache
+
+    return attend
+
+
+def _even_chunk(n: int, at_most: int) -> int:
+    """How many of n tiles to run at once so that the last chunk lacks few: they are padded."""
+    if at_most >= n:
+        return n
+    at_most = max(at_most, 1)
+    return min(range(at_most // 2 + 1, at_most + 1), key=lambda chunk: (-n % chunk, -chunk))
+
+
+def _gather(x_BnZ, tiles_BcJ):
+    """[B, n, ...] -> [B, c, J, ...], the listed tiles."""
+    return jax.vmap(lambda x, tiles: jnp.take(x, tiles, axis=0))(x_BnZ, tiles_BcJ)
+
+
+def _listed(x_BnWKD, tiles_BcJ):
+    """The keys or values that tiles of queries see, [B, c, K, S, D]."""
+    x = _gather(x_BnWKD, tiles_BcJ)
+    B, c, J, W, K, D = x.shape
+    return x.reshape(B, c, J * W, K, D).swapaxes(2, 3)
+
+
+def _unlisted(g_BcKSD, tiles_BcJ, n: int):
+    """The gradient [B, n, W, K, D] float32 of `_listed`.
+
+    As a product with a 0/1 matrix: a CPU scatters one row at a time.
+    """
+    B, c, J = tiles_BcJ.shape
+    K, S, D = g_BcKSD.shape[2:]
+    used = jax.nn.one_hot(tiles_BcJ.reshape(B, c * J), n, axis=1, dtype=g_BcKSD.dtype)
+    flat = g_BcKSD.swapaxes(2, 3).reshape(B, c * J, S // J * K * D)
+    summed = jnp.einsum(
+        "bnj,bjz->bnz",
+        used,
+        flat,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return summed.reshape(B, n, S // J, K, D)
+
+
+def _scores(shape: _Shape, q_BcKQD, k_BcKSD, mask_BcWS):
+    """Masked scores [B, c, K, R W, S] float32, and the derivative of the soft cap (or 1)."""
+    B, c, _, Q, _ = q_BcKQD.shape
+    W, S = mask_BcWS.shape[2:]
+    scores = jnp.einsum("bckqd,bcksd->bckqs", q_BcKQD, k_BcKSD, preferred_element_type=jnp.float32)
+    slope = 1.0
+    if shape.soft_cap is not None:
+        capped = jnp.tanh(scores / shape.soft_cap)
+        scores, slope = shape.soft_cap * capped, 1.0 - jnp.square(capped)
+    # Added, not chosen: a CPU would write out the constant to choose from, once for each score.
+    bias = jnp.where(mask_BcWS, 0.0, MASKED)[:, :, None]
+    bias = jnp.broadcast_to(bias, (B, c, Q // W, W, S)).reshape(B, c, 1, Q, S)
+    return scores + bias, slope
+
+
+def _in_chunks(shape: _Shape, function, carry, *tiles):
+    """`function(carry, *chunk) -> (carry, results)` over chunks of the second axis, in turn."""
+    n = tiles[0].shape[1]
+    if shape.chunk >= n:
+        return function(carry, *tiles)
+    chunks = -(-n // shape.chunk)
+    pad = chunks * shape.chunk - n
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), chunks, shape.chunk, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(len(x), -1, *x.shape[3:])[:, :n]
+
+    carry, out = jax.lax.scan(lambda c, chunk: function(c, *chunk), carry, tuple(map(split, tiles)))
+    return carry, jax.tree.map(join, out)
+
+
+def _sum_over_queries(x_BcKQD, weights_BcKQS):
+    """[B, c, K, S, D]; of the two, the narrow x is the one that a CPU turns for the product."""
+    x_BcKDQ = made(x_BcKQD.swapaxes(3, 4))
+    return jnp.einsum("bckdq,bckqs->bckds", x_BcKDQ, weights_BcKQS).swapaxes(3, 4)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS):
+    return _forward(shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS)[0]
+
+
+def _forward(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS):
+    def forward(_, q, tiles, mask):
+        k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
+        scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, mask)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("bckqs,bcksd->bckqd", weights.astype(v.dtype), v)
+        return None, ((out / total).astype(q.dtype), top + jnp.log(total))
+
+    _, (out, log_z) = _in_chunks(shape, forward, None, q_BnKQD, tiles_BnJ, mask_BnWS)
+    return out, (q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, out, log_z)
+
+
+def _backward(shape: _Shape, residuals, d_out_BnKQD):
+    q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1 = residuals
+    n = k_BnWKD.shape[1]
+
+    def backward(sums, q, tiles, mask, out, log_z, d_out):
+        k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
+        q = q * jnp.asarray(shape.scale, q.dtype)
+        scores, slope = _scores(shape, q, k, mask)
+        weights = jnp.exp(scores - log_z)
+        product = made((d_out * out).astype(jnp.float32))
+        mean = sum_of_columns(product, jnp.ones(q.shape[-1], jnp.float32))[..., None]
+        d_weights = jnp.einsum("bckqd,bcksd->bckqs", d_out, v, preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - mean) * slope).astype(q.dtype)
+        d_v = _sum_over_queries(d_out, weights.astype(v.dtype))
+        d_k = _sum_over_queries(q, d_scores)
+        d_q = jnp.einsum("bckqs,bcksd->bckqd", d_scores, k) * jnp.asarray(shape.scale, q.dtype)
+        sums = (sums[0] + _unlisted(d_k, tiles, n), sums[1] + _unlisted(d_v, tiles, n))
+        return sums, d_q
+
+    zeros = jnp.zeros(k_BnWKD.shape, jnp.float32)
+    tiled = (q_BnKQD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1, d_out_BnKQD)
+    (d_k, d_v), d_q = _in_chunks(shape, backward, (zeros, zeros), *tiled)
+    return d_q, d_k.astype(k_BnWKD.dtype), d_v.astype(v_BnWKD.dtype), None, None
+
+
+_attention.defvjp(_forward, _backward)

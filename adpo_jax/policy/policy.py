@@ -1,0 +1,421 @@
+"""Policy: the public face of a language model whose parameters are a plain tree.
+
+A `Policy` holds what never changes (architecture, dtypes, mesh) and is hashable; parameters are an
+argument of every method, so new weights need no new object.
+
+Letters: B batch, T tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from adpo_jax.devices import sharding
+from adpo_jax.hf import folders
+from adpo_jax.hf.config import language_config, model_config
+from adpo_jax.model import attention_choice, attention_kernels, parameters
+from adpo_jax.model.attention import Attend
+from adpo_jax.model.attention_choice import Use
+from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
+from adpo_jax.model.decoder import REMAT_POLICIES, Ffn, decoder, gated_mlp, head_logits
+from adpo_jax.model.head import token_log_probs
+from adpo_jax.model.lora import Lora, join, split
+from adpo_jax.model.model_config import ModelConfig
+from adpo_jax.model.tile_attention import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A decoder language model.
+
+    Attributes:
+      config: the architecture.
+      dtype: of the computation (norms, softmax and log-probs are float32 whatever it is).
+      param_dtype: of the parameters; adapters are float32 whatever it is.
+      mesh: devices the parameters are spread over; None for the default device.
+      gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
+      attention: of whole sequences, one of `attention_choice.NAMES`; refused where it cannot run.
+      lora: the adapters beside the weights, which are frozen then; None for none.
+      hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
+      generation_config: likewise its `generation_config.json`; empty for none.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    mesh: Mesh | None = None
+    gradient_checkpointing: str = "none"
+    attention: str = "auto"
+    lora: Lora | None = None
+    hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    generation_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        if self.gradient_checkpointing not in REMAT_POLICIES:
+            raise ValueError(
+                f"gradient_checkpointing is one of {sorted(REMAT_POLICIES)}, "
+                f"given {self.gradient_checkpointing!r}"
+            )
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        if self.attention != "auto":
+            for use in (ROWS, STREAMS):
+                self._attention_of(use)
+
+    # --- from and to Hugging Face
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike,
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> tuple["Policy", Any]:
+        """A model of a Hugging Face folder or hub name; safetensors only.
+
+        Every tensor is read once, straight into its place on the mesh.
+
+        Args:
+          name: a local folder, or a name on the hub, which is downloaded.
+          dtype: of the computation.
+          param_dtype: of the parameters; `dtype` if None.
+          mesh, gradient_checkpointing: as of `Policy`.
+
+        Returns:
+          (policy, params).
+
+        Raises:
+          ValueError: for a folder or architecture that is not supported, or weights which do not
+            fit it.
+        """
+        folder, config_json, generation_config = folders.load_folder_config(name)
+        policy = cls.abstract_from_config(
+            config_json, dtype, param_dtype, mesh, gradient_checkpointing
+        )
+        policy = dataclasses.replace(policy, generation_config=generation_config)
+        params = folders.load_params(
+            policy.config, policy.abstract_params(), folder, config_json["model_type"]
+        )
+        return policy, params
+
+    @classmethod
+    def from_config(
+        cls,
+        hf_config: Mapping[str, Any],
+        key: jax.Array,
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> tuple["Policy", Any]:
+        """A model with random weights.
+
+        Args:
+          hf_config: the content of a Hugging Face `config.json`, with its `model_type`.
+          key: a JAX random key.
+
+        Returns:
+          (policy, params); the other arguments and errors as of `from_pretrained`.
+        """
+        policy = cls.abstract_from_config(
+            hf_config, dtype, param_dtype, mesh, gradient_checkpointing
+        )
+        return policy, policy.init(key)
+
+    @classmethod
+    def abstract_from_config(
+        cls,
+        hf_config: Mapping[str, Any],
+        dtype: Any = "float32",
+        param_dtype: Any = None,
+        mesh: Mesh | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> "Policy":
+        """The policy alone, without weights: for shapes, compilation and dry runs.
+
+        Arguments and errors as of `from_config`.
+        """
+        hf_config = language_config(hf_config)
+        return cls(
+            config=model_config(hf_config),
+            dtype=dtype,
+            param_dtype=dtype if param_dtype is None else param_dtype,
+            mesh=mesh,
+            gradient_checkpointing=gradient_checkpointing,
+            hf_config=hf_config,
+        )
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        params,
+        tokenizer=None,
+        *,
+        dtype: Any = None,
+        max_shard_size: int = 5 * 10**9,
+        overwrite: bool = False,
+    ) -> None:
+        """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` reads.
+
+        The folder appears whole or not at all. On several processes all of them must call this,
+        and process 0 writes. Adapters are merged into their weights.
+
+        Args:
+          params: of this policy, however they are sharded.
+          tokenizer: written too, by its own `save_pretrained`; None for none.
+          dtype: of the weights on disk. If None, float32 where there are adapters (a narrower one
+            would round most of what they learned away), else the policy's `param_dtype`.
+          max_shard_size: bytes of one safetensors file.
+          overwrite: replace a folder that is not empty.
+
+        Raises:
+          ValueError: for a folder that is not empty, parameters that are not of this policy, or a
+            policy that came from no Hugging Face config.
+        """
+        if not self.hf_config:
+            raise ValueError("this policy has no hf_config; make it by Policy.from_config")
+        wanted = jax.tree.map(jnp.shape, self.abstract_params())
+        if jax.tree.map(jnp.shape, params) != wanted:
+            raise ValueError("the parameters have other names or shapes than this policy's")
+        if dtype is None:
+            dtype = jnp.float32 if self.lora else self.param_dtype
+        folders.save_folder(
+            folder,
+            params,
+            config=self.config,
+            config_json=self.hf_config,
+            generation_config=self.generation_config,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            lora_scale=self._lora_scale,
+        )
+
+    # --- parameters
+
+    @property
+    def _lora_scale(self) -> float:
+        return self.lora.scale if self.lora else 1.0
+
+    def _init(self, key: jax.Array):
+        params = parameters.init(self.config, key, self.param_dtype)
+        return join(self._init_adapters(key, params), params) if self.lora else params
+
+    def _init_adapters(self, key: jax.Array, params):
+        return {"layers": self.lora.init(jax.random.fold_in(key, 1), params["layers"])}
+
+    def abstract_params(self):
+        """The parameter tree as `jax.ShapeDtypeStruct`s, with shardings where there is a mesh."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        if self.mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
+            shapes,
+            self.shardings(shapes),
+        )
+
+    def shardings(self, params):
+        """How a parameter tree (arrays or their shapes) lies on the policy's mesh."""
+        return jax.tree.map(
+            lambda x, axes: sharding.named_sharding(self.mesh, axes, x.shape),
+            params,
+            parameters.logical_axes(params),
+        )
+
+    def constrained(self, params):
+        """Pins the layout of a parameter tree (gradients too) inside jit."""
+        if self.mesh is None or self.mesh.size == 1:
+            return params
+        return jax.lax.with_sharding_constraint(params, self.shardings(params))
+
+    def init(self, key: jax.Array):
+        """Random parameters, born in their sharded layout."""
+        if self.mesh is None:
+            return jax.jit(self._init)(key)
+        shardings = jax.tree.map(lambda s: s.sharding, self.abstract_params())
+        return jax.jit(self._init, out_shardings=shardings)(key)
+
+    def with_adapters(self, params, lora: Lora, key: jax.Array) -> tuple["Policy", Any]:
+        """This policy with new adapters, which change nothing until they are trained.
+
+        Args:
+          params: of this policy; they become the frozen part of the result, without a copy.
+
+        Returns:
+          (policy, params).
+        """
+        policy = dataclasses.replace(self, lora=lora)
+        wanted, _ = split(policy.abstract_params())
+        layout = None if self.mesh is None else jax.tree.map(lambda s: s.sharding, wanted)
+        init = jax.jit(policy._init_adapters, out_shardings=layout)
+        return policy, join(init(key, params), params)
+
+    # --- pure building blocks, for use inside jit
+
+    def __call__(
+        self,
+        params,
+        tokens,
+        positions,
+        kv_cache=None,
+        attend: Attend | None = None,
+        ffn: Ffn = gated_mlp,
+    ):
+        """Runs the decoder.
+
+        Args:
+          params: the parameter tree; with its layers unstacked into a tuple they run one by one.
+          tokens, positions: [B, T] int32.
+          kv_cache: carried through `attend`.
+          attend: an attention of `model.attention`; by default a causal one over the T tokens of
+            each row, without a cache.
+          ffn: what follows attention in each layer; by default the gated MLP of all families.
+
+        Returns:
+          (hidden [B, T, D] in `dtype`, kv_cache, the extras of `ffn` stacked over the layers).
+        """
+        if attend is None:
+            attend = self.self_attention(positions, jnp.ones_like(tokens))
+        return decoder(
+            self.config,
+            params,
+            tokens,
+            positions,
+            kv_cache,
+            attend=attend,
+            ffn=ffn,
+            dtype=self.dtype,
+            mesh=self.mesh,
+            remat=self.gradient_checkpointing,
+            lora_scale=self._lora_scale,
+        )
+
+    def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
+        """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
+        name = self._attention_of(ROWS)
+        return attention_kernels.self_attention(name, self.attention_settings, positions, segments)
+
+    def stream_attention(self, stream: Stream) -> Attend:
+        """Attention of a packed stream to itself, for the training forward."""
+        name = self._attention_of(STREAMS)
+        return attention_kernels.stream_attention(name, self.attention_settings, stream)
+
+    def _attention_of(self, use: Use) -> str:
+        settings = self.attention_settings
+        return attention_choice.resolve(self.attention, use, settings, settings.platform)
+
+    @property
+    def attention_settings(self) -> Settings:
+        c = self.config
+        return Settings(
+            windows=c.windows,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            scale=c.attention_scale,
+            soft_cap=c.attention_soft_cap,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
+
+    def head(self, params, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of hidden states [..., D]."""
+        return head_logits(self.config, params, hidden, self.mesh)
+
+    def hidden(self, params, tokens, attention_mask) -> jax.Array:
+        """Hidden states [B, T, D] of rows padded on either side; meaningless at padding."""
+        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0).astype(jnp.int32)
+        attend = self.self_attention(positions, attention_mask.astype(jnp.int32))
+        return self(params, tokens, positions, attend=attend)[0]
+
+    def completion_log_probs(
+        self, params, tokens, attention_mask, *, num_completion: int, temperature: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probs and entropies of the last `num_completion` tokens of each row.
+
+        The head runs over those columns alone.
+
+        Args:
+          tokens, attention_mask: [B, T] int32.
+
+        Returns:
+          (log_probs, entropy), each [B, num_completion] float32 in nats; finite but meaningless at
+          padding.
+        """
+        hidden = self.hidden(params, tokens, attention_mask)[:, -num_completion - 1 : -1]
+        targets = tokens[:, -num_completion:]
+        return token_log_probs(
+            self.config, params, hidden, targets, temperature=temperature, mesh=self.mesh
+        )
+
+    # --- public, jitted
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _logits(self, params, tokens, attention_mask):
+        return self.head(params, self.hidden(params, tokens, attention_mask))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _log_probs(self, params, tokens, attention_mask):
+        scored, _ = self.completion_log_probs(
+            params, tokens, attention_mask, num_completion=tokens.shape[1] - 1
+        )
+        both_real = (attention_mask[:, 1:] * attention_mask[:, :-1]) > 0
+        return jnp.pad(jnp.where(both_real, scored, 0.0), ((0, 0), (1, 0)))
+
+    def logits(self, params, tokens, attention_mask=None) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+          tokens: [B, T] int32.
+          attention_mask: [B, T], 1 at real tokens, padding on either side; None for no padding.
+
+        Returns:
+          [B, T, V] float32, meaningless at padding.
+
+        Raises:
+          ValueError: for shapes that do not fit, or token ids outside the vocabulary.
+        """
+        return self._logits(params, *self._checked(tokens, attention_mask))
+
+    def log_probs(self, params, tokens, attention_mask=None) -> jax.Array:
+        """log p(tokens[t] | tokens[<t]).
+
+        Args:
+          tokens, attention_mask: as for `logits`.
+
+        Returns:
+          [B, T] float32 in nats; 0 at the first real token of a row and at padding.
+
+        Raises:
+          ValueError: as `logits`.
+        """
+        tokens, attention_mask = self._checked(tokens, attention_mask)
+        if tokens.shape[1] == 1:
+            return jnp.zeros(tokens.shape, jnp.float32)
+        return self._log_probs(params, tokens, attention_mask)
+
+    def _checked(self, tokens, attention_mask):
+        if attention_mask is None:
+            attention_mask = np.ones(np.shape(tokens), np.int32)
+        if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(attention_mask):
+            raise ValueError(
+                "tokens and attention_mask are both [B, T]; given shapes "
+                f"{np.shape(tokens)} and {np.shape(attention_mask)}"
+            )
+        if not isinstance(tokens, jax.Array):
+            low, high = np.min(tokens, initial=0), np.max(tokens, initial=0)
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token ids are in [0, {self.config.vocab_size}); given {low} to {high}"
+                )
+        return jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask, jnp.int32)

@@ -1,0 +1,183 @@
+"""Whether an answer equals the reference.
+
+First what is cheap: the same text, the same number. Then both are parsed and compared part by part.
+"""
+
+import functools
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from adpo_jax.rewards.grading import values
+from adpo_jax.rewards.grading.ball import Undefined
+from adpo_jax.rewards.grading.evaluate import evaluate, symbols
+from adpo_jax.rewards.grading.lexer import Token, Unreadable, normalise, tokenize
+from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
+from adpo_jax.rewards.grading.parse import Tree, parse
+from adpo_jax.rewards.grading.structure import same_tree
+from adpo_jax.rewards.grading.units import split_unit
+from adpo_jax.rewards.grading.words import based_numeral, is_choice, same_words
+
+_NUMBER = re.compile(
+    r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,60})(\.[0-9]{0,60})?"
+)
+_ROUNDED = re.compile(r"[-+]?[0-9,]*\.[0-9]{2,}")
+
+
+class Verdict(NamedTuple):
+    """Whether the answer is right, and whether it could be read at all."""
+
+    right: bool
+    parsed: bool
+
+
+class Answer(NamedTuple):
+    """An answer read: its tree without its unit, or no tree where it is outside the grammar."""
+
+    text: str
+    tokens: list[Token] | None
+    tree: Tree | None
+    unit: str | None
+    is_percent: bool
+    based: tuple[str, int] | None
+
+
+def compare(answer: str, reference: str) -> Verdict:
+    """Compares an answer with the reference, both without boxes and tags.
+
+    Never raises, whatever either says.
+    """
+    answer, reference = answer.strip(), reference.strip()
+    if not answer or len(answer) > MAX_ANSWER_CHARS:
+        return Verdict(False, False)
+    if answer == reference:
+        return Verdict(True, True)
+    x, y = _plain_number(answer), _plain_number(reference)
+    if x is not None and y is not None and x == y:
+        return Verdict(True, True)
+    read_answer = read(answer)
+    try:
+        right = _same(read_answer, read_reference(reference))
+        if not right and "," in answer and "," in reference:
+            right = _same_lists(answer, reference)
+    except (Undefined, RecursionError):
+        return Verdict(False, False)
+    return Verdict(right, right or read_answer.tree is not None or read_answer.based is not None)
+
+
+def read(text: str, join_thousands: bool = True) -> Answer:
+    """Reads an answer. Never raises; `tree` is None where it is outside the grammar."""
+    based = based_numeral(text)
+    if based is not None:
+        return Answer(text, None, None, None, False, based)
+    tokens = tree = unit = None
+    try:
+        tokens = tokenize(normalise(text), join_thousands)
+        bare, unit = split_unit(tokens)
+        tree = parse(bare)
+    except (Unreadable, RecursionError):
+        return Answer(text, tokens, None, None, False, None)
+    is_percent = tree[0] == "percent"
+    if is_percent:
+        tree = tree[1]
+    elif tree[0] == "degree" and unit in (None, "c", "f"):
+        tree, unit = tree[1], unit or "degree"
+    return Answer(text, tokens, tree, unit, is_percent, None)
+
+
+@functools.lru_cache(4096)
+def read_reference(text: str) -> Answer:
+    return read(text)
+
+
+def _plain_number(text: str) -> int | Fraction | None:
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    sign, whole, decimals = match.groups()
+    whole = int(whole.replace(",", ""))
+    if decimals and decimals.strip(".0"):
+        whole += Fraction("0" + decimals)
+    return -whole if sign == "-" else whole
+
+
+def _same(a: Answer, b: Answer) -> bool:
+    if a.based or b.based:
+        return a.based == b.based
+    if a.tree is None or b.tree is None:
+        return _same_text(a, b)
+    if a.unit and b.unit and a.unit != b.unit:
+        return False
+    left, right = a.tree, b.tree
+    if same_tree(left, right) or _is_rounding(a, b):
+        return True
+    if a.is_percent != b.is_percent:
+        hundred = ("num", Fraction(100))
+        left, right = (
+            ("div", t, hundred) if x.is_percent else t for t, x in ((left, a), (right, b))
+        )
+        return same_tree(left, right)
+    if (a.unit == "degree") != (b.unit == "degree"):
+        left, right = (
+            ("degree", t) if x.unit == "degree" else t for t, x in ((left, a), (right, b))
+        )
+        return same_tree(left, right)
+    return _same_text(a, b) if _is_wordlike(b.text) else False
+
+
+def _is_wordlike(reference: str) -> bool:
+    return is_choice(reference) or reference.isalpha()
+
+
+def _same_text(a: Answer, b: Answer) -> bool:
+    """For answers outside the grammar: the same words, or the same LaTeX but for spaces."""
+    if (b.tree is None or _is_wordlike(b.text)) and same_words(a.text, b.text):
+        return True
+    if a.tokens is None or b.tokens is None:
+        return False
+    return bool(a.tokens) and [t[:2] for t in a.tokens] == [t[:2] for t in b.tokens]
+
+
+def _same_lists(answer: str, reference: str) -> bool:
+    """Compares with `1,234` read as two numbers on both sides."""
+    a, b = read(answer, join_thousands=False), read(reference, join_thousands=False)
+    return bool(
+        a.tree and b.tree and a.tree[0] == b.tree[0] == "list" and same_tree(a.tree, b.tree)
+    )
+
+
+def _is_rounding(a: Answer, b: Answer) -> bool:
+    """Whether the reference is a decimal that rounds the exact answer: 0.33 of 1/3, 3.14 of pi.
+
+    Only for answers that no decimal gives exactly, and references of two decimals and two digits
+    or more: 0.8 and 0.75 are taken to be exact otherwise.
+    """
+    reference = normalise(b.text)
+    if not _ROUNDED.fullmatch(reference) or a.is_percent or symbols(a.tree):
+        return False
+    digits = reference.replace(",", "").lstrip("+-").replace(".", "").lstrip("0")
+    if len(digits) < 2 or a.tree[0] not in (
+        "num",
+        "neg",
+        "add",
+        "mul",
+        "div",
+        "pow",
+        "call",
+        "const",
+    ):
+        return False
+    value = evaluate(a.tree)
+    if not values.is_real(value):
+        return False
+    if isinstance(value, Fraction):
+        rest = value.denominator
+        while rest % 2 == 0:
+            rest //= 2
+        while rest % 5 == 0:
+            rest //= 5
+        if rest == 1:
+            return False
+    decimals = len(reference.partition(".")[2])
+    error = values.absolute(values.sub(value, evaluate(b.tree)))
+    return values.order(error, Fraction(1, 2 * 10**decimals)) < 0

@@ -1,0 +1,178 @@
+"""Tokens of an answer, written in LaTeX or plainly.
+
+What only dresses an answer (`$`, `\\left`, spacing, fonts) disappears here; what the grammar has no
+use for is refused. Only ASCII digits are digits.
+"""
+
+import re
+from typing import NamedTuple
+
+from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS, MAX_DIGITS, MAX_TOKENS
+
+
+class Unreadable(ValueError):
+    """The text is no answer of the grammar, or is beyond the limits."""
+
+
+class Token(NamedTuple):
+    """A piece of an answer.
+
+    kind: "num", "repeat" (a repeating decimal), "word" (letters), "cmd" (LaTeX, without its
+      backslash), "op", "text" (what \\text{} holds), "begin" and "end" (an environment's name).
+    glued: no space stands before it.
+    """
+
+    kind: str
+    text: str
+    glued: bool
+
+
+_UNICODE = {
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/",
+    "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "⩽": "\\le ",
+    "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ",
+    "±": "\\pm ", "∓": "\\mp ", "°": "^\\circ ", "º": "^\\circ ", "∅": "\\emptyset ",
+    "ℝ": "\\mathbb{R}", "²": "^2", "³": "^3", "½": "\\frac12 ", "⅓": "\\frac13 ",
+    "¼": "\\frac14 ", "¾": "\\frac34 ", "⅔": "\\frac23 ", "θ": "\\theta ", "α": "\\alpha ",
+    "β": "\\beta ", "γ": "\\gamma ", "φ": "\\phi ", "λ": "\\lambda ", "€": "\\euro ",
+    "£": "\\pound ", "¢": "\\text{ cents}", "∠": "", "′": "'", "’": "'", "％": "%",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2002": " ", "\u2003": " ", "\t": " ",
+    "\n": " ", "\r": " ",
+}  # fmt: skip
+_TRANSLATION = str.maketrans(_UNICODE)
+
+# \left, \right and the \big family disappear, with the dot that stands for no delimiter.
+_SIZES = re.compile(
+    r"\\(?:left|right|middle)(?![A-Za-z])[ ]{0,4}\.?|\\[bB]igg?[lrm]?(?![A-Za-z])"
+    r"|\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])|(?<!\\)\\[()\[\]]"
+)
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathtt|mathcal"
+    r"|bold|bm|boldsymbol|operatorname\*?|underline|boxed|fbox|mathbb)[ ]{0,4}\{([^{}\\$]{0,120})\}"
+)
+_WHOLE_TEXT = re.compile(r"\\(?:text[a-z]{0,6}|mbox|mathrm|mathbf|bm|boldsymbol)\{([^{}]*)\}")
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_GROUPS = r"[0-9]{1,3}(?:%s[0-9]{3}){1,20}(?![0-9])(?:\.[0-9]+)?"
+_SAFE_SEPARATOR = r"(?:\{,\}|\\text\{,\}|~|\\,|\\!|,\\!|\\[:; ]|\{\\,\})"
+_LEX = re.compile(
+    r"(?P<space>(?:[ ~]|\\[,;:!> ]|\\q?quad(?![A-Za-z])|\\hspace\{[^{}]{0,20}\})+)"
+    + rf"|(?P<grouped>{_GROUPS % _SAFE_SEPARATOR}|{_GROUPS % ' '}(?! ?/))"
+    + rf"|(?P<commas>{_GROUPS % ','})"
+    + r"|(?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar)(?:\{[0-9]+\}|[0-9]))"
+    + rf"|(?P<num>{_NUMBER}(?:[eE][-+]?[0-9]{{1,4}}(?![0-9A-Za-z.]))?)"
+    + r"|(?P<env>\\(?:begin|end)\{[A-Za-z]{1,12}\})"
+    + r"|(?P<cmd>\\[A-Za-z]+|\\[{}%$|&#_\\])"
+    + r"|(?P<word>[A-Za-z]+)"
+    + r"|(?P<op>\*\*|<=|>=|!=|==|[-+*/^_=<>(){}\[\]|,;:!%&'])"
+)
+_OPENING, _CLOSING = {"(", "[", "\\{"}, {")", "]", "\\}"}
+# Commands that stand for an operator; the parser sees the operator.
+_OPERATORS = {
+    "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=",
+    "ge": ">=", "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">",
+    "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "{": "\\{", "}": "\\}", "%": "%",
+    "lbrace": "\\{", "rbrace": "\\}", "colon": ":", "lparen": "(", "rparen": ")", "lbrack": "[",
+    "rbrack": "]", "&": "&", "_": "_", "langle": "(", "rangle": ")", "dots": "dots",
+}  # fmt: skip
+
+
+def normalise(text: str) -> str:
+    """One spelling for what has several, by replacements that keep the meaning."""
+    if not text.isascii():
+        text = text.translate(_TRANSLATION)
+    text = text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
+    if "\\" in text:
+        text = _SIZES.sub(" ", text)
+    if "+/-" in text:
+        text = text.replace("+/-", "\\pm ")
+    if "$" in text:
+        text = text.replace("\\$", "\\dollar ").replace("$", " ")
+    text = text.strip()
+    if text.startswith("~"):
+        text = "\\approx " + text[1:]
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    whole = _WHOLE_TEXT.fullmatch(text)
+    if whole and any(c in "0123456789" for c in whole[1]):
+        return whole[1].strip()  # `\\text{5 apples}` is no word
+    return text
+
+
+def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
+    """The tokens of an answer.
+
+    Args:
+      text: an answer as `normalise` leaves it.
+      join_thousands: read `1,234` outside of brackets as one number.
+
+    Raises:
+      Unreadable: a character or a size that no answer has.
+    """
+    if len(text) > 2 * MAX_ANSWER_CHARS:
+        raise Unreadable("too long")
+    tokens: list[Token] = []
+    depth, end, glued = 0, 0, False
+    while end < len(text):
+        if text[end] == "\\":
+            group = _TEXT.match(text, end)
+            if group:
+                tokens.append(_text_token(group, glued))
+                end, glued = group.end(), True
+                continue
+        match = _LEX.match(text, end)
+        if match is None:
+            raise Unreadable(f"unexpected {text[end]!r}")
+        kind, piece, end = match.lastgroup, match.group(), match.end()
+        if kind == "space":
+            glued = False
+            continue
+        if kind == "commas" and (depth or not join_thousands):
+            match = re.compile(_NUMBER).match(text, match.start())
+            kind, piece, end = "num", match.group(), match.end()
+        if kind in ("commas", "grouped"):
+            kind, piece = "num", re.sub(r"[^0-9.]", "", piece)
+        elif kind == "env":
+            kind, piece = piece[1:-1].split("{")
+        elif kind == "cmd":
+            piece = piece[1:]
+            if piece in _OPERATORS:
+                kind, piece = "op", _OPERATORS[piece]
+            elif piece in ("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"):
+                piece = "frac"
+        if kind in ("num", "repeat") and sum(c in "0123456789" for c in piece) > MAX_DIGITS:
+            raise Unreadable("number too long")
+        if kind == "op":
+            depth += (piece in _OPENING) - (piece in _CLOSING)
+        tokens.append(Token(kind, piece, glued))
+        if len(tokens) > MAX_TOKENS:
+            raise Unreadable("too many tokens")
+        glued = True
+    return tokens
+
+
+def _text_token(group: re.Match, glued: bool) -> Token:
+    content, command = group[1], group.group()[1:].split("{", 1)[0].strip()
+    if command == "mathbb":
+        return Token("cmd", "mathbb" + content.strip(), glued)
+    inner = content.strip()
+    if command in ("mathbf", "mathit", "bm", "boldsymbol", "boxed", "fbox", "mathrm", "textbf",
+                   "underline", "bold", "mathcal", "operatorname", "textit") and (
+        re.fullmatch(r"[A-Za-z]", inner)
+    ):  # fmt: skip
+        return Token("word", inner, glued)
+    if command.startswith("operatorname") or command == "mathrm":
+        return Token(
+            "word" if inner.isalpha() and inner in FUNCTION_WORDS else "text", content, glued
+        )
+    if inner.lower() == "infinity":
+        return Token("cmd", "infty", glued)
+    if re.fullmatch(_NUMBER, inner) and len(inner) <= MAX_DIGITS:
+        return Token("num", inner, glued)
+    return Token("text", content, glued)
+
+
+FUNCTION_WORDS = {
+    "sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan",
+    "arcsec", "arccsc", "arccot", "asin", "acos", "atan", "ln", "log", "lg", "exp", "sqrt", "cbrt",
+    "abs", "floor", "ceil", "max", "min", "gcd", "lcm", "cosec", "cis",
+}  # fmt: skip

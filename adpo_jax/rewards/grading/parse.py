@@ -1,0 +1,205 @@
+"""The grammar of answers: tokens in, a tree of plain tuples out.
+
+A tree is a scalar
+
+    ("num", Fraction)  ("sym", name)  ("const", "pi" | "e" | "i")  ("inf",)
+    ("add" | "mul" | "div" | "pow" | "pm" | "mp", a, b)  ("neg" | "percent" | "degree", a)
+    ("call", function, *arguments)
+
+or made of scalars
+
+    ("list" | "set" | "ratio", items)    separated by commas, "and", "or"; in braces; by colons
+    ("or", items)                        a list whose parts were joined by "or"
+    ("tuple", opening, closing, items)   in brackets: a point, or an interval if it has two items
+    ("matrix", rows)
+    ("union" | "intersection" | "setminus", a, b)  ("reals",)
+    ("rel", operators, sides)            a chain such as 2 < x <= 7
+
+Nothing is computed while parsing, so the limits on length and depth bound all the work; no name
+that a model writes is ever looked up anywhere but in the tables below.
+"""
+
+from adpo_jax.rewards.grading.lexer import FUNCTION_WORDS, Token, Unreadable
+from adpo_jax.rewards.grading.limits import MAX_ITEMS
+from adpo_jax.rewards.grading.scalars import END, INFINITIES, ScalarParser, Tree
+
+__all__ = ["Tree", "parse"]
+
+_RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!="}
+_RELATION_COMMANDS = {"in": "in", "approx": "~", "equiv": "=", "simeq": "~"}
+_SET_COMMANDS = {"cup": "union", "cap": "intersection", "bigcup": "union", "setminus": "setminus",
+                 "backslash": "setminus"}  # fmt: skip
+_MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"}
+_OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
+
+
+def parse(tokens: list[Token]) -> Tree:
+    """The tree of an answer.
+
+    Raises:
+      Unreadable: the tokens are no answer of the grammar.
+    """
+    parser = Parser(_split_words(tokens))
+    tree = parser.items()
+    if parser.peek() is not END:
+        raise Unreadable(f"unexpected {parser.peek().text!r}")
+    return tree
+
+
+def _split_words(tokens: list[Token]) -> list[Token]:
+    """Splits runs of letters into known names and single letters: "xsin" into x and sin."""
+    split: list[Token] = []
+    for i, token in enumerate(tokens):
+        word = token.text
+        is_between_sets = (
+            0 < i < len(tokens) - 1
+            and tokens[i - 1].text in _CLOSING
+            and tokens[i + 1].text in _OPENING
+        )
+        if word == "U" and is_between_sets:
+            split.append(Token("cmd", "cup", False))
+        elif word in ("x", "X") and _is_times(tokens, i):
+            split.append(Token("op", "*", False))
+        elif token.kind != "word" or len(word) == 1 or word in FUNCTION_WORDS or word in INFINITIES:
+            split.append(token)
+        elif word.lower() in ("and", "or"):
+            split.append(Token("text", word.lower(), False))
+        else:
+            glued = token.glued
+            for name in _names_in(word):
+                split.append(Token("word", name, glued))
+                glued = True
+    return split
+
+
+def _is_times(tokens: list[Token], i: int) -> bool:
+    """Whether the letter x is a multiplication sign, as in `4.5 x 10^4`."""
+    around = tokens[max(i - 1, 0) : i + 3]
+    return len(around) == 4 and (
+        around[0].kind == "num" and around[2].text == "10" and around[3].text in ("^", "**")
+    )
+
+
+def _names_in(word: str) -> list[str]:
+    names, letters, position = [], 0, 0
+    while position < len(word):
+        name = next(
+            (word[position : position + n] for n in (6, 5, 4, 3, 2)
+             if word[position : position + n] in FUNCTION_WORDS | {"pi"}),
+            word[position],
+        )  # fmt: skip
+        letters += len(name) == 1
+        position += len(name)
+        names.append(name)
+    if letters > (3 if letters == len(word) else 2):
+        raise Unreadable(f"{word!r} is a word")
+    return names
+
+
+class Parser(ScalarParser):
+    """Adds to the scalars what is made of them."""
+
+    def structure(self, token: Token) -> Tree:
+        if token.kind == "begin":
+            return self.matrix(token.text)
+        if token[:2] == ("op", "\\{"):
+            return self.braces()
+        return super().structure(token)
+
+    def items(self) -> Tree:
+        items, separators = [self.relation()], set()
+        while True:
+            separator = self.separator()
+            if separator is None:
+                break
+            separators.add(separator)
+            items.append(self.relation())
+            if len(items) > MAX_ITEMS:
+                raise Unreadable("too many items")
+        if not separators:
+            return items[0]
+        if ":" in separators:
+            if separators != {":"}:
+                raise Unreadable("a ratio in a list")
+            return ("ratio", tuple(items))
+        return ("or" if separators <= {"or", ","} and "or" in separators else "list", tuple(items))
+
+    def separator(self) -> str | None:
+        found = None
+        while True:
+            token = self.peek()
+            word = token.text.strip(" ,").lower() if token.kind == "text" else None
+            if token.kind == "op" and token.text in (",", ";", ":"):
+                found = found or ("," if token.text == ";" else token.text)
+            elif word in ("and", "or"):
+                found = word
+            elif token.kind == "cmd" and token.text in ("lor", "vee", "land", "wedge"):
+                found = "or" if token.text in ("lor", "vee") else "and"
+            else:
+                return found
+            self.position += 1
+
+    def relation(self) -> Tree:
+        operators: list[str] = []
+        # A leading "approximately" is said of something without a name.
+        is_about = self.peek()[:2] in (("cmd", "approx"), ("cmd", "simeq"))
+        sides = [("sym", "")] if is_about else [self.set_expression()]
+        while True:
+            token = self.peek()
+            if token.kind == "op" and token.text in _RELATIONS:
+                operators.append(_RELATIONS[token.text])
+            elif token.kind == "cmd" and token.text in _RELATION_COMMANDS:
+                operators.append(_RELATION_COMMANDS[token.text])
+            else:
+                break
+            self.position += 1
+            sides.append(self.set_expression())
+        return ("rel", tuple(operators), tuple(sides)) if operators else sides[0]
+
+    def set_expression(self) -> Tree:
+        tree = self.expression()
+        while True:
+            token = self.peek()
+            if token.kind == "cmd" and token.text in _SET_COMMANDS:
+                operator = _SET_COMMANDS[token.text]
+            else:
+                return tree
+            self.position += 1
+            tree = (operator, tree, self.expression())
+
+    def braces(self) -> Tree:
+        if self.accept("\\}"):
+            return ("set", ())
+        if self.peek().kind == "word" and self.peek(1).text in (":", "|"):
+            self.position += 2  # {x : x > 3} and {x | x > 3} are their conditions
+            tree = self.nested(self.items)
+            self.expect("\\}")
+            return tree
+        tree = self.nested(self.items)
+        self.expect("\\}")
+        return ("set", tree[1] if tree[0] == "list" else (tree,))
+
+    def matrix(self, environment: str) -> Tree:
+        if environment not in _MATRICES:
+            raise Unreadable(f"environment {environment!r}")
+        if environment == "array" and self.accept("{"):
+            while not self.accept("}"):  # the format of the columns
+                if self.next() is END:
+                    raise Unreadable("unclosed column format")
+        rows, row = [], []
+        while True:
+            row.append(self.nested(self.expression))
+            if self.accept("&"):
+                continue
+            rows.append(tuple(row))
+            row = []
+            if self.peek()[:2] == ("cmd", "\\"):
+                self.position += 1
+            elif self.peek().kind != "end":
+                raise Unreadable("matrix")
+            if self.peek()[:2] == ("end", environment):
+                self.position += 1
+                break
+        if len({len(r) for r in rows}) != 1:
+            raise Unreadable("rows of different lengths")
+        return ("matrix", tuple(rows))

@@ -1,0 +1,170 @@
+"""Units and other words around a value.
+
+`5 cm`, `5\\text{ apples}`, `$5` and `5 dollars` are 5 with a unit. A unit on one side only does not
+matter; two different units do.
+"""
+
+from adpo_jax.rewards.grading.lexer import FUNCTION_WORDS, Token
+
+_SYNONYMS = {
+    "mm": "millimeter millimetre", "cm": "centimeter centimetre cms", "m": "meter metre",
+    "km": "kilometer kilometre kms", "in": "inch inches", "ft": "foot feet", "yd": "yard",
+    "mi": "mile", "g": "gram gm gms", "kg": "kilogram kilo kgs", "mg": "milligram",
+    "lb": "pound lbs", "oz": "ounce", "l": "liter litre L", "ml": "milliliter millilitre mL",
+    "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "day": "days",
+    "week": "wk wks", "month": "mo", "year": "yr yrs", "dollar": "usd bucks buck USD",
+    "euro": "eur EUR", "gbp": "GBP", "cent": "", "mph": "mileperhour", "degree": "deg degrees",
+    "rad": "radian", "unit": "", "hz": "hertz Hz", "n": "newton N", "j": "joule J", "w": "watt W",
+    "v": "volt V", "a": "amp ampere A", "mole": "mol", "k": "kelvin K", "ha": "hectare",
+    "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne",
+}  # fmt: skip
+_CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit, *names.split())}
+_SHORT_NOUNS = """
+    men day toy egg cup car cow dog cat pie pen bag box bus ant bee pig hen hat cap can jar
+    key map mug net nut pan pin pot rod rug row set tie tip van way win ice boy guy kid man
+    fan sq per of age bar bed big bit bow bun job lap leg log old one pea red tax tea new
+"""
+_SHORT = set(_CANONICAL) | set(_SHORT_NOUNS.split())
+_SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
+_MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp"}
+_NO_LABELS = {
+    "not", "never", "no", "nor", "or", "but", "except", "anything", "either", "neither", "between",
+    "than",
+}  # fmt: skip
+# Words that say something about the value rather than what is counted.
+_NOT_COUNTED = """
+    and or not nor no none never to too between among if but maybe perhaps probably possibly
+    either neither than more less fewer about approximately approx around roughly almost
+    nearly plus minus times over under divided multiplied by is are was be equals equal half
+    quarter third dozen dozens percent wrong right correct incorrect false true answer
+    something anything any all both except otherwise else when where for with without then so
+    thus therefore because since i think guess hope it this that these those which who what as
+    like ish least most up down at from until till only just also another other instead rather
+    versus vs even odd unknown undefined question reference one two three four five six seven
+    eight nine ten eleven twelve twenty mod modulo remainder tenth tenths hundredth hundredths
+    thousandth thousandths squared cubed power base factorial hundreds thousands millions
+    billions choose however actually wait sorry could would should may might can cannot will
+    now final solution value number
+"""
+_NO_UNITS = set(_NOT_COUNTED.split())
+
+
+def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
+    """Takes money signs and a closing unit off; spells out `million` and its like.
+
+    Returns:
+      The other tokens, and the unit under its canonical name or None.
+    """
+    unit = None
+    if any(t.kind == "cmd" and t.text in _MONEY for t in tokens):
+        money = {_MONEY[t.text] for t in tokens if t.kind == "cmd" and t.text in _MONEY}
+        tokens = [t for t in tokens if t.kind != "cmd" or t.text not in _MONEY]
+        if len(money) > 1:
+            return tokens, None
+        unit = money.pop()
+    if all(t.kind not in ("text", "word") for t in tokens):
+        return tokens, unit
+    tokens = _without_label(_scaled(tokens))
+    if len(tokens) > 1 and tokens[0].text in _CURRENCIES and tokens[1].kind == "num":
+        unit = unit or _CURRENCIES[tokens[0].text]
+        tokens = tokens[1:]
+    for start in range(1, len(tokens)):
+        if tokens[start].kind in ("text", "word") and _ends_value(tokens[start - 1]):
+            name = _unit_name(tokens[start:])
+            if name is not None:
+                if unit is not None and name != unit:
+                    return tokens, None
+                return tokens[:start], name
+    return tokens, unit
+
+
+def _ends_value(token: Token) -> bool:
+    return token.kind in ("num", "repeat") or token.text in (")", "}", "!", "pi", "circ")
+
+
+def _scaled(tokens: list[Token]) -> list[Token]:
+    scaled: list[Token] = []
+    for token in tokens:
+        word = token.text.strip().lower() if token.kind in ("text", "word") else ""
+        power = _SCALES.get(word)
+        if power and scaled and _ends_value(scaled[-1]):
+            scaled += [Token("op", "*", True), Token("num", "1" + "0" * power, True)]
+        elif word == "percent":
+            scaled.append(Token("op", "%", True))
+        else:
+            scaled.append(token)
+    return scaled
+
+
+def _without_label(tokens: list[Token]) -> list[Token]:
+    """Without a leading `Total =`, `\\text{Area: }` or `\\text{The area is }`."""
+    for i, token in enumerate(tokens[:8]):
+        if token.kind == "text" and token.text.rstrip().endswith((":", "=", " is", " are")):
+            label, end = token.text.rstrip(" :="), i + 1
+        elif i and token.kind == "op" and token.text == "=":
+            label, end = " ".join(t.text for t in tokens[:i]), i + 1
+        else:
+            if token.kind not in ("text", "word"):
+                return tokens
+            continue
+        words = label.lower().split()
+        is_words = all(w.isalpha() for w in words) and any(len(w) > 3 for w in words)
+        if end < len(tokens) and is_words and not _NO_LABELS & set(words):
+            return tokens[end:]
+        return tokens
+    return tokens
+
+
+def _unit_name(tokens: list[Token]) -> str | None:
+    """The canonical name of a phrase of unit words, as `m/s^2` or `square feet`; else None."""
+    parts: list[str] = []
+    words = 0
+    previous = None
+    for token in tokens:
+        if token.kind in ("text", "word"):
+            for word in token.text.replace("/", " / ").replace("^", " ^ ").split():
+                if word in ("/", "^") or (word in ("2", "3") and parts and parts[-1] == "^"):
+                    parts.append(word)
+                    continue
+                after_slash = bool(parts) and parts[-1] in ("/", "*")
+                name = _word_name(word.strip(".,()"), token, after_slash)
+                if name is None:
+                    return None
+                parts.append(name)
+                words += 1
+        elif token.kind == "op" and token.text in ("/", "^", "{", "}", "-", "*"):
+            parts += [token.text] if token.text not in ("{", "}") else []
+        elif token.kind == "num" and previous and previous.text in ("^", "{", "-"):
+            parts.append(token.text)
+        else:
+            return None
+        previous = token
+    if not 1 <= words <= 5:
+        return None
+    name = " ".join(parts).replace("per", "/")
+    for adjective, power in (("square", 2), ("sq", 2), ("cubic", 3)):
+        if name.startswith(adjective + " "):
+            name = f"{name[len(adjective) + 1 :]} ^ {power}"
+    name = name.replace(" ", "")
+    return "mph" if name == "mi/h" else name
+
+
+def _word_name(word: str, token: Token, after_slash: bool) -> str | None:
+    if not word.isascii() or not word.replace("-", "").isalpha():
+        return None
+    lower = word.lower()
+    if lower in _NO_UNITS or word in FUNCTION_WORDS:
+        return None
+    if token.kind == "word" and not after_slash:
+        if len(word) == 1 and (token.glued or word not in _SINGLE_LETTERS):
+            return None
+        if len(word) in (2, 3) and lower not in _SHORT and lower.rstrip("s") not in _SHORT:
+            return None
+        if word in ("pi", "infinity"):
+            return None
+    for candidate in (word, lower, lower.rstrip("s")):
+        if candidate in _CANONICAL:
+            return _CANONICAL[candidate]
+    return lower.rstrip("s")

@@ -1,0 +1,1 @@
+"""Where graded groups come from: sampling on the spot, filtering, recordings; evaluation."""

@@ -1,0 +1,263 @@
+"""Evaluation: held-out prompts answered greedily and by sampling, scored with 95% intervals.
+
+Letters: N prompts, n sampled completions of a prompt, M scores, R bootstrap replicates.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from adpo_jax.devices import distributed
+from adpo_jax.engine.engine import Engine
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.records import Completions, Prompts
+from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.rewards.grading.extract import find_answer
+from adpo_jax.rollouts.sampler import decode_completions
+
+BOOTSTRAP_REPLICATES = 2000
+PREFIX = "eval"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """What is asked of the policy.
+
+    Attributes:
+      sampling: of the sampled completions, `n` of each prompt; greedy answers take its length
+        limit and stop tokens.
+      num_samples: 0 for greedy answers alone.
+      ks: of pass@k and maj@k, each at most num_samples.
+      category_key: the data column whose values the scores are broken down by; "" for none.
+    """
+
+    sampling: SamplingParams
+    num_samples: int = 0
+    ks: tuple[int, ...] = ()
+    category_key: str = ""
+
+    def __post_init__(self):
+        wrong = [k for k in self.ks if not 1 <= k <= self.num_samples]
+        if wrong:
+            raise ValueError(
+                f"eval.ks: pass@k needs at least k samples a prompt, so 1 <= k <= eval.n="
+                f"{self.num_samples}; given {wrong}"
+            )
+        if self.num_samples and self.sampling.greedy:
+            raise ValueError(
+                "eval.temperature is above 0 where eval.n asks for samples: greedy ones are all "
+                "the same, and the greedy accuracy is always measured"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Answers and their scores.
+
+    Attributes:
+      metrics: `eval/accuracy` and the like with `..._low` and `..._high`, their 95% intervals.
+      records: one dict a completion, greedy ones first.
+    """
+
+    metrics: dict[str, float]
+    records: list[dict]
+
+
+def evaluate(
+    engine: Engine,
+    params,
+    prompts: Prompts,
+    tokenizer,
+    settings: EvalSettings,
+    reward_model: RewardModel | None = None,
+) -> Evaluation:
+    """Answers every prompt once greedily and `num_samples` times by sampling, and scores that.
+
+    Args:
+      prompts: the column "solution" is what an answer is compared with.
+      reward_model: grades in place of `good_accuracy`; a completion is right where its reward is
+        above 0, and `eval/reward` is the mean reward of the greedy answers.
+    """
+    if reward_model is None:
+        reward_model = RewardModel([RewardFunction(name="good_accuracy")])
+    greedy = dataclasses.replace(settings.sampling, n=1, temperature=0.0)
+    answers = _graded(engine, params, prompts, tokenizer, greedy, reward_model)
+    right_N = answers.rewards[:, 0] > 0
+    scores = {"accuracy": right_N.astype(np.float64), "reward": answers.rewards[:, 0]}
+    records = answers.records("greedy")
+    if settings.num_samples:
+        sampling = dataclasses.replace(settings.sampling, n=settings.num_samples)
+        samples = _graded(engine, params, prompts, tokenizer, sampling, reward_model)
+        scores |= sample_scores(samples.rewards > 0, samples.votes(), settings.ks)
+        records += samples.records("sampled")
+
+    metrics = with_intervals(scores, PREFIX)
+    metrics |= {
+        f"{PREFIX}/length_mean": float(answers.lengths.mean()),
+        f"{PREFIX}/truncated_frac": float(answers.truncated.mean()),
+    }
+    if settings.category_key:
+        categories = [str(value) for value in prompts.columns[settings.category_key]]
+        for category in sorted(set(categories)):
+            rows = np.array([value == category for value in categories])
+            of_category = {name: values[rows] for name, values in scores.items()}
+            metrics |= with_intervals(of_category, f"{PREFIX}/{metric_name(category)}")
+            metrics[f"{PREFIX}/{metric_name(category)}/num_prompts"] = float(rows.sum())
+    return Evaluation(metrics, records)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graded:
+    """Completions of N prompts, n of each, row by row."""
+
+    prompts: Prompts
+    prompt_texts: list[str]
+    texts: list[list[str]]
+    rewards: np.ndarray  # [N, n]
+    lengths: np.ndarray  # [N, n]
+    truncated: np.ndarray  # [N, n] bool
+
+    def votes(self) -> list[list[str | None]]:
+        """What each completion answers, as text; None where it holds no answer."""
+        return [[find_answer(text) for text in texts] for texts in self.texts]
+
+    def records(self, how: str) -> list[dict]:
+        """One dict a completion."""
+        return [
+            {
+                "prompt_index": i,
+                "prompt": self.prompt_texts[i],
+                "sample": j,
+                "sampling": how,
+                "completion": text,
+                "solution": self.prompts.columns["solution"][i],
+                "reward": float(self.rewards[i, j]),
+                "correct": bool(self.rewards[i, j] > 0),
+                "num_tokens": int(self.lengths[i, j]),
+                "truncated": bool(self.truncated[i, j]),
+            }
+            for i, texts in enumerate(self.texts)
+            for j, text in enumerate(texts)
+        ]
+
+
+def _graded(engine, params, prompts: Prompts, tokenizer, sampling, reward_model) -> _Graded:
+    mine = prompts.select(distributed.own_rows(len(prompts)))
+    out = engine.generate(params, mine.token_ids, sampling, jax.random.key(0))
+    with distributed.fail_together():
+        texts = decode_completions(tokenizer, out.flat)
+        columns = mine.repeated_columns(sampling.n)
+        columns["completion_tokens"] = [len(completion) for completion in out.flat]
+        rewards = reward_model.score(texts, columns).total
+    outs, texts, rewards = zip(*distributed.all_gather((out, texts, rewards)))
+    out, rewards = Completions.concatenate(outs), np.concatenate(rewards)
+    texts = [text for part in texts for text in part]
+    n = sampling.n
+    return _Graded(
+        prompts,
+        tokenizer.batch_decode(prompts.token_ids, skip_special_tokens=True),
+        [texts[i : i + n] for i in range(0, len(texts), n)],
+        rewards.reshape(-1, n).astype(np.float64),
+        out.lengths,
+        out.finish_reasons == "length",
+    )
+
+
+def sample_scores(
+    right_Nn: np.ndarray, votes: Sequence[Sequence[str | None]], ks: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """The scores of sampled completions, each [N] float64 in [0, 1].
+
+    Args:
+      right_Nn: bool, whether each completion is right.
+      votes: N lists of n answers as text, None for no answer.
+
+    Returns:
+      "mean@n", and "pass@k" and "maj@k" for each k; see `pass_at_k` and `majority_at_k`.
+    """
+    n = right_Nn.shape[1]
+    scores = {f"mean@{n}": right_Nn.mean(1)}
+    for k in ks:
+        scores[f"pass@{k}"] = pass_at_k(right_Nn.sum(1), n, k)
+        scores[f"maj@{k}"] = np.array(
+            [majority_at_k(right, vote, k) for right, vote in zip(right_Nn, votes)]
+        )
+    return scores
+
+
+def pass_at_k(num_right: np.ndarray, n: int, k: int) -> np.ndarray:
+    """The chance that at least one of k of the n samples, drawn without replacement, is right.
+
+    1 - C(n - c, k) / C(n, k) with c right ones: unbiased for the chance that one of k fresh samples
+    is right.
+
+    Args:
+      num_right: [N] integers in [0, n].
+
+    Returns:
+      [N] float64.
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", arXiv 2107.03374.
+    """
+    return np.array([1.0 - math.comb(n - int(c), k) / math.comb(n, k) for c in num_right])
+
+
+def majority_at_k(right: Sequence[bool], votes: Sequence[str | None], k: int) -> float:
+    """How often the most frequent answer of k samples is right, a prompt's n samples given.
+
+    The samples are cut into n // k blocks of k, and the result is the mean over blocks: unbiased,
+    where the best k would not be. Right answers are one candidate however they are written; of
+    several most frequent candidates one is drawn, which counts as its expectation. A completion
+    without an answer votes for nothing.
+
+    Source: Wang et al. 2022, "Self-Consistency", arXiv 2203.11171.
+    """
+    blocks = range(0, len(votes) // k * k, k)
+    return sum(_majority_is_right(right[i : i + k], votes[i : i + k]) for i in blocks) / len(blocks)
+
+
+def _majority_is_right(right: Sequence[bool], votes: Sequence[str | None]) -> float:
+    counts = Counter((bool(r), None if r else v) for r, v in zip(right, votes) if r or v)
+    most = max(counts.values(), default=0)
+    tied = [is_right for (is_right, _), count in counts.items() if count == most]
+    return sum(tied) / len(tied) if tied else 0.0
+
+
+def with_intervals(scores: dict[str, np.ndarray], prefix: str) -> dict[str, float]:
+    """Means over prompts, with the ends of their 95% intervals under `..._low` and `..._high`."""
+    table_MN = np.stack(list(scores.values()))
+    low_M, high_M = bootstrap_interval(table_MN)
+    metrics = {}
+    for name, values, low, high in zip(scores, table_MN, low_M, high_M):
+        metrics[f"{prefix}/{name}"] = float(values.mean())
+        metrics[f"{prefix}/{name}_low"] = float(low)
+        metrics[f"{prefix}/{name}_high"] = float(high)
+    return metrics
+
+
+def bootstrap_interval(
+    table_MN: np.ndarray, *, confidence: float = 0.95, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile intervals of the means of M rows, the N prompts drawn anew with replacement.
+
+    It covers the choice of prompts, and of the samples as far as every prompt has its own; not the
+    training seed.
+
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    N = table_MN.shape[1]
+    rng = np.random.default_rng(seed)
+    counts_RN = rng.multinomial(N, np.full(N, 1.0 / N), size=BOOTSTRAP_REPLICATES)
+    means_MR = table_MN @ counts_RN.T / N
+    tail = (1.0 - confidence) / 2
+    low_M, high_M = np.quantile(means_MR, [tail, 1.0 - tail], axis=1)
+    return low_M, high_M
+
+
+def metric_name(text: str) -> str:
+    """A data value as part of a metric's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text) or "_"

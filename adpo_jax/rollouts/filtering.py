@@ -1,0 +1,152 @@
+"""Dynamic sampling: groups whose rewards are all equal teach nothing, so others take their place.
+
+An iteration samples batch after batch of prompts until it has as many groups with a spread as a
+batch has prompts. Shapes stay those of a batch: what is more waits for the next iteration, what is
+still missing after the last attempt is filled with groups without a spread.
+
+A group that waited was sampled by the policy of the iteration before; the loss does not know. What
+waits, and how many batches were drawn, is kept with every checkpoint, so that a resumed run goes on
+as if it had not stopped.
+
+Source: Yu et al. 2025, "DAPO", arXiv 2503.14476, section 3.2, which drops the surplus.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adpo_jax.records import GradedGroups, Prompts
+from adpo_jax.rollouts import recording
+from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics
+from adpo_jax.rollouts.source import Source, SourceError
+
+# Metrics of an iteration that speak of all batches sampled in it.
+OF_ALL_ATTEMPTS = (
+    "rollout/tokens_per_s",
+    "reward/timeouts",
+    "reward/crashes",
+    "reward/unparsed_frac",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What an iteration leaves to the next."""
+
+    drawn: int = 0  # batches of prompts so far
+    surplus: GradedGroups | None = None
+
+
+class GroupFilter(Source):
+    """Groups sampled on the spot, each has a spread, as far as the attempts suffice.
+
+    Args:
+      sample: (step from 0, attempt from 0, prompts, parameters) -> graded completions.
+      prompts_of: the batch of prompts with a number, from 0.
+      folder: where `save` writes.
+      max_attempts: batches sampled in an iteration, at most.
+      min_reward_std: a group whose standard deviation (ddof=1) is below it has no spread.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[int, int, Prompts, Any], GradedGroups],
+        prompts_of: Callable[[int], Prompts],
+        folder: Path,
+        *,
+        max_attempts: int,
+        min_reward_std: float = 0.0,
+    ):
+        self._sample, self._prompts_of, self._folder = sample, prompts_of, folder
+        self._max_attempts, self._min_reward_std = max_attempts, min_reward_std
+        self._states: dict[int, _State] = {0: _State()}  # by iterations done
+
+    def next(self, step: int, params) -> GradedGroups:
+        """The groups of the iteration after `step` iterations, with the metrics of the filter.
+
+        Raises:
+          SourceError: when what iteration `step` left was not kept.
+        """
+        before = self._state(step)
+        found = [before.surplus] if before.surplus else []
+        dropped, attempts = [], []
+        for attempt in range(self._max_attempts):
+            prompts = self._prompts_of(before.drawn + attempt)
+            groups = self._sample(step, attempt, prompts, params)
+            attempts.append(groups)
+            spread = self._has_spread(groups.rewards)
+            found.append(groups.select(np.flatnonzero(spread)))
+            dropped.append(groups.select(np.flatnonzero(~spread)))
+            if sum(map(len, found)) >= len(prompts):
+                break
+        P, num_found = len(prompts), sum(map(len, found))
+        candidates = GradedGroups.concatenate([*found, *dropped])
+        surplus = candidates.select(range(P, num_found)) if num_found > P else None
+        self._states = {
+            step: before,
+            step + 1: _State(before.drawn + attempt + 1, surplus),
+        }
+        sampled = GradedGroups.concatenate(attempts)
+        # One attempt after the other, where `concatenate` speaks of parts sampled at the same time.
+        seconds = np.sum([groups.seconds for groups in attempts], axis=0).tolist()
+        sampled = dataclasses.replace(sampled, seconds=tuple(seconds))
+        metrics = {
+            "filter/attempts": attempt + 1.0,
+            "filter/dropped_frac": sum(map(len, dropped)) / len(sampled),
+            "filter/fillers": float(max(P - num_found, 0)),
+            "filter/carried": float(max(num_found - P, 0)),
+            "filter/sampled_reward": float(sampled.scores.total.mean()),
+        }
+        # Of all that was sampled and graded in this time, where other metrics are of the chosen.
+        of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, sampled.rewards.shape[1])
+        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS}
+        chosen = candidates.select(range(P))
+        return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
+
+    def save(self, step: int, *, oldest: int = 0) -> None:
+        """Keeps what the next iteration is left after `step` iterations."""
+        state = self._state(step)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if state.surplus is not None:
+            recording.write(self._folder, step, state.surplus)
+        content = {"drawn": state.drawn, "surplus": state.surplus is not None}
+        (self._folder / f"{step:06d}.json").write_text(json.dumps(content) + "\n")
+        for path in self._folder.iterdir():
+            if int(path.name.partition(".")[0]) < oldest:
+                path.unlink()
+
+    def check(self, step: int) -> None:
+        """Checks that what iteration `step` left was kept; below 0 it is in the supervised stage.
+
+        Raises:
+          SourceError: when it was not.
+        """
+        self._state(max(step, 0))
+
+    def restore(self, step: int) -> None:
+        """Takes up what iteration `step` left; errors as of `check`."""
+        self.check(step)
+
+    def _state(self, step: int) -> _State:
+        if step not in self._states:
+            path = self._folder / f"{step:06d}.json"
+            try:
+                content = json.loads(path.read_text())
+            except (FileNotFoundError, ValueError) as error:
+                reason = "missing" if isinstance(error, FileNotFoundError) else "no JSON"
+                raise SourceError(
+                    f"algorithm.filter_groups: {path} is {reason}, in which iteration {step} left "
+                    "its surplus. A run that began without it goes on without it; set it as it "
+                    "was, or start again in another folder"
+                ) from error
+            surplus = recording.read(self._folder, step) if content["surplus"] else None
+            self._states = {step: _State(content["drawn"], surplus)}
+        return self._states[step]
+
+    def _has_spread(self, rewards_PG: np.ndarray) -> np.ndarray:
+        std_P = rewards_PG.std(axis=1, ddof=1)
+        return (np.ptp(rewards_PG, axis=1) > 0) & (std_P >= self._min_reward_std)

@@ -1,0 +1,276 @@
+"""Recorded rollouts: what an iteration trained on, and training from it without a sampler.
+
+One Parquet file an iteration, `000012.parquet`, a row a completion:
+
+    prompt, sample      int32, place of the prompt in the iteration, of the completion in the group
+    prompt_token_ids    list<int32>
+    tokens, log_probs,  the fields of `records.Completion`: a list for one that has a number a
+    trained, ...        token, full_log_probs where top-k, top-p or min-p truncate
+    finish_reason       "stop" or "length"
+    completion          the text, without special tokens
+    reward              float32, the total; reward/<name> each component, NaN where it was skipped
+    columns             the data columns of the prompt, as JSON
+
+The bits of all numbers are kept, so that a replay under the same loss gives the same parameters.
+Version 1 had token_ids for tokens, and completions of one turn alone.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts, token_fields
+from adpo_jax.rewards import Scores
+from adpo_jax.rollouts.source import Source, SourceError
+
+VERSION = 2
+READABLE = (1, 2)
+
+
+class ReplayError(SourceError):
+    """A recording that is missing, damaged or of another run."""
+
+
+_REWARD = "reward/"
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """The file of iteration `step`, counted from 1."""
+    return Path(folder) / f"{step:06d}.parquet"
+
+
+def write(folder: Path, step: int, groups: GradedGroups) -> Path:
+    """Records an iteration; returns the file.
+
+    A file that is there with the same content stays; one with another content, from an iteration
+    that was taken back, is renamed, never overwritten.
+    """
+    buffer = pa.BufferOutputStream()
+    table = _table(step, groups)
+    pa.parquet.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    content = buffer.getvalue().to_pybytes()
+    path = path_of(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if path.read_bytes() == content:
+            return path
+        number = len(list(path.parent.glob(f"{path.stem}.superseded-*")))
+        path.rename(path.with_name(f"{path.stem}.superseded-{number}{path.suffix}"))
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+    return path
+
+
+def read(folder: Path, step: int) -> GradedGroups:
+    """The recording of iteration `step`, counted from 1.
+
+    Raises:
+      ReplayError: when there is none, or its file is damaged.
+    """
+    path = path_of(folder, step)
+    started = time.perf_counter()
+    table, info = _opened(path, pa.parquet.read_table), _info(path)
+    try:
+        groups = _parsed(table, info)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ReplayError(f"{path} is no readable recording: {error!r}") from error
+    return dataclasses.replace(groups, seconds=(time.perf_counter() - started, 0.0))
+
+
+def _parsed(table: pa.Table, info: dict) -> GradedGroups:
+    P, G = info["prompts"], info["samples"]
+    flat = _completions(table, info)
+    if len(flat) != P * G:
+        raise ValueError(f"{len(flat)} rows, wanted {P} x {G}")
+    columns = [json.loads(text) for text in table["columns"].to_pylist()[::G]]
+    prompts = Prompts(
+        table["prompt_token_ids"].to_pylist()[::G],
+        {name: [row[name] for row in columns] for name in columns[0]},
+    )
+    components = {
+        name.removeprefix(_REWARD): table[name].to_numpy()
+        for name in table.column_names
+        if name.startswith(_REWARD)
+    }
+    return GradedGroups(
+        prompts,
+        Completions([flat[i : i + G] for i in range(0, P * G, G)]),
+        table["completion"].to_pylist(),
+        Scores(table["reward"].to_numpy(), components, info["counts"]),
+    )
+
+
+def _completions(table: pa.Table, info: dict) -> list[Completion]:
+    """The completions of all rows."""
+    old = info["version"] == 1
+    if old:
+        names = ["tokens" if name == "token_ids" else name for name in table.column_names]
+        table = table.rename_columns(names)
+    per_token = {
+        name: [np.array(row, dtype) for row in table[name].to_pylist()]
+        for name, dtype in token_fields().items()
+        if name in table.column_names
+    }
+    rows = zip(table["finish_reason"].to_pylist(), *per_token.values(), strict=True)
+    if old:
+        return [
+            Completion.sampled(
+                finish_reason=reason, version=info["step"] - 1, **dict(zip(per_token, values))
+            )
+            for reason, *values in rows
+        ]
+    found = [
+        Completion(finish_reason=reason, **dict(zip(per_token, values))) for reason, *values in rows
+    ]
+    for completion in found:
+        lengths = {len(getattr(completion, name)) for name in per_token}
+        if len(lengths) > 1:
+            raise ValueError(f"a completion whose fields have {sorted(lengths)} tokens")
+    return found
+
+
+def check(
+    folder: Path,
+    steps: Iterable[int],
+    *,
+    num_prompts: int,
+    num_samples: int,
+    max_response_length: int,
+    max_prompt_length: int,
+) -> None:
+    """Checks that iterations `steps` are recorded, and fit the run that they are to be replayed in.
+
+    Raises:
+      ReplayError: naming what is missing or differs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReplayError(f"--replay: there is no folder {folder}")
+    missing = [step for step in steps if not path_of(folder, step).exists()]
+    if missing:
+        there = sorted(path.name for path in folder.glob("*.parquet"))
+        raise ReplayError(
+            f"--replay: {folder} has no recording of iteration {missing[0]} "
+            f"({len(missing)} of this run's are missing; there: {', '.join(there[:3]) or 'none'}"
+            f"{' ...' if len(there) > 3 else ''}); set trainer.total_training_steps to what it has"
+        )
+    for step in steps:
+        path = path_of(folder, step)
+        info = _info(path)
+        given = (info["prompts"], info["samples"])
+        if given != (num_prompts, num_samples):
+            raise ReplayError(
+                f"--replay: {path} has (prompts, completions a prompt) {given}; the config's "
+                "data.train_batch_size and algorithm.num_generations are "
+                f"{(num_prompts, num_samples)}"
+            )
+        tokens = "token_ids" if info["version"] == 1 else "tokens"
+        for column, limit, key in (
+            ("prompt_token_ids", max_prompt_length, "data.max_prompt_length"),
+            (tokens, max_response_length, "data.max_response_length"),
+        ):
+            values = _opened(path, pa.parquet.read_table, columns=[column])[0]
+            longest = pa.compute.max(pa.compute.list_value_length(values)).as_py()
+            if longest > limit:
+                what = "prompt" if column == "prompt_token_ids" else "completion"
+                raise ReplayError(
+                    f"--replay: {path} has a {what} of {longest} tokens; raise {key}, which is "
+                    f"{limit}"
+                )
+
+
+class Replay(Source):
+    """The groups that another run recorded, in the same order.
+
+    Args:
+      folder: with the recordings of iterations 1 to `num_steps`.
+      limits: of the run, as for `check`.
+    """
+
+    def __init__(self, folder: Path, num_steps: int, **limits: int):
+        self._folder, self._num_steps, self._limits = folder, num_steps, limits
+
+    def check(self, step: int) -> None:
+        """Checks that all iterations are recorded, and fit the run.
+
+        Raises:
+          ReplayError: naming what is missing or differs.
+        """
+        check(self._folder, range(1, self._num_steps + 1), **self._limits)
+
+    def next(self, step: int, params) -> GradedGroups:
+        return read(self._folder, step + 1)
+
+
+def _table(step: int, groups: GradedGroups) -> pa.Table:
+    prompts, completions, scores = groups.prompts, groups.completions.flat, groups.scores
+    P, G = groups.rewards.shape
+    ends = np.cumsum([0, *map(len, completions)], dtype=np.int32)
+
+    def ragged(name: str, dtype: np.dtype) -> pa.Array:
+        values = np.concatenate([getattr(completion, name) for completion in completions])
+        return pa.ListArray.from_arrays(ends, pa.array(values, pa.from_numpy_dtype(dtype)))
+
+    data = [
+        json.dumps({name: values[p] for name, values in prompts.columns.items()}, default=str)
+        for p in range(P)
+    ]
+    columns = {
+        "prompt": np.repeat(np.arange(P, dtype=np.int32), G),
+        "sample": np.tile(np.arange(G, dtype=np.int32), P),
+        "prompt_token_ids": pa.array(
+            [ids for ids in prompts.token_ids for _ in range(G)], pa.list_(pa.int32())
+        ),
+        **{
+            name: ragged(name, dtype)
+            for name, dtype in token_fields().items()
+            if getattr(completions[0], name) is not None
+        },
+        "finish_reason": [completion.finish_reason for completion in completions],
+        # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
+        "completion": [text.encode(errors="replace").decode() for text in groups.texts],
+        "reward": np.asarray(scores.total, np.float32),
+        **{_REWARD + name: values for name, values in scores.components.items()},
+        "columns": [text for text in data for _ in range(G)],
+    }
+    info = {
+        "version": VERSION,
+        "step": step,
+        "prompts": P,
+        "samples": G,
+        "counts": scores.counts,
+    }
+    return pa.table(columns).replace_schema_metadata({"adpo_jax": json.dumps(info)})
+
+
+def _opened(path: Path, reader, **options):
+    if reader is pa.parquet.read_table:
+        options["page_checksum_verification"] = True
+    try:
+        return reader(path, **options)
+    except (OSError, pa.ArrowException) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReplayError(f"{path} is no readable recording: {reason}") from error
+
+
+def _info(path: Path) -> dict:
+    metadata = _opened(path, pa.parquet.read_schema).metadata or {}
+    if b"adpo_jax" not in metadata:
+        raise ReplayError(f"{path} is a Parquet file, but no recording of a run")
+    try:
+        info = json.loads(metadata[b"adpo_jax"])
+    except ValueError as error:
+        raise ReplayError(f"{path} is no readable recording: {error}") from error
+    if info.get("version") not in READABLE:
+        wanted = " or ".join(map(str, READABLE))
+        raise ReplayError(f"{path} has version {info.get('version')}, wanted {wanted}")
+    return info

@@ -1,0 +1,221 @@
+"""From prompts to graded groups: the arrows around the engine.
+
+Letters: P prompts, G completions of a prompt.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from adpo_jax.devices import distributed
+from adpo_jax.engine.engine import Engine, FinishedGroup
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.records import Completion, GradedGroups, Prompts
+from adpo_jax.rewards import RewardError, RewardModel, Scores
+from adpo_jax.rollouts.source import Source
+
+
+def decode_completions(tokenizer, completions: Sequence[Completion]) -> list[str]:
+    """What the completions say, without special tokens."""
+    return tokenizer.batch_decode(
+        [completion.tokens.tolist() for completion in completions], skip_special_tokens=True
+    )
+
+
+def generate_and_grade(
+    engine: Engine,
+    params,
+    prompts: Prompts,
+    sampling: SamplingParams,
+    key: jax.Array,
+    tokenizer,
+    reward_model: RewardModel,
+    on_error: Callable[[RewardError], None] | None = None,
+    *,
+    version: int = 0,
+) -> GradedGroups:
+    """Samples the completions and grades them; with workers, while other groups still decode.
+
+    Args:
+      on_error: called when a reward function fails; where it does not raise, all rewards are NaN.
+      version: iterations done by the parameters, for the records.
+
+    Raises:
+      RewardError: when a reward function fails and there is no `on_error`.
+    """
+    P, G = len(prompts), sampling.n
+    graded: list = [None] * P
+
+    def submit(group: FinishedGroup):
+        texts = decode_completions(tokenizer, group.completions)
+        columns = prompts.select([group.prompt_index]).repeated_columns(G)
+        columns["completion_tokens"] = [len(completion) for completion in group.completions]
+        graded[group.prompt_index] = texts, reward_model.submit(texts, columns)
+
+    started = time.perf_counter()
+    overlap = {"on_group_done": submit} if reward_model.has_workers else {}
+    with jax.profiler.TraceAnnotation("rollout"):
+        out = engine.generate(params, prompts.token_ids, sampling, key, version=version, **overlap)
+    decoded = time.perf_counter()
+    try:
+        with jax.profiler.TraceAnnotation("reward"):
+            if reward_model.has_workers:
+                texts = [text for texts, _ in graded for text in texts]
+                scores = Scores.concatenate([handle.result() for _, handle in graded])
+            else:
+                texts = decode_completions(tokenizer, out.flat)
+                columns = prompts.repeated_columns(G)
+                columns["completion_tokens"] = [len(completion) for completion in out.flat]
+                scores = reward_model.score(texts, columns)
+    except RewardError as error:
+        if on_error is None:
+            raise
+        on_error(error)
+        scores = Scores.unknown(P * G, reward_model.names)
+    seconds = (decoded - started, time.perf_counter() - decoded)
+    return GradedGroups(prompts, out, texts, scores, seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Samples completions and grades them; of several processes, each does so for its own prompts.
+
+    Attributes:
+      seed: with step and attempt, of the completions.
+      keep_sample: called with the step and the error when a reward function fails.
+      takes_nonfinite: a reward that is no number makes all of them NaN, and is no error.
+    """
+
+    engine: Engine
+    sampling: SamplingParams
+    tokenizer: object
+    reward_model: RewardModel
+    seed: int
+    keep_sample: Callable[[int, RewardError], None]
+    takes_nonfinite: bool = False
+
+    def __call__(self, step: int, attempt: int | None, prompts: Prompts, params) -> GradedGroups:
+        """The completions of all prompts, the same on every process.
+
+        Args:
+          attempt: None where a step samples once.
+
+        Raises:
+          RewardError: when a reward function fails on any process.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        if attempt is not None:
+            key = jax.random.fold_in(key, attempt)
+
+        def on_error(error: RewardError):
+            if not (error.nonfinite and self.takes_nonfinite):
+                raise error
+            self.keep_sample(step, error)
+
+        try:
+            with distributed.fail_together():
+                mine = generate_and_grade(
+                    self.engine,
+                    params,
+                    prompts.select(distributed.own_rows(len(prompts))),
+                    self.sampling,
+                    key,
+                    self.tokenizer,
+                    self.reward_model,
+                    on_error,
+                    version=step,
+                )
+        except RewardError as error:
+            self.keep_sample(step, error)
+            raise
+        return GradedGroups.concatenate(distributed.all_gather(mine))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnTheSpot(Source):
+    """Samples completions of the step's prompts, and grades them.
+
+    Attributes:
+      prompts_of: the batch of prompts with a number, from 0.
+    """
+
+    sampler: Sampler
+    prompts_of: Callable[[int], Prompts]
+
+    def next(self, step: int, params) -> GradedGroups:
+        return self.sampler(step, None, self.prompts_of(step), params)
+
+
+def sample_records(prompts: Sequence, graded: GradedGroups) -> list[dict]:
+    """One dict a completion, as they are shown and kept.
+
+    Args:
+      prompts: P * G, what each completion answers, as it stands in the data.
+
+    Returns:
+      Dicts with "prompt", "completion", "reward", "components" (the score of each reward function,
+      None where it skipped the completion) and "num_tokens".
+    """
+    components = graded.scores.components
+    scores = zip(*([None if np.isnan(x) else float(x) for x in v] for v in components.values()))
+    return [
+        {
+            "prompt": prompt,
+            "completion": text,
+            "reward": float(reward),
+            "components": dict(zip(components, values)),
+            "num_tokens": len(completion),
+        }
+        for prompt, text, reward, values, completion in zip(
+            prompts,
+            graded.texts,
+            graded.scores.total,
+            scores,
+            graded.completions.flat,
+            strict=True,
+        )
+    ]
+
+
+def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
+    """Lengths in tokens, the share cut off at the limit, tokens a second, and variety."""
+    lengths, seconds = graded.completions.lengths, max(graded.seconds[0], 1e-9)
+    P, G = lengths.shape
+    texts = graded.texts
+    different = [len(set(texts[i : i + G])) / G for i in range(0, P * G, G)]
+    return {
+        "rollout/length_mean": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated_frac": float(np.mean(graded.completions.finish_reasons == "length")),
+        "rollout/tokens_per_s": float(lengths.sum() / seconds),
+        "rollout/unique_frac": float(np.mean(different)),
+        "time/rollout": graded.seconds[0],
+        "time/reward": graded.seconds[1],
+    }
+
+
+@np.errstate(invalid="ignore")  # of rewards that are not finite, the metrics are not either
+def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
+    """Mean and spread of the rewards, of each component, and of the groups of G."""
+    rewards_PG = scores.total.reshape(-1, G)
+    spread_P = rewards_PG.std(axis=1)
+    counts = scores.counts
+    metrics = {
+        "reward/mean": float(rewards_PG.mean()),
+        "reward/std": float(rewards_PG.std()),
+        "reward/group_std": float(spread_P.mean()),
+        "reward/timeouts": float(counts["timeouts"]),
+        "reward/crashes": float(counts["crashes"]),
+        "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
+        "groups/zero_std_frac": float(np.mean(np.ptp(rewards_PG, axis=1) == 0.0)),
+        "groups/all_right_frac": float(np.mean((rewards_PG > 0.0).all(axis=1))),
+        "groups/all_wrong_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
+    }
+    for name, values in scores.components.items():
+        graded = values[~np.isnan(values)]  # a function may skip a sample
+        if graded.size:
+            metrics[f"reward/{name}"] = float(graded.mean())
+    return metrics

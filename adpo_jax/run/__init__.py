@@ -1,0 +1,1 @@
+"""A run's life: the parts made from a config, its folder, checkpoints, interruptions."""

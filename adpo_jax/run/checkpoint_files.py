@@ -1,0 +1,178 @@
+"""What a checkpoint holds beside its arrays, and whether one that cannot be read is damaged.
+
+A checkpoint is a folder `<step>`; it lies complete under that name, or not at all. Its description
+names every array with shape, dtype and digest, under a checksum of its own.
+"""
+
+import errno
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from adpo_jax.run.digests import digests
+
+# Beside the folder of the checkpoints: where damaged ones go, and the note of the first.
+DAMAGED = "damaged_checkpoints"
+FIRST = "first_checkpoint.json"
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be restored."""
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was saved."""
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints lie complete in a folder, ascending; below 0 in a cold start."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir()]
+    return sorted(int(name) for name in names if name.removeprefix("-").isdigit())
+
+
+def check(folder: Path, like: Callable[[int], Any]) -> None:
+    """Checks that the newest checkpoint in a folder, if any, holds what is wanted; reads no array.
+
+    Args:
+      like: as for `Checkpoints.restore_latest`.
+
+    Raises:
+      CheckpointError: when its arrays are not those of `like`.
+    """
+    for step in reversed(complete_steps(folder)):
+        path = Path(folder) / str(step)
+        try:
+            text = (path / "description" / "metadata").read_text(encoding="utf-8")
+            arrays = unsealed(json.loads(text))["arrays"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged: told when it is restored, in the place of the one before
+        check_arrays(path, arrays, like(step))
+        return
+
+
+def description(state) -> dict:
+    """Shape, dtype and digest of every array of a state, by its name."""
+    return {"arrays": _shapes(state), "digests": digests(state)}
+
+
+def _shapes(tree) -> dict[str, list]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
+    }
+
+
+def check_arrays(folder: Path, there: dict, like) -> None:
+    """Checks that a checkpoint's arrays, as its description has them, are those of a state.
+
+    Raises:
+      CheckpointError: with what differs.
+    """
+    wanted = _shapes(like)
+    if there != wanted:
+        raise CheckpointError(_mismatch(folder, there, wanted))
+
+
+def _mismatch(folder: Path, there: dict, wanted: dict) -> str:
+    differing = [
+        f"{name}: {there.get(name, 'absent')} there, {wanted.get(name, 'absent')} wanted"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    ]
+    return (
+        f"{folder} holds the state of another model, optimizer or anchor: "
+        f"{'; '.join(differing[:4])} ({len(differing)} arrays differ). Use the config it was "
+        "written with, or another folder"
+    )
+
+
+def sealed(content: dict) -> dict:
+    """A dict to be written as JSON, with a checksum."""
+    text = json.dumps(content, sort_keys=True)
+    return {"content": text, "crc32": zlib.crc32(text.encode())}
+
+
+def unsealed(written: dict) -> dict:
+    """What `sealed` was given.
+
+    Raises:
+      ValueError: for another checksum.
+    """
+    text = written["content"]
+    if zlib.crc32(text.encode()) != written["crc32"]:
+        raise ValueError("its checksum is wrong")
+    return json.loads(text)
+
+
+def read_on_all(read: Callable[[], Any]) -> Any:
+    """What `read` gives on this process, where it gives something on all.
+
+    Raises:
+      DamagedError: what was to be read is missing, or is not what was written.
+      OSError, MemoryError or another: it could not be read now; what lies there may be whole.
+    """
+    result, failure = None, None
+    try:
+        result = read()
+    except Exception as error:
+        failure = error
+    readable = failure is None or is_damage(failure)
+    if not on_all_processes(readable):
+        if readable or type(failure) in (ValueError, Exception):  # of tensorstore and orbax
+            reason = "another process cannot" if readable else first_line(_causes(failure)[-1])
+            raise OSError(f"the checkpoint cannot be read: {reason}") from failure
+        raise failure
+    if not on_all_processes(failure is None):
+        raise DamagedError(first_line(failure and _causes(failure)[-1])) from failure
+    return result
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came of, the first cause last."""
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of reading says that a file is missing or holds something else."""
+    # orbax wraps some in a bare Exception.
+    causes = [cause for cause in _causes(error) if type(cause) is not Exception]
+    return bool(causes) and all(map(_says_damage, causes))
+
+
+def _says_damage(error: BaseException) -> bool:
+    """tensorstore raises ValueError for everything, with the system's error number in its text."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if not isinstance(error, ValueError | LookupError | TypeError | AttributeError | EOFError):
+        return False  # MemoryError, and RuntimeError where no thread can be started
+    numbers = re.findall(r"OS error (\d+)", str(error))
+    missing = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    return all(int(number) in missing for number in numbers) and not re.search(
+        r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)
+    )
+
+
+def first_line(error: BaseException | None) -> str:
+    """An error in one line, its class where it says nothing."""
+    text = "" if error is None else str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def on_all_processes(ok: bool) -> bool:
+    """Whether it is so on every process; they all ask."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))

@@ -1,0 +1,121 @@
+"""The cold start: supervised training on demonstrations, before the first iteration.
+
+Its steps are numbered from -num_steps up to 0, where the iterations begin: logs and checkpoints of
+both stages have one order, in which what came after a restored checkpoint is taken back.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import optax
+
+from adpo_jax import update
+from adpo_jax.data.files import prompt_indices
+from adpo_jax.log.metrics import Writers
+from adpo_jax.log.progress import Progress
+from adpo_jax.policy.policy import Policy
+from adpo_jax.records import Batch
+from adpo_jax.run.checkpoints import Checkpoints
+from adpo_jax.run.guard import TrainingStopped
+from adpo_jax.run.interruption import Interrupted, Interruption
+from adpo_jax.update import SKIPPED, TrainState, sft
+
+_LOG_FREQ = 50  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdStart:
+    """The supervised stage of a run.
+
+    Attributes:
+      prompts, completions: the demonstrations' token ids.
+      num_steps: optimizer steps of the whole stage.
+      batch_size: demonstrations a step.
+      prompt_length, length: tokens that prompts and completions are padded to.
+      seed: of the demonstrations' order.
+      save_freq: steps between two checkpoints; 0 for none.
+      rows_per_micro: demonstrations that a device holds at once; 0 for all.
+    """
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    num_steps: int
+    batch_size: int
+    prompt_length: int
+    length: int
+    seed: int
+    save_freq: int
+    rows_per_micro: int = 0
+
+    def init_state(self, params) -> TrainState:
+        """The state before the first step; it takes `params` over."""
+        return update.init_state(self.policy, params, self.optimizer)
+
+    def abstract_state(self) -> TrainState:
+        """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
+        return update.abstract_state(self.policy, self.optimizer)
+
+    def train(
+        self, state: TrainState, writer: Writers, checkpoints: Checkpoints, stop: Interruption
+    ) -> TrainState:
+        """Does the steps that the state has not behind it.
+
+        Args:
+          state: donated.
+
+        Raises:
+          Interrupted: when `stop` asked for it; the state has been saved.
+          TrainingStopped: when the loss or gradient of a step was not finite.
+        """
+        done, last = int(state.step), self.num_steps
+        step_fn = sft.make_sft_step(
+            self.policy,
+            self.optimizer,
+            batch_size=self.batch_size,
+            rows_per_micro=self.rows_per_micro,
+        )
+        skipped = 0.0
+        try:
+            with Progress("cold start", last, done) as progress:
+                for batch in self._batches(done):
+                    stop.check()
+                    state, metrics = step_fn(state, batch)
+                    skipped = skipped + metrics[SKIPPED]
+                    done += 1
+                    if done % _LOG_FREQ == 0 or done == last:
+                        loss = float(metrics["sft/loss"])
+                        progress.update(done, f"loss {loss:.3f}")
+                        writer.write_scalars(done - last, {"sft/step": done, "sft/loss": loss})
+                        _check(int(skipped), done)
+                    if done < last and checkpoints.is_due(done - last, every=self.save_freq):
+                        writer.flush()  # what a checkpoint has behind it is in the log
+                        checkpoints.save(done - last, state.saved)
+        except Interrupted as reason:
+            writer.flush()
+            checkpoints.save_now(done - last, state.saved)
+            print(f"stopped by {reason} after cold start step {done}, which is saved", flush=True)
+            raise
+        return state
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        """The batches of the steps from `first` on, a function of the step and the seed."""
+        for step in range(first, self.num_steps):
+            rows = prompt_indices(
+                step, seed=self.seed, num_rows=len(self.prompts), batch_size=self.batch_size
+            )
+            yield sft.demonstrations(
+                [self.prompts[i] for i in rows],
+                [self.completions[i] for i in rows],
+                prompt_length=self.prompt_length,
+                length=self.length,
+            )
+
+
+def _check(skipped: int, done: int) -> None:
+    if skipped:
+        raise TrainingStopped(
+            f"the loss or gradient of {skipped} of the cold start's steps up to {done} was not "
+            "finite, and they were left out; lower sft.lr, or look at sft.train_files"
+        )

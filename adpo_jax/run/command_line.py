@@ -1,0 +1,46 @@
+"""What the command lines have in common: flags, and a config file that may hold any mistake."""
+
+import sys
+import traceback
+from typing import Any
+
+from absl import flags
+
+from adpo_jax.run.config_checks import check_overrides
+from adpo_jax.run.exit_codes import USER_ERROR
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the flags; exits with code 2 for a mistake in them or in the config file."""
+    debug = "--debug" in argv
+    try:
+        check_overrides(argv)
+        return values(argv)
+    except Exception as error:  # a config file is a program: anything may go wrong in it
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_in_words(error)}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def load_config(flag: flags.FlagHolder) -> Any:
+    """The config that a flag names; None where it is not given.
+
+    Raises:
+      ValueError: for a file that fails to load, which is told of when it is looked into.
+    """
+    try:
+        config = flag.value
+        if config is not None:
+            config.trainer  # noqa: B018
+    except Exception as error:
+        raise ValueError(_in_words(error)) from error
+    return config
+
+
+def _in_words(error: Exception) -> str:
+    """What went wrong in a config file, without the traceback that config_flags puts into it."""
+    text = str(error).strip()
+    if "Traceback" in text:
+        return text.splitlines()[-1]
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,227 @@
+"""Checks of the configuration, before anything else is done with it.
+
+What one key allows and needs stands in its declaration (`config.Key`); the rest here is what only
+several keys together, or a command line, can get wrong. What the parameters of algorithms allow is
+checked by the algorithms.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from pathlib import PurePath
+
+from ml_collections import ConfigDict
+
+from adpo_jax import losses
+from adpo_jax.config import Key, declarations, default_config, keys
+from adpo_jax.run import metric_names
+
+# What a folder may be named: one part of a path, and no hidden one.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
+
+
+def finalized(config: ConfigDict) -> ConfigDict:
+    """A locked copy with derived defaults filled in, after `validate`."""
+    config = ConfigDict(config).copy_and_resolve_references()
+    with config.unlocked():
+        actor = config.actor_rollout_ref.actor
+        actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
+        remat = str(config.trainer.gradient_checkpointing).lower()
+        spelled = {"true": "full", "false": "none"}
+        config.trainer.gradient_checkpointing = spelled.get(remat, remat)
+        _fill_in_defaults_of_the_algorithm(config)
+    validate(config)
+    return config.lock()
+
+
+def _fill_in_defaults_of_the_algorithm(config: ConfigDict) -> None:
+    """Sets the parameters that have no default of their own, since algorithms differ in it."""
+    kind = losses.ALGORITHMS.get(config.algorithm.adv_estimator)
+    for field in dataclasses.fields(kind) if kind else ():
+        if config.algorithm[field.name] is None:
+            config.algorithm[field.name] = field.default
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks the values that keys allow and need, and what several keys together can get wrong.
+
+    Raises:
+      ValueError: with what was wanted, what was given and the cure.
+    """
+    declared = declarations()
+    for name, key in declared.items():
+        _check_value(name, key, _value(config, name))
+    prompts, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if prompts % mini:
+        raise ValueError(
+            f"actor.ppo_mini_batch_size ({mini} prompts) must divide data.train_batch_size "
+            f"({prompts} prompts)"
+        )
+    for name in ("actor_rollout_ref.actor.optim.betas", "sft.betas"):
+        betas = _value(config, name)
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"{name} are two numbers in [0, 1), given {tuple(betas)}")
+    _check_paths(config)
+    _check_anchor(config)
+    if config.actor_rollout_ref.rollout.temperature <= 0:
+        raise ValueError(
+            "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
+            "completions of a prompt are all the same. Evaluation is greedy as it is"
+        )
+    if config.sft.steps and not config.sft.train_files:
+        raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
+    _refuse_kl_without_effect(config)
+    _refuse_unmet_needs(config, declared)
+    _refuse_parameters_of_others(config)
+    _refuse_lora_without_effect(config)
+    _check_best_metric(config)
+
+
+def _check_value(name: str, key: Key, value) -> None:
+    if key.choices and value not in key.choices:
+        choices = ", ".join(filter(None, key.choices))
+        raise ValueError(f"{name} is one of {choices}; given {value!r}")
+    if value is None or key.least is None:
+        return
+    if key.most is not None and not key.least <= value <= key.most:
+        raise ValueError(f"{name} is in [{key.least:g}, {key.most:g}], given {value}")
+    if not key.least <= value < float("inf"):  # NaN is neither
+        raise ValueError(f"{name} is at least {key.least:g}, given {value}")
+
+
+def _check_anchor(config: ConfigDict) -> None:
+    kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
+    if kind.on_policy_anchor and config.anchor.mode != "on_policy":
+        raise ValueError(
+            f"algorithm.adv_estimator={kind.name} takes the ratio to the policy that sampled, so "
+            f"it needs anchor.mode=on_policy; given {config.anchor.mode!r}. To stay near the "
+            "policy before the first iteration, set algorithm.beta_reference_kl"
+        )
+
+
+def _refuse_kl_without_effect(config: ConfigDict) -> None:
+    actor = config.actor_rollout_ref.actor
+    one_step = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
+    if not one_step or config.anchor.mode != "on_policy":
+        return
+    kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
+    cures = ["take more steps by ppo_epochs or ppo_mini_batch_size"]
+    cures += [] if kind.on_policy_anchor else ["set anchor.mode=fixed"]
+    reference = "set algorithm.beta_reference_kl, which pulls to the policy before the first step"
+    for key, more in (("algorithm.beta_anchor_kl", [reference]), ("trainer.max_anchor_kl", [])):
+        if _value(config, key):
+            raise ValueError(
+                f"{key}={_value(config, key)} has no effect on one optimizer step an iteration "
+                "under the on-policy anchor, where the KL and its gradient are 0: "
+                f"{', or '.join(cures + more)}"
+            )
+
+
+def _refuse_unmet_needs(config: ConfigDict, declared: dict[str, Key]) -> None:
+    default = default_config()
+    default.algorithm.adv_estimator = config.algorithm.adv_estimator
+    _fill_in_defaults_of_the_algorithm(default)
+    for name, key in declared.items():
+        unmet = [need for need in key.needs if not need.is_met(config)]
+        if unmet and _value(config, name) != _value(default, name):
+            raise ValueError(
+                f"{name}={_value(config, name)} has no effect without {unmet[0].text}; leave it "
+                f"at the default ({_value(default, name)}) or see to that too"
+            )
+
+
+def _refuse_parameters_of_others(config: ConfigDict) -> None:
+    algorithm, default = config.algorithm, default_config().algorithm
+    own = losses.ALGORITHMS[algorithm.adv_estimator].__dataclass_fields__
+    others = {p.name for p in losses.parameters.union(losses.ALGORITHMS.values())} - own.keys()
+    changed = [f"algorithm.{name}" for name in others if algorithm[name] != default[name]]
+    if changed:
+        raise ValueError(
+            f"{', '.join(sorted(changed))}: no effect under adv_estimator="
+            f"{algorithm.adv_estimator}; leave at the default"
+        )
+
+
+def _refuse_lora_without_effect(config: ConfigDict) -> None:
+    model, default = config.actor_rollout_ref.model, default_config().actor_rollout_ref.model
+    keys = ("lora_rank", "lora_alpha", "lora_target_modules")
+    changed = [f"model.{key}" for key in keys if model[key] != default[key]]
+    if model.lora_adapter_path and changed:
+        raise ValueError(
+            f"{', '.join(changed)}: no effect beside model.lora_adapter_path, whose folder says "
+            "rank, alpha and targets; leave at the default"
+        )
+    if changed and not model.lora_rank:
+        raise ValueError(
+            f"{', '.join(changed)}: no effect without model.lora_rank, which is 0 (no LoRA)"
+        )
+
+
+def _check_best_metric(config: ConfigDict) -> None:
+    """By a name that no row has, no checkpoint would ever be the best."""
+    name = config.trainer.best_metric
+    if not name:
+        return
+    if name.startswith("eval/") and not config.data.val_files:
+        raise ValueError(
+            f"trainer.best_metric={name} has no effect without data.val_files; leave it at the "
+            "default () or see to that too"
+        )
+    algorithm = losses.make_algorithm(config.algorithm.adv_estimator, config.algorithm)
+    names = metric_names.of_rows(
+        [metric.name for metric in algorithm.metrics],
+        filtered=config.algorithm.filter_groups,
+        evaluated=bool(config.data.val_files),
+        num_samples=config.eval.n,
+        ks=tuple(config.eval.ks),
+        by_category=bool(config.eval.category_key),
+    )
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"trainer.best_metric={name}: no row of this run has it; did you mean {near}? "
+            "docs/metrics.md lists them"
+        )
+
+
+def check_overrides(argv: list[str]) -> None:
+    """Checks that every `--config.KEY=...` of a command line names a key.
+
+    Raises:
+      ValueError: naming the nearest key there is.
+    """
+    known = set(keys(default_config()))
+    for argument in argv:
+        key = argument.lstrip("-").split("=", 1)[0]
+        if not argument.startswith("-") or not key.startswith("config."):
+            continue
+        key = key.removeprefix("config.")
+        above, _, below = key.rpartition(".")
+        if above in known:
+            raise ValueError(f"{above} is set as a whole: --config.{above}=\"{{'{below}': ...}}\"")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"the config has no key {key}; did you mean {near}?")
+
+
+def _value(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_paths(config: ConfigDict) -> None:
+    """Nothing that a config names is written outside the run's folder."""
+    for key in ("trainer.project_name", "trainer.experiment_name"):
+        if not _NAME.fullmatch(_value(config, key)):
+            raise ValueError(
+                f"{key} is the name of a folder, letters, digits and _.+=@,- without a leading "
+                f"dot; given {_value(config, key)!r}. --workdir takes any path"
+            )
+    folder = PurePath(config.trainer.rollout_data_dir)
+    if folder.is_absolute() or ".." in folder.parts:
+        raise ValueError(
+            "trainer.rollout_data_dir is a folder of its own within the run's folder; given "
+            f"{str(folder)!r}"
+        )

@@ -1,0 +1,129 @@
+"""What a run is: its config and the contents of its files, and which of it may change.
+
+Between two parts of one run a learning rate or a log may differ; the model, the data, the seed or
+the algorithm may not, unless that is meant.
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from adpo_jax.config import default_config
+from adpo_jax.log.redaction import is_redaction_of, redacted
+from adpo_jax.losses import ALGORITHMS, parameters
+
+# What may differ between two parts of one run; all else says what the run is. A name that ends in a
+# dot stands for all keys below it.
+MAY_CHANGE = (
+    "mesh.",
+    "actor_rollout_ref.actor.attention",
+    "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.actor.optim.betas",
+    "actor_rollout_ref.actor.optim.lr",
+    "actor_rollout_ref.actor.optim.lr_scheduler_type",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps",
+    "actor_rollout_ref.actor.optim.min_lr_ratio",
+    "actor_rollout_ref.actor.optim.weight_decay",
+    "actor_rollout_ref.rollout.attention",
+    "actor_rollout_ref.rollout.free_cache_engine",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.num_slots",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "custom_reward_function.num_workers",
+    "custom_reward_function.on_timeout",
+    "custom_reward_function.timeout_s",
+    "eval.",
+    "sft.save_freq",
+    "trainer.best_metric",
+    "trainer.compilation_cache_dir",
+    "trainer.experiment_name",
+    "trainer.grace_period_s",
+    "trainer.gradient_checkpointing",
+    "trainer.log_num_samples",
+    "trainer.log_samples_freq",
+    "trainer.logger",
+    "trainer.max_anchor_kl",
+    "trainer.max_bad_updates",
+    "trainer.max_save_failures",
+    "trainer.on_bad_update",
+    "trainer.per_device_train_batch_size",
+    "trainer.profile_steps",
+    "trainer.project_name",
+    "trainer.rollout_data_dir",
+    "trainer.save_freq",
+    "trainer.save_total_limit",
+    "trainer.test_freq",
+    "trainer.total_epochs",
+    "trainer.total_training_steps",
+)
+
+# The digests in config.json, a dict of texts.
+CONTENTS = "contents"
+
+
+def as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> dict:
+    """What is written of a run's identity, without secrets.
+
+    Args:
+      replay: the recording that it trains from.
+      contents: digests of what its files hold; None where they are not known.
+    """
+    content = redacted(json.loads(config.to_json()))
+    content["replay"] = str(Path(replay).resolve()) if replay else ""
+    return content if contents is None else content | {CONTENTS: contents}
+
+
+def may_change(key: str, step: int) -> bool:
+    """Whether a run with this checkpoint goes on under another value of a key."""
+    if key.startswith(f"{CONTENTS}."):
+        # What has not been used yet, or never will be again, has no part in the state.
+        return step >= 0 if key == f"{CONTENTS}.demonstrations" else step <= 0
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)
+
+
+def changes(there: dict, here: dict) -> dict[str, str]:
+    """The keys whose values differ: key -> a line with both values.
+
+    Args:
+      there: as `as_json` wrote it, maybe in an earlier version.
+    """
+    # A run that is older than a key had what is now its default, and one that is older than its
+    # digests the contents of now.
+    there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
+    known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
+    shared = {name: known.get(name, value) for name, value in now.items()}
+    lines = _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
+    without_effect = _parameters_of_others(here["algorithm"]["adv_estimator"])
+    return {key: line for key, line in lines.items() if key not in without_effect}
+
+
+def _parameters_of_others(name: str) -> set[str]:
+    """The keys of the parameters that the algorithm of this name does not have.
+
+    They are at their defaults, which may have changed since with the algorithms that there are.
+    """
+    own = ALGORITHMS[name].__dataclass_fields__
+    union = parameters.union(ALGORITHMS.values())
+    return {f"algorithm.{p.name}" for p in union if p.name not in own}
+
+
+def _filled(there: dict, defaults: dict) -> dict:
+    """`there` with the keys that it lacks."""
+    filled = defaults | there
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(there.get(key), dict):
+            filled[key] = _filled(there[key], default) if default else there[key]
+    return filled
+
+
+def _differences(there: dict, here: dict, prefix: str = "") -> dict[str, str]:
+    """The keys whose values differ, each with a line that shows both."""
+    lines = {}
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines |= _differences(old, new, f"{prefix}{key}.")
+        elif old != new and not is_redaction_of(old, new):
+            lines[f"{prefix}{key}"] = f"{prefix}{key}: {old!r} -> {new!r}"
+    return lines

@@ -1,0 +1,146 @@
+"""SIGTERM, SIGINT and preemption notices: stop in good order, within a grace period.
+
+The first signal asks the run to stop: a stage that has changed nothing yet (rollout, grading,
+evaluation) is abandoned at once, any other is finished. When the grace period ends first, the
+process exits without more ado, and the last checkpoint is what the next one goes on from. A second
+Ctrl-C exits at once.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from adpo_jax.run.exit_codes import INTERRUPTED, SECOND_INTERRUPT
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop; no error, so that no `except Exception` takes it for one."""
+
+
+class Interruption:
+    """Whether the run was asked to stop. As a context manager it takes the signals over.
+
+    Args:
+      grace_s: seconds from the first signal until the process exits whatever it is doing.
+    """
+
+    def __init__(self, grace_s: float = 30.0):
+        self.grace_s = grace_s
+        self._name: str | None = None
+        self._may_raise = False
+        self._checks = 0
+        self._before: dict = {}
+        self._ends: tuple[socket.socket, socket.socket] | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self._name is not None
+
+    def check(self) -> None:
+        """Raises where this or any other process was asked to stop; all make the same calls.
+
+        Raises:
+          Interrupted: on all processes at the same call.
+        """
+        asked = self.requested
+        self._checks += 1
+        if jax.process_count() > 1:
+            preempted = _reached_preemption(self._checks)
+            asked = bool(np.any(multihost_utils.process_allgather(np.array(asked or preempted))))
+        if asked:
+            raise Interrupted(self._name or "a preemption notice")
+
+    @contextlib.contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """A stage that may be given up anywhere; a signal raises `Interrupted` in it.
+
+        Code of the user within may catch that: what such a stage gave is not to be used, so it is
+        raised again at the end, and in the place of an error that came of it.
+
+        One of several processes may not leave the others in the middle of a collective: there, a
+        stage is never given up.
+        """
+        allowed = self._may_raise = jax.process_count() == 1
+        try:
+            if allowed and self.requested:
+                raise Interrupted(self._name)
+            yield
+        except Exception as error:
+            if allowed and self.requested:
+                raise Interrupted(self._name) from error
+            raise
+        finally:
+            self._may_raise = False
+        if allowed and self.requested:
+            raise Interrupted(self._name)
+
+    def __enter__(self):
+        # Python runs a handler when the main thread is back from the compiler or the device. The
+        # grace period and the second Ctrl-C cannot wait for that: a thread is told by the kernel.
+        self._ends = socket.socketpair()
+        self._ends[1].setblocking(False)
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._ends[1].close()  # ends the thread
+
+    def _handle(self, number: int, _frame) -> None:
+        self._name = signal.Signals(number).name
+        if self._may_raise:
+            self._may_raise = False
+            raise Interrupted(self._name)
+
+    def _watch(self) -> None:
+        interrupts = 0
+        timer = None
+        with self._ends[0] as end:
+            while received := end.recv(1):
+                number = received[0]
+                if number not in SIGNALS:
+                    continue
+                interrupts += number == signal.SIGINT
+                if interrupts > 1:
+                    _exit("second interrupt: exiting at once", SECOND_INTERRUPT)
+                if timer is None:
+                    timer = threading.Timer(self.grace_s, self._give_up)
+                    timer.daemon = True
+                    timer.start()
+                    name = signal.Signals(number).name
+                    text = f"{name}: stopping, within {self.grace_s:g} s; a second Ctrl-C exits"
+                    print(text, file=sys.stderr, flush=True)
+        if timer is not None:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        text = f"not done after {self.grace_s:g} s: exiting; the last checkpoint is whole"
+        _exit(text, INTERRUPTED)
+
+
+def _exit(text: str, code: int) -> None:
+    print(text, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _reached_preemption(number: int) -> bool:
+    """Whether JAX's preemption service asks all processes to stop at their call of this number."""
+    try:
+        return multihost_utils.reached_preemption_sync_point(number)
+    except RuntimeError:  # the service is off
+        return False

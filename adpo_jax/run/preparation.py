@@ -1,0 +1,180 @@
+"""A run made ready: every mistake that can be found before training is found here.
+
+What each part is made from is next door (`setup`); what happens then, too (`train`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from adpo_jax.data import files
+from adpo_jax.devices import distributed
+from adpo_jax.log import metrics as metrics_lib
+from adpo_jax.records import Prompts
+from adpo_jax.rewards import RewardError
+from adpo_jax.rollouts.filtering import GroupFilter
+from adpo_jax.rollouts.recording import Replay
+from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
+from adpo_jax.rollouts.source import Source
+from adpo_jax.run import checkpoint_files, setup
+from adpo_jax.run.checkpoint_files import CheckpointError
+from adpo_jax.run.checkpoints import Checkpoints
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.setup import Parts
+from adpo_jax.update import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that can be started: everything checked, its folder claimed.
+
+    Attributes:
+      config: the final one.
+      params: what a fresh run starts from; None where there is a checkpoint to go on from, unless
+        it lacks frozen parameters.
+      source: where the groups of an iteration come from.
+      trackers: the experiment trackers, started.
+    """
+
+    config: ConfigDict
+    parts: Parts
+    folder: RunFolder
+    params: Any
+    source: Source
+    trackers: Sequence[metrics_lib.Writer] = ()
+
+    def save_source(self, step: int, checkpoints: Checkpoints) -> None:
+        """Keeps what the source needs to go on after `step` iterations."""
+        if self.folder.writes:
+            self.source.save(step, oldest=min(checkpoints.steps, default=0))
+
+
+def prepare(
+    config: ConfigDict,
+    workdir: str | Path | None = None,
+    *,
+    build: Callable[[ConfigDict], Parts] = setup.build,
+    resume: str = "auto",
+    allow_config_change: bool = False,
+    replay: str | Path | None = None,
+) -> Run:
+    """Finds every mistake that can be found before training, then claims the run's folder.
+
+    Args:
+      workdir: the run's folder; None for `default_workdir`.
+      build: makes the parts of the run from the final config; `setup.build`, or a function that
+        gives parts of one's own in place of some of its.
+      resume: "auto" goes on with the run in the folder where there is one, "never" refuses such a
+        folder, "must" any other.
+      allow_config_change: resume under a config that changes what the run is.
+      replay: a folder of recorded rollouts to train from, in place of a sampler.
+
+    Raises:
+      ValueError: nothing has been written then, but for the config where a tracker cannot be
+        started.
+    """
+    workdir = default_workdir(config) if workdir is None else Path(workdir)
+    replay = None if replay is None else Path(replay)
+    options = {
+        "replay": replay,
+        "resume": resume,
+        "allow_config_change": allow_config_change,
+    }
+    with distributed.fail_together():
+        config = finalized(config)
+        folder = RunFolder(workdir, writes=distributed.is_leader())
+        folder.check(config, **options)
+        parts = build(config)
+        source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+        checkpoint_files.check(folder.checkpoints, abstract_state(parts))
+        source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
+        contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither
+    in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
+    params = None if in_checkpoint else parts.initial_params()
+    with distributed.fail_together():
+        folder.claim(config, contents=contents, **options)
+        try:
+            trackers = setup.make_trackers(config, folder.root)
+        except ValueError:
+            folder.release()
+            raise
+    return Run(config, parts, folder, params, source, trackers)
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """The folder of a run that names none.
+
+    Raises:
+      ValueError: where a link leads out of `runs/`.
+    """
+    runs = Path("runs")
+    folder = runs / config.trainer.project_name / config.trainer.experiment_name
+    if not folder.resolve().is_relative_to(runs.resolve()):
+        raise ValueError(f"{folder} leads out of {runs}/ to {folder.resolve()}; give a --workdir")
+    return folder
+
+
+def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
+    """What the checkpoint of a step holds: of the cold start where it is below 0."""
+
+    def of_step(step: int) -> TrainState:
+        if step < 0 and parts.cold_start is None:
+            raise CheckpointError(
+                f"checkpoint {step} is of a cold start, which sft.steps=0 leaves out; set it as it "
+                "was, or start in another folder"
+            )
+        return (parts.learner if step >= 0 else parts.cold_start).abstract_state().saved
+
+    return of_step
+
+
+def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
+    """Samples completions of the step's prompts, and grades them."""
+
+    def keep_sample(step: int, error: RewardError):
+        folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
+
+    def prompts_of(step: int) -> Prompts:
+        rows = files.prompt_indices(
+            step,
+            seed=config.trainer.seed,
+            num_rows=len(parts.train_prompts),
+            batch_size=config.data.train_batch_size,
+        )
+        return parts.train_prompts.select(rows)
+
+    sampler = Sampler(
+        parts.engine,
+        parts.sampling,
+        parts.tokenizer,
+        parts.reward_model,
+        seed=config.trainer.seed,
+        keep_sample=keep_sample,
+        # NaN rewards make an update that is not sound, which is skipped.
+        takes_nonfinite=config.trainer.on_bad_update == "skip",
+    )
+    if not config.algorithm.filter_groups:
+        return OnTheSpot(sampler, prompts_of)
+    return GroupFilter(
+        sampler,
+        prompts_of,
+        folder.surplus,
+        max_attempts=config.algorithm.filter_max_attempts,
+        min_reward_std=config.algorithm.min_reward_std,
+    )
+
+
+def _replayed(config, parts: Parts, replay: Path) -> Source:
+    """Reads what another run recorded."""
+    return Replay(
+        replay,
+        parts.num_steps,
+        num_prompts=config.data.train_batch_size,
+        num_samples=config.algorithm.num_generations,
+        max_response_length=config.data.max_response_length,
+        max_prompt_length=config.data.max_prompt_length,
+    )

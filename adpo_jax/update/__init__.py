@@ -1,0 +1,23 @@
+"""The update: packing, the optimizer step, an iteration's learning, anchors."""
+
+from adpo_jax.update.step import (
+    METRICS,
+    SKIPPED,
+    TrainState,
+    abstract_state,
+    init_state,
+    joined,
+    make_log_probs,
+    make_update,
+)
+
+__all__ = [
+    "METRICS",
+    "SKIPPED",
+    "TrainState",
+    "abstract_state",
+    "init_state",
+    "joined",
+    "make_log_probs",
+    "make_update",
+]

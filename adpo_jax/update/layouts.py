@@ -1,0 +1,210 @@
+"""How a batch on the device runs through the model, micro-batch by micro-batch.
+
+Two layouts with the same face: rows (each completion behind its own copy of the prompt, padded: the
+plain version) and packed streams (`packing`). What there is of every token (log-probs, whether it
+is trained on) lies in arrays of the layout's own shape, [P, G, T] in rows, [B, M, C] in streams.
+
+Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens,
+B streams side by side, M micro-batches, N tokens of a stream, C completion places of it, D model
+width.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from adpo_jax.losses.algorithm import PaddedTokens, Prepared, StreamTokens, Tokens
+from adpo_jax.model.tile_attention import Stream
+from adpo_jax.policy.policy import Policy
+from adpo_jax.records import Batch
+from adpo_jax.update.packing import Micro, PackedBatch
+
+
+class MicroBatch(Protocol):
+    """Completions that run through the model at once, in rows of places.
+
+    Attributes:
+      tokens: those of this micro-batch, in the shape of its part of the batch.
+    """
+
+    tokens: Tokens
+
+    def hidden_and_targets(self, policy: Policy, params) -> tuple[jax.Array, jax.Array]:
+        """Hidden states [rows, places, D], and the token [rows, places] that each predicts."""
+
+    def of(self, values: jax.Array) -> jax.Array:
+        """Its part of values in the shape of the layout."""
+
+    def rows(self, values: jax.Array) -> jax.Array:
+        """Values of its tokens as [rows, places]."""
+
+    def from_rows(self, values: jax.Array) -> jax.Array:
+        """Values [rows, places] in the shape of its part of the batch."""
+
+    def prepared(self, prepared: Prepared) -> Prepared:
+        """What a loss over its tokens alone is given."""
+
+
+class Layout(Protocol):
+    """A batch cut into micro-batches.
+
+    Attributes:
+      tokens: all of the batch, in the shape of the layout.
+      log_probs: of other policies, in the shape of the layout, by their names.
+      has_whole_groups: no group is split over micro-batches.
+    """
+
+    tokens: Tokens
+    log_probs: dict[str, jax.Array]
+    has_whole_groups: bool
+
+    def micro(self, i) -> MicroBatch:
+        """The micro-batch with this number."""
+
+    def loop(self, body, first):
+        """Runs `body(carry, i) -> (carry, out)` over the micro-batches; (carry, outs)."""
+
+    def joined(self, outs: jax.Array) -> jax.Array:
+        """What `loop` collected, from [micro-batches, rows, places] to the shape of the layout."""
+
+
+def layout_of(
+    batch: Batch | PackedBatch, log_probs: dict[str, Any] | None = None, num_micro: int = 1
+) -> Layout:
+    """The layout of a batch; `log_probs` and `num_micro` as of `update.make_update`."""
+    if isinstance(batch, PackedBatch):
+        return PackedLayout(batch, batch.log_probs | (log_probs or {}))
+    return RowLayout(batch, {"sampler": batch.sampler_log_probs_PGT} | (log_probs or {}), num_micro)
+
+
+class RowLayout(NamedTuple):
+    """Padded rows; a micro-batch is some of the prompts with all their completions."""
+
+    batch: Batch
+    log_probs: dict[str, jax.Array]
+    num_micro: int
+    has_whole_groups = True
+
+    @property
+    def tokens(self) -> PaddedTokens:
+        return PaddedTokens(self.batch.completion_mask_PGT > 0)
+
+    def micro(self, i) -> "RowMicro":
+        return RowMicro(self, i)
+
+    def part(self, x_PZ, i):
+        """The prompts of a micro-batch: every `num_micro`-th, so that all devices have some."""
+        return x_PZ.reshape(-1, self.num_micro, *x_PZ.shape[1:])[:, i]
+
+    def loop(self, body, first):
+        if self.num_micro == 1:
+            carry, out = body(first, 0)
+            return carry, jax.tree.map(lambda x: x[None], out)
+        return jax.lax.scan(body, first, jnp.arange(self.num_micro))
+
+    def joined(self, outs):
+        P, G, T = self.batch.completion_mask_PGT.shape
+        outs = outs.reshape(self.num_micro, -1, G, T)
+        return jnp.moveaxis(outs, 0, 1).reshape(P, G, T)
+
+
+class RowMicro(NamedTuple):
+    """A row a completion, a place a completion token."""
+
+    layout: RowLayout
+    i: jax.Array
+
+    @property
+    def tokens(self) -> PaddedTokens:
+        return PaddedTokens(self.of(self.layout.batch.completion_mask_PGT) > 0)
+
+    def hidden_and_targets(self, policy: Policy, params):
+        batch = self.layout.batch
+        S, T = batch.tokens_PGS.shape[-1], batch.num_completion
+        tokens = self.of(batch.tokens_PGS).reshape(-1, S)
+        mask = self.of(batch.attention_mask_PGS).reshape(-1, S)
+        return policy.hidden(params, tokens, mask)[:, -T - 1 : -1], tokens[:, -T:]
+
+    def of(self, values):
+        return self.layout.part(values, self.i)
+
+    def rows(self, values):
+        return values.reshape(-1, values.shape[-1])
+
+    def from_rows(self, values):
+        _, G, T = self.layout.batch.completion_mask_PGT.shape
+        return values.reshape(-1, G, T)
+
+    def prepared(self, prepared: Prepared) -> Prepared:
+        return jax.tree.map(self.of, prepared)
+
+
+class PackedLayout(NamedTuple):
+    """Streams of `packing`, side by side over the devices."""
+
+    batch: PackedBatch
+    log_probs: dict[str, jax.Array]
+
+    @property
+    def has_whole_groups(self) -> bool:
+        return self.batch.whole_groups
+
+    @property
+    def tokens(self) -> StreamTokens:
+        batch = self.batch
+        return StreamTokens(batch.trained, batch.completion, batch.num_prompts, batch.group_size)
+
+    def micro(self, i) -> "PackedMicro":
+        return PackedMicro(self, i, jax.tree.map(lambda x: x[:, i], self.batch.micro))
+
+    def loop(self, body, first):
+        max_micro = self.batch.trained.shape[1]
+        if max_micro == 1:
+            carry, out = body(first, 0)
+            return carry, jax.tree.map(lambda x: x[None], out)
+
+        def step(i, carry_and_outs):
+            carry, outs = carry_and_outs
+            carry, out = body(carry, i)
+            return carry, jax.tree.map(lambda xs, x: xs.at[i].set(x), outs, out)
+
+        _, out = jax.eval_shape(body, first, 0)
+        outs = jax.tree.map(lambda s: jnp.zeros((max_micro, *s.shape), s.dtype), out)
+        # Only the micro-batches that hold something: their number is data, not a shape.
+        return jax.lax.fori_loop(0, self.batch.num_micro_B[0], step, (first, outs))
+
+    def joined(self, outs):
+        return jnp.moveaxis(outs, 0, 1)
+
+
+class PackedMicro(NamedTuple):
+    """A stream a batch shard of the mesh."""
+
+    layout: PackedLayout
+    i: jax.Array
+    streams: Micro
+
+    @property
+    def tokens(self) -> StreamTokens:
+        return jax.tree.map(self.of, self.layout.tokens)
+
+    def hidden_and_targets(self, policy: Policy, params):
+        streams = self.streams
+        attend = policy.stream_attention(
+            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles - 1)
+        )
+        hidden, *_ = policy(params, streams.tokens, streams.positions, attend=attend)
+        return hidden[:, -streams.targets.shape[1] :], streams.targets
+
+    def of(self, values):
+        return values[:, self.i]
+
+    def rows(self, values):
+        return values
+
+    def from_rows(self, values):
+        return values
+
+    def prepared(self, prepared: Prepared) -> Prepared:
+        return prepared

@@ -1,0 +1,347 @@
+"""One iteration's learning: log-probs of other policies, then optimizer steps over mini-batches.
+
+One optimizer step an iteration under the on-policy anchor costs no anchor forward: the anchor is
+the policy of that very step. Everything else costs one, and so does the reference where the loss
+pulls towards it.
+
+Letters: P prompts, G completions of a prompt, T completion tokens.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adpo_jax import update
+from adpo_jax.devices import distributed, offload
+from adpo_jax.devices.meter import Meter
+from adpo_jax.devices.sharding import BatchSharding, device_bytes
+from adpo_jax.losses import Algorithm
+from adpo_jax.model import lora
+from adpo_jax.policy.policy import Policy
+from adpo_jax.records import Batch, Sequences, make_batch, pad_values
+from adpo_jax.update import TrainState
+from adpo_jax.update import anchor as anchor_lib
+from adpo_jax.update.anchor import Anchor
+from adpo_jax.update.optimizer import steps_taken
+from adpo_jax.update.packing import PackedBatch, Packing, balanced
+from adpo_jax.update.plan import BatchPlan
+
+Ragged = list[list[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LaidOut:
+    """Sequences as they run through the model.
+
+    Attributes:
+      batch: host arrays, or their shapes.
+      log_probs: of other policies, for a padded batch; a packed one has its own.
+      turns: how often the loop over packed micro-batches turns, which the program does not say.
+      ragged: values in the shape of the layout -> P lists of G arrays, one a completion.
+    """
+
+    batch: Batch | PackedBatch
+    log_probs: dict[str, np.ndarray]
+    padding_frac: float
+    turns: int
+    ragged: Callable[[np.ndarray], Ragged]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Turns scored completions into a new state.
+
+    Attributes:
+      schedule: the optimizer's learning rate by optimizer step, for the log.
+      temperature: of the sampler.
+      seed: of the order of prompts over mini-batches.
+      max_anchor_kl: nats a token beyond which an optimizer step is skipped; 0 for no limit.
+      offload_optimizer: its state waits in the host's memory while completions are sampled.
+    """
+
+    policy: Policy
+    algorithm: Algorithm
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    anchor: Anchor
+    plan: BatchPlan
+    temperature: float = 1.0
+    seed: int = 0
+    max_anchor_kl: float = 0.0
+    offload_optimizer: bool = False
+
+    def __post_init__(self):
+        mesh = self.policy.mesh if self.policy else None
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        if self.offload_optimizer:
+            offload.check(device, "actor.optimizer_offload")
+        if self.anchor.offload:
+            offload.check(device, "anchor.offload")
+
+    def _make_update(self, **changes) -> Callable:
+        """The optimizer step of this learner; `changes` are of its policy."""
+        return update.make_update(
+            dataclasses.replace(self.policy, **changes),
+            self.algorithm,
+            self.optimizer,
+            num_micro=self.plan.num_micro,
+            temperature=self.temperature,
+            max_anchor_kl=self.max_anchor_kl,
+        )
+
+    @functools.cached_property
+    def update(self) -> Callable:
+        """The jitted optimizer step, as of `update.make_update`."""
+        return self._make_update()
+
+    @functools.cached_property
+    def forward(self) -> Callable:
+        """The jitted forward of other policies, as of `update.make_log_probs`."""
+        num_micro = self.plan.num_prompts // self.plan.micro_prompts
+        return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        """What counts the arithmetic of its updates."""
+        mesh = self.policy.mesh
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        plain = functools.partial(self._make_update, gradient_checkpointing="none")
+        return Meter(self.update, plain, devices)
+
+    def laid_out(
+        self, sequences: Sequences, *, whole_groups: bool = False, abstract: bool = False
+    ) -> LaidOut:
+        """The sequences as the plan has them run through the model.
+
+        Args:
+          whole_groups: where a micro-batch has the room, keep the groups whole.
+          abstract: shapes in place of arrays.
+        """
+        if self.plan.layout == "rows":
+            return self._in_rows(sequences)
+        plan, G = self.plan, sequences.lengths.shape[1]
+        num_shards = BatchSharding(self.policy.mesh).num_shards
+        packing = Packing(
+            sequences,
+            # The anchor's forward over all mini-batches takes no more memory than an update.
+            completions_per_micro=plan.micro_completions or plan.mini_prompts // num_shards * G,
+            full_length=plan.completion_length,
+            num_shards=num_shards,
+            whole_groups=whole_groups and not 0 < plan.micro_completions < G,
+        )
+        names = ("sampler", *sequences.log_probs)
+        batch = packing.abstract(names) if abstract else packing.batch(sequences)
+        return LaidOut(batch, {}, packing.padding_frac, packing.num_micro, packing.unpacked)
+
+    def _in_rows(self, sequences: Sequences) -> LaidOut:
+        lengths_PG = sequences.lengths
+        T = self.plan.completion_length or int(lengths_PG.max())
+        batch = make_batch(
+            sequences.prompts,
+            sequences.completions,
+            prompt_length=self.plan.prompt_length or max(map(len, sequences.prompts)),
+            completion_length=T,
+        )
+        log_probs = {name: pad_values(v, T) for name, v in sequences.log_probs.items()}
+
+        def ragged(values_PGT) -> Ragged:
+            return [
+                [values[:length] for values, length in zip(group, lengths)]
+                for group, lengths in zip(values_PGT, lengths_PG)
+            ]
+
+        return LaidOut(batch, log_probs, batch.padding_frac, 1, ragged)
+
+    def _balanced(self, sequences: Sequences) -> np.ndarray:
+        """The order of the prompts in which the devices have about equally much to do."""
+        num_shards = BatchSharding(self.policy.mesh).num_shards
+        return balanced(sequences.tokens_of_groups, num_shards)
+
+    @property
+    def needs_anchor_forward(self) -> bool:
+        """Whether an iteration runs the anchor over its completions."""
+        if self.algorithm.needs_entropy:
+            return True
+        one_step = self.plan.updates_per_iteration == 1
+        moved_away = self.anchor.keeps_params or not one_step
+        return "anchor" in self.algorithm.needs and moved_away
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the state has a copy for the reference: a fixed anchor is the reference."""
+        return "reference" in self.algorithm.needs and self.anchor.mode != "fixed"
+
+    def init_state(self, params) -> TrainState:
+        """The state before the first iteration; it takes `params` over."""
+        trained, _ = lora.split(params)
+        reference_params = anchor_lib.copied(trained) if self.keeps_reference else None
+        state = update.init_state(
+            self.policy, params, self.optimizer, self.anchor.init(trained), reference_params
+        )
+        return self.put_away(state)
+
+    def put_away(self, state: TrainState) -> TrainState:
+        """The state with what is not needed before the next update in the host's memory."""
+        if self.offload_optimizer:
+            state = state.replace(opt_state=offload.to_host(state.opt_state))
+        if self.anchor.offload:
+            state = state.replace(anchor_params=offload.to_host(state.anchor_params))
+        return state
+
+    def abstract_state(self) -> TrainState:
+        """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
+        return update.abstract_state(
+            self.policy,
+            self.optimizer,
+            keeps_anchor=self.anchor.keeps_params,
+            keeps_reference=self.keeps_reference,
+        )
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of one device of the parts of the state."""
+        state = self.abstract_state()
+        return {
+            "parameters": device_bytes(state.params),
+            "optimizer": device_bytes(state.opt_state),
+            "anchor": device_bytes(state.anchor_params),
+            "reference": device_bytes(state.reference_params),
+        }
+
+    @property
+    def parts_on_host(self) -> frozenset[str]:
+        """The parts of the state that wait in the host's memory until they are needed."""
+        away = {"optimizer": self.offload_optimizer, "anchor": self.anchor.offload}
+        return frozenset(part for part, is_away in away.items() if is_away)
+
+    def resident_bytes(self) -> int:
+        """Bytes of one device of the state while completions are sampled."""
+        return sum(n for part, n in self.state_bytes().items() if part not in self.parts_on_host)
+
+    def learn(
+        self, state: TrainState, sequences: Sequences, rewards_PG: np.ndarray
+    ) -> tuple[TrainState, dict[str, float]]:
+        """One iteration.
+
+        Args:
+          state: donated.
+          sequences: P prompts with their G completions each.
+          rewards_PG: [P, G] float32.
+
+        Returns:
+          The new state, one iteration on, and the iteration's metrics; "update/skipped" is the
+          share of its optimizer steps that were not sound and left the parameters as they were. At
+          1, the anchor is what it was too.
+        """
+        step, started = int(state.step), time.perf_counter()
+        with jax.profiler.TraceAnnotation("anchor"):
+            log_probs, entropy_P = self._other_log_probs(state, sequences)
+        anchored = time.perf_counter()
+        sequences = dataclasses.replace(sequences, log_probs=log_probs)
+        scores = self.algorithm.score(jnp.asarray(rewards_PG), entropy_P=entropy_P)
+        scores = jax.device_get(scores)
+
+        if self.offload_optimizer:
+            state = state.replace(opt_state=offload.to_device(state.opt_state))
+        history, operations = [], collections.Counter()
+        for rows in self._mini_batches(step):
+            rows = rows[self._balanced(sequences.select(rows))]
+            mini = self.laid_out(sequences.select(rows), whole_groups=bool(log_probs))
+            part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
+            operations += self.meter.count((state, *part), mini.turns)
+            with jax.profiler.TraceAnnotation("update"):
+                state, metrics = self.update(state, *part)
+                metrics = jax.device_get(metrics)
+            history.append(metrics | {"update/padding_frac": mini.padding_frac})
+        seconds = time.perf_counter() - anchored
+        declared = (*update.METRICS, *self.algorithm.metrics)
+        metrics = update.joined(declared, history, self.plan.epochs)
+        metrics |= {"time/anchor": anchored - started, "time/update": seconds}
+        metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
+        metrics |= self.meter.shares(operations, seconds)
+        metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
+
+        anchor_params, renewed = state.anchor_params, False
+        if metrics[update.SKIPPED] < 1.0:  # or nothing has moved, and neither does the anchor
+            if self.anchor.offload:
+                anchor_params = offload.to_device(anchor_params)
+            # Nats a token between the anchor and the policy before the iteration's last step.
+            measured_kl = float(history[-1][self.algorithm.anchor_kl_metric])
+            anchor_params, renewed = self.anchor.refresh(
+                anchor_params, state.trained, measured_kl=measured_kl
+            )
+        metrics["anchor/renewed"] = float(renewed)
+        state = state.replace(step=state.step + 1, anchor_params=anchor_params)
+        return self.put_away(state), metrics
+
+    def log_probs(self, params, sequences: Sequences) -> tuple[Ragged, Ragged]:
+        """Log-probs and entropies of the completions' tokens, P lists of G arrays [T] float32."""
+        order = self._balanced(sequences)
+        laid_out = self.laid_out(sequences.select(order))
+        found = distributed.fetch(self.forward(params, self.put(laid_out.batch)))
+        places = np.argsort(order)
+        return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
+
+    def forwards(self, state: TrainState) -> dict[str, Callable]:
+        """The policies whose log-probs an iteration wants, and how to get their parameters."""
+
+        def anchor():
+            if not self.anchor.keeps_params:
+                return state.params
+            if not self.anchor.offload:
+                return state.anchor
+            return state.replace(anchor_params=offload.to_device(state.anchor_params)).anchor
+
+        forwards = {"anchor": anchor} if self.needs_anchor_forward else {}
+        if self.keeps_reference:
+            forwards["reference"] = lambda: state.reference
+        return forwards
+
+    def _other_log_probs(self, state: TrainState, sequences: Sequences):
+        """Log-probs by the names of their policies, and the anchor's entropy [P] over log V.
+
+        The entropy is None where the algorithm does not need it.
+        """
+        log_probs, entropy_P = {}, None
+        for name, params in self.forwards(state).items():
+            log_probs[name], entropy = self.log_probs(params(), sequences)
+            if name == "anchor" and self.algorithm.needs_entropy:
+                entropy_P = self._mean_entropy(sequences, entropy)
+        if "reference" in self.algorithm.needs and not self.keeps_reference:
+            log_probs["reference"] = log_probs["anchor"]
+        return log_probs, entropy_P
+
+    def _mean_entropy(self, sequences: Sequences, entropy: Ragged) -> np.ndarray:
+        """[P] float32, the mean over a prompt's trained tokens, over log(vocabulary size)."""
+        means = []
+        for group, values in zip(sequences.completions, entropy):
+            trained = np.concatenate([c.trained for c in group])
+            total = np.concatenate(values)[trained].sum(dtype=np.float32)
+            means.append(total / max(trained.sum(), 1))
+        return np.array(means, np.float32) / math.log(self.policy.config.vocab_size)
+
+    def _mini_batches(self, step: int):
+        """The prompts of each optimizer step, a fresh order every epoch."""
+        P, size = self.plan.num_prompts, self.plan.mini_prompts
+        for epoch in range(self.plan.epochs):
+            if size == P:
+                yield np.arange(P)
+                continue
+            order = np.random.default_rng([self.seed, step, epoch]).permutation(P)
+            yield from order.reshape(-1, size)
+
+    def put(self, tree):
+        """Host arrays with a leading batch axis -> device arrays, spread over the mesh."""
+        return BatchSharding(self.policy.mesh).put(tree)
+
+
+def _rows(tree, rows: np.ndarray):
+    """Some of the prompts of whatever has a row for each."""
+    return jax.tree.map(lambda x: x[rows], tree)

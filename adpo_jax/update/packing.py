@@ -1,0 +1,417 @@
+"""The layout of sequences for the training forward: packed streams in which groups share a prompt.
+
+A micro-batch is one stream of tokens a device: first the prompts of its groups, each once, then
+their completions, one after the other without padding between them. A completion's part of the
+stream starts with the prompt's last token and ends before its own last token, so that every place
+in it predicts one completion token, and no token runs through the model for nothing.
+
+All of this is decided on the host from the lengths (`Packing`). Sizes are rounded up to a few
+values (sixteen an octave for completions, fewer for the rest), so that an update compiles a few
+times a run, not once an iteration.
+
+Letters: P prompts, G completions of a prompt, B streams side by side (batch shards of the mesh), M
+micro-batches, N tokens of a stream, the last C of them of completions, n tiles, J listed key tiles.
+"""
+
+import bisect
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import numpy as np
+
+from adpo_jax.records import Batch, Sequences
+
+# Tokens of an attention tile.
+TILE = 64
+
+
+def balanced(tokens_P: np.ndarray, num_shards: int) -> np.ndarray:
+    """An order of the prompts in which shards of equally many hold about equally many tokens.
+
+    The longest group first, each to the shard with the fewest tokens that has room: devices whose
+    streams are shorter wait for the longest.
+
+    Args:
+      tokens_P: [P] int, tokens of each prompt and its completions.
+
+    Returns:
+      [P] int, the prompts of the first shard first; to index all that has a row a prompt.
+    """
+    P = len(tokens_P)
+    shards: list[list[int]] = [[] for _ in range(num_shards)]
+    loads = np.zeros(num_shards)
+    for prompt in np.argsort(-tokens_P, kind="stable"):
+        lightest = int(np.argmin(loads))
+        shards[lightest].append(prompt)
+        full = len(shards[lightest]) * num_shards >= P
+        loads[lightest] = np.inf if full else loads[lightest] + tokens_P[prompt]
+    return np.concatenate([sorted(shard) for shard in shards])
+
+
+class Micro(NamedTuple):
+    """The streams of the micro-batches; leaves [B, M, ...] int32.
+
+    0 stands for nothing everywhere, so that micro-batches that hold nothing are memory that was
+    never touched.
+    """
+
+    tokens: np.ndarray  # [B, M, N]
+    positions: np.ndarray  # [B, M, N], in the sequence
+    segments: np.ndarray  # [B, M, N], prompt or completion it is part of, 0 for padding
+    prompts: np.ndarray  # [B, M, N], the segment of its group's prompt
+    key_tiles: np.ndarray  # [B, M, n, J], 1 + the tiles that a tile of queries sees, 0 for none
+    targets: np.ndarray  # [B, M, C], the token that each place of the completions predicts
+
+
+@flax.struct.dataclass
+class PackedBatch:
+    """Sequences laid out in streams; `pack` makes it.
+
+    Attributes:
+      num_micro_B: [B] int32, all alike: micro-batches that hold anything.
+      trained: [B, M, C] bool, whether the token that a place predicts is trained on.
+      completion: [B, M, C] int32, the number of its completion among the P / B * G of its stream.
+      log_probs: under the name of each policy [B, M, C] float32, of the tokens predicted.
+      whole_groups: whether all completions of a prompt lie in one micro-batch.
+    """
+
+    micro: Micro
+    num_micro_B: np.ndarray
+    trained: np.ndarray
+    completion: np.ndarray
+    log_probs: dict[str, np.ndarray]
+    num_prompts: int = flax.struct.field(pytree_node=False)
+    group_size: int = flax.struct.field(pytree_node=False)
+    whole_groups: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def pack(sequences: Sequences | Batch, **options) -> PackedBatch:
+    """Lays sequences out in streams.
+
+    Args:
+      sequences: ragged, or a rectangle of host arrays.
+      options: as of `Packing`, and so are the errors.
+    """
+    if isinstance(sequences, Batch):
+        sequences = sequences.sequences()
+    return Packing(sequences, **options).batch(sequences)
+
+
+class _Piece(NamedTuple):
+    """Completions of one prompt that go into the same micro-batch."""
+
+    prompt: int
+    completions: tuple[int, ...]
+    num_tokens: int
+
+
+class Packing:
+    """Where the tokens of some sequences lie in streams, decided from their lengths alone.
+
+    Args:
+      sequences: P prompts with G completions each.
+      completions_per_micro: so many completions of full length fit in a device's stream; shorter
+        ones, correspondingly more. 0 for all in one.
+      full_length: tokens of a completion of full length; 0 for those of the longest.
+      num_shards: streams side by side; divides P.
+      whole_groups: keep the completions of a prompt in one micro-batch.
+      share_prompts: False runs each completion with a prompt of its own.
+      tile: tokens of an attention tile.
+
+    Raises:
+      ValueError: when the prompts do not spread over the streams, or a group does not fit in a
+        micro-batch that must hold it whole.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        completions_per_micro: int = 0,
+        full_length: int = 0,
+        num_shards: int = 1,
+        whole_groups: bool = False,
+        share_prompts: bool = True,
+        tile: int = TILE,
+    ):
+        lengths_PG = sequences.lengths
+        P, G = lengths_PG.shape
+        if P % num_shards:
+            raise ValueError(
+                f"{P} prompts do not spread over {num_shards} streams; pass a multiple"
+            )
+        per_shard = P // num_shards * G
+        full_length = max(full_length, int(lengths_PG.max(initial=0)), 1)
+        budget = (completions_per_micro or per_shard) * full_length
+        if whole_groups and budget < G * full_length:
+            raise ValueError(
+                f"a micro-batch of {completions_per_micro} completions does not hold a group of "
+                f"{G}; pass completions_per_micro of at least {G}, or whole_groups=False"
+            )
+        self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
+        self.tile = tile
+        prompt_lengths_P = [len(ids) for ids in sequences.prompts]
+        shards = np.split(np.arange(P), num_shards)
+        cuts = [_cut(lengths_PG, rows, budget, whole_groups) for rows in shards]
+        self.streams = [
+            [
+                _Stream(pieces, int(rows[0]), prompt_lengths_P, lengths_PG, share_prompts, tile)
+                for pieces in cut
+            ]
+            for rows, cut in zip(shards, cuts)
+        ]
+        flat = [stream for shard in self.streams for stream in shard]
+        self.num_micro = max(map(len, cuts))
+        # Room for as many micro-batches as completions of full length would make.
+        self.room = max(self.num_micro, -(-per_shard * full_length // budget))
+        self.num_completion = _rounded(max(s.num_completion for s in flat), tile, 16)
+        num_prompt = max(s.num_prompt for s in flat)
+        # By the length of the whole stream: short prompts need few sizes, long ones close ones.
+        step = _step(num_prompt + self.num_completion, tile, 32)
+        self.num_prompt = _up(num_prompt, step)
+
+    @functools.cached_property
+    def _key_tiles(self) -> list[list[list[list[int]]]]:
+        """The key tiles of each query tile of each stream of each shard."""
+        return [
+            [stream.key_tiles(self.num_prompt, self.num_completion) for stream in shard]
+            for shard in self.streams
+        ]
+
+    @property
+    def padding_frac(self) -> float:
+        """The share of the places run through the model that hold no token."""
+        held = sum(stream.num_tokens for shard in self.streams for stream in shard)
+        places = self.num_prompt + self.num_completion
+        return 1.0 - held / (len(self.streams) * self.num_micro * places)
+
+    def batch(self, sequences: Sequences) -> PackedBatch:
+        """The sequences in their places; host arrays, the sampler's log-probs among them."""
+        names = ("sampler", *sequences.log_probs)
+        batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.abstract(names))
+        batch.num_micro_B[:] = self.num_micro
+        values = {name: sequences.values(name) for name in names}
+        for b, shard in enumerate(self.streams):
+            for m, stream in enumerate(shard):
+                micro = Micro(*(leaf[b, m] for leaf in batch.micro))
+                for row, tiles in zip(micro.key_tiles, self._key_tiles[b][m]):
+                    row[: len(tiles)] = np.add(tiles, 1)
+                stream.write(sequences, micro)
+                for p, g, number, part in stream.places():
+                    batch.completion[b, m, part] = number
+                    batch.trained[b, m, part] = sequences.completions[p][g].trained
+                    for name, into in batch.log_probs.items():
+                        into[b, m, part] = values[name][p][g]
+        return batch
+
+    def abstract(self, names: Iterable[str] = ("sampler",)) -> PackedBatch:
+        """The shapes and dtypes of `batch`, with log-probs of these names."""
+        B, M, C, N = (
+            len(self.streams),
+            self.room,
+            self.num_completion,
+            self.num_prompt + self.num_completion,
+        )
+        rows = (row for shard in self._key_tiles for stream in shard for row in stream)
+        J = _rounded(max(map(len, rows)), 1, 2)
+
+        def of(*shape: int, dtype=np.int32):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        tokens = of(B, M, N)
+        micro = Micro(*(tokens,) * 4, key_tiles=of(B, M, N // self.tile, J), targets=of(B, M, C))
+        return PackedBatch(
+            micro=micro,
+            num_micro_B=of(B),
+            trained=of(B, M, C, dtype=np.bool_),
+            completion=of(B, M, C),
+            log_probs={name: of(B, M, C, dtype=np.float32) for name in names},
+            num_prompts=self.num_prompts,
+            group_size=self.group_size,
+            whole_groups=self.whole_groups,
+        )
+
+    def unpacked(self, values_BMC: np.ndarray) -> list[list[np.ndarray]]:
+        """What an update or a forward found at each place, by completion: P lists of G arrays."""
+        found = [[None] * self.group_size for _ in range(self.num_prompts)]
+        for b, shard in enumerate(self.streams):
+            for m, stream in enumerate(shard):
+                for p, g, _, part in stream.places():
+                    found[p][g] = np.array(values_BMC[b, m, part])
+        return found
+
+
+def _rounded(size: int, least: int, per_octave: int) -> int:
+    """The next of so many values an octave (a power of 2), a multiple of `least`."""
+    return _up(size, _step(size, least, per_octave))
+
+
+def _step(size: int, least: int, per_octave: int) -> int:
+    step = 2 ** max((size - 1).bit_length() - per_octave.bit_length(), 0)
+    return _up(max(step, least), least)
+
+
+def _up(size: int, step: int) -> int:
+    """The next multiple of `step`, and at least one."""
+    return max(-(-size // step), 1) * step
+
+
+def _cut(lengths_PG, rows, budget: int, whole_groups: bool) -> list[list[_Piece]]:
+    """The prompts `rows`, cut into micro-batches of at most `budget` completion tokens."""
+    groups = [_Piece(p, tuple(range(lengths_PG.shape[1])), int(lengths_PG[p].sum())) for p in rows]
+    whole = _cut_whole(groups, budget)
+    if whole_groups:
+        return whole
+    singles = [
+        _Piece(p, (g,), int(lengths_PG[p, g])) for p in rows for g in range(lengths_PG.shape[1])
+    ]
+    split = [_merged(micro) for micro in _next_fit(singles, budget)]
+    return min((cut for cut in (whole, split) if cut), key=_heaviest)
+
+
+def _heaviest(cut: list[list[_Piece]]) -> int:
+    return len(cut) * max(sum(piece.num_tokens for piece in micro) for micro in cut)
+
+
+def _cut_whole(groups: list[_Piece], budget: int) -> list[list[_Piece]]:
+    """The longest group first, each to the lightest micro-batch; [] where a group does not fit."""
+    total = sum(group.num_tokens for group in groups)
+    if max(group.num_tokens for group in groups) > budget:
+        return []
+    for num_micro in range(max(-(-total // budget), 1), len(groups) + 1):
+        micros: list[list[_Piece]] = [[] for _ in range(num_micro)]
+        loads = [0] * num_micro
+        for group in sorted(groups, key=lambda group: -group.num_tokens):
+            lightest = loads.index(min(loads))
+            micros[lightest].append(group)
+            loads[lightest] += group.num_tokens
+        if max(loads) <= budget:
+            return micros
+    return [[group] for group in groups]
+
+
+def _next_fit(pieces: list[_Piece], budget: int) -> list[list[_Piece]]:
+    """In order, into the fewest micro-batches, and these as even as that order allows."""
+
+    def fill(bound: int) -> list[list[_Piece]]:
+        micros, load = [[]], 0
+        for piece in pieces:
+            if load + piece.num_tokens > bound and micros[-1]:
+                micros.append([])
+                load = 0
+            micros[-1].append(piece)
+            load += piece.num_tokens
+        return micros
+
+    fewest = len(fill(budget))
+    bounds = range(max(piece.num_tokens for piece in pieces), budget + 1)
+    return fill(bounds[bisect.bisect_left(bounds, -fewest, key=lambda bound: -len(fill(bound)))])
+
+
+def _merged(pieces: Iterable[_Piece]) -> list[_Piece]:
+    """Neighbours of one prompt put together."""
+    merged: list[_Piece] = []
+    for piece in pieces:
+        if merged and merged[-1].prompt == piece.prompt:
+            last = merged.pop()
+            piece = _Piece(
+                piece.prompt,
+                last.completions + piece.completions,
+                last.num_tokens + piece.num_tokens,
+            )
+        merged.append(piece)
+    return merged
+
+
+class _Segment(NamedTuple):
+    """A prompt, or a completion, in a stream."""
+
+    prompt: int
+    start: int  # among the tokens of its kind
+    length: int
+    completion: int = 0
+    behind: int = 0  # of a completion: the number of its prompt's segment in the stream
+
+
+class _Stream:
+    """The stream of one micro-batch: where its prompts and completions lie."""
+
+    def __init__(
+        self,
+        pieces,
+        first_prompt: int,
+        prompt_lengths_P,
+        lengths_PG,
+        share_prompts: bool,
+        tile: int,
+    ):
+        self.tile, self.first_prompt, self.group_size = tile, first_prompt, lengths_PG.shape[1]
+        self.prompts: list[_Segment] = []
+        self.completions: list[_Segment] = []
+        self.num_prompt = self.num_completion = 0
+        for p, completions, _ in pieces:
+            for nth, g in enumerate(completions):
+                if nth == 0 or not share_prompts:
+                    start = self._start(self.num_prompt)
+                    self.prompts.append(_Segment(p, start, prompt_lengths_P[p] - 1))
+                    self.num_prompt = start + prompt_lengths_P[p] - 1
+                start, length = self._start(self.num_completion), int(lengths_PG[p, g])
+                behind = len(self.prompts) - 1
+                self.completions.append(_Segment(p, start, length, g, behind))
+                self.num_completion = start + length
+
+    def _start(self, end: int) -> int:
+        """Where the next segment starts: at a tile, where that costs next to nothing."""
+        gap = -end % self.tile
+        return end + gap if gap <= self.tile // 16 else end
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in (*self.prompts, *self.completions))
+
+    def places(self):
+        """(prompt, completion, its number in the stream's shard, its places) of each completion."""
+        for p, start, length, g, _ in self.completions:
+            number = (p - self.first_prompt) * self.group_size + g
+            yield p, g, number, slice(start, start + length)
+
+    def _tiles(self, start: int, length: int) -> set[int]:
+        end = start + length
+        return set(range(start // self.tile, -(-end // self.tile))) if length else set()
+
+    def key_tiles(self, num_prompt: int, num_completion: int) -> list[list[int]]:
+        """The key tiles of each query tile of a stream with so many places for each kind."""
+        lists = [set() for _ in range((num_prompt + num_completion) // self.tile)]
+
+        def sees(own: set[int], also: set[int]):
+            for tile in own:
+                lists[tile] |= also | {other for other in own if other <= tile}
+
+        of_prompts = [self._tiles(segment.start, segment.length) for segment in self.prompts]
+        for tiles in of_prompts:
+            sees(tiles, set())
+        for segment in self.completions:
+            own = self._tiles(num_prompt + segment.start, segment.length)
+            sees(own, of_prompts[segment.behind])
+        return [sorted(tiles) for tiles in lists]
+
+    def write(self, sequences: Sequences, micro: Micro) -> None:
+        """Fills the arrays of one micro-batch."""
+        num_prompt = len(micro.tokens) - len(micro.targets)
+        for number, (p, start, length, *_) in enumerate(self.prompts, start=1):
+            part = slice(start, start + length)
+            micro.tokens[part] = sequences.prompts[p][:-1]
+            micro.positions[part] = np.arange(length)
+            micro.segments[part] = micro.prompts[part] = number
+        for number, segment in enumerate(self.completions, start=len(self.prompts) + 1):
+            p, start, length, g, behind = segment
+            tokens, last = sequences.completions[p][g].tokens, sequences.prompts[p][-1]
+            part = slice(num_prompt + start, num_prompt + start + length)
+            micro.tokens[part] = np.concatenate([[last], tokens])[:length]
+            micro.positions[part] = len(sequences.prompts[p]) - 1 + np.arange(length)
+            micro.segments[part] = number
+            micro.prompts[part] = behind + 1
+            micro.targets[start : start + length] = tokens

@@ -1,0 +1,394 @@
+"""The update: a batch of scored completions -> new parameters.
+
+The gradient is taken in two steps. First the loss by the log-probs of the whole mini-batch: one
+weight a token, which costs nothing. Then, micro-batch by micro-batch, the sum of weights times
+log-probs by the parameters. So however a mini-batch is cut, it gives the same loss and gradient,
+and a group need not fit in a micro-batch.
+
+The weights need the log-probs of whole groups. Where the anchor is the policy of this very step,
+and the loss asks for nothing else, they are known beforehand, as every log-ratio is 0. Otherwise a
+micro-batch of whole groups finds them between its forward and backward pass, and only where groups
+are split does a forward over all micro-batches, without gradient, come first.
+
+Letters: P prompts, G completions of a prompt, T completion tokens, B streams side by side, M
+micro-batches, C completion places of a stream.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adpo_jax.losses.algorithm import Algorithm, Metric
+from adpo_jax.losses.shared import k3
+from adpo_jax.model import lora
+from adpo_jax.model.head import token_log_probs, weighted_log_probs
+from adpo_jax.policy.policy import Policy
+from adpo_jax.records import Batch
+from adpo_jax.update.layouts import Layout, MicroBatch, layout_of
+from adpo_jax.update.packing import PackedBatch
+
+SKIPPED = "update/skipped"
+
+# What an update measures besides the algorithm's own; a metric over "steps" is a mean over
+# optimizer steps, one over "first" that of the first, before the policy has moved.
+METRICS = (
+    Metric("rollout/mismatch_kl", "first", "k3 estimate of KL(sampler || trainer), nats a token"),
+    Metric(
+        "rollout/mismatch_ratio_max",
+        "first",
+        "the largest ratio between the sampler's and the trainer's probability of a token",
+    ),
+    Metric("rollout/entropy", "tokens", "the policy's mean token entropy, nats"),
+    Metric("update/tokens", "sum", "completion tokens trained on, an epoch"),
+    Metric("update/grad_norm", "steps", "global norm of the gradient before clipping"),
+    Metric(SKIPPED, "steps", "share of the optimizer steps that were not sound"),
+    Metric("update/padding_frac", "steps", "share of the places that hold no token"),
+)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from one iteration to the next.
+
+    Attributes:
+      step: int32 scalar, iterations done.
+      params: the policy.
+      opt_state: of the optimizer, over what is `trained` of the parameters.
+      anchor_params: a second copy of what is trained where the anchor mode needs one, else None.
+      reference_params: what was trained as it was before the first iteration, where the loss pulls
+        towards it and the anchor is another, else None.
+      frozen_checksum: uint32 scalar of the frozen parameters under LoRA, else None.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    anchor_params: Any = None
+    reference_params: Any = None
+    frozen_checksum: jax.Array | None = None
+
+    @property
+    def trained(self) -> Any:
+        """The part of the parameters that the optimizer changes (`lora.split`)."""
+        return lora.split(self.params)[0]
+
+    @property
+    def frozen(self) -> Any:
+        """The rest of the parameters."""
+        return lora.split(self.params)[1]
+
+    @property
+    def anchor(self) -> Any:
+        """The anchor's whole parameter tree; its frozen part is the policy's."""
+        return lora.join(self.anchor_params, self.frozen)
+
+    @property
+    def reference(self) -> Any:
+        """The reference's whole parameter tree; its frozen part is the policy's."""
+        return lora.join(self.reference_params, self.frozen)
+
+    @property
+    def saved(self) -> "TrainState":
+        """What a checkpoint holds: all but the frozen parameters, which their source gives back."""
+        return self.replace(params=self.trained)
+
+    def joined(self, params) -> "TrainState":
+        """The state of which this is what was `saved`.
+
+        Args:
+          params: a tree with the frozen part; not looked at where nothing is frozen.
+
+        Raises:
+          ValueError: when the frozen part is not the one that the state was trained on.
+        """
+        if self.frozen_checksum is None:
+            return self
+        _, frozen = lora.split(params)
+        if self.frozen_checksum != lora.checksum(frozen):
+            raise ValueError(
+                "the weights of the model are not those that the adapters of this checkpoint were "
+                "trained on; give the model back its files, or start a new run"
+            )
+        return self.replace(params=lora.join(self.params, frozen))
+
+
+def init_state(
+    policy: Policy,
+    params,
+    optimizer: optax.GradientTransformation,
+    anchor_params=None,
+    reference_params=None,
+) -> TrainState:
+    """The state before the first iteration, the optimizer's arrays laid out like the parameters.
+
+    It takes `params` over, and `make_update` donates the state: keep a copy of what is to outlive
+    the first update.
+    """
+    trained, frozen = lora.split(params)
+    checksum = lora.checksum(frozen) if policy.lora else None
+    if policy.mesh is None:
+        opt_state, step = jax.jit(optimizer.init)(trained), jnp.zeros((), jnp.int32)
+    else:
+        layout = jax.tree.map(lambda s: s.sharding, abstract_state(policy, optimizer).opt_state)
+        opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
+        everywhere = NamedSharding(policy.mesh, PartitionSpec())
+        step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+        checksum = jax.device_put(checksum, everywhere)
+    return TrainState(step, params, opt_state, anchor_params, reference_params, checksum)
+
+
+def abstract_state(
+    policy: Policy,
+    optimizer: optax.GradientTransformation,
+    *,
+    keeps_anchor: bool = False,
+    keeps_reference: bool = False,
+) -> TrainState:
+    """The state's shapes, dtypes and layout, without any array; `policy` has a mesh."""
+    replicated = NamedSharding(policy.mesh, PartitionSpec())
+    params = policy.abstract_params()
+    trained, _ = lora.split(params)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda s, param: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=param.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated) if policy.lora else None
+    anchor, reference = (trained if keeps else None for keeps in (keeps_anchor, keeps_reference))
+    return TrainState(step, params, opt_state, anchor, reference, checksum)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """Log-probs of micro-batches, and their gradient by what is trained of the parameters."""
+
+    policy: Policy
+    temperature: float
+    with_entropy: bool
+
+    @property
+    def _head(self) -> dict:
+        names = ("temperature", "with_entropy")
+        return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
+
+    def micro(self, params, micro: MicroBatch):
+        """Log-probs and entropies, [rows, places] each."""
+        hidden_and_targets = micro.hidden_and_targets(self.policy, params)
+        return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
+
+    def batch(self, params, layout: Layout):
+        """Log-probs and entropies of a batch, in the shape of its layout."""
+        _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
+        return jax.tree.map(layout.joined, parts)
+
+    def gradient(self, trained, frozen, micro: MicroBatch, weights):
+        """Gradient of the sum of weights times log-probs, and what `micro` returns.
+
+        Args:
+          weights: in the shape of the micro-batch's part of the batch, 0 where nothing is trained.
+        """
+
+        def weighted(trained):
+            params = lora.join(trained, frozen)
+            return weighted_log_probs(
+                self.policy.config,
+                params,
+                *micro.hidden_and_targets(self.policy, params),
+                micro.rows(weights),
+                **self._head,
+            )
+
+        return jax.grad(weighted, has_aux=True)(trained)
+
+    def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
+        """The same with weights that `weights_of` makes of the log-probs."""
+        (log_probs, entropy), pull = jax.vjp(
+            lambda trained: self.micro(lora.join(trained, frozen), micro), trained
+        )
+        weights = micro.rows(weights_of(micro.from_rows(log_probs)))
+        return pull((weights, jnp.zeros_like(entropy)))[0], (log_probs, entropy)
+
+
+def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
+    """A jitted `(params, batch) -> (log_probs, entropy)`, float32 in nats, no gradient.
+
+    Both have the shape of the batch's layout, [P, G, T] of a padded `Batch` and [B, M, C] of a
+    `PackedBatch`, and are meaningless where there is no token.
+
+    Args:
+      num_micro: micro-batches of a padded `Batch`, run one after the other; divides P. A
+        `PackedBatch` has its own.
+    """
+    scorer = _Scorer(policy, temperature, with_entropy=True)
+
+    def log_probs(params, batch: Batch | PackedBatch):
+        return scorer.batch(params, layout_of(batch, num_micro=num_micro))
+
+    return jax.jit(log_probs)
+
+
+def make_update(
+    policy: Policy,
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_micro: int = 1,
+    temperature: float = 1.0,
+    max_anchor_kl: float = 0.0,
+    with_entropy: bool = True,
+) -> Callable:
+    """The optimizer step, a jitted `(state, batch, scores, log_probs) -> (state, metrics)`.
+
+    Args:
+      algorithm: of `losses`, e.g. `losses.Adpo`.
+      num_micro: micro-batches of a padded `Batch`, whose gradients are summed; divides the number
+        of prompts. A `PackedBatch` has its own.
+      temperature: of the sampler; the log-probs of the loss are tempered alike.
+      with_entropy: measure the policy's entropy; False spares a pass over the logits.
+      max_anchor_kl: nats a token to the anchor beyond which the step is skipped; 0 for no limit.
+
+    A step whose loss or gradient is not finite is skipped too: the state stays as it was and
+    "update/skipped" is 1.
+
+    The returned function takes the state (donated), a batch of P prompts (a `PackedBatch` of
+    `packing.pack`, or a padded `Batch`), the scores of `algorithm.score` for those prompts, and a
+    dict of log-probs in the shape of the batch: "anchor" and what else the algorithm `needs`. A
+    `PackedBatch` may hold them itself; None stands for an empty dict. Without "anchor" the anchor
+    is the policy of this very step: its log-probs are the policy's own, without gradient, and cost
+    no forward. A loss that needs log-probs, in a batch whose micro-batches do not hold whole
+    groups, costs a forward before the gradient.
+    `metrics` is a flat dict of float32 scalars, those of `METRICS` and of the algorithm.
+    """
+
+    scorer = _Scorer(policy, temperature, with_entropy)
+
+    def loss_of(log_probs, others, tokens, prepared):
+        return algorithm.loss({**others, "policy": log_probs}, tokens, prepared)
+
+    slope = jax.grad(loss_of, has_aux=True)
+
+    def with_anchor(others, log_probs):
+        """All log-probs that the loss needs; the policy's own where there is no anchor."""
+        return {"anchor": jax.lax.stop_gradient(log_probs)} | others
+
+    def known_weights(params, layout: Layout, prepared):
+        """d loss / d log-prob, in the layout's shape; None where each micro-batch finds its own."""
+        tokens, others = layout.tokens, layout.log_probs
+        if "anchor" not in others and algorithm.needs <= {"anchor"}:
+            log_probs = jnp.zeros(tokens.trained.shape)  # only its difference to itself counts
+        elif layout.has_whole_groups:
+            return None
+        else:
+            log_probs, _ = dataclasses.replace(scorer, with_entropy=False).batch(params, layout)
+        return slope(log_probs, with_anchor(others, log_probs), tokens, prepared)[0]
+
+    def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
+        layout = layout_of(batch, log_probs, num_micro)
+        _check_given(algorithm, layout)
+        prepared = algorithm.normalise(scores, layout.tokens)
+        weights = known_weights(state.params, layout, prepared)
+        trained, frozen = state.trained, state.frozen
+
+        def add_micro(sums, i):
+            micro = layout.micro(i)
+
+            def weights_of(log_probs):
+                # A group's weights follow from its own log-probs: those of others do not matter.
+                others = with_anchor(jax.tree.map(micro.of, layout.log_probs), log_probs)
+                return slope(log_probs, others, micro.tokens, micro.prepared(prepared))[0]
+
+            if weights is None:
+                more = scorer.gradient_of(trained, frozen, micro, weights_of)
+            else:
+                more = scorer.gradient(trained, frozen, micro, micro.of(weights))
+            grads, scored = more
+            # Left to itself the partitioner may sum whole gradients on every device.
+            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
+
+        zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
+        grads, parts = layout.loop(add_micro, zeros)
+        log_probs, entropy = jax.tree.map(layout.joined, parts)
+        with jax.named_scope("loss"):
+            others = with_anchor(layout.log_probs, log_probs)
+            loss, metrics = loss_of(log_probs, others, layout.tokens, prepared)
+        metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, layout)
+
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            moved = optax.apply_updates(trained, updates)
+        metrics["update/grad_norm"] = optax.tree.norm(grads)
+        sound = jnp.isfinite(loss) & jnp.isfinite(metrics[algorithm.loss_metric])
+        sound &= jnp.isfinite(metrics["update/grad_norm"])
+        if max_anchor_kl:
+            sound &= metrics[algorithm.anchor_kl_metric] <= max_anchor_kl
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (moved, opt_state),
+            (trained, state.opt_state),
+        )
+        metrics[SKIPPED] = 1.0 - sound
+        return state.replace(params=lora.join(trained, frozen), opt_state=opt_state), metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def _check_given(algorithm: Algorithm, layout: Layout) -> None:
+    missing = sorted(algorithm.needs - {"anchor"} - layout.log_probs.keys())
+    if missing:
+        raise ValueError(
+            f"{algorithm.name} needs the log-probs of {', '.join(missing)} beside the batch; given "
+            f"those of {', '.join(sorted(layout.log_probs))}"
+        )
+
+
+def _sampling_metrics(log_probs, entropy, layout: Layout) -> dict[str, jax.Array]:
+    """Means over tokens of what compares the trained policy with the sampler."""
+    trained = layout.tokens.trained
+    tokens = jnp.sum(trained, dtype=jnp.float32)
+    log_ratio = jnp.where(trained, log_probs - layout.log_probs["sampler"], 0.0)
+    metrics = {
+        "rollout/mismatch_kl": jnp.sum(k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
+        "rollout/mismatch_ratio_max": jnp.exp(jnp.max(jnp.abs(log_ratio))),
+        "update/tokens": tokens,
+    }
+    if entropy is not None:
+        total = jnp.sum(jnp.where(trained, entropy, 0.0))
+        metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
+    return metrics
+
+
+def joined(
+    declared: Sequence[Metric], history: Sequence[Mapping[str, Any]], epochs: int
+) -> dict[str, float]:
+    """Metrics of an iteration from those of its optimizer steps.
+
+    Means over tokens are weighted by tokens and counts are summed over an epoch, so that they do
+    not depend on the size of a mini-batch.
+
+    Args:
+      declared: how each metric is averaged.
+      history: of each step, "update/tokens" among them.
+    """
+    over = {metric.name: metric.over for metric in declared}
+    tokens = [float(m["update/tokens"]) for m in history]
+    weights = {"tokens": tokens if sum(tokens) > 0 else None}
+    metrics = {}
+    for name in history[0]:
+        values = [float(m[name]) for m in history]
+        if over[name] == "first":
+            metrics[name] = values[0]
+        elif over[name] == "sum":
+            metrics[name] = sum(values) / epochs
+        else:
+            metrics[name] = float(np.average(values, weights=weights.get(over[name])))
+    return metrics
