@@ -92,6 +92,7 @@ class LayerWeights:
 Ffn = Callable[[LayerWeights, jax.Array, LayerInfo], tuple[jax.Array, dict[str, jax.Array]]]
 
 
+@jax.named_scope("mlp")
 def gated_mlp(weights: LayerWeights, x: jax.Array, layer: LayerInfo):
     """The dense `Ffn`: down(activation(gate x) * up x), without extras."""
     gate, up = weights.dense_each(x, "gate", "up")
@@ -100,6 +101,7 @@ def gated_mlp(weights: LayerWeights, x: jax.Array, layer: LayerInfo):
     return weights.dense(hidden, "down"), {}
 
 
+@jax.named_scope("attention")
 def attention(
     weights: LayerWeights, x: jax.Array, layer: LayerInfo, rope_tables, cache, attend: Attend
 ):
@@ -194,6 +196,7 @@ def decoder(
     return x, cache, extras
 
 
+@jax.named_scope("embed")
 def embed_tokens(
     config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None
 ) -> jax.Array:
