@@ -148,8 +148,8 @@ def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is told to stop; returns the exit code."""
     a = arguments(argv)
-    from adpo_jax.devices import compilation_cache  # after the arguments, so that --help is quick
     from adpo_jax.config import default_config
+    from adpo_jax.devices import compilation_cache  # after the arguments, so that --help is quick
 
     compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
