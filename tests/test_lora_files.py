@@ -81,7 +81,7 @@ def test_the_export_has_the_adapters_in_its_weights(trained, tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3', supported is 'LORA'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern is"),
-        ({"r": 3}, r"down_proj.lora_A.weight has shape \(2, 32\), wanted \(3, 32\)"),
+        ({"r": 3}, r"q_proj.lora_A.weight has shape \(2, 16\), wanted \(3, 16\)"),
     ],
 )
 def test_a_folder_that_means_another_model_is_refused(trained, folder, changes, message):
