@@ -91,7 +91,7 @@ def optimized(make):
 
     def probe(config):
         adamw = make(config)
-        params = {"q": jnp.array([0.5, -2.0]), "final_norm": jnp.ones(2)}
+        params = {"embed": jnp.array([0.5, -2.0]), "final_norm": jnp.ones(2)}
         state = adamw.init(params)
         for step in range(3):
             grads = jax.tree.map(lambda p, s=step: 30.0 * jnp.cos(p + s), params)
