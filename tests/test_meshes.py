@@ -11,6 +11,7 @@ import tiny
 
 from adpo_jax import losses
 from adpo_jax.devices import sharding
+from adpo_jax.dry_run import traced_learning
 from adpo_jax.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model.decoder import embed_tokens
@@ -101,7 +102,7 @@ def test_parameters_gradients_optimizer_anchor_cache_and_batches_are_split():
             assert x.addressable_shards[0].data.size == x.size // 8
 
     # Of an update on this mesh, no array is a whole gradient.
-    (update, _) = learner.trace(batch)["update"]
+    (update, _) = traced_learning(learner, batch.sequences())["update"]
     compiled = update.lower().compile().as_text()
     for x in (params["embed"], params["layers"]["q"], params["layers"]["down"]):
         assert f"f32[{','.join(map(str, x.addressable_shards[0].data.shape))}]" in compiled

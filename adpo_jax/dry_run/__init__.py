@@ -166,7 +166,7 @@ def _traced(
     )
 
 
-def _traced_learning(
+def traced_learning(
     learner: Learner, sequences: Sequences
 ) -> dict[str, tuple[jax.stages.Traced, int]]:
     """The programs "update", and "anchor" where other policies run over the completions."""
