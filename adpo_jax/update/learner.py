@@ -297,8 +297,7 @@ class Learner:
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
     def forwards(self, state: TrainState) -> dict[str, Callable]:
-        """The other policies whose log-probs an iteration needs, each with a function that gives
-        its parameters."""
+        """The other policies whose log-probs an iteration needs: name -> getter of parameters."""
 
         def anchor():
             if not self.anchor.keeps_params:
