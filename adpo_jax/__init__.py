@@ -1,6 +1,6 @@
 """ADPO (Anchored Direct Preference Optimization, arXiv 2510.18913) for language models in JAX.
 
-The public names below are imported on first use, so that a process which needs one of them (a
+The public names below are imported on first use, so that a process that needs one of them (a
 grading worker, say) does not pay for the others.
 """
 

@@ -1,13 +1,13 @@
-"""Evaluates a model alone: the scores to the screen, every completion to a file.
+"""Evaluates a model: prints its scores and writes every completion to a file.
 
     python -m adpo_jax.evaluate --model=runs/gsm8k/mine --config=configs/gsm8k.py \\
         [--out=FOLDER] [--config.eval.n=8 ...]
 
 `--model` is a Hugging Face folder or hub name, a run's folder (its export, or its newest checkpoint
 if that is newer) or one of its checkpoints (`runs/gsm8k/mine/checkpoints/50`). Data, prompts and
-`eval.*` are those of the config. Two files are written to `--out`, or to `evaluations/N` in the
-run's folder (for another model in the working folder): `metrics.json` and `completions.jsonl`.
-Nothing that is there is overwritten.
+`eval.*` are those of the config. Two files, `metrics.json` and `completions.jsonl`, are written to
+`--out`, or to `evaluations/N` in the run's folder (for any other model in the working folder). No
+file is overwritten.
 """
 
 import contextlib
@@ -73,9 +73,9 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
 
 @contextlib.contextmanager
 def _new_folder(out: Path | None, model: Path) -> Iterator[Path]:
-    """A folder of this evaluation's own, there before hours of sampling that could be lost.
+    """Makes a folder for this evaluation, before hours of sampling that could be lost.
 
-    It goes again where nothing comes to lie in it.
+    It is removed again if nothing was written to it.
     """
     try:
         folder = _make_folder(out, model)
@@ -84,7 +84,7 @@ def _new_folder(out: Path | None, model: Path) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        with contextlib.suppress(OSError):  # one with something in it stays
+        with contextlib.suppress(OSError):  # a folder with files in it stays
             folder.rmdir()
         raise
 
@@ -137,10 +137,10 @@ def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str 
 
 
 def run() -> None:
-    """What `python -m adpo_jax.evaluate` does."""
+    """Runs `python -m adpo_jax.evaluate`."""
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # Defined here, since the flags of `main` have some of these names too.
+    # The flags are defined here, since `main` has flags of the same names.
     config = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
     model = flags.DEFINE_string("model", None, "a Hugging Face folder or name, a run, a checkpoint")
     out = flags.DEFINE_string("out", None, "the folder to write to; a new one if not given")

@@ -55,7 +55,7 @@ def main(argv: list[str], **parts) -> int:
     """Trains what the config says; returns the exit code.
 
     Args:
-      parts: `build` of `preparation.prepare`, for a run with parts of one's own.
+      parts: the argument `build` of `preparation.prepare`, for a run with parts of one's own.
     """
     if len(argv) > 1:
         return _failed(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
@@ -66,7 +66,7 @@ def main(argv: list[str], **parts) -> int:
     if config is None:
         return _failed("--config is missing, for example --config=configs/arithmetic.py")
     logging.set_verbosity(logging.WARNING)
-    # After the flags, so that --help is quick.
+    # The import comes after the flags, so that --help is quick.
     import jax
 
     from adpo_jax import train
@@ -109,7 +109,7 @@ def main(argv: list[str], **parts) -> int:
         except OSError as error:
             return _failed(error, DISK_ERROR)
         except Interrupted:
-            distributed.wait_for_all("stopped")  # who is left behind takes the others for dead
+            distributed.wait_for_all("stopped")  # else the last process takes the others for dead
             return INTERRUPTED
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
@@ -129,7 +129,7 @@ def _dry_run(config: ConfigDict) -> int:
     from adpo_jax import dry_run
 
     if _DRY_RUN_TOPOLOGY.value:
-        jax.config.update("jax_platforms", "cpu")  # a TPU of this machine is not asked
+        jax.config.update("jax_platforms", "cpu")  # so that a TPU of this machine stays free
     try:
         report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
     except ValueError as error:
@@ -139,7 +139,7 @@ def _dry_run(config: ConfigDict) -> int:
 
 
 def run() -> None:
-    """What `python -m adpo_jax.main` does."""
+    """Runs `python -m adpo_jax.main`."""
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app.run(_main, flags_parser=parse_flags)
@@ -156,7 +156,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:
-    """Tells what went wrong; returns the exit code."""
+    """Prints what went wrong; returns the exit code."""
     if _DEBUG.value and isinstance(error, BaseException):
         traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)

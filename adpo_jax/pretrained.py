@@ -1,7 +1,6 @@
-"""A model to use, from a Hugging Face folder or hub name, a run's folder, or one of its
-checkpoints.
+"""Loads a model to use: from a Hugging Face folder or hub name, a run's folder or a checkpoint.
 
-Left out: training state; only the parameters of a checkpoint are read.
+Only the parameters of a checkpoint are read, not the rest of the training state.
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ from adpo_jax.run.loading import ModelSource
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """How text becomes a prompt; fields as the keys of `data` in the config."""
+    """How text becomes a prompt; the fields are keys of `data` in the config."""
 
     prompt_template: str = "{prompt}"
     system_prompt: str = ""
@@ -37,11 +36,11 @@ class PromptFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model and all that using it takes.
+    """A model with everything that is needed to use it.
 
     Attributes:
       stop_token_ids: the tokens that end a completion.
-      prompt_format: of the run it was trained in; the plain one for a Hugging Face folder.
+      prompt_format: the format of the run that trained it; the plain one for a Hugging Face folder.
       source: the folder or name it was read from.
     """
 
@@ -67,8 +66,8 @@ class Pretrained:
         """Token ids of texts or lists of messages.
 
         Args:
-          max_length: tokens.
-          prompt_format: in place of the model's.
+          max_length: the most tokens of a prompt.
+          prompt_format: a format to use in place of the model's.
 
         Raises:
           ValueError: for a prompt that is empty, too long or cannot be rendered.
@@ -95,28 +94,28 @@ def load(
     mesh: Mesh | None = None,
     trust_remote_code: bool = False,
 ) -> Pretrained:
-    """A model by the name that people have for it.
+    """Loads a model by its folder or hub name.
 
     Args:
-      name: a Hugging Face folder or hub name; the folder of a run, of which the exported policy is
-        read unless a checkpoint is newer; the folder `checkpoints` of a run (the newest one); or
-        one of the folders in it.
-      dtype: of the parameters and the computation.
+      name: a Hugging Face folder or hub name; or the folder of a run, whose exported policy is read
+        unless a checkpoint is newer; or the folder `checkpoints` of a run, whose newest one is
+        read; or a folder in it.
+      dtype: dtype of the parameters and the computation.
       mesh: devices; None for the default device.
-      trust_remote_code: run the code in a model's folder that its tokenizer asks for.
+      trust_remote_code: whether to run code in the model's folder that its tokenizer asks for.
 
     Raises:
-      ValueError: when nothing of the kind is there, or it cannot be read.
+      ValueError: when there is no such model, or it cannot be read.
     """
     run, step = _run_and_step(Path(name).expanduser())
     if run is None:
         return _from_hugging_face(name, dtype, mesh, PromptFormat(), trust_remote_code)
     config = _run_config(run)
-    # What a folder says of itself is no consent.
+    # The user consents, not the folder.
     config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
     prompt_format = _prompt_format(config)
     newest = max(complete_steps(run.checkpoints), default=0)
-    # An export without a note is whole: it appears by a rename.
+    # An export without a note is whole, since it appears by a rename.
     if step is None and run.export.is_dir() and (run.exported_step or newest) >= newest:
         return _from_hugging_face(run.export, dtype, mesh, prompt_format, trust_remote_code)
     source = loading.find_model(config)
@@ -169,7 +168,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _run_config(run: RunFolder):
-    """The run's config; keys that were not there when it was written have their defaults."""
+    """The run's config; keys that are newer than the file have their defaults."""
     config = default_config()
     with config.unlocked(), config.ignore_type():
         config.update(json.loads(run.config.read_text(encoding="utf-8")))
@@ -216,7 +215,7 @@ def _read_params(checkpoint: Path, policy: Policy):
 
 
 def _frozen_params(config, source: ModelSource, policy: Policy):
-    """The weights beside the adapters of a run, in the dtype and layout of the policy."""
+    """The frozen weights beside a run's adapters, in the dtype and layout of the policy."""
     _, frozen = lora.split(loading.initial_params(config, source, policy.mesh))
     _, wanted = lora.split(policy.abstract_params())
     return jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, wanted)

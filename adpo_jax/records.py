@@ -1,8 +1,8 @@
-"""What flows along the road: prompts, their completions, graded groups, what the update runs.
+"""The records that flow along the road: prompts, completions, graded groups, sequences, batches.
 
-Everything lies in the host's memory and is ragged: a completion takes as many places as it has
-tokens. Who needs rectangles (streams and rows of the update) makes them of what it runs at once;
-`Batch` is the rectangle for people with a loop of their own.
+Records lie in the host's memory and are ragged: a completion takes as many places as it has tokens.
+The update alone makes rectangles (streams or rows), each of what it runs at once. `Batch` is the
+rectangle for people with a loop of their own.
 
 Letters: P prompts, G completions of a prompt, T tokens of a completion, S tokens of a prompt and a
 completion.
@@ -28,15 +28,15 @@ def _one_a_token(dtype: type) -> dict:
 class Completion:
     """One completion of a prompt. Its fields are listed here and nowhere else.
 
-    Every token of it is there (`present`, where it lies padded among others); which of them the
-    loss speaks of is what `trained` says, and there may be holes in it: what a tool answered
-    between two turns is there, and nobody trains on it.
+    `trained` says which tokens the loss trains, and it may have holes: what a tool answered between
+    two turns is part of the completion, and nobody trains on it. (Where completions lie padded in a
+    rectangle, "present" marks the places that hold a token at all.)
 
     Attributes:
       tokens: [T] int32, the stop token included.
-      log_probs: [T] float32 in nats, under the distribution that each token was sampled from; 0
-        where it was not sampled.
-      trained: [T] bool, the policy sampled the token and is trained on it.
+      log_probs: [T] float32 in nats, under the distribution that each token was sampled from; 0 for
+        a token that was not sampled.
+      trained: [T] bool, whether the policy sampled the token and is trained on it.
       versions: [T] int32, iterations done by the weights that each token was sampled from.
       turns: [T] int16, the turn that each token belongs to, from 0.
       finish_reason: "stop" or "length".
@@ -63,7 +63,7 @@ class Completion:
         full_log_probs: np.ndarray | None = None,
         version: int = 0,
     ) -> "Completion":
-        """A completion of one turn, all of it sampled from the weights of one version.
+        """A completion of one turn, all of whose tokens weights of one version sampled.
 
         Args:
           tokens, log_probs, full_log_probs: [T]; they are copied.
@@ -84,7 +84,7 @@ class Completion:
 
     @property
     def sampler_log_probs(self) -> np.ndarray:
-        """[T] float32, what the trainer's log-probs are compared with."""
+        """[T] float32, the log-probs that the trainer compares its own with."""
         return self.log_probs if self.full_log_probs is None else self.full_log_probs
 
 
@@ -100,7 +100,7 @@ class Completions:
 
     Attributes:
       groups: P lists of G completions, in the order of the prompts.
-      stats: counts of the call that sampled them: what was prefilled, decoded and dispatched.
+      stats: counts of prefill, decoding and dispatches in the call that sampled them.
     """
 
     groups: list[list[Completion]]
@@ -137,8 +137,8 @@ class Completions:
 
         Args:
           field: one of `token_fields()`, or "present", 1 where there is a token.
-          length: of the rectangle; None for that of the longest completion.
-          fill: what stands where there is no token.
+          length: places of the rectangle; None for the tokens of the longest completion.
+          fill: the value of places that hold no token.
 
         Returns:
           [P, G, length] in the field's dtype, completions at the left.
@@ -154,11 +154,11 @@ class Completions:
         return out
 
     def map(self, function: Callable[[Completion], Completion]) -> "Completions":
-        """The same with every completion replaced."""
+        """These completions, each replaced by the result of `function`."""
         return Completions([[function(c) for c in group] for group in self.groups], self.stats)
 
     def select(self, rows: Sequence[int]) -> "Completions":
-        """The groups with these numbers, in this order; without counts, which are of the call."""
+        """The groups with these numbers, in this order, without the counts of the whole call."""
         return Completions([self.groups[row] for row in rows])
 
     @classmethod
@@ -175,7 +175,7 @@ class Prompts:
 
     Attributes:
       token_ids: one list of token ids a prompt.
-      columns: one value a prompt under each name; "solution" is what the answer is compared with.
+      columns: one value a prompt under each name; rewards compare an answer with "solution".
     """
 
     token_ids: list[list[int]]
@@ -191,7 +191,7 @@ class Prompts:
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Prompts]") -> "Prompts":
-        """The prompts of all parts, which have the same columns, in their order."""
+        """The prompts of all parts, in their order; all parts have the same columns."""
         columns = {
             name: [value for part in parts for value in part.columns[name]]
             for name in parts[0].columns
@@ -215,13 +215,13 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class GradedGroups:
-    """Prompts with their graded completions: what an iteration trains on.
+    """Prompts with their graded completions, which an iteration trains on.
 
     Attributes:
-      texts: P * G, what each completion says, those of a prompt side by side.
-      scores: of the P * G completions.
-      seconds: until the last token, and from there until the last reward.
-      metrics: what else is to be logged about them.
+      texts: the text of each of the P * G completions, those of a prompt side by side.
+      scores: the rewards of the P * G completions.
+      seconds: seconds until the last token, and from there until the last reward.
+      metrics: further metrics of them to log.
     """
 
     prompts: Prompts
@@ -240,7 +240,7 @@ class GradedGroups:
         return self.scores.total.reshape(len(self), -1)
 
     def select(self, rows: Sequence[int]) -> "GradedGroups":
-        """The groups with these numbers, in this order; without counts, which are of the whole."""
+        """The groups with these numbers, in this order, without the counts of the whole."""
         G = self.completions.num_samples
         flat = [row * G + g for row in rows for g in range(G)]
         return dataclasses.replace(
@@ -253,9 +253,10 @@ class GradedGroups:
 
     @classmethod
     def concatenate(cls, parts: "Sequence[GradedGroups]") -> "GradedGroups":
-        """The groups of all parts, in their order, counts summed.
+        """The groups of all parts, in their order; counts are summed.
 
-        Seconds are those of the slowest part: the processes of a run sample at the same time.
+        The seconds are those of the slowest part, since the processes of a run sample at the same
+        time.
         """
         if len(parts) == 1:
             return parts[0]
@@ -269,7 +270,7 @@ class GradedGroups:
 
     @property
     def sequences(self) -> "Sequences":
-        """What of them runs through the model."""
+        """The prompts and completions as the update takes them."""
         return Sequences(self.prompts.token_ids, self.completions.groups)
 
 
@@ -280,8 +281,8 @@ class Sequences:
     Attributes:
       prompts: P lists of token ids, one or more each.
       completions: P lists of G completions.
-      log_probs: under the names of `losses.algorithm.LOG_PROBS`, those of other policies than the
-        sampler: P lists of G arrays [T] float32.
+      log_probs: log-probs under policies other than the sampler, by the names of
+        `losses.algorithm.LOG_PROBS`: P lists of G arrays [T] float32.
     """
 
     prompts: list[Sequence[int]]
@@ -311,14 +312,14 @@ class Sequences:
         return Sequences(chosen(self.prompts), chosen(self.completions), log_probs)
 
     def values(self, name: str) -> list[list[np.ndarray]]:
-        """The log-probs of a name, "sampler" among them: P lists of G arrays [T]."""
+        """Log-probs under the policy of this name, "sampler" too: P lists of G arrays [T]."""
         if name != "sampler":
             return self.log_probs[name]
         return [[c.sampler_log_probs for c in group] for group in self.completions]
 
 
 class Batch(NamedTuple):
-    """Completions in a rectangle, the group axis explicit: what a loop of one's own may hold.
+    """Completions in a rectangle with an explicit group axis, for a training loop of one's own.
 
     A row is the prompt, padded on its left, followed by the completion, padded on its right, so
     that completions start in the same column everywhere.
@@ -339,7 +340,7 @@ class Batch(NamedTuple):
         return 1.0 - float(np.mean(self.attention_mask_PGS > 0))
 
     def sequences(self) -> Sequences:
-        """The same, ragged.
+        """The prompts and completions of the batch, ragged.
 
         Raises:
           ValueError: when the rows of a group have different prompts.
@@ -381,11 +382,11 @@ def make_batch(
 
     Args:
       prompts: P lists of token ids, at most `prompt_length` long.
-      completions: P lists of G, at most `completion_length` tokens long.
+      completions: P lists of G completions, at most `completion_length` tokens long.
 
     Returns:
-      P prompts, S = prompt_length + completion_length. The sampler's log-probs are those over the
-      whole vocabulary where the completions have them.
+      A batch of P prompts with S = prompt_length + completion_length. Its sampler's log-probs are
+      the `full_log_probs` of completions that have them, else their `log_probs`.
     """
     P, G = len(prompts), len(completions[0])
     tokens = np.zeros((P, G, prompt_length + completion_length), np.int32)
@@ -405,7 +406,7 @@ def make_batch(
 
 
 def pad_values(values: list[list[np.ndarray]], length: int) -> np.ndarray:
-    """P lists of G arrays [T] of numbers -> [P, G, length] float32, 0 behind their ends."""
+    """P lists of G arrays [T] as one array [P, G, length] float32, 0 behind their ends."""
     padded = np.zeros((len(values), len(values[0]), length), np.float32)
     for row, group in zip(padded, values):
         for out, found in zip(row, group):

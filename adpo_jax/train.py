@@ -4,9 +4,8 @@ checkpoint, evaluation.
     import adpo_jax
     adpo_jax.train(config, callbacks=[lambda iteration: print(iteration.metrics["reward/mean"])])
 
-Left out here and found next door: what each part is made from (`setup`), what is checked before
-anything starts (`preparation`), the anchor forward and the optimizer steps of an iteration
-(`learner`).
+`run.setup` makes the parts from a config, `run.preparation` checks them before anything starts, and
+`update.learner` does the forwards and optimizer steps of an iteration.
 """
 
 import contextlib
@@ -43,13 +42,15 @@ from adpo_jax.update import SKIPPED, TrainState
 
 
 class Iteration(NamedTuple):
-    """What a callback is told after an iteration.
+    """An iteration that has just been done, as a callback sees it.
 
     Attributes:
       step: iterations done.
-      state: after the update. The next update takes its memory: copy what is to outlive the call.
-      groups: what was sampled, graded and trained on.
-      metrics: as they are about to be logged, of an evaluation too where one was due.
+      state: the state after the update. The next update takes its memory over, so copy the arrays
+        that are to outlive the call.
+      groups: the groups that were sampled, graded and trained on.
+      metrics: the metrics that are about to be logged, with those of an evaluation where one was
+        due.
     """
 
     step: int
@@ -58,7 +59,7 @@ class Iteration(NamedTuple):
     metrics: dict[str, float]
 
 
-# What it returns is logged beside the iteration's metrics.
+# The metrics that a callback returns are logged beside those of the iteration.
 Callback = Callable[[Iteration], Mapping[str, float] | None]
 
 
@@ -73,10 +74,10 @@ def train(
 
     Args:
       config: any config of `configs/`.
-      workdir: the run's folder, runs/<project_name>/<experiment_name> if None. One with a run of
-        the same config is resumed.
+      workdir: the run's folder; None for runs/<project_name>/<experiment_name>. A run of the same
+        config that lies there is resumed.
       callbacks: called with each `Iteration`, on every process, before its metrics are logged.
-      options: as for `prepare`.
+      options: further keyword arguments of `prepare`.
 
     Returns:
       The metrics of the last evaluation; empty where the config names no evaluation data.
@@ -84,9 +85,9 @@ def train(
     Raises:
       ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
-      CheckpointError: when no checkpoint can be gone on from.
+      CheckpointError: when the run cannot go on from any of its checkpoints.
       SourceError: for a recording that is damaged inside.
-      TrainingStopped: for updates that are not sound, by the settings of the config.
+      TrainingStopped: for updates that are not sound, where the config says so.
       SaveError: when no checkpoint can be written.
     """
     return run(prepare(config, workdir, **options), callbacks=callbacks)
@@ -95,10 +96,10 @@ def train(
 def run(
     run: Run, interruption: Interruption | None = None, callbacks: Sequence[Callback] = ()
 ) -> dict[str, float]:
-    """Trains, from the given parameters or from the newest checkpoint; see `train`.
+    """Trains from the given parameters or from the newest checkpoint, as `train` does.
 
     Raises:
-      Interrupted: when `interruption` asked for it; the state has been saved.
+      Interrupted: when `interruption` asked the run to stop; the state has been saved.
     """
     config, parts, folder = run.config, run.parts, run.folder
     interruption = interruption or Interruption()
@@ -113,13 +114,13 @@ def run(
         writer = metrics_lib.make_writer(
             folder.root, purge_step, *run.trackers, writes=folder.writes
         )
-        # Closed after what `_iterate` saves when it is interrupted: writing a trace takes a while.
+        # An interrupted `_iterate` saves before this is closed, since writing a trace takes long.
         profiler = setup.make_profiler(config, folder.profile, parts.num_steps)
         with contextlib.closing(writer), contextlib.closing(profiler):
             writer.write_hparams(config.to_dict())
             folder.write_environment(profiling.environment())
             state, metrics = _start(run, restored, writer, checkpoints, interruption)
-            del restored  # or the donated state would be held on to
+            del restored  # it would keep the memory of the donated state
             state = _iterate(
                 run, state, metrics, writer, checkpoints, interruption, profiler, callbacks
             )
@@ -153,13 +154,13 @@ def _start(
     checkpoints: Checkpoints,
     interruption: Interruption,
 ) -> tuple[TrainState, dict[str, float]]:
-    """The state to iterate from and its metrics: the restored one, or that after the cold start."""
+    """The state to iterate from, restored or fresh from the cold start, and its metrics."""
     cold_start, params = run.parts.cold_start, run.params
     if restored is not None:
         where = "iteration" if restored.step >= 0 else "cold start step"
         try:
             state = restored.state.joined(params)
-        except ValueError as error:  # the frozen weights are not those of before
+        except ValueError as error:  # the frozen weights have changed
             raise CheckpointError(str(error)) from error
         print(f"going on after {where} {int(state.step)}", flush=True)
         if restored.step >= 0:
@@ -181,11 +182,11 @@ def _iterate(
     profiler: profiling.Profiler,
     callbacks: Sequence[Callback],
 ) -> TrainState:
-    """The loop; `metrics` are those of the iteration that `state` comes from."""
+    """The training loop; `metrics` belong to the iteration that made `state`."""
     config, folder = run.config, run.folder
     start, num_steps = int(state.step), run.parts.num_steps
     guard = setup.make_guard(config)
-    # As process 0 sees the file, which it may be writing.
+    # Process 0 alone reads the file, since it may be writing it.
     rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
     rows = [row for row in rows if "sft/step" not in row]
     guard.resume(rows)
@@ -193,16 +194,16 @@ def _iterate(
     try:
         with Progress("iteration", num_steps, start) as progress:
             if not rows or rows[-1]["step"] < start:
-                # At the very start, or interrupted between the update and its evaluation's end.
+                # The run starts, or it was interrupted between an update and its evaluation's end.
                 with interruption.abandonable():
                     evaluated = _due_evaluation(run, state, metrics)
-                metrics |= evaluated  # only now: what was abandoned is not saved
+                metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
                 if metrics:
                     writer.write_scalars(start, metrics)
             if start == 0:
                 writer.flush()
                 checkpoints.save(0, state.saved, metrics)
-            saving: dict[str, float] = {}  # of the iteration before
+            saving: dict[str, float] = {}  # times of the iteration before
             for step in range(start, num_steps):
                 interruption.check()
                 profiler.begin(step + 1)
@@ -230,7 +231,7 @@ def _iterate(
                 saving.clear()
                 if checkpoints.is_due(step + 1, metrics):
                     with _timed(saving, "time/checkpoint"):
-                        writer.flush()  # what a checkpoint has behind it is in the log
+                        writer.flush()  # the log reaches as far as the checkpoint
                         run.save_source(step + 1, checkpoints)
                         checkpoints.save(step + 1, state.saved, metrics)
     except Interrupted as reason:
@@ -273,9 +274,10 @@ def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, flo
 
 
 def _export(run: Run, state: TrainState) -> None:
-    """Writes the policy, and its adapters alone, unless the export is of this very state."""
+    """Writes the policy, and its adapters alone, unless this state has been exported already."""
     policy, folder = run.parts.policy, run.folder
-    # Under another learning rate, or from an older checkpoint, as many iterations end elsewhere.
+    # The step alone does not tell: with another learning rate, or from an older checkpoint, the
+    # same number of iterations ends in another state.
     digest = digests.digest(state.saved)
     if folder.exported_state == digest:
         return

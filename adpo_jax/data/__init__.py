@@ -1,1 +1,1 @@
-"""Where prompts come from: files, templates, the embedded task. It imports nothing of ours."""
+"""Sources of prompts: files, templates, the embedded task. This folder imports nothing of ours."""

@@ -2,10 +2,10 @@
 a laptop's CPU. Nothing is downloaded.
 
 A problem tells of a few changes to a number of things and asks how many there are in the end. The
-demonstrations for the supervised cold start are what people say: most blurt out an answer and have
-overlooked one of the changes, fewer write their working down and are right. A model that imitates
-them learns both manners and prefers the hasty one, and more imitation does not change that.
-Rewarding right answers does.
+demonstrations for the supervised cold start answer in two manners: most blurt out an answer and
+overlook one of the changes, fewer write their working down and are right. A model that imitates
+them learns both manners and prefers the hasty one. More imitation does not change that, but
+rewarding right answers does.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ GAINS = ("finds", "buys", "wins", "gets")
 LOSSES = ("loses", "sells", "drops", "lends")
 DOUBLE = "doubles them"
 
-LARGEST = 30  # no total passes it
+LARGEST = 30  # the largest total
 NUM_CHANGES = (3, 4)  # fewest and most
 CAREFUL_SHARE = 0.38  # of the demonstrations that show their working
 NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 8192}
@@ -85,8 +85,8 @@ class _Problem:
     """Someone has a number of things, and it changes.
 
     Attributes:
-      changes: (words, sign, operand) of each, with sign "+", "-" or "*". No verb comes twice, so
-        that "what comes next" has one answer.
+      changes: (words, sign, operand) of each change, with sign "+", "-" or "*". No verb comes
+        twice, so that "what comes next" has one answer.
     """
 
     person: str
@@ -150,7 +150,7 @@ def make_tokenizer():
     A number is one token.
 
     Returns:
-      a `transformers.PreTrainedTokenizerFast`; the same one on every machine.
+      A `transformers.PreTrainedTokenizerFast`; it is the same on every machine.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -25,7 +25,7 @@ MAX_LINE_BYTES = 32 * 2**20
 
 _BOM = b"\xef\xbb\xbf"
 
-# What the files of a folder may be named after, and which splits they then belong to.
+# The first word of a file's name in a folder, and the split that the file then belongs to.
 _SPLITS = {"train": "train", "test": "test", "dev": "validation", "val": "validation"}
 _SPLITS["validation"] = _SPLITS["valid"] = "validation"
 
@@ -109,10 +109,11 @@ def load_rows(
 
 
 def extract_solution(answer: Any) -> Any:
-    """What completions are compared with, from a data set's answer.
+    """The solution that completions are compared with, from a data set's answer.
 
-    GSM8K's worked answers end in `#### 1,234`: that number without its commas. Other text is
-    stripped, a number becomes text, and anything else (a dict of test cases, say) stays as it is.
+    GSM8K's worked answers end in `#### 1,234`, whose solution is that number without its commas.
+    Other text is stripped, a number becomes text, and anything else (a dict of test cases, say)
+    stays as it is.
     """
     if isinstance(answer, float) and answer.is_integer():
         return str(int(answer))
@@ -122,14 +123,14 @@ def extract_solution(answer: Any) -> Any:
         return answer
     _, hashes, result = answer.rpartition("####")
     result = result.strip()
-    # Only a last line: elsewhere four hashes are a heading of the worked solution.
+    # Only the last line counts, since elsewhere four hashes are a heading of the worked solution.
     if hashes and result and "\n" not in result:
         return _THOUSANDS.sub("", result)
     return answer.strip()
 
 
 def prompt_indices(step: int, *, seed: int, num_rows: int, batch_size: int) -> np.ndarray:
-    """The rows of training step `step`: a pure function, so that resuming needs no iterator.
+    """The rows of training step `step`. It is a pure function, so that a resume needs no iterator.
 
     The rows are dealt out epoch after epoch, each epoch in its own order, without a gap: a batch
     that an epoch cannot fill goes on with the next epoch's order, so that every row comes exactly
@@ -158,7 +159,7 @@ def prompt_indices(step: int, *, seed: int, num_rows: int, batch_size: int) -> n
     return rows
 
 
-@functools.lru_cache(maxsize=4)  # training and cold start, each at the border of two epochs
+@functools.lru_cache(maxsize=4)  # training and cold start may each be at a border of two epochs
 def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     key = np.array([seed % 2**64, epoch], np.uint64)
     order = np.argsort(np.random.Philox(key=key).random_raw(num_rows), kind="stable")
@@ -167,7 +168,7 @@ def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 def _source_rows(source: str, split: str | None) -> Iterator[tuple[str, Row]]:
-    """(where it stands, row) for every row of one source."""
+    """(place in the file, row) for every row of one source."""
     path = Path(source).expanduser()
     if path.is_dir():
         files = _folder_files(path, split)
@@ -228,7 +229,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """An array of objects, or what is really JSON Lines."""
+    """Rows of a JSON file: an array of objects, or JSON Lines under another name."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(_BOM).lstrip()
     if not start.startswith(b"["):
@@ -264,7 +265,7 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
         ) from error
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # its own, huggingface_hub's and the network's have no common base
+    except Exception as error:  # errors of datasets, the hub and the network have no common base
         raise ValueError(
             f"{source} is no file here, and its split {split!r} cannot be loaded from the Hugging "
             f"Face Hub: {error}"
@@ -293,7 +294,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}:{line}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, 10,000 brackets
         raise ValueError(f"{path}:{first_line}: not usable JSON: {error}") from error
     if "\\ud" in text.lower():
         try:

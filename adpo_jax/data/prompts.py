@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from adpo_jax.data.files import Dataset, Row
 
-# Arguments of apply_chat_template that are not the user's to give.
+# Arguments of apply_chat_template that the user may not give.
 _RESERVED = {"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors"}
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -15,7 +15,7 @@ Message = dict[str, Any]
 
 
 class RenderedPrompts(NamedTuple):
-    """What `render_prompts` returns."""
+    """The result of `render_prompts`."""
 
     dataset: Dataset  # the rows that were kept
     token_ids: list[list[int]]  # their prompts
@@ -34,7 +34,7 @@ def render_prompts(
     max_prompt_length: int,
     overlong: str = "filter",
 ) -> RenderedPrompts:
-    """Tokenise every prompt of a data set.
+    """Tokenises every prompt of a data set.
 
     Args:
       dataset: its prompts are text, or lists of messages {"role": ..., "content": text}.

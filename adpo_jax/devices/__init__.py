@@ -1,1 +1,1 @@
-"""What runs: devices, their meshes and memory, several processes. It imports nothing of ours."""
+"""Devices, their meshes and memory, several processes. This folder imports nothing of ours."""

@@ -1,4 +1,4 @@
-"""What one device can hold and do, as its maker publishes it."""
+"""Memory, FLOPs and bandwidth of devices, as their makers publish them."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ class Chip:
     """Published figures of one JAX device.
 
     Attributes:
-      name: as people call it.
-      memory: bytes.
+      name: the usual name of the chip.
+      memory: bytes of memory.
       flops: bfloat16 operations a second, dense.
       bandwidth: bytes a second between the device and its memory.
     """
@@ -24,9 +24,9 @@ class Chip:
     bandwidth: float
 
 
-# By `Device.device_kind`. TPUs: https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x, /v4; a
-# JAX device of tpu7x is one of the two halves of a chip. GPUs: NVIDIA's data sheets, SXM where it
-# is not said.
+# The keys are values of `Device.device_kind`. Sources of the figures: for TPUs
+# https://cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x, /v4, for GPUs NVIDIA's data sheets, of
+# the SXM form where the name says none. A JAX device of tpu7x is one of the two halves of a chip.
 CHIPS = {
     "TPU v4": Chip("TPU v4", 32 * GIB, 275e12, 1228e9),
     "TPU v5 lite": Chip("TPU v5e", 16 * GIB, 197e12, 819e9),
@@ -41,7 +41,7 @@ CHIPS = {
     "NVIDIA H200": Chip("H200", 141 * 10**9, 989e12, 4800e9),
     "NVIDIA B200": Chip("B200", 180 * 10**9, 2250e12, 7700e9),
 }
-# What other versions of libtpu call them.
+# The names of the same chips in other versions of libtpu.
 CHIPS |= {
     "TPU v5e": CHIPS["TPU v5 lite"],
     "TPU v5p": CHIPS["TPU v5"],

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
-# Programs that compile faster than this are as fast compiled as read.
+# Programs that compile in less time are compiled as fast as they are read.
 _MIN_COMPILE_S = 0.3
-_MAX_BYTES = 4 * 2**30  # those used last are kept
+_MAX_BYTES = 4 * 2**30  # the programs used last are kept
 
 
 def use(folder: str) -> None:
@@ -29,7 +29,10 @@ def use(folder: str) -> None:
 
 
 def host_kind() -> str:
-    """A name for machines with the same instructions: homes are shared, machine code is not."""
+    """A name for machines with the same instructions.
+
+    Machines of several kinds may share a home folder, but not machine code.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""Several processes that train one policy: how they find each other, and what they tell each other.
+"""Several processes that train one policy: how they find each other and exchange values.
 
-Every process runs the same program on its own devices. Arrays of the mesh are global: a jitted
-function is called by all processes at the same time. What a host knows (the completions that it
-sampled, their rewards) stays with its process until `all_gather`.
+Every process runs the same program on its own devices. Arrays of the mesh are global, so all
+processes call a jitted function at the same time. Values of one host (the completions that it
+sampled, their rewards) stay with its process until `all_gather`.
 
-Left out: a process that comes back while the others go on. When one is lost all stop, and the same
+No process can come back while the others go on. When one is lost all of them stop, and the same
 command goes on from the last checkpoint.
 """
 
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Set by a launcher for each process; JAX itself reads the first alone.
+# The variables that a launcher sets for each process; JAX itself reads the first one alone.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
@@ -49,7 +49,7 @@ def initialize(wanted: bool | None, *, timeout_s: int) -> None:
             shutdown_timeout_seconds=timeout_s,
         )
     except ValueError as error:
-        if wanted is None:  # a machine with TPU chips of its own, no pod
+        if wanted is None:  # the machine has TPU chips of its own and is no part of a pod
             return
         raise ValueError(
             f"--distributed: {error} Neither SLURM nor a TPU pod is recognised here; set "
@@ -61,12 +61,14 @@ def initialize(wanted: bool | None, *, timeout_s: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    if not is_leader():  # what goes to standard output is said once
+    if not is_leader():  # so that standard output has every line once
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _environment() -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize`, empty where JAX finds them; None for no others.
+    """Arguments of `jax.distributed.initialize`; None if there are no other processes.
+
+    They are empty where JAX finds the arguments itself.
 
     Raises:
       ValueError: for a coordinator's address without number and place of the processes.
@@ -113,16 +115,16 @@ def is_leader() -> bool:
 
 
 def own_rows(num_rows: int) -> range:
-    """Of so many rows those of this process: as many as any other has, or one more or less.
+    """This process's share of so many rows; shares differ by one row at most.
 
-    In the order of the processes they are all rows in their order.
+    The shares in the order of the processes are all rows in their order.
     """
     first, last = (num_rows * (jax.process_index() + i) // jax.process_count() for i in (0, 1))
     return range(first, last)
 
 
 def all_gather(value: Any) -> list:
-    """What each process gives, in their order; every process gets all of it.
+    """The values of all processes, in their order; every process gets the whole list.
 
     Args:
       value: anything that pickles, large arrays too.
@@ -131,7 +133,7 @@ def all_gather(value: Any) -> list:
         return [value]
     mine = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(mine.size))
-    # A power of two, so that few programs are compiled.
+    # The length is a power of two, so that few programs are compiled.
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
     padded[: mine.size] = mine
     rows = multihost_utils.process_allgather(padded)
@@ -139,16 +141,16 @@ def all_gather(value: Any) -> list:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has called this with that name."""
+    """Waits until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """An error within, of one process, becomes one of all: none waits for the one that failed.
+    """Raises on all processes if one fails within, so that none waits for the one that failed.
 
-    Within, no process waits for another.
+    No process may wait for another one within.
     """
     if jax.process_count() == 1:
         yield

@@ -1,4 +1,4 @@
-"""The arithmetic that a program asks for, counted before it is compiled and cut up over devices."""
+"""Counts the arithmetic of a program before it is compiled and cut up over devices."""
 
 import math
 
@@ -10,15 +10,15 @@ from jax.interpreters import partial_eval
 def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
     """Floating-point operations of the matrix products of a program, all devices together.
 
-    What is recomputed in a backward pass is included, what no result depends on is not. A loop's
-    body counts as often as it runs (XLA's cost analysis counts it once), of a choice the dearest
-    branch, a hand-written kernel as much as its cost estimate says, or not at all. What `shard_map`
-    runs counts once for each of the parts that the mesh cuts its arrays into, not for the devices
-    that have the same part.
+    Operations that a backward pass recomputes are included; those that no result depends on are
+    not. The body of a loop counts as often as it runs (XLA's cost analysis counts it once). Of a
+    choice the dearest branch counts. A hand-written kernel counts by its cost estimate, or not at
+    all if it has none. The body of a `shard_map` counts once for each part that the mesh cuts its
+    arrays into, and not for further devices that have the same part.
 
     Args:
-      traced: of a jitted function, `jitted.trace(*args)`; arrays or their shapes.
-      unknown_turns: how often a loop turns whose end is decided while it runs.
+      traced: the result of `jitted.trace(*args)` with arrays or their shapes.
+      unknown_turns: the turns of a loop whose end is decided while it runs.
     """
     jaxpr = traced.jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -51,7 +51,7 @@ def _equation_flops(eqn, turns: int) -> int:
 
 
 def _num_parts(params) -> int:
-    """Into how many parts the arrays of a `shard_map` are cut."""
+    """The number of parts that the arrays of a `shard_map` are cut into."""
     specs = jax.tree.leaves((params["in_specs"], params["out_specs"]))
     axes = {name for spec in specs for name in jax.tree.leaves(tuple(spec))}
     return math.prod(params["mesh"].shape[axis] for axis in axes)

@@ -1,18 +1,18 @@
-"""glibc's malloc, as the buffers of a CPU run want it: huge pages and few arenas.
+"""Tunes glibc's malloc for the buffers of a CPU run: huge pages and few arenas.
 
 XLA's CPU backend allocates its temporaries anew in every step, hundreds of megabytes of them, and
 the kernel hands them out in 4 kB pages: a third of the time of a small model's update is page
 faults. glibc asks for 2 MB pages when told so. Measured on a 2-core x86-64 VM, float32, 0.7M
 parameters, 64 x 80 tokens: 0.62 CPU seconds an update without, 0.41 with.
 
-Each of some thirty threads allocates from one of many arenas, up to 8 for each core, and what is
-freed in one is no room for another: the arenas grow for hours, though what is in use does not. On
-that VM `scripts/soak.py` grew from 1,164 MB resident to 1,222 between iterations 320 and 1,000 with
-16 arenas, their 550 MB in use unchanged; with 2 from 1,072 to 1,080 between 500 and 1,790, no
-slower.
+Each of some thirty threads allocates from one of many arenas, up to 8 for each core, and memory
+freed in one arena is no room for another. So the arenas grow for hours, though the memory in use
+does not. On that VM `scripts/soak.py` grew from 1,164 MB resident to 1,222 between iterations 320
+and 1,000 with 16 arenas, their 550 MB in use unchanged. With 2 arenas it grew from 1,072 to 1,080
+between 500 and 1,790, and was no slower.
 
-Both are told by an environment variable that glibc reads once, before Python starts; hence the
-process replaces itself.
+Both are set by an environment variable that glibc reads once, before Python starts, so the process
+replaces itself.
 """
 
 import ctypes
@@ -24,9 +24,9 @@ _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2"
 
 
 def tune_malloc() -> None:
-    """Restarts the program with both where JAX will run on the CPU of a Linux machine.
+    """Restarts the program with both settings if JAX will run on the CPU of a Linux machine.
 
-    Does nothing elsewhere, or when the user set GLIBC_TUNABLES.
+    It does nothing elsewhere, or when the user set GLIBC_TUNABLES.
     """
     if not sys.platform.startswith("linux") or "GLIBC_TUNABLES" in os.environ:
         return
@@ -39,7 +39,7 @@ def tune_malloc() -> None:
 
 
 def give_back() -> None:
-    """Gives the kernel back what malloc holds and nobody uses: compiling leaves much of it."""
+    """Gives unused memory of malloc back to the kernel; compiling leaves much of it."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

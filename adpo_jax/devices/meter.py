@@ -1,6 +1,6 @@
-"""How much of what the devices can do an update uses.
+"""The share of the devices' peak arithmetic that an update uses: MFU and HFU.
 
-MFU counts the arithmetic that the model asks for, HFU also what is recomputed to save memory.
+MFU counts the arithmetic of the model, HFU also that which is recomputed to save memory.
 
 Source of the two terms: Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, appendix B.
 """
@@ -20,8 +20,7 @@ class Meter:
     Args:
       update: the jitted update that runs.
       plain: makes the same update with nothing recomputed.
-      devices: those that it runs on together; where the peak of one is not published, nothing is
-        counted.
+      devices: the devices that it runs on; if the peak of one is not known, nothing is counted.
     """
 
     def __init__(self, update: Callable, plain: Callable[[], Callable], devices: list[jax.Device]):
@@ -33,7 +32,7 @@ class Meter:
         """Operations of one call of the update, under the names of the metrics.
 
         Args:
-          args: of the update, arrays or their shapes.
+          args: the arguments of the update, arrays or their shapes.
           turns: how often its loop over micro-batches turns, which the program does not say.
         """
         if self._peak is None:
@@ -47,5 +46,5 @@ class Meter:
         return collections.Counter({"update/mfu": model, "update/hfu": run})
 
     def shares(self, operations: collections.Counter, seconds: float) -> dict[str, float]:
-        """The shares of the devices' peak that so many operations in that time are."""
+        """The metrics: these operations in this time as shares of the devices' peak."""
         return {name: count / seconds / self._peak for name, count in operations.items()}

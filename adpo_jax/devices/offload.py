@@ -23,10 +23,10 @@ def check(device: jax.Device, setting: str) -> None:
 
 
 def to_host(tree):
-    """The arrays with their layout, in the host's memory."""
+    """Moves arrays to the host's memory; they keep their layout."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), tree)
 
 
 def to_device(tree):
-    """The arrays with their layout, in the device's memory."""
+    """Moves arrays to the device's memory; they keep their layout."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)

@@ -23,9 +23,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    # The place of context parallelism: a mesh axis "sequence" in `MESH_AXES`, named here. No
-    # parameter has this axis; attention would then pass keys round it (a ring), and the columns of
-    # a completion's log-probs would be split over it.
+    # Context parallelism would have its place here: a mesh axis "sequence" in `MESH_AXES`, named in
+    # this line. No parameter has this axis. Attention would pass keys round it (a ring), and the
+    # columns of a completion's log-probs would be split over it.
     "length": None,
     "layers": None,
     "embed": "fsdp",
@@ -63,12 +63,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 
 def rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:
-    """The mesh on which this process samples: its own devices, the parameters on each `tensor`.
+    """The mesh of this process's own devices, on which it samples.
 
-    No axis `fsdp`: with the parameters split over it, every decode step would gather all of them.
+    Each group of `tensor` devices has a copy of the parameters. The axis `fsdp` has size 1, since
+    with parameters split over it every decode step would gather all of them.
 
     Args:
-      mesh: of training, over the devices of all processes.
+      mesh: the mesh of training, over the devices of all processes.
       tensor: devices that one copy of the parameters is split over; 0 for as many as in training,
         up to what a process has.
 
@@ -80,7 +81,7 @@ def rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:
 
 
 def _own_process(mesh: Mesh) -> int:
-    """This process, or the first one of a topology that is not there."""
+    """The number of this process; that of the mesh's first one if the mesh has none of ours."""
     indices = {d.process_index for d in mesh.devices.flat}
     return jax.process_index() if jax.process_index() in indices else min(indices)
 
@@ -100,10 +101,10 @@ def _mesh(grid: np.ndarray) -> Mesh:
 
 
 def move(tree, shardings):
-    """Arrays of a mesh of all processes, or of this one's, -> arrays laid out as `shardings` say.
+    """Lays arrays out anew on the devices of this process.
 
     Args:
-      tree: arrays.
+      tree: arrays on a mesh of all processes, or of this process.
       shardings: a tree of `NamedSharding`s over devices of this process.
     """
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
@@ -112,7 +113,7 @@ def move(tree, shardings):
 
 
 def _local_copy(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """One copy a process, each laid out over its devices as `sharding` says for this one."""
+    """A copy of an array on the devices of this process; every process gets a copy likewise."""
     by_process = collections.defaultdict(list)
     for device in x.sharding.mesh.devices.flat:
         by_process[device.process_index].append(device)
@@ -183,18 +184,19 @@ def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str,
 def on_each_device(
     function: Callable, mesh: Mesh | None, sizes: Mapping[str, int], in_axes: tuple, out_axes: tuple
 ) -> Callable:
-    """A function that each device runs on its own share: a kernel, or a gather that stays at home.
+    """Makes a function of whole arrays that each device runs on its own share of them.
 
-    The partitioner cannot split a kernel, and it gathers what it cannot prove to be local.
+    Kernels need it, since the partitioner cannot split them. So do gathers that stay on a device,
+    since the partitioner moves all arrays that it cannot prove to be local.
 
     Args:
-      function: of pytrees of arrays; it needs nothing of another device's share.
-      sizes: of the logical axes to split. One that the mesh does not divide stays whole.
+      function: a function of pytrees of arrays, which needs nothing of another device's share.
+      sizes: sizes of the logical axes to split. An axis that the mesh does not divide stays whole.
       in_axes: for each argument, the logical axes of all its arrays; trailing ones may be left out.
-      out_axes: likewise of the result.
+      out_axes: the logical axes of the result's arrays likewise.
 
     Returns:
-      The function of the whole arrays; `function` itself on one device.
+      The function of the whole arrays; on one device it is `function` itself.
     """
     if mesh is None or mesh.size == 1:
         return function
@@ -218,7 +220,7 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape) -> NamedShar
 
 
 def device_bytes(tree) -> int:
-    """Bytes on one device of a tree of abstract arrays, whole where they have no sharding."""
+    """Bytes on one device of a tree of abstract arrays; one without a sharding counts whole."""
 
     def of(x) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -243,7 +245,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSharding:
-    """Rows split over (`data`, `fsdp`), everything else replicated; one device without a mesh."""
+    """Puts arrays on a mesh, rows split over (`data`, `fsdp`); on one device without a mesh."""
 
     mesh: Mesh | None
 
@@ -252,14 +254,14 @@ class BatchSharding:
         return 1 if self.mesh is None else mesh_axis_size(self.mesh, RULES["batch"])
 
     def abstract(self, tree):
-        """The shapes and layout of `put`'s result."""
+        """The shapes and shardings of `put`'s result."""
         sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree
         )
 
     def put(self, tree):
-        """Host arrays with a leading batch axis -> device arrays split over it."""
+        """Puts host arrays with a leading batch axis on the devices, split over that axis."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))

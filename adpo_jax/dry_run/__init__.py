@@ -1,14 +1,16 @@
-"""What a run would need, found out by compiling it: nothing is run, no weights are read.
+"""What a run would need, found by compiling it: no iteration is run, no weights are read.
 
     python -m adpo_jax.main --config=configs/gsm8k.py --dry_run
     python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=v5e:2x4
 
-The programs of an iteration (prefill, decode, anchor, update) are compiled from shapes for the
-devices at hand, or through libtpu for a TPU slice that is not there. Memory is what XLA says it
-will allocate; FLOPs and collectives are read from the compiled programs, loops counted (`hlo`).
+The programs of an iteration (prefill, decode, anchor, update) are traced with every prompt and
+completion at full length: the lengths decide how the update packs them, and shapes stand in for
+arrays of the model, the cache and packed batches. They are compiled for the devices at hand, or
+through libtpu for a TPU slice that is not there. The memory is what XLA says it will allocate.
+FLOPs and collectives are read from the compiled programs, loops counted (`hlo`).
 
-Left out: time. The floor of an iteration is arithmetic at the chip's peak or memory traffic at its
-full bandwidth, whichever is longer, and no run reaches it.
+Time is left out. The floor of an iteration is arithmetic at the chip's peak or memory traffic at
+its full bandwidth, whichever is longer, and no run reaches it.
 
 Letters: P prompts, G completions of a prompt, T tokens.
 """
@@ -67,7 +69,7 @@ def _one_host(topology: str, devices: list) -> list:
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a TPU slice that need not be there.
+    """The devices of a TPU slice, which need not be there.
 
     Raises:
       ValueError: without libtpu, or for a name it does not know.
@@ -99,7 +101,7 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
     sizes = dict(config.mesh) | {"data": 1, "fsdp": -1}
     sizes["tensor"] = math.gcd(mesh.shape["tensor"], len(host or []))
     host_mesh = host and sharding.make_mesh(**sizes, devices=host)
-    # More than the learning rate takes to warm up.
+    # This is more steps than the learning rate takes to warm up.
     learner = setup.make_learner(config, policy, plan, num_steps=10**6)
     engine = setup.make_engine(config, policy, host_mesh, resident_bytes=learner.resident_bytes())
     sampling = setup.make_sampling(config, source)
@@ -154,9 +156,9 @@ def _title(config, policy, mesh, engine: Engine, where: str) -> str:
 def _traced(
     config, engine: Engine, learner: Learner, sampling: SamplingParams
 ) -> dict[str, tuple[jax.stages.Traced, int]]:
-    """The programs of an iteration, and how often their open loops turn."""
+    """The programs of an iteration, and how often their loops without a fixed end turn."""
     P, G = config.data.train_batch_size, config.algorithm.num_generations
-    # One of full length, which all prompts and completions of the iteration are.
+    # All prompts and completions of the iteration have full length.
     completion = Completion.sampled(*np.zeros((2, config.data.max_response_length)), "length")
     prompt = [0] * config.data.max_prompt_length
     sequences = Sequences([prompt] * P, [[completion] * G] * P)

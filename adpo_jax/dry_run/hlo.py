@@ -1,8 +1,9 @@
-"""What a compiled program does, read from its HLO text: FLOPs and collectives, loops counted.
+"""The FLOPs and collectives of a compiled program, read from its HLO text, loops counted.
 
-XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here a loop
-whose condition compares its counter with a constant counts as often as it turns; one whose end is
-decided while it runs (decoding, packed micro-batches) counts as often as the caller says.
+XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here the
+body of a loop whose condition compares its counter with a constant counts as often as the loop
+turns. Where the end is decided while the loop runs (decoding, packed micro-batches), the body
+counts as often as the caller says.
 
 Source: the text format of https://openxla.org/xla/operation_semantics; FLOPs of a convolution as in
 xla/service/hlo_cost_analysis.cc (a TPU's compiler writes every matrix product as one).
@@ -33,9 +34,9 @@ class Collective:
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      shape: of the result on one device, e.g. "bf16[4,128,256]".
+      shape: the shape of its result on one device, e.g. "bf16[4,128,256]".
       calls: how often it runs.
-      bytes: of its results on one device, all calls.
+      bytes: bytes of its results on one device over all calls.
       source: the operation of the model that it serves, shortened.
     """
 
@@ -59,7 +60,7 @@ class Program:
     """A module of HLO text.
 
     Args:
-      unknown_turns: how often a loop turns whose end is decided while it runs.
+      unknown_turns: the turns of a loop whose end is decided while it runs.
     """
 
     def __init__(self, text: str, unknown_turns: int = 1):
@@ -109,7 +110,7 @@ class Program:
         return -(-numbers[0] // self._stride(loop, instructions))
 
     def _stride(self, loop: _Instruction, condition: list[_Instruction]) -> int:
-        """What a turn adds to the counter: 2 where a TPU's compiler has put two turns into one."""
+        """The number that a turn adds to the counter: 2 if the compiler put two turns into one."""
         places = [m.group(1) for i in condition if (m := re.search(r"index=(\d+)", i.rest))]
         body = re.search(r"body=%?([\w.\-]+)", loop.rest).group(1)
         if len(places) != 1 or self._computations[body][-1].opcode != "tuple":
@@ -125,7 +126,7 @@ class Program:
 
     @functools.cached_property
     def flops(self) -> int:
-        """Floating-point operations of the matrix products; two a multiplication with addition."""
+        """Floating-point operations of the matrix products; a multiply-add counts as two."""
         total = 0
         for name, instructions in self._computations.items():
             shapes = {i.name: i.shape for i in instructions}
@@ -138,9 +139,9 @@ class Program:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """All collectives, those that move most first."""
-        # One that runs beside arithmetic is written several times, under one channel; those that
-        # were written by hand have channels of their own, which may be the same numbers.
+        """All collectives; those that move most bytes come first."""
+        # A collective that runs beside arithmetic is written several times under one channel.
+        # Collectives written by hand have channels of their own, whose numbers may coincide.
         found: dict = {}
         for name, instructions in self._computations.items():
             for i in instructions:
@@ -149,7 +150,7 @@ class Program:
                     continue
                 shape = tuple(_SHAPE.findall(i.shape))
                 if i.opcode in ("all-gather-start", "collective-permute-start"):
-                    # Operands, results, and scalars that the device counts with.
+                    # The shape lists operands, results, and scalars that the device counts with.
                     arrays = [(item, dims) for item, dims in shape if dims]
                     shape = tuple(arrays[len(arrays) // 2 :])
                 channel = re.search(r"channel_id=(\d+)", i.rest)

@@ -1,4 +1,4 @@
-"""What a dry run found, as a table: one device's memory, the programs, their collectives."""
+"""The report of a dry run as tables: one device's memory, the programs, their collectives."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from adpo_jax.devices.chips import Chip
 from adpo_jax.dry_run.hlo import Collective
 from adpo_jax.engine.cache_plan import readable
 
-# The program that a part of the state comes back from the host's memory for.
+# The program for which an offloaded part of the state comes back from the host's memory.
 PROGRAM_OF = {"optimizer": "update", "anchor": "anchor"}
 
 
@@ -16,12 +16,13 @@ class Step:
     """A compiled program of an iteration; figures of one device.
 
     Attributes:
-      calls: of one iteration, at full lengths; of "decode" the steps, one token of every slot.
+      calls: its calls in an iteration at full lengths; a call of "decode" is one step, which gives
+        every slot a token.
       temporary: bytes that it allocates while it runs, its results included.
       moved: bytes of its arguments and results, each touched once.
-      flops: of its matrix products (those inside of Pallas kernels are not seen).
-      balance: flops x devices / flops that the program asks for: 1 where no device does what
-        another does too.
+      flops: FLOPs of its matrix products (those inside of Pallas kernels are not seen).
+      balance: flops x devices / flops that the program asks for: 1 if no device repeats another's
+        work.
       compile_s: seconds that compiling took here.
     """
 
@@ -35,19 +36,19 @@ class Step:
     compile_s: float
 
     def floor_s(self, chip: Chip) -> float:
-        """Seconds that all its calls of an iteration take at least."""
+        """The fewest seconds that its calls of an iteration can take together."""
         return self.calls * max(self.flops / chip.flops, self.moved / chip.bandwidth)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one device of a run holds and does; bytes of one device.
+    """What one device of a run holds and does; all bytes are bytes of one device.
 
     Attributes:
-      resident: the state: parameters, optimizer, anchor.
-      rollout: what lies there besides while sampling: the parameters' copy, the cache.
+      resident: bytes of the state's parts: parameters, optimizer, anchor, reference.
+      rollout: bytes that sampling adds: the parameters' copy, the cache.
       on_host: parts of the state that are on the device only while their program runs.
-      keeps_cache: the cache stays there during the update.
+      keeps_cache: whether the cache stays on the device during the update.
       failed: programs that do not fit, with the compiler's words.
     """
 
@@ -69,7 +70,7 @@ class Report:
         return {s.name: self._there(s.name) + s.temporary for s in self.steps}
 
     def _there(self, program: str) -> int:
-        """Bytes that lie there while a program runs, besides what it makes itself."""
+        """Bytes that lie on the device while a program runs, without those that it allocates."""
         away = {part for part in self.on_host if PROGRAM_OF[part] != program}
         state = sum(size for part, size in self.resident.items() if part not in away)
         if program in ("prefill", "decode"):
@@ -82,7 +83,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether every program compiled, and the largest leaves room in the device's memory."""
+        """Whether every program compiled, and the largest peak is within the device's memory."""
         return not self.failed and (self.memory is None or self.peak <= self.memory)
 
     def lines(self) -> Iterator[str]:

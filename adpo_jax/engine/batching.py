@@ -6,12 +6,13 @@
         for new in loop.step():
             new.sample, new.tokens, new.log_probs, new.finish_reason
 
-Each step fills free slots from the queue, fits the sizes of the batch to what is alive, runs some
-decode steps in one dispatch, and takes their tokens. How large the batch is, and whether its
-samples share their settings, is what `generation` (a call whose requests are all known) and
-`continuous` (requests that come and go) decide, each in its own way.
+Each step fills free slots from the queue, fits the sizes of the batch to the live samples, runs
+some decode steps in one dispatch, and takes their tokens. `generation` (a call whose requests are
+all known) and `continuous` (requests that come and go) decide how large the batch is, and whether
+its samples share their settings.
 
-Not here: completions as a whole, text, and what a token is sampled from (`decode`, `sampling`).
+The loop knows neither whole completions nor text. The model's side of a step is in `verbs` and
+`sampling`.
 
 Letters: B slots, P prefix rows, T tokens, A alternatives.
 """
@@ -35,14 +36,14 @@ from adpo_jax.engine.verbs import DecodeState, Prefixes, ResultTokens, Slots, Ve
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """The completions that are wanted of one prompt.
+    """A request for completions of one prompt.
 
     Attributes:
       prompt: [T] int32.
-      sampling: their settings; `n` says how many there are.
-      keys: gives the key of each sample, [n or more, 2] uint32. It is called by the thread that
-        decodes, when the first sample starts.
-      num_alternatives: likeliest tokens wanted beside each sampled one.
+      sampling: the settings of the completions; `n` is their number.
+      keys: returns the key of each sample, [n or more, 2] uint32. The thread that decodes calls it
+        when the first sample starts.
+      num_alternatives: how many of the likeliest tokens to return beside each sampled one.
       samples: the completions.
     """
 
@@ -67,8 +68,8 @@ class Sample:
 
     Attributes:
       index: its number among the samples of its request.
-      num_tokens: sampled so far.
-      cancelled: nobody wants its further tokens.
+      num_tokens: tokens sampled so far.
+      cancelled: whether its request gave up on further tokens.
     """
 
     request: Request
@@ -79,11 +80,11 @@ class Sample:
 
 
 class NewTokens(NamedTuple):
-    """What one step sampled of one completion.
+    """The tokens that one step sampled of one completion.
 
-    tokens [T] int32 and log_probs [T] float32; alternatives, ids and log-probs [T, A], where they
-    were asked for; finish_reason "stop" or "length" at the end, else None; full_log_probs [T]
-    float32, tempered and not truncated, where they were asked for.
+    tokens are [T] int32, log_probs [T] float32. alternatives, where the request asks for them, are
+    the ids and log-probs [T, A] of the likeliest tokens. finish_reason is "stop" or "length" at the
+    end, else None. full_log_probs, where asked for, are [T] float32, tempered and not truncated.
     """
 
     sample: Sample
@@ -100,23 +101,23 @@ class Sizes(NamedTuple):
     slots: int
     columns: int  # of the ring
     rows: int  # prefix rows
-    width: int  # samples of a prefix row, at most
+    width: int  # the most samples of a prefix row
     prefix: int  # tokens of a prefix row
 
 
 class Sizing(Protocol):
-    """How large the batch is for what waits and what is alive.
+    """Decides how large the batch is, from the samples that wait and those that are alive.
 
     Attributes:
-      steps: decode steps of a dispatch at most.
-      most_columns: of the ring at its longest; it holds the longest completion.
+      steps: the most decode steps of a dispatch.
+      most_columns: columns of the ring at its longest, which hold the longest completion.
     """
 
     steps: int
     most_columns: int
 
     def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
-        """The sizes in which waiting samples start; None where no memory is needed any more.
+        """The sizes in which waiting samples start; None if no memory is needed any more.
 
         Args:
           now: the present sizes, None where there is no state yet.
@@ -124,14 +125,14 @@ class Sizing(Protocol):
         """
 
     def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
-        """The sizes for the next dispatch, when all have started that could."""
+        """The sizes for the next dispatch, after all samples that can start have started."""
 
     def smaller(self, live: int) -> int:
-        """The next batch below so many live samples that is worth a resize; 0 for none."""
+        """The largest batch smaller than `live` that is worth a resize; 0 for none."""
 
 
-# What each slot is sampled with, from the sample in each slot (None where it is free): numbers for
-# all rows or one a row, and the method that is compiled.
+# A function from the sample in each slot (None where it is free) to the settings of the slots: the
+# numbers, one for all rows or one a row, and the method that is compiled.
 Settings = Callable[[Sequence[Sample | None]], tuple[Knobs, Method]]
 
 
@@ -141,15 +142,15 @@ class DecodeLoop:
     `cancel` may be called from any thread, all else from one.
 
     Args:
-      params: of the policy.
+      params: the policy's parameters.
       num_shards: devices that slots and prefix rows are split over.
-      make_state: makes an empty state of given sizes, as `Verbs.init_decode_state`, which it is
-        unless given.
-      keeps_memory: remember the ring that the first state began with, for `state_to_keep`.
+      make_state: makes an empty state of given sizes; None for `Verbs.init_decode_state`.
+      keeps_memory: whether to remember the ring that the first state began with, for
+        `state_to_keep`.
 
     Attributes:
-      stats: counts of what was prefilled, decoded and dispatched.
-      sizes: of the present state; None where there is none.
+      stats: counts of prefills, decode steps and dispatches.
+      sizes: the sizes of the present state; None where there is none.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class DecodeLoop:
         self._retired: list[int] = []  # freed slots that the device still thinks are active
         self._written = 0  # steps since the ring began at its first column
         self._keeps_memory, self._has_moved = keeps_memory, False
-        # The ring that the first state began with, to be kept, while a longer one is in use.
+        # The ring that the first state began with, remembered while a longer one is in use.
         self._first_ring: KV | None = None
 
     @property
@@ -189,12 +190,12 @@ class DecodeLoop:
         """Queues the samples of a request.
 
         Args:
-          part: samples that share a prefix row at most; None for as many as rows are wide.
+          part: the most samples that share a prefix row; None for as many as rows are wide.
         """
         self.schedule.add(request, request.samples, part)
 
     def cancel(self, sample: Sample):
-        """Ends a sample without a further word; its slot is free at the next step."""
+        """Ends a sample, which gets no further tokens; its slot is free at the next step."""
         sample.cancelled = self._any_cancelled = True
 
     def _drop_cancelled(self):
@@ -211,7 +212,7 @@ class DecodeLoop:
         self.schedule.drop(is_cancelled)
 
     def step(self) -> list[NewTokens]:
-        """Starts what waits, decodes some tokens of all that runs, and returns them."""
+        """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
         if self._any_cancelled:
             self._drop_cancelled()
         oldest = max((sample.num_tokens for _, sample in self._live()), default=0)
@@ -223,14 +224,14 @@ class DecodeLoop:
         )
         if admitted:
             self._prefill(admitted)
-        # Before the batch shrinks: `starts` speak of the slots and rows as they are now.
+        # This comes before the batch shrinks, since `starts` name the present slots and rows.
         if starts or self._retired:
             self._assign(starts)
         self._resize(self._sizing.fitted(self.sizes, self.schedule, oldest), oldest)
         return self._decode(oldest)
 
     def state_to_keep(self) -> DecodeState | None:
-        """The memory that the loop began with; None where the batch has moved and it is gone."""
+        """The memory that the loop began with; None if the batch has moved out of it."""
         if self._has_moved or self._state is None:
             return None
         own = self._state.own if self._first_ring is None else self._first_ring
@@ -266,7 +267,7 @@ class DecodeLoop:
     def _change(self, now: Sizes, sizes: Sizes, oldest: int):
         """Moves the state into other sizes, one store after the other.
 
-        The old form of a store goes before the next store is copied.
+        The old form of a store is freed before the next store is copied.
         """
         slots, columns, rows, width, prefix = sizes
         schedule, verbs = self.schedule, self._verbs
@@ -296,7 +297,7 @@ class DecodeLoop:
     # --- prompts into rows, samples into slots
 
     def _prefill(self, admitted: dict[int, Request]):
-        """Prefills the prompts into their prefix rows, each once, those of like length together."""
+        """Prefills each prompt once into its prefix rows; prompts of like length go together."""
         rows_of = collections.defaultdict(list)
         for row, request in admitted.items():
             rows_of[request.prompt.tobytes()].append(row)
@@ -305,7 +306,7 @@ class DecodeLoop:
             length = self._prefill_length(admitted[prompts[-1][0]])
             most = schedule_lib.prefill_rows(length, self._num_shards)
             batch, prompts = prompts[-most:], prompts[:-most]
-            # Rows beyond the batch repeat its last prompt, into the same prefix row.
+            # Rows beyond the batch repeat its last prompt and go into the same prefix row.
             count = schedule_lib.power_of_two(len(batch))
             count = min(cache_plan.up_to_multiple(count, self._num_shards), most)
             targets = [rows[0] for rows in batch]
@@ -323,7 +324,7 @@ class DecodeLoop:
             self.stats["prefill_tokens"] += int(lengths[: len(batch)].sum())
 
     def _copy(self, prefixes: Prefixes, index: int, rows: list[int]):
-        """Gives the same prompt to further prefix rows."""
+        """Puts one of the prefilled prompts into further prefix rows."""
         count = schedule_lib.power_of_two(len(rows))
         count = cache_plan.up_to_multiple(count, self._num_shards)
         targets = np.array(rows + rows[-1:] * (count - len(rows)), np.int32)
@@ -384,7 +385,7 @@ class DecodeLoop:
     def _new(
         self, slot: int, sample: Sample, count: int, stopped: bool, results: ResultTokens
     ) -> NewTokens:
-        """The new tokens of one sample, which ends with the last of them if it does."""
+        """The new tokens of one sample; a sample that is done is ended."""
         sample.num_tokens += count
         request, finish_reason = sample.request, None
         if stopped or sample.num_tokens >= request.sampling.max_tokens:

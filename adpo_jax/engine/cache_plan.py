@@ -2,9 +2,9 @@
 
     tokens = slots x columns + prefix rows x prefix tokens + second copies
 
-The old and the new ring are alive at once where it grows in stages or the batch shrinks, and so are
-the old and the new prefix rows where the batch shrinks (and of a `ContinuousBatch` where either
-grows); never both stores at the same time.
+A store is there twice while it is copied into another size. The ring is copied where it grows in
+stages and where the batch shrinks, the prefix rows where the batch shrinks (in a `ContinuousBatch`
+also where either grows). The two stores are never copied at the same time.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ MAX_SLOTS = 256
 
 
 class Copies(NamedTuple):
-    """Whether the ring, and whether the prefix rows, are gathered or lengthened into new ones."""
+    """Which of the two stores, ring and prefix rows, are ever copied into another size."""
 
     ring: bool
     rows: bool
 
     def tokens(self, ring: int, rows: int) -> int:
-        """Tokens of both stores at the peak, when the larger one that is copied is there twice."""
+        """Tokens of both stores at the peak, when the larger copied store is there twice."""
         return ring + rows + max(self.ring * ring, self.rows * rows)
 
 
@@ -40,8 +40,9 @@ class CachePlan:
 
     Attributes:
       rows: prefix rows for groups of the planned size.
-      device_bytes: of the cache on each device, at its peak.
-      most_tokens: that the cache may hold at its peak on all devices; None for no limit.
+      device_bytes: bytes of the cache on each device at its peak.
+      most_tokens: the most tokens that the cache may hold at its peak on all devices together; None
+        for no limit.
       copies: the stores that are there twice for a while.
     """
 
@@ -63,8 +64,8 @@ class CachePlan:
 def prefix_rows(num_slots: int, group_size: int) -> int:
     """Prefix rows that keep the slots busy.
 
-    Twice as many as whole groups fill the slots: a group that waits for its last sample keeps its
-    row while its other slots are refilled.
+    There are twice as many rows as whole groups fill the slots, since a group that waits for its
+    last sample keeps its row while its other slots are refilled.
     """
     return num_slots if group_size == 1 else 2 * -(-num_slots // group_size)
 
@@ -72,15 +73,17 @@ def prefix_rows(num_slots: int, group_size: int) -> int:
 def memory_budget(
     utilization: float, device: jax.Device, *, resident: int = 0, copied: int = 0
 ) -> tuple[int | None, str]:
-    """Bytes of one device that the cache may take, and how that number came about.
+    """Bytes that the cache may take on one device, and the arithmetic behind that number as text.
 
-    On GPUs and TPUs: utilization x the device's memory, less what is in use there or will be. On a
-    CPU: utilization x the memory that is free, shared by the devices simulated on it, less what
-    will be in use. None where that is not known.
+    On GPUs and TPUs it is utilization x the device's memory less the larger of `resident` and the
+    bytes in use now, less `copied`. On a CPU it is utilization x the machine's free memory, shared
+    by the devices simulated on it, less `resident` and `copied`. It is None where the memory is not
+    known.
 
     Args:
-      resident: bytes that lie there while sampling, whether they do already or not.
-      copied: bytes of the parameters to sample with, where they are a copy.
+      resident: bytes of the trainer's state while the engine samples, even if they are not
+        allocated yet.
+      copied: bytes of the copy of the parameters to sample with; 0 where there is no copy.
     """
     share, text, in_use = _device_share(utilization, device)
     if share is None:
@@ -92,9 +95,9 @@ def memory_budget(
 
 
 def _device_share(utilization: float, device: jax.Device) -> tuple[int | None, str, int]:
-    """Bytes that may be in use on a device, how many that is, and how many of them are."""
+    """Bytes that may be in use on a device, the same as text, and the bytes in use now."""
     if device.platform != "cpu" and device.client is not jax.local_devices()[0].client:
-        chip = chip_of(device)  # of a topology that is not there
+        chip = chip_of(device)  # the device belongs to a topology that is not there
         if chip is None:
             raise ValueError(f"the memory of a {device.device_kind} is not known; see chips.py")
         return int(utilization * chip.memory), f"{utilization} x {readable(chip.memory)}", 0
@@ -113,8 +116,8 @@ def _device_share(utilization: float, device: jax.Device) -> tuple[int | None, s
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes of the machine's memory that can be had, those that cache files included.
 
-    On Linux what the kernel calls available, or less where a container (cgroup v2) may take less;
-    elsewhere the whole memory; None where the system does not say.
+    On Linux this is what the kernel calls available, or less where a container (cgroup v2) may take
+    less. Elsewhere it is the whole memory, or None where the system does not say.
     """
     with contextlib.suppress(OSError, KeyError):
         available = 1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]
@@ -161,12 +164,14 @@ def plan(
 
     Args:
       group_size: samples of a prompt.
-      multiple: of slots and rows, the devices they are split over.
-      splits: devices that a token's keys and values are split over in all.
+      multiple: devices that slots and rows are split over; both are multiples of it.
+      splits: all devices that the cache is split over, along slots and along heads.
       stages: lengths that the ring of columns grows through.
       shrinks: whether slots and prefix rows are gathered into smaller batches.
       budget: bytes of one device; None for no limit.
-      tile: slots of a device that are computed at once; fewer than fit are taken to fill tiles.
+      budget_text: how the budget came about, for the error.
+      tile: slots of a device that are computed at once; the slots that fit are rounded down to
+        whole tiles.
 
     Raises:
       ValueError: when not even one group fits, with the arithmetic.

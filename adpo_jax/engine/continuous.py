@@ -6,14 +6,14 @@
         for new in batch.step():
             new.sample, new.tokens, new.log_probs, new.finish_reason
 
-Each request has settings of its own. With the same seed it is the one that `Engine.generate` gives
-for `jax.random.key(seed)`, whatever runs beside it.
+Each request has settings of its own. A request with a seed gets the completions that
+`Engine.generate` gives for `jax.random.key(seed)`, whatever runs beside it.
 
 The loop is that of `batching`. Here batch, ring and prefix rows grow through a few sizes as the
-load asks for it, and shrink when it is gone. A sample has a prefix row of its own, or the samples
-of a request share one, where that makes the rows few.
+load asks for it, and shrink when it is gone. A sample has a prefix row of its own, or shares one
+with other samples of its request where sharing makes the rows few.
 
-Left out: text and stop strings (`text_stream`).
+Text and stop strings are not known here (`text_stream`).
 """
 
 import collections
@@ -32,11 +32,11 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule
 
-# Whoever asks for likeliest tokens is given the first of so many, so that one program serves all.
+# One program finds so many of the likeliest tokens; a request is given the first of them.
 MAX_ALTERNATIVES = 20
 # Each size is a fourth of the next: at most 3 x 3 x 3 programs, twice where rows are shared.
 SIZE_STEPS = (16, 4, 1)
-# Samples of a shared prefix row at most. There are rows for twice as many samples as slots.
+# The most samples of a shared prefix row. There are rows for twice as many samples as slots.
 SHARED_WIDTH = 8
 
 
@@ -45,8 +45,8 @@ class LoadSizing:
     """The sizes that follow the load; see `batching.Sizing`.
 
     Attributes:
-      slot_sizes, column_sizes, prefix_sizes: those that there are programs for, rising.
-      steps: decode steps of a dispatch at most.
+      slot_sizes, column_sizes, prefix_sizes: the sizes that there are programs for, rising.
+      steps: the most decode steps of a dispatch.
       num_shards: devices that slots and rows are split over.
     """
 
@@ -61,7 +61,7 @@ class LoadSizing:
         return self.column_sizes[-1]
 
     def part(self, n: int) -> int:
-        """Samples of a request that share a row at most: it lies on all devices that it can."""
+        """The most samples of a request that share a row, so that all devices have some of them."""
         return -(-n // self.num_shards)
 
     def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
@@ -83,7 +83,7 @@ class LoadSizing:
     def _needed(
         self, now: Sizes | None, schedule: Schedule, oldest: int, most_slots: int
     ) -> Sizes | None:
-        """The smallest sizes for what is alive and for what can start in up to so many slots."""
+        """The smallest sizes for the live samples and those that can start in `most_slots`."""
         requests = [place[0] for place in schedule.in_slot if place]
         alive, rows = len(requests), self._rows_in_use(now, schedule)
         for request, count, further_rows in schedule.waiting(self._width):
@@ -106,23 +106,25 @@ class LoadSizing:
 
     @property
     def _width(self) -> int:
-        """Samples of a shared row at most: fewer of a request lie on each of several devices."""
+        """The most samples of a shared row; several devices share the samples of a request."""
         return max(1, SHARED_WIDTH // self.num_shards)
 
     def _rows_in_use(self, now: Sizes | None, schedule: Schedule) -> int:
-        """The shared rows that what was admitted takes, or would take."""
+        """The shared rows that the admitted samples take, or would take if rows were shared."""
         shares = now is not None and now.width > 1
         return schedule.rows_in_use if shares else schedule.rows_needed(self._width)
 
     def _rows_and_width(
         self, now: Sizes | None, slots: int, needed: int, alive: int
     ) -> tuple[int, int]:
-        """Prefix rows for so many slots, and the samples that share one at most.
+        """The number of prefix rows for so many slots, and the most samples that share one.
 
-        Rows are shared from 4 samples a row on, and until there are too few rows.
+        Sharing begins where a row would have 4 samples or more on average, and ends where there
+        would be too few rows.
 
         Args:
-          needed: rows, were they shared.
+          needed: the rows that samples would need if they shared rows.
+          alive: live samples, and those that can start.
         """
         rows = cache_plan.up_to_multiple(-(-2 * slots // self._width), self.num_shards)
         shares = now is not None and now.width > 1
@@ -137,9 +139,9 @@ class ContinuousBatch:
     `submit` and `cancel` may be called from any thread, `step` from one.
 
     Args:
-      engine: its `steps_per_dispatch` is the time, in tokens, that a new request may have to wait
-        for the running ones, and the most tokens that come at once.
-      params: of the policy.
+      engine: the engine; its `steps_per_dispatch` is the time, in tokens, that a new request may
+        have to wait for the running ones, and the most tokens that come at once.
+      params: the policy's parameters.
     """
 
     def __init__(self, engine: Engine, params):
@@ -179,11 +181,12 @@ class ContinuousBatch:
 
         Args:
           prompt: token ids.
-          sampling: of these completions; `stop` strings are not looked for.
-          num_alternatives: likeliest tokens wanted beside each sampled one, up to 20.
+          sampling: the settings of these completions; `stop` strings are not looked for.
+          num_alternatives: how many of the likeliest tokens to return beside each sampled one, up
+            to 20.
 
         Returns:
-          the `sampling.n` samples, which `step` will speak of.
+          The `sampling.n` samples, to which the tokens of `step` will refer.
 
         Raises:
           ValueError: for a prompt or settings that the engine was not made for.
@@ -201,11 +204,11 @@ class ContinuousBatch:
         return request.samples
 
     def cancel(self, sample: Sample) -> None:
-        """Ends a sample without a further word; its slot is free at the next step."""
+        """Ends a sample, which gets no further tokens; its slot is free at the next step."""
         self._loop.cancel(sample)
 
     def step(self) -> list[NewTokens]:
-        """Starts what waits, decodes some tokens of all that runs, and returns them."""
+        """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
         with self._lock:
             for request in self._arrived:
                 self._loop.submit(request, self._part(len(request.samples)))
@@ -215,14 +218,14 @@ class ContinuousBatch:
 
 
 def own_settings(in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
-    """Settings of its own for the sample in each slot; see `batching.Settings`."""
+    """The settings of each slot's own sample; see `batching.Settings`."""
     idle = SamplingParams()
     settings = [sample.request.sampling if sample else idle for sample in in_slot]
     knobs = [each.knobs() for each in settings]
     width = max(len(knob.stop_ids) for knob in knobs)
     knobs = [knob._replace(stop_ids=_padded(knob.stop_ids, width)) for knob in knobs]
     methods = [each.method for each in settings]
-    # All or nothing, so that few programs are compiled.
+    # Either all rows go through a step of truncation or none, so that few programs are compiled.
     truncates = any(method.truncates for method in methods)
     wants_alternatives = any(sample.request.num_alternatives for sample in in_slot if sample)
     method = Method(
@@ -246,7 +249,7 @@ def _load_sizing(engine: Engine) -> LoadSizing:
     prefix = schedule_lib.length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
     num_slots, most = engine.num_slots, engine.plan.most_tokens
     if most is not None:
-        # A row beside every slot, and either store copied as it is resized.
+        # Every slot has a row beside it, and either store is copied when it is resized.
         fitting = most // cache_plan.Copies(ring=True, rows=True).tokens(columns, prefix)
         num_slots = min(num_slots, fitting // engine.shards * engine.shards)
     if not num_slots:

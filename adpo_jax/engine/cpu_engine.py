@@ -1,7 +1,7 @@
-"""What the rollout engine does in its own way on a CPU, for XLA's CPU compiler and few cores.
+"""The choices that the rollout engine makes for a CPU: for XLA's CPU compiler and few cores.
 
-Every choice gives the same samples; another one is slower. Each of them is made here, and read by
-the engine as a number or a flag.
+The choices change the speed and not the samples. They are made here, and the engine reads each as a
+number or a flag.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from adpo_jax.model import cpu
 SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 MIN_SLOTS = 8
 DEFAULT_CPU_SLOTS = 64
-# Rows that a TPU's registers hold side by side; a GPU's warps like a multiple of it too.
+# A TPU's registers hold so many rows side by side; a multiple suits a GPU's warps too.
 SLOT_TILE = 8
 # Lengths that the ring grows through where attention reads all of its columns.
 COLUMN_STAGES = 4
@@ -25,12 +25,12 @@ class EngineTuning:
     """How the engine lays out and sizes what it decodes on one kind of machine.
 
     Attributes:
-      stacked: layers lie on a leading axis and are scanned; else they run one by one, each on
-        parameters and a cache of its own.
-      transposed_keys: the cache has its keys as [D, columns].
-      shrinks: the batch becomes smaller as samples end. That makes a step faster where arithmetic
-        is the bottleneck, and hardly where reading the weights is.
-      default_slots: samples decoded at once unless the user says another number.
+      stacked: whether layers lie on a leading axis and are scanned; else they run one by one, each
+        on parameters and a cache of its own.
+      transposed_keys: whether the cache has its keys as [D, columns].
+      shrinks: whether the batch becomes smaller as samples end. A smaller batch makes a step faster
+        where arithmetic is the bottleneck, and hardly faster where reading the weights is.
+      default_slots: samples decoded at once if the user gives no number.
       slot_tile: slots of a device that are computed at once.
     """
 
@@ -41,7 +41,7 @@ class EngineTuning:
     slot_tile: int
 
     def slot_sizes(self, num_slots: int, num_shards: int) -> list[int]:
-        """The batches that there are programs for, rising, the last one `num_slots`.
+        """The batch sizes that there are programs for, rising; the last one is `num_slots`.
 
         A call starts with the smallest batch that holds it.
         """
@@ -51,11 +51,11 @@ class EngineTuning:
 
 
 def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTuning:
-    """What suits a platform.
+    """The tuning for a platform.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      attention: as it was asked for, one of `attention_choice.NAMES`.
+      attention: the attention that the user asked for, one of `attention_choice.NAMES`.
     """
     if platform != "cpu":
         return EngineTuning(
@@ -65,7 +65,7 @@ def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTunin
             default_slots=cache_plan.MAX_SLOTS,
             slot_tile=SLOT_TILE,
         )
-    # A kernel that is interpreted here takes a cache as it lies elsewhere.
+    # A kernel that is interpreted on a CPU needs the cache as it lies on an accelerator.
     plain = attention in ("auto", "xla")
     return EngineTuning(
         stacked=not (plain and num_layers <= cpu.MAX_UNROLLED_LAYERS),
@@ -77,7 +77,7 @@ def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTunin
 
 
 def column_stages(attention: str) -> int:
-    """Lengths that the ring grows through under an attention of `kernels`, as it was resolved.
+    """The number of lengths that the ring grows through under a resolved name of `kernels`.
 
     A kernel reads no more columns than a slot sees, so its ring need not grow.
     """

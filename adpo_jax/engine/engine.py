@@ -3,13 +3,13 @@
     engine = Engine(policy, max_prompt_length=512, max_response_length=512, num_slots=64)
     out = engine.generate(params, prompts, SamplingParams(n=8, max_tokens=128), key)
 
-It plans the memory, knows the sizes that there are programs for, and makes a call of the batching
-loop (`batching`) with the sizing of a call (`generation`). The loop dispatches several steps of
-decoding at once (`decode`). The sizes are few, so that a bounded number of programs is compiled.
+The engine plans the memory, knows the sizes that there are programs for, and runs the batching loop
+(`batching`) with the sizing of a call (`generation`). The loop dispatches several steps of decoding
+at once (`verbs`). The sizes are few, so that a bounded number of programs is compiled.
 
-Text is seen in one place: stop strings are looked for in what `detokenize` makes of the tokens.
-
-Not here: prompts as text, rewards, weights (an argument of every call).
+The engine sees text in one place: it looks for stop strings in the text that `detokenize` makes of
+the tokens. It knows neither prompts as text nor rewards, and the weights are an argument of every
+call.
 
 Letters: P prompts, n samples of a prompt, T tokens.
 """
@@ -45,17 +45,18 @@ class Engine:
       policy: the model; its parameters are an argument of `generate`.
       max_prompt_length: tokens of the longest prompt taken.
       max_response_length: tokens of the longest completion.
-      num_slots: samples decoded at once, at most; None for 64 on a CPU and 256 elsewhere.
-      mesh: devices; slots are split over (`data`, `fsdp`), heads over `tensor`. None: the policy's.
-      cache_dtype: of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
-      attention: of decoding, one of `attention_choice.NAMES`; prefill follows it.
+      num_slots: the most samples decoded at once; None for 64 on a CPU and 256 elsewhere.
+      mesh: the devices; slots are split over (`data`, `fsdp`), heads over `tensor`. None for the
+        policy's mesh.
+      cache_dtype: dtype of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
+      attention: attention of decoding, one of `attention_choice.NAMES`; prefill follows it.
       gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
-        may be in use while sampling; lowers `num_slots` to what fits. None for no limit.
+        may be in use while sampling; lowers `num_slots` to the number that fits. None for no limit.
       resident_bytes: bytes of one device that others need while the engine samples, such as a
-        trainer's parameters and optimizer; read with `gpu_memory_utilization`.
+        trainer's parameters and optimizer; has an effect with `gpu_memory_utilization` alone.
       group_size: samples of a prompt that memory is planned for.
-      free_cache_engine: give the cache's memory back after every call; else it is kept for the next
-        one of these sizes, unless the batch shrank meanwhile, as it does on a CPU.
+      free_cache_engine: whether to give the cache's memory back after every call; else it is kept
+        for the next call of the same sizes, unless the batch shrank meanwhile, as on a CPU.
       steps_per_dispatch: decode steps between two looks of the host.
       detokenize: token ids -> text, needed for stop strings.
     """
@@ -177,7 +178,7 @@ class Engine:
         self._kept = None
 
     def _new_state(self, *sizes: int) -> DecodeState:
-        """A state without active slots, the kept one where it has these sizes."""
+        """A state without active slots: the kept state if it has these sizes, else a new one."""
         kept, self._kept = self._kept, None
         if kept is not None:
             wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
@@ -207,7 +208,7 @@ class Engine:
           params: the policy's parameters.
           prompts: token ids of each prompt, without padding.
           version: iterations done by these parameters; it is written beside every token.
-          on_group_done: called with each group as its last sample ends, while others decode.
+          on_group_done: called with each group when its last sample ends, while others decode.
 
         Raises:
           ValueError: for prompts or settings that the engine was not made for.
@@ -234,7 +235,7 @@ class Engine:
         """`generate` as an iterator over the groups, in the order in which they end.
 
         Args:
-          stats: takes the counts of the call at its end.
+          stats: a dict that is filled with the counts of the call at its end.
           on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
         """
         prompts = self.checked(prompts, sampling)
@@ -274,7 +275,7 @@ class Engine:
         prefix = schedule_lib.length_bucket(longest, self.max_prompt_length)
         slots, rows = self.sizes_for(P, n, column_sizes[-1], prefix)
         width = -(-n // schedule_lib.rows_of_a_group(P, n, self.shards))
-        # Those that a shrinking batch goes through; elsewhere it stays as it is.
+        # A batch that shrinks goes through these sizes; another one stays as it is.
         smaller = self.slot_sizes if self.shrinks else ()
         return CallSizing(
             first=Sizes(slots, column_sizes[-1], rows, width, prefix),
@@ -284,7 +285,7 @@ class Engine:
         )
 
     def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
-        """The prompts as arrays, where this engine can sample from them; see `generate`."""
+        """The prompts as arrays, or a ValueError if this engine cannot sample from them so."""
         if not len(prompts):
             raise ValueError("generate needs at least one prompt; given none")
         if sampling.max_tokens > self.max_response_length:
@@ -320,7 +321,7 @@ def _device(policy: Policy) -> jax.Device:
 
 
 def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayout:
-    """How this model's cache lies."""
+    """How the key/value cache of this model lies in memory."""
     c = policy.config
     return CacheLayout(
         num_layers=c.num_layers,
@@ -333,7 +334,7 @@ def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayo
 
 
 def _splits(policy: Policy) -> tuple[int, int]:
-    """The devices that slots are split over, and those that a slot's cache is split over in all."""
+    """The number of devices that slots are split over, and that the whole cache is split over."""
     if policy.mesh is None:
         return 1, 1
     shards = mesh_axis_size(policy.mesh, RULES["batch"])

@@ -1,8 +1,8 @@
-"""One call of `Engine.generate`: the sizes of a batch that knows all its requests, and its records.
+"""One call of `Engine.generate`: its sizes, and the records made of its samples.
 
 All requests of a call share their settings, and all are there from the start. So the batch begins
-with the sizes that suit the whole call; its ring grows as samples get long, and its slots may
-become fewer when none wait any more.
+with the sizes that suit the whole call. Its ring grows as samples get long, and its slots may
+become fewer once no samples wait.
 
 Letters: P prompts, n samples of a prompt, T tokens.
 """
@@ -19,7 +19,7 @@ from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule
 from adpo_jax.records import Completion
 
-# A ring with room for so many steps is not grown yet: a step reads all of its columns.
+# A ring with room for so many steps is not grown yet, since a step reads all of its columns.
 LEAST_STEPS = 8
 
 
@@ -35,10 +35,10 @@ class CallSizing:
     """The sizes that a call goes through; see `batching.Sizing`.
 
     Attributes:
-      first: the sizes that the call begins with, but for the columns.
-      slot_sizes: the batches that it shrinks through, rising, the last one that of `first`.
+      first: the sizes that the call begins with; its columns are not read.
+      slot_sizes: the batch sizes that it shrinks through, rising; the last one is that of `first`.
       column_sizes: the lengths that the ring grows through, rising.
-      steps: decode steps of a dispatch at most.
+      steps: the most decode steps of a dispatch.
     """
 
     first: Sizes
@@ -67,20 +67,20 @@ class CallSizing:
         return max((s for s in self.slot_sizes if s < live), default=0)
 
     def _columns_for(self, oldest: int) -> int:
-        """Columns that hold the oldest live sample and the steps that are worth a dispatch."""
+        """Columns for the oldest live sample and the fewest steps that are worth a dispatch."""
         steps = min(LEAST_STEPS, self.steps, self.column_sizes[0])
         needed = min(oldest + steps, self.most_columns)
         return next(c for c in self.column_sizes if c >= needed)
 
 
 def shared_settings(sampling: SamplingParams) -> Settings:
-    """The same settings for all samples."""
+    """Settings that give all samples the same; see `batching.Settings`."""
     chosen = sampling.knobs(), sampling.method
     return lambda _: chosen
 
 
 class _Growing:
-    """What one sample has so far: as much memory as it has tokens."""
+    """The tokens of one sample so far; they take no more memory than there are tokens."""
 
     def __init__(self):
         self.tokens = array.array("i")
@@ -95,10 +95,10 @@ class _Growing:
 
 
 class Generation:
-    """One call of `generate` under way: completions out of the tokens of its samples.
+    """One call of `generate` under way; it makes completions of the tokens of its samples.
 
     Args:
-      loop: where the requests are queued already.
+      loop: the loop in which the requests are queued already.
       requests: one a prompt, all with the same settings.
       version: iterations done by the weights that are sampled from.
       detokenize: token ids -> text; needed where the settings have stop strings.
@@ -119,7 +119,7 @@ class Generation:
         self._detokenize, self._on_tokens = detokenize, on_tokens
         self._index = {request: index for index, request in enumerate(requests)}
         self._growing: dict[Sample, _Growing] = {}
-        # The ended completions of each prompt that has some that have not.
+        # The ended completions of each prompt whose group has not ended yet.
         self._ended: dict[Request, dict[int, Completion]] = {}
         self._num_left = len(requests)
 
@@ -136,7 +136,7 @@ class Generation:
         return finished
 
     def _take(self, new: NewTokens) -> FinishedGroup | None:
-        """Takes the new tokens of a sample; returns its group if it was the last one of it."""
+        """Takes the new tokens of a sample; returns its group if that has ended with them."""
         sample, count, finish_reason = new.sample, len(new.tokens), new.finish_reason
         growing = self._growing.get(sample)
         if growing is None:
@@ -154,7 +154,7 @@ class Generation:
         return None if finish_reason is None else self._finish(sample, finish_reason)
 
     def _tokens_to_stop_string(self, old: list[int], new: list[int]) -> int | None:
-        """How many of the new tokens complete the first stop string, None if there is none."""
+        """How many new tokens it takes to complete the first stop string; None if there is none."""
 
         def contains(count: int) -> bool:
             text = self._detokenize(old + new[:count])
@@ -166,7 +166,7 @@ class Generation:
         return next(count for count in range(first, len(new) + 1) if contains(count))
 
     def _finish(self, sample: Sample, finish_reason: str) -> FinishedGroup | None:
-        """Makes a sample a record."""
+        """Makes the record of an ended sample; returns its group if that has ended too."""
         growing, request = self._growing.pop(sample), sample.request
         ended = self._ended.setdefault(request, {})
         ended[sample.index] = Completion.sampled(

@@ -3,10 +3,10 @@
     engine = JetStreamEngine(Engine(policy, ...), SamplingParams(...), tokenizer, params, key)
     Driver(prefill_engines=[engine], generate_engines=[engine], ...)
 
-Needs google-jetstream 0.2.2, `pip install --no-deps google-jetstream tiktoken blobfile grpcio
+It needs google-jetstream 0.2.2, `pip install --no-deps google-jetstream tiktoken blobfile grpcio
 shortuuid prometheus_client protobuf` and a module `seqio.vocabularies` (the whole of seqio brings
-TensorFlow). One sample a slot; the orchestrator knows no log-probs and keeps its first parameters,
-so training uses `Engine.generate`.
+TensorFlow). The orchestrator samples one completion a prompt, knows no log-probs and keeps its
+first parameters, so training uses `Engine.generate`.
 """
 
 from typing import Any, NamedTuple
@@ -64,11 +64,12 @@ class JetStreamEngine(engine_api.Engine):
     """Prefill, insert and generate of `adpo_jax.engine.verbs`, one step a call.
 
     Args:
-      engine: its slots are the concurrent decodes; `max_prompt_length` must be a power of two, of
-        which the orchestrator's padding is made.
-      sampling: of all requests, but for n; `max_tokens` bounds that of a request.
-      tokenizer: of Hugging Face.
-      params: of the policy.
+      engine: its slots are the concurrent decodes. Its `max_prompt_length` must be a power of two,
+        since the orchestrator pads prompts to powers of two.
+      sampling: the settings of all requests; `n` is not read, `max_tokens` bounds that of a
+        request.
+      tokenizer: a Hugging Face tokenizer.
+      params: the policy's parameters.
       key: a JAX random key; the n-th inserted request samples with its n-th child.
     """
 
@@ -89,7 +90,7 @@ class JetStreamEngine(engine_api.Engine):
     def init_decode_state(self) -> DecodeState:
         slots = self._engine.num_slots
         columns = column_buckets(self._sampling.max_tokens, 1)[-1]
-        # A prefix row a slot: JetStream inserts one sample of a prompt.
+        # Every slot has a prefix row, since JetStream inserts one sample of a prompt.
         return self._verbs.init_decode_state(
             slots, columns, slots, self._engine.max_prompt_length, 1
         )

@@ -1,13 +1,16 @@
-"""Keys and values of the rollout engine: a prompt's once a group, a sample's own in a ring.
+"""Keys and values of the rollout engine: prompts in shared prefix rows, samples in a ring.
 
 A slot (one sample being decoded) attends to two stores:
 
-- *prefix*: one row a prompt, shared by the samples of its group.
+- *prefix*: one row a prompt, shared by the samples of its group. It holds all tokens of the prompt
+  but the last, which is the first token that each sample feeds.
 - *own*: one row a slot, the tokens of the sample itself. The columns form a ring that all slots
   fill together: step t of the engine writes column t mod C of every row. So a step writes one
-  column, whatever the slots' lengths, and a slot sees the columns of its own last steps.
+  column, whatever the slots' lengths, instead of scattering. A slot sees the columns of its own
+  last steps, so a refilled slot needs no reset.
 
-The two parts are merged by their log-sum-exps, as if the keys had been side by side.
+A decode step gathers the queries of a group and attends to its prefix once for all of them. The two
+parts are merged by their log-sum-exps, as if the keys lay side by side.
 
 Letters: B slots, P prefix rows, M samples of a prefix row, C columns of the ring, T tokens of a
 prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
@@ -25,7 +28,7 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.model.attention import MASKED, LayerInfo
 
-# Further back than any token is.
+# A reach that is longer than any sequence.
 UNBOUNDED = 1 << 30
 
 
@@ -43,7 +46,7 @@ class LayerKV(NamedTuple):
     v_scale: jax.Array | None = None
 
 
-# Of all layers: a tuple with one entry a layer (unrolled), or one LayerKV of stacked arrays.
+# All layers: a tuple with one entry a layer (unrolled), or one LayerKV of stacked arrays.
 KV = Any
 
 
@@ -52,12 +55,12 @@ class CacheLayout:
     """How keys and values lie in memory.
 
     Attributes:
-      dtype: of the stored numbers; int8 adds a float32 scale for each token and head.
-      stacked: layers on a leading axis (scanned), else a tuple of layers. XLA's CPU compiler copies
-        the slice of a stacked array before a matrix product; 27 ms against 60 ms a step of 128 rows
-        and 25M parameters.
-      transposed_keys: keys as [D, columns]. The CPU's product of one query with the keys then reads
-        along the columns: 24 ms against 35 ms for 128 rows of 128 columns and 8 layers.
+      dtype: dtype of the stored numbers; int8 adds a float32 scale for each token and head.
+      stacked: whether layers lie on a leading axis (scanned), or else in a tuple. A CPU wants the
+        tuple, since XLA copies the slice of a stacked array before a matrix product: a step of 128
+        rows and 25M parameters takes 27 ms with a tuple, 60 ms with a stack.
+      transposed_keys: whether keys lie as [D, columns]. A CPU's product of one query with the keys
+        then reads along the columns: 24 ms against 35 ms for 128 rows of 128 columns and 8 layers.
     """
 
     num_layers: int
@@ -77,7 +80,7 @@ class CacheLayout:
         return 2 * self.num_layers * self.num_kv_heads * per_head
 
     def zeros(self, rows: int, columns: int) -> KV:
-        """Room for `rows` sequences of `columns` tokens."""
+        """An empty store with room for `rows` sequences of `columns` tokens."""
         K, D = self.num_kv_heads, self.head_dim
         lead = (self.num_layers,) if self.stacked else ()
         k_shape = (D, columns) if self.transposed_keys else (columns, D)
@@ -94,7 +97,7 @@ class CacheLayout:
         return layer() if self.stacked else tuple(layer() for _ in range(self.num_layers))
 
     def pack(self, k: jax.Array, v: jax.Array) -> LayerKV:
-        """Keys and values [rows, columns, K, D] of one layer -> as they are stored."""
+        """Keys and values [rows, columns, K, D] of one layer in the form that is stored."""
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         k_scale = v_scale = None
         if self.quantized:
@@ -144,21 +147,21 @@ def write_layer(kv: KV, index, layer: LayerKV, axes: LayerKV, column=0) -> KV:
 
 
 class View(NamedTuple):
-    """What each slot is at in this step; the same for all layers."""
+    """Where each slot is in this step; all layers share it."""
 
     position: jax.Array  # [B] int32, of the token being fed, in its sequence
     age: jax.Array  # [B] int32, own tokens before the one being fed; -1 for an idle slot
     column: jax.Array  # int32 scalar, of the ring, where this step writes
     row: jax.Array  # [B] int32, the slot's prefix row
     rank: jax.Array  # [B] int32, the slot's place among the samples of that row
-    slot: jax.Array  # [P, M] int32, the slot of each sample of a prefix row; any where it has none
+    slot: jax.Array  # [P, M] int32, slot of each sample of a prefix row; any number where none
     prefix_length: jax.Array  # [P] int32
 
 
 class Reach(NamedTuple):
-    """Which columns a query sees: the last `reach + 1` up to `origin`, and those below `length`.
+    """Which columns a query sees: of those below `length`, the last `reach + 1` up to `origin`.
 
-    In a ring, columns before the first are the last ones.
+    In a ring, the columns before the first are the last ones.
     """
 
     origin: jax.Array  # [rows, Q] int32
@@ -168,7 +171,7 @@ class Reach(NamedTuple):
 
 
 def own_reach(view: View, columns: int, queries: int, window) -> Reach:
-    """A slot sees its own last tokens in the ring, the one being fed included."""
+    """The reach of slots in the ring: a slot sees its own tokens, the one being fed included."""
     B = view.age.shape[0]
     reach = jnp.minimum(view.age, window - 1)
     return Reach(
@@ -180,7 +183,7 @@ def own_reach(view: View, columns: int, queries: int, window) -> Reach:
 
 
 def prefix_reach(view: View, position_PM: jax.Array, queries: int, window) -> Reach:
-    """The samples of a prefix row, at these positions, see its tokens; `queries` heads a sample."""
+    """The reach of samples, at these positions, in their prefix row; `queries` heads a sample."""
     origin = jnp.repeat(position_PM, queries, axis=1)
     reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
     return Reach(origin, reach, view.prefix_length, ring=False)
@@ -196,7 +199,7 @@ def columns_in_reach(reach: Reach, columns: int) -> jax.Array:
 
 
 class Part(NamedTuple):
-    """Attention to some of the keys, before it is divided by the sum of the weights."""
+    """Attention to a part of the keys, not yet divided by the sum of the weights."""
 
     out: jax.Array  # [rows, K, Q, D] float32, sum of exp(score - top) * value
     top: jax.Array  # [rows, K, Q] float32, the largest score
@@ -210,11 +213,11 @@ AttendPart = Callable[[jax.Array, KV, Any, Reach], Part]
 def attend_part(
     q, kv: KV, index, reach: Reach, *, soft_cap: float | None, transposed_keys: bool
 ) -> Part:
-    """Attention of queries to the keys of their row, the plain version of the kernels.
+    """Attention of queries to the keys of their row; the plain version of the kernels.
 
     Args:
       q: [rows, K, Q, D], scaled.
-      kv, index: of the stored layers, which one.
+      kv, index: the stored layers, and the number of the layer.
     """
     layer = read_layer(kv, index)
     spec = "bkqd,bkds->bkqs" if transposed_keys else "bkqd,bksd->bkqs"

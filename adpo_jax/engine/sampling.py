@@ -1,9 +1,12 @@
 """How a completion is sampled: the settings, and one token from one row of logits.
 
 No noise is drawn over the vocabulary and nothing is sorted. A token is found by inverting the
-cumulative distribution with two uniforms a row (a block of the vocabulary, then a token within it),
-which on a CPU costs 1/28 of Gumbel noise over [B, V]. Top-k and top-p are thresholds on the logits,
-found exactly by bisecting the bits of a float.
+cumulative distribution with two uniforms a row: one picks a block of the vocabulary, the other a
+token within it. On a CPU this costs 1/28 of Gumbel noise over [B, V]. Top-k and top-p are
+thresholds on the logits, found exactly by bisecting the 32 bits of a float.
+
+A sample does not depend on the samples beside it. Its key is made of the prompt's tokens and its
+number among the prompt's samples, its uniforms of that key and the position.
 
 Letters: B rows, P prompts, V vocabulary, N blocks of the vocabulary, W tokens of a block.
 """
@@ -35,14 +38,14 @@ class SamplingParams:
       top_p: keep the fewest tokens whose mass, among those top_k kept, reaches top_p; 1 keeps all.
       min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
       max_tokens: length limit of a completion, its stop token included.
-      min_tokens: stop tokens cannot be sampled before this many tokens, and a stop string that was
-        complete before ends the completion there.
-      stop_token_ids: a completion ends with any of these, which is its last token.
-      stop: a completion ends with the token that completes any of these strings, in its text as
-        the engine's `detokenize` has it.
-      ignore_eos: no stop token ends a completion.
-      full_log_probs: also return log-probs over the whole vocabulary, tempered but not truncated,
-        and the stop tokens that `min_tokens` holds back among it.
+      min_tokens: stop tokens cannot be sampled before this many tokens. A stop string that is
+        complete earlier ends the completion at this many tokens.
+      stop_token_ids: any of these tokens ends a completion, and is its last token.
+      stop: the token that completes any of these strings, in the text that the engine's
+        `detokenize` makes, ends a completion.
+      ignore_eos: whether stop tokens end no completion.
+      full_log_probs: whether to return also log-probs over the whole vocabulary, tempered but not
+        truncated; the stop tokens that `min_tokens` holds back count as part of it.
     """
 
     n: int = 1
@@ -95,9 +98,9 @@ class SamplingParams:
         )
 
     def knobs(self) -> "Knobs":
-        """The part that does not: changing it compiles nothing."""
+        """The part of the settings that does not change the compiled program."""
         stop_ids = () if self.ignore_eos else self.stop_token_ids
-        # A multiple of 8, so that adding a stop token rarely changes a shape.
+        # The length is a multiple of 8, so that adding a stop token rarely changes a shape.
         padded = np.full(max(8, -(-len(stop_ids) // 8) * 8), -1, np.int32)
         padded[: len(stop_ids)] = stop_ids
         return Knobs(
@@ -117,8 +120,8 @@ class Method:
     """Which steps of sampling are compiled in.
 
     Attributes:
-      mixed: some rows are greedy and others are not, as `Knobs.greedy` says.
-      num_alternatives: also return so many of the likeliest tokens of each row.
+      mixed: whether some rows are greedy and others are not, as `Knobs.greedy` says.
+      num_alternatives: how many of the likeliest tokens of each row to return too.
     """
 
     greedy: bool = False
@@ -136,9 +139,9 @@ class Method:
 
 
 class Knobs(NamedTuple):
-    """The numbers of `SamplingParams` as arrays, arguments of the compiled program.
+    """The numbers of `SamplingParams` as arrays, which are arguments of the compiled program.
 
-    One for all rows, as here, or one a row, with a leading axis [B].
+    Each is one number for all rows, as listed here, or one a row, with a leading axis [B].
     """
 
     greedy: Any  # bool scalar, read where the method is mixed
@@ -185,7 +188,7 @@ def sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
 
 
 def threefry(key: jax.Array) -> jax.Array:
-    """The key itself, or one made of the bits of another implementation's, such as rbg's four."""
+    """The key itself, or a threefry key made of the bits of another kind, such as rbg's four."""
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     derived = jax.random.wrap_key_data(data[:2], impl="threefry2x32")
     for word in data[2:]:
@@ -194,7 +197,7 @@ def threefry(key: jax.Array) -> jax.Array:
 
 
 def uniforms(key_data: jax.Array, position: jax.Array) -> jax.Array:
-    """Two uniforms in [0, 1) for each sample at each position, whatever ran beside it.
+    """Two uniforms in [0, 1) for each sample, from its key and position alone.
 
     Args:
       key_data: [B, 2] uint32, the key of each sample.
@@ -221,8 +224,8 @@ def sample(
 ) -> Sampled:
     """Samples one token of every row.
 
-    Greedy log-probs are those of the softmax at temperature 1; the point mass it samples from would
-    make them 0.
+    Log-probs of greedy tokens are those of the softmax at temperature 1, since the point mass that
+    a greedy row samples from would make them 0.
 
     Args:
       logits: [B, V] float32.
@@ -262,7 +265,7 @@ def sample(
 
 
 def _by_row(knob):
-    """A knob that broadcasts against [B, V], whether it is one for all rows or one a row."""
+    """A knob, one for all rows or one a row, in a shape that broadcasts against [B, V]."""
     return jnp.reshape(knob, (-1, 1))
 
 
@@ -301,14 +304,14 @@ def inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array):
     block = pick(mass_BN, uniform[:, 0])
     within_BW = jnp.take_along_axis(logits_BNW, block[:, None, None], axis=1)[:, 0]
     token = block * width + pick(jnp.exp(within_BW - top[:, None]), uniform[:, 1])
-    # Logits that are NaN point behind the last token.
+    # NaN logits would give an index behind the last token.
     return jnp.minimum(token, V - 1), top + jnp.log(jnp.sum(mass_BN, axis=-1))
 
 
 def split_inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array, mesh: Mesh):
-    """`inverse_cdf` where the mesh splits the vocabulary: the masses of blocks travel, not logits.
+    """`inverse_cdf` where the mesh splits the vocabulary: masses of blocks travel, logits do not.
 
-    A block may lie on two devices, each of which has its part of the mass and -inf for the rest.
+    A block may lie on two devices. Each has its part of the block's mass, and -inf for the rest.
     """
     B, V = logits.shape
     blocks, width = vocabulary_blocks(V)
@@ -343,7 +346,7 @@ def split_inverse_cdf(logits: jax.Array, top: jax.Array, uniform: jax.Array, mes
 
 
 def vocabulary_blocks(V: int) -> tuple[int, int]:
-    """(blocks, tokens of a block) that a vocabulary is searched in."""
+    """(blocks, tokens of a block): how a vocabulary is divided for the search."""
     width = BLOCK if V > 2 * BLOCK else V
     return -(-V // width), width
 
@@ -351,8 +354,8 @@ def vocabulary_blocks(V: int) -> tuple[int, int]:
 def pick(mass: jax.Array, uniform: jax.Array) -> jax.Array:
     """An index of each row of `mass` [B, N] with probability in proportion to it.
 
-    Rounding at the ends of the cumulative sum could point at an entry without mass; the largest one
-    is taken then.
+    Rounding at the ends of the cumulative sum could pick an entry without mass; the entry with the
+    largest mass is taken then.
     """
     cumulative = jnp.cumsum(mass, axis=-1)
     below = cumulative <= (uniform * cumulative[:, -1])[:, None]
@@ -364,7 +367,8 @@ def pick(mass: jax.Array, uniform: jax.Array) -> jax.Array:
 def truncate(logits: jax.Array, knobs: Knobs, method: Method) -> jax.Array:
     """Logits [B, V] with the tokens outside top-k, top-p and min-p at -inf.
 
-    In this order, each on what the one before kept. Tokens that tie with the last one kept stay.
+    They apply in this order, each to the tokens that the one before kept. Tokens that tie with the
+    last one kept stay.
     """
     if method.top_k:
         V = logits.shape[-1]
@@ -374,7 +378,7 @@ def truncate(logits: jax.Array, knobs: Knobs, method: Method) -> jax.Array:
         probs = jax.nn.softmax(logits, axis=-1)
         # The sum over all tokens may round to a little less than 1.
         enough = knobs.top_p * jnp.sum(probs, axis=-1)
-        # Nothing short of all tokens is enough for a row that keeps all.
+        # A row that keeps all tokens has an infinite bound, which no set of tokens reaches.
         enough = jnp.where(knobs.top_p < 1, enough, jnp.inf)
         logits = keep_largest(
             logits, lambda at_least: jnp.sum(jnp.where(at_least, probs, 0), axis=-1) >= enough
@@ -388,13 +392,14 @@ def truncate(logits: jax.Array, knobs: Knobs, method: Method) -> jax.Array:
 def keep_largest(logits: jax.Array, enough) -> jax.Array:
     """Keeps the fewest of the largest logits of a row that are `enough`; the others become -inf.
 
-    Bisects the threshold over the 32 bits of a float, whose order as integers is the order of the
-    floats: exact, and 32 sums over the vocabulary where a sort takes some hundred passes.
+    The threshold is bisected over the 32 bits of a float, whose order as integers is the order of
+    the floats. This is exact, and takes 32 sums over the vocabulary; a sort takes some hundred
+    passes.
 
     Args:
       logits: [B, V] float32.
-      enough: [B, V] bool (is the token kept) -> [B] bool; true when all tokens are kept, and
-        stays true as more are.
+      enough: [B, V] bool, whether each token is kept -> [B] bool. It is true when all tokens are
+        kept, and stays true when more tokens are kept.
     """
     order = ordered_bits(logits)
 
@@ -410,7 +415,7 @@ def keep_largest(logits: jax.Array, enough) -> jax.Array:
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 of float32 that sort as the floats do."""
+    """float32 -> uint32 numbers that sort as the floats do."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))

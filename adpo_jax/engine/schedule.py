@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MIN_BUCKET = 16
-# Tokens of one prefill call, padding included; bounds its activations.
+# The most tokens of one prefill call, padding included; they bound its activations.
 PREFILL_TOKENS = 8192
 COLUMN_STEP = 32
 
@@ -32,16 +32,16 @@ def power_of_two(x: int) -> int:
 
 
 def prefill_rows(length: int, multiple: int) -> int:
-    """Prompts of this length that are prefilled at once, at most: a power of two, up to a multiple.
+    """The most prompts of this length that are prefilled at once.
 
-    No more, since the rows of a call are padded to one.
+    It is a power of two, since the rows of a call are padded to one, rounded up to `multiple`.
     """
     rows = 1 << (max(1, PREFILL_TOKENS // length).bit_length() - 1)
     return -(-rows // multiple) * multiple
 
 
 def column_buckets(max_tokens: int, stages: int) -> list[int]:
-    """Lengths that the ring of columns grows through, the last one at least `max_tokens`."""
+    """Lengths that the ring of columns grows through; the last one is at least `max_tokens`."""
     step = -(-max_tokens // (stages * COLUMN_STEP)) * COLUMN_STEP
     if max_tokens <= COLUMN_STEP:
         step = length_bucket(max_tokens, COLUMN_STEP)
@@ -51,13 +51,13 @@ def column_buckets(max_tokens: int, stages: int) -> list[int]:
 def slot_buckets(
     num_slots: int, fractions: tuple[float, ...], multiple: int, smallest: int
 ) -> list[int]:
-    """Batch sizes that the slots shrink through, rising, the last one `num_slots`."""
+    """Batch sizes that the slots shrink through, rising; the last one is `num_slots`."""
     sizes = {-(-round(num_slots * f) // multiple) * multiple for f in fractions}
     return sorted({s for s in sizes if smallest <= s < num_slots} | {num_slots})
 
 
 def doubling_sizes(most: int, multiple: int, smallest: int) -> list[int]:
-    """`smallest`, twice that and so on, each up to a multiple; the last one `most`."""
+    """`smallest`, twice that and so on, each rounded up to `multiple`; the last one is `most`."""
     doubled = (smallest << i for i in range(most.bit_length()))
     sizes = {-(-size // multiple) * multiple for size in doubled}
     return sorted({size for size in sizes if size < most} | {most})
@@ -66,7 +66,7 @@ def doubling_sizes(most: int, multiple: int, smallest: int) -> list[int]:
 def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:
     """A number for each prompt that does not depend on its place in the list, [P] uint32.
 
-    A hash of the tokens; of equal prompts, each occurrence has its own.
+    It is a hash of the tokens and of how often the same prompt stands before.
     """
     seen = collections.Counter()
     uids = []
@@ -88,7 +88,7 @@ class Start(NamedTuple):
 
 
 class _Queued(NamedTuple):
-    """Samples of a group that have no prefix row yet, at most `part` of which will share one."""
+    """Samples of a group without a prefix row; at most `part` of them will share one."""
 
     group: Hashable
     samples: list
@@ -96,7 +96,7 @@ class _Queued(NamedTuple):
 
 
 class _Admitted(NamedTuple):
-    """A sample whose prompt lies in a prefix row, and that waits for a slot."""
+    """A sample that waits for a slot, while its prompt already lies in a prefix row."""
 
     group: Hashable
     sample: Any
@@ -107,17 +107,17 @@ class _Admitted(NamedTuple):
 class Schedule:
     """The queue of groups and the tables of slots and prefix rows.
 
-    Slots and rows lie in equal parts, one a shard; a sample's slot is in the part of its row: no
-    device then reads a prompt that another one has. A group that is wider than a row, or that was
+    Slots and rows lie in equal parts, one a shard. A sample's slot is in the same part as its row,
+    so that no device reads a prompt of another one. A group that is wider than a row, or that was
     added in smaller parts, has several rows.
 
     Args:
       num_slots, num_rows: multiples of `num_shards`.
-      width: samples that share a row at most, M.
+      width: the most samples that share a row, M.
 
     Attributes:
       in_slot: the (group, sample) of each slot, None where it is free.
-      members: [P, M] int32, the slot of each sample of a prefix row, 0 where it has none.
+      members: [P, M] int32, the slot of each sample of a prefix row, 0 for a place without one.
       row_of, rank_of: [B] int32, the place of each slot in `members`; meaningless where it is free.
       num_waiting: samples without a slot.
       num_live: samples in slots.
@@ -130,7 +130,7 @@ class Schedule:
         self.row_of = self.rank_of = np.zeros(0, np.int32)
         self.num_waiting = self.num_live = 0
         self._queue: collections.deque[_Queued] = collections.deque()
-        # Both of each shard; heaps.
+        # Heaps of the free slots and rows of each shard.
         self._free_slots: list[list[int]] = [[] for _ in range(num_shards)]
         self._free_rows: list[list[int]] = [[] for _ in range(num_shards)]
         self._admitted = [collections.deque[_Admitted]() for _ in range(num_shards)]
@@ -160,7 +160,7 @@ class Schedule:
 
     @property
     def rows_in_use(self) -> int:
-        """The fewest rows that would hold those in use, each in its shard."""
+        """The fewest rows in all that would hold the rows in use, each in its shard."""
         parts = _parts(self.num_rows, self.num_shards)
         return self._fullest(len(p) - len(free) for p, free in zip(parts, self._free_rows))
 
@@ -170,7 +170,7 @@ class Schedule:
         return self._fullest(sum(-(-n // width) for n in count.values()) for count in counts)
 
     def waiting(self, width: int) -> Iterator[tuple[Hashable, int, int]]:
-        """(group, samples without a slot, further rows of this width for them), in their order."""
+        """(group, samples without a slot, further rows of this width for them), in queue order."""
         for entries in self._admitted:
             for entry in entries:
                 yield entry.group, 1, 0
@@ -181,7 +181,7 @@ class Schedule:
         """Queues the samples of a group.
 
         Args:
-          part: samples that share a prefix row at most; None for as many as rows are wide.
+          part: the most samples that share a prefix row; None for as many as rows are wide.
         """
         self._queue.append(_Queued(group, list(samples), part or len(samples)))
         self.num_waiting += len(samples)
@@ -192,10 +192,10 @@ class Schedule:
         """Fills free slots from the queue.
 
         Args:
-          admits: whether a group's prompt fits a row; one that does not holds the queue up.
+          admits: whether a group's prompt fits a row; the queue waits behind one that does not fit.
 
         Returns:
-          the samples that start, and the group of each prefix row that has to be prefilled.
+          The samples that start, and the group of each prefix row that has to be prefilled.
         """
         starts, admitted = [], {}
         for shard in range(self.num_shards):
@@ -217,7 +217,7 @@ class Schedule:
         return starts, admitted
 
     def _next_part(self) -> tuple[Hashable, list]:
-        """Takes the next samples that share a row from the queue; parts of a group are even."""
+        """Takes the next samples that share a row from the queue; a group is cut evenly."""
         group, samples, part = self._queue.popleft()
         num_parts = -(-len(samples) // min(part, self.width))
         size = -(-len(samples) // num_parts)
@@ -273,17 +273,17 @@ class Schedule:
     def lay_out(self, num_slots: int, num_rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Moves all samples into batches of other sizes, the live ones into the first slots.
 
-        The prefix rows follow. No live sample leaves its shard. Where rows are narrower than a
-        group, it has several. Where there are too few rows for all that was admitted, those that
-        wait for a slot go back to the queue.
+        The prefix rows move too. No live sample leaves its shard. A group has several rows where
+        rows are narrower than the group. Where there are too few rows for all admitted samples,
+        those that wait for a slot go back to the queue.
 
         Args:
           num_slots: at least `needed_slots`, a multiple of the shards.
           num_rows: enough for the live samples, a multiple of the shards.
 
         Returns:
-          [new B] int32, the old slot of each new one, the old B where it is free; and
-          [new P] int32, the old prefix row of each new one.
+          The old slot of each new one, [new B] int32, the old B where the new one is free; and the
+          old prefix row of each new one, [new P] int32.
         """
         assert self.needed_slots <= num_slots
         if self.rows_needed(width) > num_rows:
@@ -324,7 +324,7 @@ class Schedule:
         return order, source
 
     def _requeue_admitted(self):
-        """Puts the samples that were admitted and wait for a slot at the head of the queue."""
+        """Puts the admitted samples that wait for a slot back at the head of the queue."""
         for entries in reversed(self._admitted):
             groups = collections.defaultdict(list)
             for entry in entries:
@@ -336,8 +336,8 @@ class Schedule:
     def narrow_width(self, num_slots: int, num_rows: int, most: int) -> int:
         """A width of rows that holds the admitted samples, when the batch shrinks to these sizes.
 
-        With rows as narrow as they may be, no attention is spent on places of samples that have
-        ended. It is one of two widths for each number of slots, since programs differ by it.
+        Narrow rows spend no attention on the places of samples that have ended. Each number of
+        slots has one of two widths, since every width is a program of its own.
 
         Args:
           most: samples of the widest row.
@@ -348,7 +348,7 @@ class Schedule:
         return narrow if self.rows_needed(narrow) <= num_rows else most
 
     def _entries(self) -> list[list[tuple[Hashable, Any, int, int | None]]]:
-        """Of each shard, (group, sample, row, slot) of what was admitted, the live ones first."""
+        """For each shard, (group, sample, row, slot) of the admitted samples, live ones first."""
         found = []
         for (part, _), admitted in zip(self._shards(), self._admitted):
             live = ((*self.in_slot[s], int(self.row_of[s]), s) for s in part if self.in_slot[s])
@@ -360,12 +360,12 @@ class Schedule:
         return zip(_parts(self.num_slots, self.num_shards), self._free_slots)
 
     def _fullest(self, counts: Iterator[int]) -> int:
-        """As many of something as all shards have where each has what the fullest one needs."""
+        """The total over all shards if each had as many as the one with the largest count."""
         return max(counts) * self.num_shards
 
 
 def rows_of_a_group(num_groups: int, n: int, num_shards: int) -> int:
-    """Prefix rows of a group's samples: several where there are fewer groups than shards."""
+    """Prefix rows of one group: several where there are fewer groups than shards."""
     return min(n, -(-num_shards // max(num_groups, 1)))
 
 

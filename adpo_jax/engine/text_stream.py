@@ -1,15 +1,15 @@
-"""Tokens in as they are sampled, text out as soon as it is certain.
+"""Takes tokens as they are sampled and gives text out as soon as it is certain.
 
 A character may span tokens and a tokenizer may look back, so text is held until it ends in a whole
-character; and what could be the beginning of a stop string is held until it is not.
+character. Text that could be the beginning of a stop string is held until it cannot be one.
 """
 
 from collections.abc import Callable, Sequence
 
-REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to this
 LONGEST_BEGINNING = 3  # bytes of a character that may still become whole
-# Times that a text may go on without ending in a whole character. Bytes that never make one, or
-# special tokens without text, would otherwise all be decoded again with each new token.
+# The most pushes in a row without a whole character at the end. Without a limit, bytes that never
+# make a character, and special tokens without text, would be decoded again with each new token.
 MOST_WAITS = 16
 
 
@@ -18,12 +18,12 @@ class TextStream:
 
     Args:
       decode: token ids -> text.
-      stop: strings of which the first to appear ends the text, before it.
+      stop: stop strings; the text ends before the first of them that appears.
       min_tokens: no text ends at a stop string before this many tokens.
 
     Attributes:
-      text: all that was given out.
-      num_tokens: tokens taken; those after a stop string are not.
+      text: all text that was given out.
+      num_tokens: tokens taken; tokens after a stop string are not taken.
       stopped: whether a stop string ended the text.
     """
 
@@ -32,8 +32,8 @@ class TextStream:
     ):
         self._decode, self._stop, self._min_tokens = decode, tuple(stop), min_tokens
         self._tokens: list[int] = []
-        # Tokens before `_done` are decoded; those from `_context` on are decoded again, since a
-        # tokenizer may write a token in another way at the beginning of a text.
+        # Tokens before `_done` are decoded. Those from `_context` on are decoded again with the new
+        # ones, since a tokenizer may write a token in another way at the start of a text.
         self._context = self._done = 0
         self._waits = 0  # pushes since `_done` moved
         self._given = 0  # characters given out of the text after `_done`
@@ -52,7 +52,7 @@ class TextStream:
         return "".join(self._push([token]) for token in tokens if not self.stopped)
 
     def finish(self) -> str:
-        """The rest of the text, when no tokens follow."""
+        """The rest of the text, after the last token."""
         if self.stopped:
             return ""
         return self._give(self._held + self._new_text()[self._given :], last=True)
@@ -76,7 +76,7 @@ class TextStream:
         return self._decode(self._tokens[self._context :])[len(context) :]
 
     def _give(self, text: str, last: bool = False) -> str:
-        """Gives text out up to a stop string, or to what may become one."""
+        """Gives text out up to a stop string, or up to the beginning of a possible one."""
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         self.stopped = bool(found) and self.num_tokens >= self._min_tokens
         if found:
@@ -88,7 +88,7 @@ class TextStream:
         return text[:end]
 
     def _possible_stop(self, text: str) -> int:
-        """Characters at the end of the text that a stop string may begin with."""
+        """The number of characters at the end of the text that may be the beginning of a stop."""
         longest = min(max(map(len, self._stop), default=1) - 1, len(text))
         lengths = range(longest, 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)

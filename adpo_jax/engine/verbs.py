@@ -1,4 +1,4 @@
-"""JetStream's verbs over group-shared prompts: prefill, insert, generate, pure and jitted.
+"""JetStream's verbs over prompts that a group shares: prefill, insert, generate, pure and jitted.
 
     prefixes = prefill(params, tokens, lengths)          once a prompt, not once a sample
     state    = insert(state, prefixes, rows)             prompts into prefix rows
@@ -6,7 +6,7 @@
     state, results = generate(params, state, knobs, ...) several steps of every slot
     state    = grow(state, ...), resize(state, ...)      more columns, other slots
 
-A prefix holds all tokens of its prompt but the last; the last is the first token that each sample
+A prefix holds all tokens of its prompt but the last, which is the first token that each sample
 feeds. So the first token of a completion is sampled like every other, and prefill needs no head.
 
 Letters: B slots, P prefix rows, M samples of a prefix row, C columns of the ring, T tokens.
@@ -37,7 +37,7 @@ class Prefixes(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What a slot is doing, [B] each."""
+    """The state of each slot's sample, [B] each."""
 
     token: jax.Array  # int32, the next to feed
     position: jax.Array  # int32, of that token in its sequence
@@ -49,7 +49,7 @@ class Slots(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """All that decoding keeps between calls."""
+    """Everything that decoding keeps between calls."""
 
     own: KV  # [B rows, C columns]
     prefix: Prefixes  # [P rows, T columns]
@@ -59,7 +59,7 @@ class DecodeState(NamedTuple):
 
 
 class ResultTokens(NamedTuple):
-    """What some steps sampled, [steps, B] each; alternatives [steps, B, A]."""
+    """The tokens that some steps sampled, [steps, B] each; alternatives [steps, B, A]."""
 
     tokens: jax.Array  # int32
     log_probs: jax.Array  # float32
@@ -71,7 +71,7 @@ class ResultTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Verbs:
-    """The verbs of one model on one layout of the cache; hashable, holds no arrays."""
+    """The verbs of one model on one layout of the cache; it is hashable and holds no arrays."""
 
     policy: Policy
     layout: CacheLayout
@@ -85,12 +85,13 @@ class Verbs:
     # --- parameters
 
     def load_params(self, params):
-        """Parameters as decoding wants them.
+        """The parameters in the form in which decoding reads them.
 
-        In the dtype of the computation, so that no step reads them in a wider one; norms stay as
-        they are, and so does the arithmetic. On the mesh of the rollout. Unstacked and fused where
-        layers run one by one, and then adapters are merged into that copy, in float32; elsewhere
-        they stay beside their weights. What needs no change is not copied.
+        They are cast to the dtype of the computation, so that no step reads them in a wider one;
+        norms keep their dtype, and the arithmetic stays the same. They are laid out on the mesh of
+        the rollout. Where layers run one by one, they are unstacked and weights of one input may be
+        joined, and in float32 adapters are merged into that copy; elsewhere adapters stay beside
+        their weights. Parameters that need no change are not copied.
         """
         if jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype):
             params = self._cast(params)
@@ -117,7 +118,7 @@ class Verbs:
         )
 
     def abstract_params(self):
-        """The shapes and layout of what `load_params` returns."""
+        """The shapes and shardings of `load_params`'s result."""
         params = self._abstract_cast()
         return params if self.layout.stacked else _abstract_result(Verbs._unstacked, self, params)
 
@@ -129,7 +130,7 @@ class Verbs:
         )
 
     def copied_bytes(self, given: Policy) -> int:
-        """Bytes of one device that `load_params` takes for parameters that lie as `given`'s do."""
+        """Bytes that `load_params` copies on one device from parameters that lie as `given`'s."""
         loaded = self._abstract_cast()
         if not self.layout.stacked:
             return sharding.device_bytes(loaded)
@@ -143,7 +144,7 @@ class Verbs:
     # --- the state
 
     def abstract_state(self, *sizes: int) -> DecodeState:
-        """The shapes and layout of `init_decode_state`'s result."""
+        """The shapes and shardings of `init_decode_state`'s result."""
         return _abstract_result(Verbs.init_decode_state, self, *sizes)
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
@@ -171,7 +172,7 @@ class Verbs:
         )
 
     def sharded(self, kv: KV) -> KV:
-        """Rows over the batch axes, heads over the tensor axis."""
+        """The store with its rows split over the batch axes, its heads over the tensor axis."""
 
         def place(x):
             rest = (None,) * (x.ndim - self.lead - 2)
@@ -187,7 +188,7 @@ class Verbs:
 
         Args:
           tokens: [rows, T] int32, padded on the right.
-          true_length: [rows] int32, tokens of each; may be 0.
+          true_length: [rows] int32, the number of tokens of each; may be 0.
         """
         rows, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (rows, T))
@@ -208,8 +209,9 @@ class Verbs:
         """Puts prompts into prefix rows.
 
         Args:
-          prefixes: with as many columns as the state's or fewer.
-          rows: [of prefixes] int32. The same row twice is fine for the same prompt.
+          prefixes: prompts with as many columns as the state's prefix rows, or fewer.
+          rows: int32, the prefix row of each prompt. The same row twice is fine for the same
+            prompt.
         """
 
         def put(stored, new):
@@ -233,8 +235,8 @@ class Verbs:
 
         Args:
           fresh: [B] bool, the slots to overwrite.
-          slots: what to write there.
-          members: [P, M] int32, the new table.
+          slots: the values to write there.
+          members: [P, M] int32, the new table of members.
         """
 
         def choose(new, old):
@@ -257,8 +259,8 @@ class Verbs:
     ) -> tuple[DecodeState, ResultTokens]:
         """Decodes up to `num_steps` tokens of every active slot.
 
-        Ends early after `max_steps`, or as soon as no more than `stop_at` slots are active, so that
-        the host can refill or shrink.
+        The loop ends early after `max_steps`, or as soon as no more than `stop_at` slots are
+        active, so that the host can refill or shrink the batch.
         """
         B = state.slots.token.shape[0]
         zeros = jnp.zeros((num_steps, B), jnp.float32)
@@ -275,7 +277,7 @@ class Verbs:
             valid=jnp.zeros((num_steps, B), bool),
             stopped=jnp.zeros((num_steps, B), bool),
         )
-        # One call for all steps: fifty small operations a step otherwise.
+        # One call draws for all steps, which saves fifty small operations a step.
         ahead = jnp.arange(num_steps, dtype=jnp.int32)[:, None] + state.slots.generated
         uniforms = jax.vmap(sampling.uniforms, (None, 0))(state.slots.key_data, ahead)
 
@@ -297,12 +299,12 @@ class Verbs:
             return step + 1, state, results
 
         _, state, results = jax.lax.while_loop(more, one, (jnp.int32(0), state, results))
-        # Whole on every device, so that every process can read them.
+        # The results lie whole on every device, so that every process can read them.
         results = jax.tree.map(lambda x: constrain(x, self.policy.mesh, None, None), results)
         return state, results
 
     def _step(self, params, state: DecodeState, uniform, knobs: Knobs, method: Method):
-        """One token of every slot; inactive ones compute and discard."""
+        """Samples one token of every slot; the tokens of inactive slots are discarded."""
         slots = state.slots
         hidden, own = self._forward(params, state)
         logits = self.policy.head(params, hidden)
@@ -382,7 +384,7 @@ class Verbs:
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def with_columns(self, kv: KV, columns: int) -> KV:
-        """The first columns of a store, or all and empty ones after them."""
+        """The store with this many columns: cut off, or padded with empty ones at the end."""
 
         def fit(x, axis):
             x = jax.lax.slice_in_dim(x, 0, min(columns, x.shape[axis]), axis=axis)
@@ -393,7 +395,7 @@ class Verbs:
         return self._by_columns(fit, kv)
 
     def grow(self, state: DecodeState, columns: int, column: int) -> DecodeState:
-        """Lengthens a ring that has not gone round: a copy, where `resize` gathers.
+        """Lengthens a ring that has not gone round. It copies the ring, while `resize` gathers it.
 
         Args:
           column: steps written so far, at most the old columns.
@@ -407,8 +409,8 @@ class Verbs:
 
         Args:
           order: [new B] int32, the old slot of each new one; one past the last for an empty one.
-          members: [P, M] int32, the table in new slots.
-          kept: int32 scalar, own tokens of the longest slot; they become columns 0 .. kept - 1.
+          members: [P, M] int32, the table of members by new slots.
+          kept: int32 scalar, own tokens of the longest slot; they move to columns 0 .. kept - 1.
         """
         own, slots, column = self._gather(
             state.own, state.slots, state.column, order, columns, kept
@@ -418,7 +420,7 @@ class Verbs:
     def regroup(
         self, state: DecodeState, rows: jax.Array, row: jax.Array, rank: jax.Array
     ) -> DecodeState:
-        """Gathers prefix rows, after a `resize` whose members speak of the new ones.
+        """Gathers prefix rows, after a `resize` whose table of members has the new rows already.
 
         Args:
           rows: [new P] int32, the old row of each new one.
@@ -430,7 +432,7 @@ class Verbs:
 
     @functools.partial(jax.jit, static_argnums=0)
     def rows_of(self, prefix: Prefixes, rows: jax.Array) -> Prefixes:
-        """Some of the prompts, or one several times."""
+        """The prompts of these rows; a row may be taken several times."""
         kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=self.lead, mode="clip"), prefix.kv)
         return Prefixes(self.sharded(kv), jnp.take(prefix.lengths, rows, mode="clip"))
 
@@ -439,7 +441,7 @@ class Verbs:
         first = jnp.mod(column - kept, self._columns(own))
 
         def turn(x, axis):
-            # As slices: gathering columns takes several times as long.
+            # A slice is taken, since gathering columns takes several times as long.
             size = min(columns, x.shape[axis])
             return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis), first, size, axis)
 
@@ -453,7 +455,7 @@ class Verbs:
 
 
 def _abstract_result(jitted, *args):
-    """The shapes and layout of a jitted function's result."""
+    """The shapes and shardings of a jitted function's result."""
     lowered = jitted.lower(*args)
     return jax.tree.map(
         lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),

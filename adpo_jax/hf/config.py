@@ -38,16 +38,16 @@ ROPE_KEYS = {
         "truncate",
     },
 }
-# Keys that transformers does not read for a type are ignored there, so they are here; all others
-# are refused.
+# Keys that transformers does not read for a rope type are ignored, as transformers does. All other
+# keys are refused.
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
 
 
 def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, as a new dict.
 
-    `gemma3` wraps a `gemma3_text` model and a vision tower; its `text_config` is taken. Every other
-    config is returned as it is, with `architectures` filled in.
+    `gemma3` wraps a `gemma3_text` model and a vision tower; for it `text_config` is returned. Every
+    other config is returned as it is, with `architectures` filled in.
 
     Raises:
       ValueError: for an unsupported `model_type` or architecture.
@@ -62,7 +62,7 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     config = dict(hf_config.get("text_config") or {}) if wrapped else dict(hf_config)
     if wrapped:
         config["model_type"] = "gemma3_text"
-        # transformers ties by the outer setting; token ids and dtype stand outside too.
+        # transformers reads the outer setting; token ids and dtype stand outside too.
         config["tie_word_embeddings"] = hf_config.get("tie_word_embeddings", True)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"):
             if hf_config.get(key) is not None:
@@ -137,7 +137,7 @@ def _refuse_unknown(hf_config: Mapping[str, Any], family: Family) -> None:
         if hf_config.get(key) not in (None, only):
             raise ValueError(f"{key} = {hf_config[key]!r} is not supported; supported: {only!r}")
     known = SIZES | HARMLESS | GENERATION | family.defaults.keys() | ONLY_VALUE.keys()
-    # A switch that is off asks for nothing; names with "_" in front are transformers' own notes.
+    # A switch that is off changes nothing. Names with "_" in front are transformers' own notes.
     unknown = sorted(
         key for key, value in hf_config.items() if value and key not in known and key[0] != "_"
     )
@@ -234,7 +234,7 @@ def _ropes(model_type: str, c: Mapping[str, Any], layer_types: list[str]):
 
 
 def _rope(parameters: Mapping[str, Any], theta: float, max_positions: int) -> Rope:
-    """One rope; `theta` where the parameters have none."""
+    """One rope; `theta` is its base if the parameters have none."""
     given = {key: value for key, value in parameters.items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in SUPPORTED_TYPES:

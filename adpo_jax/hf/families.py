@@ -1,7 +1,7 @@
-"""What the supported model types are called, what they read from `config.json`, and what they may.
+"""The supported model types, and the keys of `config.json` that each reads or may ignore.
 
-A key is read, known to leave the forward pass alone, or refused: a setting that changes the model
-and is silently ignored would train a different model.
+A key is read, or known to leave the forward pass alone, or refused. A setting that changes the
+model and is silently ignored would train a different model.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ class Family:
     """One `model_type`.
 
     Attributes:
-      architecture: the transformers class whose forward pass this is.
-      defaults: every key that is read, with the value transformers takes where config.json leaves
-        it out.
+      architecture: the transformers class with this forward pass.
+      defaults: every key that is read, with the value that transformers takes where config.json
+        leaves it out.
     """
 
     architecture: str

@@ -23,7 +23,7 @@ from adpo_jax.hf.safetensors_files import Checkpoint
 from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
 from adpo_jax.model.model_config import ModelConfig
 
-# What a language model needs, and not the other formats beside it.
+# The files that a language model needs; a hub repository may have other formats beside them.
 DOWNLOADED = [
     "config.json",
     "generation_config.json",
@@ -41,13 +41,13 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOADED)) -> Path:
-    """A local folder as it is, else the download of a hub name.
+    """A local folder, or the folder that a hub name is downloaded to.
 
     Args:
       patterns: the files to download.
 
     Raises:
-      ValueError: when it is neither.
+      ValueError: when the name is neither.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -66,7 +66,7 @@ def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOA
 
 
 def find_config(name: str | os.PathLike) -> dict[str, Any]:
-    """The config.json of a local folder or a hub name; of the latter no other file is downloaded.
+    """The config.json of a local folder or a hub name; no other file of the hub is downloaded.
 
     Raises:
       ValueError: when there is none.
@@ -84,7 +84,7 @@ def find_config(name: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError naming the file where there is none."""
+    """A JSON object from a file; raises ValueError, naming the file, if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: 
     """The parameters of a folder, in the shardings of `abstract_params`.
 
     Args:
-      model_type: of config.json as it lies on disk.
+      model_type: the model_type in config.json as it lies on disk.
     """
     checkpoint = Checkpoint(weight_files(folder))
     if model_type == "gemma3":
@@ -204,13 +204,13 @@ def new_folder(folder: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
 
 
 def push_folder(folder: str | os.PathLike, name: str, *, private: bool = True) -> str:
-    """Uploads a model's folder to the hub, into a repository that is made if it is not there.
+    """Uploads a model's folder to the hub, into a repository that is made if it is missing.
 
     The token is the hub client's: the environment variable HF_TOKEN, or that of `hf auth login`.
 
     Args:
       name: user/model.
-      private: of a repository that is made.
+      private: whether a repository that is made is private.
 
     Returns:
       The model's address.

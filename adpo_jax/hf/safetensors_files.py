@@ -1,7 +1,7 @@
 """The tensors of safetensors files, by name, as views of the mapped files.
 
-Mapped, so that a slice of a tensor is read from the disk alone, and in bf16, which NumPy does not
-know by itself.
+The files are mapped, so that a slice of a tensor is all that is read from the disk. bf16 works too,
+which NumPy does not know by itself.
 """
 
 import json
@@ -26,7 +26,7 @@ def read_header(path: Path) -> dict[str, dict]:
     Source: https://huggingface.co/docs/safetensors, "Format".
 
     Raises:
-      ValueError: naming the file where it is no safetensors file, or cut short.
+      ValueError: naming a file that is no safetensors file, or cut short.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, dict]:
 
 
 class Checkpoint:
-    """The tensors of one or several safetensors files, by name; mapped, not read."""
+    """The tensors of one or several safetensors files, by name; the files are mapped, not read."""
 
     def __init__(self, files: list[Path]):
         self._entries: dict[str, tuple[Path, dict]] = {}

@@ -1,6 +1,6 @@
-"""Where every parameter lies in a Hugging Face checkpoint; loading and saving both follow it.
+"""The place of every parameter in a Hugging Face checkpoint, for loading and saving.
 
-The names and the axes on disk are those of the table (`parameters`).
+The table of parameters (`model/parameters.py`) has the names and the axes on disk.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from adpo_jax.model.parameters import Parameter, Path
 
 # Buffers that old versions of transformers wrote, computed from the config.
 HARMLESS_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-# A Gemma 3 checkpoint with pictures: the language model's prefixes, and what is left out.
+# The prefixes of the language model in a Gemma 3 checkpoint with vision, and what is left out.
 GEMMA3_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
@@ -44,7 +44,7 @@ class Leaf:
 
     @property
     def split_shape(self) -> tuple[int, ...]:
-        """Of a tensor on disk, one dimension a letter."""
+        """The shape of a tensor on disk, reshaped to one dimension a letter."""
         return tuple(size for group in self._groups for size in group)
 
     @property

@@ -1,7 +1,9 @@
-"""Hugging Face safetensors <-> the stacked, sharded parameter tree, as `hf_tensors` lays it out.
+"""Hugging Face safetensors <-> the stacked, sharded parameter tree.
 
-Only contiguous slices are copied on the host, straight from the mapped file and only those that a
-device needs; transposing, casting and the check for NaN happen on the devices.
+`hf/tensors.py` says where each parameter lies.
+
+The host copies contiguous slices alone, straight from the mapped file, and only those that a device
+needs. Transposing, casting and the check for NaN happen on the devices.
 """
 
 import functools
@@ -45,9 +47,9 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
             sharding=abstract.sharding,
         )
         if abstract.sharding is not None:
-            # The same layout; in the words of the table too, which jit's cache compares.
+            # The layout is the same, but jit's cache compares the words of the sharding too.
             param = jax.device_put(param, abstract.sharding)
-        # One parameter at a time in host memory: transfers would otherwise pile up.
+        # One parameter at a time is in host memory, since transfers would otherwise pile up.
         param.block_until_ready()
         (params["layers"] if leaf.stacked else params)[leaf.path[-1]] = param
         finite.append(finite_per_tensor)
@@ -103,7 +105,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 
 def _put(leaf: Leaf, checkpoint: Checkpoint, sharding: NamedSharding | None) -> jax.Array:
-    """The parameter as it lies on disk (in the dtype of the disk), split over the devices."""
+    """The parameter in the layout and dtype of the disk, split over the devices."""
     arrays = [checkpoint.array(name).reshape(leaf.split_shape) for name in leaf.hf_names]
     dtypes = {array.dtype for array in arrays}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
@@ -167,8 +169,8 @@ def save(
     must call this, and process 0 writes.
 
     Args:
-      dtype: on disk.
-      max_shard_size: bytes.
+      dtype: dtype on disk.
+      max_shard_size: bytes of a shard.
     """
     dtype = np.dtype(dtype)
     shards = _shards(leaves(config, lora.without_adapters(params)), dtype.itemsize, max_shard_size)
@@ -195,13 +197,13 @@ def save(
 
 
 def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
-    """Lists of (leaf, layer), layer None for what stands outside the layers."""
+    """Lists of (leaf, layer); the layer is None for parameters outside the layers."""
     tensors = [
         (leaf, layer if leaf.stacked else None)
         for leaf in all_leaves
         for layer in range(len(leaf.hf_names))
     ]
-    # Layer by layer, as readers of a part of a model expect: embeddings, layers, norm and head.
+    # Embeddings come first, then layer by layer, then norm and head, as readers of a part expect.
     num_layers = max(len(leaf.hf_names) for leaf in all_leaves)
     tensors.sort(
         key=lambda t: t[1] if t[1] is not None else -1 if t[0].path[0] == "embed" else num_layers
@@ -218,7 +220,7 @@ def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
 
 
 def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> jax.Array:
-    """One tensor as it lies on disk, on every device of the parameter."""
+    """One tensor in the layout of the disk, whole on every device of the parameter."""
     param = leaf.of(params)
     adapter = lora.adapter_of(params, leaf.path[-1])
     sharding = param.sharding if isinstance(param, jax.Array) else None

@@ -1,1 +1,1 @@
-"""Where numbers go: metric writers, experiment trackers, progress lines, traces, redaction."""
+"""Output of a run: metric writers, experiment trackers, progress lines, traces, redaction."""

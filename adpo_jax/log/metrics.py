@@ -1,7 +1,7 @@
 """Metrics: clu's writer interface onto `metrics.jsonl` and TensorBoard.
 
-A row belongs to a step: the number of iterations done when it was measured. After a resume from
-step k the rows beyond k, whose iterations are about to be done again, are taken back.
+A row belongs to a step, the number of iterations done when it was measured. After a resume from
+step k, the rows beyond k are taken back, since their iterations are about to be done again.
 """
 
 import html
@@ -24,10 +24,10 @@ from adpo_jax.log.redaction import redacted
 
 
 class Writer(metric_writers.MetricWriter):
-    """A clu writer that leaves out every kind of record it has no place for.
+    """A clu writer that leaves out every kind of record that it has no place for.
 
     Attributes:
-      num_failures: what could not be written so far, and ended nothing.
+      num_failures: how many writes failed so far without ending the run.
     """
 
     num_failures = 0
@@ -72,8 +72,8 @@ class Writer(metric_writers.MetricWriter):
 class TensorBoardWriter(Writer):
     """Scalars, histograms, images and texts as TensorBoard events, without TensorFlow.
 
-    tensorboardX's own SummaryWriter hands events to a thread that its `flush` does not wait for:
-    what was logged before a checkpoint could be lost. Here `flush` means it.
+    tensorboardX's own SummaryWriter hands events to a thread that its `flush` does not wait for, so
+    that events before a checkpoint could be lost. Here `flush` waits.
 
     Args:
       logdir: folder of the event files.
@@ -159,14 +159,14 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
-    """Writes one row a line, whatever text is in it."""
+    """Writes one row a line; rows may hold any text."""
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
+    # Text of a model may hold lone surrogates, which UTF-8 has no bytes for.
     Path(path).write_text("".join(lines), encoding="utf-8", errors="replace")
 
 
 def _json_number(value) -> float | int | None:
-    """JSON has no NaN: None stands for it."""
+    """A number for JSON, which has no NaN: None stands for it."""
     number = float(value)
     if not math.isfinite(number):
         return None

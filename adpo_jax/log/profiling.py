@@ -1,4 +1,4 @@
-"""What a run ran on and where its time and memory went: versions, devices, xprof traces, memory."""
+"""Versions and devices of a run, xprof traces of its time, and its use of memory."""
 
 import contextlib
 import importlib.metadata
@@ -16,8 +16,8 @@ class Profiler:
     """Writes an xprof trace of some iterations: `xprof FOLDER` or TensorBoard shows it.
 
     Args:
-      folder: where to.
-      steps: the first and the last iteration of the trace, from 1; () for none.
+      folder: the folder to write to.
+      steps: the first and the last iteration of the trace, from 1; () for no trace.
       num_steps: iterations of the run, after which a trace ends at the latest.
 
     Raises:
@@ -57,7 +57,7 @@ class Profiler:
 
 
 def environment() -> dict[str, object]:
-    """What a run runs on: versions, devices, processors; nothing that names a person or a host."""
+    """Versions, devices and processors of a run; nothing that names a person or a host."""
     names = ("adpo-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
     versions = {}
     for name in names:
@@ -75,7 +75,7 @@ def environment() -> dict[str, object]:
 
 
 def memory_metrics() -> dict[str, float]:
-    """GiB in use: of this process on the host, and of the fullest local device where it tells."""
+    """GiB in use by this process on the host, and on the fullest local device if it tells."""
     metrics = {"memory/host_gib": _resident_bytes() / 2**30}
     stats = [s for d in jax.local_devices() if (s := d.memory_stats())]
     for name, key in (("in_use", "bytes_in_use"), ("peak", "peak_bytes_in_use")):
@@ -86,7 +86,7 @@ def memory_metrics() -> dict[str, float]:
 
 
 def _resident_bytes() -> int:
-    """Resident set size; where /proc does not tell, the largest it has been."""
+    """Resident set size; its maximum so far if /proc does not tell."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What the terminal shows: a progress line, and samples with their rewards."""
+"""The output on the terminal: a progress line, and samples with their rewards."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ class Progress:
     """A progress bar with an ETA on a terminal, plain lines elsewhere.
 
     Args:
-      title: what is being done.
+      title: the name of the steps.
       total: steps in all.
-      done: steps done before (a resumed run).
-      console: where to; standard output if not given.
+      done: steps done before, in a resumed run.
+      console: the console to write to; None for standard output.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Progress:
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out: what a model wrote must not steer a terminal.
+    """The text with control characters spelled out, so that no model's text steers a terminal.
 
     >>> printable("a\\x1b[2Jb\\n")
     'a\\\\x1b[2Jb\\n'
@@ -98,7 +98,7 @@ def printable(text: str) -> str:
 
 
 def _scores(components: Mapping[str, float | None]) -> str:
-    """The scores of several functions; one alone is the reward itself."""
+    """The scores of several functions; empty for one alone, whose score is the reward."""
     if len(components) < 2:
         return ""
     return " " + " ".join(

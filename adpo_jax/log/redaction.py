@@ -1,24 +1,24 @@
-"""What must not be written to disk: keys, tokens and passwords that a config may hold."""
+"""Keeps keys, tokens and passwords that a config may hold from being written to disk."""
 
 import re
 from typing import Any
 
 REDACTED = "<redacted>"
 
-# By the last word of a name: "key", "openai_key", "X-Api-Key", "judgeToken"; not "max_tokens" or
-# "eos_token_id".
+# The last word of a secret's name: "key", "openai_key", "X-Api-Key", "judgeToken" are such names;
+# "max_tokens" and "eos_token_id" are not.
 _WORDS = (
     "key|keys|apikey|token|secrets?|passwords?|passwd|passphrase|credentials?|authorization|cookie"
 )
 _SECRET_NAME = re.compile(
     rf"(?i:(?:^|[_\-. ])(?:{_WORDS})$)|(?<=[a-z])(?:Key|Token|Secret|Password|Authorization)$"
 )
-# The names of the config itself that end so: columns of the data.
+# The names of the config itself with such a last word; they are columns of the data.
 NO_SECRETS = ("prompt_key", "answer_key", "completion_key", "category_key")
-# "</s>", "[MASK]" or "####": a token of a tokenizer.
+# A token of a tokenizer, such as "</s>", "[MASK]" or "####".
 _SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]|\W*", re.DOTALL)
-# Hugging Face, OpenAI, GitHub, AWS and Google keys. W&B's are 40 hexadecimal digits and nothing
-# else; as a part of more they are a commit in the path of a snapshot.
+# Hugging Face, OpenAI, GitHub, AWS and Google keys. A W&B key is 40 hexadecimal digits and nothing
+# else; inside of a longer text such digits are a commit in the path of a snapshot.
 _SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
     r"|AIza[A-Za-z0-9_-]{30,}|(?<=\bBearer )\S+|\A[0-9a-f]{40}\Z"
@@ -31,15 +31,15 @@ def redacted(value: Any, name: str = "") -> Any:
 
     Args:
       value: dicts, lists and plain values.
-      name: what `value` stands under; all text below the name of a secret is one.
+      name: the name of `value`; all text below the name of a secret is a secret.
     """
     return _redacted(value, _is_secret(name))
 
 
 def is_redaction_of(old: Any, new: Any) -> bool:
-    """Whether `old` was written where `new` stood, with the commit in a path left out.
+    """Whether `old` is `new` with the commit in a path left out.
 
-    Configs of earlier runs lack it, since 40 hexadecimal digits were left out anywhere.
+    Configs of earlier runs lack such commits, since 40 hexadecimal digits were left out anywhere.
     """
     if not isinstance(old, str) or not isinstance(new, str) or REDACTED not in old:
         return False

@@ -1,10 +1,11 @@
 """Experiment trackers behind the writer interface: Weights & Biases, MLflow and trackio.
 
-Each is an extra that is imported when a run asks for it (`trainer.logger`), takes its account and
-address from its own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, ...), and is given a
-config without what looks like a secret. A run that is resumed goes on in the same record: its
-identifier is kept in the run's folder. Iterations done again after a crash are recorded again;
-`metrics.jsonl` alone takes the first ones back. A tracker that fails never ends a run.
+Each is an extra that is imported when a run asks for it (`trainer.logger`). It takes its account
+and address from its own environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI, ...), and gets
+the config without anything that looks like a secret. A resumed run goes on in the same record,
+whose identifier is kept in the run's folder. Iterations that are done again after a crash are
+recorded again; `metrics.jsonl` alone takes their first rows back. A tracker that fails never ends a
+run.
 """
 
 import importlib
@@ -27,7 +28,7 @@ class WandbWriter(Writer):
 
     Args, as of the other trackers:
       workdir: the run's folder.
-      project, name: what the record is called.
+      project, name: the names of the record.
       known_id: the identifier of the record to go on with; None for a new one, see `id`.
     """
 
@@ -39,7 +40,7 @@ class WandbWriter(Writer):
         )
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
-        # It takes no step below 0: the rows of a cold start are one there.
+        # W&B takes no step below 0, so the rows of a cold start become one row.
         self._run.log(_finite(scalars), step=max(step, 0))
 
     def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
@@ -57,7 +58,7 @@ class MlflowWriter(Writer):
     """MLflow; records to MLFLOW_TRACKING_URI, or where MLflow itself chooses."""
 
     def __init__(self, workdir: Path, project: str, name: str, known_id: str | None):
-        # Its own 7 take minutes where there is no server, and training waits for them.
+        # MLflow's own 7 retries take minutes if there is no server, and training waits for them.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         mlflow = _tracker("mlflow")
         self._entities = mlflow.entities
@@ -71,7 +72,7 @@ class MlflowWriter(Writer):
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         now = int(time.time() * 1000)
         values = [
-            # "@" is not allowed in a name there.
+            # MLflow allows no "@" in a name.
             self._entities.Metric(name.replace("@", "_at_"), value, now, int(step))
             for name, value in _finite(scalars).items()
         ]
@@ -94,7 +95,7 @@ class TrackioWriter(Writer):
 
     def __init__(self, workdir: Path, project: str, name: str, known_id: str | None):
         self._trackio = _tracker("trackio")
-        # Its runs are known by name; one that is resumed goes on under the same.
+        # trackio knows runs by their names, so a resumed run goes on under the same name.
         self.id = known_id or f"{name}-{uuid4().hex[:8]}"
         self._run = self._trackio.init(project=project, name=self.id, resume="allow", embed=False)
 
@@ -118,14 +119,14 @@ TRACKERS = {"wandb": WandbWriter, "mlflow": MlflowWriter, "trackio": TrackioWrit
 
 
 class Harmless(Writer):
-    """A tracker that cannot end the run: its first error is told of, all are counted.
+    """A tracker that cannot end the run: its first error is printed, all errors are counted.
 
     After an error the tracker is left alone for ten times as long as the attempt took, so that a
-    server that cannot be reached takes a tenth of the time at most. What it should have been given
-    meanwhile it does not get, and that counts as a failure too.
+    server that cannot be reached takes a tenth of the time at most. Records of the meantime are
+    lost to the tracker, and count as failures too.
 
     Args:
-      name: of the tracker.
+      name: the name of the tracker.
       tracker: the writer that may fail; None for one that is left alone for good.
     """
 
@@ -165,7 +166,7 @@ def start(name: str, workdir: Path, project: str, run_name: str) -> Harmless:
     """Starts a tracker, or goes on with the record that the run has there.
 
     Raises:
-      ValueError: when a new record cannot be begun. A run that goes on does so without.
+      ValueError: when a new record cannot be begun. A resumed run goes on without its tracker.
     """
     ids = _kept_ids(workdir)
     try:
@@ -229,6 +230,6 @@ def _in_words(error: Exception) -> str:
 
 
 def _finite(scalars: Mapping[str, Any]) -> dict[str, float]:
-    """The values as floats, without what is no number: trackers refuse NaN or plot it as 0."""
+    """The finite values as floats; trackers refuse NaN or plot it as 0."""
     values = {name: float(value) for name, value in scalars.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}

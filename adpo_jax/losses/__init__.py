@@ -1,8 +1,8 @@
 """The losses: ADPO, and GRPO and RLOO as baselines to compare with.
 
-Two ways in. `adpo_loss`, `grpo_loss` and `rloo_loss` are pure functions over a flat batch, for
-people with their own training loop. Underneath lie `Adpo`, `Grpo` and `Rloo` (`algorithm`), which
-an update uses by pieces.
+There are two ways in. `adpo_loss`, `grpo_loss` and `rloo_loss` are pure functions over a flat
+batch, for people with a training loop of their own. The algorithms `Adpo`, `Grpo` and `Rloo`
+(`algorithm`) lie underneath, and the update calls their pieces.
 
 Letters: B rows (P * G), P prompts, G completions of a prompt, T tokens.
 """
@@ -35,10 +35,11 @@ def make_algorithm(name: str, values: Mapping[str, Any]) -> Algorithm:
     """The algorithm of this name.
 
     Args:
-      values: of parameters; those that it does not have, and those that are None, are left out.
+      values: values by the names of parameters. A name that is no parameter of the algorithm and a
+        value None have no effect.
 
     Raises:
-      ValueError: for one that cannot work.
+      ValueError: for a value that cannot work.
     """
     kind = ALGORITHMS[name]
     own = {field.name for field in dataclasses.fields(kind)}
@@ -83,7 +84,7 @@ def adpo_loss(
     length_normalize: bool = False,
     min_reward_std: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """The ADPO loss of a flat batch; equation and parameters in `Adpo`.
+    """The ADPO loss of a flat batch; `Adpo` has the equation and the parameters.
 
     B = prompts * num_generations, the rows of a prompt adjacent. Rows past the last whole group are
     ignored. Differentiable with respect to `log_probs` alone.
@@ -145,11 +146,11 @@ def grpo_loss(
     drop_all_failed_prompts: bool = False,
     min_reward_std: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """The GRPO loss of a flat batch; equation and parameters in `Grpo`.
+    """The GRPO loss of a flat batch; `Grpo` has the equation and the parameters.
 
-    Arguments, trailing rows and errors as in `adpo_loss`. Metrics: grpo/loss (the surrogate alone),
-    grpo/clip_frac (fraction of tokens whose gradient the clip stopped), and anchor_kl, kl_penalty,
-    reference_kl, abs_log_ratio, dropped_prompts, zero_std_frac as there.
+    Arguments, trailing rows and errors are as in `adpo_loss`. The metrics are grpo/loss (the
+    surrogate alone), grpo/clip_frac (fraction of tokens whose gradient the clip stopped), and
+    anchor_kl, kl_penalty, reference_kl, abs_log_ratio, dropped_prompts, zero_std_frac as there.
     """
     algorithm = Grpo(
         clip_low=clip_low,
@@ -178,11 +179,11 @@ def rloo_loss(
     drop_all_failed_prompts: bool = False,
     min_reward_std: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """The RLOO loss of a flat batch; equation and parameters in `Rloo`.
+    """The RLOO loss of a flat batch; `Rloo` has the equation and the parameters.
 
-    Arguments, trailing rows and errors as in `adpo_loss`. Metrics: rloo/loss (the REINFORCE term
-    alone), and anchor_kl, kl_penalty, reference_kl, abs_log_ratio, dropped_prompts, zero_std_frac
-    as there.
+    Arguments, trailing rows and errors are as in `adpo_loss`. The metrics are rloo/loss (the
+    REINFORCE term alone), and anchor_kl, kl_penalty, reference_kl, abs_log_ratio, dropped_prompts,
+    zero_std_frac as there.
     """
     algorithm = Rloo(
         beta_anchor_kl=beta_anchor_kl,
@@ -201,10 +202,10 @@ def _flat_loss(
     completion_mask: jax.Array,
     num_generations: int,
 ) -> tuple[jax.Array, Metrics]:
-    """Fold [B, T] into [P, G, T], trailing rows dropped, and apply `algorithm` to it.
+    """Folds [B, T] into [P, G, T], trailing rows dropped, and applies `algorithm` to it.
 
     Args:
-      log_probs: as of `Algorithm.loss`, but [B, T] each, and None for what is not given.
+      log_probs: as for `Algorithm.loss`, but [B, T] each, and None for those that are not given.
     """
     log_probs = {whose: jnp.asarray(x) for whose, x in log_probs.items() if x is not None}
     if algorithm.beta_reference_kl and "reference" not in log_probs:

@@ -38,9 +38,10 @@ class Adpo(Algorithm):
         q = softmax(z / beta_reward),   p = softmax((s - s_anchor) / tau_x)
         objective = mean over groups of -sum_i q_i log p_i
 
-    and the penalties of `Algorithm`, means over tokens. tau_x is `tau`, or with `use_adaptive_tau`
-    one for each prompt: under "target_entropy" it falls with the entropy of q (`adaptive_tau`),
-    under "policy_entropy" it rises with the policy's, tau * (1 + alpha * Hbar).
+    The penalties of `Algorithm` are added, as means over tokens. tau_x is `tau`, or with
+    `use_adaptive_tau` a temperature for each prompt: under "target_entropy" it falls with the
+    entropy of q (`adaptive_tau`), under "policy_entropy" it rises with the policy's entropy,
+    tau * (1 + alpha * Hbar).
 
     Raises ValueError for a parameter that cannot work.
     """
@@ -134,8 +135,8 @@ class Adpo(Algorithm):
         split, so a group need not fit in a micro-batch. (A k3 penalty is a sum over tokens.)
 
         Args:
-          log_ratio_PG: [P, G] s - s_anchor, summed over tokens, whole groups.
-          tokens, prepared: of these groups.
+          log_ratio_PG: [P, G] s - s_anchor of whole groups, summed over tokens.
+          tokens, prepared: as for `objective`, of the same groups.
 
         Returns:
           [P, G] float32 (float64 under x64), no gradient.
@@ -184,7 +185,7 @@ def target_distribution(
     scale_rewards: str = "group",
     min_reward_std: float = 0.0,
 ) -> jax.Array:
-    """The listwise target q over each group: softmax(z / beta_reward), parameters as in `Adpo`.
+    """The listwise target q over each group, softmax(z / beta_reward); parameters as in `Adpo`.
 
     Args:
       rewards: [P, G], one a completion.

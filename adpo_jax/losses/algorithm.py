@@ -1,13 +1,13 @@
-"""What an algorithm says of itself, and what all algorithms share.
+"""The declarations of an algorithm, and the frame of the loss that all algorithms share.
 
 An algorithm is a frozen dataclass. Its fields are its parameters, each declared by
-`parameters.parameter` with its default, its meaning and its bounds: config keys, their
-documentation and the refusals of keys without effect are made from them. It names its metrics and
-says how each is averaged, and which log-probs it needs. Nothing else in the package tells
-algorithms apart.
+`parameters.parameter` with its default, its meaning and its bounds. Config keys, their
+documentation and the refusals of keys without effect are made from these declarations. An algorithm
+also declares its metrics, with how each is averaged, and the log-probs that it needs. Nothing else
+in the package tells algorithms apart.
 
-A new one writes `score` (what the rewards alone decide) and `objective` (its own term of the loss,
-from log-ratios), and stands in the table `losses.ALGORITHMS`.
+A new algorithm defines `score` (what the rewards alone decide) and `objective` (its own term of the
+loss, from log-ratios), and has a line in the table `losses.ALGORITHMS`.
 
 Letters: B rows of streams or prompts, P prompts, G completions of a prompt, T tokens.
 """
@@ -32,7 +32,7 @@ LOG_PROBS = {
 }
 
 
-# How a metric's numbers of optimizer steps become that of an iteration.
+# How the values of a metric at optimizer steps become one value of the iteration.
 OVER = {
     "tokens": "a mean over tokens",
     "groups": "a mean over groups",
@@ -46,12 +46,12 @@ class Metric(NamedTuple):
     """A number that is logged.
 
     Attributes:
-      name: that of an algorithm is below the algorithm's own name and a slash.
-      over: one of `OVER`.
-      meaning: what it is, without a full stop.
-      unit: what it is measured in; "" for a plain number.
-      title: of its picture in reports; "" for none.
-      needs: the parameter under which alone it is logged; "" for always.
+      name: its name; a metric of an algorithm is logged below the algorithm's name and a slash.
+      over: how it is averaged, one of `OVER`.
+      meaning: its meaning for the documentation, without a full stop.
+      unit: its unit; "" for a plain number.
+      title: the title of its picture in reports; "" for no picture.
+      needs: the parameter that it is logged with; "" if it is always logged.
     """
 
     name: str
@@ -103,20 +103,20 @@ SHARED_METRICS = (
 
 
 class Tokens(Protocol):
-    """Which token of a batch belongs to which completion, however they lie.
+    """Which token of a batch belongs to which completion, in any layout.
 
     Attributes:
-      trained: bool, of the shape that log-probs have; False where there is no token, or one that
-        the loss does not speak of.
+      trained: bool, of the shape that log-probs have; False where there is no token, and at tokens
+        that are not trained on.
     """
 
     trained: jax.Array
 
     def sum(self, values: jax.Array) -> jax.Array:
-        """Values of trained tokens, summed over each completion: [P, G]."""
+        """The values of trained tokens, summed over each completion: [P, G]."""
 
     def spread(self, values_PG: jax.Array) -> jax.Array:
-        """Each completion's value at its tokens, of the shape of `trained`; 0 elsewhere."""
+        """Each completion's value at its trained tokens, in the shape of `trained`; 0 elsewhere."""
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +139,7 @@ class StreamTokens:
     """Tokens side by side in B streams [B, ...], the prompts split evenly over the streams.
 
     Attributes:
-      completion: int32, of the shape of `trained`: the number of each token's completion among the
+      completion: int32, in the shape of `trained`: the number of each token's completion among the
         P / B * G of its stream.
       num_prompts, group_size: P and G.
     """
@@ -170,10 +170,10 @@ class StreamTokens:
 
 
 class Prepared(NamedTuple):
-    """What `loss` needs besides log-probs. Every leaf has a row a prompt.
+    """The input of `loss` besides log-probs. Every leaf has one row a prompt.
 
     Attributes:
-      scores: what `score` found; it has the fields `kept_P` and `spread_P` at least.
+      scores: the result of `score`; it has at least the fields `kept_P` and `spread_P`.
       weights: the normalisers of an optimizer step.
     """
 
@@ -188,15 +188,16 @@ class Algorithm:
         loss = objective + beta_anchor_kl * k3(anchor) + beta_reference_kl * k3(reference)
         k3 = exp(d) - d - 1 per token,   d = log-prob of the other policy - log-prob of the policy
 
-    The anchor is what log-ratios are measured against (under `anchor.mode=on_policy` the policy
-    before the iteration's updates); the reference is the policy before the first iteration.
+    The anchor is the policy that log-ratios are measured against (under `anchor.mode=on_policy` the
+    policy before the iteration's updates). The reference is the policy before the first iteration.
 
-    An update uses it by pieces:
+    An update calls its pieces:
 
-        score      what the rewards alone decide (targets, advantages), over the whole iteration
-        normalise  the normalisers (1 / kept groups, 1 / kept tokens), over one optimizer step
-        loss       a sum over any part of whole groups; the sums over the parts are the loss and
-                   metrics of the batch, exactly, since every normaliser is already folded in
+        score      finds what the rewards alone decide (targets, advantages), over the iteration
+        normalise  finds the normalisers (1 / kept groups, 1 / kept tokens) of one optimizer step
+        loss       sums over any part of the batch that has whole groups. The sums of the parts add
+                   up to the loss and metrics of the batch exactly, since every normaliser is
+                   already folded in
 
     Raises ValueError for a parameter that cannot work.
     """
@@ -205,7 +206,7 @@ class Algorithm:
     name: ClassVar[str]
     # Metrics of `objective`, and those of `SHARED_METRICS` that have another meaning here.
     own_metrics: ClassVar[tuple[Metric, ...]] = ()
-    # Whether its log-ratios must be those to the policy that sampled: anchor.mode=on_policy.
+    # Whether it needs anchor.mode=on_policy: log-ratios to the policy that sampled.
     on_policy_anchor: ClassVar[bool] = False
 
     beta_anchor_kl: float = parameter(0.0, "coefficient of the k3 penalty to the anchor", least=0.0)
@@ -233,22 +234,22 @@ class Algorithm:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of `LOG_PROBS`, those that the loss reads beside the policy's."""
+        """The names in `LOG_PROBS` of those that the loss reads beside the policy's own."""
         return frozenset({"anchor"} | ({"reference"} if self.beta_reference_kl else set()))
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether `score` is to be given the anchor policy's entropy on each prompt."""
+        """Whether `score` needs the anchor policy's entropy on each prompt."""
         return False
 
     @classmethod
     def declared_metrics(cls) -> tuple[Metric, ...]:
-        """All that it may log, by short names."""
+        """All metrics that it may log, by short names."""
         return tuple({m.name: m for m in (*SHARED_METRICS, *cls.own_metrics)}.values())
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """All that it logs under its parameters, with whole names."""
+        """The metrics that it logs with its present parameters, by whole names."""
         return tuple(
             metric._replace(name=f"{self.name}/{metric.name}")
             for metric in self.declared_metrics()
@@ -257,7 +258,7 @@ class Algorithm:
 
     @property
     def loss_metric(self) -> str:
-        """The name of the loss among the metrics: not finite, the step is not sound."""
+        """The name of the loss among the metrics; where it is not finite, the step is not sound."""
         return f"{self.name}/loss"
 
     @property
@@ -266,16 +267,16 @@ class Algorithm:
         return f"{self.name}/anchor_kl"
 
     def score(self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None) -> Any:
-        """What the rewards of the whole iteration decide, without gradient.
+        """What the rewards of the whole iteration decide (targets, advantages), without gradient.
 
         Args:
           rewards_PG: [P, G], one a completion; G >= 2.
-          entropy_P: [P] in [0, 1], where it `needs_entropy`: the mean token entropy of the anchor
-            policy on each prompt over log(vocabulary size).
+          entropy_P: [P] in [0, 1], the mean token entropy of the anchor policy on each prompt over
+            log(vocabulary size); given where the algorithm `needs_entropy`.
 
         Returns:
-          A NamedTuple whose leaves have a row a prompt, `kept_P` and `spread_P` [P] bool among
-          them: False where drop_all_failed_prompts took the prompt out, and where the rewards of
+          A NamedTuple whose leaves have one row a prompt. Two of them are bool [P]: `kept_P` is
+          False where drop_all_failed_prompts took the prompt out, `spread_P` where the rewards of
           the group count as all equal.
         """
         raise NotImplementedError
@@ -286,16 +287,17 @@ class Algorithm:
         """The algorithm's own term of the loss, and `own_metrics` by their short names, as sums.
 
         Args:
-          log_ratio: policy less anchor log-probs, of the shape of the tokens; 0 where not trained.
+          log_ratio: log-probs of the policy less those of the anchor, in the shape of the tokens; 0
+            at tokens that are not trained on.
         """
         raise NotImplementedError
 
     def advantages(self, rewards_PG: jax.Array, scale: str, eps: float) -> shared.Advantages:
-        """What `score` returns where a completion's advantage is its scaled reward.
+        """The result of `score` in an algorithm whose advantages are scaled rewards.
 
         Args:
-          rewards_PG: [P, G], of the whole iteration.
-          scale, eps: as of `shared.scale_rewards`.
+          rewards_PG: [P, G], rewards of the whole iteration.
+          scale, eps: as for `shared.scale_rewards`.
         """
         rewards_PG = shared.as_groups(rewards_PG)
         scaled_PG, spread_P = shared.scale_rewards(rewards_PG, scale, self.min_reward_std, eps)
@@ -303,14 +305,14 @@ class Algorithm:
         return jax.lax.stop_gradient(shared.Advantages(scaled_PG, kept_P, spread_P))
 
     def token_weights(self, tokens: Tokens, prepared: Prepared) -> jax.Array:
-        """[P, G] or [P, 1], what a token of each completion weighs in the penalties.
+        """The weight of a token of each completion in the penalties, [P, G] or [P, 1].
 
-        1 / kept tokens, so that the penalties are means over tokens.
+        It is 1 / kept tokens, so that the penalties are means over tokens.
         """
         return prepared.weights.kept_token_P[:, None]
 
     def normalise(self, scores: Any, tokens: Tokens) -> Prepared:
-        """Folds in the normalisers of the batch of one optimizer step."""
+        """Adds the normalisers of one optimizer step's batch to `scores`."""
         tokens_P = tokens.sum(tokens.trained.astype(jnp.result_type(float))).sum(-1)
         if tokens_P.shape != scores.kept_P.shape:
             raise ValueError(
@@ -322,18 +324,19 @@ class Algorithm:
     def prepare(
         self, rewards_PG: jax.Array, tokens: Tokens, *, entropy_P: jax.Array | None = None
     ) -> Prepared:
-        """`score` and `normalise` at once, where the iteration is one optimizer step."""
+        """`score` and `normalise` at once, for an iteration of one optimizer step."""
         return self.normalise(self.score(rewards_PG, entropy_P=entropy_P), tokens)
 
     def loss(
         self, log_probs: Mapping[str, jax.Array], tokens: Tokens, prepared: Prepared
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of some whole groups: sums, to be added over the parts of a batch.
+        """The loss and metrics of some whole groups, as sums that add up over the parts of a batch.
 
         Args:
-          log_probs: "policy" and those that the algorithm `needs`, each of the shape of the tokens,
-            any float dtype, anything where no token is trained. The gradient flows into "policy".
-          tokens: which of them are trained, and whose they are.
+          log_probs: those of "policy" and of the names that the algorithm `needs`, each in the
+            shape of the tokens, in any float dtype. Values at tokens that are not trained on do not
+            matter. The gradient flows into "policy".
+          tokens: which tokens are trained on, and whose they are.
           prepared: the rows of `prepare` or `normalise` that belong to these groups.
 
         Returns:

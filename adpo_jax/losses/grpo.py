@@ -15,7 +15,7 @@ from adpo_jax.losses import shared
 from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
 from adpo_jax.losses.parameters import parameter, scale_rewards_parameter
 
-# Added to the standard deviation that rewards are divided by: verl's; TRL adds 1e-4.
+# Added to the standard deviation that rewards are divided by. The value is verl's; TRL adds 1e-4.
 _EPS = 1e-6
 
 
@@ -26,9 +26,9 @@ class Grpo(Algorithm):
         A_i = (R_i - group mean) / (std + 1e-6),   r = exp(log_prob - anchor_log_prob) per token
         objective = mean of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    and the penalties of `Algorithm`, averaged like the objective. The ratio is that to the policy
-    before the iteration's updates, so the trainer wants the on-policy anchor; the policy to stay
-    near is the reference.
+    The penalties of `Algorithm` are added, averaged like the objective. The ratio compares with the
+    policy before the iteration's updates, so the trainer needs the on-policy anchor. The policy to
+    stay near is the reference.
 
     Raises ValueError for a parameter that cannot work.
     """
@@ -74,7 +74,7 @@ class Grpo(Algorithm):
         return loss, {"clip_frac": clip_frac}
 
     def token_weights(self, tokens: Tokens, prepared: Prepared) -> jax.Array:
-        """[P, G], what a token of each completion weighs, by `loss_aggregation`."""
+        """The weight of a token of each completion, [P, G], by `loss_aggregation`."""
         if self.loss_aggregation == "token-mean":
             return super().token_weights(tokens, prepared)
         lengths_PG = shared.lengths(tokens)

@@ -1,4 +1,4 @@
-"""The loss of the supervised stage. It is no algorithm of the table: there are no rewards."""
+"""The loss of the supervised stage. It is no algorithm of the table, since it has no rewards."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from adpo_jax.losses.algorithm import Metric, Tokens
 class Imitation:
     """The mean negative log-prob of a completion token in nats.
 
-    It has of an `Algorithm` what an update asks for; groups have one completion.
+    It has those attributes of an `Algorithm` that an update uses. Groups have one completion.
     """
 
     name: ClassVar[str] = "sft"
@@ -24,11 +24,11 @@ class Imitation:
     loss_metric: ClassVar[str] = "sft/loss"
 
     def normalise(self, scores: None, tokens: Tokens) -> jax.Array:
-        """1 / number of trained tokens of an optimizer step."""
+        """1 / the number of trained tokens of an optimizer step."""
         return 1.0 / jnp.maximum(jnp.sum(tokens.trained, dtype=jnp.float32), 1.0)
 
     def loss(self, log_probs, tokens: Tokens, per_token: jax.Array):
-        """(loss, metrics) of some rows; only the policy's own log-probs play a part."""
+        """(loss, metrics) of some rows, from the policy's own log-probs alone."""
         log_probs = jnp.where(tokens.trained, log_probs["policy"], 0.0)
         loss = -per_token * jnp.sum(log_probs)
         return loss, {"sft/loss": loss}

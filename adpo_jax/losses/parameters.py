@@ -1,7 +1,7 @@
-"""Parameters of algorithms: how one is declared, how it is checked, and what all of them are.
+"""Parameters of algorithms: how one is declared, how it is checked, and the union of them all.
 
-A parameter is a field of an algorithm's dataclass, declared by `parameter`. The declarations are
-all that config keys, their documentation and the refusals of keys without effect are made from.
+A parameter is a field of an algorithm's dataclass, declared by `parameter`. Config keys, their
+documentation and the refusals of keys without effect are made from these declarations alone.
 """
 
 import dataclasses
@@ -28,11 +28,12 @@ def parameter(
     """A field of an algorithm that users set.
 
     Args:
-      default: None for one that may stay unset; its annotation then has the type of the others.
-      meaning: for the documentation, without a full stop.
+      default: the default; None for a parameter that may stay unset, whose annotation then has the
+        type of its other values.
+      meaning: the meaning for the documentation, without a full stop.
       above, least, most: bounds of a number.
       choices: the texts allowed.
-      needs: other parameters of the algorithm, and the values that this one has an effect under.
+      needs: other parameters of the algorithm, with the values under which this one has an effect.
     """
     bounds = {"above": above, "least": least, "most": most, "choices": choices}
     return dataclasses.field(
@@ -73,7 +74,7 @@ def kind_of(algorithm: type, name: str) -> type:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter, as the algorithms that have it declare it.
+    """A parameter with its declarations by the algorithms that have it.
 
     Attributes:
       kind: the type of its values; it may also be None.
@@ -86,13 +87,13 @@ class Parameter:
 
     @property
     def default(self) -> Any:
-        """The default of all of them; None where they have different ones, each its own."""
+        """The default that all algorithms share; None where they have different ones."""
         defaults = {field.default for field in self.fields.values()}
         return defaults.pop() if len(defaults) == 1 else None
 
     @property
     def meaning(self) -> str:
-        """What it means, and where they have different ones, the meanings and the defaults."""
+        """Its meaning; where algorithms differ, every meaning, and every default."""
         text = self._told(lambda field: field.metadata["meaning"])
         if len({field.default for field in self.fields.values()}) > 1:
             text += f"; the default is {self._told(lambda field: f'{field.default!r}', ' for {}')}"
@@ -105,11 +106,11 @@ class Parameter:
 
     @property
     def needs(self) -> Mapping[str, Any]:
-        """The other parameters, and their values, that it has an effect under."""
+        """Other parameters, with the values under which this one has an effect."""
         return {k: v for field in self.fields.values() for k, v in field.metadata["needs"].items()}
 
     def _told(self, tell, whose: str = " ({})") -> str:
-        """What is told of a declaration, once where all algorithms agree."""
+        """What `tell` says of the declarations, once where all algorithms agree."""
         told = {}
         for name, field in self.fields.items():
             told.setdefault(tell(field), []).append(name)

@@ -22,10 +22,10 @@ class Rloo(Algorithm):
         A_i = R_i - mean of R_j over j != i  =  G / (G - 1) * (R_i - group mean)
         objective = mean over completions of -A_i (s_i - s_anchor_i)
 
-    and the penalties of `Algorithm`, means over tokens. s_i is the log-probability of the whole
-    completion. The anchor shifts the value of the objective, 0 on policy, and not its gradient,
-    -A_i grad s_i. Later optimizer steps on the same completions are not corrected for having left
-    the policy that sampled.
+    The penalties of `Algorithm` are added, as means over tokens. s_i is the log-probability of the
+    whole completion. The anchor shifts the value of the objective, which is 0 on policy, but not
+    its gradient, -A_i grad s_i. Later optimizer steps on the same completions are not corrected for
+    having left the policy that sampled.
 
     Raises ValueError for a parameter that cannot work.
     """

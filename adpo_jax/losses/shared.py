@@ -17,7 +17,7 @@ _LINEAR_FROM = 40.0
 
 
 class Weights(NamedTuple):
-    """Normalisers of a whole batch, one row a prompt so that they are sliced with it."""
+    """Normalisers of a whole batch, one row a prompt so that a part of the batch has its own."""
 
     kept_group_P: jax.Array  # 1 / number of kept groups; 0 for a dropped group
     kept_token_P: jax.Array  # 1 / number of completion tokens in kept groups; 0 for a dropped group
@@ -26,7 +26,7 @@ class Weights(NamedTuple):
 
 
 class Advantages(NamedTuple):
-    """What the rewards decide where each completion has an advantage."""
+    """The scores of an algorithm that gives each completion an advantage."""
 
     advantages_PG: jax.Array
     kept_P: jax.Array  # bool, False where drop_all_failed_prompts took the prompt out
@@ -40,11 +40,12 @@ def scale_rewards(
 
     Args:
       rewards_PG: [P, G], the whole batch.
-      scale: "group", "batch" or "none", the rewards whose standard deviation divides.
-      min_reward_std: a group below it counts as all equal: zeros.
+      scale: the rewards whose standard deviation divides: "group", "batch" or "none".
+      min_reward_std: a group whose standard deviation is below it counts as all equal, and gets
+        zeros.
 
     Returns:
-      [P, G] the scaled rewards, and [P] bool: has the group a spread?
+      The scaled rewards [P, G], and whether each group has a spread, [P] bool.
     """
     # Relative to the group's first reward, so that equal rewards give exactly 0: the float32 mean
     # of six times 0.9 is off by 6e-8, which would be a spread, in GRPO an advantage of -0.06.
@@ -61,7 +62,7 @@ def scale_rewards(
 
 
 def kept_prompts(rewards_PG: jax.Array, drop_all_failed_prompts: bool) -> jax.Array:
-    """[P] bool; a prompt has failed when all its rewards are <= 0."""
+    """Which prompts stay in the loss, [P] bool; a prompt has failed if all its rewards are <= 0."""
     if not drop_all_failed_prompts:
         return jnp.ones(rewards_PG.shape[0], bool)
     return (rewards_PG > 0).any(-1)
@@ -80,7 +81,7 @@ def batch_weights(kept_P: jax.Array, tokens_P: jax.Array) -> Weights:
 
 
 def lengths(tokens) -> jax.Array:
-    """Trained tokens of each completion, [P, G], at least 1 so that it can divide.
+    """The number of trained tokens of each completion, [P, G], at least 1 so that it can divide.
 
     Args:
       tokens: `algorithm.Tokens`.
@@ -89,12 +90,12 @@ def lengths(tokens) -> jax.Array:
 
 
 def log_ratios(log_probs: jax.Array, others: jax.Array, trained: jax.Array) -> jax.Array:
-    """log_prob - the other's per token, 0 where `trained` is False, whatever lies there.
+    """`log_probs` less `others` per token; 0 where `trained` is False, whatever lies there.
 
-    Subtracted token by token in float32: summed first, 1,024 tokens in bf16 lose half a nat. No
-    gradient flows into `others`.
+    The subtraction is done token by token in float32, since sums over 1,024 tokens in bf16 lose
+    half a nat. No gradient flows into `others`.
     """
-    # Masked before the subtraction as well: -inf - -inf is NaN, and so would its gradient be.
+    # Both are masked before the subtraction too: -inf - -inf is NaN, and so would its gradient be.
     dtype = jnp.result_type(float)
     log_probs = jnp.where(trained, log_probs, 0.0).astype(dtype)
     others = jnp.where(trained, others, 0.0).astype(dtype)
@@ -116,7 +117,7 @@ def k3(log_ratio: jax.Array) -> jax.Array:
 
 
 def entropy(q_PG: jax.Array) -> jax.Array:
-    """[P] in nats."""
+    """The entropy of each distribution, [P] in nats."""
     return -jax.scipy.special.xlogy(q_PG, q_PG).sum(-1)
 
 

@@ -1,8 +1,8 @@
 """Attention as an argument of the decoder: which keys a query sees, and where keys are kept.
 
 The decoder calls `attend(q, k, v, layer, cache) -> (out, cache)` in every layer, with q already
-rotated and not yet scaled. What differs between a plain forward, a cached decode and a packed batch
-is only the `attend` they pass in.
+rotated and not yet scaled. A plain forward, a cached decode and a packed batch differ only in the
+`attend` that they pass in.
 
 Letters: B batch, T query tokens, S key tokens, H heads, K key/value heads, R = H / K, D head dim.
 """
@@ -20,11 +20,11 @@ MASKED = -1e30
 
 
 class LayerInfo(NamedTuple):
-    """What tells one layer of the stack from another; leaves have a leading layer axis outside."""
+    """What differs between the layers of a stack; outside of a layer, leaves have a layer axis."""
 
     index: jax.Array  # int32, 0 .. L-1
     window: jax.Array  # int32, how many tokens back a query sees, itself included
-    rope: jax.Array  # int32, which of the model's ropes it uses
+    rope: jax.Array  # int32, the number of its rope among the model's
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerInfo, Any], tuple[jax.Array, Any]]
@@ -39,7 +39,7 @@ def dot_product_attention(
     scale: float,
     soft_cap: float | None = None,
 ) -> jax.Array:
-    """Grouped-query attention, softmax in float32; the plain version every kernel is tested on.
+    """Grouped-query attention, softmax in float32; every kernel is tested against this version.
 
     Args:
       visible_BTS: bool; a query that sees nothing gets a finite, meaningless mean of the values.
@@ -59,11 +59,11 @@ def dot_product_attention(
 
 
 class Tokens(NamedTuple):
-    """Where tokens belong, which decides who sees whom; arrays of shapes that broadcast."""
+    """The places of tokens, which decide who sees whom; arrays of shapes that broadcast."""
 
-    positions: jax.Array  # int32, in their sequence
-    segments: jax.Array  # int32, the sequence that they are part of; 0 is padding
-    prompts: jax.Array | None = None  # int32, the segment that they see besides; None for none
+    positions: jax.Array  # int32, the position in the sequence
+    segments: jax.Array  # int32, the sequence that a token is part of; 0 is padding
+    prompts: jax.Array | None = None  # int32, the other segment that a token sees; None for none
 
     def pairs(self) -> tuple["Tokens", "Tokens"]:
         """Arrays [..., T] as queries [..., T, 1] and keys [..., 1, T] of `visible`."""
@@ -72,17 +72,17 @@ class Tokens(NamedTuple):
 
 
 def visible(queries: Tokens, keys: Tokens, window=None) -> jax.Array:
-    """Which queries see which keys: the one rule of attention of sequences to themselves.
+    """Which queries see which keys: the one rule for attention of sequences to themselves.
 
     A query sees the tokens of its segment, and of its prompt, up to itself; padding is never seen.
 
     Args:
-      queries, keys: of shapes that broadcast, such as [B, T, 1] and [B, 1, S].
+      queries, keys: tokens in shapes that broadcast, such as [B, T, 1] and [B, 1, S].
       window: int32 scalar; a query sees itself and the window - 1 tokens before it. None for no
         window.
 
     Returns:
-      bool, of the broadcast shape.
+      bool, in the broadcast shape.
     """
     distance = queries.positions - keys.positions
     same = keys.segments == queries.segments
@@ -95,11 +95,11 @@ def visible(queries: Tokens, keys: Tokens, window=None) -> jax.Array:
 def self_attention(
     positions: jax.Array, segments: jax.Array, *, scale: float, soft_cap: float | None = None
 ) -> Attend:
-    """Attention of a batch to itself, nothing kept: the training forward.
+    """Causal attention of a batch to itself without a cache, for the training forward.
 
     Args:
-      positions, segments: [B, T] int32, as of `Tokens`. Several sequences of a row are told apart
-        by their segment numbers.
+      positions, segments: [B, T] int32, as in `Tokens`. Segment numbers tell the sequences of a row
+        apart.
     """
     queries, keys = Tokens(positions, segments).pairs()
 

@@ -1,14 +1,14 @@
 """Which implementation of attention runs where: one list of names and one choice for every use.
 
-A `Use` (rows, packed streams, prefill, decoding) is a table of implementations, a line each: where
-it runs, which models it cannot run, the function. The tables of whole sequences are in
-`attention_kernels`, those of the rollout engine in `kernels`.
+A `Use` (rows, packed streams, prefill, decoding) has a table of implementations. A line of the
+table says where one runs, which models it cannot run, and names the function. The tables for whole
+sequences are in `model/attention_kernels`, those of the rollout engine in `engine/kernels`.
 
     name = resolve("auto", STREAMS, settings, platform)   before anything is compiled
     name = fitting(name, STREAMS, settings, stream)       while tracing, when shapes are known
 
-A name that was asked for and cannot run is refused. Where another implementation runs than the one
-that was chosen, an `AttentionFallback` warning says so.
+A name that the user asked for and that cannot run is refused. Where another implementation runs
+than the chosen one, an `AttentionFallback` warning says so.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ NAMES = (
     "pallas_tpu",  # Mosaic
     "pallas_gpu",  # Triton
     "cudnn",  # of jax.nn
-    "pallas_tpu_interpret",  # runs on a CPU, to test
+    "pallas_tpu_interpret",  # the TPU kernels on a CPU, for tests
 )
 PLAIN = "xla"
 
-# What `auto` wants on a platform, else the plain version. On GPUs the kernels are a choice, but no
-# measurement speaks for them yet.
+# The name that `auto` means on a platform; the plain version elsewhere. On GPUs the kernels can be
+# asked for, but no measurement speaks for them yet.
 PREFERRED = {"tpu": "pallas_tpu"}
 
 
@@ -45,11 +45,11 @@ class Implementation:
     """How one use is run under one name.
 
     Attributes:
-      attend: the function; its arguments are those of all implementations of the use.
-      platforms: where it runs, as JAX calls them; empty for everywhere.
-      obstacle: (model) -> why it cannot run this model, as what follows its name in a sentence
-        ("needs a head_dim ..."); empty where it can.
-      limit: (model, *inputs) -> why these inputs are too much for it; empty where they are not.
+      attend: the function; all implementations of a use take the same arguments.
+      platforms: the platforms that it runs on, as JAX calls them; empty for everywhere.
+      obstacle: (model) -> why it cannot run this model, as the rest of a sentence that begins with
+        its name ("needs a head_dim ..."); empty if it can.
+      limit: (model, *inputs) -> why these inputs are too large for it; empty if they are not.
     """
 
     attend: Callable
@@ -60,11 +60,12 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What attention is needed for, and the implementations of it.
+    """A purpose of attention, and its implementations.
 
     Attributes:
       name: for messages, such as "decoding".
-      table: by name, one of `NAMES`; the plain version is always there and runs everything.
+      table: implementations by names of `NAMES`; "xla", the plain version, is always among them and
+        runs everything.
     """
 
     name: str
@@ -75,15 +76,15 @@ class Use:
 
 
 def resolve(name: str, use: Use, model: Any, platform: str) -> str:
-    """The implementation that a name means for this model on this platform.
+    """The name of the implementation that `name` means for this model on this platform.
 
-    `auto` is the best of the platform; where that cannot run the model it is the plain version,
-    with a warning.
+    `auto` means the best implementation of the platform. Where that one cannot run the model, it
+    means the plain version, with a warning.
 
     Args:
       name: one of `NAMES`.
-      model: what the obstacles of the use's implementations look at.
-      platform: of the devices, which need not be there.
+      model: the settings of the model that obstacles look at.
+      platform: the platform of the devices, which need not be there.
 
     Raises:
       ValueError: for a name that is none of `NAMES`, or whose implementation does not exist for
@@ -110,11 +111,11 @@ def resolve(name: str, use: Use, model: Any, platform: str) -> str:
 
 
 def fitting(name: str, use: Use, model: Any, *inputs) -> str:
-    """A name that `resolve` gave, or the plain version, with a warning, where it cannot run this.
+    """A resolved name, or "xla", with a warning, where that name cannot run the model or inputs.
 
     Args:
-      name: as chosen for this use or for a related one, such as decoding's for prefill.
-      inputs: what the limits of the use's implementations look at; none for the model alone.
+      name: the name that `resolve` chose for this use or for a related one (decoding for prefill).
+      inputs: the inputs that limits look at; none to look at the model alone.
     """
     one = use.table.get(name)
     if one is None:
@@ -129,7 +130,7 @@ def fitting(name: str, use: Use, model: Any, *inputs) -> str:
 
 @functools.cache
 def _warn_once(name: str, use: str, why: str) -> None:
-    """Once a process, since every shape and every caller traces anew."""
+    """Warns once a process, since every shape and every caller traces anew."""
     warnings.warn(
         f"attention {name!r} of {use} {why}. The plain version runs instead; attention 'xla' "
         "chooses it without this warning",

@@ -1,17 +1,18 @@
-"""What the model does for XLA's CPU compiler (jax 0.10), and nothing else needs.
+"""Formulas and layouts that XLA's CPU compiler (jax 0.10) needs, and no other one.
 
-*Fusion.* Where arrays are multiplied and then summed, the compiler hands both to a library that
-works through them one number at a time. `made` first and then multiplied by a vector they are read
-at the speed of memory: the gradient of a norm takes a tenth of the time, an update of a small model
-a sixth less. What is used several times it may compute as often, cosines for every head of every
-layer, but never a matrix product (`kept`). Elsewhere the compiler sums while it multiplies, and
-nothing is made in between: there these are the plain formulas.
+*Fusion.* The compiler hands a product of arrays that is then summed to a library that works through
+it one number at a time. If the product is an array of its own first (`made`) and is then multiplied
+by a vector, it is read at the speed of memory: the gradient of a norm takes a tenth of the time, an
+update of a small model a sixth less. The compiler may also compute a value again for each of its
+users, such as cosines for every head of every layer, but never a matrix product (`kept`). Other
+compilers sum while they multiply and make no array in between, so there these are the plain
+formulas.
 
 *Decoding.* The compiler copies the slice of a stack of layers before a matrix product, which more
 than doubles a decode step. So up to `MAX_UNROLLED_LAYERS` the engine takes the stack apart once for
 every set of weights (`decoding_params`), and the decoder runs the layers one by one
-(`layer_by_layer`). On one device the weights of one input are then joined, too: fewer and wider
-products take a tenth less time a step.
+(`layer_by_layer`). On one device the weights of one input are joined too: fewer and wider products
+take a tenth less time a step.
 
 Letters: T tokens of all rows, D width, L layers.
 """
@@ -30,19 +31,19 @@ from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.lora import merged_layer
 from adpo_jax.model.model_config import ModelConfig
 
-# Layers run one by one up to this depth; beyond it, compile time would grow too far.
+# Layers run one by one up to this depth. Beyond it compile time would grow too far.
 MAX_UNROLLED_LAYERS = 12
 
 # --- fusion
 
 
 def made(x: jax.Array) -> jax.Array:
-    """x, on a CPU as an array of its own: what follows is not fused with what computes it."""
+    """x; on a CPU it becomes an array of its own, not fused with the operations after it."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def kept(x: jax.Array) -> jax.Array:
-    """x [..., D] float32, on a CPU computed once for all that use it; D is small."""
+    """x [..., D] float32; on a CPU it is computed once for all its users. D is small."""
 
     def as_product(x):
         identity = np.eye(x.shape[-1], dtype=x.dtype)
@@ -52,14 +53,14 @@ def kept(x: jax.Array) -> jax.Array:
 
 
 def sum_of_rows(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum of all rows of x [..., D], each times its weight of [...]; [D] float32."""
+    """The sum [D] float32 of all rows of x [..., D], each times its weight of [...]."""
     return jax.lax.platform_dependent(
         x, weights, cpu=_sum_of_rows_as_product, default=_plain_sum_of_rows
     )
 
 
 def sum_of_columns(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Sum of each row of x [..., D], its columns times their weights [D]; [...] float32."""
+    """The sums [...] float32 of the rows of x [..., D], each column times its weight of [D]."""
     return jax.lax.platform_dependent(
         x, weights, cpu=_sum_of_columns_as_product, default=_plain_sum_of_columns
     )
@@ -81,7 +82,7 @@ _float32_dot_general = functools.partial(
 
 
 def _sum_of_rows_as_product(x, weights):
-    rows = tuple(range(x.ndim - 1))  # not reshaped to one axis: a mesh may split several of them
+    rows = tuple(range(x.ndim - 1))  # they stay several axes, since a mesh may split several
     return _float32_dot_general(weights, x, dimension_numbers=((rows, rows), ((), ())))
 
 
@@ -94,11 +95,12 @@ def _sum_of_columns_as_product(x, weights):
 
 
 def decoding_params(params, *, lora_scale: float | None, join: bool) -> dict[str, Any]:
-    """Parameters as a CPU decodes them, the tuple of the layers' own trees in place of their stack.
+    """Parameters in the form that a CPU decodes: layers are a tuple of trees in place of a stack.
 
     Args:
       params: a tree whose layers are stacked.
-      lora_scale: adapters are merged with it into float32 weights; None leaves them as they are.
+      lora_scale: the scale to merge adapters with, into float32 weights; None leaves adapters as
+        they are.
       join: whether weights of one input become one matrix, and tied embeddings also a head. False
         on a mesh, which splits each of them for itself.
     """
@@ -109,13 +111,16 @@ def decoding_params(params, *, lora_scale: float | None, join: bool) -> dict[str
         each = [merged_layer(layer, lora_scale) for layer in each]
     if not join:
         return {**params, "layers": tuple(each)}
-    # A small batch's product with the table as it lies turns it first: twice the time.
+    # The product of a small batch with the untransposed table would turn it first: twice the time.
     head = params["head"] if "head" in params else params["embed"].T
     return {**params, "layers": tuple(map(_joined, each)), "head": head}
 
 
 def _joined(layer: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A layer with one matrix [D, outputs] for the weights of one input; as it is with adapters."""
+    """A layer with one matrix [D, outputs] for the weights of one input.
+
+    A layer that has adapters stays as it is.
+    """
     layer = dict(layer)
     if any(map(parameters.is_adapter, layer)):
         return layer
@@ -137,7 +142,7 @@ def joined_products(
     """The products of one input with several weights of a layer, which may have been joined.
 
     Args:
-      product: of the input [B, T, D] with the parameter of a name, [B, T, *out].
+      product: name of a parameter -> its product [B, T, *out] with the input [B, T, D].
     """
     rows = parameters.of_model(config)
     rows = [rows["layers", name] for name in names]
@@ -151,11 +156,11 @@ def joined_products(
 
 
 def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rope_tables):
-    """`jax.lax.scan` of `model.decoder`, unrolled: `info` is a number in each layer, no array.
+    """The scan of `model.decoder` unrolled; every layer gets numbers of `info` in place of arrays.
 
     Args:
       run_layer: (carry, layer's parameters, `LayerInfo`, rope tables) -> (carry, extras).
-      info: of all layers, arrays [L].
+      info: that of all layers, arrays [L].
 
     Returns:
       (carry, extras), the latter stacked [L, ...].

@@ -1,11 +1,11 @@
 """One decoder for the Qwen, Llama, Mistral and Gemma families.
 
-It is plain functions over the parameter tree that `parameters` declares. What differs between the
-families is data (`ModelConfig`); what differs between the uses of a model are two arguments,
-`attend` (which keys a query sees, and where keys are kept) and `ffn` (what follows attention). The
-layers are stacked on a leading axis and run by a scan, so compile time does not grow with depth.
-The decoder returns hidden states: what becomes of them (logits, log-probs) is the caller's choice,
-since [B, T, V] is the largest array of all.
+The decoder is plain functions over the parameter tree that `parameters` declares. Families differ
+in data (`ModelConfig`). The uses of a model differ in two arguments: `attend` (which keys a query
+sees, and where keys are kept) and `ffn` (what follows attention). The layers are stacked on a
+leading axis and run by a scan, so compile time does not grow with depth. The decoder returns hidden
+states, and the caller chooses what to make of them (logits, log-probs), since [B, T, V] is the
+largest array of all.
 
 Letters: B batch, T tokens, D model width, H heads, K key/value heads, h head dimension, F width of
 the MLP, V vocabulary, L layers.
@@ -39,9 +39,9 @@ class LayerWeights:
     """The parameters of one layer, and how they act on hidden states.
 
     Attributes:
-      params: by their names in the table of parameters.
-      dtype: of the computation; norms are float32 whatever it is.
-      lora_scale: of the adapters among `params`.
+      params: parameters by their names in the table of parameters.
+      dtype: dtype of the computation; norms are float32 whatever it is.
+      lora_scale: scale of the adapters among `params`.
     """
 
     params: Mapping[str, jax.Array]
@@ -51,7 +51,7 @@ class LayerWeights:
     lora_scale: float
 
     def dense(self, x: jax.Array, name: str) -> jax.Array:
-        """x [B, T, *in] times a weight [*in, *out], through its adapter and plus its bias too."""
+        """x [B, T, *in] times a weight [*in, *out], plus its adapter's product and its bias."""
         return self._biased(self._product(x, name), name)
 
     def dense_each(self, x: jax.Array, *names: str) -> list[jax.Array]:
@@ -62,7 +62,7 @@ class LayerWeights:
         return [self._biased(y, name) for y, name in zip(products, names)]
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """The norm of x over its last axis; x where the model has no norm of this name."""
+        """The norm of x over its last axis, or x itself if the model has no norm of this name."""
         c = self.config
         if not parameters.has(c, name):
             return x
@@ -86,7 +86,7 @@ class LayerWeights:
         return y + self.params[bias].astype(self.dtype)
 
 
-# What follows attention in a layer: (weights, x [B, T, D], layer) -> (out [B, T, D], extras). The
+# The part of a layer after attention: (weights, x [B, T, D], layer) -> (out [B, T, D], extras). The
 # extras are a dict of arrays (a router's loss, say), which the decoder returns beside the hidden
 # states.
 Ffn = Callable[[LayerWeights, jax.Array, LayerInfo], tuple[jax.Array, dict[str, jax.Array]]]
@@ -105,7 +105,7 @@ def gated_mlp(weights: LayerWeights, x: jax.Array, layer: LayerInfo):
 def attention(
     weights: LayerWeights, x: jax.Array, layer: LayerInfo, rope_tables, cache, attend: Attend
 ):
-    """Multi-head attention of x [B, T, D]; (out [B, T, D], cache)."""
+    """Multi-head attention of x [B, T, D]; returns (out [B, T, D], cache)."""
     mesh = weights.mesh
     q, k, v = weights.dense_each(x, "q", "k", "v")
     q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
@@ -127,7 +127,7 @@ def transformer_layer(
     attend: Attend,
     ffn: Ffn,
 ):
-    """One pre-norm block of hidden states [B, T, D]; (hidden [B, T, D], cache, extras)."""
+    """One pre-norm block of hidden states [B, T, D]; returns (hidden [B, T, D], cache, extras)."""
     normed = weights.norm(x, "attn_norm")
     attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
     x = x + weights.norm(attended, "attn_post_norm")
@@ -157,13 +157,13 @@ def decoder(
       params: the tree of `parameters.init`, perhaps with adapters; or that of
         `cpu.decoding_params`, a tuple of layers that run one by one.
       tokens, positions: [B, T] int32.
-      cache: what `attend` keeps between calls, a pytree; a tuple may have one entry a layer where
-        the layers run one by one.
-      attend: what each layer's queries attend to, and where keys and values are kept.
-      ffn: what follows attention in each layer.
-      dtype: of the computation; norms, softmax and logits are float32 whatever it is.
-      remat: one of `REMAT_POLICIES`, what the backward pass recomputes of layers that are stacked.
-      lora_scale: of the adapters.
+      cache: a pytree that `attend` keeps between calls; where layers run one by one, it may be a
+        tuple with one entry a layer.
+      attend: decides what each layer's queries attend to, and where keys and values are kept.
+      ffn: the part of each layer after attention.
+      dtype: dtype of the computation; norms, softmax and logits are float32 whatever it is.
+      remat: what the backward pass recomputes of stacked layers, one of `REMAT_POLICIES`.
+      lora_scale: scale of the adapters.
 
     Returns:
       (hidden [B, T, D] after the final norm, in `dtype`; the cache; the extras of `ffn`, each
@@ -209,13 +209,13 @@ def embed_tokens(
 
 
 def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax.Array:
-    """Rows of a table that lies split over the mesh, without gathering it or its gradient.
+    """Rows of a table that is split over the mesh, found without gathering it or its gradient.
 
     Each device looks the tokens of its `fsdp` group up in its own part of the table, and the parts
-    change places: what moves is the size of the result. (The partitioner would gather the table,
-    and sum its gradient whole on every device: 2.5 GB each for 152k tokens of width 4096.) Rows are
-    cast after they are found, so that the gradient of a frequent token is summed in the table's
-    dtype: in bfloat16, 4,096 times 0.01 come to 4.
+    of the result change places, so that no more than the result moves. (The partitioner would
+    gather the table, and sum its gradient whole on every device: 2.5 GB each for 152k tokens of
+    width 4096.) Rows are cast after they are found, so that the gradient of a frequent token is
+    summed in the table's dtype: in bfloat16, 4,096 times 0.01 would come to 4.
     """
     if tokens.shape[0] % mesh_axis_size(mesh, RULES["batch"]):
         return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)

@@ -1,7 +1,7 @@
 """From hidden states to log-probs of given tokens, without ever holding [B, T, V] logits.
 
-The head runs over chunks of tokens, and a chunk's logits live while it is worked on. Two ways to
-differentiate it:
+The head runs over chunks of tokens, and the logits of a chunk live no longer than the work on it.
+There are two ways to differentiate it:
 
     token_log_probs      log-probs with any gradient; the backward pass makes the logits again
     weighted_log_probs   sum of weights * log-probs for weights known beforehand: the gradient
@@ -9,9 +9,10 @@ differentiate it:
                          saves one product in four
 
 Softmax, log-probs and accumulated gradients are float32 whatever the hidden states are. Where the
-mesh splits the vocabulary, each device keeps its part of the logits and only sums over it travel.
-Where it splits the width, the weight is gathered once, before the chunks, and its gradient's parts
-are added up once, after them, each on the device that keeps it.
+mesh splits the vocabulary, each device keeps its part of the logits, and only maxima, sums and the
+targets' logits travel. Where the mesh splits the width, the weight is gathered once before the
+chunks, and the parts of its gradient are added up once after them, each on the device that keeps
+it.
 
 Letters: B batch, T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
@@ -28,18 +29,18 @@ from jax.sharding import PartitionSpec as Spec
 from adpo_jax.devices.sharding import axes_that_split
 from adpo_jax.model.model_config import ModelConfig
 
-# Tokens of a device whose logits are alive at once; at V = 151,936 that is 0.6 GB of float32.
+# Tokens of a device whose logits are alive at once; at V = 151,936 these are 0.6 GB of float32.
 TOKENS_PER_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """What never changes of a head; its methods see one device's part of every array.
+    """The settings of a head; its methods see one device's part of every array.
 
     Attributes:
-      tied: the weight is the embedding [V, D], not [D, V].
+      tied: whether the weight is the embedding [V, D], not [D, V].
       rows_axes: mesh axes that split the rows, empty for none.
-      vocab_axis, width_axis: those that split the weight, empty for none.
+      vocab_axis, width_axis: mesh axes that split the weight, empty for none.
     """
 
     tied: bool
@@ -58,11 +59,11 @@ class _Head:
         return Spec(vocab, width) if self.tied else Spec(width, vocab)
 
     def spread(self, function, weight, *rows, out_rows: int, with_weight: bool):
-        """`function(weight, *rows)`, on every device over its part of the rows and the vocabulary.
+        """Runs `function(weight, *rows)` on every device, over its part of rows and vocabulary.
 
         Args:
           out_rows: how many results have the rows' leading axis.
-          with_weight: a last result lies as the weight does (`settle`).
+          with_weight: whether there is one more result, which lies as the weight does (`settle`).
         """
         if self.mesh is None or self.mesh.size == 1:
             return function(weight, *rows)
@@ -87,7 +88,7 @@ class _Head:
         return reduce(x, self.vocab_axis) if self.vocab_axis else x
 
     def logits(self, weight, hidden_CD):
-        """[C, V] float32, soft-capped, over the temperature; and the derivative of that."""
+        """Soft-capped logits over the temperature, [C, V] float32, and their derivative."""
         spec = "cd,vd->cv" if self.tied else "cd,dv->cv"
         logits = jnp.einsum(spec, hidden_CD, weight, preferred_element_type=jnp.float32)
         slope = 1.0 / self.temperature
@@ -97,7 +98,7 @@ class _Head:
         return (logits if self.temperature == 1.0 else logits / self.temperature), slope
 
     def targets(self, logits_CV, targets_C):
-        """[C, V] bool: the target's column, on the device that has it."""
+        """The column of each target, [C, V] bool; True on the device that has it."""
         V = logits_CV.shape[-1]
         first = jax.lax.axis_index(self.vocab_axis) * V if self.vocab_axis else 0
         return (targets_C - first)[:, None] == jax.lax.broadcasted_iota(jnp.int32, (1, V), 1)
@@ -133,7 +134,7 @@ class _Head:
         d_CV = (slope * (onehot_CV - pull_CV * jnp.exp(log_p_CV))).astype(hidden_CD.dtype)
         spec = "cv,vd->cd" if self.tied else "cv,dv->cd"
         d_hidden = jnp.einsum(spec, d_CV, weight, preferred_element_type=jnp.float32)
-        # Always [D, V]: the narrow operand is the one that a CPU transposes.
+        # It is always [D, V], so that a CPU transposes the narrow operand.
         return d_hidden, jnp.einsum(
             "cd,cv->dv", hidden_CD, d_CV, preferred_element_type=jnp.float32
         )
@@ -164,7 +165,7 @@ class _Head:
         return carry, jax.tree.map(join, out)
 
     def settle(self, d_hidden_BTD, d_weight_DV, dtype):
-        """Sums the gradients over the devices that share an array; the weight's in its layout."""
+        """Sums the gradients over the devices that share an array, in the arrays' layouts."""
         d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
         if copies := [axis for axis in self.rows_axes if axis != self.width_axis]:
             d_weight_DV = jax.lax.psum(d_weight_DV, copies)
@@ -183,7 +184,7 @@ def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Ar
         soft_cap=config.logit_soft_cap,
         mesh=mesh,
         rows_axes=rows_axes,
-        # Devices that have the same rows each make the whole gradient: nothing to add up there.
+        # Devices with the same rows each make the whole gradient, so that no parts are added up.
         width_axis=width if width in rows_axes else "",
         vocab_axis=axes_that_split(mesh, "vocab", config.vocab_size) or "",
         **settings,
@@ -202,9 +203,9 @@ def token_log_probs(
     mesh: Mesh | None = None,
     tokens_per_chunk: int = TOKENS_PER_CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of each target under the tempered softmax at its position, and its entropy.
+    """Log-prob of each target under the tempered softmax at its position, and the entropy there.
 
-    Differentiable by `params` and `hidden_BTD`.
+    Both are differentiable by `params` and `hidden_BTD`.
 
     Args:
       hidden_BTD: hidden states at the positions that predict the targets.
@@ -291,10 +292,8 @@ def weighted_log_probs(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """sum(weights * log-probs), differentiable by `params` and `hidden_BTD`, in one pass.
 
-    Arguments as of `token_log_probs`.
-
     Args:
-      weights_BT: float32, without gradient.
+      weights_BT: float32, without gradient; the other arguments are those of `token_log_probs`.
 
     Returns:
       The sum, and (log_probs, entropy) as of `token_log_probs` but without gradient.

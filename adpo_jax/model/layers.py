@@ -1,4 +1,4 @@
-"""What a layer computes besides attention, each with the gradient that keeps and moves the least.
+"""The functions of a layer besides attention, with gradients that keep and move little memory.
 
 Letters: T tokens of all rows, D width, F width of the output.
 """
@@ -15,15 +15,15 @@ from adpo_jax.model.model_config import ACTIVATIONS
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; keeps the dtype of x.
+    """Root-mean-square norm over the last axis, in float32; the result has the dtype of x.
 
-    The backward pass keeps x and the weight alone.
+    The backward pass needs x and the weight alone.
 
     Args:
       x: [..., D].
       weight: [D].
       eps: added to the mean square.
-      plus_one: multiply by 1 + weight (Gemma).
+      plus_one: whether to multiply by 1 + weight (Gemma).
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
@@ -59,7 +59,7 @@ rms_norm.defvjp(
 
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., D] times weight [D, F], in the dtype of x; the weight's gradient keeps its own."""
+    """x [..., D] times weight [D, F] in the dtype of x; the weight's gradient has its own dtype."""
     return checkpoint_name(_product(x, weight), "projection")
 
 
@@ -70,8 +70,8 @@ def _product(x, weight):
 
 def _product_backward(residuals, g):
     x, weight = residuals
-    # Made before it is transposed: XLA's CPU compiler else computes what g comes from (a gated
-    # activation's gradient, say) column by column, a fifth of a small model's update.
+    # g is made before it is transposed. Else XLA's CPU compiler computes the operations behind g (a
+    # gated activation's gradient, say) column by column, a fifth of a small model's update.
     g = made(g)
     flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     # The narrower operand is the one that gets transposed.
@@ -87,7 +87,7 @@ _product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_b
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """activation(gate) * up; the backward pass keeps its two arguments alone."""
+    """activation(gate) * up; the backward pass needs the two arguments alone."""
     return ACTIVATIONS[activation](gate) * up
 
 

@@ -1,8 +1,8 @@
 """LoRA: low-rank adapters beside frozen weights, in one parameter tree.
 
 A weight W [*in, *out] of a layer may have an adapter A [*in, R], B [R, *out] beside it, and then
-acts as W + scale A B. The tree holds the three as "q", "q_lora_a" and "q_lora_b", and a tree that
-has adapters is trained in them alone: `split` says what is trained, for every tree.
+acts as W + scale A B. The tree holds the three as "q", "q_lora_a" and "q_lora_b". Where a tree has
+adapters, they alone are trained; `split` says for every tree what is trained.
 
 Source: Hu et al. 2021, arXiv 2106.09685.
 
@@ -31,7 +31,7 @@ class Lora:
 
     Attributes:
       rank: R.
-      alpha: A B is multiplied by alpha / rank, so that a change of rank needs no other rate.
+      alpha: A B is multiplied by alpha / rank, so that another rank needs no other learning rate.
       targets: the weights that have an adapter, some of `parameters.adaptable()`.
     """
 
@@ -56,7 +56,9 @@ class Lora:
         return self.alpha / self.rank
 
     def init(self, key: jax.Array, layers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Adapters that change nothing yet: B is 0, A uniform within 1 / sqrt(inputs) as in peft.
+        """New adapters, which change nothing yet.
+
+        B is 0, and A is uniform within 1 / sqrt(inputs), as in peft.
 
         Args:
           layers: the stacked weights, [L, *in, *out] each.
@@ -80,7 +82,10 @@ class Lora:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """The weights that "q_proj,v_proj" or "all-linear" (all but embeddings and head) names."""
+    """The weights that a text names, such as "q_proj,v_proj".
+
+    "all-linear" names all weights but embeddings and head.
+    """
     known = parameters.adaptable()
     if text == ALL_TARGETS:
         return tuple(known)
@@ -90,13 +95,13 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def hf_name(name: str) -> str:
-    """What Hugging Face and peft call a weight: the last part of its module."""
+    """The name of a weight in Hugging Face and peft: the last part of its module's name."""
     row = parameters.adaptable().get(name)
     return row.hf_module.rpartition(".")[2] if row else name
 
 
 def split(params) -> tuple[Any, Any]:
-    """(what is trained, what is frozen): the adapters and the rest; without adapters all and none.
+    """The trained and the frozen part of a tree: adapters and weights, or all and nothing.
 
     Args:
       params: a parameter tree of arrays, shapes or shardings.
@@ -114,7 +119,7 @@ def without_adapters(params) -> Any:
 
 
 def join(trained, frozen) -> Any:
-    """The parameter tree of which these are the parts."""
+    """The parameter tree that `split` took these parts from."""
     return {**frozen, **trained, "layers": {**frozen["layers"], **trained["layers"]}}
 
 
@@ -126,12 +131,12 @@ def adapter_of(params, name: str) -> tuple[jax.Array, jax.Array] | None:
 
 @jax.jit
 def checksum(tree) -> jax.Array:
-    """The bits of all leaves added up, uint32; no matter how they are spread over devices."""
+    """The bits of all leaves added up, uint32; the same for every layout on devices."""
 
     def of(leaf):
         size = 8 * leaf.dtype.itemsize
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{size}"))
-        # Odd factors, so that leaves of each other's values do not pass for each other.
+        # The factors are odd and differ by leaf, so that two swapped leaves change the sum.
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
     sums = [of(leaf) * np.uint32(2 * i + 1) for i, leaf in enumerate(jax.tree.leaves(tree))]
@@ -141,15 +146,15 @@ def checksum(tree) -> jax.Array:
 def merged(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """W + scale A B in float32, of one layer.
 
-    In bfloat16 it would mostly be W again: its neighbours lie 0.4 to 0.8% away, and what an adapter
-    has learned in a few steps is less than half of that.
+    In bfloat16 the sum would mostly round to W again: the next numbers lie 0.4 to 0.8% away, and an
+    adapter has learned less than half of that after a few steps.
     """
     product = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), axes=1)
     return weight.astype(jnp.float32) + scale * product
 
 
 def merged_layer(layer: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """One layer's parameters without adapters, float32 where they had been."""
+    """One layer's parameters with its adapters merged; weights that had one become float32."""
     plain = {name: leaf for name, leaf in layer.items() if not is_adapter(name)}
     for name in plain:
         a, b = adapter_names(name)

@@ -1,4 +1,4 @@
-"""The architecture of a decoder, as data: what differs between the families of models."""
+"""The architecture of a decoder as data: everything that differs between families of models."""
 
 import dataclasses
 
@@ -23,9 +23,10 @@ class ModelConfig:
       windows: for each layer, how many tokens back it sees; None for all of them.
       ropes: the distinct rotary embeddings.
       layer_ropes: for each layer, its index into `ropes`.
-      norm_plus_one: RMSNorm multiplies by 1 + w, not w (Gemma).
-      post_norms: a second norm after attention and MLP, before the residual sum (Gemma 2 and 3).
-      embed_scale: embeddings are multiplied by sqrt(hidden_size) (Gemma).
+      norm_plus_one: whether RMSNorm multiplies by 1 + w, not w (Gemma).
+      post_norms: whether a second norm follows attention and MLP, before the residual sum (Gemma 2
+        and 3).
+      embed_scale: whether embeddings are multiplied by sqrt(hidden_size) (Gemma).
       attention_scale: multiplies q k^T; usually head_dim ** -0.5.
     """
 

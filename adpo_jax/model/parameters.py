@@ -1,9 +1,9 @@
-"""Every parameter of a model, declared once: one row says all that is to be said of it.
+"""Every parameter of a model, declared once in one row of a table.
 
-From the rows follow the tree of random parameters (`init`), its layout on a mesh (`logical_axes`),
-the tensors of a Hugging Face folder (`hf_tensors`), adapters (`lora`), weight decay (`optimizer`),
-the dtypes of decoding (`decode`) and the matrices that a CPU joins (`cpu`). A new parameter is a
-row here and a line in the function that uses it.
+The rows decide the tree of random parameters (`init`), its layout on a mesh (`logical_axes`), the
+tensors of a Hugging Face folder (`hf/tensors.py`), adapters (`lora`), weight decay
+(`update/optimizer.py`), the dtypes of decoding (`engine/verbs.py`) and the matrices that a CPU
+joins (`cpu`). A new parameter is a row here and a line in the function that uses it.
 
 Letters, the axes of a parameter: V vocabulary, D model width, d model width of a vector, H heads, K
 key/value heads, h head dimension, F width of the MLP, R rank of an adapter. Parameters of a layer
@@ -21,7 +21,7 @@ from adpo_jax.model.model_config import ModelConfig
 
 
 class Axis(NamedTuple):
-    """What a letter stands for."""
+    """The meaning of a letter."""
 
     size: str | None  # the field of `ModelConfig` that is its length; None if none is
     logical: str  # its name in `sharding.RULES`
@@ -50,27 +50,27 @@ def _zeros(config: ModelConfig) -> Initializer:
 
 
 def _identity(config: ModelConfig) -> Initializer:
-    """Of a norm that leaves the scale alone."""
+    """The initializer of a norm that leaves the scale as it is."""
     return nn.initializers.zeros if config.norm_plus_one else nn.initializers.ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One row.
+    """One row of the table.
 
     Attributes:
-      name: in the parameter tree.
+      name: its name in the parameter tree.
       axes: its letters in the tree.
       hf_name: its tensor in a checkpoint, below `model.layers.<i>.` for a parameter of a layer.
       hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D].
       when: whether a model has it. Rows of one name differ in this and in `hf_name` alone.
       init: how random weights are drawn; None for adapters, which `Lora.init` draws.
       decays: whether weight decay applies.
-      wide: decoding leaves it in the dtype of the parameters, since the arithmetic with it is
-        float32 whatever the dtype of the computation.
-      adapter_inputs: how many leading axes are summed over by the A of an adapter; 0 where no
-        adapter may sit.
-      joined: the name of the matrix that `cpu` makes of this one and the others that have the same
+      wide: whether decoding leaves it in the dtype of the parameters, since the arithmetic with it
+        is float32 whatever the dtype of the computation.
+      adapter_inputs: how many leading axes the A of an adapter sums over; 0 if the parameter may
+        have no adapter.
+      joined: the name of the matrix that `cpu` makes of this parameter and the others with the same
         input; "" for none.
     """
 
@@ -86,7 +86,7 @@ class Parameter:
     joined: str = ""
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Its shape in a model, without the axis of the layers."""
+        """Its shape in a model, without the layer axis."""
         return tuple(getattr(config, AXES[letter].size) for letter in self.axes)
 
     @property
@@ -100,7 +100,7 @@ class Parameter:
 
     @property
     def hf_module(self) -> str:
-        """The module of Hugging Face that holds it."""
+        """The Hugging Face module that holds it."""
         return self.hf_name.rpartition(".")[0]
 
     def adapter(self) -> tuple["Parameter", "Parameter"]:
@@ -141,7 +141,7 @@ LAYER = (
     _norm("k_norm", "h", "self_attn.k_norm.weight", when=lambda c: c.qk_norm),
     Parameter("o", "HhD", "self_attn.o_proj.weight", "D Hh", adapter_inputs=2),
     _bias("o_bias", "d", "self_attn.o_proj.bias", when=lambda c: c.out_bias),
-    # Gemma 2 and 3 put a norm on either side of attention and MLP: the same name, another place.
+    # Gemma 2 and 3 have a norm on either side of attention and MLP, so a name has two places.
     _norm("attn_post_norm", "d", "post_attention_layernorm.weight", when=lambda c: c.post_norms),
     _norm("mlp_norm", "d", "pre_feedforward_layernorm.weight", when=lambda c: c.post_norms),
     _norm("mlp_norm", "d", "post_attention_layernorm.weight", when=lambda c: not c.post_norms),
@@ -154,18 +154,18 @@ LAYER = (
     _norm("mlp_post_norm", "d", "post_feedforward_layernorm.weight", when=lambda c: c.post_norms),
 )
 
-# Where a parameter is in the tree: ("embed",) or ("layers", "q").
+# The place of a parameter in the tree: ("embed",) or ("layers", "q").
 Path = tuple[str, ...]
 
 
 def of_model(config: ModelConfig) -> dict[Path, Parameter]:
-    """The parameters of a model, in the order of the table; adapters are none of them."""
+    """The parameters of a model without adapters, in the order of the table."""
     top = {(row.name,): row for row in TOP if row.when(config)}
     return top | {("layers", row.name): row for row in LAYER if row.when(config)}
 
 
 def has(config: ModelConfig, name: str) -> bool:
-    """Whether the layers of a model have a parameter."""
+    """Whether the layers of a model have a parameter of this name."""
     return any(row.name == name and row.when(config) for row in LAYER)
 
 

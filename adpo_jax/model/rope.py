@@ -15,7 +15,7 @@ SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """One rotary embedding: base frequency and how it is stretched beyond its training length.
+    """One rotary embedding: its base, and how it is stretched beyond its training length.
 
     Attributes:
       theta: base of the geometric series of wavelengths.

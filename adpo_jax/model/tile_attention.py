@@ -1,9 +1,11 @@
 """Attention over a packed stream in tiles: each tile of queries sees a short list of key tiles.
 
 A stream holds many segments side by side: prompts, and completions that also see the prompt of
-their group. A query tile's list names the tiles where the segments of its tokens, and their
-prompts, lie. Keys are gathered and scores made for listed tiles alone, and never kept: the backward
-pass makes them again from the log of the normaliser (Dao et al. 2022, arXiv 2205.14135).
+their group. The list of a query tile names the tiles that hold the segments of its tokens and their
+prompts. Keys are gathered and scores are made for listed tiles alone, with one softmax over prompt
+and completion. Scores are not kept: the backward pass makes them again from the log of the
+normaliser (Dao et al. 2022, arXiv 2205.14135). So a layer keeps queries, keys, values, results and
+that log, which are linear in the length of the stream.
 
 Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, S = J W keys,
 c query tiles at once, H heads, K key/value heads, R = H / K, Q = R W, D head dim.
@@ -19,18 +21,19 @@ import jax.numpy as jnp
 from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Tokens, visible
 from adpo_jax.model.cpu import made, sum_of_columns
 
-# Scores of so many bytes at once; more tiles run one after the other. On a CPU they then stay in
-# its cache: a third less time for long prompts. An accelerator wants much work at once.
+# The most bytes of scores that are made at once; further tiles run afterwards. A CPU has a smaller
+# limit, by which scores stay in its cache: a third less time for long prompts. An accelerator wants
+# much work at once.
 SCORE_BYTES = 256 * 2**20
 CACHED_SCORE_BYTES = 4 * 2**20
 
 
 class Stream(NamedTuple):
-    """Where each token of a packed stream belongs.
+    """The place of each token of a packed stream.
 
     Attributes:
-      positions: [B, N] int32, in its sequence; a completion counts on from its prompt.
-      segments: [B, N] int32, the prompt or completion it is part of; 0 is padding.
+      positions: [B, N] int32, its position in its sequence; a completion counts on from its prompt.
+      segments: [B, N] int32, the prompt or completion that it is part of; 0 is padding.
       prompts: [B, N] int32, the segment of the prompt that it sees besides its own segment.
       key_tiles: [B, n, J] int32, the key tiles of each query tile, ascending; -1 for none.
     """
@@ -65,7 +68,7 @@ def stream_attention(
     """Attention of a packed stream to itself, for the training forward.
 
     Args:
-      windows: whether any layer has a window; without, the mask is made once for all layers.
+      windows: whether any layer has a window; else one mask is made for all layers.
       score_bytes: the most bytes of scores that are alive at once, on all devices together.
     """
     B, N = stream.positions.shape
@@ -88,7 +91,7 @@ def stream_attention(
     def attend(q, k, v, layer: LayerInfo, cache):
         H, K, D = q.shape[2], k.shape[2], q.shape[3]
         mask = causal & (distance < layer.window) if windows else causal
-        # [B, n, K, R W, D]: every product below is then a plain batch of matrices.
+        # As [B, n, K, R W, D], so that every product below is a plain batch of matrices.
         q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
         q = q.reshape(B, n, K, H // K * W, D)
         chunk = _even_chunk(n, at_most=score_bytes // (4 * B * H * W * J * W))
@@ -102,7 +105,7 @@ def stream_attention(
 
 
 def _even_chunk(n: int, at_most: int) -> int:
-    """How many of n tiles to run at once so that the last chunk lacks few: they are padded."""
+    """How many of n tiles to run at once, so that the last chunk needs little padding."""
     if at_most >= n:
         return n
     at_most = max(at_most, 1)
@@ -124,7 +127,7 @@ def _listed(x_BnWKD, tiles_BcJ):
 def _unlisted(g_BcKSD, tiles_BcJ, n: int):
     """The gradient [B, n, W, K, D] float32 of `_listed`.
 
-    As a product with a 0/1 matrix: a CPU scatters one row at a time.
+    It is a product with a 0/1 matrix, since a CPU scatters one row at a time.
     """
     B, c, J = tiles_BcJ.shape
     K, S, D = g_BcKSD.shape[2:]
@@ -149,14 +152,14 @@ def _scores(shape: _Shape, q_BcKQD, k_BcKSD, mask_BcWS):
     if shape.soft_cap is not None:
         capped = jnp.tanh(scores / shape.soft_cap)
         scores, slope = shape.soft_cap * capped, 1.0 - jnp.square(capped)
-    # Added, not chosen: a CPU would write out the constant to choose from, once for each score.
+    # The mask is added: for a choice a CPU would write the constant out once for each score.
     bias = jnp.where(mask_BcWS, 0.0, MASKED)[:, :, None]
     bias = jnp.broadcast_to(bias, (B, c, Q // W, W, S)).reshape(B, c, 1, Q, S)
     return scores + bias, slope
 
 
 def _in_chunks(shape: _Shape, function, carry, *tiles):
-    """`function(carry, *chunk) -> (carry, results)` over chunks of the second axis, in turn."""
+    """Runs `function(carry, *chunk) -> (carry, results)` over chunks of the second axis."""
     n = tiles[0].shape[1]
     if shape.chunk >= n:
         return function(carry, *tiles)
@@ -176,7 +179,7 @@ def _in_chunks(shape: _Shape, function, carry, *tiles):
 
 
 def _sum_over_queries(x_BcKQD, weights_BcKQS):
-    """[B, c, K, S, D]; of the two, the narrow x is the one that a CPU turns for the product."""
+    """The sum over queries, [B, c, K, S, D]; of both operands a CPU turns the narrow x."""
     x_BcKDQ = made(x_BcKQD.swapaxes(3, 4))
     return jnp.einsum("bckdq,bckqs->bckds", x_BcKDQ, weights_BcKQS).swapaxes(3, 4)
 

@@ -1,4 +1,4 @@
-"""Adapters as peft keeps them: a folder with adapter_config.json and adapter_model.safetensors.
+"""Folders of adapters in peft's format: adapter_config.json and adapter_model.safetensors.
 
 Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
 """
@@ -23,7 +23,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What would change the forward pass, with the values that leave it alone.
+# Settings of peft that may change the forward pass, with the values that leave it alone.
 WITHOUT_EFFECT: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -40,7 +40,7 @@ WITHOUT_EFFECT: dict[str, tuple] = {
 
 
 def find(name: str | os.PathLike) -> tuple[Path, Lora]:
-    """An adapter folder, local or of a hub name, and what its adapters are.
+    """An adapter folder, local or of a hub name, and the description of its adapters.
 
     Raises:
       ValueError: when there is none, or it changes the model in a way that is not supported.
@@ -70,10 +70,10 @@ def _supported() -> str:
 
 
 def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
-    """A policy with the adapters of a folder beside its weights.
+    """Loads the adapters of a folder beside the weights of a policy.
 
     Args:
-      policy, params: without adapters.
+      policy, params: a policy without adapters, and its parameters.
 
     Returns:
       (policy, params).

@@ -37,13 +37,14 @@ class Policy:
 
     Attributes:
       config: the architecture.
-      dtype: of the computation (norms, softmax and log-probs are float32 whatever it is).
-      param_dtype: of the parameters; adapters are float32 whatever it is.
-      mesh: devices the parameters are spread over; None for the default device.
+      dtype: dtype of the computation (norms, softmax and log-probs are float32 whatever it is).
+      param_dtype: dtype of the parameters; adapters are float32 whatever it is.
+      mesh: the devices that the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
-      attention: of whole sequences, one of `attention_choice.NAMES`; refused where it cannot run.
+      attention: attention of whole sequences, one of `attention_choice.NAMES`; refused where it
+        cannot run.
       lora: the adapters beside the weights, which are frozen then; None for none.
-      hf_config: the Hugging Face `config.json` it came from, written back by `save_pretrained`.
+      hf_config: the Hugging Face `config.json` that it came from; `save_pretrained` writes it back.
       generation_config: likewise its `generation_config.json`; empty for none.
     """
 
@@ -80,15 +81,15 @@ class Policy:
         mesh: Mesh | None = None,
         gradient_checkpointing: str = "none",
     ) -> tuple["Policy", Any]:
-        """A model of a Hugging Face folder or hub name; safetensors only.
+        """Loads a model from a Hugging Face folder or hub name; safetensors only.
 
         Every tensor is read once, straight into its place on the mesh.
 
         Args:
           name: a local folder, or a name on the hub, which is downloaded.
-          dtype: of the computation.
-          param_dtype: of the parameters; `dtype` if None.
-          mesh, gradient_checkpointing: as of `Policy`.
+          dtype: dtype of the computation.
+          param_dtype: dtype of the parameters; None for `dtype`.
+          mesh, gradient_checkpointing: as for `Policy`.
 
         Returns:
           (policy, params).
@@ -170,10 +171,11 @@ class Policy:
         and process 0 writes. Adapters are merged into their weights.
 
         Args:
-          params: of this policy, however they are sharded.
-          tokenizer: written too, by its own `save_pretrained`; None for none.
-          dtype: of the weights on disk. If None, float32 where there are adapters (a narrower one
-            would round most of what they learned away), else the policy's `param_dtype`.
+          params: parameters of this policy, in any sharding.
+          tokenizer: a tokenizer to write too, by its own `save_pretrained`; None for none.
+          dtype: dtype of the weights on disk. None means float32 where there are adapters (a
+            narrower one would round away most of what they learned), else the policy's
+            `param_dtype`.
           max_shard_size: bytes of one safetensors file.
           overwrite: replace a folder that is not empty.
 
@@ -240,7 +242,7 @@ class Policy:
         return jax.lax.with_sharding_constraint(params, self.shardings(params))
 
     def init(self, key: jax.Array):
-        """Random parameters, born in their sharded layout."""
+        """Random parameters, created in their sharded layout."""
         if self.mesh is None:
             return jax.jit(self._init)(key)
         shardings = jax.tree.map(lambda s: s.sharding, self.abstract_params())
@@ -250,7 +252,8 @@ class Policy:
         """This policy with new adapters, which change nothing until they are trained.
 
         Args:
-          params: of this policy; they become the frozen part of the result, without a copy.
+          params: parameters of this policy; they become the frozen part of the result, without a
+            copy.
 
         Returns:
           (policy, params).
@@ -275,12 +278,12 @@ class Policy:
         """Runs the decoder.
 
         Args:
-          params: the parameter tree; with its layers unstacked into a tuple they run one by one.
+          params: the parameter tree; layers that are unstacked into a tuple run one by one.
           tokens, positions: [B, T] int32.
-          kv_cache: carried through `attend`.
+          kv_cache: the cache that is carried through `attend`.
           attend: an attention of `model.attention`; by default a causal one over the T tokens of
             each row, without a cache.
-          ffn: what follows attention in each layer; by default the gated MLP of all families.
+          ffn: the part of each layer after attention; by default the gated MLP of all families.
 
         Returns:
           (hidden [B, T, D] in `dtype`, kv_cache, the extras of `ffn` stacked over the layers).

@@ -1,4 +1,4 @@
-"""Rewards: is the answer right, and what else should count.
+"""Rewards: whether an answer is right, and what else counts.
 
     with RewardModel([RewardFunction(name="good_accuracy")]) as model:
         scores = model.score(completions, {"solution": solutions})

@@ -39,10 +39,10 @@ class RewardFunction:
 
 
 class Grades(NamedTuple):
-    """What one function gave for N completions.
+    """The rewards that one function gave for N completions.
 
-    parts: N rewards under each part's name, under "" where the function returned a plain list;
-      None where it skipped the sample.
+    parts: N rewards under each part's name, or under "" if the function returned a plain list; a
+      reward is None where the function skipped the sample.
     unparsed: how many completions held no answer that could be read.
     """
 
@@ -51,11 +51,11 @@ class Grades(NamedTuple):
 
 
 class BadReward(ValueError):
-    """What a function returned is no reward.
+    """A function returned something that is no reward.
 
     Attributes:
-      index: the sample's place, None for them all.
-      nonfinite: it is a number, but not a finite one.
+      index: the sample's place; None if it concerns all samples.
+      nonfinite: whether the result is a number that is not finite.
     """
 
     def __init__(self, message: str, index: int | None = None, *, nonfinite: bool = False):
@@ -98,10 +98,10 @@ def load(function: RewardFunction) -> Callable:
 def grade(
     found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
 ) -> Grades:
-    """Calls a reward function, with those columns that it takes, and checks what it returns.
+    """Calls a reward function with the columns that it takes, and checks its result.
 
     Args:
-      found: what `load` gave for the function.
+      found: the function that `load` returned.
       function: its settings.
       completions: N strings.
       columns: N values under each name.
@@ -124,7 +124,7 @@ def grade(
 def call(
     found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
 ):
-    """Calls a reward function; of an async one the result is still to be awaited."""
+    """Calls a reward function; the caller has to await the result of an async one."""
     parameters, takes_any = _parameters(found)
     both = columns.keys() & function.kwargs.keys()
     if both:
@@ -135,7 +135,7 @@ def call(
 
 
 def checked(result, count: int) -> Grades:
-    """What a function returned, as Grades.
+    """The result of a reward function as Grades.
 
     Raises:
       BadReward: not `count` rewards, or one that is no finite number.

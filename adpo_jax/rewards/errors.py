@@ -1,4 +1,4 @@
-"""What stops a run because of a reward."""
+"""The error that stops a run because of a reward."""
 
 
 class RewardError(ValueError):
@@ -10,7 +10,7 @@ class RewardError(ValueError):
       sample: the offending completion with its columns, `{"completion": str, "columns": dict,
         "index": int}`, for the loop to save; None where no single sample is to blame.
       traceback_text: the traceback inside the function, "" where it did not raise.
-      nonfinite: it gave a number, but not a finite one.
+      nonfinite: whether it gave a number that is not finite.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class Scores:
         return cls(np.concatenate([part.total for part in parts]), components, counts)
 
     def select(self, rows: "list[int]") -> "Scores":
-        """The rewards of the completions with these numbers; without counts, which are of all."""
+        """The rewards of the completions with these numbers, without the counts of the whole."""
         components = {name: values[rows] for name, values in self.components.items()}
         return Scores(self.total[rows], components, dict.fromkeys(self.counts, 0))
 
@@ -83,8 +83,8 @@ class RewardModel:
       num_workers: processes that grade; 0 grades in this process, where nothing stops a function
         that hangs. Workers call a function with one completion at a time, this process with all.
       timeout_s: seconds that a worker may take for one completion in one function.
-      on_timeout: a check that was killed counts 0 ("zero") or stops the run ("stop").
-      memory_limit_mb: of each worker, in MiB; None for no limit.
+      on_timeout: whether a check that was killed counts 0 ("zero") or stops the run ("stop").
+      memory_limit_mb: memory limit of each worker in MiB; None for no limit.
 
     Raises:
       ValueError: a setting out of its range, or a function that cannot be loaded.
@@ -196,7 +196,7 @@ class RewardModel:
     def _from_workers(self, job: Job, completions: list[str], columns: dict[str, list]) -> Scores:
         job.wait()
         counts = dict.fromkeys(_COUNTS, 0)
-        # In a fixed order, so that of several failures the same one is told.
+        # The order is fixed, so that the same one of several failures is reported.
         for (index, position), reply in sorted(job.outcomes.items()):
             function = self.functions[index]
             if "error" in reply:
@@ -229,7 +229,7 @@ class RewardModel:
             killed.append({i for i, reply in enumerate(replies) if "killed" in reply})
         return self._combined(grades, counts, killed, completions, columns)
 
-    @np.errstate(over="ignore")  # to infinity, which makes an update that is not sound
+    @np.errstate(over="ignore")  # an update with infinite rewards is not sound, which is noticed
     def _combined(
         self,
         grades: list[Grades],
@@ -238,7 +238,7 @@ class RewardModel:
         completions: list[str],
         columns: dict[str, list],
     ) -> Scores:
-        """The weighted sum over functions, a skipped sample adding nothing, a killed one 0."""
+        """The weighted sum over functions; skipped samples add nothing, killed ones count 0."""
         total = np.zeros(len(completions))
         has_reward = np.zeros(len(completions), bool)
         components: dict[str, np.ndarray] = {}
@@ -300,7 +300,7 @@ def _distinct(names: list[str]) -> list[str]:
 def _culprit(
     found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
 ) -> int | None:
-    """Which completion a failing function also fails on when it is graded alone; None if none."""
+    """The completion on which a failing function also fails alone; None if there is none."""
     for i in range(len(completions)):
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:

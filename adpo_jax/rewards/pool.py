@@ -1,9 +1,10 @@
 """Worker processes that grade under a deadline.
 
-Each worker belongs to one thread of the run, which starts it when there is first something to do,
-hands it a chunk of completions, and reads one reply a completion. No reply within the deadline: the
-worker is killed with all its children, that completion counts as killed, a fresh worker takes the
-rest. A worker that dies by itself is replaced likewise, and its completion tried once more.
+Each worker belongs to one thread of the run. The thread starts its worker when there is first
+something to do, hands it a chunk of completions, and reads one reply a completion. If no reply
+comes within the deadline, the worker is killed with all its children, the completion counts as
+killed, and a fresh worker takes the rest. A worker that dies by itself is replaced likewise, and
+its completion is tried once more.
 """
 
 import atexit
@@ -41,7 +42,7 @@ class Job:
     """The grading of a batch: outcomes arrive in any order."""
 
     def __init__(self, num_chunks: int):
-        # Of each function and position: the worker's reply.
+        # The worker's reply for each (function, position).
         self.outcomes: dict[tuple[int, int], dict] = {}
         self.error: Exception | None = None
         self._left = num_chunks
@@ -83,9 +84,9 @@ class WorkerPool:
       functions: what the workers run.
       num_workers: how many, at least 1.
       timeout_s: seconds for one completion in one function.
-      memory_limit_mb: of each worker, in MiB; None for no limit.
-      recycle_after: completions after which a worker is replaced by a fresh one, which bounds what
-        a leak can hold.
+      memory_limit_mb: memory limit of each worker in MiB; None for no limit.
+      recycle_after: completions after which a fresh worker replaces a worker, which bounds the
+        memory of a leak.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class WorkerPool:
         Args:
           completions: N strings.
           columns: N values under each name.
-          wanted: of each function the columns it takes, None for all.
+          wanted: the columns that each function takes; None for all.
 
         Raises:
           ValueError: a column cannot be sent to another process.
@@ -153,7 +154,7 @@ class WorkerPool:
             return [worker.process.pid for worker in self._workers]
 
     def close(self) -> None:
-        """Kills the workers; what is not graded by then fails. May be called again."""
+        """Kills the workers; jobs that are not graded by then fail. It may be called again."""
         with self._lock:
             self._closed = True
             workers, threads, jobs = set(self._workers), self._threads, list(self._jobs)
@@ -182,7 +183,7 @@ class WorkerPool:
             self._queue.put(chunk)
 
     def _serve(self) -> None:
-        """What a thread does: grades chunks with a worker of its own."""
+        """The loop of a thread, which grades chunks with a worker of its own."""
         worker: _Worker | None = None
         while (chunk := self._queue.get()) is not None:
             try:
@@ -196,7 +197,7 @@ class WorkerPool:
         self._retire(worker)
 
     def _grade(self, worker: "_Worker | None", chunk: Chunk) -> "_Worker | None":
-        """Grades a chunk; gives the worker to go on with, None where it had to be killed."""
+        """Grades a chunk; returns the worker to go on with, or None if it had to be killed."""
         places = {position: i for i, position in enumerate(chunk.positions)}  # still to grade
         deaths: dict[int, int] = {}
         while not chunk.job.is_over:
@@ -210,7 +211,7 @@ class WorkerPool:
             try:
                 if not self._ask(worker, chunk, places):
                     chunk.job.stop()
-                    self._retire(worker)  # it is still busy with the rest
+                    self._retire(worker)  # it is still busy with the rest of the chunk
                     return None
             except (TimeoutError, OSError) as error:
                 timed_out = isinstance(error, TimeoutError)
@@ -227,10 +228,10 @@ class WorkerPool:
         return worker
 
     def _ask(self, worker: "_Worker", chunk: Chunk, places: dict[int, int]) -> bool:
-        """Has a worker grade what is left of a chunk, taking each reply off `places`.
+        """Has a worker grade the rest of a chunk, and takes each graded position off `places`.
 
         Returns:
-          False when a function failed, at which the run is to stop.
+          False when a function failed, upon which the run stops.
         """
         rows = list(places.values())
         message = (
@@ -239,7 +240,7 @@ class WorkerPool:
             [chunk.completions[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in chunk.columns.items()},
         )
-        deadline_s = 1.1 * self._timeout_s + 0.1  # the rest is for what is not the function's own
+        deadline_s = 1.1 * self._timeout_s + 0.1  # with a margin for work outside of the function
         wire.send_pickle(worker.connection, message, deadline_s)
         while places:
             reply = wire.receive_json(worker.connection, deadline_s)

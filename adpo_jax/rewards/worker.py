@@ -1,7 +1,7 @@
 """A grading worker: a process that runs reward functions for `pool.WorkerPool`.
 
-It is a fresh interpreter (no fork, so none of the run's threads, devices or locks), in a session of
-its own, under a memory limit, and it ends when the run does.
+The process is a fresh interpreter in a session of its own. It is not forked, so it has none of the
+run's threads, devices or locks. It has a memory limit, and it ends when the run does.
 """
 
 import asyncio

@@ -1,1 +1,1 @@
-"""Where graded groups come from: sampling on the spot, filtering, recordings; evaluation."""
+"""Sources of graded groups: sampling on the spot, filtering, recordings; and evaluation."""

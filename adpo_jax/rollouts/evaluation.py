@@ -25,13 +25,13 @@ PREFIX = "eval"
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    """What is asked of the policy.
+    """The settings of an evaluation.
 
     Attributes:
-      sampling: of the sampled completions, `n` of each prompt; greedy answers take its length
-        limit and stop tokens.
-      num_samples: 0 for greedy answers alone.
-      ks: of pass@k and maj@k, each at most num_samples.
+      sampling: the settings of the sampled completions; greedy answers take its length limit and
+        stop tokens.
+      num_samples: sampled completions of each prompt; 0 for greedy answers alone.
+      ks: the k of pass@k and maj@k, each at most num_samples.
       category_key: the data column whose values the scores are broken down by; "" for none.
     """
 
@@ -75,11 +75,11 @@ def evaluate(
     settings: EvalSettings,
     reward_model: RewardModel | None = None,
 ) -> Evaluation:
-    """Answers every prompt once greedily and `num_samples` times by sampling, and scores that.
+    """Answers every prompt once greedily and `num_samples` times by sampling, and scores them.
 
     Args:
-      prompts: the column "solution" is what an answer is compared with.
-      reward_model: grades in place of `good_accuracy`; a completion is right where its reward is
+      prompts: prompts; answers are compared with their column "solution".
+      reward_model: grades in place of `good_accuracy`. A completion is right where its reward is
         above 0, and `eval/reward` is the mean reward of the greedy answers.
     """
     if reward_model is None:
@@ -112,7 +112,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Graded:
-    """Completions of N prompts, n of each, row by row."""
+    """Graded completions of N prompts, n of each; those of a prompt are side by side."""
 
     prompts: Prompts
     prompt_texts: list[str]
@@ -122,7 +122,7 @@ class _Graded:
     truncated: np.ndarray  # [N, n] bool
 
     def votes(self) -> list[list[str | None]]:
-        """What each completion answers, as text; None where it holds no answer."""
+        """The answer of each completion as text; None where it holds no answer."""
         return [[find_answer(text) for text in texts] for texts in self.texts]
 
     def records(self, how: str) -> list[dict]:
@@ -190,10 +190,10 @@ def sample_scores(
 
 
 def pass_at_k(num_right: np.ndarray, n: int, k: int) -> np.ndarray:
-    """The chance that at least one of k of the n samples, drawn without replacement, is right.
+    """The chance that of k of the n samples, drawn without replacement, at least one is right.
 
-    1 - C(n - c, k) / C(n, k) with c right ones: unbiased for the chance that one of k fresh samples
-    is right.
+    It is 1 - C(n - c, k) / C(n, k) with c right ones, an unbiased estimate of the chance that one
+    of k fresh samples is right.
 
     Args:
       num_right: [N] integers in [0, n].
@@ -207,12 +207,12 @@ def pass_at_k(num_right: np.ndarray, n: int, k: int) -> np.ndarray:
 
 
 def majority_at_k(right: Sequence[bool], votes: Sequence[str | None], k: int) -> float:
-    """How often the most frequent answer of k samples is right, a prompt's n samples given.
+    """How often the most frequent answer of k samples is right, from the n samples of a prompt.
 
-    The samples are cut into n // k blocks of k, and the result is the mean over blocks: unbiased,
-    where the best k would not be. Right answers are one candidate however they are written; of
-    several most frequent candidates one is drawn, which counts as its expectation. A completion
-    without an answer votes for nothing.
+    The samples are cut into n // k blocks of k, and the result is the mean over the blocks, which
+    is unbiased. Right answers are one candidate however they are written. A tie of the most
+    frequent candidates counts as the expectation of a random draw among them. A completion without
+    an answer has no vote.
 
     Source: Wang et al. 2022, "Self-Consistency", arXiv 2203.11171.
     """
@@ -244,8 +244,8 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Percentile intervals of the means of M rows, the N prompts drawn anew with replacement.
 
-    It covers the choice of prompts, and of the samples as far as every prompt has its own; not the
-    training seed.
+    An interval covers the choice of prompts, and that of the samples as far as every prompt has its
+    own. It does not cover the training seed.
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
     """
@@ -259,5 +259,5 @@ def bootstrap_interval(
 
 
 def metric_name(text: str) -> str:
-    """A data value as part of a metric's name."""
+    """A value from the data in the form that a part of a metric's name may have."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in text) or "_"

@@ -1,12 +1,13 @@
 """Dynamic sampling: groups whose rewards are all equal teach nothing, so others take their place.
 
 An iteration samples batch after batch of prompts until it has as many groups with a spread as a
-batch has prompts. Shapes stay those of a batch: what is more waits for the next iteration, what is
-still missing after the last attempt is filled with groups without a spread.
+batch has prompts. An iteration always trains on as many groups as a batch has: surplus groups wait
+for the next iteration, and groups without a spread fill the places that are still empty after the
+last attempt.
 
-A group that waited was sampled by the policy of the iteration before; the loss does not know. What
-waits, and how many batches were drawn, is kept with every checkpoint, so that a resumed run goes on
-as if it had not stopped.
+The policy of the iteration before sampled the groups that waited, which the loss does not know. The
+waiting groups and the number of batches drawn are kept with every checkpoint, so that a resumed run
+goes on as if it had not stopped.
 
 Source: Yu et al. 2025, "DAPO", arXiv 2503.14476, section 3.2, which drops the surplus.
 """
@@ -24,7 +25,7 @@ from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics
 from adpo_jax.rollouts.source import Source, SourceError
 
-# Metrics of an iteration that speak of all batches sampled in it.
+# Metrics of an iteration that are taken over all batches sampled in it.
 OF_ALL_ATTEMPTS = (
     "rollout/tokens_per_s",
     "reward/timeouts",
@@ -35,20 +36,20 @@ OF_ALL_ATTEMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """What an iteration leaves to the next."""
+    """The state that an iteration leaves to the next."""
 
     drawn: int = 0  # batches of prompts so far
     surplus: GradedGroups | None = None
 
 
 class GroupFilter(Source):
-    """Groups sampled on the spot, each has a spread, as far as the attempts suffice.
+    """Groups sampled on the spot that have a spread, as far as the attempts suffice.
 
     Args:
       sample: (step from 0, attempt from 0, prompts, parameters) -> graded completions.
-      prompts_of: the batch of prompts with a number, from 0.
-      folder: where `save` writes.
-      max_attempts: batches sampled in an iteration, at most.
+      prompts_of: number of a batch, from 0 -> its prompts.
+      folder: the folder that `save` writes in.
+      max_attempts: the most batches sampled in an iteration.
       min_reward_std: a group whose standard deviation (ddof=1) is below it has no spread.
     """
 
@@ -69,7 +70,7 @@ class GroupFilter(Source):
         """The groups of the iteration after `step` iterations, with the metrics of the filter.
 
         Raises:
-          SourceError: when what iteration `step` left was not kept.
+          SourceError: when the state that iteration `step` left was not kept.
         """
         before = self._state(step)
         found = [before.surplus] if before.surplus else []
@@ -91,7 +92,7 @@ class GroupFilter(Source):
             step + 1: _State(before.drawn + attempt + 1, surplus),
         }
         sampled = GradedGroups.concatenate(attempts)
-        # One attempt after the other, where `concatenate` speaks of parts sampled at the same time.
+        # Attempts follow each other, but `concatenate` takes its parts as sampled at the same time.
         seconds = np.sum([groups.seconds for groups in attempts], axis=0).tolist()
         sampled = dataclasses.replace(sampled, seconds=tuple(seconds))
         metrics = {
@@ -101,14 +102,14 @@ class GroupFilter(Source):
             "filter/carried": float(max(num_found - P, 0)),
             "filter/sampled_reward": float(sampled.scores.total.mean()),
         }
-        # Of all that was sampled and graded in this time, where other metrics are of the chosen.
+        # These metrics cover all groups that were sampled in this time, the others the chosen ones.
         of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, sampled.rewards.shape[1])
         metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS}
         chosen = candidates.select(range(P))
         return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
 
     def save(self, step: int, *, oldest: int = 0) -> None:
-        """Keeps what the next iteration is left after `step` iterations."""
+        """Saves the state that iteration `step` left to the next."""
         state = self._state(step)
         self._folder.mkdir(parents=True, exist_ok=True)
         if state.surplus is not None:
@@ -120,15 +121,18 @@ class GroupFilter(Source):
                 path.unlink()
 
     def check(self, step: int) -> None:
-        """Checks that what iteration `step` left was kept; below 0 it is in the supervised stage.
+        """Checks that the state that iteration `step` left was kept.
+
+        Args:
+          step: iterations done; below 0 the run is in the supervised stage.
 
         Raises:
-          SourceError: when it was not.
+          SourceError: when it was not kept.
         """
         self._state(max(step, 0))
 
     def restore(self, step: int) -> None:
-        """Takes up what iteration `step` left; errors as of `check`."""
+        """Takes up the state that iteration `step` left; errors as of `check`."""
         self.check(step)
 
     def _state(self, step: int) -> _State:

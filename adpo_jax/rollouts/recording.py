@@ -1,6 +1,6 @@
-"""Recorded rollouts: what an iteration trained on, and training from it without a sampler.
+"""Recorded rollouts: files of the groups that iterations trained on, and training from them.
 
-One Parquet file an iteration, `000012.parquet`, a row a completion:
+There is one Parquet file an iteration, `000012.parquet`, with one row a completion:
 
     prompt, sample      int32, place of the prompt in the iteration, of the completion in the group
     prompt_token_ids    list<int32>
@@ -12,7 +12,7 @@ One Parquet file an iteration, `000012.parquet`, a row a completion:
     columns             the data columns of the prompt, as JSON
 
 The bits of all numbers are kept, so that a replay under the same loss gives the same parameters.
-Version 1 had token_ids for tokens, and completions of one turn alone.
+Version 1 of the format had token_ids for tokens, and completions of one turn alone.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def path_of(folder: Path, step: int) -> Path:
 def write(folder: Path, step: int, groups: GradedGroups) -> Path:
     """Records an iteration; returns the file.
 
-    A file that is there with the same content stays; one with another content, from an iteration
-    that was taken back, is renamed, never overwritten.
+    An old file with the same content stays. One with other content, of an iteration that was taken
+    back, is renamed and never overwritten.
     """
     buffer = pa.BufferOutputStream()
     table = _table(step, groups)
@@ -147,7 +147,7 @@ def check(
     max_response_length: int,
     max_prompt_length: int,
 ) -> None:
-    """Checks that iterations `steps` are recorded, and fit the run that they are to be replayed in.
+    """Checks that iterations `steps` are recorded, and fit the run that will replay them.
 
     Raises:
       ReplayError: naming what is missing or differs.
@@ -192,8 +192,8 @@ class Replay(Source):
     """The groups that another run recorded, in the same order.
 
     Args:
-      folder: with the recordings of iterations 1 to `num_steps`.
-      limits: of the run, as for `check`.
+      folder: the folder with the recordings of iterations 1 to `num_steps`.
+      limits: the limits of the run, as for `check`.
     """
 
     def __init__(self, folder: Path, num_steps: int, **limits: int):
@@ -236,7 +236,7 @@ def _table(step: int, groups: GradedGroups) -> pa.Table:
             if getattr(completions[0], name) is not None
         },
         "finish_reason": [completion.finish_reason for completion in completions],
-        # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
+        # Text of a model may hold lone surrogates, which UTF-8 has no bytes for.
         "completion": [text.encode(errors="replace").decode() for text in groups.texts],
         "reward": np.asarray(scores.total, np.float32),
         **{_REWARD + name: values for name, values in scores.components.items()},

@@ -1,4 +1,4 @@
-"""From prompts to graded groups: the arrows around the engine.
+"""Makes graded groups of prompts: samples with the engine, grades with the reward model.
 
 Letters: P prompts, G completions of a prompt.
 """
@@ -19,7 +19,7 @@ from adpo_jax.rollouts.source import Source
 
 
 def decode_completions(tokenizer, completions: Sequence[Completion]) -> list[str]:
-    """What the completions say, without special tokens."""
+    """The text of each completion, without special tokens."""
     return tokenizer.batch_decode(
         [completion.tokens.tolist() for completion in completions], skip_special_tokens=True
     )
@@ -37,10 +37,10 @@ def generate_and_grade(
     *,
     version: int = 0,
 ) -> GradedGroups:
-    """Samples the completions and grades them; with workers, while other groups still decode.
+    """Samples completions and grades them; workers grade while other groups still decode.
 
     Args:
-      on_error: called when a reward function fails; where it does not raise, all rewards are NaN.
+      on_error: called when a reward function fails; if it does not raise, all rewards are NaN.
       version: iterations done by the parameters, for the records.
 
     Raises:
@@ -81,12 +81,13 @@ def generate_and_grade(
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions and grades them; of several processes, each does so for its own prompts.
+    """Samples completions and grades them; each of several processes does its own prompts.
 
     Attributes:
-      seed: with step and attempt, of the completions.
+      seed: decides the completions, together with step and attempt.
       keep_sample: called with the step and the error when a reward function fails.
-      takes_nonfinite: a reward that is no number makes all of them NaN, and is no error.
+      takes_nonfinite: whether a reward that is no finite number makes all rewards NaN, in place of
+        an error.
     """
 
     engine: Engine
@@ -101,7 +102,7 @@ class Sampler:
         """The completions of all prompts, the same on every process.
 
         Args:
-          attempt: None where a step samples once.
+          attempt: the number of the attempt, from 0; None where a step samples once.
 
         Raises:
           RewardError: when a reward function fails on any process.
@@ -139,7 +140,7 @@ class OnTheSpot(Source):
     """Samples completions of the step's prompts, and grades them.
 
     Attributes:
-      prompts_of: the batch of prompts with a number, from 0.
+      prompts_of: number of a batch, from 0 -> its prompts.
     """
 
     sampler: Sampler
@@ -150,10 +151,10 @@ class OnTheSpot(Source):
 
 
 def sample_records(prompts: Sequence, graded: GradedGroups) -> list[dict]:
-    """One dict a completion, as they are shown and kept.
+    """One dict a completion, in the form in which samples are shown and kept.
 
     Args:
-      prompts: P * G, what each completion answers, as it stands in the data.
+      prompts: P * G, the prompt of each completion as it stands in the data.
 
     Returns:
       Dicts with "prompt", "completion", "reward", "components" (the score of each reward function,
@@ -197,7 +198,7 @@ def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
     }
 
 
-@np.errstate(invalid="ignore")  # of rewards that are not finite, the metrics are not either
+@np.errstate(invalid="ignore")  # rewards that are not finite give metrics that are not either
 def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
     """Mean and spread of the rewards, of each component, and of the groups of G."""
     rewards_PG = scores.total.reshape(-1, G)

@@ -1,4 +1,4 @@
-"""Where an iteration's graded groups come from: the one thing that the loop knows of rollouts."""
+"""The source of an iteration's graded groups, the one thing that the loop knows of rollouts."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from adpo_jax.records import GradedGroups
 
 
 class SourceError(ValueError):
-    """Groups that cannot be had: something is missing, damaged or of another run."""
+    """A source cannot give its groups: something is missing, damaged or of another run."""
 
 
 class Source:
     """Graded groups, iteration after iteration.
 
     A source that keeps nothing between iterations (samples on the spot, or a recording) has nothing
-    to save. One that does is asked for it with every checkpoint, and gets it back before the first
+    to save. A source with a state saves it with every checkpoint, and restores it before the first
     iteration of a resumed run.
     """
 
@@ -21,30 +21,30 @@ class Source:
         """Checks, before a run starts, that it can go on after `step` iterations.
 
         Args:
-          step: of the newest checkpoint; below 0 it is one of the supervised stage.
+          step: iterations done in the newest checkpoint; below 0 in the supervised stage.
 
         Raises:
           SourceError: naming what is missing or differs.
         """
 
     def restore(self, step: int) -> None:
-        """Takes up what was saved after `step` iterations.
+        """Takes up the state that was saved after `step` iterations.
 
         Raises:
-          SourceError: when what is needed was not kept.
+          SourceError: when a state is needed and was not kept.
         """
 
     def next(self, step: int, params: Any) -> GradedGroups:
         """The groups that the iteration after `step` iterations trains on.
 
         Args:
-          params: of the policy at the start of that iteration.
+          params: the policy's parameters at the start of that iteration.
         """
         raise NotImplementedError
 
     def save(self, step: int, *, oldest: int = 0) -> None:
-        """Keeps what it needs to go on after `step` iterations.
+        """Saves the state that the source needs to go on after `step` iterations.
 
         Args:
-          oldest: step of the oldest checkpoint that is kept; what earlier ones needed may go.
+          oldest: step of the oldest checkpoint that is kept; states of earlier steps may go.
         """

@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside its arrays, and whether one that cannot be read is damaged.
+"""The files of a checkpoint beside its arrays, and whether an unreadable checkpoint is damaged.
 
-A checkpoint is a folder `<step>`; it lies complete under that name, or not at all. Its description
-names every array with shape, dtype and digest, under a checksum of its own.
+A checkpoint is a folder `<step>`, which lies complete under that name or not at all. Its
+description names every array with shape, dtype and digest, and has a checksum of its own.
 """
 
 import errno
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from adpo_jax.run.digests import digests
 
-# Beside the folder of the checkpoints: where damaged ones go, and the note of the first.
+# These lie beside the folder of checkpoints: the damaged ones, and the note of the first one.
 DAMAGED = "damaged_checkpoints"
 FIRST = "first_checkpoint.json"
 
@@ -40,7 +40,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def check(folder: Path, like: Callable[[int], Any]) -> None:
-    """Checks that the newest checkpoint in a folder, if any, holds what is wanted; reads no array.
+    """Checks that the newest checkpoint in a folder, if any, has the wanted arrays; reads no array.
 
     Args:
       like: as for `Checkpoints.restore_latest`.
@@ -54,7 +54,7 @@ def check(folder: Path, like: Callable[[int], Any]) -> None:
             text = (path / "description" / "metadata").read_text(encoding="utf-8")
             arrays = unsealed(json.loads(text))["arrays"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: told when it is restored, in the place of the one before
+            continue  # it is damaged; a restore will say so and take the one before
         check_arrays(path, arrays, like(step))
         return
 
@@ -72,10 +72,10 @@ def _shapes(tree) -> dict[str, list]:
 
 
 def check_arrays(folder: Path, there: dict, like) -> None:
-    """Checks that a checkpoint's arrays, as its description has them, are those of a state.
+    """Checks that the arrays in a checkpoint's description are those of a state.
 
     Raises:
-      CheckpointError: with what differs.
+      CheckpointError: naming the differences.
     """
     wanted = _shapes(like)
     if there != wanted:
@@ -96,16 +96,16 @@ def _mismatch(folder: Path, there: dict, wanted: dict) -> str:
 
 
 def sealed(content: dict) -> dict:
-    """A dict to be written as JSON, with a checksum."""
+    """A dict to be written as JSON, with a checksum added."""
     text = json.dumps(content, sort_keys=True)
     return {"content": text, "crc32": zlib.crc32(text.encode())}
 
 
 def unsealed(written: dict) -> dict:
-    """What `sealed` was given.
+    """The dict that `sealed` was given.
 
     Raises:
-      ValueError: for another checksum.
+      ValueError: for a wrong checksum.
     """
     text = written["content"]
     if zlib.crc32(text.encode()) != written["crc32"]:
@@ -114,11 +114,11 @@ def unsealed(written: dict) -> dict:
 
 
 def read_on_all(read: Callable[[], Any]) -> Any:
-    """What `read` gives on this process, where it gives something on all.
+    """The result of `read` on this process, if all processes can read.
 
     Raises:
-      DamagedError: what was to be read is missing, or is not what was written.
-      OSError, MemoryError or another: it could not be read now; what lies there may be whole.
+      DamagedError: when a file is missing, or is not as it was written.
+      OSError, MemoryError or another: when a file cannot be read now, and may be whole.
     """
     result, failure = None, None
     try:
@@ -137,7 +137,7 @@ def read_on_all(read: Callable[[], Any]) -> Any:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it came of, the first cause last."""
+    """An error and its causes, the first cause last."""
     found = []
     while error is not None and error not in found:
         found.append(error)
@@ -147,13 +147,16 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def is_damage(error: Exception) -> bool:
     """Whether an error of reading says that a file is missing or holds something else."""
-    # orbax wraps some in a bare Exception.
+    # orbax wraps some errors in a bare Exception.
     causes = [cause for cause in _causes(error) if type(cause) is not Exception]
     return bool(causes) and all(map(_says_damage, causes))
 
 
 def _says_damage(error: BaseException) -> bool:
-    """tensorstore raises ValueError for everything, with the system's error number in its text."""
+    """Whether one error alone says so.
+
+    tensorstore raises ValueError for everything, with the system's error number in its text.
+    """
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if not isinstance(error, ValueError | LookupError | TypeError | AttributeError | EOFError):
@@ -166,13 +169,13 @@ def _says_damage(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException | None) -> str:
-    """An error in one line, its class where it says nothing."""
+    """The text of an error in one line, or its class where it has no text."""
     text = "" if error is None else str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def on_all_processes(ok: bool) -> bool:
-    """Whether it is so on every process; they all ask."""
+    """Whether `ok` is true on every process; all processes must call this."""
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))

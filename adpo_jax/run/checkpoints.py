@@ -1,10 +1,10 @@
 """Checkpoints of the whole training state: atomic, checked bit by bit, written beside training.
 
-A checkpoint is a folder `<step>` of orbax's format. It appears under that name when it is complete,
-by a rename, and carries digests of its arrays, so that a restored state is either the saved one or
-known to be damaged; then the one before takes its place. A save that fails is retried.
+A checkpoint is a folder `<step>` of orbax's format. A rename puts it under that name when it is
+complete. It has digests of its arrays, so that a restored state is either the saved one or known to
+be damaged; then the checkpoint before takes its place. A save that fails is retried.
 
-Left out: remote file systems, and state that is no pytree of arrays.
+Remote file systems are left out, and state that is no pytree of arrays.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Restored:
     Attributes:
       step: iterations done.
       state: the tree of arrays.
-      metrics: those that were saved with it.
+      metrics: the metrics that were saved with it.
     """
 
     step: int
@@ -66,14 +66,14 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
-      folder: where they lie; made when missing.
-      save_freq: iterations between two of them; 0 for `save` alone.
-      keep: how many of the newest are kept.
+      folder: the folder that they lie in; made when missing.
+      save_freq: iterations between two checkpoints; 0 if nothing but `save` makes them.
+      keep: how many of the newest checkpoints are kept.
       best_metric: the checkpoint with the largest value of this metric is kept too, and a new
         largest value is saved at once; "" for neither.
-      max_failures: failed saves in a row that stop the run.
+      max_failures: how many failed saves in a row stop the run.
 
-    On several processes all of them make the same calls.
+    Where there are several processes, all of them make the same calls.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Checkpoints:
         _leave_bytes_uncounted()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._pending: int | None = None  # the step that is being written
-        self._owed = False  # the last save failed
+        self._owed = False  # whether the last save failed
         self._failed_in_a_row = 0
         self.num_failures = 0
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -113,24 +113,24 @@ class Checkpoints:
         """Whether the state after `step` iterations, with these metrics, is to be saved.
 
         Args:
-          every: iterations between two; None for `save_freq`.
+          every: iterations between two checkpoints; None for `save_freq`.
 
         Raises:
           SaveError: when a save has failed meanwhile, after too many failures in a row.
         """
-        if jax.process_count() == 1:  # several have to find out together, in `save`
+        if jax.process_count() == 1:  # several processes have to find out together, in `save`
             self._notice()
         freq = self._save_freq if every is None else every
         due = freq and step % freq == 0
         return bool(due or self._owed or self._is_best(metrics or {}))
 
     def save(self, step: int, state, metrics: dict[str, float] | None = None) -> bool:
-        """Begins to save the state after `step` iterations, unless that is saved already.
+        """Begins to save the state after `step` iterations, unless it is saved already.
 
         The state may be donated as soon as this returns.
 
         Args:
-          metrics: of that iteration, kept with it.
+          metrics: the metrics of that iteration, which are saved with it.
 
         Raises:
           SaveError: after too many failures in a row.
@@ -150,12 +150,12 @@ class Checkpoints:
                     description=ocp.args.JsonSave(sealed(content)),
                 ),
             )
-        except Exception as error:  # orbax has no common base, and nothing here may lose the run
+        except Exception as error:  # orbax's errors have no common base, and none may lose the run
             self._failed(error)
         return True
 
     def save_now(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
-        """Saves and waits until it is on the disk, trying again after a failure.
+        """Saves the state and waits until it is on the disk; a failed save is tried again.
 
         Raises:
           SaveError: after too many failures in a row.
@@ -170,7 +170,7 @@ class Checkpoints:
             pause_s *= 2
 
     def wait(self) -> None:
-        """Waits for what is being written.
+        """Waits for the checkpoint that is being written.
 
         Raises:
           SaveError: when it failed, after too many failures in a row.
@@ -191,15 +191,15 @@ class Checkpoints:
         self._prune()
 
     def restore_latest(self, like: Callable[[int], Any]) -> Restored:
-        """The newest state that is whole; damaged ones are moved aside, loudly.
+        """Restores the newest whole checkpoint; damaged ones are moved aside, and stderr says so.
 
         Args:
           like: step -> a state of arrays with the wanted shapes, dtypes and shardings.
 
         Raises:
           CheckpointError: when none is whole, or its arrays are not those of `like`.
-          OSError: when one cannot be read now, which says nothing of what it holds: too many open
-            files, no permission. Nothing is moved then.
+          OSError: when one cannot be read for now (too many open files, no permission) and may be
+            whole. Nothing is moved then.
         """
         if not self.steps:
             raise CheckpointError(f"no checkpoint in {self._folder}")
@@ -207,7 +207,7 @@ class Checkpoints:
         for step in reversed(self.steps):
             try:
                 restored = self._restore(step, like(step))
-                self._note_first(step)  # of a run that is older than the note
+                self._note_first(step)  # the run may be older than the note
                 return restored
             except DamagedError as error:
                 reasons.append(f"{step}: {error}")
@@ -224,7 +224,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Waits for what is being written; a failure of it is told, not raised."""
+        """Waits for the checkpoint that is being written; a failure is printed, not raised."""
         try:
             self.wait()
         except SaveError as error:
@@ -272,14 +272,14 @@ class Checkpoints:
     # --- keeping house
 
     def _note_first(self, step: int) -> None:
-        """Notes, once in a run, that there is a state that it must not start again without."""
+        """Notes, once in a run, that it has had a state and must not start again without one."""
         path = self._folder.with_name(FIRST)
         if jax.process_index() == 0 and not path.exists():
-            with contextlib.suppress(OSError):  # a full disk; the next save tries again
+            with contextlib.suppress(OSError):  # the disk may be full; the next save tries again
                 path.write_text(json.dumps({"step": step}) + "\n")
 
     def _notice(self) -> None:
-        """Takes note of a save that has ended meanwhile, well or badly."""
+        """Takes note of a save that has ended meanwhile, whether it failed or not."""
         if self._pending is None:
             return
         try:
@@ -305,7 +305,7 @@ class Checkpoints:
         print(f"WARNING: {text}; trying again", file=sys.stderr, flush=True)
 
     def _sweep(self) -> None:
-        """Removes what a process that died, or a save that failed, left half done."""
+        """Removes the half-done files of a process that died, or of a save that failed."""
         if jax.process_index() == 0:
             for path in self._folder.iterdir():
                 if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
@@ -316,14 +316,14 @@ class Checkpoints:
         kept = {*self.steps[-self._keep :], *self._best_steps()}
         for step in self.steps:
             if step not in kept and jax.process_index() == 0:
-                # Renamed first: a folder under its own name is a whole checkpoint.
+                # It is renamed first, since a folder under its own name is a whole checkpoint.
                 doomed = self._folder / f"{step}{_DELETED}"
                 (self._folder / str(step)).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
         distributed.wait_for_all("pruned the checkpoints")
 
     def _best_steps(self) -> list[int]:
-        """The step of the best checkpoint, the first of equals; empty where there is none."""
+        """A list of the best checkpoint's step, the first of equals; empty if there is none."""
         values = self._values()
         return [max(values, key=lambda step: (values[step], -step))] if values else []
 
@@ -339,7 +339,7 @@ class Checkpoints:
         for step in self.steps:
             try:
                 metrics = self._read_description(self._folder / str(step))["metrics"]
-            except Exception:  # damaged: found out, and told, when it is restored
+            except Exception:  # it is damaged; a restore will say so
                 continue
             value = metrics.get(self._best_metric)
             if value is not None and math.isfinite(value):

@@ -1,7 +1,7 @@
 """The cold start: supervised training on demonstrations, before the first iteration.
 
-Its steps are numbered from -num_steps up to 0, where the iterations begin: logs and checkpoints of
-both stages have one order, in which what came after a restored checkpoint is taken back.
+Its steps are numbered from -num_steps up to 0, where the iterations begin. So the logs and
+checkpoints of both stages have one order, and a restore takes back all rows that come later in it.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ class ColdStart:
     Attributes:
       prompts, completions: the demonstrations' token ids.
       num_steps: optimizer steps of the whole stage.
-      batch_size: demonstrations a step.
+      batch_size: demonstrations of a step.
       prompt_length, length: tokens that prompts and completions are padded to.
-      seed: of the demonstrations' order.
+      seed: decides the order of the demonstrations.
       save_freq: steps between two checkpoints; 0 for none.
-      rows_per_micro: demonstrations that a device holds at once; 0 for all.
+      rows_per_micro: the most demonstrations that a device holds at once; 0 for all.
     """
 
     policy: Policy
@@ -60,13 +60,13 @@ class ColdStart:
     def train(
         self, state: TrainState, writer: Writers, checkpoints: Checkpoints, stop: Interruption
     ) -> TrainState:
-        """Does the steps that the state has not behind it.
+        """Does the steps that the state has not done yet.
 
         Args:
-          state: donated.
+          state: the state so far; it is donated.
 
         Raises:
-          Interrupted: when `stop` asked for it; the state has been saved.
+          Interrupted: when `stop` asked the run to stop; the state has been saved.
           TrainingStopped: when the loss or gradient of a step was not finite.
         """
         done, last = int(state.step), self.num_steps
@@ -90,7 +90,7 @@ class ColdStart:
                         writer.write_scalars(done - last, {"sft/step": done, "sft/loss": loss})
                         _check(int(skipped), done)
                     if done < last and checkpoints.is_due(done - last, every=self.save_freq):
-                        writer.flush()  # what a checkpoint has behind it is in the log
+                        writer.flush()  # the log reaches as far as the checkpoint
                         checkpoints.save(done - last, state.saved)
         except Interrupted as reason:
             writer.flush()
@@ -100,7 +100,7 @@ class ColdStart:
         return state
 
     def _batches(self, first: int) -> Iterator[Batch]:
-        """The batches of the steps from `first` on, a function of the step and the seed."""
+        """The batches of the steps from `first` on; each is a function of its step and the seed."""
         for step in range(first, self.num_steps):
             rows = prompt_indices(
                 step, seed=self.seed, num_rows=len(self.prompts), batch_size=self.batch_size

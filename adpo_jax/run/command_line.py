@@ -1,4 +1,4 @@
-"""What the command lines have in common: flags, and a config file that may hold any mistake."""
+"""The common part of the command lines: flags, and a config file that may hold any mistake."""
 
 import sys
 import traceback
@@ -24,10 +24,10 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
 
 
 def load_config(flag: flags.FlagHolder) -> Any:
-    """The config that a flag names; None where it is not given.
+    """The config that a flag names; None where the flag is not given.
 
     Raises:
-      ValueError: for a file that fails to load, which is told of when it is looked into.
+      ValueError: for a file that fails to load, which shows when the config is first read.
     """
     try:
         config = flag.value
@@ -39,7 +39,7 @@ def load_config(flag: flags.FlagHolder) -> Any:
 
 
 def _in_words(error: Exception) -> str:
-    """What went wrong in a config file, without the traceback that config_flags puts into it."""
+    """The error in a config file as text, without the traceback that config_flags puts into it."""
     text = str(error).strip()
     if "Traceback" in text:
         return text.splitlines()[-1]

@@ -1,8 +1,8 @@
 """Checks of the configuration, before anything else is done with it.
 
-What one key allows and needs stands in its declaration (`config.Key`); the rest here is what only
-several keys together, or a command line, can get wrong. What the parameters of algorithms allow is
-checked by the algorithms.
+The declaration of a key (`config.Key`) says what that key alone allows and needs, and is checked
+here. The other checks are about several keys together, and about the command line. Algorithms check
+the bounds of their own parameters.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from adpo_jax import losses
 from adpo_jax.config import Key, declarations, default_config, keys
 from adpo_jax.run import metric_names
 
-# What a folder may be named: one part of a path, and no hidden one.
+# The names that a folder may have: one part of a path, and not hidden.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 
 
 def finalized(config: ConfigDict) -> ConfigDict:
-    """A locked copy with derived defaults filled in, after `validate`."""
+    """A validated and locked copy of the config, with derived defaults filled in."""
     config = ConfigDict(config).copy_and_resolve_references()
     with config.unlocked():
         actor = config.actor_rollout_ref.actor
@@ -36,7 +36,7 @@ def finalized(config: ConfigDict) -> ConfigDict:
 
 
 def _fill_in_defaults_of_the_algorithm(config: ConfigDict) -> None:
-    """Sets the parameters that have no default of their own, since algorithms differ in it."""
+    """Sets parameters that the config leaves unset, since their default differs by algorithm."""
     kind = losses.ALGORITHMS.get(config.algorithm.adv_estimator)
     for field in dataclasses.fields(kind) if kind else ():
         if config.algorithm[field.name] is None:
@@ -47,7 +47,7 @@ def validate(config: ConfigDict) -> None:
     """Checks the values that keys allow and need, and what several keys together can get wrong.
 
     Raises:
-      ValueError: with what was wanted, what was given and the cure.
+      ValueError: naming the wanted values, the given one and the cure.
     """
     declared = declarations()
     for name, key in declared.items():
@@ -159,7 +159,7 @@ def _refuse_lora_without_effect(config: ConfigDict) -> None:
 
 
 def _check_best_metric(config: ConfigDict) -> None:
-    """By a name that no row has, no checkpoint would ever be the best."""
+    """Refuses a name that no row has, by which no checkpoint would ever be the best."""
     name = config.trainer.best_metric
     if not name:
         return
@@ -189,7 +189,7 @@ def check_overrides(argv: list[str]) -> None:
     """Checks that every `--config.KEY=...` of a command line names a key.
 
     Raises:
-      ValueError: naming the nearest key there is.
+      ValueError: naming the nearest key.
     """
     known = set(keys(default_config()))
     for argument in argv:
@@ -212,7 +212,7 @@ def _value(config: ConfigDict, key: str):
 
 
 def _check_paths(config: ConfigDict) -> None:
-    """Nothing that a config names is written outside the run's folder."""
+    """Refuses names by which the run would write outside its folder."""
     for key in ("trainer.project_name", "trainer.experiment_name"):
         if not _NAME.fullmatch(_value(config, key)):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Digests of arrays, the same on every mesh: to know a state again, bit for bit."""
+"""Digests of arrays, which tell whether two states agree bit for bit, on any mesh."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def digest(state) -> str:
-    """One digest of all arrays of a state, the same on every mesh: SHA-256 of theirs."""
+    """One digest of all arrays of a state, the same on every mesh: SHA-256 of their digests."""
     return hashlib.sha256(json.dumps(digests(state), sort_keys=True).encode()).hexdigest()
 
 
@@ -31,8 +31,8 @@ def _digests_on_device(leaves: list[jax.Array]) -> list[jax.Array]:
 def _digest(x: jax.Array) -> jax.Array:
     """[2] uint32: two sums mod 2**32 of the elements' bits, each mixed with the element's place.
 
-    Integer sums have no order, so that every sharding gives the same. For a given place each term
-    is a bijection of the bits: a single changed element always changes both sums.
+    Integer sums do not depend on their order, so every sharding gives the same. For a given place
+    each term is a bijection of the bits, so a single changed element always changes both sums.
     """
     width = jnp.dtype(x.dtype).itemsize * 8
     bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))

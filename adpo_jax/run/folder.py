@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, and where its things lie.
+"""The folder of a run: which run and process it belongs to, and where each file lies.
 
 config.json            the whole config, with digests of the data and reward files that it names;
-                       what else it ran under is in config_changes.jsonl
+                       other configs that the run had are in config_changes.jsonl
 metrics.jsonl          one object a line
 tensorboard/           the same as events
 checkpoints/           the training state; damaged ones are moved to damaged_checkpoints/, and
@@ -35,7 +35,7 @@ from adpo_jax.run.identity import CONTENTS, as_json, changes, may_change
 RESUME = ("auto", "never", "must")
 
 
-# What a run writes in its folder, and its trackers do; recordings have a name of their own.
+# The names that a run and its trackers write in the folder, but for that of the recordings.
 NAMES = (
     "adapter",
     "bad_batches",
@@ -62,8 +62,8 @@ class RunFolder:
     """One run's folder, held by one process at a time.
 
     Args:
-      root: the folder; made by `claim`.
-      writes: whether this process claims the folder and writes there; of several, one does.
+      root: the folder; `claim` makes it.
+      writes: whether this process claims the folder and writes there; one of several does.
     """
 
     def __init__(self, root: Path, *, writes: bool = True):
@@ -114,20 +114,20 @@ class RunFolder:
 
     @property
     def exported_step(self) -> int | None:
-        """Iterations that the exported policy has behind it; None where there is no export."""
+        """Iterations done by the exported policy; None where there is no export."""
         return self._exported.get("iterations")
 
     @property
     def exported_state(self) -> str | None:
-        """The digest of the state that was exported; None where there is none, or an older note."""
+        """The digest of the exported state; None without an export, or if its note has none."""
         return self._exported.get("state")
 
     def note_export(self, step: int, state: str) -> None:
-        """Notes which state the export is of; the note goes when the folder is replaced.
+        """Notes which state the export holds; the note goes when the export is replaced.
 
         Args:
-          step: iterations that it has behind it.
-          state: its digest.
+          step: iterations done.
+          state: the digest of the state.
         """
         if not self.writes:
             return
@@ -157,15 +157,15 @@ class RunFolder:
         """Checks that this config may run in this folder; writes nothing.
 
         Args:
-          replay: the recording that the run trains from, which is part of what it is.
+          replay: the recording that the run trains from, which is part of its identity.
           resume: one of `RESUME`.
-          allow_config_change: let the config change what the run is.
-          contents: digests of what the files hold that the config names, in words (see
+          allow_config_change: whether the config may change what the run is.
+          contents: digests, in words, of the contents of the files that the config names (see
             `setup.contents`); None where they are not known yet.
 
         Raises:
-          ValueError: when it holds a run with another config, or something else, or not what
-            `resume` asks for.
+          ValueError: when the folder holds a run with another config, or no run but other files, or
+            not what `resume` asks for.
         """
         if resume not in RESUME:
             raise ValueError(f"--resume is one of {', '.join(RESUME)}, given {resume!r}")
@@ -189,7 +189,7 @@ class RunFolder:
         self._check_config(as_json(config, replay, contents), allow_config_change)
 
     def claim(self, config: ConfigDict, **options) -> None:
-        """Makes the folder this run's until `release`; options as for `check`.
+        """Claims the folder for this run until `release`; options as for `check`.
 
         Raises:
           ValueError: as `check`, or for a folder that cannot be written or that another process
@@ -224,11 +224,11 @@ class RunFolder:
         self.release()
 
     def recordings(self, config: ConfigDict) -> Path:
-        """Where the rollouts are recorded."""
+        """The folder in which rollouts are recorded."""
         return self.root / config.trainer.rollout_data_dir
 
     def write_environment(self, environment: dict) -> None:
-        """Writes what this part of the run runs on."""
+        """Writes the versions and devices that this part of the run runs on."""
         if not self.writes:
             return
         text = json.dumps(environment, indent=2) + "\n"
@@ -239,12 +239,12 @@ class RunFolder:
         if not self.writes:
             return
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-        # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for.
+        # Text of a model may hold lone surrogates, which UTF-8 has no bytes for.
         text = "".join(line + "\n" for line in lines)
         _replace(self.samples / f"{name}.jsonl", text.encode(errors="replace"))
 
     def _check_state_is_there(self) -> None:
-        """A run that had a state does not start again from nothing, over what it has written."""
+        """Refuses a run that had a state and has lost it: it would overwrite its own files."""
         if self.has_checkpoint:
             return
         damaged = self.root / checkpoint_files.DAMAGED
@@ -254,7 +254,7 @@ class RunFolder:
             lost = f"it has had checkpoints, and {self.checkpoints} has none any more"
         elif self.exported_step:
             lost = f"it has exported its policy, and {self.checkpoints} has no checkpoint"
-        else:  # it was stopped before its first one
+        else:  # the run was stopped before its first checkpoint
             return
         raise ValueError(
             f"the run in {self.root} cannot go on: {lost}. Put a checkpoint back, or start anew in "
@@ -262,18 +262,20 @@ class RunFolder:
         )
 
     def changes(self, config: ConfigDict) -> dict[str, str]:
-        """The keys in which the run that is here differs: key -> a line with both values.
+        """The keys in which the run in the folder differs: key -> a line with both values.
 
-        Empty where there is none. `config` is a final one. What the files hold that it names is
-        left out.
+        The result is empty where there is no run. The contents of files are not compared.
+
+        Args:
+          config: a final config.
 
         Raises:
-          ValueError: when what is saved cannot be read.
+          ValueError: when the saved config cannot be read.
         """
         return self._changes(as_json(config, None, None))
 
     def _check_links(self) -> None:
-        """A folder from elsewhere must not make this process write anywhere else."""
+        """Refuses links out of the folder, which would make this process write elsewhere."""
         if not self.root.is_dir():
             return
         for path in self.root.iterdir():
@@ -328,7 +330,8 @@ class RunFolder:
             }
             with (self.root / "config_changes.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        # The unfinished file lies beside the folder: one that is not empty holds a config.
+        # The unfinished file lies beside the folder, since a folder that is not empty must hold a
+        # config.
         unfinished = self.root.with_name(self.root.name + ".config.tmp")
         _replace(self.config, (json.dumps(content, indent=2) + "\n").encode(), unfinished)
 
@@ -336,7 +339,7 @@ class RunFolder:
         if self._release is not None:
             return
         descriptor = os.open(self.root, os.O_RDONLY)
-        # The kernel lets go of it when the process dies, however it dies.
+        # The kernel releases the lock when the process dies, however it dies.
         self._release = weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -348,7 +351,7 @@ class RunFolder:
             ) from None
 
     def _sweep(self) -> None:
-        """Removes what an export that was killed left half done."""
+        """Removes the half-done files of an export that was killed."""
         for pattern in (".export.writing-*", ".export.replaced-*"):
             for path in self.root.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -362,7 +365,7 @@ def _replace(path: Path, content: bytes, unfinished: Path | None = None) -> None
 
 
 def _check_recordings(name: str) -> None:
-    """Nothing of a recording lies where the run writes, or removes, something else."""
+    """Refuses a folder of recordings where the run writes, or removes, something else."""
     if not name:
         return
     first = PurePath(name).parts[:1]

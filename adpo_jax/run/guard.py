@@ -1,7 +1,7 @@
-"""When an update is not sound: its iteration is skipped, or the run stops.
+"""Skips an iteration whose update is not sound, or stops the run.
 
-The update itself keeps the old parameters where its loss or gradient is not finite or the anchor is
-too far away (`update`), so that there is always a good state to go on from or to stop at.
+An update itself keeps the old parameters where its loss or gradient is not finite, or where the
+anchor is too far away (`update.step`). So there is always a good state to go on from or to stop at.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ class Guard:
     """Watches the updates of a run.
 
     Attributes:
-      action: "stop" at the first one that is not sound, or "skip" it.
-      limit: skipped iterations in a row that stop the run all the same.
-      watched: the names of the metrics that are told of one that is not sound.
+      action: "stop" stops at the first update that is not sound, "skip" goes on.
+      limit: how many skipped iterations in a row stop the run all the same.
+      watched: the names of the metrics that a message about such an update shows.
       in_a_row: skipped iterations since the last sound one.
     """
 
@@ -30,7 +30,7 @@ class Guard:
     in_a_row: int = 0
 
     def resume(self, rows: list[dict]) -> None:
-        """Counts the skipped iterations that the metrics so far end with."""
+        """Counts the skipped iterations at the end of the metrics so far."""
         flags = [row[SKIPPED] for row in rows if SKIPPED in row]
         sound = [place for place, flag in enumerate(flags) if not flag]
         self.in_a_row = len(flags) - 1 - sound[-1] if sound else len(flags)
@@ -39,11 +39,11 @@ class Guard:
         """Counts a skipped iteration.
 
         Args:
-          step: the iteration, from 1.
-          evidence: where its batch was saved.
+          step: the number of the iteration, from 1.
+          evidence: the file that its batch was saved in.
 
         Raises:
-          TrainingStopped: by the settings.
+          TrainingStopped: where the settings say so.
         """
         if not metrics[SKIPPED]:
             self.in_a_row = 0

@@ -1,7 +1,7 @@
-"""What a run is: its config and the contents of its files, and which of it may change.
+"""The identity of a run: its config and the contents of its files, and what of them may change.
 
-Between two parts of one run a learning rate or a log may differ; the model, the data, the seed or
-the algorithm may not, unless that is meant.
+Two parts of one run may differ in a learning rate or a log. They may not differ in the model, the
+data, the seed or the algorithm, unless the user says so.
 """
 
 import json
@@ -13,8 +13,8 @@ from adpo_jax.config import default_config
 from adpo_jax.log.redaction import is_redaction_of, redacted
 from adpo_jax.losses import ALGORITHMS, parameters
 
-# What may differ between two parts of one run; all else says what the run is. A name that ends in a
-# dot stands for all keys below it.
+# The keys that may differ between two parts of one run; all others say what the run is. A name that
+# ends in a dot stands for all keys below it.
 MAY_CHANGE = (
     "mesh.",
     "actor_rollout_ref.actor.attention",
@@ -58,16 +58,16 @@ MAY_CHANGE = (
     "trainer.total_training_steps",
 )
 
-# The digests in config.json, a dict of texts.
+# The key of the digests in config.json, a dict of texts.
 CONTENTS = "contents"
 
 
 def as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> dict:
-    """What is written of a run's identity, without secrets.
+    """The identity of a run as it is written to config.json, without secrets.
 
     Args:
-      replay: the recording that it trains from.
-      contents: digests of what its files hold; None where they are not known.
+      replay: the recording that it trains from; None for none.
+      contents: digests of the contents of its files; None where they are not known.
     """
     content = redacted(json.loads(config.to_json()))
     content["replay"] = str(Path(replay).resolve()) if replay else ""
@@ -75,9 +75,9 @@ def as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> d
 
 
 def may_change(key: str, step: int) -> bool:
-    """Whether a run with this checkpoint goes on under another value of a key."""
+    """Whether a run whose newest checkpoint is `step` may go on under another value of a key."""
     if key.startswith(f"{CONTENTS}."):
-        # What has not been used yet, or never will be again, has no part in the state.
+        # Files that have not been used yet, or never will be again, have no part in the state.
         return step >= 0 if key == f"{CONTENTS}.demonstrations" else step <= 0
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)
 
@@ -86,10 +86,11 @@ def changes(there: dict, here: dict) -> dict[str, str]:
     """The keys whose values differ: key -> a line with both values.
 
     Args:
-      there: as `as_json` wrote it, maybe in an earlier version.
+      there: an identity that `as_json` wrote, maybe in an earlier version.
+      here: the present identity.
     """
-    # A run that is older than a key had what is now its default, and one that is older than its
-    # digests the contents of now.
+    # A run that is older than a key is taken to have its present default; one that is older than
+    # the digests, the present contents.
     there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
     known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
     shared = {name: known.get(name, value) for name, value in now.items()}
@@ -101,7 +102,7 @@ def changes(there: dict, here: dict) -> dict[str, str]:
 def _parameters_of_others(name: str) -> set[str]:
     """The keys of the parameters that the algorithm of this name does not have.
 
-    They are at their defaults, which may have changed since with the algorithms that there are.
+    They have their defaults, which a version with other algorithms may have changed.
     """
     own = ALGORITHMS[name].__dataclass_fields__
     union = parameters.union(ALGORITHMS.values())
@@ -109,7 +110,7 @@ def _parameters_of_others(name: str) -> set[str]:
 
 
 def _filled(there: dict, defaults: dict) -> dict:
-    """`there` with the keys that it lacks."""
+    """`there` with the defaults of the keys that it lacks."""
     filled = defaults | there
     for key, default in defaults.items():
         if isinstance(default, dict) and isinstance(there.get(key), dict):

@@ -1,9 +1,9 @@
-"""SIGTERM, SIGINT and preemption notices: stop in good order, within a grace period.
+"""Stops a run in good order, within a grace period, on SIGTERM, SIGINT and preemption notices.
 
-The first signal asks the run to stop: a stage that has changed nothing yet (rollout, grading,
-evaluation) is abandoned at once, any other is finished. When the grace period ends first, the
-process exits without more ado, and the last checkpoint is what the next one goes on from. A second
-Ctrl-C exits at once.
+The first signal asks the run to stop. A stage that has changed nothing yet (rollout, grading,
+evaluation) is abandoned at once; any other stage is finished. When the grace period ends first, the
+process exits at once, and the next one goes on from the last checkpoint. A second Ctrl-C exits at
+once too.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop; no error, so that no `except Exception` takes it for one."""
+    """The run was asked to stop. It is no `Exception`, so that nobody takes it for an error."""
 
 
 class Interruption:
     """Whether the run was asked to stop. As a context manager it takes the signals over.
 
     Args:
-      grace_s: seconds from the first signal until the process exits whatever it is doing.
+      grace_s: seconds from the first signal until the process exits, whatever it is doing then.
     """
 
     def __init__(self, grace_s: float = 30.0):
@@ -48,7 +48,7 @@ class Interruption:
         return self._name is not None
 
     def check(self) -> None:
-        """Raises where this or any other process was asked to stop; all make the same calls.
+        """Raises if this or any other process was asked to stop; all processes must call this.
 
         Raises:
           Interrupted: on all processes at the same call.
@@ -65,11 +65,11 @@ class Interruption:
     def abandonable(self) -> Iterator[None]:
         """A stage that may be given up anywhere; a signal raises `Interrupted` in it.
 
-        Code of the user within may catch that: what such a stage gave is not to be used, so it is
-        raised again at the end, and in the place of an error that came of it.
+        Code of the user may catch `Interrupted` within the stage, whose result must not be used
+        then. So it is raised again at the end of the stage, in the place of any other error.
 
-        One of several processes may not leave the others in the middle of a collective: there, a
-        stage is never given up.
+        Where there are several processes no stage is given up, since one process may not leave the
+        others in the middle of a collective.
         """
         allowed = self._may_raise = jax.process_count() == 1
         try:
@@ -87,7 +87,7 @@ class Interruption:
 
     def __enter__(self):
         # Python runs a handler when the main thread is back from the compiler or the device. The
-        # grace period and the second Ctrl-C cannot wait for that: a thread is told by the kernel.
+        # grace period and the second Ctrl-C cannot wait for that, so the kernel tells a thread.
         self._ends = socket.socketpair()
         self._ends[1].setblocking(False)
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -139,7 +139,7 @@ def _exit(text: str, code: int) -> None:
 
 
 def _reached_preemption(number: int) -> bool:
-    """Whether JAX's preemption service asks all processes to stop at their call of this number."""
+    """Whether JAX's preemption service asks all processes to stop at their `number`-th call."""
     try:
         return multihost_utils.reached_preemption_sync_point(number)
     except RuntimeError:  # the service is off

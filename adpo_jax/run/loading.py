@@ -1,6 +1,6 @@
-"""What a run starts from: model folder, tokenizer, prompts and demonstrations.
+"""Finds and loads what a run starts from: model folder, tokenizer, prompts and demonstrations.
 
-Like `setup`, these functions read the config; nothing behind them does.
+These functions read the config, as those of `setup` do; the functions that they call do not.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ class ModelSource:
     """Where the policy comes from.
 
     Attributes:
-      folder: with config.json, tokenizer and weights; None for the embedded model.
+      folder: a folder with config.json, tokenizer and weights; None for the embedded model.
       hf_config: its config.json, with the overrides of model.hf_config.
       tokenizer: a Hugging Face tokenizer.
       stop_token_ids: the tokens that end a completion.
-      random_init: start from random weights.
+      random_init: whether to start from random weights.
       generation_config: the folder's generation_config.json; empty for none.
-      lora: the adapters that are trained; None where the weights are.
+      lora: the adapters to train; None where the weights themselves are trained.
       adapter: a folder of adapters to start from; None for new ones.
     """
 
@@ -48,7 +48,7 @@ class ModelSource:
 
 
 def find_model(config: ConfigDict) -> ModelSource:
-    """The model that `actor_rollout_ref.model` names, its weights not yet read.
+    """The model that `actor_rollout_ref.model` names; its weights are not read yet.
 
     Raises:
       ValueError: when there is no such folder, it has no tokenizer, or its parts do not fit.
@@ -86,7 +86,7 @@ def _find_lora(model: ConfigDict) -> tuple[Lora | None, Path | None]:
 
 
 def find_architecture(config: ConfigDict) -> ModelSource:
-    """The model's config.json and nothing else of it: no tokenizer, no weights.
+    """The model's config.json alone, without tokenizer and weights.
 
     Raises:
       ValueError: when there is none.
@@ -116,7 +116,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises bare ones
+    except Exception as error:  # tokenizers raises bare exceptions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"no tokenizer can be read from {folder}: {reason}") from error
 
@@ -124,7 +124,7 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
 def _is_code_of_its_own(folder: Path) -> bool:
     """Whether the tokenizer's class is in the folder and not in transformers.
 
-    transformers would read such a folder as something that may be another tokenizer.
+    transformers might read such a folder as another tokenizer.
     """
     import transformers
 
@@ -148,7 +148,7 @@ def _stop_token_ids(folder: Path, tokenizer, generation: dict) -> tuple[int, ...
 
 
 def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
-    """The policy without its parameters.
+    """The policy, without parameters.
 
     Raises:
       ValueError: for an architecture that is not supported, or a tokenizer of another model.
@@ -186,7 +186,7 @@ def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:
     dtype = jnp.bfloat16 if config.trainer.bf16 else jnp.float32
     return {
         "dtype": dtype,
-        # Nothing is ever added to frozen weights, so they need not be wider than the computation.
+        # Frozen weights never change, so they need not be wider than the computation.
         "param_dtype": dtype if source.lora else jnp.float32,
         "mesh": mesh,
         "gradient_checkpointing": config.trainer.gradient_checkpointing,
@@ -196,8 +196,7 @@ def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:
 def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> Prompts:
     """Rows of a source ("train" or "val") as tokenised prompts.
 
-    The column "solution" is what the answer is compared with; it takes the place of a data column
-    of that name.
+    Rewards compare an answer with the column "solution", which replaces a data column of that name.
     """
     c = config.data
     hub_split = {"train": c.train_split, "val": c.val_split}[split]
@@ -208,7 +207,7 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
 
 
 def _check_ids(dataset: files.Dataset, source: str) -> None:
-    """Rows with one `id` are a file that was appended to itself, or two that overlap."""
+    """Refuses rows with the same `id`: a file was appended to itself, or two files overlap."""
     places: dict = {}
     for row, value in enumerate(dataset.columns.get("id", [])):
         if value is not None and places.setdefault(str(value), row) != row:
@@ -242,7 +241,7 @@ class Demonstrations:
 
 
 def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstrations:
-    """What the cold start imitates; each completion ends with a stop token.
+    """The demonstrations that the cold start imitates; each completion ends with a stop token.
 
     Raises:
       ValueError: for data that cannot be read, or completions that are all too long.
@@ -282,7 +281,7 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
 
 
 def _load_rows(config, source: str, split: str, hub_split: str, option: str, answer_key: str):
-    """Rows of the embedded task, of files or of the hub, with the two columns that are needed."""
+    """Rows of the embedded task, of files or of the hub, which have the two needed columns."""
     prompt_key = config.data.prompt_key
     if source != arithmetic.NAME:
         return files.load_rows(

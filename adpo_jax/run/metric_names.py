@@ -1,6 +1,6 @@
-"""The names of metrics, but for those that an algorithm declares itself.
+"""The names of metrics, except those that an algorithm declares itself.
 
-docs/metrics.md says what each is. `*` stands for any text.
+docs/metrics.md explains each. `*` stands for any text.
 """
 
 from collections.abc import Iterable
@@ -37,8 +37,8 @@ def of_rows(
       of_algorithm: the names of the metrics of its algorithm.
       filtered: whether groups are filtered.
       evaluated: whether there is data to evaluate on.
-      num_samples, ks: of the evaluation, besides the greedy answers.
-      by_category: whether its scores are broken down.
+      num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
+      by_category: whether its scores are broken down by category.
     """
     groups = [group for group in NAMES if group != "filter" or filtered]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]

@@ -1,6 +1,6 @@
-"""A run made ready: every mistake that can be found before training is found here.
+"""Prepares a run, and finds every mistake that can be found before training.
 
-What each part is made from is next door (`setup`); what happens then, too (`train`).
+`setup` makes the parts of the run; `train` runs it.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ from adpo_jax.update import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run that can be started: everything checked, its folder claimed.
+    """A run that can be started: everything has been checked, its folder is claimed.
 
     Attributes:
-      config: the final one.
-      params: what a fresh run starts from; None where there is a checkpoint to go on from, unless
-        it lacks frozen parameters.
-      source: where the groups of an iteration come from.
-      trackers: the experiment trackers, started.
+      config: the final config.
+      params: the parameters that a fresh run starts from; None where there is a checkpoint to go on
+        from that has all of them (under LoRA it lacks the frozen ones).
+      source: the source of each iteration's groups.
+      trackers: the experiment trackers, which have been started.
     """
 
     config: ConfigDict
@@ -48,7 +48,7 @@ class Run:
     trackers: Sequence[metrics_lib.Writer] = ()
 
     def save_source(self, step: int, checkpoints: Checkpoints) -> None:
-        """Keeps what the source needs to go on after `step` iterations."""
+        """Saves the state that the source needs to go on after `step` iterations."""
         if self.folder.writes:
             self.source.save(step, oldest=min(checkpoints.steps, default=0))
 
@@ -66,16 +66,16 @@ def prepare(
 
     Args:
       workdir: the run's folder; None for `default_workdir`.
-      build: makes the parts of the run from the final config; `setup.build`, or a function that
-        gives parts of one's own in place of some of its.
-      resume: "auto" goes on with the run in the folder where there is one, "never" refuses such a
-        folder, "must" any other.
-      allow_config_change: resume under a config that changes what the run is.
+      build: makes the parts of the run from the final config: `setup.build`, or a function that
+        replaces some of its parts by others.
+      resume: "auto" goes on with the run in the folder where there is one, "never" refuses a folder
+        with a run, "must" refuses a folder without one.
+      allow_config_change: whether to resume under a config that changes what the run is.
       replay: a folder of recorded rollouts to train from, in place of a sampler.
 
     Raises:
-      ValueError: nothing has been written then, but for the config where a tracker cannot be
-        started.
+      ValueError: for every such mistake. Nothing has been written then, except for the config where
+        a tracker cannot be started.
     """
     workdir = default_workdir(config) if workdir is None else Path(workdir)
     replay = None if replay is None else Path(replay)
@@ -92,7 +92,7 @@ def prepare(
         source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
         source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
-        contents = {} if replay else setup.contents(config, parts)  # what is replayed needs neither
+        contents = {} if replay else setup.contents(config, parts)  # a replay uses no such files
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
     params = None if in_checkpoint else parts.initial_params()
     with distributed.fail_together():
@@ -119,7 +119,7 @@ def default_workdir(config: ConfigDict) -> Path:
 
 
 def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
-    """What the checkpoint of a step holds: of the cold start where it is below 0."""
+    """From a step to the shapes of its checkpoint's state; steps below 0 are of the cold start."""
 
     def of_step(step: int) -> TrainState:
         if step < 0 and parts.cold_start is None:
@@ -133,7 +133,7 @@ def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
 
 
 def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
-    """Samples completions of the step's prompts, and grades them."""
+    """The source that samples completions of the step's prompts, and grades them."""
 
     def keep_sample(step: int, error: RewardError):
         folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
@@ -154,7 +154,7 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         parts.reward_model,
         seed=config.trainer.seed,
         keep_sample=keep_sample,
-        # NaN rewards make an update that is not sound, which is skipped.
+        # An update with NaN rewards is not sound, and is skipped.
         takes_nonfinite=config.trainer.on_bad_update == "skip",
     )
     if not config.algorithm.filter_groups:
@@ -169,7 +169,7 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
 
 
 def _replayed(config, parts: Parts, replay: Path) -> Source:
-    """Reads what another run recorded."""
+    """The source that reads the recordings of another run."""
     return Replay(
         replay,
         parts.num_steps,

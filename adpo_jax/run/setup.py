@@ -1,7 +1,7 @@
-"""From the config to the parts that the road is made of.
+"""Makes the parts of the road from the config.
 
-With `loading` and `train`, the only modules that read the config: all that is built here takes
-plain arguments.
+Only `run` and what people start (`train`, `main`, `dry_run` and their like) read the config. The
+parts that are built here take plain arguments.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ class Parts:
 
     Attributes:
       initial_params: reads or makes the parameters that a fresh run starts from.
-      cold_start: None where the config asks for no supervised stage.
-      val_prompts: None where the config names no evaluation data.
-      eval_reward_model: what grades the evaluation.
+      cold_start: the supervised stage; None where the config asks for none.
+      val_prompts: the prompts to evaluate on; None where the config names no evaluation data.
+      eval_reward_model: the reward model that grades the evaluation.
       num_steps: iterations of the whole run.
     """
 
@@ -68,11 +68,11 @@ class Parts:
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
-    """Everything the loop needs but the weights; cheap checks before expensive work.
+    """Makes everything that the loop needs but the weights; cheap checks come first.
 
     Args:
       config: as `config_checks.finalized` returns it.
-      devices: to train on; None for all there are.
+      devices: the devices to train on; None for all there are.
 
     Raises:
       ValueError: for anything in the config that cannot work.
@@ -111,10 +111,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
 
 
 def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
-    """Digests, in words, of what the files hold that the config names and the training uses.
+    """Digests, in words, of the contents of the files that the config names and training uses.
 
-    Under the keys "train_prompts" (token ids and solutions), "demonstrations" (token ids, where
-    there is a cold start) and "reward_files" (their bytes, where there are any).
+    The keys are "train_prompts" (token ids and solutions), "demonstrations" (token ids, where there
+    is a cold start) and "reward_files" (their bytes, where there are any).
     """
     found = {"train_prompts": _in_words(parts.train_prompts)}
     if parts.cold_start:
@@ -216,12 +216,12 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
         max_tokens=config.data.max_response_length,
         stop_token_ids=source.stop_token_ids,
     )
-    # What the trainer's log-probs are compared with is not truncated either.
+    # The trainer's log-probs are not truncated, so those that they are compared with may not be.
     return dataclasses.replace(sampling, full_log_probs=sampling.method.truncates)
 
 
 def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> EvalSettings:
-    """What evaluation asks of the policy."""
+    """The settings of evaluation."""
     c = config.eval
     sampling = SamplingParams(
         temperature=c.temperature,
@@ -236,19 +236,19 @@ def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> E
 
 
 def make_eval_reward_model(config: ConfigDict, reward_model: RewardModel) -> RewardModel:
-    """The run's reward functions, or `good_accuracy` alone."""
+    """The reward model of evaluation: the run's reward functions, or `good_accuracy` alone."""
     if config.eval.graded_by == "reward":
         return reward_model
     return RewardModel([RewardFunction(name="good_accuracy")])
 
 
 def make_profiler(config: ConfigDict, folder: Path, num_steps: int) -> Profiler:
-    """What traces the iterations that the config names."""
+    """The profiler that traces the iterations that the config names."""
     return Profiler(folder, config.trainer.profile_steps, num_steps)
 
 
 def make_trackers(config: ConfigDict, workdir: Path) -> list[Writer]:
-    """The experiment trackers of the config, on one process alone.
+    """Starts the experiment trackers of the config; of several processes, the first alone has any.
 
     Raises:
       ValueError: for one that cannot be started.
@@ -265,8 +265,9 @@ def make_engine(
     """The rollout engine, shared by training and evaluation.
 
     Args:
-      mesh: of one host of those that train; None for this process's part of the policy's.
-      resident_bytes: of one device, what a trainer keeps there while the engine samples.
+      mesh: the mesh of one host among those that train; None for this process's part of the
+        policy's mesh.
+      resident_bytes: bytes of one device that a trainer keeps there while the engine samples.
     """
     c = config.actor_rollout_ref.rollout
     return Engine(
@@ -297,7 +298,7 @@ def make_checkpoints(config: ConfigDict, folder: Path) -> Checkpoints:
 
 
 def make_guard(config: ConfigDict) -> Guard:
-    """What watches over the updates."""
+    """The guard that watches the updates."""
     algorithm = make_algorithm(config)
     return Guard(
         config.trainer.on_bad_update,
@@ -307,12 +308,12 @@ def make_guard(config: ConfigDict) -> Guard:
 
 
 def make_interruption(config: ConfigDict) -> Interruption:
-    """What takes the signals over."""
+    """The object that takes the signals over."""
     return Interruption(config.trainer.grace_period_s)
 
 
 def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps: int) -> Learner:
-    """What turns scored completions into new parameters."""
+    """The learner, which turns scored completions into new parameters."""
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     return Learner(
         policy=policy,

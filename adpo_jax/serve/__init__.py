@@ -1,5 +1,5 @@
 """An OpenAI-compatible server on the engine: `python -m adpo_jax.serve --model ...`.
 
-requests in (`protocol`, `fields`) -> prompts, samples (`service`, in a thread `decoding`) ->
-choices, chunks and bodies out (`answers`); `app` is the HTTP around it.
+`app` is the HTTP. `protocol` and `fields` read requests, and `service` makes prompts and samples of
+them. `decoding` is the thread that decodes. `answers` makes choices, chunks and bodies.
 """

@@ -2,12 +2,12 @@
 
     python -m adpo_jax.serve --model Qwen/Qwen3-0.6B --dtype bfloat16
 
-`--model` is a Hugging Face folder or hub name, the folder of a run, or one of its checkpoints.
-Needs the extra [serve]: starlette and uvicorn, what FastAPI stands on. They are pure Python, tell
-when a client has gone, and let requests under way finish on SIGTERM.
+`--model` is a Hugging Face folder or hub name, the folder of a run, or one of its checkpoints. The
+server needs the extra [serve]: starlette and uvicorn, on which FastAPI is built. They are pure
+Python, tell when a client has gone, and let requests under way finish on SIGTERM.
 
-It listens on this machine alone unless told otherwise, and then wants an API key, from the
-environment variable ADPO_JAX_API_KEY or a file: a command line can be read by others.
+The server listens on this machine alone unless `--host` says otherwise. Then it needs an API key,
+from the environment variable ADPO_JAX_API_KEY or a file, since others can read a command line.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def make_server(a: argparse.Namespace):
         port=a.port,
         http="h11",
         lifespan="on",
-        # Above what the app itself turns away, for connections that ask for nothing.
+        # This is above the app's own limit, so that it is met by connections without requests.
         limit_concurrency=2 * a.max_requests + 64,
         timeout_graceful_shutdown=a.drain_seconds,
         server_header=False,

@@ -1,4 +1,4 @@
-"""What a client is answered: choices as their tokens come, and the bodies and chunks of them."""
+"""The answers to clients: choices as their tokens come, and bodies and chunks of JSON."""
 
 import time
 import uuid
@@ -16,8 +16,8 @@ class Choice:
     """One completion under way.
 
     Attributes:
-      index: among the choices of the request.
-      finish_reason: "stop" or "length" at the end, before that None.
+      index: its number among the choices of the request.
+      finish_reason: "stop" or "length" at the end, None before.
     """
 
     def __init__(self, index: int, request: CompletionRequest, decode: Callable[[list[int]], str]):
@@ -71,8 +71,8 @@ class Answer:
     """The JSON of one request's answer.
 
     Args:
-      model: the name it goes by.
-      num_prompt_tokens: of all prompts, each once.
+      model: the name of the model.
+      num_prompt_tokens: tokens of all prompts, each counted once.
     """
 
     def __init__(self, request: CompletionRequest, model: str, num_prompt_tokens: int):

@@ -1,4 +1,4 @@
-"""The HTTP of the server: routes, who may come in, what is answered when something is wrong."""
+"""The HTTP of the server: routes, access, and the answers to requests that are wrong."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ class App:
 
     Args:
       make_service: called when the server starts, on its event loop.
-      model_name: that clients ask for.
-      api_key: what clients must send as `Authorization: Bearer ...`; None for nothing.
-      max_body_bytes: of a request.
-      max_requests: under way at once; more are told to come back later.
-      body_timeout_s: for a request's body to arrive.
+      model_name: the name that clients ask for.
+      api_key: the key that clients must send as `Authorization: Bearer ...`; None for no key.
+      max_body_bytes: the most bytes of a request's body.
+      max_requests: the most requests at once; clients of further ones are told to come back later.
+      body_timeout_s: seconds for a request's body to arrive.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class App:
         await asyncio.to_thread(self.service.decoding.stop)
 
     def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]):
-        """The endpoint for those who have the key, its refusals as answers."""
+        """The endpoint behind a check of the key; its refusals become answers."""
 
         async def guarded(request: Request) -> Response:
             try:
@@ -150,7 +150,7 @@ class App:
         self._under_way -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """The body, if it is JSON, small enough and does not take forever."""
+        """The body of a request; refused if it is no JSON, too large, or too slow to arrive."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # No form of a web page can send this one unasked.
@@ -178,7 +178,7 @@ class App:
                     pass
 
             if not await _unless_gone(request.receive, all_news()):
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client has gone, and nobody reads this
             return _json(answer.body(choices))
 
 
@@ -208,8 +208,8 @@ class EventStream(Response):
 
     Args:
       events: lines to send.
-      context: left at the end, whatever the end is.
-      on_end: called after that.
+      context: a context that is left at the end, whatever the end is.
+      on_end: called after the context was left.
     """
 
     media_type = "text/event-stream"
@@ -237,7 +237,7 @@ class EventStream(Response):
 
 
 async def _unless_gone(receive, work) -> bool:
-    """Does the work while the client is there; says whether it was done."""
+    """Does the work while the client is there; returns whether the work was done."""
 
     async def gone():
         while (await receive())["type"] != "http.disconnect":
@@ -256,7 +256,7 @@ async def _unless_gone(receive, work) -> bool:
 
 
 def _dumped(content: dict[str, Any]) -> str:
-    # ASCII, so that no lone surrogate can break it.
+    # The JSON is ASCII, so that no lone surrogate can break it.
     return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 

@@ -18,7 +18,7 @@ class Decoding:
     """Decodes in a thread of its own while there is anything to decode.
 
     Args:
-      batch: used by this thread alone, but for `submit` and `cancel`.
+      batch: a batch that this thread alone uses, except for `submit` and `cancel`.
       loop: the server's event loop, on which new tokens are handed over.
       on_failure: called on the loop when decoding fails.
     """

@@ -24,7 +24,7 @@ class Anchor:
       mode: one of `MODES`.
       ema_alpha: ema, the weight of the old anchor, in [0, 1].
       kl_threshold: kl_triggered, nats a token.
-      offload: the anchor's copy waits in the host's memory between its uses.
+      offload: whether the anchor's copy waits in the host's memory between its uses.
     """
 
     mode: str = "on_policy"
@@ -42,18 +42,18 @@ class Anchor:
 
     @property
     def keeps_params(self) -> bool:
-        """Whether a second copy of the parameters (of the adapters, under LoRA) is held."""
+        """Whether the state holds a second copy of the parameters (of the adapters under LoRA)."""
         return self.mode != "on_policy"
 
     def init(self, params):
-        """The first anchor: a copy (the state it comes from is donated), or None."""
+        """The first anchor: a copy of `params`, which will be donated, or None."""
         return copied(params) if self.keeps_params else None
 
     def refresh(self, anchor_params, params, *, measured_kl: float):
         """The anchor of the next iteration.
 
         Args:
-          measured_kl: nats a token between the policy and the anchor, as just measured.
+          measured_kl: KL between the policy and the anchor in nats a token, just measured.
 
         Returns:
           (anchor parameters, whether they were renewed).
@@ -67,7 +67,7 @@ class Anchor:
 
 @jax.jit
 def copied(params):
-    """The same parameters in memory of their own: the state they come from is donated."""
+    """A copy of the parameters, which outlives the donated state that they come from."""
     return jax.tree.map(jnp.copy, params)
 
 

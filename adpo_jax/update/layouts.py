@@ -1,8 +1,9 @@
 """How a batch on the device runs through the model, micro-batch by micro-batch.
 
-Two layouts with the same face: rows (each completion behind its own copy of the prompt, padded: the
-plain version) and packed streams (`packing`). What there is of every token (log-probs, whether it
-is trained on) lies in arrays of the layout's own shape, [P, G, T] in rows, [B, M, C] in streams.
+There are two layouts with the same methods. Rows are the plain version: each completion lies behind
+its own copy of the prompt, padded. Streams are packed (`packing`). Arrays with one number a token
+(log-probs, whether it is trained on) have the shape of their layout: [P, G, T] in rows, [B, M, C]
+in streams.
 
 Letters: P prompts, G completions of a prompt, S prompt and completion tokens, T completion tokens,
 B streams side by side, M micro-batches, N tokens of a stream, C completion places of it, D model
@@ -25,34 +26,34 @@ class MicroBatch(Protocol):
     """Completions that run through the model at once, in rows of places.
 
     Attributes:
-      tokens: those of this micro-batch, in the shape of its part of the batch.
+      tokens: which tokens of its part of the batch are trained on, and whose they are.
     """
 
     tokens: Tokens
 
     def hidden_and_targets(self, policy: Policy, params) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [rows, places, D], and the token [rows, places] that each predicts."""
+        """Hidden states [rows, places, D], and the tokens [rows, places] that they predict."""
 
     def of(self, values: jax.Array) -> jax.Array:
-        """Its part of values in the shape of the layout."""
+        """This micro-batch's part of `values`, which have the shape of the layout."""
 
     def rows(self, values: jax.Array) -> jax.Array:
-        """Values of its tokens as [rows, places]."""
+        """`values` of this micro-batch's part, reshaped to [rows, places]."""
 
     def from_rows(self, values: jax.Array) -> jax.Array:
-        """Values [rows, places] in the shape of its part of the batch."""
+        """`values` [rows, places], reshaped to the shape of this micro-batch's part."""
 
     def prepared(self, prepared: Prepared) -> Prepared:
-        """What a loss over its tokens alone is given."""
+        """The part of `prepared` that the loss of this micro-batch alone needs."""
 
 
 class Layout(Protocol):
     """A batch cut into micro-batches.
 
     Attributes:
-      tokens: all of the batch, in the shape of the layout.
-      log_probs: of other policies, in the shape of the layout, by their names.
-      has_whole_groups: no group is split over micro-batches.
+      tokens: which tokens of the whole batch are trained on, and whose they are.
+      log_probs: log-probs under other policies by the policies' names, in the shape of the layout.
+      has_whole_groups: whether each group lies in one micro-batch.
     """
 
     tokens: Tokens
@@ -60,19 +61,24 @@ class Layout(Protocol):
     has_whole_groups: bool
 
     def micro(self, i) -> MicroBatch:
-        """The micro-batch with this number."""
+        """The micro-batch number `i`."""
 
     def loop(self, body, first):
-        """Runs `body(carry, i) -> (carry, out)` over the micro-batches; (carry, outs)."""
+        """Runs `body(carry, i) -> (carry, out)` over the micro-batches; returns (carry, outs)."""
 
     def joined(self, outs: jax.Array) -> jax.Array:
-        """What `loop` collected, from [micro-batches, rows, places] to the shape of the layout."""
+        """The `outs` of `loop`, [micro-batches, rows, places], in the shape of the layout."""
 
 
 def layout_of(
     batch: Batch | PackedBatch, log_probs: dict[str, Any] | None = None, num_micro: int = 1
 ) -> Layout:
-    """The layout of a batch; `log_probs` and `num_micro` as of `update.make_update`."""
+    """The layout of a batch.
+
+    Args:
+      log_probs: log-probs under other policies, as the step of `step.make_update` takes them.
+      num_micro: micro-batches of a padded `Batch`; a `PackedBatch` has its own.
+    """
     if isinstance(batch, PackedBatch):
         return PackedLayout(batch, batch.log_probs | (log_probs or {}))
     return RowLayout(batch, {"sampler": batch.sampler_log_probs_PGT} | (log_probs or {}), num_micro)
@@ -94,7 +100,7 @@ class RowLayout(NamedTuple):
         return RowMicro(self, i)
 
     def part(self, x_PZ, i):
-        """The prompts of a micro-batch: every `num_micro`-th, so that all devices have some."""
+        """Every `num_micro`-th prompt, from the `i`-th on, so that each device has some of them."""
         return x_PZ.reshape(-1, self.num_micro, *x_PZ.shape[1:])[:, i]
 
     def loop(self, body, first):
@@ -110,7 +116,7 @@ class RowLayout(NamedTuple):
 
 
 class RowMicro(NamedTuple):
-    """A row a completion, a place a completion token."""
+    """A micro-batch of `RowLayout`: a row is a completion, a place is one of its tokens."""
 
     layout: RowLayout
     i: jax.Array
@@ -171,7 +177,7 @@ class PackedLayout(NamedTuple):
 
         _, out = jax.eval_shape(body, first, 0)
         outs = jax.tree.map(lambda s: jnp.zeros((max_micro, *s.shape), s.dtype), out)
-        # Only the micro-batches that hold something: their number is data, not a shape.
+        # The loop runs the micro-batches that hold something; their number is data, not a shape.
         return jax.lax.fori_loop(0, self.batch.num_micro_B[0], step, (first, outs))
 
     def joined(self, outs):
@@ -179,7 +185,7 @@ class PackedLayout(NamedTuple):
 
 
 class PackedMicro(NamedTuple):
-    """A stream a batch shard of the mesh."""
+    """A micro-batch of `PackedLayout`: one stream for each batch shard of the mesh."""
 
     layout: PackedLayout
     i: jax.Array

@@ -1,8 +1,8 @@
 """One iteration's learning: log-probs of other policies, then optimizer steps over mini-batches.
 
-One optimizer step an iteration under the on-policy anchor costs no anchor forward: the anchor is
-the policy of that very step. Everything else costs one, and so does the reference where the loss
-pulls towards it.
+With one optimizer step an iteration and the on-policy anchor, the anchor needs no forward of its
+own, since it is the policy of that very step. Otherwise the anchor costs one forward an iteration.
+The reference costs another one where the loss pulls towards it.
 
 Letters: P prompts, G completions of a prompt, T completion tokens.
 """
@@ -43,9 +43,10 @@ class LaidOut:
 
     Attributes:
       batch: host arrays, or their shapes.
-      log_probs: of other policies, for a padded batch; a packed one has its own.
+      log_probs: log-probs under other policies beside a padded batch; a packed batch holds them.
+      padding_frac: the share of the places run through the model that hold no token.
       turns: how often the loop over packed micro-batches turns, which the program does not say.
-      ragged: values in the shape of the layout -> P lists of G arrays, one a completion.
+      ragged: turns values in the shape of the layout into P lists of G arrays, one a completion.
     """
 
     batch: Batch | PackedBatch
@@ -61,10 +62,12 @@ class Learner:
 
     Attributes:
       schedule: the optimizer's learning rate by optimizer step, for the log.
-      temperature: of the sampler.
-      seed: of the order of prompts over mini-batches.
-      max_anchor_kl: nats a token beyond which an optimizer step is skipped; 0 for no limit.
-      offload_optimizer: its state waits in the host's memory while completions are sampled.
+      temperature: the temperature of the sampler.
+      seed: decides the order of prompts over mini-batches.
+      max_anchor_kl: KL to the anchor, in nats a token, beyond which an optimizer step is skipped; 0
+        for no limit.
+      offload_optimizer: whether the optimizer's state waits in the host's memory while completions
+        are sampled.
     """
 
     policy: Policy
@@ -87,7 +90,7 @@ class Learner:
             offload.check(device, "anchor.offload")
 
     def _make_update(self, **changes) -> Callable:
-        """The optimizer step of this learner; `changes` are of its policy."""
+        """The optimizer step of this learner; `changes` replace fields of its policy."""
         return update.make_update(
             dataclasses.replace(self.policy, **changes),
             self.algorithm,
@@ -99,18 +102,18 @@ class Learner:
 
     @functools.cached_property
     def update(self) -> Callable:
-        """The jitted optimizer step, as of `update.make_update`."""
+        """The jitted optimizer step that `step.make_update` makes."""
         return self._make_update()
 
     @functools.cached_property
     def forward(self) -> Callable:
-        """The jitted forward of other policies, as of `update.make_log_probs`."""
+        """The jitted forward of other policies that `step.make_log_probs` makes."""
         num_micro = self.plan.num_prompts // self.plan.micro_prompts
         return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
 
     @functools.cached_property
     def meter(self) -> Meter:
-        """What counts the arithmetic of its updates."""
+        """The meter that counts the arithmetic of this learner's updates."""
         mesh = self.policy.mesh
         devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
         plain = functools.partial(self._make_update, gradient_checkpointing="none")
@@ -119,11 +122,11 @@ class Learner:
     def laid_out(
         self, sequences: Sequences, *, whole_groups: bool = False, abstract: bool = False
     ) -> LaidOut:
-        """The sequences as the plan has them run through the model.
+        """The sequences in the layout that the plan names.
 
         Args:
-          whole_groups: where a micro-batch has the room, keep the groups whole.
-          abstract: shapes in place of arrays.
+          whole_groups: whether to keep groups whole where a micro-batch has the room.
+          abstract: whether a packed batch has shapes in place of arrays; rows are always arrays.
         """
         if self.plan.layout == "rows":
             return self._in_rows(sequences)
@@ -161,7 +164,7 @@ class Learner:
         return LaidOut(batch, log_probs, batch.padding_frac, 1, ragged)
 
     def _balanced(self, sequences: Sequences) -> np.ndarray:
-        """The order of the prompts in which the devices have about equally much to do."""
+        """An order of the prompts that gives every device about the same number of tokens."""
         num_shards = BatchSharding(self.policy.mesh).num_shards
         return balanced(sequences.tokens_of_groups, num_shards)
 
@@ -176,7 +179,7 @@ class Learner:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether the state has a copy for the reference: a fixed anchor is the reference."""
+        """Whether the state has a copy for the reference; a fixed anchor already is one."""
         return "reference" in self.algorithm.needs and self.anchor.mode != "fixed"
 
     def init_state(self, params) -> TrainState:
@@ -189,7 +192,7 @@ class Learner:
         return self.put_away(state)
 
     def put_away(self, state: TrainState) -> TrainState:
-        """The state with what is not needed before the next update in the host's memory."""
+        """The state with its offloaded parts in the host's memory, where they wait until needed."""
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_host(state.opt_state))
         if self.anchor.offload:
@@ -197,7 +200,7 @@ class Learner:
         return state
 
     def abstract_state(self) -> TrainState:
-        """The shapes and layout of `init_state`'s result, to restore a checkpoint into."""
+        """The shapes and shardings of `init_state`'s result, to restore a checkpoint into."""
         return update.abstract_state(
             self.policy,
             self.optimizer,
@@ -206,7 +209,7 @@ class Learner:
         )
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of one device of the parts of the state."""
+        """Bytes that each part of the state takes on one device."""
         state = self.abstract_state()
         return {
             "parameters": device_bytes(state.params),
@@ -222,23 +225,23 @@ class Learner:
         return frozenset(part for part, is_away in away.items() if is_away)
 
     def resident_bytes(self) -> int:
-        """Bytes of one device of the state while completions are sampled."""
+        """Bytes that the state takes on one device while completions are sampled."""
         return sum(n for part, n in self.state_bytes().items() if part not in self.parts_on_host)
 
     def learn(
         self, state: TrainState, sequences: Sequences, rewards_PG: np.ndarray
     ) -> tuple[TrainState, dict[str, float]]:
-        """One iteration.
+        """Learns from the completions of one iteration.
 
         Args:
-          state: donated.
+          state: the state before the iteration; it is donated.
           sequences: P prompts with their G completions each.
           rewards_PG: [P, G] float32.
 
         Returns:
-          The new state, one iteration on, and the iteration's metrics; "update/skipped" is the
-          share of its optimizer steps that were not sound and left the parameters as they were. At
-          1, the anchor is what it was too.
+          The new state, one iteration on, and the iteration's metrics. "update/skipped" is the
+          share of its optimizer steps that were not sound and left the parameters as they were;
+          where it is 1, the anchor has not moved either.
         """
         step, started = int(state.step), time.perf_counter()
         with jax.profiler.TraceAnnotation("anchor"):
@@ -269,7 +272,7 @@ class Learner:
         metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = state.anchor_params, False
-        if metrics[update.SKIPPED] < 1.0:  # or nothing has moved, and neither does the anchor
+        if metrics[update.SKIPPED] < 1.0:  # else the policy has not moved: the anchor stays too
             if self.anchor.offload:
                 anchor_params = offload.to_device(anchor_params)
             # Nats a token between the anchor and the policy before the iteration's last step.
@@ -282,7 +285,11 @@ class Learner:
         return self.put_away(state), metrics
 
     def log_probs(self, params, sequences: Sequences) -> tuple[Ragged, Ragged]:
-        """Log-probs and entropies of the completions' tokens, P lists of G arrays [T] float32."""
+        """Log-probs and entropies of the completions' tokens.
+
+        Returns:
+          (log-probs, entropies), each P lists of G arrays [T] float32.
+        """
         order = self._balanced(sequences)
         laid_out = self.laid_out(sequences.select(order))
         found = distributed.fetch(self.forward(params, self.put(laid_out.batch)))
@@ -290,7 +297,7 @@ class Learner:
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
     def forwards(self, state: TrainState) -> dict[str, Callable]:
-        """The policies whose log-probs an iteration wants, and how to get their parameters."""
+        """The other policies whose log-probs an iteration needs: name -> getter of parameters."""
 
         def anchor():
             if not self.anchor.keeps_params:
@@ -305,9 +312,10 @@ class Learner:
         return forwards
 
     def _other_log_probs(self, state: TrainState, sequences: Sequences):
-        """Log-probs by the names of their policies, and the anchor's entropy [P] over log V.
+        """Log-probs under the names of their policies, and the anchor's entropy.
 
-        The entropy is None where the algorithm does not need it.
+        The entropy is [P], a fraction of log(vocabulary size), or None where the algorithm does not
+        need it.
         """
         log_probs, entropy_P = {}, None
         for name, params in self.forwards(state).items():
@@ -319,7 +327,7 @@ class Learner:
         return log_probs, entropy_P
 
     def _mean_entropy(self, sequences: Sequences, entropy: Ragged) -> np.ndarray:
-        """[P] float32, the mean over a prompt's trained tokens, over log(vocabulary size)."""
+        """[P] float32: the mean entropy of a prompt's trained tokens over log(vocabulary size)."""
         means = []
         for group, values in zip(sequences.completions, entropy):
             trained = np.concatenate([c.trained for c in group])
@@ -328,7 +336,7 @@ class Learner:
         return np.array(means, np.float32) / math.log(self.policy.config.vocab_size)
 
     def _mini_batches(self, step: int):
-        """The prompts of each optimizer step, a fresh order every epoch."""
+        """The prompts of each optimizer step; every epoch has a fresh order."""
         P, size = self.plan.num_prompts, self.plan.mini_prompts
         for epoch in range(self.plan.epochs):
             if size == P:
@@ -338,10 +346,10 @@ class Learner:
             yield from order.reshape(-1, size)
 
     def put(self, tree):
-        """Host arrays with a leading batch axis -> device arrays, spread over the mesh."""
+        """Puts host arrays with a leading batch axis on the devices, spread over the mesh."""
         return BatchSharding(self.policy.mesh).put(tree)
 
 
 def _rows(tree, rows: np.ndarray):
-    """Some of the prompts of whatever has a row for each."""
+    """The given rows of every leaf that has one row a prompt."""
     return jax.tree.map(lambda x: x[rows], tree)

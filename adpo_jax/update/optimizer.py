@@ -58,8 +58,8 @@ def make_optimizer(
     Args:
       schedule: learning rate by optimizer step.
       grad_clip: largest global norm of the gradient; 0 turns the clip off.
-      mu_dtype: of the first moment, "float32" or "bfloat16". (The second moment stays float32: a
-        step of 1 - b2 = 0.001 is lost in bfloat16's 8 bits.)
+      mu_dtype: dtype of the first moment, "float32" or "bfloat16". (The second moment stays
+        float32: a step of 1 - b2 = 0.001 is lost in bfloat16's 8 bits.)
 
     Raises:
       ValueError: for another dtype.
@@ -86,6 +86,6 @@ def make_optimizer(
 
 
 def steps_taken(opt_state) -> int:
-    """Optimizer steps in this state, without those that were skipped; 0 where none are counted."""
+    """Optimizer steps that this state has taken, without skipped ones; 0 where it has no count."""
     counts = optax.tree.get_all_with_path(opt_state, "count")
     return max((int(count) for _, count in counts), default=0)

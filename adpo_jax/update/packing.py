@@ -1,13 +1,20 @@
 """The layout of sequences for the training forward: packed streams in which groups share a prompt.
 
-A micro-batch is one stream of tokens a device: first the prompts of its groups, each once, then
-their completions, one after the other without padding between them. A completion's part of the
-stream starts with the prompt's last token and ends before its own last token, so that every place
-in it predicts one completion token, and no token runs through the model for nothing.
+A micro-batch is one stream of tokens a device. The stream has the prompts of its groups first, each
+once, then their completions, one after the other without padding between them:
 
-All of this is decided on the host from the lengths (`Packing`). Sizes are rounded up to a few
-values (sixteen an octave for completions, fewer for the rest), so that an update compiles a few
-times a run, not once an iteration.
+    prompt A | prompt B | A1 | A2 | A3 | B1 | B2 | B3
+      once       once      each sees its own prompt and itself
+
+A completion's part of the stream starts with the prompt's last token and ends before its own last
+token, so that every place in it predicts one completion token, and no token runs through the model
+for nothing. A token that is not trained on has its place like any other, so later tokens see it.
+
+`Packing` decides all of this on the host from the lengths. It rounds sizes up to a few values
+(completion places to one of sixteen an octave, prompt places to 1/32 to 1/64 of the stream, listed
+key tiles to one of two an octave), so that an update compiles a few times a run, not once an
+iteration. All micro-batches have the shape of the largest one. How many of them there are is data,
+not a shape.
 
 Letters: P prompts, G completions of a prompt, B streams side by side (batch shards of the mesh), M
 micro-batches, N tokens of a stream, the last C of them of completions, n tiles, J listed key tiles.
@@ -31,14 +38,14 @@ TILE = 64
 def balanced(tokens_P: np.ndarray, num_shards: int) -> np.ndarray:
     """An order of the prompts in which shards of equally many hold about equally many tokens.
 
-    The longest group first, each to the shard with the fewest tokens that has room: devices whose
-    streams are shorter wait for the longest.
+    Devices wait for the one with the longest stream. So the groups are dealt out from the longest
+    to the shortest, each to the shard with the fewest tokens that has room.
 
     Args:
       tokens_P: [P] int, tokens of each prompt and its completions.
 
     Returns:
-      [P] int, the prompts of the first shard first; to index all that has a row a prompt.
+      [P] int, the prompts of the first shard first; it indexes arrays with one row a prompt.
     """
     P = len(tokens_P)
     shards: list[list[int]] = [[] for _ in range(num_shards)]
@@ -54,13 +61,12 @@ def balanced(tokens_P: np.ndarray, num_shards: int) -> np.ndarray:
 class Micro(NamedTuple):
     """The streams of the micro-batches; leaves [B, M, ...] int32.
 
-    0 stands for nothing everywhere, so that micro-batches that hold nothing are memory that was
-    never touched.
+    In every array 0 stands for nothing, so that the memory of empty micro-batches is never touched.
     """
 
     tokens: np.ndarray  # [B, M, N]
     positions: np.ndarray  # [B, M, N], in the sequence
-    segments: np.ndarray  # [B, M, N], prompt or completion it is part of, 0 for padding
+    segments: np.ndarray  # [B, M, N], the prompt or completion of each token, 0 for padding
     prompts: np.ndarray  # [B, M, N], the segment of its group's prompt
     key_tiles: np.ndarray  # [B, M, n, J], 1 + the tiles that a tile of queries sees, 0 for none
     targets: np.ndarray  # [B, M, C], the token that each place of the completions predicts
@@ -71,10 +77,11 @@ class PackedBatch:
     """Sequences laid out in streams; `pack` makes it.
 
     Attributes:
-      num_micro_B: [B] int32, all alike: micro-batches that hold anything.
+      num_micro_B: [B] int32, the number of micro-batches that hold anything, B times the same.
       trained: [B, M, C] bool, whether the token that a place predicts is trained on.
-      completion: [B, M, C] int32, the number of its completion among the P / B * G of its stream.
-      log_probs: under the name of each policy [B, M, C] float32, of the tokens predicted.
+      completion: [B, M, C] int32, the number of each place's completion among the P / B * G of its
+        shard.
+      log_probs: under each policy's name [B, M, C] float32, log-probs of the predicted tokens.
       whole_groups: whether all completions of a prompt lie in one micro-batch.
     """
 
@@ -92,8 +99,11 @@ def pack(sequences: Sequences | Batch, **options) -> PackedBatch:
     """Lays sequences out in streams.
 
     Args:
-      sequences: ragged, or a rectangle of host arrays.
-      options: as of `Packing`, and so are the errors.
+      sequences: ragged `Sequences`, or a `Batch` of host arrays.
+      options: the keyword arguments of `Packing`.
+
+    Raises:
+      ValueError: as `Packing`, and as `Batch.sequences` for a `Batch`.
     """
     if isinstance(sequences, Batch):
         sequences = sequences.sequences()
@@ -113,8 +123,8 @@ class Packing:
 
     Args:
       sequences: P prompts with G completions each.
-      completions_per_micro: so many completions of full length fit in a device's stream; shorter
-        ones, correspondingly more. 0 for all in one.
+      completions_per_micro: how many completions of full length fit in a device's stream, or more
+        shorter ones with as many tokens. 0 for all in one.
       full_length: tokens of a completion of full length; 0 for those of the longest.
       num_shards: streams side by side; divides P.
       whole_groups: keep the completions of a prompt in one micro-batch.
@@ -165,11 +175,11 @@ class Packing:
         ]
         flat = [stream for shard in self.streams for stream in shard]
         self.num_micro = max(map(len, cuts))
-        # Room for as many micro-batches as completions of full length would make.
+        # The arrays have room for as many micro-batches as completions of full length would make.
         self.room = max(self.num_micro, -(-per_shard * full_length // budget))
         self.num_completion = _rounded(max(s.num_completion for s in flat), tile, 16)
         num_prompt = max(s.num_prompt for s in flat)
-        # By the length of the whole stream: short prompts need few sizes, long ones close ones.
+        # The step grows with the whole stream: short prompts need few sizes, long ones close ones.
         step = _step(num_prompt + self.num_completion, tile, 32)
         self.num_prompt = _up(num_prompt, step)
 
@@ -189,7 +199,7 @@ class Packing:
         return 1.0 - held / (len(self.streams) * self.num_micro * places)
 
     def batch(self, sequences: Sequences) -> PackedBatch:
-        """The sequences in their places; host arrays, the sampler's log-probs among them."""
+        """The sequences in their places, as host arrays; "sampler" is among the log-probs."""
         names = ("sampler", *sequences.log_probs)
         batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.abstract(names))
         batch.num_micro_B[:] = self.num_micro
@@ -235,7 +245,7 @@ class Packing:
         )
 
     def unpacked(self, values_BMC: np.ndarray) -> list[list[np.ndarray]]:
-        """What an update or a forward found at each place, by completion: P lists of G arrays."""
+        """Values at the places of completions as P lists of G arrays, one a completion."""
         found = [[None] * self.group_size for _ in range(self.num_prompts)]
         for b, shard in enumerate(self.streams):
             for m, stream in enumerate(shard):
@@ -245,7 +255,10 @@ class Packing:
 
 
 def _rounded(size: int, least: int, per_octave: int) -> int:
-    """The next of so many values an octave (a power of 2), a multiple of `least`."""
+    """`size` rounded up to one of `per_octave` (a power of 2) values an octave.
+
+    These values are multiples of `least`.
+    """
     return _up(size, _step(size, least, per_octave))
 
 
@@ -255,7 +268,7 @@ def _step(size: int, least: int, per_octave: int) -> int:
 
 
 def _up(size: int, step: int) -> int:
-    """The next multiple of `step`, and at least one."""
+    """`size` rounded up to a multiple of `step`, at least one."""
     return max(-(-size // step), 1) * step
 
 
@@ -277,7 +290,10 @@ def _heaviest(cut: list[list[_Piece]]) -> int:
 
 
 def _cut_whole(groups: list[_Piece], budget: int) -> list[list[_Piece]]:
-    """The longest group first, each to the lightest micro-batch; [] where a group does not fit."""
+    """Whole groups dealt out from the longest to the shortest, each to the lightest micro-batch.
+
+    The result is [] where a group does not fit.
+    """
     total = sum(group.num_tokens for group in groups)
     if max(group.num_tokens for group in groups) > budget:
         return []
@@ -294,7 +310,7 @@ def _cut_whole(groups: list[_Piece], budget: int) -> list[list[_Piece]]:
 
 
 def _next_fit(pieces: list[_Piece], budget: int) -> list[list[_Piece]]:
-    """In order, into the fewest micro-batches, and these as even as that order allows."""
+    """The pieces in their order, in the fewest micro-batches, as even as that order allows."""
 
     def fill(bound: int) -> list[list[_Piece]]:
         micros, load = [[]], 0
@@ -312,7 +328,7 @@ def _next_fit(pieces: list[_Piece], budget: int) -> list[list[_Piece]]:
 
 
 def _merged(pieces: Iterable[_Piece]) -> list[_Piece]:
-    """Neighbours of one prompt put together."""
+    """The pieces with neighbours of the same prompt put together."""
     merged: list[_Piece] = []
     for piece in pieces:
         if merged and merged[-1].prompt == piece.prompt:
@@ -364,7 +380,7 @@ class _Stream:
                 self.num_completion = start + length
 
     def _start(self, end: int) -> int:
-        """Where the next segment starts: at a tile, where that costs next to nothing."""
+        """Where the next segment starts: at the next tile, if that costs next to nothing."""
         gap = -end % self.tile
         return end + gap if gap <= self.tile // 16 else end
 
@@ -373,7 +389,7 @@ class _Stream:
         return sum(segment.length for segment in (*self.prompts, *self.completions))
 
     def places(self):
-        """(prompt, completion, its number in the stream's shard, its places) of each completion."""
+        """For each completion: (prompt, completion, its number in the shard, its places)."""
         for p, start, length, g, _ in self.completions:
             number = (p - self.first_prompt) * self.group_size + g
             yield p, g, number, slice(start, start + length)
@@ -383,7 +399,7 @@ class _Stream:
         return set(range(start // self.tile, -(-end // self.tile))) if length else set()
 
     def key_tiles(self, num_prompt: int, num_completion: int) -> list[list[int]]:
-        """The key tiles of each query tile of a stream with so many places for each kind."""
+        """The key tiles of each query tile, in a stream with so many places of each kind."""
         lists = [set() for _ in range((num_prompt + num_completion) // self.tile)]
 
         def sees(own: set[int], also: set[int]):

@@ -10,13 +10,15 @@ class BatchPlan:
     """How an iteration's prompts are cut into optimizer steps and micro-batches.
 
     Attributes:
-      num_prompts: prompts an iteration.
-      mini_prompts: prompts an optimizer step.
-      micro_prompts: rows, prompts whose completions run through the model at once.
-      epochs: passes over the iteration.
-      layout: "packed", streams in which groups share their prompt (`packing`), or "rows", padded.
-      micro_completions: packed, completions of full length that fit in a micro-batch of a device;
-        0 for all.
+      num_prompts: prompts of an iteration.
+      mini_prompts: prompts of an optimizer step.
+      micro_prompts: under the layout "rows", prompts whose completions run through the model at
+        once.
+      epochs: passes over the prompts of the iteration.
+      layout: "packed" for streams in which groups share their prompt (`packing`), "rows" for padded
+        rows.
+      micro_completions: under the layout "packed", completions of full length that fit in a
+        micro-batch of a device; 0 for all.
       prompt_length, completion_length: tokens of the longest prompt and completion there may be; 0
         for those of the batch at hand.
     """

@@ -1,8 +1,8 @@
 """Supervised training on worked examples: the cold start before reinforcement, for any config.
 
-A step is an update like any other (`update`), in micro-batches, with a loss of its own over groups
-of one completion. Its rows are padded, not packed: all steps have one shape and compile once, where
-packed ones of the arithmetic example had 22.
+A step is an update like any other (`step`), in micro-batches, with a loss of its own over groups of
+one completion. Its rows are padded, not packed, so that all steps have one shape and compile once;
+packed steps of the arithmetic example had 22 shapes.
 
 Letters: P prompts, T completion tokens, S prompt and completion tokens.
 """
@@ -27,14 +27,15 @@ def make_sft_step(
     batch_size: int,
     rows_per_micro: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """`(state, batch) -> (state, metrics)`, the state donated, the batch of `demonstrations`.
+    """The supervised step, `(state, batch) -> (state, metrics)`.
 
-    "sft/loss" is among the metrics. As in every update, a step whose loss or gradient is not finite
-    leaves the parameters as they were, and "update/skipped" is 1.
+    It donates the state and takes a batch that `demonstrations` made. "sft/loss" is among the
+    metrics. As in every update, a step whose loss or gradient is not finite leaves the parameters
+    as they were, and "update/skipped" is 1.
 
     Args:
       batch_size: rows of a batch.
-      rows_per_micro: rows that a device holds at once, at most; 0 for all.
+      rows_per_micro: the most rows that a device holds at once; 0 for all.
     """
     shards = sharding.BatchSharding(policy.mesh)
     rows = batch_size // shards.num_shards
@@ -53,7 +54,7 @@ def make_sft_step(
 def demonstrations(
     prompts: list[list[int]], completions: list[list[int]], *, prompt_length: int, length: int
 ) -> Batch:
-    """Groups of one completion each, that nobody sampled, in a rectangle.
+    """Demonstrations as a padded batch: groups of one completion each, which nobody sampled.
 
     Args:
       prompts, completions: P lists of token ids, at most `prompt_length` and `length` long.

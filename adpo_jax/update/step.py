@@ -1,14 +1,18 @@
 """The update: a batch of scored completions -> new parameters.
 
-The gradient is taken in two steps. First the loss by the log-probs of the whole mini-batch: one
-weight a token, which costs nothing. Then, micro-batch by micro-batch, the sum of weights times
-log-probs by the parameters. So however a mini-batch is cut, it gives the same loss and gradient,
-and a group need not fit in a micro-batch.
+The gradient is taken in two steps. The first step differentiates the loss of the whole mini-batch
+by the log-probs, which costs next to nothing and gives one weight a token. The second step
+differentiates the sum of weights times log-probs by the parameters, micro-batch by micro-batch. So
+the loss and gradient are the same however a mini-batch is cut, and a group need not fit in a
+micro-batch.
 
-The weights need the log-probs of whole groups. Where the anchor is the policy of this very step,
-and the loss asks for nothing else, they are known beforehand, as every log-ratio is 0. Otherwise a
-micro-batch of whole groups finds them between its forward and backward pass, and only where groups
-are split does a forward over all micro-batches, without gradient, come first.
+The weights need the log-probs of whole groups. They are known beforehand where the anchor is the
+policy of this very step and the loss needs nothing else, since every log-ratio is then 0.
+Otherwise a micro-batch of whole groups finds them between its forward and backward pass. Only where
+groups are split, a forward without gradient over all micro-batches comes first.
+
+A token that is there but not trained on (what a tool said, say) is seen by later tokens, and has no
+part in loss, gradient or metrics.
 
 Letters: P prompts, G completions of a prompt, T completion tokens, B streams side by side, M
 micro-batches, C completion places of a stream.
@@ -36,8 +40,8 @@ from adpo_jax.update.packing import PackedBatch
 
 SKIPPED = "update/skipped"
 
-# What an update measures besides the algorithm's own; a metric over "steps" is a mean over
-# optimizer steps, one over "first" that of the first, before the policy has moved.
+# The metrics that an update measures besides the algorithm's own. One over "steps" is a mean over
+# optimizer steps; one over "first" is that of the first step, before the policy has moved.
 METRICS = (
     Metric("rollout/mismatch_kl", "first", "k3 estimate of KL(sampler || trainer), nats a token"),
     Metric(
@@ -59,12 +63,13 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, iterations done.
-      params: the policy.
-      opt_state: of the optimizer, over what is `trained` of the parameters.
-      anchor_params: a second copy of what is trained where the anchor mode needs one, else None.
-      reference_params: what was trained as it was before the first iteration, where the loss pulls
-        towards it and the anchor is another, else None.
-      frozen_checksum: uint32 scalar of the frozen parameters under LoRA, else None.
+      params: the policy's parameters, trained and frozen.
+      opt_state: the optimizer's state, over the `trained` parameters.
+      anchor_params: the anchor's copy of the trained parameters where its mode needs one, else
+        None.
+      reference_params: the trained parameters as they were before the first iteration, where the
+        loss pulls towards them and the anchor is another policy, else None.
+      frozen_checksum: uint32 scalar, a checksum of the frozen parameters under LoRA, else None.
     """
 
     step: jax.Array
@@ -86,24 +91,27 @@ class TrainState:
 
     @property
     def anchor(self) -> Any:
-        """The anchor's whole parameter tree; its frozen part is the policy's."""
+        """The anchor's whole parameter tree, which shares the policy's frozen part."""
         return lora.join(self.anchor_params, self.frozen)
 
     @property
     def reference(self) -> Any:
-        """The reference's whole parameter tree; its frozen part is the policy's."""
+        """The reference's whole parameter tree, which shares the policy's frozen part."""
         return lora.join(self.reference_params, self.frozen)
 
     @property
     def saved(self) -> "TrainState":
-        """What a checkpoint holds: all but the frozen parameters, which their source gives back."""
+        """The state without its frozen parameters, as a checkpoint holds it.
+
+        The frozen parameters are read from their source again.
+        """
         return self.replace(params=self.trained)
 
     def joined(self, params) -> "TrainState":
-        """The state of which this is what was `saved`.
+        """The whole state again, from a state as `saved` gives it.
 
         Args:
-          params: a tree with the frozen part; not looked at where nothing is frozen.
+          params: a parameter tree that has the frozen part; unused where nothing is frozen.
 
         Raises:
           ValueError: when the frozen part is not the one that the state was trained on.
@@ -126,10 +134,10 @@ def init_state(
     anchor_params=None,
     reference_params=None,
 ) -> TrainState:
-    """The state before the first iteration, the optimizer's arrays laid out like the parameters.
+    """The state before the first iteration; the optimizer's arrays lie as the parameters do.
 
-    It takes `params` over, and `make_update` donates the state: keep a copy of what is to outlive
-    the first update.
+    The state takes `params` over, and the step of `make_update` donates the state. Copy the arrays
+    that are to outlive the first update.
     """
     trained, frozen = lora.split(params)
     checksum = lora.checksum(frozen) if policy.lora else None
@@ -151,7 +159,7 @@ def abstract_state(
     keeps_anchor: bool = False,
     keeps_reference: bool = False,
 ) -> TrainState:
-    """The state's shapes, dtypes and layout, without any array; `policy` has a mesh."""
+    """The state's shapes, dtypes and shardings without any array; `policy` must have a mesh."""
     replicated = NamedSharding(policy.mesh, PartitionSpec())
     params = policy.abstract_params()
     trained, _ = lora.split(params)
@@ -170,7 +178,7 @@ def abstract_state(
 
 @dataclasses.dataclass(frozen=True)
 class _Scorer:
-    """Log-probs of micro-batches, and their gradient by what is trained of the parameters."""
+    """Computes log-probs of micro-batches, and their gradient by the trained parameters."""
 
     policy: Policy
     temperature: float
@@ -182,7 +190,7 @@ class _Scorer:
         return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
 
     def micro(self, params, micro: MicroBatch):
-        """Log-probs and entropies, [rows, places] each."""
+        """Log-probs and entropies of a micro-batch, [rows, places] each."""
         hidden_and_targets = micro.hidden_and_targets(self.policy, params)
         return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
 
@@ -192,10 +200,11 @@ class _Scorer:
         return jax.tree.map(layout.joined, parts)
 
     def gradient(self, trained, frozen, micro: MicroBatch, weights):
-        """Gradient of the sum of weights times log-probs, and what `micro` returns.
+        """The gradient of the sum of weights times log-probs, and the result of `micro`.
 
         Args:
-          weights: in the shape of the micro-batch's part of the batch, 0 where nothing is trained.
+          weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
+            trained on.
         """
 
         def weighted(trained):
@@ -211,7 +220,7 @@ class _Scorer:
         return jax.grad(weighted, has_aux=True)(trained)
 
     def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
-        """The same with weights that `weights_of` makes of the log-probs."""
+        """As `gradient`, with the weights that `weights_of` makes of the log-probs."""
         (log_probs, entropy), pull = jax.vjp(
             lambda trained: self.micro(lora.join(trained, frozen), micro), trained
         )
@@ -220,10 +229,10 @@ class _Scorer:
 
 
 def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
-    """A jitted `(params, batch) -> (log_probs, entropy)`, float32 in nats, no gradient.
+    """Makes a jitted `(params, batch) -> (log_probs, entropy)`, without gradient.
 
-    Both have the shape of the batch's layout, [P, G, T] of a padded `Batch` and [B, M, C] of a
-    `PackedBatch`, and are meaningless where there is no token.
+    Both results are float32 in nats and have the shape of the batch's layout: [P, G, T] for a
+    padded `Batch`, [B, M, C] for a `PackedBatch`. They are meaningless where there is no token.
 
     Args:
       num_micro: micro-batches of a padded `Batch`, run one after the other; divides P. A
@@ -247,27 +256,34 @@ def make_update(
     max_anchor_kl: float = 0.0,
     with_entropy: bool = True,
 ) -> Callable:
-    """The optimizer step, a jitted `(state, batch, scores, log_probs) -> (state, metrics)`.
+    """Makes the optimizer step, a jitted `(state, batch, scores, log_probs) -> (state, metrics)`.
 
     Args:
-      algorithm: of `losses`, e.g. `losses.Adpo`.
+      algorithm: one of `losses`, e.g. `losses.Adpo`.
       num_micro: micro-batches of a padded `Batch`, whose gradients are summed; divides the number
         of prompts. A `PackedBatch` has its own.
-      temperature: of the sampler; the log-probs of the loss are tempered alike.
-      with_entropy: measure the policy's entropy; False spares a pass over the logits.
-      max_anchor_kl: nats a token to the anchor beyond which the step is skipped; 0 for no limit.
+      temperature: the sampler's temperature; the log-probs of the loss are tempered alike.
+      with_entropy: whether to measure the policy's entropy; False spares a pass over the logits.
+      max_anchor_kl: KL to the anchor, in nats a token, beyond which the step is skipped; 0 for no
+        limit.
 
-    A step whose loss or gradient is not finite is skipped too: the state stays as it was and
-    "update/skipped" is 1.
+    The step takes
 
-    The returned function takes the state (donated), a batch of P prompts (a `PackedBatch` of
-    `packing.pack`, or a padded `Batch`), the scores of `algorithm.score` for those prompts, and a
-    dict of log-probs in the shape of the batch: "anchor" and what else the algorithm `needs`. A
-    `PackedBatch` may hold them itself; None stands for an empty dict. Without "anchor" the anchor
-    is the policy of this very step: its log-probs are the policy's own, without gradient, and cost
-    no forward. A loss that needs log-probs, in a batch whose micro-batches do not hold whole
-    groups, costs a forward before the gradient.
-    `metrics` is a flat dict of float32 scalars, those of `METRICS` and of the algorithm.
+      state       donated
+      batch       P prompts: a `PackedBatch` of `packing.pack`, or a padded `Batch`
+      scores      the result of `algorithm.score` for those prompts
+      log_probs   a dict of log-probs in the shape of the batch: "anchor", and the others that the
+                  algorithm `needs`. A `PackedBatch` may hold them itself; None is an empty dict.
+
+    and returns the new state and a flat dict of float32 scalars, the metrics of `METRICS` and those
+    of the algorithm.
+
+    Without "anchor" the anchor is the policy of this very step: its log-probs are the policy's own,
+    without gradient, and cost no forward. A loss that needs log-probs of others costs a forward
+    before the gradient where micro-batches do not hold whole groups.
+
+    A step whose loss or gradient is not finite is skipped, as one beyond `max_anchor_kl` is: the
+    parameters and the optimizer stay as they were, and "update/skipped" is 1.
     """
 
     scorer = _Scorer(policy, temperature, with_entropy)
@@ -278,11 +294,11 @@ def make_update(
     slope = jax.grad(loss_of, has_aux=True)
 
     def with_anchor(others, log_probs):
-        """All log-probs that the loss needs; the policy's own where there is no anchor."""
+        """All log-probs that the loss needs; without an anchor, the policy's own stand for it."""
         return {"anchor": jax.lax.stop_gradient(log_probs)} | others
 
     def known_weights(params, layout: Layout, prepared):
-        """d loss / d log-prob, in the layout's shape; None where each micro-batch finds its own."""
+        """d loss / d log-prob in the layout's shape; None if each micro-batch finds its own."""
         tokens, others = layout.tokens, layout.log_probs
         if "anchor" not in others and algorithm.needs <= {"anchor"}:
             log_probs = jnp.zeros(tokens.trained.shape)  # only its difference to itself counts
@@ -303,7 +319,7 @@ def make_update(
             micro = layout.micro(i)
 
             def weights_of(log_probs):
-                # A group's weights follow from its own log-probs: those of others do not matter.
+                # The weights of a group depend on the log-probs of that group alone.
                 others = with_anchor(jax.tree.map(micro.of, layout.log_probs), log_probs)
                 return slope(log_probs, others, micro.tokens, micro.prepared(prepared))[0]
 
@@ -312,7 +328,7 @@ def make_update(
             else:
                 more = scorer.gradient(trained, frozen, micro, micro.of(weights))
             grads, scored = more
-            # Left to itself the partitioner may sum whole gradients on every device.
+            # Without this the partitioner may sum whole gradients on every device.
             return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
@@ -352,7 +368,7 @@ def _check_given(algorithm: Algorithm, layout: Layout) -> None:
 
 
 def _sampling_metrics(log_probs, entropy, layout: Layout) -> dict[str, jax.Array]:
-    """Means over tokens of what compares the trained policy with the sampler."""
+    """Metrics that compare the policy with the sampler over the trained tokens."""
     trained = layout.tokens.trained
     tokens = jnp.sum(trained, dtype=jnp.float32)
     log_ratio = jnp.where(trained, log_probs - layout.log_probs["sampler"], 0.0)
@@ -370,14 +386,14 @@ def _sampling_metrics(log_probs, entropy, layout: Layout) -> dict[str, jax.Array
 def joined(
     declared: Sequence[Metric], history: Sequence[Mapping[str, Any]], epochs: int
 ) -> dict[str, float]:
-    """Metrics of an iteration from those of its optimizer steps.
+    """The metrics of an iteration from those of its optimizer steps.
 
     Means over tokens are weighted by tokens and counts are summed over an epoch, so that they do
     not depend on the size of a mini-batch.
 
     Args:
-      declared: how each metric is averaged.
-      history: of each step, "update/tokens" among them.
+      declared: the metrics, which say how each is averaged.
+      history: the values of each optimizer step, "update/tokens" among them.
     """
     over = {metric.name: metric.over for metric in declared}
     tokens = [float(m["update/tokens"]) for m in history]

@@ -1,7 +1,7 @@
-"""Attention of the rollout engine: the implementations, a table for decoding and one for prefill.
+"""Attention of the rollout engine: a table of implementations for decoding, and one for prefill.
 
-Those of decoding take the same arguments as `kv_cache.attend_part`, the plain version that all are
-tested on; prefill is attention of whole rows (`attention_kernels`).
+The implementations of decoding take the same arguments as `kv_cache.attend_part`, the plain version
+that they are tested against. Prefill is attention of whole rows (`attention_kernels`).
 """
 
 import functools
@@ -24,7 +24,7 @@ from adpo_jax.policy.policy import Policy
 def attend_part(
     name: str, layout: CacheLayout, soft_cap: float | None, mesh: Mesh | None = None
 ) -> AttendPart:
-    """Attention of decoding; a kernel runs on each device's part.
+    """The attention of decoding; a kernel runs on each device's share of rows and heads.
 
     Args:
       name: as `attention_choice.resolve` gave it for `DECODING`.
@@ -37,8 +37,8 @@ def prefill_attention(
 ) -> Attend:
     """Causal attention of prompts padded on the right to themselves.
 
-    Where decoding's implementation has no prefill for this model, the plain version runs, with a
-    warning.
+    Where the implementation chosen for decoding has no prefill for this model, the plain version
+    runs, and a warning says so.
 
     Args:
       name: as `attention_choice.resolve` gave it for `DECODING`.
@@ -50,7 +50,7 @@ def prefill_attention(
 
 
 def _plain(layout: CacheLayout, soft_cap: float | None, mesh: Mesh | None) -> AttendPart:
-    del mesh  # the partitioner splits it
+    del mesh  # the partitioner splits the plain version
     transposed = layout.transposed_keys
     return functools.partial(kv_cache.attend_part, soft_cap=soft_cap, transposed_keys=transposed)
 
@@ -67,7 +67,7 @@ def _gpu(layout: CacheLayout, soft_cap, mesh) -> AttendPart:
 
 
 def _of_each_device(kernel: AttendPart, mesh: Mesh | None) -> AttendPart:
-    """A kernel on its share of the rows and heads."""
+    """A kernel that every device runs on its share of the rows and heads."""
     by_row, by_head = ("batch",), ("batch", "kv_heads")
 
     def attend(q, kv, index, reach: Reach) -> Part:
@@ -125,7 +125,7 @@ DECODING = Use(
     },
 )
 
-# Prefill is run by what decoding was given; (settings, positions, segments) -> Attend
+# The name chosen for decoding decides prefill too; (settings, positions, segments) -> Attend
 PREFILL = Use(
     "prefill",
     {

@@ -1,4 +1,4 @@
-"""Decode attention for GPUs in Triton: one program a row and key/value head.
+"""Decode attention for GPUs in Triton; there is one program for each row and key/value head.
 
 A program walks the blocks of columns that its row sees, from the newest back, with a running
 softmax. The plain version is `kv_cache.attend_part`.

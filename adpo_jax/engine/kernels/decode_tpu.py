@@ -1,8 +1,8 @@
-"""Decode attention for TPUs: a few queries a row over the columns they see, and no others.
+"""Decode attention for TPUs: a few queries a row, which read only the columns that they see.
 
-The stacked cache is read where it lies: the layer is a prefetched scalar, so that no slice of it is
-copied. Blocks of columns are visited from the newest back; once past the oldest column that a row
-sees, the block index stays the same and Mosaic fetches nothing more. The plain version is
+The stacked cache is read where it lies: the layer is a prefetched scalar, so no slice of the stack
+is copied. Blocks of columns are visited from the newest back. Past the oldest column that a row
+sees, the block index stays the same, so that Mosaic fetches nothing more. The plain version is
 `kv_cache.attend_part`.
 
 Letters: K key/value heads, Q queries of a row and head, D head dim, S columns of a block.
@@ -59,7 +59,7 @@ def _kernel(
     soft_cap: float | None,
     quantized: bool,
 ):
-    del layer_ref  # used by the index maps
+    del layer_ref  # the index maps use it
     k_scale_ref, v_scale_ref = rest[:2] if quantized else (None, None)
     out_ref, top_ref, total_ref = rest[2:] if quantized else rest
     row, j = pl.program_id(0), pl.program_id(1)
@@ -78,7 +78,7 @@ def _kernel(
         if ring:
             back = jnp.where(back < 0, back + columns, back)
         seen = (back <= reach_ref[0]) & (at < length_ref[row])
-        # A block may reach past the last column, where anything may lie.
+        # A block may reach past the last column, where memory holds any numbers.
         inside = this * block + jax.lax.broadcasted_iota(jnp.int32, v_ref.shape[3:], 0) < columns
         for head in range(q_ref.shape[1]):
             q = q_ref[0, head]
@@ -93,7 +93,7 @@ def _kernel(
             scores = jnp.where(seen, scores, MASKED)
             old_top = top_ref[0, head]
             top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
-            # Nothing of a block may be seen while the top is still MASKED.
+            # Where the row has seen no key yet, the top is still MASKED.
             weights = jnp.where(seen, jnp.exp(scores - top[:, :1]), 0.0)
             shrink = jnp.exp(old_top - top)
             total_ref[0, head] = total_ref[0, head] * shrink + jnp.sum(

@@ -1,7 +1,8 @@
-"""Attention of whole sequences (training, log-probs, prefill): the implementations, a table a use.
+"""Attention of whole sequences (training, log-probs, prefill): a table of implementations a use.
 
-Those of `ROWS` take the arguments of `attention.self_attention`, those of `STREAMS` that of
-`tile_attention.stream_attention`: the plain versions that all are tested on.
+The implementations of `ROWS` take the arguments of `attention.self_attention`, those of `STREAMS`
+the arguments of `tile_attention.stream_attention`. These two are the plain versions that all others
+are tested against.
 
 Letters: B rows or streams, T tokens, N tokens of a stream, H heads, K key/value heads, D head dim.
 """
@@ -23,10 +24,10 @@ from adpo_jax.model.tile_attention import Stream
 
 
 class Settings(NamedTuple):
-    """What attention needs to know of a model and its devices; hashable.
+    """The settings that attention takes from a model and its devices; hashable.
 
     Attributes:
-      windows: of each layer, in tokens; None for no window.
+      windows: the window of each layer in tokens; None for no window.
       scale: multiplies q k^T.
     """
 
@@ -44,7 +45,7 @@ class Settings(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """Of the devices that run the model, which need not be there to compile for them."""
+        """The platform of the model's devices, which need not be there to compile for them."""
         mesh = self.mesh
         return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
@@ -54,7 +55,7 @@ def self_attention(
 ) -> Attend:
     """Causal attention of rows to themselves; arguments as of `attention.self_attention`.
 
-    The tokens of a segment are neighbours in their row, their positions rising by one.
+    The tokens of a segment must be neighbours in their row, with positions that rise by one.
 
     Args:
       name: as `attention_choice.resolve` gave it for `ROWS`.
@@ -95,7 +96,7 @@ def _plain_stream(settings: Settings, stream: Stream) -> Attend:
 
 
 def _splash_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
-    del positions  # those of a segment's neighbours rise by one
+    del positions  # positions of neighbours in a segment rise by one
     attend = functools.partial(splash_tpu.segment_attention, settings=settings, interpret=interpret)
     return _of_each_device(attend, settings, (segments,))
 
@@ -106,7 +107,7 @@ def _kernel_stream(settings: Settings, stream: Stream, *, interpret=False) -> At
 
 
 def _of_each_device(kernel, settings: Settings, arrays: tuple[jax.Array, ...]) -> Attend:
-    """A kernel on its share of the rows and heads.
+    """A kernel that every device runs on its share of the rows and heads.
 
     Args:
       kernel: (q, k, v, layer, arrays) -> out.

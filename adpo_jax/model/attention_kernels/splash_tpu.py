@@ -15,8 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from adpo_jax.model.attention import LayerInfo
 
-# Splash attention wants blocks of a multiple of this, lengths of a multiple of the block, and a
-# head dim that is a multiple too.
+# Splash attention needs blocks and a head dim that are multiples of this, and lengths that are
+# multiples of the block.
 LANES = 128
 BLOCK = 512
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
 from adpo_jax.model.tile_attention import Stream
 
-# Bytes of VMEM for two whole sides of a head, each fetched ahead once.
+# Bytes of VMEM for two whole sides of a head, each with room to fetch the next one ahead.
 VMEM_BYTES = 12 * 2**20
 # The lists of tiles lie in scalar memory.
 MAX_TILES = 256
