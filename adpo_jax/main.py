@@ -43,7 +43,9 @@ _HOST_TIMEOUT_S = flags.DEFINE_integer(
     "host_timeout_s", 100, "seconds after which a host that is lost stops the others", lower_bound=5
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "compile the steps from shapes alone and say what they need; run nothing"
+    "dry_run",
+    False,
+    "compile the steps for sequences of full length and say what they need; run nothing",
 )
 _DRY_RUN_TOPOLOGY = flags.DEFINE_string(
     "dry_run_topology", "", "a dry run for a TPU slice that is not there, such as v5e:2x4"

@@ -162,10 +162,8 @@ def _traced(
     completion = Completion.sampled(*np.zeros((2, config.data.max_response_length)), "length")
     prompt = [0] * config.data.max_prompt_length
     sequences = Sequences([prompt] * P, [[completion] * G] * P)
-    rollout_programs = engine.trace(sampling)
-    return {name: (traced, 1) for name, traced in rollout_programs.items()} | learner.trace(
-        sequences
-    )
+    of_rollout = {name: (traced, 1) for name, traced in engine.trace(sampling).items()}
+    return of_rollout | traced_learning(learner, sequences)
 
 
 def traced_learning(
