@@ -529,7 +529,7 @@ def test_a_model_that_cannot_be_used(case, monkeypatch, capsys):
 def test_the_code_of_a_tokenizer_is_run_where_the_config_asks_for_it(monkeypatch, capsys, tmp_path):
     Path("model/mine.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n"
-        "open('ran', 'w')\n"
+        "open('ran', 'w').close()\n"
         "class Mine(PreTrainedTokenizerFast): pass\n"
     )
     own = {"AutoTokenizer": [None, "mine.Mine"]}

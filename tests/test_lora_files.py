@@ -11,7 +11,7 @@ from golden_models import GOLDEN, arrays, model
 from safetensors.numpy import load_file, save_file
 from test_config import parse
 from test_lora import adapted
-from test_train import TINY, reward_file, scalars, train, with_reward  # noqa: F401
+from test_train import TINY, on_one_device, reward_file, scalars, train, with_reward  # noqa: F401
 
 from adpo_jax import Policy, pretrained, update
 from adpo_jax.devices import sharding
@@ -19,7 +19,7 @@ from adpo_jax.model import lora
 from adpo_jax.model.lora import Lora
 from adpo_jax.policy import adapters
 from adpo_jax.rewards import RewardError
-from adpo_jax.run import config_checks, setup
+from adpo_jax.run import config_checks
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (3, 9)).astype(np.int32)
 
@@ -151,7 +151,7 @@ def test_a_run_trains_adapters_on_a_base_that_stays_and_goes_on_where_it_stopped
         assert one.read_bytes() == other.read_bytes()
 
     # The export and the adapter beside the first weights are one policy, and not the first one.
-    parts = setup.build(config_checks.finalized(config))
+    parts = on_one_device(config_checks.finalized(config))
     base = lora.without_adapters(parts.initial_params())
     merged, params = Policy.from_pretrained(tmp_path / "whole" / "export")
     policy, adapted = adapters.load(merged, base, tmp_path / "whole" / "adapter")

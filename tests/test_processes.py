@@ -65,8 +65,8 @@ def start_two(folder: Path, *arguments: str, timeout_s: int = 100) -> list[subpr
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(i),
         }
-        log = (folder.parent / f"{folder.name}.{i}.log").open("w")
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
+        with (folder.parent / f"{folder.name}.{i}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
     return processes
 
 
