@@ -71,8 +71,8 @@ def test_the_orchestrator_gets_the_greedy_tokens_of_generate(jetstream):
             texts = runner.run(serve(jetstream, driver, prompts))
         finally:
             driver.stop()
-    for tokens, row, length in zip(texts, wanted.tokens[:, 0], wanted.lengths[:, 0]):
-        expected = [t for t in row[:length].tolist() if t not in (0, 1)]
+    for tokens, (completion,) in zip(texts, wanted.groups, strict=True):
+        expected = [t for t in completion.tokens.tolist() if t not in (0, 1)]
         assert tokens == expected
 
 

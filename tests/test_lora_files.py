@@ -175,6 +175,8 @@ def test_a_checkpoint_holds_the_adapters_and_goes_on_with_no_other_weights():
         state.saved.joined(other)
 
 
+# peft reads a name that transformers 6 takes away.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "llama"])
 def test_peft_gives_the_same_logits(name, tmp_path):
@@ -194,8 +196,8 @@ def test_peft_gives_the_same_logits(name, tmp_path):
 
     tokens = arrays(name)["full_tokens"].astype(np.int64)
     policy, params = model(name)
-    adapters = Lora(3, 12.0, ("q", "o", "up", "down"))
-    ours, tree = policy.with_adapters(params, adapters, jax.random.key(4))
+    some = Lora(3, 12.0, ("q", "o", "up", "down"))
+    ours, tree = policy.with_adapters(params, some, jax.random.key(4))
     trained, frozen = lora.split(tree)
     tree = lora.join(jax.tree.map(lambda x: x + 0.05, trained), frozen)
     adapters.save(tmp_path / "ours", ours, tree, base_model=str(GOLDEN / name))

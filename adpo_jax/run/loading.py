@@ -55,12 +55,12 @@ def find_model(config: ConfigDict) -> ModelSource:
     """
     model = config.actor_rollout_ref.model
     overrides = model.hf_config.to_dict()
-    adapters = _find_lora(model)
+    adapted = _find_lora(model)
     if model.path == arithmetic.NAME:
         tokenizer = arithmetic.make_tokenizer()
         stop = (tokenizer.eos_token_id,)
         hf_config = arithmetic.MODEL_CONFIG | overrides
-        return ModelSource(None, hf_config, tokenizer, stop, True, *adapters)
+        return ModelSource(None, hf_config, tokenizer, stop, True, *adapted)
     if overrides and not model.random_init:
         raise ValueError(
             f"model.hf_config changes the architecture ({sorted(overrides)}), so the weights in "
@@ -72,7 +72,7 @@ def find_model(config: ConfigDict) -> ModelSource:
     tokenizer = _load_tokenizer(folder, model.trust_remote_code)
     stop = _stop_token_ids(folder, tokenizer, generation)
     return ModelSource(
-        folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapters, generation
+        folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapted, generation
     )
 
 
