@@ -83,7 +83,7 @@ def arm(place: str, count: int):
         ),
         "deleting a checkpoint": lambda: at(checkpoints.shutil, "rmtree", count, before=True),
         "purging the metrics": lambda: at(metrics.os, "replace", count, before=True),
-        "exporting": lambda: at(folders.hf_weights, "save", count, before=False),
+        "exporting": lambda: at(folders.weights, "save", count, before=False),
         "noting the export": lambda: at(folder.RunFolder, "note_export", count, before=True),
     }
     if place != "nowhere":

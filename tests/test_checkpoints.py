@@ -19,6 +19,7 @@ from adpo_jax.run import checkpoints as checkpoints_lib
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints, SaveError
 from adpo_jax.run.digests import digests
+from adpo_jax.update import TrainState
 
 # orbax leaves the coroutines and event loops of a restore that failed to the garbage collector, in
 # all versions up to 0.12.8; what Python then says differs from one collection to the next, so every
@@ -346,3 +347,17 @@ def test_saves_leave_nothing_in_memory(tmp_path):
     with Checkpoints(tmp_path, save_freq=1, keep=1) as checkpoints:
         before = lists_after(range(3))
         assert lists_after(range(3, 9)) < before + 30  # 27 a save, if tensorstore is asked
+
+
+def test_a_state_without_a_reference_is_kept_as_versions_that_knew_none_kept_it(tmp_path):
+    """So a run that began under such a version goes on."""
+    state = TrainState(jnp.int32(1), {"w": jnp.ones(2)}, {"m": jnp.zeros(2)})
+    for reference in (None, {"w": jnp.full(2, 3.0)}):
+        folder, given = tmp_path / str(reference is None), state.replace(reference_params=reference)
+        with Checkpoints(folder, save_freq=1, keep=2) as checkpoints:
+            checkpoints.save_now(1, given)
+            restored = checkpoints.restore_latest(lambda step: given).state  # noqa: B023
+        metadata = (folder / "1" / "state" / "_METADATA").read_text()
+        assert ("reference_params" in metadata) == (reference is not None)
+        assert isinstance(restored, TrainState)
+        jax.tree.map(np.testing.assert_array_equal, restored, given)

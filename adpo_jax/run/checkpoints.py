@@ -146,7 +146,7 @@ class Checkpoints:
             self._checkpointer.save(
                 self._folder / str(step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays),
+                    state=ocp.args.StandardSave(_stored(arrays)),
                     description=ocp.args.JsonSave(sealed(content)),
                 ),
             )
@@ -244,8 +244,11 @@ class Checkpoints:
         folder = self._folder / str(step)
         content = read_on_all(lambda: self._read_description(folder))
         check_arrays(folder, content["arrays"], abstract)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        wanted = _stored(abstract)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
         state = read_on_all(lambda: self._checkpointer.restore(folder, args=args).state)
+        if wanted is not abstract:
+            state = dataclasses.replace(abstract, **state)
         found = digests(state)
         changed = [name for name in found if found[name] != content["digests"][name]]
         if changed:
@@ -355,6 +358,18 @@ def _leave_bytes_uncounted() -> None:
     module = sys.modules.get("orbax.checkpoint._src.serialization.tensorstore_utils")
     if hasattr(module, "get_tensorstore_raw_bytes"):
         module.get_tensorstore_raw_bytes = lambda direction=None: 0
+
+
+def _stored(state):
+    """The tree that orbax keeps of a state.
+
+    A reference that there is none of has no place in it, as in the checkpoints of versions that
+    knew no reference: those are gone on from.
+    """
+    if getattr(state, "reference_params", 0) is not None:
+        return state
+    fields = (field.name for field in dataclasses.fields(state))
+    return {name: getattr(state, name) for name in fields if name != "reference_params"}
 
 
 @jax.jit

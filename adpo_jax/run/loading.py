@@ -225,7 +225,7 @@ def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:
     category = config.eval.category_key
     if category and category not in prompts.columns:
         raise ValueError(
-            f"eval.category_key is {category!r}; files.val_files has the columns "
+            f"eval.category_key is {category!r}; data.val_files has the columns "
             f"{sorted(prompts.columns)}"
         )
     limit = config.data.max_val_samples or len(prompts)
@@ -264,7 +264,7 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
     fitting = [row for row, ids in enumerate(completions) if len(ids) <= limit]
     if len(fitting) < len(completions):
         logging.warning(
-            "cold start: %d of %d completions are longer than files.max_response_length (%d "
+            "cold start: %d of %d completions are longer than data.max_response_length (%d "
             "tokens): left out",
             len(completions) - len(fitting),
             len(completions),
@@ -313,7 +313,7 @@ def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) ->
     )
     if rendered.num_overlong:
         logging.warning(
-            "%s: %d of %d prompts are longer than files.max_prompt_length (%d tokens): %s",
+            "%s: %d of %d prompts are longer than data.max_prompt_length (%d tokens): %s",
             what,
             rendered.num_overlong,
             len(dataset),
