@@ -51,11 +51,6 @@ class Pretrained:
     prompt_format: PromptFormat
     source: str
 
-    @property
-    def pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else pad
-
     def prompts(
         self,
         texts: list[str | list[Message]],
