@@ -241,6 +241,14 @@ def test_the_best_checkpoint_is_saved_at_once_and_kept_beside_the_newest(tmp_pat
         assert checkpoints.steps == [2, 4]
 
 
+def test_of_checkpoints_that_are_equally_good_the_first_is_kept(tmp_path):
+    with Checkpoints(tmp_path, save_freq=1, keep=1, best_metric="eval/accuracy") as checkpoints:
+        for step, value in {1: 0.7, 2: 0.7, 3: 0.1}.items():
+            checkpoints.save(step, state(step), {"eval/accuracy": value})
+            checkpoints.wait()
+        assert checkpoints.steps == [1, 3]
+
+
 def test_what_a_killed_process_left_is_removed_and_never_taken_for_a_checkpoint(tmp_path):
     saved(tmp_path, steps=(1,))
     for name in ("2.orbax-checkpoint-tmp", "3.deleted"):

@@ -124,6 +124,14 @@ def test_the_guard_counts_over_a_resume_as_without():
         guard.check(10, {SKIPPED: 1.0, "adpo/loss": float("nan")}, "there")
 
 
+def test_a_sound_update_between_bad_ones_begins_the_count_anew():
+    guard = Guard("skip", limit=2)
+    for flag in (1.0, 0.0, 1.0, 0.0, 1.0):
+        guard.check(1, {SKIPPED: flag}, "there")
+    with pytest.raises(TrainingStopped, match="2 iterations in a row"):
+        guard.check(6, {SKIPPED: 1.0}, "there")
+
+
 # --- the disk
 
 

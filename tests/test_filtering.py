@@ -105,6 +105,16 @@ def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
         lost.restore(2)
 
 
+def test_the_surplus_of_the_oldest_checkpoint_that_is_kept_stays(tmp_path):
+    filtered, _ = made(tmp_path, useful=set(range(30)))
+    for step in range(3):
+        filtered.next(step, None)
+        filtered.save(step + 1, oldest=2)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"000002.json", "000003.json"}
+    again, _ = made(tmp_path, useful=set())
+    again.restore(2)
+
+
 def test_a_spread_below_min_reward_std_is_none(tmp_path):
     filtered, _ = made(tmp_path, useful=set(range(9)), max_attempts=1, min_reward_std=0.8)
     assert filtered.next(0, None).metrics["filter/fillers"] == 3.0  # the standard deviation is 0.71

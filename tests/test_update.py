@@ -292,6 +292,35 @@ def test_a_step_that_is_not_sound_leaves_the_state_as_it_was():
     assert int(state.step) == 3
 
 
+class FiniteLossAlone(losses.Rloo):
+    """Its loss is a number, and the gradient of that loss is none."""
+
+    def objective(self, log_ratio, tokens, prepared):
+        loss, metrics = super().objective(log_ratio, tokens, prepared)
+        return loss + jnp.sqrt(tokens.sum(log_ratio**2).sum()), metrics  # 0, with a slope of 0 / 0
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    moved, metrics = step(policy, params, batch, rewards, algorithm=FiniteLossAlone())
+    assert np.isfinite(metrics["rloo/loss"])
+    assert not np.isfinite(metrics["update/grad_norm"])
+    assert metrics["update/skipped"] == 1.0
+    jax.tree.map(np.testing.assert_array_equal, moved, params)
+
+
+def test_the_mismatch_is_the_divergence_of_the_trainer_from_the_sampler():
+    """KL(sampler || trainer), estimated over what the sampler drew: r - 1 - log r, r = p / p_s."""
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    log_probs, _ = update.make_log_probs(policy)(params, batch)
+    lower = np.asarray(log_probs) - 0.7  # the sampler found every token half as likely
+    _, metrics = step(policy, params, batch._replace(sampler_log_probs_PGT=lower), rewards)
+    assert metrics["rollout/mismatch_kl"] == pytest.approx(np.exp(0.7) - 1 - 0.7, rel=1e-4)
+    assert metrics["rollout/mismatch_ratio_max"] == pytest.approx(np.exp(0.7), rel=1e-4)
+
+
 def test_the_learning_rate_told_is_that_of_the_last_step_taken():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
