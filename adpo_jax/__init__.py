@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from adpo_jax.losses import Rloo as Rloo
     from adpo_jax.losses import adaptive_tau as adaptive_tau
     from adpo_jax.losses import adpo_loss as adpo_loss
+    from adpo_jax.losses import cispo_loss as cispo_loss
+    from adpo_jax.losses import dapo_loss as dapo_loss
+    from adpo_jax.losses import dppo_loss as dppo_loss
+    from adpo_jax.losses import dr_grpo_loss as dr_grpo_loss
+    from adpo_jax.losses import gmpo_loss as gmpo_loss
     from adpo_jax.losses import grpo_loss as grpo_loss
+    from adpo_jax.losses import gspo_loss as gspo_loss
+    from adpo_jax.losses import lpo_loss as lpo_loss
+    from adpo_jax.losses import reinforce_pp_loss as reinforce_pp_loss
     from adpo_jax.losses import rloo_loss as rloo_loss
+    from adpo_jax.losses import sapo_loss as sapo_loss
     from adpo_jax.losses import target_distribution as target_distribution
+    from adpo_jax.losses import tpo_loss as tpo_loss
     from adpo_jax.model.lora import Lora as Lora
     from adpo_jax.policy import Policy as Policy
     from adpo_jax.records import Batch as Batch
@@ -56,14 +66,24 @@ _HOMES = {
     "TrainState": "update",
     "adaptive_tau": "losses",
     "adpo_loss": "losses",
+    "cispo_loss": "losses",
+    "dapo_loss": "losses",
+    "dppo_loss": "losses",
+    "dr_grpo_loss": "losses",
+    "gmpo_loss": "losses",
     "good_accuracy": "rewards",
     "grpo_loss": "losses",
+    "gspo_loss": "losses",
     "init_state": "update",
+    "lpo_loss": "losses",
     "make_batch": "records",
     "make_update": "update",
     "pack": "update.packing",
+    "reinforce_pp_loss": "losses",
     "rloo_loss": "losses",
+    "sapo_loss": "losses",
     "target_distribution": "losses",
+    "tpo_loss": "losses",
 }
 # Public names that are modules; `train` can be called.
 _MODULES = {"arithmetic": "data.arithmetic", "pretrained": "pretrained", "train": "train"}

@@ -134,8 +134,11 @@ def _algorithm() -> dict[str, Key]:
 def _of_algorithms(parameter: parameters.Parameter) -> Key:
     """The key of a parameter; without a default where algorithms have different ones."""
     meaning = parameter.meaning
-    if len(parameter.fields) < len(ALGORITHMS):
+    without = [name for name in ALGORITHMS if name not in parameter.fields]
+    if len(without) > len(parameter.fields):
         meaning += f"; {parameters.listed(parameter.fields)} alone"
+    elif without:
+        meaning += f"; not under {parameters.listed(without)}"
     return Key(
         parameter.default,
         meaning,
@@ -152,8 +155,10 @@ def _need_of(name: str, wanted) -> Need:
         value = config.algorithm[name]
         if value is None:
             value = getattr(ALGORITHMS[config.algorithm.adv_estimator], name, wanted)
-        return value == wanted
+        return value not in parameters.OFF if wanted is parameters.SET else value == wanted
 
+    if wanted is parameters.SET:
+        return Need(f"algorithm.{name}", is_met)
     text = str(wanted).lower() if isinstance(wanted, bool) else wanted
     return Need(f"algorithm.{name}={text}", is_met)
 

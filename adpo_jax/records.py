@@ -298,6 +298,11 @@ class Sequences:
         return np.array([[len(c) for c in group] for group in self.completions])
 
     @property
+    def num_trained(self) -> np.ndarray:
+        """[P, G] int64, trained tokens of the completions."""
+        return np.array([[c.trained.sum() for c in group] for group in self.completions])
+
+    @property
     def tokens_of_groups(self) -> np.ndarray:
         """[P] int64, tokens of a prompt and its completions."""
         return np.array([len(ids) for ids in self.prompts]) + self.lengths.sum(1)

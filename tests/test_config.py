@@ -2,6 +2,7 @@ import runpy
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ REFUSALS = {
     "--config.data.train_batch_size=0": "data.train_batch_size is at least 1",
     "--config.algorithm.num_generations=1": "algorithm.num_generations is at least 2",
     "--config.actor_rollout_ref.actor.ppo_mini_batch_size=5": "must divide data.train_batch_size",
-    "--config.algorithm.adv_estimator=ppo": "one of adpo, grpo, rloo; given 'ppo'",
+    "--config.algorithm.adv_estimator=ppo": "one of adpo, .*, rloo; given 'ppo'",
     "--config.trainer.total_training_steps=0": "total_training_steps is at least 1",
     "--config.sft.train_files=": "sft.train_files names no data",
     "--config.actor_rollout_ref.rollout.temperature=0": "training samples",
@@ -134,7 +135,7 @@ def test_a_batch_that_does_not_spread_over_the_devices_is_refused():
 
 
 def adpo_loss_under(*overrides):
-    """Loss and gradient of a fixed batch under the algorithm that the command line asks for."""
+    """Loss plus size of its gradient, of a fixed batch under the algorithm of the command line."""
     config = parse(*overrides)
     algorithm = setup.make_algorithm(config)
     rng = np.random.default_rng(0)
@@ -150,7 +151,15 @@ def adpo_loss_under(*overrides):
     tokens = PaddedTokens(mask > 0)
     prepared = algorithm.prepare(jnp.asarray(rewards), tokens, **kwargs)
     found = {"policy": log_probs, "anchor": anchor, "reference": anchor - 0.1}
-    return float(algorithm.loss(found, tokens, prepared)[0])
+    found["sampler"] = anchor - jnp.asarray(rng.exponential(1.0, (P, G, T)), jnp.float32)
+
+    def loss(log_probs):
+        return algorithm.loss(found | {"policy": log_probs}, tokens, prepared, entropy=-log_probs)[
+            0
+        ]
+
+    value, gradient = jax.value_and_grad(loss)(log_probs)
+    return float(value + jnp.abs(gradient).sum())
 
 
 ALGORITHM_OVERRIDES = {
@@ -172,6 +181,25 @@ ALGORITHM_OVERRIDES = {
     "clip_low": ("0.05", "--config.algorithm.adv_estimator=grpo"),
     "clip_high": ("0.05", "--config.algorithm.adv_estimator=grpo"),
     "loss_aggregation": ("sequence-mean", "--config.algorithm.adv_estimator=grpo"),
+    "constant_length": ("9", "--config.algorithm.adv_estimator=dr_grpo"),
+    "dual_clip": ("1.1", "--config.algorithm.adv_estimator=grpo"),
+    "anchor_weight": ("0.5",),
+    "divergence": ("reverse",),
+    "kl_estimator": ("k1", "--config.algorithm.beta_reference_kl=0.1"),
+    "sampler_correction": ("truncate",),
+    "correction_level": ("sequence", "--config.algorithm.sampler_correction=mask"),
+    "correction_cap": ("1.2", "--config.algorithm.sampler_correction=truncate"),
+    "entropy_bonus": ("0.1",),
+    "tau_pos": ("2.0", "--config.algorithm.adv_estimator=sapo"),
+    "tau_neg": ("2.0", "--config.algorithm.adv_estimator=sapo"),
+    "mask_divergence": (
+        "kl",
+        "--config.algorithm.adv_estimator=dppo",
+        "--config.algorithm.clip_low=0.02",
+        "--config.algorithm.clip_high=0.02",
+    ),
+    "ratio_cap": ("1.05", "--config.algorithm.adv_estimator=dppo"),
+    "baseline": ("group", "--config.algorithm.adv_estimator=reinforce_pp"),
 }
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 
@@ -9,8 +10,23 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from adpo_jax import adaptive_tau, adpo_loss, grpo_loss, target_distribution
-from adpo_jax.losses import ALGORITHMS, Adpo, Algorithm, Grpo, PaddedTokens, Rloo, rloo_loss
+from adpo_jax import adaptive_tau, adpo_loss, grpo_loss, losses, target_distribution
+from adpo_jax.losses import (
+    ALGORITHMS,
+    Adpo,
+    Algorithm,
+    Cispo,
+    Dppo,
+    DrGrpo,
+    Gmpo,
+    Grpo,
+    Gspo,
+    Lpo,
+    PaddedTokens,
+    ReinforcePp,
+    Rloo,
+    rloo_loss,
+)
 from adpo_jax.losses.algorithm import Metric
 from adpo_jax.losses.parameters import parameter, union
 
@@ -228,7 +244,11 @@ def test_a_group_with_less_spread_than_min_reward_std_counts_as_equal():
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.9, -0.05, 1 / 3])
-@pytest.mark.parametrize("algorithm", [Adpo(), Grpo(), Rloo()], ids=["adpo", "grpo", "rloo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [Adpo(), Grpo(), Rloo(), ReinforcePp(baseline="group")],
+    ids=["adpo", "grpo", "rloo", "reinforce_pp"],
+)
 def test_the_rounding_of_a_mean_is_no_spread(algorithm, reward):
     # Six times 0.9 over six is not 0.9 in float32.
     scores = jax.jit(algorithm.score)(jnp.full((1, 6), reward))
@@ -324,9 +344,12 @@ def test_length_normalize_divides_each_log_ratio_by_its_tokens():
         Grpo(beta_anchor_kl=0.2, drop_all_failed_prompts=True, scale_rewards="batch"),
         Grpo(loss_aggregation="sequence-mean"),
         Rloo(beta_anchor_kl=0.2, drop_all_failed_prompts=True),
+        *(kind(drop_all_failed_prompts=True) for kind in (Lpo, DrGrpo, Gspo, Gmpo, Cispo, Dppo)),
+        ReinforcePp(beta_anchor_kl=0.1),
     ],
-    ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence", "rloo"],
-)
+    ids=["adpo", "adpo_lengths", "grpo", "grpo_sequence", "rloo", "lpo", "dr_grpo", "gspo", "gmpo",
+         "cispo", "dppo", "reinforce_pp"],
+)  # fmt: skip
 def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
     log_probs, anchor, rewards, tokens = folded_batch()
     rewards = rewards.at[1].set(-jnp.arange(G) / 50)  # one failed prompt
@@ -587,6 +610,149 @@ def test_a_pull_to_a_reference_that_is_not_given_or_does_not_fit_is_refused():
         grpo_loss(*batch, beta_reference_kl=-0.1, reference_log_probs=batch[0])
 
 
+# The listwise relatives.
+
+
+def test_tpo_is_cross_entropy_to_the_samplers_distribution_tilted_by_rewards():
+    """By hand, as in the paper: q ~ p_old exp(u / eta), and the slope of the loss is p - q."""
+    log_probs, old, rewards, mask = make_batch(prompts=3, group=4)
+    rewards[:4] = 1.0
+    s, s_old = ((x * mask).sum(-1).reshape(3, 4) for x in (log_probs, old))
+    R = rewards.reshape(3, 4)
+    std = R.std(1, keepdims=True)
+    u = np.where(std > 0, (R - R.mean(1, keepdims=True)) / np.maximum(std, 1e-8), 0.0)
+    q = np.exp(s_old + u / 0.7) / np.exp(s_old + u / 0.7).sum(1, keepdims=True)
+    p = np.exp(s) / np.exp(s).sum(1, keepdims=True)
+    loss, gradient = loss_and_grad(
+        losses.tpo_loss, log_probs, old, rewards, mask, num_generations=4, beta_reward=0.7
+    )
+    np.testing.assert_allclose(loss, -(q * np.log(p)).sum(1).mean(), rtol=1e-5)
+    expected = ((p - q) / 3).reshape(-1, 1) * mask
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_lpo_is_the_reverse_divergence_to_the_same_kind_of_target():
+    log_probs, old, rewards, mask = make_batch(prompts=2, group=4)
+    s, s_old = ((x * mask).sum(-1).reshape(2, 4) for x in (log_probs, old))
+    R = rewards.reshape(2, 4)
+    z = (R - R.mean(1, keepdims=True)) / R.std(1, ddof=1, keepdims=True)
+    log_q = s_old + z - np.log(np.exp(s_old + z).sum(1, keepdims=True))
+    log_p = s - np.log(np.exp(s).sum(1, keepdims=True))
+    loss, _ = loss_and_grad(losses.lpo_loss, log_probs, old, rewards, mask, num_generations=4)
+    np.testing.assert_allclose(loss, (np.exp(log_p) * (log_p - log_q)).sum(1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+def test_all_anchor_weights_have_the_optimum_of_the_anchor_tilted_by_the_target(weight, divergence):
+    """Where s = s_anchor + tau z / beta + a constant of the group, the gradient is 0."""
+    _, anchor, rewards, mask = make_batch(prompts=2)
+    mask[:] = 1
+    R = rewards.reshape(2, G)
+    z = (R - R.mean(1, keepdims=True)) / R.std(1, ddof=1, keepdims=True)
+    tau, beta = 0.6, 1.3
+    optimum = anchor + (tau * z / beta + np.array([[2.0], [-1.0]])).reshape(-1, 1) / T
+    options = {"tau": tau, "beta_reward": beta, "use_adaptive_tau": False}
+    options |= {"anchor_weight": weight, "divergence": divergence}
+    _, there = loss_and_grad(adpo_loss, optimum, anchor, rewards, mask, **options)
+    _, elsewhere = loss_and_grad(adpo_loss, anchor, anchor, rewards, mask, **options)
+    assert np.abs(there).max() < 1e-6 < 1e-3 < np.abs(elsewhere).max()
+
+
+# What every loss owes.
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_loss_sees_trained_tokens_alone_in_any_dtype_and_on_any_mesh(name):
+    loss_fn = getattr(losses, f"{name}_loss")
+    *batch, mask = make_batch(prompts=8, ratio=0.4)
+    mask[:, 2] = 0  # a hole
+    mask[:, 0] = 1
+    options = {"constant_length": T} if name == "dr_grpo" else {}
+    run = jitted_grad(loss_fn, **options)
+    loss, gradient = run(*batch, mask)
+    np.testing.assert_array_equal(gradient[mask == 0], 0)
+    assert np.abs(gradient).max() > 1e-5
+
+    poisoned = [np.where(mask > 0, array, np.nan) for array in batch[:2]]
+    jax.tree.map(np.testing.assert_array_equal, run(*poisoned, batch[2], mask), (loss, gradient))
+    columns = [0, 1, 3, 4, 5]
+    sliced = (*(array[:, columns] for array in batch[:2]), batch[2], mask[:, columns])
+    short_loss, short = run(*sliced)
+    np.testing.assert_allclose(short_loss, loss, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(short, gradient[:, columns], atol=1e-7)
+
+    rounded = [jnp.asarray(array, jnp.bfloat16) for array in batch[:2]]
+    half_loss, half = run(*rounded, batch[2], mask)
+    exact_loss, exact = run(*(array.astype(jnp.float32) for array in rounded), batch[2], mask)
+    np.testing.assert_allclose(half_loss, exact_loss, rtol=1e-6)
+    np.testing.assert_allclose(half.astype(np.float32), exact, rtol=1e-2, atol=1e-5)
+
+    mesh = jax.make_mesh((8,), ("data",))
+    layout = NamedSharding(mesh, PartitionSpec("data"))
+    spread = run(*(jax.device_put(array, layout) for array in (*batch, mask)))
+    np.testing.assert_allclose(spread[0], loss, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(spread[1], gradient, atol=1e-7)
+
+
+def test_the_signature_of_a_loss_tells_its_parameters_and_a_misspelt_one_is_refused():
+    signature = inspect.signature(losses.gspo_loss)
+    assert list(signature.parameters)[:4] == [
+        "log_probs", "anchor_log_probs", "rewards", "completion_mask",
+    ]  # fmt: skip
+    assert signature.parameters["clip_low"].default == 3e-4
+    assert losses.gspo_loss.__name__ == "gspo_loss"
+    assert "gspo/clip_frac" in losses.gspo_loss.__doc__
+    with pytest.raises(TypeError, match=r"gspo_loss has no parameter clip; it has .*clip_low"):
+        losses.gspo_loss(*make_batch(), clip=0.1)
+
+
+# The sampler and the entropy.
+
+
+def test_weights_for_the_sampler_scale_the_gradient_of_the_objective_alone():
+    log_probs, anchor, rewards, mask = make_batch(prompts=1)
+    mask[:] = 1
+    sampler = anchor.copy()
+    sampler[0] -= np.log(1.5)  # the trainer finds these tokens 1.5 times as likely
+    sampler[1] -= np.log(4.0)
+    sampler[2] += np.log(2.0)
+    plain_loss, plain = loss_and_grad(adpo_loss, log_probs, anchor, rewards, mask)
+    for correction, beyond in (("truncate", 2.0), ("mask", 0.0)):
+        given = functools.partial(adpo_loss, sampler_log_probs=sampler)
+        loss, gradient = loss_and_grad(
+            given, log_probs, anchor, rewards, mask, sampler_correction=correction
+        )
+        assert loss == plain_loss
+        weights = np.ones((G, 1))
+        weights[:3, 0] = 1.5, beyond, 0.5
+        np.testing.assert_allclose(gradient, weights * plain, rtol=1e-5)
+        _, metrics = loss_and_metrics(
+            given, log_probs, anchor, rewards, mask, sampler_correction=correction
+        )
+        np.testing.assert_allclose(metrics["adpo/sampler_weight"], weights.mean(), rtol=1e-5)
+        np.testing.assert_allclose(metrics["adpo/sampler_clip_frac"], 1 / G)
+    with pytest.raises(ValueError, match="sampler_correction=mask needs sampler_log_probs"):
+        adpo_loss(log_probs, anchor, rewards, mask, sampler_correction="mask")
+
+
+def test_the_entropy_bonus_is_the_mean_over_tokens_of_kept_prompts():
+    log_probs, anchor, rewards, mask = make_batch(prompts=2, group=4)
+    rewards[:4] = [-1, -2, 0, -1]
+    rewards[4:] = [1, 0, 0, 1]
+    entropy = np.abs(log_probs)
+    options = {"num_generations": 4, "drop_all_failed_prompts": True}
+    given = functools.partial(grpo_loss, entropy=entropy, entropy_bonus=0.3)
+    (plain, _), (loss, metrics) = (
+        loss_and_metrics(f, log_probs, anchor, rewards, mask, **options) for f in (grpo_loss, given)
+    )
+    mean = (entropy * mask)[4:].sum() / mask[4:].sum()
+    np.testing.assert_allclose(metrics["grpo/entropy_bonus"], mean, rtol=1e-6)
+    np.testing.assert_allclose(loss, plain - 0.3 * mean, rtol=1e-5)
+    with pytest.raises(ValueError, match="entropy_bonus=0.3 needs the policy's entropy"):
+        grpo_loss(log_probs, anchor, rewards, mask, entropy_bonus=0.3)
+
+
 # What algorithms declare.
 
 
@@ -698,11 +864,12 @@ def test_the_loss_keeps_the_strictest_promotion_rules():
 
 
 @pytest.mark.parametrize("loss_fn", [adpo_loss, grpo_loss])
-def test_trailing_rows_are_ignored_and_have_no_gradient(loss_fn):
+def test_trailing_rows_are_ignored_with_a_warning_and_have_no_gradient(loss_fn):
     batch = make_batch()
     extra = [np.concatenate([array, array[:3] + 1]) for array in batch]
     loss, gradient = loss_and_grad(loss_fn, *batch)
-    longer_loss, longer = loss_and_grad(loss_fn, *extra)
+    with pytest.warns(UserWarning, match="3 of 35 rows are left out .* must be adjacent"):
+        longer_loss, longer = loss_and_grad(loss_fn, *extra)
     assert longer_loss == loss
     np.testing.assert_array_equal(longer, np.concatenate([gradient, np.zeros((3, T))]))
 
@@ -739,7 +906,7 @@ def test_adpo_refuses_what_cannot_work(options, text):
         ({"beta_anchor_kl": -1}, "beta_anchor_kl must be"),
         ({"min_reward_std": math.nan}, "min_reward_std must be"),
         ({"scale_rewards": "prompt"}, "one of group, batch, none"),
-        ({"loss_aggregation": "mean"}, "one of token-mean, sequence-mean; got 'mean'"),
+        ({"loss_aggregation": "mean"}, "one of token-mean, sequence-mean, constant; got 'mean'"),
     ],
 )
 def test_grpo_refuses_what_cannot_work(options, text):

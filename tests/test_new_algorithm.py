@@ -1,6 +1,6 @@
 """A new algorithm is one file and one line in the table; all else follows from what it declares.
 
-The algorithm is GSPO, in tests/data/gspo.py. A copy of the package gets it, and a process of its
+The algorithm is LUSPO, in tests/data/luspo.py. A copy of the package gets it, and a process of its
 own tries that copy.
 """
 
@@ -21,7 +21,7 @@ from adpo_jax.losses import PaddedTokens
 from adpo_jax.losses.algorithm import StreamTokens
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "tests" / "data" / "gspo.py"
+FILE = ROOT / "tests" / "data" / "luspo.py"
 
 # Runs in the copy; its arguments are the copy and the folder to train in.
 DRIVER = """
@@ -41,7 +41,7 @@ assert Path(adpo_jax.__file__).parent == root / "adpo_jax"
 
 def config(**changes):
     made = runpy.run_path(str(root / "configs" / "arithmetic.py"))["get_config"]()
-    made.algorithm.adv_estimator = "gspo"
+    made.algorithm.adv_estimator = "luspo"
     with made.unlocked():
         made.update(changes)
     return finalized(made)
@@ -74,9 +74,9 @@ found = {
     "grpo": config(algorithm={"adv_estimator": "grpo"}).algorithm.clip_low,
     "changed": config(algorithm={"clip_low": 0.1}).algorithm.clip_low,
     "tau": refusal(algorithm={"tau": 0.5}),
-    "clip_low": refusal(trainer={"best_metric": "gspo/loss"}, algorithm={"clip_low": -1.0}),
+    "clip_low": refusal(trainer={"best_metric": "luspo/loss"}, algorithm={"clip_low": -1.0}),
     "fixed": refusal(anchor={"mode": "fixed"}),
-    "best_metric": refusal(trainer={"best_metric": "gspo/clip_fraction"}),
+    "best_metric": refusal(trainer={"best_metric": "luspo/clip_fraction"}),
     "under adpo": refusal(algorithm={"adv_estimator": "adpo", "clip_high": 0.1}),
 }
 for name in ("config", "metrics"):
@@ -90,7 +90,7 @@ found["rows"] = read_jsonl(folder / "metrics.jsonl")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What the copy of the package with GSPO in it says and does."""
+    """What the copy of the package with LUSPO in it says and does."""
     root = tmp_path_factory.mktemp("copy")
     for name in ("adpo_jax", "configs", "scripts", "docs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -98,8 +98,8 @@ def found(tmp_path_factory):
     table = root / "adpo_jax" / "losses" / "__init__.py"
     text = table.read_text()
     for line, added in (
-        ("from adpo_jax.losses.grpo import Grpo\n", "from adpo_jax.losses.gspo import Gspo\n"),
-        ("        Rloo,\n", "        Gspo,\n"),
+        ("from adpo_jax.losses.rloo import Rloo\n", "from adpo_jax.losses.luspo import Luspo\n"),
+        ("        Rloo,\n", "        Luspo,\n"),
     ):
         assert text.count(line) == 1
         text = text.replace(line, line + added)
@@ -119,7 +119,7 @@ def found(tmp_path_factory):
 
 
 def test_the_config_has_its_parameters_and_each_algorithm_its_own_defaults(found):
-    # grpo clips at 0.2, gspo much nearer, so the key itself has no default.
+    # grpo clips at 0.2, luspo much nearer, so the key itself has no default.
     assert (found["default"]["clip_low"], found["default"]["clip_high"]) == (None, None)
     assert (found["final"]["clip_low"], found["final"]["clip_high"]) == (3e-4, 4e-4)
     assert found["grpo"] == 0.2
@@ -128,33 +128,34 @@ def test_the_config_has_its_parameters_and_each_algorithm_its_own_defaults(found
 
 def test_what_has_no_effect_or_cannot_work_under_it_is_refused(found):
     assert found["tau"] == (
-        "algorithm.tau: no effect under adv_estimator=gspo; leave at the default"
+        "algorithm.tau: no effect under adv_estimator=luspo; leave at the default"
     )
     assert "clip_high: no effect under adv_estimator=adpo" in found["under adpo"]
     assert "clip_low must be a finite number above 0 and at most 1" in found["clip_low"]
-    assert "adv_estimator=gspo" in found["fixed"]
+    assert "adv_estimator=luspo" in found["fixed"]
     assert "needs anchor.mode=on_policy; given 'fixed'" in found["fixed"]
-    assert "did you mean gspo/clip_frac?" in found["best_metric"]
+    assert "did you mean luspo/clip_frac?" in found["best_metric"]
 
 
 def test_it_is_in_the_documentation_of_keys_and_metrics(found):
     section = found["docs of config"].split("## `algorithm`")[1].split("## ")[0]
     rows = {line.split("|")[1].strip(): line for line in section.splitlines() if "`" in line}
-    assert "| adpo, grpo, rloo, gspo |" in rows["`adv_estimator`"]
-    assert "0.2 for grpo, 0.0003 for gspo; grpo and gspo alone" in rows["`clip_low`"]
-    assert "adpo, grpo and gspo alone" in rows["`scale_rewards`"]
-    assert "grpo alone" in rows["`loss_aggregation`"]
-    rows = [line for line in found["docs of metrics"].splitlines() if "`gspo/" in line]
-    assert any("`gspo/clip_frac` | share | gspo | of completions whose" in row for row in rows)
-    assert any("`gspo/anchor_kl`" in row and "as under adpo" in row for row in rows)
+    assert ", rloo, luspo |" in rows["`adv_estimator`"]
+    assert "0.0003 for gspo and luspo" in rows["`clip_low`"]
+    assert "not under adpo, tpo, lpo, sapo and rloo" in rows["`clip_low`"]
+    assert "not under reinforce_pp and rloo" in rows["`scale_rewards`"]
+    assert "luspo" not in rows["`loss_aggregation`"]
+    rows = [line for line in found["docs of metrics"].splitlines() if "`luspo/" in line]
+    assert any("`luspo/clip_frac` | share | luspo | of completions whose" in row for row in rows)
+    assert any("`luspo/anchor_kl`" in row and "as under adpo" in row for row in rows)
 
 
 def test_it_trains_and_logs(found):
-    rows = [row for row in found["rows"] if "gspo/loss" in row]
+    rows = [row for row in found["rows"] if "luspo/loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
-    of_it = {name for name in rows[0] if name.startswith(("gspo/", "adpo/", "grpo/", "rloo/"))}
+    of_it = {name for name in rows[0] if name.startswith(("luspo/", "adpo/", "grpo/", "rloo/"))}
     assert of_it == {
-        f"gspo/{name}"
+        f"luspo/{name}"
         for name in (
             "loss", "anchor_kl", "abs_log_ratio", "kl_penalty", "reference_kl", "dropped_prompts",
             "zero_std_frac", "clip_frac",
@@ -163,18 +164,18 @@ def test_it_trains_and_logs(found):
     assert all(np.isfinite(row[name]) for row in rows for name in of_it)
     assert not any(row["update/skipped"] for row in rows)
     # The second iteration begins away from where the first one did.
-    assert rows[1]["gspo/reference_kl"] > rows[0]["gspo/reference_kl"] > 0
+    assert rows[1]["luspo/reference_kl"] > rows[0]["luspo/reference_kl"] > 0
 
 
 @pytest.fixture(scope="module")
-def gspo():
-    spec = importlib.util.spec_from_file_location("gspo", FILE)
+def luspo():
+    spec = importlib.util.spec_from_file_location("luspo", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Gspo
+    return module.Luspo
 
 
-def test_its_loss_is_that_of_the_paper_in_rectangles_and_in_streams(gspo):
+def test_its_loss_is_that_of_the_paper_in_rectangles_and_in_streams(luspo):
     P, G, T, low, high = 2, 3, 5, 0.05, 0.1
     rng = np.random.default_rng(0)
     anchor = -rng.exponential(1.0, (P, G, T)).astype(np.float32)
@@ -187,14 +188,14 @@ def test_its_loss_is_that_of_the_paper_in_rectangles_and_in_streams(gspo):
         length = lengths[p, g]
         ratio = np.exp((policy - anchor)[p, g, :length].mean())
         limited = min(max(ratio, 1 - low), 1 + high)
-        total -= min(ratio * A, limited * A) / (P * G)
+        total -= length * min(ratio * A, limited * A) / (P * G)
         if limited * A < ratio * A:
             clipped += 1
         else:
-            expected[p, g, :length] = -A * ratio / length / (P * G)
+            expected[p, g, :length] = -A * ratio / (P * G)
     assert 0 < clipped < P * G
 
-    algorithm = gspo(clip_low=low, clip_high=high)
+    algorithm = luspo(clip_low=low, clip_high=high)
     trained = np.arange(T) < lengths[..., None]
     completion = np.broadcast_to(np.arange(G)[:, None], (P, G, T)).reshape(P, G * T)
     layouts = (
@@ -211,5 +212,5 @@ def test_its_loss_is_that_of_the_paper_in_rectangles_and_in_streams(gspo):
         arrays = policy.reshape(shape), anchor.reshape(shape), rewards
         (value, metrics), gradient = loss_and_gradient(*arrays)
         np.testing.assert_allclose(value, total, rtol=1e-5)
-        np.testing.assert_allclose(metrics["gspo/clip_frac"], clipped / (P * G), rtol=1e-6)
+        np.testing.assert_allclose(metrics["luspo/clip_frac"], clipped / (P * G), rtol=1e-6)
         np.testing.assert_allclose(gradient.reshape(P, G, T), expected, rtol=1e-5, atol=1e-7)

@@ -41,8 +41,9 @@ def assert_same(one, other, rtol=1e-5, atol=2e-6):
         losses.Grpo(beta_anchor_kl=0.1),
         losses.Grpo(loss_aggregation="sequence-mean"),
         losses.Rloo(beta_anchor_kl=0.1),
+        losses.Tpo(sampler_correction="truncate", entropy_bonus=0.2),
     ],
-    ids=["adpo", "grpo", "grpo sequence-mean", "rloo"],
+    ids=["adpo", "grpo", "grpo sequence-mean", "rloo", "tpo"],
 )
 def test_micro_batches_give_the_gradient_and_metrics_of_the_whole_batch(algorithm):
     policy, params = tiny.policy_and_params()

@@ -181,7 +181,8 @@ def traced_learning(
     rows = range(learner.plan.mini_prompts)
     others = dict.fromkeys(names, sequences.values("sampler"))
     mini = dataclasses.replace(sequences, log_probs=others).select(rows)
-    mini = learner.laid_out(mini, whole_groups=bool(names), abstract=True)
+    whole_groups = bool(names) or not learner.algorithm.needs_no_log_probs
+    mini = learner.laid_out(mini, whole_groups=whole_groups, abstract=True)
     scores = jax.tree.map(lambda x: x[: len(rows)], jax.device_get(scores))
     part = abstract((mini.batch, scores, mini.log_probs))
     traced["update"] = learner.update.trace(state, *part), mini.turns

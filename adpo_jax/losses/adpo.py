@@ -1,4 +1,7 @@
-"""ADPO: a listwise loss over the completions of a prompt.
+"""The listwise losses over the completions of a prompt: ADPO, and its relatives TPO and LPO.
+
+All three fit a distribution over the group to a target made of the rewards. They differ in where
+the target starts from: evenly (ADPO) or at the group's probabilities under the policy that sampled.
 
 Letters: P prompts, G completions of a prompt.
 
@@ -6,6 +9,7 @@ Source: Wang 2025, "ADPO: Anchored Direct Preference Optimization", arXiv 2510.1
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +18,7 @@ import jax.numpy as jnp
 
 from adpo_jax.losses import shared
 from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
-from adpo_jax.losses.parameters import parameter, scale_rewards_parameter
+from adpo_jax.losses.parameters import parameter, scale_rewards_parameter, with_default
 
 # Added to the standard deviation that rewards are divided by; the reference has it so.
 _EPS = 1e-8
@@ -23,7 +27,8 @@ _EPS = 1e-8
 class AdpoScores(NamedTuple):
     """What the rewards decide in ADPO."""
 
-    q_PG: jax.Array  # target distribution, rows sum to 1
+    q_PG: jax.Array  # target distribution of anchor_weight 0, rows sum to 1
+    logits_PG: jax.Array  # z / beta_reward, whose softmax it is
     tau_P: jax.Array  # temperature of the policy's distribution
     kept_P: jax.Array  # bool, False where drop_all_failed_prompts took the prompt out
     spread_P: jax.Array  # bool, False where all rewards of the group count as equal
@@ -38,6 +43,16 @@ class Adpo(Algorithm):
         q = softmax(z / beta_reward),   p = softmax((s - s_anchor) / tau_x)
         objective = mean over groups of -sum_i q_i log p_i
 
+    `anchor_weight`, w, moves target and policy towards the probabilities of the group under the
+    anchor, p_anchor = softmax(s_anchor):
+
+        q = softmax(z / beta_reward + w log p_anchor)
+        p = softmax((s - s_anchor) / tau_x + w log p_anchor)
+
+    At w = 0 the anchor's probabilities play no part, which is ADPO. At w = 1 and tau = 1 p is the
+    policy's own distribution over the group, which is TPO (`Tpo`). `divergence` "reverse" has
+    KL(p || q) in place of the cross-entropy.
+
     The penalties of `Algorithm` are added, as means over tokens. tau_x is `tau`, or with
     `use_adaptive_tau` a temperature for each prompt: under "target_entropy" it falls with the
     entropy of q (`adaptive_tau`), under "policy_entropy" it rises with the policy's entropy,
@@ -51,8 +66,8 @@ class Adpo(Algorithm):
         Metric(
             "loss",
             "groups",
-            "the listwise term, dropped prompts included; log G on one optimizer step under the "
-            "on-policy anchor, whatever is learned",
+            "the listwise term, dropped prompts included; with anchor_weight 0 it is log G on one "
+            "optimizer step under the on-policy anchor, whatever is learned",
             unit="nats",
         ),
         Metric("mean_tau", "groups", "the temperature of a prompt", title="Temperature"),
@@ -84,6 +99,19 @@ class Adpo(Algorithm):
     length_normalize: bool = parameter(
         False, "divide a completion's log-prob by its number of tokens"
     )
+    anchor_weight: float = parameter(
+        0.0,
+        "how much target and policy start from the anchor's probabilities of the group, 0 to 1",
+        least=0.0,
+        most=1.0,
+    )
+    divergence: str = parameter(
+        "forward",
+        "forward is the cross-entropy from target to policy, reverse is KL(policy || target)",
+        choices=("forward", "reverse"),
+    )
+    # Degrees of freedom of the standard deviation that scales rewards.
+    reward_ddof: ClassVar[int] = 1
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,29 +130,62 @@ class Adpo(Algorithm):
     def needs_entropy(self) -> bool:
         return self.use_adaptive_tau and self.adaptive_tau_mode == "policy_entropy"
 
-    def score(self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None) -> AdpoScores:
+    @property
+    def needs_levels(self) -> bool:
+        return bool(self.anchor_weight)
+
+    def score(
+        self,
+        rewards_PG: jax.Array,
+        *,
+        entropy_P: jax.Array | None = None,
+        lengths_PG: jax.Array | None = None,
+    ) -> AdpoScores:
         """Targets and temperatures from the rewards of the whole iteration."""
         rewards_PG = shared.as_groups(rewards_PG)
         z_PG, spread_P = shared.scale_rewards(
-            rewards_PG, self.scale_rewards, self.min_reward_std, _EPS
+            rewards_PG, self.scale_rewards, self.min_reward_std, _EPS, self.reward_ddof
         )
-        q_PG = jax.nn.softmax(z_PG / self.beta_reward, axis=-1)
+        logits_PG = z_PG / self.beta_reward
+        q_PG = jax.nn.softmax(logits_PG, axis=-1)
         tau_P = self._tau(q_PG, entropy_P)
         kept_P = shared.kept_prompts(rewards_PG, self.drop_all_failed_prompts)
-        return jax.lax.stop_gradient(AdpoScores(q_PG, tau_P, kept_P, spread_P))
+        return jax.lax.stop_gradient(AdpoScores(q_PG, logits_PG, tau_P, kept_P, spread_P))
 
-    def objective(self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared):
-        """The cross-entropy between q and p; arguments as of `Algorithm.objective`."""
+    def objective(
+        self,
+        log_ratio: jax.Array,
+        tokens: Tokens,
+        prepared: Prepared,
+        log_probs: Mapping[str, jax.Array],
+    ):
+        """The divergence between q and p; arguments as of `Algorithm.objective`."""
         scores, weights = prepared
-        s_PG = tokens.sum(log_ratio)
-        log_p_PG = jax.nn.log_softmax(s_PG * self._inverse_tau(tokens, prepared), axis=-1)
-        cross_entropy_P = -(scores.q_PG * log_p_PG).sum(-1)
+        u_PG = tokens.sum(log_ratio) * self._inverse_tau(tokens, prepared)
+        q_PG, logits_PG = scores.q_PG, scores.logits_PG
+        if self.anchor_weight:
+            start_PG = self.anchor_weight * self._log_p_anchor(log_probs["anchor"], tokens)
+            u_PG, logits_PG = u_PG + start_PG, logits_PG + start_PG
+            q_PG = jax.nn.softmax(logits_PG, axis=-1)
+        log_p_PG = jax.nn.log_softmax(u_PG, axis=-1)
+        if self.divergence == "forward":
+            term_P = -(q_PG * log_p_PG).sum(-1)
+        else:
+            log_q_PG = jax.nn.log_softmax(logits_PG, axis=-1)
+            term_P = (jnp.exp(log_p_PG) * (log_p_PG - log_q_PG)).sum(-1)
         metrics = {
-            "loss": (weights.group_P * cross_entropy_P).sum(),
+            "loss": (weights.group_P * term_P).sum(),
             "mean_tau": (weights.group_P * scores.tau_P).sum(),
-            "target_entropy": (weights.group_P * shared.entropy(scores.q_PG)).sum(),
+            "target_entropy": (weights.group_P * shared.entropy(q_PG)).sum(),
         }
-        return (weights.kept_group_P * cross_entropy_P).sum(), metrics
+        return (weights.kept_group_P * term_P).sum(), metrics
+
+    def _log_p_anchor(self, anchor: jax.Array, tokens: Tokens) -> jax.Array:
+        """[P, G] log-probs of a group's completions among themselves, under the anchor."""
+        s_PG = tokens.sum(shared.at_trained(anchor, tokens.trained))
+        if self.length_normalize:
+            s_PG = s_PG / shared.lengths(tokens)
+        return jax.nn.log_softmax(s_PG, axis=-1)
 
     def sequence_weights(
         self, log_ratio_PG: jax.Array, tokens: Tokens, prepared: Prepared
@@ -132,7 +193,8 @@ class Adpo(Algorithm):
         """dL/ds in closed form: (p - q) / (N tau_x) for each completion, N the kept groups.
 
         `sum(stop_gradient(weights) * s)` has the gradient of the listwise term however the rows are
-        split, so a group need not fit in a micro-batch. (A k3 penalty is a sum over tokens.)
+        split, so a group need not fit in a micro-batch. (A k3 penalty is a sum over tokens.) This
+        is the form for anchor_weight 0 and the forward divergence.
 
         Args:
           log_ratio_PG: [P, G] s - s_anchor of whole groups, summed over tokens.
@@ -176,6 +238,49 @@ class Adpo(Algorithm):
             )
         tau_P = self.tau * (1.0 + self.adaptive_tau_alpha * entropy_P)
         return jnp.clip(tau_P, self.adaptive_tau_min, self.adaptive_tau_max)
+
+
+@dataclass(frozen=True)
+class Tpo(Adpo):
+    """Target Policy Optimization: cross-entropy to the sampler's distribution, tilted by rewards.
+
+        q proportional to p_anchor exp(z / beta_reward),   p = softmax(s)
+        objective = mean over groups of -sum_i q_i log p_i,   d objective / d s = (p - q) / groups
+
+    z has the population's standard deviation, and beta_reward is the paper's eta.
+
+    Source: Kaddour 2026, "Target Policy Optimization", arXiv 2604.06159.
+    """
+
+    name: ClassVar[str] = "tpo"
+    reward_ddof: ClassVar[int] = 0
+
+    tau: float = with_default(Adpo, "tau", 1.0)
+    beta_reward: float = with_default(Adpo, "beta_reward", 1.0)
+    use_adaptive_tau: bool = with_default(Adpo, "use_adaptive_tau", False)
+    anchor_weight: float = with_default(Adpo, "anchor_weight", 1.0)
+
+
+@dataclass(frozen=True)
+class Lpo(Adpo):
+    """Listwise Policy Optimization: projection onto a target on the simplex of the responses.
+
+        q = argmax over the simplex of sum_i q_i z_i - beta_reward KL(q || p_anchor)
+        objective = mean over groups of KL(p || q), or of the cross-entropy; p = softmax(s)
+
+    That the rewards are standardised within the group, and by the standard deviation of a sample,
+    is our reading, and so is the reverse divergence as the default: it is what tells LPO from TPO.
+
+    Source: Qu et al. 2026, "Listwise Policy Optimization", arXiv 2605.06139.
+    """
+
+    name: ClassVar[str] = "lpo"
+
+    tau: float = with_default(Adpo, "tau", 1.0)
+    beta_reward: float = with_default(Adpo, "beta_reward", 1.0)
+    use_adaptive_tau: bool = with_default(Adpo, "use_adaptive_tau", False)
+    anchor_weight: float = with_default(Adpo, "anchor_weight", 1.0)
+    divergence: str = with_default(Adpo, "divergence", "reverse")
 
 
 def target_distribution(

@@ -7,7 +7,9 @@ also declares its metrics, with how each is averaged, and the log-probs that it 
 in the package tells algorithms apart.
 
 A new algorithm defines `score` (what the rewards alone decide) and `objective` (its own term of the
-loss, from log-ratios), and has a line in the table `losses.ALGORITHMS`.
+loss, from log-ratios), and has a line in the table `losses.ALGORITHMS`. The frame adds what every
+loss may have: the pull to the anchor and to the reference, the correction for a sampler that is not
+the trainer's policy, and the entropy bonus.
 
 Letters: B rows of streams or prompts, P prompts, G completions of a prompt, T tokens.
 """
@@ -20,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.losses import parameters, shared
-from adpo_jax.losses.parameters import parameter
+from adpo_jax.losses.parameters import OFF, SET, parameter
 from adpo_jax.losses.shared import Metrics, Weights
 
 # The log-probs that a loss may ask for beside the policy's own, and whose they are.
@@ -31,6 +33,9 @@ LOG_PROBS = {
     "reference": "the policy before the first iteration, which never moves",
 }
 
+
+# Weights above exp(20) = 5e8 are all beyond any cap.
+_LARGEST_LOG_WEIGHT = 20.0
 
 # How the values of a metric at optimizer steps become one value of the iteration.
 OVER = {
@@ -65,10 +70,25 @@ class Metric(NamedTuple):
 REFERENCE_KL = Metric(
     "reference_kl",
     "tokens",
-    "k3 to the reference over the prompts that were kept, before beta_reference_kl",
+    "KL to the reference (kl_estimator) over the prompts that were kept, before beta_reference_kl",
     unit="nats a token",
     title="KL to the reference",
     needs="beta_reference_kl",
+)
+CORRECTION = (
+    Metric(
+        "sampler_weight",
+        "tokens",
+        "of tokens, their weight for a sampler that is not the trainer's policy",
+        needs="sampler_correction",
+    ),
+    Metric(
+        "sampler_clip_frac",
+        "tokens",
+        "of tokens whose weight was beyond correction_cap",
+        unit="share",
+        needs="sampler_correction",
+    ),
 )
 SHARED_METRICS = (
     Metric("loss", "groups", "the objective, without the penalties"),
@@ -92,6 +112,14 @@ SHARED_METRICS = (
         unit="nats a token",
     ),
     REFERENCE_KL,
+    *CORRECTION,
+    Metric(
+        "entropy_bonus",
+        "tokens",
+        "entropy of the policy over the prompts that were kept, before the factor entropy_bonus",
+        unit="nats",
+        needs="entropy_bonus",
+    ),
     Metric("dropped_prompts", "sum", "taken out by drop_all_failed_prompts", unit="prompts"),
     Metric(
         "zero_std_frac",
@@ -108,9 +136,11 @@ class Tokens(Protocol):
     Attributes:
       trained: bool, of the shape that log-probs have; False where there is no token, and at tokens
         that are not trained on.
+      width: the most tokens that a completion may have, where the layout knows it.
     """
 
     trained: jax.Array
+    width: int
 
     def sum(self, values: jax.Array) -> jax.Array:
         """The values of trained tokens, summed over each completion: [P, G]."""
@@ -125,6 +155,10 @@ class PaddedTokens:
     """Tokens in a rectangle [P, G, T], a row a completion."""
 
     trained: jax.Array
+
+    @property
+    def width(self) -> int:
+        return self.trained.shape[-1]
 
     def sum(self, values):
         return jnp.where(self.trained, values, 0).sum(-1)
@@ -148,6 +182,10 @@ class StreamTokens:
     completion: jax.Array
     num_prompts: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def width(self) -> int:
+        raise ValueError("packed streams know no longest completion: give constant_length")
 
     def _flat(self, values):
         return values.reshape(self.trained.shape[0], -1)
@@ -185,11 +223,22 @@ class Prepared(NamedTuple):
 class Algorithm:
     """The frame of a loss over groups of completions.
 
-        loss = objective + beta_anchor_kl * k3(anchor) + beta_reference_kl * k3(reference)
+        loss = objective + beta_anchor_kl * k3(anchor) + beta_reference_kl * kl(reference)
+                         - entropy_bonus * entropy
         k3 = exp(d) - d - 1 per token,   d = log-prob of the other policy - log-prob of the policy
 
     The anchor is the policy that log-ratios are measured against (under `anchor.mode=on_policy` the
     policy before the iteration's updates). The reference is the policy before the first iteration.
+
+    Where the sampler is not the policy before the update (its cache is narrower, say), the
+    expectation that the objective estimates is taken over the wrong policy. `sampler_correction`
+    weighs the gradient of every token by
+
+        w = exp(anchor log-prob - sampler log-prob)    of the token, or of the whole completion
+
+    and above `correction_cap` it cuts the weight ("truncate") or takes the token out ("mask"). The
+    weight acts on the objective alone, not on the penalties, and on its gradient alone: the loss
+    keeps its value.
 
     An update calls its pieces:
 
@@ -208,12 +257,40 @@ class Algorithm:
     own_metrics: ClassVar[tuple[Metric, ...]] = ()
     # Whether it needs anchor.mode=on_policy: log-ratios to the policy that sampled.
     on_policy_anchor: ClassVar[bool] = False
+    # Whether the objective reads log-probs too, and not their differences alone.
+    needs_levels: ClassVar[bool] = False
 
     beta_anchor_kl: float = parameter(0.0, "coefficient of the k3 penalty to the anchor", least=0.0)
     beta_reference_kl: float = parameter(
         0.0,
         "coefficient of the k3 penalty to the reference, the policy before the first iteration",
         least=0.0,
+    )
+    kl_estimator: str = parameter(
+        "k3",
+        "estimate of the KL to the reference from a token's log-ratio d: -d, d^2 / 2 or "
+        "exp(d) - d - 1",
+        choices=tuple(shared.KL_ESTIMATORS),
+        needs={"beta_reference_kl": SET},
+    )
+    sampler_correction: str = parameter(
+        "auto",
+        "tokens are weighted by their probability under trainer and sampler; a weight above "
+        "correction_cap is cut there, or takes its token out of the objective. auto is truncate "
+        "where the sampler's cache is narrower than the trainer's numbers, else none",
+        choices=("auto", "none", "truncate", "mask"),
+    )
+    correction_level: str = parameter(
+        "token",
+        "whether a weight is of a token or of its whole completion",
+        choices=("token", "sequence"),
+        needs={"sampler_correction": SET},
+    )
+    correction_cap: float = parameter(
+        2.0, "the largest weight", above=0.0, needs={"sampler_correction": SET}
+    )
+    entropy_bonus: float = parameter(
+        0.0, "coefficient of the mean token entropy, which is taken off the loss", least=0.0
     )
     drop_all_failed_prompts: bool = parameter(
         False, "prompts whose rewards are all <= 0 leave the loss"
@@ -235,7 +312,22 @@ class Algorithm:
     @property
     def needs(self) -> frozenset[str]:
         """The names in `LOG_PROBS` of those that the loss reads beside the policy's own."""
-        return frozenset({"anchor"} | ({"reference"} if self.beta_reference_kl else set()))
+        reference = {"reference"} if self.beta_reference_kl else set()
+        sampler = {"sampler"} if self.corrects else set()
+        return frozenset({"anchor"} | reference | sampler)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether tokens are weighted for a sampler that is not the trainer's policy."""
+        return self.sampler_correction not in OFF
+
+    @property
+    def needs_no_log_probs(self) -> bool:
+        """Whether the slope of the loss is known beforehand where the policy is its own anchor.
+
+        Every log-ratio is 0 then, whatever the log-probs are.
+        """
+        return self.needs <= {"anchor"} and not self.needs_levels
 
     @property
     def needs_entropy(self) -> bool:
@@ -253,7 +345,7 @@ class Algorithm:
         return tuple(
             metric._replace(name=f"{self.name}/{metric.name}")
             for metric in self.declared_metrics()
-            if not metric.needs or getattr(self, metric.needs)
+            if not metric.needs or getattr(self, metric.needs) not in OFF
         )
 
     @property
@@ -266,13 +358,21 @@ class Algorithm:
         """The name of the measured KL to the anchor among the metrics."""
         return f"{self.name}/anchor_kl"
 
-    def score(self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None) -> Any:
+    def score(
+        self,
+        rewards_PG: jax.Array,
+        *,
+        entropy_P: jax.Array | None = None,
+        lengths_PG: jax.Array | None = None,
+    ) -> Any:
         """What the rewards of the whole iteration decide (targets, advantages), without gradient.
 
         Args:
           rewards_PG: [P, G], one a completion; G >= 2.
           entropy_P: [P] in [0, 1], the mean token entropy of the anchor policy on each prompt over
             log(vocabulary size); given where the algorithm `needs_entropy`.
+          lengths_PG: [P, G], trained tokens of each completion; None counts completions alike where
+            an algorithm would weigh them by their tokens.
 
         Returns:
           A NamedTuple whose leaves have one row a prompt. Two of them are bool [P]: `kept_P` is
@@ -282,13 +382,18 @@ class Algorithm:
         raise NotImplementedError
 
     def objective(
-        self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared
+        self,
+        log_ratio: jax.Array,
+        tokens: Tokens,
+        prepared: Prepared,
+        log_probs: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, Metrics]:
         """The algorithm's own term of the loss, and `own_metrics` by their short names, as sums.
 
         Args:
           log_ratio: log-probs of the policy less those of the anchor, in the shape of the tokens; 0
-            at tokens that are not trained on.
+            at tokens that are not trained on. The gradient flows through it alone.
+          log_probs: as for `loss`, for an algorithm that `needs_levels`.
         """
         raise NotImplementedError
 
@@ -325,10 +430,17 @@ class Algorithm:
         self, rewards_PG: jax.Array, tokens: Tokens, *, entropy_P: jax.Array | None = None
     ) -> Prepared:
         """`score` and `normalise` at once, for an iteration of one optimizer step."""
-        return self.normalise(self.score(rewards_PG, entropy_P=entropy_P), tokens)
+        lengths_PG = shared.lengths(tokens, least=0)
+        scores = self.score(rewards_PG, entropy_P=entropy_P, lengths_PG=lengths_PG)
+        return self.normalise(scores, tokens)
 
     def loss(
-        self, log_probs: Mapping[str, jax.Array], tokens: Tokens, prepared: Prepared
+        self,
+        log_probs: Mapping[str, jax.Array],
+        tokens: Tokens,
+        prepared: Prepared,
+        *,
+        entropy: jax.Array | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """The loss and metrics of some whole groups, as sums that add up over the parts of a batch.
 
@@ -338,6 +450,8 @@ class Algorithm:
             matter. The gradient flows into "policy".
           tokens: which tokens are trained on, and whose they are.
           prepared: the rows of `prepare` or `normalise` that belong to these groups.
+          entropy: the policy's entropy at each token, in the shape of the tokens, where
+            `entropy_bonus` is above 0. The gradient flows into it too.
 
         Returns:
           Scalar float32 loss (float64 under x64) and a dict of scalars, named as `metrics` says.
@@ -345,7 +459,8 @@ class Algorithm:
         policy, weights = log_probs["policy"], prepared.weights
         log_ratio = shared.log_ratios(policy, log_probs["anchor"], tokens.trained)
         k3_PG = tokens.sum(shared.k3(log_ratio))
-        loss, metrics = self.objective(log_ratio, tokens, prepared)
+        weighted, corrections = self._corrected(log_ratio, log_probs, tokens, prepared)
+        loss, metrics = self.objective(weighted, tokens, prepared, log_probs)
         token_weight_PG = self.token_weights(tokens, prepared)
         kl_penalty = (token_weight_PG * k3_PG).sum()
         metrics = {
@@ -355,13 +470,43 @@ class Algorithm:
             "kl_penalty": kl_penalty,
             "dropped_prompts": (~prepared.scores.kept_P).sum(dtype=k3_PG.dtype),
             "zero_std_frac": jnp.where(prepared.scores.spread_P, 0.0, weights.group_P).sum(),
+            **corrections,
             **metrics,
         }
         if self.beta_anchor_kl:
             loss = loss + self.beta_anchor_kl * kl_penalty
         if self.beta_reference_kl:
             to_reference = shared.log_ratios(policy, log_probs["reference"], tokens.trained)
-            penalty = (token_weight_PG * tokens.sum(shared.k3(to_reference))).sum()
+            kl = shared.KL_ESTIMATORS[self.kl_estimator](to_reference)
+            penalty = (token_weight_PG * tokens.sum(kl)).sum()
             metrics[REFERENCE_KL.name] = penalty
             loss = loss + self.beta_reference_kl * penalty
+        if self.entropy_bonus:
+            if entropy is None:
+                raise ValueError(
+                    f"entropy_bonus={self.entropy_bonus} needs the policy's entropy at each token: "
+                    "pass `entropy` too"
+                )
+            mean = (weights.kept_token_P * tokens.sum(entropy).sum(-1)).sum()
+            metrics["entropy_bonus"] = mean
+            loss = loss - self.entropy_bonus * mean
         return loss, {f"{self.name}/{name}": value for name, value in metrics.items()}
+
+    def _corrected(self, log_ratio, log_probs, tokens: Tokens, prepared: Prepared):
+        """The log-ratio with its gradient weighted for the sampler, and what the weights were."""
+        if not self.corrects:
+            return log_ratio, {}
+        anchor = jax.lax.stop_gradient(log_probs["anchor"])
+        apart = shared.log_ratios(anchor, log_probs["sampler"], tokens.trained)
+        if self.correction_level == "sequence":
+            apart = tokens.spread(tokens.sum(apart))
+        weight = jnp.exp(jnp.minimum(apart, _LARGEST_LOG_WEIGHT))
+        beyond = weight > self.correction_cap
+        instead = self.correction_cap if self.sampler_correction == "truncate" else 0.0
+        weight = jnp.where(beyond, instead, weight)
+        fixed = jax.lax.stop_gradient(log_ratio)
+        token_P = prepared.weights.token_P
+        return fixed + weight * (log_ratio - fixed), {
+            "sampler_weight": (token_P * tokens.sum(weight).sum(-1)).sum(),
+            "sampler_clip_frac": (token_P * tokens.sum(beyond.astype(weight.dtype)).sum(-1)).sum(),
+        }

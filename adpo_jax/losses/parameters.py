@@ -14,6 +14,10 @@ from adpo_jax.losses import shared
 
 _BOUNDS = ("above", "least", "most")
 
+# Values that switch off what a parameter is for, and in `needs` the word for every other value.
+OFF = (False, 0, None, "none", "auto")
+SET = object()
+
 
 def parameter(
     default: Any,
@@ -33,12 +37,19 @@ def parameter(
       meaning: the meaning for the documentation, without a full stop.
       above, least, most: bounds of a number.
       choices: the texts allowed.
-      needs: other parameters of the algorithm, with the values under which this one has an effect.
+      needs: other parameters of the algorithm, with the values under which this one has an effect;
+        `SET` for every value that is not among those of `OFF`.
     """
     bounds = {"above": above, "least": least, "most": most, "choices": choices}
     return dataclasses.field(
         default=default, metadata={"meaning": meaning, "needs": dict(needs or {}), **bounds}
     )
+
+
+def with_default(algorithm: type, name: str, default: Any) -> Any:
+    """The field of another algorithm's parameter, with another default."""
+    declared = next(field for field in dataclasses.fields(algorithm) if field.name == name)
+    return dataclasses.field(default=default, metadata=declared.metadata)
 
 
 def scale_rewards_parameter() -> Any:

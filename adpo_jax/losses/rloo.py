@@ -40,14 +40,18 @@ class Rloo(Algorithm):
     )
 
     def score(
-        self, rewards_PG: jax.Array, *, entropy_P: jax.Array | None = None
+        self,
+        rewards_PG: jax.Array,
+        *,
+        entropy_P: jax.Array | None = None,
+        lengths_PG: jax.Array | None = None,
     ) -> shared.Advantages:
         """Advantages from the rewards, [P, G], of the whole iteration."""
         scores = self.advantages(rewards_PG, "none", eps=0.0)
         G = scores.advantages_PG.shape[1]
         return scores._replace(advantages_PG=scores.advantages_PG * (G / (G - 1)))
 
-    def objective(self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared):
+    def objective(self, log_ratio: jax.Array, tokens: Tokens, prepared: Prepared, log_probs):
         """The REINFORCE term; arguments as of `Algorithm.objective`."""
         reinforce_P = (prepared.scores.advantages_PG * tokens.sum(log_ratio)).mean(-1)
         return -(prepared.weights.kept_group_P * reinforce_P).sum(), {}

@@ -34,15 +34,16 @@ class Advantages(NamedTuple):
 
 
 def scale_rewards(
-    rewards_PG: jax.Array, scale: str, min_reward_std: float, eps: float
+    rewards_PG: jax.Array, scale: str, min_reward_std: float, eps: float, ddof: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """Rewards less their group's mean, over a standard deviation (ddof=1) + eps.
+    """Rewards less their group's mean, over a standard deviation + eps.
 
     Args:
       rewards_PG: [P, G], the whole batch.
       scale: the rewards whose standard deviation divides: "group", "batch" or "none".
       min_reward_std: a group whose standard deviation is below it counts as all equal, and gets
-        zeros.
+        zeros. This standard deviation has ddof=1.
+      ddof: 1 for the standard deviation of a sample, 0 for that of a population.
 
     Returns:
       The scaled rewards [P, G], and whether each group has a spread, [P] bool.
@@ -55,9 +56,10 @@ def scale_rewards(
     spread_P = (std_P > 0) & (std_P >= min_reward_std)
     centred_PG = jnp.where(spread_P[:, None], centred_PG, 0.0)
     if scale == "group":
+        std_P = std_P if ddof == 1 else jnp.std(relative_PG, axis=-1, ddof=ddof)
         centred_PG = centred_PG / (std_P[:, None] + eps)
     elif scale == "batch":
-        centred_PG = centred_PG / (jnp.std(rewards_PG, ddof=1) + eps)
+        centred_PG = centred_PG / (jnp.std(rewards_PG, ddof=ddof) + eps)
     return centred_PG, spread_P
 
 
@@ -80,13 +82,32 @@ def batch_weights(kept_P: jax.Array, tokens_P: jax.Array) -> Weights:
     )
 
 
-def lengths(tokens) -> jax.Array:
-    """The number of trained tokens of each completion, [P, G], at least 1 so that it can divide.
+def lengths(tokens, least: int = 1) -> jax.Array:
+    """The number of trained tokens of each completion, [P, G] float.
 
     Args:
       tokens: `algorithm.Tokens`.
+      least: completions with fewer tokens count as having so many; 1, so that lengths can divide.
     """
-    return jnp.maximum(tokens.sum(tokens.trained.astype(jnp.result_type(float))), 1.0)
+    counted = tokens.sum(tokens.trained.astype(jnp.result_type(float)))
+    return jnp.maximum(counted, least) if least else counted
+
+
+def at_trained(log_probs: jax.Array, trained: jax.Array) -> jax.Array:
+    """Log-probs in float32, without gradient; 0 where `trained` is False, whatever lies there."""
+    masked = jnp.where(trained, jax.lax.stop_gradient(log_probs), 0.0)
+    return masked.astype(jnp.result_type(float))
+
+
+def whitened(values_PG: jax.Array, weights_PG: jax.Array) -> jax.Array:
+    """Values less their weighted mean, over their weighted standard deviation, [P, G].
+
+    The weights count how often each value occurs; the variance has ddof=1 of those counts.
+    """
+    total = jnp.maximum(weights_PG.sum(), 1.0)
+    centred_PG = values_PG - (weights_PG * values_PG).sum() / total
+    variance = (weights_PG * centred_PG**2).sum() / jnp.maximum(total - 1.0, 1.0)
+    return centred_PG * jax.lax.rsqrt(variance + 1e-8)
 
 
 def log_ratios(log_probs: jax.Array, others: jax.Array, trained: jax.Array) -> jax.Array:
@@ -114,6 +135,15 @@ def k3(log_ratio: jax.Array) -> jax.Array:
     Source: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     return expm1(-log_ratio) + log_ratio
+
+
+# Estimates of KL(policy || other) from a token's log-ratio x = log policy - log other.
+KL_ESTIMATORS = {"k1": lambda x: x, "k2": lambda x: 0.5 * jnp.square(x), "k3": k3}
+
+
+def ratio(log_ratio: jax.Array) -> jax.Array:
+    """exp(log_ratio), linear from 40 nats on."""
+    return 1.0 + expm1(log_ratio)
 
 
 def entropy(q_PG: jax.Array) -> jax.Array:

@@ -284,6 +284,7 @@ def weighted_log_probs(
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
+    entropy_weights_BT: jax.Array | None = None,
     *,
     temperature: float = 1.0,
     with_entropy: bool = True,
@@ -294,6 +295,7 @@ def weighted_log_probs(
 
     Args:
       weights_BT: float32, without gradient; the other arguments are those of `token_log_probs`.
+      entropy_weights_BT: the same for the entropies, whose weighted sum is added; None for none.
 
     Returns:
       The sum, and (log_probs, entropy) as of `token_log_probs` but without gradient.
@@ -307,22 +309,28 @@ def weighted_log_probs(
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,
     )
-    return _weighted(head, weight, hidden_BTD, targets_BT, jax.lax.stop_gradient(weights_BT))
+    weights = jax.lax.stop_gradient((weights_BT, entropy_weights_BT))
+    return _weighted(head, weight, hidden_BTD, targets_BT, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
-    log_probs, entropy = _log_probs(head, weight, hidden_BTD, targets_BT)
-    return jnp.sum(weights_BT * log_probs), (log_probs, entropy)
+def _weighted(head: _Head, weight, hidden_BTD, targets_BT, weights):
+    scored = _log_probs(head, weight, hidden_BTD, targets_BT)
+    return _weighted_sum(weights, scored), scored
 
 
-def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
+def _weighted_sum(weights, scored):
+    return sum(jnp.sum(w * x) for w, x in zip(weights, scored) if w is not None)
+
+
+def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
     def forward(weight, *rows):
-        def of_chunk(d_weight, hidden_CD, targets_C, g_C):
+        def of_chunk(d_weight, hidden_CD, targets_C, g_C, e_C=None):
             logits_CV, slope = head.logits(weight, hidden_CD)
             log_prob_C, entropy_C, log_z_C = head.scores(logits_CV, targets_C)
+            h_C = None if e_C is None else entropy_C
             d_hidden_CD, d_chunk = head.gradients(
-                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, None, None
+                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C
             )
             return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
 
@@ -330,24 +338,24 @@ def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights_BT):
         d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, zeros, *rows)
         return log_probs, entropy, *head.settle(d_hidden, d_weight, weight.dtype)
 
-    rows = (hidden_BTD, targets_BT, weights_BT)
+    rows = (hidden_BTD, targets_BT, *(w for w in weights if w is not None))
     cast = weight.astype(hidden_BTD.dtype)
     log_probs, entropy, d_hidden, d_weight = head.spread(
         forward, cast, *rows, out_rows=3, with_weight=True
     )
-    total = jnp.sum(weights_BT * log_probs)
-    residuals = (d_weight.astype(weight.dtype), d_hidden, targets_BT, weights_BT)
-    return (total, (log_probs, entropy)), residuals
+    scored = (log_probs, entropy)
+    residuals = (d_weight.astype(weight.dtype), d_hidden, targets_BT, weights)
+    return (_weighted_sum(weights, scored), scored), residuals
 
 
 def _weighted_backward(head: _Head, residuals, cotangents):
-    d_weight, d_hidden_BTD, targets_BT, weights_BT = residuals
+    d_weight, d_hidden_BTD, targets_BT, weights = residuals
     scale = cotangents[0]
     return (
         (scale * d_weight).astype(d_weight.dtype),
         (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),
         _no_gradient(targets_BT),
-        jnp.zeros_like(weights_BT),
+        jax.tree.map(jnp.zeros_like, weights),
     )
 
 

@@ -31,6 +31,7 @@ def finalized(config: ConfigDict) -> ConfigDict:
         spelled = {"true": "full", "false": "none"}
         config.trainer.gradient_checkpointing = spelled.get(remat, remat)
         _fill_in_defaults_of_the_algorithm(config)
+        _fill_in_what_depends_on_other_keys(config)
     validate(config)
     return config.lock()
 
@@ -41,6 +42,18 @@ def _fill_in_defaults_of_the_algorithm(config: ConfigDict) -> None:
     for field in dataclasses.fields(kind) if kind else ():
         if config.algorithm[field.name] is None:
             config.algorithm[field.name] = field.default
+
+
+def _fill_in_what_depends_on_other_keys(config: ConfigDict) -> None:
+    algorithm = config.algorithm
+    if algorithm.loss_aggregation == "constant" and algorithm.constant_length is None:
+        algorithm.constant_length = config.data.max_response_length
+    if algorithm.sampler_correction == "auto":
+        cache = config.actor_rollout_ref.rollout.cache_dtype
+        computed = "bfloat16" if config.trainer.bf16 else "float32"
+        narrow = cache and cache not in (computed, "float32")
+        on_policy = config.anchor.mode == "on_policy"
+        algorithm.sampler_correction = "truncate" if narrow and on_policy else "none"
 
 
 def validate(config: ConfigDict) -> None:
@@ -92,11 +105,19 @@ def _check_value(name: str, key: Key, value) -> None:
 
 def _check_anchor(config: ConfigDict) -> None:
     kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
-    if kind.on_policy_anchor and config.anchor.mode != "on_policy":
+    if config.anchor.mode == "on_policy":
+        return
+    if kind.on_policy_anchor:
         raise ValueError(
             f"algorithm.adv_estimator={kind.name} takes the ratio to the policy that sampled, so "
             f"it needs anchor.mode=on_policy; given {config.anchor.mode!r}. To stay near the "
             "policy before the first iteration, set algorithm.beta_reference_kl"
+        )
+    if config.algorithm.sampler_correction not in ("auto", "none"):
+        raise ValueError(
+            f"algorithm.sampler_correction={config.algorithm.sampler_correction} compares the "
+            "sampler with the policy before the update, so it needs anchor.mode=on_policy; given "
+            f"{config.anchor.mode!r}"
         )
 
 

@@ -248,15 +248,21 @@ class Learner:
             log_probs, entropy_P = self._other_log_probs(state, sequences)
         anchored = time.perf_counter()
         sequences = dataclasses.replace(sequences, log_probs=log_probs)
-        scores = self.algorithm.score(jnp.asarray(rewards_PG), entropy_P=entropy_P)
+        scores = self.algorithm.score(
+            jnp.asarray(rewards_PG),
+            entropy_P=entropy_P,
+            lengths_PG=jnp.asarray(sequences.num_trained, jnp.float32),
+        )
         scores = jax.device_get(scores)
 
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_device(state.opt_state))
         history, operations = [], collections.Counter()
+        # A micro-batch of whole groups finds what the loss needs without another forward.
+        whole_groups = bool(log_probs) or not self.algorithm.needs_no_log_probs
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(sequences.select(rows))]
-            mini = self.laid_out(sequences.select(rows), whole_groups=bool(log_probs))
+            mini = self.laid_out(sequences.select(rows), whole_groups=whole_groups)
             part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
             operations += self.meter.count((state, *part), mini.turns)
             with jax.profiler.TraceAnnotation("update"):

@@ -20,7 +20,7 @@ micro-batches, C completion places of a stream.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -176,6 +176,16 @@ def abstract_state(
     return TrainState(step, params, opt_state, anchor, reference, checksum)
 
 
+class Scored(NamedTuple):
+    """What the model finds of each token, in the shape of a layout; or weights of the same shape.
+
+    entropy is None where nothing depends on it.
+    """
+
+    log_probs: jax.Array
+    entropy: jax.Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Scorer:
     """Computes log-probs of micro-batches, and their gradient by the trained parameters."""
@@ -199,8 +209,8 @@ class _Scorer:
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
         return jax.tree.map(layout.joined, parts)
 
-    def gradient(self, trained, frozen, micro: MicroBatch, weights):
-        """The gradient of the sum of weights times log-probs, and the result of `micro`.
+    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored):
+        """The gradient of the sum of weights times what was scored, and the result of `micro`.
 
         Args:
           weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
@@ -213,19 +223,22 @@ class _Scorer:
                 self.policy.config,
                 params,
                 *micro.hidden_and_targets(self.policy, params),
-                micro.rows(weights),
+                *(None if w is None else micro.rows(w) for w in weights),
                 **self._head,
             )
 
         return jax.grad(weighted, has_aux=True)(trained)
 
     def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
-        """As `gradient`, with the weights that `weights_of` makes of the log-probs."""
-        (log_probs, entropy), pull = jax.vjp(
+        """As `gradient`, with the weights that `weights_of` makes of what was scored."""
+        scored, pull = jax.vjp(
             lambda trained: self.micro(lora.join(trained, frozen), micro), trained
         )
-        weights = micro.rows(weights_of(micro.from_rows(log_probs)))
-        return pull((weights, jnp.zeros_like(entropy)))[0], (log_probs, entropy)
+        weights = weights_of(Scored(*map(micro.from_rows, scored)))
+        cotangents = (
+            jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
+        )
+        return pull(tuple(cotangents))[0], scored
 
 
 def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
@@ -286,12 +299,17 @@ def make_update(
     parameters and the optimizer stay as they were, and "update/skipped" is 1.
     """
 
-    scorer = _Scorer(policy, temperature, with_entropy)
+    scorer = _Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
 
-    def loss_of(log_probs, others, tokens, prepared):
-        return algorithm.loss({**others, "policy": log_probs}, tokens, prepared)
+    def loss_of(scored: Scored, others, tokens, prepared):
+        found = {**others, "policy": scored.log_probs}
+        return algorithm.loss(found, tokens, prepared, entropy=scored.entropy)
 
     slope = jax.grad(loss_of, has_aux=True)
+
+    def differentiated(log_probs, entropy) -> Scored:
+        """What the loss depends on: the entropy only where it has a bonus."""
+        return Scored(log_probs, entropy if algorithm.entropy_bonus else None)
 
     def with_anchor(others, log_probs):
         """All log-probs that the loss needs; without an anchor, the policy's own stand for it."""
@@ -300,13 +318,15 @@ def make_update(
     def known_weights(params, layout: Layout, prepared):
         """d loss / d log-prob in the layout's shape; None if each micro-batch finds its own."""
         tokens, others = layout.tokens, layout.log_probs
-        if "anchor" not in others and algorithm.needs <= {"anchor"}:
+        if "anchor" not in others and algorithm.needs_no_log_probs:
             log_probs = jnp.zeros(tokens.trained.shape)  # only its difference to itself counts
         elif layout.has_whole_groups:
             return None
         else:
             log_probs, _ = dataclasses.replace(scorer, with_entropy=False).batch(params, layout)
-        return slope(log_probs, with_anchor(others, log_probs), tokens, prepared)[0]
+        # The loss is linear in the entropy, so its slope needs no value of it.
+        scored = differentiated(log_probs, jnp.zeros_like(log_probs))
+        return slope(scored, with_anchor(others, log_probs), tokens, prepared)[0]
 
     def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
         layout = layout_of(batch, log_probs, num_micro)
@@ -318,15 +338,16 @@ def make_update(
         def add_micro(sums, i):
             micro = layout.micro(i)
 
-            def weights_of(log_probs):
+            def weights_of(scored: Scored):
                 # The weights of a group depend on the log-probs of that group alone.
-                others = with_anchor(jax.tree.map(micro.of, layout.log_probs), log_probs)
-                return slope(log_probs, others, micro.tokens, micro.prepared(prepared))[0]
+                others = with_anchor(jax.tree.map(micro.of, layout.log_probs), scored.log_probs)
+                scored = differentiated(*scored)
+                return slope(scored, others, micro.tokens, micro.prepared(prepared))[0]
 
             if weights is None:
                 more = scorer.gradient_of(trained, frozen, micro, weights_of)
             else:
-                more = scorer.gradient(trained, frozen, micro, micro.of(weights))
+                more = scorer.gradient(trained, frozen, micro, jax.tree.map(micro.of, weights))
             grads, scored = more
             # Without this the partitioner may sum whole gradients on every device.
             return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
@@ -336,7 +357,8 @@ def make_update(
         log_probs, entropy = jax.tree.map(layout.joined, parts)
         with jax.named_scope("loss"):
             others = with_anchor(layout.log_probs, log_probs)
-            loss, metrics = loss_of(log_probs, others, layout.tokens, prepared)
+            scored = differentiated(log_probs, entropy)
+            loss, metrics = loss_of(scored, others, layout.tokens, prepared)
         metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, layout)
 
         with jax.named_scope("optimizer"):

@@ -1,8 +1,8 @@
-"""GSPO: the clipped surrogate with one ratio a completion.
+"""LUSPO: the clipped surrogate with one ratio a completion, worth as much as it has tokens.
 
 Letters: P prompts, G completions of a prompt.
 
-Source: Zheng et al. 2025, "Group Sequence Policy Optimization", arXiv 2507.18071.
+Source: Liu et al. 2026, "Length-Unbiased Sequence Policy Optimization", arXiv 2602.05261.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from adpo_jax.losses.parameters import parameter, scale_rewards_parameter
 
 
 @dataclass(frozen=True)
-class Gspo(Algorithm):
-    """Group Sequence Policy Optimization.
+class Luspo(Algorithm):
+    """Length-Unbiased Sequence Policy Optimization.
 
     r_i = exp(mean over the tokens of completion i of log_prob - anchor_log_prob)
-    objective = mean over completions of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+    objective = mean over completions of -length min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
     """
 
-    name: ClassVar[str] = "gspo"
+    name: ClassVar[str] = "luspo"
     on_policy_anchor: ClassVar[bool] = True
     own_metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("clip_frac", "groups", "of completions whose gradient the clip stopped", "share"),
@@ -33,14 +33,15 @@ class Gspo(Algorithm):
     clip_high: float = parameter(4e-4, "ratios are clipped at 1 + clip_high", above=0.0)
     scale_rewards: str = scale_rewards_parameter()
 
-    def score(self, rewards_PG, *, entropy_P=None):
+    def score(self, rewards_PG, *, entropy_P=None, lengths_PG=None):
         return self.advantages(rewards_PG, self.scale_rewards, eps=1e-6)
 
-    def objective(self, log_ratio, tokens, prepared):
+    def objective(self, log_ratio, tokens, prepared, log_probs):
         A_PG, weights = prepared.scores.advantages_PG, prepared.weights
-        r_PG = 1.0 + shared.expm1(tokens.sum(log_ratio) / shared.lengths(tokens))
+        lengths_PG = shared.lengths(tokens)
+        r_PG = shared.ratio(tokens.sum(log_ratio) / lengths_PG)
         clipped_PG = jnp.clip(r_PG, 1.0 - self.clip_low, 1.0 + self.clip_high)
-        surrogate_PG = jnp.minimum(r_PG * A_PG, clipped_PG * A_PG)
+        surrogate_PG = lengths_PG * jnp.minimum(r_PG * A_PG, clipped_PG * A_PG)
         is_clipped_PG = (clipped_PG * A_PG < r_PG * A_PG).astype(r_PG.dtype)
         loss = -(weights.kept_group_P * surrogate_PG.mean(-1)).sum()
         return loss, {"clip_frac": (weights.group_P * is_clipped_PG.mean(-1)).sum()}
