@@ -68,6 +68,19 @@ def test_every_cut_gives_the_gradient_and_metrics_of_padded_rows(cut, anchor):
     assert_same(in_rows(anchor), found)
 
 
+def test_a_loss_that_needs_log_probs_beforehand_is_the_same_in_every_layout():
+    """Its weights depend on log-probs of whole groups, which a cut group finds by a forward."""
+    algorithm = losses.Tpo(sampler_correction="truncate", entropy_bonus=0.2)
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    rows = step(policy, params, batch, rewards, algorithm=algorithm)
+    for cut in ({"completions_per_micro": 4, "whole_groups": True}, {"completions_per_micro": 3}):
+        packed = pack(batch.sequences(), tile=4, **cut)
+        assert_same(rows, step(policy, params, packed, rewards, algorithm=algorithm))
+    assert 0 < rows[1]["tpo/sampler_clip_frac"] < 1
+    assert rows[1]["tpo/entropy_bonus"] == pytest.approx(rows[1]["rollout/entropy"], rel=1e-5)
+
+
 # What a tool said lies between what the policy wrote: it is there, and nobody trains on it.
 HOLES = np.array([1, 1, 0, 0, 0, 1, 1, 1], bool)
 
