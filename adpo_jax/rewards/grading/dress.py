@@ -58,7 +58,7 @@ SAME = {
     "Reals": r"\mathbb{R}", "reals": r"\mathbb{R}", "leqq": r"\le ", "geqq": r"\ge ",
     "vcentcolon": ":", "ratio": ":", "textpm": r"\pm ", "texttimes": r"\times ",
     "lang": "(", "rang": ")", "ldots": "...", "cdots": "...", "dotsc": "...", "dots": "...",
-    "hdots": "...", "dotsb": "...", "textquotesingle": "'", "Bbb": r"\mathbb",
+    "hdots": "...", "coloneqq": "=", "dotsb": "...", "textquotesingle": "'", "Bbb": r"\mathbb",
 }  # fmt: skip
 _SYNONYMS = re.compile(rf"\\({'|'.join(SAME)}){_NO_LETTER}")
 _BARE_REALS = re.compile(r"\\mathbb {1,4}R(?![A-Za-z])|\\mathbb(?=R(?![A-Za-z]))R")
@@ -68,6 +68,7 @@ _ORDINAL = re.compile(
     r"|\\[a-z]{4,6} ?\{(?:st|nd|rd|th)\}))"
 )
 _TO = re.compile(r"(?<=[0-9}]) {0,4}- {0,4}to {0,4}- {0,4}(?=[0-9\\])|\\text\{ ?-to- ?\}")
+_RUPEES = re.compile(r"\\text {0,4}\{ ?Rs\.? ?\}|Rs\.? ?(?=[0-9])")
 _EMPTY_SCRIPT = re.compile(r"[\^_] {0,4}\{ {0,4}\}")
 _NAMES = re.compile(r"\\([A-Za-z]+)")
 _LOOKS = {
@@ -99,7 +100,9 @@ _COLUMN = re.compile(
     r" {0,4}\\begin\{array\}\{[lcr| ]{1,12}\}((?:(?!\\begin).)*)\\end\{array\} {0,4}"
 )
 _ROW_GAP = re.compile(r"(\\\\) {0,4}\[ {0,4}-?[0-9.]{1,6} {0,4}[a-z]{2} {0,4}\]")
-_PIECEWISE = re.compile(r"&(?! {0,8}(?:[=<>]|\\(?:le|ge|leq|geq|lt|gt|approx|ne|neq)(?![A-Za-z])))")
+_PIECEWISE = re.compile(
+    r"&(?! {0,8}(?:[=<>]|\\(?:le|ge|leq|geq|lt|gt|approx|ne|neq)(?![A-Za-z])|\\\\|$))"
+)
 _ALIGNED_RELATION = re.compile(r"& {0,4}([=<>]|\\(?:le|ge|leq|geq|approx)) {0,4}&")
 _ROW_END = re.compile(
     r"\\\\ {0,4}(?:\[ {0,4}-?[0-9.]{1,6} {0,4}[a-z]{2} {0,4}\])?|\\cr(?![A-Za-z])"
@@ -109,17 +112,17 @@ _CONTINUES = re.compile(
 )
 
 _BEFORE = re.compile(
-    r"=>|=(?![=<>])|:(?!=)|"
-    r"\\text\{ ?[Aa]ns(?:wer)?[ .:=]{0,3}\}|[Aa]ns(?:wer)?\.? ?[:=]"
-    r"|\\(?:therefore|implies|to|longrightarrow|[Rr]ightarrow|[Ll]ongrightarrow|Longrightarrow|iff|so)(?![A-Za-z])"
-    r"|\\[,;:! ]|~(?=~)| |\{\}"
+    r"=>|=(?![=<>])|:(?!=)|\\[,;:! ]|~(?=~)| |\{\}|\\text\{ ?= ?\}"
+    r"|\\text\{ ?[Aa]ns(?:wer)?[ .:=]{0,3}\}|[Aa]ns(?:wer)?\.? ?[:=]"
+    r"|\\(?:therefore|implies|to|equiv|longrightarrow|[Rr]ightarrow|Longrightarrow|iff|so)"
+    r"(?![A-Za-z])"
 )
 _AFTER = (
     "\\,", "\\;", "\\:", "\\!", "\\ ", "\\\\", "\\checkmark", "\\blacksquare", "\\square",
     "\\Box", "\\qed", "\\qedhere", "\\text{.}", "\\text{,}", "\\quad", "\\qquad", "{}",
     ",", ";", ":", " ", "~", "\\",
 )  # fmt: skip
-_EMPHASIS = ("**", "__", "``", "`", '"', "''", "*")
+_EMPHASIS = ("**", "__", "``", "`", '"', "''", "*", "'")
 _LINES = re.compile(r"[\t\n\r]")
 _MATHS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")  # what opens and closes a formula
 _UNICODE = str.maketrans({
@@ -129,6 +132,7 @@ _UNICODE = str.maketrans({
     "］": "]",
     "＜": "<", "＞": ">", "＄": "$", "｜": "|", "∣": "|", "⟨": "(", "⟩": ")", "⌊": "\\lfloor ",
     "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ", "℃": "^\\circ C", "℉": "^\\circ F",
+    "«": '"', "»": '"', "₹": "\\rupee ", "¥": "\\yen ",
     "“": '"', "”": '"', "‘": "'", "•": "\\cdot ", "∙": "\\cdot ", "…": "...", "⅕": "\\frac15 ",
     "⅖": "\\frac25 ", "⅗": "\\frac35 ", "⅘": "\\frac45 ", "⅙": "\\frac16 ", "⅚": "\\frac56 ",
     "⅛": "\\frac18 ", "⅜": "\\frac38 ", "⅝": "\\frac58 ", "⅞": "\\frac78 ", "∛": "\\cbrt ",
@@ -180,6 +184,10 @@ def undress(text: str) -> str:
     if "{" in text:
         text = _EMPTY_SCRIPT.sub("", _COLON.sub(":", text))
         text = _ORDINAL.sub("", text)
+    if ":=" in text:
+        text = text.replace(":=", "=")
+    if "Rs" in text:
+        text = _RUPEES.sub(r"\\rupee ", text)
     if "to" in text:
         text = _TO.sub(" to ", text)
     text = _without_marks(text)

@@ -90,7 +90,7 @@ def _names_in(word: str) -> list[str]:
     names, letters, position = [], 0, 0
     while position < len(word):
         name = next(
-            (word[position : position + n] for n in (6, 5, 4, 3, 2)
+            (word[position : position + n] for n in (7, 6, 5, 4, 3, 2)
              if word[position : position + n] in FUNCTION_WORDS | {"pi"}),
             word[position],
         )  # fmt: skip

@@ -25,7 +25,8 @@ _FONTS = """
 _GREEK_NAMES, _FONT_NAMES = set(_GREEK.split()), set(_FONTS.split())
 _OTHER_FACTORS = {"frac", "binom", "dbinom", "tbinom", "pi", "infty", "lfloor", "lceil"}
 FACTOR_COMMANDS = _GREEK_NAMES | _FONT_NAMES | FUNCTION_WORDS | _OTHER_FACTORS
-_INVERTIBLE = {"arcsin", "arccos", "arctan", "arcsec", "arccsc", "arccot"}
+_INVERTIBLE = {"arcsin", "arccos", "arctan", "arcsec", "arccsc", "arccot", "arcsinh",
+               "arccosh", "arctanh"}  # fmt: skip
 _TEN = ("num", Fraction(10))
 
 

@@ -28,11 +28,12 @@ def same_tree(a: Tree, b: Tree) -> bool:
     """
     if a == b:
         return True
-    a, b = _multiplied_out(_settled(a)), _multiplied_out(_settled(b))
+    a, b = _settled(a), _settled(b)
     if a[0] == "rel" and b[0] != "rel":
         a = _assigned(a) or a
     elif b[0] == "rel" and a[0] != "rel":
         b = _assigned(b) or b
+    a, b = _multiplied_out(a), _multiplied_out(b)
     if (realset.is_set(a) or realset.is_set(b)) and _same_variables(a, b):
         same = _same_intervals(a, b)
         if same is not None:
@@ -45,6 +46,8 @@ def same_tree(a: Tree, b: Tree) -> bool:
         b = _as_point(b)
     left, right = _collected(a), _collected(b)
     if left is not None and right is not None:
+        if a[0] == "or" and b[0] != "or" and all(_is_choice(t) for t in right):
+            return False  # B or C is one of them
         if _named_apart(left) != _named_apart(right):
             return False
         return _same_collections(left, right, as_sets="set" in (a[0], b[0]))
@@ -181,6 +184,10 @@ def _as_point(tree: Tree) -> Tree:
     if len(values_of) < len(tree[1]):
         return tree
     return ("tuple", "(", ")", tuple(values_of[name] for name in sorted(values_of)))
+
+
+def _is_choice(tree: Tree) -> bool:
+    return tree[0] == "sym" and len(tree[1]) == 1 and "A" <= tree[1] <= "J"
 
 
 def _both_signs(tree: Tree) -> list[Tree]:

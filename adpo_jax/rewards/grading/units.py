@@ -14,7 +14,8 @@ _SYNONYMS = {
     "lb": "pound lbs", "oz": "ounce", "l": "liter litre L", "ml": "milliliter millilitre mL",
     "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "day": "days",
     "week": "wk wks", "month": "mo", "year": "yr yrs", "dollar": "usd bucks buck USD",
-    "euro": "eur EUR", "gbp": "GBP", "cent": "", "mph": "mileperhour", "degree": "deg degrees",
+    "euro": "eur EUR", "gbp": "GBP", "rupee": "rupees INR", "yen": "JPY",
+    "cent": "", "mph": "mileperhour", "degree": "deg degrees",
     "rad": "radian", "unit": "", "hz": "hertz Hz", "n": "newton N", "j": "joule J", "w": "watt W",
     "v": "volt V", "a": "amp ampere A", "mole": "mol", "k": "kelvin K", "ha": "hectare",
     "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne",
@@ -29,7 +30,7 @@ _SHORT = set(CANONICAL) | set(_SHORT_NOUNS.split())
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
-_MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp"}
+_MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp", "rupee": "rupee", "yen": "yen"}
 _NO_LABELS = {
     "not", "never", "no", "nor", "or", "but", "except", "anything", "either", "neither", "between",
     "than",

@@ -208,6 +208,27 @@ def tanh(x: Value) -> Value:
     return div(sinh(x), cosh(x))
 
 
+def asinh(x: Value) -> Value:
+    return ln(add(x, _square_root(add(mul(x, x), Fraction(1)))))
+
+
+def acosh(x: Value) -> Value:
+    roots = _square_root(sub(x, Fraction(1))), _square_root(add(x, Fraction(1)))
+    return ln(add(x, mul(*roots)))
+
+
+def atanh(x: Value) -> Value:
+    return div(ln(div(add(Fraction(1), x), sub(Fraction(1), x))), Fraction(2))
+
+
+def sign(x: Value) -> Value:
+    return Fraction(order(x, Fraction(0)))
+
+
+def _square_root(x: Value) -> Value:
+    return Fraction(0) if is_zero(x) else power(x, Fraction(1, 2))
+
+
 def asin(x: Value) -> Value:
     return ball.asin(to_ball(x))
 
