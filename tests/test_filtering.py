@@ -33,7 +33,7 @@ class Sampler:
             ]
         )
         texts = [f"{name}.{g}" for name in names for g in range(G)]
-        counts = {"timeouts": 1, "crashes": 2, "unparsed": 3}
+        counts = {"timeouts": 1, "crashes": 2, "unparsed": 3, "grader_faults": 4}
         scores = Scores(rewards.reshape(-1), {"right": rewards.reshape(-1)}, counts)
         return GradedGroups(prompts, out, texts, scores, (1.0, 0.5))
 
@@ -60,6 +60,7 @@ def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_tim
         "reward/timeouts": 2.0,
         "reward/crashes": 4.0,
         "reward/unparsed_frac": 6 / (2 * P * G),
+        "reward/grader_faults": 8.0,
         "rollout/tokens_per_s": 2 * P * G * T / 2.0,
         "filter/attempts": 2.0,
         "filter/dropped_frac": 2 / 6,

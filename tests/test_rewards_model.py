@@ -76,7 +76,7 @@ def test_the_total_is_the_weighted_sum_and_every_function_is_reported(file):
     assert scores.total.dtype == np.float32
     assert list(scores.components) == ["good_accuracy", "length", "scaled", "waits"]
     np.testing.assert_array_equal(scores.components["length"], [9, 4])
-    assert scores.counts == {"timeouts": 0, "crashes": 0, "unparsed": 1}
+    assert scores.counts == {"timeouts": 0, "crashes": 0, "unparsed": 1, "grader_faults": 0}
 
 
 def test_named_parts_are_summed_and_reported(file):

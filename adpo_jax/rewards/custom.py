@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from adpo_jax.rewards import builtin
+from adpo_jax.rewards.grading import faults
 
 BUILTINS: dict[str, Callable] = {
     "good_accuracy": builtin.good_accuracy,
@@ -44,10 +45,12 @@ class Grades(NamedTuple):
     parts: N rewards under each part's name, or under "" if the function returned a plain list; a
       reward is None where the function skipped the sample.
     unparsed: how many completions held no answer that could be read.
+    faults: what the grader itself failed at, one text for each time (see `grading.faults`).
     """
 
     parts: dict[str, list[float | None]]
     unparsed: int = 0
+    faults: tuple[str, ...] = ()
 
 
 class BadReward(ValueError):
@@ -110,15 +113,18 @@ def grade(
       BadReward: not N rewards, or one that is no finite number.
       Exception: whatever the function raises.
     """
-    if found is builtin.good_accuracy:
-        scores, unparsed = builtin.good_accuracy_counted(
-            completions, columns["solution"], **function.kwargs
-        )
-        return Grades({"": scores}, unparsed)
-    result = call(found, function, completions, columns)
-    if inspect.isawaitable(result):
-        result = asyncio.run(_awaited(result))
-    return checked(result, len(completions))
+    with faults.collected() as collected:
+        if found is builtin.good_accuracy:
+            scores, unparsed = builtin.good_accuracy_counted(
+                completions, columns["solution"], **function.kwargs
+            )
+            grades = Grades({"": scores}, unparsed)
+        else:
+            result = call(found, function, completions, columns)
+            if inspect.isawaitable(result):
+                result = asyncio.run(_awaited(result))
+            grades = checked(result, len(completions))
+    return grades._replace(faults=tuple(collected))
 
 
 def call(

@@ -2,16 +2,17 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from adpo_jax.rewards import builtin, custom
 from adpo_jax.rewards.custom import BadReward, Grades, RewardFunction
 from adpo_jax.rewards.errors import RewardError
+from adpo_jax.rewards.grading import faults
 from adpo_jax.rewards.pool import Job, WorkerPool
 
-_COUNTS = ("timeouts", "crashes", "unparsed")
+_COUNTS = ("timeouts", "crashes", "unparsed", "grader_faults")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Scores:
         under "name/part".
       counts: "timeouts", checks killed at their deadline; "crashes", checks that ended their worker
         or ran out of memory; "unparsed", completions in which good_accuracy found no answer that it
-        can read.
+        can read; "grader_faults", comparisons that failed inside the grader, by a fault of ours.
     """
 
     total: np.ndarray
@@ -48,7 +49,7 @@ class Scores:
             )
             for name in names
         }
-        counts = {name: sum(part.counts[name] for part in parts) for name in _COUNTS}
+        counts = {name: sum(part.counts.get(name, 0) for part in parts) for name in _COUNTS}
         return cls(np.concatenate([part.total for part in parts]), components, counts)
 
     def select(self, rows: "list[int]") -> "Scores":
@@ -191,6 +192,7 @@ class RewardModel:
                 raise self._error(function, message, index, completions, columns, text) from error
         counts = dict.fromkeys(_COUNTS, 0)
         counts["unparsed"] = sum(g.unparsed for g in grades)
+        counts["grader_faults"] = _logged(fault for g in grades for fault in g.faults)
         return self._combined(grades, counts, [set() for _ in grades], completions, columns)
 
     def _from_workers(self, job: Job, completions: list[str], columns: dict[str, list]) -> Scores:
@@ -210,6 +212,7 @@ class RewardModel:
                     nonfinite=reply.get("nonfinite", False),
                 )
             counts["unparsed"] += reply.get("unparsed", 0)
+            counts["grader_faults"] += _logged(reply.get("faults", ()))
             if "killed" in reply:
                 counts[reply["killed"]] += 1
                 if self._on_timeout == "stop":
@@ -242,7 +245,8 @@ class RewardModel:
         total = np.zeros(len(completions))
         has_reward = np.zeros(len(completions), bool)
         components: dict[str, np.ndarray] = {}
-        for function, name, (parts, _), zeros in zip(self.functions, self.names, grades, killed):
+        for function, name, given_by, zeros in zip(self.functions, self.names, grades, killed):
+            parts = given_by.parts
             table = np.array(list(parts.values()), np.float64).reshape(len(parts), -1)
             table[:, list(zeros)] = 0.0
             given = ~np.isnan(table).all(axis=0)
@@ -285,6 +289,15 @@ class RewardModel:
             traceback_text=traceback_text,
             nonfinite=nonfinite,
         )
+
+
+def _logged(of_grader: Iterable[str]) -> int:
+    """Logs faults of the grader, of each kind the first, and counts all of them."""
+    count = 0
+    for fault in of_grader:
+        faults.log(fault)
+        count += 1
+    return count
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ import time
 import traceback
 
 from adpo_jax.rewards import custom, wire
+from adpo_jax.rewards.grading import faults
 
 _PR_SET_PDEATHSIG = 1
 
@@ -60,7 +61,7 @@ def _serve(connection, found, function, positions, completions, columns, timeout
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             grades = custom.grade(found, function, completions[i : i + 1], one)
-            reply = {"parts": grades.parts, "unparsed": grades.unparsed}
+            reply = {"parts": grades.parts, "unparsed": grades.unparsed, "faults": grades.faults}
         except MemoryError:
             reply = {"killed": "crashes"}
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -76,9 +77,10 @@ def _serve_together(
     async def grade_one(i: int) -> None:
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
-            awaitable = custom.call(found, function, completions[i : i + 1], one)
-            result = await asyncio.wait_for(awaitable, timeout_s)
-            reply = {"parts": custom.checked(result, 1).parts, "unparsed": 0}
+            with faults.collected() as collected:
+                awaitable = custom.call(found, function, completions[i : i + 1], one)
+                result = await asyncio.wait_for(awaitable, timeout_s)
+            reply = {"parts": custom.checked(result, 1).parts, "unparsed": 0, "faults": collected}
         except TimeoutError:
             reply = {"killed": "timeouts"}
         except MemoryError:

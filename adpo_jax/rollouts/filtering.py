@@ -31,6 +31,7 @@ OF_ALL_ATTEMPTS = (
     "reward/timeouts",
     "reward/crashes",
     "reward/unparsed_frac",
+    "reward/grader_faults",
 )
 
 

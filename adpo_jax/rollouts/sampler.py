@@ -211,6 +211,8 @@ def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
         "reward/timeouts": float(counts["timeouts"]),
         "reward/crashes": float(counts["crashes"]),
         "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
+        # Recordings made before faults were counted have no such count.
+        "reward/grader_faults": float(counts.get("grader_faults", 0)),
         "groups/zero_std_frac": float(np.mean(np.ptp(rewards_PG, axis=1) == 0.0)),
         "groups/all_right_frac": float(np.mean((rewards_PG > 0.0).all(axis=1))),
         "groups/all_wrong_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),

@@ -17,7 +17,8 @@ from adpo_jax.rewards.grading.limits import MAX_BITS
 
 PRECISION = 320
 _ROUND = "n"
-_ZERO_MAG = -(10**6)
+_ZERO_MAG = -(10**15)
+_MAX_MAG = 10**12  # numbers of mpmath have exponents of any size
 
 
 class Undefined(ArithmeticError):
@@ -44,7 +45,11 @@ class Ball:
         self.im = fzero if _mag(im) <= err else im
         self.err = err
         self.mag = max(_mag(self.re), _mag(self.im))
-        if self.mag > MAX_BITS or self.err > max(self.mag, 0) - 64:
+        if (
+            self.mag > _MAX_MAG
+            or _ZERO_MAG < self.mag < -_MAX_MAG
+            or self.err > max(self.mag, 0) - 64
+        ):
             raise Undefined("too large, or too inexact to tell anything from")
 
     @property
@@ -85,13 +90,21 @@ def overlap(a: Ball, b: Ball) -> bool:
 
 def compare(a: Ball, b: Ball) -> int:
     """-1, 0 or 1 for two real balls; 0 where they overlap."""
-    difference = add(a, neg(b))
+    difference = _sum(a, neg(b))
     if not difference.is_real:
         raise Undefined("no order between complex numbers")
     return 0 if difference.is_zero else difference.sign
 
 
 def add(a: Ball, b: Ball) -> Ball:
+    """Raises Undefined where one of them is so small that the sum would not show it."""
+    result = _sum(a, b)
+    if _ZERO_MAG < min(a.mag, b.mag) <= result.err:
+        raise Undefined("a term too small to tell anything from")
+    return result
+
+
+def _sum(a: Ball, b: Ball) -> Ball:
     re = libmp.mpf_add(a.re, b.re, PRECISION, _ROUND)
     im = libmp.mpf_add(a.im, b.im, PRECISION, _ROUND)
     return Ball(re, im, max(a.err, b.err) + 1)
@@ -132,7 +145,7 @@ def integer_power(a: Ball, n: int) -> Ball:
 
 
 def exp(a: Ball) -> Ball:
-    if a.mag > 11:  # |a| < 2048, so that the result has few enough bits
+    if a.mag > 13:  # |a| < 8192
         raise Undefined("exponent too large")
     re, im = libmp.mpc_exp((a.re, a.im), PRECISION, _ROUND)
     return Ball(re, im, max(_mag(re), _mag(im)) + max(a.err, -PRECISION) + 2)
@@ -219,6 +232,8 @@ def floor(a: Ball) -> int:
     """Raises Undefined where the ball holds an integer."""
     if not a.is_real:
         raise Undefined("no floor of a complex number")
+    if a.mag > MAX_BITS:
+        raise Undefined("too large for its last digit to be known")
     result = libmp.to_int(libmp.mpf_floor(a.re))
     below = add(a, neg(from_fraction(Fraction(result))))
     above = add(a, neg(from_fraction(Fraction(result + 1))))

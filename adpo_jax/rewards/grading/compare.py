@@ -8,18 +8,26 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from adpo_jax.rewards.grading import values
+from adpo_jax.rewards.grading import faults, values
 from adpo_jax.rewards.grading.ball import Undefined
+from adpo_jax.rewards.grading.dress import undress
 from adpo_jax.rewards.grading.evaluate import evaluate, symbols
 from adpo_jax.rewards.grading.lexer import Token, Unreadable, normalise, tokenize
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.parse import Tree, parse
 from adpo_jax.rewards.grading.structure import same_tree
 from adpo_jax.rewards.grading.units import split_unit
-from adpo_jax.rewards.grading.words import based_numeral, is_choice, same_words
+from adpo_jax.rewards.grading.words import (
+    based_numeral,
+    is_choice,
+    is_word_list,
+    same_time,
+    same_words,
+    words,
+)
 
 _NUMBER = re.compile(
-    r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,20}|[0-9]{1,60})(\.[0-9]{0,60})?"
+    r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,200}|[0-9]{1,600})(\.[0-9]{0,600})?"
 )
 _ROUNDED = re.compile(r"[-+]?[0-9,]*\.[0-9]{2,}")
 
@@ -45,13 +53,24 @@ class Answer(NamedTuple):
 def compare(answer: str, reference: str) -> Verdict:
     """Compares an answer with the reference, both without boxes and tags.
 
-    Never raises, whatever either says.
+    Never raises, whatever either says: a fault of the grader is reported (see `faults`), and the
+    answer counts as one that cannot be read.
     """
+    try:
+        return _compare(answer, reference)
+    except Exception as error:
+        faults.report(error, answer, reference)
+        return Verdict(False, False)
+
+
+def _compare(answer: str, reference: str) -> Verdict:
     answer, reference = answer.strip(), reference.strip()
-    if not answer or len(answer) > MAX_ANSWER_CHARS:
+    if not answer or _is_nan(reference):
         return Verdict(False, False)
     if answer == reference:
         return Verdict(True, True)
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Verdict(False, False)
     x, y = _plain_number(answer), _plain_number(reference)
     if x is not None and y is not None and x == y:
         return Verdict(True, True)
@@ -65,8 +84,16 @@ def compare(answer: str, reference: str) -> Verdict:
     return Verdict(right, right or read_answer.tree is not None or read_answer.based is not None)
 
 
+def _is_nan(reference: str) -> bool:
+    """Whether a table without a value there has become the reference; nothing equals it."""
+    return len(reference) < 40 and "nan" in reference.lower() and words(reference).lower() == "nan"
+
+
 def read(text: str, join_thousands: bool = True) -> Answer:
     """Reads an answer. Never raises; `tree` is None where it is outside the grammar."""
+    if len(text) > 2 * MAX_ANSWER_CHARS:
+        return Answer("", None, None, None, False, None)
+    text = undress(text)
     based = based_numeral(text)
     if based is not None:
         return Answer(text, None, None, None, False, based)
@@ -102,11 +129,18 @@ def _plain_number(text: str) -> int | Fraction | None:
 
 
 def _same(a: Answer, b: Answer) -> bool:
+    is_same_time = same_time(a.text, b.text)
+    if is_same_time is not None:
+        return is_same_time
     if a.based or b.based:
         return a.based == b.based
     if a.tree is None or b.tree is None:
         return _same_text(a, b)
     if a.unit and b.unit and a.unit != b.unit:
+        return False
+    if (a.is_percent and b.unit and not b.is_percent) or (
+        b.is_percent and a.unit and not a.is_percent
+    ):
         return False
     left, right = a.tree, b.tree
     if same_tree(left, right) or _is_rounding(a, b):
@@ -126,7 +160,7 @@ def _same(a: Answer, b: Answer) -> bool:
 
 
 def _is_wordlike(reference: str) -> bool:
-    return is_choice(reference) or reference.isalpha()
+    return is_choice(reference) or reference.isalpha() or is_word_list(reference)
 
 
 def _same_text(a: Answer, b: Answer) -> bool:

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from adpo_jax.rewards.grading import ball, values
 from adpo_jax.rewards.grading.ball import Undefined
+from adpo_jax.rewards.grading.functions import TABLE
 from adpo_jax.rewards.grading.parse import Tree
 from adpo_jax.rewards.grading.values import Value
 
@@ -45,7 +46,7 @@ def evaluate(tree: Tree, point: int = 0) -> Value:
     if kind == "neg":
         return values.neg(evaluate(tree[1], point))
     if kind == "call":
-        return values.FUNCTIONS[tree[1]](*(evaluate(t, point) for t in tree[2:]))
+        return TABLE[tree[1]].value(*(evaluate(t, point) for t in tree[2:]))
     if kind == "percent":
         return values.div(evaluate(tree[1], point), Fraction(100))
     if kind == "degree":
@@ -71,16 +72,28 @@ def sample(name: str, point: int) -> Fraction:
 
 def symbols(tree: Tree) -> frozenset[str]:
     """The variables of a tree."""
-    if tree[0] == "sym":
-        return frozenset((tree[1],))
-    return frozenset().union(*(symbols(t) for t in children(tree)))
+    found: set[str] = set()
+    left = [tree]
+    while left:
+        tree = left.pop()
+        if tree[0] == "sym":
+            found.add(tree[1])
+        elif tree[0] != "num":
+            left.extend(children(tree))
+    return frozenset(found)
 
 
 def mentions(tree: Tree, *heads: tuple) -> bool:
     """Whether a node that starts like one of the heads occurs in the tree."""
-    return any(tree[: len(h)] == h for h in heads) or any(
-        mentions(t, *heads) for t in children(tree)
-    )
+    left = [tree]
+    while left:
+        tree = left.pop()
+        for head in heads:
+            if tree[: len(head)] == head:
+                return True
+        if tree[0] not in ("num", "sym"):
+            left.extend(children(tree))
+    return False
 
 
 def children(tree: Tree) -> list[Tree]:
@@ -119,34 +132,16 @@ def _is_operators(part: tuple) -> bool:
     return all(p in ("=", "<", ">", "<=", ">=", "!=", "in", "~") for p in part)
 
 
-def equal_scalars(a: Tree, b: Tree) -> bool:
-    """Whether two scalar trees stand for the same number or function.
-
-    Sample points where neither has a real value are passed over when the values differ, since
-    principal values disagree there for expressions that are the same where they are real
-    (`sqrt(x**3)` and `x sqrt(x)`); where one is real and the other not, they differ. Expressions
-    in i are compared everywhere.
-    """
-    if a[0] == "inf" or b[0] == "inf" or a == ("neg", ("inf",)) or b == ("neg", ("inf",)):
-        return a == b
-    if not symbols(a) and not symbols(b):
-        return values.equal(evaluate(a), evaluate(b))
-    is_complex = mentions(a, ("const", "i")) or mentions(b, ("const", "i"))
-    agreed = 0
-    for point in range(NUM_POINTS):
-        x, y = _value_or_none(a, point), _value_or_none(b, point)
-        if x is None and y is None:
-            continue
-        if x is None or y is None:
-            return False
-        if values.equal(x, y):
-            agreed += 1
-        elif is_complex or values.is_real(x) or values.is_real(y):
-            return False
-    return agreed >= 3
+def exact(tree: Tree) -> Fraction | None:
+    """The value of a constant where it is rational and within the limits, else None."""
+    if tree[0] == "num":
+        return tree[1]
+    value = None if symbols(tree) else value_or_none(tree)
+    return value if isinstance(value, Fraction) else None
 
 
-def _value_or_none(tree: Tree, point: int) -> Value | None:
+def value_or_none(tree: Tree, point: int = 0) -> Value | None:
+    """As evaluate, with None where there is no value."""
     try:
         return evaluate(tree, point)
     except Undefined:

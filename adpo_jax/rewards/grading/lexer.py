@@ -7,7 +7,9 @@ use for is refused. Only ASCII digits are digits.
 import re
 from typing import NamedTuple
 
+from adpo_jax.rewards.grading.functions import FUNCTION_WORDS
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS, MAX_DIGITS, MAX_TOKENS
+from adpo_jax.rewards.grading.words import words
 
 
 class Unreadable(ValueError):
@@ -51,8 +53,13 @@ _TEXT = re.compile(
     r"|bold|bm|boldsymbol|operatorname\*?|underline|boxed|fbox|mathbb)[ ]{0,4}\{([^{}\\$]{0,120})\}"
 )
 _WHOLE_TEXT = re.compile(r"\\(?:text[a-z]{0,6}|mbox|mathrm|mathbf|bm|boldsymbol)\{([^{}]*)\}")
+_REALS = {"all real numbers", "all reals", "the real numbers", "all real numbers x",
+          "the set of all real numbers", "the set of real numbers"}  # fmt: skip
+_LETTERS = re.compile(
+    r" ?\(?[A-Za-z]\)?(?:(?: ?[,;&]| and| or| & ){1,2} ?\(?[A-Za-z]\)?){1,12}\.? ?", re.IGNORECASE
+)
 _NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_GROUPS = r"[0-9]{1,3}(?:%s[0-9]{3}){1,20}(?![0-9])(?:\.[0-9]+)?"
+_GROUPS = r"[0-9]{1,3}(?:%s[0-9]{3}){1,200}(?![0-9])(?:\.[0-9]+)?"
 _SAFE_SEPARATOR = r"(?:\{,\}|\\text\{,\}|~|\\,|\\!|,\\!|\\[:; ]|\{\\,\})"
 _LEX = re.compile(
     r"(?P<space>(?:[ ~]|\\[,;:!> ]|\\q?quad(?![A-Za-z])|\\hspace\{[^{}]{0,20}\})+)"
@@ -60,14 +67,15 @@ _LEX = re.compile(
     + rf"|(?P<commas>{_GROUPS % ','})"
     + r"|(?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar)(?:\{[0-9]+\}|[0-9]))"
     + rf"|(?P<num>{_NUMBER}(?:[eE][-+]?[0-9]{{1,4}}(?![0-9A-Za-z.]))?)"
-    + r"|(?P<env>\\(?:begin|end)\{[A-Za-z]{1,12}\})"
+    + r"|(?P<env>\\(?:begin|end)\{[A-Za-z]{1,12}\*?\})"
     + r"|(?P<cmd>\\[A-Za-z]+|\\[{}%$|&#_\\])"
     + r"|(?P<word>[A-Za-z]+)"
-    + r"|(?P<op>\*\*|<=|>=|!=|==|[-+*/^_=<>(){}\[\]|,;:!%&'])"
+    + r"|(?P<op>\.\.\.|\*\*|<=|>=|!=|==|[-+*/^_=<>(){}\[\]|,;:!%&'])"
 )
+_ARGUMENT = re.compile(r"(?:\\[,;:! ]| )?[({\\^_0-9a-z]")
 _OPENING, _CLOSING = {"(", "[", "\\{"}, {")", "]", "\\}"}
 # Commands that stand for an operator; the parser sees the operator.
-_OPERATORS = {
+OPERATORS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=",
     "ge": ">=", "geq": ">=", "geqslant": ">=", "ne": "!=", "neq": "!=", "lt": "<", "gt": ">",
     "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "{": "\\{", "}": "\\}", "%": "%",
@@ -95,6 +103,12 @@ def normalise(text: str) -> str:
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole and any(c in "0123456789" for c in whole[1]):
         return whole[1].strip()  # `\\text{5 apples}` is no word
+    if "\\text" in text or "\\math" in text or "\\mbox" in text:
+        bare = words(text)
+        if _LETTERS.fullmatch(bare):
+            return bare.replace("&", ",")  # `\\text{B, C}` are letters
+        if bare.lower() in _REALS:
+            return "\\mathbb{R}"
     return text
 
 
@@ -116,7 +130,7 @@ def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
         if text[end] == "\\":
             group = _TEXT.match(text, end)
             if group:
-                tokens.append(_text_token(group, glued))
+                tokens.append(_text_token(group, glued, text[group.end() : group.end() + 4]))
                 end, glued = group.end(), True
                 continue
         match = _LEX.match(text, end)
@@ -135,8 +149,8 @@ def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
             kind, piece = piece[1:-1].split("{")
         elif kind == "cmd":
             piece = piece[1:]
-            if piece in _OPERATORS:
-                kind, piece = "op", _OPERATORS[piece]
+            if piece in OPERATORS:
+                kind, piece = "op", OPERATORS[piece]
             elif piece in ("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"):
                 piece = "frac"
         if kind in ("num", "repeat") and sum(c in "0123456789" for c in piece) > MAX_DIGITS:
@@ -150,7 +164,7 @@ def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
     return tokens
 
 
-def _text_token(group: re.Match, glued: bool) -> Token:
+def _text_token(group: re.Match, glued: bool, following: str) -> Token:
     content, command = group[1], group.group()[1:].split("{", 1)[0].strip()
     if command == "mathbb":
         return Token("cmd", "mathbb" + content.strip(), glued)
@@ -160,19 +174,14 @@ def _text_token(group: re.Match, glued: bool) -> Token:
         re.fullmatch(r"[A-Za-z]", inner)
     ):  # fmt: skip
         return Token("word", inner, glued)
+    if re.fullmatch(_NUMBER, inner) and len(inner) <= MAX_DIGITS:
+        return Token("num", inner, glued)
     if command.startswith("operatorname") or command == "mathrm":
         return Token(
             "word" if inner.isalpha() and inner in FUNCTION_WORDS else "text", content, glued
         )
+    if inner in FUNCTION_WORDS and inner not in ("min", "sec") and _ARGUMENT.match(following):
+        return Token("word", inner, glued)
     if inner.lower() == "infinity":
         return Token("cmd", "infty", glued)
-    if re.fullmatch(_NUMBER, inner) and len(inner) <= MAX_DIGITS:
-        return Token("num", inner, glued)
     return Token("text", content, glued)
-
-
-FUNCTION_WORDS = {
-    "sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan",
-    "arcsec", "arccsc", "arccot", "asin", "acos", "atan", "ln", "log", "lg", "exp", "sqrt", "cbrt",
-    "abs", "floor", "ceil", "max", "min", "gcd", "lcm", "cosec", "cis",
-}  # fmt: skip

@@ -19,17 +19,18 @@ Nothing is computed while parsing, so the limits on length and depth bound all t
 that a model writes is ever looked up anywhere but in the tables below.
 """
 
-from adpo_jax.rewards.grading.lexer import FUNCTION_WORDS, Token, Unreadable
+from adpo_jax.rewards.grading.functions import FUNCTION_WORDS
+from adpo_jax.rewards.grading.lexer import Token, Unreadable
 from adpo_jax.rewards.grading.limits import MAX_ITEMS
 from adpo_jax.rewards.grading.scalars import END, INFINITIES, ScalarParser, Tree
 
 __all__ = ["Tree", "parse"]
 
 _RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!="}
-_RELATION_COMMANDS = {"in": "in", "approx": "~", "equiv": "=", "simeq": "~"}
-_SET_COMMANDS = {"cup": "union", "cap": "intersection", "bigcup": "union", "setminus": "setminus",
+RELATION_COMMANDS = {"in": "in", "approx": "~", "equiv": "=", "simeq": "~"}
+SET_COMMANDS = {"cup": "union", "cap": "intersection", "bigcup": "union", "setminus": "setminus",
                  "backslash": "setminus"}  # fmt: skip
-_MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"}
+MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"}
 _OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
 
 
@@ -41,6 +42,9 @@ def parse(tokens: list[Token]) -> Tree:
     """
     parser = Parser(_split_words(tokens))
     tree = parser.items()
+    if parser.peek()[:2] == ("cmd", "over"):
+        parser.position += 1
+        tree = ("div", tree, parser.items())
     if parser.peek() is not END:
         raise Unreadable(f"unexpected {parser.peek().text!r}")
     return tree
@@ -60,6 +64,8 @@ def _split_words(tokens: list[Token]) -> list[Token]:
             split.append(Token("cmd", "cup", False))
         elif word in ("x", "X") and _is_times(tokens, i):
             split.append(Token("op", "*", False))
+        elif word == "to" and 0 < i < len(tokens) - 1:
+            split.append(Token("text", word, False))
         elif token.kind != "word" or len(word) == 1 or word in FUNCTION_WORDS or word in INFINITIES:
             split.append(token)
         elif word.lower() in ("and", "or"):
@@ -84,7 +90,7 @@ def _names_in(word: str) -> list[str]:
     names, letters, position = [], 0, 0
     while position < len(word):
         name = next(
-            (word[position : position + n] for n in (6, 5, 4, 3, 2)
+            (word[position : position + n] for n in (7, 6, 5, 4, 3, 2)
              if word[position : position + n] in FUNCTION_WORDS | {"pi"}),
             word[position],
         )  # fmt: skip
@@ -94,6 +100,17 @@ def _names_in(word: str) -> list[str]:
     if letters > (3 if letters == len(word) else 2):
         raise Unreadable(f"{word!r} is a word")
     return names
+
+
+def _ratio(items: list[Tree]) -> Tree:
+    """Parts joined by colons; a : b = 2 : 3 comes as a, b = 2 and 3 and is an equation."""
+    equations = [i for i, item in enumerate(items) if item[0] == "rel"]
+    if len(equations) == 1:
+        _, operators, sides = items[equations[0]]
+        left, right = (*items[: equations[0]], sides[0]), (sides[-1], *items[equations[0] + 1 :])
+        if operators == ("=",) and len(left) == len(right):
+            return ("rel", ("=",), (("ratio", left), ("ratio", right)))
+    return ("ratio", tuple(items))
 
 
 class Parser(ScalarParser):
@@ -121,7 +138,7 @@ class Parser(ScalarParser):
         if ":" in separators:
             if separators != {":"}:
                 raise Unreadable("a ratio in a list")
-            return ("ratio", tuple(items))
+            return _ratio(items)
         return ("or" if separators <= {"or", ","} and "or" in separators else "list", tuple(items))
 
     def separator(self) -> str | None:
@@ -133,6 +150,8 @@ class Parser(ScalarParser):
                 found = found or ("," if token.text == ";" else token.text)
             elif word in ("and", "or"):
                 found = word
+            elif word == "to" and found is None:
+                found = ":"
             elif token.kind == "cmd" and token.text in ("lor", "vee", "land", "wedge"):
                 found = "or" if token.text in ("lor", "vee") else "and"
             else:
@@ -148,8 +167,8 @@ class Parser(ScalarParser):
             token = self.peek()
             if token.kind == "op" and token.text in _RELATIONS:
                 operators.append(_RELATIONS[token.text])
-            elif token.kind == "cmd" and token.text in _RELATION_COMMANDS:
-                operators.append(_RELATION_COMMANDS[token.text])
+            elif token.kind == "cmd" and token.text in RELATION_COMMANDS:
+                operators.append(RELATION_COMMANDS[token.text])
             else:
                 break
             self.position += 1
@@ -160,8 +179,8 @@ class Parser(ScalarParser):
         tree = self.expression()
         while True:
             token = self.peek()
-            if token.kind == "cmd" and token.text in _SET_COMMANDS:
-                operator = _SET_COMMANDS[token.text]
+            if token.kind == "cmd" and token.text in SET_COMMANDS:
+                operator = SET_COMMANDS[token.text]
             else:
                 return tree
             self.position += 1
@@ -180,7 +199,7 @@ class Parser(ScalarParser):
         return ("set", tree[1] if tree[0] == "list" else (tree,))
 
     def matrix(self, environment: str) -> Tree:
-        if environment not in _MATRICES:
+        if environment not in MATRICES:
             raise Unreadable(f"environment {environment!r}")
         if environment == "array" and self.accept("{"):
             while not self.accept("}"):  # the format of the columns
@@ -202,4 +221,6 @@ class Parser(ScalarParser):
                 break
         if len({len(r) for r in rows}) != 1:
             raise Unreadable("rows of different lengths")
+        if environment in ("matrix", "smallmatrix") and len(rows) == len(rows[0]) == 1:
+            return rows[0][0]
         return ("matrix", tuple(rows))

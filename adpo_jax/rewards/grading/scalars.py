@@ -5,7 +5,8 @@ The trees are described in `parse`, whose parser adds lists, sets, relations and
 
 from fractions import Fraction
 
-from adpo_jax.rewards.grading.lexer import FUNCTION_WORDS, Token, Unreadable
+from adpo_jax.rewards.grading.functions import FUNCTION_WORDS, NAMES
+from adpo_jax.rewards.grading.lexer import Token, Unreadable
 from adpo_jax.rewards.grading.limits import MAX_DEPTH
 
 Tree = tuple
@@ -23,9 +24,9 @@ _FONTS = """
 """
 _GREEK_NAMES, _FONT_NAMES = set(_GREEK.split()), set(_FONTS.split())
 _OTHER_FACTORS = {"frac", "binom", "dbinom", "tbinom", "pi", "infty", "lfloor", "lceil"}
-_FACTOR_COMMANDS = _GREEK_NAMES | _FONT_NAMES | FUNCTION_WORDS | _OTHER_FACTORS
-_ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "cosec": "csc", "lg": "log"}
-_INVERTIBLE = {"arcsin", "arccos", "arctan", "arcsec", "arccsc", "arccot"}
+FACTOR_COMMANDS = _GREEK_NAMES | _FONT_NAMES | FUNCTION_WORDS | _OTHER_FACTORS
+_INVERTIBLE = {"arcsin", "arccos", "arctan", "arcsec", "arccsc", "arccot", "arcsinh",
+               "arccosh", "arctanh"}  # fmt: skip
 _TEN = ("num", Fraction(10))
 
 
@@ -127,7 +128,9 @@ class ScalarParser:
         if token.kind == "word":
             return True
         if token.kind == "cmd":
-            return token.text in _FACTOR_COMMANDS
+            return token.text in FACTOR_COMMANDS
+        if token.kind == "begin" or (token.text == "[" and self.peek(1).kind == "begin"):
+            return True
         return token.kind == "op" and (token.text in "({" or (token.text == "|" and not self.bars))
 
     def factor(self) -> Tree:
@@ -182,7 +185,7 @@ class ScalarParser:
         if token.kind == "cmd":
             return self.command(token.text)
         if token.kind == "op":
-            if token.text in ("(", "["):
+            if token.text in ("(", "[", "]"):
                 return self.bracket(token.text)
             if token.text == "{":
                 tree = self.nested(self.items)
@@ -204,7 +207,12 @@ class ScalarParser:
         return self.expression()
 
     def number(self, token: Token) -> Tree:
-        value = _fraction(token.text)
+        digits, _, exponent = token.text.lower().partition("e")
+        if len(exponent) > 3:  # a thousand digits and more are left as a power
+            return ("mul", ("num", Fraction(digits)), ("pow", _TEN, ("num", Fraction(exponent))))
+        value = Fraction(int(digits) if digits.isdecimal() else digits)
+        if exponent:
+            value *= Fraction(10) ** int(exponent)
         if value.denominator == 1 and token.text.isdecimal():
             part = self.proper_fraction()
             if part is not None:
@@ -316,7 +324,16 @@ class ScalarParser:
         if opening == "(" and self.accept(")"):
             raise Unreadable("empty brackets")
         tree = self.nested(self.items)
-        closing = self.expect(")", "]")
+        if opening == "(":
+            closing = self.expect(")", "]")
+        else:
+            closing = self.expect(")", "]", "[")
+        if opening == "]" or closing == "[":  # ]0, 1[ is (0, 1)
+            if tree[0] != "list" or len(tree[1]) != 2 or closing == ")":
+                raise Unreadable("brackets do not match")
+            opening, closing = (("(" if c == out else c) for c, out in
+                                ((opening, "]"), (closing, "[")))  # fmt: skip
+            closing = ")" if closing == "(" else closing
         if tree[0] == "list":
             return ("tuple", opening, closing, tree[1])
         if (opening == "(") != (closing == ")"):
@@ -333,9 +350,9 @@ class ScalarParser:
         return ("call", "abs", tree)
 
     def function(self, name: str) -> Tree:
-        name = _ALIASES.get(name, name)
-        if name in ("sqrt", "cbrt"):
-            degree = ("num", Fraction(2 if name == "sqrt" else 3))
+        spelling, name = name, NAMES[name]
+        if name == "root":
+            degree = ("num", Fraction(3 if spelling == "cbrt" else 2))
             if self.accept("["):
                 degree = self.nested(self.expression)
                 self.expect("]")
@@ -353,8 +370,10 @@ class ScalarParser:
         return tree if power is None else ("pow", tree, power)
 
     def function_arguments(self, name: str) -> tuple[Tree, ...]:
-        if self.peek().kind == "op" and self.peek().text in ("(", "{", "["):
+        if self.peek().kind == "op" and self.peek().text in ("(", "{", "[", "\\{"):
             argument = self.nested(self.primary)
+            if argument[0] == "set" and name in ("max", "min", "gcd", "lcm") and argument[1]:
+                return argument[1]
             if argument[0] == "tuple" and name in ("max", "min", "gcd", "lcm"):
                 return argument[3]
             return (argument,)
@@ -381,13 +400,6 @@ class ScalarParser:
 
 def _integer(token: Token) -> int | None:
     return int(token.text) if token.kind == "num" and token.text.isdecimal() else None
-
-
-def _fraction(text: str) -> Fraction:
-    digits, _, exponent = text.lower().partition("e")
-    if exponent and abs(int(exponent)) > 400:
-        raise Unreadable("exponent too large")
-    return Fraction(digits) * (Fraction(10) ** int(exponent) if exponent else 1)
 
 
 def _repeating(text: str) -> Fraction:

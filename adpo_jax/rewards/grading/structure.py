@@ -1,12 +1,13 @@
 """Whether two trees are the same answer: scalars by value, everything else part by part."""
 
 from fractions import Fraction
+from math import gcd
 
 from adpo_jax.rewards.grading import realset, values
 from adpo_jax.rewards.grading.ball import Undefined
+from adpo_jax.rewards.grading.equality import equal_scalars
 from adpo_jax.rewards.grading.evaluate import (
     NUM_POINTS,
-    equal_scalars,
     evaluate,
     mentions,
     symbols,
@@ -14,6 +15,7 @@ from adpo_jax.rewards.grading.evaluate import (
 )
 from adpo_jax.rewards.grading.parse import Tree
 
+_SCALARS = {"num", "sym", "const", "add", "mul", "div", "pow", "neg", "percent", "degree", "call"}
 _FUNCTION_NAMES = set("fghFGHPQpqrTV")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
@@ -24,20 +26,28 @@ def same_tree(a: Tree, b: Tree) -> bool:
     Raises:
       Undefined: a part of them has no value.
     """
+    if a == b:
+        return True
     a, b = _settled(a), _settled(b)
     if a[0] == "rel" and b[0] != "rel":
         a = _assigned(a) or a
     elif b[0] == "rel" and a[0] != "rel":
         b = _assigned(b) or b
-    same_variables = not symbols(a) or not symbols(b) or symbols(a) == symbols(b)
-    if same_variables and (realset.is_set(a) or realset.is_set(b)):
-        left, right = _intervals(a), _intervals(b)
-        if left is not None and right is not None:
-            return realset.same(left, right)
-    if a[0] == "list" and b[0] == "tuple" and b[1:3] == ("(", ")"):
+    a, b = _multiplied_out(a), _multiplied_out(b)
+    if (realset.is_set(a) or realset.is_set(b)) and _same_variables(a, b):
+        same = _same_intervals(a, b)
+        if same is not None:
+            return same
+    if a[0] == "list" and b[0] == "set" and len(b[1]) == 1 and _is_point(b[1][0]):
+        b = b[1][0]  # the one solution of a system, as a set
+    if _is_point(b):
         a = _as_point(a)
+    elif _is_point(a):
+        b = _as_point(b)
     left, right = _collected(a), _collected(b)
     if left is not None and right is not None:
+        if a[0] == "or" and b[0] != "or" and all(_is_choice(t) for t in right):
+            return False  # B or C is one of them
         if _named_apart(left) != _named_apart(right):
             return False
         return _same_collections(left, right, as_sets="set" in (a[0], b[0]))
@@ -50,7 +60,7 @@ def same_tree(a: Tree, b: Tree) -> bool:
     if a[0] == "tuple":
         return a[1:3] == b[1:3] and _same_items(a[3], b[3])
     if a[0] == "ratio":
-        return _same_items(a[1], b[1])
+        return _same_ratios(a[1], b[1])
     if a[0] == "matrix":
         return len(a[1]) == len(b[1]) and all(_same_items(r, s) for r, s in zip(a[1], b[1]))
     if a[0] == "rel":
@@ -58,15 +68,92 @@ def same_tree(a: Tree, b: Tree) -> bool:
     return equal_scalars(a, b)
 
 
+def _same_ratios(a: tuple, b: tuple) -> bool:
+    """Whether 4:6 is 2:3: the parts of one are those of the other times one number."""
+    if len(a) != len(b):
+        return False
+    if _same_items(a, b):
+        return True
+    if _is_time(b) or any(t[0] not in _SCALARS for t in a + b):
+        return False
+    zero = ("num", Fraction(0))
+    if same_tree(a[0], zero) or same_tree(b[0], zero):
+        return False
+    return all(same_tree(("mul", x, b[0]), ("mul", a[0], y)) for x, y in zip(a[1:], b[1:]))
+
+
+def _is_time(parts: tuple) -> bool:
+    """Whether parts can be the hour and minutes of a time, and no reduced ratio: 3:30, not 3:10."""
+    numbers = [t[1] for t in parts if t[0] == "num" and t[1].denominator == 1]
+    if len(numbers) < len(parts) or not 2 <= len(parts) <= 3:
+        return False
+    hour, *rest = (n.numerator for n in numbers)
+    return 0 <= hour <= 24 and all(10 <= n < 60 for n in rest) and gcd(hour, *rest) > 1
+
+
 def _same_items(a: tuple, b: tuple) -> bool:
     return len(a) == len(b) and all(same_tree(x, y) for x, y in zip(a, b))
 
 
-def _intervals(tree: Tree):
+def _same_variables(a: Tree, b: Tree) -> bool:
+    return not symbols(a) or not symbols(b) or symbols(a) == symbols(b)
+
+
+def _same_intervals(a: Tree, b: Tree) -> bool | None:
+    """Whether two sets of reals are the same; None where an end of one cannot be placed."""
     try:
-        return realset.to_intervals(tree)
+        left, right = realset.to_intervals(a), realset.to_intervals(b)
+        return None if left is None or right is None else realset.same(left, right)
     except Undefined:
         return None
+
+
+# Matrices and vectors
+
+
+def _multiplied_out(tree: Tree) -> Tree:
+    """A matrix or vector in one piece, where numbers multiply or divide it and sums join it."""
+    if tree[0] not in ("mul", "div", "neg", "add", "pow"):
+        return tree
+    parts = tuple(_multiplied_out(t) for t in tree[1:])
+    kinds = tuple(_is_matrix(t) for t in parts)
+    if tree[0] == "neg" and kinds[0]:
+        return _each(parts[0], lambda t: ("neg", t))
+    if tree[0] == "mul" and kinds in ((True, False), (False, True)):
+        scalar, matrix = parts if kinds[1] else parts[::-1]
+        return _each(matrix, lambda t: ("mul", scalar, t)) if scalar[0] in _SCALARS else tree
+    if tree[0] == "div" and kinds == (True, False):
+        return _each(parts[0], lambda t: ("div", t, parts[1])) if parts[1][0] in _SCALARS else tree
+    if tree[0] == "add" and kinds == (True, True):
+        return _joined(*parts) or tree
+    if tree[0] == "pow" and kinds == (True, False) and parts[1] == ("sym", "T"):
+        rows = parts[0][1] if parts[0][0] == "matrix" else (parts[0][3],)
+        return ("matrix", tuple(zip(*rows)))
+    return tree
+
+
+def _is_matrix(tree: Tree) -> bool:
+    return tree[0] == "matrix" or (_is_point(tree) and all(t[0] in _SCALARS for t in tree[3]))
+
+
+def _each(matrix: Tree, change) -> Tree:
+    if matrix[0] == "matrix":
+        return ("matrix", tuple(tuple(change(t) for t in row) for row in matrix[1]))
+    return (*matrix[:3], tuple(change(t) for t in matrix[3]))
+
+
+def _joined(a: Tree, b: Tree) -> Tree | None:
+    if a[0] != b[0]:
+        return None
+    if a[0] == "tuple":
+        return (*a[:3], _sums(a[3], b[3])) if len(a[3]) == len(b[3]) else None
+    if [len(row) for row in a[1]] != [len(row) for row in b[1]]:
+        return None
+    return ("matrix", tuple(_sums(r, s) for r, s in zip(a[1], b[1])))
+
+
+def _sums(a: tuple, b: tuple) -> tuple:
+    return tuple(("add", x, y) for x, y in zip(a, b))
 
 
 # Lists and sets
@@ -81,13 +168,26 @@ def _collected(tree: Tree) -> list[Tree] | None:
     return _without_assignments(members) if len(members) > 1 else None
 
 
+def _is_point(tree: Tree) -> bool:
+    return tree[0] == "tuple" and tree[1:3] == ("(", ")")
+
+
 def _as_point(tree: Tree) -> Tree:
-    """x = 2, y = -1 as (2, -1), the names being in the order of the alphabet."""
-    names = [t[2][0] if t[0] == "rel" and t[1] == ("=",) else ("none",) for t in tree[1]]
-    letters = [n[1] for n in names if n[0] == "sym"]
-    if len(letters) < len(names) or letters != sorted(set(letters)):
+    """x = 2, y = -1 as (2, -1), by the names in the order of the alphabet."""
+    if tree[0] not in ("list", "set"):
         return tree
-    return ("tuple", "(", ")", tuple(t[2][1] for t in tree[1]))
+    values_of = {}
+    for part in tree[1]:
+        if part[0] != "rel" or part[1] != ("=",) or part[2][0][0] != "sym":
+            return tree
+        values_of[part[2][0][1].lstrip("\\")] = part[2][1]
+    if len(values_of) < len(tree[1]):
+        return tree
+    return ("tuple", "(", ")", tuple(values_of[name] for name in sorted(values_of)))
+
+
+def _is_choice(tree: Tree) -> bool:
+    return tree[0] == "sym" and len(tree[1]) == 1 and "A" <= tree[1] <= "J"
 
 
 def _both_signs(tree: Tree) -> list[Tree]:
@@ -149,7 +249,8 @@ def _same_or_undefined(a: Tree, b: Tree) -> bool:
 def _settled(tree: Tree) -> Tree:
     """A chain of equations reduced to what it says: `x = 3 + 4 = 7` to `x = 7`, `3 + 4 = 7` to 7.
 
-    A chain whose sides differ stays as it is, and equals nothing but itself.
+    A chain whose sides differ stays as it is, and equals nothing but itself; so does one that says
+    nothing, as `1 = 1`.
     """
     if tree[0] != "rel" or any(op not in ("=", "~") for op in tree[1]):
         return tree
@@ -162,7 +263,7 @@ def _settled(tree: Tree) -> Tree:
         name, sides, operators = sides[1], sides[:1], ()
     else:
         name = None
-        if any(symbols(s) for s in sides):
+        if any(symbols(s) for s in sides) or all(_is_written_number(s) for s in sides):
             return tree
     for operator, x, y in zip(operators, sides, sides[1:]):
         if symbols(x) or symbols(y):
@@ -171,6 +272,10 @@ def _settled(tree: Tree) -> Tree:
         elif not (equal_scalars(x, y) or (operator == "~" and _close(x, y))):
             return tree
     return sides[0] if name is None else ("rel", ("=",), (name, sides[0]))
+
+
+def _is_written_number(tree: Tree) -> bool:
+    return tree[0] == "num" or (tree[0] == "neg" and _is_written_number(tree[1]))
 
 
 def _is_decimal(tree: Tree) -> bool:
@@ -193,6 +298,8 @@ def _is_name(tree: Tree) -> bool:
     if tree[0] == "mul" and tree[1][0] == "sym":
         upper = all(t[0] == "sym" and t[1].isupper() for t in tree[1:])
         return upper or (tree[1][1][0] in _FUNCTION_NAMES and tree[2][0] in ("sym", "num", "tuple"))
+    if tree[0] == "ratio":
+        return all(_is_name(t) for t in tree[1])
     return tree[0] == "tuple" and all(t[0] == "sym" for t in tree[3])
 
 
@@ -209,13 +316,13 @@ def _assigned(tree: Tree) -> Tree | None:
 def _same_relations(a: Tree, b: Tree) -> bool:
     if len(a[1]) != len(b[1]):
         return False
-    if len(a[1]) > 1:
-        flipped = tuple(_FLIPPED.get(op, op) for op in reversed(a[1]))
-        return (a[1] == b[1] and _same_items(a[2], b[2])) or (
-            flipped == b[1] and _same_items(a[2][::-1], b[2])
-        )
+    flipped = tuple(_FLIPPED.get(op, op) for op in reversed(a[1]))
     if a[1] == b[1] and _same_or_false(a[2], b[2]):
         return True
+    if flipped == b[1] and _same_or_false(a[2][::-1], b[2]):
+        return True
+    if len(a[1]) > 1:
+        return False
     if a[1][0] not in _FLIPPED or b[1][0] not in _FLIPPED:
         return False
     if len(symbols(b)) == 1 and b[2][0][0] == "sym" and not symbols(b[2][1]):

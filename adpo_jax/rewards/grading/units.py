@@ -4,7 +4,8 @@
 matter; two different units do.
 """
 
-from adpo_jax.rewards.grading.lexer import FUNCTION_WORDS, Token
+from adpo_jax.rewards.grading.functions import FUNCTION_WORDS
+from adpo_jax.rewards.grading.lexer import Token
 
 _SYNONYMS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre cms", "m": "meter metre",
@@ -13,22 +14,23 @@ _SYNONYMS = {
     "lb": "pound lbs", "oz": "ounce", "l": "liter litre L", "ml": "milliliter millilitre mL",
     "s": "second sec secs", "min": "minute mins", "h": "hour hr hrs", "day": "days",
     "week": "wk wks", "month": "mo", "year": "yr yrs", "dollar": "usd bucks buck USD",
-    "euro": "eur EUR", "gbp": "GBP", "cent": "", "mph": "mileperhour", "degree": "deg degrees",
+    "euro": "eur EUR", "gbp": "GBP", "rupee": "rupees INR", "yen": "JPY",
+    "cent": "", "mph": "mileperhour", "degree": "deg degrees",
     "rad": "radian", "unit": "", "hz": "hertz Hz", "n": "newton N", "j": "joule J", "w": "watt W",
     "v": "volt V", "a": "amp ampere A", "mole": "mol", "k": "kelvin K", "ha": "hectare",
     "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne",
 }  # fmt: skip
-_CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit, *names.split())}
+CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit, *names.split())}
 _SHORT_NOUNS = """
     men day toy egg cup car cow dog cat pie pen bag box bus ant bee pig hen hat cap can jar
     key map mug net nut pan pin pot rod rug row set tie tip van way win ice boy guy kid man
     fan sq per of age bar bed big bit bow bun job lap leg log old one pea red tax tea new
 """
-_SHORT = set(_CANONICAL) | set(_SHORT_NOUNS.split())
+_SHORT = set(CANONICAL) | set(_SHORT_NOUNS.split())
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
-_MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp"}
+_MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp", "rupee": "rupee", "yen": "yen"}
 _NO_LABELS = {
     "not", "never", "no", "nor", "or", "but", "except", "anything", "either", "neither", "between",
     "than",
@@ -66,9 +68,9 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
         unit = money.pop()
     if all(t.kind not in ("text", "word") for t in tokens):
         return tokens, unit
-    tokens = _without_label(_scaled(tokens))
-    if len(tokens) > 1 and tokens[0].text in _CURRENCIES and tokens[1].kind == "num":
-        unit = unit or _CURRENCIES[tokens[0].text]
+    tokens = _without_label(_without_brackets(_scaled(tokens)))
+    if len(tokens) > 1 and tokens[0].text.strip() in _CURRENCIES and tokens[1].kind == "num":
+        unit = unit or _CURRENCIES[tokens[0].text.strip()]
         tokens = tokens[1:]
     for start in range(1, len(tokens)):
         if tokens[start].kind in ("text", "word") and _ends_value(tokens[start - 1]):
@@ -81,7 +83,21 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
 
 
 def _ends_value(token: Token) -> bool:
-    return token.kind in ("num", "repeat") or token.text in (")", "}", "!", "pi", "circ")
+    return token.kind in ("num", "repeat") or token.text in (")", "}", "!", "pi", "circ", "%")
+
+
+def _without_brackets(tokens: list[Token]) -> list[Token]:
+    """`72 (dollars)` as `72 dollars`."""
+    opening = next((i for i, t in enumerate(tokens) if t[:2] == ("op", "(")), 0)
+    inside = tokens[opening + 1 : -1]
+    if not opening or tokens[-1][:2] != ("op", ")") or not _ends_value(tokens[opening - 1]):
+        return tokens
+    if any(t.kind not in ("text", "word") for t in inside) or not any(
+        len(t.text.strip()) > 1 for t in inside
+    ):
+        return tokens
+    first = [] if not inside else [inside[0]._replace(glued=False)]
+    return tokens if _unit_name(inside) is None else tokens[:opening] + first + inside[1:]
 
 
 def _scaled(tokens: list[Token]) -> list[Token]:
@@ -91,8 +107,15 @@ def _scaled(tokens: list[Token]) -> list[Token]:
         power = _SCALES.get(word)
         if power and scaled and _ends_value(scaled[-1]):
             scaled += [Token("op", "*", True), Token("num", "1" + "0" * power, True)]
-        elif word == "percent":
+        elif word.startswith(("percent", "per cent")):
             scaled.append(Token("op", "%", True))
+            rest = token.text.strip()[word.index("cent") + 4 :]
+            if rest[:1] == " ":
+                scaled.append(Token("text", rest, False))
+            elif rest:
+                scaled[-1] = token
+        elif word == "cent" and scaled and scaled[-1].text.lower() == "per":
+            scaled[-1] = Token("op", "%", True)
         else:
             scaled.append(token)
     return scaled
@@ -165,6 +188,6 @@ def _word_name(word: str, token: Token, after_slash: bool) -> str | None:
         if word in ("pi", "infinity"):
             return None
     for candidate in (word, lower, lower.rstrip("s")):
-        if candidate in _CANONICAL:
-            return _CANONICAL[candidate]
+        if candidate in CANONICAL:
+            return CANONICAL[candidate]
     return lower.rstrip("s")

@@ -1,4 +1,4 @@
-"""Answers that are words: a weekday, a name, a choice among (A) to (J), a numeral in some base."""
+"""Answers that are words: a weekday, a name, a choice, a time of day, a numeral in some base."""
 
 import re
 
@@ -11,6 +11,13 @@ _CHOICE = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?(?:\( ?([A-Ja-j]) ?\)|([A-Ja-j])(?=$|[).:]))[).:]?(.*)"
 )
 _OTHER_CHOICE = re.compile(r"\([A-Ja-j]\)|\b(?:or|and|not)\b|\b[A-J]\b")
+_COMMAS = re.compile(r"[,;&]| and ")
+_TIME = re.compile(
+    r"(?P<hour>[0-9]{1,2})(?: ?[:.] ?(?P<minute>[0-5][0-9])(?: ?: ?(?P<second>[0-5][0-9]))?)?"
+    r"(?: ?o'? ?clock)?"
+    r"(?: ?(?P<half>[ap]\.? ?m|(?<= )(?:in the |at )(?:morning|afternoon|evening|night))\.?)?"
+)
+_SAYS_HALF = re.compile(r"[ap]\.? ?m|noon|night|morning|evening", re.IGNORECASE)
 _BASE = r"([0-9]{1,2}|two|three|four|five|six|seven|eight|nine|ten)"
 _BASED = re.compile(rf"\(?([0-9A-Za-z]{{1,60}})\)?_\{{?\(?{_BASE}\)?\}}?")
 _IN_BASE = re.compile(rf"([0-9A-Za-z]{{1,60}}) \(?(?:in )?base[ -]{_BASE}\)?")
@@ -36,7 +43,50 @@ def same_words(answer: str, reference: str) -> bool:
     if a == b:
         return True
     a, b = a.casefold(), b.casefold()
+    if is_word_list(b) and _members(a) == _members(b):
+        return True
     return (len(b) > 2 and a.removeprefix("the ") == b.removeprefix("the ")) or a == b == "no"
+
+
+def is_word_list(text: str) -> bool:
+    """Whether a text is several words with commas between; letters are left to the grammar."""
+    members = _members(words(text))
+    are_words = all(m.replace(" ", "").replace("-", "").isalpha() for m in members)
+    return len(members) > 1 and are_words and any(len(m) > 1 for m in members)
+
+
+def _members(text: str) -> list[str]:
+    """The members of a list of words in the order of the alphabet: tom, ann and bob."""
+    members = [m.strip(_EDGES) for m in _COMMAS.split(text)]
+    return sorted(m for m in members if m)
+
+
+def same_time(answer: str, reference: str) -> bool | None:
+    """Whether two texts give the same time of day; None where neither says before or after noon."""
+    if not _SAYS_HALF.search(answer) and not _SAYS_HALF.search(reference):
+        return None
+    a, b = _TIME.fullmatch(_clock(answer)), _TIME.fullmatch(_clock(reference))
+    if not ((a and a["half"]) or (b and b["half"])):
+        return None
+    if not a or not b or any(int(a[g] or 0) != int(b[g] or 0) for g in ("minute", "second")):
+        return False
+    # A time without its half of the day is right, as a number without its unit is.
+    is_half_missing = not a["half"] or not b["half"]
+    return _hour(a) == _hour(b) or (is_half_missing and int(a["hour"]) == int(b["hour"]))
+
+
+def _clock(text: str) -> str:
+    text = words(text).lower()
+    return {"noon": "12 pm", "midnight": "12 am", "12 noon": "12 pm", "12 midnight": "12 am",
+            "12:00 noon": "12 pm", "12:00 midnight": "12 am"}.get(text, text)  # fmt: skip
+
+
+def _hour(match: re.Match) -> int:
+    hour = int(match["hour"])
+    if not match["half"]:
+        return hour
+    is_late = match["half"].startswith("p") or match["half"].endswith(("noon", "evening", "night"))
+    return hour % 12 + 12 * is_late
 
 
 def choice_of(text: str) -> str | None:
