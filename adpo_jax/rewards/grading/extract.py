@@ -15,7 +15,7 @@ import re
 
 from adpo_jax.rewards.grading import sentence
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS, MAX_SEARCHED_CHARS
-from adpo_jax.rewards.grading.sentence import undressed
+from adpo_jax.rewards.grading.markup import first_block, undressed, without_calculations
 
 _MAX_LOOKS = 16  # back over tags and hashes
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
@@ -29,7 +29,8 @@ _PLACEHOLDER = re.compile(
 _PLACEHOLDER_DRESS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{|[{}$\[\]<>]")
 _HEADING = re.compile(
     r"[*_]{0,3}(?:\d{1,3}[.)] {1,4}[*_]{0,3}[A-Za-z]|\d{1,3}\)$"
-    r"|(?:step|part|case|question|problem|method|example|section|exercise|way|note)\b)",
+    r"|(?:step|part|case|question|problem|method|example|section|exercise|way|note)\b"
+    r"|(?!(?:total|sum|result|answer|about)\b)[A-Za-z]{3,20} \d{1,3}(?:$|[:.)]| -))",
     re.I,
 )
 _LABEL = re.compile(r"[*_]{0,3}[A-Za-z][A-Za-z ]{1,30}[*_]{0,3}(?::[*_]{0,3} {0,2}| = )")
@@ -172,7 +173,7 @@ def _last_tag(text: str) -> str | None:
 
 def _in_tag(content: str) -> tuple[str, bool]:
     """The answer in a tag, and whether it is one."""
-    content = sentence.without_calculations(undressed(content[: 8 * MAX_ANSWER_CHARS]))
+    content = without_calculations(undressed(content[: 8 * MAX_ANSWER_CHARS]))
     if _is_placeholder(content):
         return "", False
     if sentence.is_readable(content):
@@ -182,7 +183,7 @@ def _in_tag(content: str) -> tuple[str, bool]:
         return found, True
     line = content
     if "\n" in content:
-        block = sentence.first_block(content)
+        block = first_block(content)
         line = block if block.strip() == content.strip() else (_last_line(content) or "")
     found = sentence.claim(line) or sentence.last_words(line)
     return found or content, found is not None
@@ -200,8 +201,8 @@ def _after_hashes(text: str) -> str | None:
         line_end = line_end if line_end >= 0 else len(text)
         rest = text[start + 4 : line_end].strip(" \t#\r")
         after = text[line_end : line_end + 4 * MAX_ANSWER_CHARS].lstrip()
-        if not rest and after and not text[end - 1 : end] == "#":
-            rest, after = sentence.first_block(after), ""
+        if not rest and after and text[end - 1 : end] != "#":
+            rest, after = first_block(after), ""
         if rest and len(rest) <= 4 * MAX_ANSWER_CHARS:
             found = _on_hash_line(rest, text, line_end, is_last=not after)
             if found is not None:
@@ -216,13 +217,11 @@ def _after_hashes(text: str) -> str | None:
 
 def _on_hash_line(rest: str, text: str, line_end: int, *, is_last: bool) -> str | None:
     """The answer on a line that begins with hashes, or None: most such lines are headings."""
-    rest = undressed(sentence.without_calculations(rest))
+    rest = undressed(without_calculations(rest))
     if not rest or _HEADING.match(rest):
         return None
     rest = sentence.without_lead(rest) or rest
     found = None if rest[0].isalpha() and len(rest) > 1 else sentence.claim(rest)
-    if found is None and sentence.is_readable(rest) and not rest.isalpha():
-        found = rest
     if found is None:
         found = sentence.stated_answer(rest)
     if found is None:
@@ -230,16 +229,17 @@ def _on_hash_line(rest: str, text: str, line_end: int, *, is_last: bool) -> str 
         if label and not _HEADING.match(rest):
             value = sentence.claim(rest[label.end() :])
             found = value if value and any(c.isdigit() or c in "\\$" for c in value) else None
+    if found is None and sentence.is_readable(rest) and not rest.isalpha():
+        found = rest
     if found is None and is_last:
         found = sentence.last_words(rest)
         if found is None and len(rest.split()) <= 3 and rest.replace(" ", "").isalpha():
             found = sentence.claim(rest)
     has_words = re.search(r"(?<!\\)\b[A-Za-z]{3}", rest) is not None
-    if found is not None and has_words and not is_last:
-        # A heading such as "3 cases" is none where a sentence further down says the answer.
-        if sentence.stated_answer(text[line_end:]) is not None:
-            return None
-    return found
+    if found is None or is_last or not has_words:
+        return found
+    # "3 cases" is a heading where a sentence further down says the answer.
+    return found if sentence.stated_answer(text[line_end:]) is None else None
 
 
 def _last_line(text: str) -> str | None:
@@ -248,7 +248,7 @@ def _last_line(text: str) -> str | None:
             # A line cut by the window above is longer than any answer.
             if len(line) > 2 * MAX_ANSWER_CHARS:
                 return None
-            bare = undressed(sentence.without_calculations(bare).strip("*_`").lstrip("#> "))
+            bare = undressed(without_calculations(bare).strip("*_`").lstrip("#> "))
             is_end = bare.endswith(".") and not bare.endswith("..")
             return undressed(bare[:-1].rstrip()) if is_end else bare
     return None

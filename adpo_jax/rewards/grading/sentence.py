@@ -13,24 +13,13 @@ from collections import deque
 
 from adpo_jax.rewards.grading.compare import read
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
+from adpo_jax.rewards.grading.markup import EMOJI, first_block, undressed, without_calculations
 
 MAX_CLAIMS = 16  # looked back over
 _MAX_CUTS = 5  # of one claim
 _WINDOW = 4 * MAX_ANSWER_CHARS
 
-_EMOJI = "\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\u25a0-\u25ff\u220e\ufe0f"
-_EDGE_EMOJI = re.compile(rf"[{_EMOJI}\s]{{1,64}}")
-_TAG = (
-    r"</?(?:b|strong|i|em|u|code|span|p|br|div|center|mark|font|big|small|answer|s|h[1-6])"
-    r"(?:\s[^<>]{0,80})?/?>|<\|[a-z_]{2,20}\|>|<(?:end|start)_of_turn>"
-)
-_OPENING_TAG = re.compile(rf"(?:{_TAG}|\s){{1,8}}", re.I)
-_CLOSING_TAG = re.compile(rf"(?:{_TAG}|\s){{1,8}}$", re.I)
-_PAIRS = ("***", "**", "__", "~~", "```", "``", "`", "*", "_", '"')
-_CALCULATION = re.compile(r"<<[^<>\n]{0,160}>>")  # GSM8K's calculator notes
 
-_BLOCKS = (("\\[", "\\]"), ("$$", "$$"), ("```", "```"), ("\\(", "\\)"))
-_FENCE_LANGUAGE = re.compile(r"[A-Za-z]{1,12}\s*\n")
 _NUMBERED = re.compile(r"(?:\d{1,3}[.)]|[-*•])\s{1,4}[*_`]{0,3}[A-Za-z]")
 
 # Where a text says what the answer is. "deny" is a denial; an empty match at a line's end announces
@@ -60,16 +49,21 @@ _SUPPOSED = re.compile(
     r"|example|sample|another|no) {1,2}$",
     re.I,
 )
+_DOUBTED = re.compile(
+    r"\b(?:not true|untrue|false|doubt|not|\w{2,5}n['’]t (?:think|believe)|no way|impossible"
+    r"|unlikely)(?: that)? {1,2}(?:the|my|our|your) (?:(?:final|correct|right) )?$",
+    re.I,
+)
 _LEAD = re.compile(
     r"(?:[ \t,:]{1,4}|[=→]|\*\*|__|(?:also|still|now|then|simply|just|only|exactly|precisely|about"
     r"|approximately|around|roughly|therefore|thus|hence|indeed|clearly|obviously|definitely"
-    r"|certainly|equal to|given by|found to be|to be|a total of|in fact|again|is|either|the"
-    r" (?:number|value|integer|fraction|following))\b|approx\b\.?)",
+    r"|certainly|of course|actually|equal to|given by|found to be|to be|a total of|in fact|again|is"
+    r"|either|the (?:number|value|integer|fraction|following))\b|approx\b\.?)",
     re.I,
 )
 _LEAD_BEFORE = re.compile(
-    r"^(?:so|thus|hence|therefore|then|and|but|wait|no|clearly|i (?:think|believe)|(?:this|that|which)"
-    r" means|we (?:see|find|get|conclude)|that)\b,?",
+    r"^(?:so|thus|hence|therefore|then|and|but|wait|no|clearly|i (?:think|believe)"
+    r"|(?:this|that|which) means|we (?:see|find|get|conclude)|that)\b,?",
     re.I,
 )
 _DENIED = re.compile(r"(?:not|never|no longer|neither)\b", re.I)
@@ -77,109 +71,93 @@ _BUT = re.compile(r",? but (?:rather |actually |it is |is )?|; it is |, it is ",
 _DENIED_END = re.compile(r"[,;!?]|\.(?:\s|$)|\s(?:but|because|since|as|so)\b", re.I)
 _END = re.compile(
     r"""\.(?=["'”’)\]*_`]{0,4}(?:\s|$))|\?(?=["'”’)*_`]{0,4}(?:\s|$))"""
-    rf"""|!(?=!|["'”’*_`]{{0,4}}(?:\s*$|\s+["'(*_A-Z{_EMOJI}]))"""
+    rf"""|!(?=!|["'”’*_`]{{0,4}}(?:\s*$|\s+["'(*_A-Z{EMOJI}]))"""
 )
 _RETRACTED = re.compile(r"""["'”’)\]*_`.\s]{0,8}(?:or\b|no[,.])""", re.I)
 _HEDGE = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|otherwise|alternatively|unless|wait|actually|however|hmm"
-    r"|either)\b|\b(?:could|might|may) be\b|[_{}]",
+    r"|either)\b|\b(?:could|might|may) be\b|[_{}]"
+    r"|\b(?:which|that|this|it) (?:is|was|seems|looks)(?: clearly| obviously)?"
+    r" (?:wrong|incorrect|false|impossible|not)\b",
     re.I,
 )
 _WHY = (
     r"because|since|as|so|which|where|when|thus|therefore|hence|making|meaning|giving|namely"
     r"|i\.e\.|rather than|instead of|given that|given|after|assuming|from|using|not"
-    r"|by [a-z]{2,12}ing|for (?=[a-z]{2})|and (?:we|i|she|he|it|they|you|that|this|so|thus"
+    r"|by [a-z]{2,12}ing|for (?=[a-z]{2})|and (?:not|we|i|she|he|it|they|you|that|this|so|thus"
     r"|therefore|hence)\b"
 )
 _CUT = re.compile(
-    rf"[,;]? (?:{_WHY})(?![A-Za-z])|(?P<mark> [-–—]{{1,2}} |—|[:;] |, (?=[a-z]{{2}}))|(?P<paren> \()"
-    rf"|[{_EMOJI}]",
+    rf"[,;]? (?:{_WHY})(?![A-Za-z])|, (?:approximately|about|roughly)\b"
+    rf"|(?P<mark> [-–—]{{1,2}} |—|[:;] |, (?=[a-z]{{2}})| of (?=[a-z]))"
+    rf"| \("
+    rf"|[{EMOJI}]",
     re.I,
 )
-_WHY_CUT = re.compile(rf"[,;]? (?:{_WHY})(?![A-Za-z])| \(|[{_EMOJI}]", re.I)
+_WHY_CUT = re.compile(rf"[,;]? (?:{_WHY})(?![A-Za-z])| \(|[{EMOJI}]", re.I)
 _COUNTED = re.compile(
-    r"((?:\\?\$ ?)?[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?) ((?:[A-Za-z][A-Za-z'’-]{1,20}[, ]{1,2}){2,40})"
+    r"((?:\\?\$ ?)?[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?|\$[^$\n]{1,200}\$"
+    r"|\\\([^\n()]{1,200}\\\)) ((?:[A-Za-z][A-Za-z'’-]{1,20}[, ]{1,2}){2,40})"
 )
+# A plain number, which needs no parsing.
+_PLAIN = re.compile(r"(?:\\?\$)?-?[0-9]{1,40}(?:,[0-9]{3}){0,9}(?:\.[0-9]{1,40})?")
 _IN_TOTAL = re.compile(
     r" (?:in total|altogether|in all|overall|combined|left over|left|remaining|total"
     r"|(?:an?|each|every) [a-z]{2,12})$",
     re.I,
 )
+_SPELLED = re.compile(r"[A-Za-z -]{3,60} \(([-+]?\$?\d[\d,.]{0,30})\)")  # "seventy-two (72)"
+_PART_OF = re.compile(
+    r"(\\?\$?[-+]?\d[\d,./]{0,30}(?: [A-Za-z]{1,20})?) of [A-Za-z][A-Za-z ]{1,60}"
+)
 _ASIDE = re.compile(r" \([^()\n]{0,80}=[^()\n]{0,80}\)$")
 _VALUE = re.compile(r"[\d\\$]|^[(\[{]?[A-Za-z](?![A-Za-z])|[π√∞]")
-_CODE = re.compile(r"""[_{}"`\[\]#]|\\(?!\$)|\w['*(]\S""")
+_CODE = re.compile(r"""[_{}"`\[\]#]|\\(?!\$)|\w(?:[*(]\S|'(?!(?:s|t|re|ll|ve|d|m)\b)\S)""")
 _NUMBERS = re.compile(
     r"(?<![^\s(:=$€£])[-−]?(?:\\?\$|[€£])?[-−]?\d[\d,]{0,40}(?:\.\d{1,40})?(?:/\d{1,20})?(?![\w])"
 )
 _WORD = re.compile(r"(?<!\\)\b[A-Za-z'’]{2,24}\b")
 
-_ENVIRONMENT = re.compile(r"\\begin\{([A-Za-z]{1,12}\*?)\}")
-_LAYOUTS = {"align", "aligned", "equation", "gather", "gathered", "split", "displaymath", "math"}
-_NO_READING = set(
-    """because since as so is are was were we he she they it this that the which where when thus
-    therefore hence from if but then there here""".split()
-)
-_NO_ANSWERS = set(
-    """not never neither nor cannot between than more less fewer least most nearly almost either
-    maybe perhaps possibly except unless isn't wasn't doesn't don't approximately about""".split()
-)
-_NO_NUMBERS = _NO_ANSWERS | set(
-    """or step part case question problem method example section chapter exercise note equation
+_NO_READING_TEXT = """
+    because since as so is are was were we he she they it this that the which where when thus
+    therefore hence from if but then there here let get got now has had can may sum add use ans
+"""
+_NO_READING = set(_NO_READING_TEXT.split())
+_NO_ANSWERS_TEXT = """
+    not never neither nor cannot between than more less fewer least most nearly almost either
+    maybe perhaps possibly except unless isn't wasn't doesn't don't approximately about wrong
+    incorrect
+"""
+_NO_ANSWERS = set(_NO_ANSWERS_TEXT.split())
+_NO_NUMBERS_TEXT = """
+    or step part case question problem method example section chapter exercise note equation
     figure table attempt way ways percent hundred thousand million billion half third thirds
-    quarter quarters dozen dozens squared cubed times point plus minus if but to degrees over under
-    first second fourth fifth""".split()
-)
-_COMMENTS = set(
-    """correct incorrect right wrong consistent inconsistent helpful reasonable unreasonable valid
+    quarter quarters dozen dozens squared cubed times point plus minus if but to degrees over
+    under first second fourth fifth
+"""
+_NO_NUMBERS = _NO_ANSWERS | set(_NO_NUMBERS_TEXT.split())
+_COMMENTS_TEXT = """
+    correct incorrect right wrong consistent inconsistent helpful reasonable unreasonable valid
     verified confirmed clear obvious same accurate logical plausible sensible sound good complete
-    above below found shown here obtained derived calculated computed determined provided presented
-    stated written boxed expressed based supported justified checked easy simple unique likely
-    unlikely in on at as what when because of if whether this it there your my our you we they he
-    she how why who which where marked wrapped enclosed placed highlighted required needed expected
-    being been ready straightforward explained done useful clearly always often usually sometimes
-    hard difficult tricky perfect fine okay ok sure yours ours mine such both close different
-    incomplete missing underlined displayed listed known now then so and or but""".split()
-)
-
-
-def undressed(text: str) -> str:
-    """A text without the bold, code, emoji and tags that enclose all of it."""
-    text = text.strip()
-    for _ in range(8):
-        before = text
-        if text[:1] == "<":
-            text = _OPENING_TAG.sub("", text, 1) if _OPENING_TAG.match(text) else text
-        if text[-1:] == ">":
-            tail = _CLOSING_TAG.search(text, max(0, len(text) - 200))
-            text = text[: tail.start()] if tail else text
-        if text and not text.isascii():
-            match = _EDGE_EMOJI.match(text)
-            text = text[match.end() :] if match else text
-            end = len(text)
-            while end and _EDGE_EMOJI.match(text, end - 1):
-                end -= 1
-            text = text[:end]
-        for mark in _PAIRS:
-            if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
-                text = text[len(mark) : -len(mark)]
-                break
-        text = text.strip()
-        if text == before:
-            break
-    return text
-
-
-def without_calculations(text: str) -> str:
-    """A text without GSM8K's `<<9*2=18>>`."""
-    return _CALCULATION.sub("", text) if "<<" in text else text
+    above below found shown here obtained derived calculated computed determined provided
+    presented stated written boxed expressed based supported justified checked easy simple unique
+    likely unlikely in on at as what when because of if whether this it there your my our you we
+    they he she how why who which where marked wrapped enclosed placed highlighted required needed
+    expected being been ready straightforward explained done useful clearly always often usually
+    sometimes hard difficult tricky perfect fine okay ok sure yours ours mine such both close
+    different incomplete missing underlined displayed listed known now then so and or but
+"""
+_COMMENTS = set(_COMMENTS_TEXT.split())
 
 
 def is_readable(text: str) -> bool:
     """Whether a text is an answer of the grammar, and none of its words says that it is none."""
     if not text or len(text) > MAX_ANSWER_CHARS:
         return False
+    if _PLAIN.fullmatch(text):
+        return True
     words = {word.lower() for word in _WORD.findall(text)}
-    if words and (words & _NO_ANSWERS or (len(words) > 1 or " " in text) and words & _NO_READING):
+    if words & _NO_ANSWERS or (" " in text and words & _NO_READING):
         return False
     answer = read(text)
     return answer.tree is not None or answer.based is not None
@@ -208,7 +186,7 @@ def stated_answer(text: str) -> str | None:
             if _SUPPOSED.search(before):
                 continue
             rest = text[match.end() : match.end() + _WINDOW]
-            if match["deny"]:
+            if match["deny"] or _DOUBTED.search(before):
                 rest = "not " + rest
             is_last = match.end() + _WINDOW >= len(text)
             is_label = match.group().rstrip(" \t*_")[-1:] == ":"
@@ -223,8 +201,13 @@ def claim(text: str) -> str | None:
 
     "72 because 48 + 24 = 72" gives "72", "72 or 70" itself, "correct" nothing.
     """
-    text = _ASIDE.sub("", without_lead(undressed(text)))
+    text = undressed(text)
+    if _PLAIN.fullmatch(text):
+        return text
+    text = _ASIDE.sub("", without_lead(text))
     text = _IN_TOTAL.sub("", undressed(text))
+    part = _PART_OF.fullmatch(text)
+    text = part[1] if part else text
     first = _WORD.match(text)
     if not text or (first and first.group().lower() in _COMMENTS):
         return None
@@ -249,7 +232,9 @@ def without_lead(text: str) -> str:
         text = text[lead.end() :]
     if text.endswith(("**", "__")) and text.count(text[-2:]) % 2:
         text = text[:-2]
-    return text.strip()
+    if text.endswith("`") and text.count("`") % 2:
+        text = text[:-1]
+    return text.strip(" \t\r\n,;:")
 
 
 def last_words(text: str) -> str | None:
@@ -269,36 +254,6 @@ def last_words(text: str) -> str | None:
         return claim(side) if _VALUE.search(side) else None
     numbers = list(_NUMBERS.finditer(text))
     return claim(text[numbers[0].start() :]) if len(numbers) == 1 else None
-
-
-def first_block(text: str) -> str:
-    """The first line that says something, or the whole of a displayed formula or of code."""
-    text = text.lstrip("\n\r \t:")
-    while text[:1] in ("*", "_", "#", ">") and not text.split("\n", 1)[0].strip("*_#> :\t\r"):
-        text = text.partition("\n")[2].lstrip("\n\r \t:")
-    environment = _ENVIRONMENT.match(text)
-    if environment:
-        closing = f"\\end{{{environment[1]}}}"
-        end = text.find(closing, environment.end())
-        if end < 0:
-            return text.split("\n", 1)[0]
-        inside = text[environment.end() : end]
-        is_layout = environment[1].rstrip("*") in _LAYOUTS
-        whole = inside if is_layout and "\\\\" not in inside else text[: end + len(closing)]
-        return " ".join(whole.replace("&", " ").split() if whole is inside else whole.split())
-    for opening, closing in _BLOCKS:
-        if text.startswith(opening):
-            end = text.find(closing, len(opening))
-            if end < 0:
-                break
-            inside = text[len(opening) : end]
-            if opening == "```":
-                inside = _FENCE_LANGUAGE.sub("", inside, 1)
-            after = text[end + len(closing) :].split("\n", 1)[0]
-            if after.strip(" \t.,;*_") and opening != "```":
-                return f"{inside} {after}"  # `\(3\) and \(4\)`
-            return " ".join(inside.split())
-    return text.split("\n", 1)[0]
 
 
 def _claim_after(rest: str, denied: set[str], may_be_sentence: bool) -> str | None:
@@ -340,8 +295,8 @@ def _claim_in(line: str, below: str) -> str | None:
     if found is None:
         # A value that cannot be read is the answer all the same, since it takes back earlier ones.
         said = undressed(sentence)
-        starts_with_value = said[:1].isdigit() or said[:1] in "$\\(-["
-        return said if said and starts_with_value or _is_range(said) else None
+        starts_with_value = said[:1].isdigit() or said.startswith(("$", "\\", "(", "-", "["))
+        return said if starts_with_value or _is_range(said) else None
     if _RETRACTED.match(after or below[:40]):
         return f"{sentence}{end} {after or below.split(chr(10), 1)[0]}"
     return found
@@ -384,7 +339,7 @@ def _shortened(text: str) -> list[str]:
         tail = text[cut.start() :]
         if _HEDGE.search(tail):
             continue
-        is_aside = cut["mark"] is not None and tail[:2] == ", "
+        is_aside = cut["mark"] is not None and tail[:2] in (", ", " o", " -", " –")
         if is_aside and any(c.isdigit() for c in tail):
             continue
         head = undressed(text[: cut.start()].rstrip(" ,;:"))
@@ -392,6 +347,9 @@ def _shortened(text: str) -> list[str]:
         if len(forms) == _MAX_CUTS:
             break
     forms.reverse()
+    spelled = _SPELLED.fullmatch(text)
+    if spelled:
+        forms.append(spelled[1])
     for form in (text, *forms[-2:]):
         counted = _COUNTED.fullmatch(form.rstrip(" .,") + " ")
         if counted and not {w.strip(",").lower() for w in counted[2].split()} & _NO_NUMBERS:
