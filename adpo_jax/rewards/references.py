@@ -14,6 +14,7 @@ from typing import Any
 
 from adpo_jax.rewards.grading.compare import compare
 from adpo_jax.rewards.grading.extract import find_answer, find_reference
+from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.sentence import is_readable
 
 BUDGET_S = 3.0
@@ -60,11 +61,13 @@ def fault_of(reference: Any) -> str | None:
         return "is NaN"
     if text.startswith(("['", '["', "{'", '{"')) and text.endswith(("]", "}")):
         return "is a list or a dict written as text"
+    if len(text) > 2 * MAX_ANSWER_CHARS:
+        return "is longer than an answer may be"
     answer = find_answer(f"\\boxed{{{text}}}")
     if not answer or answer.split() != text.split():
         return "does not fit into a box, as its braces do not match"
     if not compare(answer, text).right:
-        return "is beyond the limits of an answer"
+        return "does not equal itself"
     return None
 
 
