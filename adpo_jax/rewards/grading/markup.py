@@ -13,6 +13,8 @@ _TAG = (
 )
 _OPENING_TAG = re.compile(rf"(?:{_TAG}|\s){{1,8}}", re.I)
 _CLOSING_TAG = re.compile(rf"(?:{_TAG}|\s){{1,8}}$", re.I)
+_INNER_TAG = re.compile(_TAG, re.I)
+_EMPHASIS = re.compile(r"(?<![\w*)])\*{2,3}(?!\*)|(?<!\*)\*{2,3}(?![\w*(])|(?<!`)`(?!`)")
 _PAIRS = ("***", "**", "__", "~~", "```", "``", "`", "*", "_", '"')
 _DRESSING = tuple('<>*_~`"')
 _CALCULATION = re.compile(r"<<[^<>\n]{0,160}>>")  # GSM8K's calculator notes
@@ -50,6 +52,13 @@ def undressed(text: str) -> str:
         if text == before:
             break
     return text
+
+
+def without_emphasis(text: str) -> str:
+    """A text without bold, code and tags anywhere in it; `2**3` and fences stay."""
+    if "**" in text or "`" in text:
+        text = _EMPHASIS.sub("", text)
+    return _INNER_TAG.sub("", text) if "<" in text else text
 
 
 def without_calculations(text: str) -> str:

@@ -13,7 +13,13 @@ from collections import deque
 
 from adpo_jax.rewards.grading.compare import read
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
-from adpo_jax.rewards.grading.markup import EMOJI, first_block, undressed, without_calculations
+from adpo_jax.rewards.grading.markup import (
+    EMOJI,
+    first_block,
+    undressed,
+    without_calculations,
+    without_emphasis,
+)
 
 MAX_CLAIMS = 16  # looked back over
 _MAX_CUTS = 5  # of one claim
@@ -67,7 +73,7 @@ _LEAD_BEFORE = re.compile(
     re.I,
 )
 _DENIED = re.compile(r"(?:not|never|no longer|neither)\b", re.I)
-_BUT = re.compile(r",? but (?:rather |actually |it is |is )?|; it is |, it is ", re.I)
+_BUT = re.compile(r",? but (?:rather |actually |it is |is )?|[;,] it(?: is|['’]s) ", re.I)
 _DENIED_END = re.compile(r"[,;!?]|\.(?:\s|$)|\s(?:but|because|since|as|so)\b", re.I)
 _END = re.compile(
     r"""\.(?=["'”’)\]*_`]{0,4}(?:\s|$))|\?(?=["'”’)*_`]{0,4}(?:\s|$))"""
@@ -83,7 +89,8 @@ _HEDGE = re.compile(
 )
 _WHY = (
     r"because|since|as|so|which|where|when|thus|therefore|hence|making|meaning|giving|namely"
-    r"|i\.e\.|rather than|instead of|given that|given|after|assuming|from|using|not"
+    r"|i\.e\.|rather than|instead of|given that|given|after|assuming|from|using"
+    r"|(?:definitely |certainly )?not"
     r"|by [a-z]{2,12}ing|for (?=[a-z]{2})|and (?:not|we|i|she|he|it|they|you|that|this|so|thus"
     r"|therefore|hence)\b"
 )
@@ -107,6 +114,7 @@ _IN_TOTAL = re.compile(
     re.I,
 )
 _SPELLED = re.compile(r"[A-Za-z -]{3,60} \(([-+]?\$?\d[\d,.]{0,30})\)")  # "seventy-two (72)"
+_RANGE = re.compile(r"\d \w{0,20} ?to\b|\bto \$?\d")
 _PART_OF = re.compile(
     r"(\\?\$?[-+]?\d[\d,./]{0,30}(?: [A-Za-z]{1,20})?) of [A-Za-z][A-Za-z ]{1,60}"
 )
@@ -201,7 +209,7 @@ def claim(text: str) -> str | None:
 
     "72 because 48 + 24 = 72" gives "72", "72 or 70" itself, "correct" nothing.
     """
-    text = undressed(text)
+    text = undressed(without_emphasis(text))
     if _PLAIN.fullmatch(text):
         return text
     text = _ASIDE.sub("", without_lead(text))
@@ -242,12 +250,12 @@ def last_words(text: str) -> str | None:
 
     Of a sentence with an equation, what stands behind its last sign.
     """
-    text = undressed(without_calculations(text))
+    text = undressed(without_emphasis(without_calculations(text)))
     text = text[:-1] if text[-1:] in (".", "!") else text
     words = [word.lower() for word in _WORD.findall(text)]
     if not words or len(text) > MAX_ANSWER_CHARS or _CODE.search(text):
         return None
-    if not _NO_NUMBERS.isdisjoint(words):
+    if not _NO_NUMBERS.isdisjoint(w for w in words if w != "to") or _RANGE.search(text):
         return None
     if "=" in text:
         side = text.rpartition("=")[2]
@@ -258,7 +266,7 @@ def last_words(text: str) -> str | None:
 
 def _claim_after(rest: str, denied: set[str], may_be_sentence: bool) -> str | None:
     """What follows "the answer is": a value, a denied one (kept in `denied`), or None."""
-    rest = without_calculations(rest)
+    rest = without_emphasis(without_calculations(rest))
     line, _, below = rest.partition("\n")
     bare = line.strip(" \t*_:`#>")
     lead = _LEAD.match(bare)
