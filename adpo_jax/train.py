@@ -31,6 +31,7 @@ from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.evaluation import evaluate
 from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_records
+from adpo_jax.rollouts.silence import SilenceWatch
 from adpo_jax.run import digests, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints, Restored
@@ -186,6 +187,10 @@ def _iterate(
     config, folder = run.config, run.folder
     start, num_steps = int(state.step), run.parts.num_steps
     guard = setup.make_guard(config)
+    silence = SilenceWatch(
+        min_reward_std=config.algorithm.min_reward_std,
+        drops_all_failed=config.algorithm.drop_all_failed_prompts,
+    )
     # Process 0 alone reads the file, since it may be writing it.
     rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
     rows = [row for row in rows if "sft/step" not in row]
@@ -213,7 +218,7 @@ def _iterate(
                     recording.write(folder.recordings(config), step + 1, groups)
                 state, metrics = _learn(run.parts, state, groups)
                 host_memory.give_back()
-                metrics |= saving
+                metrics |= saving | silence.metrics(groups)
                 evidence = ""
                 if metrics[SKIPPED] and folder.writes:
                     evidence = str(recording.write(folder.bad_batches, step + 1, groups))

@@ -366,6 +366,11 @@ DATA = {
         lambda n: write_rows(n, [{"question": 3, "answer": "1"}]),
         "must be text",
     ),
+    "references that nothing matches": (
+        "x.jsonl",
+        lambda n: write_rows(n, [row | {"answer": ["1", "2"]} for row in ROWS]),
+        ["x.jsonl: row 1", "is a list of 2 values", "data.answer_key"],
+    ),
     "all prompts too long": (
         "x.jsonl",
         lambda n: write_rows(n, LONG),

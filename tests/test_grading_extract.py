@@ -68,6 +68,13 @@ def test_nothing_is_found_where_nothing_can_be_an_answer(completion):
         ("She pays 2+3 = <<2+3=5>>5 dollars.\n#### 5", "5"),
         (r"We get $x=\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         ("<answer>7</answer>", "7"),
+        ("**5**", "5"),
+        ("`5`", "5"),
+        ("The answer is 5.", "5"),
+        (["5"], "5"),
+        ('["5"]', "5"),
+        ("#### **5**", "5"),
+        ("(1, 2)", "(1, 2)"),
         (r"\text{Monday}", r"\text{Monday}"),
         ("the answer to everything", "the answer to everything"),
     ],
@@ -80,7 +87,8 @@ def test_a_worked_solution_is_reduced_to_its_answer(solution, reference):
     "piece",
     ["\\boxed{", "{", "}", "\\boxed{1}", "<answer>", "</answer>", "<answer>1</answer>", "####",
      "#### a b\n", "answer", "answer is ", "answer to ", "the answer is: **", "\\boxed ", "\n", " ",
-     "</think>", "\\", "$", "2 "],
+     "</think>", "\\", "$", "2 ", "**", "<b>", "<<", "🎉", "the answer is not ", "\\[ ",
+     "#### so 7 since b\n", "answer: x7 as b so c since d for e\n", "7 is the answer "],
 )  # fmt: skip
 def test_finding_takes_time_linear_in_a_hostile_text(piece):
     text = piece * (1_000_000 // len(piece))

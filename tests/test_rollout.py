@@ -1,15 +1,18 @@
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from adpo_jax import losses
 from adpo_jax.data import arithmetic
 from adpo_jax.engine import FinishedGroup
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, Completions, Prompts, make_batch, token_fields
-from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
 from adpo_jax.rollouts.sampler import generate_and_grade, reward_metrics
+from adpo_jax.rollouts.silence import SilenceWatch, silence_preferred_frac
 
 SAMPLING = SamplingParams(n=3, max_tokens=6)
 TEXTS = [["#### 4", "#### 5", "no"], ["#### 9", "", "#### 09"]]
@@ -119,3 +122,31 @@ def test_groups_are_selected_and_put_together_field_by_field():
     assert again.texts == groups.texts[3:] + groups.texts[:3]
     np.testing.assert_array_equal(again.rewards, groups.rewards[[1, 0]])
     assert again.completions.flat == groups.completions[1] + groups.completions[0]
+
+
+def test_a_group_in_which_saying_nothing_is_the_best_wrong_answer_is_counted_and_told(caplog):
+    words = "she sold some of the clips in april and the rest of the clips in may so "
+    texts = ["", words, words * 2, words * 3, words * 4, words * 5]
+    penalties = np.array([good_accuracy(texts, ["72"] * 6)], np.float32)
+    lengths = np.array([[1, 17, 34, 51, 68, 85]])
+    target = losses.target_distribution(penalties)[0]
+    assert target[0] > 0.3  # this is what is published
+    assert target[-1] < 0.1
+    assert silence_preferred_frac(penalties, lengths) == 1.0
+    assert silence_preferred_frac(penalties, lengths, min_reward_std=0.05) == 0.0
+    one_right = penalties.copy()
+    one_right[0, 4] = 1.0
+    assert silence_preferred_frac(one_right, lengths) == 0.0
+    assert silence_preferred_frac(0 * penalties, lengths) == 0.0
+    assert silence_preferred_frac(penalties, lengths[:, ::-1]) == 0.0
+
+    groups = types.SimpleNamespace(
+        rewards=penalties, completions=types.SimpleNamespace(lengths=lengths)
+    )
+    watch = SilenceWatch(min_reward_std=0.0, drops_all_failed=False)
+    with caplog.at_level("WARNING"):
+        assert watch.metrics(groups) == {"groups/silence_preferred_frac": 1.0}
+        watch.metrics(groups)
+    assert caplog.text.count("algorithm.min_reward_std=0.05") == 1
+    dropping = SilenceWatch(min_reward_std=0.0, drops_all_failed=True)
+    assert dropping.metrics(groups) == {"groups/silence_preferred_frac": 0.0}

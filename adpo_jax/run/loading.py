@@ -20,6 +20,7 @@ from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.policy import adapters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Prompts
+from adpo_jax.rewards.references import check_references
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +204,7 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
     dataset = _load_rows(config, source, split, hub_split, "data.answer_key", c.answer_key)
     _check_ids(dataset, source)
     solutions = [files.extract_solution(answer) for answer in dataset.columns[c.answer_key]]
+    _check_solutions(config, solutions, source, split)
     return _render(config, tokenizer, dataset.with_column("solution", solutions), split)
 
 
@@ -215,6 +217,35 @@ def _check_ids(dataset: files.Dataset, source: str) -> None:
                 f"{source}: rows {places[str(value)] + 1} and {row + 1} have the same id "
                 f"{value!r}; remove one, or rename the column if it is no id"
             )
+
+
+def _check_solutions(config: ConfigDict, solutions: list, source: str, split: str) -> None:
+    """Warns of, or refuses, solutions that a ready grader could never find in a completion."""
+    graders = _graders(config, split)
+    if "ready" not in graders:
+        return
+    option = {"train": "data.train_files", "val": "data.val_files"}[split]
+    warnings = check_references(
+        solutions,
+        lambda row: f"{source}: row {row + 1}",
+        column=f"{option} (data.answer_key={config.data.answer_key!r})",
+        may_refuse="custom" not in graders,  # whose rows these may be
+    )
+    for warning in warnings:
+        logging.warning("%s", warning)
+
+
+def _graders(config: ConfigDict, split: str) -> set[str]:
+    """Which kinds of functions compare answers: "ready" ones, "custom" ones, or both."""
+    if split == "val" and config.eval.graded_by != "reward":
+        return {"ready"}
+    one = config.custom_reward_function
+    functions = [dict(f) for f in config.reward_functions] or [{"path": one.path, "name": one.name}]
+    return {
+        "custom" if f.get("path") else "ready"
+        for f in functions
+        if f.get("path") or f.get("name") in ("good_accuracy", "exact_match")
+    }
 
 
 def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:

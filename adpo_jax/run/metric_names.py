@@ -8,7 +8,7 @@ from collections.abc import Iterable
 NAMES = {
     "anchor": "renewed",
     "reward": "mean std group_std unparsed_frac timeouts crashes grader_faults *",
-    "groups": "zero_std_frac all_right_frac all_wrong_frac",
+    "groups": "zero_std_frac all_right_frac all_wrong_frac silence_preferred_frac",
     "rollout": (
         "length_mean length_max truncated_frac tokens_per_s unique_frac entropy mismatch_kl "
         "mismatch_ratio_max"

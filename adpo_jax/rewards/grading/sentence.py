@@ -1,0 +1,370 @@
+r"""What prose says the answer is: "The answer is 72, so she sold 72 clips." says 72.
+
+A claim is judged by its words before anything is read: a negated, hypothetical or asked one counts
+for nothing, one with two values keeps both ("72 or 70"), and one that only talks about the answer
+("correct", "on the next line") is passed over.
+
+Every regular expression here is a plain alternation or has bounded repeats, and the number of
+claims and of their shortenings is bounded: time is linear in the text, whatever it says.
+"""
+
+import re
+from collections import deque
+
+from adpo_jax.rewards.grading.compare import read
+from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
+from adpo_jax.rewards.grading.markup import (
+    EMOJI,
+    first_block,
+    undressed,
+    without_calculations,
+    without_emphasis,
+)
+
+MAX_CLAIMS = 16  # looked back over
+_MAX_CUTS = 5  # of one claim
+_WINDOW = 4 * MAX_ANSWER_CHARS
+
+
+_NUMBERED = re.compile(r"(?:\d{1,3}[.)]|[-*•])\s{1,4}[*_`]{0,3}[A-Za-z]")
+
+# Where a text says what the answer is. "deny" is a denial; an empty match at a line's end announces
+# the lines below.
+_SAYS = re.compile(
+    r"(?P<label>^[^\w\n]{0,10}(?:the |my |our )?(?:(?:final|correct|right) )?answer"
+    r"(?:[ \t*_]{0,4}(?:[-–—]{1,2}>?[ \t]{1,4})|[ \t*_]{1,4}(?=[$\\\d]|\([A-J]\))|[^\w\n:=]{0,8}$))"
+    r"|\b(?:(?:answer|ans)s?|(?:correct|right) (?:option|choice))\b"
+    r"(?:[ ,]{1,2}(?:to|for|of|in|when|rounded|we|I|you|which|that) [^.:\n]{1,60}?"
+    r"| \([^()\n]{1,60}\))?"
+    r"[*_`\s,]{0,4}"
+    r"(?:(?P<deny>\b(?:is|are|was|were|can|could)(?:n['’]t| ?not| never| no longer)(?: be)?\b"
+    r"|\b(?:should|must|would|will)(?:n['’]t| not) be\b)"
+    r"|\b(?:is|are|was|were|equals|(?:would|should|must|will|has to) (?:then )?be|becomes"
+    r"|comes (?:out )?(?:to(?: be)?|as)|(?:works|turns) out (?:to be|as|to)|remains)\b"
+    r"|\bof(?= [*_]{0,2}[$\\\d(])|:|=(?!=)|→|[-=]>)"
+    r"|(?P<inverse>(?<=\S)[*_`]{0,3} (?:is|are)(?P<not>n['’]t| not)?"
+    r" (?:the|our|my)(?: (?:final|correct|right|required|desired))? answer\b)",
+    re.I | re.M,
+)
+_MENTION = re.compile(r"\bans|(?:correct|right) (?:option|choice)", re.I)
+# Words before a claim that take its force.
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|supposing|assume|assuming|whether|unless|imagine|(?:might|may|could) (?:think"
+    r"|say|guess)|thought|claims|claimed)\b[^.!?\n]{0,40}$"
+    r"|\b(?:wrong|incorrect|previous|earlier|first|initial|original|old|partial|intermediate"
+    r"|example|sample|another|no) {1,2}$",
+    re.I,
+)
+_DOUBTED = re.compile(
+    r"\b(?:not true|untrue|false|doubt|not|\w{2,5}n['’]t (?:think|believe)|no way|impossible"
+    r"|unlikely)(?: that)? {1,2}(?:the|my|our|your) (?:(?:final|correct|right) )?$",
+    re.I,
+)
+_LEAD = re.compile(
+    r"(?:[ \t,:]{1,4}|[=→]|\*\*|__|(?:also|still|now|then|simply|just|only|exactly|precisely|about"
+    r"|approximately|around|roughly|therefore|thus|hence|indeed|clearly|obviously|definitely"
+    r"|certainly|of course|actually|equal to|given by|found to be|to be|a total of|in fact|again|is"
+    r"|either|the (?:number|value|integer|fraction|following))\b|approx\b\.?)",
+    re.I,
+)
+_LEAD_BEFORE = re.compile(
+    r"^(?:so|thus|hence|therefore|then|and|but|wait|no|clearly|i (?:think|believe)"
+    r"|(?:this|that|which) means|we (?:see|find|get|conclude)|that)\b,?",
+    re.I,
+)
+_DENIED = re.compile(r"(?:not|never|no longer|neither)\b", re.I)
+_BUT = re.compile(r",? but (?:rather |actually |it is |is )?|[;,] it(?: is|['’]s) ", re.I)
+_DENIED_END = re.compile(r"[,;!?]|\.(?:\s|$)|\s(?:but|because|since|as|so)\b", re.I)
+_END = re.compile(
+    r"""\.(?=["'”’)\]*_`]{0,4}(?:\s|$))|\?(?=["'”’)*_`]{0,4}(?:\s|$))"""
+    rf"""|!(?=!|["'”’*_`]{{0,4}}(?:\s*$|\s+["'(*_A-Z{EMOJI}]))"""
+)
+_RETRACTED = re.compile(r"""["'”’)\]*_`.\s]{0,8}(?:or\b|no[,.])""", re.I)
+_HEDGE = re.compile(
+    r"\b(?:or|maybe|perhaps|possibly|otherwise|alternatively|unless|wait|actually|however|hmm"
+    r"|either)\b|\b(?:could|might|may) be\b|[_{}]"
+    r"|\b(?:which|that|this|it) (?:is|was|seems|looks)(?: clearly| obviously)?"
+    r" (?:wrong|incorrect|false|impossible|not)\b",
+    re.I,
+)
+_WHY = (
+    r"because|since|as|so|which|where|when|thus|therefore|hence|making|meaning|giving|namely"
+    r"|i\.e\.|rather than|instead of|given that|given|after|assuming|from|using"
+    r"|(?:definitely |certainly )?not"
+    r"|by [a-z]{2,12}ing|for (?=[a-z]{2})|and (?:not|we|i|she|he|it|they|you|that|this|so|thus"
+    r"|therefore|hence)\b"
+)
+_CUT = re.compile(
+    rf"[,;]? (?:{_WHY})(?![A-Za-z])|, (?:approximately|about|roughly)\b"
+    rf"|(?P<mark> [-–—]{{1,2}} |—|[:;] |, (?=[a-z]{{2}})| of (?=[a-z]))"
+    rf"| \("
+    rf"|[{EMOJI}]",
+    re.I,
+)
+_WHY_CUT = re.compile(rf"[,;]? (?:{_WHY})(?![A-Za-z])| \(|[{EMOJI}]", re.I)
+_COUNTED = re.compile(
+    r"((?:\\?\$ ?)?[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?|\$[^$\n]{1,200}\$"
+    r"|\\\([^\n()]{1,200}\\\)) ((?:[A-Za-z][A-Za-z'’-]{1,20}[, ]{1,2}){2,40})"
+)
+# A plain number, which needs no parsing.
+_PLAIN = re.compile(r"(?:\\?\$)?-?[0-9]{1,40}(?:,[0-9]{3}){0,9}(?:\.[0-9]{1,40})?")
+_IN_TOTAL = re.compile(
+    r" (?:in total|altogether|in all|overall|combined|left over|left|remaining|total"
+    r"|(?:an?|each|every) [a-z]{2,12})$",
+    re.I,
+)
+_SPELLED = re.compile(r"[A-Za-z -]{3,60} \(([-+]?\$?\d[\d,.]{0,30})\)")  # "seventy-two (72)"
+_RANGE = re.compile(r"\d \w{0,20} ?to\b|\bto \$?\d")
+_PART_OF = re.compile(
+    r"(\\?\$?[-+]?\d[\d,./]{0,30}(?: [A-Za-z]{1,20})?) of [A-Za-z][A-Za-z ]{1,60}"
+)
+_ASIDE = re.compile(r" \([^()\n]{0,80}=[^()\n]{0,80}\)$")
+_VALUE = re.compile(r"[\d\\$]|^[(\[{]?[A-Za-z](?![A-Za-z])|[π√∞]")
+_CODE = re.compile(r"""[_{}"`\[\]#]|\\(?!\$)|\w(?:[*(]\S|'(?!(?:s|t|re|ll|ve|d|m)\b)\S)""")
+_NUMBERS = re.compile(
+    r"(?<![^\s(:=$€£])[-−]?(?:\\?\$|[€£])?[-−]?\d[\d,]{0,40}(?:\.\d{1,40})?(?:/\d{1,20})?(?![\w])"
+)
+_WORD = re.compile(r"(?<!\\)\b[A-Za-z'’]{2,24}\b")
+
+_NO_READING_TEXT = """
+    because since as so is are was were we he she they it this that the which where when thus
+    therefore hence from if but then there here let get got now has had can may sum add use ans
+"""
+_NO_READING = set(_NO_READING_TEXT.split())
+_NO_ANSWERS_TEXT = """
+    not never neither nor cannot between than more less fewer least most nearly almost either
+    maybe perhaps possibly except unless isn't wasn't doesn't don't approximately about wrong
+    incorrect
+"""
+_NO_ANSWERS = set(_NO_ANSWERS_TEXT.split())
+_NO_NUMBERS_TEXT = """
+    or step part case question problem method example section chapter exercise note equation
+    figure table attempt way ways percent hundred thousand million billion half third thirds
+    quarter quarters dozen dozens squared cubed times point plus minus if but to degrees over
+    under first second fourth fifth
+"""
+_NO_NUMBERS = _NO_ANSWERS | set(_NO_NUMBERS_TEXT.split())
+_COMMENTS_TEXT = """
+    correct incorrect right wrong consistent inconsistent helpful reasonable unreasonable valid
+    verified confirmed clear obvious same accurate logical plausible sensible sound good complete
+    above below found shown here obtained derived calculated computed determined provided
+    presented stated written boxed expressed based supported justified checked easy simple unique
+    likely unlikely in on at as what when because of if whether this it there your my our you we
+    they he she how why who which where marked wrapped enclosed placed highlighted required needed
+    expected being been ready straightforward explained done useful clearly always often usually
+    sometimes hard difficult tricky perfect fine okay ok sure yours ours mine such both close
+    different incomplete missing underlined displayed listed known now then so and or but
+"""
+_COMMENTS = set(_COMMENTS_TEXT.split())
+
+
+def is_readable(text: str) -> bool:
+    """Whether a text is an answer of the grammar, and none of its words says that it is none."""
+    if not text or len(text) > MAX_ANSWER_CHARS:
+        return False
+    if _PLAIN.fullmatch(text):
+        return True
+    words = {word.lower() for word in _WORD.findall(text)}
+    if words & _NO_ANSWERS or (" " in text and words & _NO_READING):
+        return False
+    answer = read(text)
+    return answer.tree is not None or answer.based is not None
+
+
+def stated_answer(text: str) -> str | None:
+    """What the last claim about the answer says, or None where no claim says anything.
+
+    Args:
+      text: prose; "The answer is 18.\\n\\nThe answer is correct." says "18".
+    """
+    mentions = deque(_MENTION.finditer(text), 4 * MAX_CLAIMS)
+    if not mentions:
+        return None
+    matches = deque(_SAYS.finditer(text, max(0, mentions[0].start() - 20)), MAX_CLAIMS)
+    denied: set[str] = set()
+    while matches:
+        match = matches.pop()
+        before = text[max(0, match.start() - 60) : match.start()]
+        if match["inverse"] is not None:
+            found = _claim_before(before)
+            if found and match["not"]:
+                denied.add(_bare(found))
+                found = None
+        else:
+            if _SUPPOSED.search(before):
+                continue
+            rest = text[match.end() : match.end() + _WINDOW]
+            if match["deny"] or _DOUBTED.search(before):
+                rest = "not " + rest
+            is_last = match.end() + _WINDOW >= len(text)
+            is_label = match.group().rstrip(" \t*_")[-1:] == ":"
+            found = _claim_after(rest, denied, may_be_sentence=is_label and is_last)
+        if found and _bare(found) not in denied:
+            return found
+    return None
+
+
+def claim(text: str) -> str | None:
+    """The answer that one line gives, without what explains it; None where it gives none.
+
+    "72 because 48 + 24 = 72" gives "72", "72 or 70" itself, "correct" nothing.
+    """
+    text = undressed(without_emphasis(text))
+    if _PLAIN.fullmatch(text):
+        return text
+    text = _ASIDE.sub("", without_lead(text))
+    text = _IN_TOTAL.sub("", undressed(text))
+    part = _PART_OF.fullmatch(text)
+    text = part[1] if part else text
+    first = _WORD.match(text)
+    if not text or (first and first.group().lower() in _COMMENTS):
+        return None
+    forms = [text, *_shortened(text)]
+    for form in forms:
+        if _VALUE.search(form) and is_readable(form):
+            return form
+    if _VALUE.search(text):
+        return None
+    why = _WHY_CUT.search(text)
+    words = text[: why.start()] if why else text
+    said = {word.lower() for word in words.split()}
+    return undressed(words) if len(said) <= 4 and not said & _NO_ANSWERS else None
+
+
+def without_lead(text: str) -> str:
+    """A claim without the words before its value: "about", "therefore", "="."""
+    for _ in range(8):
+        lead = _LEAD.match(text)
+        if not lead:
+            break
+        text = text[lead.end() :]
+    if text.endswith(("**", "__")) and text.count(text[-2:]) % 2:
+        text = text[:-2]
+    if text.endswith("`") and text.count("`") % 2:
+        text = text[:-1]
+    return text.strip(" \t\r\n,;:")
+
+
+def last_words(text: str) -> str | None:
+    """The one number of a sentence such as "Janet makes $18 every day", or None.
+
+    Of a sentence with an equation, what stands behind its last sign.
+    """
+    text = undressed(without_emphasis(without_calculations(text)))
+    text = text[:-1] if text[-1:] in (".", "!") else text
+    words = [word.lower() for word in _WORD.findall(text)]
+    if not words or len(text) > MAX_ANSWER_CHARS or _CODE.search(text):
+        return None
+    if not _NO_NUMBERS.isdisjoint(w for w in words if w != "to") or _RANGE.search(text):
+        return None
+    if "=" in text:
+        side = text.rpartition("=")[2]
+        return claim(side) if _VALUE.search(side) else None
+    numbers = list(_NUMBERS.finditer(text))
+    return claim(text[numbers[0].start() :]) if len(numbers) == 1 else None
+
+
+def _claim_after(rest: str, denied: set[str], may_be_sentence: bool) -> str | None:
+    """What follows "the answer is": a value, a denied one (kept in `denied`), or None."""
+    rest = without_emphasis(without_calculations(rest))
+    line, _, below = rest.partition("\n")
+    bare = line.strip(" \t*_:`#>")
+    lead = _LEAD.match(bare)
+    if not bare or (lead and lead.end() == len(bare)):
+        block = first_block(below if bare or not line.strip().startswith("```") else rest)
+        return None if _NUMBERED.match(block) else _claim_in(block, "")
+    if not _VALUE.search(bare) and below.lstrip().startswith(("\\[", "$$", "```", "$\n")):
+        return _claim_in(first_block(below), "") or _claim_in(line, below)
+    if line.lstrip(" \t*_:").startswith(("\\[", "$$", "```")):
+        return _claim_in(first_block(rest), "")
+    line = line.strip(" \t*_:")
+    if _DENIED.match(line):
+        line = line[_DENIED.match(line).end() :]
+        end = _DENIED_END.search(line)
+        denied.add(_bare(line[: end.start()] if end else line))
+        but = _BUT.search(line)
+        if not but:
+            return None
+        line = line[but.end() :]
+    if line.lower().startswith("that "):
+        return last_words(_sentence(line[5:])[0])
+    found = _claim_in(line, below)
+    if found is None and may_be_sentence and line[:1].isalpha() and not below.strip():
+        found = last_words(line)
+    return found
+
+
+def _claim_in(line: str, below: str) -> str | None:
+    """The claim of a line's first sentence; with two values where the next begins with "or"."""
+    sentence, end, after = _sentence(line)
+    if end == "?":
+        return None
+    found = claim(sentence)
+    if found is None:
+        # A value that cannot be read is the answer all the same, since it takes back earlier ones.
+        said = undressed(sentence)
+        starts_with_value = said[:1].isdigit() or said.startswith(("$", "\\", "(", "-", "["))
+        return said if starts_with_value or _is_range(said) else None
+    if _RETRACTED.match(after or below[:40]):
+        return f"{sentence}{end} {after or below.split(chr(10), 1)[0]}"
+    return found
+
+
+def _is_range(said: str) -> bool:
+    """Whether a claim says no value but where it lies: "more than 72", "between 70 and 72"."""
+    words = {word.lower() for word in _WORD.findall(said[:MAX_ANSWER_CHARS])}
+    return bool(words & _NO_ANSWERS) and any(c.isdigit() for c in said)
+
+
+def _claim_before(before: str) -> str | None:
+    """What stands before "is the answer"."""
+    before = before.rpartition("\n")[2]
+    for end in (". ", "! ", "? ", ": "):
+        before = before.rpartition(end)[2]
+    for _ in range(4):
+        before = _LEAD_BEFORE.sub("", before.strip(), 1)
+    before = undressed(before.strip(" ,"))
+    return before if _VALUE.search(before) and is_readable(before) else None
+
+
+def _sentence(line: str) -> tuple[str, str, str]:
+    """The first sentence of a line, the mark that ends it, and what follows in the line."""
+    lead = re.match(r"[ \t*_:]{0,8}approx\.", line)
+    for match in _END.finditer(line, lead.end() if lead else 0):
+        if line[max(0, match.start() - 3) : match.start()].lower() in ("a.m", "p.m"):
+            return line[: match.end()], "", line[match.end() :]
+        if match.start():
+            return line[: match.start()], match.group(), line[match.end() :].strip("!").lstrip()
+    return line, "", ""
+
+
+def _shortened(text: str) -> list[str]:
+    """The text cut before what explains it, the longest first; none of it may hedge."""
+    if len(text) > _WINDOW:
+        return []
+    forms = []
+    for cut in _CUT.finditer(text):
+        tail = text[cut.start() :]
+        if _HEDGE.search(tail):
+            continue
+        is_aside = cut["mark"] is not None and tail[:2] in (", ", " o", " -", " –")
+        if is_aside and any(c.isdigit() for c in tail):
+            continue
+        head = undressed(text[: cut.start()].rstrip(" ,;:"))
+        forms.append(_IN_TOTAL.sub("", head))
+        if len(forms) == _MAX_CUTS:
+            break
+    forms.reverse()
+    spelled = _SPELLED.fullmatch(text)
+    if spelled:
+        forms.append(spelled[1])
+    for form in (text, *forms[-2:]):
+        counted = _COUNTED.fullmatch(form.rstrip(" .,") + " ")
+        if counted and not {w.strip(",").lower() for w in counted[2].split()} & _NO_NUMBERS:
+            forms.append(counted[1])
+            break
+    return forms
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[\s$*_`.]", "", undressed(text[:MAX_ANSWER_CHARS])).lower()

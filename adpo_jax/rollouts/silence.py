@@ -1,0 +1,65 @@
+"""Groups that teach the policy to be brief, not right.
+
+Where no completion of a group is right, the rewards differ by small penalties alone, and a target
+from standardised rewards scales them up like any others. A penalty that short texts escape, such as
+good_accuracy's for repetition, then makes saying nothing the best answer (docs/rewards.md).
+"""
+
+import numpy as np
+from absl import logging
+
+from adpo_jax.records import GradedGroups
+
+WARNED_SHARE = 0.25
+
+
+@np.errstate(invalid="ignore")  # rewards that are not finite prefer nothing
+def silence_preferred_frac(
+    rewards_PG: np.ndarray, lengths_PG: np.ndarray, min_reward_std: float = 0.0
+) -> float:
+    """The share of groups that are trained on, in which silence is the best of the wrong answers.
+
+    Those whose rewards are all 0 or less, with a standard deviation (ddof=1) above 0 and of at
+    least `min_reward_std`, and whose best completions are on average less than half as long as the
+    group's median.
+
+    Args:
+      rewards_PG: [P, G] float32.
+      lengths_PG: [P, G] int, tokens of each completion.
+    """
+    best_PG = rewards_PG == rewards_PG.max(axis=1, keepdims=True)
+    spread_P = rewards_PG.std(axis=1, ddof=1) if rewards_PG.shape[1] > 1 else 0.0 * rewards_PG[:, 0]
+    trained_P = (np.ptp(rewards_PG, axis=1) > 0) & (spread_P >= min_reward_std)
+    wrong_P = (rewards_PG <= 0).all(axis=1)
+    length_P = (lengths_PG * best_PG).sum(axis=1) / np.maximum(best_PG.sum(axis=1), 1)
+    is_brief_P = length_P < 0.5 * np.median(lengths_PG, axis=1)
+    return float(np.mean(trained_P & wrong_P & is_brief_P))
+
+
+class SilenceWatch:
+    """Measures the share of such groups in each iteration, and warns once.
+
+    Args:
+      min_reward_std: a group whose rewards have a smaller standard deviation is not trained on.
+      drops_all_failed: whether groups without a reward above 0 are not trained on.
+    """
+
+    def __init__(self, *, min_reward_std: float, drops_all_failed: bool):
+        self._min_reward_std = np.inf if drops_all_failed else min_reward_std
+        self._has_warned = False
+
+    def metrics(self, groups: GradedGroups) -> dict[str, float]:
+        """The metric of an iteration's groups."""
+        share = silence_preferred_frac(
+            groups.rewards, groups.completions.lengths, self._min_reward_std
+        )
+        if share >= WARNED_SHARE and not self._has_warned:
+            self._has_warned = True
+            logging.warning(
+                "in %.0f%% of the groups no answer is right and the best rewards go to completions "
+                "of less than half the usual length, so the policy learns to say little: set "
+                "algorithm.min_reward_std=0.05 or reward_model.reward_kwargs.max_penalty=0.0 "
+                "(docs/rewards.md, metric groups/silence_preferred_frac)",
+                100 * share,
+            )
+        return {"groups/silence_preferred_frac": share}
