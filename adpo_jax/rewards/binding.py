@@ -41,6 +41,9 @@ class TrainerState:
     max_steps: int = 0
 
 
+NO_RUN = TrainerState()
+
+
 class Text(str):
     """A completion of a plain prompt: text, which can also be read like a chat.
 

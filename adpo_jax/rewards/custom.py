@@ -6,13 +6,13 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 from adpo_jax.rewards import binding, builtin
-from adpo_jax.rewards.binding import Log, Signature, TrainerState
+from adpo_jax.rewards.binding import NO_RUN, Log, Signature, TrainerState
 
 BUILTINS: dict[str, Callable] = {
     "good_accuracy": builtin.good_accuracy,
@@ -51,8 +51,12 @@ class Grades(NamedTuple):
 
     parts: dict[str, list[float | None]]
     unparsed: int = 0
-    metrics: dict[str, list[float]] = {}
-    extras: dict[str, list] = {}
+    metrics: Mapping[str, list[float]] = MappingProxyType({})
+    extras: Mapping[str, list] = MappingProxyType({})
+
+    def as_json(self) -> dict:
+        """The fields as JSON holds them."""
+        return self._asdict() | {"metrics": dict(self.metrics), "extras": dict(self.extras)}
 
 
 class BadReward(ValueError):
@@ -158,7 +162,7 @@ class Call:
         function: RewardFunction,
         completions: list[str],
         columns: dict[str, list],
-        state: TrainerState = TrainerState(),
+        state: TrainerState = NO_RUN,
     ):
         self._found, self._completions = found, completions
         self._log = Log(len(completions))
@@ -195,7 +199,7 @@ def grade(
     function: RewardFunction,
     completions: list[str],
     columns: dict[str, list],
-    state: TrainerState = TrainerState(),
+    state: TrainerState = NO_RUN,
 ) -> Grades:
     """Calls a reward function with what it takes, and checks its result; see `Call`.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from adpo_jax.rewards import binding, builtin, custom
-from adpo_jax.rewards.binding import TrainerState
+from adpo_jax.rewards.binding import NO_RUN, TrainerState
 from adpo_jax.rewards.custom import BadReward, Grades, RewardFunction
 from adpo_jax.rewards.errors import RewardError
 from adpo_jax.rewards.pool import Job, WorkerPool
@@ -161,7 +161,7 @@ class RewardModel:
         self,
         completions: list[str],
         columns: dict[str, list],
-        state: TrainerState = TrainerState(),
+        state: TrainerState = NO_RUN,
     ) -> Scores:
         """Grades completions.
 
@@ -183,7 +183,7 @@ class RewardModel:
         self,
         completions: list[str],
         columns: dict[str, list],
-        state: TrainerState = TrainerState(),
+        state: TrainerState = NO_RUN,
     ) -> Handle:
         """As score, without waiting for the workers; without workers it grades at once."""
         completions = list(completions)
@@ -201,6 +201,13 @@ class RewardModel:
             return Handle(lambda: self._from_workers(job, completions, columns))
         scores = self._score_here(completions, columns, state)
         return Handle(lambda: scores)
+
+    def takes(self, name: str) -> bool:
+        """Whether a function of the user's can use what the loop offers under this name."""
+        return any(
+            function.path is not None and (signature.takes_any or name in signature.names)
+            for function, signature in zip(self.functions, self._signatures)
+        )
 
     @property
     def has_workers(self) -> bool:
@@ -357,7 +364,11 @@ class RewardModel:
             sample = {
                 "index": index,
                 "completion": completions[index],
-                "columns": {name: values[index] for name, values in columns.items()},
+                "columns": {
+                    name: values[index]
+                    for name, values in columns.items()
+                    if name not in ("prompts", "completion_ids")  # the data's columns say them
+                },
             }
         return RewardError(
             message,

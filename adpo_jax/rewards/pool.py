@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from adpo_jax.rewards import wire
-from adpo_jax.rewards.binding import Signature, TrainerState
+from adpo_jax.rewards.binding import NO_RUN, Signature, TrainerState
 from adpo_jax.rewards.custom import RewardFunction
 
 _START_TIMEOUT_S = 300.0  # a user's file may import much
@@ -125,7 +125,7 @@ class WorkerPool:
           ValueError: a function that cannot be loaded.
         """
         job = Job(1)
-        self._enqueue([Chunk(job, 0, [], [], {}, TrainerState())], job)
+        self._enqueue([Chunk(job, 0, [], [], {}, NO_RUN)], job)
         job.wait()
         return self._signatures
 
@@ -134,7 +134,7 @@ class WorkerPool:
         completions: list[str],
         columns: dict[str, list],
         wanted: list[tuple[str, ...] | None],
-        state: TrainerState = TrainerState(),
+        state: TrainerState = NO_RUN,
     ) -> Job:
         """Starts grading a batch with every function.
 

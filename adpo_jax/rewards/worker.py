@@ -60,15 +60,13 @@ def _load(functions: list, connection: socket.socket) -> list | None:
     return found
 
 
-def _serve(
-    connection, found, function, positions, completions, columns, state, timeout_s
-) -> None:
+def _serve(connection, found, function, positions, completions, columns, state, timeout_s) -> None:
     """Grades completions one after the other, reporting each as it is done."""
     for i, position in enumerate(positions):
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             grades = custom.grade(found, function, completions[i : i + 1], one, state)
-            reply = grades._asdict()
+            reply = grades.as_json()
         except MemoryError:
             reply = {"killed": "crashes"}
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -86,7 +84,7 @@ def _serve_together(
         try:
             call = custom.Call(found, function, completions[i : i + 1], one, state)
             result = await asyncio.wait_for(call.start(), timeout_s)
-            reply = call.grades(result)._asdict()
+            reply = call.grades(result).as_json()
         except TimeoutError:
             reply = {"killed": "timeouts"}
         except MemoryError:
