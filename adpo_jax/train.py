@@ -209,8 +209,7 @@ def _iterate(
                 profiler.begin(step + 1)
                 with interruption.abandonable():
                     groups = run.source.next(step, state.params)
-                if config.data.mask_truncated_completions:
-                    groups = groups.without_truncated()
+                groups = trained_on(config, groups)
                 if config.trainer.rollout_data_dir and folder.writes:
                     recording.write(folder.recordings(config), step + 1, groups)
                 state, metrics = _learn(run.parts, state, groups)
@@ -246,6 +245,11 @@ def _iterate(
     run.save_source(num_steps, checkpoints)
     checkpoints.save_now(num_steps, state.saved, metrics)
     return state
+
+
+def trained_on(config: ConfigDict, groups: GradedGroups) -> GradedGroups:
+    """The groups as the config has them trained on."""
+    return groups.without_truncated() if config.data.mask_truncated_completions else groups
 
 
 def _learn(
