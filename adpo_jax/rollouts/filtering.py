@@ -87,6 +87,9 @@ class GroupFilter(Source):
         P, num_found = len(prompts), sum(map(len, found))
         candidates = GradedGroups.concatenate([*found, *dropped])
         surplus = candidates.select(range(P, num_found)) if num_found > P else None
+        if surplus:  # recordings hold no extras, and a resumed run goes on alike
+            scores = dataclasses.replace(surplus.scores, extras={})
+            surplus = dataclasses.replace(surplus, scores=scores)
         self._states = {
             step: before,
             step + 1: _State(before.drawn + attempt + 1, surplus),
