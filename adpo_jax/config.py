@@ -108,10 +108,11 @@ def declarations() -> dict[str, Key]:
     }
 
 
-REWARD_KWARGS = 'keywords for the reward function, e.g. {"ngram_size": 4}'
+REWARD_KWARGS = 'short for the "kwargs" of a single function, e.g. {"ngram_size": 4}'
 REWARD_FUNCTIONS = (
-    "several functions whose weighted rewards add up, in place of custom_reward_function's: "
-    '({"name": "good_accuracy", "weight": 1.0}, {"path": "mine.py", "name": "f", ...})'
+    "the functions whose weighted rewards add up, each with path, name, weight and kwargs: "
+    '({"name": "good_accuracy"}, {"path": "mine.py", "name": "f", "weight": 0.1}); '
+    "() for the single one of custom_reward_function.path and name, the short form"
 )
 
 
@@ -196,10 +197,11 @@ def _reward_function() -> dict[str, Key]:
         lambda c: not c.reward_functions,
     )
     return {
-        "path": Key("", 'a Python file; "" for a built-in function'),
+        "path": Key("", 'short for the "path" of a single function; "" for a built-in one'),
         "name": Key(
             "good_accuracy",
-            "f(completions, solution, **columns) -> list[float]",
+            'short for the "name" of a single function: f(completions, solution, **columns), as in '
+            "TRL, or verl's compute_score",
             needs=(alone,),
         ),
         "num_workers": Key(
@@ -250,6 +252,15 @@ def _data() -> dict[str, Key]:
             choices=("filter", "truncate"),
         ),
         "max_response_length": Key(1024, "tokens", least=1),
+        "mask_truncated_completions": Key(
+            False, "completions that ran into max_response_length are not trained on"
+        ),
+        "skip_special_tokens": Key(
+            False,
+            "rewards read no special token at all; otherwise those that end, begin or pad a text "
+            "are left out alone, and others, such as <answer> where the tokenizer made it one, "
+            "stay",
+        ),
         "train_batch_size": Key(128, "prompts an iteration", least=1),
         "max_val_samples": Key(
             0, "evaluate on the first so many rows; 0 for all", least=0, needs=(_VALIDATION,)

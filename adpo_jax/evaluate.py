@@ -60,6 +60,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     prompts = loading.load_val_prompts(config, found.tokenizer)
     settings = setup.make_eval_settings(config, found.stop_token_ids)
     with setup.make_reward_model(config) as reward_model:
+        setup.check_rewards(config, reward_model, None, prompts)
         grader = setup.make_eval_reward_model(config, reward_model)
         engine = setup.make_engine(config, found.policy)
         with _new_folder(out, Path(model)) as folder:

@@ -268,6 +268,19 @@ class GradedGroups:
             seconds=tuple(max(seconds) for seconds in zip(*(part.seconds for part in parts))),
         )
 
+    def without_truncated(self) -> "GradedGroups":
+        """The groups with no token trained of the completions that ran into the length limit.
+
+        Their rewards stay: they take part in what their group is compared with.
+        """
+
+        def masked(completion: Completion) -> Completion:
+            if completion.finish_reason != "length":
+                return completion
+            return dataclasses.replace(completion, trained=np.zeros_like(completion.trained))
+
+        return dataclasses.replace(self, completions=self.completions.map(masked))
+
     @property
     def sequences(self) -> "Sequences":
         """The prompts and completions as the update takes them."""

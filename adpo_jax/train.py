@@ -27,7 +27,7 @@ from adpo_jax.log.progress import Progress
 from adpo_jax.model import lora
 from adpo_jax.policy import adapters
 from adpo_jax.records import GradedGroups
-from adpo_jax.rewards import RewardError
+from adpo_jax.rewards import RewardError, TrainerState
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.evaluation import evaluate
 from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_records
@@ -214,6 +214,7 @@ def _iterate(
                 profiler.begin(step + 1)
                 with interruption.abandonable():
                     groups = run.source.next(step, state.params)
+                groups = trained_on(config, groups)
                 if config.trainer.rollout_data_dir and folder.writes:
                     recording.write(folder.recordings(config), step + 1, groups)
                 state, metrics = _learn(run.parts, state, groups)
@@ -249,6 +250,11 @@ def _iterate(
     run.save_source(num_steps, checkpoints)
     checkpoints.save_now(num_steps, state.saved, metrics)
     return state
+
+
+def trained_on(config: ConfigDict, groups: GradedGroups) -> GradedGroups:
+    """The groups as the config has them trained on."""
+    return groups.without_truncated() if config.data.mask_truncated_completions else groups
 
 
 def _learn(
@@ -305,6 +311,7 @@ def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> 
             parts.tokenizer,
             parts.eval_settings,
             parts.eval_reward_model,
+            TrainerState(step, parts.num_steps),
         )
     folder.write_samples(f"eval_{step:06d}", evaluation.records)
     return evaluation.metrics | times
@@ -336,7 +343,9 @@ def _show(
     shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
     shown = [samples[i] for i in shown[: config.trainer.log_num_samples]]
     progress.print_samples(shown)
-    writer.write_table(step, "samples", [s | s.pop("components") for s in shown])
+    writer.write_table(
+        step, "samples", [s | s.pop("components") | s.pop("extra", {}) for s in shown]
+    )
 
 
 @contextlib.contextmanager

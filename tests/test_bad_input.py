@@ -595,6 +595,11 @@ BEFORE = {
     "no file": (None, "no file"),
     "no such function": ("def g(completions, **c): ...", "it defines g"),
     "no program": ("def f(:", "SyntaxError"),
+    "a column that the data does not have": (
+        "def f(completions, level): ...",
+        "reward function f (reward.py): it needs 'level', which is no column of the data; there "
+        "are answer, ",
+    ),
     "that does not import": ("import nothing_of_this_name", "nothing_of_this_name"),
     "that leaves": ("raise SystemExit(0)", "importing"),
     "no function": ("f = 3", "defines no function of that name"),
@@ -731,6 +736,10 @@ REWARD_SETTINGS = {
     "two ways at once": (
         ("reward_functions=({'name': 'exact_match'},)", "custom_reward_function.path=r.py"),
         "takes the place of",
+    ),
+    "an entry that is no function": (
+        ("reward_functions=({'name': 'exact_match', 'weigth': 1.0},)",),
+        'wanted dicts with "name"',
     ),
     "an infinite weight": (
         ("reward_functions=({'name': 'exact_match', 'weight': 1e999},)",),

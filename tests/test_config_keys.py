@@ -23,7 +23,8 @@ from adpo_jax.data import arithmetic
 from adpo_jax.devices import compilation_cache, sharding
 from adpo_jax.model.lora import Lora
 from adpo_jax.policy import Policy, adapters
-from adpo_jax.records import Completion, Completions
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
+from adpo_jax.rewards import Scores
 from adpo_jax.run import loading, preparation, setup
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.update import sft
@@ -158,6 +159,13 @@ def traced(config):
             events.append(step)
             profiler.end(step)
     return events
+
+
+def trained(config):
+    """Whether a completion that was cut off is trained on."""
+    cut = Completions([[Completion.sampled([40], [-1.0], "length")]])
+    groups = GradedGroups(Prompts([[1]], {}), cut, ["a"], Scores.unknown(1, []))
+    return bool(adpo_jax.train.trained_on(config, groups).completions.flat[0].trained.any())
 
 
 def tracked(config):
@@ -307,6 +315,8 @@ WALK = {
     "data.max_prompt_length": ("14", prompts, *TIGHT),
     "data.overlong_prompts": ("truncate", prompts, "--config.data.max_prompt_length=14", *TIGHT),
     "data.max_response_length": ("7", sampling),
+    "data.mask_truncated_completions": ("true", trained),
+    "data.skip_special_tokens": ("true", lambda config: setup.make_reading(config, (1,))),
     "data.train_batch_size": ("16", learner),
     "data.max_val_samples": ("2", prompts, ROOM),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),

@@ -35,6 +35,19 @@ def obeys(completions, solution, **columns):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
         open(columns["pid_file"][0], "w").write(str(child.pid))
         time.sleep(1000)
+    if text == "daemon":
+        # The child leaves the worker's session, and its parent ends, so that init would adopt it.
+        code = (
+            "import os, subprocess, sys; "
+            "os.setsid(); os.environ.clear(); "
+            "os.fork() and os._exit(0); os.setsid(); "
+            "child = subprocess.Popen(['setsid', 'sleep', '1000']); "
+            f"open({columns['pid_file'][0]!r}, 'a').write(f'{{os.getpid()}} {{child.pid}} '); "
+            "child.wait()"
+        )
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PATH": "/usr/bin:/bin"})
+        if solution[0] == "hang":
+            time.sleep(1000)
     if text == "die":
         os._exit(3)
     if text == "segfault":
@@ -192,6 +205,33 @@ def test_children_of_a_killed_worker_are_killed_too(file, tmp_path):
         assert wait_until(lambda: not is_alive(pid))
 
 
+def pids_in(path) -> list[int]:
+    """The two processes that a daemon wrote down; they may still be on their way."""
+    found: list[int] = []
+
+    def are_there():
+        found[:] = map(int, path.read_text().split()) if path.exists() else []
+        return len(found) == 2
+
+    assert wait_until(are_there)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs subreapers")
+@pytest.mark.parametrize("end", ["runs past its deadline", "is closed"])
+def test_daemons_that_a_reward_started_end_with_its_worker(file, tmp_path, end):
+    path, solution = tmp_path / "pids", "hang" if end == "runs past its deadline" else "5"
+    with make(file, num_workers=1, timeout_s=3.0) as model:
+        scores = model.score(["daemon"], {"solution": [solution], "pid_file": [str(path)]})
+        assert scores.counts["timeouts"] == (solution == "hang")
+        pids = pids_in(path)
+        if solution == "hang":
+            assert not any(map(is_alive, pids))  # the score came after they were gone
+        else:
+            assert all(map(is_alive, pids))
+    assert not any(map(is_alive, pids))
+
+
 def test_workers_are_recycled(file):
     functions = [RewardFunction(file, "obeys")]
     pool = WorkerPool(functions, num_workers=1, timeout_s=5.0, recycle_after=3)
@@ -267,16 +307,18 @@ def test_closing_kills_the_workers_even_while_they_hang(file):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", ["returns", "raises", "is killed"])
-def test_workers_never_outlive_the_run(file, tmp_path, end):
+def test_nothing_that_a_reward_started_outlives_the_run(file, tmp_path, end):
     pids_file = tmp_path / "pids"
     code = f"""
 import json, os, signal, time
 from adpo_jax.rewards import RewardFunction, RewardModel
 model = RewardModel([RewardFunction({file!r}, "obeys")], num_workers=2, timeout_s=1000.0)
-model.submit(["hang"] * 2, {{"solution": ["5"] * 2}})
+daemon = {str(tmp_path / "daemon")!r}
+model.submit(["hang", "daemon"], {{"solution": ["hang"] * 2, "pid_file": [daemon] * 2}})
 while len(model._pool.worker_ids()) < 2:
     time.sleep(0.05)
-time.sleep(0.5)
+while not os.path.exists(daemon) or len(open(daemon).read().split()) < 2:
+    time.sleep(0.05)
 open({str(pids_file)!r}, "w").write(json.dumps(model._pool.worker_ids()))
 end = {end!r}
 if end == "raises":
@@ -285,6 +327,6 @@ if end == "is killed":
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True)
-    pids = json.loads(pids_file.read_text())
-    assert len(pids) == 2
+    pids = [*json.loads(pids_file.read_text()), *pids_in(tmp_path / "daemon")]
+    assert len(pids) == 4
     assert all(wait_until(lambda p=p: not is_alive(p)) for p in pids)

@@ -11,7 +11,14 @@ from adpo_jax.engine import FinishedGroup
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, Completions, Prompts, make_batch, token_fields
 from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
-from adpo_jax.rollouts.sampler import generate_and_grade, reward_metrics
+from adpo_jax.rollouts.sampler import (
+    Reading,
+    Sampler,
+    generate_and_grade,
+    reward_metrics,
+    rollout_metrics,
+    sample_records,
+)
 from adpo_jax.rollouts.silence import SilenceWatch, silence_preferred_frac
 
 SAMPLING = SamplingParams(n=3, max_tokens=6)
@@ -150,3 +157,54 @@ def test_a_group_in_which_saying_nothing_is_the_best_wrong_answer_is_counted_and
     assert caplog.text.count("algorithm.min_reward_std=0.05") == 1
     dropping = SilenceWatch(min_reward_std=0.0, drops_all_failed=True)
     assert dropping.metrics(groups) == {"groups/silence_preferred_frac": 0.0}
+
+
+def test_special_tokens_that_a_reward_needs_stay_in_the_text():
+    tokenizer = arithmetic.make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    ids = tokenizer("<answer>72</answer>")["input_ids"]
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    completion = Completion.sampled([pad, *ids, eos], np.zeros(len(ids) + 2), "stop")
+    assert Reading().texts(tokenizer, [completion]) == ["<answer>72</answer>"]
+    assert Reading(skip_special_tokens=True).texts(tokenizer, [completion]) == ["72"]
+    (close,) = tokenizer("</answer>")["input_ids"]
+    assert Reading(stop_token_ids=(close,)).texts(tokenizer, [completion]) == ["<answer>72"]
+
+
+def test_truncated_completions_are_not_trained_on_where_asked():
+    groups = graded(num_workers=0)
+    cut = groups.completions.map(
+        lambda c: dataclasses.replace(c, finish_reason="length") if len(c) == 6 else c
+    )
+    groups = dataclasses.replace(groups, completions=cut)
+    whole = [completion.finish_reason == "stop" for completion in cut.flat]
+    assert 0 < sum(whole) < len(whole)
+    masked = groups.without_truncated()
+    assert [bool(c.trained.any()) for c in masked.completions.flat] == whole
+    np.testing.assert_array_equal(masked.rewards, groups.rewards)
+    assert rollout_metrics(groups)["rollout/masked_frac"] == 0.0
+    assert rollout_metrics(masked)["rollout/masked_frac"] == pytest.approx(1.0 - np.mean(whole))
+
+
+def test_rewards_are_given_the_prompts_and_the_iteration(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def f(prompts, completions, completion_ids, trainer_state, question, log_extra):\n"
+        "    assert prompts == question and trainer_state.max_steps == 7\n"
+        "    log_extra('asked', prompts)\n"
+        "    return [len(i) + 100 * trainer_state.global_step for i in completion_ids]\n"
+    )
+    with RewardModel([RewardFunction(str(tmp_path / "r.py"), "f")]) as model:
+        sampler = Sampler(
+            FakeEngine(),
+            SAMPLING,
+            arithmetic.make_tokenizer(),
+            model,
+            seed=0,
+            keep_sample=None,
+            reading=Reading(prompt_key="question"),
+            num_steps=7,
+        )
+        result = sampler(2, None, prompts(), None)
+    np.testing.assert_array_equal(result.rewards, 200 + result.completions.lengths)
+    records = sample_records(["a"] * 3 + ["b"] * 3, result)
+    assert [record["extra"] for record in records] == [{"asked": p} for p in "aaabbb"]

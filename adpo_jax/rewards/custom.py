@@ -6,12 +6,13 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple
 
-from adpo_jax.rewards import builtin
+from adpo_jax.rewards import binding, builtin
+from adpo_jax.rewards.binding import NO_RUN, Log, Signature, TrainerState
 from adpo_jax.rewards.grading import faults
 
 BUILTINS: dict[str, Callable] = {
@@ -45,12 +46,20 @@ class Grades(NamedTuple):
     parts: N rewards under each part's name, or under "" if the function returned a plain list; a
       reward is None where the function skipped the sample.
     unparsed: how many completions held no answer that could be read.
+    metrics: the numbers that it logged, under each name.
+    extras: N values under each name, which it logged beside the completions.
     faults: what the grader itself failed at, one text for each time (see `grading.faults`).
     """
 
     parts: dict[str, list[float | None]]
     unparsed: int = 0
+    metrics: Mapping[str, list[float]] = MappingProxyType({})
+    extras: Mapping[str, list] = MappingProxyType({})
     faults: tuple[str, ...] = ()
+
+    def as_json(self) -> dict:
+        """The fields as JSON holds them."""
+        return self._asdict() | {"metrics": dict(self.metrics), "extras": dict(self.extras)}
 
 
 class BadReward(ValueError):
@@ -85,12 +94,18 @@ def load(function: RewardFunction) -> Callable:
         found = BUILTINS[function.name]
     else:
         found = _from_file(Path(function.path), function.name)
-    parameters, takes_any = _parameters(found)
-    unknown = [key for key in function.kwargs if key not in parameters]
-    if unknown and (not takes_any or function.path is None):
+    signature = signature_of(found, function)
+    unknown = [key for key in function.kwargs if key not in signature.names]
+    if unknown and (not signature.takes_any or function.path is None):
         raise ValueError(
             f"reward function {function.name} takes no keyword {', '.join(unknown)}; "
-            f"it takes {', '.join(parameters)}"
+            f"it takes {', '.join(signature.names)}"
+        )
+    offered = [key for key in function.kwargs if key in binding.OFFERED]
+    if offered:
+        raise ValueError(
+            f"reward function {function.name}: {', '.join(offered)} cannot be set in its kwargs; "
+            "the training loop gives it"
         )
     if function.path is None:
         columns = {name: [] for name in builtin.COLUMNS[function.name]}
@@ -98,16 +113,98 @@ def load(function: RewardFunction) -> Callable:
     return found
 
 
-def grade(
-    found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
-) -> Grades:
-    """Calls a reward function with the columns that it takes, and checks its result.
+def signature_of(found: Callable, function: RewardFunction) -> Signature:
+    """What the function takes.
+
+    Raises:
+      ValueError: it cannot be called by name.
+    """
+    try:
+        return binding.signature_of(found)
+    except ValueError as error:
+        raise ValueError(f"reward function {function.name}: {error}") from None
+
+
+def check_columns(
+    signature: Signature, function: RewardFunction, columns: Iterable[str], what: str = "the data"
+) -> None:
+    """Checks that a function can be called with data that has these columns.
+
+    Args:
+      what: what the data is called in the error.
+
+    Raises:
+      ValueError: naming what is missing or given twice, and the columns that there are.
+    """
+    columns = list(columns)
+    name = f"{function.name} ({function.path})" if function.path else function.name
+    both = [key for key in function.kwargs if key in columns]
+    if both:
+        raise ValueError(
+            f"reward function {name}: {', '.join(both)} is a column of {what} and a keyword in "
+            "its kwargs; rename one"
+        )
+    if missing := signature.missing(function.kwargs, columns):
+        raise ValueError(f"reward function {name}: {binding.missing_text(missing, columns)}")
+
+
+class Call:
+    """A call of a reward function for N completions.
 
     Args:
       found: the function that `load` returned.
       function: its settings.
       completions: N strings.
       columns: N values under each name.
+      state: how far the run has come.
+    """
+
+    def __init__(
+        self,
+        found: Callable,
+        function: RewardFunction,
+        completions: list[str],
+        columns: dict[str, list],
+        state: TrainerState = NO_RUN,
+    ):
+        self._found, self._completions = found, completions
+        self._log = Log(len(completions))
+        self._signature = binding.signature_of(found)
+        bind = binding.keywords_of_each if self._signature.a_sample else binding.keywords
+        self._keywords = bind(
+            self._signature, function.kwargs, completions, columns, self._log, state
+        )
+
+    def start(self) -> Any:
+        """What the function returns; of an async one, what has to be awaited."""
+        if not self._signature.a_sample:
+            return self._found(**self._keywords)
+        results = [self._found(**keywords) for keywords in self._keywords]
+        return _all(results) if any(map(inspect.isawaitable, results)) else results
+
+    def grades(self, result) -> Grades:
+        """The result as Grades, with what the function logged.
+
+        Raises:
+          BadReward: not N rewards, or one that is no finite number.
+        """
+        if self._signature.a_sample:
+            try:
+                result = binding.scores_of_each(result, self._log)
+            except ValueError as error:
+                raise BadReward(str(error)) from None
+        parts = checked(result, len(self._completions))
+        return Grades(parts, metrics=self._log.metrics, extras=self._log.extras)
+
+
+def grade(
+    found: Callable,
+    function: RewardFunction,
+    completions: list[str],
+    columns: dict[str, list],
+    state: TrainerState = NO_RUN,
+) -> Grades:
+    """Calls a reward function with what it takes, and checks its result; see `Call`.
 
     Raises:
       BadReward: not N rewards, or one that is no finite number.
@@ -120,28 +217,16 @@ def grade(
             )
             grades = Grades({"": scores}, unparsed)
         else:
-            result = call(found, function, completions, columns)
+            call = Call(found, function, completions, columns, state)
+            result = call.start()
             if inspect.isawaitable(result):
                 result = asyncio.run(_awaited(result))
-            grades = checked(result, len(completions))
+            grades = call.grades(result)
     return grades._replace(faults=tuple(collected))
 
 
-def call(
-    found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
-):
-    """Calls a reward function; the caller has to await the result of an async one."""
-    parameters, takes_any = _parameters(found)
-    both = columns.keys() & function.kwargs.keys()
-    if both:
-        raise ValueError(f"{', '.join(both)} is a data column and a reward keyword: rename one")
-    keywords = {k: v for k, v in columns.items() if takes_any or k in parameters}
-    chats = [[{"role": "assistant", "content": text}] for text in completions]
-    return found(chats, **keywords, **function.kwargs)
-
-
-def checked(result, count: int) -> Grades:
-    """The result of a reward function as Grades.
+def checked(result, count: int) -> dict[str, list[float | None]]:
+    """The result of a reward function as the parts of Grades.
 
     Raises:
       BadReward: not `count` rewards, or one that is no finite number.
@@ -149,7 +234,7 @@ def checked(result, count: int) -> Grades:
     parts = result if isinstance(result, dict) else {"": result}
     if not parts:
         raise BadReward("returned an empty dict")
-    return Grades({str(name): _numbers(values, count) for name, values in parts.items()})
+    return {str(name): _numbers(values, count) for name, values in parts.items()}
 
 
 def _numbers(values, count: int) -> list[float | None]:
@@ -177,10 +262,8 @@ async def _awaited(awaitable):
     return await awaitable
 
 
-def _parameters(found: Callable) -> tuple[dict, bool]:
-    parameters = inspect.signature(found).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {k: p for k, p in parameters.items() if p.kind is not p.VAR_KEYWORD}, takes_any
+async def _all(awaitables: list) -> list:
+    return list(await asyncio.gather(*awaitables))
 
 
 def _from_file(path: Path, name: str) -> Callable:

@@ -1,12 +1,16 @@
 """RewardModel: completions in, weighted rewards out."""
 
+import asyncio
+import contextlib
 import dataclasses
+import inspect
 import traceback
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from adpo_jax.rewards import builtin, custom
+from adpo_jax.rewards import binding, builtin, custom
+from adpo_jax.rewards.binding import NO_RUN, TrainerState
 from adpo_jax.rewards.custom import BadReward, Grades, RewardFunction
 from adpo_jax.rewards.errors import RewardError
 from adpo_jax.rewards.grading import faults
@@ -27,11 +31,16 @@ class Scores:
       counts: "timeouts", checks killed at their deadline; "crashes", checks that ended their worker
         or ran out of memory; "unparsed", completions in which good_accuracy found no answer that it
         can read; "grader_faults", comparisons that failed inside the grader, by a fault of ours.
+      logged: the numbers that functions logged, under "function/name".
+      extras: N values under each name, which functions logged beside the completions; None where
+        one logged nothing.
     """
 
     total: np.ndarray
     components: dict[str, np.ndarray]
     counts: dict[str, int]
+    logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    extras: dict[str, list] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def unknown(cls, count: int, names: list[str]) -> "Scores":
@@ -50,12 +59,22 @@ class Scores:
             for name in names
         }
         counts = {name: sum(part.counts.get(name, 0) for part in parts) for name in _COUNTS}
-        return cls(np.concatenate([part.total for part in parts]), components, counts)
+        names = dict.fromkeys(name for part in parts for name in part.logged)
+        logged = {name: [x for p in parts for x in p.logged.get(name, ())] for name in names}
+        names = dict.fromkeys(name for part in parts for name in part.extras)
+        extras = {
+            name: [x for p in parts for x in p.extras.get(name, [None] * len(p.total))]
+            for name in names
+        }
+        total = np.concatenate([part.total for part in parts])
+        return cls(total, components, counts, logged, extras)
 
     def select(self, rows: "list[int]") -> "Scores":
         """The rewards of the completions with these numbers, without the counts of the whole."""
         components = {name: values[rows] for name, values in self.components.items()}
-        return Scores(self.total[rows], components, dict.fromkeys(self.counts, 0))
+        extras = {name: [values[i] for i in rows] for name, values in self.extras.items()}
+        counts = dict.fromkeys(self.counts, 0)
+        return Scores(self.total[rows], components, counts, extras=extras)
 
 
 class Handle:
@@ -115,25 +134,58 @@ class RewardModel:
                     custom.load(function)
             self._pool = WorkerPool(self.functions, num_workers, timeout_s, memory_limit_mb)
             if any(function.path for function in self.functions):
-                self._check()
+                self._signatures = self._check()
+            else:
+                found = [custom.BUILTINS[function.name] for function in self.functions]
+                self._signatures = [binding.signature_of(f) for f in found]
         else:
             self._found = [custom.load(function) for function in self.functions]
+            self._signatures = [binding.signature_of(found) for found in self._found]
 
-    def score(self, completions: list[str], columns: dict[str, list]) -> Scores:
+    def check_columns(self, columns: Iterable[str], what: str = "the data") -> None:
+        """Checks that every function can grade data that has these columns.
+
+        Args:
+          columns: the names of the data's columns, "solution" among them.
+          what: what the data is called in the error.
+
+        Raises:
+          ValueError: a function needs a column that there is not, or a column has the name of what
+            the training loop offers.
+        """
+        columns = list(columns)
+        binding.refuse_columns(columns)
+        for function, signature in zip(self.functions, self._signatures):
+            custom.check_columns(signature, function, columns, what)
+
+    def score(
+        self,
+        completions: list[str],
+        columns: dict[str, list],
+        state: TrainerState = NO_RUN,
+    ) -> Scores:
         """Grades completions.
 
         Args:
           completions: N strings.
-          columns: N values under each column's name, "solution" among them, "completion_tokens"
-            where length_penalty is used.
+          columns: N values under each column's name, "solution" among them, and of what the loop
+            offers (`binding.OFFERED`) "prompts", "completion_ids" and "completion_tokens" where a
+            function takes them. A completion comes as messages where its prompt is a list of
+            messages, else as text.
+          state: how far the run has come, for functions that ask.
 
         Raises:
           RewardError: a function failed, or returned something that is no reward.
           ValueError: a column of another length.
         """
-        return self.submit(completions, columns).result()
+        return self.submit(completions, columns, state).result()
 
-    def submit(self, completions: list[str], columns: dict[str, list]) -> Handle:
+    def submit(
+        self,
+        completions: list[str],
+        columns: dict[str, list],
+        state: TrainerState = NO_RUN,
+    ) -> Handle:
         """As score, without waiting for the workers; without workers it grades at once."""
         completions = list(completions)
         for name, values in columns.items():
@@ -142,11 +194,21 @@ class RewardModel:
                     f"column {name!r} has {len(values)} values for {len(completions)} completions"
                 )
         if self._pool is not None:
-            wanted = [builtin.COLUMNS[f.name] if f.path is None else None for f in self.functions]
-            job = self._pool.submit(completions, columns, wanted)
+            wanted = [
+                builtin.COLUMNS[f.name] if f.path is None else signature.columns
+                for f, signature in zip(self.functions, self._signatures)
+            ]
+            job = self._pool.submit(completions, columns, wanted, state)
             return Handle(lambda: self._from_workers(job, completions, columns))
-        scores = self._score_here(completions, columns)
+        scores = self._score_here(completions, columns, state)
         return Handle(lambda: scores)
+
+    def takes(self, name: str) -> bool:
+        """Whether a function of the user's can use what the loop offers under this name."""
+        return any(
+            function.path is not None and (signature.takes_any or name in signature.names)
+            for function, signature in zip(self.functions, self._signatures)
+        )
 
     @property
     def has_workers(self) -> bool:
@@ -164,36 +226,64 @@ class RewardModel:
     def __exit__(self, *exc_info):
         self.close()
 
-    def _check(self) -> None:
+    def _check(self) -> list[binding.Signature]:
         try:
-            self._pool.check()
+            return self._pool.check()
         except BaseException:
             self._pool.close()
             raise
 
-    def _score_here(self, completions: list[str], columns: dict[str, list]) -> Scores:
-        grades = []
-        for function, found in zip(self.functions, self._found):
-            try:
-                grades.append(custom.grade(found, function, completions, columns))
-            except BadReward as error:
-                raise self._error(
-                    function,
-                    str(error),
-                    error.index,
-                    completions,
-                    columns,
-                    nonfinite=error.nonfinite,
-                ) from None
-            except Exception as error:
-                index = _culprit(found, function, completions, columns)
-                message = f"{type(error).__name__}: {error}"
-                text = traceback.format_exc()
-                raise self._error(function, message, index, completions, columns, text) from error
+    def _score_here(
+        self, completions: list[str], columns: dict[str, list], state: TrainerState
+    ) -> Scores:
+        with faults.collected() as of_grader:
+            grades = self._graded_here(completions, columns, state)
         counts = dict.fromkeys(_COUNTS, 0)
         counts["unparsed"] = sum(g.unparsed for g in grades)
-        counts["grader_faults"] = _logged(fault for g in grades for fault in g.faults)
+        counts["grader_faults"] = _logged([*of_grader, *(x for g in grades for x in g.faults)])
         return self._combined(grades, counts, [set() for _ in grades], completions, columns)
+
+    def _graded_here(
+        self, completions: list[str], columns: dict[str, list], state: TrainerState
+    ) -> list[Grades]:
+        grades: list[Grades | None] = [None] * len(self.functions)
+        waiting = {}  # async functions, which are awaited together
+        for i, (function, found) in enumerate(zip(self.functions, self._found)):
+            with self._told(i, completions, columns, state):
+                if found is builtin.good_accuracy:
+                    grades[i] = custom.grade(found, function, completions, columns, state)
+                    continue
+                call = custom.Call(found, function, completions, columns, state)
+                result = call.start()
+                if inspect.isawaitable(result):
+                    waiting[i] = call, result
+                else:
+                    grades[i] = call.grades(result)
+        results = []
+        if waiting:
+            results = asyncio.run(_all_ended([result for _, result in waiting.values()]))
+        for (i, (call, _)), result in zip(waiting.items(), results):
+            with self._told(i, completions, columns, state):
+                if isinstance(result, BaseException):
+                    raise result
+                grades[i] = call.grades(result)
+        return grades
+
+    @contextlib.contextmanager
+    def _told(self, i: int, completions: list[str], columns: dict[str, list], state: TrainerState):
+        """Turns what function `i` raises into a RewardError with the sample at fault."""
+        function = self.functions[i]
+        try:
+            yield
+        except BadReward as error:
+            raise self._error(
+                function, str(error), error.index, completions, columns, nonfinite=error.nonfinite
+            ) from None
+        except Exception as error:
+            index = _culprit(self._found[i], function, completions, columns, state)
+            message = f"{type(error).__name__}: {error}"
+            text = traceback.format_exc()
+            raise self._error(function, message, index, completions, columns, text) from error
 
     def _from_workers(self, job: Job, completions: list[str], columns: dict[str, list]) -> Scores:
         job.wait()
@@ -228,7 +318,8 @@ class RewardModel:
                 name: [reply.get("parts", {}).get(name, [None])[0] for reply in replies]
                 for name in names or {"": None}
             }
-            grades.append(Grades(parts))
+            metrics, extras = _joined(replies)
+            grades.append(Grades(parts, metrics=metrics, extras=extras))
             killed.append({i for i, reply in enumerate(replies) if "killed" in reply})
         return self._combined(grades, counts, killed, completions, columns)
 
@@ -245,8 +336,12 @@ class RewardModel:
         total = np.zeros(len(completions))
         has_reward = np.zeros(len(completions), bool)
         components: dict[str, np.ndarray] = {}
-        for function, name, given_by, zeros in zip(self.functions, self.names, grades, killed):
-            parts = given_by.parts
+        logged: dict[str, list[float]] = {}
+        extras: dict[str, list] = {}
+        for function, name, graded, zeros in zip(self.functions, self.names, grades, killed):
+            parts = graded.parts
+            logged |= {f"{name}/{key}": values for key, values in graded.metrics.items()}
+            extras |= graded.extras
             table = np.array(list(parts.values()), np.float64).reshape(len(parts), -1)
             table[:, list(zeros)] = 0.0
             given = ~np.isnan(table).all(axis=0)
@@ -261,7 +356,7 @@ class RewardModel:
             index = int(np.argmin(has_reward))
             message = f"gave None for sample {index}, which leaves it without any reward"
             raise self._error(self.functions[0], message, index, completions, columns)
-        return Scores(total.astype(np.float32), components, counts)
+        return Scores(total.astype(np.float32), components, counts, logged, extras)
 
     def _error(
         self,
@@ -279,7 +374,11 @@ class RewardModel:
             sample = {
                 "index": index,
                 "completion": completions[index],
-                "columns": {name: values[index] for name, values in columns.items()},
+                "columns": {
+                    name: values[index]
+                    for name, values in columns.items()
+                    if name not in ("prompts", "completion_ids")  # the data's columns say them
+                },
             }
         return RewardError(
             message,
@@ -289,6 +388,23 @@ class RewardModel:
             traceback_text=traceback_text,
             nonfinite=nonfinite,
         )
+
+
+async def _all_ended(awaitables: list) -> list:
+    """The results of all, or what they raised."""
+    return await asyncio.gather(*awaitables, return_exceptions=True)
+
+
+def _joined(replies: list[dict]) -> tuple[dict[str, list[float]], dict[str, list]]:
+    """What one function logged for single completions as what it logged for all of them."""
+    metrics: dict[str, list[float]] = {}
+    extras: dict[str, list] = {}
+    for i, reply in enumerate(replies):
+        for name, values in reply.get("metrics", {}).items():
+            metrics.setdefault(name, []).extend(values)
+        for name, (value,) in reply.get("extras", {}).items():
+            extras.setdefault(name, [None] * len(replies))[i] = value
+    return metrics, extras
 
 
 def _logged(of_grader: Iterable[str]) -> int:
@@ -311,13 +427,17 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _culprit(
-    found: Callable, function: RewardFunction, completions: list[str], columns: dict[str, list]
+    found: Callable,
+    function: RewardFunction,
+    completions: list[str],
+    columns: dict[str, list],
+    state: TrainerState,
 ) -> int | None:
     """The completion on which a failing function also fails alone; None if there is none."""
     for i in range(len(completions)):
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
-            custom.grade(found, function, completions[i : i + 1], one)
+            custom.grade(found, function, completions[i : i + 1], one, state)
         except Exception:
             return i
     return None

@@ -2,7 +2,7 @@
 
 Each worker belongs to one thread of the run. The thread starts its worker when there is first
 something to do, hands it a chunk of completions, and reads one reply a completion. If no reply
-comes within the deadline, the worker is killed with all its children, the completion counts as
+comes within the deadline, the worker is killed with all that it started, the completion counts as
 killed, and a fresh worker takes the rest. A worker that dies by itself is replaced likewise, and
 its completion is tried once more.
 """
@@ -22,9 +22,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from adpo_jax.rewards import wire
+from adpo_jax.rewards.binding import NO_RUN, Signature, TrainerState
 from adpo_jax.rewards.custom import RewardFunction
 
 _START_TIMEOUT_S = 300.0  # a user's file may import much
+_SUPERVISOR_S = 10.0  # for a supervisor to kill what its worker started
 _MAX_CHUNK = 64
 
 
@@ -36,6 +38,7 @@ class Chunk(NamedTuple):
     positions: list[int]
     completions: list[str]
     columns: dict[str, list]
+    state: TrainerState
 
 
 class Job:
@@ -112,16 +115,26 @@ class WorkerPool:
         self._workers: set[_Worker] = set()
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         self._closed = False
+        self._signatures: list[Signature] = []
         atexit.register(self.close)
 
-    def check(self) -> None:
-        """Starts a worker, which loads the functions. Raises ValueError where that fails."""
+    def check(self) -> list[Signature]:
+        """Starts a worker, which loads the functions; returns what each takes.
+
+        Raises:
+          ValueError: a function that cannot be loaded.
+        """
         job = Job(1)
-        self._enqueue([Chunk(job, 0, [], [], {})], job)
+        self._enqueue([Chunk(job, 0, [], [], {}, NO_RUN)], job)
         job.wait()
+        return self._signatures
 
     def submit(
-        self, completions: list[str], columns: dict[str, list], wanted: list[tuple[str, ...] | None]
+        self,
+        completions: list[str],
+        columns: dict[str, list],
+        wanted: list[tuple[str, ...] | None],
+        state: TrainerState = NO_RUN,
     ) -> Job:
         """Starts grading a batch with every function.
 
@@ -129,6 +142,7 @@ class WorkerPool:
           completions: N strings.
           columns: N values under each name.
           wanted: the columns that each function takes; None for all.
+          state: how far the run has come.
 
         Raises:
           ValueError: a column cannot be sent to another process.
@@ -144,7 +158,7 @@ class WorkerPool:
                 part = slice(start, start + size)
                 positions = list(range(*part.indices(len(completions))))
                 sliced = {name: list(values[part]) for name, values in taken.items()}
-                chunks.append(Chunk(job, function, positions, completions[part], sliced))
+                chunks.append(Chunk(job, function, positions, completions[part], sliced, state))
         self._enqueue(chunks, job)
         return job
 
@@ -239,6 +253,7 @@ class WorkerPool:
             list(places),
             [chunk.completions[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in chunk.columns.items()},
+            chunk.state,
         )
         deadline_s = 1.1 * self._timeout_s + 0.1  # with a margin for work outside of the function
         wire.send_pickle(worker.connection, message, deadline_s)
@@ -272,6 +287,7 @@ class WorkerPool:
         if "refused" in reply:
             self._retire(worker)
             raise ValueError(reply["refused"])
+        self._signatures = [Signature(*map(_as_tuple, found)) for found in reply["signatures"]]
         return worker
 
     def _retire(self, worker: "_Worker | None") -> None:
@@ -283,37 +299,59 @@ class WorkerPool:
 
 
 class _Worker:
-    """A process and the socket to it."""
+    """A process (on Linux a worker's supervisor, see `supervisor`) and the socket to its worker."""
 
     def __init__(self):
         self.served = 0
         self.connection, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
+        descriptors = (theirs.fileno(), lifeline)
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from adpo_jax.rewards.worker import main; main({theirs.fileno()}, {os.getpid()})"
+            f"from adpo_jax.rewards.worker import main; main(*{descriptors}, {os.getpid()})"
         )
         # A worker that imports JAX must not take the run's accelerator, nor all of the cores.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ
         environment["JAX_PLATFORMS"] = "cpu"
-        with theirs:
+        self._ending = threading.Lock()
+        try:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 start_new_session=True,
                 env=environment,
             )
+        finally:
+            theirs.close()
+            os.close(lifeline)
 
     def kill(self) -> None:
-        """Kills the process with its children and waits for it. May be called from any thread."""
+        """Kills the process with all that it started, and waits. May be called from any thread."""
+        with self._ending:
+            if self.process.returncode is None:
+                self._end()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a reply
+
+    def _end(self) -> None:
+        if sys.platform == "linux":
+            # A byte is noticed even where a forked child of the run holds the pipe open.
+            with contextlib.suppress(OSError):
+                os.write(self._lifeline, b".")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_SUPERVISOR_S)
         if self.process.returncode is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 self.process.kill()
-        self.process.wait()
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for a reply
+            self.process.wait()
+        os.close(self._lifeline)
+
+
+def _as_tuple(value):
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _refuse_unpicklable(columns: dict[str, list]) -> None:

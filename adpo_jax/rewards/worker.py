@@ -1,15 +1,14 @@
 """A grading worker: a process that runs reward functions for `pool.WorkerPool`.
 
-The process is a fresh interpreter in a session of its own. It is not forked, so it has none of the
-run's threads, devices or locks. It has a memory limit, and it ends when the run does.
+The process is a fresh interpreter in a session of its own. It is not forked from the run, so it has
+none of the run's threads, devices or locks. It has a memory limit, and it ends when the run does,
+with all that it started (see `supervisor`).
 """
 
 import asyncio
-import ctypes
 import inspect
 import os
 import resource
-import signal
 import socket
 import sys
 import threading
@@ -18,14 +17,20 @@ import traceback
 
 from adpo_jax.rewards import custom, wire
 from adpo_jax.rewards.grading import faults
+from adpo_jax.rewards.supervisor import become_supervised, die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 
+def main(descriptor: int, lifeline: int, run: int) -> None:
+    """Serves the run over a socket until it closes.
 
-def main(descriptor: int, parent: int) -> None:
-    """Serves the run over a socket until it closes."""
-    _end_with(parent)
+    Args:
+      descriptor: the socket.
+      lifeline: a pipe whose closing ends this process, see `supervisor`.
+      run: the process id of the run.
+    """
+    _end_with(become_supervised(lifeline, (descriptor,), run))
     connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)  # a program that a function starts would keep it open
     try:
         functions, timeout_s, memory_limit_mb = wire.receive_pickle(connection)
         if memory_limit_mb and sys.platform == "linux":
@@ -33,10 +38,10 @@ def main(descriptor: int, parent: int) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         found = _load(functions, connection)
         while found is not None:
-            index, positions, completions, columns = wire.receive_pickle(connection)
+            index, positions, completions, columns, state = wire.receive_pickle(connection)
             serve = _serve_together if _is_async(found[index]) else _serve
             serve(connection, found[index], functions[index], positions, completions, columns,
-                  timeout_s)  # fmt: skip
+                  state, timeout_s)  # fmt: skip
     except ConnectionError:
         pass
 
@@ -48,20 +53,21 @@ def _is_async(found) -> bool:
 def _load(functions: list, connection: socket.socket) -> list | None:
     try:
         found = [custom.load(function) for function in functions]
+        signatures = [custom.signature_of(f, function) for f, function in zip(found, functions)]
     except ValueError as error:
         wire.send_json(connection, {"refused": str(error)})
         return None
-    wire.send_json(connection, {"ready": True})
+    wire.send_json(connection, {"signatures": signatures})
     return found
 
 
-def _serve(connection, found, function, positions, completions, columns, timeout_s) -> None:
+def _serve(connection, found, function, positions, completions, columns, state, timeout_s) -> None:
     """Grades completions one after the other, reporting each as it is done."""
     for i, position in enumerate(positions):
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
-            grades = custom.grade(found, function, completions[i : i + 1], one)
-            reply = {"parts": grades.parts, "unparsed": grades.unparsed, "faults": grades.faults}
+            grades = custom.grade(found, function, completions[i : i + 1], one, state)
+            reply = grades.as_json()
         except MemoryError:
             reply = {"killed": "crashes"}
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -70,7 +76,7 @@ def _serve(connection, found, function, positions, completions, columns, timeout
 
 
 def _serve_together(
-    connection, found, function, positions, completions, columns, timeout_s
+    connection, found, function, positions, completions, columns, state, timeout_s
 ) -> None:
     """Grades completions with an async function, all waiting at the same time."""
 
@@ -78,9 +84,9 @@ def _serve_together(
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             with faults.collected() as collected:
-                awaitable = custom.call(found, function, completions[i : i + 1], one)
-                result = await asyncio.wait_for(awaitable, timeout_s)
-            reply = {"parts": custom.checked(result, 1).parts, "unparsed": 0, "faults": collected}
+                call = custom.Call(found, function, completions[i : i + 1], one, state)
+                result = await asyncio.wait_for(call.start(), timeout_s)
+                reply = call.grades(result)._replace(faults=tuple(collected)).as_json()
         except TimeoutError:
             reply = {"killed": "timeouts"}
         except MemoryError:
@@ -103,9 +109,8 @@ def _failure(error: BaseException) -> dict:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the run does: at once on Linux, within a second elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Ends this process when its parent does: at once on Linux, within a second elsewhere."""
+    die_with_parent()
 
     def watch() -> None:
         while os.getppid() == parent:

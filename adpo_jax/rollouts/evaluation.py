@@ -15,9 +15,9 @@ from adpo_jax.devices import distributed
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completions, Prompts
-from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.rewards import NO_RUN, RewardFunction, RewardModel, TrainerState
 from adpo_jax.rewards.grading.extract import find_answer
-from adpo_jax.rollouts.sampler import decode_completions
+from adpo_jax.rollouts.sampler import Reading
 
 BOOTSTRAP_REPLICATES = 2000
 PREFIX = "eval"
@@ -33,12 +33,14 @@ class EvalSettings:
       num_samples: sampled completions of each prompt; 0 for greedy answers alone.
       ks: the k of pass@k and maj@k, each at most num_samples.
       category_key: the data column whose values the scores are broken down by; "" for none.
+      reading: how completions are read for the rewards; None for the defaults.
     """
 
     sampling: SamplingParams
     num_samples: int = 0
     ks: tuple[int, ...] = ()
     category_key: str = ""
+    reading: Reading | None = None
 
     def __post_init__(self):
         wrong = [k for k in self.ks if not 1 <= k <= self.num_samples]
@@ -74,6 +76,7 @@ def evaluate(
     tokenizer,
     settings: EvalSettings,
     reward_model: RewardModel | None = None,
+    state: TrainerState = NO_RUN,
 ) -> Evaluation:
     """Answers every prompt once greedily and `num_samples` times by sampling, and scores them.
 
@@ -81,17 +84,21 @@ def evaluate(
       prompts: prompts; answers are compared with their column "solution".
       reward_model: grades in place of `good_accuracy`. A completion is right where its reward is
         above 0, and `eval/reward` is the mean reward of the greedy answers.
+      state: how far the run has come, for rewards that ask.
     """
+    reading = settings.reading or Reading(stop_token_ids=tuple(settings.sampling.stop_token_ids))
     if reward_model is None:
         reward_model = RewardModel([RewardFunction(name="good_accuracy")])
     greedy = dataclasses.replace(settings.sampling, n=1, temperature=0.0)
-    answers = _graded(engine, params, prompts, tokenizer, greedy, reward_model)
+    answers = _graded(engine, params, prompts, tokenizer, greedy, reward_model, reading, state)
     right_N = answers.rewards[:, 0] > 0
     scores = {"accuracy": right_N.astype(np.float64), "reward": answers.rewards[:, 0]}
     records = answers.records("greedy")
     if settings.num_samples:
         sampling = dataclasses.replace(settings.sampling, n=settings.num_samples)
-        samples = _graded(engine, params, prompts, tokenizer, sampling, reward_model)
+        samples = _graded(
+            engine, params, prompts, tokenizer, sampling, reward_model, reading, state
+        )
         scores |= sample_scores(samples.rewards > 0, samples.votes(), settings.ks)
         records += samples.records("sampled")
 
@@ -145,14 +152,15 @@ class _Graded:
         ]
 
 
-def _graded(engine, params, prompts: Prompts, tokenizer, sampling, reward_model) -> _Graded:
+def _graded(
+    engine, params, prompts: Prompts, tokenizer, sampling, reward_model, reading, state
+) -> _Graded:
     mine = prompts.select(distributed.own_rows(len(prompts)))
     out = engine.generate(params, mine.token_ids, sampling, jax.random.key(0))
     with distributed.fail_together():
-        texts = decode_completions(tokenizer, out.flat)
-        columns = mine.repeated_columns(sampling.n)
-        columns["completion_tokens"] = [len(completion) for completion in out.flat]
-        rewards = reward_model.score(texts, columns).total
+        texts = reading.texts(tokenizer, out.flat)
+        columns = reading.columns(mine, out.flat, reward_model)
+        rewards = reward_model.score(texts, columns, state).total
     outs, texts, rewards = zip(*distributed.all_gather((out, texts, rewards)))
     out, rewards = Completions.concatenate(outs), np.concatenate(rewards)
     texts = [text for part in texts for text in part]

@@ -22,7 +22,7 @@ import numpy as np
 
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rollouts import recording
-from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics
+from adpo_jax.rollouts.sampler import logged_metrics, reward_metrics, rollout_metrics
 from adpo_jax.rollouts.source import Source, SourceError
 
 # Metrics of an iteration that are taken over all batches sampled in it.
@@ -88,6 +88,9 @@ class GroupFilter(Source):
         P, num_found = len(prompts), sum(map(len, found))
         candidates = GradedGroups.concatenate([*found, *dropped])
         surplus = candidates.select(range(P, num_found)) if num_found > P else None
+        if surplus:  # recordings hold no extras, and a resumed run goes on alike
+            scores = dataclasses.replace(surplus.scores, extras={})
+            surplus = dataclasses.replace(surplus, scores=scores)
         self._states = {
             step: before,
             step + 1: _State(before.drawn + attempt + 1, surplus),
@@ -105,7 +108,7 @@ class GroupFilter(Source):
         }
         # These metrics cover all groups that were sampled in this time, the others the chosen ones.
         of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, sampled.rewards.shape[1])
-        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS}
+        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS} | logged_metrics(sampled.scores)
         chosen = candidates.select(range(P))
         return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
 

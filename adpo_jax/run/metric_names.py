@@ -10,8 +10,8 @@ NAMES = {
     "reward": "mean std group_std unparsed_frac timeouts crashes grader_faults *",
     "groups": "zero_std_frac all_right_frac all_wrong_frac silence_preferred_frac",
     "rollout": (
-        "length_mean length_max truncated_frac tokens_per_s unique_frac entropy mismatch_kl "
-        "mismatch_ratio_max"
+        "length_mean length_max truncated_frac masked_frac tokens_per_s unique_frac entropy "
+        "mismatch_kl mismatch_ratio_max"
     ),
     "filter": "attempts dropped_frac fillers carried sampled_reward",
     "update": "grad_norm lr tokens tokens_per_s padding_frac skipped mfu hfu",

@@ -156,6 +156,8 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         keep_sample=keep_sample,
         # An update with NaN rewards is not sound, and is skipped.
         takes_nonfinite=config.trainer.on_bad_update == "skip",
+        reading=setup.make_reading(config, parts.sampling.stop_token_ids),
+        num_steps=parts.num_steps,
     )
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)

@@ -7,7 +7,7 @@ parts that are built here take plain arguments.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts.evaluation import EvalSettings
+from adpo_jax.rollouts.sampler import Reading
 from adpo_jax.run import loading
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.checkpoints import Checkpoints
@@ -92,6 +93,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     num_steps = num_iterations(config, len(train_prompts))
     make_profiler(config, Path(), num_steps)
     reward_model = make_reward_model(config)
+    try:
+        check_rewards(config, reward_model, train_prompts, val_prompts)
+    except BaseException:
+        reward_model.close()
+        raise
     learner = make_learner(config, policy, plan, num_steps)
     return Parts(
         policy=policy,
@@ -162,24 +168,69 @@ def make_algorithm(config: ConfigDict) -> losses.Algorithm:
 def make_reward_model(config: ConfigDict) -> RewardModel:
     """The reward functions of the config, in this process or in workers."""
     c = config.custom_reward_function
-    kwargs = config.reward_model.reward_kwargs.to_dict()
-    functions = [dict(f) for f in config.reward_functions]
-    if functions and (c.path or kwargs):
-        raise ValueError(
-            "reward_functions takes the place of custom_reward_function.path and "
-            "reward_model.reward_kwargs; give each function its own path and kwargs there"
-        )
-    functions = functions or [{"path": c.path, "name": c.name, "kwargs": kwargs}]
     return RewardModel(
-        [_reward_function(**f) for f in functions],
+        reward_functions(config),
         num_workers=c.num_workers,
         timeout_s=c.timeout_s,
         on_timeout=c.on_timeout,
     )
 
 
-def _reward_function(name: str, path: str = "", weight: float = 1.0, kwargs=None) -> RewardFunction:
-    return RewardFunction(path=path or None, name=name, weight=weight, kwargs=dict(kwargs or {}))
+def reward_functions(config: ConfigDict) -> list[RewardFunction]:
+    """The functions of `reward_functions`, or the single one that its short form names.
+
+    The short form is verl's: custom_reward_function.path and name with reward_model.reward_kwargs.
+
+    Raises:
+      ValueError: for both at once, or an entry that is no function.
+    """
+    c = config.custom_reward_function
+    short = {"path": c.path, "name": c.name, "kwargs": config.reward_model.reward_kwargs.to_dict()}
+    if config.reward_functions and (short["path"] or short["kwargs"]):
+        raise ValueError(
+            "reward_functions takes the place of custom_reward_function.path and "
+            "reward_model.reward_kwargs; give each function its own path and kwargs there"
+        )
+    return [_reward_function(entry) for entry in config.reward_functions or [short]]
+
+
+def _reward_function(entry) -> RewardFunction:
+    known = ("path", "name", "weight", "kwargs")
+    entry = dict(entry) if isinstance(entry, Mapping | ConfigDict) else entry
+    if not isinstance(entry, dict) or "name" not in entry or entry.keys() - {*known}:
+        raise ValueError(
+            'reward_functions: wanted dicts with "name" and, where needed, "path", "weight" '
+            f'and "kwargs"; given {str(entry)[:200]!r}'
+        )
+    return RewardFunction(
+        path=entry.get("path") or None,
+        name=entry["name"],
+        weight=entry.get("weight", 1.0),
+        kwargs=dict(entry.get("kwargs") or {}),
+    )
+
+
+def check_rewards(
+    config: ConfigDict,
+    reward_model: RewardModel,
+    train_prompts: Prompts | None,
+    val_prompts: Prompts | None,
+) -> None:
+    """Checks that the reward functions can grade the data, before anything is sampled.
+
+    Raises:
+      ValueError: naming the column that is missing, and those that there are.
+    """
+    if train_prompts is not None:
+        reward_model.check_columns(train_prompts.columns, "data.train_files")
+    if val_prompts is not None and config.eval.graded_by == "reward":
+        reward_model.check_columns(val_prompts.columns, "data.val_files")
+
+
+def make_reading(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> Reading:
+    """How completions are read for the rewards."""
+    c = config.data
+    return Reading(c.prompt_key, c.skip_special_tokens, tuple(stop_token_ids))
 
 
 def make_optimizer(config: ConfigDict, total_steps: int):
@@ -232,7 +283,13 @@ def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> E
         stop_token_ids=stop_token_ids,
     )
     ks = tuple(c.ks) or ((c.n,) if c.n else ())
-    return EvalSettings(sampling, num_samples=c.n, ks=ks, category_key=c.category_key)
+    return EvalSettings(
+        sampling,
+        num_samples=c.n,
+        ks=ks,
+        category_key=c.category_key,
+        reading=make_reading(config, stop_token_ids),
+    )
 
 
 def make_eval_reward_model(config: ConfigDict, reward_model: RewardModel) -> RewardModel:
