@@ -305,7 +305,17 @@ def test_a_config_file_that_is_none(case, monkeypatch, capsys):
 COMMAND_LINES = {
     "no config": ([], "--config is missing"),
     "a loose word": ([ARITHMETIC, "more"], "unknown arguments ['more']"),
-    "an unknown flag": ([ARITHMETIC, "--wrokdir=x"], "wrokdir"),
+    "an unknown flag": ([ARITHMETIC, "--wrokdir=x"], "Did you mean: workdir"),
+    "a flag's text for a number": (
+        [ARITHMETIC, "--host_timeout_s=abc"],
+        "error: --host_timeout_s is a whole number; given 'abc'",
+    ),
+    "a flag's number out of bounds": (
+        [ARITHMETIC, "--host_timeout_s=1"],
+        "error: --host_timeout_s is integer >= 5; given '1'",
+    ),
+    "a config that is not there": (["--config=gsm9k"], "arithmetic, gsm8k, gsm8k_grpo"),
+    "a config by a path of elsewhere": (["--config=x/gsm8k.py"], "did you mean --config=gsm8k?"),
     "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),
     "nothing to resume": ([ARITHMETIC, "--resume=must"], "has no checkpoint"),
     "nothing to replay": ([ARITHMETIC, "--replay=nowhere"], "there is no folder nowhere"),
