@@ -42,8 +42,8 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     """
     # The imports come after the flags, so that --help is quick.
     from adpo_jax import pretrained
-    from adpo_jax.devices import sharding
     from adpo_jax.log.metrics import write_jsonl
+    from adpo_jax.log.progress import telling
     from adpo_jax.rollouts.evaluation import evaluate
     from adpo_jax.run import loading, setup
     from adpo_jax.run.config_checks import finalized
@@ -54,12 +54,13 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     if out is not None and out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
     dtype = "bfloat16" if config.trainer.bf16 else "float32"
-    found = pretrained.load(
-        model,
-        dtype=dtype,
-        mesh=sharding.make_mesh(**config.mesh),
-        trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
-    )
+    with telling(f"reading {model}"):
+        found = pretrained.load(
+            model,
+            dtype=dtype,
+            mesh=setup.make_mesh(config),
+            trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
+        )
     prompts = loading.load_val_prompts(config, found.tokenizer)
     settings = setup.make_eval_settings(config, found.stop_token_ids)
     graded_by_reward = config.eval.graded_by == "reward"
@@ -67,7 +68,8 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     with reward_model or contextlib.nullcontext():
         grader = setup.make_eval_reward_model(config, reward_model)
         engine = setup.make_engine(config, found.policy)
-        with _new_folder(out, Path(model)) as folder:
+        answering = telling(f"answering {len(prompts):,} prompts")
+        with _new_folder(out, Path(model)) as folder, answering:
             evaluation = evaluate(engine, found.params, prompts, found.tokenizer, settings, grader)
             about = {"model": model, "read_from": found.source} | evaluation.metrics
             (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -167,6 +167,7 @@ def generate(a: argparse.Namespace) -> None:
     from adpo_jax import pretrained
     from adpo_jax.engine.engine import Engine
     from adpo_jax.engine.sampling import SamplingParams
+    from adpo_jax.log.progress import telling
 
     rows = read_rows(a)
     sampling = SamplingParams(
@@ -182,9 +183,9 @@ def generate(a: argparse.Namespace) -> None:
     )
     if a.out is not None and a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
-    model = with_options(
-        pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code), a
-    )
+    with telling(f"reading {a.model}"):
+        read = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+    model = with_options(read, a)
     prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
     longest = max(len(prompt) for prompt in prompts)
     positions = model.policy.hf_config.get("max_position_embeddings") or sys.maxsize

@@ -78,6 +78,7 @@ def main(argv: list[str], **parts) -> int:
 
     from adpo_jax import train
     from adpo_jax.devices import compilation_cache, distributed
+    from adpo_jax.log.progress import telling
     from adpo_jax.rewards import RewardError
     from adpo_jax.rollouts.source import SourceError
     from adpo_jax.run import preparation, setup
@@ -88,7 +89,8 @@ def main(argv: list[str], **parts) -> int:
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
     try:
-        distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
+        with telling("waiting for the other processes"):
+            distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
     except ValueError as error:
         return _failed(error)
     with setup.make_interruption(config) as interruption:
@@ -134,11 +136,13 @@ def _dry_run(config: ConfigDict) -> int:
     import jax
 
     from adpo_jax import dry_run
+    from adpo_jax.log.progress import telling
 
     if _DRY_RUN_TOPOLOGY.value:
         jax.config.update("jax_platforms", "cpu")  # so that a TPU of this machine stays free
     try:
-        report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
+        with telling("compiling the steps"):
+            report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
     except ValueError as error:
         return _failed(error)
     print("\n".join(report.lines()))
