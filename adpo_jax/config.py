@@ -173,12 +173,13 @@ def _anchor() -> dict[str, Key]:
         "mode": Key(
             "on_policy",
             "the policy that log-ratios are measured against",
-            allowed="on_policy, fixed, ema, kl_triggered",
+            choices=("on_policy", "fixed", "ema", "kl_triggered"),
         ),
         "ema_alpha": Key(
             0.99,
             "weight of the old anchor, each iteration",
-            allowed="0 to 1",
+            least=0,
+            most=1,
             needs=mode("ema"),
         ),
         "kl_threshold": Key(0.1, "nats a token", allowed="above 0", needs=mode("kl_triggered")),
@@ -207,7 +208,7 @@ def _reward_function() -> dict[str, Key]:
         "num_workers": Key(
             0,
             "processes that grade while others decode; 0 grades in this one",
-            allowed="at least 0",
+            least=0,
         ),
         "timeout_s": Key(
             10.0,
@@ -218,7 +219,7 @@ def _reward_function() -> dict[str, Key]:
         "on_timeout": Key(
             "zero",
             "what becomes of a completion that was given up: reward 0, or the run stops",
-            allowed="zero, stop",
+            choices=("zero", "stop"),
             needs=(workers,),
         ),
     }
@@ -301,15 +302,15 @@ def _model() -> dict[str, Key]:
 
 def _optim() -> dict[str, Key]:
     falling = Need(
-        "a schedule that falls (actor.optim.lr_scheduler_type=cosine or linear)",
+        "a schedule that falls (actor_rollout_ref.actor.optim.lr_scheduler_type=cosine or linear)",
         lambda c: c.actor_rollout_ref.actor.optim.lr_scheduler_type != "constant",
     )
     return {
         "lr": Key(1e-6, "peak learning rate of AdamW", least=0),
         "weight_decay": Key(0.01, "not on norms and biases", least=0),
-        "lr_warmup_steps": Key(0, "optimizer steps", least=0),
+        "lr_warmup_steps": Key(0, "optimizer steps, cut to those of the run", least=0),
         "lr_scheduler_type": Key(
-            "constant", "of the learning rate", allowed="constant, cosine, linear"
+            "constant", "of the learning rate", choices=("constant", "cosine", "linear")
         ),
         "min_lr_ratio": Key(
             0.0,
@@ -319,7 +320,7 @@ def _optim() -> dict[str, Key]:
             needs=(falling,),
         ),
         "betas": Key((0.9, 0.999), "of AdamW", allowed=_BETAS),
-        "mu_dtype": Key("float32", "of AdamW's first moment", allowed="float32, bfloat16"),
+        "mu_dtype": Key("float32", "of AdamW's first moment", choices=("float32", "bfloat16")),
     }
 
 
@@ -338,7 +339,7 @@ def _actor() -> dict[str, Key]:
             "packed",
             "how completions run through the model: packed side by side with one copy of their "
             "prompt, or in padded rows, each with its own",
-            allowed="packed, rows",
+            choices=("packed", "rows"),
         ),
         "attention": Key("auto", "of the training forward", allowed="auto, xla, pallas_tpu, cudnn"),
     }
@@ -419,9 +420,13 @@ def _sft() -> dict[str, Key]:
         "train_files": Key("", "as data.train_files; rows with a prompt and a completion"),
         "completion_key": Key("completion", "the column with the text to imitate", needs=needs),
         "batch_size": Key(64, "rows a step", least=1, needs=needs),
-        "save_freq": Key(200, "steps between two checkpoints; 0 for none", least=0, needs=needs),
+        "save_freq": Key(
+            200, "steps between two checkpoints; 0 or -1 for none", least=-1, needs=needs
+        ),
         "lr": Key(1e-3, "peak; falls along a cosine to a tenth", least=0, needs=needs),
-        "lr_warmup_steps": Key(20, "optimizer steps", least=0, needs=needs),
+        "lr_warmup_steps": Key(
+            20, "optimizer steps, cut to those of the stage", least=0, needs=needs
+        ),
         "weight_decay": Key(0.01, "not on norms and biases", least=0, needs=needs),
         "betas": Key((0.9, 0.999), "of AdamW", allowed=_BETAS, needs=needs),
     }
@@ -454,7 +459,12 @@ def _trainer() -> dict[str, Key]:
             "none", '"true" means full', choices=("none", "full", "save_dots")
         ),
         "bf16": Key(True, "compute in bfloat16; parameters and optimizer stay float32"),
-        "save_freq": Key(50, "iterations; 0 for the end alone", least=0),
+        "save_freq": Key(
+            50,
+            "iterations between two checkpoints; 0 for the start and the end alone, -1 for none "
+            "but those of trainer.best_metric and of an interruption",
+            least=-1,
+        ),
         "save_total_limit": Key(3, "checkpoints kept, the newest", least=1),
         "best_metric": Key(
             "", "e.g. eval/accuracy: its largest value is saved at once and kept too"
@@ -477,7 +487,11 @@ def _trainer() -> dict[str, Key]:
         ),
         "rollout_data_dir": Key("", "within the run's folder: where every rollout is recorded"),
         "compilation_cache_dir": Key("~/.cache/adpo_jax/xla", 'compiled programs; "" for none'),
-        "test_freq": Key(50, "iterations; 0 for before and after alone", least=0),
+        "test_freq": Key(
+            50,
+            "iterations between two evaluations; 0 for before and after alone, -1 for none",
+            least=-1,
+        ),
         "logger": Key(
             (),
             'besides metrics.jsonl and TensorBoard: any of wandb, mlflow, trackio, e.g. ("wandb",)',

@@ -1,16 +1,17 @@
 """Evaluates a model: prints its scores and writes every completion to a file.
 
-    python -m adpo_jax.evaluate --model=runs/gsm8k/mine --config=configs/gsm8k.py \\
-        [--out=FOLDER] [--config.eval.n=8 ...]
+    python -m adpo_jax.evaluate --model=runs/gsm8k/mine [--out=FOLDER] [--config.eval.n=8 ...]
+    python -m adpo_jax.evaluate --model=Qwen/Qwen3-0.6B --config=gsm8k
 
 `--model` is a Hugging Face folder or hub name, a run's folder (its export, or its newest checkpoint
 if that is newer) or one of its checkpoints (`runs/gsm8k/mine/checkpoints/50`). Data, prompts and
-`eval.*` are those of the config. Two files, `metrics.json` and `completions.jsonl`, are written to
-`--out`, or to `evaluations/N` in the run's folder (for any other model in the working folder). No
-file is overwritten.
+`eval.*` are those of `--config`; without it, those of the run. Two files, `metrics.json` and
+`completions.jsonl`, are written to `--out`, or to `evaluations/N` in the run's folder (for any
+other model in the working folder). No file is overwritten.
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -20,15 +21,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax import pretrained
-from adpo_jax.devices import sharding
 from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.metrics import write_jsonl
-from adpo_jax.rewards import RewardError
-from adpo_jax.rollouts.evaluation import evaluate
-from adpo_jax.run import loading, setup
+from adpo_jax.run import config_files
 from adpo_jax.run.command_line import load_config, parse_flags
-from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -45,25 +40,38 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     Raises:
       ValueError: for a config, model or data that cannot work, or results that are there already.
     """
+    # The imports come after the flags, so that --help is quick.
+    from adpo_jax import pretrained
+    from adpo_jax.log.metrics import write_jsonl
+    from adpo_jax.log.progress import telling
+    from adpo_jax.rollouts.evaluation import evaluate
+    from adpo_jax.run import loading, setup
+    from adpo_jax.run.config_checks import finalized
+
     config = finalized(config)
     if not config.data.val_files:
         raise ValueError("data.val_files is empty: there is nothing to evaluate on")
     if out is not None and out.exists():
         raise ValueError(f"{out} is there already; choose another --out")
     dtype = "bfloat16" if config.trainer.bf16 else "float32"
-    found = pretrained.load(
-        model,
-        dtype=dtype,
-        mesh=sharding.make_mesh(**config.mesh),
-        trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
-    )
+    with telling(f"reading {model}"):
+        found = pretrained.load(
+            model,
+            dtype=dtype,
+            mesh=setup.make_mesh(config),
+            trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
+        )
     prompts = loading.load_val_prompts(config, found.tokenizer)
     settings = setup.make_eval_settings(config, found.stop_token_ids)
-    with setup.make_reward_model(config) as reward_model:
-        setup.check_rewards(config, reward_model, None, prompts)
+    graded_by_reward = config.eval.graded_by == "reward"
+    reward_model = setup.make_reward_model(config) if graded_by_reward else None
+    with reward_model or contextlib.nullcontext():
+        if reward_model is not None:
+            setup.check_rewards(config, reward_model, None, prompts)
         grader = setup.make_eval_reward_model(config, reward_model)
         engine = setup.make_engine(config, found.policy)
-        with _new_folder(out, Path(model)) as folder:
+        answering = telling(f"answering {len(prompts):,} prompts")
+        with _new_folder(out, Path(model)) as folder, answering:
             evaluation = evaluate(engine, found.params, prompts, found.tokenizer, settings, grader)
             about = {"model": model, "read_from": found.source} | evaluation.metrics
             (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -123,13 +131,20 @@ def table(metrics: dict[str, float]) -> str:
 
 def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str | None) -> int:
     """Evaluates what the command line says; returns the exit code."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
+    from adpo_jax.rewards import RewardError
+
     logging.set_verbosity(logging.WARNING)
     try:
+        if len(argv) > 1:
+            raise ValueError(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
+        if model is None:
+            raise ValueError("--model is missing, for example --model=runs/adpo_jax/arithmetic")
         content = load_config(config)
-        if content is None or model is None:
-            raise app.UsageError("--model and --config are needed")
+        if content is None:
+            raise ValueError(
+                f"--config is missing, for example --config=gsm8k: {model} is no run, whose data "
+                "and settings could be taken"
+            )
         print(table(evaluate_model(content, model, Path(out) if out else None)))
     except (OSError, ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -137,15 +152,52 @@ def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str 
     return 0
 
 
+def settings_of_model(argv: list[str]) -> list[str]:
+    """The arguments that stand for `--config` where it is not given: the config of the run.
+
+    Whoever names a model does not consent to code that its folder names, so none is run.
+
+    Raises:
+      ValueError: where the run's settings need such code.
+    """
+    run = config_files.run_of(config_files.given(argv, "model") or "")
+    if run is None:
+        return []
+    saved = config_files.get_config(str(run / "config.json"))
+    settings = [
+        f"--config={run}",
+        "--config.actor_rollout_ref.model.trust_remote_code=false",
+    ]
+    graded_by = config_files.given(argv, "config.eval.graded_by") or saved.eval.graded_by
+    if graded_by != "reward":  # the run's reward functions, and their secrets, are not needed
+        functions = ["--config.reward_functions=()"] if saved.reward_functions else []
+        settings += ["--config.custom_reward_function.path=", *functions]
+        return [*settings, "--config.reward_model.reward_kwargs={}"]
+    own = [saved.custom_reward_function.path, *(f.get("path") for f in saved.reward_functions)]
+    if any(own):
+        raise ValueError(
+            f"{run} grades its evaluation by Python code, {', '.join(filter(None, own))}: give "
+            f"--config={run} if you trust it, or --config.eval.graded_by=accuracy"
+        )
+    return settings
+
+
 def run() -> None:
     """Runs `python -m adpo_jax.evaluate`."""
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The flags are defined here, since `main` has flags of the same names.
-    config = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
+    about = (
+        "a Python file, a config that comes with the package, or a run's folder; by default the "
+        "run that --model names"
+    )
+    config = config_flags.DEFINE_config_file("config", None, about, lock_config=True)
     model = flags.DEFINE_string("model", None, "a Hugging Face folder or name, a run, a checkpoint")
     out = flags.DEFINE_string("out", None, "the folder to write to; a new one if not given")
-    app.run(lambda argv: main(argv, config, model.value, out.value), flags_parser=parse_flags)
+    parser = functools.partial(
+        parse_flags, about=__doc__, own=(config, model, out), default_config=settings_of_model
+    )
+    app.run(lambda argv: main(argv, config, model.value, out.value), flags_parser=parser)
 
 
 if __name__ == "__main__":

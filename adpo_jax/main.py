@@ -1,10 +1,13 @@
-"""The command line.
+"""Trains a policy, or goes on with a run.
 
     python -m adpo_jax.main --config=configs/gsm8k.py [--workdir=DIR] [--config.key=value ...]
 
-The exit code is one of `exit_codes`.
+`--config` is a Python file, the name of a config that comes with the package (`gsm8k`), or a run's
+folder, whose settings are taken. `adpo-jax train` is the same command. The exit code is one of
+`exit_codes`.
 """
 
+import functools
 import os
 import sys
 import traceback
@@ -23,7 +26,8 @@ from adpo_jax.run.exit_codes import (
     USER_ERROR,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
+_CONFIG_HELP = "a Python file, a config that comes with the package, or a run's folder"
+_CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "the run's folder; runs/<project_name>/<experiment_name> if not given"
 )
@@ -51,6 +55,7 @@ _DRY_RUN_TOPOLOGY = flags.DEFINE_string(
     "dry_run_topology", "", "a dry run for a TPU slice that is not there, such as v5e:2x4"
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
+_FLAGS = tuple(value for value in list(globals().values()) if isinstance(value, flags.FlagHolder))
 
 
 def main(argv: list[str], **parts) -> int:
@@ -66,13 +71,14 @@ def main(argv: list[str], **parts) -> int:
     except ValueError as error:
         return _failed(error)
     if config is None:
-        return _failed("--config is missing, for example --config=configs/arithmetic.py")
+        return _failed("--config is missing, for example --config=arithmetic")
     logging.set_verbosity(logging.WARNING)
     # The import comes after the flags, so that --help is quick.
     import jax
 
     from adpo_jax import train
     from adpo_jax.devices import compilation_cache, distributed
+    from adpo_jax.log.progress import telling
     from adpo_jax.rewards import RewardError
     from adpo_jax.rollouts.source import SourceError
     from adpo_jax.run import preparation, setup
@@ -83,7 +89,8 @@ def main(argv: list[str], **parts) -> int:
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
     try:
-        distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
+        with telling("waiting for the other processes"):
+            distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
     except ValueError as error:
         return _failed(error)
     with setup.make_interruption(config) as interruption:
@@ -129,11 +136,13 @@ def _dry_run(config: ConfigDict) -> int:
     import jax
 
     from adpo_jax import dry_run
+    from adpo_jax.log.progress import telling
 
     if _DRY_RUN_TOPOLOGY.value:
         jax.config.update("jax_platforms", "cpu")  # so that a TPU of this machine stays free
     try:
-        report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
+        with telling("compiling the steps"):
+            report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
     except ValueError as error:
         return _failed(error)
     print("\n".join(report.lines()))
@@ -144,7 +153,8 @@ def run() -> None:
     """Runs `python -m adpo_jax.main`."""
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    app.run(_main, flags_parser=parse_flags)
+    parser = functools.partial(parse_flags, about=__doc__, own=_FLAGS)
+    app.run(_main, flags_parser=parser)
 
 
 def _main(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from adpo_jax.devices import distributed, host_memory
 from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log import profiling
-from adpo_jax.log.progress import Progress
+from adpo_jax.log.progress import Progress, telling
 from adpo_jax.model import lora
 from adpo_jax.policy import adapters
 from adpo_jax.records import GradedGroups
@@ -110,7 +110,10 @@ def run(
         parts.reward_model,
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
-        restored = checkpoints.restore_latest(abstract_state(parts)) if checkpoints.steps else None
+        restored = None
+        if checkpoints.steps:
+            with telling("reading the newest checkpoint"):
+                restored = checkpoints.restore_latest(abstract_state(parts))
         purge_step = -config.sft.steps if restored is None else restored.step + 1
         writer = metrics_lib.make_writer(
             folder.root, purge_step, *run.trackers, writes=folder.writes
@@ -125,7 +128,7 @@ def run(
             state = _iterate(
                 run, state, metrics, writer, checkpoints, interruption, profiler, callbacks
             )
-        with interruption.abandonable():
+        with interruption.abandonable(), telling("writing the policy"):
             _export(run, state)
         print(f"done; the policy is in {folder.export}", flush=True)
         rows = metrics_lib.read_jsonl(folder.metrics)
@@ -200,31 +203,33 @@ def _iterate(
         with Progress("iteration", num_steps, start) as progress:
             if not rows or rows[-1]["step"] < start:
                 # The run starts, or it was interrupted between an update and its evaluation's end.
-                with interruption.abandonable():
+                with interruption.abandonable(), progress.doing("evaluating"):
                     evaluated = _due_evaluation(run, state, metrics)
                 metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
                 if metrics:
                     writer.write_scalars(start, metrics)
-            if start == 0:
+            if start == 0 and config.trainer.save_freq >= 0:
                 writer.flush()
                 checkpoints.save(0, state.saved, metrics)
             saving: dict[str, float] = {}  # times of the iteration before
             for step in range(start, num_steps):
                 interruption.check()
                 profiler.begin(step + 1)
-                with interruption.abandonable():
+                compiling = "compiling, " if step == start else ""
+                with interruption.abandonable(), progress.doing(f"{compiling}sampling, grading"):
                     groups = run.source.next(step, state.params)
                 groups = trained_on(config, groups)
                 if config.trainer.rollout_data_dir and folder.writes:
                     recording.write(folder.recordings(config), step + 1, groups)
-                state, metrics = _learn(run.parts, state, groups)
+                with progress.doing(f"{compiling}updating"):
+                    state, metrics = _learn(run.parts, state, groups)
                 host_memory.give_back()
                 metrics |= saving | silence.metrics(groups)
                 evidence = ""
                 if metrics[SKIPPED] and folder.writes:
                     evidence = str(recording.write(folder.bad_batches, step + 1, groups))
                 guard.check(step + 1, metrics, evidence)
-                with interruption.abandonable():
+                with interruption.abandonable(), progress.doing("evaluating"):
                     evaluated = _due_evaluation(run, state, metrics)
                 metrics |= evaluated
                 if checkpoints.num_failures:
@@ -236,7 +241,7 @@ def _iterate(
                 profiler.end(step + 1)
                 saving.clear()
                 if checkpoints.is_due(step + 1, metrics):
-                    with _timed(saving, "time/checkpoint"):
+                    with _timed(saving, "time/checkpoint"), progress.doing("saving"):
                         writer.flush()  # the log reaches as far as the checkpoint
                         run.save_source(step + 1, checkpoints)
                         checkpoints.save(step + 1, state.saved, metrics)
@@ -247,8 +252,10 @@ def _iterate(
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
-    run.save_source(num_steps, checkpoints)
-    checkpoints.save_now(num_steps, state.saved, metrics)
+    if config.trainer.save_freq >= 0:
+        run.save_source(num_steps, checkpoints)
+        with telling("saving the last checkpoint"):
+            checkpoints.save_now(num_steps, state.saved, metrics)
     return state
 
 
@@ -271,7 +278,8 @@ def _learn(
 def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:
     """The metrics of an evaluation where one is due after `state.step` iterations."""
     done, test_freq = int(state.step), run.config.trainer.test_freq
-    due = done in (0, run.parts.num_steps) or (test_freq and done % test_freq == 0)
+    due = done in (0, run.parts.num_steps) or (test_freq > 0 and done % test_freq == 0)
+    due = due and test_freq >= 0  # -1 is verl's word for never
     if not run.parts.val_prompts or not due or "eval/accuracy" in metrics:
         return {}
     try:

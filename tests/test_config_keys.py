@@ -426,6 +426,26 @@ def test_each_key_on_the_command_line_changes_the_run(key):
     assert repr(probe(parse(*context, f"--config.{key}={value}", name=file))) != before
 
 
+def test_minus_one_is_verls_word_for_never_evaluating_and_never_saving():
+    never = [f"--config.{key}=-1" for key in ("trainer.test_freq", "trainer.save_freq")]
+    files, prompts, seen, _ = road(parse(*SHORT, *never, "--config.sft.save_freq=-1"))
+    assert (len(prompts), len(seen)) == (4, 2)  # it trains all the same
+    assert [name for name in files if name.startswith(("checkpoints/", "samples/eval"))] == []
+    with pytest.raises(ValueError, match="no effect without trainer.test_freq of at least 0"):
+        parse(*never, "--config.trainer.best_metric=eval/accuracy")
+
+
+def test_a_warm_up_longer_than_a_short_run_is_cut_and_said(capsys):
+    optim = "actor_rollout_ref.actor.optim"
+    config = parse(f"--config.{optim}.lr_warmup_steps=99", "--config.sft.steps=7")
+    _, schedule = setup.make_optimizer(config, total_steps=5)
+    assert [float(schedule(i)) for i in (0, 4)] == pytest.approx([1e-4, 5e-4])
+    setup.make_cold_start_optimizer(config)
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{optim}.lr_warmup_steps is 99, but there are 5 optimizer steps" in first
+    assert "sft.lr_warmup_steps is 20, but there are 7 optimizer steps" in second
+
+
 def test_every_key_is_walked():
     walked = {key for key in keys(default_config()) if not key.startswith("algorithm.")}
     assert set(WALK) == walked | {"algorithm.filter_groups", "algorithm.filter_max_attempts"}

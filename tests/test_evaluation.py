@@ -192,7 +192,7 @@ def test_a_model_is_evaluated_alone_and_nothing_is_overwritten(small_model, tmp_
     with pytest.raises(ValueError, match="is there already; choose another --out"):
         evaluate_model(config, str(small_model), tmp_path / "evaluations" / "1")
     # A folder that cannot be made is told of before anything is sampled, and one is not left empty.
-    monkeypatch.setattr(evaluate_module, "evaluate", broken)
+    monkeypatch.setattr("adpo_jax.rollouts.evaluation.evaluate", broken)
     with pytest.raises(ValueError, match=r"^/proc/mine cannot be made: "):
         evaluate_model(config, str(small_model), Path("/proc/mine"))
     with pytest.raises(RuntimeError, match="the device is gone"):

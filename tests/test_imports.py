@@ -35,6 +35,9 @@ TOP = {
     "dry_run": "",
     "serve": "pretrained",
     "report": "",
+    "generate": "pretrained",
+    "export": "pretrained",
+    "__main__": "",
 }
 
 

@@ -115,7 +115,10 @@ def test_tensors_that_do_not_fit_are_named(trained, folder):
 def test_keys_of_the_config_without_effect_are_refused():
     model = "--config.actor_rollout_ref.model"
     for overrides, message in (
-        ([f"{model}.lora_alpha=8.0"], "model.lora_alpha: no effect without model.lora_rank"),
+        (
+            [f"{model}.lora_alpha=8.0"],
+            "lora_alpha: no effect without actor_rollout_ref.model.lora_rank",
+        ),
         ([f"{model}.lora_adapter_path=a", f"{model}.lora_rank=8"], "no effect beside"),
         ([f"{model}.lora_rank=-1"], "model.lora_rank is at least 0"),
     ):

@@ -5,8 +5,10 @@ import io
 import re
 import runpy
 import sys
+import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,14 @@ from test_config import parse
 from adpo_jax.devices import sharding
 from adpo_jax.devices.flops import traced_flops
 from adpo_jax.devices.meter import Meter
-from adpo_jax.log import trackers
+from adpo_jax.log import progress, trackers
 from adpo_jax.log.metrics import JsonlWriter, make_writer, markdown_table, read_jsonl
 from adpo_jax.log.progress import Progress
 from adpo_jax.log.trackers import TRACKERS
 from adpo_jax.losses import ALGORITHMS, Adpo
 from adpo_jax.run import metric_names, setup
+from adpo_jax.run.cold_start import ColdStart
+from adpo_jax.update import sft
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 
@@ -274,9 +278,9 @@ def shown(terminal: bool) -> str:
     console = rich.console.Console(
         file=out, force_terminal=terminal, width=100, highlight=False, soft_wrap=not terminal
     )
-    with Progress("iteration", total=4, done=1, console=console) as progress:
-        progress.update(2, "reward 0.5  100 tokens/s")
-        progress.print_samples(SAMPLES)
+    with Progress("iteration", total=4, done=1, console=console) as bar:
+        bar.update(2, "reward 0.5  100 tokens/s")
+        bar.print_samples(SAMPLES)
     return out.getvalue()
 
 
@@ -288,6 +292,66 @@ def test_samples_are_a_table_with_each_score_in_a_terminal_and_lines_elsewhere()
     for text in (plain, table):
         assert "[red]4[/red]" in text
         assert "\x1b[2J" not in text
+
+
+def test_a_slow_step_says_every_ten_seconds_what_is_being_done(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_S", 0.05)  # ten seconds, for a test
+    out = io.StringIO()
+    console = rich.console.Console(file=out, soft_wrap=True)
+    with Progress("iteration", total=4, done=1, console=console) as bar:
+        with bar.doing("compiling, sampling, grading"):
+            time.sleep(0.3)
+        bar.update(2, "reward 0.5")
+        with bar.doing("updating"):
+            time.sleep(0.2)
+    lines = out.getvalue().splitlines()
+    first = lines.index(next(line for line in lines if "reward 0.5" in line))
+    said = "iteration 2/4: compiling, sampling, grading, 0:00 so far"
+    assert lines[:first].count(said) == first >= 2
+    assert "iteration 3/4: updating, 0:00 so far" in lines[first + 1 :]
+    with progress.telling("reading the weights"):
+        time.sleep(0.2)
+    assert capsys.readouterr().err.count("reading the weights: 0:00 so far\n") >= 2
+
+
+def test_a_fast_step_says_nothing_but_its_line():
+    plain = shown(terminal=False)
+    assert "so far" not in plain
+
+
+def test_a_cold_start_of_slow_steps_is_told_by_time_and_logged_by_steps(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "QUIET_S", 0.05)
+
+    def make_sft_step(*_, **options):
+        def step(state, batch):
+            time.sleep(0.03)
+            return state + 1, {"sft/loss": 1.0, "update/skipped": 0.0}
+
+        return step
+
+    rows = []
+    stage = ColdStart(None, None, [], [], 12, 1, 1, 1, seed=0, save_freq=0)
+    monkeypatch.setattr(sft, "make_sft_step", make_sft_step)
+    monkeypatch.setattr(ColdStart, "_batches", lambda self, first: range(first, self.num_steps))
+    writer = SimpleNamespace(write_scalars=lambda step, row: rows.append((step, row)))
+    checkpoints = SimpleNamespace(is_due=lambda *_, **__: False)
+    stop = SimpleNamespace(check=lambda: None)
+    stage.train(StepCount(0), writer, checkpoints, stop)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss 1.000" in line]
+    assert len(lines) >= 4
+    assert lines[-1].startswith("cold start 12/12  loss 1.000")
+    assert rows == [(0, {"sft/step": 12, "sft/loss": 1.0})]  # the files know nothing of time
+
+
+class StepCount(int):
+    """Stands in for a state, which knows its step alone."""
+
+    @property
+    def step(self) -> int:
+        return int(self)
+
+    def __add__(self, more):
+        return StepCount(int(self) + more)
 
 
 def test_flops_are_those_of_matrix_products_with_loops_counted_as_often_as_they_run():

@@ -1,6 +1,5 @@
 """One name for a model: a Hugging Face folder, a run, a checkpoint; and what is made of it."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from test_config import parse
 
-from adpo_jax import pretrained
+from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic
 from adpo_jax.policy import Policy
 from adpo_jax.run import setup
@@ -18,16 +17,7 @@ from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.folder import RunFolder
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
-
-
-def script(name: str):
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +84,7 @@ def test_the_dtype_is_that_asked_for(run):
 
 
 def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_path, capsys):
-    generate, out = script("generate"), tmp_path / "out.jsonl"
+    out = tmp_path / "out.jsonl"
     # U+2028 ends a line of text, not of JSON lines.
     rows = [{"prompt": "Ann has 3\u2028apples.", "id": 7}, {"prompt": "Ben"}]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -118,7 +108,6 @@ def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_pat
 
 
 def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):
-    generate = script("generate")
     model = pretrained.load(folder)
     screen = generate.Screen(model, 1, 2)
     ids = model.tokenizer("3 apples and 4 pens")["input_ids"]
@@ -142,7 +131,6 @@ def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder,
     ],
 )
 def test_generate_tells_a_mistake_in_one_line(folder, command, message, monkeypatch, capsys):
-    generate = script("generate")
     monkeypatch.setattr("sys.argv", ["generate.py", "--model", str(folder), *command])
     assert generate.main() == 2
     error = capsys.readouterr().err
@@ -151,7 +139,7 @@ def test_generate_tells_a_mistake_in_one_line(folder, command, message, monkeypa
 
 
 def test_export_writes_the_parameters_of_a_checkpoint_and_overwrites_nothing(run, tmp_path):
-    export, out = script("export_hf"), tmp_path / "out"
+    out = tmp_path / "out"
     root, params = run
     command = ["--model", str(root / "checkpoints" / "1"), "--out", str(out)]
     export.export(export.arguments(command))
@@ -179,7 +167,7 @@ class Hub:
 
 
 def test_an_export_is_uploaded_privately_by_flag(folder, tmp_path, monkeypatch, capsys):
-    hub, export = Hub(), script("export_hf")
+    hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     command = ["--model", str(folder), "--out", str(tmp_path / "a"), "--push-to-hub", "me/it"]
     export.export(export.arguments(command))

@@ -128,7 +128,7 @@ def test_a_template_that_makes_every_prompt_the_same_is_refused(plain):
     for template in ("", "{promt}", r"\boxed{prompt}"):
         with pytest.raises(ValueError, match=r"every prompt the same.*\{prompt\}.*\{question\}"):
             render(["Q?"], plain, prompt_template=template)
-    with pytest.raises(ValueError, match="row 1: the prompt template uses the column 'hint'"):
+    with pytest.raises(ValueError, match="row 1: data.prompt_template uses the column 'hint'"):
         render(["A", "B"], plain, prompt_template="{prompt} {hint}", columns={"hint": ["h", None]})
 
 

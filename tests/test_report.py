@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree
 
 import pytest
@@ -136,3 +138,121 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "thesis")])
     assert main() == 2
     assert "thesis is no run's folder" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """A report, as PNG files too, of a run with an odd name, metrics of its own, and damage."""
+    root = tmp_path_factory.mktemp("strange")
+    run = make_run(root / "c$\\frac{x$", seed=0)
+    rows = read_jsonl(run / "metrics.jsonl")
+    for row in rows:
+        own = {"reward/$_x": row["step"] / 10, "reward/format_reward": 1.0, "update/lr": 1e-6}
+        row |= own | {"eval/pass@4": 0.5, "eval/algebra/accuracy": 0.25, "update/hidden": 7.0}
+    write_jsonl(run / "metrics.jsonl", rows)
+    damage = [
+        b"\x00\xff\x80garbage",
+        b'{"step": 6, "time": "late", "reward/mean": NaN, "update/lr": 2e-6}',
+        b"[" * 100_000,
+        b"3",
+        b'{"time": 5.0}',
+        b'{"step": 7, "reward/mea',
+    ]
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n".join(damage))
+    (run / "environment.json").write_text("{")
+    completions = {5: "  \n\u200b", 0: ""}
+    for step, text in completions.items():
+        record = {"completion": text, "solution": "4", "correct": step > 0}
+        write_jsonl(run / "samples" / f"eval_{step:06d}.jsonl", [record])
+    problems = page.write([run], root / "report.html", png=root / "png", metrics=["update/l*"])
+    return root, problems, (root / "report.html").read_text(encoding="utf-8")
+
+
+def pictures_of(text: str) -> dict[str, str]:
+    """The pictures of a page by their titles."""
+    found = re.findall(r'<svg role="img" aria-label="(.*?)" .*?</svg>', text, flags=re.DOTALL)
+    whole = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    return dict(zip(found, whole, strict=True))
+
+
+def test_every_metric_of_a_run_can_be_shown_and_one_that_never_changes_too(strange, capsys):
+    root, _, text = strange
+    drawn = pictures_of(text)
+    own = {"reward/$_x", "reward/format_reward", "eval/pass@4", "eval/algebra/accuracy"}
+    assert own | {"Accuracy, greedy", "update/lr"} <= drawn.keys()
+    assert "update/hidden" not in drawn  # nobody asked for it; the table has it all the same
+    assert '<td>update/hidden</td><td class="number">7 to 7</td>' in text
+    assert "update_lr.png" in {path.name for path in (root / "png").iterdir()}
+    with pytest.raises(ValueError, match=r"metric update/lrr; did you mean update/lr\?"):
+        page.write([root / "c$\\frac{x$"], root / "none.html", metrics=["update/lrr"])
+
+
+def test_iterations_are_counted_in_whole_numbers(strange):
+    _, _, text = strange
+    drawn = pictures_of(text)
+    for title in ("Reward, sampled", "update/lr", "Rewards: c$\\frac{x$"):
+        ticks = re.findall(r'id="[^"]*xtick.*?<text[^>]*>(.*?)</text>', drawn[title], re.DOTALL)
+        assert ticks, title
+        assert [tick for tick in ticks if not tick.isdecimal()] == [], title
+
+
+def test_a_folder_whose_name_is_mathematics_has_its_name_on_page_and_pictures(strange):
+    root, _, text = strange
+    assert text.count("c$\\frac{x$") >= 5
+    assert "Rewards: c$\\frac{x$" in pictures_of(text)
+    assert (root / "png" / "reward_c_frac_x.png").stat().st_size > 1000
+
+
+def test_a_completion_that_shows_nothing_is_marked(strange):
+    _, _, text = strange
+    assert '<p class="blank">blank: no text</p>' in text
+    assert '<p class="blank">blank: 4 characters, none of them visible</p>' in text
+
+
+def test_damaged_files_are_named_and_read_around(strange, tmp_path, monkeypatch, capsys):
+    root, problems, text = strange
+    run = root / "c$\\frac{x$"
+    damaged, environment = sorted(problems, key=lambda problem: "environment" in problem)
+    assert damaged == (
+        f"{run / 'metrics.jsonl'}: line 7 is no JSON, line 9 is no JSON, line 10 is no JSON "
+        "object, and 1 more; the rest was read"
+    )
+    assert environment.startswith(f"{run / 'environment.json'} cannot be read as JSON")
+    assert f"<li>{damaged}</li>" in text
+    read = Run.read(run)
+    assert [row["step"] for row in read.rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert 6 not in read.series("reward/mean")
+    assert read.series("update/lr")[6] == 2e-6
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x00" * 100)
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
+    assert main() == 2
+    error = f"error: {tmp_path}: metrics.jsonl has no iterations yet: {tmp_path / 'metrics.jsonl'}"
+    assert capsys.readouterr().err.startswith(f"{error}: line 1 is cut short")
+
+
+FRAME = """<body><iframe id="f" src="report.html" width="360" height="800"></iframe><p id="o"></p>
+<script>f.onload = () => { const page = f.contentDocument.documentElement;
+o.textContent = `page ${page.scrollWidth}/${page.clientWidth} table ` +
+f.contentDocument.querySelector(".wide").scrollWidth; }</script>"""
+
+
+def test_on_a_narrow_screen_the_tables_scroll_and_the_page_does_not(strange):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs chromium")
+    root, _, _ = strange
+    (root / "frame.html").write_text(FRAME)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--allow-file-access-from-files", "--virtual-time-budget=5000"]
+    result = subprocess.run(
+        [*command, f"--user-data-dir={root / 'browser'}", f"file://{root / 'frame.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r"page (\d+)/(\d+) table (\d+)", result.stdout)
+    assert found, result.stderr
+    page_width, screen, table = map(int, found.groups())
+    assert page_width <= screen < table

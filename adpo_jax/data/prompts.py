@@ -100,7 +100,7 @@ class _Template:
         if not self.names:
             known = ", ".join(f"{{{name}}}" for name in sorted(names))
             raise ValueError(
-                f"the prompt template {text!r} would make every prompt the same: it must contain "
+                f"data.prompt_template {text!r} would make every prompt the same: it must contain "
                 f"{{prompt}} or another of {known}"
             )
         self._text, self._pattern = text, pattern
@@ -121,7 +121,7 @@ def _conversation(
     missing = sorted(name for name in template.names if values[name] is None)
     if missing:
         raise ValueError(
-            f"row {index}: the prompt template uses the column {missing[0]!r}, which is null there"
+            f"row {index}: data.prompt_template uses the column {missing[0]!r}, which is null there"
         )
     messages = [*messages[:-1], messages[-1] | {"content": template.fill(values)}]
     if not system_prompt:

@@ -90,8 +90,8 @@ def _rollout_mesh(devices: list, mesh: Mesh, tensor: int) -> Mesh:
     tensor = tensor or math.gcd(mesh.shape["tensor"], len(devices))
     if len(devices) % tensor:
         raise ValueError(
-            f"rollout.tensor_model_parallel_size is {tensor}, which does not divide the "
-            f"{len(devices)} device(s) of a process; rollouts run within a process"
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size is {tensor}, which does not "
+            f"divide the {len(devices)} device(s) of a process; rollouts run within a process"
         )
     return _mesh(np.array(devices).reshape(len(devices) // tensor, 1, tensor))
 

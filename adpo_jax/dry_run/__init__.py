@@ -94,7 +94,7 @@ def topology_devices(name: str) -> list:
 
 
 def _report(config: ConfigDict, devices: list, host: list | None, where: str) -> Report:
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    mesh = setup.make_mesh(config, devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     source = loading.find_architecture(config)
     policy = loading.make_policy(config, source, mesh)

@@ -1,16 +1,27 @@
-"""The output on the terminal: a progress line, and samples with their rewards."""
+"""The output on the terminal: a progress line, and samples with their rewards.
 
+Whoever waits is told at least every `QUIET_S` seconds what goes on: a step may take minutes, and a
+first one compiles.
+"""
+
+import contextlib
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import rich.console
 import rich.progress
 import rich.table
 import rich.text
 
+QUIET_S = 10.0
+
 
 class Progress:
     """A progress bar with an ETA on a terminal, plain lines elsewhere.
+
+    While nothing else is printed, a line every `QUIET_S` seconds says what is being done.
 
     Args:
       title: the name of the steps.
@@ -24,7 +35,9 @@ class Progress:
     ):
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._title, self._total, self._first = title, total, done
-        self._started = time.monotonic()
+        self._done, self._doing = done, ("", 0.0)
+        self._started = self._updated = time.monotonic()
+        self._ticker = _Ticker(self._tell)
         self._bar = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
@@ -40,14 +53,38 @@ class Progress:
     def __enter__(self):
         if self._bar:
             self._bar.start()
+        self._ticker.start()
         return self
 
     def __exit__(self, *_):
+        self._ticker.stop()
         if self._bar:
             self._bar.stop()
 
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Says `what` is being done, should it take long."""
+        before, self._doing = self._doing, (what, time.monotonic())
+        try:
+            yield
+        finally:
+            self._doing = before
+
+    def advance(self, step: int) -> None:
+        """Notes that `step` steps are done, without a line."""
+        self._done = step
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last `update` is so long ago that those who wait want another."""
+        return time.monotonic() - self._updated >= 0.8 * QUIET_S  # before `_tell` says less
+
     def update(self, step: int, note: str) -> None:
         """Shows that `step` steps are done, with a few words on the last one."""
+        self._done, self._updated = step, time.monotonic()
+        self._ticker.said()
         if self._bar:
             self._bar.update(self._task, completed=step, note=note)
             return
@@ -57,6 +94,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Prints text above the bar, markup and control characters as they are."""
+        self._ticker.said()
         self._console.print(printable(text), markup=False)
 
     def print_samples(self, samples: Sequence[Mapping]) -> None:
@@ -86,6 +124,65 @@ class Progress:
                 *("" if score is None else f"{score:.2f}" for score in scores),
             )
         self._console.print(table)
+
+    def _tell(self) -> None:
+        """Says what is being done."""
+        what, since = self._doing
+        if self._bar:
+            self._bar.update(self._task, note=f"{what} {_minutes(time.monotonic() - since)}")
+            return
+        where = f"{self._title} {min(self._done + 1, self._total)}/{self._total}"
+        since = since or self._started
+        took = _minutes(time.monotonic() - since)
+        self._console.print(f"{where}: {what or 'working'}, {took} so far", markup=False)
+
+
+@contextlib.contextmanager
+def telling(what: str) -> Iterator[None]:
+    """Says on standard error every `QUIET_S` seconds that `what` is being done, and how long."""
+    started = time.monotonic()
+
+    def tell():
+        took = _minutes(time.monotonic() - started)
+        print(f"{what}: {took} so far", file=sys.stderr, flush=True)
+
+    ticker = _Ticker(tell)
+    ticker.start()
+    try:
+        yield
+    finally:
+        ticker.stop()
+
+
+class _Ticker:
+    """Calls `tell` in a thread of its own whenever nothing was said for `QUIET_S` seconds."""
+
+    def __init__(self, tell: Callable[[], None]):
+        self._tell = tell
+        self._said = time.monotonic()
+        self._ended = threading.Event()
+        # A daemon: it holds up no exit.
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def start(self) -> None:
+        self.said()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=1.0)  # it may wait for someone to read the output
+
+    def said(self) -> None:
+        """Something has been said just now."""
+        self._said = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._ended.wait(max(self._said + QUIET_S - time.monotonic(), 0.0)):
+            if time.monotonic() < self._said + QUIET_S:  # something was said meanwhile
+                continue
+            self.said()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads the output any more
+                self._tell()
 
 
 def printable(text: str) -> str:

@@ -1,27 +1,36 @@
 """The command line of the report."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from adpo_jax.report import page
+from adpo_jax.run.command_line import Parser
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
 def main() -> int:
     """Writes the report that the command line asks for; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m adpo_jax.report", description="One HTML page about one or several runs."
-    )
+    parser = Parser(prog="adpo-jax report", description="One HTML page about one or several runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; seeds are joined")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="further metrics to draw, such as update/lr or 'time/*'; '*' for all",
+    )
     parser.add_argument("--png", type=Path, help="a folder for the pictures as PNG files")
     a = parser.parse_args()
     try:
-        page.write(a.runs, a.out, png=a.png)
+        from adpo_jax.report import page  # after the arguments, since this imports matplotlib
+
+        problems = page.write(a.runs, a.out, png=a.png, metrics=a.metrics)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    for problem in problems:
+        print(f"WARNING: {problem}", file=sys.stderr)
     print(f"the report is in {a.out}")
     return 0
 

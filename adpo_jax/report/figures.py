@@ -3,9 +3,11 @@
 Text stays text and colours become CSS variables, so that one SVG serves a light and a dark page.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ try:
 
     matplotlib.use("agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ValueError(
         f"a report draws with matplotlib, which cannot be imported ({error}): "
@@ -27,12 +30,15 @@ except ImportError as error:
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _INK, _FAINT = "#010101", "#c8c8c9"
 _STYLES = ("-", "--", "-.", ":")
+_LONGEST = 48  # characters of a title or a label
 
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same picture gives the same bytes
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,  # a folder's or a metric's name may hold a $
+    "axes.formatter.useoffset": False,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -63,18 +69,18 @@ class Picture:
     """
 
     def __init__(self, name: str, title: str, draw: Callable, size=(4.6, 2.7)):
-        self.name, self.title = name, title
-        with matplotlib.rc_context(_STYLE):
+        self.name, self.title = name, plain(title)
+        with _drawing():
             self._figure = Figure(figsize=size, layout="constrained")
             axes = self._figure.subplots()
-            axes.set_title(title)
+            axes.set_title(self.title)
             draw(axes)
 
     @property
     def svg(self) -> str:
         """The picture as an element of an HTML page."""
         text = io.StringIO()
-        with matplotlib.rc_context(_STYLE):
+        with _drawing():
             self._figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         svg = text.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -89,7 +95,7 @@ class Picture:
     def save_png(self, folder: Path) -> None:
         """Writes `<name>.png`, on white, with the legend that the page has once for all."""
         labels = self._figure.axes[0].get_legend_handles_labels()[1]
-        with matplotlib.rc_context(_STYLE):
+        with _drawing():
             legend = None
             if len(labels) > 1 and not self._figure.legends:
                 legend = self._figure.legend(loc="outside lower center", ncols=3, fontsize=8)
@@ -101,10 +107,10 @@ class Picture:
 def curve(groups: Sequence[Group], name: str, title: str, *, unit: str = "") -> Picture | None:
     """A metric by step: a line a group, over its seeds a band from the smallest to the largest.
 
-    None where no run has the metric, or where it never changes.
+    None where no run has the metric.
     """
     values = {v for group in groups for run in group.runs for v in run.series(name).values()}
-    if len(values) < 2:
+    if not values:
         return None
 
     def draw(axes):
@@ -114,14 +120,20 @@ def curve(groups: Sequence[Group], name: str, title: str, *, unit: str = "") -> 
                 continue
             colour, style = series_style(number)
             marker = "o" if len(steps) < 3 else None
-            axes.plot(steps, mean, style, color=colour, marker=marker, ms=4, label=group.label)
+            label = plain(group.label)
+            axes.plot(steps, mean, style, color=colour, marker=marker, ms=4, label=label)
             if len(group.runs) > 1:
                 axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-            elif f"{name}_low" in group.runs[0].names:
-                ends = [group.band(f"{name}_{end}")[1] for end in ("low", "high")]
-                axes.fill_between(steps, *ends, color=colour, alpha=0.15, lw=0)
-        axes.set_xlabel("iteration")
+            else:
+                run = group.runs[0]
+                low, high = (run.series(f"{name}_{end}") for end in ("low", "high"))
+                both = [step for step in steps if step in low and step in high]
+                ends = [[end[step] for step in both] for end in (low, high)]
+                axes.fill_between(both, *ends, color=colour, alpha=0.15, lw=0)
+        _label_iterations(axes)
         axes.set_ylabel(unit)
+        if all(value.is_integer() for value in values):
+            axes.yaxis.set_major_locator(_whole_numbers())
 
     return Picture(file_name(name), title, draw)
 
@@ -142,7 +154,7 @@ def distribution(group: Group, field: str, title: str, *, unit: str) -> Picture 
         axes.fill_between(steps, table[1], table[3], color=SERIES[0], alpha=0.3, lw=0)
         axes.plot(steps, table[2], color=SERIES[0], marker="o", ms=3)
         axes.plot(steps, [np.mean(values[s]) for s in steps], "--", color=SERIES[1])
-        axes.set_xlabel("iteration")
+        _label_iterations(axes)
         axes.set_ylabel(unit)
 
     return Picture(file_name(f"{field}_{group.label}"), title, draw)
@@ -158,7 +170,7 @@ def stages(groups: Sequence[Group], seconds: Sequence[dict[str, float]]) -> Pict
             widths = np.array([row.get(name, 0.0) for row in seconds])
             axes.barh(range(len(groups)), widths, 0.6, left, color=SERIES[number], label=name)
             left += widths
-        axes.set_yticks(range(len(groups)), [group.label for group in groups])
+        axes.set_yticks(range(len(groups)), [plain(group.label) for group in groups])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds an iteration")
@@ -174,7 +186,43 @@ def series_style(number: int) -> tuple[str, str]:
 
 def file_name(text: str) -> str:
     """The text as a file's name and as part of an identifier."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:100]
+
+
+def name_apart(pictures: Sequence[Picture]) -> None:
+    """Numbers the names that several pictures share."""
+    taken: set[str] = set()
+    for picture in pictures:
+        name, number = picture.name, 2
+        while picture.name in taken:
+            picture.name, number = f"{name}_{number}", number + 1
+        taken.add(picture.name)
+
+
+def plain(text: str) -> str:
+    """The text as a picture can show it: printable, one line, not too long."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 2 :]}"
+    # matplotlib leaves names with an underscore at the front out of legends.
+    return f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
+
+
+def _label_iterations(axes) -> None:
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(_whole_numbers())
+
+
+def _whole_numbers() -> MaxNLocator:
+    """Ticks at whole numbers alone, were there but one."""
+    return MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """Sets the style; a character that the font lacks is drawn as a box, without a warning."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _attribute(text: str) -> str:

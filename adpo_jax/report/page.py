@@ -1,7 +1,9 @@
 """Puts the page of a report together."""
 
+import difflib
+import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jinja2
@@ -33,26 +35,47 @@ CURVES = (
     ("rollout/tokens_per_s", "Sampling speed", "tokens a second"),
     ("memory/host_gib", "Memory of the process", "GiB"),
 )
+# Those that follow by their names: what the runs' own rewards and evaluations have.
+_MORE = ("reward/*", "eval/*")
+_NUM_MORE = 48
 _STAGES = ("rollout", "reward", "anchor", "update", "eval", "checkpoint")
 _NUM_SAMPLES = 6  # of a group
 
 
-def write(folders: Sequence[Path], out: Path, *, png: Path | None = None) -> None:
+def write(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    png: Path | None = None,
+    metrics: Collection[str] = (),
+) -> list[str]:
     """Writes one self-contained page about some runs.
 
     Args:
       folders: of runs; those that differ in their seed alone are joined.
       out: the page; one that is there is replaced.
       png: a folder for the pictures as PNG files too.
+      metrics: patterns of further metrics to draw, such as "update/*".
+
+    Returns:
+      What could not be read, a sentence each.
 
     Raises:
-      ValueError: when a folder holds no run.
+      ValueError: when a folder holds no run, no run has such a metric, or the page cannot be
+        written.
     """
     groups = grouped([Run.read(Path(folder)) for folder in folders])
+    further, num_left_out = _further(groups, metrics)
     pictures = [p for name, title, unit in CURVES if (p := _curve(groups, name, title, unit))]
+    more = [p for name in further if (p := _curve(groups, name, name, ""))]
     spreads = [p for group in groups for p in _spreads(group)]
     seconds = [stage_seconds(group) for group in groups]
     bars = [figures.stages(groups, seconds)] if any(seconds) else []
+    figures.name_apart([*pictures, *more, *spreads, *bars])
+    samples = [samples_of(group) for group in groups]
+    problems = list(
+        dict.fromkeys(p for group in groups for run in group.runs for p in run.problems)
+    )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("adpo_jax.report", "."),
         autoescape=True,
@@ -61,31 +84,75 @@ def write(folders: Sequence[Path], out: Path, *, png: Path | None = None) -> Non
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["blank"] = blank
     page = environment.get_template("template.html").render(
         groups=groups,
         overview=[overview(group) for group in groups],
         curves=[_inline(p) for p in pictures],
+        more=[_inline(p) for p in more],
+        num_left_out=num_left_out,
+        metrics=metrics_table(groups),
+        problems=problems,
         spreads=[_inline(p) for p in spreads],
         stages=[_inline(p) for p in bars],
         seconds=seconds,
         stage_names=[stage for stage in _STAGES if any(stage in row for row in seconds)],
-        samples=[samples_of(group) for group in groups],
+        samples=samples,
         differences=differences(groups),
         configs=[_pretty(group.runs[0].config) for group in groups],
         environments=_environments(groups),
         colours=SERIES,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     # What a model wrote may hold lone surrogates, which UTF-8 has no bytes for, and controls that
     # HTML does not allow.
     page = "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in page
     )
-    out.write_text(page, encoding="utf-8", errors="replace")
-    if png is not None:
-        png.mkdir(parents=True, exist_ok=True)
-        for picture in (*pictures, *spreads, *bars):
-            picture.save_png(png)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8", errors="replace")
+        if png is not None:
+            png.mkdir(parents=True, exist_ok=True)
+            for picture in (*pictures, *more, *spreads, *bars):
+                picture.save_png(png)
+    except OSError as error:
+        raise ValueError(f"{error.filename or out} cannot be written: {error.strerror}") from error
+    return problems
+
+
+def _further(groups: Sequence[Group], patterns: Collection[str]) -> tuple[list[str], int]:
+    """The metrics to draw after `CURVES`, and how many of those that follow have no room.
+
+    Raises:
+      ValueError: for a pattern that no metric has.
+    """
+    names = sorted(set().union(*(group.names for group in groups)))
+    ends = {f"{name}_{end}" for name in names for end in ("low", "high")}  # they are bands
+    wanted = dict.fromkeys(n for p in patterns for n in names if fnmatch.fnmatchcase(n, p))
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            raise ValueError(f"no run has a metric {pattern}; did you mean {near[0]}?")
+    found = [n for n in names if n not in ends and any(fnmatch.fnmatchcase(n, p) for p in _MORE)]
+    drawn = {name for name, _, _ in CURVES}
+    found = [name for name in found if name not in drawn | wanted.keys()]
+    return [*(n for n in wanted if n not in drawn), *found[:_NUM_MORE]], len(found[_NUM_MORE:])
+
+
+def metrics_table(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Every metric that a run has: its first and its last mean in each group."""
+    table = {}
+    for name in sorted(set().union(*(group.names for group in groups))):
+        means = [group.band(name)[1] for group in groups]
+        table[name] = [f"{_number(m[0])} to {_number(m[-1])}" if len(m) else "" for m in means]
+    return table
+
+
+def blank(text: str) -> str:
+    """Words for a text that shows nothing; empty for one that shows something."""
+    if any(c.isprintable() and not c.isspace() for c in text):
+        return ""
+    return f"blank: {len(text)} characters, none of them visible" if text else "blank: no text"
 
 
 def overview(group: Group) -> dict[str, object]:

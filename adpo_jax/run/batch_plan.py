@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from adpo_jax.update.plan import LAYOUTS, BatchPlan
+from adpo_jax.update.plan import BatchPlan
 
 
 def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
@@ -19,19 +19,18 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
     if mini % num_shards:
         raise ValueError(
             f"an optimizer step of {mini} prompts does not spread over {num_shards} devices "
-            "(mesh data x fsdp); make actor.ppo_mini_batch_size a multiple of that number"
+            "(mesh.data x mesh.fsdp); make actor_rollout_ref.actor.ppo_mini_batch_size a multiple "
+            "of that number"
         )
     if config.sft.steps and config.sft.batch_size % num_shards:
         raise ValueError(
             f"sft.batch_size ({config.sft.batch_size} rows) does not spread over {num_shards} "
-            "devices (mesh data x fsdp); make it a multiple of that number"
+            "devices (mesh.data x mesh.fsdp); make it a multiple of that number"
         )
     epochs, layout = (
         config.actor_rollout_ref.actor.ppo_epochs,
         config.actor_rollout_ref.actor.layout,
     )
-    if layout not in LAYOUTS:
-        raise ValueError(f"actor.layout is one of {LAYOUTS}, given {layout!r}")
     longest = (config.data.max_prompt_length, config.data.max_response_length)
     if layout == "packed":
         return BatchPlan(prompts, mini, mini, epochs, layout, per_device, *longest)
@@ -44,8 +43,9 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
             if mini % m == 0 and m * G % num_shards == 0
         ]
         raise ValueError(
-            "under actor.layout=rows trainer.per_device_train_batch_size, completions a device, "
-            f"times {num_shards} devices must be whole groups of {G} that divide an optimizer step "
-            f"of {mini} x {G} = {mini * G} completions. Given {per_device}; these work: {allowed}"
+            "under actor_rollout_ref.actor.layout=rows trainer.per_device_train_batch_size, "
+            f"completions a device, times {num_shards} devices must be whole groups of {G} that "
+            f"divide an optimizer step of {mini} x {G} = {mini * G} completions. Given "
+            f"{per_device}; these work: {allowed}"
         )
     return BatchPlan(prompts, mini, micro, epochs, layout, per_device, *longest)

@@ -121,7 +121,7 @@ class Checkpoints:
         if jax.process_count() == 1:  # several processes have to find out together, in `save`
             self._notice()
         freq = self._save_freq if every is None else every
-        due = freq and step % freq == 0
+        due = freq > 0 and step % freq == 0
         return bool(due or self._owed or self._is_best(metrics or {}))
 
     def save(self, step: int, state, metrics: dict[str, float] | None = None) -> bool:

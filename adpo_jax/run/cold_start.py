@@ -7,6 +7,7 @@ checkpoints of both stages have one order, and a restore takes back all rows tha
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import optax
 
 from adpo_jax import update
@@ -76,17 +77,23 @@ class ColdStart:
             batch_size=self.batch_size,
             rows_per_micro=self.rows_per_micro,
         )
-        skipped = 0.0
+        skipped, metrics = 0.0, {}
         try:
-            with Progress("cold start", last, done) as progress:
+            with Progress("cold start", last, done) as progress, progress.doing("training"):
                 for batch in self._batches(done):
                     stop.check()
+                    before = metrics
                     state, metrics = step_fn(state, batch)
                     skipped = skipped + metrics[SKIPPED]
+                    # The host stays one step ahead, so that what it says of the steps is so.
+                    jax.block_until_ready(before)
+                    progress.advance(done)
                     done += 1
-                    if done % _LOG_FREQ == 0 or done == last:
+                    logged = done % _LOG_FREQ == 0 or done == last
+                    if logged or progress.is_due:
                         loss = float(metrics["sft/loss"])
                         progress.update(done, f"loss {loss:.3f}")
+                    if logged:
                         writer.write_scalars(done - last, {"sft/step": done, "sft/loss": loss})
                         _check(int(skipped), done)
                     if done < last and checkpoints.is_due(done - last, every=self.save_freq):

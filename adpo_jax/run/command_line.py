@@ -1,19 +1,68 @@
-"""The common part of the command lines: flags, and a config file that may hold any mistake."""
+"""The common part of the command lines: flags, `--help`, and a config that may hold any mistake.
 
+Nothing here imports JAX before the flags are known to be good, so that `--help` and a misspelt flag
+are answered at once.
+"""
+
+import argparse
+import re
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
 
 from absl import flags
 
-from adpo_jax.run.config_checks import check_overrides
+from adpo_jax.run import config_files
 from adpo_jax.run.exit_codes import USER_ERROR
 
+_HELP = ("--help", "-help", "-h", "--helpshort")
+_KEYS = """
+Keys of the config are set as --config.KEY=VALUE, for example --config.algorithm.tau=0.4.
+`adpo-jax keys [WORD]` lists them with their defaults and meanings, as docs/config.md does.
+Configs that come with the package: {names}."""
+# What absl says of a value that a flag cannot take, and what it means.
+_ILLEGAL = re.compile(r"flag --?([\w.]+)=(.*?): (.*)", re.DOTALL)
+_REASONS = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "true or false",
+}
 
-def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the flags; exits with code 2 for a mistake in them or in the config file."""
+
+class Parser(argparse.ArgumentParser):
+    """A parser of arguments that tells a mistake in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {message}; `{self.prog} --help` lists the options\n")
+
+
+def parse_flags(
+    argv: list[str],
+    values: flags.FlagValues = flags.FLAGS,
+    *,
+    about: str = "",
+    own: Collection[flags.FlagHolder] = (),
+    default_config: Callable[[list[str]], list[str]] = lambda argv: [],
+) -> list[str]:
+    """Parses the flags; exits with code 2 for a mistake in them or in the config file.
+
+    Args:
+      about: what `--help` says first.
+      own: the flags that `--help` lists.
+      default_config: from the arguments to those that stand for `--config` where it is not given.
+    """
+    if any(argument in _HELP for argument in argv[1:]):
+        print(_help(about, values, own))
+        sys.exit(0)
     debug = "--debug" in argv
     try:
+        if config_files.given(argv, "config") is None and (added := default_config(argv)):
+            argv = [argv[0], *added, *argv[1:]]
+            sys.argv[:] = argv  # config_flags looks there for the keys that are set
+        argv = config_files.resolved(argv)
+        from adpo_jax.run.config_checks import check_overrides  # imports JAX
+
         check_overrides(argv)
         return values(argv)
     except Exception as error:  # a config file is a program: anything may go wrong in it
@@ -33,14 +82,32 @@ def load_config(flag: flags.FlagHolder) -> Any:
         config = flag.value
         if config is not None:
             config.trainer  # noqa: B018
+            config_files.refuse_secrets_left_out(config)
     except Exception as error:
         raise ValueError(_in_words(error)) from error
     return config
 
 
+def _help(about: str, values: flags.FlagValues, own: Collection[flags.FlagHolder]) -> str:
+    lines = [about.strip(), "", "Flags:"]
+    for name in sorted(holder.name for holder in own):
+        flag = values[name]
+        default = "" if flag.default in (None, "") else f" (default: {flag.default_as_str})"
+        lines.append(f"  --{'[no]' if flag.boolean else ''}{name}: {flag.help}{default}")
+    return "\n".join(lines) + "\n" + _KEYS.format(names=", ".join(config_files.shipped()))
+
+
 def _in_words(error: Exception) -> str:
-    """The error in a config file as text, without the traceback that config_flags puts into it."""
+    """The error as one sentence, without the traceback that config_flags puts into some."""
     text = str(error).strip()
     if "Traceback" in text:
-        return text.splitlines()[-1]
-    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+        return text.splitlines()[-1].removeprefix("ValueError: ")
+    if illegal := _ILLEGAL.fullmatch(text):
+        name, value, reason = illegal.groups()
+        found = [wanted for words, wanted in _REASONS.items() if words in reason]
+        found += reason.partition(" is not ")[2:]  # as in "1 is not integer >= 5"
+        if found[0]:
+            return f"--{name} is {found[0]}; given {value!r}"
+    if isinstance(error, ValueError | OSError | flags.Error):
+        return text
+    return f"{type(error).__name__}: {text}"

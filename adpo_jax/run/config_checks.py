@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from adpo_jax import losses
 from adpo_jax.config import Key, declarations, default_config, keys
 from adpo_jax.run import metric_names
+from adpo_jax.run.whole_keys import section, whole_keys
 
 # The names that a folder may have: one part of a path, and not hidden.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
@@ -68,8 +69,8 @@ def validate(config: ConfigDict) -> None:
     prompts, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
     if prompts % mini:
         raise ValueError(
-            f"actor.ppo_mini_batch_size ({mini} prompts) must divide data.train_batch_size "
-            f"({prompts} prompts)"
+            f"actor_rollout_ref.actor.ppo_mini_batch_size ({mini} prompts) must divide "
+            f"data.train_batch_size ({prompts} prompts)"
         )
     for name in ("actor_rollout_ref.actor.optim.betas", "sft.betas"):
         betas = _value(config, name)
@@ -127,7 +128,9 @@ def _refuse_kl_without_effect(config: ConfigDict) -> None:
     if not one_step or config.anchor.mode != "on_policy":
         return
     kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
-    cures = ["take more steps by ppo_epochs or ppo_mini_batch_size"]
+    more_steps = ("ppo_epochs", "ppo_mini_batch_size")
+    more_steps = " or ".join(f"actor_rollout_ref.actor.{name}" for name in more_steps)
+    cures = [f"take more steps by {more_steps}"]
     cures += [] if kind.on_policy_anchor else ["set anchor.mode=fixed"]
     reference = "set algorithm.beta_reference_kl, which pulls to the policy before the first step"
     for key, more in (("algorithm.beta_anchor_kl", [reference]), ("trainer.max_anchor_kl", [])):
@@ -159,7 +162,7 @@ def _refuse_parameters_of_others(config: ConfigDict) -> None:
     changed = [f"algorithm.{name}" for name in others if algorithm[name] != default[name]]
     if changed:
         raise ValueError(
-            f"{', '.join(sorted(changed))}: no effect under adv_estimator="
+            f"{', '.join(sorted(changed))}: no effect under algorithm.adv_estimator="
             f"{algorithm.adv_estimator}; leave at the default"
         )
 
@@ -167,16 +170,28 @@ def _refuse_parameters_of_others(config: ConfigDict) -> None:
 def _refuse_lora_without_effect(config: ConfigDict) -> None:
     model, default = config.actor_rollout_ref.model, default_config().actor_rollout_ref.model
     keys = ("lora_rank", "lora_alpha", "lora_target_modules")
-    changed = [f"model.{key}" for key in keys if model[key] != default[key]]
+    changed = [f"actor_rollout_ref.model.{key}" for key in keys if model[key] != default[key]]
     if model.lora_adapter_path and changed:
         raise ValueError(
-            f"{', '.join(changed)}: no effect beside model.lora_adapter_path, whose folder says "
-            "rank, alpha and targets; leave at the default"
+            f"{', '.join(changed)}: no effect beside actor_rollout_ref.model.lora_adapter_path, "
+            "whose folder says rank, alpha and targets; leave at the default"
         )
     if changed and not model.lora_rank:
         raise ValueError(
-            f"{', '.join(changed)}: no effect without model.lora_rank, which is 0 (no LoRA)"
+            f"{', '.join(changed)}: no effect without actor_rollout_ref.model.lora_rank, which is "
+            "0 (no LoRA)"
         )
+
+
+def make_algorithm(config: ConfigDict) -> losses.Algorithm:
+    """The loss that `algorithm.adv_estimator` names, with its parameters.
+
+    Raises:
+      ValueError: for a value that cannot work.
+    """
+    names = [p.name for p in losses.parameters.union(losses.ALGORITHMS.values())]
+    with whole_keys(section("algorithm", names)):
+        return losses.make_algorithm(config.algorithm.adv_estimator, config.algorithm)
 
 
 def _check_best_metric(config: ConfigDict) -> None:
@@ -184,16 +199,18 @@ def _check_best_metric(config: ConfigDict) -> None:
     name = config.trainer.best_metric
     if not name:
         return
-    if name.startswith("eval/") and not config.data.val_files:
+    evaluated = bool(config.data.val_files) and config.trainer.test_freq >= 0
+    if name.startswith("eval/") and not evaluated:
+        lacks = "trainer.test_freq of at least 0" if config.data.val_files else "data.val_files"
         raise ValueError(
-            f"trainer.best_metric={name} has no effect without data.val_files; leave it at the "
+            f"trainer.best_metric={name} has no effect without {lacks}; leave it at the "
             "default () or see to that too"
         )
-    algorithm = losses.make_algorithm(config.algorithm.adv_estimator, config.algorithm)
+    algorithm = make_algorithm(config)
     names = metric_names.of_rows(
         [metric.name for metric in algorithm.metrics],
         filtered=config.algorithm.filter_groups,
-        evaluated=bool(config.data.val_files),
+        evaluated=evaluated,
         num_samples=config.eval.n,
         ks=tuple(config.eval.ks),
         by_category=bool(config.eval.category_key),

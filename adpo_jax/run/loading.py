@@ -21,6 +21,7 @@ from adpo_jax.policy import adapters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Prompts
 from adpo_jax.rewards.references import check_references
+from adpo_jax.run.whole_keys import whole_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,9 @@ def find_model(config: ConfigDict) -> ModelSource:
         return ModelSource(None, hf_config, tokenizer, stop, True, *adapted)
     if overrides and not model.random_init:
         raise ValueError(
-            f"model.hf_config changes the architecture ({sorted(overrides)}), so the weights in "
-            f"{model.path} no longer fit; set model.random_init=true or leave hf_config empty"
+            f"actor_rollout_ref.model.hf_config changes the architecture ({sorted(overrides)}), so "
+            f"the weights in {model.path} no longer fit; set "
+            "actor_rollout_ref.model.random_init=true or leave that empty"
         )
     folder, hf_config, generation = folders.load_folder_config(
         model.path, with_code=model.trust_remote_code
@@ -83,7 +85,15 @@ def _find_lora(model: ConfigDict) -> tuple[Lora | None, Path | None]:
         return lora, folder
     if not model.lora_rank:
         return None, None
-    return Lora(model.lora_rank, model.lora_alpha, parse_targets(model.lora_target_modules)), None
+    with whole_keys(
+        {
+            "the alpha of LoRA": "actor_rollout_ref.model.lora_alpha",
+            "LoRA adapts": "actor_rollout_ref.model.lora_target_modules adapts",
+        }
+    ):
+        return Lora(
+            model.lora_rank, model.lora_alpha, parse_targets(model.lora_target_modules)
+        ), None
 
 
 def find_architecture(config: ConfigDict) -> ModelSource:
@@ -106,7 +116,8 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
         raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
     if trust_remote_code:
         print(
-            f"WARNING: model.trust_remote_code: Python code in {folder} may run, with your rights",
+            f"WARNING: actor_rollout_ref.model.trust_remote_code: Python code in {folder} may run, "
+            "with your rights",
             file=sys.stderr,
             flush=True,
         )
@@ -161,7 +172,8 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
             f"{policy.config.vocab_size}: they do not belong together"
         )
     attention = config.actor_rollout_ref.actor.attention
-    return dataclasses.replace(policy, lora=source.lora, attention=attention)
+    with whole_keys({"attention": "actor_rollout_ref.actor.attention"}):
+        return dataclasses.replace(policy, lora=source.lora, attention=attention)
 
 
 def initial_params(config: ConfigDict, source: ModelSource, mesh: Mesh):

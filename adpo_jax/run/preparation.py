@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from adpo_jax.data import files
 from adpo_jax.devices import distributed
 from adpo_jax.log import metrics as metrics_lib
+from adpo_jax.log.progress import telling
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts.filtering import GroupFilter
@@ -88,13 +89,15 @@ def prepare(
         config = finalized(config)
         folder = RunFolder(workdir, writes=distributed.is_leader())
         folder.check(config, **options)
-        parts = build(config)
+        with telling("reading the model's config, its tokenizer and the data"):
+            parts = build(config)
         source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
         source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
         contents = {} if replay else setup.contents(config, parts)  # a replay uses no such files
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
-    params = None if in_checkpoint else parts.initial_params()
+    with telling("reading or making the weights"):
+        params = None if in_checkpoint else parts.initial_params()
     with distributed.fail_together():
         folder.claim(config, contents=contents, **options)
         try:
@@ -114,7 +117,10 @@ def default_workdir(config: ConfigDict) -> Path:
     runs = Path("runs")
     folder = runs / config.trainer.project_name / config.trainer.experiment_name
     if not folder.resolve().is_relative_to(runs.resolve()):
-        raise ValueError(f"{folder} leads out of {runs}/ to {folder.resolve()}; give a --workdir")
+        raise ValueError(
+            f"trainer.project_name and trainer.experiment_name give the folder {folder}, which "
+            f"leads out of {runs}/ to {folder.resolve()}; give a --workdir"
+        )
     return folder
 
 

@@ -7,6 +7,7 @@ parts that are built here take plain arguments.
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,21 @@ from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts.evaluation import EvalSettings
 from adpo_jax.rollouts.sampler import Reading
-from adpo_jax.run import loading
+from adpo_jax.run import config_checks, loading
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.cold_start import ColdStart
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interruption
 from adpo_jax.run.loading import ModelSource
+from adpo_jax.run.whole_keys import section, whole_keys
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.plan import BatchPlan
+
+# The settings of sampling that have a key each, by the names that training and evaluation share.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     Raises:
       ValueError: for anything in the config that cannot work.
     """
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    mesh = make_mesh(config, devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     make_algorithm(config)  # its parameters are checked before any file is read
     trackers.check_installed(config.trainer.logger)
@@ -114,6 +119,12 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         learner=learner,
         num_steps=num_steps,
     )
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of the devices to train on; None for all there are."""
+    with whole_keys(section("mesh", config.mesh)):
+        return sharding.make_mesh(**config.mesh, devices=devices)
 
 
 def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
@@ -162,18 +173,20 @@ def num_iterations(config: ConfigDict, num_prompts: int) -> int:
 
 def make_algorithm(config: ConfigDict) -> losses.Algorithm:
     """The loss that `algorithm.adv_estimator` names, with its parameters."""
-    return losses.make_algorithm(config.algorithm.adv_estimator, config.algorithm)
+    return config_checks.make_algorithm(config)
 
 
 def make_reward_model(config: ConfigDict) -> RewardModel:
     """The reward functions of the config, in this process or in workers."""
     c = config.custom_reward_function
-    return RewardModel(
-        reward_functions(config),
-        num_workers=c.num_workers,
-        timeout_s=c.timeout_s,
-        on_timeout=c.on_timeout,
-    )
+    names = ("num_workers", "timeout_s", "on_timeout")
+    with whole_keys(section("custom_reward_function", names)):
+        return RewardModel(
+            reward_functions(config),
+            num_workers=c.num_workers,
+            timeout_s=c.timeout_s,
+            on_timeout=c.on_timeout,
+        )
 
 
 def reward_functions(config: ConfigDict) -> list[RewardFunction]:
@@ -238,7 +251,7 @@ def make_optimizer(config: ConfigDict, total_steps: int):
     c = config.actor_rollout_ref.actor
     schedule = optimizer.make_schedule(
         c.optim.lr,
-        warmup_steps=c.optim.lr_warmup_steps,
+        warmup_steps=_warmup("actor_rollout_ref.actor.optim", c.optim.lr_warmup_steps, total_steps),
         total_steps=total_steps,
         kind=c.optim.lr_scheduler_type,
         min_lr_ratio=c.optim.min_lr_ratio,
@@ -255,18 +268,31 @@ def make_optimizer(config: ConfigDict, total_steps: int):
     return adamw, schedule
 
 
+def _warmup(where: str, wanted: int, total_steps: int) -> int:
+    """Steps of the warm-up, cut to those that there are."""
+    if wanted > total_steps:
+        print(
+            f"WARNING: {where}.lr_warmup_steps is {wanted}, but there are {total_steps} optimizer "
+            f"steps; the warm-up is cut to {total_steps}, and {where}.lr is reached at the end",
+            file=sys.stderr,
+            flush=True,
+        )
+    return min(wanted, total_steps)
+
+
 def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
     """How the policy is sampled during training."""
     c = config.actor_rollout_ref.rollout
-    sampling = SamplingParams(
-        n=config.algorithm.num_generations,
-        temperature=c.temperature,
-        top_p=c.top_p,
-        top_k=c.top_k,
-        min_p=c.min_p,
-        max_tokens=config.data.max_response_length,
-        stop_token_ids=source.stop_token_ids,
-    )
+    with whole_keys(section("actor_rollout_ref.rollout", _SAMPLING)):
+        sampling = SamplingParams(
+            n=config.algorithm.num_generations,
+            temperature=c.temperature,
+            top_p=c.top_p,
+            top_k=c.top_k,
+            min_p=c.min_p,
+            max_tokens=config.data.max_response_length,
+            stop_token_ids=source.stop_token_ids,
+        )
     # The trainer's log-probs are not truncated, so those that they are compared with may not be.
     return dataclasses.replace(sampling, full_log_probs=sampling.method.truncates)
 
@@ -274,14 +300,15 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
 def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> EvalSettings:
     """The settings of evaluation."""
     c = config.eval
-    sampling = SamplingParams(
-        temperature=c.temperature,
-        top_p=c.top_p,
-        top_k=c.top_k,
-        min_p=c.min_p,
-        max_tokens=c.max_tokens or config.data.max_response_length,
-        stop_token_ids=stop_token_ids,
-    )
+    with whole_keys(section("eval", _SAMPLING)):
+        sampling = SamplingParams(
+            temperature=c.temperature,
+            top_p=c.top_p,
+            top_k=c.top_k,
+            min_p=c.min_p,
+            max_tokens=c.max_tokens or config.data.max_response_length,
+            stop_token_ids=stop_token_ids,
+        )
     ks = tuple(c.ks) or ((c.n,) if c.n else ())
     return EvalSettings(
         sampling,
@@ -327,19 +354,22 @@ def make_engine(
       resident_bytes: bytes of one device that a trainer keeps there while the engine samples.
     """
     c = config.actor_rollout_ref.rollout
-    return Engine(
-        policy,
-        mesh=sharding.rollout_mesh(mesh or policy.mesh, c.tensor_model_parallel_size),
-        max_prompt_length=config.data.max_prompt_length,
-        max_response_length=max(config.data.max_response_length, config.eval.max_tokens),
-        num_slots=c.num_slots or None,
-        cache_dtype=c.cache_dtype or None,
-        attention=c.attention,
-        gpu_memory_utilization=c.gpu_memory_utilization,
-        resident_bytes=resident_bytes,
-        group_size=config.algorithm.num_generations,
-        free_cache_engine=c.free_cache_engine,
-    )
+    names = ("num_slots", "cache_dtype", "attention", "gpu_memory_utilization")
+    lengths = ("max_prompt_length", "max_response_length")
+    with whole_keys(section("actor_rollout_ref.rollout", names), section("data", lengths)):
+        return Engine(
+            policy,
+            mesh=sharding.rollout_mesh(mesh or policy.mesh, c.tensor_model_parallel_size),
+            max_prompt_length=config.data.max_prompt_length,
+            max_response_length=max(config.data.max_response_length, config.eval.max_tokens),
+            num_slots=c.num_slots or None,
+            cache_dtype=c.cache_dtype or None,
+            attention=c.attention,
+            gpu_memory_utilization=c.gpu_memory_utilization,
+            resident_bytes=resident_bytes,
+            group_size=config.algorithm.num_generations,
+            free_cache_engine=c.free_cache_engine,
+        )
 
 
 def make_checkpoints(config: ConfigDict, folder: Path) -> Checkpoints:
@@ -408,7 +438,7 @@ def make_cold_start_optimizer(config: ConfigDict) -> optax.GradientTransformatio
     """The optimizer of the supervised stage."""
     schedule = optimizer.make_schedule(
         config.sft.lr,
-        warmup_steps=config.sft.lr_warmup_steps,
+        warmup_steps=_warmup("sft", config.sft.lr_warmup_steps, config.sft.steps),
         total_steps=config.sft.steps,
         kind="cosine",
         min_lr_ratio=0.1,

@@ -28,7 +28,7 @@ def make_schedule(
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(
             f"the learning rate warms up over {warmup_steps} steps, but there are {total_steps} "
-            "optimizer steps; lower lr_warmup_steps"
+            "optimizer steps; lower warmup_steps"
         )
     rest = max(total_steps - warmup_steps, 1)
     after = {
@@ -65,7 +65,7 @@ def make_optimizer(
       ValueError: for another dtype.
     """
     if mu_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"actor.optim.mu_dtype is float32 or bfloat16, given {mu_dtype!r}")
+        raise ValueError(f"mu_dtype is float32 or bfloat16, given {mu_dtype!r}")
 
     def decay_mask(params):
         return jax.tree_util.tree_map_with_path(

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-LAYOUTS = ("packed", "rows")
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:

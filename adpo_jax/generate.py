@@ -1,0 +1,252 @@
+"""Samples completions from a model: text on the screen as it is sampled, JSON lines to a file.
+
+    adpo-jax generate --model Qwen/Qwen3-0.6B --prompt "What is 12 x 13?" --n 8
+    adpo-jax generate --model runs/mine --prompts questions.jsonl --out answers.jsonl
+
+`--model` is a Hugging Face folder or hub name, the folder of a run, or one of its checkpoints
+(`runs/.../checkpoints/50`). Prompts go through the chat template where there is one, and those for
+a run through its prompt template and system prompt. A line of `--prompts` is {"prompt": text or
+[messages]}; its other keys are copied to the output.
+
+All completions are sampled at once; the screen follows the first one that has not ended.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.run.command_line import Parser
+from adpo_jax.run.exit_codes import USER_ERROR
+
+if TYPE_CHECKING:  # these import JAX, and --help is quick
+    from adpo_jax.engine.generation import FinishedGroup
+    from adpo_jax.pretrained import Pretrained
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, parsed."""
+    parser = Parser(prog="adpo-jax generate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="Hugging Face folder, run, checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    parser.add_argument("--prompts", type=Path, help="JSON lines with a key `prompt`")
+    parser.add_argument("--out", type=Path, help="JSON lines, one a completion; a new file")
+    parser.add_argument("--n", type=int, default=1, help="completions of each prompt")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--min-tokens", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=-1)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slots", type=int, default=None, help="completions decoded at once")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run its tokenizer's own code"
+    )
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--no-chat-template", action="store_true")
+    parser.add_argument("--raw", action="store_true", help="no template of any kind")
+    parser.add_argument("--quiet", action="store_true", help="no completions on the screen")
+    return parser.parse_args(argv)
+
+
+def read_rows(a: argparse.Namespace) -> list[dict]:
+    """The rows to complete, from the command line and the file."""
+    rows = [{"prompt": text} for text in a.prompt]
+    if a.prompts is not None:
+        try:
+            # JSON text may hold other line separators as they are.
+            lines = a.prompts.read_text(encoding="utf-8").split("\n")
+            rows += [json.loads(line) for line in lines if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--prompts {a.prompts}: {error}") from error
+    if not rows:
+        raise ValueError("nothing to complete: give --prompt or --prompts")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ValueError(f'row {number} has no key "prompt"')
+    return rows
+
+
+def with_options(model: "Pretrained", a: argparse.Namespace) -> "Pretrained":
+    """The model with the prompt format that the command line asks for."""
+    from adpo_jax.pretrained import PromptFormat
+
+    prompt_format = model.prompt_format
+    if a.raw:
+        prompt_format = PromptFormat(apply_chat_template=False)
+    if a.no_chat_template:
+        prompt_format = dataclasses.replace(prompt_format, apply_chat_template=False)
+    if a.system is not None:
+        prompt_format = dataclasses.replace(prompt_format, system_prompt=a.system)
+    return dataclasses.replace(model, prompt_format=prompt_format)
+
+
+def printable(text: str) -> str:
+    """Text without control characters: what a model writes shall not steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
+class Screen:
+    """Shows completions one after the other, the first that has not ended as it is sampled."""
+
+    def __init__(self, model: "Pretrained", num_prompts: int, n: int):
+        from adpo_jax.engine.text_stream import TextStream
+
+        self._order = [(prompt, sample) for prompt in range(num_prompts) for sample in range(n)]
+        decode = functools.partial(model.tokenizer.decode, skip_special_tokens=True)
+        self._texts = {at: TextStream(decode) for at in self._order}
+        self._unseen = dict.fromkeys(self._order, "")
+        self._ended: dict[tuple[int, int], str] = {}
+        self._at = 0
+        self._header()
+
+    def push(self, prompt: int, sample: int, tokens) -> None:
+        """Takes new tokens of a completion."""
+        self._unseen[prompt, sample] += self._texts[prompt, sample].push(tokens)
+        self._show()
+
+    def end(self, group: "FinishedGroup") -> None:
+        """The completions of a prompt have ended."""
+        for sample, completion in enumerate(group.completions):
+            at = group.prompt_index, sample
+            self._unseen[at] += self._texts[at].finish()
+            self._ended[at] = completion.finish_reason
+        self._show()
+
+    def _header(self) -> None:
+        prompt, sample = self._order[self._at]
+        print(f"--- prompt {prompt}, completion {sample}", flush=True)
+
+    def _show(self) -> None:
+        while True:
+            at = self._order[self._at]
+            print(printable(self._unseen[at]), end="", flush=True)
+            self._unseen[at] = ""
+            if at not in self._ended:
+                return
+            print("" if self._ended[at] == "stop" else " [cut off at --max-tokens]")
+            if self._at + 1 == len(self._order):
+                return
+            self._at += 1
+            self._header()
+
+
+def completions(group: "FinishedGroup", row: dict, tokenizer) -> list[dict]:
+    """A group as rows of the output."""
+    return [
+        {
+            **row,
+            "prompt_index": group.prompt_index,
+            "sample": sample,
+            "completion": tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True),
+            "num_tokens": len(completion),
+            "finish_reason": completion.finish_reason,
+            "log_prob": float(completion.log_probs.sum()),
+        }
+        for sample, completion in enumerate(group.completions)
+    ]
+
+
+def generate(a: argparse.Namespace) -> None:
+    """Reads the model, samples, shows and writes.
+
+    Raises:
+      ValueError: for anything on the command line that cannot work.
+    """
+    import jax
+
+    from adpo_jax import pretrained
+    from adpo_jax.engine.engine import Engine
+    from adpo_jax.engine.sampling import SamplingParams
+    from adpo_jax.log.progress import telling
+
+    rows = read_rows(a)
+    sampling = SamplingParams(
+        n=a.n,
+        temperature=a.temperature,
+        top_k=a.top_k,
+        top_p=a.top_p,
+        min_p=a.min_p,
+        max_tokens=a.max_tokens,
+        min_tokens=a.min_tokens,
+        stop=tuple(a.stop),
+        ignore_eos=a.ignore_eos,
+    )
+    if a.out is not None and a.out.exists():
+        raise ValueError(f"{a.out} is there already; give another --out")
+    with telling(f"reading {a.model}"):
+        read = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+    model = with_options(read, a)
+    prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
+    longest = max(len(prompt) for prompt in prompts)
+    positions = model.policy.hf_config.get("max_position_embeddings") or sys.maxsize
+    if longest + a.max_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens; with --max-tokens {a.max_tokens} that is "
+            f"more than the {positions} positions of this model: lower --max-tokens"
+        )
+    sampling = dataclasses.replace(sampling, stop_token_ids=model.stop_token_ids)
+    engine = Engine(
+        model.policy,
+        max_prompt_length=longest,
+        max_response_length=a.max_tokens,
+        num_slots=a.slots,
+        gpu_memory_utilization=0.9,
+        group_size=a.n,
+        # Few, so that text flows; a fourth of a second for a model of 30 tokens a second.
+        steps_per_dispatch=32 if a.quiet else 8,
+        detokenize=functools.partial(model.tokenizer.decode, skip_special_tokens=True),
+    )
+    screen = None if a.quiet else Screen(model, len(rows), a.n)
+    groups = engine.stream(
+        model.params,
+        prompts,
+        sampling,
+        jax.random.key(a.seed),
+        on_tokens=None if screen is None else screen.push,
+    )
+    out = a.out.open("x", encoding="utf-8") if a.out else None
+    for group in groups:
+        if screen is not None:
+            screen.end(group)
+        for line in completions(group, rows[group.prompt_index], model.tokenizer) if out else ():
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+    if out is not None:
+        out.close()
+        print(f"{len(rows) * a.n} completions in {a.out}", file=sys.stderr)
+
+
+def main() -> int:
+    """Samples what the command line asks for; returns the exit code."""
+    a = arguments()
+    from adpo_jax.config import default_config
+    from adpo_jax.devices import compilation_cache
+
+    compilation_cache.use(default_config().trainer.compilation_cache_dir)
+    try:
+        generate(a)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def run() -> int:
+    """Runs `adpo-jax generate`; returns the exit code."""
+    tune_malloc()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

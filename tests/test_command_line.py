@@ -1,0 +1,213 @@
+"""The console command, installed or in a clone: its help, its configs, its refusals."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from test_config import parse
+
+from adpo_jax import evaluate
+from adpo_jax.__main__ import COMMANDS
+from adpo_jax.run import command_line, config_files
+from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.identity import as_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parsed(*argv: str, monkeypatch, **options):
+    """The config that a command line gives."""
+    values, argv = flags.FlagValues(), ["adpo-jax", *argv]
+    monkeypatch.setattr(sys, "argv", argv)
+    holder = config_flags.DEFINE_config_file("config", None, flag_values=values)
+    flags.DEFINE_string("model", None, "", flag_values=values)
+    command_line.parse_flags(argv, values, **options)
+    return finalized(command_line.load_config(holder))
+
+
+def write_run(folder: Path, config) -> Path:
+    """A run's folder, as far as its config goes."""
+    folder.mkdir()
+    content = as_json(finalized(config), None, {"train_prompts": "6 prompts"})
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+# --- an installed package
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with what `pip install` puts on the path."""
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"  # building writes beside the sources
+    source.mkdir()
+    for name in ("adpo_jax", "configs", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", str(source), "-q", "--no-deps"]
+    command += ["--no-build-isolation", "--no-cache-dir", "-w", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, (setuptools.__version__, result.stderr)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run_there(code: str, site: Path, folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(site), "GLIBC_TUNABLES": ""}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+HELP = """
+import os, sys, adpo_jax
+from adpo_jax.__main__ import COMMANDS, main
+for command in COMMANDS:
+    if os.fork():  # each in a process of its own, since two of them have flags of one name
+        os.wait()
+        continue
+    sys.argv = ["adpo-jax", command, "--help"]
+    try:
+        main()
+    except SystemExit as leaving:
+        print("exit", leaving.code, "jax" in sys.modules, "matplotlib" in sys.modules)
+    break
+print(adpo_jax.__file__)
+"""
+
+
+def test_an_installed_package_has_its_configs_and_tells_the_flags_of_each_command_quickly(
+    installed, tmp_path
+):
+    result = run_there(HELP, installed, tmp_path)
+    assert result.stdout.splitlines()[-1] == f"{installed}/adpo_jax/__init__.py", result.stderr
+    assert result.stdout.count("exit 0 False False") == len(COMMANDS), result.stderr
+    for words in ("--workdir: the run's folder", "--max-tokens", "--push-to-hub", "--drain-sec"):
+        assert words in result.stdout
+    assert result.stdout.count("`adpo-jax keys [WORD]` lists them") == 2
+    names = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+    assert f"Configs that come with the package: {names}.\n" in result.stdout
+    assert "adpo-jax = adpo_jax.__main__:main" in next(
+        installed.glob("*.dist-info/entry_points.txt")
+    ).read_text(encoding="utf-8")
+
+
+def test_an_installed_package_trains_by_a_configs_name_from_any_folder(installed, tmp_path):
+    code = "import sys; from adpo_jax.__main__ import main; sys.argv = {}; main()"
+    argv = ["adpo-jax", "train", "--config=gsm8k_grpo", "--config.algorithm.clip_low=-1"]
+    result = run_there(code.format(argv), installed, tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "algorithm.clip_low must be" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what --config may name
+
+
+@pytest.mark.parametrize("name", config_files.shipped())
+def test_a_run_gives_its_config_again(name, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", parse(name=name))
+    for given in (f"--config={run}", f"--config={run / 'config.json'}"):
+        config = parsed(given, "--config.trainer.seed=7", monkeypatch=monkeypatch)
+        assert config.trainer.seed == 7
+        with config.unlocked():
+            config.trainer.seed = 0
+        assert config.to_dict() == parse(name=name).to_dict()
+    by_name = parsed("--config", name, monkeypatch=monkeypatch)
+    assert by_name.to_dict() == parse(name=name).to_dict()
+
+
+def test_a_config_of_a_run_has_lists_of_objects_too(tmp_path, monkeypatch):
+    functions = "({'name': 'good_accuracy', 'weight': 2.0}, {'name': 'exact_match'})"
+    given = parse(f"--config.reward_functions={functions}", "--config.data.val_files=")
+    run = write_run(tmp_path / "run", given)
+    config = parsed(f"--config={run}", monkeypatch=monkeypatch)
+    assert config.to_dict() == given.to_dict()
+    assert config.reward_functions[0]["weight"] == 2.0
+
+
+def damage(folder: Path, change) -> Path:
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return file
+
+
+HOSTILE = {
+    "another's": (lambda f: f.write_text('{"model_type": "qwen3"}'), "is not the config of a run"),
+    "not UTF-8": (lambda f: f.write_bytes(b"\xff\xfe{"), "cannot be read as JSON"),
+    "deep": (lambda f: f.write_text("[" * 200_000), "cannot be read as JSON"),
+    "a list": (lambda f: f.write_text("[]"), "is no JSON object"),
+    "a FIFO": (lambda f: (f.unlink(), os.mkfifo(f)), "there is no file"),
+    "of a newer version": (
+        lambda f: damage(f.parent, lambda c: c["trainer"].update(warp=1)),
+        "sets trainer.warp, which this version does not have",
+    ),
+    "a text for a number": (
+        lambda f: damage(f.parent, lambda c: c["algorithm"].update(tau="__import__('os')")),
+        "algorithm.tau is a number; given",
+    ),
+    "an object for a number": (
+        lambda f: damage(f.parent, lambda c: c["data"].update(train_batch_size={"a": 1})),
+        "data.train_batch_size is a whole number; given {'a': 1}",
+    ),
+    "a number for a section": (
+        lambda f: damage(f.parent, lambda c: c.update(data=3)),
+        "data holds keys of its own; given 3",
+    ),
+    "without its secret": (
+        lambda f: damage(
+            f.parent, lambda c: c["reward_model"].update(reward_kwargs={"key": "<redacted>"})
+        ),
+        "reward_model.reward_kwargs.key held a secret",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_config_of_a_run_that_is_damaged_is_refused_in_one_sentence(
+    case, tmp_path, monkeypatch, capsys
+):
+    change, words = HOSTILE[case]
+    change(write_run(tmp_path / "run", parse()) / "config.json")
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        parsed(f"--config={tmp_path / 'run'}", monkeypatch=monkeypatch)
+    (line,) = (capsys.readouterr().err or str(raised.value)).splitlines()
+    assert words in line
+    assert "Traceback" not in line
+
+
+def test_evaluate_takes_data_and_settings_from_the_run_and_runs_no_code_that_it_names(
+    tmp_path, monkeypatch, capsys
+):
+    given = parse(
+        "--config.eval.n=3",
+        "--config.custom_reward_function.path=theirs.py",
+        "--config.actor_rollout_ref.model.trust_remote_code=true",
+    )
+    run = write_run(tmp_path / "run", given)
+    options = {"monkeypatch": monkeypatch, "default_config": evaluate.settings_of_model}
+    model = f"--model={run / 'checkpoints' / '20'}"
+    config = parsed(model, "--config.eval.ks=(1,2)", **options)
+    assert (config.eval.n, config.eval.ks, config.data.val_files) == (
+        3,
+        (1, 2),
+        "embedded:arithmetic",
+    )
+    assert not config.actor_rollout_ref.model.trust_remote_code
+    assert config.custom_reward_function.path == ""
+    with pytest.raises(SystemExit):
+        parsed(model, "--config.eval.graded_by=reward", **options)
+    err = capsys.readouterr().err
+    assert f"theirs.py: give --config={run} if you trust it" in err
+    trusted = parsed(model, f"--config={run}", "--config.eval.graded_by=reward", **options)
+    assert trusted.custom_reward_function.path == "theirs.py"
