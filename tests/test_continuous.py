@@ -77,8 +77,8 @@ class Collector:
             assert self.reasons[sample] == completion.finish_reason
 
 
-def submit(batch, which):
-    return batch.submit(prompts()[which], SETTINGS[which], seed=which)
+def submit(batch, which, client=None):
+    return batch.submit(prompts()[which], SETTINGS[which], seed=which, client=client)
 
 
 def test_requests_that_arrive_while_others_decode_get_what_the_engine_gives_them_alone(
@@ -325,3 +325,37 @@ def test_what_cannot_be_sampled_is_refused_at_once(engine, prompt, changes, mess
     with pytest.raises(ValueError, match=message):
         batch.submit(prompt, SamplingParams(**{"max_tokens": 4} | changes), seed=0)
     assert not batch.busy
+
+
+def test_a_client_that_asks_for_much_does_not_keep_another_waiting(engine):
+    batch = ContinuousBatch(*engine)
+    many = [sample for _ in range(20) for sample in submit(batch, 1, client="greedy")]
+    modest = submit(batch, 1, client="modest")
+    while not all(sample.ended for sample in modest):
+        batch.step()
+    assert sum(sample.ended for sample in many) < len(many) / 2
+    for sample in many:
+        batch.cancel(sample)
+    batch.step()
+    assert not batch.busy
+    assert all(sample.ended for sample in many)
+
+
+def test_a_prompt_is_scored_as_the_policy_scores_it(engine):
+    made, params = engine
+    prompts = [np.arange(1, n + 1, dtype=np.int32) % V for n in (1, 2, 17, 9, 16, 3, 5)]
+    scored = ContinuousBatch(made, params).scorer.score(prompts, 3)
+    rows = np.stack([np.pad(prompt, (0, 17 - len(prompt))) for prompt in prompts])
+    there = np.arange(17) < np.array([[len(prompt)] for prompt in prompts])
+    logits = made.policy.logits(params, rows, there.astype(np.int32))
+    for row, prompt in enumerate(prompts):
+        log_probs, (ids, likeliest) = scored[row]
+        assert ids.shape == likeliest.shape == (len(prompt) - 1, 3)
+        expected = np.asarray(jax.nn.log_softmax(logits[row]))[: len(prompt) - 1]
+        of_tokens = np.take_along_axis(expected, prompt[1:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(log_probs, of_tokens, rtol=2e-5, atol=2e-5)
+        best = np.sort(expected, axis=-1)[:, :-4:-1]
+        np.testing.assert_allclose(likeliest, best, rtol=2e-5, atol=2e-5)
+        # To the last bit: clients tell a greedy token by it.
+        for value, top, target, id_ in zip(log_probs, likeliest, prompt[1:], ids[:, 0]):
+            assert (value == top[0]) == (target == id_)

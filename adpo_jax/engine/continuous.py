@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Siz
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.scoring import Scorer
 
 # One program finds so many of the likeliest tokens; a request is given the first of them.
 MAX_ALTERNATIVES = 20
@@ -152,9 +153,13 @@ class ContinuousBatch:
         self._loop = DecodeLoop(
             engine.verbs, params, sizing, own_settings, num_shards=engine.shards
         )
-        # Requests on their way to the loop, which belongs to the thread that decodes.
-        self._arrived: collections.deque[Request] = collections.deque()
-        self._num_arrived, self._lock = 0, threading.Lock()
+        self.scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES)
+        # Requests on their way to the loop, which belongs to the thread that decodes: a queue for
+        # each client, the client whose turn is next first.
+        self._arrived: collections.OrderedDict[Hashable, collections.deque[Request]]
+        self._arrived = collections.OrderedDict()
+        self._num_arrived, self._any_cancelled = 0, False
+        self._lock = threading.Lock()
 
     @property
     def busy(self) -> bool:
@@ -176,14 +181,18 @@ class ContinuousBatch:
         *,
         seed: int,
         num_alternatives: int = 0,
+        client: Hashable = None,
     ) -> list[Sample]:
         """Queues the completions of one prompt.
+
+        Clients take turns: one that asks for much waits behind itself, and not others behind it.
 
         Args:
           prompt: token ids.
           sampling: the settings of these completions; `stop` strings are not looked for.
           num_alternatives: how many of the likeliest tokens to return beside each sampled one, up
             to 20.
+          client: who asks.
 
         Returns:
           The `sampling.n` samples, to which the tokens of `step` will refer.
@@ -199,22 +208,51 @@ class ContinuousBatch:
         keys = functools.partial(_keys, tokens[0], sampling.n, seed)
         request = Request(tokens[0], sampling, keys, num_alternatives)
         with self._lock:
-            self._arrived.append(request)
+            self._arrived.setdefault(client, collections.deque()).append(request)
             self._num_arrived += len(request.samples)
         return request.samples
 
     def cancel(self, sample: Sample) -> None:
         """Ends a sample, which gets no further tokens; its slot is free at the next step."""
         self._loop.cancel(sample)
+        self._any_cancelled = True
 
     def step(self) -> list[NewTokens]:
         """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
         with self._lock:
-            for request in self._arrived:
-                self._loop.submit(request, self._part(len(request.samples)))
-            self._arrived.clear()
-            self._num_arrived = 0
+            self._hand_on()
         return self._loop.step()
+
+    def _forget_cancelled(self):
+        """Drops the requests that wait for their turn and that nobody wants any more."""
+        self._any_cancelled = False
+        for client, requests in list(self._arrived.items()):
+            wanted = collections.deque[Request]()
+            for request in requests:
+                if all(sample.cancelled for sample in request.samples):
+                    self._num_arrived -= len(request.samples)
+                    for sample in request.samples:
+                        sample.ended = True
+                else:
+                    wanted.append(request)
+            self._arrived[client] = wanted
+            if not wanted:
+                del self._arrived[client]
+
+    def _hand_on(self):
+        """Gives the loop as many requests as it may start soon; the others wait for their turn."""
+        if self._any_cancelled:
+            self._forget_cancelled()
+        while self._arrived and self._loop.schedule.num_waiting < self.num_slots:
+            client, requests = self._arrived.popitem(last=False)
+            request = requests.popleft()
+            if requests:
+                self._arrived[client] = requests  # at the end
+            self._num_arrived -= len(request.samples)
+            self._loop.submit(request, self._part(len(request.samples)))
+            for sample in request.samples:
+                if sample.cancelled:
+                    self._loop.cancel(sample)  # the loop did not know it the first time
 
 
 def own_settings(in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
