@@ -167,6 +167,11 @@ class ContinuousBatch:
         return self.num_waiting > 0 or self.num_running > 0
 
     @property
+    def sizes(self) -> Sizes | None:
+        """The sizes of the batch as it is now; None while it holds no memory."""
+        return self._loop.sizes
+
+    @property
     def num_running(self) -> int:
         return self._loop.schedule.num_live
 

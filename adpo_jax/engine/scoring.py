@@ -74,10 +74,9 @@ class Scorer:
                 count = self._count(len(indices), length)
                 batch, indices = indices[:count], indices[count:]
                 results = self._call([prompts[i] for i in batch], count, length)
-                for index, result in zip(batch, results):
-                    log_probs, (ids, values) = result
-                    likeliest = Alternatives(ids[:, :num_alternatives], values[:, :num_alternatives])
-                    scored[index] = ScoredPrompt(log_probs, likeliest)
+                for index, (log_probs, (ids, values)) in zip(batch, results):
+                    first = ids[:, :num_alternatives], values[:, :num_alternatives]
+                    scored[index] = ScoredPrompt(log_probs, Alternatives(*first))
         return scored
 
     def _count(self, wanted: int, length: int) -> int:
