@@ -14,13 +14,16 @@ import time
 
 import httpx
 import jax
+import numpy as np
 import openai
 import pytest
 
 from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.data import arithmetic
+from adpo_jax.engine.batching import NewTokens, Request
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
+from adpo_jax.serve import tools
 
 CONFIG = arithmetic.MODEL_CONFIG | {
     "hidden_size": 16,
@@ -30,11 +33,13 @@ CONFIG = arithmetic.MODEL_CONFIG | {
     "initializer_range": 0.4,
 }
 TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ tone }}"
+    "{% if tools %}{% for t in tools %}{{ t['function']['name'] }} {% endfor %}"
+    "by <tool_call>{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'tool' and not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ m['role'] }}: {% for c in m['tool_calls'] %}{{ c['function']['arguments']['a'] }}"
+    "{% endfor %}{{ m['content'] }}\n{% endfor %}{{ tone }}"
 )
-LENGTHS = ["--max-prompt-length=48", "--max-response-length=64", "--slots=8"]
+LENGTHS = ["--max-prompt-length=64", "--max-response-length=64", "--slots=8"]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +113,7 @@ def test_a_completion_is_what_the_engine_samples_with_that_seed(client, folder):
     sampling = SamplingParams(
         n=2, max_tokens=20, temperature=0.8, stop_token_ids=model.stop_token_ids
     )
-    engine = Engine(model.policy, max_prompt_length=48, max_response_length=64, num_slots=2)
+    engine = Engine(model.policy, max_prompt_length=64, max_response_length=64, num_slots=2)
     out = engine.generate(model.params, [ids], sampling, jax.random.key(5))
     assert answer.object == "text_completion"
     for choice in answer.choices:
@@ -189,6 +194,289 @@ def test_several_prompts_as_texts_or_token_ids(client):
     ids = [tokenizer(text)["input_ids"] for text in ("Ann has", "Ben")]
     by_ids = client.completions.create(prompt=ids, **asked)
     assert [c.text for c in by_ids.choices] == [c.text for c in texts.choices]
+
+
+# --- what lm-eval and others ask
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_runs_its_likelihood_tasks_against_the_server(address, folder, tmp_path):
+    reason = "lm-eval is not installed: pip install 'lm_eval[api]'"
+    lm_eval = pytest.importorskip("lm_eval", reason=reason)
+    pytest.importorskip("tenacity", reason=reason)
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    rows = [{"question": "Ann has 3 apples.", "choices": [" Ben", " coins"], "answer": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {
+        "task": "apples",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    lm = LocalCompletionsAPI(
+        base_url=f"{address}/v1/completions",
+        model="tiny",
+        tokenizer=str(folder),
+        tokenizer_backend="huggingface",
+        max_length=48,
+        batch_size=2,
+    )
+    result = lm_eval.simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)
+    model = pretrained.load(folder)
+    for (found, greedy), choice in zip(
+        result["samples"]["apples"][0]["filtered_resps"], rows[0]["choices"], strict=True
+    ):
+        ids = model.tokenizer(rows[0]["question"] + choice)["input_ids"]
+        context = len(model.tokenizer(rows[0]["question"])["input_ids"])
+        log_probs = model.policy.log_probs(model.params, [ids])[0, context:]
+        best = model.policy.logits(model.params, [ids])[0, context - 1 : -1].argmax(-1)
+        assert found == pytest.approx(float(log_probs.sum()), abs=1e-4)
+        assert greedy == (best.tolist() == ids[context:])
+
+
+def test_an_echoed_prompt_has_the_log_probs_that_the_policy_gives_it(client, folder):
+    model = pretrained.load(folder)
+    texts = ["Ann has 3 apples.", "Ben"]
+    ids = [model.tokenizer(text)["input_ids"] for text in texts]
+    asked = {"model": "tiny", "echo": True, "logprobs": 2, "temperature": 0}
+    zero = client.completions.create(prompt=ids, max_tokens=0, **asked)
+    one = client.completions.create(prompt=texts, max_tokens=1, **asked)
+    chunks = list(client.completions.create(prompt=texts, max_tokens=1, stream=True, **asked))
+    assert zero.usage.completion_tokens == 0
+    assert one.usage.completion_tokens == 2
+    for i, (text, tokens) in enumerate(zip(texts, ids)):
+        log_probs = model.policy.log_probs(model.params, [tokens])[0]
+        scored = zero.choices[i].logprobs
+        assert zero.choices[i].text == text
+        assert zero.choices[i].finish_reason == "length"
+        assert scored.token_logprobs[0] is scored.top_logprobs[0] is None
+        assert scored.token_logprobs[1:] == pytest.approx(log_probs[1:].tolist(), abs=1e-4)
+        assert "".join(scored.tokens) == text
+        assert [len(top) for top in scored.top_logprobs[1:]] == [2] * (len(tokens) - 1)
+        assert all(text.startswith(t, at) for t, at in zip(scored.tokens, scored.text_offset))
+        longer = one.choices[i]
+        assert longer.text.startswith(text)
+        assert longer.logprobs.token_logprobs[:-1] == scored.token_logprobs
+        mine = [choice for chunk in chunks for choice in chunk.choices if choice.index == i]
+        assert "".join(choice.text for choice in mine) == longer.text
+        together = [p for choice in mine for p in choice.logprobs.token_logprobs]
+        assert together == longer.logprobs.token_logprobs
+        assert mine[-1].logprobs.text_offset == longer.logprobs.text_offset[-1:]
+
+
+def test_more_log_probs_than_an_answer_holds_are_refused(address):
+    body = {"prompt": ["Ann has 3 apples. " * 4] * 128, "echo": True, "max_tokens": 0}
+    assert post(address, json=body).status_code == 200
+    from adpo_jax.serve import service
+
+    most, service.MAX_ECHOED = service.MAX_ECHOED, 1000
+    try:
+        refused = post(address, json=body | {"logprobs": 5})
+    finally:
+        service.MAX_ECHOED = most
+    assert refused.status_code == 400
+    assert "send fewer prompts at once" in error_of(refused)["message"]
+
+
+NEUTRAL = {
+    "user": "me",
+    "store": True,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "parallel_tool_calls": True,
+    "best_of": 1,
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "use_beam_search": False,
+    "response_format": {"type": "text"},
+    "stream_options": {"include_usage": True, "include_obfuscation": True},
+    "seed": 1,
+    "min_p": 0.0,
+    "top_k": -1,
+    "stop": None,
+    "prompt_logprobs": None,
+    "guided_json": None,
+    "priority": 0,
+}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_fields_that_ask_for_nothing_are_taken(address, chat):
+    own = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    own |= {"tools": [], "tool_choice": "none", "logprobs": False} if chat else {"suffix": ""}
+    answer = post(address, path, json=NEUTRAL | own | {"max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+
+
+def test_max_tokens_above_the_room_is_cut(client):
+    asked = {"model": "tiny", "temperature": 0, "max_tokens": 10**9}
+    asked["extra_body"] = {"ignore_eos": True, "min_tokens": 10**6}
+    for answer in (
+        client.completions.create(prompt="Ann", **asked),
+        client.chat.completions.create(messages=[{"role": "user", "content": "x"}], **asked),
+    ):
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 64
+
+
+# --- tools
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+SUB = {"type": "function", "function": {"name": "sub"}}
+ADD_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def pieces(form, text, size, **options):
+    """What a parser makes of a text that comes in pieces: (text, [(function, arguments)])."""
+    parser = tools.CallParser(form, [ADD, SUB], **options)
+    found = [parser.push(text[i : i + size]) for i in range(0, len(text), size)]
+    found.append(parser.push("", last=True))
+    calls = [call["function"] for piece in found for call in piece.calls]
+    said = "".join(piece.text for piece in found)
+    return said, [(call["name"], json.loads(call["arguments"])) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "expected"),
+    [
+        ("tags", "No call. \n", ("No call. \n", [])),
+        ("tags", f"Well.\n{ADD_CALL}\n", ("Well.", [("add", {"a": 1})])),
+        (
+            "tags",
+            f'{ADD_CALL}\n<tool_call>{{"name": "sub", "arguments": {{}}}}</tool_call>',
+            ("", [("add", {"a": 1}), ("sub", {})]),
+        ),
+        ("tags", '<tool_call>{"name": "sub"}', ("", [("sub", {})])),
+        ("tags", 'a <tool_call>{"name": "sub"', ('a <tool_call>{"name": "sub"', [])),
+        ("tags", 'a <tool_call>{"name": "rm"}</tool_call>', None),
+        ("tags", '<tool_call>{"name": ["add"]}</tool_call> b', None),
+        ("tags", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', None),
+        ("tags", "<tool_call>" + "[" * 3000, None),
+        ("tags", "1 < 2 <tool", None),
+        ("json", '{"name": "add", "parameters": {"a": 1}}', ("", [("add", {"a": 1})])),
+        (
+            "json",
+            '<|python_tag|>{"name": "add", "parameters": {}}; {"name": "sub", "parameters": {}}',
+            ("", [("add", {}), ("sub", {})]),
+        ),
+        ("json", '{"name": "add", "parameters": {}} and more', None),
+        ("json", '{"answer": 5}', None),
+        ("json", "Text {", None),
+        ("json", "[" * 3000, None),
+    ],
+)
+def test_calls_are_found_in_what_a_model_writes_however_it_comes(form, text, expected):
+    expected = (text, []) if expected is None else expected
+    for size in (1, 2, 5, 10**6):
+        assert pieces(form, text, size) == expected
+    one = expected[0], expected[1][:1]
+    assert pieces(form, text, 3, parallel=False) == one
+
+
+def test_the_template_tells_the_form_of_calls():
+    llama = 'Respond in the format {"name": function name, "parameters": dictionary of arguments'
+    assert tools.form_of("{% if tools %}" + llama) == "json"
+    assert tools.form_of(TEMPLATE) == "tags"
+    assert tools.form_of("<tool_call>") is None
+    assert tools.form_of("{% if tools %}[TOOL_CALLS]") is None
+
+
+def writes(monkeypatch, text: str):
+    """Every completion says this, three tokens at a time."""
+    from adpo_jax.serve.decoding import Decoding
+
+    tokens = np.array(arithmetic.make_tokenizer()(text)["input_ids"], np.int32)
+
+    def submit(self, prompt, sampling, *, queue, **_):
+        request = Request(np.array(prompt), sampling, lambda: None)
+        for sample in request.samples:
+            for at in range(0, len(tokens), 3):
+                new, last = tokens[at : at + 3], at + 3 >= len(tokens)
+                zeros = np.zeros(len(new), np.float32)
+                queue.put_nowait(NewTokens(sample, new, zeros, None, "stop" if last else None))
+        return request.samples
+
+    monkeypatch.setattr(Decoding, "submit", submit)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_model_calls_functions_and_is_told_what_they_gave(client, folder, monkeypatch, parallel):
+    writes(monkeypatch, f"I add.\n{ADD_CALL}\n{ADD_CALL}")
+    asked = {"model": "tiny", "tools": [ADD, SUB], "max_tokens": 64}
+    asked["parallel_tool_calls"] = parallel
+    question = {"role": "user", "content": "x"}
+    whole = client.chat.completions.create(messages=[question], **asked)
+    rendered = "add sub by <tool_call>user: x\n"
+    tokenizer = pretrained.load(folder).tokenizer
+    assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
+    choice = whole.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I add.")
+    calls = choice.message.tool_calls
+    assert [(c.function.name, c.function.arguments) for c in calls] == [("add", '{"a": 1}')] * (
+        2 if parallel else 1
+    )
+    assert len({call.id for call in calls}) == len(calls)
+
+    text, streamed, reason = "", {}, None
+    for chunk in client.chat.completions.create(messages=[question], stream=True, **asked):
+        delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason or reason
+        text += delta.content or ""
+        for call in delta.tool_calls or ():
+            streamed[call.index] = (call.function.name, call.function.arguments)
+    assert (text, reason) == ("I add.", "tool_calls")
+    assert streamed == dict(enumerate((c.function.name, c.function.arguments) for c in calls))
+
+    told = [question, choice.message.to_dict()]
+    told.append({"role": "tool", "tool_call_id": calls[0].id, "content": "2"})
+    whole = client.chat.completions.create(messages=told, **asked)
+    rendered += "assistant: " + "1" * len(calls) + "I add.\ntool: 2\n"
+    assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
+
+
+STRICT = {"type": "function", "function": {"name": "add", "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tools": [ADD], "tool_choice": "required"}, "cannot make a model call"),
+        ({"tools": [ADD], "tool_choice": {"type": "function"}}, "cannot make a model call"),
+        ({"tools": [STRICT]}, "strict must be false"),
+        ({"tools": [{"type": "web_search"}]}, 'must be {"type": "function"'),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "letters, digits"),
+        ({"tools": {"a": 1}}, "a list of up to"),
+        ({"functions": [{"name": "add"}]}, "functions has no effect"),
+    ],
+)
+def test_tools_that_cannot_be_served_are_refused(address, fields, message):
+    body = {"messages": [{"role": "user", "content": "x"}]} | fields
+    refused = post(address, "/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert message in error_of(refused)["message"]
+
+
+@pytest.mark.parametrize("arguments", ["no JSON", "[1]", '{"a": NaN}', "[" * 9999, 5])
+def test_calls_of_earlier_messages_have_arguments_that_can_be_read(address, arguments):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    refused = post(address, "/v1/chat/completions", json={"messages": messages})
+    assert refused.status_code == 400
+    assert "must be a JSON object" in error_of(refused)["message"]
 
 
 # --- under load
@@ -301,6 +589,12 @@ REFUSED = {
     "logprobs": ({"prompt": "x", "logprobs": 99}, "logprobs"),
     "stop ids": ({"prompt": "x", "stop_token_ids": [-5]}, "stop_token_ids"),
     "unsupported": ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty"),
+    "penalty": ({"prompt": "x", "repetition_penalty": 1.1}, "repetition_penalty"),
+    "bias": ({"prompt": "x", "logit_bias": {"5": -100}}, "logit_bias"),
+    "best of": ({"prompt": "x", "best_of": 3}, "best_of"),
+    "suffix": ({"prompt": "x", "suffix": "y"}, "suffix"),
+    "beams": ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+    "tools": ({"prompt": "x", "tools": []}, "tools"),
     "unknown": ({"prompt": "x", "tempreature": 1}, "tempreature"),
     "stream options": ({"prompt": "x", "stream_options": {"x": 1}}, "x"),
 }

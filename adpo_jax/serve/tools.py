@@ -144,7 +144,7 @@ def form_of(template: str) -> Form | None:
         return None
     if OPEN in template:
         return "tags"
-    return "json" if re.search(r"""\\?["']parameters\\?["']""", template) else None
+    return "json" if re.search(r"""parameters\\?":\s*dictionary""", template) else None
 
 
 class Found(NamedTuple):
@@ -243,11 +243,9 @@ class CallParser:
             if call is None:
                 self.num_calls = 0
                 return []
-            if not self._parallel:
-                return [call]
             calls.append(call)
             rest = rest[end:].strip().removeprefix(";").strip()
-        return calls
+        return calls if self._parallel else calls[:1]
 
     def _call(self, value: Any) -> dict[str, Any] | None:
         """A call in OpenAI's form; None if this is no call of a function that was given."""
