@@ -5,18 +5,24 @@ import contextlib
 import copy
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import httpx
 import jax
 import numpy as np
 import openai
 import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.data import arithmetic
@@ -24,6 +30,10 @@ from adpo_jax.engine.batching import NewTokens, Request
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
 from adpo_jax.serve import tools
+from adpo_jax.serve.access import Hosts
+from adpo_jax.serve.connections import Connections
+from adpo_jax.serve.fields import ApiError
+from adpo_jax.serve.service import Service
 
 CONFIG = arithmetic.MODEL_CONFIG | {
     "hidden_size": 16,
@@ -667,6 +677,317 @@ def test_bytes_that_are_no_http_harm_nobody(address, client):
             connection.sendall(garbage)
     answer = client.completions.create(model="tiny", prompt="Ann", max_tokens=2)
     assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+# --- strangers, and clients that mean no good
+
+COMMON = {"prompt": "Ann", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def strict_server(folder):
+    """A server that gives up soon; yields it and its address."""
+    options = ["--head-timeout=0.4", "--body-timeout=0.4", "--max-requests-per-client=2"]
+    options += ["--allowed-host=my.server", "--cors_origin=https://a.example"]
+    with running(folder, *options) as (server, address):
+        yield server, address
+
+
+@pytest.fixture
+def strict(strict_server):
+    return strict_server[1]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:1", 200),
+        ("MY.server:80", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example:8000", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("192.168.0.7", 421),
+        ("", 421),
+    ],
+)
+def test_a_page_that_takes_our_address_for_its_name_is_refused(strict, host, status):
+    for path in ("/", "/health", "/v1/models"):
+        answer = httpx.get(strict + path, headers={"Host": host})
+        assert answer.status_code == status
+        if status != 200:
+            assert "--allowed-host" in error_of(answer)["message"]
+
+
+def test_a_server_on_all_interfaces_takes_addresses_and_names_it_was_told():
+    for bound in ("0.0.0.0", "::"):
+        hosts = Hosts(bound, ["my.server"])
+        for good in ("10.0.0.7:8000", "[fe80::1]:80", "my.server", "localhost"):
+            hosts.check(good)
+        with pytest.raises(ApiError, match="--allowed-host"):
+            hosts.check("evil.example")
+    Hosts("127.0.0.1", ["*"]).check("evil.example")
+
+
+def test_pages_of_named_origins_alone_may_use_the_server(strict, address):
+    asked = {"Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization, content-type"
+    for origin, allowed in (
+        ("https://a.example", "https://a.example"),
+        ("https://b.example", None),
+    ):
+        headers = {"Origin": origin}
+        before = httpx.options(f"{strict}/v1/chat/completions", headers=headers | asked)
+        assert before.headers.get("access-control-allow-origin") == allowed
+        assert before.status_code == (200 if allowed else 400)
+        answer = post(strict, json=COMMON, headers=headers)
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        silent = httpx.get(f"{address}/v1/models", headers=headers)
+        assert "access-control-allow-origin" not in silent.headers
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"POST /v1/comp",
+        HEAD + b"X: y\r\n",
+        HEAD + b"Content-Length: 100\r\n\r\n{",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+        # What is answered before it has all been sent.
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n1",
+    ],
+)
+def test_a_request_that_is_half_sent_and_trickles_on_ends(strict, begun):
+    began = time.time()
+    with socket.create_connection(strict.removeprefix("http://").split(":")) as connection:
+        connection.sendall(begun)
+        connection.settimeout(0.1)
+        answer, last = b"", None
+        while last != b"":
+            assert time.time() - began < 4, answer
+            with contextlib.suppress(TimeoutError):
+                try:
+                    last = connection.recv(4096)
+                    answer += last
+                    connection.sendall(b"1")
+                except (ConnectionError, BrokenPipeError):
+                    break
+    if b"Content-Length: 100" in begun or b"chunked" in begun:
+        assert b" 408 " in answer
+
+
+def test_a_client_that_does_not_read_is_let_go():
+    """The transport says that nothing goes out; the timer that ends it can be seen."""
+    aborted = []
+
+    async def run():
+        config = uvicorn.Config(app=mock.AsyncMock(), lifespan="off", log_config=None)
+        limits = Connections(most=4, most_each=4, reading_timeout_s=0.01)
+        state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
+        made = limits.protocol(config=config, server_state=state, app_state={})
+        transport = mock.Mock(get_extra_info={}.get, abort=lambda: aborted.append(1))
+        made.connection_made(transport)
+        made.pause_writing()
+        made.resume_writing()
+        await asyncio.sleep(0.05)
+        assert not aborted
+        made.pause_writing()
+        await asyncio.sleep(0.05)
+        made.connection_lost(OSError())
+        assert limits.open.total() == 0
+
+    asyncio.run(run())
+    assert aborted == [1]
+
+
+def test_a_client_with_too_many_connections_leaves_room_for_others():
+    limits = Connections(most=10, most_each=2)
+    states = []
+
+    async def run():
+        config = uvicorn.Config(app=mock.AsyncMock(), lifespan="off", log_config=None)
+        state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
+        for peer in ("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"):
+            known = {"peername": (peer, 1)}
+                transport = mock.Mock(get_extra_info=known.get)
+            limits.protocol(config=config, server_state=state, app_state={}).connection_made(
+                transport
+            )
+            states.append(transport.close.called)
+
+    asyncio.run(run())
+    assert states == [False, False, True, False, False, False]
+    # The addresses of one IPv6 network are one client.
+    assert limits.open["2001:db8::/64"] == 2
+
+
+def test_a_client_with_too_many_requests_leaves_room_for_others(strict_server, monkeypatch):
+    server, strict = strict_server
+    release = threading.Event()
+    tokenize = Service._tokenize
+
+    def slow(self, request):
+        if request.prompts == ["slow"]:
+            release.wait(30)
+        return tokenize(self, request)
+
+    monkeypatch.setattr(Service, "_tokenize", slow)
+
+    def ask(prompt, client):
+        return post(strict, json=COMMON | {"prompt": prompt}, headers={"X-Forwarded-For": client})
+
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            busy = [pool.submit(ask, "slow", "10.1.1.1") for _ in range(2)]
+            wait_until(lambda: server.app.clients.under_way == 2)
+            refused = ask("Ann", "10.1.1.1")
+            assert refused.status_code == 429
+            assert "of this client" in error_of(refused)["message"]
+            assert refused.headers["retry-after"] == "1"
+            # Many slow clients of one prompt each would be needed to fill the threads.
+            assert ask("Ann", "10.1.1.2").status_code == 200
+        finally:
+            release.set()
+        assert [future.result().status_code for future in busy] == [200, 200]
+    assert ask("Ann", "10.1.1.1").status_code == 200
+
+
+def test_a_slow_tokenizer_stalls_no_stream(address, monkeypatch):
+    release, tokenize = threading.Event(), Service._tokenize
+
+    def slow(self, request):
+        if request.prompts == ["slow"]:
+            release.wait(30)
+        return tokenize(self, request)
+
+    monkeypatch.setattr(Service, "_tokenize", slow)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(post, address, json=COMMON | {"prompt": "slow"})
+        try:
+            headers = {"X-Forwarded-For": "10.1.1.3"}
+            body = COMMON | {"stream": True, "max_tokens": 20}
+            answer = post(address, json=body, headers=headers)
+            assert answer.text.endswith("data: [DONE]\n\n")
+            assert not held.done()
+        finally:
+            release.set()
+        assert held.result().status_code == 200
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_too_long_for_any_prompt_is_refused_before_it_is_tokenised(
+    address, monkeypatch, chat
+):
+    monkeypatch.setattr(Service, "_tokenize", lambda *_: pytest.fail("tokenised"))
+    text = "x" * (16 * 64 + 1)
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    bodies = [{"messages": [{"role": "user", "content": text}]}] if chat else [{"prompt": text}]
+    if chat:
+        tool = {"type": "function", "function": {"name": "add", "description": text}}
+        short = {"messages": [{"role": "user", "content": "x"}]}
+        bodies += [short | {"tools": [tool]}, short | {"chat_template_kwargs": {"tone": text}}]
+    for body in bodies:
+        refused = post(address, path, json=body)
+        assert refused.status_code == 400
+        assert error_of(refused)["code"] == "context_length_exceeded"
+        assert "characters" in error_of(refused)["message"]
+
+
+# --- what it tells of itself
+
+
+def test_prometheus_reads_what_was_asked_and_answered(strict):
+    def read():
+        text = httpx.get(f"{strict}/metrics").text
+        families = text_string_to_metric_families(text)
+        return {
+            (sample.name, *sorted(sample.labels.values())): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    before = read()
+    assert post(strict, json=COMMON | {"max_tokens": 9, "n": 2}).status_code == 200
+    assert post(strict, json={"prompt": ""}).status_code == 400
+    after = read()
+
+    def grown(*key):
+        return after[key] - before.get(key, 0)
+
+    assert grown("vllm:prompt_tokens_total", "tiny") == 1
+    assert grown("vllm:generation_tokens_total", "tiny") == 18
+    assert grown("vllm:request_success_total", "length", "tiny") == 2
+    assert grown("vllm:time_to_first_token_seconds_count", "tiny") == 2
+    assert grown("vllm:e2e_request_latency_seconds_count", "tiny") == 2
+    assert grown("vllm:request_time_per_output_token_seconds_count", "tiny") == 2
+    assert grown("adpo_jax:http_responses_total", "/v1/completions", "200") == 1
+    assert grown("adpo_jax:http_responses_total", "/v1/completions", "400") == 1
+    assert after["vllm:num_requests_running", "tiny"] == 0
+    assert after["vllm:num_requests_waiting", "tiny"] == 0
+    assert after["adpo_jax:max_slots", "tiny"] == 8
+
+
+def test_the_page_is_one_file_that_may_load_nothing_beside_it(address):
+    page = httpx.get(f"{address}/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"""(src|href)\s*=|https?:|innerHTML|@import""", page.text)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_policy_answers_in_a_browser(address, monkeypatch, tmp_path):
+    reason = "needs `pip install playwright` and a Chromium on the PATH (Debian's `chromium`)"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip(reason)
+    hostile = "<img src=x onerror=\"document.title='taken'\"><script>alert(1)</script>"
+    writes(monkeypatch, hostile)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        try:
+            page, asked, faults = browser.new_page(), [], []
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("console", lambda message: faults.append(message.text))
+            page.goto(f"{address}/")
+            expect, say = playwright.expect, page.get_by_label("Message", exact=True)
+            expect(page.get_by_role("heading")).to_have_text("tiny")
+            expect(page.get_by_role("status")).to_have_text("ready")
+            say.fill("2 + 2?")
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("article.assistant")).to_contain_text(hostile)
+            expect(page.locator("article small")).to_contain_text("stop, ")
+            assert page.locator("article img").count() == 0
+            assert page.title() == "tiny"
+            page.get_by_text("Settings").click()
+            page.get_by_label("Send as").select_option("text")
+            page.get_by_label("Temperature").fill("0")
+            say.fill("Ann")
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("article.assistant small")).to_have_count(2)
+            assert faults == []
+            say.fill("x" * 5000)
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("article.error")).to_contain_text("characters")
+            page.screenshot(path=tmp_path / "page.png", full_page=True)
+            page.get_by_role("button", name="Start anew").click()
+            expect(page.locator("article")).to_have_count(0)
+            assert {url.removeprefix(address) for url in asked} == {
+                "/",
+                "/v1/models",
+                "/v1/chat/completions",
+                "/v1/completions",
+            }
+        finally:
+            browser.close()
 
 
 # --- a server of its own

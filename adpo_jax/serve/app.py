@@ -43,6 +43,10 @@ class App:
       max_requests: the most requests at once; clients of further ones are told to come back later.
       max_requests_per_client: likewise of one client; None for half of `max_requests`.
       body_timeout_s: seconds for a request's body to arrive.
+
+    Attributes:
+      service: None until the server has started.
+      clients: those with requests under way.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class App:
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         if max_requests_per_client is None:
             max_requests_per_client = -(-max_requests // 2)
-        self._clients = Clients(max_requests, max_requests_per_client)
+        self.clients = Clients(max_requests, max_requests_per_client)
         self._page = Page()
         self.service: Service | None = None
         guarded = self._guarded
@@ -186,7 +190,7 @@ class App:
 
     async def _admitted(self, request: Request, *, chat: bool) -> Response:
         arrived = time.perf_counter()
-        client = self._clients.enter(request.client.host if request.client else None)
+        client = self.clients.enter(request.client.host if request.client else None)
         handed_on = False
         try:
             body = parse_object(await self._body(request))
@@ -204,10 +208,10 @@ class App:
             choices, news = await context.__aenter__()
             handed_on = True
             events = _events(answer, choices, news)
-            return EventStream(events, context, lambda: self._clients.leave(client))
+            return EventStream(events, context, lambda: self.clients.leave(client))
         finally:
             if not handed_on:
-                self._clients.leave(client)
+                self.clients.leave(client)
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request; refused if it is no JSON, too large, or too slow to arrive."""
