@@ -814,7 +814,7 @@ def test_a_client_with_too_many_connections_leaves_room_for_others():
         state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
         for peer in ("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"):
             known = {"peername": (peer, 1)}
-                transport = mock.Mock(get_extra_info=known.get)
+            transport = mock.Mock(get_extra_info=known.get)
             limits.protocol(config=config, server_state=state, app_state={}).connection_made(
                 transport
             )
