@@ -781,12 +781,16 @@ def test_a_request_that_is_half_sent_and_trickles_on_ends(strict, begun):
         assert b" 408 " in answer
 
 
+async def no_app(scope, receive, send):
+    pass
+
+
 def test_a_client_that_does_not_read_is_let_go():
     """The transport says that nothing goes out; the timer that ends it can be seen."""
     aborted = []
 
     async def run():
-        config = uvicorn.Config(app=mock.AsyncMock(), lifespan="off", log_config=None)
+        config = uvicorn.Config(app=no_app, lifespan="off", log_config=None)
         limits = Connections(most=4, most_each=4, reading_timeout_s=0.01)
         state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
         made = limits.protocol(config=config, server_state=state, app_state={})
@@ -810,7 +814,7 @@ def test_a_client_with_too_many_connections_leaves_room_for_others():
     states = []
 
     async def run():
-        config = uvicorn.Config(app=mock.AsyncMock(), lifespan="off", log_config=None)
+        config = uvicorn.Config(app=no_app, lifespan="off", log_config=None)
         state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
         for peer in ("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"):
             known = {"peername": (peer, 1)}
