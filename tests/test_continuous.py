@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine.batching import Request
 from adpo_jax.engine.continuous import ContinuousBatch, LoadSizing
+from adpo_jax.engine.programs import Decode, Programs
 from adpo_jax.engine.schedule import Schedule
 from adpo_jax.engine.verbs import Verbs
 
@@ -359,3 +361,87 @@ def test_a_prompt_is_scored_as_the_policy_scores_it(engine):
         # To the last bit: clients tell a greedy token by it.
         for value, top, target, id_ in zip(log_probs, likeliest, prompt[1:], ids[:, 0]):
             assert (value == top[0]) == (target == id_)
+
+
+class AtOnce:
+    """Compiles when it is told to, in the thread that tells it; `busy` meanwhile."""
+
+    busy = False
+
+    def submit(self, function, *args):
+        job, self.busy = Future(), True
+        job.set_result(function(*args))
+        self.busy = False
+        return job
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
+    """Other settings, then more slots: the loop itself meets no program that is new to it."""
+    from jax._src import compiler
+
+    thread, met, compile_ = AtOnce(), [], compiler.compile_or_get_cached
+
+    def noting(backend, computation, *args, **kwargs):
+        if not thread.busy:
+            met.append(computation.operation.attributes["sym_name"].value)
+        return compile_(backend, computation, *args, **kwargs)
+
+    policy = Policy(tiny.model_config(vocab_size=V + 2))  # with programs of its own
+    lengths = {"max_prompt_length": 16, "max_response_length": 32}
+    engine = Engine(policy, **lengths, num_slots=8, steps_per_dispatch=4)
+    params = policy.init(jax.random.key(0))
+    batch = ContinuousBatch(engine, params, compile_ahead=True)
+    batch._programs._thread = thread
+    batch.submit([1, 2, 3], SamplingParams(max_tokens=32), seed=0)
+    batch.step()
+    batch.step()
+    monkeypatch.setattr(compiler, "compile_or_get_cached", noting)
+    truncated = SamplingParams(max_tokens=20, top_k=5)
+    batch.submit([4, 5], truncated, seed=1)
+    batch.step()
+    assert batch.num_running == 2
+    batch.submit([4, 5], dataclasses.replace(truncated, n=4), seed=1)
+    batch.step()
+    assert (batch.num_running, batch.sizes.slots) == (6, 8)
+    # A prompt of several rows is copied by programs too small to wait for.
+    assert set(met) <= {"jit_rows_of", "jit_insert"}
+
+
+def test_a_request_whose_programs_are_missing_waits_while_others_stream_and_come(
+    engine, expected, monkeypatch
+):
+    made, params = engine
+    batch, missing = ContinuousBatch(made, params, compile_ahead=True), {"truncated", "slots"}
+    slots = []
+
+    def ready(self, programs):
+        decodes = [program for program in programs if isinstance(program, Decode)]
+        needed = {"truncated"} if any(decode.method.top_k for decode in decodes) else set()
+        slots.extend(decode.sizes.slots for decode in decodes)
+        if any(decode.sizes.slots > 4 for decode in decodes):
+            needed.add("slots")
+        return not needed & missing
+
+    monkeypatch.setattr(Programs, "ready", ready)
+    collector = Collector(batch)
+    streaming = submit(batch, 1)
+    collector.step()
+    held, plain = submit(batch, 2, client="a"), submit(batch, 0, client="b")
+    collector.step()
+    collector.step()
+    assert set(collector.tokens) == {*streaming, *plain}
+    missing.remove("truncated")
+    collector.step()
+    assert held[0] in collector.tokens  # in the last of the four slots
+    more = [sample for _ in range(4) for sample in submit(batch, 1, client="b")]
+    collector.step()
+    assert batch.sizes.slots == 4
+    assert max(slots) == 8  # asked for
+    missing.clear()
+    collector.run()
+    for samples, which in ((streaming, 1), (held, 2), (plain, 0), (more[-1:], 1)):
+        collector.assert_equal(samples, expected[which])
+    batch.close()

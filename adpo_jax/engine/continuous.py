@@ -29,7 +29,9 @@ from adpo_jax.engine import cache_plan, sampling
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
 from adpo_jax.engine.engine import Engine
-from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
+from adpo_jax.engine.patience import Patience, own_settings
+from adpo_jax.engine.programs import Programs
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule
 from adpo_jax.engine.scoring import Scorer
 
@@ -143,15 +145,36 @@ class ContinuousBatch:
       engine: the engine; its `steps_per_dispatch` is the time, in tokens, that a new request may
         have to wait for the running ones, and the most tokens that come at once.
       params: the policy's parameters.
+      compile_ahead: whether a request that needs a new program waits until it is compiled, in a
+        thread of its own, while others decode; else they wait for it, as on several devices.
     """
 
-    def __init__(self, engine: Engine, params):
+    def __init__(self, engine: Engine, params, *, compile_ahead: bool = False):
         self.engine, self.verbs = engine, engine.verbs
         sizing = _load_sizing(engine)
         self.num_slots = sizing.slot_sizes[-1]
         self._part = sizing.part
+        self._programs = Programs(engine.verbs, lambda: self._loop.params, sizing.steps)
+        self._patience: Patience | None = None
+        decides, most_prefilled = sizing, None
+        settings = functools.partial(own_settings, num_alternatives=MAX_ALTERNATIVES)
+        # On several devices the layouts of what is compiled ahead are not known.
+        if compile_ahead and engine.policy.mesh is None:
+            self._patience = decides = Patience(
+                sizing,
+                self._programs,
+                sizing.column_sizes,
+                sizing.prefix_sizes,
+                MAX_ALTERNATIVES,
+            )
+            settings, most_prefilled = decides.settings, decides.most_prefilled
         self._loop = DecodeLoop(
-            engine.verbs, params, sizing, own_settings, num_shards=engine.shards
+            engine.verbs,
+            params,
+            decides,
+            settings,
+            num_shards=engine.shards,
+            most_prefilled=most_prefilled,
         )
         self.scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES)
         # Requests on their way to the loop, which belongs to the thread that decodes: a queue for
@@ -248,8 +271,12 @@ class ContinuousBatch:
         """Gives the loop as many requests as it may start soon; the others wait for their turn."""
         if self._any_cancelled:
             self._forget_cancelled()
+        held = []
         while self._arrived and self._loop.schedule.num_waiting < self.num_slots:
             client, requests = self._arrived.popitem(last=False)
+            if not self._may_start(requests[0]):
+                held.append((client, requests))
+                continue
             request = requests.popleft()
             if requests:
                 self._arrived[client] = requests  # at the end
@@ -258,28 +285,20 @@ class ContinuousBatch:
             for sample in request.samples:
                 if sample.cancelled:
                     self._loop.cancel(sample)  # the loop did not know it the first time
+        for client, requests in reversed(held):
+            self._arrived[client] = requests
+            self._arrived.move_to_end(client, last=False)
 
+    def _may_start(self, request: Request) -> bool:
+        """Whether a request can start without keeping those waiting that decode."""
+        loop = self._loop
+        return self._patience is None or self._patience.may_start(
+            request, loop.sizes, loop.schedule
+        )
 
-def own_settings(in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
-    """The settings of each slot's own sample; see `batching.Settings`."""
-    idle = SamplingParams()
-    settings = [sample.request.sampling if sample else idle for sample in in_slot]
-    knobs = [each.knobs() for each in settings]
-    width = max(len(knob.stop_ids) for knob in knobs)
-    knobs = [knob._replace(stop_ids=_padded(knob.stop_ids, width)) for knob in knobs]
-    methods = [each.method for each in settings]
-    # Either all rows go through a step of truncation or none, so that few programs are compiled.
-    truncates = any(method.truncates for method in methods)
-    wants_alternatives = any(sample.request.num_alternatives for sample in in_slot if sample)
-    method = Method(
-        mixed=True,
-        top_k=truncates,
-        top_p=truncates,
-        min_p=truncates,
-        min_tokens=any(method.min_tokens for method in methods),
-        num_alternatives=MAX_ALTERNATIVES if wants_alternatives else 0,
-    )
-    return Knobs(*map(np.stack, zip(*knobs))), method
+    def close(self) -> None:
+        """Ends what is compiled ahead; the batch is not used any more."""
+        self._programs.close()
 
 
 def _load_sizing(engine: Engine) -> LoadSizing:
@@ -326,7 +345,3 @@ def _keys(prompt: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 def _size_for(sizes: Sequence[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
-
-
-def _padded(stop_ids: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(stop_ids, (0, width - len(stop_ids)), constant_values=-1)

@@ -127,7 +127,7 @@ def make_server(a: argparse.Namespace):
         gpu_memory_utilization=a.gpu_memory_utilization,
         steps_per_dispatch=a.steps_per_dispatch,
     )
-    batch = ContinuousBatch(engine, model.params)
+    batch = ContinuousBatch(engine, model.params, compile_ahead=True)
     light = dataclasses.replace(model, params=None)
     name = a.name or Path(a.model).name
 

@@ -43,6 +43,7 @@ class Decoding:
         self._stopping = True
         self._wake.set()
         self._thread.join()
+        self.batch.close()
 
     def submit(
         self,
