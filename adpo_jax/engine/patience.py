@@ -214,10 +214,7 @@ class Patience:
 
     def settings(self, in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
         """The settings of each slot's own sample, for the program that decodes now."""
-        knobs = [sample.request.sampling.knobs() if sample else _IDLE for sample in in_slot]
-        width = max(len(knob.stop_ids) for knob in knobs)
-        requests = [sample.request for sample in in_slot if sample]
-        needs = needs_of(requests, self._num_alternatives, width)
+        knobs, needs = _of_slots(in_slot, self._num_alternatives)
         now = self._needs
         if now is None or not self._streaming:
             self._needs = needs
@@ -229,13 +226,21 @@ class Patience:
                     break
             else:
                 self._needs = needs
-        return stacked(knobs, self._needs.stop_width), self._needs.method
+        return _stacked(knobs, self._needs.stop_width), self._needs.method
 
 
 _IDLE = SamplingParams().knobs()
 
 
-def stacked(knobs: Sequence[Knobs], stop_width: int) -> Knobs:
+def _of_slots(in_slot: Sequence[Sample | None], num_alternatives: int) -> tuple[list[Knobs], Needs]:
+    """The numbers of each slot's own sample, and what the samples need together."""
+    knobs = [sample.request.sampling.knobs() if sample else _IDLE for sample in in_slot]
+    width = max(len(knob.stop_ids) for knob in knobs)
+    requests = [sample.request for sample in in_slot if sample]
+    return knobs, needs_of(requests, num_alternatives, width)
+
+
+def _stacked(knobs: Sequence[Knobs], stop_width: int) -> Knobs:
     """The numbers of all slots, [B] each."""
     padded = [knob._replace(stop_ids=_padded(knob.stop_ids, stop_width)) for knob in knobs]
     return Knobs(*map(np.stack, zip(*padded)))
@@ -243,10 +248,8 @@ def stacked(knobs: Sequence[Knobs], stop_width: int) -> Knobs:
 
 def own_settings(in_slot: Sequence[Sample | None], num_alternatives: int) -> tuple[Knobs, Method]:
     """The settings of each slot's own sample; see `batching.Settings`."""
-    knobs = [sample.request.sampling.knobs() if sample else _IDLE for sample in in_slot]
-    width = max(len(knob.stop_ids) for knob in knobs)
-    requests = [sample.request for sample in in_slot if sample]
-    return stacked(knobs, width), needs_of(requests, num_alternatives, width).method
+    knobs, needs = _of_slots(in_slot, num_alternatives)
+    return _stacked(knobs, needs.stop_width), needs.method
 
 
 def _waiting(schedule: Schedule) -> list[Request]:
