@@ -129,7 +129,9 @@ class Patience:
                 wanted = now
             else:
                 # A completion needs the longer ring that was begun to be compiled at its start.
-                self._programs.finish(self._decodes(columns, self._needs))
+                needs = self._needs
+                decode = Decode(columns, needs.method, needs.stop_width)
+                self._programs.finish([Move(now, columns), decode])
                 wanted = columns
         self._now = wanted
         return wanted
@@ -200,8 +202,12 @@ class Patience:
             for columns in self._column_sizes
             if sizes.columns <= columns <= last
         ]
-        decodes = [Decode(ring, needs.method, needs.stop_width) for ring in rings]
-        return [*decodes, *(Move(old, new) for old, new in itertools.pairwise(rings))]
+        programs: list[Program] = []
+        for old, new in itertools.pairwise([rings[0], *rings]):
+            programs.append(Decode(new, needs.method, needs.stop_width))
+            if old != new:
+                programs.append(Move(old, new))
+        return programs
 
     def _prefill(self, sizes: Sizes, request: Request) -> Program | None:
         """The prefill of this prompt alone; None where it is too long for these sizes."""
