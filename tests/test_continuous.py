@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine.batching import Request
 from adpo_jax.engine.continuous import ContinuousBatch, LoadSizing
+from adpo_jax.engine.programs import Decode, Programs
 from adpo_jax.engine.schedule import Schedule
 from adpo_jax.engine.verbs import Verbs
 
@@ -77,8 +79,8 @@ class Collector:
             assert self.reasons[sample] == completion.finish_reason
 
 
-def submit(batch, which):
-    return batch.submit(prompts()[which], SETTINGS[which], seed=which)
+def submit(batch, which, client=None):
+    return batch.submit(prompts()[which], SETTINGS[which], seed=which, client=client)
 
 
 def test_requests_that_arrive_while_others_decode_get_what_the_engine_gives_them_alone(
@@ -325,3 +327,121 @@ def test_what_cannot_be_sampled_is_refused_at_once(engine, prompt, changes, mess
     with pytest.raises(ValueError, match=message):
         batch.submit(prompt, SamplingParams(**{"max_tokens": 4} | changes), seed=0)
     assert not batch.busy
+
+
+def test_a_client_that_asks_for_much_does_not_keep_another_waiting(engine):
+    batch = ContinuousBatch(*engine)
+    many = [sample for _ in range(20) for sample in submit(batch, 1, client="greedy")]
+    modest = submit(batch, 1, client="modest")
+    while not all(sample.ended for sample in modest):
+        batch.step()
+    assert sum(sample.ended for sample in many) < len(many) / 2
+    for sample in many:
+        batch.cancel(sample)
+    batch.step()
+    assert not batch.busy
+    assert all(sample.ended for sample in many)
+
+
+def test_a_prompt_is_scored_as_the_policy_scores_it(engine):
+    made, params = engine
+    prompts = [np.arange(1, n + 1, dtype=np.int32) % V for n in (1, 2, 17, 9, 16, 3, 5)]
+    scored = ContinuousBatch(made, params).scorer.score(prompts, 3)
+    rows = np.stack([np.pad(prompt, (0, 17 - len(prompt))) for prompt in prompts])
+    there = np.arange(17) < np.array([[len(prompt)] for prompt in prompts])
+    logits = made.policy.logits(params, rows, there.astype(np.int32))
+    for row, prompt in enumerate(prompts):
+        log_probs, (ids, likeliest) = scored[row]
+        assert ids.shape == likeliest.shape == (len(prompt) - 1, 3)
+        expected = np.asarray(jax.nn.log_softmax(logits[row]))[: len(prompt) - 1]
+        of_tokens = np.take_along_axis(expected, prompt[1:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(log_probs, of_tokens, rtol=2e-5, atol=2e-5)
+        best = np.sort(expected, axis=-1)[:, :-4:-1]
+        np.testing.assert_allclose(likeliest, best, rtol=2e-5, atol=2e-5)
+        # To the last bit: clients tell a greedy token by it.
+        for value, top, target, id_ in zip(log_probs, likeliest, prompt[1:], ids[:, 0]):
+            assert (value == top[0]) == (target == id_)
+
+
+class AtOnce:
+    """Compiles when it is told to, in the thread that tells it; `busy` meanwhile."""
+
+    busy = False
+
+    def submit(self, function, *args):
+        job, self.busy = Future(), True
+        job.set_result(function(*args))
+        self.busy = False
+        return job
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
+    """Other settings, then more slots: the loop itself meets no program that is new to it."""
+    from jax._src import compiler
+
+    thread, met, compile_ = AtOnce(), [], compiler.compile_or_get_cached
+
+    def noting(backend, computation, *args, **kwargs):
+        if not thread.busy:
+            met.append(computation.operation.attributes["sym_name"].value)
+        return compile_(backend, computation, *args, **kwargs)
+
+    policy = Policy(tiny.model_config(vocab_size=V + 2))  # with programs of its own
+    lengths = {"max_prompt_length": 16, "max_response_length": 32}
+    engine = Engine(policy, **lengths, num_slots=8, steps_per_dispatch=4)
+    params = policy.init(jax.random.key(0))
+    batch = ContinuousBatch(engine, params, compile_ahead=True)
+    batch._programs._thread = thread
+    batch.submit([1, 2, 3], SamplingParams(max_tokens=32), seed=0)
+    batch.step()
+    batch.step()
+    monkeypatch.setattr(compiler, "compile_or_get_cached", noting)
+    truncated = SamplingParams(max_tokens=20, top_k=5)
+    batch.submit([4, 5], truncated, seed=1)
+    batch.step()
+    assert batch.num_running == 2
+    batch.submit([4, 5], dataclasses.replace(truncated, n=4), seed=1)
+    batch.step()
+    assert (batch.num_running, batch.sizes.slots) == (6, 8)
+    # A prompt of several rows is copied by programs too small to wait for.
+    assert set(met) <= {"jit_rows_of", "jit_insert"}
+
+
+def test_a_request_whose_programs_are_missing_waits_while_others_stream_and_come(
+    engine, expected, monkeypatch
+):
+    made, params = engine
+    batch, missing = ContinuousBatch(made, params, compile_ahead=True), {"truncated", "slots"}
+    slots = []
+
+    def ready(self, programs):
+        decodes = [program for program in programs if isinstance(program, Decode)]
+        needed = {"truncated"} if any(decode.method.top_k for decode in decodes) else set()
+        slots.extend(decode.sizes.slots for decode in decodes)
+        if any(decode.sizes.slots > 4 for decode in decodes):
+            needed.add("slots")
+        return not needed & missing
+
+    monkeypatch.setattr(Programs, "ready", ready)
+    collector = Collector(batch)
+    streaming = submit(batch, 1)
+    collector.step()
+    held, plain = submit(batch, 2, client="a"), submit(batch, 0, client="b")
+    collector.step()
+    collector.step()
+    assert set(collector.tokens) == {*streaming, *plain}
+    missing.remove("truncated")
+    collector.step()
+    assert held[0] in collector.tokens  # in the last of the four slots
+    more = [sample for _ in range(4) for sample in submit(batch, 1, client="b")]
+    collector.step()
+    assert batch.sizes.slots == 4
+    assert max(slots) == 8  # asked for
+    missing.clear()
+    collector.run()
+    for samples, which in ((streaming, 1), (held, 2), (plain, 0), (more[-1:], 1)):
+        collector.assert_equal(samples, expected[which])
+    batch.close()

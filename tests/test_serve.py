@@ -5,22 +5,35 @@ import contextlib
 import copy
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import httpx
 import jax
+import numpy as np
 import openai
 import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.data import arithmetic
+from adpo_jax.engine.batching import NewTokens, Request
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
+from adpo_jax.serve import tools
+from adpo_jax.serve.access import Hosts
+from adpo_jax.serve.connections import Connections
+from adpo_jax.serve.fields import ApiError
+from adpo_jax.serve.service import Service
 
 CONFIG = arithmetic.MODEL_CONFIG | {
     "hidden_size": 16,
@@ -30,11 +43,13 @@ CONFIG = arithmetic.MODEL_CONFIG | {
     "initializer_range": 0.4,
 }
 TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ tone }}"
+    "{% if tools %}{% for t in tools %}{{ t['function']['name'] }} {% endfor %}"
+    "by <tool_call>{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'tool' and not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ m['role'] }}: {% for c in m['tool_calls'] %}{{ c['function']['arguments']['a'] }}"
+    "{% endfor %}{{ m['content'] }}\n{% endfor %}{{ tone }}"
 )
-LENGTHS = ["--max-prompt-length=48", "--max-response-length=64", "--slots=8"]
+LENGTHS = ["--max-prompt-length=64", "--max-response-length=64", "--slots=8"]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +123,7 @@ def test_a_completion_is_what_the_engine_samples_with_that_seed(client, folder):
     sampling = SamplingParams(
         n=2, max_tokens=20, temperature=0.8, stop_token_ids=model.stop_token_ids
     )
-    engine = Engine(model.policy, max_prompt_length=48, max_response_length=64, num_slots=2)
+    engine = Engine(model.policy, max_prompt_length=64, max_response_length=64, num_slots=2)
     out = engine.generate(model.params, [ids], sampling, jax.random.key(5))
     assert answer.object == "text_completion"
     for choice in answer.choices:
@@ -191,6 +206,289 @@ def test_several_prompts_as_texts_or_token_ids(client):
     assert [c.text for c in by_ids.choices] == [c.text for c in texts.choices]
 
 
+# --- what lm-eval and others ask
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_runs_its_likelihood_tasks_against_the_server(address, folder, tmp_path):
+    reason = "lm-eval is not installed: pip install 'lm_eval[api]'"
+    lm_eval = pytest.importorskip("lm_eval", reason=reason)
+    pytest.importorskip("tenacity", reason=reason)
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    rows = [{"question": "Ann has 3 apples.", "choices": [" Ben", " coins"], "answer": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    task = {
+        "task": "apples",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    lm = LocalCompletionsAPI(
+        base_url=f"{address}/v1/completions",
+        model="tiny",
+        tokenizer=str(folder),
+        tokenizer_backend="huggingface",
+        max_length=48,
+        batch_size=2,
+    )
+    result = lm_eval.simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)
+    model = pretrained.load(folder)
+    for (found, greedy), choice in zip(
+        result["samples"]["apples"][0]["filtered_resps"], rows[0]["choices"], strict=True
+    ):
+        ids = model.tokenizer(rows[0]["question"] + choice)["input_ids"]
+        context = len(model.tokenizer(rows[0]["question"])["input_ids"])
+        log_probs = model.policy.log_probs(model.params, [ids])[0, context:]
+        best = model.policy.logits(model.params, [ids])[0, context - 1 : -1].argmax(-1)
+        assert found == pytest.approx(float(log_probs.sum()), abs=1e-4)
+        assert greedy == (best.tolist() == ids[context:])
+
+
+def test_an_echoed_prompt_has_the_log_probs_that_the_policy_gives_it(client, folder):
+    model = pretrained.load(folder)
+    texts = ["Ann has 3 apples.", "Ben"]
+    ids = [model.tokenizer(text)["input_ids"] for text in texts]
+    asked = {"model": "tiny", "echo": True, "logprobs": 2, "temperature": 0}
+    zero = client.completions.create(prompt=ids, max_tokens=0, **asked)
+    one = client.completions.create(prompt=texts, max_tokens=1, **asked)
+    chunks = list(client.completions.create(prompt=texts, max_tokens=1, stream=True, **asked))
+    assert zero.usage.completion_tokens == 0
+    assert one.usage.completion_tokens == 2
+    for i, (text, tokens) in enumerate(zip(texts, ids)):
+        log_probs = model.policy.log_probs(model.params, [tokens])[0]
+        scored = zero.choices[i].logprobs
+        assert zero.choices[i].text == text
+        assert zero.choices[i].finish_reason == "length"
+        assert scored.token_logprobs[0] is scored.top_logprobs[0] is None
+        assert scored.token_logprobs[1:] == pytest.approx(log_probs[1:].tolist(), abs=1e-4)
+        assert "".join(scored.tokens) == text
+        assert [len(top) for top in scored.top_logprobs[1:]] == [2] * (len(tokens) - 1)
+        assert all(text.startswith(t, at) for t, at in zip(scored.tokens, scored.text_offset))
+        longer = one.choices[i]
+        assert longer.text.startswith(text)
+        assert longer.logprobs.token_logprobs[:-1] == scored.token_logprobs
+        mine = [choice for chunk in chunks for choice in chunk.choices if choice.index == i]
+        assert "".join(choice.text for choice in mine) == longer.text
+        together = [p for choice in mine for p in choice.logprobs.token_logprobs]
+        assert together == longer.logprobs.token_logprobs
+        assert mine[-1].logprobs.text_offset == longer.logprobs.text_offset[-1:]
+
+
+def test_more_log_probs_than_an_answer_holds_are_refused(address):
+    body = {"prompt": ["Ann has 3 apples. " * 4] * 128, "echo": True, "max_tokens": 0}
+    assert post(address, json=body).status_code == 200
+    from adpo_jax.serve import service
+
+    most, service.MAX_ECHOED = service.MAX_ECHOED, 1000
+    try:
+        refused = post(address, json=body | {"logprobs": 5})
+    finally:
+        service.MAX_ECHOED = most
+    assert refused.status_code == 400
+    assert "send fewer prompts at once" in error_of(refused)["message"]
+
+
+NEUTRAL = {
+    "user": "me",
+    "store": True,
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "parallel_tool_calls": True,
+    "best_of": 1,
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "use_beam_search": False,
+    "response_format": {"type": "text"},
+    "stream_options": {"include_usage": True, "include_obfuscation": True},
+    "seed": 1,
+    "min_p": 0.0,
+    "top_k": -1,
+    "stop": None,
+    "prompt_logprobs": None,
+    "guided_json": None,
+    "priority": 0,
+}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_fields_that_ask_for_nothing_are_taken(address, chat):
+    own = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    own |= {"tools": [], "tool_choice": "none", "logprobs": False} if chat else {"suffix": ""}
+    answer = post(address, path, json=NEUTRAL | own | {"max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+
+
+def test_max_tokens_above_the_room_is_cut(client):
+    asked = {"model": "tiny", "temperature": 0, "max_tokens": 10**9}
+    asked["extra_body"] = {"ignore_eos": True, "min_tokens": 10**6}
+    for answer in (
+        client.completions.create(prompt="Ann", **asked),
+        client.chat.completions.create(messages=[{"role": "user", "content": "x"}], **asked),
+    ):
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 64
+
+
+# --- tools
+
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+SUB = {"type": "function", "function": {"name": "sub"}}
+ADD_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+def pieces(form, text, size, **options):
+    """What a parser makes of a text that comes in pieces: (text, [(function, arguments)])."""
+    parser = tools.CallParser(form, [ADD, SUB], **options)
+    found = [parser.push(text[i : i + size]) for i in range(0, len(text), size)]
+    found.append(parser.push("", last=True))
+    calls = [call["function"] for piece in found for call in piece.calls]
+    said = "".join(piece.text for piece in found)
+    return said, [(call["name"], json.loads(call["arguments"])) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "expected"),
+    [
+        ("tags", "No call. \n", ("No call. \n", [])),
+        ("tags", f"Well.\n{ADD_CALL}\n", ("Well.", [("add", {"a": 1})])),
+        (
+            "tags",
+            f'{ADD_CALL}\n<tool_call>{{"name": "sub", "arguments": {{}}}}</tool_call>',
+            ("", [("add", {"a": 1}), ("sub", {})]),
+        ),
+        ("tags", '<tool_call>{"name": "sub"}', ("", [("sub", {})])),
+        ("tags", 'a <tool_call>{"name": "sub"', ('a <tool_call>{"name": "sub"', [])),
+        ("tags", 'a <tool_call>{"name": "rm"}</tool_call>', None),
+        ("tags", '<tool_call>{"name": ["add"]}</tool_call> b', None),
+        ("tags", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', None),
+        ("tags", "<tool_call>" + "[" * 3000, None),
+        ("tags", "1 < 2 <tool", None),
+        ("json", '{"name": "add", "parameters": {"a": 1}}', ("", [("add", {"a": 1})])),
+        (
+            "json",
+            '<|python_tag|>{"name": "add", "parameters": {}}; {"name": "sub", "parameters": {}}',
+            ("", [("add", {}), ("sub", {})]),
+        ),
+        ("json", '{"name": "add", "parameters": {}} and more', None),
+        ("json", '{"answer": 5}', None),
+        ("json", "Text {", None),
+        ("json", "[" * 3000, None),
+    ],
+)
+def test_calls_are_found_in_what_a_model_writes_however_it_comes(form, text, expected):
+    expected = (text, []) if expected is None else expected
+    for size in (1, 2, 5, 10**6):
+        assert pieces(form, text, size) == expected
+    one = expected[0], expected[1][:1]
+    assert pieces(form, text, 3, parallel=False) == one
+
+
+def test_the_template_tells_the_form_of_calls():
+    llama = 'Respond in the format {"name": function name, "parameters": dictionary of arguments'
+    assert tools.form_of("{% if tools %}" + llama) == "json"
+    assert tools.form_of(TEMPLATE) == "tags"
+    assert tools.form_of("<tool_call>") is None
+    assert tools.form_of("{% if tools %}[TOOL_CALLS]") is None
+
+
+def writes(monkeypatch, text: str):
+    """Every completion says this, three tokens at a time."""
+    from adpo_jax.serve.decoding import Decoding
+
+    tokens = np.array(arithmetic.make_tokenizer()(text)["input_ids"], np.int32)
+
+    def submit(self, prompt, sampling, *, queue, **_):
+        request = Request(np.array(prompt), sampling, lambda: None)
+        for sample in request.samples:
+            for at in range(0, len(tokens), 3):
+                new, last = tokens[at : at + 3], at + 3 >= len(tokens)
+                zeros = np.zeros(len(new), np.float32)
+                queue.put_nowait(NewTokens(sample, new, zeros, None, "stop" if last else None))
+        return request.samples
+
+    monkeypatch.setattr(Decoding, "submit", submit)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_model_calls_functions_and_is_told_what_they_gave(client, folder, monkeypatch, parallel):
+    writes(monkeypatch, f"I add.\n{ADD_CALL}\n{ADD_CALL}")
+    asked = {"model": "tiny", "tools": [ADD, SUB], "max_tokens": 64}
+    asked["parallel_tool_calls"] = parallel
+    question = {"role": "user", "content": "x"}
+    whole = client.chat.completions.create(messages=[question], **asked)
+    rendered = "add sub by <tool_call>user: x\n"
+    tokenizer = pretrained.load(folder).tokenizer
+    assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
+    choice = whole.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I add.")
+    calls = choice.message.tool_calls
+    assert [(c.function.name, c.function.arguments) for c in calls] == [("add", '{"a": 1}')] * (
+        2 if parallel else 1
+    )
+    assert len({call.id for call in calls}) == len(calls)
+
+    text, streamed, reason = "", {}, None
+    for chunk in client.chat.completions.create(messages=[question], stream=True, **asked):
+        delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason or reason
+        text += delta.content or ""
+        for call in delta.tool_calls or ():
+            streamed[call.index] = (call.function.name, call.function.arguments)
+    assert (text, reason) == ("I add.", "tool_calls")
+    assert streamed == dict(enumerate((c.function.name, c.function.arguments) for c in calls))
+
+    told = [question, choice.message.to_dict()]
+    told.append({"role": "tool", "tool_call_id": calls[0].id, "content": "2"})
+    whole = client.chat.completions.create(messages=told, **asked)
+    rendered += "assistant: " + "1" * len(calls) + "I add.\ntool: 2\n"
+    assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
+
+
+STRICT = {"type": "function", "function": {"name": "add", "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tools": [ADD], "tool_choice": "required"}, "cannot make a model call"),
+        ({"tools": [ADD], "tool_choice": {"type": "function"}}, "cannot make a model call"),
+        ({"tools": [STRICT]}, "strict must be false"),
+        ({"tools": [{"type": "web_search"}]}, 'must be {"type": "function"'),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "letters, digits"),
+        ({"tools": {"a": 1}}, "a list of up to"),
+        ({"functions": [{"name": "add"}]}, "functions has no effect"),
+    ],
+)
+def test_tools_that_cannot_be_served_are_refused(address, fields, message):
+    body = {"messages": [{"role": "user", "content": "x"}]} | fields
+    refused = post(address, "/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert message in error_of(refused)["message"]
+
+
+@pytest.mark.parametrize("arguments", ["no JSON", "[1]", '{"a": NaN}', "[" * 9999, 5])
+def test_calls_of_earlier_messages_have_arguments_that_can_be_read(address, arguments):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    refused = post(address, "/v1/chat/completions", json={"messages": messages})
+    assert refused.status_code == 400
+    assert "must be a JSON object" in error_of(refused)["message"]
+
+
 # --- under load
 
 
@@ -256,7 +554,7 @@ def test_a_client_that_goes_frees_its_slots(address, monkeypatch, stream):
 
     content = json.dumps(body | {"stream": stream}).encode()
     connection = socket.create_connection(address.removeprefix("http://").split(":"))
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     wait_until(lambda: running() > 0)
     connection.close()
@@ -287,7 +585,7 @@ REFUSED = {
     "too many": ({"prompt": ["x"] * 100, "n": 2}, "n"),
     "n": ({"prompt": "x", "n": 0}, "n"),
     "n as float": ({"prompt": "x", "n": 1.0}, "n"),
-    "max_tokens": ({"prompt": "x", "max_tokens": 65}, "max_tokens"),
+    "max_tokens": ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
     "temperature": ({"prompt": "x", "temperature": -1}, "temperature"),
     "no number": (b'{"prompt": "x", "temperature": NaN}', "temperature"),
     "no float": ({"prompt": "x", "temperature": 10**400}, "temperature"),
@@ -301,6 +599,12 @@ REFUSED = {
     "logprobs": ({"prompt": "x", "logprobs": 99}, "logprobs"),
     "stop ids": ({"prompt": "x", "stop_token_ids": [-5]}, "stop_token_ids"),
     "unsupported": ({"prompt": "x", "frequency_penalty": 1}, "frequency_penalty"),
+    "penalty": ({"prompt": "x", "repetition_penalty": 1.1}, "repetition_penalty"),
+    "bias": ({"prompt": "x", "logit_bias": {"5": -100}}, "logit_bias"),
+    "best of": ({"prompt": "x", "best_of": 3}, "best_of"),
+    "suffix": ({"prompt": "x", "suffix": "y"}, "suffix"),
+    "beams": ({"prompt": "x", "use_beam_search": True}, "use_beam_search"),
+    "tools": ({"prompt": "x", "tools": []}, "tools"),
     "unknown": ({"prompt": "x", "tempreature": 1}, "tempreature"),
     "stream options": ({"prompt": "x", "stream_options": {"x": 1}}, "x"),
 }
@@ -373,6 +677,321 @@ def test_bytes_that_are_no_http_harm_nobody(address, client):
             connection.sendall(garbage)
     answer = client.completions.create(model="tiny", prompt="Ann", max_tokens=2)
     assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+# --- strangers, and clients that mean no good
+
+COMMON = {"prompt": "Ann", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def strict_server(folder):
+    """A server that gives up soon; yields it and its address."""
+    options = ["--head-timeout=0.4", "--body-timeout=0.4", "--max-requests-per-client=2"]
+    options += ["--allowed-host=my.server", "--cors_origin=https://a.example"]
+    with running(folder, *options) as (server, address):
+        yield server, address
+
+
+@pytest.fixture
+def strict(strict_server):
+    return strict_server[1]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:1", 200),
+        ("MY.server:80", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example:8000", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("192.168.0.7", 421),
+        ("", 421),
+    ],
+)
+def test_a_page_that_takes_our_address_for_its_name_is_refused(strict, host, status):
+    for path in ("/", "/health", "/v1/models"):
+        answer = httpx.get(strict + path, headers={"Host": host})
+        assert answer.status_code == status
+        if status != 200:
+            assert "--allowed-host" in error_of(answer)["message"]
+
+
+def test_a_server_on_all_interfaces_takes_addresses_and_names_it_was_told():
+    for bound in ("0.0.0.0", "::"):
+        hosts = Hosts(bound, ["my.server"])
+        for good in ("10.0.0.7:8000", "[fe80::1]:80", "my.server", "localhost"):
+            hosts.check(good)
+        with pytest.raises(ApiError, match="--allowed-host"):
+            hosts.check("evil.example")
+    Hosts("127.0.0.1", ["*"]).check("evil.example")
+
+
+def test_pages_of_named_origins_alone_may_use_the_server(strict, address):
+    asked = {"Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization, content-type"
+    for origin, allowed in (
+        ("https://a.example", "https://a.example"),
+        ("https://b.example", None),
+    ):
+        headers = {"Origin": origin}
+        before = httpx.options(f"{strict}/v1/chat/completions", headers=headers | asked)
+        assert before.headers.get("access-control-allow-origin") == allowed
+        assert before.status_code == (200 if allowed else 400)
+        answer = post(strict, json=COMMON, headers=headers)
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        silent = httpx.get(f"{address}/v1/models", headers=headers)
+        assert "access-control-allow-origin" not in silent.headers
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        b"POST /v1/comp",
+        HEAD + b"X: y\r\n",
+        HEAD + b"Content-Length: 100\r\n\r\n{",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+        # What is answered before it has all been sent.
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n1",
+    ],
+)
+def test_a_request_that_is_half_sent_and_trickles_on_ends(strict, begun):
+    began = time.time()
+    with socket.create_connection(strict.removeprefix("http://").split(":")) as connection:
+        connection.sendall(begun)
+        connection.settimeout(0.1)
+        answer, last = b"", None
+        while last != b"":
+            assert time.time() - began < 4, answer
+            with contextlib.suppress(TimeoutError):
+                try:
+                    last = connection.recv(4096)
+                    answer += last
+                    connection.sendall(b"1")
+                except (ConnectionError, BrokenPipeError):
+                    break
+    if b"Content-Length: 100" in begun or b"chunked" in begun:
+        assert b" 408 " in answer
+
+
+async def no_app(scope, receive, send):
+    pass
+
+
+def test_a_client_that_does_not_read_is_let_go():
+    """The transport says that nothing goes out; the timer that ends it can be seen."""
+    aborted = []
+
+    async def run():
+        config = uvicorn.Config(app=no_app, lifespan="off", log_config=None)
+        limits = Connections(most=4, most_each=4, reading_timeout_s=0.01)
+        state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
+        made = limits.protocol(config=config, server_state=state, app_state={})
+        transport = mock.Mock(get_extra_info={}.get, abort=lambda: aborted.append(1))
+        made.connection_made(transport)
+        made.pause_writing()
+        made.resume_writing()
+        await asyncio.sleep(0.05)
+        assert not aborted
+        made.pause_writing()
+        await asyncio.sleep(0.05)
+        made.connection_lost(OSError())
+        assert limits.open.total() == 0
+
+    asyncio.run(run())
+    assert aborted == [1]
+
+
+def test_a_client_with_too_many_connections_leaves_room_for_others():
+    limits = Connections(most=10, most_each=2)
+    states = []
+
+    async def run():
+        config = uvicorn.Config(app=no_app, lifespan="off", log_config=None)
+        state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
+        for peer in ("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"):
+            known = {"peername": (peer, 1)}
+            transport = mock.Mock(get_extra_info=known.get)
+            limits.protocol(config=config, server_state=state, app_state={}).connection_made(
+                transport
+            )
+            states.append(transport.close.called)
+
+    asyncio.run(run())
+    assert states == [False, False, True, False, False, False]
+    # The addresses of one IPv6 network are one client.
+    assert limits.open["2001:db8::/64"] == 2
+
+
+def test_a_client_with_too_many_requests_leaves_room_for_others(strict_server, monkeypatch):
+    server, strict = strict_server
+    release = threading.Event()
+    tokenize = Service._tokenize
+
+    def slow(self, request):
+        if request.prompts == ["slow"]:
+            release.wait(30)
+        return tokenize(self, request)
+
+    monkeypatch.setattr(Service, "_tokenize", slow)
+
+    def ask(prompt, client):
+        return post(strict, json=COMMON | {"prompt": prompt}, headers={"X-Forwarded-For": client})
+
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            busy = [pool.submit(ask, "slow", "10.1.1.1") for _ in range(2)]
+            wait_until(lambda: server.app.clients.under_way == 2)
+            refused = ask("Ann", "10.1.1.1")
+            assert refused.status_code == 429
+            assert "of this client" in error_of(refused)["message"]
+            assert refused.headers["retry-after"] == "1"
+            # Many slow clients of one prompt each would be needed to fill the threads.
+            assert ask("Ann", "10.1.1.2").status_code == 200
+        finally:
+            release.set()
+        assert [future.result().status_code for future in busy] == [200, 200]
+    assert ask("Ann", "10.1.1.1").status_code == 200
+
+
+def test_a_slow_tokenizer_stalls_no_stream(address, monkeypatch):
+    release, tokenize = threading.Event(), Service._tokenize
+
+    def slow(self, request):
+        if request.prompts == ["slow"]:
+            release.wait(30)
+        return tokenize(self, request)
+
+    monkeypatch.setattr(Service, "_tokenize", slow)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(post, address, json=COMMON | {"prompt": "slow"})
+        try:
+            headers = {"X-Forwarded-For": "10.1.1.3"}
+            body = COMMON | {"stream": True, "max_tokens": 20}
+            answer = post(address, json=body, headers=headers)
+            assert answer.text.endswith("data: [DONE]\n\n")
+            assert not held.done()
+        finally:
+            release.set()
+        assert held.result().status_code == 200
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_text_too_long_for_any_prompt_is_refused_before_it_is_tokenised(
+    address, monkeypatch, chat
+):
+    monkeypatch.setattr(Service, "_tokenize", lambda *_: pytest.fail("tokenised"))
+    text = "x" * (16 * 64 + 1)
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    bodies = [{"messages": [{"role": "user", "content": text}]}] if chat else [{"prompt": text}]
+    if chat:
+        tool = {"type": "function", "function": {"name": "add", "description": text}}
+        short = {"messages": [{"role": "user", "content": "x"}]}
+        bodies += [short | {"tools": [tool]}, short | {"chat_template_kwargs": {"tone": text}}]
+    for body in bodies:
+        refused = post(address, path, json=body)
+        assert refused.status_code == 400
+        assert error_of(refused)["code"] == "context_length_exceeded"
+        assert "characters" in error_of(refused)["message"]
+
+
+# --- what it tells of itself
+
+
+def test_prometheus_reads_what_was_asked_and_answered(strict):
+    def read():
+        text = httpx.get(f"{strict}/metrics").text
+        families = text_string_to_metric_families(text)
+        return {
+            (sample.name, *sorted(sample.labels.values())): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    before = read()
+    assert post(strict, json=COMMON | {"max_tokens": 9, "n": 2}).status_code == 200
+    assert post(strict, json={"prompt": ""}).status_code == 400
+    after = read()
+
+    def grown(*key):
+        return after[key] - before.get(key, 0)
+
+    assert grown("vllm:prompt_tokens_total", "tiny") == 1
+    assert grown("vllm:generation_tokens_total", "tiny") == 18
+    assert grown("vllm:request_success_total", "length", "tiny") == 2
+    assert grown("vllm:time_to_first_token_seconds_count", "tiny") == 2
+    assert grown("vllm:e2e_request_latency_seconds_count", "tiny") == 2
+    assert grown("vllm:request_time_per_output_token_seconds_count", "tiny") == 2
+    assert grown("adpo_jax:http_responses_total", "/v1/completions", "200") == 1
+    assert grown("adpo_jax:http_responses_total", "/v1/completions", "400") == 1
+    assert after["vllm:num_requests_running", "tiny"] == 0
+    assert after["vllm:num_requests_waiting", "tiny"] == 0
+    assert after["adpo_jax:max_slots", "tiny"] == 8
+
+
+def test_the_page_is_one_file_that_may_load_nothing_beside_it(address):
+    page = httpx.get(f"{address}/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"""(src|href)\s*=|https?:|innerHTML|@import""", page.text)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_policy_answers_in_a_browser(address, monkeypatch, tmp_path):
+    reason = "needs `pip install playwright` and a Chromium on the PATH (Debian's `chromium`)"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    binary = shutil.which("chromium") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip(reason)
+    hostile = "<img src=x onerror=\"document.title='taken'\"><script>alert(1)</script>"
+    writes(monkeypatch, hostile)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        try:
+            page, asked, faults = browser.new_page(), [], []
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.on("console", lambda message: faults.append(message.text))
+            page.goto(f"{address}/")
+            expect, say = playwright.expect, page.get_by_label("Message", exact=True)
+            expect(page.get_by_role("heading")).to_have_text("tiny")
+            expect(page.get_by_role("status")).to_have_text("ready")
+            say.fill("2 + 2?")
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("article.assistant")).to_contain_text(hostile)
+            expect(page.locator("article small")).to_contain_text("stop, ")
+            assert page.locator("article img").count() == 0
+            assert page.title() == "tiny"
+            page.get_by_text("Settings").click()
+            page.get_by_label("Send as").select_option("text")
+            page.get_by_label("Temperature").fill("0")
+            say.fill("Ann")
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("article.assistant small")).to_have_count(2)
+            assert faults == []
+            say.fill("x" * 5000)
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("article.error")).to_contain_text("characters")
+            page.screenshot(path=tmp_path / "page.png", full_page=True)
+            page.get_by_role("button", name="Start anew").click()
+            expect(page.locator("article")).to_have_count(0)
+            assert {url.removeprefix(address) for url in asked} == {
+                "/",
+                "/v1/models",
+                "/v1/chat/completions",
+                "/v1/completions",
+            }
+        finally:
+            browser.close()
 
 
 # --- a server of its own

@@ -147,6 +147,8 @@ class DecodeLoop:
       make_state: makes an empty state of given sizes; None for `Verbs.init_decode_state`.
       keeps_memory: whether to remember the ring that the first state began with, for
         `state_to_keep`.
+      most_prefilled: (length, count) -> how many of that many prompts go into one prefill; None for
+        all that fit one.
 
     Attributes:
       stats: counts of prefills, decode steps and dispatches.
@@ -163,6 +165,7 @@ class DecodeLoop:
         num_shards: int = 1,
         make_state: Callable[..., DecodeState] | None = None,
         keeps_memory: bool = False,
+        most_prefilled: Callable[[int, int], int] | None = None,
     ):
         self.params = verbs.load_params(params)
         self.schedule = Schedule(num_shards=num_shards)
@@ -174,6 +177,7 @@ class DecodeLoop:
         self._num_shards = num_shards
         self._make_state = make_state or verbs.init_decode_state
         self._state: DecodeState | None = None
+        self._most_prefilled = most_prefilled
         self._any_cancelled = False
         self._retired: list[int] = []  # freed slots that the device still thinks are active
         self._written = 0  # steps since the ring began at its first column
@@ -305,6 +309,9 @@ class DecodeLoop:
         while prompts:
             length = self._prefill_length(admitted[prompts[-1][0]])
             most = schedule_lib.prefill_rows(length, self._num_shards)
+            if self._most_prefilled is not None:
+                fitting = min(most, schedule_lib.power_of_two(len(prompts)))
+                most = self._most_prefilled(length, fitting)
             batch, prompts = prompts[-most:], prompts[:-most]
             # Rows beyond the batch repeat its last prompt and go into the same prefix row.
             count = schedule_lib.power_of_two(len(batch))

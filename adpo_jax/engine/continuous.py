@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import numpy as np
@@ -29,8 +29,11 @@ from adpo_jax.engine import cache_plan, sampling
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
 from adpo_jax.engine.engine import Engine
-from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
+from adpo_jax.engine.patience import Patience, own_settings
+from adpo_jax.engine.programs import Programs
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.scoring import Scorer
 
 # One program finds so many of the likeliest tokens; a request is given the first of them.
 MAX_ALTERNATIVES = 20
@@ -142,24 +145,54 @@ class ContinuousBatch:
       engine: the engine; its `steps_per_dispatch` is the time, in tokens, that a new request may
         have to wait for the running ones, and the most tokens that come at once.
       params: the policy's parameters.
+      compile_ahead: whether a request that needs a new program waits until it is compiled, in a
+        thread of its own, while others decode; else they wait for it, as on several devices.
     """
 
-    def __init__(self, engine: Engine, params):
+    def __init__(self, engine: Engine, params, *, compile_ahead: bool = False):
         self.engine, self.verbs = engine, engine.verbs
         sizing = _load_sizing(engine)
         self.num_slots = sizing.slot_sizes[-1]
         self._part = sizing.part
+        self._programs = Programs(engine.verbs, lambda: self._loop.params, sizing.steps)
+        self._patience: Patience | None = None
+        decides, most_prefilled = sizing, None
+        settings = functools.partial(own_settings, num_alternatives=MAX_ALTERNATIVES)
+        # On several devices the layouts of what is compiled ahead are not known.
+        if compile_ahead and engine.policy.mesh is None:
+            self._patience = decides = Patience(
+                sizing,
+                self._programs,
+                sizing.column_sizes,
+                sizing.prefix_sizes,
+                MAX_ALTERNATIVES,
+            )
+            settings, most_prefilled = decides.settings, decides.most_prefilled
         self._loop = DecodeLoop(
-            engine.verbs, params, sizing, own_settings, num_shards=engine.shards
+            engine.verbs,
+            params,
+            decides,
+            settings,
+            num_shards=engine.shards,
+            most_prefilled=most_prefilled,
         )
-        # Requests on their way to the loop, which belongs to the thread that decodes.
-        self._arrived: collections.deque[Request] = collections.deque()
-        self._num_arrived, self._lock = 0, threading.Lock()
+        self.scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES)
+        # Requests on their way to the loop, which belongs to the thread that decodes: a queue for
+        # each client, the client whose turn is next first.
+        self._arrived: collections.OrderedDict[Hashable, collections.deque[Request]]
+        self._arrived = collections.OrderedDict()
+        self._num_arrived, self._any_cancelled = 0, False
+        self._lock = threading.Lock()
 
     @property
     def busy(self) -> bool:
         """Whether anything waits or decodes."""
         return self.num_waiting > 0 or self.num_running > 0
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """The sizes of the batch as it is now; None while it holds no memory."""
+        return self._loop.sizes
 
     @property
     def num_running(self) -> int:
@@ -176,14 +209,18 @@ class ContinuousBatch:
         *,
         seed: int,
         num_alternatives: int = 0,
+        client: Hashable = None,
     ) -> list[Sample]:
         """Queues the completions of one prompt.
+
+        Clients take turns: one that asks for much waits behind itself, and not others behind it.
 
         Args:
           prompt: token ids.
           sampling: the settings of these completions; `stop` strings are not looked for.
           num_alternatives: how many of the likeliest tokens to return beside each sampled one, up
             to 20.
+          client: who asks.
 
         Returns:
           The `sampling.n` samples, to which the tokens of `step` will refer.
@@ -199,44 +236,69 @@ class ContinuousBatch:
         keys = functools.partial(_keys, tokens[0], sampling.n, seed)
         request = Request(tokens[0], sampling, keys, num_alternatives)
         with self._lock:
-            self._arrived.append(request)
+            self._arrived.setdefault(client, collections.deque()).append(request)
             self._num_arrived += len(request.samples)
         return request.samples
 
     def cancel(self, sample: Sample) -> None:
         """Ends a sample, which gets no further tokens; its slot is free at the next step."""
         self._loop.cancel(sample)
+        self._any_cancelled = True
 
     def step(self) -> list[NewTokens]:
         """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
         with self._lock:
-            for request in self._arrived:
-                self._loop.submit(request, self._part(len(request.samples)))
-            self._arrived.clear()
-            self._num_arrived = 0
+            self._hand_on()
         return self._loop.step()
 
+    def _forget_cancelled(self):
+        """Drops the requests that wait for their turn and that nobody wants any more."""
+        self._any_cancelled = False
+        for client, requests in list(self._arrived.items()):
+            wanted = collections.deque[Request]()
+            for request in requests:
+                if all(sample.cancelled for sample in request.samples):
+                    self._num_arrived -= len(request.samples)
+                    for sample in request.samples:
+                        sample.ended = True
+                else:
+                    wanted.append(request)
+            self._arrived[client] = wanted
+            if not wanted:
+                del self._arrived[client]
 
-def own_settings(in_slot: Sequence[Sample | None]) -> tuple[Knobs, Method]:
-    """The settings of each slot's own sample; see `batching.Settings`."""
-    idle = SamplingParams()
-    settings = [sample.request.sampling if sample else idle for sample in in_slot]
-    knobs = [each.knobs() for each in settings]
-    width = max(len(knob.stop_ids) for knob in knobs)
-    knobs = [knob._replace(stop_ids=_padded(knob.stop_ids, width)) for knob in knobs]
-    methods = [each.method for each in settings]
-    # Either all rows go through a step of truncation or none, so that few programs are compiled.
-    truncates = any(method.truncates for method in methods)
-    wants_alternatives = any(sample.request.num_alternatives for sample in in_slot if sample)
-    method = Method(
-        mixed=True,
-        top_k=truncates,
-        top_p=truncates,
-        min_p=truncates,
-        min_tokens=any(method.min_tokens for method in methods),
-        num_alternatives=MAX_ALTERNATIVES if wants_alternatives else 0,
-    )
-    return Knobs(*map(np.stack, zip(*knobs))), method
+    def _hand_on(self):
+        """Gives the loop as many requests as it may start soon; the others wait for their turn."""
+        if self._any_cancelled:
+            self._forget_cancelled()
+        held = []
+        while self._arrived and self._loop.schedule.num_waiting < self.num_slots:
+            client, requests = self._arrived.popitem(last=False)
+            if not self._may_start(requests[0]):
+                held.append((client, requests))
+                continue
+            request = requests.popleft()
+            if requests:
+                self._arrived[client] = requests  # at the end
+            self._num_arrived -= len(request.samples)
+            self._loop.submit(request, self._part(len(request.samples)))
+            for sample in request.samples:
+                if sample.cancelled:
+                    self._loop.cancel(sample)  # the loop did not know it the first time
+        for client, requests in reversed(held):
+            self._arrived[client] = requests
+            self._arrived.move_to_end(client, last=False)
+
+    def _may_start(self, request: Request) -> bool:
+        """Whether a request can start without keeping those waiting that decode."""
+        loop = self._loop
+        return self._patience is None or self._patience.may_start(
+            request, loop.sizes, loop.schedule
+        )
+
+    def close(self) -> None:
+        """Ends what is compiled ahead; the batch is not used any more."""
+        self._programs.close()
 
 
 def _load_sizing(engine: Engine) -> LoadSizing:
@@ -283,7 +345,3 @@ def _keys(prompt: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 def _size_for(sizes: Sequence[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
-
-
-def _padded(stop_ids: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(stop_ids, (0, width - len(stop_ids)), constant_values=-1)

@@ -25,7 +25,11 @@ KEY_VARIABLE = "ADPO_JAX_API_KEY"
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m adpo_jax.serve", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+
+    def add(flag: str, **options):
+        # The flags of the trainer have underscores.
+        parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **options)
+
     add("--model", required=True, help="Hugging Face folder or name, run, or checkpoint")
     add("--name", help="what clients call the model; by default the last part of --model")
     add("--dtype", default="float32", help="float32 or bfloat16")
@@ -33,14 +37,35 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
+    several = "; may be given more than once"
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        help="a name that clients may address the server by, beside this machine's; * for any"
+        + several,
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        help="an origin (https://example.org) whose pages may use the server; * for any" + several,
+    )
     add("--slots", type=int, default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
     add("--max-prompt-length", type=int, help=half)
     add("--max-response-length", type=int, help=half)
+    longer = "of a text that is tokenised; by default 16 times --max-prompt-length"
+    add("--max-prompt-characters", type=int, help=longer)
     add("--steps-per-dispatch", type=int, default=4, help="tokens that come at once")
     add("--gpu-memory-utilization", type=float, default=0.9, help="of the device's memory")
     add("--max-requests", type=int, default=256, help="under way at once; others get a 429")
+    of_one = "under way at once from one address; by default half of --max-requests"
+    add("--max-requests-per-client", type=int, help=of_one)
     add("--max-body-bytes", type=int, default=1 << 20, help="of a request")
+    seconds = "seconds for the head of a request to arrive, and no more from a silent client"
+    add("--head-timeout", type=float, default=10.0, help=seconds)
+    add("--body-timeout", type=float, default=30.0, help="seconds for the body of a request")
     add("--drain-seconds", type=int, default=60, help="for requests under way after SIGTERM")
     return parser.parse_args(argv)
 
@@ -77,6 +102,8 @@ def make_server(a: argparse.Namespace):
         import uvicorn
 
         from adpo_jax.serve.app import App
+        from adpo_jax.serve.connections import Connections
+        from adpo_jax.serve.metrics import Metrics
     except ImportError as error:
         raise ValueError(
             f"{error.name} is missing: pip install 'adpo-jax[serve]', or '.[serve]' in a clone"
@@ -84,13 +111,14 @@ def make_server(a: argparse.Namespace):
     from adpo_jax import pretrained
     from adpo_jax.engine.continuous import ContinuousBatch
     from adpo_jax.engine.engine import Engine
+    from adpo_jax.serve.access import Hosts
     from adpo_jax.serve.decoding import Decoding
     from adpo_jax.serve.protocol import Limits
     from adpo_jax.serve.service import Service
 
     api_key = read_api_key(a)
     model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
-    limits = Limits(*_lengths(a, model.policy))
+    limits = Limits(*_lengths(a, model.policy), a.max_prompt_characters)
     engine = Engine(
         model.policy,
         max_prompt_length=limits.max_prompt_length,
@@ -99,31 +127,39 @@ def make_server(a: argparse.Namespace):
         gpu_memory_utilization=a.gpu_memory_utilization,
         steps_per_dispatch=a.steps_per_dispatch,
     )
-    batch = ContinuousBatch(engine, model.params)
+    batch = ContinuousBatch(engine, model.params, compile_ahead=True)
     light = dataclasses.replace(model, params=None)
+    name = a.name or Path(a.model).name
 
     def make_service() -> Service:
         def go_down():
             server.should_exit = True
 
         decoding = Decoding(batch, asyncio.get_running_loop(), on_failure=go_down)
-        return Service(light, decoding, limits)
+        return Service(light, decoding, limits, Metrics(name, batch))
 
     app = App(
         make_service,
-        model_name=a.name or Path(a.model).name,
+        model_name=name,
+        hosts=Hosts(a.host, a.allowed_host),
         api_key=api_key,
+        cors_origins=a.cors_origin,
         max_body_bytes=a.max_body_bytes,
         max_requests=a.max_requests,
+        max_requests_per_client=a.max_requests_per_client,
+        body_timeout_s=a.body_timeout,
     )
+    # These are above the app's own limits, so that they are met by connections without requests.
+    most = 2 * a.max_requests + 64
+    each = most // 2 if a.max_requests_per_client is None else 2 * a.max_requests_per_client + 8
+    connections = Connections(most, min(each, most), head_timeout_s=a.head_timeout)
     config = uvicorn.Config(
         app.asgi,
         host=a.host,
         port=a.port,
-        http="h11",
+        http=connections.protocol,
+        ws="none",
         lifespan="on",
-        # This is above the app's own limit, so that it is met by connections without requests.
-        limit_concurrency=2 * a.max_requests + 64,
         timeout_graceful_shutdown=a.drain_seconds,
         server_header=False,
     )

@@ -2,69 +2,133 @@
 
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from adpo_jax.engine.continuous import NewTokens
+from adpo_jax.engine.scoring import ScoredPrompt
 from adpo_jax.engine.text_stream import REPLACEMENT, TextStream
 from adpo_jax.serve.protocol import CompletionRequest
+from adpo_jax.serve.tools import CallParser
 
 LEAST_LOG_PROB = -9999.0  # JSON has no -inf
+
+
+class Piece(NamedTuple):
+    """A piece of an answer: text, one entry a token where log-probs are wanted, calls of tools."""
+
+    text: str
+    scored: list[dict[str, Any]]
+    calls: list[dict[str, Any]]
+
+
+NOTHING = Piece("", [], [])
+
+
+class TokenTexts:
+    """The text of single tokens, special ones too, each decoded once.
+
+    Args:
+      decode: token ids -> text, special tokens included.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._known: dict[int, tuple[str, list[int] | None]] = {}
+
+    def entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
+        """A token with its log-prob, as /v1/chat/completions has it."""
+        if token not in self._known:
+            text = self._decode([token])
+            whole = REPLACEMENT not in text
+            made = list(text.encode("utf-8", errors="replace")) if whole else None
+            self._known[token] = text, made
+        text, made = self._known[token]
+        if log_prob is not None:
+            log_prob = max(log_prob, LEAST_LOG_PROB)
+        return {"token": text, "logprob": log_prob, "bytes": made}
+
+    def scored(self, token: int, log_prob: float, ids, log_probs) -> dict[str, Any]:
+        """An entry with the likeliest tokens at its place."""
+        top = [self.entry(int(i), float(value)) for i, value in zip(ids, log_probs)]
+        return self.entry(int(token), float(log_prob)) | {"top_logprobs": top}
+
+    def of_prompt(self, prompt: Sequence[int], scored: ScoredPrompt) -> list[dict[str, Any]]:
+        """The entries of a prompt; its first token has no log-prob."""
+        ids, values = scored.alternatives
+        rest = zip(prompt[1:], scored.log_probs, ids, values)
+        return [
+            self.entry(prompt[0], None) | {"top_logprobs": None},
+            *(self.scored(*entry) for entry in rest),
+        ]
 
 
 class Choice:
     """One completion under way.
 
+    Args:
+      decode: token ids -> text.
+      parser: parts text and calls of tools; None where there are no tools.
+      prompt: what the answer begins with; None for nothing.
+
     Attributes:
       index: its number among the choices of the request.
-      finish_reason: "stop" or "length" at the end, None before.
+      finish_reason: "stop", "length" or "tool_calls" at the end, None before.
     """
 
-    def __init__(self, index: int, request: CompletionRequest, decode: Callable[[list[int]], str]):
-        self.index, self.finish_reason = index, None
-        self._request, self._decode = request, decode
+    def __init__(
+        self,
+        index: int,
+        request: CompletionRequest,
+        decode: Callable[[list[int]], str],
+        token_texts: TokenTexts,
+        parser: CallParser | None = None,
+        prompt: Piece | None = None,
+    ):
+        self.index, self.finish_reason = index, None if request.samples else "length"
+        self.prompt = prompt
+        self._request, self._token_texts, self._parser = request, token_texts, parser
         sampling = request.sampling
-        self._text = TextStream(decode, sampling.stop, sampling.min_tokens)
-        self._scored: list[dict] = []  # one entry a token
+        self._stream = TextStream(decode, sampling.stop, sampling.min_tokens)
+        self._pieces: list[Piece] = [] if prompt is None else [prompt]
 
     @property
     def num_tokens(self) -> int:
-        return self._text.num_tokens
+        """Tokens that were sampled."""
+        return self._stream.num_tokens
 
-    def push(self, new: NewTokens) -> tuple[str, list[dict]]:
-        """Takes new tokens; returns new text and the log-probs that belong to it."""
+    def push(self, new: NewTokens) -> Piece:
+        """Takes new tokens; returns what is certain now."""
         before = self.num_tokens
-        text = self._text.push(new.tokens)
+        text = self._stream.push(new.tokens)
         scored = []
         if self._request.logprobs:
             scored = [self._entry(new, i) for i in range(self.num_tokens - before)]
-        if self._text.stopped:
+        if self._stream.stopped:
             self.finish_reason = "stop"
         elif new.finish_reason:
-            text += self._text.finish()
-            self.finish_reason = "stop" if self._text.stopped else new.finish_reason
-        self._scored += scored
-        return text, scored
+            text += self._stream.finish()
+            self.finish_reason = "stop" if self._stream.stopped else new.finish_reason
+        calls = []
+        if self._parser is not None:
+            text, calls = self._parser.push(text, last=self.finish_reason is not None)
+            if self._parser.complete or (self._parser.num_calls and self.finish_reason == "stop"):
+                self.finish_reason = "tool_calls"
+        piece = Piece(text, scored, calls)
+        self._pieces.append(piece)
+        return piece
 
-    def _entry(self, new: NewTokens, i: int) -> dict:
-        entry = self._token(int(new.tokens[i]), float(new.log_probs[i]))
-        ids, log_probs = ([], []) if new.alternatives is None else new.alternatives
-        top = zip(ids[i], log_probs[i]) if len(ids) else ()
-        entry["top_logprobs"] = [self._token(int(id_), float(value)) for id_, value in top]
-        return entry
+    def _entry(self, new: NewTokens, i: int) -> dict[str, Any]:
+        ids, log_probs = ((), ()) if new.alternatives is None else (x[i] for x in new.alternatives)
+        return self._token_texts.scored(new.tokens[i], new.log_probs[i], ids, log_probs)
 
-    def _token(self, token: int, log_prob: float) -> dict:
-        text = self._decode([token])
-        whole = REPLACEMENT not in text
-        return {
-            "token": text,
-            "logprob": max(log_prob, LEAST_LOG_PROB),
-            "bytes": list(text.encode("utf-8", errors="replace")) if whole else None,
-        }
-
-    def whole(self) -> tuple[str, list[dict]]:
-        """All text and all log-probs."""
-        return self._text.text, self._scored
+    def whole(self) -> Piece:
+        """All of it so far."""
+        return Piece(
+            "".join(piece.text for piece in self._pieces),
+            [entry for piece in self._pieces for entry in piece.scored],
+            [call for piece in self._pieces for call in piece.calls],
+        )
 
 
 class Answer:
@@ -88,25 +152,42 @@ class Answer:
             "model": model,
         }
         self._offsets: dict[int, int] = {}  # characters of each choice so far
+        self._num_calls: dict[int, int] = {}  # calls of each choice so far
 
     def body(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer as a whole."""
         made = []
         for choice in choices:
-            text, scored = choice.whole()
-            said = {"message": {"role": "assistant", "content": text}} if self._chat else {}
-            made.append(self._choice(choice, text, scored) | said)
+            piece = choice.whole()
+            said = {}
+            if self._chat:
+                message = {"role": "assistant", "content": piece.text}
+                if piece.calls:
+                    message |= {"content": piece.text or None, "tool_calls": piece.calls}
+                said["message"] = message
+            made.append(self._choice(choice, piece) | said)
         return self._head | {"choices": made, "usage": self._usage(choices)}
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """The first chunk of a choice, where there is one."""
-        return self._chunk(choice, {"role": "assistant", "content": ""}) if self._chat else None
-
-    def chunk(self, choice: Choice, text: str, scored: list[dict]) -> dict[str, Any] | None:
-        """A piece of a choice; None for a piece of nothing."""
-        if not text and not scored and not choice.finish_reason:
+        if self._chat:
+            return self._chunk(choice, {"role": "assistant", "content": ""})
+        if choice.prompt is None and not choice.finish_reason:
             return None
-        return self._chunk(choice, {"content": text} if text else {}, text, scored)
+        return self._chunk(choice, {}, choice.prompt or NOTHING)
+
+    def chunk(self, choice: Choice, piece: Piece) -> dict[str, Any] | None:
+        """A piece of a choice; None for a piece of nothing."""
+        if not any(piece) and not choice.finish_reason:
+            return None
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            first = self._num_calls.get(choice.index, 0)
+            self._num_calls[choice.index] = first + len(piece.calls)
+            delta["tool_calls"] = [
+                {"index": first + i} | call for i, call in enumerate(piece.calls)
+            ]
+        return self._chunk(choice, delta, piece)
 
     def usage_chunk(self, choices: list[Choice]) -> dict[str, Any] | None:
         """The chunk that ends a stream whose client wants to know."""
@@ -118,20 +199,22 @@ class Answer:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return self._head | {"object": kind}
 
-    def _chunk(self, choice: Choice, delta: dict, text: str = "", scored=()) -> dict[str, Any]:
-        made = self._choice(choice, text, list(scored)) | ({"delta": delta} if self._chat else {})
+    def _chunk(
+        self, choice: Choice, delta: dict[str, Any], piece: Piece = NOTHING
+    ) -> dict[str, Any]:
+        made = self._choice(choice, piece) | ({"delta": delta} if self._chat else {})
         usage = {"usage": None} if self._include_usage else {}
         return self._chunk_head() | {"choices": [made]} | usage
 
-    def _choice(self, choice: Choice, text: str, scored: list[dict]) -> dict[str, Any]:
+    def _choice(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         made: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
         if self._chat:
-            logprobs = {"content": scored, "refusal": None} if scored else None
+            logprobs = {"content": piece.scored, "refusal": None} if piece.scored else None
             return made | {"logprobs": logprobs}
-        logprobs = self._columns(choice.index, scored) if self._logprobs else None
-        return made | {"text": text, "logprobs": logprobs}
+        logprobs = self._columns(choice.index, piece.scored) if self._logprobs else None
+        return made | {"text": piece.text, "logprobs": logprobs}
 
-    def _columns(self, index: int, scored: list[dict]) -> dict[str, list]:
+    def _columns(self, index: int, scored: list[dict[str, Any]]) -> dict[str, list]:
         """Log-probs as /v1/completions has them."""
         offsets, at = [], self._offsets.get(index, 0)
         for entry in scored:
@@ -141,9 +224,7 @@ class Answer:
         return {
             "tokens": [entry["token"] for entry in scored],
             "token_logprobs": [entry["logprob"] for entry in scored],
-            "top_logprobs": [
-                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in scored
-            ],
+            "top_logprobs": [_by_text(entry["top_logprobs"]) for entry in scored],
             "text_offset": offsets,
         }
 
@@ -154,3 +235,13 @@ class Answer:
             "completion_tokens": completion,
             "total_tokens": self._num_prompt_tokens + completion,
         }
+
+
+def _by_text(top: list[dict[str, Any]] | None) -> dict[str, float] | None:
+    """Log-probs by the tokens' texts; the likeliest of those with the same text."""
+    if top is None:
+        return None
+    made: dict[str, float] = {}
+    for entry in top:
+        made.setdefault(entry["token"], entry["logprob"])
+    return made

@@ -1,22 +1,32 @@
 """The HTTP of the server: routes, access, and the answers to requests that are wrong."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import logging
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from adpo_jax.serve import metrics as metrics_lib
+from adpo_jax.serve.access import Clients, Hosts
 from adpo_jax.serve.answers import Answer
 from adpo_jax.serve.fields import ApiError, parse_object
-from adpo_jax.serve.protocol import CompletionRequest, parse
+from adpo_jax.serve.protocol import parse
 from adpo_jax.serve.service import Service
 
 
@@ -26,10 +36,17 @@ class App:
     Args:
       make_service: called when the server starts, on its event loop.
       model_name: the name that clients ask for.
+      hosts: the names that the server answers to.
       api_key: the key that clients must send as `Authorization: Bearer ...`; None for no key.
+      cors_origins: origins of pages whose scripts may use the server; "*" for all.
       max_body_bytes: the most bytes of a request's body.
       max_requests: the most requests at once; clients of further ones are told to come back later.
+      max_requests_per_client: likewise of one client; None for half of `max_requests`.
       body_timeout_s: seconds for a request's body to arrive.
+
+    Attributes:
+      service: None until the server has started.
+      clients: those with requests under way.
     """
 
     def __init__(
@@ -37,27 +54,46 @@ class App:
         make_service: Callable[[], Service],
         *,
         model_name: str,
+        hosts: Hosts,
         api_key: str | None = None,
+        cors_origins: Sequence[str] = (),
         max_body_bytes: int = 1 << 20,
         max_requests: int = 256,
+        max_requests_per_client: int | None = None,
         body_timeout_s: float = 30.0,
     ):
         self._make_service, self._model_name = make_service, model_name
-        self._api_key = api_key
-        self._max_body_bytes, self._max_requests = max_body_bytes, max_requests
-        self._body_timeout_s = body_timeout_s
-        self._under_way = 0
+        self._hosts, self._api_key = hosts, api_key
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        if max_requests_per_client is None:
+            max_requests_per_client = -(-max_requests // 2)
+        self.clients = Clients(max_requests, max_requests_per_client)
+        self._page = Page()
         self.service: Service | None = None
-        self.asgi = Starlette(
-            routes=[
-                Route("/health", self._health),
-                Route("/v1/models", self._guarded(self._models)),
-                Route("/v1/models/{name:path}", self._guarded(self._model)),
-                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
-                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
-            ],
-            exception_handlers={HTTPException: _http_error, Exception: _our_error},
-            lifespan=self._lifespan,
+        guarded = self._guarded
+        routes = [
+            Route("/", self._page.answer),
+            Route("/health", self._health),
+            Route("/metrics", guarded(self._metrics)),
+            Route("/v1/models", guarded(self._models)),
+            Route("/v1/models/{name:path}", guarded(self._model)),
+            Route("/v1/completions", guarded(self._complete), methods=["POST"]),
+            Route("/v1/chat/completions", guarded(self._chat), methods=["POST"]),
+        ]
+        self._paths = {route.path for route in routes}
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+        self.asgi = self._door(
+            Starlette(
+                routes=routes,
+                middleware=[cors] if cors_origins else [],
+                exception_handlers={HTTPException: _http_error, Exception: _our_error},
+                lifespan=self._lifespan,
+            )
         )
 
     @contextlib.asynccontextmanager
@@ -65,6 +101,34 @@ class App:
         self.service = self._make_service()
         yield
         await asyncio.to_thread(self.service.decoding.stop)
+
+    # --- access
+
+    def _door(self, inside):
+        """The application behind a check of the Host header; it counts the answers."""
+
+        async def door(scope, receive, send):
+            if scope["type"] != "http":
+                await inside(scope, receive, send)
+                return
+            path = scope["path"]
+            if path.startswith("/v1/models/"):
+                path = "/v1/models/{name:path}"
+
+            async def counting(message):
+                if message["type"] == "http.response.start":
+                    route = path if path in self._paths else "other"
+                    self.service.metrics.answered(route, message["status"])
+                await send(message)
+
+            try:
+                self._hosts.check(Headers(scope=scope).get("host", ""))
+            except ApiError as error:
+                await _refusal(error)(scope, receive, counting)
+            else:
+                await inside(scope, receive, counting)
+
+        return door
 
     def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]):
         """The endpoint behind a check of the key; its refusals become answers."""
@@ -104,6 +168,10 @@ class App:
     def _card(self) -> dict[str, Any]:
         return {"id": self._model_name, "object": "model", "created": 0, "owned_by": "adpo_jax"}
 
+    async def _metrics(self, _: Request) -> Response:
+        text = self.service.metrics.text()
+        return Response(text, headers={"Content-Type": metrics_lib.CONTENT_TYPE})
+
     async def _models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [self._card()]})
 
@@ -121,33 +189,29 @@ class App:
         return await self._admitted(request, chat=True)
 
     async def _admitted(self, request: Request, *, chat: bool) -> Response:
-        if self._under_way >= self._max_requests:
-            raise ApiError(
-                f"{self._max_requests} requests are under way; come back later",
-                status=429,
-                code="rate_limit_exceeded",
-                kind="rate_limit_error",
-            )
-        self._under_way += 1
+        arrived = time.perf_counter()
+        client = self.clients.enter(request.client.host if request.client else None)
         handed_on = False
         try:
             body = parse_object(await self._body(request))
             asked = parse(body, chat=chat, model=self._model_name, limits=self.service.limits)
-            prompts = await self.service.tokenized(asked)
-            answer = Answer(asked, self._model_name, sum(len(prompt) for prompt in prompts))
+            preparing = asyncio.ensure_future(self.service.prepared(asked, client))
+            if not await _unless_gone(request.receive, preparing):
+                return Response(status_code=499)  # the client has gone, and nobody reads this
+            prompts = preparing.result()
+            count = sum(len(prompt.tokens) for prompt in prompts)
+            answer = Answer(asked, self._model_name, count)
+            context = self.service.choices(asked, prompts, client, arrived)
             if not asked.stream:
-                return await self._whole(request, asked, prompts, answer)
+                return await self._whole(request, context, answer)
             # A stream that cannot begin is refused with a status of its own.
-            context = self.service.choices(asked, prompts)
             choices, news = await context.__aenter__()
             handed_on = True
-            return EventStream(_events(answer, choices, news), context, self._leave)
+            events = _events(answer, choices, news)
+            return EventStream(events, context, lambda: self.clients.leave(client))
         finally:
             if not handed_on:
-                self._leave()
-
-    def _leave(self) -> None:
-        self._under_way -= 1
+                self.clients.leave(client)
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request; refused if it is no JSON, too large, or too slow to arrive."""
@@ -156,30 +220,34 @@ class App:
             # No form of a web page can send this one unasked.
             raise ApiError("Content-Type must be application/json", status=415)
         body = bytearray()
+        too_large = ApiError(f"the body is larger than {self._max_body_bytes} bytes", status=413)
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._max_body_bytes:
+            raise too_large
         try:
             async with asyncio.timeout(self._body_timeout_s):
                 async for part in request.stream():
                     body += part
                     if len(body) > self._max_body_bytes:
-                        raise ApiError(
-                            f"the body is larger than {self._max_body_bytes} bytes", status=413
-                        )
+                        raise too_large
         except TimeoutError:
             raise ApiError("the body took too long to arrive", status=408) from None
         except ClientDisconnect:
             raise ApiError("the client has gone", status=400) from None
         return bytes(body)
 
-    async def _whole(self, request: Request, asked: CompletionRequest, prompts, answer) -> Response:
-        async with self.service.choices(asked, prompts) as (choices, news):
+    async def _whole(self, request: Request, context, answer: Answer) -> Response:
+        async with context as (choices, news):
 
             async def all_news():
                 async for _ in news:
                     pass
 
             if not await _unless_gone(request.receive, all_news()):
-                return Response(status_code=499)  # the client has gone, and nobody reads this
-            return _json(answer.body(choices))
+                return Response(status_code=499)
+        # An answer of many log-probs takes a while to write down.
+        content = await asyncio.to_thread(lambda: _dumped(answer.body(choices)))
+        return Response(content, media_type="application/json")
 
 
 async def _events(answer: Answer, choices, news) -> AsyncIterator[str]:
@@ -188,8 +256,8 @@ async def _events(answer: Answer, choices, news) -> AsyncIterator[str]:
         if (chunk := answer.opening(choice)) is not None:
             yield _event(chunk)
     try:
-        async for choice, text, scored in news:
-            if (chunk := answer.chunk(choice, text, scored)) is not None:
+        async for choice, piece in news:
+            if (chunk := answer.chunk(choice, piece)) is not None:
                 yield _event(chunk)
     except ApiError as error:
         yield _event(error.body())
@@ -201,6 +269,31 @@ async def _events(answer: Answer, choices, news) -> AsyncIterator[str]:
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {_dumped(content)}\n\n"
+
+
+class Page:
+    """The page to try the policy in: one file, which a browser may load nothing beside.
+
+    Its own script and style are named by their hashes, so that no other script can run in it.
+    """
+
+    def __init__(self):
+        text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+
+        def digest(tag: str) -> str:
+            inside = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+            return base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+
+        policy = (
+            f"default-src 'none'; script-src 'sha256-{digest('script')}'; "
+            f"style-src 'sha256-{digest('style')}'; connect-src 'self'; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'"
+        )
+        self._text, self._headers = text, {"Content-Security-Policy": policy}
+        self._headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+    async def answer(self, _: Request) -> Response:
+        return Response(self._text, headers=self._headers, media_type="text/html")
 
 
 class EventStream(Response):

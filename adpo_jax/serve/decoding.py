@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from absl import logging
 
@@ -43,6 +43,7 @@ class Decoding:
         self._stopping = True
         self._wake.set()
         self._thread.join()
+        self.batch.close()
 
     def submit(
         self,
@@ -52,6 +53,7 @@ class Decoding:
         seed: int,
         num_alternatives: int,
         queue: asyncio.Queue,
+        client: Hashable = None,
     ) -> list[Sample]:
         """Queues the samples of a prompt; their `NewTokens`, or an error, come through `queue`.
 
@@ -63,7 +65,9 @@ class Decoding:
         """
         if self.failed:
             raise DecodingFailed
-        samples = self.batch.submit(prompt, sampling, seed=seed, num_alternatives=num_alternatives)
+        samples = self.batch.submit(
+            prompt, sampling, seed=seed, num_alternatives=num_alternatives, client=client
+        )
         # No news of them comes before the loop has the next turn.
         self._queues |= dict.fromkeys(samples, queue)
         self._wake.set()

@@ -90,10 +90,21 @@ class Fields:
         return self.checked(name, default, "true or false", lambda value: type(value) is bool)
 
     def without_effect(self, name: str, *values: Any) -> None:
-        """A field that may be there only with a value that asks for nothing."""
-        if name in self._left and self._left.pop(name) not in values:
+        """A field that may be there only with a value that asks for nothing.
+
+        Raises:
+          ApiError: for any value but null and those given.
+        """
+        if name not in self._left:
+            return
+        value = self._left.pop(name)
+        if value not in values:
+            neutral = " or ".join(["null", *(json.dumps(v) for v in values)])
             raise ApiError(
-                f"{name} is not supported here", param=name, code="unsupported_parameter"
+                f"{name} has no effect in this server: leave it out, or send {neutral}; given "
+                f"{shown(value)}",
+                param=name,
+                code="unsupported_parameter",
             )
 
     def finish(self) -> None:
@@ -101,5 +112,7 @@ class Fields:
         if self._left:
             name = sorted(self._left)[0]
             raise ApiError(
-                f"unknown field {shown(name)}", param=str(name)[:80], code="unknown_parameter"
+                f"this server knows no field {shown(name)}: leave it out",
+                param=str(name)[:80],
+                code="unknown_parameter",
             )

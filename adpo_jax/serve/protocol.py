@@ -1,7 +1,8 @@
 """What a client may ask for: the bodies of /v1/completions and /v1/chat/completions.
 
-Beyond OpenAI's own: top_k, min_p, min_tokens, ignore_eos, stop_token_ids, chat_template_kwargs
-(as in vLLM). What would change the answer and is not supported is refused, not ignored.
+Beyond OpenAI's own: top_k, min_p, min_tokens, ignore_eos, stop_token_ids, skip_special_tokens,
+chat_template_kwargs (as in vLLM). Fields of OpenAI's and vLLM's that ask for nothing are taken.
+What would change the answer and is not supported is refused, not ignored.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from typing import Any
 from adpo_jax.data.prompts import Message
 from adpo_jax.engine.continuous import MAX_ALTERNATIVES
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.serve import tools as tools_lib
 from adpo_jax.serve.fields import ApiError, Fields, shown
 
 MAX_STOP_STRINGS = 16
@@ -17,6 +19,8 @@ MAX_STOP_LENGTH = 256  # characters
 # Below this the tempered logits leave float32; it is greedy by any measure.
 LEAST_TEMPERATURE = 1e-3
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# More tokens than any model has places; what a client writes for "no limit".
+ANY_NUMBER = 2**31 - 1
 
 # Said about a request and of no consequence for the answer.
 NOTES = (
@@ -26,8 +30,40 @@ NOTES = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
-    "parallel_tool_calls",
+    "prompt_cache_retention",
+    "request_id",
+    "priority",
 )
+
+# Fields that may be there with these values alone, which ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+}
+NEUTRAL_IN_COMPLETIONS = {"suffix": ("",), "add_special_tokens": (True,)}
+NEUTRAL_IN_CHATS = {
+    "echo": (False,),
+    "add_special_tokens": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "documents": ([],),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +72,30 @@ class Limits:
 
     Attributes:
       max_prompt_length, max_response_length: tokens.
+      max_prompt_characters: the longest text that is tokenised; None for 16 times the tokens.
       max_choices: completions of a request, over all its prompts.
     """
 
     max_prompt_length: int
     max_response_length: int
+    max_prompt_characters: int | None = None
     max_choices: int = 128
+
+    def check_characters(self, count: int, field: str) -> None:
+        """Refuses a text too long to be worth the tokenizer's time.
+
+        Raises:
+          ApiError: for more characters than the limit.
+        """
+        most = self.max_prompt_characters
+        most = 16 * self.max_prompt_length if most is None else most
+        if count > most:
+            raise ApiError(
+                f"the prompt has {count} characters; this server takes up to {most}, and up to "
+                f"{self.max_prompt_length} tokens: shorten the prompt",
+                param=field,
+                code="context_length_exceeded",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +105,35 @@ class CompletionRequest:
     Attributes:
       prompts: texts or lists of token ids; of a chat, one list of messages.
       sampling: without the model's stop tokens.
+      samples: whether anything is sampled; a request with `max_tokens` 0 asks about its prompt.
+      echo: whether the answer begins with the prompt.
       seed: None for any.
       logprobs: whether log-probs are wanted.
       top_logprobs: likeliest tokens beside each one.
+      skip_special_tokens: whether the text leaves special tokens out.
+      tools: functions that the model may call, as OpenAI has them.
+      parallel_tool_calls: whether it may call more than one.
     """
 
     chat: bool
     prompts: list[str | list[int] | list[Message]]
     sampling: SamplingParams
+    samples: bool
+    echo: bool
     seed: int | None
     logprobs: bool
     top_logprobs: int
     stream: bool
     include_usage: bool
+    skip_special_tokens: bool
     chat_template_kwargs: dict[str, Any]
+    tools: list[dict[str, Any]]
+    parallel_tool_calls: bool
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that has the prompt."""
+        return "messages" if self.chat else "prompt"
 
 
 def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> CompletionRequest:
@@ -83,7 +152,7 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
             code="model_not_found",
         )
     prompts = [_messages(fields)] if chat else _prompts(fields)
-    sampling = _sampling(fields, limits, chat=chat)
+    sampling, samples = _sampling(fields, limits, chat=chat)
     if len(prompts) * sampling.n > limits.max_choices:
         raise ApiError(
             f"n x prompts is at most {limits.max_choices}; given {sampling.n} x {len(prompts)}",
@@ -94,28 +163,46 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
         chat=chat,
         prompts=prompts,
         sampling=sampling,
+        samples=samples,
+        echo=not chat and fields.boolean("echo"),
         seed=fields.integer("seed", None, -(2**63), 2**63 - 1),
         logprobs=logprobs,
         top_logprobs=top_logprobs,
         stream=fields.boolean("stream"),
         include_usage=_include_usage(fields),
+        skip_special_tokens=fields.boolean("skip_special_tokens", True),
         chat_template_kwargs=_template_kwargs(fields) if chat else {},
+        tools=tools_lib.parse_tools(fields) if chat else [],
+        parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
     )
-    _refuse_the_rest(fields, sampling.n)
+    _refuse_the_rest(fields, sampling.n, chat=chat)
+    if chat:
+        values = [value for message in prompts[0] for value in message.values()]
+        values += [*request.chat_template_kwargs.values(), *request.tools]
+        limits.check_characters(sum(len(str(value)) for value in values), "messages")
+    else:
+        for prompt in prompts:
+            limits.check_characters(len(prompt), "prompt")
     return request
 
 
-def _sampling(fields: Fields, limits: Limits, *, chat: bool) -> SamplingParams:
+def _sampling(fields: Fields, limits: Limits, *, chat: bool) -> tuple[SamplingParams, bool]:
+    """The settings of the samples, and whether there are any.
+
+    What is asked for above the room is cut to it, and the completion ends with "length".
+    """
     most = limits.max_response_length
-    default = most if chat else min(16, most)
-    max_tokens = fields.integer("max_tokens", default, 1, most)
-    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, most)
+    default, least = (most, 1) if chat else (min(16, most), 0)
+    asked = fields.integer("max_tokens", default, least, ANY_NUMBER)
+    asked = fields.integer("max_completion_tokens", asked, least, ANY_NUMBER)
+    max_tokens = max(min(asked, most), 1)
+    min_tokens = fields.integer("min_tokens", 0, 0, asked)
     temperature = fields.number("temperature", 1.0, 0, 100)
     top_k = fields.integer("top_k", -1, -1, 2**31 - 1)
     top_p = fields.number("top_p", 1.0, 0, 1)
     stop = fields.checked("stop", (), _STOP, _is_stop)
     ids = fields.checked("stop_token_ids", (), "up to 16 token ids", _is_token_ids)
-    return SamplingParams(
+    sampling = SamplingParams(
         n=fields.integer("n", 1, 1, limits.max_choices),
         temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         top_k=top_k or -1,
@@ -123,11 +210,12 @@ def _sampling(fields: Fields, limits: Limits, *, chat: bool) -> SamplingParams:
         top_p=max(top_p, 1e-6),
         min_p=fields.number("min_p", 0.0, 0, 1),
         max_tokens=max_tokens,
-        min_tokens=fields.integer("min_tokens", 0, 0, max_tokens),
+        min_tokens=min(min_tokens, max_tokens),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(ids),
         ignore_eos=fields.boolean("ignore_eos"),
     )
+    return sampling, asked > 0
 
 
 _STOP = f"a string or up to {MAX_STOP_STRINGS}, of 1 to {MAX_STOP_LENGTH} characters each"
@@ -163,7 +251,8 @@ def _include_usage(fields: Fields) -> bool:
     options = fields.checked("stream_options", {}, "an object", lambda value: type(value) is dict)
     options = Fields(options)
     include_usage = options.boolean("include_usage")
-    options.without_effect("include_obfuscation", False)
+    options.boolean("include_obfuscation")  # padding against eavesdroppers, which is never added
+    options.without_effect("continuous_usage_stats", False)
     options.finish()
     return include_usage
 
@@ -177,19 +266,12 @@ def _template_kwargs(fields: Fields) -> dict[str, Any]:
     return fields.checked("chat_template_kwargs", {}, wanted, holds)
 
 
-def _refuse_the_rest(fields: Fields, n: int) -> None:
+def _refuse_the_rest(fields: Fields, n: int, *, chat: bool) -> None:
     for name in NOTES:
         fields.take(name)
-    for name in ("frequency_penalty", "presence_penalty"):
-        fields.without_effect(name, 0)
-    fields.without_effect("logit_bias", {})
-    fields.without_effect("best_of", n)
-    fields.without_effect("echo", False)
-    fields.without_effect("suffix", "")
-    fields.without_effect("response_format", {"type": "text"})
-    fields.without_effect("tools", [])
-    fields.without_effect("tool_choice", "none", "auto")
-    fields.without_effect("modalities", ["text"])
+    fields.without_effect("best_of", 1, n)
+    for name, values in (NEUTRAL | (NEUTRAL_IN_CHATS if chat else NEUTRAL_IN_COMPLETIONS)).items():
+        fields.without_effect(name, *values)
     fields.finish()
 
 
@@ -224,12 +306,20 @@ def _message(message: Any, number: int) -> Message:
     where = f"messages[{number}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ApiError(f"{where} must be an object with a role of {list(ROLES)}", param="messages")
-    content = message.get("content")
+    role, content = message["role"], message.get("content")
+    made: Message = {"role": role}
+    if role == "assistant" and message.get("tool_calls"):
+        made["tool_calls"] = tools_lib.parse_calls(message["tool_calls"], where)
+        content = "" if content is None else content
     if isinstance(content, list):
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise ApiError(f"{where}.content must be text or a list of text parts", param="messages")
-    return {"role": message["role"], "content": content}
+    made["content"] = content
+    for name in ("name", "tool_call_id"):
+        if message.get(name) is not None:
+            made[name] = tools_lib.checked_name(message[name], f"{where}.{name}")
+    return made
 
 
 def _text_part(part: Any, where: str) -> str:

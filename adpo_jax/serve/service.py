@@ -6,15 +6,41 @@ import dataclasses
 import inspect
 import secrets
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 
 from adpo_jax.data.prompts import Message
+from adpo_jax.engine import scoring
 from adpo_jax.engine.continuous import NewTokens, Sample
 from adpo_jax.pretrained import Pretrained, PromptFormat
-from adpo_jax.serve.answers import Choice
+from adpo_jax.serve import tools as tools_lib
+from adpo_jax.serve.access import Client
+from adpo_jax.serve.answers import Choice, Piece, TokenTexts
 from adpo_jax.serve.decoding import Decoding, DecodingFailed
 from adpo_jax.serve.fields import ApiError
+from adpo_jax.serve.metrics import Metrics
 from adpo_jax.serve.protocol import CompletionRequest, Limits
+
+# Threads for templates and tokenizers. One client keeps one of them busy at most.
+TOKENIZER_THREADS = 4
+# Log-probs of one answer's echoed prompts: each token has its own and those of the likeliest.
+MAX_ECHOED = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt that is ready to be sampled from.
+
+    Attributes:
+      tokens: its ids.
+      echo: what the answer begins with; None for nothing.
+    """
+
+    tokens: list[int]
+    echo: Piece | None = None
 
 
 class Service:
@@ -25,39 +51,82 @@ class Service:
       decoding: what samples from them.
     """
 
-    def __init__(self, model: Pretrained, decoding: Decoding, limits: Limits):
+    def __init__(self, model: Pretrained, decoding: Decoding, limits: Limits, metrics: Metrics):
         self.model, self.decoding, self.limits = model, decoding, limits
+        self.metrics = metrics
+        self._token_texts = TokenTexts(lambda tokens: self.model.tokenizer.decode(tokens))
+        self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizing")
+        # One thread: what is scored shares the device with what decodes.
+        self._scoring = ThreadPoolExecutor(1, "scoring")
 
-    async def tokenized(self, request: CompletionRequest) -> list[list[int]]:
-        """The prompts as token ids.
+    async def prepared(self, request: CompletionRequest, client: Client) -> list[Prompt]:
+        """The prompts as token ids, and scored where the request asks for that.
+
+        The work is done in threads beside the event loop and the decoding thread, so that others'
+        tokens go out meanwhile.
 
         Raises:
           ApiError: for prompts that are empty, too long, or that the chat template refuses.
         """
-        # A long text takes the tokenizer a while; others' tokens go out meanwhile.
+        async with client.turn:
+            prompts = await self._in(self._tokenizing, self._tokenize, request)
+            if request.echo and request.logprobs:
+                return await self._scored(request, prompts)
+        return prompts
+
+    async def _in(self, threads: ThreadPoolExecutor, function: Callable, *args) -> Any:
+        """The result of a function in a thread."""
+        work = asyncio.get_running_loop().run_in_executor(threads, function, *args)
         try:
-            prompts = await asyncio.to_thread(self._tokenize, request)
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The client has gone, but its turn ends with the work.
+            await asyncio.wait([work])
+            raise
+
+    # --- prompts as token ids
+
+    def _tokenize(self, request: CompletionRequest) -> list[Prompt]:
+        try:
+            tokens = [self._tokens(request, prompt) for prompt in request.prompts]
         except (ValueError, TypeError, RecursionError) as error:
-            raise ApiError(str(error)[:500], param=_prompt_field(request)) from None
-        longest = max(len(prompt) for prompt in prompts)
+            raise ApiError(str(error)[:500], param=request.prompt_field) from None
+        longest = max(len(prompt) for prompt in tokens)
         if longest > self.limits.max_prompt_length:
             raise ApiError(
                 f"the prompt has {longest} tokens; this server takes up to "
                 f"{self.limits.max_prompt_length}",
-                param=_prompt_field(request),
+                param=request.prompt_field,
                 code="context_length_exceeded",
             )
-        return prompts
-
-    def _tokenize(self, request: CompletionRequest) -> list[list[int]]:
-        if request.chat:
-            return [self._chat_prompt(request)]
+        self._check_ids(tokens)
+        if not request.echo:
+            return [Prompt(prompt) for prompt in tokens]
         return [
-            prompt if isinstance(prompt, list) else self._text_prompt(prompt)
-            for prompt in request.prompts
+            Prompt(ids, Piece(self._text_of(given, request), [], []))
+            for ids, given in zip(tokens, request.prompts)
         ]
 
-    def _chat_prompt(self, request: CompletionRequest) -> list[int]:
+    def _tokens(self, request: CompletionRequest, prompt) -> list[int]:
+        if request.chat:
+            return self._chat_prompt(request, prompt)
+        if isinstance(prompt, str):
+            return self._rendered(prompt, PromptFormat(apply_chat_template=False))
+        if not prompt:
+            raise ValueError("the prompt is empty: it has no tokens")
+        return prompt
+
+    def _check_ids(self, prompts: list[list[int]]) -> None:
+        V = self.model.policy.config.vocab_size
+        for prompt in prompts:
+            if not all(0 <= token < V for token in prompt):
+                raise ApiError(f"the prompt has token ids outside [0, {V})", param="prompt")
+
+    def _text_of(self, prompt: str | list[int], request: CompletionRequest) -> str:
+        """A prompt as it is echoed: text as it was sent, token ids as their text."""
+        return prompt if isinstance(prompt, str) else self._decoder(request)(prompt)
+
+    def _chat_prompt(self, request: CompletionRequest, messages: list[Message]) -> list[int]:
         if not self.model.tokenizer.chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
         # A template of the client's own, above all, would be a program of the client's own.
@@ -66,71 +135,148 @@ class Service:
         if taken:
             raise ValueError(f"chat_template_kwargs cannot set {', '.join(taken)}")
         kwargs = self.model.prompt_format.chat_template_kwargs | request.chat_template_kwargs
-        return self._rendered(request.prompts[0], PromptFormat(chat_template_kwargs=kwargs))
-
-    def _text_prompt(self, text: str) -> list[int]:
-        return self._rendered(text, PromptFormat(apply_chat_template=False))
+        if request.tools:
+            self.tool_form(request)
+            kwargs |= {"tools": request.tools}
+        return self._rendered(messages, PromptFormat(chat_template_kwargs=kwargs))
 
     def _rendered(self, prompt: str | list[Message], prompt_format: PromptFormat) -> list[int]:
         return self.model.prompts([prompt], max_length=sys.maxsize, prompt_format=prompt_format)[0]
 
+    def tool_form(self, request: CompletionRequest) -> tools_lib.Form:
+        """The form in which this model writes calls of tools.
+
+        Raises:
+          ApiError: where its chat template has no place for tools, or teaches another form.
+        """
+        template = self.model.tokenizer.get_chat_template(tools=request.tools)
+        form = tools_lib.form_of(template)
+        if form is None:
+            raise ApiError(
+                "this model's chat template has no tools, or has calls in a form that this server "
+                "does not know: leave tools out",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        return form
+
+    # --- scored prompts
+
+    async def _scored(self, request: CompletionRequest, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts with the log-probs of their tokens."""
+        count = sum(len(prompt.tokens) for prompt in prompts) * (1 + request.top_logprobs)
+        if count > MAX_ECHOED:
+            raise ApiError(
+                f"echo with logprobs asks for {count} log-probs (tokens x (1 + logprobs)); this "
+                f"server gives up to {MAX_ECHOED} in an answer: send fewer prompts at once",
+                param="logprobs",
+            )
+        made, batch, size = [], [], 0
+        # Others' prompts have their turn between the batches.
+        for number, prompt in enumerate(prompts, start=1):
+            batch.append(prompt)
+            size += len(prompt.tokens)
+            if size >= scoring.CALL_TOKENS or number == len(prompts):
+                made += await self._in(self._scoring, self._score, batch, request.top_logprobs)
+                batch, size = [], 0
+        return made
+
+    def _score(self, prompts: list[Prompt], top_logprobs: int) -> list[Prompt]:
+        arrays = [np.array(prompt.tokens, np.int32) for prompt in prompts]
+        scored = self.decoding.batch.scorer.score(arrays, top_logprobs)
+        of_prompt = self._token_texts.of_prompt
+        return [
+            dataclasses.replace(p, echo=p.echo._replace(scored=of_prompt(p.tokens, each)))
+            for p, each in zip(prompts, scored)
+        ]
+
+    # --- completions
+
     @contextlib.asynccontextmanager
-    async def choices(self, request: CompletionRequest, prompts: list[list[int]]):
+    async def choices(
+        self, request: CompletionRequest, prompts: list[Prompt], client: Client, arrived: float
+    ):
         """The choices of a request, and their new tokens as they come.
 
-        Yields ([choices], async iterator of (choice, new text, new log-probs)). Whatever has not
-        ended when the context does is cancelled.
+        Yields ([choices], async iterator of (choice, its new piece)). Whatever has not ended when
+        the context does is cancelled.
+
+        Args:
+          arrived: when the request came, by `time.perf_counter`.
 
         Raises:
           ApiError: for prompts that cannot be sampled from, or when decoding has failed.
         """
         queue: asyncio.Queue[NewTokens | DecodingFailed] = asyncio.Queue()
+        choices: list[Choice] = []
         choice_of: dict[Sample, Choice] = {}
+        self.metrics.began(sum(len(prompt.tokens) for prompt in prompts))
         try:
             for prompt in prompts:
-                for sample in self._submit(request, prompt, queue):
-                    choice = Choice(len(choice_of), request, self._decode)
-                    choice_of[sample] = choice
-            yield list(choice_of.values()), self._news(queue, choice_of)
+                made = [
+                    self._choice(len(choices) + i, request, prompt)
+                    for i in range(request.sampling.n)
+                ]
+                choices += made
+                if request.samples:
+                    samples = self._submit(request, prompt, queue, client)
+                    choice_of |= zip(samples, made)
+            timings = {sample: self.metrics.timing(arrived) for sample in choice_of}
+            yield choices, self._news(queue, choice_of, timings)
         finally:
             for sample in choice_of:
                 self.decoding.cancel(sample)
 
-    def _submit(self, request: CompletionRequest, prompt: list[int], queue) -> list[Sample]:
+    def _choice(self, index: int, request: CompletionRequest, prompt: Prompt) -> Choice:
+        parser = None
+        if request.tools:
+            form, parallel = self.tool_form(request), request.parallel_tool_calls
+            parser = tools_lib.CallParser(form, request.tools, parallel)
+        decode = self._decoder(request)
+        return Choice(index, request, decode, self._token_texts, parser, prompt.echo)
+
+    def _submit(
+        self, request: CompletionRequest, prompt: Prompt, queue: asyncio.Queue, client: Client
+    ) -> list[Sample]:
         ids = (*self.model.stop_token_ids, *request.sampling.stop_token_ids)
         sampling = dataclasses.replace(request.sampling, stop_token_ids=ids)
         seed = secrets.randbits(32) if request.seed is None else request.seed
         try:
             return self.decoding.submit(
-                prompt, sampling, seed=seed, num_alternatives=request.top_logprobs, queue=queue
+                prompt.tokens,
+                sampling,
+                seed=seed,
+                num_alternatives=request.top_logprobs,
+                queue=queue,
+                client=client.key,
             )
         except ValueError as error:
-            raise ApiError(str(error), param=_prompt_field(request)) from None
+            raise ApiError(str(error), param=request.prompt_field) from None
         except DecodingFailed:
             raise _failed() from None
 
-    async def _news(self, queue, choice_of) -> AsyncIterator[tuple[Choice, str, list[dict]]]:
+    async def _news(self, queue, choice_of, timings) -> AsyncIterator[tuple[Choice, Piece]]:
         left = len(choice_of)
         while left:
             new = await queue.get()
             if isinstance(new, DecodingFailed):
                 raise _failed()
-            choice = choice_of[new.sample]
+            choice, timing = choice_of[new.sample], timings[new.sample]
             if choice.finish_reason:
                 continue  # sampled beyond a stop string
-            text, scored = choice.push(new)
+            before = choice.num_tokens
+            piece = choice.push(new)
+            timing.tokens(choice.num_tokens - before)
             if choice.finish_reason:
                 left -= 1
+                timing.ended(choice.finish_reason)
                 self.decoding.cancel(new.sample)
-            yield choice, text, scored
+            yield choice, piece
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _decoder(self, request: CompletionRequest) -> Callable[[list[int]], str]:
+        skip = request.skip_special_tokens
+        return lambda tokens: self.model.tokenizer.decode(tokens, skip_special_tokens=skip)
 
 
 def _failed() -> ApiError:
     return ApiError("the server has failed and is going down", status=500, kind="server_error")
-
-
-def _prompt_field(request: CompletionRequest) -> str:
-    return "messages" if request.chat else "prompt"

@@ -1,0 +1,105 @@
+"""Connections that mean no good: half-sent requests, answers that nobody reads, too many at once.
+
+uvicorn's own protocol waits for the head of a request, and for a client that reads, without end.
+This one gives up. The bodies of requests have a limit of time of their own, in `app`.
+"""
+
+import asyncio
+import collections
+import dataclasses
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from adpo_jax.serve.access import client_key
+
+BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\n\r\n"
+)
+
+
+@dataclasses.dataclass
+class Connections:
+    """The limits of connections, and how many each client has.
+
+    Attributes:
+      most: connections of all clients.
+      most_each: connections of one client.
+      head_timeout_s: seconds for a request to begin and for its head to arrive.
+      reading_timeout_s: seconds in which a client must read something of what it is sent.
+    """
+
+    most: int
+    most_each: int
+    head_timeout_s: float = 10.0
+    reading_timeout_s: float = 60.0
+    open: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def protocol(self, *args, **kwargs) -> "Protocol":
+        """A protocol for one connection; `uvicorn.Config(http=...)` takes this method."""
+        return Protocol(self, *args, **kwargs)
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 of one connection, with limits of time."""
+
+    def __init__(self, connections: Connections, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._limits, self._key = connections, None
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._key = client_key(self.client[0] if self.client else None)
+        limits, counts = self._limits, self._limits.open
+        counts[self._key] += 1
+        if counts.total() > limits.most or counts[self._key] > limits.most_each:
+            transport.write(BUSY)
+            transport.close()
+            return
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._limits.open[self._key] -= 1
+        if not self._limits.open[self._key]:
+            del self._limits.open[self._key]
+        self._head_timer = _stopped(self._head_timer)
+        self._reading_timer = _stopped(self._reading_timer)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._watch_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing() and self.conn.their_state is not h11.IDLE:
+            # The client was answered before it had sent the whole of its request.
+            self._watch_head()
+
+    def _watch_head(self) -> None:
+        """Runs a timer, which no further byte restarts, while no request is being answered."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering:
+            self._head_timer = _stopped(self._head_timer)
+        elif self._head_timer is None:
+            seconds = self._limits.head_timeout_s
+            self._head_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        seconds = self._limits.reading_timeout_s
+        self._reading_timer = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reading_timer = _stopped(self._reading_timer)
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
