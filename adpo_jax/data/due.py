@@ -1,8 +1,8 @@
 """Prompts of large data sets: rendered and tokenised when they are due.
 
 Before training only the prompts that may be too long are tokenised, on all cores by the tokenizer,
-and which rows stay is kept in the cache folder. A row fits for certain where the bytes that it
-fills in and the tokens of another whole prompt of its kind are no more than the limit together,
+and which rows stay is kept in the cache folder. A row is taken to fit where the bytes that it fills in
+and the tokens of a prompt of its kind with hardly any text are no more than the limit together,
 since a token stands for a byte at least. (Where a tokenizer makes more tokens than bytes after
 all, a prompt that is due is cut at its front.)
 """
@@ -94,8 +94,12 @@ def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray
         _refuse_null(dataset.columns[name], name)
     sizes = sum(_sizes(dataset.columns[name]) * times for name, times in filled.items())
     kinds, examples = _kinds(dataset.columns[prompt_key])
-    whole = _lengths(dataset, np.array(examples), tokenizer, options)
-    unsure = (sizes + whole[kinds] > limit) | (sizes < 4)
+    _lengths(dataset, np.array(examples), tokenizer, options)  # a template may refuse some kind
+    bare = dataset.select(examples)
+    for name in filled:
+        bare = bare.with_column(name, [_bare(value) for value in bare.columns[name]])
+    around = _lengths(bare, np.array(examples), tokenizer, options)
+    unsure = (sizes + around[kinds] > limit) | (sizes < 4)
     rows = np.flatnonzero(unsure)
     lengths = np.zeros(len(dataset), np.int64)
     lengths[rows] = _lengths(dataset, rows, tokenizer, options)
@@ -108,6 +112,13 @@ def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray
             f"{lengths.max()}, or truncate them"
         )
     return np.flatnonzero(lengths <= limit)
+
+
+def _bare(value: Any) -> Any:
+    """A value with one character of text where it has text."""
+    if not isinstance(value, list):
+        return "."
+    return [message | {"content": "."} for message in value]
 
 
 def _filled_in(dataset: Dataset, prompt_key: str, template: str) -> dict[str, int]:
