@@ -32,9 +32,9 @@ def make_rows(source: str | None, num_rows: int, path: Path) -> None:
     if source:
         originals = [json.loads(line) for line in Path(source).read_text().splitlines()]
     else:
-        words = "A baker sells rolls and loaves on a market day. ".split()
+        text = "A baker sells rolls and loaves on a market day. "
         originals = [
-            {"question": " ".join(words * (3 + n % 5)), "answer": f"{'So. ' * 60}#### {n}"}
+            {"question": text * (3 + n % 5), "answer": f"{'So. ' * 60}#### {n}"}
             for n in range(1000)
         ]
     with path.open("w") as file:

@@ -204,6 +204,15 @@ def cache(config):
     return seen
 
 
+def data_cache(config):
+    """What lies in the cache folder after loading a file that counts as large."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adpo_jax.data.files.LARGE_BYTES", 0)
+        tokenizer = arithmetic.make_tokenizer()
+        loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
+    return sorted(p.name for p in Path("cache").glob("*"))
+
+
 class FakeEngine:
     """Answers every prompt with two tokens."""
 
@@ -309,6 +318,9 @@ WALK = {
     "data.max_response_length": ("7", sampling),
     "data.train_batch_size": ("16", learner),
     "data.max_val_samples": ("2", prompts, ROOM),
+    "data.train_max_samples": ("2", prompts, ROOM),
+    "data.shuffle": ("false", road, *SHORT),
+    "data.cache_dir": ("cache", data_cache, FROM_FILE),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
     f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
@@ -398,6 +410,7 @@ WALK = {
     "trainer.max_anchor_kl": ("0.5", learner, "--config.anchor.mode=fixed"),
     "trainer.rollout_data_dir": ("collected", road, *SHORT),
     "trainer.compilation_cache_dir": ("", cache),
+    "trainer.val_before_train": ("false", road, *SHORT),
     "trainer.test_freq": ("2", road, *SHORT),
     "trainer.logger": ("('wandb',)", tracked),
     "trainer.profile_steps": ("(2, 3)", traced),

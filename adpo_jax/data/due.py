@@ -1,10 +1,10 @@
 """Prompts of large data sets: rendered and tokenised when they are due.
 
 Before training only the prompts that may be too long are tokenised, on all cores by the tokenizer,
-and which rows stay is kept in the cache folder. A row is taken to fit where the bytes that it fills in
-and the tokens of a prompt of its kind with hardly any text are no more than the limit together,
-since a token stands for a byte at least. (Where a tokenizer makes more tokens than bytes after
-all, a prompt that is due is cut at its front.)
+and which rows stay is kept in the cache folder. A row is taken to fit where the bytes that it fills
+in and the tokens of a prompt of its kind with hardly any text are no more than the limit together,
+since a token stands for a byte at least. (Where a tokenizer makes more tokens than bytes after all,
+a prompt that is due is cut at its front.)
 """
 
 import collections
