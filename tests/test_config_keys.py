@@ -9,6 +9,7 @@ import io
 import json
 import runpy
 import tempfile
+import types
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from adpo_jax.data import arithmetic
 from adpo_jax.devices import compilation_cache, sharding
 from adpo_jax.model.lora import Lora
 from adpo_jax.policy import Policy, adapters
-from adpo_jax.records import Completion, Completions
+from adpo_jax.records import Completion, Completions, Prompts
 from adpo_jax.run import loading, preparation, setup
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.update import sft
@@ -213,6 +214,23 @@ def data_cache(config):
     return sorted(p.name for p in Path("cache").glob("*"))
 
 
+def first_batch(config):
+    """The numbers of the prompts of the first iteration, of 300."""
+    none = dict.fromkeys(("engine", "sampling", "tokenizer", "reward_model"))
+    parts = types.SimpleNamespace(train_prompts=Prompts([[n] for n in range(300)], {}), **none)
+    return preparation._sampled(config, parts, None).prompts_of(0).token_ids
+
+
+def evaluated_before(config):
+    """Whether an evaluation is due before the first iteration."""
+    parts = types.SimpleNamespace(num_steps=5, val_prompts=[1])
+    run = types.SimpleNamespace(config=config, parts=parts, folder=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adpo_jax.train, "_evaluate", lambda *_: {"eval/accuracy": 1.0})
+        state = types.SimpleNamespace(step=0)
+        return adpo_jax.train._due_evaluation(run, state, {})
+
+
 class FakeEngine:
     """Answers every prompt with two tokens."""
 
@@ -319,7 +337,7 @@ WALK = {
     "data.train_batch_size": ("16", learner),
     "data.max_val_samples": ("2", prompts, ROOM),
     "data.train_max_samples": ("2", prompts, ROOM),
-    "data.shuffle": ("false", road, *SHORT),
+    "data.shuffle": ("false", first_batch),
     "data.cache_dir": ("cache", data_cache, FROM_FILE),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
@@ -410,7 +428,7 @@ WALK = {
     "trainer.max_anchor_kl": ("0.5", learner, "--config.anchor.mode=fixed"),
     "trainer.rollout_data_dir": ("collected", road, *SHORT),
     "trainer.compilation_cache_dir": ("", cache),
-    "trainer.val_before_train": ("false", road, *SHORT),
+    "trainer.val_before_train": ("false", evaluated_before),
     "trainer.test_freq": ("2", road, *SHORT),
     "trainer.logger": ("('wandb',)", tracked),
     "trainer.profile_steps": ("(2, 3)", traced),

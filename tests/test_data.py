@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from adpo_jax.data import files
+from adpo_jax.data import readers
 from adpo_jax.data.files import Dataset, extract_solution, load_rows, prompt_indices
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
@@ -174,7 +174,7 @@ def test_bad_files_are_refused_with_file_line_and_column(tmp_path, name, content
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD + "\n" + "x" * 101)
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: the line is longer than 100 bytes"):

@@ -1,21 +1,17 @@
 """Data sets: rows from files or the Hugging Face Hub, their solutions, and the order of training.
 
-Files are read line by line, and whatever is wrong in them is reported with file, line and column.
-A small data set lies in memory as columns of Python values; a large one is converted to Arrow once
-and mapped into memory (`stored`), so that a million rows take no more than those in use.
+`readers` reads the files. A small data set lies in memory as columns of Python values; a large one
+is converted to Arrow once and mapped into memory (`stored`), so that a million rows take no more
+memory than those in use.
 
 Left out: remote file systems.
 """
 
-import csv
 import functools
-import gzip
 import hashlib
 import itertools
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +20,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adpo_jax.data import stored
+from adpo_jax.data.readers import (
+    SUFFIXES,
+    Placed,
+    Row,
+    parquet_batches,
+    rows_of,
+    shorten,
+    suffix_of,
+)
 from adpo_jax.data.stored import Segment, StoredColumn
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.gz", ".parquet")
 
 # Above so many bytes in its files a data set is mapped into memory. Compressed ones count tenfold.
 LARGE_BYTES = 32 * 2**20
-
-# A prompt of 100,000 tokens is about half a megabyte; a longer line is a file of another kind.
-MAX_LINE_BYTES = 32 * 2**20
-
-_BOM = b"\xef\xbb\xbf"
 
 # The first word of a file's name in a folder, and the split that the file then belongs to.
 _SPLITS = {"train": "train", "test": "test", "dev": "validation", "val": "validation"}
 _SPLITS["validation"] = _SPLITS["valid"] = "validation"
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +188,7 @@ def load_rows(
     return Dataset(columns)
 
 
-def _unique_ids(source: "_Source") -> Iterator["_Placed"]:
+def _unique_ids(source: "_Source") -> Iterator[Placed]:
     """The rows of a source, none of whose files has an `id` twice.
 
     A file that was appended to itself is found so. Two files may both count from 0.
@@ -246,12 +242,12 @@ def _digest_of(file: Path) -> str:
 def _batches_of(file: Path):
     """(what stands between a file's name and the number of a row, a function for its batches)."""
     if file.suffix == ".parquet":
-        return ": row ", lambda: _parquet_batches(file)
-    placed = _file_rows(file)
+        return ": row ", lambda: parquet_batches(file)
+    placed = rows_of(file)
     first = next(placed, (":", 0, {}))[0].removeprefix(str(file))
 
     def batches():
-        return stored.batches_of_rows((number, row) for _, number, row in _file_rows(file))
+        return stored.batches_of_rows((number, row) for _, number, row in rows_of(file))
 
     return first, batches
 
@@ -259,7 +255,7 @@ def _batches_of(file: Path):
 def _hub_segments(source: "_Source", cache_dir: str) -> tuple[str, list[Segment]]:
     """A digest of the rows of a Hub's data set, and the rows."""
     rows = source.hub
-    name = f"{source.name} {getattr(rows, '_fingerprint', '')}"
+    name = f"{source.name} {rows._fingerprint}"
     digest = hashlib.sha256(name.encode()).hexdigest()
 
     def batches():
@@ -416,9 +412,6 @@ def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return order
 
 
-_Placed = tuple[str, int, Row]  # (the place in a file up to the row's number, that number, row)
-
-
 class _Source(NamedTuple):
     """One source of rows.
 
@@ -436,13 +429,13 @@ class _Source(NamedTuple):
     hub: Any
     weight: int
 
-    def files(self) -> Iterator[Iterator[_Placed]]:
+    def files(self) -> Iterator[Iterator[Placed]]:
         """The rows of each file."""
         if not self.paths:
             place = f"{self.name} ({self.split}): row "
             yield ((place, number, row) for number, row in enumerate(self.hub, 1))
         for path in self.paths:
-            yield _file_rows(path)
+            yield rows_of(path)
 
 
 def _find(source: str, split: str | None) -> _Source:
@@ -451,24 +444,21 @@ def _find(source: str, split: str | None) -> _Source:
         files = _folder_files(path, split)
     elif path.exists():
         files = [path]
-    elif _suffix(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif suffix_of(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"{source}: there is no such file or folder (looked from {os.getcwd()})")
     else:
         rows = _hub_rows(source, split or "train")
-        size = getattr(rows, "dataset_size", None) or 0 if hasattr(rows, "with_format") else 0
+        # Without a fingerprint of its contents, what is in the cache could be of another version.
+        known = hasattr(rows, "with_format") and getattr(rows, "_fingerprint", None)
+        size = (getattr(rows, "dataset_size", None) or 0) if known else 0
         return _Source(source, split or "train", [], rows, size)
     compressed = {".jsonl.gz": 10, ".csv.gz": 10, ".parquet": 10}
-    weight = sum(file.stat().st_size * compressed.get(_suffix(file), 1) for file in files)
+    weight = sum(file.stat().st_size * compressed.get(suffix_of(file), 1) for file in files)
     return _Source(source, split or "train", files, None, weight)
 
 
-def _suffix(path: Path) -> str:
-    """The one of `SUFFIXES` that a file's name ends in; "" for none."""
-    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), "")
-
-
 def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if _suffix(file))
+    files = sorted(file for file in folder.iterdir() if suffix_of(file))
     if not files:
         raise ValueError(f"{folder}: the folder has no {', '.join(SUFFIXES)} file")
     splits = {file: _SPLITS.get(re.split(r"[^a-z]", file.stem.lower())[0]) for file in files}
@@ -483,150 +473,6 @@ def _folder_files(folder: Path, split: str | None) -> list[Path]:
             f"{split!r}; name the file itself"
         )
     return chosen
-
-
-def _file_rows(path: Path) -> Iterator[_Placed]:
-    readers = {
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".jsonl.gz": _jsonl_rows,
-        ".csv.gz": _csv_rows,
-        ".parquet": _parquet_rows,
-    }
-    if _suffix(path) not in readers:
-        raise ValueError(f"{path}: data files end in {', '.join(SUFFIXES)}")
-    try:
-        yield from readers[_suffix(path)](path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(path: Path, advice: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line, its end included."""
-    with _open(path) as file:
-        for line in itertools.count(1):
-            raw = file.readline(MAX_LINE_BYTES + 1)
-            if not raw:
-                return
-            if len(raw) > MAX_LINE_BYTES:
-                raise ValueError(
-                    f"{path}:{line}: the line is longer than {MAX_LINE_BYTES} bytes; {advice}"
-                )
-            yield line, _decode(raw, path, line)
-
-
-def _jsonl_rows(path: Path) -> Iterator[_Placed]:
-    place = f"{path}:"
-    for line, text in _lines(path, "a .jsonl file has one row on each line"):
-        if text := text.rstrip():
-            row = _parse_json(text, path, line)
-            yield place, line, _check_object(row, place, line)
-
-
-def _json_rows(path: Path) -> Iterator[_Placed]:
-    """Rows of a JSON file: an array of objects, an object of columns, or JSON Lines."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(_BOM).lstrip()
-    if not start.startswith(b"["):
-        columns = _columns_of_json(path)
-        if columns is None:
-            yield from _jsonl_rows(path)
-            return
-        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    else:
-        rows = _parse_json(_decode(path.read_bytes(), path, 1), path, 1)
-    place = f"{path}: row "
-    for number, row in enumerate(rows, 1):
-        yield place, number, _check_object(row, place, number)
-
-
-def _columns_of_json(path: Path) -> dict[str, list] | None:
-    """The columns of a file that is one object of columns; None for any other.
-
-    A column is a list, or an object from the number of a row to its value, as pandas writes it.
-    """
-    with path.open("rb") as file:
-        first = file.readline(MAX_LINE_BYTES).removeprefix(_BOM)
-        try:
-            json.loads(first)
-            of_lines = any(part.strip() for part in iter(lambda: file.read(2**16), b""))
-        except (ValueError, RecursionError):
-            of_lines = False  # the first line is no row by itself
-    if of_lines:
-        return None
-    try:
-        value = json.loads(path.read_bytes().removeprefix(_BOM))
-    except (ValueError, RecursionError):
-        return None  # the reader of lines says what is wrong
-    if not isinstance(value, dict) or not value:
-        return None
-    if all(isinstance(column, dict) for column in value.values()):
-        indices = [list(column) for column in value.values()]
-        if any(index != indices[0] for index in indices) or not all(map(str.isdigit, indices[0])):
-            return None
-        value = {name: list(column.values()) for name, column in value.items()}
-    if not all(isinstance(column, list) for column in value.values()):
-        return None
-    if any(isinstance(x, dict) and "role" in x for column in value.values() for x in column):
-        return None  # one row, whose prompt is a list of messages
-    lengths = {name: len(column) for name, column in value.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{path}: an object of columns needs columns of one length, got {lengths}")
-    _refuse_half_characters(path.read_text(encoding="utf-8-sig"), value, path, 1)
-    return value
-
-
-def _csv_rows(path: Path) -> Iterator[_Placed]:
-    """Rows of a CSV file with a header; every value is text."""
-    place = f"{path}:"
-    lines = (text for _, text in _lines(path, "a quotation mark may be open"))
-    reader = csv.reader(lines, strict=True)
-    csv.field_size_limit(MAX_LINE_BYTES)
-    try:
-        names = next(reader, [])
-        if len(set(names)) < len(names):
-            raise ValueError(f"{place}1: the header names a column twice: {', '.join(names)}")
-        begin = reader.line_num + 1
-        for values in reader:
-            if values:
-                if len(values) != len(names):
-                    raise ValueError(
-                        f"{place}{begin}: the row has {len(values)} values and the header "
-                        f"{len(names)}; values with commas stand in quotation marks"
-                    )
-                yield place, begin, dict(zip(names, values))
-            begin = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{place}{reader.line_num}: not CSV: {error}") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[_Placed]:
-    numbers = itertools.count(1)
-    for batch in _parquet_batches(path):
-        for row in batch.to_pylist():
-            del row[stored.NUMBER]
-            yield f"{path}: row ", next(numbers), row
-
-
-def _parquet_batches(path: Path) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            first = 1
-            for batch in file.iter_batches(batch_size=4096):
-                yield stored.numbered(batch, first)
-                first += batch.num_rows
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 
 
 def _hub_rows(source: str, split: str):
@@ -648,53 +494,6 @@ def _hub_rows(source: str, split: str):
         ) from error
 
 
-def _decode(raw: bytes, path: Path, first_line: int) -> str:
-    if first_line == 1:
-        raw = raw.removeprefix(_BOM)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path}:{line}:{column}: byte 0x{raw[error.start]:02x} is not UTF-8; "
-            "save the file as UTF-8"
-        ) from error
-
-
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path}:{line}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, 10,000 brackets
-        raise ValueError(f"{path}:{first_line}: not usable JSON: {error}") from error
-    _refuse_half_characters(text, value, path, first_line)
-    return value
-
-
-def _refuse_half_characters(text: str, value: Any, path: Path, first_line: int) -> None:
-    if "\\ud" not in text and "\\uD" not in text:
-        return
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{path}:{first_line}: the text has half a surrogate pair "
-            f"(\\u{ord(error.object[error.start]):04x}), which is no character"
-        ) from error
-
-
-def _check_object(row: Any, place: str, number: int) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{place}{number}: a row must be a JSON object with named columns, "
-            f"got {type(row).__name__} {_shorten(row)}"
-        )
-    return row
-
-
 def _check_row(row: Row, where: str, wanted: dict[str, str]) -> None:
     for option, key in wanted.items():
         found, value = (True, row[key]) if key in row else _read_key(row, key)
@@ -708,10 +507,5 @@ def _check_row(row: Row, where: str, wanted: dict[str, str]) -> None:
         if option == "data.prompt_key" and not isinstance(value, str | list):
             raise ValueError(
                 f"{where}: the prompt in column {key!r} must be text or a list of chat "
-                f"messages, got {_shorten(value)}"
+                f"messages, got {shorten(value)}"
             )
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
