@@ -230,13 +230,20 @@ def _data() -> dict[str, Key]:
     return {
         "train_files": Key(
             "embedded:arithmetic",
-            "a .jsonl, .json or .parquet file, a folder of them, several of either "
+            "a .jsonl, .json, .csv or .parquet file (.jsonl.gz and .csv.gz too), a folder of "
+            "them, several of either "
             '(comma-separated), a Hugging Face data set name, or "embedded:arithmetic"',
         ),
-        "val_files": Key("", 'as train_files; "" for no evaluation'),
+        "val_files": Key(
+            "",
+            'as train_files; "" for no evaluation; several sets with scores of their own as '
+            '"name=file,other=file"',
+        ),
         "train_split": Key("train", "of a Hugging Face data set"),
         "val_split": Key("test", "of a Hugging Face data set", needs=(_VALIDATION,)),
-        "prompt_key": Key("question", "column of the prompts"),
+        "prompt_key": Key(
+            "question", 'column of the prompts; it and answer_key may be paths, "extra_info.text"'
+        ),
         "answer_key": Key(
             "answer",
             'compared with the answer of the model, after "####" where there is one; the reward '
@@ -263,8 +270,17 @@ def _data() -> dict[str, Key]:
             "stay",
         ),
         "train_batch_size": Key(128, "prompts an iteration", least=1),
+        "shuffle": Key(True, "a new order each epoch; false for that of the data"),
+        "train_max_samples": Key(-1, "train on the first so many rows; -1 for all", least=-1),
         "max_val_samples": Key(
-            0, "evaluate on the first so many rows; 0 for all", least=0, needs=(_VALIDATION,)
+            0,
+            "evaluate on the first so many rows of each set; 0 or -1 for all",
+            least=-1,
+            needs=(_VALIDATION,),
+        ),
+        "cache_dir": Key(
+            "~/.cache/adpo_jax/data",
+            'large files, converted to Arrow; "" for a folder that goes with the process',
         ),
     }
 
@@ -492,6 +508,7 @@ def _trainer() -> dict[str, Key]:
             "iterations between two evaluations; 0 for before and after alone, -1 for none",
             least=-1,
         ),
+        "val_before_train": Key(True, "evaluate before the first iteration", needs=(_VALIDATION,)),
         "logger": Key(
             (),
             'besides metrics.jsonl and TensorBoard: any of wandb, mlflow, trackio, e.g. ("wandb",)',

@@ -169,25 +169,34 @@ class Completions:
         return cls([group for part in parts for group in part.groups], stats)
 
 
+def _taken(values: Sequence, rows: Sequence[int]) -> list:
+    """The values of these rows; a sequence that computes its values may take them at once."""
+    return values.take(rows) if hasattr(values, "take") else [values[i] for i in rows]
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """Tokenised prompts and the data columns that belong to them.
 
+    Those of a large data set are read and tokenised when `select` takes them.
+
     Attributes:
       token_ids: one list of token ids a prompt.
       columns: one value a prompt under each name; rewards compare an answer with "solution".
+      files_digest: a digest of the files that they come from, where they are read when due.
     """
 
-    token_ids: list[list[int]]
-    columns: dict[str, list]
+    token_ids: Sequence[list[int]]
+    columns: dict[str, Sequence]
+    files_digest: str = ""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def select(self, rows: Sequence[int]) -> "Prompts":
-        """The prompts with these numbers, in this order."""
-        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        return Prompts([self.token_ids[i] for i in rows], columns)
+        """The prompts with these numbers, in this order, in memory."""
+        columns = {name: _taken(values, rows) for name, values in self.columns.items()}
+        return Prompts(_taken(self.token_ids, rows), columns)
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Prompts]") -> "Prompts":
@@ -199,9 +208,16 @@ class Prompts:
         return cls([ids for part in parts for ids in part.token_ids], columns)
 
     def digest(self) -> str:
-        """SHA-256 of all token ids and solutions, in their order."""
-        found = hashlib.sha256()
-        for ids, solution in zip(self.token_ids, self.columns["solution"], strict=True):
+        """SHA-256 of all token ids and solutions, in their order.
+
+        Of prompts that are tokenised when due: of their files, and of 64 prompts spread over them.
+        """
+        there = self
+        found = hashlib.sha256(self.files_digest.encode())
+        if self.files_digest:
+            there = self.select(range(0, len(self), max(len(self) // 64, 1)))
+        solutions = there.columns.get("solution") or [None] * len(there)
+        for ids, solution in zip(there.token_ids, solutions, strict=True):
             found.update(json.dumps([ids, solution], default=str).encode())
         return found.hexdigest()
 

@@ -278,6 +278,8 @@ def _learn(
 def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:
     """The metrics of an evaluation where one is due after `state.step` iterations."""
     done, test_freq = int(state.step), run.config.trainer.test_freq
+    if done == 0 and not run.config.trainer.val_before_train:
+        return {}
     due = done in (0, run.parts.num_steps) or (test_freq > 0 and done % test_freq == 0)
     due = due and test_freq >= 0  # -1 is verl's word for never
     if not run.parts.val_prompts or not due or "eval/accuracy" in metrics:

@@ -410,7 +410,7 @@ DATA = {
         lambda n: Path(n).write_text('{"question": "\\ud800", "answer": "1"}\n'),
         "half a surrogate pair",
     ),
-    "of another kind": ("x.csv", lambda n: Path(n).write_text("a,b"), "data files end in"),
+    "of another kind": ("x.txt", lambda n: Path(n).write_text("a,b"), "data files end in"),
     "an empty folder": ("x", lambda n: Path(n).mkdir(), "the folder has no"),
     "Parquet cut short": ("x.parquet", truncated_parquet, "not a readable Parquet file"),
     "Parquet by name alone": (

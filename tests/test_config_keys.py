@@ -9,6 +9,7 @@ import io
 import json
 import runpy
 import tempfile
+import types
 from pathlib import Path
 
 import jax
@@ -212,6 +213,32 @@ def cache(config):
     return seen
 
 
+def data_cache(config):
+    """What lies in the cache folder after loading a file that counts as large."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adpo_jax.data.files.LARGE_BYTES", 0)
+        tokenizer = arithmetic.make_tokenizer()
+        loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
+    return sorted(p.name for p in Path("cache").glob("*"))
+
+
+def first_batch(config):
+    """The numbers of the prompts of the first iteration, of 300."""
+    none = dict.fromkeys(("engine", "sampling", "tokenizer", "reward_model"))
+    parts = types.SimpleNamespace(train_prompts=Prompts([[n] for n in range(300)], {}), **none)
+    return preparation._sampled(config, parts, None).prompts_of(0).token_ids
+
+
+def evaluated_before(config):
+    """Whether an evaluation is due before the first iteration."""
+    parts = types.SimpleNamespace(num_steps=5, val_prompts=[1])
+    run = types.SimpleNamespace(config=config, parts=parts, folder=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adpo_jax.train, "_evaluate", lambda *_: {"eval/accuracy": 1.0})
+        state = types.SimpleNamespace(step=0)
+        return adpo_jax.train._due_evaluation(run, state, {})
+
+
 class FakeEngine:
     """Answers every prompt with two tokens."""
 
@@ -319,6 +346,9 @@ WALK = {
     "data.skip_special_tokens": ("true", lambda config: setup.make_reading(config, (1,))),
     "data.train_batch_size": ("16", learner),
     "data.max_val_samples": ("2", prompts, ROOM),
+    "data.train_max_samples": ("2", prompts, ROOM),
+    "data.shuffle": ("false", first_batch),
+    "data.cache_dir": ("cache", data_cache, FROM_FILE),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
     f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
@@ -408,6 +438,7 @@ WALK = {
     "trainer.max_anchor_kl": ("0.5", learner, "--config.anchor.mode=fixed"),
     "trainer.rollout_data_dir": ("collected", road, *SHORT),
     "trainer.compilation_cache_dir": ("", cache),
+    "trainer.val_before_train": ("false", evaluated_before),
     "trainer.test_freq": ("2", road, *SHORT),
     "trainer.logger": ("('wandb',)", tracked),
     "trainer.profile_steps": ("(2, 3)", traced),

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from adpo_jax.data import files
+from adpo_jax.data import readers
 from adpo_jax.data.files import Dataset, extract_solution, load_rows, prompt_indices
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
@@ -163,7 +163,7 @@ GOOD = json.dumps(ROWS[0])
         ("rows.jsonl", GOOD.encode() + b'\n{"question": "\xe9"}', r"rows\.jsonl:2:15: byte 0xe9"),
         ("rows.json", b"[\n\n  \xe9]", r"rows\.json:3:3: byte 0xe9 is not UTF-8"),
         ("rows.parquet", "no parquet", r"rows\.parquet: not a readable Parquet file"),
-        ("rows.csv", "question,answer", r"rows\.csv: data files end in \.jsonl, \.json"),
+        ("rows.txt", "question,answer", r"rows\.txt: data files end in \.jsonl, \.json"),
     ],
 )
 def test_bad_files_are_refused_with_file_line_and_column(tmp_path, name, content, text):
@@ -174,7 +174,7 @@ def test_bad_files_are_refused_with_file_line_and_column(tmp_path, name, content
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD + "\n" + "x" * 101)
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: the line is longer than 100 bytes"):
@@ -189,7 +189,7 @@ def test_a_missing_column_in_parquet_names_the_file_and_the_columns_there(tmp_pa
 def test_missing_files_empty_folders_and_no_source_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.jsonl: there is no such file or folder"):
         load(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"the folder has no \.jsonl, \.json, \.parquet file"):
+    with pytest.raises(ValueError, match=r"the folder has no \.jsonl, \.json, \.csv, "):
         load(tmp_path)
     with pytest.raises(ValueError, match="there are no rows"):
         load([])

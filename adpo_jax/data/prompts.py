@@ -1,10 +1,10 @@
 """Rows of a data set as tokenised prompts: template, system prompt, chat template, length limit."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adpo_jax.data.files import Dataset, Row
+from adpo_jax.data.files import Dataset, Row, joined_parts
 
 # Arguments of apply_chat_template that the user may not give.
 _RESERVED = {"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors"}
@@ -33,6 +33,7 @@ def render_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_prompt_length: int,
     overlong: str = "filter",
+    numbers: Sequence[int] | None = None,
 ) -> RenderedPrompts:
     """Tokenises every prompt of a data set.
 
@@ -50,6 +51,7 @@ def render_prompts(
       max_prompt_length: tokens.
       overlong: "filter" leaves longer prompts out; "truncate" keeps their last `max_prompt_length`
         tokens (the end holds the question and the generation prompt; the system prompt goes first).
+      numbers: the numbers of the rows in errors; None counts from 0.
 
     Returns:
       The kept rows, a list of token ids for each, and how many prompts were too long.
@@ -63,17 +65,18 @@ def render_prompts(
     if max_prompt_length < 1:
         raise ValueError(f"max_prompt_length must be at least 1 token, got {max_prompt_length}")
     template = _Template(prompt_template, {"prompt", *dataset.columns})
+    numbers = range(len(dataset)) if numbers is None else numbers
     conversations = [
-        _conversation(dataset.row(index), index, prompt_key, template, system_prompt)
-        for index in range(len(dataset))
+        _conversation(dataset.row(index), number, prompt_key, template, system_prompt)
+        for index, number in enumerate(numbers)
     ]
     if apply_chat_template and getattr(tokenizer, "chat_template", None):
         token_ids = _chat_token_ids(tokenizer, conversations, dict(chat_template_kwargs or {}))
     else:
         token_ids = _plain_token_ids(tokenizer, conversations)
-    for index, ids in enumerate(token_ids):
+    for number, ids in zip(numbers, token_ids):
         if not ids:
-            raise ValueError(f"the prompt of row {index} is empty: it has no tokens")
+            raise ValueError(f"the prompt of row {number} is empty: it has no tokens")
 
     lengths = [len(ids) for ids in token_ids]
     fitting = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
@@ -90,13 +93,19 @@ def render_prompts(
     return RenderedPrompts(dataset.select(fitting), [token_ids[i] for i in fitting], num_overlong)
 
 
+def names_in_template(text: str, names: set[str]) -> list[str]:
+    """The columns that a prompt template fills in, each as often as it does so."""
+    return _Template(text, names).filled_in
+
+
 class _Template:
     """Literal replacement of `{name}`: no format specifications, no attributes, in one pass."""
 
     def __init__(self, text: str, names: set[str]):
         alternatives = "|".join(re.escape(name) for name in sorted(names))
         pattern = re.compile(rf"(\\[A-Za-z]+)?\{{({alternatives})\}}")
-        self.names = {match[2] for match in pattern.finditer(text) if not match[1]}
+        self.filled_in = [match[2] for match in pattern.finditer(text) if not match[1]]
+        self.names = set(self.filled_in)
         if not self.names:
             known = ", ".join(f"{{{name}}}" for name in sorted(names))
             raise ValueError(
@@ -116,7 +125,7 @@ def _conversation(
 ) -> list[Message]:
     prompt = row[prompt_key]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    _check_messages(messages, index)
+    messages = checked_messages(messages, index)
     values = row | {"prompt": messages[-1]["content"]}
     missing = sorted(name for name in template.names if values[name] is None)
     if missing:
@@ -132,6 +141,21 @@ def _conversation(
             "to use those of the data"
         )
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def checked_messages(messages: Any, index: int) -> list[Message]:
+    """Messages whose text parts are joined.
+
+    Raises:
+      ValueError: for what is no list of messages, naming the row.
+    """
+    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
+        messages = [
+            m | {"content": joined_parts(m["content"])} if isinstance(m.get("content"), list) else m
+            for m in messages
+        ]
+    _check_messages(messages, index)
+    return messages
 
 
 def _check_messages(messages: Any, index: int) -> None:

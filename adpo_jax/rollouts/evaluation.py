@@ -34,6 +34,8 @@ class EvalSettings:
       ks: the k of pass@k and maj@k, each at most num_samples.
       category_key: the data column whose values the scores are broken down by; "" for none.
       reading: how completions are read for the rewards; None for the defaults.
+      set_key: the data column of the names of validation sets, each of which gets scores of its
+        own; "" for a single set.
     """
 
     sampling: SamplingParams
@@ -41,6 +43,7 @@ class EvalSettings:
     ks: tuple[int, ...] = ()
     category_key: str = ""
     reading: Reading | None = None
+    set_key: str = ""
 
     def __post_init__(self):
         wrong = [k for k in self.ks if not 1 <= k <= self.num_samples]
@@ -107,8 +110,8 @@ def evaluate(
         f"{PREFIX}/length_mean": float(answers.lengths.mean()),
         f"{PREFIX}/truncated_frac": float(answers.truncated.mean()),
     }
-    if settings.category_key:
-        categories = [str(value) for value in prompts.columns[settings.category_key]]
+    for key in filter(None, (settings.set_key, settings.category_key)):
+        categories = [str(value) for value in prompts.columns[key]]
         for category in sorted(set(categories)):
             rows = np.array([value == category for value in categories])
             of_category = {name: values[rows] for name, values in scores.items()}
@@ -134,6 +137,7 @@ class _Graded:
 
     def records(self, how: str) -> list[dict]:
         """One dict a completion."""
+        solutions = self.prompts.columns.get("solution") or [None] * len(self.prompts)
         return [
             {
                 "prompt_index": i,
@@ -141,7 +145,7 @@ class _Graded:
                 "sample": j,
                 "sampling": how,
                 "completion": text,
-                "solution": self.prompts.columns["solution"][i],
+                "solution": solutions[i],
                 "reward": float(self.rewards[i, j]),
                 "correct": bool(self.rewards[i, j] > 0),
                 "num_tokens": int(self.lengths[i, j]),

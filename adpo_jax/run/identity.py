@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "custom_reward_function.num_workers",
     "custom_reward_function.on_timeout",
     "custom_reward_function.timeout_s",
+    "data.cache_dir",
     "eval.",
     "sft.save_freq",
     "trainer.best_metric",
@@ -56,6 +57,7 @@ MAY_CHANGE = (
     "trainer.test_freq",
     "trainer.total_epochs",
     "trainer.total_training_steps",
+    "trainer.val_before_train",
 )
 
 # The key of the digests in config.json, a dict of texts.
@@ -95,6 +97,12 @@ def changes(there: dict, here: dict) -> dict[str, str]:
     known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
     shared = {name: known.get(name, value) for name, value in now.items()}
     lines = _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
+    prompts = f"{CONTENTS}.train_prompts"
+    if "of files" in lines.get(prompts, "") and lines[prompts].count("of files") == 1:
+        lines[prompts] += (
+            " (the digest of a large data set was that of its tokens and is that of its files now; "
+            "where the data is the same, --allow_config_change is safe)"
+        )
     without_effect = _parameters_of_others(here["algorithm"]["adv_estimator"])
     return {key: line for key, line in lines.items() if key not in without_effect}
 

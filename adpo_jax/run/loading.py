@@ -4,6 +4,7 @@ These functions read the config, as those of `setup` do; the functions that they
 """
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from adpo_jax.data import arithmetic, files
+from adpo_jax.data import arithmetic, due, files
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.policy import adapters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Prompts
+from adpo_jax.rewards import builtin
 from adpo_jax.rewards.references import check_references
 from adpo_jax.run.whole_keys import whole_keys
 
@@ -206,29 +208,61 @@ def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:
     }
 
 
+# The column of the name of the validation set that a prompt belongs to.
+VAL_SET = "validation_set"
+
+_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.*)")
+
+
 def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> Prompts:
     """Rows of a source ("train" or "val") as tokenised prompts.
 
     Rewards compare an answer with the column "solution", which replaces a data column of that name.
+    Data without the column of answers has no solutions, unless a reward function needs them.
     """
     c = config.data
     hub_split = {"train": c.train_split, "val": c.val_split}[split]
-    dataset = _load_rows(config, source, split, hub_split, "data.answer_key", c.answer_key)
-    _check_ids(dataset, source)
-    solutions = [files.extract_solution(answer) for answer in dataset.columns[c.answer_key]]
-    _check_solutions(config, solutions, source, split)
-    return _render(config, tokenizer, dataset.with_column("solution", solutions), split)
-
-
-def _check_ids(dataset: files.Dataset, source: str) -> None:
-    """Refuses rows with the same `id`: a file was appended to itself, or two files overlap."""
-    places: dict = {}
-    for row, value in enumerate(dataset.columns.get("id", [])):
-        if value is not None and places.setdefault(str(value), row) != row:
+    needed = _function_that_needs_solutions(config, split)
+    try:
+        dataset = _load_rows(
+            config,
+            source,
+            split,
+            hub_split,
+            "data.answer_key",
+            c.answer_key,
+            needs_answer=bool(needed),
+        )
+    except ValueError as error:
+        if "(data.answer_key) is null" in str(error) or "in data.answer_key" in str(error):
             raise ValueError(
-                f"{source}: rows {places[str(value)] + 1} and {row + 1} have the same id "
-                f"{value!r}; remove one, or rename the column if it is no id"
-            )
+                f"{error}, or choose a reward function that needs no solution: {needed} does"
+            ) from error
+        raise
+    if split == "train" and c.train_max_samples > 0:
+        dataset = dataset.select(range(min(c.train_max_samples, len(dataset))))
+    if dataset.has(c.answer_key):
+        solutions = dataset.mapped(c.answer_key, files.extract_solution)
+        _check_solutions(config, solutions, source, split)
+        dataset = dataset.with_column("solution", solutions)
+    prompts = _render(config, tokenizer, dataset, split)
+    if split == "train" and c.train_batch_size > len(prompts):
+        logging.warning(
+            "data.train_batch_size is %d, and there are %d training prompts: an iteration samples "
+            "some of them more than once",
+            c.train_batch_size,
+            len(prompts),
+        )
+    return prompts
+
+
+def _function_that_needs_solutions(config: ConfigDict, split: str) -> str:
+    """The built-in function of a run's rewards, or of its evaluation, that needs solutions."""
+    if split == "val" and config.eval.graded_by == "accuracy":
+        return "good_accuracy (eval.graded_by=accuracy)"
+    chosen = [dict(f) for f in config.reward_functions] or [dict(config.custom_reward_function)]
+    names = [f["name"] for f in chosen if not f.get("path")]
+    return next((name for name in names if "solution" in builtin.COLUMNS.get(name, ())), "")
 
 
 def _check_solutions(config: ConfigDict, solutions: list, source: str, split: str) -> None:
@@ -261,18 +295,63 @@ def _graders(config: ConfigDict, split: str) -> set[str]:
 
 
 def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:
-    """The prompts to evaluate on; None where the config names none."""
+    """The prompts to evaluate on; None where the config names none.
+
+    Of several named sets each prompt has its set's name in the column `VAL_SET`.
+    """
     if not config.data.val_files:
         return None
-    prompts = load_prompts(config, tokenizer, config.data.val_files, split="val")
-    category = config.eval.category_key
-    if category and category not in prompts.columns:
+    category, parts = config.eval.category_key, []
+    for name, source in named_sources(config.data.val_files).items():
+        prompts = load_prompts(config, tokenizer, source, split="val")
+        if category and category not in prompts.columns:
+            raise ValueError(
+                f"eval.category_key is {category!r}; data.val_files has the columns "
+                f"{sorted(prompts.columns)}"
+            )
+        limit = max(config.data.max_val_samples, 0) or len(prompts)
+        prompts = prompts.select(range(min(limit, len(prompts))))
+        if name:
+            column = {VAL_SET: [name] * len(prompts)}
+            prompts = dataclasses.replace(prompts, columns=prompts.columns | column)
+        parts.append(prompts)
+    names = dict.fromkeys(name for part in parts for name in part.columns)
+    return Prompts.concatenate(
+        [
+            dataclasses.replace(
+                part, columns={n: part.columns.get(n, [None] * len(part)) for n in names}
+            )
+            for part in parts
+        ]
+    )
+
+
+def named_sources(val_files: str) -> dict[str, str]:
+    """The sources of each named validation set; those of one without a name under "".
+
+    In "a=one.jsonl,two.jsonl,b=three.jsonl" the set a has two files.
+
+    Raises:
+      ValueError: where some sets have a name and others have none, or one has no files.
+    """
+    found: dict[str, list[str]] = {}
+    name = ""
+    if not val_files:
+        return {}
+    for source in val_files.split(","):
+        match = _NAMED.fullmatch(source.strip())
+        if match and not Path(source.strip()).exists():
+            name, source = match.groups()
+        found.setdefault(name, []).append(source.strip())
+    if len(found) > 1 and "" in found:
         raise ValueError(
-            f"eval.category_key is {category!r}; data.val_files has the columns "
-            f"{sorted(prompts.columns)}"
+            f"data.val_files: {found[''][0]!r} has no name and {name!r} has one; name all of the "
+            "sets (name=file) or none"
         )
-    limit = config.data.max_val_samples or len(prompts)
-    return prompts.select(range(min(limit, len(prompts))))
+    empty = [name for name, sources in found.items() if not all(sources)]
+    if empty:
+        raise ValueError(f"data.val_files: the set {empty[0]!r} has an empty name of a file")
+    return {name: ",".join(sources) for name, sources in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +378,10 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
         c.completion_key,
     )
     prompts = _render(config, source.tokenizer, dataset, "cold start")
-    texts = [str(text) for text in prompts.columns[c.completion_key]]
+    texts = [
+        files.message_text(value) or str(value)
+        for value in files.Dataset(prompts.columns).column(c.completion_key)
+    ]
     token_ids = source.tokenizer(texts, add_special_tokens=False)["input_ids"]
     eos = source.tokenizer.eos_token_id
     end = source.stop_token_ids[0] if eos is None else eos
@@ -318,24 +400,35 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
             f"sft.train_files: all {len(completions)} completions are longer than "
             f"data.max_response_length ({limit} tokens)"
         )
-    return Demonstrations(
-        [prompts.token_ids[row] for row in fitting], [completions[row] for row in fitting]
-    )
+    chosen = prompts.select(fitting)
+    return Demonstrations(chosen.token_ids, [completions[row] for row in fitting])
 
 
-def _load_rows(config, source: str, split: str, hub_split: str, option: str, answer_key: str):
-    """Rows of the embedded task, of files or of the hub, which have the two needed columns."""
+def _load_rows(
+    config,
+    source: str,
+    split: str,
+    hub_split: str,
+    option: str,
+    answer_key: str,
+    needs_answer: bool = True,
+) -> files.Dataset:
+    """Rows of the embedded task, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
     if source != arithmetic.NAME:
-        return files.load_rows(
+        dataset = files.load_rows(
             source.split(","),
             prompt_key=prompt_key,
             answer_key=answer_key,
             split=hub_split,
             answer_option=option,
+            needs_answer=needs_answer,
+            cache_dir=config.data.cache_dir,
         )
+        return dataset.with_column(prompt_key, dataset.column(prompt_key))
     columns = arithmetic.rows(split)
-    for name, key in (("data.prompt_key", prompt_key), (option, answer_key)):
+    wanted = {"data.prompt_key": prompt_key} | ({option: answer_key} if needs_answer else {})
+    for name, key in wanted.items():
         if key not in columns:
             raise ValueError(f"{source} has the columns {sorted(columns)}; {name} is {key!r}")
     return files.Dataset(columns)
@@ -343,24 +436,29 @@ def _load_rows(config, source: str, split: str, hub_split: str, option: str, ans
 
 def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) -> Prompts:
     c = config.data
-    rendered = render_prompts(
-        dataset,
-        tokenizer,
-        prompt_key=c.prompt_key,
-        prompt_template=c.prompt_template,
-        system_prompt=c.system_prompt,
-        apply_chat_template=c.apply_chat_template,
-        chat_template_kwargs=c.chat_template_kwargs.to_dict(),
-        max_prompt_length=c.max_prompt_length,
-        overlong=c.overlong_prompts,
-    )
-    if rendered.num_overlong:
+    options = {
+        "prompt_key": c.prompt_key,
+        "prompt_template": c.prompt_template,
+        "system_prompt": c.system_prompt,
+        "apply_chat_template": c.apply_chat_template,
+        "chat_template_kwargs": c.chat_template_kwargs.to_dict(),
+        "max_prompt_length": c.max_prompt_length,
+        "overlong": c.overlong_prompts,
+    }
+    if dataset.digest:
+        rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir)
+        kept = dataset if len(rows) == len(dataset) else dataset.select(rows)
+        num_overlong = len(dataset) - len(rows)
+        token_ids = due.DuePrompts(kept, rows, tokenizer, options)
+    else:
+        kept, token_ids, num_overlong = render_prompts(dataset, tokenizer, **options)
+    if num_overlong:
         logging.warning(
             "%s: %d of %d prompts are longer than data.max_prompt_length (%d tokens): %s",
             what,
-            rendered.num_overlong,
+            num_overlong,
             len(dataset),
             c.max_prompt_length,
             {"filter": "left out", "truncate": "cut at the front"}[c.overlong_prompts],
         )
-    return Prompts(rendered.token_ids, rendered.dataset.columns)
+    return Prompts(token_ids, kept.columns, kept.digest)

@@ -150,6 +150,7 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
             seed=config.trainer.seed,
             num_rows=len(parts.train_prompts),
             batch_size=config.data.train_batch_size,
+            shuffle=config.data.shuffle,
         )
         return parts.train_prompts.select(rows)
 

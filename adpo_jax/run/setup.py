@@ -144,7 +144,8 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
 
 
 def _in_words(prompts: Prompts) -> str:
-    return f"{len(prompts)} prompts, sha256 {prompts.digest()}"
+    of_files = "of files " if prompts.files_digest else ""
+    return f"{len(prompts)} prompts, sha256 {of_files}{prompts.digest()}"
 
 
 def _sha256(path: str) -> str:
@@ -310,12 +311,14 @@ def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> E
             stop_token_ids=stop_token_ids,
         )
     ks = tuple(c.ks) or ((c.n,) if c.n else ())
+    names = loading.named_sources(config.data.val_files)
     return EvalSettings(
         sampling,
         num_samples=c.n,
         ks=ks,
         category_key=c.category_key,
         reading=make_reading(config, stop_token_ids),
+        set_key=loading.VAL_SET if names and "" not in names else "",
     )
 
 

@@ -1,0 +1,197 @@
+"""Prompts of large data sets: rendered and tokenised when they are due.
+
+Before training only the prompts that may be too long are tokenised, on all cores by the tokenizer,
+and which rows stay is kept in the cache folder. A row is taken to fit where the bytes that it fills
+in and the tokens of a prompt of its kind with hardly any text are no more than the limit together,
+since a token stands for a byte at least. (Where a tokenizer makes more tokens than bytes after all,
+a prompt that is due is cut at its front.)
+"""
+
+import collections
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adpo_jax.data import prompts
+from adpo_jax.data.files import Dataset
+from adpo_jax.data.stored import StoredColumn
+
+VERSION = 1
+
+_ROWS_AT_ONCE = 1024
+_MOST_KINDS = 1000
+_NO_LIMIT = 2**31
+
+
+class DuePrompts(Sequence):
+    """The token ids of a data set's prompts, each computed when it is asked for.
+
+    Args:
+      dataset: the rows.
+      rows: [N] their numbers in the data, for errors.
+      options: keyword arguments of `render_prompts`.
+    """
+
+    def __init__(self, dataset: Dataset, rows: np.ndarray, tokenizer: Any, options: dict):
+        self._dataset, self._rows, self._tokenizer = dataset, rows, tokenizer
+        self._options = options | {"overlong": "truncate"}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.take([index])[0]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for begin in range(0, len(self), _ROWS_AT_ONCE):
+            yield from self.take(range(begin, min(begin + _ROWS_AT_ONCE, len(self))))
+
+    def take(self, rows: Iterable[int]) -> list[list[int]]:
+        """The token ids of these rows."""
+        rows = np.asarray(list(rows), np.int64)
+        if not len(rows):
+            return []
+        return prompts.render_prompts(
+            self._dataset.select(rows), self._tokenizer, numbers=self._rows[rows], **self._options
+        ).token_ids
+
+
+def fitting_rows(dataset: Dataset, tokenizer: Any, options: dict, cache: str) -> np.ndarray:
+    """The rows whose prompts fit, after the checks that need no tokens.
+
+    Args:
+      options: keyword arguments of `render_prompts`.
+      cache: the cache folder; "" for none.
+
+    Returns:
+      [N] int64 in ascending order; all rows where `overlong` is "truncate".
+
+    Raises:
+      ValueError: as `render_prompts`, as far as it can be told without tokenising every prompt.
+    """
+    path = _cache_path(dataset, tokenizer, options, cache)
+    if path is not None and path.exists():
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError):  # damaged
+            pass
+    rows = _fitting_rows(dataset, tokenizer, options)
+    if path is not None:
+        _save(path, rows)
+    return rows
+
+
+def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray:
+    limit, prompt_key = options["max_prompt_length"], options["prompt_key"]
+    filled = _filled_in(dataset, prompt_key, options["prompt_template"])
+    for name in filled:
+        _refuse_null(dataset.columns[name], name)
+    sizes = sum(_sizes(dataset.columns[name]) * times for name, times in filled.items())
+    kinds, examples = _kinds(dataset.columns[prompt_key])
+    _lengths(dataset, np.array(examples), tokenizer, options)  # a template may refuse some kind
+    bare = dataset.select(examples)
+    for name in filled:
+        bare = bare.with_column(name, [_bare(value) for value in bare.columns[name]])
+    around = _lengths(bare, np.array(examples), tokenizer, options)
+    unsure = (sizes + around[kinds] > limit) | (sizes < 4)
+    rows = np.flatnonzero(unsure)
+    lengths = np.zeros(len(dataset), np.int64)
+    lengths[rows] = _lengths(dataset, rows, tokenizer, options)
+    if options["overlong"] == "truncate":
+        return np.arange(len(dataset))
+    if not (lengths <= limit).any():
+        raise ValueError(
+            f"all {len(lengths)} prompts are longer than max_prompt_length={limit}: "
+            f"{lengths.min()} to {lengths.max()} tokens. Raise data.max_prompt_length to "
+            f"{lengths.max()}, or truncate them"
+        )
+    return np.flatnonzero(lengths <= limit)
+
+
+def _bare(value: Any) -> Any:
+    """A value with one character of text where it has text."""
+    if not isinstance(value, list):
+        return "."
+    return [message | {"content": "."} for message in value]
+
+
+def _filled_in(dataset: Dataset, prompt_key: str, template: str) -> dict[str, int]:
+    """The columns that a prompt is made of, and how often each is filled in at most."""
+    names = prompts.names_in_template(template, {"prompt", *dataset.columns})
+    counts = collections.Counter(prompt_key if name == "prompt" else name for name in names)
+    counts[prompt_key] = max(counts[prompt_key], 1)  # earlier messages stay whatever the template
+    return counts
+
+
+def _refuse_null(column: Sequence, name: str) -> None:
+    row = column.first_null() if isinstance(column, StoredColumn) else None
+    if row is not None:
+        raise ValueError(
+            f"row {row}: the prompt template uses the column {name!r}, which is null there"
+        )
+
+
+def _sizes(column: Sequence) -> np.ndarray:
+    if isinstance(column, StoredColumn):
+        return column.sizes()
+    return np.array([len(str(value).encode()) for value in column], np.int64)
+
+
+def _kinds(column: Sequence) -> tuple[np.ndarray, list[int]]:
+    """(the kind of each prompt, the first row of each kind): text, or messages of certain roles.
+
+    A chat template adds the same to prompts of one kind, or about so.
+    """
+    if isinstance(column, StoredColumn) and column.is_text():
+        return np.zeros(len(column), np.int32), [0]
+    numbers: dict[tuple, int] = {}
+    kinds, examples = np.zeros(len(column), np.int32), []
+    for row, prompt in enumerate(column):
+        kind = ()
+        if not isinstance(prompt, str):
+            kind = tuple(message["role"] for message in prompts.checked_messages(prompt, row))
+        if kind not in numbers:
+            if len(numbers) == _MOST_KINDS:  # such conversations grow; the last stands for them
+                kinds[row] = _MOST_KINDS - 1
+                continue
+            numbers[kind] = len(numbers)
+            examples.append(row)
+        kinds[row] = numbers[kind]
+    return kinds, examples
+
+
+def _lengths(dataset: Dataset, rows: np.ndarray, tokenizer: Any, options: dict) -> np.ndarray:
+    """[len(rows)] int64, tokens of these rows' prompts."""
+    options = options | {"max_prompt_length": _NO_LIMIT}
+    due = DuePrompts(dataset.select(rows), rows, tokenizer, options)
+    return np.fromiter((len(ids) for ids in due), np.int64, len(rows))
+
+
+def _cache_path(dataset: Dataset, tokenizer: Any, options: dict, cache: str) -> Path | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not cache or backend is None or not dataset.digest:
+        return None
+    found = hashlib.sha256(backend.to_str().encode())
+    about = [VERSION, dataset.digest, len(dataset), list(dataset.columns), options]
+    about += [str(getattr(tokenizer, "chat_template", "")), type(tokenizer).__name__]
+    found.update(json.dumps(about, default=str).encode())
+    return Path(cache).expanduser() / f"fitting-{found.hexdigest()}.npy"
+
+
+def _save(path: Path, rows: np.ndarray) -> None:
+    unfinished = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            unfinished = file.name
+            np.save(file, rows)
+        os.replace(unfinished, path)
+    except OSError:  # it is computed again next time
+        if unfinished is not None:
+            Path(unfinished).unlink(missing_ok=True)

@@ -1,0 +1,240 @@
+"""Readers of data files: the rows of one file, in any of the formats, each with its place.
+
+Files are read line by line, and whatever is wrong in them is reported with file, line and column.
+"""
+
+import csv
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from adpo_jax.data import stored
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.gz", ".parquet")
+
+# A prompt of 100,000 tokens is about half a megabyte; a longer line is a file of another kind.
+MAX_LINE_BYTES = 32 * 2**20
+
+_DECODER = json.JSONDecoder()
+_BOM = b"\xef\xbb\xbf"
+
+Row = dict[str, Any]
+Placed = tuple[str, int, Row]  # (the place in a file up to the row's number, that number, row)
+
+
+def suffix_of(path: Path) -> str:
+    """The one of `SUFFIXES` that a file's name ends in; "" for none."""
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), "")
+
+
+def rows_of(path: Path) -> Iterator[Placed]:
+    """The rows of a file.
+
+    Raises:
+      ValueError: for a file that cannot be read or parsed, with its line and column.
+    """
+    readers = {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".jsonl.gz": _jsonl_rows,
+        ".csv.gz": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
+    if suffix_of(path) not in readers:
+        raise ValueError(f"{path}: data files end in {', '.join(SUFFIXES)}")
+    try:
+        yield from readers[suffix_of(path)](path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path):
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _lines(path: Path, advice: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line, its end included."""
+    with _open(path) as file:
+        for line in itertools.count(1):
+            raw = file.readline(MAX_LINE_BYTES + 1)
+            if not raw:
+                return
+            if len(raw) > MAX_LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{line}: the line is longer than {MAX_LINE_BYTES} bytes; {advice}"
+                )
+            yield line, _decode(raw, path, line)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Placed]:
+    place = f"{path}:"
+    for line, text in _lines(path, "a .jsonl file has one row on each line"):
+        if text := text.rstrip():
+            try:  # what most lines are, without the calls of those that are wrong
+                row, end = _DECODER.raw_decode(text)
+                plain = end == len(text) and "\\u" not in text and type(row) is dict
+            except (ValueError, RecursionError):
+                plain = False
+            if not plain:
+                row = _check_object(_parse_json(text, path, line), place, line)
+            yield place, line, row
+
+
+def _json_rows(path: Path) -> Iterator[Placed]:
+    """Rows of a JSON file: an array of objects, an object of columns, or JSON Lines."""
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(_BOM).lstrip()
+    if not start.startswith(b"["):
+        columns = _columns_of_json(path)
+        if columns is None:
+            yield from _jsonl_rows(path)
+            return
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    else:
+        rows = _parse_json(_decode(path.read_bytes(), path, 1), path, 1)
+    place = f"{path}: row "
+    for number, row in enumerate(rows, 1):
+        yield place, number, _check_object(row, place, number)
+
+
+def _columns_of_json(path: Path) -> dict[str, list] | None:
+    """The columns of a file that is one object of columns; None for any other.
+
+    A column is a list, or an object from the number of a row to its value, as pandas writes it.
+    """
+    with path.open("rb") as file:
+        first = file.readline(MAX_LINE_BYTES).removeprefix(_BOM)
+        try:
+            json.loads(first)
+            of_lines = any(part.strip() for part in iter(lambda: file.read(2**16), b""))
+        except (ValueError, RecursionError):
+            of_lines = False  # the first line is no row by itself
+    if of_lines:
+        return None
+    try:
+        value = json.loads(path.read_bytes().removeprefix(_BOM))
+    except (ValueError, RecursionError):
+        return None  # the reader of lines says what is wrong
+    if not isinstance(value, dict) or not value:
+        return None
+    if all(isinstance(column, dict) for column in value.values()):
+        indices = [list(column) for column in value.values()]
+        if any(index != indices[0] for index in indices) or not all(map(str.isdigit, indices[0])):
+            return None
+        value = {name: list(column.values()) for name, column in value.items()}
+    if not all(isinstance(column, list) for column in value.values()):
+        return None
+    if any(isinstance(x, dict) and "role" in x for column in value.values() for x in column):
+        return None  # one row, whose prompt is a list of messages
+    lengths = {name: len(column) for name, column in value.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{path}: an object of columns needs columns of one length, got {lengths}")
+    _refuse_half_characters(path.read_text(encoding="utf-8-sig"), value, path, 1)
+    return value
+
+
+def _csv_rows(path: Path) -> Iterator[Placed]:
+    """Rows of a CSV file with a header; every value is text."""
+    place = f"{path}:"
+    lines = (text for _, text in _lines(path, "a quotation mark may be open"))
+    reader = csv.reader(lines, strict=True)
+    csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"{place}1: the header names a column twice: {', '.join(names)}")
+        begin = reader.line_num + 1
+        for values in reader:
+            if values:
+                if len(values) != len(names):
+                    raise ValueError(
+                        f"{place}{begin}: the row has {len(values)} values and the header "
+                        f"{len(names)}; values with commas stand in quotation marks"
+                    )
+                yield place, begin, dict(zip(names, values))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{place}{reader.line_num}: not CSV: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Placed]:
+    numbers = itertools.count(1)
+    for batch in parquet_batches(path):
+        for row in batch.to_pylist():
+            del row[stored.NUMBER]
+            yield f"{path}: row ", next(numbers), row
+
+
+def parquet_batches(path: Path) -> Iterator:
+    """The record batches of a Parquet file, with `stored.NUMBER`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            first = 1
+            for batch in file.iter_batches(batch_size=4096):
+                yield stored.numbered(batch, first)
+                first += batch.num_rows
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _decode(raw: bytes, path: Path, first_line: int) -> str:
+    if first_line == 1:
+        raw = raw.removeprefix(_BOM)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}:{line}:{column}: byte 0x{raw[error.start]:02x} is not UTF-8; "
+            "save the file as UTF-8"
+        ) from error
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"{path}:{line}:{error.colno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, 10,000 brackets
+        raise ValueError(f"{path}:{first_line}: not usable JSON: {error}") from error
+    _refuse_half_characters(text, value, path, first_line)
+    return value
+
+
+def _refuse_half_characters(text: str, value: Any, path: Path, first_line: int) -> None:
+    if "\\ud" not in text and "\\uD" not in text:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}:{first_line}: the text has half a surrogate pair "
+            f"(\\u{ord(error.object[error.start]):04x}), which is no character"
+        ) from error
+
+
+def _check_object(row: Any, place: str, number: int) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{place}{number}: a row must be a JSON object with named columns, "
+            f"got {type(row).__name__} {shorten(row)}"
+        )
+    return row
+
+
+def shorten(value: Any) -> str:
+    """A value in at most 60 characters, for errors."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

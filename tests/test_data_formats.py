@@ -1,0 +1,240 @@
+"""Data as other trainers write it, named validation sets, and large files."""
+
+import dataclasses
+import gzip
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from test_config_keys import FakeEngine, FakeLearner, vars_of
+from test_prompts import CHAT_TEMPLATE, make_tokenizer
+
+import adpo_jax
+from adpo_jax.config import default_config
+from adpo_jax.data import arithmetic, files
+from adpo_jax.data.files import load_rows, prompt_indices
+from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.run import loading, setup
+from adpo_jax.run.config_checks import finalized
+
+DOCS = (Path(__file__).resolve().parents[1] / "docs" / "coming_from.md").read_text()
+
+KEYS = {
+    "verl.jsonl": ("data.prompt_key=prompt", "data.answer_key=reward_model.ground_truth"),
+    "trl.jsonl": ("data.prompt_key=prompt", "data.answer_key=completion"),
+    "prompts.jsonl": ("data.prompt_key=prompt", "custom_reward_function.name=format_reward"),
+    "table.csv": (),
+    "columns.json": (),
+}
+
+
+def documented(name: str, folder: Path) -> Path:
+    """The file of this name in docs/coming_from.md."""
+    content = re.search(rf"^`{re.escape(name)}`.*?^```\w+\n(.*?)^```", DOCS, re.M | re.S)[1]
+    (folder / name).write_text(content)
+    return folder / name
+
+
+def build(config):
+    parts = setup.build(config, jax.devices()[:1])
+    learner = FakeLearner(**vars_of(parts.learner))
+    return dataclasses.replace(parts, engine=FakeEngine(), learner=learner)
+
+
+def config_of(*overrides):
+    """The default config of a tiny model with `key=value` overrides."""
+    config = default_config()
+    model = config.actor_rollout_ref.model
+    model.hf_config = {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    flat = {"trainer.total_training_steps": 1, "data.train_batch_size": 2}
+    for override in overrides:
+        key, value = override.split("=", 1)
+        flat[key] = json.loads(value) if re.fullmatch(r"\d+|true|false", value) else value
+    config.update_from_flattened_dict(flat)
+    return finalized(config)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every file is a large one."""
+    monkeypatch.setattr(files, "LARGE_BYTES", 0)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_documented_file_trains_as_it_stands(name, tmp_path):
+    path = documented(name, tmp_path)
+    for key in KEYS[name]:
+        assert f"--config.{key}" in DOCS.replace("\n", " ")
+    config = config_of(*KEYS[name], f"data.train_files={path}", "data.shuffle=false")
+    seen = []
+    adpo_jax.train(config, tmp_path / "run", build=build, callbacks=[lambda i: seen.append(i)])
+    prompts = seen[0].groups.prompts
+    tokenizer = arithmetic.make_tokenizer()
+    assert tokenizer.batch_decode(prompts.token_ids) == ["2 plus 3?", "4 plus 3?"]
+    assert prompts.columns.get("solution") == (None if name == "prompts.jsonl" else ["5", "7"])
+
+
+def test_prompts_alone_are_refused_in_a_sentence_where_the_grader_needs_solutions(tmp_path):
+    path = documented("prompts.jsonl", tmp_path)
+    config = config_of("data.prompt_key=prompt", f"data.train_files={path}")
+    with pytest.raises(ValueError, match=r"no column 'answer'.*needs no solution: good_accuracy"):
+        loading.load_prompts(config, arithmetic.make_tokenizer(), str(path), split="train")
+
+
+def test_completions_of_trl_are_demonstrations_of_the_supervised_stage(tmp_path):
+    path = documented("trl.jsonl", tmp_path)
+    config = config_of("data.prompt_key=prompt", f"sft.train_files={path}")
+    found = loading.load_demonstrations(config, loading.find_model(config))
+    decode = arithmetic.make_tokenizer().decode
+    assert [decode(ids[:-1]) for ids in found.completions] == ["5", "7"]
+
+
+def test_gzip_is_read_and_what_is_wrong_has_its_line(tmp_path):
+    row = '{"question": "q", "answer": "a"}\n'
+    for name, content in (("a.jsonl.gz", row * 2), ("a.csv.gz", "question,answer\nq,a\nq,a\n")):
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+        rows = load_rows(str(tmp_path / name), prompt_key="question", answer_key="answer")
+        assert rows.columns == {"question": ["q", "q"], "answer": ["a", "a"]}
+    whole = gzip.compress(row.encode() * 99)
+    wrong = {
+        "cut.jsonl.gz": (whole[:-9], "not a whole gzip file"),
+        "no.jsonl.gz": (b"plain", "not a whole gzip file"),
+        "bad.jsonl.gz": (gzip.compress(row.encode() + b"{"), r"bad\.jsonl\.gz:2:\d+: not JSON"),
+        "few.csv": (b'question,answer\n"a\nb",c\nd\n', r"few\.csv:4: the row has 1 values"),
+        "open.csv": (b'question,answer\n"a', r"open\.csv:2: not CSV"),
+        "uneven.json": (b'{"question": ["a", "b"], "answer": ["c"]}', "columns of one length"),
+    }
+    for name, (content, text) in wrong.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=text):
+            load_rows(str(tmp_path / name), prompt_key="question", answer_key="answer")
+
+
+def test_two_files_may_number_their_rows_from_0_and_one_may_not_twice(tmp_path, monkeypatch):
+    rows = [{"id": n, "question": f"{n}?", "answer": "1"} for n in range(3)]
+    for name, part in (("a", rows), ("b", rows), ("c", [*rows, rows[1]])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    for limit in (files.LARGE_BYTES, 0):
+        monkeypatch.setattr(files, "LARGE_BYTES", limit)
+        keys = {"prompt_key": "question", "answer_key": "answer", "cache_dir": str(tmp_path / "x")}
+        assert list(load_rows([a, b], **keys).columns["id"]) == [0, 1, 2, 0, 1, 2]
+        with pytest.raises(ValueError, match="rows 2 and 4 have the same id 1"):
+            load_rows(c, **keys)
+
+
+def test_every_named_validation_set_has_scores_of_its_own(tmp_path):
+    for name, answer in (("a", 1), ("b", 2)):
+        row = {"question": "1?", "answer": answer}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    sets = f"one={tmp_path}/a.jsonl,{tmp_path}/b.jsonl,two={tmp_path}/b.jsonl"
+    config = config_of(f"data.val_files={sets}", "trainer.val_before_train=false")
+    metrics = adpo_jax.train(config, tmp_path / "run", build=build)
+    assert [metrics[f"eval/{name}/num_prompts"] for name in ("one", "two")] == [2.0, 1.0]
+    assert {"eval/accuracy", "eval/one/accuracy", "eval/two/accuracy"} <= metrics.keys()
+    evaluated = [row["step"] for row in read_jsonl(tmp_path / "run/metrics.jsonl") if
+                 "eval/accuracy" in row]  # fmt: skip
+    assert evaluated == [1]
+    with pytest.raises(ValueError, match="name all of the sets"):
+        loading.named_sources("a.jsonl,two=b.jsonl")
+
+
+def test_rows_come_in_the_order_of_the_data_without_shuffle():
+    dealt = [
+        prompt_indices(s, seed=1, num_rows=3, batch_size=2, shuffle=False).tolist() for s in (0, 1)
+    ]
+    assert dealt == [[0, 1], [2, 0]]
+
+
+def test_training_takes_the_first_samples_and_says_when_a_batch_is_larger(caplog):
+    config = config_of("data.train_max_samples=3", "data.train_batch_size=8")
+    tokenizer = arithmetic.make_tokenizer()
+    prompts = loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
+    assert len(prompts) == 3
+    assert "data.train_batch_size is 8, and there are 3 training prompts" in caplog.text
+
+
+# Large files.
+
+MIXED = [
+    {"question": "1+1?", "answer": "2"},
+    {"question": [{"role": "user", "content": "Größe?"}], "answer": 3.5, "level": {"a": [1]}},
+    {"question": "x" * 90, "answer": "#### 1,000", "level": None},
+]
+
+
+def large_prompts(path, tmp_path, tokenizer, **data):
+    config = default_config()
+    config.data.update(cache_dir=str(tmp_path / "cache"), max_prompt_length=60, **data)
+    return loading.load_prompts(config, tokenizer, str(path), split="train")
+
+
+def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) + "\n" for row in MIXED))
+    parquet = tmp_path / "rows.parquet"
+    texts = [MIXED[0], MIXED[2] | {"level": 4}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), parquet)
+    for file, options in ((path, {}), (parquet, {}), (path, {"overlong_prompts": "truncate"})):
+        monkeypatch.setattr(files, "LARGE_BYTES", 2**20)
+        small = large_prompts(file, tmp_path, tokenizer, **options)
+        monkeypatch.setattr(files, "LARGE_BYTES", 0)
+        for _ in range(2):  # the second time from the cache
+            stored = large_prompts(file, tmp_path, tokenizer, **options)
+            assert stored.files_digest
+            rows = range(len(stored))
+            assert (stored.select(rows).token_ids, stored.select(rows).columns) == (
+                small.token_ids,
+                small.columns,
+            )
+
+
+def test_mistakes_in_large_files_are_reported_with_their_line(tmp_path, large):
+    good = json.dumps(MIXED[0])
+    path = tmp_path / "rows.jsonl"
+    for line, text in (
+        ('{"question": "q"', r"rows\.jsonl:3:\d+: not JSON"),
+        ('{"question": "q"}', r"rows\.jsonl:3: the column 'answer' .* is null"),
+        ('{"question": 5, "answer": "a"}', r"rows\.jsonl:3: the prompt in column 'question' must"),
+        ('{"question": [5], "answer": "a"}', "row 1: a prompt must be text or a list of messages"),
+    ):
+        path.write_text(f"{good}\n\n{line}\n")
+        with pytest.raises(ValueError, match=text):
+            large_prompts(path, tmp_path, make_tokenizer(CHAT_TEMPLATE))
+
+
+def test_a_large_file_that_changed_has_another_digest_and_a_damaged_cache_is_made_anew(
+    tmp_path, large
+):
+    tokenizer, path = make_tokenizer(), tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "2"}\n' * 300)
+    first = large_prompts(path, tmp_path, tokenizer).digest()
+    for file in (tmp_path / "cache").rglob("*.arrow"):
+        file.write_bytes(b"damaged")
+    assert large_prompts(path, tmp_path, tokenizer).digest() == first
+    path.write_text(path.read_text()[:-4] + '3"}\n')
+    assert large_prompts(path, tmp_path, tokenizer).digest() != first
+
+
+def test_only_prompts_that_may_be_too_long_are_tokenised_before_they_are_due(tmp_path, large):
+    tokenizer, path = make_tokenizer(CHAT_TEMPLATE), tmp_path / "rows.jsonl"
+    rows = [{"question": "x" * (5 + n % 50), "answer": "2"} for n in range(500)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda chats, **k: seen.extend(chats) or apply(chats, **k)
+    prompts = large_prompts(path, tmp_path, tokenizer)
+    assert len(seen) < 400
+    lengths = [len(ids) for ids in prompts.token_ids]
+    assert max(lengths) <= 60
+    whole = np.array([len(ids) for ids in apply([[{"role": "user", "content": r["question"]}]
+                      for r in rows], tokenize=True, add_generation_prompt=True,
+                      return_dict=False)])  # fmt: skip
+    assert lengths == whole[whole <= 60].tolist()
