@@ -24,6 +24,7 @@ from adpo_jax import pretrained
 from adpo_jax.devices import sharding
 from adpo_jax.devices.host_memory import tune_malloc
 from adpo_jax.log.metrics import write_jsonl
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts.evaluation import evaluate
 from adpo_jax.run import loading, setup
@@ -67,7 +68,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             about = {"model": model, "read_from": found.source} | evaluation.metrics
             (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n")
             write_jsonl(folder / "completions.jsonl", evaluation.records)
-    print(f"every completion is in {folder / 'completions.jsonl'}", flush=True)
+    say(f"every completion is in {folder / 'completions.jsonl'}", sys.stdout)
     return evaluation.metrics
 
 
@@ -129,15 +130,16 @@ def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str 
         content = load_config(config)
         if content is None or model is None:
             raise app.UsageError("--model and --config are needed")
-        print(table(evaluate_model(content, model, Path(out) if out else None)))
+        say(table(evaluate_model(content, model, Path(out) if out else None)), sys.stdout)
     except (OSError, ValueError, RewardError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return USER_ERROR
     return 0
 
 
 def run() -> None:
     """Runs `python -m adpo_jax.evaluate`."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The flags are defined here, since `main` has flags of the same names.

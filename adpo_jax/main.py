@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.run.command_line import load_config, parse_flags
 from adpo_jax.run.exit_codes import (
     DISK_ERROR,
@@ -136,12 +137,13 @@ def _dry_run(config: ConfigDict) -> int:
         report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
     except ValueError as error:
         return _failed(error)
-    print("\n".join(report.lines()))
+    say("\n".join(report.lines()), sys.stdout)
     return 0 if report.fits else DOES_NOT_FIT
 
 
 def run() -> None:
     """Runs `python -m adpo_jax.main`."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app.run(_main, flags_parser=parse_flags)
@@ -161,7 +163,7 @@ def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:
     """Prints what went wrong; returns the exit code."""
     if _DEBUG.value and isinstance(error, BaseException):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    say_error(error)
     return code
 
 

@@ -18,6 +18,7 @@ import jax
 
 from adpo_jax import pretrained
 from adpo_jax.hf import folders
+from adpo_jax.log.printable import guard, say_error
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,10 +56,11 @@ def main() -> int:
     try:
         export(arguments())
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    guard()
     sys.exit(main())

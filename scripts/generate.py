@@ -27,6 +27,7 @@ from adpo_jax.devices import compilation_cache
 from adpo_jax.devices.host_memory import tune_malloc
 from adpo_jax.engine.generation import FinishedGroup
 from adpo_jax.engine.text_stream import TextStream
+from adpo_jax.log.printable import guard, printable, say_error
 from adpo_jax.pretrained import Pretrained, PromptFormat
 
 
@@ -86,11 +87,6 @@ def with_options(model: Pretrained, a: argparse.Namespace) -> Pretrained:
     if a.system is not None:
         prompt_format = dataclasses.replace(prompt_format, system_prompt=a.system)
     return dataclasses.replace(model, prompt_format=prompt_format)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: what a model writes shall not steer the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
 class Screen:
@@ -222,11 +218,12 @@ def main() -> int:
     try:
         generate(a)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    guard()
     tune_malloc()
     sys.exit(main())

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.report import page
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -20,11 +21,12 @@ def main() -> int:
     try:
         page.write(a.runs, a.out, png=a.png)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return USER_ERROR
-    print(f"the report is in {a.out}")
+    say(f"the report is in {a.out}", sys.stdout)
     return 0
 
 
 if __name__ == "__main__":
+    guard()
     sys.exit(main())

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from adpo_jax.devices import distributed
+from adpo_jax.log.printable import say
 from adpo_jax.run.checkpoint_files import (
     DAMAGED,
     FIRST,
@@ -212,11 +213,9 @@ class Checkpoints:
             except DamagedError as error:
                 reasons.append(f"{step}: {error}")
                 aside = self._move_aside(step)
-                print(
+                say(
                     f"WARNING: checkpoint {step} is damaged ({error}); moved to {aside}, "
-                    "trying the one before",
-                    file=sys.stderr,
-                    flush=True,
+                    "trying the one before"
                 )
         raise CheckpointError(
             f"every checkpoint in {self._folder} was damaged: {'; '.join(reasons)}. They lie in "
@@ -228,7 +227,7 @@ class Checkpoints:
         try:
             self.wait()
         except SaveError as error:
-            print(f"WARNING: {error}", file=sys.stderr, flush=True)
+            say(f"WARNING: {error}")
         self._checkpointer.close()
 
     def __enter__(self):
@@ -305,7 +304,7 @@ class Checkpoints:
         if self._failed_in_a_row >= self._max_failures:
             left = f"the newest whole checkpoint is {self.latest_step}"
             raise SaveError(f"{text}; {left}") from error
-        print(f"WARNING: {text}; trying again", file=sys.stderr, flush=True)
+        say(f"WARNING: {text}; trying again")
 
     def _sweep(self) -> None:
         """Removes the half-done files of a process that died, or of a save that failed."""

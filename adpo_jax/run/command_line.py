@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from adpo_jax.log.printable import say_error
 from adpo_jax.run.config_checks import check_overrides
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -19,7 +20,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     except Exception as error:  # a config file is a program: anything may go wrong in it
         if debug:
             traceback.print_exc()
-        print(f"error: {_in_words(error)}", file=sys.stderr)
+        say_error(_in_words(error))
         sys.exit(USER_ERROR)
 
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say_error
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -126,6 +127,7 @@ def make_server(a: argparse.Namespace):
         limit_concurrency=2 * a.max_requests + 64,
         timeout_graceful_shutdown=a.drain_seconds,
         server_header=False,
+        use_colors=False,  # nothing that is logged steers the terminal, colours neither
     )
     server = uvicorn.Server(config)
     server.app = app
@@ -155,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server = make_server(a)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     server.run()
     failed = server.app.service is None or server.app.service.decoding.failed
@@ -163,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     sys.exit(main())
