@@ -55,6 +55,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--no-chat-template", action="store_true")
     parser.add_argument("--raw", action="store_true", help="no template of any kind")
+    parser.add_argument(
+        "--allow-control-tokens", action="store_true", help="in prompts; they are text otherwise"
+    )
     parser.add_argument("--quiet", action="store_true", help="no completions on the screen")
     return parser.parse_args(argv)
 
@@ -86,6 +89,8 @@ def with_options(model: Pretrained, a: argparse.Namespace) -> Pretrained:
         prompt_format = dataclasses.replace(prompt_format, apply_chat_template=False)
     if a.system is not None:
         prompt_format = dataclasses.replace(prompt_format, system_prompt=a.system)
+    if a.allow_control_tokens:
+        prompt_format = dataclasses.replace(prompt_format, allow_control_tokens=True)
     return dataclasses.replace(model, prompt_format=prompt_format)
 
 

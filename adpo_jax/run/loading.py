@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adpo_jax.data import arithmetic, files
+from adpo_jax.data.conversations import text_token_ids
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.model.lora import Lora, parse_targets
@@ -203,7 +204,7 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
     dataset = _load_rows(config, source, split, hub_split, "data.answer_key", c.answer_key)
     _check_ids(dataset, source)
     solutions = [files.extract_solution(answer) for answer in dataset.columns[c.answer_key]]
-    return _render(config, tokenizer, dataset.with_column("solution", solutions), split)
+    return _render(config, tokenizer, dataset.with_column("solution", solutions), split, source)
 
 
 def _check_ids(dataset: files.Dataset, source: str) -> None:
@@ -255,9 +256,14 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
         "sft.completion_key",
         c.completion_key,
     )
-    prompts = _render(config, source.tokenizer, dataset, "cold start")
+    prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files)
     texts = [str(text) for text in prompts.columns[c.completion_key]]
-    token_ids = source.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    token_ids = text_token_ids(
+        source.tokenizer,
+        texts,
+        allow_control_tokens=config.data.allow_control_tokens,
+        add_special_tokens=False,
+    )
     eos = source.tokenizer.eos_token_id
     end = source.stop_token_ids[0] if eos is None else eos
     completions = [[*ids, end] for ids in token_ids]
@@ -298,7 +304,9 @@ def _load_rows(config, source: str, split: str, hub_split: str, option: str, ans
     return files.Dataset(columns)
 
 
-def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) -> Prompts:
+def _render(
+    config: ConfigDict, tokenizer, dataset: files.Dataset, what: str, source: str
+) -> Prompts:
     c = config.data
     rendered = render_prompts(
         dataset,
@@ -310,6 +318,8 @@ def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) ->
         chat_template_kwargs=c.chat_template_kwargs.to_dict(),
         max_prompt_length=c.max_prompt_length,
         overlong=c.overlong_prompts,
+        allow_control_tokens=c.allow_control_tokens,
+        source=source,
     )
     if rendered.num_overlong:
         logging.warning(

@@ -34,6 +34,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
+    meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
+    add("--allow-control-tokens", action="store_true", help=meant)
     add("--slots", type=int, default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
     add("--max-prompt-length", type=int, help=half)
@@ -101,7 +103,10 @@ def make_server(a: argparse.Namespace):
         steps_per_dispatch=a.steps_per_dispatch,
     )
     batch = ContinuousBatch(engine, model.params)
-    light = dataclasses.replace(model, params=None)
+    prompt_format = dataclasses.replace(
+        model.prompt_format, allow_control_tokens=a.allow_control_tokens
+    )
+    light = dataclasses.replace(model, params=None, prompt_format=prompt_format)
 
     def make_service() -> Service:
         def go_down():

@@ -225,11 +225,14 @@ def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ApiError(f"{where} must be an object with a role of {list(ROLES)}", param="messages")
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
     if isinstance(content, list):
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise ApiError(f"{where}.content must be text or a list of text parts", param="messages")
-    return {"role": message["role"], "content": content}
+    # What a chat template has no place for is refused where it is rendered.
+    return message | {"content": content}
 
 
 def _text_part(part: Any, where: str) -> str:

@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import AsyncIterator
 
+from adpo_jax.data.conversations import control_token_in
 from adpo_jax.data.prompts import Message
 from adpo_jax.engine.continuous import NewTokens, Sample
 from adpo_jax.pretrained import Pretrained, PromptFormat
@@ -38,7 +39,8 @@ class Service:
         try:
             prompts = await asyncio.to_thread(self._tokenize, request)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ApiError(str(error)[:500], param=_prompt_field(request)) from None
+            text = str(error).removeprefix("row 0: ")[:500]
+            raise ApiError(text, param=_prompt_field(request)) from None
         longest = max(len(prompt) for prompt in prompts)
         if longest > self.limits.max_prompt_length:
             raise ApiError(
@@ -65,6 +67,9 @@ class Service:
         taken = sorted(own.keys() & request.chat_template_kwargs.keys())
         if taken:
             raise ValueError(f"chat_template_kwargs cannot set {', '.join(taken)}")
+        found = control_token_in(self.model.tokenizer, request.chat_template_kwargs)
+        if found and not self.model.prompt_format.allow_control_tokens:
+            raise ValueError(f"chat_template_kwargs cannot hold the control token {found!r}")
         kwargs = self.model.prompt_format.chat_template_kwargs | request.chat_template_kwargs
         return self._rendered(request.prompts[0], PromptFormat(chat_template_kwargs=kwargs))
 
@@ -72,6 +77,9 @@ class Service:
         return self._rendered(text, PromptFormat(apply_chat_template=False))
 
     def _rendered(self, prompt: str | list[Message], prompt_format: PromptFormat) -> list[int]:
+        prompt_format = dataclasses.replace(
+            prompt_format, allow_control_tokens=self.model.prompt_format.allow_control_tokens
+        )
         return self.model.prompts([prompt], max_length=sys.maxsize, prompt_format=prompt_format)[0]
 
     @contextlib.asynccontextmanager
