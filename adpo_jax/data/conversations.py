@@ -428,6 +428,10 @@ class Conversations:
         table: list[str] = []
         if not self._allow:
             messages = self._hidden(messages, table)
+        messages = [
+            {k: str(v) if isinstance(v, Mixed) else v for k, v in message.items()}
+            for message in messages
+        ]
         messages = self._mapped(messages, goes_on, where)
         kwargs = dict(self._kwargs)
         if kwargs.get("tools") and not self._allow:  # descriptions are by whoever made the tools
