@@ -249,6 +249,14 @@ class _Hiding:
             texts[place] = body[:cut] + hidden + texts[place][len(body) :]
         return texts
 
+    def with_meant(self, text: str, table: list[str]) -> str:
+        """The text with the operator's control tokens in the places of their placeholders."""
+        return self._placeholder.sub(lambda m: table[int(m[2])] if m[1] == _MEANT else m[0], text)
+
+    def hides(self, text: str) -> bool:
+        """Whether there is a placeholder of a user's control token in the text."""
+        return f"{self._nonce}{_TEXT}" in text
+
     def token_ids(self, text: str, table: list[str], *, add_special_tokens: bool) -> list[int]:
         """The ids of a rendered text with placeholders.
 
@@ -257,8 +265,8 @@ class _Hiding:
         """
         if self._backend is None:
             raise ValueError(f"this tokenizer cannot write {table[0]!r} as text")
-        # The operator's control tokens are like those of the template: each becomes its stand-in.
-        text = self._placeholder.sub(lambda m: table[int(m[2])] if m[1] == _MEANT else m[0], text)
+        text = self.with_meant(text, table)
+        # Those that stand there now are of the template and the operator.
         text = self._control.sub(lambda m: self._stand_in(self.tokens.index(m[0])), text)
         # A model whose vocabulary has the control token as a word needs it in two pieces.
         for seam in ("", self._seam):
@@ -354,7 +362,8 @@ def text_token_ids(
         if hiding.found(text):
             table: list[str] = []
             hidden = hiding.hide(text, table)
-            ids[row] = hiding.token_ids(hidden, table, add_special_tokens=add_special_tokens)
+            if hiding.hides(hidden):
+                ids[row] = hiding.token_ids(hidden, table, add_special_tokens=add_special_tokens)
     return ids
 
 
@@ -412,15 +421,14 @@ class Conversations:
           ValueError: for a conversation that the template refuses, or takes a part of.
         """
         rendered = [self._rendered(c, where(place)) for place, c in enumerate(conversations)]
-        texts = [text for text, _ in rendered]
+        hiding = _hiding(self._tokenizer)
+        texts = [hiding.with_meant(text, table) if table else text for text, table in rendered]
         ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokenize = functools.partial(hiding.token_ids, add_special_tokens=False)
         for place, (text, table) in enumerate(rendered):
-            if table:
-                ids[place] = _at(where(place), self._hidden_ids, text, table)
+            if table and hiding.hides(text):
+                ids[place] = _at(where(place), tokenize, text, table)
         return ids
-
-    def _hidden_ids(self, text: str, table: list[str]) -> list[int]:
-        return _hiding(self._tokenizer).token_ids(text, table, add_special_tokens=False)
 
     def _rendered(self, messages: list[Message], where: str) -> tuple[str, list[str]]:
         """The text of a conversation with placeholders, and what they stand for."""
