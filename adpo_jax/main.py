@@ -5,9 +5,11 @@
 The exit code is one of `exit_codes`.
 """
 
+import errno
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -110,7 +112,7 @@ def main(argv: list[str], **parts) -> int:
         except TrainingStopped as error:
             return _failed(error, STOPPED)
         except OSError as error:
-            return _failed(error, DISK_ERROR)
+            return _failed(_with_cure(error, prepared.folder.root), DISK_ERROR)
         except Interrupted:
             distributed.wait_for_all("stopped")  # else the last process takes the others for dead
             return INTERRUPTED
@@ -157,6 +159,14 @@ def _main(argv: list[str]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _with_cure(error: OSError, folder: Path) -> OSError:
+    """The error of a full disk with the folder and what to do; any other as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    text = f"{error}; make room for {folder}, and the same command goes on"
+    return OSError(text).with_traceback(error.__traceback__)
 
 
 def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:

@@ -55,7 +55,7 @@ def export(a: argparse.Namespace) -> None:
 def main() -> int:
     try:
         export(arguments())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         say_error(error)
         return 2
     return 0

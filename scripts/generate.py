@@ -222,7 +222,7 @@ def main() -> int:
     compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
         generate(a)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         say_error(error)
         return 2
     return 0

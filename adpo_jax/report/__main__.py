@@ -20,7 +20,7 @@ def main() -> int:
     a = parser.parse_args()
     try:
         page.write(a.runs, a.out, png=a.png)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         say_error(error)
         return USER_ERROR
     say(f"the report is in {a.out}", sys.stdout)

@@ -10,7 +10,9 @@ Remote file systems are left out, and state that is no pytree of arrays.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -90,6 +92,8 @@ class Checkpoints:
         self._save_freq, self._keep = save_freq, keep
         self._best_metric, self._max_failures = best_metric, max_failures
         _leave_bytes_uncounted()
+        logging.getLogger("absl").addFilter(_told_here)
+        _leave_late_writes_untold()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._pending: int | None = None  # the step that is being written
         self._owed = False  # whether the last save failed
@@ -347,6 +351,32 @@ class Checkpoints:
             if value is not None and math.isfinite(value):
                 values[step] = value
         return values
+
+
+def _told_here(record: logging.LogRecord) -> bool:
+    """Whether a record is to be logged: not where orbax logs an error that it raises as well.
+
+    Each of its threads logs the same failure with a traceback, and `Checkpoints` tells of it.
+    """
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _leave_late_writes_untold() -> None:
+    """Keeps tensorstore from printing a traceback for each write that ends after one has failed.
+
+    orbax has closed the event loop by then, which tensorstore's own threads take for an error.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "leaves_late_writes_untold", False):
+        return
+
+    def hook(told):
+        late = told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"
+        if not late or told.object is not None:  # a thread of C++ has no object
+            before(told)
+
+    hook.leaves_late_writes_untold = True
+    sys.unraisablehook = hook
 
 
 def _leave_bytes_uncounted() -> None:
