@@ -31,11 +31,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="what clients call the model; by default the last part of --model")
     add("--dtype", default="float32", help="float32 or bfloat16")
     add("--trust-remote-code", action="store_true", help="run its tokenizer's own code")
+    meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
+    add("--allow-control-tokens", action="store_true", help=meant)
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
-    meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
-    add("--allow-control-tokens", action="store_true", help=meant)
     add("--slots", type=int, default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
     add("--max-prompt-length", type=int, help=half)
@@ -93,6 +93,11 @@ def make_server(a: argparse.Namespace):
 
     api_key = read_api_key(a)
     model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+    # A request is a stranger's, whatever the data of the run were.
+    prompt_format = dataclasses.replace(
+        model.prompt_format, allow_control_tokens=a.allow_control_tokens
+    )
+    model = dataclasses.replace(model, prompt_format=prompt_format)
     limits = Limits(*_lengths(a, model.policy))
     engine = Engine(
         model.policy,
@@ -103,10 +108,7 @@ def make_server(a: argparse.Namespace):
         steps_per_dispatch=a.steps_per_dispatch,
     )
     batch = ContinuousBatch(engine, model.params)
-    prompt_format = dataclasses.replace(
-        model.prompt_format, allow_control_tokens=a.allow_control_tokens
-    )
-    light = dataclasses.replace(model, params=None, prompt_format=prompt_format)
+    light = dataclasses.replace(model, params=None)
 
     def make_service() -> Service:
         def go_down():

@@ -217,7 +217,9 @@ def _messages(fields: Fields) -> list[Message]:
             f"messages must be a list of at least one message; given {shown(messages)}",
             param="messages",
         )
-    return [_message(message, number) for number, message in enumerate(messages)]
+    checked = [_message(message, number) for number, message in enumerate(messages)]
+    # What the chat template has no place for is refused where it is rendered, and not dropped here.
+    return [given | message for given, message in zip(messages, checked)]
 
 
 def _message(message: Any, number: int) -> Message:
@@ -225,14 +227,11 @@ def _message(message: Any, number: int) -> Message:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ApiError(f"{where} must be an object with a role of {list(ROLES)}", param="messages")
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        content = ""
     if isinstance(content, list):
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise ApiError(f"{where}.content must be text or a list of text parts", param="messages")
-    # What a chat template has no place for is refused where it is rendered.
-    return message | {"content": content}
+    return {"role": message["role"], "content": content}
 
 
 def _text_part(part: Any, where: str) -> str:

@@ -39,8 +39,7 @@ class Service:
         try:
             prompts = await asyncio.to_thread(self._tokenize, request)
         except (ValueError, TypeError, RecursionError) as error:
-            text = str(error).removeprefix("row 0: ")[:500]
-            raise ApiError(text, param=_prompt_field(request)) from None
+            raise ApiError(str(error)[:500], param=_prompt_field(request)) from None
         longest = max(len(prompt) for prompt in prompts)
         if longest > self.limits.max_prompt_length:
             raise ApiError(
@@ -80,7 +79,13 @@ class Service:
         prompt_format = dataclasses.replace(
             prompt_format, allow_control_tokens=self.model.prompt_format.allow_control_tokens
         )
-        return self.model.prompts([prompt], max_length=sys.maxsize, prompt_format=prompt_format)[0]
+        try:
+            prompts = self.model.prompts(
+                [prompt], max_length=sys.maxsize, prompt_format=prompt_format
+            )
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("row 0: ")) from error
+        return prompts[0]
 
     @contextlib.asynccontextmanager
     async def choices(self, request: CompletionRequest, prompts: list[list[int]]):
