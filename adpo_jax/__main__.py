@@ -10,6 +10,7 @@ It hands its arguments to the module of the command.
 import importlib
 import sys
 
+from adpo_jax.log.printable import guard
 from adpo_jax.run.exit_codes import USER_ERROR
 
 # Command -> its module, the function there that does it and returns the exit code, its meaning.
@@ -26,6 +27,7 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the command line names; returns the exit code."""
+    guard()
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if command in ("-h", "--help", "help"):
         print(_usage())

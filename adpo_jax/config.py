@@ -253,6 +253,11 @@ def _data() -> dict[str, Key]:
         "system_prompt": Key("", '"" for none', needs=(template,)),
         "apply_chat_template": Key(True, "where the tokenizer has one"),
         "chat_template_kwargs": Key({}, 'e.g. {"enable_thinking": False}', needs=(template,)),
+        "allow_control_tokens": Key(
+            False,
+            "whether control tokens (<|im_end|>) in the data are such, and not text; those of "
+            "prompt_template and system_prompt always are",
+        ),
         "max_prompt_length": Key(512, "tokens", least=1),
         "overlong_prompts": Key(
             "filter",

@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.run import config_files
 from adpo_jax.run.command_line import load_config, parse_flags
 from adpo_jax.run.exit_codes import USER_ERROR
@@ -76,7 +77,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             about = {"model": model, "read_from": found.source} | evaluation.metrics
             (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n")
             write_jsonl(folder / "completions.jsonl", evaluation.records)
-    print(f"every completion is in {folder / 'completions.jsonl'}", flush=True)
+    say(f"every completion is in {folder / 'completions.jsonl'}", sys.stdout)
     return evaluation.metrics
 
 
@@ -145,9 +146,9 @@ def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str 
                 f"--config is missing, for example --config=gsm8k: {model} is no run, whose data "
                 "and settings could be taken"
             )
-        print(table(evaluate_model(content, model, Path(out) if out else None)))
+        say(table(evaluate_model(content, model, Path(out) if out else None)), sys.stdout)
     except (OSError, ValueError, RewardError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return USER_ERROR
     return 0
 
@@ -184,6 +185,7 @@ def settings_of_model(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """Runs `python -m adpo_jax.evaluate`."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # The flags are defined here, since `main` has flags of the same names.

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say_error
 from adpo_jax.run.command_line import Parser
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -61,14 +62,15 @@ def main() -> int:
     """Exports what the command line names; returns the exit code."""
     try:
         export(arguments())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        say_error(error)
         return USER_ERROR
     return 0
 
 
 def run() -> int:
     """Runs `adpo-jax export`; returns the exit code."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return main()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, printable, say_error
 from adpo_jax.run.command_line import Parser
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -54,6 +55,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--no-chat-template", action="store_true")
     parser.add_argument("--raw", action="store_true", help="no template of any kind")
+    parser.add_argument(
+        "--allow-control-tokens", action="store_true", help="in prompts; they are text otherwise"
+    )
     parser.add_argument("--quiet", action="store_true", help="no completions on the screen")
     return parser.parse_args(argv)
 
@@ -87,12 +91,9 @@ def with_options(model: "Pretrained", a: argparse.Namespace) -> "Pretrained":
         prompt_format = dataclasses.replace(prompt_format, apply_chat_template=False)
     if a.system is not None:
         prompt_format = dataclasses.replace(prompt_format, system_prompt=a.system)
+    if a.allow_control_tokens:
+        prompt_format = dataclasses.replace(prompt_format, allow_control_tokens=True)
     return dataclasses.replace(model, prompt_format=prompt_format)
-
-
-def printable(text: str) -> str:
-    """Text without control characters: what a model writes shall not steer the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
 class Screen:
@@ -235,14 +236,15 @@ def main() -> int:
     compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
         generate(a)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        say_error(error)
         return USER_ERROR
     return 0
 
 
 def run() -> int:
     """Runs `adpo-jax generate`; returns the exit code."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return main()

@@ -7,15 +7,18 @@ folder, whose settings are taken. `adpo-jax train` is the same command. The exit
 `exit_codes`.
 """
 
+import errno
 import functools
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.run.command_line import load_config, parse_flags
 from adpo_jax.run.exit_codes import (
     DISK_ERROR,
@@ -116,7 +119,7 @@ def main(argv: list[str], **parts) -> int:
         except TrainingStopped as error:
             return _failed(error, STOPPED)
         except OSError as error:
-            return _failed(error, DISK_ERROR)
+            return _failed(_with_cure(error, prepared.folder.root), DISK_ERROR)
         except Interrupted:
             distributed.wait_for_all("stopped")  # else the last process takes the others for dead
             return INTERRUPTED
@@ -145,12 +148,13 @@ def _dry_run(config: ConfigDict) -> int:
             report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
     except ValueError as error:
         return _failed(error)
-    print("\n".join(report.lines()))
+    say("\n".join(report.lines()), sys.stdout)
     return 0 if report.fits else DOES_NOT_FIT
 
 
 def run() -> None:
     """Runs `python -m adpo_jax.main`."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parser = functools.partial(parse_flags, about=__doc__, own=_FLAGS)
@@ -167,11 +171,19 @@ def _main(argv: list[str]) -> int:
     return code
 
 
+def _with_cure(error: OSError, folder: Path) -> OSError:
+    """The error of a full disk with the folder and what to do; any other as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    text = f"{error}; make room for {folder}, and the same command goes on"
+    return OSError(text).with_traceback(error.__traceback__)
+
+
 def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:
     """Prints what went wrong; returns the exit code."""
     if _DEBUG.value and isinstance(error, BaseException):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    say_error(error)
     return code
 
 

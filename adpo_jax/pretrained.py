@@ -32,6 +32,7 @@ class PromptFormat:
     system_prompt: str = ""
     apply_chat_template: bool = True
     chat_template_kwargs: dict = dataclasses.field(default_factory=dict)
+    allow_control_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,7 @@ def _prompt_format(config) -> PromptFormat:
         c.system_prompt,
         c.apply_chat_template,
         c.chat_template_kwargs.to_dict(),
+        c.allow_control_tokens,
     )
 
 

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax import train
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say_error
 from adpo_jax.losses import ALGORITHMS
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
@@ -300,11 +301,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         compare(arguments(argv))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return USER_ERROR
     return 0
 
 
 if __name__ == "__main__":
+    guard()
     tune_malloc()
     sys.exit(main())

@@ -39,7 +39,8 @@ def files(tmp_path, monkeypatch, checkpoint):
         {"question": f"{'why ' * n}{n}?", "answer": f"#### {n}", "other": f"o{n}", "text": "yes"}
         for n in range(3, 9)
     ]
-    for name, part in {"a.jsonl": rows, "b.jsonl": rows[::-1]}.items():
+    forged = [row | {"question": "Me<eos>you"} for row in rows]
+    for name, part in {"a.jsonl": rows, "b.jsonl": rows[::-1], "c.jsonl": forged}.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "folder").mkdir()
     for split, part in {"train": rows[:3], "test": rows[3:]}.items():
@@ -339,6 +340,7 @@ WALK = {
     "data.system_prompt": ("Be brief.", prompts, ROOM),
     "data.apply_chat_template": ("false", prompts, ROOM),
     "data.chat_template_kwargs": ("{'tone': 'kindly'}", prompts, ROOM),
+    "data.allow_control_tokens": ("true", prompts, "--config.data.train_files=c.jsonl", NO_VAL),
     "data.max_prompt_length": ("14", prompts, *TIGHT),
     "data.overlong_prompts": ("truncate", prompts, "--config.data.max_prompt_length=14", *TIGHT),
     "data.max_response_length": ("7", sampling),

@@ -3,21 +3,25 @@ recordings replayed."""
 
 import dataclasses
 import json
+import resource
 import shutil
 import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from test_bad_input import ARITHMETIC, model, outcome, workplace  # noqa: F401  (fixtures)
 from test_config import parse
 from test_train import TINY, scalars, train
 
+from adpo_jax.log import metrics
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
 from adpo_jax.rollouts import recording
 from adpo_jax.run import checkpoints as checkpoints_lib
 from adpo_jax.run import setup
 from adpo_jax.run.checkpoints import Checkpoints, SaveError
+from adpo_jax.run.exit_codes import DISK_ERROR
 from adpo_jax.run.guard import Guard, TrainingStopped
 from adpo_jax.update import SKIPPED
 
@@ -172,6 +176,44 @@ def test_a_disk_that_stays_full_stops_the_run_which_goes_on_when_there_is_room(
     train(parse(*SHORT), tmp_path / "run")
     assert digests(tmp_path / "run", 4) == digests(tmp_path / "whole", 4)
     assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_files():
+    """As on a full disk, no file can grow beyond a few pages."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failure_of_the_disk_is_one_line_and_no_traceback(tmp_path, small_files, capfd, caplog):
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(size=20_000) for name in "abc"}
+    with Checkpoints(tmp_path / "c", save_freq=1, keep=1, max_failures=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state)
+            checkpoints.wait()
+        assert checkpoints.num_failures == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(" could")[0] for line in lines] == [
+        "WARNING: checkpoint 1",
+        "WARNING: checkpoint 2",
+    ]
+    assert caplog.records == []
+
+
+def test_a_full_disk_ends_the_run_with_one_line_that_says_what_to_do(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics.JsonlWriter, "write_scalars", full)
+    code, err = outcome([ARITHMETIC, *SHORT, "--workdir=run"], monkeypatch, capsys)
+    assert code == DISK_ERROR
+    (line,) = err.splitlines()
+    assert line == (
+        "error: [Errno 28] No space left on device; make room for run, and the same command goes on"
+    )
 
 
 # --- another config, another mesh

@@ -11,6 +11,7 @@ from test_config import parse
 
 from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic
+from adpo_jax.log.printable import printable
 from adpo_jax.policy import Policy
 from adpo_jax.run import setup
 from adpo_jax.run.checkpoints import Checkpoints
@@ -102,7 +103,7 @@ def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_pat
     place = 0
     for row in ordered:
         place = shown.index(f"--- prompt {row['prompt_index']}, completion {row['sample']}", place)
-        assert generate.printable(row["completion"]) in shown[place:]
+        assert printable(row["completion"]) in shown[place:]
     with pytest.raises(ValueError, match="is there already"):
         generate.generate(generate.arguments(command))
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -53,6 +54,87 @@ SNAPSHOT = f"~/.cache/huggingface/hub/models--me--big/snapshots/{WANDB_KEY}"
 )  # fmt: skip
 def test_what_looks_like_a_secret_is_not_written(given, written):
     assert redacted(given) == written
+
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow/abc+\n-----END RSA PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pwd", "auth", "PGPASSWORD", "MYSQL_PWD", "apiKeys", "api_keys", "basic_auth", "clientSecret",
+     "dbPassword", "apikey", "x-auth-token", "jwt", "cookie", "access_credentials", "proxyAuth",
+     "sessionToken", "openaiApiKey"],
+)  # fmt: skip
+def test_a_name_of_a_secret_is_known_however_it_is_written(name):
+    assert redacted({name: "hunter2"}) == {name: REDACTED}
+    assert redacted({name: ["hunter2", {"of": "hunter3"}]}) == {name: [REDACTED, {"of": REDACTED}]}
+
+
+@pytest.mark.parametrize(
+    ("secret", "text"),
+    [
+        ("abc123", "Authorization: Bearer abc123"),
+        ("dXNlcjpw", "curl -H 'authorization: Basic dXNlcjpw' https://host/v1"),
+        ("abc123", "X-Api-Key: abc123"),
+        ("sid=abc123", "Cookie: sid=abc123"),
+        ("abc123", "https://host/v1?model=big&token=abc123&n=1"),
+        ("abc123", "https://host/v1?key=abc123"),
+        ("abc123", "https://host/v1?X-Amz-Signature=abc123"),
+        ("hunter2", "PGPASSWORD=hunter2 psql -h host"),
+        ("hunter2", "judge.py --api-key hunter2 --n 3"),
+        ("hunter2", "judge.py --password=hunter2"),
+        ("hunter2", '{"password": "hunter2", "n": 1}'),
+        ("hunter2", "postgres://me:hunter2@host:5432/x"),
+        ("hunter2", "redis://:hunter2@host"),
+        ("p:w@rd", "https://me:p:w@rd@host/x"),
+        (JWT, f"the judge takes {JWT} alone"),
+        (PEM, f"key:\n{PEM}\nend"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIEow", "-----BEGIN PRIVATE KEY-----\nMIIEow"),
+        *[
+            (token, f"with {token}.")
+            for token in (
+                HF_TOKEN,
+                "sk-" + "a1B2" * 8,
+                "sk-ant-api03-" + "a1B2" * 8,
+                "ghp_" + "a1B2" * 9,
+                "github_pat_" + "a1B2_" * 8,
+                "xoxb-" + "123456789012-abcDEF",
+                "AKIA" + "ABCD1234" * 2,
+                "AIza" + "a1B2-" * 7,
+                "glpat-" + "a1B2" * 5,
+                "sk_live_" + "a1B2" * 6,
+                "npm_" + "a1B2" * 9,
+            )
+        ],
+    ],
+)
+def test_a_secret_inside_a_text_is_known_by_its_form_or_the_name_before_it(secret, text):
+    written = redacted({"note": text})["note"]
+    assert secret not in written
+    assert REDACTED in written
+    assert redacted(written) == written
+    rest = [part for part in re.split(r"\W+", text.replace(secret, " ")) if len(part) > 3]
+    lost = [part for part in rest if part not in written]
+    assert set(lost) <= {"postgres"}, written
+
+
+@pytest.mark.parametrize(
+    "innocent",
+    [
+        {"max_tokens": "7", "tokenizer": "Qwen/Qwen3", "author": "me", "pad_token": "PAD"},
+        {"tokens": "a b", "tokenizer_path": "/t", "authors": ["me"], "eos_token": "END"},
+        {"keyboard": "qwerty", "monkey": "x", "turkey": "y", "oauthor": "z", "design": "sig"},
+        {"prompt_template": "The key: {prompt}\nEnd with token={answer} or password={answer}."},
+        {"prompt_template": 'Answer as {"key": "value", "auth": "none"}; key=5 is wrong.'},
+        {"system_prompt": "Each token counts. The author is a risk-taker: sk-1."},
+        {"url": "https://host:8000/v1?model=a&max_tokens=5&n=1#author=me"},
+        {"path": "/data/hf_models/ghp/eyJ/AKIA", "name": "desk-" + "lamp-" * 6},
+        {"command": "judge.py --max-tokens 5 --tokenizer x --author=me TOKEN=$TOKEN"},
+    ],
+)
+def test_what_only_sounds_like_a_secret_is_written(innocent):
+    assert redacted(innocent) == innocent
 
 
 def test_no_key_of_the_config_itself_is_taken_for_a_secret():

@@ -4,14 +4,21 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adpo_jax.data.files import Dataset, Row, joined_parts
+from absl import logging
+
+from adpo_jax.data import conversations as conversations_lib
+from adpo_jax.data.conversations import Conversations, Message, Mixed
+from adpo_jax.data.files import Dataset, Row
 
 # Arguments of apply_chat_template that the user may not give.
-_RESERVED = {"conversation", "tokenize", "add_generation_prompt", "return_dict", "return_tensors"}
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-Message = dict[str, Any]
+_RESERVED = {
+    "conversation",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+}
 
 
 class RenderedPrompts(NamedTuple):
@@ -34,16 +41,19 @@ def render_prompts(
     max_prompt_length: int,
     overlong: str = "filter",
     numbers: Sequence[int] | None = None,
+    allow_control_tokens: bool = False,
+    source: str = "",
 ) -> RenderedPrompts:
     """Tokenises every prompt of a data set.
 
     Args:
-      dataset: its prompts are text, or lists of messages {"role": ..., "content": text}.
+      dataset: its prompts are text, or lists of messages {"role": ..., "content": text}. A list
+        that ends with a message of the assistant is continued.
       tokenizer: a Hugging Face tokenizer.
       prompt_key: the column of prompts.
       prompt_template: `{prompt}` and `{any column}` in it are replaced, and nothing else: other
         braces stay, as do those after a LaTeX command, so that `\\boxed{answer}` does not print the
-        answer. With chat messages it wraps the last of them.
+        answer. With chat messages it wraps the last that is not the assistant's.
       system_prompt: a system message before each prompt, "" for none.
       apply_chat_template: use the tokenizer's chat template where it has one; otherwise the prompt
         is plain text, the system prompt before it with an empty line between.
@@ -52,6 +62,9 @@ def render_prompts(
       overlong: "filter" leaves longer prompts out; "truncate" keeps their last `max_prompt_length`
         tokens (the end holds the question and the generation prompt; the system prompt goes first).
       numbers: the numbers of the rows in errors; None counts from 0.
+      allow_control_tokens: what the data has of control tokens (`<|im_end|>`) is taken for them;
+        otherwise it is text. Those of the templates and the system prompt are always meant.
+      source: the name of the data, for errors.
 
     Returns:
       The kept rows, a list of token ids for each, and how many prompts were too long.
@@ -66,17 +79,30 @@ def render_prompts(
         raise ValueError(f"max_prompt_length must be at least 1 token, got {max_prompt_length}")
     template = _Template(prompt_template, {"prompt", *dataset.columns})
     numbers = range(len(dataset)) if numbers is None else numbers
+
+    def where(index: int) -> str:
+        row = f"row {numbers[index]}"
+        return f"{source}: {row}" if source else row
+
     conversations = [
-        _conversation(dataset.row(index), number, prompt_key, template, system_prompt)
-        for index, number in enumerate(numbers)
+        _conversation(dataset.row(index), where(index), prompt_key, template, system_prompt)
+        for index in range(len(dataset))
     ]
     if apply_chat_template and getattr(tokenizer, "chat_template", None):
-        token_ids = _chat_token_ids(tokenizer, conversations, dict(chat_template_kwargs or {}))
+        kwargs = dict(chat_template_kwargs or {})
+        reserved = sorted(_RESERVED & kwargs.keys())
+        if reserved:
+            raise ValueError(f"data.chat_template_kwargs cannot set {', '.join(reserved)}")
+        renderer = Conversations(tokenizer, kwargs, allow_control_tokens=allow_control_tokens)
+        token_ids = renderer.token_ids(conversations, where)
     else:
-        token_ids = _plain_token_ids(tokenizer, conversations)
-    for number, ids in zip(numbers, token_ids):
+        token_ids = _plain_token_ids(tokenizer, conversations, where, allow_control_tokens)
+    for index, ids in enumerate(token_ids):
         if not ids:
-            raise ValueError(f"the prompt of row {number} is empty: it has no tokens")
+            raise ValueError(f"the prompt of {where(index)} is empty: it has no tokens")
+
+    if source and not allow_control_tokens:
+        _tell_of_control_tokens(dataset, tokenizer, prompt_key, where)
 
     lengths = [len(ids) for ids in token_ids]
     fitting = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
@@ -98,6 +124,19 @@ def names_in_template(text: str, names: set[str]) -> list[str]:
     return _Template(text, names).filled_in
 
 
+def _tell_of_control_tokens(dataset: Dataset, tokenizer: Any, prompt_key: str, where) -> None:
+    for index, prompt in enumerate(dataset.column(prompt_key)):
+        found = conversations_lib.control_token_in(tokenizer, prompt)
+        if found:
+            logging.warning(
+                "%s has the control token %r in its prompt, which is taken as text, there and in "
+                "the rows after it; data.allow_control_tokens=true takes it for what it is",
+                where(index),
+                found,
+            )
+            return
+
+
 class _Template:
     """Literal replacement of `{name}`: no format specifications, no attributes, in one pass."""
 
@@ -114,91 +153,82 @@ class _Template:
             )
         self._text, self._pattern = text, pattern
 
-    def fill(self, values: Row) -> str:
-        return self._pattern.sub(
-            lambda match: match[0] if match[1] else str(values[match[2]]), self._text
-        )
+    def fill(self, values: Row) -> Mixed:
+        """The template with values in it, which are the data's; the rest is the operator's."""
+        parts, start = [], 0
+        for match in self._pattern.finditer(self._text):
+            if not match[1]:
+                parts.append((self._text[start : match.start()], True))
+                parts.append((str(values[match[2]]), False))
+                start = match.end()
+        return Mixed([*parts, (self._text[start:], True)])
 
 
 def _conversation(
-    row: Row, index: int, prompt_key: str, template: _Template, system_prompt: str
+    row: Row, where: str, prompt_key: str, template: _Template, system_prompt: str
 ) -> list[Message]:
     prompt = row[prompt_key]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = checked_messages(messages, index)
-    values = row | {"prompt": messages[-1]["content"]}
+    try:
+        messages = conversations_lib.checked(messages)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    asked = conversations_lib.last_asked(messages)
+    values = row | {"prompt": messages[asked]["content"]}
     missing = sorted(name for name in template.names if values[name] is None)
     if missing:
         raise ValueError(
-            f"row {index}: data.prompt_template uses the column {missing[0]!r}, which is null there"
+            f"{where}: data.prompt_template uses the column {missing[0]!r}, which is null there"
         )
-    messages = [*messages[:-1], messages[-1] | {"content": template.fill(values)}]
+    messages[asked] = messages[asked] | {"content": template.fill(values)}
     if not system_prompt:
         return messages
-    if messages[0]["role"] == "system":
+    if messages[0]["role"] in ("system", "developer"):
         raise ValueError(
-            f"row {index} brings a system message of its own; set data.system_prompt to '' "
+            f"{where} brings a system message of its own; set data.system_prompt to '' "
             "to use those of the data"
         )
-    return [{"role": "system", "content": system_prompt}, *messages]
+    return [{"role": "system", "content": Mixed([(system_prompt, True)])}, *messages]
 
 
-def checked_messages(messages: Any, index: int) -> list[Message]:
-    """Messages whose text parts are joined.
+def checked_messages(messages: Any, number: int) -> list[Message]:
+    """Messages as templates want them (`conversations.checked`).
 
     Raises:
       ValueError: for what is no list of messages, naming the row.
     """
-    if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-        messages = [
-            m | {"content": joined_parts(m["content"])} if isinstance(m.get("content"), list) else m
-            for m in messages
-        ]
-    _check_messages(messages, index)
-    return messages
-
-
-def _check_messages(messages: Any, index: int) -> None:
-    well_formed = isinstance(messages, list) and messages
-    for message in messages if well_formed else ():
-        well_formed = (
-            well_formed
-            and isinstance(message, dict)
-            and message.get("role") in _ROLES
-            and isinstance(message.get("content"), str)
-        )
-    if not well_formed:
-        raise ValueError(
-            f"row {index}: a prompt must be text or a list of messages "
-            f'{{"role": {"|".join(_ROLES)}, "content": text}}, got {str(messages)[:200]}'
-        )
-
-
-def _chat_token_ids(
-    tokenizer: Any, conversations: list[list[Message]], kwargs: dict[str, Any]
-) -> list[list[int]]:
-    from jinja2 import TemplateError
-
-    reserved = sorted(_RESERVED & kwargs.keys())
-    if reserved:
-        raise ValueError(f"data.chat_template_kwargs cannot set {', '.join(reserved)}")
     try:
-        return tokenizer.apply_chat_template(
-            conversations, tokenize=True, add_generation_prompt=True, return_dict=False, **kwargs
-        )
-    except TemplateError as error:
-        raise ValueError(
-            f"the tokenizer's chat template refuses these prompts: {error}. Some have no system "
-            "role (set data.system_prompt to ''); data.apply_chat_template=False does without it"
-        ) from error
+        return conversations_lib.checked(messages)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from None
 
 
-def _plain_token_ids(tokenizer: Any, conversations: list[list[Message]]) -> list[list[int]]:
-    texts = ["\n\n".join(message["content"] for message in messages) for messages in conversations]
-    token_ids = tokenizer(texts)["input_ids"]
+def _plain_token_ids(
+    tokenizer: Any, conversations: list[list[Message]], where, allow_control_tokens: bool
+) -> list[list[int]]:
+    for index, messages in enumerate(conversations):
+        others = sorted({key for message in messages for key in message} - {"role", "content"})
+        if others:
+            raise ValueError(
+                f"{where(index)}: without a chat template there is no place for {others[0]!r} of a "
+                "message; remove it, or write it into the content"
+            )
+    texts = [Mixed.joined("\n\n", [m["content"] for m in messages]) for messages in conversations]
+    token_ids = conversations_lib.text_token_ids(
+        tokenizer, texts, allow_control_tokens=allow_control_tokens, add_special_tokens=True
+    )
     # Some tokenizers close every text with an end-of-sequence token; a prompt goes on.
     eos = tokenizer.eos_token_id
     return [
-        ids[:-1] if ids[-1:] == [eos] and not text.endswith(tokenizer.eos_token) else ids
+        ids[:-1]
+        if ids[-1:] == [eos] and not _ends_with(text, tokenizer.eos_token, allow_control_tokens)
+        else ids
         for text, ids in zip(texts, token_ids)
     ]
+
+
+def _ends_with(text: Mixed, token: str, allow_control_tokens: bool) -> bool:
+    """Whether a token at the end of the text was meant."""
+    start = len(text) - len(token)
+    meant = any(first <= start and last == len(text) for first, last in text.trusted)
+    return text.endswith(token) and (allow_control_tokens or meant)

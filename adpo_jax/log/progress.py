@@ -15,6 +15,8 @@ import rich.progress
 import rich.table
 import rich.text
 
+from adpo_jax.log.printable import guarded, printable, unguarded
+
 QUIET_S = 10.0
 
 
@@ -33,26 +35,32 @@ class Progress:
     def __init__(
         self, title: str, total: int, done: int = 0, console: rich.console.Console | None = None
     ):
-        self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
-        self._title, self._total, self._first = title, total, done
+        # A bar is drawn with escape sequences; all words in it are made printable here.
+        self._console = console or rich.console.Console(
+            highlight=False, soft_wrap=True, file=unguarded(sys.stdout)
+        )
+        self._title, self._total, self._first = printable(title), total, done
         self._done, self._doing = done, ("", 0.0)
         self._started = self._updated = time.monotonic()
         self._ticker = _Ticker(self._tell)
         self._bar = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=20),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
                 rich.progress.TextColumn("{task.fields[note]}", markup=False),
                 console=self._console,
             )
-            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+            self._task = self._bar.add_task(self._title, total=total, completed=done, note="")
 
     def __enter__(self):
         if self._bar:
             self._bar.start()
+            # Meanwhile rich puts what others print above the bar, by streams of its own, which it
+            # takes away again.
+            sys.stdout, sys.stderr = guarded(sys.stdout), guarded(sys.stderr)
         self._ticker.start()
         return self
 
@@ -86,7 +94,7 @@ class Progress:
         self._done, self._updated = step, time.monotonic()
         self._ticker.said()
         if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
+            self._bar.update(self._task, completed=step, note=printable(note))
             return
         elapsed = time.monotonic() - self._started
         left = elapsed / max(step - self._first, 1) * (self._total - step)
@@ -116,7 +124,7 @@ class Progress:
         for name in ("prompt", "completion"):
             table.add_column(name, ratio=2)
         for name in ("reward", *names):
-            table.add_column(name, justify="right")
+            table.add_column(rich.text.Text(printable(name)), justify="right")
         for sample in samples:
             scores = [sample["reward"], *(sample["components"].get(name) for name in names)]
             table.add_row(
@@ -183,15 +191,6 @@ class _Ticker:
             self.said()
             with contextlib.suppress(OSError, ValueError):  # nobody reads the output any more
                 self._tell()
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelled out, so that no model's text steers a terminal.
-
-    >>> printable("a\\x1b[2Jb\\n")
-    'a\\\\x1b[2Jb\\n'
-    """
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _scores(components: Mapping[str, float | None]) -> str:

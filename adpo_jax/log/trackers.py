@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from adpo_jax.log.metrics import Writer
+from adpo_jax.log.printable import say
 from adpo_jax.log.redaction import redacted
 
 
@@ -222,7 +222,7 @@ def _kept_ids(workdir: Path) -> dict[str, str]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")
 
 
 def _in_words(error: Exception) -> str:

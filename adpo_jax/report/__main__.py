@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.run.command_line import Parser
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -26,14 +27,15 @@ def main() -> int:
         from adpo_jax.report import page  # after the arguments, since this imports matplotlib
 
         problems = page.write(a.runs, a.out, png=a.png, metrics=a.metrics)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        say_error(error)
         return USER_ERROR
     for problem in problems:
-        print(f"WARNING: {problem}", file=sys.stderr)
-    print(f"the report is in {a.out}")
+        say(f"WARNING: {problem}")
+    say(f"the report is in {a.out}", sys.stdout)
     return 0
 
 
 if __name__ == "__main__":
+    guard()
     sys.exit(main())

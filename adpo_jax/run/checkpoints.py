@@ -10,7 +10,9 @@ Remote file systems are left out, and state that is no pytree of arrays.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from adpo_jax.devices import distributed
+from adpo_jax.log.printable import say
 from adpo_jax.run.checkpoint_files import (
     DAMAGED,
     FIRST,
@@ -89,6 +92,8 @@ class Checkpoints:
         self._save_freq, self._keep = save_freq, keep
         self._best_metric, self._max_failures = best_metric, max_failures
         _leave_bytes_uncounted()
+        logging.getLogger("absl").addFilter(_told_here)
+        _leave_late_writes_untold()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._pending: int | None = None  # the step that is being written
         self._owed = False  # whether the last save failed
@@ -212,11 +217,9 @@ class Checkpoints:
             except DamagedError as error:
                 reasons.append(f"{step}: {error}")
                 aside = self._move_aside(step)
-                print(
+                say(
                     f"WARNING: checkpoint {step} is damaged ({error}); moved to {aside}, "
-                    "trying the one before",
-                    file=sys.stderr,
-                    flush=True,
+                    "trying the one before"
                 )
         raise CheckpointError(
             f"every checkpoint in {self._folder} was damaged: {'; '.join(reasons)}. They lie in "
@@ -228,7 +231,7 @@ class Checkpoints:
         try:
             self.wait()
         except SaveError as error:
-            print(f"WARNING: {error}", file=sys.stderr, flush=True)
+            say(f"WARNING: {error}")
         self._checkpointer.close()
 
     def __enter__(self):
@@ -305,7 +308,7 @@ class Checkpoints:
         if self._failed_in_a_row >= self._max_failures:
             left = f"the newest whole checkpoint is {self.latest_step}"
             raise SaveError(f"{text}; {left}") from error
-        print(f"WARNING: {text}; trying again", file=sys.stderr, flush=True)
+        say(f"WARNING: {text}; trying again")
 
     def _sweep(self) -> None:
         """Removes the half-done files of a process that died, or of a save that failed."""
@@ -348,6 +351,32 @@ class Checkpoints:
             if value is not None and math.isfinite(value):
                 values[step] = value
         return values
+
+
+def _told_here(record: logging.LogRecord) -> bool:
+    """Whether a record is to be logged: not where orbax logs an error that it raises as well.
+
+    Each of its threads logs the same failure with a traceback, and `Checkpoints` tells of it.
+    """
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _leave_late_writes_untold() -> None:
+    """Keeps tensorstore from printing a traceback for each write that ends after one has failed.
+
+    orbax has closed the event loop by then, which tensorstore's own threads take for an error.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "leaves_late_writes_untold", False):
+        return
+
+    def hook(told):
+        late = told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"
+        if not late or told.object is not None:  # a thread of C++ has no object
+            before(told)
+
+    hook.leaves_late_writes_untold = True
+    sys.unraisablehook = hook
 
 
 def _leave_bytes_uncounted() -> None:

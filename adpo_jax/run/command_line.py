@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from adpo_jax.log.printable import say_error
 from adpo_jax.run import config_files
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -68,7 +69,7 @@ def parse_flags(
     except Exception as error:  # a config file is a program: anything may go wrong in it
         if debug:
             traceback.print_exc()
-        print(f"error: {_in_words(error)}", file=sys.stderr)
+        say_error(_in_words(error))
         sys.exit(USER_ERROR)
 
 

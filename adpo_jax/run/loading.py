@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adpo_jax.data import arithmetic, due, files
+from adpo_jax.data.conversations import text_token_ids
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.model.lora import Lora, parse_targets
@@ -245,7 +246,7 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
         solutions = dataset.mapped(c.answer_key, files.extract_solution)
         _check_solutions(config, solutions, source, split)
         dataset = dataset.with_column("solution", solutions)
-    prompts = _render(config, tokenizer, dataset, split)
+    prompts = _render(config, tokenizer, dataset, split, source)
     if split == "train" and c.train_batch_size > len(prompts):
         logging.warning(
             "data.train_batch_size is %d, and there are %d training prompts: an iteration samples "
@@ -377,12 +378,17 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
         "sft.completion_key",
         c.completion_key,
     )
-    prompts = _render(config, source.tokenizer, dataset, "cold start")
+    prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files)
     texts = [
         files.message_text(value) or str(value)
         for value in files.Dataset(prompts.columns).column(c.completion_key)
     ]
-    token_ids = source.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    token_ids = text_token_ids(
+        source.tokenizer,
+        texts,
+        allow_control_tokens=config.data.allow_control_tokens,
+        add_special_tokens=False,
+    )
     eos = source.tokenizer.eos_token_id
     end = source.stop_token_ids[0] if eos is None else eos
     completions = [[*ids, end] for ids in token_ids]
@@ -434,7 +440,9 @@ def _load_rows(
     return files.Dataset(columns)
 
 
-def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) -> Prompts:
+def _render(
+    config: ConfigDict, tokenizer, dataset: files.Dataset, what: str, source: str
+) -> Prompts:
     c = config.data
     options = {
         "prompt_key": c.prompt_key,
@@ -444,6 +452,7 @@ def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) ->
         "chat_template_kwargs": c.chat_template_kwargs.to_dict(),
         "max_prompt_length": c.max_prompt_length,
         "overlong": c.overlong_prompts,
+        "allow_control_tokens": c.allow_control_tokens,
     }
     if dataset.digest:
         rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir)
@@ -451,7 +460,7 @@ def _render(config: ConfigDict, tokenizer, dataset: files.Dataset, what: str) ->
         num_overlong = len(dataset) - len(rows)
         token_ids = due.DuePrompts(kept, rows, tokenizer, options)
     else:
-        kept, token_ids, num_overlong = render_prompts(dataset, tokenizer, **options)
+        kept, token_ids, num_overlong = render_prompts(dataset, tokenizer, source=source, **options)
     if num_overlong:
         logging.warning(
             "%s: %d of %d prompts are longer than data.max_prompt_length (%d tokens): %s",

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say_error
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -34,6 +35,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="what clients call the model; by default the last part of --model")
     add("--dtype", default="float32", help="float32 or bfloat16")
     add("--trust-remote-code", action="store_true", help="run its tokenizer's own code")
+    meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
+    add("--allow-control-tokens", action="store_true", help=meant)
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
@@ -118,6 +121,11 @@ def make_server(a: argparse.Namespace):
 
     api_key = read_api_key(a)
     model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+    # A request is a stranger's, whatever the data of the run were.
+    prompt_format = dataclasses.replace(
+        model.prompt_format, allow_control_tokens=a.allow_control_tokens
+    )
+    model = dataclasses.replace(model, prompt_format=prompt_format)
     limits = Limits(*_lengths(a, model.policy), a.max_prompt_characters)
     engine = Engine(
         model.policy,
@@ -162,6 +170,7 @@ def make_server(a: argparse.Namespace):
         lifespan="on",
         timeout_graceful_shutdown=a.drain_seconds,
         server_header=False,
+        use_colors=False,  # nothing that is logged steers the terminal, colours neither
     )
     server = uvicorn.Server(config)
     server.app = app
@@ -191,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server = make_server(a)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     server.run()
     failed = server.app.service is None or server.app.service.decoding.failed
@@ -200,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> int:
     """Runs `python -m adpo_jax.serve`; returns the exit code."""
+    guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     return main()

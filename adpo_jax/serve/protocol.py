@@ -299,7 +299,9 @@ def _messages(fields: Fields) -> list[Message]:
             f"messages must be a list of at least one message; given {shown(messages)}",
             param="messages",
         )
-    return [_message(message, number) for number, message in enumerate(messages)]
+    checked = [_message(message, number) for number, message in enumerate(messages)]
+    # What the chat template has no place for is refused where it is rendered, and not dropped here.
+    return [given | message for given, message in zip(messages, checked)]
 
 
 def _message(message: Any, number: int) -> Message:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from adpo_jax.data.conversations import control_token_in
 from adpo_jax.data.prompts import Message
 from adpo_jax.engine import scoring
 from adpo_jax.engine.continuous import NewTokens, Sample
@@ -134,6 +135,9 @@ class Service:
         taken = sorted(own.keys() & request.chat_template_kwargs.keys())
         if taken:
             raise ValueError(f"chat_template_kwargs cannot set {', '.join(taken)}")
+        found = control_token_in(self.model.tokenizer, request.chat_template_kwargs)
+        if found and not self.model.prompt_format.allow_control_tokens:
+            raise ValueError(f"chat_template_kwargs cannot hold the control token {found!r}")
         kwargs = self.model.prompt_format.chat_template_kwargs | request.chat_template_kwargs
         if request.tools:
             self.tool_form(request)
@@ -141,7 +145,16 @@ class Service:
         return self._rendered(messages, PromptFormat(chat_template_kwargs=kwargs))
 
     def _rendered(self, prompt: str | list[Message], prompt_format: PromptFormat) -> list[int]:
-        return self.model.prompts([prompt], max_length=sys.maxsize, prompt_format=prompt_format)[0]
+        prompt_format = dataclasses.replace(
+            prompt_format, allow_control_tokens=self.model.prompt_format.allow_control_tokens
+        )
+        try:
+            prompts = self.model.prompts(
+                [prompt], max_length=sys.maxsize, prompt_format=prompt_format
+            )
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("row 0: ")) from error
+        return prompts[0]
 
     def tool_form(self, request: CompletionRequest) -> tools_lib.Form:
         """The form in which this model writes calls of tools.

@@ -1,0 +1,199 @@
+"""What models, data, folders and clients wrote does not steer the terminal that it is shown on."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rich.console
+from safetensors.numpy import load_file, save_file
+from test_bad_input import (  # noqa: F401  (fixtures)
+    ARITHMETIC,
+    MODEL,
+    model,
+    outcome,
+    workplace,
+    write_rows,
+)
+
+from adpo_jax import evaluate
+from adpo_jax.log.printable import GuardedStream, printable
+from adpo_jax.log.progress import Progress
+from adpo_jax.report import __main__ as report
+from adpo_jax.serve import __main__ as serve
+
+ROOT = Path(__file__).resolve().parents[1]
+# Clears the screen, sets the title, rings, hides by C1, turns the writing direction, goes back.
+HOSTILE = "\x1b[2J\x1b]0;pwned\x07\x9b31m\u202egnp\u2066\rerror: none\x08\x7f"
+STEERS = ("\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\r", "\x08", "\x7f")
+
+
+def assert_inert(shown: str):
+    assert [c for c in STEERS if c in shown] == []
+
+
+def test_controls_are_spelled_out_and_all_that_is_text_stays():
+    assert_inert(printable(HOSTILE))
+    assert printable(HOSTILE).startswith(r"\x1b[2J\x1b]0;pwned\x07\x9b31m\u202egnp")
+    text = "two\nlines\tand Grüße, 你好\u3000世界, \u00a0, نص, 👩\u200d🔬, \\x1b, [bold]"
+    assert printable(text) == text
+    assert printable("windows\r\nlines") == "windows\nlines"
+    assert printable("lone \ud800") == r"lone \ud800"
+
+
+# --- the command lines
+
+
+def spoil_a_tensor_name():
+    weights = load_file("model/model.safetensors")
+    save_file(weights | {HOSTILE: weights["model.norm.weight"]}, "model/model.safetensors")
+
+
+def spoil_the_architecture():
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"architectures": [HOSTILE]}))
+
+
+def spoil_the_tokenizer():
+    Path("model/tokenizer.json").write_text(json.dumps({"version": HOSTILE, "model": HOSTILE}))
+
+
+def spoil_the_chat_template():
+    text = "{{ raise_exception('" + HOSTILE.replace("\r", "\\r") + "') }}"
+    Path("model/chat_template.jinja").write_text(text)
+
+
+def spoil_the_data():
+    write_rows(
+        "good.jsonl", [{"question": [{"role": HOSTILE, "content": "x"}], "answer": "#### 1"}]
+    )
+
+
+def spoil_a_column():
+    write_rows("good.jsonl", [{HOSTILE: "a", "answer": "#### 1"}])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_a_tensor_name,
+        spoil_the_architecture,
+        spoil_the_tokenizer,
+        spoil_the_chat_template,
+        spoil_the_data,
+        spoil_a_column,
+    ],
+)
+def test_an_error_of_a_run_shows_hostile_text_spelled_out(spoil, monkeypatch, capsys):
+    spoil()
+    argv = [ARITHMETIC, "--workdir=run", f"--config.{MODEL}.path=model",
+            "--config.data.train_files=good.jsonl", "--config.data.val_files="]  # fmt: skip
+    code, err = outcome(argv, monkeypatch, capsys)
+    assert code == 2, err
+    assert_inert(err)
+    assert err.startswith("error: ")
+    assert "pwned" in err or spoil is spoil_the_tokenizer, "the test shows nothing"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_other_command_lines_show_hostile_text_spelled_out(monkeypatch, capsys):
+    spoil_the_architecture()
+    monkeypatch.setattr("adpo_jax.devices.compilation_cache.use", lambda folder: None)
+    assert serve.main(["--model=model"]) == 2
+    for name, *more in (("generate", "--prompt=x"), ("export_hf", "--out=out")):
+        monkeypatch.setattr(sys, "argv", [name, "--model=model", *more])
+        assert script(name).main() == 2
+    monkeypatch.setattr(sys, "argv", ["report", HOSTILE])
+    assert report.main() == 2
+    err = capsys.readouterr().err
+    assert_inert(err)
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 4
+    assert err.count("pwned") >= 4
+    evaluate.say_error(ValueError("two\nlines"))
+    assert capsys.readouterr().err == "error: two\nlines\n"
+
+
+PROGRAM = """
+import sys
+from adpo_jax.log.printable import guard
+import absl.logging, logging
+early = logging.StreamHandler(sys.stderr)
+logging.getLogger("early").addHandler(early)
+logging.getLogger("early").propagate = False
+guard()
+import threading, tqdm, warnings
+HOSTILE = {hostile!r}
+print(HOSTILE)
+sys.stdout.writelines([HOSTILE, "\\n"])
+warnings.warn(HOSTILE)
+logging.getLogger("early").warning(HOSTILE)
+absl.logging.use_absl_handler()
+absl.logging.error(HOSTILE)
+logging.getLogger("another").warning(HOSTILE)
+def fail():
+    raise RuntimeError(HOSTILE)
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+for _ in tqdm.tqdm([1], desc=HOSTILE, file=sys.stdout):
+    pass
+fail()
+"""
+
+
+def test_whatever_a_process_prints_logs_warns_of_or_dies_of_is_spelled_out():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("{hostile!r}", repr(HOSTILE))],
+        capture_output=True,
+        cwd=ROOT,
+        check=False,
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 1
+    assert_inert(err)
+    assert err.count("pwned") >= 6, err
+    drawn, bar = out.split("\n", 2)[:2], out.split("\n", 2)[2]
+    assert [line.count("pwned") for line in drawn] == [1, 1]
+    assert_inert("".join(drawn))
+    assert bar.startswith("\r"), "a progress bar draws"
+    assert_inert(bar.replace("\r", ""))
+
+
+def test_every_command_line_is_guarded():
+    starts = ["adpo_jax/main.py", "adpo_jax/evaluate.py", "adpo_jax/serve/__main__.py"]
+    starts += ["adpo_jax/report/__main__.py", "scripts/generate.py", "scripts/export_hf.py"]
+    starts += ["scripts/compare.py"]
+    assert [name for name in starts if "\n    guard()\n" not in (ROOT / name).read_text()] == []
+
+
+def test_a_terminal_that_knows_few_characters_gets_the_rest_spelled_out():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    GuardedStream(stream).write("Grüße\n")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"Gr\\xfc\\xdfe\n"
+
+
+def test_the_progress_bar_and_its_table_draw_but_hostile_words_in_them_do_not(monkeypatch):
+    screen = io.StringIO()
+    console = rich.console.Console(file=screen, force_terminal=True, width=200)
+    sample = {"prompt": HOSTILE, "completion": "[red]not markup[/red]", "reward": 1.0}
+    sample["components"] = {f"[bold]{HOSTILE}": 1.0, "b": 0.5}
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress(HOSTILE, total=4, console=console) as progress:
+        progress.update(1, HOSTILE)
+        progress.print_samples([sample])
+        print(HOSTILE, file=sys.stderr)  # of someone else
+    shown = screen.getvalue()
+    assert "[red]not markup[/red]" in shown
+    for sequence in ("\x1b[2J\x1b", "\x1b]0;", "\x07", "\x9b", "\u202e", "\x08"):
+        assert sequence not in shown
+    assert shown.count("pwned") >= 4
