@@ -46,7 +46,7 @@ TEMPLATE = (
     "{% if tools %}{% for t in tools %}{{ t['function']['name'] }} {% endfor %}"
     "by <tool_call>{% endif %}{% for m in messages %}"
     "{% if m['role'] == 'tool' and not tools %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m['role'] }}: {% for c in m['tool_calls'] %}{{ c['function']['arguments']['a'] }}"
+    "{{ m['role'] }}: {% for c in m['tool_calls'] %}{{ c['function']['name'] }}{{ c['function']['arguments']['a'] }}"
     "{% endfor %}{{ m['content'] }}\n{% endfor %}{{ tone }}"
 )
 LENGTHS = ["--max-prompt-length=64", "--max-response-length=64", "--slots=8"]
@@ -454,7 +454,7 @@ def test_a_model_calls_functions_and_is_told_what_they_gave(client, folder, monk
     told = [question, choice.message.to_dict()]
     told.append({"role": "tool", "tool_call_id": calls[0].id, "content": "2"})
     whole = client.chat.completions.create(messages=told, **asked)
-    rendered += "assistant: " + "1" * len(calls) + "I add.\ntool: 2\n"
+    rendered += "assistant: " + "add1" * len(calls) + "I add.\ntool: 2\n"
     assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
 
 
