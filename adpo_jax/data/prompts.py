@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from adpo_jax.data import templates
 from adpo_jax.data.files import Dataset, Row
 
 # Arguments of apply_chat_template that the user may not give.
@@ -153,20 +154,17 @@ def _check_messages(messages: Any, index: int) -> None:
 def _chat_token_ids(
     tokenizer: Any, conversations: list[list[Message]], kwargs: dict[str, Any]
 ) -> list[list[int]]:
-    from jinja2 import TemplateError
-
     reserved = sorted(_RESERVED & kwargs.keys())
     if reserved:
         raise ValueError(f"data.chat_template_kwargs cannot set {', '.join(reserved)}")
     try:
-        return tokenizer.apply_chat_template(
-            conversations, tokenize=True, add_generation_prompt=True, return_dict=False, **kwargs
-        )
-    except TemplateError as error:
+        texts = templates.chat_texts(tokenizer, conversations, add_generation_prompt=True, **kwargs)
+    except templates.TemplateError as error:
         raise ValueError(
             f"the tokenizer's chat template refuses these prompts: {error}. Some have no system "
             "role (set data.system_prompt to ''); data.apply_chat_template=False does without it"
         ) from error
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def _plain_token_ids(tokenizer: Any, conversations: list[list[Message]]) -> list[list[int]]:
