@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from jax.experimental import multihost_utils
 
 from adpo_jax.hf import weights
+from adpo_jax.hf.files import is_plain_name, read_json, size_of
 from adpo_jax.hf.safetensors_files import Checkpoint
 from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
 from adpo_jax.model.model_config import ModelConfig
@@ -36,8 +37,33 @@ DOWNLOADED = [
     "added_tokens.json",
     "chat_template*",
 ]
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+)
+LARGEST_TOKENIZER_FILE = 1 << 28  # bytes; that of Gemma 3 has an eighth of it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def local_path(name: str | os.PathLike) -> Path:
+    """The name as a path of this machine, whether or not anything is there.
+
+    Raises:
+      ValueError: for what no file can be called.
+    """
+    try:
+        folder = Path(name).expanduser()
+        folder.is_dir()  # which raises where the name is too long
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"there is no folder {str(name)!r:.200}: {error}"[:500]) from None
+    return folder
 
 
 def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOADED)) -> Path:
@@ -49,10 +75,12 @@ def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOA
     Raises:
       ValueError: when the name is neither.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_symlink() or folder.exists():
+        if not folder.exists():
+            raise ValueError(f"there is no folder {folder}: it is a link that leads nowhere")
         raise ValueError(f"{folder} is a file; give the folder that holds config.json")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ValueError(f"there is no folder {folder}")
@@ -71,7 +99,7 @@ def find_config(name: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: when there is none.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir() or folder.exists() or str(name).count("/") != 1:
         return read_json(find_folder(name) / "config.json")
     try:
@@ -81,19 +109,6 @@ def find_config(name: str | os.PathLike) -> dict[str, Any]:
             f"there is no folder {name!r}, and the Hugging Face hub gives no config.json of that "
             f"name: {str(error).strip().splitlines()[0]}"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ValueError, naming the file, if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; is it a Hugging Face model?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -111,13 +126,15 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index_path} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        outside = [name for name in names if Path(name).name != name or name == ".."]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index_path} has a weight_map to what are no names of files")
+        names = sorted(set(weight_map.values()))
+        outside = [name[:80] for name in names if not is_plain_name(name)]
         if outside:
-            raise ValueError(f"{index_path} names files outside its folder: {outside}")
+            raise ValueError(f"{index_path} names files outside its folder: {outside[:8]}")
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
-            raise ValueError(f"{index_path} names files that are missing: {absent}")
+            raise ValueError(f"{index_path} names files that are missing: {absent[:8]}")
         return [folder / name for name in names]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -267,6 +284,29 @@ def load_folder_config(
       with_code: download Python files too.
     """
     folder = find_folder(name, [*DOWNLOADED, "*.py"] if with_code else DOWNLOADED)
+    _refuse_unreadable(folder)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     return folder, read_json(folder / "config.json"), generation
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Refuses files that other libraries would read without looking: a pipe would hang them."""
+    for path in tokenizer_files(folder):
+        try:
+            size = size_of(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is a link that leads nowhere") from None
+        if size > LARGEST_TOKENIZER_FILE:
+            raise ValueError(
+                f"{path} has {size:,} bytes; at most {LARGEST_TOKENIZER_FILE:,} are read"
+            )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to its tokenizer."""
+    try:
+        paths = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
+        return sorted(path for path in paths if not path.is_dir())
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from None
