@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from adpo_jax.hf import weights
 from adpo_jax.hf.files import is_plain_name, read_json, size_of
-from adpo_jax.hf.safetensors_files import Checkpoint
+from adpo_jax.hf.safetensors_files import Checkpoint, read_header
 from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
 from adpo_jax.model.model_config import ModelConfig
 
@@ -146,6 +146,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
 
 
+def dtypes(folder: Path) -> set[str]:
+    """The dtypes of a folder's tensors, by the names of safetensors ("F32", "BF16")."""
+    headers = (read_header(path) for path in weight_files(folder))
+    return {entry["dtype"] for header in headers for entry in header.values()}
+
+
 def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: str):
     """The parameters of a folder, in the shardings of `abstract_params`.
 
@@ -197,7 +203,45 @@ def save_folder(
             write_json(temporary / "config.json", config_json)
             write_json(temporary / "generation_config.json", generation_config)
             if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+                _save_tokenizer(temporary, tokenizer)
+
+
+def _save_tokenizer(folder: Path, tokenizer) -> None:
+    """The files that the tokenizer was read from, or its own writing where it has changed.
+
+    transformers 5 writes another form than that of most published files, which transformers 4 and
+    engines built on it cannot read.
+    """
+    name = str(getattr(tokenizer, "name_or_path", None) or "")
+    source = Path(name)
+    if not (name and source.is_dir() and _is_as_read(tokenizer, source)):
+        tokenizer.save_pretrained(folder)
+        return
+    for path in tokenizer_files(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _is_as_read(tokenizer, source: Path) -> bool:
+    """Whether the tokenizer is what the files of a folder still make."""
+    from transformers import AutoTokenizer
+
+    if not type(tokenizer).__module__.startswith("transformers.") or not tokenizer_files(source):
+        return False  # the code of a folder is not run again for this
+    try:
+        read = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return _state(read) == _state(tokenizer)
+    except Exception:  # tokenizers raises bare exceptions
+        return False
+
+
+def _state(tokenizer) -> tuple:
+    """All that tells tokenizers of a folder apart, without what a call of them leaves behind."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"padding": None, "truncation": None}
+    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
+    return state, sides, tokenizer.special_tokens_map, tokenizer.chat_template
 
 
 @contextlib.contextmanager
@@ -276,18 +320,40 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
 
 
 def load_folder_config(
-    name: str | os.PathLike, *, with_code: bool = False
+    name: str | os.PathLike,
+    *,
+    with_code: bool = False,
+    override: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of a model, its config.json and its generation_config.json (empty if absent).
 
     Args:
       with_code: download Python files too.
+      override: as for `overridden`.
     """
     folder = find_folder(name, [*DOWNLOADED, "*.py"] if with_code else DOWNLOADED)
     _refuse_unreadable(folder)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    return folder, read_json(folder / "config.json"), generation
+    return folder, overridden(read_json(folder / "config.json"), override), generation
+
+
+def overridden(
+    config_json: Mapping[str, Any], override: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of a config.json with other values for some keys; None leaves a key out.
+
+    A dict goes into the dict of that key, as in {"text_config": {"rope_theta": 1e6}}.
+    """
+    result = dict(config_json)
+    for key, value in (override or {}).items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = overridden(result[key], value)
+        else:
+            result[key] = value
+    return result
 
 
 def _refuse_unreadable(folder: Path) -> None:

@@ -88,6 +88,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         config, source.tokenizer, config.data.train_files, split="train"
     )
     val_prompts = loading.load_val_prompts(config, source.tokenizer)
+    loading.check_embedded(policy, train_prompts.token_ids, "data.train_files: prompt")
+    if val_prompts is not None:
+        loading.check_embedded(policy, val_prompts.token_ids, "data.val_files: prompt")
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
     make_profiler(config, Path(), num_steps)
