@@ -311,6 +311,11 @@ WALK = {
     "data.max_val_samples": ("2", prompts, ROOM),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
+    f"{MODEL}.override_config": (
+        "{'rms_norm_eps': 1e-5}",
+        policy,
+        f"--config.{MODEL}.path=one",
+    ),
     f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
     f"{MODEL}.trust_remote_code": ("true", trust, f"--config.{MODEL}.path=one"),
     f"{MODEL}.lora_rank": ("3", policy),
