@@ -8,12 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from test_config import parse
 from transformers import AutoTokenizer
 
 from adpo_jax import train
-from adpo_jax.run import preparation
+from adpo_jax.run import preparation, setup
 from adpo_jax.run.interruption import Interruption
 
 MODELS = Path(os.environ.get("ADPO_JAX_MODELS") or "no-models")
@@ -67,7 +68,9 @@ def trained(folder: Path, tmp_path: Path, **changes) -> Path:
         **changes,
     }
     config = parse("arithmetic", *(f"--config.{key}={value}" for key, value in settings.items()))
-    prepared = preparation.prepare(config, str(tmp_path / "run"))
+    prepared = preparation.prepare(
+        config, str(tmp_path / "run"), build=lambda c: setup.build(c, jax.devices()[:1])
+    )
     with Interruption() as interruption:
         train.run(prepared, interruption)
     return tmp_path / "run"

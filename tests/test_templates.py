@@ -58,7 +58,8 @@ def test_a_template_writes_what_transformers_lets_it_write():
 
 def test_a_last_message_is_left_open_as_transformers_leaves_it():
     chats = [[*CHATS[0], {"role": "assistant", "content": "it is "}]]
-    for template in ("{% for m in messages %}{{ m.content }}|{% endfor %}", RICH):
+    for cut in ("", " | trim"):
+        template = "{% for m in messages %}{{ m.content" + cut + " }}|{% endfor %}"
         tokenizer = tokenizer_with(template)
         wanted = tokenizer.apply_chat_template(chats, tokenize=False, continue_final_message=True)
         assert templates.chat_texts(tokenizer, chats, continue_final_message=True) == wanted

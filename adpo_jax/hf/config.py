@@ -12,6 +12,7 @@ from adpo_jax.hf.families import (
     GENERATION,
     HARMLESS,
     LARGEST,
+    MOST_OF_ANY,
     MOST_PARAMETERS,
     NUMBERS,
     NUMBERS_OR_NULL,
@@ -87,6 +88,22 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         )
     config["architectures"] = [architecture]
     return config
+
+
+def check_counts(content: Any, path: str = "config.json") -> None:
+    """Refuses counts from which transformers would make lists that no memory holds.
+
+    Its tokenizers read config.json too, and make a list of one entry for each layer or label.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        check_counts(value, path)
+        most = min(LARGEST.get(key, MOST_OF_ANY), MOST_OF_ANY)
+        counts = key.startswith(("num_", "n_")) or key.endswith("_layers")
+        if counts and isinstance(value, int | float) and not value <= most:
+            raise ValueError(f"{path} has {key[:80]} = {value!r:.80}, more than any machine holds")
 
 
 def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:

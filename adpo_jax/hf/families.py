@@ -134,6 +134,7 @@ LARGEST = {
     "head_dim": 1 << 14,
     "sliding_window": 1 << 30,
 }
+MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
 
 SUPPORTED_MODEL_TYPES = (*FAMILIES, "gemma3")

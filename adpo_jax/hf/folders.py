@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from jax.experimental import multihost_utils
 
 from adpo_jax.hf import weights
+from adpo_jax.hf.config import check_counts
 from adpo_jax.hf.files import is_plain_name, read_json, size_of
 from adpo_jax.hf.safetensors_files import Checkpoint, read_header
 from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
@@ -335,7 +336,9 @@ def load_folder_config(
     _refuse_unreadable(folder)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    return folder, overridden(read_json(folder / "config.json"), override), generation
+    config_json = read_json(folder / "config.json")
+    check_counts(config_json, str(folder / "config.json"))
+    return folder, overridden(config_json, override), generation
 
 
 def overridden(
