@@ -329,3 +329,87 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(folder):
     assert result.returncode == 2, result.stderr
     assert "config.json is no regular file" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# --- folders that are good and were refused, or read in part
+
+
+def source_of(folder: Path, **model):
+    c = default_config()
+    c.actor_rollout_ref.model.path = str(folder)
+    with c.unlocked(), c.ignore_type():
+        c.actor_rollout_ref.model.update(model)
+    return c, loading.find_model(c)
+
+
+def test_keys_that_no_forward_reads_are_passed_over(folder):
+    """SmolLM2's published config has the first two, others have the rest."""
+    config(
+        is_llama_config=True,
+        model_max_length=8192,
+        attn_implementation="sdpa",
+        output_attentions=True,
+        num_labels=3,
+        problem_type="regression",
+        decoder_start_token_id=1,
+    )(folder)
+    read(folder)
+
+
+def test_a_key_that_is_not_known_is_passed_over_by_an_override(folder):
+    config(use_qk_clip=True, rms_norm_eps=None)(folder)
+    with pytest.raises(
+        ValueError, match=r"use_qk_clip = True.*override_config.*'use_qk_clip': None"
+    ):
+        read(folder)
+    override = {"use_qk_clip": None, "rms_norm_eps": 1e-5}
+    c, source = source_of(folder, override_config=override)
+    policy = loading.make_policy(c, source, None)
+    loading.initial_params(c, source, None)
+    assert policy.config.norm_eps == 1e-5
+    assert "use_qk_clip" not in policy.hf_config
+    found, _ = Policy.from_pretrained(folder, override_config=override)
+    assert found.config == policy.config
+
+
+@pytest.mark.parametrize(
+    ("generation", "inner", "wanted"),
+    [
+        ({"eos_token_id": [5, 7]}, {"eos_token_id": 9}, {5, 7}),
+        (None, {"eos_token_id": [9, 11]}, {9, 11}),
+        ({"top_k": 3}, {"eos_token_id": 9}, {9}),
+        (None, {}, set()),
+    ],
+)
+def test_every_end_that_a_folder_names_stops_a_completion(generation, inner, wanted, folder):
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        keys("generation_config.json", **generation)(folder)
+    config(**{"eos_token_id": None} | inner)(folder)
+    _, source = source_of(folder)
+    assert set(source.stop_token_ids) == wanted | {source.tokenizer.eos_token_id}
+
+
+def test_an_added_token_beyond_the_embeddings_is_refused_where_a_prompt_has_it(folder):
+    """As `<image_soft_token>` of Gemma 3, whose text models embed one token less."""
+    _, source = source_of(folder)
+    source.tokenizer.add_tokens(["<image>"] * 1)
+    number = source.tokenizer.convert_tokens_to_ids("<image>")
+    c = default_config()
+    source.hf_config["vocab_size"] = number
+    policy = loading.make_policy(c, source, None)
+    prompts = source.tokenizer(["one", "an <image>"])["input_ids"]
+    loading.check_embedded(policy, prompts[:1], "prompt")
+    with pytest.raises(ValueError, match=f"prompt 2 has token {number}, and the model embeds"):
+        loading.check_embedded(policy, prompts, "prompt")
+
+
+def test_frozen_weights_that_are_narrower_than_their_folder_are_told_of(folder, caplog):
+    c, source = source_of(folder, lora_rank=2)
+    c.trainer.bf16 = True
+    loading.initial_params(c, source, None)
+    assert "the adapters are trained beside the rounded weights" in caplog.text
+    caplog.clear()
+    c.trainer.bf16 = False
+    loading.initial_params(c, source, None)
+    assert not caplog.text

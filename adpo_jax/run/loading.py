@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from adpo_jax.data import arithmetic, files
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
+from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.policy import adapters
 from adpo_jax.policy.policy import Policy
@@ -77,7 +78,8 @@ def find_model(config: ConfigDict) -> ModelSource:
         with_code=model.trust_remote_code,
         override=model.override_config.to_dict(),
     )
-    tokenizer = _load_tokenizer(folder, model.trust_remote_code)
+    model_config(language_config(hf_config | overrides))  # transformers' refusals say less
+    tokenizer = _load_tokenizer(folder, hf_config, model.trust_remote_code)
     stop = _stop_token_ids(folder, tokenizer, generation, hf_config)
     return ModelSource(
         folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapted, generation
@@ -108,8 +110,8 @@ def find_architecture(config: ConfigDict) -> ModelSource:
     return ModelSource(None, hf_config, (), (0,), True, *_find_lora(model))
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool):
-    from transformers import AutoTokenizer
+def _load_tokenizer(folder: Path, hf_config: dict, trust_remote_code: bool):
+    from transformers import AutoConfig, AutoTokenizer
 
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
@@ -125,7 +127,16 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
             "then set actor_rollout_ref.model.trust_remote_code=true"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        settings = {"trust_remote_code": trust_remote_code}
+        if not trust_remote_code:
+            # Else transformers makes one of the folder's config.json, whose mistakes are no matter
+            # of the tokenizer, and whose overrides it does not know.
+            named = hf_config.get("tokenizer_class")
+            settings["config"] = AutoConfig.for_model(
+                hf_config["model_type"], name_or_path=str(folder)
+            )
+            settings["config"].tokenizer_class = named if isinstance(named, str) else None
+        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
         tokenizer.decode(tokenizer("1 + 1 = 2\n")["input_ids"])
         ends = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         bad = [name for name, x in ends.items() if x is not None and type(x) is not int]
