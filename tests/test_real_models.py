@@ -97,5 +97,6 @@ def test_a_real_tokenizer_trains_two_iterations_through_its_own_template(name, t
 
 
 def test_smollm2_trains_two_iterations_as_it_is_published(tmp_path):
-    run = trained(there("smollm2"), tmp_path, **{"trainer.bf16": "false"})
+    # The state of an optimizer for all weights would be 1.6 GB on the disk.
+    run = trained(there("smollm2"), tmp_path, **{f"{MODEL}.lora_rank": 2})
     assert len([row for row in metrics_of(run) if "loss" in "".join(row)]) >= 2

@@ -239,8 +239,10 @@ def _is_as_read(tokenizer, source: Path) -> bool:
 
 def _state(tokenizer) -> tuple:
     """All that tells tokenizers of a folder apart, without what a call of them leaves behind."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"padding": None, "truncation": None}
+    # Every call of a tokenizer sets both anew.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    state = tokenizer.backend_tokenizer.to_str()
     sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
     return state, sides, tokenizer.special_tokens_map, tokenizer.chat_template
 
