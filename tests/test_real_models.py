@@ -48,8 +48,8 @@ def there(name: str) -> Path:
     return folder
 
 
-def trained(folder: Path, tmp_path: Path, **changes) -> Path:
-    """The folder of a run of two iterations."""
+def trained(folder: Path, tmp_path: Path, **changes):
+    """The folder of a run of two iterations, and its parts."""
     rows = [{"question": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(4)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,6 +57,7 @@ def trained(folder: Path, tmp_path: Path, **changes) -> Path:
         f"{MODEL}.path": folder,
         "data.train_files": data,
         "data.val_files": "",
+        "data.prompt_template": "{prompt}",
         "data.train_batch_size": 2,
         "data.max_prompt_length": 96,
         "data.max_response_length": 4,
@@ -73,7 +74,7 @@ def trained(folder: Path, tmp_path: Path, **changes) -> Path:
     )
     with Interruption() as interruption:
         train.run(prepared, interruption)
-    return tmp_path / "run"
+    return tmp_path / "run", prepared.parts
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -85,12 +86,14 @@ def test_a_real_tokenizer_trains_two_iterations_through_its_own_template(name, t
     source = there(name)
     folder = Path(shutil.copytree(source, tmp_path / name))
     (folder / "config.json").write_text(json.dumps(TINY | EMBEDDED[name]))
-    run = trained(folder, tmp_path, **{f"{MODEL}.random_init": "true"})
+    run, parts = trained(folder, tmp_path, **{f"{MODEL}.random_init": "true"})
     losses = [row for row in metrics_of(run) if "loss" in "".join(row)]
     assert len(losses) >= 2
-    sample = "".join(path.read_text() for path in run.rglob("*.jsonl"))
-    assert ENDS[name] in AutoTokenizer.from_pretrained(source).get_vocab()
-    assert sample
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    asked = [{"role": "user", "content": "What is 0 plus 0?"}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(parts.train_prompts.token_ids[0]) == text
+    assert tokenizer.convert_tokens_to_ids(ENDS[name]) in parts.sampling.stop_token_ids
     exported = {path.name: path.read_bytes() for path in (run / "export").glob("token*")}
     for file in source.iterdir():
         assert exported[file.name] == file.read_bytes()
@@ -98,5 +101,5 @@ def test_a_real_tokenizer_trains_two_iterations_through_its_own_template(name, t
 
 def test_smollm2_trains_two_iterations_as_it_is_published(tmp_path):
     # The state of an optimizer for all weights would be 1.6 GB on the disk.
-    run = trained(there("smollm2"), tmp_path, **{f"{MODEL}.lora_rank": 2})
+    run, _ = trained(there("smollm2"), tmp_path, **{f"{MODEL}.lora_rank": 2})
     assert len([row for row in metrics_of(run) if "loss" in "".join(row)]) >= 2
