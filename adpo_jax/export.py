@@ -11,6 +11,7 @@ there; the token is that of the environment variable HF_TOKEN or of `hf auth log
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -30,9 +31,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run its tokenizer's own code"
     )
+    parser.add_argument(
+        "--override-config",
+        type=_json_object,
+        metavar="JSON",
+        help="keys of config.json with other values; null leaves a key out",
+    )
     parser.add_argument("--push-to-hub", metavar="NAME", help="user/model to upload to")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     return parser.parse_args(argv)
+
+
+def _json_object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"wanted a JSON object, given {text!r}")
+    return value
 
 
 def export(a: argparse.Namespace) -> None:
@@ -50,8 +64,16 @@ def export(a: argparse.Namespace) -> None:
         raise ValueError(f"--dtype is float32 or bfloat16; given {a.dtype!r}")
     if a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
-    model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
-    model.policy.save_pretrained(a.out, model.params, model.tokenizer)
+    model = pretrained.load(
+        a.model,
+        dtype=a.dtype,
+        trust_remote_code=a.trust_remote_code,
+        override_config=a.override_config,
+        keep_base_dtype=True,
+    )
+    model.policy.save_pretrained(a.out, model.params, model.tokenizer, dtype=a.dtype)
+    if model.policy.lora:
+        print(f"the adapters were merged into base weights of {model.policy.param_dtype}")
     size = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{a.out}: {size:,} parameters in {a.dtype}, from {model.source}")
     if a.push_to_hub:

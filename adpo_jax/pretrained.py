@@ -6,6 +6,7 @@ Only the parameters of a checkpoint are read, not the rest of the training state
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def load(
     dtype: Any = "float32",
     mesh: Mesh | None = None,
     trust_remote_code: bool = False,
+    override_config: Mapping[str, Any] | None = None,
+    keep_base_dtype: bool = False,
 ) -> Pretrained:
     """Loads a model by its folder or hub name.
 
@@ -99,13 +102,19 @@ def load(
       dtype: dtype of the parameters and the computation.
       mesh: devices; None for the default device.
       trust_remote_code: whether to run code in the model's folder that its tokenizer asks for.
+      override_config: keys of config.json with other values; None leaves a key out. A run has those
+        of its own config besides.
+      keep_base_dtype: hold the frozen weights of a run's adapters in the dtype that they had there,
+        whatever `dtype` is, so that the adapters are merged into those.
 
     Raises:
       ValueError: when there is no such model, or it cannot be read.
     """
     run, step = _run_and_step(Path(name).expanduser())
     if run is None:
-        return _from_hugging_face(name, dtype, mesh, PromptFormat(), trust_remote_code)
+        return _from_hugging_face(
+            name, dtype, mesh, PromptFormat(), trust_remote_code, override_config
+        )
     config = _run_config(run)
     # The user consents, not the folder.
     config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
@@ -113,9 +122,15 @@ def load(
     newest = max(complete_steps(run.checkpoints), default=0)
     # An export without a note is whole, since it appears by a rename.
     if step is None and run.export.is_dir() and (run.exported_step or newest) >= newest:
-        return _from_hugging_face(run.export, dtype, mesh, prompt_format, trust_remote_code)
+        return _from_hugging_face(
+            run.export, dtype, mesh, prompt_format, trust_remote_code, override_config
+        )
+    _override(config, override_config)
     source = loading.find_model(config)
-    policy = Policy.abstract_from_config(source.hf_config, dtype, mesh=mesh)
+    base_dtype = None
+    if keep_base_dtype and source.lora:
+        base_dtype = "bfloat16" if config.trainer.bf16 else "float32"
+    policy = Policy.abstract_from_config(source.hf_config, dtype, base_dtype, mesh=mesh)
     policy = dataclasses.replace(
         policy, lora=source.lora, generation_config=source.generation_config
     )
@@ -134,16 +149,22 @@ def load(
 
 
 def _from_hugging_face(
-    name, dtype, mesh, prompt_format: PromptFormat, trust_remote_code: bool
+    name, dtype, mesh, prompt_format: PromptFormat, trust_remote_code: bool, override_config
 ) -> Pretrained:
-    policy, params = Policy.from_pretrained(name, dtype, mesh=mesh)
+    policy, params = Policy.from_pretrained(name, dtype, mesh=mesh, override_config=override_config)
     config = default_config()
     config.actor_rollout_ref.model.path = str(name)
     config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
+    _override(config, override_config)
     source = loading.find_model(config)
     return Pretrained(
         policy, params, source.tokenizer, source.stop_token_ids, prompt_format, str(name)
     )
+
+
+def _override(config, override_config: Mapping[str, Any] | None) -> None:
+    with config.unlocked(), config.ignore_type():
+        config.actor_rollout_ref.model.override_config.update(dict(override_config or {}))
 
 
 def _run_and_step(path: Path) -> tuple[RunFolder | None, str | None]:

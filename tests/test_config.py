@@ -36,6 +36,7 @@ def test_every_config_file_is_valid_and_has_every_key(path):
         "reward_model.reward_kwargs",
         "data.chat_template_kwargs",
         "actor_rollout_ref.model.hf_config",
+        "actor_rollout_ref.model.override_config",
     }
 
 

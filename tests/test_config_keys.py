@@ -225,7 +225,8 @@ def data_cache(config):
 
 def first_batch(config):
     """The numbers of the prompts of the first iteration, of 300."""
-    none = dict.fromkeys(("engine", "sampling", "tokenizer", "reward_model"))
+    none = dict.fromkeys(("engine", "tokenizer", "reward_model"))
+    none["sampling"] = types.SimpleNamespace(stop_token_ids=())
     parts = types.SimpleNamespace(train_prompts=Prompts([[n] for n in range(300)], {}), **none)
     return preparation._sampled(config, parts, None).prompts_of(0).token_ids
 
@@ -353,6 +354,11 @@ WALK = {
     "data.cache_dir": ("cache", data_cache, FROM_FILE),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
     f"{MODEL}.hf_config": ("{'hidden_size': 16}", policy),
+    f"{MODEL}.override_config": (
+        "{'rms_norm_eps': 1e-5}",
+        policy,
+        f"--config.{MODEL}.path=one",
+    ),
     f"{MODEL}.random_init": ("true", policy, f"--config.{MODEL}.path=one"),
     f"{MODEL}.trust_remote_code": ("true", trust, f"--config.{MODEL}.path=one"),
     f"{MODEL}.lora_rank": ("3", policy),

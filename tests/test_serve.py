@@ -46,8 +46,8 @@ TEMPLATE = (
     "{% if tools %}{% for t in tools %}{{ t['function']['name'] }} {% endfor %}"
     "by <tool_call>{% endif %}{% for m in messages %}"
     "{% if m['role'] == 'tool' and not tools %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m['role'] }}: {% for c in m['tool_calls'] %}{{ c['function']['name'] }}{{ c['function']['arguments']['a'] }}"
-    "{% endfor %}{{ m['content'] }}\n{% endfor %}{{ tone }}"
+    "{{ m['role'] }}: {% for c in m['tool_calls'] %}{{ c['function']['name'] }}"
+    "{{ c['function']['arguments']['a'] }}{% endfor %}{{ m['content'] }}\n{% endfor %}{{ tone }}"
 )
 LENGTHS = ["--max-prompt-length=64", "--max-response-length=64", "--slots=8"]
 

@@ -1,6 +1,5 @@
 """What models, data, folders and clients wrote does not steer the terminal that it is shown on."""
 
-import importlib.util
 import io
 import json
 import subprocess
@@ -19,7 +18,7 @@ from test_bad_input import (  # noqa: F401  (fixtures)
     write_rows,
 )
 
-from adpo_jax import evaluate
+from adpo_jax import evaluate, export, generate
 from adpo_jax.log.printable import GuardedStream, printable
 from adpo_jax.log.progress import Progress
 from adpo_jax.report import __main__ as report
@@ -98,20 +97,13 @@ def test_an_error_of_a_run_shows_hostile_text_spelled_out(spoil, monkeypatch, ca
     assert "pwned" in err or spoil is spoil_the_tokenizer, "the test shows nothing"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_other_command_lines_show_hostile_text_spelled_out(monkeypatch, capsys):
     spoil_the_architecture()
     monkeypatch.setattr("adpo_jax.devices.compilation_cache.use", lambda folder: None)
     assert serve.main(["--model=model"]) == 2
-    for name, *more in (("generate", "--prompt=x"), ("export_hf", "--out=out")):
-        monkeypatch.setattr(sys, "argv", [name, "--model=model", *more])
-        assert script(name).main() == 2
+    for command, argument in ((generate, "--prompt=x"), (export, "--out=out")):
+        monkeypatch.setattr(sys, "argv", ["command", "--model=model", argument])
+        assert command.main() == 2
     monkeypatch.setattr(sys, "argv", ["report", HOSTILE])
     assert report.main() == 2
     err = capsys.readouterr().err
@@ -170,7 +162,8 @@ def test_whatever_a_process_prints_logs_warns_of_or_dies_of_is_spelled_out():
 
 def test_every_command_line_is_guarded():
     starts = ["adpo_jax/main.py", "adpo_jax/evaluate.py", "adpo_jax/serve/__main__.py"]
-    starts += ["adpo_jax/report/__main__.py", "scripts/generate.py", "scripts/export_hf.py"]
+    starts += ["adpo_jax/report/__main__.py", "adpo_jax/generate.py", "adpo_jax/export.py"]
+    starts += ["adpo_jax/__main__.py"]
     starts += ["scripts/compare.py"]
     assert [name for name in starts if "\n    guard()\n" not in (ROOT / name).read_text()] == []
 

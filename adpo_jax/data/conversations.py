@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from adpo_jax.data import templates
+
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -472,13 +474,13 @@ class Conversations:
           ValueError: for whatever goes wrong in the template, which is a program of its folder.
         """
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
+            return templates.chat_texts(
+                self._tokenizer,
+                [messages],
                 add_generation_prompt=not goes_on,
                 continue_final_message=goes_on,
                 **kwargs,
-            )
+            )[0]
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ValueError(

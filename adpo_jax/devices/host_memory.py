@@ -45,6 +45,24 @@ def give_back() -> None:
         trim(0)
 
 
+def room(devices) -> int | None:
+    """Bytes of memory of all the devices; None where a platform does not tell.
+
+    Devices of the CPU share the memory of their machine, and each process may have one of its own.
+    """
+    import jax
+
+    here = next((d for d in devices if d.process_index == jax.process_index()), devices[0])
+    if here.platform == "cpu":
+        try:
+            machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return machine * len({d.process_index for d in devices})
+    stats = here.memory_stats() or {}
+    return stats["bytes_limit"] * len(devices) if "bytes_limit" in stats else None
+
+
 @functools.cache
 def _malloc_trim():
     """glibc's function; None where the C library has none."""

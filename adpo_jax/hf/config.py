@@ -6,13 +6,21 @@ from typing import Any
 
 from adpo_jax.hf.families import (
     ACTIVATION_NAMES,
+    COUNTS,
     FAMILIES,
     GEMMA3_WITH_VISION,
     GENERATION,
     HARMLESS,
+    LARGEST,
+    MOST_OF_ANY,
+    MOST_PARAMETERS,
+    NUMBERS,
+    NUMBERS_OR_NULL,
+    OBJECTS_OR_NULL,
     ONLY_VALUE,
     SIZES,
     SUPPORTED_MODEL_TYPES,
+    SWITCHES,
     Family,
 )
 from adpo_jax.model.model_config import ModelConfig
@@ -38,6 +46,7 @@ ROPE_KEYS = {
         "truncate",
     },
 }
+ROPE_NUMBERS = set().union(*ROPE_KEYS.values(), {"rope_theta"}) - {"truncate"}
 # Keys that transformers does not read for a rope type are ignored, as transformers does. All other
 # keys are refused.
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
@@ -55,10 +64,12 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     model_type = hf_config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported: "
+            f"model_type {model_type!r:.80} is not supported; supported: "
             + ", ".join(SUPPORTED_MODEL_TYPES)
         )
     wrapped = model_type == "gemma3"
+    if wrapped and not isinstance(hf_config.get("text_config") or {}, Mapping):
+        raise _wrong(hf_config, "text_config", "an object")
     config = dict(hf_config.get("text_config") or {}) if wrapped else dict(hf_config)
     if wrapped:
         config["model_type"] = "gemma3_text"
@@ -70,13 +81,29 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     architecture = FAMILIES[config["model_type"]].architecture
     wanted = GEMMA3_WITH_VISION if wrapped else architecture
     given = hf_config.get("architectures") or [wanted]
-    if list(given) != [wanted]:
+    if given not in ([wanted], (wanted,)):
         raise ValueError(
-            f"architectures {list(given)} of model_type {model_type!r} is not supported; "
+            f"architectures {given!r:.200} of model_type {model_type!r} is not supported; "
             f"supported: {wanted}"
         )
     config["architectures"] = [architecture]
     return config
+
+
+def check_counts(content: Any, path: str = "config.json") -> None:
+    """Refuses counts from which transformers would make lists that no memory holds.
+
+    Its tokenizers read config.json too, and make a list of one entry for each layer or label.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        check_counts(value, path)
+        most = min(LARGEST.get(key, MOST_OF_ANY), MOST_OF_ANY)
+        counts = key.startswith(("num_", "n_")) or key.endswith("_layers")
+        if counts and isinstance(value, int | float) and not value <= most:
+            raise ValueError(f"{path} has {key[:80]} = {value!r:.80}, more than any machine holds")
 
 
 def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -92,14 +119,18 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     family = FAMILIES[model_type]
     _refuse_unknown(hf_config, family)
     c = {**family.defaults, **hf_config}
+    _check_types(c)
     sizes = {key: _positive_int(c, key) for key in SIZES}
     heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
-    c["num_key_value_heads"] = c["num_key_value_heads"] or heads
-    c["head_dim"] = c["head_dim"] or sizes["hidden_size"] // heads
+    if c["num_key_value_heads"] is None:
+        c["num_key_value_heads"] = heads
+    if c["head_dim"] is None:
+        c["head_dim"] = sizes["hidden_size"] // heads
     head_dim = _positive_int(c, "head_dim")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
 
+    _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"))
     gemma = model_type.startswith("gemma")
     layer_types = _layer_types(model_type, c, layers)
     ropes, layer_ropes = _ropes(model_type, c, layer_types)
@@ -115,7 +146,7 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         windows=_windows(c, layer_types),
         ropes=ropes,
         layer_ropes=layer_ropes,
-        attention_scale=(c["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+        attention_scale=(_positive(c, "query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
         activation=_activation(c["hidden_activation"] if gemma else c["hidden_act"]),
         norm_eps=c["rms_norm_eps"],
         norm_plus_one=gemma,
@@ -135,32 +166,89 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
 def _refuse_unknown(hf_config: Mapping[str, Any], family: Family) -> None:
     for key, only in ONLY_VALUE.items():
         if hf_config.get(key) not in (None, only):
-            raise ValueError(f"{key} = {hf_config[key]!r} is not supported; supported: {only!r}")
+            raise ValueError(
+                f"{key} = {hf_config[key]!r:.80} is not supported; supported: {only!r}"
+            )
     known = SIZES | HARMLESS | GENERATION | family.defaults.keys() | ONLY_VALUE.keys()
     # A switch that is off changes nothing. Names with "_" in front are transformers' own notes.
     unknown = sorted(
-        key for key, value in hf_config.items() if value and key not in known and key[0] != "_"
+        key
+        for key, value in hf_config.items()
+        if value and key not in known and not key.startswith("_")
     )
     if unknown:
         raise ValueError(
             f"config.json of a {hf_config['model_type']} model has settings that are not "
             "implemented and may change the model: "
-            + ", ".join(f"{key} = {hf_config[key]!r}" for key in unknown)
-            + ". Remove those that do not."
+            + ", ".join(f"{key[:80]} = {hf_config[key]!r:.80}" for key in unknown[:16])
+            + (f" and {len(unknown) - 16} more" if len(unknown) > 16 else "")
+            + ". Those that do not change it are passed over by a null in "
+            f"actor_rollout_ref.model.override_config, as in {{{unknown[0][:80]!r}: None}}."
+        )
+
+
+def _check_types(c: Mapping[str, Any]) -> None:
+    """Refuses values that no model of the family can have, before they are computed with."""
+
+    def number(value) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+    wanted = [
+        *((key, "a number above 0", number) for key in NUMBERS),
+        *((key, "a number above 0, or null", lambda v: v is None or number(v))
+          for key in NUMBERS_OR_NULL),
+        *((key, "a number of at least 0", lambda v: v == 0 or number(v)) for key in COUNTS),
+        *((key, "true or false", lambda v: v is None or isinstance(v, bool)) for key in SWITCHES),
+        *((key, "an object, or null", lambda v: v is None or isinstance(v, Mapping))
+          for key in OBJECTS_OR_NULL),
+        ("layer_types", "a list of text, or null", lambda v: v is None or _is_list_of_text(v)),
+    ]  # fmt: skip
+    for key, what, holds in wanted:
+        if key in c and not holds(c[key]):
+            raise _wrong(c, key, what)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+
+
+def _wrong(config: Mapping[str, Any], key: str, wanted: str) -> ValueError:
+    given = "null" if config[key] is None else f"{config[key]!r:.80}"
+    return ValueError(f"config.json needs {key} as {wanted}; given {given}")
+
+
+def _check_total(sizes: Mapping[str, int], head_dim: int, kv_heads: int) -> None:
+    D, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    layer = D * (2 * (heads + kv_heads) * head_dim + 3 * sizes["intermediate_size"])
+    total = D * sizes["vocab_size"] + sizes["num_hidden_layers"] * layer
+    if total > MOST_PARAMETERS:
+        raise ValueError(
+            f"config.json describes a model of {total:,} parameters, which no machine holds"
         )
 
 
 def _positive_int(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json needs {key} as a positive integer; given {value!r}")
+        raise ValueError(f"config.json needs {key} as a positive integer; given {value!r:.80}")
+    if value > LARGEST.get(key, value):
+        raise ValueError(
+            f"config.json has {key} = {value:,}, more than any machine holds; at most "
+            f"{LARGEST[key]:,} is read"
+        )
     return value
 
 
+def _positive(config: Mapping[str, Any], key: str) -> float:
+    if not config[key] > 0:
+        raise _wrong(config, key, "a number above 0")
+    return config[key]
+
+
 def _activation(name: str) -> str:
-    if name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
         raise ValueError(
-            f"activation {name!r} is not supported; supported: {', '.join(ACTIVATION_NAMES)}"
+            f"activation {name!r:.80} is not supported; supported: {', '.join(ACTIVATION_NAMES)}"
         )
     return ACTIVATION_NAMES[name]
 
@@ -183,14 +271,16 @@ def _layer_types(model_type: str, c: Mapping[str, Any], num_layers: int) -> list
     elif model_type == "gemma2":
         layer_types = pattern(lambda i: (i + 1) % 2)
     elif model_type == "gemma3_text":
-        layer_types = pattern(lambda i: (i + 1) % c["sliding_window_pattern"])
+        every = _positive_int(c, "sliding_window_pattern")
+        layer_types = pattern(lambda i: (i + 1) % every)
     else:
         layer_types = pattern(lambda i: False)
 
     unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
     if unknown:
         raise ValueError(
-            f"layer types {unknown} are not supported; supported: full_attention, sliding_attention"
+            f"layer types {unknown!r:.200} are not supported; supported: full_attention, "
+            "sliding_attention"
         )
     if len(layer_types) != num_layers:
         raise ValueError(f"{len(layer_types)} layer_types for num_hidden_layers = {num_layers}")
@@ -219,6 +309,9 @@ def _ropes(model_type: str, c: Mapping[str, Any], layer_types: list[str]):
                 "rope_parameters of gemma3_text has one entry for full_attention and one for "
                 f"sliding_attention; given {flat}"
             )
+        for kind in nested:
+            if not isinstance(nested[kind] or {}, Mapping):
+                raise _wrong(nested, kind, "an object inside rope_parameters")
         local = nested.get("sliding_attention") or {}
         distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
         ropes = (
@@ -239,13 +332,17 @@ def _rope(parameters: Mapping[str, Any], theta: float, max_positions: int) -> Ro
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in SUPPORTED_TYPES:
         raise ValueError(
-            f"rope type {kind!r} is not supported; supported: {', '.join(SUPPORTED_TYPES)}"
+            f"rope type {kind!r:.80} is not supported; supported: {', '.join(SUPPORTED_TYPES)}"
         )
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor of the rope is not supported; supported: 1.0")
     unknown = sorted(given.keys() - KNOWN_ROPE_KEYS)
     if unknown:
-        raise ValueError(f"rope settings that are not implemented: {', '.join(unknown)}")
+        raise ValueError(f"rope settings that are not implemented: {', '.join(unknown)[:300]}")
+    for key in sorted(given.keys() & ROPE_NUMBERS):
+        value = given[key]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise ValueError(f"the rope needs {key} as a number above 0; given {value!r:.80}")
     theta = given.get("rope_theta", theta)
     used = {key: value for key, value in given.items() if key in ROPE_KEYS[kind]}
     if kind in ("llama3", "yarn"):

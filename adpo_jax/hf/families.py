@@ -112,6 +112,31 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
 }
+# What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
+NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "rope_local_base_freq")
+NUMBERS_OR_NULL = ("attn_logit_softcapping", "final_logit_softcapping")
+COUNTS = (
+    "max_position_embeddings",
+    "max_window_layers",
+    "query_pre_attn_scalar",
+    "sliding_window_pattern",
+)
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
+# Beyond what any machine holds; a file with more is a mistake or an attack.
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "sliding_window": 1 << 30,
+}
+MOST_OF_ANY = 1_000_000  # layers, heads or labels
+MOST_PARAMETERS = 10**14
+
 SUPPORTED_MODEL_TYPES = (*FAMILIES, "gemma3")
 GEMMA3_WITH_VISION = "Gemma3ForConditionalGeneration"
 
@@ -128,39 +153,65 @@ ONLY_VALUE = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal
 
 # Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
 # transformers runs the model (`pretraining_tp` reorders the same sums) and generates.
+# What transformers' base class reads is among them, and what SmolLM2's and others' first configs
+# have: `is_llama_config` names the class, and `is_decoder` is so for every model here.
 # `sliding_window_size` stands beside `sliding_window` in the first Gemma 2 configs.
 HARMLESS = {
     "architectures",
+    "attn_implementation",
     "auto_map",
     "bos_token_id",
     "cache_implementation",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
     "dtype",
     "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
     "hidden_act",
     "id2label",
+    "is_decoder",
+    "is_llama_config",
     "label2id",
     "max_position_embeddings",
+    "max_sequence_length",
+    "model_max_length",
     "model_type",
     "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token",
     "pad_token_id",
+    "prefix",
     "pretraining_tp",
+    "problem_type",
     "return_dict",
     "sep_token_id",
     "sliding_window_size",
     "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
     "tokenizer_class",
     "torch_dtype",
+    "torchscript",
     "transformers.js_config",
     "transformers_version",
     "unk_token_id",
     "unsloth_fixed",
     "unsloth_version",
+    "use_bfloat16",
     "use_cache",
+    "use_return_dict",
 }
 GENERATION = {
+    "bad_words_ids",
     "begin_suppress_tokens",
+    "diversity_penalty",
     "do_sample",
     "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
     "forced_bos_token_id",
     "forced_eos_token_id",
     "length_penalty",
@@ -172,7 +223,10 @@ GENERATION = {
     "num_beam_groups",
     "num_beams",
     "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
     "repetition_penalty",
+    "return_dict_in_generate",
     "suppress_tokens",
     "temperature",
     "top_k",

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from huggingface_hub.errors import (
 from jax.experimental import multihost_utils
 
 from adpo_jax.hf import weights
-from adpo_jax.hf.safetensors_files import Checkpoint
+from adpo_jax.hf.config import check_counts
+from adpo_jax.hf.files import is_plain_name, read_json, size_of
+from adpo_jax.hf.safetensors_files import Checkpoint, read_header
 from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
 from adpo_jax.model.model_config import ModelConfig
 
@@ -36,8 +38,33 @@ DOWNLOADED = [
     "added_tokens.json",
     "chat_template*",
 ]
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+)
+LARGEST_TOKENIZER_FILE = 1 << 28  # bytes; that of Gemma 3 has an eighth of it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def local_path(name: str | os.PathLike) -> Path:
+    """The name as a path of this machine, whether or not anything is there.
+
+    Raises:
+      ValueError: for what no file can be called.
+    """
+    try:
+        folder = Path(name).expanduser()
+        folder.is_dir()  # which raises where the name is too long
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"there is no folder {str(name)!r:.200}: {error}"[:500]) from None
+    return folder
 
 
 def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOADED)) -> Path:
@@ -49,10 +76,12 @@ def find_folder(name: str | os.PathLike, patterns: Sequence[str] = tuple(DOWNLOA
     Raises:
       ValueError: when the name is neither.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir():
         return folder
-    if folder.exists():
+    if folder.is_symlink() or folder.exists():
+        if not folder.exists():
+            raise ValueError(f"there is no folder {folder}: it is a link that leads nowhere")
         raise ValueError(f"{folder} is a file; give the folder that holds config.json")
     if str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ValueError(f"there is no folder {folder}")
@@ -71,7 +100,7 @@ def find_config(name: str | os.PathLike) -> dict[str, Any]:
     Raises:
       ValueError: when there is none.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if folder.is_dir() or folder.exists() or str(name).count("/") != 1:
         return read_json(find_folder(name) / "config.json")
     try:
@@ -81,19 +110,6 @@ def find_config(name: str | os.PathLike) -> dict[str, Any]:
             f"there is no folder {name!r}, and the Hugging Face hub gives no config.json of that "
             f"name: {str(error).strip().splitlines()[0]}"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises ValueError, naming the file, if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; is it a Hugging Face model?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -111,13 +127,15 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index_path} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        outside = [name for name in names if Path(name).name != name or name == ".."]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index_path} has a weight_map to what are no names of files")
+        names = sorted(set(weight_map.values()))
+        outside = [name[:80] for name in names if not is_plain_name(name)]
         if outside:
-            raise ValueError(f"{index_path} names files outside its folder: {outside}")
+            raise ValueError(f"{index_path} names files outside its folder: {outside[:8]}")
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
-            raise ValueError(f"{index_path} names files that are missing: {absent}")
+            raise ValueError(f"{index_path} names files that are missing: {absent[:8]}")
         return [folder / name for name in names]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -127,6 +145,12 @@ def weight_files(folder: Path) -> list[Path]:
             "save_pretrained it, which writes safetensors."
         )
     raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+
+
+def dtypes(folder: Path) -> set[str]:
+    """The dtypes of a folder's tensors, by the names of safetensors ("F32", "BF16")."""
+    headers = (read_header(path) for path in weight_files(folder))
+    return {entry["dtype"] for header in headers for entry in header.values()}
 
 
 def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: str):
@@ -180,7 +204,47 @@ def save_folder(
             write_json(temporary / "config.json", config_json)
             write_json(temporary / "generation_config.json", generation_config)
             if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+                _save_tokenizer(temporary, tokenizer)
+
+
+def _save_tokenizer(folder: Path, tokenizer) -> None:
+    """The files that the tokenizer was read from, or its own writing where it has changed.
+
+    transformers 5 writes another form than that of most published files, which transformers 4 and
+    engines built on it cannot read.
+    """
+    name = str(getattr(tokenizer, "name_or_path", None) or "")
+    source = Path(name)
+    if not (name and source.is_dir() and _is_as_read(tokenizer, source)):
+        tokenizer.save_pretrained(folder)
+        return
+    for path in tokenizer_files(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _is_as_read(tokenizer, source: Path) -> bool:
+    """Whether the tokenizer is what the files of a folder still make."""
+    from transformers import AutoTokenizer
+
+    if not type(tokenizer).__module__.startswith("transformers.") or not tokenizer_files(source):
+        return False  # the code of a folder is not run again for this
+    try:
+        read = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return _state(read) == _state(tokenizer)
+    except Exception:  # tokenizers raises bare exceptions
+        return False
+
+
+def _state(tokenizer) -> tuple:
+    """All that tells tokenizers of a folder apart, without what a call of them leaves behind."""
+    # Every call of a tokenizer sets both anew.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    state = tokenizer.backend_tokenizer.to_str()
+    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
+    return state, sides, tokenizer.special_tokens_map, tokenizer.chat_template
 
 
 @contextlib.contextmanager
@@ -259,14 +323,61 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
 
 
 def load_folder_config(
-    name: str | os.PathLike, *, with_code: bool = False
+    name: str | os.PathLike,
+    *,
+    with_code: bool = False,
+    override: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of a model, its config.json and its generation_config.json (empty if absent).
 
     Args:
       with_code: download Python files too.
+      override: as for `overridden`.
     """
     folder = find_folder(name, [*DOWNLOADED, "*.py"] if with_code else DOWNLOADED)
+    _refuse_unreadable(folder)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    return folder, read_json(folder / "config.json"), generation
+    config_json = read_json(folder / "config.json")
+    check_counts(config_json, str(folder / "config.json"))
+    return folder, overridden(config_json, override), generation
+
+
+def overridden(
+    config_json: Mapping[str, Any], override: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of a config.json with other values for some keys; None leaves a key out.
+
+    A dict goes into the dict of that key, as in {"text_config": {"rope_theta": 1e6}}.
+    """
+    result = dict(config_json)
+    for key, value in (override or {}).items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = overridden(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Refuses files that other libraries would read without looking: a pipe would hang them."""
+    for path in tokenizer_files(folder):
+        try:
+            size = size_of(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is a link that leads nowhere") from None
+        if size > LARGEST_TOKENIZER_FILE:
+            raise ValueError(
+                f"{path} has {size:,} bytes; at most {LARGEST_TOKENIZER_FILE:,} are read"
+            )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to its tokenizer."""
+    try:
+        paths = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
+        return sorted(path for path in paths if not path.is_dir())
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error.strerror}") from None

@@ -4,6 +4,7 @@ The files are mapped, so that a slice of a tensor is all that is read from the d
 which NumPy does not know by itself.
 """
 
+import itertools
 import json
 import math
 import re
@@ -13,11 +14,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from adpo_jax.hf import files
+
 DISK_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+# The format's own limit, which keeps a header from filling the memory.
+LARGEST_HEADER = 100_000_000
 
 
 def read_header(path: Path) -> dict[str, dict]:
@@ -28,35 +35,66 @@ def read_header(path: Path) -> dict[str, dict]:
     Raises:
       ValueError: naming a file that is no safetensors file, or cut short.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is no safetensors file, or is cut short ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for entry in header.values():
-                start, end = entry["data_offsets"]
-                if not 0 <= start <= end:
-                    raise ValueError(f"data_offsets {start} to {end}")
-                entry["data_offsets"] = (start + 8 + length, end + 8 + length)
-                entry["shape"] = tuple(entry["shape"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} has no valid safetensors header: {error}") from error
+    try:
+        size = files.size_of(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"{path} is no safetensors file, or is cut short ({size} bytes)")
+            if length > LARGEST_HEADER:
+                raise ValueError(
+                    f"{path} has no valid safetensors header: it has {length:,} bytes, and at most "
+                    f"{LARGEST_HEADER:,} are allowed"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        header = {name: _checked(name, entry, 8 + length) for name, entry in header.items()}
+        _refuse_overlaps(header)
+    except RecursionError:
+        raise ValueError(f"{path} has no valid safetensors header: it is too deep") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has no valid safetensors header: {error}") from error
     needed = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if needed > size:
         raise ValueError(f"{path} is cut short: {size} bytes of {needed}; download it again")
     return header
 
 
+def _checked(name: str, entry: dict, start_of_data: int) -> dict:
+    start, end = entry["data_offsets"]
+    if not (_is_size(start) and _is_size(end) and start <= end):
+        raise ValueError(f"data_offsets {start!r:.40} to {end!r:.40} of {name!r:.200}")
+    if not isinstance(entry["dtype"], str):
+        raise ValueError(f"dtype {entry['dtype']!r:.40} of {name!r:.200}")
+    shape = entry["shape"]
+    if not isinstance(shape, list) or len(shape) > 32 or not all(map(_is_size, shape)):
+        raise ValueError(f"shape {shape!r:.40} of {name!r:.200}")
+    offsets = (start + start_of_data, end + start_of_data)
+    return {"dtype": entry["dtype"], "shape": tuple(shape), "data_offsets": offsets}
+
+
+def _is_size(value) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _refuse_overlaps(header: dict[str, dict]) -> None:
+    extents = sorted((*e["data_offsets"], name) for name, e in header.items())
+    for (_, end, name), (start, _, other) in itertools.pairwise(extents):
+        if start < end:
+            raise ValueError(f"{name!r:.200} and {other!r:.200} overlap")
+
+
 class Checkpoint:
     """The tensors of one or several safetensors files, by name; the files are mapped, not read."""
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, paths: list[Path]):
         self._entries: dict[str, tuple[Path, dict]] = {}
         self._maps = {}
-        for path in files:
+        for path in paths:
             for name, entry in read_header(path).items():
                 if name in self._entries:
                     raise ValueError(f"{name} is both in {self._entries[name][0]} and in {path}")

@@ -3,6 +3,7 @@
 Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from adpo_jax.policy.policy import Policy
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+
+LARGEST_RANK = 1 << 16
 
 # Settings of peft that may change the forward pass, with the values that leave it alone.
 WITHOUT_EFFECT: dict[str, tuple] = {
@@ -50,10 +53,17 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     for key, allowed in WITHOUT_EFFECT.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(
-                f"{folder / CONFIG}: {key} is {config[key]!r}, supported is {allowed[0]!r}"
+                f"{folder / CONFIG}: {key} is {config[key]!r:.80}, supported is {allowed[0]!r}"
             )
     if not {"r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{folder / CONFIG} gives no r and lora_alpha; is it an adapter of peft?")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if type(rank) is not int or not 0 < rank <= LARGEST_RANK:
+        raise ValueError(
+            f"{folder / CONFIG}: r is an integer of 1 to {LARGEST_RANK}; given {rank!r:.80}"
+        )
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e30:
+        raise ValueError(f"{folder / CONFIG}: lora_alpha is a number above 0; given {alpha!r:.80}")
     held = {name.rsplit(".lora_", 1)[0] for name in _checkpoint(folder)}
     targets = tuple(
         name
@@ -62,7 +72,7 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     )
     if not targets:
         raise ValueError(f"{folder / WEIGHTS} holds no adapter of a layer's {_supported()}")
-    return folder, Lora(int(config["r"]), float(config["lora_alpha"]), targets)
+    return folder, Lora(rank, float(alpha), targets)
 
 
 def _supported() -> str:
@@ -82,10 +92,9 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
       ValueError: as `find`, and naming the tensors that do not fit the model.
     """
     folder, adapters = find(name)
-    policy, params = policy.with_adapters(params, adapters, jax.random.key(0))
     checkpoint = _checkpoint(folder)
-    trained, frozen = lora.split(params)
-    adapter_leaves = leaves(policy.config, trained)
+    shapes, _ = lora.split(dataclasses.replace(policy, lora=adapters).abstract_params())
+    adapter_leaves = leaves(policy.config, shapes)
     wanted = {name: leaf.hf_shape for leaf in adapter_leaves for name in leaf.hf_names}
     unexpected = sorted(set(checkpoint) - wanted.keys())
     if unexpected:
@@ -101,6 +110,8 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
                 f"wanted {shape}"
             )
 
+    policy, params = policy.with_adapters(params, adapters, jax.random.key(0))
+    trained, frozen = lora.split(params)
     loaded = {}
     for leaf in adapter_leaves:
         name, like = leaf.path[-1], leaf.of(trained)

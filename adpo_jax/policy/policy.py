@@ -8,6 +8,7 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from adpo_jax.devices import sharding
+from adpo_jax.devices import host_memory, sharding
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model import attention_choice, attention_kernels, parameters
@@ -80,6 +81,7 @@ class Policy:
         param_dtype: Any = None,
         mesh: Mesh | None = None,
         gradient_checkpointing: str = "none",
+        override_config: Mapping[str, Any] | None = None,
     ) -> tuple["Policy", Any]:
         """Loads a model from a Hugging Face folder or hub name; safetensors only.
 
@@ -90,6 +92,7 @@ class Policy:
           dtype: dtype of the computation.
           param_dtype: dtype of the parameters; None for `dtype`.
           mesh, gradient_checkpointing: as for `Policy`.
+          override_config: keys of config.json with other values; None leaves the key out.
 
         Returns:
           (policy, params).
@@ -98,11 +101,14 @@ class Policy:
           ValueError: for a folder or architecture that is not supported, or weights which do not
             fit it.
         """
-        folder, config_json, generation_config = folders.load_folder_config(name)
+        folder, config_json, generation_config = folders.load_folder_config(
+            name, override=override_config
+        )
         policy = cls.abstract_from_config(
             config_json, dtype, param_dtype, mesh, gradient_checkpointing
         )
         policy = dataclasses.replace(policy, generation_config=generation_config)
+        policy.check_room()
         params = folders.load_params(
             policy.config, policy.abstract_params(), folder, config_json["model_type"]
         )
@@ -130,6 +136,7 @@ class Policy:
         policy = cls.abstract_from_config(
             hf_config, dtype, param_dtype, mesh, gradient_checkpointing
         )
+        policy.check_room()
         return policy, policy.init(key)
 
     @classmethod
@@ -172,7 +179,8 @@ class Policy:
 
         Args:
           params: parameters of this policy, in any sharding.
-          tokenizer: a tokenizer to write too, by its own `save_pretrained`; None for none.
+          tokenizer: a tokenizer to write too; None for none. The files that it was read from are
+            copied where nothing about it has changed, since older readers know their form.
           dtype: dtype of the weights on disk. None means float32 where there are adapters (a
             narrower one would round away most of what they learned), else the policy's
             `param_dtype`.
@@ -226,6 +234,18 @@ class Policy:
             shapes,
             self.shardings(shapes),
         )
+
+    def check_room(self) -> None:
+        """Raises ValueError for parameters that the memory of the devices cannot hold."""
+        devices = [jax.local_devices()[0]] if self.mesh is None else self.mesh.devices.flatten()
+        room = host_memory.room(devices)
+        leaves = jax.tree.leaves(self.abstract_params())
+        needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        if room is not None and needed > room:
+            raise ValueError(
+                f"the parameters take {needed / 1e9:,.1f} GB, and the memory of "
+                f"{len(devices)} {devices[0].platform} device(s) is {room / 1e9:,.1f} GB"
+            )
 
     def shardings(self, params):
         """How a parameter tree (arrays or their shapes) lies on the policy's mesh."""

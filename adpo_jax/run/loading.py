@@ -6,6 +6,7 @@ These functions read the config, as those of `setup` do; the functions that they
 import dataclasses
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from adpo_jax.data import arithmetic, due, files
 from adpo_jax.data.conversations import text_token_ids
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
+from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.policy import adapters
 from adpo_jax.policy.policy import Policy
@@ -62,6 +64,11 @@ def find_model(config: ConfigDict) -> ModelSource:
     overrides = model.hf_config.to_dict()
     adapted = _find_lora(model)
     if model.path == arithmetic.NAME:
+        if model.override_config:
+            raise ValueError(
+                "model.override_config changes the config.json of a folder, and "
+                f"{arithmetic.NAME} has none; model.hf_config changes its size"
+            )
         tokenizer = arithmetic.make_tokenizer()
         stop = (tokenizer.eos_token_id,)
         hf_config = arithmetic.MODEL_CONFIG | overrides
@@ -73,10 +80,13 @@ def find_model(config: ConfigDict) -> ModelSource:
             "actor_rollout_ref.model.random_init=true or leave that empty"
         )
     folder, hf_config, generation = folders.load_folder_config(
-        model.path, with_code=model.trust_remote_code
+        model.path,
+        with_code=model.trust_remote_code,
+        override=model.override_config.to_dict(),
     )
-    tokenizer = _load_tokenizer(folder, model.trust_remote_code)
-    stop = _stop_token_ids(folder, tokenizer, generation)
+    model_config(language_config(hf_config | overrides))  # transformers' refusals say less
+    tokenizer = _load_tokenizer(folder, hf_config, model.trust_remote_code)
+    stop = _stop_token_ids(folder, tokenizer, generation, hf_config)
     return ModelSource(
         folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapted, generation
     )
@@ -108,12 +118,14 @@ def find_architecture(config: ConfigDict) -> ModelSource:
     model = config.actor_rollout_ref.model
     if model.path == arithmetic.NAME:
         return find_model(config)
-    hf_config = folders.find_config(model.path) | model.hf_config.to_dict()
+    hf_config = folders.find_config(model.path)
+    hf_config = folders.overridden(hf_config, model.override_config.to_dict())
+    hf_config |= model.hf_config.to_dict()
     return ModelSource(None, hf_config, (), (0,), True, *_find_lora(model))
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool):
-    from transformers import AutoTokenizer
+def _load_tokenizer(folder: Path, hf_config: dict, trust_remote_code: bool):
+    from transformers import AutoConfig, AutoTokenizer
 
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise ValueError(f"no tokenizer can be read from {folder}: it has no tokenizer.json")
@@ -130,9 +142,26 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool):
             "then set actor_rollout_ref.model.trust_remote_code=true"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises bare exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        settings = {"trust_remote_code": trust_remote_code}
+        if not trust_remote_code:
+            # Else transformers makes one of the folder's config.json, whose mistakes are no matter
+            # of the tokenizer, and whose overrides it does not know.
+            named = hf_config.get("tokenizer_class")
+            settings["config"] = AutoConfig.for_model(
+                hf_config["model_type"], name_or_path=str(folder)
+            )
+            settings["config"].tokenizer_class = named if isinstance(named, str) else None
+        tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+        tokenizer.decode(tokenizer("1 + 1 = 2\n")["input_ids"])
+        ends = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        bad = [name for name, x in ends.items() if x is not None and type(x) is not int]
+        if bad:
+            raise ValueError(f"its {bad[0]} token is no token of the vocabulary")
+        return tokenizer
+    except BaseException as error:  # tokenizers raises bare exceptions, and panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ValueError(f"no tokenizer can be read from {folder}: {reason}") from error
 
 
@@ -145,21 +174,39 @@ def _is_code_of_its_own(folder: Path) -> bool:
 
     path = folder / "tokenizer_config.json"
     settings = folders.read_json(path) if path.exists() else {}
-    name = settings.get("tokenizer_class")
-    its_own = "AutoTokenizer" in (settings.get("auto_map") or ())
-    return its_own and bool(name) and not hasattr(transformers, name)
+    name, auto_map = settings.get("tokenizer_class"), settings.get("auto_map")
+    its_own = isinstance(auto_map, dict) and "AutoTokenizer" in auto_map
+    return its_own and isinstance(name, str) and bool(name) and not hasattr(transformers, name)
 
 
-def _stop_token_ids(folder: Path, tokenizer, generation: dict) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence token and those of generation_config.json."""
-    eos = generation.get("eos_token_id")
-    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+def _stop_token_ids(folder: Path, tokenizer, generation: dict, hf_config: dict) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence token and all those of generation_config.json.
+
+    Where that file names none, those of config.json are taken, as transformers does.
+    """
+    named = _ends(generation, folder / "generation_config.json")
+    if not named:
+        inner = hf_config.get("text_config")
+        named = _ends(hf_config, folder / "config.json")
+        named = named or _ends(inner if isinstance(inner, dict) else {}, folder / "config.json")
+    ids = {tokenizer.eos_token_id, *named} - {None}
     if not ids:
         raise ValueError(
             f"the tokenizer of {folder} has no end-of-sequence token, so no completion would end; "
             "set eos_token in its tokenizer_config.json"
         )
     return tuple(sorted(ids))
+
+
+def _ends(content: dict, path: Path) -> list[int]:
+    """The tokens under `eos_token_id`, which may be one or a list."""
+    given = content.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(x) is int and 0 <= x < 1 << 31 for x in ids):
+        raise ValueError(
+            f"{path}: eos_token_id is a token id or a list of them; given {given!r:.80}"
+        )
+    return ids
 
 
 def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
@@ -169,14 +216,45 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
       ValueError: for an architecture that is not supported, or a tokenizer of another model.
     """
     policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
-    if len(source.tokenizer) > policy.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(source.tokenizer)} tokens, the model embeds "
-            f"{policy.config.vocab_size}: they do not belong together"
-        )
+    _check_vocabulary(source, policy.config.vocab_size)
     attention = config.actor_rollout_ref.actor.attention
     with whole_keys({"attention": "actor_rollout_ref.actor.attention"}):
         return dataclasses.replace(policy, lora=source.lora, attention=attention)
+
+
+def _check_vocabulary(source: ModelSource, num_embedded: int) -> None:
+    """Refuses a tokenizer whose ordinary tokens, or whose ends, the model does not embed.
+
+    An added token beyond (as `<image_soft_token>` of Gemma 3's text models) does no harm as long as
+    no prompt has it, which `check_embedded` makes sure of.
+    """
+    words = source.tokenizer.vocab_size
+    if words > num_embedded:
+        raise ValueError(
+            f"the tokenizer has {words} tokens, the model embeds {num_embedded}: they do not "
+            "belong together"
+        )
+    beyond = [x for x in source.stop_token_ids if x >= num_embedded]
+    if beyond:
+        raise ValueError(
+            f"a completion is to end with token {beyond[0]}, and the model embeds {num_embedded} "
+            "tokens, so it can never be sampled: tokenizer and model do not belong together"
+        )
+
+
+def check_embedded(policy: Policy, token_ids: Sequence[Sequence[int]], what: str) -> None:
+    """Refuses token ids that the model has no embedding for.
+
+    Args:
+      what: what the rows of token ids are, for the error, as in "prompt".
+    """
+    num_embedded = policy.config.vocab_size
+    for row, ids in enumerate(token_ids):
+        if max(ids, default=0) >= num_embedded:
+            raise ValueError(
+                f"{what} {row + 1} has token {max(ids)}, and the model embeds {num_embedded} "
+                "tokens: leave out what becomes that token, or use the model's own tokenizer"
+            )
 
 
 def initial_params(config: ConfigDict, source: ModelSource, mesh: Mesh):
@@ -190,12 +268,29 @@ def initial_params(config: ConfigDict, source: ModelSource, mesh: Mesh):
     if source.random_init:
         policy, params = Policy.from_config(source.hf_config, key, **kwargs)
     else:
-        policy, params = Policy.from_pretrained(source.folder, **kwargs)
+        override = config.actor_rollout_ref.model.override_config.to_dict()
+        policy, params = Policy.from_pretrained(source.folder, override_config=override, **kwargs)
+        if source.lora:
+            _tell_of_rounding(source.folder, kwargs["param_dtype"])
     if source.adapter:
         return adapters.load(policy, params, source.adapter)[1]
     if source.lora:
         return policy.with_adapters(params, source.lora, key)[1]
     return params
+
+
+def _tell_of_rounding(folder: Path, dtype) -> None:
+    """Says so where adapters are trained beside weights that are wider in their folder."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return
+    wide = folders.dtypes(folder) & {"F32"}
+    if wide and jax.process_index() == 0:
+        logging.warning(
+            "the weights in %s are float32, and the frozen ones are held in bfloat16: the adapters "
+            "are trained beside the rounded weights, and an export merges them into those; "
+            "trainer.bf16=false keeps float32",
+            folder,
+        )
 
 
 def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:

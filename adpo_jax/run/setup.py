@@ -94,6 +94,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         config, source.tokenizer, config.data.train_files, split="train"
     )
     val_prompts = loading.load_val_prompts(config, source.tokenizer)
+    for prompts, option in ((train_prompts, "data.train_files"), (val_prompts, "data.val_files")):
+        # Prompts that are tokenised when they are due are checked by the engine.
+        if prompts is not None and isinstance(prompts.token_ids, list):
+            loading.check_embedded(policy, prompts.token_ids, f"{option}: prompt")
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
     make_profiler(config, Path(), num_steps)
