@@ -171,7 +171,8 @@ def _says_damage(error: BaseException) -> bool:
 def first_line(error: BaseException | None) -> str:
     """The text of an error in one line, or its class where it has no text."""
     text = "" if error is None else str(error).strip()
-    if "No space" in text:  # tensorstore names the same file three times before it says so
+    # tensorstore names the same file three times before it says so.
+    if "No space" in text and not isinstance(error, OSError):
         return "No space left on device"
     return text.splitlines()[0][:300] if text else type(error).__name__
 
