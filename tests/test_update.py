@@ -296,8 +296,8 @@ def test_a_step_that_is_not_sound_leaves_the_state_as_it_was():
 class FiniteLossAlone(losses.Rloo):
     """Its loss is a number, and the gradient of that loss is none."""
 
-    def objective(self, log_ratio, tokens, prepared):
-        loss, metrics = super().objective(log_ratio, tokens, prepared)
+    def objective(self, log_ratio, tokens, prepared, log_probs):
+        loss, metrics = super().objective(log_ratio, tokens, prepared, log_probs)
         return loss + jnp.sqrt(tokens.sum(log_ratio**2).sum()), metrics  # 0, with a slope of 0 / 0
 
 
@@ -320,6 +320,38 @@ def test_the_mismatch_is_the_divergence_of_the_trainer_from_the_sampler():
     _, metrics = step(policy, params, batch._replace(sampler_log_probs_PGT=lower), rewards)
     assert metrics["rollout/mismatch_kl"] == pytest.approx(np.exp(0.7) - 1 - 0.7, rel=1e-4)
     assert metrics["rollout/mismatch_ratio_max"] == pytest.approx(np.exp(0.7), rel=1e-4)
+
+
+def test_what_is_given_in_a_wrong_place_is_told_in_words():
+    policy, params = tiny.policy_and_params()
+    batch, rewards = tiny.batch()
+    algorithm = losses.Adpo()
+    run = update.make_update(policy, algorithm, SGD)
+    state = update.init_state(policy, params, SGD)
+    scores = algorithm.score(jnp.asarray(rewards))
+    for call, text in (
+        (lambda: update.init_state(params, policy, SGD), "policy is a Policy .* given dict"),
+        (lambda: update.init_state(policy, params, None), "optimizer is a GradientTransf"),
+        (lambda: update.make_update(policy, losses.Adpo, SGD), "algorithm .* with its brackets"),
+        (lambda: run(params, batch, scores, None), "state is a TrainState .* given dict"),
+        (lambda: run(state, batch._asdict(), scores, None), "batch is a .* given dict"),
+        (lambda: run(state, batch, rewards, None), r"scores is what Adpo.score makes of rewards"),
+        (lambda: run(state, batch, scores, rewards), "log_probs is a dict .* given"),
+        (lambda: run(state, batch, scores, {"old": rewards}), "'old': known are anchor, sampler"),
+        (lambda: run(state, batch, scores, {"anchor": rewards}), r"\(8, 4, 6\); given \(8, 4\)"),
+        (
+            lambda: update.make_update(policy, algorithm, SGD, num_micro=3)(
+                state, batch, scores, None
+            ),
+            "num_micro=3 must divide the number of prompts, 8",
+        ),
+        (lambda: Engine((policy, params), max_prompt_length=4, max_response_length=4),
+         "given tuple. The parameters go to `generate`"),
+        (lambda: Engine(policy, max_prompt_length=0, max_response_length=4),
+         "max_prompt_length is 1 or more; given 0"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()
 
 
 def test_the_learning_rate_told_is_that_of_the_last_step_taken():

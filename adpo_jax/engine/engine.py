@@ -78,7 +78,16 @@ class Engine:
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
     ):
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                "policy is a Policy, the first of what Policy.from_pretrained returns; given "
+                f"{type(policy).__name__}. The parameters go to `generate`"
+            )
         counts = {"num_slots": num_slots, "steps_per_dispatch": steps_per_dispatch}
+        counts |= {
+            "max_prompt_length": max_prompt_length,
+            "max_response_length": max_response_length,
+        }
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is 1 or more; given {value}")

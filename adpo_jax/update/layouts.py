@@ -81,6 +81,10 @@ def layout_of(
     """
     if isinstance(batch, PackedBatch):
         return PackedLayout(batch, batch.log_probs | (log_probs or {}))
+    if len(batch.tokens_PGS) % num_micro:
+        raise ValueError(
+            f"num_micro={num_micro} must divide the number of prompts, {len(batch.tokens_PGS)}"
+        )
     return RowLayout(batch, {"sampler": batch.sampler_log_probs_PGT} | (log_probs or {}), num_micro)
 
 

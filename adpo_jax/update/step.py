@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adpo_jax.losses.algorithm import Algorithm, Metric
+from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric
 from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
 from adpo_jax.model.head import token_log_probs, weighted_log_probs
@@ -137,8 +137,13 @@ def init_state(
     """The state before the first iteration; the optimizer's arrays lie as the parameters do.
 
     The state takes `params` over, and the step of `make_update` donates the state. Copy the arrays
-    that are to outlive the first update.
+    that are to outlive the first update: `jax.tree.map(jnp.copy, params)`.
+
+    Raises:
+      TypeError: for a policy or an optimizer that is none.
     """
+    _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
+    _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
     trained, frozen = lora.split(params)
     checksum = lora.checksum(frozen) if policy.lora else None
     if policy.mesh is None:
@@ -297,7 +302,16 @@ def make_update(
 
     A step whose loss or gradient is not finite is skipped, as one beyond `max_anchor_kl` is: the
     parameters and the optimizer stay as they were, and "update/skipped" is 1.
+
+    Raises:
+      TypeError: for a policy, an algorithm or an optimizer that is none; the step for arguments of
+        other kinds.
+      ValueError: the step for log-probs that the loss needs and that are not given, or of another
+        shape than the batch.
     """
+    _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
+    _check_kind("algorithm", algorithm, Algorithm, "losses.Adpo(), say, with its brackets")
+    _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
 
     scorer = _Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
 
@@ -329,6 +343,14 @@ def make_update(
         return slope(scored, with_anchor(others, log_probs), tokens, prepared)[0]
 
     def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
+        _check_kind("state", state, TrainState, "the result of init_state or of the step before")
+        _check_kind("batch", batch, Batch | PackedBatch, "of records.make_batch or packing.pack")
+        _check_kind("log_probs", log_probs, dict | None, "whose they are: [P, G, T] or [B, M, C]")
+        if not hasattr(scores, "kept_P"):
+            raise TypeError(
+                f"scores is what {type(algorithm).__name__}.score makes of rewards [P, G]; given "
+                f"{type(scores).__name__}"
+            )
         layout = layout_of(batch, log_probs, num_micro)
         _check_given(algorithm, layout)
         prepared = algorithm.normalise(scores, layout.tokens)
@@ -380,7 +402,23 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
+def _check_kind(name: str, value: Any, kind: Any, meaning: str) -> None:
+    if not isinstance(value, kind):
+        wanted = getattr(kind, "__name__", kind)
+        raise TypeError(f"{name} is a {wanted} ({meaning}); given {type(value).__name__}")
+
+
 def _check_given(algorithm: Algorithm, layout: Layout) -> None:
+    shape = layout.tokens.trained.shape
+    for whose, values in layout.log_probs.items():
+        if whose not in LOG_PROBS:
+            known = ", ".join(name for name in LOG_PROBS if name != "policy")
+            raise ValueError(f"log_probs of {whose!r}: known are {known}")
+        if values.shape != shape:
+            raise ValueError(
+                f"log_probs of {whose!r} have the shape of the batch's tokens, {shape}; given "
+                f"{values.shape}"
+            )
     missing = sorted(algorithm.needs - {"anchor"} - layout.log_probs.keys())
     if missing:
         raise ValueError(
