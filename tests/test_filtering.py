@@ -81,6 +81,7 @@ def test_after_the_last_attempt_groups_without_spread_fill_the_batch(tmp_path):
     assert questions(graded) == [4, 0, 1]
     np.testing.assert_array_equal(graded.completions.lengths, np.full((P, G), T))
     assert graded.metrics["filter/fillers"] == 2.0
+    assert graded.metrics["filter/carried"] == 0.0
     assert graded.metrics["filter/attempts"] == 2.0
     assert questions(filtered.next(1, None)) == [6, 7, 8]
     assert len(sampler.calls) == 4
@@ -102,8 +103,13 @@ def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
     second.save(6, oldest=4)
     assert {path.name[:6] for path in (tmp_path / "run").iterdir()} == {"000006"}
     lost, _ = made(tmp_path / "run", useful)
-    with pytest.raises(ValueError, match="iteration 2 left its surplus"):
+    with pytest.raises(ValueError, match="is missing, in which iteration 2 left its surplus"):
         lost.restore(2)
+    (tmp_path / "run" / "000002.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        lost.restore(2)
+    fresh, _ = made(tmp_path / "fresh", useful)
+    fresh.check(-1)  # in the supervised stage nothing has been kept yet
 
 
 def test_the_surplus_of_the_oldest_checkpoint_that_is_kept_stays(tmp_path):
@@ -119,3 +125,6 @@ def test_the_surplus_of_the_oldest_checkpoint_that_is_kept_stays(tmp_path):
 def test_a_spread_below_min_reward_std_is_none(tmp_path):
     filtered, _ = made(tmp_path, useful=set(range(9)), max_attempts=1, min_reward_std=0.8)
     assert filtered.next(0, None).metrics["filter/fillers"] == 3.0  # the standard deviation is 0.71
+    just = float(np.array([1, 0], np.float32).std(ddof=1))
+    filtered, _ = made(tmp_path, useful=set(range(9)), max_attempts=1, min_reward_std=just)
+    assert filtered.next(0, None).metrics["filter/fillers"] == 0.0
