@@ -110,7 +110,7 @@ def trust(config):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loading, "_load_tokenizer", lambda _, trust: seen.append(trust) or make_tokenizer()
+            loading, "_load_tokenizer", lambda _, trust, *a: seen.append(trust) or make_tokenizer()
         )
         loading.find_model(config)
     return seen
@@ -227,7 +227,8 @@ def first_batch(config):
     """The numbers of the prompts of the first iteration, of 300."""
     none = dict.fromkeys(("engine", "tokenizer", "reward_model"))
     none["sampling"] = types.SimpleNamespace(stop_token_ids=())
-    parts = types.SimpleNamespace(train_prompts=Prompts([[n] for n in range(300)], {}), **none)
+    prompts = Prompts([[n] for n in range(300)], {})
+    parts = types.SimpleNamespace(train_prompts=prompts, num_steps=1, **none)
     return preparation._sampled(config, parts, None).prompts_of(0).token_ids
 
 

@@ -128,9 +128,9 @@ def test_the_config_has_its_parameters_and_each_algorithm_its_own_defaults(found
 
 def test_what_has_no_effect_or_cannot_work_under_it_is_refused(found):
     assert found["tau"] == (
-        "algorithm.tau: no effect under adv_estimator=luspo; leave at the default"
+        "algorithm.tau: no effect under algorithm.adv_estimator=luspo; leave at the default"
     )
-    assert "clip_high: no effect under adv_estimator=adpo" in found["under adpo"]
+    assert "clip_high: no effect under algorithm.adv_estimator=adpo" in found["under adpo"]
     assert "clip_low must be a finite number above 0 and at most 1" in found["clip_low"]
     assert "adv_estimator=luspo" in found["fixed"]
     assert "needs anchor.mode=on_policy; given 'fixed'" in found["fixed"]

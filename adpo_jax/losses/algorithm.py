@@ -418,6 +418,11 @@ class Algorithm:
 
     def normalise(self, scores: Any, tokens: Tokens) -> Prepared:
         """Adds the normalisers of one optimizer step's batch to `scores`."""
+        if not hasattr(scores, "kept_P"):
+            raise TypeError(
+                f"scores is what {type(self).__name__}.score makes of rewards [P, G]; given "
+                f"{type(scores).__name__}"
+            )
         tokens_P = tokens.sum(tokens.trained.astype(jnp.result_type(float))).sum(-1)
         if tokens_P.shape != scores.kept_P.shape:
             raise ValueError(

@@ -22,12 +22,15 @@ class Imitation:
         Metric("sft/loss", "tokens", "mean negative log-prob of a completion token, nats"),
     )
     loss_metric: ClassVar[str] = "sft/loss"
+    entropy_bonus: ClassVar[float] = 0.0
+    # The slope of its loss is the same whatever the log-probs are.
+    needs_no_log_probs: ClassVar[bool] = True
 
     def normalise(self, scores: None, tokens: Tokens) -> jax.Array:
         """1 / the number of trained tokens of an optimizer step."""
         return 1.0 / jnp.maximum(jnp.sum(tokens.trained, dtype=jnp.float32), 1.0)
 
-    def loss(self, log_probs, tokens: Tokens, per_token: jax.Array):
+    def loss(self, log_probs, tokens: Tokens, per_token: jax.Array, *, entropy: None = None):
         """(loss, metrics) of some rows, from the policy's own log-probs alone."""
         log_probs = jnp.where(tokens.trained, log_probs["policy"], 0.0)
         loss = -per_token * jnp.sum(log_probs)

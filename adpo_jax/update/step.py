@@ -30,6 +30,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric
+from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
 from adpo_jax.model.head import token_log_probs, weighted_log_probs
@@ -310,7 +311,7 @@ def make_update(
         shape than the batch.
     """
     _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
-    _check_kind("algorithm", algorithm, Algorithm, "losses.Adpo(), say, with its brackets")
+    _check_kind("algorithm", algorithm, Algorithm | Imitation, "losses.Adpo(), with its brackets")
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
 
     scorer = _Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
@@ -346,11 +347,6 @@ def make_update(
         _check_kind("state", state, TrainState, "the result of init_state or of the step before")
         _check_kind("batch", batch, Batch | PackedBatch, "of records.make_batch or packing.pack")
         _check_kind("log_probs", log_probs, dict | None, "whose they are: [P, G, T] or [B, M, C]")
-        if not hasattr(scores, "kept_P"):
-            raise TypeError(
-                f"scores is what {type(algorithm).__name__}.score makes of rewards [P, G]; given "
-                f"{type(scores).__name__}"
-            )
         layout = layout_of(batch, log_probs, num_micro)
         _check_given(algorithm, layout)
         prepared = algorithm.normalise(scores, layout.tokens)
