@@ -270,7 +270,7 @@ CONFIG = {
     "a cold start's column": ("sft.completion_key=text", "sft.completion_key"),
     "reward workers": ("custom_reward_function.num_workers=-1", "num_workers"),
     "a time limit without effect": ("custom_reward_function.timeout_s=5", "num_workers above 0"),
-    "samples below none": ("data.max_val_samples=-1", "max_val_samples is at least 0"),
+    "samples below none": ("data.max_val_samples=-2", "max_val_samples is at least -1"),
 }
 
 
