@@ -16,8 +16,9 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from adpo_jax.data import conversations
-from adpo_jax.data.conversations import Conversations, Mixed, checked
+from adpo_jax.data import control_tokens
+from adpo_jax.data.control_tokens import Mixed
+from adpo_jax.data.conversations import Conversations, checked
 from adpo_jax.data.files import Dataset
 from adpo_jax.data.prompts import render_prompts
 
@@ -239,7 +240,7 @@ def test_prompts_without_control_tokens_have_the_very_ids_of_transformers(chatml
             rendered = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            hiding = conversations._hiding(tokenizer)
+            hiding = control_tokens.hiding_of(tokenizer)
             assert hiding.token_ids(rendered, [], add_special_tokens=False) == wanted
 
 
@@ -326,7 +327,7 @@ def test_real_tokenizers_keep_their_ids_and_cannot_be_forged(name):
     if not (FOLDER / name / "tokenizer.json").exists():
         pytest.skip(f"ADPO_JAX_MODELS names no folder with the tokenizer {name}")
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
-    special = set(conversations.control_tokens(tokenizer))
+    special = set(control_tokens.control_tokens(tokenizer))
     for content in TEXTS[:4]:
         messages = [user(content), assistant("ok"), user(content)]
         assert ids(tokenizer, messages) == of_transformers(tokenizer, messages)

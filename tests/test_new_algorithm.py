@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from adpo_jax.losses import PaddedTokens
-from adpo_jax.losses.algorithm import StreamTokens
+from adpo_jax.losses.tokens import StreamTokens
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests" / "data" / "luspo.py"

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from adpo_jax.data import conversations as conversations_lib
-from adpo_jax.data.conversations import Conversations, Message, Mixed
+from adpo_jax.data.control_tokens import Mixed, control_token_in, text_token_ids
+from adpo_jax.data.conversations import Conversations, Message
 from adpo_jax.data.files import Dataset, Row
 
 # Arguments of apply_chat_template that the user may not give.
@@ -126,7 +127,7 @@ def names_in_template(text: str, names: set[str]) -> list[str]:
 
 def _tell_of_control_tokens(dataset: Dataset, tokenizer: Any, prompt_key: str, where) -> None:
     for index, prompt in enumerate(dataset.column(prompt_key)):
-        found = conversations_lib.control_token_in(tokenizer, prompt)
+        found = control_token_in(tokenizer, prompt)
         if found:
             logging.warning(
                 "%s has the control token %r in its prompt, which is taken as text, there and in "
@@ -214,7 +215,7 @@ def _plain_token_ids(
                 "message; remove it, or write it into the content"
             )
     texts = [Mixed.joined("\n\n", [m["content"] for m in messages]) for messages in conversations]
-    token_ids = conversations_lib.text_token_ids(
+    token_ids = text_token_ids(
         tokenizer, texts, allow_control_tokens=allow_control_tokens, add_special_tokens=True
     )
     # Some tokenizers close every text with an end-of-sequence token; a prompt goes on.

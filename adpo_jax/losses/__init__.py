@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from adpo_jax.losses.adpo import Adpo, Lpo, Tpo, adaptive_tau, target_distribution
-from adpo_jax.losses.algorithm import Algorithm, Metric, PaddedTokens, Tokens
+from adpo_jax.losses.algorithm import Algorithm, Metric
 from adpo_jax.losses.flat import LossFunction, loss_function
 from adpo_jax.losses.grpo import Dapo, DrGrpo, Grpo, ReinforcePp
 from adpo_jax.losses.ratios import Cispo, Dppo, Gmpo, Gspo, Sapo
 from adpo_jax.losses.rloo import Rloo
+from adpo_jax.losses.tokens import PaddedTokens, Tokens
 
 # The algorithms of the trainer, by the name that `algorithm.adv_estimator` gives.
 ALGORITHMS: dict[str, type[Algorithm]] = {

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
+from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared
 from adpo_jax.losses.parameters import parameter, scale_rewards_parameter, with_default
+from adpo_jax.losses.tokens import Tokens
 
 # Added to the standard deviation that rewards are divided by; the reference has it so.
 _EPS = 1e-8

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.losses.algorithm import Algorithm, PaddedTokens
+from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.shared import Metrics
+from adpo_jax.losses.tokens import PaddedTokens
 
 _DOC = """The {name} loss of a flat batch; `{algorithm}` has the equation and the parameters.
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Tokens
 from adpo_jax.losses.parameters import parameter, with_default
 from adpo_jax.losses.policy_gradient import GroupRelative, PolicyGradient
+from adpo_jax.losses.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.losses.algorithm import Metric, Tokens
+from adpo_jax.losses.algorithm import Metric
+from adpo_jax.losses.tokens import Tokens
 
 
 @dataclass(frozen=True)

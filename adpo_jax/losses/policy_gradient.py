@@ -10,8 +10,9 @@ from typing import ClassVar
 import jax
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
+from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared
 from adpo_jax.losses.parameters import parameter, scale_rewards_parameter
+from adpo_jax.losses.tokens import Tokens
 
 # Added to the standard deviation that rewards are divided by. The value is verl's; TRL adds 1e-4.
 EPS = 1e-6

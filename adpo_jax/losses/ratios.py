@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Metric, Prepared, Tokens
+from adpo_jax.losses.algorithm import Metric, Prepared
 from adpo_jax.losses.grpo import Clipped
 from adpo_jax.losses.parameters import parameter, with_default
 from adpo_jax.losses.policy_gradient import GroupRelative, PolicyGradient
+from adpo_jax.losses.tokens import Tokens
 
 # Keeps the logarithm of the probability of all other tokens finite; the value is verl's.
 _TINY = 1e-8

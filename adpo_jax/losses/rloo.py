@@ -12,7 +12,8 @@ from typing import ClassVar
 import jax
 
 from adpo_jax.losses import shared
-from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared, Tokens
+from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared
+from adpo_jax.losses.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adpo_jax.data import arithmetic, due, files
-from adpo_jax.data.conversations import text_token_ids
+from adpo_jax.data.control_tokens import text_token_ids
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config

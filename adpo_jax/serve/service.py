@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from adpo_jax.data.conversations import control_token_in
+from adpo_jax.data.control_tokens import control_token_in
 from adpo_jax.data.prompts import Message
 from adpo_jax.engine import scoring
 from adpo_jax.engine.continuous import NewTokens, Sample

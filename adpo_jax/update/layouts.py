@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.losses.algorithm import PaddedTokens, Prepared, StreamTokens, Tokens
+from adpo_jax.losses.algorithm import Prepared
+from adpo_jax.losses.tokens import PaddedTokens, StreamTokens, Tokens
 from adpo_jax.model.tile_attention import Stream
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
