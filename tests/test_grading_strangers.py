@@ -30,7 +30,6 @@ from adpo_jax.rollouts.sampler import reward_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STRANGERS = ROOT.parent / "shared" / "data" / "strangers" / "answers.jsonl"
-KINDS = ("crash", "big", "dress", "notation", "false positive")
 
 RIGHT = {
     "fonts and colours": r"""
@@ -822,10 +821,9 @@ def rows(table: str) -> list[list[str]]:
     reason="the 45 answers are not part of the repository: they would be "
     "shared/data/strangers/answers.jsonl beside the checkout",
 )
-def test_the_answers_in_boxes_that_strangers_found_graded_wrong_are_right():
+def test_the_answers_that_strangers_found_graded_wrong_are_right():
     graded = [json.loads(line) for line in STRANGERS.read_text().splitlines()]
-    graded = [row for row in graded if row["kind"] in KINDS]
-    assert len(graded) >= 20
+    assert len(graded) >= 45
     scores = good_accuracy([r["completion"] for r in graded], [r["reference"] for r in graded])
     assert [row for row, s in zip(graded, scores) if (s == 1.0) != bool(row["right"])] == []
 
