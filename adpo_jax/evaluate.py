@@ -13,7 +13,6 @@ other model in the working folder). No file is overwritten.
 import contextlib
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, say, say_error
+from adpo_jax.log.printable import say, say_error
 from adpo_jax.run import config_files
-from adpo_jax.run.command_line import load_config, parse_flags
+from adpo_jax.run.command_line import begin, load_config, parse_flags
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -185,9 +183,7 @@ def settings_of_model(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """Runs `python -m adpo_jax.evaluate`."""
-    guard()
-    tune_malloc()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    begin()
     # The flags are defined here, since `main` has flags of the same names.
     about = (
         "a Python file, a config that comes with the package, or a run's folder; by default the "

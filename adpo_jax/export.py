@@ -12,13 +12,11 @@ there; the token is that of the environment variable HF_TOKEN or of `hf auth log
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, say_error
-from adpo_jax.run.command_line import Parser
+from adpo_jax.log.printable import say_error
+from adpo_jax.run.command_line import Parser, begin
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -92,9 +90,7 @@ def main() -> int:
 
 def run() -> int:
     """Runs `adpo-jax export`; returns the exit code."""
-    guard()
-    tune_malloc()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    begin()
     return main()
 
 

@@ -15,14 +15,12 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, printable, say_error
-from adpo_jax.run.command_line import Parser
+from adpo_jax.log.printable import printable, say_error
+from adpo_jax.run.command_line import Parser, begin
 from adpo_jax.run.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:  # these import JAX, and --help is quick
@@ -244,9 +242,7 @@ def main() -> int:
 
 def run() -> int:
     """Runs `adpo-jax generate`; returns the exit code."""
-    guard()
-    tune_malloc()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    begin()
     return main()
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, say, say_error
-from adpo_jax.run.command_line import load_config, parse_flags
+from adpo_jax.log.printable import say, say_error
+from adpo_jax.run.command_line import begin, load_config, parse_flags
 from adpo_jax.run.exit_codes import (
     DISK_ERROR,
     DOES_NOT_FIT,
@@ -154,9 +153,7 @@ def _dry_run(config: ConfigDict) -> int:
 
 def run() -> None:
     """Runs `python -m adpo_jax.main`."""
-    guard()
-    tune_malloc()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    begin()
     parser = functools.partial(parse_flags, about=__doc__, own=_FLAGS)
     app.run(_main, flags_parser=parser)
 

@@ -5,6 +5,7 @@ are answered at once.
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -13,7 +14,8 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from adpo_jax.log.printable import say_error
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say_error
 from adpo_jax.run import config_files
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -29,6 +31,13 @@ _REASONS = {
     "could not convert string to float": "a number",
     "Non-boolean argument": "true or false",
 }
+
+
+def begin() -> None:
+    """Does what every command that runs a model does first, before JAX is imported."""
+    guard()
+    tune_malloc()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 class Parser(argparse.ArgumentParser):

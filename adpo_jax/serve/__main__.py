@@ -17,8 +17,8 @@ import os
 import sys
 from pathlib import Path
 
-from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, say_error
+from adpo_jax.log.printable import say_error
+from adpo_jax.run.command_line import begin
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -209,9 +209,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run() -> int:
     """Runs `python -m adpo_jax.serve`; returns the exit code."""
-    guard()
-    tune_malloc()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    begin()
     return main()
 
 
