@@ -33,7 +33,11 @@ MODULES: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "sampling": (["engine/sampling.py"], ["tests/test_sampling.py", "tests/test_engine.py"], ""),
     "packing": (["update/packing.py"], ["tests/test_packing.py"], ""),
-    "update": (["update/step.py"], ["tests/test_update.py", "tests/test_packing.py"], ""),
+    "update": (
+        ["update/step.py", "update/gradient.py"],
+        ["tests/test_update.py", "tests/test_packing.py"],
+        "",
+    ),
     "guard": (["run/guard.py"], ["tests/test_faults.py"], "guard or count or bad_update"),
     "filtering": (["rollouts/filtering.py"], ["tests/test_filtering.py"], ""),
     "checkpoints": (["run/checkpoints.py"], ["tests/test_checkpoints.py"], ""),

@@ -1,26 +1,14 @@
 """The update: a batch of scored completions -> new parameters.
 
-The gradient is taken in two steps. The first step differentiates the loss of the whole mini-batch
-by the log-probs, which costs next to nothing and gives one weight a token. The second step
-differentiates the sum of weights times log-probs by the parameters, micro-batch by micro-batch. So
-the loss and gradient are the same however a mini-batch is cut, and a group need not fit in a
-micro-batch.
-
-The weights need the log-probs of whole groups. They are known beforehand where the anchor is the
-policy of this very step and the loss needs nothing else, since every log-ratio is then 0.
-Otherwise a micro-batch of whole groups finds them between its forward and backward pass. Only where
-groups are split, a forward without gradient over all micro-batches comes first.
-
 A token that is there but not trained on (what a tool said, say) is seen by later tokens, and has no
-part in loss, gradient or metrics.
+part in loss, gradient or metrics. How the gradient is taken is in `gradient`.
 
 Letters: P prompts, G completions of a prompt, T completion tokens, B streams side by side, M
 micro-batches, C completion places of a stream.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -33,10 +21,10 @@ from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
-from adpo_jax.model.head import token_log_probs, weighted_log_probs
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
-from adpo_jax.update.layouts import Layout, MicroBatch, layout_of
+from adpo_jax.update.gradient import Gradient, Scored, Scorer
+from adpo_jax.update.layouts import Layout, layout_of
 from adpo_jax.update.packing import PackedBatch
 
 SKIPPED = "update/skipped"
@@ -182,71 +170,6 @@ def abstract_state(
     return TrainState(step, params, opt_state, anchor, reference, checksum)
 
 
-class Scored(NamedTuple):
-    """What the model finds of each token, in the shape of a layout; or weights of the same shape.
-
-    entropy is None where nothing depends on it.
-    """
-
-    log_probs: jax.Array
-    entropy: jax.Array | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scorer:
-    """Computes log-probs of micro-batches, and their gradient by the trained parameters."""
-
-    policy: Policy
-    temperature: float
-    with_entropy: bool
-
-    @property
-    def _head(self) -> dict:
-        names = ("temperature", "with_entropy")
-        return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
-
-    def micro(self, params, micro: MicroBatch):
-        """Log-probs and entropies of a micro-batch, [rows, places] each."""
-        hidden_and_targets = micro.hidden_and_targets(self.policy, params)
-        return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
-
-    def batch(self, params, layout: Layout):
-        """Log-probs and entropies of a batch, in the shape of its layout."""
-        _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
-        return jax.tree.map(layout.joined, parts)
-
-    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored):
-        """The gradient of the sum of weights times what was scored, and the result of `micro`.
-
-        Args:
-          weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
-            trained on.
-        """
-
-        def weighted(trained):
-            params = lora.join(trained, frozen)
-            return weighted_log_probs(
-                self.policy.config,
-                params,
-                *micro.hidden_and_targets(self.policy, params),
-                *(None if w is None else micro.rows(w) for w in weights),
-                **self._head,
-            )
-
-        return jax.grad(weighted, has_aux=True)(trained)
-
-    def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
-        """As `gradient`, with the weights that `weights_of` makes of what was scored."""
-        scored, pull = jax.vjp(
-            lambda trained: self.micro(lora.join(trained, frozen), micro), trained
-        )
-        weights = weights_of(Scored(*map(micro.from_rows, scored)))
-        cotangents = (
-            jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
-        )
-        return pull(tuple(cotangents))[0], scored
-
-
 def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
     """Makes a jitted `(params, batch) -> (log_probs, entropy)`, without gradient.
 
@@ -257,7 +180,7 @@ def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1
       num_micro: micro-batches of a padded `Batch`, run one after the other; divides P. A
         `PackedBatch` has its own.
     """
-    scorer = _Scorer(policy, temperature, with_entropy=True)
+    scorer = Scorer(policy, temperature, with_entropy=True)
 
     def log_probs(params, batch: Batch | PackedBatch):
         return scorer.batch(params, layout_of(batch, num_micro=num_micro))
@@ -314,34 +237,8 @@ def make_update(
     _check_kind("algorithm", algorithm, Algorithm | Imitation, "losses.Adpo(), with its brackets")
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
 
-    scorer = _Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
-
-    def loss_of(scored: Scored, others, tokens, prepared):
-        found = {**others, "policy": scored.log_probs}
-        return algorithm.loss(found, tokens, prepared, entropy=scored.entropy)
-
-    slope = jax.grad(loss_of, has_aux=True)
-
-    def differentiated(log_probs, entropy) -> Scored:
-        """What the loss depends on: the entropy only where it has a bonus."""
-        return Scored(log_probs, entropy if algorithm.entropy_bonus else None)
-
-    def with_anchor(others, log_probs):
-        """All log-probs that the loss needs; without an anchor, the policy's own stand for it."""
-        return {"anchor": jax.lax.stop_gradient(log_probs)} | others
-
-    def known_weights(params, layout: Layout, prepared):
-        """d loss / d log-prob in the layout's shape; None if each micro-batch finds its own."""
-        tokens, others = layout.tokens, layout.log_probs
-        if "anchor" not in others and algorithm.needs_no_log_probs:
-            log_probs = jnp.zeros(tokens.trained.shape)  # only its difference to itself counts
-        elif layout.has_whole_groups:
-            return None
-        else:
-            log_probs, _ = dataclasses.replace(scorer, with_entropy=False).batch(params, layout)
-        # The loss is linear in the entropy, so its slope needs no value of it.
-        scored = differentiated(log_probs, jnp.zeros_like(log_probs))
-        return slope(scored, with_anchor(others, log_probs), tokens, prepared)[0]
+    scorer = Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
+    gradient = Gradient(scorer, algorithm)
 
     def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
         _check_kind("state", state, TrainState, "the result of init_state or of the step before")
@@ -350,34 +247,10 @@ def make_update(
         layout = layout_of(batch, log_probs, num_micro)
         _check_given(algorithm, layout)
         prepared = algorithm.normalise(scores, layout.tokens)
-        weights = known_weights(state.params, layout, prepared)
         trained, frozen = state.trained, state.frozen
-
-        def add_micro(sums, i):
-            micro = layout.micro(i)
-
-            def weights_of(scored: Scored):
-                # The weights of a group depend on the log-probs of that group alone.
-                others = with_anchor(jax.tree.map(micro.of, layout.log_probs), scored.log_probs)
-                scored = differentiated(*scored)
-                return slope(scored, others, micro.tokens, micro.prepared(prepared))[0]
-
-            if weights is None:
-                more = scorer.gradient_of(trained, frozen, micro, weights_of)
-            else:
-                more = scorer.gradient(trained, frozen, micro, jax.tree.map(micro.of, weights))
-            grads, scored = more
-            # Without this the partitioner may sum whole gradients on every device.
-            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
-
-        zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
-        grads, parts = layout.loop(add_micro, zeros)
-        log_probs, entropy = jax.tree.map(layout.joined, parts)
-        with jax.named_scope("loss"):
-            others = with_anchor(layout.log_probs, log_probs)
-            scored = differentiated(log_probs, entropy)
-            loss, metrics = loss_of(scored, others, layout.tokens, prepared)
-        metrics |= _sampling_metrics(log_probs, entropy if with_entropy else None, layout)
+        grads, scored = gradient(trained, frozen, layout, prepared)
+        loss, metrics = gradient.loss_of(scored, layout, prepared)
+        metrics |= _sampling_metrics(scored, layout, with_entropy)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -423,18 +296,18 @@ def _check_given(algorithm: Algorithm, layout: Layout) -> None:
         )
 
 
-def _sampling_metrics(log_probs, entropy, layout: Layout) -> dict[str, jax.Array]:
+def _sampling_metrics(scored: Scored, layout: Layout, with_entropy: bool) -> dict[str, jax.Array]:
     """Metrics that compare the policy with the sampler over the trained tokens."""
     trained = layout.tokens.trained
     tokens = jnp.sum(trained, dtype=jnp.float32)
-    log_ratio = jnp.where(trained, log_probs - layout.log_probs["sampler"], 0.0)
+    log_ratio = jnp.where(trained, scored.log_probs - layout.log_probs["sampler"], 0.0)
     metrics = {
         "rollout/mismatch_kl": jnp.sum(k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
         "rollout/mismatch_ratio_max": jnp.exp(jnp.max(jnp.abs(log_ratio))),
         "update/tokens": tokens,
     }
-    if entropy is not None:
-        total = jnp.sum(jnp.where(trained, entropy, 0.0))
+    if with_entropy:
+        total = jnp.sum(jnp.where(trained, scored.entropy, 0.0))
         metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
     return metrics
 

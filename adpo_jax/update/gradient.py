@@ -1,0 +1,165 @@
+"""The gradient of a loss of completions, however they are cut into micro-batches.
+
+The gradient is taken in two steps. The first step differentiates the loss of the whole mini-batch
+by the log-probs, which costs next to nothing and gives one weight a token. The second step
+differentiates the sum of weights times log-probs by the parameters, micro-batch by micro-batch. So
+the loss and gradient are the same however a mini-batch is cut, and a group need not fit in a
+micro-batch.
+
+The weights need the log-probs of whole groups. They are known beforehand where the anchor is the
+policy of this very step and the loss needs nothing else, since every log-ratio is then 0.
+Otherwise a micro-batch of whole groups finds them between its forward and backward pass. Only where
+groups are split, a forward without gradient over all micro-batches comes first.
+
+Letters: P prompts, G completions of a prompt.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adpo_jax.losses.algorithm import Algorithm
+from adpo_jax.losses.tokens import Tokens
+from adpo_jax.model import lora
+from adpo_jax.model.head import token_log_probs, weighted_log_probs
+from adpo_jax.policy.policy import Policy
+from adpo_jax.update.layouts import Layout, MicroBatch
+
+
+class Scored(NamedTuple):
+    """What the model finds of each token, in the shape of a layout; or weights of the same shape.
+
+    entropy is None where nothing depends on it.
+    """
+
+    log_probs: jax.Array
+    entropy: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Computes log-probs of micro-batches, and their gradient by the trained parameters."""
+
+    policy: Policy
+    temperature: float
+    with_entropy: bool
+
+    @property
+    def _head(self) -> dict:
+        names = ("temperature", "with_entropy")
+        return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
+
+    def micro(self, params, micro: MicroBatch):
+        """Log-probs and entropies of a micro-batch, [rows, places] each."""
+        hidden_and_targets = micro.hidden_and_targets(self.policy, params)
+        return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
+
+    def batch(self, params, layout: Layout):
+        """Log-probs and entropies of a batch, in the shape of its layout."""
+        _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
+        return jax.tree.map(layout.joined, parts)
+
+    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored):
+        """The gradient of the sum of weights times what was scored, and the result of `micro`.
+
+        Args:
+          weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
+            trained on.
+        """
+
+        def weighted(trained):
+            params = lora.join(trained, frozen)
+            return weighted_log_probs(
+                self.policy.config,
+                params,
+                *micro.hidden_and_targets(self.policy, params),
+                *(None if w is None else micro.rows(w) for w in weights),
+                **self._head,
+            )
+
+        return jax.grad(weighted, has_aux=True)(trained)
+
+    def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
+        """As `gradient`, with the weights that `weights_of` makes of what was scored."""
+        scored, pull = jax.vjp(
+            lambda trained: self.micro(lora.join(trained, frozen), micro), trained
+        )
+        weights = weights_of(Scored(*map(micro.from_rows, scored)))
+        cotangents = (
+            jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
+        )
+        return pull(tuple(cotangents))[0], scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """The loss of a batch and its gradient by the trained parameters."""
+
+    scorer: Scorer
+    algorithm: Algorithm
+
+    def __call__(self, trained, frozen, layout: Layout, prepared) -> tuple[Any, Scored]:
+        """The gradient, in the layout of `trained`, and what the policy made of every token."""
+        policy = self.scorer.policy
+        weights = self._known_weights(lora.join(trained, frozen), layout, prepared)
+
+        def add_micro(sums, i):
+            micro = layout.micro(i)
+
+            def weights_of(scored: Scored):
+                # The weights of a group depend on the log-probs of that group alone.
+                others = jax.tree.map(micro.of, layout.log_probs)
+                return self._weights(scored, others, micro.tokens, micro.prepared(prepared))
+
+            if weights is None:
+                more = self.scorer.gradient_of(trained, frozen, micro, weights_of)
+            else:
+                of_micro = jax.tree.map(micro.of, weights)
+                more = self.scorer.gradient(trained, frozen, micro, of_micro)
+            grads, scored = more
+            # Without this the partitioner may sum whole gradients on every device.
+            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
+
+        zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
+        grads, parts = layout.loop(add_micro, zeros)
+        return grads, Scored(*jax.tree.map(layout.joined, parts))
+
+    def loss_of(self, scored: Scored, layout: Layout, prepared):
+        """(loss, metrics) of the whole batch."""
+        with jax.named_scope("loss"):
+            return self._loss(*self._given(scored, layout.log_probs), layout.tokens, prepared)
+
+    def _loss(self, scored: Scored, others: dict, tokens: Tokens, prepared):
+        found = others | {"policy": scored.log_probs}
+        return self.algorithm.loss(found, tokens, prepared, entropy=scored.entropy)
+
+    def _weights(self, scored: Scored, others: dict, tokens: Tokens, prepared) -> Scored:
+        """d loss / d scored."""
+        slope = jax.grad(self._loss, has_aux=True)
+        return slope(*self._given(scored, others), tokens, prepared)[0]
+
+    def _given(self, scored: Scored, others: dict) -> tuple[Scored, dict]:
+        """What the loss depends on: the entropy where it has a bonus, and all other log-probs.
+
+        Without an anchor, the policy's own log-probs stand for it.
+        """
+        if not self.algorithm.entropy_bonus:
+            scored = scored._replace(entropy=None)
+        return scored, {"anchor": jax.lax.stop_gradient(scored.log_probs)} | others
+
+    def _known_weights(self, params, layout: Layout, prepared) -> Scored | None:
+        """d loss / d scored in the layout's shape; None if each micro-batch finds its own."""
+        if "anchor" not in layout.log_probs and self.algorithm.needs_no_log_probs:
+            # Only the difference of the log-probs to themselves counts.
+            log_probs = jnp.zeros(layout.tokens.trained.shape)
+        elif layout.has_whole_groups:
+            return None
+        else:
+            scorer = dataclasses.replace(self.scorer, with_entropy=False)
+            log_probs, _ = scorer.batch(params, layout)
+        # The loss is linear in the entropy, so its slope needs no value of it.
+        scored = Scored(log_probs, jnp.zeros_like(log_probs))
+        return self._weights(scored, layout.log_probs, layout.tokens, prepared)
