@@ -92,6 +92,6 @@ def test_a_worked_solution_is_reduced_to_its_answer(solution, reference):
 )  # fmt: skip
 def test_finding_takes_time_linear_in_a_hostile_text(piece):
     text = piece * (1_000_000 // len(piece))
-    started = time.process_time()
+    started = time.thread_time()
     find_answer(text)
-    assert time.process_time() - started < 0.5
+    assert time.thread_time() - started < 0.5

@@ -152,9 +152,9 @@ def no_file_is_made():
 
 def _grade_within(completion: str, seconds: float = 0.2) -> list[float]:
     good_accuracy(["warm"], ["up"])
-    started = time.process_time()
+    started = time.thread_time()
     scores = [good_accuracy([completion], [r])[0] for r in REFERENCES]
-    assert (time.process_time() - started) / len(REFERENCES) < seconds
+    assert (time.thread_time() - started) / len(REFERENCES) < seconds
     return scores
 
 
@@ -169,10 +169,10 @@ def test_what_would_take_forever_is_wrong_at_once(text):
     for completion in (f"The answer is $\\boxed{{{text}}}$.", f"<answer>{text}</answer>"):
         assert max(_grade_within(completion)) <= 0.0
     # As a reference it must not hang either.
-    started = time.process_time()
+    started = time.thread_time()
     compare("12", text)
     compare(text, text + " ")
-    assert time.process_time() - started < 0.4
+    assert time.thread_time() - started < 0.4
 
 
 @pytest.mark.parametrize("text", STRUCTURES, ids=range(len(STRUCTURES)))
@@ -189,9 +189,9 @@ def test_odd_characters_are_wrong(text):
 
 def test_catastrophic_patterns_match_in_linear_time():
     for pattern in (r"(a+)+$", r"(a|a)*b", r"(a*)*b", r"(.*)(.*)(.*)x", r"(\s*)*<answer>"):
-        started = time.process_time()
+        started = time.thread_time()
         assert format_reward(["a" * 200_000 + "!", " " * 200_000], pattern=pattern) == [0.0, 0.0]
-        assert time.process_time() - started < 1.0
+        assert time.thread_time() - started < 1.0
 
 
 def test_grading_keeps_no_memory():

@@ -164,10 +164,10 @@ garbled = st.one_of(
 @settings(SETTINGS, max_examples=2000)
 @given(garbled, st.sampled_from(REFERENCES))
 def test_garbled_answers_never_raise_and_take_little_time(answer, reference):
-    started = time.process_time()
+    started = time.thread_time()
     compare(answer, reference)
     compare(reference, answer)
-    assert time.process_time() - started < 0.4  # two comparisons
+    assert time.thread_time() - started < 0.4  # two comparisons
     find_answer(answer)
     score = good_accuracy([f"\\boxed{{{answer}}}"], [reference])[0]
     assert score == 1.0 or -0.05 <= score <= 0.0

@@ -965,9 +965,9 @@ def test_answers_put_together_from_every_word_of_the_tables_find_no_fault():
             for _ in range(rng.choice([1, 2, 4, 30])):
                 parts.insert(rng.randint(0, len(parts)), rng.choice(words))
             answer = rng.choice(["", " "]).join(parts)
-            started = time.process_time()
+            started = time.thread_time()
             compare(answer, rng.choice(known))
-            slowest = max(slowest, time.process_time() - started)
+            slowest = max(slowest, time.thread_time() - started)
     assert found == []
     assert slowest < 0.2
 
