@@ -330,3 +330,42 @@ if end == "is killed":
     pids = [*json.loads(pids_file.read_text()), *pids_in(tmp_path / "daemon")]
     assert len(pids) == 4
     assert all(wait_until(lambda p=p: not is_alive(p)) for p in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["returns", "is killed", "is killed while grading"])
+def test_nothing_that_a_reward_started_in_process_outlives_the_run(tmp_path, end):
+    rewards = tmp_path / "starts.py"
+    rewards.write_text("""
+import os, signal, subprocess, time
+
+def starts(completions, solution, end, pid_file, **columns):
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    forked = os.fork()
+    if not forked:
+        os.setsid()
+        time.sleep(1000)
+    time.sleep(0.1)
+    open(pid_file[0], "w").write(f"{child.pid} {forked}")
+    if end[0] == "is killed while grading":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [1.0] * len(completions)
+""")
+    pid_file = tmp_path / "pids"
+    code = f"""
+import os, signal, subprocess
+from adpo_jax.rewards import RewardFunction, RewardModel
+model = RewardModel([RewardFunction({str(rewards)!r}, "starts")])
+columns = {{"solution": ["1"], "end": [{end!r}], "pid_file": [{str(pid_file)!r}]}}
+own = subprocess.Popen(["sleep", "1000"])
+open({str(tmp_path / "own")!r}, "w").write(str(own.pid))
+assert model.score(["a"], columns).total == [1.0]
+if {end!r} == "is killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.DEVNULL)
+    pids = pids_in(pid_file)
+    assert all(wait_until(lambda p=p: not is_alive(p)) for p in pids)
+    own = int((tmp_path / "own").read_text())  # the run's own child is nobody's to kill
+    assert is_alive(own)
+    os.kill(own, signal.SIGKILL)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from adpo_jax.rewards import binding, builtin, custom
+from adpo_jax.rewards import binding, builtin, custom, leftovers
 from adpo_jax.rewards.binding import NO_RUN, TrainerState
 from adpo_jax.rewards.custom import BadReward, Grades, RewardFunction
 from adpo_jax.rewards.errors import RewardError
@@ -139,7 +139,8 @@ class RewardModel:
                 found = [custom.BUILTINS[function.name] for function in self.functions]
                 self._signatures = [binding.signature_of(f) for f in found]
         else:
-            self._found = [custom.load(function) for function in self.functions]
+            with self._started_here():
+                self._found = [custom.load(function) for function in self.functions]
             self._signatures = [binding.signature_of(found) for found in self._found]
 
     def check_columns(self, columns: Iterable[str], what: str = "the data") -> None:
@@ -226,6 +227,12 @@ class RewardModel:
     def __exit__(self, *exc_info):
         self.close()
 
+    def _started_here(self) -> contextlib.AbstractContextManager:
+        """While functions of the user's run in this process: what they start ends with it."""
+        if any(function.path for function in self.functions):
+            return leftovers.marked()
+        return contextlib.nullcontext()
+
     def _check(self) -> list[binding.Signature]:
         try:
             return self._pool.check()
@@ -236,7 +243,7 @@ class RewardModel:
     def _score_here(
         self, completions: list[str], columns: dict[str, list], state: TrainerState
     ) -> Scores:
-        with faults.collected() as of_grader:
+        with faults.collected() as of_grader, self._started_here():
             grades = self._graded_here(completions, columns, state)
         counts = dict.fromkeys(_COUNTS, 0)
         counts["unparsed"] = sum(g.unparsed for g in grades)
