@@ -141,3 +141,14 @@ def test_training_attention_over_a_stream_compiles_for_a_v5e_without_scores(on_t
     compiled = jax.jit(gradient).lower(*arguments).compile()
     # Less than the scores of one head.
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * tokens * 4
+
+
+def test_replicas_alone_reach_over_two_slices(v5e):
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2)
+    mesh = make_mesh(fsdp=2, tensor=2, devices=topology.devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for number, devices in enumerate(mesh.devices):
+        assert {device.slice_index for device in devices.flat} == {number}
+    assert dict(make_mesh(devices=topology.devices, dcn_data=1).shape)["fsdp"] == 8

@@ -168,3 +168,8 @@ def test_a_split_embedding_table_gives_the_rows_and_gradient_of_a_whole_one(size
     (_, wanted), wanted_gradient = jax.value_and_grad(lambda e: value(e, None), has_aux=True)(embed)
     np.testing.assert_array_equal(x, wanted)
     np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-6)
+
+
+def test_a_number_of_slices_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="dcn_data is 0, 1 or the number of slices, 1 here; giv"):
+        sharding.make_mesh(dcn_data=2)

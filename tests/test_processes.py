@@ -119,7 +119,8 @@ ADAPTERS_AND_FILTER = (
 def test_two_processes_train_as_one_does(tmp_path, overrides, more):
     two, one = tmp_path / "two", tmp_path / "one"
     overrides += ("--config.trainer.total_training_steps=2", *more)
-    processes = start_two(two, *overrides)
+    # Each process is as a slice: the parameters are there once in each, and gradients cross.
+    processes = start_two(two, *overrides, "--config.mesh.dcn_data=2")
     train(parse(*overrides), one)
     finish(two, processes)
     assert_same_run(two, one)

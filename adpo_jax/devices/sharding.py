@@ -11,7 +11,7 @@ process's own devices (`rollout_mesh`), so that processes decode without waiting
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,23 +43,61 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 MAY_REPLICATE = frozenset({"kv_heads", "vocab"})
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, *, dcn_data: int = 0
+) -> Mesh:
     """A mesh over all devices.
 
+    Where the devices are several slices (TPU slices, or GPU nodes), only the axis `data` reaches
+    over the slow network between them: the axes lie within a slice, and each slice has replicas of
+    the parameters.
+
     Args:
-      data, fsdp, tensor: axis sizes; one of them may be -1, meaning "the rest".
+      data, fsdp, tensor: axis sizes within a slice; one of them may be -1, meaning "the rest".
       devices: defaults to `jax.devices()`.
+      dcn_data: slices that `data` reaches over, so that the axis is `dcn_data` times `data` long; 0
+        for as many as there are, 1 to lay the axes over all slices as if they were one. Devices
+        that name no slice are one slice, or with 2 or more those of each process are one.
 
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices.
+      ValueError: when the sizes do not multiply to the number of devices, or `dcn_data` is not the
+        number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = resolve_mesh_sizes(data, fsdp, tensor, num_devices=len(devices))
+    slices = _slices(devices, of_processes=dcn_data > 1)
+    if dcn_data not in (0, 1, len(slices)):
+        raise ValueError(
+            f"dcn_data is 0, 1 or the number of slices, {len(slices)} here; given {dcn_data}"
+        )
+    one = len(slices) == 1
+    num_slices = 1 if dcn_data == 1 else len(slices)
+    sizes = resolve_mesh_sizes(data, fsdp, tensor, num_devices=len(devices) // num_slices)
     # A tensor axis of 4 on a torus of 8 x 8 is half a row: splitting a physical axis is allowed.
-    grid = mesh_utils.create_device_mesh(
-        sizes, devices=devices, allow_split_physical_axes=devices[0].platform == "tpu"
-    )
+    allow = devices[0].platform == "tpu"
+    if num_slices == 1 and not one:
+        grid = np.array([device for of_slice in slices for device in of_slice]).reshape(sizes)
+    else:
+        grids = [
+            mesh_utils.create_device_mesh(sizes, devices=s, allow_split_physical_axes=allow)
+            for s in slices
+        ]
+        grid = np.concatenate(grids, axis=MESH_AXES.index("data"))
     return _mesh(grid)
+
+
+def _slices(devices: Sequence, *, of_processes: bool) -> list[list]:
+    """The devices of each slice, in the order of the slices' numbers.
+
+    Args:
+      of_processes: whether devices that name no slice are told apart by their processes.
+    """
+    slices = collections.defaultdict(list)
+    for device in devices:
+        number = getattr(device, "slice_index", None)
+        if number is None:
+            number = device.process_index if of_processes else 0
+        slices[number].append(device)
+    return [slices[number] for number in sorted(slices)]
 
 
 def rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:

@@ -98,7 +98,7 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     source = loading.find_architecture(config)
     policy = loading.make_policy(config, source, mesh)
-    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1}
+    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "dcn_data": 1}
     sizes["tensor"] = math.gcd(mesh.shape["tensor"], len(host or []))
     host_mesh = host and sharding.make_mesh(**sizes, devices=host)
     # This is more steps than the learning rate takes to warm up.
