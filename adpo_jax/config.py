@@ -168,12 +168,14 @@ def _anchor() -> dict[str, Key]:
     def mode(name: str) -> tuple[Need]:
         return (Need(f"anchor.mode={name}", lambda c: c.anchor.mode == name),)
 
-    kept = Need("an anchor.mode that keeps one", lambda c: c.anchor.mode != "on_policy")
+    kept = Need(
+        "an anchor.mode that keeps one", lambda c: c.anchor.mode not in ("on_policy", "sampler")
+    )
     return {
         "mode": Key(
             "on_policy",
             "the policy that log-ratios are measured against",
-            choices=("on_policy", "fixed", "ema", "kl_triggered"),
+            choices=("on_policy", "sampler", "fixed", "ema", "kl_triggered"),
         ),
         "ema_alpha": Key(
             0.99,
@@ -372,6 +374,10 @@ def _actor() -> dict[str, Key]:
 
 
 def _rollout() -> dict[str, Key]:
+    stale = Need(
+        "actor_rollout_ref.rollout.max_staleness above 0",
+        lambda c: c.actor_rollout_ref.rollout.max_staleness,
+    )
     return {
         "temperature": Key(1.0, "divides the logits", allowed="above 0"),
         "top_p": Key(1.0, "keep the fewest tokens with this mass; 1 for all"),
@@ -400,6 +406,19 @@ def _rollout() -> dict[str, Key]:
             "does",
         ),
         "gpu_memory_utilization": Key(0.85, "share of the device's memory in use while sampling"),
+        "max_staleness": Key(
+            0,
+            "iterations that a group may begin ahead of the update that trains on it; 0 decodes "
+            "each iteration's groups to their end",
+            least=0,
+        ),
+        "ahead": Key(
+            0,
+            "groups in flight beyond an iteration's; 0 for as many as max_staleness allows",
+            allowed="0 to max_staleness times data.train_batch_size",
+            least=0,
+            needs=(stale,),
+        ),
     }
 
 

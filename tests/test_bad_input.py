@@ -218,7 +218,7 @@ CONFIG = {
     "tau under grpo": (("algorithm.adv_estimator=grpo", "algorithm.tau=1"), "no effect under"),
     "grpo with another anchor": (
         ("algorithm.adv_estimator=grpo", "anchor.mode=ema"),
-        "needs anchor.mode=on_policy",
+        "needs anchor.mode=on_policy or sampler; given",
     ),
     "a KL penalty of 0": ("algorithm.beta_anchor_kl=0.1", "has no effect on one optimizer step"),
     "temperature 0": (f"{ROLLOUT}.temperature=0", "temperature is above 0"),

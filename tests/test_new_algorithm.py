@@ -133,7 +133,7 @@ def test_what_has_no_effect_or_cannot_work_under_it_is_refused(found):
     assert "clip_high: no effect under algorithm.adv_estimator=adpo" in found["under adpo"]
     assert "clip_low must be a finite number above 0 and at most 1" in found["clip_low"]
     assert "adv_estimator=luspo" in found["fixed"]
-    assert "needs anchor.mode=on_policy; given 'fixed'" in found["fixed"]
+    assert "needs anchor.mode=on_policy or sampler; given 'fixed'" in found["fixed"]
     assert "did you mean luspo/clip_frac?" in found["best_metric"]
 
 

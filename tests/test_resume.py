@@ -60,6 +60,10 @@ STATES = {
     "ema": ("--config.anchor.mode=ema", "--config.anchor.ema_alpha=0.5"),
     "kl_triggered": ("--config.anchor.mode=kl_triggered", "--config.anchor.kl_threshold=1e-7"),
     "filter_groups": ("--config.algorithm.filter_groups=true",),
+    "ahead": (
+        "--config.actor_rollout_ref.rollout.max_staleness=2",
+        "--config.anchor.mode=sampler",
+    ),
 }
 
 
@@ -77,6 +81,9 @@ def test_what_is_carried_from_one_iteration_to_the_next_survives(tmp_path, kept)
         assert any(row["filter/carried"] for row in rows)
     if kept == "kl_triggered":
         assert any(row["anchor/renewed"] for row in rows)
+    if kept == "ahead":
+        assert max(row["ahead/staleness_max"] for row in rows) > 0
+        assert rows[1]["ahead/carried_tokens"] > 0
 
 
 def test_a_cold_start_and_the_evaluation_after_it_go_on_where_they_stopped(tmp_path, monkeypatch):

@@ -172,16 +172,15 @@ def traced_learning(
     """The programs "update", and "anchor" where other policies run over the completions."""
     abstract = sharding.BatchSharding(learner.policy.mesh).abstract
     state, shape_PG, traced = learner.abstract_state(), sequences.lengths.shape, {}
-    names = list(learner.forwards(state))
-    if names:
+    if learner.forwards(state):
         whole = learner.laid_out(sequences, abstract=True)
         traced["anchor"] = learner.forward.trace(state.params, abstract(whole.batch)), whole.turns
     entropy_P = np.zeros(shape_PG[0]) if learner.algorithm.needs_entropy else None
     scores = learner.algorithm.score(np.zeros(shape_PG), entropy_P=entropy_P)
     rows = range(learner.plan.mini_prompts)
-    others = dict.fromkeys(names, sequences.values("sampler"))
+    others = dict.fromkeys(learner.other_policies, sequences.values("sampler"))
     mini = dataclasses.replace(sequences, log_probs=others).select(rows)
-    whole_groups = bool(names) or not learner.algorithm.needs_no_log_probs
+    whole_groups = bool(others) or not learner.algorithm.needs_no_log_probs
     mini = learner.laid_out(mini, whole_groups=whole_groups, abstract=True)
     scores = jax.tree.map(lambda x: x[: len(rows)], jax.device_get(scores))
     part = abstract((mini.batch, scores, mini.log_probs))

@@ -13,7 +13,7 @@ import numpy as np
 from adpo_jax.devices import distributed
 from adpo_jax.engine.engine import Engine, FinishedGroup
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.records import Completion, GradedGroups, Prompts
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import NO_RUN, RewardError, RewardModel, Scores, TrainerState
 from adpo_jax.rollouts.source import Source
 
@@ -152,31 +152,55 @@ class Sampler:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         if attempt is not None:
             key = jax.random.fold_in(key, attempt)
+        try:
+            with distributed.fail_together():
+                mine = prompts.select(distributed.own_rows(len(prompts)))
+                graded = self._graded(step, mine, self.engine, params, key)
+        except RewardError as error:
+            self.keep_sample(step, error)
+            raise
+        return GradedGroups.concatenate(distributed.all_gather(graded))
 
+    def graded(self, step: int, prompts: Prompts, completions: Completions) -> GradedGroups:
+        """Completions of this process, graded.
+
+        Raises:
+          RewardError: when a reward function fails.
+        """
+        return self._graded(step, prompts, _Sampled(completions), None, None)
+
+    def _graded(self, step: int, prompts: Prompts, engine, params, key) -> GradedGroups:
         def on_error(error: RewardError):
             if not (error.nonfinite and self.takes_nonfinite):
                 raise error
             self.keep_sample(step, error)
 
-        try:
-            with distributed.fail_together():
-                mine = generate_and_grade(
-                    self.engine,
-                    params,
-                    prompts.select(distributed.own_rows(len(prompts))),
-                    self.sampling,
-                    key,
-                    self.tokenizer,
-                    self.reward_model,
-                    on_error,
-                    version=step,
-                    reading=self.reading,
-                    state=TrainerState(step, self.num_steps),
-                )
-        except RewardError as error:
-            self.keep_sample(step, error)
-            raise
-        return GradedGroups.concatenate(distributed.all_gather(mine))
+        return generate_and_grade(
+            engine,
+            params,
+            prompts,
+            self.sampling,
+            key,
+            self.tokenizer,
+            self.reward_model,
+            on_error,
+            version=step,
+            reading=self.reading,
+            state=TrainerState(step, self.num_steps),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """Stands for an engine where the completions are there already."""
+
+    completions: Completions
+
+    def generate(self, *_, on_group_done=None, **__) -> Completions:
+        for index, group in enumerate(self.completions.groups):
+            if on_group_done is not None:
+                on_group_done(FinishedGroup(index, group))
+        return self.completions
 
 
 @dataclasses.dataclass(frozen=True)

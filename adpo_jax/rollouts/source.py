@@ -15,7 +15,13 @@ class Source:
     A source that keeps nothing between iterations (samples on the spot, or a recording) has nothing
     to save. A source with a state saves it with every checkpoint, and restores it before the first
     iteration of a resumed run.
+
+    Attributes:
+      saves_on_every_process: whether each process of a run saves a state of its own; else one
+        saves the state that all have alike.
     """
+
+    saves_on_every_process: bool = False
 
     def check(self, step: int) -> None:
         """Checks, before a run starts, that it can go on after `step` iterations.

@@ -53,8 +53,10 @@ def _fill_in_what_depends_on_other_keys(config: ConfigDict) -> None:
         cache = config.actor_rollout_ref.rollout.cache_dtype
         computed = "bfloat16" if config.trainer.bf16 else "float32"
         narrow = cache and cache not in (computed, "float32")
+        stale = config.actor_rollout_ref.rollout.max_staleness
         on_policy = config.anchor.mode == "on_policy"
-        algorithm.sampler_correction = "truncate" if narrow and on_policy else "none"
+        differs = (narrow or stale) and on_policy
+        algorithm.sampler_correction = "truncate" if differs else "none"
 
 
 def validate(config: ConfigDict) -> None:
@@ -78,6 +80,7 @@ def validate(config: ConfigDict) -> None:
             raise ValueError(f"{name} are two numbers in [0, 1), given {tuple(betas)}")
     _check_paths(config)
     _check_anchor(config)
+    _check_ahead(config)
     if config.actor_rollout_ref.rollout.temperature <= 0:
         raise ValueError(
             "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
@@ -108,17 +111,33 @@ def _check_anchor(config: ConfigDict) -> None:
     kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
     if config.anchor.mode == "on_policy":
         return
-    if kind.on_policy_anchor:
+    if kind.on_policy_anchor and config.anchor.mode != "sampler":
         raise ValueError(
             f"algorithm.adv_estimator={kind.name} takes the ratio to the policy that sampled, so "
-            f"it needs anchor.mode=on_policy; given {config.anchor.mode!r}. To stay near the "
-            "policy before the first iteration, set algorithm.beta_reference_kl"
+            f"it needs anchor.mode=on_policy or sampler; given {config.anchor.mode!r}. To stay "
+            "near the policy before the first iteration, set algorithm.beta_reference_kl"
         )
     if config.algorithm.sampler_correction not in ("auto", "none"):
         raise ValueError(
             f"algorithm.sampler_correction={config.algorithm.sampler_correction} compares the "
             "sampler with the policy before the update, so it needs anchor.mode=on_policy; given "
             f"{config.anchor.mode!r}"
+        )
+
+
+def _check_ahead(config: ConfigDict) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    most = rollout.max_staleness * config.data.train_batch_size
+    if rollout.ahead > most:
+        raise ValueError(
+            "actor_rollout_ref.rollout.ahead is at most max_staleness times "
+            f"data.train_batch_size, {most}, or groups would get older than max_staleness; given "
+            f"{rollout.ahead}"
+        )
+    if rollout.max_staleness and config.algorithm.filter_groups:
+        raise ValueError(
+            "actor_rollout_ref.rollout.max_staleness above 0 does not go with "
+            "algorithm.filter_groups=True: set one of the two back"
         )
 
 
@@ -210,6 +229,7 @@ def _check_best_metric(config: ConfigDict) -> None:
     names = metric_names.of_rows(
         [metric.name for metric in algorithm.metrics],
         filtered=config.algorithm.filter_groups,
+        ahead=config.actor_rollout_ref.rollout.max_staleness > 0,
         evaluated=evaluated,
         num_samples=config.eval.n,
         ks=tuple(config.eval.ks),

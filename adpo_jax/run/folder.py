@@ -10,6 +10,7 @@ samples/               completions with their rewards
 bad_batches/           recordings of iterations whose update was not sound
 export/                the final policy as a Hugging Face folder
 adapter/               under LoRA, its adapters as a folder of peft
+in_flight/             with actor_rollout_ref.rollout.max_staleness, the samples that have not ended
 surplus/               with algorithm.filter_groups, the groups that wait for the next iteration
 profile/               xprof traces of the iterations that the config asks for
 environment.json       versions and devices of the newest part of the run
@@ -47,6 +48,7 @@ NAMES = (
     "evaluations",
     "export",
     "first_checkpoint.json",
+    "in_flight",
     "metrics.jsonl",
     "metrics.tmp",
     "profile",
@@ -90,6 +92,10 @@ class RunFolder:
     @property
     def bad_batches(self) -> Path:
         return self.root / "bad_batches"
+
+    @property
+    def in_flight(self) -> Path:
+        return self.root / "in_flight"
 
     @property
     def surplus(self) -> Path:

@@ -14,6 +14,7 @@ NAMES = {
         "mismatch_kl mismatch_ratio_max"
     ),
     "filter": "attempts dropped_frac fillers carried sampled_reward",
+    "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac lag_*_frac",
     "update": "grad_norm lr tokens tokens_per_s padding_frac skipped mfu hfu",
     "time": "rollout reward anchor update eval checkpoint",
     "memory": "host_gib device_in_use_gib device_peak_gib",
@@ -26,6 +27,7 @@ def of_rows(
     of_algorithm: Iterable[str],
     *,
     filtered: bool,
+    ahead: bool,
     evaluated: bool,
     num_samples: int,
     ks: tuple[int, ...],
@@ -36,11 +38,13 @@ def of_rows(
     Args:
       of_algorithm: the names of the metrics of its algorithm.
       filtered: whether groups are filtered.
+      ahead: whether groups are sampled ahead of the update.
       evaluated: whether there is data to evaluate on.
       num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
       by_category: whether its scores are broken down by category.
     """
-    groups = [group for group in NAMES if group != "filter" or filtered]
+    unused = {name for name, used in (("filter", filtered), ("ahead", ahead)) if not used}
+    groups = [group for group in NAMES if group not in unused]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
     if not evaluated:
         return names

@@ -16,6 +16,7 @@ from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log.progress import telling
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardError
+from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.rollouts.filtering import GroupFilter
 from adpo_jax.rollouts.recording import Replay
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
@@ -50,7 +51,7 @@ class Run:
 
     def save_source(self, step: int, checkpoints: Checkpoints) -> None:
         """Saves the state that the source needs to go on after `step` iterations."""
-        if self.folder.writes:
+        if self.folder.writes or self.source.saves_on_every_process:
             self.source.save(step, oldest=min(checkpoints.steps, default=0))
 
 
@@ -166,6 +167,18 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         reading=setup.make_reading(config, parts.sampling.stop_token_ids),
         num_steps=parts.num_steps,
     )
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.max_staleness:
+        most = rollout.max_staleness * config.data.train_batch_size
+        return Ahead(
+            sampler,
+            prompts_of,
+            folder.in_flight,
+            batch_size=config.data.train_batch_size,
+            num_steps=parts.num_steps,
+            max_staleness=rollout.max_staleness,
+            ahead=rollout.ahead or most,
+        )
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)
     return GroupFilter(

@@ -1,6 +1,7 @@
 """The anchor: the policy that the loss measures log-ratios against.
 
     on_policy     the parameters at the start of the iteration; nothing is kept
+    sampler       the weights that drew each token, whose log-probs came with it; nothing is kept
     fixed         the initial parameters
     ema           an exponential moving average of the policy, moved once an iteration
     kl_triggered  a copy, renewed whenever the policy has drifted a given KL away from it
@@ -13,7 +14,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-MODES = ("on_policy", "fixed", "ema", "kl_triggered")
+MODES = ("on_policy", "sampler", "fixed", "ema", "kl_triggered")
+# The modes without a second copy of the parameters.
+_WITHOUT_PARAMS = ("on_policy", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Anchor:
     @property
     def keeps_params(self) -> bool:
         """Whether the state holds a second copy of the parameters (of the adapters under LoRA)."""
-        return self.mode != "on_policy"
+        return self.mode not in _WITHOUT_PARAMS
 
     def init(self, params):
         """The first anchor: a copy of `params`, which will be donated, or None."""

@@ -173,6 +173,8 @@ class Learner:
         """Whether an iteration runs the anchor over its completions."""
         if self.algorithm.needs_entropy:
             return True
+        if self.anchor.mode == "sampler":
+            return False
         one_step = self.plan.updates_per_iteration == 1
         moved_away = self.anchor.keeps_params or not one_step
         return "anchor" in self.algorithm.needs and moved_away
@@ -317,6 +319,13 @@ class Learner:
             forwards["reference"] = lambda: state.reference
         return forwards
 
+    @property
+    def other_policies(self) -> list[str]:
+        """The policies, by name, whose log-probs an update takes beside its own."""
+        from_sampler = self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs
+        names = ["anchor"] if self.needs_anchor_forward or from_sampler else []
+        return names + ["reference"] * ("reference" in self.algorithm.needs)
+
     def _other_log_probs(self, state: TrainState, sequences: Sequences):
         """Log-probs under the names of their policies, and the anchor's entropy.
 
@@ -328,6 +337,8 @@ class Learner:
             log_probs[name], entropy = self.log_probs(params(), sequences)
             if name == "anchor" and self.algorithm.needs_entropy:
                 entropy_P = self._mean_entropy(sequences, entropy)
+        if self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs:
+            log_probs["anchor"] = sequences.values("sampler")
         if "reference" in self.algorithm.needs and not self.keeps_reference:
             log_probs["reference"] = log_probs["anchor"]
         return log_probs, entropy_P

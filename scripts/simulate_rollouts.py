@@ -1,0 +1,161 @@
+"""Simulates rollouts ahead of the update: tokens a second and idle slots by staleness, no model.
+
+    python scripts/simulate_rollouts.py                        the first table of docs/ahead.md
+    python scripts/simulate_rollouts.py --hosts 1 --slots 64 --step-ms 2 --token-ns 0
+    python scripts/simulate_rollouts.py --metrics RUN/metrics.jsonl        lengths like a run's
+
+The schedule is the trainer's own (`adpo_jax.rollouts.pacing`), on each host by itself; an iteration
+lasts as long as its slowest host samples. The slots of a host take a step together, in `--step-ms`
+milliseconds and `--token-ns` nanoseconds for each token that its live samples have. Lengths are
+lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new weights is
+prefilled again, at `--prefill-tokens-per-s` a host. The update is not counted. One JSON line a
+staleness.
+
+The defaults are an 8B model on v5p-128: 16 hosts of 4 chips, each with weights of 16.4 GB read once
+a step and 147 kB of keys and values a token, at 80% of the bandwidth of 4 x 2.765 TB/s.
+"""
+
+import argparse
+import heapq
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from adpo_jax.rollouts.pacing import Pacing
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--staleness", default="0,1,2,4")
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=64, help="of an iteration, on all hosts")
+    parser.add_argument("--samples", type=int, default=16, help="of a prompt")
+    parser.add_argument("--hosts", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=64, help="of a host")
+    parser.add_argument("--mean", type=float, default=8000.0, help="tokens of a completion")
+    parser.add_argument("--sigma", type=float, default=0.8, help="of the logarithm of the lengths")
+    parser.add_argument("--cap", type=int, default=30_000)
+    parser.add_argument("--step-ms", type=float, default=1.85)
+    parser.add_argument("--token-ns", type=float, default=16.6)
+    parser.add_argument("--prefill-tokens-per-s", type=float, default=60_000.0)
+    parser.add_argument("--ahead", type=int, default=0, help="groups; 0 for all that it may")
+    parser.add_argument("--dispatch", type=int, default=32, help="steps between looks of the host")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--metrics", default="", help="a run's file, whose lengths are taken")
+    return parser.parse_args()
+
+
+def fit_lengths(a) -> None:
+    """Sets the mean and the cap of the lengths to those of a run."""
+    rows = [json.loads(line) for line in Path(a.metrics).read_text().splitlines()]
+    rows = [row for row in rows if "rollout/length_mean" in row]
+    if not rows:
+        raise SystemExit(f"{a.metrics} has no rollout/length_mean: give a trainer's metrics.jsonl")
+    a.mean = float(np.mean([row["rollout/length_mean"] for row in rows]))
+    a.cap = int(max(row["rollout/length_max"] for row in rows))
+
+
+class Host:
+    """The slots of a host and its groups in flight.
+
+    Args:
+      lengths: [groups of the run, G] int, tokens of each completion.
+    """
+
+    def __init__(self, a, pacing: Pacing, lengths: np.ndarray):
+        self.a, self.pacing, self.lengths = a, pacing, lengths
+        self.left: dict[int, list[int]] = {}  # of each sample of a group in flight, 0 at its end
+        self.admitted_at: dict[int, int] = {}
+        self.following = 0
+        self.slot_steps = self.live_steps = self.prefilled = 0
+        self.ages: list[int] = []
+
+    def iteration(self, step: int) -> float:
+        """Samples until the host has its groups; returns the seconds that it takes."""
+        a, pacing, lengths = self.a, self.pacing, self.lengths
+        new = pacing.admitted(self.following, len(self.left))
+        self.following += len(new)
+        self.admitted_at |= dict.fromkeys(new, step)
+        self.left |= {n: lengths[n].tolist() for n in new}
+        waiting = [(n, i) for n, group in self.left.items() for i, left in enumerate(group) if left]
+        again = sum(int(lengths[n][i]) - self.left[n][i] for n, i in waiting)
+        self.prefilled += again
+        seconds = again / a.prefill_tokens_per_s
+        waiting.reverse()
+        now, live = 0, []  # live samples are a heap of (last step, group, sample)
+        there = 0  # tokens of the live samples
+        while True:
+            while waiting and len(live) < a.slots:
+                n, i = waiting.pop()
+                heapq.heappush(live, (now + self.left[n][i], n, i))
+                there += int(lengths[n][i]) - self.left[n][i]
+            whole = [n for n, group in self.left.items() if not any(group)]
+            chosen = pacing.chosen(step, self.admitted_at, whole)
+            if chosen is not None:
+                break
+            steps = a.dispatch * -(-(live[0][0] - now) // a.dispatch)
+            tokens = there + len(live) * steps / 2
+            seconds += steps * (a.step_ms / 1e3 + tokens * a.token_ns / 1e9)
+            self.slot_steps += steps * a.slots
+            there += steps * len(live)
+            self.live_steps += steps * len(live)
+            now += steps
+            while live and live[0][0] <= now:
+                last, n, i = heapq.heappop(live)
+                self.live_steps -= now - last
+                there -= int(lengths[n][i]) + now - last
+                self.left[n][i] = 0
+        for last, n, i in live:
+            self.left[n][i] = last - now
+        for n in chosen:
+            self.ages.append(step - self.admitted_at.pop(n))
+            del self.left[n]
+        return seconds
+
+
+def simulated(a, staleness: int) -> dict:
+    """The figures of one run."""
+    own = a.prompts // a.hosts
+    ahead = min(a.ahead // a.hosts or staleness * own, staleness * own)
+    pacing = Pacing(own, staleness, ahead, num_groups=own * a.iterations)
+    rng = np.random.default_rng(a.seed)
+    mu = np.log(a.mean) - a.sigma**2 / 2
+    lengths = rng.lognormal(mu, a.sigma, (a.hosts, own * a.iterations, a.samples))
+    lengths = np.clip(lengths, 1, a.cap).astype(int)
+    hosts = [Host(a, pacing, of_host) for of_host in lengths]
+    seconds = sum(max(h.iteration(step) for h in hosts) for step in range(a.iterations))
+    ages = [age for host in hosts for age in host.ages]
+    live, all_slots = (sum(getattr(h, n) for h in hosts) for n in ("live_steps", "slot_steps"))
+    return {
+        "staleness": staleness,
+        "ahead": ahead * a.hosts,
+        "tokens_per_s": round(lengths.sum() / seconds, 1),
+        "seconds_an_iteration": round(seconds / a.iterations, 2),
+        "idle_frac": round(1 - live / all_slots, 4),
+        "staleness_mean": round(float(np.mean(ages)), 3),
+        "staleness_max": max(ages),
+        "prefilled_again_frac": round(sum(h.prefilled for h in hosts) / lengths.sum(), 4),
+    }
+
+
+def main():
+    a = arguments()
+    if a.prompts % a.hosts:
+        raise SystemExit(f"--prompts {a.prompts} must be a multiple of --hosts {a.hosts}")
+    if a.metrics:
+        fit_lengths(a)
+    names = ("prompts", "samples", "hosts", "slots", "mean", "sigma", "cap")
+    base = None
+    for staleness in map(int, a.staleness.split(",")):
+        found = simulated(a, staleness)
+        base = base or found["tokens_per_s"]
+        ratio = {"ratio": round(found["tokens_per_s"] / base, 3)}
+        print(json.dumps({name: getattr(a, name) for name in names} | found | ratio))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Rollouts ahead of the update: the schedule, and the samples that go on from one to the next."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from adpo_jax.engine.engine import Engine
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.records import Prompts
+from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.rollouts.ahead import Ahead
+from adpo_jax.rollouts.pacing import Pacing
+from adpo_jax.rollouts.sampler import Sampler
+from adpo_jax.rollouts.source import SourceError
+
+
+@pytest.mark.parametrize(("P", "staleness", "ahead"), [(4, 1, 4), (4, 2, 8), (4, 3, 5), (1, 2, 2)])
+def test_every_group_is_trained_once_and_none_is_too_old(P, staleness, ahead):
+    steps, rng = 30, np.random.default_rng(P)
+    pacing = Pacing(P, staleness, ahead, num_groups=P * steps)
+    left = {n: int(rng.lognormal(2, 1.5)) + 1 for n in range(P * steps)}  # work of each group
+    at, trained, waited = {}, [], 0
+    following = 0
+    for step in range(steps):
+        new = pacing.admitted(following, len(at))
+        following += len(new)
+        at |= dict.fromkeys(new, step)
+        assert len(at) <= P + ahead
+        while True:
+            chosen = pacing.chosen(step, at, [n for n in at if left[n] <= 0])
+            if chosen is not None:
+                break
+            waited += 1
+            for n in at:
+                left[n] -= 1
+        assert len(chosen) == P
+        for n in chosen:
+            assert 0 <= step - at.pop(n) <= staleness
+        trained += chosen
+    assert sorted(trained) == list(range(P * steps))
+    assert trained != sorted(trained) or P == 1
+    assert waited
+
+
+def test_more_groups_ahead_than_the_staleness_allows_are_refused():
+    with pytest.raises(ValueError, match="ahead is 0 to max_staleness .* iteration, 8; given 9"):
+        Pacing(4, 2, 9, num_groups=100)
+
+
+PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8, 9], [7, 9], [3, 2, 3], [8, 4], [6, 2, 6, 4]]
+P, G = 2, 2
+
+
+@pytest.fixture(scope="module")
+def parts():
+    policy, params = tiny.policy_and_params()
+    engine = Engine(
+        policy, max_prompt_length=4, max_response_length=12, num_slots=4, steps_per_dispatch=2
+    )
+    return policy, params, engine
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    eos_token_id = bos_token_id = pad_token_id = None
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(chr(97 + token) for token in row) for row in rows]
+
+
+def made(engine, folder, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def letters(completions, **columns):\n    return [float(len(set(c))) for c in completions]"
+    )
+    sampler = Sampler(
+        engine,
+        SamplingParams(
+            n=G, max_tokens=12, stop_token_ids=(0, 1, 2, 3), top_k=20, full_log_probs=True
+        ),
+        Letters(),
+        RewardModel([RewardFunction(str(reward), "letters")]),
+        seed=0,
+        keep_sample=lambda *_: None,
+    )
+    prompts = Prompts(PROMPTS, {"solution": [str(i) for i in range(len(PROMPTS))]})
+    return Ahead(
+        sampler,
+        lambda batch: prompts.select(range(P * batch, P * batch + P)),
+        folder,
+        batch_size=P,
+        num_steps=4,
+        max_staleness=2,
+        ahead=3,
+    )
+
+
+def at_step(params, step):
+    """Other weights at each step, which sample with other probabilities."""
+    return jax.tree.map(lambda x: x * (1 + 0.05 * step), params)
+
+
+def test_samples_go_on_under_new_weights_and_a_resumed_run_has_the_same(parts, tmp_path):
+    policy, params, engine = parts
+    source = made(engine, tmp_path / "in_flight", tmp_path)
+    groups = []
+    for step in range(4):
+        groups.append(source.next(step, at_step(params, step)))
+        source.save(step + 1)
+    trained = [int(s) for g in groups for s in g.prompts.columns["solution"]]
+    assert sorted(trained) == list(range(len(PROMPTS)))
+    completions = [c for g in groups for c in g.completions.flat]
+    assert any(len(set(c.versions)) > 1 for c in completions)
+    assert max(g.metrics["ahead/staleness_max"] for g in groups) > 0
+    for step, found in enumerate(groups):
+        for c in found.completions.flat:
+            assert np.all(np.diff(c.versions) >= 0)
+            assert step - 2 <= c.versions[0]
+            assert c.versions[-1] <= step
+            assert len(c.full_log_probs) == len(c) <= 12
+
+    # The log-probs of each token are those of the weights that drew it.
+    for found in groups:
+        for ids, group in zip(found.prompts.token_ids, found.completions.groups, strict=True):
+            for c in group:
+                tokens = np.array([[*ids, *c.tokens]], np.int32)
+                for version in set(c.versions.tolist()):
+                    wanted = log_probs(policy, at_step(params, version), tokens)[0, len(ids) :]
+                    drawn = c.versions == version
+                    np.testing.assert_allclose(c.full_log_probs[drawn], wanted[drawn], atol=2e-5)
+
+    for stop in (1, 3):
+        resumed = made(engine, tmp_path / "in_flight", tmp_path)
+        resumed.check(stop)
+        resumed.restore(stop)
+        for step in range(stop, 4):
+            again = resumed.next(step, at_step(params, step))
+            assert again.texts == groups[step].texts
+            for one, other in zip(again.completions.flat, groups[step].completions.flat):
+                for name, value in dataclasses.asdict(one).items():
+                    np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+
+
+def log_probs(policy, params, tokens):
+    """[1, S], of each token; that of the first is 0."""
+    mask = np.ones_like(tokens)
+    return np.asarray(policy.log_probs(params, tokens, mask))
+
+
+def test_what_is_missing_or_damaged_in_flight_is_told(parts, tmp_path):
+    source = made(parts[2], tmp_path / "in_flight", tmp_path)
+    with pytest.raises(SourceError, match="max_staleness: .*000002.* is missing, in which iter"):
+        source.check(2)
+    source.save(0)
+    [path] = (tmp_path / "in_flight").iterdir()
+    path.rename(path.with_name(path.name.replace("000000", "000002")))
+    made(parts[2], tmp_path / "in_flight", tmp_path).check(2)
+    for content in (b"", b"PK\x03\x04 no such thing", path.name.encode() * 100):
+        path.with_name(path.name.replace("000000", "000002")).write_bytes(content)
+        with pytest.raises(SourceError, match="is damaged"):
+            made(parts[2], tmp_path / "in_flight", tmp_path).check(2)
