@@ -4,8 +4,9 @@
     python scripts/simulate_rollouts.py --hosts 1 --slots 64 --step-ms 2 --token-ns 0
     python scripts/simulate_rollouts.py --metrics RUN/metrics.jsonl        lengths like a run's
 
-The schedule is the trainer's own (`adpo_jax.rollouts.pacing`), on each host by itself; an iteration
-lasts as long as its slowest host samples. The slots of a host take a step together, in `--step-ms`
+The schedule is the trainer's own (`adpo_jax.rollouts.pacing`): hosts decode their own groups, and
+after each window of steps wait for each other and look whether the iteration has its groups. The
+slots of a host take a step together, in `--step-ms`
 milliseconds and `--token-ns` nanoseconds for each token that its live samples have. Lengths are
 lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new weights is
 prefilled again, at `--prefill-tokens-per-s` a host. The update is not counted. One JSON line a
@@ -25,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from adpo_jax.rollouts.pacing import Pacing
+from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 
 
 def arguments():
@@ -66,73 +67,96 @@ class Host:
       lengths: [groups of the run, G] int, tokens of each completion.
     """
 
-    def __init__(self, a, pacing: Pacing, lengths: np.ndarray):
-        self.a, self.pacing, self.lengths = a, pacing, lengths
+    def __init__(self, a, lengths: np.ndarray):
+        self.a, self.lengths = a, lengths
         self.left: dict[int, list[int]] = {}  # of each sample of a group in flight, 0 at its end
-        self.admitted_at: dict[int, int] = {}
-        self.following = 0
         self.slot_steps = self.live_steps = self.prefilled = 0
-        self.ages: list[int] = []
 
-    def iteration(self, step: int) -> float:
-        """Samples until the host has its groups; returns the seconds that it takes."""
-        a, pacing, lengths = self.a, self.pacing, self.lengths
-        new = pacing.admitted(self.following, len(self.left))
-        self.following += len(new)
-        self.admitted_at |= dict.fromkeys(new, step)
-        self.left |= {n: lengths[n].tolist() for n in new}
-        waiting = [(n, i) for n, group in self.left.items() for i, left in enumerate(group) if left]
-        again = sum(int(lengths[n][i]) - self.left[n][i] for n, i in waiting)
+    def begin(self, new: list[int]) -> float:
+        """Takes new groups in, and prefills what goes on; returns the seconds that it takes."""
+        self.left |= {n: self.lengths[n].tolist() for n in new}
+        self.waiting = [(n, i) for n, group in self.left.items() for i in range(len(group))]
+        self.waiting = [(n, i) for n, i in self.waiting if self.left[n][i]][::-1]
+        again = sum(self._there(n, i) for n, i in self.waiting)
         self.prefilled += again
-        seconds = again / a.prefill_tokens_per_s
-        waiting.reverse()
-        now, live = 0, []  # live samples are a heap of (last step, group, sample)
-        there = 0  # tokens of the live samples
-        while True:
-            while waiting and len(live) < a.slots:
-                n, i = waiting.pop()
-                heapq.heappush(live, (now + self.left[n][i], n, i))
-                there += int(lengths[n][i]) - self.left[n][i]
-            whole = [n for n, group in self.left.items() if not any(group)]
-            chosen = pacing.chosen(step, self.admitted_at, whole)
-            if chosen is not None:
+        self.now, self.live, self.tokens = 0, [], 0  # live: a heap of (last step, group, sample)
+        return again / self.a.prefill_tokens_per_s
+
+    def _there(self, n: int, i: int) -> int:
+        """Tokens that a sample has."""
+        return int(self.lengths[n][i]) - self.left[n][i]
+
+    def window(self, most_steps: int) -> float:
+        """Decodes so many steps, or as long as anything is left; returns the seconds."""
+        a, until, seconds = self.a, self.now + most_steps, 0.0
+        while self.now < until:
+            while self.waiting and len(self.live) < a.slots:
+                n, i = self.waiting.pop()
+                heapq.heappush(self.live, (self.now + self.left[n][i], n, i))
+                self.tokens += self._there(n, i)
+            if not self.live:
                 break
-            steps = a.dispatch * -(-(live[0][0] - now) // a.dispatch)
-            tokens = there + len(live) * steps / 2
-            seconds += steps * (a.step_ms / 1e3 + tokens * a.token_ns / 1e9)
+            steps = a.dispatch * -(-(self.live[0][0] - self.now) // a.dispatch)
+            steps = min(steps, until - self.now)
+            mean_tokens = self.tokens + len(self.live) * steps / 2
+            seconds += steps * (a.step_ms / 1e3 + mean_tokens * a.token_ns / 1e9)
             self.slot_steps += steps * a.slots
-            there += steps * len(live)
-            self.live_steps += steps * len(live)
-            now += steps
-            while live and live[0][0] <= now:
-                last, n, i = heapq.heappop(live)
-                self.live_steps -= now - last
-                there -= int(lengths[n][i]) + now - last
+            self.live_steps += steps * len(self.live)
+            self.tokens += steps * len(self.live)
+            self.now += steps
+            while self.live and self.live[0][0] <= self.now:
+                last, n, i = heapq.heappop(self.live)
+                self.live_steps -= self.now - last
+                self.tokens -= int(self.lengths[n][i]) + self.now - last
                 self.left[n][i] = 0
-        for last, n, i in live:
-            self.left[n][i] = last - now
-        for n in chosen:
-            self.ages.append(step - self.admitted_at.pop(n))
-            del self.left[n]
         return seconds
+
+    @property
+    def whole(self) -> list[int]:
+        return [n for n, group in self.left.items() if not any(group)]
+
+    def end(self, chosen: list[int]) -> None:
+        """Ends the iteration: what is not chosen stays in flight."""
+        for last, n, i in self.live:
+            self.left[n][i] = last - self.now
+        for n in set(chosen) & self.left.keys():
+            del self.left[n]
 
 
 def simulated(a, staleness: int) -> dict:
     """The figures of one run."""
-    own = a.prompts // a.hosts
-    ahead = min(a.ahead // a.hosts or staleness * own, staleness * own)
-    pacing = Pacing(own, staleness, ahead, num_groups=own * a.iterations)
+    P = a.prompts
+    ahead = min(a.ahead or staleness * P, staleness * P)
+    pacing = Pacing(P, staleness, ahead, num_groups=P * a.iterations)
     rng = np.random.default_rng(a.seed)
     mu = np.log(a.mean) - a.sigma**2 / 2
-    lengths = rng.lognormal(mu, a.sigma, (a.hosts, own * a.iterations, a.samples))
+    lengths = rng.lognormal(mu, a.sigma, (P * a.iterations, a.samples))
     lengths = np.clip(lengths, 1, a.cap).astype(int)
-    hosts = [Host(a, pacing, of_host) for of_host in lengths]
-    seconds = sum(max(h.iteration(step) for h in hosts) for step in range(a.iterations))
-    ages = [age for host in hosts for age in host.ages]
+    hosts = [Host(a, lengths) for _ in range(a.hosts)]
+    admitted_at, owners, following, seconds, ages = {}, {}, 0, 0.0, []
+    for step in range(a.iterations):
+        new = pacing.admitted(following, len(admitted_at))
+        following += len(new)
+        admitted_at |= dict.fromkeys(new, step)
+        owners |= shared_out(new, owners.values(), a.hosts)
+        seconds += max(
+            host.begin([n for n in new if owners[n] == number]) for number, host in enumerate(hosts)
+        )
+        while True:
+            whole = [n for host in hosts for n in host.whole]
+            chosen = pacing.chosen(step, admitted_at, whole)
+            if chosen is not None:
+                break
+            seconds += max(host.window(WINDOW if a.hosts > 1 else a.dispatch) for host in hosts)
+        for host in hosts:
+            host.end(chosen)
+        for n in chosen:
+            ages.append(step - admitted_at.pop(n))
+            del owners[n]
     live, all_slots = (sum(getattr(h, n) for h in hosts) for n in ("live_steps", "slot_steps"))
     return {
         "staleness": staleness,
-        "ahead": ahead * a.hosts,
+        "ahead": ahead,
         "tokens_per_s": round(lengths.sum() / seconds, 1),
         "seconds_an_iteration": round(seconds / a.iterations, 2),
         "idle_frac": round(1 - live / all_slots, 4),
@@ -144,8 +168,6 @@ def simulated(a, staleness: int) -> dict:
 
 def main():
     a = arguments()
-    if a.prompts % a.hosts:
-        raise SystemExit(f"--prompts {a.prompts} must be a multiple of --hosts {a.hosts}")
     if a.metrics:
         fit_lengths(a)
     names = ("prompts", "samples", "hosts", "slots", "mean", "sigma", "cap")

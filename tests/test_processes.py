@@ -134,6 +134,29 @@ def test_two_processes_train_as_one_does(tmp_path, overrides, more):
 
 
 @pytest.mark.long
+def test_two_processes_that_sample_ahead_do_the_same_every_time(tmp_path, overrides):
+    overrides += (
+        "--config.trainer.total_training_steps=3",
+        "--config.actor_rollout_ref.rollout.max_staleness=1",
+        "--config.data.max_response_length=24",
+    )
+    for name in ("one", "two"):
+        finish(tmp_path / name, start_two(tmp_path / name, *overrides))
+    one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert [row["ahead/lag_0_frac"] for row in one[1:]] == [
+        row["ahead/lag_0_frac"] for row in two[1:]
+    ]
+    assert one[1]["ahead/in_flight"] == 8.0
+    assert one[-1]["ahead/in_flight"] == 0.0
+    files = sorted(path.name for path in (tmp_path / "one" / "in_flight").iterdir())
+    assert [name for name in files if name.startswith("000001")] == [
+        "000001.0.of2.npz",
+        "000001.1.of2.npz",
+    ]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_from_its_checkpoint(
     tmp_path, overrides, victim
