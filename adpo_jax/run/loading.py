@@ -15,8 +15,9 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from adpo_jax.data import arithmetic, due, files
+from adpo_jax.data import due, files
 from adpo_jax.data.control_tokens import text_token_ids
+from adpo_jax.data.embedded import TASKS
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
@@ -63,15 +64,15 @@ def find_model(config: ConfigDict) -> ModelSource:
     model = config.actor_rollout_ref.model
     overrides = model.hf_config.to_dict()
     adapted = _find_lora(model)
-    if model.path == arithmetic.NAME:
+    if model.path in TASKS:
         if model.override_config:
             raise ValueError(
                 "model.override_config changes the config.json of a folder, and "
-                f"{arithmetic.NAME} has none; model.hf_config changes its size"
+                f"{model.path} has none; model.hf_config changes its size"
             )
-        tokenizer = arithmetic.make_tokenizer()
+        tokenizer = TASKS[model.path].make_tokenizer()
         stop = (tokenizer.eos_token_id,)
-        hf_config = arithmetic.MODEL_CONFIG | overrides
+        hf_config = TASKS[model.path].MODEL_CONFIG | overrides
         return ModelSource(None, hf_config, tokenizer, stop, True, *adapted)
     if overrides and not model.random_init:
         raise ValueError(
@@ -116,7 +117,7 @@ def find_architecture(config: ConfigDict) -> ModelSource:
       ValueError: when there is none.
     """
     model = config.actor_rollout_ref.model
-    if model.path == arithmetic.NAME:
+    if model.path in TASKS:
         return find_model(config)
     hf_config = folders.find_config(model.path)
     hf_config = folders.overridden(hf_config, model.override_config.to_dict())
@@ -516,7 +517,7 @@ def _load_rows(
 ) -> files.Dataset:
     """Rows of the embedded task, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
-    if source != arithmetic.NAME:
+    if source not in TASKS:
         dataset = files.load_rows(
             source.split(","),
             prompt_key=prompt_key,
@@ -527,7 +528,7 @@ def _load_rows(
             cache_dir=config.data.cache_dir,
         )
         return dataset.with_column(prompt_key, dataset.column(prompt_key))
-    columns = arithmetic.rows(split)
+    columns = TASKS[source].rows(split)
     wanted = {"data.prompt_key": prompt_key} | ({option: answer_key} if needs_answer else {})
     for name, key in wanted.items():
         if key not in columns:
