@@ -2,5 +2,6 @@
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.generation import FinishedGroup
+from adpo_jax.engine.session import Session, Turn
 
-__all__ = ["Engine", "FinishedGroup"]
+__all__ = ["Engine", "FinishedGroup", "Session", "Turn"]

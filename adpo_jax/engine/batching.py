@@ -68,15 +68,23 @@ class Sample:
 
     Attributes:
       index: its number among the samples of its request.
-      num_tokens: tokens sampled so far.
+      num_tokens: tokens of the completion so far.
+      before: those of them that it had when it took its slot: of earlier turns, or begun.
       cancelled: whether its request gave up on further tokens.
+      ended: whether it gets no further tokens, unless it goes on with a further turn.
     """
 
     request: Request
     index: int
     num_tokens: int = 0
+    before: int = 0
     cancelled: bool = False
     ended: bool = False
+
+    @property
+    def age(self) -> int:
+        """Tokens sampled since it took its slot."""
+        return self.num_tokens - self.before
 
 
 class NewTokens(NamedTuple):
@@ -202,6 +210,29 @@ class DecodeLoop:
         """Ends a sample, which gets no further tokens; its slot is free at the next step."""
         sample.cancelled = self._any_cancelled = True
 
+    def go_on(self, sample: Sample, completion: np.ndarray):
+        """Queues a sample that goes on after tokens that it has already.
+
+        They are prefilled with its prompt, as the prompt of a request of its own. Its random
+        numbers are those of its places in the completion, as if it had never paused.
+
+        Args:
+          completion: [T] int32, its tokens so far, those of tools included; at least one.
+        """
+        request = sample.request
+        sample.num_tokens, sample.ended = len(completion), False
+        one = dataclasses.replace(request.sampling, n=1)
+        whole = np.concatenate([request.prompt, completion])
+        self.schedule.add(Request(whole, one, lambda: request.key_data), [sample])
+
+    def stop(self, sample: Sample, num_tokens: int):
+        """Ends a turn after so many tokens of the completion, and drops those that follow."""
+        sample.num_tokens = num_tokens
+        if not sample.ended:
+            slot = next(slot for slot, live in self._live() if live is sample)
+            self._end(slot, sample)
+            self._retired.append(slot)
+
     def _drop_cancelled(self):
         self._any_cancelled = False
         for slot, sample in self._live():
@@ -219,7 +250,7 @@ class DecodeLoop:
         """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
         if self._any_cancelled:
             self._drop_cancelled()
-        oldest = max((sample.num_tokens for _, sample in self._live()), default=0)
+        oldest = max((sample.age for _, sample in self._live()), default=0)
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
             return []
@@ -240,6 +271,12 @@ class DecodeLoop:
             return None
         own = self._state.own if self._first_ring is None else self._first_ring
         return self._state._replace(own=own)
+
+    def free(self):
+        """Forgets all samples and frees the memory."""
+        self.schedule = Schedule(num_shards=self._num_shards)
+        self.sizes = self._state = self._first_ring = None
+        self._retired = []
 
     def _live(self) -> list[tuple[int, Sample]]:
         """The live samples and their slots."""
@@ -348,12 +385,18 @@ class DecodeLoop:
         fresh[self._retired] = True
         ints, key_data = np.zeros((5, B), np.int32), np.zeros((B, 2), np.uint32)
         for request, sample, slot, row, rank in starts:
-            prompt = request.prompt
-            ints[:, slot] = prompt[-1], len(prompt) - 1, 0, row, rank
+            prompt, sample.before = request.prompt, sample.num_tokens
+            ints[:, slot] = prompt[-1], len(prompt) - 1, sample.num_tokens, row, rank
             fresh[slot] = active[slot] = True
             key_data[slot] = request.key_data[sample.index]
         token, position, generated, row, rank = ints
-        slots = Slots(token, position, generated, active, row, rank, key_data)
+        old, before = self._state.slots, None
+        if old.before is not None or generated.any():
+            before = generated.copy()
+            if old.before is None:
+                zeros = np.zeros(B, np.int32)
+                self._state = self._state._replace(slots=old._replace(before=zeros))
+        slots = Slots(token, position, generated, active, row, rank, key_data, before)
         self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
         self._retired = []
 

@@ -32,6 +32,7 @@ from adpo_jax.engine.cpu_engine import EngineTuning
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
+from adpo_jax.engine.session import Session
 from adpo_jax.engine.verbs import DecodeState, Verbs
 from adpo_jax.model import attention_choice
 from adpo_jax.policy.policy import Policy
@@ -276,6 +277,21 @@ class Engine:
             if stats is not None:
                 stats.update(loop.stats)
 
+    def session(
+        self, params, sampling: SamplingParams, key: jax.Array, *, version: int = 0
+    ) -> Session:
+        """Samples in turns: samples that go on after tokens that were not sampled (`session`).
+
+        Args:
+          params: the policy's parameters.
+          key: the samples of a prompt are those of `generate` with this key.
+          version: iterations done by these parameters.
+
+        Raises:
+          ValueError: for settings that the engine was not made for.
+        """
+        return Session(self, params, sampling, key, version=version)
+
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
         """The sizes that a call goes through."""
         P, n = len(prompts), sampling.n
@@ -304,7 +320,6 @@ class Engine:
             )
         if sampling.stop and self.detokenize is None:
             raise ValueError("stop strings need Engine(..., detokenize=...), token ids -> text")
-        V = self.policy.config.vocab_size
         checked = []
         for i, prompt in enumerate(prompts):
             tokens = np.asarray(prompt)
@@ -313,15 +328,21 @@ class Engine:
                     f"prompt {i} is a list of 1 to {self.max_prompt_length} token ids "
                     f"(max_prompt_length); given shape {tokens.shape}"
                 )
-            if not np.issubdtype(tokens.dtype, np.integer):
-                raise ValueError(f"prompt {i} is made of token ids; given {tokens.dtype}")
-            if tokens.min() < 0 or tokens.max() >= V:
-                raise ValueError(
-                    f"prompt {i} has token ids outside [0, {V}): "
-                    f"{tokens.min()} to {tokens.max()} given"
-                )
-            checked.append(tokens.astype(np.int32))
+            checked.append(self.checked_tokens(tokens, f"prompt {i}"))
         return checked
+
+    def checked_tokens(self, tokens: np.ndarray, name: str) -> np.ndarray:
+        """Token ids as int32, or a ValueError that calls them by this name."""
+        V = self.policy.config.vocab_size
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"{name} is made of token ids; given {tokens.dtype} of shape {tokens.shape}"
+            )
+        if len(tokens) and (tokens.min() < 0 or tokens.max() >= V):
+            raise ValueError(
+                f"{name} has token ids outside [0, {V}): {tokens.min()} to {tokens.max()} given"
+            )
+        return tokens.astype(np.int32)
 
 
 def _device(policy: Policy) -> jax.Device:

@@ -79,7 +79,7 @@ def shared_settings(sampling: SamplingParams) -> Settings:
     return lambda _: chosen
 
 
-class _Growing:
+class Growing:
     """The tokens of one sample so far; they take no more memory than there are tokens."""
 
     def __init__(self):
@@ -92,6 +92,30 @@ class _Growing:
         self.log_probs.frombytes(new.log_probs[:count].tobytes())
         if new.full_log_probs is not None:
             self.full_log_probs.frombytes(new.full_log_probs[:count].tobytes())
+
+
+def tokens_to_stop_string(
+    detokenize: Callable[[list[int]], str],
+    stops: Sequence[str],
+    old: list[int],
+    new: list[int],
+    first: int,
+) -> int | None:
+    """How many new tokens it takes to complete the first stop string; None if there is none.
+
+    Args:
+      old, new: the tokens without a stop string, and those that follow.
+      first: the fewest of the new tokens that may complete one.
+    """
+
+    def contains(count: int) -> bool:
+        text = detokenize(old + new[:count])
+        return any(stop in text for stop in stops)
+
+    first = max(1, first)
+    if first > len(new) or not contains(len(new)):
+        return None
+    return next(count for count in range(first, len(new) + 1) if contains(count))
 
 
 class Generation:
@@ -118,7 +142,7 @@ class Generation:
         self._sampling = requests[0].sampling
         self._detokenize, self._on_tokens = detokenize, on_tokens
         self._index = {request: index for index, request in enumerate(requests)}
-        self._growing: dict[Sample, _Growing] = {}
+        self._growing: dict[Sample, Growing] = {}
         # The ended completions of each prompt whose group has not ended yet.
         self._ended: dict[Request, dict[int, Completion]] = {}
         self._num_left = len(requests)
@@ -140,9 +164,16 @@ class Generation:
         sample, count, finish_reason = new.sample, len(new.tokens), new.finish_reason
         growing = self._growing.get(sample)
         if growing is None:
-            growing = self._growing[sample] = _Growing()
+            growing = self._growing[sample] = Growing()
         if self._sampling.stop:
-            at_string = self._tokens_to_stop_string(growing.tokens.tolist(), new.tokens.tolist())
+            first = self._sampling.min_tokens - len(growing.tokens)
+            at_string = tokens_to_stop_string(
+                self._detokenize,
+                self._sampling.stop,
+                growing.tokens.tolist(),
+                new.tokens.tolist(),
+                first,
+            )
             if at_string is not None:
                 if finish_reason is None:
                     self._loop.cancel(sample)
@@ -152,18 +183,6 @@ class Generation:
         if self._on_tokens is not None:
             self._on_tokens(self._index[request], sample.index, new.tokens[:count])
         return None if finish_reason is None else self._finish(sample, finish_reason)
-
-    def _tokens_to_stop_string(self, old: list[int], new: list[int]) -> int | None:
-        """How many new tokens it takes to complete the first stop string; None if there is none."""
-
-        def contains(count: int) -> bool:
-            text = self._detokenize(old + new[:count])
-            return any(stop in text for stop in self._sampling.stop)
-
-        first = max(1, self._sampling.min_tokens - len(old))
-        if first > len(new) or not contains(len(new)):
-            return None
-        return next(count for count in range(first, len(new) + 1) if contains(count))
 
     def _finish(self, sample: Sample, finish_reason: str) -> FinishedGroup | None:
         """Makes the record of an ended sample; returns its group if that has ended too."""

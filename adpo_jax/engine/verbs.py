@@ -41,11 +41,13 @@ class Slots(NamedTuple):
 
     token: jax.Array  # int32, the next to feed
     position: jax.Array  # int32, of that token in its sequence
-    generated: jax.Array  # int32, tokens sampled so far
+    generated: jax.Array  # int32, tokens of the completion so far
     active: jax.Array  # bool
     row: jax.Array  # int32, prefix row of its prompt
     rank: jax.Array  # int32, its place among the samples of that row
     key_data: jax.Array  # [B, 2] uint32, of its sample
+    # int32, tokens of the completion before it took this slot; None where that is 0 in all slots
+    before: jax.Array | None = None
 
 
 class DecodeState(NamedTuple):
@@ -333,9 +335,10 @@ class Verbs:
     def _forward(self, params, state: DecodeState):
         """Hidden states [B, D] of the slots' tokens, and the ring with their keys and values."""
         slots, layout = state.slots, self.layout
+        age = slots.generated if slots.before is None else slots.generated - slots.before
         view = View(
             position=slots.position,
-            age=jnp.where(slots.active, slots.generated, -1),
+            age=jnp.where(slots.active, age, -1),
             column=state.column,
             row=slots.row,
             rank=slots.rank,
