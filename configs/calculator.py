@@ -1,6 +1,6 @@
 """A tool on a CPU: a small model learns to have its sums done.
 
-    python -m adpo_jax.main --config=configs/calculator.py
+python -m adpo_jax.main --config=configs/calculator.py
 """
 
 from adpo_jax.config import default_config
@@ -10,10 +10,15 @@ def get_config():
     config = default_config()
     config.actor_rollout_ref.model.path = "embedded:calculator"
 
+    environment = config.environment
+    environment.path = "embedded:calculator"
+    environment.name = "Calculator"
+    environment.max_turns = 3
+
     sft = config.sft
     sft.train_files = "embedded:calculator"
-    sft.steps = 600
-    sft.batch_size = 64
+    sft.steps = 500
+    sft.batch_size = 32
     sft.lr = 3e-3
     sft.betas = (0.9, 0.98)
 

@@ -8,6 +8,4 @@ from types import ModuleType
 
 from adpo_jax.data import arithmetic, calculator, guess_number
 
-TASKS: dict[str, ModuleType] = {
-    task.NAME: task for task in (arithmetic, calculator, guess_number)
-}
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (arithmetic, calculator, guess_number)}

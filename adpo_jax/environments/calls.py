@@ -7,8 +7,8 @@
     gemma4   <|tool_call>call:name{key:value}<tool_call|>                     Gemma 4
 
 A text of a model is hostile: it is parsed here, and neither evaluated nor trusted. `calls_in` reads
-a whole turn, and says of a malformed call what is wrong in words for the model. `CallParser` takes a
-text as it comes, and leaves as text whatever is no call of a tool that there is.
+a whole turn, and says of a malformed call what is wrong in words for the model. `CallParser` takes
+a text as it comes, and leaves as text whatever is no call of a tool that there is.
 """
 
 import json

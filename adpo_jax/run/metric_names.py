@@ -11,8 +11,9 @@ NAMES = {
     "groups": "zero_std_frac all_right_frac all_wrong_frac silence_preferred_frac",
     "rollout": (
         "length_mean length_max truncated_frac masked_frac tokens_per_s unique_frac entropy "
-        "mismatch_kl mismatch_ratio_max"
+        "mismatch_kl mismatch_ratio_max turns"
     ),
+    "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
     "update": "grad_norm lr tokens tokens_per_s padding_frac skipped mfu hfu",
     "time": "rollout reward anchor update eval checkpoint",
@@ -30,6 +31,7 @@ def of_rows(
     num_samples: int,
     ks: tuple[int, ...],
     by_category: bool,
+    in_turns: bool = False,
 ) -> list[str]:
     """All names that the rows of a run's iterations may have.
 
@@ -39,9 +41,13 @@ def of_rows(
       evaluated: whether there is data to evaluate on.
       num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
       by_category: whether its scores are broken down by category.
+      in_turns: whether there is an environment.
     """
-    groups = [group for group in NAMES if group != "filter" or filtered]
+    left_out = {"filter": not filtered, "tools": not in_turns}
+    groups = [group for group in NAMES if not left_out.get(group)]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
+    if not in_turns:
+        names.remove("rollout/turns")
     if not evaluated:
         return names
     scores = ["accuracy", "reward"]
