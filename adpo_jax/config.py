@@ -91,6 +91,7 @@ def declarations() -> dict[str, Key]:
         "custom_reward_function": _reward_function(),
         "reward_model": {"reward_kwargs": Key({}, REWARD_KWARGS)},
         "": {"reward_functions": Key((), REWARD_FUNCTIONS)},
+        "environment": _environment(),
         "data": _data(),
         "actor_rollout_ref.model": _model(),
         "actor_rollout_ref.actor.optim": _optim(),
@@ -204,7 +205,7 @@ def _reward_function() -> dict[str, Key]:
         "name": Key(
             "good_accuracy",
             'short for the "name" of a single function: f(completions, solution, **columns), as in '
-            "TRL, or verl's compute_score",
+            "TRL, or verl's compute_score; \"\" for none but the environment's own reward",
             needs=(alone,),
         ),
         "num_workers": Key(
@@ -223,6 +224,49 @@ def _reward_function() -> dict[str, Key]:
             "what becomes of a completion that was given up: reward 0, or the run stops",
             choices=("zero", "stop"),
             needs=(workers,),
+        ),
+    }
+
+
+def _environment() -> dict[str, Key]:
+    there = Need("environment.path", lambda c: c.environment.path)
+    return {
+        "path": Key(
+            "",
+            "a Python file with the environment or the tools that the model acts in "
+            '(docs/environments.md), "embedded:calculator" or "embedded:guess_number"; "" for '
+            "completions of one turn",
+        ),
+        "name": Key(
+            "",
+            "in that file: a class as TRL's environment_factory takes it, a function that makes "
+            'one, or a dict of either by the data\'s column "environment"; "" for tools alone',
+            needs=(there,),
+        ),
+        "tools": Key(
+            (), 'functions in that file that are tools too, e.g. ("search",)', needs=(there,)
+        ),
+        "max_turns": Key(
+            8,
+            "turns of the model in a completion, at most; calls in the last are not carried out",
+            least=2,
+            needs=(there,),
+        ),
+        "max_tool_tokens": Key(
+            256,
+            "tokens of a tool's answer; longer ones are cut, with a mark",
+            least=1,
+            needs=(there,),
+        ),
+        "timeout_s": Key(
+            30.0,
+            "seconds for a call of a tool, a reset and a reward; a call that takes longer is "
+            "killed, and the model is told",
+            allowed="above 0",
+            needs=(there,),
+        ),
+        "num_workers": Key(
+            4, "processes in which environments live, at least 1", least=1, needs=(there,)
         ),
     }
 

@@ -46,6 +46,12 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     from adpo_jax.rollouts.evaluation import evaluate
     from adpo_jax.run import loading, setup
     from adpo_jax.run.config_checks import finalized
+    from adpo_jax.run.environments import (
+        check_environments,
+        make_completer,
+        make_environments,
+        shown_tools,
+    )
 
     config = finalized(config)
     if not config.data.val_files:
@@ -60,18 +66,32 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             mesh=setup.make_mesh(config),
             trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
         )
-    prompts = loading.load_val_prompts(config, found.tokenizer)
-    settings = setup.make_eval_settings(config, found.stop_token_ids)
+    environments = make_environments(config, found.tokenizer, found.stop_token_ids)
     graded_by_reward = config.eval.graded_by == "reward"
-    reward_model = setup.make_reward_model(config) if graded_by_reward else None
-    with reward_model or contextlib.nullcontext():
+    with contextlib.ExitStack() as to_close:
+        if environments is not None:
+            to_close.enter_context(environments)
+        prompts = loading.load_val_prompts(config, found.tokenizer, shown_tools(environments))
+        check_environments(config, environments, {"data.val_files": prompts})
+        settings = setup.make_eval_settings(config, found.stop_token_ids)
+        reward_model = setup.make_reward_model(config, environments) if graded_by_reward else None
         if reward_model is not None:
+            to_close.enter_context(reward_model)
             setup.check_rewards(config, reward_model, None, prompts)
         grader = setup.make_eval_reward_model(config, reward_model)
         engine = setup.make_engine(config, found.policy)
         answering = telling(f"answering {len(prompts):,} prompts")
+        completer = make_completer(engine, found.tokenizer, settings.reading, environments)
         with _new_folder(out, Path(model)) as folder, answering:
-            evaluation = evaluate(engine, found.params, prompts, found.tokenizer, settings, grader)
+            evaluation = evaluate(
+                engine,
+                found.params,
+                prompts,
+                found.tokenizer,
+                settings,
+                grader,
+                completer=completer,
+            )
             about = {"model": model, "read_from": found.source} | evaluation.metrics
             (folder / "metrics.json").write_text(json.dumps(about, indent=2) + "\n")
             write_jsonl(folder / "completions.jsonl", evaluation.records)
@@ -167,6 +187,13 @@ def settings_of_model(argv: list[str]) -> list[str]:
         f"--config={run}",
         "--config.actor_rollout_ref.model.trust_remote_code=false",
     ]
+    path = saved.environment.path
+    given_path = config_files.given(argv, "config.environment.path")
+    if path and not path.startswith("embedded:") and given_path is None:
+        raise ValueError(
+            f"{run} evaluates in an environment, which is Python code, {path}: give "
+            f"--config={run} if you trust it"
+        )
     graded_by = config_files.given(argv, "config.eval.graded_by") or saved.eval.graded_by
     if graded_by != "reward":  # the run's reward functions, and their secrets, are not needed
         functions = ["--config.reward_functions=()"] if saved.reward_functions else []

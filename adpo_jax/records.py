@@ -238,6 +238,8 @@ class GradedGroups:
       scores: the rewards of the P * G completions.
       seconds: seconds until the last token, and from there until the last reward.
       metrics: further metrics of them to log.
+      transcripts: the messages of each of the P * G completions, what tools answered among them;
+        None where they have one turn each, and for those that a recording has left out.
     """
 
     prompts: Prompts
@@ -246,6 +248,7 @@ class GradedGroups:
     scores: Scores
     seconds: tuple[float, float] = (0.0, 0.0)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    transcripts: list[list[dict] | None] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -265,6 +268,7 @@ class GradedGroups:
             completions=self.completions.select(rows),
             texts=[self.texts[i] for i in flat],
             scores=self.scores.select(flat),
+            transcripts=self.transcripts and [self.transcripts[i] for i in flat],
         )
 
     @classmethod
@@ -282,6 +286,7 @@ class GradedGroups:
             texts=[text for part in parts for text in part.texts],
             scores=Scores.concatenate([part.scores for part in parts]),
             seconds=tuple(max(seconds) for seconds in zip(*(part.seconds for part in parts))),
+            transcripts=_joined_transcripts(parts),
         )
 
     def without_truncated(self) -> "GradedGroups":
@@ -301,6 +306,13 @@ class GradedGroups:
     def sequences(self) -> "Sequences":
         """The prompts and completions as the update takes them."""
         return Sequences(self.prompts.token_ids, self.completions.groups)
+
+
+def _joined_transcripts(parts: Sequence[GradedGroups]) -> list[list[dict] | None] | None:
+    """The transcripts of all parts, None for each completion of a part without any."""
+    if all(part.transcripts is None for part in parts):
+        return None
+    return [messages for part in parts for messages in part.transcripts or [None] * len(part.texts)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from adpo_jax.rollouts.silence import SilenceWatch
 from adpo_jax.run import digests, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints, Restored
+from adpo_jax.run.environments import make_completer
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.run.interruption import Interrupted, Interruption
 from adpo_jax.run.preparation import Run, abstract_state, prepare
@@ -108,6 +109,7 @@ def run(
     with (
         folder,
         parts.reward_model,
+        parts.environments or contextlib.nullcontext(),
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
         restored = None
@@ -322,6 +324,9 @@ def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> 
             parts.eval_settings,
             parts.eval_reward_model,
             TrainerState(step, parts.num_steps),
+            make_completer(
+                parts.engine, parts.tokenizer, parts.eval_settings.reading, parts.environments
+            ),
         )
     folder.write_samples(f"eval_{step:06d}", evaluation.records)
     return evaluation.metrics | times

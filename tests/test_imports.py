@@ -15,6 +15,7 @@ ROOMS = {
     "log": "devices",
     "data": "",
     "rewards": "",
+    "environments": "data rewards",
     "losses": "",
     "records": "rewards",
     "model": "devices",
@@ -22,9 +23,10 @@ ROOMS = {
     "policy": "hf model devices",
     "engine": "policy model records devices",
     "update": "policy model losses records devices",
-    "rollouts": "engine rewards records data devices",
+    "rollouts": "engine environments rewards records data devices",
     "config": "losses",
-    "run": "config rollouts update engine policy hf model records losses rewards data log devices",
+    "run": "config rollouts update engine policy hf model records losses environments rewards data "
+    "log devices",
 }
 # What people start, made of all rooms, and of each other as said here.
 TOP = {

@@ -44,6 +44,8 @@ def render_prompts(
     numbers: Sequence[int] | None = None,
     allow_control_tokens: bool = False,
     source: str = "",
+    tools: Mapping[str, list] | None = None,
+    observations: Sequence[str | None] | None = None,
 ) -> RenderedPrompts:
     """Tokenises every prompt of a data set.
 
@@ -66,6 +68,10 @@ def render_prompts(
       allow_control_tokens: what the data has of control tokens (`<|im_end|>`) is taken for them;
         otherwise it is text. Those of the templates and the system prompt are always meant.
       source: the name of the data, for errors.
+      tools: the schemas of the tools that the chat template shows, by the value of the column
+        "environment"; under "" for all rows.
+      observations: a text for each row that is appended to its last message of the user; None for
+        none.
 
     Returns:
       The kept rows, a list of token ids for each, and how many prompts were too long.
@@ -89,13 +95,23 @@ def render_prompts(
         _conversation(dataset.row(index), where(index), prompt_key, template, system_prompt)
         for index in range(len(dataset))
     ]
+    for index, text in enumerate(observations or ()):
+        if text is not None:
+            conversations[index] = _observed(conversations[index], text)
     if apply_chat_template and getattr(tokenizer, "chat_template", None):
         kwargs = dict(chat_template_kwargs or {})
         reserved = sorted(_RESERVED & kwargs.keys())
         if reserved:
             raise ValueError(f"data.chat_template_kwargs cannot set {', '.join(reserved)}")
-        renderer = Conversations(tokenizer, kwargs, allow_control_tokens=allow_control_tokens)
-        token_ids = renderer.token_ids(conversations, where)
+        token_ids: list[list[int]] = [[]] * len(dataset)
+        for shown, rows in _rows_by_tools(dataset, tools, where):
+            of_rows = kwargs if shown is None else kwargs | {"tools": shown}
+            renderer = Conversations(tokenizer, of_rows, allow_control_tokens=allow_control_tokens)
+            found = renderer.token_ids(
+                [conversations[row] for row in rows], lambda place, rows=rows: where(rows[place])
+            )
+            for row, ids in zip(rows, found):
+                token_ids[row] = ids
     else:
         token_ids = _plain_token_ids(tokenizer, conversations, where, allow_control_tokens)
     for index, ids in enumerate(token_ids):
@@ -118,6 +134,34 @@ def render_prompts(
             f"{max(lengths)}, or truncate them"
         )
     return RenderedPrompts(dataset.select(fitting), [token_ids[i] for i in fitting], num_overlong)
+
+
+def _observed(messages: list[Message], text: str) -> list[Message]:
+    """The messages with a text appended to the last one of the user."""
+    places = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    place = places[-1] if places else conversations_lib.last_asked(messages)
+    content = Mixed.joined("", [messages[place]["content"], text])
+    return [*messages[:place], messages[place] | {"content": content}, *messages[place + 1 :]]
+
+
+def _rows_by_tools(
+    dataset: Dataset, tools: Mapping[str, list] | None, where
+) -> list[tuple[list | None, list[int]]]:
+    """(the schemas that a prompt shows, the rows that show them); None for no tools."""
+    if not tools or "" in tools:
+        return [((tools or {}).get(""), list(range(len(dataset))))]
+    names = [str(name) for name in dataset.column("environment")]
+    for row, name in enumerate(names):
+        if name not in tools:
+            raise ValueError(
+                f"{where(row)} has the environment {name!r}, and environment.name has "
+                f"{', '.join(tools)}"
+            )
+    return [
+        (shown, [row for row, name in enumerate(names) if name == wanted])
+        for wanted, shown in tools.items()
+        if wanted in names
+    ]
 
 
 def names_in_template(text: str, names: set[str]) -> list[str]:

@@ -110,13 +110,14 @@ class Progress:
 
         Args:
           samples: records with "prompt", "completion", "reward" and "components", the scores of
-            each reward function.
+            each reward function; "turns", their messages, where they have several turns.
         """
         if self._bar is None:
             for sample in samples:
                 self.print(
                     f"  [{sample['reward']:+.2f}{_scores(sample['components'])}] "
-                    f"{sample['prompt']}\n    {sample['completion']!r}"
+                    f"{sample['prompt']}\n    "
+                    + "\n    ".join(_turns(sample) or [repr(sample["completion"])])
                 )
             return
         names = dict.fromkeys(name for sample in samples for name in sample["components"])
@@ -128,7 +129,8 @@ class Progress:
         for sample in samples:
             scores = [sample["reward"], *(sample["components"].get(name) for name in names)]
             table.add_row(
-                *(rich.text.Text(printable(str(sample[k]))) for k in ("prompt", "completion")),
+                rich.text.Text(printable(str(sample["prompt"]))),
+                rich.text.Text(printable("\n".join(_turns(sample)) or str(sample["completion"]))),
                 *("" if score is None else f"{score:.2f}" for score in scores),
             )
         self._console.print(table)
@@ -191,6 +193,14 @@ class _Ticker:
             self.said()
             with contextlib.suppress(OSError, ValueError):  # nobody reads the output any more
                 self._tell()
+
+
+def _turns(sample: Mapping) -> list[str]:
+    """A line for each message of a sample in several turns; none for a single turn."""
+    return [
+        f"{message.get('name') or message['role']}: {message['content']!r}"
+        for message in sample.get("turns", ())
+    ]
 
 
 def _scores(components: Mapping[str, float | None]) -> str:

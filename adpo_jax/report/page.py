@@ -30,6 +30,9 @@ CURVES = (
     ("groups/zero_std_frac", "Groups without spread", "share"),
     ("rollout/unique_frac", "Different texts in a group", "share"),
     ("rollout/truncated_frac", "Cut off at the limit", "share"),
+    ("rollout/turns", "Turns of a completion", "turns"),
+    ("tools/calls", "Calls of tools", "calls a completion"),
+    ("tools/failures", "Calls that failed", "calls"),
     ("update/grad_norm", "Norm of the gradient", "before the clip"),
     ("rollout/mismatch_kl", "Sampler against trainer", "nats a token"),
     ("rollout/tokens_per_s", "Sampling speed", "tokens a second"),
@@ -85,6 +88,7 @@ def write(
     )
     environment.filters["number"] = _number
     environment.filters["blank"] = blank
+    environment.filters["turns"] = turns_of
     page = environment.get_template("template.html").render(
         groups=groups,
         overview=[overview(group) for group in groups],
@@ -146,6 +150,17 @@ def metrics_table(groups: Sequence[Group]) -> dict[str, list[str]]:
         means = [group.band(name)[1] for group in groups]
         table[name] = [f"{_number(m[0])} to {_number(m[-1])}" if len(m) else "" for m in means]
     return table
+
+
+def turns_of(record: dict) -> list[tuple[str, str]]:
+    """(who, what) of each message of a sample in several turns; none of one in a single turn."""
+    messages = record.get("turns")
+    messages = messages if isinstance(messages, list) else []
+    return [
+        (str(m.get("name") or m.get("role", ""))[:100], str(m.get("content", "")))
+        for m in messages
+        if isinstance(m, dict)
+    ]
 
 
 def blank(text: str) -> str:

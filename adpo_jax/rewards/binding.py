@@ -23,6 +23,9 @@ OFFERED = (
     "log_extra",
     "trainer_state",
 )
+# What it offers beside these where completions have several turns: the environments as they are
+# after the rollout, and the messages of each completion, tool answers among them.
+OFFERED_IN_TURNS = ("environments", "transcripts")
 
 # What verl's functions are given, and where it comes from, see `_verl_values`.
 _VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -176,7 +179,12 @@ def keywords(
     _refuse(signature, kwargs, columns)
     prompts = columns.get("prompts") or [""] * len(completions)
     offered = columns | {
-        "completions": [_as_asked(text, prompt) for text, prompt in zip(completions, prompts)],
+        "completions": [
+            _as_asked(text, prompt, messages)
+            for text, prompt, messages in zip(
+                completions, prompts, columns.get("transcripts") or [None] * len(completions)
+            )
+        ],
         "log_metric": log.metric,
         "log_extra": log.extra,
         "trainer_state": state,
@@ -260,9 +268,11 @@ def missing_text(missing: list[str], columns: Iterable[str]) -> str:
     )
 
 
-def _as_asked(text: str, prompt) -> Any:
+def _as_asked(text: str, prompt, messages: list[dict] | None) -> Any:
     """A completion in the form of its prompt: messages for messages, text for text."""
-    return Text(text) if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    if isinstance(prompt, str):
+        return Text(text)
+    return [{"role": "assistant", "content": text}] if messages is None else messages
 
 
 def _verl_values(row: dict[str, Any], text: str) -> dict[str, Any]:

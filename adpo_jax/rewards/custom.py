@@ -269,7 +269,7 @@ async def _all(awaitables: list) -> list:
 def _from_file(path: Path, name: str) -> Callable:
     if not path.is_file():
         raise ValueError(f"reward function {name}: no file {path}")
-    module = _import(path, name)
+    module = import_file(path, f"reward function {name}")
     found = getattr(module, name, None)
     if not callable(found):
         functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
@@ -280,14 +280,22 @@ def _from_file(path: Path, name: str) -> Callable:
     return found
 
 
-def _import(path: Path, name: str) -> ModuleType:
+def import_file(path: Path, what: str) -> ModuleType:
+    """The module that a file of the user's makes; a file that has been imported is not run again.
+
+    Args:
+      what: what the file is wanted for, in errors.
+
+    Raises:
+      ValueError: a file that is no Python, or whose import fails.
+    """
     path = path.resolve()
     module_name = f"_reward_{path.stem}_{abs(hash((str(path), path.stat().st_mtime_ns)))}"
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"reward function {name}: {path} is no Python file (.py)")
+        raise ValueError(f"{what}: {path} is no Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickles in the file look it up
     if str(path.parent) not in sys.path:
@@ -299,6 +307,6 @@ def _import(path: Path, name: str) -> ModuleType:
         if not isinstance(error, Exception | SystemExit):
             raise
         raise ValueError(
-            f"reward function {name}: importing {path} failed: {type(error).__name__}: {error}"
+            f"{what}: importing {path} failed: {type(error).__name__}: {error}"
         ) from error
     return module

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import inspect
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from adpo_jax.rewards.custom import BadReward, Grades, RewardFunction
 from adpo_jax.rewards.errors import RewardError
 from adpo_jax.rewards.grading import faults
 from adpo_jax.rewards.pool import Job, WorkerPool
+
+# Before the name of a reward that comes with the completions, as the name of a column.
+GIVEN = "reward of "
 
 _COUNTS = ("timeouts", "crashes", "unparsed", "grader_faults")
 
@@ -105,6 +108,8 @@ class RewardModel:
       timeout_s: seconds that a worker may take for one completion in one function.
       on_timeout: whether a check that was killed counts 0 ("zero") or stops the run ("stop").
       memory_limit_mb: memory limit of each worker in MiB; None for no limit.
+      given: the names of rewards that come with the completions, each as a column of `GIVEN` and
+        the name; they are added with the weight 1. Where there are such, functions may be none.
 
     Raises:
       ValueError: a setting out of its range, or a function that cannot be loaded.
@@ -117,18 +122,21 @@ class RewardModel:
         timeout_s: float = 10.0,
         on_timeout: str = "zero",
         memory_limit_mb: int | None = 4096,
+        given: Sequence[str] = (),
     ):
-        if not functions:
+        if not functions and not given:
             raise ValueError("RewardModel: no reward function; give at least one")
         if on_timeout not in ("zero", "stop"):
             raise ValueError(f"on_timeout: wanted 'zero' or 'stop', got {on_timeout!r}")
         if num_workers < 0:
             raise ValueError(f"num_workers: wanted 0 or more, got {num_workers}")
         self.functions = list(functions)
-        self.names = _distinct([f.name for f in self.functions])
+        self._given = tuple(given)
+        names = _distinct([f.name for f in self.functions] + list(given))
+        self.names = names
         self._on_timeout = on_timeout
         self._pool: WorkerPool | None = None
-        if num_workers:
+        if num_workers and self.functions:
             for function in self.functions:
                 if function.path is None:
                     custom.load(function)
@@ -194,14 +202,20 @@ class RewardModel:
                 raise ValueError(
                     f"column {name!r} has {len(values)} values for {len(completions)} completions"
                 )
+        given = {name: columns[GIVEN + name] for name in self._given}
+        columns = {name: v for name, v in columns.items() if not name.startswith(GIVEN)}
         if self._pool is not None:
+            # Completions of several turns come as messages where their prompts are such.
+            always = ("transcripts", "prompts") if "transcripts" in columns else ()
             wanted = [
-                builtin.COLUMNS[f.name] if f.path is None else signature.columns
+                builtin.COLUMNS[f.name]
+                if f.path is None
+                else signature.columns and (*signature.columns, *always)
                 for f, signature in zip(self.functions, self._signatures)
             ]
             job = self._pool.submit(completions, columns, wanted, state)
-            return Handle(lambda: self._from_workers(job, completions, columns))
-        scores = self._score_here(completions, columns, state)
+            return Handle(lambda: self._from_workers(job, completions, columns, given))
+        scores = self._score_here(completions, columns, state, given)
         return Handle(lambda: scores)
 
     def takes(self, name: str) -> bool:
@@ -241,14 +255,18 @@ class RewardModel:
             raise
 
     def _score_here(
-        self, completions: list[str], columns: dict[str, list], state: TrainerState
+        self,
+        completions: list[str],
+        columns: dict[str, list],
+        state: TrainerState,
+        given: dict[str, list],
     ) -> Scores:
         with faults.collected() as of_grader, self._started_here():
             grades = self._graded_here(completions, columns, state)
         counts = dict.fromkeys(_COUNTS, 0)
         counts["unparsed"] = sum(g.unparsed for g in grades)
         counts["grader_faults"] = _logged([*of_grader, *(x for g in grades for x in g.faults)])
-        return self._combined(grades, counts, [set() for _ in grades], completions, columns)
+        return self._combined(grades, counts, [set() for _ in grades], completions, columns, given)
 
     def _graded_here(
         self, completions: list[str], columns: dict[str, list], state: TrainerState
@@ -292,7 +310,13 @@ class RewardModel:
             text = traceback.format_exc()
             raise self._error(function, message, index, completions, columns, text) from error
 
-    def _from_workers(self, job: Job, completions: list[str], columns: dict[str, list]) -> Scores:
+    def _from_workers(
+        self,
+        job: Job,
+        completions: list[str],
+        columns: dict[str, list],
+        given: dict[str, list],
+    ) -> Scores:
         job.wait()
         counts = dict.fromkeys(_COUNTS, 0)
         # The order is fixed, so that the same one of several failures is reported.
@@ -328,7 +352,7 @@ class RewardModel:
             metrics, extras = _joined(replies)
             grades.append(Grades(parts, metrics=metrics, extras=extras))
             killed.append({i for i, reply in enumerate(replies) if "killed" in reply})
-        return self._combined(grades, counts, killed, completions, columns)
+        return self._combined(grades, counts, killed, completions, columns, given)
 
     @np.errstate(over="ignore")  # an update with infinite rewards is not sound, which is noticed
     def _combined(
@@ -338,6 +362,7 @@ class RewardModel:
         killed: list[set[int]],
         completions: list[str],
         columns: dict[str, list],
+        brought: dict[str, list],
     ) -> Scores:
         """The weighted sum over functions; skipped samples add nothing, killed ones count 0."""
         total = np.zeros(len(completions))
@@ -359,10 +384,16 @@ class RewardModel:
                     components[f"{name}/{part}"] = row.astype(np.float32)
             total += function.weight * np.where(given, own, 0.0)
             has_reward |= given
+        for name, values in zip(self.names[len(self.functions) :], brought.values()):
+            own = np.array(values, np.float64)  # None becomes NaN
+            components[name] = own.astype(np.float32)
+            total += np.nan_to_num(own)
+            has_reward |= ~np.isnan(own)
         if not has_reward.all():
             index = int(np.argmin(has_reward))
             message = f"gave None for sample {index}, which leaves it without any reward"
-            raise self._error(self.functions[0], message, index, completions, columns)
+            culprit = self.functions[0] if self.functions else RewardFunction(name=self.names[0])
+            raise self._error(culprit, message, index, completions, columns)
         return Scores(total.astype(np.float32), components, counts, logged, extras)
 
     def _error(

@@ -112,7 +112,7 @@ class WorkerPool:
         self._queue: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._workers: set[_Worker] = set()
+        self._workers: set[WorkerProcess] = set()
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         self._closed = False
         self._signatures: list[Signature] = []
@@ -198,7 +198,7 @@ class WorkerPool:
 
     def _serve(self) -> None:
         """The loop of a thread, which grades chunks with a worker of its own."""
-        worker: _Worker | None = None
+        worker: WorkerProcess | None = None
         while (chunk := self._queue.get()) is not None:
             try:
                 worker = self._grade(worker, chunk)
@@ -210,7 +210,7 @@ class WorkerPool:
             del chunk
         self._retire(worker)
 
-    def _grade(self, worker: "_Worker | None", chunk: Chunk) -> "_Worker | None":
+    def _grade(self, worker: "WorkerProcess | None", chunk: Chunk) -> "WorkerProcess | None":
         """Grades a chunk; returns the worker to go on with, or None if it had to be killed."""
         places = {position: i for i, position in enumerate(chunk.positions)}  # still to grade
         deaths: dict[int, int] = {}
@@ -241,7 +241,7 @@ class WorkerPool:
                     chunk.job.outcomes[chunk.function, first] = killed
         return worker
 
-    def _ask(self, worker: "_Worker", chunk: Chunk, places: dict[int, int]) -> bool:
+    def _ask(self, worker: "WorkerProcess", chunk: Chunk, places: dict[int, int]) -> bool:
         """Has a worker grade the rest of a chunk, and takes each graded position off `places`.
 
         Returns:
@@ -267,8 +267,8 @@ class WorkerPool:
                 return False
         return True
 
-    def _start(self) -> "_Worker":
-        worker = _Worker()
+    def _start(self) -> "WorkerProcess":
+        worker = WorkerProcess()
         with self._lock:
             closed = self._closed
             self._workers.add(worker)
@@ -290,7 +290,7 @@ class WorkerPool:
         self._signatures = [Signature(*map(_as_tuple, found)) for found in reply["signatures"]]
         return worker
 
-    def _retire(self, worker: "_Worker | None") -> None:
+    def _retire(self, worker: "WorkerProcess | None") -> None:
         if worker is not None:
             worker.kill()
             worker.connection.close()
@@ -298,17 +298,21 @@ class WorkerPool:
                 self._workers.discard(worker)
 
 
-class _Worker:
-    """A process (on Linux a worker's supervisor, see `supervisor`) and the socket to its worker."""
+class WorkerProcess:
+    """A process (on Linux a worker's supervisor, see `supervisor`) and the socket to its worker.
 
-    def __init__(self):
+    Args:
+      module: the module whose `main` the process runs.
+    """
+
+    def __init__(self, module: str = "adpo_jax.rewards.worker"):
         self.served = 0
         self.connection, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         descriptors = (theirs.fileno(), lifeline)
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from adpo_jax.rewards.worker import main; main(*{descriptors}, {os.getpid()})"
+            f"from {module} import main; main(*{descriptors}, {os.getpid()})"
         )
         # A worker that imports JAX must not take the run's accelerator, nor all of the cores.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ

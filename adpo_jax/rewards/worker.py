@@ -28,14 +28,10 @@ def main(descriptor: int, lifeline: int, run: int) -> None:
       lifeline: a pipe whose closing ends this process, see `supervisor`.
       run: the process id of the run.
     """
-    _end_with(become_supervised(lifeline, (descriptor,), run))
-    connection = socket.socket(fileno=descriptor)
-    connection.set_inheritable(False)  # a program that a function starts would keep it open
+    connection = connected(descriptor, lifeline, run)
     try:
         functions, timeout_s, memory_limit_mb = wire.receive_pickle(connection)
-        if memory_limit_mb and sys.platform == "linux":
-            limit = memory_limit_mb << 20
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        limit_memory(memory_limit_mb)
         found = _load(functions, connection)
         while found is not None:
             index, positions, completions, columns, state = wire.receive_pickle(connection)
@@ -44,6 +40,21 @@ def main(descriptor: int, lifeline: int, run: int) -> None:
                   state, timeout_s)  # fmt: skip
     except ConnectionError:
         pass
+
+
+def connected(descriptor: int, lifeline: int, run: int) -> socket.socket:
+    """The socket to the run, in a process that ends when the run does; arguments as of `main`."""
+    _end_with(become_supervised(lifeline, (descriptor,), run))
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)  # a program that a function starts would keep it open
+    return connection
+
+
+def limit_memory(memory_limit_mb: int | None) -> None:
+    """Limits the memory of this process, where the system can."""
+    if memory_limit_mb and sys.platform == "linux":
+        limit = memory_limit_mb << 20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _is_async(found) -> bool:

@@ -17,7 +17,7 @@ from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completions, Prompts
 from adpo_jax.rewards import NO_RUN, RewardFunction, RewardModel, TrainerState
 from adpo_jax.rewards.grading.extract import find_answer
-from adpo_jax.rollouts.sampler import Reading
+from adpo_jax.rollouts.completing import Completer, Message, OneTurn, Reading
 
 BOOTSTRAP_REPLICATES = 2000
 PREFIX = "eval"
@@ -80,6 +80,7 @@ def evaluate(
     settings: EvalSettings,
     reward_model: RewardModel | None = None,
     state: TrainerState = NO_RUN,
+    completer: Completer | None = None,
 ) -> Evaluation:
     """Answers every prompt once greedily and `num_samples` times by sampling, and scores them.
 
@@ -88,19 +89,21 @@ def evaluate(
       reward_model: grades in place of `good_accuracy`. A completion is right where its reward is
         above 0, and `eval/reward` is the mean reward of the greedy answers.
       state: how far the run has come, for rewards that ask.
+      completer: makes the completions; None for one turn of the engine.
     """
     reading = settings.reading or Reading(stop_token_ids=tuple(settings.sampling.stop_token_ids))
+    complete = completer or OneTurn(engine, tokenizer, reading)
     if reward_model is None:
         reward_model = RewardModel([RewardFunction(name="good_accuracy")])
     greedy = dataclasses.replace(settings.sampling, n=1, temperature=0.0)
-    answers = _graded(engine, params, prompts, tokenizer, greedy, reward_model, reading, state)
+    answers = _graded(complete, params, prompts, tokenizer, greedy, reward_model, reading, state)
     right_N = answers.rewards[:, 0] > 0
     scores = {"accuracy": right_N.astype(np.float64), "reward": answers.rewards[:, 0]}
     records = answers.records("greedy")
     if settings.num_samples:
         sampling = dataclasses.replace(settings.sampling, n=settings.num_samples)
         samples = _graded(
-            engine, params, prompts, tokenizer, sampling, reward_model, reading, state
+            complete, params, prompts, tokenizer, sampling, reward_model, reading, state
         )
         scores |= sample_scores(samples.rewards > 0, samples.votes(), settings.ks)
         records += samples.records("sampled")
@@ -130,6 +133,7 @@ class _Graded:
     rewards: np.ndarray  # [N, n]
     lengths: np.ndarray  # [N, n]
     truncated: np.ndarray  # [N, n] bool
+    transcripts: list[list[Message]] | None  # N * n
 
     def votes(self) -> list[list[str | None]]:
         """The answer of each completion as text; None where it holds no answer."""
@@ -151,31 +155,34 @@ class _Graded:
                 "num_tokens": int(self.lengths[i, j]),
                 "truncated": bool(self.truncated[i, j]),
             }
+            | ({"turns": self.transcripts[i * len(texts) + j]} if self.transcripts else {})
             for i, texts in enumerate(self.texts)
             for j, text in enumerate(texts)
         ]
 
 
 def _graded(
-    engine, params, prompts: Prompts, tokenizer, sampling, reward_model, reading, state
+    complete, params, prompts: Prompts, tokenizer, sampling, reward_model, reading, state
 ) -> _Graded:
-    mine = prompts.select(distributed.own_rows(len(prompts)))
-    out = engine.generate(params, mine.token_ids, sampling, jax.random.key(0))
     with distributed.fail_together():
-        texts = reading.texts(tokenizer, out.flat)
-        columns = reading.columns(mine, out.flat, reward_model)
-        rewards = reward_model.score(texts, columns, state).total
-    outs, texts, rewards = zip(*distributed.all_gather((out, texts, rewards)))
+        mine = prompts.select(distributed.own_rows(len(prompts)))
+        answers = complete(params, mine, sampling, jax.random.key(0))
+        columns = answers.reward_columns(reading, reward_model.takes)
+        rewards = reward_model.score(answers.texts, columns, state).total
+    mine = answers.prompts.token_ids, answers.completions, answers.texts, answers.transcripts
+    found = distributed.all_gather((*mine, rewards))
+    ids, outs, texts, transcripts, rewards = zip(*found)
     out, rewards = Completions.concatenate(outs), np.concatenate(rewards)
     texts = [text for part in texts for text in part]
     n = sampling.n
     return _Graded(
         prompts,
-        tokenizer.batch_decode(prompts.token_ids, skip_special_tokens=True),
+        tokenizer.batch_decode([row for part in ids for row in part], skip_special_tokens=True),
         [texts[i : i + n] for i in range(0, len(texts), n)],
         rewards.reshape(-1, n).astype(np.float64),
         out.lengths,
         out.finish_reasons == "length",
+        None if None in transcripts else [one for part in transcripts for one in part],
     )
 
 

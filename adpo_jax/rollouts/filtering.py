@@ -32,6 +32,9 @@ OF_ALL_ATTEMPTS = (
     "reward/crashes",
     "reward/unparsed_frac",
     "reward/grader_faults",
+    "tools/calls",
+    "tools/failures",
+    "tools/seconds",
 )
 
 
@@ -90,7 +93,7 @@ class GroupFilter(Source):
         surplus = candidates.select(range(P, num_found)) if num_found > P else None
         if surplus:  # recordings hold no extras, and a resumed run goes on alike
             scores = dataclasses.replace(surplus.scores, extras={})
-            surplus = dataclasses.replace(surplus, scores=scores)
+            surplus = dataclasses.replace(surplus, scores=scores, transcripts=None)
         self._states = {
             step: before,
             step + 1: _State(before.drawn + attempt + 1, surplus),
@@ -108,7 +111,9 @@ class GroupFilter(Source):
         }
         # These metrics cover all groups that were sampled in this time, the others the chosen ones.
         of_all = rollout_metrics(sampled) | reward_metrics(sampled.scores, sampled.rewards.shape[1])
-        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS} | logged_metrics(sampled.scores)
+        metrics |= {
+            name: of_all[name] for name in OF_ALL_ATTEMPTS if name in of_all
+        } | logged_metrics(sampled.scores)
         chosen = candidates.select(range(P))
         return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
 

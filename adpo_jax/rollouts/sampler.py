@@ -11,52 +11,12 @@ import jax
 import numpy as np
 
 from adpo_jax.devices import distributed
-from adpo_jax.engine.engine import Engine, FinishedGroup
+from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
+from adpo_jax.records import Completions, GradedGroups, Prompts
 from adpo_jax.rewards import NO_RUN, RewardError, RewardModel, Scores, TrainerState
+from adpo_jax.rollouts.completing import Answers, Completer, OneTurn, Reading, Sampled
 from adpo_jax.rollouts.source import Source
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How completions are read for the rewards.
-
-    Attributes:
-      prompt_key: the data column that rewards are given as `prompts`; "" for none.
-      skip_special_tokens: whether no special token is read. Otherwise those that end, begin or pad
-        a text are left out, and others stay: a tokenizer may have made `<answer>` one.
-      stop_token_ids: the tokens that end a completion, beside those that the tokenizer names.
-    """
-
-    prompt_key: str = ""
-    skip_special_tokens: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-
-    def texts(self, tokenizer, completions: Sequence[Completion]) -> list[str]:
-        """The text of each completion."""
-        ids = [completion.tokens.tolist() for completion in completions]
-        if self.skip_special_tokens:
-            return tokenizer.batch_decode(ids, skip_special_tokens=True)
-        named = (getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "pad"))
-        ends = {*self.stop_token_ids, *named}
-        ids = [[token for token in row if token not in ends] for row in ids]
-        return tokenizer.batch_decode(ids, skip_special_tokens=False)
-
-    def columns(
-        self, prompts: Prompts, completions: Sequence[Completion], reward_model: RewardModel
-    ) -> dict[str, list]:
-        """The data columns of P prompts, one value for each of P * G completions, and the offers.
-
-        See `rewards.binding.OFFERED`.
-        """
-        columns = prompts.repeated_columns(len(completions) // max(len(prompts), 1))
-        if self.prompt_key in columns:
-            columns["prompts"] = columns[self.prompt_key]
-        columns["completion_tokens"] = [len(completion) for completion in completions]
-        if reward_model.takes("completion_ids"):
-            columns["completion_ids"] = [completion.tokens.tolist() for completion in completions]
-        return columns
 
 
 def generate_and_grade(
@@ -72,6 +32,7 @@ def generate_and_grade(
     version: int = 0,
     reading: Reading | None = None,
     state: TrainerState = NO_RUN,
+    completer: Completer | None = None,
 ) -> GradedGroups:
     """Samples completions and grades them; workers grade while other groups still decode.
 
@@ -80,6 +41,7 @@ def generate_and_grade(
       version: iterations done by the parameters, for the records.
       reading: how completions are read; None for the defaults.
       state: how far the run has come, for rewards that ask.
+      completer: makes the completions; None for one turn of the engine.
 
     Raises:
       RewardError: when a reward function fails and there is no `on_error`.
@@ -88,33 +50,38 @@ def generate_and_grade(
     graded: list = [None] * P
     reading = reading or Reading(stop_token_ids=tuple(sampling.stop_token_ids))
 
-    def submit(group: FinishedGroup):
-        texts = reading.texts(tokenizer, group.completions)
-        prompt = prompts.select([group.prompt_index])
-        columns = reading.columns(prompt, group.completions, reward_model)
-        graded[group.prompt_index] = texts, reward_model.submit(texts, columns, state)
+    complete = completer or OneTurn(engine, tokenizer, reading)
+
+    def submit(place: int, answers: Answers):
+        columns = answers.reward_columns(reading, reward_model.takes)
+        graded[place] = reward_model.submit(answers.texts, columns, state)
 
     started = time.perf_counter()
     overlap = {"on_group_done": submit} if reward_model.has_workers else {}
     with jax.profiler.TraceAnnotation("rollout"):
-        out = engine.generate(params, prompts.token_ids, sampling, key, version=version, **overlap)
+        answers = complete(params, prompts, sampling, key, version=version, **overlap)
     decoded = time.perf_counter()
     try:
         with jax.profiler.TraceAnnotation("reward"):
             if reward_model.has_workers:
-                texts = [text for texts, _ in graded for text in texts]
-                scores = Scores.concatenate([handle.result() for _, handle in graded])
+                scores = Scores.concatenate([handle.result() for handle in graded])
             else:
-                texts = reading.texts(tokenizer, out.flat)
-                columns = reading.columns(prompts, out.flat, reward_model)
-                scores = reward_model.score(texts, columns, state)
+                columns = answers.reward_columns(reading, reward_model.takes)
+                scores = reward_model.score(answers.texts, columns, state)
     except RewardError as error:
         if on_error is None:
             raise
         on_error(error)
         scores = Scores.unknown(P * G, reward_model.names)
     seconds = (decoded - started, time.perf_counter() - decoded)
-    return GradedGroups(prompts, out, texts, scores, seconds)
+    return GradedGroups(
+        answers.prompts,
+        answers.completions,
+        answers.texts,
+        scores,
+        seconds,
+        transcripts=answers.transcripts,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +95,7 @@ class Sampler:
         an error.
       reading: how completions are read for the rewards; None for the defaults.
       num_steps: iterations of the whole run, for rewards that ask.
+      completer: makes the completions; None for one turn of the engine.
     """
 
     engine: Engine
@@ -139,6 +107,7 @@ class Sampler:
     takes_nonfinite: bool = False
     reading: Reading | None = None
     num_steps: int = 0
+    completer: Completer | None = None
 
     def __call__(self, step: int, attempt: int | None, prompts: Prompts, params) -> GradedGroups:
         """The completions of all prompts, the same on every process.
@@ -155,7 +124,7 @@ class Sampler:
         try:
             with distributed.fail_together():
                 mine = prompts.select(distributed.own_rows(len(prompts)))
-                graded = self._graded(step, mine, self.engine, params, key)
+                graded = self._graded(step, mine, self.completer, params, key)
         except RewardError as error:
             self.keep_sample(step, error)
             raise
@@ -167,16 +136,20 @@ class Sampler:
         Raises:
           RewardError: when a reward function fails.
         """
-        return self._graded(step, prompts, _Sampled(completions), None, None)
+        reading = self.reading or Reading(stop_token_ids=tuple(self.sampling.stop_token_ids))
+        sampled = Sampled(completions, self.tokenizer, reading)
+        return self._graded(step, prompts, sampled, None, None)
 
-    def _graded(self, step: int, prompts: Prompts, engine, params, key) -> GradedGroups:
+    def _graded(
+        self, step: int, prompts: Prompts, completer: Completer | None, params, key
+    ) -> GradedGroups:
         def on_error(error: RewardError):
             if not (error.nonfinite and self.takes_nonfinite):
                 raise error
             self.keep_sample(step, error)
 
         return generate_and_grade(
-            engine,
+            self.engine,
             params,
             prompts,
             self.sampling,
@@ -187,20 +160,8 @@ class Sampler:
             version=step,
             reading=self.reading,
             state=TrainerState(step, self.num_steps),
+            completer=completer,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sampled:
-    """Stands for an engine where the completions are there already."""
-
-    completions: Completions
-
-    def generate(self, *_, on_group_done=None, **__) -> Completions:
-        for index, group in enumerate(self.completions.groups):
-            if on_group_done is not None:
-                on_group_done(FinishedGroup(index, group))
-        return self.completions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +188,7 @@ def sample_records(prompts: Sequence, graded: GradedGroups) -> list[dict]:
     Returns:
       Dicts with "prompt", "completion", "reward", "components" (the score of each reward function,
       None where it skipped the completion) and "num_tokens"; "extra", what reward functions logged
-      of the completion, where they did.
+      of the completion, where they did; "turns", its messages, where it has several turns.
     """
     components = graded.scores.components
     scores = zip(*([None if np.isnan(x) else float(x) for x in v] for v in components.values()))
@@ -249,6 +210,9 @@ def sample_records(prompts: Sequence, graded: GradedGroups) -> list[dict]:
             strict=True,
         )
     ]
+    for record, messages in zip(records, graded.transcripts or ()):
+        if messages is not None:
+            record["turns"] = messages
     if extras:
         for record, values in zip(records, zip(*extras.values(), strict=True), strict=True):
             record["extra"] = dict(zip(extras, values))
@@ -262,7 +226,7 @@ def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
     texts = graded.texts
     masked = [not completion.trained.any() for completion in graded.completions.flat]
     different = [len(set(texts[i : i + G])) / G for i in range(0, P * G, G)]
-    return {
+    return turn_metrics(graded) | {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_frac": float(np.mean(graded.completions.finish_reasons == "length")),
@@ -272,6 +236,22 @@ def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
         "time/rollout": graded.seconds[0],
         "time/reward": graded.seconds[1],
     }
+
+
+def turn_metrics(graded: GradedGroups) -> dict[str, float]:
+    """Of completions in turns: their number, what tools did, and rewards by number of turns."""
+    stats = graded.completions.stats
+    turns = np.array([int(c.turns.max(initial=0)) + 1 for c in graded.completions.flat])
+    if "tool_calls" not in stats and turns.max(initial=1) == 1:
+        return {}
+    rewards = graded.scores.total
+    metrics = {f"reward/of_{n}_turns": float(rewards[turns == n].mean()) for n in np.unique(turns)}
+    metrics["rollout/turns"] = float(turns.mean())
+    if "tool_calls" in stats:
+        metrics["tools/calls"] = stats["tool_calls"] / len(turns)
+        metrics["tools/failures"] = float(stats["tool_failures"])
+        metrics["tools/seconds"] = stats["tool_microseconds"] / 1e6 / max(stats["tool_calls"], 1)
+    return metrics
 
 
 def logged_metrics(scores: Scores) -> dict[str, float]:

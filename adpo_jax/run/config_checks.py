@@ -134,10 +134,14 @@ def _check_ahead(config: ConfigDict) -> None:
             f"data.train_batch_size, {most}, or groups would get older than max_staleness; given "
             f"{rollout.ahead}"
         )
-    if rollout.max_staleness and config.algorithm.filter_groups:
+    others = {
+        "algorithm.filter_groups=True": config.algorithm.filter_groups,
+        "environment.path": config.environment.path,
+    }
+    for other in (name for name, is_set in others.items() if is_set and rollout.max_staleness):
         raise ValueError(
-            "actor_rollout_ref.rollout.max_staleness above 0 does not go with "
-            "algorithm.filter_groups=True: set one of the two back"
+            f"actor_rollout_ref.rollout.max_staleness above 0 does not go with {other}: set one of "
+            "the two back"
         )
 
 
@@ -234,6 +238,7 @@ def _check_best_metric(config: ConfigDict) -> None:
         num_samples=config.eval.n,
         ks=tuple(config.eval.ks),
         by_category=bool(config.eval.category_key) or "=" in config.data.val_files,
+        in_turns=bool(config.environment.path),
     )
     if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]

@@ -34,6 +34,8 @@ MAY_CHANGE = (
     "custom_reward_function.on_timeout",
     "custom_reward_function.timeout_s",
     "data.cache_dir",
+    "environment.num_workers",
+    "environment.timeout_s",
     "eval.",
     "sft.save_freq",
     "trainer.best_metric",

@@ -6,7 +6,7 @@ These functions read the config, as those of `setup` do; the functions that they
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,8 +15,9 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from adpo_jax.data import arithmetic, due, files
+from adpo_jax.data import due, files
 from adpo_jax.data.control_tokens import text_token_ids
+from adpo_jax.data.embedded import TASKS
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
@@ -63,15 +64,15 @@ def find_model(config: ConfigDict) -> ModelSource:
     model = config.actor_rollout_ref.model
     overrides = model.hf_config.to_dict()
     adapted = _find_lora(model)
-    if model.path == arithmetic.NAME:
+    if model.path in TASKS:
         if model.override_config:
             raise ValueError(
                 "model.override_config changes the config.json of a folder, and "
-                f"{arithmetic.NAME} has none; model.hf_config changes its size"
+                f"{model.path} has none; model.hf_config changes its size"
             )
-        tokenizer = arithmetic.make_tokenizer()
+        tokenizer = TASKS[model.path].make_tokenizer()
         stop = (tokenizer.eos_token_id,)
-        hf_config = arithmetic.MODEL_CONFIG | overrides
+        hf_config = TASKS[model.path].MODEL_CONFIG | overrides
         return ModelSource(None, hf_config, tokenizer, stop, True, *adapted)
     if overrides and not model.random_init:
         raise ValueError(
@@ -116,7 +117,7 @@ def find_architecture(config: ConfigDict) -> ModelSource:
       ValueError: when there is none.
     """
     model = config.actor_rollout_ref.model
-    if model.path == arithmetic.NAME:
+    if model.path in TASKS:
         return find_model(config)
     hf_config = folders.find_config(model.path)
     hf_config = folders.overridden(hf_config, model.override_config.to_dict())
@@ -310,11 +311,16 @@ VAL_SET = "validation_set"
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.*)")
 
 
-def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> Prompts:
+def load_prompts(
+    config: ConfigDict, tokenizer, source: str, *, split: str, tools: Mapping | None = None
+) -> Prompts:
     """Rows of a source ("train" or "val") as tokenised prompts.
 
     Rewards compare an answer with the column "solution", which replaces a data column of that name.
     Data without the column of answers has no solutions, unless a reward function needs them.
+
+    Args:
+      tools: what prompts show of tools, as of `render_prompts`.
     """
     c = config.data
     hub_split = {"train": c.train_split, "val": c.val_split}[split]
@@ -341,7 +347,7 @@ def load_prompts(config: ConfigDict, tokenizer, source: str, *, split: str) -> P
         solutions = dataset.mapped(c.answer_key, files.extract_solution)
         _check_solutions(config, solutions, source, split)
         dataset = dataset.with_column("solution", solutions)
-    prompts = _render(config, tokenizer, dataset, split, source)
+    prompts = _render(config, tokenizer, dataset, split, source, tools)
     if split == "train" and c.train_batch_size > len(prompts):
         logging.warning(
             "data.train_batch_size is %d, and there are %d training prompts: an iteration samples "
@@ -390,16 +396,19 @@ def _graders(config: ConfigDict, split: str) -> set[str]:
     }
 
 
-def load_val_prompts(config: ConfigDict, tokenizer) -> Prompts | None:
+def load_val_prompts(config: ConfigDict, tokenizer, tools: Mapping | None = None) -> Prompts | None:
     """The prompts to evaluate on; None where the config names none.
 
     Of several named sets each prompt has its set's name in the column `VAL_SET`.
+
+    Args:
+      tools: what prompts show of tools, as of `render_prompts`.
     """
     if not config.data.val_files:
         return None
     category, parts = config.eval.category_key, []
     for name, source in named_sources(config.data.val_files).items():
-        prompts = load_prompts(config, tokenizer, source, split="val")
+        prompts = load_prompts(config, tokenizer, source, split="val", tools=tools)
         if category and category not in prompts.columns:
             raise ValueError(
                 f"eval.category_key is {category!r}; data.val_files has the columns "
@@ -458,8 +467,13 @@ class Demonstrations:
     completions: list[list[int]]
 
 
-def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstrations:
+def load_demonstrations(
+    config: ConfigDict, source: ModelSource, tools: Mapping | None = None
+) -> Demonstrations:
     """The demonstrations that the cold start imitates; each completion ends with a stop token.
+
+    Args:
+      tools: what prompts show of tools, as of `render_prompts`.
 
     Raises:
       ValueError: for data that cannot be read, or completions that are all too long.
@@ -473,7 +487,7 @@ def load_demonstrations(config: ConfigDict, source: ModelSource) -> Demonstratio
         "sft.completion_key",
         c.completion_key,
     )
-    prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files)
+    prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files, tools)
     texts = [
         files.message_text(value) or str(value)
         for value in files.Dataset(prompts.columns).column(c.completion_key)
@@ -516,7 +530,7 @@ def _load_rows(
 ) -> files.Dataset:
     """Rows of the embedded task, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
-    if source != arithmetic.NAME:
+    if source not in TASKS:
         dataset = files.load_rows(
             source.split(","),
             prompt_key=prompt_key,
@@ -527,7 +541,7 @@ def _load_rows(
             cache_dir=config.data.cache_dir,
         )
         return dataset.with_column(prompt_key, dataset.column(prompt_key))
-    columns = arithmetic.rows(split)
+    columns = TASKS[source].rows(split)
     wanted = {"data.prompt_key": prompt_key} | ({option: answer_key} if needs_answer else {})
     for name, key in wanted.items():
         if key not in columns:
@@ -535,9 +549,8 @@ def _load_rows(
     return files.Dataset(columns)
 
 
-def _render(
-    config: ConfigDict, tokenizer, dataset: files.Dataset, what: str, source: str
-) -> Prompts:
+def prompt_options(config: ConfigDict, tools: Mapping | None = None) -> dict:
+    """The keyword arguments of `render_prompts` that the config says."""
     c = config.data
     options = {
         "prompt_key": c.prompt_key,
@@ -549,6 +562,18 @@ def _render(
         "overlong": c.overlong_prompts,
         "allow_control_tokens": c.allow_control_tokens,
     }
+    return options | ({"tools": dict(tools)} if tools else {})
+
+
+def _render(
+    config: ConfigDict,
+    tokenizer,
+    dataset: files.Dataset,
+    what: str,
+    source: str,
+    tools: Mapping | None = None,
+) -> Prompts:
+    c, options = config.data, prompt_options(config, tools)
     if dataset.digest:
         rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir)
         kept = dataset if len(rows) == len(dataset) else dataset.select(rows)

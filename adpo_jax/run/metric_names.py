@@ -11,8 +11,9 @@ NAMES = {
     "groups": "zero_std_frac all_right_frac all_wrong_frac silence_preferred_frac",
     "rollout": (
         "length_mean length_max truncated_frac masked_frac tokens_per_s unique_frac entropy "
-        "mismatch_kl mismatch_ratio_max"
+        "mismatch_kl mismatch_ratio_max turns"
     ),
+    "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
     "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac lag_*_frac",
     "update": "grad_norm lr tokens tokens_per_s padding_frac skipped mfu hfu",
@@ -32,6 +33,7 @@ def of_rows(
     num_samples: int,
     ks: tuple[int, ...],
     by_category: bool,
+    in_turns: bool = False,
 ) -> list[str]:
     """All names that the rows of a run's iterations may have.
 
@@ -42,10 +44,13 @@ def of_rows(
       evaluated: whether there is data to evaluate on.
       num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
       by_category: whether its scores are broken down by category.
+      in_turns: whether there is an environment.
     """
-    unused = {name for name, used in (("filter", filtered), ("ahead", ahead)) if not used}
-    groups = [group for group in NAMES if group not in unused]
+    left_out = {"filter": not filtered, "ahead": not ahead, "tools": not in_turns}
+    groups = [group for group in NAMES if not left_out.get(group)]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
+    if not in_turns:
+        names.remove("rollout/turns")
     if not evaluated:
         return names
     scores = ["accuracy", "reward"]

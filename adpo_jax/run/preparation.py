@@ -25,6 +25,7 @@ from adpo_jax.run import checkpoint_files, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.environments import make_completer
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.run.setup import Parts
 from adpo_jax.update import TrainState
@@ -155,6 +156,7 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         )
         return parts.train_prompts.select(rows)
 
+    reading = setup.make_reading(config, parts.sampling.stop_token_ids)
     sampler = Sampler(
         parts.engine,
         parts.sampling,
@@ -164,8 +166,9 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         keep_sample=keep_sample,
         # An update with NaN rewards is not sound, and is skipped.
         takes_nonfinite=config.trainer.on_bad_update == "skip",
-        reading=setup.make_reading(config, parts.sampling.stop_token_ids),
+        reading=reading,
         num_steps=parts.num_steps,
+        completer=make_completer(parts.engine, parts.tokenizer, reading, parts.environments),
     )
     rollout = config.actor_rollout_ref.rollout
     if rollout.max_staleness:

@@ -4,6 +4,7 @@ Only `run` and what people start (`train`, `main`, `dry_run` and their like) rea
 parts that are built here take plain arguments.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -21,18 +22,22 @@ from adpo_jax import losses
 from adpo_jax.devices import sharding
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.environments.contract import EMBEDDED
+from adpo_jax.environments.environments import Environments
 from adpo_jax.log import trackers
 from adpo_jax.log.metrics import Writer
 from adpo_jax.log.profiling import Profiler
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.rewards.binding import OFFERED_IN_TURNS
+from adpo_jax.rollouts.completing import Reading
 from adpo_jax.rollouts.evaluation import EvalSettings
-from adpo_jax.rollouts.sampler import Reading
 from adpo_jax.run import config_checks, loading
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.cold_start import ColdStart
+from adpo_jax.run.environments import check_environments, make_environments, shown_tools
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interruption
 from adpo_jax.run.loading import ModelSource
@@ -56,6 +61,7 @@ class Parts:
       val_prompts: the prompts to evaluate on; None where the config names no evaluation data.
       eval_reward_model: the reward model that grades the evaluation.
       num_steps: iterations of the whole run.
+      environments: what the model acts in; None for completions of one turn.
     """
 
     policy: Policy
@@ -71,6 +77,7 @@ class Parts:
     eval_reward_model: RewardModel
     learner: Learner
     num_steps: int
+    environments: Environments | None = None
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
@@ -90,29 +97,52 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
     sampling = make_sampling(config, source)
+    environments = make_environments(config, source.tokenizer, source.stop_token_ids)
+    with contextlib.ExitStack() as to_close:
+        if environments is not None:
+            to_close.enter_context(environments)
+        parts = _with_data(config, mesh, plan, source, policy, sampling, environments)
+        to_close.pop_all()  # nothing failed
+    return parts
+
+
+def _with_data(
+    config: ConfigDict,
+    mesh: Mesh,
+    plan: BatchPlan,
+    source: ModelSource,
+    policy: Policy,
+    sampling: SamplingParams,
+    environments: Environments | None,
+) -> Parts:
+    """The rest of `build`, from the data on."""
+    tools = shown_tools(environments)
     train_prompts = loading.load_prompts(
-        config, source.tokenizer, config.data.train_files, split="train"
+        config, source.tokenizer, config.data.train_files, split="train", tools=tools
     )
-    val_prompts = loading.load_val_prompts(config, source.tokenizer)
-    for prompts, option in ((train_prompts, "data.train_files"), (val_prompts, "data.val_files")):
+    val_prompts = loading.load_val_prompts(config, source.tokenizer, tools)
+    data = {"data.train_files": train_prompts, "data.val_files": val_prompts}
+    for option, prompts in data.items():
         # Prompts that are tokenised when they are due are checked by the engine.
         if prompts is not None and isinstance(prompts.token_ids, list):
             loading.check_embedded(policy, prompts.token_ids, f"{option}: prompt")
+    check_environments(config, environments, data)
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
     make_profiler(config, Path(), num_steps)
-    reward_model = make_reward_model(config)
+    reward_model = make_reward_model(config, environments)
     try:
         check_rewards(config, reward_model, train_prompts, val_prompts)
     except BaseException:
         reward_model.close()
         raise
     learner = make_learner(config, policy, plan, num_steps)
+    cold_start = make_cold_start(config, source, learner, tools) if config.sft.steps else None
     return Parts(
         policy=policy,
         initial_params=lambda: loading.initial_params(config, source, mesh),
         tokenizer=source.tokenizer,
-        cold_start=make_cold_start(config, source, learner) if config.sft.steps else None,
+        cold_start=cold_start,
         train_prompts=train_prompts,
         val_prompts=val_prompts,
         eval_settings=make_eval_settings(config, source.stop_token_ids),
@@ -122,6 +152,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         reward_model=reward_model,
         learner=learner,
         num_steps=num_steps,
+        environments=environments,
     )
 
 
@@ -135,7 +166,7 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     """Digests, in words, of the contents of the files that the config names and training uses.
 
     The keys are "train_prompts" (token ids and solutions), "demonstrations" (token ids, where there
-    is a cold start) and "reward_files" (their bytes, where there are any).
+    is a cold start), "reward_files" and "environment_file" (their bytes, where there are any).
     """
     found = {"train_prompts": _in_words(parts.train_prompts)}
     if parts.cold_start:
@@ -144,6 +175,9 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     paths = sorted({f.path for f in parts.reward_model.functions if f.path})
     if paths:
         found["reward_files"] = ", ".join(f"{path}: sha256 {_sha256(path)}" for path in paths)
+    path = config.environment.path
+    if path and path not in EMBEDDED:
+        found["environment_file"] = f"{path}: sha256 {_sha256(path)}"
     return found
 
 
@@ -181,8 +215,12 @@ def make_algorithm(config: ConfigDict) -> losses.Algorithm:
     return config_checks.make_algorithm(config)
 
 
-def make_reward_model(config: ConfigDict) -> RewardModel:
-    """The reward functions of the config, in this process or in workers."""
+def make_reward_model(config: ConfigDict, environments: Environments | None = None) -> RewardModel:
+    """The reward functions of the config, in this process or in workers.
+
+    Args:
+      environments: their own rewards are added.
+    """
     c = config.custom_reward_function
     names = ("num_workers", "timeout_s", "on_timeout")
     with whole_keys(section("custom_reward_function", names)):
@@ -191,6 +229,7 @@ def make_reward_model(config: ConfigDict) -> RewardModel:
             num_workers=c.num_workers,
             timeout_s=c.timeout_s,
             on_timeout=c.on_timeout,
+            given=environments.rewards if environments else (),
         )
 
 
@@ -209,6 +248,8 @@ def reward_functions(config: ConfigDict) -> list[RewardFunction]:
             "reward_functions takes the place of custom_reward_function.path and "
             "reward_model.reward_kwargs; give each function its own path and kwargs there"
         )
+    if not config.reward_functions and not short["name"] and not short["path"]:
+        return []
     return [_reward_function(entry) for entry in config.reward_functions or [short]]
 
 
@@ -239,10 +280,11 @@ def check_rewards(
     Raises:
       ValueError: naming the column that is missing, and those that there are.
     """
+    offered = OFFERED_IN_TURNS if config.environment.path else ()
     if train_prompts is not None:
-        reward_model.check_columns(train_prompts.columns, "data.train_files")
+        reward_model.check_columns([*train_prompts.columns, *offered], "data.train_files")
     if val_prompts is not None and config.eval.graded_by == "reward":
-        reward_model.check_columns(val_prompts.columns, "data.val_files")
+        reward_model.check_columns([*val_prompts.columns, *offered], "data.val_files")
 
 
 def make_reading(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> Reading:
@@ -423,9 +465,15 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
     )
 
 
-def make_cold_start(config: ConfigDict, source: ModelSource, learner: Learner) -> ColdStart:
-    """The supervised stage of the config."""
-    demonstrations = loading.load_demonstrations(config, source)
+def make_cold_start(
+    config: ConfigDict, source: ModelSource, learner: Learner, tools: Mapping | None = None
+) -> ColdStart:
+    """The supervised stage of the config.
+
+    Args:
+      tools: what prompts show of tools, as of `render_prompts`.
+    """
+    demonstrations = loading.load_demonstrations(config, source, tools)
     return ColdStart(
         policy=learner.policy,
         optimizer=make_cold_start_optimizer(config),

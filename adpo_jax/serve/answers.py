@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from adpo_jax.engine.continuous import NewTokens
 from adpo_jax.engine.scoring import ScoredPrompt
 from adpo_jax.engine.text_stream import REPLACEMENT, TextStream
+from adpo_jax.environments.calls import CallParser
 from adpo_jax.serve.protocol import CompletionRequest
-from adpo_jax.serve.tools import CallParser
 
 LEAST_LOG_PROB = -9999.0  # JSON has no -inf
 

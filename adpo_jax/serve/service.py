@@ -16,8 +16,8 @@ from adpo_jax.data.control_tokens import control_token_in
 from adpo_jax.data.prompts import Message
 from adpo_jax.engine import scoring
 from adpo_jax.engine.continuous import NewTokens, Sample
+from adpo_jax.environments import calls
 from adpo_jax.pretrained import Pretrained, PromptFormat
-from adpo_jax.serve import tools as tools_lib
 from adpo_jax.serve.access import Client
 from adpo_jax.serve.answers import Choice, Piece, TokenTexts
 from adpo_jax.serve.decoding import Decoding, DecodingFailed
@@ -156,14 +156,14 @@ class Service:
             raise ValueError(str(error).removeprefix("row 0: ")) from error
         return prompts[0]
 
-    def tool_form(self, request: CompletionRequest) -> tools_lib.Form:
+    def tool_form(self, request: CompletionRequest) -> calls.Form:
         """The form in which this model writes calls of tools.
 
         Raises:
           ApiError: where its chat template has no place for tools, or teaches another form.
         """
         template = self.model.tokenizer.get_chat_template(tools=request.tools)
-        form = tools_lib.form_of(template)
+        form = calls.form_of(template)
         if form is None:
             raise ApiError(
                 "this model's chat template has no tools, or has calls in a form that this server "
@@ -244,7 +244,7 @@ class Service:
         parser = None
         if request.tools:
             form, parallel = self.tool_form(request), request.parallel_tool_calls
-            parser = tools_lib.CallParser(form, request.tools, parallel)
+            parser = calls.CallParser(form, request.tools, parallel)
         decode = self._decoder(request)
         return Choice(index, request, decode, self._token_texts, parser, prompt.echo)
 

@@ -1,31 +1,17 @@
-"""Functions that a model may call: requests' `tools` in, the calls that a model wrote out.
+"""What clients send of functions that a model may call: `tools`, and the calls of earlier messages.
 
-Two forms of calls are known, and the chat template tells which one a model writes:
-
-    tags   <tool_call>{"name": ..., "arguments": {...}}</tool_call>   Hermes, Qwen
-    json   {"name": ..., "parameters": {...}}, the whole text         Llama 3.1
-
-Whatever a model writes that is no call of a function it was given stays text.
+The calls that a model writes are parsed by `environments.calls`.
 """
 
-import json
 import re
-import uuid
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+from adpo_jax.environments.calls import json_object
 from adpo_jax.serve.fields import ApiError, Fields, shown
 
 MAX_TOOLS = 128
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-# Llama 3.1 writes it before a call; as a special token it is mostly left out of the text.
-PYTHON_TAG = "<|python_tag|>"
-
-Form = Literal["tags", "json"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-
-
-# --- what clients send
 
 
 def parse_tools(fields: Fields) -> list[dict[str, Any]]:
@@ -93,7 +79,7 @@ def _parse_call(call: Any, where: str) -> dict[str, Any]:
             f'{where} must be {{"type": "function", "function": {{...}}}}', param="messages"
         )
     name = checked_name(function.get("name"), f"{where}.function.name")
-    arguments = _object(function.get("arguments") or "{}")
+    arguments = json_object(function.get("arguments") or "{}")
     if arguments is None:
         raise ApiError(
             f"{where}.function.arguments must be a JSON object as text", param="messages"
@@ -116,151 +102,3 @@ def checked_name(value: Any, where: str, param: str = "messages") -> str:
             param=param,
         )
     return value
-
-
-def _object(text: Any) -> dict[str, Any] | None:
-    """A JSON object that may come as text; None for anything else."""
-    if isinstance(text, str):
-        try:
-            text = _DECODER.decode(text)
-        except (ValueError, RecursionError):
-            return None
-    return text if isinstance(text, dict) else None
-
-
-def _no_constant(name: str):
-    raise ValueError(f"{name} is no JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-
-
-# --- what models write
-
-
-def form_of(template: str) -> Form | None:
-    """The form of calls that a chat template teaches; None for none that is known."""
-    if "tools" not in template:
-        return None
-    if OPEN in template:
-        return "tags"
-    return "json" if re.search(r"""parameters\\?":\s*dictionary""", template) else None
-
-
-class Found(NamedTuple):
-    """What a piece of text came to: text for people, and calls in OpenAI's form."""
-
-    text: str
-    calls: list[dict[str, Any]]
-
-
-class CallParser:
-    """Takes a model's text as it comes, and parts it into text and calls.
-
-    Args:
-      form: the form in which this model writes calls.
-      tools: the functions that it was given.
-      parallel: whether it may call more than one; further calls are left out.
-
-    Attributes:
-      num_calls: calls found so far.
-    """
-
-    def __init__(self, form: Form, tools: list[dict[str, Any]], parallel: bool = True):
-        self._take = self._take_tagged if form == "tags" else self._take_json
-        self._names = {tool["function"]["name"] for tool in tools}
-        self._parallel = parallel
-        self._held, self._space, self._inside = "", "", False
-        self._is_text = False  # of the form json: the text has begun as text
-        self.num_calls = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether no further call is wanted."""
-        return self.num_calls > 0 and not self._parallel
-
-    def push(self, text: str, *, last: bool = False) -> Found:
-        """Takes further text; what may become a call is held back until it is one, or the last."""
-        self._held += text
-        return self._take(last)
-
-    def _take_tagged(self, last: bool) -> Found:
-        said, calls = "", []
-        while not self.complete:
-            mark = CLOSE if self._inside else OPEN
-            at = self._held.find(mark)
-            if at < 0 and not (self._inside and last):
-                break
-            if at < 0:  # the end came before the closing mark
-                at, mark = len(self._held), ""
-            before, self._held = self._held[:at], self._held[at + len(mark) :]
-            if not self._inside:
-                # Space around calls is no text for people.
-                said += before.rstrip()
-                self._space, self._inside = before[len(before.rstrip()) :], True
-                continue
-            self._inside = False
-            call = self._call(_object(before.strip()))
-            if call is None:
-                said += self._space + OPEN + before + mark
-            else:
-                calls.append(call)
-        return Found(said + self._certain(last), calls)
-
-    def _certain(self, last: bool) -> str:
-        """The held text that is neither in a call nor the beginning of one."""
-        if self.complete:
-            self._held = ""
-        if self._inside or (last and self.num_calls and not self._held.strip()):
-            return ""
-        if last:
-            text, self._held = self._held, ""
-            return text
-        beginning = next((n for n in range(len(OPEN), 0, -1) if self._held.endswith(OPEN[:n])), 0)
-        text = self._held[: len(self._held) - beginning].rstrip()
-        self._held = self._held[len(text) :]
-        return text
-
-    def _take_json(self, last: bool) -> Found:
-        text = self._held.lstrip()
-        if not self._is_text and text and not last:
-            self._is_text = not _may_be_json(text)
-        if self._is_text or last:
-            text, self._held = self._held, ""
-            calls = [] if self._is_text else self._json_calls(text)
-            return Found("" if calls else text, calls)
-        return Found("", [])
-
-    def _json_calls(self, text: str) -> list[dict[str, Any]]:
-        """The calls that a whole text is made of, a semicolon between; none if it is not."""
-        rest, calls = text.strip().removeprefix(PYTHON_TAG).strip(), []
-        while rest:
-            try:
-                value, end = _DECODER.raw_decode(rest)
-            except (ValueError, RecursionError):
-                value = None
-            call = self._call(value)
-            if call is None:
-                self.num_calls = 0
-                return []
-            calls.append(call)
-            rest = rest[end:].strip().removeprefix(";").strip()
-        return calls if self._parallel else calls[:1]
-
-    def _call(self, value: Any) -> dict[str, Any] | None:
-        """A call in OpenAI's form; None if this is no call of a function that was given."""
-        name = value.get("name") if isinstance(value, dict) else None
-        if not isinstance(name, str) or name not in self._names:
-            return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        arguments = _object(arguments)
-        if arguments is None:
-            return None
-        self.num_calls += 1
-        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-
-
-def _may_be_json(text: str) -> bool:
-    """Whether a text that has begun so may be a call."""
-    return text.startswith(("{", PYTHON_TAG)) or PYTHON_TAG.startswith(text)

@@ -1,0 +1,11 @@
+"""The embedded tasks: data, tokenizers and small models that come with the package.
+
+A name such as "embedded:calculator" stands for the data and for the model of a task. Each task is a
+module with `NAME`, `rows`, `MODEL_CONFIG` and `make_tokenizer`.
+"""
+
+from types import ModuleType
+
+from adpo_jax.data import arithmetic, calculator, guess_number
+
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (arithmetic, calculator, guess_number)}

@@ -1,0 +1,1 @@
+"""Environments and tools: what a model acts in between the turns of a completion."""

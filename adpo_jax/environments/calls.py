@@ -1,0 +1,329 @@
+"""Calls of tools in what a model wrote. The chat template tells which form a model writes:
+
+    tags     <tool_call>{"name": ..., "arguments": {...}}</tool_call>         Hermes, Qwen, SmolLM3
+             <tool_call><function=name><parameter=key>...</tool_call>         Qwen3-Coder, in XML
+    json     {"name": ..., "parameters": {...}}, the whole text               Llama 3, generic
+    gemma    <start_function_call>call:name{key:value}<end_function_call>     FunctionGemma
+    gemma4   <|tool_call>call:name{key:value}<tool_call|>                     Gemma 4
+
+A text of a model is hostile: it is parsed here, and neither evaluated nor trusted. `calls_in` reads
+a whole turn, and says of a malformed call what is wrong in words for the model. `CallParser` takes
+a text as it comes, and leaves as text whatever is no call of a tool that there is.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# Llama 3.1 writes it before a call; as a special token it is mostly left out of the text.
+PYTHON_TAG = "<|python_tag|>"
+
+Form = Literal["tags", "json", "gemma", "gemma4"]
+
+# The marks around a call, and of the forms of Gemma those around a text.
+_MARKS = {
+    "tags": (OPEN, CLOSE),
+    "gemma": ("<start_function_call>", "<end_function_call>"),
+    "gemma4": ("<|tool_call>", "<tool_call|>"),
+}
+_QUOTES = {"gemma": "<escape>", "gemma4": '<|"|>'}
+
+_FENCE = re.compile(r"```(?:json|tool_code|tool_call)?\s*\n(.*?)\n?```", re.DOTALL)
+_XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_XML_ARGUMENT = re.compile(r"<parameter=([^>\s]+)>(.*?)(?:</parameter>|\Z)", re.DOTALL)
+_DEEPEST = 32  # values inside values
+_MOST_CALLS = 64  # of a turn
+
+
+class Call(NamedTuple):
+    """A call of a tool that a model wrote.
+
+    Attributes:
+      name: the tool; "" where that cannot be read.
+      arguments: by name.
+      error: why it cannot be carried out, in words for the model; "" where it can.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    error: str = ""
+
+
+def form_of(template: str) -> Form | None:
+    """The form of calls that a chat template teaches; None for none that is known."""
+    if "tools" not in template:
+        return None
+    for form in ("gemma4", "gemma", "tags"):
+        if _MARKS[form][0] in template:
+            return form
+    return "json" if re.search(r"""parameters\\?":\s*dictionary""", template) else None
+
+
+def calls_in(form: Form, text: str, names: Collection[str]) -> list[Call]:
+    """The calls in a whole turn, in their order, malformed ones among them; none for plain text.
+
+    Args:
+      names: the tools that there are.
+    """
+    bodies = _bodies(form, text) if form in _MARKS else _json_bodies(text)
+    calls = [_checked(_read(form, body), names) for body in bodies[:_MOST_CALLS]]
+    if len(bodies) > _MOST_CALLS:
+        calls.append(Call("", {}, f"a turn has {_MOST_CALLS} calls at most; the rest was left out"))
+    return calls
+
+
+def _bodies(form: Form, text: str) -> list[str]:
+    """What stands between the marks; up to the end of the text where the last is not closed."""
+    opening, closing = _MARKS[form]
+    return [part.partition(closing)[0].strip() for part in text.split(opening)[1:]]
+
+
+def _json_bodies(text: str) -> list[Any]:
+    """The JSON values of a text that consists of such; what begins like a call and is none, whole.
+
+    Calls may stand in a list or in a block of code, with semicolons between.
+    """
+    fenced = _FENCE.search(text)
+    text = (fenced[1] if fenced else text).strip()
+    marked = text.startswith(PYTHON_TAG)
+    rest, found = text.removeprefix(PYTHON_TAG).strip(), []
+    if not rest.startswith(("{", "[")) or not (marked or '"name"' in rest):
+        return []
+    while rest:
+        try:
+            value, end = _DECODER.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return [*found, rest]
+        found += value if isinstance(value, list) else [value]
+        rest = rest[end:].strip().lstrip(";").strip()
+    return found
+
+
+def _read(form: Form, body: Any) -> tuple[Any, Any] | None:
+    """The name and the arguments in the body of a call, not checked yet; None for neither."""
+    if form in _QUOTES:
+        return _gemma_call(body, _QUOTES[form])
+    if form == "tags" and (xml := _XML_CALL.search(body)):
+        values = {key: _xml_value(value) for key, value in _XML_ARGUMENT.findall(xml[2])}
+        return xml[1], values
+    value = json_object(body)
+    if value is None:
+        return None
+    return value.get("name"), value.get("arguments", value.get("parameters", {}))
+
+
+def _checked(read: tuple[Any, Any] | None, names: Collection[str]) -> Call:
+    if read is None:
+        return Call("", {}, 'this call is no JSON object with "name" and "arguments"')
+    name, arguments = read
+    if not isinstance(name, str) or name not in names:
+        return Call("", {}, f"there is no tool {_shown(name)}; there are {', '.join(names)}")
+    arguments = json_object(arguments)
+    if arguments is None:
+        return Call(name, {}, f"the arguments of {name} are no JSON object")
+    return Call(name, arguments)
+
+
+def _shown(name: Any) -> str:
+    text = json.dumps(name, default=str)[:80]
+    return text if isinstance(name, str) else f"of the name {text}"
+
+
+def json_object(text: Any) -> dict[str, Any] | None:
+    """A JSON object that may come as text; None for anything else."""
+    if isinstance(text, str):
+        try:
+            text = _DECODER.decode(text)
+        except (ValueError, RecursionError):
+            return None
+    return text if isinstance(text, dict) else None
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def _xml_value(text: str) -> Any:
+    """An argument between XML marks: JSON where it is such, else text."""
+    text = text.strip("\n")
+    try:
+        return _DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        return text
+
+
+# --- Gemma's form, in which texts stand between marks and names without any
+
+
+def _gemma_call(body: str, quote: str) -> tuple[str, Any] | None:
+    match = re.match(r"call:([A-Za-z0-9_.-]{1,64})(?=\{)", body)
+    if not match:
+        return None
+    try:
+        value, end = _gemma_value(body, match.end(), quote, 0)
+    except (ValueError, IndexError):
+        return match[1], None
+    return match[1], None if body[end:].strip() else value
+
+
+def _gemma_value(text: str, at: int, quote: str, depth: int) -> tuple[Any, int]:
+    """The value that begins at a place, and the place behind it; ValueError for none."""
+    if depth > _DEEPEST:
+        raise ValueError
+    if text.startswith(quote, at):
+        end = text.index(quote, at + len(quote))
+        return text[at + len(quote) : end], end + len(quote)
+    if text[at] in "{[":
+        close, made = ("}", {}) if text[at] == "{" else ("]", [])
+        at += 1
+        while text[at] != close:
+            if isinstance(made, dict):
+                key, at = _gemma_key(text, at, quote)
+                made[key], at = _gemma_value(text, at, quote, depth + 1)
+            else:
+                value, at = _gemma_value(text, at, quote, depth + 1)
+                made.append(value)
+            at += text[at] == ","
+        return made, at + 1
+    match = re.compile(r"[^,}\]{\[]+").match(text, at)
+    if not match:
+        raise ValueError
+    return _xml_value(match[0].strip()), match.end()
+
+
+def _gemma_key(text: str, at: int, quote: str) -> tuple[str, int]:
+    if text.startswith(quote, at):
+        key, at = _gemma_value(text, at, quote, 0)
+    else:
+        end = text.index(":", at)
+        key, at = text[at:end].strip(), end
+    if text[at] != ":":
+        raise ValueError
+    return key, at + 1
+
+
+# --- texts that come bit by bit
+
+
+class Found(NamedTuple):
+    """What a piece of text came to: text for people, and calls in OpenAI's form."""
+
+    text: str
+    calls: list[dict[str, Any]]
+
+
+class CallParser:
+    """Takes a model's text as it comes, and parts it into text and calls.
+
+    Args:
+      form: the form in which this model writes calls.
+      tools: the functions that it was given, in OpenAI's form.
+      parallel: whether it may call more than one; further calls are left out.
+
+    Attributes:
+      num_calls: calls found so far.
+    """
+
+    def __init__(self, form: Form, tools: list[dict[str, Any]], parallel: bool = True):
+        self._form = form
+        self._take = self._take_tagged if form in _MARKS else self._take_json
+        self._names = [tool["function"]["name"] for tool in tools]
+        self._parallel = parallel
+        self._held, self._space, self._inside = "", "", False
+        self._is_text = False  # of the form json: the text has begun as text
+        self.num_calls = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether no further call is wanted."""
+        return self.num_calls > 0 and not self._parallel
+
+    def push(self, text: str, *, last: bool = False) -> Found:
+        """Takes further text; what may become a call is held back until it is one, or the last."""
+        self._held += text
+        return self._take(last)
+
+    def _take_tagged(self, last: bool) -> Found:
+        said, calls = "", []
+        opening, closing = _MARKS[self._form]
+        while not self.complete:
+            mark = closing if self._inside else opening
+            at = self._held.find(mark)
+            if at < 0 and not (self._inside and last):
+                break
+            if at < 0:  # the end came before the closing mark
+                at, mark = len(self._held), ""
+            before, self._held = self._held[:at], self._held[at + len(mark) :]
+            if not self._inside:
+                # Space around calls is no text for people.
+                said += before.rstrip()
+                self._space, self._inside = before[len(before.rstrip()) :], True
+                continue
+            self._inside = False
+            call = self._call(before.strip())
+            if call is None:
+                said += self._space + opening + before + mark
+            else:
+                calls.append(call)
+        return Found(said + self._certain(opening, last), calls)
+
+    def _certain(self, opening: str, last: bool) -> str:
+        """The held text that is neither in a call nor the beginning of one."""
+        if self.complete:
+            self._held = ""
+        if self._inside or (last and self.num_calls and not self._held.strip()):
+            return ""
+        if last:
+            text, self._held = self._held, ""
+            return text
+        beginnings = range(len(opening), 0, -1)
+        beginning = next((n for n in beginnings if self._held.endswith(opening[:n])), 0)
+        text = self._held[: len(self._held) - beginning].rstrip()
+        self._held = self._held[len(text) :]
+        return text
+
+    def _take_json(self, last: bool) -> Found:
+        text = self._held.lstrip()
+        if not self._is_text and text and not last:
+            self._is_text = not _may_be_json(text)
+        if self._is_text or last:
+            text, self._held = self._held, ""
+            calls = [] if self._is_text else self._json_calls(text)
+            return Found("" if calls else text, calls)
+        return Found("", [])
+
+    def _json_calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls that a whole text is made of, a semicolon between; none if it is not."""
+        rest, calls = text.strip().removeprefix(PYTHON_TAG).strip(), []
+        while rest:
+            try:
+                value, end = _DECODER.raw_decode(rest)
+            except (ValueError, RecursionError):
+                value = None
+            call = self._call(value)
+            if call is None:
+                self.num_calls = 0
+                return []
+            calls.append(call)
+            rest = rest[end:].strip().removeprefix(";").strip()
+        return calls if self._parallel else calls[:1]
+
+    def _call(self, body: Any) -> dict[str, Any] | None:
+        """A call in OpenAI's form; None if this is no call of a function that was given."""
+        call = _checked(_read(self._form, body), self._names)
+        if call.error:
+            return None
+        self.num_calls += 1
+        function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _may_be_json(text: str) -> bool:
+    """Whether a text that has begun so may be a call."""
+    return text.startswith(("{", PYTHON_TAG)) or PYTHON_TAG.startswith(text)

@@ -1,0 +1,227 @@
+"""What an environment is, and what its tools are: the contract of TRL 1.16.
+
+An environment is a class with a method `reset(**row)`, which is given a row of the data before each
+rollout; what it returns is appended to the last message of the user. Its public methods are tools,
+and so are plain functions. A method `get_reward()` is a further reward. Methods may be async.
+
+A tool needs type hints and a docstring with an `Args:` section in Google's style, of which
+transformers makes the schema that the chat template shows the model.
+
+Source: TRL 1.16, `GRPOTrainer` (environment_factory, tools).
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adpo_jax.rewards import binding
+from adpo_jax.rewards.custom import import_file
+
+# The methods of an environment that are no tools.
+RESET, REWARD = "reset", "get_reward"
+
+# What comes with the package, beside data and models of the same names.
+EMBEDDED = ("embedded:calculator", "embedded:guess_number")
+
+# The column that names the environment of a row, where there are several.
+COLUMN = "environment"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Where environments and tools come from.
+
+    Attributes:
+      path: a Python file, or one of `EMBEDDED`.
+      name: a class in it, a function that makes an environment, or a dict of either by the values
+        of the data's column `environment`; "" for tools alone.
+      tools: the names of functions in it that are tools of every environment.
+    """
+
+    path: str
+    name: str = ""
+    tools: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What is known of an environment before a run.
+
+    Attributes:
+      class_name: its class.
+      tools: the schemas of its tools, in OpenAI's form.
+      has_reward: whether it has a reward of its own.
+      reset_needs: the columns that `reset` cannot do without.
+    """
+
+    class_name: str
+    tools: list[dict[str, Any]]
+    has_reward: bool
+    reset_needs: tuple[str, ...]
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        return tuple(tool["function"]["name"] for tool in self.tools)
+
+
+class EndedEnvironment:
+    """An environment after its rollout, as reward functions get it: its attributes, to be read.
+
+    The environment itself lives in a process of its own, where methods ran; what JSON can hold of
+    its public attributes and properties is here.
+    """
+
+    def __init__(self, class_name: str, attributes: Mapping[str, Any], lost: bool = False):
+        self.__dict__.update(attributes)
+        self._class_name, self._lost = class_name, lost
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "_class_name" not in self.__dict__:
+            raise AttributeError(name)
+        why = "what JSON can hold of its public attributes is there, and no methods"
+        if self._lost:
+            why = "its process was killed, since a call took too long or crashed"
+        raise AttributeError(f"the environment {self._class_name} has no {name!r} to read: {why}")
+
+
+class NoEnvironment:
+    """Stands for an environment where there are plain functions alone."""
+
+    def reset(self, **row) -> None:
+        """Does nothing."""
+
+
+def load(spec: Spec) -> tuple[dict[str | None, Callable[[], Any]], dict[str, Callable]]:
+    """(what makes an environment, by the column's values or under None; the plain tools by name).
+
+    Raises:
+      ValueError: a file, class or function that there is not.
+    """
+    path = Path(__file__).with_name("embedded.py") if spec.path in EMBEDDED else Path(spec.path)
+    if not path.is_file():
+        raise ValueError(f"environment.path: there is no file {path}")
+    module = import_file(path, "environment.path")
+
+    def named(name: str, key: str) -> Any:
+        if not hasattr(module, name):
+            there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise ValueError(
+                f"{key}: {path} defines no {name!r}; it defines {', '.join(there) or 'nothing'}"
+            )
+        return getattr(module, name)
+
+    tools = {name: named(name, "environment.tools") for name in spec.tools}
+    for name, tool in tools.items():
+        if not callable(tool):
+            raise ValueError(f"environment.tools: {name} in {path} is no function")
+    if not spec.name:
+        return {None: NoEnvironment}, tools
+    found = named(spec.name, "environment.name")
+    made = dict(found) if isinstance(found, Mapping) else {None: found}
+    wrong = [str(name) for name, make in made.items() if not callable(make)]
+    if wrong or not made:
+        raise ValueError(
+            f"environment.name: {spec.name} in {path} is a class, a function that makes an "
+            "environment, or a dict of either by name"
+        )
+    return made, tools
+
+
+def methods_of(instance: Any) -> dict[str, Callable]:
+    """The methods of an environment that are tools, by name."""
+    members = inspect.getmembers(type(instance), predicate=inspect.isfunction)
+    return {
+        name: getattr(instance, name)
+        for name, _ in members
+        if name not in (RESET, REWARD) and not name.startswith("_")
+    }
+
+
+def tools_of(instance: Any, functions: Mapping[str, Callable]) -> dict[str, Callable]:
+    """All tools of an environment by name: the plain functions, and its methods."""
+    return {function.__name__: function for function in functions.values()} | methods_of(instance)
+
+
+def describe(instance: Any, functions: Mapping[str, Callable]) -> Described:
+    """What is known of an environment.
+
+    Raises:
+      ValueError: no `reset`, or a tool without the type hints or the docstring that it needs.
+    """
+    name = type(instance).__name__
+    reset = getattr(instance, RESET, None)
+    if not callable(reset):
+        raise ValueError(
+            f"the environment {name} has no method reset(self, **row), which prepares it for a row "
+            "of the data"
+        )
+    both = functions.keys() & methods_of(instance).keys()
+    if both:
+        raise ValueError(f"{sorted(both)[0]} is a tool of {name} and one of environment.tools")
+    tools = [schema(name, tool) for tool in tools_of(instance, functions).values()]
+    if not tools:
+        raise ValueError(
+            f"the environment {name} has no tools: its public methods are, and environment.tools"
+        )
+    has_reward = callable(getattr(instance, REWARD, None))
+    return Described(name, tools, has_reward, binding.signature_of(reset).required)
+
+
+def schema(owner: str, tool: Callable) -> dict[str, Any]:
+    """The schema of a tool in OpenAI's form.
+
+    Raises:
+      ValueError: a tool without type hints or docstring.
+    """
+    from transformers.utils import get_json_schema
+
+    try:
+        found = get_json_schema(tool)
+        return json.loads(json.dumps(found))
+    except Exception as error:
+        where = tool.__name__ if owner == NoEnvironment.__name__ else f"{owner}.{tool.__name__}"
+        raise ValueError(
+            f"the tool {where} needs type hints, and a docstring that says what it does and has a "
+            f"line for each argument under Args: (Google's style): {error}"
+        ) from error
+
+
+def attributes_of(instance: Any) -> dict[str, Any]:
+    """The public attributes and properties of an environment that JSON can hold."""
+    names = dict.fromkeys(getattr(instance, "__dict__", {}))
+    names |= dict.fromkeys(
+        name for name, value in inspect.getmembers(type(instance))
+        if isinstance(value, property)
+        or not (callable(value) or isinstance(value, classmethod | staticmethod))
+    )  # fmt: skip
+    found = {}
+    for name in names:
+        if name.startswith("_"):
+            continue
+        try:
+            value = getattr(instance, name)
+            json.dumps(value)
+        except Exception:  # what cannot be read is not there
+            continue
+        found[name] = value
+    return found
+
+
+def content_of(result: Any) -> str:
+    """What a tool returned as the text that the model reads.
+
+    A list of parts is taken as messages have it: of such, texts alone can be shown.
+    """
+    if isinstance(result, list) and result and all(isinstance(p, dict) for p in result):
+        kinds = [part.get("type") for part in result]
+        if all(kind == "text" for kind in kinds):
+            return "".join(str(part.get("text", "")) for part in result)
+    return str(result)
+
+
+def error_content(error: Any) -> str:
+    """An error of a tool as the text that the model reads; TRL writes it so."""
+    return str({"error": str(error)})

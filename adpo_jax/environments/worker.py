@@ -1,0 +1,132 @@
+"""A process in which environments live, for `pool.EnvironmentPool`.
+
+It is asked one thing at a time: to describe the environments, to make or reset one, to call a tool
+of one, or to end a rollout. An environment's random numbers (Python's, and NumPy's where it uses
+them) are its own: they begin with a seed at each reset, whatever else the process does in between.
+"""
+
+import asyncio
+import dataclasses
+import inspect
+import random
+import sys
+import traceback
+from typing import Any
+
+from adpo_jax.environments import contract
+from adpo_jax.rewards import binding, wire
+from adpo_jax.rewards.worker import connected, limit_memory
+
+
+def main(descriptor: int, lifeline: int, run: int) -> None:
+    """Serves the run over a socket until it closes; arguments as of `rewards.worker.main`."""
+    connection = connected(descriptor, lifeline, run)
+    try:
+        spec, timeout_s, memory_limit_mb = wire.receive_pickle(connection)
+        limit_memory(memory_limit_mb)
+        try:
+            house = House(spec, timeout_s)
+        except ValueError as error:
+            wire.send_json(connection, {"refused": str(error)})
+            return
+        wire.send_json(connection, {})
+        while True:
+            verb, arguments = wire.receive_pickle(connection)
+            wire.send_json(connection, house.answer(verb, arguments))
+    except ConnectionError:
+        pass
+
+
+class House:
+    """The environments of one process.
+
+    Args:
+      timeout_s: seconds for an async method, which is cancelled; others have this process killed.
+    """
+
+    def __init__(self, spec: contract.Spec, timeout_s: float):
+        self._make, self._functions = contract.load(spec)
+        self._timeout_s = timeout_s
+        self._there: dict[int, Any] = {}
+        self._random: dict[int, tuple] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def answer(self, verb: str, arguments: dict) -> dict:
+        """What comes of a request: a dict that JSON can hold, with "error" where it failed."""
+        try:
+            return getattr(self, verb)(**arguments)
+        except TimeoutError:
+            return {"error": "", "kind": "timeout"}
+        except MemoryError:
+            return {"error": "it needs more memory than it may have", "kind": "raised"}
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            text = "".join(traceback.format_exception(error))[-20_000:]
+            return {"error": str(error)[:2000], "kind": "raised", "traceback": text}
+
+    def describe(self) -> dict:
+        """Every environment, made once for the purpose."""
+        found = {}
+        for name, make in self._make.items():
+            described = contract.describe(make(), self._functions)
+            found["" if name is None else name] = dataclasses.asdict(described)
+        return {"environments": found, "several": None not in self._make}
+
+    def reset(self, number: int, name: str | None, row: dict, seed: int) -> dict:
+        """Prepares an environment for a row, which is made where it is not there yet."""
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed % 2**32)
+        if number not in self._there:
+            self._there[number] = self._make[name]()
+        reset = self._there[number].reset
+        signature = binding.signature_of(reset)
+        taken = {k: v for k, v in row.items() if signature.takes_any or k in signature.names}
+        said = self._awaited(reset(**taken))
+        self._keep_random(number)
+        if isinstance(said, list):
+            said = contract.content_of(said)
+        if said is not None and not isinstance(said, str):
+            raise TypeError(f"reset returns text or None; it returned {type(said).__name__}")
+        return {"said": said}
+
+    def call(self, number: int, tool: str, arguments: dict) -> dict:
+        """Calls a tool; what it returns comes as text."""
+        tools = contract.tools_of(self._there[number], self._functions)
+        self._take_random(number)
+        try:
+            result = self._awaited(tools[tool](**arguments))
+            # What the model reads is cut anyway, and a message between processes has a limit too.
+            return {"said": contract.content_of(result)[:1_000_000]}
+        finally:
+            self._keep_random(number)
+
+    def end(self, number: int) -> dict:
+        """The reward of an environment, None where it has none, and its attributes."""
+        instance = self._there[number]
+        self._take_random(number)
+        reward = None
+        if callable(getattr(instance, contract.REWARD, None)):
+            reward = float(self._awaited(getattr(instance, contract.REWARD)()))
+        return {"reward": reward, "attributes": contract.attributes_of(instance)}
+
+    def _awaited(self, result: Any) -> Any:
+        if not inspect.isawaitable(result):
+            return result
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+
+        async def awaited():
+            return await result
+
+        return self._loop.run_until_complete(asyncio.wait_for(awaited(), self._timeout_s))
+
+    def _take_random(self, number: int) -> None:
+        python, numpy = self._random[number]
+        random.setstate(python)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
+
+    def _keep_random(self, number: int) -> None:
+        numpy = sys.modules.get("numpy")
+        state = numpy.random.get_state() if numpy is not None else None
+        self._random[number] = random.getstate(), state

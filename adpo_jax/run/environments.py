@@ -1,0 +1,154 @@
+"""Makes the environments of the config, and checks that they can work with the data."""
+
+from collections.abc import Sequence
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from adpo_jax.data.files import Dataset
+from adpo_jax.data.prompts import render_prompts
+from adpo_jax.engine.engine import Engine
+from adpo_jax.environments.contract import COLUMN, Spec
+from adpo_jax.environments.environments import Environments
+from adpo_jax.environments.pool import EnvironmentPool
+from adpo_jax.environments.rendering import TurnTemplate
+from adpo_jax.records import Prompts
+from adpo_jax.rewards.binding import OFFERED_IN_TURNS
+from adpo_jax.rollouts.completing import Completer, OneTurn, Reading
+from adpo_jax.rollouts.in_turns import InTurns, reset_row
+from adpo_jax.run import loading
+from adpo_jax.run.whole_keys import section, whole_keys
+
+
+def make_environments(
+    config: ConfigDict, tokenizer, stop_token_ids: Sequence[int]
+) -> Environments | None:
+    """The environments of the config, with a process started; None where it names none.
+
+    Raises:
+      ValueError: a file, class, tool or chat template that cannot work.
+    """
+    c = config.environment
+    if not c.path:
+        return None
+    tools = tuple(c.tools.split(",")) if isinstance(c.tools, str) else tuple(c.tools)
+    if not c.name and not tools:
+        raise ValueError(
+            "environment.path names a file and nothing in it: set environment.name to a class, or "
+            'environment.tools to functions, e.g. ("search",)'
+        )
+    if not config.data.apply_chat_template:
+        raise ValueError(
+            "environment.path needs data.apply_chat_template=true: the chat template tells the "
+            "model of its tools, and writes what they answer"
+        )
+    with whole_keys(section("environment", ("num_workers", "timeout_s"))):
+        pool = EnvironmentPool(Spec(c.path, c.name, tools), c.num_workers, c.timeout_s)
+    try:
+        described, _ = pool.describe()
+        template = TurnTemplate(
+            tokenizer,
+            config.data.chat_template_kwargs.to_dict(),
+            next(iter(described.values())).tools,
+            stop_token_ids,
+            c.max_tool_tokens,
+        )
+    except BaseException:
+        pool.close()
+        raise
+    if template.patch:
+        logging.warning(
+            "the chat template drops parts of earlier turns; what tools answer is rendered with "
+            "the patch for %s, which keeps them",
+            template.patch,
+        )
+    shown = {name: found.tools for name, found in described.items()}
+    options = loading.prompt_options(config, shown) | {"overlong": "truncate"}
+
+    def prompt_ids(columns: dict[str, list], said: Sequence[str | None]) -> list[list[int]]:
+        rendered = render_prompts(Dataset(columns), tokenizer, observations=said, **options)
+        if rendered.num_overlong:
+            logging.log_first_n(
+                logging.WARNING,
+                "with what reset returned, prompts are longer than data.max_prompt_length (%d "
+                "tokens) and are cut at the front",
+                1,
+                config.data.max_prompt_length,
+            )
+        return rendered.token_ids
+
+    return Environments(pool, described, template, prompt_ids, c.max_turns)
+
+
+def shown_tools(environments: Environments | None) -> dict[str, list] | None:
+    """What prompts show of tools, as `render_prompts` takes it; None without environments."""
+    if environments is None:
+        return None
+    return {name: found.tools for name, found in environments.described.items()}
+
+
+def check_environments(
+    config: ConfigDict, environments: Environments | None, data: dict[str, Prompts | None]
+) -> None:
+    """Checks that the environments can work with the data, by a reset of each.
+
+    Args:
+      data: the prompts under the key that names their files.
+
+    Raises:
+      ValueError: a column that is missing or has a name that is taken, or a reset that fails.
+    """
+    if environments is None:
+        return
+    tried: set[str | None] = set()
+    for key, prompts in data.items():
+        if prompts is None:
+            continue
+        taken = [name for name in OFFERED_IN_TURNS if name in prompts.columns]
+        if taken:
+            raise ValueError(
+                f"{key} has the column {taken[0]!r}, which reward functions are given by the "
+                "training loop under this name: rename the column"
+            )
+        several = "" not in environments.described
+        if several and COLUMN not in prompts.columns:
+            raise ValueError(
+                f"{key} has no column {COLUMN!r}, which says for each row which of the "
+                f"environments it is for: {', '.join(environments.described)}"
+            )
+        names = list(map(str, prompts.columns[COLUMN])) if several else [""]
+        for name in dict.fromkeys(names):
+            if name not in environments.described:
+                raise ValueError(
+                    f"{key} has a row with the environment {name!r}, and environment.name has "
+                    f"{', '.join(environments.described)}"
+                )
+            (row,) = _rows(prompts.select([names.index(name)]))
+            own = name if several else None
+            given = reset_row(row, config.data.prompt_key, own)
+            missing = [n for n in environments.described[name].reset_needs if n not in given]
+            if missing:
+                raise ValueError(
+                    f"reset of {environments.described[name].class_name} needs {missing[0]!r}, "
+                    f"which is no column of {key}; there are {', '.join(sorted(given))}. Give the "
+                    "parameter a default, or rename it"
+                )
+            if own not in tried:
+                environments.pool.try_reset(own, given)
+                tried.add(own)
+
+
+def _rows(prompts: Prompts) -> list[dict]:
+    return [
+        {name: values[place] for name, values in prompts.columns.items()}
+        for place in range(len(prompts))
+    ]
+
+
+def make_completer(
+    engine: Engine, tokenizer, reading: Reading, environments: Environments | None
+) -> Completer:
+    """What completes prompts: a turn of the engine, or turns with environments."""
+    if environments is None:
+        return OneTurn(engine, tokenizer, reading)
+    return InTurns(engine, tokenizer, reading, environments)

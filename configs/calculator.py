@@ -1,0 +1,45 @@
+"""A tool on a CPU: a small model learns to have its sums done.
+
+python -m adpo_jax.main --config=configs/calculator.py
+"""
+
+from adpo_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.actor_rollout_ref.model.path = "embedded:calculator"
+
+    environment = config.environment
+    environment.path = "embedded:calculator"
+    environment.name = "Calculator"
+    environment.max_turns = 3
+
+    sft = config.sft
+    sft.train_files = "embedded:calculator"
+    sft.steps = 500
+    sft.batch_size = 32
+    sft.lr = 3e-3
+    sft.betas = (0.9, 0.98)
+
+    data = config.data
+    data.train_files = "embedded:calculator"
+    data.val_files = "embedded:calculator"
+    data.allow_control_tokens = True
+    data.max_prompt_length = 20
+    data.max_response_length = 46
+    data.train_batch_size = 32
+
+    optim = config.actor_rollout_ref.actor.optim
+    optim.lr = 5e-4
+    optim.betas = (0.9, 0.98)
+    optim.lr_scheduler_type = "cosine"
+    optim.min_lr_ratio = 0.1
+
+    trainer = config.trainer
+    trainer.experiment_name = "calculator"
+    trainer.bf16 = False
+    trainer.total_training_steps = 40
+    trainer.test_freq = 10
+    trainer.save_freq = 20
+    return config

@@ -1,0 +1,138 @@
+"""Environments as users write them; TRL takes this file as it is."""
+
+import asyncio
+import random
+
+
+def shout(text: str) -> str:
+    """Says it louder.
+
+    Args:
+        text: What to say.
+    """
+    return text.upper()
+
+
+async def whisper(text: str) -> str:
+    """Says it softer.
+
+    Args:
+        text: What to say.
+    """
+    await asyncio.sleep(0)
+    return text.lower()
+
+
+class Counter:
+    """Counts up."""
+
+    def __init__(self):
+        self.made = True
+        self.resets = 0
+
+    def reset(self, start: int = 0, **row) -> str | None:
+        self.resets += 1
+        self.count = start
+        self.luck = random.random()
+        return f" It stands at {start}." if start else None
+
+    def add(self, number: int) -> int:
+        """Adds to the count.
+
+        Args:
+            number: What to add.
+        """
+        self.count += number
+        return self.count
+
+    async def wait(self, seconds: float) -> str:
+        """Waits.
+
+        Args:
+            seconds: How long.
+        """
+        await asyncio.sleep(seconds)
+        return "waited"
+
+    def fail(self) -> str:
+        """Fails."""
+        raise RuntimeError("it is broken")
+
+    def hang(self) -> str:
+        """Never returns."""
+        while True:
+            pass
+
+    def _hidden(self):
+        pass
+
+    @property
+    def double(self) -> int:
+        return 2 * self.count
+
+    def get_reward(self) -> float:
+        return float(self.count)
+
+
+class Other:
+    """Has no reward of its own."""
+
+    def reset(self, **row) -> None:
+        self.row = row
+
+    def look(self) -> str:
+        """Says which columns the row has."""
+        return ",".join(sorted(self.row))
+
+
+def make_counter():
+    return Counter()
+
+
+BOTH = {"counter": Counter, "other": Other}
+
+
+class NoReset:
+    def tool(self) -> str:
+        """A tool."""
+
+
+class NoHints:
+    def reset(self, **row):
+        return None
+
+    def tool(self, x):
+        """A tool.
+
+        Args:
+            x: Something.
+        """
+
+
+class NoDoc:
+    def reset(self, **row):
+        return None
+
+    def tool(self, x: int):
+        return x
+
+
+class NoTools:
+    def reset(self, **row):
+        return None
+
+
+class NeedsMore:
+    def reset(self, secret, **row):
+        return None
+
+    def tool(self) -> str:
+        """A tool."""
+
+
+class BrokenReset:
+    def reset(self, **row):
+        raise RuntimeError("no such world")
+
+    def tool(self) -> str:
+        """A tool."""

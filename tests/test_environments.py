@@ -1,0 +1,531 @@
+"""Environments: the contract, processes, calls, answers as tokens, rollouts."""
+
+import dataclasses
+import json
+import os
+import queue
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import environments_example as example
+import jax
+import numpy as np
+import pytest
+
+from adpo_jax.data import calculator
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.session import Turn
+from adpo_jax.environments import contract, rendering
+from adpo_jax.environments.calls import Call, calls_in, form_of
+from adpo_jax.environments.contract import EndedEnvironment, Spec
+from adpo_jax.environments.environments import Environments
+from adpo_jax.environments.pool import EnvironmentFailed, EnvironmentPool
+from adpo_jax.environments.rendering import TurnTemplate
+from adpo_jax.records import GradedGroups, Prompts
+from adpo_jax.rewards import RewardFunction, RewardModel, Scores
+from adpo_jax.rewards.model import GIVEN
+from adpo_jax.rollouts.completing import Reading
+from adpo_jax.rollouts.in_turns import InTurns
+from adpo_jax.rollouts.sampler import generate_and_grade, sample_records, turn_metrics
+
+FILE = str(Path(example.__file__))
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+MODELS = Path(os.environ.get("ADPO_JAX_MODELS", "/nowhere"))
+
+
+# --- the contract
+
+
+def test_public_methods_and_plain_functions_are_tools_with_schemas():
+    described = contract.describe(example.Counter(), {"shout": example.shout})
+    assert described.class_name == "Counter"
+    assert described.has_reward
+    assert described.tool_names == ("shout", "add", "fail", "hang", "wait")
+    add = described.tools[1]["function"]
+    assert add["description"] == "Adds to the count."
+    number = add["parameters"]["properties"]["number"]
+    assert number == {"type": "integer", "description": "What to add."}
+
+
+def trl():
+    pytest.importorskip("torch", reason="TRL needs torch")
+    return pytest.importorskip("trl", reason="TRL is not installed")
+
+
+def test_trl_takes_the_same_file_and_shows_the_same_tools(tmp_path):
+    trl()
+    if not (MODELS / "qwen3").is_dir():
+        pytest.skip("ADPO_JAX_MODELS has no qwen3, whose template TRL knows")
+    from datasets import Dataset
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import get_json_schema
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "qwen3")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads))
+    rows = {"prompt": [[{"role": "user", "content": "Go."}]] * 4, "environment": ["counter"] * 4}
+    trainer = GRPOTrainer(
+        model=model,
+        args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=2,
+                        per_device_train_batch_size=2),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        tools=[example.shout],
+        environment_factory=example.BOTH,
+    )  # fmt: skip
+    for name, make in example.BOTH.items():
+        ours = contract.describe(make(), {"shout": example.shout})
+        assert ours.tools == [get_json_schema(tool) for tool in trainer._env_tools[name]]
+    assert trainer.reward_func_names == ["Counter"]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with EnvironmentPool(Spec(FILE, "BOTH", ("shout", "whisper")), 2, timeout_s=1.0) as made:
+        yield made
+
+
+def described_in(path, name):
+    makers, tools = contract.load(Spec(path, name))
+    return contract.describe(makers[None](), tools)
+
+
+BROKEN = {
+    ("nothere.py", "X"): "there is no file",
+    (FILE, "Nobody"): "defines no 'Nobody'",
+    (FILE, "NoReset"): "has no method reset",
+    (FILE, "NoHints"): "NoHints.tool needs type hints",
+    (FILE, "NoDoc"): "NoDoc.tool needs type hints, and a docstring",
+    (FILE, "NoTools"): "has no tools",
+    (FILE, "FILE"): "defines no 'FILE'",
+}
+
+
+def test_a_class_that_cannot_work_is_refused_in_a_sentence():
+    for (path, name), text in BROKEN.items():
+        with pytest.raises(ValueError, match=text):
+            described_in(path, name)
+
+
+# --- processes
+
+
+def ask(pool, lease, verb, **arguments):
+    answers = queue.SimpleQueue()
+    pool.ask(lease, verb, arguments, answers)
+    return answers.get(timeout=60)
+
+
+def test_an_environment_is_reset_called_and_read_in_its_process(pool):
+    described, several = pool.describe()
+    assert several
+    assert described["other"].tool_names == ("shout", "whisper", "look")
+    lease = pool.lease("counter")
+    row = {"start": 3, "prompt": "Go."}
+    assert ask(pool, lease, "reset", row=row, seed=1).content["said"] == " It stands at 3."
+    assert ask(pool, lease, "call", tool="add", arguments={"number": 4}).content["said"] == "7"
+    assert ask(pool, lease, "call", tool="wait", arguments={"seconds": 0}).content["said"]
+    assert ask(pool, lease, "call", tool="shout", arguments={"text": "x"}).content["said"] == "X"
+    assert ask(pool, lease, "call", tool="whisper", arguments={"text": "X"}).content["said"] == "x"
+    failed = ask(pool, lease, "call", tool="fail", arguments={})
+    assert (failed.error, failed.kind) == ("it is broken", "raised")
+    assert "unexpected keyword" in ask(pool, lease, "call", tool="add", arguments={"x": 1}).error
+    ended = ask(pool, lease, "end").content
+    assert ended["reward"] == 7.0
+    assert ended["attributes"]["double"] == 14
+    assert ended["attributes"]["resets"] == 1
+    pool.give_back(lease)
+    again = pool.lease("counter")
+    assert again is lease
+    assert ask(pool, again, "reset", row={}, seed=1).content["said"] is None
+    assert ask(pool, again, "end").content["attributes"]["resets"] == 2
+
+
+def test_random_numbers_of_an_environment_are_its_own(pool):
+    leases = [pool.lease("counter") for _ in range(4)]
+    for lease in leases:
+        ask(pool, lease, "reset", row={}, seed=5)
+    lucks = {ask(pool, lease, "end").content["attributes"]["luck"] for lease in leases}
+    assert lucks == {random.Random(5).random()}
+
+
+def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_reset(pool):
+    lease, other = pool.lease("counter"), None
+    while other is None or other.worker is lease.worker:
+        other = pool.lease("counter")
+    for each in (lease, other):
+        ask(pool, each, "reset", row={}, seed=0)
+    started = time.monotonic()
+    assert ask(pool, lease, "call", tool="hang", arguments={}).kind == "timeout"
+    assert time.monotonic() - started < 20
+    assert ask(pool, lease, "call", tool="add", arguments={"number": 1}).kind == "lost"
+    assert ask(pool, other, "call", tool="add", arguments={"number": 1}).content["said"] == "1"
+    assert not ask(pool, lease, "reset", row={"start": 2}, seed=0).kind
+    slow = ask(pool, lease, "call", tool="wait", arguments={"seconds": 30})
+    assert slow.kind == "timeout"  # cancelled, and the environment lives
+    assert ask(pool, lease, "call", tool="add", arguments={"number": 1}).content["said"] == "3"
+
+
+def test_what_reward_functions_read_of_an_ended_environment():
+    ended = EndedEnvironment("Counter", {"count": 3})
+    assert ended.count == 3
+    assert not hasattr(ended, "add")
+    with pytest.raises(AttributeError, match="Counter has no 'add' to read"):
+        ended.add(1)
+
+
+# --- calls
+
+
+QWEN_XML = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+ONE = [Call("add", {"a": 1})]
+CALLS = [
+    ("tags", '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', ONE),
+    ("tags", 'Well.<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}', ONE),
+    ("tags", QWEN_XML, ONE),
+    ("tags", "no call", []),
+    ("json", '{"name": "add", "parameters": {"a": 1}}', ONE),
+    ("json", '<|python_tag|>[{"name": "add", "arguments": {"a": 1}}]', ONE),
+    ("json", 'So:\n```json\n{"name": "add", "arguments": {"a": 1}}\n```', ONE),
+    ("json", '{"a": 1}', []),
+    ("gemma", "<start_function_call>call:add{a:1}<end_function_call>", ONE),
+    ("gemma", "<start_function_call>call:add{a:<escape>x}y<escape>,b:[1,{c:true}]}",
+     [Call("add", {"a": "x}y", "b": [1, {"c": True}]})]),
+    ("gemma4", '<|tool_call>call:add{a:1}<tool_call|><|tool_call>call:add{a:1}<tool_call|>',
+     ONE * 2),
+]  # fmt: skip
+MALFORMED = [
+    ("tags", "<tool_call>{", "no JSON object"),
+    ("tags", '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', 'no tool "rm"; there are'),
+    ("tags", '<tool_call>{"name": {"a": 1}, "arguments": {}}</tool_call>', "there is no tool"),
+    ("tags", '<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "arguments of add"),
+    ("tags", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', "no JSON object"),
+    ("tags", "<tool_call>" + "[" * 100_000, "no JSON object"),
+    ("tags", '<tool_call>{"name": "add", "arguments": {"a": ' + "9" * 10_000 + "}}", "no JSON"),
+    ("json", '{"name": "add", "parameters": {', "no JSON object"),
+    ("gemma", "<start_function_call>call:add{a:" + "[" * 100_000, "arguments of add"),
+    ("gemma", "<start_function_call>call:add{a:<escape>x", "arguments of add"),
+    ("gemma4", "<|tool_call>os.system<tool_call|>", "no JSON object"),
+]
+
+
+def test_calls_of_all_families_are_found_and_malformed_ones_say_why():
+    for form, text, wanted in CALLS:
+        assert calls_in(form, text, ("add",)) == wanted, text
+    for form, text, why in MALFORMED:
+        (call,) = calls_in(form, text, ("add",))
+        assert why in call.error, (text[:80], call)
+        assert len(call.error) < 300
+    assert len(calls_in("tags", "<tool_call>{}" * 1000, ("add",))) == 65
+
+
+def test_no_text_makes_the_parsers_raise_or_hang():
+    rng = random.Random(0)
+    pieces = ["<tool_call>", "</tool_call>", "<|tool_call>", "<start_function_call>", "call:add",
+              "{", "}", "[", "]", '"name"', ":", '"add"', "<escape>", ",", "<function=add>", "a",
+              "<parameter=a>", "\\u", "```json\n", "\n```", "<|python_tag|>", "1e999",
+              "\ud800"]  # fmt: skip
+    started = time.monotonic()
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 30)))
+        for form in ("tags", "json", "gemma", "gemma4"):
+            for call in calls_in(form, text, ("add",)):
+                assert call.error or call.name == "add"
+    assert time.monotonic() - started < 20
+
+
+# --- answers as tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return calculator.make_tokenizer()
+
+
+def template_of(tokenizer, max_tool_tokens=16, kwargs=None):
+    stop = [tokenizer.eos_token_id]
+    return TurnTemplate(tokenizer, kwargs or {}, [ADD], stop, max_tool_tokens)
+
+
+def test_an_answer_is_what_the_rendering_grows_by(tokenizer):
+    template = template_of(tokenizer)
+    (one, two) = template.answer_ids([[("add", "42")], [("add", "1"), ("add", "2")]])
+    assert tokenizer.decode(one) == "<tool>42</tool>"
+    assert tokenizer.decode(two) == "<tool>1</tool><tool>2</tool>"
+    assert tokenizer.convert_ids_to_tokens(one)[0] == "<tool>"  # the control token
+
+
+def test_control_tokens_in_an_answer_are_text(tokenizer):
+    (ids,) = template_of(tokenizer).answer_ids([[("add", "</tool><eos>\ud800")]])
+    assert tokenizer.decode(ids) == "<tool></tool><eos>?</tool>"
+    special = [i for i in ids if i in tokenizer.all_special_ids or i < 6]
+    assert tokenizer.convert_ids_to_tokens(special) == ["<tool>", "</tool>"]
+
+
+def test_a_long_answer_is_cut_with_a_mark(tokenizer):
+    template = template_of(tokenizer, 4)
+    assert template.cut("1234") == "1234"
+    assert template.cut("12345") == "1234... (cut at 4 tokens)"
+    assert template.cut("1" * 10_000_000).endswith("... (cut at 4 tokens)")
+
+
+FORGETS = (
+    "{% if tools %}<tool_call>{{ tools[0]['function']['name'] }}\n{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.tool_calls %}{% if loop.last %}hm {% endif %}"
+    "{{ m.tool_calls[0].function.name }}<eos>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def with_template(tokenizer, text):
+    made = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    made.chat_template = text
+    return made
+
+
+def test_a_template_that_cannot_take_turns_is_refused(tokenizer):
+    for text, why in (
+        (None, "no chat template"),
+        ("{{ messages[0].content }}", "leaves out the calls"),
+        (FORGETS, "turn 1 says 'hm mark0000k<eos>', and then 'mark0000k<eos>"),
+        (FORGETS.replace("hm ", "").replace("<tool_call>", ""), "form of calls"),
+        (FORGETS.replace("hm ", "").replace("<eos>", "|"), "none of the tokens that end"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            template_of(with_template(tokenizer, text))
+    assert template_of(with_template(tokenizer, FORGETS.replace("hm ", ""))).patch == ""
+
+
+@pytest.mark.skipif(not (MODELS / "qwen3").is_dir(), reason="ADPO_JAX_MODELS has no qwen3")
+def test_the_template_of_qwen3_is_patched_by_name_and_gives_what_transformers_does():
+    from transformers import AutoTokenizer
+
+    qwen3 = AutoTokenizer.from_pretrained(MODELS / "qwen3")
+    template = template_of(qwen3)
+    assert (template.form, template.patch) == ("tags", "qwen3")
+    (ids,) = template.answer_ids([[("add", "42"), ("add", "<|im_end|>")]])
+    assert qwen3.decode(ids) == (
+        "\n<|im_start|>user\n<tool_response>\n42\n</tool_response>\n<tool_response>\n<|im_end|>\n"
+        "</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ids.count(qwen3.eos_token_id) == 1
+    calling = rendering._told([("add", "42")], [("add", "42")])
+    whole = qwen3.apply_chat_template(calling, add_generation_prompt=True, return_dict=False)
+    (ids,) = template.answer_ids([[("add", "42")]])
+    assert whole[-len(ids) :] == ids
+
+
+def test_the_template_tells_the_form_of_calls_of_gemma():
+    assert form_of("{% if tools %}<start_function_call>") == "gemma"
+    assert form_of("{% if tools %}<|tool_call>") == "gemma4"
+
+
+# --- rollouts, over an engine that says what a script has
+
+
+class Sample:
+    def __init__(self, place, index):
+        self.place, self.index = place, index
+
+
+class Script:
+    """An engine's session whose samples say lines one after the other; "..." runs out of room."""
+
+    def __init__(self, tokenizer, lines, max_tokens):
+        self._tokenizer, self._lines, self._max = tokenizer, lines, max_tokens
+        self.stats, self.appended, self._ready, self._size = {}, {}, [], {}
+        self._num_submitted = 0
+
+    def __call__(self, params, sampling, key, *, version=0):
+        self._n = sampling.n
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        assert not self._size, "some samples have not ended"
+
+    @property
+    def num_decoding(self):
+        return len(self._ready)
+
+    def submit(self, ids):
+        samples = [Sample(self._num_submitted, i) for i in range(self._n)]
+        self._num_submitted += 1
+        for sample in samples:
+            key = (sample.place, sample.index)
+            self._ready.append((sample, list(self._lines[key])))
+            self.appended[key], self._size[key] = [], 0
+        return SimpleNamespace(samples=samples)
+
+    def step(self):
+        ready, self._ready, turns = self._ready[:1], self._ready[1:], []
+        for sample, lines in ready:
+            line = lines.pop(0)
+            sample.lines = lines
+            ids = np.array(self._tokenizer(line.replace("...", ""))["input_ids"], np.int32)
+            self._size[sample.place, sample.index] += len(ids)
+            probs = np.full(len(ids), -1.0, np.float32)
+            turns.append(Turn(sample, ids, probs, None, "length" if "..." in line else "stop"))
+        return turns
+
+    def room(self, sample):
+        return self._max - self._size[sample.place, sample.index]
+
+    def go_on(self, sample, ids):
+        assert len(ids) < self.room(sample)
+        self._size[sample.place, sample.index] += len(ids)
+        self.appended[sample.place, sample.index].append(self._tokenizer.decode(ids))
+        self._ready.append((sample, sample.lines))
+
+    def end(self, sample):
+        del self._size[sample.place, sample.index]
+
+
+def call(name, **arguments):
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call><eos>"
+
+
+def rolled_out(pool, tokenizer, lines, columns, *, n=2, max_turns=4, room=200, **options):
+    described, several = pool.describe()
+    names = columns.get("environment", [""])
+    prompt_ids = lambda columns, said: [tokenizer(f"go{text}")["input_ids"] for text in said]  # noqa: E731
+    environments = Environments(
+        pool,
+        described if several else {"": described[names[0]]},
+        template_of(tokenizer, 8),
+        prompt_ids,
+        max_turns,
+    )
+    prompts = Prompts([tokenizer("go")["input_ids"]] * len(columns["question"]), columns)
+    engine = SimpleNamespace(session=Script(tokenizer, lines, room))
+    complete = InTurns(engine, tokenizer, Reading(prompt_key="question"), environments)
+    sampling = SamplingParams(n=n, stop_token_ids=(tokenizer.eos_token_id,))
+    return complete, prompts, sampling, engine.session
+
+
+def test_what_tools_say_is_in_the_completion_and_not_trained_on(pool, tokenizer):
+    lines = {
+        (0, 0): [call("add", number=1) + "", call("add", number=2), "#### 6<eos>"],
+        (0, 1): ["#### 0<eos>"],
+        (1, 0): [call("look"), "done<eos>"],
+        (1, 1): ["<tool_call>{<eos>", call("fly"), "a..."],
+    }
+    columns = {"question": ["Count.", "Look."], "environment": ["counter", "other"]}
+    columns["start"] = [3, 4]
+    complete, prompts, sampling, session = rolled_out(pool, tokenizer, lines, columns)
+    finished = []
+    answers = complete(
+        None, prompts, sampling, jax.random.key(0), version=7,
+        on_group_done=lambda place, group: finished.append((place, group.texts)),
+    )  # fmt: skip
+    assert session.appended[0, 0] == ["<tool>4</tool>", "<tool>6</tool>"]
+    # The row's environment is no column for reset, and its prompt is there under TRL's name.
+    assert session.appended[1, 0] == ["<tool>prompt,q... (cut at 8 tokens)</tool>"]
+    assert "no JSON object" not in session.appended[1, 1][0]  # it was cut
+    assert session.appended[1, 1][1].startswith("<tool>{'error'...")
+
+    first = answers.completions[0][0]
+    tokens = tokenizer.convert_ids_to_tokens(first.tokens)
+    untrained = [t for t, trained in zip(tokens, first.trained) if not trained]
+    assert untrained == ["<tool>", "4", "</tool>", "<tool>", "6", "</tool>"]
+    assert (first.log_probs[~first.trained] == 0).all()
+    assert (first.log_probs < 0).sum() > 40
+    assert first.turns[first.trained].max() == 2
+    assert (np.diff(first.turns) >= 0).all()
+    assert set(first.versions) == {7}
+    assert first.finish_reason == "stop"
+    assert [c.finish_reason for c in answers.completions[1]] == ["stop", "length"]
+
+    assert answers.texts[1] == "#### 0"
+    assert answers.texts[0].endswith("#### 6")
+    assert "<tool>" not in answers.texts[0]
+    roles = [message["role"] for message in answers.transcripts[0]]
+    assert roles == ["assistant", "tool", "assistant", "tool", "assistant"]
+    assert answers.transcripts[0][1] == {"role": "tool", "name": "add", "content": "4"}
+    wanted = {"name": "add", "arguments": {"number": 1}}
+    assert answers.transcripts[0][0]["tool_calls"] == [{"type": "function", "function": wanted}]
+    assert answers.columns[GIVEN + "Counter"] == [6.0, 3.0, None, None]
+    assert [e.count for e in answers.columns["environments"][:2]] == [6, 3]
+    assert tokenizer.decode(answers.prompts.token_ids[0]) == "go It stands at 3."
+    assert tokenizer.decode(answers.prompts.token_ids[1]) == "go"
+    assert sorted(finished) == [(0, answers.texts[:2]), (1, answers.texts[2:])]
+
+    scores = Scores(np.array([4.0, 1.0, 2.0, 0.0]), {}, {})
+    graded = GradedGroups(prompts, answers.completions, answers.texts, scores,
+                          transcripts=answers.transcripts)  # fmt: skip
+    metrics = turn_metrics(graded)
+    assert metrics["rollout/turns"] == (3 + 1 + 2 + 3) / 4
+    assert (metrics["tools/calls"], metrics["tools/failures"]) == (5 / 4, 2.0)
+    assert (metrics["reward/of_1_turns"], metrics["reward/of_3_turns"]) == (1.0, 2.0)
+    records = sample_records(columns["question"] * 2, graded)
+    assert records[0]["turns"] == answers.transcripts[0]
+    halves = GradedGroups.concatenate([graded.select([1]), graded.select([0])])
+    assert halves.transcripts == answers.transcripts[2:] + answers.transcripts[:2]
+
+
+def test_a_completion_ends_at_its_last_turn_and_where_an_answer_does_not_fit(pool, tokenizer):
+    lines = {(0, 0): [call("add", number=1)] * 5, (0, 1): [call("add", number=1)] * 5}
+    columns = {"question": ["Count."], "environment": ["counter"]}
+    for limits, turns, reason in (({"max_turns": 3}, 2, "stop"), ({"room": 26}, 0, "length")):
+        complete, prompts, sampling, _ = rolled_out(pool, tokenizer, lines, columns, **limits)
+        answers = complete(None, prompts, sampling, jax.random.key(0))
+        for completion in answers.completions[0]:
+            assert completion.turns.max() == turns
+            assert completion.finish_reason == reason
+            assert completion.trained[-1]
+
+
+def test_a_tool_that_hangs_is_told_to_the_model_and_its_environment_earns_nothing(pool, tokenizer):
+    lines = {(0, 0): [call("hang"), call("add", number=9), "so<eos>"], (0, 1): ["no<eos>"]}
+    columns = {"question": ["Count."], "environment": ["counter"], "start": [2]}
+    complete, prompts, sampling, session = rolled_out(pool, tokenizer, lines, columns)
+    template = dataclasses.replace(complete.environments, template=template_of(tokenizer, 99))
+    complete = dataclasses.replace(complete, environments=template)
+    answers = complete(None, prompts, sampling, jax.random.key(0))
+    assert "took longer than 1 s" in session.appended[0, 0][0]
+    assert "no longer there" in session.appended[0, 0][1]
+    assert answers.columns[GIVEN + "Counter"][0] == 0.0
+    assert answers.completions.stats["tool_failures"] == 2
+    with pytest.raises(AttributeError, match="killed"):
+        _ = answers.columns["environments"][0].count
+
+
+REWARD = """
+def counted(completions, environments, transcripts, **columns):
+    assert completions == transcripts and completions[0][-1]["role"] == "assistant"
+    return [0.5 * environment.count for environment in environments]
+"""
+
+
+def test_reward_functions_get_environments_and_transcripts_beside_the_environments_reward(
+    pool, tokenizer, tmp_path
+):
+    (tmp_path / "rewards.py").write_text(REWARD)
+    lines = {(0, 0): [call("add", number=1), "a<eos>"], (0, 1): ["b<eos>"]}
+    messages = [{"role": "user", "content": "Count."}]
+    columns = {"question": [messages], "environment": ["counter"], "start": [1]}
+    for workers in (0, 1):
+        complete, prompts, sampling, _ = rolled_out(pool, tokenizer, lines, columns)
+        function = RewardFunction(str(tmp_path / "rewards.py"), "counted")
+        with RewardModel([function], num_workers=workers, given=("Counter",)) as model:
+            model.check_columns([*columns, "environments", "transcripts"])
+            graded = generate_and_grade(
+                None, None, prompts, sampling, jax.random.key(0), tokenizer, model,
+                reading=complete.reading, completer=complete,
+            )  # fmt: skip
+        assert graded.scores.components["Counter"].tolist() == [2.0, 1.0]
+        assert graded.scores.total.tolist() == [3.0, 1.5]
+
+
+def test_a_reset_that_differs_within_a_group_stops_the_run(pool, tokenizer):
+    from adpo_jax.rollouts.in_turns import _the_same
+
+    assert _the_same({0: "a", 1: "a"}, {}) == "a"
+    with pytest.raises(EnvironmentFailed, match="different texts for the samples of one prompt"):
+        _the_same({0: "a", 1: "b"}, {})
