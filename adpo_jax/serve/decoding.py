@@ -119,7 +119,7 @@ class Decoding:
         """
         if self.failed:
             raise DecodingFailed
-        self.paused = how
+        self.paused, self.batch.holds = how, True
         self._num_pauses += 1
         still = self._loop.create_future()
         self._until_still.append(still)
@@ -128,7 +128,7 @@ class Decoding:
 
     def resume(self) -> None:
         """Ends a pause."""
-        self.paused = None
+        self.paused, self.batch.holds = None, self._exchange is not None
         self._num_pauses += 1
         self._tell_still(self._num_pauses)
         self._wake.set()
@@ -146,6 +146,7 @@ class Decoding:
             raise DecodingFailed
         assert self._exchange is None
         done = self._loop.create_future()
+        self.batch.holds = True
         self._exchange = _Exchange(params, version, done)
         self._wake.set()
         await done
@@ -167,23 +168,27 @@ class Decoding:
         if exchange is not None and (paused is Pause.KEEP or not batch.under_way):
             batch.exchange(exchange.params, exchange.version)
             self._exchange = None
-            self._hand_over(_tell, exchange.done)
+            self._hand_over(self._exchanged, exchange.done)
             return
         if paused is Pause.KEEP:
             self._hand_over(self._tell_still, number)
             self._wake.wait()
             return
-        batch.holds = paused is not None or exchange is not None
         news = batch.step()
         if news:
             self._hand_over(self._deliver, news)
-        elif exchange is not None:
             return
-        elif paused is not None and not batch.under_way:
+        if batch.under_way or self._exchange is not None:
+            return
+        if paused is not None:
             self._hand_over(self._tell_still, number)
+        if batch.holds or not batch.busy:
             self._wake.wait()
-        elif not batch.busy:
-            self._wake.wait()
+
+    def _exchanged(self, done: asyncio.Future):
+        self.batch.holds = self.paused is not None
+        _tell(done)
+        self._wake.set()
 
     def _tell_still(self, number: int):
         """Tells those who wait that decoding stands still, if the last pause has this number."""

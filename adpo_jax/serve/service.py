@@ -327,8 +327,10 @@ class Service:
     def _submit(
         self, request: CompletionRequest, prompt: Prompt, queue: asyncio.Queue, client: Client
     ) -> list[Sample]:
-        ids = (*self.model.stop_token_ids, *request.sampling.stop_token_ids)
-        sampling = dataclasses.replace(request.sampling, stop_token_ids=ids)
+        ids = request.sampling.stop_token_ids  # these end a completion that ignores the model's own
+        if not request.sampling.ignore_eos:
+            ids = (*self.model.stop_token_ids, *ids)
+        sampling = dataclasses.replace(request.sampling, stop_token_ids=ids, ignore_eos=False)
         seed = secrets.randbits(32) if request.seed is None else request.seed
         try:
             return self.decoding.submit(
