@@ -22,6 +22,9 @@ from adpo_jax.run.command_line import begin
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
+# Seconds without a request after which a connection is closed. It is longer than clients keep one
+# (httpx 5 s, aiohttp 15 s), so that none sends a request into a connection that is being closed.
+KEEP_ALIVE_S = 30
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -174,6 +177,7 @@ def make_server(a: argparse.Namespace):
         http=connections.protocol,
         ws="none",
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=a.drain_seconds,
         server_header=False,
         use_colors=False,  # nothing that is logged steers the terminal, colours neither
