@@ -50,12 +50,14 @@ class Request:
         when the first sample starts.
       num_alternatives: how many of the likeliest tokens to return beside each sampled one.
       samples: the completions.
+      version: the version of the parameters that first read the prompt; None before that.
     """
 
     prompt: np.ndarray
     sampling: SamplingParams
     keys: Callable[[], np.ndarray]
     num_alternatives: int = 0
+    version: int | None = None
     samples: list["Sample"] = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -104,6 +106,7 @@ class NewTokens(NamedTuple):
     tokens are [T] int32, log_probs [T] float32. alternatives, where the request asks for them, are
     the ids and log-probs [T, A] of the likeliest tokens. finish_reason is "stop" or "length" at the
     end, else None. full_log_probs, where asked for, are [T] float32, tempered and not truncated.
+    version is that of the parameters which sampled them.
     """
 
     sample: Sample
@@ -112,6 +115,7 @@ class NewTokens(NamedTuple):
     alternatives: tuple[np.ndarray, np.ndarray] | None
     finish_reason: str | None
     full_log_probs: np.ndarray | None = None
+    version: int = 0
 
 
 class _Ended(NamedTuple):
@@ -191,6 +195,7 @@ class DecodeLoop:
     Attributes:
       stats: counts of prefills, decode steps and dispatches.
       sizes: the sizes of the present state; None where there is none.
+      version: the number of the parameters, 0 for the first ones.
     """
 
     def __init__(
@@ -206,7 +211,7 @@ class DecodeLoop:
         most_prefilled: Callable[[int, int], int] | None = None,
         turns: Literal["past", "again"] | None = None,
     ):
-        self.params = verbs.load_params(params)
+        self.params, self.version = verbs.load_params(params), 0
         self.schedule = Schedule(num_shards=num_shards)
         self.stats = dict.fromkeys(
             ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
@@ -304,6 +309,16 @@ class DecodeLoop:
         self._ended_turns[sample] = _Ended(slot, sample.first, sample.before, sample.age)
         self.schedule.pause(slot)
         self.past.pause(sample)
+
+    def exchange(self, params, version: int):
+        """Goes on with other parameters of the same policy, from the next step on.
+
+        The samples that are alive keep the keys and values that the old parameters made. Their
+        requests tell the version that began them, and their new tokens the version that sampled
+        these. The old parameters are let go before the new ones are copied.
+        """
+        self.params = None
+        self.params, self.version = self._verbs.load_params(params), version
 
     def _drop_cancelled(self):
         self._any_cancelled = False
@@ -507,6 +522,7 @@ class DecodeLoop:
         """Prefills each prompt once into its prefix rows; prompts of like length go together."""
         rows_of = collections.defaultdict(list)
         for row, request in admitted.items():
+            request.version = self.version if request.version is None else request.version
             rows_of[request.prompt.tobytes()].append(row)
         prompts = sorted(rows_of.values(), key=lambda rows: len(admitted[rows[0]].prompt))
         while prompts:
@@ -625,4 +641,4 @@ class DecodeLoop:
         if results.full_log_probs is not None:
             full = results.full_log_probs[:count, slot]
         tokens, log_probs = results.tokens[:count, slot], results.log_probs[:count, slot]
-        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason, full)
+        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason, full, self.version)

@@ -9,6 +9,9 @@
 Each request has settings of its own. A request with a seed gets the completions that
 `Engine.generate` gives for `jax.random.key(seed)`, whatever runs beside it.
 
+`exchange` puts other parameters in place between two steps. With `holds` set no further request
+begins, so that those under way can end first.
+
 The loop is that of `batching`. Here batch, ring and prefix rows grow through a few sizes as the
 load asks for it, and shrink when it is gone. A sample has a prefix row of its own, or shares one
 with other samples of its request where sharing makes the rows few.
@@ -139,7 +142,7 @@ class LoadSizing:
 class ContinuousBatch:
     """A batch whose samples come and go.
 
-    `submit` and `cancel` may be called from any thread, `step` from one.
+    `submit` and `cancel` may be called from any thread, `step` and `exchange` from one.
 
     Args:
       engine: the engine; its `steps_per_dispatch` is the time, in tokens, that a new request may
@@ -147,6 +150,9 @@ class ContinuousBatch:
       params: the policy's parameters.
       compile_ahead: whether a request that needs a new program waits until it is compiled, in a
         thread of its own, while others decode; else they wait for it, as on several devices.
+
+    Attributes:
+      holds: whether the requests that arrive wait, while those under way go on.
     """
 
     def __init__(self, engine: Engine, params, *, compile_ahead: bool = False):
@@ -154,7 +160,7 @@ class ContinuousBatch:
         sizing = _load_sizing(engine)
         self.num_slots = sizing.slot_sizes[-1]
         self._part = sizing.part
-        self._programs = Programs(engine.verbs, lambda: self._loop.params, sizing.steps)
+        self._programs = Programs(engine.verbs, self._present_params, sizing.steps)
         self._patience: Patience | None = None
         decides, most_prefilled = sizing, None
         settings = functools.partial(own_settings, num_alternatives=MAX_ALTERNATIVES)
@@ -176,7 +182,9 @@ class ContinuousBatch:
             num_shards=engine.shards,
             most_prefilled=most_prefilled,
         )
-        self.scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES)
+        self._scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES)
+        self.holds = False
+        self._exchanging = threading.Lock()
         # Requests on their way to the loop, which belongs to the thread that decodes: a queue for
         # each client, the client whose turn is next first.
         self._arrived: collections.OrderedDict[Hashable, collections.deque[Request]]
@@ -188,6 +196,16 @@ class ContinuousBatch:
     def busy(self) -> bool:
         """Whether anything waits or decodes."""
         return self.num_waiting > 0 or self.num_running > 0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any request has begun and not ended."""
+        return self._loop.busy
+
+    @property
+    def version(self) -> int:
+        """The number of the parameters, 0 for the first ones."""
+        return self._loop.version
 
     @property
     def sizes(self) -> Sizes | None:
@@ -251,6 +269,30 @@ class ContinuousBatch:
             self._hand_on()
         return self._loop.step()
 
+    def exchange(self, params, version: int) -> None:
+        """Goes on with other parameters of the same policy; see `DecodeLoop.exchange`.
+
+        No program is compiled anew where the parameters have the shapes, dtypes and places of the
+        old ones.
+
+        Args:
+          version: the number of these parameters, which `NewTokens` will bear.
+        """
+        with self._exchanging:
+            self._scorer = None  # a call under way keeps the old parameters until its end
+            self._loop.exchange(params, version)
+            self._scorer = Scorer(self.verbs, self._loop.params, MAX_ALTERNATIVES, version)
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores prompts under the present parameters."""
+        with self._exchanging:
+            return self._scorer
+
+    def _present_params(self):
+        with self._exchanging:
+            return self._loop.params
+
     def _forget_cancelled(self):
         """Drops the requests that wait for their turn and that nobody wants any more."""
         self._any_cancelled = False
@@ -271,6 +313,8 @@ class ContinuousBatch:
         """Gives the loop as many requests as it may start soon; the others wait for their turn."""
         if self._any_cancelled:
             self._forget_cancelled()
+        if self.holds:
+            return
         held = []
         while self._arrived and self._loop.schedule.num_waiting < self.num_slots:
             client, requests = self._arrived.popitem(last=False)

@@ -39,10 +39,12 @@ class ScoredPrompt(NamedTuple):
 
     log_probs are [T - 1] float32, of the second token and all that follow. alternatives are the ids
     and log-probs [T - 1, A] of the likeliest tokens at the same places, the likeliest first.
+    version is the number of the parameters.
     """
 
     log_probs: np.ndarray
     alternatives: Alternatives
+    version: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Scorer:
     Attributes:
       params: as `Verbs.load_params` gives them.
       num_alternatives: how many of the likeliest tokens the program finds.
+      version: the number of the parameters.
     """
 
     verbs: Verbs
     params: object
     num_alternatives: int
+    version: int = 0
 
     def score(self, prompts: Sequence[np.ndarray], num_alternatives: int) -> list[ScoredPrompt]:
         """Scores every prompt, [T] int32 each, in the order in which they are given.
@@ -74,9 +78,9 @@ class Scorer:
                 count = self._count(len(indices), length)
                 batch, indices = indices[:count], indices[count:]
                 results = self._call([prompts[i] for i in batch], count, length)
-                for index, (log_probs, (ids, values)) in zip(batch, results):
+                for index, (log_probs, (ids, values), _) in zip(batch, results):
                     first = ids[:, :num_alternatives], values[:, :num_alternatives]
-                    scored[index] = ScoredPrompt(log_probs, Alternatives(*first))
+                    scored[index] = ScoredPrompt(log_probs, Alternatives(*first), self.version)
         return scored
 
     def _count(self, wanted: int, length: int) -> int:

@@ -22,6 +22,9 @@ from adpo_jax.run.command_line import begin
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
+# Seconds without a request after which a connection is closed. It is longer than clients keep one
+# (httpx 5 s, aiohttp 15 s), so that none sends a request into a connection that is being closed.
+KEEP_ALIVE_S = 30
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,6 +57,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help="an origin (https://example.org) whose pages may use the server; * for any" + several,
     )
+    weights = "lets /update_weights take weights from folders in it, and /pause and /resume work"
+    add("--weights-root", type=Path, help=f"a folder; {weights}")
     add("--slots", type=int, default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
     add("--max-prompt-length", type=int, help=half)
@@ -118,6 +123,7 @@ def make_server(a: argparse.Namespace):
     from adpo_jax.serve.decoding import Decoding
     from adpo_jax.serve.protocol import Limits
     from adpo_jax.serve.service import Service
+    from adpo_jax.serve.weights import WeightsRoot
 
     api_key = read_api_key(a)
     model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
@@ -126,6 +132,9 @@ def make_server(a: argparse.Namespace):
         model.prompt_format, allow_control_tokens=a.allow_control_tokens
     )
     model = dataclasses.replace(model, prompt_format=prompt_format)
+    weights_root = None
+    if a.weights_root is not None:
+        weights_root = WeightsRoot(a.weights_root, model.policy)
     limits = Limits(*_lengths(a, model.policy), a.max_prompt_characters)
     engine = Engine(
         model.policy,
@@ -144,7 +153,7 @@ def make_server(a: argparse.Namespace):
             server.should_exit = True
 
         decoding = Decoding(batch, asyncio.get_running_loop(), on_failure=go_down)
-        return Service(light, decoding, limits, Metrics(name, batch))
+        return Service(light, decoding, limits, Metrics(name, batch), weights_root)
 
     app = App(
         make_service,
@@ -168,6 +177,7 @@ def make_server(a: argparse.Namespace):
         http=connections.protocol,
         ws="none",
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=a.drain_seconds,
         server_header=False,
         use_colors=False,  # nothing that is logged steers the terminal, colours neither

@@ -63,10 +63,32 @@ class TokenTexts:
         ]
 
 
+class WeightVersions:
+    """Which weights sampled a completion.
+
+    Attributes:
+      segments: [[version, number of the first token that it sampled], ...]. The first one is that
+        which read the prompt.
+    """
+
+    def __init__(self, present: int):
+        self.segments = [[present, 0]]
+        self._known = False
+
+    def note(self, new: NewTokens, before: int) -> None:
+        """Takes note of further tokens, after so many earlier ones."""
+        first = new.sample.request.version
+        if not self._known and first is not None:
+            self.segments, self._known = [[first, 0]], True
+        if new.version != self.segments[-1][0]:
+            self.segments.append([new.version, before])
+
+
 class Choice:
     """One completion under way.
 
     Args:
+      version: the present version of the weights.
       decode: token ids -> text.
       parser: parts text and calls of tools; None where there are no tools.
       prompt: what the answer begins with; None for nothing.
@@ -74,19 +96,21 @@ class Choice:
     Attributes:
       index: its number among the choices of the request.
       finish_reason: "stop", "length" or "tool_calls" at the end, None before.
+      versions: which weights sampled it.
     """
 
     def __init__(
         self,
         index: int,
         request: CompletionRequest,
+        version: int,
         decode: Callable[[list[int]], str],
         token_texts: TokenTexts,
         parser: CallParser | None = None,
         prompt: Piece | None = None,
     ):
         self.index, self.finish_reason = index, None if request.samples else "length"
-        self.prompt = prompt
+        self.prompt, self.versions = prompt, WeightVersions(version)
         self._request, self._token_texts, self._parser = request, token_texts, parser
         sampling = request.sampling
         self._stream = TextStream(decode, sampling.stop, sampling.min_tokens)
@@ -100,6 +124,7 @@ class Choice:
     def push(self, new: NewTokens) -> Piece:
         """Takes new tokens; returns what is certain now."""
         before = self.num_tokens
+        self.versions.note(new, before)
         text = self._stream.push(new.tokens)
         scored = []
         if self._request.logprobs:
@@ -208,6 +233,8 @@ class Answer:
 
     def _choice(self, choice: Choice, piece: Piece) -> dict[str, Any]:
         made: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
+        if choice.finish_reason:
+            made["weight_versions"] = choice.versions.segments
         if self._chat:
             logprobs = {"content": piece.scored, "refusal": None} if piece.scored else None
             return made | {"logprobs": logprobs}
@@ -229,12 +256,17 @@ class Answer:
         }
 
     def _usage(self, choices: list[Choice]) -> dict[str, int]:
-        completion = sum(choice.num_tokens for choice in choices)
-        return {
-            "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self._num_prompt_tokens + completion,
-        }
+        return usage(self._num_prompt_tokens, choices)
+
+
+def usage(num_prompt_tokens: int, choices) -> dict[str, int]:
+    """The numbers of tokens of an answer."""
+    completion = sum(choice.num_tokens for choice in choices)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": num_prompt_tokens + completion,
+    }
 
 
 def _by_text(top: list[dict[str, Any]] | None) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
@@ -23,11 +24,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from adpo_jax.serve import metrics as metrics_lib
-from adpo_jax.serve.access import Clients, Hosts
-from adpo_jax.serve.answers import Answer
-from adpo_jax.serve.fields import ApiError, parse_object
-from adpo_jax.serve.protocol import parse
+from adpo_jax.serve.access import ANY, Clients, Hosts
+from adpo_jax.serve.decoding import Pause
+from adpo_jax.serve.fields import ApiError, Fields, parse_object
+from adpo_jax.serve.protocol import CompletionRequest, parse
 from adpo_jax.serve.service import Service
+from adpo_jax.serve.tokens import parse_tokens
 
 
 class App:
@@ -64,6 +66,7 @@ class App:
     ):
         self._make_service, self._model_name = make_service, model_name
         self._hosts, self._api_key = hosts, api_key
+        self._cors_origins = frozenset(cors_origins)
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         if max_requests_per_client is None:
             max_requests_per_client = -(-max_requests // 2)
@@ -79,6 +82,10 @@ class App:
             Route("/v1/models/{name:path}", guarded(self._model)),
             Route("/v1/completions", guarded(self._complete), methods=["POST"]),
             Route("/v1/chat/completions", guarded(self._chat), methods=["POST"]),
+            Route("/inference/v1/generate", guarded(self._generate), methods=["POST"]),
+            Route("/update_weights", guarded(self._update_weights), methods=["POST"]),
+            Route("/pause", guarded(self._pause), methods=["POST"]),
+            Route("/resume", guarded(self._resume), methods=["POST"]),
         ]
         self._paths = {route.path for route in routes}
         cors = Middleware(
@@ -162,11 +169,17 @@ class App:
             "status": "failed" if decoding.failed else "ok",
             "running": decoding.batch.num_running,
             "waiting": decoding.batch.num_waiting,
+            "paused": decoding.paused and decoding.paused.value,
+            "weight_version": decoding.batch.version,
         }
         return _json(content, 503 if decoding.failed else 200)
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self._model_name, "object": "model", "created": 0, "owned_by": "adpo_jax"}
+        limits = self.service.limits
+        card = {"id": self._model_name, "object": "model", "created": 0, "owned_by": "adpo_jax"}
+        longest = limits.max_prompt_length + limits.max_response_length
+        version = self.service.decoding.batch.version
+        return card | {"max_model_len": longest, "weight_version": version}
 
     async def _metrics(self, _: Request) -> Response:
         text = self.service.metrics.text()
@@ -180,27 +193,89 @@ class App:
             raise ApiError("no such model", status=404, param="model", code="model_not_found")
         return _json(self._card())
 
+    # --- what only the owner of the server may do
+
+    def _check_owner(self, request: Request) -> None:
+        """Refuses what the server was not started for, and pages of strangers.
+
+        The forms of a page may send a request without a body, and a browser names the page as its
+        origin.
+
+        Raises:
+          ApiError: for either.
+        """
+        if self.service.weights_root is None:
+            raise ApiError(
+                f"{request.url.path} is off: start the server with --weights-root and the folder "
+                "that new weights come from",
+                status=403,
+                code="not_allowed",
+            )
+        origin = request.headers.get("origin")
+        if origin is not None and not {origin, ANY} & self._cors_origins:
+            raise ApiError(
+                f"{request.url.path} does not answer to pages of this origin; start the server "
+                "with --cors-origin to allow it",
+                status=403,
+                code="not_allowed",
+            )
+
+    async def _update_weights(self, request: Request) -> Response:
+        self._check_owner(request)
+        fields = Fields(parse_object(await self._body(request)))
+        folder = fields.checked(
+            "weight_dir", None, "the path of a folder", lambda value: type(value) is str
+        )
+        if folder is None:
+            raise ApiError("weight_dir is missing: the folder of the weights", param="weight_dir")
+        version = fields.integer("version", None, 0, 2**53)
+        fields.finish()
+        version = await self.service.update_weights(folder, version)
+        return _json({"status": "ok", "weight_version": version})
+
+    async def _pause(self, request: Request) -> Response:
+        self._check_owner(request)
+        mode = request.query_params.get("mode", Pause.WAIT.value)
+        modes = [how.value for how in Pause]
+        if mode not in modes:
+            raise ApiError(
+                f"mode must be one of {modes}; given {mode[:40]!r}: nothing that is under way is "
+                "thrown away",
+                param="mode",
+            )
+        await self.service.pause(Pause(mode))
+        return _json({"status": "paused", "mode": mode})
+
+    async def _resume(self, request: Request) -> Response:
+        self._check_owner(request)
+        self.service.decoding.resume()
+        return _json({"status": "resumed"})
+
     # --- completions
 
     async def _complete(self, request: Request) -> Response:
-        return await self._admitted(request, chat=False)
+        return await self._admitted(request, functools.partial(parse, chat=False))
 
     async def _chat(self, request: Request) -> Response:
-        return await self._admitted(request, chat=True)
+        return await self._admitted(request, functools.partial(parse, chat=True))
 
-    async def _admitted(self, request: Request, *, chat: bool) -> Response:
+    async def _generate(self, request: Request) -> Response:
+        return await self._admitted(request, parse_tokens)
+
+    async def _admitted(
+        self, request: Request, parse_body: Callable[..., CompletionRequest]
+    ) -> Response:
         arrived = time.perf_counter()
         client = self.clients.enter(request.client.host if request.client else None)
         handed_on = False
         try:
             body = parse_object(await self._body(request))
-            asked = parse(body, chat=chat, model=self._model_name, limits=self.service.limits)
+            asked = parse_body(body, model=self._model_name, limits=self.service.limits)
             preparing = asyncio.ensure_future(self.service.prepared(asked, client))
             if not await _unless_gone(request.receive, preparing):
                 return Response(status_code=499)  # the client has gone, and nobody reads this
             prompts = preparing.result()
-            count = sum(len(prompt.tokens) for prompt in prompts)
-            answer = Answer(asked, self._model_name, count)
+            answer = self.service.answer(asked, self._model_name, prompts)
             context = self.service.choices(asked, prompts, client, arrived)
             if not asked.stream:
                 return await self._whole(request, context, answer)
@@ -236,7 +311,7 @@ class App:
             raise ApiError("the client has gone", status=400) from None
         return bytes(body)
 
-    async def _whole(self, request: Request, context, answer: Answer) -> Response:
+    async def _whole(self, request: Request, context, answer) -> Response:
         async with context as (choices, news):
 
             async def all_news():
@@ -250,7 +325,7 @@ class App:
         return Response(content, media_type="application/json")
 
 
-async def _events(answer: Answer, choices, news) -> AsyncIterator[str]:
+async def _events(answer, choices, news) -> AsyncIterator[str]:
     """The chunks of a stream as server-sent events."""
     for choice in choices:
         if (chunk := answer.opening(choice)) is not None:

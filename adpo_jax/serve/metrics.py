@@ -38,6 +38,10 @@ class Metrics:
                 "Slots of the batch as it is now; it grows and shrinks with the load.",
                 lambda: batch.sizes.slots if batch.sizes else 0,
             ),
+            "adpo_jax:weight_version": (
+                "The version of the weights, 0 for those that the server started with.",
+                lambda: batch.version,
+            ),
             "adpo_jax:max_slots": ("The most slots of the batch.", lambda: batch.num_slots),
         }
         for name, (text, value) in gauges.items():

@@ -135,6 +135,11 @@ class CompletionRequest:
         """The field that has the prompt."""
         return "messages" if self.chat else "prompt"
 
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """Likeliest tokens beside each token of the prompt; None where it is not scored."""
+        return self.top_logprobs if self.echo and self.logprobs else None
+
 
 def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> CompletionRequest:
     """A request from its body.
@@ -143,16 +148,9 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
       ApiError: for anything in it that cannot be done.
     """
     fields = Fields(body)
-    asked_for = fields.checked("model", model, "a string", lambda value: type(value) is str)
-    if asked_for != model:
-        raise ApiError(
-            f"the model {shown(asked_for)} is not served here; this is {model!r}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+    check_model(fields, model)
     prompts = [_messages(fields)] if chat else _prompts(fields)
-    sampling, samples = _sampling(fields, limits, chat=chat)
+    sampling, samples = sampling_of(fields, limits, may_be_empty=not chat)
     if len(prompts) * sampling.n > limits.max_choices:
         raise ApiError(
             f"n x prompts is at most {limits.max_choices}; given {sampling.n} x {len(prompts)}",
@@ -169,7 +167,7 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
         logprobs=logprobs,
         top_logprobs=top_logprobs,
         stream=fields.boolean("stream"),
-        include_usage=_include_usage(fields),
+        include_usage=wants_usage(fields),
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         chat_template_kwargs=_template_kwargs(fields) if chat else {},
         tools=tools_lib.parse_tools(fields) if chat else [],
@@ -186,13 +184,34 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
     return request
 
 
-def _sampling(fields: Fields, limits: Limits, *, chat: bool) -> tuple[SamplingParams, bool]:
+def check_model(fields: Fields, model: str) -> None:
+    """Takes the name of the model.
+
+    Raises:
+      ApiError: where it is another one.
+    """
+    asked_for = fields.checked("model", model, "a string", lambda value: type(value) is str)
+    if asked_for != model:
+        raise ApiError(
+            f"the model {shown(asked_for)} is not served here; this is {model!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+
+def sampling_of(
+    fields: Fields, limits: Limits, *, may_be_empty: bool
+) -> tuple[SamplingParams, bool]:
     """The settings of the samples, and whether there are any.
 
     What is asked for above the room is cut to it, and the completion ends with "length".
+
+    Args:
+      may_be_empty: whether `max_tokens` may be 0, and is small where it is left out.
     """
     most = limits.max_response_length
-    default, least = (most, 1) if chat else (min(16, most), 0)
+    default, least = (min(16, most), 0) if may_be_empty else (most, 1)
     asked = fields.integer("max_tokens", default, least, ANY_NUMBER)
     asked = fields.integer("max_completion_tokens", asked, least, ANY_NUMBER)
     max_tokens = max(min(asked, most), 1)
@@ -247,7 +266,8 @@ def _logprobs(fields: Fields, chat: bool) -> tuple[bool, int]:
     return top is not None, top or 0
 
 
-def _include_usage(fields: Fields) -> bool:
+def wants_usage(fields: Fields) -> bool:
+    """Whether a stream ends with the numbers of tokens."""
     options = fields.checked("stream_options", {}, "an object", lambda value: type(value) is dict)
     options = Fields(options)
     include_usage = options.boolean("include_usage")

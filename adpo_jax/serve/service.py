@@ -1,4 +1,7 @@
-"""From a request to its choices: prompts to token ids, samples to the decoding thread."""
+"""From a request to its choices: prompts to token ids, samples to the decoding thread.
+
+And from a folder of new weights to the weights that it decodes with.
+"""
 
 import asyncio
 import contextlib
@@ -11,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from adpo_jax.data.control_tokens import control_token_in
 from adpo_jax.data.prompts import Message
@@ -19,11 +23,13 @@ from adpo_jax.engine.continuous import NewTokens, Sample
 from adpo_jax.environments import calls
 from adpo_jax.pretrained import Pretrained, PromptFormat
 from adpo_jax.serve.access import Client
-from adpo_jax.serve.answers import Choice, Piece, TokenTexts
-from adpo_jax.serve.decoding import Decoding, DecodingFailed
+from adpo_jax.serve.answers import Answer, Choice, Piece, TokenTexts
+from adpo_jax.serve.decoding import Decoding, DecodingFailed, Pause
 from adpo_jax.serve.fields import ApiError
 from adpo_jax.serve.metrics import Metrics
 from adpo_jax.serve.protocol import CompletionRequest, Limits
+from adpo_jax.serve.tokens import TokensAnswer, TokensChoice, TokensRequest
+from adpo_jax.serve.weights import WeightsRoot
 
 # Threads for templates and tokenizers. One client keeps one of them busy at most.
 TOKENIZER_THREADS = 4
@@ -38,10 +44,12 @@ class Prompt:
     Attributes:
       tokens: its ids.
       echo: what the answer begins with; None for nothing.
+      scored: the log-probs of the tokens; None where nobody wants them.
     """
 
     tokens: list[int]
     echo: Piece | None = None
+    scored: scoring.ScoredPrompt | None = None
 
 
 class Service:
@@ -50,11 +58,20 @@ class Service:
     Args:
       model: its parameters are not used here.
       decoding: what samples from them.
+      weights_root: where new weights may lie; None for no new weights.
     """
 
-    def __init__(self, model: Pretrained, decoding: Decoding, limits: Limits, metrics: Metrics):
+    def __init__(
+        self,
+        model: Pretrained,
+        decoding: Decoding,
+        limits: Limits,
+        metrics: Metrics,
+        weights_root: WeightsRoot | None = None,
+    ):
         self.model, self.decoding, self.limits = model, decoding, limits
-        self.metrics = metrics
+        self.metrics, self.weights_root = metrics, weights_root
+        self._updating = False
         self._token_texts = TokenTexts(lambda tokens: self.model.tokenizer.decode(tokens))
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizing")
         # One thread: what is scored shares the device with what decodes.
@@ -71,7 +88,7 @@ class Service:
         """
         async with client.turn:
             prompts = await self._in(self._tokenizing, self._tokenize, request)
-            if request.echo and request.logprobs:
+            if request.prompt_alternatives is not None:
                 return await self._scored(request, prompts)
         return prompts
 
@@ -100,7 +117,7 @@ class Service:
                 param=request.prompt_field,
                 code="context_length_exceeded",
             )
-        self._check_ids(tokens)
+        self._check_ids(tokens, request.prompt_field)
         if not request.echo:
             return [Prompt(prompt) for prompt in tokens]
         return [
@@ -117,11 +134,11 @@ class Service:
             raise ValueError("the prompt is empty: it has no tokens")
         return prompt
 
-    def _check_ids(self, prompts: list[list[int]]) -> None:
+    def _check_ids(self, prompts: list[list[int]], field: str) -> None:
         V = self.model.policy.config.vocab_size
         for prompt in prompts:
             if not all(0 <= token < V for token in prompt):
-                raise ApiError(f"the prompt has token ids outside [0, {V})", param="prompt")
+                raise ApiError(f"the prompt has token ids outside [0, {V})", param=field)
 
     def _text_of(self, prompt: str | list[int], request: CompletionRequest) -> str:
         """A prompt as it is echoed: text as it was sent, token ids as their text."""
@@ -177,12 +194,16 @@ class Service:
 
     async def _scored(self, request: CompletionRequest, prompts: list[Prompt]) -> list[Prompt]:
         """The prompts with the log-probs of their tokens."""
-        count = sum(len(prompt.tokens) for prompt in prompts) * (1 + request.top_logprobs)
+        alternatives = request.prompt_alternatives
+        count = sum(len(prompt.tokens) for prompt in prompts) * (1 + alternatives)
         if count > MAX_ECHOED:
+            by, field = "echo with logprobs", "logprobs"
+            if not request.echo:
+                by = field = "prompt_logprobs"
             raise ApiError(
-                f"echo with logprobs asks for {count} log-probs (tokens x (1 + logprobs)); this "
-                f"server gives up to {MAX_ECHOED} in an answer: send fewer prompts at once",
-                param="logprobs",
+                f"{by} asks for {count} log-probs (tokens x (1 + {field})); this server gives up "
+                f"to {MAX_ECHOED} in an answer: send fewer prompts at once",
+                param=field,
             )
         made, batch, size = [], [], 0
         # Others' prompts have their turn between the batches.
@@ -190,20 +211,72 @@ class Service:
             batch.append(prompt)
             size += len(prompt.tokens)
             if size >= scoring.CALL_TOKENS or number == len(prompts):
-                made += await self._in(self._scoring, self._score, batch, request.top_logprobs)
+                made += await self._in(self._scoring, self._score, batch, alternatives)
                 batch, size = [], 0
         return made
 
     def _score(self, prompts: list[Prompt], top_logprobs: int) -> list[Prompt]:
         arrays = [np.array(prompt.tokens, np.int32) for prompt in prompts]
-        scored = self.decoding.batch.scorer.score(arrays, top_logprobs)
-        of_prompt = self._token_texts.of_prompt
-        return [
-            dataclasses.replace(p, echo=p.echo._replace(scored=of_prompt(p.tokens, each)))
-            for p, each in zip(prompts, scored)
-        ]
+        scorer, made = self.decoding.batch.scorer, []
+        for prompt, scored in zip(prompts, scorer.score(arrays, top_logprobs)):
+            echo = prompt.echo
+            if echo is not None:
+                echo = echo._replace(scored=self._token_texts.of_prompt(prompt.tokens, scored))
+            made.append(dataclasses.replace(prompt, echo=echo, scored=scored))
+        return made
+
+    # --- weights
+
+    async def update_weights(self, folder: str, version: int | None) -> int:
+        """Goes on with the weights of a folder, and returns their version.
+
+        Args:
+          folder: a folder inside the root that was allowed.
+          version: their number; None for one more than the present one.
+
+        Raises:
+          ApiError: for weights that cannot be used, after which the present ones stay.
+        """
+        if self._updating:
+            raise ApiError("another update of the weights is under way", status=409)
+        present = self.decoding.batch.version
+        version = present + 1 if version is None else version
+        if version == present:
+            raise ApiError(f"version {version} is the present one", param="version")
+        self._updating = True
+        try:
+            try:
+                params = await asyncio.to_thread(self.weights_root.read, folder)
+            except ValueError as error:
+                raise ApiError(str(error)[:500], param="weight_dir") from None
+            except Exception:
+                # Whatever a folder holds, the server goes on with what it has.
+                logging.exception("new weights were not read")
+                raise ApiError(
+                    "weight_dir: the folder cannot be read", param="weight_dir"
+                ) from None
+            await self.decoding.exchange(params, version)
+        except DecodingFailed:
+            raise failed() from None
+        finally:
+            self._updating = False
+        return version
+
+    async def pause(self, how: Pause) -> None:
+        """See `Decoding.pause`."""
+        try:
+            await self.decoding.pause(how)
+        except DecodingFailed:
+            raise failed() from None
 
     # --- completions
+
+    def answer(self, request: CompletionRequest, model: str, prompts: list[Prompt]):
+        """The form of the answer to a request."""
+        if isinstance(request, TokensRequest):
+            (prompt,) = prompts
+            return TokensAnswer(request, model, prompt.tokens, prompt.scored, self._token_texts)
+        return Answer(request, model, sum(len(prompt.tokens) for prompt in prompts))
 
     @contextlib.asynccontextmanager
     async def choices(
@@ -221,8 +294,8 @@ class Service:
           ApiError: for prompts that cannot be sampled from, or when decoding has failed.
         """
         queue: asyncio.Queue[NewTokens | DecodingFailed] = asyncio.Queue()
-        choices: list[Choice] = []
-        choice_of: dict[Sample, Choice] = {}
+        choices: list[Choice | TokensChoice] = []
+        choice_of: dict[Sample, Choice | TokensChoice] = {}
         self.metrics.began(sum(len(prompt.tokens) for prompt in prompts))
         try:
             for prompt in prompts:
@@ -240,19 +313,24 @@ class Service:
             for sample in choice_of:
                 self.decoding.cancel(sample)
 
-    def _choice(self, index: int, request: CompletionRequest, prompt: Prompt) -> Choice:
+    def _choice(self, index: int, request: CompletionRequest, prompt: Prompt):
+        version = self.decoding.batch.version
+        if isinstance(request, TokensRequest):
+            return TokensChoice(index, request, version, self._decoder(request))
         parser = None
         if request.tools:
             form, parallel = self.tool_form(request), request.parallel_tool_calls
             parser = calls.CallParser(form, request.tools, parallel)
         decode = self._decoder(request)
-        return Choice(index, request, decode, self._token_texts, parser, prompt.echo)
+        return Choice(index, request, version, decode, self._token_texts, parser, prompt.echo)
 
     def _submit(
         self, request: CompletionRequest, prompt: Prompt, queue: asyncio.Queue, client: Client
     ) -> list[Sample]:
-        ids = (*self.model.stop_token_ids, *request.sampling.stop_token_ids)
-        sampling = dataclasses.replace(request.sampling, stop_token_ids=ids)
+        ids = request.sampling.stop_token_ids  # these end a completion that ignores the model's own
+        if not request.sampling.ignore_eos:
+            ids = (*self.model.stop_token_ids, *ids)
+        sampling = dataclasses.replace(request.sampling, stop_token_ids=ids, ignore_eos=False)
         seed = secrets.randbits(32) if request.seed is None else request.seed
         try:
             return self.decoding.submit(
@@ -266,14 +344,14 @@ class Service:
         except ValueError as error:
             raise ApiError(str(error), param=request.prompt_field) from None
         except DecodingFailed:
-            raise _failed() from None
+            raise failed() from None
 
-    async def _news(self, queue, choice_of, timings) -> AsyncIterator[tuple[Choice, Piece]]:
+    async def _news(self, queue, choice_of, timings) -> AsyncIterator[tuple[Any, Any]]:
         left = len(choice_of)
         while left:
             new = await queue.get()
             if isinstance(new, DecodingFailed):
-                raise _failed()
+                raise failed()
             choice, timing = choice_of[new.sample], timings[new.sample]
             if choice.finish_reason:
                 continue  # sampled beyond a stop string
@@ -291,5 +369,5 @@ class Service:
         return lambda tokens: self.model.tokenizer.decode(tokens, skip_special_tokens=skip)
 
 
-def _failed() -> ApiError:
+def failed() -> ApiError:
     return ApiError("the server has failed and is going down", status=500, kind="server_error")
