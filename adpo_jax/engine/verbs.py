@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
@@ -454,9 +455,14 @@ class Verbs:
         return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
 
 
-def _abstract_result(jitted, *args):
+def _abstract_result(jitted, verbs: Verbs, *args):
     """The shapes and shardings of a jitted function's result."""
-    lowered = jitted.lower(*args)
+    lowered, mesh = jitted.lower(verbs, *args), verbs.policy.mesh
+    if mesh is not None and mesh.size == 1:  # the program itself names no device
+        layout = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), lowered.out_info
+        )
     return jax.tree.map(
         lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
         lowered.out_info,
