@@ -115,7 +115,8 @@ class Verbs:
         return cpu.decoding_params(
             params,
             lora_scale=policy.lora.scale if merge else None,
-            join=policy.mesh is None or policy.mesh.size == 1,
+            # XLA's compiler for GPUs joins products of one input by itself, and copies nothing.
+            join=(policy.mesh is None or policy.mesh.size == 1) and _platform(policy) == "cpu",
         )
 
     def abstract_params(self):
@@ -453,6 +454,10 @@ class Verbs:
         slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)
         return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
+
+
+def _platform(policy: Policy) -> str:
+    return policy.attention_settings.platform
 
 
 def _abstract_result(jitted, verbs: Verbs, *args):

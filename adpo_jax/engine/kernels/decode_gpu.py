@@ -11,15 +11,31 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from adpo_jax.engine.kernels.decode_tpu import block_range
-from adpo_jax.engine.kv_cache import LayerKV, Part, Reach
+from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach
 from adpo_jax.model.attention import MASKED
+
+try:  # jax 0.12 calls it deprecated; a later one has it no more
+    from jax.experimental.pallas import triton as plt
+except ImportError:
+    plt = None
 
 BLOCK = 64
 # The smallest side of a matrix product on tensor cores.
 MIN_QUERIES = 16
+# The oldest compute capability whose tensor cores take bfloat16: an A100's.
+MIN_CAPABILITY = 8.0
+
+
+def obstacle(device: jax.Device | None = None) -> str:
+    """Why the kernel runs on no GPU, or not on this one; empty where it does."""
+    if plt is None:
+        return f"needs Pallas' Triton backend, which jax {jax.__version__} does not have"
+    capability = float(getattr(device, "compute_capability", None) or MIN_CAPABILITY)
+    if capability < MIN_CAPABILITY:
+        return f"needs a GPU of compute capability {MIN_CAPABILITY} or more; given {capability}"
+    return ""
 
 
 def _kernel(
@@ -82,7 +98,7 @@ def _kernel(
 
 def attend_part(
     q: jax.Array,
-    kv: LayerKV,
+    kv: KV,
     index,
     reach: Reach,
     *,
@@ -90,7 +106,12 @@ def attend_part(
     interpret: bool = False,
     block: int = BLOCK,
 ) -> Part:
-    """As `kv_cache.attend_part`, on a stacked cache with keys [L, rows, K, columns, D]."""
+    """As `kv_cache.attend_part`, on a cache whose layers are a tuple or stacked.
+
+    Keys are [rows, K, columns, D] of a layer.
+    """
+    if not isinstance(kv, LayerKV):
+        kv, index = jax.tree.map(lambda x: x[None], kv[index]), 0
     rows, K, Q, D = q.shape
     columns = kv.v.shape[-2]
     padded = max(MIN_QUERIES, 1 << (Q - 1).bit_length())
@@ -124,6 +145,7 @@ def attend_part(
         ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
+        name="decode_attention",
     )(
         jnp.reshape(index, (1,)).astype(jnp.int32),
         start,
