@@ -41,12 +41,13 @@ from adpo_jax.run.config_checks import finalized
 from adpo_jax.update.learner import Learner
 
 
-def dry_run(config: ConfigDict, topology: str = "") -> Report:
+def dry_run(config: ConfigDict, topology: str = "", *, devices: list | None = None) -> Report:
     """Compiles an iteration of a run.
 
     Args:
       topology: a TPU slice as libtpu names it, such as "v5e:2x4", or GPUs, such as "h100:8"; "" for
         the devices at hand.
+      devices: those at hand to compile for; None for all.
 
     Raises:
       ValueError: for a config that cannot work on these devices, or a topology that cannot be
@@ -54,7 +55,7 @@ def dry_run(config: ConfigDict, topology: str = "") -> Report:
     """
     config = finalized(config)
     if not topology:
-        devices = jax.devices()
+        devices = devices or jax.devices()
         return _report(config, devices, None, f"{len(devices)} x {devices[0].device_kind}")
     devices = topology_devices(topology)
     return _report(config, devices, one_host(topology, devices), topology)

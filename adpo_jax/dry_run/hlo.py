@@ -210,6 +210,36 @@ class Program:
         """
         return sum(times * self._bytes_of(i, of_kernels or {}) for i, times in self._kernels())
 
+    def seconds(
+        self,
+        flops: float,
+        bandwidth: float,
+        *,
+        launch: float = 0.0,
+        of_kernels: Mapping[str, int] | None = None,
+    ) -> float:
+        """Seconds of a device that runs one kernel after the other, each at one of its two limits.
+
+        Args:
+          flops, bandwidth: operations and bytes a second.
+          launch: seconds that each kernel takes besides.
+          of_kernels: as in `traffic`.
+        """
+        return sum(
+            times
+            * (
+                launch
+                + max(self._flops_of(i) / flops, self._bytes_of(i, of_kernels or {}) / bandwidth)
+            )
+            for i, times in self._kernels()
+        )
+
+    def _flops_of(self, i: _Instruction) -> int:
+        inside = self._computations[_called(i)[0]] if i.opcode == "fusion" else [i]
+        total = sum(_dot_flops(x, self._shapes) for x in inside if x.opcode == "dot")
+        more = (_convolution_flops(x, self._shapes) for x in inside if x.opcode == "convolution")
+        return total + sum(more)
+
     def _bytes_of(self, i: _Instruction, of_kernels: Mapping[str, int]) -> int:
         if i.opcode == "custom-call" and _kernel_name(i) in of_kernels:
             return of_kernels[_kernel_name(i)]
@@ -268,6 +298,8 @@ class Program:
             inside = [i]
             if i.opcode == "fusion":
                 inside = self._computations[_called(i)[0]]
+            if i.opcode.endswith("-start"):  # a TPU fetches ahead into its fast memory
+                continue
             moved = self._written(inside) if i.opcode == "fusion" else _shape_bytes(i.shape)
             big = [o for o in inside if o.opcode not in ("parameter", "constant", "tuple")]
             # The arithmetic of where to slice is on scalars.
