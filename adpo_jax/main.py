@@ -54,7 +54,7 @@ _DRY_RUN = flags.DEFINE_bool(
     "compile the steps for sequences of full length and say what they need; run nothing",
 )
 _DRY_RUN_TOPOLOGY = flags.DEFINE_string(
-    "dry_run_topology", "", "a dry run for a TPU slice that is not there, such as v5e:2x4"
+    "dry_run_topology", "", "a dry run for devices that are not there, such as v5e:2x4 or h100:8"
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 _FLAGS = tuple(value for value in list(globals().values()) if isinstance(value, flags.FlagHolder))

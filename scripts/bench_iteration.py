@@ -20,7 +20,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from bench_rollout import PEERS, PEERS_HOME, REPO, compared, in_process, model_of
+from bench_rollout import PEERS, REPO, compared, in_process, model_of, run_peer
 
 NEW, PROMPT, PROMPTS, GENS = 128, 64, 16, 8
 
@@ -118,10 +118,9 @@ def run_ours(a) -> dict:
     }
 
 
-def run_peer(a, who: str, shape: str, phase: str) -> dict:
-    command = [str(PEERS_HOME / f"venv-{who}" / "bin" / "python"), f"bench_{who}.py"]
-    command += ["--shape", shape, "--phase", phase, "--repeats", str(a.repeats)]
-    return in_process([*command, "--micro", str(a.micro)], PEERS)
+def options_of(a, shape: str, phase: str) -> list[str]:
+    options = ["--shape", shape, "--phase", phase, "--repeats", str(a.repeats)]
+    return [*options, "--micro", str(a.micro)]
 
 
 def run_one(a, who: str, shape: str, case: str) -> dict:
@@ -129,8 +128,10 @@ def run_one(a, who: str, shape: str, case: str) -> dict:
         options = ["--here", "--shapes", shape, "--cases", case, f"--repeats={a.repeats}"]
         return in_process([sys.executable, __file__, *options, f"--micro={a.micro}"], REPO)
     if case == "fixed":
-        return run_peer(a, who, shape, "e2e")
-    rollout, update = (run_peer(a, who, shape, phase) for phase in ("rollout_eos", "update"))
+        return run_peer(who, *options_of(a, shape, "e2e"))
+    rollout, update = (
+        run_peer(who, *options_of(a, shape, phase)) for phase in ("rollout_eos", "update")
+    )
     tokens = rollout["tokens"]["median"] + PROMPTS * GENS * PROMPT
     parts = {"peak_rss_mb": max(rollout["peak_rss_mb"], update["peak_rss_mb"])}
     parts["other_cpus"] = max(

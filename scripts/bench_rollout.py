@@ -11,8 +11,9 @@ engine and the peers in turn, `--rounds` times; a result is one JSON line with t
 most over all timed repeats, by the clock and by CPU seconds (which say more where something else
 was running after all; `other_cpus` is how much of a CPU that took).
 
-The peers' scripts are `../shared/peers` beside the checkout, and `../shared/peers/setup.sh` makes
-their environments under PEERS_HOME (default ~/.cache/adpo_peers). Nothing else may be running.
+The peers' scripts are `scripts/peers`, and `python scripts/peers/setup.py` makes their environments
+under PEERS_HOME (default ~/.cache/adpo_peers). A peer that has none is named under `missing`, with
+the reason. Nothing else may be running.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 REPO = Path(__file__).resolve().parents[1]
-PEERS = REPO.parent / "shared" / "peers"
+PEERS = REPO / "scripts" / "peers"
 PEERS_HOME = Path(os.environ.get("PEERS_HOME", Path.home() / ".cache" / "adpo_peers"))
 CASES = {
     "fixed": {"phase": "rollout", "prompt_len": 64, "new": 128},
@@ -209,13 +210,38 @@ def compile_times(depths: list[int]) -> dict[int, float]:
     return {layers: seconds[layers] for layers in depths}
 
 
+class Missing(Exception):
+    """A peer that cannot be measured here."""
+
+
 def in_process(command: list[str], cwd: Path) -> dict:
-    """Runs a bench and reads its `RESULT` line."""
+    """Runs a bench and reads its `RESULT` line.
+
+    Raises:
+      SystemExit: where there is no such line, with what the process wrote.
+    """
     run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(f"no result from {' '.join(command)}\n{run.stdout}\n{run.stderr}")
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def run_peer(who: str, *options: str) -> dict:
+    """Runs a peer's script in its environment.
+
+    Raises:
+      Missing: where the environment is not there, or the peer gives no result.
+    """
+    python = PEERS_HOME / f"venv-{who}" / "bin" / "python"
+    if not (PEERS / f"bench_{who}.py").exists():
+        raise Missing("no such peer; those that there are: tunix, trl")
+    if not python.exists():
+        raise Missing(f"{python} is not there; python scripts/peers/setup.py {who} makes it")
+    try:
+        return in_process([str(python), f"bench_{who}.py", *options], PEERS)
+    except SystemExit as error:
+        raise Missing(str(error)[-600:]) from error
 
 
 def run_one(a, who: str, shape: str, case_name: str) -> dict:
@@ -229,10 +255,9 @@ def run_one(a, who: str, shape: str, case_name: str) -> dict:
         command += ["--cases", case_name, f"--repeats={a.repeats}", *options]
         return in_process(command, REPO)
     case = CASES[case_name]
-    command = [str(PEERS_HOME / f"venv-{who}" / "bin" / "python"), f"bench_{who}.py"]
-    command += ["--shape", shape, "--phase", case["phase"], "--repeats", str(a.repeats)]
-    command += ["--prompt-len", str(case["prompt_len"]), "--new", str(case["new"])]
-    return in_process(command, PEERS)
+    options = ["--shape", shape, "--phase", case["phase"], "--repeats", str(a.repeats)]
+    options += ["--prompt-len", str(case["prompt_len"]), "--new", str(case["new"])]
+    return run_peer(who, *options)
 
 
 def over_all(results: list[dict]) -> dict:
@@ -247,17 +272,24 @@ def over_all(results: list[dict]) -> dict:
 def compared(rounds: int, peers: list[str], run) -> tuple[dict, dict]:
     """Runs ours and the peers in turn: the rates of all with the ratio to the better peer's.
 
+    A peer that cannot be measured is under "missing" in the line, with the reason.
+
     Args:
       run: `(who, ours) -> result` of one process; `ours` is our latest result, None for ourselves.
 
     Returns:
       (line of rates, all results by who).
     """
-    runs = {who: [] for who in ["adpo_jax", *peers]}
+    runs, missing = {who: [] for who in ["adpo_jax", *peers]}, {}
     for _ in range(rounds):
-        for who, results in runs.items():
-            results.append(run(who, None if who == "adpo_jax" else runs["adpo_jax"][-1]))
-    line = {}
+        for who in list(runs):
+            try:
+                runs[who].append(run(who, None if who == "adpo_jax" else runs["adpo_jax"][-1]))
+            except Missing as error:
+                missing[who] = str(error)
+                del runs[who]
+    peers = [peer for peer in peers if peer in runs]
+    line = {"missing": missing} if missing else {}
     for measure in ("tokens_per_s", "tokens_per_cpu_s"):
         rate = {who: over_all([r[measure] for r in rs]) for who, rs in runs.items()}
         line[measure] = rate

@@ -24,7 +24,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from bench_rollout import PEERS, PEERS_HOME, REPO, compared, gemm_ceiling, in_process, model_of
+from bench_rollout import PEERS, REPO, compared, gemm_ceiling, in_process, model_of, run_peer
 
 CASES = {
     "equal": {"prompt_len": 64, "new": 128},
@@ -139,11 +139,10 @@ def run_one(a, who: str, shape: str, case: str) -> dict:
         options = ["--here", "--shapes", shape, "--cases", case, f"--repeats={a.repeats}"]
         options += [f"--layout={a.layout}", f"--micro={a.micro}"]
         return in_process([sys.executable, __file__, *options], REPO)
-    command = [str(PEERS_HOME / f"venv-{who}" / "bin" / "python"), f"bench_{who}.py"]
-    command += ["--shape", shape, "--phase", "update", "--repeats", str(a.repeats)]
-    command += ["--micro", str(a.micro)]
-    command += ["--prompt-len", str(CASES[case]["prompt_len"]), "--new", str(CASES[case]["new"])]
-    return in_process(command, PEERS)
+    options = ["--shape", shape, "--phase", "update", "--repeats", str(a.repeats)]
+    options += ["--micro", str(a.micro)]
+    options += ["--prompt-len", str(CASES[case]["prompt_len"]), "--new", str(CASES[case]["new"])]
+    return run_peer(who, *options)
 
 
 def by_real_tokens(result: dict, num_tokens: int) -> dict:

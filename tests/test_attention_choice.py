@@ -9,10 +9,11 @@ import pytest
 import tiny
 
 from adpo_jax import Policy
-from adpo_jax.engine.kernels import DECODING, PREFILL
+from adpo_jax.engine import kernels
+from adpo_jax.engine.kernels import DECODING, PREFILL, decode_gpu
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
-from adpo_jax.model import attention_choice
+from adpo_jax.model import attention_choice, attention_kernels
 from adpo_jax.model.attention_choice import (
     NAMES,
     AttentionFallback,
@@ -44,14 +45,16 @@ def each_warns():
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_auto_is_the_kernel_on_a_tpu_and_plain_elsewhere_without_a_word(use):
+def test_auto_is_the_kernel_of_the_platform_and_plain_elsewhere_without_a_word(use):
     assert resolve("auto", use, of_model(use), "tpu") == "pallas_tpu"
-    assert resolve("auto", use, of_model(use), "gpu") == "xla"
+    on_gpu = "pallas_gpu" if use is DECODING else "xla"
+    assert resolve("auto", use, of_model(use), "gpu") == on_gpu
     assert resolve("auto", use, of_model(use, head_dim=16, dtype=jnp.float32), "cpu") == "xla"
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_every_name_is_taken_where_it_runs_and_refused_elsewhere(use):
+def test_every_name_is_taken_where_it_runs_and_refused_elsewhere(use, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "missing_cudnn", lambda: "")
     for name, one in use.table.items():
         for platform in ("cpu", "gpu", "tpu"):
             if not one.platforms or platform in one.platforms:
@@ -73,11 +76,33 @@ REFUSED = {
     "lanes of decoding": (DECODING, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
     "Triton's shapes": (DECODING, "pallas_gpu", {"head_dim": 96}, "power of two, .* given 96"),
     "an int8 cache": (DECODING, "pallas_gpu", {"dtype": jnp.int8}, "has no int8 cache"),
-    "layers apart": (DECODING, "pallas_gpu", {"stacked": False}, "reads layers that are stacked"),
+    "turned keys": (DECODING, "pallas_gpu", {"transposed_keys": True}, "are not transposed"),
+    "layers apart": (DECODING, "pallas_tpu", {"stacked": False}, "reads layers that are stacked"),
     "wide numbers": (ROWS, "cudnn", {"dtype": jnp.float32}, "or float16; given float32"),
     "a wide head": (STREAMS, "cudnn", {"head_dim": 512}, "at most 256 .* given 512"),
     "a soft cap": (ROWS, "cudnn", {"soft_cap": 5.0}, "no soft cap"),
 }
+
+
+class Card:
+    """A GPU as the choice looks at it."""
+
+    platform, device_kind = "gpu", "a card"
+
+    def __init__(self, capability: str):
+        self.compute_capability = capability
+
+
+def test_auto_on_a_gpu_is_plain_on_cards_and_jax_versions_that_have_no_kernel(monkeypatch, caplog):
+    layout = of_model(DECODING)
+    with caplog.at_level("INFO", logger="absl"):
+        assert kernels.choose("auto", layout, Card("9.0")) == "pallas_gpu"
+        assert kernels.choose("auto", layout, Card("7.5")) == "xla"
+    assert "decoding on a card: xla: the kernel of GPUs needs a GPU of" in caplog.text
+    monkeypatch.setattr(decode_gpu, "plt", None)
+    assert kernels.choose("auto", layout, Card("9.0")) == "xla"
+    with pytest.raises(ValueError, match="needs Pallas' Triton backend, which jax"):
+        kernels.choose("pallas_gpu", layout, Card("9.0"))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -127,6 +152,13 @@ def test_prefill_that_the_gpu_kernel_does_not_have_runs_plain_with_a_warning(eac
     with pytest.warns(AttentionFallback, match=message):
         fallen_back = Verbs(policy, layout, "pallas_gpu").prefill(params, tokens, lengths)
     jax.tree.map(np.testing.assert_array_equal, fallen_back, plain)
+
+
+def test_prefill_is_plain_on_a_machine_that_compiles_for_gpus_and_has_no_cudnn(monkeypatch):
+    settings = of_model(PREFILL)
+    monkeypatch.setattr(attention_kernels, "missing_cudnn", lambda: "is not to be had here (...)")
+    with pytest.warns(AttentionFallback, match="prefill of cuDNN, which is not to be had here"):
+        assert fitting("pallas_gpu", PREFILL, settings) == "xla"
 
 
 def test_what_decodes_also_has_a_prefill():

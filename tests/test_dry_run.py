@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_config import parse
 
 from adpo_jax import dry_run
-from adpo_jax.devices import chips, sharding
+from adpo_jax.devices import chips, sharding, topologies
 from adpo_jax.dry_run.hlo import Program
 
 TINY = (
@@ -171,6 +171,95 @@ def test_a_topology_without_libtpu_or_of_no_known_name_is_refused(monkeypatch):
 def test_published_figures_are_known_for_every_generation_that_can_be_compiled_for():
     kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "NVIDIA H200")
     assert all(chips.CHIPS[kind].flops > 1e14 for kind in kinds)
+
+
+def test_gpus_that_no_machine_has_are_refused_with_the_names_that_are_known(monkeypatch):
+    for wrong in ("h100:", "h100:0", "h100:12", "h100:-1", "h100:1x8"):
+        with pytest.raises(ValueError, match=r"h100:1, h100:8 or h100:16; given " + wrong):
+            topologies.topology_devices(wrong)
+    monkeypatch.setattr(topologies, "has_gpu_compiler", lambda: False)
+    with pytest.raises(ValueError, match=r"pip install 'adpo-jax\[gpu-aot\]'"):
+        topologies.topology_devices("h200:1")
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(ValueError, match="names of GPUs are a100, .*h100, .*h200"):
+        topologies.topology_devices("h300:1")
+
+
+def test_jax_takes_three_quarters_of_a_gpu_or_what_the_environment_says(monkeypatch):
+    card = chips.CHIPS["NVIDIA H100 80GB HBM3"]
+    monkeypatch.delenv(chips.PREALLOCATED_VARIABLE, raising=False)
+    assert card.usable == 60 * 10**9
+    monkeypatch.setenv(chips.PREALLOCATED_VARIABLE, ".9")
+    assert card.usable == 72 * 10**9
+    monkeypatch.setenv(chips.PREALLOCATED_VARIABLE, "most")
+    with pytest.raises(ValueError, match="is a share of a GPU's memory such as 0.75; given 'most'"):
+        _ = card.usable
+    assert chips.CHIPS["TPU v5e"].usable == 16 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+def test_an_iteration_compiles_for_a_gpu_and_two_machines_have_eight_each():
+    if not topologies.has_gpu_compiler():
+        pytest.skip("needs the extra [gpu-aot]")
+    two = topologies.topology_devices("h100:16")
+    assert [d.process_index for d in two] == [0] * 8 + [1] * 8
+    assert len(topologies.one_host("h100:16", two)) == 8
+    report = dry_run.dry_run(parse(*TINY), "h200:1")
+    assert [step.name for step in report.steps] == ["prefill", "decode", "update"]
+    assert report.fits
+    assert report.memory == 0.75 * 141 * 10**9
+    assert all(step.launches > 10 and not step.collectives for step in report.steps)
+
+
+def test_what_moves_and_what_computes_are_told_apart_and_an_update_in_place_counts_its_part():
+    text = """HloModule m
+%slice (p: bf16[28,64,64], i: s32[]) -> bf16[1,64,64] {
+  %p = bf16[28,64,64] parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = bf16[1,64,64] dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,64,64}
+}
+%update (c: bf16[28,64,64], n: bf16[64,64], j: s32[]) -> bf16[28,64,64] {
+  %c = bf16[28,64,64] parameter(0)
+  %n = bf16[64,64] parameter(1)
+  %t = bf16[64,64] tanh(%n)
+  %b = bf16[1,64,64] bitcast(%t)
+  %j = s32[] parameter(2)
+  %y = s32[] constant(0)
+  ROOT %u = bf16[28,64,64] dynamic-update-slice(%c, %b, %j, %y, %y)
+}
+%end (q: (s32[], bf16[28,64,64])) -> pred[] {
+  %q = (s32[], bf16[28,64,64]) parameter(0)
+  %k = s32[] get-tuple-element(%q), index=0
+  %last = s32[] constant(28)
+  ROOT %less = pred[] compare(%k, %last), direction=LT
+}
+%body (s: (s32[], bf16[28,64,64])) -> (s32[], bf16[28,64,64]) {
+  %s = (s32[], bf16[28,64,64]) parameter(0)
+  %l = s32[] get-tuple-element(%s), index=0
+  %w = bf16[28,64,64] get-tuple-element(%s), index=1
+  %one = bf16[1,64,64] fusion(%w, %l), kind=kLoop, calls=%slice
+  %flat = bf16[64,64] bitcast(%one)
+  %x = bf16[64,64] custom-call(%flat), custom_call_target="gpu", backend_config={name = "mine"}
+  %new = bf16[28,64,64] fusion(%w, %x, %l), kind=kLoop, calls=%update
+  %c1 = s32[] constant(1)
+  %m = s32[] add(%l, %c1)
+  ROOT %r = (s32[], bf16[28,64,64]) tuple(%m, %new)
+}
+ENTRY %main (a: (s32[], bf16[28,64,64])) -> (s32[], bf16[28,64,64]) {
+  %a = (s32[], bf16[28,64,64]) parameter(0)
+  ROOT %loop = (s32[], bf16[28,64,64]) while(%a), condition=%end, body=%body
+}
+"""
+    program, layer = Program(text), 64 * 64 * 2
+    # A turn: a slice, a kernel, an update, a sum, and the comparison of the loop.
+    assert program.launches == 28 * 5
+    (copy,) = program.copies(layer)
+    assert (copy.shape, copy.calls, copy.bytes) == ("bf16[1,64,64]", 28, 28 * layer)
+    scalars = 4 + 4 + (4 + 4 + 4) + (4 + 4 + 1)
+    assert program.kernel_calls == {"mine": 28}
+    assert program.traffic({"mine": 5}) == 28 * (2 * layer + 5 + 2 * layer + scalars)
 
 
 @pytest.mark.slow

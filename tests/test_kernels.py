@@ -78,6 +78,13 @@ def test_a_kernel_agrees_with_the_plain_version(machine, where, columns, soft_ca
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
 
 
+def test_the_gpu_kernel_reads_a_layer_of_its_own_as_it_reads_a_stack():
+    kv, q, reach = stored(96), queries(), ring_reach(96)
+    apart = tuple(jax.tree.map(lambda x, i=i: x[i], kv) for i in range(L))
+    parts = [decode_gpu.attend_part(q, x, 1, reach, interpret=True, block=32) for x in (kv, apart)]
+    jax.tree.map(np.testing.assert_array_equal, *parts)
+
+
 def test_the_tpu_kernel_reads_an_int8_cache():
     kv, q, reach = stored(96, jnp.int8), queries(), ring_reach(96)
     plain = kv_cache.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)

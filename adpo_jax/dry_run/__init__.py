@@ -2,6 +2,7 @@
 
     python -m adpo_jax.main --config=configs/gsm8k.py --dry_run
     python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=v5e:2x4
+    python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=h100:8
 
 The programs of an iteration (prefill, decode, anchor, update) are traced with every prompt and
 completion at full length: the lengths decide how the update packs them, and shapes stand in for
@@ -17,7 +18,6 @@ Letters: P prompts, G completions of a prompt, T tokens.
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Iterator
 
@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import Chip, chip_of
 from adpo_jax.devices.flops import traced_flops
+from adpo_jax.devices.topologies import one_host, topology_devices
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.dry_run.report import PROGRAM_OF, Report, Step
 from adpo_jax.engine.cache_plan import readable
@@ -40,11 +41,13 @@ from adpo_jax.run.config_checks import finalized
 from adpo_jax.update.learner import Learner
 
 
-def dry_run(config: ConfigDict, topology: str = "") -> Report:
+def dry_run(config: ConfigDict, topology: str = "", *, devices: list | None = None) -> Report:
     """Compiles an iteration of a run.
 
     Args:
-      topology: a TPU slice as libtpu names it, such as "v5e:2x4"; "" for the devices at hand.
+      topology: a TPU slice as libtpu names it, such as "v5e:2x4", or GPUs, such as "h100:8"; "" for
+        the devices at hand.
+      devices: those at hand to compile for; None for all.
 
     Raises:
       ValueError: for a config that cannot work on these devices, or a topology that cannot be
@@ -52,45 +55,10 @@ def dry_run(config: ConfigDict, topology: str = "") -> Report:
     """
     config = finalized(config)
     if not topology:
-        devices = jax.devices()
+        devices = devices or jax.devices()
         return _report(config, devices, None, f"{len(devices)} x {devices[0].device_kind}")
     devices = topology_devices(topology)
-    return _report(config, devices, _one_host(topology, devices), topology)
-
-
-def _one_host(topology: str, devices: list) -> list:
-    """The devices of one host: libtpu compiles for whole slices, not for a part of one."""
-    if len({device.process_index for device in devices}) == 1:
-        return devices
-    generation, _, sides = topology.partition(":")
-    host = topology_devices(f"{generation}:2x2" + "x1" * (sides.count("x") - 1))
-    assert len(host) == sum(d.process_index == devices[0].process_index for d in devices)
-    return host
-
-
-def topology_devices(name: str) -> list:
-    """The devices of a TPU slice, which need not be there.
-
-    Raises:
-      ValueError: without libtpu, or for a name it does not know.
-    """
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "compiling for a TPU that is not there needs libtpu: pip install 'adpo-jax[tpu-aot]'"
-        ) from None
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # of several classes, by the kind of mistake
-        raise ValueError(
-            f"libtpu has no topology {name!r}; it is a generation and chips a side, such as "
-            f"v5e:2x4, v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1: {str(error).splitlines()[0]}"
-        ) from error
+    return _report(config, devices, one_host(topology, devices), topology)
 
 
 def _report(config: ConfigDict, devices: list, host: list | None, where: str) -> Report:
@@ -218,6 +186,7 @@ def _compiled(
         flops=program.flops,
         balance=program.flops * num_devices / max(traced_flops(traced, turns), 1),
         collectives=program.collectives,
+        launches=program.launches,
         compile_s=seconds,
     )
 
@@ -301,7 +270,7 @@ def _num_processes(mesh) -> int:
 
 def _memory(device, chip: Chip | None) -> int | None:
     if chip is not None:
-        return chip.memory
+        return chip.usable
     try:
         return device.memory_stats()["bytes_limit"]
     except (TypeError, KeyError, jax.errors.JaxRuntimeError):

@@ -1,4 +1,4 @@
-"""The FLOPs and collectives of a compiled program, read from its HLO text, loops counted.
+"""FLOPs, traffic, launches and collectives of a compiled program, from its HLO text, loops counted.
 
 XLA's own cost analysis counts the body of a loop once, and a model's layers are a loop. Here the
 body of a loop whose condition compares its counter with a constant counts as often as the loop
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator, Mapping
 
 COLLECTIVES = (
     "all-gather",
@@ -25,7 +26,17 @@ COLLECTIVES = (
 )
 _ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}]*)")
+# What occupies no kernel of a GPU: names for values, and the beginnings and ends of what does.
+_FREE = frozenset(
+    ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional")
+    + ("call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency")
+    + ("async-update", "async-done")
+)
+# What moves numbers and changes none.
+_MOVES = frozenset(
+    ("copy", "bitcast", "slice", "dynamic-slice", "transpose", "reshape", "concatenate", "pad")
+)
+_READS_A_PART = frozenset(("dynamic-slice", "slice", "gather"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +52,23 @@ class Collective:
     """
 
     kind: str
+    shape: str
+    calls: int
+    bytes: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """An instruction that moves an array and computes nothing.
+
+    Attributes:
+      shape: of its result, e.g. "bf16[1,1024,3072]".
+      calls: how often it runs.
+      bytes: bytes of its results over all calls.
+      source: the operation of the model that it serves, shortened.
+    """
+
     shape: str
     calls: int
     bytes: int
@@ -138,6 +166,150 @@ class Program:
         return total
 
     @functools.cached_property
+    def _executed(self) -> dict[str, int]:
+        """How often each computation runs whose instructions are kernels of their own."""
+        times = collections.Counter({self._entry: 1})
+        for name in self._in_call_order():
+            for i in self._computations[name] if times[name] else ():
+                if i.opcode in ("while", "conditional", "call"):
+                    turns = self._turns(i) if i.opcode == "while" else 1
+                    for other in _called(i):
+                        times[other] += times[name] * turns
+        return times
+
+    def _kernels(self) -> Iterator[tuple[_Instruction, int]]:
+        """The instructions that a device runs, and how often."""
+        for name, times in self._executed.items():
+            for i in self._computations[name] if times else ():
+                if i.opcode not in _FREE and not i.opcode.endswith("-done"):
+                    yield i, times
+
+    @functools.cached_property
+    def launches(self) -> int:
+        """Kernels that a GPU is given, one after the other; copies of memory are among them."""
+        return sum(times for _, times in self._kernels())
+
+    @property
+    def kernel_calls(self) -> dict[str, int]:
+        """How often each hand-written kernel is called, by the names that it was given."""
+        calls = collections.Counter()
+        for i, times in self._kernels():
+            if i.opcode == "custom-call":
+                calls[_kernel_name(i)] += times
+        return dict(calls)
+
+    def traffic(self, of_kernels: Mapping[str, int] | None = None) -> int:
+        """Bytes that the instructions read and write, each of its operands and results once.
+
+        Of an operand that is sliced the slice counts, of a result that is updated in place the
+        update. What stays in a cache between two instructions is counted all the same.
+
+        Args:
+          of_kernels: bytes of one call of hand-written kernels by their names; others count like
+            any instruction.
+        """
+        return sum(times * self._bytes_of(i, of_kernels or {}) for i, times in self._kernels())
+
+    def seconds(
+        self,
+        flops: float,
+        bandwidth: float,
+        *,
+        launch: float = 0.0,
+        of_kernels: Mapping[str, int] | None = None,
+    ) -> float:
+        """Seconds of a device that runs one kernel after the other, each at one of its two limits.
+
+        Args:
+          flops, bandwidth: operations and bytes a second.
+          launch: seconds that each kernel takes besides.
+          of_kernels: as in `traffic`.
+        """
+        return sum(
+            times
+            * (
+                launch
+                + max(self._flops_of(i) / flops, self._bytes_of(i, of_kernels or {}) / bandwidth)
+            )
+            for i, times in self._kernels()
+        )
+
+    def _flops_of(self, i: _Instruction) -> int:
+        inside = self._computations[_called(i)[0]] if i.opcode == "fusion" else [i]
+        total = sum(_dot_flops(x, self._shapes) for x in inside if x.opcode == "dot")
+        more = (_convolution_flops(x, self._shapes) for x in inside if x.opcode == "convolution")
+        return total + sum(more)
+
+    def _bytes_of(self, i: _Instruction, of_kernels: Mapping[str, int]) -> int:
+        if i.opcode == "custom-call" and _kernel_name(i) in of_kernels:
+            return of_kernels[_kernel_name(i)]
+        operands = [self._shapes[name] for name in i.operands if name in self._shapes]
+        if i.opcode in _READS_A_PART:
+            return 2 * _shape_bytes(i.shape)
+        if i.opcode == "dynamic-update-slice":
+            return 2 * _shape_bytes(operands[1])
+        if i.opcode != "fusion":
+            return _shape_bytes(i.shape) + sum(map(_shape_bytes, operands))
+        inside = self._computations[_called(i)[0]]
+        return self._written(inside) + sum(self._read(inside))
+
+    def _written(self, inside: list[_Instruction]) -> int:
+        """Bytes that a fusion writes."""
+        made = {i.name: i for i in inside}
+        root = inside[-1]
+        results = [made[n] for n in root.operands] if root.opcode == "tuple" else [root]
+        total = 0
+        for result in results:
+            while result.opcode == "bitcast":
+                result = made[result.operands[0]]
+            updated = result.opcode == "dynamic-update-slice"
+            total += _shape_bytes(made[result.operands[1]].shape if updated else result.shape)
+        return total
+
+    def _read(self, inside: list[_Instruction]) -> Iterator[int]:
+        """Bytes that a fusion reads of each of its operands."""
+        users = collections.defaultdict(list)
+        for i in inside:
+            for place, operand in enumerate(i.operands):
+                users[operand].append((i, place))
+        for parameter in inside:
+            if parameter.opcode != "parameter":
+                continue
+            total, open_ = 0, list(users[parameter.name])
+            while open_:
+                user, place = open_.pop()
+                if user.opcode == "bitcast":
+                    open_ += users[user.name]
+                elif user.opcode in _READS_A_PART and place == 0:
+                    total += _shape_bytes(user.shape)
+                elif user.opcode != "dynamic-update-slice" or place:
+                    total = _shape_bytes(parameter.shape)
+                    break
+            yield min(total, _shape_bytes(parameter.shape))
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, str]:
+        return {i.name: i.shape for inside in self._computations.values() for i in inside}
+
+    def copies(self, least: int) -> list[Copy]:
+        """Instructions that move arrays of `least` bytes or more and compute nothing."""
+        found = collections.Counter()
+        for i, times in self._kernels():
+            inside = [i]
+            if i.opcode == "fusion":
+                inside = self._computations[_called(i)[0]]
+            if i.opcode.endswith("-start"):  # a TPU fetches ahead into its fast memory
+                continue
+            moved = self._written(inside) if i.opcode == "fusion" else _shape_bytes(i.shape)
+            big = [o for o in inside if o.opcode not in ("parameter", "constant", "tuple")]
+            # The arithmetic of where to slice is on scalars.
+            big = [o for o in big if _shape_bytes(o.shape) > 8]
+            if moved >= least and big and all(o.opcode in _MOVES for o in big):
+                found[_short_shape(i.shape), moved, _source(i.rest)] += times
+        copies = [Copy(shape, n, n * size, source) for (shape, size, source), n in found.items()]
+        return sorted(copies, key=lambda c: -c.bytes)
+
+    @functools.cached_property
     def collectives(self) -> list[Collective]:
         """All collectives; those that move most bytes come first."""
         # A collective that runs beside arithmetic is written several times under one channel.
@@ -227,6 +399,22 @@ def _constant(instruction: _Instruction) -> int | None:
     """The value of an integer constant."""
     match = instruction.opcode == "constant" and re.match(r"\((\d+)\)", instruction.rest)
     return int(match.group(1)) if match else None
+
+
+def _kernel_name(i: _Instruction) -> str:
+    """The name that a hand-written kernel was given, or the target of the call."""
+    given = re.search(r'\bname = "([^"]+)"|"kernel_name"\s*:\s*"([^"]+)"', i.rest)
+    if given:
+        return given.group(1) or given.group(2)
+    return re.search(r'custom_call_target="([^"]*)"', i.rest).group(1)
+
+
+def _short_shape(shape: str) -> str:
+    return " ".join(f"{item}[{dims}]" for item, dims in _SHAPE.findall(shape))
+
+
+def _shape_bytes(shape: str) -> int:
+    return sum(_bytes(*part) for part in _SHAPE.findall(shape))
 
 
 def _dims(shape: str) -> list[int]:

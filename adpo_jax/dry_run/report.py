@@ -23,6 +23,8 @@ class Step:
       flops: FLOPs of its matrix products (those inside of Pallas kernels are not seen).
       balance: flops x devices / flops that the program asks for: 1 if no device repeats another's
         work.
+      launches: kernels that the device is given, one after the other; what a TPU's compiler makes
+        of a program is one.
       compile_s: seconds that compiling took here.
     """
 
@@ -33,6 +35,7 @@ class Step:
     flops: int
     balance: float
     collectives: list[Collective]
+    launches: int
     compile_s: float
 
     def floor_s(self, chip: Chip) -> float:

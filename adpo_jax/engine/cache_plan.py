@@ -104,7 +104,7 @@ def _device_share(utilization: float, device: jax.Device) -> tuple[int | None, s
         chip = chip_of(device)  # the device belongs to a topology that is not there
         if chip is None:
             raise ValueError(f"the memory of a {device.device_kind} is not known; see chips.py")
-        return int(utilization * chip.memory), f"{utilization} x {readable(chip.memory)}", 0
+        return int(utilization * chip.usable), f"{utilization} x {readable(chip.usable)}", 0
     stats = device.memory_stats()
     if device.platform != "cpu" and stats and "bytes_limit" in stats:
         limit = stats["bytes_limit"]

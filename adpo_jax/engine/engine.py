@@ -34,7 +34,6 @@ from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.verbs import DecodeState, Verbs
-from adpo_jax.model import attention_choice
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Completions
 
@@ -98,7 +97,7 @@ class Engine:
         device = _device(policy)
         tuning = cpu_engine.engine_tuning(device.platform, attention, policy.config.num_layers)
         layout = _layout(policy, cache_dtype, tuning)
-        attention = attention_choice.resolve(attention, kernels.DECODING, layout, device.platform)
+        attention = kernels.choose(attention, layout, device)
         self.policy = policy
         self.verbs = Verbs(policy, layout, attention)
         self.max_prompt_length = max_prompt_length

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
@@ -124,7 +125,8 @@ class Verbs:
         return cpu.decoding_params(
             params,
             lora_scale=policy.lora.scale if merge else None,
-            join=policy.mesh is None or policy.mesh.size == 1,
+            # XLA's compiler for GPUs joins products of one input by itself, and copies nothing.
+            join=(policy.mesh is None or policy.mesh.size == 1) and _platform(policy) == "cpu",
         )
 
     def abstract_params(self):
@@ -467,9 +469,18 @@ class Verbs:
         return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
 
 
-def _abstract_result(jitted, *args):
+def _platform(policy: Policy) -> str:
+    return policy.attention_settings.platform
+
+
+def _abstract_result(jitted, verbs: Verbs, *args):
     """The shapes and shardings of a jitted function's result."""
-    lowered = jitted.lower(*args)
+    lowered, mesh = jitted.lower(verbs, *args), verbs.policy.mesh
+    if mesh is not None and mesh.size == 1:  # the program itself names no device
+        layout = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout), lowered.out_info
+        )
     return jax.tree.map(
         lambda s, layout: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=layout),
         lowered.out_info,

@@ -27,8 +27,8 @@ NAMES = (
 )
 PLAIN = "xla"
 
-# The name that `auto` means on a platform; the plain version elsewhere. On GPUs the kernels can be
-# asked for, but no measurement speaks for them yet.
+# The name that `auto` means on a platform, where a use says nothing else; the plain version
+# elsewhere.
 PREFERRED = {"tpu": "pallas_tpu"}
 
 
@@ -66,10 +66,12 @@ class Use:
       name: for messages, such as "decoding".
       table: implementations by names of `NAMES`; "xla", the plain version, is always among them and
         runs everything.
+      preferred: the name that `auto` means on a platform; the plain version elsewhere.
     """
 
     name: str
     table: Mapping[str, Implementation]
+    preferred: Mapping[str, str] = dataclasses.field(default_factory=PREFERRED.copy)
 
     def __post_init__(self):
         assert {PLAIN} <= set(self.table) <= set(NAMES), self
@@ -93,7 +95,7 @@ def resolve(name: str, use: Use, model: Any, platform: str) -> str:
     if name not in NAMES:
         raise ValueError(f"attention is one of {', '.join(NAMES)}; given {name!r}")
     if name == "auto":
-        return fitting(PREFERRED.get(platform, PLAIN), use, model)
+        return fitting(use.preferred.get(platform, PLAIN), use, model)
     if name not in use.table:
         others = ", ".join(["auto", *use.table])
         raise ValueError(

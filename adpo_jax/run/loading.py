@@ -37,7 +37,7 @@ class ModelSource:
     Attributes:
       folder: a folder with config.json, tokenizer and weights; None for the embedded model.
       hf_config: its config.json, with the overrides of model.hf_config.
-      tokenizer: a Hugging Face tokenizer.
+      tokenizer: a Hugging Face tokenizer; None where the architecture alone was read.
       stop_token_ids: the tokens that end a completion.
       random_init: whether to start from random weights.
       generation_config: the folder's generation_config.json; empty for none.
@@ -122,7 +122,7 @@ def find_architecture(config: ConfigDict) -> ModelSource:
     hf_config = folders.find_config(model.path)
     hf_config = folders.overridden(hf_config, model.override_config.to_dict())
     hf_config |= model.hf_config.to_dict()
-    return ModelSource(None, hf_config, (), (0,), True, *_find_lora(model))
+    return ModelSource(None, hf_config, None, (0,), True, *_find_lora(model))
 
 
 def _load_tokenizer(folder: Path, hf_config: dict, trust_remote_code: bool):
@@ -217,7 +217,8 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
       ValueError: for an architecture that is not supported, or a tokenizer of another model.
     """
     policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
-    _check_vocabulary(source, policy.config.vocab_size)
+    if source.tokenizer is not None:
+        _check_vocabulary(source, policy.config.vocab_size)
     attention = config.actor_rollout_ref.actor.attention
     with whole_keys({"attention": "actor_rollout_ref.actor.attention"}):
         return dataclasses.replace(policy, lora=source.lora, attention=attention)

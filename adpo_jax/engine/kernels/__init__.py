@@ -8,17 +8,40 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
-from adpo_jax.engine.kv_cache import AttendPart, CacheLayout, Part, Reach
+from adpo_jax.engine.kv_cache import AttendPart, CacheLayout, LayerKV, Part, Reach
 from adpo_jax.model import attention_choice, attention_kernels
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Implementation, Use
 from adpo_jax.model.attention_kernels import ROWS, Settings
 from adpo_jax.policy.policy import Policy
+
+
+def choose(name: str, layout: CacheLayout, device: jax.Device) -> str:
+    """The name of the implementation that `name` means for decoding on a device.
+
+    The choice is logged.
+
+    Args:
+      name: one of `attention_choice.NAMES`.
+      device: one of the devices, which need not be there.
+
+    Raises:
+      ValueError: as `attention_choice.resolve` does.
+    """
+    chosen, why = name, ""
+    if name == "auto" and device.platform == "gpu":
+        why = decode_gpu.obstacle(device)
+        chosen = attention_choice.PLAIN if why else name
+    chosen = attention_choice.resolve(chosen, DECODING, layout, device.platform)
+    reason = f": the kernel of GPUs {why}" if why else ""
+    logging.info("attention of decoding on %s: %s%s", device.device_kind, chosen, reason)
+    return chosen
 
 
 def attend_part(
@@ -74,13 +97,18 @@ def _of_each_device(kernel: AttendPart, mesh: Mesh | None) -> AttendPart:
         def local(q, kv, index, origin, back, length):
             return kernel(q, kv, index, Reach(origin, back, length, reach.ring))
 
+        of_layer, stored = by_head, kv
+        if isinstance(kv, LayerKV):
+            of_layer = (None, *by_head)
+        else:
+            stored, index = (kv[index],), 0
         return on_each_device(
             local,
             mesh,
             {"batch": q.shape[0], "kv_heads": q.shape[1]},
-            in_axes=(by_head, (None, *by_head), (), by_row, by_row, by_row),
+            in_axes=(by_head, of_layer, (), by_row, by_row, by_row),
             out_axes=by_head,
-        )(q, kv, index, reach.origin, reach.reach, reach.length)
+        )(q, stored, index, reach.origin, reach.reach, reach.length)
 
     return attend
 
@@ -100,15 +128,17 @@ def _tpu_obstacle(layout: CacheLayout) -> str:
 
 def _gpu_obstacle(layout: CacheLayout) -> str:
     D = layout.head_dim
+    if why := decode_gpu.obstacle():
+        return why
     if jnp.dtype(layout.dtype) == jnp.int8:
         return "has no int8 cache, which was asked for; bfloat16 is one that it has"
     if D & (D - 1):
         return f"needs a head_dim that is a power of two, as Triton does; given {D}"
-    return _layout_obstacle(layout)
+    return "" if not layout.transposed_keys else "reads keys that are not transposed"
 
 
 def _gpu_prefill_obstacle(settings: Settings) -> str:
-    why = attention_kernels.cudnn_obstacle(settings)
+    why = attention_kernels.cudnn_obstacle(settings) or attention_kernels.missing_cudnn()
     return why and f"has the prefill of cuDNN, which {why}"
 
 
@@ -123,6 +153,7 @@ DECODING = Use(
             functools.partial(_tpu, interpret=True), (), _tpu_obstacle
         ),
     },
+    {"tpu": "pallas_tpu", "gpu": "pallas_gpu"},
 )
 
 # The name chosen for decoding decides prefill too; (settings, positions, segments) -> Attend

@@ -11,15 +11,31 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from adpo_jax.engine.kernels.decode_tpu import block_range
-from adpo_jax.engine.kv_cache import LayerKV, Part, Reach
+from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach
 from adpo_jax.model.attention import MASKED
+
+try:  # jax 0.12 calls it deprecated; a later one has it no more
+    from jax.experimental.pallas import triton as plt
+except ImportError:
+    plt = None
 
 BLOCK = 64
 # The smallest side of a matrix product on tensor cores.
 MIN_QUERIES = 16
+# The oldest compute capability whose tensor cores take bfloat16: an A100's.
+MIN_CAPABILITY = 8.0
+
+
+def obstacle(device: jax.Device | None = None) -> str:
+    """Why the kernel runs on no GPU, or not on this one; empty where it does."""
+    if plt is None:
+        return f"needs Pallas' Triton backend, which jax {jax.__version__} does not have"
+    capability = float(getattr(device, "compute_capability", None) or MIN_CAPABILITY)
+    if capability < MIN_CAPABILITY:
+        return f"needs a GPU of compute capability {MIN_CAPABILITY} or more; given {capability}"
+    return ""
 
 
 def _kernel(
@@ -36,6 +52,7 @@ def _kernel(
     top_ref,
     total_ref,
     *,
+    padded: int,
     block: int,
     blocks: int,
     columns: int,
@@ -44,24 +61,30 @@ def _kernel(
 ):
     row, head = pl.program_id(0), pl.program_id(1)
     layer, start, length = index_ref[0], start_ref[row], length_ref[row]
-    q = q_ref[0, 0]
-    origin, reach = origin_ref[0], reach_ref[0]
+    queries, D = q_ref.shape[2:]
+    query = jnp.arange(padded)
+    real = query < queries
+    mine = (row, head, pl.ds(0, padded))
+    q = plt.load(q_ref.at[*mine, slice(None)], mask=real[:, None], other=0)
+    origin = plt.load(origin_ref.at[row, pl.ds(0, padded)], mask=real, other=0)
+    reach = plt.load(reach_ref.at[row, pl.ds(0, padded)], mask=real, other=-1)
 
     def visit(j, carry):
         out, top, total = carry
         this = jax.lax.rem(start - j + blocks, blocks)
         at = this * block + jnp.arange(block)
-        here = (layer, row, head, pl.ds(this * block, block), slice(None))
-        inside = (at < columns)[:, None]
-        k = plt.load(k_ref.at[here], mask=inside, other=0).astype(q.dtype)
-        v = plt.load(v_ref.at[here], mask=inside, other=0).astype(q.dtype)
-        scores = plt.dot(q, k, trans_b=True)
-        if soft_cap is not None:
-            scores = soft_cap * (2 / (1 + jnp.exp(-2 * scores / soft_cap)) - 1)  # tanh
         back = origin[:, None] - at[None, :]
         if ring:
             back = jnp.where(back < 0, back + columns, back)
-        seen = (back <= reach[:, None]) & (at[None, :] < length)
+        seen = (back <= reach[:, None]) & (at[None, :] < jnp.minimum(length, columns))
+        # What no query sees is not read: on average that is a block of each row.
+        read = (jnp.max(seen.astype(jnp.int32), axis=0) > 0)[:, None]
+        here = (layer, row, head, pl.ds(this * block, block), slice(None))
+        k = plt.load(k_ref.at[here], mask=read, other=0).astype(q.dtype)
+        v = plt.load(v_ref.at[here], mask=read, other=0).astype(q.dtype)
+        scores = plt.dot(q, k, trans_b=True)
+        if soft_cap is not None:
+            scores = soft_cap * (2 / (1 + jnp.exp(-2 * scores / soft_cap)) - 1)  # tanh
         scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
@@ -70,19 +93,20 @@ def _kernel(
         out = out * shrink[:, None] + plt.dot(weights.astype(v.dtype), v)
         return out, new_top, total
 
-    queries, D = q.shape
     first = (
-        jnp.zeros((queries, D), jnp.float32),
-        jnp.full((queries,), MASKED, jnp.float32),
-        jnp.zeros((queries,), jnp.float32),
+        jnp.zeros((padded, D), jnp.float32),
+        jnp.full((padded,), MASKED, jnp.float32),
+        jnp.zeros((padded,), jnp.float32),
     )
     out, top, total = jax.lax.fori_loop(0, last_ref[row] + 1, visit, first)
-    out_ref[0, 0], top_ref[0, 0], total_ref[0, 0] = out, top, total
+    plt.store(out_ref.at[*mine, slice(None)], out, mask=real[:, None])
+    plt.store(top_ref.at[*mine], top, mask=real)
+    plt.store(total_ref.at[*mine], total, mask=real)
 
 
 def attend_part(
     q: jax.Array,
-    kv: LayerKV,
+    kv: KV,
     index,
     reach: Reach,
     *,
@@ -90,22 +114,19 @@ def attend_part(
     interpret: bool = False,
     block: int = BLOCK,
 ) -> Part:
-    """As `kv_cache.attend_part`, on a stacked cache with keys [L, rows, K, columns, D]."""
+    """As `kv_cache.attend_part`, on a cache whose layers are a tuple or stacked.
+
+    Keys are [rows, K, columns, D] of a layer.
+    """
+    if not isinstance(kv, LayerKV):
+        kv, index = jax.tree.map(lambda x: x[None], kv[index]), 0
     rows, K, Q, D = q.shape
     columns = kv.v.shape[-2]
-    padded = max(MIN_QUERIES, 1 << (Q - 1).bit_length())
-    more = padded - Q
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, more), (0, 0)))
-    origin = jnp.pad(reach.origin, ((0, 0), (0, more)))
-    reaches = jnp.pad(reach.reach, ((0, 0), (0, more)), constant_values=-1)
     start, last = block_range(reach, columns, block)
-
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    per_query = pl.BlockSpec((1, padded), lambda row, head: (row, 0))
-    of_head = pl.BlockSpec((1, 1, padded, D), lambda row, head: (row, head, 0, 0))
-    one = pl.BlockSpec((1, 1, padded), lambda row, head: (row, head, 0))
     kernel = functools.partial(
         _kernel,
+        padded=max(MIN_QUERIES, 1 << (Q - 1).bit_length()),
         block=block,
         blocks=-(-columns // block),
         columns=columns,
@@ -115,24 +136,25 @@ def attend_part(
     part = pl.pallas_call(
         kernel,
         grid=(rows, K),
-        in_specs=[whole] * 4 + [of_head, per_query, per_query, whole, whole],
-        out_specs=[of_head, one, one],
+        in_specs=[whole] * 9,
+        out_specs=[whole] * 3,
         out_shape=[
-            jax.ShapeDtypeStruct((rows, K, padded, D), jnp.float32),
-            jax.ShapeDtypeStruct((rows, K, padded), jnp.float32),
-            jax.ShapeDtypeStruct((rows, K, padded), jnp.float32),
+            jax.ShapeDtypeStruct((rows, K, Q, D), jnp.float32),
+            jax.ShapeDtypeStruct((rows, K, Q), jnp.float32),
+            jax.ShapeDtypeStruct((rows, K, Q), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
+        name="decode_ring" if reach.ring else "decode_prompts",
     )(
         jnp.reshape(index, (1,)).astype(jnp.int32),
         start,
         last,
         reach.length,
         q,
-        origin,
-        reaches,
+        reach.origin,
+        reach.reach,
         kv.k,
         kv.v,
     )
-    return jax.tree.map(lambda x: x[:, :, :Q], Part(*part))
+    return Part(*part)

@@ -177,6 +177,18 @@ def cudnn_obstacle(settings: Settings) -> str:
     return ""
 
 
+@functools.cache
+def missing_cudnn() -> str:
+    """Why cuDNN cannot be called here, as on a machine that compiles for GPUs and has none."""
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(attend, x, x, x)
+    except RuntimeError as error:
+        return f"is not to be had here ({str(error).splitlines()[0][:80]})"
+    return ""
+
+
 # --- the tables
 
 

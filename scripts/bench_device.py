@@ -1,0 +1,453 @@
+"""What matters of this project on one device, most important first, in under a quarter of an hour.
+
+    python scripts/bench_device.py --out device.jsonl         on a GPU or a TPU
+    python scripts/bench_device.py --tiny                     the same road on a CPU, tiny shapes
+    python scripts/bench_device.py --parts rollout,update
+
+One JSON line a part, written as soon as the part ends, so that what is cut short leaves what came
+before. Nothing is fetched: weights are random, shapes those of Qwen3-0.6B and configs/gsm8k.py. A
+part that fails is a line with its error, and the next part runs. No part begins after `--budget`
+seconds; a part that hangs has no end of its own.
+
+  kernels    each kernel of this device against its plain version: the largest difference, the times
+  rollout    256 requests of 100 to 1,024 tokens in and out, seed 0, ends ignored (the published
+             workload of vLLM's benchmarks): tokens of completions a second
+  update     optimizer steps at 16,384 packed tokens: tokens a second, MFU
+  iteration  64 prompts x 8 completions of up to 1,024 tokens, rollout to update, time of each part
+  memory     the bytes in use at their peak against those that a dry run predicts
+Every part names the seconds of its first call, compiling included.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a clone needs no installation
+PARTS = ("kernels", "rollout", "update", "iteration", "memory")
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--out", type=Path, help="a file that gets the lines too")
+    parser.add_argument("--budget", type=float, default=800, help="seconds until the last start")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    return parser.parse_args(argv)
+
+
+class Sizes:
+    """The numbers of the parts; a sixteenth or so of them with --tiny."""
+
+    def __init__(self, tiny: bool):
+        self.requests, self.least, self.most = (8, 4, 32) if tiny else (256, 100, 1024)
+        self.packed = 256 if tiny else 16384
+        self.prompts, self.samples = (4, 2) if tiny else (64, 8)
+        self.prompt, self.response = (16, 16) if tiny else (512, 1024)
+        self.rows, self.columns = (4, 64) if tiny else (232, 1024)
+
+
+class Bench:
+    """The model and its parts, made once for all measurements."""
+
+    def __init__(self, a: argparse.Namespace):
+        import jax
+
+        from adpo_jax.devices.chips import chip_of
+        from adpo_jax.run import loading, setup
+        from adpo_jax.run.config_checks import finalized
+
+        self.sizes = s = Sizes(a.tiny)
+        self.repeats = a.repeats
+        config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
+        config.actor_rollout_ref.model.path = a.model
+        if a.tiny:
+            with config.unlocked():
+                config.actor_rollout_ref.model.hf_config.update(TINY)
+        config.data.max_prompt_length, config.data.max_response_length = s.prompt, s.response
+        config.data.train_batch_size = s.prompts
+        config.actor_rollout_ref.actor.ppo_mini_batch_size = s.prompts
+        config.algorithm.num_generations = s.samples
+        if a.tiny:
+            config.trainer.per_device_train_batch_size = s.samples
+        self.config = finalized(config)
+        self.device = jax.local_devices()[0]
+        self.chip = chip_of(self.device)
+        mesh = setup.make_mesh(self.config, [self.device])
+        self.policy = loading.make_policy(self.config, loading.find_architecture(self.config), mesh)
+        self._params = None
+
+    @property
+    def params(self):
+        import jax
+
+        if self._params is None:
+            self._params = self.policy.init(jax.random.key(0))
+        return self._params
+
+    def engine(self, prompt: int, response: int, slots: int, **options):
+        from adpo_jax.engine.engine import Engine
+
+        return Engine(
+            self.policy,
+            max_prompt_length=prompt,
+            max_response_length=response,
+            num_slots=slots,
+            **options,
+        )
+
+    def learner(self, prompts: int):
+        from adpo_jax.devices import sharding
+        from adpo_jax.run import setup
+        from adpo_jax.run.batch_plan import batch_plan
+
+        config = self.config.copy_and_resolve_references()
+        config.data.train_batch_size = prompts
+        config.actor_rollout_ref.actor.ppo_mini_batch_size = prompts
+        shards = sharding.BatchSharding(self.policy.mesh).num_shards
+        plan = batch_plan(config, num_shards=shards)
+        return setup.make_learner(config, self.policy, plan, num_steps=1000)
+
+
+def timed(call, repeats: int) -> tuple[float, list[float]]:
+    """Seconds of the first call and of each of the next ones."""
+    import jax
+
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - started)
+    return seconds[0], seconds[1:]
+
+
+def kernels(bench: Bench) -> dict:
+    """Every implementation of decoding and of packed streams against the plain one."""
+    return {"decoding": _decoding(bench), "streams": _streams(bench)}
+
+
+def _decoding(bench: Bench) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from adpo_jax.engine import kernels, kv_cache
+    from adpo_jax.engine.kv_cache import CacheLayout, Reach
+
+    s, c = bench.sizes, bench.policy.config
+    K, D, Q = c.num_kv_heads, c.head_dim, c.num_heads // c.num_kv_heads
+    dtype = bench.policy.dtype
+    layout = CacheLayout(1, K, D, dtype, stacked=True, transposed_keys=False)
+    keys = jax.random.split(jax.random.key(0), 3)
+    k, v = (jax.random.normal(key, (1, s.rows, K, s.columns, D), dtype) for key in keys[:2])
+    q = jax.random.normal(keys[2], (s.rows, K, Q, D), dtype) * jnp.asarray(D**-0.5, dtype)
+    age = jax.random.randint(keys[0], (s.rows, 1), 0, s.columns)
+    reach = (
+        jnp.full((s.rows, Q), s.columns // 3, jnp.int32),
+        jnp.broadcast_to(age, (s.rows, Q)).astype(jnp.int32),
+        jnp.full((s.rows,), s.columns, jnp.int32),
+    )
+    kv, results, found = kv_cache.LayerKV(k, v), {}, {}
+    for name, one in kernels.DECODING.table.items():
+        runs = not one.platforms or bench.device.platform in one.platforms
+        if not runs or one.obstacle(layout) or "interpret" in name:
+            continue
+        attend = kernels.attend_part(name, layout, None)
+
+        @jax.jit
+        def part(q, kv, *reach, attend=attend):
+            part = attend(q, kv, 0, Reach(*reach, ring=True))
+            return part.out / part.total[..., None]
+
+        first, times = timed(lambda part=part: part(q, kv, *reach), bench.repeats)
+        results[name] = np.asarray(part(q, kv, *reach), np.float32)
+        seen = int(jnp.sum(age + 1)) * 2 * K * D * jnp.dtype(dtype).itemsize
+        found[name] = {
+            "first_s": round(first, 3),
+            "ms": round(1000 * statistics.median(times), 4),
+            "gb_per_s_of_what_is_seen": round(seen / statistics.median(times) / 1e9, 1),
+            "largest_difference": float(np.max(np.abs(results[name] - results["xla"]))),
+        }
+    return found
+
+
+def _streams(bench: Bench) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from adpo_jax.model import attention_kernels
+    from adpo_jax.model.attention import LayerInfo
+    from adpo_jax.update import packing
+
+    s, policy = bench.sizes, bench.policy
+    sequences = _sequences(bench, bench.sizes.prompts, seed=1)
+    packed = packing.Packing(
+        sequences,
+        completions_per_micro=s.samples,
+        full_length=s.response,
+    ).batch(sequences)
+    stream = _stream_of(packed)
+    N, c = stream.positions.shape[1], policy.config
+    keys = jax.random.split(jax.random.key(1), 3)
+    heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+    q, k, v = (
+        jax.random.normal(key, (1, N, n, c.head_dim), policy.dtype) for key, n in zip(keys, heads)
+    )
+    settings, found, results = policy.attention_settings, {}, {}
+    info = LayerInfo(np.int32(0), np.int32(np.iinfo(np.int32).max), np.int32(0))
+    real = np.asarray(stream.segments)[..., None, None] > 0
+    for name, one in attention_kernels.STREAMS.table.items():
+        runs = not one.platforms or bench.device.platform in one.platforms
+        if not runs or one.obstacle(settings) or "interpret" in name:
+            continue
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(qkv, name=name):
+            attend = attention_kernels.stream_attention(name, settings, stream)
+            out = attend(*qkv, info, None)[0].astype(jnp.float32)
+            return jnp.sum(jnp.where(real, jnp.square(out), 0)) / out.size
+
+        first, times = timed(lambda loss=loss: loss((q, k, v)), bench.repeats)
+        _, gradient = loss((q, k, v))
+        results[name] = [np.asarray(g, np.float32) for g in gradient]
+        scale = max(float(np.abs(g).max()) for g in results["xla"])
+        pairs = zip(results[name], results["xla"])
+        found[name] = {
+            "tokens": N,
+            "first_s": round(first, 3),
+            "ms_forward_and_backward": round(1000 * statistics.median(times), 3),
+            "largest_difference_of_gradients": max(float(np.abs(a - b).max()) for a, b in pairs)
+            / scale,
+        }
+    return found
+
+
+def _stream_of(packed):
+    """The `Stream` of the first micro-batch of a packed batch of one shard."""
+    import jax
+    import jax.numpy as jnp
+
+    from adpo_jax.model.tile_attention import Stream
+
+    micro = jax.tree.map(lambda x: jnp.asarray(x)[:, 0], packed.micro)
+    return Stream(micro.positions, micro.segments, micro.prompts, micro.key_tiles - 1)
+
+
+def _sequences(bench: Bench, prompts: int, *, seed: int, full: bool = False):
+    """Random completions, of full length or of lengths like an arithmetic task's."""
+    from adpo_jax.records import Completion, Sequences
+
+    s, random = bench.sizes, np.random.default_rng(seed)
+    vocab = bench.policy.config.vocab_size
+
+    def completion():
+        length = s.response if full else int(np.clip(random.geometric(3 / s.response), 1, None))
+        tokens = random.integers(0, vocab, min(length, s.response))
+        return Completion.sampled(tokens, np.full(len(tokens), -5.0), "length")
+
+    texts = [random.integers(0, vocab, s.prompt // 2).tolist() for _ in range(prompts)]
+    return Sequences(texts, [[completion() for _ in range(s.samples)] for _ in range(prompts)])
+
+
+def rollout(bench: Bench) -> dict:
+    """Requests of random lengths, which all wait at the start."""
+    from adpo_jax.engine.continuous import ContinuousBatch
+    from adpo_jax.engine.sampling import SamplingParams
+
+    s, random = bench.sizes, np.random.default_rng(0)
+    engine = bench.engine(s.most, s.most, s.requests, gpu_memory_utilization=0.9)
+    lengths = random.integers(s.least, s.most + 1, (s.requests, 2))
+    vocab = bench.policy.config.vocab_size
+    prompts = [random.integers(0, vocab, n).tolist() for n in lengths[:, 0]]
+
+    def run() -> tuple[float, int]:
+        batch = ContinuousBatch(engine, bench.params)
+        started, count = time.perf_counter(), 0
+        for seed, (prompt, length) in enumerate(zip(prompts, lengths[:, 1])):
+            batch.submit(prompt, SamplingParams(max_tokens=int(length), ignore_eos=True), seed=seed)
+        while batch.busy:
+            count += sum(len(new.tokens) for new in batch.step())
+        seconds = time.perf_counter() - started
+        batch.close()
+        return seconds, count
+
+    first, tokens = run()
+    assert tokens == lengths[:, 1].sum(), (tokens, lengths[:, 1].sum())
+    seconds = [run()[0] for _ in range(max(1, bench.repeats - 1))]
+    return {
+        "attention": engine.verbs.attention,
+        "slots": engine.num_slots,
+        "tokens_in": int(lengths[:, 0].sum()),
+        "tokens_out": tokens,
+        "first_s": round(first, 2),
+        "seconds": [round(x, 3) for x in seconds],
+        "tokens_per_s": round(tokens / statistics.median(seconds), 1),
+    }
+
+
+def update(bench: Bench) -> dict:
+    """Optimizer steps on so many groups as fill the wanted number of packed tokens."""
+    s = bench.sizes
+    prompts = max(1, s.packed // (s.prompt // 2 + s.samples * s.response))
+    learner = bench.learner(prompts)
+    sequences = _sequences(bench, prompts, seed=0, full=True)
+    rewards = np.random.default_rng(0).random((prompts, s.samples), np.float32)
+    state, found = learner.init_state(_copied(bench.params)), []
+    for _ in range(bench.repeats + 1):
+        started = time.perf_counter()
+        state, metrics = learner.learn(state, sequences, rewards)
+        found.append((time.perf_counter() - started, metrics))
+    tokens = prompts * (s.prompt // 2 + s.samples * s.response)
+    seconds = [seconds for seconds, _ in found[1:]]
+    last = found[-1][1]
+    return {
+        "packed_tokens": tokens,
+        "first_s": round(found[0][0], 2),
+        "seconds": [round(x, 3) for x in seconds],
+        "tokens_per_s": round(tokens / statistics.median(seconds), 1),
+        "mfu": _rounded(last.get("update/mfu")),
+        "hfu": _rounded(last.get("update/hfu")),
+        "padding_frac": _rounded(last["update/padding_frac"]),
+    }
+
+
+def iteration(bench: Bench) -> dict:
+    """Rollout, rewards, update: a second one, after the first has compiled."""
+    import jax
+
+    from adpo_jax.engine.sampling import SamplingParams
+    from adpo_jax.records import Sequences
+
+    s, learner = bench.sizes, bench.learner(bench.sizes.prompts)
+    engine = bench.engine(
+        s.prompt,
+        s.response,
+        s.prompts * s.samples,
+        group_size=s.samples,
+        gpu_memory_utilization=bench.config.actor_rollout_ref.rollout.gpu_memory_utilization,
+        resident_bytes=learner.resident_bytes(),
+    )
+    vocab, random = bench.policy.config.vocab_size, np.random.default_rng(2)
+    prompts = [random.integers(0, vocab, s.prompt // 2).tolist() for _ in range(s.prompts)]
+    # One token in a few hundred ends a completion, as an answer to GSM8K does.
+    ends = tuple(range(max(1, 3 * vocab // s.response)))
+    sampling = SamplingParams(n=s.samples, max_tokens=s.response, stop_token_ids=ends)
+    state, found = learner.init_state(_copied(bench.params)), []
+    for seed in range(2):
+        started = time.perf_counter()
+        out = engine.generate(state.params, prompts, sampling, jax.random.key(seed))
+        sampled = time.perf_counter()
+        even = [[np.mean(c.tokens % 2 == 0) for c in group] for group in out.groups]
+        sequences = Sequences(prompts, out.groups)
+        state, metrics = learner.learn(state, sequences, np.asarray(even, np.float32))
+        jax.block_until_ready(state)
+        done = time.perf_counter()
+        tokens = int(out.lengths.sum())
+        found.append(
+            {
+                "seconds": round(done - started, 2),
+                "rollout_s": round(sampled - started, 2),
+                "update_s": round(done - sampled, 2),
+                "tokens": tokens,
+                "rollout_tokens_per_s": round(tokens / (sampled - started), 1),
+                "mfu": _rounded(metrics.get("update/mfu")),
+            }
+        )
+    return {"slots": engine.num_slots, "first": found[0], **found[1]}
+
+
+def memory(bench: Bench) -> dict:
+    """The peak so far, which the iteration made, against the dry run's."""
+    from adpo_jax.dry_run import dry_run
+
+    stats = bench.device.memory_stats() or {}
+    report = dry_run(bench.config, devices=[bench.device])
+    peak = stats.get("peak_bytes_in_use")
+    return {
+        "predicted_bytes": report.peak,
+        "peaks": report.peaks,
+        "peak_bytes_in_use": peak,
+        "bytes_limit": stats.get("bytes_limit"),
+        "prediction_over_peak": _rounded(peak and report.peak / peak),
+        "compile_s": {step.name: round(step.compile_s, 1) for step in report.steps},
+    }
+
+
+def _copied(params):
+    import jax
+    import jax.numpy as jnp
+
+    return jax.tree.map(jnp.copy, params)
+
+
+def _rounded(value):
+    return None if value is None else round(float(value), 4)
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = arguments(argv)
+    names = a.parts.split(",")
+    if unknown := set(names) - set(PARTS):
+        print(f"--parts are {', '.join(PARTS)}; given {', '.join(sorted(unknown))}")
+        return 2
+    if a.tiny:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+
+    started = time.perf_counter()
+
+    def say(line: dict) -> None:
+        line["at_s"] = round(time.perf_counter() - started, 1)
+        print(json.dumps(line), flush=True)
+        if a.out:
+            with a.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    bench = Bench(a)
+    chip = bench.chip.name if bench.chip else None
+    say(
+        {
+            "device": bench.device.device_kind,
+            "chip": chip,
+            "jax": jax.__version__,
+            "python": sys.version.split()[0],
+            "tiny": a.tiny,
+        }
+    )
+    run = {part.__name__: part for part in (kernels, rollout, update, iteration, memory)}
+    failed = False
+    for name in names:
+        if time.perf_counter() - started > a.budget:
+            say({"part": name, "skipped": f"the {a.budget:.0f} s of --budget are over"})
+            continue
+        try:
+            say({"part": name, **run[name](bench)})
+        except Exception as error:  # whatever a device refuses, the next part runs
+            failed = True
+            text = f"{type(error).__name__}: {error}"
+            say({"part": name, "failed": text.splitlines()[0][:400]})
+    return int(failed)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)  # of Pallas' Triton, in jax 0.12
+    sys.exit(main())
