@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from adpo_jax.data import arithmetic, due, files
+from adpo_jax.data import arithmetic, due, files, word_problems
 from adpo_jax.data.control_tokens import text_token_ids
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
@@ -304,6 +304,9 @@ def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:
     }
 
 
+# The data sets that nothing is downloaded for.
+EMBEDDED = {task.NAME: task for task in (arithmetic, word_problems)}
+
 # The column of the name of the validation set that a prompt belongs to.
 VAL_SET = "validation_set"
 
@@ -514,9 +517,9 @@ def _load_rows(
     answer_key: str,
     needs_answer: bool = True,
 ) -> files.Dataset:
-    """Rows of the embedded task, of files or of the hub, which have the needed columns."""
+    """Rows of an embedded data set, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
-    if source != arithmetic.NAME:
+    if source not in EMBEDDED:
         dataset = files.load_rows(
             source.split(","),
             prompt_key=prompt_key,
@@ -527,7 +530,7 @@ def _load_rows(
             cache_dir=config.data.cache_dir,
         )
         return dataset.with_column(prompt_key, dataset.column(prompt_key))
-    columns = arithmetic.rows(split)
+    columns = EMBEDDED[source].rows(split)
     wanted = {"data.prompt_key": prompt_key} | ({option: answer_key} if needs_answer else {})
     for name, key in wanted.items():
         if key not in columns:
