@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax.data import due, files
 from adpo_jax.data.control_tokens import text_token_ids
-from adpo_jax.data.embedded import TASKS
+from adpo_jax.data.embedded import SOURCES, TASKS
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
@@ -529,9 +529,9 @@ def _load_rows(
     answer_key: str,
     needs_answer: bool = True,
 ) -> files.Dataset:
-    """Rows of the embedded task, of files or of the hub, which have the needed columns."""
+    """Rows of an embedded data set, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
-    if source not in TASKS:
+    if source not in SOURCES:
         dataset = files.load_rows(
             source.split(","),
             prompt_key=prompt_key,
@@ -542,7 +542,7 @@ def _load_rows(
             cache_dir=config.data.cache_dir,
         )
         return dataset.with_column(prompt_key, dataset.column(prompt_key))
-    columns = TASKS[source].rows(split)
+    columns = SOURCES[source].rows(split)
     wanted = {"data.prompt_key": prompt_key} | ({option: answer_key} if needs_answer else {})
     for name, key in wanted.items():
         if key not in columns:
