@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from adpo_jax.hf import folders
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import GEMMA3_PREFIXES, layer_tensor, leaves
+from adpo_jax.hf.tensors import WRAPPED_PREFIXES, layer_tensor, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.lora import Lora
 from adpo_jax.policy.policy import Policy
@@ -168,6 +168,6 @@ def _checkpoint(folder: Path) -> Checkpoint:
     if not (folder / WEIGHTS).exists():
         raise ValueError(f"{folder} has no {WEIGHTS}; peft's save_pretrained writes it")
     checkpoint = Checkpoint([folder / WEIGHTS])
-    prefixes = {PREFIX + old: new for old, new in GEMMA3_PREFIXES.items()} | {PREFIX: ""}
+    prefixes = {PREFIX + old: new for old, new in WRAPPED_PREFIXES.items()} | {PREFIX: ""}
     checkpoint.rename(prefixes)
     return checkpoint
