@@ -5,9 +5,9 @@
 
 Every folder is a Hugging Face checkpoint plus `logits.npz`. Variants have another config.json for
 the weights of their family. The folders of `DRAWN` hold no weights: tests draw them anew from the
-names of the tensors. Without arguments all folders are written. Sizes are chosen so that what tells the families apart shows within 24
-tokens: windows of a few tokens, rope scaling from an original length of 16, norm weights and biases
-away from 1 and 0.
+names of the tensors. Without arguments all folders are written. Sizes are chosen so that what tells
+the families apart shows within 24 tokens: windows of a few tokens, rope scaling from an original
+length of 16, norm weights and biases away from 1 and 0.
 
 Left out: anything with pictures, and models in bf16 arithmetic.
 """

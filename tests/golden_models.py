@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-
 from safetensors.numpy import save_file
 
 from adpo_jax import Policy

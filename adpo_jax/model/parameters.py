@@ -278,6 +278,17 @@ def adaptable() -> Mapping[str, Parameter]:
     return rows
 
 
+def of_module(hf_module: str) -> tuple[str, ...]:
+    """The names of the weights with adapters that a Hugging Face module holds, in its order."""
+    rows = [row for row in LAYER if row.adapter_inputs and row.hf_module == hf_module]
+    return tuple(row.name for row in rows)
+
+
+def adapted_modules() -> tuple[str, ...]:
+    """The Hugging Face modules, of any model, whose weights may have an adapter."""
+    return tuple(dict.fromkeys(row.hf_module for row in LAYER if row.adapter_inputs))
+
+
 def adapter_names(name: str) -> tuple[str, str]:
     """The names of a weight's A and B."""
     return f"{name}_lora_a", f"{name}_lora_b"
