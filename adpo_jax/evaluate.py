@@ -79,7 +79,8 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             to_close.enter_context(reward_model)
             setup.check_rewards(config, reward_model, None, prompts)
         grader = setup.make_eval_reward_model(config, reward_model)
-        engine = setup.make_engine(config, found.policy)
+        policy = found.policy.for_length(loading.longest_sequence(config))
+        engine = setup.make_engine(config, policy)
         answering = telling(f"answering {len(prompts):,} prompts")
         completer = make_completer(engine, found.tokenizer, settings.reading, environments)
         with _new_folder(out, Path(model)) as folder, answering:

@@ -1,28 +1,37 @@
-"""Writes `tests/golden/`: tiny random checkpoints and the logits that transformers gives for them.
+"""Writes `tests/golden/`: tiny random models and the logits that transformers gives for them.
 
     pip install torch transformers safetensors
-    python scripts/make_golden.py
+    python scripts/make_golden.py [FOLDER ...]
 
 Every folder is a Hugging Face checkpoint plus `logits.npz`. Variants have another config.json for
-the weights of their family. Sizes are chosen so that what tells the families apart shows within 24
-tokens: windows of a few tokens, rope scaling from an original length of 16, norm weights and biases
-away from 1 and 0.
+the weights of their family. The folders of `DRAWN` hold no weights: tests draw them anew from the
+names of the tensors. Without arguments all folders are written. Sizes are chosen so that what tells
+the families apart shows within 24 tokens: windows of a few tokens, rope scaling from an original
+length of 16, norm weights and biases away from 1 and 0.
 
 Left out: anything with pictures, and models in bf16 arithmetic.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+from golden_models import drawn  # noqa: E402
+
+GOLDEN = TESTS / "golden"
 TOKENS = 24
 VOCAB = 64
 LENGTHS = (24, 17, 9)
+# Of the models of `DRAWN`.
+FEW_TOKENS = 12
+FEW_LENGTHS = (12, 9, 5)
 
 SMALL = {
     "vocab_size": VOCAB,
@@ -125,6 +134,73 @@ MODELS = {
     },
 }
 
+DRAWN = {
+    "smollm3": {
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 1000.0},
+    },
+    "olmo2": {"model_type": "olmo2", "rope_parameters": {"rope_theta": 1000.0}},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {**YARN_ROPE, "original_max_position_embeddings": 8},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "hidden_size": 32,
+        "sliding_window": 6,
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3],
+            "long_factor": [1.2, 3.0, 7.0],
+        },
+    },
+    "granite": {
+        "model_type": "granite",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "glm4": {
+        "model_type": "glm4",
+        "head_dim": 8,
+        "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    },
+    "ministral": {
+        "model_type": "ministral",
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 8,
+        "rope_parameters": {
+            **YARN_ROPE,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_out_bias": True},
+}
+
 
 def make_model(settings: dict, seed: int) -> torch.nn.Module:
     """A random model of which no weight is trivial, rounded to bf16 and run in float32."""
@@ -143,12 +219,22 @@ def make_model(settings: dict, seed: int) -> torch.nn.Module:
     return model
 
 
-def batches(seed: int) -> dict[str, np.ndarray]:
+def drawn_model(settings: dict) -> torch.nn.Module:
+    """A model of `DRAWN`, run in float32."""
+    config = AutoConfig.for_model(**{**SMALL, **settings})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.from_numpy(drawn(name, tuple(weight.shape))))
+    return model
+
+
+def batches(seed: int, tokens: int = TOKENS, lengths=LENGTHS) -> dict[str, np.ndarray]:
     """Tokens and masks of the same rows: full, padded on the right, padded on the left."""
     rng = np.random.default_rng(seed)
-    full = rng.integers(3, VOCAB, (len(LENGTHS), TOKENS))
-    columns = np.arange(TOKENS)
-    right = (columns < np.array(LENGTHS)[:, None]).astype(np.int32)
+    full = rng.integers(3, VOCAB, (len(lengths), tokens))
+    columns = np.arange(tokens)
+    right = (columns < np.array(lengths)[:, None]).astype(np.int32)
     left = right[:, ::-1].copy()
     return {
         "full_tokens": full.astype(np.int32),
@@ -161,7 +247,10 @@ def batches(seed: int) -> dict[str, np.ndarray]:
 
 
 def logits_of(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The logits at real tokens of each batch, [number of real tokens, V] float32."""
+    """The logits at real tokens of each batch, [number of real tokens, V] float32.
+
+    Positions count real tokens, as in transformers' `generate`.
+    """
     logits = {}
     for batch in [name.removesuffix("_mask") for name in arrays if name.endswith("_mask")]:
         mask = arrays[f"{batch}_mask"]
@@ -169,15 +258,27 @@ def logits_of(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str
             out = model(
                 input_ids=torch.tensor(arrays[f"{batch}_tokens"]).long(),
                 attention_mask=torch.tensor(mask).long(),
+                position_ids=torch.tensor(mask).long().cumsum(1).sub(1).clamp(min=0),
             ).logits
         logits[f"{batch}_logits"] = out.numpy()[mask > 0].astype(np.float32)
     return logits
 
 
-def main() -> None:
-    shutil.rmtree(GOLDEN, ignore_errors=True)
+def main(chosen: list[str]) -> None:
     made = {}
+    for name, settings in DRAWN.items():
+        if name not in (chosen or DRAWN):
+            continue
+        model, folder = drawn_model(settings), GOLDEN / name
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = batches(len(name), FEW_TOKENS, FEW_LENGTHS)
+        arrays = {key: array for key, array in arrays.items() if not key.startswith("full")}
+        np.savez_compressed(folder / "logits.npz", **arrays, **logits_of(model, arrays))
+        model.config.save_pretrained(folder)
     for seed, (name, settings) in enumerate(MODELS.items()):
+        if name not in (chosen or MODELS):
+            continue
+        shutil.rmtree(GOLDEN / name, ignore_errors=True)
         settings = dict(settings)
         weights_of = settings.pop("weights_of", None)
         model = make_model(settings, seed)
@@ -202,4 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

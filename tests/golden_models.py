@@ -2,16 +2,32 @@
 
 import functools
 import json
+import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from adpo_jax import Policy
 from adpo_jax.hf import folders
+from adpo_jax.hf.tensors import leaves
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("qwen2", "qwen3", "llama", "llama_bias_tied", "mistral", "gemma2", "gemma3_text")
 VARIANTS = ("qwen2_sliding", "llama_linear", "llama_yarn", "llama_yarn_mscale")
+# Families whose folders hold no weights, but logits for those of `drawn`.
+DRAWN = (
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "granite",
+    "glm4",
+    "ministral",
+    "ministral3",
+    "seed_oss",
+)
 
 
 def config_of(name: str) -> dict:
@@ -30,8 +46,39 @@ def model(name: str):
     return policy, params
 
 
+def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Random float32 values that bfloat16 holds, the same for a tensor's name for ever."""
+    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) == 1:
+        values = 0.3 * noise + ("norm" in name)
+    else:
+        values = 1.5 * noise / (1 if "embed" in name else shape[1]) ** 0.5
+    return np.float32(values).astype("bfloat16").astype(np.float32)
+
+
+def write_drawn(config: dict, folder: Path) -> None:
+    """Writes config.json and the drawn weights of a model into a folder."""
+    policy = Policy.abstract_from_config(config)
+    shapes = {
+        name: leaf.hf_shape
+        for leaf in leaves(policy.config, policy.abstract_params())
+        for name in leaf.hf_names
+    }
+    tensors = {name: drawn(name, shape) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@functools.cache
+def drawn_model(name: str):
+    """(policy, params) of one of `DRAWN`, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_drawn(config_of(name), Path(folder))
+        return Policy.from_pretrained(folder)
+
+
 @functools.cache
 def arrays(name: str) -> dict[str, np.ndarray]:
-    """`<batch>_tokens`, `<batch>_mask` [3, 24] and `<batch>_logits` at the real tokens, [n, 64]."""
+    """`<batch>_tokens`, `<batch>_mask` [3, T] and `<batch>_logits` at the real tokens, [n, 64]."""
     with np.load(GOLDEN / name / "logits.npz") as file:
         return dict(file)

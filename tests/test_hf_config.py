@@ -306,7 +306,7 @@ def test_defaults_are_those_of_transformers(model_type):
     ours = FAMILIES[model_type].defaults
     given = {key: ours[key] for key in ours.keys() & fields.keys() - derived}
     assert given == {key: fields[key].default for key in given}
-    assert len(given) > 8
+    assert len(given) >= 8
 
 
 @pytest.mark.parametrize("name", GOLDEN_FAMILIES)
@@ -333,10 +333,22 @@ REFUSED = {
     "architectures .'LlamaForSequenceClassification'.*supported: LlamaForCausalLM": {
         "architectures": ["LlamaForSequenceClassification"]
     },
-    "rope type 'dynamic' is not supported; supported: default, linear, llama3, yarn": {
+    "rope type 'dynamic' is not supported; supported: default, linear, llama3, yarn, longrope": {
         "rope_scaling": {"type": "dynamic", "factor": 2.0}
     },
-    "rope type 'longrope' is not supported": {"rope_parameters": {"rope_type": "longrope"}},
+    "rope type 'none' is not supported": {"rope_parameters": {"rope_type": "none"}},
+    "rope type 'longrope' needs long_factor, short_factor": {
+        "rope_parameters": {"rope_type": "longrope"}
+    },
+    "the rope needs short_factor as a list of numbers above 0; given .1, 'x'.": {
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1, "x"], "long_factor": [1]}
+    },
+    "the rope has 2 factors in short_factor or long_factor; 32 are needed": {
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]}
+    },
+    "rope settings that are not implemented: llama_4_scaling_beta": {
+        "rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    },
     "rope type 'llama3' needs factor, high_freq_factor, low_freq_factor": {
         "rope_scaling": {"rope_type": "llama3"}
     },

@@ -6,9 +6,9 @@ from typing import Any
 
 from adpo_jax.hf.families import (
     ACTIVATION_NAMES,
+    COMMON,
     COUNTS,
     FAMILIES,
-    GEMMA3_WITH_VISION,
     GENERATION,
     HARMLESS,
     LARGEST,
@@ -18,14 +18,17 @@ from adpo_jax.hf.families import (
     NUMBERS_OR_NULL,
     OBJECTS_OR_NULL,
     ONLY_VALUE,
+    PERIODS,
     SIZES,
     SUPPORTED_MODEL_TYPES,
     SWITCHES,
+    WRAPPERS,
     Family,
 )
 from adpo_jax.model.model_config import ModelConfig
-from adpo_jax.model.rope import SUPPORTED_TYPES, Rope
+from adpo_jax.model.rope import Rope
 
+# The keys that transformers reads for each rope type.
 ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -45,8 +48,25 @@ ROPE_KEYS = {
         "mscale_all_dim",
         "truncate",
     },
+    "longrope": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    },
 }
-ROPE_NUMBERS = set().union(*ROPE_KEYS.values(), {"rope_theta"}) - {"truncate"}
+REQUIRED_ROPE_KEYS = {
+    "default": set(),
+    "linear": ROPE_KEYS["linear"],
+    "llama3": ROPE_KEYS["llama3"],
+    "yarn": set(),
+    "longrope": {"short_factor", "long_factor"},
+}
+ROPE_LISTS = {"short_factor", "long_factor"}
+ROPE_NUMBERS = set().union(
+    *ROPE_KEYS.values(), {"rope_theta", "partial_rotary_factor", "llama_4_scaling_beta"}
+) - {"truncate", *ROPE_LISTS}
 # Keys that transformers does not read for a rope type are ignored, as transformers does. All other
 # keys are refused.
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
@@ -55,8 +75,8 @@ KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "
 def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, as a new dict.
 
-    `gemma3` wraps a `gemma3_text` model and a vision tower; for it `text_config` is returned. Every
-    other config is returned as it is, with `architectures` filled in.
+    `gemma3` and `mistral3` wrap a language model and a vision tower; for them `text_config` is
+    returned. Every other config is returned as it is, with `architectures` filled in.
 
     Raises:
       ValueError: for an unsupported `model_type` or architecture.
@@ -67,19 +87,10 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"model_type {model_type!r:.80} is not supported; supported: "
             + ", ".join(SUPPORTED_MODEL_TYPES)
         )
-    wrapped = model_type == "gemma3"
-    if wrapped and not isinstance(hf_config.get("text_config") or {}, Mapping):
-        raise _wrong(hf_config, "text_config", "an object")
-    config = dict(hf_config.get("text_config") or {}) if wrapped else dict(hf_config)
-    if wrapped:
-        config["model_type"] = "gemma3_text"
-        # transformers reads the outer setting; token ids and dtype stand outside too.
-        config["tie_word_embeddings"] = hf_config.get("tie_word_embeddings", True)
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"):
-            if hf_config.get(key) is not None:
-                config[key] = hf_config[key]
+    wrapper = WRAPPERS.get(model_type)
+    config = _text_config(hf_config) if wrapper else dict(hf_config)
     architecture = FAMILIES[config["model_type"]].architecture
-    wanted = GEMMA3_WITH_VISION if wrapped else architecture
+    wanted = wrapper.architecture if wrapper else architecture
     given = hf_config.get("architectures") or [wanted]
     if given not in ([wanted], (wanted,)):
         raise ValueError(
@@ -87,6 +98,27 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"supported: {wanted}"
         )
     config["architectures"] = [architecture]
+    return config
+
+
+def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    wrapper = WRAPPERS[hf_config["model_type"]]
+    if not isinstance(hf_config.get("text_config") or {}, Mapping):
+        raise _wrong(hf_config, "text_config", "an object")
+    config = dict(hf_config.get("text_config") or {})
+    text_type = config.setdefault("model_type", wrapper.text_types[0])
+    if text_type not in wrapper.text_types:
+        raise ValueError(
+            f"model_type {text_type!r:.80} in text_config of {hf_config['model_type']} is not "
+            f"supported; supported: {', '.join(wrapper.text_types)}"
+        )
+    # transformers reads the outer settings; token ids and dtype stand outside too.
+    ties = hf_config.get("tie_word_embeddings", wrapper.ties)
+    if ties is not None:
+        config["tie_word_embeddings"] = ties
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype"):
+        if hf_config.get(key) is not None:
+            config[key] = hf_config[key]
     return config
 
 
@@ -106,66 +138,73 @@ def check_counts(content: Any, path: str = "config.json") -> None:
             raise ValueError(f"{path} has {key[:80]} = {value!r:.80}, more than any machine holds")
 
 
-def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) -> ModelConfig:
     """The architecture that a `config.json` describes.
 
     Args:
       hf_config: as returned by `language_config`.
+      max_length: tokens of the longest sequence that the model will see, which decides between the
+        two sets of frequencies of LongRoPE; None for `max_position_embeddings`.
 
     Raises:
       ValueError: for a setting that is missing, unknown or not supported, by name.
     """
-    model_type = hf_config["model_type"]
-    family = FAMILIES[model_type]
+    family = FAMILIES[hf_config["model_type"]]
     _refuse_unknown(hf_config, family)
     c = {**family.defaults, **hf_config}
     _check_types(c)
     sizes = {key: _positive_int(c, key) for key in SIZES}
+    for key in PERIODS:
+        if key in family.defaults:
+            _positive_int(c, key)
     heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
     if c["num_key_value_heads"] is None:
         c["num_key_value_heads"] = heads
-    if c["head_dim"] is None:
+    if c.get("head_dim") is None:
         c["head_dim"] = sizes["hidden_size"] // heads
     head_dim = _positive_int(c, "head_dim")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
 
     _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"))
-    gemma = model_type.startswith("gemma")
-    layer_types = _layer_types(model_type, c, layers)
-    ropes, layer_ropes = _ropes(model_type, c, layer_types)
+    _check_no_rope_layers(c, layers)
+    layer_types = _layer_types(family, c, layers)
+    ropes, layer_ropes = _ropes(family, c, layer_types, max_length)
     bias = bool(c.get("attention_bias"))
-    return ModelConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=_positive_int(c, "num_key_value_heads"),
-        head_dim=head_dim,
-        windows=_windows(c, layer_types),
-        ropes=ropes,
-        layer_ropes=layer_ropes,
-        attention_scale=(_positive(c, "query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
-        activation=_activation(c["hidden_activation"] if gemma else c["hidden_act"]),
-        norm_eps=c["rms_norm_eps"],
-        norm_plus_one=gemma,
-        post_norms=gemma,
-        embed_scale=gemma,
-        qkv_bias=bias or model_type == "qwen2",
-        out_bias=bias,
-        mlp_bias=bool(c.get("mlp_bias")),
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
-        attention_soft_cap=c.get("attn_logit_softcapping"),
-        logit_soft_cap=c.get("final_logit_softcapping"),
-        tie_embeddings=bool(c["tie_word_embeddings"]),
-        initializer_range=c["initializer_range"],
-    )
+    if "query_pre_attn_scalar" in family.defaults:
+        scale = _positive(c, "query_pre_attn_scalar") ** -0.5
+    else:
+        scale = head_dim**-0.5
+    act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    fields = {
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": _positive_int(c, "num_key_value_heads"),
+        "head_dim": head_dim,
+        "windows": _windows(c, layer_types),
+        "ropes": ropes,
+        "layer_ropes": layer_ropes,
+        "attention_scale": scale,
+        "activation": _activation(c[act]),
+        "norm_eps": c["rms_norm_eps"],
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bool(c.get("mlp_bias")),
+        "attention_soft_cap": c.get("attn_logit_softcapping"),
+        "logit_soft_cap": c.get("final_logit_softcapping"),
+        "tie_embeddings": bool(c["tie_word_embeddings"]),
+        "initializer_range": c["initializer_range"],
+    }
+    return ModelConfig(**{**fields, **family.traits(c)})
 
 
 def _refuse_unknown(hf_config: Mapping[str, Any], family: Family) -> None:
+    read = family.defaults.keys() - COMMON.keys() | family.passed_over
     for key, only in ONLY_VALUE.items():
-        if hf_config.get(key) not in (None, only):
+        if key not in read and hf_config.get(key) not in (None, only):
             raise ValueError(
                 f"{key} = {hf_config[key]!r:.80} is not supported; supported: {only!r}"
             )
@@ -256,25 +295,12 @@ def _activation(name: str) -> str:
 # --- which layers see how far
 
 
-def _layer_types(model_type: str, c: Mapping[str, Any], num_layers: int) -> list[str]:
-    def pattern(is_sliding) -> list[str]:
-        kinds = ("full_attention", "sliding_attention")
-        return [kinds[bool(is_sliding(i))] for i in range(num_layers)]
-
+def _layer_types(family: Family, c: Mapping[str, Any], num_layers: int) -> list[str]:
     if c.get("layer_types") is not None:
         layer_types = list(c["layer_types"])
-    elif model_type == "mistral":
-        layer_types = pattern(lambda i: c["sliding_window"] is not None)
-    elif model_type in ("qwen2", "qwen3"):
-        slides = c["use_sliding_window"] and c["sliding_window"] is not None
-        layer_types = pattern(lambda i: slides and i >= c["max_window_layers"])
-    elif model_type == "gemma2":
-        layer_types = pattern(lambda i: (i + 1) % 2)
-    elif model_type == "gemma3_text":
-        every = _positive_int(c, "sliding_window_pattern")
-        layer_types = pattern(lambda i: (i + 1) % every)
     else:
-        layer_types = pattern(lambda i: False)
+        kinds = ("full_attention", "sliding_attention")
+        layer_types = [kinds[bool(family.slides(c, i))] for i in range(num_layers)]
 
     unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
     if unknown:
@@ -299,65 +325,150 @@ def _windows(c: Mapping[str, Any], layer_types: list[str]) -> tuple[int | None, 
 # --- rotary embeddings
 
 
-def _ropes(model_type: str, c: Mapping[str, Any], layer_types: list[str]):
+def _check_no_rope_layers(c: Mapping[str, Any], num_layers: int) -> None:
+    listed = c.get("no_rope_layers")
+    if listed is None:
+        return
+    if not isinstance(listed, list | tuple) or not all(x in (0, 1) for x in listed):
+        raise _wrong(c, "no_rope_layers", "a list of 1 (with a rope) and 0 (without), or null")
+    if len(listed) < num_layers:
+        raise ValueError(f"{len(listed)} no_rope_layers for num_hidden_layers = {num_layers}")
+
+
+def _ropes(
+    family: Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
+) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """The distinct ropes, and each layer's index into them."""
-    if model_type == "gemma3_text":
-        nested = c["rope_parameters"] or {}
-        flat = sorted(nested.keys() - {"full_attention", "sliding_attention"})
-        if flat:
-            raise ValueError(
-                "rope_parameters of gemma3_text has one entry for full_attention and one for "
-                f"sliding_attention; given {flat}"
-            )
-        for kind in nested:
-            if not isinstance(nested[kind] or {}, Mapping):
-                raise _wrong(nested, kind, "an object inside rope_parameters")
-        local = nested.get("sliding_attention") or {}
-        distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
-        ropes = (
-            _rope(distant, c["rope_theta"], c["max_position_embeddings"]),
-            _rope(local, c["rope_local_base_freq"], c["max_position_embeddings"]),
+    if family.rope_by_kind:
+        ropes = _ropes_by_kind(family, c, max_length)
+        layer_ropes = [int(kind == "sliding_attention") for kind in layer_types]
+    else:
+        spellings = [p for p in (c["rope_scaling"], c["rope_parameters"]) if p] or [{}]
+        rope, *others = (_rope(family, c, p, c["rope_theta"], max_length) for p in spellings)
+        if others and others != [rope]:
+            raise ValueError(f"rope_scaling ({rope}) and rope_parameters ({others[0]}) disagree")
+        ropes, layer_ropes = (rope,), [0] * len(layer_types)
+    without = [i for i in range(len(layer_types)) if not family.rotates(c, i)]
+    for i in without:
+        layer_ropes[i] = len(ropes)
+    if without:
+        ropes += (Rope(kind="none", partial=ropes[0].partial),)
+    return ropes, tuple(layer_ropes)
+
+
+def _ropes_by_kind(family: Family, c: Mapping[str, Any], max_length) -> tuple[Rope, Rope]:
+    nested = c["rope_parameters"] or {}
+    flat = sorted(nested.keys() - {"full_attention", "sliding_attention"})
+    if flat:
+        raise ValueError(
+            f"rope_parameters of {c['model_type']} has one entry for full_attention and one for "
+            f"sliding_attention; given {flat}"
         )
-        return ropes, tuple(int(kind == "sliding_attention") for kind in layer_types)
-    spellings = [p for p in (c["rope_scaling"], c["rope_parameters"]) if p] or [{}]
-    rope, *others = (_rope(p, c["rope_theta"], c["max_position_embeddings"]) for p in spellings)
-    if others and others != [rope]:
-        raise ValueError(f"rope_scaling ({rope}) and rope_parameters ({others[0]}) disagree")
-    return (rope,), (0,) * len(layer_types)
+    for kind in nested:
+        if not isinstance(nested[kind] or {}, Mapping):
+            raise _wrong(nested, kind, "an object inside rope_parameters")
+    local = nested.get("sliding_attention") or {}
+    distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
+    local_theta = c.get("rope_local_base_freq", c["rope_theta"])
+    return (
+        _rope(family, c, distant, c["rope_theta"], max_length),
+        _rope(family, c, local, local_theta, max_length),
+    )
 
 
-def _rope(parameters: Mapping[str, Any], theta: float, max_positions: int) -> Rope:
+def _rope(
+    family: Family,
+    c: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    theta: float,
+    max_length: int | None,
+) -> Rope:
     """One rope; `theta` is its base if the parameters have none."""
+    max_positions = c["max_position_embeddings"]
     given = {key: value for key, value in parameters.items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in SUPPORTED_TYPES:
+    kind = family.rope_types.get(kind, kind) if isinstance(kind, str) else kind
+    if kind not in ROPE_KEYS:
         raise ValueError(
-            f"rope type {kind!r:.80} is not supported; supported: {', '.join(SUPPORTED_TYPES)}"
+            f"rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_KEYS)}"
         )
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    partial = given.pop("partial_rotary_factor", c.get("partial_rotary_factor") or 1.0)
+    if "partial_rotary_factor" not in family.defaults and partial != 1.0:
         raise ValueError("partial_rotary_factor of the rope is not supported; supported: 1.0")
-    unknown = sorted(given.keys() - KNOWN_ROPE_KEYS)
+    unknown = sorted(given.keys() - KNOWN_ROPE_KEYS - family.rope_keys)
     if unknown:
         raise ValueError(f"rope settings that are not implemented: {', '.join(unknown)[:300]}")
-    for key in sorted(given.keys() & ROPE_NUMBERS):
-        value = given[key]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise ValueError(f"the rope needs {key} as a number above 0; given {value!r:.80}")
+    _check_rope_values({**given, "partial_rotary_factor": partial})
     theta = given.get("rope_theta", theta)
     used = {key: value for key, value in given.items() if key in ROPE_KEYS[kind]}
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         used.setdefault("original_max_position_embeddings", max_positions)
-    if kind == "yarn":
+        if c.get("original_max_position_embeddings"):
+            used["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+    if kind in ("yarn", "longrope"):
         used.setdefault("factor", max_positions / used["original_max_position_embeddings"])
+    if kind == "yarn":
         used.setdefault("attention_factor", _yarn_attention_factor(used))
-    missing = sorted(ROPE_KEYS[kind] - used.keys()) if kind in ("linear", "llama3") else []
+    missing = sorted(REQUIRED_ROPE_KEYS[kind] - used.keys())
     if missing:
         raise ValueError(f"rope type {kind!r} needs {', '.join(missing)}")
+    if kind == "longrope":
+        _choose_frequencies(used, max_length or max_positions)
     used.pop("mscale", None)
     used.pop("mscale_all_dim", None)
     if "original_max_position_embeddings" in used:
         used["original_length"] = used.pop("original_max_position_embeddings")
-    return Rope(theta=float(theta), kind=kind, **used)
+    if "llama_4_scaling_beta" in given:
+        used["query_beta"] = given["llama_4_scaling_beta"]
+        used["query_length"] = given.get("original_max_position_embeddings", max_positions)
+    rope = Rope(theta=float(theta), kind=kind, partial=float(partial), **used)
+    dimensions = rope.dimensions(c["head_dim"])
+    if dimensions % 2 or not dimensions:
+        raise ValueError(
+            f"partial_rotary_factor {partial} of head_dim {c['head_dim']} rotates {dimensions} "
+            "dimensions; an even number above 0 is needed"
+        )
+    if rope.factors and len(rope.factors) != dimensions // 2:
+        raise ValueError(
+            f"the rope has {len(rope.factors)} factors in short_factor or long_factor; "
+            f"{dimensions // 2} are needed, half of the rotated dimensions"
+        )
+    return rope
+
+
+def _check_rope_values(given: Mapping[str, Any]) -> None:
+    def number(value) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+    for key in sorted(given.keys() & ROPE_NUMBERS):
+        if not number(given[key]):
+            raise ValueError(f"the rope needs {key} as a number above 0; given {given[key]!r:.80}")
+    for key in sorted(given.keys() & ROPE_LISTS):
+        if not isinstance(given[key], list | tuple) or not all(map(number, given[key])):
+            raise ValueError(
+                f"the rope needs {key} as a list of numbers above 0; given {given[key]!r:.80}"
+            )
+    if not given["partial_rotary_factor"] <= 1:
+        raise ValueError(
+            "the rope needs partial_rotary_factor as a number of at most 1; given "
+            f"{given['partial_rotary_factor']!r:.80}"
+        )
+
+
+def _choose_frequencies(longrope: dict[str, Any], max_length: int) -> None:
+    """Puts one set of factors, and the scale of cos and sin, in place of the settings of LongRoPE.
+
+    Sequences within the original length have one set of factors and longer ones another. Keys in a
+    cache cannot change theirs when a sequence grows, so that one set serves a whole run.
+
+    Source: transformers `_compute_longrope_parameters`.
+    """
+    original, factor = longrope["original_max_position_embeddings"], longrope.pop("factor")
+    short, long = (tuple(map(float, longrope.pop(f"{key}_factor"))) for key in ("short", "long"))
+    longrope["factors"] = long if max_length > original else short
+    if "attention_factor" not in longrope:
+        stretch = math.log(factor) / math.log(original) if factor > 1 and original > 1 else 0.0
+        longrope["attention_factor"] = math.sqrt(1 + stretch)
 
 
 def _yarn_attention_factor(yarn: Mapping[str, Any]) -> float:

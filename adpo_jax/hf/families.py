@@ -5,22 +5,40 @@ model and is silently ignored would train a different model.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+# The keys of a config.json on top of the defaults of its family.
+Settings = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One `model_type`.
+    """One `model_type`: all that tells it from Llama.
 
     Attributes:
       architecture: the transformers class with this forward pass.
       defaults: every key that is read, with the value that transformers takes where config.json
         leaves it out.
+      traits: the fields of `ModelConfig` that are otherwise than in Llama.
+      slides: whether a layer has a window, where config.json lists no `layer_types`.
+      rotates: whether a layer has rotary embeddings.
+      rope_by_kind: whether layers with a window have a rope of their own; `rope_parameters` then
+        has one entry for each kind of layer.
+      rope_keys: keys of the rope that this family reads besides those of its type.
+      rope_types: other names of rope types in files of this family.
+      passed_over: keys that are read nowhere though they may change training in transformers.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
+    traits: Callable[[Settings], Mapping[str, Any]] = lambda c: {}
+    slides: Callable[[Settings, int], bool] = lambda c, layer: False
+    rotates: Callable[[Settings, int], bool] = lambda c, layer: True
+    rope_by_kind: bool = False
+    rope_keys: frozenset[str] = frozenset()
+    rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    passed_over: frozenset[str] = frozenset()
 
 
 SIZES = {
@@ -40,6 +58,14 @@ COMMON = {
     "rope_scaling": None,
     "rope_parameters": None,
 }
+LLAMA = {
+    **COMMON,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 QWEN = {
     **COMMON,
     "num_key_value_heads": 32,
@@ -48,6 +74,20 @@ QWEN = {
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
+}
+MISTRAL = {
+    **COMMON,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+OLMO = {
+    **COMMON,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
 }
 GEMMA = {
     **COMMON,
@@ -60,30 +100,63 @@ GEMMA = {
     "sliding_window": 4096,
     "layer_types": None,
 }
+GEMMA_TRAITS = {"norm_plus_one": True, "post_norms": True, "embed_scale": True}
+OLMO_TRAITS = {"pre_norms": False, "post_norms": True, "qk_norm_over_heads": True}
+
+
+def _late_layers_slide(c: Settings, layer: int) -> bool:
+    slides = c["use_sliding_window"] and c["sliding_window"] is not None
+    return slides and layer >= c["max_window_layers"]
+
+
+def _all_layers_slide(c: Settings, layer: int) -> bool:
+    return c["sliding_window"] is not None
+
+
+def _listed_or_not_every_nth_rotates(c: Settings, layer: int) -> bool:
+    if c["no_rope_layers"] is not None:
+        return bool(c["no_rope_layers"][layer])
+    return (layer + 1) % c["no_rope_layer_interval"] != 0
+
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen2": Family("Qwen2ForCausalLM", {**QWEN, "head_dim": None}),
-    "qwen3": Family("Qwen3ForCausalLM", {**QWEN, "head_dim": 128, "attention_bias": False}),
-    "llama": Family(
-        "LlamaForCausalLM",
-        {
-            **COMMON,
-            "num_key_value_heads": None,
-            "head_dim": None,
-            "max_position_embeddings": 2048,
-            "attention_bias": False,
-            "mlp_bias": False,
-        },
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        {**QWEN, "head_dim": None},
+        traits=lambda c: {"qkv_bias": True},
+        slides=_late_layers_slide,
     ),
-    "mistral": Family(
-        "MistralForCausalLM",
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {**QWEN, "head_dim": 128, "attention_bias": False},
+        traits=lambda c: {"qk_norm": True},
+        slides=_late_layers_slide,
+    ),
+    "llama": Family("LlamaForCausalLM", LLAMA),
+    "mistral": Family("MistralForCausalLM", MISTRAL, slides=_all_layers_slide),
+    "ministral": Family(
+        "MinistralForCausalLM", {**MISTRAL, "layer_types": None}, slides=_all_layers_slide
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
         {
-            **COMMON,
-            "num_key_value_heads": 8,
-            "head_dim": None,
-            "max_position_embeddings": 131_072,
-            "sliding_window": 4096,
+            **MISTRAL,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16_384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         },
+        slides=_all_layers_slide,
+        rope_keys=frozenset({"llama_4_scaling_beta", "max_position_embeddings"}),
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -93,6 +166,8 @@ FAMILIES: Mapping[str, Family] = {
             "final_logit_softcapping": 30.0,
             "attn_logit_softcapping": 50.0,
         },
+        traits=lambda c: GEMMA_TRAITS,
+        slides=lambda c, layer: (layer + 1) % 2 != 0,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -110,18 +185,140 @@ FAMILIES: Mapping[str, Family] = {
             "sliding_window_pattern": 6,
             "final_logit_softcapping": None,
         },
+        traits=lambda c: {**GEMMA_TRAITS, "qk_norm": True},
+        slides=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
+        rope_by_kind=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            **LLAMA,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": 28,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        slides=lambda c, layer: (
+            c["use_sliding_window"]
+            and c["sliding_window"] is not None
+            and not _listed_or_not_every_nth_rotates(c, layer)
+        ),
+        rotates=_listed_or_not_every_nth_rotates,
+    ),
+    "olmo2": Family("Olmo2ForCausalLM", OLMO, traits=lambda c: OLMO_TRAITS),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        {**OLMO, "rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
+        traits=lambda c: OLMO_TRAITS,
+        slides=lambda c, layer: (layer + 1) % 4 != 0,
+        rope_by_kind=True,
+    ),
+    # Phi-4 is of this type too.
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            **COMMON,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "partial_rotary_factor": 1.0,
+        },
+        traits=lambda c: {"fused_qkv": True, "fused_gate_up": True},
+        slides=_all_layers_slide,
+        rope_types={"su": "longrope", "yarn": "longrope"},
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        {
+            **LLAMA,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+        },
+        traits=lambda c: {
+            "embed_multiplier": c["embedding_multiplier"],
+            "residual_multiplier": c["residual_multiplier"],
+            "logit_divisor": c["logits_scaling"],
+            "attention_scale": c["attention_multiplier"],
+        },
+    ),
+    # GLM-4 of April 2025 (0414); the type of older GLM-4 files is "chatglm" or "glm".
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        {
+            **COMMON,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1.5625e-7,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+        traits=lambda c: {
+            "out_bias": False,
+            "post_norms": True,
+            "norms_named_after_parts": True,
+            "fused_gate_up": True,
+            "rope_interleaved": True,
+        },
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        {
+            **LLAMA,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524_288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "attention_dropout": 0.1,
+            "residual_dropout": 0.1,
+        },
+        traits=lambda c: {"out_bias": bool(c["attention_out_bias"])},
+        # The files ask for 0.1 of dropout in training; sampler and update must be one model.
+        passed_over=frozenset({"attention_dropout", "residual_dropout"}),
     ),
 }
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
-NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "rope_local_base_freq")
-NUMBERS_OR_NULL = ("attn_logit_softcapping", "final_logit_softcapping")
+NUMBERS = (
+    "rms_norm_eps",
+    "initializer_range",
+    "rope_theta",
+    "rope_local_base_freq",
+    "embedding_multiplier",
+    "logits_scaling",
+    "residual_multiplier",
+    "attention_multiplier",
+)
+NUMBERS_OR_NULL = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "partial_rotary_factor",
+)
 COUNTS = (
     "max_position_embeddings",
+    "original_max_position_embeddings",
     "max_window_layers",
     "query_pre_attn_scalar",
-    "sliding_window_pattern",
 )
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+# Counts that something is divided by.
+PERIODS = ("sliding_window_pattern", "no_rope_layer_interval")
+SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "use_sliding_window",
+)
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
 LARGEST = {
@@ -137,8 +334,28 @@ LARGEST = {
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
 
-SUPPORTED_MODEL_TYPES = (*FAMILIES, "gemma3")
-GEMMA3_WITH_VISION = "Gemma3ForConditionalGeneration"
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """A `model_type` whose `text_config` describes a language model beside a vision tower.
+
+    Attributes:
+      architecture: the transformers class.
+      text_types: the model types that `text_config` may have; the first where it gives none.
+      ties: whether embeddings are tied where the file says so nowhere outside of `text_config`;
+        None for what that says.
+    """
+
+    architecture: str
+    text_types: tuple[str, ...]
+    ties: bool | None = None
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), ties=True),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3", "ministral")),
+}
+SUPPORTED_MODEL_TYPES = (*FAMILIES, *WRAPPERS)
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -149,7 +366,13 @@ ACTIVATION_NAMES = {
 }
 
 # Keys with one supported value.
-ONLY_VALUE = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal": True}
+ONLY_VALUE = {
+    "attention_dropout": 0.0,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+}
 
 # Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
 # transformers runs the model (`pretraining_tp` reorders the same sums) and generates.

@@ -20,9 +20,10 @@ from jax.experimental import multihost_utils
 
 from adpo_jax.hf import weights
 from adpo_jax.hf.config import check_counts
+from adpo_jax.hf.families import WRAPPERS
 from adpo_jax.hf.files import is_plain_name, read_json, size_of
 from adpo_jax.hf.safetensors_files import Checkpoint, read_header
-from adpo_jax.hf.tensors import GEMMA3_PREFIXES, GEMMA3_VISION
+from adpo_jax.hf.tensors import VISION, WRAPPED_PREFIXES
 from adpo_jax.model.model_config import ModelConfig
 
 # The files that a language model needs; a hub repository may have other formats beside them.
@@ -160,8 +161,8 @@ def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: 
       model_type: the model_type in config.json as it lies on disk.
     """
     checkpoint = Checkpoint(weight_files(folder))
-    if model_type == "gemma3":
-        checkpoint.rename(GEMMA3_PREFIXES, drop=GEMMA3_VISION)
+    if model_type in WRAPPERS:
+        checkpoint.rename(WRAPPED_PREFIXES, drop=VISION)
     return weights.load(config, abstract_params, checkpoint)
 
 

@@ -16,23 +16,32 @@ from adpo_jax.model.parameters import Parameter, Path
 
 # Buffers that old versions of transformers wrote, computed from the config.
 HARMLESS_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-# The prefixes of the language model in a Gemma 3 checkpoint with vision, and what is left out.
-GEMMA3_PREFIXES = {
+# The prefixes of the language model in a checkpoint with vision, and what is left out.
+WRAPPED_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-GEMMA3_VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter of a model: its tensors on disk, one a layer (or one alone)."""
+    """One parameter of a model: its tensors on disk, one a layer (or one alone).
+
+    Attributes:
+      path: its place in the tree.
+      sizes: those of the letters of its axes.
+      start: where it begins on the first axis of its tensors, which it may share with others.
+      length: the size of that axis; None for its own.
+    """
 
     path: Path
     parameter: Parameter
     hf_names: tuple[str, ...]
-    sizes: tuple[int, ...]  # of the letters of its axes
+    sizes: tuple[int, ...]
+    start: int = 0
+    length: int | None = None
 
     def of(self, params):
         """This leaf of a parameter tree."""
@@ -48,8 +57,19 @@ class Leaf:
         return tuple(size for group in self._groups for size in group)
 
     @property
-    def hf_shape(self) -> tuple[int, ...]:
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of its part of a tensor on disk."""
         return tuple(map(math.prod, self._groups))
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape of a whole tensor on disk."""
+        first, *others = self.part_shape
+        return (first if self.length is None else self.length, *others)
+
+    def part(self, tensor: np.ndarray) -> np.ndarray:
+        """Its part of a tensor on disk."""
+        return tensor[self.start : self.start + self.part_shape[0]]
 
     @property
     def _groups(self) -> list[list[int]]:
@@ -95,4 +115,24 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
             rows |= {("layers", adapter.name): adapter for adapter in row.adapter()}
     unknown = held.keys() - rows.keys()
     assert not unknown, f"parameters that the table does not give this model: {unknown}"
-    return [leaf(path, row, held[path]) for path, row in rows.items() if path in held]
+    whole = [leaf(path, row, held[path]) for path, row in rows.items() if path in held]
+    return [part for parts in by_tensor(whole) for part in _placed(parts)]
+
+
+def by_tensor(all_leaves: list[Leaf]) -> list[list[Leaf]]:
+    """The leaves in groups that have the same tensors on disk, in the order of their parts."""
+    groups = {}
+    for leaf in all_leaves:
+        groups.setdefault(leaf.hf_names, []).append(leaf)
+    return list(groups.values())
+
+
+def _placed(parts: list[Leaf]) -> list[Leaf]:
+    """The leaves of one group with their places on the first axis of their tensors."""
+    if len(parts) == 1:
+        return parts
+    ends = np.cumsum([part.part_shape[0] for part in parts]).tolist()
+    return [
+        dataclasses.replace(part, start=start, length=ends[-1])
+        for part, start in zip(parts, [0, *ends])
+    ]

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import HARMLESS_TENSORS, Leaf, leaves
+from adpo_jax.hf.tensors import HARMLESS_TENSORS, Leaf, by_tensor, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.model_config import ModelConfig
 
@@ -106,7 +106,8 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 def _put(leaf: Leaf, checkpoint: Checkpoint, sharding: NamedSharding | None) -> jax.Array:
     """The parameter in the layout and dtype of the disk, split over the devices."""
-    arrays = [checkpoint.array(name).reshape(leaf.split_shape) for name in leaf.hf_names]
+    tensors = [leaf.part(checkpoint.array(name)) for name in leaf.hf_names]
+    arrays = [tensor.reshape(leaf.split_shape) for tensor in tensors]
     dtypes = {array.dtype for array in arrays}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     shape = (len(arrays), *leaf.split_shape) if leaf.stacked else leaf.split_shape
@@ -180,41 +181,42 @@ def save(
         if len(shards) > 1:
             file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}
-        for leaf, layer in shard:
-            name = leaf.hf_names[layer or 0]
+        for parts, layer in shard:
+            name = parts[0].hf_names[layer or 0]
             weight_map[name] = file_name
-            tensor = _gather(leaf, layer, params, lora_scale, dtype)
+            gathered = [_gather(part, layer, params, lora_scale, dtype) for part in parts]
             if jax.process_index() == 0:
-                tensors[name] = np.asarray(tensor)
+                arrays = list(map(np.asarray, gathered))
+                tensors[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         if jax.process_index() == 0:
             # transformers refuses a file that does not name its framework.
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
     if len(shards) > 1 and jax.process_index() == 0:
-        size = sum(math.prod(leaf.hf_shape) * dtype.itemsize for s in shards for leaf, _ in s)
+        size = sum(math.prod(parts[0].hf_shape) * dtype.itemsize for s in shards for parts, _ in s)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
 def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
-    """Lists of (leaf, layer); the layer is None for parameters outside the layers."""
+    """Lists of (the leaves of a tensor, layer); the layer is None outside of the layers."""
     tensors = [
-        (leaf, layer if leaf.stacked else None)
-        for leaf in all_leaves
-        for layer in range(len(leaf.hf_names))
+        (parts, layer if parts[0].stacked else None)
+        for parts in by_tensor(all_leaves)
+        for layer in range(len(parts[0].hf_names))
     ]
     # Embeddings come first, then layer by layer, then norm and head, as readers of a part expect.
     num_layers = max(len(leaf.hf_names) for leaf in all_leaves)
     tensors.sort(
-        key=lambda t: t[1] if t[1] is not None else -1 if t[0].path[0] == "embed" else num_layers
+        key=lambda t: t[1] if t[1] is not None else -1 if t[0][0].path[0] == "embed" else num_layers
     )
     shards, used = [[]], 0
-    for leaf, layer in tensors:
-        size = math.prod(leaf.hf_shape) * itemsize
+    for parts, layer in tensors:
+        size = math.prod(parts[0].hf_shape) * itemsize
         if shards[-1] and used + size > max_shard_size:
             shards.append([])
             used = 0
-        shards[-1].append((leaf, layer))
+        shards[-1].append((parts, layer))
         used += size
     return shards
 
@@ -234,7 +236,7 @@ def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> 
         adapter,
         scale=lora_scale,
         order=leaf.disk_order,
-        shape=leaf.hf_shape,
+        shape=leaf.part_shape,
         dtype=dtype,
         sharding=sharding,
     )

@@ -125,7 +125,7 @@ def _joined(layer: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     if any(map(parameters.is_adapter, layer)):
         return layer
     for group in dict.fromkeys(row.joined for row in parameters.LAYER if row.joined):
-        names = [row.name for row in parameters.LAYER if row.joined == group]
+        names = list(dict.fromkeys(row.name for row in parameters.LAYER if row.joined == group))
         if layer.keys() >= set(names):
             matrices = [layer.pop(name) for name in names]
             flat = [matrix.reshape(len(matrix), -1) for matrix in matrices]

@@ -1,4 +1,4 @@
-"""One decoder for the Qwen, Llama, Mistral and Gemma families.
+"""One decoder for all families of `hf/families.py`.
 
 The decoder is plain functions over the parameter tree that `parameters` declares. Families differ
 in data (`ModelConfig`). The uses of a model differ in two arguments: `attend` (which keys a query
@@ -68,6 +68,21 @@ class LayerWeights:
             return x
         return rms_norm(x, self.params[name], c.norm_eps, c.norm_plus_one)
 
+    def norm_over_heads(self, x: jax.Array, name: str) -> jax.Array:
+        """`norm` of x [B, T, H, h] over all heads of a token together."""
+        c = self.config
+        if not parameters.has(c, name):
+            return x
+        flat, weight = x.reshape(*x.shape[:2], -1), self.params[name].reshape(-1)
+        return rms_norm(flat, weight, c.norm_eps, c.norm_plus_one).reshape(x.shape)
+
+    def to_residual(self, x: jax.Array, norm: str) -> jax.Array:
+        """What a part of the layer adds to the hidden states, given its result x [B, T, D]."""
+        x, multiplier = self.norm(x, norm), self.config.residual_multiplier
+        if multiplier == 1.0:
+            return x
+        return (x.astype(jnp.float32) * multiplier).astype(x.dtype)
+
     def _product(self, x, name):
         weight, num_inputs = self.params[name], x.ndim - 2
         width, out = math.prod(weight.shape[:num_inputs]), weight.shape[num_inputs:]
@@ -106,11 +121,14 @@ def attention(
     weights: LayerWeights, x: jax.Array, layer: LayerInfo, rope_tables, cache, attend: Attend
 ):
     """Multi-head attention of x [B, T, D]; returns (out [B, T, D], cache)."""
-    mesh = weights.mesh
+    mesh, interleaved = weights.mesh, weights.config.rope_interleaved
     q, k, v = weights.dense_each(x, "q", "k", "v")
     q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
-    cos, sin = (table[layer.rope] for table in rope_tables)
-    q, k = rope_lib.rotate(q, cos, sin), rope_lib.rotate(k, cos, sin)
+    q, k = weights.norm_over_heads(q, "q_norm_all"), weights.norm_over_heads(k, "k_norm_all")
+    cos, sin, *scales = (table[layer.rope] for table in rope_tables)
+    q, k = (rope_lib.rotate(x, cos, sin, interleaved) for x in (q, k))
+    for scale in scales:
+        q = (q * scale[..., None]).astype(q.dtype)
     q = constrain(q, mesh, "batch", "length", "heads", None)
     k = constrain(k, mesh, "batch", "length", "kv_heads", None)
     v = constrain(v, mesh, "batch", "length", "kv_heads", None)
@@ -127,13 +145,13 @@ def transformer_layer(
     attend: Attend,
     ffn: Ffn,
 ):
-    """One pre-norm block of hidden states [B, T, D]; returns (hidden [B, T, D], cache, extras)."""
+    """One block of hidden states [B, T, D]; returns (hidden [B, T, D], cache, extras)."""
     normed = weights.norm(x, "attn_norm")
     attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
-    x = x + weights.norm(attended, "attn_post_norm")
+    x = x + weights.to_residual(attended, "attn_post_norm")
     x = constrain(x, weights.mesh, "batch", "length", None)
     fed, extras = ffn(weights, weights.norm(x, "mlp_norm"), layer)
-    x = x + weights.norm(fed, "mlp_post_norm")
+    x = x + weights.to_residual(fed, "mlp_post_norm")
     return constrain(x, weights.mesh, "batch", "length", None), cache, extras
 
 
@@ -181,6 +199,7 @@ def decoder(
 
     layers, info = params["layers"], config.layer_info
     rope_tables = rope_lib.cos_sin(config.ropes, config.head_dim, positions)
+    rope_tables += rope_lib.query_scales(config.ropes, positions)
     if isinstance(layers, tuple):
         (x, cache), extras = cpu.layer_by_layer(run_layer, (x, cache), layers, info, rope_tables)
     else:
@@ -205,6 +224,8 @@ def embed_tokens(
         x = _split_lookup(embed, tokens, dtype, mesh)
     else:
         x = jnp.take(embed, tokens, axis=0).astype(dtype)
+    if config.embed_multiplier != 1.0:
+        x = (x.astype(jnp.float32) * config.embed_multiplier).astype(dtype)
     return x * jnp.asarray(config.hidden_size**0.5, dtype) if config.embed_scale else x
 
 
@@ -250,6 +271,8 @@ def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | Non
     logits = jnp.einsum(
         spec, hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
+    if config.logit_divisor != 1.0:
+        logits = logits / config.logit_divisor
     if config.logit_soft_cap is not None:
         logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
     return constrain(logits, mesh, "batch", *("length",) * (hidden.ndim - 2), "vocab")

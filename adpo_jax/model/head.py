@@ -39,11 +39,13 @@ class _Head:
 
     Attributes:
       tied: whether the weight is the embedding [V, D], not [D, V].
+      divisor: divides the logits before the soft cap.
       rows_axes: mesh axes that split the rows, empty for none.
       vocab_axis, width_axis: mesh axes that split the weight, empty for none.
     """
 
     tied: bool
+    divisor: float
     soft_cap: float | None
     temperature: float
     chunk: int
@@ -91,10 +93,13 @@ class _Head:
         """Soft-capped logits over the temperature, [C, V] float32, and their derivative."""
         spec = "cd,vd->cv" if self.tied else "cd,dv->cv"
         logits = jnp.einsum(spec, hidden_CD, weight, preferred_element_type=jnp.float32)
-        slope = 1.0 / self.temperature
+        divisor = self.temperature * self.divisor
+        slope = 1.0 / divisor
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
         if self.soft_cap is not None:
             capped = jnp.tanh(logits / self.soft_cap)
-            logits, slope = self.soft_cap * capped, (1.0 - jnp.square(capped)) / self.temperature
+            logits, slope = self.soft_cap * capped, (1.0 - jnp.square(capped)) / divisor
         return (logits if self.temperature == 1.0 else logits / self.temperature), slope
 
     def targets(self, logits_CV, targets_C):
@@ -181,6 +186,7 @@ def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Ar
     width = axes_that_split(mesh, "embed", config.hidden_size)
     head = _Head(
         tied=config.tie_embeddings,
+        divisor=config.logit_divisor,
         soft_cap=config.logit_soft_cap,
         mesh=mesh,
         rows_axes=rows_axes,

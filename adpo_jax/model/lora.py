@@ -84,14 +84,16 @@ class Lora:
 def parse_targets(text: str) -> tuple[str, ...]:
     """The weights that a text names, such as "q_proj,v_proj".
 
-    "all-linear" names all weights but embeddings and head.
+    "all-linear" names all weights but embeddings and head; "qkv_proj" names the three parts of it.
     """
-    known = parameters.adaptable()
     if text == ALL_TARGETS:
-        return tuple(known)
-    by_hf_name = {hf_name(name): name for name in known}
+        return tuple(parameters.adaptable())
+    by_hf_name = {
+        module.rpartition(".")[2]: parameters.of_module(module)
+        for module in parameters.adapted_modules()
+    }
     given = [name.strip() for name in text.split(",")]
-    return tuple(by_hf_name.get(name, name) for name in given)
+    return tuple(name for part in given for name in by_hf_name.get(part, (part,)))
 
 
 def hf_name(name: str) -> str:

@@ -24,9 +24,20 @@ class ModelConfig:
       ropes: the distinct rotary embeddings.
       layer_ropes: for each layer, its index into `ropes`.
       norm_plus_one: whether RMSNorm multiplies by 1 + w, not w (Gemma).
-      post_norms: whether a second norm follows attention and MLP, before the residual sum (Gemma 2
-        and 3).
+      pre_norms: whether a norm stands before attention and MLP (all but OLMo 2 and 3).
+      post_norms: whether a norm follows attention and MLP, before the residual sum (Gemma 2 and 3,
+        OLMo 2 and 3, GLM-4).
+      norms_named_after_parts: whether, on disk, the norms after attention and MLP are named
+        `post_self_attn_layernorm` and `post_mlp_layernorm`, and the norm before the MLP
+        `post_attention_layernorm` (GLM-4).
+      qk_norm: whether the queries and keys of each head have a norm.
+      qk_norm_over_heads: whether all heads of a token have one norm together (OLMo 2 and 3).
+      rope_interleaved: whether rotary embeddings turn neighbours, not the halves of a head (GLM-4).
+      fused_qkv, fused_gate_up: whether these weights are one tensor on disk (Phi-3, GLM-4).
       embed_scale: whether embeddings are multiplied by sqrt(hidden_size) (Gemma).
+      embed_multiplier: multiplies embeddings (Granite).
+      residual_multiplier: multiplies what attention and MLP add to the hidden states (Granite).
+      logit_divisor: divides the logits (Granite).
       attention_scale: multiplies q k^T; usually head_dim ** -0.5.
     """
 
@@ -44,12 +55,21 @@ class ModelConfig:
     activation: str = "silu"
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    norms_named_after_parts: bool = False
     embed_scale: bool = False
+    embed_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_divisor: float = 1.0
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
+    rope_interleaved: bool = False
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = False

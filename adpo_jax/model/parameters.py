@@ -62,6 +62,7 @@ class Parameter:
       name: its name in the parameter tree.
       axes: its letters in the tree.
       hf_name: its tensor in a checkpoint, below `model.layers.<i>.` for a parameter of a layer.
+        Rows of a model that have one tensor are its parts along the first axis on disk.
       hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D].
       when: whether a model has it. Rows of one name differ in this and in `hf_name` alone.
       init: how random weights are drawn; None for adapters, which `Lora.init` draws.
@@ -123,6 +124,35 @@ def _bias(name: str, axes: str, hf_name: str, **settings) -> Parameter:
     return Parameter(name, axes, hf_name, axes, init=_zeros, decays=False, **settings)
 
 
+def _input(name: str, axes: str, module: str, hf_axes: str, **settings) -> Parameter:
+    """A weight [in, *out] of a layer that reads the width of the model."""
+    return Parameter(name, axes, f"{module}.weight", hf_axes, adapter_inputs=1, **settings)
+
+
+def _post_norms(config: ModelConfig) -> bool:
+    return config.post_norms and not config.norms_named_after_parts
+
+
+def _named_after_parts(config: ModelConfig) -> bool:
+    return config.post_norms and config.norms_named_after_parts
+
+
+def _fused_qkv(config: ModelConfig) -> bool:
+    return config.fused_qkv
+
+
+def _separate_qkv(config: ModelConfig) -> bool:
+    return not config.fused_qkv
+
+
+def _fused_gate(config: ModelConfig) -> bool:
+    return config.fused_gate_up
+
+
+def _separate_gate(config: ModelConfig) -> bool:
+    return not config.fused_gate_up
+
+
 # The order of the rows is part of a seed's meaning: flax counts a parameter's key by its place.
 TOP = (
     Parameter("embed", "VD", "model.embed_tokens.weight", "V D"),
@@ -130,28 +160,48 @@ TOP = (
     Parameter("head", "DV", "lm_head.weight", "V D", when=lambda c: not c.tie_embeddings),
 )
 LAYER = (
-    _norm("attn_norm", "d", "input_layernorm.weight"),
-    Parameter("q", "DHh", "self_attn.q_proj.weight", "Hh D", adapter_inputs=1, joined="qkv"),
-    Parameter("k", "DKh", "self_attn.k_proj.weight", "Kh D", adapter_inputs=1, joined="qkv"),
-    Parameter("v", "DKh", "self_attn.v_proj.weight", "Kh D", adapter_inputs=1, joined="qkv"),
+    _norm("attn_norm", "d", "input_layernorm.weight", when=lambda c: c.pre_norms),
+    _input("q", "DHh", "self_attn.q_proj", "Hh D", joined="qkv", when=_separate_qkv),
+    _input("k", "DKh", "self_attn.k_proj", "Kh D", joined="qkv", when=_separate_qkv),
+    _input("v", "DKh", "self_attn.v_proj", "Kh D", joined="qkv", when=_separate_qkv),
+    # Rows with one tensor are its parts, in this order.
+    _input("q", "DHh", "self_attn.qkv_proj", "Hh D", joined="qkv", when=_fused_qkv),
+    _input("k", "DKh", "self_attn.qkv_proj", "Kh D", joined="qkv", when=_fused_qkv),
+    _input("v", "DKh", "self_attn.qkv_proj", "Kh D", joined="qkv", when=_fused_qkv),
     _bias("q_bias", "Hh", "self_attn.q_proj.bias", when=lambda c: c.qkv_bias),
     _bias("k_bias", "Kh", "self_attn.k_proj.bias", when=lambda c: c.qkv_bias),
     _bias("v_bias", "Kh", "self_attn.v_proj.bias", when=lambda c: c.qkv_bias),
     _norm("q_norm", "h", "self_attn.q_norm.weight", when=lambda c: c.qk_norm),
     _norm("k_norm", "h", "self_attn.k_norm.weight", when=lambda c: c.qk_norm),
+    _norm("q_norm_all", "Hh", "self_attn.q_norm.weight", when=lambda c: c.qk_norm_over_heads),
+    _norm("k_norm_all", "Kh", "self_attn.k_norm.weight", when=lambda c: c.qk_norm_over_heads),
     Parameter("o", "HhD", "self_attn.o_proj.weight", "D Hh", adapter_inputs=2),
     _bias("o_bias", "d", "self_attn.o_proj.bias", when=lambda c: c.out_bias),
-    # Gemma 2 and 3 have a norm on either side of attention and MLP, so a name has two places.
-    _norm("attn_post_norm", "d", "post_attention_layernorm.weight", when=lambda c: c.post_norms),
-    _norm("mlp_norm", "d", "pre_feedforward_layernorm.weight", when=lambda c: c.post_norms),
-    _norm("mlp_norm", "d", "post_attention_layernorm.weight", when=lambda c: not c.post_norms),
-    Parameter("gate", "DF", "mlp.gate_proj.weight", "F D", adapter_inputs=1, joined="gate_up"),
-    Parameter("up", "DF", "mlp.up_proj.weight", "F D", adapter_inputs=1, joined="gate_up"),
+    # Some models have a norm on either side of attention and MLP, so a name has several places.
+    _norm("attn_post_norm", "d", "post_attention_layernorm.weight", when=_post_norms),
+    _norm("attn_post_norm", "d", "post_self_attn_layernorm.weight", when=_named_after_parts),
+    _norm(
+        "mlp_norm",
+        "d",
+        "pre_feedforward_layernorm.weight",
+        when=lambda c: c.pre_norms and _post_norms(c),
+    ),
+    _norm(
+        "mlp_norm",
+        "d",
+        "post_attention_layernorm.weight",
+        when=lambda c: c.pre_norms and not _post_norms(c),
+    ),
+    _input("gate", "DF", "mlp.gate_proj", "F D", joined="gate_up", when=_separate_gate),
+    _input("up", "DF", "mlp.up_proj", "F D", joined="gate_up", when=_separate_gate),
+    _input("gate", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", when=_fused_gate),
+    _input("up", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", when=_fused_gate),
     _bias("gate_bias", "F", "mlp.gate_proj.bias", when=lambda c: c.mlp_bias),
     _bias("up_bias", "F", "mlp.up_proj.bias", when=lambda c: c.mlp_bias),
     Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1),
     _bias("down_bias", "d", "mlp.down_proj.bias", when=lambda c: c.mlp_bias),
-    _norm("mlp_post_norm", "d", "post_feedforward_layernorm.weight", when=lambda c: c.post_norms),
+    _norm("mlp_post_norm", "d", "post_feedforward_layernorm.weight", when=_post_norms),
+    _norm("mlp_post_norm", "d", "post_mlp_layernorm.weight", when=_named_after_parts),
 )
 
 # The place of a parameter in the tree: ("embed",) or ("layers", "q").
@@ -221,7 +271,22 @@ def logical_axes(params) -> Any:
 
 def adaptable() -> Mapping[str, Parameter]:
     """The weights of a layer that may have an adapter, by name."""
-    return {row.name: row for row in LAYER if row.adapter_inputs}
+    rows = {}
+    for row in LAYER:
+        if row.adapter_inputs:
+            rows.setdefault(row.name, row)
+    return rows
+
+
+def of_module(hf_module: str) -> tuple[str, ...]:
+    """The names of the weights with adapters that a Hugging Face module holds, in its order."""
+    rows = [row for row in LAYER if row.adapter_inputs and row.hf_module == hf_module]
+    return tuple(row.name for row in rows)
+
+
+def adapted_modules() -> tuple[str, ...]:
+    """The Hugging Face modules, of any model, whose weights may have an adapter."""
+    return tuple(dict.fromkeys(row.hf_module for row in LAYER if row.adapter_inputs))
 
 
 def adapter_names(name: str) -> tuple[str, str]:

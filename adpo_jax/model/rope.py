@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn")
+SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +19,19 @@ class Rope:
 
     Attributes:
       theta: base of the geometric series of wavelengths.
-      kind: one of `SUPPORTED_TYPES`.
+      kind: one of `SUPPORTED_TYPES`; "none" leaves queries and keys as they are.
+      partial: the share of a head's dimensions that is rotated, the first ones.
       factor: how many times longer the context is than `original_length`.
       low_freq_factor, high_freq_factor: llama3, the wavelengths (as fractions of the original
         length) between which frequencies are interpolated.
       beta_fast, beta_slow: yarn, the same in rotations over the original length.
       truncate: yarn, whether the range of dimensions between them is rounded to whole ones.
-      attention_factor: yarn, multiplies cos and sin.
+      attention_factor: yarn and longrope, multiplies cos and sin.
+      factors: longrope, what each frequency is divided by.
       original_length: tokens of context before the stretch.
+      query_beta: how fast queries grow with their position: one at position p is multiplied by
+        1 + query_beta ln(1 + floor(p / query_length)).
+      query_length: tokens before queries begin to grow.
     """
 
     theta: float = 10_000.0
@@ -39,6 +44,10 @@ class Rope:
     truncate: bool = True
     attention_factor: float = 1.0
     original_length: int = 0
+    partial: float = 1.0
+    factors: tuple[float, ...] = ()
+    query_beta: float = 0.0
+    query_length: int = 1
 
     def __post_init__(self):
         if self.kind not in SUPPORTED_TYPES:
@@ -50,11 +59,17 @@ class Rope:
                 f"rope type {self.kind!r} needs original_max_position_embeddings in the config"
             )
 
-    def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Angular frequencies [head_dim // 2] float32 in radians a token, and the cos/sin scale.
+    def dimensions(self, head_dim: int) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(head_dim * self.partial)
 
-        Sources: llama3, Llama 3.1 model card; yarn, Peng et al. 2023, arXiv 2309.00071.
+    def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
+        """Angular frequencies [dimensions // 2] float32 in radians a token, and the cos/sin scale.
+
+        Sources: llama3, Llama 3.1 model card; yarn, Peng et al. 2023, arXiv 2309.00071; longrope,
+        Ding et al. 2024, arXiv 2402.13753; none, Yang et al. 2025, arXiv 2501.18795.
         """
+        head_dim = self.dimensions(head_dim)
         inverse = 1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.kind == "linear":
             return (inverse / self.factor).astype(np.float32), 1.0
@@ -67,6 +82,10 @@ class Rope:
             return stretched.astype(np.float32), 1.0
         if self.kind == "yarn":
             return self._yarn(inverse, head_dim)
+        if self.kind == "longrope":
+            return (inverse / np.array(self.factors)).astype(np.float32), self.attention_factor
+        if self.kind == "none":
+            return np.zeros(head_dim // 2, np.float32), 1.0
         return inverse.astype(np.float32), 1.0
 
     def _yarn(self, inverse: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
@@ -91,7 +110,7 @@ def cos_sin(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array):
       positions: [B, T] int32.
 
     Returns:
-      (cos, sin), each [len(ropes), B, T, head_dim // 2] float32.
+      (cos, sin), each [len(ropes), B, T, rotated dimensions // 2] float32.
     """
     tables = [rope.frequencies(head_dim) for rope in ropes]
     frequencies = np.stack([f for f, _ in tables])[:, None, None, :]
@@ -100,9 +119,43 @@ def cos_sin(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array):
     return jnp.cos(angles) * scales, jnp.sin(angles) * scales
 
 
-def rotate(x_BTHD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the two halves of every head; cos and sin [B, T, D // 2]. Keeps the dtype of x."""
-    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+def query_scales(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Array, ...]:
+    """What queries are multiplied by, ([len(ropes), B, T, 1] float32,); () if by nothing.
+
+    It keeps attention sharp where there are many keys.
+
+    Source: Nakanishi 2025, arXiv 2501.19399.
+    """
+    if not any(rope.query_beta for rope in ropes):
+        return ()
+    scales = [
+        1.0 + rope.query_beta * jnp.log1p((positions // rope.query_length).astype(jnp.float32))
+        for rope in ropes
+    ]
+    return (jnp.stack(scales)[..., None],)
+
+
+def rotate(
+    x_BTHD: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False
+) -> jax.Array:
+    """Rotates the first dimensions of every head in pairs; the others stay. Keeps the dtype of x.
+
+    Args:
+      cos, sin: [B, T, rotated dimensions // 2] float32.
+      interleaved: whether the pairs are neighbours, not one of the first half with one of the
+        second.
+    """
+    dimensions = 2 * cos.shape[-1]
+    if dimensions < x_BTHD.shape[-1]:
+        x_BTHD, rest = x_BTHD[..., :dimensions], x_BTHD[..., dimensions:]
+        return jnp.concatenate([rotate(x_BTHD, cos, sin, interleaved), rest], axis=-1)
+    if interleaved:
+        pairs = x_BTHD.astype(jnp.float32).reshape(*x_BTHD.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        return jnp.stack(rotated, axis=-1).reshape(x_BTHD.shape).astype(x_BTHD.dtype)
     return jnp.concatenate(rotated, axis=-1).astype(x_BTHD.dtype)

@@ -1,9 +1,15 @@
 """Folders of adapters in peft's format: adapter_config.json and adapter_model.safetensors.
 
+Where a checkpoint holds several weights in one module (Phi-3's `qkv_proj`), each has an adapter of
+its own here and the module has one there. Those of n weights become one of n times the rank, whose
+B is zero but for one block a weight; `rank_pattern` and `alpha_pattern` say so. An adapter of the
+plain rank, as peft makes it, is read as one A that the weights share.
+
 Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +21,10 @@ from safetensors.numpy import save_file
 
 from adpo_jax.hf import folders
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import GEMMA3_PREFIXES, layer_tensor, leaves
+from adpo_jax.hf.tensors import WRAPPED_PREFIXES, layer_tensor, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.lora import Lora
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.policy.policy import Policy
 
 CONFIG = "adapter_config.json"
@@ -36,8 +43,6 @@ WITHOUT_EFFECT: dict[str, tuple] = {
     "alora_invocation_tokens": (None, []),
     "fan_in_fan_out": (None, False),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, []),
 }
 
@@ -64,15 +69,36 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
         )
     if type(alpha) not in (int, float) or not 0 < alpha < 1e30:
         raise ValueError(f"{folder / CONFIG}: lora_alpha is a number above 0; given {alpha!r:.80}")
+    _check_patterns(folder / CONFIG, config, rank, alpha)
     held = {name.rsplit(".lora_", 1)[0] for name in _checkpoint(folder)}
-    targets = tuple(
-        name
-        for name, row in parameters.adaptable().items()
-        if layer_tensor(0, row.hf_module) in held
-    )
+    modules = [m for m in parameters.adapted_modules() if layer_tensor(0, m) in held]
+    adapted = {name for module in modules for name in parameters.of_module(module)}
+    targets = tuple(name for name in parameters.adaptable() if name in adapted)
     if not targets:
         raise ValueError(f"{folder / WEIGHTS} holds no adapter of a layer's {_supported()}")
     return folder, Lora(rank, float(alpha), targets)
+
+
+def _check_patterns(path: Path, config: dict, rank: int, alpha: float) -> None:
+    """Refuses ranks of single modules, but for those that `save` writes of joined weights."""
+    several = {
+        _last_part(module): len(parameters.of_module(module))
+        for module in parameters.adapted_modules()
+    }
+    for key, plain in (("rank_pattern", rank), ("alpha_pattern", alpha)):
+        given = config.get(key) or {}
+        allowed = {m: n * plain for m, n in several.items() if n > 1}
+        fits = isinstance(given, dict) and given.items() <= allowed.items()
+        if not fits or given.keys() != (config.get("rank_pattern") or {}).keys():
+            raise ValueError(
+                f"{path}: {key} is {given!r:.80}, supported is None, or, of modules that hold n "
+                "weights, n times that of the others"
+            )
+
+
+def _last_part(hf_module: str) -> str:
+    """The last part of a module's name, by which peft knows it."""
+    return hf_module.rpartition(".")[2]
 
 
 def _supported() -> str:
@@ -93,34 +119,98 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
     """
     folder, adapters = find(name)
     checkpoint = _checkpoint(folder)
-    shapes, _ = lora.split(dataclasses.replace(policy, lora=adapters).abstract_params())
-    adapter_leaves = leaves(policy.config, shapes)
-    wanted = {name: leaf.hf_shape for leaf in adapter_leaves for name in leaf.hf_names}
-    unexpected = sorted(set(checkpoint) - wanted.keys())
+    modules = _modules(policy.config, adapters)
+    wanted = {name for module in modules for pair in module.tensors for name in pair}
+    unexpected = sorted(set(checkpoint) - wanted)
     if unexpected:
         raise ValueError(
             f"{folder / WEIGHTS} has tensors that are not used, {unexpected[0]} for one; adapters "
             f"of {_supported()} are read, in every layer or in none"
         )
-    for tensor, shape in wanted.items():
+    matrices = {}
+    for module in modules:
+        layers = range(len(module.tensors))
+        pairs = [_read(folder, checkpoint, module, i, adapters.rank) for i in layers]
+        for part, name in enumerate(module.names):
+            a, b = parameters.adapter_names(name)
+            matrices[a] = np.stack([pair[part][0] for pair in pairs])
+            matrices[b] = np.stack([pair[part][1] for pair in pairs])
+
+    policy, params = policy.with_adapters(params, adapters, jax.random.key(0))
+    trained, frozen = lora.split(params)
+    loaded = {}
+    for leaf in leaves(policy.config, trained):
+        name, like = leaf.path[-1], leaf.of(trained)
+        stacked = matrices[name].reshape(len(matrices[name]), *leaf.split_shape)
+        if not np.isfinite(stacked).all():
+            raise ValueError(f"{folder / WEIGHTS}: NaN or infinity in an adapter of {name}")
+        loaded[name] = jax.device_put(stacked.transpose(leaf.order), like.sharding)
+    return policy, lora.join({"layers": loaded}, frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """A Hugging Face module with an adapter.
+
+    Attributes:
+      name: below the layer.
+      names: of its weights, one or several.
+      inputs: width of its input.
+      outputs: width of the output of each weight.
+      tensors: the names of A and B in each layer.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    inputs: int
+    outputs: tuple[int, ...]
+    tensors: tuple[tuple[str, str], ...]
+
+
+def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
+    """The modules of a model that hold the weights which adapters are of."""
+    rows = {row.name: row for row in parameters.of_model(config).values() if row.adapter_inputs}
+    found = []
+    for module in dict.fromkeys(row.hf_module for row in rows.values()):
+        names = tuple(name for name, row in rows.items() if row.hf_module == module)
+        if not set(names) & set(adapters.targets):
+            continue
+        sizes = [
+            (math.prod(shape[:n]), math.prod(shape[n:]))
+            for shape, n in ((rows[x].shape(config), rows[x].adapter_inputs) for x in names)
+        ]
+        tensors = tuple(
+            tuple(layer_tensor(i, f"{module}.lora_{x}.weight") for x in "AB")
+            for i in range(config.num_layers)
+        )
+        found.append(_Module(module, names, sizes[0][0], tuple(o for _, o in sizes), tensors))
+    return found
+
+
+def _read(folder: Path, checkpoint: Checkpoint, module: _Module, layer: int, rank: int):
+    """A [R, in] and B [out, R] of each weight of a module."""
+    n, names = len(module.names), module.tensors[layer]
+    a_name, _ = names
+    joined = n > 1 and a_name in checkpoint and checkpoint.shape(a_name)[:1] != (rank,)
+    R = n * rank if joined else rank
+    for tensor, shape in zip(names, ((R, module.inputs), (sum(module.outputs), R))):
         found = checkpoint.shape(tensor) if tensor in checkpoint else None
         if found != shape:
             raise ValueError(
                 f"{folder / WEIGHTS} does not fit the model: {tensor} has shape {found}, "
                 f"wanted {shape}"
             )
-
-    policy, params = policy.with_adapters(params, adapters, jax.random.key(0))
-    trained, frozen = lora.split(params)
-    loaded = {}
-    for leaf in adapter_leaves:
-        name, like = leaf.path[-1], leaf.of(trained)
-        tensors = [checkpoint.array(tensor).astype(np.float32) for tensor in leaf.hf_names]
-        stacked = np.stack(tensors).reshape(len(tensors), *leaf.split_shape)
-        if not np.isfinite(stacked).all():
-            raise ValueError(f"{folder / WEIGHTS}: NaN or infinity in an adapter of {name}")
-        loaded[name] = jax.device_put(stacked.transpose(leaf.order), like.sharding)
-    return policy, lora.join({"layers": loaded}, frozen)
+    a, b = (checkpoint.array(tensor).astype(np.float32) for tensor in names)
+    rows = np.split(b, np.cumsum(module.outputs)[:-1])
+    if not joined:
+        return [(a, part) for part in rows]
+    blocks = [np.split(part, n, axis=1) for part in rows]
+    if any(blocks[i][j].any() for i in range(n) for j in range(n) if i != j):
+        raise ValueError(
+            f"{folder / WEIGHTS}: {names[1]} mixes the {n} weights of {module.name}, so that it is "
+            f"no adapter of rank {rank} of each of them; train one without rank_pattern"
+        )
+    return list(zip(np.split(a, n), (blocks[i][i] for i in range(n))))
 
 
 def save(
@@ -141,11 +231,16 @@ def save(
     everywhere = policy.mesh and NamedSharding(policy.mesh, PartitionSpec())
     trained, _ = lora.split(params)
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(trained))
-    tensors = {}
+    on_disk = {}
     for leaf in leaves(policy.config, whole):
-        for name, x in zip(leaf.hf_names, leaf.of(whole)):
-            tensor = x.transpose(leaf.disk_order).reshape(leaf.hf_shape)
-            tensors[PREFIX + name] = np.ascontiguousarray(tensor)
+        arrays = (x.transpose(leaf.disk_order) for x in leaf.of(whole))
+        on_disk[leaf.path[-1]] = [x.reshape(leaf.part_shape) for x in arrays]
+    modules, tensors = _modules(policy.config, policy.lora), {}
+    for module in modules:
+        for layer, names in enumerate(module.tensors):
+            for name, x in zip(names, _written(module, on_disk, layer, policy.lora.rank)):
+                tensors[PREFIX + name] = np.ascontiguousarray(x)
+    several = {_last_part(m.name): len(m.names) for m in modules if len(m.names) > 1}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -153,14 +248,29 @@ def save(
         "r": policy.lora.rank,
         "lora_alpha": policy.lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [lora.hf_name(target) for target in policy.lora.targets],
+        "target_modules": [_last_part(module.name) for module in modules],
         "bias": "none",
         "inference_mode": True,
     }
+    if several:
+        config["rank_pattern"] = {m: n * policy.lora.rank for m, n in several.items()}
+        config["alpha_pattern"] = {m: n * policy.lora.alpha for m, n in several.items()}
     with folders.new_folder(folder, overwrite=overwrite) as temporary:
         if jax.process_index() == 0:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             folders.write_json(temporary / CONFIG, config)
+
+
+def _written(module: _Module, on_disk: dict[str, list], layer: int, rank: int):
+    """A [n R, in] and B [sum of out, n R] of a module of n weights; zero for those without one."""
+    n = len(module.names)
+    a = np.zeros((n, rank, module.inputs), np.float32)
+    b = [np.zeros((out, n, rank), np.float32) for out in module.outputs]
+    for i, name in enumerate(module.names):
+        a_name, b_name = parameters.adapter_names(name)
+        if a_name in on_disk:
+            a[i], b[i][:, i] = on_disk[a_name][layer], on_disk[b_name][layer]
+    return a.reshape(n * rank, -1), np.concatenate(b).reshape(-1, n * rank)
 
 
 def _checkpoint(folder: Path) -> Checkpoint:
@@ -168,6 +278,6 @@ def _checkpoint(folder: Path) -> Checkpoint:
     if not (folder / WEIGHTS).exists():
         raise ValueError(f"{folder} has no {WEIGHTS}; peft's save_pretrained writes it")
     checkpoint = Checkpoint([folder / WEIGHTS])
-    prefixes = {PREFIX + old: new for old, new in GEMMA3_PREFIXES.items()} | {PREFIX: ""}
+    prefixes = {PREFIX + old: new for old, new in WRAPPED_PREFIXES.items()} | {PREFIX: ""}
     checkpoint.rename(prefixes)
     return checkpoint

@@ -162,6 +162,18 @@ class Policy:
             hf_config=hf_config,
         )
 
+    def for_length(self, max_length: int) -> "Policy":
+        """This policy for sequences of at most so many tokens.
+
+        It is another one for models with LongRoPE alone, which have one set of frequencies for
+        sequences within their original length and one for longer ones. transformers chooses anew in
+        every call; here one set serves all sequences of a run, whose keys lie in caches. Without
+        this call it is the one of `max_position_embeddings`.
+        """
+        if not self.hf_config:
+            return self
+        return dataclasses.replace(self, config=model_config(self.hf_config, max_length))
+
     def save_pretrained(
         self,
         folder: str | os.PathLike,

@@ -217,11 +217,18 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
       ValueError: for an architecture that is not supported, or a tokenizer of another model.
     """
     policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
+    policy = policy.for_length(longest_sequence(config))
     if source.tokenizer is not None:
         _check_vocabulary(source, policy.config.vocab_size)
     attention = config.actor_rollout_ref.actor.attention
     with whole_keys({"attention": "actor_rollout_ref.actor.attention"}):
         return dataclasses.replace(policy, lora=source.lora, attention=attention)
+
+
+def longest_sequence(config: ConfigDict) -> int:
+    """Tokens of the longest prompt and the longest completion together."""
+    completion = max(config.data.max_response_length, config.eval.max_tokens)
+    return config.data.max_prompt_length + completion
 
 
 def _check_vocabulary(source: ModelSource, num_embedded: int) -> None:

@@ -137,7 +137,7 @@ def make_server(a: argparse.Namespace):
         weights_root = WeightsRoot(a.weights_root, model.policy)
     limits = Limits(*_lengths(a, model.policy), a.max_prompt_characters)
     engine = Engine(
-        model.policy,
+        model.policy.for_length(limits.max_prompt_length + limits.max_response_length),
         max_prompt_length=limits.max_prompt_length,
         max_response_length=limits.max_response_length,
         num_slots=a.slots,

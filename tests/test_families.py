@@ -1,0 +1,198 @@
+"""Families whose weights the tests draw: logits, decoding, round trips and published configs."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import published
+import pytest
+from golden_models import DRAWN, arrays, config_of, drawn, drawn_model
+from safetensors.numpy import load_file, save_file
+from test_policy import TOLERANCE, assert_golden, decoded_log_probs
+
+from adpo_jax import Policy
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.verbs import Verbs
+from adpo_jax.hf.config import language_config, model_config
+from adpo_jax.model import lora
+from adpo_jax.model.lora import Lora, parse_targets
+from adpo_jax.policy import adapters
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_logits_equal_those_of_transformers_for_padded_batches(name):
+    policy, params = drawn_model(name)
+    golden = arrays(name)
+    for batch in ("right", "left"):
+        logits = policy.logits(params, golden[f"{batch}_tokens"], golden[f"{batch}_mask"])
+        assert_golden(name, batch, logits)
+
+
+# What the other families are made of is decoded in these.
+@pytest.mark.parametrize("name", ["smollm3", "olmo3", "phi3", "granite", "glm4", "ministral3"])
+def test_decoding_token_by_token_equals_the_forward_of_transformers(name):
+    policy, params = drawn_model(name)
+    golden, c = arrays(name), policy.config
+    tokens, mask = golden["right_tokens"], golden["right_mask"]
+    layout = CacheLayout(c.num_layers, c.num_kv_heads, c.head_dim, policy.dtype, True, False)
+    lengths = np.array([1, 7, 5], np.int32)
+    found = decoded_log_probs(Verbs(policy, layout), params, tokens, lengths)
+    wanted = np.zeros_like(found)
+    wanted[mask > 0] = jax.nn.log_softmax(golden["right_logits"])
+    compared = (mask > 0) & (np.arange(tokens.shape[1]) >= lengths[:, None])
+    np.testing.assert_allclose(found[compared], wanted[compared], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_load_save_is_bit_identical(name, tmp_path):
+    policy, params = drawn_model(name)
+    policy.save_pretrained(tmp_path / "out", params, max_shard_size=10_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    written = {key: array for file in files for key, array in load_file(file).items()}
+    for key, array in written.items():
+        assert array.tobytes() == drawn(key, array.shape).tobytes(), key
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == written.keys()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in written.values())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config | config_of(name) == config
+
+
+# --- adapters of weights that are one tensor on disk
+
+
+def adapted(name: str, targets: str):
+    policy, params = drawn_model(name)
+    some = Lora(2, 6.0, parse_targets(targets))
+    policy, params = policy.with_adapters(params, some, jax.random.key(4))
+    trained, frozen = lora.split(params)
+    return policy, lora.join(jax.tree.map(lambda x: x + 0.05, trained), frozen)
+
+
+def test_adapters_of_fused_weights_come_back_from_their_folder(tmp_path):
+    policy, params = adapted("phi3", "qkv_proj,o_proj,gate_proj,up_proj")
+    assert policy.lora.targets == ("q", "k", "v", "o", "gate", "up")
+    adapters.save(tmp_path, policy, params, base_model="x", overwrite=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["qkv_proj", "o_proj", "gate_up_proj"]
+    assert config["rank_pattern"] == {"qkv_proj": 6, "gate_up_proj": 4}
+    assert config["alpha_pattern"] == {"qkv_proj": 18.0, "gate_up_proj": 12.0}
+
+    plain, base = dataclasses.replace(policy, lora=None), lora.without_adapters(params)
+    found, loaded = adapters.load(plain, base, tmp_path)
+    assert found == policy
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+    # One that mixes the weights is no adapter of each of them.
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_B.weight"
+    save_file({**tensors, name: tensors[name] + 1}, path)
+    with pytest.raises(ValueError, match=r"qkv_proj.lora_B.weight mixes the 3 weights"):
+        adapters.load(plain, base, tmp_path)
+
+
+def test_an_adapter_of_one_fused_weight_is_zero_for_the_others(tmp_path):
+    policy, params = adapted("phi3", "q_proj")
+    adapters.save(tmp_path, policy, params, base_model="x", overwrite=True)
+    base = lora.without_adapters(params)
+    found, loaded = adapters.load(dataclasses.replace(policy, lora=None), base, tmp_path)
+    assert found.lora.targets == ("q", "k", "v")
+    assert not np.any(loaded["layers"]["k_lora_b"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        {k: loaded["layers"][k] for k in params["layers"]},
+        params["layers"],
+    )
+
+
+# --- published configs
+
+
+@pytest.mark.parametrize("name", published.ALL)
+def test_published_configs_give_the_published_number_of_parameters(name):
+    config, num_params = published.ALL[name]
+    params = Policy.abstract_from_config(config).abstract_params()
+    assert sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params)) == num_params
+
+
+def architecture(name: str, max_length: int | None = None, **changes):
+    config = language_config(published.ALL[name][0])
+    return model_config({**config, **changes}, max_length)
+
+
+def test_published_layers_have_the_ropes_and_windows_of_their_kind():
+    smollm3 = architecture("smollm3-3b")
+    assert [smollm3.ropes[i].kind for i in smollm3.layer_ropes[:5]] == [
+        *("default",) * 3, "none", "default",
+    ]  # fmt: skip
+    olmo3 = architecture("olmo3-7b")
+    assert olmo3.windows[:4] == (4096, 4096, 4096, None)
+    assert [olmo3.ropes[i].kind for i in olmo3.layer_ropes[:4]] == [*("default",) * 3, "yarn"]
+    assert architecture("glm4-9b").ropes[0].dimensions(128) == 64
+    assert architecture("ministral3-8b").ropes[0].query_length == 16384
+    assert architecture("ministral3-8b").ropes[0].attention_factor == 1.0
+    assert architecture("seed-oss-36b").out_bias is False
+
+
+def test_the_longest_sequence_decides_between_the_frequencies_of_longrope():
+    factors = published.PHI4_MINI["rope_scaling"]
+    for length, chosen in ((None, "long"), (4097, "long"), (4096, "short")):
+        (rope,) = architecture("phi4-mini", length).ropes
+        assert rope.factors == tuple(factors[f"{chosen}_factor"])
+        assert rope.attention_factor == pytest.approx(np.sqrt(1 + np.log(32) / np.log(4096)))
+    policy = Policy.abstract_from_config(published.PHI4_MINI)
+    assert policy.for_length(4096).config.ropes == architecture("phi4-mini", 4096).ropes
+    frequencies, _ = policy.for_length(4096).config.ropes[0].frequencies(128)
+    assert frequencies.shape == (48,)
+
+
+REFUSED = {
+    "not implemented .*clip_qkv = 8.0": ("olmo2-7b", {"clip_qkv": 8.0}),
+    "not implemented .*num_local_experts = 8": ("granite3.3-8b", {"num_local_experts": 8}),
+    "not implemented .*attention_sink = True": ("glm4-9b", {"attention_sink": True}),
+    "partial_rotary_factor as a number of at most 1; given 1.5": (
+        "phi4-mini",
+        {"partial_rotary_factor": 1.5},
+    ),
+    "partial_rotary_factor 0.01 of head_dim 128 rotates 1 dimensions": (
+        "glm4-9b",
+        {"partial_rotary_factor": 0.01},
+    ),
+    "the rope has 48 factors .* 32 are needed": ("phi4-mini", {"partial_rotary_factor": 0.5}),
+    "no_rope_layers as a list of 1 .with a rope. and 0": (
+        "smollm3-3b",
+        {"no_rope_layers": [2] * 36},
+    ),
+    "3 no_rope_layers for num_hidden_layers = 36": ("smollm3-3b", {"no_rope_layers": [1, 1, 0]}),
+    "no_rope_layer_interval as a positive integer; given 0": (
+        "smollm3-3b",
+        {"no_rope_layer_interval": 0},
+    ),
+    "logits_scaling as a number above 0; given 0": ("granite3.3-8b", {"logits_scaling": 0}),
+    "rope_parameters of olmo3 has one entry for full_attention": (
+        "olmo3-7b",
+        {"rope_parameters": {"rope_type": "default"}},
+    ),
+    "not implemented .*use_moe = True": ("phi4-14b", {"use_moe": True}),
+    "llama_4_scaling_beta as a number above 0; given 'x'": (
+        "ministral3-8b",
+        {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": "x"}},
+    ),
+    "not implemented .*attention_sinks = 4": ("seed-oss-36b", {"attention_sinks": 4}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_settings_that_are_not_implemented_are_refused_by_name(message):
+    name, changes = REFUSED[message]
+    with pytest.raises(ValueError, match=message):
+        architecture(name, **changes)
+
+
+def test_a_text_config_of_another_family_is_refused():
+    config = {**published.MINISTRAL3_8B, "text_config": {"model_type": "mistral4"}}
+    with pytest.raises(ValueError, match="'mistral4' in text_config of mistral3 is not supported"):
+        language_config(config)
