@@ -36,6 +36,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "norm": None,
     "rank": None,
+    "expert": "expert",
 }
 
 # Axes which are replicated where the mesh does not divide them: few key/value heads (GQA) and odd
@@ -172,7 +173,7 @@ def partition_spec(
 def mesh_axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
     """The number of parts that these mesh axes make."""
     names = (names,) if isinstance(names, str) else names or ()
-    return int(np.prod([mesh.shape[n] for n in names]))
+    return math.prod(mesh.shape[n] for n in names if n in mesh.axis_names)
 
 
 def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str, ...] | None:

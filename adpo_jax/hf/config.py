@@ -23,7 +23,8 @@ from adpo_jax.hf.families import (
     SWITCHES,
     Family,
 )
-from adpo_jax.model.model_config import ModelConfig
+from adpo_jax.hf.mixtures import mixture
+from adpo_jax.model.model_config import Mixture, ModelConfig
 from adpo_jax.model.rope import SUPPORTED_TYPES, Rope
 
 ROPE_KEYS = {
@@ -50,6 +51,9 @@ ROPE_NUMBERS = set().union(*ROPE_KEYS.values(), {"rope_theta"}) - {"truncate"}
 # Keys that transformers does not read for a rope type are ignored, as transformers does. All other
 # keys are refused.
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
+
+
+WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
 
 def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +134,8 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
 
-    _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"))
+    experts = mixture(model_type, c, _positive_int)
+    _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"), experts)
     gemma = model_type.startswith("gemma")
     layer_types = _layer_types(model_type, c, layers)
     ropes, layer_ropes = _ropes(model_type, c, layer_types)
@@ -152,14 +157,16 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         norm_plus_one=gemma,
         post_norms=gemma,
         embed_scale=gemma,
-        qkv_bias=bias or model_type == "qwen2",
+        qkv_bias=bias or c.get("qkv_bias", model_type == "qwen2"),
         out_bias=bias,
         mlp_bias=bool(c.get("mlp_bias")),
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         attention_soft_cap=c.get("attn_logit_softcapping"),
         logit_soft_cap=c.get("final_logit_softcapping"),
         tie_embeddings=bool(c["tie_word_embeddings"]),
         initializer_range=c["initializer_range"],
+        wide_qk_norm=model_type == "olmoe",
+        mixture=experts,
     )
 
 
@@ -217,9 +224,13 @@ def _wrong(config: Mapping[str, Any], key: str, wanted: str) -> ValueError:
     return ValueError(f"config.json needs {key} as {wanted}; given {given}")
 
 
-def _check_total(sizes: Mapping[str, int], head_dim: int, kv_heads: int) -> None:
-    D, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    layer = D * (2 * (heads + kv_heads) * head_dim + 3 * sizes["intermediate_size"])
+def _check_total(
+    sizes: Mapping[str, int], head_dim: int, kv_heads: int, experts: Mixture | None
+) -> None:
+    D, heads, F = (sizes[key] for key in WIDTHS)
+    if experts:
+        F = max(F, experts.num_experts * experts.expert_size + experts.shared_size)
+    layer = D * (2 * (heads + kv_heads) * head_dim + 3 * F)
     total = D * sizes["vocab_size"] + sizes["num_hidden_layers"] * layer
     if total > MOST_PARAMETERS:
         raise ValueError(
@@ -263,11 +274,15 @@ def _layer_types(model_type: str, c: Mapping[str, Any], num_layers: int) -> list
 
     if c.get("layer_types") is not None:
         layer_types = list(c["layer_types"])
-    elif model_type == "mistral":
-        layer_types = pattern(lambda i: c["sliding_window"] is not None)
+    elif model_type in ("mistral", "mixtral", "qwen3_moe"):
+        slides = c["sliding_window"] is not None and c.get("use_sliding_window", True)
+        layer_types = pattern(lambda i: slides)
     elif model_type in ("qwen2", "qwen3"):
         slides = c["use_sliding_window"] and c["sliding_window"] is not None
         layer_types = pattern(lambda i: slides and i >= c["max_window_layers"])
+    elif model_type == "qwen2_moe":
+        slides = c["use_sliding_window"] and c["sliding_window"] is not None
+        layer_types = pattern(lambda i: slides and (i + 1) % 2 and i < c["max_window_layers"])
     elif model_type == "gemma2":
         layer_types = pattern(lambda i: (i + 1) % 2)
     elif model_type == "gemma3_text":

@@ -61,6 +61,17 @@ GEMMA = {
     "layer_types": None,
 }
 
+QWEN_MOE = {
+    **QWEN,
+    "moe_intermediate_size": 768,
+    "num_experts": None,
+    "num_local_experts": None,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+
 FAMILIES: Mapping[str, Family] = {
     "qwen2": Family("Qwen2ForCausalLM", {**QWEN, "head_dim": None}),
     "qwen3": Family("Qwen3ForCausalLM", {**QWEN, "head_dim": 128, "attention_bias": False}),
@@ -111,7 +122,55 @@ FAMILIES: Mapping[str, Family] = {
             "final_logit_softcapping": None,
         },
     ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {**QWEN_MOE, "num_key_value_heads": 4, "head_dim": None, "attention_bias": False},
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {
+            **QWEN_MOE,
+            "num_key_value_heads": 16,
+            "head_dim": None,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 4,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131_072,
+            "sliding_window": None,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "max_position_embeddings": 4096,
+            "attention_bias": False,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+    ),
 }
+# What transformers takes for the number of experts, under either of its two names.
+NUM_EXPERTS = {"qwen3_moe": 128, "qwen2_moe": 60, "mixtral": 8, "olmoe": 64}
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "rope_local_base_freq")
 NUMBERS_OR_NULL = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -121,7 +180,14 @@ COUNTS = (
     "query_pre_attn_scalar",
     "sliding_window_pattern",
 )
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+SWITCHES = (
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "norm_topk_prob",
+    "qkv_bias",
+)
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
 LARGEST = {
@@ -133,6 +199,10 @@ LARGEST = {
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
     "sliding_window": 1 << 30,
+    "num_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "moe_intermediate_size": 1 << 22,
+    "shared_expert_intermediate_size": 1 << 22,
 }
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
@@ -149,10 +219,16 @@ ACTIVATION_NAMES = {
 }
 
 # Keys with one supported value.
-ONLY_VALUE = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "is_causal": True}
+ONLY_VALUE = {
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "is_causal": True,
+    "router_jitter_noise": 0.0,
+}
 
 # Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
-# transformers runs the model (`pretraining_tp` reorders the same sums) and generates.
+# transformers runs the model (`pretraining_tp` reorders the same sums), trains its router and
+# generates.
 # What transformers' base class reads is among them, and what SmolLM2's and others' first configs
 # have: `is_llama_config` names the class, and `is_decoder` is so for every model here.
 # `sliding_window_size` stands beside `sliding_window` in the first Gemma 2 configs.
@@ -181,12 +257,14 @@ HARMLESS = {
     "num_labels",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "pad_token",
     "pad_token_id",
     "prefix",
     "pretraining_tp",
     "problem_type",
     "return_dict",
+    "router_aux_loss_coef",
     "sep_token_id",
     "sliding_window_size",
     "task_specific_params",

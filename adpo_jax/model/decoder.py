@@ -25,6 +25,7 @@ from adpo_jax.model import cpu, parameters
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.layers import gated, project, rms_norm
+from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 
 REMAT_POLICIES = {
@@ -68,6 +69,15 @@ class LayerWeights:
             return x
         return rms_norm(x, self.params[name], c.norm_eps, c.norm_plus_one)
 
+    def wide_norm(self, x: jax.Array, name: str) -> jax.Array:
+        """`norm` over the last two axes of x at once."""
+        if not parameters.has(self.config, name):
+            return x
+        flat, weight = x.reshape(*x.shape[:-2], -1), self.params[name].reshape(-1)
+        return rms_norm(flat, weight, self.config.norm_eps, self.config.norm_plus_one).reshape(
+            x.shape
+        )
+
     def _product(self, x, name):
         weight, num_inputs = self.params[name], x.ndim - 2
         width, out = math.prod(weight.shape[:num_inputs]), weight.shape[num_inputs:]
@@ -109,6 +119,7 @@ def attention(
     mesh = weights.mesh
     q, k, v = weights.dense_each(x, "q", "k", "v")
     q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
+    q, k = weights.wide_norm(q, "q_norm_wide"), weights.wide_norm(k, "k_norm_wide")
     cos, sin = (table[layer.rope] for table in rope_tables)
     q, k = rope_lib.rotate(q, cos, sin), rope_lib.rotate(k, cos, sin)
     q = constrain(q, mesh, "batch", "length", "heads", None)
@@ -145,7 +156,7 @@ def decoder(
     cache=None,
     *,
     attend: Attend,
-    ffn: Ffn = gated_mlp,
+    ffn: Ffn | None = None,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: str = "none",
@@ -160,22 +171,27 @@ def decoder(
       cache: a pytree that `attend` keeps between calls; where layers run one by one, it may be a
         tuple with one entry a layer.
       attend: decides what each layer's queries attend to, and where keys and values are kept.
-      ffn: the part of each layer after attention.
+      ffn: the part of each layer after attention; None for the model's own. Layers that have an
+        MLP before those with a mixture keep it.
       dtype: dtype of the computation; norms, softmax and logits are float32 whatever it is.
       remat: what the backward pass recomputes of stacked layers, one of `REMAT_POLICIES`.
       lora_scale: scale of the adapters.
 
     Returns:
       (hidden [B, T, D] after the final norm, in `dtype`; the cache; the extras of `ffn`, each
-      stacked over the layers, [L, ...]).
+      stacked over the layers, [L, ...], those before the mixtures left out).
     """
+    if ffn is None:
+        ffn = MixtureFfn() if config.mixture else gated_mlp
     x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
     x = constrain(x, mesh, "batch", "length", None)
 
     def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
         weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
+        has_own_mlp = config.mixture and "experts_router" not in layer_params
+        of_layer = gated_mlp if has_own_mlp else ffn
         x, cache, extras = transformer_layer(
-            weights, carry[0], layer, rope_tables, carry[1], attend, ffn
+            weights, carry[0], layer, rope_tables, carry[1], attend, of_layer
         )
         return (x, cache), extras
 
@@ -190,8 +206,10 @@ def decoder(
 
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        stacked = (layers, jax.tree.map(jnp.asarray, info))
-        (x, cache), extras = jax.lax.scan(run, (x, cache), stacked)
+        for part in parameters.runs_of_layers(config):
+            of_part = parameters.layers_of(layers, config.num_layers, part)
+            of_info = [jnp.asarray(x[part.start : part.stop]) for x in info]
+            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, LayerInfo(*of_info)))
     x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
     return x, cache, extras
 

@@ -5,6 +5,7 @@ Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 
 from adpo_jax.hf import folders
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import GEMMA3_PREFIXES, layer_tensor, leaves
+from adpo_jax.hf.tensors import GEMMA3_PREFIXES, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.lora import Lora
 from adpo_jax.policy.policy import Policy
@@ -65,18 +66,16 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     if type(alpha) not in (int, float) or not 0 < alpha < 1e30:
         raise ValueError(f"{folder / CONFIG}: lora_alpha is a number above 0; given {alpha!r:.80}")
     held = {name.rsplit(".lora_", 1)[0] for name in _checkpoint(folder)}
-    targets = tuple(
-        name
-        for name, row in parameters.adaptable().items()
-        if layer_tensor(0, row.hf_module) in held
-    )
+    held = {re.sub(r"^model\.layers\.\d+\.", "", name) for name in held}
+    rows = (row for row in parameters.LAYER if row.adapter_inputs)
+    targets = tuple(dict.fromkeys(row.name for row in rows if row.hf_module.format(0) in held))
     if not targets:
         raise ValueError(f"{folder / WEIGHTS} holds no adapter of a layer's {_supported()}")
     return folder, Lora(rank, float(alpha), targets)
 
 
 def _supported() -> str:
-    return ", ".join(map(lora.hf_name, parameters.adaptable()))
+    return lora.hf_names(parameters.adaptable())
 
 
 def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
@@ -116,7 +115,7 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
     for leaf in adapter_leaves:
         name, like = leaf.path[-1], leaf.of(trained)
         tensors = [checkpoint.array(tensor).astype(np.float32) for tensor in leaf.hf_names]
-        stacked = np.stack(tensors).reshape(len(tensors), *leaf.split_shape)
+        stacked = np.stack(tensors).reshape(*leaf.stack, *leaf.split_shape)
         if not np.isfinite(stacked).all():
             raise ValueError(f"{folder / WEIGHTS}: NaN or infinity in an adapter of {name}")
         loaded[name] = jax.device_put(stacked.transpose(leaf.order), like.sharding)
@@ -143,9 +142,12 @@ def save(
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(trained))
     tensors = {}
     for leaf in leaves(policy.config, whole):
-        for name, x in zip(leaf.hf_names, leaf.of(whole)):
+        for number, name in enumerate(leaf.hf_names):
+            x = leaf.of(whole)[leaf.place(number)]
             tensor = x.transpose(leaf.disk_order).reshape(leaf.hf_shape)
             tensors[PREFIX + name] = np.ascontiguousarray(tensor)
+    rows = parameters.adaptable(policy.config)
+    modules = [rows[target].hf_module.rpartition(".")[2] for target in policy.lora.targets]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -153,7 +155,7 @@ def save(
         "r": policy.lora.rank,
         "lora_alpha": policy.lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [lora.hf_name(target) for target in policy.lora.targets],
+        "target_modules": list(dict.fromkeys(modules)),
         "bias": "none",
         "inference_mode": True,
     }
