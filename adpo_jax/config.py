@@ -463,6 +463,7 @@ def _mesh() -> dict[str, Key]:
         "data": Key(1, "replicas of the parameters"),
         "fsdp": Key(-1, "parameters and batch split; -1 for the remaining devices"),
         "tensor": Key(1, "heads, MLP and vocabulary split"),
+        "expert": Key(1, "experts of a mixture and batch split"),
     }
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec
+from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec, rule
 from adpo_jax.model import cpu, parameters
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
@@ -238,7 +238,7 @@ def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax
     if tokens.shape[0] % mesh_axis_size(mesh, RULES["batch"]):
         return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
     vocab, width = partition_spec(mesh, parameters.at(("embed",)).logical_axes, embed.shape)
-    rows = RULES["batch"]
+    rows = rule(mesh, "batch")
 
     def lookup(embed, tokens):
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)

@@ -65,6 +65,15 @@ class Policy:
                 f"gradient_checkpointing is one of {sorted(REMAT_POLICIES)}, "
                 f"given {self.gradient_checkpointing!r}"
             )
+        if (
+            self.mesh
+            and not self.config.mixture
+            and sharding.mesh_axis_size(self.mesh, "expert") > 1
+        ):
+            raise ValueError(
+                f"mesh.expert is {self.mesh.shape['expert']}, but the model has no experts; give "
+                "its devices to mesh.fsdp"
+            )
         if self.lora:
             object.__setattr__(self, "lora", self.lora.of_model(self.config))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
