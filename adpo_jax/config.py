@@ -527,6 +527,7 @@ def _mesh() -> dict[str, Key]:
         "data": Key(1, "replicas of the parameters"),
         "fsdp": Key(-1, "parameters and batch split; -1 for the remaining devices"),
         "tensor": Key(1, "heads, MLP and vocabulary split"),
+        "expert": Key(1, "experts of a mixture and batch split"),
         "dcn_data": Key(
             0,
             "TPU slices or GPU nodes, which replicas alone reach over; 0 for as many as there are, "

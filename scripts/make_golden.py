@@ -132,6 +132,35 @@ MODELS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 8,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 12,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_theta": 1000.0},
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+        "rope_parameters": {"rope_theta": 1000.0},
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
+    "olmoe": {
+        "model_type": "olmoe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+    },
 }
 
 DRAWN = {

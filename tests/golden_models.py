@@ -14,7 +14,11 @@ from adpo_jax.hf import folders
 from adpo_jax.hf.tensors import leaves
 
 GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = ("qwen2", "qwen3", "llama", "llama_bias_tied", "mistral", "gemma2", "gemma3_text")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+FAMILIES = (
+    *("qwen2", "qwen3", "llama", "llama_bias_tied", "mistral", "gemma2", "gemma3_text"),
+    *MIXTURES,
+)
 VARIANTS = ("qwen2_sliding", "llama_linear", "llama_yarn", "llama_yarn_mscale")
 # Families whose folders hold no weights, but logits for those of `drawn`.
 DRAWN = (

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from golden_models import FAMILIES as GOLDEN_FAMILIES
-from golden_models import config_of
+from golden_models import MIXTURES, config_of
 from transformers import AutoConfig
 
 from adpo_jax import Policy
 from adpo_jax.hf.config import language_config, model_config
-from adpo_jax.hf.families import FAMILIES
+from adpo_jax.hf.families import FAMILIES, NUM_EXPERTS
 from adpo_jax.model.rope import Rope
 
 QWEN25_05B = {
@@ -302,9 +302,12 @@ def test_defaults_are_those_of_transformers(model_type):
     # Ropes and layer types are derived, and not plain fields, in transformers.
     derived = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters"}
     derived |= {"rope_local_base_freq", "sliding_window_pattern"}
+    experts = {"num_experts", "num_local_experts"}
     fields = theirs.__dataclass_fields__
     ours = FAMILIES[model_type].defaults
-    given = {key: ours[key] for key in ours.keys() & fields.keys() - derived}
+    given = {key: ours[key] for key in ours.keys() & fields.keys() - derived - experts}
+    numbers = [fields[key].default for key in experts & fields.keys()]
+    assert numbers == [NUM_EXPERTS.get(model_type)] * (model_type in NUM_EXPERTS)
     assert given == {key: fields[key].default for key in given}
     assert len(given) >= 8
 
@@ -320,10 +323,14 @@ def test_the_dict_of_a_transformers_config_means_the_same_as_its_json(name):
 def test_random_models_of_every_family_have_every_parameter(name):
     policy = Policy.abstract_from_config(config_of(name))
     names = set(policy.abstract_params()["layers"])
-    assert {"attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down"} <= names
-    assert ("q_bias" in names) == (name in ("qwen2", "llama_bias_tied"))
+    assert {"attn_norm", "q", "k", "v", "o", "mlp_norm"} <= names
+    mlp, experts = {"gate", "up", "down"}, {"experts_gate", "experts_up", "experts_down"}
+    assert names & (mlp | experts) == (experts if name in MIXTURES else mlp)
+    assert ("shared_router" in names) == (name == "qwen2_moe")
+    assert ("q_bias" in names) == (name in ("qwen2", "qwen2_moe", "llama_bias_tied"))
     assert ("o_bias" in names) == ("down_bias" in names) == (name == "llama_bias_tied")
-    assert ("q_norm" in names) == (name in ("qwen3", "gemma3_text"))
+    assert ("q_norm" in names) == (name in ("qwen3", "qwen3_moe", "gemma3_text"))
+    assert ("q_norm_all" in names) == (name == "olmoe")
     assert ("attn_post_norm" in names) == name.startswith("gemma")
 
 

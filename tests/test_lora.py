@@ -144,7 +144,7 @@ def changed(before, after):
     return {name for name in before if not np.array_equal(before[name], after[name])}
 
 
-ADAPTERS = {n for name in adaptable() for n in adapter_names(name)}
+ADAPTERS = {n for name in adaptable(tiny.model_config()) for n in adapter_names(name)}
 
 
 @pytest.mark.parametrize(

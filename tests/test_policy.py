@@ -77,7 +77,7 @@ def decoded_log_probs(verbs: Verbs, params, tokens, lengths) -> np.ndarray:
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"mixtral", "qwen3_moe"}))
 def test_decoding_token_by_token_equals_the_forward_of_transformers(name, stacked):
     policy, params = model(name)
     golden, c = arrays(name), policy.config

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from golden_models import FAMILIES, VARIANTS, config_of, model
+from golden_models import FAMILIES, MIXTURES, VARIANTS, config_of, model
 
 from adpo_jax import Policy
 
@@ -50,6 +50,30 @@ def test_our_export_gives_the_same_logits_in_transformers(name, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.dtype == torch.float32
     assert_same_logits(policy, params, theirs.eval())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_gradient_of_a_mixture_is_that_of_torch(name, tmp_path):
+    settings = make_golden.MODELS[name]
+    theirs = make_golden.make_model(settings, seed=1001)
+    theirs.save_pretrained(tmp_path / "model")
+    arrays = make_golden.batches(seed=124)
+    tokens, mask = arrays["right_tokens"], arrays["right_mask"]
+    real = (mask[:, 1:] * mask[:, :-1]) > 0
+    logits = theirs(input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask)).logits
+    scored = torch.log_softmax(logits[:, :-1], -1)
+    scored = torch.gather(scored, -1, torch.tensor(tokens[:, 1:, None]).long())[..., 0]
+    (scored * torch.tensor(real)).sum().backward()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.copy_(weight.grad)
+    theirs.save_pretrained(tmp_path / "gradient")
+
+    policy, params = Policy.from_pretrained(tmp_path / "model")
+    _, wanted = Policy.from_pretrained(tmp_path / "gradient")
+    found = jax.grad(lambda p: policy.log_probs(p, tokens, mask).sum())(params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
 def test_a_gemma3_with_vision_gives_its_text_logits(tmp_path):

@@ -2,7 +2,9 @@
 
 Arrays are described by logical axes ("heads", "mlp", "batch", ...). `RULES` maps a logical axis to
 mesh axes. Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split),
-`tensor` (heads, hidden width of the MLP and vocabulary split).
+`tensor` (heads, hidden width of the MLP and vocabulary split). A mesh for a mixture of experts may
+have one more: `expert` (experts and batch split). A rule that names it leaves other meshes as they
+are.
 
 Training arrays lie on one mesh over all devices of all processes. Rollouts run on a mesh of each
 process's own devices (`rollout_mesh`), so that processes decode without waiting for each other.
@@ -19,10 +21,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     # Context parallelism would have its place here: a mesh axis "sequence" in `MESH_AXES`, named in
     # this line. No parameter has this axis. Attention would pass keys round it (a ring), and the
     # columns of a completion's log-probs would be split over it.
@@ -36,6 +38,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "norm": None,
     "rank": None,
+    "expert": "expert",
 }
 
 # Axes which are replicated where the mesh does not divide them: few key/value heads (GQA) and odd
@@ -44,7 +47,13 @@ MAY_REPLICATE = frozenset({"kv_heads", "vocab"})
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None, *, dcn_data: int = 0
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices=None,
+    *,
+    expert: int = 1,
+    dcn_data: int = 0,
 ) -> Mesh:
     """A mesh over all devices.
 
@@ -55,6 +64,7 @@ def make_mesh(
     Args:
       data, fsdp, tensor: axis sizes within a slice; one of them may be -1, meaning "the rest".
       devices: defaults to `jax.devices()`.
+      expert: size of the axis `expert`; a mesh has it if this is not 1.
       dcn_data: slices that `data` reaches over, so that the axis is `dcn_data` times `data` long; 0
         for as many as there are, 1 to lay the axes over all slices as if they were one. Devices
         that name no slice are one slice, or with 2 or more those of each process are one.
@@ -71,7 +81,7 @@ def make_mesh(
         )
     one = len(slices) == 1
     num_slices = 1 if dcn_data == 1 else len(slices)
-    sizes = resolve_mesh_sizes(data, fsdp, tensor, num_devices=len(devices) // num_slices)
+    sizes = resolve_mesh_sizes(data, fsdp, tensor, expert, num_devices=len(devices) // num_slices)
     # A tensor axis of 4 on a torus of 8 x 8 is half a row: splitting a physical axis is allowed.
     allow = devices[0].platform == "tpu"
     if num_slices == 1 and not one:
@@ -126,16 +136,22 @@ def _own_process(mesh: Mesh) -> int:
 
 def _rollout_mesh(devices: list, mesh: Mesh, tensor: int) -> Mesh:
     tensor = tensor or math.gcd(mesh.shape["tensor"], len(devices))
+    expert = math.gcd(mesh_axis_size(mesh, "expert"), len(devices) // tensor or 1)
     if len(devices) % tensor:
         raise ValueError(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size is {tensor}, which does not "
             f"divide the {len(devices)} device(s) of a process; rollouts run within a process"
         )
-    return _mesh(np.array(devices).reshape(len(devices) // tensor, 1, tensor))
+    copies = len(devices) // (tensor * expert)
+    return _mesh(np.array(devices).reshape(copies, 1, tensor, expert))
 
 
 def _mesh(grid: np.ndarray) -> Mesh:
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    """The mesh of a grid [data, fsdp, tensor, expert]."""
+    if grid.shape[-1] == 1:
+        grid = grid[..., 0]
+    names = MESH_AXES[: grid.ndim]
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def move(tree, shardings):
@@ -163,17 +179,21 @@ def _local_copy(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(x.shape, sharding, mine)
 
 
-def resolve_mesh_sizes(data: int, fsdp: int, tensor: int, *, num_devices: int) -> tuple[int, ...]:
+def resolve_mesh_sizes(
+    data: int, fsdp: int, tensor: int, expert: int = 1, *, num_devices: int
+) -> tuple[int, ...]:
     """Axis sizes with -1 filled in; their product is `num_devices` or a ValueError is raised."""
-    sizes = (data, fsdp, tensor)
+    sizes = (data, fsdp, tensor, expert)
     given = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+    given += f", expert={expert}" if expert != 1 else ""
     if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"mesh sizes are positive, at most one of them -1; given {given}")
     known = int(np.prod([s for s in sizes if s != -1]))
     rest, remainder = divmod(num_devices, known)
     if remainder or (-1 not in sizes and rest != 1):
         raise ValueError(
-            f"the mesh needs data x fsdp x tensor = {num_devices} devices; given {given}. "
+            f"the mesh needs data x fsdp x tensor{' x expert' if expert != 1 else ''} = "
+            f"{num_devices} devices; given {given}. "
             "Set one axis to -1 to take the rest."
         )
     return tuple(rest if s == -1 else s for s in sizes)
@@ -194,7 +214,7 @@ def partition_spec(
     for axis, size in zip(axes, shape):
         if axis is not None and axis not in RULES:
             raise ValueError(f"unknown logical axis {axis!r}; known: {sorted(RULES)}")
-        names = RULES[axis] if axis is not None else None
+        names = rule(mesh, axis) if axis is not None else None
         parts = mesh_axis_size(mesh, names)
         if size % parts:
             if axis not in MAY_REPLICATE:
@@ -207,16 +227,24 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
+def rule(mesh: Mesh, axis: str) -> str | tuple[str, ...] | None:
+    """The axes of a mesh that split a logical axis."""
+    names = RULES[axis]
+    if isinstance(names, tuple):
+        return tuple(name for name in names if name in mesh.axis_names)
+    return names if names in mesh.axis_names else None
+
+
 def mesh_axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
     """The number of parts that these mesh axes make."""
     names = (names,) if isinstance(names, str) else names or ()
-    return int(np.prod([mesh.shape[n] for n in names]))
+    return math.prod(mesh.shape[n] for n in names if n in mesh.axis_names)
 
 
 def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str, ...] | None:
     """The mesh axes that split a dimension with this logical axis; None where they cannot."""
     parts = 1 if mesh is None else mesh_axis_size(mesh, RULES[axis])
-    return RULES[axis] if parts > 1 and size % parts == 0 else None
+    return rule(mesh, axis) if parts > 1 and size % parts == 0 else None
 
 
 def on_each_device(
@@ -293,7 +321,7 @@ class BatchSharding:
 
     def abstract(self, tree):
         """The shapes and shardings of `put`'s result."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
+        sharding = NamedSharding(self.mesh, PartitionSpec(rule(self.mesh, "batch")))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding), tree
         )
@@ -302,7 +330,7 @@ class BatchSharding:
         """Puts host arrays with a leading batch axis on the devices, split over that axis."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        sharding = NamedSharding(self.mesh, PartitionSpec(RULES["batch"]))
+        sharding = NamedSharding(self.mesh, PartitionSpec(rule(self.mesh, "batch")))
         if self.mesh.is_multi_process:
             # Every process has the whole batch and puts its own rows.
             return jax.tree.map(

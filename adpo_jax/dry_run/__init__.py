@@ -67,7 +67,10 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
     source = loading.find_architecture(config)
     policy = loading.make_policy(config, source, mesh)
     sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "dcn_data": 1}
-    sizes["tensor"] = math.gcd(mesh.shape["tensor"], len(host or []))
+    rest = len(host or [])
+    for name in ("tensor", "expert"):
+        sizes[name] = math.gcd(sharding.mesh_axis_size(mesh, name), rest)
+        rest //= sizes[name]
     host_mesh = host and sharding.make_mesh(**sizes, devices=host)
     # This is more steps than the learning rate takes to warm up.
     learner = setup.make_learner(config, policy, plan, num_steps=10**6)
@@ -250,7 +253,7 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
 
 def _smaller_micro(config, mesh) -> int:
     """Completions a device of the next smaller micro-batch that works; 0 where there is none."""
-    num_shards, G = mesh.shape["data"] * mesh.shape["fsdp"], config.algorithm.num_generations
+    num_shards, G = sharding.BatchSharding(mesh).num_shards, config.algorithm.num_generations
     mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
     now = config.trainer.per_device_train_batch_size or mini * G // num_shards
     smaller = config.copy_and_resolve_references()

@@ -25,7 +25,8 @@ from adpo_jax.hf.families import (
     WRAPPERS,
     Family,
 )
-from adpo_jax.model.model_config import ModelConfig
+from adpo_jax.hf.mixtures import mixture
+from adpo_jax.model.model_config import Mixture, ModelConfig
 from adpo_jax.model.rope import Rope
 
 # The keys that transformers reads for each rope type.
@@ -70,6 +71,9 @@ ROPE_NUMBERS = set().union(
 # Keys that transformers does not read for a rope type are ignored, as transformers does. All other
 # keys are refused.
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
+
+
+WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
 
 def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +170,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
 
-    _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"))
+    experts = mixture(hf_config["model_type"], c, _positive_int)
+    _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"), experts)
     _check_no_rope_layers(c, layers)
     layer_types = _layer_types(family, c, layers)
     ropes, layer_ropes = _ropes(family, c, layer_types, max_length)
@@ -197,6 +202,7 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "logit_soft_cap": c.get("final_logit_softcapping"),
         "tie_embeddings": bool(c["tie_word_embeddings"]),
         "initializer_range": c["initializer_range"],
+        "mixture": experts,
     }
     return ModelConfig(**{**fields, **family.traits(c)})
 
@@ -256,9 +262,13 @@ def _wrong(config: Mapping[str, Any], key: str, wanted: str) -> ValueError:
     return ValueError(f"config.json needs {key} as {wanted}; given {given}")
 
 
-def _check_total(sizes: Mapping[str, int], head_dim: int, kv_heads: int) -> None:
-    D, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    layer = D * (2 * (heads + kv_heads) * head_dim + 3 * sizes["intermediate_size"])
+def _check_total(
+    sizes: Mapping[str, int], head_dim: int, kv_heads: int, experts: Mixture | None
+) -> None:
+    D, heads, F = (sizes[key] for key in WIDTHS)
+    if experts:
+        F = max(F, experts.num_experts * experts.expert_size + experts.shared_size)
+    layer = D * (2 * (heads + kv_heads) * head_dim + 3 * F)
     total = D * sizes["vocab_size"] + sizes["num_hidden_layers"] * layer
     if total > MOST_PARAMETERS:
         raise ValueError(

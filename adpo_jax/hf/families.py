@@ -113,11 +113,26 @@ def _all_layers_slide(c: Settings, layer: int) -> bool:
     return c["sliding_window"] is not None
 
 
+def _all_layers_slide_if_asked(c: Settings, layer: int) -> bool:
+    return bool(c["use_sliding_window"]) and c["sliding_window"] is not None
+
+
 def _listed_or_not_every_nth_rotates(c: Settings, layer: int) -> bool:
     if c["no_rope_layers"] is not None:
         return bool(c["no_rope_layers"][layer])
     return (layer + 1) % c["no_rope_layer_interval"] != 0
 
+
+QWEN_MOE = {
+    **QWEN,
+    "moe_intermediate_size": 768,
+    "num_experts": None,
+    "num_local_experts": None,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
 
 FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(
@@ -287,7 +302,65 @@ FAMILIES: Mapping[str, Family] = {
         # The files ask for 0.1 of dropout in training; sampler and update must be one model.
         passed_over=frozenset({"attention_dropout", "residual_dropout"}),
     ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {**QWEN_MOE, "num_key_value_heads": 4, "head_dim": None, "attention_bias": False},
+        traits=lambda c: {"qk_norm": True},
+        slides=_all_layers_slide_if_asked,
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {
+            **QWEN_MOE,
+            "num_key_value_heads": 16,
+            "head_dim": None,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 4,
+            "shared_expert_intermediate_size": 5632,
+            "qkv_bias": True,
+        },
+        traits=lambda c: {"qkv_bias": bool(c["qkv_bias"])},
+        slides=lambda c, layer: (
+            _all_layers_slide_if_asked(c, layer)
+            and layer % 2 == 0
+            and layer < c["max_window_layers"]
+        ),
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131_072,
+            "sliding_window": None,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 2,
+        },
+        slides=_all_layers_slide,
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "max_position_embeddings": 4096,
+            "attention_bias": False,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        traits=lambda c: {"qk_norm_over_heads": True},
+    ),
 }
+# What transformers takes for the number of experts, under either of its two names.
+NUM_EXPERTS = {"qwen3_moe": 128, "qwen2_moe": 60, "mixtral": 8, "olmoe": 64}
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
 NUMBERS = (
     "rms_norm_eps",
@@ -318,6 +391,8 @@ SWITCHES = (
     "attention_out_bias",
     "mlp_bias",
     "use_sliding_window",
+    "norm_topk_prob",
+    "qkv_bias",
 )
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
@@ -330,6 +405,10 @@ LARGEST = {
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
     "sliding_window": 1 << 30,
+    "num_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "moe_intermediate_size": 1 << 22,
+    "shared_expert_intermediate_size": 1 << 22,
 }
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
@@ -372,10 +451,12 @@ ONLY_VALUE = {
     "interpolate_factor": 1,
     "is_causal": True,
     "partial_rotary_factor": 1.0,
+    "router_jitter_noise": 0.0,
 }
 
 # Keys of `config.json` that say nothing of the forward pass: names and versions, token ids, how
-# transformers runs the model (`pretraining_tp` reorders the same sums) and generates.
+# transformers runs the model (`pretraining_tp` reorders the same sums), trains its router and
+# generates.
 # What transformers' base class reads is among them, and what SmolLM2's and others' first configs
 # have: `is_llama_config` names the class, and `is_decoder` is so for every model here.
 # `sliding_window_size` stands beside `sliding_window` in the first Gemma 2 configs.
@@ -404,12 +485,14 @@ HARMLESS = {
     "num_labels",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "pad_token",
     "pad_token_id",
     "prefix",
     "pretraining_tp",
     "problem_type",
     "return_dict",
+    "router_aux_loss_coef",
     "sep_token_id",
     "sliding_window_size",
     "task_specific_params",

@@ -27,10 +27,13 @@ VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter of a model: its tensors on disk, one a layer (or one alone).
+    """One parameter of a model: its tensors on disk, one a layer (or expert of it), or one alone.
 
     Attributes:
       path: its place in the tree.
+      hf_names: its tensors; those of the experts of a layer stand side by side.
+      stack: how many tensors there are along each leading axis: (), (layers,) or (layers, experts).
+      first_layer: the number of the first layer that has it.
       sizes: those of the letters of its axes.
       start: where it begins on the first axis of its tensors, which it may share with others.
       length: the size of that axis; None for its own.
@@ -39,6 +42,8 @@ class Leaf:
     path: Path
     parameter: Parameter
     hf_names: tuple[str, ...]
+    stack: tuple[int, ...]
+    first_layer: int
     sizes: tuple[int, ...]
     start: int = 0
     length: int | None = None
@@ -50,6 +55,10 @@ class Leaf:
     @property
     def stacked(self) -> bool:
         return self.path[0] == "layers"
+
+    def place(self, tensor: int) -> tuple[int, ...]:
+        """The index of a tensor, by its number, in the leading axes of the tree."""
+        return tuple(int(i) for i in np.unravel_index(tensor, self.stack))
 
     @property
     def split_shape(self) -> tuple[int, ...]:
@@ -74,7 +83,8 @@ class Leaf:
     @property
     def _groups(self) -> list[list[int]]:
         sizes = dict(zip(self.parameter.axes, self.sizes))
-        return [[sizes[letter] for letter in group] for group in self.parameter.hf_axes.split()]
+        groups = [[sizes[letter] for letter in group] for group in self.parameter.hf_axes.split()]
+        return groups[1:] if self.parameter.one_tensor_each else groups
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -85,8 +95,11 @@ class Leaf:
 
     @property
     def disk_order(self) -> tuple[int, ...]:
-        """The transposition of one layer from the tree to disk."""
-        return tuple(np.argsort(self.parameter.order).tolist())
+        """The transposition of one tensor from the tree to disk."""
+        order = self.parameter.order
+        if self.parameter.one_tensor_each:
+            order = tuple(axis - 1 for axis in order[1:])
+        return tuple(np.argsort(order).tolist())
 
 
 def layer_tensor(layer: int, hf_name: str) -> str:
@@ -103,10 +116,17 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
 
     def leaf(path, row, param):
         if path[0] != "layers":
-            return Leaf(path, row, (row.hf_name,), tuple(param.shape))
+            return Leaf(path, row, (row.hf_name,), (), 0, tuple(param.shape))
         L, *sizes = param.shape
-        names = tuple(layer_tensor(i, row.hf_name) for i in range(L))
-        return Leaf(path, row, names, tuple(sizes))
+        layers = row.layers_of(config)
+        assert len(layers) == L, f"{path} has {L} layers, not {len(layers)}"
+        experts = (sizes[0],) if row.one_tensor_each else ()
+        names = tuple(
+            layer_tensor(layer, row.hf_name.format(expert))
+            for layer in layers
+            for expert in range(math.prod(experts))
+        )
+        return Leaf(path, row, names, (L, *experts), layers[0], tuple(sizes))
 
     held = parameters.by_path(params)
     rows = parameters.of_model(config)

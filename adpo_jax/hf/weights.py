@@ -41,7 +41,7 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
         abstract = leaf.of(abstract_params)
         param, finite_per_tensor = _to_tree_layout(
             _put(leaf, checkpoint, abstract.sharding),
-            stacked=leaf.stacked,
+            stack=len(leaf.stack),
             order=leaf.order,
             dtype=abstract.dtype,
             sharding=abstract.sharding,
@@ -56,7 +56,7 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
     bad = [
         name
         for leaf, flags in zip(all_leaves, jax.device_get(finite))
-        for name, ok in zip(leaf.hf_names, np.atleast_1d(flags))
+        for name, ok in zip(leaf.hf_names, np.ravel(flags))
         if not ok
     ]
     if bad:
@@ -110,17 +110,18 @@ def _put(leaf: Leaf, checkpoint: Checkpoint, sharding: NamedSharding | None) -> 
     arrays = [tensor.reshape(leaf.split_shape) for tensor in tensors]
     dtypes = {array.dtype for array in arrays}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-    shape = (len(arrays), *leaf.split_shape) if leaf.stacked else leaf.split_shape
+    shape = (*leaf.stack, *leaf.split_shape)
+    depth = len(leaf.stack)
 
     @functools.cache
     def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        index = tuple(slice(*b) for b in bounds)
-        if not leaf.stacked:
-            return np.array(arrays[0][index], dtype)
-        chosen = arrays[index[0]]
-        out = np.empty((len(chosen), *(stop - start for start, stop in bounds[1:])), dtype)
-        for i, array in enumerate(chosen):
-            out[i] = array[index[1:]]
+        index = tuple(slice(*b) for b in bounds[depth:])
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        for place in np.ndindex(out.shape[:depth]):
+            number = 0
+            for i, (start, _), size in zip(place, bounds, leaf.stack):
+                number = number * size + start + i
+            out[place] = arrays[number][index]
         return out
 
     whole = tuple((0, size) for size in shape)
@@ -136,11 +137,11 @@ def _put(leaf: Leaf, checkpoint: Checkpoint, sharding: NamedSharding | None) -> 
     )
 
 
-@functools.partial(jax.jit, static_argnames=("stacked", "order", "dtype", "sharding"))
-def _to_tree_layout(x: jax.Array, *, stacked, order, dtype, sharding):
+@functools.partial(jax.jit, static_argnames=("stack", "order", "dtype", "sharding"))
+def _to_tree_layout(x: jax.Array, *, stack, order, dtype, sharding):
     """The parameter, and whether each of its tensors is finite."""
     x = jnp.transpose(x, order).astype(dtype)
-    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(int(stacked), x.ndim)))
+    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(stack, x.ndim)))
     if sharding is None:
         return x, finite
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -181,10 +182,10 @@ def save(
         if len(shards) > 1:
             file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         tensors = {}
-        for parts, layer in shard:
-            name = parts[0].hf_names[layer or 0]
+        for parts, number in shard:
+            name = parts[0].hf_names[number]
             weight_map[name] = file_name
-            gathered = [_gather(part, layer, params, lora_scale, dtype) for part in parts]
+            gathered = [_gather(part, number, params, lora_scale, dtype) for part in parts]
             if jax.process_index() == 0:
                 arrays = list(map(np.asarray, gathered))
                 tensors[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
@@ -199,29 +200,33 @@ def save(
 
 
 def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
-    """Lists of (the leaves of a tensor, layer); the layer is None outside of the layers."""
+    """Lists of (the leaves of a tensor, the number of the tensor among those of the leaves)."""
     tensors = [
-        (parts, layer if parts[0].stacked else None)
+        (parts, number)
         for parts in by_tensor(all_leaves)
-        for layer in range(len(parts[0].hf_names))
+        for number in range(len(parts[0].hf_names))
     ]
+
     # Embeddings come first, then layer by layer, then norm and head, as readers of a part expect.
-    num_layers = max(len(leaf.hf_names) for leaf in all_leaves)
-    tensors.sort(
-        key=lambda t: t[1] if t[1] is not None else -1 if t[0][0].path[0] == "embed" else num_layers
-    )
+    def place(tensor) -> float:
+        (leaf, *_), number = tensor
+        if leaf.stacked:
+            return leaf.first_layer + leaf.place(number)[0]
+        return -1 if leaf.path[0] == "embed" else math.inf
+
+    tensors.sort(key=place)
     shards, used = [[]], 0
-    for parts, layer in tensors:
+    for parts, number in tensors:
         size = math.prod(parts[0].hf_shape) * itemsize
         if shards[-1] and used + size > max_shard_size:
             shards.append([])
             used = 0
-        shards[-1].append((parts, layer))
+        shards[-1].append((parts, number))
         used += size
     return shards
 
 
-def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> jax.Array:
+def _gather(leaf: Leaf, number: int, params, lora_scale: float, dtype) -> jax.Array:
     """One tensor in the layout of the disk, whole on every device of the parameter."""
     param = leaf.of(params)
     adapter = lora.adapter_of(params, leaf.path[-1])
@@ -232,7 +237,7 @@ def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> 
         sharding = None
     return _to_disk_layout(
         param,
-        layer,
+        leaf.place(number),
         adapter,
         scale=lora_scale,
         order=leaf.disk_order,
@@ -243,9 +248,9 @@ def _gather(leaf: Leaf, layer: int | None, params, lora_scale: float, dtype) -> 
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "order", "shape", "dtype", "sharding"))
-def _to_disk_layout(param, layer, adapter, *, scale, order, shape, dtype, sharding):
-    x = param if layer is None else param[layer]
+def _to_disk_layout(param, place, adapter, *, scale, order, shape, dtype, sharding):
+    x = param[place]
     if adapter is not None:
-        x = lora.merged(x, *(matrix[layer] for matrix in adapter), scale)
+        x = lora.merged(x, *(matrix[place] for matrix in adapter), scale)
     x = jnp.transpose(x, order).reshape(shape).astype(dtype)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -105,8 +105,8 @@ def decoding_params(params, *, lora_scale: float | None, join: bool) -> dict[str
         on a mesh, which splits each of them for itself.
     """
     layers = params["layers"]
-    L = len(jax.tree.leaves(layers)[0])
-    each = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(L)]
+    L = len(layers["attn_norm"])
+    each = [parameters.layer_of(layers, L, i) for i in range(L)]
     if lora_scale is not None:
         each = [merged_layer(layer, lora_scale) for layer in each]
     if not join:
@@ -170,5 +170,5 @@ def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rop
     for i, params in enumerate(layers):
         of_layer = LayerInfo(*(leaf[i].item() for leaf in info))
         carry, extras = run_layer(carry, params, of_layer, rope_tables)
-        all_extras.append(extras)
+        all_extras += [extras] if extras or i == len(layers) - 1 else []
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras)

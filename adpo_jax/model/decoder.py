@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec
+from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec, rule
 from adpo_jax.model import cpu, parameters
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.layers import gated, project, rms_norm
+from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 
 REMAT_POLICIES = {
@@ -163,7 +164,7 @@ def decoder(
     cache=None,
     *,
     attend: Attend,
-    ffn: Ffn = gated_mlp,
+    ffn: Ffn | None = None,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: str = "none",
@@ -178,22 +179,27 @@ def decoder(
       cache: a pytree that `attend` keeps between calls; where layers run one by one, it may be a
         tuple with one entry a layer.
       attend: decides what each layer's queries attend to, and where keys and values are kept.
-      ffn: the part of each layer after attention.
+      ffn: the part of each layer after attention; None for the model's own. Layers that have an
+        MLP before those with a mixture keep it.
       dtype: dtype of the computation; norms, softmax and logits are float32 whatever it is.
       remat: what the backward pass recomputes of stacked layers, one of `REMAT_POLICIES`.
       lora_scale: scale of the adapters.
 
     Returns:
       (hidden [B, T, D] after the final norm, in `dtype`; the cache; the extras of `ffn`, each
-      stacked over the layers, [L, ...]).
+      stacked over the layers, [L, ...], those before the mixtures left out).
     """
+    if ffn is None:
+        ffn = MixtureFfn() if config.mixture else gated_mlp
     x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
     x = constrain(x, mesh, "batch", "length", None)
 
     def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
         weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
+        has_own_mlp = config.mixture and "experts_router" not in layer_params
+        of_layer = gated_mlp if has_own_mlp else ffn
         x, cache, extras = transformer_layer(
-            weights, carry[0], layer, rope_tables, carry[1], attend, ffn
+            weights, carry[0], layer, rope_tables, carry[1], attend, of_layer
         )
         return (x, cache), extras
 
@@ -209,8 +215,10 @@ def decoder(
 
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        stacked = (layers, jax.tree.map(jnp.asarray, info))
-        (x, cache), extras = jax.lax.scan(run, (x, cache), stacked)
+        for part in parameters.runs_of_layers(config):
+            of_part = parameters.layers_of(layers, config.num_layers, part)
+            of_info = [jnp.asarray(x[part.start : part.stop]) for x in info]
+            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, LayerInfo(*of_info)))
     x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
     return x, cache, extras
 
@@ -241,7 +249,7 @@ def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax
     if tokens.shape[0] % mesh_axis_size(mesh, RULES["batch"]):
         return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
     vocab, width = partition_spec(mesh, parameters.at(("embed",)).logical_axes, embed.shape)
-    rows = RULES["batch"]
+    rows = rule(mesh, "batch")
 
     def lookup(embed, tokens):
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)

@@ -9,10 +9,11 @@ Source: Hu et al. 2021, arXiv 2106.09685.
 Letters: L layers, R rank.
 """
 
+import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adpo_jax.model import parameters
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.parameters import adapter_names, is_adapter
 
 ALL_TARGETS = "all-linear"
@@ -32,7 +34,8 @@ class Lora:
     Attributes:
       rank: R.
       alpha: A B is multiplied by alpha / rank, so that another rank needs no other learning rate.
-      targets: the weights that have an adapter, some of `parameters.adaptable()`.
+      targets: the weights that have an adapter, some of `parameters.adaptable()`. A policy leaves
+        out those that its model does not have.
     """
 
     rank: int
@@ -47,13 +50,27 @@ class Lora:
         known = parameters.adaptable()
         if not self.targets or not known.keys() >= set(self.targets):
             raise ValueError(
-                f"LoRA adapts some of {', '.join(map(hf_name, known))}; "
-                f"given {', '.join(map(hf_name, self.targets)) or 'none'}"
+                f"LoRA adapts some of {hf_names(known)}; given {hf_names(self.targets) or 'none'}"
             )
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def of_model(self, config: ModelConfig) -> "Lora":
+        """These adapters on the weights that a model has.
+
+        Raises:
+          ValueError: when it has none of them.
+        """
+        held = parameters.adaptable(config)
+        targets = tuple(name for name in self.targets if name in held)
+        if not targets:
+            raise ValueError(
+                f"LoRA adapts {hf_names(self.targets)}, of which this model has none; it has "
+                f"{hf_names(held)}"
+            )
+        return dataclasses.replace(self, targets=targets)
 
     def init(self, key: jax.Array, layers: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """New adapters, which change nothing yet.
@@ -61,45 +78,55 @@ class Lora:
         B is 0, and A is uniform within 1 / sqrt(inputs), as in peft.
 
         Args:
-          layers: the stacked weights, [L, *in, *out] each.
+          layers: the stacked weights, [L, *in, *out] each, or [L, E, *in, *out] of experts.
 
         Returns:
-          A [L, *in, R] and B [L, R, *out] of every target, float32, by their names in the tree.
+          A [L, *in, R] and B [L, R, *out] of every target, float32, by their names in the tree; of
+          experts [L, E, *in, R] and [L, E, R, *out].
         """
         adapters = {}
         for i, (name, row) in enumerate(parameters.adaptable().items()):
             if name not in self.targets:
                 continue
-            L, *shape = layers[name].shape
+            first = 1 + len(row.experts)
+            stack, shape = layers[name].shape[:first], layers[name].shape[first:]
             inputs, outputs = shape[: row.adapter_inputs], shape[row.adapter_inputs :]
             bound = 1.0 / math.sqrt(math.prod(inputs))
             a, b = adapter_names(name)
             adapters[a] = jax.random.uniform(
-                jax.random.fold_in(key, i), (L, *inputs, self.rank), minval=-bound, maxval=bound
+                jax.random.fold_in(key, i),
+                (*stack, *inputs, self.rank),
+                minval=-bound,
+                maxval=bound,
             )
-            adapters[b] = jnp.zeros((L, self.rank, *outputs))
+            adapters[b] = jnp.zeros((*stack, self.rank, *outputs))
         return adapters
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
     """The weights that a text names, such as "q_proj,v_proj".
 
-    "all-linear" names all weights but embeddings and head; "qkv_proj" names the three parts of it.
+    "all-linear" names all weights but embeddings, head and routers. "gate_proj" names that of an
+    MLP, of every expert and of a shared expert; "qkv_proj" names the three parts of it.
     """
     if text == ALL_TARGETS:
         return tuple(parameters.adaptable())
-    by_hf_name = {
-        module.rpartition(".")[2]: parameters.of_module(module)
-        for module in parameters.adapted_modules()
-    }
+    named = collections.defaultdict(list)
+    for module in parameters.adapted_modules():
+        named[module.rpartition(".")[2]] += parameters.of_module(module)
     given = [name.strip() for name in text.split(",")]
-    return tuple(name for part in given for name in by_hf_name.get(part, (part,)))
+    return tuple(dict.fromkeys(name for part in given for name in named.get(part, (part,))))
 
 
 def hf_name(name: str) -> str:
     """The name of a weight in Hugging Face and peft: the last part of its module's name."""
     row = parameters.adaptable().get(name)
     return row.hf_module.rpartition(".")[2] if row else name
+
+
+def hf_names(names: Iterable[str]) -> str:
+    """The names of weights in Hugging Face for a sentence, each once."""
+    return ", ".join(dict.fromkeys(map(hf_name, names)))
 
 
 def split(params) -> tuple[Any, Any]:
@@ -161,5 +188,7 @@ def merged_layer(layer: Mapping[str, jax.Array], scale: float) -> dict[str, jax.
     for name in plain:
         a, b = adapter_names(name)
         if a in layer:
-            plain[name] = merged(plain[name], layer[a], layer[b], scale)
+            of_experts = parameters.adaptable()[name].experts
+            merge = jax.vmap(merged, (0, 0, 0, None)) if of_experts else merged
+            plain[name] = merge(plain[name], layer[a], layer[b], scale)
     return plain

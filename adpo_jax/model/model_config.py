@@ -15,6 +15,61 @@ ACTIVATIONS = {
 }
 
 
+ROUTERS = ("softmax", "softmax_of_chosen", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The mixture of experts that stands in place of the MLP.
+
+    Attributes:
+      num_experts: E.
+      chosen: k, how many experts a token goes through.
+      expert_size: hidden width of an expert.
+      router: how logits become weights: "softmax" over all experts (Qwen, Mixtral, OLMoE), over the
+        chosen ones alone (gpt-oss), or the "sigmoid" of each, where a bias takes part in the choice
+        and in nothing else (GLM).
+      normalised: whether the weights of the chosen experts are divided by their sum.
+      scale: multiplies the weights at last.
+      groups: parts that the experts are divided into; a token goes through experts of at most
+        `chosen_groups` of them.
+      shared_size: hidden width of the expert that every token goes through; 0 for none.
+      shared_gate: whether a gate of each token weights the shared expert.
+      block: the module of a checkpoint that holds the mixture: "mlp", or "block_sparse_moe", whose
+        experts have w1, w3 and w2 (Mixtral).
+    """
+
+    num_experts: int
+    chosen: int
+    expert_size: int
+    router: str = "softmax"
+    normalised: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    shared_size: int = 0
+    shared_gate: bool = False
+    block: str = "mlp"
+
+    def __post_init__(self):
+        if self.router not in ROUTERS:
+            raise ValueError(f"router {self.router!r} is not one of {ROUTERS}")
+        if not 1 <= self.chosen <= self.num_experts:
+            raise ValueError(
+                f"a token goes through 1 to {self.num_experts} experts; given {self.chosen}"
+            )
+        if self.num_experts % self.groups or not 1 <= self.chosen_groups <= self.groups:
+            raise ValueError(
+                f"{self.num_experts} experts do not divide into {self.groups} groups of which "
+                f"{self.chosen_groups} are chosen"
+            )
+        if self.chosen > self.num_experts // self.groups * self.chosen_groups:
+            raise ValueError(
+                f"{self.chosen_groups} groups of {self.num_experts // self.groups} experts do not "
+                f"hold the {self.chosen} experts of a token"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The architecture of a decoder.
@@ -39,6 +94,9 @@ class ModelConfig:
       residual_multiplier: multiplies what attention and MLP add to the hidden states (Granite).
       logit_divisor: divides the logits (Granite).
       attention_scale: multiplies q k^T; usually head_dim ** -0.5.
+      intermediate_size: hidden width of the dense MLP, of layers that have one.
+      mixture: the mixture of experts of the layers; None where they have an MLP.
+      dense_layers: how many layers at the start have an MLP all the same (GLM).
     """
 
     vocab_size: int
@@ -74,6 +132,8 @@ class ModelConfig:
     logit_soft_cap: float | None = None
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    mixture: Mixture | None = None
+    dense_layers: int = 0
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -84,6 +144,16 @@ class ModelConfig:
             )
         if not len(self.windows) == len(self.layer_ropes) == self.num_layers:
             raise ValueError("windows and layer_ropes need one entry a layer")
+
+    @property
+    def one(self) -> int:
+        """The length of an axis that holds a single number."""
+        return 1
+
+    @property
+    def num_mixtures(self) -> int:
+        """The layers that have a mixture: the last ones."""
+        return self.num_layers - self.dense_layers if self.mixture else 0
 
     @property
     def layer_info(self) -> LayerInfo:

@@ -6,11 +6,14 @@ tensors of a Hugging Face folder (`hf/tensors.py`), adapters (`lora`), weight de
 joins (`cpu`). A new parameter is a row here and a line in the function that uses it.
 
 Letters, the axes of a parameter: V vocabulary, D model width, d model width of a vector, H heads, K
-key/value heads, h head dimension, F width of the MLP, R rank of an adapter. Parameters of a layer
-have a leading axis of the layers, which the rows leave out.
+key/value heads, h head dimension, F width of the MLP, R rank of an adapter, E experts, f width of
+an expert, S width of the shared expert, 1 a single number. Parameters of a layer have a leading
+axis of the layers, which the rows leave out.
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ class Axis(NamedTuple):
     """The meaning of a letter."""
 
     size: str | None  # the field of `ModelConfig` that is its length; None if none is
-    logical: str  # its name in `sharding.RULES`
+    logical: str | None  # its name in `sharding.RULES`; None if it is never split
 
 
 AXES = {
@@ -36,6 +39,10 @@ AXES = {
     "h": Axis("head_dim", "head_dim"),
     "F": Axis("intermediate_size", "mlp"),
     "R": Axis(None, "rank"),
+    "E": Axis("mixture.num_experts", "expert"),
+    "f": Axis("mixture.expert_size", "mlp"),
+    "S": Axis("mixture.shared_size", "mlp"),
+    "1": Axis("one", None),
 }
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
@@ -62,17 +69,20 @@ class Parameter:
       name: its name in the parameter tree.
       axes: its letters in the tree.
       hf_name: its tensor in a checkpoint, below `model.layers.<i>.` for a parameter of a layer.
-        Rows of a model that have one tensor are its parts along the first axis on disk.
-      hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D].
+        Rows of a model that have one tensor are its parts along the first axis on disk. "{}" is the
+        number of the expert, if each has a tensor of its own.
+      hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D]. The first letter is E, the
+        number in the name, where each expert has a tensor of its own.
       when: whether a model has it. Rows of one name differ in this and in `hf_name` alone.
       init: how random weights are drawn; None for adapters, which `Lora.init` draws.
       decays: whether weight decay applies.
       wide: whether decoding leaves it in the dtype of the parameters, since the arithmetic with it
         is float32 whatever the dtype of the computation.
-      adapter_inputs: how many leading axes the A of an adapter sums over; 0 if the parameter may
-        have no adapter.
+      adapter_inputs: how many leading axes the A of an adapter sums over, that of the experts not
+        counted; 0 if the parameter may have no adapter.
       joined: the name of the matrix that `cpu` makes of this parameter and the others with the same
         input; "" for none.
+      layers: the layers that have it: "all", or those with an MLP ("mlp") or a mixture ("mixture").
     """
 
     name: str
@@ -85,14 +95,34 @@ class Parameter:
     wide: bool = False
     adapter_inputs: int = 0
     joined: str = ""
+    layers: str = "all"
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, without the layer axis."""
-        return tuple(getattr(config, AXES[letter].size) for letter in self.axes)
+        return tuple(operator.attrgetter(AXES[letter].size)(config) for letter in self.axes)
 
     @property
-    def logical_axes(self) -> tuple[str, ...]:
+    def logical_axes(self) -> tuple[str | None, ...]:
         return tuple(AXES[letter].logical for letter in self.axes)
+
+    @property
+    def experts(self) -> str:
+        """The letter of the experts if it has weights of each, else ""."""
+        return self.axes[:1] if self.axes[:1] == "E" else ""
+
+    @property
+    def one_tensor_each(self) -> bool:
+        """Whether each expert has a tensor of its own on disk."""
+        return "{}" in self.hf_name
+
+    def layers_of(self, config: ModelConfig) -> range:
+        """The numbers of the layers that have it."""
+        first, last = 0, config.num_layers
+        if self.layers == "mlp" and config.mixture:
+            last = config.dense_layers
+        elif self.layers == "mixture":
+            first = config.dense_layers
+        return range(first, last)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -106,13 +136,18 @@ class Parameter:
 
     def adapter(self) -> tuple["Parameter", "Parameter"]:
         """The rows of its A [*in, R] and B [R, *out], which peft keeps as [R, in] and [out, R]."""
-        inputs, outputs = self.axes[: self.adapter_inputs], self.axes[self.adapter_inputs :]
-        a, b = adapter_names(self.name)
+        experts, axes = self.experts, self.axes.removeprefix(self.experts)
+        inputs, outputs = axes[: self.adapter_inputs], axes[self.adapter_inputs :]
+        (a, b), module, layers = adapter_names(self.name), self.hf_module, self.layers
+
+        def row(name, axes, tensor, hf_axes):
+            hf_axes = f"{experts} {hf_axes}".strip()
+            hf_name = f"{module}.{tensor}.weight"
+            return Parameter(name, experts + axes, hf_name, hf_axes, init=None, layers=layers)
+
         return (
-            Parameter(a, f"{inputs}R", f"{self.hf_module}.lora_A.weight", f"R {inputs}", init=None),
-            Parameter(
-                b, f"R{outputs}", f"{self.hf_module}.lora_B.weight", f"{outputs} R", init=None
-            ),
+            row(a, f"{inputs}R", "lora_A", f"R {inputs}"),
+            row(b, f"R{outputs}", "lora_B", f"{outputs} R"),
         )
 
 
@@ -145,12 +180,29 @@ def _separate_qkv(config: ModelConfig) -> bool:
     return not config.fused_qkv
 
 
-def _fused_gate(config: ModelConfig) -> bool:
-    return config.fused_gate_up
+def _expert(name: str, axes: str, hf_name: str, hf_axes: str, **settings) -> Parameter:
+    """A row of a mixture, in the layers that have one."""
+    return Parameter(name, axes, hf_name, hf_axes, layers="mixture", **settings)
 
 
-def _separate_gate(config: ModelConfig) -> bool:
-    return not config.fused_gate_up
+def _has_mlp(config: ModelConfig) -> bool:
+    return config.mixture is None or config.dense_layers > 0
+
+
+_MLP: dict[str, Any] = {"when": _has_mlp, "layers": "mlp"}
+_FUSED_GATE = _MLP | {"when": lambda c: _has_mlp(c) and c.fused_gate_up}
+_SEPARATE_GATE = _MLP | {"when": lambda c: _has_mlp(c) and not c.fused_gate_up}
+
+
+def _mixture(has: Callable[[Any], Any] = lambda mixture: True) -> Callable[[ModelConfig], bool]:
+    """Whether a model has a mixture of which this is so."""
+    return lambda config: config.mixture is not None and bool(has(config.mixture))
+
+
+_EXPERTS = _mixture(lambda m: m.block == "mlp")
+_MIXTRAL = _mixture(lambda m: m.block == "block_sparse_moe")
+_SHARED = _mixture(lambda m: m.shared_size and m.shared_gate)
+_SHARED_PLAIN = _mixture(lambda m: m.shared_size and not m.shared_gate)
 
 
 # The order of the rows is part of a seed's meaning: flax counts a parameter's key by its place.
@@ -192,16 +244,56 @@ LAYER = (
         "post_attention_layernorm.weight",
         when=lambda c: c.pre_norms and not _post_norms(c),
     ),
-    _input("gate", "DF", "mlp.gate_proj", "F D", joined="gate_up", when=_separate_gate),
-    _input("up", "DF", "mlp.up_proj", "F D", joined="gate_up", when=_separate_gate),
-    _input("gate", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", when=_fused_gate),
-    _input("up", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", when=_fused_gate),
+    _input("gate", "DF", "mlp.gate_proj", "F D", joined="gate_up", **_SEPARATE_GATE),
+    _input("up", "DF", "mlp.up_proj", "F D", joined="gate_up", **_SEPARATE_GATE),
+    _input("gate", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", **_FUSED_GATE),
+    _input("up", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", **_FUSED_GATE),
     _bias("gate_bias", "F", "mlp.gate_proj.bias", when=lambda c: c.mlp_bias),
     _bias("up_bias", "F", "mlp.up_proj.bias", when=lambda c: c.mlp_bias),
-    Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1),
+    Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1, **_MLP),
     _bias("down_bias", "d", "mlp.down_proj.bias", when=lambda c: c.mlp_bias),
     _norm("mlp_post_norm", "d", "post_feedforward_layernorm.weight", when=_post_norms),
     _norm("mlp_post_norm", "d", "post_mlp_layernorm.weight", when=_named_after_parts),
+    _expert("experts_router", "DE", "mlp.gate.weight", "E D", when=_EXPERTS, wide=True),
+    _expert(
+        "experts_router", "DE", "block_sparse_moe.gate.weight", "E D", when=_MIXTRAL, wide=True
+    ),
+    _expert(
+        "experts_bias",
+        "E",
+        "mlp.gate.e_score_correction_bias",
+        "E",
+        when=_mixture(lambda m: m.router == "sigmoid"),
+        init=_zeros,
+        decays=False,
+        wide=True,
+    ),
+    # Experts lie in the order of the layers on disk too, each with three matrices of its own.
+    *(
+        _expert(f"experts_{name}", axes, hf_name, hf_axes, when=when, adapter_inputs=1)
+        for name, axes, hf_axes, theirs, mixtrals in (
+            ("gate", "EDf", "E f D", "gate_proj", "w1"),
+            ("up", "EDf", "E f D", "up_proj", "w3"),
+            ("down", "EfD", "E D f", "down_proj", "w2"),
+        )
+        for when, hf_name in (
+            (_EXPERTS, f"mlp.experts.{{}}.{theirs}.weight"),
+            (_MIXTRAL, f"block_sparse_moe.experts.{{}}.{mixtrals}.weight"),
+        )
+    ),
+    *(
+        _expert(f"shared_{name}", axes, hf_name, hf_axes, when=when, adapter_inputs=1)
+        for name, axes, hf_axes in (
+            ("gate", "DS", "S D"),
+            ("up", "DS", "S D"),
+            ("down", "SD", "D S"),
+        )
+        for when, hf_name in (
+            (_SHARED, f"mlp.shared_expert.{name}_proj.weight"),
+            (_SHARED_PLAIN, f"mlp.shared_experts.{name}_proj.weight"),
+        )
+    ),
+    _expert("shared_router", "D1", "mlp.shared_expert_gate.weight", "1 D", when=_SHARED),
 )
 
 # The place of a parameter in the tree: ("embed",) or ("layers", "q").
@@ -212,6 +304,42 @@ def of_model(config: ModelConfig) -> dict[Path, Parameter]:
     """The parameters of a model without adapters, in the order of the table."""
     top = {(row.name,): row for row in TOP if row.when(config)}
     return top | {("layers", row.name): row for row in LAYER if row.when(config)}
+
+
+def runs_of_layers(config: ModelConfig) -> list[range]:
+    """The layers, cut where their parameters change: those with an MLP, those with a mixture."""
+    cut = config.dense_layers if config.mixture else 0
+    return [part for part in (range(cut), range(cut, config.num_layers)) if part]
+
+
+def layers_of(layers: Mapping[str, Any], num_layers: int, part: range) -> dict[str, Any]:
+    """The stacked parameters of some layers, from those of a model's stack.
+
+    Args:
+      layers: parameters, each stacked over the layers that have it.
+      part: layers that have the same parameters.
+    """
+    places = {name: _place(name, len(x), num_layers, part.start) for name, x in layers.items()}
+    return {
+        name: x if len(x) == len(part) else x[places[name] : places[name] + len(part)]
+        for name, x in layers.items()
+        if places[name] is not None
+    }
+
+
+def layer_of(layers: Mapping[str, Any], num_layers: int, layer: int) -> dict[str, Any]:
+    """The parameters of one layer, from those of a model's stack."""
+    places = {name: _place(name, len(x), num_layers, layer) for name, x in layers.items()}
+    return {name: x[places[name]] for name, x in layers.items() if places[name] is not None}
+
+
+def _place(name: str, length: int, num_layers: int, layer: int) -> int | None:
+    """The place of a layer in the stack of a parameter; None where the layer does not have it."""
+    if length == num_layers:
+        return layer
+    if at(("layers", name)).layers == "mlp":
+        return layer if layer < length else None
+    return layer - (num_layers - length) if layer >= num_layers - length else None
 
 
 def has(config: ModelConfig, name: str) -> bool:
@@ -269,13 +397,13 @@ def logical_axes(params) -> Any:
 # --- adapters
 
 
-def adaptable() -> Mapping[str, Parameter]:
-    """The weights of a layer that may have an adapter, by name."""
-    rows = {}
+def adaptable(config: ModelConfig | None = None) -> Mapping[str, Parameter]:
+    """The weights of a layer that may have an adapter, by name; those of any model without one."""
+    found: dict[str, Parameter] = {}
     for row in LAYER:
-        if row.adapter_inputs:
-            rows.setdefault(row.name, row)
-    return rows
+        if row.adapter_inputs and (config is None or row.when(config)):
+            found.setdefault(row.name, row)
+    return found
 
 
 def of_module(hf_module: str) -> tuple[str, ...]:
@@ -304,7 +432,9 @@ def is_adapter(name: str) -> bool:
 
 def init(config: ModelConfig, key: jax.Array, dtype) -> dict[str, Any]:
     """Random parameters, those of the layers stacked [L, ...]."""
-    return _Model(config, dtype).init(key)["params"]
+    params = _Model(config, dtype).init(key)["params"]
+    layers = [params.pop(name) for name in tuple(params) if name.startswith("layers")]
+    return {**params, "layers": {name: leaf for part in layers for name, leaf in part.items()}}
 
 
 class _Model(nn.Module):
@@ -316,22 +446,33 @@ class _Model(nn.Module):
     @nn.compact
     def __call__(self):
         _declare(self, TOP)
-        stack = nn.scan(
-            _Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.config.num_layers,
-        )
-        stack(self.config, self.dtype, name="layers")(None)
+        config = self.config
+        for length, group in itertools.groupby(_by_length(config), lambda each: each[0]):
+            stack = nn.scan(
+                _Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=length,
+            )
+            rows = tuple(row for _, row in group)
+            name = "layers" if length == config.num_layers else f"layers_{rows[0].layers}"
+            stack(config, self.dtype, rows, name=name)(None)
+
+
+def _by_length(config: ModelConfig) -> list[tuple[int, Parameter]]:
+    """The parameters of the layers, those that all layers have first."""
+    rows = [(len(row.layers_of(config)), row) for row in LAYER if row.when(config)]
+    return sorted(rows, key=lambda each: -each[0])
 
 
 class _Layer(nn.Module):
     config: ModelConfig
     dtype: Any
+    rows: tuple[Parameter, ...]
 
     @nn.compact
     def __call__(self, carry):
-        _declare(self, LAYER)
+        _declare(self, self.rows)
         return carry, None
 
 

@@ -11,6 +11,7 @@ Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
         raise ValueError(f"{folder / CONFIG}: lora_alpha is a number above 0; given {alpha!r:.80}")
     _check_patterns(folder / CONFIG, config, rank, alpha)
     held = {name.rsplit(".lora_", 1)[0] for name in _checkpoint(folder)}
-    modules = [m for m in parameters.adapted_modules() if layer_tensor(0, m) in held]
+    held = {re.sub(r"^model\.layers\.\d+\.", "", name) for name in held}
+    modules = [m for m in parameters.adapted_modules() if m.format(0) in held]
     adapted = {name for module in modules for name in parameters.of_module(module)}
     targets = tuple(name for name in parameters.adaptable() if name in adapted)
     if not targets:
@@ -102,7 +104,7 @@ def _last_part(hf_module: str) -> str:
 
 
 def _supported() -> str:
-    return ", ".join(map(lora.hf_name, parameters.adaptable()))
+    return lora.hf_names(parameters.adaptable())
 
 
 def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
@@ -129,8 +131,8 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
         )
     matrices = {}
     for module in modules:
-        layers = range(len(module.tensors))
-        pairs = [_read(folder, checkpoint, module, i, adapters.rank) for i in layers]
+        numbers = range(len(module.tensors))
+        pairs = [_read(folder, checkpoint, module, i, adapters.rank) for i in numbers]
         for part, name in enumerate(module.names):
             a, b = parameters.adapter_names(name)
             matrices[a] = np.stack([pair[part][0] for pair in pairs])
@@ -141,7 +143,7 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
     loaded = {}
     for leaf in leaves(policy.config, trained):
         name, like = leaf.path[-1], leaf.of(trained)
-        stacked = matrices[name].reshape(len(matrices[name]), *leaf.split_shape)
+        stacked = matrices[name].reshape(*leaf.stack, *leaf.split_shape)
         if not np.isfinite(stacked).all():
             raise ValueError(f"{folder / WEIGHTS}: NaN or infinity in an adapter of {name}")
         loaded[name] = jax.device_put(stacked.transpose(leaf.order), like.sharding)
@@ -153,11 +155,11 @@ class _Module:
     """A Hugging Face module with an adapter.
 
     Attributes:
-      name: below the layer.
+      name: below the layer, with "{}" for the number of an expert.
       names: of its weights, one or several.
       inputs: width of its input.
       outputs: width of the output of each weight.
-      tensors: the names of A and B in each layer.
+      tensors: the names of A and B in each layer, and there of each expert.
     """
 
     name: str
@@ -175,21 +177,23 @@ def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
         names = tuple(name for name, row in rows.items() if row.hf_module == module)
         if not set(names) & set(adapters.targets):
             continue
-        sizes = [
-            (math.prod(shape[:n]), math.prod(shape[n:]))
-            for shape, n in ((rows[x].shape(config), rows[x].adapter_inputs) for x in names)
-        ]
+        first, sizes = rows[names[0]], []
+        for row in (rows[name] for name in names):
+            shape, n = row.shape(config)[len(row.experts) :], row.adapter_inputs
+            sizes.append((math.prod(shape[:n]), math.prod(shape[n:])))
+        experts = config.mixture.num_experts if first.one_tensor_each else 1
         tensors = tuple(
-            tuple(layer_tensor(i, f"{module}.lora_{x}.weight") for x in "AB")
-            for i in range(config.num_layers)
+            tuple(layer_tensor(i, f"{module.format(e)}.lora_{x}.weight") for x in "AB")
+            for i in first.layers_of(config)
+            for e in range(experts)
         )
         found.append(_Module(module, names, sizes[0][0], tuple(o for _, o in sizes), tensors))
     return found
 
 
-def _read(folder: Path, checkpoint: Checkpoint, module: _Module, layer: int, rank: int):
+def _read(folder: Path, checkpoint: Checkpoint, module: _Module, number: int, rank: int):
     """A [R, in] and B [out, R] of each weight of a module."""
-    n, names = len(module.names), module.tensors[layer]
+    n, names = len(module.names), module.tensors[number]
     a_name, _ = names
     joined = n > 1 and a_name in checkpoint and checkpoint.shape(a_name)[:1] != (rank,)
     R = n * rank if joined else rank
@@ -233,12 +237,14 @@ def save(
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(trained))
     on_disk = {}
     for leaf in leaves(policy.config, whole):
-        arrays = (x.transpose(leaf.disk_order) for x in leaf.of(whole))
-        on_disk[leaf.path[-1]] = [x.reshape(leaf.part_shape) for x in arrays]
+        on_disk[leaf.path[-1]] = [
+            leaf.of(whole)[leaf.place(number)].transpose(leaf.disk_order).reshape(leaf.part_shape)
+            for number in range(len(leaf.hf_names))
+        ]
     modules, tensors = _modules(policy.config, policy.lora), {}
     for module in modules:
-        for layer, names in enumerate(module.tensors):
-            for name, x in zip(names, _written(module, on_disk, layer, policy.lora.rank)):
+        for number, names in enumerate(module.tensors):
+            for name, x in zip(names, _written(module, on_disk, number, policy.lora.rank)):
                 tensors[PREFIX + name] = np.ascontiguousarray(x)
     several = {_last_part(m.name): len(m.names) for m in modules if len(m.names) > 1}
     config = {
@@ -248,7 +254,7 @@ def save(
         "r": policy.lora.rank,
         "lora_alpha": policy.lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [_last_part(module.name) for module in modules],
+        "target_modules": list(dict.fromkeys(_last_part(module.name) for module in modules)),
         "bias": "none",
         "inference_mode": True,
     }
@@ -261,7 +267,7 @@ def save(
             folders.write_json(temporary / CONFIG, config)
 
 
-def _written(module: _Module, on_disk: dict[str, list], layer: int, rank: int):
+def _written(module: _Module, on_disk: dict[str, list], number: int, rank: int):
     """A [n R, in] and B [sum of out, n R] of a module of n weights; zero for those without one."""
     n = len(module.names)
     a = np.zeros((n, rank, module.inputs), np.float32)
@@ -269,7 +275,7 @@ def _written(module: _Module, on_disk: dict[str, list], layer: int, rank: int):
     for i, name in enumerate(module.names):
         a_name, b_name = parameters.adapter_names(name)
         if a_name in on_disk:
-            a[i], b[i][:, i] = on_disk[a_name][layer], on_disk[b_name][layer]
+            a[i], b[i][:, i] = on_disk[a_name][number], on_disk[b_name][number]
     return a.reshape(n * rank, -1), np.concatenate(b).reshape(-1, n * rank)
 
 

@@ -25,7 +25,7 @@ from adpo_jax.model import attention_choice, attention_kernels, parameters
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Use
 from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
-from adpo_jax.model.decoder import REMAT_POLICIES, Ffn, decoder, gated_mlp, head_logits
+from adpo_jax.model.decoder import REMAT_POLICIES, Ffn, decoder, head_logits
 from adpo_jax.model.head import token_log_probs
 from adpo_jax.model.lora import Lora, join, split
 from adpo_jax.model.model_config import ModelConfig
@@ -65,6 +65,17 @@ class Policy:
                 f"gradient_checkpointing is one of {sorted(REMAT_POLICIES)}, "
                 f"given {self.gradient_checkpointing!r}"
             )
+        if (
+            self.mesh
+            and not self.config.mixture
+            and sharding.mesh_axis_size(self.mesh, "expert") > 1
+        ):
+            raise ValueError(
+                f"mesh.expert is {self.mesh.shape['expert']}, but the model has no experts; give "
+                "its devices to mesh.fsdp"
+            )
+        if self.lora:
+            object.__setattr__(self, "lora", self.lora.of_model(self.config))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         if self.attention != "auto":
@@ -305,7 +316,7 @@ class Policy:
         positions,
         kv_cache=None,
         attend: Attend | None = None,
-        ffn: Ffn = gated_mlp,
+        ffn: Ffn | None = None,
     ):
         """Runs the decoder.
 
@@ -315,7 +326,8 @@ class Policy:
           kv_cache: the cache that is carried through `attend`.
           attend: an attention of `model.attention`; by default a causal one over the T tokens of
             each row, without a cache.
-          ffn: the part of each layer after attention; by default the gated MLP of all families.
+          ffn: the part of each layer after attention; by default the model's own, an MLP or a
+            mixture of experts.
 
         Returns:
           (hidden [B, T, D] in `dtype`, kv_cache, the extras of `ffn` stacked over the layers).

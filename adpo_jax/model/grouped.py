@@ -1,0 +1,219 @@
+"""Products of rows with the matrix of their group: what a mixture of experts is made of.
+
+    grouped_product(x, w, sizes)   row s of x times the matrix of its group
+    grouped_outer(x, g, sizes)     for each group the sum of the outer products of its rows
+
+Rows are sorted by group. No group has a bound, and rows behind the last group give zeros. There are
+two forms. `jax.lax.ragged_dot` is the one of TPUs and GPUs. XLA's CPU compiler has no such product
+and multiplies every row by every matrix, E times the work, so there a loop runs over blocks of
+rows of one group. It turns as often as there are blocks that hold a row, so the matrices of groups
+without rows are not read.
+
+Letters: S rows, E groups, D width, F width of the output, C rows of a block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Rows of a block at most: enough to pay for the copy of a matrix that XLA makes before each block.
+MAX_BLOCK = 256
+
+
+@jax.jit
+def grouped_product(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Rows times the matrix of their group, [S, F] in the dtype of x.
+
+    Args:
+      sizes_E: int32, the rows of each group; they may sum to less than S.
+    """
+    return jax.lax.platform_dependent(
+        x_SD, w_EDF, sizes_E, cpu=product_by_blocks, default=product_by_ragged_dot
+    )
+
+
+@jax.jit
+def grouped_outer(x_SD: jax.Array, g_SF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The sum of x g^T over the rows of each group, [E, D, F] float32; 0 for an empty group."""
+    return jax.lax.platform_dependent(
+        x_SD, g_SF, sizes_E, cpu=outer_by_blocks, default=outer_by_ragged_dot
+    )
+
+
+def _behind(sizes_E, num_rows: int) -> jax.Array:
+    """Which rows lie behind the last group, [S, 1]."""
+    return (jnp.arange(num_rows) >= jnp.sum(sizes_E))[:, None]
+
+
+def product_by_ragged_dot(x_SD, w_EDF, sizes_E):
+    """`grouped_product` by the product that XLA has for it."""
+    y_SF = jax.lax.ragged_dot(x_SD, w_EDF, sizes_E)
+    return jnp.where(_behind(sizes_E, len(x_SD)), jnp.zeros((), y_SF.dtype), y_SF)
+
+
+def outer_by_ragged_dot(x_SD, g_SF, sizes_E):
+    """`grouped_outer` by the product that XLA has for it."""
+    behind = _behind(sizes_E, len(x_SD))
+    x_SD, g_SF = (jnp.where(behind, jnp.zeros((), a.dtype), a) for a in (x_SD, g_SF))
+    return jax.lax.ragged_dot_general(
+        x_SD,
+        g_SF,
+        sizes_E,
+        jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())),
+            lhs_ragged_dimensions=[0],
+            rhs_group_dimensions=[],
+        ),
+        preferred_element_type=jnp.float32,
+    )
+
+
+# --- blocks
+
+
+def _block_rows(num_rows: int, num_groups: int) -> int:
+    """Rows of a block: a quarter of an even group, so that little of a last block is empty."""
+    return min(max(8, num_rows // num_groups // 4 // 8 * 8), MAX_BLOCK)
+
+
+def _each_block(body, first, sizes_E, block: int):
+    """Runs `body(carry, group, first row, rows)` for every block that holds a row, in order."""
+    blocks_E = -(-sizes_E // block)
+    ends_E, offsets_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
+
+    def one(i, carry):
+        group = jnp.searchsorted(ends_E, i, side="right", method="compare_all").astype(jnp.int32)
+        done = (i - (ends_E[group] - blocks_E[group])) * block
+        return body(carry, group, offsets_E[group] + done, sizes_E[group] - done)
+
+    return jax.lax.fori_loop(0, ends_E[-1], one, first)
+
+
+def product_by_blocks(x_SD, w_EDF, sizes_E):
+    """`grouped_product` by blocks of rows."""
+    (S, _), (E, _, F) = x_SD.shape, w_EDF.shape
+    block = _block_rows(S, E)
+    padded = jnp.pad(x_SD, ((0, block), (0, 0)))
+
+    def body(out, group, row, rows):
+        # Behind the rows of its group a block writes nonsense, which the next blocks write over.
+        part = jax.lax.dynamic_slice_in_dim(padded, row, block)
+        matrix = jax.lax.dynamic_index_in_dim(w_EDF, group, keepdims=False)
+        return jax.lax.dynamic_update_slice_in_dim(out, part @ matrix, row, axis=0)
+
+    out = _each_block(body, jnp.zeros((S + block, F), x_SD.dtype), sizes_E, block)[:S]
+    return jnp.where(_behind(sizes_E, S), jnp.zeros((), out.dtype), out)
+
+
+def outer_by_blocks(x_SD, g_SF, sizes_E):
+    """`grouped_outer` by blocks of rows."""
+    (S, D), F, E = x_SD.shape, g_SF.shape[1], len(sizes_E)
+    block = _block_rows(S, E)
+    x, g = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_SD, g_SF))
+
+    def body(sums, group, row, rows):
+        held = (jnp.arange(block) < rows)[:, None]
+        x_part = jnp.where(held, jax.lax.dynamic_slice_in_dim(x, row, block), 0)
+        g_part = jax.lax.dynamic_slice_in_dim(g, row, block)
+        more = jnp.einsum("cd,cf->df", x_part, g_part, preferred_element_type=jnp.float32)
+        old = jax.lax.dynamic_index_in_dim(sums, group, keepdims=True)
+        return jax.lax.dynamic_update_index_in_dim(sums, old + more, group, axis=0)
+
+    return _each_block(body, jnp.zeros((E, D, F), jnp.float32), sizes_E, block)
+
+
+# --- with a gradient
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(gather: tuple[str, int] | None, x_SD, w_EDF, like_EDF, sizes_E) -> jax.Array:
+    """Rows times the matrix of their group, in the dtype of x; differentiable by rows and matrices.
+
+    The backward pass needs the arguments alone.
+
+    Args:
+      gather: (mesh axis, array axis): inside a `shard_map`, where each device has a part of the
+        matrices, they are gathered here and again in the backward pass. None where they are whole.
+      w_EDF: in any dtype; its gradient has the same one.
+      like_EDF: float32 of the shape of w; the gradient of w goes to it, so that it is float32
+        whatever w is. None for none.
+    """
+    del like_EDF
+    return grouped_product(x_SD, whole(gather, w_EDF, x_SD.dtype), sizes_E)
+
+
+def whole(gather: tuple[str, int] | None, w: jax.Array, dtype) -> jax.Array:
+    """The matrices of which each device has a part, cast before they travel."""
+    w = w.astype(dtype)
+    return jax.lax.all_gather(w, gather[0], axis=gather[1], tiled=True) if gather else w
+
+
+def parts(gather: tuple[str, int] | None, d_w: jax.Array) -> jax.Array:
+    """The gradient of what `whole` was made of, from each device's gradient of its result."""
+    if not gather:
+        return d_w
+    axis, dimension = gather
+    return jax.lax.psum_scatter(d_w, axis, scatter_dimension=dimension, tiled=True)
+
+
+def _product_forward(gather, x_SD, w_EDF, like_EDF, sizes_E):
+    return product(gather, x_SD, w_EDF, like_EDF, sizes_E), (x_SD, w_EDF, like_EDF, sizes_E)
+
+
+def _product_backward(gather, residuals, g_SF):
+    x_SD, w_EDF, like_EDF, sizes_E = residuals
+    matrices = whole(gather, w_EDF, g_SF.dtype)
+    d_x = grouped_product(g_SF, jnp.swapaxes(matrices, 1, 2), sizes_E)
+    d_w = parts(gather, grouped_outer(x_SD, g_SF, sizes_E))
+    if like_EDF is None:
+        return d_x, d_w.astype(w_EDF.dtype), None, None
+    return d_x, jnp.zeros_like(w_EDF), d_w, None
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def moved(copies: int, x, to, back):
+    """The rows `to // copies` of x, where every copy of a row goes to one place at most.
+
+    The gradient is gathered too, since a scatter is slow on every device.
+
+    Args:
+      x: [N, D].
+      to: [S] int32, the copy (row times `copies` plus its number) that each place gets; -1 for a
+        row of zeros.
+      back: [N * copies] int32, the place of every copy; -1 for none.
+
+    Returns:
+      [S, D].
+    """
+    return _gathered(x, jnp.where(to < 0, -1, to // copies))
+
+
+def _gathered(x, rows):
+    return jnp.where((rows < 0)[:, None], jnp.zeros((), x.dtype), x[jnp.maximum(rows, 0)])
+
+
+def _moved_backward(copies, back, g):
+    d_x = _gathered(g, back)
+    return (d_x.reshape(-1, copies, d_x.shape[-1]).sum(1) if copies > 1 else d_x), None, None
+
+
+moved.defvjp(lambda copies, x, to, back: (moved(copies, x, to, back), back), _moved_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def collected(copies: int, y, to, back):
+    """The sum [N, D] of the rows of y [S, D] that the copies of each row went to; see `moved`."""
+    return _gathered(y, back).reshape(-1, copies, y.shape[-1]).sum(1)
+
+
+def _collected_backward(copies, to, g):
+    return _gathered(g, jnp.where(to < 0, -1, to // copies)), None, None
+
+
+collected.defvjp(
+    lambda copies, y, to, back: (collected(copies, y, to, back), to), _collected_backward
+)

@@ -1,0 +1,250 @@
+"""Mixtures of experts: grouped products, routing, experts on several devices, adapters."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from golden_models import config_of
+
+from adpo_jax import Policy
+from adpo_jax.devices import sharding
+from adpo_jax.model import grouped, lora, mixture, parameters
+from adpo_jax.model.decoder import LayerWeights
+from adpo_jax.model.lora import Lora
+from adpo_jax.model.mixture import MixtureFfn
+from adpo_jax.model.model_config import Mixture
+from adpo_jax.policy import adapters
+
+# --- grouped products
+
+SIZES = [[0, 40, 3, 17], [60, 0, 0, 0], [0, 0, 0, 0], [15, 15, 15, 15]]
+
+
+@pytest.mark.parametrize("form", ["blocks", "ragged_dot"])
+def test_grouped_products_are_those_of_each_row_with_its_own_matrix(form):
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.normal(size=s).astype(np.float32) for s in ((64, 8), (4, 8, 6), (64, 6)))
+    product = jax.jit(getattr(grouped, f"product_by_{form}"))
+    outer = jax.jit(getattr(grouped, f"outer_by_{form}"))
+    for sizes in SIZES:
+        group = np.repeat(np.arange(4), sizes)
+        n = len(group)
+        wanted = np.zeros((64, 6), np.float32)
+        wanted[:n] = np.einsum("sd,sdf->sf", x[:n], w[group])
+        sizes = jnp.asarray(sizes, jnp.int32)
+        np.testing.assert_allclose(product(x, w, sizes), wanted, atol=1e-5)
+        sums = np.zeros_like(w)
+        np.add.at(sums, group, np.einsum("sd,sf->sdf", x[:n], g[:n]))
+        np.testing.assert_allclose(outer(x, g, sizes), sums, atol=1e-5)
+
+
+def test_a_block_loop_turns_for_the_experts_that_are_hit_alone():
+    turns = []
+
+    def body(carry, group, row, rows):
+        jax.debug.callback(lambda group: turns.append(int(group)), group)
+        return carry
+
+    jax.jit(lambda sizes: grouped._each_block(body, 0, sizes, 8))(jnp.array([0, 3, 0, 9, 0]))
+    jax.effects_barrier()
+    assert sorted(turns) == [1, 3, 3]
+
+
+# --- a layer against the loop over its experts
+
+
+ROUTERS = {
+    "softmax": Mixture(6, 3, 12, normalised=False, shared_size=8, shared_gate=True),
+    "softmax_of_chosen": Mixture(6, 2, 12, router="softmax_of_chosen"),
+    "sigmoid": Mixture(
+        6, 2, 12, router="sigmoid", groups=3, chosen_groups=2, scale=2.5, shared_size=8
+    ),
+}
+
+
+@functools.cache
+def layer(router: str = "softmax", dtype=jnp.float32, mesh=None):
+    """The parameters of one layer with a mixture, with a bias of the choice that matters."""
+    config = tiny.model_config(mixture=ROUTERS[router])
+    params = Policy(config).init(jax.random.key(0))["layers"]
+    params = {name: p[0] for name, p in params.items()}
+    if "experts_bias" in params:
+        params["experts_bias"] = jnp.linspace(-0.3, 0.3, 6)
+    return LayerWeights(params, config, dtype, mesh, 0.5)
+
+
+def looped(weights: LayerWeights, x, present, forced=None):
+    """The mixture written as a loop over dense experts: the plain version."""
+    m, p = weights.config.mixture, weights.params
+    logits = jnp.einsum("btd,de->bte", x, p["experts_router"])
+    chosen = mixture.choose(m, logits, p.get("experts_bias"), forced)
+
+    def mlp(gate, up, down):
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    out = jnp.zeros_like(x)
+    for e in range(m.num_experts):
+        share = jnp.sum(jnp.where(chosen.experts == e, chosen.weights, 0), -1)
+        expert = (p[f"experts_{name}"][e] for name in ("gate", "up", "down"))
+        out += jnp.where(present, share, 0)[..., None] * mlp(*expert)
+    if m.shared_size:
+        shared = mlp(*(p[f"shared_{name}"] for name in ("gate", "up", "down")))
+        gate = jax.nn.sigmoid(x @ p["shared_router"]) if m.shared_gate else 1.0
+        out += gate * shared
+    return out
+
+
+RNG = np.random.default_rng(1)
+X = RNG.normal(size=(8, 5, 32)).astype(np.float32)
+G = RNG.normal(size=X.shape).astype(np.float32)
+PRESENT = RNG.random((8, 5)) < 0.8
+
+
+def value_and_gradient(weights, ffn):
+    def value(params, x):
+        out = ffn(dataclasses.replace(weights, params=params), x)
+        return jnp.sum(out * G), out
+
+    (_, out), gradient = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(weights.params, X)
+    return out, gradient
+
+
+def assert_same(found, wanted):
+    out, (params, x) = wanted
+    np.testing.assert_allclose(found[0], out, atol=1e-5)
+    np.testing.assert_allclose(found[1][1], x, atol=1e-5 * np.abs(x).max())
+    for name, gradient in params.items():
+        scale = max(np.abs(gradient).max(), 1e-3)
+        np.testing.assert_allclose(found[1][0][name], gradient, atol=1e-5 * scale, err_msg=name)
+
+
+@functools.cache
+def looped_result(router):
+    weights = layer(router)
+    return value_and_gradient(weights, lambda w, x: looped(w, x, PRESENT))
+
+
+def info():
+    return tiny.model_config().layer_info._replace(index=0)
+
+
+def mixed(w, x):
+    return MixtureFfn(jnp.asarray(PRESENT))(w, x, info())[0]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_mixture_and_its_gradient_are_those_of_the_loop_over_its_experts(router):
+    assert_same(value_and_gradient(layer(router), mixed), looped_result(router))
+
+
+def test_the_bias_of_a_sigmoid_router_and_its_groups_decide_the_choice_and_no_weight():
+    m = dataclasses.replace(ROUTERS["sigmoid"], normalised=False, scale=1.0)
+    logits = jnp.array([[3.0, -9.0, 1.0, 1.0, 2.0, -9.0]])
+    # The best pair of a group counts: groups 1 (1 + 1) and 2 or 0; the bias lifts the last expert.
+    free = mixture.choose(m, logits, None, None)
+    assert set(free.experts[0].tolist()) <= {0, 1, 2, 3}
+    biased = mixture.choose(m, logits, jnp.array([-5.0, 0, 0, 0, 0, 1.5]), None)
+    assert set(biased.experts[0].tolist()) == {4, 5}
+    np.testing.assert_allclose(
+        jnp.sort(biased.weights[0]), jnp.sort(jax.nn.sigmoid(logits[0, 4:])), rtol=1e-6
+    )
+
+
+def test_forced_experts_are_taken_with_the_routers_own_weights():
+    weights = layer("softmax")
+    forced = RNG.permuted(np.tile(np.arange(6), (8, 5, 1)), axis=-1)[..., :3]
+    forced[0] = -1
+    ffn = MixtureFfn(jnp.asarray(PRESENT), jnp.asarray(forced[:, :, None]))
+    out, extras = jax.jit(lambda x: ffn(weights, x, info()))(X)
+    np.testing.assert_allclose(out, looped(weights, X, PRESENT, jnp.asarray(forced)), atol=1e-5)
+    np.testing.assert_array_equal(extras[mixture.ROUTED][1:], forced[1:])
+    counts = np.bincount(np.asarray(extras[mixture.ROUTED])[PRESENT].ravel(), minlength=6)
+    np.testing.assert_array_equal(extras[mixture.LOAD], counts)
+    assert float(extras[mixture.PROBABILITY].sum()) == pytest.approx(PRESENT.sum(), rel=1e-5)
+
+
+def test_the_balance_loss_is_least_where_experts_get_equal_shares():
+    even = jnp.full((2, 4), 5.0)
+    assert float(mixture.balance_loss(2 * even, even, 20.0)) == pytest.approx(2.0)
+    load, probability = jnp.array([[40.0, 0, 0, 0]]), jnp.array([[20.0, 0, 0, 0]])
+    assert float(mixture.balance_loss(load, probability, 20.0)) == pytest.approx(8.0)
+
+
+# --- several devices
+
+
+MESHES = {
+    "fsdp and tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "experts alone": {"fsdp": 1, "expert": 2, "data": 4},
+    "all": {"fsdp": 2, "expert": 2, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_experts_on_eight_devices_give_the_output_and_gradient_of_one(name):
+    mesh = sharding.make_mesh(**MESHES[name])
+    plain = layer()
+    params = {
+        name: jax.device_put(
+            p,
+            sharding.named_sharding(mesh, parameters.at(("layers", name)).logical_axes, p.shape),
+        )
+        for name, p in plain.params.items()
+    }
+    weights = dataclasses.replace(plain, params=params, mesh=mesh)
+    assert_same(value_and_gradient(weights, mixed), looped_result("softmax"))
+
+
+def test_tokens_that_all_want_one_expert_travel_in_several_rounds_and_none_is_dropped():
+    mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
+    forced = jnp.broadcast_to(jnp.array([1, 2, 0]), (8, 5, 1, 3))
+    present = jnp.ones((8, 5), bool)
+
+    def one_sided(w, x):
+        return MixtureFfn(present, forced)(w, x, info())[0]
+
+    ids = jnp.repeat(jnp.array([0, 1, 2]), 10)
+    exchange = mixture._exchange(jnp.bincount(ids, length=6), 30, 2)
+    assert (int(exchange.rounds()), exchange.places) == (2, 24)
+    weights = layer()
+    wanted = value_and_gradient(weights, one_sided)
+    assert_same(value_and_gradient(dataclasses.replace(weights, mesh=mesh), one_sided), wanted)
+
+
+def test_a_mesh_with_experts_for_a_model_without_is_refused():
+    with pytest.raises(ValueError, match=r"mesh.expert is 2, but the model has no experts"):
+        tiny.policy_and_params(sharding.make_mesh(expert=2))
+
+
+# --- adapters
+
+
+def test_adapters_of_experts_act_as_merged_weights_and_travel_to_peft(tmp_path):
+    policy, params = Policy.from_config(config_of("qwen2_moe"), jax.random.key(0))
+    base = policy, params
+    targets = lora.parse_targets("q_proj,gate_proj,up_proj,down_proj")
+    assert {"gate", "experts_gate", "shared_gate"} <= set(targets)
+    policy, params = policy.with_adapters(params, Lora(2, 6.0, targets), jax.random.key(1))
+    assert "gate" not in policy.lora.targets
+    trained, frozen = lora.split(params)
+    assert trained["layers"]["experts_down_lora_a"].shape == (3, 5, 12, 2)
+    trained = jax.tree.map(
+        lambda x: x + 0.2 * jax.random.normal(jax.random.key(2), x.shape), trained
+    )
+    params = lora.join(trained, frozen)
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 9))
+
+    policy.save_pretrained(tmp_path / "merged", params)
+    plain, merged = Policy.from_pretrained(tmp_path / "merged")
+    wanted = plain.logits(merged, tokens)
+    np.testing.assert_allclose(policy.logits(params, tokens), wanted, atol=1e-4)
+    assert np.abs(wanted - base[0].logits(base[1], tokens)).max() > 0.1
+
+    adapters.save(tmp_path / "adapter", policy, params, base_model="some/model")
+    found, loaded = adapters.load(*base, tmp_path / "adapter")
+    assert set(found.lora.targets) == set(policy.lora.targets)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
