@@ -54,6 +54,7 @@ def trl():
     return pytest.importorskip("trl", reason="TRL is not installed")
 
 
+@pytest.mark.filterwarnings("ignore")  # of TRL, torch and transformers about each other
 def test_trl_takes_the_same_file_and_shows_the_same_tools(tmp_path):
     trl()
     if not (MODELS / "qwen3").is_dir():
@@ -456,7 +457,7 @@ def test_what_tools_say_is_in_the_completion_and_not_trained_on(pool, tokenizer)
     assert tokenizer.decode(answers.prompts.token_ids[1]) == "go"
     assert sorted(finished) == [(0, answers.texts[:2]), (1, answers.texts[2:])]
 
-    scores = Scores(np.array([4.0, 1.0, 2.0, 0.0]), {}, {})
+    scores = Scores(np.array([4.0, 1.0, 2.0, 0.0]), {"f": np.ones(4)}, {})
     graded = GradedGroups(prompts, answers.completions, answers.texts, scores,
                           transcripts=answers.transcripts)  # fmt: skip
     metrics = turn_metrics(graded)
