@@ -11,7 +11,10 @@ some decode steps in one dispatch, and takes their tokens. `generation` (a call 
 all known) and `continuous` (requests that come and go) decide how large the batch is, and whether
 its samples share their settings.
 
-The loop knows neither whole completions nor text. The model's side of a step is in `verbs` and
+Samples may be decoded in turns: a sample whose turn has ended gets no slot until it goes on. Its
+keys and values stay meanwhile (`past`), or in the plain version are made again.
+
+The loop knows no text. The model's side of a step is in `verbs` and
 `sampling`.
 
 Letters: B slots, P prefix rows, T tokens, A alternatives.
@@ -21,17 +24,19 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from adpo_jax.engine import cache_plan
+from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.kv_cache import KV
+from adpo_jax.engine.past import Copies, PastRows, Piece
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule, Start
-from adpo_jax.engine.verbs import DecodeState, Prefixes, ResultTokens, Slots, Verbs
+from adpo_jax.engine.verbs import DecodeState, Past, Prefixes, ResultTokens, Slots, Verbs
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,6 +75,9 @@ class Sample:
       index: its number among the samples of its request.
       num_tokens: tokens of the completion so far.
       before: those of them that it had when it took its slot: of earlier turns, or begun.
+      completion: [num_tokens] int32, its tokens when it goes on or begins with some; else None.
+      in_past: columns of its past row that are written.
+      first: column of the ring where its tokens begin.
       cancelled: whether its request gave up on further tokens.
       ended: whether it gets no further tokens, unless it goes on with a further turn.
     """
@@ -78,6 +86,9 @@ class Sample:
     index: int
     num_tokens: int = 0
     before: int = 0
+    completion: np.ndarray | None = None
+    in_past: int = 0
+    first: int = 0
     cancelled: bool = False
     ended: bool = False
 
@@ -103,6 +114,15 @@ class NewTokens(NamedTuple):
     full_log_probs: np.ndarray | None = None
 
 
+class _Ended(NamedTuple):
+    """A turn that has ended, and whose keys and values lie in the ring alone."""
+
+    slot: int
+    first: int  # column of the ring
+    at: int  # column of the past row where they go
+    count: int  # columns
+
+
 class Sizes(NamedTuple):
     """The sizes of a decode state."""
 
@@ -111,6 +131,8 @@ class Sizes(NamedTuple):
     rows: int  # prefix rows
     width: int  # the most samples of a prefix row
     prefix: int  # tokens of a prefix row
+    past_rows: int = 0
+    past: int = 0  # columns of a past row
 
 
 class Sizing(Protocol):
@@ -138,6 +160,12 @@ class Sizing(Protocol):
     def smaller(self, live: int) -> int:
         """The largest batch smaller than `live` that is worth a resize; 0 for none."""
 
+    def with_past(self, sizes: Sizes, longest: int) -> Sizes:
+        """The sizes with as many past rows as slots or more, for completions of so many tokens.
+
+        Only a loop whose samples go on asks for it.
+        """
+
 
 # A function from the sample in each slot (None where it is free) to the settings of the slots: the
 # numbers, one for all rows or one a row, and the method that is compiled.
@@ -157,6 +185,8 @@ class DecodeLoop:
         `state_to_keep`.
       most_prefilled: (length, count) -> how many of that many prompts go into one prefill; None for
         all that fit one.
+      turns: whether samples may go on after their turns, or begin with tokens: "past" keeps what
+        they attend to in past rows; "again" prefills it for every turn.
 
     Attributes:
       stats: counts of prefills, decode steps and dispatches.
@@ -174,6 +204,7 @@ class DecodeLoop:
         make_state: Callable[..., DecodeState] | None = None,
         keeps_memory: bool = False,
         most_prefilled: Callable[[int, int], int] | None = None,
+        turns: Literal["past", "again"] | None = None,
     ):
         self.params = verbs.load_params(params)
         self.schedule = Schedule(num_shards=num_shards)
@@ -192,6 +223,11 @@ class DecodeLoop:
         self._keeps_memory, self._has_moved = keeps_memory, False
         # The ring that the first state began with, remembered while a longer one is in use.
         self._first_ring: KV | None = None
+        self._turns = turns
+        self.past = PastRows(num_shards)
+        self._longest_past = 0  # tokens of the longest completion that lies in the past
+        # Samples whose turns ended with the last dispatch; nothing has overwritten them yet.
+        self._ended_turns: dict[Sample, _Ended] = {}
 
     @property
     def busy(self) -> bool:
@@ -204,34 +240,70 @@ class DecodeLoop:
         Args:
           part: the most samples that share a prefix row; None for as many as rows are wide.
         """
-        self.schedule.add(request, request.samples, part)
+        begun = [s for s in request.samples if s.num_tokens]
+        if self._turns == "past":
+            longest = max((sample.num_tokens for sample in begun), default=0)
+            self._longest_past = max(self._longest_past, longest)
+            begun = []
+        for sample in begun:
+            self._begin_again(sample)
+        fresh = [sample for sample in request.samples if sample not in begun]
+        if fresh:
+            self.schedule.add(request, fresh, part)
 
     def cancel(self, sample: Sample):
         """Ends a sample, which gets no further tokens; its slot is free at the next step."""
         sample.cancelled = self._any_cancelled = True
 
     def go_on(self, sample: Sample, completion: np.ndarray):
-        """Queues a sample that goes on after tokens that it has already.
+        """Queues a sample whose turn has ended.
 
-        They are prefilled with its prompt, as the prompt of a request of its own. Its random
-        numbers are those of its places in the completion, as if it had never paused.
+        Its random numbers are those of its places in the completion, as if it had never paused.
 
         Args:
-          completion: [T] int32, its tokens so far, those of tools included; at least one.
+          completion: [T] int32, all of its tokens, those of tools included; at least one.
         """
+        sample.completion, sample.num_tokens = completion, len(completion)
+        sample.ended = False
+        if self._turns == "past":
+            self._longest_past = max(self._longest_past, sample.num_tokens)
+            self.schedule.resume(sample, sample.request)
+        else:
+            self._begin_again(sample)
+
+    def _begin_again(self, sample: Sample):
+        """Queues a sample as a request whose prompt is all that the sample has so far."""
         request = sample.request
-        sample.num_tokens, sample.ended = len(completion), False
         one = dataclasses.replace(request.sampling, n=1)
-        whole = np.concatenate([request.prompt, completion])
+        whole = np.concatenate([request.prompt, sample.completion])
         self.schedule.add(Request(whole, one, lambda: request.key_data), [sample])
 
     def stop(self, sample: Sample, num_tokens: int):
         """Ends a turn after so many tokens of the completion, and drops those that follow."""
+        slot = next((slot for slot, live in self._live() if live is sample), None)
         sample.num_tokens = num_tokens
-        if not sample.ended:
-            slot = next(slot for slot, live in self._live() if live is sample)
-            self._end(slot, sample)
+        if slot is not None:
+            self._end_turn(slot, sample)
             self._retired.append(slot)
+        elif sample in self._ended_turns:
+            ended = self._ended_turns[sample]
+            self._ended_turns[sample] = ended._replace(count=sample.age)
+
+    def end(self, sample: Sample):
+        """Frees what is kept for a sample whose turn has ended and that does not go on."""
+        self._ended_turns.pop(sample, None)
+        self.schedule.forget(sample)
+        self.past.release(sample)
+
+    def _end_turn(self, slot: int, sample: Sample):
+        """Ends what a sample decodes in its slot."""
+        if self._turns != "past":
+            self._end(slot, sample)
+            return
+        sample.ended = True
+        self._ended_turns[sample] = _Ended(slot, sample.first, sample.before, sample.age)
+        self.schedule.pause(slot)
+        self.past.pause(sample)
 
     def _drop_cancelled(self):
         self._any_cancelled = False
@@ -250,10 +322,14 @@ class DecodeLoop:
         """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
         if self._any_cancelled:
             self._drop_cancelled()
+        if self._ended_turns:
+            self._keep_turns()
         oldest = max((sample.age for _, sample in self._live()), default=0)
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
             return []
+        if self._longest_past:
+            self._resize(self._with_past(self.sizes), oldest)
         starts, admitted = self.schedule.start(
             lambda request: len(request.prompt) - 1 <= self.sizes.prefix
         )
@@ -262,7 +338,8 @@ class DecodeLoop:
         # This comes before the batch shrinks, since `starts` name the present slots and rows.
         if starts or self._retired:
             self._assign(starts)
-        self._resize(self._sizing.fitted(self.sizes, self.schedule, oldest), oldest)
+        fitted = self._sizing.fitted(self.sizes, self.schedule, oldest)
+        self._resize(self._with_past(fitted), oldest)
         return self._decode(oldest)
 
     def state_to_keep(self) -> DecodeState | None:
@@ -276,7 +353,8 @@ class DecodeLoop:
         """Forgets all samples and frees the memory."""
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
-        self._retired = []
+        self._retired, self._ended_turns, self._longest_past = [], {}, 0
+        self.past = PastRows(self._num_shards)
 
     def _live(self) -> list[tuple[int, Sample]]:
         """The live samples and their slots."""
@@ -297,7 +375,7 @@ class DecodeLoop:
             self._state, self._retired = None, []
             schedule.lay_out(0, 0, 1)
         elif now is None:
-            slots, columns, rows, width, prefix = sizes
+            slots, columns, rows, width, prefix, *_ = sizes
             schedule.lay_out(slots, rows, width)
             self._state = self._make_state(slots, columns, rows, prefix, width)
             self._written = 0
@@ -310,7 +388,7 @@ class DecodeLoop:
 
         The old form of a store is freed before the next store is copied.
         """
-        slots, columns, rows, width, prefix = sizes
+        slots, columns, rows, width, prefix, *_ = sizes
         schedule, verbs = self.schedule, self._verbs
         moves = (slots, rows, width) != (now.slots, now.rows, now.width)
         if moves:
@@ -334,6 +412,94 @@ class DecodeLoop:
             kv = verbs.with_columns(self._state.prefix.kv, prefix)
             lengths = self._state.prefix.lengths
             self._state = self._state._replace(prefix=Prefixes(kv, lengths))
+        if sizes.past_rows:
+            self._change_past(now, sizes)
+            if moves or not now.past_rows or sizes.past_rows != now.past_rows:
+                self._place_past()
+
+    # --- samples that go on
+
+    def _with_past(self, sizes: Sizes) -> Sizes:
+        if not self._longest_past:
+            return sizes
+        return self._sizing.with_past(sizes, self._longest_past)
+
+    def _change_past(self, now: Sizes, sizes: Sizes):
+        """Makes the past rows, or moves them into a store of another size."""
+        verbs, past, order = self._verbs, self._state.past, None
+        if not now.past_rows:
+            self.past.lay_out(sizes.past_rows)
+            kv = past_lib.empty(verbs, sizes.past_rows, sizes.past)
+            self._state = self._state._replace(past=Past(kv, None), slots=self._slots_with_before())
+            for slot, sample in self._live():
+                self.past.take(sample, self.schedule.shard_of_slot(slot))
+            return
+        if sizes.past_rows != now.past_rows:
+            order = self.past.lay_out(sizes.past_rows)
+        kv = past_lib.resized(verbs, past.kv, order, sizes.past)
+        self._state = self._state._replace(past=past._replace(kv=kv))
+
+    def _slots_with_before(self) -> Slots:
+        """The slots of the device, which from now on say how many tokens samples had before."""
+        slots = self._state.slots
+        if slots.before is not None:
+            return slots
+        return slots._replace(before=np.zeros(self.sizes.slots, np.int32))
+
+    def _place_past(self):
+        """Tells the device which past row belongs to which slot."""
+        places = [
+            (slot, self.past.row(s), len(s.request.prompt) - 1, s.before)
+            for slot, s in self._live()
+        ]
+        view = past_lib.view_of(places, self.sizes.slots, self.sizes.past_rows)
+        past = self._state.past._replace(view=past_lib.placed(self._verbs, view))
+        self._state = self._state._replace(past=past)
+
+    def _keep_turns(self):
+        """Copies the turns that have ended, and may go on, from the ring into past rows."""
+        longest = max(ended.at + ended.count for ended in self._ended_turns.values())
+        self._longest_past = max(self._longest_past, longest)
+        oldest = max((sample.age for _, sample in self._live()), default=0)
+        self._resize(self._with_past(self.sizes), oldest)
+        copies = []
+        for sample, (slot, first, at, count) in self._ended_turns.items():
+            shard = self.schedule.shard_of_slot(slot)
+            had_row = self.past.take(sample, shard)
+            assert had_row or not at
+            self.past.pause(sample)
+            copies.append((shard, Copies(self.past.row(sample), slot, first, at, count)))
+            sample.in_past = at + count
+        self._ended_turns = {}
+        self._state = past_lib.put_all(self._verbs, self._state, copies, self._num_shards)
+
+    def _take_past(self, starts: list[Start]):
+        """Gives the samples that start past rows, and prefills what these do not hold yet."""
+        chunks = []
+        for _, sample, slot, row, _ in starts:
+            shard = self.schedule.shard_of_slot(slot)
+            if not self.past.take(sample, shard):
+                sample.in_past = 0
+            if sample.num_tokens > sample.in_past:
+                prompt = sample.request.prompt
+                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])[sample.in_past :]
+                past_row = self.past.row(sample)
+                chunk = Piece(shard, fed, sample.in_past, len(prompt) - 1, past_row, row)
+                chunks.append(chunk)
+                sample.in_past = sample.num_tokens
+        longest = past_lib.CHUNK_LENGTHS[-1]
+        while chunks:
+            pieces = [chunk._replace(tokens=chunk.tokens[:longest]) for chunk in chunks]
+            self._state = past_lib.prefill_all(
+                self._verbs, self.params, self._state, pieces, self._num_shards
+            )
+            self.stats["prefill_calls"] += 1
+            self.stats["prefill_tokens"] += sum(len(piece.tokens) for piece in pieces)
+            chunks = [
+                chunk._replace(tokens=chunk.tokens[longest:], at=chunk.at + longest)
+                for chunk in chunks
+                if len(chunk.tokens) > longest
+            ]
 
     # --- prompts into rows, samples into slots
 
@@ -380,25 +546,32 @@ class DecodeLoop:
         return min(schedule_lib.length_bucket(len(request.prompt) - 1, longest), longest)
 
     def _assign(self, starts: list[Start]):
+        if self.sizes.past_rows:
+            self._take_past(starts)
         B = self.sizes.slots
         fresh, active = np.zeros(B, bool), np.zeros(B, bool)
         fresh[self._retired] = True
         ints, key_data = np.zeros((5, B), np.int32), np.zeros((B, 2), np.uint32)
         for request, sample, slot, row, rank in starts:
-            prompt, sample.before = request.prompt, sample.num_tokens
-            ints[:, slot] = prompt[-1], len(prompt) - 1, sample.num_tokens, row, rank
+            token, position = request.prompt[-1], len(request.prompt) - 1
+            sample.before = sample.num_tokens
+            if self._turns == "past" and sample.before:
+                token, position = sample.completion[-1], position + sample.before
+            sample.completion = None
+            ints[:, slot] = token, position, sample.before, row, rank
             fresh[slot] = active[slot] = True
             key_data[slot] = request.key_data[sample.index]
         token, position, generated, row, rank = ints
-        old, before = self._state.slots, None
-        if old.before is not None or generated.any():
+        before = None
+        if generated.any():
+            self._state = self._state._replace(slots=self._slots_with_before())
+        if self._state.slots.before is not None:
             before = generated.copy()
-            if old.before is None:
-                zeros = np.zeros(B, np.int32)
-                self._state = self._state._replace(slots=old._replace(before=zeros))
         slots = Slots(token, position, generated, active, row, rank, key_data, before)
         self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
         self._retired = []
+        if self.sizes.past_rows:
+            self._place_past()
 
     # --- decoding
 
@@ -409,7 +582,9 @@ class DecodeLoop:
         else:
             stop_at = self._sizing.smaller(len(live))
         room = steps
-        if sizes.columns < self._sizing.most_columns:
+        # The slot of a turn that has ended is written on until the dispatch ends, and must not lose
+        # the turn's first columns, which are copied then.
+        if sizes.columns < self._sizing.most_columns or self._turns == "past":
             room = sizes.columns - oldest
         in_slot = [place and place[1] for place in self.schedule.in_slot]
         knobs, method = self._settings(in_slot)
@@ -422,6 +597,8 @@ class DecodeLoop:
             np.int32(max(stop_at, 0)),
             np.int32(room),
         )
+        for _, sample in live:
+            sample.first = (self._written - sample.age) % sizes.columns
         results = jax.device_get(results)
         done = int(np.sum(results.valid.any(axis=1)))
         self.stats["dispatches"] += 1
@@ -440,7 +617,7 @@ class DecodeLoop:
         request, finish_reason = sample.request, None
         if stopped or sample.num_tokens >= request.sampling.max_tokens:
             finish_reason = "stop" if stopped else "length"
-            self._end(slot, sample)
+            self._end_turn(slot, sample)
         alternatives = full = None
         if request.num_alternatives:
             of_slot = (x[:count, slot, : request.num_alternatives] for x in results.alternatives)

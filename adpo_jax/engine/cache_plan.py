@@ -52,12 +52,16 @@ class CachePlan:
     most_tokens: int | None
     copies: Copies
 
-    def most_rows(self, slots: int, columns: int, prefix: int) -> int | None:
-        """Prefix rows of `prefix` tokens that fit beside so many slots; None for no limit."""
+    def most_rows(self, slots: int, columns: int, prefix: int, past: int = 0) -> int | None:
+        """Prefix rows of `prefix` tokens that fit beside so many slots; None for no limit.
+
+        Args:
+          past: columns of the past row of each slot.
+        """
         if self.most_tokens is None:
             return None
         ring = slots * columns
-        left = self.most_tokens - ring
+        left = self.most_tokens - ring - slots * past
         return min(left - ring * self.copies.ring, left // (1 + self.copies.rows)) // prefix
 
 

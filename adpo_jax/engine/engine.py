@@ -142,13 +142,16 @@ class Engine:
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         return schedule_lib.prefill_rows(length, self.shards)
 
-    def sizes_for(self, num_prompts: int, n: int, columns: int, prefix: int) -> tuple[int, int]:
+    def sizes_for(
+        self, num_prompts: int, n: int, columns: int, prefix: int, past: int = 0
+    ) -> tuple[int, int]:
         """Slots and prefix rows that decode as many samples at once as the memory allows.
 
         Args:
           n: samples of a prompt.
           columns: of the ring at its longest.
           prefix: tokens of a prefix row.
+          past: columns of the past row of each slot, of samples that are decoded in turns.
         """
         enough = next((s for s in self.slot_sizes if s >= num_prompts * n), self.num_slots)
         parts = schedule_lib.rows_of_a_group(num_prompts, n, self.shards)
@@ -157,7 +160,7 @@ class Engine:
             rows = schedule_lib.power_of_two(num_prompts * parts)
             rows = min(rows, cache_plan.prefix_rows(slots, n))
             rows = cache_plan.up_to_multiple(rows, self.shards)
-            most = self.plan.most_rows(slots, columns, prefix)
+            most = self.plan.most_rows(slots, columns, prefix, past)
             if most is not None:
                 rows = min(rows, most // self.shards * self.shards)
             sizes.append((slots, rows))
@@ -278,7 +281,13 @@ class Engine:
                 stats.update(loop.stats)
 
     def session(
-        self, params, sampling: SamplingParams, key: jax.Array, *, version: int = 0
+        self,
+        params,
+        sampling: SamplingParams,
+        key: jax.Array,
+        *,
+        version: int = 0,
+        keeps_turns: bool = True,
     ) -> Session:
         """Samples in turns: samples that go on after tokens that were not sampled (`session`).
 
@@ -286,11 +295,13 @@ class Engine:
           params: the policy's parameters.
           key: the samples of a prompt are those of `generate` with this key.
           version: iterations done by these parameters.
+          keeps_turns: whether keys and values of earlier turns stay, so that a turn costs its new
+            tokens alone; else every turn prefills the whole transcript.
 
         Raises:
           ValueError: for settings that the engine was not made for.
         """
-        return Session(self, params, sampling, key, version=version)
+        return Session(self, params, sampling, key, version=version, keeps_turns=keeps_turns)
 
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
         """The sizes that a call goes through."""

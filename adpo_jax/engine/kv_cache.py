@@ -9,15 +9,22 @@ A slot (one sample being decoded) attends to two stores:
   column, whatever the slots' lengths, instead of scattering. A slot sees the columns of its own
   last steps, so a refilled slot needs no reset.
 
-A decode step gathers the queries of a group and attends to its prefix once for all of them. The two
+Where samples go on after tokens that they did not sample in their slot there is a third store:
+
+- *past*: one row a sample, its completion from before it took its slot: earlier turns, and what
+  tools said. The first column is the last token of the prompt, which the prefix does not hold.
+
+A decode step gathers the queries of a group and attends to its prefix once for all of them. The
 parts are merged by their log-sum-exps, as if the keys lay side by side.
 
-Letters: B slots, P prefix rows, M samples of a prefix row, C columns of the ring, T tokens of a
-prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
+Letters: B slots, P prefix rows, M samples of a prefix row, S past rows, C columns of the ring, T
+tokens of a prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -146,6 +153,15 @@ def write_layer(kv: KV, index, layer: LayerKV, axes: LayerKV, column=0) -> KV:
     return (*kv[:index], written, *kv[index + 1 :])
 
 
+class PastView(NamedTuple):
+    """Which past row belongs to which slot; all layers share it."""
+
+    row: jax.Array  # [B] int32, the slot's past row
+    slot: jax.Array  # [S, 1] int32, slot of the sample of a past row; any number where none
+    first: jax.Array  # [S] int32, position of the first column, in its sequence
+    length: jax.Array  # [S] int32, columns that the slot sees; 0 for a row without a slot
+
+
 class View(NamedTuple):
     """Where each slot is in this step; all layers share it."""
 
@@ -156,6 +172,7 @@ class View(NamedTuple):
     rank: jax.Array  # [B] int32, the slot's place among the samples of that row
     slot: jax.Array  # [P, M] int32, slot of each sample of a prefix row; any number where none
     prefix_length: jax.Array  # [P] int32
+    past: PastView | None = None
 
 
 class Reach(NamedTuple):
@@ -187,6 +204,13 @@ def prefix_reach(view: View, position_PM: jax.Array, queries: int, window) -> Re
     origin = jnp.repeat(position_PM, queries, axis=1)
     reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
     return Reach(origin, reach, view.prefix_length, ring=False)
+
+
+def past_reach(past: PastView, position_S: jax.Array, queries: int, window) -> Reach:
+    """The reach of samples, at these positions, in their past row; `queries` heads a sample."""
+    origin = jnp.repeat((position_S - past.first)[:, None], queries, axis=1)
+    reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
+    return Reach(origin, reach, past.length, ring=False)
 
 
 def columns_in_reach(reach: Reach, columns: int) -> jax.Array:
@@ -242,15 +266,16 @@ def attend_part(
     return Part(out, top, total)
 
 
-def merge(a: Part, b: Part) -> jax.Array:
-    """Attention to the keys of both parts, [..., D] float32.
+def merge(*parts: Part) -> jax.Array:
+    """Attention to the keys of all parts, [..., D] float32.
 
     A part whose keys are all masked has a top of `MASKED` and so no weight.
     """
-    top = jnp.maximum(a.top, b.top)
-    weight_a, weight_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    total = a.total * weight_a + b.total * weight_b
-    return (a.out * weight_a[..., None] + b.out * weight_b[..., None]) / total[..., None]
+    top = functools.reduce(jnp.maximum, (part.top for part in parts))
+    weights = [jnp.exp(part.top - top) for part in parts]
+    total = functools.reduce(operator.add, (p.total * w for p, w in zip(parts, weights)))
+    out = functools.reduce(operator.add, (p.out * w[..., None] for p, w in zip(parts, weights)))
+    return out / total[..., None]
 
 
 def group_attention(
@@ -263,11 +288,16 @@ def group_attention(
     scale: float,
     attend: AttendPart,
     mesh: Mesh | None = None,
+    past: KV | None = None,
 ) -> jax.Array:
-    """One query a slot over its group's prefix and its own tokens.
+    """One query a slot over its group's prefix, its past and its own tokens.
 
     Queries are gathered by group, so that a prefix is read once for all its samples. A slot lies on
-    the device of its prefix row (`schedule`), so that nothing moves between devices.
+    the device of its prefix row and its past row (`schedule`), so that nothing moves between
+    devices.
+
+    Args:
+      past: the third store, where there is one; `view.past` says whose its rows are.
 
     Returns:
       [B, H, D] in the dtype of q.
@@ -276,33 +306,46 @@ def group_attention(
     one = own if isinstance(own, LayerKV) else own[0]
     K, C = one.v.shape[-3], one.v.shape[-2]
     R = H // K
-    P, M = view.slot.shape
     q_BKRD = (q_BHD * jnp.asarray(scale, q_BHD.dtype)).reshape(B, K, R, D)
     own_part = attend(q_BKRD, own, layer.index, own_reach(view, C, R, layer.window))
+    by_row, by_head = ("batch",), ("batch", "kv_heads")
 
     def of_rows(q_BKRD, slot_PM):  # -> [P, K, M * R, D]
-        P, K = len(slot_PM), q_BKRD.shape[1]
+        (P, M), K = slot_PM.shape, q_BKRD.shape[1]
         return q_BKRD[slot_PM % len(q_BKRD)].swapaxes(1, 2).reshape(P, K, M * R, D)
 
     def of_members(x_B, slot_PM):  # -> [P, M]
         return x_B[slot_PM % len(x_B)]
 
-    def of_slots(x, row_B, rank_B):  # [P, K, M * R, ...] -> [B, K, R, ...]
-        P, K = x.shape[:2]
-        by_sample = x.reshape(P, K, M, R, *x.shape[3:]).swapaxes(1, 2)
-        return by_sample[row_B % P, rank_B]
+    def part_of(kv, slot_PM, row_B, rank_B, reach_of) -> Part:
+        """Attention to a store whose rows, P of them, several slots share, M at most."""
+        P, M = slot_PM.shape
+        sizes = {"batch": math.gcd(B, P), "kv_heads": K}
 
-    by_row, by_head = ("batch",), ("batch", "kv_heads")
-    sizes = {"batch": math.gcd(B, P), "kv_heads": K}
+        def of_slots(x, row_B, rank_B):  # [P, K, M * R, ...] -> [B, K, R, ...]
+            P, K = x.shape[:2]
+            by_sample = x.reshape(P, K, M, R, *x.shape[3:]).swapaxes(1, 2)
+            return by_sample[row_B % P, rank_B]
 
-    def at_home(gather, x, *indices):
-        axes = (by_head, *(by_row for _ in indices))
-        return on_each_device(gather, mesh, sizes, axes, by_head)(x, *indices)
+        def at_home(gather, x, *indices):
+            axes = (by_head, *(by_row for _ in indices))
+            return on_each_device(gather, mesh, sizes, axes, by_head)(x, *indices)
 
-    q_PKQD = at_home(of_rows, q_BKRD, view.slot)
-    members = on_each_device(of_members, mesh, sizes, (by_row, by_row), by_row)
-    reach = prefix_reach(view, members(view.position, view.slot), R, layer.window)
-    shared = attend(q_PKQD, prefix, layer.index, reach)
+        q_PKQD = at_home(of_rows, q_BKRD, slot_PM)
+        members = on_each_device(of_members, mesh, sizes, (by_row, by_row), by_row)
+        reach = reach_of(members(view.position, slot_PM))
+        shared = attend(q_PKQD, kv, layer.index, reach)
+        return jax.tree.map(lambda x: at_home(of_slots, x, row_B, rank_B), shared)
 
-    prefix_part = jax.tree.map(lambda x: at_home(of_slots, x, view.row, view.rank), shared)
-    return merge(own_part, prefix_part).reshape(B, H, D).astype(q_BHD.dtype)
+    def reach_of_prefix(position_PM):
+        return prefix_reach(view, position_PM, R, layer.window)
+
+    parts = [own_part, part_of(prefix, view.slot, view.row, view.rank, reach_of_prefix)]
+    if past is not None:
+
+        def reach_of_past(position_S1):
+            return past_reach(view.past, position_S1[:, 0], R, layer.window)
+
+        rank = jnp.zeros_like(view.past.row)
+        parts.append(part_of(past, view.past.slot, view.past.row, rank, reach_of_past))
+    return merge(*parts).reshape(B, H, D).astype(q_BHD.dtype)

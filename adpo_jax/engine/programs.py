@@ -112,7 +112,7 @@ class Programs:
 
     def _state(self, sizes: Sizes) -> DecodeState:
         """The shapes of a state."""
-        slots, columns, rows, width, prefix = sizes
+        slots, columns, rows, width, prefix, *_ = sizes
         return jax.eval_shape(
             lambda: self._verbs.init_decode_state(slots, columns, rows, prefix, width)
         )

@@ -4,6 +4,9 @@ Groups of samples wait in a queue. A group is admitted when a prefix row is free
 for at least one of its samples; its other samples follow as slots become free. A row is free again
 when the last of its samples has ended.
 
+A sample that pauses gives up its slot and keeps its place in its prefix row, as long as no group
+that could decode needs the row.
+
 Letters: B slots, P prefix rows, M samples of a prefix row.
 """
 
@@ -135,6 +138,8 @@ class Schedule:
         self._free_rows: list[list[int]] = [[] for _ in range(num_shards)]
         self._admitted = [collections.deque[_Admitted]() for _ in range(num_shards)]
         self._left_in_row: dict[int, int] = {}
+        # Samples without a slot that are not to start yet, the one that paused first first.
+        self._paused: dict[Any, _Admitted] = {}
         self.lay_out(num_slots, num_rows, width)
 
     @property
@@ -206,6 +211,8 @@ class Schedule:
                 key=lambda shard: len(self._free_slots[shard]),
                 default=None,
             )
+            if roomy is None and any(self._free_slots) and self._take_row_of_paused():
+                continue
             if roomy is None or not self._free_slots[roomy]:
                 break
             group, samples = self._next_part()
@@ -241,17 +248,59 @@ class Schedule:
 
     def finish(self, slot: int):
         """Frees a slot whose sample has ended."""
-        row = int(self.row_of[slot])
+        row, _ = self._leave_slot(slot)
+        self._leave_row(row)
+
+    def pause(self, slot: int):
+        """Frees a slot whose sample may go on later."""
+        group, sample = self.in_slot[slot]
+        self._paused[sample] = _Admitted(group, sample, *self._leave_slot(slot))
+
+    def resume(self, sample: Hashable, group: Hashable):
+        """Lets a paused sample of a group start again, before those that have not started yet."""
+        self.num_waiting += 1
+        place = self._paused.pop(sample, None)
+        if place is None:
+            self._queue.appendleft(_Queued(group, [sample], 1))
+        else:
+            self._admitted[self._shard_of_row(place.row)].append(place)
+
+    def forget(self, sample: Hashable):
+        """Ends a paused sample."""
+        place = self._paused.pop(sample, None)
+        if place is not None:
+            self._leave_row(place.row)
+
+    def shard_of_slot(self, slot: int) -> int:
+        return slot * self.num_shards // self.num_slots
+
+    def _shard_of_row(self, row: int) -> int:
+        return row * self.num_shards // self.num_rows
+
+    def _leave_slot(self, slot: int) -> tuple[int, int]:
+        """Frees a slot; returns the place that its sample has in its prefix row."""
+        row, rank = int(self.row_of[slot]), int(self.rank_of[slot])
         self.in_slot[slot] = None
         self.num_live -= 1
-        heapq.heappush(self._free_slots[slot * self.num_shards // self.num_slots], slot)
-        self.members[row, self.rank_of[slot]] = 0
-        self._leave_row(row)
+        heapq.heappush(self._free_slots[self.shard_of_slot(slot)], slot)
+        self.members[row, rank] = 0
+        return row, rank
+
+    def _take_row_of_paused(self) -> bool:
+        """Frees the prefix row, of those all of whose samples paused, that paused first."""
+        paused = collections.Counter(place.row for place in self._paused.values())
+        rows = (place.row for place in self._paused.values())
+        row = next((row for row in rows if paused[row] == self._left_in_row[row]), None)
+        if row is None:
+            return False
+        for sample in [s for s, place in self._paused.items() if place.row == row]:
+            self.forget(sample)
+        return True
 
     def _leave_row(self, row: int):
         self._left_in_row[row] -= 1
         if not self._left_in_row[row]:
-            heapq.heappush(self._free_rows[row * self.num_shards // self.num_rows], row)
+            heapq.heappush(self._free_rows[self._shard_of_row(row)], row)
 
     def drop(self, is_unwanted: Callable[[Any], bool]):
         """Forgets the waiting samples that nobody wants any more."""
@@ -274,8 +323,9 @@ class Schedule:
         """Moves all samples into batches of other sizes, the live ones into the first slots.
 
         The prefix rows move too. No live sample leaves its shard. A group has several rows where
-        rows are narrower than the group. Where there are too few rows for all admitted samples,
-        those that wait for a slot go back to the queue.
+        rows are narrower than the group. Where there are too few rows for all samples with a place
+        in one, the paused ones lose theirs, and then those that wait for a slot go back to the
+        queue.
 
         Args:
           num_slots: at least `needed_slots`, a multiple of the shards.
@@ -286,6 +336,8 @@ class Schedule:
           old prefix row of each new one, [new P] int32.
         """
         assert self.needed_slots <= num_slots
+        if self.rows_needed(width) > num_rows:
+            self._paused.clear()
         if self.rows_needed(width) > num_rows:
             self._requeue_admitted()
         assert self.rows_needed(width) <= num_rows
@@ -312,7 +364,9 @@ class Schedule:
                     at, rank = row + number // width, number % width
                     source[at] = old_row
                     self._left_in_row[at] = self._left_in_row.get(at, 0) + 1
-                    if slot is None:
+                    if slot is None and sample in self._paused:
+                        self._paused[sample] = _Admitted(group, sample, at, rank)
+                    elif slot is None:
                         self._admitted[shard].append(_Admitted(group, sample, at, rank))
                     else:
                         new = moved[slot]
@@ -348,11 +402,14 @@ class Schedule:
         return narrow if self.rows_needed(narrow) <= num_rows else most
 
     def _entries(self) -> list[list[tuple[Hashable, Any, int, int | None]]]:
-        """For each shard, (group, sample, row, slot) of the admitted samples, live ones first."""
+        """For each shard, (group, sample, row, slot) of the samples in rows, live ones first."""
         found = []
         for (part, _), admitted in zip(self._shards(), self._admitted):
             live = ((*self.in_slot[s], int(self.row_of[s]), s) for s in part if self.in_slot[s])
             found.append([*live, *((e.group, e.sample, e.row, None) for e in admitted)])
+        for place in self._paused.values():
+            entry = place.group, place.sample, place.row, None
+            found[self._shard_of_row(place.row)].append(entry)
         return found
 
     def _shards(self) -> Iterator[tuple[range, list[int]]]:

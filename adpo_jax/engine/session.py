@@ -83,14 +83,24 @@ class SessionSizing:
 
     The batch begins with the sizes that suit the requests there are, and grows when more come. It
     shrinks, where it does, when no sample is left that could need the slots.
+
+    Args:
+      keeps_turns: whether samples have past rows; else each has a prefix row of its own, for its
+        whole transcript.
+
+    Attributes:
+      num_samples: samples that have not ended.
+      num_paused: those of them that wait for `go_on` or `end`.
     """
 
-    def __init__(self, engine: "Engine", sampling: SamplingParams):
-        self._engine, self._n = engine, sampling.n
+    def __init__(self, engine: "Engine", sampling: SamplingParams, keeps_turns: bool):
+        self._engine = engine
+        self._n = sampling.n if keeps_turns else 1
         self._columns = schedule_lib.column_buckets(sampling.max_tokens, engine.column_stages)
-        self._longest = engine.max_prompt_length + sampling.max_tokens - 1
+        self._past = self.most_columns if keeps_turns else 0
+        self._longest = engine.max_prompt_length + (0 if keeps_turns else sampling.max_tokens)
         self.steps = engine.steps_per_dispatch
-        self.num_paused = 0  # samples without a slot that may need one again
+        self.num_samples = self.num_paused = 0
 
     @property
     def most_columns(self) -> int:
@@ -99,15 +109,26 @@ class SessionSizing:
     def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
         if not schedule.num_waiting:
             return now
-        waiting = list(schedule.waiting(1))
-        longest = max(len(group.prompt) for group, *_ in waiting) - 1
+        longest = max(len(group.prompt) for group, *_ in schedule.waiting(1)) - 1
         prefix = schedule_lib.length_bucket(longest, self._longest)
         if now is not None:
             prefix = max(prefix, now.prefix)
-        alive = schedule.num_live + schedule.num_waiting
-        slots, rows = self._engine.sizes_for(alive, 1, self.most_columns, prefix)
+        groups = -(-(schedule.num_live + schedule.num_waiting) // self._n)
+        # Where memory is short the rows are planned for the longest prompts, which may come later.
+        limited = self._engine.plan.most_tokens is not None
+        planned = schedule_lib.length_bucket(self._longest - 1, self._longest)
+        slots, rows = self._engine.sizes_for(
+            groups, self._n, self.most_columns, planned if limited else prefix, self._past
+        )
+        if rows < 1:
+            raise ValueError(
+                f"the memory holds {self._engine.plan.most_tokens} tokens of keys and values, too "
+                f"few for samples in turns: each takes twice {self.most_columns} tokens beside its "
+                f"prompt of {planned}. Raise gpu_memory_utilization, or lower the lengths"
+            )
         if now is None:
-            return Sizes(slots, self._columns_for(0), rows, 1, prefix)
+            width = -(-self._n // schedule_lib.rows_of_a_group(groups, self._n, self._shards))
+            return Sizes(slots, self._columns_for(0), rows, width, prefix)
         return now._replace(slots=max(slots, now.slots), rows=max(rows, now.rows), prefix=prefix)
 
     def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
@@ -116,8 +137,24 @@ class SessionSizing:
             wanted = schedule.needed_slots + self.num_paused
             slots = min((s for s in self._engine.slot_sizes if s >= wanted), default=now.slots)
             if slots < now.slots:
-                return Sizes(slots, columns, min(now.rows, slots), 1, now.prefix)
+                rows = min(now.rows, slots)
+                width = schedule.narrow_width(slots, rows, now.width)
+                return Sizes(slots, columns, rows, width, now.prefix)
         return now._replace(columns=max(now.columns, columns))
+
+    def with_past(self, sizes: Sizes, longest: int) -> Sizes:
+        plan, columns = self._engine.plan, next(c for c in self._columns if c >= longest)
+        rows = sizes.slots
+        if self.num_samples > sizes.slots:
+            ring, prefixes = sizes.slots * self.most_columns, sizes.rows * sizes.prefix
+            needed = plan.copies.tokens(ring, prefixes) + 2 * rows * self.most_columns
+            rows *= 1 if plan.most_tokens is not None and needed > plan.most_tokens else 2
+        rows = max(rows, sizes.past_rows)
+        return sizes._replace(past_rows=rows, past=max(columns, sizes.past))
+
+    @property
+    def _shards(self) -> int:
+        return self._engine.shards
 
     def smaller(self, live: int) -> int:
         sizes = self._engine.slot_sizes if self._engine.shrinks else ()
@@ -134,7 +171,6 @@ class Session:
 
     Attributes:
       version: iterations done by the weights, for the records made of the turns.
-      stats: counts of prefills, decode steps and dispatches.
     """
 
     def __init__(
@@ -145,10 +181,11 @@ class Session:
         key: jax.Array,
         *,
         version: int = 0,
+        keeps_turns: bool = True,
     ):
         engine.checked([np.zeros(1, np.int32)], sampling)
         self.version, self._engine, self._sampling, self._key = version, engine, sampling, key
-        self._sizing = SessionSizing(engine, sampling)
+        self._sizing = SessionSizing(engine, sampling, keeps_turns)
         self._loop = DecodeLoop(
             engine.verbs,
             params,
@@ -156,6 +193,7 @@ class Session:
             shared_settings(sampling),
             num_shards=engine.shards,
             make_state=engine._new_state,
+            turns="past" if keeps_turns else "again",
         )
         self._conversations: dict[Sample, _Conversation] = {}
         self._seen: collections.Counter[bytes] = collections.Counter()
@@ -168,7 +206,11 @@ class Session:
 
     @property
     def stats(self) -> dict[str, int]:
-        return self._loop.stats
+        """Counts of prefills, decode steps and dispatches, and of samples that lost their memory.
+
+        A sample that was evicted while it waited is prefilled again when it goes on.
+        """
+        return self._loop.stats | {"evicted": self._loop.past.num_evicted}
 
     @property
     def busy(self) -> bool:
@@ -223,12 +265,10 @@ class Session:
         request = Request(prompt, sampling, self._keys(prompt, keys))
         for sample in request.samples:
             self._conversations[sample] = _Conversation(array.array("i"), Growing())
-        if begun is None or not any(map(len, begun)):
-            self._loop.submit(request)
-            return request
-        for sample, tokens in zip(request.samples, begun, strict=True):
+        for sample, tokens in zip(request.samples, begun or ()):
             self._conversations[sample].tokens.extend(tokens.tolist())
-            self._loop.go_on(sample, tokens)
+            sample.num_tokens, sample.completion = len(tokens), tokens
+        self._loop.submit(request)
         return request
 
     def step(self) -> list[Turn]:
@@ -238,6 +278,7 @@ class Session:
         """
         if not self.num_decoding:
             return []
+        self._sizing.num_samples = len(self._conversations)
         turns = [self._take(new) for new in self._loop.step()]
         return [turn for turn in turns if turn is not None]
 
@@ -263,6 +304,7 @@ class Session:
         """Ends a sample whose turn has ended; its memory is free."""
         self._waiting(sample)
         self._sizing.num_paused -= 1
+        self._loop.end(sample)
         del self._conversations[sample]
 
     def leave(self) -> list[Turn]:
@@ -301,9 +343,8 @@ class Session:
                 first,
             )
             if at_string is not None:
-                count = at_string
+                count, finish_reason = at_string, "stop"
                 self._loop.stop(sample, old + len(turn.tokens) + count)
-                finish_reason = "stop"
         turn.take(new, count)
         if finish_reason is None:
             return None

@@ -23,7 +23,7 @@ import numpy as np
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels, kv_cache, sampling
-from adpo_jax.engine.kv_cache import KV, CacheLayout, View
+from adpo_jax.engine.kv_cache import KV, CacheLayout, PastView, View
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, parameters
 from adpo_jax.policy.policy import Policy
@@ -50,6 +50,13 @@ class Slots(NamedTuple):
     before: jax.Array | None = None
 
 
+class Past(NamedTuple):
+    """The completions of samples from before they took their slots, one row a sample."""
+
+    kv: KV  # [S rows, columns]
+    view: PastView
+
+
 class DecodeState(NamedTuple):
     """Everything that decoding keeps between calls."""
 
@@ -58,6 +65,7 @@ class DecodeState(NamedTuple):
     slots: Slots
     members: jax.Array  # [P, M] int32, the slot of each sample of a prefix row; 0 where none
     column: jax.Array  # int32 scalar, of the ring, where the next token goes
+    past: Past | None = None  # None where all samples began in their slots
 
 
 class ResultTokens(NamedTuple):
@@ -344,6 +352,7 @@ class Verbs:
             rank=slots.rank,
             slot=state.members,
             prefix_length=state.prefix.lengths,
+            past=None if state.past is None else state.past.view,
         )
         config, axes = self.policy.config, layout.column_axes()
         attend_part = kernels.attend_part(
@@ -361,6 +370,7 @@ class Verbs:
                 scale=config.attention_scale,
                 attend=attend_part,
                 mesh=self.policy.mesh,
+                past=None if state.past is None else state.past.kv,
             )
             return out[:, None], own
 

@@ -1,0 +1,391 @@
+"""What samples have of their completions from before they took their slots: the third store.
+
+When a turn ends, its keys and values are copied from the ring into the sample's past row (`put`),
+and its slot is free for others. What a tool answers is prefilled in chunks, which attend to the
+prompt, to the past and to themselves (`chunk`), and are put into the past row as well. Then the
+sample may decode in any slot of its shard.
+
+Column c of a past row is the token before place c of the completion. So the first column is the
+last token of the prompt, which no prefix row holds, and a sample of c tokens has c columns.
+
+Rows belong to samples as `PastRows` says. Where a live sample needs one and none is free, the
+sample that has waited longest for its tool gives its row back. When it goes on, its whole
+completion is a chunk.
+
+Letters: B slots, S past rows, N chunks or copies of one call, T tokens of a chunk, C columns, K
+key/value heads, H heads, R = H / K, D head dim.
+"""
+
+import functools
+import heapq
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adpo_jax.devices.sharding import constrain, on_each_device
+from adpo_jax.engine import kv_cache
+from adpo_jax.engine.kv_cache import KV, LayerKV, PastView, Reach
+from adpo_jax.engine.verbs import DecodeState, Prefixes, Verbs
+
+# Lengths of a chunk; a longer one is prefilled in pieces, each attending to those before.
+CHUNK_LENGTHS = (16, 64, 256)
+# The most tokens of one call, padding included, and about the most scores of a layer: with 4 bytes
+# each they are 512 MiB. A single chunk may pass either.
+CHUNK_TOKENS = 2048
+CHUNK_SCORES = 1 << 27
+
+
+class Copies(NamedTuple):
+    """Copies of columns into past rows, [N] int32 each; those of a shard lie side by side."""
+
+    row: np.ndarray  # past row that is written
+    source: np.ndarray  # row of the store that is read, a ring or chunks
+    first: np.ndarray  # column of that row where the copy begins; it goes on round the ring
+    at: np.ndarray  # column of the past row where it begins
+    count: np.ndarray  # columns; 0 for no copy
+
+
+class Chunks(NamedTuple):
+    """Tokens that go on after those of past rows, [N] each; those of a shard lie side by side."""
+
+    tokens: np.ndarray  # [N, T] int32, padded on the right
+    count: np.ndarray  # int32, tokens of each
+    at: np.ndarray  # int32, columns of the past before
+    first: np.ndarray  # int32, position of the first column of the past
+    row: np.ndarray  # int32, past row
+    prefix_row: np.ndarray  # int32
+
+
+class Piece(NamedTuple):
+    """A piece of one sample's chunk."""
+
+    shard: int
+    tokens: np.ndarray  # [at most CHUNK_LENGTHS[-1]] int32
+    at: int
+    first: int
+    row: int
+    prefix_row: int
+
+
+# --- the device's side
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(verbs: Verbs, rows: int, columns: int) -> KV:
+    """A store without tokens."""
+    return verbs.sharded(verbs.layout.zeros(rows, columns))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def put(verbs: Verbs, past: KV, source: KV, copies: Copies) -> KV:
+    """Copies columns of rings or chunks into past rows."""
+    lead, layout = verbs.lead, verbs.layout
+    axes = jax.tree.map(lambda axis: axis + lead, layout.column_axes())
+
+    def into(stored, new, axis, copy: Copies):
+        """One copy in one array."""
+        C, columns = new.shape[axis], stored.shape[axis]
+        row = copy.row % stored.shape[lead]
+        source = copy.source % new.shape[lead]
+        taken = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=lead)
+        # A slice of two rounds is taken, since gathering columns takes several times as long.
+        twice = jnp.concatenate([taken, taken], axis)
+        turned = jax.lax.dynamic_slice_in_dim(twice, copy.first, C, axis=axis)
+        shape = list(turned.shape)
+        shape[axis] = columns + C
+        placed = jax.lax.dynamic_update_slice_in_dim(
+            jnp.zeros(shape, turned.dtype), turned, copy.at, axis
+        )
+        placed = jax.lax.slice_in_dim(placed, 0, columns, axis=axis)
+        at = jnp.arange(columns).reshape(-1, *(1,) * (stored.ndim - axis - 1))
+        old = jax.lax.dynamic_slice_in_dim(stored, row, 1, axis=lead)
+        is_new = (at >= copy.at) & (at < copy.at + copy.count)
+        merged = jnp.where(is_new, placed, old)
+        return jax.lax.dynamic_update_slice_in_dim(stored, merged, row, lead)
+
+    def local(past: LayerKV, source: LayerKV, copies: Copies):
+        def one(n, past):
+            copy = jax.tree.map(lambda x: x[n], copies)
+            return jax.tree.map(
+                lambda stored, new, axis: into(stored, new, axis, copy), past, source, axes
+            )
+
+        return jax.lax.fori_loop(0, copies.row.shape[0], one, past)
+
+    of_rows = (*(None,) * lead, "batch", "kv_heads")
+    layer = past if layout.stacked else past[0]
+    rows, sources = layer.v.shape[lead], (source if layout.stacked else source[0]).v.shape[lead]
+    batch = functools.reduce(math.gcd, (rows, sources, copies.row.shape[0]))
+    sizes = {"batch": batch, "kv_heads": layout.num_kv_heads}
+    at_home = on_each_device(
+        local, verbs.policy.mesh, sizes, (of_rows, of_rows, ("batch",)), of_rows
+    )
+    if layout.stacked:
+        return verbs.sharded(at_home(past, source, copies))
+    return verbs.sharded(tuple(at_home(p, s, copies) for p, s in zip(past, source, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> KV:
+    """Keys and values of tokens that go on after prompts and past rows, [N rows, T columns]."""
+    policy, layout = verbs.policy, verbs.layout
+    (N, T), K = chunks.tokens.shape, layout.num_kv_heads
+    place = jnp.arange(T, dtype=jnp.int32)
+    in_past = chunks.at[:, None] + place[None, :]
+    positions = chunks.first[:, None] + in_past
+    by_row, by_head = ("batch",), ("batch", "kv_heads")
+    config, axes = policy.config, layout.column_axes()
+
+    def of_row(kv, rows):
+        return jax.tree.map(lambda x: x[rows % len(x)], kv)
+
+    def taken(kv, rows, num_rows):
+        sizes = {"batch": math.gcd(N, num_rows), "kv_heads": K}
+        return on_each_device(of_row, policy.mesh, sizes, (by_head, by_row), by_head)(kv, rows)
+
+    prefix_lengths = on_each_device(
+        of_row,
+        policy.mesh,
+        {"batch": math.gcd(N, len(prefix.lengths))},
+        (by_row, by_row),
+        by_row,
+    )(prefix.lengths, chunks.prefix_row)
+
+    def attend(q, k, v, layer, kv):
+        H, D = q.shape[2:]
+        R = H // K
+        q = (q * jnp.asarray(config.attention_scale, q.dtype)).reshape(N, T, K, R, D)
+        q_NKQD = q.transpose(0, 2, 1, 3, 4).reshape(N, K, T * R, D)
+        back = jnp.minimum(layer.window - 1, kv_cache.UNBOUNDED)
+
+        def part(layer_kv, origin_NT, length, back=back, ring=False):
+            origin_NQ = jnp.repeat(origin_NT, R, axis=1)
+            back_NQ = jnp.repeat(jnp.broadcast_to(back, origin_NT.shape), R, axis=1)
+            reach = Reach(origin_NQ, back_NQ, length, ring)
+            return kv_cache.attend_part(
+                q_NKQD,
+                (layer_kv,),
+                0,
+                reach,
+                soft_cap=config.attention_soft_cap,
+                transposed_keys=layout.transposed_keys,
+            )
+
+        own = layout.pack(k, v)
+        of_prefix = kv_cache.read_layer(prefix.kv, layer.index)
+        of_past = kv_cache.read_layer(past, layer.index)
+        places = jnp.broadcast_to(place, (N, T))
+        out_NKQD = kv_cache.merge(
+            # A token reaches back to the first of its chunk and not, round a ring, to those after.
+            part(own, places, chunks.count, jnp.minimum(back, place), ring=True),
+            part(taken(of_prefix, chunks.prefix_row, len(of_prefix.v)), positions, prefix_lengths),
+            part(taken(of_past, chunks.row, len(of_past.v)), in_past, chunks.at),
+        )
+        out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
+        return out.astype(q.dtype), kv_cache.write_layer(kv, layer.index, own, axes)
+
+    tokens = constrain(chunks.tokens, policy.mesh, "batch", None)
+    store = verbs.sharded(layout.zeros(N, T))
+    _, kv, _ = policy(params, tokens, positions, store, attend)
+    return verbs.sharded(kv)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rows_of(verbs: Verbs, past: KV, rows: jax.Array) -> KV:
+    """The past rows with these numbers, [new S] int32."""
+    taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=verbs.lead, mode="clip"), past)
+    return verbs.sharded(taken)
+
+
+def resized(verbs: Verbs, past: KV, rows: np.ndarray | None, columns: int) -> KV:
+    """A past of another size.
+
+    Args:
+      rows: [new S] int32, the old row of each new one; None to keep all as they are.
+    """
+    if rows is not None:
+        past = rows_of(verbs, past, rows)
+    return past if _columns(verbs, past) == columns else verbs.with_columns(past, columns)
+
+
+def _columns(verbs: Verbs, kv: KV) -> int:
+    return (kv if verbs.layout.stacked else kv[0]).v.shape[-2]
+
+
+def in_shards(entries: Sequence[tuple[int, NamedTuple]], num_shards: int, most: int):
+    """Entries of several shards as equal parts of few sizes, in calls of `most` a shard at most.
+
+    Args:
+      entries: the shard of each, and what it is.
+
+    Yields:
+      Lists of entries or None, those of a shard side by side.
+    """
+    queues = [[entry for at, entry in entries if at == shard] for shard in range(num_shards)]
+    while any(queues):
+        longest = max(map(len, queues))
+        count = 1
+        while count < min(longest, most):
+            count = min(4 * count, most)
+        yield [entry for q in queues for entry in [*q[:count], *[None] * (count - len(q[:count]))]]
+        queues = [q[count:] for q in queues]
+
+
+def put_all(verbs: Verbs, state: DecodeState, copies, num_shards: int) -> DecodeState:
+    """Copies columns of the ring into past rows.
+
+    Args:
+      copies: the shard and the `Copies`, of one each, of all of them.
+    """
+    past = state.past.kv
+    for entries in in_shards(copies, num_shards, 64):
+        past = put(verbs, past, state.own, _stacked(entries, Copies(0, 0, 0, 0, 0)))
+    return state._replace(past=state.past._replace(kv=past))
+
+
+def prefill_all(
+    verbs: Verbs, params, state: DecodeState, pieces: Sequence[Piece], num_shards: int
+) -> DecodeState:
+    """Prefills pieces of different samples into their past rows."""
+    past = state.past.kv
+    length = next(size for size in CHUNK_LENGTHS if size >= max(len(p.tokens) for p in pieces))
+    columns = sum(_columns(verbs, kv) for kv in (state.prefix.kv, past))
+    scores = verbs.policy.config.num_heads * (columns + length)
+    most = max(1, min(CHUNK_TOKENS, CHUNK_SCORES // scores) // length // num_shards)
+    nothing = Piece(0, np.zeros(0, np.int32), 0, 0, 0, 0)
+    for entries in in_shards([(piece.shard, piece) for piece in pieces], num_shards, most):
+        found = [entry or nothing for entry in entries]
+        tokens = np.zeros((len(found), length), np.int32)
+        for row, piece in zip(tokens, found, strict=True):
+            row[: len(piece.tokens)] = piece.tokens
+        count = np.array([len(piece.tokens) for piece in found], np.int32)
+        at, first, row, prefix_row = (
+            np.array([getattr(piece, name) for piece in found], np.int32)
+            for name in ("at", "first", "row", "prefix_row")
+        )
+        chunks = Chunks(tokens, count, at, first, row, prefix_row)
+        kv = chunk(verbs, params, state.prefix, past, chunks)
+        places = np.arange(len(found), dtype=np.int32)
+        past = put(verbs, past, kv, Copies(row, places, np.zeros_like(row), at, count))
+    return state._replace(past=state.past._replace(kv=past))
+
+
+def _stacked(entries, nothing: Copies) -> Copies:
+    columns = zip(*(entry or nothing for entry in entries), strict=True)
+    return Copies(*(np.array(column, np.int32) for column in columns))
+
+
+# --- the host's side
+
+
+class PastRows:
+    """Which past row belongs to which sample.
+
+    Rows lie in equal parts, one a shard, as slots do; a shard has as many of them as slots, or
+    more. So a live sample always finds a row.
+
+    Attributes:
+      num_evicted: samples that gave their row back to another one.
+    """
+
+    def __init__(self, num_shards: int):
+        self.num_shards, self.num_rows, self.num_evicted = num_shards, 0, 0
+        self._row: dict[Hashable, int] = {}
+        self._free: list[list[int]] = [[] for _ in range(num_shards)]
+        # The samples without a slot that have rows, the one that paused first first.
+        self._idle: dict[Hashable, None] = {}
+
+    def row(self, sample: Hashable) -> int | None:
+        return self._row.get(sample)
+
+    def take(self, sample: Hashable, shard: int) -> bool:
+        """Gives a sample that takes a slot of a shard a row there.
+
+        Returns:
+          Whether it had the row already, with what the row holds.
+        """
+        self._idle.pop(sample, None)
+        row = self._row.get(sample)
+        if row is not None and self._shard(row) == shard:
+            return True
+        self.release(sample)
+        if not self._free[shard]:
+            self._evict(shard)
+        self._row[sample] = heapq.heappop(self._free[shard])
+        return False
+
+    def pause(self, sample: Hashable):
+        """Lets others take the row of a sample that has given up its slot."""
+        if sample in self._row:
+            self._idle[sample] = None
+
+    def release(self, sample: Hashable):
+        """Frees the row of a sample, if it has one."""
+        self._idle.pop(sample, None)
+        row = self._row.pop(sample, None)
+        if row is not None:
+            heapq.heappush(self._free[self._shard(row)], row)
+
+    def lay_out(self, num_rows: int) -> np.ndarray:
+        """Moves all rows into a store of another size, which holds those of the live samples.
+
+        Where it holds too few of the others, those that paused first lose theirs.
+
+        Returns:
+          [new S] int32, the old row of each new one.
+        """
+        part = num_rows // self.num_shards
+        live = [sample for sample in self._row if sample not in self._idle]
+        of_shard: list[list[Hashable]] = [[] for _ in range(self.num_shards)]
+        for sample in [*live, *reversed(self._idle)]:
+            of_shard[self._shard(self._row[sample])].append(sample)
+        old, self._row = self._row, {}
+        source = np.zeros(num_rows, np.int32)
+        for shard, samples in enumerate(of_shard):
+            for row, sample in enumerate(samples[:part], shard * part):
+                source[row], self._row[sample] = old[sample], row
+            for sample in samples[part:]:
+                del self._idle[sample]
+                self.num_evicted += 1
+            used = shard * part + min(len(samples), part)
+            self._free[shard] = list(range(used, (shard + 1) * part))
+        self.num_rows = num_rows
+        return source
+
+    def _shard(self, row: int) -> int:
+        return row * self.num_shards // self.num_rows
+
+    def _evict(self, shard: int):
+        """Frees the row of a sample without a slot.
+
+        Those that wait for a tool come first, and of them the one that has waited longest; then
+        the last of those that wait for a slot.
+        """
+        idle = [sample for sample in self._idle if self._shard(self._row[sample]) == shard]
+        waiting = (sample for sample in idle if sample.ended)
+        self.release(next(waiting, idle[-1]))
+        self.num_evicted += 1
+
+
+def view_of(places: Sequence[tuple[int, int, int, int]], num_slots: int, num_rows: int) -> PastView:
+    """The table of the rows of live samples.
+
+    Args:
+      places: (slot, past row, position of its first column, its columns) of each.
+    """
+    row = np.zeros(num_slots, np.int32)
+    slot, first, length = np.zeros((3, num_rows), np.int32)
+    for at, past_row, position, columns in places:
+        row[at] = past_row
+        slot[past_row], first[past_row], length[past_row] = at, position, columns
+    return PastView(row, slot[:, None], first, length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def placed(verbs: Verbs, view: PastView) -> PastView:
+    """The table, split over the devices as the rows are."""
+    return jax.tree.map(lambda x: constrain(x, verbs.policy.mesh, "batch"), view)
