@@ -49,14 +49,10 @@ def test_public_methods_and_plain_functions_are_tools_with_schemas():
     assert number == {"type": "integer", "description": "What to add."}
 
 
-def trl():
-    pytest.importorskip("torch", reason="TRL needs torch")
-    return pytest.importorskip("trl", reason="TRL is not installed")
-
-
 @pytest.mark.filterwarnings("ignore")  # of TRL, torch and transformers about each other
 def test_trl_takes_the_same_file_and_shows_the_same_tools(tmp_path):
-    trl()
+    pytest.importorskip("torch", reason="TRL needs torch")
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
     if not (MODELS / "qwen3").is_dir():
         pytest.skip("ADPO_JAX_MODELS has no qwen3, whose template TRL knows")
     from datasets import Dataset
@@ -65,6 +61,8 @@ def test_trl_takes_the_same_file_and_shows_the_same_tools(tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "qwen3")
+    templates = Path(trl.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "qwen3.jinja").read_text()
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads))
