@@ -13,7 +13,10 @@ import environments_example as example
 import jax
 import numpy as np
 import pytest
+from test_config import parse
+from test_metrics import check_documented
 
+import adpo_jax
 from adpo_jax.data import calculator
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Turn
@@ -23,12 +26,14 @@ from adpo_jax.environments.contract import EndedEnvironment, Spec
 from adpo_jax.environments.environments import Environments
 from adpo_jax.environments.pool import EnvironmentFailed, EnvironmentPool
 from adpo_jax.environments.rendering import TurnTemplate
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel, Scores
 from adpo_jax.rewards.model import GIVEN
 from adpo_jax.rollouts.completing import Reading
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.sampler import generate_and_grade, sample_records, turn_metrics
+from adpo_jax.run import config_checks, setup
 
 FILE = str(Path(example.__file__))
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -49,13 +54,10 @@ def test_public_methods_and_plain_functions_are_tools_with_schemas():
     assert number == {"type": "integer", "description": "What to add."}
 
 
-def trl():
-    pytest.importorskip("torch", reason="TRL needs torch")
-    return pytest.importorskip("trl", reason="TRL is not installed")
-
-
+@pytest.mark.filterwarnings("ignore")  # of TRL, torch and transformers about each other
 def test_trl_takes_the_same_file_and_shows_the_same_tools(tmp_path):
-    trl()
+    pytest.importorskip("torch", reason="TRL needs torch")
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
     if not (MODELS / "qwen3").is_dir():
         pytest.skip("ADPO_JAX_MODELS has no qwen3, whose template TRL knows")
     from datasets import Dataset
@@ -64,6 +66,8 @@ def test_trl_takes_the_same_file_and_shows_the_same_tools(tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "qwen3")
+    templates = Path(trl.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "qwen3.jinja").read_text()
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **sizes, **heads))
@@ -456,7 +460,7 @@ def test_what_tools_say_is_in_the_completion_and_not_trained_on(pool, tokenizer)
     assert tokenizer.decode(answers.prompts.token_ids[1]) == "go"
     assert sorted(finished) == [(0, answers.texts[:2]), (1, answers.texts[2:])]
 
-    scores = Scores(np.array([4.0, 1.0, 2.0, 0.0]), {}, {})
+    scores = Scores(np.array([4.0, 1.0, 2.0, 0.0]), {"f": np.ones(4)}, {})
     graded = GradedGroups(prompts, answers.completions, answers.texts, scores,
                           transcripts=answers.transcripts)  # fmt: skip
     metrics = turn_metrics(graded)
@@ -529,3 +533,106 @@ def test_a_reset_that_differs_within_a_group_stops_the_run(pool, tokenizer):
     assert _the_same({0: "a", 1: "a"}, {}) == "a"
     with pytest.raises(EnvironmentFailed, match="different texts for the samples of one prompt"):
         _the_same({0: "a", 1: "b"}, {})
+
+
+# --- whole runs
+
+TINY = (
+    "--config.actor_rollout_ref.model.path=embedded:calculator",
+    "--config.actor_rollout_ref.model.hf_config="
+    "{'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 1, 'head_dim': 8}",
+    "--config.data.train_files=embedded:calculator",
+    "--config.data.val_files=embedded:calculator",
+    "--config.data.allow_control_tokens=True",
+    "--config.data.max_response_length=48",
+    "--config.data.max_prompt_length=20",
+    "--config.data.train_batch_size=4",
+    "--config.data.max_val_samples=4",
+    "--config.algorithm.num_generations=2",
+    "--config.trainer.total_training_steps=2",
+    "--config.trainer.save_freq=1",
+    "--config.trainer.test_freq=0",
+    "--config.trainer.val_before_train=False",
+    "--config.trainer.log_samples_freq=1",
+    "--config.trainer.rollout_data_dir=rollouts",
+)
+IN_TURNS = (
+    "--config.environment.path=embedded:calculator",
+    "--config.environment.name=Calculator",
+    "--config.environment.num_workers=1",
+)
+
+
+def on_one_device(config):
+    return setup.build(config, jax.devices()[:1])
+
+
+def a_model_that_calls(monkeypatch):
+    """Has every sample's first turn be a call, and its second an answer, drawn or not."""
+    import adpo_jax.rollouts.in_turns as module
+
+    def calls_of(form, text, names):
+        return [Call("add", {"a": 1, "b": len(text)})]
+
+    monkeypatch.setattr(module.calls_lib, "calls_in", calls_of)
+
+
+def test_a_run_in_turns_is_logged_recorded_evaluated_and_resumed_exactly(tmp_path, monkeypatch):
+    a_model_that_calls(monkeypatch)
+    # The model is random: every token may end a turn, so that turns are short.
+    config = parse(*TINY, *IN_TURNS, "--config.environment.max_turns=3")
+    stops = tuple(range(6, 200))
+    build = lambda config: shortened(on_one_device(config), stops)  # noqa: E731
+    adpo_jax.train(config, tmp_path / "whole", build=build)
+    rows = {row["step"]: row for row in read_jsonl(tmp_path / "whole" / "metrics.jsonl")}
+    assert rows[2]["rollout/turns"] > 1
+    assert rows[2]["tools/calls"] > 0
+    assert rows[2]["update/skipped"] == 0
+    assert "eval/accuracy" in rows[2]
+    check_documented({name for name in rows[2] if "/" in name}, {"turns"})
+    (sample, *_) = read_jsonl(tmp_path / "whole" / "samples" / "train_000002.jsonl")
+    assert {"assistant", "tool"} >= {message["role"] for message in sample["turns"]}
+
+    short = parse(*TINY, *IN_TURNS, "--config.environment.max_turns=3",
+                  "--config.trainer.total_training_steps=1")  # fmt: skip
+    adpo_jax.train(short, tmp_path / "parts", build=build)
+    adpo_jax.train(config, tmp_path / "parts", build=build)
+    again = {row["step"]: row for row in read_jsonl(tmp_path / "parts" / "metrics.jsonl")}
+    same = ("reward/mean", "rollout/turns", "tools/calls", "adpo/loss", "update/grad_norm")
+    assert {name: rows[2][name] for name in same} == {name: again[2][name] for name in same}
+    recordings = [tmp_path / name / "rollouts" / "000002.parquet" for name in ("whole", "parts")]
+    assert recordings[0].read_bytes() == recordings[1].read_bytes()
+
+
+def shortened(parts, stops):
+    """The parts of a run, whose turns many tokens end."""
+    ends = {"stop_token_ids": stops}
+    sampling = dataclasses.replace(parts.eval_settings.sampling, **ends)
+    return dataclasses.replace(
+        parts,
+        sampling=dataclasses.replace(parts.sampling, **ends),
+        eval_settings=dataclasses.replace(parts.eval_settings, sampling=sampling),
+    )
+
+
+REFUSED = {
+    "--config.environment.name=Nobody": "environment.name: .* defines no 'Nobody'",
+    "--config.environment.name=NoHints": "the tool NoHints.tool needs type hints",
+    "--config.environment.name=NeedsMore": "reset of NeedsMore needs 'secret', which is no column",
+    "--config.environment.name=BrokenReset": "its reset failed: no such world",
+    "--config.environment.name=BOTH": "has no column 'environment'",
+    "--config.environment.name=": "names a file and nothing in it",
+    "--config.data.apply_chat_template=False": "environment.path needs data.apply_chat_template",
+    "--config.actor_rollout_ref.model.path=embedded:arithmetic": "this one has no chat template",
+}
+
+
+def test_what_cannot_work_is_refused_before_anything_is_sampled():
+    base = (*TINY, f"--config.environment.path={FILE}", "--config.environment.name=Counter")
+    base = (*base, "--config.environment.num_workers=1")
+    for override, why in REFUSED.items():
+        with pytest.raises(ValueError, match=why):
+            on_one_device(config_checks.finalized(parse(*base, override)))
+    for key in ("name=Counter", "tools=('shout',)", "max_turns=3", "num_workers=2"):
+        with pytest.raises(ValueError, match="has no effect without environment.path"):
+            config_checks.finalized(parse(f"--config.environment.{key}"))

@@ -79,7 +79,7 @@ class Parrot:
     def __init__(self, tokenizer, lines):
         self.tokenizer, self.lines = tokenizer, lines
 
-    def generate(self, params, token_ids, sampling, key):
+    def generate(self, params, token_ids, sampling, key, *, version=0):
         def completion(line):
             said = self.tokenizer(line)["input_ids"]
             return Completion.sampled(said, [-1.0] * len(said), "stop")
@@ -200,7 +200,7 @@ def test_a_model_is_evaluated_alone_and_nothing_is_overwritten(small_model, tmp_
     assert sorted(p.name for p in Path("evaluations").iterdir()) == ["0", "1"]
 
 
-def broken(*_):
+def broken(*_, **__):
     raise RuntimeError("the device is gone")
 
 

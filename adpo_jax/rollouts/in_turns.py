@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import queue
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,10 @@ from adpo_jax.environments.pool import Answer, EnvironmentFailed, Lease, failure
 from adpo_jax.records import Completion, Completions, Prompts
 from adpo_jax.rewards.model import GIVEN
 from adpo_jax.rollouts.completing import Answers, Message, Reading
+
+# Where nothing decodes, answers are gathered: until none has come for so long, and at most so long,
+# for a batch of few samples costs as much as one of many.
+_PAUSE_S, _GATHER_S = 0.02, 0.5
 
 _LOST_REWARD = 0.0  # of an environment whose process was killed
 
@@ -224,18 +229,31 @@ class _Rollout:
         """Takes the answers that there are; returns the completions whose calls are all answered.
 
         Args:
-          waits: whether to wait for a first one, since nothing else can be done.
+          waits: whether to wait for a first one, and a moment for others to decode beside it, since
+            nothing else can be done.
         """
-        told = []
-        while waits or not self._answers.empty():
-            if waits and not any(self._left):
+        told, until = [], None
+        while any(self._left):
+            try:
+                if waits and until is None:
+                    answer = self._answers.get()
+                else:
+                    left = 0.0 if until is None else min(until - time.monotonic(), _PAUSE_S)
+                    answer = (
+                        self._answers.get(timeout=left)
+                        if left > 0
+                        else (self._answers.get_nowait())
+                    )
+            except queue.Empty:
                 break
-            answer = self._answers.get()
-            waits = False
+            if waits and until is None:
+                until = time.monotonic() + _GATHER_S
             place, index, *number = answer.tag
             growing = self._groups[place][index]
             if not number:
                 self._ended(place, index, answer)
+                if not told:
+                    until = None  # an end lets nothing go on
                 continue
             self._counts["tool_microseconds"] += int(answer.seconds * 1e6)
             growing.answers[number[0]] = self._words(answer)
