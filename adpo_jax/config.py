@@ -232,7 +232,8 @@ def _data() -> dict[str, Key]:
             "embedded:arithmetic",
             "a .jsonl, .json, .csv or .parquet file (.jsonl.gz and .csv.gz too), a folder of "
             "them, several of either "
-            '(comma-separated), a Hugging Face data set name, or "embedded:arithmetic"',
+            '(comma-separated), a Hugging Face data set name, "embedded:arithmetic", or generated '
+            'tasks: "reasoning_gym:chain_sum?max_terms=3"',
         ),
         "val_files": Key(
             "",
