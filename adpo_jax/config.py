@@ -284,6 +284,12 @@ def _data() -> dict[str, Key]:
             least=-1,
             needs=(_VALIDATION,),
         ),
+        "val_max_samples": Key(
+            -1,
+            "verl's name for max_val_samples, which it comes before; -1 for what that says",
+            least=-1,
+            needs=(_VALIDATION,),
+        ),
         "cache_dir": Key(
             "~/.cache/adpo_jax/data",
             'large files, converted to Arrow; "" for a folder that goes with the process',
