@@ -278,8 +278,8 @@ def _data() -> dict[str, Key]:
             "embedded:arithmetic",
             "a .jsonl, .json, .csv or .parquet file (.jsonl.gz and .csv.gz too), a folder of "
             "them, several of either "
-            '(comma-separated), a Hugging Face data set name, "embedded:arithmetic" or '
-            '"embedded:word_problems"',
+            "(comma-separated), a Hugging Face data set name, an embedded one, or "
+            'generated tasks: "reasoning_gym:chain_sum?max_terms=3"',
         ),
         "val_files": Key(
             "",
@@ -327,6 +327,12 @@ def _data() -> dict[str, Key]:
         "max_val_samples": Key(
             0,
             "evaluate on the first so many rows of each set; 0 or -1 for all",
+            least=-1,
+            needs=(_VALIDATION,),
+        ),
+        "val_max_samples": Key(
+            -1,
+            "verl's name for max_val_samples, which it comes before; -1 for what that says",
             least=-1,
             needs=(_VALIDATION,),
         ),

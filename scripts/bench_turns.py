@@ -77,7 +77,7 @@ def main():
 
 
 def converse(engine: Engine, params, sampling: SamplingParams, a: argparse.Namespace, keeps: bool):
-    """(sampled tokens [samples, turns * turn], seconds, CPU seconds, counts) of all conversations."""
+    """(sampled tokens [samples, turns * turn], seconds, CPU seconds, counts) of all."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, CONFIG["vocab_size"], (a.prompts, a.prompt)).tolist()
     answer = rng.integers(0, CONFIG["vocab_size"], a.answer)

@@ -350,6 +350,7 @@ WALK = {
     "data.skip_special_tokens": ("true", lambda config: setup.make_reading(config, (1,))),
     "data.train_batch_size": ("16", learner),
     "data.max_val_samples": ("2", prompts, ROOM),
+    "data.val_max_samples": ("2", prompts, ROOM),
     "data.train_max_samples": ("2", prompts, ROOM),
     "data.shuffle": ("false", first_batch),
     "data.cache_dir": ("cache", data_cache, FROM_FILE),

@@ -12,6 +12,7 @@ from test_config import parse
 from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic
 from adpo_jax.log.printable import printable
+from adpo_jax.model import lora
 from adpo_jax.policy import Policy
 from adpo_jax.run import setup
 from adpo_jax.run.checkpoints import Checkpoints
@@ -82,6 +83,32 @@ def test_an_export_is_read_unless_a_checkpoint_is_newer(run, tmp_path):
 def test_the_dtype_is_that_asked_for(run):
     model = pretrained.load(run[0], dtype="bfloat16")
     assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+
+
+def test_adapters_are_merged_into_the_weights_that_they_were_trained_beside(tmp_path):
+    """In float32 the frozen weights of a run in bfloat16 stay in it where the caller says so."""
+    model = "--config.actor_rollout_ref.model"
+    overrides = [f"{model}.hf_config={SMALL}", f"{model}.lora_rank=2", "--config.trainer.bf16=true"]
+    config = finalized(parse(*overrides))
+    folder = RunFolder(tmp_path / "adapted")
+    folder.claim(config)
+    parts = setup.build(config)
+    state = parts.learner.init_state(parts.initial_params())
+    with folder, Checkpoints(folder.checkpoints, save_freq=1, keep=1) as checkpoints:
+        checkpoints.save(1, state)
+    kept = pretrained.load(folder.root, keep_base_dtype=True)
+    wide = pretrained.load(folder.root)
+    (trained, frozen), (_, widened) = lora.split(kept.params), lora.split(wide.params)
+
+    def dtypes(tree):
+        return {x.dtype.name for x in jax.tree.leaves(tree)}
+
+    assert dtypes(trained) == {"float32"}
+    assert dtypes(wide.params) == {"float32"}
+    assert "bfloat16" in dtypes(frozen)
+    assert kept.policy.param_dtype == "bfloat16"
+    # Both hold what the run trained beside, in one width or the other.
+    assert_params(jax.tree.map(lambda x: x.astype("float32"), frozen), jax.device_get(widened))
 
 
 def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ Left out: remote file systems.
 import functools
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adpo_jax.data import stored
+from adpo_jax.data import generated, stored
 from adpo_jax.data.readers import (
     SUFFIXES,
     Placed,
@@ -151,7 +152,7 @@ def load_rows(
     Args:
       source: one or several of: a file that ends in one of `SUFFIXES`; a folder of such files; the
         name of a Hugging Face data set (package `datasets`), `owner/name` or
-        `owner/name:configuration`.
+        `owner/name:configuration`; generated tasks, `reasoning_gym:name` (see `generated`).
       prompt_key: the column of prompts, strings or lists of chat messages. It and `answer_key` may
         be dotted paths into a column of objects, as in `reward_model.ground_truth`.
       answer_key: the column of answers.
@@ -253,8 +254,17 @@ def _batches_of(file: Path):
 
 
 def _hub_segments(source: "_Source", cache_dir: str) -> tuple[str, list[Segment]]:
-    """A digest of the rows of a Hub's data set, and the rows."""
+    """A digest of the rows of a Hub's data set or of generated ones, and the rows."""
     rows = source.hub
+    if isinstance(rows, list):
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return digest, stored.segments_of_file(
+            Path(source.name),
+            digest,
+            ": row ",
+            lambda: stored.batches_of_rows(enumerate(rows, 1)),
+            cache_dir,
+        )
     name = f"{source.name} {rows._fingerprint}"
     digest = hashlib.sha256(name.encode()).hexdigest()
 
@@ -419,7 +429,7 @@ class _Source(NamedTuple):
       name: as the user gave it.
       split: the split to load.
       paths: its files; empty for a data set of the Hugging Face Hub.
-      hub: the Hub's rows.
+      hub: the Hub's rows, or a list of generated ones.
       weight: bytes of the rows, about.
     """
 
@@ -439,6 +449,9 @@ class _Source(NamedTuple):
 
 
 def _find(source: str, split: str | None) -> _Source:
+    if source.startswith(generated.PREFIX):
+        split = split or "train"
+        return _Source(source, split, [], generated.rows(source, split), 0)
     path = Path(source).expanduser()
     if path.is_dir():
         files = _folder_files(path, split)

@@ -166,4 +166,5 @@ COLUMNS = {
     "exact_match": ("solution",),
     "format_reward": (),
     "length_penalty": ("completion_tokens",),
+    "reasoning_gym": ("reasoning_gym",),
 }

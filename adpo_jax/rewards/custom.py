@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
-from adpo_jax.rewards import binding, builtin
+from adpo_jax.rewards import binding, builtin, generated
 from adpo_jax.rewards.binding import NO_RUN, Log, Signature, TrainerState
 from adpo_jax.rewards.grading import faults
 
@@ -20,7 +20,10 @@ BUILTINS: dict[str, Callable] = {
     "exact_match": builtin.exact_match,
     "format_reward": builtin.format_reward,
     "length_penalty": builtin.length_penalty,
+    "reasoning_gym": generated.reasoning_gym,
 }
+# Those that may hang, and are refused where nothing stops them.
+NEED_WORKERS = ("reasoning_gym",)
 
 
 @dataclasses.dataclass(frozen=True)

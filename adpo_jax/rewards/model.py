@@ -130,6 +130,12 @@ class RewardModel:
             raise ValueError(f"on_timeout: wanted 'zero' or 'stop', got {on_timeout!r}")
         if num_workers < 0:
             raise ValueError(f"num_workers: wanted 0 or more, got {num_workers}")
+        for function in functions:
+            if function.path is None and function.name in custom.NEED_WORKERS and not num_workers:
+                raise ValueError(
+                    f"reward function {function.name} works out what a model wrote, which only a "
+                    "worker can be stopped at: set custom_reward_function.num_workers above 0"
+                )
         self.functions = list(functions)
         self._given = tuple(given)
         names = _distinct([f.name for f in self.functions] + list(given))

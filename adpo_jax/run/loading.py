@@ -422,7 +422,8 @@ def load_val_prompts(config: ConfigDict, tokenizer, tools: Mapping | None = None
                 f"eval.category_key is {category!r}; data.val_files has the columns "
                 f"{sorted(prompts.columns)}"
             )
-        limit = max(config.data.max_val_samples, 0) or len(prompts)
+        limits = (config.data.val_max_samples, config.data.max_val_samples)
+        limit = next((limit for limit in limits if limit > 0), len(prompts))
         prompts = prompts.select(range(min(limit, len(prompts))))
         if name:
             column = {VAL_SET: [name] * len(prompts)}
