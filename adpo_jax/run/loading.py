@@ -36,7 +36,7 @@ class ModelSource:
     Attributes:
       folder: a folder with config.json, tokenizer and weights; None for the embedded model.
       hf_config: its config.json, with the overrides of model.hf_config.
-      tokenizer: a Hugging Face tokenizer.
+      tokenizer: a Hugging Face tokenizer; None where the architecture alone was read.
       stop_token_ids: the tokens that end a completion.
       random_init: whether to start from random weights.
       generation_config: the folder's generation_config.json; empty for none.
@@ -121,7 +121,7 @@ def find_architecture(config: ConfigDict) -> ModelSource:
     hf_config = folders.find_config(model.path)
     hf_config = folders.overridden(hf_config, model.override_config.to_dict())
     hf_config |= model.hf_config.to_dict()
-    return ModelSource(None, hf_config, (), (0,), True, *_find_lora(model))
+    return ModelSource(None, hf_config, None, (0,), True, *_find_lora(model))
 
 
 def _load_tokenizer(folder: Path, hf_config: dict, trust_remote_code: bool):
@@ -235,6 +235,8 @@ def _check_vocabulary(source: ModelSource, num_embedded: int) -> None:
     An added token beyond (as `<image_soft_token>` of Gemma 3's text models) does no harm as long as
     no prompt has it, which `check_embedded` makes sure of.
     """
+    if source.tokenizer is None:
+        return
     words = source.tokenizer.vocab_size
     if words > num_embedded:
         raise ValueError(
