@@ -9,9 +9,11 @@ import published
 import pytest
 from golden_models import DRAWN, arrays, config_of, drawn, drawn_model
 from safetensors.numpy import load_file, save_file
+from test_config import parse
 from test_policy import TOLERANCE, assert_golden, decoded_log_probs
 
-from adpo_jax import Policy
+from adpo_jax import Policy, dry_run
+from adpo_jax.engine import cache_plan
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.hf.config import language_config, model_config
@@ -196,3 +198,28 @@ def test_a_text_config_of_another_family_is_refused():
     config = {**published.MINISTRAL3_8B, "text_config": {"model_type": "mistral4"}}
     with pytest.raises(ValueError, match="'mistral4' in text_config of mistral3 is not supported"):
         language_config(config)
+
+
+@pytest.fixture
+def dry_run_without_compiling(monkeypatch):
+    """dry_run.dry_run, which lays out state and cache but traces no program."""
+    monkeypatch.setattr(cache_plan, "free_memory", lambda: 10**13)
+    monkeypatch.setattr(dry_run, "_traced", lambda *_: {})
+    return dry_run.dry_run
+
+
+@pytest.mark.parametrize("name", published.ALL)
+def test_a_dry_run_plans_a_published_model_by_its_config_alone(
+    name, dry_run_without_compiling, tmp_path
+):
+    config, num_params = published.ALL[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = dry_run_without_compiling(
+        parse(f"--config.actor_rollout_ref.model.path={tmp_path}", "--config.mesh.tensor=2")
+    )
+    assert f"{num_params / 1e9:.3g}B parameters" in report.title
+    # Norms, biases and an odd vocabulary are not split by all axes.
+    assert report.resident["parameters"] == pytest.approx(4 * num_params / 8, rel=0.03)
+    c = Policy.abstract_from_config(config).config
+    assert report.rollout["cache"] > 0
+    assert report.rollout["cache"] % (2 * c.num_layers * c.head_dim) == 0

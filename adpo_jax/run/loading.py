@@ -237,6 +237,8 @@ def _check_vocabulary(source: ModelSource, num_embedded: int) -> None:
     An added token beyond (as `<image_soft_token>` of Gemma 3's text models) does no harm as long as
     no prompt has it, which `check_embedded` makes sure of.
     """
+    if source.tokenizer is None:
+        return
     words = source.tokenizer.vocab_size
     if words > num_embedded:
         raise ValueError(
