@@ -35,7 +35,7 @@ from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.cold_start import ColdStart
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interruption
-from adpo_jax.run.loading import ModelSource
+from adpo_jax.run.loading import FixedPolicy, ModelSource
 from adpo_jax.run.whole_keys import section, whole_keys
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
@@ -56,6 +56,7 @@ class Parts:
       val_prompts: the prompts to evaluate on; None where the config names no evaluation data.
       eval_reward_model: the reward model that grades the evaluation.
       num_steps: iterations of the whole run.
+      fixed: the reference and the teacher, where they come from folders.
     """
 
     policy: Policy
@@ -71,6 +72,7 @@ class Parts:
     eval_reward_model: RewardModel
     learner: Learner
     num_steps: int
+    fixed: Mapping[str, FixedPolicy] = dataclasses.field(default_factory=dict)
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
@@ -89,6 +91,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     trackers.check_installed(config.trainer.logger)
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
+    fixed = loading.find_fixed(config, source, mesh)
     sampling = make_sampling(config, source)
     train_prompts = loading.load_prompts(
         config, source.tokenizer, config.data.train_files, split="train"
@@ -107,7 +110,8 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     except BaseException:
         reward_model.close()
         raise
-    learner = make_learner(config, policy, plan, num_steps)
+    policies = {name: found.policy for name, found in fixed.items()}
+    learner = make_learner(config, policy, plan, num_steps, fixed=policies)
     return Parts(
         policy=policy,
         initial_params=lambda: loading.initial_params(config, source, mesh),
@@ -122,6 +126,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
         reward_model=reward_model,
         learner=learner,
         num_steps=num_steps,
+        fixed=fixed,
     )
 
 
@@ -135,7 +140,8 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     """Digests, in words, of the contents of the files that the config names and training uses.
 
     The keys are "train_prompts" (token ids and solutions), "demonstrations" (token ids, where there
-    is a cold start) and "reward_files" (their bytes, where there are any).
+    is a cold start), "reward_files" (their bytes, where there are any), and "reference_weights" and
+    "teacher_weights", where they come from folders.
     """
     found = {"train_prompts": _in_words(parts.train_prompts)}
     if parts.cold_start:
@@ -144,7 +150,7 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     paths = sorted({f.path for f in parts.reward_model.functions if f.path})
     if paths:
         found["reward_files"] = ", ".join(f"{path}: sha256 {_sha256(path)}" for path in paths)
-    return found
+    return found | {f"{name}_weights": other.digest() for name, other in parts.fixed.items()}
 
 
 def _in_words(prompts: Prompts) -> str:
@@ -406,8 +412,19 @@ def make_interruption(config: ConfigDict) -> Interruption:
     return Interruption(config.trainer.grace_period_s)
 
 
-def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps: int) -> Learner:
-    """The learner, which turns scored completions into new parameters."""
+def make_learner(
+    config: ConfigDict,
+    policy: Policy,
+    plan: BatchPlan,
+    num_steps: int,
+    *,
+    fixed: Mapping[str, Policy] | None = None,
+) -> Learner:
+    """The learner, which turns scored completions into new parameters.
+
+    Args:
+      fixed: the policies of reference and teacher, where they come from folders.
+    """
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     return Learner(
         policy=policy,
@@ -420,6 +437,7 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
         seed=config.trainer.seed,
         max_anchor_kl=config.trainer.max_anchor_kl,
         offload_optimizer=config.actor_rollout_ref.actor.optimizer_offload,
+        fixed=fixed or {},
     )
 
 
