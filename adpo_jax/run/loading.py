@@ -132,9 +132,9 @@ class FixedPolicy:
         return Policy.from_pretrained(self.folder, **kwargs)[1]
 
     def digest(self) -> str:
-        """A digest of the weights' files, in words."""
+        """A digest of the files of weights and architecture, in words."""
         found = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted([*self.folder.glob("*.safetensors"), self.folder / "config.json"]):
             with path.open("rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
         return f"sha256 of files {found.hexdigest()}"
