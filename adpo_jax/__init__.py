@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adpo_jax.losses import grpo_loss as grpo_loss
     from adpo_jax.losses import gspo_loss as gspo_loss
     from adpo_jax.losses import lpo_loss as lpo_loss
+    from adpo_jax.losses import opd_loss as opd_loss
     from adpo_jax.losses import reinforce_pp_loss as reinforce_pp_loss
     from adpo_jax.losses import rloo_loss as rloo_loss
     from adpo_jax.losses import sapo_loss as sapo_loss
@@ -76,6 +77,7 @@ _HOMES = {
     "gspo_loss": "losses",
     "init_state": "update",
     "lpo_loss": "losses",
+    "opd_loss": "losses",
     "make_batch": "records",
     "make_update": "update",
     "pack": "update.packing",

@@ -97,6 +97,8 @@ def declarations() -> dict[str, Key]:
         "actor_rollout_ref.actor.optim": _optim(),
         "actor_rollout_ref.actor": _actor(),
         "actor_rollout_ref.rollout": _rollout(),
+        "actor_rollout_ref.ref": _ref(),
+        "teacher": _teacher(),
         "eval": _eval(),
         "sft": _sft(),
         "mesh": _mesh(),
@@ -469,6 +471,33 @@ def _rollout() -> dict[str, Key]:
             allowed="0 to max_staleness times data.train_batch_size",
             least=0,
             needs=(stale,),
+        ),
+    }
+
+
+def _ref() -> dict[str, Key]:
+    penalty = Need("algorithm.beta_reference_kl", lambda c: c.algorithm.beta_reference_kl)
+    return {
+        "path": Key(
+            "",
+            "the reference: a folder or Hub name of a model with the policy's vocabulary, of any "
+            'architecture and size; "" for the policy before the first iteration',
+            needs=(penalty,),
+        ),
+    }
+
+
+def _teacher() -> dict[str, Key]:
+    taught = Need(
+        "algorithm.adv_estimator=opd",
+        lambda c: ALGORITHMS[c.algorithm.adv_estimator].needs_teacher,
+    )
+    return {
+        "path": Key(
+            "",
+            "the policy to learn from: a folder or Hub name of a model with the policy's "
+            "vocabulary, of any architecture and size",
+            needs=(taught,),
         ),
     }
 

@@ -258,6 +258,21 @@ class GradedGroups:
         """[P, G] float."""
         return self.scores.total.reshape(len(self), -1)
 
+    def rewards_of(self, names: Sequence[str]) -> np.ndarray:
+        """[P, G, K] float: the unweighted rewards of these functions, NaN where one gave none.
+
+        Raises:
+          ValueError: for a function that did not grade them, as in another run's recordings.
+        """
+        missing = [name for name in names if name not in self.scores.components]
+        if missing:
+            raise ValueError(
+                f"the completions have no rewards of {missing[0]}; they have those of "
+                f"{', '.join(self.scores.components)}"
+            )
+        kinds = [self.scores.components[name] for name in names]
+        return np.stack(kinds, axis=-1).reshape(len(self), -1, len(names))
+
     def select(self, rows: Sequence[int]) -> "GradedGroups":
         """The groups with these numbers, in this order, without the counts of the whole."""
         G = self.completions.num_samples

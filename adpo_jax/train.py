@@ -170,12 +170,14 @@ def _start(
             raise CheckpointError(str(error)) from error
         print(f"going on after {where} {int(state.step)}", flush=True)
         if restored.step >= 0:
+            state = state.replace(fixed_params=run.fixed_params)
             return run.parts.learner.put_away(state), restored.metrics
     elif cold_start:
         state = cold_start.init_state(params)
     if cold_start:
         params = cold_start.train(state, writer, checkpoints, interruption).params
-    return run.parts.learner.init_state(params), {}
+    state = run.parts.learner.init_state(params)
+    return state.replace(fixed_params=run.fixed_params), {}
 
 
 def _iterate(
@@ -194,7 +196,9 @@ def _iterate(
     guard = setup.make_guard(config)
     silence = SilenceWatch(
         min_reward_std=config.algorithm.min_reward_std,
-        drops_all_failed=config.algorithm.drop_all_failed_prompts,
+        # Without a part in the loss, rewards teach nobody to be brief.
+        drops_all_failed=config.algorithm.drop_all_failed_prompts
+        or run.parts.learner.algorithm.needs_teacher,
     )
     # Process 0 alone reads the file, since it may be writing it.
     rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
@@ -271,7 +275,12 @@ def _learn(
 ) -> tuple[TrainState, dict[str, float]]:
     """The update, and the metrics of the iteration."""
     rewards_PG = groups.rewards
-    state, metrics = parts.learner.learn(state, groups.sequences, rewards_PG)
+    if parts.learner.algorithm.decouples_rewards:
+        model = parts.reward_model
+        several = groups.rewards_of(model.names), [f.weight for f in model.functions]
+        state, metrics = parts.learner.learn(state, groups.sequences, *several)
+    else:
+        state, metrics = parts.learner.learn(state, groups.sequences, rewards_PG)
     metrics |= reward_metrics(groups.scores, rewards_PG.shape[1])
     metrics |= rollout_metrics(groups) | groups.metrics
     return state, metrics | profiling.memory_metrics()

@@ -37,9 +37,11 @@ from adpo_jax.run.exit_codes import USER_ERROR
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.update.learner import Learner
 
-METHODS = {name: {"algorithm.adv_estimator": name} for name in ALGORITHMS} | {
-    "adpo-fixed": {"algorithm.adv_estimator": "adpo", "algorithm.use_adaptive_tau": False}
-}
+METHODS = {
+    name: {"algorithm.adv_estimator": name}
+    for name, algorithm in ALGORITHMS.items()
+    if not algorithm.needs_teacher
+} | {"adpo-fixed": {"algorithm.adv_estimator": "adpo", "algorithm.use_adaptive_tau": False}}
 
 START_KL = "compare/start_kl"
 

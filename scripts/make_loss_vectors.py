@@ -12,13 +12,16 @@ adds 1e-6. tests/test_losses_others.py compares ours with what is written here.
 import argparse
 import collections
 import contextlib
+import inspect
 import json
+import textwrap
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import nanstd
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos as verl_losses
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
@@ -34,7 +37,9 @@ BATCHES = [
     (3, 3, 6, 0.01),
 ]
 
-ARRAYS = ("log_probs", "anchor", "reference", "sampler", "rewards", "mask")
+ARRAYS = ("log_probs", "anchor", "reference", "sampler", "rewards", "several", "mask")
+# Of the rewards "several".
+WEIGHTS = (1.0, 0.5, -2.0)
 
 
 def batch(number: int) -> dict[str, torch.Tensor]:
@@ -48,6 +53,9 @@ def batch(number: int) -> dict[str, torch.Tensor]:
     rewards = rng.integers(0, 3, P * G).astype(float)
     rewards[:G] = 1.0  # a group of equal rewards
     log_probs = np.minimum(anchor + spread * rng.standard_normal(shape), -1e-3)
+    # Of three kinds, one far larger than the others, one often equal, and one that is not given.
+    several = np.random.default_rng([number, 1]).integers(0, 3, (P * G, 3)) * [100.0, 1.0, 0.01]
+    several[:G, 1], several[-1, 2] = 1.0, np.nan
     found = {
         "log_probs": log_probs,
         "anchor": anchor,
@@ -55,6 +63,7 @@ def batch(number: int) -> dict[str, torch.Tensor]:
         "reference": log_probs + 0.3 * rng.standard_normal(shape),
         "sampler": anchor + 0.5 * rng.standard_normal(shape),
         "rewards": rewards,
+        "several": several,
         "mask": mask.astype(float),
     }
     return {name: torch.tensor(found[name], dtype=torch.float64) for name in ARRAYS}
@@ -78,6 +87,27 @@ def advantages(b, group: int, kind: str, **options) -> torch.Tensor:
         "reinforce_pp_baseline": verl_losses.compute_reinforce_plus_plus_baseline_outcome_advantage,
     }[kind]
     return function(token_rewards, mask, index, **options)[0]
+
+
+def decoupled(b, group: int) -> torch.Tensor:
+    """TRL's advantages of several rewards, by the lines of its trainer; its 1e-4 is 1e-6 here."""
+    lines = inspect.getsource(GRPOTrainer._generate_and_score_completions).splitlines()
+    first = next(i for i, line in enumerate(lines) if '== "normalize_then_sum"' in line)
+    last = next(i for i in range(first, len(lines)) if lines[i].strip() == "else:")
+    found = {
+        "torch": torch,
+        "nanstd": nanstd,
+        "rewards_per_func": b["several"],
+        "num_generations": group,
+        "unscorable_mask": torch.isnan(b["several"]).all(dim=1),
+        "device": "cpu",
+        "self": types.SimpleNamespace(
+            reward_funcs=WEIGHTS, reward_weights=torch.tensor(WEIGHTS, dtype=torch.float64)
+        ),
+    }
+    text = textwrap.dedent("\n".join(lines[first + 1 : last])).replace("1e-4", "1e-6")
+    exec(text, found)
+    return found["advantages"]
 
 
 def actor(low, high, **more) -> FSDPActorConfig:
@@ -122,7 +152,7 @@ def verl(policy: str, low=0.2, high=0.2, dual=1e9, aggregation="token-mean", adv
     return loss
 
 
-def trl(loss_type: str, low=0.2, high=0.2, delta=None, level="token", normed=True):
+def trl(loss_type: str, low=0.2, high=0.2, delta=None, level="token", normed=True, several=False):
     """A loss of TRL: its trainer's own method, over log-probs that are given to it."""
 
     def loss(b, log_probs, group):
@@ -167,7 +197,7 @@ def trl(loss_type: str, low=0.2, high=0.2, delta=None, level="token", normed=Tru
             "prompt_mask": torch.ones(len(mask), 1),
             "completion_ids": torch.zeros_like(mask),
             "completion_mask": mask,
-            "advantages": (A * mask).sum(1) / mask.sum(1),
+            "advantages": decoupled(b, group) if several else (A * mask).sum(1) / mask.sum(1),
             "old_per_token_logps": b["anchor"],
             "num_items_in_batch": mask.sum(),
         }
@@ -184,6 +214,9 @@ LOSSES = [
     ("grpo", {"loss_aggregation": "sequence-mean"}, "trl", trl("grpo"), True),
     ("grpo", {"loss_aggregation": "sequence-mean"}, "verl",
      verl("vanilla", aggregation="seq-mean-token-mean"), True),
+    ("grpo",
+     {"multi_objective_aggregation": "normalize_then_sum", "loss_aggregation": "sequence-mean"},
+     "trl", trl("grpo", several=True), True),
     ("dapo", {}, "trl", trl("dapo", high=0.28), True),
     ("dapo", {}, "verl", verl("vanilla", high=0.28), True),
     ("dr_grpo", {}, "trl", trl("dr_grpo", normed=False), True),
@@ -243,6 +276,7 @@ def main():
                     "source": source,
                     "batch": number,
                     "num_generations": group,
+                    "weights": WEIGHTS if "multi_objective_aggregation" in options else None,
                     "value": value.item() if has_value else None,
                 }
             )

@@ -48,6 +48,7 @@ def files(tmp_path, monkeypatch, checkpoint):
         (tmp_path / "folder" / f"{split}.jsonl").write_text(lines)
     (tmp_path / "rewards.py").write_text("def good_accuracy(completions, **columns): ...\n")
     (tmp_path / "one").symlink_to(checkpoint)
+    (tmp_path / "two").symlink_to(checkpoint)
     (tmp_path / "adapter").symlink_to(checkpoint.with_name("adapter"))
     monkeypatch.chdir(tmp_path)
 
@@ -121,6 +122,10 @@ def policy(config):
     params = loading.initial_params(config, source, mesh)
     model = loading.make_policy(config, source, mesh)
     return model, float(jnp.sum(params["embed"].astype(jnp.float32)))
+
+
+def fixed(config):
+    return loading.find_fixed(config, loading.find_model(config), one_device_mesh())
 
 
 def engine(config):
@@ -399,6 +404,17 @@ WALK = {
     ),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
     f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    "actor_rollout_ref.ref.path": (
+        "one",
+        fixed,
+        "--config.algorithm.beta_reference_kl=0.1",
+    ),
+    "teacher.path": (
+        "two",
+        fixed,
+        "--config.algorithm.adv_estimator=opd",
+        "--config.teacher.path=one",
+    ),
     "eval.n": ("3", evaluation),
     "eval.ks": ("(2,)", evaluation, "--config.eval.n=3"),
     "eval.temperature": ("0.7", evaluation, "--config.eval.n=3"),

@@ -29,6 +29,8 @@ from adpo_jax.losses import (
 )
 from adpo_jax.losses.algorithm import Metric
 from adpo_jax.losses.parameters import parameter, union
+from adpo_jax.records import GradedGroups, Prompts
+from adpo_jax.rewards import Scores
 
 P, G, T = 4, 8, 6
 
@@ -659,10 +661,77 @@ def test_all_anchor_weights_have_the_optimum_of_the_anchor_tilted_by_the_target(
     assert np.abs(there).max() < 1e-6 < 1e-3 < np.abs(elsewhere).max()
 
 
+# Several rewards.
+
+DECOUPLED = {"multi_objective_aggregation": "normalize_then_sum"}
+
+
+def several_rewards():
+    rng = np.random.default_rng(3)
+    rewards = rng.normal(size=(3, 4, 3)) * [1.0, 50.0, 0.1]
+    rewards[0, :, 1] = 0.9  # all equal, though their mean in float32 is not 0.9
+    rewards[1, 2, 2] = np.nan  # that function gave none
+    return rewards, np.array([1.0, 0.5, -2.0])
+
+
+def decoupled_by_hand(rewards, weights):
+    centred = rewards - np.nanmean(rewards, 1, keepdims=True)
+    std = np.nanstd(rewards, 1, keepdims=True, ddof=1)
+    z = np.where(std > 1e-9, centred / (std + 1e-6), 0.0)
+    total = np.nansum(z * weights, -1)
+    return (total - total.mean()) / (total.std(ddof=1) + 1e-6)
+
+
+def test_decoupled_rewards_are_standardised_one_by_one_whatever_their_scale():
+    rewards, weights = several_rewards()
+    expected = decoupled_by_hand(rewards, weights)
+    found = Grpo(**DECOUPLED).judge(rewards, weights)
+    np.testing.assert_allclose(found.advantages_PG, expected, rtol=2e-4, atol=1e-5)
+    larger = Grpo(**DECOUPLED).judge(rewards * [1.0, 1.0, 1000.0], weights)
+    np.testing.assert_allclose(larger.advantages_PG, expected, rtol=2e-4, atol=1e-4)
+    summed = Grpo().judge(rewards, weights)
+    np.testing.assert_array_equal(
+        summed.advantages_PG,
+        Grpo().score(jnp.nansum(jnp.asarray(rewards) * weights, -1)).advantages_PG,
+    )
+    assert np.abs(summed.advantages_PG - expected).max() > 0.3
+    q = Adpo(**DECOUPLED).judge(rewards, weights).q_PG
+    np.testing.assert_allclose(q, jax.nn.softmax(expected / 0.5, -1), rtol=1e-3)
+
+    alone = Rloo(**DECOUPLED, min_reward_std=10.0).judge(rewards, weights).advantages_PG
+    only = decoupled_by_hand(rewards[..., 1:2], weights[1:2])  # the one with such a spread
+    np.testing.assert_allclose(alone, only * 4 / 3, rtol=2e-4, atol=1e-5)
+
+
+def test_decoupled_rewards_keep_what_a_group_is_dropped_for_and_refuse_other_shapes():
+    rewards, weights = several_rewards()
+    rewards[2] = -np.abs(rewards[2]) * weights  # the weighted sums are below 0, the spread stays
+    scores = Grpo(**DECOUPLED, drop_all_failed_prompts=True).judge(rewards, weights)
+    np.testing.assert_array_equal(scores.kept_P, [True, True, False])
+    rewards[1, 2] = np.nan
+    found = np.asarray(Grpo(**DECOUPLED).judge(rewards, weights).advantages_PG)
+    np.testing.assert_array_equal(found[1], 0)  # as a group with a single reward that is NaN
+    assert np.isfinite(found).all()
+    assert np.abs(found[[0, 2]]).min() > 0
+    with pytest.raises(ValueError, match=r"needs the rewards of each function, \[P, G, K\]"):
+        Grpo(**DECOUPLED).judge(rewards[..., 0])
+    with pytest.raises(ValueError, match="give each reward a weight"):
+        Grpo(**DECOUPLED).judge(rewards, weights[:2])
+
+
+def test_a_run_hands_over_each_functions_rewards_where_they_are_decoupled():
+    components = {"a": np.arange(4.0), "b": np.array([1.0, np.nan, 0.0, 0.0])}
+    scores = Scores(np.zeros(4, np.float32), components, {})
+    groups = GradedGroups(Prompts([[1], [2]], {}), None, [], scores)
+    np.testing.assert_array_equal(groups.rewards_of(["b", "a"])[0], [[1.0, 0.0], [np.nan, 1.0]])
+    with pytest.raises(ValueError, match="no rewards of c; they have those of a, b"):
+        groups.rewards_of(["a", "c"])
+
+
 # What every loss owes.
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [n for n, kind in ALGORITHMS.items() if not kind.needs_teacher])
 def test_every_loss_sees_trained_tokens_alone_in_any_dtype_and_on_any_mesh(name):
     loss_fn = getattr(losses, f"{name}_loss")
     *batch, mask = make_batch(prompts=8, ratio=0.4)
@@ -761,7 +830,7 @@ def test_the_entropy_bonus_is_the_mean_over_tokens_of_kept_prompts():
 def test_an_algorithm_logs_the_metrics_and_reads_the_log_probs_that_it_declares(name, beta):
     algorithm = ALGORITHMS[name](beta_reference_kl=beta)
     log_probs, anchor, rewards, tokens = folded_batch()
-    given = {"policy": log_probs, "anchor": anchor, "reference": anchor}
+    given = {"policy": log_probs, "anchor": anchor, "reference": anchor, "teacher": anchor}
     given = {whose: given[whose] for whose in algorithm.needs | {"policy"}}
 
     def loss(given, rewards, tokens):

@@ -37,9 +37,12 @@ def test_loss_and_gradient_are_those_of_the_public_code(name):
         for number, case in chosen:
             names = ("log_probs", "anchor", "rewards", "mask", "reference", "sampler")
             *batch, reference, sampler = (arrays()[f"{case['batch']}/{n}"] for n in names)
+            if case["weights"]:
+                batch[2] = arrays()[f"{case['batch']}/several"]
             loss = functools.partial(
                 loss_fn,
                 num_generations=case["num_generations"],
+                reward_weights=case["weights"],
                 reference_log_probs=reference,
                 sampler_log_probs=sampler,
                 **case["parameters"],

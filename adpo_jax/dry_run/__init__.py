@@ -4,9 +4,9 @@
     python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=v5e:2x4
     python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=h100:8
 
-The programs of an iteration (prefill, decode, anchor, update) are traced with every prompt and
-completion at full length: the lengths decide how the update packs them, and shapes stand in for
-arrays of the model, the cache and packed batches. They are compiled for the devices at hand, or
+The programs of an iteration (prefill, decode, anchor, update, and reference or teacher where they
+come from folders) are traced with every prompt and completion at full length: the lengths decide
+how the update packs them, and shapes stand in for arrays of the model, the cache and packed batches. They are compiled for the devices at hand, or
 through libtpu for a TPU slice that is not there. The memory is what XLA says it will allocate.
 FLOPs and collectives are read from the compiled programs, loops counted (`hlo`).
 
@@ -73,7 +73,8 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
         rest //= sizes[name]
     host_mesh = host and sharding.make_mesh(**sizes, devices=host)
     # This is more steps than the learning rate takes to warm up.
-    learner = setup.make_learner(config, policy, plan, num_steps=10**6)
+    fixed = {name: found.policy for name, found in loading.find_fixed(config, source, mesh).items()}
+    learner = setup.make_learner(config, policy, plan, num_steps=10**6, fixed=fixed)
     engine = setup.make_engine(config, policy, host_mesh, resident_bytes=learner.resident_bytes())
     sampling = setup.make_sampling(config, source)
 
@@ -140,14 +141,23 @@ def _traced(
 def traced_learning(
     learner: Learner, sequences: Sequences
 ) -> dict[str, tuple[jax.stages.Traced, int]]:
-    """The programs "update", and "anchor" where other policies run over the completions."""
+    """The programs "update", and "anchor" where other policies run over the completions.
+
+    A policy from a folder whose log-probs are read has a program of its own, by its name.
+    """
     abstract = sharding.BatchSharding(learner.policy.mesh).abstract
     state, shape_PG, traced = learner.abstract_state(), sequences.lengths.shape, {}
-    if learner.forwards(state):
+    forwards = learner.forwards(state)
+    if forwards:
         whole = learner.laid_out(sequences, abstract=True)
-        traced["anchor"] = learner.forward.trace(state.params, abstract(whole.batch)), whole.turns
+        whole_batch, fixed = abstract(whole.batch), learner.fixed_forwards
+        if forwards.keys() - fixed.keys():
+            traced["anchor"] = learner.forward.trace(state.params, whole_batch), whole.turns
+        for name, forward in fixed.items():
+            traced[name] = forward.trace(state.fixed_params[name], whole_batch), whole.turns
     entropy_P = np.zeros(shape_PG[0]) if learner.algorithm.needs_entropy else None
-    scores = learner.algorithm.score(np.zeros(shape_PG), entropy_P=entropy_P)
+    rewards = np.zeros((*shape_PG, 1) if learner.algorithm.decouples_rewards else shape_PG)
+    scores = learner.algorithm.judge(rewards, entropy_P=entropy_P)
     rows = range(learner.plan.mini_prompts)
     others = dict.fromkeys(learner.other_policies, sequences.values("sampler"))
     mini = dataclasses.replace(sequences, log_probs=others).select(rows)
@@ -168,6 +178,8 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
         "prefill": -(-own // rows),
         "decode": waves * config.data.max_response_length,
         "anchor": 1,
+        "reference": 1,
+        "teacher": 1,
         "update": learner.plan.updates_per_iteration,
     }
 

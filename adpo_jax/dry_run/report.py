@@ -48,7 +48,7 @@ class Report:
     """What one device of a run holds and does; all bytes are bytes of one device.
 
     Attributes:
-      resident: bytes of the state's parts: parameters, optimizer, anchor, reference.
+      resident: bytes of the state's parts: parameters, optimizer, anchor, reference, teacher.
       rollout: bytes that sampling adds: the parameters' copy, the cache.
       on_host: parts of the state that are on the device only while their program runs.
       keeps_cache: whether the cache stays on the device during the update.

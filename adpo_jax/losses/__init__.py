@@ -14,6 +14,7 @@ from adpo_jax.losses.adpo import Adpo, Lpo, Tpo, adaptive_tau, target_distributi
 from adpo_jax.losses.algorithm import Algorithm, Metric
 from adpo_jax.losses.flat import LossFunction, loss_function
 from adpo_jax.losses.grpo import Dapo, DrGrpo, Grpo, ReinforcePp
+from adpo_jax.losses.opd import Opd
 from adpo_jax.losses.ratios import Cispo, Dppo, Gmpo, Gspo, Sapo
 from adpo_jax.losses.rloo import Rloo
 from adpo_jax.losses.tokens import PaddedTokens, Tokens
@@ -35,6 +36,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
         Dppo,
         ReinforcePp,
         Rloo,
+        Opd,
     )
 }
 
@@ -67,6 +69,7 @@ sapo_loss = loss_function(Sapo)
 dppo_loss = loss_function(Dppo)
 reinforce_pp_loss = loss_function(ReinforcePp)
 rloo_loss = loss_function(Rloo)
+opd_loss = loss_function(Opd)
 
 __all__ = [
     "ALGORITHMS",
@@ -82,6 +85,7 @@ __all__ = [
     "LossFunction",
     "Lpo",
     "Metric",
+    "Opd",
     "PaddedTokens",
     "ReinforcePp",
     "Rloo",
@@ -100,6 +104,7 @@ __all__ = [
     "loss_function",
     "lpo_loss",
     "make_algorithm",
+    "opd_loss",
     "reinforce_pp_loss",
     "rloo_loss",
     "sapo_loss",

@@ -31,7 +31,8 @@ LOG_PROBS = {
     "policy": "the policy that is trained",
     "anchor": "the policy that log-ratios are measured against, by anchor.mode",
     "sampler": "the sampler, as it drew the tokens; not truncated",
-    "reference": "the policy before the first iteration, which never moves",
+    "reference": "the policy before the first iteration or one of a folder, which never moves",
+    "teacher": "the policy of a folder that the policy learns from",
 }
 
 
@@ -152,7 +153,8 @@ class Algorithm:
         k3 = exp(d) - d - 1 per token,   d = log-prob of the other policy - log-prob of the policy
 
     The anchor is the policy that log-ratios are measured against (under `anchor.mode=on_policy` the
-    policy before the iteration's updates). The reference is the policy before the first iteration.
+    policy before the iteration's updates). The reference is the policy before the first iteration,
+    or one of a folder.
 
     Where the sampler is not the policy before the update (its cache is narrower, say), the
     expectation that the objective estimates is taken over the wrong policy. `sampler_correction`
@@ -183,11 +185,14 @@ class Algorithm:
     on_policy_anchor: ClassVar[bool] = False
     # Whether the objective reads log-probs too, and not their differences alone.
     needs_levels: ClassVar[bool] = False
+    # Whether it learns from another policy, the teacher.
+    needs_teacher: ClassVar[bool] = False
 
     beta_anchor_kl: float = parameter(0.0, "coefficient of the k3 penalty to the anchor", least=0.0)
     beta_reference_kl: float = parameter(
         0.0,
-        "coefficient of the k3 penalty to the reference, the policy before the first iteration",
+        "coefficient of the k3 penalty to the reference, the policy before the first iteration or "
+        "that of actor_rollout_ref.ref.path",
         least=0.0,
     )
     kl_estimator: str = parameter(
@@ -224,6 +229,13 @@ class Algorithm:
         "a group whose rewards have a smaller standard deviation counts as all equal",
         least=0.0,
     )
+    multi_objective_aggregation: str = parameter(
+        "sum_then_normalize",
+        "of several reward functions: their weighted sum is scaled by scale_rewards, or each is "
+        "standardised within its group before the weighted sum, which is then divided by the "
+        "standard deviation of the batch (normalize_then_sum, GDPO)",
+        choices=("sum_then_normalize", "normalize_then_sum"),
+    )
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -244,6 +256,14 @@ class Algorithm:
     def corrects(self) -> bool:
         """Whether tokens are weighted for a sampler that is not the trainer's policy."""
         return self.sampler_correction not in OFF
+
+    @property
+    def teacher_beta(self) -> float | None:
+        """The beta of `token_divergences`, where the objective reads divergences from the teacher.
+
+        They are then in `log_probs` of `objective`, as "divergence"; None where it reads none.
+        """
+        return None
 
     @property
     def needs_no_log_probs(self) -> bool:
@@ -305,6 +325,63 @@ class Algorithm:
         """
         raise NotImplementedError
 
+    @property
+    def decouples_rewards(self) -> bool:
+        """Whether `judge` wants each reward function's own rewards, and not their weighted sum."""
+        return self.multi_objective_aggregation == "normalize_then_sum"
+
+    def judge(self, rewards: jax.Array, weights: Any = None, **context) -> Any:
+        """`score`, of one reward a completion or of several.
+
+        Several are each standardised before they are summed where the algorithm
+        `decouples_rewards`, so that each keeps its say whatever its scale is:
+
+            z_k = (r_k - group mean) / (std of the group + 1e-6)     0 where a group's are all equal
+            score of sum_k w_k z_k / (std over the batch + 1e-6), not scaled again
+
+        `min_reward_std` then holds for each of them, and `drop_all_failed_prompts` for the weighted
+        sum of the rewards themselves.
+
+        Args:
+          rewards: [P, G], one a completion; or [P, G, K], K of them, NaN where a function gave a
+            completion none.
+          weights: [K], the weight of each; None for 1.
+          context: further arguments of `score`.
+
+        Source: Liu et al. 2026, "GDPO", arXiv 2601.05242.
+        """
+        rewards = jnp.asarray(rewards).astype(jnp.result_type(float))
+        if rewards.ndim != 3:
+            if self.decouples_rewards:
+                raise ValueError(
+                    "multi_objective_aggregation='normalize_then_sum' needs the rewards of each "
+                    f"function, [P, G, K] or in a flat batch [B, K], got shape {rewards.shape}"
+                )
+            return self.score(rewards, **context)
+        weights = jnp.ones(rewards.shape[-1]) if weights is None else jnp.asarray(weights)
+        if weights.shape != rewards.shape[-1:]:
+            raise ValueError(
+                f"there are {rewards.shape[-1]} rewards a completion, and weights of shape "
+                f"{weights.shape}: give each reward a weight"
+            )
+        # A completion without any reward counts as one whose single reward is NaN.
+        unknown_PG = jnp.isnan(rewards).all(-1)
+        total_PG = jnp.where(unknown_PG, jnp.nan, jnp.nansum(rewards * weights, axis=-1))
+        if not self.decouples_rewards:
+            return self.score(total_PG, **context)
+        decoupled_PG = shared.decoupled_rewards(rewards, weights, self.min_reward_std)
+        decoupled_PG = jnp.where(unknown_PG, jnp.nan, decoupled_PG)
+        settled = {
+            "multi_objective_aggregation": "sum_then_normalize",
+            "scale_rewards": "none",
+            "min_reward_std": 0.0,
+            "drop_all_failed_prompts": False,
+        }
+        own = {field.name for field in dataclasses.fields(self)}
+        plain = dataclasses.replace(self, **{k: v for k, v in settled.items() if k in own})
+        kept_P = shared.kept_prompts(total_PG, self.drop_all_failed_prompts)
+        return plain.score(decoupled_PG, **context)._replace(kept_P=kept_P)
+
     def objective(
         self,
         log_ratio: jax.Array,
@@ -356,11 +433,16 @@ class Algorithm:
         return Prepared(scores, shared.batch_weights(scores.kept_P, tokens_P))
 
     def prepare(
-        self, rewards_PG: jax.Array, tokens: Tokens, *, entropy_P: jax.Array | None = None
+        self,
+        rewards: jax.Array,
+        tokens: Tokens,
+        *,
+        weights: Any = None,
+        entropy_P: jax.Array | None = None,
     ) -> Prepared:
-        """`score` and `normalise` at once, for an iteration of one optimizer step."""
+        """`judge` and `normalise` at once, for an iteration of one optimizer step."""
         lengths_PG = shared.lengths(tokens, least=0)
-        scores = self.score(rewards_PG, entropy_P=entropy_P, lengths_PG=lengths_PG)
+        scores = self.judge(rewards, weights, entropy_P=entropy_P, lengths_PG=lengths_PG)
         return self.normalise(scores, tokens)
 
     def loss(

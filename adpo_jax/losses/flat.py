@@ -25,13 +25,14 @@ ignored, and a warning says how many there are. Differentiable with respect to `
 Args:
   log_probs: [B, T] any float dtype, per token, anything under the mask.
   anchor_log_probs: [B, T], the same under the anchor.
-  rewards: [B], one a completion.
+  rewards: [B], one a completion; or [B, K], K of them, NaN where there is none.
   completion_mask: [B, T] bool or 0/1; 0 anywhere at tokens that are not trained on.
   num_generations: G, at least 2.
   reference_log_probs: [B, T], the same under the reference, where beta_reference_kl is above 0.
   sampler_log_probs: [B, T], the same under the sampler, where there is a sampler_correction.
+  reward_weights: [K], of the kinds of rewards; None for 1.
   entropy: [B, T], the policy's entropy at each token, where entropy_bonus is above 0.
-  **parameters: those of `{algorithm}`, by name.
+{teacher}  **parameters: those of `{algorithm}`, by name.
 
 Returns:
   Scalar float32 loss (float64 under x64) and a flat dict of scalars:
@@ -41,6 +42,12 @@ Raises:
   ValueError: B < num_generations, mismatched shapes, a parameter that cannot work, log-probs that a
     parameter needs and that are not given.
 """
+
+# What a loss that learns from a teacher takes besides.
+_OF_TEACHER = {
+    "teacher_log_probs": "[B, T], the same under the teacher, under reverse_kl.",
+    "divergence": "[B, T], from the teacher at each token, under jsd; the gradient flows into it.",
+}
 
 
 class LossFunction(Protocol):
@@ -58,6 +65,7 @@ class LossFunction(Protocol):
         num_generations: int = 8,
         reference_log_probs: jax.Array | None = None,
         sampler_log_probs: jax.Array | None = None,
+        reward_weights: jax.Array | None = None,
         entropy: jax.Array | None = None,
         **parameters: Any,
     ) -> tuple[jax.Array, Metrics]: ...
@@ -66,6 +74,7 @@ class LossFunction(Protocol):
 def loss_function(algorithm: type[Algorithm]) -> LossFunction:
     """The algorithm's loss as a function of a flat batch, named after it."""
     fields = [field.name for field in dataclasses.fields(algorithm)]
+    of_teacher = _OF_TEACHER if algorithm.needs_teacher else {}
 
     def loss(
         log_probs,
@@ -76,9 +85,11 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
         num_generations=8,
         reference_log_probs=None,
         sampler_log_probs=None,
+        reward_weights=None,
         entropy=None,
         **parameters,
     ):
+        told = {name: parameters.pop(name, None) for name in of_teacher}
         unknown = sorted(parameters.keys() - fields)
         if unknown:
             raise TypeError(
@@ -89,20 +100,29 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
             "anchor": anchor_log_probs,
             "reference": reference_log_probs,
             "sampler": sampler_log_probs,
+            "teacher": told.get("teacher_log_probs"),
+            "divergence": told.get("divergence"),
         }
         made = algorithm(**parameters)
+        rewards = jnp.asarray(rewards), reward_weights
         return _flat_loss(made, found, rewards, completion_mask, num_generations, entropy)
 
     loss.__name__ = loss.__qualname__ = f"{algorithm.name}_loss"
     loss.__module__ = "adpo_jax.losses"
     metrics = (f"    {algorithm.name}/{m.name}: {m.meaning}" for m in algorithm.declared_metrics())
     loss.__doc__ = _DOC.format(
-        name=algorithm.name, algorithm=algorithm.__name__, metrics="\n".join(metrics)
+        name=algorithm.name,
+        algorithm=algorithm.__name__,
+        metrics="\n".join(metrics),
+        teacher="".join(f"  {name}: {meaning}\n" for name, meaning in of_teacher.items()),
     )
     *given, _ = inspect.signature(LossFunction.__call__).parameters.values()
     own = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
-        for field in dataclasses.fields(algorithm)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in (
+            *dict.fromkeys(of_teacher).items(),
+            *((field.name, field.default) for field in dataclasses.fields(algorithm)),
+        )
     ]
     loss.__signature__ = inspect.Signature(
         [*given[1:], *own], return_annotation=tuple[jax.Array, Metrics]
@@ -113,7 +133,7 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
 def _flat_loss(
     algorithm: Algorithm,
     log_probs: Mapping[str, jax.Array | None],
-    rewards: jax.Array,
+    weighted_rewards: tuple[jax.Array, Any],
     completion_mask: jax.Array,
     num_generations: int,
     entropy: jax.Array | None,
@@ -122,23 +142,33 @@ def _flat_loss(
 
     Args:
       log_probs: as for `Algorithm.loss`, but [B, T] each, and None for those that are not given.
+      weighted_rewards: the rewards, [B] or [B, K], and the weights of the K kinds.
     """
+    rewards, weights = weighted_rewards
     log_probs = {whose: jnp.asarray(x) for whose, x in log_probs.items() if x is not None}
-    for whose, parameter in (("reference", "beta_reference_kl"), ("sampler", "sampler_correction")):
+    for whose, parameter in (
+        ("reference", "beta_reference_kl"),
+        ("sampler", "sampler_correction"),
+        ("teacher", "distillation_loss"),
+    ):
         if whose in algorithm.needs - log_probs.keys():
             raise ValueError(
                 f"{parameter}={getattr(algorithm, parameter)} needs {whose}_log_probs, the "
                 f"log-probs of the completions under the {whose}: pass them too"
             )
-    rewards, completion_mask = jnp.asarray(rewards), jnp.asarray(completion_mask)
+    completion_mask = jnp.asarray(completion_mask)
     shape = log_probs["policy"].shape
     if len(shape) != 2:
         raise ValueError(f"log_probs must be [B, T], one number a token, got {shape}")
     for name, array, wanted in (
-        *((f"{whose}_log_probs", x, shape) for whose, x in log_probs.items() if whose != "policy"),
+        *(
+            (whose if whose == "divergence" else f"{whose}_log_probs", x, shape)
+            for whose, x in log_probs.items()
+            if whose != "policy"
+        ),
         *(() if entropy is None else (("entropy", entropy, shape),)),
         ("completion_mask", completion_mask, shape),
-        ("rewards", rewards, shape[:1]),
+        ("rewards", rewards, (*shape[:1], *rewards.shape[1:2])),
     ):
         if array.shape != wanted:
             raise ValueError(
@@ -167,7 +197,7 @@ def _flat_loss(
         return array[: num_groups * group].reshape(num_groups, group, *array.shape[1:])
 
     tokens = PaddedTokens(fold(completion_mask).astype(bool))
-    prepared = algorithm.prepare(fold(rewards), tokens)
+    prepared = algorithm.prepare(fold(rewards), tokens, weights=weights)
     folded = {whose: fold(array) for whose, array in log_probs.items()}
     entropy = None if entropy is None else fold(jnp.asarray(entropy))
     return algorithm.loss(folded, tokens, prepared, entropy=entropy)

@@ -59,6 +59,7 @@ def scale_rewards_parameter() -> Any:
         "rewards less their group's mean are divided by the standard deviation (ddof=1) of the "
         "group or the batch, or by nothing",
         choices=("group", "batch", "none"),
+        needs={"multi_objective_aggregation": "sum_then_normalize"},
     )
 
 

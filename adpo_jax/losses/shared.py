@@ -63,6 +63,35 @@ def scale_rewards(
     return centred_PG, spread_P
 
 
+def decoupled_rewards(
+    rewards_PGK: jax.Array, weights_K: jax.Array, min_reward_std: float, eps: float = 1e-6
+) -> jax.Array:
+    """The weighted sum of rewards that are each standardised within the group, [P, G].
+
+    It is divided by its standard deviation over the batch + eps, which has ddof=1 as the others
+    have. Its mean is 0 in each group but for rewards that were not given.
+
+    Args:
+      rewards_PGK: [P, G, K], NaN where a completion has none of a kind; it adds nothing then.
+      min_reward_std: as for `scale_rewards`, of each kind of reward.
+
+    Source: Liu et al. 2026, "GDPO", arXiv 2601.05242, as TRL 1.16 has it.
+    """
+    given_PGK = ~jnp.isnan(rewards_PGK)
+    first_PGK = jnp.take_along_axis(rewards_PGK, jnp.argmax(given_PGK, 1, keepdims=True), axis=1)
+    # Relative to the first one given, so that equal rewards give exactly 0.
+    relative_PGK = jnp.where(given_PGK, rewards_PGK - first_PGK, 0.0)
+    count_PGK = given_PGK.sum(1, keepdims=True)
+    mean_PGK = relative_PGK.sum(1, keepdims=True) / jnp.maximum(count_PGK, 1)
+    centred_PGK = jnp.where(given_PGK, relative_PGK - mean_PGK, 0.0)
+    variance_PGK = jnp.square(centred_PGK).sum(1, keepdims=True) / jnp.maximum(count_PGK - 1, 1)
+    std_PGK = jnp.sqrt(variance_PGK)
+    has_spread = jnp.any(relative_PGK != 0, axis=1, keepdims=True) & (std_PGK >= min_reward_std)
+    z_PGK = jnp.where(has_spread, centred_PGK / (std_PGK + eps), 0.0)
+    total_PG = (z_PGK * weights_K).sum(-1)
+    return (total_PG - total_PG.mean()) / (jnp.std(total_PG, ddof=1) + eps)
+
+
 def kept_prompts(rewards_PG: jax.Array, drop_all_failed_prompts: bool) -> jax.Array:
     """Which prompts stay in the loss, [P] bool; a prompt has failed if all its rewards are <= 0."""
     if not drop_all_failed_prompts:

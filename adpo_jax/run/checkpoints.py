@@ -392,13 +392,15 @@ def _leave_bytes_uncounted() -> None:
 def _stored(state):
     """The tree that orbax keeps of a state.
 
-    A reference that there is none of has no place in it, as in the checkpoints of versions that
-    knew no reference: those are gone on from.
+    A reference that there is none of, and parameters of fixed policies, have no place in it, as in
+    the checkpoints of versions that knew none of them: those are gone on from.
     """
-    if getattr(state, "reference_params", 0) is not None:
+    if not dataclasses.is_dataclass(state):
         return state
+    left_out = ("reference_params", "fixed_params")
     fields = (field.name for field in dataclasses.fields(state))
-    return {name: getattr(state, name) for name in fields if name != "reference_params"}
+    found = {name: getattr(state, name) for name in fields}
+    return {k: v for k, v in found.items() if k not in left_out or v is not None}
 
 
 @jax.jit

@@ -88,6 +88,12 @@ def validate(config: ConfigDict) -> None:
         )
     if config.sft.steps and not config.sft.train_files:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
+    kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
+    if kind.needs_teacher and not config.teacher.path:
+        raise ValueError(
+            f"algorithm.adv_estimator={kind.name} learns from a teacher, and teacher.path names "
+            "none: give the folder or Hub name of a model with the policy's vocabulary"
+        )
     _refuse_kl_without_effect(config)
     _refuse_unmet_needs(config, declared)
     _refuse_parameters_of_others(config)

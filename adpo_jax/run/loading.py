@@ -4,6 +4,7 @@ These functions read the config, as those of `setup` do; the functions that they
 """
 
 import dataclasses
+import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -108,6 +109,102 @@ def _find_lora(model: ConfigDict) -> tuple[Lora | None, Path | None]:
         return Lora(
             model.lora_rank, model.lora_alpha, parse_targets(model.lora_target_modules)
         ), None
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPolicy:
+    """A model of a folder beside the policy, which never moves.
+
+    Attributes:
+      policy: the model, without parameters.
+      folder: a folder with its config.json and weights; None where they are not at hand.
+    """
+
+    policy: Policy
+    folder: Path | None
+
+    def load(self):
+        """Reads the parameters, as `Policy.from_pretrained` does.
+
+        Raises:
+          ValueError: for weights that do not fit the architecture.
+        """
+        kwargs = {name: getattr(self.policy, name) for name in ("dtype", "param_dtype", "mesh")}
+        return Policy.from_pretrained(self.folder, **kwargs)[1]
+
+    def digest(self) -> str:
+        """A digest of the files of weights and architecture, in words."""
+        found = hashlib.sha256()
+        for path in sorted([*self.folder.glob("*.safetensors"), self.folder / "config.json"]):
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return f"sha256 of files {found.hexdigest()}"
+
+
+def find_fixed(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict[str, FixedPolicy]:
+    """The models of "reference" and "teacher" that the config names; no weights are read yet.
+
+    A source without a tokenizer, as `find_architecture` finds it, asks for their config.json alone.
+
+    Raises:
+      ValueError: for a folder that cannot be read, or a model of another vocabulary.
+    """
+    paths = {
+        "reference": ("actor_rollout_ref.ref.path", config.actor_rollout_ref.ref.path),
+        "teacher": ("teacher.path", config.teacher.path),
+    }
+    return {
+        name: _fixed_policy(option, path, config, source, mesh)
+        for name, (option, path) in paths.items()
+        if path
+    }
+
+
+def _fixed_policy(option: str, path: str, config, source: ModelSource, mesh) -> FixedPolicy:
+    if path in TASKS:
+        raise ValueError(
+            f"{option}={path}: its weights are random before training; give the folder of a model "
+            "that was trained, such as the `export` of a run"
+        )
+    try:
+        folder, tokenizer = None, source.tokenizer
+        if not tokenizer:
+            hf_config = folders.find_config(path)
+        else:
+            folder, hf_config, _ = folders.load_folder_config(path)
+            model_config(language_config(hf_config))
+            tokenizer = _load_tokenizer(folder, hf_config, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    kwargs = _policy_kwargs(config, source, mesh)
+    kwargs |= {"param_dtype": kwargs["dtype"], "gradient_checkpointing": "none"}
+    policy = Policy.abstract_from_config(hf_config, **kwargs)
+    if tokenizer:
+        _check_same_vocabulary(option, path, tokenizer, source.tokenizer)
+    own = model_config(language_config(source.hf_config)).vocab_size
+    if policy.config.vocab_size < own:
+        raise ValueError(
+            f"{option}={path}: it embeds {policy.config.vocab_size} tokens and the policy {own}, "
+            "so the policy could write tokens that it does not know; choose a model of the same "
+            "family"
+        )
+    return FixedPolicy(policy, folder)
+
+
+def _check_same_vocabulary(option: str, path: str, other, own) -> None:
+    """Refuses a tokenizer that gives a token another number, or has other tokens."""
+    ours, theirs = own.get_vocab(), other.get_vocab()
+    different = sorted(ours.items() ^ theirs.items(), key=lambda pair: (pair[1], pair[0]))
+    if not different:
+        return
+    token, number = different[0]
+    have, have_not = ("policy", "other") if ours.get(token) == number else ("other", "policy")
+    raise ValueError(
+        f"{option}={path}: its tokenizer has {len(theirs)} tokens, the policy's {len(ours)}, and "
+        f"{len(different)} entries differ: number {number} is {token!a:.60} in the {have}'s alone, "
+        f"not in the {have_not}'s. Token by token they are compared by numbers, so both need the "
+        "same vocabulary: choose a model of the policy's family"
+    )
 
 
 def find_architecture(config: ConfigDict) -> ModelSource:

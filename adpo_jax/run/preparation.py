@@ -40,6 +40,8 @@ class Run:
       params: the parameters that a fresh run starts from; None where there is a checkpoint to go on
         from that has all of them (under LoRA it lacks the frozen ones).
       source: the source of each iteration's groups.
+      fixed_params: the parameters of reference and teacher, where they come from folders, else
+        None.
       trackers: the experiment trackers, which have been started.
     """
 
@@ -49,6 +51,7 @@ class Run:
     params: Any
     source: Source
     trackers: Sequence[metrics_lib.Writer] = ()
+    fixed_params: Any = None
 
     def save_source(self, step: int, checkpoints: Checkpoints) -> None:
         """Saves the state that the source needs to go on after `step` iterations."""
@@ -100,6 +103,7 @@ def prepare(
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
     with telling("reading or making the weights"):
         params = None if in_checkpoint else parts.initial_params()
+        fixed_params = {name: other.load() for name, other in parts.fixed.items()} or None
     with distributed.fail_together():
         folder.claim(config, contents=contents, **options)
         try:
@@ -107,7 +111,7 @@ def prepare(
         except ValueError:
             folder.release()
             raise
-    return Run(config, parts, folder, params, source, trackers)
+    return Run(config, parts, folder, params, source, trackers, fixed_params)
 
 
 def default_workdir(config: ConfigDict) -> Path:

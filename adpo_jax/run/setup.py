@@ -40,7 +40,7 @@ from adpo_jax.run.cold_start import ColdStart
 from adpo_jax.run.environments import check_environments, make_environments, shown_tools
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interruption
-from adpo_jax.run.loading import ModelSource
+from adpo_jax.run.loading import FixedPolicy, ModelSource
 from adpo_jax.run.whole_keys import section, whole_keys
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
@@ -62,6 +62,7 @@ class Parts:
       eval_reward_model: the reward model that grades the evaluation.
       num_steps: iterations of the whole run.
       environments: what the model acts in; None for completions of one turn.
+      fixed: the reference and the teacher, where they come from folders.
     """
 
     policy: Policy
@@ -78,6 +79,7 @@ class Parts:
     learner: Learner
     num_steps: int
     environments: Environments | None = None
+    fixed: Mapping[str, FixedPolicy] = dataclasses.field(default_factory=dict)
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
@@ -96,12 +98,13 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     trackers.check_installed(config.trainer.logger)
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
+    fixed = loading.find_fixed(config, source, mesh)
     sampling = make_sampling(config, source)
     environments = make_environments(config, source.tokenizer, source.stop_token_ids)
     with contextlib.ExitStack() as to_close:
         if environments is not None:
             to_close.enter_context(environments)
-        parts = _with_data(config, mesh, plan, source, policy, sampling, environments)
+        parts = _with_data(config, mesh, plan, source, policy, fixed, sampling, environments)
         to_close.pop_all()  # nothing failed
     return parts
 
@@ -112,6 +115,7 @@ def _with_data(
     plan: BatchPlan,
     source: ModelSource,
     policy: Policy,
+    fixed: Mapping[str, FixedPolicy],
     sampling: SamplingParams,
     environments: Environments | None,
 ) -> Parts:
@@ -136,7 +140,8 @@ def _with_data(
     except BaseException:
         reward_model.close()
         raise
-    learner = make_learner(config, policy, plan, num_steps)
+    policies = {name: found.policy for name, found in fixed.items()}
+    learner = make_learner(config, policy, plan, num_steps, fixed=policies)
     cold_start = make_cold_start(config, source, learner, tools) if config.sft.steps else None
     return Parts(
         policy=policy,
@@ -153,6 +158,7 @@ def _with_data(
         learner=learner,
         num_steps=num_steps,
         environments=environments,
+        fixed=fixed,
     )
 
 
@@ -166,7 +172,8 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     """Digests, in words, of the contents of the files that the config names and training uses.
 
     The keys are "train_prompts" (token ids and solutions), "demonstrations" (token ids, where there
-    is a cold start), "reward_files" and "environment_file" (their bytes, where there are any).
+    is a cold start), "reward_files" and "environment_file" (their bytes, where there are any), and
+    "reference_weights" and "teacher_weights", where they come from folders.
     """
     found = {"train_prompts": _in_words(parts.train_prompts)}
     if parts.cold_start:
@@ -178,7 +185,7 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     path = config.environment.path
     if path and path not in EMBEDDED:
         found["environment_file"] = f"{path}: sha256 {_sha256(path)}"
-    return found
+    return found | {f"{name}_weights": other.digest() for name, other in parts.fixed.items()}
 
 
 def _in_words(prompts: Prompts) -> str:
@@ -448,8 +455,19 @@ def make_interruption(config: ConfigDict) -> Interruption:
     return Interruption(config.trainer.grace_period_s)
 
 
-def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps: int) -> Learner:
-    """The learner, which turns scored completions into new parameters."""
+def make_learner(
+    config: ConfigDict,
+    policy: Policy,
+    plan: BatchPlan,
+    num_steps: int,
+    *,
+    fixed: Mapping[str, Policy] | None = None,
+) -> Learner:
+    """The learner, which turns scored completions into new parameters.
+
+    Args:
+      fixed: the policies of reference and teacher, where they come from folders.
+    """
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     return Learner(
         policy=policy,
@@ -462,6 +480,7 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
         seed=config.trainer.seed,
         max_anchor_kl=config.trainer.max_anchor_kl,
         offload_optimizer=config.actor_rollout_ref.actor.optimizer_offload,
+        fixed=fixed or {},
     )
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.tokens import Tokens
 from adpo_jax.model import lora
+from adpo_jax.model.divergence import token_divergences
 from adpo_jax.model.head import token_log_probs, weighted_log_probs
 from adpo_jax.policy.policy import Policy
 from adpo_jax.update.layouts import Layout, MicroBatch
@@ -32,20 +33,38 @@ from adpo_jax.update.layouts import Layout, MicroBatch
 class Scored(NamedTuple):
     """What the model finds of each token, in the shape of a layout; or weights of the same shape.
 
-    entropy is None where nothing depends on it.
+    entropy is None where nothing depends on it, divergence where there is no teacher.
     """
 
     log_probs: jax.Array
     entropy: jax.Array | None
+    divergence: jax.Array | None = None
+
+
+class Teacher(NamedTuple):
+    """A model that the policy's distributions are compared with at every token.
+
+    Attributes:
+      beta: as for `token_divergences`.
+    """
+
+    policy: Policy
+    params: Any
+    beta: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Computes log-probs of micro-batches, and their gradient by the trained parameters."""
+    """Computes log-probs of micro-batches, and their gradient by the trained parameters.
+
+    Attributes:
+      teacher: the model to find divergences from; None for none.
+    """
 
     policy: Policy
     temperature: float
     with_entropy: bool
+    teacher: Teacher | None = None
 
     @property
     def _head(self) -> dict:
@@ -53,12 +72,32 @@ class Scorer:
         return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
 
     def micro(self, params, micro: MicroBatch):
-        """Log-probs and entropies of a micro-batch, [rows, places] each."""
-        hidden_and_targets = micro.hidden_and_targets(self.policy, params)
-        return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
+        """Log-probs, entropies and, with a teacher, divergences, [rows, places] each."""
+        hidden, targets = micro.hidden_and_targets(self.policy, params)
+        found = token_log_probs(self.policy.config, params, hidden, targets, **self._head)
+        return (*found, *self._divergences(params, hidden, micro))
+
+    def _divergences(self, params, hidden, micro: MicroBatch) -> tuple[jax.Array, ...]:
+        """The divergences from the teacher, where there is one."""
+        if self.teacher is None:
+            return ()
+        teacher, teacher_params, beta = self.teacher
+        return (
+            token_divergences(
+                self.policy.config,
+                params,
+                hidden,
+                teacher.config,
+                teacher_params,
+                micro.hidden_and_targets(teacher, teacher_params)[0],
+                beta=beta,
+                temperature=self.temperature,
+                mesh=self.policy.mesh,
+            ),
+        )
 
     def batch(self, params, layout: Layout):
-        """Log-probs and entropies of a batch, in the shape of its layout."""
+        """What `micro` finds, of a batch and in the shape of its layout."""
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
         return jax.tree.map(layout.joined, parts)
 
@@ -72,13 +111,19 @@ class Scorer:
 
         def weighted(trained):
             params = lora.join(trained, frozen)
-            return weighted_log_probs(
+            hidden, targets = micro.hidden_and_targets(self.policy, params)
+            total, scored = weighted_log_probs(
                 self.policy.config,
                 params,
-                *micro.hidden_and_targets(self.policy, params),
-                *(None if w is None else micro.rows(w) for w in weights),
+                hidden,
+                targets,
+                *(None if w is None else micro.rows(w) for w in weights[:2]),
                 **self._head,
             )
+            divergences = self._divergences(params, hidden, micro)
+            for found in divergences:
+                total += jnp.sum(micro.rows(weights.divergence) * found)
+            return total, (*scored, *divergences)
 
         return jax.grad(weighted, has_aux=True)(trained)
 
@@ -134,6 +179,8 @@ class Gradient:
 
     def _loss(self, scored: Scored, others: dict, tokens: Tokens, prepared):
         found = others | {"policy": scored.log_probs}
+        if scored.divergence is not None:
+            found["divergence"] = scored.divergence
         return self.algorithm.loss(found, tokens, prepared, entropy=scored.entropy)
 
     def _weights(self, scored: Scored, others: dict, tokens: Tokens, prepared) -> Scored:
@@ -158,8 +205,9 @@ class Gradient:
         elif layout.has_whole_groups:
             return None
         else:
-            scorer = dataclasses.replace(self.scorer, with_entropy=False)
+            scorer = dataclasses.replace(self.scorer, with_entropy=False, teacher=None)
             log_probs, _ = scorer.batch(params, layout)
-        # The loss is linear in the entropy, so its slope needs no value of it.
-        scored = Scored(log_probs, jnp.zeros_like(log_probs))
+        # The loss is linear in entropy and divergence, so its slope needs no value of them.
+        zeros = jnp.zeros_like(log_probs)
+        scored = Scored(log_probs, zeros, None if self.scorer.teacher is None else zeros)
         return self._weights(scored, layout.log_probs, layout.tokens, prepared)

@@ -2,7 +2,8 @@
 
 With one optimizer step an iteration and the on-policy anchor, the anchor needs no forward of its
 own, since it is the policy of that very step. Otherwise the anchor costs one forward an iteration.
-The reference costs another one where the loss pulls towards it.
+The reference costs another one where the loss pulls towards it, and so does a teacher whose
+log-probs the loss reads.
 
 Letters: P prompts, G completions of a prompt, T completion tokens.
 """
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,8 @@ class Learner:
         for no limit.
       offload_optimizer: whether the optimizer's state waits in the host's memory while completions
         are sampled.
+      fixed: policies that came from folders and never move, by the names "reference" and "teacher";
+        their parameters are the state's `fixed_params`.
     """
 
     policy: Policy
@@ -80,6 +83,7 @@ class Learner:
     seed: int = 0
     max_anchor_kl: float = 0.0
     offload_optimizer: bool = False
+    fixed: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         mesh = self.policy.mesh if self.policy else None
@@ -98,6 +102,7 @@ class Learner:
             num_micro=self.plan.num_micro,
             temperature=self.temperature,
             max_anchor_kl=self.max_anchor_kl,
+            teacher=None if self.algorithm.teacher_beta is None else self.fixed["teacher"],
         )
 
     @functools.cached_property
@@ -107,9 +112,18 @@ class Learner:
 
     @functools.cached_property
     def forward(self) -> Callable:
-        """The jitted forward of other policies that `step.make_log_probs` makes."""
+        """The jitted forward of this architecture that `step.make_log_probs` makes."""
+        return self._make_forward(self.policy)
+
+    @functools.cached_property
+    def fixed_forwards(self) -> dict[str, Callable]:
+        """As `forward`, of the fixed policies whose log-probs the loss reads, by their names."""
+        read = self.fixed.keys() & self.algorithm.needs
+        return {name: self._make_forward(self.fixed[name]) for name in sorted(read)}
+
+    def _make_forward(self, policy: Policy) -> Callable:
         num_micro = self.plan.num_prompts // self.plan.micro_prompts
-        return update.make_log_probs(self.policy, num_micro=num_micro, temperature=self.temperature)
+        return update.make_log_probs(policy, num_micro=num_micro, temperature=self.temperature)
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -182,10 +196,11 @@ class Learner:
     @property
     def keeps_reference(self) -> bool:
         """Whether the state has a copy for the reference; a fixed anchor already is one."""
-        return "reference" in self.algorithm.needs and self.anchor.mode != "fixed"
+        kept = "reference" in self.algorithm.needs and self.anchor.mode != "fixed"
+        return kept and "reference" not in self.fixed
 
     def init_state(self, params) -> TrainState:
-        """The state before the first iteration; it takes `params` over."""
+        """The state before the first iteration, without `fixed_params`; it takes `params` over."""
         trained, _ = lora.split(params)
         reference_params = anchor_lib.copied(trained) if self.keeps_reference else None
         state = update.init_state(
@@ -208,17 +223,19 @@ class Learner:
             self.optimizer,
             keeps_anchor=self.anchor.keeps_params,
             keeps_reference=self.keeps_reference,
+            fixed=self.fixed,
         )
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that each part of the state takes on one device."""
         state = self.abstract_state()
+        fixed = {name: device_bytes(params) for name, params in (state.fixed_params or {}).items()}
         return {
             "parameters": device_bytes(state.params),
             "optimizer": device_bytes(state.opt_state),
             "anchor": device_bytes(state.anchor_params),
             "reference": device_bytes(state.reference_params),
-        }
+        } | fixed
 
     @property
     def parts_on_host(self) -> frozenset[str]:
@@ -231,14 +248,19 @@ class Learner:
         return sum(n for part, n in self.state_bytes().items() if part not in self.parts_on_host)
 
     def learn(
-        self, state: TrainState, sequences: Sequences, rewards_PG: np.ndarray
+        self,
+        state: TrainState,
+        sequences: Sequences,
+        rewards: np.ndarray,
+        reward_weights: Sequence[float] | None = None,
     ) -> tuple[TrainState, dict[str, float]]:
         """Learns from the completions of one iteration.
 
         Args:
           state: the state before the iteration; it is donated.
           sequences: P prompts with their G completions each.
-          rewards_PG: [P, G] float32.
+          rewards: [P, G] float32; or [P, G, K], K of each completion, which the algorithm sums.
+          reward_weights: the weights of the K kinds.
 
         Returns:
           The new state, one iteration on, and the iteration's metrics. "update/skipped" is the
@@ -250,8 +272,9 @@ class Learner:
             log_probs, entropy_P = self._other_log_probs(state, sequences)
         anchored = time.perf_counter()
         sequences = dataclasses.replace(sequences, log_probs=log_probs)
-        scores = self.algorithm.score(
-            jnp.asarray(rewards_PG),
+        scores = self.algorithm.judge(
+            jnp.asarray(rewards),
+            reward_weights,
             entropy_P=entropy_P,
             lengths_PG=jnp.asarray(sequences.num_trained, jnp.float32),
         )
@@ -292,15 +315,21 @@ class Learner:
         state = state.replace(step=state.step + 1, anchor_params=anchor_params)
         return self.put_away(state), metrics
 
-    def log_probs(self, params, sequences: Sequences) -> tuple[Ragged, Ragged]:
+    def log_probs(
+        self, params, sequences: Sequences, forward: Callable | None = None
+    ) -> tuple[Ragged, Ragged]:
         """Log-probs and entropies of the completions' tokens.
+
+        Args:
+          forward: that of another architecture; None for `self.forward`.
 
         Returns:
           (log-probs, entropies), each P lists of G arrays [T] float32.
         """
         order = self._balanced(sequences)
         laid_out = self.laid_out(sequences.select(order))
-        found = distributed.fetch(self.forward(params, self.put(laid_out.batch)))
+        forward = self.forward if forward is None else forward
+        found = distributed.fetch(forward(params, self.put(laid_out.batch)))
         places = np.argsort(order)
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
@@ -317,14 +346,17 @@ class Learner:
         forwards = {"anchor": anchor} if self.needs_anchor_forward else {}
         if self.keeps_reference:
             forwards["reference"] = lambda: state.reference
-        return forwards
+        return forwards | {
+            name: functools.partial(state.fixed_params.get, name) for name in self.fixed_forwards
+        }
 
     @property
     def other_policies(self) -> list[str]:
         """The policies, by name, whose log-probs an update takes beside its own."""
         from_sampler = self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs
         names = ["anchor"] if self.needs_anchor_forward or from_sampler else []
-        return names + ["reference"] * ("reference" in self.algorithm.needs)
+        names += ["reference"] * ("reference" in self.algorithm.needs)
+        return list(dict.fromkeys([*names, *self.fixed_forwards]))
 
     def _other_log_probs(self, state: TrainState, sequences: Sequences):
         """Log-probs under the names of their policies, and the anchor's entropy.
@@ -334,12 +366,14 @@ class Learner:
         """
         log_probs, entropy_P = {}, None
         for name, params in self.forwards(state).items():
-            log_probs[name], entropy = self.log_probs(params(), sequences)
+            log_probs[name], entropy = self.log_probs(
+                params(), sequences, self.fixed_forwards.get(name)
+            )
             if name == "anchor" and self.algorithm.needs_entropy:
                 entropy_P = self._mean_entropy(sequences, entropy)
         if self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs:
             log_probs["anchor"] = sequences.values("sampler")
-        if "reference" in self.algorithm.needs and not self.keeps_reference:
+        if "reference" in self.algorithm.needs - log_probs.keys():
             log_probs["reference"] = log_probs["anchor"]
         return log_probs, entropy_P
 

@@ -7,6 +7,7 @@ Letters: P prompts, G completions of a prompt, T completion tokens, B streams si
 micro-batches, C completion places of a stream.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
-from adpo_jax.update.gradient import Gradient, Scored, Scorer
+from adpo_jax.update.gradient import Gradient, Scored, Scorer, Teacher
 from adpo_jax.update.layouts import Layout, layout_of
 from adpo_jax.update.packing import PackedBatch
 
@@ -59,6 +60,8 @@ class TrainState:
       reference_params: the trained parameters as they were before the first iteration, where the
         loss pulls towards them and the anchor is another policy, else None.
       frozen_checksum: uint32 scalar, a checksum of the frozen parameters under LoRA, else None.
+      fixed_params: the parameters of policies that came from folders and never move, by "reference"
+        and "teacher"; None for none.
     """
 
     step: jax.Array
@@ -67,6 +70,7 @@ class TrainState:
     anchor_params: Any = None
     reference_params: Any = None
     frozen_checksum: jax.Array | None = None
+    fixed_params: Any = None
 
     @property
     def trained(self) -> Any:
@@ -90,11 +94,11 @@ class TrainState:
 
     @property
     def saved(self) -> "TrainState":
-        """The state without its frozen parameters, as a checkpoint holds it.
+        """The state without what never moves, as a checkpoint holds it.
 
-        The frozen parameters are read from their source again.
+        Frozen and fixed parameters are read from their source again.
         """
-        return self.replace(params=self.trained)
+        return self.replace(params=self.trained, fixed_params=None)
 
     def joined(self, params) -> "TrainState":
         """The whole state again, from a state as `saved` gives it.
@@ -152,8 +156,13 @@ def abstract_state(
     *,
     keeps_anchor: bool = False,
     keeps_reference: bool = False,
+    fixed: Mapping[str, Policy] | None = None,
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings without any array; `policy` must have a mesh."""
+    """The state's shapes, dtypes and shardings without any array; `policy` must have a mesh.
+
+    Args:
+      fixed: the policies of `TrainState.fixed_params`, by their names.
+    """
     replicated = NamedSharding(policy.mesh, PartitionSpec())
     params = policy.abstract_params()
     trained, _ = lora.split(params)
@@ -167,7 +176,8 @@ def abstract_state(
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated) if policy.lora else None
     anchor, reference = (trained if keeps else None for keeps in (keeps_anchor, keeps_reference))
-    return TrainState(step, params, opt_state, anchor, reference, checksum)
+    others = {name: other.abstract_params() for name, other in (fixed or {}).items()} or None
+    return TrainState(step, params, opt_state, anchor, reference, checksum, others)
 
 
 def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
@@ -197,6 +207,7 @@ def make_update(
     temperature: float = 1.0,
     max_anchor_kl: float = 0.0,
     with_entropy: bool = True,
+    teacher: Policy | None = None,
 ) -> Callable:
     """Makes the optimizer step, a jitted `(state, batch, scores, log_probs) -> (state, metrics)`.
 
@@ -208,12 +219,14 @@ def make_update(
       with_entropy: whether to measure the policy's entropy; False spares a pass over the logits.
       max_anchor_kl: KL to the anchor, in nats a token, beyond which the step is skipped; 0 for no
         limit.
+      teacher: the policy of `state.fixed_params["teacher"]`, where the algorithm reads the
+        divergence from it (`teacher_beta`).
 
     The step takes
 
       state       donated
       batch       P prompts: a `PackedBatch` of `packing.pack`, or a padded `Batch`
-      scores      the result of `algorithm.score` for those prompts
+      scores      the result of `algorithm.score` or `judge` for those prompts
       log_probs   a dict of log-probs in the shape of the batch: "anchor", and the others that the
                   algorithm `needs`. A `PackedBatch` may hold them itself; None is an empty dict.
 
@@ -238,7 +251,12 @@ def make_update(
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
 
     scorer = Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
-    gradient = Gradient(scorer, algorithm)
+    if (teacher is None) != (getattr(algorithm, "teacher_beta", None) is None):
+        raise ValueError(
+            f"{algorithm.name} reads "
+            f"{'no divergence from a teacher' if teacher else 'the divergence from a teacher'}: "
+            f"make the update {'without' if teacher else 'with'} one"
+        )
 
     def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
         _check_kind("state", state, TrainState, "the result of init_state or of the step before")
@@ -248,6 +266,11 @@ def make_update(
         _check_given(algorithm, layout)
         prepared = algorithm.normalise(scores, layout.tokens)
         trained, frozen = state.trained, state.frozen
+        of_step = scorer
+        if teacher is not None:
+            taught = Teacher(teacher, state.fixed_params["teacher"], algorithm.teacher_beta)
+            of_step = dataclasses.replace(scorer, teacher=taught)
+        gradient = Gradient(of_step, algorithm)
         grads, scored = gradient(trained, frozen, layout, prepared)
         loss, metrics = gradient.loss_of(scored, layout, prepared)
         metrics |= _sampling_metrics(scored, layout, with_entropy)
