@@ -14,7 +14,7 @@ NAMES = {
         "mismatch_kl mismatch_ratio_max"
     ),
     "filter": "attempts dropped_frac fillers carried sampled_reward",
-    "update": "grad_norm lr tokens tokens_per_s padding_frac skipped mfu hfu",
+    "update": "grad_norm lr tokens tokens_per_s padding_frac compiles skipped mfu hfu",
     "time": "rollout reward anchor update eval checkpoint",
     "memory": "host_gib device_in_use_gib device_peak_gib",
     "checkpoint": "failures",

@@ -31,7 +31,7 @@ from adpo_jax.update import TrainState
 from adpo_jax.update import anchor as anchor_lib
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.optimizer import steps_taken
-from adpo_jax.update.packing import PackedBatch, Packing, balanced
+from adpo_jax.update.packing import PackedBatch, Packing, Sizes, balanced
 from adpo_jax.update.plan import BatchPlan
 
 Ragged = list[list[np.ndarray]]
@@ -68,6 +68,7 @@ class Learner:
         for no limit.
       offload_optimizer: whether the optimizer's state waits in the host's memory while completions
         are sampled.
+      sizes: the sizes of streams that the run has used; a checkpoint has them beside the state.
     """
 
     policy: Policy
@@ -80,6 +81,7 @@ class Learner:
     seed: int = 0
     max_anchor_kl: float = 0.0
     offload_optimizer: bool = False
+    sizes: Sizes = dataclasses.field(default_factory=Sizes, compare=False)
 
     def __post_init__(self):
         mesh = self.policy.mesh if self.policy else None
@@ -120,13 +122,20 @@ class Learner:
         return Meter(self.update, plain, devices)
 
     def laid_out(
-        self, sequences: Sequences, *, whole_groups: bool = False, abstract: bool = False
+        self,
+        sequences: Sequences,
+        *,
+        whole_groups: bool = False,
+        abstract: bool = False,
+        program: str = "",
     ) -> LaidOut:
         """The sequences in the layout that the plan names.
 
         Args:
           whole_groups: whether to keep groups whole where a micro-batch has the room.
           abstract: whether a packed batch has shapes in place of arrays; rows are always arrays.
+          program: the program whose `sizes` are used again where they waste little; "" for the
+            smallest size that there is.
         """
         if self.plan.layout == "rows":
             return self._in_rows(sequences)
@@ -139,6 +148,7 @@ class Learner:
             full_length=plan.completion_length,
             num_shards=num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
+            sizes=self.sizes.of(program) if program else None,
         )
         names = ("sampler", *sequences.log_probs)
         batch = packing.abstract(names) if abstract else packing.batch(sequences)
@@ -262,7 +272,9 @@ class Learner:
         whole_groups = bool(log_probs) or not self.algorithm.needs_no_log_probs
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(sequences.select(rows))]
-            mini = self.laid_out(sequences.select(rows), whole_groups=whole_groups)
+            mini = self.laid_out(
+                sequences.select(rows), whole_groups=whole_groups, program="update"
+            )
             part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
             operations += self.meter.count((state, *part), mini.turns)
             with jax.profiler.TraceAnnotation("update"):
@@ -275,6 +287,8 @@ class Learner:
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
         metrics |= self.meter.shares(operations, seconds)
+        if self.plan.layout == "packed":
+            metrics["update/compiles"] = float(self.sizes.count)
         metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = state.anchor_params, False
@@ -297,7 +311,7 @@ class Learner:
           (log-probs, entropies), each P lists of G arrays [T] float32.
         """
         order = self._balanced(sequences)
-        laid_out = self.laid_out(sequences.select(order))
+        laid_out = self.laid_out(sequences.select(order), program="forward")
         found = distributed.fetch(self.forward(params, self.put(laid_out.batch)))
         places = np.argsort(order)
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
