@@ -171,6 +171,7 @@ def _start(
         print(f"going on after {where} {int(state.step)}", flush=True)
         if restored.step >= 0:
             state = state.replace(fixed_params=run.fixed_params)
+            run.parts.learner.sizes.restore(restored.sizes)
             return run.parts.learner.put_away(state), restored.metrics
     elif cold_start:
         state = cold_start.init_state(params)
@@ -191,7 +192,7 @@ def _iterate(
     callbacks: Sequence[Callback],
 ) -> TrainState:
     """The training loop; `metrics` belong to the iteration that made `state`."""
-    config, folder = run.config, run.folder
+    config, folder, learner = run.config, run.folder, run.parts.learner
     start, num_steps = int(state.step), run.parts.num_steps
     guard = setup.make_guard(config)
     silence = SilenceWatch(
@@ -250,18 +251,18 @@ def _iterate(
                     with _timed(saving, "time/checkpoint"), progress.doing("saving"):
                         writer.flush()  # the log reaches as far as the checkpoint
                         run.save_source(step + 1, checkpoints)
-                        checkpoints.save(step + 1, state.saved, metrics)
+                        checkpoints.save(step + 1, state.saved, metrics, learner.sizes.saved)
     except Interrupted as reason:
         writer.flush()
         run.save_source(int(state.step), checkpoints)
-        checkpoints.save_now(int(state.step), state.saved, metrics)
+        checkpoints.save_now(int(state.step), state.saved, metrics, learner.sizes.saved)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
     if config.trainer.save_freq >= 0:
         run.save_source(num_steps, checkpoints)
         with telling("saving the last checkpoint"):
-            checkpoints.save_now(num_steps, state.saved, metrics)
+            checkpoints.save_now(num_steps, state.saved, metrics, learner.sizes.saved)
     return state
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +286,48 @@ def test_sizes_are_few_so_that_few_updates_are_compiled():
         for seed in range(24)
     }
     assert len(shapes) <= 10
+
+
+# All that is known of lengths beforehand is a guess: they stay, or fall as the policy learns.
+@pytest.mark.parametrize(("shards", "means"), [(1, (120, 120)), (8, (220, 150))])
+def test_sizes_used_again_keep_the_programs_of_sixty_iterations_few(shards, means):
+    script = Path(__file__).resolve().parents[1] / "scripts" / "bench_compiles.py"
+    found = runpy.run_path(str(script))["count"](shards, means=means)
+    assert found["programs"] <= {1: 4, 8: 5}[shards]
+    assert found["places"] <= 1.06
+    assert found["smallest"] > 2 * found["programs"]
+
+
+def test_a_run_that_knows_the_sizes_of_before_chooses_as_if_it_had_gone_on():
+    cut = {"completions_per_micro": 8, "full_length": 512}
+    batches = [ragged(P=8, seed=seed) for seed in range(8)]
+
+    def sizes_of(batches, sizes: packing.Sizes) -> list[packing.Size]:
+        return [Packing(batch, sizes=sizes.of("update"), **cut).size for batch in batches]
+
+    whole = packing.Sizes()
+    wanted = sizes_of(batches, whole)
+    before = packing.Sizes()
+    sizes_of(batches[:4], before)
+    resumed = packing.Sizes()
+    resumed.restore(json.loads(json.dumps(before.saved)))
+    assert sizes_of(batches[4:], resumed) == wanted[4:]
+    assert resumed.saved == whole.saved
+    # Without them it would have chosen the smallest sizes.
+    assert sizes_of(batches[4:], packing.Sizes()) != wanted[4:]
+    # Sizes of another tile fit none of its own.
+    assert Packing(batches[0], sizes=resumed.of("update"), tile=48, **cut).size.prompt % 48 == 0
+
+
+def test_a_size_that_was_used_before_changes_no_gradient():
+    batch, rewards = tiny.batch()
+    policy, params = tiny.policy_and_params()
+    smallest = Packing(batch.sequences(), tile=4).size
+    larger = smallest._replace(prompt=smallest.prompt + 4, completion=smallest.completion + 4)
+    packed = Packing(batch.sequences(), tile=4, sizes=[larger])
+    assert packed.size == larger
+    found = step(policy, params, packed.batch(batch.sequences()), rewards, algorithm=ALGORITHM)
+    assert_same(in_rows(False), found)
 
 
 def test_what_cannot_be_laid_out_is_refused():

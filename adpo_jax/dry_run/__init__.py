@@ -6,9 +6,10 @@
 
 The programs of an iteration (prefill, decode, anchor, update, and reference or teacher where they
 come from folders) are traced with every prompt and completion at full length: the lengths decide
-how the update packs them, and shapes stand in for arrays of the model, the cache and packed batches. They are compiled for the devices at hand, or
-through libtpu for a TPU slice that is not there. The memory is what XLA says it will allocate.
-FLOPs and collectives are read from the compiled programs, loops counted (`hlo`).
+how the update packs them, and shapes stand in for arrays of the model, the cache and packed
+batches. They are compiled for the devices at hand, or through libtpu for a TPU slice that is not
+there. The memory is what XLA says it will allocate. FLOPs and collectives are read from the
+compiled programs, loops counted (`hlo`).
 
 Time is left out. The floor of an iteration is arithmetic at the chip's peak or memory traffic at
 its full bandwidth, whichever is longer, and no run reaches it.

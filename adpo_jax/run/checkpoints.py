@@ -58,11 +58,13 @@ class Restored:
       step: iterations done.
       state: the tree of arrays.
       metrics: the metrics that were saved with it.
+      sizes: the sizes of streams that had been used (`packing.Sizes.saved`).
     """
 
     step: int
     state: Any
     metrics: dict[str, float]
+    sizes: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -129,13 +131,20 @@ class Checkpoints:
         due = freq > 0 and step % freq == 0
         return bool(due or self._owed or self._is_best(metrics or {}))
 
-    def save(self, step: int, state, metrics: dict[str, float] | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        state,
+        metrics: dict[str, float] | None = None,
+        sizes: dict[str, list[list[int]]] | None = None,
+    ) -> bool:
         """Begins to save the state after `step` iterations, unless it is saved already.
 
         The state may be donated as soon as this returns.
 
         Args:
           metrics: the metrics of that iteration, which are saved with it.
+          sizes: the sizes of streams that have been used, likewise (`packing.Sizes.saved`).
 
         Raises:
           SaveError: after too many failures in a row.
@@ -144,7 +153,7 @@ class Checkpoints:
         if step in self.steps:
             return False
         try:
-            content = description(state) | {"metrics": metrics or {}}
+            content = description(state) | {"metrics": metrics or {}, "sizes": sizes or {}}
             # On a CPU orbax writes from the very buffers that the next update reuses.
             arrays = _copy(state) if jax.default_backend() == "cpu" else state
             self._pending = step
@@ -159,15 +168,21 @@ class Checkpoints:
             self._failed(error)
         return True
 
-    def save_now(self, step: int, state, metrics: dict[str, float] | None = None) -> None:
-        """Saves the state and waits until it is on the disk; a failed save is tried again.
+    def save_now(
+        self,
+        step: int,
+        state,
+        metrics: dict[str, float] | None = None,
+        sizes: dict[str, list[list[int]]] | None = None,
+    ) -> None:
+        """As `save`, and waits until the state is on the disk; a failed save is tried again.
 
         Raises:
           SaveError: after too many failures in a row.
         """
         pause_s = 0.5
         while True:
-            self.save(step, state, metrics)
+            self.save(step, state, metrics, sizes)
             self.wait()
             if step in self.steps:
                 return
@@ -256,7 +271,8 @@ class Checkpoints:
         changed = [name for name in found if found[name] != content["digests"][name]]
         if changed:
             raise DamagedError(f"bits have changed in {', '.join(changed[:4])}")
-        return Restored(step, state, content["metrics"])
+        # Checkpoints of older versions have no sizes.
+        return Restored(step, state, content["metrics"], content.get("sizes", {}))
 
     def _read_description(self, folder: Path) -> dict:
         args = ocp.args.Composite(description=ocp.args.JsonRestore())

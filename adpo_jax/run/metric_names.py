@@ -16,7 +16,7 @@ NAMES = {
     "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
     "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac lag_*_frac",
-    "update": "grad_norm lr tokens tokens_per_s padding_frac skipped mfu hfu",
+    "update": "grad_norm lr tokens tokens_per_s padding_frac compiles skipped mfu hfu",
     "time": "rollout reward anchor update eval checkpoint",
     "memory": "host_gib device_in_use_gib device_peak_gib",
     "checkpoint": "failures",

@@ -32,7 +32,7 @@ from adpo_jax.update import TrainState
 from adpo_jax.update import anchor as anchor_lib
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.optimizer import steps_taken
-from adpo_jax.update.packing import PackedBatch, Packing, balanced
+from adpo_jax.update.packing import PackedBatch, Packing, Sizes, balanced
 from adpo_jax.update.plan import BatchPlan
 
 Ragged = list[list[np.ndarray]]
@@ -71,6 +71,7 @@ class Learner:
         are sampled.
       fixed: policies that came from folders and never move, by the names "reference" and "teacher";
         their parameters are the state's `fixed_params`.
+      sizes: the sizes of streams that the run has used; a checkpoint has them beside the state.
     """
 
     policy: Policy
@@ -84,6 +85,7 @@ class Learner:
     max_anchor_kl: float = 0.0
     offload_optimizer: bool = False
     fixed: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
+    sizes: Sizes = dataclasses.field(default_factory=Sizes, compare=False)
 
     def __post_init__(self):
         mesh = self.policy.mesh if self.policy else None
@@ -134,13 +136,20 @@ class Learner:
         return Meter(self.update, plain, devices)
 
     def laid_out(
-        self, sequences: Sequences, *, whole_groups: bool = False, abstract: bool = False
+        self,
+        sequences: Sequences,
+        *,
+        whole_groups: bool = False,
+        abstract: bool = False,
+        program: str = "",
     ) -> LaidOut:
         """The sequences in the layout that the plan names.
 
         Args:
           whole_groups: whether to keep groups whole where a micro-batch has the room.
           abstract: whether a packed batch has shapes in place of arrays; rows are always arrays.
+          program: the program whose `sizes` are used again where they waste little; "" for the
+            smallest size that there is.
         """
         if self.plan.layout == "rows":
             return self._in_rows(sequences)
@@ -153,6 +162,7 @@ class Learner:
             full_length=plan.completion_length,
             num_shards=num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
+            sizes=self.sizes.of(program) if program else None,
         )
         names = ("sampler", *sequences.log_probs)
         batch = packing.abstract(names) if abstract else packing.batch(sequences)
@@ -287,7 +297,9 @@ class Learner:
         whole_groups = bool(log_probs) or not self.algorithm.needs_no_log_probs
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(sequences.select(rows))]
-            mini = self.laid_out(sequences.select(rows), whole_groups=whole_groups)
+            mini = self.laid_out(
+                sequences.select(rows), whole_groups=whole_groups, program="update"
+            )
             part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
             operations += self.meter.count((state, *part), mini.turns)
             with jax.profiler.TraceAnnotation("update"):
@@ -300,6 +312,8 @@ class Learner:
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
         metrics |= self.meter.shares(operations, seconds)
+        if self.plan.layout == "packed":
+            metrics["update/compiles"] = float(self.sizes.count)
         metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = state.anchor_params, False
@@ -327,7 +341,7 @@ class Learner:
           (log-probs, entropies), each P lists of G arrays [T] float32.
         """
         order = self._balanced(sequences)
-        laid_out = self.laid_out(sequences.select(order))
+        laid_out = self.laid_out(sequences.select(order), program="forward")
         forward = self.forward if forward is None else forward
         found = distributed.fetch(forward(params, self.put(laid_out.batch)))
         places = np.argsort(order)

@@ -10,11 +10,11 @@ A completion's part of the stream starts with the prompt's last token and ends b
 token, so that every place in it predicts one completion token, and no token runs through the model
 for nothing. A token that is not trained on has its place like any other, so later tokens see it.
 
-`Packing` decides all of this on the host from the lengths. It rounds sizes up to a few values
-(completion places to one of sixteen an octave, prompt places to 1/32 to 1/64 of the stream, listed
-key tiles to one of two an octave), so that an update compiles a few times a run, not once an
-iteration. All micro-batches have the shape of the largest one. How many of them there are is data,
-not a shape.
+`Packing` decides all of this on the host from the lengths. All micro-batches have the shape of the
+largest one. How many of them there are is data, not a shape. A new shape costs a compile of a
+minute, a place without a token costs as much as one with a token. So sizes are rounded up to a few
+values (completion places to one of sixteen an octave, prompt places to 1/32 to 1/64 of the stream,
+listed key tiles to one of two an octave), and `Sizes` are used again where they waste little.
 
 Letters: P prompts, G completions of a prompt, B streams side by side (batch shards of the mesh), M
 micro-batches, N tokens of a stream, the last C of them of completions, n tiles, J listed key tiles.
@@ -22,7 +22,7 @@ micro-batches, N tokens of a stream, the last C of them of completions, n tiles,
 
 import bisect
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -33,6 +33,94 @@ from adpo_jax.records import Batch, Sequences
 
 # Tokens of an attention tile.
 TILE = 64
+
+# A size that is known is used again where it has at most so many times the places of the best cut,
+# and so many times the listed key tiles. The first size of a run is as small as it can be, further
+# ones have a share of room for what is to come.
+REUSED_PLACES, REUSED_TILES = 1.15, 3.0
+GROWN_BEYOND, GROWN_WITHIN, GROWN_PROMPT, GROWN_LISTED = 1.08, 1.04, 1.25, 1.5
+
+
+class Size(NamedTuple):
+    """The sizes of streams that a program is compiled for.
+
+    Attributes:
+      room: micro-batches that the arrays have room for.
+      prompt: places of prompts in a stream; completion: those of completions.
+      listed: key tiles that are listed for a tile of queries.
+    """
+
+    room: int
+    prompt: int
+    completion: int
+    listed: int
+
+    @property
+    def places(self) -> int:
+        return self.prompt + self.completion
+
+    def holds(self, needed: "Size") -> bool:
+        return all(mine >= theirs for mine, theirs in zip(self, needed))
+
+    def fits(self, tile: int) -> bool:
+        """Whether it is in whole tiles; a run may go on on a platform with others."""
+        return self.prompt % tile == self.completion % tile == 0
+
+    def rounded(self, tile: int) -> "Size":
+        """The next larger one of the few sizes that are used."""
+        completion = _rounded(self.completion, tile, 16)
+        # The step grows with the whole stream: short prompts need few sizes, long ones close ones.
+        prompt = _up(self.prompt, _step(self.prompt + completion, tile, 32))
+        return Size(self.room, prompt, completion, _rounded(self.listed, 1, 2))
+
+    def grown(self, known: Sequence["Size"], tile: int) -> "Size":
+        """With room for batches that are somewhat larger, beside the sizes that are known.
+
+        Where a known size would hold it, and is too large, it stays there for the larger batches.
+        """
+        growth = GROWN_WITHIN if any(size.holds(self) for size in known) else GROWN_BEYOND
+
+        def at_least(name: str, growth: float, most: float) -> int:
+            """As large as in a known size, so that sizes differ in the completions alone."""
+            needed, sizes = getattr(self, name), [getattr(size, name) for size in known]
+            held = [size for size in sizes if needed <= size <= most * needed]
+            return max(held, default=int(growth * needed))
+
+        return Size(
+            room=self.room,
+            prompt=_up(at_least("prompt", GROWN_PROMPT, 2.0), tile),
+            completion=_up(int(self.completion * growth), tile),
+            listed=_rounded(at_least("listed", GROWN_LISTED, REUSED_TILES), 1, 2),
+        )
+
+
+class Sizes:
+    """The sizes that a run's programs have been compiled for, in the order of their first use.
+
+    Which size is used changes the rounding of sums, so a run that goes on from a checkpoint must
+    know those that it knew then: `saved` and `restore`.
+    """
+
+    def __init__(self):
+        self._known: dict[str, list[Size]] = {}
+
+    def of(self, program: str) -> list[Size]:
+        """The sizes of a program; a `Packing` adds to them."""
+        return self._known.setdefault(program, [])
+
+    @property
+    def count(self) -> int:
+        """The number of programs that have been compiled, over the run's whole life."""
+        return sum(map(len, self._known.values()))
+
+    @property
+    def saved(self) -> dict[str, list[list[int]]]:
+        """The sizes as JSON has them."""
+        return {program: [list(size) for size in sizes] for program, sizes in self._known.items()}
+
+    def restore(self, saved: Mapping[str, Iterable[Sequence[int]]]) -> None:
+        """Takes over what `saved` gave, in the place of what is known."""
+        self._known = {program: [Size(*size) for size in sizes] for program, sizes in saved.items()}
 
 
 def balanced(tokens_P: np.ndarray, num_shards: int) -> np.ndarray:
@@ -130,6 +218,8 @@ class Packing:
       whole_groups: keep the completions of a prompt in one micro-batch.
       share_prompts: False runs each completion with a prompt of its own.
       tile: tokens of an attention tile.
+      sizes: sizes to prefer where they waste little; the size that is used is added. None for the
+        smallest size that there is.
 
     Raises:
       ValueError: when the prompts do not spread over the streams, or a group does not fit in a
@@ -146,6 +236,7 @@ class Packing:
         whole_groups: bool = False,
         share_prompts: bool = True,
         tile: int = TILE,
+        sizes: list[Size] | None = None,
     ):
         lengths_PG = sequences.lengths
         P, G = lengths_PG.shape
@@ -165,38 +256,56 @@ class Packing:
         self.tile = tile
         prompt_lengths_P = [len(ids) for ids in sequences.prompts]
         shards = np.split(np.arange(P), num_shards)
-        cuts = [_cut(lengths_PG, rows, budget, whole_groups) for rows in shards]
-        self.streams = [
-            [
-                _Stream(pieces, int(rows[0]), prompt_lengths_P, lengths_PG, share_prompts, tile)
-                for pieces in cut
-            ]
-            for rows, cut in zip(shards, cuts)
-        ]
-        flat = [stream for shard in self.streams for stream in shard]
-        self.num_micro = max(map(len, cuts))
-        # The arrays have room for as many micro-batches as completions of full length would make.
-        self.room = max(self.num_micro, -(-per_shard * full_length // budget))
-        self.num_completion = _rounded(max(s.num_completion for s in flat), tile, 16)
-        num_prompt = max(s.num_prompt for s in flat)
-        # The step grows with the whole stream: short prompts need few sizes, long ones close ones.
-        step = _step(num_prompt + self.num_completion, tile, 32)
-        self.num_prompt = _up(num_prompt, step)
 
-    @functools.cached_property
-    def _key_tiles(self) -> list[list[list[list[int]]]]:
-        """The key tiles of each query tile of each stream of each shard."""
-        return [
-            [stream.key_tiles(self.num_prompt, self.num_completion) for stream in shard]
-            for shard in self.streams
-        ]
+        def streams_of(budget: int) -> list[list[_Stream]]:
+            return [
+                [
+                    _Stream(pieces, int(rows[0]), prompt_lengths_P, lengths_PG, share_prompts, tile)
+                    for pieces in _cut(lengths_PG, rows, budget, whole_groups)
+                ]
+                for rows in shards
+            ]
+
+        # The arrays have room for as many micro-batches as completions of full length would make.
+        room = -(-per_shard * full_length // budget)
+        self.streams = streams_of(budget)
+        needed = _needed(self.streams)
+        self.size = needed._replace(room=max(room, needed.room)).rounded(tile)
+        usable = [size for size in sizes or () if size.fits(tile)]
+        if usable:
+            # A group of full length must fit where groups are kept whole.
+            least = int(lengths_PG.sum(1).max()) if whole_groups else int(lengths_PG.max())
+            found = _reused(usable, self.streams, streams_of, least, budget)
+            most = max(self.size.completion, _rounded(budget, tile, 16))
+            if found is not None:
+                self.streams, self.size = found
+            else:
+                grown = needed._replace(room=self.size.room).grown(usable, tile)
+                self.size = grown._replace(completion=min(grown.completion, most))
+        if sizes is not None and self.size not in sizes:
+            sizes.append(self.size)
+        self.num_micro = _needed(self.streams).room
+
+    @property
+    def num_prompt(self) -> int:
+        """Places of prompts in a stream."""
+        return self.size.prompt
+
+    @property
+    def num_completion(self) -> int:
+        """Places of completions in a stream."""
+        return self.size.completion
 
     @property
     def padding_frac(self) -> float:
         """The share of the places run through the model that hold no token."""
         held = sum(stream.num_tokens for shard in self.streams for stream in shard)
-        places = self.num_prompt + self.num_completion
-        return 1.0 - held / (len(self.streams) * self.num_micro * places)
+        return 1.0 - held / self.num_places
+
+    @property
+    def num_places(self) -> int:
+        """The places that are run through the model."""
+        return len(self.streams) * self.num_micro * self.size.places
 
     def batch(self, sequences: Sequences) -> PackedBatch:
         """The sequences in their places, as host arrays; "sampler" is among the log-probs."""
@@ -207,7 +316,8 @@ class Packing:
         for b, shard in enumerate(self.streams):
             for m, stream in enumerate(shard):
                 micro = Micro(*(leaf[b, m] for leaf in batch.micro))
-                for row, tiles in zip(micro.key_tiles, self._key_tiles[b][m]):
+                tiles_of_queries = stream.key_tiles(self.num_prompt // self.tile)
+                for row, tiles in zip(micro.key_tiles, tiles_of_queries):
                     row[: len(tiles)] = np.add(tiles, 1)
                 stream.write(sequences, micro)
                 for p, g, number, part in stream.places():
@@ -219,14 +329,8 @@ class Packing:
 
     def abstract(self, names: Iterable[str] = ("sampler",)) -> PackedBatch:
         """The shapes and dtypes of `batch`, with log-probs of these names."""
-        B, M, C, N = (
-            len(self.streams),
-            self.room,
-            self.num_completion,
-            self.num_prompt + self.num_completion,
-        )
-        rows = (row for shard in self._key_tiles for stream in shard for row in stream)
-        J = _rounded(max(map(len, rows)), 1, 2)
+        B, M, C, J = len(self.streams), self.size.room, self.size.completion, self.size.listed
+        N = self.size.places
 
         def of(*shape: int, dtype=np.int32):
             return jax.ShapeDtypeStruct(shape, dtype)
@@ -252,6 +356,48 @@ class Packing:
                 for p, g, _, part in stream.places():
                     found[p][g] = np.array(values_BMC[b, m, part])
         return found
+
+
+def _needed(streams: list[list["_Stream"]]) -> Size:
+    """What the streams of all shards need; `room` is the number of micro-batches."""
+    flat = [stream for shard in streams for stream in shard]
+    return Size(
+        room=max(map(len, streams)),
+        prompt=max(s.num_prompt for s in flat),
+        completion=max(s.num_completion for s in flat),
+        listed=max(s.num_listed for s in flat),
+    )
+
+
+def _reused(
+    sizes: Iterable[Size], best, streams_of: Callable, least: int, most: int
+) -> tuple[list[list["_Stream"]], Size] | None:
+    """The cut that wastes least in one of the sizes, and that size; None if all waste too much.
+
+    Args:
+      best: the streams of the cut with the fewest places.
+      streams_of: cuts into micro-batches of at most so many completion tokens.
+      least, most: bounds of the tokens that may be asked of it.
+    """
+    needed = _needed(best)
+    limit = REUSED_PLACES * needed.room * needed.places
+    found = []
+    for nth, size in enumerate(sizes):
+        streams, need = best, needed
+        if not size.holds(need):
+            bound = min(size.completion, most)
+            if bound < least or needed.room * size.places > limit:
+                continue
+            streams = streams_of(bound)
+            need = _needed(streams)
+            if need.completion > size.completion >= least + need.completion - bound:
+                # Segments that start at a tile leave gaps.
+                streams = streams_of(bound - (need.completion - size.completion))
+                need = _needed(streams)
+        places = need.room * size.places
+        if size.holds(need) and places <= limit and size.listed <= REUSED_TILES * need.listed:
+            found.append((places, size.listed, nth, streams, size))
+    return min(found, key=lambda one: one[:3])[3:] if found else None
 
 
 def _rounded(size: int, least: int, per_octave: int) -> int:
@@ -352,6 +498,11 @@ class _Segment(NamedTuple):
     behind: int = 0  # of a completion: the number of its prompt's segment in the stream
 
 
+def _tiles(segment: _Segment, tile: int) -> range:
+    end = segment.start + segment.length
+    return range(segment.start // tile, -(-end // tile) if segment.length else 0)
+
+
 class _Stream:
     """The stream of one micro-batch: where its prompts and completions lie."""
 
@@ -394,25 +545,45 @@ class _Stream:
             number = (p - self.first_prompt) * self.group_size + g
             yield p, g, number, slice(start, start + length)
 
-    def _tiles(self, start: int, length: int) -> set[int]:
-        end = start + length
-        return set(range(start // self.tile, -(-end // self.tile))) if length else set()
+    @functools.cached_property
+    def _seen(self) -> tuple[list[tuple[int, int]], list[tuple[set[int], int, int]]]:
+        """What each tile of queries sees.
 
-    def key_tiles(self, num_prompt: int, num_completion: int) -> list[list[int]]:
-        """The key tiles of each query tile, in a stream with so many places of each kind."""
-        lists = [set() for _ in range((num_prompt + num_completion) // self.tile)]
-
-        def sees(own: set[int], also: set[int]):
-            for tile in own:
-                lists[tile] |= also | {other for other in own if other <= tile}
-
-        of_prompts = [self._tiles(segment.start, segment.length) for segment in self.prompts]
+        Returns:
+          For each tile of prompts the first of those that it sees, and the end; for each tile of
+          completions the tiles of prompts that it sees, and likewise its first tile of completions.
+        """
+        of_prompts = [_tiles(segment, self.tile) for segment in self.prompts]
+        prompts = [(tile, tile) for tile in range(-(-self.num_prompt // self.tile))]
+        completions = [(set(), t, t) for t in range(-(-self.num_completion // self.tile))]
+        # A segment sees its tiles up to the tile at hand, so all segments of a tile see a range.
         for tiles in of_prompts:
-            sees(tiles, set())
+            for tile in tiles:
+                prompts[tile] = min(prompts[tile][0], tiles[0]), tile + 1
         for segment in self.completions:
-            own = self._tiles(num_prompt + segment.start, segment.length)
-            sees(own, of_prompts[segment.behind])
-        return [sorted(tiles) for tiles in lists]
+            tiles = _tiles(segment, self.tile)
+            for tile in tiles:
+                also, first, _ = completions[tile]
+                also.update(of_prompts[segment.behind])
+                completions[tile] = also, min(first, tiles[0]), tile + 1
+        return prompts, completions
+
+    @property
+    def num_listed(self) -> int:
+        """The most key tiles that a tile of queries sees."""
+        prompts, completions = self._seen
+        counts = [end - first for first, end in prompts]
+        counts += [len(also) + end - first for also, first, end in completions]
+        return max(counts, default=0)
+
+    def key_tiles(self, prompt_tiles: int) -> list[list[int]]:
+        """The key tiles of each query tile, where completions start at the tile `prompt_tiles`."""
+        prompts, completions = self._seen
+        lists = [list(range(first, end)) for first, end in prompts]
+        lists += [[]] * (prompt_tiles - len(lists))
+        for also, first, end in completions:
+            lists.append([*sorted(also), *range(prompt_tiles + first, prompt_tiles + end)])
+        return lists
 
     def write(self, sequences: Sequences, micro: Micro) -> None:
         """Fills the arrays of one micro-batch."""
