@@ -56,6 +56,11 @@ _DRY_RUN = flags.DEFINE_bool(
 _DRY_RUN_TOPOLOGY = flags.DEFINE_string(
     "dry_run_topology", "", "a dry run for devices that are not there, such as v5e:2x4 or h100:8"
 )
+_DRY_RUN_LENGTHS = flags.DEFINE_string(
+    "dry_run_lengths",
+    "",
+    "lengths of completions for a dry run's forecast: MEAN, MEAN:DEVIATION or a run's folder",
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 _FLAGS = tuple(value for value in list(globals().values()) if isinstance(value, flags.FlagHolder))
 
@@ -144,7 +149,9 @@ def _dry_run(config: ConfigDict) -> int:
         jax.config.update("jax_platforms", "cpu")  # so that a TPU of this machine stays free
     try:
         with telling("compiling the steps"):
-            report = dry_run.dry_run(config, _DRY_RUN_TOPOLOGY.value)
+            report = dry_run.dry_run(
+                config, _DRY_RUN_TOPOLOGY.value, lengths=_DRY_RUN_LENGTHS.value
+            )
     except ValueError as error:
         return _failed(error)
     say("\n".join(report.lines()), sys.stdout)

@@ -1,16 +1,19 @@
 """Dry runs: what is read from compiled programs, and an iteration compiled for a TPU slice."""
 
 import dataclasses
+import json
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_config import parse
 
 from adpo_jax import dry_run
 from adpo_jax.devices import chips, sharding, topologies
+from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.hlo import Program
 
 TINY = (
@@ -108,9 +111,15 @@ def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
         assert part in text
 
 
-def test_what_does_not_fit_says_which_setting_frees_how_much():
+@pytest.fixture(scope="module")
+def with_anchor():
+    """A config with a fixed anchor, and its report."""
     config = parse(*TINY, "--config.anchor.mode=fixed")
-    report = dry_run.dry_run(config)
+    return config, dry_run.dry_run(config, lengths="9:4")
+
+
+def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
+    config, report = with_anchor
     small = dataclasses.replace(report, memory=report.peak // 2)
     mesh = sharding.make_mesh(2, 4, 1)
     engine = types.SimpleNamespace(
@@ -130,8 +139,8 @@ def test_what_does_not_fit_says_which_setting_frees_how_much():
     assert "Does not fit: 2" in "\n".join(small.lines())
 
 
-def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are():
-    report = dry_run.dry_run(parse(*TINY, "--config.anchor.mode=fixed"))
+def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are(with_anchor):
+    _, report = with_anchor
     moved = dataclasses.replace(
         report, on_host=frozenset({"optimizer", "anchor"}), keeps_cache=True
     )
@@ -145,6 +154,69 @@ def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are():
         "update": anchor - cache,
     }
     assert "optimizer (on the host but for the update)" in "\n".join(moved.lines())
+
+
+def test_bound_and_forecast_are_those_of_hand_arithmetic(with_anchor):
+    """8 prompts x 2 completions of up to 28 tokens, prompts of up to 12; 8 devices."""
+    config, report = with_anchor
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (12, 28)
+    model = types.SimpleNamespace(num_heads=4, head_dim=8, num_layers=2)
+    layout = types.SimpleNamespace(token_bytes=lambda: 128)
+    mesh = types.SimpleNamespace(size=8)
+    weights = {"w": jax.ShapeDtypeStruct((10,), jnp.float32)}
+    engine = types.SimpleNamespace(
+        policy=types.SimpleNamespace(config=model, mesh=mesh),
+        verbs=types.SimpleNamespace(layout=layout, abstract_params=lambda: weights),
+        num_slots=16,
+        prefill_rows=8,
+    )
+    least = dry_run._least(config, engine, mesh)
+    # A step reads the weights once, of each of 16 rings 14 tokens of 1 to 28, and 8 prompts of 11.
+    assert least["decode"].moved == 40 + 128 * (16 * 14 + 8 * 11) // 8
+    assert least["decode"].kernel_flops == 4 * 4 * 8 * 2 * 16 * (14 + 12) // 8
+    pairs = 8 * (12 * 13 // 2 + 2 * (28 * 29 // 2 + 28 * 12))
+    assert least["anchor"].kernel_flops == 256 * pairs // 8
+    assert least["update"].kernel_flops == int(3.5 * 256 * pairs * 8 / 8) // 8
+
+    chip = chips.Chip("a chip", 2**30, flops=1e9, bandwidth=1e8)
+    step = dataclasses.replace(
+        report.steps[1], calls=28, flops=10**6, moved=10**6, kernel_s=0.02, linked_s=0.01
+    )
+    assert step.floor_s(chip) == pytest.approx(28 * 0.01)  # reading takes longer than computing
+    half = dataclasses.replace(step, expected_calls=14, expected_share=0.5)
+    assert step.forecast_s == pytest.approx(28 * 0.03)
+    assert half.forecast_s == pytest.approx(14 * 0.5 * 0.03)
+    assert dataclasses.replace(report, chip=chip, steps=[half]).fits
+    text = "\n".join(dataclasses.replace(report, chip=chip, steps=[half]).lines())
+    assert "An iteration takes 280 ms or more" in text
+    assert "Forecast: 210 ms, of which 70 ms is for collectives" in text
+    assert "lengths of 9 +- 4 tokens" in text
+
+
+def test_slots_wait_for_the_longest_sample_and_lengths_come_from_the_user_or_a_run(tmp_path):
+    assert forecast.decode_steps(np.array([5, 3, 3, 1]), 2) == 6
+    assert forecast.decode_steps(np.array([5, 3, 3, 1]), 4) == 5
+    assert set(forecast.read_lengths("", 28, 16).draw(9)) == {28}
+    drawn = forecast.read_lengths("300:200", 1024, 512).draw(512)
+    assert drawn.mean() == pytest.approx(300, rel=0.02)
+    assert drawn.std() == pytest.approx(200, rel=0.1)
+    capped = forecast.read_lengths("900:900", 1024, 512).draw(512)
+    assert capped.max() == 1024
+
+    rows = [{"step": i, "rollout/length_mean": 300.0, "rollout/length_max": 900} for i in (0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    lengths = forecast.read_lengths(str(tmp_path), 1024, 512)
+    assert lengths.mean == 300
+    assert lengths.draw(512).max() == pytest.approx(900, rel=0.1)
+    (tmp_path / "other.jsonl").write_text('{"rollout/length_mean": "\x1b[31m"}')
+    for text, message in (
+        ("0", "is 1 to data.max_response_length, 1024; given 0"),
+        ("2000", "given 2000"),
+        (str(tmp_path / "none.jsonl"), "or the metrics.jsonl of a run; given .*FileNotFound"),
+        (str(tmp_path / "other.jsonl"), "has no iterations with rollout/length_mean and"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forecast.read_lengths(text, 1024, 512)
 
 
 def test_a_smaller_micro_batch_is_one_that_works():

@@ -25,6 +25,19 @@ def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
     return _flops(used, unknown_turns)
 
 
+def has_kernels(traced: jax.stages.Traced) -> bool:
+    """Whether a program calls hand-written kernels, whose operations XLA does not see."""
+    return _any_kernel(traced.jaxpr.jaxpr)
+
+
+def _any_kernel(jaxpr) -> bool:
+    return any(
+        eqn.primitive.name == "pallas_call"
+        or any(_any_kernel(sub) for value in eqn.params.values() for sub in _jaxprs(value))
+        for eqn in jaxpr.eqns
+    )
+
+
 def _flops(jaxpr, turns: int) -> int:
     return sum(_equation_flops(eqn, turns) for eqn in jaxpr.eqns)
 

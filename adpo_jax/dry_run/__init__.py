@@ -11,8 +11,8 @@ batches. They are compiled for the devices at hand, or through libtpu for a TPU 
 there. The memory is what XLA says it will allocate. FLOPs and collectives are read from the
 compiled programs, loops counted (`hlo`).
 
-Time is left out. The floor of an iteration is arithmetic at the chip's peak or memory traffic at
-its full bandwidth, whichever is longer, and no run reaches it.
+The floor of an iteration is arithmetic at the chip's peak or memory traffic at its full bandwidth,
+whichever is longer, and no run beats it. Beside it stands a forecast (`forecast`).
 
 Letters: P prompts, G completions of a prompt, T tokens.
 """
@@ -28,8 +28,10 @@ from ml_collections import ConfigDict
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import Chip, chip_of
-from adpo_jax.devices.flops import traced_flops
+from adpo_jax.devices.flops import has_kernels, traced_flops
 from adpo_jax.devices.topologies import one_host, topology_devices
+from adpo_jax.dry_run import forecast
+from adpo_jax.dry_run.forecast import Least, Lengths
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.dry_run.report import PROGRAM_OF, Report, Step
 from adpo_jax.engine.cache_plan import readable
@@ -42,27 +44,35 @@ from adpo_jax.run.config_checks import finalized
 from adpo_jax.update.learner import Learner
 
 
-def dry_run(config: ConfigDict, topology: str = "", *, devices: list | None = None) -> Report:
+def dry_run(
+    config: ConfigDict, topology: str = "", *, devices: list | None = None, lengths: str = ""
+) -> Report:
     """Compiles an iteration of a run.
 
     Args:
       topology: a TPU slice as libtpu names it, such as "v5e:2x4", or GPUs, such as "h100:8"; "" for
         the devices at hand.
       devices: those at hand to compile for; None for all.
+      lengths: of completions, for the forecast, as `forecast.read_lengths` takes them.
 
     Raises:
       ValueError: for a config that cannot work on these devices, or a topology that cannot be
         compiled for here.
     """
     config = finalized(config)
+    samples = config.data.train_batch_size * config.algorithm.num_generations
+    expected = forecast.read_lengths(lengths, config.data.max_response_length, samples)
     if not topology:
         devices = devices or jax.devices()
-        return _report(config, devices, None, f"{len(devices)} x {devices[0].device_kind}")
+        where = f"{len(devices)} x {devices[0].device_kind}"
+        return _report(config, devices, None, where, expected)
     devices = topology_devices(topology)
-    return _report(config, devices, one_host(topology, devices), topology)
+    return _report(config, devices, one_host(topology, devices), topology, expected)
 
 
-def _report(config: ConfigDict, devices: list, host: list | None, where: str) -> Report:
+def _report(
+    config: ConfigDict, devices: list, host: list | None, where: str, lengths: Lengths
+) -> Report:
     mesh = setup.make_mesh(config, devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     source = loading.find_architecture(config)
@@ -79,18 +89,29 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
     engine = setup.make_engine(config, policy, host_mesh, resident_bytes=learner.resident_bytes())
     sampling = setup.make_sampling(config, source)
 
-    calls = _calls(config, engine, learner, num_processes=_num_processes(mesh))
+    hosts, chip = _num_processes(mesh), chip_of(devices[0])
+    calls = _calls(config, engine, learner, num_processes=hosts)
+    least = _least(config, engine, mesh)
+    drawn = lengths.draw(_own_prompts(config, hosts) * config.algorithm.num_generations)
+    expected = forecast.decode_steps(drawn, engine.num_slots)
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    G = config.algorithm.num_generations
+    share = (prompt + G * drawn.mean()) / (prompt + G * response)
     steps, failed = [], {}
     for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
         devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
         try:
-            steps.append(_compiled(name, traced, turns, calls[name], devices_of))
+            step = _compiled(name, traced, turns, calls[name], devices_of, least[name], chip)
+            if name == "decode":
+                step = dataclasses.replace(step, expected_calls=expected)
+            elif name != "prefill":
+                step = dataclasses.replace(step, expected_share=share)
+            steps.append(step)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             failed[name] = _hbm_text(str(error))
     copy = engine.verbs.copied_bytes(policy)
-    chip = chip_of(devices[0])
     report = Report(
         title=_title(config, policy, mesh, engine, where),
         device_kind=devices[0].device_kind,
@@ -103,6 +124,8 @@ def _report(config: ConfigDict, devices: list, host: list | None, where: str) ->
         steps=steps,
         failed=failed,
         cures=[],
+        lengths=lengths.source,
+        waiting=1 - int(drawn.sum()) / (engine.num_slots * expected),
     )
     if report.fits:
         return report
@@ -170,9 +193,42 @@ def traced_learning(
     return traced
 
 
+def _own_prompts(config, num_processes: int) -> int:
+    """Prompts of an iteration that one process samples from."""
+    return -(-config.data.train_batch_size // num_processes)
+
+
+def _least(config, engine: Engine, mesh) -> dict[str, Least]:
+    """What a call of each program cannot do without; completions have full length.
+
+    Of the forward passes of an update the attention of one is counted, and 2.5 times as much of its
+    backward pass (five products for two).
+    """
+    model, layout, data = engine.policy.config, engine.verbs.layout, config.data
+    P, G = data.train_batch_size, config.algorithm.num_generations
+    prompt, response = data.max_prompt_length, data.max_response_length
+    # Two products of a query and a key, of 2 D operations each, in every head of every layer.
+    per_pair = 4 * model.num_heads * model.head_dim * model.num_layers
+    pairs = P * forecast.causal_pairs(prompt, response, G)
+    local, slots = engine.policy.mesh.size, engine.num_slots
+    rows = -(-slots // G)
+    own = (response + 1) // 2  # tokens behind a sample, on average over its steps
+    seen = slots * own + rows * (prompt - 1)
+    splits = layout.token_bytes() * seen // local
+    weights = sharding.device_bytes(engine.verbs.abstract_params())
+    prefill_pairs = engine.prefill_rows * prompt * (prompt - 1) // 2
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    return {
+        "prefill": Least(per_pair * prefill_pairs // local),
+        "decode": Least(per_pair * slots * (own + prompt) // local, weights + splits),
+        "anchor": Least(per_pair * pairs // mesh.size),
+        "update": Least(int(3.5 * per_pair * pairs * mini / P) // mesh.size),
+    }
+
+
 def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> dict[str, int]:
     """How often each program runs in an iteration whose completions all have full length."""
-    own = -(-config.data.train_batch_size // num_processes)
+    own = _own_prompts(config, num_processes)
     rows = engine.prefill_rows
     waves = -(-own * config.algorithm.num_generations // engine.num_slots)
     return {
@@ -186,7 +242,13 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
 
 
 def _compiled(
-    name: str, traced: jax.stages.Traced, turns: int, calls: int, num_devices: int
+    name: str,
+    traced: jax.stages.Traced,
+    turns: int,
+    calls: int,
+    num_devices: int,
+    least: Least,
+    chip: Chip | None,
 ) -> Step:
     started = time.perf_counter()
     compiled = traced.lower().compile()
@@ -194,16 +256,31 @@ def _compiled(
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text(), turns)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    moved = memory.argument_size_in_bytes + results
+    flops = program.flops + (least.kernel_flops if has_kernels(traced) else 0)
+    kernel_s, linked_s = None, 0.0
+    if chip is not None:
+        launch = forecast.LAUNCH_S.get("gpu" if chip.gpu else "tpu", 0.0)
+        # Kernels read what is seen, each its part of it.
+        kernels = program.kernel_calls
+        share = (moved if least.moved is None else least.moved) // max(sum(kernels.values()), 1)
+        of_kernels = dict.fromkeys(kernels, share if name == "decode" else 0)
+        kernel_s = program.seconds(chip.flops, chip.bandwidth, launch=launch, of_kernels=of_kernels)
+        if has_kernels(traced):
+            kernel_s += least.kernel_flops / chip.flops
+        linked_s = sum(c.bytes for c in program.collectives) / (chip.link or chip.bandwidth)
     return Step(
         name=name,
         calls=calls,
         temporary=memory.temp_size_in_bytes + results,
-        moved=memory.argument_size_in_bytes + results,
-        flops=program.flops,
+        moved=moved if least.moved is None else least.moved,
+        flops=flops,
         balance=program.flops * num_devices / max(traced_flops(traced, turns), 1),
         collectives=program.collectives,
         launches=program.launches,
         compile_s=seconds,
+        kernel_s=kernel_s,
+        linked_s=linked_s,
     )
 
 

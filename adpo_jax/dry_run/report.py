@@ -19,13 +19,19 @@ class Step:
       calls: its calls in an iteration at full lengths; a call of "decode" is one step, which gives
         every slot a token.
       temporary: bytes that it allocates while it runs, its results included.
-      moved: bytes of its arguments and results, each touched once.
-      flops: FLOPs of its matrix products (those inside of Pallas kernels are not seen).
+      moved: bytes that it has to read and write: its arguments and results, of the cache what is
+        seen.
+      flops: FLOPs of its matrix products, those inside of kernels included.
       balance: flops x devices / flops that the program asks for: 1 if no device repeats another's
         work.
       launches: kernels that the device is given, one after the other; what a TPU's compiler makes
         of a program is one.
       compile_s: seconds that compiling took here.
+      kernel_s: seconds of a call that the forecast says, kernel after kernel; None where the chip
+        is not known.
+      linked_s: seconds of a call in which collectives move bytes over the links.
+      expected_calls: calls of an iteration with the lengths of the forecast.
+      expected_share: the share of a call's work that there is with these lengths.
     """
 
     name: str
@@ -37,10 +43,22 @@ class Step:
     collectives: list[Collective]
     launches: int
     compile_s: float
+    kernel_s: float | None = None
+    linked_s: float = 0.0
+    expected_calls: int | None = None
+    expected_share: float = 1.0
 
     def floor_s(self, chip: Chip) -> float:
         """The fewest seconds that its calls of an iteration can take together."""
         return self.calls * max(self.flops / chip.flops, self.moved / chip.bandwidth)
+
+    @property
+    def forecast_s(self) -> float | None:
+        """The seconds of its calls of an iteration together, with the lengths of the forecast."""
+        if self.kernel_s is None:
+            return None
+        calls = self.calls if self.expected_calls is None else self.expected_calls
+        return calls * self.expected_share * (self.kernel_s + self.linked_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +71,8 @@ class Report:
       on_host: parts of the state that are on the device only while their program runs.
       keeps_cache: whether the cache stays on the device during the update.
       failed: programs that do not fit, with the compiler's words.
+      lengths: which lengths of completions the forecast is for.
+      waiting: the share of the slots' steps in which they wait for the longest sample.
     """
 
     title: str
@@ -66,6 +86,8 @@ class Report:
     steps: list[Step]
     failed: dict[str, str]
     cures: list[str]
+    lengths: str = ""
+    waiting: float = 0.0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -99,7 +121,8 @@ class Report:
         yield from (f"- {cure}" for cure in self.cures)
         yield ""
         yield from _table(
-            ["program", "calls", "TFLOP a call", "FLOPs balance", "bytes a call", "floor", "built"],
+            ["program", "calls", "TFLOP a call", "FLOPs balance", "bytes a call", "floor"]
+            + ["launches a call", "forecast", "built"],
             [self._step_row(s) for s in self.steps],
         )
         yield ""
@@ -111,6 +134,7 @@ class Report:
                 f"{self.chip.name} (chips.py); waiting for other devices is not counted."
             )
             yield ""
+            yield from self._forecast_lines()
         rows = [
             [s.name, c.kind, c.shape, f"{c.calls}", readable(c.bytes), c.source or "-"]
             for s in self.steps
@@ -122,6 +146,23 @@ class Report:
             yield from _table(["program", "kind", "result", "times", "bytes", "for"], rows)
         else:
             yield "No collectives."
+
+    def _forecast_lines(self) -> Iterator[str]:
+        seconds = [s.forecast_s for s in self.steps]
+        if None in seconds or not seconds:
+            return
+        linked = sum(
+            (s.calls if s.expected_calls is None else s.expected_calls)
+            * s.expected_share
+            * s.linked_s
+            for s in self.steps
+        )
+        yield (
+            f"Forecast: {_seconds(sum(seconds))}, of which {_seconds(linked)} is for collectives "
+            f"that nothing else runs beside; {self.lengths}; {self.waiting:.0%} of the slots' "
+            "steps wait for the longest sample. Hosts and grading are not counted."
+        )
+        yield ""
 
     def _memory_rows(self) -> list[list[str]]:
         rows = [
@@ -154,6 +195,8 @@ class Report:
             f"{s.balance:.3f}",
             readable(s.moved),
             floor,
+            f"{s.launches}",
+            "-" if s.forecast_s is None else _seconds(s.forecast_s),
             f"{s.compile_s:.1f} s",
         ]
 
