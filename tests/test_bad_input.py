@@ -328,7 +328,7 @@ COMMAND_LINES = {
         [ARITHMETIC, "--host_timeout_s=1"],
         "error: --host_timeout_s is integer >= 5; given '1'",
     ),
-    "a config that is not there": (["--config=gsm9k"], "arithmetic, gsm8k, gsm8k_grpo"),
+    "a config that is not there": (["--config=gsm9k"], "arithmetic, calculator, gsm8k"),
     "a config by a path of elsewhere": (["--config=x/gsm8k.py"], "did you mean --config=gsm8k?"),
     "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),
     "nothing to resume": ([ARITHMETIC, "--resume=must"], "has no checkpoint"),

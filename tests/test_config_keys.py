@@ -26,6 +26,7 @@ from adpo_jax.model.lora import Lora
 from adpo_jax.policy import Policy, adapters
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
+from adpo_jax.run import environments as run_environments
 from adpo_jax.run import loading, preparation, setup
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.update import sft
@@ -230,11 +231,47 @@ def data_cache(config):
 
 def first_batch(config):
     """The numbers of the prompts of the first iteration, of 300."""
-    none = dict.fromkeys(("engine", "tokenizer", "reward_model"))
+    none = dict.fromkeys(("engine", "tokenizer", "reward_model", "environments"))
     none["sampling"] = types.SimpleNamespace(stop_token_ids=())
     prompts = Prompts([[n] for n in range(300)], {})
     parts = types.SimpleNamespace(train_prompts=prompts, num_steps=1, **none)
     return preparation._sampled(config, parts, None).prompts_of(0).token_ids
+
+
+def pacing(config):
+    """How far ahead of the update groups are sampled."""
+    none = dict.fromkeys(("engine", "tokenizer", "reward_model", "environments", "train_prompts"))
+    none["sampling"] = types.SimpleNamespace(stop_token_ids=())
+    parts = types.SimpleNamespace(num_steps=3, **none)
+    source = preparation._sampled(config, parts, types.SimpleNamespace(in_flight=None))
+    return getattr(source, "_pacing", None)
+
+
+def mesh(config):
+    """What the mesh is made of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.sharding, "make_mesh", lambda **sizes: sizes)
+        return setup.make_mesh(config)
+
+
+def environment(config):
+    """What environments are made of; no process is started."""
+    seen = []
+
+    def pool(*args):
+        seen.append(args)
+        described = {"": types.SimpleNamespace(tools=[])}
+        return types.SimpleNamespace(describe=lambda: (described, None))
+
+    def template(*args):
+        seen.append(args[-1])
+        return types.SimpleNamespace(patch=None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_environments, "EnvironmentPool", pool)
+        patch.setattr(run_environments, "TurnTemplate", template)
+        made = run_environments.make_environments(config, None, ())
+        return seen, made and made.max_turns
 
 
 def evaluated_before(config):
@@ -307,6 +344,7 @@ ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "roll
 adamw = optimized(lambda config: setup.make_optimizer(config, 100)[0])
 cold_adamw = optimized(setup.make_cold_start_optimizer)
 TIGHT = (FROM_FILE, NO_VAL, "--config.data.apply_chat_template=false")
+TOOLS = ("--config.environment.path=tools.py", "--config.environment.tools=('a',)")
 SMALL = f"--config.{MODEL}.hf_config={{'hidden_size': 16, 'num_hidden_layers': 1, 'head_dim': 8}}"
 SHORT = (
     SMALL,
@@ -404,6 +442,8 @@ WALK = {
     ),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
     f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    f"{ROLLOUT}.max_staleness": ("2", pacing),
+    f"{ROLLOUT}.ahead": ("3", pacing, f"--config.{ROLLOUT}.max_staleness=1"),
     "actor_rollout_ref.ref.path": (
         "one",
         fixed,
@@ -442,6 +482,15 @@ WALK = {
         "--config.mesh.fsdp=2",
     ),
     "mesh.tensor": ("2", policy),
+    "mesh.expert": ("2", mesh),
+    "mesh.dcn_data": ("1", mesh),
+    "environment.path": ("embedded:calculator", environment, "--config.environment.tools=('a',)"),
+    "environment.name": ("Calculator", environment, *TOOLS),
+    "environment.tools": ("('b',)", environment, *TOOLS),
+    "environment.max_turns": ("3", environment, *TOOLS),
+    "environment.max_tool_tokens": ("9", environment, *TOOLS),
+    "environment.timeout_s": ("3.0", environment, *TOOLS),
+    "environment.num_workers": ("2", environment, *TOOLS),
     "trainer.project_name": ("other", preparation.default_workdir),
     "trainer.experiment_name": ("other", preparation.default_workdir),
     "trainer.total_epochs": ("3", run_length),

@@ -76,6 +76,7 @@ def test_the_names_of_metrics_in_the_code_are_the_documented_ones():
     evaluated = metric_names.of_rows(
         [m.name for m in Adpo().metrics],
         filtered=False,
+        ahead=False,
         evaluated=True,
         num_samples=4,
         ks=(1, 2),
