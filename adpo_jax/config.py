@@ -368,10 +368,20 @@ def _actor() -> dict[str, Key]:
             choices=("packed", "rows"),
         ),
         "attention": Key("auto", "of the training forward", allowed="auto, xla, pallas_tpu, cudnn"),
+        "router_aux_loss_coef": Key(
+            0.0,
+            "weight of the auxiliary loss that spreads tokens over the experts of a mixture; 0 for "
+            "none",
+            least=0,
+        ),
     }
 
 
 def _rollout() -> dict[str, Key]:
+    packed = Need(
+        "actor_rollout_ref.actor.layout=packed",
+        lambda c: c.actor_rollout_ref.actor.layout == "packed",
+    )
     return {
         "temperature": Key(1.0, "divides the logits", allowed="above 0"),
         "top_p": Key(1.0, "keep the fewest tokens with this mass; 1 for all"),
@@ -400,6 +410,12 @@ def _rollout() -> dict[str, Key]:
             "does",
         ),
         "gpu_memory_utilization": Key(0.85, "share of the device's memory in use while sampling"),
+        "router_replay": Key(
+            False,
+            "the update takes completions through the experts of a mixture that they went through "
+            "when they were sampled; k bytes a token and layer, for k experts of a token",
+            needs=(packed,),
+        ),
     }
 
 

@@ -84,7 +84,8 @@ class NewTokens(NamedTuple):
 
     tokens are [T] int32, log_probs [T] float32. alternatives, where the request asks for them, are
     the ids and log-probs [T, A] of the likeliest tokens. finish_reason is "stop" or "length" at the
-    end, else None. full_log_probs, where asked for, are [T] float32, tempered and not truncated.
+    end, else None. full_log_probs, where asked for, are [T] float32, tempered and not truncated;
+    experts likewise are [T, L, k], as of `ResultTokens`.
     """
 
     sample: Sample
@@ -93,6 +94,7 @@ class NewTokens(NamedTuple):
     alternatives: tuple[np.ndarray, np.ndarray] | None
     finish_reason: str | None
     full_log_probs: np.ndarray | None = None
+    experts: np.ndarray | None = None
 
 
 class Sizes(NamedTuple):
@@ -404,5 +406,6 @@ class DecodeLoop:
             alternatives = tuple(of_slot)
         if results.full_log_probs is not None:
             full = results.full_log_probs[:count, slot]
+        experts = None if results.experts is None else results.experts[:count, slot]
         tokens, log_probs = results.tokens[:count, slot], results.log_probs[:count, slot]
-        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason, full)
+        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason, full, experts)

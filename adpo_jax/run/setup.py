@@ -299,7 +299,9 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
             stop_token_ids=source.stop_token_ids,
         )
     # The trainer's log-probs are not truncated, so those that they are compared with may not be.
-    return dataclasses.replace(sampling, full_log_probs=sampling.method.truncates)
+    return dataclasses.replace(
+        sampling, full_log_probs=sampling.method.truncates, routed_experts=c.router_replay
+    )
 
 
 def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> EvalSettings:
@@ -363,6 +365,11 @@ def make_engine(
     c = config.actor_rollout_ref.rollout
     names = ("num_slots", "cache_dtype", "attention", "gpu_memory_utilization")
     lengths = ("max_prompt_length", "max_response_length")
+    if c.router_replay and not policy.config.mixture:
+        raise ValueError(
+            "actor_rollout_ref.rollout.router_replay repeats the choice of experts, and the model "
+            "has none; leave it false"
+        )
     with whole_keys(section("actor_rollout_ref.rollout", names), section("data", lengths)):
         return Engine(
             policy,
@@ -408,6 +415,12 @@ def make_interruption(config: ConfigDict) -> Interruption:
 
 def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps: int) -> Learner:
     """The learner, which turns scored completions into new parameters."""
+    actor = config.actor_rollout_ref.actor
+    if actor.router_aux_loss_coef and not policy.config.mixture:
+        raise ValueError(
+            "actor_rollout_ref.actor.router_aux_loss_coef spreads tokens over the experts of a "
+            "mixture, and the model has none; leave it 0"
+        )
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     return Learner(
         policy=policy,
@@ -420,6 +433,7 @@ def make_learner(config: ConfigDict, policy: Policy, plan: BatchPlan, num_steps:
         seed=config.trainer.seed,
         max_anchor_kl=config.trainer.max_anchor_kl,
         offload_optimizer=config.actor_rollout_ref.actor.optimizer_offload,
+        router_aux_loss_coef=actor.router_aux_loss_coef,
     )
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.tokens import Tokens
-from adpo_jax.model import lora
+from adpo_jax.model import lora, mixture
 from adpo_jax.model.head import token_log_probs, weighted_log_probs
 from adpo_jax.policy.policy import Policy
 from adpo_jax.update.layouts import Layout, MicroBatch
@@ -39,13 +39,46 @@ class Scored(NamedTuple):
     entropy: jax.Array | None
 
 
+class Load(NamedTuple):
+    """How the tokens of a micro-batch spread over experts; None of a model without experts.
+
+    tokens and probabilities are [layers, experts] float32, and changed is [layers] float32, as in
+    the extras of a mixture; changed is None where the router chooses everywhere.
+    """
+
+    tokens: jax.Array
+    probabilities: jax.Array
+    changed: jax.Array | None = None
+
+    @classmethod
+    def of(cls, extras) -> "Load | None":
+        names = (mixture.LOAD, mixture.PROBABILITY, mixture.CHANGED)
+        return cls(*map(extras.get, names)) if extras else None
+
+    def balance_loss(self, num_tokens: jax.Array) -> jax.Array:
+        """The auxiliary loss of `mixture.balance_loss`, of a batch of so many tokens.
+
+        That of a batch is the mean of those of its micro-batches, weighted by their tokens.
+        """
+        own = jnp.sum(self.probabilities[0])
+        share = own / jnp.maximum(num_tokens, 1.0)
+        return jax.lax.stop_gradient(share) * mixture.balance_loss(
+            self.tokens, self.probabilities, jax.lax.stop_gradient(own)
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Computes log-probs of micro-batches, and their gradient by the trained parameters."""
+    """Computes log-probs of micro-batches, and their gradient by the trained parameters.
+
+    Attributes:
+      balance_weight: what the auxiliary loss of routers is multiplied by; 0 for none.
+    """
 
     policy: Policy
     temperature: float
     with_entropy: bool
+    balance_weight: float = 0.0
 
     @property
     def _head(self) -> dict:
@@ -54,44 +87,67 @@ class Scorer:
 
     def micro(self, params, micro: MicroBatch):
         """Log-probs and entropies of a micro-batch, [rows, places] each."""
-        hidden_and_targets = micro.hidden_and_targets(self.policy, params)
-        return token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
+        return self._micro(params, micro)[0]
+
+    def _micro(self, params, micro: MicroBatch):
+        """(`micro`, the load of the experts)."""
+        *hidden_and_targets, extras = micro.hidden_and_targets(self.policy, params)
+        scored = token_log_probs(self.policy.config, params, *hidden_and_targets, **self._head)
+        return scored, Load.of(extras)
 
     def batch(self, params, layout: Layout):
         """Log-probs and entropies of a batch, in the shape of its layout."""
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
         return jax.tree.map(layout.joined, parts)
 
-    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored):
-        """The gradient of the sum of weights times what was scored, and the result of `micro`.
+    def _balance_loss(self, load: Load | None, num_tokens: Callable) -> jax.Array | None:
+        """The weighted auxiliary loss; None where there is none."""
+        if load is None or not self.balance_weight:
+            return None
+        return self.balance_weight * load.balance_loss(num_tokens())
+
+    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored, num_tokens: Callable):
+        """The gradient of the sum of weights times what was scored, what `micro` gives, the load.
 
         Args:
           weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
             trained on.
+          num_tokens: gives the tokens of the whole batch.
         """
 
         def weighted(trained):
             params = lora.join(trained, frozen)
-            return weighted_log_probs(
+            *hidden_and_targets, extras = micro.hidden_and_targets(self.policy, params)
+            value, scored = weighted_log_probs(
                 self.policy.config,
                 params,
-                *micro.hidden_and_targets(self.policy, params),
+                *hidden_and_targets,
                 *(None if w is None else micro.rows(w) for w in weights),
                 **self._head,
             )
+            load = Load.of(extras)
+            balance = self._balance_loss(load, num_tokens)
+            return value if balance is None else value + balance, (scored, load)
 
-        return jax.grad(weighted, has_aux=True)(trained)
+        grads, (scored, load) = jax.grad(weighted, has_aux=True)(trained)
+        return grads, scored, load
 
-    def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
+    def gradient_of(
+        self, trained, frozen, micro: MicroBatch, weights_of: Callable, num_tokens: Callable
+    ):
         """As `gradient`, with the weights that `weights_of` makes of what was scored."""
-        scored, pull = jax.vjp(
-            lambda trained: self.micro(lora.join(trained, frozen), micro), trained
-        )
+
+        def scored_and_balance(trained):
+            scored, load = self._micro(lora.join(trained, frozen), micro)
+            return (scored, self._balance_loss(load, num_tokens)), load
+
+        (scored, balance), pull, load = jax.vjp(scored_and_balance, trained, has_aux=True)
         weights = weights_of(Scored(*map(micro.from_rows, scored)))
         cotangents = (
             jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
         )
-        return pull(tuple(cotangents))[0], scored
+        balance = None if balance is None else jnp.ones_like(balance)
+        return pull((tuple(cotangents), balance))[0], scored, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +157,18 @@ class Gradient:
     scorer: Scorer
     algorithm: Algorithm
 
-    def __call__(self, trained, frozen, layout: Layout, prepared) -> tuple[Any, Scored]:
-        """The gradient, in the layout of `trained`, and what the policy made of every token."""
+    def __call__(
+        self, trained, frozen, layout: Layout, prepared
+    ) -> tuple[Any, Scored, Load | None]:
+        """The gradient, in the layout of `trained`, what the policy made of every token, the load.
+
+        The load of the experts is that of all micro-batches.
+        """
         policy = self.scorer.policy
         weights = self._known_weights(lora.join(trained, frozen), layout, prepared)
+
+        def num_tokens():
+            return layout.num_tokens
 
         def add_micro(sums, i):
             micro = layout.micro(i)
@@ -115,17 +179,18 @@ class Gradient:
                 return self._weights(scored, others, micro.tokens, micro.prepared(prepared))
 
             if weights is None:
-                more = self.scorer.gradient_of(trained, frozen, micro, weights_of)
+                more = self.scorer.gradient_of(trained, frozen, micro, weights_of, num_tokens)
             else:
                 of_micro = jax.tree.map(micro.of, weights)
-                more = self.scorer.gradient(trained, frozen, micro, of_micro)
-            grads, scored = more
+                more = self.scorer.gradient(trained, frozen, micro, of_micro, num_tokens)
+            grads, *found = more
             # Without this the partitioner may sum whole gradients on every device.
-            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
+            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), tuple(found)
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
-        grads, parts = layout.loop(add_micro, zeros)
-        return grads, Scored(*jax.tree.map(layout.joined, parts))
+        grads, (parts, loads) = layout.loop(add_micro, zeros)
+        load = jax.tree.map(lambda x: jnp.sum(x, axis=0), loads)
+        return grads, Scored(*jax.tree.map(layout.joined, parts)), load
 
     def loss_of(self, scored: Scored, layout: Layout, prepared):
         """(loss, metrics) of the whole batch."""
