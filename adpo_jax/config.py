@@ -423,6 +423,12 @@ def _actor() -> dict[str, Key]:
             choices=("packed", "rows"),
         ),
         "attention": Key("auto", "of the training forward", allowed="auto, xla, pallas_tpu, cudnn"),
+        "router_aux_loss_coef": Key(
+            0.0,
+            "weight of the auxiliary loss that spreads tokens over the experts of a mixture; 0 for "
+            "none",
+            least=0,
+        ),
     }
 
 
@@ -430,6 +436,15 @@ def _rollout() -> dict[str, Key]:
     stale = Need(
         "actor_rollout_ref.rollout.max_staleness above 0",
         lambda c: c.actor_rollout_ref.rollout.max_staleness,
+    )
+    packed = Need(
+        "actor_rollout_ref.actor.layout=packed",
+        lambda c: c.actor_rollout_ref.actor.layout == "packed",
+    )
+    at_once = Need(
+        "completions of one turn (no environment.path) that are sampled on the spot "
+        "(actor_rollout_ref.rollout.max_staleness=0)",
+        lambda c: not (c.environment.path or c.actor_rollout_ref.rollout.max_staleness),
     )
     return {
         "temperature": Key(1.0, "divides the logits", allowed="above 0"),
@@ -471,6 +486,12 @@ def _rollout() -> dict[str, Key]:
             allowed="0 to max_staleness times data.train_batch_size",
             least=0,
             needs=(stale,),
+        ),
+        "router_replay": Key(
+            False,
+            "the update takes completions through the experts of a mixture that they went through "
+            "when they were sampled; k bytes a token and layer, for k experts of a token",
+            needs=(packed, at_once),
         ),
     }
 

@@ -41,6 +41,8 @@ class Completion:
       turns: [T] int16, the turn that each token belongs to, from 0.
       finish_reason: "stop" or "length".
       full_log_probs: [T] float32, tempered and not truncated; None unless asked for.
+      experts: [T, L, k] uint8, or uint16 where there are more than 256: the k experts that each
+        layer with a mixture took when the token was sampled; None unless asked for.
     """
 
     tokens: np.ndarray = dataclasses.field(metadata=_one_a_token(np.int32))
@@ -52,6 +54,7 @@ class Completion:
     full_log_probs: np.ndarray | None = dataclasses.field(
         default=None, metadata=_one_a_token(np.float32)
     )
+    experts: np.ndarray | None = None
 
     @classmethod
     def sampled(
@@ -61,12 +64,14 @@ class Completion:
         finish_reason: str,
         *,
         full_log_probs: np.ndarray | None = None,
+        experts: np.ndarray | None = None,
         version: int = 0,
     ) -> "Completion":
         """A completion of one turn, all of whose tokens weights of one version sampled.
 
         Args:
           tokens, log_probs, full_log_probs: [T]; they are copied.
+          experts: [T, L, k].
         """
         T = len(tokens)
         return cls(
@@ -77,6 +82,7 @@ class Completion:
             turns=np.zeros(T, np.int16),
             finish_reason=finish_reason,
             full_log_probs=None if full_log_probs is None else np.array(full_log_probs, np.float32),
+            experts=experts,
         )
 
     def __len__(self) -> int:
@@ -362,6 +368,12 @@ class Sequences:
     def tokens_of_groups(self) -> np.ndarray:
         """[P] int64, tokens of a prompt and its completions."""
         return np.array([len(ids) for ids in self.prompts]) + self.lengths.sum(1)
+
+    @property
+    def experts_shape(self) -> tuple[int, ...]:
+        """(layers, experts of a token) where completions say what they went through, else ()."""
+        found = (c.experts for group in self.completions for c in group if c.experts is not None)
+        return next((experts.shape[1:] for experts in found), ())
 
     def select(self, rows: Sequence[int]) -> "Sequences":
         """The groups with these numbers, in this order."""

@@ -6,11 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from golden_models import config_of
 
-from adpo_jax import Policy
+from adpo_jax import Engine, Policy, SamplingParams, losses
 from adpo_jax.devices import sharding
 from adpo_jax.model import grouped, lora, mixture, parameters
 from adpo_jax.model.decoder import LayerWeights
@@ -18,6 +19,11 @@ from adpo_jax.model.lora import Lora
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import adapters
+from adpo_jax.records import GradedGroups, Prompts, Sequences
+from adpo_jax.rewards import Scores
+from adpo_jax.rollouts import recording
+from adpo_jax.update import init_state, make_log_probs, make_update, packing
+from adpo_jax.update.learner import check_experts
 
 # --- grouped products
 
@@ -248,3 +254,82 @@ def test_adapters_of_experts_act_as_merged_weights_and_travel_to_peft(tmp_path):
     found, loaded = adapters.load(*base, tmp_path / "adapter")
     assert set(found.lora.targets) == set(policy.lora.targets)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+# --- learning
+
+
+MOE = {
+    **tiny.CONFIG,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "num_hidden_layers": 3,
+}
+
+
+def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_path):
+    policy, params = Policy.from_config(MOE, jax.random.key(0), "bfloat16", "float32")
+    params = jax.tree.map(lambda x: x * 2, params)
+    engine = Engine(policy, max_prompt_length=4, max_response_length=24, num_slots=32)
+    prompts = [[1 + p, 7, 3 + p][: 1 + p % 3] for p in range(8)]
+    sampling = SamplingParams(n=4, max_tokens=24, routed_experts=True)
+    sampled = engine.generate(params, prompts, sampling, jax.random.key(1))
+    c = sampled[3][1]
+    assert c.experts.shape == (len(c), 3, 2)
+    assert c.experts.dtype == np.uint8
+
+    # What is recorded is what is read again.
+    scores = Scores(np.zeros(32, np.float32), {}, {})
+    recording.write(tmp_path, 1, GradedGroups(Prompts(prompts, {}), sampled, ["text"] * 32, scores))
+    read = recording.read(tmp_path, 1).completions
+    np.testing.assert_array_equal(read[3][1].experts, c.experts)
+
+    def mismatch(groups) -> float:
+        packed = packing.pack(Sequences(prompts, groups))
+        scored, _ = make_log_probs(policy)(params, packed)
+        ratio = np.asarray(packed.log_probs["sampler"] - scored)[packed.trained]
+        return float(np.mean(np.expm1(-ratio) + ratio))
+
+    plain = [[dataclasses.replace(c, experts=None) for c in group] for group in read.groups]
+    assert mismatch(read.groups) < 0.8 * mismatch(plain)
+
+
+def test_the_auxiliary_loss_evens_out_the_experts_and_replayed_ones_are_counted():
+    policy, params = Policy.from_config(MOE, jax.random.key(0))
+    sequences, rewards = tiny.sequences()
+    rng = np.random.default_rng(0)
+    experts = [[rng.integers(0, 8, (len(c), 3, 2)) for c in g] for g in sequences.completions]
+    sequences = dataclasses.replace(
+        sequences,
+        completions=[
+            [dataclasses.replace(c, experts=e.astype(np.uint8)) for c, e in zip(*groups)]
+            for groups in zip(sequences.completions, experts)
+        ],
+    )
+    algorithm, sgd = losses.Grpo(), optax.sgd(0.3)
+    step = make_update(policy, algorithm, sgd, router_aux_loss_coef=5.0)
+    batch = packing.pack(sequences, completions_per_micro=16)
+    state, balance = init_state(policy, params, sgd), []
+    for _ in range(3):
+        state, metrics = step(state, batch, algorithm.score(jnp.asarray(rewards)), None)
+        balance.append(float(metrics["router/balance_loss"]))
+    assert balance[0] > balance[1] > balance[2] > 2 * 0.99
+    # A quarter of the experts at random are those that the router would choose.
+    assert 0.6 < metrics["router/replay_changed_frac"] < 0.9
+    assert metrics["router/busiest"] > 1
+
+
+def test_experts_of_another_model_are_refused():
+    policy = Policy.abstract_from_config(MOE)
+    sequences, _ = tiny.sequences()
+    experts = np.zeros((1, 2, 2), np.uint8)
+    wrong = [[dataclasses.replace(c, experts=experts)] for c, *_ in sequences.completions]
+    with pytest.raises(
+        ValueError, match=r"not those of this model; wanted .*\(3, 2\), given \(2, 2\)"
+    ):
+        check_experts(policy.config, Sequences(sequences.prompts, wrong))

@@ -6,15 +6,21 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+# Jitted functions of `model.grouped`, and of `model.mixture`: what only an uneven choice of experts
+# makes it do.
+GROUPED_PRODUCTS = ("grouped_product", "grouped_outer")
+FURTHER_ROUNDS = "further_rounds"
+
 
 def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
     """Floating-point operations of the matrix products of a program, all devices together.
 
     Operations that a backward pass recomputes are included; those that no result depends on are
     not. The body of a loop counts as often as it runs (XLA's cost analysis counts it once). Of a
-    choice the dearest branch counts. A hand-written kernel counts by its cost estimate, or not at
-    all if it has none. The body of a `shard_map` counts once for each part that the mesh cuts its
-    arrays into, and not for further devices that have the same part.
+    choice the dearest branch counts. A mixture counts the experts that are chosen; where they
+    are on several devices, an exchange counts its room for them. A hand-written kernel counts by
+    its cost estimate, or not at all if it has none. The body of a `shard_map` counts once for each
+    part that the mesh cuts its arrays into, and not for further devices that have the same part.
 
     Args:
       traced: the result of `jitted.trace(*args)` with arrays or their shapes.
@@ -48,6 +54,10 @@ def _equation_flops(eqn, turns: int) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         lhs = eqn.invars[0].aval.shape
         return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+    if name == "ragged_dot_general" or params.get("name") in GROUPED_PRODUCTS:
+        return _grouped_flops(eqn)
+    if params.get("name") == FURTHER_ROUNDS:
+        return 0
     if name == "pallas_call":
         estimate = params.get("cost_estimate")
         return int(estimate.flops) if estimate else 0
@@ -61,6 +71,12 @@ def _equation_flops(eqn, turns: int) -> int:
     if name == "shard_map":
         return sum(inner) * _num_parts(params)
     return sum(inner)
+
+
+def _grouped_flops(eqn) -> int:
+    """A product of rows with the matrices of their groups counts one matrix a row."""
+    rows, other = (x.aval.shape for x in eqn.invars[:2])
+    return 2 * math.prod(rows) * other[-1]
 
 
 def _num_parts(params) -> int:

@@ -105,8 +105,9 @@ class NewTokens(NamedTuple):
 
     tokens are [T] int32, log_probs [T] float32. alternatives, where the request asks for them, are
     the ids and log-probs [T, A] of the likeliest tokens. finish_reason is "stop" or "length" at the
-    end, else None. full_log_probs, where asked for, are [T] float32, tempered and not truncated.
-    version is that of the parameters which sampled them.
+    end, else None. full_log_probs, where asked for, are [T] float32, tempered and not truncated;
+    experts likewise are [T, L, k], as of `ResultTokens`. version is that of the parameters which
+    sampled them.
     """
 
     sample: Sample
@@ -116,6 +117,7 @@ class NewTokens(NamedTuple):
     finish_reason: str | None
     full_log_probs: np.ndarray | None = None
     version: int = 0
+    experts: np.ndarray | None = None
 
 
 class _Ended(NamedTuple):
@@ -640,5 +642,8 @@ class DecodeLoop:
             alternatives = tuple(of_slot)
         if results.full_log_probs is not None:
             full = results.full_log_probs[:count, slot]
+        experts = None if results.experts is None else results.experts[:count, slot]
         tokens, log_probs = results.tokens[:count, slot], results.log_probs[:count, slot]
-        return NewTokens(sample, tokens, log_probs, alternatives, finish_reason, full, self.version)
+        return NewTokens(
+            sample, tokens, log_probs, alternatives, finish_reason, full, self.version, experts
+        )

@@ -85,6 +85,7 @@ class Growing:
     def __init__(self):
         self.tokens = array.array("i")
         self.log_probs, self.full_log_probs = array.array("f"), array.array("f")
+        self.experts: list[np.ndarray] = []
 
     def take(self, new: NewTokens, count: int):
         """Takes the first of the new tokens."""
@@ -92,6 +93,8 @@ class Growing:
         self.log_probs.frombytes(new.log_probs[:count].tobytes())
         if new.full_log_probs is not None:
             self.full_log_probs.frombytes(new.full_log_probs[:count].tobytes())
+        if new.experts is not None:
+            self.experts.append(np.array(new.experts[:count]))
 
 
 def tokens_to_stop_string(
@@ -193,6 +196,7 @@ class Generation:
             growing.log_probs,
             finish_reason,
             full_log_probs=growing.full_log_probs if self._sampling.full_log_probs else None,
+            experts=np.concatenate(growing.experts) if growing.experts else None,
             version=self._version,
         )
         if len(ended) < len(request.samples):

@@ -46,6 +46,7 @@ class SamplingParams:
       ignore_eos: whether stop tokens end no completion.
       full_log_probs: whether to return also log-probs over the whole vocabulary, tempered but not
         truncated; the stop tokens that `min_tokens` holds back count as part of it.
+      routed_experts: whether to return also the experts that each token went through.
     """
 
     n: int = 1
@@ -59,6 +60,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     full_log_probs: bool = False
+    routed_experts: bool = False
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -95,6 +97,7 @@ class SamplingParams:
             min_p=not self.greedy and self.min_p > 0,
             min_tokens=self.min_tokens > 0,
             full_log_probs=self.full_log_probs,
+            routed_experts=self.routed_experts,
         )
 
     def knobs(self) -> "Knobs":
@@ -131,6 +134,7 @@ class Method:
     min_p: bool = False
     min_tokens: bool = False
     full_log_probs: bool = False
+    routed_experts: bool = False
     num_alternatives: int = 0
 
     @property

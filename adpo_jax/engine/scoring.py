@@ -125,7 +125,7 @@ def _scores(verbs: Verbs, num_alternatives: int, params, tokens, lengths):
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     attend = kernels.prefill_attention(verbs.attention, policy, positions, segments)
-    hidden, _, _ = policy(params, tokens, positions, None, attend)
+    hidden, _, _ = policy(params, tokens, positions, None, attend, policy.ffn(segments))
     hidden, targets = hidden[:, :-1], tokens[:, 1:]
 
     size = B * (T - 1)

@@ -14,7 +14,7 @@ Letters: B slots, P prefix rows, M samples of a prefix row, C columns of the rin
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from adpo_jax.engine import kernels, kv_cache, sampling
 from adpo_jax.engine.kv_cache import KV, CacheLayout, PastView, View
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, parameters
+from adpo_jax.model.mixture import ROUTED
 from adpo_jax.policy.policy import Policy
 
 
@@ -70,7 +71,11 @@ class DecodeState(NamedTuple):
 
 
 class ResultTokens(NamedTuple):
-    """The tokens that some steps sampled, [steps, B] each; alternatives [steps, B, A]."""
+    """The tokens that some steps sampled, [steps, B] each; alternatives [steps, B, A].
+
+    experts, where asked for, are [steps, B, L, k]: those that each token went through in the L
+    layers with a mixture when its successor was sampled.
+    """
 
     tokens: jax.Array  # int32
     log_probs: jax.Array  # float32
@@ -78,6 +83,7 @@ class ResultTokens(NamedTuple):
     alternatives: Alternatives | None
     valid: jax.Array  # bool, the slot was active
     stopped: jax.Array  # bool, by a stop token
+    experts: jax.Array | None = None  # uint8, or uint16 where there are more than 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +219,7 @@ class Verbs:
             return out, kv_cache.write_layer(kv, layer.index, self.layout.pack(k, v), axes)
 
         empty = self.sharded(self.layout.zeros(rows, T))
-        _, kv, _ = self.policy(params, tokens, positions, empty, attend)
+        _, kv, _ = self.policy(params, tokens, positions, empty, attend, self.policy.ffn(segments))
         return Prefixes(kv, true_length)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -281,6 +287,9 @@ class Verbs:
             A = min(method.num_alternatives, self.policy.config.vocab_size)
             many = jnp.zeros((num_steps, B, A), jnp.float32)
             alternatives = Alternatives(many.astype(jnp.int32), many)
+        experts = None
+        if method.routed_experts:
+            experts = jnp.zeros((num_steps, B, *self.experts_shape), self.experts_dtype)
         results = ResultTokens(
             tokens=jnp.zeros((num_steps, B), jnp.int32),
             log_probs=zeros,
@@ -288,6 +297,7 @@ class Verbs:
             alternatives=alternatives,
             valid=jnp.zeros((num_steps, B), bool),
             stopped=jnp.zeros((num_steps, B), bool),
+            experts=experts,
         )
         # One call draws for all steps, which saves fifty small operations a step.
         ahead = jnp.arange(num_steps, dtype=jnp.int32)[:, None] + state.slots.generated
@@ -318,7 +328,7 @@ class Verbs:
     def _step(self, params, state: DecodeState, uniform, knobs: Knobs, method: Method):
         """Samples one token of every slot; the tokens of inactive slots are discarded."""
         slots = state.slots
-        hidden, own = self._forward(params, state)
+        hidden, own, extras = self._forward(params, state)
         logits = self.policy.head(params, hidden)
         drawn = sampling.sample(logits, uniform, slots.generated, knobs, method, self.policy.mesh)
         stopped = jnp.any(drawn.tokens[:, None] == knobs.stop_ids, axis=-1) & slots.active
@@ -328,7 +338,10 @@ class Verbs:
         def advance(new, old):
             return jnp.where(slots.active, new, old)
 
-        result = ResultTokens(*drawn, valid=slots.active, stopped=stopped)
+        experts = None
+        if method.routed_experts:
+            experts = jnp.moveaxis(extras[ROUTED][:, :, 0], 0, 1).astype(self.experts_dtype)
+        result = ResultTokens(*drawn, valid=slots.active, stopped=stopped, experts=experts)
         columns = self._columns(own)
         state = state._replace(
             own=own,
@@ -343,7 +356,7 @@ class Verbs:
         return state, result
 
     def _forward(self, params, state: DecodeState):
-        """Hidden states [B, D] of the slots' tokens, and the ring with their keys and values."""
+        """Hidden states [B, D] of the slots' tokens, the ring with what they add to it, extras."""
         slots, layout = state.slots, self.layout
         age = slots.generated if slots.before is None else slots.generated - slots.before
         view = View(
@@ -376,10 +389,27 @@ class Verbs:
             )
             return out[:, None], own
 
-        hidden, own, _ = self.policy(
-            params, slots.token[:, None], slots.position[:, None], state.own, attend
-        )
-        return hidden[:, 0], own
+        tokens, positions = slots.token[:, None], slots.position[:, None]
+        ffn = self.policy.ffn(slots.active[:, None])
+        hidden, own, extras = self.policy(params, tokens, positions, state.own, attend, ffn)
+        return hidden[:, 0], own, extras
+
+    @property
+    def experts_shape(self) -> tuple[int, int]:
+        """(L, k) of a mixture: its layers, and the experts of a token.
+
+        Raises:
+          ValueError: for a model without one.
+        """
+        config = self.policy.config
+        if not config.mixture:
+            raise ValueError("routed_experts asks for experts, and the model has none")
+        return config.num_mixtures, config.mixture.chosen
+
+    @property
+    def experts_dtype(self) -> Any:
+        """The narrowest dtype for the number of an expert."""
+        return jnp.uint8 if self.policy.config.mixture.num_experts <= 256 else jnp.uint16
 
     def _columns(self, own: KV) -> int:
         layer = own if self.layout.stacked else own[0]

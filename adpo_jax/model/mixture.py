@@ -36,14 +36,20 @@ ROOM = 1.25
 ROUTED = "router/experts"
 LOAD = "router/load"
 PROBABILITY = "router/probability"
+CHANGED = "router/changed"
 
 
 class Routing(NamedTuple):
-    """What a router says of each token."""
+    """What a router says of each token.
+
+    changed is [...] float32, how many of a token's experts are not those that the router would
+    choose; None where none are forced.
+    """
 
     experts: jax.Array  # [..., k] int32
     weights: jax.Array  # [..., k] float32, of those experts
     probabilities: jax.Array  # [..., E] float32, of all experts, summing to 1
+    changed: jax.Array | None = None
 
 
 def choose(
@@ -68,8 +74,11 @@ def choose(
     if m.groups > 1:
         ranked = _within_groups(m, ranked)
     experts = jax.lax.top_k(ranked, m.chosen)[1].astype(jnp.int32)
+    changed = None
     if forced is not None:
-        experts = jnp.where(forced < 0, experts, forced)
+        own, experts = experts, jnp.where(forced < 0, experts, forced)
+        known = jnp.any(experts[..., None] == own[..., None, :], axis=-1)
+        changed = jnp.sum(~known, axis=-1, dtype=jnp.float32)
     if m.router == "softmax_of_chosen":
         weights = jax.nn.softmax(jnp.take_along_axis(logits, experts, axis=-1), axis=-1)
     else:
@@ -77,7 +86,7 @@ def choose(
         if m.normalised:
             least = 1e-20 if m.router == "sigmoid" else 0.0
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + least)
-    return Routing(experts, weights * m.scale, probabilities)
+    return Routing(experts, weights * m.scale, probabilities, changed)
 
 
 def _within_groups(mixture: Mixture, ranked: jax.Array) -> jax.Array:
@@ -95,7 +104,8 @@ class MixtureFfn:
 
     Its extras of a layer are `ROUTED` [B, T, k] int32, the experts of each token; `LOAD` [E]
     float32, the number of tokens that each expert got; and `PROBABILITY` [E] float32, the sum of
-    the router's probabilities over tokens.
+    the router's probabilities over tokens. Where experts are forced, `CHANGED` is the number of
+    those, float32, that the router would not have chosen.
 
     Attributes:
       present: [B, T] bool, the places that hold a token. Others go through no expert and count for
@@ -128,7 +138,8 @@ class MixtureFfn:
         chosen = (routing.experts[..., None] == jnp.arange(m.num_experts)) & present[
             ..., None, None
         ]
-        return out, {
+        extras = {} if forced is None else {CHANGED: jnp.sum(routing.changed * present)}
+        return out, extras | {
             ROUTED: routing.experts,
             LOAD: jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32),
             PROBABILITY: jnp.sum(routing.probabilities * present[..., None], axis=(0, 1)),
@@ -366,7 +377,7 @@ def _sum_of_rounds(experts: _Experts, exchange: _Exchange, one: Callable) -> Any
     """The sum of `one(number)` over all rounds; there is always a first one."""
 
     @jax.jit
-    def further_rounds(sums):
+    def further_rounds(sums):  # `devices/flops.py` knows the name
         # All devices of the mesh turn as often, since they talk to each other in every round.
         rounds = jax.lax.pmax(exchange.rounds(), experts.everywhere)
         return jax.lax.fori_loop(

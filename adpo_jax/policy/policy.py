@@ -28,6 +28,7 @@ from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
 from adpo_jax.model.decoder import REMAT_POLICIES, Ffn, decoder, head_logits
 from adpo_jax.model.head import token_log_probs
 from adpo_jax.model.lora import Lora, join, split
+from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.tile_attention import Stream
 
@@ -348,6 +349,16 @@ class Policy:
             lora_scale=self._lora_scale,
         )
 
+    def ffn(self, present: jax.Array, forced: jax.Array | None = None) -> Ffn | None:
+        """The part of each layer after attention, for `__call__`.
+
+        Args:
+          present: [B, T], above 0 at places that hold a token.
+          forced: [B, T, L, k] int32, the experts that tokens take in each layer with a mixture; -1
+            where the router chooses. None for nowhere.
+        """
+        return MixtureFfn(present > 0, forced) if self.config.mixture else None
+
     def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
         name = self._attention_of(ROWS)
@@ -381,9 +392,16 @@ class Policy:
 
     def hidden(self, params, tokens, attention_mask) -> jax.Array:
         """Hidden states [B, T, D] of rows padded on either side; meaningless at padding."""
+        return self.hidden_and_extras(params, tokens, attention_mask)[0]
+
+    def hidden_and_extras(self, params, tokens, attention_mask):
+        """(`hidden`, the extras of the layers)."""
         positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0).astype(jnp.int32)
         attend = self.self_attention(positions, attention_mask.astype(jnp.int32))
-        return self(params, tokens, positions, attend=attend)[0]
+        hidden, _, extras = self(
+            params, tokens, positions, attend=attend, ffn=self.ffn(attention_mask)
+        )
+        return hidden, extras
 
     def completion_log_probs(
         self, params, tokens, attention_mask, *, num_completion: int, temperature: float = 1.0

@@ -135,6 +135,9 @@ def _completions(table: pa.Table, info: dict) -> list[Completion]:
         lengths = {len(getattr(completion, name)) for name in per_token}
         if len(lengths) > 1:
             raise ValueError(f"a completion whose fields have {sorted(lengths)} tokens")
+    if "experts" in table.column_names:
+        experts = table["experts"].to_pylist()
+        found = [_with_experts(c, e, info.get("experts")) for c, e in zip(found, experts)]
     return found
 
 
@@ -235,6 +238,7 @@ def _table(step: int, groups: GradedGroups) -> pa.Table:
             for name, dtype in token_fields().items()
             if getattr(completions[0], name) is not None
         },
+        **_experts_column(completions),
         "finish_reason": [completion.finish_reason for completion in completions],
         # Text of a model may hold lone surrogates, which UTF-8 has no bytes for.
         "completion": [text.encode(errors="replace").decode() for text in groups.texts],
@@ -249,7 +253,29 @@ def _table(step: int, groups: GradedGroups) -> pa.Table:
         "samples": G,
         "counts": scores.counts,
     }
+    if experts_shape := groups.sequences.experts_shape:
+        info["experts"] = list(experts_shape)
     return pa.table(columns).replace_schema_metadata({"adpo_jax": json.dumps(info)})
+
+
+def _experts_column(completions: list[Completion]) -> dict[str, pa.Array]:
+    """The experts that tokens went through, one list a completion; {} where they are not known."""
+    if all(completion.experts is None for completion in completions):
+        return {}
+    values = [None if c.experts is None else c.experts.ravel() for c in completions]
+    return {"experts": pa.array(values, pa.list_(pa.uint16()))}
+
+
+def _with_experts(completion: Completion, values: list | None, shape: list | None) -> Completion:
+    """A completion with the experts of a recording."""
+    if values is None:
+        return completion
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+        raise ValueError("experts, without the number of layers and of experts of a token")
+    if len(values) != len(completion) * shape[0] * shape[1]:
+        raise ValueError("a completion whose experts are not those of all its tokens")
+    experts = np.array(values, np.uint16).reshape(len(completion), *shape)
+    return dataclasses.replace(completion, experts=experts)
 
 
 def _opened(path: Path, reader, **options):

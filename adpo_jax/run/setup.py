@@ -348,7 +348,9 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
             stop_token_ids=source.stop_token_ids,
         )
     # The trainer's log-probs are not truncated, so those that they are compared with may not be.
-    return dataclasses.replace(sampling, full_log_probs=sampling.method.truncates)
+    return dataclasses.replace(
+        sampling, full_log_probs=sampling.method.truncates, routed_experts=c.router_replay
+    )
 
 
 def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> EvalSettings:
@@ -412,6 +414,11 @@ def make_engine(
     c = config.actor_rollout_ref.rollout
     names = ("num_slots", "cache_dtype", "attention", "gpu_memory_utilization")
     lengths = ("max_prompt_length", "max_response_length")
+    if c.router_replay and not policy.config.mixture:
+        raise ValueError(
+            "actor_rollout_ref.rollout.router_replay repeats the choice of experts, and the model "
+            "has none; leave it false"
+        )
     with whole_keys(section("actor_rollout_ref.rollout", names), section("data", lengths)):
         return Engine(
             policy,
@@ -468,6 +475,12 @@ def make_learner(
     Args:
       fixed: the policies of reference and teacher, where they come from folders.
     """
+    actor = config.actor_rollout_ref.actor
+    if actor.router_aux_loss_coef and not policy.config.mixture:
+        raise ValueError(
+            "actor_rollout_ref.actor.router_aux_loss_coef spreads tokens over the experts of a "
+            "mixture, and the model has none; leave it 0"
+        )
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     return Learner(
         policy=policy,
@@ -481,6 +494,7 @@ def make_learner(
         max_anchor_kl=config.trainer.max_anchor_kl,
         offload_optimizer=config.actor_rollout_ref.actor.optimizer_offload,
         fixed=fixed or {},
+        router_aux_loss_coef=actor.router_aux_loss_coef,
     )
 
 

@@ -2,6 +2,7 @@
 
 from adpo_jax.update.step import (
     METRICS,
+    MIXTURE_METRICS,
     SKIPPED,
     TrainState,
     abstract_state,
@@ -13,6 +14,7 @@ from adpo_jax.update.step import (
 
 __all__ = [
     "METRICS",
+    "MIXTURE_METRICS",
     "SKIPPED",
     "TrainState",
     "abstract_state",

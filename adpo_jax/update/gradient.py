@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.tokens import Tokens
-from adpo_jax.model import lora
+from adpo_jax.model import lora, mixture
 from adpo_jax.model.divergence import token_divergences
 from adpo_jax.model.head import token_log_probs, weighted_log_probs
 from adpo_jax.policy.policy import Policy
@@ -53,18 +53,48 @@ class Teacher(NamedTuple):
     beta: float
 
 
+class Load(NamedTuple):
+    """How the tokens of a micro-batch spread over experts; None of a model without experts.
+
+    tokens and probabilities are [layers, experts] float32, and changed is [layers] float32, as in
+    the extras of a mixture; changed is None where the router chooses everywhere.
+    """
+
+    tokens: jax.Array
+    probabilities: jax.Array
+    changed: jax.Array | None = None
+
+    @classmethod
+    def of(cls, extras) -> "Load | None":
+        names = (mixture.LOAD, mixture.PROBABILITY, mixture.CHANGED)
+        return cls(*map(extras.get, names)) if extras else None
+
+    def balance_loss(self, num_tokens: jax.Array) -> jax.Array:
+        """The auxiliary loss of `mixture.balance_loss`, of a batch of so many tokens.
+
+        That of a batch is the mean of those of its micro-batches, weighted by their tokens.
+        """
+        own = jnp.sum(self.probabilities[0])
+        share = own / jnp.maximum(num_tokens, 1.0)
+        return jax.lax.stop_gradient(share) * mixture.balance_loss(
+            self.tokens, self.probabilities, jax.lax.stop_gradient(own)
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     """Computes log-probs of micro-batches, and their gradient by the trained parameters.
 
     Attributes:
       teacher: the model to find divergences from; None for none.
+      balance_weight: what the auxiliary loss of routers is multiplied by; 0 for none.
     """
 
     policy: Policy
     temperature: float
     with_entropy: bool
     teacher: Teacher | None = None
+    balance_weight: float = 0.0
 
     @property
     def _head(self) -> dict:
@@ -73,9 +103,13 @@ class Scorer:
 
     def micro(self, params, micro: MicroBatch):
         """Log-probs, entropies and, with a teacher, divergences, [rows, places] each."""
-        hidden, targets = micro.hidden_and_targets(self.policy, params)
+        return self._micro(params, micro)[0]
+
+    def _micro(self, params, micro: MicroBatch):
+        """(`micro`, the load of the experts)."""
+        hidden, targets, extras = micro.hidden_and_targets(self.policy, params)
         found = token_log_probs(self.policy.config, params, hidden, targets, **self._head)
-        return (*found, *self._divergences(params, hidden, micro))
+        return (*found, *self._divergences(params, hidden, micro)), Load.of(extras)
 
     def _divergences(self, params, hidden, micro: MicroBatch) -> tuple[jax.Array, ...]:
         """The divergences from the teacher, where there is one."""
@@ -101,18 +135,25 @@ class Scorer:
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
         return jax.tree.map(layout.joined, parts)
 
-    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored):
-        """The gradient of the sum of weights times what was scored, and the result of `micro`.
+    def _balance_loss(self, load: Load | None, num_tokens: Callable) -> jax.Array | None:
+        """The weighted auxiliary loss; None where there is none."""
+        if load is None or not self.balance_weight:
+            return None
+        return self.balance_weight * load.balance_loss(num_tokens())
+
+    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored, num_tokens: Callable):
+        """The gradient of the sum of weights times what was scored, what `micro` gives, the load.
 
         Args:
           weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
             trained on.
+          num_tokens: gives the tokens of the whole batch.
         """
 
         def weighted(trained):
             params = lora.join(trained, frozen)
-            hidden, targets = micro.hidden_and_targets(self.policy, params)
-            total, scored = weighted_log_probs(
+            hidden, targets, extras = micro.hidden_and_targets(self.policy, params)
+            value, scored = weighted_log_probs(
                 self.policy.config,
                 params,
                 hidden,
@@ -122,21 +163,31 @@ class Scorer:
             )
             divergences = self._divergences(params, hidden, micro)
             for found in divergences:
-                total += jnp.sum(micro.rows(weights.divergence) * found)
-            return total, (*scored, *divergences)
+                value += jnp.sum(micro.rows(weights.divergence) * found)
+            load = Load.of(extras)
+            balance = self._balance_loss(load, num_tokens)
+            value = value if balance is None else value + balance
+            return value, ((*scored, *divergences), load)
 
-        return jax.grad(weighted, has_aux=True)(trained)
+        grads, (scored, load) = jax.grad(weighted, has_aux=True)(trained)
+        return grads, scored, load
 
-    def gradient_of(self, trained, frozen, micro: MicroBatch, weights_of: Callable):
+    def gradient_of(
+        self, trained, frozen, micro: MicroBatch, weights_of: Callable, num_tokens: Callable
+    ):
         """As `gradient`, with the weights that `weights_of` makes of what was scored."""
-        scored, pull = jax.vjp(
-            lambda trained: self.micro(lora.join(trained, frozen), micro), trained
-        )
+
+        def scored_and_balance(trained):
+            scored, load = self._micro(lora.join(trained, frozen), micro)
+            return (scored, self._balance_loss(load, num_tokens)), load
+
+        (scored, balance), pull, load = jax.vjp(scored_and_balance, trained, has_aux=True)
         weights = weights_of(Scored(*map(micro.from_rows, scored)))
         cotangents = (
             jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
         )
-        return pull(tuple(cotangents))[0], scored
+        balance = None if balance is None else jnp.ones_like(balance)
+        return pull((tuple(cotangents), balance))[0], scored, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +197,18 @@ class Gradient:
     scorer: Scorer
     algorithm: Algorithm
 
-    def __call__(self, trained, frozen, layout: Layout, prepared) -> tuple[Any, Scored]:
-        """The gradient, in the layout of `trained`, and what the policy made of every token."""
+    def __call__(
+        self, trained, frozen, layout: Layout, prepared
+    ) -> tuple[Any, Scored, Load | None]:
+        """The gradient, in the layout of `trained`, what the policy made of every token, the load.
+
+        The load of the experts is that of all micro-batches.
+        """
         policy = self.scorer.policy
         weights = self._known_weights(lora.join(trained, frozen), layout, prepared)
+
+        def num_tokens():
+            return layout.num_tokens
 
         def add_micro(sums, i):
             micro = layout.micro(i)
@@ -160,17 +219,18 @@ class Gradient:
                 return self._weights(scored, others, micro.tokens, micro.prepared(prepared))
 
             if weights is None:
-                more = self.scorer.gradient_of(trained, frozen, micro, weights_of)
+                more = self.scorer.gradient_of(trained, frozen, micro, weights_of, num_tokens)
             else:
                 of_micro = jax.tree.map(micro.of, weights)
-                more = self.scorer.gradient(trained, frozen, micro, of_micro)
-            grads, scored = more
+                more = self.scorer.gradient(trained, frozen, micro, of_micro, num_tokens)
+            grads, *found = more
             # Without this the partitioner may sum whole gradients on every device.
-            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), scored
+            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), tuple(found)
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
-        grads, parts = layout.loop(add_micro, zeros)
-        return grads, Scored(*jax.tree.map(layout.joined, parts))
+        grads, (parts, loads) = layout.loop(add_micro, zeros)
+        load = jax.tree.map(lambda x: jnp.sum(x, axis=0), loads)
+        return grads, Scored(*jax.tree.map(layout.joined, parts)), load
 
     def loss_of(self, scored: Scored, layout: Layout, prepared):
         """(loss, metrics) of the whole batch."""

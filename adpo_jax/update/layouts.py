@@ -32,8 +32,13 @@ class MicroBatch(Protocol):
 
     tokens: Tokens
 
-    def hidden_and_targets(self, policy: Policy, params) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [rows, places, D], and the tokens [rows, places] that they predict."""
+    def hidden_and_targets(
+        self, policy: Policy, params
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """Hidden states [rows, places, D], the tokens [rows, places] that they predict, extras.
+
+        The extras are those of the layers, over all tokens of the micro-batch.
+        """
 
     def of(self, values: jax.Array) -> jax.Array:
         """This micro-batch's part of `values`, which have the shape of the layout."""
@@ -60,6 +65,10 @@ class Layout(Protocol):
     tokens: Tokens
     log_probs: dict[str, jax.Array]
     has_whole_groups: bool
+
+    @property
+    def num_tokens(self) -> jax.Array:
+        """Tokens that run through the model, prompts included, float32."""
 
     def micro(self, i) -> MicroBatch:
         """The micro-batch number `i`."""
@@ -101,6 +110,10 @@ class RowLayout(NamedTuple):
     def tokens(self) -> PaddedTokens:
         return PaddedTokens(self.batch.completion_mask_PGT > 0)
 
+    @property
+    def num_tokens(self) -> jax.Array:
+        return jnp.sum(self.batch.attention_mask_PGS > 0, dtype=jnp.float32)
+
     def micro(self, i) -> "RowMicro":
         return RowMicro(self, i)
 
@@ -135,7 +148,8 @@ class RowMicro(NamedTuple):
         S, T = batch.tokens_PGS.shape[-1], batch.num_completion
         tokens = self.of(batch.tokens_PGS).reshape(-1, S)
         mask = self.of(batch.attention_mask_PGS).reshape(-1, S)
-        return policy.hidden(params, tokens, mask)[:, -T - 1 : -1], tokens[:, -T:]
+        hidden, extras = policy.hidden_and_extras(params, tokens, mask)
+        return hidden[:, -T - 1 : -1], tokens[:, -T:], extras
 
     def of(self, values):
         return self.layout.part(values, self.i)
@@ -165,6 +179,10 @@ class PackedLayout(NamedTuple):
     def tokens(self) -> StreamTokens:
         batch = self.batch
         return StreamTokens(batch.trained, batch.completion, batch.num_prompts, batch.group_size)
+
+    @property
+    def num_tokens(self) -> jax.Array:
+        return jnp.sum(self.batch.micro.segments > 0, dtype=jnp.float32)
 
     def micro(self, i) -> "PackedMicro":
         return PackedMicro(self, i, jax.tree.map(lambda x: x[:, i], self.batch.micro))
@@ -205,8 +223,21 @@ class PackedMicro(NamedTuple):
         attend = policy.stream_attention(
             Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles - 1)
         )
-        hidden, *_ = policy(params, streams.tokens, streams.positions, attend=attend)
-        return hidden[:, -streams.targets.shape[1] :], streams.targets
+        hidden, _, extras = policy(
+            params, streams.tokens, streams.positions, attend=attend, ffn=self._ffn(policy)
+        )
+        return hidden[:, -streams.targets.shape[1] :], streams.targets, extras
+
+    def _ffn(self, policy: Policy):
+        """The layers' mixtures, where completions take the experts that the sampler took."""
+        streams, experts = self.streams, self.layout.batch.experts
+        m = policy.config.mixture
+        if experts is None or not m or experts.shape[-2:] != (policy.config.num_mixtures, m.chosen):
+            return policy.ffn(streams.segments)  # a teacher may have other experts, or none
+        of_completions = experts[:, self.i].astype(jnp.int32) - 1
+        prompts = streams.tokens.shape[1] - streams.targets.shape[1]
+        widths = ((0, 0), (prompts, 0), (0, 0), (0, 0))
+        return policy.ffn(streams.segments, jnp.pad(of_completions, widths, constant_values=-1))
 
     def of(self, values):
         return values[:, self.i]

@@ -26,6 +26,7 @@ from adpo_jax.devices.meter import Meter
 from adpo_jax.devices.sharding import BatchSharding, device_bytes
 from adpo_jax.losses import Algorithm
 from adpo_jax.model import lora
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch, Sequences, make_batch, pad_values
 from adpo_jax.update import TrainState
@@ -72,6 +73,7 @@ class Learner:
       fixed: policies that came from folders and never move, by the names "reference" and "teacher";
         their parameters are the state's `fixed_params`.
       sizes: the sizes of streams that the run has used; a checkpoint has them beside the state.
+      router_aux_loss_coef: weight of the auxiliary loss of the routers of a mixture.
     """
 
     policy: Policy
@@ -86,6 +88,7 @@ class Learner:
     offload_optimizer: bool = False
     fixed: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
     sizes: Sizes = dataclasses.field(default_factory=Sizes, compare=False)
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self):
         mesh = self.policy.mesh if self.policy else None
@@ -105,6 +108,7 @@ class Learner:
             temperature=self.temperature,
             max_anchor_kl=self.max_anchor_kl,
             teacher=None if self.algorithm.teacher_beta is None else self.fixed["teacher"],
+            router_aux_loss_coef=self.router_aux_loss_coef,
         )
 
     @functools.cached_property
@@ -153,6 +157,7 @@ class Learner:
         """
         if self.plan.layout == "rows":
             return self._in_rows(sequences)
+        check_experts(self.policy.config, sequences)
         plan, G = self.plan, sequences.lengths.shape[1]
         num_shards = BatchSharding(self.policy.mesh).num_shards
         packing = Packing(
@@ -307,7 +312,7 @@ class Learner:
                 metrics = jax.device_get(metrics)
             history.append(metrics | {"update/padding_frac": mini.padding_frac})
         seconds = time.perf_counter() - anchored
-        declared = (*update.METRICS, *self.algorithm.metrics)
+        declared = (*update.METRICS, *update.MIXTURE_METRICS, *self.algorithm.metrics)
         metrics = update.joined(declared, history, self.plan.epochs)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
@@ -413,6 +418,23 @@ class Learner:
     def put(self, tree):
         """Puts host arrays with a leading batch axis on the devices, spread over the mesh."""
         return BatchSharding(self.policy.mesh).put(tree)
+
+
+def check_experts(config: ModelConfig, sequences: Sequences) -> None:
+    """Refuses experts of another model, as a recording may have them."""
+    shape = sequences.experts_shape
+    if not shape:
+        return
+    m = config.mixture
+    wanted = (config.num_mixtures, m.chosen) if m else ()
+    held = (c.experts for group in sequences.completions for c in group if c.experts is not None)
+    if shape != wanted or any(
+        e.shape[1:] != shape or e.max(initial=0) >= m.num_experts for e in held
+    ):
+        raise ValueError(
+            f"the completions say which experts they went through, and not those of this model; "
+            f"wanted (layers, experts of a token) = {wanted}, given {shape}"
+        )
 
 
 def _rows(tree, rows: np.ndarray):

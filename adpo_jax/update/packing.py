@@ -170,6 +170,8 @@ class PackedBatch:
       completion: [B, M, C] int32, the number of each place's completion among the P / B * G of its
         shard.
       log_probs: under each policy's name [B, M, C] float32, log-probs of the predicted tokens.
+      experts: [B, M, C, L, k] uint16, 1 + the experts that the sampler took in each place, 0 where
+        it is not known; None where the router chooses everywhere.
       whole_groups: whether all completions of a prompt lie in one micro-batch.
     """
 
@@ -181,6 +183,7 @@ class PackedBatch:
     num_prompts: int = flax.struct.field(pytree_node=False)
     group_size: int = flax.struct.field(pytree_node=False)
     whole_groups: bool = flax.struct.field(pytree_node=False, default=False)
+    experts: np.ndarray | None = None
 
 
 def pack(sequences: Sequences | Batch, **options) -> PackedBatch:
@@ -310,7 +313,8 @@ class Packing:
     def batch(self, sequences: Sequences) -> PackedBatch:
         """The sequences in their places, as host arrays; "sampler" is among the log-probs."""
         names = ("sampler", *sequences.log_probs)
-        batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.abstract(names))
+        shapes = self.abstract(names, sequences.experts_shape)
+        batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
         batch.num_micro_B[:] = self.num_micro
         values = {name: sequences.values(name) for name in names}
         for b, shard in enumerate(self.streams):
@@ -325,10 +329,19 @@ class Packing:
                     batch.trained[b, m, part] = sequences.completions[p][g].trained
                     for name, into in batch.log_probs.items():
                         into[b, m, part] = values[name][p][g]
+                    experts = sequences.completions[p][g].experts
+                    if experts is not None:
+                        batch.experts[b, m, part] = np.add(experts, 1, dtype=np.uint16)
         return batch
 
-    def abstract(self, names: Iterable[str] = ("sampler",)) -> PackedBatch:
-        """The shapes and dtypes of `batch`, with log-probs of these names."""
+    def abstract(
+        self, names: Iterable[str] = ("sampler",), experts: tuple[int, ...] = ()
+    ) -> PackedBatch:
+        """The shapes and dtypes of `batch`, with log-probs of these names.
+
+        Args:
+          experts: (layers, experts of a token) where completions say what they went through.
+        """
         B, M, C, J = len(self.streams), self.size.room, self.size.completion, self.size.listed
         N = self.size.places
 
@@ -343,6 +356,7 @@ class Packing:
             trained=of(B, M, C, dtype=np.bool_),
             completion=of(B, M, C),
             log_probs={name: of(B, M, C, dtype=np.float32) for name in names},
+            experts=of(B, M, C, *experts, dtype=np.uint16) if experts else None,
             num_prompts=self.num_prompts,
             group_size=self.group_size,
             whole_groups=self.whole_groups,

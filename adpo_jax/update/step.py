@@ -24,7 +24,7 @@ from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
-from adpo_jax.update.gradient import Gradient, Scored, Scorer, Teacher
+from adpo_jax.update.gradient import Gradient, Load, Scored, Scorer, Teacher
 from adpo_jax.update.layouts import Layout, layout_of
 from adpo_jax.update.packing import PackedBatch
 
@@ -44,6 +44,23 @@ METRICS = (
     Metric("update/grad_norm", "steps", "global norm of the gradient before clipping"),
     Metric(SKIPPED, "steps", "share of the optimizer steps that were not sound"),
     Metric("update/padding_frac", "steps", "share of the places that hold no token"),
+)
+# Those of a mixture of experts; each is a mean over the layers.
+MIXTURE_METRICS = (
+    Metric("router/busiest", "steps", "tokens of the busiest expert over an even share"),
+    Metric("router/idle_frac", "steps", "share of the experts that no token went through"),
+    Metric(
+        "router/balance_loss",
+        "steps",
+        "auxiliary loss of the router before its weight; the number of experts of a token where "
+        "they are even",
+    ),
+    Metric(
+        "router/replay_changed_frac",
+        "steps",
+        "share of the experts of completions, taken as the sampler took them, that the policy's "
+        "own router would not have chosen",
+    ),
 )
 
 
@@ -208,6 +225,7 @@ def make_update(
     max_anchor_kl: float = 0.0,
     with_entropy: bool = True,
     teacher: Policy | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> Callable:
     """Makes the optimizer step, a jitted `(state, batch, scores, log_probs) -> (state, metrics)`.
 
@@ -221,6 +239,8 @@ def make_update(
         limit.
       teacher: the policy of `state.fixed_params["teacher"]`, where the algorithm reads the
         divergence from it (`teacher_beta`).
+      router_aux_loss_coef: weight of the auxiliary loss that spreads tokens over the experts of a
+        mixture (`mixture.balance_loss`), beside the algorithm's loss; 0 for none.
 
     The step takes
 
@@ -250,7 +270,12 @@ def make_update(
     _check_kind("algorithm", algorithm, Algorithm | Imitation, "losses.Adpo(), with its brackets")
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
 
-    scorer = Scorer(policy, temperature, with_entropy or bool(algorithm.entropy_bonus))
+    scorer = Scorer(
+        policy,
+        temperature,
+        with_entropy or bool(algorithm.entropy_bonus),
+        balance_weight=router_aux_loss_coef,
+    )
     if (teacher is None) != (getattr(algorithm, "teacher_beta", None) is None):
         raise ValueError(
             f"{algorithm.name} reads "
@@ -271,9 +296,15 @@ def make_update(
             taught = Teacher(teacher, state.fixed_params["teacher"], algorithm.teacher_beta)
             of_step = dataclasses.replace(scorer, teacher=taught)
         gradient = Gradient(of_step, algorithm)
-        grads, scored = gradient(trained, frozen, layout, prepared)
+        grads, scored, load = gradient(trained, frozen, layout, prepared)
         loss, metrics = gradient.loss_of(scored, layout, prepared)
         metrics |= _sampling_metrics(scored, layout, with_entropy)
+        if load is not None:
+            metrics |= _mixture_metrics(load)
+        if load is not None and load.changed is not None:
+            replayed = jnp.sum(batch.experts > 0, dtype=jnp.float32)
+            changed = jnp.sum(load.changed)
+            metrics["router/replay_changed_frac"] = changed / jnp.maximum(replayed, 1.0)
 
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, trained)
@@ -333,6 +364,17 @@ def _sampling_metrics(scored: Scored, layout: Layout, with_entropy: bool) -> dic
         total = jnp.sum(jnp.where(trained, scored.entropy, 0.0))
         metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
     return metrics
+
+
+def _mixture_metrics(load: Load) -> dict[str, jax.Array]:
+    """How tokens spread over experts."""
+    even = jnp.maximum(jnp.mean(load.tokens, axis=-1, keepdims=True), 1e-9)
+    num_tokens = jnp.sum(load.probabilities[0])
+    return {
+        "router/busiest": jnp.mean(jnp.max(load.tokens / even, axis=-1)),
+        "router/idle_frac": jnp.mean(load.tokens == 0, dtype=jnp.float32),
+        "router/balance_loss": load.balance_loss(num_tokens),
+    }
 
 
 def joined(
