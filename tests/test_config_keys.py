@@ -23,6 +23,7 @@ from adpo_jax.config import declarations, default_config, keys
 from adpo_jax.data import arithmetic
 from adpo_jax.devices import compilation_cache, sharding
 from adpo_jax.model.lora import Lora
+from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import Policy, adapters
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
@@ -247,6 +248,15 @@ def pacing(config):
     return getattr(source, "_pacing", None)
 
 
+def balance(config):
+    """The weight of the auxiliary loss of a mixture's routers."""
+    model = loading.make_policy(config, loading.find_model(config), one_device_mesh())
+    mixture = dataclasses.replace(model.config, mixture=Mixture(2, 1, 8))
+    model = dataclasses.replace(model, config=mixture)
+    plan = batch_plan(config, num_shards=1)
+    return setup.make_learner(config, model, plan, num_steps=1).router_aux_loss_coef
+
+
 def mesh(config):
     """What the mesh is made of."""
     with pytest.MonkeyPatch.context() as patch:
@@ -443,6 +453,8 @@ WALK = {
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
     f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
     f"{ROLLOUT}.max_staleness": ("2", pacing),
+    f"{ROLLOUT}.router_replay": ("true", sampling),
+    f"{ACTOR}.router_aux_loss_coef": ("0.1", balance),
     f"{ROLLOUT}.ahead": ("3", pacing, f"--config.{ROLLOUT}.max_staleness=1"),
     "actor_rollout_ref.ref.path": (
         "one",

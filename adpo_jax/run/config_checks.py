@@ -245,6 +245,7 @@ def _check_best_metric(config: ConfigDict) -> None:
         ks=tuple(config.eval.ks),
         by_category=bool(config.eval.category_key) or "=" in config.data.val_files,
         in_turns=bool(config.environment.path),
+        mixture=True,  # the config alone does not say
     )
     if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]

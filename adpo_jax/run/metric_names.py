@@ -16,6 +16,7 @@ NAMES = {
     "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
     "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac lag_*_frac",
+    "router": "busiest idle_frac balance_loss replay_changed_frac",
     "update": "grad_norm lr tokens tokens_per_s padding_frac compiles skipped mfu hfu",
     "time": "rollout reward anchor update eval checkpoint",
     "memory": "host_gib device_in_use_gib device_peak_gib",
@@ -34,6 +35,7 @@ def of_rows(
     ks: tuple[int, ...],
     by_category: bool,
     in_turns: bool = False,
+    mixture: bool = False,
 ) -> list[str]:
     """All names that the rows of a run's iterations may have.
 
@@ -45,8 +47,10 @@ def of_rows(
       num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
       by_category: whether its scores are broken down by category.
       in_turns: whether there is an environment.
+      mixture: whether the model may be a mixture of experts.
     """
     left_out = {"filter": not filtered, "ahead": not ahead, "tools": not in_turns}
+    left_out["router"] = not mixture
     groups = [group for group in NAMES if not left_out.get(group)]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
     if not in_turns:
