@@ -318,7 +318,7 @@ def test_the_auxiliary_loss_evens_out_the_experts_and_replayed_ones_are_counted(
     for _ in range(3):
         state, metrics = step(state, batch, algorithm.score(jnp.asarray(rewards)), None)
         balance.append(float(metrics["router/balance_loss"]))
-    assert balance[0] > balance[1] > balance[2] > 2 * 0.99
+    assert balance[0] > balance[1] > balance[2]  # forced experts may be evener than the router's
     # A quarter of the experts at random are those that the router would choose.
     assert 0.6 < metrics["router/replay_changed_frac"] < 0.9
     assert metrics["router/busiest"] > 1
