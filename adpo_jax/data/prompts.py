@@ -150,7 +150,12 @@ def _rows_by_tools(
     """(the schemas that a prompt shows, the rows that show them); None for no tools."""
     if not tools or "" in tools:
         return [((tools or {}).get(""), list(range(len(dataset))))]
-    names = [str(name) for name in dataset.column("environment")]
+    if "environment" not in dataset.columns:
+        raise ValueError(
+            "the data has no column 'environment', which says for each row which of the "
+            f"environments it is for: {', '.join(tools)}"
+        )
+    names = [str(name) for name in dataset.columns["environment"]]
     for row, name in enumerate(names):
         if name not in tools:
             raise ValueError(

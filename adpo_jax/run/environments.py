@@ -111,11 +111,6 @@ def check_environments(
                 "training loop under this name: rename the column"
             )
         several = "" not in environments.described
-        if several and COLUMN not in prompts.columns:
-            raise ValueError(
-                f"{key} has no column {COLUMN!r}, which says for each row which of the "
-                f"environments it is for: {', '.join(environments.described)}"
-            )
         names = list(map(str, prompts.columns[COLUMN])) if several else [""]
         for name in dict.fromkeys(names):
             if name not in environments.described:
