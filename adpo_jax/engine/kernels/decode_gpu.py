@@ -74,7 +74,8 @@ def _kernel(
     first = (
         jnp.zeros((queries, D), jnp.float32),
         jnp.full((queries,), MASKED, jnp.float32),
-        jnp.zeros((queries,), jnp.float32),
+        # As on a TPU: what is divided by the total of a row that sees no key is 0, not NaN.
+        jnp.ones((queries,), jnp.float32),
     )
     out, top, total = jax.lax.fori_loop(0, last_ref[row] + 1, visit, first)
     out_ref[0, 0], top_ref[0, 0], total_ref[0, 0] = out, top, total
