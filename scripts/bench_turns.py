@@ -1,6 +1,6 @@
 """Tokens per second of samples in turns, against prefilling the whole transcript for every turn.
 
-    python scripts/bench_turns.py [--prompts 8] [--samples 8] [--prompt 512] [--turns 4] [--turn 64]
+    python scripts/bench_turns.py [--prompts 4] [--samples 8] [--prompt 512] [--turns 4] [--turn 64]
 
 A Qwen3 of 6 million parameters in float32 samples some turns of 64 tokens after a prompt of 512; a
 tool answers each at once with 16 tokens. Only sampled tokens are counted. Both ways say the same
@@ -34,7 +34,7 @@ CONFIG = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--turns", type=int, default=4)
@@ -77,7 +77,7 @@ def main():
 
 
 def converse(engine: Engine, params, sampling: SamplingParams, a: argparse.Namespace, keeps: bool):
-    """(sampled tokens [samples, turns * turn], seconds, CPU seconds, counts) of all."""
+    """All conversations: (sampled tokens [samples, turns * turn], seconds, CPU seconds, counts)."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, CONFIG["vocab_size"], (a.prompts, a.prompt)).tolist()
     answer = rng.integers(0, CONFIG["vocab_size"], a.answer)

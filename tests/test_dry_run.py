@@ -15,6 +15,8 @@ from adpo_jax import dry_run
 from adpo_jax.devices import chips, sharding, topologies
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.hlo import Program
+from adpo_jax.dry_run.report import Report, Step
+from adpo_jax.run.config_checks import finalized
 
 TINY = (
     "--config.actor_rollout_ref.model.hf_config="
@@ -156,10 +158,10 @@ def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are(with_ancho
     assert "optimizer (on the host but for the update)" in "\n".join(moved.lines())
 
 
-def test_bound_and_forecast_are_those_of_hand_arithmetic(with_anchor):
-    """8 prompts x 2 completions of up to 28 tokens, prompts of up to 12; 8 devices."""
-    config, report = with_anchor
-    assert (config.data.max_prompt_length, config.data.max_response_length) == (12, 28)
+def test_bound_and_forecast_are_those_of_hand_arithmetic():
+    """8 prompts x 2 completions of up to 28 tokens, prompts of up to 26; 8 devices."""
+    config = finalized(parse(*TINY))
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (26, 28)
     model = types.SimpleNamespace(num_heads=4, head_dim=8, num_layers=2)
     layout = types.SimpleNamespace(token_bytes=lambda: 128)
     mesh = types.SimpleNamespace(size=8)
@@ -171,23 +173,26 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic(with_anchor):
         prefill_rows=8,
     )
     least = dry_run._least(config, engine, mesh)
-    # A step reads the weights once, of each of 16 rings 14 tokens of 1 to 28, and 8 prompts of 11.
-    assert least["decode"].moved == 40 + 128 * (16 * 14 + 8 * 11) // 8
-    assert least["decode"].kernel_flops == 4 * 4 * 8 * 2 * 16 * (14 + 12) // 8
-    pairs = 8 * (12 * 13 // 2 + 2 * (28 * 29 // 2 + 28 * 12))
+    # A step reads the weights once, of each of 16 rings 14 tokens of 1 to 28, and 8 prompts of 25.
+    assert least["decode"].moved == 40 + 128 * (16 * 14 + 8 * 25) // 8
+    assert least["decode"].kernel_flops == 4 * 4 * 8 * 2 * 16 * (14 + 26) // 8
+    pairs = 8 * (26 * 27 // 2 + 2 * (28 * 29 // 2 + 28 * 26))
     assert least["anchor"].kernel_flops == 256 * pairs // 8
     assert least["update"].kernel_flops == int(3.5 * 256 * pairs * 8 / 8) // 8
 
     chip = chips.Chip("a chip", 2**30, flops=1e9, bandwidth=1e8)
-    step = dataclasses.replace(
-        report.steps[1], calls=28, flops=10**6, moved=10**6, kernel_s=0.02, linked_s=0.01
-    )
+    step = Step("decode", 28, 0, 10**6, 10**6, 1.0, [], 9, 0.0, kernel_s=0.02, linked_s=0.01)
     assert step.floor_s(chip) == pytest.approx(28 * 0.01)  # reading takes longer than computing
     half = dataclasses.replace(step, expected_calls=14, expected_share=0.5)
     assert step.forecast_s == pytest.approx(28 * 0.03)
     assert half.forecast_s == pytest.approx(14 * 0.5 * 0.03)
-    assert dataclasses.replace(report, chip=chip, steps=[half]).fits
-    text = "\n".join(dataclasses.replace(report, chip=chip, steps=[half]).lines())
+    rollout = {"parameters to sample with": 0, "cache": 0}
+    parts = {"parameters": 0, "optimizer": 0, "anchor": 0}
+    lengths = forecast.read_lengths("9:4", 28, 16).source
+    fixed = (parts, rollout, frozenset(), False, [half], {}, [], lengths)
+    report = Report("a run", "a chip", chip, None, *fixed)
+    assert report.fits
+    text = "\n".join(report.lines())
     assert "An iteration takes 280 ms or more" in text
     assert "Forecast: 210 ms, of which 70 ms is for collectives" in text
     assert "lengths of 9 +- 4 tokens" in text
@@ -208,7 +213,7 @@ def test_slots_wait_for_the_longest_sample_and_lengths_come_from_the_user_or_a_r
     lengths = forecast.read_lengths(str(tmp_path), 1024, 512)
     assert lengths.mean == 300
     assert lengths.draw(512).max() == pytest.approx(900, rel=0.1)
-    (tmp_path / "other.jsonl").write_text('{"rollout/length_mean": "\x1b[31m"}')
+    (tmp_path / "other.jsonl").write_text('{"rollout/length_mean": "\\u001b[31m"}')
     for text, message in (
         ("0", "is 1 to data.max_response_length, 1024; given 0"),
         ("2000", "given 2000"),

@@ -96,7 +96,8 @@ def _kernel(
     first = (
         jnp.zeros((padded, D), jnp.float32),
         jnp.full((padded,), MASKED, jnp.float32),
-        jnp.zeros((padded,), jnp.float32),
+        # As on a TPU: what is divided by the total of a row that sees no key is 0, not NaN.
+        jnp.ones((padded,), jnp.float32),
     )
     out, top, total = jax.lax.fori_loop(0, last_ref[row] + 1, visit, first)
     plt.store(out_ref.at[*mine, slice(None)], out, mask=real[:, None])

@@ -68,7 +68,9 @@ def _kernel(
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
         top_ref[...] = jnp.full_like(top_ref, MASKED)
-        total_ref[...] = jnp.zeros_like(total_ref)
+        # The first key that a row sees makes this nothing. A row that sees none keeps it, and what
+        # is divided by it is 0 and not NaN, which would spoil the slot for the next sample.
+        total_ref[...] = jnp.ones_like(total_ref)
 
     @pl.when(j <= last_ref[row])
     def _():
