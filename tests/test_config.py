@@ -85,7 +85,7 @@ REFUSALS = {
     "--config.data.train_batch_size=0": "data.train_batch_size is at least 1",
     "--config.algorithm.num_generations=1": "algorithm.num_generations is at least 2",
     "--config.actor_rollout_ref.actor.ppo_mini_batch_size=5": "must divide data.train_batch_size",
-    "--config.algorithm.adv_estimator=ppo": "one of adpo, .*, rloo; given 'ppo'",
+    "--config.algorithm.adv_estimator=ppo": "one of adpo, .*, opd; given 'ppo'",
     "--config.trainer.total_training_steps=0": "total_training_steps is at least 1",
     "--config.sft.train_files=": "sft.train_files names no data",
     "--config.actor_rollout_ref.rollout.temperature=0": "training samples",
@@ -211,5 +211,7 @@ def test_each_algorithm_parameter_on_the_command_line_changes_the_loss(key):
 
 
 def test_every_algorithm_parameter_is_covered_by_the_test_above():
-    of_sampling = {"filter_groups", "filter_max_attempts"}  # see test_config_keys.py
-    assert set(ALGORITHM_OVERRIDES) == set(default_config().algorithm) - of_sampling
+    elsewhere = {"filter_groups", "filter_max_attempts"}  # see test_config_keys.py
+    # Several rewards and a teacher: see test_losses.py and test_distillation.py.
+    elsewhere |= {"multi_objective_aggregation", "distillation_loss", "jsd_beta"}
+    assert set(ALGORITHM_OVERRIDES) == set(default_config().algorithm) - elsewhere

@@ -496,7 +496,7 @@ WALK = {
     "mesh.tensor": ("2", policy),
     "mesh.expert": ("2", mesh),
     "mesh.dcn_data": ("1", mesh),
-    "environment.path": ("embedded:calculator", environment, "--config.environment.tools=('a',)"),
+    "environment.path": ("others.py", environment, *TOOLS),
     "environment.name": ("Calculator", environment, *TOOLS),
     "environment.tools": ("('b',)", environment, *TOOLS),
     "environment.max_turns": ("3", environment, *TOOLS),

@@ -242,7 +242,9 @@ def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypat
     most = slots * (columns + prefix + prefix)
     token = 2 * 2 * 2 * 16 * 4
     monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: (most * token, ""))
-    gpu = types.SimpleNamespace(platform="gpu")  # where the engine's own rows are never copied
+    gpu = types.SimpleNamespace(
+        platform="gpu", device_kind="one"
+    )  # where the engine's own rows are never copied
     monkeypatch.setattr("adpo_jax.engine.engine._device", lambda _: gpu)
     engine = Engine(
         policy,
@@ -351,7 +353,7 @@ def test_a_prompt_is_scored_as_the_policy_scores_it(engine):
     there = np.arange(17) < np.array([[len(prompt)] for prompt in prompts])
     logits = made.policy.logits(params, rows, there.astype(np.int32))
     for row, prompt in enumerate(prompts):
-        log_probs, (ids, likeliest) = scored[row]
+        log_probs, (ids, likeliest), *_ = scored[row]
         assert ids.shape == likeliest.shape == (len(prompt) - 1, 3)
         expected = np.asarray(jax.nn.log_softmax(logits[row]))[: len(prompt) - 1]
         of_tokens = np.take_along_axis(expected, prompt[1:, None], axis=1)[:, 0]

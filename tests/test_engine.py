@@ -365,7 +365,8 @@ def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypat
 def accelerator(monkeypatch):
     """Engines made from here on take this machine for a GPU's host."""
     monkeypatch.setattr(
-        "adpo_jax.engine.engine._device", lambda _: types.SimpleNamespace(platform="gpu")
+        "adpo_jax.engine.engine._device",
+        lambda _: types.SimpleNamespace(platform="gpu", device_kind="one"),
     )
 
 

@@ -164,7 +164,7 @@ def test_only_the_slices_of_the_mesh_are_copied(monkeypatch):
     empty = np.empty
 
     def counting(shape, *args, **kwargs):
-        copied.append(shape)
+        copied.append(tuple(np.atleast_1d(shape).tolist()))
         return empty(shape, *args, **kwargs)
 
     monkeypatch.setattr(weights.np, "empty", counting)

@@ -990,8 +990,8 @@ def test_mismatched_shapes_are_refused_with_both_shapes(loss_fn):
         loss_fn(log_probs, anchor[:, :5], rewards, mask)
     with pytest.raises(ValueError, match=r"completion_mask must have shape"):
         loss_fn(log_probs, anchor, rewards, mask[:8])
-    with pytest.raises(ValueError, match=r"rewards must have shape \(32,\).*\(32, 1\)"):
-        loss_fn(log_probs, anchor, rewards[:, None], mask)
+    with pytest.raises(ValueError, match=r"rewards must have shape \(32,\).*\(8,\)"):
+        loss_fn(log_probs, anchor, rewards[:8], mask)
     with pytest.raises(ValueError, match=r"log_probs must be \[B, T\]"):
         loss_fn(log_probs[0], anchor[0], rewards[0], mask[0])
 

@@ -57,7 +57,7 @@ def iteration(mesh):
     for seed in range(2):  # in the second the policy has left its anchor
         batch, rewards = tiny.batch(seed=seed)
         state, metrics = learner.learn(state, batch.sequences(), rewards)
-        by_machine = ("time/", "update/tokens_per_s", "update/padding_frac")
+        by_machine = ("time/", "update/tokens_per_s", "update/padding_frac", "update/compiles")
         history.append({k: v for k, v in metrics.items() if not k.startswith(by_machine)})
     return out.padded("tokens"), jax.device_get((state.params, state.anchor_params)), history
 

@@ -140,7 +140,7 @@ def test_what_has_no_effect_or_cannot_work_under_it_is_refused(found):
 def test_it_is_in_the_documentation_of_keys_and_metrics(found):
     section = found["docs of config"].split("## `algorithm`")[1].split("## ")[0]
     rows = {line.split("|")[1].strip(): line for line in section.splitlines() if "`" in line}
-    assert ", rloo, luspo |" in rows["`adv_estimator`"]
+    assert ", rloo, luspo, opd |" in rows["`adv_estimator`"]
     assert "0.0003 for gspo and luspo" in rows["`clip_low`"]
     assert "not under adpo, tpo, lpo, sapo and rloo" in rows["`clip_low`"]
     assert "not under reinforce_pp and rloo" in rows["`scale_rewards`"]

@@ -101,11 +101,11 @@ def _slices(devices: Sequence, *, of_processes: bool) -> list[list]:
     Args:
       of_processes: whether devices that name no slice are told apart by their processes.
     """
+    numbers = [getattr(device, "slice_index", 0) for device in devices]
+    if of_processes and len(set(numbers)) == 1:
+        numbers = [device.process_index for device in devices]
     slices = collections.defaultdict(list)
-    for device in devices:
-        number = getattr(device, "slice_index", None)
-        if number is None:
-            number = device.process_index if of_processes else 0
+    for number, device in zip(numbers, devices):
         slices[number].append(device)
     return [slices[number] for number in sorted(slices)]
 

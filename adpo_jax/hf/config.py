@@ -398,7 +398,7 @@ def _rope(
     given = {key: value for key, value in parameters.items() if value is not None}
     kind = given.get("rope_type", given.get("type", "default"))
     kind = family.rope_types.get(kind, kind) if isinstance(kind, str) else kind
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise ValueError(
             f"rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_KEYS)}"
         )
