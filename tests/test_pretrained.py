@@ -85,6 +85,7 @@ def test_the_dtype_is_that_asked_for(run):
     assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
 
 
+@pytest.mark.long
 def test_adapters_are_merged_into_the_weights_that_they_were_trained_beside(tmp_path):
     """In float32 the frozen weights of a run in bfloat16 stay in it where the caller says so."""
     model = "--config.actor_rollout_ref.model"

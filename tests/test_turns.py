@@ -185,7 +185,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", ["windows on a mesh", pytest.param("int8", marks=pytest.mark.long)]
+)
 def test_log_probs_over_turns_are_those_of_one_forward(name, monkeypatch):
     changes, options, tolerance = VARIANTS[name]
     policy, mesh = policy_of(**changes), None
