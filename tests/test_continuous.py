@@ -242,9 +242,8 @@ def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypat
     most = slots * (columns + prefix + prefix)
     token = 2 * 2 * 2 * 16 * 4
     monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: (most * token, ""))
-    gpu = types.SimpleNamespace(
-        platform="gpu", device_kind="one"
-    )  # where the engine's own rows are never copied
+    # An accelerator never copies the engine's own rows.
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="one")
     monkeypatch.setattr("adpo_jax.engine.engine._device", lambda _: gpu)
     engine = Engine(
         policy,
@@ -252,6 +251,7 @@ def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypat
         max_response_length=columns,
         gpu_memory_utilization=0.9,
         steps_per_dispatch=4,
+        attention="xla",
     )
     batch = ContinuousBatch(engine, policy.init(jax.random.key(0)))
     assert engine.num_slots > batch.num_slots == slots

@@ -373,7 +373,7 @@ def accelerator(monkeypatch):
 def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model, monkeypatch):
     policy, params = model
     accelerator(monkeypatch)
-    engine = engine_of(policy, num_slots=None, free_cache_engine=False)
+    engine = engine_of(policy, num_slots=None, free_cache_engine=False, attention="xla")
     assert engine.slot_sizes == [8, 16, 32, 64, 128, 256]
     sampling = SamplingParams(n=2, max_tokens=40, stop_token_ids=(1,))
     prompts = prompts_of(MIXED)

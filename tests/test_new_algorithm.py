@@ -143,7 +143,7 @@ def test_it_is_in_the_documentation_of_keys_and_metrics(found):
     assert ", rloo, luspo, opd |" in rows["`adv_estimator`"]
     assert "0.0003 for gspo and luspo" in rows["`clip_low`"]
     assert "not under adpo, tpo, lpo, sapo and rloo" in rows["`clip_low`"]
-    assert "not under reinforce_pp and rloo" in rows["`scale_rewards`"]
+    assert "not under reinforce_pp, rloo and opd" in rows["`scale_rewards`"]
     assert "not under adpo, tpo, lpo, rloo and luspo" in rows["`loss_aggregation`"]
     rows = [line for line in found["docs of metrics"].splitlines() if "`luspo/" in line]
     assert any("`luspo/clip_frac` | share | luspo | of completions whose" in row for row in rows)
