@@ -381,9 +381,9 @@ def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model
     # No smaller as samples end; the ring grows.
     assert out.stats["slot_steps"] == 16 * out.stats["steps"]
     assert out.stats["resizes"] > 0
-    kept = engine._kept.own.k.unsafe_buffer_pointer()
+    kept = engine._kept.own[0].k.unsafe_buffer_pointer()
     again = engine.generate(params, prompts, sampling, jax.random.key(3))
-    assert engine._kept.own.k.unsafe_buffer_pointer() == kept
+    assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
     assert_equal_tokens(again.groups, out.groups)
     alone = engine.generate(params, prompts[:1], sampling, jax.random.key(3))
     assert alone.stats["slot_steps"] == 8 * alone.stats["steps"]
