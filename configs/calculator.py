@@ -1,6 +1,13 @@
-"""A tool on a CPU: a small model learns to have its sums done.
+"""A tool on a CPU: a small model learns to have its sums done (docs/environments.md).
 
-python -m adpo_jax.main --config=configs/calculator.py
+    python -m adpo_jax.main --config=configs/calculator.py
+
+Needs a CPU with two cores; downloads nothing. A supervised cold start imitates demonstrations of
+which most blurt out a wrong sum and fewer call the tool `add`, then ADPO rewards right sums.
+Accuracy on 256 held-out problems, greedy: 0% after the cold start on seeds 0, 1 and 2; after 10
+iterations 99.6%, 93.0% and 96.1%, after 30 iterations 100%, 98.4% and 94.9%, while calls of the
+tool rose from 0.29 to 1.0 a completion (seed 0). Each took 20 to 30 minutes on a 2-core x86-64 VM
+that did much else at the same time (2026-11-26).
 """
 
 from adpo_jax.config import default_config

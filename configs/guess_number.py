@@ -1,6 +1,11 @@
-"""A game on a CPU: a small model learns to find a number in few guesses.
+"""A game in several turns on a CPU: a number is to be found in few guesses (docs/environments.md).
 
-python -m adpo_jax.main --config=configs/guess_number.py
+    python -m adpo_jax.main --config=configs/guess_number.py
+
+Needs a CPU with two cores; downloads nothing. A supervised cold start imitates games whose guesses
+lie anywhere in what is left; the reward is the share of guesses not needed. Seed 0 has a greedy
+reward of 0.38 after the cold start, and finds 67% of the numbers in eight guesses. No run has been
+taken further than five iterations with these settings, so what it learns is not known yet.
 """
 
 from adpo_jax.config import default_config
@@ -33,7 +38,7 @@ def get_config():
     config.eval.graded_by = "reward"
 
     optim = config.actor_rollout_ref.actor.optim
-    optim.lr = 5e-4
+    optim.lr = 1e-4
     optim.betas = (0.9, 0.98)
     optim.lr_scheduler_type = "cosine"
     optim.min_lr_ratio = 0.1
