@@ -2,10 +2,14 @@
 
 import asyncio
 import functools
+import importlib.util
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import jax
@@ -234,6 +238,23 @@ def test_the_renderers_client_holds_a_conversation(address, folder):  # noqa: F8
         found = [entry["logprob"] for entry in choice["logprobs"]["content"]]
         assert turn["completion_logprobs"] == found
         assert turn["finish_reason"] == choice["finish_reason"]
+
+
+def test_an_environment_of_verifiers_runs_its_rollouts(address, folder):  # noqa: F811
+    if importlib.util.find_spec("verifiers") is None:
+        pytest.skip("the environments are not installed: pip install verifiers==0.4.0")
+    program = Path(__file__).parent / "verifiers_environment.py"
+    command = [sys.executable, "-W", "ignore", str(program), address, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rollouts = json.loads(result.stdout.splitlines()[-1])
+    assert len(rollouts) == 6
+    for rollout in rollouts:
+        assert (rollout["turns"], rollout["reward"], rollout["errors"]) == (2, 2.0, [])
+        assert len(rollout["sampled"]) == 2
+        for tokens, log_probs in rollout["sampled"]:
+            assert 0 < len(tokens) == len(log_probs) <= 6
+            assert max(log_probs) <= 0
 
 
 # --- new weights
