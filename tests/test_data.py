@@ -200,6 +200,9 @@ def test_columns_of_different_lengths_are_no_data_set():
         Dataset({"a": [1], "b": [1, 2]})
     dataset = Dataset({"a": [1, 2, 3]}).with_column("b", "xyz")
     assert dataset.select([2, 0]).columns == {"a": [3, 1], "b": ["z", "x"]}
+    for name in ("c", "c.d"):
+        with pytest.raises(KeyError, match=f"no column '{name}'; there are a, b"):
+            dataset.column(name)
 
 
 # Solutions.

@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import random
 
+from adpo_jax.data import splits
+
 NAME = "embedded:arithmetic"
 
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon")
@@ -24,8 +26,6 @@ LARGEST = 30  # the largest total
 NUM_CHANGES = (3, 4)  # fewest and most
 CAREFUL_SHARE = 0.38  # of the demonstrations that show their working
 NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 8192}
-
-_SEEDS = {"train": 1, "val": 2, "demonstrations": 3}
 
 # A Hugging Face config.json of 0.66 million parameters.
 MODEL_CONFIG = {
@@ -57,12 +57,8 @@ def rows(split: str) -> dict[str, list[str]]:
     Raises:
       ValueError: for another split.
     """
-    if split not in _SEEDS:
-        raise ValueError(f"{NAME} has the splits {sorted(_SEEDS)}, given {split!r}")
-    held_out = set(rows("val")["question"]) if split != "val" else set()
-    if split == "demonstrations":
-        held_out |= set(rows("train")["question"])
-    rng = random.Random(_SEEDS[split])
+    held_out = splits.held_out(NAME, split, rows)
+    rng = random.Random(splits.SEEDS[split])
     problems = []
     while len(problems) < NUM_ROWS[split]:
         problem = _Problem.draw(rng)

@@ -9,15 +9,13 @@ import functools
 import json
 import random
 
-from adpo_jax.data import arithmetic, small_chat
+from adpo_jax.data import arithmetic, small_chat, splits
 
 NAME = "embedded:calculator"
 
 SMALLEST, LARGEST = 1_000, 9_999  # of the numbers to add
 TOOL_SHARE = 0.3  # of the demonstrations that use the tool
 NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 8192}
-
-_SEEDS = {"train": 1, "val": 2, "demonstrations": 3}
 
 # A Hugging Face config.json of 0.66 million parameters.
 MODEL_CONFIG = arithmetic.MODEL_CONFIG
@@ -33,12 +31,8 @@ def rows(split: str) -> dict[str, list[str]]:
     Raises:
       ValueError: for another split.
     """
-    if split not in _SEEDS:
-        raise ValueError(f"{NAME} has the splits {sorted(_SEEDS)}, given {split!r}")
-    held_out = set() if split == "val" else set(rows("val")["question"])
-    if split == "demonstrations":
-        held_out |= set(rows("train")["question"])
-    rng = random.Random(_SEEDS[split])
+    held_out = splits.held_out(NAME, split, rows)
+    rng = random.Random(splits.SEEDS[split])
     pairs: dict[str, tuple[int, int]] = {}
     while len(pairs) < NUM_ROWS[split]:
         a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)

@@ -93,10 +93,16 @@ class Dataset:
         return [function(value) for value in values]
 
     def column(self, name: str) -> Sequence:
-        """A column by its name, or what lies in one by a dotted path, as `reward_model.style`."""
+        """A column by its name, or what lies in one by a dotted path, as `reward_model.style`.
+
+        Raises:
+          KeyError: when no column has the name or begins the path.
+        """
         if name in self.columns:
             return self.columns[name]
         first, path = _split_path(name, self.columns)
+        if not first:
+            raise KeyError(f"no column {name!r}; there are {', '.join(self.columns)}")
         return self.mapped(first, functools.partial(_inside, path=path))
 
     def has(self, name: str) -> bool:

@@ -11,7 +11,10 @@ are right.
 """
 
 import dataclasses
+import functools
 import random
+
+from adpo_jax.data import splits
 
 NAME = "embedded:word_problems"
 
@@ -19,8 +22,6 @@ CAREFUL_SHARE = 0.3  # of the demonstrations that show their working
 LUCKY_SHARE = 0.15  # of the answers blurted out that are right
 NUM_STEPS = (1, 2, 2, 2, 3, 3)  # drawn from
 NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 2048}
-
-_SPLITS = {"train": 1, "val": 2, "demonstrations": 3}
 
 _NAMES = {
     "she": "Amara Bea Chloe Dalia Elif Freya Greta Hana Ines Jana Kira Lena Mona Nadia Olga Petra "
@@ -58,12 +59,8 @@ def rows(split: str, *, seed: int = 0) -> dict[str, list[str]]:
     Raises:
       ValueError: for another split.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"{NAME} has the splits {sorted(_SPLITS)}, given {split!r}")
-    seen = set(rows("val", seed=seed)["question"]) if split != "val" else set()
-    if split == "demonstrations":
-        seen |= set(rows("train", seed=seed)["question"])
-    rng = random.Random(3 * seed + _SPLITS[split])
+    seen = splits.held_out(NAME, split, functools.partial(rows, seed=seed))
+    rng = random.Random(3 * seed + splits.SEEDS[split])
     problems = []
     while len(problems) < NUM_ROWS[split]:
         problem = draw(rng)
