@@ -44,7 +44,8 @@ def state(value):
 def saved(folder, steps=(1, 2, 3), **options):
     with Checkpoints(folder, save_freq=1, keep=5, **options) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), {"eval/accuracy": step / 10})
+            sizes = {"update": [[1, 64, 128 * step, 6]]}
+            checkpoints.save(step, state(step), {"eval/accuracy": step / 10}, sizes)
     return folder
 
 
@@ -60,10 +61,11 @@ def data_files(folder):
     )
 
 
-def test_a_state_comes_back_with_its_step_and_metrics(tmp_path):
+def test_a_state_comes_back_with_its_step_metrics_and_sizes_of_streams(tmp_path):
     restored = restore(saved(tmp_path))
     assert restored.step == 3
     assert restored.metrics == {"eval/accuracy": 0.3}
+    assert restored.sizes == {"update": [[1, 64, 384, 6]]}
     jax.tree.map(np.testing.assert_array_equal, restored.state, state(3))
 
 

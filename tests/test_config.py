@@ -212,6 +212,26 @@ def test_each_algorithm_parameter_on_the_command_line_changes_the_loss(key):
 
 def test_every_algorithm_parameter_is_covered_by_the_test_above():
     elsewhere = {"filter_groups", "filter_max_attempts"}  # see test_config_keys.py
-    # Several rewards and a teacher: see test_losses.py and test_distillation.py.
-    elsewhere |= {"multi_objective_aggregation", "distillation_loss", "jsd_beta"}
-    assert set(ALGORITHM_OVERRIDES) == set(default_config().algorithm) - elsewhere
+    covered = ALGORITHM_OVERRIDES.keys() | OF_SEVERAL_REWARDS_OR_A_TEACHER.keys()
+    assert covered == set(default_config().algorithm) - elsewhere
+
+
+OF_TEACHER = (
+    "--config.algorithm.adv_estimator=opd",
+    "--config.teacher.path=folder",
+    "--config.algorithm.distillation_loss=jsd",
+)
+# What these change of the loss is tested in test_losses.py and test_distillation.py.
+OF_SEVERAL_REWARDS_OR_A_TEACHER = {
+    "multi_objective_aggregation": ("normalize_then_sum",),
+    "distillation_loss": ("jsd", *OF_TEACHER[:2]),
+    "jsd_beta": (0.25, *OF_TEACHER),
+}
+
+
+@pytest.mark.parametrize("key", OF_SEVERAL_REWARDS_OR_A_TEACHER)
+def test_a_parameter_of_several_rewards_or_a_teacher_reaches_the_algorithm(key):
+    value, *context = OF_SEVERAL_REWARDS_OR_A_TEACHER[key]
+    before = getattr(setup.make_algorithm(parse(*context)), key)
+    changed = setup.make_algorithm(parse(*context, f"--config.algorithm.{key}={value}"))
+    assert getattr(changed, key) == value != before

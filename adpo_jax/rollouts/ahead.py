@@ -242,8 +242,8 @@ class Ahead(Source):
                     params, sampler.sampling, jax.random.key(sampler.seed), version=step
                 )
                 decoding = _Decoding(stack.enter_context(session), step, there.groups)
-                for number in there.groups:
-                    [prompt] = self._prompts([number]).token_ids
+                prompts = self._prompts(there.groups).token_ids if there.groups else []
+                for number, prompt in zip(there.groups, prompts, strict=True):
                     decoding.submit(number, prompt, self._keys(number))
             chosen = decoding.until_chosen(self._pacing, there.admitted_at)
             groups, stats = decoding.left(), dict(session.stats)
