@@ -1,3 +1,4 @@
+import functools
 import runpy
 import types
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_a_batch_that_does_not_spread_over_the_devices_is_refused():
         batch_plan(parse(), num_shards=3)
 
 
+@functools.cache
 def adpo_loss_under(*overrides):
     """Loss plus size of its gradient, of a fixed batch under the algorithm of the command line."""
     config = parse(*overrides)
