@@ -23,6 +23,7 @@ import adpo_jax
 from adpo_jax.config import declarations, default_config, keys
 from adpo_jax.data import arithmetic
 from adpo_jax.devices import compilation_cache, sharding
+from adpo_jax.devices.compilation_cache import use as use_cache
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import Policy, adapters
@@ -218,7 +219,7 @@ def cache(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
         patch.setattr(compilation_cache.jax.config, "update", seen.__setitem__)
-        compilation_cache.use(config.trainer.compilation_cache_dir)
+        use_cache(config.trainer.compilation_cache_dir)
     return seen
 
 

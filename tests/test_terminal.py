@@ -100,7 +100,6 @@ def test_an_error_of_a_run_shows_hostile_text_spelled_out(spoil, monkeypatch, ca
 
 def test_the_other_command_lines_show_hostile_text_spelled_out(monkeypatch, capsys):
     spoil_the_architecture()
-    monkeypatch.setattr("adpo_jax.devices.compilation_cache.use", lambda folder: None)
     assert serve.main(["--model=model"]) == 2
     for command, argument in ((generate, "--prompt=x"), (export, "--out=out")):
         monkeypatch.setattr(sys, "argv", ["command", "--model=model", argument])
