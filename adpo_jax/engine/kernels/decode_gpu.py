@@ -64,10 +64,12 @@ def _kernel(
     queries, D = q_ref.shape[2:]
     query = jnp.arange(padded)
     real = query < queries
-    mine = (row, head, pl.ds(0, padded))
+    # Beyond the arrays a mask holds; jax 0.12 refuses a start that it knows to lead there.
+    whole = pl.ds(row * 0, padded)
+    mine = (row, head, whole)
     q = plt.load(q_ref.at[*mine, slice(None)], mask=real[:, None], other=0)
-    origin = plt.load(origin_ref.at[row, pl.ds(0, padded)], mask=real, other=0)
-    reach = plt.load(reach_ref.at[row, pl.ds(0, padded)], mask=real, other=-1)
+    origin = plt.load(origin_ref.at[row, whole], mask=real, other=0)
+    reach = plt.load(reach_ref.at[row, whole], mask=real, other=-1)
 
     def visit(j, carry):
         out, top, total = carry
