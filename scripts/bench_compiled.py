@@ -32,6 +32,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
+
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import chip_of
 from adpo_jax.devices.flops import traced_flops

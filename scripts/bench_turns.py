@@ -12,10 +12,14 @@ where something else was running).
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
 from adpo_jax import Engine, Policy, SamplingParams
 
