@@ -4,10 +4,13 @@
 
 Needs a CPU with two cores; downloads nothing. A supervised cold start imitates demonstrations of
 which most blurt out a wrong sum and fewer call the tool `add`, then ADPO rewards right sums.
-Accuracy on 256 held-out problems, greedy: 0% after the cold start on seeds 0, 1 and 2; after 10
-iterations 99.6%, 93.0% and 96.1%, after 30 iterations 100%, 98.4% and 94.9%, while calls of the
-tool rose from 0.29 to 1.0 a completion (seed 0). Each took 20 to 30 minutes on a 2-core x86-64 VM
-that did much else at the same time (2026-11-26).
+
+Accuracy on 256 held-out problems, greedy, at commit 5c58c78 (2-core x86-64 VM, 2026-11-26), seeds
+0, 1 and 2: 0% after the cold start; 99.6%, 93.0% and 96.1% after 10 iterations; 100%, 98.8% and
+96.1% after 40. Calls of the tool rise from 0.3 to 1.0 a completion. A run takes 4 to 7 minutes.
+Without the environment (--config.environment.path= --config.environment.name=
+--config.environment.max_turns=8) it stays at 0% for all 40 iterations (seed 0, 3 min 24 s): nobody
+answers the calls that the policy has learned to write, and no sum is right without.
 """
 
 from adpo_jax.config import default_config
