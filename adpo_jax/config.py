@@ -421,7 +421,9 @@ def _actor() -> dict[str, Key]:
             "prompt, or in padded rows, each with its own",
             choices=("packed", "rows"),
         ),
-        "attention": Key("auto", "of the training forward", allowed="auto, xla, pallas_tpu, cudnn"),
+        "attention": Key(
+            "auto", "of the training forward", allowed="auto, xla, pallas_tpu, pallas_gpu, cudnn"
+        ),
         "router_aux_loss_coef": Key(
             0.0,
             "weight of the auxiliary loss that spreads tokens over the experts of a mixture; 0 for "

@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import chip_of
-from adpo_jax.devices.flops import traced_flops
-from adpo_jax.devices.topologies import one_host, topology_devices
+from adpo_jax.devices.flops import has_kernels, traced_flops
+from adpo_jax.devices.topologies import lowered, one_host, topology_devices
 from adpo_jax.dry_run import traced_learning
+from adpo_jax.dry_run.forecast import causal_pairs
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
@@ -105,10 +106,10 @@ class Parts:
         )
 
 
-def compiled(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled, dict]:
+def compiled(traced: jax.stages.Traced, device: jax.Device) -> tuple[jax.stages.Compiled, dict]:
     """A compiled program, and what its compiler says of memory and time."""
     started = time.perf_counter()
-    program = traced.lower().compile()
+    program = lowered(traced, device).compile()
     memory = program.memory_analysis()
     return program, {
         "compile_s": round(time.perf_counter() - started, 1),
@@ -134,7 +135,7 @@ def seen_of(program: Program) -> dict:
 def decode(a: argparse.Namespace, parts: Parts) -> dict:
     """A step of decoding of one device, against the bytes that it cannot do without."""
     engine = parts.engine(a)
-    made, line = compiled(engine.trace(parts.sampling)["decode"])
+    made, line = compiled(engine.trace(parts.sampling)["decode"], parts.devices[0])
     program = Program(made.as_text())
     layout, policy = engine.verbs.layout, engine.policy
     weights = sharding.device_bytes(engine.verbs.abstract_params())
@@ -172,10 +173,18 @@ def update(a: argparse.Namespace, parts: Parts) -> dict:
     prompt = [0] * config.data.max_prompt_length
     sequences = Sequences([prompt] * a.prompts, [[completion] * a.samples] * a.prompts)
     traced, turns = traced_learning(learner, sequences)["update"]
-    made, line = compiled(traced)
+    made, line = compiled(traced, parts.devices[0])
     program = Program(made.as_text(), turns)
     flops = traced_flops(traced, turns) / parts.mesh.size
     seconds = program.seconds(parts.chip.flops, parts.chip.bandwidth)
+    if has_kernels(traced):
+        # Of kernels, the compiled program shows the bytes alone. Five products backward for the two
+        # forward, which are made twice where everything is recomputed.
+        c = parts.policy.config
+        pairs = a.prompts * causal_pairs(len(prompt), length, a.samples)
+        inside = 4.5 * 4 * c.num_heads * c.head_dim * c.num_layers * pairs / parts.mesh.size
+        seconds += inside / parts.chip.flops
+        flops += inside
     # With everything recomputed the forward pass runs twice: 4 of 3 times the model's FLOPs.
     model_flops = flops * (3 / 4 if config.trainer.gradient_checkpointing == "full" else 1)
     return line | {
@@ -196,7 +205,7 @@ def exchange(a: argparse.Namespace, parts: Parts) -> dict:
     params = parts.policy.abstract_params()
     out = jax.tree.map(lambda x: x.sharding, verbs._abstract_cast())
     cast = jax.jit(lambda params: verbs._cast(params), out_shardings=out)
-    made, line = compiled(cast.trace(params))
+    made, line = compiled(cast.trace(params), parts.devices[0])
     memory = made.memory_analysis()
     peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
     return line | {"peak_bytes": peak, **seen_of(Program(made.as_text()))}

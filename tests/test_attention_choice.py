@@ -13,7 +13,7 @@ from adpo_jax.engine import kernels
 from adpo_jax.engine.kernels import DECODING, PREFILL, decode_gpu
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
-from adpo_jax.model import attention_choice, attention_kernels
+from adpo_jax.model import attention_choice
 from adpo_jax.model.attention_choice import (
     NAMES,
     AttentionFallback,
@@ -47,14 +47,12 @@ def each_warns():
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_auto_is_the_kernel_of_the_platform_and_plain_elsewhere_without_a_word(use):
     assert resolve("auto", use, of_model(use), "tpu") == "pallas_tpu"
-    on_gpu = "pallas_gpu" if use is DECODING else "xla"
-    assert resolve("auto", use, of_model(use), "gpu") == on_gpu
+    assert resolve("auto", use, of_model(use), "gpu") == "pallas_gpu"
     assert resolve("auto", use, of_model(use, head_dim=16, dtype=jnp.float32), "cpu") == "xla"
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_every_name_is_taken_where_it_runs_and_refused_elsewhere(use, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "missing_cudnn", lambda: "")
+def test_every_name_is_taken_where_it_runs_and_refused_elsewhere(use):
     for name, one in use.table.items():
         for platform in ("cpu", "gpu", "tpu"):
             if not one.platforms or platform in one.platforms:
@@ -78,6 +76,8 @@ REFUSED = {
     "an int8 cache": (DECODING, "pallas_gpu", {"dtype": jnp.int8}, "has no int8 cache"),
     "turned keys": (DECODING, "pallas_gpu", {"transposed_keys": True}, "are not transposed"),
     "layers apart": (DECODING, "pallas_tpu", {"stacked": False}, "reads layers that are stacked"),
+    "float32 on a GPU": (STREAMS, "pallas_gpu", {"dtype": jnp.float32}, "given float32"),
+    "Triton's heads": (ROWS, "pallas_gpu", {"head_dim": 256}, "from 16 to 128; given 256"),
     "wide numbers": (ROWS, "cudnn", {"dtype": jnp.float32}, "or float16; given float32"),
     "a wide head": (STREAMS, "cudnn", {"head_dim": 512}, "at most 256 .* given 512"),
     "a soft cap": (ROWS, "cudnn", {"soft_cap": 5.0}, "no soft cap"),
@@ -148,17 +148,10 @@ def test_prefill_that_the_gpu_kernel_does_not_have_runs_plain_with_a_warning(eac
     params = policy.init(jax.random.key(0))
     tokens, lengths = np.ones((2, 8), np.int32), np.array([8, 5], np.int32)
     plain = Verbs(policy, layout, "xla").prefill(params, tokens, lengths)
-    message = "'pallas_gpu' of prefill has the prefill of cuDNN, which takes bfloat16 .* float32"
+    message = "'pallas_gpu' of prefill takes bfloat16 or float16; given float32. The plain"
     with pytest.warns(AttentionFallback, match=message):
         fallen_back = Verbs(policy, layout, "pallas_gpu").prefill(params, tokens, lengths)
     jax.tree.map(np.testing.assert_array_equal, fallen_back, plain)
-
-
-def test_prefill_is_plain_on_a_machine_that_compiles_for_gpus_and_has_no_cudnn(monkeypatch):
-    settings = of_model(PREFILL)
-    monkeypatch.setattr(attention_kernels, "missing_cudnn", lambda: "is not to be had here (...)")
-    with pytest.warns(AttentionFallback, match="prefill of cuDNN, which is not to be had here"):
-        assert fitting("pallas_gpu", PREFILL, settings) == "xla"
 
 
 def test_what_decodes_also_has_a_prefill():
@@ -169,7 +162,7 @@ def test_a_policy_refuses_an_attention_that_cannot_run_its_model():
     for changes, message in (
         ({"attention": "pallas_tpu_interpret"}, "multiple of 128; given 16. Use auto"),
         ({"attention": "cudnn"}, "runs on a GPU, and this is a cpu"),
-        ({"attention": "pallas_gpu"}, "not implemented for padded rows"),
+        ({"attention": "pallas_gpu"}, "runs on a GPU, and this is a cpu"),
         ({"attention": "flash"}, "attention is one of auto, xla"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,9 +9,15 @@ import pytest
 
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.model import attention_choice, attention_kernels
-from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo, dot_product_attention, visible
+from adpo_jax.model.attention import (
+    GLOBAL_WINDOW,
+    LayerInfo,
+    dot_product_attention,
+    self_attention,
+    visible,
+)
 from adpo_jax.model.attention_choice import AttentionFallback
-from adpo_jax.model.attention_kernels import Settings, stream_tpu
+from adpo_jax.model.attention_kernels import Settings, stream_gpu, stream_tpu
 from adpo_jax.model.tile_attention import Stream, stream_attention
 
 B, W, D = 2, 16, 128
@@ -59,11 +65,17 @@ def tensors(heads, kv_heads, tokens=128, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "soft_cap", "window"),
-    [(2, 2, None, GLOBAL_WINDOW), (4, 2, 3.0, GLOBAL_WINDOW), (2, 1, None, 11)],
+    ("machine", "heads", "kv_heads", "soft_cap", "window"),
+    [
+        (stream_tpu, 2, 2, None, GLOBAL_WINDOW),
+        (stream_tpu, 4, 2, 3.0, GLOBAL_WINDOW),
+        (stream_tpu, 2, 1, None, 11),
+        (stream_gpu, 4, 2, 3.0, GLOBAL_WINDOW),
+        (stream_gpu, 2, 1, None, 11),
+    ],
 )
 def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
-    heads, kv_heads, soft_cap, window
+    machine, heads, kv_heads, soft_cap, window
 ):
     stream, (q, k, v, weight) = stream_of(), tensors(heads, kv_heads)
     settings = {"scale": D**-0.5, "soft_cap": soft_cap}
@@ -79,12 +91,33 @@ def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
 
     attention = stream_attention(stream, windows=True, **settings)
     (_, plain), plain_grads = both(lambda q, k, v: attention(q, k, v, of_layer(window), None)[0])
-    kernel = functools.partial(stream_tpu.attend, interpret=True, **settings)
+    kernel = functools.partial(machine.attend, interpret=True, **settings)
     (_, fast), fast_grads = both(lambda q, k, v: kernel(q, k, v, of_layer(window), stream))
     np.testing.assert_allclose(fast, plain, atol=1e-5)
     for ours, wanted in zip(fast_grads, plain_grads):
         assert np.abs(wanted).max() > 0.1
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+def test_the_gpu_kernel_walks_wide_tiles_in_blocks_and_rows_as_streams(monkeypatch):
+    monkeypatch.setattr(stream_gpu, "BLOCK", 16)
+    (q, k, v, _), settings = tensors(4, 2, tokens=128), {"scale": D**-0.5}
+    narrow, wide = stream_of(16, tokens=128), stream_of(32, tokens=128)
+    real = (narrow.segments > 0)[..., None, None]
+
+    def out(attend, *places):
+        found = jax.jit(functools.partial(attend, interpret=True, **settings))(q, k, v, *places)
+        return np.where(real, found, 0)
+
+    of_tiles = out(stream_gpu.attend, of_layer(), narrow)
+    np.testing.assert_allclose(out(stream_gpu.attend, of_layer(), wide), of_tiles, atol=1e-5)
+    # Rows know no prompts: each segment sees itself.
+    rows = (narrow.positions[:, :90], narrow.segments[:, :90])
+    q, k, v, real = q[:, :90], k[:, :90], v[:, :90], real[:, :90]
+    plain = self_attention(*rows, **settings)(q, k, v, of_layer(), None)[0]
+    fast = out(stream_gpu.attend_rows, of_layer(), rows)
+    np.testing.assert_allclose(fast, np.where(real, plain, 0), atol=1e-5)
+    assert "tiles of a multiple of 16 tokens; given 8" in stream_gpu.limit(64, 8)
 
 
 @pytest.mark.parametrize("tiles_at_once", [1, 2, 4])  # of 9: even, padded, fewer than allowed

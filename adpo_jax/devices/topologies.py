@@ -43,6 +43,24 @@ def one_host(name: str, devices: list) -> list:
     return host
 
 
+def lowered(traced, device):
+    """A traced program, lowered for a device that need not be there.
+
+    Pallas' Triton asks which GPU it writes for: since jax 0.11 the default device answers.
+
+    Args:
+      traced: a `jax.stages.Traced`.
+      device: one of the devices that it was traced for.
+
+    Returns:
+      A `jax.stages.Lowered`.
+    """
+    import jax
+
+    with jax.default_device(device):
+        return traced.lower()
+
+
 def _tpus(name: str) -> list:
     from jax.experimental import topologies
 

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import Chip, chip_of
 from adpo_jax.devices.flops import has_kernels, traced_flops
-from adpo_jax.devices.topologies import one_host, topology_devices
+from adpo_jax.devices.topologies import lowered, one_host, topology_devices
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.forecast import Least, Lengths
 from adpo_jax.dry_run.hlo import Program
@@ -101,7 +101,9 @@ def _report(
     for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
         devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
         try:
-            step = _compiled(name, traced, turns, calls[name], devices_of, least[name], chip)
+            step = _compiled(
+                name, traced, devices[0], turns, calls[name], devices_of, least[name], chip
+            )
             if name == "decode":
                 step = dataclasses.replace(step, expected_calls=expected)
             elif name != "prefill":
@@ -244,6 +246,7 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
 def _compiled(
     name: str,
     traced: jax.stages.Traced,
+    device: jax.Device,
     turns: int,
     calls: int,
     num_devices: int,
@@ -251,7 +254,7 @@ def _compiled(
     chip: Chip | None,
 ) -> Step:
     started = time.perf_counter()
-    compiled = traced.lower().compile()
+    compiled = lowered(traced, device).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text(), turns)

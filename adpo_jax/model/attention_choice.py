@@ -32,6 +32,22 @@ PLAIN = "xla"
 PREFERRED = {"tpu": "pallas_tpu"}
 
 
+# The oldest compute capability whose tensor cores take bfloat16: an A100's.
+MIN_CAPABILITY = 8.0
+
+
+def old_gpu(device: Any) -> str:
+    """Why the kernels of GPUs do not run on a device; empty if they do, or for None.
+
+    Args:
+      device: a `jax.Device`, which need not be there.
+    """
+    capability = float(getattr(device, "compute_capability", None) or MIN_CAPABILITY)
+    if capability < MIN_CAPABILITY:
+        return f"needs a GPU of compute capability {MIN_CAPABILITY} or more; given {capability}"
+    return ""
+
+
 class AttentionFallback(UserWarning):
     """Another implementation of attention runs than the one that was chosen."""
 

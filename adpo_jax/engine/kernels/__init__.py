@@ -15,10 +15,10 @@ from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
 from adpo_jax.engine.kv_cache import AttendPart, CacheLayout, LayerKV, Part, Reach
-from adpo_jax.model import attention_choice, attention_kernels
+from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Implementation, Use
-from adpo_jax.model.attention_kernels import ROWS, Settings
+from adpo_jax.model.attention_kernels import ROWS
 from adpo_jax.policy.policy import Policy
 
 
@@ -137,11 +137,6 @@ def _gpu_obstacle(layout: CacheLayout) -> str:
     return "" if not layout.transposed_keys else "reads keys that are not transposed"
 
 
-def _gpu_prefill_obstacle(settings: Settings) -> str:
-    why = attention_kernels.cudnn_obstacle(settings) or attention_kernels.missing_cudnn()
-    return why and f"has the prefill of cuDNN, which {why}"
-
-
 # (layout, soft_cap, mesh) -> AttendPart
 DECODING = Use(
     "decoding",
@@ -157,10 +152,4 @@ DECODING = Use(
 )
 
 # The name chosen for decoding decides prefill too; (settings, positions, segments) -> Attend
-PREFILL = Use(
-    "prefill",
-    {
-        **ROWS.table,
-        "pallas_gpu": Implementation(attention_kernels.cudnn_rows, ("gpu",), _gpu_prefill_obstacle),
-    },
-)
+PREFILL = Use("prefill", ROWS.table, ROWS.preferred)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from adpo_jax.engine.kernels.decode_tpu import block_range
 from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach
+from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import MASKED
 
 try:  # jax 0.12 calls it deprecated; a later one has it no more
@@ -24,18 +25,13 @@ except ImportError:
 BLOCK = 64
 # The smallest side of a matrix product on tensor cores.
 MIN_QUERIES = 16
-# The oldest compute capability whose tensor cores take bfloat16: an A100's.
-MIN_CAPABILITY = 8.0
 
 
 def obstacle(device: jax.Device | None = None) -> str:
     """Why the kernel runs on no GPU, or not on this one; empty where it does."""
     if plt is None:
         return f"needs Pallas' Triton backend, which jax {jax.__version__} does not have"
-    capability = float(getattr(device, "compute_capability", None) or MIN_CAPABILITY)
-    if capability < MIN_CAPABILITY:
-        return f"needs a GPU of compute capability {MIN_CAPABILITY} or more; given {capability}"
-    return ""
+    return attention_choice.old_gpu(device)
 
 
 def _kernel(

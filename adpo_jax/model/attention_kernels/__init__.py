@@ -19,7 +19,7 @@ from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
 from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
 from adpo_jax.model.attention_choice import Implementation, Use
-from adpo_jax.model.attention_kernels import splash_tpu, stream_tpu
+from adpo_jax.model.attention_kernels import splash_tpu, stream_gpu, stream_tpu
 from adpo_jax.model.tile_attention import Stream
 
 
@@ -140,10 +140,34 @@ def _tpu_limit(settings: Settings, stream: Stream) -> str:
     return stream_tpu.limit(N, n, settings.head_dim, jnp.dtype(settings.dtype).itemsize)
 
 
+# --- GPU
+
+
+def _gpu_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
+    attend = functools.partial(stream_gpu.attend, interpret=interpret, **settings.plain)
+    return _of_each_device(attend, settings, tuple(stream))
+
+
+def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
+    attend = functools.partial(stream_gpu.attend_rows, interpret=interpret, **settings.plain)
+    return _of_each_device(attend, settings, (positions, segments))
+
+
+def _gpu_obstacle(settings: Settings) -> str:
+    if jnp.dtype(settings.dtype).itemsize != 2:
+        return f"takes bfloat16 or float16; given {jnp.dtype(settings.dtype).name}"
+    device = None if settings.mesh is None else settings.mesh.devices.flat[0]
+    return attention_choice.old_gpu(device) or stream_gpu.obstacle(settings.head_dim)
+
+
+def _gpu_limit(settings: Settings, stream: Stream) -> str:
+    return stream_gpu.limit(stream.positions.shape[1], stream.key_tiles.shape[1])
+
+
 # --- cuDNN
 
 
-def cudnn_rows(settings: Settings, positions: jax.Array, segments: jax.Array) -> Attend:
+def _cudnn_rows(settings: Settings, positions: jax.Array, segments: jax.Array) -> Attend:
     """Rows by the fused attention of cuDNN, under a mask over all pairs of tokens."""
     return _cudnn(settings, Tokens(positions, segments))
 
@@ -165,7 +189,7 @@ def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
     return attend
 
 
-def cudnn_obstacle(settings: Settings) -> str:
+def _cudnn_obstacle(settings: Settings) -> str:
     """Why cuDNN's attention cannot run this model; empty where it can."""
     D, dtype = settings.head_dim, jnp.dtype(settings.dtype)
     if dtype.itemsize != 2:
@@ -174,18 +198,6 @@ def cudnn_obstacle(settings: Settings) -> str:
         return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
     if settings.soft_cap is not None:
         return "has no soft cap, which this model wants"
-    return ""
-
-
-@functools.cache
-def missing_cudnn() -> str:
-    """Why cuDNN cannot be called here, as on a machine that compiles for GPUs and has none."""
-    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
-    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    try:
-        jax.eval_shape(attend, x, x, x)
-    except RuntimeError as error:
-        return f"is not to be had here ({str(error).splitlines()[0][:80]})"
     return ""
 
 
@@ -198,11 +210,13 @@ ROWS = Use(
     {
         "xla": Implementation(_plain_rows),
         "pallas_tpu": Implementation(_splash_rows, ("tpu",), _tpu_obstacle),
-        "cudnn": Implementation(cudnn_rows, ("gpu",), cudnn_obstacle),
+        "pallas_gpu": Implementation(_gpu_rows, ("gpu",), _gpu_obstacle),
+        "cudnn": Implementation(_cudnn_rows, ("gpu",), _cudnn_obstacle),
         "pallas_tpu_interpret": Implementation(
             functools.partial(_splash_rows, interpret=True), (), _tpu_obstacle
         ),
     },
+    {"tpu": "pallas_tpu", "gpu": "pallas_gpu"},
 )
 
 # (settings, stream) -> Attend
@@ -211,9 +225,11 @@ STREAMS = Use(
     {
         "xla": Implementation(_plain_stream),
         "pallas_tpu": Implementation(_kernel_stream, ("tpu",), _tpu_obstacle, _tpu_limit),
-        "cudnn": Implementation(_cudnn_stream, ("gpu",), cudnn_obstacle),
+        "pallas_gpu": Implementation(_gpu_stream, ("gpu",), _gpu_obstacle, _gpu_limit),
+        "cudnn": Implementation(_cudnn_stream, ("gpu",), _cudnn_obstacle),
         "pallas_tpu_interpret": Implementation(
             functools.partial(_kernel_stream, interpret=True), (), _tpu_obstacle, _tpu_limit
         ),
     },
+    {"tpu": "pallas_tpu", "gpu": "pallas_gpu"},
 )
