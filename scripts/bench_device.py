@@ -6,15 +6,16 @@
 
 One JSON line a part, written as soon as the part ends, so that what is cut short leaves what came
 before. Nothing is fetched: weights are random, shapes those of Qwen3-0.6B and configs/gsm8k.py. A
-part that fails is a line with its error, and the next part runs. No part begins after `--budget`
-seconds; a part that hangs has no end of its own.
+part runs in a process of its own, whose peak of memory is its own; one that fails or is still
+running when `--budget` seconds are over is a line that says so, and the next part runs.
 
   kernels    each kernel of this device against its plain version: the largest difference, the times
   rollout    256 requests of 100 to 1,024 tokens in and out, seed 0, ends ignored (the published
              workload of vLLM's benchmarks): tokens of completions a second
-  update     optimizer steps at 16,384 packed tokens: tokens a second, MFU
+  update     optimizer steps at about 16,384 packed tokens, results of the layers' products kept
+             where the memory is large: tokens a second, MFU
   iteration  64 prompts x 8 completions of up to 1,024 tokens, rollout to update, time of each part
-  memory     the bytes in use at their peak against those that a dry run predicts
+  memory     the iteration's peak of bytes in use against the one that a dry run predicts
 Every part names the seconds of its first call, compiling included.
 """
 
@@ -23,6 +24,7 @@ import json
 import os
 import runpy
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -33,6 +35,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone needs no installation
 PARTS = ("kernels", "rollout", "update", "iteration", "memory")
+# Bytes of memory from which on the update keeps the results of products.
+LARGE = 60e9
+# Calls of a kernel that are queued, so that the device does not wait for the next one.
+QUEUED = 20
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -52,6 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parser.add_argument("--child", action="store_true", help="run the parts in this process")
     return parser.parse_args(argv)
 
 
@@ -89,20 +96,18 @@ class Bench:
         config.algorithm.num_generations = s.samples
         if a.tiny:
             config.trainer.per_device_train_batch_size = s.samples
-        self.config = finalized(config)
         self.device = jax.local_devices()[0]
         self.chip = chip_of(self.device)
+        if self.chip and self.chip.memory > LARGE:
+            config.trainer.gradient_checkpointing = "save_dots"
+        self.config = finalized(config)
         mesh = setup.make_mesh(self.config, [self.device])
         self.policy = loading.make_policy(self.config, loading.find_architecture(self.config), mesh)
-        self._params = None
 
-    @property
     def params(self):
         import jax
 
-        if self._params is None:
-            self._params = self.policy.init(jax.random.key(0))
-        return self._params
+        return self.policy.init(jax.random.key(0))
 
     def engine(self, prompt: int, response: int, slots: int, **options):
         from adpo_jax.engine.engine import Engine
@@ -129,15 +134,19 @@ class Bench:
 
 
 def timed(call, repeats: int) -> tuple[float, list[float]]:
-    """Seconds of the first call and of each of the next ones."""
+    """Seconds of the first call, and of a call in each of some queues of calls."""
     import jax
 
-    seconds = []
-    for _ in range(repeats + 1):
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    first, seconds = time.perf_counter() - started, []
+    for _ in range(repeats):
         started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - started)
-    return seconds[0], seconds[1:]
+        for _ in range(QUEUED):
+            last = call()
+        jax.block_until_ready(last)
+        seconds.append((time.perf_counter() - started) / QUEUED)
+    return first, seconds
 
 
 def kernels(bench: Bench) -> dict:
@@ -277,10 +286,10 @@ def rollout(bench: Bench) -> dict:
     engine = bench.engine(s.most, s.most, s.requests, gpu_memory_utilization=0.9)
     lengths = random.integers(s.least, s.most + 1, (s.requests, 2))
     vocab = bench.policy.config.vocab_size
-    prompts = [random.integers(0, vocab, n).tolist() for n in lengths[:, 0]]
+    prompts, params = [random.integers(0, vocab, n).tolist() for n in lengths[:, 0]], bench.params()
 
     def run() -> tuple[float, int]:
-        batch = ContinuousBatch(engine, bench.params)
+        batch = ContinuousBatch(engine, params)
         started, count = time.perf_counter(), 0
         for seed, (prompt, length) in enumerate(zip(prompts, lengths[:, 1])):
             batch.submit(prompt, SamplingParams(max_tokens=int(length), ignore_eos=True), seed=seed)
@@ -307,11 +316,11 @@ def rollout(bench: Bench) -> dict:
 def update(bench: Bench) -> dict:
     """Optimizer steps on so many groups as fill the wanted number of packed tokens."""
     s = bench.sizes
-    prompts = max(1, s.packed // (s.prompt // 2 + s.samples * s.response))
+    prompts = max(1, round(s.packed / (s.prompt // 2 + s.samples * s.response)))
     learner = bench.learner(prompts)
     sequences = _sequences(bench, prompts, seed=0, full=True)
     rewards = np.random.default_rng(0).random((prompts, s.samples), np.float32)
-    state, found = learner.init_state(_copied(bench.params)), []
+    state, found = learner.init_state(bench.params()), []
     for _ in range(bench.repeats + 1):
         started = time.perf_counter()
         state, metrics = learner.learn(state, sequences, rewards)
@@ -351,7 +360,7 @@ def iteration(bench: Bench) -> dict:
     # One token in a few hundred ends a completion, as an answer to GSM8K does.
     ends = tuple(range(max(1, 3 * vocab // s.response)))
     sampling = SamplingParams(n=s.samples, max_tokens=s.response, stop_token_ids=ends)
-    state, found = learner.init_state(_copied(bench.params)), []
+    state, found = learner.init_state(bench.params()), []
     for seed in range(2):
         started = time.perf_counter()
         out = engine.generate(state.params, prompts, sampling, jax.random.key(seed))
@@ -376,7 +385,7 @@ def iteration(bench: Bench) -> dict:
 
 
 def memory(bench: Bench) -> dict:
-    """The peak so far, which the iteration made, against the dry run's."""
+    """The peak of this process, which the iteration made, against the dry run's."""
     from adpo_jax.dry_run import dry_run
 
     stats = bench.device.memory_stats() or {}
@@ -392,13 +401,6 @@ def memory(bench: Bench) -> dict:
     }
 
 
-def _copied(params):
-    import jax
-    import jax.numpy as jnp
-
-    return jax.tree.map(jnp.copy, params)
-
-
 def _rounded(value):
     return None if value is None else round(float(value), 4)
 
@@ -411,41 +413,59 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if a.tiny:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return measure(a, names) if a.child else in_processes(a, names)
+
+
+def in_processes(a: argparse.Namespace, names: list[str]) -> int:
+    """Runs each part in a process of its own; the memory is the iteration's."""
+    started, failed = time.perf_counter(), False
+    alone = [name for name in names if name != "memory" or "iteration" not in names]
+    for name in alone:
+        left = a.budget - (time.perf_counter() - started)
+        if left <= 0:
+            say(a, {"part": name, "skipped": f"the {a.budget:.0f} s of --budget are over"})
+            continue
+        with_memory = name == "iteration" and "memory" in names
+        parts = "iteration,memory" if with_memory else name
+        options = ["--parts", parts, "--model", a.model, "--repeats", str(a.repeats), "--child"]
+        options += ["--tiny"] * a.tiny + (["--out", str(a.out)] if a.out else [])
+        try:
+            done = subprocess.run([sys.executable, __file__, *options], timeout=left)
+            failed |= done.returncode != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+            say(a, {"part": name, "failed": f"still running after the last {left:.0f} s"})
+    return int(failed)
+
+
+def measure(a: argparse.Namespace, names: list[str]) -> int:
+    """Runs parts in this process."""
     import jax
 
-    started = time.perf_counter()
-
-    def say(line: dict) -> None:
-        line["at_s"] = round(time.perf_counter() - started, 1)
-        print(json.dumps(line), flush=True)
-        if a.out:
-            with a.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
+    started, failed = time.perf_counter(), False
     bench = Bench(a)
-    chip = bench.chip.name if bench.chip else None
-    say(
-        {
-            "device": bench.device.device_kind,
-            "chip": chip,
-            "jax": jax.__version__,
-            "python": sys.version.split()[0],
-            "tiny": a.tiny,
-        }
-    )
+    machine = {
+        "device": bench.device.device_kind,
+        "jax": jax.__version__,
+        "python": sys.version.split()[0],
+    }
     run = {part.__name__: part for part in (kernels, rollout, update, iteration, memory)}
-    failed = False
     for name in names:
-        if time.perf_counter() - started > a.budget:
-            say({"part": name, "skipped": f"the {a.budget:.0f} s of --budget are over"})
-            continue
         try:
-            say({"part": name, **run[name](bench)})
+            line = run[name](bench)
         except Exception as error:  # whatever a device refuses, the next part runs
             failed = True
-            text = f"{type(error).__name__}: {error}"
-            say({"part": name, "failed": text.splitlines()[0][:400]})
+            line = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:400]}
+        at = round(time.perf_counter() - started, 1)
+        say(a, {"part": name, **line, **machine, "tiny": a.tiny, "at_s": at})
     return int(failed)
+
+
+def say(a: argparse.Namespace, line: dict) -> None:
+    print(json.dumps(line), flush=True)
+    if a.out:
+        with a.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,24 +99,55 @@ def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
-def test_the_gpu_kernel_walks_wide_tiles_in_blocks_and_rows_as_streams(monkeypatch):
-    monkeypatch.setattr(stream_gpu, "BLOCK", 16)
-    (q, k, v, _), settings = tensors(4, 2, tokens=128), {"scale": D**-0.5}
-    narrow, wide = stream_of(16, tokens=128), stream_of(32, tokens=128)
-    real = (narrow.segments > 0)[..., None, None]
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_gpu_kernel_walks_tiles_in_blocks_and_their_queries_in_chunks(windows, monkeypatch):
+    """Long completions, so that some tiles need no mask, and a prompt that many tiles see."""
+    monkeypatch.setattr(stream_gpu, "CHUNK", 3)
+    for name in ("FORWARD", "OF_QUERIES", "OF_KEYS"):
+        monkeypatch.setattr(stream_gpu, name, stream_gpu.Shape(16, 32, 4, 2))
+    lengths, tile = (40, 90, 100, 61), 32
+    segments = np.concatenate([[g + 1] * n for g, n in enumerate(lengths)])[None].astype(np.int32)
+    positions = np.concatenate([range(40), *(range(40, 40 + n) for n in lengths[1:])])[None]
+    pad = -segments.shape[1] % tile
+    segments, positions = (np.pad(x, ((0, 0), (0, pad))) for x in (segments, positions))
+    prompts = np.where(segments > 0, 1, 0).astype(np.int32)
+    n = segments.shape[1] // tile
+    key_tiles = np.where(np.tri(n, dtype=bool), np.arange(n), -1).astype(np.int32)[None]
+    stream = Stream(*map(jnp.asarray, (positions.astype(np.int32), segments, prompts, key_tiles)))
+    lists = stream_gpu.lists_of(stream, windows=windows)
+    assert (np.asarray(lists.key_counts)[..., 0].max() > 0) != windows
+    assert np.asarray(lists.sums)[..., 1].max() > 1
 
-    def out(attend, *places):
-        found = jax.jit(functools.partial(attend, interpret=True, **settings))(q, k, v, *places)
-        return np.where(real, found, 0)
+    rng = np.random.default_rng(0)
+    N, settings = segments.shape[1], {"scale": D**-0.5}
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=(1, N, h, D)), jnp.float32) for h in (4, 2, 2, 4)
+    )
+    layer = of_layer(50 if windows else GLOBAL_WINDOW)
+    real = (segments > 0)[..., None, None]
 
-    of_tiles = out(stream_gpu.attend, of_layer(), narrow)
-    np.testing.assert_allclose(out(stream_gpu.attend, of_layer(), wide), of_tiles, atol=1e-5)
-    # Rows know no prompts: each segment sees itself.
-    rows = (narrow.positions[:, :90], narrow.segments[:, :90])
-    q, k, v, real = q[:, :90], k[:, :90], v[:, :90], real[:, :90]
-    plain = self_attention(*rows, **settings)(q, k, v, of_layer(), None)[0]
-    fast = out(stream_gpu.attend_rows, of_layer(), rows)
-    np.testing.assert_allclose(fast, np.where(real, plain, 0), atol=1e-5)
+    def both(attend):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, layer), q, k, v)
+        return jnp.where(real, out, 0), *pull(jnp.where(real, weight, 0))
+
+    plain = stream_attention(stream, windows=windows, **settings)
+    wanted = jax.jit(lambda: both(lambda *a: plain(*a, None)[0]))()
+    kernel = functools.partial(stream_gpu.attend, windows=windows, interpret=True, **settings)
+    found = jax.jit(lambda: both(lambda *a: kernel(*a, stream, lists)))()
+    for ours, theirs in zip(found, wanted):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_the_gpu_kernel_runs_rows_as_streams():
+    """Rows know no prompts: each segment sees itself."""
+    stream, (q, k, v, _) = stream_of(), tensors(4, 2)
+    rows = (stream.positions[:, :90], stream.segments[:, :90])
+    q, k, v, real = q[:, :90], k[:, :90], v[:, :90], (rows[1] > 0)[..., None, None]
+    settings = Settings((None,), 2, D, D**-0.5, None, jnp.float32, None)
+    plain = self_attention(*rows, **settings.plain)(q, k, v, of_layer(), None)[0]
+    attend = attention_kernels._gpu_rows(settings, *rows, interpret=True)
+    fast = jax.jit(lambda *qkv: attend(*qkv, of_layer(), None)[0])(q, k, v)
+    np.testing.assert_allclose(np.where(real, fast, 0), np.where(real, plain, 0), atol=1e-5)
     assert "tiles of a multiple of 16 tokens; given 8" in stream_gpu.limit(64, 8)
 
 

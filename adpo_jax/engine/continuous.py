@@ -381,10 +381,22 @@ def _load_sizing(engine: Engine) -> LoadSizing:
 
 def _keys(prompt: np.ndarray, n: int, seed: int) -> np.ndarray:
     """[n or more, 2] uint32."""
-    key = jax.random.key(np.uint32(seed % 2**32))
     # Compiled once for each power of two.
     several = schedule_lib.power_of_two(n)
-    return np.asarray(sampling.sample_keys(key, schedule_lib.prompt_uids([prompt]), several))[0]
+    with jax.default_device(_host()):
+        key = jax.random.key(np.uint32(seed % 2**32))
+        return np.asarray(sampling.sample_keys(key, schedule_lib.prompt_uids([prompt]), several))[0]
+
+
+@functools.cache
+def _host() -> jax.Device | None:
+    """The processor, where an accelerator's queue would keep waiting; None where JAX has none."""
+    if jax.default_backend() == "cpu":
+        return None
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _size_for(sizes: Sequence[int], needed: int) -> int:

@@ -199,18 +199,18 @@ def own_reach(view: View, columns: int, queries: int, window) -> Reach:
     )
 
 
-def prefix_reach(view: View, position_PM: jax.Array, queries: int, window) -> Reach:
-    """The reach of samples, at these positions, in their prefix row; `queries` heads a sample."""
-    origin = jnp.repeat(position_PM, queries, axis=1)
-    reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
-    return Reach(origin, reach, view.prefix_length, ring=False)
+def row_reach(position_PM: jax.Array, lives_PM: jax.Array, length_P, queries: int, window) -> Reach:
+    """The reach of samples in a row that they share, which nobody else sees.
 
-
-def past_reach(past: PastView, position_S: jax.Array, queries: int, window) -> Reach:
-    """The reach of samples, at these positions, in their past row; `queries` heads a sample."""
-    origin = jnp.repeat((position_S - past.first)[:, None], queries, axis=1)
-    reach = jnp.broadcast_to(jnp.minimum(window - 1, UNBOUNDED), origin.shape)
-    return Reach(origin, reach, past.length, ring=False)
+    Args:
+      position_PM: int32, of the token being fed, counted from the row's first column.
+      lives_PM: bool, whether there is a sample, and it is not idle.
+      length_P: int32, columns of the row.
+      queries: heads a sample.
+    """
+    reach = jnp.where(lives_PM, jnp.minimum(window - 1, UNBOUNDED), -1)
+    origin, reach = (jnp.repeat(x, queries, axis=1) for x in (position_PM, reach))
+    return Reach(origin, reach, length_P, ring=False)
 
 
 def columns_in_reach(reach: Reach, columns: int) -> jax.Array:
@@ -314,11 +314,18 @@ def group_attention(
         (P, M), K = slot_PM.shape, q_BKRD.shape[1]
         return q_BKRD[slot_PM % len(q_BKRD)].swapaxes(1, 2).reshape(P, K, M * R, D)
 
-    def of_members(x_B, slot_PM):  # -> [P, M]
-        return x_B[slot_PM % len(x_B)]
+    def of_members(position_B, age_B, row_B, rank_B, slot_PM):  # -> positions, who lives, [P, M]
+        (P, M), slot_PM = slot_PM.shape, slot_PM % len(position_B)
+        is_there = (row_B[slot_PM] % P == jnp.arange(P)[:, None]) & (
+            rank_B[slot_PM] == jnp.arange(M)
+        )
+        return position_B[slot_PM], is_there & (age_B[slot_PM] >= 0)
 
-    def part_of(kv, slot_PM, row_B, rank_B, reach_of) -> Part:
-        """Attention to a store whose rows, P of them, several slots share, M at most."""
+    def part_of(kv, slot_PM, row_B, rank_B, first_P, length_P) -> Part:
+        """Attention to a store whose rows, P of them, several slots share, M at most.
+
+        A row counts its columns from the position `first_P` on.
+        """
         P, M = slot_PM.shape
         sizes = {"batch": math.gcd(B, P), "kv_heads": K}
 
@@ -332,20 +339,18 @@ def group_attention(
             return on_each_device(gather, mesh, sizes, axes, by_head)(x, *indices)
 
         q_PKQD = at_home(of_rows, q_BKRD, slot_PM)
-        members = on_each_device(of_members, mesh, sizes, (by_row, by_row), by_row)
-        reach = reach_of(members(view.position, slot_PM))
+        members = on_each_device(of_members, mesh, sizes, (by_row,) * 5, by_row)
+        position_PM, lives_PM = members(view.position, view.age, row_B, rank_B, slot_PM)
+        position_PM -= first_P[:, None]
+        reach = row_reach(position_PM, lives_PM, length_P, R, layer.window)
         shared = attend(q_PKQD, kv, layer.index, reach)
         return jax.tree.map(lambda x: at_home(of_slots, x, row_B, rank_B), shared)
 
-    def reach_of_prefix(position_PM):
-        return prefix_reach(view, position_PM, R, layer.window)
-
-    parts = [own_part, part_of(prefix, view.slot, view.row, view.rank, reach_of_prefix)]
+    first = jnp.zeros_like(view.prefix_length)
+    of_prefix = part_of(prefix, view.slot, view.row, view.rank, first, view.prefix_length)
+    parts = [own_part, of_prefix]
     if past is not None:
-
-        def reach_of_past(position_S1):
-            return past_reach(view.past, position_S1[:, 0], R, layer.window)
-
         rank = jnp.zeros_like(view.past.row)
-        parts.append(part_of(past, view.past.slot, view.past.row, rank, reach_of_past))
+        place = view.past
+        parts.append(part_of(past, place.slot, place.row, rank, place.first, place.length))
     return merge(*parts).reshape(B, H, D).astype(q_BHD.dtype)

@@ -232,7 +232,11 @@ class Verbs:
             prompt.
         """
 
-        def put(stored, new):
+        def put_at_once(stored, new):
+            sizes = [slice(size) for size in new.shape]
+            return stored.at[(*sizes[: self.lead], rows, *sizes[self.lead + 1 :])].set(new)
+
+        def put_in_turn(stored, new):
             def one(i, stored):
                 row = jax.lax.dynamic_slice_in_dim(new, i, 1, axis=self.lead)
                 at = [0] * stored.ndim
@@ -241,6 +245,8 @@ class Verbs:
 
             return jax.lax.fori_loop(0, rows.shape[0], one, stored)
 
+        # A GPU launches a kernel for each row and layer in turn; a CPU scatters slowly.
+        put = put_at_once if _platform(self.policy) == "gpu" else put_in_turn
         kv = jax.tree.map(put, state.prefix.kv, prefixes.kv)
         lengths = state.prefix.lengths.at[rows].set(prefixes.lengths)
         return state._replace(prefix=Prefixes(kv, lengths))

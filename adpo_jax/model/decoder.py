@@ -31,7 +31,8 @@ from adpo_jax.model.model_config import ModelConfig
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "save_dots": jax.checkpoint_policies.save_only_these_names("projection"),
+    # What kernels of attention return is saved too: they are the dearest to run again.
+    "save_dots": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
 }
 
 

@@ -106,12 +106,12 @@ def _kernel_stream(settings: Settings, stream: Stream, *, interpret=False) -> At
     return _of_each_device(attend, settings, tuple(stream))
 
 
-def _of_each_device(kernel, settings: Settings, arrays: tuple[jax.Array, ...]) -> Attend:
+def _of_each_device(kernel, settings: Settings, arrays) -> Attend:
     """A kernel that every device runs on its share of the rows and heads.
 
     Args:
       kernel: (q, k, v, layer, arrays) -> out.
-      arrays: [B, ...] each.
+      arrays: a pytree of arrays [B, ...].
     """
     by_row, by_head = ("batch",), ("batch", None, "kv_heads")
 
@@ -144,13 +144,28 @@ def _tpu_limit(settings: Settings, stream: Stream) -> str:
 
 
 def _gpu_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
-    attend = functools.partial(stream_gpu.attend, interpret=interpret, **settings.plain)
-    return _of_each_device(attend, settings, tuple(stream))
+    windows = any(window is not None for window in settings.windows)
+    lists = stream_gpu.lists_of(stream, windows=windows)
+
+    def kernel(q, k, v, layer, arrays):
+        return stream_gpu.attend(
+            q, k, v, layer, *arrays, windows=windows, interpret=interpret, **settings.plain
+        )
+
+    return _of_each_device(kernel, settings, (tuple(stream), tuple(lists)))
 
 
 def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
-    attend = functools.partial(stream_gpu.attend_rows, interpret=interpret, **settings.plain)
-    return _of_each_device(attend, settings, (positions, segments))
+    stream = stream_gpu.rows_as_stream(positions, segments)
+    attend, T = _gpu_stream(settings, stream, interpret=interpret), positions.shape[1]
+    more = stream.positions.shape[1] - T
+
+    def attend_rows(q, k, v, layer: LayerInfo, cache):
+        q, k, v = (stream_gpu.padded(x, more) for x in (q, k, v))
+        out, cache = attend(q, k, v, layer, cache)
+        return out[:, :T], cache
+
+    return attend_rows
 
 
 def _gpu_obstacle(settings: Settings) -> str:

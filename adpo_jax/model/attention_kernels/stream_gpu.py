@@ -1,25 +1,29 @@
 """Attention over packed streams and rows for GPUs in Triton, with gradients: no scores in memory.
 
-A program is a block of queries of one head (forward, their gradient), or a block of keys of one
-key/value head with all of its query heads (their gradient). It walks the list of tiles that see
-each other with a running softmax (Dao et al. 2022, arXiv 2205.14135). Tiles wider than a block are
-walked block by block. The plain version is `tile_attention.stream_attention`.
+A program is a block of queries of one head (forward, their gradient), or a tile of keys of one
+key/value head with some of the queries that see it (their gradient). It walks the list of tiles
+that see each other with a running softmax (Dao et al. 2022, arXiv 2205.14135). Tiles of which every
+pair of tokens sees each other come first in a list and need no mask. Many completions see the tiles
+of their prompt, so the list of a key tile is cut into chunks, whose sums are added by a second
+kernel, in order: the same numbers every time. The plain version is
+`tile_attention.stream_attention`.
 
 Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, H heads, K
-key/value heads, R = H / K, D head dim, S tokens of a block.
+key/value heads, R = H / K, D head dim, S tokens of a block, M chunks.
 """
 
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
-from adpo_jax.model.attention_kernels.stream_tpu import query_lists
 from adpo_jax.model.tile_attention import Stream
 
 try:  # jax 0.12 calls it deprecated; a later one has it no more
@@ -27,21 +31,72 @@ try:  # jax 0.12 calls it deprecated; a later one has it no more
 except ImportError:
     plt = None
 
-# Tokens of a block: 64 rows of 128 numbers in float32 are 64 registers of each of 128 threads.
-BLOCK = 64
 # The smallest side of a matrix product on tensor cores.
 LEAST_BLOCK = 16
 # Above it a block of keys, values and their gradients does not fit the registers.
 MAX_HEAD_DIM = 128
+# Query tiles of a chunk.
+CHUNK = 16
+# Tokens of a tile of rows that are padded to tiles.
+ROW_TILE = 128
+LOG2_E = math.log2(math.e)
+
+
+class Shape(NamedTuple):
+    """How a kernel is cut: tokens of a block on either side, warps, stages of its pipeline."""
+
+    mine: int
+    theirs: int
+    warps: int
+    stages: int
+
+
+# Each the fastest of eight or more on an H200.
+FORWARD = Shape(64, 64, 4, 3)
+OF_QUERIES = Shape(64, 64, 4, 2)
+OF_KEYS = Shape(64, 64, 4, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
+    """Static settings of the kernels.
+
+    Attributes:
+      tile: W.
+      windows: whether a layer may have a window.
+    """
+
     scale: float
     soft_cap: float | None
-    block: int  # S
-    blocks: int  # W / S
+    tile: int
+    windows: bool
     interpret: bool
+
+    def blocks(self, shape: Shape) -> Shape:
+        """A shape whose blocks divide a tile."""
+        return shape._replace(
+            mine=math.gcd(self.tile, shape.mine), theirs=math.gcd(self.tile, shape.theirs)
+        )
+
+
+class Lists(NamedTuple):
+    """Which tiles see each other, sorted for the kernels; those that need no mask come first.
+
+    Attributes:
+      keys: [B, n, J] int32, the key tiles of each query tile, and `key_counts` [B, n, 2] int32: how
+        many need no mask, and how many there are.
+      queries: [B, n, n] int32, the query tiles of each key tile, and `query_counts` [B, n, 2].
+      chunks: [B, M, 2] int32, the key tile of a chunk, -1 for none, and its first place in
+        `queries`.
+      sums: [B, n, 2] int32, the first chunk of a key tile, and how many it has.
+    """
+
+    keys: jax.Array
+    key_counts: jax.Array
+    queries: jax.Array
+    query_counts: jax.Array
+    chunks: jax.Array
+    sums: jax.Array
 
 
 def obstacle(head_dim: int) -> str:
@@ -59,9 +114,59 @@ def obstacle(head_dim: int) -> str:
 def limit(num_tokens: int, num_tiles: int) -> str:
     """Why tiles of this size cannot be run; empty if they can."""
     tile = num_tokens // num_tiles
-    if tile % LEAST_BLOCK or math.gcd(tile, BLOCK) < LEAST_BLOCK:
+    if tile % LEAST_BLOCK:
         return f"needs tiles of a multiple of {LEAST_BLOCK} tokens; given {tile}"
     return ""
+
+
+def lists_of(stream: Stream, *, windows: bool = False) -> Lists:
+    """The lists of a stream, which are the same for all layers.
+
+    Args:
+      windows: whether a layer may have a window; then every tile needs its mask.
+    """
+    n, J = stream.key_tiles.shape[1:]
+    tile = jnp.arange(n, dtype=jnp.int32)
+    seen_Bqk = jnp.any(stream.key_tiles[..., None] == tile, axis=2)
+    free_Bqk = jnp.zeros_like(seen_Bqk) if windows else seen_Bqk & _unmasked(stream, n)
+    rank = jnp.where(free_Bqk, 0, jnp.where(seen_Bqk, 1, 2))
+    keys = jnp.argsort(rank, axis=2, stable=True)[..., :J].astype(jnp.int32)
+    queries = jnp.argsort(rank, axis=1, stable=True).swapaxes(1, 2).astype(jnp.int32)
+
+    def counts(axis):
+        found = [jnp.sum(x, axis=axis, dtype=jnp.int32) for x in (free_Bqk, seen_Bqk)]
+        return jnp.stack(found, axis=-1)
+
+    query_counts = counts(1)
+    chunks_Bn = -(-query_counts[..., 1] // CHUNK)
+    ends_Bn = jnp.cumsum(chunks_Bn, axis=1, dtype=jnp.int32)
+    starts_Bn = ends_Bn - chunks_Bn
+    chunk = jnp.arange(n + n * J // CHUNK, dtype=jnp.int32)
+    of_BM = jnp.sum(ends_Bn[:, None] <= chunk[:, None], axis=2, dtype=jnp.int32)
+    first = (chunk - jnp.take_along_axis(starts_Bn, jnp.minimum(of_BM, n - 1), axis=1)) * CHUNK
+    chunks = jnp.stack([jnp.where(of_BM < n, of_BM, -1), first], axis=-1)
+    sums = jnp.stack([starts_Bn, chunks_Bn], axis=-1)
+    return Lists(keys, counts(2), queries, query_counts, chunks, sums)
+
+
+def _unmasked(stream: Stream, n: int) -> jax.Array:
+    """[B, n, n] bool: every token of a query tile sees every token of a key tile."""
+
+    def ends(x_BN):
+        x = x_BN.reshape(len(x_BN), n, -1)
+        return jnp.min(x, axis=2), jnp.max(x, axis=2)
+
+    def one(x_BN):
+        least, most = ends(x_BN)
+        return jnp.where(least == most, least, -1)
+
+    segment, prompt = one(stream.segments), one(stream.prompts)
+    of_keys = segment[:, None]
+    same = (segment[..., None] == of_keys) | (prompt[..., None] == of_keys)
+    alone = (segment > 0)[..., None] & (of_keys > 0)
+    first_query, _ = ends(stream.positions)
+    _, last_key = ends(stream.positions)
+    return same & alone & (last_key[:, None] <= first_query[..., None])
 
 
 def attend(
@@ -70,9 +175,11 @@ def attend(
     v: jax.Array,
     layer: LayerInfo,
     stream: Stream,
+    lists: Lists | None = None,
     *,
     scale: float,
     soft_cap: float | None = None,
+    windows: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of the tokens of a stream to themselves, 0 at padding.
@@ -80,45 +187,37 @@ def attend(
     Args:
       q: [B, N, H, D], not scaled; k, v: [B, N, K, D].
       stream: a `Stream`, or its arrays in a tuple.
+      lists: `lists_of(stream, windows=windows)`, made once for all layers.
+      windows: whether a layer may have a window.
 
     Returns:
       [B, N, H, D] in the dtype of q.
     """
     stream = Stream(*stream)
+    lists = lists_of(stream, windows=windows) if lists is None else Lists(*lists)
     tile = q.shape[1] // stream.key_tiles.shape[1]
-    block = math.gcd(tile, BLOCK)
-    static = _Static(scale, soft_cap, block, tile // block, interpret)
+    static = _Static(scale, soft_cap, tile, windows, interpret)
     window = jnp.reshape(jnp.asarray(layer.window, jnp.int32), (1,))
-    return _attention(static, q, k, v, stream, window)
+    return _attention(static, q, k, v, stream.tokens, lists, window)
 
 
-def attend_rows(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    layer: LayerInfo,
-    places: tuple[jax.Array, jax.Array],
-    **settings,
-) -> jax.Array:
-    """Causal attention of rows to themselves: streams of which each tile sees those before it.
+def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:
+    """Rows [B, T] as streams whose length is a multiple of `ROW_TILE`; a tile lists those before.
 
     Args:
-      q: [B, T, H, D], not scaled; k, v: [B, T, K, D].
-      places: positions and segments, [B, T] int32 each.
-      settings: as of `attend`.
+      positions, segments: int32, as in `Tokens`.
     """
-    B, T = q.shape[:2]
-    pad = -T % BLOCK
-
-    def padded(x):
-        return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-
-    positions, segments = map(padded, places)
-    tiles = np.arange((T + pad) // BLOCK, dtype=np.int32)
+    B, T = positions.shape
+    tile = ROW_TILE if T >= ROW_TILE else max(LEAST_BLOCK, 1 << (T - 1).bit_length())
+    positions, segments = (padded(x, -T % tile) for x in (positions, segments))
+    tiles = np.arange(positions.shape[1] // tile, dtype=np.int32)
     lists = np.where(tiles <= tiles[:, None], tiles, -1)
-    lists = jnp.broadcast_to(lists, (B, *lists.shape))
-    stream = Stream(positions, segments, segments, lists)
-    return attend(*map(padded, (q, k, v)), layer, stream, **settings)[:, :T]
+    return Stream(positions, segments, segments, jnp.broadcast_to(lists, (B, *lists.shape)))
+
+
+def padded(x: jax.Array, more: int) -> jax.Array:
+    """An array with so many more zeros behind its second axis."""
+    return jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
 
 
 def _tokens(refs, b, first, size: int, axis: int) -> Tokens:
@@ -128,43 +227,54 @@ def _tokens(refs, b, first, size: int, axis: int) -> Tokens:
     return Tokens(*(x.reshape(shape) for x in found))
 
 
-def _capped(static: _Static, scores):
-    """Scores under the soft cap, and its derivative."""
+def _capped(static: _Static, products):
+    """Scores as powers of two from products of queries and keys, and the slope of the soft cap."""
     if static.soft_cap is None:
-        return scores, 1.0
-    tanh = 2 / (1 + jnp.exp(-2 * scores / static.soft_cap)) - 1
-    return static.soft_cap * tanh, 1.0 - tanh * tanh
-
-
-def _listed(static: _Static, tiles_ref, b, tile, j):
-    """The first token of the j-th block among the tiles that a tile lists."""
-    t = tiles_ref[b, tile, jax.lax.div(j, static.blocks)]
-    return (t * static.blocks + jax.lax.rem(j, static.blocks)) * static.block
+        return products * (static.scale * LOG2_E), 1.0
+    tanh = 2 / (1 + jnp.exp2(products * (-2 * LOG2_E * static.scale / static.soft_cap))) - 1
+    return (static.soft_cap * LOG2_E) * tanh, 1.0 - tanh * tanh
 
 
 def _rows(ref, b, first, size, head):
     return plt.load(ref.at[b, pl.ds(first, size), head, slice(None)])
 
 
-def _forward_kernel(static, R, *refs):
-    tiles, counts, window, *places, q, k, v, out, log_z = refs
-    b, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    S, first, tile = static.block, i * static.block, jax.lax.div(i, static.blocks)
-    query = _rows(q, b, first, S, h) * jnp.asarray(static.scale, q.dtype)
-    queries = _tokens(places, b, first, S, 0)
-    head, reach = jax.lax.div(h, R), window[0]
+def _walk(static: _Static, counts, blocks: int, visit, carry):
+    """Runs `visit(masked, j, carry)` over the blocks of tiles, those that need no mask first."""
+    free, all_of_them = counts
+    if not static.windows:
+        turns = free * blocks
+        carry = jax.lax.fori_loop(0, turns, functools.partial(visit, False), carry)
+    else:
+        turns = free * 0
+    return jax.lax.fori_loop(turns, all_of_them * blocks, functools.partial(visit, True), carry)
 
-    def visit(j, carry):
+
+def _seen(static, queries: Tokens, keys: Tokens, window):
+    return visible(queries, keys, window[0] if static.windows else None)
+
+
+def _forward_kernel(static, shape, R, *refs):
+    tiles, counts, window, *places, q, k, v, out, log_z = refs
+    b, h, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    S, T, blocks = shape.mine, shape.theirs, static.tile // shape.theirs
+    first = i * S
+    tile, head = jax.lax.div(first, static.tile), jax.lax.div(h, R)
+    query, queries = _rows(q, b, first, S, h), _tokens(places, b, first, S, 0)
+
+    def visit(masked, j, carry):
         total_out, top, total = carry
-        at = _listed(static, tiles, b, tile, j)
-        scores = plt.dot(query, _rows(k, b, at, S, head), trans_b=True)
-        scores, _ = _capped(static, scores)
-        seen = visible(queries, _tokens(places, b, at, S, 1), reach)
-        scores = jnp.where(seen, scores, MASKED)
+        at = tiles[b, tile, jax.lax.div(j, blocks)] * static.tile + jax.lax.rem(j, blocks) * T
+        scores, _ = _capped(static, plt.dot(query, _rows(k, b, at, T, head), trans_b=True))
+        if masked:
+            seen = _seen(static, queries, _tokens(places, b, at, T, 1), window)
+            scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
-        shrink = jnp.exp(top - new_top)
-        added = plt.dot(weights.astype(v.dtype), _rows(v, b, at, S, head))
+        weights = jnp.exp2(scores - new_top[:, None])
+        if masked:
+            weights = jnp.where(seen, weights, 0.0)
+        shrink = jnp.exp2(top - new_top)
+        added = plt.dot(weights.astype(v.dtype), _rows(v, b, at, T, head))
         total = total * shrink + jnp.sum(weights, axis=1)
         return total_out * shrink[:, None] + added, new_top, total
 
@@ -173,73 +283,107 @@ def _forward_kernel(static, R, *refs):
         jnp.full((S,), MASKED, jnp.float32),
         jnp.zeros((S,), jnp.float32),
     )
-    turns = counts[b, tile] * static.blocks
-    total_out, top, total = jax.lax.fori_loop(0, turns, visit, start)
+    of_tile = counts[b, tile, 0], counts[b, tile, 1]
+    total_out, top, total = _walk(static, of_tile, blocks, visit, start)
     total = jnp.where(total > 0, total, 1.0)  # padding sees nothing
-    here = (b, pl.ds(first, S), h)
-    plt.store(out.at[*here, slice(None)], (total_out / total[:, None]).astype(out.dtype))
-    plt.store(log_z.at[b, h, pl.ds(first, S)], top + jnp.log(total))
+    plt.store(
+        out.at[b, pl.ds(first, S), h, slice(None)], (total_out / total[:, None]).astype(out.dtype)
+    )
+    plt.store(log_z.at[b, h, pl.ds(first, S)], top + jnp.log2(total))
 
 
-def _query_kernel(static, R, *refs):
+def _query_kernel(static, shape, R, *refs):
     tiles, counts, window, *places, q, k, v, d_out, log_z, mean, d_q = refs
-    b, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    S, first, tile = static.block, i * static.block, jax.lax.div(i, static.blocks)
-    query = _rows(q, b, first, S, h) * jnp.asarray(static.scale, q.dtype)
-    queries, d_rows = _tokens(places, b, first, S, 0), _rows(d_out, b, first, S, h)
-    of_query = (b, h, pl.ds(first, S))
+    b, h, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    S, T, blocks = shape.mine, shape.theirs, static.tile // shape.theirs
+    first = i * S
+    tile, head = jax.lax.div(first, static.tile), jax.lax.div(h, R)
+    query, queries = _rows(q, b, first, S, h), _tokens(places, b, first, S, 0)
+    d_rows, of_query = _rows(d_out, b, first, S, h), (b, h, pl.ds(first, S))
     z, m = plt.load(log_z.at[of_query])[:, None], plt.load(mean.at[of_query])[:, None]
-    head, reach = jax.lax.div(h, R), window[0]
 
-    def visit(j, grad):
-        at = _listed(static, tiles, b, tile, j)
-        key = _rows(k, b, at, S, head)
+    def visit(masked, j, grad):
+        at = tiles[b, tile, jax.lax.div(j, blocks)] * static.tile + jax.lax.rem(j, blocks) * T
+        key = _rows(k, b, at, T, head)
         scores, slope = _capped(static, plt.dot(query, key, trans_b=True))
-        seen = visible(queries, _tokens(places, b, at, S, 1), reach)
-        weights = jnp.where(seen, jnp.exp(scores - z), 0.0)
-        d_weights = plt.dot(d_rows, _rows(v, b, at, S, head), trans_b=True)
+        weights = jnp.exp2(scores - z)
+        if masked:
+            seen = _seen(static, queries, _tokens(places, b, at, T, 1), window)
+            weights = jnp.where(seen, weights, 0.0)
+        d_weights = plt.dot(d_rows, _rows(v, b, at, T, head), trans_b=True)
         d_scores = weights * (d_weights - m) * slope
         return grad + plt.dot(d_scores.astype(key.dtype), key)
 
-    turns = counts[b, tile] * static.blocks
-    grad = jax.lax.fori_loop(0, turns, visit, jnp.zeros(query.shape, jnp.float32))
+    of_tile, zeros = (counts[b, tile, 0], counts[b, tile, 1]), jnp.zeros(query.shape, jnp.float32)
+    grad = _walk(static, of_tile, blocks, visit, zeros)
     here = (b, pl.ds(first, S), h, slice(None))
     plt.store(d_q.at[here], (grad * static.scale).astype(d_q.dtype))
 
 
-def _key_kernel(static, R, *refs):
-    tiles, counts, window, *places, q, k, v, d_out, log_z, mean, d_k, d_v = refs
-    b, head, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    S, first, tile = static.block, i * static.block, jax.lax.div(i, static.blocks)
-    key, value = _rows(k, b, first, S, head), _rows(v, b, first, S, head)
-    keys, reach = _tokens(places, b, first, S, 0), window[0]
-    scale = jnp.asarray(static.scale, q.dtype)
-    turns = counts[b, tile] * static.blocks
+def _key_kernel(static, shape, R, *refs):
+    tiles, counts, chunks, window, *places, q, k, v, d_out, log_z, mean, d_k, d_v = refs
+    b, head, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    S, T, blocks = shape.mine, shape.theirs, static.tile // shape.theirs
+    part = static.tile // S
+    chunk, row = jax.lax.div(i, part), jax.lax.rem(i, part) * S
+    tile, place = chunks[b, chunk, 0], chunks[b, chunk, 1]
 
-    def visit(j, grads):
-        """A block of queries of one of the R heads; keys down the rows, queries along."""
-        grad_k, grad_v = grads
-        h = head * R + jax.lax.div(j, turns)
-        at = _listed(static, tiles, b, tile, jax.lax.rem(j, turns))
-        query, d_rows = _rows(q, b, at, S, h) * scale, _rows(d_out, b, at, S, h)
-        scores, slope = _capped(static, plt.dot(key, query, trans_b=True))
-        seen = visible(_tokens(places, b, at, S, 1), keys, reach)
-        of_query = (b, h, pl.ds(at, S))
-        z, m = plt.load(log_z.at[of_query])[None, :], plt.load(mean.at[of_query])[None, :]
-        weights = jnp.where(seen, jnp.exp(scores - z), 0.0)
-        grad_v = grad_v + plt.dot(weights.astype(d_rows.dtype), d_rows)
-        d_weights = plt.dot(value, d_rows, trans_b=True)
-        d_scores = weights * (d_weights - m) * slope
-        return grad_k + plt.dot(d_scores.astype(query.dtype), query), grad_v
+    @pl.when(tile >= 0)
+    def _():
+        first = tile * static.tile + row
+        key, value = _rows(k, b, first, S, head), _rows(v, b, first, S, head)
+        keys = _tokens(places, b, first, S, 0)
 
-    zeros = jnp.zeros(key.shape, jnp.float32)
-    grad_k, grad_v = jax.lax.fori_loop(0, turns * R, visit, (zeros, zeros))
-    here = (b, pl.ds(first, S), head, slice(None))
-    plt.store(d_k.at[here], grad_k.astype(d_k.dtype))
-    plt.store(d_v.at[here], grad_v.astype(d_v.dtype))
+        def of_head(r, grads):
+            h = head * R + r
+
+            def visit(masked, j, grads):
+                """A block of queries; keys down the rows, queries along."""
+                grad_k, grad_v = grads
+                listed = tiles[b, tile, place + jax.lax.div(j, blocks)]
+                at = listed * static.tile + jax.lax.rem(j, blocks) * T
+                query, d_rows = _rows(q, b, at, T, h), _rows(d_out, b, at, T, h)
+                scores, slope = _capped(static, plt.dot(key, query, trans_b=True))
+                of_query = (b, h, pl.ds(at, T))
+                z, m = plt.load(log_z.at[of_query])[None, :], plt.load(mean.at[of_query])[None, :]
+                weights = jnp.exp2(scores - z)
+                if masked:
+                    seen = _seen(static, _tokens(places, b, at, T, 1), keys, window)
+                    weights = jnp.where(seen, weights, 0.0)
+                grad_v = grad_v + plt.dot(weights.astype(d_rows.dtype), d_rows)
+                d_weights = plt.dot(value, d_rows, trans_b=True)
+                d_scores = weights * (d_weights - m) * slope
+                return grad_k + plt.dot(d_scores.astype(query.dtype), query), grad_v
+
+            free, listed = (jnp.clip(counts[b, tile, c] - place, 0, CHUNK) for c in range(2))
+            return _walk(static, (free, listed), blocks, visit, grads)
+
+        zeros = jnp.zeros(key.shape, jnp.float32)
+        grad_k, grad_v = jax.lax.fori_loop(0, R, of_head, (zeros, zeros))
+        here = (b, chunk, head, pl.ds(row, S), slice(None))
+        plt.store(d_k.at[here], grad_k * static.scale)
+        plt.store(d_v.at[here], grad_v)
 
 
-def _call(static, kernel, grid, inputs, out_shape, name):
+def _sum_kernel(static, S, *refs):
+    """Adds the chunks of a tile."""
+    sums, parts_k, parts_v, d_k, d_v = refs
+    b, head, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+    part = static.tile // S
+    tile, row = jax.lax.div(i, part), jax.lax.rem(i, part) * S
+    start, count = sums[b, tile, 0], sums[b, tile, 1]
+    for parts, grad in ((parts_k, d_k), (parts_v, d_v)):
+
+        def add(j, total, parts=parts):
+            return total + plt.load(parts.at[b, start + j, head, pl.ds(row, S), slice(None)])
+
+        zeros = jnp.zeros((S, grad.shape[-1]), jnp.float32)
+        total = jax.lax.fori_loop(0, count, add, zeros)
+        here = (b, pl.ds(i * S, S), head, slice(None))
+        plt.store(grad.at[here], total.astype(grad.dtype))
+
+
+def _call(static, kernel, shape, grid, inputs, out_shape, name):
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         kernel,
@@ -247,7 +391,7 @@ def _call(static, kernel, grid, inputs, out_shape, name):
         in_specs=[whole] * len(inputs),
         out_specs=[whole] * len(out_shape),
         out_shape=out_shape,
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=shape.warps, num_stages=shape.stages),
         interpret=static.interpret,
         name=name,
     )(*inputs)
@@ -257,56 +401,66 @@ def _like(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _key_lists(stream: Stream) -> tuple[jax.Array, jax.Array]:
-    """The key tiles [B, n, J] of each query tile, those listed first, and how many [B, n]."""
-    order = jnp.argsort(stream.key_tiles < 0, axis=-1, stable=True)
-    counts = jnp.sum(stream.key_tiles >= 0, axis=-1, dtype=jnp.int32)
-    return jnp.take_along_axis(stream.key_tiles, order, axis=-1), counts
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q_BNHD, k_BNKD, v_BNKD, stream: Stream, window):
-    return _forward(static, q_BNHD, k_BNKD, v_BNKD, stream, window)[0]
+def _attention(static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window):
+    return _forward(static, q_BNHD, k_BNKD, v_BNKD, tokens, lists, window)[0]
 
 
-def _forward(static: _Static, q_BNHD, k_BNKD, v_BNKD, stream: Stream, window):
+def _forward(static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window):
     B, N, H, _ = q_BNHD.shape
-    R = H // k_BNKD.shape[2]
+    shape = static.blocks(FORWARD)
     out, log_z = _call(
         static,
-        functools.partial(_forward_kernel, static, R),
-        (B, H, N // static.block),
-        [*_key_lists(stream), window, *stream.tokens, q_BNHD, k_BNKD, v_BNKD],
+        functools.partial(_forward_kernel, static, shape, H // k_BNKD.shape[2]),
+        shape,
+        (N // shape.mine, H, B),
+        [lists.keys, lists.key_counts, window, *tokens, q_BNHD, k_BNKD, v_BNKD],
         [_like(q_BNHD), jax.ShapeDtypeStruct((B, H, N), jnp.float32)],
         "stream_attention",
     )
-    return out, (q_BNHD, k_BNKD, v_BNKD, stream, window, out, log_z)
+    out, log_z = checkpoint_name((out, log_z), "attention")
+    return out, (q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, out, log_z)
 
 
 def _backward(static: _Static, residuals, d_out_BNHD):
-    q_BNHD, k_BNKD, v_BNKD, stream, window, out_BNHD, log_z = residuals
-    B, N, H, _ = q_BNHD.shape
-    K = k_BNKD.shape[2]
+    q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, out_BNHD, log_z = residuals
+    B, N, H, D = q_BNHD.shape
+    K, M = k_BNKD.shape[2], lists.chunks.shape[1]
     product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
     mean = jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
     tensors = [q_BNHD, k_BNKD, v_BNKD, d_out_BNHD.astype(q_BNHD.dtype), log_z, mean]
+    shape = static.blocks(OF_QUERIES)
     (d_q,) = _call(
         static,
-        functools.partial(_query_kernel, static, H // K),
-        (B, H, N // static.block),
-        [*_key_lists(stream), window, *stream.tokens, *tensors],
+        functools.partial(_query_kernel, static, shape, H // K),
+        shape,
+        (N // shape.mine, H, B),
+        [lists.keys, lists.key_counts, window, *tokens, *tensors],
         [_like(q_BNHD)],
         "stream_attention_d_query",
     )
-    d_k, d_v = _call(
+    shape = static.blocks(OF_KEYS)
+    part = jax.ShapeDtypeStruct((B, M, K, static.tile, D), jnp.float32)
+    parts = _call(
         static,
-        functools.partial(_key_kernel, static, H // K),
-        (B, K, N // static.block),
-        [*query_lists(stream.key_tiles), window, *stream.tokens, *tensors],
-        [_like(k_BNKD), _like(v_BNKD)],
+        functools.partial(_key_kernel, static, shape, H // K),
+        shape,
+        (M * (static.tile // shape.mine), K, B),
+        [lists.queries, lists.query_counts, lists.chunks, window, *tokens, *tensors],
+        [part, part],
         "stream_attention_d_key",
     )
-    return d_q, d_k, d_v, None, None
+    S = math.gcd(static.tile, 32)
+    d_k, d_v = _call(
+        static,
+        functools.partial(_sum_kernel, static, S),
+        Shape(S, S, 4, 1),
+        (N // S, K, B),
+        [lists.sums, *parts],
+        [_like(k_BNKD), _like(v_BNKD)],
+        "stream_attention_d_key_sum",
+    )
+    return d_q, d_k, d_v, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -276,7 +277,7 @@ def _forward(static: _Static, q_BHND, k_BKND, v_BKND, stream: Stream, window):
         _key_scalars(stream, window),
         "stream_attention",
     )
-    out = out.reshape(B, H, N, D)
+    out, log_z = checkpoint_name((out.reshape(B, H, N, D), log_z), "attention")
     return out, (q_BHND, k_BKND, v_BKND, stream, window, out, log_z)
 
 
