@@ -566,6 +566,9 @@ def _sft() -> dict[str, Key]:
         ),
         "train_files": Key("", "as data.train_files; rows with a prompt and a completion"),
         "completion_key": Key("completion", "the column with the text to imitate", needs=needs),
+        "train_max_samples": Key(
+            -1, "imitate the first so many rows; -1 for all", least=-1, needs=needs
+        ),
         "batch_size": Key(64, "rows a step", least=1, needs=needs),
         "save_freq": Key(
             200, "steps between two checkpoints; 0 or -1 for none", least=-1, needs=needs

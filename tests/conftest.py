@@ -1,5 +1,6 @@
 """Every test sees eight simulated CPU devices and deterministic, strict JAX."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -26,3 +27,20 @@ def no_compilation_cache():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adpo_jax.devices.compilation_cache.use", lambda folder: None)
         yield
+
+
+# Linux gives a process 65,530 mappings of memory, and a compiled program takes several: a process
+# that has run thousands of tests ends in the middle of the next compilation.
+MOST_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Forgets compiled programs when there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -483,6 +483,7 @@ WALK = {
     "sft.save_freq": ("1", road, *SHORT, "--config.trainer.save_freq=0"),
     "sft.train_files": ("a.jsonl", demonstrations, "--config.sft.completion_key=answer"),
     "sft.completion_key": ("answer", demonstrations),
+    "sft.train_max_samples": ("2", demonstrations),
     "sft.lr": ("0.1", cold_adamw),
     "sft.lr_warmup_steps": ("3", cold_adamw),
     "sft.weight_decay": ("0.5", cold_adamw),

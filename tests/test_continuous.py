@@ -256,15 +256,20 @@ def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypat
     batch = ContinuousBatch(engine, policy.init(jax.random.key(0)))
     assert engine.num_slots > batch.num_slots == slots
 
-    def cached():
-        return sum(x.nbytes for x in jax.live_arrays() if x.ndim == 4)
+    # Held, so that no array of another test is counted, and none is freed in the middle.
+    others = jax.live_arrays()
+    known = {id(x) for x in others}
 
-    peaks, others = [], cached()
+    def cached():
+        new = (x for x in jax.live_arrays() if id(x) not in known)
+        return sum(x.nbytes for x in new if x.ndim == 4)
+
+    peaks = []
 
     def watched(verb):
         def call(*args):
             made = verb(*args)
-            peaks.append(cached() - others)
+            peaks.append(cached())
             return made
 
         return call

@@ -47,6 +47,7 @@ MODEL_CONFIG = {
 }
 
 
+@functools.cache
 def rows(split: str) -> dict[str, list[str]]:
     """The data set as columns: `question`, and `answer` as worked text that ends in `#### N`.
 

@@ -21,6 +21,7 @@ NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 8192}
 MODEL_CONFIG = arithmetic.MODEL_CONFIG
 
 
+@functools.cache
 def rows(split: str) -> dict[str, list[str]]:
     """The data set as columns: `question`, and `answer` as "#### N".
 

@@ -48,6 +48,7 @@ _TIMES = {2: "twice", 3: "three times", 4: "four times"}
 _BILLS = (20, 50, 100)
 
 
+@functools.cache
 def rows(split: str, *, seed: int = 0) -> dict[str, list[str]]:
     """The data set as columns: `question`, and `answer` as worked text that ends in `#### N`.
 

@@ -448,8 +448,8 @@ def load_prompts(
                 f"{error}, or choose a reward function that needs no solution: {needed} does"
             ) from error
         raise
-    if split == "train" and c.train_max_samples > 0:
-        dataset = dataset.select(range(min(c.train_max_samples, len(dataset))))
+    if split == "train":
+        dataset = _first(dataset, c.train_max_samples)
     if dataset.has(c.answer_key):
         solutions = dataset.mapped(c.answer_key, files.extract_solution)
         _check_solutions(config, solutions, source, split)
@@ -595,6 +595,7 @@ def load_demonstrations(
         "sft.completion_key",
         c.completion_key,
     )
+    dataset = _first(dataset, c.train_max_samples)
     prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files, tools)
     texts = [
         files.message_text(value) or str(value)
@@ -625,6 +626,11 @@ def load_demonstrations(
         )
     chosen = prompts.select(fitting)
     return Demonstrations(chosen.token_ids, [completions[row] for row in fitting])
+
+
+def _first(dataset: files.Dataset, count: int) -> files.Dataset:
+    """The first so many rows; all for a number below 1."""
+    return dataset.select(range(count)) if 0 < count < len(dataset) else dataset
 
 
 def _load_rows(
