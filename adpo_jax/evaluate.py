@@ -44,7 +44,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     from adpo_jax.log.metrics import write_jsonl
     from adpo_jax.log.progress import telling
     from adpo_jax.rollouts.evaluation import evaluate
-    from adpo_jax.run import loading, setup
+    from adpo_jax.run import datasets, loading, setup
     from adpo_jax.run.config_checks import finalized
     from adpo_jax.run.environments import (
         check_environments,
@@ -71,7 +71,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
     with contextlib.ExitStack() as to_close:
         if environments is not None:
             to_close.enter_context(environments)
-        prompts = loading.load_val_prompts(config, found.tokenizer, shown_tools(environments))
+        prompts = datasets.load_val_prompts(config, found.tokenizer, shown_tools(environments))
         check_environments(config, environments, {"data.val_files": prompts})
         settings = setup.make_eval_settings(config, found.stop_token_ids)
         reward_model = setup.make_reward_model(config, environments) if graded_by_reward else None

@@ -70,7 +70,7 @@ def measure(path: str, tokenizer_folder: str | None, cache: str) -> dict:
     """Seconds and memory of everything that a run does with its prompts before iteration 1."""
     from adpo_jax.config import default_config
     from adpo_jax.data.files import prompt_indices
-    from adpo_jax.run import loading
+    from adpo_jax.run import datasets
 
     tokenizer = make_tokenizer(tokenizer_folder)
     config = default_config()
@@ -79,7 +79,7 @@ def measure(path: str, tokenizer_folder: str | None, cache: str) -> dict:
         config.data.cache_dir = cache
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     started, cpu = time.perf_counter(), time.process_time()
-    prompts = loading.load_prompts(config, tokenizer, path, split="train")
+    prompts = datasets.load_prompts(config, tokenizer, path, split="train")
     prompts.digest()
     rows = prompt_indices(0, seed=0, num_rows=len(prompts), batch_size=128)
     prompts.select(rows)

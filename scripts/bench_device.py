@@ -94,6 +94,7 @@ class Bench:
         config.data.train_batch_size = s.prompts
         config.actor_rollout_ref.actor.ppo_mini_batch_size = s.prompts
         config.algorithm.num_generations = s.samples
+        config.actor_rollout_ref.rollout.num_slots = s.prompts * s.samples
         if a.tiny:
             config.trainer.per_device_train_batch_size = s.samples
         self.device = jax.local_devices()[0]
@@ -345,16 +346,10 @@ def iteration(bench: Bench) -> dict:
 
     from adpo_jax.engine.sampling import SamplingParams
     from adpo_jax.records import Sequences
+    from adpo_jax.run import setup
 
     s, learner = bench.sizes, bench.learner(bench.sizes.prompts)
-    engine = bench.engine(
-        s.prompt,
-        s.response,
-        s.prompts * s.samples,
-        group_size=s.samples,
-        gpu_memory_utilization=bench.config.actor_rollout_ref.rollout.gpu_memory_utilization,
-        resident_bytes=learner.resident_bytes(),
-    )
+    engine = setup.make_engine(bench.config, bench.policy, resident_bytes=learner.resident_bytes())
     vocab, random = bench.policy.config.vocab_size, np.random.default_rng(2)
     prompts = [random.integers(0, vocab, s.prompt // 2).tolist() for _ in range(s.prompts)]
     # One token in a few hundred ends a completion, as an answer to GSM8K does.

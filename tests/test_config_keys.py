@@ -29,8 +29,8 @@ from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import Policy, adapters
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
+from adpo_jax.run import datasets, loading, preparation, setup
 from adpo_jax.run import environments as run_environments
-from adpo_jax.run import loading, preparation, setup
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.update import sft
 from adpo_jax.update.learner import Learner
@@ -88,8 +88,8 @@ def prompts(config):
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}{{ tone }}"
         )
     try:
-        train = loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
-        return train, loading.load_val_prompts(config, tokenizer)
+        train = datasets.load_prompts(config, tokenizer, config.data.train_files, split="train")
+        return train, datasets.load_val_prompts(config, tokenizer)
     finally:
         tokenizer.chat_template = None
 
@@ -186,7 +186,7 @@ def tracked(config):
 
 
 def demonstrations(config):
-    return loading.load_demonstrations(config, loading.find_model(config))
+    return datasets.load_demonstrations(config, loading.find_model(config))
 
 
 def run_length(config):
@@ -228,7 +228,7 @@ def data_cache(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("adpo_jax.data.files.LARGE_BYTES", 0)
         tokenizer = arithmetic.make_tokenizer()
-        loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
+        datasets.load_prompts(config, tokenizer, config.data.train_files, split="train")
     return sorted(p.name for p in Path("cache").glob("*"))
 
 

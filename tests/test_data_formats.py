@@ -19,7 +19,7 @@ from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic, files
 from adpo_jax.data.files import load_rows, prompt_indices
 from adpo_jax.log.metrics import read_jsonl
-from adpo_jax.run import loading, setup
+from adpo_jax.run import datasets, loading, setup
 from adpo_jax.run.config_checks import finalized
 
 DOCS = (Path(__file__).resolve().parents[1] / "docs" / "coming_from.md").read_text()
@@ -83,13 +83,13 @@ def test_prompts_alone_are_refused_in_a_sentence_where_the_grader_needs_solution
     path = documented("prompts.jsonl", tmp_path)
     config = config_of("data.prompt_key=prompt", f"data.train_files={path}")
     with pytest.raises(ValueError, match=r"no column 'answer'.*needs no solution: good_accuracy"):
-        loading.load_prompts(config, arithmetic.make_tokenizer(), str(path), split="train")
+        datasets.load_prompts(config, arithmetic.make_tokenizer(), str(path), split="train")
 
 
 def test_completions_of_trl_are_demonstrations_of_the_supervised_stage(tmp_path):
     path = documented("trl.jsonl", tmp_path)
     config = config_of("data.prompt_key=prompt", f"sft.train_files={path}")
-    found = loading.load_demonstrations(config, loading.find_model(config))
+    found = datasets.load_demonstrations(config, loading.find_model(config))
     decode = arithmetic.make_tokenizer().decode
     assert [decode(ids[:-1]) for ids in found.completions] == ["5", "7"]
 
@@ -142,7 +142,7 @@ def test_every_named_validation_set_has_scores_of_its_own(tmp_path):
                  "eval/accuracy" in row]  # fmt: skip
     assert evaluated == [1]
     with pytest.raises(ValueError, match="name all of the sets"):
-        loading.named_sources("a.jsonl,two=b.jsonl")
+        datasets.named_sources("a.jsonl,two=b.jsonl")
 
 
 def test_rows_come_in_the_order_of_the_data_without_shuffle():
@@ -155,7 +155,7 @@ def test_rows_come_in_the_order_of_the_data_without_shuffle():
 def test_training_takes_the_first_samples_and_says_when_a_batch_is_larger(caplog):
     config = config_of("data.train_max_samples=3", "data.train_batch_size=8")
     tokenizer = arithmetic.make_tokenizer()
-    prompts = loading.load_prompts(config, tokenizer, config.data.train_files, split="train")
+    prompts = datasets.load_prompts(config, tokenizer, config.data.train_files, split="train")
     assert len(prompts) == 3
     assert "data.train_batch_size is 8, and there are 3 training prompts" in caplog.text
 
@@ -172,7 +172,7 @@ MIXED = [
 def large_prompts(path, tmp_path, tokenizer, **data):
     config = default_config()
     config.data.update(cache_dir=str(tmp_path / "cache"), max_prompt_length=60, **data)
-    return loading.load_prompts(config, tokenizer, str(path), split="train")
+    return datasets.load_prompts(config, tokenizer, str(path), split="train")
 
 
 def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):

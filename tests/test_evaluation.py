@@ -23,7 +23,7 @@ from adpo_jax.rollouts.evaluation import (
     pass_at_k,
     sample_scores,
 )
-from adpo_jax.run import loading, setup
+from adpo_jax.run import datasets, setup
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
@@ -159,7 +159,7 @@ def test_an_evaluation_that_cannot_work_is_refused(overrides, text):
 def test_a_category_that_the_data_lacks_is_refused_with_the_columns_there_are():
     config = parse("--config.eval.category_key=level")
     with pytest.raises(ValueError, match=r"category_key is 'level'; .* 'question'"):
-        loading.load_val_prompts(config, arithmetic.make_tokenizer())
+        datasets.load_val_prompts(config, arithmetic.make_tokenizer())
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from test_config import parse
 from adpo_jax.data import arithmetic, files, generated
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rewards import generated as scorers
-from adpo_jax.run import loading
+from adpo_jax.run import datasets
 
 
 @pytest.fixture
@@ -186,10 +186,10 @@ def test_a_config_names_tasks_for_training_and_evaluation(package):
     )
     tokenizer = arithmetic.make_tokenizer()
     source = config.data.train_files
-    prompts = loading.load_prompts(config, tokenizer, source, split="train")
+    prompts = datasets.load_prompts(config, tokenizer, source, split="train")
     assert len(prompts) == 6
     assert prompts.columns["solution"] == prompts.columns["answer"]
-    val = loading.load_val_prompts(config, tokenizer)
+    val = datasets.load_val_prompts(config, tokenizer)
     assert len(val) == 5
     assert set(prompts.columns["question"]).isdisjoint(val.columns["question"])
 

@@ -10,7 +10,7 @@ from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic
 from adpo_jax.rewards import good_accuracy
 from adpo_jax.rewards.references import check_references, fault_of, look_over
-from adpo_jax.run import loading
+from adpo_jax.run import datasets
 
 MATCHED = [
     "5", "The answer is 5.", "**5**", "`5`", ["5"], '["5"]', 5, 5.0, "5 dollars", r"\boxed{5}",
@@ -84,7 +84,7 @@ def _load(data, split="train", **changes):
     config = default_config()
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    return loading.load_prompts(config, arithmetic.make_tokenizer(), str(data), split=split)
+    return datasets.load_prompts(config, arithmetic.make_tokenizer(), str(data), split=split)
 
 
 def test_data_of_references_that_nothing_matches_are_refused_with_file_and_row(data):

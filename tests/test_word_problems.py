@@ -6,7 +6,7 @@ import pytest
 from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic, word_problems
 from adpo_jax.rewards import good_accuracy
-from adpo_jax.run import loading
+from adpo_jax.run import datasets
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 WORDS = {"twice": 2, "three times": 3, "four times": 4}
@@ -69,10 +69,10 @@ def test_a_run_trains_and_evaluates_on_word_problems_by_their_name(splits):
     config.data.max_val_samples = 20
     config.data.val_files = word_problems.NAME
     tokenizer = arithmetic.make_tokenizer()
-    prompts = loading.load_val_prompts(config, tokenizer)
+    prompts = datasets.load_val_prompts(config, tokenizer)
     assert prompts.columns["question"] == splits["val"]["question"][:20]
     assert tokenizer.decode(prompts.token_ids[3]) == splits["val"]["question"][3] + "\n"
     assert prompts.columns["solution"][3] == splits["val"]["answer"][3].rsplit("#### ", 1)[1]
     config.data.answer_key = "solution_text"
     with pytest.raises(ValueError, match="embedded:word_problems has the columns"):
-        loading.load_prompts(config, tokenizer, word_problems.NAME, split="train")
+        datasets.load_prompts(config, tokenizer, word_problems.NAME, split="train")

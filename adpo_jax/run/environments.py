@@ -16,7 +16,7 @@ from adpo_jax.records import Prompts
 from adpo_jax.rewards.binding import OFFERED_IN_TURNS
 from adpo_jax.rollouts.completing import Completer, OneTurn, Reading
 from adpo_jax.rollouts.in_turns import InTurns, reset_row
-from adpo_jax.run import loading
+from adpo_jax.run import datasets
 from adpo_jax.run.whole_keys import section, whole_keys
 
 
@@ -63,7 +63,7 @@ def make_environments(
             template.patch,
         )
     shown = {name: found.tools for name, found in described.items()}
-    options = loading.prompt_options(config, shown) | {"overlong": "truncate"}
+    options = datasets.prompt_options(config, shown) | {"overlong": "truncate"}
 
     def prompt_ids(columns: dict[str, list], said: Sequence[str | None]) -> list[list[int]]:
         rendered = render_prompts(Dataset(columns), tokenizer, observations=said, **options)

@@ -33,7 +33,7 @@ from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rewards.binding import OFFERED_IN_TURNS
 from adpo_jax.rollouts.completing import Reading
 from adpo_jax.rollouts.evaluation import EvalSettings
-from adpo_jax.run import config_checks, loading
+from adpo_jax.run import config_checks, datasets, loading
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.cold_start import ColdStart
@@ -121,10 +121,10 @@ def _with_data(
 ) -> Parts:
     """The rest of `build`, from the data on."""
     tools = shown_tools(environments)
-    train_prompts = loading.load_prompts(
+    train_prompts = datasets.load_prompts(
         config, source.tokenizer, config.data.train_files, split="train", tools=tools
     )
-    val_prompts = loading.load_val_prompts(config, source.tokenizer, tools)
+    val_prompts = datasets.load_val_prompts(config, source.tokenizer, tools)
     data = {"data.train_files": train_prompts, "data.val_files": val_prompts}
     for option, prompts in data.items():
         # Prompts that are tokenised when they are due are checked by the engine.
@@ -366,14 +366,14 @@ def make_eval_settings(config: ConfigDict, stop_token_ids: tuple[int, ...]) -> E
             stop_token_ids=stop_token_ids,
         )
     ks = tuple(c.ks) or ((c.n,) if c.n else ())
-    names = loading.named_sources(config.data.val_files)
+    names = datasets.named_sources(config.data.val_files)
     return EvalSettings(
         sampling,
         num_samples=c.n,
         ks=ks,
         category_key=c.category_key,
         reading=make_reading(config, stop_token_ids),
-        set_key=loading.VAL_SET if names and "" not in names else "",
+        set_key=datasets.VAL_SET if names and "" not in names else "",
     )
 
 
@@ -506,7 +506,7 @@ def make_cold_start(
     Args:
       tools: what prompts show of tools, as of `render_prompts`.
     """
-    demonstrations = loading.load_demonstrations(config, source, tools)
+    demonstrations = datasets.load_demonstrations(config, source, tools)
     return ColdStart(
         policy=learner.policy,
         optimizer=make_cold_start_optimizer(config),
