@@ -15,6 +15,7 @@ from adpo_jax.engine.kv_cache import CacheLayout, Reach
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model.decoder import ModelConfig
 from adpo_jax.model.rope import Rope
+from adpo_jax.update.packing import tile_of
 
 pytestmark = pytest.mark.slow
 
@@ -133,11 +134,13 @@ def test_the_engine_compiles_with_its_kernels_on_a_mesh_of_four_chips(v5e):
     assert memory.temp_size_in_bytes < share
 
 
-@pytest.mark.parametrize("tokens", [2048, 8192])
-def test_training_attention_over_a_stream_compiles_for_a_v5e_without_scores(on_tpu, tokens):
+@pytest.mark.parametrize(("tokens", "longest"), [(2048, 256), (8192, 1024)])
+def test_training_attention_over_a_stream_compiles_for_a_v5e_without_scores(
+    on_tpu, tokens, longest
+):
     from test_kernels_stream import gradient, shapes
 
-    arguments = on_tpu(shapes(tokens, 64, 8, heads=4, kv_heads=2))
+    arguments = on_tpu(shapes(tokens, tile_of("tpu", longest), 8, heads=4, kv_heads=2))
     compiled = jax.jit(gradient).lower(*arguments).compile()
     # Less than the scores of one head.
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * tokens * 4

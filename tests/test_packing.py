@@ -330,6 +330,12 @@ def test_a_size_that_was_used_before_changes_no_gradient():
     assert_same(in_rows(False), found)
 
 
+def test_a_tpu_has_wide_tiles_and_narrower_ones_for_short_completions():
+    tiles = [packing.tile_of("tpu", length) for length in (0, 256, 511, 512, 4096)]
+    assert tiles == [128, 128, 128, 256, 256]
+    assert packing.tile_of("cpu", 4096) == packing.tile_of("gpu", 0) == packing.TILE
+
+
 def test_what_cannot_be_laid_out_is_refused():
     batch, _ = tiny.batch()
     sequences = batch.sequences()

@@ -100,18 +100,9 @@ def render_prompts(
             conversations[index] = _observed(conversations[index], text)
     if apply_chat_template and getattr(tokenizer, "chat_template", None):
         kwargs = dict(chat_template_kwargs or {})
-        reserved = sorted(_RESERVED & kwargs.keys())
-        if reserved:
-            raise ValueError(f"data.chat_template_kwargs cannot set {', '.join(reserved)}")
-        token_ids: list[list[int]] = [[]] * len(dataset)
-        for shown, rows in _rows_by_tools(dataset, tools, where):
-            of_rows = kwargs if shown is None else kwargs | {"tools": shown}
-            renderer = Conversations(tokenizer, of_rows, allow_control_tokens=allow_control_tokens)
-            found = renderer.token_ids(
-                [conversations[row] for row in rows], lambda place, rows=rows: where(rows[place])
-            )
-            for row, ids in zip(rows, found):
-                token_ids[row] = ids
+        token_ids = _chat_token_ids(
+            tokenizer, dataset, conversations, where, kwargs, tools, allow_control_tokens
+        )
     else:
         token_ids = _plain_token_ids(tokenizer, conversations, where, allow_control_tokens)
     for index, ids in enumerate(token_ids):
@@ -120,20 +111,44 @@ def render_prompts(
 
     if source and not allow_control_tokens:
         _tell_of_control_tokens(dataset, tokenizer, prompt_key, where)
-
-    lengths = [len(ids) for ids in token_ids]
-    fitting = [index for index, length in enumerate(lengths) if length <= max_prompt_length]
-    num_overlong = len(lengths) - len(fitting)
     if overlong == "truncate":
         kept = [ids[-max_prompt_length:] for ids in token_ids]
+        num_overlong = sum(len(ids) > max_prompt_length for ids in token_ids)
         return RenderedPrompts(dataset, kept, num_overlong)
+    return _filtered(dataset, token_ids, max_prompt_length)
+
+
+def _chat_token_ids(
+    tokenizer, dataset: Dataset, conversations, where, kwargs, tools, allow_control_tokens: bool
+) -> list[list[int]]:
+    """The token ids of each conversation under the tokenizer's chat template."""
+    reserved = sorted(_RESERVED & kwargs.keys())
+    if reserved:
+        raise ValueError(f"data.chat_template_kwargs cannot set {', '.join(reserved)}")
+    token_ids: list[list[int]] = [[]] * len(dataset)
+    for shown, rows in _rows_by_tools(dataset, tools, where):
+        of_rows = kwargs if shown is None else kwargs | {"tools": shown}
+        renderer = Conversations(tokenizer, of_rows, allow_control_tokens=allow_control_tokens)
+        found = renderer.token_ids(
+            [conversations[row] for row in rows], lambda place, rows=rows: where(rows[place])
+        )
+        for row, ids in zip(rows, found):
+            token_ids[row] = ids
+    return token_ids
+
+
+def _filtered(dataset: Dataset, token_ids: list[list[int]], most: int) -> RenderedPrompts:
+    """The rows whose prompts have at most so many tokens."""
+    lengths = [len(ids) for ids in token_ids]
+    fitting = [index for index, length in enumerate(lengths) if length <= most]
     if not fitting:
         raise ValueError(
-            f"all {len(lengths)} prompts are longer than max_prompt_length={max_prompt_length}: "
+            f"all {len(lengths)} prompts are longer than max_prompt_length={most}: "
             f"{min(lengths)} to {max(lengths)} tokens. Raise data.max_prompt_length to "
             f"{max(lengths)}, or truncate them"
         )
-    return RenderedPrompts(dataset.select(fitting), [token_ids[i] for i in fitting], num_overlong)
+    kept, num_overlong = [token_ids[i] for i in fitting], len(lengths) - len(fitting)
+    return RenderedPrompts(dataset.select(fitting), kept, num_overlong)
 
 
 def _observed(messages: list[Message], text: str) -> list[Message]:

@@ -33,7 +33,7 @@ from adpo_jax.update import TrainState
 from adpo_jax.update import anchor as anchor_lib
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.optimizer import steps_taken
-from adpo_jax.update.packing import PackedBatch, Packing, Sizes, balanced
+from adpo_jax.update.packing import PackedBatch, Packing, Sizes, balanced, tile_of
 from adpo_jax.update.plan import BatchPlan
 
 Ragged = list[list[np.ndarray]]
@@ -167,6 +167,7 @@ class Learner:
             full_length=plan.completion_length,
             num_shards=num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
+            tile=tile_of(self.policy.attention_settings.platform, plan.completion_length),
             sizes=self.sizes.of(program) if program else None,
         )
         names = ("sampler", *sequences.log_probs)

@@ -176,6 +176,8 @@ def attend_part(
             jax.ShapeDtypeStruct((rows, K, Q, LANES), jnp.float32),
             jax.ShapeDtypeStruct((rows, K, Q, LANES), jnp.float32),
         ],
+        # A chip with two cores gives each of them half of the rows.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
     )(jnp.reshape(index, (1,)).astype(jnp.int32), start, last, reach.length, *inputs)
     return Part(out, top[..., 0], total[..., 0])

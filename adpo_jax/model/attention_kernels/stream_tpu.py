@@ -225,6 +225,8 @@ def _call(static, kernel, grid, inputs, specs, out_specs, out_shape, scalars, na
             num_scalar_prefetch=len(scalars), grid=grid, in_specs=specs, out_specs=out_specs
         ),
         out_shape=out_shape,
+        # A chip with two cores gives each of them half of the programs.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         interpret=static.interpret,
         name=name,
     )(*scalars, *inputs)
