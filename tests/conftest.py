@@ -1,6 +1,7 @@
 """Every test sees eight simulated CPU devices and deterministic, strict JAX."""
 
 import gc
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
         + " --xla_force_host_platform_device_count=8"
-        # Tests compile far more than they compute: this takes a third off the compilation.
-        + " --xla_backend_optimization_level=0"
+        # Tests compile far more than they compute: this takes a third off the compilation, and what
+        # follows, which XLA knew until jax 0.11, two thirds of the rest.
+        + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     ).strip()
+    if importlib.metadata.version("jax").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 # `configs/` lies beside the package, not inside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

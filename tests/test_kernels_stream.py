@@ -105,7 +105,7 @@ def test_the_gpu_kernel_walks_tiles_in_blocks_and_their_queries_in_chunks(window
     monkeypatch.setattr(stream_gpu, "CHUNK", 3)
     for name in ("FORWARD", "OF_QUERIES", "OF_KEYS"):
         monkeypatch.setattr(stream_gpu, name, stream_gpu.Shape(16, 32, 4, 2))
-    lengths, tile = (40, 90, 100, 61), 32
+    lengths, tile = (40, 75, 70), 32
     segments = np.concatenate([[g + 1] * n for g, n in enumerate(lengths)])[None].astype(np.int32)
     positions = np.concatenate([range(40), *(range(40, 40 + n) for n in lengths[1:])])[None]
     pad = -segments.shape[1] % tile
