@@ -16,7 +16,7 @@ from test_prompts import CHAT_TEMPLATE, make_tokenizer
 
 import adpo_jax
 from adpo_jax.config import default_config
-from adpo_jax.data import arithmetic, files
+from adpo_jax.data import arithmetic, files, readers
 from adpo_jax.data.files import load_rows, prompt_indices
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.run import datasets, loading, setup
@@ -208,6 +208,57 @@ def test_mistakes_in_large_files_are_reported_with_their_line(tmp_path, large):
         path.write_text(f"{good}\n\n{line}\n")
         with pytest.raises(ValueError, match=text):
             large_prompts(path, tmp_path, make_tokenizer(CHAT_TEMPLATE))
+
+
+ODD_LINES = {
+    "an escape by number": '{"question": "caf\\u00e9", "answer": "1"}',
+    "half of a character": '{"question": "\\ud83d", "answer": "1"}',
+    "a number": '{"question": "q", "answer": 7}',
+    "messages": '{"question": [{"role": "user", "content": "q"}], "answer": "1"}',
+    "a name more": '{"question": "q", "answer": "1", "kind": "odd"}',
+    "a name less": '{"question": "q"}',
+    "null": '{"question": "q", "answer": null}',
+    "other order": '{"answer": "1", "question": "q"}',
+    "twice the name": '{"question": "q", "answer": "1", "answer": "2"}',
+    "an empty line": "",
+    "space before": ' {"question": "q", "answer": "1"}',
+    "space behind": '{"question": "q", "answer": "1"} \r',
+    "two objects": '{"question": "q", "answer": "1"}{"question": "q", "answer": "1"}',
+    "no object": "[1]",
+    "half an object": '{"question": "q", ',
+    "a raw control character": '{"question": "a\tb", "answer": "1"}',
+    "no UTF-8": b'{"question": "\xff", "answer": "1"}',
+    "deep": '{"question": ' + "[" * 100_000 + ', "answer": "1"}',
+    "text in all letters": '{"question": "né 中 \\n\\" \\/ 😀", "answer": "1"}',
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+@pytest.mark.parametrize("ends", ["\n", ""])
+def test_a_large_file_says_of_an_odd_line_what_a_small_one_says(tmp_path, monkeypatch, odd, ends):
+    """Arrow parses the lines before it, if they are many."""
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", 2**12)
+    path = tmp_path / "data.jsonl"
+    line = ODD_LINES[odd].encode() if isinstance(ODD_LINES[odd], str) else ODD_LINES[odd]
+    plain = [f'{{"question": "question {n}", "answer": "{n}"}}'.encode() for n in range(400)]
+    path.write_bytes(b"\n".join([*plain[:300], line, *plain[300:]]) + ends.encode())
+
+    def found(limit):
+        monkeypatch.setattr(files, "LARGE_BYTES", limit)
+        options = {"prompt_key": "question", "answer_key": "answer", "cache_dir": ""}
+        try:
+            dataset = files.load_rows([str(path)], needs_answer=False, **options)
+        except ValueError as error:
+            return str(error)
+        return [dataset.row(index) for index in range(len(dataset))]
+
+    stored, small = found(0), found(2**30)
+    if isinstance(small, list):
+        names = dict.fromkeys(name for row in small for name in row)
+        small = [dict.fromkeys(names) | row for row in small]
+    assert stored == small
+    taken = sum(batch.num_rows for batch, _ in readers.text_batches(path))
+    assert 0 < taken < 300 or (taken == 401 and isinstance(small, list))
 
 
 def test_a_large_file_that_changed_has_another_digest_and_a_damaged_cache_is_made_anew(

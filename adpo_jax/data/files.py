@@ -22,6 +22,7 @@ import numpy as np
 
 from adpo_jax.data import generated, stored
 from adpo_jax.data.readers import (
+    BEGINNING,
     SUFFIXES,
     Placed,
     Row,
@@ -29,6 +30,7 @@ from adpo_jax.data.readers import (
     rows_of,
     shorten,
     suffix_of,
+    text_batches,
 )
 from adpo_jax.data.stored import Segment, StoredColumn
 
@@ -254,7 +256,13 @@ def _batches_of(file: Path):
     first = next(placed, (":", 0, {}))[0].removeprefix(str(file))
 
     def batches():
-        return stored.batches_of_rows((number, row) for _, number, row in rows_of(file))
+        start = BEGINNING
+        if suffix_of(file) == ".jsonl":
+            for batch, behind in text_batches(file):
+                yield batch
+                start = behind
+        rest = ((number, row) for _, number, row in rows_of(file, start))
+        yield from stored.batches_of_rows(rest)
 
     return first, batches
 

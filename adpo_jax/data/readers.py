@@ -10,7 +10,10 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.json
 
 from adpo_jax.data import stored
 
@@ -18,6 +21,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.gz", ".parquet")
 
 # A prompt of 100,000 tokens is about half a megabyte; a longer line is a file of another kind.
 MAX_LINE_BYTES = 32 * 2**20
+# What Arrow parses at once.
+_BLOCK_BYTES = 8 * 2**20
 
 _DECODER = json.JSONDecoder()
 _BOM = b"\xef\xbb\xbf"
@@ -31,8 +36,21 @@ def suffix_of(path: Path) -> str:
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), "")
 
 
-def rows_of(path: Path) -> Iterator[Placed]:
+class Start(NamedTuple):
+    """Where to begin in a .jsonl file."""
+
+    line: int  # lines before it
+    byte: int
+
+
+BEGINNING = Start(0, 0)
+
+
+def rows_of(path: Path, start: Start = BEGINNING) -> Iterator[Placed]:
     """The rows of a file.
+
+    Args:
+      start: where to begin; other than the beginning for a .jsonl file alone.
 
     Raises:
       ValueError: for a file that cannot be read or parsed, with its line and column.
@@ -47,8 +65,9 @@ def rows_of(path: Path) -> Iterator[Placed]:
     }
     if suffix_of(path) not in readers:
         raise ValueError(f"{path}: data files end in {', '.join(SUFFIXES)}")
+    options = {} if start == BEGINNING else {"start": start}
     try:
-        yield from readers[suffix_of(path)](path)
+        yield from readers[suffix_of(path)](path, **options)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file: {error}") from error
     except OSError as error:
@@ -59,10 +78,11 @@ def _open(path: Path):
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
-def _lines(path: Path, advice: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, advice: str, start: Start = BEGINNING) -> Iterator[tuple[int, str]]:
     """(number, text) of each line, its end included."""
     with _open(path) as file:
-        for line in itertools.count(1):
+        file.seek(start.byte)
+        for line in itertools.count(start.line + 1):
             raw = file.readline(MAX_LINE_BYTES + 1)
             if not raw:
                 return
@@ -73,9 +93,9 @@ def _lines(path: Path, advice: str) -> Iterator[tuple[int, str]]:
             yield line, _decode(raw, path, line)
 
 
-def _jsonl_rows(path: Path) -> Iterator[Placed]:
+def _jsonl_rows(path: Path, start: Start = BEGINNING) -> Iterator[Placed]:
     place = f"{path}:"
-    for line, text in _lines(path, "a .jsonl file has one row on each line"):
+    for line, text in _lines(path, "a .jsonl file has one row on each line", start):
         if text := text.rstrip():
             try:  # what most lines are, without the calls of those that are wrong
                 row, end = _DECODER.raw_decode(text)
@@ -85,6 +105,58 @@ def _jsonl_rows(path: Path) -> Iterator[Placed]:
             if not plain:
                 row = _check_object(_parse_json(text, path, line), place, line)
             yield place, line, row
+
+
+def text_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, Start]]:
+    """The rows of a .jsonl file as far as their values are all text, and where the next ones begin.
+
+    Arrow's parser reads what nearly all lines are and nothing else: one object with names of the
+    first line, each with text or null, without escapes by number. It ends before the first block
+    of lines with another, where the reader of lines has to go on.
+    """
+    with path.open("rb") as file:
+        names, first = None, 1
+        while block := file.read(_BLOCK_BYTES):
+            block += b"" if block.endswith(b"\n") else file.readline(MAX_LINE_BYTES)
+            if names is None:
+                names = _names_of_text(block[: block.find(b"\n") + 1])
+            batch = names and _text_batch(block, names)
+            if not batch:
+                return
+            yield stored.numbered(batch, first), Start(first + batch.num_rows - 1, file.tell())
+            first += batch.num_rows
+
+
+def _names_of_text(line: bytes) -> list[str] | None:
+    """The names of an object whose values are all text or null; None for any other line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    plain = isinstance(row, dict) and all(v is None or isinstance(v, str) for v in row.values())
+    return list(row) if plain and 0 < len(row) <= stored.MAX_COLUMNS else None
+
+
+def _text_batch(block: bytes, names: list[str]) -> pa.RecordBatch | None:
+    """Whole lines as columns of text; None where a line is anything else."""
+    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    # A line that does not begin an object, or is empty, would shift the numbers of the others.
+    if not block.startswith(b"{") or block.count(b"\n{") + 1 != lines or b"\\u" in block:
+        return None
+    schema = pa.schema([pa.field(name, pa.string()) for name in names])
+    try:
+        table = pa.json.read_json(
+            pa.BufferReader(block),
+            pa.json.ReadOptions(block_size=len(block) + 1),
+            pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
+        )
+        table.validate(full=True)  # that the text is UTF-8
+    except pa.ArrowException:
+        return None
+    if table.num_rows != lines:
+        return None
+    wide = table.cast(pa.schema([pa.field(name, pa.large_string()) for name in names]))
+    return wide.combine_chunks().to_batches()[0]
 
 
 def _json_rows(path: Path) -> Iterator[Placed]:
