@@ -212,6 +212,8 @@ def test_mistakes_in_large_files_are_reported_with_their_line(tmp_path, large):
 
 ODD_LINES = {
     "an escape by number": '{"question": "caf\\u00e9", "answer": "1"}',
+    "both halves of a character": '{"question": "\\ud83d\\ude00 \\u0000", "answer": "1"}',
+    "the second half of a character": '{"question": "\\ude00", "answer": "1"}',
     "half of a character": '{"question": "\\ud83d", "answer": "1"}',
     "a number": '{"question": "q", "answer": 7}',
     "messages": '{"question": [{"role": "user", "content": "q"}], "answer": "1"}',

@@ -111,8 +111,8 @@ def text_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, Start]]:
     """The rows of a .jsonl file as far as their values are all text, and where the next ones begin.
 
     Arrow's parser reads what nearly all lines are and nothing else: one object with names of the
-    first line, each with text or null, without escapes by number. It ends before the first block
-    of lines with another, where the reader of lines has to go on.
+    first line, each with text or null. It ends before the first block of lines with another, where
+    the reader of lines has to go on.
     """
     with path.open("rb") as file:
         names, first = None, 1
@@ -141,7 +141,7 @@ def _text_batch(block: bytes, names: list[str]) -> pa.RecordBatch | None:
     """Whole lines as columns of text; None where a line is anything else."""
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
     # A line that does not begin an object, or is empty, would shift the numbers of the others.
-    if not block.startswith(b"{") or block.count(b"\n{") + 1 != lines or b"\\u" in block:
+    if not block.startswith(b"{") or block.count(b"\n{") + 1 != lines:
         return None
     schema = pa.schema([pa.field(name, pa.string()) for name in names])
     try:
@@ -150,7 +150,7 @@ def _text_batch(block: bytes, names: list[str]) -> pa.RecordBatch | None:
             pa.json.ReadOptions(block_size=len(block) + 1),
             pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error"),
         )
-        table.validate(full=True)  # that the text is UTF-8
+        table.validate(full=True)  # that the text is UTF-8, without half characters
     except pa.ArrowException:
         return None
     if table.num_rows != lines:
