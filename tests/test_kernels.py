@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from adpo_jax import Policy
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import kernels, kv_cache
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
 from adpo_jax.engine.kv_cache import CacheLayout, Reach
+from adpo_jax.engine.verbs import Prefixes, Verbs
+from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
 
 ROWS, K, Q, D, L = 5, 2, 3, 128, 2
 
@@ -150,3 +154,53 @@ def test_the_tpu_kernel_on_eight_devices_agrees_with_one(tensor):
 
     for ours, wanted in zip(normalised(part(mesh)), normalised(part(None))):
         np.testing.assert_allclose(ours, wanted, atol=1e-6)
+
+
+def test_the_prompts_of_idle_samples_and_of_nobody_are_not_read():
+    """Slot 1 is idle, row 1 has one sample alone, row 2 none."""
+    seen = []
+
+    def attend(q, kv, index, reach):
+        if not reach.ring:
+            seen.append(np.asarray(reach.reach))
+        return kv_cache.attend_part(q, kv, index, reach, soft_cap=None, transposed_keys=False)
+
+    view = kv_cache.View(
+        position=jnp.array([9, 9, 9], jnp.int32),
+        age=jnp.array([0, -1, 2], jnp.int32),
+        column=jnp.int32(2),
+        row=jnp.array([0, 0, 1], jnp.int32),
+        rank=jnp.array([0, 1, 0], jnp.int32),
+        slot=jnp.array([[0, 1], [2, 0], [0, 0]], jnp.int32),
+        prefix_length=jnp.array([8, 8, 8], jnp.int32),
+    )
+    q = jnp.ones((3, K, D))
+    own, prefix = layout().zeros(3, 4), layout().zeros(3, 8)
+    layer = LayerInfo(np.int32(0), np.int32(GLOBAL_WINDOW), np.int32(0))
+    kv_cache.group_attention(q, own, prefix, layer, view, scale=1.0, attend=attend)
+    everything = kv_cache.UNBOUNDED
+    assert seen[0].tolist() == [[everything, -1], [everything, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_gpu_puts_prompts_into_rows_as_others_do(stacked, monkeypatch):
+    of_rows = CacheLayout(L, K, D, jnp.float32, stacked=stacked, transposed_keys=False)
+    policy = Policy(tiny.model_config())
+    verbs = Verbs(policy, of_rows)
+    rng = np.random.default_rng(0)
+    new = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), of_rows.zeros(3, 8)
+    )
+    # Rows beyond a batch repeat its last prompt, and go into the same row.
+    new = jax.tree.map(
+        lambda x: x.at[(*[slice(None)] * verbs.lead, 2)].set(x[(*[slice(None)] * verbs.lead, 1)]),
+        new,
+    )
+    prefixes = Prefixes(new, jnp.array([8, 5, 5], jnp.int32))
+    found = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr("adpo_jax.engine.verbs._platform", lambda _, name=platform: name)
+        state = verbs.init_decode_state(2, 4, 4, 16, 1)
+        found.append(Verbs.insert.__wrapped__(verbs, state, prefixes, jnp.array([3, 0, 0])).prefix)
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert all(np.abs(x).max() > 1 for x in jax.tree.leaves(found[0].kv))
