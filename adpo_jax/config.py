@@ -232,6 +232,7 @@ def _reward_function() -> dict[str, Key]:
 
 def _environment() -> dict[str, Key]:
     there = Need("environment.path", lambda c: c.environment.path)
+    external = Need("environment.url", lambda c: c.environment.url)
     return {
         "path": Key(
             "",
@@ -268,6 +269,23 @@ def _environment() -> dict[str, Key]:
         ),
         "num_workers": Key(
             4, "processes in which environments live, at least 1", least=1, needs=(there,)
+        ),
+        "url": Key(
+            "",
+            "in place of path, the address of an environment that runs in processes of its own, "
+            "drives this run's engine and answers with token ids (docs/environments.md), e.g. "
+            "http://127.0.0.1:9000/rollouts",
+        ),
+        "serve_host": Key(
+            "127.0.0.1",
+            "the address of this machine at which that environment reaches the engine",
+            needs=(external,),
+        ),
+        "rollout_timeout_s": Key(
+            600.0,
+            "seconds for the rollouts of a row there; they are asked for three times at most",
+            allowed="above 0",
+            needs=(external,),
         ),
     }
 
@@ -443,9 +461,13 @@ def _rollout() -> dict[str, Key]:
         lambda c: c.actor_rollout_ref.actor.layout == "packed",
     )
     at_once = Need(
-        "completions of one turn (no environment.path) that are sampled on the spot "
+        "completions of one turn (no environment) that are sampled on the spot "
         "(actor_rollout_ref.rollout.max_staleness=0)",
-        lambda c: not (c.environment.path or c.actor_rollout_ref.rollout.max_staleness),
+        lambda c: (
+            not (
+                c.environment.path or c.environment.url or c.actor_rollout_ref.rollout.max_staleness
+            )
+        ),
     )
     return {
         "temperature": Key(1.0, "divides the logits", allowed="above 0"),

@@ -195,6 +195,11 @@ def settings_of_model(argv: list[str]) -> list[str]:
             f"{run} evaluates in an environment, which is Python code, {path}: give "
             f"--config={run} if you trust it"
         )
+    if saved.environment.url and config_files.given(argv, "config.environment.url") is None:
+        raise ValueError(
+            f"{run} evaluates in an environment at an address of its own: give --config={run} if "
+            "you trust it, or --config.environment.url and the address"
+        )
     graded_by = config_files.given(argv, "config.eval.graded_by") or saved.eval.graded_by
     if graded_by != "reward":  # the run's reward functions, and their secrets, are not needed
         functions = ["--config.reward_functions=()"] if saved.reward_functions else []

@@ -15,25 +15,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from adpo_jax.config import default_config
-from adpo_jax.data.files import Dataset
-from adpo_jax.data.prompts import Message, render_prompts
+from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
-from adpo_jax.run import loading
+from adpo_jax.run import datasets, loading
 from adpo_jax.run.checkpoint_files import complete_steps
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.run.loading import ModelSource
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptFormat:
-    """How text becomes a prompt; the fields are keys of `data` in the config."""
-
-    prompt_template: str = "{prompt}"
-    system_prompt: str = ""
-    apply_chat_template: bool = True
-    chat_template_kwargs: dict = dataclasses.field(default_factory=dict)
-    allow_control_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +57,9 @@ class Pretrained:
         Raises:
           ValueError: for a prompt that is empty, too long or cannot be rendered.
         """
-        rendered = render_prompts(
-            Dataset({"prompt": texts}),
-            self.tokenizer,
-            prompt_key="prompt",
-            max_prompt_length=max_length,
-            **dataclasses.asdict(prompt_format or self.prompt_format),
+        return prompts_of_texts(
+            texts, self.tokenizer, prompt_format or self.prompt_format, max_length=max_length
         )
-        if rendered.num_overlong:
-            raise ValueError(
-                f"{rendered.num_overlong} of {len(texts)} prompts are longer than {max_length} "
-                "tokens; shorten them or raise the limit"
-            )
-        return rendered.token_ids
 
 
 def load(
@@ -118,7 +96,7 @@ def load(
     config = _run_config(run)
     # The user consents, not the folder.
     config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
-    prompt_format = _prompt_format(config)
+    prompt_format = datasets.prompt_format(config)
     newest = max(complete_steps(run.checkpoints), default=0)
     # An export without a note is whole, since it appears by a rename.
     if step is None and run.export.is_dir() and (run.exported_step or newest) >= newest:
@@ -190,17 +168,6 @@ def _run_config(run: RunFolder):
     with config.unlocked(), config.ignore_type():
         config.update(json.loads(run.config.read_text(encoding="utf-8")))
     return config
-
-
-def _prompt_format(config) -> PromptFormat:
-    c = config.data
-    return PromptFormat(
-        c.prompt_template,
-        c.system_prompt,
-        c.apply_chat_template,
-        c.chat_template_kwargs.to_dict(),
-        c.allow_control_tokens,
-    )
 
 
 def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:

@@ -24,6 +24,7 @@ from adpo_jax.config import declarations, default_config, keys
 from adpo_jax.data import arithmetic
 from adpo_jax.devices import compilation_cache, sharding
 from adpo_jax.devices.compilation_cache import use as use_cache
+from adpo_jax.environments.external import External
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import Policy, adapters
@@ -280,6 +281,9 @@ def environment(config):
         return types.SimpleNamespace(patch=None)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(External, "check", lambda _: None)
+        if config.environment.url:
+            return vars(run_environments._make_external(config))
         patch.setattr(run_environments, "EnvironmentPool", pool)
         patch.setattr(run_environments, "TurnTemplate", template)
         made = run_environments.make_environments(config, None, ())
@@ -356,6 +360,7 @@ ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "roll
 adamw = optimized(lambda config: setup.make_optimizer(config, 100)[0])
 cold_adamw = optimized(setup.make_cold_start_optimizer)
 TIGHT = (FROM_FILE, NO_VAL, "--config.data.apply_chat_template=false")
+ELSEWHERE = "--config.environment.url=http://127.0.0.1:9/x"
 TOOLS = ("--config.environment.path=tools.py", "--config.environment.tools=('a',)")
 SMALL = f"--config.{MODEL}.hf_config={{'hidden_size': 16, 'num_hidden_layers': 1, 'head_dim': 8}}"
 SHORT = (
@@ -506,6 +511,9 @@ WALK = {
     "environment.max_tool_tokens": ("9", environment, *TOOLS),
     "environment.timeout_s": ("3.0", environment, *TOOLS),
     "environment.num_workers": ("2", environment, *TOOLS),
+    "environment.url": ("http://127.0.0.1:9/x", environment, *TOOLS),
+    "environment.serve_host": ("::1", environment, ELSEWHERE),
+    "environment.rollout_timeout_s": ("5.0", environment, ELSEWHERE),
     "trainer.project_name": ("other", preparation.default_workdir),
     "trainer.experiment_name": ("other", preparation.default_workdir),
     "trainer.total_epochs": ("3", run_length),

@@ -1,5 +1,6 @@
 """Mixtures of experts: grouped products, routing, experts on several devices, adapters."""
 
+import base64
 import dataclasses
 import functools
 
@@ -10,8 +11,10 @@ import optax
 import pytest
 import tiny
 from golden_models import config_of
+from test_serve import post, running
 
 from adpo_jax import Engine, Policy, SamplingParams, losses
+from adpo_jax.data import arithmetic
 from adpo_jax.devices import sharding
 from adpo_jax.model import grouped, lora, mixture, parameters
 from adpo_jax.model.decoder import LayerWeights
@@ -22,6 +25,7 @@ from adpo_jax.policy import adapters
 from adpo_jax.records import GradedGroups, Prompts, Sequences
 from adpo_jax.rewards import Scores
 from adpo_jax.rollouts import recording
+from adpo_jax.serve import __main__ as serve
 from adpo_jax.update import init_state, make_log_probs, make_update, packing
 from adpo_jax.update.learner import check_experts
 
@@ -297,6 +301,30 @@ def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_
 
     plain = [[dataclasses.replace(c, experts=None) for c in group] for group in read.groups]
     assert mismatch(read.groups) < 0.8 * mismatch(plain)
+
+
+def test_a_server_tells_the_experts_that_each_token_was_sampled_through(tmp_path):
+    policy, params = Policy.from_config(MOE | {"vocab_size": 256, "max_position_embeddings": 128}, jax.random.key(0))
+    policy.save_pretrained(tmp_path / "moe", params, arithmetic.make_tokenizer())
+    engine = Engine(policy, max_prompt_length=8, max_response_length=8, num_slots=2)
+    sampling = SamplingParams(max_tokens=6, routed_experts=True, ignore_eos=True)
+    (expected,) = engine.generate(params, [[9, 8, 7]], sampling, jax.random.key(5))[0]
+    body = {"max_tokens": 6, "ignore_eos": True, "seed": 5, "routed_experts_prompt_start": 0}
+    with running(tmp_path / "moe", "--enable-return-routed-experts") as (_, address):
+        body = {"token_ids": [9, 8, 7], "sampling_params": body}
+        answer = post(address, "/inference/v1/generate", json=body).json()
+    (choice,) = answer["choices"]
+    told = choice["routed_experts"]
+    experts = np.frombuffer(base64.b64decode(told["data"]), told["dtype"]).reshape(told["shape"])
+    assert choice["token_ids"] == expected.tokens.tolist()
+    assert told["start"] == 2
+    np.testing.assert_array_equal(experts, expected.experts)
+    dense = tmp_path / "dense"
+    policy, params = Policy.from_config(tiny.CONFIG | {"vocab_size": 256}, jax.random.key(0))
+    policy.save_pretrained(dense, params, arithmetic.make_tokenizer())
+    command = ["--model", str(dense), "--enable-return-routed-experts"]
+    with pytest.raises(ValueError, match="experts of a mixture, and this model has none"):
+        serve.make_server(serve.arguments(command))
 
 
 def test_the_auxiliary_loss_evens_out_the_experts_and_replayed_ones_are_counted():

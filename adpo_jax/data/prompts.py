@@ -1,5 +1,6 @@
 """Rows of a data set as tokenised prompts: template, system prompt, chat template, length limit."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,47 @@ _RESERVED = {
     "return_dict",
     "return_tensors",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How text becomes a prompt; the fields are keys of `data` in the config."""
+
+    prompt_template: str = "{prompt}"
+    system_prompt: str = ""
+    apply_chat_template: bool = True
+    chat_template_kwargs: dict = dataclasses.field(default_factory=dict)
+    allow_control_tokens: bool = False
+
+
+def prompts_of_texts(
+    texts: Sequence[str | list[Message]],
+    tokenizer: Any,
+    prompt_format: PromptFormat,
+    *,
+    max_length: int,
+) -> list[list[int]]:
+    """Token ids of texts or lists of messages.
+
+    Args:
+      max_length: the most tokens of a prompt.
+
+    Raises:
+      ValueError: for a prompt that is empty, too long or cannot be rendered.
+    """
+    rendered = render_prompts(
+        Dataset({"prompt": list(texts)}),
+        tokenizer,
+        prompt_key="prompt",
+        max_prompt_length=max_length,
+        **dataclasses.asdict(prompt_format),
+    )
+    if rendered.num_overlong:
+        raise ValueError(
+            f"{rendered.num_overlong} of {len(texts)} prompts are longer than {max_length} "
+            "tokens; shorten them or raise the limit"
+        )
+    return rendered.token_ids
 
 
 class RenderedPrompts(NamedTuple):

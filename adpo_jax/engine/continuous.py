@@ -148,6 +148,7 @@ class ContinuousBatch:
       engine: the engine; its `steps_per_dispatch` is the time, in tokens, that a new request may
         have to wait for the running ones, and the most tokens that come at once.
       params: the policy's parameters.
+      version: their number.
       compile_ahead: whether a request that needs a new program waits until it is compiled, in a
         thread of its own, while others decode; else they wait for it, as on several devices.
 
@@ -155,7 +156,7 @@ class ContinuousBatch:
       holds: whether the requests that arrive wait, while those under way go on.
     """
 
-    def __init__(self, engine: Engine, params, *, compile_ahead: bool = False):
+    def __init__(self, engine: Engine, params, *, version: int = 0, compile_ahead: bool = False):
         self.engine, self.verbs = engine, engine.verbs
         sizing = _load_sizing(engine)
         self.num_slots = sizing.slot_sizes[-1]
@@ -182,7 +183,8 @@ class ContinuousBatch:
             num_shards=engine.shards,
             most_prefilled=most_prefilled,
         )
-        self._scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES)
+        self._loop.version = version
+        self._scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES, version)
         self.holds = False
         self._exchanging = threading.Lock()
         # Requests on their way to the loop, which belongs to the thread that decodes: a queue for
@@ -204,7 +206,7 @@ class ContinuousBatch:
 
     @property
     def version(self) -> int:
-        """The number of the parameters, 0 for the first ones."""
+        """The number of the parameters."""
         return self._loop.version
 
     @property

@@ -66,6 +66,8 @@ def needs_of(
         top_p=truncates,
         min_p=truncates,
         min_tokens=any(method.min_tokens for method in methods),
+        full_log_probs=any(method.full_log_probs for method in methods),
+        routed_experts=any(method.routed_experts for method in methods),
         num_alternatives=num_alternatives if any(r.num_alternatives for r in requests) else 0,
     )
     if stop_width is None:

@@ -60,6 +60,7 @@ class Answers:
       texts: what the model wrote, for the rewards; P * G, those of a prompt side by side.
       transcripts: the messages of each completion; None where each is a single turn.
       columns: further columns for the rewards, P * G values each.
+      logged: numbers that were told beside them, as `rewards.Scores.logged` has them.
     """
 
     prompts: Prompts
@@ -67,6 +68,7 @@ class Answers:
     texts: list[str]
     transcripts: list[list[Message]] | None = None
     columns: dict[str, list] = dataclasses.field(default_factory=dict)
+    logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def reward_columns(self, reading: Reading, takes: Callable[[str], bool]) -> dict[str, list]:
         """The data columns, one value for each of the P * G completions, and what is offered.

@@ -10,7 +10,6 @@ Letters: P prompts, G completions of a prompt, T tokens.
 
 import collections
 import dataclasses
-import hashlib
 import queue
 import time
 from collections.abc import Callable
@@ -23,12 +22,13 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.environments import calls as calls_lib
 from adpo_jax.environments.calls import Call
-from adpo_jax.environments.contract import COLUMN, Described, EndedEnvironment, error_content
+from adpo_jax.environments.contract import Described, EndedEnvironment, error_content
 from adpo_jax.environments.environments import Environments
 from adpo_jax.environments.pool import Answer, EnvironmentFailed, Lease, failure_text
 from adpo_jax.records import Completion, Completions, Prompts
 from adpo_jax.rewards.model import GIVEN
 from adpo_jax.rollouts.completing import Answers, Message, Reading
+from adpo_jax.rollouts.rows import group_seeds, reset_row, rows_of
 
 # Where nothing decodes, answers are gathered: until none has come for so long, and at most so long,
 # for a batch of few samples costs as much as one of many.
@@ -119,11 +119,8 @@ class _Rollout:
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         self._counts: collections.Counter[str] = collections.Counter()
         ids = [list(row) for row in prompts.token_ids]
-        self._rows = [
-            {name: values[place] for name, values in prompts.columns.items()}
-            for place in range(len(prompts))
-        ]
-        self._seeds = _seeds(key, ids)
+        self._rows = rows_of(prompts)
+        self._seeds = group_seeds(key, ids)
         self._prompts = Prompts(ids, prompts.columns)
         self._groups: list[list[_Growing]] = []
         self._left: list[int] = []
@@ -361,12 +358,6 @@ def _as_message(found: list[Call]) -> dict:
     return {"tool_calls": made} if made else {}
 
 
-def reset_row(row: dict, prompt_key: str, name: str | None) -> dict:
-    """What `reset` is given of a row; its prompt is also there under TRL's name, "prompt"."""
-    given = {key: value for key, value in row.items() if name is None or key != COLUMN}
-    return ({"prompt": row[prompt_key]} if prompt_key in row else {}) | given
-
-
 def _the_same(said: dict[int, str | None], row: dict) -> str | None:
     """What all environments of a group said at their reset.
 
@@ -382,16 +373,3 @@ def _the_same(said: dict[int, str | None], row: dict) -> str | None:
             "row, or on Python's or NumPy's global random numbers, which are the same for them"
         )
     return different.pop()
-
-
-def _seeds(key: jax.Array, ids: list[list[int]]) -> list[int]:
-    """The seed of each group's environments, made of the key, the prompt and its repetitions."""
-    of_key = np.asarray(jax.random.key_data(key)).tobytes()
-    seen: collections.Counter[bytes] = collections.Counter()
-    seeds = []
-    for row in ids:
-        content = np.array(row, np.int64).tobytes()
-        digest = hashlib.sha256(of_key + content + seen[content].to_bytes(8, "big")).digest()
-        seeds.append(int.from_bytes(digest[:7], "big"))
-        seen[content] += 1
-    return seeds

@@ -73,6 +73,7 @@ def generate_and_grade(
             raise
         on_error(error)
         scores = Scores.unknown(P * G, reward_model.names)
+    scores = dataclasses.replace(scores, logged=scores.logged | answers.logged)
     seconds = (decoded - started, time.perf_counter() - decoded)
     return GradedGroups(
         answers.prompts,

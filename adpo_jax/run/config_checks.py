@@ -143,6 +143,7 @@ def _check_ahead(config: ConfigDict) -> None:
     others = {
         "algorithm.filter_groups=True": config.algorithm.filter_groups,
         "environment.path": config.environment.path,
+        "environment.url": config.environment.url,
     }
     for other in (name for name, is_set in others.items() if is_set and rollout.max_staleness):
         raise ValueError(
@@ -244,7 +245,8 @@ def _check_best_metric(config: ConfigDict) -> None:
         num_samples=config.eval.n,
         ks=tuple(config.eval.ks),
         by_category=bool(config.eval.category_key) or "=" in config.data.val_files,
-        in_turns=bool(config.environment.path),
+        in_turns=bool(config.environment.path or config.environment.url),
+        tools=bool(config.environment.path),
         mixture=True,  # the config alone does not say
     )
     if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names):

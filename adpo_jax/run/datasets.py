@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from adpo_jax.data import due, files
 from adpo_jax.data.control_tokens import text_token_ids
 from adpo_jax.data.embedded import SOURCES
-from adpo_jax.data.prompts import render_prompts
+from adpo_jax.data.prompts import PromptFormat, render_prompts
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import builtin
 from adpo_jax.rewards.references import check_references
@@ -269,6 +269,18 @@ def _load_rows(
         if key not in columns:
             raise ValueError(f"{source} has the columns {sorted(columns)}; {name} is {key!r}")
     return files.Dataset(columns)
+
+
+def prompt_format(config: ConfigDict) -> PromptFormat:
+    """How text becomes a prompt."""
+    c = config.data
+    return PromptFormat(
+        c.prompt_template,
+        c.system_prompt,
+        c.apply_chat_template,
+        c.chat_template_kwargs.to_dict(),
+        c.allow_control_tokens,
+    )
 
 
 def prompt_options(config: ConfigDict, tools: Mapping | None = None) -> dict:

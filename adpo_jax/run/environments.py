@@ -10,25 +10,38 @@ from adpo_jax.data.prompts import render_prompts
 from adpo_jax.engine.engine import Engine
 from adpo_jax.environments.contract import COLUMN, Spec
 from adpo_jax.environments.environments import Environments
+from adpo_jax.environments.external import External
 from adpo_jax.environments.pool import EnvironmentPool
 from adpo_jax.environments.rendering import TurnTemplate
 from adpo_jax.records import Prompts
 from adpo_jax.rewards.binding import OFFERED_IN_TURNS
 from adpo_jax.rollouts.completing import Completer, OneTurn, Reading
-from adpo_jax.rollouts.in_turns import InTurns, reset_row
+from adpo_jax.rollouts.in_turns import InTurns
+from adpo_jax.rollouts.rows import reset_row, rows_of
 from adpo_jax.run import datasets
 from adpo_jax.run.whole_keys import section, whole_keys
+
+# What a completion in turns is made with.
+AnyEnvironments = Environments | External
 
 
 def make_environments(
     config: ConfigDict, tokenizer, stop_token_ids: Sequence[int]
-) -> Environments | None:
+) -> AnyEnvironments | None:
     """The environments of the config, with a process started; None where it names none.
 
     Raises:
-      ValueError: a file, class, tool or chat template that cannot work.
+      ValueError: a file, class, tool or chat template that cannot work, or an address at which
+        nobody answers.
     """
     c = config.environment
+    if c.path and c.url:
+        raise ValueError(
+            "environment.path and environment.url are both set: an environment lives in this run's "
+            "processes or in its own, so leave one of them empty"
+        )
+    if c.url:
+        return _make_external(config)
     if not c.path:
         return None
     tools = tuple(c.tools.split(",")) if isinstance(c.tools, str) else tuple(c.tools)
@@ -80,15 +93,31 @@ def make_environments(
     return Environments(pool, described, template, prompt_ids, c.max_turns)
 
 
-def shown_tools(environments: Environments | None) -> dict[str, list] | None:
-    """What prompts show of tools, as `render_prompts` takes it; None without environments."""
-    if environments is None:
+def _make_external(config: ConfigDict) -> External:
+    """The environment behind the address of the config."""
+    c = config.environment
+    if not c.rollout_timeout_s > 0:
+        raise ValueError(f"environment.rollout_timeout_s is above 0; given {c.rollout_timeout_s:g}")
+    made = External(
+        c.url,
+        c.serve_host,
+        c.rollout_timeout_s,
+        max_prompt_length=config.data.max_prompt_length,
+        prompt_format=datasets.prompt_format(config),
+    )
+    made.check()
+    return made
+
+
+def shown_tools(environments: AnyEnvironments | None) -> dict[str, list] | None:
+    """What prompts show of tools, as `render_prompts` takes it; None where we know of none."""
+    if environments is None or isinstance(environments, External):
         return None
     return {name: found.tools for name, found in environments.described.items()}
 
 
 def check_environments(
-    config: ConfigDict, environments: Environments | None, data: dict[str, Prompts | None]
+    config: ConfigDict, environments: AnyEnvironments | None, data: dict[str, Prompts | None]
 ) -> None:
     """Checks that the environments can work with the data, by a reset of each.
 
@@ -110,6 +139,8 @@ def check_environments(
                 f"{key} has the column {taken[0]!r}, which reward functions are given by the "
                 "training loop under this name: rename the column"
             )
+        if isinstance(environments, External):
+            continue  # what it needs of a row is its own affair
         several = "" not in environments.described
         names = list(map(str, prompts.columns[COLUMN])) if several else [""]
         for name in dict.fromkeys(names):
@@ -118,7 +149,7 @@ def check_environments(
                     f"{key} has a row with the environment {name!r}, and environment.name has "
                     f"{', '.join(environments.described)}"
                 )
-            (row,) = _rows(prompts.select([names.index(name)]))
+            (row,) = rows_of(prompts.select([names.index(name)]))
             own = name if several else None
             given = reset_row(row, config.data.prompt_key, own)
             missing = [n for n in environments.described[name].reset_needs if n not in given]
@@ -133,17 +164,14 @@ def check_environments(
                 tried.add(own)
 
 
-def _rows(prompts: Prompts) -> list[dict]:
-    return [
-        {name: values[place] for name, values in prompts.columns.items()}
-        for place in range(len(prompts))
-    ]
-
-
 def make_completer(
-    engine: Engine, tokenizer, reading: Reading, environments: Environments | None
+    engine: Engine, tokenizer, reading: Reading, environments: AnyEnvironments | None
 ) -> Completer:
     """What completes prompts: a turn of the engine, or turns with environments."""
     if environments is None:
         return OneTurn(engine, tokenizer, reading)
+    if isinstance(environments, External):
+        from adpo_jax.rollouts.externally import Externally  # needs what [serve] installs
+
+        return Externally(engine, tokenizer, reading, environments)
     return InTurns(engine, tokenizer, reading, environments)

@@ -35,6 +35,7 @@ def of_rows(
     ks: tuple[int, ...],
     by_category: bool,
     in_turns: bool = False,
+    tools: bool = False,
     mixture: bool = False,
 ) -> list[str]:
     """All names that the rows of a run's iterations may have.
@@ -47,9 +48,10 @@ def of_rows(
       num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
       by_category: whether its scores are broken down by category.
       in_turns: whether there is an environment.
+      tools: whether its tools are known to the run.
       mixture: whether the model may be a mixture of experts.
     """
-    left_out = {"filter": not filtered, "ahead": not ahead, "tools": not in_turns}
+    left_out = {"filter": not filtered, "ahead": not ahead, "tools": not tools}
     left_out["router"] = not mixture
     groups = [group for group in NAMES if not left_out.get(group)]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]

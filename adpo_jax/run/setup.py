@@ -23,7 +23,6 @@ from adpo_jax.devices import sharding
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.environments.contract import EMBEDDED
-from adpo_jax.environments.environments import Environments
 from adpo_jax.log import trackers
 from adpo_jax.log.metrics import Writer
 from adpo_jax.log.profiling import Profiler
@@ -37,7 +36,12 @@ from adpo_jax.run import config_checks, datasets, loading
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.cold_start import ColdStart
-from adpo_jax.run.environments import check_environments, make_environments, shown_tools
+from adpo_jax.run.environments import (
+    AnyEnvironments,
+    check_environments,
+    make_environments,
+    shown_tools,
+)
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interruption
 from adpo_jax.run.loading import FixedPolicy, ModelSource
@@ -46,6 +50,9 @@ from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.plan import BatchPlan
+
+# Tokens between two looks of the host where requests come and go.
+EXTERNAL_STEPS = 8
 
 # The settings of sampling that have a key each, by the names that training and evaluation share.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -78,7 +85,7 @@ class Parts:
     eval_reward_model: RewardModel
     learner: Learner
     num_steps: int
-    environments: Environments | None = None
+    environments: AnyEnvironments | None = None
     fixed: Mapping[str, FixedPolicy] = dataclasses.field(default_factory=dict)
 
 
@@ -117,7 +124,7 @@ def _with_data(
     policy: Policy,
     fixed: Mapping[str, FixedPolicy],
     sampling: SamplingParams,
-    environments: Environments | None,
+    environments: AnyEnvironments | None,
 ) -> Parts:
     """The rest of `build`, from the data on."""
     tools = shown_tools(environments)
@@ -222,7 +229,9 @@ def make_algorithm(config: ConfigDict) -> losses.Algorithm:
     return config_checks.make_algorithm(config)
 
 
-def make_reward_model(config: ConfigDict, environments: Environments | None = None) -> RewardModel:
+def make_reward_model(
+    config: ConfigDict, environments: AnyEnvironments | None = None
+) -> RewardModel:
     """The reward functions of the config, in this process or in workers.
 
     Args:
@@ -287,7 +296,8 @@ def check_rewards(
     Raises:
       ValueError: naming the column that is missing, and those that there are.
     """
-    offered = OFFERED_IN_TURNS if config.environment.path else ()
+    in_turns = config.environment.path or config.environment.url
+    offered = OFFERED_IN_TURNS if in_turns else ()
     if train_prompts is not None:
         reward_model.check_columns([*train_prompts.columns, *offered], "data.train_files")
     if val_prompts is not None and config.eval.graded_by == "reward":
@@ -419,12 +429,15 @@ def make_engine(
             "actor_rollout_ref.rollout.router_replay repeats the choice of experts, and the model "
             "has none; leave it false"
         )
+    response = max(config.data.max_response_length, config.eval.max_tokens)
+    # An external environment sends the whole conversation as the prompt of each turn.
+    earlier = response if config.environment.url else 0
     with whole_keys(section("actor_rollout_ref.rollout", names), section("data", lengths)):
         return Engine(
             policy,
             mesh=sharding.rollout_mesh(mesh or policy.mesh, c.tensor_model_parallel_size),
-            max_prompt_length=config.data.max_prompt_length,
-            max_response_length=max(config.data.max_response_length, config.eval.max_tokens),
+            max_prompt_length=config.data.max_prompt_length + earlier,
+            max_response_length=response,
             num_slots=c.num_slots or None,
             cache_dtype=c.cache_dtype or None,
             attention=c.attention,
@@ -432,6 +445,7 @@ def make_engine(
             resident_bytes=resident_bytes,
             group_size=config.algorithm.num_generations,
             free_cache_engine=c.free_cache_engine,
+            **({"steps_per_dispatch": EXTERNAL_STEPS} if config.environment.url else {}),
         )
 
 

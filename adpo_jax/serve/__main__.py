@@ -22,9 +22,6 @@ from adpo_jax.run.command_line import begin
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
-# Seconds without a request after which a connection is closed. It is longer than clients keep one
-# (httpx 5 s, aiohttp 15 s), so that none sends a request into a connection that is being closed.
-KEEP_ALIVE_S = 30
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,6 +62,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-response-length", type=int, help=half)
     longer = "of a text that is tokenised; by default 16 times --max-prompt-length"
     add("--max-prompt-characters", type=int, help=longer)
+    experts = "tell the experts of a mixture that each token went through (/inference/v1/generate)"
+    add("--enable-return-routed-experts", action="store_true", help=experts)
     add("--steps-per-dispatch", type=int, default=4, help="tokens that come at once")
     add("--gpu-memory-utilization", type=float, default=0.9, help="of the device's memory")
     add("--max-requests", type=int, default=256, help="under way at once; others get a 429")
@@ -107,10 +106,8 @@ def make_server(a: argparse.Namespace):
       ValueError: for anything on the command line that cannot work.
     """
     try:
-        import uvicorn
-
         from adpo_jax.serve.app import App
-        from adpo_jax.serve.connections import Connections
+        from adpo_jax.serve.hosting import make_host
         from adpo_jax.serve.metrics import Metrics
     except ImportError as error:
         raise ValueError(
@@ -122,7 +119,7 @@ def make_server(a: argparse.Namespace):
     from adpo_jax.serve.access import Hosts
     from adpo_jax.serve.decoding import Decoding
     from adpo_jax.serve.protocol import Limits
-    from adpo_jax.serve.service import Service
+    from adpo_jax.serve.service import Language, Service
     from adpo_jax.serve.weights import WeightsRoot
 
     api_key = read_api_key(a)
@@ -131,7 +128,11 @@ def make_server(a: argparse.Namespace):
     prompt_format = dataclasses.replace(
         model.prompt_format, allow_control_tokens=a.allow_control_tokens
     )
-    model = dataclasses.replace(model, prompt_format=prompt_format)
+    if a.enable_return_routed_experts and not model.policy.config.mixture:
+        raise ValueError(
+            "--enable-return-routed-experts tells of the experts of a mixture, and this model has "
+            "none; leave it out"
+        )
     weights_root = None
     if a.weights_root is not None:
         weights_root = WeightsRoot(a.weights_root, model.policy)
@@ -145,7 +146,9 @@ def make_server(a: argparse.Namespace):
         steps_per_dispatch=a.steps_per_dispatch,
     )
     batch = ContinuousBatch(engine, model.params, compile_ahead=True)
-    light = dataclasses.replace(model, params=None)
+    language = Language(
+        model.tokenizer, model.policy.config.vocab_size, model.stop_token_ids, prompt_format
+    )
     name = a.name or Path(a.model).name
 
     def make_service() -> Service:
@@ -153,7 +156,10 @@ def make_server(a: argparse.Namespace):
             server.should_exit = True
 
         decoding = Decoding(batch, asyncio.get_running_loop(), on_failure=go_down)
-        return Service(light, decoding, limits, Metrics(name, batch), weights_root)
+        returns = {"routed_experts": a.enable_return_routed_experts}
+        return Service(
+            language, decoding, limits, Metrics(name, batch), weights_root, returns=returns
+        )
 
     app = App(
         make_service,
@@ -166,24 +172,13 @@ def make_server(a: argparse.Namespace):
         max_requests_per_client=a.max_requests_per_client,
         body_timeout_s=a.body_timeout,
     )
-    # These are above the app's own limits, so that they are met by connections without requests.
-    most = 2 * a.max_requests + 64
-    each = most // 2 if a.max_requests_per_client is None else 2 * a.max_requests_per_client + 8
-    connections = Connections(most, min(each, most), head_timeout_s=a.head_timeout)
-    config = uvicorn.Config(
-        app.asgi,
+    server = make_host(
+        app,
+        head_timeout_s=a.head_timeout,
+        drain_s=a.drain_seconds,
         host=a.host,
         port=a.port,
-        http=connections.protocol,
-        ws="none",
-        lifespan="on",
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=a.drain_seconds,
-        server_header=False,
-        use_colors=False,  # nothing that is logged steers the terminal, colours neither
     )
-    server = uvicorn.Server(config)
-    server.app = app
     return server
 
 

@@ -103,7 +103,7 @@ class Clients:
     """
 
     def __init__(self, most: int, most_each: int):
-        self._most, self._most_each = most, most_each
+        self.most, self.most_each = most, most_each
         self._clients: dict[str, Client] = {}
         self.under_way = 0
 
@@ -115,11 +115,11 @@ class Clients:
         """
         key = client_key(address)
         client = self._clients.get(key) or Client(key)
-        if self.under_way >= self._most:
-            raise _busy(f"{self._most} requests are under way; come back later")
-        if client.under_way >= self._most_each:
+        if self.under_way >= self.most:
+            raise _busy(f"{self.most} requests are under way; come back later")
+        if client.under_way >= self.most_each:
             raise _busy(
-                f"{self._most_each} requests of this client are under way; wait for one to end"
+                f"{self.most_each} requests of this client are under way; wait for one to end"
             )
         self._clients[key] = client
         client.under_way += 1

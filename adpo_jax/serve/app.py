@@ -107,7 +107,7 @@ class App:
     async def _lifespan(self, _):
         self.service = self._make_service()
         yield
-        await asyncio.to_thread(self.service.decoding.stop)
+        await asyncio.to_thread(self.service.close)
 
     # --- access
 
@@ -175,11 +175,9 @@ class App:
         return _json(content, 503 if decoding.failed else 200)
 
     def _card(self) -> dict[str, Any]:
-        limits = self.service.limits
         card = {"id": self._model_name, "object": "model", "created": 0, "owned_by": "adpo_jax"}
-        longest = limits.max_prompt_length + limits.max_response_length
         version = self.service.decoding.batch.version
-        return card | {"max_model_len": longest, "weight_version": version}
+        return card | {"max_model_len": self.service.limits.longest, "weight_version": version}
 
     async def _metrics(self, _: Request) -> Response:
         text = self.service.metrics.text()

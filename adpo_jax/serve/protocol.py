@@ -74,12 +74,20 @@ class Limits:
       max_prompt_length, max_response_length: tokens.
       max_prompt_characters: the longest text that is tokenised; None for 16 times the tokens.
       max_choices: completions of a request, over all its prompts.
+      max_model_length: tokens of a prompt and its completion together; None for the sum of the
+        limits of both.
     """
 
     max_prompt_length: int
     max_response_length: int
     max_prompt_characters: int | None = None
     max_choices: int = 128
+    max_model_length: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion together."""
+        return self.max_model_length or self.max_prompt_length + self.max_response_length
 
     def check_characters(self, count: int, field: str) -> None:
         """Refuses a text too long to be worth the tokenizer's time.

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,11 +17,10 @@ import numpy as np
 from absl import logging
 
 from adpo_jax.data.control_tokens import control_token_in
-from adpo_jax.data.prompts import Message
+from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
 from adpo_jax.engine import scoring
 from adpo_jax.engine.continuous import NewTokens, Sample
 from adpo_jax.environments import calls
-from adpo_jax.pretrained import Pretrained, PromptFormat
 from adpo_jax.serve.access import Client
 from adpo_jax.serve.answers import Answer, Choice, Piece, TokenTexts
 from adpo_jax.serve.decoding import Decoding, DecodingFailed, Pause
@@ -35,6 +34,22 @@ from adpo_jax.serve.weights import WeightsRoot
 TOKENIZER_THREADS = 4
 # Log-probs of one answer's echoed prompts: each token has its own and those of the likeliest.
 MAX_ECHOED = 1 << 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """What requests need to know of a model beside its parameters.
+
+    Attributes:
+      vocab_size: token ids are below this.
+      stop_token_ids: the tokens that end a completion.
+      prompt_format: how messages and text become a prompt.
+    """
+
+    tokenizer: Any
+    vocab_size: int
+    stop_token_ids: tuple[int, ...]
+    prompt_format: PromptFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +71,36 @@ class Service:
     """Answers requests with one model.
 
     Args:
-      model: its parameters are not used here.
-      decoding: what samples from them.
+      language: what is known of the model here.
+      decoding: what samples from it.
       weights_root: where new weights may lie; None for no new weights.
+      returns: further fields of `SamplingParams`, by which every completion has more beside its
+        tokens.
     """
 
     def __init__(
         self,
-        model: Pretrained,
+        language: Language,
         decoding: Decoding,
         limits: Limits,
         metrics: Metrics,
         weights_root: WeightsRoot | None = None,
+        returns: Mapping[str, bool] | None = None,
     ):
-        self.model, self.decoding, self.limits = model, decoding, limits
+        self.language, self.decoding, self.limits = language, decoding, limits
         self.metrics, self.weights_root = metrics, weights_root
+        self._returns = dict(returns or {})
         self._updating = False
-        self._token_texts = TokenTexts(lambda tokens: self.model.tokenizer.decode(tokens))
+        self._token_texts = TokenTexts(lambda tokens: self.language.tokenizer.decode(tokens))
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizing")
         # One thread: what is scored shares the device with what decodes.
         self._scoring = ThreadPoolExecutor(1, "scoring")
+
+    def close(self) -> None:
+        """Ends the threads; nothing is answered any more."""
+        self.decoding.stop()
+        for threads in (self._tokenizing, self._scoring):
+            threads.shutdown()
 
     async def prepared(self, request: CompletionRequest, client: Client) -> list[Prompt]:
         """The prompts as token ids, and scored where the request asks for that.
@@ -135,7 +160,7 @@ class Service:
         return prompt
 
     def _check_ids(self, prompts: list[list[int]], field: str) -> None:
-        V = self.model.policy.config.vocab_size
+        V = self.language.vocab_size
         for prompt in prompts:
             if not all(0 <= token < V for token in prompt):
                 raise ApiError(f"the prompt has token ids outside [0, {V})", param=field)
@@ -145,17 +170,17 @@ class Service:
         return prompt if isinstance(prompt, str) else self._decoder(request)(prompt)
 
     def _chat_prompt(self, request: CompletionRequest, messages: list[Message]) -> list[int]:
-        if not self.model.tokenizer.chat_template:
+        if not self.language.tokenizer.chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
         # A template of the client's own, above all, would be a program of the client's own.
-        own = inspect.signature(self.model.tokenizer.apply_chat_template).parameters
+        own = inspect.signature(self.language.tokenizer.apply_chat_template).parameters
         taken = sorted(own.keys() & request.chat_template_kwargs.keys())
         if taken:
             raise ValueError(f"chat_template_kwargs cannot set {', '.join(taken)}")
-        found = control_token_in(self.model.tokenizer, request.chat_template_kwargs)
-        if found and not self.model.prompt_format.allow_control_tokens:
+        found = control_token_in(self.language.tokenizer, request.chat_template_kwargs)
+        if found and not self.language.prompt_format.allow_control_tokens:
             raise ValueError(f"chat_template_kwargs cannot hold the control token {found!r}")
-        kwargs = self.model.prompt_format.chat_template_kwargs | request.chat_template_kwargs
+        kwargs = self.language.prompt_format.chat_template_kwargs | request.chat_template_kwargs
         if request.tools:
             self.tool_form(request)
             kwargs |= {"tools": request.tools}
@@ -163,11 +188,11 @@ class Service:
 
     def _rendered(self, prompt: str | list[Message], prompt_format: PromptFormat) -> list[int]:
         prompt_format = dataclasses.replace(
-            prompt_format, allow_control_tokens=self.model.prompt_format.allow_control_tokens
+            prompt_format, allow_control_tokens=self.language.prompt_format.allow_control_tokens
         )
         try:
-            prompts = self.model.prompts(
-                [prompt], max_length=sys.maxsize, prompt_format=prompt_format
+            prompts = prompts_of_texts(
+                [prompt], self.language.tokenizer, prompt_format, max_length=sys.maxsize
             )
         except ValueError as error:
             raise ValueError(str(error).removeprefix("row 0: ")) from error
@@ -179,7 +204,7 @@ class Service:
         Raises:
           ApiError: where its chat template has no place for tools, or teaches another form.
         """
-        template = self.model.tokenizer.get_chat_template(tools=request.tools)
+        template = self.language.tokenizer.get_chat_template(tools=request.tools)
         form = calls.form_of(template)
         if form is None:
             raise ApiError(
@@ -329,8 +354,16 @@ class Service:
     ) -> list[Sample]:
         ids = request.sampling.stop_token_ids  # these end a completion that ignores the model's own
         if not request.sampling.ignore_eos:
-            ids = (*self.model.stop_token_ids, *ids)
-        sampling = dataclasses.replace(request.sampling, stop_token_ids=ids, ignore_eos=False)
+            ids = (*self.language.stop_token_ids, *ids)
+        room = self.limits.longest - len(prompt.tokens)
+        sampling = dataclasses.replace(
+            request.sampling,
+            stop_token_ids=ids,
+            ignore_eos=False,
+            max_tokens=min(request.sampling.max_tokens, room),
+            min_tokens=min(request.sampling.min_tokens, room),
+            **self._returns,
+        )
         seed = secrets.randbits(32) if request.seed is None else request.seed
         try:
             return self.decoding.submit(
@@ -366,7 +399,7 @@ class Service:
 
     def _decoder(self, request: CompletionRequest) -> Callable[[list[int]], str]:
         skip = request.skip_special_tokens
-        return lambda tokens: self.model.tokenizer.decode(tokens, skip_special_tokens=skip)
+        return lambda tokens: self.language.tokenizer.decode(tokens, skip_special_tokens=skip)
 
 
 def failed() -> ApiError:

@@ -4,11 +4,14 @@ The paths and fields are those of vLLM's endpoint of this name, which the packag
 Nothing is tokenised, and tokens become text only where stop strings are looked for.
 """
 
+import base64
 import dataclasses
 import time
 import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from adpo_jax.engine.continuous import MAX_ALTERNATIVES, NewTokens
 from adpo_jax.engine.scoring import ScoredPrompt
@@ -30,6 +33,7 @@ NOTES = ("cache_salt", "priority")
 SAMPLING_NOTES = (
     "detokenize",
     "output_kind",
+    "routed_experts_prompt_start",
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
@@ -127,10 +131,16 @@ def _is_request_id(value: Any) -> bool:
 
 
 class TokensPiece(NamedTuple):
-    """Some tokens of a completion, and one entry for each where log-probs are wanted."""
+    """Some tokens of a completion, and one entry for each where log-probs are wanted.
+
+    experts, where the server gives them, are [T, L, k]: those that each token was sampled through.
+    first is the number of the first token in the completion.
+    """
 
     tokens: list[int]
     scored: list[dict[str, Any]]
+    experts: np.ndarray | None = None
+    first: int = 0
 
 
 class TokensChoice:
@@ -169,17 +179,27 @@ class TokensChoice:
             if self._stream.stopped:
                 self.finish_reason = "stop"
         scored = [_entry(new, i) for i in range(len(tokens))] if self._logprobs else []
+        experts = None if new.experts is None else np.array(new.experts[: len(tokens)])
+        piece = TokensPiece(tokens, scored, experts, self.num_tokens)
         self.num_tokens += len(tokens)
-        piece = TokensPiece(tokens, scored)
         self._pieces.append(piece)
         return piece
 
     def whole(self) -> TokensPiece:
         """All of it so far."""
+        experts = [piece.experts for piece in self._pieces if piece.experts is not None]
         return TokensPiece(
             [token for piece in self._pieces for token in piece.tokens],
             [entry for piece in self._pieces for entry in piece.scored],
+            np.concatenate(experts) if experts else None,
         )
+
+
+def _as_base64(experts: np.ndarray, start: int) -> dict[str, Any]:
+    """Experts [T, L, k] in the form that vLLM and `renderers` have; row i is of place start + i."""
+    data = base64.b64encode(np.ascontiguousarray(experts).tobytes()).decode()
+    shape = list(experts.shape)
+    return {"data": data, "shape": shape, "start": start, "dtype": str(experts.dtype)}
 
 
 def _entry(new: NewTokens, i: int) -> dict[str, Any]:
@@ -245,13 +265,18 @@ class TokensAnswer:
         return self._head | {"choices": [], "usage": usage(len(self._prompt), choices)}
 
     def _choice(self, choice: TokensChoice, piece: TokensPiece) -> dict[str, Any]:
-        return {
+        made = {
             "index": choice.index,
             "token_ids": piece.tokens,
             "logprobs": {"content": piece.scored} if self._logprobs else None,
             "finish_reason": choice.finish_reason,
             "weight_versions": choice.versions.segments,
         }
+        if piece.experts is None:
+            return made
+        # A token is sampled where the one before it was read.
+        start = len(self._prompt) - 1 + piece.first
+        return made | {"routed_experts": _as_base64(piece.experts, start)}
 
     def _of_prompt(self) -> dict[str, Any]:
         """For each token of the prompt, the log-probs by token id; None for the first token."""
