@@ -304,7 +304,9 @@ def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_
 
 
 def test_a_server_tells_the_experts_that_each_token_was_sampled_through(tmp_path):
-    policy, params = Policy.from_config(MOE | {"vocab_size": 256, "max_position_embeddings": 128}, jax.random.key(0))
+    policy, params = Policy.from_config(
+        MOE | {"vocab_size": 256, "max_position_embeddings": 128}, jax.random.key(0)
+    )
     policy.save_pretrained(tmp_path / "moe", params, arithmetic.make_tokenizer())
     engine = Engine(policy, max_prompt_length=8, max_response_length=8, num_slots=2)
     sampling = SamplingParams(max_tokens=6, routed_experts=True, ignore_eos=True)

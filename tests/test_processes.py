@@ -39,23 +39,39 @@ import os, time
 def letters(completions, solution, **columns):
     if os.path.exists(__file__ + ".slow"):
         time.sleep(1.0)
-    return [(sum(map(ord, c[0]["content"])) % 11) / 5 for c in completions]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [(sum(map(ord, text)) % 11) / 5 for text in texts]
+"""
+WORLD = """
+import random
+class World:
+    def reset(self, question, **row):
+        self.luck = random.random()
+        return f" There are {len(question)}."
+    def look(self) -> str:
+        \"\"\"Looks.\"\"\"
+        return "nothing"
+    def get_reward(self) -> float:
+        return self.luck
 """
 
 
 @pytest.fixture
 def overrides(tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "world.py").write_text(WORLD)
     return (*OVERRIDES, f"--config.custom_reward_function.path={tmp_path / 'reward.py'}")
 
 
-def start_two(folder: Path, *arguments: str, timeout_s: int = 100) -> list[subprocess.Popen]:
+def start_two(
+    folder: Path, *arguments: str, timeout_s: int = 100, name: str = "arithmetic"
+) -> list[subprocess.Popen]:
     """The same command twice, as a launcher would start it on two hosts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    command = [sys.executable, "-m", "adpo_jax.main", "--config=configs/arithmetic.py"]
+    command = [sys.executable, "-m", "adpo_jax.main", f"--config=configs/{name}.py"]
     command += [f"--workdir={folder}", f"--host_timeout_s={timeout_s}", *arguments]
     processes = []
     for i in range(2):
@@ -111,17 +127,31 @@ ADAPTERS_AND_FILTER = (
 )
 
 
-@pytest.mark.parametrize(
-    "more",
-    [(), pytest.param(ADAPTERS_AND_FILTER, marks=pytest.mark.long)],
-    ids=["weights", "adapters, groups replaced"],
+ENVIRONMENTS_AND_FILTER = (
+    "--config.environment.path={tmp_path}/world.py",
+    "--config.environment.name=World",
+    "--config.data.max_prompt_length=60",
+    "--config.algorithm.filter_groups=True",
+    "--config.algorithm.min_reward_std=0.5",
 )
-def test_two_processes_train_as_one_does(tmp_path, overrides, more):
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("arithmetic", ()),
+        pytest.param("arithmetic", ADAPTERS_AND_FILTER, marks=pytest.mark.long),
+        pytest.param("calculator", ENVIRONMENTS_AND_FILTER, marks=pytest.mark.long),
+    ],
+    ids=["weights", "adapters, groups replaced", "environments, groups replaced"],
+)
+def test_two_processes_train_as_one_does(tmp_path, overrides, name, more):
     two, one = tmp_path / "two", tmp_path / "one"
+    more = tuple(override.format(tmp_path=tmp_path) for override in more)
     overrides += ("--config.trainer.total_training_steps=2", *more)
     # Each process is as a slice: the parameters are there once in each, and gradients cross.
-    processes = start_two(two, *overrides, "--config.mesh.dcn_data=2")
-    train(parse(*overrides), one)
+    processes = start_two(two, *overrides, "--config.mesh.dcn_data=2", name=name)
+    train(parse(*overrides, name=name), one)
     finish(two, processes)
     assert_same_run(two, one)
     assert read_jsonl(two / "metrics.jsonl")[1]["update/grad_norm"] > 0.01

@@ -1,4 +1,4 @@
-"""A taskset of verifiers with a harness of two turns: run by test_external."""
+"""A taskset of verifiers with a harness of its own: run by test_external."""
 
 import httpx
 import verifiers.v1 as vf
@@ -29,13 +29,10 @@ class Chat(vf.Harness[vf.HarnessConfig]):
         messages = [{"role": "user", "content": data.prompt}]
         headers = {"Authorization": f"Bearer {secret}"}
         async with httpx.AsyncClient(timeout=120, headers=headers) as client:
-            for _ in range(2):
-                body = {"model": ctx.model, "messages": messages}
-                answer = await client.post(f"{endpoint.rstrip('/')}/chat/completions", json=body)
-                if answer.status_code != 200:
-                    return ProgramResult(1, "", answer.text)
-                messages.append(answer.json()["choices"][0]["message"])
-                messages.append({"role": "user", "content": "What is 1000 + 1000?"})
+            body = {"model": ctx.model, "messages": messages}
+            answer = await client.post(f"{endpoint.rstrip('/')}/chat/completions", json=body)
+        if answer.status_code != 200:
+            return ProgramResult(1, "", answer.text)
         return ProgramResult(0, "", "")
 
 
