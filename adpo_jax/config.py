@@ -237,7 +237,8 @@ def _environment() -> dict[str, Key]:
         "path": Key(
             "",
             "a Python file with the environment or the tools that the model acts in "
-            '(docs/environments.md), or "embedded:calculator"; "" for completions of one turn',
+            '(docs/environments.md), "embedded:calculator" or "embedded:guess_number"; "" for '
+            "completions of one turn",
         ),
         "name": Key(
             "",

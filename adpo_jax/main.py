@@ -48,6 +48,16 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _HOST_TIMEOUT_S = flags.DEFINE_integer(
     "host_timeout_s", 100, "seconds after which a host that is lost stops the others", lower_bound=5
 )
+_ROLE = flags.DEFINE_enum(
+    "role",
+    "",
+    ["", "trainer", "sampler"],
+    "trainer: samplers elsewhere sample for this run | sampler: samples for the run of a trainer",
+)
+_LISTEN = flags.DEFINE_string(
+    "listen", "127.0.0.1:8470", "HOST:PORT at which samplers find a --role=trainer"
+)
+_TRAINER = flags.DEFINE_string("trainer", "", "HOST:PORT of the trainer of a --role=sampler")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
@@ -95,6 +105,17 @@ def main(argv: list[str], **parts) -> int:
 
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
+    if _ROLE.value == "sampler":
+        return _sample(config)
+    if _ROLE.value == "trainer":
+        from adpo_jax.run import roles
+
+        try:
+            parts["samplers"] = preparation.ForSamplers(
+                roles.parsed_address(_LISTEN.value, "--listen"), roles.read_key()
+            )
+        except ValueError as error:
+            return _failed(error)
     try:
         with telling("waiting for the other processes"):
             distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
@@ -135,6 +156,28 @@ def main(argv: list[str], **parts) -> int:
                 f"the same command goes on from it. What was seen here: {error}"
             )
             os._exit(HOST_LOST)  # leaving in good order would wait for the other host
+    return 0
+
+
+def _sample(config: ConfigDict) -> int:
+    """Samples for a trainer; returns the exit code."""
+    from adpo_jax.devices import compilation_cache
+    from adpo_jax.run import config_checks, roles
+
+    try:
+        if not _TRAINER.value:
+            raise ValueError("--role=sampler needs --trainer=HOST:PORT, which the trainer prints")
+        roles.parsed_address(_TRAINER.value, "--trainer")
+        key = roles.read_key()
+        config = config_checks.finalized(config)
+        compilation_cache.use(config.trainer.compilation_cache_dir)
+        sampler = roles.make_sampler(config, _TRAINER.value, key)
+    except ValueError as error:
+        return _failed(error)
+    try:
+        sampler.run()
+    except roles.TrainerLost as error:
+        return _failed(error)
     return 0
 
 

@@ -110,6 +110,7 @@ def run(
         folder,
         parts.reward_model,
         parts.environments or contextlib.nullcontext(),
+        contextlib.closing(run.source),
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
         restored = None

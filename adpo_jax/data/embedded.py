@@ -7,7 +7,7 @@ that any model is trained on.
 
 from types import ModuleType
 
-from adpo_jax.data import arithmetic, calculator, word_problems
+from adpo_jax.data import arithmetic, calculator, guess_number, word_problems
 
-TASKS: dict[str, ModuleType] = {task.NAME: task for task in (arithmetic, calculator)}
+TASKS: dict[str, ModuleType] = {task.NAME: task for task in (arithmetic, calculator, guess_number)}
 SOURCES: dict[str, ModuleType] = TASKS | {word_problems.NAME: word_problems}

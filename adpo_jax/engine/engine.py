@@ -209,6 +209,7 @@ class Engine:
         key: jax.Array,
         *,
         version: int = 0,
+        keys: np.ndarray | None = None,
         on_group_done: Callable[[FinishedGroup], None] | None = None,
     ) -> Completions:
         """Samples `sampling.n` completions of each prompt.
@@ -220,6 +221,7 @@ class Engine:
           params: the policy's parameters.
           prompts: token ids of each prompt, without padding.
           version: iterations done by these parameters; it is written beside every token.
+          keys: [P, n or more, 2] uint32, the keys of the samples; None to make them of `key`.
           on_group_done: called with each group when its last sample ends, while others decode.
 
         Raises:
@@ -227,7 +229,10 @@ class Engine:
         """
         stats: dict[str, int] = {}
         groups: list[list[Completion]] = [[] for _ in prompts]
-        for group in self.stream(params, prompts, sampling, key, version=version, stats=stats):
+        streamed = self.stream(
+            params, prompts, sampling, key, version=version, keys=keys, stats=stats
+        )
+        for group in streamed:
             groups[group.prompt_index] = group.completions
             if on_group_done is not None:
                 on_group_done(group)
@@ -241,6 +246,7 @@ class Engine:
         key: jax.Array,
         *,
         version: int = 0,
+        keys: np.ndarray | None = None,
         stats: dict[str, int] | None = None,
         on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
     ) -> Iterator[FinishedGroup]:
@@ -251,7 +257,8 @@ class Engine:
           on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
         """
         prompts = self.checked(prompts, sampling)
-        keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), sampling.n))
+        if keys is None:
+            keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), sampling.n))
         requests = [
             Request(prompt, sampling, functools.partial(keys.__getitem__, index))
             for index, prompt in enumerate(prompts)

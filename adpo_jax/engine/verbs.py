@@ -110,11 +110,16 @@ class Verbs:
         joined, and in float32 adapters are merged into that copy; elsewhere adapters stay beside
         their weights. Parameters that need no change are not copied.
         """
-        if jnp.dtype(self.policy.dtype) != jnp.dtype(self.policy.param_dtype):
-            params = self._cast(params)
+        params = self.cast(params)
         if self.policy.mesh is not None:
             params = sharding.move(params, self.policy.shardings(params))
         return params if self.layout.stacked else self._unstacked(params)
+
+    def cast(self, params):
+        """The parameters, or some of them, in the dtypes that decoding reads them in."""
+        if jnp.dtype(self.policy.dtype) == jnp.dtype(self.policy.param_dtype):
+            return params
+        return self._cast(params)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _cast(self, params):

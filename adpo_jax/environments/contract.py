@@ -24,7 +24,7 @@ from adpo_jax.rewards.custom import import_file
 RESET, REWARD = "reset", "get_reward"
 
 # What comes with the package, beside data and a model of the same name.
-EMBEDDED = "embedded:calculator"
+EMBEDDED = ("embedded:calculator", "embedded:guess_number")
 
 # The column that names the environment of a row, where there are several.
 COLUMN = "environment"
@@ -35,7 +35,7 @@ class Spec:
     """Where environments and tools come from.
 
     Attributes:
-      path: a Python file, or `EMBEDDED`.
+      path: a Python file, or one of `EMBEDDED`.
       name: a class in it, a function that makes an environment, or a dict of either by the values
         of the data's column `environment`; "" for tools alone.
       tools: the names of functions in it that are tools of every environment.
@@ -100,7 +100,7 @@ def load(spec: Spec) -> tuple[dict[str | None, Callable[[], Any]], dict[str, Cal
     Raises:
       ValueError: a file, class or function that there is not.
     """
-    path = Path(__file__).with_name("embedded.py") if spec.path == EMBEDDED else Path(spec.path)
+    path = Path(__file__).with_name("embedded.py") if spec.path in EMBEDDED else Path(spec.path)
     if not path.is_file():
         raise ValueError(f"environment.path: there is no file {path}")
     module = import_file(path, "environment.path")

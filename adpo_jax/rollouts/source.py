@@ -54,3 +54,6 @@ class Source:
         Args:
           oldest: step of the oldest checkpoint that is kept; states of earlier steps may go.
         """
+
+    def close(self) -> None:
+        """Ends what the source has started; nothing is asked of it any more."""

@@ -4,9 +4,10 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -59,6 +60,13 @@ class Run:
             self.source.save(step, oldest=min(checkpoints.steps, default=0))
 
 
+class ForSamplers(NamedTuple):
+    """Where samplers in other processes find a run: host and port, and the key that they know."""
+
+    address: tuple[str, int]
+    key: str
+
+
 def prepare(
     config: ConfigDict,
     workdir: str | Path | None = None,
@@ -67,6 +75,7 @@ def prepare(
     resume: str = "auto",
     allow_config_change: bool = False,
     replay: str | Path | None = None,
+    samplers: ForSamplers | None = None,
 ) -> Run:
     """Finds every mistake that can be found before training, then claims the run's folder.
 
@@ -78,6 +87,7 @@ def prepare(
         with a run, "must" refuses a folder without one.
       allow_config_change: whether to resume under a config that changes what the run is.
       replay: a folder of recorded rollouts to train from, in place of a sampler.
+      samplers: where samplers in other processes find this run; None to sample here.
 
     Raises:
       ValueError: for every such mistake. Nothing has been written then, except for the config where
@@ -96,7 +106,10 @@ def prepare(
         folder.check(config, **options)
         with telling("reading the model's config, its tokenizer and the data"):
             parts = build(config)
-        source = _replayed(config, parts, replay) if replay else _sampled(config, parts, folder)
+        if replay:
+            source = _replayed(config, parts, replay)
+        else:
+            source = _sampled(config, parts, folder, samplers)
         checkpoint_files.check(folder.checkpoints, abstract_state(parts))
         source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
         contents = {} if replay else setup.contents(config, parts)  # a replay uses no such files
@@ -144,7 +157,9 @@ def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
     return of_step
 
 
-def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
+def _sampled(
+    config, parts: Parts, folder: RunFolder, samplers: ForSamplers | None = None
+) -> Source:
     """The source that samples completions of the step's prompts, and grades them."""
 
     def keep_sample(step: int, error: RewardError):
@@ -175,17 +190,17 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         completer=make_completer(parts.engine, parts.tokenizer, reading, parts.environments),
     )
     rollout = config.actor_rollout_ref.rollout
+    most = rollout.max_staleness * config.data.train_batch_size
+    pace = {
+        "batch_size": config.data.train_batch_size,
+        "num_steps": parts.num_steps,
+        "max_staleness": rollout.max_staleness,
+        "ahead": rollout.ahead or most,
+    }
+    if samplers is not None:
+        return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
     if rollout.max_staleness:
-        most = rollout.max_staleness * config.data.train_batch_size
-        return Ahead(
-            sampler,
-            prompts_of,
-            folder.in_flight,
-            batch_size=config.data.train_batch_size,
-            num_steps=parts.num_steps,
-            max_staleness=rollout.max_staleness,
-            ahead=rollout.ahead or most,
-        )
+        return Ahead(sampler, prompts_of, folder.in_flight, **pace)
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)
     return GroupFilter(
@@ -194,6 +209,44 @@ def _sampled(config, parts: Parts, folder: RunFolder) -> Source:
         folder.surplus,
         max_attempts=config.algorithm.filter_max_attempts,
         min_reward_std=config.algorithm.min_reward_std,
+    )
+
+
+def _elsewhere(
+    config,
+    parts: Parts,
+    folder: RunFolder,
+    samplers: ForSamplers,
+    sampler: Sampler,
+    prompts_of: Callable[[int], Prompts],
+    pace: dict[str, int],
+) -> Source:
+    """The source whose groups samplers in other processes decode.
+
+    Raises:
+      ValueError: for settings that do not go with that.
+    """
+    others = {
+        "algorithm.filter_groups=True": config.algorithm.filter_groups,
+        "environment.path": config.environment.path,
+        "environment.url": config.environment.url,
+        "actor_rollout_ref.rollout.router_replay=True": parts.sampling.routed_experts,
+    }
+    for other in (name for name, is_set in others.items() if is_set):
+        raise ValueError(f"--role=trainer does not go with {other}: set it back, or sample here")
+    from adpo_jax.rollouts.elsewhere import Elsewhere  # needs what [serve] installs
+    from adpo_jax.run import roles
+
+    return Elsewhere(
+        sampler,
+        prompts_of,
+        folder.in_flight,
+        fits=roles.fits_of(parts.policy, parts.engine, parts.sampling),
+        weights_of=functools.partial(roles.sent_weights, parts.policy, parts.engine.verbs),
+        vocab_size=parts.policy.config.vocab_size,
+        address=samplers.address,
+        key=samplers.key,
+        **pace,
     )
 
 

@@ -190,7 +190,7 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     if paths:
         found["reward_files"] = ", ".join(f"{path}: sha256 {_sha256(path)}" for path in paths)
     path = config.environment.path
-    if path and path != EMBEDDED:
+    if path and path not in EMBEDDED:
         found["environment_file"] = f"{path}: sha256 {_sha256(path)}"
     return found | {f"{name}_weights": other.digest() for name, other in parts.fixed.items()}
 

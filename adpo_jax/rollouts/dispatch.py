@@ -1,0 +1,218 @@
+"""Who samples which group: what a trainer hands out to samplers, and what comes back.
+
+A group is handed to one sampler, which keeps it as long as it is heard of. That of one that is
+silent for `lease_s`, or says that it no longer holds it, is handed to another; whoever brings a
+group first has sampled it, and it counts once. A sampler that joins late, dies or comes back costs
+its own samples' time.
+
+This knows neither HTTP nor a model, and takes its clock as an argument. Its methods are called from
+any thread.
+"""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+
+import numpy as np
+
+from adpo_jax.records import Completion
+
+# Seconds without a sign of life, after which a sampler's groups are others'.
+LEASE_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """A group to be sampled.
+
+    Attributes:
+      number: of the group.
+      prompt: token ids.
+      keys: [G, 2] uint32, the key of each sample.
+    """
+
+    number: int
+    prompt: list[int]
+    keys: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a sampler is to do next.
+
+    Attributes:
+      version: of the weights to sample with; None before there are any.
+      works: groups to begin.
+      dropped: numbers of groups that it holds and nobody wants any more.
+      finished: whether the run is over.
+    """
+
+    version: int | None
+    works: list[Work]
+    dropped: list[int]
+    finished: bool
+
+
+@dataclasses.dataclass
+class _Known:
+    """A sampler."""
+
+    heard: float
+    holds: set[int] = dataclasses.field(default_factory=set)
+
+
+class Dispatch:
+    """The groups in flight of a trainer with samplers elsewhere.
+
+    Args:
+      lease_s: seconds without a sign of life, after which a sampler's groups are others'.
+      clock: seconds, rising.
+    """
+
+    def __init__(self, *, lease_s: float, clock: Callable[[], float] = time.monotonic):
+        self._lease_s, self._clock = lease_s, clock
+        self._changed = threading.Condition()
+        self._version: int | None = None
+        self._finished = False
+        self._waiting: dict[int, Work] = {}  # in the order of their numbers
+        self._works: dict[int, Work] = {}  # handed out
+        self._whole: dict[int, list[Completion]] = {}
+        self._samplers: dict[str, _Known] = {}
+        self.num_taken_back = 0
+        self.num_doubles = 0
+
+    # --- the trainer's side
+
+    def publish(self, version: int, works: Iterable[Work]) -> None:
+        """Has samplers go on with weights of this version, and adds groups to be sampled by them.
+
+        All of that happens at once, so that no group is begun by older weights.
+        """
+        with self._changed:
+            self._version = version
+            self._waiting = dict(sorted((self._waiting | {w.number: w for w in works}).items()))
+            self._changed.notify_all()
+
+    def restore(self, whole: dict[int, list[Completion]]) -> None:
+        """Adds groups that are whole already."""
+        with self._changed:
+            self._whole |= whole
+
+    def whole(self) -> list[int]:
+        """The numbers of the groups that are whole and have not been taken."""
+        with self._changed:
+            return list(self._whole)
+
+    def wait_for_more(self, num_whole: int, timeout: float) -> bool:
+        """Waits until more groups than these are whole; returns whether there are."""
+        with self._changed:
+            self._take_back()
+            return self._changed.wait_for(lambda: len(self._whole) > num_whole, timeout)
+
+    def take(self, numbers: Iterable[int]) -> dict[int, list[Completion]]:
+        """The completions of whole groups, which are forgotten here."""
+        with self._changed:
+            return {number: self._whole.pop(number) for number in numbers}
+
+    def kept(self) -> dict[int, list[Completion]]:
+        """The whole groups that have not been taken."""
+        with self._changed:
+            return dict(self._whole)
+
+    def finish(self) -> None:
+        """Tells all samplers that the run is over."""
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+
+    @property
+    def num_samplers(self) -> int:
+        """Samplers that have been heard of within the lease."""
+        with self._changed:
+            self._take_back()
+            return len(self._samplers)
+
+    # --- the samplers' side
+
+    def order(
+        self, sampler: str, holds: Collection[int], room: int, version: int, timeout: float
+    ) -> Order:
+        """What a sampler is to do next. Waits while there is nothing new for it.
+
+        Args:
+          sampler: its name, another one each time that it starts.
+          holds: the numbers of all groups that it has and has not delivered.
+          room: how many further ones it could begin.
+          version: of the weights that it has; below 0 for none.
+          timeout: seconds to wait, below the lease.
+        """
+        holds = set(holds)
+        with self._changed:
+            known = self._heard(sampler)
+            for lost in known.holds - holds:
+                self._give_back(known, lost)
+            unwanted = sorted(holds - known.holds)
+
+            def has_news() -> bool:
+                newer = self._version is not None and self._version != version
+                return bool(self._finished or unwanted or newer or (room and self._waiting))
+
+            self._changed.wait_for(has_news, timeout)
+            known = self._heard(sampler)
+            works = [] if self._version is None else self._handed_out(known, room)
+            dropped = sorted(holds - known.holds)
+            return Order(self._version, works, dropped, self._finished)
+
+    def deliver(self, sampler: str, number: int, completions: list[Completion]) -> bool:
+        """Takes a whole group; returns False where nobody waits for it."""
+        with self._changed:
+            self._heard(sampler)
+            for known in self._samplers.values():
+                known.holds.discard(number)
+            wanted = self._works.pop(number, None) or self._waiting.pop(number, None)
+            if wanted is None:
+                self.num_doubles += 1
+                return False
+            self._whole[number] = completions
+            self._changed.notify_all()
+            return True
+
+    def wanted(self, number: int) -> bool:
+        """Whether a group is still to be sampled."""
+        with self._changed:
+            return number in self._works or number in self._waiting
+
+    # --- with the lock held
+
+    def _heard(self, sampler: str) -> _Known:
+        now = self._clock()
+        known = self._samplers.setdefault(sampler, _Known(now))
+        known.heard = now
+        self._take_back()
+        return known
+
+    def _take_back(self) -> None:
+        """Takes the groups of the silent back."""
+        limit = self._clock() - self._lease_s
+        for name in [name for name, known in self._samplers.items() if known.heard < limit]:
+            known = self._samplers.pop(name)
+            for number in list(known.holds):
+                self._give_back(known, number)
+
+    def _give_back(self, known: _Known, number: int) -> None:
+        known.holds.discard(number)
+        work = self._works.pop(number, None)
+        if work is not None:
+            self.num_taken_back += 1
+            self._waiting = dict(sorted((self._waiting | {number: work}).items()))
+            self._changed.notify_all()
+
+    def _handed_out(self, known: _Known, room: int) -> list[Work]:
+        """The sampler's share of what waits, the oldest groups first."""
+        share = -(-len(self._waiting) // len(self._samplers))
+        numbers = list(self._waiting)[: max(0, min(room, share))]
+        works = [self._waiting.pop(number) for number in numbers]
+        self._works |= {work.number: work for work in works}
+        known.holds |= set(numbers)
+        return works

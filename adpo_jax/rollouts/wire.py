@@ -1,0 +1,147 @@
+"""What trainers and samplers send each other: groups as arrays, weights as safetensors.
+
+Nothing that is read here can be more than numbers: `numpy` without pickles, and safetensors. Sizes,
+names, shapes and dtypes are checked against what the reader expects.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from adpo_jax.records import Completion, token_fields
+
+_REASONS = ("stop", "length")
+_OPTIONAL = "full_log_probs"
+
+
+class WireError(ValueError):
+    """Something that was sent is not what it must be."""
+
+
+# --- groups
+
+
+def packed_groups(groups: Mapping[int, Sequence[Completion]]) -> bytes:
+    """Groups of completions by their numbers, as an .npz file."""
+    flat = [completion for group in groups.values() for completion in group]
+    fields = [n for n in token_fields() if n != _OPTIONAL or flat[0].full_log_probs is not None]
+    content = {
+        name: np.concatenate([np.zeros(0, token_fields()[name]), *(getattr(c, name) for c in flat)])
+        for name in fields
+    }
+    content |= {
+        "numbers": np.array(list(groups), np.int64),
+        "lengths": np.array([len(completion) for completion in flat], np.int64),
+        "reasons": np.array([_REASONS.index(c.finish_reason) for c in flat], np.int8),
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **content)
+    return buffer.getvalue()
+
+
+def read_groups(
+    content: bytes, *, n: int, max_response_length: int, vocab_size: int, has_full_log_probs: bool
+) -> dict[int, list[Completion]]:
+    """The groups that `packed_groups` wrote.
+
+    Args:
+      n: completions of a group.
+      max_response_length: tokens of a completion.
+
+    Raises:
+      WireError: for anything else.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        numbers, lengths, reasons = (arrays[name] for name in ("numbers", "lengths", "reasons"))
+        names = [name for name in token_fields() if name != _OPTIONAL or has_full_log_probs]
+        if len(lengths) != len(numbers) * n or len(reasons) != len(lengths) or not len(numbers):
+            raise WireError(f"{len(lengths)} completions of {len(numbers)} groups of {n}")
+        if lengths.min() < 1 or lengths.max() > max_response_length:
+            raise WireError(
+                f"completions of {lengths.min()} to {lengths.max()} tokens, where 1 to "
+                f"{max_response_length} are allowed"
+            )
+        columns = {}
+        for name in names:
+            values = arrays[name]
+            if values.shape != (lengths.sum(),) or values.dtype != token_fields()[name]:
+                raise WireError(f"{name} has the shape {values.shape} and dtype {values.dtype}")
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise WireError(f"{name} has values that are not finite")
+            columns[name] = np.split(values, np.cumsum(lengths)[:-1])
+        tokens = arrays["tokens"]
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise WireError(f"token ids outside [0, {vocab_size})")
+        flat = [
+            Completion(
+                **{name: columns[name][i] for name in names},
+                finish_reason=_REASONS[int(reasons[i])],
+            )
+            for i in range(len(lengths))
+        ]
+    except WireError:
+        raise
+    except Exception as error:  # whatever a stranger's file makes numpy and zip raise
+        raise WireError(f"no file of groups: {str(error)[:200]}") from None
+    return {int(number): flat[i * n : (i + 1) * n] for i, number in enumerate(numbers)}
+
+
+# --- weights
+
+
+def digest_of(content: bytes) -> str:
+    """The digest that goes with weights."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def packed_params(params: Any) -> bytes:
+    """Parameters in the memory of the host, as a safetensors file."""
+    arrays = {name: np.ascontiguousarray(x) for name, x in _by_name(params).items()}
+    return safetensors.numpy.save({name: x.view(_stored(x.dtype)) for name, x in arrays.items()})
+
+
+def read_params(content: bytes, abstract: Any) -> Any:
+    """The parameters that `packed_params` wrote, as numpy arrays in the tree of `abstract`.
+
+    Args:
+      abstract: the shapes and dtypes that they must have.
+
+    Raises:
+      WireError: for parameters of another model.
+    """
+    try:
+        found = safetensors.numpy.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WireError(f"no safetensors file: {str(error)[:200]}") from None
+    wanted = _by_name(abstract)
+    differing = sorted(wanted.keys() ^ found.keys())
+    if differing:
+        raise WireError(f"weights of another model: {differing[0]} is not in both")
+    for name, leaf in wanted.items():
+        if found[name].shape != leaf.shape or found[name].dtype != _stored(leaf.dtype):
+            given = f"{found[name].dtype}{list(found[name].shape)}"
+            raise WireError(
+                f"weights of another model: {name} is {given}, wanted "
+                f"{leaf.dtype}{list(leaf.shape)}"
+            )
+    leaves = [found[name].view(leaf.dtype) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _stored(dtype: Any) -> np.dtype:
+    """The dtype of a file: numpy has no bfloat16 of its own, so its bits are stored."""
+    dtype = np.dtype(dtype)
+    return dtype if dtype.isbuiltin == 1 else np.dtype(f"uint{8 * dtype.itemsize}")
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -1,0 +1,175 @@
+"""The HTTP by which samplers in other processes work for a trainer.
+
+    POST /sampler/hello         what a sampler is: {"name", "fits"}; 409 where it fits another run
+    POST /sampler/order         {"name", "run", "holds", "room", "version"} -> what to do next
+    POST /sampler/groups        whole groups as arrays (`rollouts.wire`)
+    GET  /sampler/weights/{v}   the weights of version v as safetensors, their digest as ETag
+
+Everybody needs the run's key. A run's name is another one each time that the trainer starts, and
+whoever works for an earlier start is told so (410).
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+MAX_JSON_BYTES, MAX_GROUPS_BYTES = 4 << 20, 512 << 20
+# Long polls each keep a thread.
+MAX_SAMPLERS = 256
+_BODY_S = 120.0
+
+
+class Refused(Exception):
+    """A request that is answered with a status and a sentence."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+class Desk(Protocol):
+    """What the trainer does for samplers; its methods are called from threads."""
+
+    def hello(self, fits: dict[str, Any]) -> dict[str, Any]:
+        """What a sampler needs to know; raises `Refused` for one of another run."""
+
+    def order(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What a sampler is to do next; it may wait for it."""
+
+    def deliver(self, name: str, run: str, content: bytes) -> dict[str, Any]:
+        """Takes groups."""
+
+    def weights(self, version: int) -> tuple[bytes, str]:
+        """Weights and their digest; raises `Refused` where they are not there any more."""
+
+
+class SamplersHost:
+    """A server for samplers, in a thread of its own.
+
+    Args:
+      host, port: where it listens; port 0 for any that is free.
+      key: what samplers must send as `Authorization: Bearer ...`.
+
+    Attributes:
+      address: "host:port".
+
+    Raises:
+      ValueError: for an address at which this machine cannot listen.
+    """
+
+    def __init__(self, desk: Desk, *, host: str, port: int, key: str):
+        self._desk, self._key = desk, key
+        self._threads = ThreadPoolExecutor(MAX_SAMPLERS, "samplers")
+        try:
+            (family, kind, _, _, address), *_ = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+            self._socket = socket.socket(family, kind)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(address)
+        except OSError as error:
+            raise ValueError(
+                f"--listen: this machine cannot listen at {host}:{port}: {error}"
+            ) from None
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        routes = [
+            Route("/sampler/hello", self._guarded(self._hello), methods=["POST"]),
+            Route("/sampler/order", self._guarded(self._order), methods=["POST"]),
+            Route("/sampler/groups", self._guarded(self._groups), methods=["POST"]),
+            Route("/sampler/weights/{version:int}", self._guarded(self._weights)),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=3,
+            ws="none",
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="samplers", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join()
+        with contextlib.suppress(OSError):
+            self._socket.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _guarded(self, endpoint):
+        async def guarded(request: Request) -> Response:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._key.encode()):
+                return JSONResponse({"error": "the key is missing or wrong"}, 401)
+            try:
+                return await endpoint(request)
+            except Refused as refusal:
+                return JSONResponse({"error": str(refusal)}, refusal.status)
+
+        return guarded
+
+    async def _in_thread(self, function, *args):
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    async def _hello(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self._desk.hello, await _object(request)))
+
+    async def _order(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self._desk.order, await _object(request)))
+
+    async def _groups(self, request: Request) -> Response:
+        name, run = (request.headers.get(f"x-{what}", "") for what in ("sampler", "run"))
+        content = await _body(request, MAX_GROUPS_BYTES)
+        return JSONResponse(await self._in_thread(self._desk.deliver, name, run, content))
+
+    async def _weights(self, request: Request) -> Response:
+        version = request.path_params["version"]
+        content, digest = await self._in_thread(self._desk.weights, version)
+        return Response(
+            content, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'}
+        )
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    content = await _body(request, MAX_JSON_BYTES)
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        raise Refused("the body is no JSON") from None
+    if not isinstance(found, dict):
+        raise Refused("the body is no JSON object")
+    return found
+
+
+async def _body(request: Request, most: int) -> bytes:
+    made = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                made += part
+                if len(made) > most:
+                    raise Refused(f"the body is larger than {most} bytes", 413)
+    except TimeoutError:
+        raise Refused("the body took too long to arrive", 408) from None
+    except ClientDisconnect:
+        raise Refused("the client has gone") from None
+    return bytes(made)

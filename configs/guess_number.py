@@ -1,0 +1,48 @@
+"""A game of several turns on a CPU: a small model learns to halve a range (docs/environments.md).
+
+python -m adpo_jax.main --config=configs/guess_number.py
+"""
+
+from adpo_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.actor_rollout_ref.model.path = "embedded:guess_number"
+
+    environment = config.environment
+    environment.path = "embedded:guess_number"
+    environment.name = "GuessNumber"
+    environment.max_turns = 7  # six guesses and a last word
+
+    config.custom_reward_function.name = ""  # the environment's own reward alone
+    config.eval.graded_by = "reward"
+
+    sft = config.sft
+    sft.train_files = "embedded:guess_number"
+    sft.steps = 500
+    sft.batch_size = 32
+    sft.lr = 3e-3
+    sft.betas = (0.9, 0.98)
+
+    data = config.data
+    data.train_files = "embedded:guess_number"
+    data.val_files = "embedded:guess_number"
+    data.allow_control_tokens = True
+    data.max_prompt_length = 24
+    data.max_response_length = 160
+    data.train_batch_size = 32
+
+    optim = config.actor_rollout_ref.actor.optim
+    optim.lr = 5e-4
+    optim.betas = (0.9, 0.98)
+    optim.lr_scheduler_type = "cosine"
+    optim.min_lr_ratio = 0.1
+
+    trainer = config.trainer
+    trainer.experiment_name = "guess_number"
+    trainer.bf16 = False
+    trainer.total_training_steps = 40
+    trainer.test_freq = 10
+    trainer.save_freq = 20
+    return config
