@@ -1,0 +1,346 @@
+"""Samplers in other processes: who samples what, what is sent, and that nothing is lost."""
+
+import contextlib
+import io
+import threading
+
+import httpx
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from test_ahead import PROMPTS, Letters, at_step, log_probs
+
+from adpo_jax.engine.engine import Engine
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.records import Completion, Prompts
+from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.rollouts import elsewhere, wire
+from adpo_jax.rollouts.dispatch import Dispatch, Work
+from adpo_jax.rollouts.elsewhere import Elsewhere
+from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
+from adpo_jax.run import roles
+
+# --- who samples what
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def dispatch(clock):
+    return Dispatch(lease_s=30.0, clock=clock)
+
+
+def works(*numbers):
+    return [Work(number, [1, 2], np.zeros((1, 2), np.uint32)) for number in numbers]
+
+
+def asked(dispatch, name, holds=(), room=100, version=0):
+    order = dispatch.order(name, holds, room, version, timeout=0)
+    return [work.number for work in order.works]
+
+
+def group(token):
+    return [Completion.sampled([token], [-1.0], "stop")]
+
+
+def test_samplers_share_what_waits_and_the_oldest_groups_go_first(dispatch):
+    assert asked(dispatch, "a") == asked(dispatch, "b") == []
+    dispatch.publish(0, works(3, 1, 0, 2))
+    assert asked(dispatch, "a") == [0, 1]
+    assert asked(dispatch, "b", room=1) == [2]
+    assert asked(dispatch, "a", [0, 1]) == [3]
+    assert dispatch.deliver("a", 1, group(7))
+    assert dispatch.whole() == [1]
+    assert dispatch.take([1])[1][0].tokens.tolist() == [7]
+    assert dispatch.whole() == []
+
+
+def test_the_groups_of_a_sampler_that_falls_silent_are_others_and_count_once(dispatch, clock):
+    dispatch.publish(0, works(0, 1))
+    assert asked(dispatch, "a") == [0, 1]
+    clock.now = 20.0
+    assert asked(dispatch, "b") == []
+    assert asked(dispatch, "a", [0, 1]) == []  # a sign of life
+    clock.now = 49.0
+    assert asked(dispatch, "b") == []
+    clock.now = 51.0
+    assert asked(dispatch, "b") == [0, 1]
+    assert dispatch.num_samplers == 1
+    # It comes back with one of them, before the other has it; that one need not go on with it.
+    assert dispatch.deliver("a", 0, group(5))
+    order = dispatch.order("b", [0, 1], 0, 0, timeout=0)
+    assert order.dropped == [0]
+    assert not dispatch.deliver("b", 0, group(6))
+    assert dispatch.num_doubles == 1
+    assert dispatch.take([0])[0][0].tokens.tolist() == [5]
+    assert dispatch.num_taken_back == 2
+
+
+def test_a_sampler_that_lost_its_groups_gets_them_again_at_once(dispatch):
+    dispatch.publish(0, works(0, 1))
+    assert asked(dispatch, "a") == [0, 1]
+    assert asked(dispatch, "a", [1]) == [0]
+
+
+def test_no_group_is_handed_out_before_there_are_weights_and_all_hear_of_the_end(dispatch):
+    order = dispatch.order("a", [], 5, -1, timeout=0)
+    assert (order.version, order.works, order.finished) == (None, [], False)
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(dispatch.order("a", [], 5, -1, 30)))
+    waiting.start()
+    dispatch.publish(4, works(0))
+    waiting.join(10)
+    assert (found[0].version, [work.number for work in found[0].works]) == (4, [0])
+    dispatch.finish()
+    assert dispatch.order("a", [0], 0, 4, timeout=30).finished
+
+
+# --- what is sent
+
+LIMITS = {"n": 2, "max_response_length": 4, "vocab_size": 32, "has_full_log_probs": False}
+
+
+def two():
+    return {
+        5: [
+            Completion.sampled([1, 2, 3], [-0.5, -0.25, -1.0], "stop", version=3),
+            Completion.sampled([4], [-2.0], "length", version=3),
+        ]
+    }
+
+
+def test_groups_come_back_as_they_were_sent():
+    (read,) = wire.read_groups(wire.packed_groups(two()), **LIMITS).values()
+    for found, sent in zip(read, two()[5], strict=True):
+        assert found.finish_reason == sent.finish_reason
+        for name in ("tokens", "log_probs", "trained", "versions", "turns"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(sent, name))
+
+
+def changed(**arrays):
+    content = dict(np.load(io.BytesIO(wire.packed_groups(two()))))
+    buffer = io.BytesIO()
+    np.savez(buffer, **content | arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "no file of groups"),
+        (b"PK\x03\x04 nothing", "no file of groups"),
+        (changed(tokens=np.array([1, 2, 3, 32], np.int32)), r"token ids outside \[0, 32\)"),
+        (changed(tokens=np.array([1, 2, 3, 4.0])), "tokens has the shape"),
+        (changed(log_probs=np.array([1, 2, 3, np.nan], np.float32)), "not finite"),
+        (changed(lengths=np.array([4, 1])), "has the shape"),
+        (changed(lengths=np.array([-1, 5])), "completions of -1 to 5 tokens"),
+        (changed(numbers=np.array([1, 2])), "2 completions of 2 groups of 2"),
+        (changed(tokens=np.array([{}], object)), "no file of groups"),
+        (changed(reasons=np.array([0, 9], np.int8)), "no file of groups"),
+    ],
+)
+def test_what_is_no_file_of_groups_is_refused(content, why):
+    with pytest.raises(wire.WireError, match=why):
+        wire.read_groups(content, **LIMITS)
+
+
+def test_weights_come_back_bit_by_bit_and_those_of_another_model_are_refused():
+    tree = {"a": jnp.arange(3, dtype=jnp.bfloat16), "layers": {"b": jnp.ones((2, 2))}}
+    content = wire.packed_params(tree)
+    abstract = jax.eval_shape(lambda: tree)
+    read = wire.read_params(content, abstract)
+    assert read["a"].dtype == ml_dtypes.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, read, jax.tree.map(np.asarray, tree))
+    for other in ({"a": tree["a"]}, tree | {"a": jnp.zeros(4, jnp.bfloat16)}, tree | {"a": 1.0}):
+        with pytest.raises(wire.WireError, match="weights of another model"):
+            wire.read_params(content, jax.eval_shape(lambda other=other: other))
+    with pytest.raises(wire.WireError, match="no safetensors file"):
+        wire.read_params(content[:50], abstract)
+
+
+# --- a trainer and its samplers
+
+P, G, STEPS, KEY = 2, 2, 4, "the key of this run"
+SAMPLING = SamplingParams(
+    n=G, max_tokens=12, stop_token_ids=(0, 1, 2, 3), top_k=20, full_log_probs=True
+)
+
+
+@pytest.fixture(scope="module")
+def policy_and_params():
+    return tiny.policy_and_params()
+
+
+@pytest.fixture(scope="module")
+def engines(policy_and_params):
+    """An engine for each of two samplers, and the trainer's."""
+    options = {"max_prompt_length": 4, "max_response_length": 12, "num_slots": 4}
+    return [Engine(policy_and_params[0], steps_per_dispatch=2, **options) for _ in range(3)]
+
+
+def prompts_of(batch):
+    prompts = Prompts(PROMPTS, {"solution": [str(i) for i in range(len(PROMPTS))]})
+    return prompts.select(range(P * batch, P * batch + P))
+
+
+@pytest.fixture
+def sampler(engines, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def letters(completions, **columns):\n    return [float(len(set(c))) for c in completions]"
+    )
+    model = RewardModel([RewardFunction(str(reward), "letters")])
+    return Sampler(engines[2], SAMPLING, Letters(), model, seed=0, keep_sample=lambda *_: None)
+
+
+@pytest.fixture
+def trainer(policy_and_params, sampler, tmp_path):
+    """Makes the source of a trainer at a port that stays; they are closed at the end."""
+    policy, _ = policy_and_params
+    verbs = sampler.engine.verbs
+    with contextlib.ExitStack() as stack:
+
+        def make(staleness, port=0):
+            source = Elsewhere(
+                sampler,
+                prompts_of,
+                tmp_path / "in_flight",
+                fits=roles.fits_of(policy, sampler.engine, SAMPLING),
+                weights_of=lambda params: roles.sent_weights(policy, verbs, params),
+                vocab_size=policy.config.vocab_size,
+                address=("127.0.0.1", port),
+                key=KEY,
+                batch_size=P,
+                num_steps=STEPS,
+                max_staleness=staleness,
+                ahead=staleness * P,
+            )
+            stack.callback(source.close)
+            return source
+
+        yield make
+
+
+def start(policy_and_params, engine, address, key=KEY):
+    """A sampler in a thread; returns the thread, and what it raised."""
+    made = roles.SamplerRole(policy_and_params[0], engine, SAMPLING, address=address, key=key)
+    raised = []
+
+    def run():
+        try:
+            made.run()
+        except roles.TrainerLost as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, raised
+
+
+def test_one_sampler_without_staleness_gives_the_very_bits_of_sampling_here(
+    policy_and_params, engines, sampler, trainer
+):
+    _, params = policy_and_params
+    source = trainer(0)
+    thread, _ = start(policy_and_params, engines[0], source.address)
+    here = OnTheSpot(sampler, prompts_of)
+    for step in range(2):
+        weights = at_step(params, step)
+        found, wanted = source.next(step, weights), here.next(step, weights)
+        assert found.texts == wanted.texts
+        np.testing.assert_array_equal(found.rewards, wanted.rewards)
+        for one, other in zip(found.completions.flat, wanted.completions.flat, strict=True):
+            for name in ("tokens", "log_probs", "full_log_probs", "versions", "trained"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert found.metrics["samplers/connected"] == 1
+    source.close()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_samplers_come_and_go_and_every_prompt_is_trained_on_once(
+    policy_and_params, engines, trainer, monkeypatch
+):
+    monkeypatch.setattr(elsewhere, "LEASE_S", 3.0)
+    monkeypatch.setattr(elsewhere, "POLL_S", 0.5)
+    policy, params = policy_and_params
+    source = trainer(2)
+    port = int(source.address.rpartition(":")[2])
+    for engine in engines[:2]:
+        start(policy_and_params, engine, source.address)
+    # A third one takes groups with it when it dies.
+    dead = threading.Timer(0.2, lambda: source._dispatch.order("dead", [], 2, -1, timeout=60).works)
+    dead.start()
+    groups = []
+    for step in range(2):
+        groups.append(source.next(step, at_step(params, step)))
+    source.save(2)
+    # The trainer dies too, with a group half done, and finds its samplers again.
+    source._host.close()
+    source = trainer(2, port)
+    source.check(2)
+    source.restore(2)
+    for step in range(2, STEPS):
+        groups.append(source.next(step, at_step(params, step)))
+    trained = [int(s) for g in groups for s in g.prompts.columns["solution"]]
+    assert sorted(trained) == list(range(len(PROMPTS)))
+    for step, found in enumerate(groups):
+        assert 0 <= found.metrics["ahead/staleness_max"] <= 2
+        for ids, group in zip(found.prompts.token_ids, found.completions.groups, strict=True):
+            for c in group:
+                assert step - 2 <= c.versions[0] <= c.versions[-1] <= step
+                # The log-probs of each token are those of the weights that drew it.
+                tokens = np.array([[*ids, *c.tokens]], np.int32)
+                for version in set(c.versions.tolist()):
+                    wanted = log_probs(policy, at_step(params, version), tokens)[0, len(ids) :]
+                    drawn = c.versions == version
+                    np.testing.assert_allclose(c.full_log_probs[drawn], wanted[drawn], atol=2e-5)
+    dead.join()
+
+
+def test_strangers_and_samplers_of_another_run_are_refused(policy_and_params, engines, trainer):
+    source = trainer(0)
+    source._host.start()
+    source._started = True
+    thread, raised = start(policy_and_params, engines[0], source.address, key="another")
+    thread.join(60)
+    assert "the key is missing or wrong" in str(raised[0])
+    other = Engine(policy_and_params[0], max_prompt_length=8, max_response_length=12, num_slots=4)
+    thread, raised = start(policy_and_params, other, source.address)
+    thread.join(60)
+    assert "its longest prompt is '8', the trainer's '4'" in str(raised[0])
+    address = f"http://{source.address}"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for content in (b"[]", b"{", b'{"name": "a", "holds": [1.5], "room": 1, "version": 0}'):
+        answer = httpx.post(f"{address}/sampler/order", content=content, headers=headers)
+        assert answer.status_code == 400
+    asked = {"name": "a", "holds": [], "room": 1, "version": 0, "run": "an earlier one"}
+    assert httpx.post(f"{address}/sampler/order", json=asked, headers=headers).status_code == 410
+    assert httpx.get(f"{address}/sampler/weights/7", headers=headers).status_code == 404
+    run = {"x-sampler": "a", "x-run": source._reception.run}
+    answer = httpx.post(f"{address}/sampler/groups", content=b"x", headers=headers | run)
+    assert answer.status_code == 400
+    assert "no file of groups" in answer.json()["error"]
+
+
+def test_roles_that_cannot_work_are_refused_in_a_sentence(monkeypatch):
+    for text in ("8470", "host", "host:", "host:70000", ":80"):
+        with pytest.raises(ValueError, match="--listen is HOST:PORT"):
+            roles.parsed_address(text, "--listen")
+    assert roles.parsed_address("[::1]:80", "--listen") == ("::1", 80)
+    monkeypatch.delenv(roles.KEY_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="set ADPO_JAX_RUN_KEY to the same"):
+        roles.read_key()
