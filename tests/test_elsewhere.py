@@ -2,7 +2,13 @@
 
 import contextlib
 import io
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import httpx
 import jax
@@ -12,16 +18,20 @@ import numpy as np
 import pytest
 import tiny
 from test_ahead import PROMPTS, Letters, at_step, log_probs
+from test_processes import OVERRIDES
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.records import Completion, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
-from adpo_jax.rollouts import elsewhere, wire
+from adpo_jax.rollouts import elsewhere, recording, wire
 from adpo_jax.rollouts.dispatch import Dispatch, Work
 from adpo_jax.rollouts.elsewhere import Elsewhere
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.run import roles
+
+ROOT = Path(__file__).parents[1]
 
 # --- who samples what
 
@@ -344,3 +354,55 @@ def test_roles_that_cannot_work_are_refused_in_a_sentence(monkeypatch):
     monkeypatch.delenv(roles.KEY_VARIABLE, raising=False)
     with pytest.raises(ValueError, match="set ADPO_JAX_RUN_KEY to the same"):
         roles.read_key()
+
+
+# --- processes
+
+
+def start_process(folder, *arguments, name):
+    """A process of a run; its log is NAME.log."""
+    command = [sys.executable, "-m", "adpo_jax.main", "--config=configs/arithmetic.py", *arguments]
+    env = os.environ | {roles.KEY_VARIABLE: KEY}
+    with (folder / f"{name}.log").open("a") as log:
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
+
+
+@pytest.mark.long
+def test_a_sampler_that_is_killed_ten_times_loses_and_doubles_nothing(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = [s for s in OVERRIDES if "mesh" not in s and "reward" not in s]
+    settings += ["--config.actor_rollout_ref.rollout.max_staleness=1", "--config.sft.steps=0"]
+    settings += ["--config.trainer.total_training_steps=40", "--config.trainer.save_freq=-1"]
+    settings += ["--config.trainer.rollout_data_dir=rollouts", "--config.trainer.test_freq=-1"]
+    settings += ["--config.data.max_response_length=24", "--config.data.max_val_samples=0"]
+    settings += ["--config.data.val_files="]
+    sampler = ("--role=sampler", f"--trainer={address}", *settings)
+    trainer = start_process(
+        tmp_path,
+        "--role=trainer",
+        f"--listen={address}",
+        f"--workdir={tmp_path / 'run'}",
+        *settings,
+        name="trainer",
+    )
+    staying = start_process(tmp_path, *sampler, name="staying")
+    kills = 0
+    try:
+        while trainer.poll() is None and kills < 10:
+            victim = start_process(tmp_path, *sampler, name="victim")
+            time.sleep(8 + kills % 3)
+            victim.kill()
+            victim.wait()
+            kills += 1
+        assert trainer.wait(600) == 0, (tmp_path / "trainer.log").read_text()
+        assert staying.wait(60) == 0, (tmp_path / "staying.log").read_text()
+    finally:
+        for process in (trainer, staying, victim):
+            process.kill()
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["step"] > 0]
+    assert len(rows) == 40
+    found = [recording.read(tmp_path / "run" / "rollouts", step) for step in range(1, 41)]
+    asked = [q for groups in found for q in groups.prompts.columns["question"]]
+    assert len(asked) == len(set(asked)) == 40 * 8

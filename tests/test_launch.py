@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adpo_jax.run import exit_codes
+from adpo_jax.run import exit_codes, roles
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 ARGUMENTS = ["--config=configs/gsm8k.py", "--config.reward_model.reward_kwargs={'a b': \"c$d\"}"]
@@ -70,6 +70,20 @@ def test_a_slurm_job_out_of_time_is_queued_again(tmp_path, codes, code, requeued
     wanted = ["-m", "adpo_jax.main", "--distributed", *ARGUMENTS]
     assert told_arguments(told) == [wanted] * len(codes)
     assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_samplers_are_started_for_a_trainer_and_end_with_its_run(tmp_path):
+    told = python_that_tells(tmp_path / "bin/python", [1, 0])
+    stand_in(tmp_path / "bin/srun", 'shift; exec "$@"')
+    stand_in(tmp_path / "bin/sleep", "exit 0")
+    done = run_recipe(tmp_path, "launch_samplers_slurm.sh", ["--trainer=h:8470", *ARGUMENTS])
+    assert done.returncode == 0, done.stderr
+    role = ["-m", "adpo_jax.main", "--role=sampler", "--nodistributed", "--trainer=h:8470"]
+    assert told_arguments(told) == [[*role, *ARGUMENTS]] * 2
+    deployment = yaml.safe_load((SCRIPTS / "launch_samplers_gke.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert "--role=sampler" in container["command"]
+    assert container["env"][0]["name"] == roles.KEY_VARIABLE
 
 
 def test_a_gke_job_is_not_repeated_after_a_mistake():
