@@ -16,6 +16,7 @@ NAMES = {
     "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
     "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac lag_*_frac",
+    "samplers": "connected taken_back doubles",
     "router": "busiest idle_frac balance_loss replay_changed_frac",
     "update": "grad_norm lr tokens tokens_per_s padding_frac compiles skipped mfu hfu",
     "time": "rollout reward anchor update eval checkpoint",
@@ -52,6 +53,7 @@ def of_rows(
       mixture: whether the model may be a mixture of experts.
     """
     left_out = {"filter": not filtered, "ahead": not ahead, "tools": not tools}
+    left_out["samplers"] = not ahead  # the config alone does not say
     left_out["router"] = not mixture
     groups = [group for group in NAMES if not left_out.get(group)]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
