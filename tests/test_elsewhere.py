@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,11 +18,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from sampler_process import KEY, LENGTHS, SAMPLING
 from test_ahead import PROMPTS, Letters, at_step, log_probs
 from test_processes import OVERRIDES
 
 from adpo_jax.engine.engine import Engine
-from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.records import Completion, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
@@ -183,10 +184,7 @@ def test_weights_come_back_bit_by_bit_and_those_of_another_model_are_refused():
 
 # --- a trainer and its samplers
 
-P, G, STEPS, KEY = 2, 2, 4, "the key of this run"
-SAMPLING = SamplingParams(
-    n=G, max_tokens=12, stop_token_ids=(0, 1, 2, 3), top_k=20, full_log_probs=True
-)
+P, STEPS = 2, 4
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +195,14 @@ def policy_and_params():
 @pytest.fixture(scope="module")
 def engines(policy_and_params):
     """An engine for each of two samplers, and the trainer's."""
-    options = {"max_prompt_length": 4, "max_response_length": 12, "num_slots": 4}
-    return [Engine(policy_and_params[0], steps_per_dispatch=2, **options) for _ in range(3)]
+    return [Engine(policy_and_params[0], steps_per_dispatch=2, **LENGTHS) for _ in range(3)]
 
 
 def prompts_of(batch):
-    prompts = Prompts(PROMPTS, {"solution": [str(i) for i in range(len(PROMPTS))]})
-    return prompts.select(range(P * batch, P * batch + P))
+    numbers = range(P * batch, P * batch + P)
+    return Prompts(
+        [PROMPTS[i % len(PROMPTS)] for i in numbers], {"solution": list(map(str, numbers))}
+    )
 
 
 @pytest.fixture
@@ -223,7 +222,7 @@ def trainer(policy_and_params, sampler, tmp_path):
     verbs = sampler.engine.verbs
     with contextlib.ExitStack() as stack:
 
-        def make(staleness, port=0):
+        def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS):
             source = Elsewhere(
                 sampler,
                 prompts_of,
@@ -231,10 +230,10 @@ def trainer(policy_and_params, sampler, tmp_path):
                 fits=roles.fits_of(policy, sampler.engine, SAMPLING),
                 weights_of=lambda params: roles.sent_weights(policy, verbs, params),
                 vocab_size=policy.config.vocab_size,
-                address=("127.0.0.1", port),
+                address=(host, port),
                 key=KEY,
                 batch_size=P,
-                num_steps=STEPS,
+                num_steps=num_steps,
                 max_staleness=staleness,
                 ahead=staleness * P,
             )
@@ -357,6 +356,84 @@ def test_roles_that_cannot_work_are_refused_in_a_sentence(monkeypatch):
 
 
 # --- processes
+
+
+@contextlib.contextmanager
+def another_host():
+    """A network namespace, joined to this one by a cable: (command prefix, our address, the cable).
+
+    Skips the test where this machine's user may not make one.
+    """
+    name = f"adpo{os.getpid() % 10000}"
+    ours, theirs = f"{name}a", f"{name}b"
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("a host of its own is a network namespace, which needs root and iproute2")
+
+    def ip(*command):
+        subprocess.run(["ip", *command], check=True, capture_output=True)
+
+    try:
+        ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespace can be made here: {error.stderr.decode()[:100]}")
+    try:
+        ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
+        ip("addr", "add", "10.213.7.1/24", "dev", ours)
+        ip("link", "set", ours, "up")
+        ip("-n", name, "addr", "add", "10.213.7.2/24", "dev", theirs)
+        ip("-n", name, "link", "set", theirs, "up")
+        yield ["ip", "netns", "exec", name], "10.213.7.1", ours
+    finally:
+        subprocess.run(["ip", "link", "del", ours], capture_output=True, check=False)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.long
+def test_a_sampler_on_a_host_that_is_cut_off_slow_and_lossy_comes_back(
+    policy_and_params, engines, trainer, monkeypatch
+):
+    monkeypatch.setattr(elsewhere, "LEASE_S", 4.0)
+    monkeypatch.setattr(elsewhere, "POLL_S", 1.0)
+    monkeypatch.setattr(elsewhere, "_TELL_S", 1e9)
+    _, params = policy_and_params
+    steps = 400
+    with another_host() as (on_it, address, cable):
+        source = trainer(1, host=address, num_steps=steps)
+        start(policy_and_params, engines[0], source.address)
+        program = str(Path(__file__).with_name("sampler_process.py"))
+        remote = subprocess.Popen([*on_it, sys.executable, program, source.address])
+        trained, step = [], 0
+
+        def until(holds, seconds):
+            nonlocal step
+            deadline = time.monotonic() + seconds
+            while not holds():
+                assert time.monotonic() < deadline
+                assert step < steps
+                found = source.next(step, at_step(params, step % 5))
+                trained.extend(int(s) for s in found.prompts.columns["solution"])
+                step += 1
+                time.sleep(0.2)
+
+        def connected(count):
+            return lambda: source._dispatch.num_samplers == count
+
+        try:
+            until(lambda: step and connected(2)(), 120)
+            subprocess.run(["ip", "link", "set", cable, "down"], check=True)
+            cut = time.monotonic()
+            until(connected(1), 30)
+            until(lambda: time.monotonic() - cut > 60, 90)
+            subprocess.run(["ip", "link", "set", cable, "up"], check=True)
+            lossy = ["tc", "qdisc", "add", "dev", cable, "root", "netem", "delay", "80ms"]
+            subprocess.run([*lossy, "loss", "15%"], capture_output=True, check=False)
+            until(connected(2), 120)
+            began = step
+            until(lambda: step >= began + 10, 120)
+        finally:
+            remote.kill()
+            remote.wait()
+    assert len(trained) == len(set(trained)) == step * P
 
 
 def start_process(folder, *arguments, name):
