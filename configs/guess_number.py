@@ -20,7 +20,7 @@ def get_config():
 
     sft = config.sft
     sft.train_files = "embedded:guess_number"
-    sft.steps = 500
+    sft.steps = 300
     sft.batch_size = 32
     sft.lr = 3e-3
     sft.betas = (0.9, 0.98)
@@ -29,7 +29,7 @@ def get_config():
     data.train_files = "embedded:guess_number"
     data.val_files = "embedded:guess_number"
     data.allow_control_tokens = True
-    data.max_prompt_length = 24
+    data.max_prompt_length = 32
     data.max_response_length = 160
     data.train_batch_size = 32
 

@@ -13,13 +13,12 @@ from adpo_jax.data import arithmetic, small_chat, splits
 
 NAME = "embedded:guess_number"
 
-WIDTH = 15  # numbers in a range: four guesses find any of them
+LARGEST = 15  # of the numbers, from 1: four guesses find any of them
 MAX_GUESSES = 6
-LOWEST, HIGHEST = 100, 984  # where a range may begin
 HALVING_SHARE = 0.25  # of the demonstrations that halve what is left
 NUM_ROWS = {"train": 4096, "val": 256, "demonstrations": 8192}
-# Questions of each split, so that the ranges of one are those of no other.
-NUM_RANGES = {"train": 256, "val": 64, "demonstrations": 512}
+NAMES = ("Ann", "Ben", "Cem", "Dan", "Eva", "Fay", "Gus", "Ida", "Jan", "Kim", "Leo", "Mia", "Noa")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # A Hugging Face config.json of 0.66 million parameters.
 MODEL_CONFIG = arithmetic.MODEL_CONFIG
@@ -30,7 +29,7 @@ def rows(split: str) -> dict[str, list]:
     """The data set as columns: `question`, and the `secret` number.
 
     Args:
-      split: "train" or "val" (disjoint), or "demonstrations": ranges apart from both, with the
+      split: "train" or "val" (disjoint), or "demonstrations": questions apart from both, with the
         column `completion` to imitate.
 
     Raises:
@@ -38,28 +37,24 @@ def rows(split: str) -> dict[str, list]:
     """
     held_out = splits.held_out(NAME, split, rows)
     rng = random.Random(splits.SEEDS[split])
-    lows: dict[str, int] = {}
-    while len(lows) < NUM_RANGES[split]:
-        low = rng.randint(LOWEST, HIGHEST)
-        question = f"Which number from {low} to {low + WIDTH - 1}?"
+    games: dict[str, int] = {}
+    while len(games) < NUM_ROWS[split]:
+        name = f"{rng.choice(NAMES)} {rng.choice(LETTERS)}{rng.choice(LETTERS)}{rng.randint(1, 9)}"
+        question = f"{name} thinks of a number from 1 to {LARGEST}."
         if question not in held_out:
-            lows[question] = low
-    questions = [rng.choice(list(lows)) for _ in range(NUM_ROWS[split])]
-    secrets = [lows[question] + rng.randrange(WIDTH) for question in questions]
-    columns = {"question": questions, "secret": secrets}
+            games[question] = rng.randint(1, LARGEST)
+    columns = {"question": list(games), "secret": list(games.values())}
     if split == "demonstrations":
-        columns["completion"] = [
-            _game(lows[question], secret, rng) for question, secret in zip(questions, secrets)
-        ]
+        columns["completion"] = [_game(secret, rng) for secret in games.values()]
     return columns
 
 
-def _game(low: int, secret: int, rng: random.Random) -> str:
+def _game(secret: int, rng: random.Random) -> str:
     """The transcript of a game, as `small_chat` writes it."""
     halves = rng.random() < HALVING_SHARE
-    first, last, said = low, low + WIDTH - 1, ""
+    first, last, said = 1, LARGEST, ""
     for _ in range(MAX_GUESSES):
-        guess = (first + last) // 2 if halves else rng.randint(low, low + WIDTH - 1)
+        guess = (first + last) // 2 if halves else rng.randint(1, LARGEST)
         call = json.dumps({"name": "guess", "arguments": {"number": guess}})
         said += f"{small_chat.OPEN}{call}{small_chat.CLOSE}{small_chat.END}"
         if guess == secret:
