@@ -668,7 +668,7 @@ DECOUPLED = {"multi_objective_aggregation": "normalize_then_sum"}
 
 def several_rewards():
     rng = np.random.default_rng(3)
-    rewards = rng.normal(size=(3, 4, 3)) * [1.0, 50.0, 0.1]
+    rewards = rng.normal(size=(3, 7, 3)) * [1.0, 50.0, 0.1]
     rewards[0, :, 1] = 0.9  # all equal, though their mean in float32 is not 0.9
     rewards[1, 2, 2] = np.nan  # that function gave none
     return rewards, np.array([1.0, 0.5, -2.0])
@@ -687,6 +687,9 @@ def test_decoupled_rewards_are_standardised_one_by_one_whatever_their_scale():
     expected = decoupled_by_hand(rewards, weights)
     found = Grpo(**DECOUPLED).judge(rewards, weights)
     np.testing.assert_allclose(found.advantages_PG, expected, rtol=2e-4, atol=1e-5)
+    # Here nothing takes the mean of a group off again.
+    uncentred = ReinforcePp(**DECOUPLED).judge(rewards, weights)
+    np.testing.assert_allclose(uncentred.advantages_PG, expected, rtol=2e-4, atol=1e-5)
     larger = Grpo(**DECOUPLED).judge(rewards * [1.0, 1.0, 1000.0], weights)
     np.testing.assert_allclose(larger.advantages_PG, expected, rtol=2e-4, atol=1e-4)
     summed = Grpo().judge(rewards, weights)
@@ -700,7 +703,7 @@ def test_decoupled_rewards_are_standardised_one_by_one_whatever_their_scale():
 
     alone = Rloo(**DECOUPLED, min_reward_std=10.0).judge(rewards, weights).advantages_PG
     only = decoupled_by_hand(rewards[..., 1:2], weights[1:2])  # the one with such a spread
-    np.testing.assert_allclose(alone, only * 4 / 3, rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(alone, only * 7 / 6, rtol=2e-4, atol=1e-5)
 
 
 def test_decoupled_rewards_keep_what_a_group_is_dropped_for_and_refuse_other_shapes():
@@ -762,6 +765,36 @@ def test_every_loss_sees_trained_tokens_alone_in_any_dtype_and_on_any_mesh(name)
     spread = run(*(jax.device_put(array, layout) for array in (*batch, mask)))
     np.testing.assert_allclose(spread[0], loss, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(spread[1], gradient, atol=1e-7)
+
+
+def test_the_share_of_clipped_tokens_is_of_those_whose_gradient_the_clip_changes():
+    log_probs, anchor, rewards, mask = make_batch(ratio=0.6)
+    A = np.asarray(Grpo().score(fold(rewards)).advantages_PG).reshape(-1, 1)
+    d = np.where(mask > 0, log_probs - anchor, 0.0)
+    r, mean = np.exp(d), d.sum(-1, keepdims=True) / mask.sum(-1, keepdims=True)
+    risen = np.exp(anchor) * (r - 1)
+    gate = 1 / (1 + np.exp(-np.where(A > 0, 4.0, 6.0) * (r - 1)))
+    clipped = {
+        "gspo": np.where(A > 0, mean > math.log(1.0004), mean < math.log(0.9997)) & (mask > 0),
+        "gmpo": np.where(A > 0, d > 0.4, d < -0.4),
+        "cispo": (r > 1.3) | (r < 0.8),
+        "sapo": 4 * gate * (1 - gate) < 0.5,
+        "dppo": np.where(A > 0, risen > 0.1, risen < -0.1),
+    }
+    options = {
+        "cispo": {"clip_low": 0.2, "clip_high": 0.3},
+        "sapo": {"tau_pos": 4.0, "tau_neg": 6.0},
+        "dppo": {"clip_low": 0.1, "clip_high": 0.1},
+    }
+    for name, expected in clipped.items():
+        _, metrics = loss_and_metrics(
+            getattr(losses, f"{name}_loss"),
+            *(log_probs, anchor, rewards, mask),
+            **options.get(name, {}),
+        )
+        share = (expected & (mask > 0)).sum() / mask.sum()
+        assert 0.05 < share < 0.95
+        np.testing.assert_allclose(metrics[f"{name}/clip_frac"], share, rtol=1e-5, err_msg=name)
 
 
 def test_the_signature_of_a_loss_tells_its_parameters_and_a_misspelt_one_is_refused():

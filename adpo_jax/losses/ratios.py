@@ -73,7 +73,7 @@ class Gmpo(GroupRelative):
         advantages = tokens.spread(A_PG)
         rising = jnp.minimum(log_ratio, self.clip_high)
         falling = jnp.maximum(log_ratio, -self.clip_low)
-        clipped = jnp.where(advantages > 0, rising, jnp.where(advantages < 0, falling, 0.0))
+        clipped = jnp.where(advantages > 0, rising, falling)
         mean_PG = tokens.sum(clipped) / shared.lengths(tokens)
         gain_P = (A_PG * shared.ratio(mean_PG)).mean(-1)
         is_clipped = (clipped != log_ratio) & (advantages != 0)
