@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import resource
 import shutil
@@ -62,7 +63,8 @@ def data_files(folder):
 
 
 def test_a_state_comes_back_with_its_step_metrics_and_sizes_of_streams(tmp_path):
-    restored = restore(saved(tmp_path))
+    restored = restore(saved(tmp_path / "checkpoints"))
+    assert json.loads((tmp_path / checkpoint_files.FIRST).read_text()) == {"step": 1}
     assert restored.step == 3
     assert restored.metrics == {"eval/accuracy": 0.3}
     assert restored.sizes == {"update": [[1, 64, 384, 6]]}
@@ -230,8 +232,8 @@ def test_a_state_saved_on_one_mesh_is_restored_on_another(tmp_path):
 
 
 def test_the_best_checkpoint_is_saved_at_once_and_kept_beside_the_newest(tmp_path):
-    values = {1: 0.1, 2: 0.7, 3: 0.2, 4: 0.7, 5: 0.3, 6: float("nan")}
-    with Checkpoints(tmp_path, save_freq=4, keep=1, best_metric="eval/accuracy") as checkpoints:
+    values = {1: 0.1, 2: 0.7, 3: 0.2, 4: 0.7, 5: 0.3, 6: float("nan"), 8: 0.3}
+    with Checkpoints(tmp_path, save_freq=4, keep=2, best_metric="eval/accuracy") as checkpoints:
         tried = []
         for step, value in values.items():
             metrics = {"eval/accuracy": value}
@@ -239,8 +241,8 @@ def test_the_best_checkpoint_is_saved_at_once_and_kept_beside_the_newest(tmp_pat
                 checkpoints.save(step, state(step), metrics)
                 checkpoints.wait()
                 tried.append(step)
-        assert tried == [1, 2, 4]
-        assert checkpoints.steps == [2, 4]
+        assert tried == [1, 2, 4, 8]
+        assert checkpoints.steps == [2, 4, 8]
 
 
 def test_of_checkpoints_that_are_equally_good_the_first_is_kept(tmp_path):
@@ -315,6 +317,7 @@ def test_saving_at_the_end_tries_again_by_itself(tmp_path, monkeypatch):
     fill_disk(monkeypatch, 2)
     monkeypatch.setattr(checkpoints_lib.time, "sleep", lambda s: None)
     with Checkpoints(tmp_path, save_freq=0, keep=5, max_failures=3) as checkpoints:
+        assert not checkpoints.is_due(1)
         checkpoints.save_now(1, state(1))
         assert checkpoints.steps == [1]
 
