@@ -175,6 +175,19 @@ def test_stop_tokens_wait_for_min_tokens():
     np.testing.assert_allclose(drawn.log_probs[0], np.log(1 / 5), atol=1e-4)
 
 
+def test_settings_that_change_nothing_compile_nothing_in():
+    assert SamplingParams().method == sampling.Method()
+    greedy = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.1)
+    assert greedy.method == sampling.Method(greedy=True)
+
+
+def test_stop_tokens_are_padded_to_a_multiple_of_eight():
+    for count in (0, 8, 9):
+        padded = SamplingParams(stop_token_ids=range(count)).knobs().stop_ids
+        rest = [-1] * ({0: 8, 8: 8, 9: 16}[count] - count)
+        assert padded.tolist() == [*range(count), *rest]
+
+
 def test_other_numbers_compile_nothing_new():
     one, other = SamplingParams(temperature=0.5, top_p=0.9), SamplingParams(top_p=0.2)
     assert one.method == other.method
