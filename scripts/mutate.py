@@ -59,9 +59,11 @@ MODULES: dict[str, tuple[list[str], list[str], str]] = {
     "update": (
         ["update/step.py", "update/gradient.py"],
         [
-            "tests/test_update.py",
+            "tests/test_mixtures.py::"
+            "test_the_load_of_a_batch_is_measured_by_hand_and_its_balance_is_a_mean_over_tokens",
             "tests/test_mixtures.py::"
             "test_the_auxiliary_loss_evens_out_the_experts_and_replayed_ones_are_counted",
+            "tests/test_update.py",
             _ANY_CUT,
             "tests/test_packing.py",
         ],

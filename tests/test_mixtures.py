@@ -27,7 +27,9 @@ from adpo_jax.rewards import Scores
 from adpo_jax.rollouts import recording
 from adpo_jax.serve import __main__ as serve
 from adpo_jax.update import init_state, make_log_probs, make_update, packing
+from adpo_jax.update.gradient import Load
 from adpo_jax.update.learner import check_experts
+from adpo_jax.update.step import _mixture_metrics
 
 # --- grouped products
 
@@ -352,6 +354,21 @@ def test_the_auxiliary_loss_evens_out_the_experts_and_replayed_ones_are_counted(
     # A quarter of the experts at random are those that the router would choose.
     assert 0.6 < metrics["router/replay_changed_frac"] < 0.9
     assert metrics["router/busiest"] > 1
+
+
+def test_the_load_of_a_batch_is_measured_by_hand_and_its_balance_is_a_mean_over_tokens():
+    """Two layers of four experts, two experts a token."""
+    load = Load(
+        jnp.array([[3.0, 1.0, 0.0, 4.0], [2.0, 2.0, 3.0, 1.0]]),
+        jnp.array([[1.0, 1.0, 0.5, 1.5], [0.5, 0.5, 2.0, 1.0]]),
+    )
+    metrics = _mixture_metrics(load)
+    assert metrics["router/busiest"] == pytest.approx((4 / 2 + 3 / 2) / 2)
+    assert metrics["router/idle_frac"] == pytest.approx(1 / 8)
+    of_layers = [4 * (3 + 1 + 0 + 6) / 16, 4 * (1 + 1 + 6 + 1) / 16]
+    assert metrics["router/balance_loss"] == pytest.approx(np.mean(of_layers))
+    # It has four of the ten tokens of a batch.
+    assert load.balance_loss(10.0) == pytest.approx(0.4 * np.mean(of_layers))
 
 
 def test_experts_of_another_model_are_refused():

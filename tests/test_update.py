@@ -96,6 +96,8 @@ def test_optimizer_state_is_born_with_the_layout_of_the_parameters():
     same = jax.tree.map(lambda m, p: m.sharding.is_equivalent_to(p.sharding, p.ndim), mu, params)
     assert all(jax.tree.leaves(same))
     assert "tensor" in str(mu["layers"]["q"].sharding.spec)
+    abstract = update.abstract_state(policy, adamw)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
 
 
 def is_adam(state):
