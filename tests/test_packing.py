@@ -215,6 +215,17 @@ def test_every_token_has_one_place_and_a_prompt_runs_once():
     assert np.count_nonzero(packed.micro.segments) == prompt_tokens + num_tokens
 
 
+def test_experts_lie_where_their_tokens_do_one_above_their_number():
+    sequences, _ = tiny.sequences()
+    first = sequences.completions[0][1]
+    experts = np.arange(6 * len(first), dtype=np.uint8).reshape(len(first), 3, 2)
+    sequences.completions[0][1] = dataclasses.replace(first, experts=experts)
+    packing_of = Packing(sequences, completions_per_micro=3, tile=4)
+    found = packing_of.unpacked(packing_of.batch(sequences).experts)
+    np.testing.assert_array_equal(found[0][1], experts + 1)
+    assert not found[0][0].any()  # a completion that says nothing of its experts
+
+
 def ragged(P=32, G=8, T=512, mean=120.0, seed=0, prompts=(70, 0.4)) -> Sequences:
     """Lengths as on GSM8K: prompts around 70 tokens, completions around 120, few at the limit."""
     rng = np.random.default_rng(seed)
@@ -234,6 +245,15 @@ def test_padding_stays_under_a_tenth_on_lengths_like_those_of_gsm8k(micro):
     cut = {"completions_per_micro": micro, "full_length": 512}
     fracs = [Packing(batch, **cut).padding_frac for batch in batches]
     assert np.mean(fracs) < 0.1
+
+
+@pytest.mark.parametrize("micro", [16, 64])
+def test_whole_groups_share_the_fewest_micro_batches_that_hold_them(micro):
+    for seed in range(2):
+        batch = ragged(seed=seed)
+        cut = {"completions_per_micro": micro, "full_length": 512}
+        packing_of = Packing(batch, **cut, whole_groups=True)
+        assert packing_of.num_micro == -(-batch.lengths.sum() // (micro * 512))
 
 
 @pytest.mark.parametrize("micro", [0, 16])
@@ -286,6 +306,18 @@ def test_sizes_are_few_so_that_few_updates_are_compiled():
         for seed in range(24)
     }
     assert len(shapes) <= 10
+
+
+def test_sizes_are_rounded_up_to_a_few_values_an_octave():
+    def values(name, sizes):
+        return sorted({getattr(size.rounded(1), name) for size in sizes})
+
+    listed = [packing.Size(1, 64, 64, n) for n in range(1, 33)]
+    assert values("listed", listed) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    completions = [packing.Size(1, 64, n, 1) for n in range(1025, 2049)]
+    assert values("completion", completions) == list(range(1088, 2049, 64))
+    prompts = [packing.Size(1, n, 1024, 1) for n in range(1, 1025)]
+    assert values("prompt", prompts) == list(range(32, 1025, 32))
 
 
 # All that is known of lengths beforehand is a guess: they stay, or fall as the policy learns.
