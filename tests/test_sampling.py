@@ -148,6 +148,15 @@ def test_truncation_keeps_what_sorting_keeps():
         np.testing.assert_array_equal(kept, expected)
 
 
+def test_truncation_tells_neighbouring_floats_apart_beside_minus_infinity():
+    top = np.random.default_rng(0).uniform(0.1, 50.0, 64).astype(np.float32)
+    least = np.full(64, -np.inf, np.float32)
+    logits = np.stack([least, np.nextafter(top, 0), top, 2 * top], axis=-1)
+    params = SamplingParams(top_k=2)
+    kept = sampling.truncate(jnp.asarray(logits), params.knobs(), params.method) > -jnp.inf
+    np.testing.assert_array_equal(kept, [[False, False, True, True]] * 64)
+
+
 def test_a_uniform_at_either_end_points_at_a_token_with_mass():
     logits = jnp.array([[-jnp.inf, 0.0, 1.0, -jnp.inf]] * 2)
     ends = jnp.array([[0.0, 0.0], [1 - 2**-24] * 2], jnp.float32)
