@@ -341,7 +341,7 @@ def _data() -> dict[str, Key]:
             "are left out alone, and others, such as <answer> where the tokenizer made it one, "
             "stay",
         ),
-        "train_batch_size": Key(128, "prompts an iteration", least=1),
+        "train_batch_size": Key(128, "prompts an iteration", least=1, most=1_000_000),
         "shuffle": Key(True, "a new order each epoch; false for that of the data"),
         "train_max_samples": Key(-1, "train on the first so many rows; -1 for all", least=-1),
         "max_val_samples": Key(

@@ -4,7 +4,6 @@ Only the parameters of a checkpoint are read, not the rest of the training state
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from adpo_jax.config import default_config
 from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
+from adpo_jax.hf.files import read_json
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.run import datasets, loading
@@ -157,16 +157,16 @@ def _run_and_step(path: Path) -> tuple[RunFolder | None, str | None]:
 def _is_run(folder: Path) -> bool:
     config = RunFolder(folder).config
     try:
-        return "actor_rollout_ref" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+        return "actor_rollout_ref" in read_json(config)
+    except ValueError:
+        return False  # whoever reads it as a model's says what is wrong with it
 
 
 def _run_config(run: RunFolder):
     """The run's config; keys that are newer than the file have their defaults."""
     config = default_config()
     with config.unlocked(), config.ignore_type():
-        config.update(json.loads(run.config.read_text(encoding="utf-8")))
+        config.update(read_json(run.config))
     return config
 
 

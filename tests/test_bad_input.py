@@ -330,6 +330,26 @@ COMMAND_LINES = {
     ),
     "a config that is not there": (["--config=gsm9k"], "arithmetic, calculator, gsm8k"),
     "a config by a path of elsewhere": (["--config=x/gsm8k.py"], "did you mean --config=gsm8k?"),
+    "a reward function that is a number": (
+        [ARITHMETIC, "--config.reward_functions=[1,2]"],
+        'error: reward_functions: wanted dicts with "name"',
+    ),
+    "a number that no machine counts to": (
+        [ARITHMETIC, f"--config.trainer.seed={10**22}"],
+        "error: trainer.seed is at most 2,147,483,647; given 10,000,000,000,000,000,000,000",
+    ),
+    "a batch that fills the memory": (
+        [ARITHMETIC, "--config.data.train_batch_size=1999999999"],
+        "error: data.train_batch_size is in [1, 1e+06], given 1999999999",
+    ),
+    "no rows": (
+        [ARITHMETIC, "--config.data.train_max_samples=0"],
+        "error: data.train_max_samples is -1 for all rows, or at least 1; given 0",
+    ),
+    "half a dict": (
+        [ARITHMETIC, "--config.data.chat_template_kwargs={"],
+        """error: --config.data.chat_template_kwargs is a dict, as in "{'name': value}"; given '{'""",
+    ),
     "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),
     "nothing to resume": ([ARITHMETIC, "--resume=must"], "has no checkpoint"),
     "nothing to replay": ([ARITHMETIC, "--replay=nowhere"], "there is no folder nowhere"),
@@ -637,6 +657,8 @@ DURING = {
     "no list": ("return 1.0", "got no list"),
     "nothing": ("return None", "got no list"),
     "an empty dict": ("return {}", "empty dict"),
+    "leaves": ("import sys; sys.exit(0)", "SystemExit: 0"),
+    "beyond float32": ("return [1e39] * len(completions)", "the reward of sample 0 is 1e+39"),
 }
 SHORT = (
     "--config.sft.steps=0",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from adpo_jax import pretrained
 from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic
 from adpo_jax.policy import Policy, adapters
@@ -329,6 +330,23 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(folder):
     assert result.returncode == 2, result.stderr
     assert "config.json is no regular file" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+DEEP = {"a list": "[" * 200_000, "an object": '{"a":' * 100_000}
+
+
+@pytest.mark.parametrize("how", ["a pipe", "an endless device", *DEEP])
+def test_whoever_loads_a_model_is_told_of_its_config_in_one_sentence(how, folder):
+    config = folder / "config.json"
+    config.unlink()
+    if how == "a pipe":
+        os.mkfifo(config)
+    elif how == "an endless device":
+        config.symlink_to("/dev/zero")
+    else:
+        config.write_text(DEEP[how])
+    with pytest.raises(ValueError, match=r"config\.json (is no regular file|has more than 64)"):
+        pretrained.load(folder)
 
 
 # --- folders that are good and were refused, or read in part

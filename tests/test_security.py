@@ -64,7 +64,8 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow/abc+\n-----END RSA PRIVATE KEY---
     "name",
     ["pwd", "auth", "PGPASSWORD", "MYSQL_PWD", "apiKeys", "api_keys", "basic_auth", "clientSecret",
      "dbPassword", "apikey", "x-auth-token", "jwt", "cookie", "access_credentials", "proxyAuth",
-     "sessionToken", "openaiApiKey"],
+     "sessionToken", "openaiApiKey", "db_pass", "user_pw", "GITHUB_PAT", "cred", "otp", "pin",
+     "session_id", "sas", "connection_string", "webhook_url"],
 )  # fmt: skip
 def test_a_name_of_a_secret_is_known_however_it_is_written(name):
     assert redacted({name: "hunter2"}) == {name: REDACTED}
@@ -88,6 +89,11 @@ def test_a_name_of_a_secret_is_known_however_it_is_written(name):
         ("hunter2", "postgres://me:hunter2@host:5432/x"),
         ("hunter2", "redis://:hunter2@host"),
         ("p:w@rd", "https://me:p:w@rd@host/x"),
+        ("a1B2c3D4e5F6", "git clone https://a1B2c3D4e5F6@github.com/me/x"),
+        ("hunter2", "log in with Password: hunter2 first"),
+        ("hunter2", "curl -u me:hunter2 https://host"),
+        ("T0AB/B0CD/xyz", "tell https://hooks.slack.com/T0AB/B0CD/xyz"),
+        ("12/abc-DEF", "tell https://discord.com/api/webhooks/12/abc-DEF"),
         (JWT, f"the judge takes {JWT} alone"),
         (PEM, f"key:\n{PEM}\nend"),
         ("-----BEGIN PRIVATE KEY-----\nMIIEow", "-----BEGIN PRIVATE KEY-----\nMIIEow"),
@@ -105,6 +111,11 @@ def test_a_name_of_a_secret_is_known_however_it_is_written(name):
                 "glpat-" + "a1B2" * 5,
                 "sk_live_" + "a1B2" * 6,
                 "npm_" + "a1B2" * 9,
+                "dapi" + "a1b2" * 8,
+                "lin_api_" + "a1B2" * 8,
+                "dop_v1_" + "a1b2" * 16,
+                "xai-" + "a1B2" * 8,
+                "SK" + "a1b2" * 8,
             )
         ],
     ],
@@ -130,6 +141,7 @@ def test_a_secret_inside_a_text_is_known_by_its_form_or_the_name_before_it(secre
         {"system_prompt": "Each token counts. The author is a risk-taker: sk-1."},
         {"url": "https://host:8000/v1?model=a&max_tokens=5&n=1#author=me"},
         {"path": "/data/hf_models/ghp/eyJ/AKIA", "name": "desk-" + "lamp-" * 6},
+        {"url": "ssh://git@github.com/me/x", "note": "The password: {answer}", "bypass": "x"},
         {"command": "judge.py --max-tokens 5 --tokenizer x --author=me TOKEN=$TOKEN"},
     ],
 )

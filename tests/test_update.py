@@ -331,6 +331,8 @@ def test_what_is_given_in_a_wrong_place_is_told_in_words():
     run = update.make_update(policy, algorithm, SGD)
     state = update.init_state(policy, params, SGD)
     scores = algorithm.score(jnp.asarray(rewards))
+    engine, one = Engine(policy, max_prompt_length=4, max_response_length=4), SamplingParams()
+    one = dataclasses.replace(one, max_tokens=4)
     for call, text in (
         (lambda: update.init_state(params, policy, SGD), "policy is a Policy .* given dict"),
         (lambda: update.init_state(policy, params, None), "optimizer is a GradientTransf"),
@@ -350,7 +352,20 @@ def test_what_is_given_in_a_wrong_place_is_told_in_words():
         (lambda: Engine((policy, params), max_prompt_length=4, max_response_length=4),
          "given tuple. The parameters go to `generate`"),
         (lambda: Engine(policy, max_prompt_length=0, max_response_length=4),
-         "max_prompt_length is 1 or more; given 0"),
+         "max_prompt_length is a whole number, 1 or more; given 0"),
+        (lambda: Engine(policy, max_prompt_length="a", max_response_length=4),
+         "max_prompt_length is a whole number, 1 or more; given 'a'"),
+        (lambda: SamplingParams(max_tokens="a"), "max_tokens is a number; given 'a'"),
+        (lambda: engine.generate(None, [[1]], one, jax.random.key(0)),
+         "params is the policy's parameter tree, .* given NoneType"),
+        (lambda: engine.generate(params, [[1]], one, 0), r"key is a jax.random.key.* given int"),
+        (lambda: engine.session(params, one, 0), r"key is a jax.random.key.* given int"),
+        (lambda: update.init_state(policy, None, SGD), "parameter tree, .* given NoneType"),
+        (lambda: update.make_update(policy, algorithm, SGD, num_micro=0), "num_micro is .* given 0"),
+        (lambda: update.make_update(policy, algorithm, SGD, router_aux_loss_coef=0.1),
+         "router_aux_loss_coef .* the model has none"),
+        (lambda: losses.adpo_loss(rewards, rewards, rewards[:, 0], None),
+         "adpo_loss needs completion_mask, an array; given None"),
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=text):
             call()

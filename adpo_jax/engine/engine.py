@@ -16,6 +16,7 @@ Letters: P prompts, n samples of a prompt, T tokens.
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.verbs import DecodeState, Verbs
+from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Completions
 
@@ -89,8 +91,8 @@ class Engine:
             "max_response_length": max_response_length,
         }
         for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is 1 or more; given {value}")
+            if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+                raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
         given = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
@@ -257,6 +259,7 @@ class Engine:
           on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
         """
         prompts = self.checked(prompts, sampling)
+        _check_given(params, key)
         if keys is None:
             keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), sampling.n))
         requests = [
@@ -307,6 +310,7 @@ class Engine:
         Raises:
           ValueError: for settings that the engine was not made for.
         """
+        _check_given(params, key)
         return Session(self, params, sampling, key, version=version, keeps_turns=keeps_turns)
 
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
@@ -360,6 +364,12 @@ class Engine:
                 f"{name} has token ids outside [0, {V}): {tokens.min()} to {tokens.max()} given"
             )
         return tokens.astype(np.int32)
+
+
+def _check_given(params, key) -> None:
+    parameters.check_params(params)
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key is a jax.random.key(seed); given {type(key).__name__}")
 
 
 def _device(policy: Policy) -> jax.Device:

@@ -13,6 +13,7 @@ Letters: B rows, P prompts, V vocabulary, N blocks of the vocabulary, W tokens o
 
 import dataclasses
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,9 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
+        for name in ("n", "temperature", "top_k", "top_p", "min_p", "max_tokens", "min_tokens"):
+            if not isinstance(getattr(self, name), numbers.Real):
+                raise ValueError(f"{name} is a number; given {getattr(self, name)!r}")
         rules = {
             "n": (self.n >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),

@@ -14,6 +14,7 @@ REDACTED = "<redacted>"
 # "max_tokens", "eos_token_id" and "author" are not.
 _WORDS = (
     "keys?|tokens?_secret|token|auth|bearer|jwt|sig|signature|authorization|cookies?|dsn|secrets?"
+    "|pass|pw|pat|creds?|otp|pin|sas|session_?id|webhook|webhook_url|connection_string|conn_str"
 )
 # These end a secret's name whatever stands before them, as in "PGPASSWORD".
 _ENDINGS = "passwords?|passwd|passphrase|pwd|apikeys?|apisecret|authtoken|credentials?"
@@ -31,7 +32,8 @@ NO_SECRETS = ("prompt_key", "answer_key", "completion_key", "category_key")
 _SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]|\W*", re.DOTALL)
 # Secrets that are known by their own form: private keys, JSON web tokens, the keys of Hugging Face,
 # OpenAI and those who write theirs alike, GitHub, GitLab, Slack, AWS, Google, Stripe, npm, PyPI,
-# SendGrid, NVIDIA, Groq, Replicate. A W&B key is 40 hexadecimal digits and nothing else; inside of
+# SendGrid, NVIDIA, Groq, Replicate, Databricks, Linear, DigitalOcean, xAI, Twilio; the addresses
+# of Slack's and Discord's webhooks. A W&B key is 40 hexadecimal digits and nothing else; inside of
 # a longer text such digits are a commit in the path of a snapshot.
 _SECRET_VALUE = re.compile(
     r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"
@@ -42,9 +44,11 @@ _SECRET_VALUE = re.compile(
     r"|gl[a-z]{2,5}-[A-Za-z0-9_-]{20,}|xox[a-z]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}"
     r"|A[KS]IA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}|npm_[A-Za-z0-9]{30,}"
     r"|pypi-[A-Za-z0-9_-]{30,}|SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}|nvapi-[A-Za-z0-9_-]{20,}"
-    r"|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,})"
+    r"|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}|dapi[0-9a-f]{32}|lin_api_[A-Za-z0-9]{20,}"
+    r"|do[opr]_v1_[0-9a-f]{32,}|xai-[A-Za-z0-9]{20,}|SK[0-9a-f]{32})"
+    r"|(?<=hooks\.slack\.com/)[^\s\"']+|(?<=/api/webhooks/)[^\s\"']+"
     r"|(?<=\bBearer )[^\s\"']+|\A[0-9a-f]{40}\Z"
-    r"|(?<=://)[^/\s:?#]*:[^/\s?#]*(?=@)",
+    r"|(?<=://)[^/\s:?#@]*:[^/\s?#@]*(?=@)|(?<=://)[^/\s:?#@]{12,}(?=@)",
     re.DOTALL,
 )
 # Secrets that are known by a name before them in the same text: headers, the fields of an address
@@ -57,6 +61,9 @@ _NAMED = re.compile(
     r"(?P<value>[^\s\"'&;,{$<][^\s\"'&;,]*)"
     r"|(?P<flag>(?<!\S)--?[\w-]{0,60}(?i:password|passwd|token|api-?key|secret)\s+[\"']?)"
     r"(?P<flag_value>[^\s\"'{$<-][^\s\"']*)"
+    rf"|(?P<told>(?i:\b[\w-]{{0,40}}(?:{_ENDINGS})\s{{0,9}}:\s{{0,9}})[\"']?)"
+    r"(?P<told_value>[^\s\"'{$<][^\s\"']*)"
+    r"|(?P<user>(?<!\S)(?:-u|--user)[ =][\"']?[^\s:\"']{1,100}:)(?P<user_value>[^\s\"'{$<]+)"
 )
 
 
@@ -97,7 +104,7 @@ def _redacted(value: Any, secret: bool) -> Any:
 
 def _without_value(match: re.Match) -> str:
     """What `_NAMED` found, without the secret in it."""
-    before = match["header"] or match["flag"]
+    before = match["header"] or match["flag"] or match["told"] or match["user"]
     if before is None:
         in_address = match["before"][0] in "?&"
         # "key" alone is a word of many texts.

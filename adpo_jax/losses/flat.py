@@ -103,6 +103,10 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
             "teacher": told.get("teacher_log_probs"),
             "divergence": told.get("divergence"),
         }
+        given = {"log_probs": log_probs, "rewards": rewards, "completion_mask": completion_mask}
+        missing = [name for name, value in given.items() if value is None]
+        if missing:
+            raise TypeError(f"{loss.__name__} needs {missing[0]}, an array; given None")
         made = algorithm(**parameters)
         rewards = jnp.asarray(rewards), reward_weights
         return _flat_loss(made, found, rewards, completion_mask, num_generations, entropy)

@@ -480,3 +480,16 @@ def _declare(module: _Model | _Layer, rows: tuple[Parameter, ...]) -> None:
     for row in rows:
         if row.when(module.config):
             module.param(row.name, row.init(module.config), row.shape(module.config), module.dtype)
+
+
+def check_params(params: Any) -> None:
+    """Refuses what is no parameter tree of a policy.
+
+    Raises:
+      TypeError: saying what it is.
+    """
+    if not isinstance(params, Mapping) or "layers" not in params:
+        raise TypeError(
+            "params is the policy's parameter tree, the second of what Policy.from_pretrained "
+            f"returns; given {type(params).__name__}"
+        )

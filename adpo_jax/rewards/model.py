@@ -5,7 +5,8 @@ import contextlib
 import dataclasses
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -310,7 +311,7 @@ class RewardModel:
             raise self._error(
                 function, str(error), error.index, completions, columns, nonfinite=error.nonfinite
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             index = _culprit(self._found[i], function, completions, columns, state)
             message = f"{type(error).__name__}: {error}"
             text = traceback.format_exc()
@@ -436,7 +437,15 @@ class RewardModel:
 
 async def _all_ended(awaitables: list) -> list:
     """The results of all, or what they raised."""
-    return await asyncio.gather(*awaitables, return_exceptions=True)
+    return await asyncio.gather(*map(_without_exit, awaitables), return_exceptions=True)
+
+
+async def _without_exit(awaitable: Awaitable) -> Any:
+    """What is awaited; an attempt to end the process becomes an error like others."""
+    try:
+        return await awaitable
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
 
 
 def _joined(replies: list[dict]) -> tuple[dict[str, list[float]], dict[str, list]]:
@@ -482,6 +491,6 @@ def _culprit(
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             custom.grade(found, function, completions[i : i + 1], one, state)
-        except Exception:
+        except (Exception, SystemExit):
             return i
     return None

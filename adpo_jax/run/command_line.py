@@ -26,6 +26,9 @@ Keys of the config are set as --config.KEY=VALUE, for example --config.algorithm
 Configs that come with the package: {names}."""
 # What absl says of a value that a flag cannot take, and what it means.
 _ILLEGAL = re.compile(r"flag --?([\w.]+)=(.*?): (.*)", re.DOTALL)
+_NO_DICT = re.compile(
+    r"flag --?([\w.]+)=.*?: Failed to parse '(.*)' as a ConfigDict: .*", re.DOTALL
+)
 _REASONS = {
     "invalid literal for int": "a whole number",
     "could not convert string to float": "a number",
@@ -112,6 +115,9 @@ def _in_words(error: Exception) -> str:
     text = str(error).strip()
     if "Traceback" in text:
         return text.splitlines()[-1].removeprefix("ValueError: ")
+    if broken := _NO_DICT.fullmatch(text):
+        name, value = broken.groups()
+        return f"--{name} is a dict, as in \"{{'name': value}}\"; given {value!r}"
     if illegal := _ILLEGAL.fullmatch(text):
         name, value, reason = illegal.groups()
         found = [wanted for words, wanted in _REASONS.items() if words in reason]

@@ -16,9 +16,12 @@ from ml_collections import ConfigDict
 from adpo_jax import losses
 from adpo_jax.config import Key, declarations, default_config, keys
 from adpo_jax.run import metric_names
+from adpo_jax.run.reward_functions import reward_functions
 from adpo_jax.run.whole_keys import section, whole_keys
 
 # The names that a folder may have: one part of a path, and not hidden.
+# Of whole numbers: what an int32 holds.
+LARGEST = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 
 
@@ -78,6 +81,9 @@ def validate(config: ConfigDict) -> None:
         betas = _value(config, name)
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"{name} are two numbers in [0, 1), given {tuple(betas)}")
+    if config.data.train_max_samples == 0:
+        raise ValueError("data.train_max_samples is -1 for all rows, or at least 1; given 0")
+    reward_functions(config)
     _check_paths(config)
     _check_anchor(config)
     _check_ahead(config)
@@ -105,6 +111,8 @@ def _check_value(name: str, key: Key, value) -> None:
     if key.choices and value not in key.choices:
         choices = ", ".join(filter(None, key.choices))
         raise ValueError(f"{name} is one of {choices}; given {value!r}")
+    if type(value) is int and abs(value) > LARGEST:
+        raise ValueError(f"{name} is at most {LARGEST:,}; given {value:,}")
     if value is None or key.least is None:
         return
     if key.most is not None and not key.least <= value <= key.most:

@@ -29,6 +29,7 @@ from pathlib import Path, PurePath
 
 from ml_collections import ConfigDict
 
+from adpo_jax.hf.files import read_json
 from adpo_jax.run import checkpoint_files
 from adpo_jax.run.checkpoint_files import complete_steps
 from adpo_jax.run.identity import CONTENTS, as_json, changes, may_change
@@ -309,11 +310,9 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            return json.loads(self.config.read_text(encoding="utf-8"))
+            return read_json(self.config)
         except ValueError as error:
-            raise ValueError(
-                f"{self.config} is no JSON: {error}; choose another --workdir"
-            ) from None
+            raise ValueError(f"{error}; choose another --workdir") from None
 
     def _changes(self, here: dict) -> dict[str, str]:
         """The keys whose values differ from the saved config's, with both values."""

@@ -45,6 +45,7 @@ from adpo_jax.run.environments import (
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interruption
 from adpo_jax.run.loading import FixedPolicy, ModelSource
+from adpo_jax.run.reward_functions import reward_functions
 from adpo_jax.run.whole_keys import section, whole_keys
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
@@ -247,42 +248,6 @@ def make_reward_model(
             on_timeout=c.on_timeout,
             given=environments.rewards if environments else (),
         )
-
-
-def reward_functions(config: ConfigDict) -> list[RewardFunction]:
-    """The functions of `reward_functions`, or the single one that its short form names.
-
-    The short form is verl's: custom_reward_function.path and name with reward_model.reward_kwargs.
-
-    Raises:
-      ValueError: for both at once, or an entry that is no function.
-    """
-    c = config.custom_reward_function
-    short = {"path": c.path, "name": c.name, "kwargs": config.reward_model.reward_kwargs.to_dict()}
-    if config.reward_functions and (short["path"] or short["kwargs"]):
-        raise ValueError(
-            "reward_functions takes the place of custom_reward_function.path and "
-            "reward_model.reward_kwargs; give each function its own path and kwargs there"
-        )
-    if not config.reward_functions and not short["name"] and not short["path"]:
-        return []
-    return [_reward_function(entry) for entry in config.reward_functions or [short]]
-
-
-def _reward_function(entry) -> RewardFunction:
-    known = ("path", "name", "weight", "kwargs")
-    entry = dict(entry) if isinstance(entry, Mapping | ConfigDict) else entry
-    if not isinstance(entry, dict) or "name" not in entry or entry.keys() - {*known}:
-        raise ValueError(
-            'reward_functions: wanted dicts with "name" and, where needed, "path", "weight" '
-            f'and "kwargs"; given {str(entry)[:200]!r}'
-        )
-    return RewardFunction(
-        path=entry.get("path") or None,
-        name=entry["name"],
-        weight=entry.get("weight", 1.0),
-        kwargs=dict(entry.get("kwargs") or {}),
-    )
 
 
 def check_rewards(

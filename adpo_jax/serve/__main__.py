@@ -38,7 +38,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
     add("--allow-control-tokens", action="store_true", help=meant)
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000, help="0 for any that is free")
+    add("--port", type=_number(int, 0, 65535), default=8000, help="0 for any that is free")
     add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
     several = "; may be given more than once"
     add(
@@ -56,25 +56,62 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     weights = "lets /update_weights take weights from folders in it, and /pause and /resume work"
     add("--weights-root", type=Path, help=f"a folder; {weights}")
-    add("--slots", type=int, default=64, help="completions decoded at once, at most")
+    add("--slots", type=_number(int, 1), default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
-    add("--max-prompt-length", type=int, help=half)
-    add("--max-response-length", type=int, help=half)
+    add("--max-prompt-length", type=_number(int, 1), help=half)
+    add("--max-response-length", type=_number(int, 1), help=half)
     longer = "of a text that is tokenised; by default 16 times --max-prompt-length"
-    add("--max-prompt-characters", type=int, help=longer)
+    add("--max-prompt-characters", type=_number(int, 1), help=longer)
     experts = "tell the experts of a mixture that each token went through (/inference/v1/generate)"
     add("--enable-return-routed-experts", action="store_true", help=experts)
-    add("--steps-per-dispatch", type=int, default=4, help="tokens that come at once")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="of the device's memory")
-    add("--max-requests", type=int, default=256, help="under way at once; others get a 429")
+    add("--steps-per-dispatch", type=_number(int, 1), default=4, help="tokens that come at once")
+    add(
+        "--gpu-memory-utilization",
+        type=_number(float, 0),
+        default=0.9,
+        help="of the device's memory",
+    )
+    add(
+        "--max-requests",
+        type=_number(int, 1),
+        default=256,
+        help="under way at once; others get a 429",
+    )
     of_one = "under way at once from one address; by default half of --max-requests"
-    add("--max-requests-per-client", type=int, help=of_one)
-    add("--max-body-bytes", type=int, default=1 << 20, help="of a request")
+    add("--max-requests-per-client", type=_number(int, 1), help=of_one)
+    add("--max-body-bytes", type=_number(int, 1), default=1 << 20, help="of a request")
     seconds = "seconds for the head of a request to arrive, and no more from a silent client"
-    add("--head-timeout", type=float, default=10.0, help=seconds)
-    add("--body-timeout", type=float, default=30.0, help="seconds for the body of a request")
-    add("--drain-seconds", type=int, default=60, help="for requests under way after SIGTERM")
+    add("--head-timeout", type=_number(float, 0), default=10.0, help=seconds)
+    add(
+        "--body-timeout",
+        type=_number(float, 0),
+        default=30.0,
+        help="seconds for the body of a request",
+    )
+    add(
+        "--drain-seconds",
+        type=_number(int, 0),
+        default=60,
+        help="for requests under way after SIGTERM",
+    )
     return parser.parse_args(argv)
+
+
+def _number(kind: type, least: float, most: float = 2**31 - 1):
+    """What argparse makes a number of, within bounds."""
+
+    def number(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            what = "a whole number" if kind is int else "a number"
+            bounds = f"{least:,} to {most:,}" if most < 2**31 - 1 else f"at least {least:,}"
+            raise argparse.ArgumentTypeError(f"wanted {what}, {bounds}; given {text!r:.40}")
+        return value
+
+    return number
 
 
 def read_api_key(a: argparse.Namespace) -> str | None:

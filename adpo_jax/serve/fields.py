@@ -42,6 +42,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise ApiError(f"the body is no valid JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):
         raise ApiError("the body must be a JSON object")
+    if b"\\ud" in body.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ApiError(
+                f"the body has half a character, \\u{ord(half):04x}: such escapes come in pairs"
+            ) from None
     return value
 
 

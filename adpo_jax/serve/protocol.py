@@ -45,6 +45,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "verbosity": ("medium",),
+    "include_reasoning": (True,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),

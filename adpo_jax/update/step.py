@@ -22,6 +22,7 @@ from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
+from adpo_jax.model.parameters import check_params
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
 from adpo_jax.update.gradient import Gradient, Load, Scored, Scorer, Teacher
@@ -150,10 +151,11 @@ def init_state(
     that are to outlive the first update: `jax.tree.map(jnp.copy, params)`.
 
     Raises:
-      TypeError: for a policy or an optimizer that is none.
+      TypeError: for a policy, parameters or an optimizer that are none.
     """
     _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
+    check_params(params)
     trained, frozen = lora.split(params)
     checksum = lora.checksum(frozen) if policy.lora else None
     if policy.mesh is None:
@@ -269,6 +271,13 @@ def make_update(
     _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
     _check_kind("algorithm", algorithm, Algorithm | Imitation, "losses.Adpo(), with its brackets")
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
+    if not (isinstance(num_micro, int) and num_micro >= 1):
+        raise ValueError(f"num_micro is a whole number, 1 or more; given {num_micro!r}")
+    if router_aux_loss_coef and not policy.config.mixture:
+        raise ValueError(
+            "router_aux_loss_coef spreads tokens over the experts of a mixture, and the model has "
+            "none; leave it 0"
+        )
 
     scorer = Scorer(
         policy,
