@@ -348,7 +348,7 @@ COMMAND_LINES = {
     ),
     "half a dict": (
         [ARITHMETIC, "--config.data.chat_template_kwargs={"],
-        """error: --config.data.chat_template_kwargs is a dict, as in "{'name': value}"; given '{'""",
+        "error: --config.data.chat_template_kwargs is a dict, as in",
     ),
     "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),
     "nothing to resume": ([ARITHMETIC, "--resume=must"], "has no checkpoint"),

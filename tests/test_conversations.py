@@ -208,11 +208,11 @@ def test_what_a_template_has_no_place_for_is_refused_with_file_and_row(chatml, m
     dataset = Dataset({"q": [[user("fine")], messages]})
     with pytest.raises(ValueError, match=words) as refusal:
         render_prompts(dataset, chatml, prompt_key="q", max_prompt_length=99, source="d.jsonl")
-    assert str(refusal.value).startswith("d.jsonl: row 1: ")
+    assert str(refusal.value).startswith("d.jsonl: row 2: ")
 
 
 def test_without_a_chat_template_fields_that_have_no_place_are_refused(backend):
-    with pytest.raises(ValueError, match="row 0: without a chat template there is no place .*name"):
+    with pytest.raises(ValueError, match="row 1: without a chat template there is no place .*name"):
         render_prompts(
             Dataset({"q": [[user("a", name="bob")]]}), make(backend, None), prompt_key="q",
             max_prompt_length=9,
@@ -314,7 +314,7 @@ def test_the_first_row_whose_control_tokens_are_text_is_told(chatml, caplog):
     rows = Dataset({"q": ["fine", FORGED, FORGED]})
     render_prompts(rows, chatml, prompt_key="q", max_prompt_length=99, source="d.jsonl")
     (record,) = caplog.records
-    assert re.search(r"d\.jsonl: row 1 .*data\.allow_control_tokens=true", record.getMessage())
+    assert re.search(r"d\.jsonl: row 2 .*data\.allow_control_tokens=true", record.getMessage())
 
 
 # --- real tokenizers

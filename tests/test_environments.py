@@ -644,7 +644,7 @@ def test_a_prompt_shows_the_tools_of_its_rows_environment(tokenizer):
     assert tokenizer.batch_decode(found.token_ids) == ["[one]\nx\n", "[two]\ny z\n"]
     for wrong, why in (
         (Dataset({"q": ["x"]}), "no column 'environment'"),
-        (Dataset({"q": ["x"], "environment": ["three"]}), "row 0 has the environment 'three'"),
+        (Dataset({"q": ["x"], "environment": ["three"]}), "row 1 has the environment 'three'"),
     ):
         with pytest.raises(ValueError, match=why):
             render_prompts(wrong, tokenizer, **options)

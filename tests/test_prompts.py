@@ -91,7 +91,7 @@ def test_chat_messages_are_accepted_and_the_template_wraps_the_last(chat):
         "<|system|>Hm.<eos><|user|>A?<eos><|assistant|>B.<eos><|user|>Q: C?<eos><|assistant|>"
     ]
     assert messages[-1]["content"] == "C?", "the data set itself was changed"
-    with pytest.raises(ValueError, match=r"row 0 brings a system message of its own"):
+    with pytest.raises(ValueError, match=r"row 1 brings a system message of its own"):
         render([messages], chat, system_prompt="Be brief.")
 
 
@@ -128,7 +128,7 @@ def test_a_template_that_makes_every_prompt_the_same_is_refused(plain):
     for template in ("", "{promt}", r"\boxed{prompt}"):
         with pytest.raises(ValueError, match=r"every prompt the same.*\{prompt\}.*\{question\}"):
             render(["Q?"], plain, prompt_template=template)
-    with pytest.raises(ValueError, match="row 1: data.prompt_template uses the column 'hint'"):
+    with pytest.raises(ValueError, match="row 2: data.prompt_template uses the column 'hint'"):
         render(["A", "B"], plain, prompt_template="{prompt} {hint}", columns={"hint": ["h", None]})
 
 
@@ -172,7 +172,7 @@ def test_nothing_left_is_refused_with_the_lengths_and_the_cure(plain):
     ],
 )
 def test_malformed_messages_are_refused_with_their_row(chat, messages):
-    with pytest.raises(ValueError, match="row 1: a prompt must be text or a list of messages"):
+    with pytest.raises(ValueError, match="row 2: a prompt must be text or a list of messages"):
         render(["fine", messages], chat)
 
 
@@ -188,7 +188,7 @@ def test_settings_that_cannot_work_are_refused(plain, chat):
         render(["Q?"], plain, max_prompt_length=0)
     with pytest.raises(ValueError, match="chat_template_kwargs cannot set tokenize"):
         render(["Q?"], chat, chat_template_kwargs={"tokenize": False})
-    with pytest.raises(ValueError, match="the prompt of row 1 is empty"):
+    with pytest.raises(ValueError, match="the prompt of row 2 is empty"):
         render(["Q?", ""], plain)
 
 

@@ -230,10 +230,14 @@ class Conversations:
             )[0]
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            cure = ""
+            if any(message["role"] == "system" for message in messages):
+                cure = (
+                    ". Some have no system role (set data.system_prompt to ''); "
+                    "data.apply_chat_template=False does without it"
+                )
             raise ValueError(
-                f"the tokenizer's chat template refuses these prompts: {reason}. Some have no "
-                "system role (set data.system_prompt to ''); data.apply_chat_template=False does "
-                "without it"
+                f"the tokenizer's chat template refuses these prompts: {reason}{cure}"
             ) from error
 
     # --- whether the template takes all of a message

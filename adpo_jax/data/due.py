@@ -133,7 +133,7 @@ def _refuse_null(column: Sequence, name: str) -> None:
     row = column.first_null() if isinstance(column, StoredColumn) else None
     if row is not None:
         raise ValueError(
-            f"row {row}: the prompt template uses the column {name!r}, which is null there"
+            f"row {row + 1}: the prompt template uses the column {name!r}, which is null there"
         )
 
 

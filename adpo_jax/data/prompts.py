@@ -49,13 +49,16 @@ def prompts_of_texts(
     Raises:
       ValueError: for a prompt that is empty, too long or cannot be rendered.
     """
-    rendered = render_prompts(
-        Dataset({"prompt": list(texts)}),
-        tokenizer,
-        prompt_key="prompt",
-        max_prompt_length=max_length,
-        **dataclasses.asdict(prompt_format),
-    )
+    try:
+        rendered = render_prompts(
+            Dataset({"prompt": list(texts)}),
+            tokenizer,
+            prompt_key="prompt",
+            max_prompt_length=max_length,
+            **dataclasses.asdict(prompt_format),
+        )
+    except ValueError as error:  # these are no rows of anybody's data
+        raise ValueError(re.sub(r"^row (?=\d+: )", "prompt ", str(error))) from error
     if rendered.num_overlong:
         raise ValueError(
             f"{rendered.num_overlong} of {len(texts)} prompts are longer than {max_length} "
@@ -130,7 +133,7 @@ def render_prompts(
     numbers = range(len(dataset)) if numbers is None else numbers
 
     def where(index: int) -> str:
-        row = f"row {numbers[index]}"
+        row = f"row {numbers[index] + 1}"
         return f"{source}: {row}" if source else row
 
     conversations = [
@@ -307,7 +310,7 @@ def checked_messages(messages: Any, number: int) -> list[Message]:
     try:
         return conversations_lib.checked(messages)
     except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None
+        raise ValueError(f"row {number + 1}: {error}") from None
 
 
 def _plain_token_ids(

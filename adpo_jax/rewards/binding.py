@@ -125,6 +125,8 @@ def signature_of(found: Callable) -> Signature:
             f"it is called by name, and {', '.join(unnamed)} can only be given by position; remove "
             "the slash from its parameters"
         )
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise ValueError("it is called by name, and *args gets nothing; name what it needs")
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     names = [p.name for p in named]
     return Signature(

@@ -43,14 +43,21 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError("the body must be a JSON object")
     if b"\\ud" in body.lower():
+        _refuse_halves(value)
+    return value
+
+
+def _refuse_halves(value: dict[str, Any]) -> None:
+    """Refuses escapes such as \\ud83d without their other half, which no text can hold."""
+    for name, content in value.items():
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps([name, content], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise ApiError(
-                f"the body has half a character, \\u{ord(half):04x}: such escapes come in pairs"
+                f"half a character, \\u{ord(half):04x}: such escapes come in pairs",
+                param=name if name.isprintable() else None,
             ) from None
-    return value
 
 
 def shown(value: Any) -> str:

@@ -189,7 +189,8 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
         limits.check_characters(sum(len(str(value)) for value in values), "messages")
     else:
         for prompt in prompts:
-            limits.check_characters(len(prompt), "prompt")
+            if isinstance(prompt, str):
+                limits.check_characters(len(prompt), "prompt")
     return request
 
 

@@ -195,7 +195,7 @@ class Service:
                 [prompt], self.language.tokenizer, prompt_format, max_length=sys.maxsize
             )
         except ValueError as error:
-            raise ValueError(str(error).removeprefix("row 0: ")) from error
+            raise ValueError(str(error).removeprefix("prompt 1: ")) from error
         return prompts[0]
 
     def tool_form(self, request: CompletionRequest) -> calls.Form:
