@@ -53,8 +53,8 @@ def load_prompts(
     except ValueError as error:
         if "(data.answer_key) is null" in str(error) or "in data.answer_key" in str(error):
             raise ValueError(
-                f"{error}. The reward function {needed} compares with it: fill it in, leave the row "
-                "out, or choose a reward function that needs no solution"
+                f"{error}. The reward function {needed} compares with it: fill it in, leave the "
+                "row out, or choose a reward function that needs no solution"
             ) from error
         raise
     if split == "train":
