@@ -999,6 +999,16 @@ def test_the_policy_answers_in_a_browser(address, monkeypatch, tmp_path):
 # --- a server of its own
 
 
+@pytest.mark.parametrize(
+    "option", ["--port=99999", "--port=-1", "--slots=0", "--head-timeout=nan", "--body-timeout=-1"]
+)
+def test_an_option_that_cannot_work_is_refused(option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        serve.arguments(["--model=x", option])
+    assert exit.value.code == 2
+    assert "wanted a" in capsys.readouterr().err
+
+
 def test_the_key_is_asked_for_and_never_written_down(folder, monkeypatch, tmp_path, capfd):
     secret = "secret-" + "x" * 20
     (tmp_path / "key").write_text(secret + "\n")

@@ -65,35 +65,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     experts = "tell the experts of a mixture that each token went through (/inference/v1/generate)"
     add("--enable-return-routed-experts", action="store_true", help=experts)
     add("--steps-per-dispatch", type=_number(int, 1), default=4, help="tokens that come at once")
-    add(
-        "--gpu-memory-utilization",
-        type=_number(float, 0),
-        default=0.9,
-        help="of the device's memory",
-    )
-    add(
-        "--max-requests",
-        type=_number(int, 1),
-        default=256,
-        help="under way at once; others get a 429",
-    )
+    share, count, seconds = _number(float, 0, 1), _number(int, 0), _number(float, 0)
+    add("--gpu-memory-utilization", type=share, default=0.9, help="of the device's memory")
+    add("--max-requests", type=count, default=256, help="under way at once; others get a 429")
     of_one = "under way at once from one address; by default half of --max-requests"
     add("--max-requests-per-client", type=_number(int, 1), help=of_one)
     add("--max-body-bytes", type=_number(int, 1), default=1 << 20, help="of a request")
-    seconds = "seconds for the head of a request to arrive, and no more from a silent client"
-    add("--head-timeout", type=_number(float, 0), default=10.0, help=seconds)
-    add(
-        "--body-timeout",
-        type=_number(float, 0),
-        default=30.0,
-        help="seconds for the body of a request",
-    )
-    add(
-        "--drain-seconds",
-        type=_number(int, 0),
-        default=60,
-        help="for requests under way after SIGTERM",
-    )
+    head = "seconds for the head of a request to arrive, and no more from a silent client"
+    add("--head-timeout", type=seconds, default=10.0, help=head)
+    add("--body-timeout", type=seconds, default=30.0, help="seconds for the body of a request")
+    drain = "for requests under way after SIGTERM"
+    add("--drain-seconds", type=count, default=60, help=drain)
     return parser.parse_args(argv)
 
 
