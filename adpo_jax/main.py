@@ -176,8 +176,12 @@ def _sample(config: ConfigDict) -> int:
         return _failed(error)
     try:
         sampler.run()
-    except roles.TrainerLost as error:
+    except ValueError as error:
         return _failed(error)
+    except roles.TrainerLost as error:
+        return _failed(error, HOST_LOST)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 

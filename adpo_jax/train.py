@@ -131,6 +131,7 @@ def run(
             state = _iterate(
                 run, state, metrics, writer, checkpoints, interruption, profiler, callbacks
             )
+        run.source.end()
         with interruption.abandonable(), telling("writing the policy"):
             _export(run, state)
         print(f"done; the policy is in {folder.export}", flush=True)

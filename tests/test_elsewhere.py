@@ -124,7 +124,13 @@ def test_no_group_is_handed_out_before_there_are_weights_and_all_hear_of_the_end
 
 # --- what is sent
 
-LIMITS = {"n": 2, "max_response_length": 4, "vocab_size": 32, "has_full_log_probs": False}
+LIMITS = {
+    "n": 2,
+    "max_response_length": 4,
+    "vocab_size": 32,
+    "has_full_log_probs": False,
+    "last_version": 3,
+}
 
 
 def two():
@@ -160,6 +166,7 @@ def changed(**arrays):
         (changed(tokens=np.array([1, 2, 3, 4.0])), "tokens has the shape"),
         (changed(log_probs=np.array([1, 2, 3, np.nan], np.float32)), "not finite"),
         (changed(lengths=np.array([4, 1])), "has the shape"),
+        (changed(versions=np.array([3, 3, 4, 3], np.int32)), r"versions .* outside \[0, 3\]"),
         (changed(lengths=np.array([-1, 5])), "completions of -1 to 5 tokens"),
         (changed(numbers=np.array([1, 2])), "2 completions of 2 groups of 2"),
         (changed(tokens=np.array([{}], object)), "no file of groups"),
@@ -241,6 +248,7 @@ def trainer(policy_and_params, sampler, tmp_path):
                 ahead=staleness * P,
             )
             stack.callback(source.close)
+            stack.callback(source.end)
             return source
 
         yield make
@@ -254,7 +262,7 @@ def start(policy_and_params, engine, address, key=KEY):
     def run():
         try:
             made.run()
-        except roles.TrainerLost as error:
+        except (roles.TrainerLost, roles.Refusal) as error:
             raised.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -278,7 +286,7 @@ def test_one_sampler_without_staleness_gives_the_very_bits_of_sampling_here(
             for name in ("tokens", "log_probs", "full_log_probs", "versions", "trained"):
                 np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     assert found.metrics["samplers/connected"] == 1
-    source.close()
+    source.end()
     thread.join(30)
     assert not thread.is_alive()
 
@@ -380,7 +388,7 @@ def test_a_slow_line_on_which_connections_break_loses_nothing(
     with bad_line(source.address) as address:
         thread, _ = start(policy_and_params, engines[0], address)
         groups = [source.next(step, at_step(params, step)) for step in range(STEPS)]
-        source.close()
+        source.end()
         thread.join(30)
     trained = [int(s) for g in groups for s in g.prompts.columns["solution"]]
     assert sorted(trained) == list(range(P * STEPS))

@@ -127,6 +127,12 @@ class Dispatch:
             self._changed.notify_all()
 
     @property
+    def version(self) -> int:
+        """That of the newest weights; -1 before there are any."""
+        with self._changed:
+            return -1 if self._version is None else self._version
+
+    @property
     def num_samplers(self) -> int:
         """Samplers that have been heard of within the lease."""
         with self._changed:

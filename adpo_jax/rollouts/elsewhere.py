@@ -113,7 +113,7 @@ class Reception:
     def deliver(self, name: str, run: str, content: bytes) -> dict[str, Any]:
         self._check_run(run)
         try:
-            groups = wire.read_groups(content, **self._limits)
+            groups = wire.read_groups(content, **self._limits, last_version=self._dispatch.version)
         except wire.WireError as error:
             raise Refused(str(error)) from None
         taken = [n for n, group in groups.items() if self._dispatch.deliver(name, n, group)]
@@ -191,12 +191,15 @@ class Elsewhere(Source):
         """host:port where samplers find the trainer."""
         return self._host.address
 
-    def close(self) -> None:
-        """Tells the samplers that the run is over, and ends the server."""
-        if self._host is not None:
+    def end(self) -> None:
+        """Tells the samplers that the run is over."""
+        if self._started:
             self._dispatch.finish()
-            if self._started:
-                time.sleep(2 * POLL_S / 10)  # they ask again within their poll
+            time.sleep(1.0)  # for those whose answer is on its way
+
+    def close(self) -> None:
+        """Ends the server. Samplers wait for the trainer to come back, unless the run is over."""
+        if self._host is not None:
             self._host.close()
 
     def next(self, step: int, params) -> GradedGroups:
@@ -209,8 +212,9 @@ class Elsewhere(Source):
         before, began = self._flight(step), time.perf_counter()
         host_params = distributed.fetch(self._weights_of(params))
         found = None
-        if self._host is not None:
-            found = self._sampled(step, before, host_params)
+        with distributed.fail_together():
+            if self._host is not None:
+                found = self._sampled(step, before, host_params)
         del host_params
         chosen, groups, after, counts = distributed.all_gather(found)[0]
         self._flights = {step: before, step + 1: after}

@@ -55,5 +55,8 @@ class Source:
           oldest: step of the oldest checkpoint that is kept; states of earlier steps may go.
         """
 
+    def end(self) -> None:
+        """Takes note that the run is over: no further iteration will come, now or later."""
+
     def close(self) -> None:
-        """Ends what the source has started; nothing is asked of it any more."""
+        """Ends what the source has started; this process asks nothing of it any more."""

@@ -46,13 +46,20 @@ def packed_groups(groups: Mapping[int, Sequence[Completion]]) -> bytes:
 
 
 def read_groups(
-    content: bytes, *, n: int, max_response_length: int, vocab_size: int, has_full_log_probs: bool
+    content: bytes,
+    *,
+    n: int,
+    max_response_length: int,
+    vocab_size: int,
+    has_full_log_probs: bool,
+    last_version: int,
 ) -> dict[int, list[Completion]]:
     """The groups that `packed_groups` wrote.
 
     Args:
       n: completions of a group.
       max_response_length: tokens of a completion.
+      last_version: that of the newest weights.
 
     Raises:
       WireError: for anything else.
@@ -80,6 +87,9 @@ def read_groups(
         tokens = arrays["tokens"]
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise WireError(f"token ids outside [0, {vocab_size})")
+        versions = arrays["versions"]
+        if versions.min() < 0 or versions.max() > last_version:
+            raise WireError(f"versions of the weights outside [0, {last_version}]")
         flat = [
             Completion(
                 **{name: columns[name][i] for name in names},

@@ -3,6 +3,7 @@
 `setup` makes the parts of the run; `train` runs it.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -110,8 +111,11 @@ def prepare(
             source = _replayed(config, parts, replay)
         else:
             source = _sampled(config, parts, folder, samplers)
-        checkpoint_files.check(folder.checkpoints, abstract_state(parts))
-        source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
+        with contextlib.ExitStack() as to_close:
+            to_close.callback(source.close)
+            checkpoint_files.check(folder.checkpoints, abstract_state(parts))
+            source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
+            to_close.pop_all()  # nothing failed
         contents = {} if replay else setup.contents(config, parts)  # a replay uses no such files
     in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
     with telling("reading or making the weights"):

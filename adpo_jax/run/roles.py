@@ -14,6 +14,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,7 +89,11 @@ def fits_of(policy: Policy, engine: Engine, sampling: SamplingParams) -> dict[st
 
 
 class TrainerLost(Exception):
-    """The trainer refuses this sampler, or cannot be reached."""
+    """The trainer cannot be reached, or sends what is nothing."""
+
+
+class Refusal(ValueError):
+    """The trainer refuses this sampler."""
 
 
 class _Line:
@@ -96,7 +101,7 @@ class _Line:
 
     Attributes:
       inbox: what has come: ("weights", version, tree), ("works", list), ("dropped", numbers),
-        ("reset",), ("finished",) and ("refused", text).
+        ("reset",), ("finished",), ("refused", text) and ("lost", text).
     """
 
     def __init__(self, address: str, key: str, fits: dict[str, str], abstract: Any):
@@ -120,7 +125,7 @@ class _Line:
         self._outbox: queue.SimpleQueue[tuple[str, int, list[Completion]] | None]
         self._outbox = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
+            threading.Thread(target=self._told, args=(work,), name=name, daemon=True)
             for name, work in (("orders", self._ask), ("deliveries", self._deliver))
         ]
 
@@ -139,6 +144,13 @@ class _Line:
 
     # --- in the threads
 
+    def _told(self, work: Callable[[], None]) -> None:
+        """Works; what it raises ends the sampler, which would wait for ever else."""
+        try:
+            work()
+        except Exception as error:
+            self.inbox.put(("lost", f"{type(error).__name__}: {str(error)[:500]}"))
+
     def _post(self, path: str, **content) -> dict | None:
         """The answer; None where the trainer cannot be reached, or has begun anew."""
         try:
@@ -146,7 +158,7 @@ class _Line:
         except self._errors:
             if time.monotonic() - self._reached > GIVE_UP_S:
                 text = f"it has not been reached for {GIVE_UP_S:g} s"
-                self.inbox.put(("refused", text))
+                self.inbox.put(("lost", text))
             time.sleep(_RETRY_S)
             return None
         self._reached = time.monotonic()
@@ -298,7 +310,8 @@ class SamplerRole:
         """Samples until the trainer says that its run is over.
 
         Raises:
-          TrainerLost: where the trainer refuses this sampler, or is not there for long.
+          Refusal: where the trainer refuses this sampler.
+          TrainerLost: where it is not there for long.
         """
         print(f"sampling for the trainer at {self._address}", file=sys.stderr, flush=True)
         self._line.start()
@@ -329,6 +342,8 @@ class SamplerRole:
             if kind == "finished":
                 return False
             if kind == "refused":
+                raise Refusal(f"the trainer at {self._address} refuses: {content[0]}")
+            if kind == "lost":
                 raise TrainerLost(f"the trainer at {self._address} is lost: {content[0]}")
             getattr(self, f"_on_{kind}")(*content)
 
