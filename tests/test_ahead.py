@@ -11,7 +11,8 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
-from adpo_jax.rollouts.ahead import Ahead
+from adpo_jax.rollouts.ahead import Ahead, Sieve
+from adpo_jax.rollouts.filtering import has_spread
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.source import SourceError
@@ -72,10 +73,13 @@ class Letters:
         return ["".join(chr(97 + token) for token in row) for row in rows]
 
 
-def made(engine, folder, tmp_path):
+def made(engine, folder, tmp_path, sieve=None):
     reward = tmp_path / "reward.py"
     reward.write_text(
-        "def letters(completions, **columns):\n    return [float(len(set(c))) for c in completions]"
+        "def letters(completions, solution, **columns):\n"
+        "    same = [int(s) % 3 == 0 for s in solution]\n"
+        f"    same = [s and {sieve is not None} for s in same]\n"
+        "    return [9.0 if s else len(set(c)) + len(c) / 99 for s, c in zip(same, completions)]"
     )
     sampler = Sampler(
         engine,
@@ -87,15 +91,21 @@ def made(engine, folder, tmp_path):
         seed=0,
         keep_sample=lambda *_: None,
     )
-    prompts = Prompts(PROMPTS, {"solution": [str(i) for i in range(len(PROMPTS))]})
+
+    def prompts_of(batch):
+        numbers = range(P * batch, P * batch + P)
+        prompts = [PROMPTS[number % len(PROMPTS)] for number in numbers]
+        return Prompts(prompts, {"solution": list(map(str, numbers))})
+
     return Ahead(
         sampler,
-        lambda batch: prompts.select(range(P * batch, P * batch + P)),
+        prompts_of,
         folder,
         batch_size=P,
         num_steps=4,
         max_staleness=2,
         ahead=3,
+        sieve=sieve,
     )
 
 
@@ -143,6 +153,38 @@ def test_samples_go_on_under_new_weights_and_a_resumed_run_has_the_same(parts, t
             for one, other in zip(again.completions.flat, groups[step].completions.flat):
                 for name, value in dataclasses.asdict(one).items():
                     np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+
+
+def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path):
+    _, params, engine = parts
+
+    def spread(rewards):
+        return has_spread(rewards, 0.0)
+
+    source = made(engine, tmp_path / "in_flight", tmp_path, Sieve(spread, most_dropped=6))
+    groups = []
+    for step in range(4):
+        groups.append(source.next(step, at_step(params, step)))
+        source.save(step + 1)
+    trained = [int(s) for g in groups for s in g.prompts.columns["solution"]]
+    assert len(set(trained)) == len(trained) == 4 * P
+    assert not [number for number in trained if number % 3 == 0]
+    assert sum(g.metrics["filter/dropped_frac"] for g in groups) > 0
+    assert all(g.metrics["filter/fillers"] == 0 for g in groups)
+    assert groups[-1].metrics["ahead/in_flight"] == 0
+    resumed = made(engine, tmp_path / "in_flight", tmp_path, Sieve(spread, most_dropped=6))
+    resumed.restore(2)
+    for step in (2, 3):
+        again = resumed.next(step, at_step(params, step))
+        assert again.texts == groups[step].texts
+        np.testing.assert_array_equal(again.rewards, groups[step].rewards)
+        names = ("filter/attempts", "filter/dropped_frac", "filter/carried", "ahead/in_flight")
+        assert [again.metrics[n] for n in names] == [groups[step].metrics[n] for n in names]
+    # After so many have been dropped, those without a spread fill the batch.
+    none = Sieve(lambda rewards: np.zeros(len(rewards), bool), most_dropped=2)
+    filled = made(engine, tmp_path / "none", tmp_path, none).next(0, params)
+    assert filled.metrics["filter/fillers"] == P
+    assert filled.metrics["filter/dropped_frac"] * filled.metrics["filter/attempts"] * P == 2
 
 
 def log_probs(policy, params, tokens):

@@ -52,6 +52,7 @@ class _Part:
       slot_steps: steps times slots.
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
+      judged: rewards of the groups that were looked at for a spread.
     """
 
     numbers: list[int]
@@ -61,6 +62,23 @@ class _Part:
     slot_steps: int
     carried: int
     in_flight: int
+    judged: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sieve:
+    """Which whole groups are trained on, where not all are.
+
+    A group without a spread is dropped and another one begun in its place, until `most_dropped`
+    groups of an iteration are; those that come later fill the batch.
+
+    Attributes:
+      has_spread: rewards [P, G] -> [P] bool.
+      most_dropped: groups in an iteration.
+    """
+
+    has_spread: Callable[[np.ndarray], np.ndarray]
+    most_dropped: int
 
 
 class Ahead(Source):
@@ -73,6 +91,7 @@ class Ahead(Source):
       batch_size: prompts of a batch, over all processes.
       num_steps: iterations of the whole run.
       max_staleness, ahead: as of `Pacing`, over all processes.
+      sieve: which groups are trained on; None for all.
     """
 
     saves_on_every_process = True
@@ -87,11 +106,14 @@ class Ahead(Source):
         num_steps: int,
         max_staleness: int,
         ahead: int,
+        sieve: Sieve | None = None,
     ):
-        self._sampler = sampler
+        self._sampler, self._sieve, self._num_steps = sampler, sieve, num_steps
         self._files = FlightFiles(folder, sampler.sampling.n)
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
-        self._pacing = Pacing(batch_size, max_staleness, ahead, num_groups=num_steps * batch_size)
+        self._pacing = Pacing(
+            batch_size, max_staleness, ahead, num_groups=None if sieve else num_steps * batch_size
+        )
         self._flights: dict[int, Flight] = {0: Flight()}  # by iterations done
 
     def next(self, step: int, params) -> GradedGroups:
@@ -110,17 +132,19 @@ class Ahead(Source):
                     params, sampler.sampling, jax.random.key(sampler.seed), version=step
                 )
                 decoding = GroupDecoding(stack.enter_context(session), step)
-                prompts = self._numbering.prompts(there.groups).token_ids if there.groups else []
-                for number, prompt in zip(there.groups, prompts, strict=True):
-                    group = there.groups[number]
-                    decoding.submit(number, prompt, self._numbering.keys(number), group)
-            chosen = self._until_chosen(step, decoding, there.admitted_at)
+                self._begin(decoding, there.groups)
+            judging = _Judging(self._sieve)
+            try:
+                chosen, there = self._until_chosen(step, decoding, there, judging)
+            except RewardError as error:
+                sampler.keep_sample(step, error)
+                raise
             groups, stats = decoding.left(), dict(session.stats)
         seconds = time.perf_counter() - began
         taken = [number for number in chosen if number in groups]
         try:
             with distributed.fail_together():
-                graded = self._graded(step, taken, groups, stats)
+                graded = judging.joined(taken, stats) or self._graded(step, taken, groups, stats)
         except RewardError as error:
             sampler.keep_sample(step, error)
             raise
@@ -133,19 +157,42 @@ class Ahead(Source):
             slot_steps=stats["slot_steps"],
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
+            judged=judging.rewards,
         )
         self._flights = {step: before, step + 1: there.without(chosen, left)}
-        return _joined(distributed.all_gather(mine), step)
+        found = _joined(distributed.all_gather(mine), step)
+        return found if self._sieve is None else judging.told(found)
+
+    def _begin(self, decoding: GroupDecoding, groups: dict[int, FlyingGroup]) -> None:
+        prompts = self._numbering.prompts(groups).token_ids if groups else []
+        for (number, group), prompt in zip(groups.items(), prompts, strict=True):
+            decoding.submit(number, prompt, self._numbering.keys(number), group)
 
     def _until_chosen(
-        self, step: int, decoding: GroupDecoding, admitted_at: dict[int, int]
-    ) -> list[int]:
-        """Decodes until the iteration has its groups, and returns their numbers."""
+        self, step: int, decoding: GroupDecoding, there: Flight, judging: "_Judging"
+    ) -> tuple[list[int], Flight]:
+        """Decodes until the iteration has its groups; returns their numbers, and the flight."""
         while True:
-            whole = [number for part in distributed.all_gather(decoding.whole()) for number in part]
-            chosen = self._pacing.chosen(step, admitted_at, whole)
+            with distributed.fail_together():
+                new = judging.new(decoding.whole())
+                if new:
+                    groups = {number: decoding.group(number) for number in new}
+                    judging.take(new, self._graded(step, new, groups, {}))
+            parts = distributed.all_gather((decoding.whole(), judging.without_spread))
+            whole = [number for numbers, _ in parts for number in numbers]
+            dropped = judging.dropped(sorted(number for _, numbers in parts for number in numbers))
+            if dropped:
+                mine = {n: group for n, group in there.groups.items() if n not in set(dropped)}
+                for number in set(there.groups) - set(mine):
+                    decoding.take(number)
+                old, there = there, self._admitted(step, there.without(dropped, mine))
+                with distributed.fail_together():
+                    new_groups = there.groups.keys() - old.groups.keys()
+                    self._begin(decoding, {n: there.groups[n] for n in sorted(new_groups)})
+            whole = [number for number in whole if number not in set(dropped)]
+            chosen = self._pacing.chosen(step, there.admitted_at, whole)
             if chosen is not None:
-                return chosen
+                return chosen, there
             with distributed.fail_together():
                 decoding.decode(WINDOW if jax.process_count() > 1 else 1)
 
@@ -162,7 +209,11 @@ class Ahead(Source):
 
     def _admitted(self, step: int, before: Flight) -> Flight:
         """The flight with the groups that start now."""
-        new = self._pacing.admitted(before.next_number, len(before.admitted_at))
+        in_flight = len(before.admitted_at)
+        new = self._pacing.admitted(before.next_number, in_flight)
+        if self._sieve is not None:  # those that were dropped count for nothing
+            left = (self._num_steps - step) * self._pacing.batch_size - in_flight
+            new = new[: max(left, 0)]
         owners = before.owners | shared_out(new, before.owners.values(), jax.process_count())
         started = (FlyingSample.empty(),) * self._sampler.sampling.n
         mine = {n: started for n in new if owners[n] == jax.process_index()}
@@ -197,6 +248,63 @@ class Ahead(Source):
         return self._flights[step]
 
 
+class _Judging:
+    """The whole groups of an iteration, of this process, and which of them have a spread.
+
+    Attributes:
+      rewards: of all groups that were looked at.
+      without_spread: the numbers of those of them that have none and have not been dropped.
+    """
+
+    def __init__(self, sieve: Sieve | None):
+        self._sieve = sieve
+        self._graded: dict[int, GradedGroups] = {}
+        self._num_dropped = 0  # of all processes
+        self.rewards: list[float] = []
+        self.without_spread: list[int] = []
+
+    def new(self, whole: list[int]) -> list[int]:
+        """Those of the whole groups that have not been looked at; none without a sieve."""
+        if self._sieve is None:
+            return []
+        return [number for number in whole if number not in self._graded]
+
+    def take(self, numbers: list[int], graded: GradedGroups) -> None:
+        spread = self._sieve.has_spread(graded.rewards)
+        self._graded |= {number: graded.select([i]) for i, number in enumerate(numbers)}
+        self.rewards += graded.rewards.mean(axis=1).tolist()
+        self.without_spread += [n for n, has in zip(numbers, spread) if not has]
+
+    def dropped(self, candidates: list[int]) -> list[int]:
+        """Those of the groups of all processes without a spread that are dropped now."""
+        if self._sieve is None:
+            return []
+        found = candidates[: self._sieve.most_dropped - self._num_dropped]
+        self._num_dropped += len(found)
+        self.without_spread = [n for n in self.without_spread if n not in set(found)]
+        return found
+
+    def joined(self, numbers: list[int], stats: dict[str, int]) -> GradedGroups | None:
+        """These groups as graded here; None for none, and without a sieve."""
+        if self._sieve is None or not numbers:
+            return None
+        groups = GradedGroups.concatenate([self._graded[number] for number in numbers])
+        completions = dataclasses.replace(groups.completions, stats=stats)
+        return dataclasses.replace(groups, completions=completions)
+
+    def told(self, groups: GradedGroups) -> GradedGroups:
+        """The groups of the iteration with the metrics of the sieve."""
+        judged = groups.metrics.pop("filter/judged")
+        fillers = int((~self._sieve.has_spread(groups.rewards)).sum())
+        metrics = {
+            "filter/attempts": judged / len(groups),
+            "filter/dropped_frac": self._num_dropped / max(judged, 1),
+            "filter/fillers": float(fillers),
+            "filter/carried": float(judged - self._num_dropped - len(groups)),
+        }
+        return dataclasses.replace(groups, metrics=groups.metrics | metrics)
+
+
 def _joined(parts: list[_Part], step: int) -> GradedGroups:
     """The groups of all processes in the order of their numbers, and the metrics of the flight."""
     graded = [part.graded for part in parts if part.graded is not None]
@@ -214,4 +322,10 @@ def _joined(parts: list[_Part], step: int) -> GradedGroups:
         "rollout/tokens_per_s": sampled / max(seconds, 1e-9),
     }
     metrics |= age_metrics(groups, step)
+    judged = [reward for part in parts for reward in part.judged]
+    if judged:
+        metrics |= {
+            "filter/judged": float(len(judged)),
+            "filter/sampled_reward": float(np.mean(judged)),
+        }
     return dataclasses.replace(groups, seconds=(seconds, together.seconds[1]), metrics=metrics)

@@ -83,7 +83,7 @@ class GroupFilter(Source):
             prompts = self._prompts_of(before.drawn + attempt)
             groups = self._sample(step, attempt, prompts, params)
             attempts.append(groups)
-            spread = self._has_spread(groups.rewards)
+            spread = has_spread(groups.rewards, self._min_reward_std)
             found.append(groups.select(np.flatnonzero(spread)))
             dropped.append(groups.select(np.flatnonzero(~spread)))
             if sum(map(len, found)) >= len(prompts):
@@ -160,6 +160,8 @@ class GroupFilter(Source):
             self._states = {step: _State(content["drawn"], surplus)}
         return self._states[step]
 
-    def _has_spread(self, rewards_PG: np.ndarray) -> np.ndarray:
-        std_P = rewards_PG.std(axis=1, ddof=1)
-        return (np.ptp(rewards_PG, axis=1) > 0) & (std_P >= self._min_reward_std)
+
+def has_spread(rewards_PG: np.ndarray, min_reward_std: float) -> np.ndarray:
+    """[P] bool, whether the rewards of each group differ, and by so much (ddof=1)."""
+    std_P = rewards_PG.std(axis=1, ddof=1)
+    return (np.ptp(rewards_PG, axis=1) > 0) & (std_P >= min_reward_std)

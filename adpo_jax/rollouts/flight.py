@@ -186,6 +186,10 @@ class GroupDecoding:
         """The numbers of the groups whose samples have all ended."""
         return [number for number, group in self._samples.items() if is_whole(group)]
 
+    def group(self, number: int) -> FlyingGroup:
+        """A group as it is now."""
+        return tuple(self._samples[number])
+
     def take(self, number: int) -> FlyingGroup:
         """A whole group, which is forgotten here."""
         return tuple(self._samples.pop(number))

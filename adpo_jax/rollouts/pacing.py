@@ -30,13 +30,13 @@ class Pacing:
       max_staleness: iterations between the one that a group is admitted for and the one that
         trains on it, at most.
       ahead: groups in flight beyond a batch, at most `max_staleness * batch_size`.
-      num_groups: groups that the whole run trains on.
+      num_groups: groups that the whole run begins; None for any number.
     """
 
     batch_size: int
     max_staleness: int
     ahead: int
-    num_groups: int
+    num_groups: int | None
 
     def __post_init__(self):
         most = self.max_staleness * self.batch_size
@@ -54,7 +54,8 @@ class Pacing:
           num_in_flight: groups that have started and wait or decode.
         """
         room = self.batch_size + self.ahead - num_in_flight
-        return range(next_number, min(next_number + room, self.num_groups))
+        end = next_number + max(room, 0)
+        return range(next_number, end if self.num_groups is None else min(end, self.num_groups))
 
     def chosen(
         self, step: int, admitted_at: Mapping[int, int], whole: Collection[int]

@@ -149,7 +149,6 @@ def _check_ahead(config: ConfigDict) -> None:
             f"{rollout.ahead}"
         )
     others = {
-        "algorithm.filter_groups=True": config.algorithm.filter_groups,
         "environment.path": config.environment.path,
         "environment.url": config.environment.url,
     }

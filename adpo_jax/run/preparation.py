@@ -18,8 +18,8 @@ from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log.progress import telling
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardError
-from adpo_jax.rollouts.ahead import Ahead
-from adpo_jax.rollouts.filtering import GroupFilter
+from adpo_jax.rollouts.ahead import Ahead, Sieve
+from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.recording import Replay
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.source import Source
@@ -204,7 +204,7 @@ def _sampled(
     if samplers is not None:
         return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
     if rollout.max_staleness:
-        return Ahead(sampler, prompts_of, folder.in_flight, **pace)
+        return Ahead(sampler, prompts_of, folder.in_flight, **pace, sieve=_sieve(config))
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)
     return GroupFilter(
@@ -214,6 +214,15 @@ def _sampled(
         max_attempts=config.algorithm.filter_max_attempts,
         min_reward_std=config.algorithm.min_reward_std,
     )
+
+
+def _sieve(config) -> Sieve | None:
+    """Which groups that are sampled ahead are trained on; None for all."""
+    c = config.algorithm
+    if not c.filter_groups:
+        return None
+    spread = functools.partial(has_spread, min_reward_std=c.min_reward_std)
+    return Sieve(spread, (c.filter_max_attempts - 1) * config.data.train_batch_size)
 
 
 def _elsewhere(
