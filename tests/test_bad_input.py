@@ -340,7 +340,7 @@ COMMAND_LINES = {
     ),
     "a batch that fills the memory": (
         [ARITHMETIC, "--config.data.train_batch_size=1999999999"],
-        "error: data.train_batch_size is in [1, 1e+06], given 1999999999",
+        "error: data.train_batch_size is at most 1,000,000; given 1,999,999,999",
     ),
     "no rows": (
         [ARITHMETIC, "--config.data.train_max_samples=0"],

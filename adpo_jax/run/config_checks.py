@@ -111,8 +111,12 @@ def _check_value(name: str, key: Key, value) -> None:
     if key.choices and value not in key.choices:
         choices = ", ".join(filter(None, key.choices))
         raise ValueError(f"{name} is one of {choices}; given {value!r}")
-    if type(value) is int and abs(value) > LARGEST:
-        raise ValueError(f"{name} is at most {LARGEST:,}; given {value:,}")
+    if type(value) is int:
+        most = LARGEST if key.most is None else int(key.most)
+        if value > most:
+            raise ValueError(f"{name} is at most {most:,}; given {value:,}")
+        if key.least is not None and value < key.least:
+            raise ValueError(f"{name} is at least {key.least:g}, given {value:,}")
     if value is None or key.least is None:
         return
     if key.most is not None and not key.least <= value <= key.most:
