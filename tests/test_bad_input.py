@@ -834,7 +834,7 @@ FOLDERS = {
     "of another config": (lambda: claimed(tau=0.5), "algorithm.tau: 0.5 -> 0.8"),
     "with a config cut short": (
         lambda: (claimed(), cut_short("run/config.json", 50)),
-        "is no JSON",
+        "is no valid JSON",
     ),
     "with a link out of it": (linked_folder, "is a link that leaves the run's folder"),
     "that is a link to below a file": (
