@@ -65,7 +65,7 @@ class Key(NamedTuple):
         if self.allowed or self.choices:
             return self.allowed or ", ".join(choice or '""' for choice in self.choices)
         if self.most is not None:
-            return f"{self.least:g} to {self.most:g}"
+            return f"{self.least:,g} to {self.most:,.10g}"
         return "" if self.least is None else f"at least {self.least:g}"
 
 
