@@ -88,7 +88,9 @@ def test_a_worked_solution_is_reduced_to_its_answer(solution, reference):
     ["\\boxed{", "{", "}", "\\boxed{1}", "<answer>", "</answer>", "<answer>1</answer>", "####",
      "#### a b\n", "answer", "answer is ", "answer to ", "the answer is: **", "\\boxed ", "\n", " ",
      "</think>", "\\", "$", "2 ", "**", "<b>", "<<", "🎉", "the answer is not ", "\\[ ",
-     "#### so 7 since b\n", "answer: x7 as b so c since d for e\n", "7 is the answer "],
+     "#### so 7 since b\n", "answer: x7 as b so c since d for e\n", "7 is the answer ",
+     "the answer is 7. wait, that is not it. it is ", "answer is 7\n- 7\n",
+     "the answer is 7" + " wait, no, " * 5000, "the answer is 7\n" + ", that is " * 5000],
 )  # fmt: skip
 def test_finding_takes_time_linear_in_a_hostile_text(piece):
     text = piece * (1_000_000 // len(piece))

@@ -12,6 +12,7 @@ import re
 from collections import deque
 
 from adpo_jax.rewards.grading.compare import read
+from adpo_jax.rewards.grading.hedges import is_correcting, is_doubted, is_supposed
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.markup import (
     EMOJI,
@@ -20,6 +21,7 @@ from adpo_jax.rewards.grading.markup import (
     without_calculations,
     without_emphasis,
 )
+from adpo_jax.rewards.grading.remarks import remarks_after
 
 MAX_CLAIMS = 16  # looked back over
 _MAX_CUTS = 5  # of one claim
@@ -35,36 +37,26 @@ _SAYS = re.compile(
     r"(?:[ \t*_]{0,4}(?:[-–—]{1,2}>?[ \t]{1,4})|[ \t*_]{1,4}(?=[$\\\d]|\([A-J]\))|[^\w\n:=]{0,8}$))"
     r"|\b(?:(?:answer|ans)s?|(?:correct|right) (?:option|choice))\b"
     r"(?:[ ,]{1,2}(?:to|for|of|in|when|rounded|we|I|you|which|that) [^.:\n]{1,60}?"
-    r"| \([^()\n]{1,60}\))?"
+    r"| \([^()\n]{1,60}\)"
+    r"|, (?:then|therefore|thus|however|indeed|naturally|finally|of course|as expected),)?"
     r"[*_`\s,]{0,4}"
     r"(?:(?P<deny>\b(?:is|are|was|were|can|could)(?:n['’]t| ?not| never| no longer)(?: be)?\b"
     r"|\b(?:should|must|would|will)(?:n['’]t| not) be\b)"
     r"|\b(?:is|are|was|were|equals|(?:would|should|must|will|has to) (?:then )?be|becomes"
     r"|comes (?:out )?(?:to(?: be)?|as)|(?:works|turns) out (?:to be|as|to)|remains)\b"
-    r"|\bof(?= [*_]{0,2}[$\\\d(])|:|=(?!=)|→|[-=]>)"
+    r"|['’]s(?= [*_]{0,2}[$\\\d(-])|\bof(?= [*_]{0,2}[$\\\d(])|:|=(?!=)|→|[-=]>)"
     r"|(?P<inverse>(?<=\S)[*_`]{0,3} (?:is|are)(?P<not>n['’]t| not)?"
     r" (?:the|our|my)(?: (?:final|correct|right|required|desired))? answer\b)",
     re.I | re.M,
 )
 _MENTION = re.compile(r"\bans|(?:correct|right) (?:option|choice)", re.I)
-# Words before a claim that take its force.
-_SUPPOSED = re.compile(
-    r"\b(?:if|suppose|supposing|assume|assuming|whether|unless|imagine|(?:might|may|could) (?:think"
-    r"|say|guess)|thought|claims|claimed)\b[^.!?\n]{0,40}$"
-    r"|\b(?:wrong|incorrect|previous|earlier|first|initial|original|old|partial|intermediate"
-    r"|example|sample|another|no) {1,2}$",
-    re.I,
-)
-_DOUBTED = re.compile(
-    r"\b(?:not true|untrue|false|doubt|not|\w{2,5}n['’]t (?:think|believe)|no way|impossible"
-    r"|unlikely)(?: that)? {1,2}(?:the|my|our|your) (?:(?:final|correct|right) )?$",
-    re.I,
-)
 _LEAD = re.compile(
     r"(?:[ \t,:]{1,4}|[=→]|\*\*|__|(?:also|still|now|then|simply|just|only|exactly|precisely|about"
     r"|approximately|around|roughly|therefore|thus|hence|indeed|clearly|obviously|definitely"
     r"|certainly|of course|actually|equal to|given by|found to be|to be|a total of|in fact|again|is"
-    r"|either|the (?:number|value|integer|fraction|following))\b|approx\b\.?)",
+    r"|either|the (?:number|value|integer|fraction|following))\b|approx\b\.?"
+    r"|\((?:about|approximately|approx\.?|around|roughly|exactly|rounded[^()\n]{0,40}"
+    r"|(?:after|in|to the nearest) [A-Za-z ]{2,30})\))",
     re.I,
 )
 _LEAD_BEFORE = re.compile(
@@ -72,19 +64,27 @@ _LEAD_BEFORE = re.compile(
     r"|(?:this|that|which) means|we (?:see|find|get|conclude)|that)\b,?",
     re.I,
 )
-_DENIED = re.compile(r"(?:not|never|no longer|neither)\b", re.I)
+_WRONG = re.compile(
+    r"[\s*_]{0,4}(?:(?:clearly|obviously|definitely|therefore|thus|also|actually) )?"
+    r"(?:wrong|incorrect|false|mistaken|nonsense)"
+    r"(?=[\s*_]{0,4}(?:[.,;!\n]|$)| (?:because|since|as) )",
+    re.I,
+)
+_INSTEAD = re.compile(r",? (?:instead|rather|then|though|after all)$", re.I)
+_DENIED = re.compile(r"(?:hardly|not|never|no longer|neither)\b", re.I)
 _BUT = re.compile(r",? but (?:rather |actually |it is |is )?|[;,] it(?: is|['’]s) ", re.I)
 _DENIED_END = re.compile(r"[,;!?]|\.(?:\s|$)|\s(?:but|because|since|as|so)\b", re.I)
 _END = re.compile(
     r"""\.(?=["'”’)\]*_`]{0,4}(?:\s|$))|\?(?=["'”’)*_`]{0,4}(?:\s|$))"""
     rf"""|!(?=!|["'”’*_`]{{0,4}}(?:\s*$|\s+["'(*_A-Z{EMOJI}]))"""
 )
-_RETRACTED = re.compile(r"""["'”’)\]*_`.\s]{0,8}(?:or\b|no[,.])""", re.I)
+_RETRACTED = re.compile(r"""["'”’)\]*_`.\s]{0,8}(?:or\b|no[,.][^.!?\n]{0,40}\d)""", re.I)
 _HEDGE = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|otherwise|alternatively|unless|wait|actually|however|hmm"
     r"|either)\b|\b(?:could|might|may) be\b|[_{}]"
     r"|\b(?:which|that|this|it) (?:is|was|seems|looks)(?: clearly| obviously)?"
-    r" (?:wrong|incorrect|false|impossible|not)\b",
+    r" (?:wrong|incorrect|false|impossible|not)\b"
+    r"|\b(?:which|that|this|it) (?:can|could)(?:not|n['’]t|['’]t| not) be (?:right|correct|true)\b",
     re.I,
 )
 _WHY = (
@@ -103,7 +103,7 @@ _CUT = re.compile(
 )
 _WHY_CUT = re.compile(rf"[,;]? (?:{_WHY})(?![A-Za-z])| \(|[{EMOJI}]", re.I)
 _COUNTED = re.compile(
-    r"((?:\\?\$ ?)?[-+]?\d[\d,]{0,30}(?:\.\d{1,30})?|\$[^$\n]{1,200}\$"
+    r"((?:\\?\$ ?)?[-+]?\d(?:[\d,]{0,30}\d)?(?:\.\d{1,30})?|\$[^$\n]{1,200}\$"
     r"|\\\([^\n()]{1,200}\\\)) ((?:[A-Za-z][A-Za-z'’-]{1,20}[, ]{1,2}){2,40})"
 )
 # A plain number, which needs no parsing.
@@ -113,6 +113,14 @@ _IN_TOTAL = re.compile(
     r"|(?:an?|each|every) [a-z]{2,12})$",
     re.I,
 )
+# "72 clips in 2 months": what follows says in how long.
+_WITHIN = re.compile(
+    r" (?:in|within|for|during|(?<=[A-Za-z] )over)"
+    r" (?:(?:the|just|only|about|all|next|first|last) ){0,2}\d{1,6}"
+    r" [A-Za-z]{3,15}(?: [A-Za-z]{2,15}){0,2}$"
+)
+_BULLET = re.compile(r"[ \t>]{0,4}([-–]|[*•‣◦]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
+_MAX_BULLETS = 20
 _SPELLED = re.compile(r"[A-Za-z -]{3,60} \(([-+]?\$?\d[\d,.]{0,30})\)")  # "seventy-two (72)"
 _RANGE = re.compile(r"\d \w{0,20} ?to\b|\bto \$?\d")
 _PART_OF = re.compile(
@@ -139,9 +147,9 @@ _NO_ANSWERS_TEXT = """
 _NO_ANSWERS = set(_NO_ANSWERS_TEXT.split())
 _NO_NUMBERS_TEXT = """
     or step part case question problem method example section chapter exercise note equation
-    figure table attempt way ways percent hundred thousand million billion half third thirds
-    quarter quarters dozen dozens squared cubed times point plus minus if but to degrees over
-    under first second fourth fifth
+    figure table attempt way ways false untrue mistaken percent hundred thousand million billion
+    half third thirds quarter quarters dozen dozens squared cubed times point plus minus if but to
+    degrees over under first second fourth fifth
 """
 _NO_NUMBERS = _NO_ANSWERS | set(_NO_NUMBERS_TEXT.split())
 _COMMENTS_TEXT = """
@@ -156,6 +164,13 @@ _COMMENTS_TEXT = """
     different incomplete missing underlined displayed listed known now then so and or but
 """
 _COMMENTS = set(_COMMENTS_TEXT.split())
+_OUTRIGHT_TEXT = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
+    hundred thousand million half twice none nothing nobody undefined indeterminate impossible
+    infinite infinity unknown yes no true false neither both never
+"""
+_OUTRIGHT = set(_OUTRIGHT_TEXT.split())  # words that are an answer by themselves
 
 
 def is_readable(text: str) -> bool:
@@ -174,6 +189,8 @@ def is_readable(text: str) -> bool:
 def stated_answer(text: str) -> str | None:
     """What the last claim about the answer says, or None where no claim says anything.
 
+    Words that may only describe the answer ("even", "final") count where no claim gives a value.
+
     Args:
       text: prose; "The answer is 18.\\n\\nThe answer is correct." says "18".
     """
@@ -182,6 +199,7 @@ def stated_answer(text: str) -> str | None:
         return None
     matches = deque(_SAYS.finditer(text, max(0, mentions[0].start() - 20)), MAX_CLAIMS)
     denied: set[str] = set()
+    words = None
     while matches:
         match = matches.pop()
         before = text[max(0, match.start() - 60) : match.start()]
@@ -191,17 +209,51 @@ def stated_answer(text: str) -> str | None:
                 denied.add(_bare(found))
                 found = None
         else:
-            if _SUPPOSED.search(before):
+            if is_supposed(before):
                 continue
             rest = text[match.end() : match.end() + _WINDOW]
-            if match["deny"] or _DOUBTED.search(before):
+            if _WRONG.match(rest):
+                return _after_remarks(None, text, match.end(), denied)
+            if match["deny"] or is_doubted(before):
                 rest = "not " + rest
             is_last = match.end() + _WINDOW >= len(text)
-            is_label = match.group().rstrip(" \t*_")[-1:] == ":"
-            found = _claim_after(rest, denied, may_be_sentence=is_label and is_last)
-        if found and _bare(found) not in denied:
+            is_label = ":" in (match.group().rstrip(" \t*_")[-1:], rest.lstrip(" \t*_`")[:1])
+            found = _claim_after(rest, denied, is_label, is_last)
+        if not found or _bare(found) in denied:
+            continue
+        found = _after_remarks(found, text, match.end(), denied)
+        if found is None or _is_outright(found) or is_correcting(before):
             return found
-    return None
+        words = words or found
+    return words
+
+
+def _after_remarks(found: str | None, text: str, start: int, denied: set[str]) -> str | None:
+    """An answer as what follows it leaves it: itself, None where it is taken back, or another."""
+    stated = found
+    for kind, rest in remarks_after(text, start, is_denied=found is None):
+        if kind == "denied":
+            found = None
+        elif kind == "restored":
+            found = stated
+        elif kind in ("bare", "not"):
+            value = without_lead(_sentence(without_emphasis(rest.partition("\n")[0]))[0])
+            value = _INSTEAD.sub("", value)
+            if kind == "not":
+                found = None if found and _bare(value) == _bare(found) else found
+                continue
+            is_value = "=" not in value and _VALUE.search(value) and is_readable(value)
+            found = stated = value if is_value else found
+        else:
+            value = _claim_after(rest, denied, is_label=False, is_last=False)
+            found = stated = value if value and _is_outright(value) else found
+    return found if found and _bare(found) not in denied else None
+
+
+def _is_outright(found: str) -> bool:
+    """Whether a claim gives an answer rather than words that may only describe one."""
+    first = re.split(r"[ -]", found, maxsplit=1)[0].lower()
+    return found[:1].isupper() or first in _OUTRIGHT or _VALUE.search(found) is not None
 
 
 def claim(text: str) -> str | None:
@@ -214,6 +266,8 @@ def claim(text: str) -> str | None:
         return text
     text = _ASIDE.sub("", without_lead(text))
     text = _IN_TOTAL.sub("", undressed(text))
+    within = _WITHIN.search(text, max(0, len(text) - 80))
+    text = text[: within.start()] if within and _VALUE.match(text) else text
     part = _PART_OF.fullmatch(text)
     text = part[1] if part else text
     first = _WORD.match(text)
@@ -264,15 +318,30 @@ def last_words(text: str) -> str | None:
     return claim(text[numbers[0].start() :]) if len(numbers) == 1 else None
 
 
-def _claim_after(rest: str, denied: set[str], may_be_sentence: bool) -> str | None:
-    """What follows "the answer is": a value, a denied one (kept in `denied`), or None."""
+def _claim_after(rest: str, denied: set[str], is_label: bool, is_last: bool) -> str | None:
+    """What follows "the answer is": a value, a denied one (kept in `denied`), or None.
+
+    Args:
+      rest: the text from there.
+      denied: values that are denied.
+      is_label: whether a colon stands before the value, so that a sentence or a list may follow.
+      is_last: whether the text ends within `rest`.
+    """
     rest = without_emphasis(without_calculations(rest))
     line, _, below = rest.partition("\n")
     bare = line.strip(" \t*_:`#>")
     lead = _LEAD.match(bare)
     if not bare or (lead and lead.end() == len(bare)):
-        block = first_block(below if bare or not line.strip().startswith("```") else rest)
+        below = below if bare or not line.strip().startswith("```") else rest
+        bullets = _bullets(below, is_label)
+        if bullets is not None:
+            return bullets
+        block = first_block(below)
         return None if _NUMBERED.match(block) else _claim_in(block, "")
+    if line.rstrip(" \t*_").endswith(":") and not _VALUE.search(bare):
+        bullets = _bullets(below, is_label=True)
+        if bullets is not None:
+            return bullets
     if not _VALUE.search(bare) and below.lstrip().startswith(("\\[", "$$", "```", "$\n")):
         return _claim_in(first_block(below), "") or _claim_in(line, below)
     if line.lstrip(" \t*_:").startswith(("\\[", "$$", "```")):
@@ -289,9 +358,33 @@ def _claim_after(rest: str, denied: set[str], may_be_sentence: bool) -> str | No
     if line.lower().startswith("that "):
         return last_words(_sentence(line[5:])[0])
     found = _claim_in(line, below)
-    if found is None and may_be_sentence and line[:1].isalpha() and not below.strip():
-        found = last_words(line)
+    if found is None and is_label and is_last and line[:1].isalpha() and not below.strip():
+        sentence, _, after = _sentence(line)
+        found = last_words(line if any(c.isdigit() for c in after) else sentence)
     return found
+
+
+def _bullets(below: str, is_label: bool) -> str | None:
+    """The values that a list gives, a comma between; None where that is no list or no value.
+
+    A dash is a minus sign where one line has it and no colon announces a list.
+    """
+    items, has_dashes = [], False
+    for line in below.lstrip("\n\r \t:").split("\n", 2 * _MAX_BULLETS)[: 2 * _MAX_BULLETS]:
+        bullet = _BULLET.match(line)
+        if bullet:
+            has_dashes = has_dashes or bullet[1] in "-–"
+            items.append(_sentence(line[bullet.end() :])[0])
+        elif line.strip() or not items:
+            break
+    if not items or (has_dashes and len(items) == 1 and not is_label):
+        return None
+    values = [claim(item) for item in items]
+    if len(items) == 1 and not values[0]:
+        values = [last_words(items[0])]
+    if len(items) > _MAX_BULLETS or not all(v and _VALUE.search(v) for v in values):
+        return None
+    return ", ".join(undressed(v.strip("$ ")) if len(values) > 1 else v for v in values)
 
 
 def _claim_in(line: str, below: str) -> str | None:
@@ -360,7 +453,9 @@ def _shortened(text: str) -> list[str]:
         forms.append(spelled[1])
     for form in (text, *forms[-2:]):
         counted = _COUNTED.fullmatch(form.rstrip(" .,") + " ")
-        if counted and not {w.strip(",").lower() for w in counted[2].split()} & _NO_NUMBERS:
+        if not counted or _HEDGE.search(counted[2]):
+            continue
+        if not {w.strip(",").lower() for w in counted[2].split()} & _NO_NUMBERS:
             forms.append(counted[1])
             break
     return forms
