@@ -106,8 +106,28 @@ RIGHT = {
     \text{B; C} ## B,C
     \text{B \& C} ## B,C
     """,
+    "determinants": r"""
+    \begin{vmatrix}1&2\\3&4\end{vmatrix} ## -2
+    3\begin{vmatrix}1&2\\3&4\end{vmatrix} ## -6
+    -\begin{vmatrix}1&2\\3&4\\\end{vmatrix} ## 2
+    \begin{vmatrix}1&2\\3&4\end{vmatrix} = -2 ## -2
+    \begin{vmatrix}7\end{vmatrix} ## 7
+    \begin{vmatrix}1&2&0\\0&2&0\\5&0&3\end{vmatrix} ## 6
+    \begin{vmatrix}1&2&3&4\\2&1&0&1\\0&3&1&2\\5&1&1&0\end{vmatrix} ## -45
+    \begin{vmatrix}\frac12&\sqrt2\\\sqrt2&2\end{vmatrix} ## -1
+    \begin{vmatrix}a&b\\c&d\end{vmatrix} ## ad-bc
+    -2 ## \begin{vmatrix}1&2\\3&4\end{vmatrix}
+    \begin{vmatrix}1 & 2&3\\3&4&5\end{vmatrix} ## \begin{vmatrix}1&2&3\\3&4&5\end{vmatrix}
+    """,
     "emphasis and boxes": r"""
     \textbf{\text{13}} ## 13
+    \mathnormal{13} ## 13
+    \mathnormal{x} ## x
+    \mathup{13} ## 13
+    \symbf{13} ## 13
+    \mathdollar 72 ## 72
+    \mathdollar72 ## \$72
+    \mathsterling 72 ## 72
     \text{\textbf{13}} ## 13
     \emph{13} ## 13
     \emph{Monday} ## Monday

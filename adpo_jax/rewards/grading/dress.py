@@ -34,7 +34,8 @@ _UNSEEN = re.compile(
     r"|\\(?:m?kern|[mhv]skip) {0,4}-?[0-9.]{1,8} {0,4}(?:pt|em|ex|mu|cm|mm|in)"
 )
 _BARE_WRAPPERS = re.compile(
-    rf"\\(?:ensuremath|math(?:op|ord|inner|rel|bin|close|open)|smash|bbox|boxed|fbox"
+    rf"\\(?:ensuremath|math(?:op|ord|inner|rel|bin|close|open|normal|up|bfit|bfup)"
+    rf"|sym(?:bf|it|rm|up|normal)|smash|bbox|boxed|fbox"
     rf"|underbrace|overbrace){_NO_LETTER}"
     r" {0,4}(?=\{)"
 )
@@ -54,7 +55,8 @@ _ANGLE = re.compile(r"\\ang {0,4}\{([^{}\\]{1,40})\}")
 SAME = {
     "slash": "/", "bullet": r"\cdot ", "cdotp": r"\cdot ", "centerdot": r"\cdot ",
     "textdegree": r"^\circ ", "textdollar": r"\$", "textpercent": r"\%", "pounds": r"\pound ",
-    "textsterling": r"\pound ", "texteuro": r"\euro ", "EUR": r"\euro ", "R": r"\mathbb{R}",
+    "textsterling": r"\pound ", "mathdollar": r"\$", "mathsterling": r"\pound ",
+    "texteuro": r"\euro ", "EUR": r"\euro ", "R": r"\mathbb{R}",
     "Reals": r"\mathbb{R}", "reals": r"\mathbb{R}", "leqq": r"\le ", "geqq": r"\ge ",
     "vcentcolon": ":", "ratio": ":", "textpm": r"\pm ", "texttimes": r"\times ",
     "lang": "(", "rang": ")", "ldots": "...", "cdots": "...", "dotsc": "...", "dots": "...",
@@ -77,7 +79,8 @@ _LOOKS = {
     "vspace", "mspace", "kern", "mkern", "mskip", "hskip", "vskip", "ensuremath", "mathop",
     "mathord", "mathinner", "mathrel", "mathbin", "mathclose", "mathopen", "smash", "emph", "uline",
     "textsc", "textsl", "textmd", "pmb", "framebox", "SI", "qty", "num", "ang", "boxed", "fbox",
-    "underbrace", "overbrace", "mathfrak", "mathscr",
+    "underbrace", "overbrace", "mathfrak", "mathscr", "mathnormal", "mathup", "mathbfit",
+    "mathbfup", "symbf", "symit", "symrm", "symup", "symnormal",
 }  # fmt: skip
 _TEXTS = {
     "text", "textbf", "textit", "textrm", "textsf", "texttt", "textup", "textnormal", "mbox",

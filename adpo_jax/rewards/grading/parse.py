@@ -30,7 +30,10 @@ _RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "
 RELATION_COMMANDS = {"in": "in", "approx": "~", "equiv": "=", "simeq": "~"}
 SET_COMMANDS = {"cup": "union", "cap": "intersection", "bigcup": "union", "setminus": "setminus",
                  "backslash": "setminus"}  # fmt: skip
+DETERMINANTS = {"vmatrix"}
+MAX_DETERMINANT = 4  # rows of a determinant that is multiplied out
 MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"}
+SCALARS = {"num", "sym", "const", "add", "mul", "div", "pow", "neg", "percent", "degree", "call"}
 _OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
 
 
@@ -115,6 +118,8 @@ def _ratio(items: list[Tree]) -> Tree:
 
 class Parser(ScalarParser):
     """Adds to the scalars what is made of them."""
+
+    in_determinant = False
 
     def structure(self, token: Token) -> Tree:
         if token.kind == "begin":
@@ -205,6 +210,10 @@ class Parser(ScalarParser):
             while not self.accept("}"):  # the format of the columns
                 if self.next() is END:
                     raise Unreadable("unclosed column format")
+        is_determinant = environment in DETERMINANTS
+        if is_determinant and self.in_determinant:
+            raise Unreadable("a determinant in a determinant")
+        self.in_determinant = self.in_determinant or is_determinant
         rows, row = [], []
         while True:
             row.append(self.nested(self.expression))
@@ -223,4 +232,23 @@ class Parser(ScalarParser):
             raise Unreadable("rows of different lengths")
         if environment in ("matrix", "smallmatrix") and len(rows) == len(rows[0]) == 1:
             return rows[0][0]
+        if is_determinant:
+            self.in_determinant = False
+            return _determinant(rows)
         return ("matrix", tuple(rows))
+
+
+def _determinant(rows: list[tuple[Tree, ...]]) -> Tree:
+    """A determinant multiplied out along its first row."""
+    if len(rows) != len(rows[0]) or len(rows) > MAX_DETERMINANT:
+        raise Unreadable("a determinant that is not square or too large")
+    if any(entry[0] not in SCALARS for row in rows for entry in row):
+        raise Unreadable("a determinant of what is no number")
+    if len(rows) == 1:
+        return rows[0][0]
+    total = None
+    for i, entry in enumerate(rows[0]):
+        term = ("mul", entry, _determinant([row[:i] + row[i + 1 :] for row in rows[1:]]))
+        term = ("neg", term) if i % 2 else term
+        total = term if total is None else ("add", total, term)
+    return total

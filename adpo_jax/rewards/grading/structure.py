@@ -13,9 +13,8 @@ from adpo_jax.rewards.grading.evaluate import (
     symbols,
     with_sign,
 )
-from adpo_jax.rewards.grading.parse import Tree
+from adpo_jax.rewards.grading.parse import SCALARS, Tree
 
-_SCALARS = {"num", "sym", "const", "add", "mul", "div", "pow", "neg", "percent", "degree", "call"}
 _FUNCTION_NAMES = set("fghFGHPQpqrTV")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
@@ -74,7 +73,7 @@ def _same_ratios(a: tuple, b: tuple) -> bool:
         return False
     if _same_items(a, b):
         return True
-    if _is_time(b) or any(t[0] not in _SCALARS for t in a + b):
+    if _is_time(b) or any(t[0] not in SCALARS for t in a + b):
         return False
     zero = ("num", Fraction(0))
     if same_tree(a[0], zero) or same_tree(b[0], zero):
@@ -121,9 +120,9 @@ def _multiplied_out(tree: Tree) -> Tree:
         return _each(parts[0], lambda t: ("neg", t))
     if tree[0] == "mul" and kinds in ((True, False), (False, True)):
         scalar, matrix = parts if kinds[1] else parts[::-1]
-        return _each(matrix, lambda t: ("mul", scalar, t)) if scalar[0] in _SCALARS else tree
+        return _each(matrix, lambda t: ("mul", scalar, t)) if scalar[0] in SCALARS else tree
     if tree[0] == "div" and kinds == (True, False):
-        return _each(parts[0], lambda t: ("div", t, parts[1])) if parts[1][0] in _SCALARS else tree
+        return _each(parts[0], lambda t: ("div", t, parts[1])) if parts[1][0] in SCALARS else tree
     if tree[0] == "add" and kinds == (True, True):
         return _joined(*parts) or tree
     if tree[0] == "pow" and kinds == (True, False) and parts[1] == ("sym", "T"):
@@ -133,7 +132,7 @@ def _multiplied_out(tree: Tree) -> Tree:
 
 
 def _is_matrix(tree: Tree) -> bool:
-    return tree[0] == "matrix" or (_is_point(tree) and all(t[0] in _SCALARS for t in tree[3]))
+    return tree[0] == "matrix" or (_is_point(tree) and all(t[0] in SCALARS for t in tree[3]))
 
 
 def _each(matrix: Tree, change) -> Tree:
