@@ -157,7 +157,7 @@ GOOD = json.dumps(ROWS[0])
         ("rows.jsonl", '{"question": "q", "answer": null}', r":1: the column 'answer' .* is null"),
         ("rows.jsonl", '{"question": 5, "answer": "a"}', r":1: the prompt in column 'question'"),
         ("rows.jsonl", '{"question": "\\ud83d", "answer": 1}', r":1: .*half a surrogate .*ud83d"),
-        ("rows.jsonl", f'{{"answer": {"9" * 5000}}}', r":1: not usable JSON: Exceeds the limit"),
+        ("rows.jsonl", f'{{"answer": {"9" * 5000}}}', r":1: .*than 4,300 digits; write it as text"),
         ("rows.jsonl", "[" * 200_000, r":1: not usable JSON: .*recursion"),
         ("rows.jsonl", b'\xff\xfe{\x00"\x00', r"rows\.jsonl:1:1: byte 0xff is not UTF-8"),
         ("rows.jsonl", GOOD.encode() + b'\n{"question": "\xe9"}', r"rows\.jsonl:2:15: byte 0xe9"),

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 
+import numpy as np
 import pytest
 
 from adpo_jax.config import default_config
@@ -14,6 +15,7 @@ from adpo_jax.run import datasets
 
 MATCHED = [
     "5", "The answer is 5.", "**5**", "`5`", ["5"], '["5"]', 5, 5.0, "5 dollars", r"\boxed{5}",
+    np.array(["5"]), np.array([5]), np.array(["5"], object), np.int64(5),
     "2 + 3 = <<2+3=5>>5\n#### 5", "#### **5**", "<answer>5</answer>", "Answer: 5",
 ]  # fmt: skip
 
@@ -38,6 +40,8 @@ def test_a_reference_in_any_dress_is_matched_by_its_answer(reference):
         (" \n", "is empty"),
         ("{5", "braces do not match"),
         ("5" * 1300, "is longer than an answer may be"),
+        (np.array(["5", "6"]), "is a list of 2 values"),
+        (np.array([]), "is a list of 0 values"),
     ],
 )
 def test_a_reference_that_nothing_matches_has_a_fault(reference, fault):
@@ -64,6 +68,13 @@ def test_a_few_unmatched_references_are_counted_and_many_are_refused():
     with pytest.raises(ValueError, match=r"of 3 of 4 rows.*row 1: '' is empty.*one answer as text"):
         check_references([*rows[-3:], "5"], lambda i: f"a.jsonl: row {i + 1}", column="c")
     assert check_references(["", ""], str, column="c", may_refuse=False)
+
+
+def test_a_reference_of_thousands_of_digits_is_told_in_plain_words():
+    assert fault_of([10**6000]) == "is longer than an answer may be"
+    with pytest.raises(ValueError, match="1: a huge number is longer than an answer may be"):
+        check_references(["5", -(10**6000)], str, column="c")
+    assert good_accuracy(["5"], [10**6000])[0] <= 0.0
 
 
 def test_references_of_prose_are_told():

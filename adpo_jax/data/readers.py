@@ -7,6 +7,7 @@ import csv
 import gzip
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,8 +280,13 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}:{line}:{error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # e.g. a number of 5,000 digits, 10,000 brackets
+    except RecursionError as error:  # 10,000 brackets
         raise ValueError(f"{path}:{first_line}: not usable JSON: {error}") from error
+    except ValueError as error:  # Python reads no integer of over 4,300 digits
+        raise ValueError(
+            f"{path}:{first_line}: not usable JSON: a number has more than "
+            f"{sys.get_int_max_str_digits():,} digits; write it as text, in quotes"
+        ) from error
     _refuse_half_characters(text, value, path, first_line)
     return value
 

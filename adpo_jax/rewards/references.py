@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adpo_jax.rewards.grading.compare import compare
-from adpo_jax.rewards.grading.extract import find_answer, find_reference
+from adpo_jax.rewards.grading.extract import find_answer, find_reference, only_element, written
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.sentence import is_readable
 
@@ -44,9 +44,8 @@ class Findings:
 
 def fault_of(reference: Any) -> str | None:
     """Why no completion can equal a reference: "is empty", "is a dict"; None where one can."""
-    if isinstance(reference, list | tuple) and len(reference) == 1:
-        reference = reference[0]
-    if isinstance(reference, list | tuple | set):
+    reference = only_element(reference)
+    if isinstance(reference, list | tuple | set) or getattr(reference, "ndim", 0):
         return f"is a list of {len(reference)} values"
     if isinstance(reference, dict):
         return "is a dict"
@@ -54,6 +53,8 @@ def fault_of(reference: Any) -> str | None:
         return "is null"
     if isinstance(reference, float) and math.isnan(reference):
         return "is NaN"
+    if written(reference) is None:
+        return "is longer than an answer may be"
     text = find_reference(reference)
     if not text:
         return "is empty"
@@ -158,5 +159,7 @@ def _is_prose(reference: Any) -> bool:
 
 
 def _shorten(value: Any) -> str:
+    if written(value) is None:
+        return "a huge number"
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."

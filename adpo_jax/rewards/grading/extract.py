@@ -69,8 +69,7 @@ def find_reference(solution: object) -> str:
     A solution is usually the bare answer; a worked solution is reduced to its `\\boxed{}`, its
     `#### N`, its `<answer>` or to what it says that the answer is, and a list of one element to it.
     """
-    solution = _only_element(solution)
-    text = str(solution).strip()
+    text = (written(only_element(solution)) or "").strip()
     for find in (_last_box, _after_hashes, _last_tag):
         found = find(text)
         if found:
@@ -83,8 +82,19 @@ def find_reference(solution: object) -> str:
     return text
 
 
-def _only_element(solution: object) -> object:
-    """The element of a list that has one, also of one written as JSON; anything else as it is."""
+def written(value: object) -> str | None:
+    """A value as text; None where Python writes none, as of an integer of over 4,300 digits."""
+    try:
+        return str(value)
+    except ValueError:
+        return None
+
+
+def only_element(solution: object) -> object:
+    """The element of a list or an array that has one, also of a list written as JSON.
+
+    Anything else is returned as it is.
+    """
     if isinstance(solution, str) and solution.lstrip()[:2] in ('["', "['"):
         try:
             listed = json.loads(solution.replace("'", '"') if '"' not in solution else solution)
@@ -92,8 +102,9 @@ def _only_element(solution: object) -> object:
             return solution
         is_one = isinstance(listed, list) and len(listed) == 1 and isinstance(listed[0], str)
         return listed[0] if is_one else solution
-    if isinstance(solution, list | tuple) and len(solution) == 1:
-        return solution[0]
+    is_array = hasattr(solution, "tolist") and getattr(solution, "ndim", 0) > 0
+    if (is_array or isinstance(solution, list | tuple)) and len(solution) == 1:
+        return next(iter(solution))
     return solution
 
 
