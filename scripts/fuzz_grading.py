@@ -22,6 +22,8 @@ MAX_SECONDS = 0.2
 WORDS = vocabulary() + [
     "1", "2", "12", "0", "7", "0.5", "1e5", "99", "400", "1" * 30, "3:30", r"\log_2", r"\sqrt[3]",
     "½", "∞", "γ", "<answer>", "####", "answer:", "60!", "apples", "|x|", "max(", "sqrt(", "e^{",
+    "the answer is", "The answer:\n- ", "even", ". Wait,", "that can't be right.", "It is",
+    "I meant", "no, ", "if", "but", "thinks", "wrong", "\n", "(about)", "in 2 months",
 ]  # fmt: skip
 REFERENCES = [
     "12", r"\frac{3}{8}", "x^2-9", "(2,7]", r"\{4,9\}", r"\sqrt{5}", "y=3x-4", "2-5i", "3^{n+2}",

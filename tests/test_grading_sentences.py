@@ -228,6 +228,7 @@ CASES = {
                 "See problem 72. The answer is unknown.", "The answer is 72 plus 3",
                 "The answer is 72 minus something", "The answer is 70. (Not 72.)",
                 "The answer is 70, although some say 72.", "The answer is 72\nor\n70",
+                "72 is the answer. Actually, it's 70.", "72 is the answer. No, that is wrong.",
                 "The answer is 72.\nOr is it 70?", "It is not true that the answer is 72.",
                 "It is false that the answer is 72.", "I doubt that the answer is 72.",
                 "I don't think the answer is 72.", "There is no way the answer is 72.",
@@ -467,7 +468,14 @@ CASES = {
             ],
             [],
         ),
-        "no": (["The answer is no."], []),
+        "no": (
+            [
+                "The answer is no.", "The answer is: no.", "The answer is: **No**.", "Answer:\nNo.",
+                "The answer is no. It is 5 less.",
+            ],
+            ["The answer is no. Wait, it's 5."],
+        ),
+        "false": (["Answer: False.", "The answer is: false", "The answer is false."], []),
         "yes": (["Yes, the answer is yes."], []),
         "3.5": (["The answer is 3.5 hours.", "The answer is 3 1/2.", "The answer is 3½."], []),
         "1234": (["The answer is 1,234."], []),

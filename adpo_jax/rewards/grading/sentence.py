@@ -64,6 +64,7 @@ _LEAD_BEFORE = re.compile(
     r"|(?:this|that|which) means|we (?:see|find|get|conclude)|that)\b,?",
     re.I,
 )
+_FIRST_WORD = re.compile(r"[^\w.,;!?]{0,40}\w{1,40}")
 _WRONG = re.compile(
     r"[\s*_]{0,4}(?:(?:clearly|obviously|definitely|therefore|thus|also|actually) )?"
     r"(?:wrong|incorrect|false|mistaken|nonsense)"
@@ -199,7 +200,7 @@ def stated_answer(text: str) -> str | None:
         return None
     matches = deque(_SAYS.finditer(text, max(0, mentions[0].start() - 20)), MAX_CLAIMS)
     denied: set[str] = set()
-    words = None
+    words, is_wrong = None, False
     while matches:
         match = matches.pop()
         before = text[max(0, match.start() - 60) : match.start()]
@@ -212,8 +213,12 @@ def stated_answer(text: str) -> str | None:
             if is_supposed(before):
                 continue
             rest = text[match.end() : match.end() + _WINDOW]
-            if _WRONG.match(rest):
-                return _after_remarks(None, text, match.end(), denied)
+            if _WRONG.match(rest):  # or the answer of a question whether something is true
+                other = _after_remarks(None, text, match.end(), denied)
+                if other:
+                    return other
+                is_wrong, words = True, words or _claim_after(rest, denied, False, False)
+                continue
             if match["deny"] or is_doubted(before):
                 rest = "not " + rest
             is_last = match.end() + _WINDOW >= len(text)
@@ -222,6 +227,8 @@ def stated_answer(text: str) -> str | None:
         if not found or _bare(found) in denied:
             continue
         found = _after_remarks(found, text, match.end(), denied)
+        if is_wrong and found:
+            return None if _VALUE.search(found) else words
         if found is None or _is_outright(found) or is_correcting(before):
             return found
         words = words or found
@@ -231,6 +238,8 @@ def stated_answer(text: str) -> str | None:
 def _after_remarks(found: str | None, text: str, start: int, denied: set[str]) -> str | None:
     """An answer as what follows it leaves it: itself, None where it is taken back, or another."""
     stated = found
+    first = _FIRST_WORD.match(text, start)  # no remark but a part of the answer: "no" may be it
+    start = first.end() if first else start
     for kind, rest in remarks_after(text, start, is_denied=found is None):
         if kind == "denied":
             found = None
