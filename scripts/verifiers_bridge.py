@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import uuid
 from pathlib import Path
 
 import uvicorn
@@ -71,7 +72,7 @@ def record_of(episode) -> dict:
     branches = [(t, b) for t in traces for b in t.branches if b.trainable and any(b.sampled_mask)]
     if len(branches) != 1:
         return {
-            "error": f"{len(branches)} branches are to be trained on, and a rollout is one: an "
+            "lasting": f"{len(branches)} branches are to be trained on, and a rollout is one: an "
             "environment whose agents are several, or whose prompts do not go on from each other, "
             "cannot be a run's"
         }
@@ -105,7 +106,7 @@ class Bridge:
         asked = await request.json()
         model = asked["model"]
         # The clients of verifiers read their key from the environment.
-        variable = f"ADPO_JAX_RUN_{model['api_key'][:12]}"
+        variable = f"ADPO_JAX_RUN_{uuid.uuid4().hex}"
         os.environ[variable] = model["api_key"]
         client = TrainClientConfig(
             base_url=model["base_url"] + "/v1",
@@ -122,7 +123,14 @@ class Bridge:
             (slot,) = self._env.slots(task)
             return record_of(await self._env.run_slot(slot, ctx, self._gate))
 
-        return JSONResponse({"rollouts": await asyncio.gather(*map(episode, asked["seeds"]))})
+        try:
+            records = await asyncio.gather(*map(episode, asked["seeds"]))
+        finally:
+            os.environ.pop(variable, None)
+        for record in records:
+            if "lasting" in record:
+                return JSONResponse({"error": record["lasting"]}, 422)
+        return JSONResponse({"rollouts": records})
 
 
 def main():

@@ -33,7 +33,7 @@ from adpo_jax.rollouts import elsewhere, recording, wire
 from adpo_jax.rollouts.dispatch import Dispatch, Work
 from adpo_jax.rollouts.elsewhere import Elsewhere
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
-from adpo_jax.run import roles
+from adpo_jax.run import roles, sampler_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +82,18 @@ def test_samplers_share_what_waits_and_the_oldest_groups_go_first(dispatch):
     assert dispatch.whole() == []
 
 
+def test_shares_stay_even_and_grow_where_others_have_no_room(dispatch):
+    for name in "abcd":
+        asked(dispatch, name)
+    dispatch.publish(0, works(*range(16)))
+    assert [len(asked(dispatch, name)) for name in "abcd"] == [4, 4, 4, 4]
+    dispatch.publish(1, works(*range(16, 20)))
+    held = {"a": range(4), "b": range(4, 8), "c": range(8, 12), "d": range(12, 16)}
+    for name in "bcd":
+        assert asked(dispatch, name, held[name], room=0) == []
+    assert asked(dispatch, "a", held["a"]) == [16, 17, 18, 19]
+
+
 def test_the_groups_of_a_sampler_that_falls_silent_are_others_and_count_once(dispatch, clock):
     dispatch.publish(0, works(0, 1))
     assert asked(dispatch, "a") == [0, 1]
@@ -118,7 +130,7 @@ def test_no_group_is_handed_out_before_there_are_weights_and_all_hear_of_the_end
     dispatch.publish(4, works(0))
     waiting.join(10)
     assert (found[0].version, [work.number for work in found[0].works]) == (4, [0])
-    dispatch.finish()
+    dispatch.finish(timeout=0)
     assert dispatch.order("a", [0], 0, 4, timeout=30).finished
 
 
@@ -170,7 +182,11 @@ def changed(**arrays):
         (changed(lengths=np.array([-1, 5])), "completions of -1 to 5 tokens"),
         (changed(numbers=np.array([1, 2])), "2 completions of 2 groups of 2"),
         (changed(tokens=np.array([{}], object)), "no file of groups"),
-        (changed(reasons=np.array([0, 9], np.int8)), "no file of groups"),
+        (changed(reasons=np.array([0, 9], np.int8)), "not sampled in one turn"),
+        (changed(reasons=np.array([0, -1], np.int8)), "not sampled in one turn"),
+        (changed(trained=np.zeros(4, bool)), "not sampled in one turn"),
+        (changed(log_probs=np.ones(4, np.float32)), "log-probs above 0"),
+        (changed(numbers=np.array([np.nan])), "numbers that are none"),
     ],
 )
 def test_what_is_no_file_of_groups_is_refused(content, why):
@@ -382,7 +398,7 @@ def test_a_slow_line_on_which_connections_break_loses_nothing(
     policy_and_params, engines, trainer, monkeypatch
 ):
     monkeypatch.setattr(elsewhere, "POLL_S", 0.2)
-    monkeypatch.setattr(roles, "_RETRY_S", 0.05)
+    monkeypatch.setattr(sampler_line, "_RETRY_S", 0.05)
     _, params = policy_and_params
     source = trainer(1)
     with bad_line(source.address) as address:
@@ -392,6 +408,69 @@ def test_a_slow_line_on_which_connections_break_loses_nothing(
         thread.join(30)
     trained = [int(s) for g in groups for s in g.prompts.columns["solution"]]
     assert sorted(trained) == list(range(P * STEPS))
+
+
+def test_a_group_that_is_dropped_and_handed_out_again_is_sampled_once(
+    policy_and_params, engines, trainer, monkeypatch
+):
+    monkeypatch.setattr(elsewhere, "POLL_S", 0.1)
+    _, params = policy_and_params
+    source = trainer(2)
+    start(policy_and_params, engines[0], source.address)
+    stop = threading.Event()
+
+    def take_back():
+        """Gives the sampler's groups back under its hands, again and again."""
+        dispatch = source._dispatch
+        while not stop.is_set():
+            with dispatch._changed:
+                for known in dispatch._samplers.values():
+                    for number in list(known.holds):
+                        dispatch._give_back(known, number)
+            time.sleep(0.15)
+
+    taking = threading.Thread(target=take_back)
+    taking.start()
+    try:
+        groups = [source.next(step, at_step(params, step)) for step in range(STEPS)]
+    finally:
+        stop.set()
+        taking.join()
+    policy, _ = policy_and_params
+    for found in groups:
+        for ids, group in zip(found.prompts.token_ids, found.completions.groups, strict=True):
+            for c in group:
+                assert len(c) <= 12
+                tokens = np.array([[*ids, *c.tokens]], np.int32)
+                for version in set(c.versions.tolist()):
+                    wanted = log_probs(policy, at_step(params, version), tokens)[0, len(ids) :]
+                    drawn = c.versions == version
+                    np.testing.assert_allclose(c.full_log_probs[drawn], wanted[drawn], atol=2e-5)
+
+
+def test_what_was_begun_for_an_earlier_start_is_not_delivered_to_a_later_one(
+    policy_and_params, engines, trainer
+):
+    source = trainer(0)
+    source._host.start()
+    source._started = True
+    reception, dispatch = source._reception, source._dispatch
+    fits = roles.fits_of(policy_and_params[0], engines[0], SAMPLING)
+    line = sampler_line.Line(source.address, KEY, fits, None)
+    assert line._say_hello()
+    dispatch.publish(0, works(0))
+    order = dispatch.order(line._name, [], 1, 0, timeout=0)
+    line._take({"dropped": [], "works": [{"number": 0}], "version": -1}, line._run, [])
+    old = {"number": 0, "run": line._run}
+    assert [work.number for work in order.works] == [0]
+    reception.run = "another start"
+    line.deliver(old, [Completion.sampled([1], [-1.0], "stop")] * 2)
+    threading.Thread(target=line._told, args=(line._deliver,), daemon=True).start()
+    deadline = time.monotonic() + 20
+    while line._run and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert line._run == ""
+    assert dispatch.whole() == []
 
 
 def test_strangers_and_samplers_of_another_run_are_refused(policy_and_params, engines, trainer):

@@ -345,6 +345,8 @@ class ContinuousBatch:
     def close(self) -> None:
         """Ends what is compiled ahead; the batch is not used any more."""
         self._programs.close()
+        with self._exchanging:  # else the parameters wait for the collector of cycles
+            self._loop.params = self._scorer = None
 
 
 def _load_sizing(engine: Engine) -> LoadSizing:

@@ -34,6 +34,8 @@ from adpo_jax.environments.pool import EnvironmentFailed
 REWARD_NAME = "environment"
 # How often a row's rollouts are asked for, where the environment fails, and the seconds between.
 ATTEMPTS, PAUSES_S = 3, (1.0, 5.0)
+# The status of an answer that asking again would not change.
+LASTING = 422
 MAX_ANSWER_BYTES = 256 << 20
 # Of what an environment says in an error, so much is shown.
 _SHOWN = 300
@@ -201,9 +203,12 @@ class External:
             raise _Unanswered(_reason(error)) from None
         if status != 200:
             said = bytes(made[:_SHOWN]).decode(errors="replace")
+            if status == LASTING:
+                raise EnvironmentFailed(f"the environment at {self.shown} says: {said!r}")
             raise _Unanswered(f"it answered with the status {status}: {said!r}")
         try:
-            answer = json.loads(bytes(made))
+            # Beside the event loop, which serves the engine.
+            answer = await asyncio.to_thread(json.loads, bytes(made))
         except (ValueError, RecursionError) as error:
             raise _Unanswered(f"its answer is no JSON: {str(error)[:_SHOWN]}") from None
         rollouts = answer.get("rollouts") if isinstance(answer, dict) else None

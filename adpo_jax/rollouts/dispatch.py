@@ -60,6 +60,7 @@ class _Known:
 
     heard: float
     holds: set[int] = dataclasses.field(default_factory=set)
+    room: int = 0  # for further groups, as it said last
 
 
 class Dispatch:
@@ -120,11 +121,12 @@ class Dispatch:
         with self._changed:
             return dict(self._whole)
 
-    def finish(self) -> None:
-        """Tells all samplers that the run is over."""
+    def finish(self, timeout: float) -> None:
+        """Tells all samplers that the run is over; waits until they have heard it."""
         with self._changed:
             self._finished = True
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._samplers, timeout)
 
     @property
     def version(self) -> int:
@@ -156,6 +158,7 @@ class Dispatch:
         holds = set(holds)
         with self._changed:
             known = self._heard(sampler)
+            known.room = room
             for lost in known.holds - holds:
                 self._give_back(known, lost)
             unwanted = sorted(holds - known.holds)
@@ -165,15 +168,20 @@ class Dispatch:
                 return bool(self._finished or unwanted or newer or (room and self._waiting))
 
             self._changed.wait_for(has_news, timeout)
+            if self._finished:
+                self._samplers.pop(sampler, None)
+                self._changed.notify_all()
+                return Order(self._version, [], [], True)
             known = self._heard(sampler)
-            works = [] if self._version is None else self._handed_out(known, room)
             dropped = sorted(holds - known.holds)
-            return Order(self._version, works, dropped, self._finished)
+            works = [] if self._version is None else self._handed_out(known, room, holds)
+            return Order(self._version, works, dropped, False)
 
     def deliver(self, sampler: str, number: int, completions: list[Completion]) -> bool:
         """Takes a whole group; returns False where nobody waits for it."""
         with self._changed:
-            self._heard(sampler)
+            if sampler in self._samplers:
+                self._heard(sampler)
             for known in self._samplers.values():
                 known.holds.discard(number)
             wanted = self._works.pop(number, None) or self._waiting.pop(number, None)
@@ -184,10 +192,11 @@ class Dispatch:
             self._changed.notify_all()
             return True
 
-    def wanted(self, number: int) -> bool:
-        """Whether a group is still to be sampled."""
+    def alive(self, sampler: str) -> None:
+        """Takes note that a sampler lives, which has not asked for a while."""
         with self._changed:
-            return number in self._works or number in self._waiting
+            if sampler in self._samplers:
+                self._heard(sampler)
 
     # --- with the lock held
 
@@ -214,10 +223,18 @@ class Dispatch:
             self._waiting = dict(sorted((self._waiting | {number: work}).items()))
             self._changed.notify_all()
 
-    def _handed_out(self, known: _Known, room: int) -> list[Work]:
-        """The sampler's share of what waits, the oldest groups first."""
-        share = -(-len(self._waiting) // len(self._samplers))
-        numbers = list(self._waiting)[: max(0, min(room, share))]
+    def _handed_out(self, known: _Known, room: int, holds: set[int]) -> list[Work]:
+        """The sampler's share of all that is not whole, the oldest groups first.
+
+        It gets more where others have no room for theirs. Those that it is being told to drop are
+        not among them.
+        """
+        share = -(-(len(self._waiting) + len(self._works)) // len(self._samplers))
+        others = (other for other in self._samplers.values() if other is not known)
+        kept = sum(max(0, min(other.room, share - len(other.holds))) for other in others)
+        count = min(room, max(share - len(known.holds), len(self._waiting) - kept, 0))
+        numbers = [number for number in self._waiting if number not in holds][:count]
+        known.room = room - len(numbers)
         works = [self._waiting.pop(number) for number in numbers]
         self._works |= {work.number: work for work in works}
         known.holds |= set(numbers)

@@ -94,11 +94,13 @@ class Reception:
     def order(self, asked: dict[str, Any]) -> dict[str, Any]:
         name, holds = asked.get("name"), asked.get("holds")
         room, version = asked.get("room"), asked.get("version")
+        wait = asked.get("wait", POLL_S)
         ok = isinstance(name, str) and 1 <= len(name) <= 100 and isinstance(holds, list)
+        ok = ok and type(wait) in (int, float) and wait >= 0
         if not ok or not all(type(x) is int for x in (*holds, room, version)):
-            raise Refused("an order is asked for with name, holds, room and version")
+            raise Refused("an order is asked for with name, holds, room, version and wait")
         self._check_run(asked.get("run"))
-        order = self._dispatch.order(name, holds, max(room, 0), version, POLL_S)
+        order = self._dispatch.order(name, holds, max(room, 0), version, min(wait, POLL_S))
         works = [
             {"number": work.number, "prompt": work.prompt, "keys": work.keys.tolist()}
             for work in order.works
@@ -109,6 +111,11 @@ class Reception:
             "dropped": order.dropped,
             "finished": order.finished,
         }
+
+    def alive(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self._check_run(asked.get("run"))
+        self._dispatch.alive(str(asked.get("name")))
+        return {}
 
     def deliver(self, name: str, run: str, content: bytes) -> dict[str, Any]:
         self._check_run(run)
@@ -164,7 +171,7 @@ class Elsewhere(Source):
     ):
         self._sampler, self._weights_of = sampler, weights_of
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
-        self._files = FlightFiles(folder, sampler.sampling.n)
+        self._files = FlightFiles(folder, sampler.sampling.n, owner="samplers")
         self._pacing = Pacing(batch_size, max_staleness, ahead, num_groups=num_steps * batch_size)
         self._flights: dict[int, Flight] = {0: Flight()}
         self._dispatch = Dispatch(lease_s=LEASE_S)
@@ -194,8 +201,7 @@ class Elsewhere(Source):
     def end(self) -> None:
         """Tells the samplers that the run is over."""
         if self._started:
-            self._dispatch.finish()
-            time.sleep(1.0)  # for those whose answer is on its way
+            self._dispatch.finish(timeout=2 * POLL_S)
 
     def close(self) -> None:
         """Ends the server. Samplers wait for the trainer to come back, unless the run is over."""
@@ -209,13 +215,16 @@ class Elsewhere(Source):
           RewardError: when a reward function fails on any process.
           SourceError: when what iteration `step` left in flight was not kept.
         """
-        before, began = self._flight(step), time.perf_counter()
+        began = time.perf_counter()
         host_params = distributed.fetch(self._weights_of(params))
+        content = b"" if self._host is None else wire.packed_params(host_params)
+        del host_params
         found = None
         with distributed.fail_together():
+            before = self._flight(step)
             if self._host is not None:
-                found = self._sampled(step, before, host_params)
-        del host_params
+                found = self._sampled(step, before, content)
+        del content
         chosen, groups, after, counts = distributed.all_gather(found)[0]
         self._flights = {step: before, step + 1: after}
         seconds = time.perf_counter() - began
@@ -241,7 +250,7 @@ class Elsewhere(Source):
             together, seconds=(seconds, together.seconds[1]), metrics=metrics
         )
 
-    def _sampled(self, step: int, before: Flight, params: Any):
+    def _sampled(self, step: int, before: Flight, weights: bytes):
         """The first process's part of `next`: what is trained on, and what stays in flight."""
         dispatch, works = self._dispatch, []
         if not self._started:
@@ -256,7 +265,7 @@ class Elsewhere(Source):
             print(told, file=sys.stderr, flush=True)
         new = self._pacing.admitted(before.next_number, len(before.admitted_at))
         admitted_at = before.admitted_at | dict.fromkeys(new, step)
-        self._reception.publish(step, wire.packed_params(params), works + self._works(new))
+        self._reception.publish(step, weights, works + self._works(new))
         taken_back, doubles = dispatch.num_taken_back, dispatch.num_doubles
         chosen = self._wait_for_groups(step, admitted_at)
         completions = dispatch.take(chosen)

@@ -174,6 +174,7 @@ class GroupDecoding:
 
     def submit(self, number: int, prompt: list[int], keys: np.ndarray, group: FlyingGroup) -> None:
         """Has the samples of a group decoded that have not ended."""
+        assert number not in self._samples
         self._samples[number] = list(group)
         going_on = [i for i, sample in enumerate(group) if not sample.finish_reason]
         if going_on:
@@ -258,10 +259,12 @@ class FlightFiles:
 
     Args:
       n: samples of a group.
+      owner: whose files they are, a part of their names; None for this process among so many.
     """
 
-    def __init__(self, folder: Path, n: int):
+    def __init__(self, folder: Path, n: int, owner: str | None = None):
         self._folder, self._n = folder, n
+        self._owner = owner or f"{jax.process_index()}.of{jax.process_count()}"
 
     def save(self, step: int, flight: Flight, *, oldest: int = 0) -> None:
         """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
@@ -272,8 +275,8 @@ class FlightFiles:
             np.savez(file, **packed(flight))
         os.replace(unfinished, path)
         for other in self._folder.glob("*.npz"):
-            number, process, *_ = other.name.split(".")
-            if process == str(jax.process_index()) and int(number) < oldest:
+            number, _, owner = other.name.removesuffix(".npz").partition(".")
+            if owner == self._owner and int(number) < oldest:
                 other.unlink()
 
     def load(self, step: int) -> Flight:
@@ -290,10 +293,10 @@ class FlightFiles:
             reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "
-                f"iteration {step} left its samples in flight. A run that began without it, or "
-                "on another number of processes, goes on as it was; set it so, or start again "
-                "in another folder"
+                f"iteration {step} left its samples in flight. A run that began without it, on "
+                "another number of processes, or with its samplers elsewhere (--role), goes on as "
+                "it was; set it so, or start again in another folder"
             ) from error
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"{step:06d}.{jax.process_index()}.of{jax.process_count()}.npz"
+        return self._folder / f"{step:06d}.{self._owner}.npz"

@@ -87,6 +87,10 @@ def read_groups(
         tokens = arrays["tokens"]
         if tokens.min() < 0 or tokens.max() >= vocab_size:
             raise WireError(f"token ids outside [0, {vocab_size})")
+        if numbers.ndim != 1 or numbers.dtype != np.int64 or (arrays["log_probs"] > 0).any():
+            raise WireError("numbers that are none, or log-probs above 0")
+        if not arrays["trained"].all() or arrays["turns"].any() or set(reasons.tolist()) - {0, 1}:
+            raise WireError("completions that are not sampled in one turn")
         versions = arrays["versions"]
         if versions.min() < 0 or versions.max() > last_version:
             raise WireError(f"versions of the weights outside [0, {last_version}]")

@@ -19,9 +19,9 @@ from adpo_jax.run import metric_names
 from adpo_jax.run.reward_functions import reward_functions
 from adpo_jax.run.whole_keys import section, whole_keys
 
-# The names that a folder may have: one part of a path, and not hidden.
 # Of whole numbers: what an int32 holds.
 LARGEST = 2**31 - 1
+# The names that a folder may have: one part of a path, and not hidden.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@,-]*")
 
 

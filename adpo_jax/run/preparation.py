@@ -103,6 +103,8 @@ def prepare(
     }
     with distributed.fail_together():
         config = finalized(config)
+        if replay and samplers:
+            raise ValueError("--replay trains from recordings, and needs no --role=trainer")
         folder = RunFolder(workdir, writes=distributed.is_leader())
         folder.check(config, **options)
         with telling("reading the model's config, its tokenizer and the data"):

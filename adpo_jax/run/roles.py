@@ -10,11 +10,7 @@ with devices of its own; there may be any number, which come and go (`rollouts.d
 import collections
 import os
 import queue
-import secrets
 import sys
-import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,19 +21,14 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
-from adpo_jax.records import Completion
 from adpo_jax.rollouts import wire
-from adpo_jax.rollouts.dispatch import LEASE_S
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample, GroupDecoding
 from adpo_jax.run import loading, setup
+from adpo_jax.run.sampler_line import Line, Refusal, TrainerLost
 
 KEY_VARIABLE = "ADPO_JAX_RUN_KEY"
 # Decode steps between two looks at what has come from the trainer.
 _STEPS = 16
-# Seconds between two attempts to reach the trainer.
-_RETRY_S = 2.0
-# Seconds without the trainer after which a sampler gives up.
-GIVE_UP_S = 1800.0
 # As many groups as any batch has: in calls of whole batches a sampler takes its whole share.
 _ALL = 1 << 30
 
@@ -88,172 +79,6 @@ def fits_of(policy: Policy, engine: Engine, sampling: SamplingParams) -> dict[st
     }
 
 
-class TrainerLost(Exception):
-    """The trainer cannot be reached, or sends what is nothing."""
-
-
-class Refusal(ValueError):
-    """The trainer refuses this sampler."""
-
-
-class _Line:
-    """A sampler's line to the trainer: threads that ask for orders and deliver groups.
-
-    Attributes:
-      inbox: what has come: ("weights", version, tree), ("works", list), ("dropped", numbers),
-        ("reset",), ("finished",), ("refused", text) and ("lost", text).
-    """
-
-    def __init__(self, address: str, key: str, fits: dict[str, str], abstract: Any):
-        import httpx
-
-        self.inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
-        self.whole_calls = False
-        self._fits, self._abstract = fits, abstract
-        self._client = httpx.Client(
-            base_url=f"http://{address}",
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(60.0, connect=5.0),
-            trust_env=False,
-        )
-        self._errors = httpx.HTTPError
-        self._name, self._run = secrets.token_hex(8), ""
-        self._lock = threading.Lock()
-        self._holds: set[int] = set()
-        self._room, self._version = 0, -1
-        self._reached = time.monotonic()
-        self._outbox: queue.SimpleQueue[tuple[str, int, list[Completion]] | None]
-        self._outbox = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._told, args=(work,), name=name, daemon=True)
-            for name, work in (("orders", self._ask), ("deliveries", self._deliver))
-        ]
-
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def set_room(self, room: int) -> None:
-        """Says how many further groups could begin."""
-        with self._lock:
-            self._room = room
-
-    def deliver(self, number: int, completions: list[Completion]) -> None:
-        """Sends a whole group, as soon as the trainer can be reached."""
-        self._outbox.put((self._run, number, completions))
-
-    # --- in the threads
-
-    def _told(self, work: Callable[[], None]) -> None:
-        """Works; what it raises ends the sampler, which would wait for ever else."""
-        try:
-            work()
-        except Exception as error:
-            self.inbox.put(("lost", f"{type(error).__name__}: {str(error)[:500]}"))
-
-    def _post(self, path: str, **content) -> dict | None:
-        """The answer; None where the trainer cannot be reached, or has begun anew."""
-        try:
-            answer = self._client.post(path, **content)
-        except self._errors:
-            if time.monotonic() - self._reached > GIVE_UP_S:
-                text = f"it has not been reached for {GIVE_UP_S:g} s"
-                self.inbox.put(("lost", text))
-            time.sleep(_RETRY_S)
-            return None
-        self._reached = time.monotonic()
-        if answer.status_code == 200:
-            return answer.json()
-        if answer.status_code == 410:
-            self._run = ""
-        elif answer.status_code in (400, 401, 409, 413):
-            self.inbox.put(("refused", f"{answer.status_code}: {answer.text[:500]}"))
-            time.sleep(LEASE_S)
-        else:
-            time.sleep(_RETRY_S)
-        return None
-
-    def _ask(self) -> None:
-        held: list[dict] = []
-        while True:
-            if not self._run:
-                held = []
-                if not self._say_hello():
-                    continue
-            with self._lock:
-                asked = {
-                    "name": self._name,
-                    "run": self._run,
-                    "holds": sorted(self._holds),
-                    "room": self._room,
-                    "version": self._version,
-                }
-            order = self._post("/sampler/order", json=asked)
-            if order is None:
-                continue
-            if order["finished"]:
-                self.inbox.put(("finished",))
-                return
-            if order["works"]:
-                with self._lock:
-                    self._holds |= {work["number"] for work in order["works"]}
-                    self._room = 0  # until the decoding thread says how much is left
-            if order["dropped"]:
-                with self._lock:
-                    self._holds -= set(order["dropped"])
-                self.inbox.put(("dropped", order["dropped"]))
-            # Groups that are to be sampled by new weights wait for these.
-            held += order["works"]
-            has_weights = order["version"] == self._version
-            if not has_weights and order["version"] is not None:
-                has_weights = self._fetch(order["version"])
-            if has_weights and held:
-                self.inbox.put(("works", held))
-                held = []
-
-    def _say_hello(self) -> bool:
-        answer = self._post("/sampler/hello", json={"name": self._name, "fits": self._fits})
-        if answer is None:
-            return False
-        with self._lock:
-            self._holds.clear()
-            self._room, self._version = 0, -1
-            self._name = secrets.token_hex(8)
-        self.whole_calls, self._run = answer["whole_calls"], answer["run"]
-        self.inbox.put(("reset",))
-        return True
-
-    def _fetch(self, version: int) -> bool:
-        """Fetches weights; returns False where these are gone, for there are newer ones."""
-        for _ in range(5):
-            try:
-                answer = self._client.get(f"/sampler/weights/{version}")
-            except self._errors:
-                time.sleep(_RETRY_S)
-                continue
-            if answer.status_code != 200:
-                return False
-            if answer.headers.get("etag", "").strip('"') != wire.digest_of(answer.content):
-                continue
-            tree = wire.read_params(answer.content, self._abstract)
-            with self._lock:
-                self._version = version
-            self.inbox.put(("weights", version, tree))
-            return True
-        return False
-
-    def _deliver(self) -> None:
-        while True:
-            run, number, completions = self._outbox.get()
-            content = wire.packed_groups({number: completions})
-            while run == self._run:
-                headers = {"x-sampler": self._name, "x-run": run}
-                if self._post("/sampler/groups", content=content, headers=headers) is not None:
-                    break
-            with self._lock:
-                self._holds.discard(number)
-
-
 def make_sampler(config: ConfigDict, address: str, key: str) -> "SamplerRole":
     """The sampler of a config, whose mesh is this process's own.
 
@@ -295,7 +120,7 @@ class SamplerRole:
         abstract = jax.eval_shape(engine.verbs.cast, policy.abstract_params())
         abstract = lora.split(abstract)[0]
         fits = fits_of(policy, engine, sampling)
-        self._line = _Line(address, key, fits, abstract)
+        self._line = Line(address, key, fits, abstract)
         self._address = address
         self._clear()
 
@@ -316,6 +141,7 @@ class SamplerRole:
         print(f"sampling for the trainer at {self._address}", file=sys.stderr, flush=True)
         self._line.start()
         while self._take_news():
+            self._line.beat()
             if self._params is None:
                 continue
             if self._line.whole_calls:
@@ -333,6 +159,7 @@ class SamplerRole:
             try:
                 kind, *content = self._line.inbox.get(timeout=1.0 if idle else 0.0)
             except queue.Empty:
+                self._line.beat()
                 if idle and self._params is not None:
                     self._tell_room()
                 if idle:
@@ -365,15 +192,19 @@ class SamplerRole:
     def _on_works(self, works: list[dict]) -> None:
         started = (FlyingSample.empty(),) * self._sampling.n
         for work in works:
-            self._works[work["number"]] = work
-            self._groups[work["number"]] = started
-            self._fresh.append(work["number"])
+            if work["number"] not in self._works:
+                self._works[work["number"]] = work
+                self._groups[work["number"]] = started
+                self._fresh.append(work["number"])
         self._tell_room()
 
     def _on_dropped(self, numbers: list[int]) -> None:
+        # They may be handed out again, so nothing of them may go on. The others do so elsewhere.
+        self._leave()
         for number in numbers:
             self._works.pop(number, None)
             self._groups.pop(number, None)
+        self._fresh = collections.deque(sorted(self._works))
 
     def _tell_room(self) -> None:
         if self._line.whole_calls:
@@ -393,17 +224,19 @@ class SamplerRole:
         works = [self._works[number] for number in numbers]
         keys = np.array([work["keys"] for work in works], np.uint32)
         prompts = [work["prompt"] for work in works]
-        out = self._engine.generate(
+        groups = self._engine.stream(
             self._params,
             prompts,
             self._sampling,
             jax.random.key(0),
             version=self._version,
             keys=keys,
+            on_tokens=lambda *_: self._line.beat(),
         )
-        for number, group in zip(numbers, out.groups, strict=True):
-            self._line.deliver(number, group)
-            del self._works[number], self._groups[number]
+        for group in groups:
+            number = numbers[group.prompt_index]
+            self._line.deliver(self._works.pop(number), group.completions)
+            del self._groups[number]
         self._fresh.clear()
         self._tell_room()
 
@@ -423,9 +256,9 @@ class SamplerRole:
         self._decoding.decode(_STEPS)
         for number in self._decoding.whole():
             group = self._decoding.take(number)
-            if self._works.pop(number, None) is not None:
-                del self._groups[number]
-                self._line.deliver(number, [sample.completion() for sample in group])
+            work = self._works.pop(number)
+            del self._groups[number]
+            self._line.deliver(work, [sample.completion() for sample in group])
         self._tell_room()
 
     def _leave(self) -> None:

@@ -17,7 +17,7 @@ from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, token_fields
 
 # The settings that decide from which distribution a token is drawn.
-_DISTRIBUTION = ("temperature", "top_k", "top_p", "min_p")
+_DISTRIBUTION = ("temperature", "top_k", "top_p", "min_p", "min_tokens")
 # What is kept of a sampled token, beside the fields that a record gives.
 _KEPT = ("tokens", "log_probs", "full_log_probs")
 

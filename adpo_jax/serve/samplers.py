@@ -2,6 +2,7 @@
 
     POST /sampler/hello         what a sampler is: {"name", "fits"}; 409 where it fits another run
     POST /sampler/order         {"name", "run", "holds", "room", "version"} -> what to do next
+    POST /sampler/alive         {"name", "run"}: a sign of life
     POST /sampler/groups        whole groups as arrays (`rollouts.wire`)
     GET  /sampler/weights/{v}   the weights of version v as safetensors, their digest as ETag
 
@@ -47,6 +48,9 @@ class Desk(Protocol):
     def order(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What a sampler is to do next; it may wait for it."""
 
+    def alive(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Takes note that a sampler lives."""
+
     def deliver(self, name: str, run: str, content: bytes) -> dict[str, Any]:
         """Takes groups."""
 
@@ -82,10 +86,12 @@ class SamplersHost:
             raise ValueError(
                 f"--listen: this machine cannot listen at {host}:{port}: {error}"
             ) from None
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self._socket.getsockname()[1]}"
         routes = [
             Route("/sampler/hello", self._guarded(self._hello), methods=["POST"]),
             Route("/sampler/order", self._guarded(self._order), methods=["POST"]),
+            Route("/sampler/alive", self._guarded(self._alive), methods=["POST"]),
             Route("/sampler/groups", self._guarded(self._groups), methods=["POST"]),
             Route("/sampler/weights/{version:int}", self._guarded(self._weights)),
         ]
@@ -95,6 +101,7 @@ class SamplersHost:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=3,
+            timeout_keep_alive=30,  # longer than httpx keeps a connection
             ws="none",
         )
         self._server = uvicorn.Server(config)
@@ -136,6 +143,9 @@ class SamplersHost:
     async def _order(self, request: Request) -> Response:
         return JSONResponse(await self._in_thread(self._desk.order, await _object(request)))
 
+    async def _alive(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self._desk.alive, await _object(request)))
+
     async def _groups(self, request: Request) -> Response:
         name, run = (request.headers.get(f"x-{what}", "") for what in ("sampler", "run"))
         content = await _body(request, MAX_GROUPS_BYTES)
@@ -171,5 +181,5 @@ async def _body(request: Request, most: int) -> bytes:
     except TimeoutError:
         raise Refused("the body took too long to arrive", 408) from None
     except ClientDisconnect:
-        raise Refused("the client has gone") from None
+        raise Refused("the client has gone", 408) from None
     return bytes(made)
