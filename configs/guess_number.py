@@ -1,6 +1,15 @@
 """A game of several turns on a CPU: a small model learns to halve a range (docs/environments.md).
 
-python -m adpo_jax.main --config=configs/guess_number.py
+    python -m adpo_jax.main --config=configs/guess_number.py
+
+Needs a CPU with two cores; downloads nothing. The environment has a number from 1 to 15 in mind and
+says higher or lower. Most of the demonstrations for the cold start guess anything, whatever they
+are told, and fewer halve what is left. The reward is the share of the six guesses that are left;
+halving earns 0.62 on average.
+
+On 256 held-out games, greedy, at commit 47cc418 (2-core x86-64 VM, 2026-11-26, beside other work),
+seeds 0, 1 and 2: found in time 25%, 38% and 16% after the cold start; 84%, 57% and 88% after 10
+iterations; 100%, 87% and 100% after 40, with the mean rewards 0.62, 0.55 and 0.62.
 """
 
 from adpo_jax.config import default_config
