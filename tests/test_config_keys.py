@@ -236,7 +236,7 @@ def data_cache(config):
 def first_batch(config):
     """The numbers of the prompts of the first iteration, of 300."""
     none = dict.fromkeys(("engine", "tokenizer", "reward_model", "environments"))
-    none["sampling"] = types.SimpleNamespace(stop_token_ids=())
+    none["sampling"] = types.SimpleNamespace(stop_token_ids=(), n=2)
     prompts = Prompts([[n] for n in range(300)], {})
     parts = types.SimpleNamespace(train_prompts=prompts, num_steps=1, **none)
     return preparation._sampled(config, parts, None).prompts_of(0).token_ids
@@ -245,7 +245,7 @@ def first_batch(config):
 def pacing(config):
     """How far ahead of the update groups are sampled."""
     none = dict.fromkeys(("engine", "tokenizer", "reward_model", "environments", "train_prompts"))
-    none["sampling"] = types.SimpleNamespace(stop_token_ids=())
+    none["sampling"] = types.SimpleNamespace(stop_token_ids=(), n=2)
     parts = types.SimpleNamespace(num_steps=3, **none)
     source = preparation._sampled(config, parts, types.SimpleNamespace(in_flight=None))
     return getattr(source, "_pacing", None)

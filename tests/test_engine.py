@@ -393,7 +393,7 @@ def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model
 @pytest.mark.parametrize("name", ["num_slots", "steps_per_dispatch"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_below_one_are_refused_by_name(model, name, value):
-    with pytest.raises(ValueError, match=f"{name} is 1 or more; given {value}"):
+    with pytest.raises(ValueError, match=f"{name} is a whole number, 1 or more; given {value}"):
         engine_of(model[0], **{name: value})
 
 

@@ -332,10 +332,10 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(folder):
     assert "Traceback" not in result.stderr
 
 
-DEEP = {"a list": "[" * 200_000, "an object": '{"a":' * 100_000}
+NESTED = {"a list": "[" * 200_000, "an object": '{"a":' * 100_000}
 
 
-@pytest.mark.parametrize("how", ["a pipe", "an endless device", *DEEP])
+@pytest.mark.parametrize("how", ["a pipe", "an endless device", *NESTED])
 def test_whoever_loads_a_model_is_told_of_its_config_in_one_sentence(how, folder):
     config = folder / "config.json"
     config.unlink()
@@ -344,7 +344,7 @@ def test_whoever_loads_a_model_is_told_of_its_config_in_one_sentence(how, folder
     elif how == "an endless device":
         config.symlink_to("/dev/zero")
     else:
-        config.write_text(DEEP[how])
+        config.write_text(NESTED[how])
     with pytest.raises(ValueError, match=r"config\.json (is no regular file|has more than 64)"):
         pretrained.load(folder)
 

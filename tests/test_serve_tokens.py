@@ -493,11 +493,13 @@ def test_conversations_lose_nothing_while_the_weights_change(
     policy, params = versions
     of_version = {with_weights(address, 0): 0}
     rng = np.random.default_rng(0)
-    answered, heard = [0], []
+    answered, heard, changed = [0], [], asyncio.Event()
 
     async def converse(client, number):
         context = rng.integers(2, 256, 6).tolist()
         for turn in range(turns):
+            if turn == turns - 1:  # so that the newest weights have something to say
+                await changed.wait()
             sampling = {"max_tokens": 6, "seed": number * turns + turn, "logprobs": 0}
             body = {"token_ids": context, "sampling_params": sampling}
             answer = await client.post(address + PATH, json=body)
@@ -515,6 +517,7 @@ def test_conversations_lose_nothing_while_the_weights_change(
                 f"{address}/update_weights", json={"weight_dir": f"v{number}"}
             )
             of_version[answer.json()["weight_version"]] = number
+        changed.set()
 
     async def all_at_once():
         async with httpx.AsyncClient(

@@ -23,9 +23,6 @@ BUILTINS: dict[str, Callable] = {
     "reasoning_gym": generated.reasoning_gym,
 }
 # Those that may hang, and are refused where nothing stops them.
-# The largest reward, which float32 holds.
-_LARGEST = 3e38
-
 NEED_WORKERS = ("reasoning_gym",)
 
 
@@ -258,7 +255,7 @@ def _numbers(values, count: int) -> list[float | None]:
                 value = float(value)
             except (TypeError, ValueError):
                 raise BadReward(f"the reward of sample {i} is {value!r:.100}", i) from None
-            if not abs(value) <= _LARGEST:
+            if not math.isfinite(value):
                 raise BadReward(f"the reward of sample {i} is {value}", i, nonfinite=True)
         numbers.append(value)
     return numbers

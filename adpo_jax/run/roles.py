@@ -199,7 +199,7 @@ class SamplerRole:
         self._tell_room()
 
     def _on_dropped(self, numbers: list[int]) -> None:
-        # They may be handed out again, so nothing of them may go on. The others do so elsewhere.
+        # They may be handed out again, so nothing of them may go on; others do, in a new session.
         self._leave()
         for number in numbers:
             self._works.pop(number, None)
