@@ -549,12 +549,13 @@ def test_a_sampler_on_a_host_that_is_cut_off_for_a_minute_comes_back(
     monkeypatch.setattr(elsewhere, "POLL_S", 1.0)
     monkeypatch.setattr(elsewhere, "_TELL_S", 1e9)
     _, params = policy_and_params
-    steps = 400
+    steps = 4000
     with another_host() as (on_it, address, cable):
         source = trainer(1, host=address, num_steps=steps)
         start(policy_and_params, engines[0], source.address)
         program = str(Path(__file__).with_name("sampler_process.py"))
-        remote = subprocess.Popen([*on_it, sys.executable, program, source.address])
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        remote = subprocess.Popen([*on_it, sys.executable, program, source.address], env=env)
         trained, step = [], 0
 
         def until(holds, seconds):
