@@ -105,17 +105,14 @@ def main(argv: list[str], **parts) -> int:
 
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
-    if _ROLE.value == "sampler":
-        return _sample(config)
-    if _ROLE.value == "trainer":
-        from adpo_jax.run import roles
-
-        try:
-            parts["samplers"] = preparation.ForSamplers(
-                roles.parsed_address(_LISTEN.value, "--listen"), roles.read_key()
-            )
-        except ValueError as error:
-            return _failed(error)
+    try:
+        _check_role()
+        if _ROLE.value == "sampler":
+            return _sample(config)
+        if _ROLE.value == "trainer":
+            parts["samplers"] = _for_samplers()
+    except ValueError as error:
+        return _failed(error)
     try:
         with telling("waiting for the other processes"):
             distributed.initialize(_DISTRIBUTED.value, timeout_s=_HOST_TIMEOUT_S.value)
@@ -159,25 +156,51 @@ def main(argv: list[str], **parts) -> int:
     return 0
 
 
+def _check_role() -> None:
+    """Refuses flags that belong to another role than the one that is given.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for flag, role in ((_LISTEN, "trainer"), (_TRAINER, "sampler")):
+        if flag.present and _ROLE.value != role:
+            raise ValueError(f"--{flag.name} belongs to --role={role}: give both or neither")
+    if _ROLE.value:
+        from adpo_jax.run.extras import need_serve
+
+        need_serve(f"--role={_ROLE.value}")
+
+
+def _for_samplers():
+    """Where samplers find this trainer.
+
+    Raises:
+      ValueError: for an address that is none, or without a key.
+    """
+    from adpo_jax.run import preparation, roles
+
+    return preparation.ForSamplers(
+        roles.parsed_address(_LISTEN.value, "--listen"), roles.read_key()
+    )
+
+
 def _sample(config: ConfigDict) -> int:
-    """Samples for a trainer; returns the exit code."""
+    """Samples for a trainer; returns the exit code.
+
+    Raises:
+      ValueError: for flags or a config that cannot work, or where the trainer refuses this sampler.
+    """
     from adpo_jax.devices import compilation_cache
     from adpo_jax.run import config_checks, roles
 
+    if not _TRAINER.value:
+        raise ValueError("--role=sampler needs --trainer=HOST:PORT, which the trainer prints")
+    roles.parsed_address(_TRAINER.value, "--trainer")
+    key = roles.read_key()
+    config = config_checks.finalized(config)
+    compilation_cache.use(config.trainer.compilation_cache_dir)
     try:
-        if not _TRAINER.value:
-            raise ValueError("--role=sampler needs --trainer=HOST:PORT, which the trainer prints")
-        roles.parsed_address(_TRAINER.value, "--trainer")
-        key = roles.read_key()
-        config = config_checks.finalized(config)
-        compilation_cache.use(config.trainer.compilation_cache_dir)
-        sampler = roles.make_sampler(config, _TRAINER.value, key)
-    except ValueError as error:
-        return _failed(error)
-    try:
-        sampler.run()
-    except ValueError as error:
-        return _failed(error)
+        roles.make_sampler(config, _TRAINER.value, key).run()
     except roles.TrainerLost as error:
         return _failed(error, HOST_LOST)
     except KeyboardInterrupt:

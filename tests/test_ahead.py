@@ -76,7 +76,8 @@ class Letters:
 def made(engine, folder, tmp_path, sieve=None):
     reward = tmp_path / "reward.py"
     reward.write_text(
-        "def letters(completions, solution, **columns):\n"
+        "def letters(completions, solution, log_metric, **columns):\n"
+        "    log_metric('graded', 7.0)\n"
         "    same = [int(s) % 3 == 0 for s in solution]\n"
         f"    same = [s and {sieve is not None} for s in same]\n"
         "    return [9.0 if s else len(set(c)) + len(c) / 99 for s, c in zip(same, completions)]"
@@ -170,6 +171,10 @@ def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path):
     assert len(set(trained)) == len(trained) == 4 * P
     assert not [number for number in trained if number % 3 == 0]
     assert sum(g.metrics["filter/dropped_frac"] for g in groups) > 0
+    # What is counted and logged is of all that was graded, not of what was chosen alone.
+    assert {g.metrics["reward/letters/graded"] for g in groups} == {7.0}
+    assert groups[0].metrics["reward/unparsed_frac"] == 0
+    assert all(g.seconds[1] > 0 for g in groups)
     assert all(g.metrics["filter/fillers"] == 0 for g in groups)
     assert groups[-1].metrics["ahead/in_flight"] == 0
     resumed = made(engine, tmp_path / "in_flight", tmp_path, Sieve(spread, most_dropped=6))

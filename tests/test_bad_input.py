@@ -350,6 +350,12 @@ COMMAND_LINES = {
         [ARITHMETIC, "--config.data.chat_template_kwargs={"],
         "error: --config.data.chat_template_kwargs is a dict, as in",
     ),
+    "an address of a role that is not given": (
+        [ARITHMETIC, "--trainer=h:1"],
+        "error: --trainer belongs to --role=sampler: give both or neither",
+    ),
+    "a sampler without a trainer": ([ARITHMETIC, "--role=sampler"], "needs --trainer=HOST:PORT"),
+    "a trainer without a key": ([ARITHMETIC, "--role=trainer"], "set ADPO_JAX_RUN_KEY to the same"),
     "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),
     "nothing to resume": ([ARITHMETIC, "--resume=must"], "has no checkpoint"),
     "nothing to replay": ([ARITHMETIC, "--replay=nowhere"], "there is no folder nowhere"),

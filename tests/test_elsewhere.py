@@ -23,7 +23,7 @@ import pytest
 import tiny
 from sampler_process import KEY, LENGTHS, SAMPLING
 from test_ahead import PROMPTS, Letters, at_step, log_probs
-from test_processes import OVERRIDES
+from test_processes import OVERRIDES, finish, start_two
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.log.metrics import read_jsonl
@@ -635,3 +635,32 @@ def test_a_sampler_that_is_killed_ten_times_loses_and_doubles_nothing(tmp_path):
     found = [recording.read(tmp_path / "run" / "rollouts", step) for step in range(1, 41)]
     asked = [q for groups in found for q in groups.prompts.columns["question"]]
     assert len(asked) == len(set(asked)) == 40 * 8
+
+
+@pytest.mark.long
+def test_two_trainer_processes_hand_out_groups_and_go_on_after_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setenv(roles.KEY_VARIABLE, KEY)
+    settings = [s for s in OVERRIDES if "mesh" not in s and "reward" not in s]
+    settings += ["--config.actor_rollout_ref.rollout.max_staleness=1", "--config.sft.steps=0"]
+    settings += ["--config.trainer.rollout_data_dir=rollouts", "--config.trainer.test_freq=-1"]
+    settings += ["--config.data.max_val_samples=0", "--config.data.val_files="]
+    for number_of_steps in (2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        steps = f"--config.trainer.total_training_steps={number_of_steps}"
+        role = ("--role=trainer", f"--listen={address}")
+        trainers = start_two(tmp_path / "run", *settings, steps, *role)
+        sampling = ("--role=sampler", f"--trainer={address}", *settings, steps)
+        sampler = start_process(tmp_path, *sampling, name="sampler")
+        try:
+            finish(tmp_path / "run", trainers)
+            assert sampler.wait(60) == 0, (tmp_path / "sampler.log").read_text()
+        finally:
+            sampler.kill()
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["step"] > 0]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["samplers/connected"] == 1 and row["update/skipped"] == 0 for row in rows)
+    found = [recording.read(tmp_path / "run" / "rollouts", step) for step in range(1, 5)]
+    asked = [q for groups in found for q in groups.prompts.columns["question"]]
+    assert len(asked) == len(set(asked)) == 4 * 8

@@ -599,6 +599,12 @@ def test_a_run_in_turns_is_logged_recorded_evaluated_and_resumed_exactly(tmp_pat
     recordings = [path.name for path in (tmp_path / "whole" / "rollouts").iterdir()]
     assert sorted(recordings) == ["000001.parquet", "000002.parquet"]
 
+    # What was sampled in turns is trained on again from its recordings, to the bit.
+    replay = tmp_path / "whole" / "rollouts"
+    adpo_jax.train(config, tmp_path / "replayed", build=build, replay=replay)
+    one, other = (tmp_path / r / "export" / "model.safetensors" for r in ("whole", "replayed"))
+    assert one.read_bytes() == other.read_bytes()
+
 
 def shortened(parts, stops):
     """The parts of a run, whose turns many tokens end."""

@@ -19,7 +19,6 @@ far as this process is concerned: everything is checked, and the log-probs come 
 
 import asyncio
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -88,12 +87,6 @@ class External:
         max_prompt_length: int,
         prompt_format: PromptFormat | None = None,
     ):
-        for name in ("httpx", "starlette", "uvicorn", "prometheus_client"):
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(
-                    f"environment.url needs {name}: pip install 'adpo-jax[serve]', or '.[serve]' "
-                    "in a clone"
-                )
         import httpx
 
         try:

@@ -25,7 +25,8 @@ import numpy as np
 
 from adpo_jax.devices import distributed
 from adpo_jax.records import Completions, GradedGroups, Prompts
-from adpo_jax.rewards import RewardError
+from adpo_jax.rewards import RewardError, Scores
+from adpo_jax.rollouts.filtering import OF_ALL_ATTEMPTS
 from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
@@ -36,7 +37,7 @@ from adpo_jax.rollouts.flight import (
     age_metrics,
 )
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
-from adpo_jax.rollouts.sampler import Sampler
+from adpo_jax.rollouts.sampler import Sampler, logged_metrics, reward_metrics
 from adpo_jax.rollouts.source import Source
 
 
@@ -52,7 +53,7 @@ class _Part:
       slot_steps: steps times slots.
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
-      judged: rewards of the groups that were looked at for a spread.
+      judged: the scores of the groups that were looked at for a spread.
     """
 
     numbers: list[int]
@@ -62,7 +63,7 @@ class _Part:
     slot_steps: int
     carried: int
     in_flight: int
-    judged: list[float]
+    judged: list[Scores]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,25 +125,20 @@ class Ahead(Source):
           SourceError: when what iteration `step` left in flight was not kept.
         """
         before = self._flight(step)
-        there = self._admitted(step, before)
+        there, judging = self._admitted(step, before), _Judging(self._sieve)
         sampler, began = self._sampler, time.perf_counter()
-        with jax.profiler.TraceAnnotation("rollout"), contextlib.ExitStack() as stack:
-            with distributed.fail_together():
-                session = sampler.engine.session(
-                    params, sampler.sampling, jax.random.key(sampler.seed), version=step
-                )
-                decoding = GroupDecoding(stack.enter_context(session), step)
-                self._begin(decoding, there.groups)
-            judging = _Judging(self._sieve)
-            try:
-                chosen, there = self._until_chosen(step, decoding, there, judging)
-            except RewardError as error:
-                sampler.keep_sample(step, error)
-                raise
-            groups, stats = decoding.left(), dict(session.stats)
-        seconds = time.perf_counter() - began
-        taken = [number for number in chosen if number in groups]
         try:
+            with jax.profiler.TraceAnnotation("rollout"), contextlib.ExitStack() as stack:
+                with distributed.fail_together():
+                    session = sampler.engine.session(
+                        params, sampler.sampling, jax.random.key(sampler.seed), version=step
+                    )
+                    decoding = GroupDecoding(stack.enter_context(session), step)
+                    self._begin(decoding, there.groups)
+                chosen, there = self._until_chosen(step, decoding, there, judging)
+                groups, stats = decoding.left(), dict(session.stats)
+            seconds = time.perf_counter() - began - judging.seconds
+            taken = [number for number in chosen if number in groups]
             with distributed.fail_together():
                 graded = judging.joined(taken, stats) or self._graded(step, taken, groups, stats)
         except RewardError as error:
@@ -157,11 +153,15 @@ class Ahead(Source):
             slot_steps=stats["slot_steps"],
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
-            judged=judging.rewards,
+            judged=judging.scores,
         )
         self._flights = {step: before, step + 1: there.without(chosen, left)}
-        found = _joined(distributed.all_gather(mine), step)
-        return found if self._sieve is None else judging.told(found)
+        parts = distributed.all_gather(mine)
+        found = _joined(parts, step)
+        if self._sieve is None:
+            return found
+        judged = Scores.concatenate([scores for part in parts for scores in part.judged])
+        return judging.told(found, judged)
 
     def _begin(self, decoding: GroupDecoding, groups: dict[int, FlyingGroup]) -> None:
         prompts = self._numbering.prompts(groups).token_ids if groups else []
@@ -252,7 +252,8 @@ class _Judging:
     """The whole groups of an iteration, of this process, and which of them have a spread.
 
     Attributes:
-      rewards: of all groups that were looked at.
+      scores: of all groups that were looked at.
+      seconds: that their grading took.
       without_spread: the numbers of those of them that have none and have not been dropped.
     """
 
@@ -260,7 +261,8 @@ class _Judging:
         self._sieve = sieve
         self._graded: dict[int, GradedGroups] = {}
         self._num_dropped = 0  # of all processes
-        self.rewards: list[float] = []
+        self.scores: list[Scores] = []
+        self.seconds = 0.0
         self.without_spread: list[int] = []
 
     def new(self, whole: list[int]) -> list[int]:
@@ -272,7 +274,8 @@ class _Judging:
     def take(self, numbers: list[int], graded: GradedGroups) -> None:
         spread = self._sieve.has_spread(graded.rewards)
         self._graded |= {number: graded.select([i]) for i, number in enumerate(numbers)}
-        self.rewards += graded.rewards.mean(axis=1).tolist()
+        self.scores.append(dataclasses.replace(graded.scores, extras={}))
+        self.seconds += graded.seconds[1]
         self.without_spread += [n for n, has in zip(numbers, spread) if not has]
 
     def dropped(self, candidates: list[int]) -> list[int]:
@@ -290,18 +293,27 @@ class _Judging:
             return None
         groups = GradedGroups.concatenate([self._graded[number] for number in numbers])
         completions = dataclasses.replace(groups.completions, stats=stats)
-        return dataclasses.replace(groups, completions=completions)
+        return dataclasses.replace(groups, completions=completions, seconds=(0.0, self.seconds))
 
-    def told(self, groups: GradedGroups) -> GradedGroups:
-        """The groups of the iteration with the metrics of the sieve."""
-        judged = groups.metrics.pop("filter/judged")
+    def told(self, groups: GradedGroups, judged: Scores) -> GradedGroups:
+        """The groups of the iteration with the metrics of the sieve.
+
+        Args:
+          judged: the scores of all groups that were looked at, of all processes.
+        """
+        G = groups.completions.num_samples
+        count = len(judged.total) // G
         fillers = int((~self._sieve.has_spread(groups.rewards)).sum())
         metrics = {
-            "filter/attempts": judged / len(groups),
-            "filter/dropped_frac": self._num_dropped / max(judged, 1),
+            "filter/attempts": count / len(groups),
+            "filter/dropped_frac": self._num_dropped / count,
             "filter/fillers": float(fillers),
-            "filter/carried": float(judged - self._num_dropped - len(groups)),
+            "filter/carried": float(count - self._num_dropped - len(groups)),
+            "filter/sampled_reward": float(judged.total.mean()),
         }
+        of_all = reward_metrics(judged, G)
+        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS if name in of_all}
+        metrics |= logged_metrics(judged)
         return dataclasses.replace(groups, metrics=groups.metrics | metrics)
 
 
@@ -322,10 +334,4 @@ def _joined(parts: list[_Part], step: int) -> GradedGroups:
         "rollout/tokens_per_s": sampled / max(seconds, 1e-9),
     }
     metrics |= age_metrics(groups, step)
-    judged = [reward for part in parts for reward in part.judged]
-    if judged:
-        metrics |= {
-            "filter/judged": float(len(judged)),
-            "filter/sampled_reward": float(np.mean(judged)),
-        }
     return dataclasses.replace(groups, seconds=(seconds, together.seconds[1]), metrics=metrics)

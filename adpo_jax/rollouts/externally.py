@@ -125,7 +125,8 @@ class Externally:
         finally:
             if left:
                 asking.cancel()
-            concurrent.futures.wait([asking], timeout=10.0)  # its connections are closed
+            else:
+                concurrent.futures.wait([asking], timeout=10.0)  # until its connections are closed
 
     def _raise_failure(self, asking, server: InsideServer) -> None:
         if server.failed:

@@ -29,7 +29,7 @@ _FIELDS = {
 }
 _REASONS = ("", "stop", "length")
 # What reading a file that is missing or damaged raises.
-DAMAGES = (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGES = (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +289,7 @@ class FlightFiles:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
                 return unpacked(dict(content), self._n)
-        except DAMAGES as error:
+        except _DAMAGES as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "

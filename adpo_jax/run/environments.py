@@ -19,6 +19,7 @@ from adpo_jax.rollouts.completing import Completer, OneTurn, Reading
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.rows import reset_row, rows_of
 from adpo_jax.run import datasets
+from adpo_jax.run.extras import need_serve
 from adpo_jax.run.whole_keys import section, whole_keys
 
 # What a completion in turns is made with.
@@ -96,6 +97,7 @@ def make_environments(
 def _make_external(config: ConfigDict) -> External:
     """The environment behind the address of the config."""
     c = config.environment
+    need_serve("environment.url")
     if not c.rollout_timeout_s > 0:
         raise ValueError(f"environment.rollout_timeout_s is above 0; given {c.rollout_timeout_s:g}")
     made = External(

@@ -1,5 +1,6 @@
 """The uvicorn server under an `App`, with limits for connections."""
 
+import socket
 from typing import Any
 
 import uvicorn
@@ -44,3 +45,31 @@ def make_host(app: App, *, head_timeout_s: float, drain_s: int, **options: Any) 
         **options,
     )
     return Host(config, app)
+
+
+def listening(host: str, port: int, option: str) -> tuple[socket.socket, str]:
+    """A socket at an address of this machine, and the address as "host:port".
+
+    Args:
+      port: 0 for any that is free.
+      option: what named the address, for the error.
+
+    Raises:
+      ValueError: for an address at which this machine cannot listen.
+    """
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            made.listen(2048)
+        except OSError:
+            made.close()
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"{option} is {host}:{port}, at which this machine cannot listen: {error}"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    return made, f"{shown}:{made.getsockname()[1]}"

@@ -13,7 +13,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import secrets
-import socket
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -22,7 +21,7 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.serve.access import Hosts
 from adpo_jax.serve.app import App
 from adpo_jax.serve.decoding import Decoding
-from adpo_jax.serve.hosting import make_host
+from adpo_jax.serve.hosting import listening, make_host
 from adpo_jax.serve.ledger import WitnessedBatch
 from adpo_jax.serve.metrics import Metrics
 from adpo_jax.serve.protocol import Limits
@@ -64,9 +63,8 @@ class InsideServer:
         self._batch = WitnessedBatch(engine, params, version=version)
         self.ledger = self._batch.ledger
         self.api_key = secrets.token_hex(16)
-        self._socket = _listening(host)
-        port = self._socket.getsockname()[1]
-        self.base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._socket, address = listening(host, 0, "environment.serve_host")
+        self.base_url = f"http://{address}"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
 
@@ -128,25 +126,3 @@ class InsideServer:
         self._thread.join()
         with contextlib.suppress(OSError):
             self._socket.close()
-
-
-def _listening(host: str) -> socket.socket:
-    """A socket at any free port of an address.
-
-    Raises:
-      ValueError: for an address that is none of this machine's.
-    """
-    try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-        made = socket.socket(family, kind)
-        try:
-            made.bind(address)
-            made.listen(2048)
-        except OSError:
-            made.close()
-            raise
-    except OSError as error:
-        raise ValueError(
-            f"environment.serve_host is {host!r}, at which this machine cannot listen: {error}"
-        ) from None
-    return made

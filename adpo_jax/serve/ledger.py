@@ -8,7 +8,7 @@ from it, and one whose trained tokens were never sampled is refused.
 import collections
 import hashlib
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -167,18 +167,8 @@ class WitnessedBatch(ContinuousBatch):
         super().__init__(*args, **kwargs)
         self.ledger = Ledger()
 
-    def submit(
-        self,
-        prompt: list[int],
-        sampling: SamplingParams,
-        *,
-        seed: int,
-        num_alternatives: int = 0,
-        client: Hashable = None,
-    ) -> list[Sample]:
-        samples = super().submit(
-            prompt, sampling, seed=seed, num_alternatives=num_alternatives, client=client
-        )
+    def submit(self, prompt: list[int], sampling: SamplingParams, **options) -> list[Sample]:
+        samples = super().submit(prompt, sampling, **options)
         self.ledger.begin(prompt, sampling, samples)
         return samples
 

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -24,6 +23,8 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from adpo_jax.serve.hosting import KEEP_ALIVE_S, listening
 
 MAX_JSON_BYTES, MAX_GROUPS_BYTES = 4 << 20, 512 << 20
 # Long polls each keep a thread.
@@ -75,19 +76,7 @@ class SamplersHost:
     def __init__(self, desk: Desk, *, host: str, port: int, key: str):
         self._desk, self._key = desk, key
         self._threads = ThreadPoolExecutor(MAX_SAMPLERS, "samplers")
-        try:
-            (family, kind, _, _, address), *_ = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM
-            )
-            self._socket = socket.socket(family, kind)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(address)
-        except OSError as error:
-            raise ValueError(
-                f"--listen: this machine cannot listen at {host}:{port}: {error}"
-            ) from None
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._socket.getsockname()[1]}"
+        self._socket, self.address = listening(host, port, "--listen")
         routes = [
             Route("/sampler/hello", self._guarded(self._hello), methods=["POST"]),
             Route("/sampler/order", self._guarded(self._order), methods=["POST"]),
@@ -101,7 +90,7 @@ class SamplersHost:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=3,
-            timeout_keep_alive=30,  # longer than httpx keeps a connection
+            timeout_keep_alive=KEEP_ALIVE_S,
             ws="none",
         )
         self._server = uvicorn.Server(config)

@@ -22,10 +22,16 @@ from adpo_jax.rewards.grading.markup import (
     without_emphasis,
 )
 from adpo_jax.rewards.grading.remarks import remarks_after
+from adpo_jax.rewards.grading.sentence_words import (
+    COMMENTS,
+    NO_ANSWERS,
+    NO_NUMBERS,
+    NO_READING,
+    OUTRIGHT,
+)
+from adpo_jax.rewards.grading.shortening import IN_TOTAL, WHY_CUT, WINDOW, WITHIN, shortened
 
 MAX_CLAIMS = 16  # looked back over
-_MAX_CUTS = 5  # of one claim
-_WINDOW = 4 * MAX_ANSWER_CHARS
 
 
 _NUMBERED = re.compile(r"(?:\d{1,3}[.)]|[-*•])\s{1,4}[*_`]{0,3}[A-Za-z]")
@@ -80,49 +86,10 @@ _END = re.compile(
     rf"""|!(?=!|["'”’*_`]{{0,4}}(?:\s*$|\s+["'(*_A-Z{EMOJI}]))"""
 )
 _RETRACTED = re.compile(r"""["'”’)\]*_`.\s]{0,8}(?:or\b|no[,.][^.!?\n]{0,40}\d)""", re.I)
-_HEDGE = re.compile(
-    r"\b(?:or|maybe|perhaps|possibly|otherwise|alternatively|unless|wait|actually|however|hmm"
-    r"|either)\b|\b(?:could|might|may) be\b|[_{}]"
-    r"|\b(?:which|that|this|it) (?:is|was|seems|looks)(?: clearly| obviously)?"
-    r" (?:wrong|incorrect|false|impossible|not)\b"
-    r"|\b(?:which|that|this|it) (?:can|could)(?:not|n['’]t|['’]t| not) be (?:right|correct|true)\b",
-    re.I,
-)
-_WHY = (
-    r"because|since|as|so|which|where|when|thus|therefore|hence|making|meaning|giving|namely"
-    r"|i\.e\.|rather than|instead of|given that|given|after|assuming|from|using"
-    r"|(?:definitely |certainly )?not"
-    r"|by [a-z]{2,12}ing|for (?=[a-z]{2})|and (?:not|we|i|she|he|it|they|you|that|this|so|thus"
-    r"|therefore|hence)\b"
-)
-_CUT = re.compile(
-    rf"[,;]? (?:{_WHY})(?![A-Za-z])|, (?:approximately|about|roughly)\b"
-    rf"|(?P<mark> [-–—]{{1,2}} |—|[:;] |, (?=[a-z]{{2}})| of (?=[a-z]))"
-    rf"| \("
-    rf"|[{EMOJI}]",
-    re.I,
-)
-_WHY_CUT = re.compile(rf"[,;]? (?:{_WHY})(?![A-Za-z])| \(|[{EMOJI}]", re.I)
-_COUNTED = re.compile(
-    r"((?:\\?\$ ?)?[-+]?\d(?:[\d,]{0,30}\d)?(?:\.\d{1,30})?|\$[^$\n]{1,200}\$"
-    r"|\\\([^\n()]{1,200}\\\)) ((?:[A-Za-z][A-Za-z'’-]{1,20}[, ]{1,2}){2,40})"
-)
 # A plain number, which needs no parsing.
 _PLAIN = re.compile(r"(?:\\?\$)?-?[0-9]{1,40}(?:,[0-9]{3}){0,9}(?:\.[0-9]{1,40})?")
-_IN_TOTAL = re.compile(
-    r" (?:in total|altogether|in all|overall|combined|left over|left|remaining|total"
-    r"|(?:an?|each|every) [a-z]{2,12})$",
-    re.I,
-)
-# "72 clips in 2 months": what follows says in how long.
-_WITHIN = re.compile(
-    r" (?:in|within|for|during|(?<=[A-Za-z] )over)"
-    r" (?:(?:the|just|only|about|all|next|first|last) ){0,2}\d{1,6}"
-    r" [A-Za-z]{3,15}(?: [A-Za-z]{2,15}){0,2}$"
-)
 _BULLET = re.compile(r"[ \t>]{0,4}([-–]|[*•‣◦]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
 _MAX_BULLETS = 20
-_SPELLED = re.compile(r"[A-Za-z -]{3,60} \(([-+]?\$?\d[\d,.]{0,30})\)")  # "seventy-two (72)"
 _RANGE = re.compile(r"\d \w{0,20} ?to\b|\bto \$?\d")
 _PART_OF = re.compile(
     r"(\\?\$?[-+]?\d[\d,./]{0,30}(?: [A-Za-z]{1,20})?) of [A-Za-z][A-Za-z ]{1,60}"
@@ -135,44 +102,6 @@ _NUMBERS = re.compile(
 )
 _WORD = re.compile(r"(?<!\\)\b[A-Za-z'’]{2,24}\b")
 
-_NO_READING_TEXT = """
-    because since as so is are was were we he she they it this that the which where when thus
-    therefore hence from if but then there here let get got now has had can may sum add use ans
-"""
-_NO_READING = set(_NO_READING_TEXT.split())
-_NO_ANSWERS_TEXT = """
-    not never neither nor cannot between than more less fewer least most nearly almost either
-    maybe perhaps possibly except unless isn't wasn't doesn't don't approximately about wrong
-    incorrect
-"""
-_NO_ANSWERS = set(_NO_ANSWERS_TEXT.split())
-_NO_NUMBERS_TEXT = """
-    or step part case question problem method example section chapter exercise note equation
-    figure table attempt way ways false untrue mistaken percent hundred thousand million billion
-    half third thirds quarter quarters dozen dozens squared cubed times point plus minus if but to
-    degrees over under first second fourth fifth
-"""
-_NO_NUMBERS = _NO_ANSWERS | set(_NO_NUMBERS_TEXT.split())
-_COMMENTS_TEXT = """
-    correct incorrect right wrong consistent inconsistent helpful reasonable unreasonable valid
-    verified confirmed clear obvious same accurate logical plausible sensible sound good complete
-    above below found shown here obtained derived calculated computed determined provided
-    presented stated written boxed expressed based supported justified checked easy simple unique
-    likely unlikely in on at as what when because of if whether this it there your my our you we
-    they he she how why who which where marked wrapped enclosed placed highlighted required needed
-    expected being been ready straightforward explained done useful clearly always often usually
-    sometimes hard difficult tricky perfect fine okay ok sure yours ours mine such both close
-    different incomplete missing underlined displayed listed known now then so and or but
-"""
-_COMMENTS = set(_COMMENTS_TEXT.split())
-_OUTRIGHT_TEXT = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
-    hundred thousand million half twice none nothing nobody undefined indeterminate impossible
-    infinite infinity unknown yes no true false neither both never
-"""
-_OUTRIGHT = set(_OUTRIGHT_TEXT.split())  # words that are an answer by themselves
-
 
 def is_readable(text: str) -> bool:
     """Whether a text is an answer of the grammar, and none of its words says that it is none."""
@@ -181,7 +110,7 @@ def is_readable(text: str) -> bool:
     if _PLAIN.fullmatch(text):
         return True
     words = {word.lower() for word in _WORD.findall(text)}
-    if words & _NO_ANSWERS or (" " in text and words & _NO_READING):
+    if words & NO_ANSWERS or (" " in text and words & NO_READING):
         return False
     answer = read(text)
     return answer.tree is not None or answer.based is not None
@@ -212,7 +141,7 @@ def stated_answer(text: str) -> str | None:
         else:
             if is_supposed(before):
                 continue
-            rest = text[match.end() : match.end() + _WINDOW]
+            rest = text[match.end() : match.end() + WINDOW]
             if _WRONG.match(rest):  # or the answer of a question whether something is true
                 other = _after_remarks(None, text, match.end(), denied)
                 if other:
@@ -221,7 +150,7 @@ def stated_answer(text: str) -> str | None:
                 continue
             if match["deny"] or is_doubted(before):
                 rest = "not " + rest
-            is_last = match.end() + _WINDOW >= len(text)
+            is_last = match.end() + WINDOW >= len(text)
             is_label = ":" in (match.group().rstrip(" \t*_")[-1:], rest.lstrip(" \t*_`")[:1])
             found = _claim_after(rest, denied, is_label, is_last)
         if not found or _bare(found) in denied:
@@ -262,7 +191,7 @@ def _after_remarks(found: str | None, text: str, start: int, denied: set[str]) -
 def _is_outright(found: str) -> bool:
     """Whether a claim gives an answer rather than words that may only describe one."""
     first = re.split(r"[ -]", found, maxsplit=1)[0].lower()
-    return found[:1].isupper() or first in _OUTRIGHT or _VALUE.search(found) is not None
+    return found[:1].isupper() or first in OUTRIGHT or _VALUE.search(found) is not None
 
 
 def claim(text: str) -> str | None:
@@ -274,24 +203,24 @@ def claim(text: str) -> str | None:
     if _PLAIN.fullmatch(text):
         return text
     text = _ASIDE.sub("", without_lead(text))
-    text = _IN_TOTAL.sub("", undressed(text))
-    within = _WITHIN.search(text, max(0, len(text) - 80))
+    text = IN_TOTAL.sub("", undressed(text))
+    within = WITHIN.search(text, max(0, len(text) - 80))
     text = text[: within.start()] if within and _VALUE.match(text) else text
     part = _PART_OF.fullmatch(text)
     text = part[1] if part else text
     first = _WORD.match(text)
-    if not text or (first and first.group().lower() in _COMMENTS):
+    if not text or (first and first.group().lower() in COMMENTS):
         return None
-    forms = [text, *_shortened(text)]
+    forms = [text, *shortened(text)]
     for form in forms:
         if _VALUE.search(form) and is_readable(form):
             return form
     if _VALUE.search(text):
         return None
-    why = _WHY_CUT.search(text)
+    why = WHY_CUT.search(text)
     words = text[: why.start()] if why else text
     said = {word.lower() for word in words.split()}
-    return undressed(words) if len(said) <= 4 and not said & _NO_ANSWERS else None
+    return undressed(words) if len(said) <= 4 and not said & NO_ANSWERS else None
 
 
 def without_lead(text: str) -> str:
@@ -318,7 +247,7 @@ def last_words(text: str) -> str | None:
     words = [word.lower() for word in _WORD.findall(text)]
     if not words or len(text) > MAX_ANSWER_CHARS or _CODE.search(text):
         return None
-    if not _NO_NUMBERS.isdisjoint(w for w in words if w != "to") or _RANGE.search(text):
+    if not NO_NUMBERS.isdisjoint(w for w in words if w != "to") or _RANGE.search(text):
         return None
     if "=" in text:
         side = text.rpartition("=")[2]
@@ -415,7 +344,7 @@ def _claim_in(line: str, below: str) -> str | None:
 def _is_range(said: str) -> bool:
     """Whether a claim says no value but where it lies: "more than 72", "between 70 and 72"."""
     words = {word.lower() for word in _WORD.findall(said[:MAX_ANSWER_CHARS])}
-    return bool(words & _NO_ANSWERS) and any(c.isdigit() for c in said)
+    return bool(words & NO_ANSWERS) and any(c.isdigit() for c in said)
 
 
 def _claim_before(before: str) -> str | None:
@@ -438,36 +367,6 @@ def _sentence(line: str) -> tuple[str, str, str]:
         if match.start():
             return line[: match.start()], match.group(), line[match.end() :].strip("!").lstrip()
     return line, "", ""
-
-
-def _shortened(text: str) -> list[str]:
-    """The text cut before what explains it, the longest first; none of it may hedge."""
-    if len(text) > _WINDOW:
-        return []
-    forms = []
-    for cut in _CUT.finditer(text):
-        tail = text[cut.start() :]
-        if _HEDGE.search(tail):
-            continue
-        is_aside = cut["mark"] is not None and tail[:2] in (", ", " o", " -", " –")
-        if is_aside and any(c.isdigit() for c in tail):
-            continue
-        head = undressed(text[: cut.start()].rstrip(" ,;:"))
-        forms.append(_IN_TOTAL.sub("", head))
-        if len(forms) == _MAX_CUTS:
-            break
-    forms.reverse()
-    spelled = _SPELLED.fullmatch(text)
-    if spelled:
-        forms.append(spelled[1])
-    for form in (text, *forms[-2:]):
-        counted = _COUNTED.fullmatch(form.rstrip(" .,") + " ")
-        if not counted or _HEDGE.search(counted[2]):
-            continue
-        if not {w.strip(",").lower() for w in counted[2].split()} & _NO_NUMBERS:
-            forms.append(counted[1])
-            break
-    return forms
 
 
 def _bare(text: str) -> str:
