@@ -48,6 +48,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _HOST_TIMEOUT_S = flags.DEFINE_integer(
     "host_timeout_s", 100, "seconds after which a host that is lost stops the others", lower_bound=5
 )
+_HERE = "127.0.0.1:8470"
 _ROLE = flags.DEFINE_enum(
     "role",
     "",
@@ -55,7 +56,7 @@ _ROLE = flags.DEFINE_enum(
     "trainer: samplers elsewhere sample for this run | sampler: samples for the run of a trainer",
 )
 _LISTEN = flags.DEFINE_string(
-    "listen", "127.0.0.1:8470", "HOST:PORT at which samplers find a --role=trainer"
+    "listen", "", f"HOST:PORT at which samplers find a --role=trainer; {_HERE} if not given"
 )
 _TRAINER = flags.DEFINE_string("trainer", "", "HOST:PORT of the trainer of a --role=sampler")
 _DRY_RUN = flags.DEFINE_bool(
@@ -162,9 +163,12 @@ def _check_role() -> None:
     Raises:
       ValueError: naming the flag.
     """
-    for flag, role in ((_LISTEN, "trainer"), (_TRAINER, "sampler")):
-        if flag.present and _ROLE.value != role:
-            raise ValueError(f"--{flag.name} belongs to --role={role}: give both or neither")
+    for name, value, role in (
+        ("listen", _LISTEN.value, "trainer"),
+        ("trainer", _TRAINER.value, "sampler"),
+    ):
+        if value and _ROLE.value != role:
+            raise ValueError(f"--{name} belongs to --role={role}: give both or neither")
     if _ROLE.value:
         from adpo_jax.run.extras import need_serve
 
@@ -180,7 +184,7 @@ def _for_samplers():
     from adpo_jax.run import preparation, roles
 
     return preparation.ForSamplers(
-        roles.parsed_address(_LISTEN.value, "--listen"), roles.read_key()
+        roles.parsed_address(_LISTEN.value or _HERE, "--listen"), roles.read_key()
     )
 
 
