@@ -2,9 +2,10 @@
 
     python scripts/bench_rewards.py [--gsm8k ../shared/data/gsm8k/train.jsonl] [--seconds 3]
 
-Three loads: worked GSM8K solutions ending in a box, LaTeX answers of ten kinds each against its own
-reference, and the GSM8K ones through a pool of workers. math-verify is optional (`pip install
-"math-verify[antlr4_13_2]"`); it is given the same answers behind the same extraction.
+Three loads: worked GSM8K solutions ending in a box, the same ending in a sentence, and LaTeX
+answers of ten kinds each against its own reference; in this process and through a pool of workers.
+math-verify is optional (`pip install "math-verify[antlr4_13_2]"`); it is given the same answers
+behind the same extraction.
 """
 
 import argparse
@@ -22,14 +23,17 @@ from adpo_jax.rewards.grading.extract import find_answer
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def gsm8k(path: Path) -> tuple[list[str], list[str], list[bool]]:
-    """Worked solutions with a boxed answer, every fourth with a digit changed."""
+BOX, SENTENCE = "The answer is $\\boxed{{{given}}}$.", "So the answer is {given}."
+
+
+def gsm8k(path: Path, ending: str) -> tuple[list[str], list[str], list[bool]]:
+    """Worked solutions that end with an answer, every fourth with a digit changed."""
     completions, solutions, verdicts = [], [], []
     for i, line in enumerate(path.read_text().splitlines()):
         work, answer = json.loads(line)["answer"].split("####")
         answer = answer.strip()
         given = answer if i % 4 else f"{answer[:-1]}{(int(answer[-1]) + 1) % 10}"
-        completions.append(f"{work}The answer is $\\boxed{{{given}}}$.")
+        completions.append(work + ending.format(given=given))
         solutions.append(answer)
         verdicts.append(bool(i % 4))
     return completions, solutions, verdicts
@@ -112,7 +116,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, {platform.machine()}")
     loads = {"LaTeX": latex(4000)}
     if arguments.gsm8k.exists():
-        loads["boxed GSM8K"] = gsm8k(arguments.gsm8k)
+        loads["boxed GSM8K"] = gsm8k(arguments.gsm8k, BOX)
+        loads["GSM8K told"] = gsm8k(arguments.gsm8k, SENTENCE)
     else:
         print(f"no {arguments.gsm8k}: GSM8K skipped")
     graders = {"good_accuracy": ours, "math-verify": math_verify()}
