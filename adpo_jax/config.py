@@ -230,6 +230,12 @@ def _reward_function() -> dict[str, Key]:
     }
 
 
+_STALE = Need(
+    "actor_rollout_ref.rollout.max_staleness above 0",
+    lambda c: c.actor_rollout_ref.rollout.max_staleness,
+)
+
+
 def _environment() -> dict[str, Key]:
     there = Need("environment.path", lambda c: c.environment.path)
     external = Need("environment.url", lambda c: c.environment.url)
@@ -270,6 +276,14 @@ def _environment() -> dict[str, Key]:
         ),
         "num_workers": Key(
             4, "processes in which environments live, at least 1", least=1, needs=(there,)
+        ),
+        "overlap_steps": Key(
+            32,
+            "with max_staleness above 0, decode steps that other samples do beside a call; then "
+            "its answer is taken, and not earlier or later, so that a run does not depend on the "
+            "time that tools take",
+            least=1,
+            needs=(there, _STALE),
         ),
         "url": Key(
             "",
@@ -453,10 +467,6 @@ def _actor() -> dict[str, Key]:
 
 
 def _rollout() -> dict[str, Key]:
-    stale = Need(
-        "actor_rollout_ref.rollout.max_staleness above 0",
-        lambda c: c.actor_rollout_ref.rollout.max_staleness,
-    )
     packed = Need(
         "actor_rollout_ref.actor.layout=packed",
         lambda c: c.actor_rollout_ref.actor.layout == "packed",
@@ -509,7 +519,7 @@ def _rollout() -> dict[str, Key]:
             "groups in flight beyond an iteration's; 0 for as many as max_staleness allows",
             allowed="0 to max_staleness times data.train_batch_size",
             least=0,
-            needs=(stale,),
+            needs=(_STALE,),
         ),
         "router_replay": Key(
             False,

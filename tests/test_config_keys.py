@@ -287,7 +287,7 @@ def environment(config):
         patch.setattr(run_environments, "EnvironmentPool", pool)
         patch.setattr(run_environments, "TurnTemplate", template)
         made = run_environments.make_environments(config, None, ())
-        return seen, made and made.max_turns
+        return seen, made and (made.max_turns, made.overlap_steps)
 
 
 def evaluated_before(config):
@@ -509,6 +509,7 @@ WALK = {
     "environment.tools": ("('b',)", environment, *TOOLS),
     "environment.max_turns": ("3", environment, *TOOLS),
     "environment.max_tool_tokens": ("9", environment, *TOOLS),
+    "environment.overlap_steps": ("7", environment, *TOOLS, f"--config.{ROLLOUT}.max_staleness=1"),
     "environment.timeout_s": ("3.0", environment, *TOOLS),
     "environment.num_workers": ("2", environment, *TOOLS),
     "environment.url": ("http://127.0.0.1:9/x", environment, *TOOLS),

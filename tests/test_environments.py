@@ -532,11 +532,11 @@ def test_reward_functions_get_environments_and_transcripts_beside_the_environmen
 
 
 def test_a_reset_that_differs_within_a_group_stops_the_run(pool, tokenizer):
-    from adpo_jax.rollouts.in_turns import _the_same
+    from adpo_jax.rollouts.conversations import _the_same
 
-    assert _the_same({0: "a", 1: "a"}, {}) == "a"
+    assert _the_same({"a"}) == "a"
     with pytest.raises(EnvironmentFailed, match="different texts for the samples of one prompt"):
-        _the_same({0: "a", 1: "b"}, {})
+        _the_same({"a", "b"})
 
 
 # --- whole runs
@@ -566,7 +566,7 @@ def on_one_device(config):
 
 def a_model_that_calls(monkeypatch):
     """Has every sample's first turn be a call, and its second an answer, drawn or not."""
-    import adpo_jax.rollouts.in_turns as module
+    import adpo_jax.rollouts.conversations as module
 
     def calls_of(form, text, names):
         return [Call("add", {"a": 1, "b": len(text)})]

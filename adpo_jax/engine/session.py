@@ -69,9 +69,10 @@ class Turn(NamedTuple):
 class _Conversation:
     """A sample that has not ended: its completion so far, and the turn under way."""
 
-    tokens: array.array  # without those of the turn under way
+    tokens: array.array  # without those of the turn under way, unless they were begun
     turn: Growing
     waits: bool = False  # for `go_on` or `end`
+    begun: int = 0  # tokens of the turn under way that stand last in `tokens`
 
     def completion(self) -> np.ndarray:
         """[T] int32, all of its tokens."""
@@ -237,6 +238,7 @@ class Session:
         begun: Sequence[Sequence[int]] | None = None,
         *,
         keys: np.ndarray | None = None,
+        of_turn: Sequence[int] | None = None,
     ) -> Request:
         """Queues `sampling.n` samples of a prompt.
 
@@ -246,6 +248,8 @@ class Session:
             begins. There may be fewer samples than n, but not more.
           keys: [n or more, 2] uint32, the keys of the samples, as `request.key_data` of an earlier
             session gives them; None to make them of the session's key and the prompt.
+          of_turn: how many of each sample's `begun` tokens belong to the turn that goes on, for
+            stop strings that began in them; None for all.
 
         Returns:
           The request; its `samples` are what turns refer to.
@@ -265,8 +269,11 @@ class Session:
         request = Request(prompt, sampling, self._keys(prompt, keys))
         for sample in request.samples:
             self._conversations[sample] = _Conversation(array.array("i"), Growing())
-        for sample, tokens in zip(request.samples, begun or ()):
-            self._conversations[sample].tokens.extend(tokens.tolist())
+        of_turn = of_turn or [len(tokens) for tokens in begun or ()]
+        for sample, tokens, count in zip(request.samples, begun or (), of_turn):
+            conversation = self._conversations[sample]
+            conversation.tokens.extend(tokens.tolist())
+            conversation.begun = count
             sample.num_tokens, sample.completion = len(tokens), tokens
         self._loop.submit(request)
         return request
@@ -296,7 +303,7 @@ class Session:
         tokens = self._tokens(tokens, self.room(sample))
         conversation.tokens.extend(conversation.turn.tokens)
         conversation.tokens.extend(tokens.tolist())
-        conversation.turn, conversation.waits = Growing(), False
+        conversation.turn, conversation.waits, conversation.begun = Growing(), False, 0
         self._sizing.num_paused -= 1
         self._loop.go_on(sample, conversation.completion())
 
@@ -338,7 +345,7 @@ class Session:
             at_string = tokens_to_stop_string(
                 self._engine.detokenize,
                 sampling.stop,
-                turn.tokens.tolist(),
+                (conversation.tokens[old - conversation.begun :] + turn.tokens).tolist(),
                 new.tokens.tolist(),
                 first,
             )

@@ -19,6 +19,7 @@ class Environments:
       prompt_ids: (columns of N rows, N texts or None) -> N lists of token ids, the prompts with
         what `reset` returned appended.
       max_turns: turns of the model in a completion, at most; calls of the last are not made.
+      overlap_steps: ahead of the update, decode steps beside a call before its answer is taken.
     """
 
     pool: EnvironmentPool
@@ -26,6 +27,7 @@ class Environments:
     template: TurnTemplate
     prompt_ids: Callable[[dict[str, list], Sequence[str | None]], list[list[int]]]
     max_turns: int
+    overlap_steps: int = 32
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ Source of the idea: "partial rollouts", Kimi Team 2025, arXiv 2501.12599, sectio
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,21 +25,24 @@ import jax
 import numpy as np
 
 from adpo_jax.devices import distributed
-from adpo_jax.records import Completions, GradedGroups, Prompts
+from adpo_jax.engine.session import Session
+from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
 from adpo_jax.rollouts.filtering import OF_ALL_ATTEMPTS
 from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
-    FlyingGroup,
     FlyingSample,
-    GroupDecoding,
-    Numbering,
     age_metrics,
 )
+from adpo_jax.rollouts.group_decoding import Numbering, OneTurnDecoding
+from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 from adpo_jax.rollouts.sampler import Sampler, logged_metrics, reward_metrics
 from adpo_jax.rollouts.source import Source
+from adpo_jax.rollouts.turns_ahead import TurnsAhead, TurnsDecoding
+
+Decoding = OneTurnDecoding | TurnsDecoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Ahead(Source):
       num_steps: iterations of the whole run.
       max_staleness, ahead: as of `Pacing`, over all processes.
       sieve: which groups are trained on; None for all.
+      in_turns: how groups converse with their environments; None where completions have one turn.
     """
 
     saves_on_every_process = True
@@ -108,10 +113,16 @@ class Ahead(Source):
         max_staleness: int,
         ahead: int,
         sieve: Sieve | None = None,
+        in_turns: InTurns | None = None,
     ):
         self._sampler, self._sieve, self._num_steps = sampler, sieve, num_steps
         self._files = FlightFiles(folder, sampler.sampling.n)
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
+        self._start: Callable[[Session, int], Decoding] = functools.partial(
+            OneTurnDecoding, numbering=self._numbering, answers_of=sampler.of_one_turn
+        )
+        if in_turns is not None:
+            self._start = TurnsAhead(in_turns, self._numbering, sampler.sampling)
         self._pacing = Pacing(
             batch_size, max_staleness, ahead, num_groups=None if sieve else num_steps * batch_size
         )
@@ -133,14 +144,18 @@ class Ahead(Source):
                     session = sampler.engine.session(
                         params, sampler.sampling, jax.random.key(sampler.seed), version=step
                     )
-                    decoding = GroupDecoding(stack.enter_context(session), step)
-                    self._begin(decoding, there.groups)
+                    decoding = self._start(stack.enter_context(session), step)
+                    decoding.begin(there.groups)
                 chosen, there = self._until_chosen(step, decoding, there, judging)
-                groups, stats = decoding.left(), dict(session.stats)
+                with distributed.fail_together():
+                    groups, stats = decoding.left(), decoding.stats
             seconds = time.perf_counter() - began - judging.seconds
             taken = [number for number in chosen if number in groups]
             with distributed.fail_together():
-                graded = judging.joined(taken, stats) or self._graded(step, taken, groups, stats)
+                graded = judging.joined(taken, stats)
+                if graded is None and taken:
+                    graded = sampler.graded(step, decoding.answers(taken, stats))
+            decoding.forget(taken)
         except RewardError as error:
             sampler.keep_sample(step, error)
             raise
@@ -149,7 +164,9 @@ class Ahead(Source):
             numbers=taken,
             graded=graded,
             seconds=seconds,
-            sampled=sum(int(np.sum(s.versions == step)) for g in groups.values() for s in g),
+            sampled=sum(
+                int(np.sum(s.trained & (s.versions == step))) for g in groups.values() for s in g
+            ),
             slot_steps=stats["slot_steps"],
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
@@ -163,49 +180,31 @@ class Ahead(Source):
         judged = Scores.concatenate([scores for part in parts for scores in part.judged])
         return judging.told(found, judged)
 
-    def _begin(self, decoding: GroupDecoding, groups: dict[int, FlyingGroup]) -> None:
-        prompts = self._numbering.prompts(groups).token_ids if groups else []
-        for (number, group), prompt in zip(groups.items(), prompts, strict=True):
-            decoding.submit(number, prompt, self._numbering.keys(number), group)
-
     def _until_chosen(
-        self, step: int, decoding: GroupDecoding, there: Flight, judging: "_Judging"
+        self, step: int, decoding: Decoding, there: Flight, judging: "_Judging"
     ) -> tuple[list[int], Flight]:
         """Decodes until the iteration has its groups; returns their numbers, and the flight."""
         while True:
             with distributed.fail_together():
                 new = judging.new(decoding.whole())
                 if new:
-                    groups = {number: decoding.group(number) for number in new}
-                    judging.take(new, self._graded(step, new, groups, {}))
+                    judging.take(new, self._sampler.graded(step, decoding.answers(new, {})))
             parts = distributed.all_gather((decoding.whole(), judging.without_spread))
             whole = [number for numbers, _ in parts for number in numbers]
             dropped = judging.dropped(sorted(number for _, numbers in parts for number in numbers))
             if dropped:
                 mine = {n: group for n, group in there.groups.items() if n not in set(dropped)}
-                for number in set(there.groups) - set(mine):
-                    decoding.take(number)
+                decoding.forget(there.groups.keys() - mine.keys())
                 old, there = there, self._admitted(step, there.without(dropped, mine))
                 with distributed.fail_together():
                     new_groups = there.groups.keys() - old.groups.keys()
-                    self._begin(decoding, {n: there.groups[n] for n in sorted(new_groups)})
+                    decoding.begin({n: there.groups[n] for n in sorted(new_groups)})
             whole = [number for number in whole if number not in set(dropped)]
             chosen = self._pacing.chosen(step, there.admitted_at, whole)
             if chosen is not None:
                 return chosen, there
             with distributed.fail_together():
                 decoding.decode(WINDOW if jax.process_count() > 1 else 1)
-
-    def _graded(
-        self, step: int, numbers: list[int], groups: dict[int, FlyingGroup], stats: dict[str, int]
-    ) -> GradedGroups | None:
-        """Those of the groups that are trained on; None for none."""
-        if not numbers:
-            return None
-        completions = [[sample.completion() for sample in groups[n]] for n in numbers]
-        return self._sampler.graded(
-            step, self._numbering.prompts(numbers), Completions(completions, stats)
-        )
 
     def _admitted(self, step: int, before: Flight) -> Flight:
         """The flight with the groups that start now."""

@@ -70,6 +70,42 @@ class Answers:
     columns: dict[str, list] = dataclasses.field(default_factory=dict)
     logged: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
+    def select(self, places: Sequence[int]) -> "Answers":
+        """The answers to the prompts at these places."""
+        G = self.completions.num_samples
+        flat = [place * G + g for place in places for g in range(G)]
+
+        def chosen(values: list) -> list:
+            return [values[i] for i in flat]
+
+        return Answers(
+            self.prompts.select(places),
+            self.completions.select(places),
+            chosen(self.texts),
+            self.transcripts and chosen(self.transcripts),
+            {name: chosen(values) for name, values in self.columns.items()},
+            {name: chosen(values) for name, values in self.logged.items()},
+        )
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Answers]", stats: dict[str, int]) -> "Answers":
+        """The answers of one or more parts without logged numbers, in their order.
+
+        Args:
+          stats: the counts of the whole call.
+        """
+        completions = Completions.concatenate([part.completions for part in parts])
+        transcripts = None
+        if parts[0].transcripts is not None:
+            transcripts = [messages for part in parts for messages in part.transcripts]
+        return cls(
+            Prompts.concatenate([part.prompts for part in parts]),
+            dataclasses.replace(completions, stats=stats),
+            [text for part in parts for text in part.texts],
+            transcripts,
+            {name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns},
+        )
+
     def reward_columns(self, reading: Reading, takes: Callable[[str], bool]) -> dict[str, list]:
         """The data columns, one value for each of the P * G completions, and what is offered.
 
@@ -134,20 +170,12 @@ class OneTurn:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Completions of one turn that have been sampled already."""
+    """Completions that have been sampled already."""
 
-    completions: Completions
-    tokenizer: Any
-    reading: Reading
+    answers: Answers
 
     def __call__(self, params, prompts, sampling, key, *, version=0, on_group_done=None) -> Answers:
-        def answers(prompts: Prompts, completions: Completions) -> Answers:
-            return Answers(
-                prompts, completions, self.reading.texts(self.tokenizer, completions.flat)
-            )
-
         if on_group_done is not None:
             for place in range(len(prompts)):
-                one = self.completions.select([place])
-                on_group_done(place, answers(prompts.select([place]), one))
-        return answers(prompts, self.completions)
+                on_group_done(place, self.answers.select([place]))
+        return self.answers

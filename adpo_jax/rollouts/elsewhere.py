@@ -34,9 +34,9 @@ from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
     FlyingSample,
-    Numbering,
     age_metrics,
 )
+from adpo_jax.rollouts.group_decoding import Numbering
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.source import Source
@@ -231,11 +231,11 @@ class Elsewhere(Source):
         try:
             with distributed.fail_together():
                 rows = distributed.own_rows(len(chosen))
-                mine = self._sampler.graded(
-                    step,
+                answers = self._sampler.of_one_turn(
                     self._numbering.prompts([chosen[row] for row in rows]),
                     Completions([groups[row] for row in rows]),
                 )
+                mine = self._sampler.graded(step, answers)
         except RewardError as error:
             self._sampler.keep_sample(step, error)
             raise

@@ -5,80 +5,145 @@ On disk they are arrays of numbers alone, a file for each process and checkpoint
 
 import dataclasses
 import io
+import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from adpo_jax.engine.batching import Sample
-from adpo_jax.engine.sampling import sample_keys
-from adpo_jax.engine.session import Session, Turn
-from adpo_jax.records import Completion, GradedGroups, Prompts
+from adpo_jax.engine.session import Turn
+from adpo_jax.records import Completion, GradedGroups, token_fields
 from adpo_jax.rollouts.source import SourceError
 
 # The fields of a token that are kept in flight, with their dtypes.
-_FIELDS = {
-    "tokens": np.int32,
-    "log_probs": np.float32,
-    "full_log_probs": np.float32,
-    "versions": np.int32,
-}
+_FIELDS = token_fields()
 _REASONS = ("", "stop", "length")
 # What reading a file that is missing or damaged raises.
-_DAMAGES = (OSError, ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    RecursionError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What its environment has told a sample in flight.
+
+    Attributes:
+      observation: what its reset returned for the prompt; None for nothing.
+      answers: of each turn that tools have answered, the answer of each call, in full.
+      asked: whether the last turn has ended with calls that are not answered yet.
+      is_lost: whether the environment's process was killed.
+      reward: of the environment, once the sample has ended; None for none.
+      attributes: of the environment, once the sample has ended.
+    """
+
+    observation: str | None = None
+    answers: tuple[tuple[str, ...], ...] = ()
+    asked: bool = False
+    is_lost: bool = False
+    reward: float | None = None
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: Any) -> "Told":
+        """What `dataclasses.asdict` made JSON of.
+
+        Raises:
+          ValueError, TypeError: for anything else.
+        """
+        told = cls(**content)
+        ok = told.observation is None or isinstance(told.observation, str)
+        ok = ok and (told.reward is None or type(told.reward) is float)
+        answers = tuple(tuple(turn) for turn in told.answers)
+        ok = ok and all(isinstance(text, str) for turn in answers for text in turn)
+        if not ok or not isinstance(told.attributes, dict):
+            raise ValueError("no record of what an environment told")
+        return dataclasses.replace(told, answers=answers)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlyingSample:
-    """A sample in flight; [T] each.
+    """A sample in flight; [T] each, as in `records.Completion`.
 
     full_log_probs has no tokens where the sampler does not truncate. finish_reason is "" while the
-    sample goes on.
+    sample goes on. `told` is None without an environment.
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
-    full_log_probs: np.ndarray
+    trained: np.ndarray
     versions: np.ndarray
+    turns: np.ndarray
+    full_log_probs: np.ndarray
     finish_reason: str = ""
+    told: Told | None = None
 
     @classmethod
-    def empty(cls) -> "FlyingSample":
-        return cls(**{name: np.zeros(0, dtype) for name, dtype in _FIELDS.items()})
+    def empty(cls, told: Told | None = None) -> "FlyingSample":
+        return cls(**{name: np.zeros(0, dtype) for name, dtype in _FIELDS.items()}, told=told)
 
     @classmethod
     def of(cls, completion: Completion) -> "FlyingSample":
-        """A sample that has ended; it has one turn, all of which is trained."""
+        """A sample that has ended."""
         fields = {name: getattr(completion, name) for name in _FIELDS}
         if completion.full_log_probs is None:
             fields["full_log_probs"] = np.zeros(0, np.float32)
         return cls(**fields, finish_reason=completion.finish_reason)
 
-    def extended(self, turn: Turn, version: int) -> "FlyingSample":
-        """The sample with the tokens of a turn that weights of this version sampled."""
-        full = self.full_log_probs if turn.full_log_probs is None else turn.full_log_probs
-        more = {
-            "tokens": turn.tokens,
-            "log_probs": turn.log_probs,
-            "full_log_probs": full[: 0 if turn.full_log_probs is None else None],
-            "versions": np.full(len(turn.tokens), version),
-        }
-        fields = {
-            name: np.concatenate([getattr(self, name), more[name]]).astype(dtype)
-            for name, dtype in _FIELDS.items()
-        }
-        return FlyingSample(**fields, finish_reason=turn.finish_reason or "")
+    def sampled(self, turn: Turn, version: int, number: int = 0) -> "FlyingSample":
+        """The sample with further tokens of a turn, which weights of this version sampled.
+
+        Args:
+          number: of the turn, from 0.
+        """
+        more = {"tokens": turn.tokens, "log_probs": turn.log_probs, "trained": True}
+        return self._extended(
+            more | {"versions": version, "turns": number, "full_log_probs": turn.full_log_probs}
+        )
+
+    def answered(self, ids: Sequence[int], version: int, number: int) -> "FlyingSample":
+        """The sample with tokens that tools answered a turn with; nobody trains on them."""
+        zeros = np.zeros(len(ids))
+        full = zeros if len(self.full_log_probs) else None
+        more = {"tokens": ids, "log_probs": zeros, "trained": False, "full_log_probs": full}
+        return self._extended(more | {"versions": version, "turns": number})
+
+    def _extended(self, more: dict[str, Any]) -> "FlyingSample":
+        count = len(more["tokens"])
+        fields = {}
+        for name, dtype in _FIELDS.items():
+            value, old = more[name], getattr(self, name)
+            if value is not None:
+                new = np.broadcast_to(np.asarray(value, dtype), count)
+                old = np.concatenate([old, new]).astype(dtype)
+            fields[name] = old
+        return dataclasses.replace(self, **fields)
+
+    def ended(self, finish_reason: str) -> "FlyingSample":
+        """The sample with this reason; "" for one that goes on."""
+        return dataclasses.replace(self, finish_reason=finish_reason)
+
+    def turn_tokens(self, number: int) -> np.ndarray:
+        """The tokens of a turn that were sampled."""
+        return self.tokens[self.trained & (self.turns == number)]
 
     def completion(self) -> Completion:
-        full = self.full_log_probs if len(self.full_log_probs) else None
-        found = Completion.sampled(
-            self.tokens, self.log_probs, self.finish_reason, full_log_probs=full
-        )
-        return dataclasses.replace(found, versions=self.versions)
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        if not len(self.full_log_probs):
+            fields["full_log_probs"] = None
+        return Completion(**fields, finish_reason=self.finish_reason)
 
 
 # The samples of a group in flight.
@@ -117,7 +182,7 @@ class Flight:
 
 
 def packed(flight: Flight) -> dict[str, np.ndarray]:
-    """The flight as arrays of numbers alone."""
+    """The flight as arrays of numbers alone; what environments told is the bytes of JSON."""
     samples = [sample for group in flight.groups.values() for sample in group]
     packed = {
         name: np.concatenate([np.zeros(0, dtype), *(getattr(s, name) for s in samples)])
@@ -132,7 +197,13 @@ def packed(flight: Flight) -> dict[str, np.ndarray]:
         "owners": np.array(list(flight.owners.values()), np.int64),
         "reasons": np.array([_REASONS.index(s.finish_reason) for s in samples], np.int8),
         "next_number": np.int64(flight.next_number),
+        "told": _as_bytes([s.told and dataclasses.asdict(s.told) for s in samples]),
     }
+
+
+def _as_bytes(content: Any) -> np.ndarray:
+    """[B] uint8, the bytes of JSON."""
+    return np.frombuffer(json.dumps(content).encode(), np.uint8)
 
 
 def unpacked(content: dict[str, np.ndarray], n: int) -> Flight:
@@ -146,9 +217,10 @@ def unpacked(content: dict[str, np.ndarray], n: int) -> Flight:
         ends = np.cumsum(content[f"{name}_lengths"])
         columns[name] = np.split(content[name].astype(dtype), ends)[:-1] if len(ends) else []
     reasons = [_REASONS[reason] for reason in content["reasons"]]
+    told = [x and Told.from_json(x) for x in json.loads(content["told"].tobytes())]
     samples = [
-        FlyingSample(*values, finish_reason=reason)
-        for *values, reason in zip(*columns.values(), reasons, strict=True)
+        FlyingSample(*values, finish_reason=reason, told=heard)
+        for *values, reason, heard in zip(*columns.values(), reasons, told, strict=True)
     ]
     numbers, everywhere, admitted_at, owners = (
         content[name].tolist() for name in ("numbers", "all_numbers", "admitted_at", "owners")
@@ -161,87 +233,6 @@ def unpacked(content: dict[str, np.ndarray], n: int) -> Flight:
         dict(zip(everywhere, owners, strict=True)),
         int(content["next_number"]),
     )
-
-
-class GroupDecoding:
-    """Groups that are decoded in a session, whose weights have one version."""
-
-    def __init__(self, session: Session, version: int):
-        self._session, self._version = session, version
-        self._samples: dict[int, list[FlyingSample]] = {}
-        # Of the session's samples: the group's number, and the sample's number in it.
-        self._places: dict[Sample, tuple[int, int]] = {}
-
-    def submit(self, number: int, prompt: list[int], keys: np.ndarray, group: FlyingGroup) -> None:
-        """Has the samples of a group decoded that have not ended."""
-        assert number not in self._samples
-        self._samples[number] = list(group)
-        going_on = [i for i, sample in enumerate(group) if not sample.finish_reason]
-        if going_on:
-            begun = [group[i].tokens for i in going_on]
-            request = self._session.submit(prompt, begun, keys=keys[going_on])
-            places = ((number, i) for i in going_on)
-            self._places |= dict(zip(request.samples, places, strict=True))
-
-    def whole(self) -> list[int]:
-        """The numbers of the groups whose samples have all ended."""
-        return [number for number, group in self._samples.items() if is_whole(group)]
-
-    def group(self, number: int) -> FlyingGroup:
-        """A group as it is now."""
-        return tuple(self._samples[number])
-
-    def take(self, number: int) -> FlyingGroup:
-        """A whole group, which is forgotten here."""
-        return tuple(self._samples.pop(number))
-
-    def decode(self, steps: int) -> None:
-        """Decodes so many steps, or until nothing is left to decode."""
-        session = self._session
-        until = session.stats["steps"] + steps
-        while session.num_decoding and session.stats["steps"] < until:
-            for turn in session.step():
-                self._take(turn)
-                session.end(turn.sample)
-
-    def _take(self, turn: Turn):
-        number, i = self._places[turn.sample]
-        if number in self._samples:
-            self._samples[number][i] = self._samples[number][i].extended(turn, self._version)
-
-    def left(self) -> dict[int, FlyingGroup]:
-        """Ends the session; the groups with the tokens that they have."""
-        for turn in self._session.leave():
-            self._take(turn)
-        return {number: tuple(group) for number, group in self._samples.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbering:
-    """What belongs to the number of a group, which counts the prompts in their order.
-
-    Attributes:
-      prompts_of: number of a batch, from 0 -> its prompts.
-      batch_size: prompts of a batch.
-      n: samples of a group.
-    """
-
-    prompts_of: Callable[[int], Prompts]
-    batch_size: int
-    seed: int
-    n: int
-
-    def prompts(self, numbers: Iterable[int]) -> Prompts:
-        """The prompts of groups, in this order."""
-        P = self.batch_size
-        found = {batch: self.prompts_of(batch) for batch in {n // P: None for n in numbers}}
-        return Prompts.concatenate([found[n // P].select([n % P]) for n in numbers])
-
-    def keys(self, number: int) -> np.ndarray:
-        """[n, 2] uint32, the keys of a group's samples, whatever iteration samples from them."""
-        batch, row = divmod(number, self.batch_size)
-        key = jax.random.fold_in(jax.random.key(self.seed), batch)
-        return np.asarray(sample_keys(key, np.array([row], np.uint32), self.n))[0]
 
 
 def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:

@@ -131,15 +131,18 @@ class Sampler:
             raise
         return GradedGroups.concatenate(distributed.all_gather(graded))
 
-    def graded(self, step: int, prompts: Prompts, completions: Completions) -> GradedGroups:
-        """Completions of this process, graded.
+    def of_one_turn(self, prompts: Prompts, completions: Completions) -> Answers:
+        """Completions of one turn as answers."""
+        reading = self.reading or Reading(stop_token_ids=tuple(self.sampling.stop_token_ids))
+        return Answers(prompts, completions, reading.texts(self.tokenizer, completions.flat))
+
+    def graded(self, step: int, answers: Answers) -> GradedGroups:
+        """Answers of this process, graded.
 
         Raises:
           RewardError: when a reward function fails.
         """
-        reading = self.reading or Reading(stop_token_ids=tuple(self.sampling.stop_token_ids))
-        sampled = Sampled(completions, self.tokenizer, reading)
-        return self._graded(step, prompts, sampled, None, None)
+        return self._graded(step, answers.prompts, Sampled(answers), None, None)
 
     def _graded(
         self, step: int, prompts: Prompts, completer: Completer | None, params, key

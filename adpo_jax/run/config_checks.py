@@ -152,14 +152,10 @@ def _check_ahead(config: ConfigDict) -> None:
             f"data.train_batch_size, {most}, or groups would get older than max_staleness; given "
             f"{rollout.ahead}"
         )
-    others = {
-        "environment.path": config.environment.path,
-        "environment.url": config.environment.url,
-    }
-    for other in (name for name, is_set in others.items() if is_set and rollout.max_staleness):
+    if config.environment.url and rollout.max_staleness:
         raise ValueError(
-            f"actor_rollout_ref.rollout.max_staleness above 0 does not go with {other}: set one of "
-            "the two back"
+            "actor_rollout_ref.rollout.max_staleness above 0 does not go with environment.url: set "
+            "one of the two back"
         )
 
 

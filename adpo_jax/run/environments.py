@@ -91,7 +91,9 @@ def make_environments(
             )
         return rendered.token_ids
 
-    return Environments(pool, described, template, prompt_ids, c.max_turns)
+    return Environments(
+        pool, described, template, prompt_ids, c.max_turns, overlap_steps=c.overlap_steps
+    )
 
 
 def _make_external(config: ConfigDict) -> External:

@@ -20,6 +20,7 @@ from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts.ahead import Ahead, Sieve
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
+from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.recording import Replay
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.source import Source
@@ -182,6 +183,7 @@ def _sampled(
         return parts.train_prompts.select(rows)
 
     reading = setup.make_reading(config, parts.sampling.stop_token_ids)
+    completer = make_completer(parts.engine, parts.tokenizer, reading, parts.environments)
     sampler = Sampler(
         parts.engine,
         parts.sampling,
@@ -193,7 +195,7 @@ def _sampled(
         takes_nonfinite=config.trainer.on_bad_update == "skip",
         reading=reading,
         num_steps=parts.num_steps,
-        completer=make_completer(parts.engine, parts.tokenizer, reading, parts.environments),
+        completer=completer,
     )
     rollout = config.actor_rollout_ref.rollout
     most = rollout.max_staleness * config.data.train_batch_size
@@ -206,7 +208,15 @@ def _sampled(
     if samplers is not None:
         return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
     if rollout.max_staleness:
-        return Ahead(sampler, prompts_of, folder.in_flight, **pace, sieve=_sieve(config))
+        in_turns = completer if isinstance(completer, InTurns) else None
+        return Ahead(
+            sampler,
+            prompts_of,
+            folder.in_flight,
+            **pace,
+            sieve=_sieve(config),
+            in_turns=in_turns,
+        )
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)
     return GroupFilter(

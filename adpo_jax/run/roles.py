@@ -22,7 +22,8 @@ from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.rollouts import wire
-from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample, GroupDecoding
+from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample
+from adpo_jax.rollouts.group_decoding import GroupDecoding
 from adpo_jax.run import loading, setup
 from adpo_jax.run.sampler_line import Line, Refusal, TrainerLost
 

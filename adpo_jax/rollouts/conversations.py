@@ -1,0 +1,437 @@
+"""Samples in conversation with their environments: what is asked, and what comes of the answers.
+
+`Conversations` knows no schedule. Those who decode (`in_turns` all at once, `turns_ahead` from one
+iteration to the next) decide when an answer is taken, and when a sample goes on with it.
+
+Letters: P prompts, G completions of a prompt.
+"""
+
+import collections
+import dataclasses
+import queue
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from adpo_jax.engine.session import Turn
+from adpo_jax.environments import calls as calls_lib
+from adpo_jax.environments.calls import Call
+from adpo_jax.environments.contract import Described, EndedEnvironment, error_content
+from adpo_jax.environments.environments import Environments
+from adpo_jax.environments.pool import Answer, EnvironmentFailed, Lease, failure_text
+from adpo_jax.records import Completions, Prompts
+from adpo_jax.rewards.model import GIVEN
+from adpo_jax.rollouts.completing import Answers, Message, Reading
+from adpo_jax.rollouts.flight import FlyingSample, Told
+from adpo_jax.rollouts.rows import reset_row
+from adpo_jax.rollouts.source import SourceError
+
+# The place of a sample: its group, whatever names that, and its number in the group.
+Place = tuple[Hashable, int]
+
+LOST_REWARD = 0.0  # of an environment whose process was killed
+_LOSSES = ("timeout", "crash", "lost")
+# What is counted of tools.
+COUNTS = ("tool_calls", "tool_failures", "tool_microseconds")
+
+
+@dataclasses.dataclass(eq=False)
+class Conversation:
+    """A sample and its environment.
+
+    Attributes:
+      described: its environment.
+      sample: its tokens, and what it was told.
+      lease: the environment; None where none is needed any more.
+      messages: what was said after the prompt.
+      texts: what the model wrote, turn by turn.
+      calls: those of the turn that has just ended; None where it has not, or ended without.
+      answers: what came of them, by their places.
+      finish_reason: why the last turn ended.
+      is_over: whether no further turn comes; the environment may still be asked for its reward.
+    """
+
+    described: Described
+    sample: FlyingSample
+    lease: Lease | None = None
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    texts: list[str] = dataclasses.field(default_factory=list)
+    calls: list[Call] | None = None
+    answers: dict[int, str] = dataclasses.field(default_factory=dict)
+    finish_reason: str = "length"
+    is_over: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all calls of the turn that has just ended are answered."""
+        return self.calls is not None and len(self.answers) == len(self.calls)
+
+    @property
+    def environment(self) -> EndedEnvironment:
+        """The environment after the end."""
+        told = self.sample.told
+        return EndedEnvironment(self.described.class_name, told.attributes, told.is_lost)
+
+    def tell(self, **changes: Any) -> None:
+        """Notes what the environment told."""
+        told = dataclasses.replace(self.sample.told, **changes)
+        self.sample = dataclasses.replace(self.sample, told=told)
+
+
+class Conversations:
+    """Conversations under way, by their places.
+
+    Attributes:
+      there: the conversations.
+      counts: of calls of tools, by the names in `COUNTS`.
+    """
+
+    def __init__(self, tokenizer: Any, reading: Reading, environments: Environments):
+        self._tokenizer, self._reading, self._environments = tokenizer, reading, environments
+        self._pool, self._template = environments.pool, environments.template
+        # Marks of calls may be special tokens, which rewards do not always read.
+        self._with_marks = dataclasses.replace(reading, skip_special_tokens=False)
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self.there: dict[Place, Conversation] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    # --- beginnings and ends
+
+    def begin(
+        self, rows: Mapping[Hashable, dict], seeds: Mapping[Hashable, int], places: Sequence[Place]
+    ) -> dict[Hashable, str | None]:
+        """Begins conversations of these places, in environments that are reset for them.
+
+        Args:
+          rows, seeds: the row of the data and the seed of each group.
+
+        Returns:
+          What the environments of each group said at their reset; None for nothing.
+
+        Raises:
+          EnvironmentFailed: a reset failed, or the environments of a group said different things.
+        """
+        resets: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        for place in places:
+            self._open(place, rows[place[0]], FlyingSample.empty(Told()))
+            self._reset(place, rows[place[0]], seeds[place[0]], resets, place)
+        said: dict[Hashable, set[str | None]] = collections.defaultdict(set)
+        for _ in places:
+            answer = resets.get()
+            self._refuse_failure("reset", answer)
+            said[answer.tag[0]].add(answer.content["said"])
+            self.there[answer.tag].tell(observation=answer.content["said"])
+        return {group: _the_same(found) for group, found in said.items()}
+
+    def resume(
+        self,
+        rows: Mapping[Hashable, dict],
+        seeds: Mapping[Hashable, int],
+        samples: Mapping[Place, FlyingSample],
+    ) -> None:
+        """Takes up conversations of samples in flight whose environments are not there.
+
+        What a sample did in its environment is done again in another one, so an environment that
+        answers alike is then as it was. The sample keeps what it was told, and calls that were not
+        answered yet are asked.
+
+        Raises:
+          EnvironmentFailed: a reset failed.
+          SourceError: for samples of other environments.
+        """
+        again: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        wanted: list[tuple[Place, str | None]] = []  # what is to be answered as it was
+        asked: dict[Place, list[Call]] = {}
+        for place, sample in samples.items():
+            self._open(place, rows[place[0]], sample, leases=_needs_environment(sample))
+            conversation, told = self.there[place], sample.told
+            if conversation.lease is not None:
+                self._reset(place, rows[place[0]], seeds[place[0]], again, len(wanted))
+                wanted.append((place, told.observation))
+            has_ended = bool(sample.finish_reason)
+            for number in range(len(told.answers) + (has_ended or told.asked)):
+                calls = self._read(conversation, number)
+                if number == len(told.answers):
+                    asked |= {} if has_ended else {place: calls}
+                    continue
+                if len(calls) != len(told.answers[number]):
+                    raise SourceError(
+                        "the samples in flight were answered other calls than they made: they are "
+                        "of another model or environment"
+                    )
+                self._note(conversation, calls, told.answers[number])
+                for call, text in zip(calls, told.answers[number]):
+                    if conversation.lease is not None and not call.error:
+                        self._pool.ask(*self._call(conversation, call), again, len(wanted))
+                        wanted.append((place, text))
+            conversation.is_over = has_ended
+            conversation.finish_reason = sample.finish_reason or conversation.finish_reason
+        for _ in wanted:
+            answer = again.get()
+            place, text = wanted[answer.tag]
+            if answer.kind in _LOSSES:
+                self.there[place].tell(is_lost=True)
+            if (answer.content.get("said") if not answer.kind else self._words(answer)) != text:
+                logging.log_first_n(
+                    logging.WARNING,
+                    "an environment answers otherwise when its calls are made again, as a resumed "
+                    "run makes them; its samples go on with what they were told before",
+                    1,
+                )
+        for place, calls in asked.items():
+            self._ask(place, calls)
+
+    def _open(self, place: Place, row: dict, sample: FlyingSample, *, leases: bool = True) -> None:
+        environments = self._environments
+        lease = self._pool.lease(environments.name_of(row)) if leases else None
+        self.there[place] = Conversation(environments.of_row(row), sample, lease)
+
+    def _reset(
+        self, place: Place, row: dict, seed: int, answers: queue.SimpleQueue, tag: Any
+    ) -> None:
+        lease = self.there[place].lease
+        row = reset_row(row, self._reading.prompt_key, lease.name)
+        self._pool.ask(lease, "reset", {"row": row, "seed": seed}, answers, tag)
+
+    def prompts_with(self, prompts: Prompts, said: Sequence[str | None]) -> Prompts:
+        """The prompts with what the environments of each said at their reset."""
+        if all(text is None for text in said):
+            return prompts
+        observed = self._environments.prompt_ids(prompts.columns, said)
+        ids = [
+            of_data if text is None else of_observed
+            for of_data, of_observed, text in zip(prompts.token_ids, observed, said, strict=True)
+        ]
+        return Prompts(ids, prompts.columns)
+
+    def give_back(self, place: Place) -> Conversation:
+        """Forgets a conversation; its environment is free for another one."""
+        conversation = self.there.pop(place)
+        if conversation.lease is not None:
+            self._pool.give_back(conversation.lease)
+            conversation.lease = None
+        return conversation
+
+    # --- turns
+
+    def take(self, place: Place, turn: Turn, version: int) -> None:
+        """Takes a turn that has ended, and asks tools or, where no turn follows, the environment.
+
+        Args:
+          version: of the weights that sampled it.
+        """
+        conversation = self.there[place]
+        number = len(conversation.texts)
+        conversation.sample = conversation.sample.sampled(turn, version, number)
+        conversation.finish_reason = turn.finish_reason
+        calls = self._read(conversation, number)
+        goes_on = turn.finish_reason == "stop" and number + 1 < self._environments.max_turns
+        if calls and goes_on:
+            self._ask(place, calls)
+        else:
+            self.end(place)
+
+    def _read(self, conversation: Conversation, number: int) -> list[Call]:
+        """Reads a turn as a message; returns its calls, malformed ones among them."""
+        tokens = conversation.sample.turn_tokens(number)
+        (shown,) = self._reading.decoded(self._tokenizer, [tokens])
+        (text,) = self._with_marks.decoded(self._tokenizer, [tokens])
+        names = conversation.described.tool_names
+        calls = calls_lib.calls_in(self._template.form, text, names)
+        conversation.texts.append(shown)
+        conversation.messages.append({"role": "assistant", "content": shown} | _as_message(calls))
+        return calls
+
+    def _ask(self, place: Place, calls: list[Call]) -> None:
+        """Has the calls of a turn carried out; malformed ones are answered at once."""
+        conversation = self.there[place]
+        conversation.calls, conversation.answers = calls, {}
+        conversation.tell(asked=True)
+        for number, call in enumerate(calls):
+            self.counts["tool_calls"] += 1
+            if call.error:
+                self.counts["tool_failures"] += 1
+                conversation.answers[number] = error_content(call.error)
+            elif conversation.sample.told.is_lost:
+                tag = conversation, place, number
+                self._answers.put(Answer(tag, {}, "", "lost", 0.0))
+            else:
+                request = self._call(conversation, call)
+                self._pool.ask(*request, self._answers, (conversation, place, number))
+
+    def _call(self, conversation: Conversation, call: Call) -> tuple[Lease, str, dict]:
+        """What the pool is asked for a call."""
+        return conversation.lease, "call", {"tool": call.name, "arguments": call.arguments}
+
+    def end(self, place: Place, finish_reason: str | None = None) -> None:
+        """Lets no further turn come, and asks the environment for its reward."""
+        conversation = self.there[place]
+        conversation.finish_reason = finish_reason or conversation.finish_reason
+        conversation.calls, conversation.is_over = None, True
+        conversation.tell(asked=False)
+        tag = conversation, place
+        if conversation.sample.told.is_lost:
+            self._answers.put(Answer(tag, {}, "", "lost", 0.0))
+        else:
+            self._pool.ask(conversation.lease, "end", {}, self._answers, tag)
+
+    def interrupt(self, place: Place, turn: Turn, version: int) -> None:
+        """Takes the tokens of a turn that has not ended; arguments as of `take`."""
+        conversation = self.there[place]
+        if len(turn.tokens):
+            number = len(conversation.texts)
+            conversation.sample = conversation.sample.sampled(turn, version, number)
+
+    # --- answers
+
+    def hear(self, timeout: float | None = None) -> Place:
+        """Takes an answer.
+
+        Args:
+          timeout: seconds to wait for one; None for as long as it takes, 0 for no waiting.
+
+        Returns:
+          The place of the conversation. It can go on where it `is_answered`; it has ended where its
+          sample has a `finish_reason`.
+
+        Raises:
+          queue.Empty: when there is none.
+          EnvironmentFailed: the environment failed at its end.
+        """
+        while True:
+            answer = self._answers.get(block=timeout != 0, timeout=timeout or None)
+            conversation, place, *number = answer.tag
+            if self.there.get(place) is conversation:
+                break
+        if answer.kind in _LOSSES:
+            conversation.tell(is_lost=True)
+        if number:
+            self.counts["tool_microseconds"] += int(answer.seconds * 1e6)
+            self.counts["tool_failures"] += bool(answer.kind)
+            conversation.answers[number[0]] = self._words(answer)
+        else:
+            self._ended(conversation, answer)
+        return place
+
+    def _words(self, answer: Answer) -> str:
+        """What the model reads of an answer."""
+        if not answer.kind:
+            return answer.content["said"]
+        seconds = self._pool.timeout_s
+        return error_content(
+            {
+                "timeout": f"the tool took longer than {seconds:g} s and was stopped",
+                "crash": "the tool ended in a crash",
+                "lost": "the tool is no longer there, since an earlier call was stopped",
+            }.get(answer.kind, answer.error)
+        )
+
+    def _ended(self, conversation: Conversation, answer: Answer) -> None:
+        if answer.kind not in _LOSSES:
+            self._refuse_failure("end", answer)
+        reward = LOST_REWARD if answer.kind else answer.content["reward"]
+        if reward is not None and not np.isfinite(reward):
+            raise EnvironmentFailed(
+                f"get_reward of {conversation.described.class_name} gave {reward}, no finite number"
+            )
+        conversation.tell(reward=reward, attributes=answer.content.get("attributes", {}))
+        conversation.sample = conversation.sample.ended(conversation.finish_reason)
+
+    def go_on(
+        self, places: Sequence[Place], room: Callable[[Place], int], version: int
+    ) -> Iterator[tuple[Place, list[int] | None]]:
+        """Has conversations go on whose calls are all answered.
+
+        Args:
+          room: tokens that the completion at a place may still have.
+          version: of the weights that go on.
+
+        Yields:
+          Each place with the token ids of the answers; with None where they do not fit, so that the
+          completion has ended.
+        """
+        found = [self.there[place] for place in places]
+        told = [[c.answers[i] for i in range(len(c.calls))] for c in found]
+        named = [
+            [(call.name, text) for call, text in zip(c.calls, texts)]
+            for c, texts in zip(found, told)
+        ]
+        all_ids = self._template.answer_ids(named)
+        for place, conversation, texts, ids in zip(places, found, told, all_ids, strict=True):
+            if len(ids) >= room(place):
+                self.end(place, "length")
+                yield place, None
+                continue
+            self._note(conversation, conversation.calls, texts)
+            number = len(conversation.texts) - 1
+            conversation.sample = conversation.sample.answered(ids, version, number)
+            answers = (*conversation.sample.told.answers, tuple(texts))
+            conversation.tell(answers=answers, asked=False)
+            conversation.calls = None
+            yield place, ids
+
+    def _note(self, conversation: Conversation, calls: Sequence[Call], told: Sequence[str]) -> None:
+        """Notes answers as messages."""
+        conversation.messages += [
+            {"role": "tool", "name": call.name, "content": self._template.cut(text)}
+            for call, text in zip(calls, told, strict=True)
+        ]
+
+    # --- what comes of them
+
+    def group_answers(self, prompts: Prompts, places: Sequence[Place]) -> Answers:
+        """What the samples of a prompt, which have ended, answer to it.
+
+        Args:
+          prompts: the prompt alone.
+        """
+        group = [self.there[place] for place in places]
+        transcripts = [conversation.messages for conversation in group]
+        columns: dict[str, list] = {
+            "environments": [conversation.environment for conversation in group],
+            "transcripts": transcripts,
+        }
+        for name in self._environments.rewards:
+            columns[GIVEN + name] = [
+                c.sample.told.reward if c.described.class_name == name else None for c in group
+            ]
+        completions = Completions([[c.sample.completion() for c in group]])
+        texts = ["\n".join(conversation.texts) for conversation in group]
+        return Answers(prompts, completions, texts, transcripts, columns)
+
+    def _refuse_failure(self, verb: str, answer: Answer) -> None:
+        if answer.kind:
+            raise EnvironmentFailed(failure_text(verb, answer, self._pool.timeout_s))
+
+
+def _needs_environment(sample: FlyingSample) -> bool:
+    return not sample.finish_reason and not sample.told.is_lost
+
+
+def _as_message(found: list[Call]) -> dict:
+    """The calls of a turn as a message has them; {} for none."""
+    made = [
+        {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in found
+        if not call.error
+    ]
+    return {"tool_calls": made} if made else {}
+
+
+def _the_same(said: set[str | None]) -> str | None:
+    """What all environments of a group said at their reset.
+
+    Raises:
+      EnvironmentFailed: they said different things, and a group has one prompt.
+    """
+    if len(said) > 1:
+        two = sorted(map(str, said))[:2]
+        raise EnvironmentFailed(
+            "reset returned different texts for the samples of one prompt, which are compared with "
+            f"each other and share it: {two[0][:200]!r} and {two[1][:200]!r}. Let it depend on the "
+            "row, or on Python's or NumPy's global random numbers, which are the same for them"
+        )
+    (text,) = said
+    return text

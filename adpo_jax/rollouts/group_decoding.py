@@ -1,0 +1,139 @@
+"""Groups in flight under decode: those of samples with one turn, and what belongs to a number."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from adpo_jax.engine.batching import Sample
+from adpo_jax.engine.sampling import sample_keys
+from adpo_jax.engine.session import Session, Turn
+from adpo_jax.records import Completions, Prompts
+from adpo_jax.rollouts.completing import Answers
+from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample, is_whole
+
+
+class GroupDecoding:
+    """Groups that are decoded in a session, whose weights have one version."""
+
+    def __init__(self, session: Session, version: int):
+        self._session, self._version = session, version
+        self._samples: dict[int, list[FlyingSample]] = {}
+        # Of the session's samples: the group's number, and the sample's number in it.
+        self._places: dict[Sample, tuple[int, int]] = {}
+
+    def submit(self, number: int, prompt: list[int], keys: np.ndarray, group: FlyingGroup) -> None:
+        """Has the samples of a group decoded that have not ended."""
+        assert number not in self._samples
+        self._samples[number] = list(group)
+        going_on = [i for i, sample in enumerate(group) if not sample.finish_reason]
+        if going_on:
+            begun = [group[i].tokens for i in going_on]
+            request = self._session.submit(prompt, begun, keys=keys[going_on])
+            places = ((number, i) for i in going_on)
+            self._places |= dict(zip(request.samples, places, strict=True))
+
+    def whole(self) -> list[int]:
+        """The numbers of the groups whose samples have all ended."""
+        return [number for number, group in self._samples.items() if is_whole(group)]
+
+    def group(self, number: int) -> FlyingGroup:
+        """A group as it is now."""
+        return tuple(self._samples[number])
+
+    def take(self, number: int) -> FlyingGroup:
+        """A whole group, which is forgotten here."""
+        return tuple(self._samples.pop(number))
+
+    def decode(self, steps: int) -> None:
+        """Decodes so many steps, or until nothing is left to decode."""
+        session = self._session
+        until = session.stats["steps"] + steps
+        while session.num_decoding and session.stats["steps"] < until:
+            for turn in session.step():
+                self._take(turn)
+                session.end(turn.sample)
+
+    def _take(self, turn: Turn):
+        number, i = self._places[turn.sample]
+        if number in self._samples:
+            sample = self._samples[number][i].sampled(turn, self._version)
+            self._samples[number][i] = sample.ended(turn.finish_reason or "")
+
+    def left(self) -> dict[int, FlyingGroup]:
+        """Ends the session; the groups with the tokens that they have."""
+        for turn in self._session.leave():
+            self._take(turn)
+        return {number: tuple(group) for number, group in self._samples.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbering:
+    """What belongs to the number of a group, which counts the prompts in their order.
+
+    Attributes:
+      prompts_of: number of a batch, from 0 -> its prompts.
+      batch_size: prompts of a batch.
+      n: samples of a group.
+    """
+
+    prompts_of: Callable[[int], Prompts]
+    batch_size: int
+    seed: int
+    n: int
+
+    def prompts(self, numbers: Iterable[int]) -> Prompts:
+        """The prompts of groups, in this order."""
+        P = self.batch_size
+        found = {batch: self.prompts_of(batch) for batch in {n // P: None for n in numbers}}
+        return Prompts.concatenate([found[n // P].select([n % P]) for n in numbers])
+
+    def keys(self, number: int) -> np.ndarray:
+        """[n, 2] uint32, the keys of a group's samples, whatever iteration samples from them."""
+        batch, row = divmod(number, self.batch_size)
+        key = jax.random.fold_in(jax.random.key(self.seed), batch)
+        return np.asarray(sample_keys(key, np.array([row], np.uint32), self.n))[0]
+
+    def key(self, number: int) -> jax.Array:
+        """A key of the group as a whole."""
+        return jax.random.fold_in(jax.random.key(self.seed), number)
+
+
+class OneTurnDecoding(GroupDecoding):
+    """Groups with one turn that are decoded in an iteration ahead of the update.
+
+    Args:
+      answers_of: prompts and their completions -> the answers.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        version: int,
+        numbering: Numbering,
+        answers_of: Callable[[Prompts, Completions], Answers],
+    ):
+        super().__init__(session, version)
+        self._numbering, self._answers_of = numbering, answers_of
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts of the session."""
+        return dict(self._session.stats)
+
+    def begin(self, groups: dict[int, FlyingGroup]) -> None:
+        """Has groups decoded, by their numbers."""
+        prompts = self._numbering.prompts(groups).token_ids if groups else []
+        for (number, group), prompt in zip(groups.items(), prompts, strict=True):
+            self.submit(number, prompt, self._numbering.keys(number), group)
+
+    def answers(self, numbers: list[int], stats: dict[str, int]) -> Answers:
+        """The completions of whole groups, with these counts."""
+        completions = [[sample.completion() for sample in self.group(n)] for n in numbers]
+        return self._answers_of(self._numbering.prompts(numbers), Completions(completions, stats))
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forgets whole groups."""
+        for number in numbers:
+            self._samples.pop(number, None)

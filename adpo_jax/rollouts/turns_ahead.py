@@ -1,0 +1,191 @@
+"""Groups in conversation with environments that are decoded ahead of the update.
+
+An environment lives on while its sample waits for the next iteration, and what tools answer
+meanwhile is there when that begins. A resumed run makes the calls of samples in flight again, in
+environments of the same seed.
+
+What an iteration trains on does not depend on a clock. So an answer is not taken when it comes, but
+when so many decode steps have been done beside it; then it is waited for. Where nothing decodes,
+all answers are waited for.
+"""
+
+from collections.abc import Iterable
+
+from adpo_jax.engine.batching import Sample
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.session import Session
+from adpo_jax.records import Prompts
+from adpo_jax.rollouts.completing import Answers
+from adpo_jax.rollouts.conversations import COUNTS, Conversations, Place
+from adpo_jax.rollouts.flight import FlyingGroup, is_whole
+from adpo_jax.rollouts.group_decoding import Numbering
+from adpo_jax.rollouts.in_turns import InTurns
+from adpo_jax.rollouts.rows import group_seeds, rows_of
+
+
+class TurnsAhead:
+    """Starts the decoding of an iteration, and keeps the environments of what is in flight."""
+
+    def __init__(self, parts: InTurns, numbering: Numbering, sampling: SamplingParams):
+        self._conversations = parts.conversations()
+        self._numbering, self._sampling = numbering, sampling
+        self._overlap = parts.environments.overlap_steps
+
+    def __call__(self, session: Session, version: int) -> "TurnsDecoding":
+        self._conversations.counts.clear()
+        return TurnsDecoding(
+            session, version, self._conversations, self._numbering, self._sampling, self._overlap
+        )
+
+
+class TurnsDecoding:
+    """Groups in conversation that are decoded in a session; as `group_decoding.OneTurnDecoding`."""
+
+    def __init__(
+        self,
+        session: Session,
+        version: int,
+        conversations: Conversations,
+        numbering: Numbering,
+        sampling: SamplingParams,
+        overlap: int,
+    ):
+        self._session, self._version, self._numbering = session, version, numbering
+        self._conversations, self._there = conversations, conversations.there
+        self._sampling, self._overlap = sampling, overlap
+        self._prompts: dict[int, Prompts] = {}
+        self._places: dict[Sample, Place] = {}
+        self._samples: dict[Place, Sample] = {}
+        # What has been asked of tools and environments, with the step at which it was.
+        self._asked: list[tuple[int, Place]] = []
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Counts of the session and of calls of tools."""
+        counts = dict.fromkeys(COUNTS, 0) | self._conversations.counts
+        return self._session.stats | counts
+
+    def begin(self, groups: dict[int, FlyingGroup]) -> None:
+        """Has groups decoded, by their numbers.
+
+        Raises:
+          EnvironmentFailed: an environment failed in `reset`.
+          SourceError: for samples in flight of other environments.
+        """
+        if not groups:
+            return
+        prompts = self._numbering.prompts(groups)
+        rows = dict(zip(groups, rows_of(prompts)))
+        seeds = {
+            number: group_seeds(self._numbering.key(number), [list(ids)])[0]
+            for number, ids in zip(groups, prompts.token_ids)
+        }
+        samples = {(n, i): sample for n, group in groups.items() for i, sample in enumerate(group)}
+        said = {n: group[0].told.observation for n, group in groups.items() if group[0].told}
+        new = [place for place in samples if place[0] not in said]
+        absent = {}
+        for place, sample in samples.items():
+            there = self._there.get(place)
+            if there is not None and there.sample is not sample:
+                self._conversations.give_back(place)
+                there = None
+            if there is None and place[0] in said:
+                absent[place] = sample
+        said |= self._conversations.begin(rows, seeds, new)
+        self._conversations.resume(rows, seeds, absent)
+        prompts = self._conversations.prompts_with(prompts, [said[number] for number in groups])
+        self._prompts |= {n: prompts.select([i]) for i, n in enumerate(groups)}
+        self._go_on([place for place in samples if self._there[place].calls is not None])
+        for number, group in groups.items():
+            self._submit(number, len(group))
+
+    def _submit(self, number: int, n: int) -> None:
+        going_on = [(number, i) for i in range(n) if not self._there[number, i].is_over]
+        if not going_on:
+            return
+        flying = [self._there[place].sample for place in going_on]
+        turns = [len(self._there[place].texts) for place in going_on]
+        request = self._session.submit(
+            self._prompts[number].token_ids[0],
+            [sample.tokens for sample in flying],
+            keys=self._numbering.keys(number)[[i for _, i in going_on]],
+            of_turn=[len(sample.turn_tokens(turn)) for sample, turn in zip(flying, turns)],
+        )
+        for place, sample in zip(going_on, request.samples, strict=True):
+            self._places[sample], self._samples[place] = place, sample
+
+    def decode(self, steps: int) -> None:
+        """Decodes so many steps, or until nothing is left to decode."""
+        session = self._session
+        until = session.stats["steps"] + steps
+        while (session.num_decoding or self._asked) and session.stats["steps"] < until:
+            for turn in session.step():
+                place = self._places[turn.sample]
+                self._conversations.take(place, turn, self._version)
+                if self._there[place].is_over:
+                    session.end(turn.sample)
+                self._asked.append((session.stats["steps"], place))
+            now, nothing_decodes = session.stats["steps"], not session.num_decoding
+            due = [p for at, p in self._asked if nothing_decodes or at + self._overlap <= now]
+            self._asked = [(at, place) for at, place in self._asked if place not in set(due)]
+            self._go_on(due)
+
+    def _go_on(self, places: list[Place]) -> None:
+        """Waits for what these conversations have asked, and has those go on that do."""
+        self._wait(places)
+        answered = [place for place in places if self._there[place].is_answered]
+        steps = self._session.stats["steps"]
+        for place, ids in self._conversations.go_on(answered, self._room, self._version):
+            sample = self._samples.get(place)  # none before the group is submitted
+            if ids is None:
+                self._asked.append((steps, place))
+                if sample is not None:
+                    self._session.end(sample)
+            elif sample is not None:
+                self._session.go_on(sample, ids)
+
+    def _room(self, place: Place) -> int:
+        return self._sampling.max_tokens - len(self._there[place].sample.tokens)
+
+    def _wait(self, places: Iterable[Place]) -> None:
+        """Waits until these conversations are answered, or their environments have ended."""
+        for place in places:
+            conversation = self._there[place]
+            while not (conversation.is_answered or conversation.sample.finish_reason):
+                self._conversations.hear()
+
+    def whole(self) -> list[int]:
+        """The numbers of the groups whose samples and environments have all ended."""
+        return [number for number in self._prompts if is_whole(self.group(number))]
+
+    def group(self, number: int) -> FlyingGroup:
+        """A group as it is now."""
+        n = self._sampling.n
+        return tuple(self._there[number, i].sample for i in range(n))
+
+    def left(self) -> dict[int, FlyingGroup]:
+        """Ends the session; the groups with the tokens that they have."""
+        self._wait([place for _, place in self._asked if self._there[place].is_over])
+        for turn in self._session.leave():
+            place = self._places[turn.sample]
+            if self._there[place].calls is None:
+                self._conversations.interrupt(place, turn, self._version)
+        return {number: self.group(number) for number in self._prompts}
+
+    def answers(self, numbers: list[int], stats: dict[str, int]) -> Answers:
+        """The completions of whole groups, with these counts."""
+        n = self._sampling.n
+        found = [
+            self._conversations.group_answers(
+                self._prompts[number], [(number, i) for i in range(n)]
+            )
+            for number in numbers
+        ]
+        return Answers.concatenate(found, stats)
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forgets whole groups; their environments are free for others."""
+        for number in numbers:
+            if self._prompts.pop(number, None) is not None:
+                for i in range(self._sampling.n):
+                    self._conversations.give_back((number, i))
