@@ -78,7 +78,7 @@ def with_reward(path):
 
 def scalars(folder):
     """The metrics of a run without what depends on the clock."""
-    timed = ("time", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
+    timed = ("time", "tools/seconds", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
     return [
         {k: v for k, v in row.items() if not k.startswith(timed)}
         for row in read_jsonl(folder / "metrics.jsonl")

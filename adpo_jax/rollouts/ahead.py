@@ -322,6 +322,8 @@ def _joined(parts: list[_Part], step: int) -> GradedGroups:
     numbers = [number for part in parts for number in part.numbers]
     together = GradedGroups.concatenate(graded)
     groups = together.select(np.argsort(numbers))
+    counted = dataclasses.replace(groups.completions, stats=together.completions.stats)
+    groups = dataclasses.replace(groups, completions=counted)
     sampled, slot_steps = (
         sum(getattr(p, name) for p in parts) for name in ("sampled", "slot_steps")
     )

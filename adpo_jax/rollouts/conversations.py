@@ -49,6 +49,7 @@ class Conversation:
       texts: what the model wrote, turn by turn.
       calls: those of the turn that has just ended; None where it has not, or ended without.
       answers: what came of them, by their places.
+      num_failed: those of them that failed.
       finish_reason: why the last turn ended.
       is_over: whether no further turn comes; the environment may still be asked for its reward.
     """
@@ -60,6 +61,7 @@ class Conversation:
     texts: list[str] = dataclasses.field(default_factory=list)
     calls: list[Call] | None = None
     answers: dict[int, str] = dataclasses.field(default_factory=dict)
+    num_failed: int = 0
     finish_reason: str = "length"
     is_over: bool = False
 
@@ -247,12 +249,11 @@ class Conversations:
     def _ask(self, place: Place, calls: list[Call]) -> None:
         """Has the calls of a turn carried out; malformed ones are answered at once."""
         conversation = self.there[place]
-        conversation.calls, conversation.answers = calls, {}
+        conversation.calls, conversation.answers, conversation.num_failed = calls, {}, 0
         conversation.tell(asked=True)
         for number, call in enumerate(calls):
-            self.counts["tool_calls"] += 1
             if call.error:
-                self.counts["tool_failures"] += 1
+                conversation.num_failed += 1
                 conversation.answers[number] = error_content(call.error)
             elif conversation.sample.told.is_lost:
                 tag = conversation, place, number
@@ -309,7 +310,7 @@ class Conversations:
             conversation.tell(is_lost=True)
         if number:
             self.counts["tool_microseconds"] += int(answer.seconds * 1e6)
-            self.counts["tool_failures"] += bool(answer.kind)
+            conversation.num_failed += bool(answer.kind)
             conversation.answers[number[0]] = self._words(answer)
         else:
             self._ended(conversation, answer)
@@ -360,6 +361,9 @@ class Conversations:
         ]
         all_ids = self._template.answer_ids(named)
         for place, conversation, texts, ids in zip(places, found, told, all_ids, strict=True):
+            # They count here, which is no matter of when answers come.
+            self.counts["tool_calls"] += len(texts)
+            self.counts["tool_failures"] += conversation.num_failed
             if len(ids) >= room(place):
                 self.end(place, "length")
                 yield place, None
