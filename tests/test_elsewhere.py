@@ -634,13 +634,14 @@ def test_two_trainer_processes_hand_out_groups_and_go_on_after_a_restart(tmp_pat
     settings += ["--config.actor_rollout_ref.rollout.max_staleness=1", "--config.sft.steps=0"]
     settings += ["--config.trainer.rollout_data_dir=rollouts", "--config.trainer.test_freq=-1"]
     settings += ["--config.data.max_val_samples=0", "--config.data.val_files="]
-    for number_of_steps in (2, 4):
+    (tmp_path / "weights").mkdir()
+    for number_of_steps, more in (2, []), (4, [f"--weights={tmp_path / 'weights'}"]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         steps = f"--config.trainer.total_training_steps={number_of_steps}"
         role = ("--role=trainer", f"--listen={address}")
-        trainers = start_two(tmp_path / "run", *settings, steps, *role)
+        trainers = start_two(tmp_path / "run", *settings, steps, *role, *more)
         sampling = ("--role=sampler", f"--trainer={address}", *settings, steps)
         sampler = start_process(tmp_path, *sampling, name="sampler")
         try:
@@ -654,3 +655,4 @@ def test_two_trainer_processes_hand_out_groups_and_go_on_after_a_restart(tmp_pat
     found = [recording.read(tmp_path / "run" / "rollouts", step) for step in range(1, 5)]
     asked = [q for groups in found for q in groups.prompts.columns["question"]]
     assert len(asked) == len(set(asked)) == 4 * 8
+    assert len(list((tmp_path / "weights").iterdir())) == 2
