@@ -59,6 +59,13 @@ _LISTEN = flags.DEFINE_string(
     "listen", "", f"HOST:PORT at which samplers find a --role=trainer; {_HERE} if not given"
 )
 _TRAINER = flags.DEFINE_string("trainer", "", "HOST:PORT of the trainer of a --role=sampler")
+_WEIGHTS = flags.DEFINE_string(
+    "weights",
+    "",
+    "with --role=trainer: a folder on shared storage that samplers read the weights from, which "
+    "are sent to them if not given | with --role=sampler: where that folder lies there, if at "
+    "another place than for the trainer",
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
     False,
@@ -169,6 +176,10 @@ def _check_role() -> None:
     ):
         if value and _ROLE.value != role:
             raise ValueError(f"--{name} belongs to --role={role}: give both or neither")
+    if _WEIGHTS.value and not _ROLE.value:
+        raise ValueError(
+            "--weights belongs to --role=trainer and --role=sampler: give one of them too"
+        )
     if _ROLE.value:
         from adpo_jax.run.extras import need_serve
 
@@ -184,7 +195,7 @@ def _for_samplers():
     from adpo_jax.run import preparation, roles
 
     return preparation.ForSamplers(
-        roles.parsed_address(_LISTEN.value or _HERE, "--listen"), roles.read_key()
+        roles.parsed_address(_LISTEN.value or _HERE, "--listen"), roles.read_key(), _WEIGHTS.value
     )
 
 
@@ -204,7 +215,7 @@ def _sample(config: ConfigDict) -> int:
     config = config_checks.finalized(config)
     compilation_cache.use(config.trainer.compilation_cache_dir)
     try:
-        roles.make_sampler(config, _TRAINER.value, key).run()
+        roles.make_sampler(config, _TRAINER.value, key, weights=_WEIGHTS.value).run()
     except roles.TrainerLost as error:
         return _failed(error, HOST_LOST)
     except KeyboardInterrupt:

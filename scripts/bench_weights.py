@@ -1,11 +1,14 @@
-"""Seconds from a trainer's parameters to a sampler's, over HTTP on this machine.
+"""Seconds from a trainer's parameters to a sampler's, by HTTP or a folder of this machine.
 
     python scripts/bench_weights.py                      # the shapes of SmolLM2-135M, bfloat16
+    python scripts/bench_weights.py --folder /mnt/shared
+    python scripts/bench_weights.py --changed 0.5        # half of the tensors' bytes
     python scripts/bench_weights.py --hidden 1024 --layers 28 --vocab 151936 --intermediate 3072
 
-Two processes, as a run with --role has them: this one packs and offers the weights, the other asks
-for them, checks their digest and puts them on its device. One JSON line: median seconds of each
-part over `--repeats`, bytes, and what the same rate means for a model of 8 billion parameters.
+Two processes, as a run with --role has them: this one takes the digests and offers the weights (in
+a folder: writes them), the other fetches what has changed, checks the digests and puts it on its
+device. One JSON line: median seconds of each part over `--repeats`, bytes, and what the same rate
+means for a model of 8 billion parameters.
 """
 
 import argparse
@@ -22,9 +25,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adpo_jax.policy import Policy
-from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.dispatch import LEASE_S, Dispatch
 from adpo_jax.rollouts.elsewhere import Reception
+from adpo_jax.rollouts.weights import Versions, WeightsFolder
+from adpo_jax.run.sampler_line import Line
 from adpo_jax.serve.samplers import SamplersHost
 
 KEY = "bench"
@@ -40,6 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", default="", help="the weights go through this folder")
+    parser.add_argument("--changed", type=float, default=1.0, help="share of the bytes that change")
     parser.add_argument("--fetch", default="", help="used by the script itself")
     return parser.parse_args()
 
@@ -64,20 +70,24 @@ def make_policy(a: argparse.Namespace) -> Policy:
 
 def fetch(a: argparse.Namespace) -> None:
     """The sampler's process: prints the seconds of each fetch, on being told to."""
-    import httpx
-
-    abstract = make_policy(a).abstract_params()
-    client = httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=60, trust_env=False)
-    for line in sys.stdin:
+    line = Line(a.fetch, KEY, {}, make_policy(a).abstract_params(), folder=a.folder)
+    for version in sys.stdin:
         began = time.perf_counter()
-        answer = client.get(f"http://{a.fetch}/sampler/weights/{int(line)}")
+        assert line.fetch(int(version))
+        _, _, arrays = line.inbox.get()
         got = time.perf_counter()
-        assert answer.headers["etag"].strip('"') == wire.digest_of(answer.content)
-        checked = time.perf_counter()
-        tree = jax.device_put(wire.read_params(answer.content, abstract))
-        jax.block_until_ready(tree)
-        placed = time.perf_counter()
-        print(json.dumps([got - began, checked - got, placed - checked]), flush=True)
+        jax.block_until_ready(jax.device_put(arrays))
+        print(json.dumps([got - began, time.perf_counter() - got]), flush=True)
+
+
+def changing(params: list[jax.Array], share: float) -> list[int]:
+    """The places of leaves with about this share of the bytes, the largest first."""
+    left, chosen = share * sum(x.nbytes for x in params), []
+    for i in sorted(range(len(params)), key=lambda i: -params[i].nbytes):
+        if params[i].nbytes <= left:
+            chosen.append(i)
+            left -= params[i].nbytes
+    return chosen
 
 
 def main() -> None:
@@ -90,9 +100,16 @@ def main() -> None:
         lambda x: rng.standard_normal(x.shape, np.float32).astype(x.dtype),
         make_policy(a).abstract_params(),
     )
-    params = jax.block_until_ready(jax.device_put(params))
-    reception = Reception(Dispatch(lease_s=LEASE_S), {}, {}, {})
-    host = SamplersHost(reception, host="127.0.0.1", port=0, key=KEY)
+    params, structure = jax.tree.flatten(jax.block_until_ready(jax.device_put(params)))
+    chosen = changing(params, a.changed)
+    folder = WeightsFolder(a.folder, lambda: "bench") if a.folder else None
+    versions = Versions(folder)
+    host = SamplersHost(
+        Reception(Dispatch(lease_s=LEASE_S), versions, {}, {}, {}),
+        host="127.0.0.1",
+        port=0,
+        key=KEY,
+    )
     host.start()
     command = [sys.executable, __file__, *sys.argv[1:], f"--fetch={host.address}"]
     sampler = subprocess.Popen(
@@ -100,25 +117,28 @@ def main() -> None:
     )
     rows = []
     for version in range(a.repeats + 1):
+        for i in chosen:
+            params[i] = jax.block_until_ready(-params[i])
         began = time.perf_counter()
-        content = wire.packed_params(jax.device_get(params))
-        reception.publish(version, content, [])
-        packed = time.perf_counter() - began
+        versions.add(version, jax.device_get(jax.tree.unflatten(structure, params)))
+        offered = time.perf_counter() - began
         sampler.stdin.write(f"{version}\n")
         sampler.stdin.flush()
-        rows.append([packed, *json.loads(sampler.stdout.readline())])
+        rows.append([offered, *json.loads(sampler.stdout.readline())])
     sampler.stdin.close()
     sampler.wait(60)
     host.close()
     parts = [statistics.median(values) for values in zip(*rows[1:])]  # the first one warms up
     total = statistics.median(map(sum, rows[1:]))
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    of_8b = 8e9 * jax.tree.leaves(params)[0].dtype.itemsize
+    size = sum(x.nbytes for x in params)
+    of_8b = 8e9 * params[0].dtype.itemsize
     result = {
         "bench": "weights",
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "by": "folder" if a.folder else "http",
+        "parameters": sum(x.size for x in params),
         "bytes": size,
-        **dict(zip(("pack_s", "fetch_s", "check_s", "place_s"), (round(p, 3) for p in parts))),
+        "changed_bytes": sum(params[i].nbytes for i in chosen),
+        **dict(zip(("offer_s", "fetch_s", "place_s"), (round(p, 3) for p in parts))),
         "total_s": round(total, 3),
         "bytes_per_s": round(size / total),
         "estimate_8b_s": round(of_8b / (size / total), 1),

@@ -7,7 +7,8 @@
 # NOT YET RUN ON HARDWARE: written from the documentation of SLURM and JAX, checked by shellcheck
 # alone. The trainer is scripts/launch_slurm.sh with --role=trainer --listen=0.0.0.0:8470. Samplers
 # may be fewer or more at any time: this job can be cancelled, resized or started again while the
-# trainer runs. Give the model's key values of the mesh for one GPU here (mesh.fsdp=1).
+# trainer runs. Give the model's key values of the mesh for one GPU here (mesh.fsdp=1). For many
+# samplers let the trainer write its weights to the cluster's file system (--weights=FOLDER there).
 #
 #SBATCH --job-name=adpo_samplers
 #SBATCH --nodes=1

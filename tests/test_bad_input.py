@@ -354,6 +354,10 @@ COMMAND_LINES = {
         [ARITHMETIC, "--trainer=h:1"],
         "error: --trainer belongs to --role=sampler: give both or neither",
     ),
+    "a folder of weights without a role": (
+        [ARITHMETIC, "--weights=/tmp"],
+        "error: --weights belongs to --role=trainer and --role=sampler: give one of them too",
+    ),
     "a sampler without a trainer": ([ARITHMETIC, "--role=sampler"], "needs --trainer=HOST:PORT"),
     "a trainer without a key": ([ARITHMETIC, "--role=trainer"], "set ADPO_JAX_RUN_KEY to the same"),
     "resume": ([ARITHMETIC, "--resume=yes"], "--resume is one of auto, never, must"),

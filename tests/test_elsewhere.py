@@ -15,9 +15,6 @@ import time
 from pathlib import Path
 
 import httpx
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -194,20 +191,6 @@ def test_what_is_no_file_of_groups_is_refused(content, why):
         wire.read_groups(content, **LIMITS)
 
 
-def test_weights_come_back_bit_by_bit_and_those_of_another_model_are_refused():
-    tree = {"a": jnp.arange(3, dtype=jnp.bfloat16), "layers": {"b": jnp.ones((2, 2))}}
-    content = wire.packed_params(tree)
-    abstract = jax.eval_shape(lambda: tree)
-    read = wire.read_params(content, abstract)
-    assert read["a"].dtype == ml_dtypes.bfloat16
-    jax.tree.map(np.testing.assert_array_equal, read, jax.tree.map(np.asarray, tree))
-    for other in ({"a": tree["a"]}, tree | {"a": jnp.zeros(4, jnp.bfloat16)}, tree | {"a": 1.0}):
-        with pytest.raises(wire.WireError, match="weights of another model"):
-            wire.read_params(content, jax.eval_shape(lambda other=other: other))
-    with pytest.raises(wire.WireError, match="no safetensors file"):
-        wire.read_params(content[:50], abstract)
-
-
 # --- a trainer and its samplers
 
 P, STEPS = 2, 4
@@ -248,7 +231,7 @@ def trainer(policy_and_params, sampler, tmp_path):
     verbs = sampler.engine.verbs
     with contextlib.ExitStack() as stack:
 
-        def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS):
+        def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS, weights=""):
             source = Elsewhere(
                 sampler,
                 prompts_of,
@@ -262,6 +245,7 @@ def trainer(policy_and_params, sampler, tmp_path):
                 num_steps=num_steps,
                 max_staleness=staleness,
                 ahead=staleness * P,
+                weights_folder=weights,
             )
             stack.callback(source.close)
             stack.callback(source.end)
@@ -286,15 +270,16 @@ def start(policy_and_params, engine, address, key=KEY):
     return thread, raised
 
 
+@pytest.mark.parametrize("by", ["http", "folder"])
 def test_one_sampler_without_staleness_gives_the_very_bits_of_sampling_here(
-    policy_and_params, engines, sampler, trainer
+    policy_and_params, engines, sampler, trainer, tmp_path, by
 ):
     _, params = policy_and_params
-    source = trainer(0)
+    source = trainer(0, weights=str(tmp_path) if by == "folder" else "")
     thread, _ = start(policy_and_params, engines[0], source.address)
     here = OnTheSpot(sampler, prompts_of)
     for step in range(2):
-        weights = at_step(params, step)
+        weights = at_step(params, step) | {"embed": params["embed"]}  # which is sent once
         found, wanted = source.next(step, weights), here.next(step, weights)
         assert found.texts == wanted.texts
         np.testing.assert_array_equal(found.rewards, wanted.rewards)
@@ -305,6 +290,7 @@ def test_one_sampler_without_staleness_gives_the_very_bits_of_sampling_here(
     source.end()
     thread.join(30)
     assert not thread.is_alive()
+    assert len(list(tmp_path.glob("*.safetensors"))) == (2 if by == "folder" else 0)
 
 
 def test_samplers_come_and_go_and_every_prompt_is_trained_on_once(
@@ -492,6 +478,10 @@ def test_strangers_and_samplers_of_another_run_are_refused(policy_and_params, en
     asked = {"name": "a", "holds": [], "room": 1, "version": 0, "run": "an earlier one"}
     assert httpx.post(f"{address}/sampler/order", json=asked, headers=headers).status_code == 410
     assert httpx.get(f"{address}/sampler/weights/7", headers=headers).status_code == 404
+    for names, status in (["a"], 404), ("a", 400), (["a", "a"], 400), ([1], 400):
+        asked = {"names": names}
+        answer = httpx.post(f"{address}/sampler/tensors/7", json=asked, headers=headers)
+        assert answer.status_code == status
     run = {"x-sampler": "a", "x-run": source._reception.run}
     answer = httpx.post(f"{address}/sampler/groups", content=b"x", headers=headers | run)
     assert answer.status_code == 400
@@ -644,13 +634,14 @@ def test_two_trainer_processes_hand_out_groups_and_go_on_after_a_restart(tmp_pat
     settings += ["--config.actor_rollout_ref.rollout.max_staleness=1", "--config.sft.steps=0"]
     settings += ["--config.trainer.rollout_data_dir=rollouts", "--config.trainer.test_freq=-1"]
     settings += ["--config.data.max_val_samples=0", "--config.data.val_files="]
-    for number_of_steps in (2, 4):
+    (tmp_path / "weights").mkdir()
+    for number_of_steps, more in (2, []), (4, [f"--weights={tmp_path / 'weights'}"]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         steps = f"--config.trainer.total_training_steps={number_of_steps}"
         role = ("--role=trainer", f"--listen={address}")
-        trainers = start_two(tmp_path / "run", *settings, steps, *role)
+        trainers = start_two(tmp_path / "run", *settings, steps, *role, *more)
         sampling = ("--role=sampler", f"--trainer={address}", *settings, steps)
         sampler = start_process(tmp_path, *sampling, name="sampler")
         try:
@@ -664,3 +655,4 @@ def test_two_trainer_processes_hand_out_groups_and_go_on_after_a_restart(tmp_pat
     found = [recording.read(tmp_path / "run" / "rollouts", step) for step in range(1, 5)]
     asked = [q for groups in found for q in groups.prompts.columns["question"]]
     assert len(asked) == len(set(asked)) == 4 * 8
+    assert len(list((tmp_path / "weights").iterdir())) == 2

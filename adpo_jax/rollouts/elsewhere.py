@@ -14,7 +14,6 @@ Several processes may train. The first one speaks to the samplers and tells the 
 import dataclasses
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,20 +39,20 @@ from adpo_jax.rollouts.group_decoding import Numbering
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.source import Source
+from adpo_jax.rollouts.weights import Versions, WeightsFolder, name_of_run
 from adpo_jax.serve.samplers import Refused, SamplersHost
 
 # Seconds that a sampler's question may wait for news, well below the lease.
 POLL_S = 5.0
 # Seconds without any sampler after which the trainer says that it waits, and again.
 _TELL_S = 30.0
-# Versions of the weights that are kept for samplers that are still reading them.
-_KEPT_VERSIONS = 2
 
 
 class Reception:
     """Answers the samplers' requests; a `serve.samplers.Desk`.
 
     Args:
+      versions: the weights that they may take.
       fits: what a sampler must have in common with this run, by name.
       tells: what samplers are told at their hello, beside the run's name.
       limits: keyword arguments of `wire.read_groups`.
@@ -62,22 +61,14 @@ class Reception:
     def __init__(
         self,
         dispatch: Dispatch,
+        versions: Versions,
         fits: dict[str, Any],
         tells: dict[str, Any],
         limits: dict[str, Any],
     ):
-        self._dispatch, self._fits, self._tells, self._limits = dispatch, fits, tells, limits
+        self._dispatch, self._versions = dispatch, versions
+        self._fits, self._tells, self._limits = fits, tells, limits
         self.run = secrets.token_hex(8)
-        self._lock = threading.Lock()
-        self._weights: dict[int, tuple[bytes, str]] = {}
-
-    def publish(self, version: int, content: bytes, works: list[Work]) -> None:
-        """Offers weights of a version, and has samplers go on with them; see `Dispatch`."""
-        with self._lock:
-            self._weights[version] = content, wire.digest_of(content)
-            for old in sorted(self._weights)[:-_KEPT_VERSIONS]:
-                del self._weights[old]
-        self._dispatch.publish(version, works)
 
     def hello(self, fits: dict[str, Any]) -> dict[str, Any]:
         given = fits.get("fits")
@@ -127,10 +118,16 @@ class Reception:
         return {"taken": taken}
 
     def weights(self, version: int) -> tuple[bytes, str]:
-        with self._lock:
-            if version not in self._weights:
-                raise Refused(f"there are no weights of version {version} any more", 404)
-            return self._weights[version]
+        manifest = self._versions.manifest(version)
+        if manifest is None:
+            raise Refused(f"there are no weights of version {version} any more", 404)
+        return manifest, wire.digest_of(manifest)
+
+    def tensors(self, version: int, names: list[str]) -> list[memoryview]:
+        found = self._versions.tensors(version, names)
+        if found is None:
+            raise Refused(f"there are no such tensors of version {version} here", 404)
+        return found
 
     def _check_run(self, run: Any) -> None:
         if run != self.run:
@@ -151,6 +148,11 @@ class Elsewhere(Source):
       address: host and port for samplers.
       key: the key that they must know.
       batch_size, num_steps, max_staleness, ahead: as of `ahead.Ahead`.
+      weights_folder: a folder on shared storage, in which samplers find the weights; "" where the
+        trainer sends them.
+
+    Raises:
+      ValueError: for an address or a folder that cannot be used.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class Elsewhere(Source):
         num_steps: int,
         max_staleness: int,
         ahead: int,
+        weights_folder: str = "",
     ):
         self._sampler, self._weights_of = sampler, weights_of
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
@@ -175,11 +178,16 @@ class Elsewhere(Source):
         self._pacing = Pacing(batch_size, max_staleness, ahead, num_groups=num_steps * batch_size)
         self._flights: dict[int, Flight] = {0: Flight()}
         self._dispatch = Dispatch(lease_s=LEASE_S)
+        shared = None
+        if weights_folder and distributed.is_leader():
+            shared = WeightsFolder(weights_folder, lambda: name_of_run(folder))
+        self._versions = Versions(shared)
         sampling = sampler.sampling
         self._reception = Reception(
             self._dispatch,
+            self._versions,
             fits,
-            {"whole_calls": max_staleness == 0},
+            {"whole_calls": max_staleness == 0, "weights": str(shared.path) if shared else ""},
             {
                 "n": sampling.n,
                 "max_response_length": sampling.max_tokens,
@@ -217,14 +225,14 @@ class Elsewhere(Source):
         """
         began = time.perf_counter()
         host_params = distributed.fetch(self._weights_of(params))
-        content = b"" if self._host is None else wire.packed_params(host_params)
-        del host_params
         found = None
         with distributed.fail_together():
             before = self._flight(step)
             if self._host is not None:
-                found = self._sampled(step, before, content)
-        del content
+                self._versions.add(step, host_params)
+            del host_params
+            if self._host is not None:
+                found = self._sampled(step, before)
         chosen, groups, after, counts = distributed.all_gather(found)[0]
         self._flights = {step: before, step + 1: after}
         seconds = time.perf_counter() - began
@@ -250,7 +258,7 @@ class Elsewhere(Source):
             together, seconds=(seconds, together.seconds[1]), metrics=metrics
         )
 
-    def _sampled(self, step: int, before: Flight, weights: bytes):
+    def _sampled(self, step: int, before: Flight):
         """The first process's part of `next`: what is trained on, and what stays in flight."""
         dispatch, works = self._dispatch, []
         if not self._started:
@@ -265,7 +273,7 @@ class Elsewhere(Source):
             print(told, file=sys.stderr, flush=True)
         new = self._pacing.admitted(before.next_number, len(before.admitted_at))
         admitted_at = before.admitted_at | dict.fromkeys(new, step)
-        self._reception.publish(step, weights, works + self._works(new))
+        dispatch.publish(step, works + self._works(new))
         taken_back, doubles = dispatch.num_taken_back, dispatch.num_doubles
         chosen = self._wait_for_groups(step, admitted_at)
         completions = dispatch.take(chosen)

@@ -1,18 +1,14 @@
-"""What trainers and samplers send each other: groups as arrays, weights as safetensors.
+"""What samplers send their trainer: groups as arrays.
 
-Nothing that is read here can be more than numbers: `numpy` without pickles, and safetensors. Sizes,
-names, shapes and dtypes are checked against what the reader expects.
+Nothing that is read here can be more than numbers: `numpy` without pickles. Sizes, names, shapes
+and dtypes are checked against what the reader expects, as those of weights are (`weights`).
 """
 
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from adpo_jax.records import Completion, token_fields
 
@@ -108,54 +104,9 @@ def read_groups(
     return {int(number): flat[i * n : (i + 1) * n] for i, number in enumerate(numbers)}
 
 
-# --- weights
+# --- digests
 
 
-def digest_of(content: bytes) -> str:
+def digest_of(content: bytes | np.ndarray) -> str:
     """The digest that goes with weights."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def packed_params(params: Any) -> bytes:
-    """Parameters in the memory of the host, as a safetensors file."""
-    arrays = {name: np.ascontiguousarray(x) for name, x in _by_name(params).items()}
-    return safetensors.numpy.save({name: x.view(_stored(x.dtype)) for name, x in arrays.items()})
-
-
-def read_params(content: bytes, abstract: Any) -> Any:
-    """The parameters that `packed_params` wrote, as numpy arrays in the tree of `abstract`.
-
-    Args:
-      abstract: the shapes and dtypes that they must have.
-
-    Raises:
-      WireError: for parameters of another model.
-    """
-    try:
-        found = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise WireError(f"no safetensors file: {str(error)[:200]}") from None
-    wanted = _by_name(abstract)
-    differing = sorted(wanted.keys() ^ found.keys())
-    if differing:
-        raise WireError(f"weights of another model: {differing[0]} is not in both")
-    for name, leaf in wanted.items():
-        if found[name].shape != leaf.shape or found[name].dtype != _stored(leaf.dtype):
-            given = f"{found[name].dtype}{list(found[name].shape)}"
-            raise WireError(
-                f"weights of another model: {name} is {given}, wanted "
-                f"{leaf.dtype}{list(leaf.shape)}"
-            )
-    leaves = [found[name].view(leaf.dtype) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def _stored(dtype: Any) -> np.dtype:
-    """The dtype of a file: numpy has no bfloat16 of its own, so its bits are stored."""
-    dtype = np.dtype(dtype)
-    return dtype if dtype.isbuiltin == 1 else np.dtype(f"uint{8 * dtype.itemsize}")
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -63,10 +63,17 @@ class Run:
 
 
 class ForSamplers(NamedTuple):
-    """Where samplers in other processes find a run: host and port, and the key that they know."""
+    """Where samplers in other processes find a run.
+
+    Attributes:
+      address: host and port.
+      key: the key that they know.
+      weights: the folder in which they find the weights; "" where the trainer sends them.
+    """
 
     address: tuple[str, int]
     key: str
+    weights: str = ""
 
 
 def prepare(
@@ -271,6 +278,7 @@ def _elsewhere(
         vocab_size=parts.policy.config.vocab_size,
         address=samplers.address,
         key=samplers.key,
+        weights_folder=samplers.weights,
         **pace,
     )
 

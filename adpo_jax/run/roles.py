@@ -4,13 +4,15 @@
     python -m adpo_jax.main --config=configs/gsm8k.py --role=sampler --trainer=10.0.0.1:8470
 
 Both read the run's key from the environment variable `KEY_VARIABLE`. A sampler is a single process
-with devices of its own; there may be any number, which come and go (`rollouts.dispatch`).
+with devices of its own; there may be any number, which come and go (`rollouts.dispatch`). The
+trainer sends them its weights, or writes them into the folder --weights (`rollouts.weights`).
 """
 
 import collections
 import os
 import queue
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
+from adpo_jax.rollouts import weights as weights_lib
 from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample
 from adpo_jax.rollouts.group_decoding import GroupDecoding
@@ -80,12 +83,17 @@ def fits_of(policy: Policy, engine: Engine, sampling: SamplingParams) -> dict[st
     }
 
 
-def make_sampler(config: ConfigDict, address: str, key: str) -> "SamplerRole":
+def make_sampler(config: ConfigDict, address: str, key: str, *, weights: str = "") -> "SamplerRole":
     """The sampler of a config, whose mesh is this process's own.
+
+    Args:
+      weights: the trainer's folder of weights as it is found here; "" where it lies at the same
+        place.
 
     Raises:
       ValueError: for anything in the config that cannot work.
     """
+    weights = checked_folder(weights) if weights else ""
     source = loading.find_model(config)
     mesh = setup.make_mesh(config)
     policy = loading.make_policy(config, source, mesh)
@@ -95,7 +103,28 @@ def make_sampler(config: ConfigDict, address: str, key: str) -> "SamplerRole":
         whole = loading.initial_params(config, source, mesh)
         frozen = lora.split(engine.verbs.cast(whole))[1]
     sampling = setup.make_sampling(config, source)
-    return SamplerRole(policy, engine, sampling, frozen=frozen, address=address, key=key)
+    return SamplerRole(
+        policy, engine, sampling, frozen=frozen, address=address, key=key, weights=weights
+    )
+
+
+def checked_folder(given: str) -> str:
+    """The absolute path of a sampler's folder of weights.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    path = Path(given).expanduser().absolute()
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError):
+        is_folder = False
+    if not is_folder:
+        raise ValueError(
+            f"--weights: there is no folder {str(path)!r:.200} here; name the one that the "
+            "trainer writes its weights into, where this machine finds it"
+        )
+    return str(path)
 
 
 class SamplerRole:
@@ -104,6 +133,8 @@ class SamplerRole:
     Args:
       frozen: the weights that are not trained, as decoding reads them; None where all are.
       address: of the trainer, "host:port".
+      weights: the trainer's folder of weights as it is found here; "" where it lies at the same
+        place.
     """
 
     def __init__(
@@ -115,18 +146,20 @@ class SamplerRole:
         frozen: Any = None,
         address: str,
         key: str,
+        weights: str = "",
     ):
         self._policy, self._engine, self._sampling = policy, engine, sampling
         self._frozen = frozen
         abstract = jax.eval_shape(engine.verbs.cast, policy.abstract_params())
-        abstract = lora.split(abstract)[0]
+        self._abstract = lora.split(abstract)[0]
         fits = fits_of(policy, engine, sampling)
-        self._line = Line(address, key, fits, abstract)
+        self._line = Line(address, key, fits, self._abstract, folder=weights)
         self._address = address
         self._clear()
 
     def _clear(self) -> None:
         self._params, self._version = None, -1
+        self._sent: dict[str, jax.Array] = {}  # the weights that the trainer sent, by name
         self._works: dict[int, dict] = {}
         self._groups: dict[int, FlyingGroup] = {}
         self._fresh: collections.deque[int] = collections.deque()
@@ -137,7 +170,7 @@ class SamplerRole:
 
         Raises:
           Refusal: where the trainer refuses this sampler.
-          TrainerLost: where it is not there for long.
+          TrainerLost: where it is not there for long, or its weights are not.
         """
         print(f"sampling for the trainer at {self._address}", file=sys.stderr, flush=True)
         self._line.start()
@@ -169,6 +202,8 @@ class SamplerRole:
             first = False
             if kind == "finished":
                 return False
+            if kind == "raised":
+                raise content[0]
             if kind == "refused":
                 raise Refusal(f"the trainer at {self._address} refuses: {content[0]}")
             if kind == "lost":
@@ -179,13 +214,14 @@ class SamplerRole:
         self._leave()
         self._clear()
 
-    def _on_weights(self, version: int, tree: Any) -> None:
+    def _on_weights(self, version: int, changed: dict[str, np.ndarray]) -> None:
         self._leave()
+        layouts = dict.fromkeys(changed)
         if self._policy.mesh is not None:
-            layouts = lora.split(self._policy.shardings(self._policy.abstract_params()))[0]
-            tree = jax.tree.map(jax.device_put, tree, layouts)
-        else:
-            tree = jax.device_put(tree)
+            whole = self._policy.shardings(self._policy.abstract_params())
+            layouts = weights_lib.by_name(lora.split(whole)[0])
+        self._sent |= {name: jax.device_put(x, layouts[name]) for name, x in changed.items()}
+        tree = weights_lib.as_tree(self._sent, self._abstract)
         self._params = tree if self._frozen is None else lora.join(tree, self._frozen)
         self._version = version
         self._fresh = collections.deque(sorted(self._works))

@@ -4,7 +4,9 @@
     POST /sampler/order         {"name", "run", "holds", "room", "version"} -> what to do next
     POST /sampler/alive         {"name", "run"}: a sign of life
     POST /sampler/groups        whole groups as arrays (`rollouts.wire`)
-    GET  /sampler/weights/{v}   the weights of version v as safetensors, their digest as ETag
+    GET  /sampler/weights/{v}   the manifest of version v of the weights (`rollouts.weights`), its
+                                digest as ETag
+    POST /sampler/tensors/{v}   {"names"} -> the bytes of these tensors, one after the other
 
 Everybody needs the run's key. A run's name is another one each time that the trainer starts, and
 whoever works for an earlier start is told so (410).
@@ -15,13 +17,14 @@ import contextlib
 import hmac
 import json
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from adpo_jax.serve.hosting import KEEP_ALIVE_S, listening
@@ -30,6 +33,8 @@ MAX_JSON_BYTES, MAX_GROUPS_BYTES = 4 << 20, 512 << 20
 # Long polls each keep a thread.
 MAX_SAMPLERS = 256
 _BODY_S = 120.0
+# Bytes of tensors that are sent at a time.
+_PART = 1 << 20
 
 
 class Refused(Exception):
@@ -56,7 +61,13 @@ class Desk(Protocol):
         """Takes groups."""
 
     def weights(self, version: int) -> tuple[bytes, str]:
-        """Weights and their digest; raises `Refused` where they are not there any more."""
+        """The manifest of a version of the weights and its digest.
+
+        Raises `Refused` where the version is not there any more, as `tensors` does.
+        """
+
+    def tensors(self, version: int, names: list[str]) -> list[memoryview]:
+        """The bytes of tensors of a version."""
 
 
 class SamplersHost:
@@ -83,6 +94,7 @@ class SamplersHost:
             Route("/sampler/alive", self._guarded(self._alive), methods=["POST"]),
             Route("/sampler/groups", self._guarded(self._groups), methods=["POST"]),
             Route("/sampler/weights/{version:int}", self._guarded(self._weights)),
+            Route("/sampler/tensors/{version:int}", self._guarded(self._tensors), methods=["POST"]),
         ]
         config = uvicorn.Config(
             Starlette(routes=routes),
@@ -143,9 +155,28 @@ class SamplersHost:
     async def _weights(self, request: Request) -> Response:
         version = request.path_params["version"]
         content, digest = await self._in_thread(self._desk.weights, version)
-        return Response(
-            content, media_type="application/octet-stream", headers={"ETag": f'"{digest}"'}
+        return Response(content, media_type="application/json", headers={"ETag": f'"{digest}"'})
+
+    async def _tensors(self, request: Request) -> Response:
+        version, asked = request.path_params["version"], await _object(request)
+        names = asked.get("names")
+        ok = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not ok or len(names) != len(set(names)):
+            raise Refused("tensors are asked for by a list of different names")
+        tensors = await self._in_thread(self._desk.tensors, version, names)
+        size = sum(tensor.nbytes for tensor in tensors)
+        return StreamingResponse(
+            _parts(tensors),
+            media_type="application/octet-stream",
+            headers={"content-length": str(size)},
         )
+
+
+async def _parts(tensors: list[memoryview]) -> AsyncIterator[memoryview]:
+    """The bytes of tensors, in parts that are sent before the next one is copied."""
+    for tensor in tensors:
+        for at in range(0, tensor.nbytes, _PART):
+            yield tensor[at : at + _PART]
 
 
 async def _object(request: Request) -> dict[str, Any]:
