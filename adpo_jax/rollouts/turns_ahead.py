@@ -155,8 +155,13 @@ class TurnsDecoding:
                 self._conversations.hear()
 
     def whole(self) -> list[int]:
-        """The numbers of the groups whose samples and environments have all ended."""
-        return [number for number in self._prompts if is_whole(self.group(number))]
+        """The numbers of the groups whose samples and environments have all ended.
+
+        An environment counts when its answer is due: it may have been heard before.
+        """
+        waited_for = {number for _, (number, _) in self._asked}
+        there = [number for number in self._prompts if number not in waited_for]
+        return [number for number in there if is_whole(self.group(number))]
 
     def group(self, number: int) -> FlyingGroup:
         """A group as it is now."""
