@@ -61,6 +61,24 @@ YARN_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 4,
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": 20.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 1000.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
 # Settings on top of `SMALL`, by folder; "<folder>" with a "weights_of" stores no weights.
 MODELS = {
     "qwen2": {"model_type": "qwen2", "rope_parameters": {"rope_theta": 1000.0}},
@@ -228,6 +246,26 @@ DRAWN = {
         },
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_out_bias": True},
+    # As E2B: layers that share keys and have a wider MLP, and embeddings for each layer.
+    "gemma4_text": {
+        **GEMMA4,
+        "num_hidden_layers": 7,
+        "layer_types": [*[_LOCAL, _GLOBAL] * 2, _LOCAL, _LOCAL, _GLOBAL],
+        "hidden_size_per_layer_input": 20,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+    # As 31B: keys that are values, and fewer heads of them.
+    "gemma4_large": {
+        **GEMMA4,
+        "num_hidden_layers": 4,
+        "layer_types": [_LOCAL, _GLOBAL] * 2,
+        "hidden_size_per_layer_input": 0,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "use_bidirectional_attention": "vision",
+    },
 }
 
 
@@ -255,6 +293,9 @@ def drawn_model(settings: dict) -> torch.nn.Module:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.from_numpy(drawn(name, tuple(weight.shape))))
+        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+            buffer = model.get_buffer(name)
+            buffer.copy_(torch.from_numpy(drawn(name, tuple(buffer.shape))))
     return model
 
 

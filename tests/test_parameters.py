@@ -148,7 +148,7 @@ def test_extras_come_beside_hidden_states_with_their_gradient(routed, remat):
 def test_extras_of_layers_one_by_one_are_those_of_the_scan(routed):
     policy, params = routed
     scanned = jax.jit(lambda p: uneven(policy, p))(params)
-    one_by_one = cpu.decoding_params(params, lora_scale=None, join=True)
+    one_by_one = cpu.decoding_params(params, policy.config, lora_scale=None, join=True)
     unrolled = jax.jit(lambda p: uneven(policy, p))(one_by_one)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scanned, unrolled)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from adpo_jax.hf import gemma4
 from adpo_jax.hf.families import (
     ACTIVATION_NAMES,
     COMMON,
@@ -49,6 +50,7 @@ ROPE_KEYS = {
         "mscale_all_dim",
         "truncate",
     },
+    "proportional": {"factor"},
     "longrope": {
         "factor",
         "original_max_position_embeddings",
@@ -62,6 +64,7 @@ REQUIRED_ROPE_KEYS = {
     "linear": ROPE_KEYS["linear"],
     "llama3": ROPE_KEYS["llama3"],
     "yarn": set(),
+    "proportional": set(),
     "longrope": {"short_factor", "long_factor"},
 }
 ROPE_LISTS = {"short_factor", "long_factor"}
@@ -204,6 +207,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "initializer_range": c["initializer_range"],
         "mixture": experts,
     }
+    if hf_config["model_type"] == "gemma4_text":
+        fields |= gemma4.fields(c, layer_types, _positive_int)
     return ModelConfig(**{**fields, **family.traits(c)})
 
 
@@ -350,7 +355,7 @@ def _ropes(
 ) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """The distinct ropes, and each layer's index into them."""
     if family.rope_by_kind:
-        ropes = _ropes_by_kind(family, c, max_length)
+        ropes = _ropes_by_kind(family, c, layer_types, max_length)
         layer_ropes = [int(kind == "sliding_attention") for kind in layer_types]
     else:
         spellings = [p for p in (c["rope_scaling"], c["rope_parameters"]) if p] or [{}]
@@ -366,8 +371,10 @@ def _ropes(
     return ropes, tuple(layer_ropes)
 
 
-def _ropes_by_kind(family: Family, c: Mapping[str, Any], max_length) -> tuple[Rope, Rope]:
-    nested = c["rope_parameters"] or {}
+def _ropes_by_kind(
+    family: Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
+) -> tuple[Rope, Rope]:
+    nested = c["rope_parameters"] or family.defaults["rope_parameters"] or {}
     flat = sorted(nested.keys() - {"full_attention", "sliding_attention"})
     if flat:
         raise ValueError(
@@ -380,8 +387,12 @@ def _ropes_by_kind(family: Family, c: Mapping[str, Any], max_length) -> tuple[Ro
     local = nested.get("sliding_attention") or {}
     distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
     local_theta = c.get("rope_local_base_freq", c["rope_theta"])
+    of_distant = c
+    if c["model_type"] == "gemma4_text":
+        _, head_dim = gemma4.global_sizes(c, layer_types, _positive_int)
+        of_distant = {**c, "head_dim": head_dim}
     return (
-        _rope(family, c, distant, c["rope_theta"], max_length),
+        _rope(family, of_distant, distant, c["rope_theta"], max_length),
         _rope(family, c, local, local_theta, max_length),
     )
 
@@ -403,7 +414,8 @@ def _rope(
             f"rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_KEYS)}"
         )
     partial = given.pop("partial_rotary_factor", c.get("partial_rotary_factor") or 1.0)
-    if "partial_rotary_factor" not in family.defaults and partial != 1.0:
+    reads_partial = kind == "proportional" or "partial_rotary_factor" in family.defaults
+    if not reads_partial and partial != 1.0:
         raise ValueError("partial_rotary_factor of the rope is not supported; supported: 1.0")
     unknown = sorted(given.keys() - KNOWN_ROPE_KEYS - family.rope_keys)
     if unknown:

@@ -100,6 +100,14 @@ GEMMA = {
     "sliding_window": 4096,
     "layer_types": None,
 }
+# Of the mixture that `enable_moe_block` turns on.
+GEMMA4_EXPERTS = (
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+)
+GEMMA4_WITHOUT = {"query_pre_attn_scalar", "attention_bias"}
 GEMMA_TRAITS = {"norm_plus_one": True, "post_norms": True, "embed_scale": True}
 OLMO_TRAITS = {"pre_norms": False, "post_norms": True, "qk_norm_over_heads": True}
 
@@ -202,6 +210,43 @@ FAMILIES: Mapping[str, Family] = {
         },
         traits=lambda c: {**GEMMA_TRAITS, "qk_norm": True},
         slides=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
+        rope_by_kind=True,
+    ),
+    # What it has besides is in `gemma4.py`.
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM",
+        {
+            **{key: value for key, value in GEMMA.items() if key not in GEMMA4_WITHOUT},
+            # The published configs may leave these sizes to the defaults.
+            "vocab_size": 262_144,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 512,
+            "final_logit_softcapping": None,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1_000_000.0,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+            "global_head_dim": 512,
+            "num_global_key_value_heads": None,
+            "per_layer_config": None,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "use_bidirectional_attention": None,
+            "enable_moe_block": False,
+            **dict.fromkeys(GEMMA4_EXPERTS),
+        },
+        slides=lambda c, layer: (layer + 1) % 6 != 0,
         rope_by_kind=True,
     ),
     "smollm3": Family(
@@ -393,6 +438,9 @@ SWITCHES = (
     "use_sliding_window",
     "norm_topk_prob",
     "qkv_bias",
+    "attention_k_eq_v",
+    "use_double_wide_mlp",
+    "enable_moe_block",
 )
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
@@ -409,6 +457,10 @@ LARGEST = {
     "num_experts_per_tok": 1 << 16,
     "moe_intermediate_size": 1 << 22,
     "shared_expert_intermediate_size": 1 << 22,
+    "global_head_dim": 1 << 14,
+    "num_global_key_value_heads": 1 << 14,
+    "hidden_size_per_layer_input": 1 << 20,
+    "vocab_size_per_layer_input": 1 << 24,
 }
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
@@ -432,6 +484,7 @@ class Wrapper:
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), ties=True),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), ties=True),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3", "ministral")),
 }
 SUPPORTED_MODEL_TYPES = (*FAMILIES, *WRAPPERS)

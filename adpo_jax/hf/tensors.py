@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +23,11 @@ WRAPPED_PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+VISION = re.compile(
+    r"^(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
+)
+# What files of Gemma 4 hold of layers that take the keys and values of others.
+KEYS_AND_VALUES = re.compile(r"^model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Leaf:
       path: its place in the tree.
       hf_names: its tensors; those of the experts of a layer stand side by side.
       stack: how many tensors there are along each leading axis: (), (layers,) or (layers, experts).
-      first_layer: the number of the first layer that has it.
+      layers: the numbers of the layers that have it.
       sizes: those of the letters of its axes.
       start: where it begins on the first axis of its tensors, which it may share with others.
       length: the size of that axis; None for its own.
@@ -43,7 +48,7 @@ class Leaf:
     parameter: Parameter
     hf_names: tuple[str, ...]
     stack: tuple[int, ...]
-    first_layer: int
+    layers: Sequence[int]
     sizes: tuple[int, ...]
     start: int = 0
     length: int | None = None
@@ -102,6 +107,13 @@ class Leaf:
         return tuple(np.argsort(order).tolist())
 
 
+def is_read_nowhere(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is one that a checkpoint may hold without a use."""
+    of_layer = KEYS_AND_VALUES.match(name)
+    unused = of_layer and not config.has_own_keys(int(of_layer[1]))
+    return bool(unused or HARMLESS_TENSORS.search(name))
+
+
 def layer_tensor(layer: int, hf_name: str) -> str:
     """The whole name of a layer's tensor."""
     return f"model.layers.{layer}.{hf_name}"
@@ -116,7 +128,7 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
 
     def leaf(path, row, param):
         if path[0] != "layers":
-            return Leaf(path, row, (row.hf_name,), (), 0, tuple(param.shape))
+            return Leaf(path, row, (row.hf_name,), (), (), tuple(param.shape))
         L, *sizes = param.shape
         layers = row.layers_of(config)
         assert len(layers) == L, f"{path} has {L} layers, not {len(layers)}"
@@ -126,7 +138,7 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
             for layer in layers
             for expert in range(math.prod(experts))
         )
-        return Leaf(path, row, names, (L, *experts), layers[0], tuple(sizes))
+        return Leaf(path, row, names, (L, *experts), layers, tuple(sizes))
 
     held = parameters.by_path(params)
     rows = parameters.of_model(config)

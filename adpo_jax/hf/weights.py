@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import HARMLESS_TENSORS, Leaf, by_tensor, leaves
+from adpo_jax.hf.tensors import Leaf, by_tensor, is_read_nowhere, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.model_config import ModelConfig
 
@@ -73,7 +73,7 @@ def _account_for_all(config: ModelConfig, all_leaves: list[Leaf], checkpoint: Ch
         name
         for name in checkpoint
         if name not in wanted
-        and not HARMLESS_TENSORS.search(name)
+        and not is_read_nowhere(config, name)
         and not (tied_copy and name == head)
     ]
     shapes = [
@@ -211,7 +211,7 @@ def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
     def place(tensor) -> float:
         (leaf, *_), number = tensor
         if leaf.stacked:
-            return leaf.first_layer + leaf.place(number)[0]
+            return leaf.layers[leaf.place(number)[0]]
         return -1 if leaf.path[0] == "embed" else math.inf
 
     tensors.sort(key=place)

@@ -7,6 +7,7 @@ rotated and not yet scaled. A plain forward, a cached decode and a packed batch 
 Letters: B batch, T query tokens, S key tokens, H heads, K key/value heads, R = H / K, D head dim.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,12 +20,43 @@ GLOBAL_WINDOW = np.iinfo(np.int32).max
 MASKED = -1e30
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Where a layer's keys and values lie, in a model whose layers differ in their shapes.
+
+    Attributes:
+      kind: 0 for layers with a window, 1 for those without; each kind has a store of its own.
+      written: whether the layer has keys and values of its own. Else it reads those of an earlier
+        layer of its kind.
+    """
+
+    kind: int
+    written: bool
+
+
 class LayerInfo(NamedTuple):
     """What differs between the layers of a stack; outside of a layer, leaves have a layer axis."""
 
     index: jax.Array  # int32, 0 .. L-1
     window: jax.Array  # int32, how many tokens back a query sees, itself included
     rope: jax.Array  # int32, the number of its rope among the model's
+    place: jax.Array | None = None  # int32, of its keys in the store of its kind; None for `index`
+    store: Store | None = None  # None where all layers have one shape
+
+    def of(self, which: Any, change: Callable[[Any], Any] = lambda x: x) -> "LayerInfo":
+        """That of one layer, or of a slice of layers, from that of all of them."""
+        return jax.tree.map(lambda leaf: change(leaf[which]), self)
+
+    @property
+    def at(self):
+        """The place of its keys and values in their store."""
+        return self.index if self.place is None else self.place
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has keys and values of its own."""
+        return self.store is None or self.store.written
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerInfo, Any], tuple[jax.Array, Any]]

@@ -31,6 +31,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool) -> jax
     return (x32 * _inverse_rms(x32, eps) * _norm_scale(weight, plus_one)).astype(x.dtype)
 
 
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """`rms_norm` of x without a weight."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * _inverse_rms(x32, eps)).astype(x.dtype)
+
+
 def _inverse_rms(x32, eps):
     return jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
 

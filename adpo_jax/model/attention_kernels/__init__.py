@@ -29,6 +29,7 @@ class Settings(NamedTuple):
     Attributes:
       windows: the window of each layer in tokens; None for no window.
       scale: multiplies q k^T.
+      global_head_dim: that of layers without a window where it is another; None where it is not.
     """
 
     windows: tuple[int | None, ...]
@@ -38,6 +39,12 @@ class Settings(NamedTuple):
     soft_cap: float | None
     dtype: Any
     mesh: Mesh | None
+    global_head_dim: int | None = None
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """The head dimensions of all layers."""
+        return (self.head_dim, *([self.global_head_dim] if self.global_head_dim else []))
 
     @property
     def plain(self) -> dict:
@@ -129,15 +136,15 @@ def _of_each_device(kernel, settings: Settings, arrays) -> Attend:
 
 
 def _tpu_obstacle(settings: Settings) -> str:
-    D = settings.head_dim
-    if D % splash_tpu.LANES:
-        return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
+    for D in settings.head_dims:
+        if D % splash_tpu.LANES:
+            return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
     return ""
 
 
 def _tpu_limit(settings: Settings, stream: Stream) -> str:
     N, n = stream.positions.shape[1], stream.key_tiles.shape[1]
-    return stream_tpu.limit(N, n, settings.head_dim, jnp.dtype(settings.dtype).itemsize)
+    return stream_tpu.limit(N, n, max(settings.head_dims), jnp.dtype(settings.dtype).itemsize)
 
 
 # --- GPU
@@ -172,7 +179,8 @@ def _gpu_obstacle(settings: Settings) -> str:
     if jnp.dtype(settings.dtype).itemsize != 2:
         return f"takes bfloat16 or float16; given {jnp.dtype(settings.dtype).name}"
     device = None if settings.mesh is None else settings.mesh.devices.flat[0]
-    return attention_choice.old_gpu(device) or stream_gpu.obstacle(settings.head_dim)
+    each = (stream_gpu.obstacle(D) for D in settings.head_dims)
+    return attention_choice.old_gpu(device) or next(filter(None, each), "")
 
 
 def _gpu_limit(settings: Settings, stream: Stream) -> str:
@@ -206,11 +214,12 @@ def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
 
 def _cudnn_obstacle(settings: Settings) -> str:
     """Why cuDNN's attention cannot run this model; empty where it can."""
-    D, dtype = settings.head_dim, jnp.dtype(settings.dtype)
+    dtype = jnp.dtype(settings.dtype)
     if dtype.itemsize != 2:
         return f"takes bfloat16 or float16; given {dtype.name}"
-    if D % 8 or D > 256:
-        return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
+    for D in settings.head_dims:
+        if D % 8 or D > 256:
+            return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
     if settings.soft_cap is not None:
         return "has no soft cap, which this model wants"
     return ""
