@@ -249,8 +249,8 @@ DRAWN = {
     # As E2B: layers that share keys and have a wider MLP, and embeddings for each layer.
     "gemma4_text": {
         **GEMMA4,
-        "num_hidden_layers": 7,
-        "layer_types": [*[_LOCAL, _GLOBAL] * 2, _LOCAL, _LOCAL, _GLOBAL],
+        "num_hidden_layers": 5,
+        "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _LOCAL, _GLOBAL],
         "hidden_size_per_layer_input": 20,
         "vocab_size_per_layer_input": VOCAB,
         "num_kv_shared_layers": 2,

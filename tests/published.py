@@ -308,8 +308,97 @@ SEED_OSS_36B = {
     "use_cache": True,
     "vocab_size": 155136,
 }
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_GEMMA4_TEXT = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "eos_token_id": 1,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "model_type": "gemma4_text",
+    "moe_intermediate_size": None,
+    "num_experts": None,
+    "num_global_key_value_heads": None,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1000000.0,
+            "rope_type": "proportional",
+        },
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "sliding_window": 512,
+    "tie_word_embeddings": True,
+    "top_k_experts": None,
+    "use_bidirectional_attention": None,
+    "use_cache": True,
+    "use_double_wide_mlp": False,
+    "vocab_size": 262144,
+    "vocab_size_per_layer_input": 262144,
+}
 
-# With the number of parameters of each, that of its language model alone.
+
+def _gemma4(**text) -> dict:
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "audio_token_id": 258881,
+        "boi_token_id": 255999,
+        "dtype": "bfloat16",
+        "eos_token_id": [1, 106],
+        "image_token_id": 258880,
+        "model_type": "gemma4",
+        "text_config": {**_GEMMA4_TEXT, **text},
+        "tie_word_embeddings": True,
+        "vision_config": {"model_type": "gemma4_vision"},
+    }
+
+
+GEMMA4_E2B = _gemma4(
+    hidden_size=1536,
+    hidden_size_per_layer_input=256,
+    intermediate_size=6144,
+    layer_types=([_LOCAL] * 4 + [_GLOBAL]) * 7,
+    num_attention_heads=8,
+    num_hidden_layers=35,
+    num_key_value_heads=1,
+    num_kv_shared_layers=20,
+    use_double_wide_mlp=True,
+)
+GEMMA4_E4B = _gemma4(
+    hidden_size=2560,
+    hidden_size_per_layer_input=256,
+    intermediate_size=10240,
+    layer_types=([_LOCAL] * 5 + [_GLOBAL]) * 7,
+    num_attention_heads=8,
+    num_hidden_layers=42,
+    num_key_value_heads=2,
+    num_kv_shared_layers=18,
+)
+GEMMA4_31B = _gemma4(
+    attention_k_eq_v=True,
+    hidden_size=5376,
+    hidden_size_per_layer_input=0,
+    intermediate_size=21504,
+    layer_types=([_LOCAL] * 5 + [_GLOBAL]) * 10,
+    max_position_embeddings=262144,
+    num_attention_heads=32,
+    num_global_key_value_heads=4,
+    num_hidden_layers=60,
+    num_key_value_heads=16,
+    num_kv_shared_layers=0,
+    sliding_window=1024,
+    use_bidirectional_attention="vision",
+)
+
+# With the number of parameters of each, that of its language model alone; of Gemma 4 with the
+# number that each layer has in its checkpoint beside them.
 ALL = {
     "smollm3-3b": (SMOLLM3_3B, 3_075_098_624),
     "olmo2-7b": (OLMO2_7B, 7_298_617_344),
@@ -322,4 +411,7 @@ ALL = {
     "ministral3-8b": (MINISTRAL3_8B, 8_489_553_920),
     "mistral-small3.1-24b": (MISTRAL_SMALL31_24B, 23_572_403_200),
     "seed-oss-36b": (SEED_OSS_36B, 36_151_104_512),
+    "gemma4-e2b": (GEMMA4_E2B, 4_628_569_379),
+    "gemma4-e4b": (GEMMA4_E4B, 7_463_013_418),
+    "gemma4-31b": (GEMMA4_31B, 30_697_345_340),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -222,4 +223,5 @@ def test_a_dry_run_plans_a_published_model_by_its_config_alone(
     assert report.resident["parameters"] == pytest.approx(4 * num_params / 8, rel=0.03)
     c = Policy.abstract_from_config(config).config
     assert report.rollout["cache"] > 0
-    assert report.rollout["cache"] % (2 * c.num_layers * c.head_dim) == 0
+    each_kind = (layers * head_dim for layers, _, head_dim in c.kinds)
+    assert report.rollout["cache"] % (2 * math.gcd(*each_kind)) == 0
