@@ -298,7 +298,7 @@ def test_defaults_are_those_of_transformers(model_type):
         f"{model_type.removesuffix('_text')}"
     )
     name = FAMILIES[model_type].architecture.replace("ForCausalLM", "")
-    theirs = getattr(module, name + ("TextConfig" if model_type == "gemma3_text" else "Config"))
+    theirs = getattr(module, name + ("TextConfig" if model_type.endswith("_text") else "Config"))
     # Ropes and layer types are derived, and not plain fields, in transformers.
     derived = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters"}
     derived |= {"rope_local_base_freq", "sliding_window_pattern"}
@@ -307,7 +307,8 @@ def test_defaults_are_those_of_transformers(model_type):
     ours = FAMILIES[model_type].defaults
     given = {key: ours[key] for key in ours.keys() & fields.keys() - derived - experts}
     numbers = [fields[key].default for key in experts & fields.keys()]
-    assert numbers == [NUM_EXPERTS.get(model_type)] * (model_type in NUM_EXPERTS)
+    assert set(numbers) <= {NUM_EXPERTS.get(model_type)}
+    assert bool(numbers) >= (model_type in NUM_EXPERTS)
     assert given == {key: fields[key].default for key in given}
     assert len(given) >= 8
 

@@ -50,7 +50,6 @@ ROPE_KEYS = {
         "mscale_all_dim",
         "truncate",
     },
-    "proportional": {"factor"},
     "longrope": {
         "factor",
         "original_max_position_embeddings",
@@ -58,14 +57,15 @@ ROPE_KEYS = {
         "short_factor",
         "long_factor",
     },
+    "proportional": {"factor"},
 }
 REQUIRED_ROPE_KEYS = {
     "default": set(),
     "linear": ROPE_KEYS["linear"],
     "llama3": ROPE_KEYS["llama3"],
     "yarn": set(),
-    "proportional": set(),
     "longrope": {"short_factor", "long_factor"},
+    "proportional": set(),
 }
 ROPE_LISTS = {"short_factor", "long_factor"}
 ROPE_NUMBERS = set().union(

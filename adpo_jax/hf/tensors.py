@@ -110,8 +110,9 @@ class Leaf:
 def is_read_nowhere(config: ModelConfig, name: str) -> bool:
     """Whether a tensor is one that a checkpoint may hold without a use."""
     of_layer = KEYS_AND_VALUES.match(name)
-    unused = of_layer and not config.has_own_keys(int(of_layer[1]))
-    return bool(unused or HARMLESS_TENSORS.search(name))
+    layer = int(of_layer[1][:9]) if of_layer else config.num_layers
+    unused = layer < config.num_layers and not config.has_own_keys(layer)
+    return unused or bool(HARMLESS_TENSORS.search(name))
 
 
 def layer_tensor(layer: int, hf_name: str) -> str:
