@@ -246,6 +246,17 @@ DRAWN = {
         },
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_out_bias": True},
+    "llama4_text": {
+        "model_type": "llama4_text",
+        "head_dim": 8,
+        "intermediate_size_mlp": 20,
+        "moe_layers": [],
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
     # As E2B: layers that share keys and have a wider MLP, and embeddings for each layer.
     "gemma4_text": {
         **GEMMA4,
@@ -324,6 +335,14 @@ def logits_of(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str
     logits = {}
     for batch in [name.removesuffix("_mask") for name in arrays if name.endswith("_mask")]:
         mask = arrays[f"{batch}_mask"]
+        if getattr(model.config, "attn_temperature_tuning", False):
+            # Llama 4 scales queries by their columns, so that padding on the left would move them.
+            rows = zip(arrays[f"{batch}_tokens"], mask)
+            alone = [torch.tensor(tokens[real > 0][None]).long() for tokens, real in rows]
+            with torch.no_grad():
+                out = [model(input_ids=row).logits[0].numpy() for row in alone]
+            logits[f"{batch}_logits"] = np.concatenate(out).astype(np.float32)
+            continue
         with torch.no_grad():
             out = model(
                 input_ids=torch.tensor(arrays[f"{batch}_tokens"]).long(),

@@ -33,6 +33,7 @@ DRAWN = (
     "seed_oss",
     "gemma4_text",
     "gemma4_large",
+    "llama4_text",
 )
 
 

@@ -357,7 +357,7 @@ def group_attention(
     K, C = one.v.shape[-3], one.v.shape[-2]
     R = H // K
     q_BKRD = (q_BHD * jnp.asarray(scale, q_BHD.dtype)).reshape(B, K, R, D)
-    own_part = attend(q_BKRD, own, layer.at, own_reach(view, C, R, layer.window))
+    own_part = attend(q_BKRD, own, layer.at, own_reach(view, C, R, layer.window_at(view.position)))
     by_row, by_head = ("batch",), ("batch", "kv_heads")
 
     def of_rows(q_BKRD, slot_PM):  # -> [P, K, M * R, D]
@@ -391,8 +391,9 @@ def group_attention(
         q_PKQD = at_home(of_rows, q_BKRD, slot_PM)
         members = on_each_device(of_members, mesh, sizes, (by_row,) * 5, by_row)
         position_PM, lives_PM = members(view.position, view.age, row_B, rank_B, slot_PM)
+        window = layer.window_at(position_PM)
         position_PM -= first_P[:, None]
-        reach = row_reach(position_PM, lives_PM, length_P, R, layer.window)
+        reach = row_reach(position_PM, lives_PM, length_P, R, window)
         shared = attend(q_PKQD, kv, layer.at, reach)
         return jax.tree.map(lambda x: at_home(of_slots, x, row_B, rank_B), shared)
 

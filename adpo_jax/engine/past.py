@@ -160,7 +160,7 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
         R = H // K
         q = (q * jnp.asarray(config.attention_scale, q.dtype)).reshape(N, T, K, R, D)
         q_NKQD = q.transpose(0, 2, 1, 3, 4).reshape(N, K, T * R, D)
-        back = jnp.minimum(layer.window - 1, kv_cache.UNBOUNDED)
+        back = jnp.minimum(layer.window_at(positions) - 1, kv_cache.UNBOUNDED)
 
         def part(layer_kv, origin_NT, length, back=back, ring=False):
             origin_NQ = jnp.repeat(origin_NT, R, axis=1)

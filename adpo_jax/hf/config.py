@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adpo_jax.hf import gemma4
+from adpo_jax.hf import gemma4, llama4
 from adpo_jax.hf.families import (
     ACTIVATION_NAMES,
     COMMON,
@@ -76,6 +76,8 @@ ROPE_NUMBERS = set().union(
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
 
 
+# The fields of `ModelConfig` that a family alone has.
+FIELDS = {"gemma4_text": gemma4.fields, "llama4_text": llama4.fields}
 WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -207,8 +209,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "initializer_range": c["initializer_range"],
         "mixture": experts,
     }
-    if hf_config["model_type"] == "gemma4_text":
-        fields |= gemma4.fields(c, layer_types, _positive_int)
+    if hf_config["model_type"] in FIELDS:
+        fields |= FIELDS[hf_config["model_type"]](c, layer_types, _positive_int)
     return ModelConfig(**{**fields, **family.traits(c)})
 
 
@@ -314,14 +316,12 @@ def _layer_types(family: Family, c: Mapping[str, Any], num_layers: int) -> list[
     if c.get("layer_types") is not None:
         layer_types = list(c["layer_types"])
     else:
-        kinds = ("full_attention", "sliding_attention")
-        layer_types = [kinds[bool(family.slides(c, i))] for i in range(num_layers)]
+        layer_types = [family.kinds[bool(family.slides(c, i))] for i in range(num_layers)]
 
-    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(layer_types) - set(family.kinds))
     if unknown:
         raise ValueError(
-            f"layer types {unknown!r:.200} are not supported; supported: full_attention, "
-            "sliding_attention"
+            f"layer types {unknown!r:.200} are not supported; supported: {', '.join(family.kinds)}"
         )
     if len(layer_types) != num_layers:
         raise ValueError(f"{len(layer_types)} layer_types for num_hidden_layers = {num_layers}")
@@ -342,7 +342,8 @@ def _windows(c: Mapping[str, Any], layer_types: list[str]) -> tuple[int | None, 
 
 def _check_no_rope_layers(c: Mapping[str, Any], num_layers: int) -> None:
     listed = c.get("no_rope_layers")
-    if listed is None:
+    # Files of Llama 4 have an empty list for none.
+    if listed is None or (listed == [] and c["model_type"] == "llama4_text"):
         return
     if not isinstance(listed, list | tuple) or not all(x in (0, 1) for x in listed):
         raise _wrong(c, "no_rope_layers", "a list of 1 (with a rope) and 0 (without), or null")
@@ -367,7 +368,8 @@ def _ropes(
     for i in without:
         layer_ropes[i] = len(ropes)
     if without:
-        ropes += (Rope(kind="none", partial=ropes[0].partial),)
+        grows = family.scale_of_no_rope(c)
+        ropes += (Rope(kind="none", partial=ropes[0].partial, **grows),)
     return ropes, tuple(layer_ropes)
 
 

@@ -25,6 +25,8 @@ class Family:
       rotates: whether a layer has rotary embeddings.
       rope_by_kind: whether layers with a window have a rope of their own; `rope_parameters` then
         has one entry for each kind of layer.
+      kinds: the layer types that it may have; the second is that of layers of which `slides` is so.
+      scale_of_no_rope: the fields of `Rope` by which queries grow in layers without a rope.
       rope_keys: keys of the rope that this family reads besides those of its type.
       rope_types: other names of rope types in files of this family.
       passed_over: keys that are read nowhere though they may change training in transformers.
@@ -36,6 +38,8 @@ class Family:
     slides: Callable[[Settings, int], bool] = lambda c, layer: False
     rotates: Callable[[Settings, int], bool] = lambda c, layer: True
     rope_by_kind: bool = False
+    kinds: tuple[str, str] = ("full_attention", "sliding_attention")
+    scale_of_no_rope: Callable[[Settings], Mapping[str, Any]] = lambda c: {}
     rope_keys: frozenset[str] = frozenset()
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     passed_over: frozenset[str] = frozenset()
@@ -126,7 +130,7 @@ def _all_layers_slide_if_asked(c: Settings, layer: int) -> bool:
 
 
 def _listed_or_not_every_nth_rotates(c: Settings, layer: int) -> bool:
-    if c["no_rope_layers"] is not None:
+    if c["no_rope_layers"]:
         return bool(c["no_rope_layers"][layer])
     return (layer + 1) % c["no_rope_layer_interval"] != 0
 
@@ -270,6 +274,50 @@ FAMILIES: Mapping[str, Family] = {
             and not _listed_or_not_every_nth_rotates(c, layer)
         ),
         rotates=_listed_or_not_every_nth_rotates,
+    ),
+    # What it has besides is in `llama4.py`.
+    "llama4_text": Family(
+        "Llama4ForCausalLM",
+        {
+            **{key: value for key, value in LLAMA.items() if key != "mlp_bias"},
+            "vocab_size": 202_048,
+            "hidden_size": 5120,
+            "intermediate_size": 8192,
+            "intermediate_size_mlp": 16_384,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "use_qk_norm": True,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "attention_chunk_size": 8192,
+            "layer_types": None,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+            "moe_layers": None,
+            "interleave_moe_layer_step": 1,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 1,
+        },
+        slides=lambda c, layer: (
+            c["attention_chunk_size"] is not None and _listed_or_not_every_nth_rotates(c, layer)
+        ),
+        rotates=_listed_or_not_every_nth_rotates,
+        kinds=("full_attention", "chunked_attention"),
+        scale_of_no_rope=lambda c: (
+            {
+                "query_beta": c["attn_scale"],
+                "query_length": c["floor_scale"],
+                "query_offset": 1,
+            }
+            if c["attn_temperature_tuning"]
+            else {}
+        ),
     ),
     "olmo2": Family("Olmo2ForCausalLM", OLMO, traits=lambda c: OLMO_TRAITS),
     "olmo3": Family(
@@ -416,6 +464,7 @@ NUMBERS = (
     "logits_scaling",
     "residual_multiplier",
     "attention_multiplier",
+    "attn_scale",
 )
 NUMBERS_OR_NULL = (
     "attn_logit_softcapping",
@@ -429,7 +478,7 @@ COUNTS = (
     "query_pre_attn_scalar",
 )
 # Counts that something is divided by.
-PERIODS = ("sliding_window_pattern", "no_rope_layer_interval")
+PERIODS = ("sliding_window_pattern", "no_rope_layer_interval", "floor_scale")
 SWITCHES = (
     "tie_word_embeddings",
     "attention_bias",
@@ -439,6 +488,8 @@ SWITCHES = (
     "norm_topk_prob",
     "qkv_bias",
     "attention_k_eq_v",
+    "use_qk_norm",
+    "attn_temperature_tuning",
     "use_double_wide_mlp",
     "enable_moe_block",
 )
@@ -457,6 +508,9 @@ LARGEST = {
     "num_experts_per_tok": 1 << 16,
     "moe_intermediate_size": 1 << 22,
     "shared_expert_intermediate_size": 1 << 22,
+    "intermediate_size_mlp": 1 << 22,
+    "attention_chunk_size": 1 << 30,
+    "floor_scale": 1 << 30,
     "global_head_dim": 1 << 14,
     "num_global_key_value_heads": 1 << 14,
     "hidden_size_per_layer_input": 1 << 20,
@@ -485,6 +539,7 @@ class Wrapper:
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), ties=True),
     "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), ties=True),
+    "llama4": Wrapper("Llama4ForConditionalGeneration", ("llama4_text",), ties=False),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3", "ministral")),
 }
 SUPPORTED_MODEL_TYPES = (*FAMILIES, *WRAPPERS)

@@ -24,7 +24,8 @@ WRAPPED_PREFIXES = {
     "model.language_model.": "model.",
 }
 VISION = re.compile(
-    r"^(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\."
+    r"^(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio|"
+    r"vision_model)\."
 )
 # What files of Gemma 4 hold of layers that take the keys and values of others.
 KEYS_AND_VALUES = re.compile(r"^model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")

@@ -43,10 +43,17 @@ class LayerInfo(NamedTuple):
     rope: jax.Array  # int32, the number of its rope among the model's
     place: jax.Array | None = None  # int32, of its keys in the store of its kind; None for `index`
     store: Store | None = None  # None where all layers have one shape
+    chunk: jax.Array | None = None  # int32, a query sees that chunk of positions; None for all
 
     def of(self, which: Any, change: Callable[[Any], Any] = lambda x: x) -> "LayerInfo":
         """That of one layer, or of a slice of layers, from that of all of them."""
         return jax.tree.map(lambda leaf: change(leaf[which]), self)
+
+    def window_at(self, positions: jax.Array):
+        """How many tokens back queries at these positions see, in a shape that broadcasts."""
+        if self.chunk is None:
+            return self.window
+        return jnp.minimum(self.window, positions % self.chunk + 1)
 
     @property
     def at(self):
@@ -136,7 +143,7 @@ def self_attention(
     queries, keys = Tokens(positions, segments).pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):
-        mask = visible(queries, keys, layer.window)
+        mask = visible(queries, keys, layer.window_at(queries.positions))
         return dot_product_attention(q, k, v, mask, scale=scale, soft_cap=soft_cap), cache
 
     return attend

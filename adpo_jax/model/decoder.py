@@ -141,6 +141,10 @@ def attention(
     q, k = weights.norm_over_heads(q, "q_norm_all"), weights.norm_over_heads(k, "k_norm_all")
     cos, sin, *scales = _tables_of(layer, rope_tables, q.shape[-1])
     q, k = (rope_lib.rotate(x, cos, sin, interleaved) for x in (q, k))
+    if weights.config.qk_unit_norm:
+        turns = [rope.kind != "none" for rope in weights.config.ropes]
+        is_normed = jnp.asarray(turns)[layer.rope]
+        q, k = (jnp.where(is_normed, unit_rms(x, weights.config.norm_eps), x) for x in (q, k))
     for scale in scales:
         q = (q * scale[..., None]).astype(q.dtype)
     q = constrain(q, mesh, "batch", "length", "heads", None)

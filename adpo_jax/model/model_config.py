@@ -122,6 +122,11 @@ class ModelConfig:
       per_layer_size: width of the embedding that every token has for each layer; 0 for none
         (Gemma 4 E2B and E4B).
       per_layer_vocab_size: rows of the table of these embeddings.
+      chunks: for each layer, how many positions a chunk has, where queries see their chunk alone;
+        None for no chunks, () for no chunks in any layer (Llama 4).
+      qk_unit_norm: whether queries and keys of layers with a rotation have a norm after it, without
+        a weight (Llama 4).
+      mlp_module: the module of a checkpoint that holds the MLP.
       layer_scalar: whether the result of each layer is multiplied by a number of the checkpoint,
         which is not trained (Gemma 4).
     """
@@ -168,6 +173,9 @@ class ModelConfig:
     per_layer_size: int = 0
     per_layer_vocab_size: int = 0
     layer_scalar: bool = False
+    chunks: tuple[int | None, ...] = ()
+    qk_unit_norm: bool = False
+    mlp_module: str = "mlp"
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -203,12 +211,16 @@ class ModelConfig:
     @property
     def layer_info(self) -> LayerInfo:
         """That of all layers, arrays [L]; `stores` has the rest."""
-        windows = [GLOBAL_WINDOW if w is None else w for w in self.windows]
+        windows, chunks = (
+            [GLOBAL_WINDOW if size is None else size for size in sizes]
+            for sizes in (self.windows, self.chunks)
+        )
         return LayerInfo(
             index=np.arange(self.num_layers, dtype=np.int32),
             window=np.array(windows, np.int32),
             rope=np.array(self.layer_ropes, np.int32),
             place=np.array(self._places, np.int32) if self.global_layers else None,
+            chunk=np.array(chunks, np.int32) if chunks else None,
         )
 
     # --- layers of two shapes

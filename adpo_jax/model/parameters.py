@@ -249,7 +249,11 @@ _LOCAL: dict[str, Any] = {"layers": "local"}
 _LOCAL_KV: dict[str, Any] = {"layers": "local_kv"}
 _MLP: dict[str, Any] = {"when": _has_mlp, "layers": "mlp"}
 _FUSED_GATE = _MLP | {"when": lambda c: _has_mlp(c) and c.fused_gate_up}
-_SEPARATE_GATE = _MLP | {"when": lambda c: _has_mlp(c) and not c.fused_gate_up}
+_SEPARATE_GATE = _MLP | {
+    "when": lambda c: _has_mlp(c) and not c.fused_gate_up and c.mlp_module == "mlp"
+}
+_PLAIN_DOWN = _MLP | {"when": lambda c: _has_mlp(c) and c.mlp_module == "mlp"}
+_FEED_FORWARD = _MLP | {"when": lambda c: _has_mlp(c) and c.mlp_module == "feed_forward"}
 
 
 def _mixture(has: Callable[[Any], Any] = lambda mixture: True) -> Callable[[ModelConfig], bool]:
@@ -311,11 +315,16 @@ LAYER = (
     ),
     _input("gate", "DF", "mlp.gate_proj", "F D", joined="gate_up", **_SEPARATE_GATE),
     _input("up", "DF", "mlp.up_proj", "F D", joined="gate_up", **_SEPARATE_GATE),
+    _input("gate", "DF", "feed_forward.gate_proj", "F D", joined="gate_up", **_FEED_FORWARD),
+    _input("up", "DF", "feed_forward.up_proj", "F D", joined="gate_up", **_FEED_FORWARD),
     _input("gate", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", **_FUSED_GATE),
     _input("up", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", **_FUSED_GATE),
     _bias("gate_bias", "F", "mlp.gate_proj.bias", when=lambda c: c.mlp_bias),
     _bias("up_bias", "F", "mlp.up_proj.bias", when=lambda c: c.mlp_bias),
-    Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1, **_MLP),
+    Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1, **_PLAIN_DOWN),
+    Parameter(
+        "down", "FD", "feed_forward.down_proj.weight", "D F", adapter_inputs=1, **_FEED_FORWARD
+    ),
     _bias("down_bias", "d", "mlp.down_proj.bias", when=lambda c: c.mlp_bias),
     _norm("mlp_post_norm", "d", "post_feedforward_layernorm.weight", when=_post_norms),
     _norm("mlp_post_norm", "d", "post_mlp_layernorm.weight", when=_named_after_parts),

@@ -33,6 +33,7 @@ class Rope:
       query_beta: how fast queries grow with their position: one at position p is multiplied by
         1 + query_beta ln(1 + floor(p / query_length)).
       query_length: tokens before queries begin to grow.
+      query_offset: added to p there.
     """
 
     theta: float = 10_000.0
@@ -49,6 +50,7 @@ class Rope:
     factors: tuple[float, ...] = ()
     query_beta: float = 0.0
     query_length: int = 1
+    query_offset: int = 0
 
     def __post_init__(self):
         if self.kind not in SUPPORTED_TYPES:
@@ -140,10 +142,12 @@ def query_scales(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Arr
     """
     if not any(rope.query_beta for rope in ropes):
         return ()
-    scales = [
-        1.0 + rope.query_beta * jnp.log1p((positions // rope.query_length).astype(jnp.float32))
-        for rope in ropes
-    ]
+
+    def scale(rope: Rope):
+        at = positions + rope.query_offset if rope.query_offset else positions
+        return 1.0 + rope.query_beta * jnp.log1p((at // rope.query_length).astype(jnp.float32))
+
+    scales = [scale(rope) for rope in ropes]
     return (jnp.stack(scales)[..., None],)
 
 

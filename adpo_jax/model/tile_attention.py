@@ -68,7 +68,7 @@ def stream_attention(
     """Attention of a packed stream to itself, for the training forward.
 
     Args:
-      windows: whether any layer has a window; else one mask is made for all layers.
+      windows: whether any layer has a window or chunks; else one mask is made for all layers.
       score_bytes: the most bytes of scores that are alive at once, on all devices together.
     """
     B, N = stream.positions.shape
@@ -90,7 +90,9 @@ def stream_attention(
 
     def attend(q, k, v, layer: LayerInfo, cache):
         H, K, D = q.shape[2], k.shape[2], q.shape[3]
-        mask = causal & (distance < layer.window) if windows else causal
+        mask = causal
+        if windows:
+            mask = causal & (distance < layer.window_at(queries.positions))
         # As [B, n, K, R W, D], so that every product below is a plain batch of matrices.
         q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
         q = q.reshape(B, n, K, H // K * W, D)

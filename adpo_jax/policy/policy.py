@@ -384,6 +384,7 @@ class Policy:
             soft_cap=c.attention_soft_cap,
             dtype=self.dtype,
             mesh=self.mesh,
+            chunked=bool(c.chunks),
             global_head_dim=c.global_layers.head_dim if c.global_layers else None,
         )
 

@@ -22,6 +22,9 @@ from adpo_jax.model.attention_choice import Implementation, Use
 from adpo_jax.model.attention_kernels import splash_tpu, stream_gpu, stream_tpu
 from adpo_jax.model.tile_attention import Stream
 
+# An obstacle, as the rest of a sentence.
+NO_CHUNKS = "has no attention to chunks of positions, which this model wants"
+
 
 class Settings(NamedTuple):
     """The settings that attention takes from a model and its devices; hashable.
@@ -29,6 +32,7 @@ class Settings(NamedTuple):
     Attributes:
       windows: the window of each layer in tokens; None for no window.
       scale: multiplies q k^T.
+      chunked: whether queries of some layers see their chunk of positions alone.
       global_head_dim: that of layers without a window where it is another; None where it is not.
     """
 
@@ -40,6 +44,7 @@ class Settings(NamedTuple):
     dtype: Any
     mesh: Mesh | None
     global_head_dim: int | None = None
+    chunked: bool = False
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -93,7 +98,7 @@ def _plain_stream(settings: Settings, stream: Stream) -> Attend:
     on_cpu = settings.platform == "cpu"
     return tile_attention.stream_attention(
         stream,
-        windows=any(window is not None for window in settings.windows),
+        windows=settings.chunked or any(window is not None for window in settings.windows),
         score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
         **settings.plain,
     )
@@ -136,6 +141,8 @@ def _of_each_device(kernel, settings: Settings, arrays) -> Attend:
 
 
 def _tpu_obstacle(settings: Settings) -> str:
+    if settings.chunked:
+        return NO_CHUNKS
     for D in settings.head_dims:
         if D % splash_tpu.LANES:
             return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
@@ -178,6 +185,8 @@ def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> At
 def _gpu_obstacle(settings: Settings) -> str:
     if jnp.dtype(settings.dtype).itemsize != 2:
         return f"takes bfloat16 or float16; given {jnp.dtype(settings.dtype).name}"
+    if settings.chunked:
+        return NO_CHUNKS
     device = None if settings.mesh is None else settings.mesh.devices.flat[0]
     each = (stream_gpu.obstacle(D) for D in settings.head_dims)
     return attention_choice.old_gpu(device) or next(filter(None, each), "")
@@ -203,7 +212,7 @@ def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
     queries, keys = tokens.pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):
-        mask = visible(queries, keys, layer.window)[:, None]
+        mask = visible(queries, keys, layer.window_at(queries.positions))[:, None]
         out = jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=settings.scale, implementation="cudnn"
         )
