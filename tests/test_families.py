@@ -40,7 +40,10 @@ def test_decoding_token_by_token_equals_the_forward_of_transformers(name):
     policy, params = drawn_model(name)
     golden, c = arrays(name), policy.config
     tokens, mask = golden["right_tokens"], golden["right_mask"]
-    layout = CacheLayout(c.num_layers, c.num_kv_heads, c.head_dim, policy.dtype, True, False)
+    # OLMo has no norm before attention, so that its layers are taken apart by other parameters.
+    layout = CacheLayout(
+        c.num_layers, c.num_kv_heads, c.head_dim, policy.dtype, name != "olmo3", False
+    )
     lengths = np.array([1, 7, 5], np.int32)
     found = decoded_log_probs(Verbs(policy, layout), params, tokens, lengths)
     wanted = np.zeros_like(found)
