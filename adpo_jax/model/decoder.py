@@ -12,6 +12,7 @@ the MLP, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec, rule
-from adpo_jax.model import cpu, parameters
+from adpo_jax.model import cpu, parameters, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.layers import gated, project, rms_norm, unit_rms
@@ -172,32 +173,6 @@ def _tables_of(layer: LayerInfo, rope_tables, head_dim: int):
     return cos, sin, *scales
 
 
-def _sharing_keys(attend: Attend) -> Attend:
-    """An attention that keeps keys and values for the layers which have none of their own.
-
-    Its cache is (the cache of `attend`, (keys, values) of the last layer of each kind).
-    """
-
-    def attend_and_keep(q, k, v, layer: LayerInfo, cache):
-        cache, last = cache
-        if layer.writes:
-            last = tuple((k, v) if i == layer.store.kind else kv for i, kv in enumerate(last))
-        out, cache = attend(q, *last[layer.store.kind], layer, cache)
-        return out, (cache, last)
-
-    return attend_and_keep
-
-
-def _no_keys_yet(config: ModelConfig, shape: tuple[int, int], dtype, mesh: Mesh | None):
-    """What `_sharing_keys` keeps before the first layer of a batch [B, T]."""
-
-    def zeros(heads, head_dim):
-        empty = jnp.zeros((*shape, heads, head_dim), dtype)
-        return constrain(empty, mesh, "batch", "length", "kv_heads", None)
-
-    return tuple((zeros(*sizes), zeros(*sizes)) for _, *sizes in config.kinds)
-
-
 def transformer_layer(
     weights: LayerWeights,
     x: jax.Array,
@@ -289,8 +264,8 @@ def decoder(
     x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
     x = constrain(x, mesh, "batch", "length", None)
     if config.shared_kv_layers:
-        attend = _sharing_keys(attend)
-        cache = cache, _no_keys_yet(config, tokens.shape, dtype, mesh)
+        attend = two_shapes.sharing_keys(attend)
+        cache = cache, two_shapes.no_keys_yet(config, tokens.shape, dtype, mesh)
 
     def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
         if config.global_layers:
@@ -319,16 +294,21 @@ def decoder(
 
         (x, cache), extras = cpu.layer_by_layer(run_one, (x, cache), layers, info, rope_tables)
     elif config.global_layers:
-        (x, cache), extras = _run_periods(
-            config, run_layer, (x, cache), layers, info, rope_tables, of_layers, remat
+        (x, cache), extras = two_shapes.scan_periods(
+            config,
+            lambda *layer: run_layer(*layer, rope_tables),
+            (x, cache),
+            layers,
+            info,
+            of_layers,
+            functools.partial(_recomputed, remat=remat),
         )
     else:
 
         def run(carry, params_and_info):
             return run_layer(carry, *params_and_info, rope_tables)
 
-        if remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        run = _recomputed(run, remat)
         for part, _ in parameters.runs_of_layers(config):
             of_part = parameters.layers_of(layers, config, part)
             of_info = info.of(slice(part.start, part.stop), jnp.asarray)
@@ -339,55 +319,11 @@ def decoder(
     return x, cache, extras
 
 
-def _run_periods(
-    config: ModelConfig, run_layer, carry, layers, info: LayerInfo, rope_tables, of_layers, remat
-):
-    """The scans of `decoder` over layers of two shapes; a step of a scan is one period of them.
-
-    Args:
-      run_layer: (carry, layer's parameters, `LayerInfo`, rope tables) -> (carry, extras).
-      info: that of all layers, arrays [L].
-      of_layers: [L, B, T, P], their own embeddings; None for none.
-
-    Returns:
-      (carry, extras stacked over all layers).
-    """
-
-    def scan(carry, run: parameters.Run):
-        stacked, places = parameters.in_periods(layers, config, run)
-        first, last = run.layers.start, run.layers.stop
-        each = jax.tree.map(lambda x: jnp.asarray(x[first:last]), (info, of_layers))
-        each = jax.tree.map(lambda x: x.reshape(-1, run.period, *x.shape[1:]), each)
-
-        def one_layer(carry, i: int, at, stacked, info: LayerInfo, of_layers):
-            of_layer = {name: stacked[name][place] for name, place in at.items()}
-            if of_layers is not None:
-                of_layer["per_layer_input"] = of_layers[i]
-            layer = info.of(i)._replace(store=config.stores[first + i])
-
-            def run_one(carry, of_layer, layer):
-                return run_layer(carry, of_layer, layer, rope_tables)
-
-            if remat != "none":
-                run_one = jax.checkpoint(run_one, policy=REMAT_POLICIES[remat], prevent_cse=False)
-            return run_one(carry, of_layer, layer)
-
-        def one_period(carry, of_period):
-            stacked, of_layers = of_period
-            extras = []
-            for i, at in enumerate(places):
-                carry, more = one_layer(carry, i, at, stacked, *of_layers)
-                extras.append(more)
-            return carry, jax.tree.map(lambda *x: jnp.stack(x), *extras)
-
-        carry, extras = jax.lax.scan(one_period, carry, (stacked, each))
-        return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras)
-
-    all_extras = []
-    for run in parameters.runs_of_layers(config):
-        carry, extras = scan(carry, run)
-        all_extras.append(extras)
-    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *all_extras)
+def _recomputed(run: Callable, remat: str) -> Callable:
+    """A layer of which the backward pass recomputes what `remat` says."""
+    if remat == "none":
+        return run
+    return jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 @jax.named_scope("embed")
