@@ -58,12 +58,17 @@ def smallest():
     return Policy.from_config(config, jax.random.key(0))
 
 
-def test_log_probs_over_turns_on_a_mesh_are_those_of_one_forward(smallest, monkeypatch):
-    monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+@pytest.mark.parametrize(
+    "stacked", [True, pytest.param(False, marks=pytest.mark.long)], ids=["on a mesh", "one by one"]
+)
+def test_log_probs_over_turns_are_those_of_one_forward(stacked, smallest, monkeypatch):
     policy, params = smallest
-    mesh = make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2])
+    mesh = None
+    if stacked:
+        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        mesh = make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2])
     engine, prompts = engine_of(dataclasses.replace(policy, mesh=mesh)), prompts_of(5, 12)
-    assert engine.verbs.layout.stacked
+    assert engine.verbs.layout.stacked == stacked
     with engine.session(params, SAMPLING, jax.random.key(5)) as session:
         scripts = converse(session, prompts, delay=late)
     assert max(script.num_turns for script in scripts) >= 2

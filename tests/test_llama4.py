@@ -44,6 +44,7 @@ def test_samples_in_refilled_slots_see_their_chunk_alone(model):
     assert_log_probs_agree(policy, params, prompts, out)
 
 
+@pytest.mark.long
 def test_log_probs_over_turns_are_those_of_one_forward(model):
     policy, params = model
     prompts = prompts_of(5, 12)
