@@ -25,6 +25,8 @@ class LayerInfo(NamedTuple):
     index: jax.Array  # int32, 0 .. L-1
     window: jax.Array  # int32, how many tokens back a query sees, itself included
     rope: jax.Array  # int32, the number of its rope among the model's
+    # [H], the logit of a key without a value that every query of a head sees; None for none.
+    sinks: jax.Array | None = None
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerInfo, Any], tuple[jax.Array, Any]]
@@ -38,11 +40,13 @@ def dot_product_attention(
     *,
     scale: float,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention, softmax in float32; every kernel is tested against this version.
 
     Args:
       visible_BTS: bool; a query that sees nothing gets a finite, meaningless mean of the values.
+      sinks: as in `LayerInfo`.
 
     Returns:
       [B, T, H, D] in the dtype of q.
@@ -54,8 +58,16 @@ def dot_product_attention(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(by_kv_head(sinks, K)[..., None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k_BSKD.shape[1]].astype(v_BSKD.dtype)
     return jnp.einsum("bkrts,bskd->btkrd", weights, v_BSKD).reshape(B, T, H, D)
+
+
+def by_kv_head(sinks_H: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Attention sinks [K, R] float32 of the heads that share each key/value head."""
+    return sinks_H.astype(jnp.float32).reshape(num_kv_heads, -1)
 
 
 class Tokens(NamedTuple):
@@ -105,6 +117,9 @@ def self_attention(
 
     def attend(q, k, v, layer: LayerInfo, cache):
         mask = visible(queries, keys, layer.window)
-        return dot_product_attention(q, k, v, mask, scale=scale, soft_cap=soft_cap), cache
+        out = dot_product_attention(
+            q, k, v, mask, scale=scale, soft_cap=soft_cap, sinks=layer.sinks
+        )
+        return out, cache
 
     return attend

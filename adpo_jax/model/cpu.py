@@ -168,7 +168,7 @@ def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rop
     rope_tables = tuple(map(kept, rope_tables))
     all_extras = []
     for i, params in enumerate(layers):
-        of_layer = LayerInfo(*(leaf[i].item() for leaf in info))
+        of_layer = jax.tree.map(lambda leaf, at=i: leaf[at].item(), info)
         carry, extras = run_layer(carry, params, of_layer, rope_tables)
         all_extras += [extras] if extras or i == len(layers) - 1 else []
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras)

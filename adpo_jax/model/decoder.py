@@ -134,6 +134,8 @@ def attention(
     q = constrain(q, mesh, "batch", "length", "heads", None)
     k = constrain(k, mesh, "batch", "length", "kv_heads", None)
     v = constrain(v, mesh, "batch", "length", "kv_heads", None)
+    if weights.config.attention_sinks:
+        layer = layer._replace(sinks=weights.params["sinks"])
     attended, cache = attend(q, k, v, layer, cache)
     return weights.dense(attended, "o"), cache
 
@@ -218,8 +220,8 @@ def decoder(
             run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
         for part in parameters.runs_of_layers(config):
             of_part = parameters.layers_of(layers, config.num_layers, part)
-            of_info = [jnp.asarray(x[part.start : part.stop]) for x in info]
-            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, LayerInfo(*of_info)))
+            of_info = jax.tree.map(lambda x, of=part: jnp.asarray(x[of.start : of.stop]), info)
+            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, of_info))
     x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
     return x, cache, extras
 
