@@ -32,7 +32,9 @@ def test_logits_equal_those_of_transformers_for_padded_batches(name):
 
 
 # What the other families are made of is decoded in these.
-@pytest.mark.parametrize("name", ["smollm3", "olmo3", "phi3", "granite", "glm4", "ministral3"])
+@pytest.mark.parametrize(
+    "name", ["smollm3", "olmo3", "phi3", "granite", "glm4", "ministral3", "gpt_oss"]
+)
 def test_decoding_token_by_token_equals_the_forward_of_transformers(name):
     policy, params = drawn_model(name)
     golden, c = arrays(name), policy.config
