@@ -61,7 +61,9 @@ def dot_product_attention(
     if sinks is not None:
         sinks = jnp.broadcast_to(by_kv_head(sinks, K)[..., None, None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : k_BSKD.shape[1]].astype(v_BSKD.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
     return jnp.einsum("bkrts,bskd->btkrd", weights, v_BSKD).reshape(B, T, H, D)
 
 

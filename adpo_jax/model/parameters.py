@@ -74,7 +74,8 @@ class Parameter:
       hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D]. The first letter is E, the
         number in the name, where each expert has a tensor of its own.
       alternates: whether the rows that have one tensor take turns along its last axis instead.
-      when: whether a model has it. Rows of one name differ in this and in their form on disk alone.
+      when: whether a model has it. Rows of one name differ in this, in their form on disk and in
+        whether they may have an adapter.
       init: how random weights are drawn; None for adapters, which `Lora.init` draws.
       decays: whether weight decay applies.
       wide: whether decoding leaves it in the dtype of the parameters, since the arithmetic with it
