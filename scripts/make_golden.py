@@ -174,6 +174,7 @@ MODELS = {
         "moe_intermediate_size": 12,
         "routed_scaling_factor": 2.5,
         "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
         "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5},
     },
 }

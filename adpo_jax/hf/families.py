@@ -31,7 +31,8 @@ class Family:
       rope_types: other names of rope types in files of this family.
       passed_over: keys that are read nowhere though they may change training in transformers.
       quantized: the `quant_method` of weights that are read, as bfloat16.
-      of_folder: keys that say what else lies in the folder or how, which an export does not have.
+      exported: keys that say what lies in a folder beside the model, or in what form, with their
+        values in an export; None leaves a key out.
       further_layers: whether a folder may hold layers behind the last one, which predict further
         tokens and are not read.
     """
@@ -46,7 +47,7 @@ class Family:
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     passed_over: frozenset[str] = frozenset()
     quantized: str | None = None
-    of_folder: frozenset[str] = frozenset()
+    exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     further_layers: bool = False
 
 
@@ -403,7 +404,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         slides=lambda c, layer: layer % 2 == 0,
         quantized="mxfp4",
-        of_folder=frozenset({"quantization_config"}),
+        exported={"quantization_config": None},
     ),
     # GLM-4.5 and its relatives.
     "glm4_moe": Family(
@@ -436,7 +437,7 @@ FAMILIES: Mapping[str, Family] = {
             "qk_norm": bool(c["use_qk_norm"]),
             "dense_layers": c["first_k_dense_replace"],
         },
-        of_folder=frozenset({"num_nextn_predict_layers", "num_mtp_layers"}),
+        exported={"num_nextn_predict_layers": 0, "num_mtp_layers": None},
         further_layers=True,
     ),
 }

@@ -190,9 +190,8 @@ def save_folder(
       ValueError: for a folder that is not empty, unless `overwrite`.
     """
     dtype = np.dtype(dtype)
-    dropped = FAMILIES[config_json["model_type"]].of_folder | {"torch_dtype"}
-    config_json = {k: v for k, v in config_json.items() if k not in dropped}
-    config_json["dtype"] = dtype.name
+    exported = FAMILIES[config_json["model_type"]].exported | {"torch_dtype": None}
+    config_json = overridden(config_json, {**exported, "dtype": dtype.name})
     token_ids = {k: config_json[k] for k in TOKEN_IDS if config_json.get(k) is not None}
     generation_config = generation_config or {"_from_model_config": True, **token_ids}
     with new_folder(folder, overwrite=overwrite) as temporary:
