@@ -164,6 +164,7 @@ REFUSED = {
     "quant_method = 'fp8' is not supported; supported: 'mxfp4'": {
         "quantization_config": {"quant_method": "fp8"}
     },
+    "quantization_config as an object, or null; given 'mxfp4'": {"quantization_config": "mxfp4"},
     "quantization_config has settings .*not implemented: group_size = 16": {
         "quantization_config": {"quant_method": "mxfp4", "group_size": 16}
     },

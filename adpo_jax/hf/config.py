@@ -111,7 +111,9 @@ def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
     given = config.get("quantization_config")
     if not given or not family.quantized:
         return
-    method = given.get("quant_method") if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping):
+        raise _wrong(config, "quantization_config", "an object, or null")
+    method = given.get("quant_method")
     if method != family.quantized:
         raise ValueError(
             f"quantization_config with quant_method = {method!r:.80} is not supported; supported: "

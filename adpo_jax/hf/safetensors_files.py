@@ -113,7 +113,7 @@ class Checkpoint:
             if name not in self._entries
             and all(self._is_bytes(name + suffix) for suffix in (blocks, scales))
         }
-        for name in names:
+        for name in sorted(names):
             parts = [self._entries.pop(name + suffix) for suffix in (blocks, scales)]
             shapes = [entry["shape"] for _, entry in parts]
             mxfp4.check(name, *shapes)

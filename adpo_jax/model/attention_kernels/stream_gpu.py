@@ -402,8 +402,9 @@ def _like(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window,
-               sinks_H):  # fmt: skip
+def _attention(
+    static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window, sinks_H
+):
     return _forward(static, q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H)[0]
 
 
