@@ -179,6 +179,22 @@ MODELS = {
         "num_experts_per_tok": 2,
         "num_key_value_heads": 2,
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 8,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 12,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 DRAWN = {
@@ -277,6 +293,22 @@ DRAWN = {
         "attention_k_eq_v": True,
         "use_bidirectional_attention": "vision",
     },
+    # Some activations reach the limit. Sizes are multiples of 32, as MXFP4 has them.
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 2.0,
+        "rope_parameters": {
+            **YARN_ROPE,
+            "original_max_position_embeddings": 8,
+            "truncate": False,
+        },
+    },
 }
 
 
@@ -294,6 +326,9 @@ def make_model(settings: dict, seed: int) -> torch.nn.Module:
                 fan_in = 1 if "embed" in name else weight.shape[1]
                 weight.copy_(1.5 * noise / fan_in**0.5)
             weight.copy_(weight.bfloat16().float())
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator).bfloat16().float())
     return model
 
 

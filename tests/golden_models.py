@@ -14,7 +14,7 @@ from adpo_jax.hf import folders
 from adpo_jax.hf.tensors import leaves
 
 GOLDEN = Path(__file__).parent / "golden"
-MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
 FAMILIES = (
     *("qwen2", "qwen3", "llama", "llama_bias_tied", "mistral", "gemma2", "gemma3_text"),
     *MIXTURES,
@@ -34,6 +34,7 @@ DRAWN = (
     "gemma4_text",
     "gemma4_large",
     "llama4_text",
+    "gpt_oss",
 )
 
 

@@ -302,7 +302,7 @@ def test_defaults_are_those_of_transformers(model_type):
     # Ropes and layer types are derived, and not plain fields, in transformers.
     derived = {"layer_types", "rope_theta", "rope_scaling", "rope_parameters"}
     derived |= {"rope_local_base_freq", "sliding_window_pattern"}
-    experts = {"num_experts", "num_local_experts"}
+    experts = {"num_experts", "num_local_experts", "n_routed_experts"}
     fields = theirs.__dataclass_fields__
     ours = FAMILIES[model_type].defaults
     given = {key: ours[key] for key in ours.keys() & fields.keys() - derived - experts}
@@ -326,11 +326,12 @@ def test_random_models_of_every_family_have_every_parameter(name):
     names = set(policy.abstract_params()["layers"])
     assert {"attn_norm", "q", "k", "v", "o", "mlp_norm"} <= names
     mlp, experts = {"gate", "up", "down"}, {"experts_gate", "experts_up", "experts_down"}
-    assert names & (mlp | experts) == (experts if name in MIXTURES else mlp)
+    mixed = mlp | experts if name == "glm4_moe" else experts
+    assert names & (mlp | experts) == (mixed if name in MIXTURES else mlp)
     assert ("shared_router" in names) == (name == "qwen2_moe")
-    assert ("q_bias" in names) == (name in ("qwen2", "qwen2_moe", "llama_bias_tied"))
+    assert ("q_bias" in names) == (name in ("qwen2", "qwen2_moe", "llama_bias_tied", "glm4_moe"))
     assert ("o_bias" in names) == ("down_bias" in names) == (name == "llama_bias_tied")
-    assert ("q_norm" in names) == (name in ("qwen3", "qwen3_moe", "gemma3_text"))
+    assert ("q_norm" in names) == (name in ("qwen3", "qwen3_moe", "gemma3_text", "glm4_moe"))
     assert ("q_norm_all" in names) == (name == "olmoe")
     assert ("attn_post_norm" in names) == name.startswith("gemma")
 

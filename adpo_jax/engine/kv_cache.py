@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
-from adpo_jax.model.attention import MASKED, LayerInfo
+from adpo_jax.model.attention import MASKED, LayerInfo, by_kv_head
 
 # A reach that is longer than any sequence.
 UNBOUNDED = 1 << 30
@@ -314,14 +314,20 @@ def attend_part(
     return Part(out, top, total)
 
 
-def merge(*parts: Part) -> jax.Array:
+def merge(*parts: Part, sinks: jax.Array | None = None) -> jax.Array:
     """Attention to the keys of all parts, [..., D] float32.
 
     A part whose keys are all masked has a top of `MASKED` and so no weight.
+
+    Args:
+      sinks: [K, Q] float32, the logits of attention sinks; None for none.
     """
-    top = functools.reduce(jnp.maximum, (part.top for part in parts))
+    tops = [part.top for part in parts] + ([] if sinks is None else [sinks])
+    top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp(part.top - top) for part in parts]
     total = functools.reduce(operator.add, (p.total * w for p, w in zip(parts, weights)))
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
     out = functools.reduce(operator.add, (p.out * w[..., None] for p, w in zip(parts, weights)))
     return out / total[..., None]
 
@@ -404,4 +410,5 @@ def group_attention(
         rank = jnp.zeros_like(view.past.row)
         place = view.past
         parts.append(part_of(past, place.slot, place.row, rank, place.first, place.length))
-    return merge(*parts).reshape(B, H, D).astype(q_BHD.dtype)
+    sinks = None if layer.sinks is None else by_kv_head(layer.sinks, K)
+    return merge(*parts, sinks=sinks).reshape(B, H, D).astype(q_BHD.dtype)

@@ -30,6 +30,7 @@ from adpo_jax.devices.sharding import constrain, on_each_device
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine.kv_cache import KV, LayerKV, PastView, Reach
 from adpo_jax.engine.verbs import DecodeState, Prefixes, Verbs
+from adpo_jax.model.attention import by_kv_head
 
 # Lengths of a chunk; a longer one is prefilled in pieces, each attending to those before.
 CHUNK_LENGTHS = (16, 64, 256)
@@ -181,11 +182,13 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
             for store in (prefix.kv, past)
         )
         places = jnp.broadcast_to(place, (N, T))
+        sinks = None if layer.sinks is None else jnp.tile(by_kv_head(layer.sinks, K), (1, T))
         out_NKQD = kv_cache.merge(
             # A token reaches back to the first of its chunk and not, round a ring, to those after.
             part(own, places, chunks.count, jnp.minimum(back, place), ring=True),
             part(taken(of_prefix, chunks.prefix_row), positions, prefix_lengths),
             part(taken(of_past, chunks.row), in_past, chunks.at),
+            sinks=sinks,
         )
         out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
         return out.astype(q.dtype), kv_cache.keep_layer(kv, layer, own, axes)

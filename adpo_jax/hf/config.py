@@ -107,7 +107,30 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"supported: {wanted}"
         )
     config["architectures"] = [architecture]
+    _check_quantization(config, FAMILIES[config["model_type"]])
     return config
+
+
+def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
+    """Refuses weights in a form that is not read."""
+    given = config.get("quantization_config")
+    if not given or not family.quantized:
+        return
+    if not isinstance(given, Mapping):
+        raise _wrong(config, "quantization_config", "an object, or null")
+    method = given.get("quant_method")
+    if method != family.quantized:
+        raise ValueError(
+            f"quantization_config with quant_method = {method!r:.80} is not supported; supported: "
+            f"{family.quantized!r}"
+        )
+    known = {"quant_method", "modules_to_not_convert", "dequantize"}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise ValueError(
+            "quantization_config has settings that are not implemented: "
+            + ", ".join(f"{key[:80]} = {given[key]!r:.80}" for key in unknown[:8])
+        )
 
 
 def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +184,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
     family = FAMILIES[hf_config["model_type"]]
     _refuse_unknown(hf_config, family)
     c = {**family.defaults, **hf_config}
+    if c["rope_scaling"] and "rope_parameters" not in hf_config:
+        c["rope_parameters"] = None  # the family's own are for files without either
     _check_types(c)
     sizes = {key: _positive_int(c, key) for key in SIZES}
     for key in PERIODS:

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adpo_jax.model.model_config import ClampedGate
+
 # The keys of a config.json on top of the defaults of its family.
 Settings = Mapping[str, Any]
 
@@ -30,6 +32,11 @@ class Family:
       rope_keys: keys of the rope that this family reads besides those of its type.
       rope_types: other names of rope types in files of this family.
       passed_over: keys that are read nowhere though they may change training in transformers.
+      quantized: the `quant_method` of weights that are read, as bfloat16.
+      exported: keys that say what lies in a folder beside the model, or in what form, with their
+        values in an export; None leaves a key out.
+      further_layers: whether a folder may hold layers behind the last one, which predict further
+        tokens and are not read.
     """
 
     architecture: str
@@ -43,6 +50,9 @@ class Family:
     rope_keys: frozenset[str] = frozenset()
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     passed_over: frozenset[str] = frozenset()
+    quantized: str | None = None
+    exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    further_layers: bool = False
 
 
 SIZES = {
@@ -451,9 +461,88 @@ FAMILIES: Mapping[str, Family] = {
         },
         traits=lambda c: {"qk_norm_over_heads": True},
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131_072,
+            # The original length of YaRN again, and the number of experts of a token.
+            "initial_context_length": None,
+            "experts_per_token": None,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "layer_types": None,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "quantization_config": None,
+        },
+        traits=lambda c: {
+            "attention_sinks": True,
+            "activation": ClampedGate(float(c["swiglu_alpha"]), float(c["swiglu_limit"])),
+        },
+        slides=lambda c, layer: layer % 2 == 0,
+        quantized="mxfp4",
+        exported={"quantization_config": None},
+    ),
+    # GLM-4.5 and its relatives.
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131_072,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": False,
+            "num_experts": None,
+            "num_local_experts": None,
+            "n_routed_experts": None,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+            "num_mtp_layers": 1,
+        },
+        traits=lambda c: {
+            "out_bias": False,
+            "qk_norm": bool(c["use_qk_norm"]),
+            "dense_layers": c["first_k_dense_replace"],
+        },
+        exported={"num_nextn_predict_layers": 0, "num_mtp_layers": None},
+        further_layers=True,
+    ),
 }
-# What transformers takes for the number of experts, under either of its two names.
-NUM_EXPERTS = {"qwen3_moe": 128, "qwen2_moe": 60, "mixtral": 8, "olmoe": 64}
+# What transformers takes for the number of experts, under any of its names.
+NUM_EXPERTS = {
+    "qwen3_moe": 128,
+    "qwen2_moe": 60,
+    "mixtral": 8,
+    "olmoe": 64,
+    "gpt_oss": 128,
+    "glm4_moe": 128,
+}
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
 NUMBERS = (
     "rms_norm_eps",
@@ -465,6 +554,9 @@ NUMBERS = (
     "residual_multiplier",
     "attention_multiplier",
     "attn_scale",
+    "swiglu_alpha",
+    "swiglu_limit",
+    "routed_scaling_factor",
 )
 NUMBERS_OR_NULL = (
     "attn_logit_softcapping",
@@ -476,6 +568,7 @@ COUNTS = (
     "original_max_position_embeddings",
     "max_window_layers",
     "query_pre_attn_scalar",
+    "first_k_dense_replace",
 )
 # Counts that something is divided by.
 PERIODS = ("sliding_window_pattern", "no_rope_layer_interval", "floor_scale")
@@ -515,6 +608,9 @@ LARGEST = {
     "num_global_key_value_heads": 1 << 14,
     "hidden_size_per_layer_input": 1 << 20,
     "vocab_size_per_layer_input": 1 << 24,
+    "n_shared_experts": 1 << 10,
+    "n_group": 1 << 16,
+    "topk_group": 1 << 16,
 }
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14

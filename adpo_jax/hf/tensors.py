@@ -41,7 +41,8 @@ class Leaf:
       stack: how many tensors there are along each leading axis: (), (layers,) or (layers, experts).
       layers: the numbers of the layers that have it.
       sizes: those of the letters of its axes.
-      start: where it begins on the first axis of its tensors, which it may share with others.
+      start: where it begins on the first axis of its tensors, which it may share with others; on
+        the last axis where it alternates with them.
       length: the size of that axis; None for its own.
     """
 
@@ -79,11 +80,15 @@ class Leaf:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of a whole tensor on disk."""
+        if self.parameter.alternates and self.length is not None:
+            return (*self.part_shape[:-1], self.length)
         first, *others = self.part_shape
         return (first if self.length is None else self.length, *others)
 
-    def part(self, tensor: np.ndarray) -> np.ndarray:
-        """Its part of a tensor on disk."""
+    def part(self, tensor):
+        """Its part of a tensor on disk, an array or what is indexed like one."""
+        if self.parameter.alternates and self.length is not None:
+            return tensor[..., self.start :: self.length // self.part_shape[-1]]
         return tensor[self.start : self.start + self.part_shape[0]]
 
     @property
@@ -119,6 +124,12 @@ def is_read_nowhere(config: ModelConfig, name: str) -> bool:
 def layer_tensor(layer: int, hf_name: str) -> str:
     """The whole name of a layer's tensor."""
     return f"model.layers.{layer}.{hf_name}"
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor is part of; -1 for none."""
+    found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
 
 
 def leaves(config: ModelConfig, params) -> list[Leaf]:
@@ -161,10 +172,22 @@ def by_tensor(all_leaves: list[Leaf]) -> list[list[Leaf]]:
     return list(groups.values())
 
 
+def joined(parts: list[Leaf], arrays: list[np.ndarray]) -> np.ndarray:
+    """A tensor on disk from its parts, those of the leaves of one group."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if parts[0].parameter.alternates:
+        return np.stack(arrays, axis=-1).reshape(parts[0].hf_shape)
+    return np.concatenate(arrays)
+
+
 def _placed(parts: list[Leaf]) -> list[Leaf]:
     """The leaves of one group with their places on the first axis of their tensors."""
     if len(parts) == 1:
         return parts
+    if parts[0].parameter.alternates:
+        length = len(parts) * parts[0].part_shape[-1]
+        return [dataclasses.replace(p, start=i, length=length) for i, p in enumerate(parts)]
     ends = np.cumsum([part.part_shape[0] for part in parts]).tolist()
     return [
         dataclasses.replace(part, start=start, length=ends[-1])

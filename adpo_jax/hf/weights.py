@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import Leaf, by_tensor, is_read_nowhere, leaves
+from adpo_jax.hf.tensors import Leaf, by_tensor, is_read_nowhere, joined, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.model_config import ModelConfig
 
@@ -188,7 +188,7 @@ def save(
             gathered = [_gather(part, number, params, lora_scale, dtype) for part in parts]
             if jax.process_index() == 0:
                 arrays = list(map(np.asarray, gathered))
-                tensors[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+                tensors[name] = joined(parts, arrays)
         if jax.process_index() == 0:
             # transformers refuses a file that does not name its framework.
             save_file(tensors, folder / file_name, metadata={"format": "pt"})

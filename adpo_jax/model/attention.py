@@ -44,6 +44,8 @@ class LayerInfo(NamedTuple):
     place: jax.Array | None = None  # int32, of its keys in the store of its kind; None for `index`
     store: Store | None = None  # None where all layers have one shape
     chunk: jax.Array | None = None  # int32, a query sees that chunk of positions; None for all
+    # [H], the logit of a key without a value that every query of a head sees; None for none.
+    sinks: jax.Array | None = None
 
     def of(self, which: Any, change: Callable[[Any], Any] = lambda x: x) -> "LayerInfo":
         """That of one layer, or of a slice of layers, from that of all of them."""
@@ -77,11 +79,13 @@ def dot_product_attention(
     *,
     scale: float,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention, softmax in float32; every kernel is tested against this version.
 
     Args:
       visible_BTS: bool; a query that sees nothing gets a finite, meaningless mean of the values.
+      sinks: as in `LayerInfo`.
 
     Returns:
       [B, T, H, D] in the dtype of q.
@@ -93,8 +97,18 @@ def dot_product_attention(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(by_kv_head(sinks, K)[..., None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
     return jnp.einsum("bkrts,bskd->btkrd", weights, v_BSKD).reshape(B, T, H, D)
+
+
+def by_kv_head(sinks_H: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Attention sinks [K, R] float32 of the heads that share each key/value head."""
+    return sinks_H.astype(jnp.float32).reshape(num_kv_heads, -1)
 
 
 class Tokens(NamedTuple):
@@ -144,6 +158,9 @@ def self_attention(
 
     def attend(q, k, v, layer: LayerInfo, cache):
         mask = visible(queries, keys, layer.window_at(queries.positions))
-        return dot_product_attention(q, k, v, mask, scale=scale, soft_cap=soft_cap), cache
+        out = dot_product_attention(
+            q, k, v, mask, scale=scale, soft_cap=soft_cap, sinks=layer.sinks
+        )
+        return out, cache
 
     return attend

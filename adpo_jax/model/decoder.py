@@ -151,6 +151,8 @@ def attention(
     q = constrain(q, mesh, "batch", "length", "heads", None)
     k = constrain(k, mesh, "batch", "length", "kv_heads", None)
     v = constrain(v, mesh, "batch", "length", "kv_heads", None)
+    if weights.config.attention_sinks:
+        layer = layer._replace(sinks=weights.params["sinks"])
     attended, cache = attend(q, k, v, layer, cache)
     return weights.dense(attended, "o"), cache
 

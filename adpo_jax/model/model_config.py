@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo, Store
@@ -14,6 +15,26 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedGate:
+    """An activation of two arguments: (up + 1) * gate * sigmoid(alpha * gate), of clamped ones.
+
+    Attributes:
+      alpha: how steep the sigmoid is.
+      limit: gate is at most this, and up at most this on either side of 0.
+
+    Source: https://github.com/openai/gpt-oss, `swiglu` of its torch model.
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
 
 
 ROUTERS = ("softmax", "softmax_of_chosen", "sigmoid")
@@ -36,8 +57,11 @@ class Mixture:
         `chosen_groups` of them.
       shared_size: hidden width of the expert that every token goes through; 0 for none.
       shared_gate: whether a gate of each token weights the shared expert.
+      biases: whether router and experts have biases (gpt-oss).
       block: the module of a checkpoint that holds the mixture: "mlp", or "block_sparse_moe", whose
         experts have w1, w3 and w2 (Mixtral).
+      fused: whether, on disk, one tensor holds a matrix of all experts of a layer, in which the
+        outputs of gate and up alternate (gpt-oss).
     """
 
     num_experts: int
@@ -50,7 +74,9 @@ class Mixture:
     chosen_groups: int = 1
     shared_size: int = 0
     shared_gate: bool = False
+    biases: bool = False
     block: str = "mlp"
+    fused: bool = False
 
     def __post_init__(self):
         if self.router not in ROUTERS:
@@ -110,6 +136,9 @@ class ModelConfig:
       residual_multiplier: multiplies what attention and MLP add to the hidden states (Granite).
       logit_divisor: divides the logits (Granite).
       attention_scale: multiplies q k^T; usually head_dim ** -0.5.
+      activation: one of `ACTIVATIONS`, applied to the gate alone, or a `ClampedGate` (gpt-oss).
+      attention_sinks: whether each head has a learned logit in the denominator of its softmax, as
+        of a key without a value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453).
       intermediate_size: hidden width of the dense MLP, of layers that have one.
       mixture: the mixture of experts of the layers; None where they have an MLP.
       dense_layers: how many layers at the start have an MLP all the same (GLM).
@@ -142,7 +171,7 @@ class ModelConfig:
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
     attention_scale: float
-    activation: str = "silu"
+    activation: str | ClampedGate = "silu"
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
     pre_norms: bool = True
@@ -160,6 +189,7 @@ class ModelConfig:
     rope_interleaved: bool = False
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    attention_sinks: bool = False
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = False
@@ -178,7 +208,7 @@ class ModelConfig:
     mlp_module: str = "mlp"
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, ClampedGate) and self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -87,7 +87,9 @@ class Parameter:
         number of the expert, if each has a tensor of its own.
       hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D]. The first letter is E, the
         number in the name, where each expert has a tensor of its own.
-      when: whether a model has it. Rows of one name differ in this and in `hf_name` alone.
+      alternates: whether the rows that have one tensor take turns along its last axis instead.
+      when: whether a model has it. Rows of one name differ in this, in their form on disk and in
+        whether they may have an adapter.
       init: how random weights are drawn; None for adapters, which `Lora.init` draws.
       decays: whether weight decay applies.
       wide: whether decoding leaves it in the dtype of the parameters, since the arithmetic with it
@@ -114,6 +116,7 @@ class Parameter:
     adapter_inputs: int = 0
     joined: str = ""
     layers: str = "all"
+    alternates: bool = False
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, without the layer axis."""
@@ -261,11 +264,16 @@ def _mixture(has: Callable[[Any], Any] = lambda mixture: True) -> Callable[[Mode
     return lambda config: config.mixture is not None and bool(has(config.mixture))
 
 
-_EXPERTS = _mixture(lambda m: m.block == "mlp")
+_EXPERTS = _mixture(lambda m: m.block == "mlp" and not m.fused)
+_FUSED_EXPERTS = _mixture(lambda m: m.fused)
+_EXPERT_BIASES = _mixture(lambda m: m.biases)
 _MIXTRAL = _mixture(lambda m: m.block == "block_sparse_moe")
 _SHARED = _mixture(lambda m: m.shared_size and m.shared_gate)
 _SHARED_PLAIN = _mixture(lambda m: m.shared_size and not m.shared_gate)
 
+
+_EXPERT_BIAS: dict[str, Any] = {"init": _zeros, "decays": False}
+_ALTERNATING_BIAS = _EXPERT_BIAS | {"alternates": True}
 
 # The order of the rows is part of a seed's meaning: flax counts a parameter's key by its place.
 TOP = (
@@ -296,6 +304,16 @@ LAYER = (
     _norm("k_norm", "h", "self_attn.k_norm.weight", when=lambda c: c.qk_norm, **_LOCAL_KV),
     _norm("q_norm_all", "Hh", "self_attn.q_norm.weight", when=lambda c: c.qk_norm_over_heads),
     _norm("k_norm_all", "Kh", "self_attn.k_norm.weight", when=lambda c: c.qk_norm_over_heads),
+    # A logit each, and the softmax is float32.
+    Parameter(
+        "sinks",
+        "H",
+        "self_attn.sinks",
+        "H",
+        when=lambda c: c.attention_sinks,
+        decays=False,
+        wide=True,
+    ),
     Parameter("o", "HhD", "self_attn.o_proj.weight", "D Hh", adapter_inputs=2, **_LOCAL),
     _bias("o_bias", "d", "self_attn.o_proj.bias", when=lambda c: c.out_bias),
     # Some models have a norm on either side of attention and MLP, so a name has several places.
@@ -332,6 +350,16 @@ LAYER = (
     _expert(
         "experts_router", "DE", "block_sparse_moe.gate.weight", "E D", when=_MIXTRAL, wide=True
     ),
+    _expert("experts_router", "DE", "mlp.router.weight", "E D", when=_FUSED_EXPERTS, wide=True),
+    _expert(
+        "experts_router_bias",
+        "E",
+        "mlp.router.bias",
+        "E",
+        when=_EXPERT_BIASES,
+        decays=False,
+        wide=True,
+    ),
     _expert(
         "experts_bias",
         "E",
@@ -353,6 +381,18 @@ LAYER = (
         for when, hf_name in (
             (_EXPERTS, f"mlp.experts.{{}}.{theirs}.weight"),
             (_MIXTRAL, f"block_sparse_moe.experts.{{}}.{mixtrals}.weight"),
+        )
+    ),
+    # No adapters: peft has none for such tensors, but those of one matrix for all experts.
+    *(
+        _expert(f"experts_{name}", axes, f"mlp.experts.{theirs}", hf_axes, when=when, **settings)
+        for name, axes, hf_axes, theirs, when, settings in (
+            ("gate", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
+            ("up", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
+            ("down", "EfD", "E f D", "down_proj", _FUSED_EXPERTS, {}),
+            ("gate_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
+            ("up_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
+            ("down_bias", "Ed", "E d", "down_proj_bias", _EXPERT_BIASES, _EXPERT_BIAS),
         )
     ),
     *(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
-from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
+from adpo_jax.model.attention import Attend, LayerInfo, Tokens, by_kv_head, visible
 from adpo_jax.model.attention_choice import Implementation, Use
 from adpo_jax.model.attention_kernels import splash_tpu, stream_gpu, stream_tpu
 from adpo_jax.model.tile_attention import Stream
@@ -34,6 +34,7 @@ class Settings(NamedTuple):
       scale: multiplies q k^T.
       chunked: whether queries of some layers see their chunk of positions alone.
       global_head_dim: that of layers without a window where it is another; None where it is not.
+      sinks: whether heads have attention sinks.
     """
 
     windows: tuple[int | None, ...]
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
     mesh: Mesh | None
     global_head_dim: int | None = None
     chunked: bool = False
+    sinks: bool = False
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -128,14 +130,21 @@ def _of_each_device(kernel, settings: Settings, arrays) -> Attend:
     by_row, by_head = ("batch",), ("batch", None, "kv_heads")
 
     def attend(q, k, v, layer: LayerInfo, cache):
+        def of_heads(q, k, v, layer, sinks, arrays):
+            if sinks is not None:
+                layer = layer._replace(sinks=sinks.reshape(-1))
+            return kernel(q, k, v, layer, arrays)
+
         local = on_each_device(
-            kernel,
+            of_heads,
             settings.mesh,
             {"batch": q.shape[0], "kv_heads": k.shape[2]},
-            in_axes=(by_head, by_head, by_head, (), by_row),
+            in_axes=(by_head, by_head, by_head, (), ("kv_heads",), by_row),
             out_axes=by_head,
         )
-        return local(q, k, v, jax.tree.map(jnp.asarray, layer), arrays), cache
+        sinks = None if layer.sinks is None else by_kv_head(layer.sinks, k.shape[2])
+        place = jax.tree.map(jnp.asarray, layer._replace(sinks=None))
+        return local(q, k, v, place, sinks, arrays), cache
 
     return attend
 
@@ -146,7 +155,11 @@ def _tpu_obstacle(settings: Settings) -> str:
     for D in settings.head_dims:
         if D % splash_tpu.LANES:
             return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
-    return ""
+    return _without_sinks(settings)
+
+
+def _without_sinks(settings: Settings) -> str:
+    return "has no attention sinks, which this model wants" if settings.sinks else ""
 
 
 def _tpu_limit(settings: Settings, stream: Stream) -> str:
@@ -231,7 +244,7 @@ def _cudnn_obstacle(settings: Settings) -> str:
             return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
     if settings.soft_cap is not None:
         return "has no soft cap, which this model wants"
-    return ""
+    return _without_sinks(settings)
 
 
 # --- the tables
