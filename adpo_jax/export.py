@@ -25,7 +25,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="adpo-jax export", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="run, checkpoint or Hugging Face folder")
     parser.add_argument("--out", required=True, type=Path, help="a folder that is not there yet")
-    parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16")
+    parser.add_argument(
+        "--dtype",
+        help="of the weights: float32 or bfloat16; if not given, float32, or bfloat16 where the "
+        "model came in MXFP4",
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run its tokenizer's own code"
     )
@@ -58,22 +62,23 @@ def export(a: argparse.Namespace) -> None:
     from adpo_jax import pretrained
     from adpo_jax.hf import folders
 
-    if a.dtype not in ("float32", "bfloat16"):
+    if a.dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"--dtype is float32 or bfloat16; given {a.dtype!r}")
     if a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
     model = pretrained.load(
         a.model,
-        dtype=a.dtype,
+        dtype=a.dtype or "float32",
         trust_remote_code=a.trust_remote_code,
         override_config=a.override_config,
         keep_base_dtype=True,
     )
-    model.policy.save_pretrained(a.out, model.params, model.tokenizer, dtype=a.dtype)
+    dtype = a.dtype or model.policy.dtype_on_disk.name
+    model.policy.save_pretrained(a.out, model.params, model.tokenizer, dtype=dtype)
     if model.policy.lora:
         print(f"the adapters were merged into base weights of {model.policy.param_dtype}")
     size = sum(x.size for x in jax.tree.leaves(model.params))
-    print(f"{a.out}: {size:,} parameters in {a.dtype}, from {model.source}")
+    print(f"{a.out}: {size:,} parameters in {dtype}, from {model.source}")
     if a.push_to_hub:
         print(folders.push_folder(a.out, a.push_to_hub, private=not a.public))
 

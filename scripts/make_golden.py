@@ -61,6 +61,24 @@ YARN_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 4,
+    "tie_word_embeddings": True,
+    "final_logit_softcapping": 20.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 1000.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
 # Settings on top of `SMALL`, by folder; "<folder>" with a "weights_of" stores no weights.
 MODELS = {
     "qwen2": {"model_type": "qwen2", "rope_parameters": {"rope_theta": 1000.0}},
@@ -161,6 +179,22 @@ MODELS = {
         "num_experts_per_tok": 2,
         "num_key_value_heads": 2,
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 8,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 12,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    },
 }
 
 DRAWN = {
@@ -228,6 +262,53 @@ DRAWN = {
         },
     },
     "seed_oss": {"model_type": "seed_oss", "head_dim": 8, "attention_out_bias": True},
+    "llama4_text": {
+        "model_type": "llama4_text",
+        "head_dim": 8,
+        "intermediate_size_mlp": 20,
+        "moe_layers": [],
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
+    # As E2B: layers that share keys and have a wider MLP, and embeddings for each layer.
+    "gemma4_text": {
+        **GEMMA4,
+        "num_hidden_layers": 5,
+        "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _LOCAL, _GLOBAL],
+        "hidden_size_per_layer_input": 20,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+    # As 31B: keys that are values, and fewer heads of them.
+    "gemma4_large": {
+        **GEMMA4,
+        "num_hidden_layers": 4,
+        "layer_types": [_LOCAL, _GLOBAL] * 2,
+        "hidden_size_per_layer_input": 0,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "use_bidirectional_attention": "vision",
+    },
+    # Some activations reach the limit. Sizes are multiples of 32, as MXFP4 has them.
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 2.0,
+        "rope_parameters": {
+            **YARN_ROPE,
+            "original_max_position_embeddings": 8,
+            "truncate": False,
+        },
+    },
 }
 
 
@@ -245,6 +326,9 @@ def make_model(settings: dict, seed: int) -> torch.nn.Module:
                 fan_in = 1 if "embed" in name else weight.shape[1]
                 weight.copy_(1.5 * noise / fan_in**0.5)
             weight.copy_(weight.bfloat16().float())
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator).bfloat16().float())
     return model
 
 
@@ -255,6 +339,9 @@ def drawn_model(settings: dict) -> torch.nn.Module:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.from_numpy(drawn(name, tuple(weight.shape))))
+        for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+            buffer = model.get_buffer(name)
+            buffer.copy_(torch.from_numpy(drawn(name, tuple(buffer.shape))))
     return model
 
 
@@ -283,6 +370,14 @@ def logits_of(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> dict[str
     logits = {}
     for batch in [name.removesuffix("_mask") for name in arrays if name.endswith("_mask")]:
         mask = arrays[f"{batch}_mask"]
+        if getattr(model.config, "attn_temperature_tuning", False):
+            # Llama 4 scales queries by their columns, so that padding on the left would move them.
+            rows = zip(arrays[f"{batch}_tokens"], mask)
+            alone = [torch.tensor(tokens[real > 0][None]).long() for tokens, real in rows]
+            with torch.no_grad():
+                out = [model(input_ids=row).logits[0].numpy() for row in alone]
+            logits[f"{batch}_logits"] = np.concatenate(out).astype(np.float32)
+            continue
         with torch.no_grad():
             out = model(
                 input_ids=torch.tensor(arrays[f"{batch}_tokens"]).long(),

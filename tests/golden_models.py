@@ -14,7 +14,7 @@ from adpo_jax.hf import folders
 from adpo_jax.hf.tensors import leaves
 
 GOLDEN = Path(__file__).parent / "golden"
-MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
 FAMILIES = (
     *("qwen2", "qwen3", "llama", "llama_bias_tied", "mistral", "gemma2", "gemma3_text"),
     *MIXTURES,
@@ -31,6 +31,10 @@ DRAWN = (
     "ministral",
     "ministral3",
     "seed_oss",
+    "gemma4_text",
+    "gemma4_large",
+    "llama4_text",
+    "gpt_oss",
 )
 
 
@@ -54,7 +58,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random float32 values that bfloat16 holds, the same for a tensor's name for ever."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
-        values = 0.3 * noise + ("norm" in name)
+        values = 0.3 * noise + ("norm" in name or "scalar" in name)
     else:
         values = 1.5 * noise / (1 if "embed" in name else shape[1]) ** 0.5
     return np.float32(values).astype("bfloat16").astype(np.float32)

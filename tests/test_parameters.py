@@ -30,9 +30,13 @@ def test_random_parameters_are_those_of_the_table(name):
     c = policy.config
     shapes = {path: x.shape for path, x in parameters.by_path(policy.abstract_params()).items()}
     assert shapes == {
-        path: (c.num_layers,) * (path[0] == "layers") + row.shape(c)
+        path: (len(row.layers_of(c)),) * (path[0] == "layers") + row.shape(c)
         for path, row in parameters.of_model(c).items()
     }
+
+
+# How a row lies on disk, which decides whether peft has an adapter for it.
+ON_DISK = ("when", "hf_name", "hf_axes", "alternates", "adapter_inputs")
 
 
 def test_rows_of_one_name_differ_in_their_tensor_alone():
@@ -40,7 +44,8 @@ def test_rows_of_one_name_differ_in_their_tensor_alone():
         for row in rows:
             path = ("layers", row.name) if row in parameters.LAYER else (row.name,)
             first = parameters.at(path)
-            assert dataclasses.replace(row, when=first.when, hf_name=first.hf_name) == first
+            same = {field: getattr(first, field) for field in ON_DISK}
+            assert dataclasses.replace(row, **same) == first
 
 
 def test_a_seed_gives_the_weights_that_it_gave_when_results_were_measured():
@@ -148,7 +153,7 @@ def test_extras_come_beside_hidden_states_with_their_gradient(routed, remat):
 def test_extras_of_layers_one_by_one_are_those_of_the_scan(routed):
     policy, params = routed
     scanned = jax.jit(lambda p: uneven(policy, p))(params)
-    one_by_one = cpu.decoding_params(params, lora_scale=None, join=True)
+    one_by_one = cpu.decoding_params(params, policy.config, lora_scale=None, join=True)
     unrolled = jax.jit(lambda p: uneven(policy, p))(one_by_one)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scanned, unrolled)
 

@@ -180,7 +180,11 @@ def whole_forward(policy, params, prompt, tokens):
 
 
 VARIANTS = {
-    "windows on a mesh": ({"windows": (6, None), "attention_soft_cap": 20.0}, {}, 1e-4),
+    "windows on a mesh": (
+        {"windows": (6, None), "attention_soft_cap": 20.0, "attention_sinks": True},
+        {},
+        1e-4,
+    ),
     "int8": ({}, {"cache_dtype": np.int8}, 0.15),
 }
 

@@ -211,6 +211,9 @@ def _least(config, engine: Engine, mesh) -> dict[str, Least]:
     prompt, response = data.max_prompt_length, data.max_response_length
     # Two products of a query and a key, of 2 D operations each, in every head of every layer.
     per_pair = 4 * model.num_heads * model.head_dim * model.num_layers
+    if model.global_layers:
+        count = sum(map(model.is_global, range(model.num_layers)))
+        per_pair += 4 * model.num_heads * (model.global_layers.head_dim - model.head_dim) * count
     pairs = P * forecast.causal_pairs(prompt, response, G)
     local, slots = engine.policy.mesh.size, engine.num_slots
     rows = -(-slots // G)

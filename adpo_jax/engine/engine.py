@@ -387,6 +387,7 @@ def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayo
         dtype=jnp.dtype(policy.dtype if cache_dtype is None else cache_dtype),
         stacked=tuning.stacked,
         transposed_keys=tuning.transposed_keys,
+        kinds=c.kinds if c.global_layers else (),
     )
 
 
@@ -396,4 +397,5 @@ def _splits(policy: Policy) -> tuple[int, int]:
         return 1, 1
     shards = mesh_axis_size(policy.mesh, RULES["batch"])
     heads = mesh_axis_size(policy.mesh, RULES["kv_heads"])
-    return shards, shards * (heads if policy.config.num_kv_heads % heads == 0 else 1)
+    all_split = all(kv_heads % heads == 0 for _, kv_heads, _ in policy.config.kinds)
+    return shards, shards * (heads if all_split else 1)

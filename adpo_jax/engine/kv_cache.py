@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
-from adpo_jax.model.attention import MASKED, LayerInfo
+from adpo_jax.model.attention import MASKED, LayerInfo, by_kv_head
 
 # A reach that is longer than any sequence.
 UNBOUNDED = 1 << 30
@@ -53,8 +53,31 @@ class LayerKV(NamedTuple):
     v_scale: jax.Array | None = None
 
 
-# All layers: a tuple with one entry a layer (unrolled), or one LayerKV of stacked arrays.
+# All layers: a tuple with one entry a layer (unrolled), or one LayerKV of stacked arrays. Where
+# layers have two shapes, a tuple with one such store for each.
 KV = Any
+
+
+def is_layers(kv: KV) -> bool:
+    """Whether it is a LayerKV, at which a tree of them ends."""
+    return isinstance(kv, LayerKV)
+
+
+def any_layer(kv: KV) -> LayerKV:
+    """The first LayerKV of a store; all have as many rows and columns."""
+    return jax.tree.leaves(kv, is_leaf=is_layers)[0]
+
+
+def of_kind(kv: KV, layer: LayerInfo) -> KV:
+    """The part of a store that holds the layers of this one's shape; `layer.at` is its place."""
+    return kv if layer.store is None else kv[layer.store.kind]
+
+
+def with_kind(kv: KV, layer: LayerInfo, part: KV) -> KV:
+    """The store with another part in place of `of_kind(kv, layer)`."""
+    if layer.store is None:
+        return part
+    return tuple(part if i == layer.store.kind else other for i, other in enumerate(kv))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +91,8 @@ class CacheLayout:
         rows and 25M parameters takes 27 ms with a tuple, 60 ms with a stack.
       transposed_keys: whether keys lie as [D, columns]. A CPU's product of one query with the keys
         then reads along the columns: 24 ms against 35 ms for 128 rows of 128 columns and 8 layers.
+      kinds: (layers, key/value heads, head dim) of each kind of layer where these differ, as in
+        `ModelConfig.kinds`; () where all layers are alike. The numbers above count for none then.
     """
 
     num_layers: int
@@ -76,6 +101,17 @@ class CacheLayout:
     dtype: Any
     stacked: bool
     transposed_keys: bool
+    kinds: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def parts(self) -> tuple["CacheLayout", ...]:
+        """The layout of each kind of layer; of one kind, this layout."""
+        if not self.kinds:
+            return (self,)
+        return tuple(
+            dataclasses.replace(self, num_layers=L, num_kv_heads=K, head_dim=D, kinds=())
+            for L, K, D in self.kinds
+        )
 
     @property
     def quantized(self) -> bool:
@@ -83,11 +119,15 @@ class CacheLayout:
 
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values over all layers."""
+        if self.kinds:
+            return sum(part.token_bytes() for part in self.parts)
         per_head = self.head_dim * jnp.dtype(self.dtype).itemsize + (4 if self.quantized else 0)
         return 2 * self.num_layers * self.num_kv_heads * per_head
 
     def zeros(self, rows: int, columns: int) -> KV:
         """An empty store with room for `rows` sequences of `columns` tokens."""
+        if self.kinds:
+            return tuple(part.zeros(rows, columns) for part in self.parts)
         K, D = self.num_kv_heads, self.head_dim
         lead = (self.num_layers,) if self.stacked else ()
         k_shape = (D, columns) if self.transposed_keys else (columns, D)
@@ -151,6 +191,14 @@ def write_layer(kv: KV, index, layer: LayerKV, axes: LayerKV, column=0) -> KV:
         return jax.tree.map(write, kv, layer, axes)
     written = jax.tree.map(write, kv[index], layer, axes)
     return (*kv[:index], written, *kv[index + 1 :])
+
+
+def keep_layer(kv: KV, layer: LayerInfo, packed: LayerKV, axes: LayerKV, column=0) -> KV:
+    """The store with columns of a layer as of `write_layer`, if it has keys of its own."""
+    if not layer.writes:
+        return kv
+    written = write_layer(of_kind(kv, layer), layer.at, packed, axes, column)
+    return with_kind(kv, layer, written)
 
 
 class PastView(NamedTuple):
@@ -266,14 +314,20 @@ def attend_part(
     return Part(out, top, total)
 
 
-def merge(*parts: Part) -> jax.Array:
+def merge(*parts: Part, sinks: jax.Array | None = None) -> jax.Array:
     """Attention to the keys of all parts, [..., D] float32.
 
     A part whose keys are all masked has a top of `MASKED` and so no weight.
+
+    Args:
+      sinks: [K, Q] float32, the logits of attention sinks; None for none.
     """
-    top = functools.reduce(jnp.maximum, (part.top for part in parts))
+    tops = [part.top for part in parts] + ([] if sinks is None else [sinks])
+    top = functools.reduce(jnp.maximum, tops)
     weights = [jnp.exp(part.top - top) for part in parts]
     total = functools.reduce(operator.add, (p.total * w for p, w in zip(parts, weights)))
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
     out = functools.reduce(operator.add, (p.out * w[..., None] for p, w in zip(parts, weights)))
     return out / total[..., None]
 
@@ -303,11 +357,13 @@ def group_attention(
       [B, H, D] in the dtype of q.
     """
     B, H, D = q_BHD.shape
-    one = own if isinstance(own, LayerKV) else own[0]
+    own, prefix = of_kind(own, layer), of_kind(prefix, layer)
+    past = None if past is None else of_kind(past, layer)
+    one = any_layer(own)
     K, C = one.v.shape[-3], one.v.shape[-2]
     R = H // K
     q_BKRD = (q_BHD * jnp.asarray(scale, q_BHD.dtype)).reshape(B, K, R, D)
-    own_part = attend(q_BKRD, own, layer.index, own_reach(view, C, R, layer.window))
+    own_part = attend(q_BKRD, own, layer.at, own_reach(view, C, R, layer.window_at(view.position)))
     by_row, by_head = ("batch",), ("batch", "kv_heads")
 
     def of_rows(q_BKRD, slot_PM):  # -> [P, K, M * R, D]
@@ -341,9 +397,10 @@ def group_attention(
         q_PKQD = at_home(of_rows, q_BKRD, slot_PM)
         members = on_each_device(of_members, mesh, sizes, (by_row,) * 5, by_row)
         position_PM, lives_PM = members(view.position, view.age, row_B, rank_B, slot_PM)
+        window = layer.window_at(position_PM)
         position_PM -= first_P[:, None]
-        reach = row_reach(position_PM, lives_PM, length_P, R, layer.window)
-        shared = attend(q_PKQD, kv, layer.index, reach)
+        reach = row_reach(position_PM, lives_PM, length_P, R, window)
+        shared = attend(q_PKQD, kv, layer.at, reach)
         return jax.tree.map(lambda x: at_home(of_slots, x, row_B, rank_B), shared)
 
     first = jnp.zeros_like(view.prefix_length)
@@ -353,4 +410,5 @@ def group_attention(
         rank = jnp.zeros_like(view.past.row)
         place = view.past
         parts.append(part_of(past, place.slot, place.row, rank, place.first, place.length))
-    return merge(*parts).reshape(B, H, D).astype(q_BHD.dtype)
+    sinks = None if layer.sinks is None else by_kv_head(layer.sinks, K)
+    return merge(*parts, sinks=sinks).reshape(B, H, D).astype(q_BHD.dtype)

@@ -30,6 +30,7 @@ from adpo_jax.devices.sharding import constrain, on_each_device
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine.kv_cache import KV, LayerKV, PastView, Reach
 from adpo_jax.engine.verbs import DecodeState, Prefixes, Verbs
+from adpo_jax.model.attention import by_kv_head
 
 # Lengths of a chunk; a longer one is prefilled in pieces, each attending to those before.
 CHUNK_LENGTHS = (16, 64, 256)
@@ -117,23 +118,23 @@ def put(verbs: Verbs, past: KV, source: KV, copies: Copies) -> KV:
         return jax.lax.fori_loop(0, copies.row.shape[0], one, past)
 
     of_rows = (*(None,) * lead, "batch", "kv_heads")
-    layer = past if layout.stacked else past[0]
-    rows, sources = layer.v.shape[lead], (source if layout.stacked else source[0]).v.shape[lead]
-    batch = functools.reduce(math.gcd, (rows, sources, copies.row.shape[0]))
-    sizes = {"batch": batch, "kv_heads": layout.num_kv_heads}
-    at_home = on_each_device(
-        local, verbs.policy.mesh, sizes, (of_rows, of_rows, ("batch",)), of_rows
-    )
-    if layout.stacked:
-        return verbs.sharded(at_home(past, source, copies))
-    return verbs.sharded(tuple(at_home(p, s, copies) for p, s in zip(past, source, strict=True)))
+
+    def at_home(past: LayerKV, source: LayerKV):
+        rows, sources = past.v.shape[lead], source.v.shape[lead]
+        batch = functools.reduce(math.gcd, (rows, sources, copies.row.shape[0]))
+        sizes = {"batch": batch, "kv_heads": past.v.shape[lead + 1]}
+        axes = (of_rows, of_rows, ("batch",))
+        split = on_each_device(local, verbs.policy.mesh, sizes, axes, of_rows)
+        return split(past, source, copies)
+
+    return verbs.sharded(jax.tree.map(at_home, past, source, is_leaf=kv_cache.is_layers))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> KV:
     """Keys and values of tokens that go on after prompts and past rows, [N rows, T columns]."""
     policy, layout = verbs.policy, verbs.layout
-    (N, T), K = chunks.tokens.shape, layout.num_kv_heads
+    N, T = chunks.tokens.shape
     place = jnp.arange(T, dtype=jnp.int32)
     in_past = chunks.at[:, None] + place[None, :]
     positions = chunks.first[:, None] + in_past
@@ -143,8 +144,8 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
     def of_row(kv, rows):
         return jax.tree.map(lambda x: x[rows % len(x)], kv)
 
-    def taken(kv, rows, num_rows):
-        sizes = {"batch": math.gcd(N, num_rows), "kv_heads": K}
+    def taken(kv: LayerKV, rows):
+        sizes = {"batch": math.gcd(N, len(kv.v)), "kv_heads": kv.v.shape[1]}
         return on_each_device(of_row, policy.mesh, sizes, (by_head, by_row), by_head)(kv, rows)
 
     prefix_lengths = on_each_device(
@@ -156,11 +157,11 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
     )(prefix.lengths, chunks.prefix_row)
 
     def attend(q, k, v, layer, kv):
-        H, D = q.shape[2:]
+        (H, D), K = q.shape[2:], k.shape[2]
         R = H // K
         q = (q * jnp.asarray(config.attention_scale, q.dtype)).reshape(N, T, K, R, D)
         q_NKQD = q.transpose(0, 2, 1, 3, 4).reshape(N, K, T * R, D)
-        back = jnp.minimum(layer.window - 1, kv_cache.UNBOUNDED)
+        back = jnp.minimum(layer.window_at(positions) - 1, kv_cache.UNBOUNDED)
 
         def part(layer_kv, origin_NT, length, back=back, ring=False):
             origin_NQ = jnp.repeat(origin_NT, R, axis=1)
@@ -176,17 +177,21 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
             )
 
         own = layout.pack(k, v)
-        of_prefix = kv_cache.read_layer(prefix.kv, layer.index)
-        of_past = kv_cache.read_layer(past, layer.index)
+        of_prefix, of_past = (
+            kv_cache.read_layer(kv_cache.of_kind(store, layer), layer.at)
+            for store in (prefix.kv, past)
+        )
         places = jnp.broadcast_to(place, (N, T))
+        sinks = None if layer.sinks is None else jnp.tile(by_kv_head(layer.sinks, K), (1, T))
         out_NKQD = kv_cache.merge(
             # A token reaches back to the first of its chunk and not, round a ring, to those after.
             part(own, places, chunks.count, jnp.minimum(back, place), ring=True),
-            part(taken(of_prefix, chunks.prefix_row, len(of_prefix.v)), positions, prefix_lengths),
-            part(taken(of_past, chunks.row, len(of_past.v)), in_past, chunks.at),
+            part(taken(of_prefix, chunks.prefix_row), positions, prefix_lengths),
+            part(taken(of_past, chunks.row), in_past, chunks.at),
+            sinks=sinks,
         )
         out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
-        return out.astype(q.dtype), kv_cache.write_layer(kv, layer.index, own, axes)
+        return out.astype(q.dtype), kv_cache.keep_layer(kv, layer, own, axes)
 
     tokens = constrain(chunks.tokens, policy.mesh, "batch", None)
     store = verbs.sharded(layout.zeros(N, T))
@@ -213,7 +218,7 @@ def resized(verbs: Verbs, past: KV, rows: np.ndarray | None, columns: int) -> KV
 
 
 def _columns(verbs: Verbs, kv: KV) -> int:
-    return (kv if verbs.layout.stacked else kv[0]).v.shape[-2]
+    return kv_cache.any_layer(kv).v.shape[-2]
 
 
 def in_shards(entries: Sequence[tuple[int, NamedTuple]], num_shards: int, most: int):

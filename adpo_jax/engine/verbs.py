@@ -135,6 +135,7 @@ class Verbs:
         merge = policy.lora and policy.dtype == jnp.float32
         return cpu.decoding_params(
             params,
+            policy.config,
             lora_scale=policy.lora.scale if merge else None,
             # XLA's compiler for GPUs joins products of one input by itself, and copies nothing.
             join=(policy.mesh is None or policy.mesh.size == 1) and _platform(policy) == "cpu",
@@ -221,7 +222,7 @@ class Verbs:
 
         def attend(q, k, v, layer, kv):
             out, _ = attend_within(q, k, v, layer, None)
-            return out, kv_cache.write_layer(kv, layer.index, self.layout.pack(k, v), axes)
+            return out, kv_cache.keep_layer(kv, layer, self.layout.pack(k, v), axes)
 
         empty = self.sharded(self.layout.zeros(rows, T))
         _, kv, _ = self.policy(params, tokens, positions, empty, attend, self.policy.ffn(segments))
@@ -386,7 +387,7 @@ class Verbs:
         )
 
         def attend(q, k, v, layer, own):
-            own = kv_cache.write_layer(own, layer.index, layout.pack(k, v), axes, state.column)
+            own = kv_cache.keep_layer(own, layer, layout.pack(k, v), axes, state.column)
             out = kv_cache.group_attention(
                 q[:, 0],
                 own,
@@ -423,8 +424,7 @@ class Verbs:
         return jnp.uint8 if self.policy.config.mixture.num_experts <= 256 else jnp.uint16
 
     def _columns(self, own: KV) -> int:
-        layer = own if self.layout.stacked else own[0]
-        return layer.v.shape[-2]
+        return kv_cache.any_layer(own).v.shape[-2]
 
     # --- resize
 
@@ -435,8 +435,7 @@ class Verbs:
         def of_layer(layer):
             return jax.tree.map(change, layer, axes)
 
-        changed = of_layer(kv) if self.layout.stacked else tuple(map(of_layer, kv))
-        return self.sharded(changed)
+        return self.sharded(jax.tree.map(of_layer, kv, is_leaf=kv_cache.is_layers))
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def with_columns(self, kv: KV, columns: int) -> KV:

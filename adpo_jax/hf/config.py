@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from adpo_jax.hf import gemma4, llama4
 from adpo_jax.hf.families import (
     ACTIVATION_NAMES,
     COMMON,
@@ -56,6 +57,7 @@ ROPE_KEYS = {
         "short_factor",
         "long_factor",
     },
+    "proportional": {"factor"},
 }
 REQUIRED_ROPE_KEYS = {
     "default": set(),
@@ -63,6 +65,7 @@ REQUIRED_ROPE_KEYS = {
     "llama3": ROPE_KEYS["llama3"],
     "yarn": set(),
     "longrope": {"short_factor", "long_factor"},
+    "proportional": set(),
 }
 ROPE_LISTS = {"short_factor", "long_factor"}
 ROPE_NUMBERS = set().union(
@@ -73,6 +76,8 @@ ROPE_NUMBERS = set().union(
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
 
 
+# The fields of `ModelConfig` that a family alone has.
+FIELDS = {"gemma4_text": gemma4.fields, "llama4_text": llama4.fields}
 WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -102,7 +107,30 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"supported: {wanted}"
         )
     config["architectures"] = [architecture]
+    _check_quantization(config, FAMILIES[config["model_type"]])
     return config
+
+
+def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
+    """Refuses weights in a form that is not read."""
+    given = config.get("quantization_config")
+    if not given or not family.quantized:
+        return
+    if not isinstance(given, Mapping):
+        raise _wrong(config, "quantization_config", "an object, or null")
+    method = given.get("quant_method")
+    if method != family.quantized:
+        raise ValueError(
+            f"quantization_config with quant_method = {method!r:.80} is not supported; supported: "
+            f"{family.quantized!r}"
+        )
+    known = {"quant_method", "modules_to_not_convert", "dequantize"}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise ValueError(
+            "quantization_config has settings that are not implemented: "
+            + ", ".join(f"{key[:80]} = {given[key]!r:.80}" for key in unknown[:8])
+        )
 
 
 def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +184,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
     family = FAMILIES[hf_config["model_type"]]
     _refuse_unknown(hf_config, family)
     c = {**family.defaults, **hf_config}
+    if c["rope_scaling"] and "rope_parameters" not in hf_config:
+        c["rope_parameters"] = None  # the family's own are for files without either
     _check_types(c)
     sizes = {key: _positive_int(c, key) for key in SIZES}
     for key in PERIODS:
@@ -204,6 +234,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "initializer_range": c["initializer_range"],
         "mixture": experts,
     }
+    if hf_config["model_type"] in FIELDS:
+        fields |= FIELDS[hf_config["model_type"]](c, layer_types, _positive_int)
     return ModelConfig(**{**fields, **family.traits(c)})
 
 
@@ -309,14 +341,12 @@ def _layer_types(family: Family, c: Mapping[str, Any], num_layers: int) -> list[
     if c.get("layer_types") is not None:
         layer_types = list(c["layer_types"])
     else:
-        kinds = ("full_attention", "sliding_attention")
-        layer_types = [kinds[bool(family.slides(c, i))] for i in range(num_layers)]
+        layer_types = [family.kinds[bool(family.slides(c, i))] for i in range(num_layers)]
 
-    unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(layer_types) - set(family.kinds))
     if unknown:
         raise ValueError(
-            f"layer types {unknown!r:.200} are not supported; supported: full_attention, "
-            "sliding_attention"
+            f"layer types {unknown!r:.200} are not supported; supported: {', '.join(family.kinds)}"
         )
     if len(layer_types) != num_layers:
         raise ValueError(f"{len(layer_types)} layer_types for num_hidden_layers = {num_layers}")
@@ -337,7 +367,8 @@ def _windows(c: Mapping[str, Any], layer_types: list[str]) -> tuple[int | None, 
 
 def _check_no_rope_layers(c: Mapping[str, Any], num_layers: int) -> None:
     listed = c.get("no_rope_layers")
-    if listed is None:
+    # Files of Llama 4 have an empty list for none.
+    if listed is None or (listed == [] and c["model_type"] == "llama4_text"):
         return
     if not isinstance(listed, list | tuple) or not all(x in (0, 1) for x in listed):
         raise _wrong(c, "no_rope_layers", "a list of 1 (with a rope) and 0 (without), or null")
@@ -350,7 +381,7 @@ def _ropes(
 ) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """The distinct ropes, and each layer's index into them."""
     if family.rope_by_kind:
-        ropes = _ropes_by_kind(family, c, max_length)
+        ropes = _ropes_by_kind(family, c, layer_types, max_length)
         layer_ropes = [int(kind == "sliding_attention") for kind in layer_types]
     else:
         spellings = [p for p in (c["rope_scaling"], c["rope_parameters"]) if p] or [{}]
@@ -362,12 +393,15 @@ def _ropes(
     for i in without:
         layer_ropes[i] = len(ropes)
     if without:
-        ropes += (Rope(kind="none", partial=ropes[0].partial),)
+        grows = family.scale_of_no_rope(c)
+        ropes += (Rope(kind="none", partial=ropes[0].partial, **grows),)
     return ropes, tuple(layer_ropes)
 
 
-def _ropes_by_kind(family: Family, c: Mapping[str, Any], max_length) -> tuple[Rope, Rope]:
-    nested = c["rope_parameters"] or {}
+def _ropes_by_kind(
+    family: Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
+) -> tuple[Rope, Rope]:
+    nested = c["rope_parameters"] or family.defaults["rope_parameters"] or {}
     flat = sorted(nested.keys() - {"full_attention", "sliding_attention"})
     if flat:
         raise ValueError(
@@ -380,8 +414,12 @@ def _ropes_by_kind(family: Family, c: Mapping[str, Any], max_length) -> tuple[Ro
     local = nested.get("sliding_attention") or {}
     distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
     local_theta = c.get("rope_local_base_freq", c["rope_theta"])
+    of_distant = c
+    if c["model_type"] == "gemma4_text":
+        _, head_dim = gemma4.global_sizes(c, layer_types, _positive_int)
+        of_distant = {**c, "head_dim": head_dim}
     return (
-        _rope(family, c, distant, c["rope_theta"], max_length),
+        _rope(family, of_distant, distant, c["rope_theta"], max_length),
         _rope(family, c, local, local_theta, max_length),
     )
 
@@ -403,7 +441,8 @@ def _rope(
             f"rope type {kind!r:.80} is not supported; supported: {', '.join(ROPE_KEYS)}"
         )
     partial = given.pop("partial_rotary_factor", c.get("partial_rotary_factor") or 1.0)
-    if "partial_rotary_factor" not in family.defaults and partial != 1.0:
+    reads_partial = kind == "proportional" or "partial_rotary_factor" in family.defaults
+    if not reads_partial and partial != 1.0:
         raise ValueError("partial_rotary_factor of the rope is not supported; supported: 1.0")
     unknown = sorted(given.keys() - KNOWN_ROPE_KEYS - family.rope_keys)
     if unknown:

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adpo_jax.model.model_config import ClampedGate
+
 # The keys of a config.json on top of the defaults of its family.
 Settings = Mapping[str, Any]
 
@@ -25,9 +27,16 @@ class Family:
       rotates: whether a layer has rotary embeddings.
       rope_by_kind: whether layers with a window have a rope of their own; `rope_parameters` then
         has one entry for each kind of layer.
+      kinds: the layer types that it may have; the second is that of layers of which `slides` is so.
+      scale_of_no_rope: the fields of `Rope` by which queries grow in layers without a rope.
       rope_keys: keys of the rope that this family reads besides those of its type.
       rope_types: other names of rope types in files of this family.
       passed_over: keys that are read nowhere though they may change training in transformers.
+      quantized: the `quant_method` of weights that are read, as bfloat16.
+      exported: keys that say what lies in a folder beside the model, or in what form, with their
+        values in an export; None leaves a key out.
+      further_layers: whether a folder may hold layers behind the last one, which predict further
+        tokens and are not read.
     """
 
     architecture: str
@@ -36,9 +45,14 @@ class Family:
     slides: Callable[[Settings, int], bool] = lambda c, layer: False
     rotates: Callable[[Settings, int], bool] = lambda c, layer: True
     rope_by_kind: bool = False
+    kinds: tuple[str, str] = ("full_attention", "sliding_attention")
+    scale_of_no_rope: Callable[[Settings], Mapping[str, Any]] = lambda c: {}
     rope_keys: frozenset[str] = frozenset()
     rope_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
     passed_over: frozenset[str] = frozenset()
+    quantized: str | None = None
+    exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    further_layers: bool = False
 
 
 SIZES = {
@@ -100,6 +114,14 @@ GEMMA = {
     "sliding_window": 4096,
     "layer_types": None,
 }
+# Of the mixture that `enable_moe_block` turns on.
+GEMMA4_EXPERTS = (
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+    "expert_intermediate_size",
+)
+GEMMA4_WITHOUT = {"query_pre_attn_scalar", "attention_bias"}
 GEMMA_TRAITS = {"norm_plus_one": True, "post_norms": True, "embed_scale": True}
 OLMO_TRAITS = {"pre_norms": False, "post_norms": True, "qk_norm_over_heads": True}
 
@@ -118,7 +140,7 @@ def _all_layers_slide_if_asked(c: Settings, layer: int) -> bool:
 
 
 def _listed_or_not_every_nth_rotates(c: Settings, layer: int) -> bool:
-    if c["no_rope_layers"] is not None:
+    if c["no_rope_layers"]:
         return bool(c["no_rope_layers"][layer])
     return (layer + 1) % c["no_rope_layer_interval"] != 0
 
@@ -204,6 +226,43 @@ FAMILIES: Mapping[str, Family] = {
         slides=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
         rope_by_kind=True,
     ),
+    # What it has besides is in `gemma4.py`.
+    "gemma4_text": Family(
+        "Gemma4ForCausalLM",
+        {
+            **{key: value for key, value in GEMMA.items() if key not in GEMMA4_WITHOUT},
+            # The published configs may leave these sizes to the defaults.
+            "vocab_size": 262_144,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 512,
+            "final_logit_softcapping": None,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1_000_000.0,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+            "global_head_dim": 512,
+            "num_global_key_value_heads": None,
+            "per_layer_config": None,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "use_bidirectional_attention": None,
+            "enable_moe_block": False,
+            **dict.fromkeys(GEMMA4_EXPERTS),
+        },
+        slides=lambda c, layer: (layer + 1) % 6 != 0,
+        rope_by_kind=True,
+    ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
         {
@@ -225,6 +284,50 @@ FAMILIES: Mapping[str, Family] = {
             and not _listed_or_not_every_nth_rotates(c, layer)
         ),
         rotates=_listed_or_not_every_nth_rotates,
+    ),
+    # What it has besides is in `llama4.py`.
+    "llama4_text": Family(
+        "Llama4ForCausalLM",
+        {
+            **{key: value for key, value in LLAMA.items() if key != "mlp_bias"},
+            "vocab_size": 202_048,
+            "hidden_size": 5120,
+            "intermediate_size": 8192,
+            "intermediate_size_mlp": 16_384,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "use_qk_norm": True,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "attention_chunk_size": 8192,
+            "layer_types": None,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+            "moe_layers": None,
+            "interleave_moe_layer_step": 1,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 1,
+        },
+        slides=lambda c, layer: (
+            c["attention_chunk_size"] is not None and _listed_or_not_every_nth_rotates(c, layer)
+        ),
+        rotates=_listed_or_not_every_nth_rotates,
+        kinds=("full_attention", "chunked_attention"),
+        scale_of_no_rope=lambda c: (
+            {
+                "query_beta": c["attn_scale"],
+                "query_length": c["floor_scale"],
+                "query_offset": 1,
+            }
+            if c["attn_temperature_tuning"]
+            else {}
+        ),
     ),
     "olmo2": Family("Olmo2ForCausalLM", OLMO, traits=lambda c: OLMO_TRAITS),
     "olmo3": Family(
@@ -358,9 +461,88 @@ FAMILIES: Mapping[str, Family] = {
         },
         traits=lambda c: {"qk_norm_over_heads": True},
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131_072,
+            # The original length of YaRN again, and the number of experts of a token.
+            "initial_context_length": None,
+            "experts_per_token": None,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "layer_types": None,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "quantization_config": None,
+        },
+        traits=lambda c: {
+            "attention_sinks": True,
+            "activation": ClampedGate(float(c["swiglu_alpha"]), float(c["swiglu_limit"])),
+        },
+        slides=lambda c, layer: layer % 2 == 0,
+        quantized="mxfp4",
+        exported={"quantization_config": None},
+    ),
+    # GLM-4.5 and its relatives.
+    "glm4_moe": Family(
+        "Glm4MoeForCausalLM",
+        {
+            **COMMON,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131_072,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": False,
+            "num_experts": None,
+            "num_local_experts": None,
+            "n_routed_experts": None,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+            "num_mtp_layers": 1,
+        },
+        traits=lambda c: {
+            "out_bias": False,
+            "qk_norm": bool(c["use_qk_norm"]),
+            "dense_layers": c["first_k_dense_replace"],
+        },
+        exported={"num_nextn_predict_layers": 0, "num_mtp_layers": None},
+        further_layers=True,
+    ),
 }
-# What transformers takes for the number of experts, under either of its two names.
-NUM_EXPERTS = {"qwen3_moe": 128, "qwen2_moe": 60, "mixtral": 8, "olmoe": 64}
+# What transformers takes for the number of experts, under any of its names.
+NUM_EXPERTS = {
+    "qwen3_moe": 128,
+    "qwen2_moe": 60,
+    "mixtral": 8,
+    "olmoe": 64,
+    "gpt_oss": 128,
+    "glm4_moe": 128,
+}
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
 NUMBERS = (
     "rms_norm_eps",
@@ -371,6 +553,10 @@ NUMBERS = (
     "logits_scaling",
     "residual_multiplier",
     "attention_multiplier",
+    "attn_scale",
+    "swiglu_alpha",
+    "swiglu_limit",
+    "routed_scaling_factor",
 )
 NUMBERS_OR_NULL = (
     "attn_logit_softcapping",
@@ -382,9 +568,10 @@ COUNTS = (
     "original_max_position_embeddings",
     "max_window_layers",
     "query_pre_attn_scalar",
+    "first_k_dense_replace",
 )
 # Counts that something is divided by.
-PERIODS = ("sliding_window_pattern", "no_rope_layer_interval")
+PERIODS = ("sliding_window_pattern", "no_rope_layer_interval", "floor_scale")
 SWITCHES = (
     "tie_word_embeddings",
     "attention_bias",
@@ -393,6 +580,11 @@ SWITCHES = (
     "use_sliding_window",
     "norm_topk_prob",
     "qkv_bias",
+    "attention_k_eq_v",
+    "use_qk_norm",
+    "attn_temperature_tuning",
+    "use_double_wide_mlp",
+    "enable_moe_block",
 )
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
@@ -409,6 +601,16 @@ LARGEST = {
     "num_experts_per_tok": 1 << 16,
     "moe_intermediate_size": 1 << 22,
     "shared_expert_intermediate_size": 1 << 22,
+    "intermediate_size_mlp": 1 << 22,
+    "attention_chunk_size": 1 << 30,
+    "floor_scale": 1 << 30,
+    "global_head_dim": 1 << 14,
+    "num_global_key_value_heads": 1 << 14,
+    "hidden_size_per_layer_input": 1 << 20,
+    "vocab_size_per_layer_input": 1 << 24,
+    "n_shared_experts": 1 << 10,
+    "n_group": 1 << 16,
+    "topk_group": 1 << 16,
 }
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
@@ -432,6 +634,8 @@ class Wrapper:
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), ties=True),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), ties=True),
+    "llama4": Wrapper("Llama4ForConditionalGeneration", ("llama4_text",), ties=False),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3", "ministral")),
 }
 SUPPORTED_MODEL_TYPES = (*FAMILIES, *WRAPPERS)

@@ -20,10 +20,10 @@ from jax.experimental import multihost_utils
 
 from adpo_jax.hf import weights
 from adpo_jax.hf.config import check_counts
-from adpo_jax.hf.families import WRAPPERS
+from adpo_jax.hf.families import FAMILIES, WRAPPERS
 from adpo_jax.hf.files import is_plain_name, read_json, size_of
 from adpo_jax.hf.safetensors_files import Checkpoint, read_header
-from adpo_jax.hf.tensors import VISION, WRAPPED_PREFIXES
+from adpo_jax.hf.tensors import VISION, WRAPPED_PREFIXES, layer_of
 from adpo_jax.model.model_config import ModelConfig
 
 # The files that a language model needs; a hub repository may have other formats beside them.
@@ -163,6 +163,8 @@ def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: 
     checkpoint = Checkpoint(weight_files(folder))
     if model_type in WRAPPERS:
         checkpoint.rename(WRAPPED_PREFIXES, drop=VISION)
+    if model_type in FAMILIES and FAMILIES[model_type].further_layers:
+        checkpoint.forget(lambda name: layer_of(name) >= config.num_layers)
     return weights.load(config, abstract_params, checkpoint)
 
 
@@ -188,8 +190,8 @@ def save_folder(
       ValueError: for a folder that is not empty, unless `overwrite`.
     """
     dtype = np.dtype(dtype)
-    config_json = {k: v for k, v in config_json.items() if k != "torch_dtype"}
-    config_json["dtype"] = dtype.name
+    exported = FAMILIES[config_json["model_type"]].exported | {"torch_dtype": None}
+    config_json = overridden(config_json, {**exported, "dtype": dtype.name})
     token_ids = {k: config_json[k] for k in TOKEN_IDS if config_json.get(k) is not None}
     generation_config = generation_config or {"_from_model_config": True, **token_ids}
     with new_folder(folder, overwrite=overwrite) as temporary:

@@ -28,6 +28,10 @@ def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | No
             f"config.json has num_experts_per_tok = {chosen}, more than its {num_experts} experts"
         )
     _refuse_layers_without(c)
+    if model_type == "gpt_oss":
+        return _gpt_oss(c, num_experts, chosen, count)
+    if model_type == "glm4_moe":
+        return _glm4_moe(c, num_experts, chosen, count)
     if model_type == "mixtral":
         return Mixture(num_experts, chosen, count(c, "intermediate_size"), block="block_sparse_moe")
     own_size = "moe_intermediate_size" if "moe_intermediate_size" in c else "intermediate_size"
@@ -42,15 +46,62 @@ def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | No
     )
 
 
-def _num_experts(model_type: str, c: Mapping[str, Any]) -> Any:
-    """The number of experts, which transformers writes under two names."""
-    given = [c[key] for key in ("num_experts", "num_local_experts") if c[key] is not None]
-    if len(given) == 2 and given[0] != given[1]:
+def _gpt_oss(c: Mapping[str, Any], num_experts: int, chosen: int, count: Count) -> Mixture:
+    again = c["experts_per_token"]
+    if again is not None and again != chosen:
         raise ValueError(
-            f"config.json has num_experts = {given[0]!r:.80} and num_local_experts = "
-            f"{given[1]!r:.80}; the two mean the same"
+            f"config.json has num_experts_per_tok = {chosen} and experts_per_token = "
+            f"{again!r:.80}; the two mean the same"
         )
-    return given[0] if given else NUM_EXPERTS[model_type]
+    return Mixture(
+        num_experts,
+        chosen,
+        count(c, "intermediate_size"),
+        router="softmax_of_chosen",
+        biases=True,
+        fused=True,
+    )
+
+
+def _glm4_moe(c: Mapping[str, Any], num_experts: int, chosen: int, count: Count) -> Mixture:
+    first, layers = c["first_k_dense_replace"], count(c, "num_hidden_layers")
+    if not isinstance(first, int) or first >= layers:
+        raise ValueError(
+            f"config.json needs first_k_dense_replace as an integer below its {layers} layers; "
+            f"given {first!r:.80}"
+        )
+    groups = count(c, "n_group")
+    if groups > 1 and num_experts < 2 * groups:
+        raise ValueError(
+            f"config.json has n_group = {groups} for {num_experts} experts; a group is chosen by "
+            "its two best experts, so it needs two"
+        )
+    size = count(c, "moe_intermediate_size")
+    return Mixture(
+        num_experts,
+        chosen,
+        size,
+        router="sigmoid",
+        normalised=bool(c["norm_topk_prob"]),
+        scale=float(c["routed_scaling_factor"]),
+        groups=groups,
+        chosen_groups=count(c, "topk_group"),
+        shared_size=count(c, "n_shared_experts") * size,
+    )
+
+
+def _num_experts(model_type: str, c: Mapping[str, Any]) -> Any:
+    """The number of experts, which transformers writes under several names."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    given = {key: c[key] for key in names if c.get(key) is not None}
+    (key, value), *others = given.items() if given else [("", NUM_EXPERTS[model_type])]
+    for other, again in others:
+        if again != value:
+            raise ValueError(
+                f"config.json has {key} = {value!r:.80} and {other} = {again!r:.80}; the two "
+                "mean the same"
+            )
+    return value
 
 
 def _refuse_layers_without(c: Mapping[str, Any]) -> None:

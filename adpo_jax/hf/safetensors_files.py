@@ -1,20 +1,21 @@
 """The tensors of safetensors files, by name, as views of the mapped files.
 
 The files are mapped, so that a slice of a tensor is all that is read from the disk. bf16 works too,
-which NumPy does not know by itself.
+which NumPy does not know by itself. Two tensors that are one in MXFP4 stand under its name.
 """
 
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from adpo_jax.hf import files
+from adpo_jax.hf import files, mxfp4
+from adpo_jax.hf.mxfp4 import Mxfp4
 
 DISK_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -100,6 +101,28 @@ class Checkpoint:
                     raise ValueError(f"{name} is both in {self._entries[name][0]} and in {path}")
                 self._entries[name] = (path, entry)
             self._maps[path] = np.memmap(path, np.uint8, mode="r")
+        self._join_packed()
+
+    def _join_packed(self) -> None:
+        """Puts the tensors in MXFP4 in place of those that hold their bytes."""
+        blocks, scales = mxfp4.SUFFIXES
+        names = {name.removesuffix(blocks) for name in self._entries if name.endswith(blocks)}
+        names = {
+            name
+            for name in names
+            if name not in self._entries
+            and all(self._is_bytes(name + suffix) for suffix in (blocks, scales))
+        }
+        for name in sorted(names):
+            parts = [self._entries.pop(name + suffix) for suffix in (blocks, scales)]
+            shapes = [entry["shape"] for _, entry in parts]
+            mxfp4.check(name, *shapes)
+            E, rows, n = shapes[1]
+            entry = {"dtype": "MXFP4", "shape": (E, mxfp4.BLOCK * n, rows), "parts": parts}
+            self._entries[name] = (parts[0][0], entry)
+
+    def _is_bytes(self, name: str) -> bool:
+        return name in self._entries and self._entries[name][1]["dtype"] == "U8"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -125,19 +148,28 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][1]["shape"]
 
-    def array(self, name: str) -> np.ndarray:
-        """A read-only view of the file.
+    def forget(self, drop: Callable[[str], bool]) -> None:
+        """Forgets the tensors of some names."""
+        self._entries = {name: e for name, e in self._entries.items() if not drop(name)}
+
+    def array(self, name: str) -> np.ndarray | Mxfp4:
+        """A read-only view of the file, or of two tensors in it.
 
         Raises:
           ValueError: for a dtype that is no float of 16 or 32 bits, or a broken entry.
         """
         path, entry = self._entries[name]
+        if "parts" in entry:
+            return Mxfp4.of(name, *(self._view(name, *part, np.uint8) for part in entry["parts"]))
         if entry["dtype"] not in DISK_DTYPES:
             raise ValueError(
                 f"{name} in {path} has dtype {entry['dtype']}; supported: "
                 f"{', '.join(DISK_DTYPES)}. Dequantise the checkpoint first."
             )
-        dtype = DISK_DTYPES[entry["dtype"]]
+        return self._view(name, path, entry, DISK_DTYPES[entry["dtype"]])
+
+    def _view(self, name: str, path: Path, entry: dict, dtype) -> np.ndarray:
+        dtype = np.dtype(dtype)
         start, end = entry["data_offsets"]
         if end - start != math.prod(entry["shape"]) * dtype.itemsize:
             raise ValueError(f"{name} in {path}: the header's shape and extent disagree")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +23,12 @@ WRAPPED_PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-VISION = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+VISION = re.compile(
+    r"^(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio|"
+    r"vision_model)\."
+)
+# What files of Gemma 4 hold of layers that take the keys and values of others.
+KEYS_AND_VALUES = re.compile(r"^model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +39,10 @@ class Leaf:
       path: its place in the tree.
       hf_names: its tensors; those of the experts of a layer stand side by side.
       stack: how many tensors there are along each leading axis: (), (layers,) or (layers, experts).
-      first_layer: the number of the first layer that has it.
+      layers: the numbers of the layers that have it.
       sizes: those of the letters of its axes.
-      start: where it begins on the first axis of its tensors, which it may share with others.
+      start: where it begins on the first axis of its tensors, which it may share with others; on
+        the last axis where it alternates with them.
       length: the size of that axis; None for its own.
     """
 
@@ -43,7 +50,7 @@ class Leaf:
     parameter: Parameter
     hf_names: tuple[str, ...]
     stack: tuple[int, ...]
-    first_layer: int
+    layers: Sequence[int]
     sizes: tuple[int, ...]
     start: int = 0
     length: int | None = None
@@ -73,11 +80,15 @@ class Leaf:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of a whole tensor on disk."""
+        if self.parameter.alternates and self.length is not None:
+            return (*self.part_shape[:-1], self.length)
         first, *others = self.part_shape
         return (first if self.length is None else self.length, *others)
 
-    def part(self, tensor: np.ndarray) -> np.ndarray:
-        """Its part of a tensor on disk."""
+    def part(self, tensor):
+        """Its part of a tensor on disk, an array or what is indexed like one."""
+        if self.parameter.alternates and self.length is not None:
+            return tensor[..., self.start :: self.length // self.part_shape[-1]]
         return tensor[self.start : self.start + self.part_shape[0]]
 
     @property
@@ -102,9 +113,23 @@ class Leaf:
         return tuple(np.argsort(order).tolist())
 
 
+def is_read_nowhere(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is one that a checkpoint may hold without a use."""
+    of_layer = KEYS_AND_VALUES.match(name)
+    layer = int(of_layer[1][:9]) if of_layer else config.num_layers
+    unused = layer < config.num_layers and not config.has_own_keys(layer)
+    return unused or bool(HARMLESS_TENSORS.search(name))
+
+
 def layer_tensor(layer: int, hf_name: str) -> str:
     """The whole name of a layer's tensor."""
     return f"model.layers.{layer}.{hf_name}"
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor is part of; -1 for none."""
+    found = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
 
 
 def leaves(config: ModelConfig, params) -> list[Leaf]:
@@ -116,7 +141,7 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
 
     def leaf(path, row, param):
         if path[0] != "layers":
-            return Leaf(path, row, (row.hf_name,), (), 0, tuple(param.shape))
+            return Leaf(path, row, (row.hf_name,), (), (), tuple(param.shape))
         L, *sizes = param.shape
         layers = row.layers_of(config)
         assert len(layers) == L, f"{path} has {L} layers, not {len(layers)}"
@@ -126,7 +151,7 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
             for layer in layers
             for expert in range(math.prod(experts))
         )
-        return Leaf(path, row, names, (L, *experts), layers[0], tuple(sizes))
+        return Leaf(path, row, names, (L, *experts), layers, tuple(sizes))
 
     held = parameters.by_path(params)
     rows = parameters.of_model(config)
@@ -147,10 +172,22 @@ def by_tensor(all_leaves: list[Leaf]) -> list[list[Leaf]]:
     return list(groups.values())
 
 
+def joined(parts: list[Leaf], arrays: list[np.ndarray]) -> np.ndarray:
+    """A tensor on disk from its parts, those of the leaves of one group."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if parts[0].parameter.alternates:
+        return np.stack(arrays, axis=-1).reshape(parts[0].hf_shape)
+    return np.concatenate(arrays)
+
+
 def _placed(parts: list[Leaf]) -> list[Leaf]:
     """The leaves of one group with their places on the first axis of their tensors."""
     if len(parts) == 1:
         return parts
+    if parts[0].parameter.alternates:
+        length = len(parts) * parts[0].part_shape[-1]
+        return [dataclasses.replace(p, start=i, length=length) for i, p in enumerate(parts)]
     ends = np.cumsum([part.part_shape[0] for part in parts]).tolist()
     return [
         dataclasses.replace(part, start=start, length=ends[-1])

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from adpo_jax.hf.safetensors_files import Checkpoint
-from adpo_jax.hf.tensors import HARMLESS_TENSORS, Leaf, by_tensor, leaves
+from adpo_jax.hf.tensors import Leaf, by_tensor, is_read_nowhere, joined, leaves
 from adpo_jax.model import lora, parameters
 from adpo_jax.model.model_config import ModelConfig
 
@@ -73,7 +73,7 @@ def _account_for_all(config: ModelConfig, all_leaves: list[Leaf], checkpoint: Ch
         name
         for name in checkpoint
         if name not in wanted
-        and not HARMLESS_TENSORS.search(name)
+        and not is_read_nowhere(config, name)
         and not (tied_copy and name == head)
     ]
     shapes = [
@@ -188,7 +188,7 @@ def save(
             gathered = [_gather(part, number, params, lora_scale, dtype) for part in parts]
             if jax.process_index() == 0:
                 arrays = list(map(np.asarray, gathered))
-                tensors[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+                tensors[name] = joined(parts, arrays)
         if jax.process_index() == 0:
             # transformers refuses a file that does not name its framework.
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
@@ -211,7 +211,7 @@ def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
     def place(tensor) -> float:
         (leaf, *_), number = tensor
         if leaf.stacked:
-            return leaf.first_layer + leaf.place(number)[0]
+            return leaf.layers[leaf.place(number)[0]]
         return -1 if leaf.path[0] == "embed" else math.inf
 
     tensors.sort(key=place)

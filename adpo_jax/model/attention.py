@@ -7,6 +7,7 @@ rotated and not yet scaled. A plain forward, a cached decode and a packed batch 
 Letters: B batch, T query tokens, S key tokens, H heads, K key/value heads, R = H / K, D head dim.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,12 +20,52 @@ GLOBAL_WINDOW = np.iinfo(np.int32).max
 MASKED = -1e30
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Where a layer's keys and values lie, in a model whose layers differ in their shapes.
+
+    Attributes:
+      kind: 0 for layers with a window, 1 for those without; each kind has a store of its own.
+      written: whether the layer has keys and values of its own. Else it reads those of an earlier
+        layer of its kind.
+    """
+
+    kind: int
+    written: bool
+
+
 class LayerInfo(NamedTuple):
     """What differs between the layers of a stack; outside of a layer, leaves have a layer axis."""
 
     index: jax.Array  # int32, 0 .. L-1
     window: jax.Array  # int32, how many tokens back a query sees, itself included
     rope: jax.Array  # int32, the number of its rope among the model's
+    place: jax.Array | None = None  # int32, of its keys in the store of its kind; None for `index`
+    store: Store | None = None  # None where all layers have one shape
+    chunk: jax.Array | None = None  # int32, a query sees that chunk of positions; None for all
+    # [H], the logit of a key without a value that every query of a head sees; None for none.
+    sinks: jax.Array | None = None
+
+    def of(self, which: Any, change: Callable[[Any], Any] = lambda x: x) -> "LayerInfo":
+        """That of one layer, or of a slice of layers, from that of all of them."""
+        return jax.tree.map(lambda leaf: change(leaf[which]), self)
+
+    def window_at(self, positions: jax.Array):
+        """How many tokens back queries at these positions see, in a shape that broadcasts."""
+        if self.chunk is None:
+            return self.window
+        return jnp.minimum(self.window, positions % self.chunk + 1)
+
+    @property
+    def at(self):
+        """The place of its keys and values in their store."""
+        return self.index if self.place is None else self.place
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has keys and values of its own."""
+        return self.store is None or self.store.written
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerInfo, Any], tuple[jax.Array, Any]]
@@ -38,11 +79,13 @@ def dot_product_attention(
     *,
     scale: float,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention, softmax in float32; every kernel is tested against this version.
 
     Args:
       visible_BTS: bool; a query that sees nothing gets a finite, meaningless mean of the values.
+      sinks: as in `LayerInfo`.
 
     Returns:
       [B, T, H, D] in the dtype of q.
@@ -54,8 +97,18 @@ def dot_product_attention(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(by_kv_head(sinks, K)[..., None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKD.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
     return jnp.einsum("bkrts,bskd->btkrd", weights, v_BSKD).reshape(B, T, H, D)
+
+
+def by_kv_head(sinks_H: jax.Array, num_kv_heads: int) -> jax.Array:
+    """Attention sinks [K, R] float32 of the heads that share each key/value head."""
+    return sinks_H.astype(jnp.float32).reshape(num_kv_heads, -1)
 
 
 class Tokens(NamedTuple):
@@ -104,7 +157,10 @@ def self_attention(
     queries, keys = Tokens(positions, segments).pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):
-        mask = visible(queries, keys, layer.window)
-        return dot_product_attention(q, k, v, mask, scale=scale, soft_cap=soft_cap), cache
+        mask = visible(queries, keys, layer.window_at(queries.positions))
+        out = dot_product_attention(
+            q, k, v, mask, scale=scale, soft_cap=soft_cap, sinks=layer.sinks
+        )
+        return out, cache
 
     return attend

@@ -94,7 +94,9 @@ def _sum_of_columns_as_product(x, weights):
 # --- decoding
 
 
-def decoding_params(params, *, lora_scale: float | None, join: bool) -> dict[str, Any]:
+def decoding_params(
+    params, config: ModelConfig, *, lora_scale: float | None, join: bool
+) -> dict[str, Any]:
     """Parameters in the form that a CPU decodes: layers are a tuple of trees in place of a stack.
 
     Args:
@@ -105,8 +107,7 @@ def decoding_params(params, *, lora_scale: float | None, join: bool) -> dict[str
         on a mesh, which splits each of them for itself.
     """
     layers = params["layers"]
-    L = len(layers["attn_norm"])
-    each = [parameters.layer_of(layers, L, i) for i in range(L)]
+    each = [parameters.layer_of(layers, config, i) for i in range(config.num_layers)]
     if lora_scale is not None:
         each = [merged_layer(layer, lora_scale) for layer in each]
     if not join:
@@ -168,7 +169,7 @@ def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rop
     rope_tables = tuple(map(kept, rope_tables))
     all_extras = []
     for i, params in enumerate(layers):
-        of_layer = LayerInfo(*(leaf[i].item() for leaf in info))
+        of_layer = info.of(i, int)
         carry, extras = run_layer(carry, params, of_layer, rope_tables)
         all_extras += [extras] if extras or i == len(layers) - 1 else []
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras)

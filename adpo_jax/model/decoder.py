@@ -12,6 +12,7 @@ the MLP, V vocabulary, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +22,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec, rule
-from adpo_jax.model import cpu, parameters
+from adpo_jax.model import cpu, parameters, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
-from adpo_jax.model.layers import gated, project, rms_norm
+from adpo_jax.model.layers import gated, project, rms_norm, unit_rms
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 
@@ -51,6 +52,10 @@ class LayerWeights:
     dtype: Any
     mesh: Mesh | None
     lora_scale: float
+
+    def has(self, name: str) -> bool:
+        """Whether this layer has a parameter of this name; joined ones count as one."""
+        return name in self.params or (name in ("q", "k", "v") and "qkv" in self.params)
 
     def dense(self, x: jax.Array, name: str) -> jax.Array:
         """x [B, T, *in] times a weight [*in, *out], plus its adapter's product and its bias."""
@@ -124,18 +129,50 @@ def attention(
 ):
     """Multi-head attention of x [B, T, D]; returns (out [B, T, D], cache)."""
     mesh, interleaved = weights.mesh, weights.config.rope_interleaved
-    q, k, v = weights.dense_each(x, "q", "k", "v")
+    if not layer.writes:
+        return _attention_to_shared_keys(weights, x, layer, rope_tables, cache, attend)
+    if weights.has("v"):
+        q, k, v = weights.dense_each(x, "q", "k", "v")
+    else:
+        q, k = weights.dense_each(x, "q", "k")
+        v = k
+    if weights.config.value_norm:
+        v = unit_rms(v, weights.config.norm_eps)
     q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
     q, k = weights.norm_over_heads(q, "q_norm_all"), weights.norm_over_heads(k, "k_norm_all")
-    cos, sin, *scales = (table[layer.rope] for table in rope_tables)
+    cos, sin, *scales = _tables_of(layer, rope_tables, q.shape[-1])
     q, k = (rope_lib.rotate(x, cos, sin, interleaved) for x in (q, k))
+    if weights.config.qk_unit_norm:
+        turns = [rope.kind != "none" for rope in weights.config.ropes]
+        is_normed = jnp.asarray(turns)[layer.rope]
+        q, k = (jnp.where(is_normed, unit_rms(x, weights.config.norm_eps), x) for x in (q, k))
     for scale in scales:
         q = (q * scale[..., None]).astype(q.dtype)
     q = constrain(q, mesh, "batch", "length", "heads", None)
     k = constrain(k, mesh, "batch", "length", "kv_heads", None)
     v = constrain(v, mesh, "batch", "length", "kv_heads", None)
+    if weights.config.attention_sinks:
+        layer = layer._replace(sinks=weights.params["sinks"])
     attended, cache = attend(q, k, v, layer, cache)
     return weights.dense(attended, "o"), cache
+
+
+def _attention_to_shared_keys(weights: LayerWeights, x, layer, rope_tables, cache, attend: Attend):
+    """`attention` of a layer without keys and values; `attend` has those of an earlier layer."""
+    q = weights.norm(weights.dense(x, "q"), "q_norm")
+    cos, sin = _tables_of(layer, rope_tables, q.shape[-1])
+    q = rope_lib.rotate(q, cos, sin, weights.config.rope_interleaved)
+    q = constrain(q, weights.mesh, "batch", "length", "heads", None)
+    attended, cache = attend(q, None, None, layer, cache)
+    return weights.dense(attended, "o"), cache
+
+
+def _tables_of(layer: LayerInfo, rope_tables, head_dim: int):
+    """The rope tables of a layer, whose heads may be narrower than those of others."""
+    cos, sin, *scales = (table[layer.rope] for table in rope_tables)
+    if cos.shape[-1] > head_dim // 2:
+        cos, sin = cos[..., : head_dim // 2], sin[..., : head_dim // 2]
+    return cos, sin, *scales
 
 
 def transformer_layer(
@@ -154,7 +191,41 @@ def transformer_layer(
     x = constrain(x, weights.mesh, "batch", "length", None)
     fed, extras = ffn(weights, weights.norm(x, "mlp_norm"), layer)
     x = x + weights.to_residual(fed, "mlp_post_norm")
+    if weights.has("per_layer_input"):
+        x = x + weights.norm(_from_per_layer_input(weights, x), "per_layer_post_norm")
+    if weights.has("layer_scalar"):
+        scalar = jax.lax.stop_gradient(weights.params["layer_scalar"]).astype(jnp.float32)
+        x = (x.astype(jnp.float32) * scalar).astype(x.dtype)
     return constrain(x, weights.mesh, "batch", "length", None), cache, extras
+
+
+def _from_per_layer_input(weights: LayerWeights, x: jax.Array) -> jax.Array:
+    """What the embeddings of this layer add to x [B, T, D]."""
+    own = weights.params["per_layer_input"]
+    opened = gated(weights.config.activation, weights.dense(x, "per_layer_gate"), own)
+    return weights.dense(opened, "per_layer_out")
+
+
+@jax.named_scope("embed")
+def per_layer_inputs(
+    config: ModelConfig, params, tokens: jax.Array, x: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+    """The embeddings of tokens for each layer, [L, B, T, P].
+
+    Half of them is looked up, the other half is made of the embeddings of the model.
+
+    Args:
+      tokens: [B, T] int32.
+      x: [B, T, D], their embeddings.
+    """
+    L, P = config.num_layers, config.per_layer_size
+    table = params["per_layer_embed"]
+    looked_up = lookup(table, tokens, x.dtype, mesh) * jnp.asarray(P**0.5, x.dtype)
+    made = project(x, params["per_layer_context"]) * jnp.asarray(config.hidden_size**-0.5, x.dtype)
+    made, looked_up = (y.reshape(*tokens.shape, L, P) for y in (made, looked_up))
+    made = rms_norm(made, params["per_layer_norm"], config.norm_eps, config.norm_plus_one)
+    both = jnp.moveaxis((made + looked_up) * jnp.asarray(0.5**0.5, x.dtype), 2, 0)
+    return constrain(both, mesh, None, "batch", "length", None)
 
 
 def decoder(
@@ -194,8 +265,13 @@ def decoder(
         ffn = MixtureFfn() if config.mixture else gated_mlp
     x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
     x = constrain(x, mesh, "batch", "length", None)
+    if config.shared_kv_layers:
+        attend = two_shapes.sharing_keys(attend)
+        cache = cache, two_shapes.no_keys_yet(config, tokens.shape, dtype, mesh)
 
     def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
+        if config.global_layers:
+            layer_params = parameters.plainly_named(layer_params)
         weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
         has_own_mlp = config.mixture and "experts_router" not in layer_params
         of_layer = gated_mlp if has_own_mlp else ffn
@@ -205,23 +281,51 @@ def decoder(
         return (x, cache), extras
 
     layers, info = params["layers"], config.layer_info
-    rope_tables = rope_lib.cos_sin(config.ropes, config.head_dim, positions)
+    rope_tables = rope_lib.cos_sin(config.ropes, config.rope_head_dims, positions)
     rope_tables += rope_lib.query_scales(config.ropes, positions)
+    of_layers = None
+    if config.per_layer_size:
+        of_layers = per_layer_inputs(config, params, tokens, x, mesh)
     if isinstance(layers, tuple):
-        (x, cache), extras = cpu.layer_by_layer(run_layer, (x, cache), layers, info, rope_tables)
+        if of_layers is not None:
+            layers = tuple(p | {"per_layer_input": y} for p, y in zip(layers, of_layers))
+
+        def run_one(carry, layer_params, layer: LayerInfo, rope_tables):
+            layer = layer._replace(store=config.stores[layer.index])
+            return run_layer(carry, layer_params, layer, rope_tables)
+
+        (x, cache), extras = cpu.layer_by_layer(run_one, (x, cache), layers, info, rope_tables)
+    elif config.global_layers:
+        (x, cache), extras = two_shapes.scan_periods(
+            config,
+            lambda *layer: run_layer(*layer, rope_tables),
+            (x, cache),
+            layers,
+            info,
+            of_layers,
+            functools.partial(_recomputed, remat=remat),
+        )
     else:
 
         def run(carry, params_and_info):
             return run_layer(carry, *params_and_info, rope_tables)
 
-        if remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        for part in parameters.runs_of_layers(config):
-            of_part = parameters.layers_of(layers, config.num_layers, part)
-            of_info = [jnp.asarray(x[part.start : part.stop]) for x in info]
-            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, LayerInfo(*of_info)))
+        run = _recomputed(run, remat)
+        for part, _ in parameters.runs_of_layers(config):
+            of_part = parameters.layers_of(layers, config, part)
+            of_info = info.of(slice(part.start, part.stop), jnp.asarray)
+            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, of_info))
+    if config.shared_kv_layers:
+        cache, _ = cache
     x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
     return x, cache, extras
+
+
+def _recomputed(run: Callable, remat: str) -> Callable:
+    """A layer of which the backward pass recomputes what `remat` says."""
+    if remat == "none":
+        return run
+    return jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 @jax.named_scope("embed")
@@ -229,13 +333,17 @@ def embed_tokens(
     config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None
 ) -> jax.Array:
     """Embeddings [B, T, D] of tokens [B, T]."""
-    if mesh is not None and mesh.size > 1:
-        x = _split_lookup(embed, tokens, dtype, mesh)
-    else:
-        x = jnp.take(embed, tokens, axis=0).astype(dtype)
+    x = lookup(embed, tokens, dtype, mesh)
     if config.embed_multiplier != 1.0:
         x = (x.astype(jnp.float32) * config.embed_multiplier).astype(dtype)
     return x * jnp.asarray(config.hidden_size**0.5, dtype) if config.embed_scale else x
+
+
+def lookup(table: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None) -> jax.Array:
+    """The rows [B, T, D] of a table [V, D], split as that of the embeddings is."""
+    if mesh is not None and mesh.size > 1:
+        return _split_lookup(table, tokens, dtype, mesh)
+    return jnp.take(table, tokens, axis=0).astype(dtype)
 
 
 def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax.Array:

@@ -126,6 +126,44 @@ def outer_by_blocks(x_SD, g_SF, sizes_E):
 # --- with a gradient
 
 
+def biased(y_SF, b_EF, like_EF, sizes_E) -> jax.Array:
+    """Rows plus the vector of their group; rows behind the last group stay as they are.
+
+    The gradient of the vectors is summed in float32.
+
+    Args:
+      b_EF: in any dtype; its gradient has the same one.
+      like_EF: float32 of the shape of b, which gets the gradient instead; None for none.
+    """
+    if like_EF is not None:
+        b_EF = jax.lax.stop_gradient(b_EF).astype(jnp.float32) + like_EF
+    return _biased(y_SF, b_EF, sizes_E)
+
+
+def _groups_of(num_rows: int, sizes_E) -> jax.Array:
+    """Whether each row is in each group, [S, E] bool."""
+    rows_S1, ends_E = jnp.arange(num_rows)[:, None], jnp.cumsum(sizes_E)
+    return (rows_S1 < ends_E) & (rows_S1 >= ends_E - sizes_E)
+
+
+@jax.custom_vjp
+def _biased(y_SF, b_EF, sizes_E):
+    held_SE = _groups_of(len(y_SF), sizes_E)
+    rows = b_EF.astype(y_SF.dtype)[jnp.argmax(held_SE, axis=1)]
+    return y_SF + jnp.where(jnp.any(held_SE, axis=1)[:, None], rows, jnp.zeros((), y_SF.dtype))
+
+
+def _biased_backward(residuals, g_SF):
+    b_EF, sizes_E = residuals
+    # A product, since a scatter is slow on every device.
+    held_SE = _groups_of(len(g_SF), sizes_E).astype(g_SF.dtype)
+    d_b = jnp.einsum("se,sf->ef", held_SE, g_SF, preferred_element_type=jnp.float32)
+    return g_SF, d_b.astype(b_EF.dtype), None
+
+
+_biased.defvjp(lambda y, b, sizes: (_biased(y, b, sizes), (b, sizes)), _biased_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(gather: tuple[str, int] | None, x_SD, w_EDF, like_EDF, sizes_E) -> jax.Array:
     """Rows times the matrix of their group, in the dtype of x; differentiable by rows and matrices.

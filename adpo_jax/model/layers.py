@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from adpo_jax.model.cpu import made, sum_of_columns, sum_of_rows
-from adpo_jax.model.model_config import ACTIVATIONS
+from adpo_jax.model.model_config import ACTIVATIONS, ClampedGate
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -29,6 +29,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, plus_one: bool) -> jax
     """
     x32 = x.astype(jnp.float32)
     return (x32 * _inverse_rms(x32, eps) * _norm_scale(weight, plus_one)).astype(x.dtype)
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """`rms_norm` of x without a weight."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * _inverse_rms(x32, eps)).astype(x.dtype)
 
 
 def _inverse_rms(x32, eps):
@@ -86,13 +92,17 @@ _product.defvjp(lambda x, weight: (_product(x, weight), (x, weight)), _product_b
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+def gated(activation: str | ClampedGate, gate: jax.Array, up: jax.Array) -> jax.Array:
     """activation(gate) * up; the backward pass needs the two arguments alone."""
+    if isinstance(activation, ClampedGate):
+        return activation(gate, up)
     return ACTIVATIONS[activation](gate) * up
 
 
 def _gated_backward(activation, residuals, g):
     gate, up = residuals
+    if isinstance(activation, ClampedGate):
+        return jax.vjp(activation, gate, up)[1](g)
     activated, slope = jax.vjp(ACTIVATIONS[activation], gate)
     return slope(g * up)[0], g * activated
 

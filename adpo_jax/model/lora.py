@@ -61,9 +61,18 @@ class Lora:
         """These adapters on the weights that a model has.
 
         Raises:
-          ValueError: when it has none of them.
+          ValueError: when it has none of them, or one that is named cannot have an adapter in this
+            model.
         """
         held = parameters.adaptable(config)
+        if set(self.targets) < parameters.adaptable().keys():
+            without = [n for n in self.targets if n not in held and parameters.has(config, n)]
+            if without:
+                raise ValueError(
+                    f"LoRA has no adapters for the experts of this model ({hf_names(without)}), "
+                    "of which one tensor holds all of a layer; give some of "
+                    f"{hf_names(held)}, or {ALL_TARGETS}, which means these"
+                )
         targets = tuple(name for name in self.targets if name in held)
         if not targets:
             raise ValueError(

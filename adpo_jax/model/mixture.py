@@ -29,10 +29,11 @@ from adpo_jax.devices import sharding
 from adpo_jax.model import grouped, parameters
 from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.layers import gated
-from adpo_jax.model.model_config import Mixture
+from adpo_jax.model.model_config import ClampedGate, Mixture
 
 # The places that a round of an exchange has, over those that an even choice of experts needs.
 ROOM = 1.25
+DOWN_BIAS = "experts_down_bias"
 ROUTED = "router/experts"
 LOAD = "router/load"
 PROBABILITY = "router/probability"
@@ -150,6 +151,8 @@ class MixtureFfn:
         logits = jnp.einsum(
             "btd,de->bte", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST
         )
+        if weights.config.mixture.biases:
+            logits = logits + weights.params["experts_router_bias"].astype(jnp.float32)
         given = {"logits": logits} | ({} if forced is None else {"forced": forced})
         bias = weights.params.get("experts_bias")
 
@@ -199,7 +202,7 @@ class _Experts:
       everywhere: all axes of the mesh.
     """
 
-    activation: str
+    activation: str | ClampedGate
     scale: float
     gathers: tuple[tuple[str, tuple[str, int]], ...] = ()
     tensor: str = ""
@@ -220,7 +223,17 @@ class _Experts:
             a, b = parameters.adapter_names(name)
             if a in params:
                 y = y + by(self.scale * by(x, a), b)
-            return checkpoint_name(y, "projection")
+            return with_bias(checkpoint_name(y, "projection"), f"{name}_bias")
+
+        def with_bias(y, name):
+            if name not in params:
+                return y
+            added = params[name], None if likes is None else likes[name]
+            if self.tensor and name == DOWN_BIAS:
+                # The results of the devices along this axis are summed.
+                first = jax.lax.axis_index(self.tensor) == 0
+                added = jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), added)
+            return grouped.biased(y, *added, sizes_E)
 
         hidden = gated(self.activation, product(x_SD, "experts_gate"), product(x_SD, "experts_up"))
         y_SD = product(hidden, "experts_down")
@@ -263,7 +276,8 @@ def sorted_by(ids_S: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, 
 def _experts(weights, x_BTD, experts_BTk, routing: Routing) -> jax.Array:
     """The weighted sum of what the experts of each token make of it."""
     names = [n for base in ("experts_gate", "experts_up", "experts_down")
-             for n in (base, *parameters.adapter_names(base)) if n in weights.params]  # fmt: skip
+             for n in (base, f"{base}_bias", *parameters.adapter_names(base))
+             if n in weights.params]  # fmt: skip
     params = {name: weights.params[name] for name in names}
     args = (params, x_BTD, experts_BTk, routing.weights)
     plain = _Experts(weights.config.activation, weights.lora_scale)

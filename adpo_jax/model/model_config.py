@@ -1,11 +1,13 @@
 """The architecture of a decoder as data: everything that differs between families of models."""
 
+import collections
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
+from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo, Store
 from adpo_jax.model.rope import Rope
 
 ACTIVATIONS = {
@@ -13,6 +15,26 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedGate:
+    """An activation of two arguments: (up + 1) * gate * sigmoid(alpha * gate), of clamped ones.
+
+    Attributes:
+      alpha: how steep the sigmoid is.
+      limit: gate is at most this, and up at most this on either side of 0.
+
+    Source: https://github.com/openai/gpt-oss, `swiglu` of its torch model.
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
 
 
 ROUTERS = ("softmax", "softmax_of_chosen", "sigmoid")
@@ -35,8 +57,11 @@ class Mixture:
         `chosen_groups` of them.
       shared_size: hidden width of the expert that every token goes through; 0 for none.
       shared_gate: whether a gate of each token weights the shared expert.
+      biases: whether router and experts have biases (gpt-oss).
       block: the module of a checkpoint that holds the mixture: "mlp", or "block_sparse_moe", whose
         experts have w1, w3 and w2 (Mixtral).
+      fused: whether, on disk, one tensor holds a matrix of all experts of a layer, in which the
+        outputs of gate and up alternate (gpt-oss).
     """
 
     num_experts: int
@@ -49,7 +74,9 @@ class Mixture:
     chosen_groups: int = 1
     shared_size: int = 0
     shared_gate: bool = False
+    biases: bool = False
     block: str = "mlp"
+    fused: bool = False
 
     def __post_init__(self):
         if self.router not in ROUTERS:
@@ -68,6 +95,21 @@ class Mixture:
                 f"{self.chosen_groups} groups of {self.num_experts // self.groups} experts do not "
                 f"hold the {self.chosen} experts of a token"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalLayers:
+    """The attention of layers without a window, where it has other shapes (Gemma 4).
+
+    Attributes:
+      num_kv_heads, head_dim: as of `ModelConfig`, which are those of layers with a window.
+      own_values: whether they have weights for values; else keys, before their norm and their
+        rotation, are the values too.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    own_values: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +136,28 @@ class ModelConfig:
       residual_multiplier: multiplies what attention and MLP add to the hidden states (Granite).
       logit_divisor: divides the logits (Granite).
       attention_scale: multiplies q k^T; usually head_dim ** -0.5.
+      activation: one of `ACTIVATIONS`, applied to the gate alone, or a `ClampedGate` (gpt-oss).
+      attention_sinks: whether each head has a learned logit in the denominator of its softmax, as
+        of a key without a value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453).
       intermediate_size: hidden width of the dense MLP, of layers that have one.
       mixture: the mixture of experts of the layers; None where they have an MLP.
       dense_layers: how many layers at the start have an MLP all the same (GLM).
+      global_layers: what layers without a window have otherwise than those with one; None where all
+        layers have one shape.
+      shared_kv_layers: how many layers at the end have no keys and values of their own, but those
+        of the last layer of their kind before (Gemma 4).
+      shared_mlp_size: hidden width of the MLP of those layers; 0 for `intermediate_size`.
+      value_norm: whether the values of each head have a norm, without a weight (Gemma 4).
+      per_layer_size: width of the embedding that every token has for each layer; 0 for none
+        (Gemma 4 E2B and E4B).
+      per_layer_vocab_size: rows of the table of these embeddings.
+      chunks: for each layer, how many positions a chunk has, where queries see their chunk alone;
+        None for no chunks, () for no chunks in any layer (Llama 4).
+      qk_unit_norm: whether queries and keys of layers with a rotation have a norm after it, without
+        a weight (Llama 4).
+      mlp_module: the module of a checkpoint that holds the MLP.
+      layer_scalar: whether the result of each layer is multiplied by a number of the checkpoint,
+        which is not trained (Gemma 4).
     """
 
     vocab_size: int
@@ -110,7 +171,7 @@ class ModelConfig:
     ropes: tuple[Rope, ...]
     layer_ropes: tuple[int, ...]
     attention_scale: float
-    activation: str = "silu"
+    activation: str | ClampedGate = "silu"
     norm_eps: float = 1e-6
     norm_plus_one: bool = False
     pre_norms: bool = True
@@ -128,15 +189,26 @@ class ModelConfig:
     rope_interleaved: bool = False
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    attention_sinks: bool = False
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     mixture: Mixture | None = None
     dense_layers: int = 0
+    global_layers: GlobalLayers | None = None
+    shared_kv_layers: int = 0
+    shared_mlp_size: int = 0
+    value_norm: bool = False
+    per_layer_size: int = 0
+    per_layer_vocab_size: int = 0
+    layer_scalar: bool = False
+    chunks: tuple[int | None, ...] = ()
+    qk_unit_norm: bool = False
+    mlp_module: str = "mlp"
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, ClampedGate) and self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -144,6 +216,12 @@ class ModelConfig:
             )
         if not len(self.windows) == len(self.layer_ropes) == self.num_layers:
             raise ValueError("windows and layer_ropes need one entry a layer")
+        if self.global_layers and self.num_heads % self.global_layers.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of the {self.global_layers} "
+                "layers' num_kv_heads"
+            )
+        assert self.global_layers or not self.shared_kv_layers
 
     @property
     def one(self) -> int:
@@ -156,10 +234,68 @@ class ModelConfig:
         return self.num_layers - self.dense_layers if self.mixture else 0
 
     @property
+    def per_layer_width(self) -> int:
+        """The width of a token's embeddings for all layers."""
+        return self.num_layers * self.per_layer_size
+
+    @property
     def layer_info(self) -> LayerInfo:
-        windows = [GLOBAL_WINDOW if w is None else w for w in self.windows]
+        """That of all layers, arrays [L]; `stores` has the rest."""
+        windows, chunks = (
+            [GLOBAL_WINDOW if size is None else size for size in sizes]
+            for sizes in (self.windows, self.chunks)
+        )
         return LayerInfo(
             index=np.arange(self.num_layers, dtype=np.int32),
             window=np.array(windows, np.int32),
             rope=np.array(self.layer_ropes, np.int32),
+            place=np.array(self._places, np.int32) if self.global_layers else None,
+            chunk=np.array(chunks, np.int32) if chunks else None,
         )
+
+    # --- layers of two shapes
+
+    def is_global(self, layer: int) -> bool:
+        """Whether a layer has the shapes of `global_layers`."""
+        return self.global_layers is not None and self.windows[layer] is None
+
+    def has_own_keys(self, layer: int) -> bool:
+        """Whether a layer has keys and values of its own."""
+        return layer < self.num_layers - self.shared_kv_layers
+
+    @property
+    def stores(self) -> tuple[Store | None, ...]:
+        """Where the keys and values of each layer lie; None where all layers have one shape."""
+        if not self.global_layers:
+            return (None,) * self.num_layers
+        each = range(self.num_layers)
+        return tuple(Store(int(self.is_global(i)), self.has_own_keys(i)) for i in each)
+
+    @property
+    def _places(self) -> list[int]:
+        """The place of each layer's keys and values among those of its kind."""
+        counts, places = [0, 0], []
+        for store in self.stores:
+            counts[store.kind] += store.written
+            places.append(counts[store.kind] - 1)
+        return places
+
+    @property
+    def kinds(self) -> tuple[tuple[int, int, int], ...]:
+        """(layers with keys of their own, num_kv_heads, head_dim) of each kind of layer."""
+        if not self.global_layers:
+            return ((self.num_layers, self.num_kv_heads, self.head_dim),)
+        counts = collections.Counter(store.kind for store in self.stores if store.written)
+        other = self.global_layers
+        return (
+            (counts[0], self.num_kv_heads, self.head_dim),
+            (counts[1], other.num_kv_heads, other.head_dim),
+        )
+
+    @property
+    def rope_head_dims(self) -> tuple[int, ...]:
+        """The head dimension of the layers that have each rope."""
+        dims = [self.head_dim] * len(self.ropes)
+        for layer, rope in enumerate(self.layer_ropes):
+            dims[rope] = self.global_layers.head_dim if self.is_global(layer) else self.head_dim
+        return tuple(dims)

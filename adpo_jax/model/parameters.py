@@ -7,14 +7,16 @@ joins (`cpu`). A new parameter is a row here and a line in the function that use
 
 Letters, the axes of a parameter: V vocabulary, D model width, d model width of a vector, H heads, K
 key/value heads, h head dimension, F width of the MLP, R rank of an adapter, E experts, f width of
-an expert, S width of the shared expert, 1 a single number. Parameters of a layer have a leading
-axis of the layers, which the rows leave out.
+an expert, S width of the shared expert, 1 a single number; of layers without a window where they
+differ, G key/value heads, g head dimension; W width of the MLP of layers that share keys; of the
+embeddings for each layer, U vocabulary, P width (p of a vector), Q width of all layers (q not
+split). Parameters of a layer have a leading axis of the layers, which the rows leave out.
 """
 
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -43,6 +45,14 @@ AXES = {
     "f": Axis("mixture.expert_size", "mlp"),
     "S": Axis("mixture.shared_size", "mlp"),
     "1": Axis("one", None),
+    "G": Axis("global_layers.num_kv_heads", "kv_heads"),
+    "g": Axis("global_layers.head_dim", "head_dim"),
+    "W": Axis("shared_mlp_size", "mlp"),
+    "U": Axis("per_layer_vocab_size", "vocab"),
+    "P": Axis("per_layer_size", "mlp"),
+    "p": Axis("per_layer_size", "norm"),
+    "Q": Axis("per_layer_width", "embed"),
+    "q": Axis("per_layer_width", None),
 }
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
@@ -54,6 +64,10 @@ def _normal(config: ModelConfig) -> Initializer:
 
 def _zeros(config: ModelConfig) -> Initializer:
     return nn.initializers.zeros
+
+
+def _ones(config: ModelConfig) -> Initializer:
+    return nn.initializers.ones
 
 
 def _identity(config: ModelConfig) -> Initializer:
@@ -73,7 +87,9 @@ class Parameter:
         number of the expert, if each has a tensor of its own.
       hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D]. The first letter is E, the
         number in the name, where each expert has a tensor of its own.
-      when: whether a model has it. Rows of one name differ in this and in `hf_name` alone.
+      alternates: whether the rows that have one tensor take turns along its last axis instead.
+      when: whether a model has it. Rows of one name differ in this, in their form on disk and in
+        whether they may have an adapter.
       init: how random weights are drawn; None for adapters, which `Lora.init` draws.
       decays: whether weight decay applies.
       wide: whether decoding leaves it in the dtype of the parameters, since the arithmetic with it
@@ -83,6 +99,10 @@ class Parameter:
       joined: the name of the matrix that `cpu` makes of this parameter and the others with the same
         input; "" for none.
       layers: the layers that have it: "all", or those with an MLP ("mlp") or a mixture ("mixture").
+        Where layers without a window have other shapes, "local" are those with one and "global"
+        those without; "local_kv" and "global_kv" are those of them that have keys of their own.
+        "shared" are the layers without. Where a layer has a row of a wider MLP or of the global
+        layers, its name is that of the plain row behind a prefix of `PREFIXES`.
     """
 
     name: str
@@ -96,6 +116,7 @@ class Parameter:
     adapter_inputs: int = 0
     joined: str = ""
     layers: str = "all"
+    alternates: bool = False
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, without the layer axis."""
@@ -115,13 +136,21 @@ class Parameter:
         """Whether each expert has a tensor of its own on disk."""
         return "{}" in self.hf_name
 
-    def layers_of(self, config: ModelConfig) -> range:
+    def layers_of(self, config: ModelConfig) -> Sequence[int]:
         """The numbers of the layers that have it."""
         first, last = 0, config.num_layers
         if self.layers == "mlp" and config.mixture:
             last = config.dense_layers
+        elif self.layers == "mlp" and config.shared_mlp_size:
+            last -= config.shared_kv_layers
         elif self.layers == "mixture":
             first = config.dense_layers
+        elif self.layers == "shared":
+            first = last - config.shared_kv_layers
+        elif self.layers.startswith(("local", "global")) and config.global_layers:
+            last -= config.shared_kv_layers if self.layers.endswith("_kv") else 0
+            is_global = self.layers.startswith("global")
+            return tuple(i for i in range(last) if config.is_global(i) == is_global)
         return range(first, last)
 
     @property
@@ -189,9 +218,45 @@ def _has_mlp(config: ModelConfig) -> bool:
     return config.mixture is None or config.dense_layers > 0
 
 
+def _global(name: str, make: Callable[..., Parameter], *row, **settings) -> Parameter:
+    """The row of the layers without a window for a parameter of the others."""
+    when = settings.pop("when", _always)
+    settings = {"layers": "global", **settings}
+    return make(
+        f"global_{name}", *row, when=lambda c: c.global_layers is not None and when(c), **settings
+    )
+
+
+def _always(config: ModelConfig) -> bool:
+    return True
+
+
+def _wide(name: str, axes: str, hf_name: str, hf_axes: str) -> Parameter:
+    """A row of the MLP of layers that share keys, where it is wider than that of others."""
+    return Parameter(
+        f"wide_{name}",
+        axes,
+        hf_name,
+        hf_axes,
+        when=lambda c: c.shared_mlp_size > 0,
+        adapter_inputs=1,
+        layers="shared",
+    )
+
+
+def _per_layer(config: ModelConfig) -> bool:
+    return config.per_layer_size > 0
+
+
+_LOCAL: dict[str, Any] = {"layers": "local"}
+_LOCAL_KV: dict[str, Any] = {"layers": "local_kv"}
 _MLP: dict[str, Any] = {"when": _has_mlp, "layers": "mlp"}
 _FUSED_GATE = _MLP | {"when": lambda c: _has_mlp(c) and c.fused_gate_up}
-_SEPARATE_GATE = _MLP | {"when": lambda c: _has_mlp(c) and not c.fused_gate_up}
+_SEPARATE_GATE = _MLP | {
+    "when": lambda c: _has_mlp(c) and not c.fused_gate_up and c.mlp_module == "mlp"
+}
+_PLAIN_DOWN = _MLP | {"when": lambda c: _has_mlp(c) and c.mlp_module == "mlp"}
+_FEED_FORWARD = _MLP | {"when": lambda c: _has_mlp(c) and c.mlp_module == "feed_forward"}
 
 
 def _mixture(has: Callable[[Any], Any] = lambda mixture: True) -> Callable[[ModelConfig], bool]:
@@ -199,35 +264,57 @@ def _mixture(has: Callable[[Any], Any] = lambda mixture: True) -> Callable[[Mode
     return lambda config: config.mixture is not None and bool(has(config.mixture))
 
 
-_EXPERTS = _mixture(lambda m: m.block == "mlp")
+_EXPERTS = _mixture(lambda m: m.block == "mlp" and not m.fused)
+_FUSED_EXPERTS = _mixture(lambda m: m.fused)
+_EXPERT_BIASES = _mixture(lambda m: m.biases)
 _MIXTRAL = _mixture(lambda m: m.block == "block_sparse_moe")
 _SHARED = _mixture(lambda m: m.shared_size and m.shared_gate)
 _SHARED_PLAIN = _mixture(lambda m: m.shared_size and not m.shared_gate)
 
+
+_EXPERT_BIAS: dict[str, Any] = {"init": _zeros, "decays": False}
+_ALTERNATING_BIAS = _EXPERT_BIAS | {"alternates": True}
 
 # The order of the rows is part of a seed's meaning: flax counts a parameter's key by its place.
 TOP = (
     Parameter("embed", "VD", "model.embed_tokens.weight", "V D"),
     _norm("final_norm", "d", "model.norm.weight"),
     Parameter("head", "DV", "lm_head.weight", "V D", when=lambda c: not c.tie_embeddings),
+    Parameter(
+        "per_layer_embed", "UQ", "model.embed_tokens_per_layer.weight", "U Q", when=_per_layer
+    ),
+    Parameter(
+        "per_layer_context", "Dq", "model.per_layer_model_projection.weight", "q D", when=_per_layer
+    ),
+    _norm("per_layer_norm", "p", "model.per_layer_projection_norm.weight", when=_per_layer),
 )
 LAYER = (
     _norm("attn_norm", "d", "input_layernorm.weight", when=lambda c: c.pre_norms),
-    _input("q", "DHh", "self_attn.q_proj", "Hh D", joined="qkv", when=_separate_qkv),
-    _input("k", "DKh", "self_attn.k_proj", "Kh D", joined="qkv", when=_separate_qkv),
-    _input("v", "DKh", "self_attn.v_proj", "Kh D", joined="qkv", when=_separate_qkv),
+    _input("q", "DHh", "self_attn.q_proj", "Hh D", joined="qkv", when=_separate_qkv, **_LOCAL),
+    _input("k", "DKh", "self_attn.k_proj", "Kh D", joined="qkv", when=_separate_qkv, **_LOCAL_KV),
+    _input("v", "DKh", "self_attn.v_proj", "Kh D", joined="qkv", when=_separate_qkv, **_LOCAL_KV),
     # Rows with one tensor are its parts, in this order.
-    _input("q", "DHh", "self_attn.qkv_proj", "Hh D", joined="qkv", when=_fused_qkv),
-    _input("k", "DKh", "self_attn.qkv_proj", "Kh D", joined="qkv", when=_fused_qkv),
-    _input("v", "DKh", "self_attn.qkv_proj", "Kh D", joined="qkv", when=_fused_qkv),
+    _input("q", "DHh", "self_attn.qkv_proj", "Hh D", joined="qkv", when=_fused_qkv, **_LOCAL),
+    _input("k", "DKh", "self_attn.qkv_proj", "Kh D", joined="qkv", when=_fused_qkv, **_LOCAL_KV),
+    _input("v", "DKh", "self_attn.qkv_proj", "Kh D", joined="qkv", when=_fused_qkv, **_LOCAL_KV),
     _bias("q_bias", "Hh", "self_attn.q_proj.bias", when=lambda c: c.qkv_bias),
     _bias("k_bias", "Kh", "self_attn.k_proj.bias", when=lambda c: c.qkv_bias),
     _bias("v_bias", "Kh", "self_attn.v_proj.bias", when=lambda c: c.qkv_bias),
-    _norm("q_norm", "h", "self_attn.q_norm.weight", when=lambda c: c.qk_norm),
-    _norm("k_norm", "h", "self_attn.k_norm.weight", when=lambda c: c.qk_norm),
+    _norm("q_norm", "h", "self_attn.q_norm.weight", when=lambda c: c.qk_norm, **_LOCAL),
+    _norm("k_norm", "h", "self_attn.k_norm.weight", when=lambda c: c.qk_norm, **_LOCAL_KV),
     _norm("q_norm_all", "Hh", "self_attn.q_norm.weight", when=lambda c: c.qk_norm_over_heads),
     _norm("k_norm_all", "Kh", "self_attn.k_norm.weight", when=lambda c: c.qk_norm_over_heads),
-    Parameter("o", "HhD", "self_attn.o_proj.weight", "D Hh", adapter_inputs=2),
+    # A logit each, and the softmax is float32.
+    Parameter(
+        "sinks",
+        "H",
+        "self_attn.sinks",
+        "H",
+        when=lambda c: c.attention_sinks,
+        decays=False,
+        wide=True,
+    ),
+    Parameter("o", "HhD", "self_attn.o_proj.weight", "D Hh", adapter_inputs=2, **_LOCAL),
     _bias("o_bias", "d", "self_attn.o_proj.bias", when=lambda c: c.out_bias),
     # Some models have a norm on either side of attention and MLP, so a name has several places.
     _norm("attn_post_norm", "d", "post_attention_layernorm.weight", when=_post_norms),
@@ -246,17 +333,32 @@ LAYER = (
     ),
     _input("gate", "DF", "mlp.gate_proj", "F D", joined="gate_up", **_SEPARATE_GATE),
     _input("up", "DF", "mlp.up_proj", "F D", joined="gate_up", **_SEPARATE_GATE),
+    _input("gate", "DF", "feed_forward.gate_proj", "F D", joined="gate_up", **_FEED_FORWARD),
+    _input("up", "DF", "feed_forward.up_proj", "F D", joined="gate_up", **_FEED_FORWARD),
     _input("gate", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", **_FUSED_GATE),
     _input("up", "DF", "mlp.gate_up_proj", "F D", joined="gate_up", **_FUSED_GATE),
     _bias("gate_bias", "F", "mlp.gate_proj.bias", when=lambda c: c.mlp_bias),
     _bias("up_bias", "F", "mlp.up_proj.bias", when=lambda c: c.mlp_bias),
-    Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1, **_MLP),
+    Parameter("down", "FD", "mlp.down_proj.weight", "D F", adapter_inputs=1, **_PLAIN_DOWN),
+    Parameter(
+        "down", "FD", "feed_forward.down_proj.weight", "D F", adapter_inputs=1, **_FEED_FORWARD
+    ),
     _bias("down_bias", "d", "mlp.down_proj.bias", when=lambda c: c.mlp_bias),
     _norm("mlp_post_norm", "d", "post_feedforward_layernorm.weight", when=_post_norms),
     _norm("mlp_post_norm", "d", "post_mlp_layernorm.weight", when=_named_after_parts),
     _expert("experts_router", "DE", "mlp.gate.weight", "E D", when=_EXPERTS, wide=True),
     _expert(
         "experts_router", "DE", "block_sparse_moe.gate.weight", "E D", when=_MIXTRAL, wide=True
+    ),
+    _expert("experts_router", "DE", "mlp.router.weight", "E D", when=_FUSED_EXPERTS, wide=True),
+    _expert(
+        "experts_router_bias",
+        "E",
+        "mlp.router.bias",
+        "E",
+        when=_EXPERT_BIASES,
+        decays=False,
+        wide=True,
     ),
     _expert(
         "experts_bias",
@@ -281,6 +383,18 @@ LAYER = (
             (_MIXTRAL, f"block_sparse_moe.experts.{{}}.{mixtrals}.weight"),
         )
     ),
+    # No adapters: peft has none for such tensors, but those of one matrix for all experts.
+    *(
+        _expert(f"experts_{name}", axes, f"mlp.experts.{theirs}", hf_axes, when=when, **settings)
+        for name, axes, hf_axes, theirs, when, settings in (
+            ("gate", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
+            ("up", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
+            ("down", "EfD", "E f D", "down_proj", _FUSED_EXPERTS, {}),
+            ("gate_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
+            ("up_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
+            ("down_bias", "Ed", "E d", "down_proj_bias", _EXPERT_BIASES, _EXPERT_BIAS),
+        )
+    ),
     *(
         _expert(f"shared_{name}", axes, hf_name, hf_axes, when=when, adapter_inputs=1)
         for name, axes, hf_axes in (
@@ -294,7 +408,55 @@ LAYER = (
         )
     ),
     _expert("shared_router", "D1", "mlp.shared_expert_gate.weight", "1 D", when=_SHARED),
+    # Layers of other shapes: new rows stand at the end, since the place of a weight is part of a
+    # seed's meaning for adapters too.
+    _global("q", _input, "DHg", "self_attn.q_proj", "Hg D"),
+    _global("k", _input, "DGg", "self_attn.k_proj", "Gg D", layers="global_kv"),
+    _global(
+        "v",
+        _input,
+        "DGg",
+        "self_attn.v_proj",
+        "Gg D",
+        layers="global_kv",
+        when=lambda c: c.global_layers.own_values,
+    ),
+    _global("q_norm", _norm, "g", "self_attn.q_norm.weight", when=lambda c: c.qk_norm),
+    _global(
+        "k_norm",
+        _norm,
+        "g",
+        "self_attn.k_norm.weight",
+        layers="global_kv",
+        when=lambda c: c.qk_norm,
+    ),
+    _global("o", Parameter, "HgD", "self_attn.o_proj.weight", "D Hg", adapter_inputs=2),
+    _wide("gate", "DW", "mlp.gate_proj.weight", "W D"),
+    _wide("up", "DW", "mlp.up_proj.weight", "W D"),
+    _wide("down", "WD", "mlp.down_proj.weight", "D W"),
+    _input("per_layer_gate", "DP", "per_layer_input_gate", "P D", when=_per_layer),
+    Parameter(
+        "per_layer_out",
+        "PD",
+        "per_layer_projection.weight",
+        "D P",
+        when=_per_layer,
+        adapter_inputs=1,
+    ),
+    _norm("per_layer_post_norm", "d", "post_per_layer_input_norm.weight", when=_per_layer),
+    Parameter(
+        "layer_scalar",
+        "1",
+        "layer_scalar",
+        "1",
+        when=lambda c: c.layer_scalar,
+        init=_ones,
+        decays=False,
+        wide=True,
+    ),
 )
+# What stands before the name of a row that takes the place of another one in some layers.
+PREFIXES = ("global_", "wide_")
 
 # The place of a parameter in the tree: ("embed",) or ("layers", "q").
 Path = tuple[str, ...]
@@ -306,40 +468,91 @@ def of_model(config: ModelConfig) -> dict[Path, Parameter]:
     return top | {("layers", row.name): row for row in LAYER if row.when(config)}
 
 
-def runs_of_layers(config: ModelConfig) -> list[range]:
-    """The layers, cut where their parameters change: those with an MLP, those with a mixture."""
-    cut = config.dense_layers if config.mixture else 0
-    return [part for part in (range(cut), range(cut, config.num_layers)) if part]
+class Run(NamedTuple):
+    """Layers that a scan runs: the same period of layers again and again."""
+
+    layers: range
+    period: int
 
 
-def layers_of(layers: Mapping[str, Any], num_layers: int, part: range) -> dict[str, Any]:
+def runs_of_layers(config: ModelConfig) -> list[Run]:
+    """The layers, cut where their parameters change.
+
+    Those with an MLP come before those with a mixture, and those with keys of their own before
+    those that share keys. Where layers with and without a window have other shapes, the period of a
+    run is that of their pattern, and layers that do not complete a period are a run of their own.
+    """
+    cut = config.dense_layers if config.mixture else config.num_layers - config.shared_kv_layers
+    parts = [part for part in (range(cut), range(cut, config.num_layers)) if part]
+    if not config.global_layers:
+        return [Run(part, 1) for part in parts]
+    runs = []
+    for part in parts:
+        kinds = [config.is_global(i) for i in part]
+        period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
+        whole = len(part) // period * period
+        runs.append(Run(part[:whole], period))
+        if rest := part[whole:]:
+            runs.append(Run(rest, len(rest)))
+    return runs
+
+
+def layers_of(layers: Mapping[str, Any], config: ModelConfig, part: range) -> dict[str, Any]:
     """The stacked parameters of some layers, from those of a model's stack.
 
     Args:
       layers: parameters, each stacked over the layers that have it.
-      part: layers that have the same parameters.
+      part: neighbours. A parameter that none of them has is left out.
     """
-    places = {name: _place(name, len(x), num_layers, part.start) for name, x in layers.items()}
-    return {
-        name: x if len(x) == len(part) else x[places[name] : places[name] + len(part)]
-        for name, x in layers.items()
-        if places[name] is not None
-    }
+    found = {}
+    for name, x in layers.items():
+        having = at(("layers", name)).layers_of(config)
+        places = [place for place, layer in enumerate(having) if layer in part]
+        if places:
+            found[name] = x if len(x) == len(places) else x[places[0] : places[0] + len(places)]
+    return found
 
 
-def layer_of(layers: Mapping[str, Any], num_layers: int, layer: int) -> dict[str, Any]:
+def layer_of(layers: Mapping[str, Any], config: ModelConfig, layer: int) -> dict[str, Any]:
     """The parameters of one layer, from those of a model's stack."""
-    places = {name: _place(name, len(x), num_layers, layer) for name, x in layers.items()}
+    places = {name: _place(config, name, layer) for name in layers}
     return {name: x[places[name]] for name, x in layers.items() if places[name] is not None}
 
 
-def _place(name: str, length: int, num_layers: int, layer: int) -> int | None:
+def in_periods(
+    layers: Mapping[str, Any], config: ModelConfig, run: Run
+) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """The parameters of a run by its periods.
+
+    Returns:
+      The parameters, each [periods, layers of a period that have it, ...], and of each layer of a
+      period the places of its parameters there, by their names.
+    """
+    stacked, repeats = {}, len(run.layers) // run.period
+    for name, x in layers_of(layers, config, run.layers).items():
+        stacked[name] = x.reshape(repeats, len(x) // repeats, *x.shape[1:])
+    places = [{} for _ in range(run.period)]
+    for name in stacked:
+        having = at(("layers", name)).layers_of(config)
+        for place in [i - run.layers.start for i in having if i in run.layers[: run.period]]:
+            places[place][name] = sum(name in before for before in places[:place])
+    return stacked, places
+
+
+def plainly_named(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of one layer by their plain names."""
+    return {plain_name(name): x for name, x in layer.items()}
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without a prefix of `PREFIXES`."""
+    return name.removeprefix(next(filter(name.startswith, PREFIXES), ""))
+
+
+def _place(config: ModelConfig, name: str, layer: int) -> int | None:
     """The place of a layer in the stack of a parameter; None where the layer does not have it."""
-    if length == num_layers:
-        return layer
-    if at(("layers", name)).layers == "mlp":
-        return layer if layer < length else None
-    return layer - (num_layers - length) if layer >= num_layers - length else None
+    having = at(("layers", name)).layers_of(config)
+    return having.index(layer) if layer in having else None
 
 
 def has(config: ModelConfig, name: str) -> bool:

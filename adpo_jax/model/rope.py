@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "none")
+SUPPORTED_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Rope:
     Attributes:
       theta: base of the geometric series of wavelengths.
       kind: one of `SUPPORTED_TYPES`; "none" leaves queries and keys as they are.
-      partial: the share of a head's dimensions that is rotated, the first ones.
+      partial: the share of a head's dimensions that is rotated, the first ones; of "proportional",
+        the share of all pairs of a head's halves, those that turn fastest.
       factor: how many times longer the context is than `original_length`.
       low_freq_factor, high_freq_factor: llama3, the wavelengths (as fractions of the original
         length) between which frequencies are interpolated.
@@ -32,6 +33,7 @@ class Rope:
       query_beta: how fast queries grow with their position: one at position p is multiplied by
         1 + query_beta ln(1 + floor(p / query_length)).
       query_length: tokens before queries begin to grow.
+      query_offset: added to p there.
     """
 
     theta: float = 10_000.0
@@ -48,6 +50,7 @@ class Rope:
     factors: tuple[float, ...] = ()
     query_beta: float = 0.0
     query_length: int = 1
+    query_offset: int = 0
 
     def __post_init__(self):
         if self.kind not in SUPPORTED_TYPES:
@@ -61,13 +64,16 @@ class Rope:
 
     def dimensions(self, head_dim: int) -> int:
         """How many dimensions of a head are rotated."""
+        if self.kind == "proportional":
+            return head_dim
         return int(head_dim * self.partial)
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
         """Angular frequencies [dimensions // 2] float32 in radians a token, and the cos/sin scale.
 
         Sources: llama3, Llama 3.1 model card; yarn, Peng et al. 2023, arXiv 2309.00071; longrope,
-        Ding et al. 2024, arXiv 2402.13753; none, Yang et al. 2025, arXiv 2501.18795.
+        Ding et al. 2024, arXiv 2402.13753; none, Yang et al. 2025, arXiv 2501.18795; proportional,
+        transformers `_compute_proportional_rope_parameters`.
         """
         head_dim = self.dimensions(head_dim)
         inverse = 1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -84,6 +90,9 @@ class Rope:
             return self._yarn(inverse, head_dim)
         if self.kind == "longrope":
             return (inverse / np.array(self.factors)).astype(np.float32), self.attention_factor
+        if self.kind == "proportional":
+            turned = np.arange(head_dim // 2) < int(self.partial * head_dim // 2)
+            return (inverse * turned / self.factor).astype(np.float32), 1.0
         if self.kind == "none":
             return np.zeros(head_dim // 2, np.float32), 1.0
         return inverse.astype(np.float32), 1.0
@@ -103,17 +112,22 @@ class Rope:
         return stretched.astype(np.float32), float(self.attention_factor)
 
 
-def cos_sin(ropes: tuple[Rope, ...], head_dim: int, positions: jax.Array):
+def cos_sin(ropes: tuple[Rope, ...], head_dim: int | tuple[int, ...], positions: jax.Array):
     """Rotation tables for every rope of a model.
 
     Args:
+      head_dim: that of all layers, or of the layers of each rope; heads of fewer dimensions than
+        others have no rotation in the last columns.
       positions: [B, T] int32.
 
     Returns:
       (cos, sin), each [len(ropes), B, T, rotated dimensions // 2] float32.
     """
-    tables = [rope.frequencies(head_dim) for rope in ropes]
-    frequencies = np.stack([f for f, _ in tables])[:, None, None, :]
+    head_dims = (head_dim,) * len(ropes) if isinstance(head_dim, int) else head_dim
+    tables = [rope.frequencies(dim) for rope, dim in zip(ropes, head_dims, strict=True)]
+    widest = max(len(f) for f, _ in tables)
+    padded = [np.pad(f, (0, widest - len(f))) for f, _ in tables]
+    frequencies = np.stack(padded)[:, None, None, :]
     scales = np.array([s for _, s in tables], np.float32)[:, None, None, None]
     angles = positions[None, :, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * scales, jnp.sin(angles) * scales
@@ -128,10 +142,12 @@ def query_scales(ropes: tuple[Rope, ...], positions: jax.Array) -> tuple[jax.Arr
     """
     if not any(rope.query_beta for rope in ropes):
         return ()
-    scales = [
-        1.0 + rope.query_beta * jnp.log1p((positions // rope.query_length).astype(jnp.float32))
-        for rope in ropes
-    ]
+
+    def scale(rope: Rope):
+        at = positions + rope.query_offset if rope.query_offset else positions
+        return 1.0 + rope.query_beta * jnp.log1p((at // rope.query_length).astype(jnp.float32))
+
+    scales = [scale(rope) for rope in ropes]
     return (jnp.stack(scales)[..., None],)
 
 

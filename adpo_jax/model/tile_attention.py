@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Tokens, visible
+from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Tokens, by_kv_head, visible
 from adpo_jax.model.cpu import made, sum_of_columns
 
 # The most bytes of scores that are made at once; further tiles run afterwards. A CPU has a smaller
@@ -68,7 +68,7 @@ def stream_attention(
     """Attention of a packed stream to itself, for the training forward.
 
     Args:
-      windows: whether any layer has a window; else one mask is made for all layers.
+      windows: whether any layer has a window or chunks; else one mask is made for all layers.
       score_bytes: the most bytes of scores that are alive at once, on all devices together.
     """
     B, N = stream.positions.shape
@@ -90,14 +90,19 @@ def stream_attention(
 
     def attend(q, k, v, layer: LayerInfo, cache):
         H, K, D = q.shape[2], k.shape[2], q.shape[3]
-        mask = causal & (distance < layer.window) if windows else causal
+        mask = causal
+        if windows:
+            mask = causal & (distance < layer.window_at(queries.positions))
         # As [B, n, K, R W, D], so that every product below is a plain batch of matrices.
         q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
         q = q.reshape(B, n, K, H // K * W, D)
         chunk = _even_chunk(n, at_most=score_bytes // (4 * B * H * W * J * W))
         shape = _Shape(scale, soft_cap, chunk)
         k, v = k.reshape(B, n, W, K, D), v.reshape(B, n, W, K, D)
-        out = _attention(shape, q, k, v, tiles, mask)
+        sinks = None
+        if layer.sinks is not None:
+            sinks = jnp.repeat(by_kv_head(layer.sinks, K), W, axis=1)
+        out = _attention(shape, q, k, v, tiles, mask, sinks)
         out = out.reshape(B, n, K, H // K, W, D).transpose(0, 1, 4, 2, 3, 5)
         return out.reshape(B, N, H, D), cache
 
@@ -185,26 +190,30 @@ def _sum_over_queries(x_BcKQD, weights_BcKQS):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS):
-    return _forward(shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS)[0]
+def _attention(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
+    return _forward(shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ)[0]
 
 
-def _forward(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS):
+def _forward(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
     def forward(_, q, tiles, mask):
         k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
         scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, mask)
         top = jnp.max(scores, axis=-1, keepdims=True)
+        if sinks_KQ is not None:
+            top = jnp.maximum(top, sinks_KQ[..., None])
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sinks_KQ is not None:
+            total = total + jnp.exp(sinks_KQ[..., None] - top)
         out = jnp.einsum("bckqs,bcksd->bckqd", weights.astype(v.dtype), v)
         return None, ((out / total).astype(q.dtype), top + jnp.log(total))
 
     _, (out, log_z) = _in_chunks(shape, forward, None, q_BnKQD, tiles_BnJ, mask_BnWS)
-    return out, (q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, out, log_z)
+    return out, (q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out, log_z)
 
 
 def _backward(shape: _Shape, residuals, d_out_BnKQD):
-    q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1 = residuals
+    q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out_BnKQD, log_z_BnKQ1 = residuals
     n = k_BnWKD.shape[1]
 
     def backward(sums, q, tiles, mask, out, log_z, d_out):
@@ -219,13 +228,19 @@ def _backward(shape: _Shape, residuals, d_out_BnKQD):
         d_v = _sum_over_queries(d_out, weights.astype(v.dtype))
         d_k = _sum_over_queries(q, d_scores)
         d_q = jnp.einsum("bckqs,bcksd->bckqd", d_scores, k) * jnp.asarray(shape.scale, q.dtype)
-        sums = (sums[0] + _unlisted(d_k, tiles, n), sums[1] + _unlisted(d_v, tiles, n))
+        d_sinks = None
+        if sinks_KQ is not None:
+            # The value of a sink is 0.
+            of_sinks = jnp.exp(sinks_KQ - log_z[..., 0]) * mean[..., 0]
+            d_sinks = sums[2] - jnp.sum(of_sinks, axis=(0, 1))
+        sums = (sums[0] + _unlisted(d_k, tiles, n), sums[1] + _unlisted(d_v, tiles, n), d_sinks)
         return sums, d_q
 
     zeros = jnp.zeros(k_BnWKD.shape, jnp.float32)
+    first = (zeros, zeros, None if sinks_KQ is None else jnp.zeros_like(sinks_KQ))
     tiled = (q_BnKQD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1, d_out_BnKQD)
-    (d_k, d_v), d_q = _in_chunks(shape, backward, (zeros, zeros), *tiled)
-    return d_q, d_k.astype(k_BnWKD.dtype), d_v.astype(v_BnWKD.dtype), None, None
+    (d_k, d_v, d_sinks), d_q = _in_chunks(shape, backward, first, *tiled)
+    return d_q, d_k.astype(k_BnWKD.dtype), d_v.astype(v_BnWKD.dtype), None, None, d_sinks
 
 
 _attention.defvjp(_forward, _backward)

@@ -84,7 +84,7 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
 def _check_patterns(path: Path, config: dict, rank: int, alpha: float) -> None:
     """Refuses ranks of single modules, but for those that `save` writes of joined weights."""
     several = {
-        _last_part(module): len(parameters.of_module(module))
+        _last_part(module): len(set(map(parameters.plain_name, parameters.of_module(module))))
         for module in parameters.adapted_modules()
     }
     for key, plain in (("rank_pattern", rank), ("alpha_pattern", alpha)):
@@ -173,8 +173,10 @@ def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
     """The modules of a model that hold the weights which adapters are of."""
     rows = {row.name: row for row in parameters.of_model(config).values() if row.adapter_inputs}
     found = []
-    for module in dict.fromkeys(row.hf_module for row in rows.values()):
-        names = tuple(name for name, row in rows.items() if row.hf_module == module)
+    groups: dict[Any, list[str]] = {}  # the weights of one module in the same layers
+    for name, row in rows.items():
+        groups.setdefault((row.hf_module, tuple(row.layers_of(config))), []).append(name)
+    for (module, _), names in groups.items():
         if not set(names) & set(adapters.targets):
             continue
         first, sizes = rows[names[0]], []
@@ -187,7 +189,8 @@ def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
             for i in first.layers_of(config)
             for e in range(experts)
         )
-        found.append(_Module(module, names, sizes[0][0], tuple(o for _, o in sizes), tensors))
+        outputs = tuple(out for _, out in sizes)
+        found.append(_Module(module, tuple(names), sizes[0][0], outputs, tensors))
     return found
 
 

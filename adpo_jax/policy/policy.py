@@ -205,9 +205,7 @@ class Policy:
           params: parameters of this policy, in any sharding.
           tokenizer: a tokenizer to write too; None for none. The files that it was read from are
             copied where nothing about it has changed, since older readers know their form.
-          dtype: dtype of the weights on disk. None means float32 where there are adapters (a
-            narrower one would round away most of what they learned), else the policy's
-            `param_dtype`.
+          dtype: dtype of the weights on disk; None for `dtype_on_disk`.
           max_shard_size: bytes of one safetensors file.
           overwrite: replace a folder that is not empty.
 
@@ -220,8 +218,6 @@ class Policy:
         wanted = jax.tree.map(jnp.shape, self.abstract_params())
         if jax.tree.map(jnp.shape, params) != wanted:
             raise ValueError("the parameters have other names or shapes than this policy's")
-        if dtype is None:
-            dtype = jnp.float32 if self.lora else self.param_dtype
         folders.save_folder(
             folder,
             params,
@@ -229,11 +225,23 @@ class Policy:
             config_json=self.hf_config,
             generation_config=self.generation_config,
             tokenizer=tokenizer,
-            dtype=dtype,
+            dtype=self.dtype_on_disk if dtype is None else dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             lora_scale=self._lora_scale,
         )
+
+    @property
+    def dtype_on_disk(self) -> Any:
+        """The dtype in which weights are written if none is asked for.
+
+        It is float32 where there are adapters, since a narrower one would round away most of what
+        they learned. Of weights that were read from MXFP4 it is bfloat16, and else `param_dtype`.
+        """
+        if self.lora:
+            return jnp.dtype(jnp.float32)
+        quantized = self.hf_config.get("quantization_config")
+        return jnp.dtype(jnp.bfloat16) if quantized else self.param_dtype
 
     # --- parameters
 
@@ -384,6 +392,9 @@ class Policy:
             soft_cap=c.attention_soft_cap,
             dtype=self.dtype,
             mesh=self.mesh,
+            chunked=bool(c.chunks),
+            global_head_dim=c.global_layers.head_dim if c.global_layers else None,
+            sinks=c.attention_sinks,
         )
 
     def head(self, params, hidden: jax.Array) -> jax.Array:

@@ -120,20 +120,20 @@ def _layout_obstacle(layout: CacheLayout) -> str:
 
 
 def _tpu_obstacle(layout: CacheLayout) -> str:
-    D = layout.head_dim
-    if D % decode_tpu.LANES:
-        return f"needs a head_dim that is a multiple of {decode_tpu.LANES}; given {D}"
+    for D in (part.head_dim for part in layout.parts):
+        if D % decode_tpu.LANES:
+            return f"needs a head_dim that is a multiple of {decode_tpu.LANES}; given {D}"
     return _layout_obstacle(layout)
 
 
 def _gpu_obstacle(layout: CacheLayout) -> str:
-    D = layout.head_dim
     if why := decode_gpu.obstacle():
         return why
     if jnp.dtype(layout.dtype) == jnp.int8:
         return "has no int8 cache, which was asked for; bfloat16 is one that it has"
-    if D & (D - 1):
-        return f"needs a head_dim that is a power of two, as Triton does; given {D}"
+    for D in (part.head_dim for part in layout.parts):
+        if D & (D - 1):
+            return f"needs a head_dim that is a power of two, as Triton does; given {D}"
     return "" if not layout.transposed_keys else "reads keys that are not transposed"
 
 

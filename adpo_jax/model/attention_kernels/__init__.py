@@ -17,10 +17,13 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
-from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
+from adpo_jax.model.attention import Attend, LayerInfo, Tokens, by_kv_head, visible
 from adpo_jax.model.attention_choice import Implementation, Use
 from adpo_jax.model.attention_kernels import splash_tpu, stream_gpu, stream_tpu
 from adpo_jax.model.tile_attention import Stream
+
+# An obstacle, as the rest of a sentence.
+NO_CHUNKS = "has no attention to chunks of positions, which this model wants"
 
 
 class Settings(NamedTuple):
@@ -29,6 +32,9 @@ class Settings(NamedTuple):
     Attributes:
       windows: the window of each layer in tokens; None for no window.
       scale: multiplies q k^T.
+      chunked: whether queries of some layers see their chunk of positions alone.
+      global_head_dim: that of layers without a window where it is another; None where it is not.
+      sinks: whether heads have attention sinks.
     """
 
     windows: tuple[int | None, ...]
@@ -38,6 +44,14 @@ class Settings(NamedTuple):
     soft_cap: float | None
     dtype: Any
     mesh: Mesh | None
+    global_head_dim: int | None = None
+    chunked: bool = False
+    sinks: bool = False
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """The head dimensions of all layers."""
+        return (self.head_dim, *([self.global_head_dim] if self.global_head_dim else []))
 
     @property
     def plain(self) -> dict:
@@ -86,7 +100,7 @@ def _plain_stream(settings: Settings, stream: Stream) -> Attend:
     on_cpu = settings.platform == "cpu"
     return tile_attention.stream_attention(
         stream,
-        windows=any(window is not None for window in settings.windows),
+        windows=settings.chunked or any(window is not None for window in settings.windows),
         score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
         **settings.plain,
     )
@@ -116,28 +130,41 @@ def _of_each_device(kernel, settings: Settings, arrays) -> Attend:
     by_row, by_head = ("batch",), ("batch", None, "kv_heads")
 
     def attend(q, k, v, layer: LayerInfo, cache):
+        def of_heads(q, k, v, layer, sinks, arrays):
+            if sinks is not None:
+                layer = layer._replace(sinks=sinks.reshape(-1))
+            return kernel(q, k, v, layer, arrays)
+
         local = on_each_device(
-            kernel,
+            of_heads,
             settings.mesh,
             {"batch": q.shape[0], "kv_heads": k.shape[2]},
-            in_axes=(by_head, by_head, by_head, (), by_row),
+            in_axes=(by_head, by_head, by_head, (), ("kv_heads",), by_row),
             out_axes=by_head,
         )
-        return local(q, k, v, jax.tree.map(jnp.asarray, layer), arrays), cache
+        sinks = None if layer.sinks is None else by_kv_head(layer.sinks, k.shape[2])
+        place = jax.tree.map(jnp.asarray, layer._replace(sinks=None))
+        return local(q, k, v, place, sinks, arrays), cache
 
     return attend
 
 
 def _tpu_obstacle(settings: Settings) -> str:
-    D = settings.head_dim
-    if D % splash_tpu.LANES:
-        return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
-    return ""
+    if settings.chunked:
+        return NO_CHUNKS
+    for D in settings.head_dims:
+        if D % splash_tpu.LANES:
+            return f"needs a head_dim that is a multiple of {splash_tpu.LANES}; given {D}"
+    return _without_sinks(settings)
+
+
+def _without_sinks(settings: Settings) -> str:
+    return "has no attention sinks, which this model wants" if settings.sinks else ""
 
 
 def _tpu_limit(settings: Settings, stream: Stream) -> str:
     N, n = stream.positions.shape[1], stream.key_tiles.shape[1]
-    return stream_tpu.limit(N, n, settings.head_dim, jnp.dtype(settings.dtype).itemsize)
+    return stream_tpu.limit(N, n, max(settings.head_dims), jnp.dtype(settings.dtype).itemsize)
 
 
 # --- GPU
@@ -171,8 +198,11 @@ def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> At
 def _gpu_obstacle(settings: Settings) -> str:
     if jnp.dtype(settings.dtype).itemsize != 2:
         return f"takes bfloat16 or float16; given {jnp.dtype(settings.dtype).name}"
+    if settings.chunked:
+        return NO_CHUNKS
     device = None if settings.mesh is None else settings.mesh.devices.flat[0]
-    return attention_choice.old_gpu(device) or stream_gpu.obstacle(settings.head_dim)
+    each = (stream_gpu.obstacle(D) for D in settings.head_dims)
+    return attention_choice.old_gpu(device) or next(filter(None, each), "")
 
 
 def _gpu_limit(settings: Settings, stream: Stream) -> str:
@@ -195,7 +225,7 @@ def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
     queries, keys = tokens.pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):
-        mask = visible(queries, keys, layer.window)[:, None]
+        mask = visible(queries, keys, layer.window_at(queries.positions))[:, None]
         out = jax.nn.dot_product_attention(
             q, k, v, mask=mask, scale=settings.scale, implementation="cudnn"
         )
@@ -206,14 +236,15 @@ def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
 
 def _cudnn_obstacle(settings: Settings) -> str:
     """Why cuDNN's attention cannot run this model; empty where it can."""
-    D, dtype = settings.head_dim, jnp.dtype(settings.dtype)
+    dtype = jnp.dtype(settings.dtype)
     if dtype.itemsize != 2:
         return f"takes bfloat16 or float16; given {dtype.name}"
-    if D % 8 or D > 256:
-        return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
+    for D in settings.head_dims:
+        if D % 8 or D > 256:
+            return f"needs a head_dim of at most 256 that is a multiple of 8; given {D}"
     if settings.soft_cap is not None:
         return "has no soft cap, which this model wants"
-    return ""
+    return _without_sinks(settings)
 
 
 # --- the tables

@@ -198,7 +198,7 @@ def attend(
     tile = q.shape[1] // stream.key_tiles.shape[1]
     static = _Static(scale, soft_cap, tile, windows, interpret)
     window = jnp.reshape(jnp.asarray(layer.window, jnp.int32), (1,))
-    return _attention(static, q, k, v, stream.tokens, lists, window)
+    return _attention(static, q, k, v, stream.tokens, lists, window, layer.sinks)
 
 
 def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:
@@ -402,11 +402,26 @@ def _like(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window):
-    return _forward(static, q_BNHD, k_BNKD, v_BNKD, tokens, lists, window)[0]
+def _attention(
+    static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window, sinks_H
+):
+    return _forward(static, q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H)[0]
 
 
-def _forward(static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window):
+def _beside_sinks(out_BNHD, log_z_BHN, sinks_H):
+    """The results where each head has a sink too, whose value is 0."""
+    whole_BHN = jnp.logaddexp2(log_z_BHN, sinks_H[:, None])
+    share = jnp.swapaxes(jnp.exp2(log_z_BHN - whole_BHN), 1, 2)[..., None]
+    return (out_BNHD * share).astype(out_BNHD.dtype), whole_BHN
+
+
+def _in_base_two(sinks_H):
+    return sinks_H.astype(jnp.float32) * LOG2_E
+
+
+def _forward(
+    static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window, sinks_H
+):
     B, N, H, _ = q_BNHD.shape
     shape = static.blocks(FORWARD)
     out, log_z = _call(
@@ -418,12 +433,14 @@ def _forward(static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lis
         [_like(q_BNHD), jax.ShapeDtypeStruct((B, H, N), jnp.float32)],
         "stream_attention",
     )
+    if sinks_H is not None:
+        out, log_z = _beside_sinks(out, log_z, _in_base_two(sinks_H))
     out, log_z = checkpoint_name((out, log_z), "attention")
-    return out, (q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, out, log_z)
+    return out, (q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H, out, log_z)
 
 
 def _backward(static: _Static, residuals, d_out_BNHD):
-    q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, out_BNHD, log_z = residuals
+    q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H, out_BNHD, log_z = residuals
     B, N, H, D = q_BNHD.shape
     K, M = k_BNKD.shape[2], lists.chunks.shape[1]
     product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
@@ -460,7 +477,11 @@ def _backward(static: _Static, residuals, d_out_BNHD):
         [_like(k_BNKD), _like(v_BNKD)],
         "stream_attention_d_key_sum",
     )
-    return d_q, d_k, d_v, None, None, None
+    d_sinks = None
+    if sinks_H is not None:
+        shares = jnp.exp2(_in_base_two(sinks_H)[:, None] - log_z)
+        d_sinks = -jnp.sum(shares * mean, axis=(0, 2)).astype(sinks_H.dtype)
+    return d_q, d_k, d_v, None, None, None, d_sinks
 
 
 _attention.defvjp(_forward, _backward)

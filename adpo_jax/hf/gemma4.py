@@ -1,0 +1,106 @@
+"""What a `config.json` of Gemma 4 says besides that of Gemma 3: layers of two shapes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from adpo_jax.model.model_config import GlobalLayers
+
+# Reads a key of the config as a positive integer, as `config.model_config` does.
+Count = Callable[[Mapping[str, Any], str], int]
+# The settings that a file of transformers may give for single layers.
+OF_LAYERS = ("head_dim", "num_key_value_heads")
+
+
+def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> tuple[int, int]:
+    """(num_kv_heads, head_dim) of the layers without a window.
+
+    Files have `global_head_dim` and `num_global_key_value_heads`, or, as transformers writes them
+    from 5.24 on, the sizes of single layers in `per_layer_config`.
+
+    Raises:
+      ValueError: for sizes that are no positive integers, or that differ among these layers.
+    """
+    given = c["per_layer_config"]
+    if given is None:
+        own_heads = c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None
+        heads = "num_global_key_value_heads" if own_heads else "num_key_value_heads"
+        return count(c, heads), count(c, "global_head_dim")
+    distant = {str(i) for i, kind in enumerate(layer_types) if kind == "full_attention"}
+    each = list(given.values()) if isinstance(given, Mapping) and set(given) == distant else [None]
+    if not all(isinstance(one, Mapping) and one.keys() <= set(OF_LAYERS) for one in each):
+        raise ValueError(
+            "config.json needs per_layer_config as an object with head_dim and, if they have other "
+            "numbers of key/value heads, num_key_value_heads for every layer of full_attention and "
+            f"for no other; given {c['per_layer_config']!r:.200}"
+        )
+    if any(one != each[0] for one in each):
+        raise ValueError(
+            "per_layer_config has other sizes for one layer of full_attention than for another, "
+            f"which is not supported; given {c['per_layer_config']!r:.200}"
+        )
+    sizes = {**c, **each[0]}
+    return count(sizes, "num_key_value_heads"), count(sizes, "head_dim")
+
+
+def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> dict[str, Any]:
+    """The fields of `ModelConfig` that Gemma 3 does not have.
+
+    Args:
+      c: the config with the family's defaults.
+
+    Raises:
+      ValueError: for a setting that is not supported, or numbers that do not fit.
+    """
+    _refuse_mixture(c)
+    if c["use_bidirectional_attention"] not in (None, "vision"):
+        raise ValueError(
+            "use_bidirectional_attention = "
+            f"{c['use_bidirectional_attention']!r:.80} is not supported; supported: null, 'vision'"
+        )
+    if layer_types[-1] != "full_attention":
+        raise ValueError(
+            f"the last of layer_types is {layer_types[-1]!r}; Gemma 4 needs 'full_attention' there"
+        )
+    heads, head_dim = global_sizes(c, layer_types, count)
+    shared = _shared_layers(c, layer_types)
+    width = c["hidden_size_per_layer_input"] or 0
+    wide = bool(c["use_double_wide_mlp"]) and shared > 0
+    return {
+        "post_norms": True,
+        "embed_scale": True,
+        "qk_norm": True,
+        "value_norm": True,
+        "layer_scalar": True,
+        # The norm of the queries has a weight that says how large they are.
+        "attention_scale": 1.0,
+        "global_layers": GlobalLayers(heads, head_dim, own_values=not c["attention_k_eq_v"]),
+        "shared_kv_layers": shared,
+        "shared_mlp_size": 2 * c["intermediate_size"] if wide else 0,
+        "per_layer_size": count(c, "hidden_size_per_layer_input") if width else 0,
+        "per_layer_vocab_size": count(c, "vocab_size_per_layer_input") if width else 0,
+    }
+
+
+def _refuse_mixture(c: Mapping[str, Any]) -> None:
+    if c["enable_moe_block"]:
+        raise ValueError(
+            f"enable_moe_block = {c['enable_moe_block']!r:.80} is not supported: the mixture of "
+            "experts beside the MLP (Gemma 4 26B-A4B) is not implemented; supported: false"
+        )
+
+
+def _shared_layers(c: Mapping[str, Any], layer_types: Sequence[str]) -> int:
+    """How many layers at the end have no keys and values of their own."""
+    shared = c["num_kv_shared_layers"]
+    if not isinstance(shared, int) or isinstance(shared, bool) or shared < 0:
+        raise ValueError(
+            f"config.json needs num_kv_shared_layers as an integer of at least 0; given "
+            f"{shared!r:.80}"
+        )
+    own = set(layer_types[: max(len(layer_types) - shared, 0)])
+    if own != set(layer_types):
+        raise ValueError(
+            f"num_kv_shared_layers = {shared} of {len(layer_types)} layers leaves no layer with "
+            f"keys of its own for {', '.join(sorted(set(layer_types) - own))}"
+        )
+    return shared

@@ -1,0 +1,89 @@
+"""Layers of two shapes, and layers that take the keys and values of earlier ones (Gemma 4).
+
+Layers without a window may have other heads than those with one (`ModelConfig.global_layers`), so
+that no scan runs them all: a step of a scan runs one period of their pattern. The last layers may
+have no keys and values of their own (`ModelConfig.shared_kv_layers`).
+
+Letters: B batch, T tokens, L layers, P width of a layer's own embeddings.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adpo_jax.devices.sharding import constrain
+from adpo_jax.model import parameters
+from adpo_jax.model.attention import Attend, LayerInfo
+from adpo_jax.model.model_config import ModelConfig
+
+
+def sharing_keys(attend: Attend) -> Attend:
+    """An attention that keeps keys and values for the layers which have none of their own.
+
+    Its cache is (the cache of `attend`, (keys, values) of the last layer of each kind).
+    """
+
+    def attend_and_keep(q, k, v, layer: LayerInfo, cache):
+        cache, last = cache
+        if layer.writes:
+            last = tuple((k, v) if i == layer.store.kind else kv for i, kv in enumerate(last))
+        out, cache = attend(q, *last[layer.store.kind], layer, cache)
+        return out, (cache, last)
+
+    return attend_and_keep
+
+
+def no_keys_yet(config: ModelConfig, shape: tuple[int, int], dtype, mesh: Mesh | None):
+    """What `sharing_keys` keeps before the first layer of a batch [B, T]."""
+
+    def zeros(heads, head_dim):
+        empty = jnp.zeros((*shape, heads, head_dim), dtype)
+        return constrain(empty, mesh, "batch", "length", "kv_heads", None)
+
+    return tuple((zeros(*sizes), zeros(*sizes)) for _, *sizes in config.kinds)
+
+
+def scan_periods(
+    config: ModelConfig, run_layer, carry, layers, info: LayerInfo, of_layers, recomputed
+):
+    """The scans of the decoder over layers of two shapes; a step of a scan is one period of them.
+
+    Args:
+      run_layer: (carry, layer's parameters, `LayerInfo`) -> (carry, extras).
+      info: that of all layers, arrays [L].
+      of_layers: [L, B, T, P], their own embeddings; None for none.
+      recomputed: makes of `run_layer` what the backward pass runs again.
+
+    Returns:
+      (carry, extras stacked over all layers).
+    """
+
+    def scan(carry, run: parameters.Run):
+        stacked, places = parameters.in_periods(layers, config, run)
+        first, last = run.layers.start, run.layers.stop
+        each = jax.tree.map(lambda x: jnp.asarray(x[first:last]), (info, of_layers))
+        each = jax.tree.map(lambda x: x.reshape(-1, run.period, *x.shape[1:]), each)
+
+        def one_layer(carry, i: int, at, stacked, info: LayerInfo, of_layers):
+            of_layer = {name: stacked[name][place] for name, place in at.items()}
+            if of_layers is not None:
+                of_layer["per_layer_input"] = of_layers[i]
+            layer = info.of(i)._replace(store=config.stores[first + i])
+            return recomputed(run_layer)(carry, of_layer, layer)
+
+        def one_period(carry, of_period):
+            stacked, of_layers = of_period
+            extras = []
+            for i, at in enumerate(places):
+                carry, more = one_layer(carry, i, at, stacked, *of_layers)
+                extras.append(more)
+            return carry, jax.tree.map(lambda *x: jnp.stack(x), *extras)
+
+        carry, extras = jax.lax.scan(one_period, carry, (stacked, each))
+        return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras)
+
+    all_extras = []
+    for run in parameters.runs_of_layers(config):
+        carry, extras = scan(carry, run)
+        all_extras.append(extras)
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *all_extras)
