@@ -123,15 +123,23 @@ class Host:
             del self.left[n]
 
 
-def simulated(a, staleness: int) -> dict:
-    """The figures of one run."""
+def drawn_lengths(a) -> np.ndarray:
+    """[groups of the run, G] int, tokens of each completion."""
+    rng = np.random.default_rng(a.seed)
+    mu = np.log(a.mean) - a.sigma**2 / 2
+    lengths = rng.lognormal(mu, a.sigma, (a.prompts * a.iterations, a.samples))
+    return np.clip(lengths, 1, a.cap).astype(int)
+
+
+def simulated(a, staleness: int, lengths: np.ndarray) -> dict:
+    """The figures of one run.
+
+    Args:
+      lengths: [groups of the run, G] int, tokens of each completion.
+    """
     P = a.prompts
     ahead = min(a.ahead or staleness * P, staleness * P)
     pacing = Pacing(P, staleness, ahead, num_groups=P * a.iterations)
-    rng = np.random.default_rng(a.seed)
-    mu = np.log(a.mean) - a.sigma**2 / 2
-    lengths = rng.lognormal(mu, a.sigma, (P * a.iterations, a.samples))
-    lengths = np.clip(lengths, 1, a.cap).astype(int)
     hosts = [Host(a, lengths) for _ in range(a.hosts)]
     admitted_at, owners, following, seconds, ages = {}, {}, 0, 0.0, []
     for step in range(a.iterations):
@@ -173,7 +181,7 @@ def main():
     names = ("prompts", "samples", "hosts", "slots", "mean", "sigma", "cap")
     base = None
     for staleness in map(int, a.staleness.split(",")):
-        found = simulated(a, staleness)
+        found = simulated(a, staleness, drawn_lengths(a))
         base = base or found["tokens_per_s"]
         ratio = {"ratio": round(found["tokens_per_s"] / base, 3)}
         print(json.dumps({name: getattr(a, name) for name in names} | found | ratio))

@@ -1,0 +1,229 @@
+"""How soon a run with long-tailed completions learns, by staleness and loss, and in a simulation.
+
+    python scripts/bench_ahead.py --out runs/ahead                      the table of docs/ahead.md
+    python scripts/bench_ahead.py --out runs/ahead --seeds 0 --staleness 0 2 --losses adpo
+
+The embedded task, with demonstrations of a third manner: a few percent write their working ten
+times over, and are right. So a few percent of the samples are ten times as long, of whatever
+prompt, and rewards do not drive that out. Of one seed all runs start from the same weights
+(`scripts/compare.py`). Losses:
+
+    adpo       the sampler's log-probs are the anchor (anchor.mode=sampler)
+    grpo       the ratio is to the policy before the update, and not corrected
+    grpo_tis   the same with truncated importance weights of the sampler
+
+One JSON line a loss and staleness: seconds (rollout, reward, anchor and update; no evaluation) and
+iterations until 80% of the held-out problems are right, the accuracy at the end, its difference to
+staleness 0 and the speed-up over it, seed by seed, with half of the 95% interval; runs that never
+came to 80% are counted. Then one line a staleness with the tokens a second and the idle share of
+the slots, of runs with `--slots` slots, which stay as many, beside those of
+`scripts/simulate_rollouts.py` for the lengths that were sampled at staleness 0.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import compare
+import simulate_rollouts as simulation
+
+from adpo_jax.data import arithmetic
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.report import page
+from adpo_jax.report.runs import Run
+
+DISPATCH = 32  # steps of the engine between its looks, at most
+TAIL, TIMES = 0.04, 10  # the share of demonstrations that repeat themselves, and how often
+MARK = 0.8
+LOSSES = {
+    "adpo": ["algorithm.adv_estimator=adpo", "anchor.mode=sampler"],
+    "grpo": ["algorithm.adv_estimator=grpo", "algorithm.sampler_correction=none"],
+    "grpo_tis": ["algorithm.adv_estimator=grpo", "algorithm.sampler_correction=truncate"],
+}
+ROLLOUT = "actor_rollout_ref.rollout"
+TIMES_OF = ("time/rollout", "time/reward", "time/anchor", "time/update")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1, 2, 4])
+    parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--slots", type=int, default=8, help="of the runs that are simulated")
+    parser.add_argument("--simulated-iterations", type=int, default=12)
+    return parser.parse_args()
+
+
+def write_demonstrations(path: Path) -> None:
+    """The demonstrations of the embedded task; some of the careful ones repeat their working."""
+    rows, rng = arithmetic.rows("demonstrations"), random.Random(0)
+    lines = []
+    columns = (rows[name] for name in ("question", "answer", "completion"))
+    for question, answer, completion in zip(*columns):
+        if rng.random() < TAIL:
+            working, _, result = answer.rpartition(" #### ")
+            said = " ".join(f"{i}. {working}" for i in range(1, TIMES + 1))
+            completion = f"{said} #### {result}"
+        row = {"question": question, "answer": answer, "completion": completion}
+        lines.append(json.dumps(row) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
+
+
+def common(a: argparse.Namespace, demonstrations: Path, iterations: int) -> list[str]:
+    """What all runs have in common, as KEY=VALUE."""
+    return [
+        f"sft.train_files={demonstrations}",
+        "data.max_response_length=260",
+        f"data.train_batch_size={a.prompts}",
+        "sft.batch_size=32",
+        "actor_rollout_ref.model.hf_config={'max_position_embeddings': 512}",
+        f"actor_rollout_ref.actor.optim.lr={a.lr}",
+        f"trainer.total_training_steps={iterations}",
+        "trainer.save_freq=0",
+        "trainer.log_samples_freq=0",
+    ]
+
+
+def is_told_apart(loss: str, staleness: int) -> bool:
+    """Whether a run is made; without staleness GRPO has nothing to correct."""
+    return bool(staleness) or loss != "grpo_tis"
+
+
+def of_runs(out: Path, loss: str, staleness: int, seeds: list[int]) -> list[dict]:
+    """What the runs of a loss and staleness came to, seed by seed."""
+    loss = loss if is_told_apart(loss, staleness) else "grpo"
+    found = []
+    for seed in seeds:
+        run = Run.read(out / f"{loss}_{staleness}" / f"seed{seed}")
+        accuracy = run.series("eval/accuracy")
+        seconds = np.cumsum([sum(row.get(n, 0) for n in TIMES_OF) for row in run.rows])
+        at = {row["step"]: s for row, s in zip(run.rows, seconds)}
+        reached = next((step for step, value in accuracy.items() if value >= MARK), None)
+        found.append(
+            {
+                "seconds": np.nan if reached is None else at[reached],
+                "iterations": np.nan if reached is None else reached,
+                "accuracy": accuracy[max(accuracy)],
+                "seconds_an_iteration": seconds[-1] / len(run.rows),
+                "length_mean": np.mean(list(run.series("rollout/length_mean").values())),
+                "length_max": np.max(list(run.series("rollout/length_max").values())),
+            }
+        )
+    return found
+
+
+def half_interval(values: np.ndarray) -> float | None:
+    """Half of the 95% interval of the mean, by Student's t; None of fewer than two values."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return None
+    return page.t_quantile(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+
+
+def told(a: argparse.Namespace) -> None:
+    """Prints a line a loss and staleness."""
+    for loss in a.losses:
+        bases = of_runs(a.out, loss, a.staleness[0], a.seeds)
+        for staleness in a.staleness:
+            runs = of_runs(a.out, loss, staleness, a.seeds)
+            line = {"loss": loss, "staleness": staleness, "seeds": len(runs)}
+            for name in runs[0]:
+                values = np.array([run[name] for run in runs])
+                line[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
+            line["never"] = int(np.isnan([run["seconds"] for run in runs]).sum())
+            pairs = list(zip(runs, bases))
+            speed_up = np.array([base["seconds"] / run["seconds"] for run, base in pairs])
+            lost = np.array([run["accuracy"] - base["accuracy"] for run, base in pairs])
+            for name, values in (("speed_up", speed_up), ("accuracy_less", lost)):
+                line[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
+                line[f"{name}_half"] = half_interval(values)
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
+            print(json.dumps(rounded), flush=True)
+
+
+def simulated(a: argparse.Namespace, start: Path, demonstrations: Path) -> None:
+    """Runs with few slots, and prints them beside their simulation."""
+    out = a.out / "slots"
+    variants = [
+        item
+        for staleness in a.staleness
+        for item in ("--variant", f"adpo_{staleness}", *LOSSES["adpo"])
+        + (f"{ROLLOUT}.max_staleness={staleness}",)
+    ]
+    settings = [
+        *common(a, demonstrations, a.simulated_iterations),
+        f"{ROLLOUT}.num_slots={a.slots}",
+        "trainer.rollout_data_dir=rollouts",
+        "trainer.test_freq=0",
+        "trainer.val_before_train=False",
+        "actor_rollout_ref.actor.optim.lr=0.0",
+    ]
+    argv = ["--out", str(out), "--start", str(start), "--seeds", "0", *variants, "--set", *settings]
+    assert compare.main(argv) == 0
+    runs = {s: Run.read(out / f"adpo_{s}" / "seed0") for s in a.staleness}
+    lengths = []
+    for path in sorted((out / f"adpo_{a.staleness[0]}" / "seed0" / "rollouts").iterdir()):
+        lengths += map(len, pq.read_table(path, columns=["tokens"])["tokens"].to_pylist())
+    lengths = np.array(lengths).reshape(-1, 8)
+    settings = argparse.Namespace(
+        prompts=a.prompts, samples=8, hosts=1, slots=a.slots, iterations=a.simulated_iterations,
+        ahead=0, dispatch=DISPATCH, step_ms=1.0, token_ns=0.0, prefill_tokens_per_s=1e9,
+    )  # fmt: skip
+    # The one thing that is fitted: how long a step takes, so that staleness 0 is as measured.
+    base, first = None, None
+    for staleness, run in runs.items():
+        made = simulation.simulated(settings, staleness, lengths)
+        seconds = sum(run.series("time/rollout").values())
+        measured = lengths.sum() / seconds
+        base = base or made["tokens_per_s"] / measured
+        first = first or measured
+        line = {
+            "slots": a.slots,
+            "staleness": staleness,
+            "tokens_per_s": round(measured, 1),
+            "ratio": round(measured / first, 3),
+            "simulated_tokens_per_s": round(made["tokens_per_s"] / base, 1),
+            "simulated_over_measured": round(made["tokens_per_s"] / base / measured, 3),
+            "simulated_idle_frac": made["idle_frac"],
+        }
+        if staleness:
+            idle = list(run.series("ahead/idle_frac").values())
+            line["idle_frac"] = round(float(np.mean(idle)), 4)
+        print(json.dumps(line))
+
+
+def main() -> None:
+    a = arguments()
+    demonstrations = a.out / "demonstrations.jsonl"
+    write_demonstrations(demonstrations)
+    variants = [
+        item
+        for loss in a.losses
+        for staleness in a.staleness
+        if is_told_apart(loss, staleness)
+        for item in ("--variant", f"{loss}_{staleness}", *LOSSES[loss])
+        + (f"{ROLLOUT}.max_staleness={staleness}",)
+    ]
+    settings = [*common(a, demonstrations, a.iterations), "trainer.test_freq=1"]
+    seeds = list(map(str, a.seeds))
+    argv = ["--out", str(a.out), "--seeds", *seeds, *variants, "--set", *settings]
+    assert compare.main(argv) == 0
+    told(a)
+    simulated(a, a.out / "start", demonstrations)
+
+
+if __name__ == "__main__":
+    tune_malloc()
+    main()
