@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_config import parse
+from test_train import TIMED
 
 from adpo_jax.devices import distributed
 from adpo_jax.log.metrics import read_jsonl
@@ -102,7 +103,7 @@ def finish(folder: Path, processes: list[subprocess.Popen], timeout_s: float = 2
 
 def _timeless(row: dict) -> dict:
     """The metrics that depend neither on the clock nor on the machine."""
-    by_machine = ("time", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
+    by_machine = TIMED
     return {name: value for name, value in row.items() if not name.startswith(by_machine)}
 
 
@@ -164,14 +165,20 @@ def test_two_processes_train_as_one_does(tmp_path, overrides, name, more):
 
 
 @pytest.mark.long
-def test_two_processes_that_sample_ahead_do_the_same_every_time(tmp_path, overrides):
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("arithmetic", ()), ("calculator", ENVIRONMENTS_AND_FILTER)],
+    ids=["one turn", "environments, groups replaced"],
+)
+def test_two_processes_that_sample_ahead_do_the_same_every_time(tmp_path, overrides, name, more):
+    overrides += tuple(override.format(tmp_path=tmp_path) for override in more)
     overrides += (
         "--config.trainer.total_training_steps=3",
         "--config.actor_rollout_ref.rollout.max_staleness=1",
         "--config.data.max_response_length=24",
     )
-    for name in ("one", "two"):
-        finish(tmp_path / name, start_two(tmp_path / name, *overrides))
+    for run in ("one", "two"):
+        finish(tmp_path / run, start_two(tmp_path / run, *overrides, name=name))
     one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert [row["ahead/lag_0_frac"] for row in one[1:]] == [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tensorboardX.proto import event_pb2
-from test_train import TINY
+from test_train import TIMED, TINY
 
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.run.exit_codes import INTERRUPTED
@@ -75,9 +75,8 @@ def straight(tmp_path_factory):
 
 def rows_of(folder):
     """The metrics without what depends on the clock."""
-    timed = ("time", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
     return [
-        {k: v for k, v in row.items() if not k.startswith(timed)}
+        {k: v for k, v in row.items() if not k.startswith(TIMED)}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 

@@ -76,11 +76,21 @@ def with_reward(path):
     )
 
 
+# The metrics that depend on the clock begin so.
+TIMED = (
+    "time",
+    "memory/",
+    "rollout/tokens_per_s",
+    "update/tokens_per_s",
+    "tools/seconds",
+    "ahead/waited",
+)
+
+
 def scalars(folder):
     """The metrics of a run without what depends on the clock."""
-    timed = ("time", "tools/seconds", "memory/", "rollout/tokens_per_s", "update/tokens_per_s")
     return [
-        {k: v for k, v in row.items() if not k.startswith(timed)}
+        {k: v for k, v in row.items() if not k.startswith(TIMED)}
         for row in read_jsonl(folder / "metrics.jsonl")
         if "sft/step" not in row
     ]

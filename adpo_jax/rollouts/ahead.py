@@ -58,6 +58,7 @@ class _Part:
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
       judged: the scores of the groups that were looked at for a spread.
+      waited: seconds for what tools answer.
     """
 
     numbers: list[int]
@@ -68,6 +69,7 @@ class _Part:
     carried: int
     in_flight: int
     judged: list[Scores]
+    waited: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,7 @@ class Ahead(Source):
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
             judged=judging.scores,
+            waited=decoding.waited,
         )
         self._flights = {step: before, step + 1: there.without(chosen, left)}
         parts = distributed.all_gather(mine)
@@ -331,6 +334,7 @@ def _joined(parts: list[_Part], step: int) -> GradedGroups:
     metrics = {
         "ahead/in_flight": float(sum(part.in_flight for part in parts)),
         "ahead/carried_tokens": float(sum(part.carried for part in parts)),
+        "ahead/waited": max(part.waited for part in parts),
         "ahead/idle_frac": 1.0 - sampled / max(slot_steps, 1),
         "rollout/tokens_per_s": sampled / max(seconds, 1e-9),
     }

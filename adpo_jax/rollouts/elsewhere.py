@@ -275,7 +275,9 @@ class Elsewhere(Source):
         admitted_at = before.admitted_at | dict.fromkeys(new, step)
         dispatch.publish(step, works + self._works(new))
         taken_back, doubles = dispatch.num_taken_back, dispatch.num_doubles
+        began = time.perf_counter()
         chosen = self._wait_for_groups(step, admitted_at)
+        waited = time.perf_counter() - began
         completions = dispatch.take(chosen)
         gone = set(chosen)
         kept = {n: g for n, g in dispatch.kept().items() if n not in gone}
@@ -288,6 +290,7 @@ class Elsewhere(Source):
         )
         counts = {
             "ahead/in_flight": float(len(left)),
+            "ahead/waited": waited,
             "samplers/connected": float(dispatch.num_samplers),
             "samplers/taken_back": float(dispatch.num_taken_back - taken_back),
             "samplers/doubles": float(dispatch.num_doubles - doubles),

@@ -105,7 +105,12 @@ class OneTurnDecoding(GroupDecoding):
 
     Args:
       answers_of: prompts and their completions -> the answers.
+
+    Attributes:
+      waited: seconds for what tools answer, of which there are none.
     """
+
+    waited = 0.0
 
     def __init__(
         self,

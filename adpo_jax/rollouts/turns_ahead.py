@@ -9,6 +9,7 @@ when so many decode steps have been done beside it; then it is waited for. Where
 all answers are waited for.
 """
 
+import time
 from collections.abc import Iterable
 
 from adpo_jax.engine.batching import Sample
@@ -39,7 +40,11 @@ class TurnsAhead:
 
 
 class TurnsDecoding:
-    """Groups in conversation that are decoded in a session; as `group_decoding.OneTurnDecoding`."""
+    """Groups in conversation that are decoded in a session; as `group_decoding.OneTurnDecoding`.
+
+    Attributes:
+      waited: seconds for what tools and environments answer.
+    """
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class TurnsDecoding:
         self._samples: dict[Place, Sample] = {}
         # What has been asked of tools and environments, with the step at which it was.
         self._asked: list[tuple[int, Place]] = []
+        self.waited = 0.0
 
     @property
     def stats(self) -> dict[str, int]:
@@ -149,10 +155,12 @@ class TurnsDecoding:
 
     def _wait(self, places: Iterable[Place]) -> None:
         """Waits until these conversations are answered, or their environments have ended."""
+        began = time.perf_counter()
         for place in places:
             conversation = self._there[place]
             while not (conversation.is_answered or conversation.sample.finish_reason):
                 self._conversations.hear()
+        self.waited += time.perf_counter() - began
 
     def whole(self) -> list[int]:
         """The numbers of the groups whose samples and environments have all ended.

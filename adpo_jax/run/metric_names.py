@@ -15,7 +15,7 @@ NAMES = {
     ),
     "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
-    "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac lag_*_frac",
+    "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac waited lag_*_frac",
     "samplers": "connected taken_back doubles",
     "router": "busiest idle_frac balance_loss replay_changed_frac",
     "update": "grad_norm lr tokens tokens_per_s padding_frac compiles skipped mfu hfu",
