@@ -2,6 +2,7 @@
 
     python scripts/bench_update.py --shapes S,M --cases equal,long,ragged --peers tunix,trl
     python scripts/bench_update.py --shapes S --cases equal --peers ""          our update alone
+    python scripts/bench_update.py --shapes M --cases equal --peers mixture     experts beside dense
     python scripts/bench_update.py --head                       the chunked head against the plain
 
 Every peer gets the same weights and tokens, float32, on the CPU: 16 prompts x 8 completions, 16
@@ -10,6 +11,9 @@ prompt 512 and 64 new tokens; `ragged`, prompt 64 and up to 128 new tokens, 40 o
 are those of prompt and completion of every sequence, without padding. The peers pad completions to
 the longest, so that in `ragged` they do the work of `equal`; their time there is that of `equal`,
 counted by the real tokens.
+
+The peer `mixture` is our own update of a model whose MLPs are mixtures of 8 experts, of which each
+token takes 2, with as many active parameters as the shape has.
 
 Each runs in a process of its own, in turn, `--rounds` times; a result is one JSON line with the
 median, least and most over all timed repeats, by the clock and by CPU seconds. The peers' scripts
@@ -44,6 +48,7 @@ def arguments():
     parser.add_argument("--micro", type=int, default=16, help="completions a micro-batch")
     parser.add_argument("--head", action="store_true", help="measure the head alone")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mixture", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -67,6 +72,35 @@ def make_batch(common, shape: str, case: str):
     return batch, advantages.reshape(16, 8)
 
 
+def mixture_of(shape: dict):
+    """A policy with mixtures of experts, and parameters: as many active ones as the shape has."""
+    import jax
+
+    from adpo_jax.policy import Policy
+
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": shape["vocab"],
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["inter"],
+        "moe_intermediate_size": shape["inter"] // 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv"],
+        "head_dim": shape["head_dim"],
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    }
+    return Policy.from_config(config, jax.random.key(0))
+
+
 def run_ours(a) -> dict:
     """Times our update in this process."""
     sys.path[:0] = [str(REPO), str(PEERS)]
@@ -84,7 +118,9 @@ def run_ours(a) -> dict:
 
     batch, advantages = make_batch(common, a.shapes, a.cases)
     num_tokens = int(batch.attention_mask_PGS.sum())
-    policy, params = model_of(common.SHAPES[a.shapes], common.weights(a.shapes))
+    shape = common.SHAPES[a.shapes]
+    make = mixture_of if a.mixture else lambda shape: model_of(shape, common.weights(a.shapes))
+    policy, params = make(shape)
     adamw = optimizer.make_optimizer(
         optax.constant_schedule(common.OPT["lr"]), weight_decay=common.OPT["wd"], grad_clip=1.0
     )
@@ -135,9 +171,10 @@ def run_ours(a) -> dict:
 
 
 def run_one(a, who: str, shape: str, case: str) -> dict:
-    if who == "adpo_jax":
+    if who in ("adpo_jax", "mixture"):
         options = ["--here", "--shapes", shape, "--cases", case, f"--repeats={a.repeats}"]
         options += [f"--layout={a.layout}", f"--micro={a.micro}"]
+        options += ["--mixture"] if who == "mixture" else []
         return in_process([sys.executable, __file__, *options], REPO)
     options = ["--shape", shape, "--phase", "update", "--repeats", str(a.repeats)]
     options += ["--micro", str(a.micro)]
@@ -158,10 +195,14 @@ def compare(a, shape: str, case: str, peers: list[str]) -> dict:
 
     def run(who: str, ours: dict | None) -> dict:
         result = run_one(a, who, shape, case)
-        return by_real_tokens(result, ours["num_tokens"]) if ours else result
+        of_a_peer = ours and who != "mixture"
+        return by_real_tokens(result, ours["num_tokens"]) if of_a_peer else result
 
     rates, runs = compared(a.rounds, peers, run)
     line = {"shape": shape, "case": case, "layout": a.layout, "micro": a.micro} | rates
+    if "mixture" in runs:
+        mixture, dense = (rates["tokens_per_s"][who]["median"] for who in ("mixture", "adpo_jax"))
+        line["mixture_over_dense"] = round(mixture / dense, 3)
     ours = runs["adpo_jax"][-1]
     names = ("gemm_ceiling_gflops", "compile_s", "compiled_temp_mb", "padding_frac", "num_tokens")
     line |= {name: ours[name] for name in names}
