@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log.printable import say, say_error
 from adpo_jax.run.command_line import begin, load_config, parse_flags
 from adpo_jax.run.exit_codes import (
@@ -144,7 +145,7 @@ def main(argv: list[str], **parts) -> int:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
         try:
             train.run(prepared, interruption)
-        except (RewardError, CheckpointError, SourceError) as error:
+        except (RewardError, EnvironmentFailed, CheckpointError, SourceError) as error:
             return _failed(error)
         except TrainingStopped as error:
             return _failed(error, STOPPED)

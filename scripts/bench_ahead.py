@@ -1,12 +1,12 @@
 """How soon a run with long-tailed completions learns, by staleness and loss, and in a simulation.
 
-    python scripts/bench_ahead.py --out runs/ahead                      the table of docs/ahead.md
+    python scripts/bench_ahead.py --out runs/ahead                      the tables of docs/ahead.md
     python scripts/bench_ahead.py --out runs/ahead --seeds 0 --staleness 0 2 --losses adpo
 
-The embedded task, with demonstrations of a third manner: a few percent write their working ten
-times over, and are right. So a few percent of the samples are ten times as long, of whatever
-prompt, and rewards do not drive that out. Of one seed all runs start from the same weights
-(`scripts/compare.py`). Losses:
+The embedded task, whose cold start goes on with demonstrations of a third manner: a few percent
+write their working ten times over, and are right. So a few percent of the samples are ten times as
+long, of whatever prompt, and rewards do not drive that out. Of one seed all runs start from the
+same weights (`scripts/compare.py`). Losses:
 
     adpo       the sampler's log-probs are the anchor (anchor.mode=sampler)
     grpo       the ratio is to the policy before the update, and not corrected
@@ -55,14 +55,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1, 2, 4])
-    parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument(
+        "--staleness", nargs="+", type=int, default=[0, 1, 2, 4], help="0 comes first"
+    )
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--slots", type=int, default=8, help="of the runs that are simulated")
     parser.add_argument("--simulated-iterations", type=int, default=12)
-    return parser.parse_args()
+    a = parser.parse_args()
+    a.staleness = sorted({0, *a.staleness})
+    return a
 
 
 def write_demonstrations(path: Path) -> None:
@@ -81,14 +85,19 @@ def write_demonstrations(path: Path) -> None:
     path.write_text("".join(lines))
 
 
-def common(a: argparse.Namespace, demonstrations: Path, iterations: int) -> list[str]:
-    """What all runs have in common, as KEY=VALUE."""
+def common(a: argparse.Namespace, base: str, demonstrations: Path, iterations: int) -> list[str]:
+    """What all runs have in common, as KEY=VALUE.
+
+    Args:
+      base: the folder of the policy whose cold start goes on.
+    """
     return [
+        f"actor_rollout_ref.model.path={base}",
         f"sft.train_files={demonstrations}",
+        "sft.steps=150",
+        "sft.batch_size=16",
         "data.max_response_length=260",
         f"data.train_batch_size={a.prompts}",
-        "sft.batch_size=32",
-        "actor_rollout_ref.model.hf_config={'max_position_embeddings': 512}",
         f"actor_rollout_ref.actor.optim.lr={a.lr}",
         f"trainer.total_training_steps={iterations}",
         "trainer.save_freq=0",
@@ -116,7 +125,7 @@ def of_runs(out: Path, loss: str, staleness: int, seeds: list[int]) -> list[dict
                 "seconds": np.nan if reached is None else at[reached],
                 "iterations": np.nan if reached is None else reached,
                 "accuracy": accuracy[max(accuracy)],
-                "seconds_an_iteration": seconds[-1] / len(run.rows),
+                "seconds_an_iteration": seconds[-1] / len(run.series("time/update")),
                 "length_mean": np.mean(list(run.series("rollout/length_mean").values())),
                 "length_max": np.max(list(run.series("rollout/length_max").values())),
             }
@@ -146,14 +155,14 @@ def told(a: argparse.Namespace) -> None:
             pairs = list(zip(runs, bases))
             speed_up = np.array([base["seconds"] / run["seconds"] for run, base in pairs])
             lost = np.array([run["accuracy"] - base["accuracy"] for run, base in pairs])
-            for name, values in (("speed_up", speed_up), ("accuracy_less", lost)):
+            for name, values in (("speed_up", speed_up), ("accuracy_difference", lost)):
                 line[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
                 line[f"{name}_half"] = half_interval(values)
             rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
             print(json.dumps(rounded), flush=True)
 
 
-def simulated(a: argparse.Namespace, start: Path, demonstrations: Path) -> None:
+def simulated(a: argparse.Namespace, base: str, demonstrations: Path) -> None:
     """Runs with few slots, and prints them beside their simulation."""
     out = a.out / "slots"
     variants = [
@@ -163,15 +172,15 @@ def simulated(a: argparse.Namespace, start: Path, demonstrations: Path) -> None:
         + (f"{ROLLOUT}.max_staleness={staleness}",)
     ]
     settings = [
-        *common(a, demonstrations, a.simulated_iterations),
+        *common(a, base, demonstrations, a.simulated_iterations),
         f"{ROLLOUT}.num_slots={a.slots}",
         "trainer.rollout_data_dir=rollouts",
         "trainer.test_freq=0",
         "trainer.val_before_train=False",
         "actor_rollout_ref.actor.optim.lr=0.0",
     ]
-    argv = ["--out", str(out), "--start", str(start), "--seeds", "0", *variants, "--set", *settings]
-    assert compare.main(argv) == 0
+    start = str(a.out / "start")
+    run_all(["--out", str(out), "--start", start, "--seeds", "0", *variants, "--set", *settings])
     runs = {s: Run.read(out / f"adpo_{s}" / "seed0") for s in a.staleness}
     lengths = []
     for path in sorted((out / f"adpo_{a.staleness[0]}" / "seed0" / "rollouts").iterdir()):
@@ -204,10 +213,19 @@ def simulated(a: argparse.Namespace, start: Path, demonstrations: Path) -> None:
         print(json.dumps(line))
 
 
+def run_all(argv: list[str]) -> None:
+    """Runs what a command line of `compare.py` says."""
+    if code := compare.main(argv):
+        sys.exit(code)
+
+
 def main() -> None:
     a = arguments()
     demonstrations = a.out / "demonstrations.jsonl"
     write_demonstrations(demonstrations)
+    longer = {"actor_rollout_ref.model.hf_config": {"max_position_embeddings": 512}}
+    begun = compare.common_start("configs/arithmetic.py", a.out / "base", longer, 0)
+    base = begun["actor_rollout_ref.model.path"]
     variants = [
         item
         for loss in a.losses
@@ -216,12 +234,11 @@ def main() -> None:
         for item in ("--variant", f"{loss}_{staleness}", *LOSSES[loss])
         + (f"{ROLLOUT}.max_staleness={staleness}",)
     ]
-    settings = [*common(a, demonstrations, a.iterations), "trainer.test_freq=1"]
-    seeds = list(map(str, a.seeds))
-    argv = ["--out", str(a.out), "--seeds", *seeds, *variants, "--set", *settings]
-    assert compare.main(argv) == 0
+    settings = [*common(a, base, demonstrations, a.iterations), "trainer.test_freq=1"]
+    seeds = map(str, a.seeds)
+    run_all(["--out", str(a.out), "--seeds", *seeds, *variants, "--set", *settings])
     told(a)
-    simulated(a, a.out / "start", demonstrations)
+    simulated(a, base, demonstrations)
 
 
 if __name__ == "__main__":

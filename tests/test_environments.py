@@ -409,6 +409,7 @@ def rolled_out(pool, tokenizer, lines, columns, *, n=2, max_turns=4, room=200, *
         template_of(tokenizer, 8),
         prompt_ids,
         max_turns,
+        overlap_steps=1,
     )
     prompts = Prompts([tokenizer("go")["input_ids"]] * len(columns["question"]), columns)
     engine = SimpleNamespace(session=Script(tokenizer, lines, room))

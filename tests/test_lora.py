@@ -250,4 +250,5 @@ def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="alpha of LoRA is above 0, given 0"):
         Lora(2, 0.0)
     assert lora.parse_targets("all-linear") == tuple(adaptable())
-    assert lora.parse_targets("q_proj, v_proj") == ("q", "v")
+    # Layers of two shapes have weights of their own under the same name.
+    assert lora.parse_targets("q_proj, v_proj") == ("q", "global_q", "v", "global_v")

@@ -1,5 +1,6 @@
 """Conversations with environments that go on from one iteration to the next."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -16,6 +17,10 @@ import pytest
 from test_resume import assert_same
 
 from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.rollouts.flight import FlightFiles, Limits, Told
+from adpo_jax.rollouts.source import SourceError
+
+LIMITS = Limits(n=2, max_tokens=64, vocab_size=10_000, converses=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,14 @@ def test_conversations_go_on_under_new_weights(whole):
 
 
 def test_a_resumed_run_with_conversations_in_flight_has_the_same_bits(whole, tmp_path, caplog):
+    # There is something to resume: answered calls, calls without an answer, turns under way.
+    flight = FlightFiles(whole / "in_flight", LIMITS).load(2)
+    samples = [sample for group in flight.groups.values() for sample in group]
+    assert any(sample.told.answers for sample in samples)
+    assert any(sample.told.asked for sample in samples)
+    going_on = [s for s in samples if not s.finish_reason and not s.told.asked]
+    assert any(len(s.turn_tokens(len(s.told.answers))) for s in going_on)
+
     again = tmp_path / "again"
     shutil.copytree(whole, again)
     for later in ("export", "checkpoints/3", "checkpoints/4"):
@@ -54,6 +67,34 @@ def test_a_resumed_run_with_conversations_in_flight_has_the_same_bits(whole, tmp
     conversing.run(again, whole.parent)
     assert_same(again, whole, conversing.STEPS)
     assert "answers otherwise" not in caplog.text
+
+
+def test_conversations_in_flight_that_no_run_can_have_left_are_refused(whole, tmp_path):
+    files = FlightFiles(tmp_path, LIMITS)
+    flight = FlightFiles(whole / "in_flight", LIMITS).load(2)
+    number, (sample, *others) = next(
+        (n, group) for n, group in flight.groups.items() if len(group[0].tokens)
+    )
+    changed = dataclasses.replace
+    broken = [
+        changed(sample, told=None),
+        changed(sample, told=Told(asked="x")),
+        changed(sample, told=Told(answers=((1,),))),
+        changed(sample, told=Told(reward="much")),
+        changed(sample, tokens=sample.tokens + 10_000),
+        changed(sample, trained=sample.trained[1:]),
+    ]
+    for wrong in broken:
+        groups = flight.groups | {number: (wrong, *others)}
+        files.save(2, changed(flight, groups=groups))
+        with pytest.raises(SourceError, match="is damaged"):
+            files.load(2)
+    files.save(2, changed(flight, admitted_at={}))
+    with pytest.raises(SourceError, match="is damaged"):
+        files.load(2)
+    alone = FlightFiles(whole / "in_flight", changed(LIMITS, converses=False))
+    with pytest.raises(SourceError, match="with other environments"):
+        alone.load(2)
 
 
 PLACES = [
@@ -80,7 +121,7 @@ def test_killed_twenty_times_with_conversations_in_flight_it_ends_the_same(whole
                 process.wait(timeout=moments.uniform(0.3, 0.9) * took)
             except subprocess.TimeoutExpired:
                 process.kill()
-        out, _ = process.communicate(timeout=300)
+        out = told_by(process)
         assert process.returncode in (0, -signal.SIGKILL), out
         kills += process.returncode != 0
         print(f"{place} {count}: exit code {process.returncode}", flush=True)
@@ -89,8 +130,18 @@ def test_killed_twenty_times_with_conversations_in_flight_it_ends_the_same(whole
             assert_same(run, whole, conversing.STEPS)
             number += 1  # it came to its end: another one
             run = tmp_path / f"run_{number}"
-    out, _ = start(run, whole.parent).communicate(timeout=300)
+    last = start(run, whole.parent)
+    out = told_by(last)
+    assert last.returncode == 0, out
     assert_same(run, whole, conversing.STEPS)
+
+
+def told_by(process) -> str:
+    """What a process printed until its end."""
+    try:
+        return process.communicate(timeout=300)[0]
+    finally:
+        process.kill()
 
 
 def start(folder, files, place="nowhere", count=0):

@@ -27,7 +27,7 @@ class Environments:
     template: TurnTemplate
     prompt_ids: Callable[[dict[str, list], Sequence[str | None]], list[list[int]]]
     max_turns: int
-    overlap_steps: int = 32
+    overlap_steps: int
 
     @property
     def rewards(self) -> tuple[str, ...]:

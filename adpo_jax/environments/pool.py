@@ -8,6 +8,7 @@ made again for the next ones.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -18,6 +19,8 @@ from adpo_jax.environments.contract import Described, Spec
 from adpo_jax.rewards import wire
 from adpo_jax.rewards.pool import WorkerProcess
 
+# What the answer to a request has.
+_NEEDED = {"reset": {"said"}, "call": {"said"}, "end": {"reward", "attributes"}}
 _START_TIMEOUT_S = 300.0  # a user's file may import much, and a class load much
 
 
@@ -225,10 +228,13 @@ class _Worker:
         while (request := self._queue.get()) is not None and not self._closed:
             started = time.perf_counter()
             try:
-                content = self._ask(request)
+                content = dict(self._ask(request))
             except Exception as error:
-                self._retire()
+                with contextlib.suppress(Exception):
+                    self._retire()
                 content = {"error": str(error), "kind": "raised"}
+            if "kind" not in content and not _NEEDED.get(request.verb, set()) <= content.keys():
+                content = {"error": "its process answered something else", "kind": "raised"}
             error, kind = content.pop("error", ""), content.pop("kind", "")
             took = time.perf_counter() - started
             request.answers.put(Answer(request.tag, content, error, kind, took))

@@ -33,6 +33,7 @@ from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
     FlyingSample,
+    Limits,
     age_metrics,
 )
 from adpo_jax.rollouts.group_decoding import Numbering, OneTurnDecoding
@@ -59,6 +60,7 @@ class _Part:
       in_flight: their number.
       judged: the scores of the groups that were looked at for a spread.
       waited: seconds for what tools answer.
+      stats: counts of the session.
     """
 
     numbers: list[int]
@@ -70,6 +72,7 @@ class _Part:
     in_flight: int
     judged: list[Scores]
     waited: float
+    stats: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,13 @@ class Ahead(Source):
         in_turns: InTurns | None = None,
     ):
         self._sampler, self._sieve, self._num_steps = sampler, sieve, num_steps
-        self._files = FlightFiles(folder, sampler.sampling.n)
+        limits = Limits(
+            sampler.sampling.n,
+            sampler.sampling.max_tokens,
+            sampler.engine.policy.config.vocab_size,
+            converses=in_turns is not None,
+        )
+        self._files = FlightFiles(folder, limits)
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
         self._start: Callable[[Session, int], Decoding] = functools.partial(
             OneTurnDecoding, numbering=self._numbering, answers_of=sampler.of_one_turn
@@ -174,6 +183,7 @@ class Ahead(Source):
             in_flight=len(left),
             judged=judging.scores,
             waited=decoding.waited,
+            stats=stats,
         )
         self._flights = {step: before, step + 1: there.without(chosen, left)}
         parts = distributed.all_gather(mine)
@@ -325,7 +335,8 @@ def _joined(parts: list[_Part], step: int) -> GradedGroups:
     numbers = [number for part in parts for number in part.numbers]
     together = GradedGroups.concatenate(graded)
     groups = together.select(np.argsort(numbers))
-    counted = dataclasses.replace(groups.completions, stats=together.completions.stats)
+    stats = {name: sum(part.stats[name] for part in parts) for name in parts[0].stats}
+    counted = dataclasses.replace(groups.completions, stats=stats)
     groups = dataclasses.replace(groups, completions=counted)
     sampled, slot_steps = (
         sum(getattr(p, name) for p in parts) for name in ("sampled", "slot_steps")

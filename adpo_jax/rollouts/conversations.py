@@ -144,35 +144,40 @@ class Conversations:
           SourceError: for samples of other environments.
         """
         again: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        wanted: list[tuple[Place, str | None]] = []  # what is to be answered as it was
+        wanted: list[tuple[Place, str, str | None]] = []  # what is to be answered as it was
         asked: dict[Place, list[Call]] = {}
         for place, sample in samples.items():
             self._open(place, rows[place[0]], sample, leases=_needs_environment(sample))
             conversation, told = self.there[place], sample.told
             if conversation.lease is not None:
                 self._reset(place, rows[place[0]], seeds[place[0]], again, len(wanted))
-                wanted.append((place, told.observation))
+                wanted.append((place, "reset", told.observation))
             has_ended = bool(sample.finish_reason)
             for number in range(len(told.answers) + (has_ended or told.asked)):
                 calls = self._read(conversation, number)
-                if number == len(told.answers):
-                    asked |= {} if has_ended else {place: calls}
+                if number == len(told.answers) and has_ended:
                     continue
-                if len(calls) != len(told.answers[number]):
+                is_asked = number == len(told.answers)
+                if not calls or (not is_asked and len(calls) != len(told.answers[number])):
                     raise SourceError(
                         "the samples in flight were answered other calls than they made: they are "
                         "of another model or environment"
                     )
+                if is_asked:
+                    asked[place] = calls
+                    continue
                 self._note(conversation, calls, told.answers[number])
                 for call, text in zip(calls, told.answers[number]):
                     if conversation.lease is not None and not call.error:
                         self._pool.ask(*self._call(conversation, call), again, len(wanted))
-                        wanted.append((place, text))
+                        wanted.append((place, "call", text))
             conversation.is_over = has_ended
             conversation.finish_reason = sample.finish_reason or conversation.finish_reason
         for _ in wanted:
             answer = again.get()
-            place, text = wanted[answer.tag]
+            place, verb, text = wanted[answer.tag]
+            if verb == "reset":
+                self._refuse_failure(verb, answer)
             if answer.kind in _LOSSES:
                 self.there[place].tell(is_lost=True)
             if (answer.content.get("said") if not answer.kind else self._words(answer)) != text:

@@ -33,6 +33,7 @@ from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
     FlyingSample,
+    Limits,
     age_metrics,
 )
 from adpo_jax.rollouts.group_decoding import Numbering
@@ -174,7 +175,8 @@ class Elsewhere(Source):
     ):
         self._sampler, self._weights_of = sampler, weights_of
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
-        self._files = FlightFiles(folder, sampler.sampling.n, owner="samplers")
+        limits = Limits(sampler.sampling.n, sampler.sampling.max_tokens, vocab_size)
+        self._files = FlightFiles(folder, limits, owner="samplers")
         self._pacing = Pacing(batch_size, max_staleness, ahead, num_groups=num_steps * batch_size)
         self._flights: dict[int, Flight] = {0: Flight()}
         self._dispatch = Dispatch(lease_s=LEASE_S)

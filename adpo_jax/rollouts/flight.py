@@ -66,6 +66,7 @@ class Told:
         told = cls(**content)
         ok = told.observation is None or isinstance(told.observation, str)
         ok = ok and (told.reward is None or type(told.reward) is float)
+        ok = ok and type(told.asked) is bool and type(told.is_lost) is bool
         answers = tuple(tuple(turn) for turn in told.answers)
         ok = ok and all(isinstance(text, str) for turn in answers for text in turn)
         if not ok or not isinstance(told.attributes, dict):
@@ -206,18 +207,52 @@ def _as_bytes(content: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(content).encode(), np.uint8)
 
 
-def unpacked(content: dict[str, np.ndarray], n: int) -> Flight:
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What samples in flight must keep to.
+
+    Attributes:
+      n: samples of a group.
+      max_tokens: of a sample.
+      vocab_size: token ids are below this.
+      converses: whether samples converse with environments.
+    """
+
+    n: int
+    max_tokens: int
+    vocab_size: int
+    converses: bool = False
+
+    def check(self, sample: FlyingSample) -> None:
+        """Checks a sample that was read.
+
+        Raises:
+          ValueError: for one that does not keep to them.
+        """
+        lengths = {len(getattr(sample, name)) for name in _FIELDS if name != "full_log_probs"}
+        tokens, count = sample.tokens, len(sample.tokens)
+        ok = lengths == {count} and len(sample.full_log_probs) in (0, count)
+        # One that goes on has room for a token.
+        ok = ok and count < self.max_tokens + bool(sample.finish_reason)
+        ok = ok and 0 <= tokens.min(initial=0) <= tokens.max(initial=0) < self.vocab_size
+        if not ok or ((sample.told is not None) != self.converses and count):
+            raise ValueError("a sample that this run cannot have left")
+
+
+def unpacked(content: dict[str, np.ndarray], limits: Limits) -> Flight:
     """The flight that `packed` made arrays of.
 
     Raises:
       ValueError, KeyError: for arrays that it did not make.
     """
+    n = limits.n
     columns = {}
     for name, dtype in _FIELDS.items():
         ends = np.cumsum(content[f"{name}_lengths"])
         columns[name] = np.split(content[name].astype(dtype), ends)[:-1] if len(ends) else []
     reasons = [_REASONS[reason] for reason in content["reasons"]]
-    told = [x and Told.from_json(x) for x in json.loads(content["told"].tobytes())]
+    found = json.loads(content["told"].tobytes())
+    told = [None if x is None else Told.from_json(x) for x in found]
     samples = [
         FlyingSample(*values, finish_reason=reason, told=heard)
         for *values, reason, heard in zip(*columns.values(), reasons, told, strict=True)
@@ -227,6 +262,13 @@ def unpacked(content: dict[str, np.ndarray], n: int) -> Flight:
     )
     if len(samples) != len(numbers) * n:
         raise ValueError(f"{len(samples)} samples of {len(numbers)} groups of {n}")
+    if not set(numbers) <= set(everywhere) or min(everywhere, default=0) < 0:
+        raise ValueError("groups that were never admitted")
+    for sample in samples:
+        limits.check(sample)
+    for i in range(0, len(samples), n):
+        if len({sample.told is None for sample in samples[i : i + n]}) > 1:
+            raise ValueError("a group of which some samples have an environment, and some none")
     return Flight(
         {number: tuple(samples[i * n : (i + 1) * n]) for i, number in enumerate(numbers)},
         dict(zip(everywhere, admitted_at, strict=True)),
@@ -237,7 +279,9 @@ def unpacked(content: dict[str, np.ndarray], n: int) -> Flight:
 
 def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:
     """How old the tokens are that the iteration after `step` iterations trains on."""
-    lags = step - np.concatenate([c.versions for c in groups.completions.flat])
+    lags = step - np.concatenate([c.versions[c.trained] for c in groups.completions.flat])
+    if not len(lags):
+        lags = np.zeros(1, int)
     shares = np.bincount(lags, minlength=1) / len(lags)
     return {
         "ahead/staleness_mean": float(lags.mean()),
@@ -249,12 +293,12 @@ class FlightFiles:
     """What iterations left in flight, in a folder.
 
     Args:
-      n: samples of a group.
+      limits: what the samples in them must keep to.
       owner: whose files they are, a part of their names; None for this process among so many.
     """
 
-    def __init__(self, folder: Path, n: int, owner: str | None = None):
-        self._folder, self._n = folder, n
+    def __init__(self, folder: Path, limits: Limits, owner: str | None = None):
+        self._folder, self._limits = folder, limits
         self._owner = owner or f"{jax.process_index()}.of{jax.process_count()}"
 
     def save(self, step: int, flight: Flight, *, oldest: int = 0) -> None:
@@ -267,7 +311,7 @@ class FlightFiles:
         os.replace(unfinished, path)
         for other in self._folder.glob("*.npz"):
             number, _, owner = other.name.removesuffix(".npz").partition(".")
-            if owner == self._owner and int(number) < oldest:
+            if owner == self._owner and number.isdecimal() and int(number) < oldest:
                 other.unlink()
 
     def load(self, step: int) -> Flight:
@@ -279,14 +323,14 @@ class FlightFiles:
         path = self._path(step)
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-                return unpacked(dict(content), self._n)
+                return unpacked(dict(content), self._limits)
         except _DAMAGES as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "
                 f"iteration {step} left its samples in flight. A run that began without it, on "
-                "another number of processes, or with its samplers elsewhere (--role), goes on as "
-                "it was; set it so, or start again in another folder"
+                "another number of processes, with other environments, or with its samplers "
+                "elsewhere (--role), goes on as it was; set it so, or start again in another folder"
             ) from error
 
     def _path(self, step: int) -> Path:

@@ -97,8 +97,10 @@ class TurnsDecoding:
                 there = None
             if there is None and place[0] in said:
                 absent[place] = sample
+        began = time.perf_counter()
         said |= self._conversations.begin(rows, seeds, new)
         self._conversations.resume(rows, seeds, absent)
+        self.waited += time.perf_counter() - began
         prompts = self._conversations.prompts_with(prompts, [said[number] for number in groups])
         self._prompts |= {n: prompts.select([i]) for i, n in enumerate(groups)}
         self._go_on([place for place in samples if self._there[place].calls is not None])
@@ -133,7 +135,8 @@ class TurnsDecoding:
                 self._asked.append((session.stats["steps"], place))
             now, nothing_decodes = session.stats["steps"], not session.num_decoding
             due = [p for at, p in self._asked if nothing_decodes or at + self._overlap <= now]
-            self._asked = [(at, place) for at, place in self._asked if place not in set(due)]
+            gone = set(due)
+            self._asked = [(at, place) for at, place in self._asked if place not in gone]
             self._go_on(due)
 
     def _go_on(self, places: list[Place]) -> None:

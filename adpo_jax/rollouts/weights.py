@@ -173,7 +173,7 @@ class Versions:
         """Takes the weights of a version; those of the oldest go.
 
         Args:
-          params: a tree of numpy arrays, which need not stay as they are after this.
+          params: a tree of numpy arrays, which must not change after this.
 
         Raises:
           OSError: where they cannot be written.

@@ -211,7 +211,7 @@ class Line:
             self._holds.clear()
             self._room, self._version = 0, -1
             self.whole_calls, self._run = answer["whole_calls"], answer["run"]
-        self._digests = {}
+        self._digests, self._unread_since = {}, None
         if self._given_folder and not answer["weights"]:
             raise Refusal(
                 "--weights: the trainer writes its weights into no folder; give --weights to it "
@@ -235,6 +235,7 @@ class Line:
             names = manifest.changed(self._digests)
             arrays = taken(self._parts(version, manifest, names), manifest, names)
         except _Gone:
+            self._unread_since = None
             return False
         except self._unreached:
             time.sleep(_RETRY_S)
