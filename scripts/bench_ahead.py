@@ -3,20 +3,19 @@
     python scripts/bench_ahead.py --out runs/ahead                      the tables of docs/ahead.md
     python scripts/bench_ahead.py --out runs/ahead --seeds 0 --staleness 0 2 --losses adpo
 
-The embedded task, whose cold start goes on with demonstrations of a third manner: a few percent
-write their working ten times over, and are right. So a few percent of the samples are ten times as
-long, of whatever prompt, and rewards do not drive that out. Of one seed all runs start from the
-same weights (`scripts/compare.py`). Losses:
+The embedded task, of which a few percent of the problems ask for ten checks: the working is then
+written ten times over, as a second cold start shows. So a few percent of the samples are ten times
+as long. Of one seed all runs start from the same weights (`scripts/compare.py`). Losses:
 
     adpo       the sampler's log-probs are the anchor (anchor.mode=sampler)
     grpo       the ratio is to the policy before the update, and not corrected
     grpo_tis   the same with truncated importance weights of the sampler
 
-One JSON line a loss and staleness: seconds (rollout, reward, anchor and update; no evaluation) and
-iterations until 80% of the held-out problems are right, the accuracy at the end, its difference to
-staleness 0 and the speed-up over it, seed by seed, with half of the 95% interval; runs that never
-came to 80% are counted. Then one line a staleness with the tokens a second and the idle share of
-the slots, of runs with `--slots` slots, which stay as many, beside those of
+One JSON line a loss and staleness: seconds (rollout, reward, anchor and update; no evaluation and
+no compiling) and iterations until 80% of the held-out problems are right, the accuracy at the end,
+its difference to staleness 0 and the speed-up over it, seed by seed, with half of the 95% interval;
+runs that never came to 80% are counted. Then one line a staleness with the tokens a second and the
+idle share of the slots, of runs with `--slots` slots, which stay as many, beside those of
 `scripts/simulate_rollouts.py` for the lengths that were sampled at staleness 0.
 """
 
@@ -24,8 +23,10 @@ import argparse
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 
@@ -40,7 +41,8 @@ from adpo_jax.report import page
 from adpo_jax.report.runs import Run
 
 DISPATCH = 32  # steps of the engine between its looks, at most
-TAIL, TIMES = 0.04, 10  # the share of demonstrations that repeat themselves, and how often
+TAIL, TAIL_SHOWN = 0.04, 0.3  # the share of problems that ask for checks, and of demonstrations
+TIMES, MARKER = 10, " 10 #"
 MARK = 0.8
 LOSSES = {
     "adpo": ["algorithm.adv_estimator=adpo", "anchor.mode=sampler"],
@@ -59,9 +61,9 @@ def arguments() -> argparse.Namespace:
         "--staleness", nargs="+", type=int, default=[0, 1, 2, 4], help="0 comes first"
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1.5e-4)
     parser.add_argument("--slots", type=int, default=8, help="of the runs that are simulated")
     parser.add_argument("--simulated-iterations", type=int, default=12)
     a = parser.parse_args()
@@ -69,23 +71,27 @@ def arguments() -> argparse.Namespace:
     return a
 
 
-def write_demonstrations(path: Path) -> None:
-    """The demonstrations of the embedded task; some of the careful ones repeat their working."""
-    rows, rng = arithmetic.rows("demonstrations"), random.Random(0)
-    lines = []
-    columns = (rows[name] for name in ("question", "answer", "completion"))
-    for question, answer, completion in zip(*columns):
-        if rng.random() < TAIL:
-            working, _, result = answer.rpartition(" #### ")
-            said = " ".join(f"{i}. {working}" for i in range(1, TIMES + 1))
-            completion = f"{said} #### {result}"
-        row = {"question": question, "answer": answer, "completion": completion}
-        lines.append(json.dumps(row) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines))
+def write_problems(folder: Path) -> dict[str, Path]:
+    """The problems of the embedded task by their split; a share of them asks for checks."""
+    found, rng = {}, random.Random(0)
+    for split, share in (("train", TAIL), ("val", TAIL), ("demonstrations", TAIL_SHOWN)):
+        columns = arithmetic.rows(split)
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        for row in rows:
+            if rng.random() >= share:
+                continue
+            row["question"] += MARKER
+            if "completion" in row:
+                working, _, result = row["answer"].rpartition(" #### ")
+                checks = " ".join(f"{i}. {working}" for i in range(1, TIMES + 1))
+                row["completion"] = f"{checks} #### {result}"
+        found[split] = folder / f"{split}.jsonl"
+        found[split].parent.mkdir(parents=True, exist_ok=True)
+        found[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found
 
 
-def common(a: argparse.Namespace, base: str, demonstrations: Path, iterations: int) -> list[str]:
+def common(a: argparse.Namespace, base: str, files: dict[str, Path], iterations: int) -> list[str]:
     """What all runs have in common, as KEY=VALUE.
 
     Args:
@@ -93,8 +99,11 @@ def common(a: argparse.Namespace, base: str, demonstrations: Path, iterations: i
     """
     return [
         f"actor_rollout_ref.model.path={base}",
-        f"sft.train_files={demonstrations}",
-        "sft.steps=150",
+        f"sft.train_files={files['demonstrations']}",
+        f"data.train_files={files['train']}",
+        f"data.val_files={files['val']}",
+        "data.max_prompt_length=32",
+        "sft.steps=120",
         "sft.batch_size=16",
         "data.max_response_length=260",
         f"data.train_batch_size={a.prompts}",
@@ -110,6 +119,28 @@ def is_told_apart(loss: str, staleness: int) -> bool:
     return bool(staleness) or loss != "grpo_tis"
 
 
+def note_compiling(path: Path) -> None:
+    """Has the seconds of each compilation written down, with the time of its end."""
+    jax.config.update("jax_compilation_cache_dir", str(path.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    file = path.open("a", buffering=1)
+
+    def note(name: str, seconds: float, **_) -> None:
+        if name.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
+            file.write(json.dumps([time.time(), seconds]) + "\n")
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+
+
+def compiling_in(out: Path, ends: list[float]) -> np.ndarray:
+    """Seconds of compiling in each of the intervals between these times."""
+    lines = (out / "compiling.jsonl").read_text().splitlines()
+    at, seconds = np.array([json.loads(line) for line in lines]).reshape(-1, 2).T
+    found = np.zeros(len(ends) + 1)
+    np.add.at(found, np.searchsorted(ends, at), seconds)
+    return found[1:-1]
+
+
 def of_runs(out: Path, loss: str, staleness: int, seeds: list[int]) -> list[dict]:
     """What the runs of a loss and staleness came to, seed by seed."""
     loss = loss if is_told_apart(loss, staleness) else "grpo"
@@ -117,15 +148,18 @@ def of_runs(out: Path, loss: str, staleness: int, seeds: list[int]) -> list[dict
     for seed in seeds:
         run = Run.read(out / f"{loss}_{staleness}" / f"seed{seed}")
         accuracy = run.series("eval/accuracy")
-        seconds = np.cumsum([sum(row.get(n, 0) for n in TIMES_OF) for row in run.rows])
-        at = {row["step"]: s for row, s in zip(run.rows, seconds)}
+        rows = [row for row in run.rows if "time/update" in row]
+        ends = [run.rows[run.rows.index(rows[0]) - 1]["time"], *(row["time"] for row in rows)]
+        spent = np.array([sum(row.get(name, 0) for name in TIMES_OF) for row in rows])
+        seconds = np.cumsum(np.maximum(spent - compiling_in(out, ends), 0))
+        at = {row["step"]: s for row, s in zip(rows, seconds)}
         reached = next((step for step, value in accuracy.items() if value >= MARK), None)
         found.append(
             {
                 "seconds": np.nan if reached is None else at[reached],
                 "iterations": np.nan if reached is None else reached,
                 "accuracy": accuracy[max(accuracy)],
-                "seconds_an_iteration": seconds[-1] / len(run.series("time/update")),
+                "seconds_an_iteration": seconds[-1] / len(rows),
                 "length_mean": np.mean(list(run.series("rollout/length_mean").values())),
                 "length_max": np.max(list(run.series("rollout/length_max").values())),
             }
@@ -162,7 +196,7 @@ def told(a: argparse.Namespace) -> None:
             print(json.dumps(rounded), flush=True)
 
 
-def simulated(a: argparse.Namespace, base: str, demonstrations: Path) -> None:
+def simulated(a: argparse.Namespace, base: str, files: dict[str, Path]) -> None:
     """Runs with few slots, and prints them beside their simulation."""
     out = a.out / "slots"
     variants = [
@@ -172,7 +206,7 @@ def simulated(a: argparse.Namespace, base: str, demonstrations: Path) -> None:
         + (f"{ROLLOUT}.max_staleness={staleness}",)
     ]
     settings = [
-        *common(a, base, demonstrations, a.simulated_iterations),
+        *common(a, base, files, a.simulated_iterations),
         f"{ROLLOUT}.num_slots={a.slots}",
         "trainer.rollout_data_dir=rollouts",
         "trainer.test_freq=0",
@@ -221,8 +255,8 @@ def run_all(argv: list[str]) -> None:
 
 def main() -> None:
     a = arguments()
-    demonstrations = a.out / "demonstrations.jsonl"
-    write_demonstrations(demonstrations)
+    files = write_problems(a.out / "problems")
+    note_compiling(a.out / "compiling.jsonl")
     longer = {"actor_rollout_ref.model.hf_config": {"max_position_embeddings": 512}}
     begun = compare.common_start("configs/arithmetic.py", a.out / "base", longer, 0)
     base = begun["actor_rollout_ref.model.path"]
@@ -234,11 +268,11 @@ def main() -> None:
         for item in ("--variant", f"{loss}_{staleness}", *LOSSES[loss])
         + (f"{ROLLOUT}.max_staleness={staleness}",)
     ]
-    settings = [*common(a, base, demonstrations, a.iterations), "trainer.test_freq=1"]
+    settings = [*common(a, base, files, a.iterations), "trainer.test_freq=1"]
     seeds = map(str, a.seeds)
     run_all(["--out", str(a.out), "--seeds", *seeds, *variants, "--set", *settings])
     told(a)
-    simulated(a, base, demonstrations)
+    simulated(a, base, files)
 
 
 if __name__ == "__main__":
