@@ -26,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from adpo_jax.engine.generation import LEAST_STEPS
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 
 
@@ -44,7 +45,9 @@ def arguments():
     parser.add_argument("--token-ns", type=float, default=16.6)
     parser.add_argument("--prefill-tokens-per-s", type=float, default=60_000.0)
     parser.add_argument("--ahead", type=int, default=0, help="groups; 0 for all that it may")
-    parser.add_argument("--dispatch", type=int, default=32, help="steps between looks of the host")
+    parser.add_argument(
+        "--dispatch", type=int, default=LEAST_STEPS, help="steps after which free slots are filled"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--metrics", default="", help="a run's file, whose lengths are taken")
     return parser.parse_args()
