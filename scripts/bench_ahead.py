@@ -61,9 +61,9 @@ def arguments() -> argparse.Namespace:
         "--staleness", nargs="+", type=int, default=[0, 1, 2, 4], help="0 comes first"
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
-    parser.add_argument("--lr", type=float, default=1.5e-4)
+    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--slots", type=int, default=8, help="of the runs that are simulated")
     parser.add_argument("--simulated-iterations", type=int, default=12)
     a = parser.parse_args()
