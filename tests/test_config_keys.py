@@ -244,8 +244,10 @@ def first_batch(config):
 
 def pacing(config):
     """How far ahead of the update groups are sampled."""
-    none = dict.fromkeys(("engine", "tokenizer", "reward_model", "environments", "train_prompts"))
-    none["sampling"] = types.SimpleNamespace(stop_token_ids=(), n=2)
+    none = dict.fromkeys(("tokenizer", "reward_model", "environments", "train_prompts"))
+    none["sampling"] = types.SimpleNamespace(stop_token_ids=(), n=2, max_tokens=4)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=9))
+    none["engine"] = types.SimpleNamespace(policy=model)
     parts = types.SimpleNamespace(num_steps=3, **none)
     source = preparation._sampled(config, parts, types.SimpleNamespace(in_flight=None))
     return getattr(source, "_pacing", None)

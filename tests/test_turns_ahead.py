@@ -51,18 +51,24 @@ def test_conversations_go_on_under_new_weights(whole):
     assert spanning
 
 
+def is_in_the_midst(folder, step) -> bool:
+    """Whether an iteration left conversations in all states."""
+    flight = FlightFiles(folder / "in_flight", LIMITS).load(step)
+    samples = [sample for group in flight.groups.values() for sample in group]
+    going_on = [s for s in samples if not s.finish_reason and not s.told.asked]
+    return (
+        any(sample.told.answers for sample in samples)
+        and any(sample.told.asked for sample in samples)
+        and any(len(s.turn_tokens(len(s.told.answers))) for s in going_on)
+    )
+
+
 def test_a_resumed_run_with_conversations_in_flight_has_the_same_bits(whole, tmp_path, caplog):
     # There is something to resume: answered calls, calls without an answer, turns under way.
-    flight = FlightFiles(whole / "in_flight", LIMITS).load(2)
-    samples = [sample for group in flight.groups.values() for sample in group]
-    assert any(sample.told.answers for sample in samples)
-    assert any(sample.told.asked for sample in samples)
-    going_on = [s for s in samples if not s.finish_reason and not s.told.asked]
-    assert any(len(s.turn_tokens(len(s.told.answers))) for s in going_on)
-
+    step = next(step for step in (1, 2, 3) if is_in_the_midst(whole, step))
     again = tmp_path / "again"
     shutil.copytree(whole, again)
-    for later in ("export", "checkpoints/3", "checkpoints/4"):
+    for later in ("export", *(f"checkpoints/{n}" for n in range(step + 1, 5))):
         shutil.rmtree(again / later)
     conversing.run(again, whole.parent)
     assert_same(again, whole, conversing.STEPS)
