@@ -36,14 +36,12 @@ from adpo_jax.rollouts.flight import (
     Limits,
     age_metrics,
 )
-from adpo_jax.rollouts.group_decoding import Numbering, OneTurnDecoding
+from adpo_jax.rollouts.group_decoding import Decoding, Numbering, OneTurnDecoding
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 from adpo_jax.rollouts.sampler import Sampler, logged_metrics, reward_metrics
 from adpo_jax.rollouts.source import Source
-from adpo_jax.rollouts.turns_ahead import TurnsAhead, TurnsDecoding
-
-Decoding = OneTurnDecoding | TurnsDecoding
+from adpo_jax.rollouts.turns_ahead import TurnsAhead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +57,7 @@ class _Part:
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
       judged: the scores of the groups that were looked at for a spread.
-      waited: seconds for what tools answer.
-      stats: counts of the session.
+      waited, stats: as of `Decoding`.
     """
 
     numbers: list[int]
@@ -129,11 +126,11 @@ class Ahead(Source):
         )
         self._files = FlightFiles(folder, limits)
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
-        self._start: Callable[[Session, int], Decoding] = functools.partial(
+        self._start: Callable[[Session], Decoding] = functools.partial(
             OneTurnDecoding, numbering=self._numbering, answers_of=sampler.of_one_turn
         )
         if in_turns is not None:
-            self._start = TurnsAhead(in_turns, self._numbering, sampler.sampling)
+            self._start = TurnsAhead(in_turns, self._numbering, sampler.sampling).start
         self._pacing = Pacing(
             batch_size, max_staleness, ahead, num_groups=None if sieve else num_steps * batch_size
         )
@@ -155,7 +152,7 @@ class Ahead(Source):
                     session = sampler.engine.session(
                         params, sampler.sampling, jax.random.key(sampler.seed), version=step
                     )
-                    decoding = self._start(stack.enter_context(session), step)
+                    decoding = self._start(stack.enter_context(session))
                     decoding.begin(there.groups)
                 chosen, there = self._until_chosen(step, decoding, there, judging)
                 with distributed.fail_together():

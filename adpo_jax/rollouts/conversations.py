@@ -86,7 +86,7 @@ class Conversations:
     """Conversations under way, by their places.
 
     Attributes:
-      there: the conversations.
+      under_way: the conversations.
       counts: of calls of tools, by the names in `COUNTS`.
     """
 
@@ -96,7 +96,7 @@ class Conversations:
         # Marks of calls may be special tokens, which rewards do not always read.
         self._with_marks = dataclasses.replace(reading, skip_special_tokens=False)
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self.there: dict[Place, Conversation] = {}
+        self.under_way: dict[Place, Conversation] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
     # --- beginnings and ends
@@ -124,7 +124,7 @@ class Conversations:
             answer = resets.get()
             self._refuse_failure("reset", answer)
             said[answer.tag[0]].add(answer.content["said"])
-            self.there[answer.tag].tell(observation=answer.content["said"])
+            self.under_way[answer.tag].tell(observation=answer.content["said"])
         return {group: _the_same(found) for group, found in said.items()}
 
     def resume(
@@ -148,7 +148,7 @@ class Conversations:
         asked: dict[Place, list[Call]] = {}
         for place, sample in samples.items():
             self._open(place, rows[place[0]], sample, leases=_needs_environment(sample))
-            conversation, told = self.there[place], sample.told
+            conversation, told = self.under_way[place], sample.told
             if conversation.lease is not None:
                 self._reset(place, rows[place[0]], seeds[place[0]], again, len(wanted))
                 wanted.append((place, "reset", told.observation))
@@ -179,7 +179,7 @@ class Conversations:
             if verb == "reset":
                 self._refuse_failure(verb, answer)
             if answer.kind in _LOSSES:
-                self.there[place].tell(is_lost=True)
+                self.under_way[place].tell(is_lost=True)
             if (answer.content.get("said") if not answer.kind else self._words(answer)) != text:
                 logging.log_first_n(
                     logging.WARNING,
@@ -193,12 +193,12 @@ class Conversations:
     def _open(self, place: Place, row: dict, sample: FlyingSample, *, leases: bool = True) -> None:
         environments = self._environments
         lease = self._pool.lease(environments.name_of(row)) if leases else None
-        self.there[place] = Conversation(environments.of_row(row), sample, lease)
+        self.under_way[place] = Conversation(environments.of_row(row), sample, lease)
 
     def _reset(
         self, place: Place, row: dict, seed: int, answers: queue.SimpleQueue, tag: Any
     ) -> None:
-        lease = self.there[place].lease
+        lease = self.under_way[place].lease
         row = reset_row(row, self._reading.prompt_key, lease.name)
         self._pool.ask(lease, "reset", {"row": row, "seed": seed}, answers, tag)
 
@@ -213,13 +213,11 @@ class Conversations:
         ]
         return Prompts(ids, prompts.columns)
 
-    def give_back(self, place: Place) -> Conversation:
+    def give_back(self, place: Place) -> None:
         """Forgets a conversation; its environment is free for another one."""
-        conversation = self.there.pop(place)
-        if conversation.lease is not None:
-            self._pool.give_back(conversation.lease)
-            conversation.lease = None
-        return conversation
+        lease = self.under_way.pop(place).lease
+        if lease is not None:
+            self._pool.give_back(lease)
 
     # --- turns
 
@@ -229,7 +227,7 @@ class Conversations:
         Args:
           version: of the weights that sampled it.
         """
-        conversation = self.there[place]
+        conversation = self.under_way[place]
         number = len(conversation.texts)
         conversation.sample = conversation.sample.sampled(turn, version, number)
         conversation.finish_reason = turn.finish_reason
@@ -253,7 +251,7 @@ class Conversations:
 
     def _ask(self, place: Place, calls: list[Call]) -> None:
         """Has the calls of a turn carried out; malformed ones are answered at once."""
-        conversation = self.there[place]
+        conversation = self.under_way[place]
         conversation.calls, conversation.answers, conversation.num_failed = calls, {}, 0
         conversation.tell(asked=True)
         for number, call in enumerate(calls):
@@ -273,7 +271,7 @@ class Conversations:
 
     def end(self, place: Place, finish_reason: str | None = None) -> None:
         """Lets no further turn come, and asks the environment for its reward."""
-        conversation = self.there[place]
+        conversation = self.under_way[place]
         conversation.finish_reason = finish_reason or conversation.finish_reason
         conversation.calls, conversation.is_over = None, True
         conversation.tell(asked=False)
@@ -285,7 +283,7 @@ class Conversations:
 
     def interrupt(self, place: Place, turn: Turn, version: int) -> None:
         """Takes the tokens of a turn that has not ended; arguments as of `take`."""
-        conversation = self.there[place]
+        conversation = self.under_way[place]
         if len(turn.tokens):
             number = len(conversation.texts)
             conversation.sample = conversation.sample.sampled(turn, version, number)
@@ -309,7 +307,7 @@ class Conversations:
         while True:
             answer = self._answers.get(block=timeout != 0, timeout=timeout or None)
             conversation, place, *number = answer.tag
-            if self.there.get(place) is conversation:
+            if self.under_way.get(place) is conversation:
                 break
         if answer.kind in _LOSSES:
             conversation.tell(is_lost=True)
@@ -358,7 +356,7 @@ class Conversations:
           Each place with the token ids of the answers; with None where they do not fit, so that the
           completion has ended.
         """
-        found = [self.there[place] for place in places]
+        found = [self.under_way[place] for place in places]
         told = [[c.answers[i] for i in range(len(c.calls))] for c in found]
         named = [
             [(call.name, text) for call, text in zip(c.calls, texts)]
@@ -396,7 +394,7 @@ class Conversations:
         Args:
           prompts: the prompt alone.
         """
-        group = [self.there[place] for place in places]
+        group = [self.under_way[place] for place in places]
         transcripts = [conversation.messages for conversation in group]
         columns: dict[str, list] = {
             "environments": [conversation.environment for conversation in group],

@@ -232,8 +232,9 @@ class Limits:
         lengths = {len(getattr(sample, name)) for name in _FIELDS if name != "full_log_probs"}
         tokens, count = sample.tokens, len(sample.tokens)
         ok = lengths == {count} and len(sample.full_log_probs) in (0, count)
-        # One that goes on has room for a token.
-        ok = ok and count < self.max_tokens + bool(sample.finish_reason)
+        # One that goes on has room for a token, unless its last turn has ended with calls.
+        is_full = bool(sample.finish_reason or (sample.told and sample.told.asked))
+        ok = ok and count < self.max_tokens + is_full
         ok = ok and 0 <= tokens.min(initial=0) <= tokens.max(initial=0) < self.vocab_size
         if not ok or ((sample.told is not None) != self.converses and count):
             raise ValueError("a sample that this run cannot have left")

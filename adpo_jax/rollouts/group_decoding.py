@@ -1,7 +1,8 @@
-"""Groups in flight under decode: those of samples with one turn, and what belongs to a number."""
+"""Groups in flight under decode: what that is, how it is with one turn, and what a number has."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -14,11 +15,43 @@ from adpo_jax.rollouts.completing import Answers
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample, is_whole
 
 
-class GroupDecoding:
-    """Groups that are decoded in a session, whose weights have one version."""
+class Decoding(Protocol):
+    """Groups that are decoded in an iteration ahead of the update, on this process.
 
-    def __init__(self, session: Session, version: int):
-        self._session, self._version = session, version
+    Attributes:
+      waited: seconds in which nothing was decoded, since answers of tools were waited for.
+      stats: counts of the session, and of calls of tools where there are any.
+    """
+
+    waited: float
+
+    @property
+    def stats(self) -> dict[str, int]: ...
+
+    def begin(self, groups: Mapping[int, FlyingGroup]) -> None:
+        """Has groups decoded, by their numbers."""
+
+    def decode(self, steps: int) -> None:
+        """Decodes so many steps, or until nothing is left to decode."""
+
+    def whole(self) -> list[int]:
+        """The numbers of the groups whose samples have all ended."""
+
+    def answers(self, numbers: Sequence[int], stats: dict[str, int]) -> Answers:
+        """The completions of whole groups, with these counts."""
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forgets whole groups."""
+
+    def left(self) -> dict[int, FlyingGroup]:
+        """Ends the session; the groups with the tokens that they have."""
+
+
+class GroupDecoding:
+    """Groups with one turn that are decoded in a session."""
+
+    def __init__(self, session: Session):
+        self._session = session
         self._samples: dict[int, list[FlyingSample]] = {}
         # Of the session's samples: the group's number, and the sample's number in it.
         self._places: dict[Sample, tuple[int, int]] = {}
@@ -43,7 +76,7 @@ class GroupDecoding:
         return tuple(self._samples[number])
 
     def take(self, number: int) -> FlyingGroup:
-        """A whole group, which is forgotten here."""
+        """A whole group, which is forgotten."""
         return tuple(self._samples.pop(number))
 
     def decode(self, steps: int) -> None:
@@ -58,7 +91,7 @@ class GroupDecoding:
     def _take(self, turn: Turn):
         number, i = self._places[turn.sample]
         if number in self._samples:
-            sample = self._samples[number][i].sampled(turn, self._version)
+            sample = self._samples[number][i].sampled(turn, self._session.version)
             self._samples[number][i] = sample.ended(turn.finish_reason or "")
 
     def left(self) -> dict[int, FlyingGroup]:
@@ -101,13 +134,10 @@ class Numbering:
 
 
 class OneTurnDecoding(GroupDecoding):
-    """Groups with one turn that are decoded in an iteration ahead of the update.
+    """A `Decoding` of groups with one turn.
 
     Args:
       answers_of: prompts and their completions -> the answers.
-
-    Attributes:
-      waited: seconds for what tools answer, of which there are none.
     """
 
     waited = 0.0
@@ -115,30 +145,25 @@ class OneTurnDecoding(GroupDecoding):
     def __init__(
         self,
         session: Session,
-        version: int,
         numbering: Numbering,
         answers_of: Callable[[Prompts, Completions], Answers],
     ):
-        super().__init__(session, version)
+        super().__init__(session)
         self._numbering, self._answers_of = numbering, answers_of
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts of the session."""
         return dict(self._session.stats)
 
-    def begin(self, groups: dict[int, FlyingGroup]) -> None:
-        """Has groups decoded, by their numbers."""
+    def begin(self, groups: Mapping[int, FlyingGroup]) -> None:
         prompts = self._numbering.prompts(groups).token_ids if groups else []
         for (number, group), prompt in zip(groups.items(), prompts, strict=True):
             self.submit(number, prompt, self._numbering.keys(number), group)
 
-    def answers(self, numbers: list[int], stats: dict[str, int]) -> Answers:
-        """The completions of whole groups, with these counts."""
+    def answers(self, numbers: Sequence[int], stats: dict[str, int]) -> Answers:
         completions = [[sample.completion() for sample in self.group(n)] for n in numbers]
         return self._answers_of(self._numbering.prompts(numbers), Completions(completions, stats))
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """Forgets whole groups."""
         for number in numbers:
             self._samples.pop(number, None)

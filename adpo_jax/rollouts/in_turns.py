@@ -79,7 +79,7 @@ class _Rollout:
         version: int,
         on_group_done: Callable[[int, Answers], None] | None,
     ):
-        self._conversations, self._there = conversations, conversations.there
+        self._conversations, self._under_way = conversations, conversations.under_way
         self._version, self._on_group_done = version, on_group_done
         self._groups = [[(group, i) for i in range(n)] for group in range(num_prompts)]
         self._left = [n] * num_prompts
@@ -94,7 +94,7 @@ class _Rollout:
 
     def give_back(self) -> None:
         """Gives the environments back."""
-        for place in list(self._there):
+        for place in list(self._under_way):
             self._conversations.give_back(place)
 
     def run(self, session) -> None:
@@ -112,9 +112,9 @@ class _Rollout:
             for turn in session.step():
                 place = place_of[turn.sample]
                 self._conversations.take(place, turn, self._version)
-                if self._there[place].is_over:
+                if self._under_way[place].is_over:
                     session.end(turn.sample)
-                elif self._there[place].is_answered:  # all of its calls are malformed
+                elif self._under_way[place].is_answered:  # all of its calls are malformed
                     answered.append(place)
             answered += self._heard(waits=not session.num_decoding and not answered)
             for place, ids in self._conversations.go_on(answered, room, self._version):
@@ -142,11 +142,11 @@ class _Rollout:
                 break
             if waits and until is None:
                 until = time.monotonic() + _GATHER_S
-            if self._there[place].sample.finish_reason:
+            if self._under_way[place].sample.finish_reason:
                 self._take_end(place[0])
                 if not answered:
                     until = None  # an end lets nothing go on
-            elif self._there[place].is_answered:
+            elif self._under_way[place].is_answered:
                 answered.append(place)
         return answered
 

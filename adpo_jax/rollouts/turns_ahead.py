@@ -10,7 +10,7 @@ all answers are waited for.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from adpo_jax.engine.batching import Sample
 from adpo_jax.engine.sampling import SamplingParams
@@ -25,39 +25,31 @@ from adpo_jax.rollouts.rows import group_seeds, rows_of
 
 
 class TurnsAhead:
-    """Starts the decoding of an iteration, and keeps the environments of what is in flight."""
+    """What stays from one iteration to the next, the environments of what is in flight above all.
+
+    Attributes:
+      overlap: decode steps beside a call before its answer is taken.
+    """
 
     def __init__(self, parts: InTurns, numbering: Numbering, sampling: SamplingParams):
-        self._conversations = parts.conversations()
-        self._numbering, self._sampling = numbering, sampling
-        self._overlap = parts.environments.overlap_steps
+        self.conversations: Conversations = parts.conversations()
+        self.numbering, self.sampling = numbering, sampling
+        self.overlap = parts.environments.overlap_steps
 
-    def __call__(self, session: Session, version: int) -> "TurnsDecoding":
-        self._conversations.counts.clear()
-        return TurnsDecoding(
-            session, version, self._conversations, self._numbering, self._sampling, self._overlap
-        )
+    def start(self, session: Session) -> "TurnsDecoding":
+        """Starts the decoding of an iteration."""
+        self.conversations.counts.clear()
+        return TurnsDecoding(session, self)
 
 
 class TurnsDecoding:
-    """Groups in conversation that are decoded in a session; as `group_decoding.OneTurnDecoding`.
+    """A `group_decoding.Decoding` of groups in conversation."""
 
-    Attributes:
-      waited: seconds for what tools and environments answer.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        version: int,
-        conversations: Conversations,
-        numbering: Numbering,
-        sampling: SamplingParams,
-        overlap: int,
-    ):
-        self._session, self._version, self._numbering = session, version, numbering
-        self._conversations, self._there = conversations, conversations.there
-        self._sampling, self._overlap = sampling, overlap
+    def __init__(self, session: Session, ahead: TurnsAhead):
+        self._session, self._version = session, session.version
+        self._conversations, self._under_way = ahead.conversations, ahead.conversations.under_way
+        self._numbering, self._sampling = ahead.numbering, ahead.sampling
+        self._overlap = ahead.overlap
         self._prompts: dict[int, Prompts] = {}
         self._places: dict[Sample, Place] = {}
         self._samples: dict[Place, Sample] = {}
@@ -67,12 +59,11 @@ class TurnsDecoding:
 
     @property
     def stats(self) -> dict[str, int]:
-        """Counts of the session and of calls of tools."""
         counts = dict.fromkeys(COUNTS, 0) | self._conversations.counts
         return self._session.stats | counts
 
-    def begin(self, groups: dict[int, FlyingGroup]) -> None:
-        """Has groups decoded, by their numbers.
+    def begin(self, groups: Mapping[int, FlyingGroup]) -> None:
+        """See `Decoding`.
 
         Raises:
           EnvironmentFailed: an environment failed in `reset`.
@@ -91,11 +82,11 @@ class TurnsDecoding:
         new = [place for place in samples if place[0] not in said]
         absent = {}
         for place, sample in samples.items():
-            there = self._there.get(place)
-            if there is not None and there.sample is not sample:
+            conversation = self._under_way.get(place)
+            if conversation is not None and conversation.sample is not sample:
                 self._conversations.give_back(place)
-                there = None
-            if there is None and place[0] in said:
+                conversation = None
+            if conversation is None and place[0] in said:
                 absent[place] = sample
         began = time.perf_counter()
         said |= self._conversations.begin(rows, seeds, new)
@@ -103,16 +94,16 @@ class TurnsDecoding:
         self.waited += time.perf_counter() - began
         prompts = self._conversations.prompts_with(prompts, [said[number] for number in groups])
         self._prompts |= {n: prompts.select([i]) for i, n in enumerate(groups)}
-        self._go_on([place for place in samples if self._there[place].calls is not None])
+        self._go_on([place for place in samples if self._under_way[place].calls is not None])
         for number, group in groups.items():
             self._submit(number, len(group))
 
     def _submit(self, number: int, n: int) -> None:
-        going_on = [(number, i) for i in range(n) if not self._there[number, i].is_over]
+        going_on = [(number, i) for i in range(n) if not self._under_way[number, i].is_over]
         if not going_on:
             return
-        flying = [self._there[place].sample for place in going_on]
-        turns = [len(self._there[place].texts) for place in going_on]
+        flying = [self._under_way[place].sample for place in going_on]
+        turns = [len(self._under_way[place].texts) for place in going_on]
         request = self._session.submit(
             self._prompts[number].token_ids[0],
             [sample.tokens for sample in flying],
@@ -123,14 +114,13 @@ class TurnsDecoding:
             self._places[sample], self._samples[place] = place, sample
 
     def decode(self, steps: int) -> None:
-        """Decodes so many steps, or until nothing is left to decode."""
         session = self._session
         until = session.stats["steps"] + steps
         while (session.num_decoding or self._asked) and session.stats["steps"] < until:
             for turn in session.step():
                 place = self._places[turn.sample]
                 self._conversations.take(place, turn, self._version)
-                if self._there[place].is_over:
+                if self._under_way[place].is_over:
                     session.end(turn.sample)
                 self._asked.append((session.stats["steps"], place))
             now, nothing_decodes = session.stats["steps"], not session.num_decoding
@@ -142,7 +132,7 @@ class TurnsDecoding:
     def _go_on(self, places: list[Place]) -> None:
         """Waits for what these conversations have asked, and has those go on that do."""
         self._wait(places)
-        answered = [place for place in places if self._there[place].is_answered]
+        answered = [place for place in places if self._under_way[place].is_answered]
         steps = self._session.stats["steps"]
         for place, ids in self._conversations.go_on(answered, self._room, self._version):
             sample = self._samples.get(place)  # none before the group is submitted
@@ -154,13 +144,13 @@ class TurnsDecoding:
                 self._session.go_on(sample, ids)
 
     def _room(self, place: Place) -> int:
-        return self._sampling.max_tokens - len(self._there[place].sample.tokens)
+        return self._sampling.max_tokens - len(self._under_way[place].sample.tokens)
 
     def _wait(self, places: Iterable[Place]) -> None:
         """Waits until these conversations are answered, or their environments have ended."""
         began = time.perf_counter()
         for place in places:
-            conversation = self._there[place]
+            conversation = self._under_way[place]
             while not (conversation.is_answered or conversation.sample.finish_reason):
                 self._conversations.hear()
         self.waited += time.perf_counter() - began
@@ -171,25 +161,23 @@ class TurnsDecoding:
         An environment counts when its answer is due: it may have been heard before.
         """
         waited_for = {number for _, (number, _) in self._asked}
-        there = [number for number in self._prompts if number not in waited_for]
-        return [number for number in there if is_whole(self.group(number))]
+        others = [number for number in self._prompts if number not in waited_for]
+        return [number for number in others if is_whole(self._group(number))]
 
-    def group(self, number: int) -> FlyingGroup:
+    def _group(self, number: int) -> FlyingGroup:
         """A group as it is now."""
         n = self._sampling.n
-        return tuple(self._there[number, i].sample for i in range(n))
+        return tuple(self._under_way[number, i].sample for i in range(n))
 
     def left(self) -> dict[int, FlyingGroup]:
-        """Ends the session; the groups with the tokens that they have."""
-        self._wait([place for _, place in self._asked if self._there[place].is_over])
+        self._wait([place for _, place in self._asked if self._under_way[place].is_over])
         for turn in self._session.leave():
             place = self._places[turn.sample]
-            if self._there[place].calls is None:
+            if self._under_way[place].calls is None:
                 self._conversations.interrupt(place, turn, self._version)
-        return {number: self.group(number) for number in self._prompts}
+        return {number: self._group(number) for number in self._prompts}
 
-    def answers(self, numbers: list[int], stats: dict[str, int]) -> Answers:
-        """The completions of whole groups, with these counts."""
+    def answers(self, numbers: Sequence[int], stats: dict[str, int]) -> Answers:
         n = self._sampling.n
         found = [
             self._conversations.group_answers(
@@ -200,7 +188,7 @@ class TurnsDecoding:
         return Answers.concatenate(found, stats)
 
     def forget(self, numbers: Iterable[int]) -> None:
-        """Forgets whole groups; their environments are free for others."""
+        """See `Decoding`; their environments are free for others."""
         for number in numbers:
             if self._prompts.pop(number, None) is not None:
                 for i in range(self._sampling.n):

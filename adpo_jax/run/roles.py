@@ -283,7 +283,7 @@ class SamplerRole:
             session = self._engine.session(
                 self._params, self._sampling, jax.random.key(0), version=self._version
             )
-            self._decoding = GroupDecoding(session, self._version)
+            self._decoding = GroupDecoding(session)
         while self._fresh:
             number = self._fresh.popleft()
             if number in self._works:
