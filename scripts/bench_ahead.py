@@ -1,7 +1,8 @@
 """How soon a run with long-tailed completions learns, by staleness and loss, and in a simulation.
 
-    python scripts/bench_ahead.py --out runs/ahead                      the tables of docs/ahead.md
-    python scripts/bench_ahead.py --out runs/ahead --seeds 0 --staleness 0 2 --losses adpo
+    python scripts/bench_ahead.py --out runs/ahead
+    python scripts/bench_ahead.py --out runs/ahead --seeds 0 --losses adpo --lr 4e-4 \\
+        --iterations 16 --simulated-iterations 12                the table of docs/ahead.md
 
 The embedded task, of which a few percent of the problems ask for ten checks: the working is then
 written ten times over, as a second cold start shows. So a few percent of the samples are ten times
@@ -119,6 +120,17 @@ def is_told_apart(loss: str, staleness: int) -> bool:
     return bool(staleness) or loss != "grpo_tis"
 
 
+def variants(losses: list[str], staleness: list[int]) -> list[str]:
+    """The options of `compare.py` for these runs, LOSS_STALENESS by name."""
+    options = []
+    for loss in losses:
+        for s in staleness:
+            if is_told_apart(loss, s):
+                options += ["--variant", f"{loss}_{s}", *LOSSES[loss]]
+                options.append(f"{ROLLOUT}.max_staleness={s}")
+    return options
+
+
 def note_compiling(path: Path) -> None:
     """Has the seconds of each compilation written down, with the time of its end."""
     jax.config.update("jax_compilation_cache_dir", str(path.parent / "compiled"))
@@ -199,12 +211,6 @@ def told(a: argparse.Namespace) -> None:
 def simulated(a: argparse.Namespace, base: str, files: dict[str, Path]) -> None:
     """Runs with few slots, and prints them beside their simulation."""
     out = a.out / "slots"
-    variants = [
-        item
-        for staleness in a.staleness
-        for item in ("--variant", f"adpo_{staleness}", *LOSSES["adpo"])
-        + (f"{ROLLOUT}.max_staleness={staleness}",)
-    ]
     settings = [
         *common(a, base, files, a.simulated_iterations),
         f"{ROLLOUT}.num_slots={a.slots}",
@@ -214,7 +220,8 @@ def simulated(a: argparse.Namespace, base: str, files: dict[str, Path]) -> None:
         "actor_rollout_ref.actor.optim.lr=0.0",
     ]
     start = str(a.out / "start")
-    run_all(["--out", str(out), "--start", start, "--seeds", "0", *variants, "--set", *settings])
+    made = variants(["adpo"], a.staleness)
+    run_all(["--out", str(out), "--start", start, "--seeds", "0", *made, "--set", *settings])
     runs = {s: Run.read(out / f"adpo_{s}" / "seed0") for s in a.staleness}
     lengths = []
     for path in sorted((out / f"adpo_{a.staleness[0]}" / "seed0" / "rollouts").iterdir()):
@@ -260,17 +267,10 @@ def main() -> None:
     longer = {"actor_rollout_ref.model.hf_config": {"max_position_embeddings": 512}}
     begun = compare.common_start("configs/arithmetic.py", a.out / "base", longer, 0)
     base = begun["actor_rollout_ref.model.path"]
-    variants = [
-        item
-        for loss in a.losses
-        for staleness in a.staleness
-        if is_told_apart(loss, staleness)
-        for item in ("--variant", f"{loss}_{staleness}", *LOSSES[loss])
-        + (f"{ROLLOUT}.max_staleness={staleness}",)
-    ]
     settings = [*common(a, base, files, a.iterations), "trainer.test_freq=1"]
     seeds = map(str, a.seeds)
-    run_all(["--out", str(a.out), "--seeds", *seeds, *variants, "--set", *settings])
+    made = variants(a.losses, a.staleness)
+    run_all(["--out", str(a.out), "--seeds", *seeds, *made, "--set", *settings])
     told(a)
     simulated(a, base, files)
 

@@ -6,12 +6,14 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from adpo_jax import Policy
 from adpo_jax.hf import folders
 from adpo_jax.hf.tensors import leaves
+from adpo_jax.policy import adapters
 
 GOLDEN = Path(__file__).parent / "golden"
 MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "glm4_moe")
@@ -90,3 +92,21 @@ def arrays(name: str) -> dict[str, np.ndarray]:
     """`<batch>_tokens`, `<batch>_mask` [3, T] and `<batch>_logits` at the real tokens, [n, 64]."""
     with np.load(GOLDEN / name / "logits.npz") as file:
         return dict(file)
+
+
+def assert_adapters_come_back(base, adapted, folder: Path):
+    """Adapters are read as they were written, and merged ones give the same logits.
+
+    Args:
+      base, adapted: (policy, params) without and with adapters that change something.
+    """
+    (policy, params), (ours, tree) = base, adapted
+    adapters.save(folder / "adapter", ours, tree, base_model="some/model")
+    _, read = adapters.load(policy, params, folder / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, read, tree)
+    ours.save_pretrained(folder / "merged", tree)
+    tokens = np.arange(12)[None]
+    merged = Policy.from_pretrained(folder / "merged")
+    wanted = ours.logits(tree, tokens)
+    np.testing.assert_allclose(merged[0].logits(merged[1], tokens), wanted, rtol=0, atol=1e-4)
+    assert np.abs(wanted - policy.logits(params, tokens)).max() > 0.1

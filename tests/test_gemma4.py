@@ -13,7 +13,11 @@ from golden_models import arrays, config_of, drawn, drawn_model
 from safetensors.numpy import save_file
 from test_families import adapted, architecture
 from test_policy import QUICK, TOLERANCE, decoded_log_probs
-from test_turns import SAMPLING, converse, engine_of, late, prompts_of, whole_forward
+from test_turns import (
+    assert_turns_agree,
+    engine_of,
+    prompts_of,
+)
 
 from adpo_jax import Policy, update
 from adpo_jax.devices.sharding import make_mesh
@@ -69,14 +73,7 @@ def test_log_probs_over_turns_are_those_of_one_forward(stacked, smallest, monkey
         mesh = make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2])
     engine, prompts = engine_of(dataclasses.replace(policy, mesh=mesh)), prompts_of(5, 12)
     assert engine.verbs.layout.stacked == stacked
-    with engine.session(params, SAMPLING, jax.random.key(5)) as session:
-        scripts = converse(session, prompts, delay=late)
-    assert max(script.num_turns for script in scripts) >= 2
-    for place, script in enumerate(scripts):
-        wanted = whole_forward(policy, params, prompts[place // 4], script.tokens)
-        sampled = np.array(script.log_probs) != 0
-        found = np.array(script.log_probs)[sampled]
-        np.testing.assert_allclose(found, wanted[sampled], atol=1e-3)
+    assert assert_turns_agree(engine, policy, params, prompts, 1e-3) >= 2
 
 
 def test_packed_streams_that_recompute_give_the_gradient_of_padded_rows(smallest):

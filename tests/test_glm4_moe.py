@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import published
 import pytest
-from golden_models import GOLDEN, arrays, config_of, model
+from golden_models import GOLDEN, arrays, assert_adapters_come_back, config_of, model
 from safetensors.numpy import load_file, save_file
 from test_policy import assert_golden
 
@@ -15,7 +15,6 @@ from adpo_jax.devices import sharding
 from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model import lora
 from adpo_jax.model.lora import Lora
-from adpo_jax.policy import adapters
 from adpo_jax.records import Sequences
 from adpo_jax.update import make_log_probs, packing
 
@@ -118,12 +117,4 @@ def test_adapters_of_mlps_experts_and_shared_experts_come_back_from_their_folder
     assert shapes["shared_down_lora_a"] == (2, 24, 2)
     trained, frozen = lora.split(tree)
     tree = lora.join(jax.tree.map(lambda x: x + 0.05, trained), frozen)
-    adapters.save(tmp_path / "adapter", ours, tree, base_model="some/model")
-    _, read = adapters.load(policy, params, tmp_path / "adapter")
-    jax.tree.map(np.testing.assert_array_equal, read, tree)
-    ours.save_pretrained(tmp_path / "merged", tree)
-    tokens = np.arange(12)[None]
-    merged = Policy.from_pretrained(tmp_path / "merged")
-    wanted = ours.logits(tree, tokens)
-    np.testing.assert_allclose(merged[0].logits(merged[1], tokens), wanted, rtol=0, atol=1e-4)
-    assert np.abs(wanted - policy.logits(params, tokens)).max() > 0.1
+    assert_adapters_come_back((policy, params), (ours, tree), tmp_path)

@@ -9,7 +9,14 @@ import numpy as np
 import published
 import pytest
 import tiny
-from golden_models import arrays, config_of, drawn, drawn_model, write_drawn
+from golden_models import (
+    arrays,
+    assert_adapters_come_back,
+    config_of,
+    drawn,
+    drawn_model,
+    write_drawn,
+)
 from safetensors.numpy import load_file, save_file
 from test_kernels_stream import D, of_layer, stream_of, tensors
 from test_mixtures import PRESENT, X, assert_same, info, mixed, value_and_gradient
@@ -27,7 +34,6 @@ from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
 from adpo_jax.model.decoder import LayerWeights
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.model.model_config import ClampedGate, Mixture
-from adpo_jax.policy import adapters
 from adpo_jax.records import Sequences
 from adpo_jax.update import make_log_probs, packing
 
@@ -328,15 +334,7 @@ def test_adapters_sit_on_attention_and_those_of_experts_are_refused(tmp_path):
     ours, tree = policy.with_adapters(params, Lora(2, 4.0), jax.random.key(0))
     assert ours.lora.targets == ("q", "k", "v", "o")
     tree["layers"] |= {n: x + 0.1 for n, x in tree["layers"].items() if "lora" in n}
-    adapters.save(tmp_path / "adapter", ours, tree, base_model="some/model")
-    _, read = adapters.load(policy, params, tmp_path / "adapter")
-    jax.tree.map(np.testing.assert_array_equal, read, tree)
-    ours.save_pretrained(tmp_path / "merged", tree)
-    tokens = np.arange(12)[None]
-    merged = Policy.from_pretrained(tmp_path / "merged")
-    wanted = ours.logits(tree, tokens)
-    np.testing.assert_allclose(merged[0].logits(merged[1], tokens), wanted, rtol=0, atol=1e-4)
-    assert np.abs(wanted - policy.logits(params, tokens)).max() > 0.1
+    assert_adapters_come_back((policy, params), (ours, tree), tmp_path)
     some = Lora(2, 4.0, parse_targets("q_proj,gate_proj"))
     with pytest.raises(ValueError, match=r"no adapters for the experts of this model \(gate_proj"):
         dataclasses.replace(policy, lora=some)

@@ -10,7 +10,11 @@ import tiny
 from golden_models import config_of
 from test_engine import assert_log_probs_agree, engine_of
 from test_policy import QUICK
-from test_turns import SAMPLING, converse, late, policy_of, prompts_of, whole_forward
+from test_turns import (
+    assert_turns_agree,
+    policy_of,
+    prompts_of,
+)
 from test_turns import engine_of as engine_of_turns
 
 from adpo_jax import Policy, SamplingParams, update
@@ -48,14 +52,7 @@ def test_samples_in_refilled_slots_see_their_chunk_alone(model):
 def test_log_probs_over_turns_are_those_of_one_forward(model):
     policy, params = model
     prompts = prompts_of(5, 12)
-    with engine_of_turns(policy).session(params, SAMPLING, jax.random.key(5)) as session:
-        scripts = converse(session, prompts, delay=late)
-    assert max(script.num_turns for script in scripts) >= 2
-    for place, script in enumerate(scripts):
-        wanted = whole_forward(policy, params, prompts[place // 4], script.tokens)
-        sampled = np.array(script.log_probs) != 0
-        found = np.array(script.log_probs)[sampled]
-        np.testing.assert_allclose(found, wanted[sampled], atol=1e-4)
+    assert assert_turns_agree(engine_of_turns(policy), policy, params, prompts, 1e-4) >= 2
 
 
 def test_packed_streams_give_the_gradient_of_padded_rows(model):

@@ -200,14 +200,19 @@ def test_log_probs_over_turns_are_those_of_one_forward(name, monkeypatch):
         mesh = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[:2])
     params, prompts = policy.init(jax.random.key(0)), prompts_of(5, 12)
     engine = engine_of(dataclasses.replace(policy, mesh=mesh), **options)
+    assert assert_turns_agree(engine, policy, params, prompts, tolerance) >= 3
+
+
+def assert_turns_agree(engine, policy, params, prompts, tolerance) -> int:
+    """Log-probs over turns are those of one forward; returns the most turns of a sample."""
     with engine.session(params, SAMPLING, jax.random.key(5)) as session:
         scripts = converse(session, prompts, delay=late)
-    assert max(script.num_turns for script in scripts) >= 3
     for place, script in enumerate(scripts):
         wanted = whole_forward(policy, params, prompts[place // 4], script.tokens)
         sampled = np.array(script.log_probs) != 0
         found = np.array(script.log_probs)[sampled]
         np.testing.assert_allclose(found, wanted[sampled], atol=tolerance)
+    return max(script.num_turns for script in scripts)
 
 
 def test_what_a_session_cannot_do_is_refused_in_one_sentence(model):
