@@ -9,16 +9,31 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import conversing
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from test_environments import FILE, call, template_of
 from test_resume import assert_same
 
+from adpo_jax.data import calculator
+from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.session import Turn
+from adpo_jax.environments.contract import Spec
+from adpo_jax.environments.environments import Environments
+from adpo_jax.environments.pool import EnvironmentFailed, EnvironmentPool
 from adpo_jax.log.metrics import read_jsonl
-from adpo_jax.rollouts.flight import FlightFiles, Limits, Told
+from adpo_jax.records import Prompts
+from adpo_jax.rewards.model import GIVEN
+from adpo_jax.rollouts import conversations
+from adpo_jax.rollouts.completing import Reading
+from adpo_jax.rollouts.flight import FlightFiles, FlyingSample, Limits, Told
+from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.source import SourceError
+from adpo_jax.rollouts.turns_ahead import TurnsAhead
 
 LIMITS = Limits(n=2, max_tokens=64, vocab_size=10_000, converses=True)
 
@@ -160,3 +175,194 @@ def start(folder, files, place="nowhere", count=0):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+# --- decoding, over a session that says what a script has
+
+
+class Sample:
+    def __init__(self, place):
+        self.place = place
+
+
+class Session:
+    """Says the lines that a script has left for each sample, one a dispatch of eight steps.
+
+    A line None stands for steps in which a turn goes on.
+    """
+
+    def __init__(self, tokenizer, script):
+        self.version, self.stats, self.went_on = 0, {"steps": 0}, {}
+        self._tokenizer, self._script, self._ready = tokenizer, script, []
+
+    @property
+    def num_decoding(self):
+        return len(self._ready)
+
+    def submit(self, prompt, begun, *, keys, of_turn):
+        assert len(begun) == len(keys) == len(of_turn)
+        samples = [Sample(tuple(key)) for key in keys.tolist()]
+        self._ready += samples
+        return SimpleNamespace(samples=samples)
+
+    def step(self):
+        if not self._ready:
+            return []
+        self.stats["steps"] += 8
+        sample = self._ready.pop(0)
+        line = self._script[sample.place].pop(0)
+        if line is None:
+            self._ready.append(sample)
+            return []
+        ids = np.array(self._tokenizer(line)["input_ids"], np.int32)
+        return [Turn(sample, ids, np.full(len(ids), -1.0, np.float32), None, "stop")]
+
+    def go_on(self, sample, ids):
+        self.went_on[sample.place] = self.stats["steps"]
+        self._ready.append(sample)
+
+    def end(self, sample):
+        pass
+
+    def leave(self):
+        empty = np.zeros(0, np.float32)
+        return [Turn(sample, empty, empty, None, None) for sample in self._ready]
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Makes what stays of a run in conversation, as if it had just been started."""
+    tokenizer = calculator.make_tokenizer()
+    columns = {"question": ["Count."], "environment": ["counter"], "start": [3]}
+    numbering = SimpleNamespace(
+        prompts=lambda numbers: Prompts([[7]] * len(numbers), columns),
+        keys=lambda number: np.array([[number, 0], [number, 1]]),
+        key=jax.random.key,
+    )
+    with EnvironmentPool(Spec(FILE, "BOTH"), 1, timeout_s=2.0) as pool:
+        described, _ = pool.describe()
+        prompt_ids = lambda columns, said: [[7, 8] for _ in said]  # noqa: E731
+        environments = Environments(
+            pool, described, template_of(tokenizer, 8), prompt_ids, 4, overlap_steps=16
+        )
+        parts = InTurns(None, tokenizer, Reading(prompt_key="question"), environments)
+
+        def started(max_tokens=200):
+            sampling = SamplingParams(n=2, max_tokens=max_tokens)
+            return TurnsAhead(parts, numbering, sampling)
+
+        yield tokenizer, started
+
+
+FRESH = {0: (FlyingSample.empty(),) * 2}
+
+
+def left_with_a_call(world, script, **options):
+    """What an iteration leaves whose first sample has called a tool with its first line."""
+    tokenizer, started = world
+    ahead = started(**options)
+    decoding = ahead.start(Session(tokenizer, script))
+    decoding.begin(FRESH)
+    decoding.decode(8)
+    (sample, _) = decoding.left()[0]
+    assert sample.told.asked
+    assert not sample.told.answers
+    return ahead, {0: decoding.left()[0]}
+
+
+def test_an_answer_is_taken_when_so_many_steps_have_been_done_beside_the_call(world):
+    tokenizer, started = world
+    script = {(0, 0): [call("add", number=1), "#### 4<eos>"]}
+    script[0, 1] = [None, None, None, *[call("add", number=9)] * 4]
+    session = Session(tokenizer, script)
+    decoding = started().start(session)
+    decoding.begin(FRESH)
+    decoding.decode(1)
+    time.sleep(0.2)  # the answer is there, and not due
+    decoding.decode(40)
+    # The first called at step 8. The second called when nothing else was left to decode.
+    assert session.went_on == {(0, 0): 24, (0, 1): 48}
+    decoding.decode(1000)
+    assert decoding.whole() == [0]
+    answers = decoding.answers([0], {})
+    assert [e.count for e in answers.columns["environments"]] == [4, 30]
+    assert answers.columns[GIVEN + "Counter"] == [4.0, 30.0]
+    assert decoding.stats["tool_calls"] == 4
+    assert answers.prompts.token_ids == [[7, 8]]
+
+
+def test_the_end_of_an_environment_counts_when_it_is_due_and_not_when_it_is_heard(world):
+    tokenizer, started = world
+    script = {(0, 0): ["#### 3<eos>"], (0, 1): ["#### 0<eos>"]}
+    script |= {(1, i): [None] * 9 for i in range(2)}
+    ahead = started()
+    decoding = ahead.start(Session(tokenizer, script))
+    decoding.begin(FRESH | {1: FRESH[0]})
+    decoding.decode(16)
+    assert {ahead.conversations.hear() for _ in range(2)} == {(0, 0), (0, 1)}
+    assert decoding.whole() == []
+    decoding.decode(8)  # that of the first, of step 8
+    assert decoding.whole() == []
+    decoding.decode(8)
+    assert decoding.whole() == [0]
+
+
+def test_a_call_without_an_answer_is_answered_in_the_next_iteration_and_after_a_restart(world):
+    tokenizer, started = world
+    for restarted in (False, True):
+        script = {(0, 0): [call("add", number=1), call("add", number=2), "#### 6<eos>"]}
+        script[0, 1] = ["#### 0<eos>"]
+        ahead, flight = left_with_a_call(world, script)
+        decoding = (started() if restarted else ahead).start(Session(tokenizer, script))
+        decoding.begin(flight)
+        assert decoding.left()[0][0].told.answers == (("4",),)
+        decoding.decode(1000)
+        answers = decoding.answers([0], {})
+        assert [e.count for e in answers.columns["environments"]] == [6, 3]
+        assert decoding.stats["tool_calls"] == 2
+
+
+def test_an_answer_that_does_not_fit_ends_the_sample_before_it_goes_on(world):
+    tokenizer, _ = world
+    script = {(0, 0): [call("add", number=1)], (0, 1): ["#### 0<eos>"]}
+    size = len(tokenizer(script[0, 0][0])["input_ids"])
+    ahead, flight = left_with_a_call(world, script, max_tokens=size)
+    # A sample may be full when it asks, and is no damage in a file.
+    Limits(2, size, len(tokenizer), converses=True).check(flight[0][0])
+    decoding = ahead.start(Session(tokenizer, script))
+    decoding.begin(flight)
+    decoding.decode(1000)
+    answers = decoding.answers([0], {})
+    assert answers.completions[0][0].finish_reason == "length"
+    assert answers.columns[GIVEN + "Counter"] == [4.0, 3.0]
+
+
+def test_what_cannot_be_done_again_after_a_restart_is_told(world, monkeypatch):
+    tokenizer, started = world
+    script = {(0, 0): [call("add", number=1), call("add", number=2)], (0, 1): ["#### 0<eos>"]}
+    ahead, flight = left_with_a_call(world, script)
+    decoding = ahead.start(Session(tokenizer, script))
+    decoding.begin(flight)
+    decoding.decode(8)
+    sample, other = decoding.left()[0]
+    said = []
+    monkeypatch.setattr(conversations.logging, "log_first_n", lambda *a: said.append(a[1]))
+
+    def resumed(**changes):
+        told = dataclasses.replace(sample.told, **changes)
+        decoding = started().start(Session(tokenizer, {}))
+        decoding.begin({0: (dataclasses.replace(sample, told=told), other)})
+        return decoding.left()[0][0].told
+
+    assert resumed().answers == (("4",), ("6",))
+    assert not said
+    assert resumed(answers=(("99", *sample.told.answers[1:]),)).answers[0] == ("99",)
+    assert "answers otherwise" in said[0]
+    # The environment was killed: nothing is done again, and the model is told.
+    lost = resumed(is_lost=True).answers[-1]
+    assert "no longer there" in lost[0]
+    with pytest.raises(SourceError, match="answered other calls than they made"):
+        resumed(answers=(("4", "5"),))
+    monkeypatch.setattr(conversations, "reset_row", lambda *_: {"start": lambda: None})
+    with pytest.raises(EnvironmentFailed, match="its reset failed"):
+        resumed()
