@@ -30,6 +30,7 @@ from adpo_jax import main, pretrained
 from adpo_jax.config import default_config
 from adpo_jax.config import keys as config_keys
 from adpo_jax.data import arithmetic
+from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.policy import Policy
 from adpo_jax.run import loading, setup
 from adpo_jax.update import TrainState
@@ -963,6 +964,16 @@ def test_a_default_folder_that_a_link_leads_away(monkeypatch, capsys):
     Path("elsewhere").mkdir()
     Path("runs/adpo_jax/arithmetic").symlink_to(Path("elsewhere").resolve())
     assert_refused([ARITHMETIC, *SHORT], "leads out of runs/", monkeypatch, capsys)
+
+
+def test_an_environment_that_fails_in_the_middle_of_a_run(monkeypatch, capsys):
+    def fail(*_):
+        raise EnvironmentFailed("environment: its reset failed: no such world")
+
+    monkeypatch.setattr("adpo_jax.train.run", fail)
+    code, err = outcome((ARITHMETIC,), monkeypatch, capsys)
+    assert code == 2
+    assert "error: environment: its reset failed: no such world" in err
 
 
 # --- the same in a process of its own

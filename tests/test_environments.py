@@ -178,6 +178,17 @@ def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_
     assert ask(pool, lease, "call", tool="add", arguments={"number": 1}).content["said"] == "3"
 
 
+def test_a_process_that_answers_something_else_is_replaced(pool, monkeypatch):
+    lease = pool.lease("counter")
+    for reply in ({}, [], None, {"said2": 1}):
+        with monkeypatch.context() as patch:
+            patch.setattr("adpo_jax.environments.pool.wire.receive_json", lambda *_, r=reply: r)
+            assert ask(pool, lease, "reset", row={}, seed=0).kind == "raised"
+    # Its process is another one by now, which has no answer left to what was asked before.
+    assert ask(pool, lease, "reset", row={"start": 2}, seed=0).content["said"]
+    assert ask(pool, lease, "call", tool="add", arguments={"number": 1}).content["said"] == "3"
+
+
 def test_what_reward_functions_read_of_an_ended_environment():
     ended = EndedEnvironment("Counter", {"count": 3})
     assert ended.count == 3

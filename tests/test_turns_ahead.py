@@ -235,7 +235,9 @@ def world():
     tokenizer = calculator.make_tokenizer()
     columns = {"question": ["Count."], "environment": ["counter"], "start": [3]}
     numbering = SimpleNamespace(
-        prompts=lambda numbers: Prompts([[7]] * len(numbers), columns),
+        prompts=lambda numbers: Prompts(
+            [[7]] * len(numbers), {name: value * len(numbers) for name, value in columns.items()}
+        ),
         keys=lambda number: np.array([[number, 0], [number, 1]]),
         key=jax.random.key,
     )

@@ -20,7 +20,12 @@ from adpo_jax.rewards import wire
 from adpo_jax.rewards.pool import WorkerProcess
 
 # What the answer to a request has.
-_NEEDED = {"reset": {"said"}, "call": {"said"}, "end": {"reward", "attributes"}}
+_NEEDED = {
+    "describe": {"environments", "several"},
+    "reset": {"said"},
+    "call": {"said"},
+    "end": {"reward", "attributes"},
+}
 _START_TIMEOUT_S = 300.0  # a user's file may import much, and a class load much
 
 
@@ -229,12 +234,12 @@ class _Worker:
             started = time.perf_counter()
             try:
                 content = dict(self._ask(request))
+                if "kind" not in content and not _NEEDED[request.verb] <= content.keys():
+                    raise ValueError("its process answered something else")
             except Exception as error:
                 with contextlib.suppress(Exception):
                     self._retire()
                 content = {"error": str(error), "kind": "raised"}
-            if "kind" not in content and not _NEEDED.get(request.verb, set()) <= content.keys():
-                content = {"error": "its process answered something else", "kind": "raised"}
             error, kind = content.pop("error", ""), content.pop("kind", "")
             took = time.perf_counter() - started
             request.answers.put(Answer(request.tag, content, error, kind, took))
