@@ -1,8 +1,7 @@
 """Finding the answer in a completion."""
 
-import time
-
 import pytest
+from hanging import soon
 
 from adpo_jax.rewards.grading.extract import find_answer, find_reference
 
@@ -94,6 +93,5 @@ def test_a_worked_solution_is_reduced_to_its_answer(solution, reference):
 )  # fmt: skip
 def test_finding_takes_time_linear_in_a_hostile_text(piece):
     text = piece * (1_000_000 // len(piece))
-    started = time.thread_time()
-    find_answer(text)
-    assert time.thread_time() - started < 0.5
+    with soon():
+        find_answer(text)

@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
+from hanging import soon
 
 from adpo_jax.rewards import exact_match, format_reward, good_accuracy
 from adpo_jax.rewards.grading.compare import compare
@@ -150,48 +150,44 @@ def no_file_is_made():
     assert not CANARY.exists()
 
 
-def _grade_within(completion: str, seconds: float = 0.2) -> list[float]:
-    good_accuracy(["warm"], ["up"])
-    started = time.thread_time()
-    scores = [good_accuracy([completion], [r])[0] for r in REFERENCES]
-    assert (time.thread_time() - started) / len(REFERENCES) < seconds
-    return scores
+def _graded_soon(completion: str) -> list[float]:
+    with soon():
+        return [good_accuracy([completion], [r])[0] for r in REFERENCES]
 
 
 @pytest.mark.parametrize("text", CODE)
 def test_code_is_wrong_and_does_not_run(text):
     for completion in (f"\\boxed{{{text}}}", f"<answer>{text}</answer>", f"#### {text}", text):
-        assert max(_grade_within(completion)) <= 0.0
+        assert max(_graded_soon(completion)) <= 0.0
 
 
 @pytest.mark.parametrize("text", BOMBS, ids=range(len(BOMBS)))
 def test_what_would_take_forever_is_wrong_at_once(text):
     for completion in (f"The answer is $\\boxed{{{text}}}$.", f"<answer>{text}</answer>"):
-        assert max(_grade_within(completion)) <= 0.0
+        assert max(_graded_soon(completion)) <= 0.0
     # As a reference it must not hang either.
-    started = time.thread_time()
-    compare("12", text)
-    compare(text, text + " ")
-    assert time.thread_time() - started < 0.4
+    with soon():
+        compare("12", text)
+        compare(text, text + " ")
 
 
 @pytest.mark.parametrize("text", STRUCTURES, ids=range(len(STRUCTURES)))
 def test_huge_structures_are_wrong_at_once(text):
-    assert max(_grade_within(text)) <= 0.0
+    assert max(_graded_soon(text)) <= 0.0
 
 
 @pytest.mark.parametrize("text", CHARACTERS, ids=ascii)
 def test_odd_characters_are_wrong(text):
     for completion in (f"\\boxed{{{text}}}", f"<answer>{text}</answer>", f"#### {text}", text):
-        assert max(_grade_within(completion)) <= 0.0
+        assert max(_graded_soon(completion)) <= 0.0
         exact_match([completion], ["12"])
 
 
 def test_catastrophic_patterns_match_in_linear_time():
     for pattern in (r"(a+)+$", r"(a|a)*b", r"(a*)*b", r"(.*)(.*)(.*)x", r"(\s*)*<answer>"):
-        started = time.thread_time()
-        assert format_reward(["a" * 200_000 + "!", " " * 200_000], pattern=pattern) == [0.0, 0.0]
-        assert time.thread_time() - started < 1.0
+        with soon():
+            scores = format_reward(["a" * 200_000 + "!", " " * 200_000], pattern=pattern)
+        assert scores == [0.0, 0.0]
 
 
 def test_grading_keeps_no_memory():

@@ -1,8 +1,8 @@
 """Random answers: right however dressed, wrong when changed, harmless when garbled."""
 
-import time
 from fractions import Fraction
 
+from hanging import soon
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -164,10 +164,9 @@ garbled = st.one_of(
 @settings(SETTINGS, max_examples=2000)
 @given(garbled, st.sampled_from(REFERENCES))
 def test_garbled_answers_never_raise_and_take_little_time(answer, reference):
-    started = time.thread_time()
-    compare(answer, reference)
-    compare(reference, answer)
-    assert time.thread_time() - started < 0.4  # two comparisons
+    with soon():
+        compare(answer, reference)
+        compare(reference, answer)
     find_answer(answer)
     score = good_accuracy([f"\\boxed{{{answer}}}"], [reference])[0]
     assert score == 1.0 or -0.05 <= score <= 0.0

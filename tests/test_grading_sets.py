@@ -1,10 +1,10 @@
 """The development set of 120 graded answers, and GSM8K against itself."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
+from hanging import soon
 
 from adpo_jax.rewards import good_accuracy
 
@@ -18,15 +18,14 @@ GSM8K = DATA / "gsm8k" / "train.jsonl"
     reason="the 120 graded answers are not part of the repository: they would be "
     "shared/data/grading/dev_grading.jsonl beside the checkout",
 )
-def test_the_development_set_is_graded_right_and_fast_and_runs_nothing():
+def test_the_development_set_is_graded_right_and_runs_nothing():
     rows = [json.loads(line) for line in DEV.read_text().splitlines()]
     canaries = [Path(row["canary"]) for row in rows if "canary" in row]
     assert len(rows) == 120
     assert canaries
     assert not any(path.exists() for path in canaries)
-    started = time.thread_time()
-    scores = good_accuracy([r["completion"] for r in rows], [r["solution"] for r in rows])
-    assert time.thread_time() - started < 1.0
+    with soon():
+        scores = good_accuracy([r["completion"] for r in rows], [r["solution"] for r in rows])
     assert [r["id"] for r, s in zip(rows, scores) if (s == 1.0) != r["expected"]] == []
     assert not any(path.exists() for path in canaries)
 

@@ -9,12 +9,12 @@ import json
 import logging
 import random
 import sys
-import time
 import types
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hanging import soon
 
 from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
 from adpo_jax.rewards.grading import canonical, faults
@@ -978,18 +978,15 @@ def test_answers_put_together_from_every_word_of_the_tables_find_no_fault():
     known = [
         row[0] for table in (*RIGHT.values(), *WRONG.values(), BIG_RIGHT) for row in rows(table)
     ]
-    slowest = 0.0
     with faults.collected() as found:
         for _ in range(3000):
             parts = list(rng.choice(known)) if rng.random() < 0.5 else []
             for _ in range(rng.choice([1, 2, 4, 30])):
                 parts.insert(rng.randint(0, len(parts)), rng.choice(words))
             answer = rng.choice(["", " "]).join(parts)
-            started = time.thread_time()
-            compare(answer, rng.choice(known))
-            slowest = max(slowest, time.thread_time() - started)
+            with soon():
+                compare(answer, rng.choice(known))
     assert found == []
-    assert slowest < 2  # of what may take for ever; a collection of garbage may come between
 
 
 def test_the_fuzzer_takes_its_words_from_the_tables_and_fails_on_a_fault(monkeypatch):

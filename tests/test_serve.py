@@ -546,7 +546,13 @@ def test_a_client_that_goes_frees_its_slots(address, monkeypatch, stream):
 
     body = {"prompt": "Ann", "n": 12, "max_tokens": 64, "ignore_eos": True}
     assert post(address, json=body).status_code == 200  # compiles
-    monkeypatch.setattr(ContinuousBatch, "step", lambda self: time.sleep(0.05) or step(self))
+    steps = []
+
+    def slow_step(self):
+        steps.append(time.sleep(0.05))
+        return step(self)
+
+    monkeypatch.setattr(ContinuousBatch, "step", slow_step)
 
     def running():
         health = httpx.get(f"{address}/health").json()
@@ -558,10 +564,9 @@ def test_a_client_that_goes_frees_its_slots(address, monkeypatch, stream):
     connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     wait_until(lambda: running() > 0)
     connection.close()
-    gone = time.time()
     wait_until(lambda: running() == 0)
-    # 12 samples of 64 tokens on 8 slots, 4 tokens a step of 0.05 s, would take 1.6 s.
-    assert time.time() - gone < 1.0
+    # 12 samples of 64 tokens on 8 slots, 4 tokens a step, would take 32 steps.
+    assert len(steps) < 24
 
 
 # --- what is refused
@@ -771,7 +776,7 @@ def test_a_request_that_is_half_sent_and_trickles_on_ends(strict, begun):
         connection.settimeout(0.1)
         answer, last = b"", None
         while last != b"":
-            assert time.time() - began < 4, answer
+            assert time.time() - began < 30, answer
             with contextlib.suppress(TimeoutError):
                 try:
                     last = connection.recv(4096)
