@@ -15,7 +15,19 @@ from adpo_jax.update import init_state, sft
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8], [9], [7, 9, 3], [2, 3], [8, 4, 6]]
 COMPLETIONS = [[2, 7, 1], [8], [2, 8, 1, 8, 2], [8, 4], [5, 9, 0], [4, 5], [2, 3, 5, 3, 6], [0, 2]]
-BATCH = sft.demonstrations(PROMPTS, COMPLETIONS, prompt_length=4, length=5)
+EXAMPLES = sft.demonstrations(PROMPTS, COMPLETIONS)
+ALL = np.arange(len(PROMPTS))
+BATCH = sft.InRows(EXAMPLES, prompt_length=4, completion_length=5)(ALL)
+
+
+def in_streams(policy, steps=(ALL,), tile=None, **options):
+    """The layout of demonstrations in streams."""
+    with pytest.MonkeyPatch.context() as patch:
+        if tile:
+            patch.setattr(sft, "tile_of", lambda *_: tile)
+        return sft.InStreams(
+            policy, EXAMPLES, steps, prompt_length=4, completion_length=5, **options
+        )
 
 
 def descended(policy, params, batch=BATCH, **kwargs):
@@ -38,10 +50,16 @@ def assert_close(one, other, atol=2e-6):
 
 
 @pytest.mark.parametrize("rows_per_micro", [0, 3])
-def test_a_step_descends_the_mean_over_tokens_however_the_batch_is_cut(rows_per_micro):
+@pytest.mark.parametrize("layout", ["packed", "rows"])
+def test_a_step_descends_the_mean_over_tokens_however_the_batch_is_cut(layout, rows_per_micro):
     policy, params = tiny.policy_and_params()
     loss, gradient = jax.value_and_grad(lambda params: mean_nll(policy, params))(params)
-    found, metrics = descended(policy, params, rows_per_micro=rows_per_micro)
+    batch = BATCH
+    if layout == "packed":
+        batch = in_streams(policy, tile=4, rows_per_micro=rows_per_micro)(ALL)
+        # The 46 tokens in streams of at most 27.
+        assert batch.num_micro_B == (2 if rows_per_micro else 1)
+    found, metrics = descended(policy, params, batch, rows_per_micro=rows_per_micro)
     assert metrics["sft/loss"] == pytest.approx(float(loss), rel=1e-5)
     assert_close(found, jax.tree.map(jnp.subtract, params, gradient))
 
@@ -52,9 +70,21 @@ def test_a_mesh_and_adapters_take_the_same_step():
     expected, _ = descended(policy, params)
     policy = dataclasses.replace(policy, mesh=sharding.make_mesh(2, 2, 2))
     layout = jax.tree.map(lambda s: s.sharding, policy.abstract_params())
-    found, _ = descended(policy, jax.device_put(params, layout))
-    assert_close(found, expected, atol=1e-5)
-    assert_close(found["embed"], params["embed"])
+    for batch in (BATCH, in_streams(policy, tile=4)(ALL)):
+        found, _ = descended(policy, jax.device_put(params, layout), batch)
+        assert_close(found, expected, atol=1e-5)
+        assert_close(found["embed"], params["embed"])
+
+
+def test_all_steps_have_the_shape_of_the_fullest_and_no_more():
+    policy, _ = tiny.policy_and_params()
+    steps = [np.array(rows) for rows in ([0, 4], [2, 6], [1, 3])]
+    lay_out = in_streams(policy, steps, tile=4)
+    first, *others = (jax.tree.map(np.shape, lay_out(rows)) for rows in steps)
+    assert all(other == first for other in others)
+    # Prompts without their last tokens: 2, 4 and 3; completions: 6, 10 and 3.
+    assert lay_out.size[:3] == (1, 4, 12)
+    assert lay_out(steps[2]).trained.sum() == 3
 
 
 def test_a_step_that_is_not_finite_leaves_the_parameters_as_they_were():

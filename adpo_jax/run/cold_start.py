@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import optax
 
 from adpo_jax import update
@@ -20,6 +21,7 @@ from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.guard import TrainingStopped
 from adpo_jax.run.interruption import Interrupted, Interruption
 from adpo_jax.update import SKIPPED, TrainState, sft
+from adpo_jax.update.packing import PackedBatch
 
 _LOG_FREQ = 50  # steps
 
@@ -32,10 +34,11 @@ class ColdStart:
       prompts, completions: the demonstrations' token ids.
       num_steps: optimizer steps of the whole stage.
       batch_size: demonstrations of a step.
-      prompt_length, length: tokens that prompts and completions are padded to.
+      prompt_length, completion_length: tokens of the longest ones that there may be.
       seed: decides the order of the demonstrations.
       save_freq: steps between two checkpoints; 0 for none.
-      rows_per_micro: the most demonstrations that a device holds at once; 0 for all.
+      rows_per_micro: as many demonstrations of full length run through a device at once; 0 for all.
+      layout: "packed" for streams, "rows" for padded rows.
     """
 
     policy: Policy
@@ -45,10 +48,11 @@ class ColdStart:
     num_steps: int
     batch_size: int
     prompt_length: int
-    length: int
+    completion_length: int
     seed: int
     save_freq: int
     rows_per_micro: int = 0
+    layout: str = "packed"
 
     def init_state(self, params) -> TrainState:
         """The state before the first step; it takes `params` over."""
@@ -106,17 +110,31 @@ class ColdStart:
             raise
         return state
 
-    def _batches(self, first: int) -> Iterator[Batch]:
+    def _batches(self, first: int) -> Iterator[Batch | PackedBatch]:
         """The batches of the steps from `first` on; each is a function of its step and the seed."""
-        for step in range(first, self.num_steps):
-            rows = prompt_indices(
-                step, seed=self.seed, num_rows=len(self.prompts), batch_size=self.batch_size
+        examples = sft.demonstrations(self.prompts, self.completions)
+        longest = {
+            "prompt_length": self.prompt_length,
+            "completion_length": self.completion_length,
+        }
+        if self.layout == "rows":
+            lay_out = sft.InRows(examples, **longest)
+        else:
+            lay_out = sft.InStreams(
+                self.policy,
+                examples,
+                self._rows(0),
+                rows_per_micro=self.rows_per_micro,
+                **longest,
             )
-            yield sft.demonstrations(
-                [self.prompts[i] for i in rows],
-                [self.completions[i] for i in rows],
-                prompt_length=self.prompt_length,
-                length=self.length,
+        yield from map(lay_out, self._rows(first))
+
+    def _rows(self, first: int) -> Iterator[np.ndarray]:
+        """The numbers of the demonstrations of the steps from `first` on."""
+        num_rows = len(self.prompts)
+        for step in range(first, self.num_steps):
+            yield prompt_indices(
+                step, seed=self.seed, num_rows=num_rows, batch_size=self.batch_size
             )
 
 

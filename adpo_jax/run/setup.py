@@ -494,10 +494,11 @@ def make_cold_start(
         num_steps=config.sft.steps,
         batch_size=config.sft.batch_size,
         prompt_length=config.data.max_prompt_length,
-        length=config.data.max_response_length,
+        completion_length=config.data.max_response_length,
         seed=config.trainer.seed,
         save_freq=config.sft.save_freq,
         rows_per_micro=config.trainer.per_device_train_batch_size,
+        layout=config.actor_rollout_ref.actor.layout,
     )
 
 

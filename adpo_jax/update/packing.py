@@ -81,6 +81,10 @@ class Size(NamedTuple):
         """Whether it is in whole tiles; a run may go on on a platform with others."""
         return self.prompt % tile == self.completion % tile == 0
 
+    def in_tiles(self, tile: int) -> "Size":
+        """The smallest one that holds it in whole tiles."""
+        return self._replace(prompt=_up(self.prompt, tile), completion=_up(self.completion, tile))
+
     def rounded(self, tile: int) -> "Size":
         """The next larger one of the few sizes that are used."""
         completion = _rounded(self.completion, tile, 16)
@@ -231,13 +235,17 @@ class Packing:
       sequences: P prompts with G completions each.
       completions_per_micro: how many completions of full length fit in a device's stream, or more
         shorter ones with as many tokens. 0 for all in one.
-      full_length: tokens of a completion of full length; 0 for those of the longest.
+      full_length: tokens of a completion of full length, with its prompt where prompts count; 0
+        for those of the longest.
       num_shards: streams side by side; divides P.
       whole_groups: keep the completions of a prompt in one micro-batch.
       share_prompts: False runs each completion with a prompt of its own.
+      count_prompts: cut by the tokens of prompts too, as groups of one completion need: where many
+        share a prompt, those of the completions are nearly all there are.
       tile: tokens of an attention tile.
       sizes: sizes to prefer where they waste little; the size that is used is added. None for the
         smallest size that there is.
+      size: the size of the streams, which must hold what is `needed`; None to choose one.
 
     Raises:
       ValueError: when the prompts do not spread over the streams, or a group does not fit in a
@@ -253,8 +261,10 @@ class Packing:
         num_shards: int = 1,
         whole_groups: bool = False,
         share_prompts: bool = True,
+        count_prompts: bool = False,
         tile: int = TILE,
         sizes: list[Size] | None = None,
+        size: Size | None = None,
     ):
         lengths_PG = sequences.lengths
         P, G = lengths_PG.shape
@@ -263,7 +273,11 @@ class Packing:
                 f"{P} prompts do not spread over {num_shards} streams; pass a multiple"
             )
         per_shard = P // num_shards * G
-        full_length = max(full_length, int(lengths_PG.max(initial=0)), 1)
+        prompt_lengths_P = [len(ids) for ids in sequences.prompts]
+        costs_PG = lengths_PG
+        if count_prompts:
+            costs_PG = lengths_PG + np.array(prompt_lengths_P)[:, None]
+        full_length = max(full_length, int(costs_PG.max(initial=0)), 1)
         budget = (completions_per_micro or per_shard) * full_length
         if whole_groups and budget < G * full_length:
             raise ValueError(
@@ -272,14 +286,13 @@ class Packing:
             )
         self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
         self.tile = tile
-        prompt_lengths_P = [len(ids) for ids in sequences.prompts]
         shards = np.split(np.arange(P), num_shards)
 
         def streams_of(budget: int) -> list[list[_Stream]]:
             return [
                 [
                     _Stream(pieces, int(rows[0]), prompt_lengths_P, lengths_PG, share_prompts, tile)
-                    for pieces in _cut(lengths_PG, rows, budget, whole_groups)
+                    for pieces in _cut(costs_PG, rows, budget, whole_groups)
                 ]
                 for rows in shards
             ]
@@ -287,7 +300,11 @@ class Packing:
         # The arrays have room for as many micro-batches as completions of full length would make.
         room = -(-per_shard * full_length // budget)
         self.streams = streams_of(budget)
-        needed = _needed(self.streams)
+        self.needed = needed = _needed(self.streams)
+        self.num_micro = needed.room
+        if size is not None:
+            self.size = size
+            return
         self.size = needed._replace(room=max(room, needed.room)).rounded(tile)
         usable = [size for size in sizes or () if size.fits(tile)]
         if usable:
@@ -447,14 +464,14 @@ def _up(size: int, step: int) -> int:
     return max(-(-size // step), 1) * step
 
 
-def _cut(lengths_PG, rows, budget: int, whole_groups: bool) -> list[list[_Piece]]:
-    """The prompts `rows`, cut into micro-batches of at most `budget` completion tokens."""
-    groups = [_Piece(p, tuple(range(lengths_PG.shape[1])), int(lengths_PG[p].sum())) for p in rows]
+def _cut(costs_PG, rows, budget: int, whole_groups: bool) -> list[list[_Piece]]:
+    """The prompts `rows`, cut into micro-batches of at most `budget` tokens by their costs."""
+    groups = [_Piece(p, tuple(range(costs_PG.shape[1])), int(costs_PG[p].sum())) for p in rows]
     whole = _cut_whole(groups, budget)
     if whole_groups:
         return whole
     singles = [
-        _Piece(p, (g,), int(lengths_PG[p, g])) for p in rows for g in range(lengths_PG.shape[1])
+        _Piece(p, (g,), int(costs_PG[p, g])) for p in rows for g in range(costs_PG.shape[1])
     ]
     split = [_merged(micro) for micro in _next_fit(singles, budget)]
     return min((cut for cut in (whole, split) if cut), key=_heaviest)

@@ -1,13 +1,12 @@
 """Supervised training on worked examples: the cold start before reinforcement, for any config.
 
-A step is an update like any other (`step`), in micro-batches, with a loss of its own over groups of
-one completion. Its rows are padded, not packed, so that all steps have one shape and compile once;
-packed steps of the arithmetic example had 22 shapes.
-
-Letters: P prompts, T completion tokens, S prompt and completion tokens.
+A step is an update like any other (`step`), with a loss of its own over groups of one completion.
+Its demonstrations lie in packed streams, or in padded rows as the plain version. All steps have one
+shape and compile once: their demonstrations are known before the first step, so the streams have
+the size of the fullest step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -16,8 +15,84 @@ import optax
 from adpo_jax.devices import sharding
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.policy.policy import Policy
-from adpo_jax.records import Batch, Completion, make_batch
+from adpo_jax.records import Batch, Completion, Sequences, make_batch
 from adpo_jax.update import TrainState, make_update
+from adpo_jax.update.packing import PackedBatch, Packing, Size, balanced, tile_of
+
+
+def demonstrations(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> Sequences:
+    """Worked examples as sequences: groups of one completion each, which nobody sampled.
+
+    Args:
+      prompts, completions: P lists of token ids.
+    """
+    groups = [[Completion.sampled(ids, np.zeros(len(ids)), "stop")] for ids in completions]
+    return Sequences(list(prompts), groups)
+
+
+class InStreams:
+    """Lays the demonstrations of a step out in packed streams.
+
+    Args:
+      examples: all demonstrations.
+      steps: for each step of the stage the numbers of its demonstrations.
+      prompt_length, completion_length: tokens of the longest ones that there may be.
+      rows_per_micro: as many demonstrations of full length run through a device at once, or more
+        shorter ones; 0 for all.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        examples: Sequences,
+        steps: Iterable[np.ndarray],
+        *,
+        prompt_length: int,
+        completion_length: int,
+        rows_per_micro: int = 0,
+    ):
+        self._examples = examples
+        self._num_shards = sharding.BatchSharding(policy.mesh).num_shards
+        self._tile = tile_of(policy.attention_settings.platform, completion_length)
+        self._options = {
+            "num_shards": self._num_shards,
+            "completions_per_micro": rows_per_micro,
+            "full_length": prompt_length + completion_length,
+            "count_prompts": True,
+            "tile": self._tile,
+        }
+        needed = (Packing(self._step(rows), **self._options).needed for rows in steps)
+        self.size = Size(*map(max, zip(*needed))).in_tiles(self._tile)
+
+    def __call__(self, rows: np.ndarray) -> PackedBatch:
+        """The batch of a step, as host arrays."""
+        sequences = self._step(rows)
+        return Packing(sequences, size=self.size, **self._options).batch(sequences)
+
+    def _step(self, rows: np.ndarray) -> Sequences:
+        """The demonstrations of a step, in an order that gives every device as many tokens."""
+        chosen = self._examples.select(rows)
+        return chosen.select(balanced(chosen.tokens_of_groups, self._num_shards))
+
+
+class InRows:
+    """Lays the demonstrations of a step out in padded rows: the plain version of `InStreams`.
+
+    Args:
+      examples: all demonstrations.
+      prompt_length, completion_length: tokens that prompts and completions are padded to.
+    """
+
+    def __init__(self, examples: Sequences, *, prompt_length: int, completion_length: int):
+        self._examples = examples
+        self._lengths = {"prompt_length": prompt_length, "completion_length": completion_length}
+
+    def __call__(self, rows: np.ndarray) -> Batch:
+        """The batch of a step, as host arrays."""
+        chosen = self._examples.select(rows)
+        return make_batch(chosen.prompts, chosen.completions, **self._lengths)
 
 
 def make_sft_step(
@@ -26,16 +101,16 @@ def make_sft_step(
     *,
     batch_size: int,
     rows_per_micro: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Batch | PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """The supervised step, `(state, batch) -> (state, metrics)`.
 
-    It donates the state and takes a batch that `demonstrations` made. "sft/loss" is among the
-    metrics. As in every update, a step whose loss or gradient is not finite leaves the parameters
-    as they were, and "update/skipped" is 1.
+    It donates the state and takes a batch that `InStreams` or `InRows` made. "sft/loss" is among
+    the metrics. As in every update, a step whose loss or gradient is not finite leaves the
+    parameters as they were, and "update/skipped" is 1.
 
     Args:
-      batch_size: rows of a batch.
-      rows_per_micro: the most rows that a device holds at once; 0 for all.
+      batch_size: demonstrations of a batch.
+      rows_per_micro: the most padded rows that a device holds at once; 0 for all.
     """
     shards = sharding.BatchSharding(policy.mesh)
     rows = batch_size // shards.num_shards
@@ -44,20 +119,8 @@ def make_sft_step(
     )
     update = make_update(policy, Imitation(), optimizer, num_micro=num_micro, with_entropy=False)
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch | PackedBatch):
         state, metrics = update(state, shards.put(batch), None, None)
         return state.replace(step=state.step + 1), metrics
 
     return step
-
-
-def demonstrations(
-    prompts: list[list[int]], completions: list[list[int]], *, prompt_length: int, length: int
-) -> Batch:
-    """Demonstrations as a padded batch: groups of one completion each, which nobody sampled.
-
-    Args:
-      prompts, completions: P lists of token ids, at most `prompt_length` and `length` long.
-    """
-    groups = [[Completion.sampled(ids, np.zeros(len(ids)), "stop")] for ids in completions]
-    return make_batch(prompts, groups, prompt_length=prompt_length, completion_length=length)
