@@ -470,9 +470,7 @@ def _cut(costs_PG, rows, budget: int, whole_groups: bool) -> list[list[_Piece]]:
     whole = _cut_whole(groups, budget)
     if whole_groups:
         return whole
-    singles = [
-        _Piece(p, (g,), int(costs_PG[p, g])) for p in rows for g in range(costs_PG.shape[1])
-    ]
+    singles = [_Piece(p, (g,), int(costs_PG[p, g])) for p in rows for g in range(costs_PG.shape[1])]
     split = [_merged(micro) for micro in _next_fit(singles, budget)]
     return min((cut for cut in (whole, split) if cut), key=_heaviest)
 
