@@ -87,6 +87,14 @@ def test_all_steps_have_the_shape_of_the_fullest_and_no_more():
     assert lay_out(steps[2]).trained.sum() == 3
 
 
+def test_demonstrations_are_packed_where_that_halves_the_places():
+    policy, _ = tiny.policy_and_params()
+    longest = {"prompt_length": 4, "completion_length": 5, "batch_size": 8}
+    assert isinstance(sft.choose_layout(policy, EXAMPLES, [ALL], **longest), sft.InRows)
+    longest = {"prompt_length": 4, "completion_length": 60, "batch_size": 8}
+    assert isinstance(sft.choose_layout(policy, EXAMPLES, [ALL], **longest), sft.InStreams)
+
+
 def test_a_step_that_is_not_finite_leaves_the_parameters_as_they_were():
     policy, params = tiny.policy_and_params()
     params["final_norm"] = params["final_norm"].at[0].set(jnp.nan)

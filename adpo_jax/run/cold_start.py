@@ -38,7 +38,7 @@ class ColdStart:
       seed: decides the order of the demonstrations.
       save_freq: steps between two checkpoints; 0 for none.
       rows_per_micro: as many demonstrations of full length run through a device at once; 0 for all.
-      layout: "packed" for streams, "rows" for padded rows.
+      layout: "packed" for streams where they have far fewer places, "rows" for padded rows.
     """
 
     policy: Policy
@@ -120,10 +120,11 @@ class ColdStart:
         if self.layout == "rows":
             lay_out = sft.InRows(examples, **longest)
         else:
-            lay_out = sft.InStreams(
+            lay_out = sft.choose_layout(
                 self.policy,
                 examples,
                 self._rows(0),
+                batch_size=self.batch_size,
                 rows_per_micro=self.rows_per_micro,
                 **longest,
             )

@@ -1,9 +1,9 @@
 """Supervised training on worked examples: the cold start before reinforcement, for any config.
 
 A step is an update like any other (`step`), with a loss of its own over groups of one completion.
-Its demonstrations lie in packed streams, or in padded rows as the plain version. All steps have one
-shape and compile once: their demonstrations are known before the first step, so the streams have
-the size of the fullest step.
+Its demonstrations lie in padded rows, or in packed streams where these have far fewer places. All
+steps have one shape and compile once: their demonstrations are known before the first step, so the
+streams have the size of the fullest step.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +30,34 @@ def demonstrations(
     """
     groups = [[Completion.sampled(ids, np.zeros(len(ids)), "stop")] for ids in completions]
     return Sequences(list(prompts), groups)
+
+
+# A place of a stream costs up to twice as much as one of a row, in a small model on a CPU
+# (`scripts/bench_cold_start.py`: its case "arithmetic" has 1.35 times the places in rows, and they
+# take 0.7 times the time).
+PACKED_FROM = 2.0  # times the places, in rows
+
+
+def choose_layout(
+    policy: Policy,
+    examples: Sequences,
+    steps: Iterable[np.ndarray],
+    *,
+    batch_size: int,
+    prompt_length: int,
+    completion_length: int,
+    rows_per_micro: int = 0,
+) -> "InStreams | InRows":
+    """The layout in which a stage's steps take least time; a pure function of their lengths.
+
+    The arguments are those of `InStreams`.
+    """
+    longest = {"prompt_length": prompt_length, "completion_length": completion_length}
+    streams = InStreams(policy, examples, steps, rows_per_micro=rows_per_micro, **longest)
+    in_rows = batch_size * (prompt_length + completion_length)
+    if in_rows >= PACKED_FROM * streams.num_places:
+        return streams
+    return InRows(examples, **longest)
 
 
 class InStreams:
@@ -65,6 +93,11 @@ class InStreams:
         }
         needed = (Packing(self._step(rows), **self._options).needed for rows in steps)
         self.size = Size(*map(max, zip(*needed))).in_tiles(self._tile)
+
+    @property
+    def num_places(self) -> int:
+        """The places that the fullest step runs through the model."""
+        return self._num_shards * self.size.room * self.size.places
 
     def __call__(self, rows: np.ndarray) -> PackedBatch:
         """The batch of a step, as host arrays."""
