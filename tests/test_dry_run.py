@@ -14,7 +14,7 @@ from test_config import parse
 from adpo_jax import dry_run
 from adpo_jax.devices import chips, sharding, topologies
 from adpo_jax.dry_run import forecast
-from adpo_jax.dry_run.hlo import Program
+from adpo_jax.dry_run.hlo import Program, device_groups
 from adpo_jax.dry_run.report import Report, Step
 from adpo_jax.run.config_checks import finalized
 
@@ -49,6 +49,42 @@ def test_flops_and_collectives_count_every_turn_of_a_loop():
     assert program.collectives
     assert all(c.calls % 5 == 0 for c in program.collectives)
     assert program.collectives[0].bytes >= program.collectives[-1].bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("channel_id=1, replica_groups={{0,4},{1,5}}, to_apply=%add", [[0, 4], [1, 5]]),
+        ("replica_groups={}, to_apply=%add", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ],
+)
+def test_the_devices_that_exchange_are_read_however_they_are_written(attributes, groups):
+    assert device_groups(attributes, 8) == groups
+
+
+def test_what_a_tpu_sends_between_slices_through_its_hosts_crosses():
+    text = """HloModule m
+ENTRY %main (a: f32[128,8]) -> token[] {
+  %a = f32[128,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %g = f32[256,8]{1,0} all-gather(%a), channel_id=3, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %s = (f32[128,8]{1,0:T(8,128)}, u32[], token[]) send(%a, %t), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %d = token[] send-done(%s), channel_id=2, is_host_transfer=true
+}"""
+    gathered, sent = Program(text, slices=[0, 0, 1, 1]).collectives
+    assert (gathered.kind, gathered.crosses) == ("all-gather", False)
+    assert (sent.kind, sent.shape, sent.crosses) == ("all-reduce", "f32[128,8]", True)
 
 
 def test_the_flops_of_a_convolution_are_those_of_the_product_it_stands_for():

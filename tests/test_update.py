@@ -9,10 +9,12 @@ import tiny
 
 from adpo_jax import Engine, SamplingParams, losses, update
 from adpo_jax.devices import offload, sharding
+from adpo_jax.dry_run.hlo import Program
 from adpo_jax.records import Sequences
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.learner import Learner
+from adpo_jax.update.packing import pack
 from adpo_jax.update.plan import BatchPlan
 
 SGD = optax.sgd(1.0)
@@ -85,6 +87,25 @@ def test_an_update_on_eight_devices_equals_one_on_one_device(sizes):
         put=sharding.BatchSharding(mesh).put,
     )
     assert_same(expected, found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_crosses_between_slices_once_an_optimizer_step():
+    mesh = sharding.make_mesh(2, 2, 2)
+    policy, params = tiny.policy_and_params(mesh)
+    batch, rewards = tiny.batch()
+    packed = pack(batch, num_shards=4, completions_per_micro=2, tile=4)
+    assert packed.num_micro_B[0] > 1
+    algorithm, optimizer = losses.Adpo(), optax.sgd(1.0)
+    state = update.init_state(policy, params, optimizer)
+    given = sharding.BatchSharding(mesh).put((packed, algorithm.judge(jnp.asarray(rewards))))
+    compiled = update.make_update(policy, algorithm, optimizer).lower(state, *given, {}).compile()
+    found = Program(compiled.as_text(), 7, [0, 0, 0, 0, 1, 1, 1, 1]).collectives
+    inside, across = ([c for c in found if c.crosses == crosses] for crosses in (False, True))
+    assert max(c.calls for c in inside) >= 7
+    assert max(c.calls for c in across) < 7
+    # A device has a quarter of the parameters; log-probs and metrics are a few numbers more.
+    size = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+    assert size <= sum(c.bytes for c in across) < 2 * size
 
 
 def test_optimizer_state_is_born_with_the_layout_of_the_parameters():

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
+_REPLICAS = "data"
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
@@ -199,6 +200,71 @@ def resolve_mesh_sizes(
     return tuple(rest if s == -1 else s for s in sizes)
 
 
+def of_replicas(
+    function: Callable, mesh: Mesh, in_axes: tuple[str | None, ...], out_axes: tuple
+) -> Callable:
+    """Makes a function of whole arrays that each replica of the parameters runs on its own share.
+
+    Replicas lie along the mesh axis `data`. Within the function a batch is that of a replica, and
+    the functions of this module see a mesh on which `data` splits nothing (`seen`), so that all
+    else is laid out as ever. What the function sums over the axis `data` is exchanged where it says
+    so, and nowhere else.
+
+    Args:
+      in_axes: for each argument "batch" where the leading axis of its arrays is split over the
+        replicas, None where they all have it whole.
+      out_axes: the same for each result.
+    """
+
+    def spec(axis):
+        return PartitionSpec(None if axis is None else _REPLICAS)
+
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(map(spec, in_axes)),
+        out_specs=tuple(map(spec, out_axes)),
+        axis_names={_REPLICAS},
+        check_vma=False,
+    )
+
+
+def sum_of_replicas(tree):
+    """The sum of every array over the replicas, within `of_replicas`."""
+    return jax.lax.psum(tree, _REPLICAS)
+
+
+def num_replicas(mesh: Mesh | None) -> int:
+    """The number of replicas of the parameters that train together."""
+    return 1 if mesh is None else mesh.shape[_REPLICAS]
+
+
+def seen(mesh: Mesh) -> Mesh | AbstractMesh:
+    """The mesh as code sees it where it is traced: another one within `of_replicas` alone."""
+    here = jax.sharding.get_abstract_mesh()
+    return here if here.manual_axes == (_REPLICAS,) else mesh
+
+
+def shard_map(
+    function: Callable, mesh: Mesh, in_specs, out_specs, *, check_vma: bool = False
+) -> Callable:
+    """`jax.shard_map` over all axes of the mesh that are `seen`."""
+    mesh = seen(mesh)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(splitting_axes(mesh)),
+        check_vma=check_vma,
+    )
+
+
+def splitting_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh that arrays may be split over where this is traced."""
+    return tuple(name for name in mesh.axis_names if name not in seen(mesh).manual_axes)
+
+
 def partition_spec(
     mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> PartitionSpec:
@@ -230,15 +296,16 @@ def partition_spec(
 def rule(mesh: Mesh, axis: str) -> str | tuple[str, ...] | None:
     """The axes of a mesh that split a logical axis."""
     names = RULES[axis]
+    known = splitting_axes(mesh)
     if isinstance(names, tuple):
-        return tuple(name for name in names if name in mesh.axis_names)
-    return names if names in mesh.axis_names else None
+        return tuple(name for name in names if name in known)
+    return names if names in known else None
 
 
 def mesh_axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
     """The number of parts that these mesh axes make."""
-    names = (names,) if isinstance(names, str) else names or ()
-    return math.prod(mesh.shape[n] for n in names if n in mesh.axis_names)
+    names, known = (names,) if isinstance(names, str) else names or (), splitting_axes(mesh)
+    return math.prod(mesh.shape[n] for n in names if n in known)
 
 
 def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str, ...] | None:
@@ -271,18 +338,12 @@ def on_each_device(
     def spec(axes):
         return PartitionSpec(*(split.get(axis) for axis in axes))
 
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=tuple(map(spec, in_axes)),
-        out_specs=spec(out_axes),
-        check_vma=False,
-    )
+    return shard_map(function, mesh, tuple(map(spec, in_axes)), spec(out_axes))
 
 
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape) -> NamedSharding:
     """`partition_spec` bound to its mesh."""
-    return NamedSharding(mesh, partition_spec(mesh, axes, tuple(shape)))
+    return NamedSharding(seen(mesh), partition_spec(mesh, axes, tuple(shape)))
 
 
 def device_bytes(tree) -> int:
@@ -306,7 +367,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
         None if axis is None else axes_that_split(mesh, axis, size)
         for axis, size in zip(axes, x.shape)
     ]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(seen(mesh), PartitionSpec(*spec)))
 
 
 @dataclasses.dataclass(frozen=True)

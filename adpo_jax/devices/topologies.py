@@ -1,6 +1,7 @@
 """Devices that are not there, to compile for: slices of TPUs and machines of GPUs, by their names.
 
     v5e:2x4      a slice, as libtpu names it: a generation and chips a side
+    2xv5e:2x4    two such slices, with the data centre's network between them
     h100:8       so many cards of one machine, by the `topology` of the table of chips
     h100:16      two machines of eight cards each
 
@@ -25,9 +26,18 @@ def topology_devices(name: str) -> list:
     Raises:
       ValueError: without the compiler that it needs, or for a name that is not known.
     """
-    card, _, count = name.partition(":")
+    num_slices, one = _slices(name)
+    card, _, count = one.partition(":")
     kind = next((kind for kind, chip in CHIPS.items() if chip.topology == card), None)
-    return _tpus(name) if not card or kind is None else _gpus(kind, count)
+    if not card or kind is None:
+        return _tpus(one, num_slices)
+    return _gpus(kind, count if num_slices == 1 else "")
+
+
+def _slices(name: str) -> tuple[int, str]:
+    """The number of slices that a name says, and the name of one of them."""
+    found = re.fullmatch(r"([1-9]\d{0,2})x([a-z].*)", name)
+    return (int(found.group(1)), found.group(2)) if found else (1, name)
 
 
 def one_host(name: str, devices: list) -> list:
@@ -35,7 +45,7 @@ def one_host(name: str, devices: list) -> list:
     own = sum(device.process_index == devices[0].process_index for device in devices)
     if own == len(devices):
         return devices
-    generation, _, sides = name.partition(":")
+    generation, _, sides = _slices(name)[1].partition(":")
     if devices[0].platform == "gpu":
         return topology_devices(f"{generation}:{own}")
     host = topology_devices(f"{generation}:2x2" + "x1" * (sides.count("x") - 1))
@@ -61,7 +71,7 @@ def lowered(traced, device):
         return traced.lower()
 
 
-def _tpus(name: str) -> list:
+def _tpus(name: str, num_slices: int) -> list:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -75,12 +85,13 @@ def _tpus(name: str) -> list:
             f"names of GPUs are {', '.join(cards)}"
         ) from None
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        more = {"num_slices": num_slices} if num_slices > 1 else {}
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
     except Exception as error:  # of several classes, by the kind of mistake
         raise ValueError(
             f"libtpu has no topology {name!r}; it is a generation and chips a side, such as "
-            f"v5e:2x4, v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1, or a GPU and a number of them, such as "
-            f"h100:8: {str(error).splitlines()[0]}"
+            f"v5e:2x4, v5p:4x4x4, v6e:16x16 or tpu7x:2x2x1, with 2x before it for two such slices, "
+            f"or a GPU and a number of them, such as h100:8: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -105,7 +116,8 @@ def _gpus(kind: str, count: str) -> list:
             card,
             "cuda",
             target_config=target_config(kind, CHIPS[kind]),
-            topology=f"1x{hosts}x{number // hosts}",
+            # Slices, machines of a slice, cards: the fast links end at the machine.
+            topology=f"{hosts}x1x{number // hosts}",
         ).devices
     except Exception as error:  # of several classes, such as a plugin of another version
         raise ValueError(

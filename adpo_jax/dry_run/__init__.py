@@ -20,7 +20,7 @@ Letters: P prompts, G completions of a prompt, T tokens.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -99,10 +99,10 @@ def _report(
     share = (prompt + G * drawn.mean()) / (prompt + G * response)
     steps, failed = [], {}
     for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
-        devices_of = engine.policy.mesh.size if name in ("prefill", "decode") else mesh.size
         try:
+            own = engine.policy.mesh if name in ("prefill", "decode") else mesh
             step = _compiled(
-                name, traced, devices[0], turns, calls[name], devices_of, least[name], chip
+                name, traced, own.devices.flatten(), turns, calls[name], least[name], chip
             )
             if name == "decode":
                 step = dataclasses.replace(step, expected_calls=expected)
@@ -249,18 +249,18 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
 def _compiled(
     name: str,
     traced: jax.stages.Traced,
-    device: jax.Device,
+    devices: Sequence[jax.Device],
     turns: int,
     calls: int,
-    num_devices: int,
     least: Least,
     chip: Chip | None,
 ) -> Step:
     started = time.perf_counter()
-    compiled = lowered(traced, device).compile()
+    compiled = lowered(traced, devices[0]).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    program = Program(compiled.as_text(), turns)
+    slices = [getattr(device, "slice_index", 0) for device in devices]
+    program = Program(compiled.as_text(), turns, slices)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = memory.argument_size_in_bytes + results
     flops = program.flops + (least.kernel_flops if has_kernels(traced) else 0)
@@ -281,7 +281,7 @@ def _compiled(
         temporary=memory.temp_size_in_bytes + results,
         moved=moved if least.moved is None else least.moved,
         flops=flops,
-        balance=program.flops * num_devices / max(traced_flops(traced, turns), 1),
+        balance=program.flops * len(devices) / max(traced_flops(traced, turns), 1),
         collectives=program.collectives,
         launches=program.launches,
         compile_s=seconds,

@@ -14,7 +14,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 COLLECTIVES = (
     "all-gather",
@@ -26,6 +28,8 @@ COLLECTIVES = (
 )
 _ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+# What a TPU's compiler makes of a collective between slices: a transfer through the hosts.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 # What occupies no kernel of a GPU: names for values, and the beginnings and ends of what does.
 _FREE = frozenset(
     ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional")
@@ -49,6 +53,7 @@ class Collective:
       calls: how often it runs.
       bytes: bytes of its results on one device over all calls.
       source: the operation of the model that it serves, shortened.
+      crosses: whether devices of several slices take part in the same exchange.
     """
 
     kind: str
@@ -56,6 +61,7 @@ class Collective:
     calls: int
     bytes: int
     source: str
+    crosses: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +95,13 @@ class Program:
 
     Args:
       unknown_turns: the turns of a loop whose end is decided while it runs.
+      slices: the slice that each device of the program is in, in the order of the mesh.
     """
 
-    def __init__(self, text: str, unknown_turns: int = 1):
+    def __init__(self, text: str, unknown_turns: int = 1, slices: Sequence[int] = ()):
         self._computations, self._entry = _parse(text)
         self._unknown_turns = unknown_turns
+        self._slices = slices
 
     @functools.cached_property
     def _times(self) -> dict[str, int]:
@@ -317,10 +325,14 @@ class Program:
         found: dict = {}
         for name, instructions in self._computations.items():
             for i in instructions:
-                kind = i.opcode.removesuffix("-start")
+                kind, between = i.opcode.removesuffix("-start"), _BETWEEN_SLICES.search(i.rest)
+                if i.opcode == "send" and between:
+                    kind = between.group(1).lower().replace("_", "-")
                 if kind not in COLLECTIVES or not self._times[name]:
                     continue
                 shape = tuple(_SHAPE.findall(i.shape))
+                if i.opcode == "send":
+                    shape = shape[:1]  # the others are what the device and the host count with
                 if i.opcode in ("all-gather-start", "collective-permute-start"):
                     # The shape lists operands, results, and scalars that the device counts with.
                     arrays = [(item, dims) for item, dims in shape if dims]
@@ -329,10 +341,10 @@ class Program:
                 key = kind, shape, channel.group(1) if channel else (name, i.name)
                 times, _ = found.get(key, (0, None))
                 if self._times[name] >= times:
-                    found[key] = self._times[name], _source(i.rest)
+                    found[key] = self._times[name], (_source(i.rest), self._crosses(i))
         sums = collections.Counter()
-        for (kind, shape, _), (times, source) in found.items():
-            sums[kind, shape, source] += times
+        for (kind, shape, _), (times, of_source) in found.items():
+            sums[kind, shape, of_source] += times
         collectives = [
             Collective(
                 kind,
@@ -340,10 +352,82 @@ class Program:
                 calls,
                 calls * sum(_bytes(*part) for part in shape),
                 source,
+                crosses,
             )
-            for (kind, shape, source), calls in sums.items()
+            for (kind, shape, (source, crosses)), calls in sums.items()
         ]
         return sorted(collectives, key=lambda c: -c.bytes)
+
+    def _crosses(self, collective: _Instruction) -> bool:
+        """Whether devices of several slices take part in the same exchange."""
+        if collective.opcode == "send":
+            return True
+        if len(set(self._slices)) < 2:
+            return False
+        groups = device_groups(collective.rest, len(self._slices))
+        return any(len({self._slices[device] for device in group}) > 1 for group in groups)
+
+
+def device_groups(attributes: str, num_devices: int) -> list[list[int]]:
+    """The devices that exchange with each other, from the attributes of a collective.
+
+    They are listed, or the rows of an array of all numbers that has been reshaped and transposed
+    (xla/hlo/ir/tile_assignment.h), or those that differ in some axes of a mesh alone. A pair of a
+    permutation is a group.
+
+    Raises:
+      ValueError: for attributes that say it in another way.
+    """
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}", attributes)
+    if listed:
+        groups = re.findall(r"\{([\d, ]+)\}", listed.group(1) or "")
+        everyone = [list(range(num_devices))]
+        return [_ints(group) for group in groups] or everyone
+    tiled = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if tiled:
+        shape, dims, order = (_ints(part) if part else None for part in tiled.groups())
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        return devices.transpose(order).reshape(shape).tolist()
+    of_mesh = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+        r"\s*\{([^}]*)\}",
+        attributes,
+    )
+    if of_mesh:
+        return _groups_of_mesh(*of_mesh.groups())
+    raise ValueError(f"no groups of devices in {attributes[:200]!r}")
+
+
+def _groups_of_mesh(
+    mesh: str, dims: str | None, order: str | None, together: str
+) -> list[list[int]]:
+    """The rows of a mesh's devices along some axes.
+
+    Args:
+      mesh: the axes with their sizes, 'a'=2,'b'=4.
+      dims, order: the devices of the mesh are all numbers in this shape, transposed; None as it is.
+      together: the axes, 'a' or 'b':(2)2 for the second half of an axis of 4 split in two by two.
+    """
+    axes = {name: [int(n)] for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    chosen = {}
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", together):
+        chosen[name] = 0
+        if size:
+            axes[name] = [int(before), int(size), axes[name][0] // int(before) // int(size)]
+            chosen[name] = 1
+    parts = [(name, nth) for name, sizes in axes.items() for nth in range(len(sizes))]
+    inner = [nth for nth, (name, part) in enumerate(parts) if chosen.get(name) == part]
+    outer = [nth for nth in range(len(parts)) if nth not in inner]
+    devices = np.arange(math.prod(map(math.prod, axes.values())))
+    if dims:
+        devices = devices.reshape(_ints(dims)).transpose(_ints(order) if order else None)
+    devices = devices.reshape([size for sizes in axes.values() for size in sizes])
+    size = math.prod(devices.shape[nth] for nth in inner)
+    return devices.transpose(outer + inner).reshape(-1, size).tolist()
+
+
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -146,6 +146,21 @@ class Report:
             yield from _table(["program", "kind", "result", "times", "bytes", "for"], rows)
         else:
             yield "No collectives."
+        yield from self._crossing_lines()
+
+    def _crossing_lines(self) -> Iterator[str]:
+        """What one call of each program moves over the slow network between slices."""
+        for step in self.steps:
+            across = [c for c in step.collectives if c.crosses]
+            if across:
+                calls = sum(c.calls for c in across)
+                yield ""
+                yield (
+                    f"Between slices, a call of {step.name} makes {calls} exchanges, of "
+                    f"{readable(sum(c.bytes for c in across))} together: "
+                    + ", ".join(f"{c.calls} x {c.kind} {c.shape}" for c in across[:4])
+                    + ("." if len(across) <= 4 else ", and smaller ones.")
+                )
 
     def _forecast_lines(self) -> Iterator[str]:
         seconds = [s.forecast_s for s in self.steps]

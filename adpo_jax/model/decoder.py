@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from adpo_jax.devices.sharding import RULES, constrain, mesh_axis_size, partition_spec, rule
+from adpo_jax.devices.sharding import (
+    RULES,
+    constrain,
+    mesh_axis_size,
+    partition_spec,
+    rule,
+    shard_map,
+)
 from adpo_jax.model import cpu, parameters, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
@@ -371,11 +378,12 @@ def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax
             x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), dtype)), vocab)
         return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
 
-    return jax.shard_map(
+    return shard_map(
         lookup,
-        mesh=mesh,
-        in_specs=(PartitionSpec(vocab, width), PartitionSpec(rows)),
-        out_specs=PartitionSpec(rows),
+        mesh,
+        (PartitionSpec(vocab, width), PartitionSpec(rows)),
+        PartitionSpec(rows),
+        check_vma=True,
     )(embed, tokens)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
+from adpo_jax.devices import sharding
 from adpo_jax.model.head import TOKENS_PER_CHUNK, _Head, _head_of
 from adpo_jax.model.model_config import ModelConfig
 
@@ -49,12 +50,11 @@ class _Pair:
             return function(*whole, *arguments[2:])
 
         specs = [head._weight_spec for head in heads]
-        return jax.shard_map(
+        return sharding.shard_map(
             local,
-            mesh=mesh,
-            in_specs=(*specs, *(row for _ in rows)),
-            out_specs=(row, specs[0]) if with_weight else row,
-            check_vma=False,
+            mesh,
+            (*specs, *(row for _ in rows)),
+            (row, specs[0]) if with_weight else row,
         )(*weights, *rows)
 
     def of_chunk(self, weight, teacher_weight, hidden_CD, hidden_CE):

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
+from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import axes_that_split
 from adpo_jax.model.model_config import ModelConfig
 
@@ -77,12 +78,11 @@ class _Head:
                 weight = jax.lax.all_gather(weight, self.width_axis, axis=axis, tiled=True)
             return function(weight, *rows)
 
-        return jax.shard_map(
+        return sharding.shard_map(
             local,
-            mesh=self.mesh,
-            in_specs=(self._weight_spec, *(row for _ in rows)),
-            out_specs=(*rows_spec, *((self._weight_spec,) if with_weight else ())),
-            check_vma=False,
+            self.mesh,
+            (self._weight_spec, *(row for _ in rows)),
+            (*rows_spec, *((self._weight_spec,) if with_weight else ())),
         )(weight, *rows)
 
     def over_vocab(self, reduce, x):

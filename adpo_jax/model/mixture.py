@@ -289,13 +289,8 @@ def _experts(weights, x_BTD, experts_BTk, routing: Routing) -> jax.Array:
         for name, p in params.items()
     }
     rows = PartitionSpec(sharding.axes_that_split(mesh, "batch", x_BTD.shape[0]))
-    return jax.shard_map(
-        _on_mesh(plain, mesh, specs),
-        mesh=mesh,
-        in_specs=(specs, rows, rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )(*args)
+    on_mesh = _on_mesh(plain, mesh, specs)
+    return sharding.shard_map(on_mesh, mesh, (specs, rows, rows, rows), rows)(*args)
 
 
 def _on_mesh(plain: _Experts, mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> _Experts:
@@ -317,7 +312,7 @@ def _on_mesh(plain: _Experts, mesh: Mesh, specs: Mapping[str, PartitionSpec]) ->
         tensor=axis("mlp"),
         expert=axis("expert"),
         num_parts=sharding.mesh_axis_size(mesh, axis("expert") or None),
-        everywhere=mesh.axis_names,
+        everywhere=sharding.splitting_axes(mesh),
     )
 
 

@@ -11,6 +11,9 @@ policy of this very step and the loss needs nothing else, since every log-ratio 
 Otherwise a micro-batch of whole groups finds them between its forward and backward pass. Only where
 groups are split, a forward without gradient over all micro-batches comes first.
 
+Each replica of the parameters (the mesh axis `data`, which may reach over a slow network) sums the
+gradients of its micro-batches, and the sums are exchanged once an optimizer step.
+
 Letters: P prompts, G completions of a prompt.
 """
 
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adpo_jax.devices import sharding
 from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.tokens import Tokens
 from adpo_jax.model import lora, mixture
@@ -204,8 +208,51 @@ class Gradient:
 
         The load of the experts is that of all micro-batches.
         """
-        policy = self.scorer.policy
         weights = self._known_weights(lora.join(trained, frozen), layout, prepared)
+        mesh = self.scorer.policy.mesh
+        replicas = sharding.num_replicas(mesh)
+        if replicas == 1 or self.scorer.balance_weight:
+            # The auxiliary loss of routers is of all tokens of a micro-batch together.
+            return self._sum(trained, frozen, layout, prepared, weights)
+
+        def of_replica(trained, frozen, batch, log_probs, prepared, weights, fixed_params):
+            """The sums over the whole batch, exchanged after the last micro-batch."""
+            own = self._with_teacher(fixed_params)
+            part = layout.part(batch, log_probs, replicas)
+            grads, scored, load = own._sum(trained, frozen, part, prepared, weights)
+            grads, load = sharding.sum_of_replicas((grads, load))
+            return grads, scored, load
+
+        everywhere, by_row = None, "batch"
+        teacher = self.scorer.teacher
+        return sharding.of_replicas(
+            of_replica,
+            mesh,
+            (everywhere, everywhere, by_row, by_row, by_row, by_row, everywhere),
+            (everywhere, by_row, everywhere),
+        )(
+            *(trained, frozen, layout.batch, layout.log_probs),
+            prepared if weights is None else None,
+            weights,
+            None if teacher is None else teacher.params,
+        )
+
+    def _with_teacher(self, params) -> "Gradient":
+        """The same with these parameters of the teacher, where there is one."""
+        if params is None:
+            return self
+        teacher = self.scorer.teacher._replace(params=params)
+        return dataclasses.replace(self, scorer=dataclasses.replace(self.scorer, teacher=teacher))
+
+    def _sum(
+        self, trained, frozen, layout: Layout, prepared, weights: Scored | None
+    ) -> tuple[Any, Scored, Load | None]:
+        """The sums over the micro-batches, one after the other.
+
+        Args:
+          weights: d loss / d scored; None if each micro-batch finds its own.
+        """
+        policy = self.scorer.policy
 
         def num_tokens():
             return layout.num_tokens

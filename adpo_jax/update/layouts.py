@@ -57,11 +57,13 @@ class Layout(Protocol):
     """A batch cut into micro-batches.
 
     Attributes:
+      batch: what is laid out.
       tokens: which tokens of the whole batch are trained on, and whose they are.
       log_probs: log-probs under other policies by the policies' names, in the shape of the layout.
       has_whole_groups: whether each group lies in one micro-batch.
     """
 
+    batch: Batch | PackedBatch
     tokens: Tokens
     log_probs: dict[str, jax.Array]
     has_whole_groups: bool
@@ -69,6 +71,9 @@ class Layout(Protocol):
     @property
     def num_tokens(self) -> jax.Array:
         """Tokens that run through the model, prompts included, float32."""
+
+    def part(self, batch, log_probs, num_parts: int) -> "Layout":
+        """The layout of one of `num_parts` equal parts of the batch, which `batch` is."""
 
     def micro(self, i) -> MicroBatch:
         """The micro-batch number `i`."""
@@ -114,10 +119,13 @@ class RowLayout(NamedTuple):
     def num_tokens(self) -> jax.Array:
         return jnp.sum(self.batch.attention_mask_PGS > 0, dtype=jnp.float32)
 
+    def part(self, batch: Batch, log_probs, num_parts: int) -> "RowLayout":
+        return self._replace(batch=batch, log_probs=log_probs)
+
     def micro(self, i) -> "RowMicro":
         return RowMicro(self, i)
 
-    def part(self, x_PZ, i):
+    def of_micro(self, x_PZ, i):
         """Every `num_micro`-th prompt, from the `i`-th on, so that each device has some of them."""
         return x_PZ.reshape(-1, self.num_micro, *x_PZ.shape[1:])[:, i]
 
@@ -152,7 +160,7 @@ class RowMicro(NamedTuple):
         return hidden[:, -T - 1 : -1], tokens[:, -T:], extras
 
     def of(self, values):
-        return self.layout.part(values, self.i)
+        return self.layout.of_micro(values, self.i)
 
     def rows(self, values):
         return values.reshape(-1, values.shape[-1])
@@ -183,6 +191,10 @@ class PackedLayout(NamedTuple):
     @property
     def num_tokens(self) -> jax.Array:
         return jnp.sum(self.batch.micro.segments > 0, dtype=jnp.float32)
+
+    def part(self, batch: PackedBatch, log_probs, num_parts: int) -> "PackedLayout":
+        batch = batch.replace(num_prompts=batch.num_prompts // num_parts)
+        return PackedLayout(batch, log_probs)
 
     def micro(self, i) -> "PackedMicro":
         return PackedMicro(self, i, jax.tree.map(lambda x: x[:, i], self.batch.micro))
