@@ -13,7 +13,7 @@ from adpo_jax import Policy
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import kernels, kv_cache
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
-from adpo_jax.engine.kv_cache import CacheLayout, Reach
+from adpo_jax.engine.kv_cache import CacheLayout, LayerKV, Reach
 from adpo_jax.engine.verbs import Prefixes, Verbs
 from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
 
@@ -153,6 +153,27 @@ def test_the_tpu_kernel_on_eight_devices_agrees_with_one(tensor):
         return jax.jit(lambda *arrays: attend(q, kv, 1, Reach(*arrays, ring=True)))(*reach)
 
     for ours, wanted in zip(normalised(part(mesh)), normalised(part(None))):
+        np.testing.assert_allclose(ours, wanted, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_the_gpu_kernel_on_eight_devices_agrees_with_one_on_layers_of_their_own():
+    rows, columns = 8, 64
+    rng = np.random.default_rng(3)
+    kv = tuple(
+        LayerKV(*jnp.asarray(rng.normal(size=(2, rows, K, columns, D)), jnp.float32))
+        for _ in range(L)
+    )
+    q = jnp.asarray(rng.normal(size=(rows, K, Q, D)), jnp.float32)
+    age = jnp.arange(rows, dtype=jnp.int32)[:, None] * jnp.ones((1, Q), jnp.int32)
+    reach = (jnp.full((rows, Q), 5, jnp.int32), age, jnp.full((rows,), columns, jnp.int32))
+
+    def part(mesh):
+        kernel = functools.partial(decode_gpu.attend_part, interpret=True)
+        attend = kernels._of_each_device(kernel, mesh)
+        return jax.jit(lambda *arrays: attend(q, kv, 1, Reach(*arrays, ring=True)))(*reach)
+
+    for ours, wanted in zip(normalised(part(make_mesh(1, -1, 2))), normalised(part(None))):
         np.testing.assert_allclose(ours, wanted, atol=1e-6)
 
 

@@ -102,13 +102,22 @@ def _slices(devices: Sequence, *, of_processes: bool) -> list[list]:
     Args:
       of_processes: whether devices that name no slice are told apart by their processes.
     """
+    slices = collections.defaultdict(list)
+    for number, device in zip(slice_numbers(devices, of_processes=of_processes), devices):
+        slices[number].append(device)
+    return [slices[number] for number in sorted(slices)]
+
+
+def slice_numbers(devices: Sequence, *, of_processes: bool = False) -> list[int]:
+    """The slice of each device; devices that name none are in slice 0.
+
+    Args:
+      of_processes: whether devices that name no slice are told apart by their processes.
+    """
     numbers = [getattr(device, "slice_index", 0) for device in devices]
     if of_processes and len(set(numbers)) == 1:
         numbers = [device.process_index for device in devices]
-    slices = collections.defaultdict(list)
-    for number, device in zip(numbers, devices):
-        slices[number].append(device)
-    return [slices[number] for number in sorted(slices)]
+    return numbers
 
 
 def rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:

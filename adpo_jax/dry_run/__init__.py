@@ -100,10 +100,10 @@ def _report(
     steps, failed = [], {}
     for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
         try:
-            own = engine.policy.mesh if name in ("prefill", "decode") else mesh
-            step = _compiled(
-                name, traced, own.devices.flatten(), turns, calls[name], least[name], chip
-            )
+            on = engine.policy.mesh if name in ("prefill", "decode") else mesh
+            on = list(on.devices.flat)
+            slices = sharding.slice_numbers(on, of_processes=config.mesh.dcn_data > 1)
+            step = _compiled(name, traced, on, turns, calls[name], least[name], chip, slices)
             if name == "decode":
                 step = dataclasses.replace(step, expected_calls=expected)
             elif name != "prefill":
@@ -254,12 +254,12 @@ def _compiled(
     calls: int,
     least: Least,
     chip: Chip | None,
+    slices: Sequence[int],
 ) -> Step:
     started = time.perf_counter()
     compiled = lowered(traced, devices[0]).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    slices = [getattr(device, "slice_index", 0) for device in devices]
     program = Program(compiled.as_text(), turns, slices)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = memory.argument_size_in_bytes + results

@@ -94,14 +94,14 @@ def _of_each_device(kernel: AttendPart, mesh: Mesh | None) -> AttendPart:
     by_row, by_head = ("batch",), ("batch", "kv_heads")
 
     def attend(q, kv, index, reach: Reach) -> Part:
+        stacked = isinstance(kv, LayerKV)
+
         def local(q, kv, index, origin, back, length):
+            index = index if stacked else 0  # of a tuple it is a number of Python
             return kernel(q, kv, index, Reach(origin, back, length, reach.ring))
 
-        of_layer, stored = by_head, kv
-        if isinstance(kv, LayerKV):
-            of_layer = (None, *by_head)
-        else:
-            stored, index = (kv[index],), 0
+        of_layer, stored = ((None, *by_head), kv) if stacked else (by_head, (kv[index],))
+        index = index if stacked else 0
         return on_each_device(
             local,
             mesh,
