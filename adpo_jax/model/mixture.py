@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices import sharding
 from adpo_jax.model import grouped, parameters
 from adpo_jax.model.attention import LayerInfo
-from adpo_jax.model.layers import gated
-from adpo_jax.model.model_config import ClampedGate, Mixture
+from adpo_jax.model.layers import gated, rms_norm
+from adpo_jax.model.model_config import ClampedGate, Mixture, ModelConfig
 
 # The places that a round of an exchange has, over those that an even choice of experts needs.
 ROOM = 1.25
@@ -65,7 +66,7 @@ def choose(
         the router gives them; -1 at tokens whose choice is free. None for none.
     """
     m = mixture
-    if m.router == "sigmoid":
+    if m.router.startswith("sigmoid"):
         scores = jax.nn.sigmoid(logits)
         probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
     else:
@@ -85,7 +86,7 @@ def choose(
     else:
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if m.normalised:
-            least = 1e-20 if m.router == "sigmoid" else 0.0
+            least = 1e-20 if m.router.startswith("sigmoid") else 0.0
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + least)
     return Routing(experts, weights * m.scale, probabilities, changed)
 
@@ -123,10 +124,12 @@ class MixtureFfn:
         m, (B, T, _) = config.mixture, x.shape
         forced = None
         if self.forced is not None:
-            at = layer.index - config.dense_layers
+            at = _number_of(config, layer.index)
             forced = jax.lax.dynamic_index_in_dim(self.forced, at, axis=2, keepdims=False)
         present = jnp.ones((B, T), bool) if self.present is None else self.present
         routing = self._route(weights, x, forced)
+        if m.beside_mlp:
+            x = weights.norm(x, "experts_norm")
         out = _experts(weights, x, jnp.where(present[..., None], routing.experts, -1), routing)
         if m.shared_size:
             gate, up = weights.dense_each(x, "shared_gate", "shared_up")
@@ -147,10 +150,11 @@ class MixtureFfn:
         }
 
     def _route(self, weights, x, forced) -> Routing:
-        router = weights.params["experts_router"].astype(jnp.float32)
-        logits = jnp.einsum(
-            "btd,de->bte", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST
-        )
+        c, router = weights.config, weights.params["experts_router"].astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        if c.mixture.beside_mlp:
+            x = rms_norm(x, weights.params["router_scale"], c.norm_eps, False) * x.shape[-1] ** -0.5
+        logits = jnp.einsum("btd,de->bte", x, router, precision=jax.lax.Precision.HIGHEST)
         if weights.config.mixture.biases:
             logits = logits + weights.params["experts_router_bias"].astype(jnp.float32)
         given = {"logits": logits} | ({} if forced is None else {"forced": forced})
@@ -162,7 +166,20 @@ class MixtureFfn:
         by_row, whole = ("batch",), ()
         sizes = {"batch": x.shape[0]}
         spread = sharding.on_each_device(of_rows, weights.mesh, sizes, (by_row, whole), by_row)
-        return spread(given, bias)
+        routing = spread(given, bias)
+        if "experts_scale" not in weights.params:
+            return routing
+        is_theirs = routing.experts[..., None] == jnp.arange(c.mixture.num_experts)
+        scale = weights.params["experts_scale"].astype(jnp.float32)
+        return routing._replace(weights=routing.weights * jnp.sum(is_theirs * scale, axis=-1))
+
+
+def _number_of(config: ModelConfig, layer):
+    """The number of a layer among those with a mixture; a layer may be a traced number."""
+    layers = config.mixture_layers
+    if config.mlps_first:
+        return layer - layers[0]
+    return jnp.asarray(np.searchsorted(layers, np.arange(config.num_layers)))[layer]
 
 
 def balance_loss(load: jax.Array, probability: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -194,6 +211,7 @@ class _Experts:
 
     Attributes:
       activation, scale: of the model, and of its adapters.
+      weighs_inputs: whether the weight of an expert multiplies its input, not its output.
       gathers: for each parameter of the experts whose parts are gathered before a product, the axis
         of the mesh and of the array (`grouped.product`).
       tensor: the mesh axis that splits the width of the experts; "" for none.
@@ -204,6 +222,7 @@ class _Experts:
 
     activation: str | ClampedGate
     scale: float
+    weighs_inputs: bool = False
     gathers: tuple[tuple[str, tuple[str, int]], ...] = ()
     tensor: str = ""
     expert: str = ""
@@ -235,9 +254,11 @@ class _Experts:
                 added = jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), added)
             return grouped.biased(y, *added, sizes_E)
 
+        if self.weighs_inputs:
+            x_SD = (x_SD * weights_S1).astype(x_SD.dtype)
         hidden = gated(self.activation, product(x_SD, "experts_gate"), product(x_SD, "experts_up"))
         y_SD = product(hidden, "experts_down")
-        return (y_SD * weights_S1).astype(x_SD.dtype)
+        return y_SD if self.weighs_inputs else (y_SD * weights_S1).astype(x_SD.dtype)
 
     def __call__(self, params, x_BTD, experts_BTk, weights_BTk):
         """Tokens through their experts; an expert of -1 is none."""
@@ -280,7 +301,8 @@ def _experts(weights, x_BTD, experts_BTk, routing: Routing) -> jax.Array:
              if n in weights.params]  # fmt: skip
     params = {name: weights.params[name] for name in names}
     args = (params, x_BTD, experts_BTk, routing.weights)
-    plain = _Experts(weights.config.activation, weights.lora_scale)
+    weighs_inputs = weights.config.mixture.router == "sigmoid_of_inputs"
+    plain = _Experts(weights.config.activation, weights.lora_scale, weighs_inputs)
     mesh = weights.mesh
     if mesh is None or mesh.size == 1:
         return plain(*args)
