@@ -1,17 +1,20 @@
-"""Mixtures beside MLPs (Gemma 4) and in every other layer (Llama 4), on meshes and under replay."""
+"""Mixtures beside MLPs and in every other layer, and experts of which one tensor holds all."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import published
 import pytest
-from golden_models import arrays, config_of, drawn_model, write_drawn
+from golden_models import arrays, assert_adapters_come_back, config_of, drawn_model, write_drawn
 from test_policy import QUICK, assert_golden
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices import sharding
 from adpo_jax.model import parameters
+from adpo_jax.model.lora import Lora, parse_targets
+from adpo_jax.policy import adapters
 from adpo_jax.records import Sequences
 from adpo_jax.update import make_log_probs, packing
 
@@ -55,6 +58,44 @@ def test_the_update_takes_the_experts_that_the_sampler_took_in_the_layers_that_h
     other = [[dataclasses.replace(x, experts=(x.experts + 1) % 6) for x in g] for g in groups]
     moved = np.asarray(score(params, packing.pack(Sequences(prompts, other)))[0])
     assert np.abs(moved - found)[trained].max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.long) for name in NAMES)]
+)
+def test_adapters_of_experts_that_share_a_tensor_come_back_and_are_merged(name, tmp_path):
+    policy, params = drawn_model(name)
+    targets = parse_targets("q_proj,gate_up_proj,down_proj")
+    ours, tree = policy.with_adapters(params, Lora(2, 4.0, targets), jax.random.key(0))
+    L, E, _, f = tree["layers"]["experts_up_lora_b"].shape
+    assert tree["layers"]["experts_down_lora_a"].shape == (L, E, f, 2)
+    rng = np.random.default_rng(0)
+    tree["layers"] |= {
+        n: x + 0.3 * rng.normal(size=x.shape).astype(np.float32)
+        for n, x in tree["layers"].items()
+        if "lora" in n
+    }
+    assert_adapters_come_back((policy, params), (ours, tree), tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert [n.rpartition(".")[2] for n in config["target_parameters"]] == [
+        "gate_up_proj",
+        "down_proj",
+    ]
+    assert config["rank_pattern"] == {"gate_up_proj": 4}
+
+    # Those of one matrix of three are zero for the one beside it.
+    alone, tree = policy.with_adapters(
+        params, Lora(2, 4.0, parse_targets("gate_proj")), jax.random.key(0)
+    )
+    adapters.save(tmp_path / "alone", alone, tree, base_model="x")
+    found, _ = adapters.load(policy, params, tmp_path / "alone")
+    assert {"experts_gate", "experts_up"} <= set(found.lora.targets)
+    assert "experts_down" not in found.lora.targets
+
+    config["target_parameters"] = "down_proj"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="target_parameters is a list of names, or null; given 'd"):
+        adapters.load(policy, params, tmp_path / "adapter")
 
 
 def test_the_published_models_have_mixtures_where_they_say():

@@ -97,6 +97,8 @@ class Parameter:
         is float32 whatever the dtype of the computation.
       adapter_inputs: how many leading axes the A of an adapter sums over, that of the experts not
         counted; 0 if the parameter may have no adapter.
+      turned_in_peft: whether peft takes its inputs for outputs, so that peft's A and B are the B
+        and A of this adapter (Llama 4, whose experts do not say which is which).
       joined: the name of the matrix that `cpu` makes of this parameter and the others with the same
         input; "" for none.
       layers: the layers that have it: "all", or those with an MLP ("mlp") or a mixture ("mixture").
@@ -115,6 +117,7 @@ class Parameter:
     decays: bool = True
     wide: bool = False
     adapter_inputs: int = 0
+    turned_in_peft: bool = False
     joined: str = ""
     layers: str = "all"
     alternates: bool = False
@@ -132,6 +135,11 @@ class Parameter:
     def experts(self) -> str:
         """The letter of the experts if it has weights of each, else ""."""
         return self.axes[:1] if self.axes[:1] == "E" else ""
+
+    @property
+    def one_tensor_for_all(self) -> bool:
+        """Whether one tensor of a layer holds the matrices of all experts."""
+        return bool(self.experts) and not self.one_tensor_each
 
     @property
     def one_tensor_each(self) -> bool:
@@ -162,8 +170,8 @@ class Parameter:
 
     @property
     def hf_module(self) -> str:
-        """The Hugging Face module that holds it."""
-        return self.hf_name.rpartition(".")[0]
+        """The Hugging Face module that holds it, or its own name there if it is no `weight`."""
+        return self.hf_name.removesuffix(".weight")
 
     def adapter(self) -> tuple["Parameter", "Parameter"]:
         """The rows of its A [*in, R] and B [R, *out], which peft keeps as [R, in] and [out, R]."""
@@ -277,6 +285,7 @@ _SHARED_PLAIN = _mixture(lambda m: m.shared_size and not m.shared_gate and m.blo
 
 
 _EXPERT_BIAS: dict[str, Any] = {"init": _zeros, "decays": False}
+_ALTERNATING: dict[str, Any] = {"alternates": True, "adapter_inputs": 1}
 _ALTERNATING_BIAS = _EXPERT_BIAS | {"alternates": True}
 
 # The order of the rows is part of a seed's meaning: flax counts a parameter's key by its place.
@@ -387,13 +396,12 @@ LAYER = (
             (_MIXTRAL, f"block_sparse_moe.experts.{{}}.{mixtrals}.weight"),
         )
     ),
-    # No adapters: peft has none for such tensors, but those of one matrix for all experts.
     *(
         _expert(f"experts_{name}", axes, f"mlp.experts.{theirs}", hf_axes, when=when, **settings)
         for name, axes, hf_axes, theirs, when, settings in (
-            ("gate", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
-            ("up", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
-            ("down", "EfD", "E f D", "down_proj", _FUSED_EXPERTS, {}),
+            ("gate", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, _ALTERNATING),
+            ("up", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, _ALTERNATING),
+            ("down", "EfD", "E f D", "down_proj", _FUSED_EXPERTS, {"adapter_inputs": 1}),
             ("gate_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
             ("up_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
             ("down_bias", "Ed", "E d", "down_proj_bias", _EXPERT_BIASES, _EXPERT_BIAS),
@@ -462,12 +470,20 @@ LAYER = (
     _expert("experts_router", "DE", "feed_forward.router.weight", "E D", when=_LLAMA4, wide=True),
     _expert("experts_router", "DE", "router.proj.weight", "E D", when=_GEMMA4, wide=True),
     *(
-        _expert(f"experts_{name}", axes, f"{module}{theirs}", hf_axes, when=when, parted=parted)
+        _expert(
+            f"experts_{name}",
+            axes,
+            f"{module}{theirs}",
+            hf_axes,
+            when=when,
+            parted=hf_axes.replace(" ", "").index("f"),
+            adapter_inputs=1,
+            turned_in_peft=outputs_last,
+        )
         for when, module, outputs_last in (
             (_LLAMA4, "feed_forward.experts.", True),
             (_GEMMA4, "experts.", False),
         )
-        for parted in (2 if outputs_last else 1,)
         for name, axes, theirs, hf_axes in (
             ("gate", "EDf", "gate_up_proj", "E D f" if outputs_last else "E f D"),
             ("up", "EDf", "gate_up_proj", "E D f" if outputs_last else "E f D"),
