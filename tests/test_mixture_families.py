@@ -14,6 +14,7 @@ from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices import sharding
 from adpo_jax.model import parameters
 from adpo_jax.model.lora import Lora, parse_targets
+from adpo_jax.model.mixture import ROUTED
 from adpo_jax.policy import adapters
 from adpo_jax.records import Sequences
 from adpo_jax.update import make_log_probs, packing
@@ -43,10 +44,17 @@ def test_the_update_takes_the_experts_that_the_sampler_took_in_the_layers_that_h
     policy, params = drawn_model(name)
     engine = Engine(policy, max_prompt_length=8, max_response_length=12, num_slots=8)
     prompts = [[5, 9, 11, 30, 2, 41], [8]]
-    sampling = SamplingParams(n=2, max_tokens=12, routed_experts=True)
+    sampling = SamplingParams(n=2, max_tokens=12, routed_experts=True, prompt_experts=True)
     groups = engine.generate(params, prompts, sampling, jax.random.key(1)).groups
     c = policy.config
     assert groups[0][0].experts.shape == (len(groups[0][0]), c.num_mixtures, 2)
+    # Those of the prompt are those of a forward over it, and completions share them.
+    assert groups[0][0].prompt_experts is groups[0][1].prompt_experts
+    _, _, extras = policy(params, np.array([prompts[0]]), np.arange(6)[None])
+    of_prompt = np.moveaxis(np.asarray(extras[ROUTED])[:, 0], 0, 1)
+    np.testing.assert_array_equal(groups[0][0].prompt_experts, of_prompt[:-1])
+    np.testing.assert_array_equal(groups[0][0].experts[0], of_prompt[-1])
+    assert groups[1][0].prompt_experts.shape == (0, c.num_mixtures, 2)
     packed = packing.pack(Sequences(prompts, groups))
 
     score = jax.jit(make_log_probs(policy), compiler_options=QUICK)
@@ -55,9 +63,13 @@ def test_the_update_takes_the_experts_that_the_sampler_took_in_the_layers_that_h
         found[trained], packed.log_probs["sampler"][trained], rtol=0, atol=1e-4
     )
     # Other experts give others, so that the choice above was the sampler's.
-    other = [[dataclasses.replace(x, experts=(x.experts + 1) % 6) for x in g] for g in groups]
-    moved = np.asarray(score(params, packing.pack(Sequences(prompts, other)))[0])
-    assert np.abs(moved - found)[trained].max() > 0.05
+    for name in ("experts", "prompt_experts"):
+        other = [
+            [dataclasses.replace(x, **{name: (getattr(x, name) + 1) % 6}) for x in g]
+            for g in groups
+        ]
+        moved = np.asarray(score(params, packing.pack(Sequences(prompts, other)))[0])
+        assert np.abs(moved - found)[trained].max() > 0.05, name
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_
     params = jax.tree.map(lambda x: x * 2, params)
     engine = Engine(policy, max_prompt_length=4, max_response_length=24, num_slots=32)
     prompts = [[1 + p, 7, 3 + p][: 1 + p % 3] for p in range(8)]
-    sampling = SamplingParams(n=4, max_tokens=24, routed_experts=True)
+    sampling = SamplingParams(n=4, max_tokens=24, routed_experts=True, prompt_experts=True)
     sampled = engine.generate(params, prompts, sampling, jax.random.key(1))
     c = sampled[3][1]
     assert c.experts.shape == (len(c), 3, 2)
@@ -294,6 +294,10 @@ def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_
     recording.write(tmp_path, 1, GradedGroups(Prompts(prompts, {}), sampled, ["text"] * 32, scores))
     read = recording.read(tmp_path, 1).completions
     np.testing.assert_array_equal(read[3][1].experts, c.experts)
+    for p, (ids, group) in enumerate(zip(prompts, sampled.groups)):
+        assert group[0].prompt_experts.shape == (len(ids) - 1, 3, 2)
+        for sample in range(4):
+            np.testing.assert_array_equal(read[p][sample].prompt_experts, group[0].prompt_experts)
 
     def mismatch(groups) -> float:
         packed = packing.pack(Sequences(prompts, groups))
