@@ -523,8 +523,9 @@ def _rollout() -> dict[str, Key]:
         ),
         "router_replay": Key(
             False,
-            "the update takes completions through the experts of a mixture that they went through "
-            "when they were sampled; k bytes a token and layer, for k experts of a token",
+            "the update takes prompts and completions through the experts of a mixture that they "
+            "went through when they were sampled; k bytes a token and layer, for k experts of a "
+            "token",
             needs=(packed, at_once),
         ),
     }

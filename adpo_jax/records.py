@@ -43,6 +43,9 @@ class Completion:
       full_log_probs: [T] float32, tempered and not truncated; None unless asked for.
       experts: [T, L, k] uint8, or uint16 where there are more than 256: the k experts that each
         layer with a mixture took when the token was sampled; None unless asked for.
+      prompt_experts: [P - 1, L, k] likewise, of the P tokens of the prompt but its last, whose
+        experts are the first of `experts`; None unless asked for. The completions of a prompt share
+        one array.
     """
 
     tokens: np.ndarray = dataclasses.field(metadata=_one_a_token(np.int32))
@@ -55,6 +58,7 @@ class Completion:
         default=None, metadata=_one_a_token(np.float32)
     )
     experts: np.ndarray | None = None
+    prompt_experts: np.ndarray | None = None
 
     @classmethod
     def sampled(
@@ -65,6 +69,7 @@ class Completion:
         *,
         full_log_probs: np.ndarray | None = None,
         experts: np.ndarray | None = None,
+        prompt_experts: np.ndarray | None = None,
         version: int = 0,
     ) -> "Completion":
         """A completion of one turn, all of whose tokens weights of one version sampled.
@@ -72,6 +77,7 @@ class Completion:
         Args:
           tokens, log_probs, full_log_probs: [T]; they are copied.
           experts: [T, L, k].
+          prompt_experts: [P - 1, L, k].
         """
         T = len(tokens)
         return cls(
@@ -83,6 +89,7 @@ class Completion:
             finish_reason=finish_reason,
             full_log_probs=None if full_log_probs is None else np.array(full_log_probs, np.float32),
             experts=experts,
+            prompt_experts=prompt_experts,
         )
 
     def __len__(self) -> int:
@@ -374,6 +381,11 @@ class Sequences:
         """(layers, experts of a token) where completions say what they went through, else ()."""
         found = (c.experts for group in self.completions for c in group if c.experts is not None)
         return next((experts.shape[1:] for experts in found), ())
+
+    def prompt_experts(self, prompt: int) -> np.ndarray | None:
+        """Those of the first of its completions that has them."""
+        found = (c.prompt_experts for c in self.completions[prompt])
+        return next((experts for experts in found if experts is not None), None)
 
     def select(self, rows: Sequence[int]) -> "Sequences":
         """The groups with these numbers, in this order."""

@@ -273,6 +273,35 @@ DRAWN = {
         "attn_scale": 0.5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
     },
+    # As Scout, a mixture in every layer.
+    "llama4_scout": {
+        "model_type": "llama4_text",
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
+    # As Maverick, a mixture in every other layer; here a token goes through two experts.
+    "llama4_maverick": {
+        "model_type": "llama4_text",
+        "head_dim": 8,
+        "intermediate_size_mlp": 20,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2,
+        "use_qk_norm": False,
+        "num_hidden_layers": 4,
+        "no_rope_layer_interval": 4,
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    },
     # As E2B: layers that share keys and have a wider MLP, and embeddings for each layer.
     "gemma4_text": {
         **GEMMA4,
@@ -292,6 +321,19 @@ DRAWN = {
         "num_global_key_value_heads": 1,
         "attention_k_eq_v": True,
         "use_bidirectional_attention": "vision",
+    },
+    # As 26B-A4B: experts beside the MLP.
+    "gemma4_moe": {
+        **GEMMA4,
+        "num_hidden_layers": 4,
+        "layer_types": [_LOCAL, _GLOBAL] * 2,
+        "hidden_size_per_layer_input": 0,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 12,
     },
     # Some activations reach the limit. Sizes are multiples of 32, as MXFP4 has them.
     "gpt_oss": {

@@ -35,7 +35,10 @@ DRAWN = (
     "seed_oss",
     "gemma4_text",
     "gemma4_large",
+    "gemma4_moe",
     "llama4_text",
+    "llama4_scout",
+    "llama4_maverick",
     "gpt_oss",
 )
 
@@ -60,7 +63,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random float32 values that bfloat16 holds, the same for a tensor's name for ever."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
-        values = 0.3 * noise + ("norm" in name or "scalar" in name)
+        values = 0.3 * noise + any(part in name for part in ("norm", "scalar", "router.scale"))
     else:
         values = 1.5 * noise / (1 if "embed" in name else shape[1]) ** 0.5
     return np.float32(values).astype("bfloat16").astype(np.float32)

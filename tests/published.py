@@ -482,6 +482,25 @@ GEMMA4_E4B = _gemma4(
     num_key_value_heads=2,
     num_kv_shared_layers=18,
 )
+GEMMA4_26B = _gemma4(
+    attention_k_eq_v=True,
+    enable_moe_block=True,
+    hidden_size=2816,
+    hidden_size_per_layer_input=0,
+    intermediate_size=2112,
+    layer_types=([_LOCAL] * 5 + [_GLOBAL]) * 5,
+    max_position_embeddings=262144,
+    moe_intermediate_size=704,
+    num_attention_heads=16,
+    num_experts=128,
+    num_global_key_value_heads=2,
+    num_hidden_layers=30,
+    num_key_value_heads=8,
+    num_kv_shared_layers=0,
+    sliding_window=1024,
+    top_k_experts=8,
+    use_bidirectional_attention="vision",
+)
 GEMMA4_31B = _gemma4(
     attention_k_eq_v=True,
     hidden_size=5376,
@@ -496,6 +515,76 @@ GEMMA4_31B = _gemma4(
     num_kv_shared_layers=0,
     sliding_window=1024,
     use_bidirectional_attention="vision",
+)
+
+_LLAMA4_TEXT = {
+    "attention_bias": False,
+    "attention_chunk_size": 8192,
+    "attention_dropout": 0.0,
+    "attn_scale": 0.1,
+    "attn_temperature_tuning": True,
+    "bos_token_id": 200000,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [200001, 200007, 200008],
+    "floor_scale": 8192,
+    "for_llm_compressor": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "interleave_moe_layer_step": 1,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "max_position_embeddings": 10485760,
+    "model_type": "llama4_text",
+    "no_rope_layers": [1, 1, 1, 0] * 12,
+    "num_attention_heads": 40,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 16,
+    "output_router_logits": False,
+    "pad_token_id": 200018,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0,
+        "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "router_aux_loss_coef": 0.001,
+    "router_jitter_noise": 0.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_qk_norm": True,
+    "vocab_size": 202048,
+}
+
+
+def _llama4(**text) -> dict:
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "boi_token_index": 200080,
+        "eoi_token_index": 200081,
+        "image_token_index": 200092,
+        "model_type": "llama4",
+        "text_config": {**_LLAMA4_TEXT, **text},
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "llama4_vision_model"},
+    }
+
+
+LLAMA4_SCOUT = _llama4()
+LLAMA4_MAVERICK = _llama4(
+    interleave_moe_layer_step=2,
+    max_position_embeddings=1048576,
+    moe_layers=list(range(1, 48, 2)),
+    num_local_experts=128,
+    rope_scaling=None,
+    use_qk_norm=False,
 )
 
 # With the number of parameters of each, that of its language model alone; of Gemma 4 with the
@@ -514,9 +603,12 @@ ALL = {
     "seed-oss-36b": (SEED_OSS_36B, 36_151_104_512),
     "gemma4-e2b": (GEMMA4_E2B, 4_628_569_379),
     "gemma4-e4b": (GEMMA4_E4B, 7_463_013_418),
+    "gemma4-26b-a4b": (GEMMA4_26B, 25_233_141_790),
     "gemma4-31b": (GEMMA4_31B, 30_697_345_340),
     "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184),
     "gpt-oss-120b": (GPT_OSS_120B, 116_829_156_672),
     "glm4.5-air": (GLM45_AIR, 106_852_251_264),
+    "llama4-scout": (LLAMA4_SCOUT, 107_769_861_120),
+    "llama4-maverick": (LLAMA4_MAVERICK, 400_711_848_960),
     "glm4.5": (GLM45, 352_797_829_024),
 }

@@ -34,7 +34,11 @@ def test_logits_equal_those_of_transformers_for_padded_batches(name):
 
 # What the other families are made of is decoded in these.
 @pytest.mark.parametrize(
-    "name", ["smollm3", "olmo3", "phi3", "granite", "glm4", "ministral3", "llama4_text", "gpt_oss"]
+    "name",
+    [
+        *("smollm3", "olmo3", "phi3", "granite", "glm4", "ministral3"),
+        *("llama4_text", "llama4_scout", "llama4_maverick", "gpt_oss"),
+    ],
 )
 def test_decoding_token_by_token_equals_the_forward_of_transformers(name):
     policy, params = drawn_model(name)

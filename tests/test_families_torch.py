@@ -116,7 +116,21 @@ def test_a_mistral3_with_vision_gives_its_text_logits(text, tmp_path):
     np.testing.assert_allclose(found[mask > 0], wanted[mask > 0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["phi3", "glm4"])
+FUSED = {
+    "phi3": {"target_modules": "all-linear"},
+    "glm4": {"target_modules": "all-linear"},
+    # Of all experts of a layer.
+    **{
+        name: {
+            "target_modules": ["q_proj", "o_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        }
+        for name in ("gpt_oss", "gemma4_moe", "llama4_scout")
+    },
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_peft_gives_the_same_logits_with_adapters_of_fused_weights(name, tmp_path):
     """Both ways: it reads what we write, and we read what it writes."""
     peft = pytest.importorskip("peft", reason="needs the extra [torch]")
@@ -138,9 +152,7 @@ def test_peft_gives_the_same_logits_with_adapters_of_fused_weights(name, tmp_pat
     np.testing.assert_allclose(logits(theirs), expected, rtol=0, atol=1e-4)
     assert np.abs(expected - policy.logits(params, tokens)).max() > 0.1
 
-    settings = peft.LoraConfig(
-        r=2, lora_alpha=7, target_modules="all-linear", init_lora_weights=False
-    )
+    settings = peft.LoraConfig(r=2, lora_alpha=7, init_lora_weights=False, **FUSED[name])
     theirs = peft.get_peft_model(read_by_transformers(tmp_path), settings)
     theirs.save_pretrained(tmp_path / "theirs")
     assert not json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["rank_pattern"]

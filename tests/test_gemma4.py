@@ -32,7 +32,9 @@ from adpo_jax.update.packing import Packing
 
 
 @pytest.mark.parametrize(
-    ("name", "stacked"), [("gemma4_text", True), ("gemma4_large", False)], ids=str
+    ("name", "stacked"),
+    [("gemma4_text", True), ("gemma4_large", False), ("gemma4_moe", True)],
+    ids=str,
 )
 def test_decoding_token_by_token_equals_the_forward_of_transformers(name, stacked):
     policy, params = drawn_model(name)
@@ -194,7 +196,13 @@ def test_published_layers_share_keys_and_have_the_mlps_of_their_kind():
 
 
 REFUSED = {
-    "enable_moe_block = True is not supported": ("gemma4-31b", {"enable_moe_block": True}),
+    "num_experts as a positive integer; given None": ("gemma4-31b", {"enable_moe_block": True}),
+    "top_k_experts = 129, more than its 128 experts": ("gemma4-26b-a4b", {"top_k_experts": 129}),
+    "moe_intermediate_size = 704 and expert_intermediate_size = 8": (
+        "gemma4-26b-a4b",
+        {"expert_intermediate_size": 8},
+    ),
+    "not implemented .*num_shared_experts = 1": ("gemma4-26b-a4b", {"num_shared_experts": 1}),
     "use_bidirectional_attention = 'all' is not supported": (
         "gemma4-31b",
         {"use_bidirectional_attention": "all"},

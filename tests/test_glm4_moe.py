@@ -51,8 +51,8 @@ def architecture(name="glm4.5", **changes):
 
 def test_the_published_models_choose_experts_and_normalise_queries_as_they_say():
     large, air = architecture(), architecture("glm4.5-air")
-    assert (large.dense_layers, large.qk_norm, large.mixture.scale) == (3, True, 2.5)
-    assert (air.dense_layers, air.qk_norm, air.mixture.scale) == (1, False, 1.0)
+    assert (large.mlp_layers, large.qk_norm, large.mixture.scale) == ((0, 1, 2), True, 2.5)
+    assert (air.mlp_layers, air.qk_norm, air.mixture.scale) == ((0,), False, 1.0)
     for config in (large, air):
         assert (config.qkv_bias, config.out_bias, config.rope_interleaved) == (True, False, False)
         assert config.ropes[0].dimensions(128) == 64

@@ -9,14 +9,7 @@ import numpy as np
 import published
 import pytest
 import tiny
-from golden_models import (
-    arrays,
-    assert_adapters_come_back,
-    config_of,
-    drawn,
-    drawn_model,
-    write_drawn,
-)
+from golden_models import arrays, config_of, drawn, drawn_model, write_drawn
 from safetensors.numpy import load_file, save_file
 from test_kernels_stream import D, of_layer, stream_of, tensors
 from test_mixtures import PRESENT, X, assert_same, info, mixed, value_and_gradient
@@ -32,7 +25,6 @@ from adpo_jax.model.attention import dot_product_attention, visible
 from adpo_jax.model.attention_choice import AttentionFallback
 from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
 from adpo_jax.model.decoder import LayerWeights
-from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.model.model_config import ClampedGate, Mixture
 from adpo_jax.records import Sequences
 from adpo_jax.update import make_log_probs, packing
@@ -324,20 +316,6 @@ def test_experts_with_biases_are_the_loop_over_them_on_one_device_and_on_eight()
         mesh = sharding.make_mesh(**axes)
         assert_same(value_and_gradient(biased_layer(mesh), mixed), wanted)
     assert info().sinks is None
-
-
-# --- adapters
-
-
-def test_adapters_sit_on_attention_and_those_of_experts_are_refused(tmp_path):
-    policy, params = drawn_model("gpt_oss")
-    ours, tree = policy.with_adapters(params, Lora(2, 4.0), jax.random.key(0))
-    assert ours.lora.targets == ("q", "k", "v", "o")
-    tree["layers"] |= {n: x + 0.1 for n, x in tree["layers"].items() if "lora" in n}
-    assert_adapters_come_back((policy, params), (ours, tree), tmp_path)
-    some = Lora(2, 4.0, parse_targets("q_proj,gate_proj"))
-    with pytest.raises(ValueError, match=r"no adapters for the experts of this model \(gate_proj"):
-        dataclasses.replace(policy, lora=some)
 
 
 def test_the_drawn_weights_reach_the_limit_of_the_activation():

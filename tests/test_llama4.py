@@ -87,14 +87,21 @@ def test_kernels_that_know_no_chunks_are_not_chosen_and_those_of_decoding_are(mo
     assert DECODING.table["pallas_tpu"].obstacle(wide) == ""
 
 
-def test_a_mixture_is_refused_and_an_empty_list_of_layers_without_rope_means_every_fourth():
+def test_wrong_settings_are_refused_and_an_empty_list_of_layers_without_rope_means_every_fourth():
     dense = config_of("llama4_text")
     for message, changes in {
-        "interleave_moe_layer_step = 2 of llama4_text asks for a mixture": {
+        "interleave_moe_layer_step as a positive integer; given 0": {
             "moe_layers": None,
-            "interleave_moe_layer_step": 2,
+            "interleave_moe_layer_step": 0,
         },
-        r"moe_layers = \[1\] of llama4_text asks for a mixture": {"moe_layers": [1]},
+        r"moe_layers as a list of numbers of its 3 layers, from 0, or null; given \[3\]": {
+            "moe_layers": [3]
+        },
+        "num_experts_per_tok = 17, more than its 16 experts": {
+            "moe_layers": [1],
+            "num_experts_per_tok": 17,
+        },
+        "not implemented .*router_bias = True": {"router_bias": True},
         "attention_chunk_size as a positive integer; given 0": {"attention_chunk_size": 0},
         "floor_scale as a positive integer; given 0": {"floor_scale": 0},
         "not implemented .*attn_sinks = 4": {"attn_sinks": 4},

@@ -1,6 +1,7 @@
 """Mixtures of experts: grouped products, routing, experts on several devices, adapters."""
 
 import base64
+import collections
 import dataclasses
 import functools
 
@@ -18,6 +19,7 @@ from adpo_jax.data import arithmetic
 from adpo_jax.devices import sharding
 from adpo_jax.model import grouped, lora, mixture, parameters
 from adpo_jax.model.decoder import LayerWeights
+from adpo_jax.model.exchange import Exchange
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import Mixture
@@ -211,7 +213,7 @@ def test_experts_on_eight_devices_give_the_output_and_gradient_of_one(name):
     assert_same(value_and_gradient(weights, mixed), looped_result("softmax"))
 
 
-def test_tokens_that_all_want_one_expert_travel_in_several_rounds_and_none_is_dropped():
+def test_tokens_that_all_want_one_expert_find_weights_where_they_find_no_place():
     mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
     forced = jnp.broadcast_to(jnp.array([1, 2, 0]), (8, 5, 1, 3))
     present = jnp.ones((8, 5), bool)
@@ -220,11 +222,66 @@ def test_tokens_that_all_want_one_expert_travel_in_several_rounds_and_none_is_dr
         return MixtureFfn(present, forced)(w, x, info())[0]
 
     ids = jnp.repeat(jnp.array([0, 1, 2]), 10)
-    exchange = mixture._exchange(jnp.bincount(ids, length=6), 30, 2)
-    assert (int(exchange.rounds()), exchange.places) == (2, 24)
+    found = Exchange.of(jnp.bincount(ids, length=6), 30, 2)
+    assert (found.places, int(found.parts_left(0)), int(found.parts_left(1))) == (24, 1, 0)
     weights = layer()
     wanted = value_and_gradient(weights, one_sided)
     assert_same(value_and_gradient(dataclasses.replace(weights, mesh=mesh), one_sided), wanted)
+
+
+# The experts of a token, by its number.
+CHOICES = {
+    "even": lambda n: [n % 8, (n + 3) % 8],
+    "one pair": lambda n: [0, 1],
+    "two devices": lambda n: [n % 2, 2 + n % 3],
+    "most on one": lambda n: [0, 1] if n % 4 else [n // 4 % 8, (n // 4 + 1) % 8],
+}
+
+
+def test_however_uneven_the_choice_no_device_multiplies_many_more_rows_than_another(monkeypatch):
+    """Eight devices along `expert`, each with 256 rows and 40 places at each other one."""
+    config = tiny.model_config(mixture=Mixture(8, 2, 12))
+    params = {n: p[0] for n, p in Policy(config).init(jax.random.key(0))["layers"].items()}
+    alone = LayerWeights(params, config, jnp.float32, None, 0.5)
+    mesh = sharding.make_mesh(fsdp=1, expert=8)
+    spread = dataclasses.replace(alone, mesh=mesh)
+    x, g = np.random.default_rng(3).normal(size=(2, 8, 128, 32)).astype(np.float32)
+
+    def value(params, x, forced, weights):
+        weights = dataclasses.replace(weights, params=params)
+        out = MixtureFfn(None, forced[:, :, None])(weights, x, info())[0]
+        return jnp.sum(out * g), out
+
+    def both(weights):
+        grad = jax.value_and_grad(value, (0, 1), has_aux=True)
+        return jax.jit(lambda p, x, forced: grad(p, x, forced, weights))
+
+    rows, of_rows = collections.Counter(), mixture._Experts.of_rows
+
+    def counted(self, params, likes, x, weights, sizes):
+        device = jax.lax.axis_index("expert")
+        jax.debug.callback(lambda d, n: rows.update({int(d): int(n)}), device, jnp.sum(sizes))
+        return of_rows(self, params, likes, x, weights, sizes)
+
+    on_one, on_all = both(alone), both(spread)
+    with monkeypatch.context() as patched:
+        patched.setattr(mixture._Experts, "of_rows", counted)
+        counting = jax.jit(lambda p, x, forced: value(p, x, forced, spread)[1])
+        for name, choice in CHOICES.items():
+            forced = np.array([choice(n) for n in range(8 * 128)], np.int32).reshape(8, 128, 2)
+            rows.clear()
+            jax.block_until_ready(counting(params, x, forced))
+            jax.effects_barrier()
+            assert sum(rows.values()) == 8 * 256, name
+            assert max(rows.values()) <= 2.25 * 256, (name, rows)
+    for choice in (CHOICES["two devices"], CHOICES["most on one"]):
+        forced = np.array([choice(n) for n in range(8 * 128)], np.int32).reshape(8, 128, 2)
+        (_, out), gradient = on_one(params, x, forced)
+        (_, found), other = on_all(params, x, forced)
+        np.testing.assert_allclose(found, out, rtol=0, atol=1e-5)
+        for ours, theirs in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
+            scale = max(np.abs(theirs).max(), 1e-3)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
 
 
 def test_a_mesh_with_experts_for_a_model_without_is_refused():
@@ -283,7 +340,7 @@ def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_
     params = jax.tree.map(lambda x: x * 2, params)
     engine = Engine(policy, max_prompt_length=4, max_response_length=24, num_slots=32)
     prompts = [[1 + p, 7, 3 + p][: 1 + p % 3] for p in range(8)]
-    sampling = SamplingParams(n=4, max_tokens=24, routed_experts=True)
+    sampling = SamplingParams(n=4, max_tokens=24, routed_experts=True, prompt_experts=True)
     sampled = engine.generate(params, prompts, sampling, jax.random.key(1))
     c = sampled[3][1]
     assert c.experts.shape == (len(c), 3, 2)
@@ -294,6 +351,10 @@ def test_the_trainer_on_the_samplers_experts_agrees_better_with_the_sampler(tmp_
     recording.write(tmp_path, 1, GradedGroups(Prompts(prompts, {}), sampled, ["text"] * 32, scores))
     read = recording.read(tmp_path, 1).completions
     np.testing.assert_array_equal(read[3][1].experts, c.experts)
+    for p, (ids, group) in enumerate(zip(prompts, sampled.groups)):
+        assert group[0].prompt_experts.shape == (len(ids) - 1, 3, 2)
+        for sample in range(4):
+            np.testing.assert_array_equal(read[p][sample].prompt_experts, group[0].prompt_experts)
 
     def mismatch(groups) -> float:
         packed = packing.pack(Sequences(prompts, groups))

@@ -221,9 +221,11 @@ def test_experts_lie_where_their_tokens_do_one_above_their_number():
     experts = np.arange(6 * len(first), dtype=np.uint8).reshape(len(first), 3, 2)
     sequences.completions[0][1] = dataclasses.replace(first, experts=experts)
     packing_of = Packing(sequences, completions_per_micro=3, tile=4)
-    found = packing_of.unpacked(packing_of.batch(sequences).experts)
+    whole = packing_of.batch(sequences).experts
+    found = packing_of.unpacked(whole[:, :, packing_of.num_prompt :])
     np.testing.assert_array_equal(found[0][1], experts + 1)
     assert not found[0][0].any()  # a completion that says nothing of its experts
+    assert not whole[:, :, : packing_of.num_prompt].any()
 
 
 def ragged(P=32, G=8, T=512, mean=120.0, seed=0, prompts=(70, 0.4)) -> Sequences:

@@ -36,7 +36,7 @@ def test_random_parameters_are_those_of_the_table(name):
 
 
 # How a row lies on disk, which decides whether peft has an adapter for it.
-ON_DISK = ("when", "hf_name", "hf_axes", "alternates", "adapter_inputs")
+ON_DISK = ("when", "hf_name", "hf_axes", "alternates", "parted", "adapter_inputs", "turned_in_peft")
 
 
 def test_rows_of_one_name_differ_in_their_tensor_alone():

@@ -51,6 +51,8 @@ class Request:
       num_alternatives: how many of the likeliest tokens to return beside each sampled one.
       samples: the completions.
       version: the version of the parameters that first read the prompt; None before that.
+      prompt_experts: [T - 1, L, k], the experts that the prompt's tokens but the last went through;
+        None before it is prefilled, and unless asked for.
     """
 
     prompt: np.ndarray
@@ -58,6 +60,7 @@ class Request:
     keys: Callable[[], np.ndarray]
     num_alternatives: int = 0
     version: int | None = None
+    prompt_experts: np.ndarray | None = None
     samples: list["Sample"] = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -233,6 +236,8 @@ class DecodeLoop:
         self._turns = turns
         self.past = PastRows(num_shards)
         self._longest_past = 0  # tokens of the longest completion that lies in the past
+        # Prompts whose experts the device may still have to find, with their rows there.
+        self._experts: list[tuple[Request, int, jax.Array]] = []
         # Samples whose turns ended with the last dispatch; nothing has overwritten them yet.
         self._ended_turns: dict[Sample, _Ended] = {}
 
@@ -371,6 +376,7 @@ class DecodeLoop:
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
         self._retired, self._ended_turns, self._longest_past = [], {}, 0
+        self._experts = []
         self.past = PastRows(self._num_shards)
 
     def _live(self) -> list[tuple[int, Sample]]:
@@ -543,7 +549,11 @@ class DecodeLoop:
             for i, row in enumerate(targets):
                 prompt = admitted[row].prompt[:-1]
                 tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-            prefixes = self._verbs.prefill(self.params, tokens, lengths)
+            asked = any(admitted[row].sampling.prompt_experts for rows in batch for row in rows)
+            prefixes = self._verbs.prefill(self.params, tokens, lengths, asked)
+            for i, rows in enumerate(batch if asked else ()):
+                self._experts += [(admitted[row], i, prefixes.experts) for row in rows]
+            prefixes = prefixes._replace(experts=None)
             self._state = self._verbs.insert(self._state, prefixes, np.array(targets, np.int32))
             for i, rows in enumerate(batch):
                 if len(rows) > 1:
@@ -618,6 +628,7 @@ class DecodeLoop:
         for _, sample in live:
             sample.first = (self._written - sample.age) % sizes.columns
         results = jax.device_get(results)
+        self._take_experts()
         done = int(np.sum(results.valid.any(axis=1)))
         self.stats["dispatches"] += 1
         self.stats["steps"] += done
@@ -626,6 +637,16 @@ class DecodeLoop:
         counts = results.valid.sum(axis=0).tolist()
         stopped = results.stopped.any(axis=0).tolist()
         return [self._new(slot, s, counts[slot], stopped[slot], results) for slot, s in live]
+
+    def _take_experts(self):
+        """Notes the experts of the prompts that were prefilled, now that they are there."""
+        held = {id(experts): experts for _, _, experts in self._experts}
+        held = jax.device_get(held)
+        for request, row, experts in self._experts:
+            of_row = held[id(experts)][row, : len(request.prompt) - 1]
+            if request.prompt_experts is None:
+                request.prompt_experts = np.array(of_row)
+        self._experts = []
 
     def _new(
         self, slot: int, sample: Sample, count: int, stopped: bool, results: ResultTokens

@@ -197,6 +197,7 @@ class Generation:
             finish_reason,
             full_log_probs=growing.full_log_probs if self._sampling.full_log_probs else None,
             experts=np.concatenate(growing.experts) if growing.experts else None,
+            prompt_experts=request.prompt_experts,
             version=self._version,
         )
         if len(ended) < len(request.samples):

@@ -138,7 +138,7 @@ class Programs:
 
     def _compile_prefill(self, sizes: Sizes, count: int, length: int) -> None:
         tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
-        lowered = Verbs.prefill.lower(self._verbs, self._params(), tokens, lengths)
+        lowered = Verbs.prefill.lower(self._verbs, self._params(), tokens, lengths, False)
         lowered.compile()
         prefixes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
         Verbs.insert.lower(self._verbs, self._state(sizes), prefixes, lengths).compile()

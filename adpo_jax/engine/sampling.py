@@ -48,6 +48,7 @@ class SamplingParams:
       full_log_probs: whether to return also log-probs over the whole vocabulary, tempered but not
         truncated; the stop tokens that `min_tokens` holds back count as part of it.
       routed_experts: whether to return also the experts that each token went through.
+      prompt_experts: whether to return also those of the prompt's tokens, where it is prefilled.
     """
 
     n: int = 1
@@ -62,6 +63,7 @@ class SamplingParams:
     ignore_eos: bool = False
     full_log_probs: bool = False
     routed_experts: bool = False
+    prompt_experts: bool = False
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop

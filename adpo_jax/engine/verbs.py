@@ -32,10 +32,14 @@ from adpo_jax.policy.policy import Policy
 
 
 class Prefixes(NamedTuple):
-    """Keys and values of some prompts without their last token."""
+    """Keys and values of some prompts without their last token.
+
+    experts, where asked for, are [rows, T, L, k]: those that each token went through.
+    """
 
     kv: KV
     lengths: jax.Array  # [rows] int32
+    experts: jax.Array | None = None  # of the dtype of `ResultTokens.experts`
 
 
 class Slots(NamedTuple):
@@ -206,13 +210,16 @@ class Verbs:
 
     # --- prefill, insert
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def prefill(self, params, tokens: jax.Array, true_length: jax.Array) -> Prefixes:
+    @functools.partial(jax.jit, static_argnums=(0, 4))
+    def prefill(
+        self, params, tokens: jax.Array, true_length: jax.Array, with_experts: bool = False
+    ) -> Prefixes:
         """Keys and values of prompts.
 
         Args:
           tokens: [rows, T] int32, padded on the right.
           true_length: [rows] int32, the number of tokens of each; may be 0.
+          with_experts: whether to return the experts too, whole on every device.
         """
         rows, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (rows, T))
@@ -225,8 +232,14 @@ class Verbs:
             return out, kv_cache.keep_layer(kv, layer, self.layout.pack(k, v), axes)
 
         empty = self.sharded(self.layout.zeros(rows, T))
-        _, kv, _ = self.policy(params, tokens, positions, empty, attend, self.policy.ffn(segments))
-        return Prefixes(kv, true_length)
+        ffn = self.policy.ffn(segments)
+        _, kv, extras = self.policy(params, tokens, positions, empty, attend, ffn)
+        experts = None
+        if with_experts:
+            assert self.experts_shape
+            experts = jnp.moveaxis(extras[ROUTED], 0, 2).astype(self.experts_dtype)
+            experts = constrain(experts, self.policy.mesh, *(None,) * experts.ndim)
+        return Prefixes(kv, true_length, experts)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def insert(self, state: DecodeState, prefixes: Prefixes, rows: jax.Array) -> DecodeState:

@@ -528,7 +528,7 @@ FAMILIES: Mapping[str, Family] = {
         traits=lambda c: {
             "out_bias": False,
             "qk_norm": bool(c["use_qk_norm"]),
-            "dense_layers": c["first_k_dense_replace"],
+            "mlp_layers": tuple(range(c["first_k_dense_replace"])),
         },
         exported={"num_nextn_predict_layers": 0, "num_mtp_layers": None},
         further_layers=True,
@@ -599,6 +599,8 @@ LARGEST = {
     "sliding_window": 1 << 30,
     "num_experts": 1 << 16,
     "num_experts_per_tok": 1 << 16,
+    "num_local_experts": 1 << 16,
+    "top_k_experts": 1 << 16,
     "moe_intermediate_size": 1 << 22,
     "shared_expert_intermediate_size": 1 << 22,
     "intermediate_size_mlp": 1 << 22,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adpo_jax.model.model_config import GlobalLayers
+from adpo_jax.model.model_config import GlobalLayers, Mixture
 
 # Reads a key of the config as a positive integer, as `config.model_config` does.
 Count = Callable[[Mapping[str, Any], str], int]
@@ -51,7 +51,6 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
     Raises:
       ValueError: for a setting that is not supported, or numbers that do not fit.
     """
-    _refuse_mixture(c)
     if c["use_bidirectional_attention"] not in (None, "vision"):
         raise ValueError(
             "use_bidirectional_attention = "
@@ -81,12 +80,27 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
     }
 
 
-def _refuse_mixture(c: Mapping[str, Any]) -> None:
-    if c["enable_moe_block"]:
+def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
+    """The mixture of experts beside the MLPs (Gemma 4 26B-A4B); None for a model without.
+
+    Raises:
+      ValueError: for numbers that do not fit.
+    """
+    if not c["enable_moe_block"]:
+        return None
+    num_experts, chosen = count(c, "num_experts"), count(c, "top_k_experts")
+    if chosen > num_experts:
         raise ValueError(
-            f"enable_moe_block = {c['enable_moe_block']!r:.80} is not supported: the mixture of "
-            "experts beside the MLP (Gemma 4 26B-A4B) is not implemented; supported: false"
+            f"config.json has top_k_experts = {chosen}, more than its {num_experts} experts"
         )
+    size, other = c["moe_intermediate_size"], c["expert_intermediate_size"]
+    if None not in (size, other) and size != other:
+        raise ValueError(
+            f"config.json has moe_intermediate_size = {size!r:.80} and expert_intermediate_size = "
+            f"{other!r:.80}; the two mean the same"
+        )
+    size = count({"moe_intermediate_size": size or other}, "moe_intermediate_size")
+    return Mixture(num_experts, chosen, size, beside_mlp=True, block="")
 
 
 def _shared_layers(c: Mapping[str, Any], layer_types: Sequence[str]) -> int:

@@ -1,7 +1,9 @@
-"""What a `config.json` of Llama 4 says besides that of Llama, of models without experts."""
+"""What a `config.json` of Llama 4 says besides that of Llama."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from adpo_jax.model.model_config import Mixture
 
 # Reads a key of the config as a positive integer, as `config.model_config` does.
 Count = Callable[[Mapping[str, Any], str], int]
@@ -14,9 +16,9 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
       c: the config with the family's defaults.
 
     Raises:
-      ValueError: for a mixture of experts, or numbers that do not fit.
+      ValueError: for numbers that do not fit.
     """
-    _refuse_mixture(c, len(layer_types), count)
+    mixtures = _mixture_layers(c, count)
     chunked = "chunked_attention" in layer_types
     chunk = count(c, "attention_chunk_size") if chunked else None
     chunks = tuple(chunk if kind == "chunked_attention" else None for kind in layer_types)
@@ -26,18 +28,46 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
         "qk_unit_norm": bool(c["use_qk_norm"]),
         "rope_interleaved": True,
         "mlp_module": "feed_forward",
+        "mlp_layers": tuple(i for i in range(len(layer_types)) if mixtures and i not in mixtures),
     }
 
 
-def _refuse_mixture(c: Mapping[str, Any], num_layers: int, count: Count) -> None:
-    """Refuses a mixture of experts in any layer; without `moe_layers` every nth layer has one."""
-    listed, key = c["moe_layers"], "moe_layers"
-    if listed is None:
-        key = "interleave_moe_layer_step"
-        step = count(c, key)
-        listed = range(step - 1, num_layers, step)
-    if listed:
+def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
+    """The mixture of experts of some layers or all (Scout, Maverick); None for a model without.
+
+    Raises:
+      ValueError: for numbers that do not fit.
+    """
+    if not _mixture_layers(c, count):
+        return None
+    num_experts, chosen = count(c, "num_local_experts"), count(c, "num_experts_per_tok")
+    if chosen > num_experts:
         raise ValueError(
-            f"{key} = {c[key]!r:.80} of llama4_text asks for a mixture of experts, as Scout and "
-            "Maverick have it, which is not implemented; supported: moe_layers = []"
+            f"config.json has num_experts_per_tok = {chosen}, more than its {num_experts} experts"
         )
+    size = count(c, "intermediate_size")
+    return Mixture(
+        num_experts,
+        chosen,
+        size,
+        router="sigmoid_of_inputs",
+        normalised=False,
+        shared_size=size,
+        block="feed_forward",
+    )
+
+
+def _mixture_layers(c: Mapping[str, Any], count: Count) -> Sequence[int]:
+    """The layers that have a mixture; every nth one where the file does not list them."""
+    layers, listed = count(c, "num_hidden_layers"), c["moe_layers"]
+    if listed is None:
+        step = count(c, "interleave_moe_layer_step")
+        return range(step - 1, layers, step)
+    if not isinstance(listed, list | tuple) or not all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in listed
+    ):
+        raise ValueError(
+            f"config.json needs moe_layers as a list of numbers of its {layers} layers, from 0, or "
+            f"null; given {listed!r:.80}"
+        )
+    return sorted(set(listed))

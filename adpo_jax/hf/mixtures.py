@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adpo_jax.hf import gemma4, llama4
 from adpo_jax.hf.families import NUM_EXPERTS
 from adpo_jax.model.model_config import Mixture
 
@@ -19,6 +20,10 @@ def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | No
     Raises:
       ValueError: for a setting that is not supported, or numbers that do not fit.
     """
+    if model_type == "gemma4_text":
+        return gemma4.mixture(c, count)
+    if model_type == "llama4_text":
+        return llama4.mixture(c, count)
     if model_type not in NUM_EXPERTS:
         return None
     num_experts = count({"num_experts": _num_experts(model_type, c)}, "num_experts")

@@ -41,8 +41,8 @@ class Leaf:
       stack: how many tensors there are along each leading axis: (), (layers,) or (layers, experts).
       layers: the numbers of the layers that have it.
       sizes: those of the letters of its axes.
-      start: where it begins on the first axis of its tensors, which it may share with others; on
-        the last axis where it alternates with them.
+      start: where it begins on the axis of its tensors that it shares with others: the last one
+        where it alternates with them, else `Parameter.parted`.
       length: the size of that axis; None for its own.
     """
 
@@ -80,16 +80,23 @@ class Leaf:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of a whole tensor on disk."""
-        if self.parameter.alternates and self.length is not None:
-            return (*self.part_shape[:-1], self.length)
-        first, *others = self.part_shape
-        return (first if self.length is None else self.length, *others)
+        shape = list(self.part_shape)
+        if self.length is not None:
+            shape[self._axis] = self.length
+        return tuple(shape)
 
     def part(self, tensor):
         """Its part of a tensor on disk, an array or what is indexed like one."""
         if self.parameter.alternates and self.length is not None:
             return tensor[..., self.start :: self.length // self.part_shape[-1]]
-        return tensor[self.start : self.start + self.part_shape[0]]
+        axis = self._axis
+        own = slice(self.start, self.start + self.part_shape[axis])
+        return tensor[(*(slice(None),) * axis, own)]
+
+    @property
+    def _axis(self) -> int:
+        """The axis of its tensors that it may share with others."""
+        return len(self._groups) - 1 if self.parameter.alternates else self.parameter.parted
 
     @property
     def _groups(self) -> list[list[int]]:
@@ -178,17 +185,17 @@ def joined(parts: list[Leaf], arrays: list[np.ndarray]) -> np.ndarray:
         return arrays[0]
     if parts[0].parameter.alternates:
         return np.stack(arrays, axis=-1).reshape(parts[0].hf_shape)
-    return np.concatenate(arrays)
+    return np.concatenate(arrays, axis=parts[0].parameter.parted)
 
 
 def _placed(parts: list[Leaf]) -> list[Leaf]:
-    """The leaves of one group with their places on the first axis of their tensors."""
+    """The leaves of one group with their places on the axis of their tensors that they share."""
     if len(parts) == 1:
         return parts
     if parts[0].parameter.alternates:
         length = len(parts) * parts[0].part_shape[-1]
         return [dataclasses.replace(p, start=i, length=length) for i, p in enumerate(parts)]
-    ends = np.cumsum([part.part_shape[0] for part in parts]).tolist()
+    ends = np.cumsum([part.part_shape[part.parameter.parted] for part in parts]).tolist()
     return [
         dataclasses.replace(part, start=start, length=ends[-1])
         for part, start in zip(parts, [0, *ends])

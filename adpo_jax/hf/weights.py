@@ -240,6 +240,7 @@ def _gather(leaf: Leaf, number: int, params, lora_scale: float, dtype) -> jax.Ar
         leaf.place(number),
         adapter,
         scale=lora_scale,
+        of_experts=leaf.parameter.one_tensor_for_all,
         order=leaf.disk_order,
         shape=leaf.part_shape,
         dtype=dtype,
@@ -247,10 +248,13 @@ def _gather(leaf: Leaf, number: int, params, lora_scale: float, dtype) -> jax.Ar
     )
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "order", "shape", "dtype", "sharding"))
-def _to_disk_layout(param, place, adapter, *, scale, order, shape, dtype, sharding):
+@functools.partial(
+    jax.jit, static_argnames=("scale", "of_experts", "order", "shape", "dtype", "sharding")
+)
+def _to_disk_layout(param, place, adapter, *, scale, of_experts, order, shape, dtype, sharding):
     x = param[place]
     if adapter is not None:
-        x = lora.merged(x, *(matrix[place] for matrix in adapter), scale)
+        merge = jax.vmap(lora.merged, (0, 0, 0, None)) if of_experts else lora.merged
+        x = merge(x, *(matrix[place] for matrix in adapter), scale)
     x = jnp.transpose(x, order).reshape(shape).astype(dtype)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -164,12 +164,12 @@ def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rop
       info: that of all layers, arrays [L].
 
     Returns:
-      (carry, extras), the latter stacked [L, ...].
+      (carry, extras), the latter stacked over the layers that have them.
     """
     rope_tables = tuple(map(kept, rope_tables))
     all_extras = []
     for i, params in enumerate(layers):
         of_layer = info.of(i, int)
         carry, extras = run_layer(carry, params, of_layer, rope_tables)
-        all_extras += [extras] if extras or i == len(layers) - 1 else []
-    return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras)
+        all_extras += [extras] if extras else []
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras or [{}])

@@ -196,7 +196,7 @@ def transformer_layer(
     attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
     x = x + weights.to_residual(attended, "attn_post_norm")
     x = constrain(x, weights.mesh, "batch", "length", None)
-    fed, extras = ffn(weights, weights.norm(x, "mlp_norm"), layer)
+    fed, extras = _fed(weights, x, layer, ffn)
     x = x + weights.to_residual(fed, "mlp_post_norm")
     if weights.has("per_layer_input"):
         x = x + weights.norm(_from_per_layer_input(weights, x), "per_layer_post_norm")
@@ -204,6 +204,17 @@ def transformer_layer(
         scalar = jax.lax.stop_gradient(weights.params["layer_scalar"]).astype(jnp.float32)
         x = (x.astype(jnp.float32) * scalar).astype(x.dtype)
     return constrain(x, weights.mesh, "batch", "length", None), cache, extras
+
+
+def _fed(weights: LayerWeights, x: jax.Array, layer: LayerInfo, ffn: Ffn):
+    """What the part after attention makes of hidden states x [B, T, D], and its extras."""
+    mixture, normed = weights.config.mixture, weights.norm(x, "mlp_norm")
+    if not mixture or not mixture.beside_mlp:
+        return ffn(weights, normed, layer)
+    beside, _ = gated_mlp(weights, normed, layer)
+    routed, extras = ffn(weights, x, layer)
+    beside = weights.norm(beside, "beside_post_norm")
+    return beside + weights.norm(routed, "experts_post_norm"), extras
 
 
 def _from_per_layer_input(weights: LayerWeights, x: jax.Array) -> jax.Array:
@@ -259,14 +270,15 @@ def decoder(
         tuple with one entry a layer.
       attend: decides what each layer's queries attend to, and where keys and values are kept.
       ffn: the part of each layer after attention; None for the model's own. Layers that have an
-        MLP before those with a mixture keep it.
+        MLP in place of the mixture keep it, and so do those that have it beside the mixture, where
+        `ffn` gets hidden states without a norm.
       dtype: dtype of the computation; norms, softmax and logits are float32 whatever it is.
       remat: what the backward pass recomputes of stacked layers, one of `REMAT_POLICIES`.
       lora_scale: scale of the adapters.
 
     Returns:
       (hidden [B, T, D] after the final norm, in `dtype`; the cache; the extras of `ffn`, each
-      stacked over the layers, [L, ...], those before the mixtures left out).
+      stacked over the layers, [L, ...], those without a mixture left out).
     """
     if ffn is None:
         ffn = MixtureFfn() if config.mixture else gated_mlp
@@ -302,7 +314,7 @@ def decoder(
             return run_layer(carry, layer_params, layer, rope_tables)
 
         (x, cache), extras = cpu.layer_by_layer(run_one, (x, cache), layers, info, rope_tables)
-    elif config.global_layers:
+    elif config.in_periods:
         (x, cache), extras = two_shapes.scan_periods(
             config,
             lambda *layer: run_layer(*layer, rope_tables),

@@ -255,3 +255,20 @@ def _collected_backward(copies, to, g):
 collected.defvjp(
     lambda copies, y, to, back: (collected(copies, y, to, back), to), _collected_backward
 )
+
+
+def sorted_by(ids_S: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """An order of rows by group, in which the rows of a group keep their order.
+
+    Args:
+      ids_S: [S] int32, the group of each row; `num_groups` for none.
+
+    Returns:
+      (the row of each place, the place of each row, the rows of each group), -1 for none.
+    """
+    order = jnp.argsort(ids_S, stable=True).astype(jnp.int32)
+    place = jnp.argsort(order).astype(jnp.int32)
+    to = jnp.where(ids_S[order] < num_groups, order, -1)
+    back = jnp.where(ids_S < num_groups, place, -1)
+    sizes = jnp.sum(ids_S[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
+    return to, back, sizes

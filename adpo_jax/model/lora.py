@@ -61,18 +61,9 @@ class Lora:
         """These adapters on the weights that a model has.
 
         Raises:
-          ValueError: when it has none of them, or one that is named cannot have an adapter in this
-            model.
+          ValueError: when it has none of them.
         """
         held = parameters.adaptable(config)
-        if set(self.targets) < parameters.adaptable().keys():
-            without = [n for n in self.targets if n not in held and parameters.has(config, n)]
-            if without:
-                raise ValueError(
-                    f"LoRA has no adapters for the experts of this model ({hf_names(without)}), "
-                    "of which one tensor holds all of a layer; give some of "
-                    f"{hf_names(held)}, or {ALL_TARGETS}, which means these"
-                )
         targets = tuple(name for name in self.targets if name in held)
         if not targets:
             raise ValueError(
@@ -116,7 +107,8 @@ def parse_targets(text: str) -> tuple[str, ...]:
     """The weights that a text names, such as "q_proj,v_proj".
 
     "all-linear" names all weights but embeddings, head and routers. "gate_proj" names that of an
-    MLP, of every expert and of a shared expert; "qkv_proj" names the three parts of it.
+    MLP, of every expert and of a shared expert; "qkv_proj" names the three parts of it, and
+    "gate_up_proj" both of its own, those of experts included.
     """
     if text == ALL_TARGETS:
         return tuple(parameters.adaptable())

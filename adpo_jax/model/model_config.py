@@ -37,7 +37,7 @@ class ClampedGate:
         return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
 
 
-ROUTERS = ("softmax", "softmax_of_chosen", "sigmoid")
+ROUTERS = ("softmax", "softmax_of_chosen", "sigmoid", "sigmoid_of_inputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Mixture:
       expert_size: hidden width of an expert.
       router: how logits become weights: "softmax" over all experts (Qwen, Mixtral, OLMoE), over the
         chosen ones alone (gpt-oss), or the "sigmoid" of each, where a bias takes part in the choice
-        and in nothing else (GLM).
+        and in nothing else (GLM). With "sigmoid_of_inputs" there is no bias, and what weights would
+        multiply is the input of the experts, not their output (Llama 4).
       normalised: whether the weights of the chosen experts are divided by their sum.
       scale: multiplies the weights at last.
       groups: parts that the experts are divided into; a token goes through experts of at most
@@ -58,8 +59,13 @@ class Mixture:
       shared_size: hidden width of the expert that every token goes through; 0 for none.
       shared_gate: whether a gate of each token weights the shared expert.
       biases: whether router and experts have biases (gpt-oss).
-      block: the module of a checkpoint that holds the mixture: "mlp", or "block_sparse_moe", whose
-        experts have w1, w3 and w2 (Mixtral).
+      beside_mlp: whether a layer has an MLP too, and the norms of the two results are summed. Then
+        router and experts see hidden states before the norm of the MLP, each behind a norm of its
+        own, and the weight of an expert is multiplied by a number of that expert (Gemma 4).
+      block: the module of a checkpoint that holds the mixture: "mlp"; "block_sparse_moe", whose
+        experts have w1, w3 and w2 (Mixtral); "feed_forward" (Llama 4); or "" for the layer itself
+        (Gemma 4). The latter two have one tensor for a matrix of all experts, in which the outputs
+        of up stand behind those of gate.
       fused: whether, on disk, one tensor holds a matrix of all experts of a layer, in which the
         outputs of gate and up alternate (gpt-oss).
     """
@@ -75,6 +81,7 @@ class Mixture:
     shared_size: int = 0
     shared_gate: bool = False
     biases: bool = False
+    beside_mlp: bool = False
     block: str = "mlp"
     fused: bool = False
 
@@ -141,7 +148,8 @@ class ModelConfig:
         of a key without a value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453).
       intermediate_size: hidden width of the dense MLP, of layers that have one.
       mixture: the mixture of experts of the layers; None where they have an MLP.
-      dense_layers: how many layers at the start have an MLP all the same (GLM).
+      mlp_layers: the numbers of the layers that have an MLP in place of the mixture: some at the
+        start (GLM), or every other one (Llama 4 Maverick).
       global_layers: what layers without a window have otherwise than those with one; None where all
         layers have one shape.
       shared_kv_layers: how many layers at the end have no keys and values of their own, but those
@@ -195,7 +203,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     mixture: Mixture | None = None
-    dense_layers: int = 0
+    mlp_layers: tuple[int, ...] = ()
     global_layers: GlobalLayers | None = None
     shared_kv_layers: int = 0
     shared_mlp_size: int = 0
@@ -229,9 +237,24 @@ class ModelConfig:
         return 1
 
     @property
+    def mixture_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have a mixture."""
+        each = range(self.num_layers if self.mixture else 0)
+        return tuple(i for i in each if i not in self.mlp_layers)
+
+    @property
     def num_mixtures(self) -> int:
-        """The layers that have a mixture: the last ones."""
-        return self.num_layers - self.dense_layers if self.mixture else 0
+        return len(self.mixture_layers)
+
+    @property
+    def mlps_first(self) -> bool:
+        """Whether layers with a mixture stand behind all those without one."""
+        return self.mlp_layers == tuple(range(len(self.mlp_layers)))
+
+    @property
+    def in_periods(self) -> bool:
+        """Whether layers have different parameters in turn, so that a scan runs periods of them."""
+        return self.global_layers is not None or not self.mlps_first
 
     @property
     def per_layer_width(self) -> int:

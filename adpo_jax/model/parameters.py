@@ -83,10 +83,11 @@ class Parameter:
       name: its name in the parameter tree.
       axes: its letters in the tree.
       hf_name: its tensor in a checkpoint, below `model.layers.<i>.` for a parameter of a layer.
-        Rows of a model that have one tensor are its parts along the first axis on disk. "{}" is the
+        Rows of a model that have one tensor are its parts along the axis `parted`. "{}" is the
         number of the expert, if each has a tensor of its own.
       hf_axes: the same letters on disk; "Hh D" is a matrix [H * h, D]. The first letter is E, the
         number in the name, where each expert has a tensor of its own.
+      parted: the axis on disk along which rows that have one tensor are its parts.
       alternates: whether the rows that have one tensor take turns along its last axis instead.
       when: whether a model has it. Rows of one name differ in this, in their form on disk and in
         whether they may have an adapter.
@@ -96,6 +97,8 @@ class Parameter:
         is float32 whatever the dtype of the computation.
       adapter_inputs: how many leading axes the A of an adapter sums over, that of the experts not
         counted; 0 if the parameter may have no adapter.
+      turned_in_peft: whether peft takes its inputs for outputs, so that peft's A and B are the B
+        and A of this adapter (Llama 4, whose experts do not say which is which).
       joined: the name of the matrix that `cpu` makes of this parameter and the others with the same
         input; "" for none.
       layers: the layers that have it: "all", or those with an MLP ("mlp") or a mixture ("mixture").
@@ -114,9 +117,11 @@ class Parameter:
     decays: bool = True
     wide: bool = False
     adapter_inputs: int = 0
+    turned_in_peft: bool = False
     joined: str = ""
     layers: str = "all"
     alternates: bool = False
+    parted: int = 0
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, without the layer axis."""
@@ -132,6 +137,11 @@ class Parameter:
         return self.axes[:1] if self.axes[:1] == "E" else ""
 
     @property
+    def one_tensor_for_all(self) -> bool:
+        """Whether one tensor of a layer holds the matrices of all experts."""
+        return bool(self.experts) and not self.one_tensor_each
+
+    @property
     def one_tensor_each(self) -> bool:
         """Whether each expert has a tensor of its own on disk."""
         return "{}" in self.hf_name
@@ -139,12 +149,12 @@ class Parameter:
     def layers_of(self, config: ModelConfig) -> Sequence[int]:
         """The numbers of the layers that have it."""
         first, last = 0, config.num_layers
-        if self.layers == "mlp" and config.mixture:
-            last = config.dense_layers
-        elif self.layers == "mlp" and config.shared_mlp_size:
+        if self.layers == "mixture":
+            return config.mixture_layers
+        if self.layers == "mlp" and config.mixture and not config.mixture.beside_mlp:
+            return config.mlp_layers
+        if self.layers == "mlp" and config.shared_mlp_size:
             last -= config.shared_kv_layers
-        elif self.layers == "mixture":
-            first = config.dense_layers
         elif self.layers == "shared":
             first = last - config.shared_kv_layers
         elif self.layers.startswith(("local", "global")) and config.global_layers:
@@ -160,8 +170,8 @@ class Parameter:
 
     @property
     def hf_module(self) -> str:
-        """The Hugging Face module that holds it."""
-        return self.hf_name.rpartition(".")[0]
+        """The Hugging Face module that holds it, or its own name there if it is no `weight`."""
+        return self.hf_name.removesuffix(".weight")
 
     def adapter(self) -> tuple["Parameter", "Parameter"]:
         """The rows of its A [*in, R] and B [R, *out], which peft keeps as [R, in] and [out, R]."""
@@ -215,7 +225,7 @@ def _expert(name: str, axes: str, hf_name: str, hf_axes: str, **settings) -> Par
 
 
 def _has_mlp(config: ModelConfig) -> bool:
-    return config.mixture is None or config.dense_layers > 0
+    return config.mixture is None or config.mixture.beside_mlp or bool(config.mlp_layers)
 
 
 def _global(name: str, make: Callable[..., Parameter], *row, **settings) -> Parameter:
@@ -266,13 +276,16 @@ def _mixture(has: Callable[[Any], Any] = lambda mixture: True) -> Callable[[Mode
 
 _EXPERTS = _mixture(lambda m: m.block == "mlp" and not m.fused)
 _FUSED_EXPERTS = _mixture(lambda m: m.fused)
+_LLAMA4 = _mixture(lambda m: m.block == "feed_forward")
+_GEMMA4 = _mixture(lambda m: m.beside_mlp)
 _EXPERT_BIASES = _mixture(lambda m: m.biases)
 _MIXTRAL = _mixture(lambda m: m.block == "block_sparse_moe")
 _SHARED = _mixture(lambda m: m.shared_size and m.shared_gate)
-_SHARED_PLAIN = _mixture(lambda m: m.shared_size and not m.shared_gate)
+_SHARED_PLAIN = _mixture(lambda m: m.shared_size and not m.shared_gate and m.block == "mlp")
 
 
 _EXPERT_BIAS: dict[str, Any] = {"init": _zeros, "decays": False}
+_ALTERNATING: dict[str, Any] = {"alternates": True, "adapter_inputs": 1}
 _ALTERNATING_BIAS = _EXPERT_BIAS | {"alternates": True}
 
 # The order of the rows is part of a seed's meaning: flax counts a parameter's key by its place.
@@ -383,13 +396,12 @@ LAYER = (
             (_MIXTRAL, f"block_sparse_moe.experts.{{}}.{mixtrals}.weight"),
         )
     ),
-    # No adapters: peft has none for such tensors, but those of one matrix for all experts.
     *(
         _expert(f"experts_{name}", axes, f"mlp.experts.{theirs}", hf_axes, when=when, **settings)
         for name, axes, hf_axes, theirs, when, settings in (
-            ("gate", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
-            ("up", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, {"alternates": True}),
-            ("down", "EfD", "E f D", "down_proj", _FUSED_EXPERTS, {}),
+            ("gate", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, _ALTERNATING),
+            ("up", "EDf", "E D f", "gate_up_proj", _FUSED_EXPERTS, _ALTERNATING),
+            ("down", "EfD", "E f D", "down_proj", _FUSED_EXPERTS, {"adapter_inputs": 1}),
             ("gate_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
             ("up_bias", "Ef", "E f", "gate_up_proj_bias", _EXPERT_BIASES, _ALTERNATING_BIAS),
             ("down_bias", "Ed", "E d", "down_proj_bias", _EXPERT_BIASES, _EXPERT_BIAS),
@@ -454,6 +466,66 @@ LAYER = (
         decays=False,
         wide=True,
     ),
+    # Mixtures of which one tensor holds the gate of all experts of a layer, and behind it the up.
+    _expert("experts_router", "DE", "feed_forward.router.weight", "E D", when=_LLAMA4, wide=True),
+    _expert("experts_router", "DE", "router.proj.weight", "E D", when=_GEMMA4, wide=True),
+    *(
+        _expert(
+            f"experts_{name}",
+            axes,
+            f"{module}{theirs}",
+            hf_axes,
+            when=when,
+            parted=hf_axes.replace(" ", "").index("f"),
+            adapter_inputs=1,
+            turned_in_peft=outputs_last,
+        )
+        for when, module, outputs_last in (
+            (_LLAMA4, "feed_forward.experts.", True),
+            (_GEMMA4, "experts.", False),
+        )
+        for name, axes, theirs, hf_axes in (
+            ("gate", "EDf", "gate_up_proj", "E D f" if outputs_last else "E f D"),
+            ("up", "EDf", "gate_up_proj", "E D f" if outputs_last else "E f D"),
+            ("down", "EfD", "down_proj", "E f D" if outputs_last else "E D f"),
+        )
+    ),
+    *(
+        _expert(
+            f"shared_{name}",
+            axes,
+            f"feed_forward.shared_expert.{name}_proj.weight",
+            hf_axes,
+            when=_LLAMA4,
+            adapter_inputs=1,
+        )
+        for name, axes, hf_axes in (
+            ("gate", "DS", "S D"),
+            ("up", "DS", "S D"),
+            ("down", "SD", "D S"),
+        )
+    ),
+    _expert(
+        "router_scale", "d", "router.scale", "d", when=_GEMMA4, init=_ones, decays=False, wide=True
+    ),
+    _expert(
+        "experts_scale",
+        "E",
+        "router.per_expert_scale",
+        "E",
+        when=_GEMMA4,
+        init=_ones,
+        decays=False,
+        wide=True,
+    ),
+    *(
+        _norm(name, "d", f"{theirs}.weight", when=_GEMMA4, layers="mixture")
+        for name, theirs in (
+            ("beside_post_norm", "post_feedforward_layernorm_1"),
+            ("experts_norm", "pre_feedforward_layernorm_2"),
+            ("experts_post_norm", "post_feedforward_layernorm_2"),
+        )
+    ),
 )
 # What stands before the name of a row that takes the place of another one in some layers.
 PREFIXES = ("global_", "wide_")
@@ -478,17 +550,19 @@ class Run(NamedTuple):
 def runs_of_layers(config: ModelConfig) -> list[Run]:
     """The layers, cut where their parameters change.
 
-    Those with an MLP come before those with a mixture, and those with keys of their own before
-    those that share keys. Where layers with and without a window have other shapes, the period of a
-    run is that of their pattern, and layers that do not complete a period are a run of their own.
+    Layers with keys of their own come before those that share keys, and those with an MLP may come
+    before those with a mixture. Where layers of other parameters take turns, with and without a
+    window or with a mixture and without, the period of a run is that of their pattern, and layers
+    that do not complete a period are a run of their own.
     """
-    cut = config.dense_layers if config.mixture else config.num_layers - config.shared_kv_layers
-    parts = [part for part in (range(cut), range(cut, config.num_layers)) if part]
-    if not config.global_layers:
+    last, mlps = config.num_layers, config.mlp_layers if config.mlps_first else ()
+    cuts = sorted({0, len(mlps), last - config.shared_kv_layers, last})
+    parts = [range(*bounds) for bounds in itertools.pairwise(cuts)]
+    if not config.in_periods:
         return [Run(part, 1) for part in parts]
-    runs = []
+    runs, mixtures = [], config.mixture_layers
     for part in parts:
-        kinds = [config.is_global(i) for i in part]
+        kinds = [(config.is_global(i), i in mixtures) for i in part]
         period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
         whole = len(part) // period * period
         runs.append(Run(part[:whole], period))

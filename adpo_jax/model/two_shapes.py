@@ -1,8 +1,9 @@
-"""Layers of two shapes, and layers that take the keys and values of earlier ones (Gemma 4).
+"""Layers of two shapes in turn, and layers that take the keys and values of earlier ones.
 
-Layers without a window may have other heads than those with one (`ModelConfig.global_layers`), so
-that no scan runs them all: a step of a scan runs one period of their pattern. The last layers may
-have no keys and values of their own (`ModelConfig.shared_kv_layers`).
+Layers without a window may have other heads than those with one (`ModelConfig.global_layers`, Gemma
+4), and a layer with an MLP may follow each with a mixture of experts (`ModelConfig.mlp_layers`,
+Llama 4), so that no scan runs them all: a step of a scan runs one period of their pattern. The last
+layers may have no keys and values of their own (`ModelConfig.shared_kv_layers`, Gemma 4).
 
 Letters: B batch, T tokens, L layers, P width of a layer's own embeddings.
 """
@@ -55,7 +56,7 @@ def scan_periods(
       recomputed: makes of `run_layer` what the backward pass runs again.
 
     Returns:
-      (carry, extras stacked over all layers).
+      (carry, extras stacked over all layers that have them).
     """
 
     def scan(carry, run: parameters.Run):
@@ -76,8 +77,8 @@ def scan_periods(
             extras = []
             for i, at in enumerate(places):
                 carry, more = one_layer(carry, i, at, stacked, *of_layers)
-                extras.append(more)
-            return carry, jax.tree.map(lambda *x: jnp.stack(x), *extras)
+                extras += [more] if more else []
+            return carry, jax.tree.map(lambda *x: jnp.stack(x), *extras or [{}])
 
         carry, extras = jax.lax.scan(one_period, carry, (stacked, each))
         return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras)
@@ -85,5 +86,5 @@ def scan_periods(
     all_extras = []
     for run in parameters.runs_of_layers(config):
         carry, extras = scan(carry, run)
-        all_extras.append(extras)
-    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *all_extras)
+        all_extras += [extras] if extras else []
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *all_extras or [{}])

@@ -5,7 +5,13 @@ its own here and the module has one there. Those of n weights become one of n ti
 B is zero but for one block a weight; `rank_pattern` and `alpha_pattern` say so. An adapter of the
 plain rank, as peft makes it, is read as one A that the weights share.
 
-Source: https://huggingface.co/docs/peft, "PEFT checkpoint format".
+Where one tensor of a layer holds the matrices of all experts, peft names it in `target_parameters`
+and keeps one A [E R, in] and one B [out, R E] of them, in which the number of the expert comes
+first and last. The module of several such tensors is wrapped once for each: the last one of them
+has the plain name, and each one before it has one more `base_layer` in its own.
+
+Source: https://huggingface.co/docs/peft, "PEFT checkpoint format"; `ParamWrapper` of
+https://github.com/huggingface/peft.
 """
 
 import dataclasses
@@ -74,6 +80,7 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     held = {name.rsplit(".lora_", 1)[0] for name in _checkpoint(folder)}
     held = {re.sub(r"^model\.layers\.\d+\.", "", name) for name in held}
     modules = [m for m in parameters.adapted_modules() if m.format(0) in held]
+    modules += _held_parameters(folder / CONFIG, config, held)
     adapted = {name for module in modules for name in parameters.of_module(module)}
     targets = tuple(name for name in parameters.adaptable() if name in adapted)
     if not targets:
@@ -96,6 +103,23 @@ def _check_patterns(path: Path, config: dict, rank: int, alpha: float) -> None:
                 f"{path}: {key} is {given!r:.80}, supported is None, or, of modules that hold n "
                 "weights, n times that of the others"
             )
+
+
+def _held_parameters(path: Path, config: dict, held: set[str]) -> list[str]:
+    """The tensors of all experts that `target_parameters` names and that have an adapter."""
+    given = config.get("target_parameters") or []
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise ValueError(
+            f"{path}: target_parameters is a list of names, or null; given {given!r:.80}"
+        )
+    found = {row.hf_module for row in parameters.LAYER if row.one_tensor_for_all}
+    found &= set(parameters.adapted_modules())
+    return [
+        name
+        for name in sorted(found)
+        if name.rpartition(".")[0] in held
+        and any(f".{name}".endswith(f".{n}") or n.endswith(f".{name}") for n in given)
+    ]
 
 
 def _last_part(hf_module: str) -> str:
@@ -132,7 +156,9 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
     matrices = {}
     for module in modules:
         numbers = range(len(module.tensors))
-        pairs = [_read(folder, checkpoint, module, i, adapters.rank) for i in numbers]
+        pairs = [
+            pair for i in numbers for pair in _read(folder, checkpoint, module, i, adapters.rank)
+        ]
         for part, name in enumerate(module.names):
             a, b = parameters.adapter_names(name)
             matrices[a] = np.stack([pair[part][0] for pair in pairs])
@@ -160,6 +186,9 @@ class _Module:
       inputs: width of its input.
       outputs: width of the output of each weight.
       tensors: the names of A and B in each layer, and there of each expert.
+      experts: how many experts share an A and a B; 0 where they have their own, or there are none.
+      alternates: whether the outputs of the weights take turns.
+      turned: whether peft takes inputs for outputs.
     """
 
     name: str
@@ -167,6 +196,9 @@ class _Module:
     inputs: int
     outputs: tuple[int, ...]
     tensors: tuple[tuple[str, str], ...]
+    experts: int = 0
+    alternates: bool = False
+    turned: bool = False
 
 
 def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
@@ -176,31 +208,44 @@ def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
     groups: dict[Any, list[str]] = {}  # the weights of one module in the same layers
     for name, row in rows.items():
         groups.setdefault((row.hf_module, tuple(row.layers_of(config))), []).append(name)
+    groups = {key: names for key, names in groups.items() if set(names) & set(adapters.targets)}
     for (module, _), names in groups.items():
-        if not set(names) & set(adapters.targets):
-            continue
         first, sizes = rows[names[0]], []
         for row in (rows[name] for name in names):
             shape, n = row.shape(config)[len(row.experts) :], row.adapter_inputs
             sizes.append((math.prod(shape[:n]), math.prod(shape[n:])))
         experts = config.mixture.num_experts if first.one_tensor_each else 1
+        held = module
+        if first.one_tensor_for_all:
+            held, _ = module.rsplit(".", 1)
+            siblings = [other for other, _ in groups if other.rpartition(".")[0] == held]
+            held += ".base_layer" * (len(siblings) - 1 - siblings.index(module))
         tensors = tuple(
-            tuple(layer_tensor(i, f"{module.format(e)}.lora_{x}.weight") for x in "AB")
+            tuple(layer_tensor(i, f"{held.format(e)}.lora_{x}.weight") for x in "AB")
             for i in first.layers_of(config)
             for e in range(experts)
         )
         outputs = tuple(out for _, out in sizes)
-        found.append(_Module(module, tuple(names), sizes[0][0], outputs, tensors))
+        of_experts = {}
+        if first.one_tensor_for_all:
+            of_experts = {
+                "experts": config.mixture.num_experts,
+                "alternates": first.alternates,
+                "turned": first.turned_in_peft,
+            }
+        found.append(_Module(module, tuple(names), sizes[0][0], outputs, tensors, **of_experts))
     return found
 
 
 def _read(folder: Path, checkpoint: Checkpoint, module: _Module, number: int, rank: int):
-    """A [R, in] and B [out, R] of each weight of a module."""
-    n, names = len(module.names), module.tensors[number]
+    """For each expert of two tensors, or once, A [R, in] and B [out, R] of each weight."""
+    n, names, E = len(module.names), module.tensors[number], module.experts or 1
     a_name, _ = names
-    joined = n > 1 and a_name in checkpoint and checkpoint.shape(a_name)[:1] != (rank,)
+    joined = n > 1 and a_name in checkpoint and checkpoint.shape(a_name)[:1] != (E * rank,)
     R = n * rank if joined else rank
-    for tensor, shape in zip(names, ((R, module.inputs), (sum(module.outputs), R))):
+    widths = module.inputs, sum(module.outputs)
+    inputs, outputs = reversed(widths) if module.turned else widths
+    for tensor, shape in zip(names, ((E * R, inputs), (outputs, R * E))):
         found = checkpoint.shape(tensor) if tensor in checkpoint else None
         if found != shape:
             raise ValueError(
@@ -208,14 +253,26 @@ def _read(folder: Path, checkpoint: Checkpoint, module: _Module, number: int, ra
                 f"wanted {shape}"
             )
     a, b = (checkpoint.array(tensor).astype(np.float32) for tensor in names)
-    rows = np.split(b, np.cumsum(module.outputs)[:-1])
+    a, b = a.reshape(E, R, inputs), b.reshape(outputs, R, E).transpose(2, 0, 1)
+    if module.turned:
+        a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+    return [_apart(folder, module, names[1], joined, *pair) for pair in zip(a, b)]
+
+
+def _apart(folder: Path, module: _Module, name: str, joined: bool, a: np.ndarray, b: np.ndarray):
+    """A and B of each weight of a module, from the one A and the one B that it has."""
+    n = len(module.names)
+    if module.alternates:
+        rows = [b[i::n] for i in range(n)]
+    else:
+        rows = np.split(b, np.cumsum(module.outputs)[:-1])
     if not joined:
         return [(a, part) for part in rows]
     blocks = [np.split(part, n, axis=1) for part in rows]
     if any(blocks[i][j].any() for i in range(n) for j in range(n) if i != j):
         raise ValueError(
-            f"{folder / WEIGHTS}: {names[1]} mixes the {n} weights of {module.name}, so that it is "
-            f"no adapter of rank {rank} of each of them; train one without rank_pattern"
+            f"{folder / WEIGHTS}: {name} mixes the {n} weights of {module.name}, so that it is no "
+            f"adapter of rank {len(a) // n} of each of them; train one without rank_pattern"
         )
     return list(zip(np.split(a, n), (blocks[i][i] for i in range(n))))
 
@@ -240,10 +297,13 @@ def save(
     whole = jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(trained))
     on_disk = {}
     for leaf in leaves(policy.config, whole):
-        on_disk[leaf.path[-1]] = [
+        each = [
             leaf.of(whole)[leaf.place(number)].transpose(leaf.disk_order).reshape(leaf.part_shape)
             for number in range(len(leaf.hf_names))
         ]
+        if leaf.parameter.one_tensor_for_all:
+            each = [of_expert for of_layer in each for of_expert in of_layer]
+        on_disk[leaf.path[-1]] = each
     modules, tensors = _modules(policy.config, policy.lora), {}
     for module in modules:
         for number, names in enumerate(module.tensors):
@@ -257,10 +317,14 @@ def save(
         "r": policy.lora.rank,
         "lora_alpha": policy.lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": list(dict.fromkeys(_last_part(module.name) for module in modules)),
+        "target_modules": list(
+            dict.fromkeys(_last_part(module.name) for module in modules if not module.experts)
+        ),
         "bias": "none",
         "inference_mode": True,
     }
+    if named := [module.name for module in modules if module.experts]:
+        config["target_parameters"] = list(dict.fromkeys(named))
     if several:
         config["rank_pattern"] = {m: n * policy.lora.rank for m, n in several.items()}
         config["alpha_pattern"] = {m: n * policy.lora.alpha for m, n in several.items()}
@@ -271,6 +335,18 @@ def save(
 
 
 def _written(module: _Module, on_disk: dict[str, list], number: int, rank: int):
+    """The A and the B of a module in a layer, or of one of its experts."""
+    E = module.experts
+    if not E:
+        return _together(module, on_disk, number, rank)
+    pairs = [_together(module, on_disk, E * number + e, rank) for e in range(E)]
+    a, b = map(np.stack, zip(*pairs))
+    if module.turned:
+        a, b = b.transpose(0, 2, 1), a.transpose(0, 2, 1)
+    return a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def _together(module: _Module, on_disk: dict[str, list], number: int, rank: int):
     """A [n R, in] and B [sum of out, n R] of a module of n weights; zero for those without one."""
     n = len(module.names)
     a = np.zeros((n, rank, module.inputs), np.float32)
@@ -279,7 +355,8 @@ def _written(module: _Module, on_disk: dict[str, list], number: int, rank: int):
         a_name, b_name = parameters.adapter_names(name)
         if a_name in on_disk:
             a[i], b[i][:, i] = on_disk[a_name][number], on_disk[b_name][number]
-    return a.reshape(n * rank, -1), np.concatenate(b).reshape(-1, n * rank)
+    whole = np.stack(b, axis=1) if module.alternates else np.concatenate(b)
+    return a.reshape(n * rank, -1), whole.reshape(-1, n * rank)
 
 
 def _checkpoint(folder: Path) -> Checkpoint:

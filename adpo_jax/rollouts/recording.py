@@ -138,6 +138,9 @@ def _completions(table: pa.Table, info: dict) -> list[Completion]:
     if "experts" in table.column_names:
         experts = table["experts"].to_pylist()
         found = [_with_experts(c, e, info.get("experts")) for c, e in zip(found, experts)]
+    if "prompt_experts" in table.column_names:
+        prompts = table["prompt_token_ids"].to_pylist()
+        found = _with_prompt_experts(found, table["prompt_experts"].to_pylist(), prompts, info)
     return found
 
 
@@ -239,6 +242,7 @@ def _table(step: int, groups: GradedGroups) -> pa.Table:
             if getattr(completions[0], name) is not None
         },
         **_experts_column(completions),
+        **_prompt_experts_column(groups.completions.groups),
         "finish_reason": [completion.finish_reason for completion in completions],
         # Text of a model may hold lone surrogates, which UTF-8 has no bytes for.
         "completion": [text.encode(errors="replace").decode() for text in groups.texts],
@@ -266,16 +270,48 @@ def _experts_column(completions: list[Completion]) -> dict[str, pa.Array]:
     return {"experts": pa.array(values, pa.list_(pa.uint16()))}
 
 
+def _prompt_experts_column(groups: list[list[Completion]]) -> dict[str, pa.Array]:
+    """The experts of prompts, in the row of the first completion of each; {} if not known."""
+    firsts = [group[0].prompt_experts for group in groups]
+    if all(experts is None for experts in firsts):
+        return {}
+    values = [
+        None if experts is None or g else experts.ravel()
+        for group, experts in zip(groups, firsts)
+        for g in range(len(group))
+    ]
+    return {"prompt_experts": pa.array(values, pa.list_(pa.uint16()))}
+
+
 def _with_experts(completion: Completion, values: list | None, shape: list | None) -> Completion:
     """A completion with the experts of a recording."""
     if values is None:
         return completion
+    experts = _experts_of(len(completion), values, shape, "a completion")
+    return dataclasses.replace(completion, experts=experts)
+
+
+def _with_prompt_experts(
+    found: list[Completion], values: list, prompts: list[list[int]], info: dict
+) -> list[Completion]:
+    """Completions with the experts of their prompts, which the first of each prompt has."""
+    G, arrays = info["samples"], {}
+    if type(G) is not int or G < 1:
+        raise ValueError("experts of prompts, without the number of samples of a prompt")
+    for i, of_row in enumerate(values):
+        if of_row is not None:
+            length = len(prompts[i]) - 1
+            arrays[i // G] = _experts_of(length, of_row, info.get("experts"), "a prompt")
+    return [dataclasses.replace(c, prompt_experts=arrays.get(i // G)) for i, c in enumerate(found)]
+
+
+def _experts_of(length: int, values: list, shape: list | None, whose: str) -> np.ndarray:
+    """[length, L, k] uint16."""
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
         raise ValueError("experts, without the number of layers and of experts of a token")
-    if len(values) != len(completion) * shape[0] * shape[1]:
-        raise ValueError("a completion whose experts are not those of all its tokens")
-    experts = np.array(values, np.uint16).reshape(len(completion), *shape)
-    return dataclasses.replace(completion, experts=experts)
+    if len(values) != length * shape[0] * shape[1]:
+        raise ValueError(f"{whose} whose experts are not those of all its tokens")
+    return np.array(values, np.uint16).reshape(length, *shape)
 
 
 def _opened(path: Path, reader, **options):

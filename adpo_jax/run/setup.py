@@ -324,7 +324,10 @@ def make_sampling(config: ConfigDict, source: ModelSource) -> SamplingParams:
         )
     # The trainer's log-probs are not truncated, so those that they are compared with may not be.
     return dataclasses.replace(
-        sampling, full_log_probs=sampling.method.truncates, routed_experts=c.router_replay
+        sampling,
+        full_log_probs=sampling.method.truncates,
+        routed_experts=c.router_replay,
+        prompt_experts=c.router_replay,
     )
 
 

@@ -241,15 +241,12 @@ class PackedMicro(NamedTuple):
         return hidden[:, -streams.targets.shape[1] :], streams.targets, extras
 
     def _ffn(self, policy: Policy):
-        """The layers' mixtures, where completions take the experts that the sampler took."""
+        """The layers' mixtures, where tokens take the experts that the sampler took."""
         streams, experts = self.streams, self.layout.batch.experts
         m = policy.config.mixture
         if experts is None or not m or experts.shape[-2:] != (policy.config.num_mixtures, m.chosen):
             return policy.ffn(streams.segments)  # a teacher may have other experts, or none
-        of_completions = experts[:, self.i].astype(jnp.int32) - 1
-        prompts = streams.tokens.shape[1] - streams.targets.shape[1]
-        widths = ((0, 0), (prompts, 0), (0, 0), (0, 0))
-        return policy.ffn(streams.segments, jnp.pad(of_completions, widths, constant_values=-1))
+        return policy.ffn(streams.segments, experts[:, self.i].astype(jnp.int32) - 1)
 
     def of(self, values):
         return values[:, self.i]

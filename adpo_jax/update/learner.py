@@ -428,7 +428,8 @@ def check_experts(config: ModelConfig, sequences: Sequences) -> None:
         return
     m = config.mixture
     wanted = (config.num_mixtures, m.chosen) if m else ()
-    held = (c.experts for group in sequences.completions for c in group if c.experts is not None)
+    flat = [c for group in sequences.completions for c in group]
+    held = [e for c in flat for e in (c.experts, c.prompt_experts) if e is not None]
     if shape != wanted or any(
         e.shape[1:] != shape or e.max(initial=0) >= m.num_experts for e in held
     ):

@@ -189,8 +189,8 @@ class PackedBatch:
       completion: [B, M, C] int32, the number of each place's completion among the P / B * G of its
         shard.
       log_probs: under each policy's name [B, M, C] float32, log-probs of the predicted tokens.
-      experts: [B, M, C, L, k] uint16, 1 + the experts that the sampler took in each place, 0 where
-        it is not known; None where the router chooses everywhere.
+      experts: [B, M, N, L, k] uint16, 1 + the experts that the sampler took in each place, those of
+        prompts included, 0 where it is not known; None where the router chooses everywhere.
       whole_groups: whether all completions of a prompt lie in one micro-batch.
     """
 
@@ -361,9 +361,8 @@ class Packing:
                     batch.trained[b, m, part] = sequences.completions[p][g].trained
                     for name, into in batch.log_probs.items():
                         into[b, m, part] = values[name][p][g]
-                    experts = sequences.completions[p][g].experts
-                    if experts is not None:
-                        batch.experts[b, m, part] = np.add(experts, 1, dtype=np.uint16)
+                if batch.experts is not None:
+                    stream.write_experts(sequences, self.num_prompt, batch.experts[b, m])
         return batch
 
     def abstract(
@@ -388,7 +387,7 @@ class Packing:
             trained=of(B, M, C, dtype=np.bool_),
             completion=of(B, M, C),
             log_probs={name: of(B, M, C, dtype=np.float32) for name in names},
-            experts=of(B, M, C, *experts, dtype=np.uint16) if experts else None,
+            experts=of(B, M, N, *experts, dtype=np.uint16) if experts else None,
             num_prompts=self.num_prompts,
             group_size=self.group_size,
             whole_groups=self.whole_groups,
@@ -646,3 +645,15 @@ class _Stream:
             micro.segments[part] = number
             micro.prompts[part] = behind + 1
             micro.targets[start : start + length] = tokens
+
+    def write_experts(self, sequences: Sequences, num_prompt: int, into: np.ndarray) -> None:
+        """Fills the experts [N, L, k] of one micro-batch, where completions start at a place."""
+
+        def write(start: int, length: int, experts: np.ndarray | None) -> None:
+            if experts is not None:
+                into[start : start + length] = np.add(experts, 1, dtype=np.uint16)
+
+        for p, start, length, *_ in self.prompts:
+            write(start, length, sequences.prompt_experts(p))
+        for p, start, length, g, _ in self.completions:
+            write(num_prompt + start, length, sequences.completions[p][g].experts)

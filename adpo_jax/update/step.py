@@ -59,7 +59,7 @@ MIXTURE_METRICS = (
     Metric(
         "router/replay_changed_frac",
         "steps",
-        "share of the experts of completions, taken as the sampler took them, that the policy's "
+        "share of the experts that tokens take as the sampler took them and that the policy's "
         "own router would not have chosen",
     ),
 )
