@@ -37,6 +37,8 @@ DRAWN = (
     "gemma4_large",
     "llama4_text",
     "gpt_oss",
+    "qwen3_next",
+    "qwen3_5_text",
 )
 
 
