@@ -2,25 +2,36 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import arrays, drawn_model
+import tiny
+from golden_models import arrays, config_of, drawn, drawn_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_policy import TOLERANCE, decoded_log_probs
+from safetensors.numpy import save_file
+from test_config import parse
+from test_families import adapted
+from test_policy import QUICK, TOLERANCE, decoded_log_probs
+from test_resume import assert_same, interrupt
+from test_train import TINY as TINY_RUN
+from test_train import REWARD, scalars, train, with_reward
 from test_turns import assert_turns_agree, engine_of, prompts_of
 
+import adpo_jax
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine.cpu_engine import engine_tuning
 from adpo_jax.engine.engine import _layout
 from adpo_jax.engine.verbs import Verbs
-from adpo_jax.model import cpu, linear_attention
+from adpo_jax.hf.tensors import leaves
+from adpo_jax.model import cpu, linear_attention, lora, parameters
 from adpo_jax.model.linear_attention import Inputs
+from adpo_jax.policy import adapters
 from adpo_jax.records import Completion, Sequences
 from adpo_jax.update import make_log_probs, packing
 
@@ -143,7 +154,9 @@ def test_decoding_token_by_token_equals_the_forward_of_transformers(name, stacke
     np.testing.assert_allclose(found[compared], wanted[compared], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("on_mesh", [False, True], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "on_mesh", [False, pytest.param(True, marks=pytest.mark.long)], ids=["one device", "mesh"]
+)
 def test_sampled_log_probs_are_those_of_one_forward_while_slots_refill_and_shrink(
     on_mesh, monkeypatch
 ):
@@ -171,6 +184,7 @@ def test_sampled_log_probs_are_those_of_one_forward_while_slots_refill_and_shrin
         np.testing.assert_allclose(completion.log_probs, part, rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_log_probs_over_turns_are_those_of_one_forward():
     policy, params = tiny_hybrid()
     engine = engine_of(policy)
@@ -231,7 +245,9 @@ def whole_rows(policy, params, sequences: Sequences):
     return found
 
 
-@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize(
+    "share_prompts", [True, pytest.param(False, marks=pytest.mark.long)], ids=str
+)
 def test_completions_of_a_packed_stream_go_on_from_the_state_of_their_prompt(share_prompts):
     policy, params = tiny_hybrid()
     sequences = ragged()
@@ -244,8 +260,106 @@ def test_completions_of_a_packed_stream_go_on_from_the_state_of_their_prompt(sha
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
+def test_packed_streams_on_a_mesh_that_recompute_give_the_gradient_of_padded_rows():
+    policy, params = tiny_hybrid()
+    batch, _ = tiny.batch(P=4, G=2)
+    packing_of = packing.Packing(batch.sequences(), tile=8, starts=8, num_shards=2)
+    packed = packing_of.batch(batch.sequences())
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    again = dataclasses.replace(policy, gradient_checkpointing="full", mesh=mesh)
+
+    def summed(params, policy, batch, trained):
+        log_probs, entropy = make_log_probs(policy)(params, batch)
+        return jnp.where(trained, log_probs + 0.3 * entropy, 0.0).sum()
+
+    rows, streams = jax.tree.map(jnp.asarray, (batch, packed))
+    gradient = jax.jit(jax.grad(summed), static_argnums=1, compiler_options=QUICK)
+    wanted = gradient(params, policy, rows, rows.completion_mask_PGT > 0)
+    split = jax.device_put(params, again.shardings(params))
+    found = parameters.by_path(gradient(split, again, streams, streams.trained))
+    for name, leaf in parameters.by_path(wanted).items():
+        largest = np.max(np.abs(leaf))
+        assert largest > 0, name
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=3e-5 * largest, err_msg=name)
+
+
 def test_streams_whose_segments_start_anywhere_are_refused():
     policy, params = tiny_hybrid()
     sequences = ragged()
     with pytest.raises(ValueError, match="needs segments that start at multiples of 8 places"):
         make_log_probs(policy)(params, packing.pack(sequences, tile=8))
+
+
+# --- adapters, and folders with vision
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen3_next", marks=pytest.mark.long), "qwen3_5_text"]
+)
+def test_adapters_come_back_from_their_folder_and_are_merged(name, tmp_path):
+    policy, params = adapted(name, "all-linear")
+    wanted = {"qwen3_next": {"linear_qkvz"}, "qwen3_5_text": {"linear_q", "linear_v"}}[name]
+    assert wanted | {"gated_q", "linear_out"} < set(policy.lora.targets)
+    adapters.save(tmp_path / "adapter", policy, params, base_model="x")
+    plain, base = dataclasses.replace(policy, lora=None), lora.without_adapters(params)
+    found, loaded = adapters.load(plain, base, tmp_path / "adapter")
+    assert found == policy
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    policy.save_pretrained(tmp_path / "merged", params)
+    _, merged = Policy.from_pretrained(tmp_path / "merged")
+    tokens = arrays(name)["right_tokens"]
+    expected = policy.logits(params, tokens)
+    np.testing.assert_allclose(plain.logits(merged, tokens), expected, rtol=0, atol=1e-3)
+    assert np.abs(expected - plain.logits(base, tokens)).max() > 0.1
+
+
+def test_a_qwen35_with_vision_and_further_layers_gives_its_language_model(tmp_path):
+    expected, wanted = drawn_model("qwen3_5_text")
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): drawn(name, leaf.hf_shape)
+        for leaf in leaves(expected.config, wanted)
+        for name in leaf.hf_names
+    }
+    for other in ("model.visual.blocks.0.attn.qkv.weight", "mtp.layers.0.mlp.up_proj.weight"):
+        tensors[other] = np.zeros((2, 2), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = {k: v for k, v in config_of("qwen3_5_text").items() if k != "architectures"}
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    policy, params = Policy.from_pretrained(tmp_path)
+    assert policy.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+# --- the whole road
+
+
+RUN = (
+    *TINY_RUN,
+    "--config.sft.steps=0",
+    "--config.data.max_response_length=4",
+    "--config.trainer.total_training_steps=2",
+    "--config.trainer.save_freq=1",
+    "--config.trainer.test_freq=0",
+    "--config.actor_rollout_ref.model.hf_config="
+    + repr(TINY | {"architectures": ["Qwen3_5ForCausalLM"], "vocab_size": 512}),
+)
+
+
+@pytest.mark.long
+def test_a_hybrid_trains_goes_on_where_it_stopped_and_trains_alike_on_eight_devices(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    run = (*RUN, *with_reward(tmp_path / "reward.py"))
+    train(parse(*run), tmp_path / "whole")
+    interrupt(parse(*run), tmp_path / "run", 1)
+    train(parse(*run), tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole", 2)
+    losses = [v for row in scalars(tmp_path / "run") for k, v in row.items() if k.endswith("/loss")]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+    adpo_jax.train(parse(*run, "--config.mesh.tensor=2"), tmp_path / "eight")
+    for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "whole"), strict=True):
+        for row in (eight, one):
+            row.pop("update/padding_frac", None)  # four streams are padded to the longest
+        assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)

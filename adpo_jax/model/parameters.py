@@ -523,8 +523,9 @@ LAYER = (
     _linear("norm", "m", "norm.weight", "m", init=_ones, **_OF_HEAD),
     _linear("out", "MmD", "out_proj.weight", "D Mm", adapter_inputs=2),
 )
-# What stands before the name of a row that takes the place of another one in some layers.
-PREFIXES = ("global_", "wide_")
+# What stands before the name of a row that takes the place of another one, in some layers or in
+# models with gates.
+PREFIXES = ("global_", "wide_", "gated_")
 
 # The place of a parameter in the tree: ("embed",) or ("layers", "q").
 Path = tuple[str, ...]
