@@ -17,8 +17,8 @@ from test_config import parse
 from test_families import adapted
 from test_policy import QUICK, TOLERANCE, decoded_log_probs
 from test_resume import assert_same, interrupt
-from test_train import TINY as TINY_RUN
 from test_train import REWARD, scalars, train, with_reward
+from test_train import TINY as TINY_RUN
 from test_turns import assert_turns_agree, engine_of, prompts_of
 
 import adpo_jax
@@ -246,10 +246,16 @@ def whole_rows(policy, params, sequences: Sequences):
 
 
 @pytest.mark.parametrize(
-    "share_prompts", [True, pytest.param(False, marks=pytest.mark.long)], ids=str
+    ("model", "share_prompts"),
+    [
+        (tiny_hybrid, True),
+        (functools.partial(drawn_model, "qwen3_next"), True),
+        pytest.param(tiny_hybrid, False, marks=pytest.mark.long),
+    ],
+    ids=["shared prompts", "a mixture", "prompts of their own"],
 )
-def test_completions_of_a_packed_stream_go_on_from_the_state_of_their_prompt(share_prompts):
-    policy, params = tiny_hybrid()
+def test_completions_of_a_packed_stream_go_on_from_the_state_of_their_prompt(model, share_prompts):
+    policy, params = model()
     sequences = ragged()
     cut = packing.Packing(
         sequences, completions_per_micro=4, tile=8, starts=8, share_prompts=share_prompts
@@ -257,7 +263,7 @@ def test_completions_of_a_packed_stream_go_on_from_the_state_of_their_prompt(sha
     log_probs, _ = make_log_probs(policy)(params, cut.batch(sequences))
     found = [x for group in cut.unpacked(np.asarray(log_probs)) for x in group]
     for a, b in zip(found, whole_rows(policy, params, sequences), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
 
 
 def test_packed_streams_on_a_mesh_that_recompute_give_the_gradient_of_padded_rows():
