@@ -23,6 +23,7 @@ from test_turns import assert_turns_agree, engine_of, prompts_of
 
 import adpo_jax
 from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.devices import flops
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine.cpu_engine import engine_tuning
@@ -369,3 +370,12 @@ def test_a_hybrid_trains_goes_on_where_it_stopped_and_trains_alike_on_eight_devi
         for row in (eight, one):
             row.pop("update/padding_frac", None)  # four streams are padded to the longest
         assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_numbers_that_differentiation_sets_apart_from_a_product_of_experts_count_for_nothing():
+    @jax.jit
+    def grouped_product():
+        return jnp.arange(3.0)
+
+    traced = jax.jit(lambda x: x + grouped_product()).trace(jnp.zeros(3))
+    assert flops.traced_flops(traced, 1) == 0
