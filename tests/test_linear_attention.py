@@ -1,5 +1,6 @@
 """Linear attention (Qwen3-Next, Qwen3.5): two forms, packed streams, engine and training."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -26,6 +27,7 @@ from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices import flops
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import cache_plan
+from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.engine.cpu_engine import engine_tuning
 from adpo_jax.engine.engine import _layout
 from adpo_jax.engine.verbs import Verbs
@@ -183,6 +185,42 @@ def test_sampled_log_probs_are_those_of_one_forward_while_slots_refill_and_shrin
     for row, (prompt, completion) in enumerate(rows):
         part = scored[row, len(prompt) : len(prompt) + len(completion.tokens)]
         np.testing.assert_allclose(completion.log_probs, part, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_requests_that_come_and_go_are_sampled_from_their_own_states():
+    policy, params = tiny_hybrid()
+    engine = Engine(
+        policy,
+        max_prompt_length=40,
+        max_response_length=40,
+        num_slots=16,
+        gpu_memory_utilization=0.5,
+    )
+    batch, rng = ContinuousBatch(engine, params), np.random.default_rng(0)
+    tokens, log_probs = collections.defaultdict(list), collections.defaultdict(list)
+
+    def step():
+        for new in batch.step():
+            tokens[new.sample] += new.tokens.tolist()
+            log_probs[new.sample] += new.log_probs.tolist()
+
+    for i in range(5):
+        prompt = rng.integers(3, 64, int(rng.integers(2, 36))).tolist()
+        batch.submit(prompt, SamplingParams(n=2 + i % 2, max_tokens=10 + 7 * i), seed=i)
+        step()
+    while batch.busy:
+        step()
+    batch.close()
+    assert len(tokens) == 12
+    for sample, completion in tokens.items():
+        prompt = list(sample.request.prompt)
+        whole = np.zeros((1, 80), np.int32)
+        end = len(prompt) + len(completion)
+        whole[0, :end] = prompt + completion
+        mask = (np.arange(80) < end).astype(np.int32)[None]
+        scored = np.asarray(policy.log_probs(params, whole, mask))[0, len(prompt) : end]
+        np.testing.assert_allclose(log_probs[sample], scored, rtol=0, atol=1e-4)
 
 
 @pytest.mark.long
