@@ -15,6 +15,7 @@ Left out: anything with pictures, and models in bf16 arithmetic.
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-from golden_models import drawn  # noqa: E402
+from golden_models import drawn, write_drawn  # noqa: E402
 
 GOLDEN = TESTS / "golden"
 TOKENS = 24
@@ -75,6 +76,20 @@ GEMMA4 = {
             "rope_theta": 1000.0,
         },
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+# The norm after linear attention makes the rounding of small sums large, unless its eps is large.
+QWEN_HYBRID = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "rms_norm_eps": 0.01,
+    "linear_key_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1000.0,
+        "partial_rotary_factor": 0.5,
     },
 }
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -335,6 +350,22 @@ DRAWN = {
         "top_k_experts": 2,
         "moe_intermediate_size": 12,
     },
+    "qwen3_next": {
+        **QWEN_HYBRID,
+        "model_type": "qwen3_next",
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_value_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 12,
+    },
+    "qwen3_5_text": {
+        **QWEN_HYBRID,
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_value_head_dim": 16,
+    },
     # Some activations reach the limit. Sizes are multiples of 32, as MXFP4 has them.
     "gpt_oss": {
         "model_type": "gpt_oss",
@@ -357,6 +388,7 @@ DRAWN = {
 def make_model(settings: dict, seed: int) -> torch.nn.Module:
     """A random model of which no weight is trivial, rounded to bf16 and run in float32."""
     config = AutoConfig.for_model(**{**SMALL, **settings})
+    torch.manual_seed(seed)  # vectors of some models are random before noise is added
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -377,6 +409,14 @@ def make_model(settings: dict, seed: int) -> torch.nn.Module:
 def drawn_model(settings: dict) -> torch.nn.Module:
     """A model of `DRAWN`, run in float32."""
     config = AutoConfig.for_model(**{**SMALL, **settings})
+    if "num_experts" in settings:
+        # Each expert has tensors of its own on disk, and none of its own in memory.
+        with tempfile.TemporaryDirectory() as folder:
+            write_drawn(config.to_dict(), Path(folder))
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, attn_implementation="eager", dtype=torch.float32
+            )
+        return model.eval()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -40,6 +40,8 @@ DRAWN = (
     "llama4_scout",
     "llama4_maverick",
     "gpt_oss",
+    "qwen3_next",
+    "qwen3_5_text",
 )
 
 

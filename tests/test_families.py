@@ -194,6 +194,34 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": "x"}},
     ),
     "not implemented .*attention_sinks = 4": ("seed-oss-36b", {"attention_sinks": 4}),
+    "not implemented .*linear_attn_bias = True": ("qwen3.5-27b", {"linear_attn_bias": True}),
+    "attn_output_gate = False is not supported": ("qwen3.5-27b", {"attn_output_gate": False}),
+    "mamba_ssm_dtype = 'bfloat16' is not supported": (
+        "qwen3.5-27b",
+        {"mamba_ssm_dtype": "bfloat16"},
+    ),
+    "attention_bias = True is not supported": ("qwen3-next-80b-a3b", {"attention_bias": True}),
+    "mlp_only_layers = .0. is not supported": ("qwen3-next-80b-a3b", {"mlp_only_layers": [0]}),
+    "linear_num_value_heads = 30, which is not a multiple of linear_num_key_heads = 16": (
+        "qwen3-next-80b-a3b",
+        {"linear_num_value_heads": 30},
+    ),
+    "linear_conv_kernel_dim = 17 is not supported; supported: 1 to 16": (
+        "qwen3-next-80b-a3b",
+        {"linear_conv_kernel_dim": 17},
+    ),
+    "a model of linear attention alone is not supported": (
+        "qwen3-next-80b-a3b",
+        {"layer_types": ["linear_attention"] * 48},
+    ),
+    r"layer types \['sliding_attention'\] are not supported; .*linear_attention": (
+        "qwen3-next-80b-a3b",
+        {"layer_types": ["sliding_attention"] * 48},
+    ),
+    "full_attention_interval as a positive integer; given 0": (
+        "qwen3-next-80b-a3b",
+        {"full_attention_interval": 0},
+    ),
 }
 
 

@@ -54,7 +54,9 @@ def _equation_flops(eqn, turns: int) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         lhs = eqn.invars[0].aval.shape
         return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
-    if name == "ragged_dot_general" or params.get("name") in GROUPED_PRODUCTS:
+    # Differentiation may set numbers apart that such a product has without its rows and matrices.
+    is_product = params.get("name") in GROUPED_PRODUCTS and len(eqn.invars) > 2
+    if name == "ragged_dot_general" or is_product:
         return _grouped_flops(eqn)
     if params.get("name") == FURTHER_ROUNDS:
         return 0

@@ -209,8 +209,10 @@ def _least(config, engine: Engine, mesh) -> dict[str, Least]:
     model, layout, data = engine.policy.config, engine.verbs.layout, config.data
     P, G = data.train_batch_size, config.algorithm.num_generations
     prompt, response = data.max_prompt_length, data.max_response_length
-    # Two products of a query and a key, of 2 D operations each, in every head of every layer.
-    per_pair = 4 * model.num_heads * model.head_dim * model.num_layers
+    # Two products of a query and a key, of 2 D operations each, in every head of every layer that
+    # has full attention.
+    full = model.num_layers - sum(map(model.is_linear, range(model.num_layers)))
+    per_pair = 4 * model.num_heads * model.head_dim * full
     if model.global_layers:
         count = sum(map(model.is_global, range(model.num_layers)))
         per_pair += 4 * model.num_heads * (model.global_layers.head_dim - model.head_dim) * count
@@ -219,7 +221,9 @@ def _least(config, engine: Engine, mesh) -> dict[str, Least]:
     rows = -(-slots // G)
     own = (response + 1) // 2  # tokens behind a sample, on average over its steps
     seen = slots * own + rows * (prompt - 1)
-    splits = layout.token_bytes() * seen // local
+    # The state of linear attention is read and written.
+    state = 2 * layout.linear.row_bytes() * slots if layout.linear else 0
+    splits = (layout.token_bytes() * seen + state) // local
     weights = sharding.device_bytes(engine.verbs.abstract_params())
     prefill_pairs = engine.prefill_rows * prompt * (prompt - 1) // 2
     mini = config.actor_rollout_ref.actor.ppo_mini_batch_size

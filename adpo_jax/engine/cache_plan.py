@@ -44,6 +44,8 @@ class CachePlan:
       most_tokens: the most tokens that the cache may hold at its peak on all devices together; None
         for no limit.
       copies: the stores that are there twice for a while.
+      row_tokens: tokens whose keys and values take the memory that a row, of either store, has
+        besides its columns.
     """
 
     num_slots: int
@@ -51,6 +53,7 @@ class CachePlan:
     device_bytes: int
     most_tokens: int | None
     copies: Copies
+    row_tokens: int = 0
 
     def most_rows(self, slots: int, columns: int, prefix: int, past: int = 0) -> int | None:
         """Prefix rows of `prefix` tokens that fit beside so many slots; None for no limit.
@@ -60,9 +63,10 @@ class CachePlan:
         """
         if self.most_tokens is None:
             return None
-        ring = slots * columns
+        ring = slots * (columns + self.row_tokens)
         left = self.most_tokens - ring - slots * past
-        return min(left - ring * self.copies.ring, left // (1 + self.copies.rows)) // prefix
+        most = min(left - ring * self.copies.ring, left // (1 + self.copies.rows))
+        return most // (prefix + self.row_tokens)
 
 
 def prefix_rows(num_slots: int, group_size: int) -> int:
@@ -182,14 +186,14 @@ def plan(
     """
     columns = column_buckets(max_response_length, stages)
     prefix = length_bucket(max_prompt_length - 1, max_prompt_length)
-    token = layout.token_bytes()
+    token, state = layout.token_bytes(), layout.row_tokens()
     copies = Copies(ring=shrinks or len(columns) > 1, rows=shrinks)
     most_tokens = None if budget is None else max(budget, 0) * splits // token
 
     def of(slots: int) -> CachePlan:
         rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
-        tokens = copies.tokens(slots * columns[-1], rows * prefix)
-        return CachePlan(slots, rows, -(-token * tokens // splits), most_tokens, copies)
+        tokens = copies.tokens(slots * (columns[-1] + state), rows * (prefix + state))
+        return CachePlan(slots, rows, -(-token * tokens // splits), most_tokens, copies, state)
 
     smallest = up_to_multiple(min(group_size, most_slots), multiple)
     largest = max(smallest, up_to_multiple(most_slots, multiple))
@@ -197,10 +201,12 @@ def plan(
         return of(largest)
     one_group = of(smallest)
     if one_group.device_bytes > budget:
-        ring, rows = smallest * columns[-1], one_group.rows * prefix
+        ring, rows = smallest * (columns[-1] + state), one_group.rows * (prefix + state)
+        beside = f" (+ {state} for the state of linear attention)" if state else ""
         raise ValueError(
             "the key/value cache of one group does not fit: "
-            f"{smallest} slots x {columns[-1]} tokens + {one_group.rows} prompts x {prefix} tokens "
+            f"{smallest} slots x {columns[-1]}{beside} tokens + {one_group.rows} prompts x "
+            f"{prefix}{beside} tokens "
             f"+ {copies.tokens(ring, rows) - ring - rows} of second copies, at {readable(token)} a "
             f"token over {splits} device(s), is {readable(one_group.device_bytes)} a device; there "
             f"are {readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, "

@@ -360,7 +360,9 @@ def _load_sizing(engine: Engine) -> LoadSizing:
     num_slots, most = engine.num_slots, engine.plan.most_tokens
     if most is not None:
         # Every slot has a row beside it, and either store is copied when it is resized.
-        fitting = most // cache_plan.Copies(ring=True, rows=True).tokens(columns, prefix)
+        state = engine.plan.row_tokens
+        copies = cache_plan.Copies(ring=True, rows=True)
+        fitting = most // copies.tokens(columns + state, prefix + state)
         num_slots = min(num_slots, fitting // engine.shards * engine.shards)
     if not num_slots:
         raise ValueError(

@@ -34,6 +34,7 @@ from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, sh
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
+from adpo_jax.engine.state_store import StateLayout
 from adpo_jax.engine.verbs import DecodeState, Verbs
 from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
@@ -305,12 +306,15 @@ class Engine:
           key: the samples of a prompt are those of `generate` with this key.
           version: iterations done by these parameters.
           keeps_turns: whether keys and values of earlier turns stay, so that a turn costs its new
-            tokens alone; else every turn prefills the whole transcript.
+            tokens alone; else every turn prefills the whole transcript, as it always does for a
+            model with linear attention.
 
         Raises:
           ValueError: for settings that the engine was not made for.
         """
         _check_given(params, key)
+        # A state cannot go back to where a turn is cut off, so it is made again for every turn.
+        keeps_turns = keeps_turns and not self.policy.config.linear_attention
         return Session(self, params, sampling, key, version=version, keeps_turns=keeps_turns)
 
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
@@ -379,7 +383,19 @@ def _device(policy: Policy) -> jax.Device:
 
 def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayout:
     """How the key/value cache of this model lies in memory."""
-    c = policy.config
+    c, linear = policy.config, policy.config.linear_attention
+    states = None
+    if linear:
+        states = StateLayout(
+            num_layers=sum(linear.layers),
+            num_key_heads=linear.num_key_heads,
+            key_dim=linear.key_dim,
+            num_value_heads=linear.num_value_heads,
+            value_dim=linear.value_dim,
+            before=linear.taps - 1,
+            dtype=policy.dtype,
+            stacked=tuning.stacked,
+        )
     return CacheLayout(
         num_layers=c.num_layers,
         num_kv_heads=c.num_kv_heads,
@@ -387,7 +403,8 @@ def _layout(policy: Policy, cache_dtype: Any, tuning: EngineTuning) -> CacheLayo
         dtype=jnp.dtype(policy.dtype if cache_dtype is None else cache_dtype),
         stacked=tuning.stacked,
         transposed_keys=tuning.transposed_keys,
-        kinds=c.kinds if c.global_layers else (),
+        kinds=c.kinds if c.has_two_kinds else (),
+        linear=states,
     )
 
 

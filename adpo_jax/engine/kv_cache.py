@@ -14,6 +14,8 @@ Where samples go on after tokens that they did not sample in their slot there is
 - *past*: one row a sample, its completion from before it took its slot: earlier turns, and what
   tools said. The first column is the last token of the prompt, which the prefix does not hold.
 
+Layers of linear attention keep a state of fixed size in place of columns (`state_store`).
+
 A decode step gathers the queries of a group and attends to its prefix once for all of them. The
 parts are merged by their log-sum-exps, as if the keys lay side by side.
 
@@ -33,6 +35,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
+from adpo_jax.engine import state_store
+from adpo_jax.engine.state_store import StateLayout
 from adpo_jax.model.attention import MASKED, LayerInfo, by_kv_head
 
 # A reach that is longer than any sequence.
@@ -54,13 +58,14 @@ class LayerKV(NamedTuple):
 
 
 # All layers: a tuple with one entry a layer (unrolled), or one LayerKV of stacked arrays. Where
-# layers have two shapes, a tuple with one such store for each.
+# layers are of two kinds, a tuple with one such store for each; that of linear attention holds
+# `Memory` and stands last.
 KV = Any
 
 
 def is_layers(kv: KV) -> bool:
-    """Whether it is a LayerKV, at which a tree of them ends."""
-    return isinstance(kv, LayerKV)
+    """Whether it is what a tree of layers ends at."""
+    return isinstance(kv, LayerKV) or state_store.is_memory(kv)
 
 
 def any_layer(kv: KV) -> LayerKV:
@@ -93,6 +98,8 @@ class CacheLayout:
         then reads along the columns: 24 ms against 35 ms for 128 rows of 128 columns and 8 layers.
       kinds: (layers, key/value heads, head dim) of each kind of layer where these differ, as in
         `ModelConfig.kinds`; () where all layers are alike. The numbers above count for none then.
+      linear: the layout of the layers of linear attention; None for none. With it `kinds` has those
+        of full attention.
     """
 
     num_layers: int
@@ -102,6 +109,10 @@ class CacheLayout:
     stacked: bool
     transposed_keys: bool
     kinds: tuple[tuple[int, int, int], ...] = ()
+    linear: StateLayout | None = None
+
+    def __post_init__(self):
+        assert self.kinds or not self.linear
 
     @property
     def parts(self) -> tuple["CacheLayout", ...]:
@@ -109,7 +120,9 @@ class CacheLayout:
         if not self.kinds:
             return (self,)
         return tuple(
-            dataclasses.replace(self, num_layers=L, num_kv_heads=K, head_dim=D, kinds=())
+            dataclasses.replace(
+                self, num_layers=L, num_kv_heads=K, head_dim=D, kinds=(), linear=None
+            )
             for L, K, D in self.kinds
         )
 
@@ -124,10 +137,15 @@ class CacheLayout:
         per_head = self.head_dim * jnp.dtype(self.dtype).itemsize + (4 if self.quantized else 0)
         return 2 * self.num_layers * self.num_kv_heads * per_head
 
+    def row_tokens(self) -> int:
+        """How many tokens' keys and values take the memory that a row has besides them."""
+        return -(-self.linear.row_bytes() // self.token_bytes()) if self.linear else 0
+
     def zeros(self, rows: int, columns: int) -> KV:
         """An empty store with room for `rows` sequences of `columns` tokens."""
         if self.kinds:
-            return tuple(part.zeros(rows, columns) for part in self.parts)
+            states = (self.linear.zeros(rows),) if self.linear else ()
+            return (*(part.zeros(rows, columns) for part in self.parts), *states)
         K, D = self.num_kv_heads, self.head_dim
         lead = (self.num_layers,) if self.stacked else ()
         k_shape = (D, columns) if self.transposed_keys else (columns, D)

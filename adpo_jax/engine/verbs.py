@@ -23,10 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
-from adpo_jax.engine import kernels, kv_cache, sampling
+from adpo_jax.engine import kernels, kv_cache, sampling, state_store
 from adpo_jax.engine.kv_cache import KV, CacheLayout, PastView, View
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
-from adpo_jax.model import cpu, parameters
+from adpo_jax.model import cpu, linear_attention, parameters
+from adpo_jax.model.attention import Attend
+from adpo_jax.model.linear_attention import Hybrid, Recur
 from adpo_jax.model.mixture import ROUTED
 from adpo_jax.policy.policy import Policy
 
@@ -231,6 +233,12 @@ class Verbs:
             out, _ = attend_within(q, k, v, layer, None)
             return out, kv_cache.keep_layer(kv, layer, self.layout.pack(k, v), axes)
 
+        def recur(inputs, layer, kv):
+            out, memory = linear_attention.rows_with_memory(inputs, segments, self.policy.mesh)
+            store = state_store.write(kv_cache.of_kind(kv, layer), layer.at, memory)
+            return out, kv_cache.with_kind(kv, layer, store)
+
+        attend = self._with(attend, recur)
         empty = self.sharded(self.layout.zeros(rows, T))
         ffn = self.policy.ffn(segments)
         _, kv, extras = self.policy(params, tokens, positions, empty, attend, ffn)
@@ -240,6 +248,9 @@ class Verbs:
             experts = jnp.moveaxis(extras[ROUTED], 0, 2).astype(self.experts_dtype)
             experts = constrain(experts, self.policy.mesh, *(None,) * experts.ndim)
         return Prefixes(kv, true_length, experts)
+
+    def _with(self, attend: Attend, recur: Recur) -> Attend:
+        return Hybrid(attend, recur) if self.layout.linear else attend
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def insert(self, state: DecodeState, prefixes: Prefixes, rows: jax.Array) -> DecodeState:
@@ -285,6 +296,14 @@ class Verbs:
         def choose(new, old):
             return jnp.where(fresh.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
+        if self.layout.linear:
+            starts = fresh & (_age(slots) == 0)
+            *others, memory = state.own
+            of_prompts = state.prefix.kv[-1]
+            memory = state_store.begun(
+                memory, of_prompts, starts, slots.row, lead=self.lead, mesh=self.policy.mesh
+            )
+            state = state._replace(own=(*others, memory))
         return state._replace(slots=jax.tree.map(choose, slots, state.slots), members=members)
 
     # --- generate
@@ -383,10 +402,9 @@ class Verbs:
     def _forward(self, params, state: DecodeState):
         """Hidden states [B, D] of the slots' tokens, the ring with what they add to it, extras."""
         slots, layout = state.slots, self.layout
-        age = slots.generated if slots.before is None else slots.generated - slots.before
         view = View(
             position=slots.position,
-            age=jnp.where(slots.active, age, -1),
+            age=jnp.where(slots.active, _age(slots), -1),
             column=state.column,
             row=slots.row,
             rank=slots.rank,
@@ -414,6 +432,16 @@ class Verbs:
             )
             return out[:, None], own
 
+        def recur(inputs, layer, own):
+            store = kv_cache.of_kind(own, layer)
+            old = state_store.read(store, layer.at)
+            out, new = linear_attention.step(inputs, old)
+            # A sample that has ended may go on later, so its state must stay as it is.
+            kept = state_store.where_rows(slots.active, new, old)
+            store = state_store.write(store, layer.at, kept)
+            return out, kv_cache.with_kind(own, layer, store)
+
+        attend = self._with(attend, recur)
         tokens, positions = slots.token[:, None], slots.position[:, None]
         ffn = self.policy.ffn(slots.active[:, None])
         hidden, own, extras = self.policy(params, tokens, positions, state.own, attend, ffn)
@@ -446,6 +474,8 @@ class Verbs:
         axes = jax.tree.map(lambda axis: axis + self.lead, self.layout.column_axes())
 
         def of_layer(layer):
+            if state_store.is_memory(layer):
+                return layer  # it has no columns
             return jax.tree.map(change, layer, axes)
 
         return self.sharded(jax.tree.map(of_layer, kv, is_leaf=kv_cache.is_layers))
@@ -520,6 +550,11 @@ class Verbs:
         slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)
         return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
+
+
+def _age(slots: Slots) -> jax.Array:
+    """[B] int32, the tokens that each slot's sample has fed in its slot."""
+    return slots.generated if slots.before is None else slots.generated - slots.before
 
 
 def _platform(policy: Policy) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adpo_jax.hf import gemma4, llama4
+from adpo_jax.hf import gemma4, llama4, qwen_hybrid
 from adpo_jax.hf.families import (
     ACTIVATION_NAMES,
     COMMON,
@@ -77,7 +77,12 @@ KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "
 
 
 # The fields of `ModelConfig` that a family alone has.
-FIELDS = {"gemma4_text": gemma4.fields, "llama4_text": llama4.fields}
+FIELDS = {
+    "gemma4_text": gemma4.fields,
+    "llama4_text": llama4.fields,
+    "qwen3_next": qwen_hybrid.fields,
+    "qwen3_5_text": qwen_hybrid.fields,
+}
 WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
 

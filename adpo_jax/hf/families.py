@@ -35,8 +35,8 @@ class Family:
       quantized: the `quant_method` of weights that are read, as bfloat16.
       exported: keys that say what lies in a folder beside the model, or in what form, with their
         values in an export; None leaves a key out.
-      further_layers: whether a folder may hold layers behind the last one, which predict further
-        tokens and are not read.
+      further_layers: whether a folder may hold layers behind the last one, or some named "mtp",
+        which predict further tokens and are not read.
     """
 
     architecture: str
@@ -155,6 +155,29 @@ QWEN_MOE = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
+
+# Of Qwen3-Next and Qwen3.5: a period of layers ends with one of full attention.
+QWEN_HYBRID = {
+    **COMMON,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32_768,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.25,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+FULL_AND_LINEAR = ("full_attention", "linear_attention")
+
+
+def _all_but_every_nth_is_linear(c: Settings, layer: int) -> bool:
+    return (layer + 1) % c["full_attention_interval"] != 0
+
 
 FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(
@@ -533,6 +556,42 @@ FAMILIES: Mapping[str, Family] = {
         exported={"num_nextn_predict_layers": 0, "num_mtp_layers": None},
         further_layers=True,
     ),
+    # What the two have besides is in `qwen_hybrid.py`.
+    "qwen3_next": Family(
+        "Qwen3NextForCausalLM",
+        {
+            **QWEN_HYBRID,
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+        },
+        slides=_all_but_every_nth_is_linear,
+        kinds=FULL_AND_LINEAR,
+        further_layers=True,
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5ForCausalLM",
+        {
+            **QWEN_HYBRID,
+            "num_key_value_heads": 4,
+            "attn_output_gate": True,
+            "mamba_ssm_dtype": None,
+            # Of layers that predict further tokens, which are not read.
+            "mtp_num_hidden_layers": 0,
+            "mtp_use_dedicated_embeddings": False,
+        },
+        slides=_all_but_every_nth_is_linear,
+        kinds=FULL_AND_LINEAR,
+        # Text has one position for all three sections of the rope.
+        rope_keys=frozenset({"mrope_section", "mrope_interleaved"}),
+        exported={"mtp_num_hidden_layers": None, "mtp_use_dedicated_embeddings": None},
+        further_layers=True,
+    ),
 }
 # What transformers takes for the number of experts, under any of its names.
 NUM_EXPERTS = {
@@ -542,6 +601,7 @@ NUM_EXPERTS = {
     "olmoe": 64,
     "gpt_oss": 128,
     "glm4_moe": 128,
+    "qwen3_next": 512,
 }
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
 NUMBERS = (
@@ -571,7 +631,12 @@ COUNTS = (
     "first_k_dense_replace",
 )
 # Counts that something is divided by.
-PERIODS = ("sliding_window_pattern", "no_rope_layer_interval", "floor_scale")
+PERIODS = (
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+    "floor_scale",
+    "full_attention_interval",
+)
 SWITCHES = (
     "tie_word_embeddings",
     "attention_bias",
@@ -585,6 +650,7 @@ SWITCHES = (
     "attn_temperature_tuning",
     "use_double_wide_mlp",
     "enable_moe_block",
+    "attn_output_gate",
 )
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
@@ -613,6 +679,10 @@ LARGEST = {
     "n_shared_experts": 1 << 10,
     "n_group": 1 << 16,
     "topk_group": 1 << 16,
+    "linear_num_key_heads": 1 << 14,
+    "linear_num_value_heads": 1 << 14,
+    "linear_key_head_dim": 1 << 14,
+    "linear_value_head_dim": 1 << 14,
 }
 MOST_OF_ANY = 1_000_000  # layers, heads or labels
 MOST_PARAMETERS = 10**14
@@ -638,6 +708,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", ("gemma3_text",), ties=True),
     "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), ties=True),
     "llama4": Wrapper("Llama4ForConditionalGeneration", ("llama4_text",), ties=False),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), ties=False),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3", "ministral")),
 }
 SUPPORTED_MODEL_TYPES = (*FAMILIES, *WRAPPERS)

@@ -23,7 +23,7 @@ from adpo_jax.hf.config import check_counts
 from adpo_jax.hf.families import FAMILIES, WRAPPERS
 from adpo_jax.hf.files import is_plain_name, read_json, size_of
 from adpo_jax.hf.safetensors_files import Checkpoint, read_header
-from adpo_jax.hf.tensors import VISION, WRAPPED_PREFIXES, layer_of
+from adpo_jax.hf.tensors import FURTHER, VISION, WRAPPED_PREFIXES, layer_of
 from adpo_jax.model.model_config import ModelConfig
 
 # The files that a language model needs; a hub repository may have other formats beside them.
@@ -163,8 +163,11 @@ def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: 
     checkpoint = Checkpoint(weight_files(folder))
     if model_type in WRAPPERS:
         checkpoint.rename(WRAPPED_PREFIXES, drop=VISION)
-    if model_type in FAMILIES and FAMILIES[model_type].further_layers:
-        checkpoint.forget(lambda name: layer_of(name) >= config.num_layers)
+    text_types = WRAPPERS[model_type].text_types if model_type in WRAPPERS else (model_type,)
+    if any(FAMILIES[kind].further_layers for kind in text_types):
+        checkpoint.forget(
+            lambda name: name.startswith(FURTHER) or layer_of(name) >= config.num_layers
+        )
     return weights.load(config, abstract_params, checkpoint)
 
 

@@ -25,8 +25,10 @@ WRAPPED_PREFIXES = {
 }
 VISION = re.compile(
     r"^(model\.)?(vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio|"
-    r"vision_model)\."
+    r"vision_model|visual)\."
 )
+# Layers that predict further tokens, in files of Qwen.
+FURTHER = "mtp."
 # What files of Gemma 4 hold of layers that take the keys and values of others.
 KEYS_AND_VALUES = re.compile(r"^model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.")
 

@@ -23,10 +23,10 @@ MASKED = -1e30
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Where a layer's keys and values lie, in a model whose layers differ in their shapes.
+    """Where a layer's memory lies, in a model whose layers are of two kinds.
 
     Attributes:
-      kind: 0 for layers with a window, 1 for those without; each kind has a store of its own.
+      kind: as of `ModelConfig.kind_of`; each kind has a store of its own.
       written: whether the layer has keys and values of its own. Else it reads those of an earlier
         layer of its kind.
     """

@@ -33,6 +33,7 @@ from adpo_jax.model import cpu, parameters, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.layers import gated, project, rms_norm, unit_rms
+from adpo_jax.model.linear_attention import Hybrid, Inputs
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 
@@ -138,11 +139,16 @@ def attention(
     mesh, interleaved = weights.mesh, weights.config.rope_interleaved
     if not layer.writes:
         return _attention_to_shared_keys(weights, x, layer, rope_tables, cache, attend)
-    if weights.has("v"):
+    if weights.has("gated_q"):
+        q, k, v = weights.dense_each(x, "gated_q", "k", "v")
+    elif weights.has("v"):
         q, k, v = weights.dense_each(x, "q", "k", "v")
     else:
         q, k = weights.dense_each(x, "q", "k")
         v = k
+    gate = None
+    if weights.config.gated_attention:
+        q, gate = jnp.split(q, 2, axis=-1)
     if weights.config.value_norm:
         v = unit_rms(v, weights.config.norm_eps)
     q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
@@ -161,7 +167,40 @@ def attention(
     if weights.config.attention_sinks:
         layer = layer._replace(sinks=weights.params["sinks"])
     attended, cache = attend(q, k, v, layer, cache)
+    if gate is not None:
+        attended = attended * jax.nn.sigmoid(gate)
     return weights.dense(attended, "o"), cache
+
+
+@jax.named_scope("linear_attention")
+def linear_attention(weights: LayerWeights, x: jax.Array, layer: LayerInfo, cache, attend: Hybrid):
+    """Gated DeltaNet of x [B, T, D]; returns (out [B, T, D], cache)."""
+    c, mesh, params = weights.config, weights.mesh, weights.params
+    q, k, v, z, b, a = _linear_products(weights, x)
+    q, k, v = (constrain(y, mesh, "batch", "length", "heads", None) for y in (q, k, v))
+    b, a = b.astype(jnp.float32), a.astype(jnp.float32)
+    rate = jnp.exp(params["linear_log_decay"].astype(jnp.float32))
+    log_decay = -rate * jax.nn.softplus(a + params["linear_step_bias"].astype(jnp.float32))
+    taps = (params[f"linear_conv_{name}"][..., 0, :] for name in ("q", "k", "v"))
+    inputs = Inputs(q, k, v, log_decay, jax.nn.sigmoid(b), *taps)
+    out, cache = attend.recur(inputs, layer, cache)
+    out = rms_norm(out, params["linear_norm"], c.norm_eps, False)
+    out = out * jax.nn.silu(z.astype(jnp.float32)).astype(out.dtype)
+    return weights.dense(out, "linear_out"), cache
+
+
+def _linear_products(weights: LayerWeights, x: jax.Array) -> list[jax.Array]:
+    """Queries, keys [B, T, N, n], values, gates [B, T, M, m], and two numbers a value head."""
+    linear = weights.config.linear_attention
+    if not linear.fused:
+        names = ("q", "k", "v", "z", "b", "a")
+        return [weights.dense(x, f"linear_{name}") for name in names]
+    n, width = linear.key_dim, linear.sharing * linear.value_dim
+    ends = (n, 2 * n, 2 * n + width)
+    q, k, v, z = jnp.split(weights.dense(x, "linear_qkvz"), ends, axis=-1)
+    b, a = jnp.split(weights.dense(x, "linear_ba"), 2, axis=-1)
+    v, z = (y.reshape(*x.shape[:2], linear.num_value_heads, linear.value_dim) for y in (v, z))
+    return [q, k, v, z, *(y.reshape(*x.shape[:2], linear.num_value_heads) for y in (b, a))]
 
 
 def _attention_to_shared_keys(weights: LayerWeights, x, layer, rope_tables, cache, attend: Attend):
@@ -193,7 +232,10 @@ def transformer_layer(
 ):
     """One block of hidden states [B, T, D]; returns (hidden [B, T, D], cache, extras)."""
     normed = weights.norm(x, "attn_norm")
-    attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
+    if weights.has("linear_out"):
+        attended, cache = linear_attention(weights, normed, layer, cache, attend)
+    else:
+        attended, cache = attention(weights, normed, layer, rope_tables, cache, attend)
     x = x + weights.to_residual(attended, "attn_post_norm")
     x = constrain(x, weights.mesh, "batch", "length", None)
     fed, extras = _fed(weights, x, layer, ffn)
@@ -268,7 +310,8 @@ def decoder(
       tokens, positions: [B, T] int32.
       cache: a pytree that `attend` keeps between calls; where layers run one by one, it may be a
         tuple with one entry a layer.
-      attend: decides what each layer's queries attend to, and where keys and values are kept.
+      attend: decides what each layer's queries attend to, and where keys and values are kept; a
+        `Hybrid` for a model with layers of linear attention.
       ffn: the part of each layer after attention; None for the model's own. Layers that have an
         MLP in place of the mixture keep it, and so do those that have it beside the mixture, where
         `ffn` gets hidden states without a norm.

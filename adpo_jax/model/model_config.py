@@ -120,6 +120,52 @@ class GlobalLayers:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearAttention:
+    """The layers of linear attention, Gated DeltaNet, beside those of full attention (Qwen3-Next).
+
+    Attributes:
+      layers: for each layer of the model, whether it is one of them.
+      num_key_heads, key_dim: of queries and keys.
+      num_value_heads, value_dim: of values; so many value heads share a key head.
+      taps: tokens that the convolution of queries, keys and values sees, the last one included.
+      fused: whether, on disk, one tensor holds the weights of queries, keys, values and gates by
+        key head, and one those of the two numbers of each value head (Qwen3-Next, not Qwen3.5).
+    """
+
+    layers: tuple[bool, ...]
+    num_key_heads: int
+    key_dim: int
+    num_value_heads: int
+    value_dim: int
+    taps: int
+    fused: bool
+
+    def __post_init__(self):
+        if self.num_value_heads % self.num_key_heads:
+            raise ValueError(
+                f"the {self.num_value_heads} value heads of linear attention are not a multiple of "
+                f"its {self.num_key_heads} key heads"
+            )
+        if all(self.layers):
+            raise ValueError("a model of linear attention needs a layer of full attention too")
+
+    @property
+    def sharing(self) -> int:
+        """The value heads of a key head."""
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def group_size(self) -> int:
+        """Queries, keys, values and gates of a key head."""
+        return 2 * self.key_dim + 2 * self.sharing * self.value_dim
+
+    @property
+    def group_numbers(self) -> int:
+        """Numbers of a key head that say how much is written and how much decays."""
+        return 2 * self.sharing
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The architecture of a decoder.
 
@@ -166,6 +212,9 @@ class ModelConfig:
       mlp_module: the module of a checkpoint that holds the MLP.
       layer_scalar: whether the result of each layer is multiplied by a number of the checkpoint,
         which is not trained (Gemma 4).
+      linear_attention: the layers of linear attention; None for a model without.
+      gated_attention: whether a gate of each query multiplies what full attention gives
+        (Qwen3-Next). The two have one weight.
     """
 
     vocab_size: int
@@ -214,6 +263,8 @@ class ModelConfig:
     chunks: tuple[int | None, ...] = ()
     qk_unit_norm: bool = False
     mlp_module: str = "mlp"
+    linear_attention: LinearAttention | None = None
+    gated_attention: bool = False
 
     def __post_init__(self):
         if not isinstance(self.activation, ClampedGate) and self.activation not in ACTIVATIONS:
@@ -230,6 +281,7 @@ class ModelConfig:
                 "layers' num_kv_heads"
             )
         assert self.global_layers or not self.shared_kv_layers
+        assert not (self.global_layers and self.linear_attention)
 
     @property
     def one(self) -> int:
@@ -243,6 +295,11 @@ class ModelConfig:
         return tuple(i for i in each if i not in self.mlp_layers)
 
     @property
+    def gated_query_size(self) -> int:
+        """Outputs for a head of the weight of queries and gates; gates are the second half."""
+        return 2 * self.head_dim
+
+    @property
     def num_mixtures(self) -> int:
         return len(self.mixture_layers)
 
@@ -254,7 +311,7 @@ class ModelConfig:
     @property
     def in_periods(self) -> bool:
         """Whether layers have different parameters in turn, so that a scan runs periods of them."""
-        return self.global_layers is not None or not self.mlps_first
+        return self.has_two_kinds or not self.mlps_first
 
     @property
     def per_layer_width(self) -> int:
@@ -272,11 +329,24 @@ class ModelConfig:
             index=np.arange(self.num_layers, dtype=np.int32),
             window=np.array(windows, np.int32),
             rope=np.array(self.layer_ropes, np.int32),
-            place=np.array(self._places, np.int32) if self.global_layers else None,
+            place=np.array(self._places, np.int32) if self.has_two_kinds else None,
             chunk=np.array(chunks, np.int32) if chunks else None,
         )
 
-    # --- layers of two shapes
+    # --- layers of two kinds
+
+    @property
+    def has_two_kinds(self) -> bool:
+        """Whether layers have two shapes of heads, or full and linear attention."""
+        return bool(self.global_layers or self.linear_attention)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer has linear attention."""
+        return self.linear_attention is not None and self.linear_attention.layers[layer]
+
+    def kind_of(self, layer: int) -> int:
+        """0 for the kind of layers that the plain fields describe, 1 for the other one."""
+        return int(self.is_global(layer) or self.is_linear(layer))
 
     def is_global(self, layer: int) -> bool:
         """Whether a layer has the shapes of `global_layers`."""
@@ -288,15 +358,15 @@ class ModelConfig:
 
     @property
     def stores(self) -> tuple[Store | None, ...]:
-        """Where the keys and values of each layer lie; None where all layers have one shape."""
-        if not self.global_layers:
+        """Where the memory of each layer lies; None where all layers are of one kind."""
+        if not self.has_two_kinds:
             return (None,) * self.num_layers
         each = range(self.num_layers)
-        return tuple(Store(int(self.is_global(i)), self.has_own_keys(i)) for i in each)
+        return tuple(Store(self.kind_of(i), self.has_own_keys(i)) for i in each)
 
     @property
     def _places(self) -> list[int]:
-        """The place of each layer's keys and values among those of its kind."""
+        """The place of each layer's memory among those of its kind."""
         counts, places = [0, 0], []
         for store in self.stores:
             counts[store.kind] += store.written
@@ -305,9 +375,10 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[tuple[int, int, int], ...]:
-        """(layers with keys of their own, num_kv_heads, head_dim) of each kind of layer."""
+        """(layers with keys of their own, num_kv_heads, head_dim) of each kind that has keys."""
         if not self.global_layers:
-            return ((self.num_layers, self.num_kv_heads, self.head_dim),)
+            full = self.num_layers - sum(map(self.is_linear, range(self.num_layers)))
+            return ((full, self.num_kv_heads, self.head_dim),)
         counts = collections.Counter(store.kind for store in self.stores if store.written)
         other = self.global_layers
         return (

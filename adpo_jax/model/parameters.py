@@ -10,7 +10,10 @@ key/value heads, h head dimension, F width of the MLP, R rank of an adapter, E e
 an expert, S width of the shared expert, 1 a single number; of layers without a window where they
 differ, G key/value heads, g head dimension; W width of the MLP of layers that share keys; of the
 embeddings for each layer, U vocabulary, P width (p of a vector), Q width of all layers (q not
-split). Parameters of a layer have a leading axis of the layers, which the rows leave out.
+split); j outputs for a head of queries that have gates; of linear attention, N key heads, n key
+dimension, M value heads, m value dimension, t taps of the convolution, X and Y what a key head has
+of a fused weight. Parameters of a layer have a leading axis of the layers, which the rows leave
+out.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from adpo_jax.model.model_config import ModelConfig
 
@@ -53,6 +57,14 @@ AXES = {
     "p": Axis("per_layer_size", "norm"),
     "Q": Axis("per_layer_width", "embed"),
     "q": Axis("per_layer_width", None),
+    "j": Axis("gated_query_size", "head_dim"),
+    "N": Axis("linear_attention.num_key_heads", "heads"),
+    "n": Axis("linear_attention.key_dim", "head_dim"),
+    "M": Axis("linear_attention.num_value_heads", "heads"),
+    "m": Axis("linear_attention.value_dim", "head_dim"),
+    "t": Axis("linear_attention.taps", None),
+    "X": Axis("linear_attention.group_size", None),
+    "Y": Axis("linear_attention.group_numbers", None),
 }
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
@@ -68,6 +80,15 @@ def _zeros(config: ModelConfig) -> Initializer:
 
 def _ones(config: ModelConfig) -> Initializer:
     return nn.initializers.ones
+
+
+def _log_uniform(config: ModelConfig) -> Initializer:
+    """The initializer of the logs of decays, as transformers draws them."""
+
+    def draw(key, shape, dtype):
+        return jnp.log(jax.random.uniform(key, shape, minval=0.01, maxval=16.0)).astype(dtype)
+
+    return draw
 
 
 def _identity(config: ModelConfig) -> Initializer:
@@ -105,7 +126,8 @@ class Parameter:
         Where layers without a window have other shapes, "local" are those with one and "global"
         those without; "local_kv" and "global_kv" are those of them that have keys of their own.
         "shared" are the layers without. Where a layer has a row of a wider MLP or of the global
-        layers, its name is that of the plain row behind a prefix of `PREFIXES`.
+        layers, its name is that of the plain row behind a prefix of `PREFIXES`. "linear" are those
+        of linear attention, beside which the "local" ones are all others.
     """
 
     name: str
@@ -161,6 +183,9 @@ class Parameter:
             last -= config.shared_kv_layers if self.layers.endswith("_kv") else 0
             is_global = self.layers.startswith("global")
             return tuple(i for i in range(last) if config.is_global(i) == is_global)
+        elif self.layers.startswith(("local", "linear")) and config.linear_attention:
+            is_linear = self.layers == "linear"
+            return tuple(i for i in range(last) if config.is_linear(i) == is_linear)
         return range(first, last)
 
     @property
@@ -219,6 +244,10 @@ def _separate_qkv(config: ModelConfig) -> bool:
     return not config.fused_qkv
 
 
+def _plain_q(config: ModelConfig) -> bool:
+    return not config.fused_qkv and not config.gated_attention
+
+
 def _expert(name: str, axes: str, hf_name: str, hf_axes: str, **settings) -> Parameter:
     """A row of a mixture, in the layers that have one."""
     return Parameter(name, axes, hf_name, hf_axes, layers="mixture", **settings)
@@ -258,6 +287,22 @@ def _per_layer(config: ModelConfig) -> bool:
     return config.per_layer_size > 0
 
 
+def _linear(name: str, axes: str, hf_name: str, hf_axes: str, **settings) -> Parameter:
+    """A row of linear attention; `fused` says which form on disk has it, where one alone has."""
+    fused = settings.pop("fused", None)
+
+    def has(config: ModelConfig) -> bool:
+        linear = config.linear_attention
+        return linear is not None and fused in (None, linear.fused)
+
+    name, hf_name = f"linear_{name}", f"linear_attn.{hf_name}"
+    return Parameter(name, axes, hf_name, hf_axes, when=has, layers="linear", **settings)
+
+
+_FUSED: dict[str, Any] = {"fused": True, "adapter_inputs": 1}
+_SEPARATE: dict[str, Any] = {"fused": False, "adapter_inputs": 1}
+# A number for each head, with which the arithmetic is float32.
+_OF_HEAD: dict[str, Any] = {"decays": False, "wide": True}
 _LOCAL: dict[str, Any] = {"layers": "local"}
 _LOCAL_KV: dict[str, Any] = {"layers": "local_kv"}
 _MLP: dict[str, Any] = {"when": _has_mlp, "layers": "mlp"}
@@ -303,7 +348,7 @@ TOP = (
 )
 LAYER = (
     _norm("attn_norm", "d", "input_layernorm.weight", when=lambda c: c.pre_norms),
-    _input("q", "DHh", "self_attn.q_proj", "Hh D", joined="qkv", when=_separate_qkv, **_LOCAL),
+    _input("q", "DHh", "self_attn.q_proj", "Hh D", joined="qkv", when=_plain_q, **_LOCAL),
     _input("k", "DKh", "self_attn.k_proj", "Kh D", joined="qkv", when=_separate_qkv, **_LOCAL_KV),
     _input("v", "DKh", "self_attn.v_proj", "Kh D", joined="qkv", when=_separate_qkv, **_LOCAL_KV),
     # Rows with one tensor are its parts, in this order.
@@ -526,9 +571,33 @@ LAYER = (
             ("experts_post_norm", "post_feedforward_layernorm_2"),
         )
     ),
+    _input(
+        "gated_q",
+        "DHj",
+        "self_attn.q_proj",
+        "Hj D",
+        when=lambda c: c.gated_attention,
+        **_LOCAL,
+    ),
+    _linear("qkvz", "DNX", "in_proj_qkvz.weight", "NX D", **_FUSED),
+    _linear("ba", "DNY", "in_proj_ba.weight", "NY D", **_FUSED),
+    _linear("q", "DNn", "in_proj_qkv.weight", "Nn D", **_SEPARATE),
+    _linear("k", "DNn", "in_proj_qkv.weight", "Nn D", **_SEPARATE),
+    _linear("v", "DMm", "in_proj_qkv.weight", "Mm D", **_SEPARATE),
+    _linear("z", "DMm", "in_proj_z.weight", "Mm D", **_SEPARATE),
+    _linear("b", "DM", "in_proj_b.weight", "M D", **_SEPARATE),
+    _linear("a", "DM", "in_proj_a.weight", "M D", **_SEPARATE),
+    _linear("conv_q", "Nn1t", "conv1d.weight", "Nn 1 t", wide=True),
+    _linear("conv_k", "Nn1t", "conv1d.weight", "Nn 1 t", wide=True),
+    _linear("conv_v", "Mm1t", "conv1d.weight", "Mm 1 t", wide=True),
+    _linear("log_decay", "M", "A_log", "M", init=_log_uniform, **_OF_HEAD),
+    _linear("step_bias", "M", "dt_bias", "M", init=_ones, **_OF_HEAD),
+    _linear("norm", "m", "norm.weight", "m", init=_ones, **_OF_HEAD),
+    _linear("out", "MmD", "out_proj.weight", "D Mm", adapter_inputs=2),
 )
-# What stands before the name of a row that takes the place of another one in some layers.
-PREFIXES = ("global_", "wide_")
+# What stands before the name of a row that takes the place of another one, in some layers or in
+# models with gates.
+PREFIXES = ("global_", "wide_", "gated_")
 
 # The place of a parameter in the tree: ("embed",) or ("layers", "q").
 Path = tuple[str, ...]
@@ -552,8 +621,8 @@ def runs_of_layers(config: ModelConfig) -> list[Run]:
 
     Layers with keys of their own come before those that share keys, and those with an MLP may come
     before those with a mixture. Where layers of other parameters take turns, with and without a
-    window or with a mixture and without, the period of a run is that of their pattern, and layers
-    that do not complete a period are a run of their own.
+    window, of full and of linear attention, or with a mixture and without, the period of a run is
+    that of their pattern, and layers that do not complete a period are a run of their own.
     """
     last, mlps = config.num_layers, config.mlp_layers if config.mlps_first else ()
     cuts = sorted({0, len(mlps), last - config.shared_kv_layers, last})
@@ -562,7 +631,7 @@ def runs_of_layers(config: ModelConfig) -> list[Run]:
         return [Run(part, 1) for part in parts]
     runs, mixtures = [], config.mixture_layers
     for part in parts:
-        kinds = [(config.is_global(i), i in mixtures) for i in part]
+        kinds = [(config.kind_of(i), i in mixtures) for i in part]
         period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
         whole = len(part) // period * period
         runs.append(Run(part[:whole], period))

@@ -1,9 +1,10 @@
-"""Layers of two shapes in turn, and layers that take the keys and values of earlier ones.
+"""Layers of two kinds in turn, and layers that take the keys and values of earlier ones.
 
 Layers without a window may have other heads than those with one (`ModelConfig.global_layers`, Gemma
-4), and a layer with an MLP may follow each with a mixture of experts (`ModelConfig.mlp_layers`,
-Llama 4), so that no scan runs them all: a step of a scan runs one period of their pattern. The last
-layers may have no keys and values of their own (`ModelConfig.shared_kv_layers`, Gemma 4).
+4), layers may have linear attention (`ModelConfig.linear_attention`, Qwen3-Next), and a layer with
+an MLP may follow each with a mixture of experts (`ModelConfig.mlp_layers`, Llama 4), so that no scan
+runs them all: a step of a scan runs one period of their pattern. The last layers may have no keys
+and values of their own (`ModelConfig.shared_kv_layers`, Gemma 4).
 
 Letters: B batch, T tokens, L layers, P width of a layer's own embeddings.
 """
@@ -47,7 +48,7 @@ def no_keys_yet(config: ModelConfig, shape: tuple[int, int], dtype, mesh: Mesh |
 def scan_periods(
     config: ModelConfig, run_layer, carry, layers, info: LayerInfo, of_layers, recomputed
 ):
-    """The scans of the decoder over layers of two shapes; a step of a scan is one period of them.
+    """The scans of the decoder over layers of two kinds; a step of a scan is one period of them.
 
     Args:
       run_layer: (carry, layer's parameters, `LayerInfo`) -> (carry, extras).

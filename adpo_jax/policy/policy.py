@@ -21,12 +21,18 @@ from jax.sharding import Mesh
 from adpo_jax.devices import host_memory, sharding
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
-from adpo_jax.model import attention_choice, attention_kernels, parameters
+from adpo_jax.model import (
+    attention_choice,
+    attention_kernels,
+    linear_attention,
+    parameters,
+)
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Use
 from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
 from adpo_jax.model.decoder import REMAT_POLICIES, Ffn, decoder, head_logits
 from adpo_jax.model.head import token_log_probs
+from adpo_jax.model.linear_attention import Hybrid
 from adpo_jax.model.lora import Lora, join, split
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
@@ -369,13 +375,28 @@ class Policy:
 
     def self_attention(self, positions: jax.Array, segments: jax.Array) -> Attend:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
-        name = self._attention_of(ROWS)
-        return attention_kernels.self_attention(name, self.attention_settings, positions, segments)
+        name, settings = self._attention_of(ROWS), self.attention_settings
+        attend = attention_kernels.self_attention(name, settings, positions, segments)
+        return self.of_rows(attend, segments)
 
-    def stream_attention(self, stream: Stream) -> Attend:
-        """Attention of a packed stream to itself, for the training forward."""
+    def of_rows(self, attend: Attend, segments: jax.Array) -> Attend:
+        """An attention of rows without a cache, with linear attention if the model has it."""
+        if not self.config.linear_attention:
+            return attend
+        return Hybrid(attend, linear_attention.rows(segments, self.mesh))
+
+    def stream_attention(self, stream: Stream, num_prompt: int) -> Attend:
+        """Attention of a packed stream to itself, for the training forward.
+
+        Args:
+          num_prompt: places of prompts in a stream. If the model has linear attention, prompts and
+            completions must start at multiples of `linear_attention.chunk_of(tile)`.
+        """
         name = self._attention_of(STREAMS)
-        return attention_kernels.stream_attention(name, self.attention_settings, stream)
+        attend = attention_kernels.stream_attention(name, self.attention_settings, stream)
+        if not self.config.linear_attention:
+            return attend
+        return Hybrid(attend, linear_attention.stream(stream, num_prompt, self.mesh))
 
     def _attention_of(self, use: Use) -> str:
         settings = self.attention_settings

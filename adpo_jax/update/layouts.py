@@ -232,8 +232,10 @@ class PackedMicro(NamedTuple):
 
     def hidden_and_targets(self, policy: Policy, params):
         streams = self.streams
+        self.layout.batch.check_starts(policy.config)
         attend = policy.stream_attention(
-            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles - 1)
+            Stream(streams.positions, streams.segments, streams.prompts, streams.key_tiles - 1),
+            num_prompt=streams.tokens.shape[1] - streams.targets.shape[1],
         )
         hidden, _, extras = policy(
             params, streams.tokens, streams.positions, attend=attend, ffn=self._ffn(policy)

@@ -33,7 +33,14 @@ from adpo_jax.update import TrainState
 from adpo_jax.update import anchor as anchor_lib
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.optimizer import steps_taken
-from adpo_jax.update.packing import PackedBatch, Packing, Sizes, balanced, tile_of
+from adpo_jax.update.packing import (
+    PackedBatch,
+    Packing,
+    Sizes,
+    balanced,
+    starts_of,
+    tile_of,
+)
 from adpo_jax.update.plan import BatchPlan
 
 Ragged = list[list[np.ndarray]]
@@ -160,6 +167,8 @@ class Learner:
         check_experts(self.policy.config, sequences)
         plan, G = self.plan, sequences.lengths.shape[1]
         num_shards = BatchSharding(self.policy.mesh).num_shards
+        tile = tile_of(self.policy.attention_settings.platform, plan.completion_length)
+        models = (self.policy.config, *(policy.config for policy in self.fixed.values()))
         packing = Packing(
             sequences,
             # The anchor's forward over all mini-batches takes no more memory than an update.
@@ -167,8 +176,9 @@ class Learner:
             full_length=plan.completion_length,
             num_shards=num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
-            tile=tile_of(self.policy.attention_settings.platform, plan.completion_length),
+            tile=tile,
             sizes=self.sizes.of(program) if program else None,
+            starts=starts_of(models, tile),
         )
         names = ("sampler", *sequences.log_probs)
         batch = packing.abstract(names) if abstract else packing.batch(sequences)

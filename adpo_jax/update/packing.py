@@ -29,6 +29,8 @@ import flax.struct
 import jax
 import numpy as np
 
+from adpo_jax.model.linear_attention import chunk_of
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.records import Batch, Sequences
 
 # Tokens of an attention tile. On an H200 tiles of 128 are no faster. Forward and the gradients of
@@ -54,6 +56,11 @@ def tile_of(platform: str, full_length: int) -> int:
     if platform != "tpu":
         return TILE
     return TPU_TILE if full_length >= 2 * TPU_TILE else TPU_TILE // 2
+
+
+def starts_of(configs: Iterable[ModelConfig], tile: int) -> int:
+    """Where segments must start in streams that run through these models, as `Packing` takes it."""
+    return chunk_of(tile) if any(config.linear_attention for config in configs) else 1
 
 
 class Size(NamedTuple):
@@ -192,6 +199,7 @@ class PackedBatch:
       experts: [B, M, N, L, k] uint16, 1 + the experts that the sampler took in each place, those of
         prompts included, 0 where it is not known; None where the router chooses everywhere.
       whole_groups: whether all completions of a prompt lie in one micro-batch.
+      starts: prompts and completions start at multiples of so many places.
     """
 
     micro: Micro
@@ -203,6 +211,21 @@ class PackedBatch:
     group_size: int = flax.struct.field(pytree_node=False)
     whole_groups: bool = flax.struct.field(pytree_node=False, default=False)
     experts: np.ndarray | None = None
+    starts: int = flax.struct.field(pytree_node=False, default=1)
+
+    def check_starts(self, config: ModelConfig) -> None:
+        """Refuses streams whose segments start where linear attention of a model cannot.
+
+        Raises:
+          ValueError: naming the argument of `Packing`.
+        """
+        tile = self.micro.tokens.shape[-1] // self.micro.key_tiles.shape[-2]
+        if config.linear_attention and self.starts % chunk_of(tile):
+            raise ValueError(
+                "a model with linear attention needs segments that start at multiples of "
+                f"{chunk_of(tile)} places; these start at multiples of {self.starts}. Pack them "
+                f"with starts={chunk_of(tile)}, or use the layout of rows"
+            )
 
 
 def pack(sequences: Sequences | Batch, **options) -> PackedBatch:
@@ -246,6 +269,8 @@ class Packing:
       sizes: sizes to prefer where they waste little; the size that is used is added. None for the
         smallest size that there is.
       size: the size of the streams, which must hold what is `needed`; None to choose one.
+      starts: prompts and completions start at multiples of so many places, a part of a tile, as
+        linear attention wants it (`starts_of`).
 
     Raises:
       ValueError: when the prompts do not spread over the streams, or a group does not fit in a
@@ -265,6 +290,7 @@ class Packing:
         tile: int = TILE,
         sizes: list[Size] | None = None,
         size: Size | None = None,
+        starts: int = 1,
     ):
         lengths_PG = sequences.lengths
         P, G = lengths_PG.shape
@@ -285,13 +311,22 @@ class Packing:
                 f"{G}; pass completions_per_micro of at least {G}, or whole_groups=False"
             )
         self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
-        self.tile = tile
+        self.tile, self.starts = tile, starts
+        assert tile % starts == 0
         shards = np.split(np.arange(P), num_shards)
 
         def streams_of(budget: int) -> list[list[_Stream]]:
             return [
                 [
-                    _Stream(pieces, int(rows[0]), prompt_lengths_P, lengths_PG, share_prompts, tile)
+                    _Stream(
+                        pieces,
+                        int(rows[0]),
+                        prompt_lengths_P,
+                        lengths_PG,
+                        share_prompts,
+                        tile,
+                        starts,
+                    )
                     for pieces in _cut(costs_PG, rows, budget, whole_groups)
                 ]
                 for rows in shards
@@ -391,6 +426,7 @@ class Packing:
             num_prompts=self.num_prompts,
             group_size=self.group_size,
             whole_groups=self.whole_groups,
+            starts=self.starts,
         )
 
     def unpacked(self, values_BMC: np.ndarray) -> list[list[np.ndarray]]:
@@ -557,7 +593,9 @@ class _Stream:
         lengths_PG,
         share_prompts: bool,
         tile: int,
+        starts: int,
     ):
+        self.starts = starts
         self.tile, self.first_prompt, self.group_size = tile, first_prompt, lengths_PG.shape[1]
         self.prompts: list[_Segment] = []
         self.completions: list[_Segment] = []
@@ -576,7 +614,7 @@ class _Stream:
     def _start(self, end: int) -> int:
         """Where the next segment starts: at the next tile, if that costs next to nothing."""
         gap = -end % self.tile
-        return end + gap if gap <= self.tile // 16 else end
+        return end + gap if gap <= self.tile // 16 else end + -end % self.starts
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,7 @@ from adpo_jax.losses.imitation import Imitation
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch, Completion, Sequences, make_batch
 from adpo_jax.update import TrainState, make_update
-from adpo_jax.update.packing import PackedBatch, Packing, Size, balanced, tile_of
+from adpo_jax.update.packing import PackedBatch, Packing, Size, balanced, starts_of, tile_of
 
 
 def demonstrations(
@@ -90,6 +90,7 @@ class InStreams:
             "full_length": prompt_length + completion_length,
             "count_prompts": True,
             "tile": self._tile,
+            "starts": starts_of([policy.config], self._tile),
         }
         needed = (Packing(self._step(rows), **self._options).needed for rows in steps)
         self.size = Size(*map(max, zip(*needed))).in_tiles(self._tile)

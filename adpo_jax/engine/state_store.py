@@ -1,0 +1,135 @@
+"""The memory of linear attention in the rollout engine: a state beside keys and values.
+
+A slot's memory is that of all its tokens so far, and a prefix row's that of its prompt without the
+last token. It has rows as keys and values have, but no columns: a sample that starts takes a copy
+of its prompt's (`begun`), and what moves rows of keys and values moves these too.
+
+Letters: B slots, P prefix rows, N key heads, n key dim, M value heads, m value dim, t taps.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adpo_jax.devices.sharding import on_each_device
+from adpo_jax.model.linear_attention import Memory
+
+# All layers of linear attention: a tuple with one entry a layer (unrolled), or one `Memory` of
+# stacked arrays.
+MemoryStore = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """How the memory of linear attention lies.
+
+    Attributes:
+      before: tokens before the present one that the convolution sees.
+      dtype: dtype of the inputs of the convolution; the state is float32.
+      stacked: as of `CacheLayout`.
+    """
+
+    num_layers: int
+    num_key_heads: int
+    key_dim: int
+    num_value_heads: int
+    value_dim: int
+    before: int
+    dtype: Any
+    stacked: bool
+
+    def zeros(self, rows: int) -> MemoryStore:
+        """The memory of rows without tokens."""
+        lead = (self.num_layers,) if self.stacked else ()
+        N, M, n, m = self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim
+
+        def layer() -> Memory:
+            of_key = jnp.zeros((*lead, rows, N, self.before, n), self.dtype)
+            return Memory(
+                state=jnp.zeros((*lead, rows, M, n, m), jnp.float32),
+                q=of_key,
+                k=jnp.zeros_like(of_key),
+                v=jnp.zeros((*lead, rows, M, self.before, m), self.dtype),
+            )
+
+        return layer() if self.stacked else tuple(layer() for _ in range(self.num_layers))
+
+    def row_bytes(self) -> int:
+        """Bytes of one row over all layers."""
+        of_key = self.num_key_heads * self.key_dim
+        of_value = self.num_value_heads * self.value_dim
+        inputs = self.before * (2 * of_key + of_value) * jnp.dtype(self.dtype).itemsize
+        return self.num_layers * (4 * self.key_dim * of_value + inputs)
+
+
+def is_memory(store: Any) -> bool:
+    return isinstance(store, Memory)
+
+
+def read(store: MemoryStore, index) -> Memory:
+    """The memory of one layer; `index` is an int where layers are a tuple."""
+    if not is_memory(store):
+        return store[index]
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), store)
+
+
+def write(store: MemoryStore, index, memory: Memory) -> MemoryStore:
+    """The store with another memory of one layer."""
+    if not is_memory(store):
+        return (*store[:index], memory, *store[index + 1 :])
+    return jax.tree.map(
+        lambda stored, new: jax.lax.dynamic_update_index_in_dim(
+            stored, new.astype(stored.dtype), index, 0
+        ),
+        store,
+        memory,
+    )
+
+
+def where_rows(rows: jax.Array, new: MemoryStore, old: MemoryStore, lead: int = 0) -> MemoryStore:
+    """`new` in some rows and `old` in the others.
+
+    Args:
+      rows: [B] bool.
+      lead: the axis of the rows.
+    """
+
+    def choose(new, old):
+        chosen = rows.reshape(-1, *(1,) * (new.ndim - lead - 1))
+        return jnp.where(chosen, new.astype(old.dtype), old)
+
+    return jax.tree.map(choose, new, old)
+
+
+def begun(
+    own: MemoryStore,
+    prefix: MemoryStore,
+    starts: jax.Array,
+    row: jax.Array,
+    *,
+    lead: int,
+    mesh: Mesh | None,
+) -> MemoryStore:
+    """The memory of slots, of which those that start take a copy of that of their prompt.
+
+    Args:
+      own, prefix: of B slots and of P prefix rows; a slot lies on the device of its row.
+      starts: [B] bool.
+      row: [B] int32, the slot's prefix row.
+    """
+    rows = jax.tree.leaves(prefix)[0].shape[lead]
+
+    def local(own, prefix, starts, row):
+        P = jax.tree.leaves(prefix)[0].shape[lead]
+        copies = jax.tree.map(lambda x: jnp.take(x, row % P, axis=lead), prefix)
+        return where_rows(starts, copies, own, lead)
+
+    heads = min(x.shape[lead + 1] for x in jax.tree.leaves(own))
+    sizes = {"batch": math.gcd(len(starts), rows), "kv_heads": heads}
+    of_rows = (*(None,) * lead, "batch", "kv_heads")
+    axes = (of_rows, of_rows, ("batch",), ("batch",))
+    return on_each_device(local, mesh, sizes, axes, of_rows)(own, prefix, starts, row)

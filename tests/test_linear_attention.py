@@ -1,0 +1,419 @@
+"""Linear attention (Qwen3-Next, Qwen3.5): two forms, packed streams, engine and training."""
+
+import collections
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from golden_models import arrays, config_of, drawn, drawn_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from test_config import parse
+from test_families import adapted
+from test_policy import QUICK, TOLERANCE, decoded_log_probs
+from test_resume import assert_same, interrupt
+from test_train import REWARD, scalars, train, with_reward
+from test_train import TINY as TINY_RUN
+from test_turns import assert_turns_agree, engine_of, prompts_of
+
+import adpo_jax
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.devices import flops
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine import cache_plan
+from adpo_jax.engine.continuous import ContinuousBatch
+from adpo_jax.engine.cpu_engine import engine_tuning
+from adpo_jax.engine.engine import _layout
+from adpo_jax.engine.verbs import Verbs
+from adpo_jax.hf.tensors import leaves
+from adpo_jax.model import cpu, linear_attention, lora, parameters
+from adpo_jax.model.linear_attention import Inputs
+from adpo_jax.policy import adapters
+from adpo_jax.records import Completion, Sequences
+from adpo_jax.update import make_log_probs, packing
+
+# A tiny model of both kinds of layers; published settings have other sizes.
+TINY = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "full_attention_interval": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+}
+
+
+@functools.cache
+def tiny_hybrid():
+    """(policy, params) of random weights."""
+    return Policy.from_config(TINY, jax.random.key(0))
+
+
+# --- the two forms
+
+
+def drawn_inputs(rng, B: int, T: int, N=1, M=2, n=4, m=3, t=4) -> Inputs:
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    return Inputs(
+        normal(B, T, N, n),
+        normal(B, T, N, n),
+        normal(B, T, M, m),
+        -jnp.exp(normal(B, T, M)),
+        jax.nn.sigmoid(normal(B, T, M)),
+        normal(N, n, t),
+        normal(N, n, t),
+        normal(M, m, t),
+    )
+
+
+def drawn_segments(rng, T: int) -> np.ndarray:
+    """Segments of one row [T], with padding before, between and behind them."""
+    segments, at, number = np.zeros(T, np.int32), int(rng.integers(0, 4)), 1
+    while at < T:
+        length = int(rng.integers(1, 12))
+        segments[at : at + length] = number
+        at, number = at + length + int(rng.choice([0, 0, 2])), number + 1
+    return segments
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs_and_gradients(form, inputs: Inputs, segments, weights):
+    def loss(inputs):
+        out, memory = form(inputs, segments)
+        out = jnp.where((segments > 0)[..., None, None], out, 0.0)
+        total = jnp.sum(out * weights) + sum(jnp.sum(jnp.sin(x)) for x in memory)
+        return total, (out, memory)
+
+    return jax.grad(loss, has_aux=True)(inputs)
+
+
+FORMS = {chunk: functools.partial(linear_attention.chunked, chunk=chunk) for chunk in (4, 8, 16)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), chunk=st.sampled_from(sorted(FORMS)))
+def test_the_chunked_form_equals_the_recurrent_one_with_its_gradient(seed, chunk):
+    rng = np.random.default_rng(seed)
+    inputs = drawn_inputs(rng, 2, 30)
+    segments = jnp.asarray(np.stack([drawn_segments(rng, 30) for _ in range(2)]))
+    weights = jnp.asarray(rng.standard_normal(inputs.v.shape), jnp.float32)
+    plain = outputs_and_gradients(linear_attention.recurrent, inputs, segments, weights)
+    found = outputs_and_gradients(FORMS[chunk], inputs, segments, weights)
+    (wanted_gradient, wanted), (gradient, out) = plain, found
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    for a, b in zip(gradient, wanted_gradient, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_repeat_do_not_blow_up_the_chunked_form():
+    inputs = drawn_inputs(np.random.default_rng(0), 1, 64)
+    same = jnp.broadcast_to(inputs.k[:, :1], inputs.k.shape)
+    inputs = inputs._replace(k=same, beta=jnp.ones_like(inputs.beta))
+    inputs = inputs._replace(log_decay=jnp.zeros_like(inputs.log_decay))
+    segments = jnp.ones((1, 64), jnp.int32)
+    forms = linear_attention.chunked, linear_attention.recurrent
+    found, wanted = (jax.jit(form)(inputs, segments)[0] for form in forms)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+# --- decoding
+
+
+def layout_of(policy: Policy, stacked: bool):
+    tuning = dataclasses.replace(engine_tuning("cpu", "auto", 1), stacked=stacked)
+    return _layout(policy, None, tuning)
+
+
+@pytest.mark.parametrize(("name", "stacked"), [("qwen3_next", True), ("qwen3_5_text", False)])
+def test_decoding_token_by_token_equals_the_forward_of_transformers(name, stacked):
+    policy, params = drawn_model(name)
+    golden = arrays(name)
+    tokens, mask = golden["right_tokens"], golden["right_mask"]
+    lengths = np.array([1, 7, 5], np.int32)
+    verbs = Verbs(policy, layout_of(policy, stacked))
+    found = decoded_log_probs(verbs, params, tokens, lengths)
+    wanted = np.zeros_like(found)
+    wanted[mask > 0] = jax.nn.log_softmax(golden["right_logits"])
+    compared = (mask > 0) & (np.arange(tokens.shape[1]) >= lengths[:, None])
+    np.testing.assert_allclose(found[compared], wanted[compared], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "on_mesh", [False, pytest.param(True, marks=pytest.mark.long)], ids=["one device", "mesh"]
+)
+def test_sampled_log_probs_are_those_of_one_forward_while_slots_refill_and_shrink(
+    on_mesh, monkeypatch
+):
+    policy, params = tiny_hybrid()
+    if on_mesh:
+        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
+        policy = dataclasses.replace(policy, mesh=mesh)
+    engine = Engine(policy, max_prompt_length=16, max_response_length=24, num_slots=16)
+    assert engine.verbs.layout.stacked == on_mesh
+    prompts = [[3 + i, *range(4, 4 + 2 * i)] for i in range(8)]
+    sampling = SamplingParams(n=4, max_tokens=24, stop_token_ids=(1, 2, 9, 17, 33))
+    out = engine.generate(params, prompts, sampling, jax.random.key(1))
+    assert out.stats["resizes"] > 0 or on_mesh
+    rows = [(p, c) for p, group in zip(prompts, out.groups) for c in group]
+    tokens = np.zeros((len(rows), 40), np.int32)
+    mask = np.zeros_like(tokens)
+    for row, (prompt, completion) in enumerate(rows):
+        whole = np.concatenate([prompt, completion.tokens])
+        tokens[row, : len(whole)], mask[row, : len(whole)] = whole, 1
+    single, weights = tiny_hybrid()
+    scored = np.asarray(single.log_probs(weights, tokens, mask))
+    for row, (prompt, completion) in enumerate(rows):
+        part = scored[row, len(prompt) : len(prompt) + len(completion.tokens)]
+        np.testing.assert_allclose(completion.log_probs, part, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_requests_that_come_and_go_are_sampled_from_their_own_states():
+    policy, params = tiny_hybrid()
+    engine = Engine(
+        policy,
+        max_prompt_length=40,
+        max_response_length=40,
+        num_slots=16,
+        gpu_memory_utilization=0.5,
+    )
+    batch, rng = ContinuousBatch(engine, params), np.random.default_rng(0)
+    tokens, log_probs = collections.defaultdict(list), collections.defaultdict(list)
+
+    def step():
+        for new in batch.step():
+            tokens[new.sample] += new.tokens.tolist()
+            log_probs[new.sample] += new.log_probs.tolist()
+
+    for i in range(5):
+        prompt = rng.integers(3, 64, int(rng.integers(2, 36))).tolist()
+        batch.submit(prompt, SamplingParams(n=2 + i % 2, max_tokens=10 + 7 * i), seed=i)
+        step()
+    while batch.busy:
+        step()
+    batch.close()
+    assert len(tokens) == 12
+    for sample, completion in tokens.items():
+        prompt = list(sample.request.prompt)
+        whole = np.zeros((1, 80), np.int32)
+        end = len(prompt) + len(completion)
+        whole[0, :end] = prompt + completion
+        mask = (np.arange(80) < end).astype(np.int32)[None]
+        scored = np.asarray(policy.log_probs(params, whole, mask))[0, len(prompt) : end]
+        np.testing.assert_allclose(log_probs[sample], scored, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_log_probs_over_turns_are_those_of_one_forward():
+    policy, params = tiny_hybrid()
+    engine = engine_of(policy)
+    assert assert_turns_agree(engine, policy, params, prompts_of(5, 12), 1e-3) >= 2
+
+
+def test_the_memory_of_states_is_planned():
+    policy, _ = tiny_hybrid()
+    layout = layout_of(policy, stacked=False)
+    sizes = jax.eval_shape(lambda: layout.linear.zeros(3))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sizes))
+    assert held == 3 * layout.linear.row_bytes()
+    settings = {
+        "max_prompt_length": 16,
+        "max_response_length": 16,
+        "group_size": 2,
+        "most_slots": 64,
+        "multiple": 1,
+        "splits": 1,
+        "stages": 1,
+        "shrinks": False,
+    }
+    budget = 200 * layout.token_bytes() + 40 * layout.linear.row_bytes()
+    with_states = cache_plan.plan(layout, budget=budget, **settings)
+    without = dataclasses.replace(layout, linear=None)
+    assert with_states.num_slots < cache_plan.plan(without, budget=budget, **settings).num_slots
+    with pytest.raises(ValueError, match="for the state of linear attention"):
+        cache_plan.plan(layout, budget=layout.linear.row_bytes(), **settings)
+
+
+# --- packed streams
+
+
+def ragged(seed: int = 0, P: int = 4, G: int = 3) -> Sequences:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 64, n).tolist() for n in (1, 2, 9, 14)[:P]]
+    groups = [
+        [
+            Completion.sampled(*rng.integers(3, 64, (2, int(rng.integers(1, 14)))), "stop")
+            for _ in range(G)
+        ]
+        for _ in prompts
+    ]
+    return Sequences(prompts, groups)
+
+
+def whole_rows(policy, params, sequences: Sequences):
+    """Log-probs of completions, each alone behind its prompt."""
+    found = []
+    for prompt, group in zip(sequences.prompts, sequences.completions):
+        for completion in group:
+            tokens = np.zeros((1, 32), np.int32)
+            whole = np.concatenate([prompt, completion.tokens])
+            tokens[0, : len(whole)] = whole
+            mask = (np.arange(32) < len(whole)).astype(np.int32)[None]
+            scored = np.asarray(policy.log_probs(params, tokens, mask))[0]
+            found.append(scored[len(prompt) : len(whole)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "share_prompts"),
+    [
+        (tiny_hybrid, True),
+        (functools.partial(drawn_model, "qwen3_next"), True),
+        pytest.param(tiny_hybrid, False, marks=pytest.mark.long),
+    ],
+    ids=["shared prompts", "a mixture", "prompts of their own"],
+)
+def test_completions_of_a_packed_stream_go_on_from_the_state_of_their_prompt(model, share_prompts):
+    policy, params = model()
+    sequences = ragged()
+    cut = packing.Packing(
+        sequences, completions_per_micro=4, tile=8, starts=8, share_prompts=share_prompts
+    )
+    log_probs, _ = make_log_probs(policy)(params, cut.batch(sequences))
+    found = [x for group in cut.unpacked(np.asarray(log_probs)) for x in group]
+    for a, b in zip(found, whole_rows(policy, params, sequences), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_packed_streams_on_a_mesh_that_recompute_give_the_gradient_of_padded_rows():
+    policy, params = tiny_hybrid()
+    batch, _ = tiny.batch(P=4, G=2)
+    packing_of = packing.Packing(batch.sequences(), tile=8, starts=8, num_shards=2)
+    packed = packing_of.batch(batch.sequences())
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    again = dataclasses.replace(policy, gradient_checkpointing="full", mesh=mesh)
+
+    def summed(params, policy, batch, trained):
+        log_probs, entropy = make_log_probs(policy)(params, batch)
+        return jnp.where(trained, log_probs + 0.3 * entropy, 0.0).sum()
+
+    rows, streams = jax.tree.map(jnp.asarray, (batch, packed))
+    gradient = jax.jit(jax.grad(summed), static_argnums=1, compiler_options=QUICK)
+    wanted = gradient(params, policy, rows, rows.completion_mask_PGT > 0)
+    split = jax.device_put(params, again.shardings(params))
+    found = parameters.by_path(gradient(split, again, streams, streams.trained))
+    for name, leaf in parameters.by_path(wanted).items():
+        largest = np.max(np.abs(leaf))
+        assert largest > 0, name
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=3e-5 * largest, err_msg=name)
+
+
+def test_streams_whose_segments_start_anywhere_are_refused():
+    policy, params = tiny_hybrid()
+    sequences = ragged()
+    with pytest.raises(ValueError, match="needs segments that start at multiples of 8 places"):
+        make_log_probs(policy)(params, packing.pack(sequences, tile=8))
+
+
+# --- adapters, and folders with vision
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen3_next", marks=pytest.mark.long), "qwen3_5_text"]
+)
+def test_adapters_come_back_from_their_folder_and_are_merged(name, tmp_path):
+    policy, params = adapted(name, "all-linear")
+    wanted = {"qwen3_next": {"linear_qkvz"}, "qwen3_5_text": {"linear_q", "linear_v"}}[name]
+    assert wanted | {"gated_q", "linear_out"} < set(policy.lora.targets)
+    adapters.save(tmp_path / "adapter", policy, params, base_model="x")
+    plain, base = dataclasses.replace(policy, lora=None), lora.without_adapters(params)
+    found, loaded = adapters.load(plain, base, tmp_path / "adapter")
+    assert found == policy
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    policy.save_pretrained(tmp_path / "merged", params)
+    _, merged = Policy.from_pretrained(tmp_path / "merged")
+    tokens = arrays(name)["right_tokens"]
+    expected = policy.logits(params, tokens)
+    np.testing.assert_allclose(plain.logits(merged, tokens), expected, rtol=0, atol=1e-3)
+    assert np.abs(expected - plain.logits(base, tokens)).max() > 0.1
+
+
+def test_a_qwen35_with_vision_and_further_layers_gives_its_language_model(tmp_path):
+    expected, wanted = drawn_model("qwen3_5_text")
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): drawn(name, leaf.hf_shape)
+        for leaf in leaves(expected.config, wanted)
+        for name in leaf.hf_names
+    }
+    for other in ("model.visual.blocks.0.attn.qkv.weight", "mtp.layers.0.mlp.up_proj.weight"):
+        tensors[other] = np.zeros((2, 2), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    text = {k: v for k, v in config_of("qwen3_5_text").items() if k != "architectures"}
+    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    policy, params = Policy.from_pretrained(tmp_path)
+    assert policy.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+# --- the whole road
+
+
+RUN = (
+    *TINY_RUN,
+    "--config.sft.steps=0",
+    "--config.data.max_response_length=4",
+    "--config.trainer.total_training_steps=2",
+    "--config.trainer.save_freq=1",
+    "--config.trainer.test_freq=0",
+    "--config.actor_rollout_ref.model.hf_config="
+    + repr(TINY | {"architectures": ["Qwen3_5ForCausalLM"], "vocab_size": 512}),
+)
+
+
+@pytest.mark.long
+def test_a_hybrid_trains_goes_on_where_it_stopped_and_trains_alike_on_eight_devices(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    run = (*RUN, *with_reward(tmp_path / "reward.py"))
+    train(parse(*run), tmp_path / "whole")
+    interrupt(parse(*run), tmp_path / "run", 1)
+    train(parse(*run), tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole", 2)
+    losses = [v for row in scalars(tmp_path / "run") for k, v in row.items() if k.endswith("/loss")]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+    adpo_jax.train(parse(*run, "--config.mesh.tensor=2"), tmp_path / "eight")
+    for eight, one in zip(scalars(tmp_path / "eight"), scalars(tmp_path / "whole"), strict=True):
+        for row in (eight, one):
+            row.pop("update/padding_frac", None)  # four streams are padded to the longest
+        assert eight == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_numbers_that_differentiation_sets_apart_from_a_product_of_experts_count_for_nothing():
+    @jax.jit
+    def grouped_product():
+        return jnp.arange(3.0)
+
+    traced = jax.jit(lambda x: x + grouped_product()).trace(jnp.zeros(3))
+    assert flops.traced_flops(traced, 1) == 0
