@@ -290,15 +290,18 @@ def test_few_programs_serve_all_settings(engine):
     batch = ContinuousBatch(*engine)
     collector = Collector(batch)
 
-    def all_at_once(seed):
+    def all_at_once(seed, warmth):
         for prompt, sampling in zip(prompts(), SETTINGS):
-            warmer = dataclasses.replace(sampling, temperature=sampling.temperature * 1.1)
+            # All tokens that there may be, so that slots are taken and left as in any other round.
+            whole = dataclasses.replace(sampling, stop_token_ids=(), ignore_eos=True)
+            warmer = dataclasses.replace(whole, temperature=sampling.temperature * warmth)
             batch.submit(prompt, warmer, seed=seed)
         collector.run()
 
-    all_at_once(0)
+    all_at_once(0, 1.1)
+    all_at_once(1, 1.2)  # begins with the slots and rows that the first round grew to
     before = type(batch.verbs).generate._cache_size()
-    all_at_once(1)
+    all_at_once(2, 1.3)
     assert type(batch.verbs).generate._cache_size() == before
 
 

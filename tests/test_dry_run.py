@@ -198,8 +198,10 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic():
     """8 prompts x 2 completions of up to 28 tokens, prompts of up to 26; 8 devices."""
     config = finalized(parse(*TINY))
     assert (config.data.max_prompt_length, config.data.max_response_length) == (26, 28)
-    model = types.SimpleNamespace(num_heads=4, head_dim=8, num_layers=2, global_layers=None)
-    layout = types.SimpleNamespace(token_bytes=lambda: 128)
+    model = types.SimpleNamespace(
+        num_heads=4, head_dim=8, num_layers=2, global_layers=None, is_linear=lambda layer: False
+    )
+    layout = types.SimpleNamespace(token_bytes=lambda: 128, linear=None)
     mesh = types.SimpleNamespace(size=8)
     weights = {"w": jax.ShapeDtypeStruct((10,), jnp.float32)}
     engine = types.SimpleNamespace(

@@ -2,9 +2,9 @@
 
 Layers without a window may have other heads than those with one (`ModelConfig.global_layers`, Gemma
 4), layers may have linear attention (`ModelConfig.linear_attention`, Qwen3-Next), and a layer with
-an MLP may follow each with a mixture of experts (`ModelConfig.mlp_layers`, Llama 4), so that no scan
-runs them all: a step of a scan runs one period of their pattern. The last layers may have no keys
-and values of their own (`ModelConfig.shared_kv_layers`, Gemma 4).
+an MLP may follow each with a mixture of experts (`ModelConfig.mlp_layers`, Llama 4), so that no
+scan runs them all: a step of a scan runs one period of their pattern. The last layers may have no
+keys and values of their own (`ModelConfig.shared_kv_layers`, Gemma 4).
 
 Letters: B batch, T tokens, L layers, P width of a layer's own embeddings.
 """
