@@ -211,3 +211,8 @@ def test_evaluate_takes_data_and_settings_from_the_run_and_runs_no_code_that_it_
     assert f"theirs.py: give --config={run} if you trust it" in err
     trusted = parsed(model, f"--config={run}", "--config.eval.graded_by=reward", **options)
     assert trusted.custom_reward_function.path == "theirs.py"
+    (run / "metrics.jsonl").touch()
+    (run / "config.json").write_text("{")
+    with pytest.raises(SystemExit):
+        parsed(model, **options)
+    assert f"{run / 'config.json'} cannot be read as JSON" in capsys.readouterr().err

@@ -99,6 +99,9 @@ def run_of(path: str) -> Path | None:
     """The folder of the run that a path lies in: the run, its export, a checkpoint; None for none.
 
     A name that is not on the disk, such as one of the hub, lies in none.
+
+    Raises:
+      ValueError: for a run whose config cannot be read.
     """
     start = Path(path).expanduser().absolute()
     homes = [start]
@@ -110,6 +113,8 @@ def run_of(path: str) -> Path | None:
         try:
             content = _read_json(folder / "config.json")
         except ValueError:
+            if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+                raise
             continue
         if "actor_rollout_ref" in content:
             return folder
