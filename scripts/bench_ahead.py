@@ -63,10 +63,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--test-freq", type=int, default=1, help="iterations between evaluations")
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--slots", type=int, default=8, help="of the runs that are simulated")
-    parser.add_argument("--simulated-iterations", type=int, default=12)
+    parser.add_argument("--simulated-iterations", type=int, default=12, help="0 for none of these")
     a = parser.parse_args()
     a.staleness = sorted({0, *a.staleness})
     return a
@@ -267,12 +268,13 @@ def main() -> None:
     longer = {"actor_rollout_ref.model.hf_config": {"max_position_embeddings": 512}}
     begun = compare.common_start("configs/arithmetic.py", a.out / "base", longer, 0)
     base = begun["actor_rollout_ref.model.path"]
-    settings = [*common(a, base, files, a.iterations), "trainer.test_freq=1"]
+    settings = [*common(a, base, files, a.iterations), f"trainer.test_freq={a.test_freq}"]
     seeds = map(str, a.seeds)
     made = variants(a.losses, a.staleness)
     run_all(["--out", str(a.out), "--seeds", *seeds, *made, "--set", *settings])
     told(a)
-    simulated(a, base, files)
+    if a.simulated_iterations:
+        simulated(a, base, files)
 
 
 if __name__ == "__main__":
