@@ -329,7 +329,7 @@ def road(config):
 
     def make_sft_step(*_, **options):
         def step(state, batch):
-            seen.append((batch.num_prompts, options))
+            seen.append((jax.tree.leaves(batch)[0].shape, options))
             return state.replace(step=state.step + 1), {"sft/loss": 1.0, "update/skipped": 0.0}
 
         return step

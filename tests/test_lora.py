@@ -250,5 +250,6 @@ def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="alpha of LoRA is above 0, given 0"):
         Lora(2, 0.0)
     assert lora.parse_targets("all-linear") == tuple(adaptable())
-    # Layers of two shapes have weights of their own under the same name.
-    assert lora.parse_targets("q_proj, v_proj") == ("q", "global_q", "v", "global_v")
+    # Layers of two shapes, and those with gates, have weights of their own under the same name.
+    found = lora.parse_targets("q_proj, v_proj")
+    assert found == ("q", "global_q", "gated_q", "v", "global_v")
