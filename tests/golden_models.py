@@ -99,19 +99,21 @@ def arrays(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def assert_adapters_come_back(base, adapted, folder: Path):
+def assert_adapters_come_back(base, adapted, folder: Path, atol: float = 1e-4):
     """Adapters are read as they were written, and merged ones give the same logits.
 
     Args:
       base, adapted: (policy, params) without and with adapters that change something.
+      atol: how far logits may be apart.
     """
     (policy, params), (ours, tree) = base, adapted
     adapters.save(folder / "adapter", ours, tree, base_model="some/model")
-    _, read = adapters.load(policy, params, folder / "adapter")
+    found, read = adapters.load(policy, params, folder / "adapter")
+    assert found == ours
     jax.tree.map(np.testing.assert_array_equal, read, tree)
     ours.save_pretrained(folder / "merged", tree)
     tokens = np.arange(12)[None]
     merged = Policy.from_pretrained(folder / "merged")
     wanted = ours.logits(tree, tokens)
-    np.testing.assert_allclose(merged[0].logits(merged[1], tokens), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(merged[0].logits(merged[1], tokens), wanted, rtol=0, atol=atol)
     assert np.abs(wanted - policy.logits(params, tokens)).max() > 0.1

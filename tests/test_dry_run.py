@@ -292,6 +292,8 @@ def test_gpus_that_no_machine_has_are_refused_with_the_names_that_are_known(monk
     for wrong in ("h100:", "h100:0", "h100:12", "h100:-1", "h100:1x8"):
         with pytest.raises(ValueError, match=r"h100:1, h100:8 or h100:16; given " + wrong):
             topologies.topology_devices(wrong)
+    with pytest.raises(ValueError, match="h100:16 for two of eight; given 2xh100:8"):
+        topologies.topology_devices("2xh100:8")
     monkeypatch.setattr(topologies, "has_gpu_compiler", lambda: False)
     with pytest.raises(ValueError, match=r"pip install 'adpo-jax\[gpu-aot\]'"):
         topologies.topology_devices("h200:1")
@@ -398,3 +400,7 @@ def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():
     assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
     with pytest.raises(ValueError, match="libtpu has no topology 'v5e:banana'"):
         dry_run.dry_run(config, "v5e:banana")
+    two = topologies.topology_devices("2xv5e:2x4")
+    assert sharding.slice_numbers(two) == [0] * 8 + [1] * 8
+    assert len(topologies.one_host("2xv5e:2x4", two)) == 4
+    assert dict(sharding.make_mesh(devices=two).shape) == {"data": 2, "fsdp": 8, "tensor": 1}

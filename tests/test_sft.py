@@ -11,7 +11,10 @@ import tiny
 
 from adpo_jax.devices import sharding
 from adpo_jax.model.lora import Lora
+from adpo_jax.records import Batch
+from adpo_jax.run.cold_start import ColdStart
 from adpo_jax.update import init_state, sft
+from adpo_jax.update.packing import PackedBatch
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8], [9], [7, 9, 3], [2, 3], [8, 4, 6]]
 COMPLETIONS = [[2, 7, 1], [8], [2, 8, 1, 8, 2], [8, 4], [5, 9, 0], [4, 5], [2, 3, 5, 3, 6], [0, 2]]
@@ -101,3 +104,24 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_as_they_were():
     found, metrics = descended(policy, params)
     assert metrics["update/skipped"] == 1.0
     jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_a_stage_goes_on_with_the_batches_that_it_would_have_had():
+    policy, _ = tiny.policy_and_params()
+    stage = ColdStart(
+        policy,
+        optax.sgd(1.0),
+        PROMPTS,
+        COMPLETIONS,
+        num_steps=5,
+        batch_size=4,
+        prompt_length=4,
+        completion_length=100,
+        seed=0,
+        save_freq=0,
+    )
+    whole, rest = list(stage._batches(0)), list(stage._batches(3))
+    assert all(isinstance(batch, PackedBatch) for batch in whole)
+    jax.tree.map(np.testing.assert_array_equal, whole[3:], rest)
+    in_rows = dataclasses.replace(stage, layout="rows")
+    assert all(isinstance(batch, Batch) for batch in in_rows._batches(0))

@@ -22,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
-_REPLICAS = "data"
+_REPLICAS = "data"  # the axis along which the parameters are repeated
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),

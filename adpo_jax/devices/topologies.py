@@ -31,7 +31,12 @@ def topology_devices(name: str) -> list:
     kind = next((kind for kind, chip in CHIPS.items() if chip.topology == card), None)
     if not card or kind is None:
         return _tpus(one, num_slices)
-    return _gpus(kind, count if num_slices == 1 else "")
+    if num_slices > 1:
+        raise ValueError(
+            f"machines of GPUs are told by the number of cards, {card}:16 for two of eight; given "
+            f"{name}"
+        )
+    return _gpus(kind, count)
 
 
 def _slices(name: str) -> tuple[int, str]:

@@ -30,6 +30,7 @@ from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.linear_attention import Hybrid, Recur
 from adpo_jax.model.mixture import ROUTED
+from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy.policy import Policy
 
 
@@ -244,8 +245,8 @@ class Verbs:
         _, kv, extras = self.policy(params, tokens, positions, empty, attend, ffn)
         experts = None
         if with_experts:
-            assert self.experts_shape
-            experts = jnp.moveaxis(extras[ROUTED], 0, 2).astype(self.experts_dtype)
+            dtype = self.experts_dtype
+            experts = jnp.moveaxis(extras[ROUTED], 0, 2).astype(dtype)
             experts = constrain(experts, self.policy.mesh, *(None,) * experts.ndim)
         return Prefixes(kv, true_length, experts)
 
@@ -454,15 +455,25 @@ class Verbs:
         Raises:
           ValueError: for a model without one.
         """
-        config = self.policy.config
-        if not config.mixture:
-            raise ValueError("routed_experts asks for experts, and the model has none")
-        return config.num_mixtures, config.mixture.chosen
+        return self.policy.config.num_mixtures, self._mixture.chosen
 
     @property
     def experts_dtype(self) -> Any:
-        """The narrowest dtype for the number of an expert."""
-        return jnp.uint8 if self.policy.config.mixture.num_experts <= 256 else jnp.uint16
+        """The narrowest dtype for the number of an expert.
+
+        Raises:
+          ValueError: for a model without any.
+        """
+        return jnp.uint8 if self._mixture.num_experts <= 256 else jnp.uint16
+
+    @property
+    def _mixture(self) -> Mixture:
+        if mixture := self.policy.config.mixture:
+            return mixture
+        raise ValueError(
+            "routed_experts and prompt_experts ask for experts, and the model has none; leave them "
+            "False"
+        )
 
     def _columns(self, own: KV) -> int:
         return kv_cache.any_layer(own).v.shape[-2]

@@ -34,7 +34,7 @@ def demonstrations(
 
 # A place of a stream costs up to twice as much as one of a row, in a small model on a CPU
 # (`scripts/bench_cold_start.py`: its case "arithmetic" has 1.35 times the places in rows, and they
-# take 0.7 times the time).
+# take 0.76 times the time).
 PACKED_FROM = 2.0  # times the places, in rows
 
 
