@@ -109,7 +109,8 @@ def assert_adapters_come_back(base, adapted, folder: Path, atol: float = 1e-4):
     (policy, params), (ours, tree) = base, adapted
     adapters.save(folder / "adapter", ours, tree, base_model="some/model")
     found, read = adapters.load(policy, params, folder / "adapter")
-    assert found == ours
+    assert (found.lora.rank, found.lora.alpha) == (ours.lora.rank, ours.lora.alpha)
+    assert sorted(found.lora.targets) == sorted(ours.lora.targets)
     jax.tree.map(np.testing.assert_array_equal, read, tree)
     ours.save_pretrained(folder / "merged", tree)
     tokens = np.arange(12)[None]
