@@ -9,7 +9,7 @@ from jax.interpreters import partial_eval
 # Jitted functions of `model.grouped`, and of `model.mixture`: what only an uneven choice of experts
 # makes it do.
 GROUPED_PRODUCTS = ("grouped_product", "grouped_outer")
-FURTHER_ROUNDS = "further_rounds"
+OF_ROWS_LEFT = "of_rows_left"
 
 
 def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
@@ -58,7 +58,7 @@ def _equation_flops(eqn, turns: int) -> int:
     is_product = params.get("name") in GROUPED_PRODUCTS and len(eqn.invars) > 2
     if name == "ragged_dot_general" or is_product:
         return _grouped_flops(eqn)
-    if params.get("name") == FURTHER_ROUNDS:
+    if params.get("name") == OF_ROWS_LEFT:
         return 0
     if name == "pallas_call":
         estimate = params.get("cost_estimate")

@@ -120,7 +120,7 @@ def _with_those_left(experts, exchange: Exchange, params, sums, of_device: Calla
     """The sums, with what `of_device(device, params)` adds for each device with too few places."""
 
     @jax.jit
-    def further_rounds(sums):  # `devices/flops.py` knows the name
+    def of_rows_left(sums):  # `devices/flops.py` knows the name
         is_full_X = (exchange.rows_X > exchange.places).astype(jnp.int32)
         # All devices of the mesh turn as often, since they talk to each other in every turn.
         is_full_X = jax.lax.pmax(is_full_X, experts.everywhere)
@@ -138,7 +138,7 @@ def _with_those_left(experts, exchange: Exchange, params, sums, of_device: Calla
 
         return jax.lax.fori_loop(0, jnp.sum(is_full_X), one, sums)
 
-    return further_rounds(sums)
+    return of_rows_left(sums)
 
 
 def _sum_of_parts(exchange: Exchange, device, zeros, of_part: Callable) -> Any:
