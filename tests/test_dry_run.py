@@ -14,7 +14,8 @@ from test_config import parse
 from adpo_jax import dry_run
 from adpo_jax.devices import chips, sharding, topologies
 from adpo_jax.dry_run import forecast
-from adpo_jax.dry_run.hlo import Program, device_groups
+from adpo_jax.dry_run.device_groups import device_groups
+from adpo_jax.dry_run.hlo import Program
 from adpo_jax.dry_run.report import Report, Step
 from adpo_jax.run.config_checks import finalized
 
