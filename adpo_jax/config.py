@@ -621,6 +621,9 @@ def _mesh() -> dict[str, Key]:
         "data": Key(1, "replicas of the parameters"),
         "fsdp": Key(-1, "parameters and batch split; -1 for the remaining devices"),
         "tensor": Key(1, "heads, MLP and vocabulary split"),
+        "sequence": Key(
+            1, "parameters and the tokens of packed streams split, for long completions"
+        ),
         "expert": Key(1, "experts of a mixture and batch split"),
         "dcn_data": Key(
             0,

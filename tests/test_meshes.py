@@ -21,7 +21,14 @@ from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.plan import BatchPlan
 
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [
+    {"data": 8, "fsdp": 1},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "tensor": 4},
+    {"data": 2, "fsdp": 1, "sequence": 4},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+]
 PROMPTS = [[1 + p, 7, 3 + p][: 1 + p % 3] for p in range(8)]
 
 
@@ -67,7 +74,7 @@ on_one_device = functools.cache(lambda: iteration(None))
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_an_iteration_on_eight_devices_equals_one_on_one_device(sizes):
-    tokens, params, history = iteration(sharding.make_mesh(*sizes))
+    tokens, params, history = iteration(sharding.make_mesh(**sizes))
     expected_tokens, expected_params, expected_history = on_one_device()
     assert expected_history[1]["adpo/anchor_kl"] > 1e-3
     np.testing.assert_array_equal(tokens, expected_tokens)
@@ -116,7 +123,7 @@ def test_parameters_gradients_optimizer_anchor_cache_and_batches_are_split():
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_the_gradient_of_a_frequent_token_is_summed_in_the_dtype_of_the_table(sizes):
-    mesh = sharding.make_mesh(*sizes)
+    mesh = sharding.make_mesh(**sizes)
     embed = jnp.zeros((32, 16), jnp.float32)
     tokens, config = np.zeros((8, 512), np.int32), tiny.policy_and_params()[0].config
 
@@ -150,7 +157,7 @@ def test_a_process_samples_on_its_own_devices_with_whole_parameters():
 @pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("vocab", [32, 33])
 def test_a_split_embedding_table_gives_the_rows_and_gradient_of_a_whole_one(sizes, vocab):
-    mesh = sharding.make_mesh(*sizes)
+    mesh = sharding.make_mesh(**sizes)
     rng = np.random.default_rng(0)
     embed = jnp.asarray(rng.normal(size=(vocab, 16)), jnp.float32)
     tokens = rng.integers(0, vocab, (8, 3)).astype(np.int32)

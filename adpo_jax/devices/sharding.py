@@ -2,9 +2,9 @@
 
 Arrays are described by logical axes ("heads", "mlp", "batch", ...). `RULES` maps a logical axis to
 mesh axes. Mesh axes: `data` (replicas of the parameters), `fsdp` (parameters and batch split),
-`tensor` (heads, hidden width of the MLP and vocabulary split). A mesh for a mixture of experts may
-have one more: `expert` (experts and batch split). A rule that names it leaves other meshes as they
-are.
+`tensor` (heads, hidden width of the MLP and vocabulary split). A mesh may have two more: `sequence`
+(parameters and the tokens of a packed stream split) and, for a mixture of experts, `expert`
+(experts and batch split). A rule that names one of them leaves other meshes as they are.
 
 Training arrays lie on one mesh over all devices of all processes. Rollouts run on a mesh of each
 process's own devices (`rollout_mesh`), so that processes decode without waiting for each other.
@@ -21,17 +21,15 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor", "expert")
+_OPTIONAL = ("sequence", "expert")  # a mesh has them where their size is not 1
 _REPLICAS = "data"  # the axis along which the parameters are repeated
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
-    # Context parallelism would have its place here: a mesh axis "sequence" in `MESH_AXES`, named in
-    # this line. No parameter has this axis. Attention would pass keys round it (a ring), and the
-    # columns of a completion's log-probs would be split over it.
-    "length": None,
+    "length": "sequence",
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -53,6 +51,7 @@ def make_mesh(
     tensor: int = 1,
     devices=None,
     *,
+    sequence: int = 1,
     expert: int = 1,
     dcn_data: int = 0,
 ) -> Mesh:
@@ -65,7 +64,7 @@ def make_mesh(
     Args:
       data, fsdp, tensor: axis sizes within a slice; one of them may be -1, meaning "the rest".
       devices: defaults to `jax.devices()`.
-      expert: size of the axis `expert`; a mesh has it if this is not 1.
+      sequence, expert: sizes of these axes; a mesh has each of them if its size is not 1.
       dcn_data: slices that `data` reaches over, so that the axis is `dcn_data` times `data` long; 0
         for as many as there are, 1 to lay the axes over all slices as if they were one. Devices
         that name no slice are one slice, or with 2 or more those of each process are one.
@@ -82,7 +81,8 @@ def make_mesh(
         )
     one = len(slices) == 1
     num_slices = 1 if dcn_data == 1 else len(slices)
-    sizes = resolve_mesh_sizes(data, fsdp, tensor, expert, num_devices=len(devices) // num_slices)
+    given = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor, "expert": expert}
+    sizes = resolve_mesh_sizes(given, len(devices) // num_slices)
     # A tensor axis of 4 on a torus of 8 x 8 is half a row: splitting a physical axis is allowed.
     allow = devices[0].platform == "tpu"
     if num_slices == 1 and not one:
@@ -153,15 +153,15 @@ def _rollout_mesh(devices: list, mesh: Mesh, tensor: int) -> Mesh:
             f"divide the {len(devices)} device(s) of a process; rollouts run within a process"
         )
     copies = len(devices) // (tensor * expert)
-    return _mesh(np.array(devices).reshape(copies, 1, tensor, expert))
+    return _mesh(np.array(devices).reshape(copies, 1, 1, tensor, expert))
 
 
 def _mesh(grid: np.ndarray) -> Mesh:
-    """The mesh of a grid [data, fsdp, tensor, expert]."""
-    if grid.shape[-1] == 1:
-        grid = grid[..., 0]
-    names = MESH_AXES[: grid.ndim]
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    """The mesh of a grid whose axes are those of `MESH_AXES`."""
+    sizes = dict(zip(MESH_AXES, grid.shape))
+    sizes = {name: n for name, n in sizes.items() if n > 1 or name not in _OPTIONAL}
+    kinds = (AxisType.Auto,) * len(sizes)
+    return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
 
 
 def move(tree, shardings):
@@ -189,24 +189,28 @@ def _local_copy(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(x.shape, sharding, mine)
 
 
-def resolve_mesh_sizes(
-    data: int, fsdp: int, tensor: int, expert: int = 1, *, num_devices: int
-) -> tuple[int, ...]:
-    """Axis sizes with -1 filled in; their product is `num_devices` or a ValueError is raised."""
-    sizes = (data, fsdp, tensor, expert)
-    given = f"data={data}, fsdp={fsdp}, tensor={tensor}"
-    given += f", expert={expert}" if expert != 1 else ""
-    if any(s < 1 and s != -1 for s in sizes) or sizes.count(-1) > 1:
+def resolve_mesh_sizes(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+    """Axis sizes with -1 filled in, whose product is the number of devices.
+
+    Args:
+      sizes: the axes by name; one of them may be -1.
+
+    Raises:
+      ValueError: for sizes that make no mesh of so many devices.
+    """
+    told = {name: n for name, n in sizes.items() if n != 1 or name not in _OPTIONAL}
+    given = ", ".join(f"{name}={n}" for name, n in told.items())
+    values = tuple(sizes.values())
+    if any(s < 1 and s != -1 for s in values) or values.count(-1) > 1:
         raise ValueError(f"mesh sizes are positive, at most one of them -1; given {given}")
-    known = int(np.prod([s for s in sizes if s != -1]))
+    known = math.prod(s for s in values if s != -1)
     rest, remainder = divmod(num_devices, known)
-    if remainder or (-1 not in sizes and rest != 1):
+    if remainder or (-1 not in values and rest != 1):
         raise ValueError(
-            f"the mesh needs data x fsdp x tensor{' x expert' if expert != 1 else ''} = "
-            f"{num_devices} devices; given {given}. "
+            f"the mesh needs {' x '.join(told)} = {num_devices} devices; given {given}. "
             "Set one axis to -1 to take the rest."
         )
-    return tuple(rest if s == -1 else s for s in sizes)
+    return tuple(rest if s == -1 else s for s in values)
 
 
 def of_replicas(
@@ -303,18 +307,21 @@ def partition_spec(
 
 
 def rule(mesh: Mesh, axis: str) -> str | tuple[str, ...] | None:
-    """The axes of a mesh that split a logical axis."""
-    names = RULES[axis]
+    """The axes of a mesh that split a logical axis; of one alone its name."""
     known = splitting_axes(mesh)
-    if isinstance(names, tuple):
-        return tuple(name for name in names if name in known)
-    return names if names in known else None
+    names = tuple(name for name in names_of(RULES[axis]) if name in known)
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def names_of(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names among what `rule` gives."""
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def mesh_axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
     """The number of parts that these mesh axes make."""
-    names, known = (names,) if isinstance(names, str) else names or (), splitting_axes(mesh)
-    return math.prod(mesh.shape[n] for n in names if n in known)
+    known = splitting_axes(mesh)
+    return math.prod(mesh.shape[n] for n in names_of(names) if n in known)
 
 
 def axes_that_split(mesh: Mesh | None, axis: str, size: int) -> str | tuple[str, ...] | None:
@@ -388,6 +395,11 @@ class BatchSharding:
     @property
     def num_shards(self) -> int:
         return 1 if self.mesh is None else mesh_axis_size(self.mesh, RULES["batch"])
+
+    @property
+    def num_shares(self) -> int:
+        """The devices that each have a share of a packed stream."""
+        return 1 if self.mesh is None else mesh_axis_size(self.mesh, RULES["length"])
 
     def abstract(self, tree):
         """The shapes and shardings of `put`'s result."""

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import (
-    RULES,
     constrain,
     mesh_axis_size,
+    names_of,
     partition_spec,
     rule,
     shard_map,
@@ -411,19 +411,23 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None) -> jax
 def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax.Array:
     """Rows of a table that is split over the mesh, found without gathering it or its gradient.
 
-    Each device looks the tokens of its `fsdp` group up in its own part of the table, and the parts
-    of the result change places, so that no more than the result moves. (The partitioner would
+    Devices that split the width look each other's tokens up in their parts of the table, and the
+    parts of the result change places, so that no more than the result moves. (The partitioner would
     gather the table, and sum its gradient whole on every device: 2.5 GB each for 152k tokens of
     width 4096.) Rows are cast after they are found, so that the gradient of a frequent token is
     summed in the table's dtype: in bfloat16, 4,096 times 0.01 would come to 4.
     """
-    if tokens.shape[0] % mesh_axis_size(mesh, RULES["batch"]):
-        return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
+    B, T = tokens.shape
     vocab, width = partition_spec(mesh, parameters.at(("embed",)).logical_axes, embed.shape)
-    rows = rule(mesh, "batch")
+    spec = PartitionSpec(rule(mesh, "batch"), rule(mesh, "length"))
+    if any(size % mesh_axis_size(mesh, axes) for size, axes in zip((B, T), spec)):
+        return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
+    # For each mesh axis that splits the width, the axis of the tokens that it splits too.
+    axes = [(name, 0 if name in names_of(spec[0]) else 1) for name in names_of(width)]
 
     def lookup(embed, tokens):
-        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        for name, axis in axes:
+            tokens = jax.lax.all_gather(tokens, name, axis=axis, tiled=True)
         if vocab is None:
             x = jnp.take(embed, tokens, axis=0).astype(dtype)
         else:
@@ -431,15 +435,13 @@ def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax
             here = (local >= 0) & (local < embed.shape[0])
             x = jnp.take(embed, jnp.where(here, local, 0), axis=0).astype(dtype)
             x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), dtype)), vocab)
-        return jax.lax.all_to_all(x, width, split_axis=0, concat_axis=2, tiled=True)
+        for name, axis in reversed(axes):
+            x = jax.lax.all_to_all(x, name, split_axis=axis, concat_axis=2, tiled=True)
+        return x
 
-    return shard_map(
-        lookup,
-        mesh,
-        (PartitionSpec(vocab, width), PartitionSpec(rows)),
-        PartitionSpec(rows),
-        check_vma=True,
-    )(embed, tokens)
+    return shard_map(lookup, mesh, (PartitionSpec(vocab, width), spec), spec, check_vma=True)(
+        embed, tokens
+    )
 
 
 def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | None = None):

@@ -14,7 +14,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as Spec
 
 from adpo_jax.devices import sharding
 from adpo_jax.model.head import TOKENS_PER_CHUNK, _Head, _head_of
@@ -38,18 +37,13 @@ class _Pair:
         heads, mesh = (self.policy, self.teacher), self.policy.mesh
         if mesh is None or mesh.size == 1:
             return function(*weights, *rows)
-        row = Spec(self.policy.rows_axes or None)
+        row = self.policy.rows_spec
 
         def local(*arguments):
-            whole = [
-                jax.lax.all_gather(w, head.width_axis, axis=1 if head.tied else 0, tiled=True)
-                if head.width_axis
-                else w
-                for head, w in zip(heads, arguments)
-            ]
+            whole = [head.whole(weight) for head, weight in zip(heads, arguments)]
             return function(*whole, *arguments[2:])
 
-        specs = [head._weight_spec for head in heads]
+        specs = [head.weight_spec for head in heads]
         return sharding.shard_map(
             local,
             mesh,
@@ -128,9 +122,8 @@ def token_divergences(
         )
     settings = {"temperature": temperature, "chunk": tokens_per_chunk, "with_entropy": False}
     teacher_config = dataclasses.replace(teacher_config, vocab_size=num_tokens)
-    num_rows = hidden_BTD.shape[0]
-    head, weight = _head_of(config, params, mesh, num_rows, **settings)
-    teacher, teacher_weight = _head_of(teacher_config, teacher_params, mesh, num_rows, **settings)
+    head, weight = _head_of(config, params, mesh, hidden_BTD, **settings)
+    teacher, teacher_weight = _head_of(teacher_config, teacher_params, mesh, hidden_BTD, **settings)
     teacher_weight = teacher_weight[:num_tokens] if teacher.tied else teacher_weight[:, :num_tokens]
     fixed = jax.lax.stop_gradient((teacher_weight, teacher_hidden_BTE))
     return _divergences(_Pair(head, teacher, float(beta)), weight, hidden_BTD, *fixed)

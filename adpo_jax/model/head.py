@@ -41,8 +41,9 @@ class _Head:
     Attributes:
       tied: whether the weight is the embedding [V, D], not [D, V].
       divisor: divides the logits before the soft cap.
-      rows_axes: mesh axes that split the rows, empty for none.
-      vocab_axis, width_axis: mesh axes that split the weight, empty for none.
+      rows_axes, places_axes: mesh axes that split the rows and the tokens of a row.
+      vocab_axis: the mesh axis that splits the vocabulary, empty for none.
+      width_axes: mesh axes that split the width of the weight.
     """
 
     tied: bool
@@ -53,36 +54,44 @@ class _Head:
     with_entropy: bool
     mesh: Mesh | None
     rows_axes: tuple[str, ...]
+    places_axes: tuple[str, ...]
     vocab_axis: str
-    width_axis: str
+    width_axes: tuple[str, ...]
 
     @property
-    def _weight_spec(self) -> Spec:
-        vocab, width = self.vocab_axis or None, self.width_axis or None
+    def weight_spec(self) -> Spec:
+        vocab, width = self.vocab_axis or None, self.width_axes or None
         return Spec(vocab, width) if self.tied else Spec(width, vocab)
+
+    @property
+    def rows_spec(self) -> Spec:
+        """How arrays [B, T, ...] lie."""
+        return Spec(self.rows_axes or None, self.places_axes or None)
+
+    def whole(self, weight):
+        """The weight of which each device has a part of the width."""
+        if not self.width_axes:
+            return weight
+        return jax.lax.all_gather(weight, self.width_axes, axis=1 if self.tied else 0, tiled=True)
 
     def spread(self, function, weight, *rows, out_rows: int, with_weight: bool):
         """Runs `function(weight, *rows)` on every device, over its part of rows and vocabulary.
 
         Args:
-          out_rows: how many results have the rows' leading axis.
+          out_rows: how many results have the rows' leading axes.
           with_weight: whether there is one more result, which lies as the weight does (`settle`).
         """
         if self.mesh is None or self.mesh.size == 1:
             return function(weight, *rows)
-        row, rows_spec = Spec(self.rows_axes or None), (Spec(self.rows_axes or None),) * out_rows
 
         def local(weight, *rows):
-            if self.width_axis:
-                axis = 1 if self.tied else 0
-                weight = jax.lax.all_gather(weight, self.width_axis, axis=axis, tiled=True)
-            return function(weight, *rows)
+            return function(self.whole(weight), *rows)
 
         return sharding.shard_map(
             local,
             self.mesh,
-            (self._weight_spec, *(row for _ in rows)),
-            (*rows_spec, *((self._weight_spec,) if with_weight else ())),
+            (self.weight_spec, *(self.rows_spec for _ in rows)),
+            (*(self.rows_spec,) * out_rows, *((self.weight_spec,) if with_weight else ())),
         )(weight, *rows)
 
     def over_vocab(self, reduce, x):
@@ -172,26 +181,29 @@ class _Head:
     def settle(self, d_hidden_BTD, d_weight_DV, dtype):
         """Sums the gradients over the devices that share an array, in the arrays' layouts."""
         d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
-        if copies := [axis for axis in self.rows_axes if axis != self.width_axis]:
+        of_tokens = (*self.rows_axes, *self.places_axes)
+        if copies := [axis for axis in of_tokens if axis not in self.width_axes]:
             d_weight_DV = jax.lax.psum(d_weight_DV, copies)
-        if self.width_axis:
-            d_weight_DV = jax.lax.psum_scatter(d_weight_DV, self.width_axis, tiled=True)
+        if self.width_axes:
+            d_weight_DV = jax.lax.psum_scatter(d_weight_DV, self.width_axes, tiled=True)
         return d_hidden_BTD, d_weight_DV.T if self.tied else d_weight_DV
 
 
-def _head_of(config, params, mesh, rows: int, **settings) -> tuple[_Head, jax.Array]:
-    """The head for so many rows, and its weight."""
-
-    rows_axes = axes_that_split(mesh, "batch", rows) or ()
-    width = axes_that_split(mesh, "embed", config.hidden_size)
+def _head_of(config, params, mesh, hidden_BTD, **settings) -> tuple[_Head, jax.Array]:
+    """The head for hidden states of this shape, and its weight."""
+    names, (B, T) = sharding.names_of, hidden_BTD.shape[:2]
+    rows_axes = names(axes_that_split(mesh, "batch", B))
+    places_axes = names(axes_that_split(mesh, "length", T))
+    width_axes = names(axes_that_split(mesh, "embed", config.hidden_size))
     head = _Head(
         tied=config.tie_embeddings,
         divisor=config.logit_divisor,
         soft_cap=config.logit_soft_cap,
         mesh=mesh,
         rows_axes=rows_axes,
-        # Devices with the same rows each make the whole gradient, so that no parts are added up.
-        width_axis=width if width in rows_axes else "",
+        places_axes=places_axes,
+        # Devices with the same tokens each make the whole gradient, so that no parts are added up.
+        width_axes=width_axes if {*width_axes} <= {*rows_axes, *places_axes} else (),
         vocab_axis=axes_that_split(mesh, "vocab", config.vocab_size) or "",
         **settings,
     )
@@ -227,7 +239,7 @@ def token_log_probs(
         config,
         params,
         mesh,
-        hidden_BTD.shape[0],
+        hidden_BTD,
         temperature=temperature,
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,
@@ -310,7 +322,7 @@ def weighted_log_probs(
         config,
         params,
         mesh,
-        hidden_BTD.shape[0],
+        hidden_BTD,
         temperature=temperature,
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,

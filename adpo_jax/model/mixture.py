@@ -159,9 +159,9 @@ class MixtureFfn:
         def of_rows(given, bias):
             return choose(weights.config.mixture, given["logits"], bias, given.get("forced"))
 
-        by_row, whole = ("batch",), ()
-        sizes = {"batch": x.shape[0]}
-        spread = sharding.on_each_device(of_rows, weights.mesh, sizes, (by_row, whole), by_row)
+        by_token, whole = ("batch", "length"), ()
+        sizes = {"batch": x.shape[0], "length": x.shape[1]}
+        spread = sharding.on_each_device(of_rows, weights.mesh, sizes, (by_token, whole), by_token)
         routing = spread(given, bias)
         if "experts_scale" not in weights.params:
             return routing
@@ -208,8 +208,8 @@ class _Experts:
     Attributes:
       activation, scale: of the model, and of its adapters.
       weighs_inputs: whether the weight of an expert multiplies its input, not its output.
-      gathers: for each parameter of the experts whose parts are gathered before a product, the axis
-        of the mesh and of the array (`grouped.product`).
+      gathers: for each parameter of the experts whose parts are gathered before a product, the axes
+        of the mesh and the axis of the array (`grouped.product`).
       tensor: the mesh axis that splits the width of the experts; "" for none.
       expert: the mesh axis that splits the experts; "" for none.
       num_parts: X.
@@ -219,7 +219,7 @@ class _Experts:
     activation: str | ClampedGate
     scale: float
     weighs_inputs: bool = False
-    gathers: tuple[tuple[str, tuple[str, int]], ...] = ()
+    gathers: tuple[tuple[str, tuple[str | tuple[str, ...], int]], ...] = ()
     tensor: str = ""
     expert: str = ""
     num_parts: int = 1
@@ -289,9 +289,10 @@ def _experts(weights, x_BTD, experts_BTk, routing: Routing) -> jax.Array:
         name: sharding.partition_spec(mesh, parameters.at(("layers", name)).logical_axes, p.shape)
         for name, p in params.items()
     }
-    rows = PartitionSpec(sharding.axes_that_split(mesh, "batch", x_BTD.shape[0]))
+    sizes = zip(("batch", "length"), x_BTD.shape)
+    tokens = PartitionSpec(*(sharding.axes_that_split(mesh, *size) for size in sizes))
     on_mesh = _on_mesh(plain, mesh, specs)
-    return sharding.shard_map(on_mesh, mesh, (specs, rows, rows, rows), rows)(*args)
+    return sharding.shard_map(on_mesh, mesh, (specs, tokens, tokens, tokens), tokens)(*args)
 
 
 def _on_mesh(plain: _Experts, mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> _Experts:
@@ -301,7 +302,7 @@ def _on_mesh(plain: _Experts, mesh: Mesh, specs: Mapping[str, PartitionSpec]) ->
         name = sharding.RULES[logical]
         return name if name in mesh.axis_names and mesh.shape[name] > 1 else ""
 
-    width = axis("embed")
+    width = sharding.rule(mesh, "embed")
     gathers = tuple(
         (name, (width, tuple(spec).index(width)))
         for name, spec in specs.items()
@@ -309,7 +310,7 @@ def _on_mesh(plain: _Experts, mesh: Mesh, specs: Mapping[str, PartitionSpec]) ->
     )
     return dataclasses.replace(
         plain,
-        gathers=gathers if width else (),
+        gathers=gathers if sharding.mesh_axis_size(mesh, width) > 1 else (),
         tensor=axis("mlp"),
         expert=axis("expert"),
         num_parts=sharding.mesh_axis_size(mesh, axis("expert") or None),

@@ -7,8 +7,9 @@ and completion. Scores are not kept: the backward pass makes them again from the
 normaliser (Dao et al. 2022, arXiv 2205.14135). So a layer keeps queries, keys, values, results and
 that log, which are linear in the length of the stream.
 
-Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, S = J W keys,
-c query tiles at once, H heads, K key/value heads, R = H / K, Q = R W, D head dim.
+Letters: B streams, N tokens of one, n tiles, m tiles of keys (n, where queries and keys are the
+same tokens), W tokens of a tile, J listed key tiles, S = J W keys, c query tiles at once, H heads,
+K key/value heads, R = H / K, Q = R W, D head dim.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Tokens, by_kv_head, visible
 from adpo_jax.model.cpu import made, sum_of_columns
@@ -27,6 +29,9 @@ from adpo_jax.model.cpu import made, sum_of_columns
 SCORE_BYTES = 256 * 2**20
 CACHED_SCORE_BYTES = 4 * 2**20
 
+# The name of the results for `jax.checkpoint`.
+SAVED = "plain_attention"
+
 
 class Stream(NamedTuple):
     """The place of each token of a packed stream.
@@ -35,17 +40,34 @@ class Stream(NamedTuple):
       positions: [B, N] int32, its position in its sequence; a completion counts on from its prompt.
       segments: [B, N] int32, the prompt or completion that it is part of; 0 is padding.
       prompts: [B, N] int32, the segment of the prompt that it sees besides its own segment.
-      key_tiles: [B, n, J] int32, the key tiles of each query tile, ascending; -1 for none.
+      key_tiles: [B, n, J] int32, the key tiles of each query tile; -1 for none.
+      keys: the tokens [B, m W] of which the tiles of keys consist, where they are others than these
+        queries: a device may have a share of a stream's queries. None for the same tokens.
     """
 
     positions: jax.Array
     segments: jax.Array
     prompts: jax.Array
     key_tiles: jax.Array
+    keys: Tokens | None = None
 
     @property
     def tokens(self) -> Tokens:
         return Tokens(self.positions, self.segments, self.prompts)
+
+    @property
+    def key_tokens(self) -> Tokens:
+        return self.tokens if self.keys is None else self.keys
+
+    @property
+    def tile(self) -> int:
+        """W."""
+        return self.positions.shape[1] // self.key_tiles.shape[1]
+
+    @property
+    def num_key_tiles(self) -> int:
+        """m."""
+        return self.key_tokens.positions.shape[1] // self.tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +95,17 @@ def stream_attention(
     """
     B, N = stream.positions.shape
     n, J = stream.key_tiles.shape[1:]
-    W = N // n
+    W, m = stream.tile, stream.num_key_tiles
     tiles = jnp.maximum(stream.key_tiles, 0)
 
     def of_queries(x_BN):
         return x_BN.reshape(B, n, W)[..., None]
 
     def of_keys(x_BN):
-        return _gather(x_BN.reshape(B, n, W), tiles).reshape(B, n, 1, J * W)
+        return _gather(x_BN.reshape(B, m, W), tiles).reshape(B, n, 1, J * W)
 
     queries = jax.tree.map(of_queries, stream.tokens)
-    keys = Tokens(of_keys(stream.positions), of_keys(stream.segments))
+    keys = Tokens(*map(of_keys, stream.key_tokens[:2]))
     listed = jnp.repeat(stream.key_tiles >= 0, W, axis=2)
     causal = visible(queries, keys) & listed[:, :, None]
     distance = queries.positions - keys.positions
@@ -98,7 +120,7 @@ def stream_attention(
         q = q.reshape(B, n, K, H // K * W, D)
         chunk = _even_chunk(n, at_most=score_bytes // (4 * B * H * W * J * W))
         shape = _Shape(scale, soft_cap, chunk)
-        k, v = k.reshape(B, n, W, K, D), v.reshape(B, n, W, K, D)
+        k, v = k.reshape(B, m, W, K, D), v.reshape(B, m, W, K, D)
         sinks = None
         if layer.sinks is not None:
             sinks = jnp.repeat(by_kv_head(layer.sinks, K), W, axis=1)
@@ -117,35 +139,35 @@ def _even_chunk(n: int, at_most: int) -> int:
     return min(range(at_most // 2 + 1, at_most + 1), key=lambda chunk: (-n % chunk, -chunk))
 
 
-def _gather(x_BnZ, tiles_BcJ):
-    """[B, n, ...] -> [B, c, J, ...], the listed tiles."""
-    return jax.vmap(lambda x, tiles: jnp.take(x, tiles, axis=0))(x_BnZ, tiles_BcJ)
+def _gather(x_BmZ, tiles_BcJ):
+    """[B, m, ...] -> [B, c, J, ...], the listed tiles."""
+    return jax.vmap(lambda x, tiles: jnp.take(x, tiles, axis=0))(x_BmZ, tiles_BcJ)
 
 
-def _listed(x_BnWKD, tiles_BcJ):
+def _listed(x_BmWKD, tiles_BcJ):
     """The keys or values that tiles of queries see, [B, c, K, S, D]."""
-    x = _gather(x_BnWKD, tiles_BcJ)
+    x = _gather(x_BmWKD, tiles_BcJ)
     B, c, J, W, K, D = x.shape
     return x.reshape(B, c, J * W, K, D).swapaxes(2, 3)
 
 
-def _unlisted(g_BcKSD, tiles_BcJ, n: int):
-    """The gradient [B, n, W, K, D] float32 of `_listed`.
+def _unlisted(g_BcKSD, tiles_BcJ, m: int):
+    """The gradient [B, m, W, K, D] float32 of `_listed`.
 
     It is a product with a 0/1 matrix, since a CPU scatters one row at a time.
     """
     B, c, J = tiles_BcJ.shape
     K, S, D = g_BcKSD.shape[2:]
-    used = jax.nn.one_hot(tiles_BcJ.reshape(B, c * J), n, axis=1, dtype=g_BcKSD.dtype)
+    used = jax.nn.one_hot(tiles_BcJ.reshape(B, c * J), m, axis=1, dtype=g_BcKSD.dtype)
     flat = g_BcKSD.swapaxes(2, 3).reshape(B, c * J, S // J * K * D)
     summed = jnp.einsum(
-        "bnj,bjz->bnz",
+        "bmj,bjz->bmz",
         used,
         flat,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return summed.reshape(B, n, S // J, K, D)
+    return summed.reshape(B, m, S // J, K, D)
 
 
 def _scores(shape: _Shape, q_BcKQD, k_BcKSD, mask_BcWS):
@@ -190,13 +212,13 @@ def _sum_over_queries(x_BcKQD, weights_BcKQS):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
-    return _forward(shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ)[0]
+def _attention(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
+    return _forward(shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ)[0]
 
 
-def _forward(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
+def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
     def forward(_, q, tiles, mask):
-        k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
+        k, v = _listed(k_BmWKD, tiles), _listed(v_BmWKD, tiles)
         scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, mask)
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks_KQ is not None:
@@ -208,16 +230,17 @@ def _forward(shape: _Shape, q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sin
         out = jnp.einsum("bckqs,bcksd->bckqd", weights.astype(v.dtype), v)
         return None, ((out / total).astype(q.dtype), top + jnp.log(total))
 
-    _, (out, log_z) = _in_chunks(shape, forward, None, q_BnKQD, tiles_BnJ, mask_BnWS)
-    return out, (q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out, log_z)
+    _, found = _in_chunks(shape, forward, None, q_BnKQD, tiles_BnJ, mask_BnWS)
+    out, log_z = checkpoint_name(found, SAVED)
+    return out, (q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out, log_z)
 
 
 def _backward(shape: _Shape, residuals, d_out_BnKQD):
-    q_BnKQD, k_BnWKD, v_BnWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out_BnKQD, log_z_BnKQ1 = residuals
-    n = k_BnWKD.shape[1]
+    q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out_BnKQD, log_z_BnKQ1 = residuals
+    m = k_BmWKD.shape[1]
 
     def backward(sums, q, tiles, mask, out, log_z, d_out):
-        k, v = _listed(k_BnWKD, tiles), _listed(v_BnWKD, tiles)
+        k, v = _listed(k_BmWKD, tiles), _listed(v_BmWKD, tiles)
         q = q * jnp.asarray(shape.scale, q.dtype)
         scores, slope = _scores(shape, q, k, mask)
         weights = jnp.exp(scores - log_z)
@@ -233,14 +256,14 @@ def _backward(shape: _Shape, residuals, d_out_BnKQD):
             # The value of a sink is 0.
             of_sinks = jnp.exp(sinks_KQ - log_z[..., 0]) * mean[..., 0]
             d_sinks = sums[2] - jnp.sum(of_sinks, axis=(0, 1))
-        sums = (sums[0] + _unlisted(d_k, tiles, n), sums[1] + _unlisted(d_v, tiles, n), d_sinks)
+        sums = (sums[0] + _unlisted(d_k, tiles, m), sums[1] + _unlisted(d_v, tiles, m), d_sinks)
         return sums, d_q
 
-    zeros = jnp.zeros(k_BnWKD.shape, jnp.float32)
+    zeros = jnp.zeros(k_BmWKD.shape, jnp.float32)
     first = (zeros, zeros, None if sinks_KQ is None else jnp.zeros_like(sinks_KQ))
     tiled = (q_BnKQD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1, d_out_BnKQD)
     (d_k, d_v, d_sinks), d_q = _in_chunks(shape, backward, first, *tiled)
-    return d_q, d_k.astype(k_BnWKD.dtype), d_v.astype(v_BnWKD.dtype), None, None, d_sinks
+    return d_q, d_k.astype(k_BmWKD.dtype), d_v.astype(v_BmWKD.dtype), None, None, d_sinks
 
 
 _attention.defvjp(_forward, _backward)

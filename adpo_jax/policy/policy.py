@@ -81,6 +81,12 @@ class Policy:
                 f"mesh.expert is {self.mesh.shape['expert']}, but the model has no experts; give "
                 "its devices to mesh.fsdp"
             )
+        shares = sharding.BatchSharding(self.mesh).num_shares
+        if shares > 1 and self.config.linear_attention:
+            raise ValueError(
+                f"mesh.sequence is {shares}, but this model's linear attention runs through a "
+                "sequence in order, on one device; give the devices to mesh.fsdp"
+            )
         if self.lora:
             object.__setattr__(self, "lora", self.lora.of_model(self.config))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))

@@ -240,7 +240,7 @@ class PackedMicro(NamedTuple):
         hidden, _, extras = policy(
             params, streams.tokens, streams.positions, attend=attend, ffn=self._ffn(policy)
         )
-        return hidden[:, -streams.targets.shape[1] :], streams.targets, extras
+        return self.layout.batch.of_completions(hidden), streams.targets, extras
 
     def _ffn(self, policy: Policy):
         """The layers' mixtures, where tokens take the experts that the sampler took."""

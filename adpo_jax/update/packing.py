@@ -10,6 +10,10 @@ A completion's part of the stream starts with the prompt's last token and ends b
 token, so that every place in it predicts one completion token, and no token runs through the model
 for nothing. A token that is not trained on has its place like any other, so later tokens see it.
 
+Where several devices have shares of a stream (the mesh axis `sequence`), the shares lie one after
+the other, each with as many tiles of prompts, which come first, and as many of completions. Tiles
+are dealt out so that all shares see about equally many key tiles.
+
 `Packing` decides all of this on the host from the lengths. All micro-batches have the shape of the
 largest one. How many of them there are is data, not a shape. A new shape costs a compile of a
 minute, a place without a token costs as much as one with a token. So sizes are rounded up to a few
@@ -17,7 +21,8 @@ values (completion places to one of sixteen an octave, prompt places to 1/32 to 
 listed key tiles to one of two an octave), and `Sizes` are used again where they waste little.
 
 Letters: P prompts, G completions of a prompt, B streams side by side (batch shards of the mesh), M
-micro-batches, N tokens of a stream, the last C of them of completions, n tiles, J listed key tiles.
+micro-batches, S shares of a stream, N tokens of it, C of them of completions, n tiles, W tokens of
+a tile, J listed key tiles.
 """
 
 import bisect
@@ -200,6 +205,7 @@ class PackedBatch:
         prompts included, 0 where it is not known; None where the router chooses everywhere.
       whole_groups: whether all completions of a prompt lie in one micro-batch.
       starts: prompts and completions start at multiples of so many places.
+      shares: S.
     """
 
     micro: Micro
@@ -212,6 +218,14 @@ class PackedBatch:
     whole_groups: bool = flax.struct.field(pytree_node=False, default=False)
     experts: np.ndarray | None = None
     starts: int = flax.struct.field(pytree_node=False, default=1)
+    shares: int = flax.struct.field(pytree_node=False, default=1)
+
+    def of_completions(self, values_BNZ):
+        """What lies at the places of completions, [B, C, ...]."""
+        B, N, *rest = values_BNZ.shape
+        C, S = self.micro.targets.shape[-1], self.shares
+        shares = values_BNZ.reshape(B, S, N // S, *rest)
+        return shares[:, :, -(C // S) :].reshape(B, C, *rest)
 
     def check_starts(self, config: ModelConfig) -> None:
         """Refuses streams whose segments start where linear attention of a model cannot.
@@ -271,6 +285,7 @@ class Packing:
       size: the size of the streams, which must hold what is `needed`; None to choose one.
       starts: prompts and completions start at multiples of so many places, a part of a tile, as
         linear attention wants it (`starts_of`).
+      shares: devices that have a share of each stream, which `completions_per_micro` is of.
 
     Raises:
       ValueError: when the prompts do not spread over the streams, or a group does not fit in a
@@ -291,6 +306,7 @@ class Packing:
         sizes: list[Size] | None = None,
         size: Size | None = None,
         starts: int = 1,
+        shares: int = 1,
     ):
         lengths_PG = sequences.lengths
         P, G = lengths_PG.shape
@@ -311,8 +327,9 @@ class Packing:
                 f"{G}; pass completions_per_micro of at least {G}, or whole_groups=False"
             )
         self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
-        self.tile, self.starts = tile, starts
+        self.tile, self.starts, self.shares = tile, starts, shares
         assert tile % starts == 0
+        whole_tiles = tile * shares  # what a size is a multiple of
         shards = np.split(np.arange(P), num_shards)
 
         def streams_of(budget: int) -> list[list[_Stream]]:
@@ -340,17 +357,17 @@ class Packing:
         if size is not None:
             self.size = size
             return
-        self.size = needed._replace(room=max(room, needed.room)).rounded(tile)
-        usable = [size for size in sizes or () if size.fits(tile)]
+        self.size = needed._replace(room=max(room, needed.room)).rounded(whole_tiles)
+        usable = [size for size in sizes or () if size.fits(whole_tiles)]
         if usable:
             # A group of full length must fit where groups are kept whole.
             least = int(lengths_PG.sum(1).max()) if whole_groups else int(lengths_PG.max())
             found = _reused(usable, self.streams, streams_of, least, budget)
-            most = max(self.size.completion, _rounded(budget, tile, 16))
+            most = max(self.size.completion, _rounded(budget, whole_tiles, 16))
             if found is not None:
                 self.streams, self.size = found
             else:
-                grown = needed._replace(room=self.size.room).grown(usable, tile)
+                grown = needed._replace(room=self.size.room).grown(usable, whole_tiles)
                 self.size = grown._replace(completion=min(grown.completion, most))
         if sizes is not None and self.size not in sizes:
             sizes.append(self.size)
@@ -398,7 +415,49 @@ class Packing:
                         into[b, m, part] = values[name][p][g]
                 if batch.experts is not None:
                     stream.write_experts(sequences, self.num_prompt, batch.experts[b, m])
+                if self.shares > 1:
+                    self._share_out(batch, b, m)
         return batch
+
+    def _share_out(self, batch: PackedBatch, b: int, m: int) -> None:
+        """Deals the tiles of a stream out to its shares, in place."""
+        order, micro = self._orders[b][m], batch.micro
+
+        def turn(x, order):
+            tiles = x[b, m].reshape(len(order), -1, *x.shape[3:])
+            x[b, m] = tiles[order].reshape(x.shape[2:])
+
+        for x in (micro.tokens, micro.positions, micro.segments, micro.prompts, micro.key_tiles):
+            turn(x, order.all)
+        if batch.experts is not None:
+            turn(batch.experts, order.all)
+        for x in (micro.targets, batch.trained, batch.completion, *batch.log_probs.values()):
+            turn(x, order.completions)
+        number = np.zeros(len(order.all) + 1, np.int32)
+        number[order.all + 1] = np.arange(1, len(order.all) + 1)
+        micro.key_tiles[b, m] = number[micro.key_tiles[b, m]]
+
+    @functools.cached_property
+    def _orders(self) -> list[list["_Order"]]:
+        """Of each stream, how its tiles are dealt out."""
+        prompt_tiles = self.size.prompt // self.tile
+
+        def of_stream(stream: "_Stream") -> _Order:
+            tiles_of_queries = stream.key_tiles(prompt_tiles)
+            costs = np.zeros(self.size.places // self.tile, int)
+            costs[: len(tiles_of_queries)] = list(map(len, tiles_of_queries))
+            return _shared_out(costs, prompt_tiles, self.shares)
+
+        return [list(map(of_stream, shard)) for shard in self.streams]
+
+    @property
+    def load_imbalance(self) -> float:
+        """Key tiles that the busiest share of a stream sees, over those of the mean share.
+
+        It is that of the micro-batches one after the other, in which shares wait for each other.
+        """
+        loads = [order.loads for shard in self._orders for order in shard]
+        return float(np.max(loads, axis=1).sum() / np.mean(loads, axis=1).sum())
 
     def abstract(
         self, names: Iterable[str] = ("sampler",), experts: tuple[int, ...] = ()
@@ -427,6 +486,7 @@ class Packing:
             group_size=self.group_size,
             whole_groups=self.whole_groups,
             starts=self.starts,
+            shares=self.shares,
         )
 
     def unpacked(self, values_BMC: np.ndarray) -> list[list[np.ndarray]]:
@@ -434,9 +494,52 @@ class Packing:
         found = [[None] * self.group_size for _ in range(self.num_prompts)]
         for b, shard in enumerate(self.streams):
             for m, stream in enumerate(shard):
+                values = values_BMC[b, m]
+                if self.shares > 1:
+                    places = np.argsort(self._orders[b][m].completions)
+                    values = values.reshape(len(places), -1)[places].reshape(-1)
                 for p, g, _, part in stream.places():
-                    found[p][g] = np.array(values_BMC[b, m, part])
+                    found[p][g] = np.array(values[part])
         return found
+
+
+class _Order(NamedTuple):
+    """Which tile lies where in a stream whose tiles have been dealt out to shares.
+
+    Attributes:
+      all: [n] int, the number that each tile has where prompts lie before completions.
+      completions: [C / W] int, likewise of the tiles of completions among themselves.
+      loads: [S] int, the key tiles that each share sees.
+    """
+
+    all: np.ndarray
+    completions: np.ndarray
+    loads: np.ndarray
+
+
+def _shared_out(costs: np.ndarray, prompt_tiles: int, shares: int) -> _Order:
+    """Deals tiles out from the dearest to the cheapest, each to the lightest share that has room.
+
+    Args:
+      costs: [n] int, the key tiles that each tile sees, those of prompts first.
+    """
+    loads = np.zeros(shares, int)
+
+    def deal(first: int, end: int) -> np.ndarray:
+        """[S, tiles of a share], ascending in each."""
+        dealt: list[list[int]] = [[] for _ in range(shares)]
+        room = (end - first) // shares
+        for tile in first + np.argsort(-costs[first:end], kind="stable"):
+            open_ones = [s for s in range(shares) if len(dealt[s]) < room]
+            lightest = min(open_ones, key=loads.__getitem__)
+            dealt[lightest].append(tile)
+            loads[lightest] += costs[tile]
+        return np.sort(np.array(dealt, int).reshape(shares, room), axis=1)
+
+    completions = deal(prompt_tiles, len(costs))
+    prompts = deal(0, prompt_tiles)
+    every = np.concatenate([prompts, completions], axis=1).reshape(-1)
+    return _Order(every, completions.reshape(-1) - prompt_tiles, loads)
 
 
 def _needed(streams: list[list["_Stream"]]) -> Size:

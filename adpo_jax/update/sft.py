@@ -82,18 +82,20 @@ class InStreams:
         rows_per_micro: int = 0,
     ):
         self._examples = examples
-        self._num_shards = sharding.BatchSharding(policy.mesh).num_shards
+        spread = sharding.BatchSharding(policy.mesh)
+        self._num_shards = spread.num_shards
         self._tile = tile_of(policy.attention_settings.platform, completion_length)
         self._options = {
             "num_shards": self._num_shards,
-            "completions_per_micro": rows_per_micro,
+            "completions_per_micro": rows_per_micro * spread.num_shares,
             "full_length": prompt_length + completion_length,
             "count_prompts": True,
             "tile": self._tile,
             "starts": starts_of([policy.config], self._tile),
+            "shares": spread.num_shares,
         }
         needed = (Packing(self._step(rows), **self._options).needed for rows in steps)
-        self.size = Size(*map(max, zip(*needed))).in_tiles(self._tile)
+        self.size = Size(*map(max, zip(*needed))).in_tiles(self._tile * spread.num_shares)
 
     @property
     def num_places(self) -> int:

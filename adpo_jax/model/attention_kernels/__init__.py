@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
-from adpo_jax.model.attention import Attend, LayerInfo, Tokens, by_kv_head, visible
+from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
 from adpo_jax.model.attention_choice import Implementation, Use
-from adpo_jax.model.attention_kernels import splash_tpu, stream_gpu, stream_tpu
+from adpo_jax.model.attention_kernels import per_device, splash_tpu, stream_gpu, stream_tpu
 from adpo_jax.model.tile_attention import Stream
 
 # An obstacle, as the rest of a sentence.
@@ -98,12 +97,19 @@ def _plain_rows(settings: Settings, positions, segments) -> Attend:
 
 def _plain_stream(settings: Settings, stream: Stream) -> Attend:
     on_cpu = settings.platform == "cpu"
-    return tile_attention.stream_attention(
-        stream,
+    attention_of = functools.partial(
+        tile_attention.stream_attention,
         windows=settings.chunked or any(window is not None for window in settings.windows),
         score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
         **settings.plain,
     )
+    if not per_device.is_split(settings, stream):
+        return attention_of(stream)  # the partitioner splits rows and heads
+
+    def kernel(q, k, v, layer, stream, _):
+        return attention_of(stream)(q, k, v, layer, None)[0]
+
+    return per_device.of_stream(kernel, settings, stream)
 
 
 # --- TPU
@@ -112,41 +118,14 @@ def _plain_stream(settings: Settings, stream: Stream) -> Attend:
 def _splash_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
     del positions  # positions of neighbours in a segment rise by one
     attend = functools.partial(splash_tpu.segment_attention, settings=settings, interpret=interpret)
-    return _of_each_device(attend, settings, (segments,))
+    return per_device.of_rows(attend, settings, (segments,))
 
 
 def _kernel_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
-    attend = functools.partial(stream_tpu.attend, interpret=interpret, **settings.plain)
-    return _of_each_device(attend, settings, tuple(stream))
+    def kernel(q, k, v, layer, stream, _):
+        return stream_tpu.attend(q, k, v, layer, stream, interpret=interpret, **settings.plain)
 
-
-def _of_each_device(kernel, settings: Settings, arrays) -> Attend:
-    """A kernel that every device runs on its share of the rows and heads.
-
-    Args:
-      kernel: (q, k, v, layer, arrays) -> out.
-      arrays: a pytree of arrays [B, ...].
-    """
-    by_row, by_head = ("batch",), ("batch", None, "kv_heads")
-
-    def attend(q, k, v, layer: LayerInfo, cache):
-        def of_heads(q, k, v, layer, sinks, arrays):
-            if sinks is not None:
-                layer = layer._replace(sinks=sinks.reshape(-1))
-            return kernel(q, k, v, layer, arrays)
-
-        local = on_each_device(
-            of_heads,
-            settings.mesh,
-            {"batch": q.shape[0], "kv_heads": k.shape[2]},
-            in_axes=(by_head, by_head, by_head, (), ("kv_heads",), by_row),
-            out_axes=by_head,
-        )
-        sinks = None if layer.sinks is None else by_kv_head(layer.sinks, k.shape[2])
-        place = jax.tree.map(jnp.asarray, layer._replace(sinks=None))
-        return local(q, k, v, place, sinks, arrays), cache
-
-    return attend
+    return per_device.of_stream(kernel, settings, stream)
 
 
 def _tpu_obstacle(settings: Settings) -> str:
@@ -172,14 +151,11 @@ def _tpu_limit(settings: Settings, stream: Stream) -> str:
 
 def _gpu_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
     windows = any(window is not None for window in settings.windows)
-    lists = stream_gpu.lists_of(stream, windows=windows)
-
-    def kernel(q, k, v, layer, arrays):
-        return stream_gpu.attend(
-            q, k, v, layer, *arrays, windows=windows, interpret=interpret, **settings.plain
-        )
-
-    return _of_each_device(kernel, settings, (tuple(stream), tuple(lists)))
+    kernel = functools.partial(
+        stream_gpu.attend, windows=windows, interpret=interpret, **settings.plain
+    )
+    lists_of = functools.partial(stream_gpu.lists_of, windows=windows)
+    return per_device.of_stream(kernel, settings, stream, lists_of)
 
 
 def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:

@@ -8,8 +8,8 @@ of their prompt, so the list of a key tile is cut into chunks, whose sums are ad
 kernel, in order: the same numbers every time. The plain version is
 `tile_attention.stream_attention`.
 
-Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, H heads, K
-key/value heads, R = H / K, D head dim, S tokens of a block, M chunks.
+Letters: B streams, N tokens of one, n tiles, L keys, m tiles of them, W tokens of a tile, J listed
+key tiles, H heads, K key/value heads, R = H / K, D head dim, S tokens of a block, M chunks.
 """
 
 import dataclasses
@@ -85,10 +85,10 @@ class Lists(NamedTuple):
     Attributes:
       keys: [B, n, J] int32, the key tiles of each query tile, and `key_counts` [B, n, 2] int32: how
         many need no mask, and how many there are.
-      queries: [B, n, n] int32, the query tiles of each key tile, and `query_counts` [B, n, 2].
+      queries: [B, m, n] int32, the query tiles of each key tile, and `query_counts` [B, m, 2].
       chunks: [B, M, 2] int32, the key tile of a chunk, -1 for none, and its first place in
         `queries`.
-      sums: [B, n, 2] int32, the first chunk of a key tile, and how many it has.
+      sums: [B, m, 2] int32, the first chunk of a key tile, and how many it has.
     """
 
     keys: jax.Array
@@ -125,10 +125,10 @@ def lists_of(stream: Stream, *, windows: bool = False) -> Lists:
     Args:
       windows: whether a layer may have a window; then every tile needs its mask.
     """
-    n, J = stream.key_tiles.shape[1:]
-    tile = jnp.arange(n, dtype=jnp.int32)
+    (n, J), m = stream.key_tiles.shape[1:], stream.num_key_tiles
+    tile = jnp.arange(m, dtype=jnp.int32)
     seen_Bqk = jnp.any(stream.key_tiles[..., None] == tile, axis=2)
-    free_Bqk = jnp.zeros_like(seen_Bqk) if windows else seen_Bqk & _unmasked(stream, n)
+    free_Bqk = jnp.zeros_like(seen_Bqk) if windows else seen_Bqk & _unmasked(stream)
     rank = jnp.where(free_Bqk, 0, jnp.where(seen_Bqk, 1, 2))
     keys = jnp.argsort(rank, axis=2, stable=True)[..., :J].astype(jnp.int32)
     queries = jnp.argsort(rank, axis=1, stable=True).swapaxes(1, 2).astype(jnp.int32)
@@ -138,34 +138,34 @@ def lists_of(stream: Stream, *, windows: bool = False) -> Lists:
         return jnp.stack(found, axis=-1)
 
     query_counts = counts(1)
-    chunks_Bn = -(-query_counts[..., 1] // CHUNK)
-    ends_Bn = jnp.cumsum(chunks_Bn, axis=1, dtype=jnp.int32)
-    starts_Bn = ends_Bn - chunks_Bn
-    chunk = jnp.arange(n + n * J // CHUNK, dtype=jnp.int32)
-    of_BM = jnp.sum(ends_Bn[:, None] <= chunk[:, None], axis=2, dtype=jnp.int32)
-    first = (chunk - jnp.take_along_axis(starts_Bn, jnp.minimum(of_BM, n - 1), axis=1)) * CHUNK
-    chunks = jnp.stack([jnp.where(of_BM < n, of_BM, -1), first], axis=-1)
-    sums = jnp.stack([starts_Bn, chunks_Bn], axis=-1)
+    chunks_Bm = -(-query_counts[..., 1] // CHUNK)
+    ends_Bm = jnp.cumsum(chunks_Bm, axis=1, dtype=jnp.int32)
+    starts_Bm = ends_Bm - chunks_Bm
+    chunk = jnp.arange(m + n * J // CHUNK, dtype=jnp.int32)
+    of_BM = jnp.sum(ends_Bm[:, None] <= chunk[:, None], axis=2, dtype=jnp.int32)
+    first = (chunk - jnp.take_along_axis(starts_Bm, jnp.minimum(of_BM, m - 1), axis=1)) * CHUNK
+    chunks = jnp.stack([jnp.where(of_BM < m, of_BM, -1), first], axis=-1)
+    sums = jnp.stack([starts_Bm, chunks_Bm], axis=-1)
     return Lists(keys, counts(2), queries, query_counts, chunks, sums)
 
 
-def _unmasked(stream: Stream, n: int) -> jax.Array:
-    """[B, n, n] bool: every token of a query tile sees every token of a key tile."""
+def _unmasked(stream: Stream) -> jax.Array:
+    """[B, n, m] bool: every token of a query tile sees every token of a key tile."""
 
     def ends(x_BN):
-        x = x_BN.reshape(len(x_BN), n, -1)
+        x = x_BN.reshape(len(x_BN), -1, stream.tile)
         return jnp.min(x, axis=2), jnp.max(x, axis=2)
 
     def one(x_BN):
         least, most = ends(x_BN)
         return jnp.where(least == most, least, -1)
 
-    segment, prompt = one(stream.segments), one(stream.prompts)
-    of_keys = segment[:, None]
+    segment, prompt, keys = one(stream.segments), one(stream.prompts), stream.key_tokens
+    of_keys = one(keys.segments)[:, None]
     same = (segment[..., None] == of_keys) | (prompt[..., None] == of_keys)
     alone = (segment > 0)[..., None] & (of_keys > 0)
     first_query, _ = ends(stream.positions)
-    _, last_key = ends(stream.positions)
+    _, last_key = ends(keys.positions)
     return same & alone & (last_key[:, None] <= first_query[..., None])
 
 
@@ -182,23 +182,21 @@ def attend(
     windows: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of the tokens of a stream to themselves, 0 at padding.
+    """Attention of the tokens of a stream to its keys, 0 at padding.
 
     Args:
-      q: [B, N, H, D], not scaled; k, v: [B, N, K, D].
-      stream: a `Stream`, or its arrays in a tuple.
+      q: [B, N, H, D], not scaled; k, v: [B, m W, K, D].
       lists: `lists_of(stream, windows=windows)`, made once for all layers.
       windows: whether a layer may have a window.
 
     Returns:
       [B, N, H, D] in the dtype of q.
     """
-    stream = Stream(*stream)
-    lists = lists_of(stream, windows=windows) if lists is None else Lists(*lists)
-    tile = q.shape[1] // stream.key_tiles.shape[1]
-    static = _Static(scale, soft_cap, tile, windows, interpret)
+    lists = lists_of(stream, windows=windows) if lists is None else lists
+    static = _Static(scale, soft_cap, stream.tile, windows, interpret)
     window = jnp.reshape(jnp.asarray(layer.window, jnp.int32), (1,))
-    return _attention(static, q, k, v, stream.tokens, lists, window, layer.sinks)
+    places = (*stream.tokens, *stream.key_tokens[:2])
+    return _attention(static, q, k, v, places, lists, window, layer.sinks)
 
 
 def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:
@@ -221,7 +219,7 @@ def padded(x: jax.Array, more: int) -> jax.Array:
 
 
 def _tokens(refs, b, first, size: int, axis: int) -> Tokens:
-    """The places of `size` tokens from `first` on, along an axis of two."""
+    """The `size` tokens from `first` on, along an axis of two."""
     shape = (size, 1) if axis == 0 else (1, size)
     found = (plt.load(ref.at[b, pl.ds(first, size)]) for ref in refs)
     return Tokens(*(x.reshape(shape) for x in found))
@@ -260,6 +258,7 @@ def _forward_kernel(static, shape, R, *refs):
     S, T, blocks = shape.mine, shape.theirs, static.tile // shape.theirs
     first = i * S
     tile, head = jax.lax.div(first, static.tile), jax.lax.div(h, R)
+    places, key_places = places[:3], places[3:]
     query, queries = _rows(q, b, first, S, h), _tokens(places, b, first, S, 0)
 
     def visit(masked, j, carry):
@@ -267,7 +266,7 @@ def _forward_kernel(static, shape, R, *refs):
         at = tiles[b, tile, jax.lax.div(j, blocks)] * static.tile + jax.lax.rem(j, blocks) * T
         scores, _ = _capped(static, plt.dot(query, _rows(k, b, at, T, head), trans_b=True))
         if masked:
-            seen = _seen(static, queries, _tokens(places, b, at, T, 1), window)
+            seen = _seen(static, queries, _tokens(key_places, b, at, T, 1), window)
             scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
@@ -298,6 +297,7 @@ def _query_kernel(static, shape, R, *refs):
     S, T, blocks = shape.mine, shape.theirs, static.tile // shape.theirs
     first = i * S
     tile, head = jax.lax.div(first, static.tile), jax.lax.div(h, R)
+    places, key_places = places[:3], places[3:]
     query, queries = _rows(q, b, first, S, h), _tokens(places, b, first, S, 0)
     d_rows, of_query = _rows(d_out, b, first, S, h), (b, h, pl.ds(first, S))
     z, m = plt.load(log_z.at[of_query])[:, None], plt.load(mean.at[of_query])[:, None]
@@ -308,7 +308,7 @@ def _query_kernel(static, shape, R, *refs):
         scores, slope = _capped(static, plt.dot(query, key, trans_b=True))
         weights = jnp.exp2(scores - z)
         if masked:
-            seen = _seen(static, queries, _tokens(places, b, at, T, 1), window)
+            seen = _seen(static, queries, _tokens(key_places, b, at, T, 1), window)
             weights = jnp.where(seen, weights, 0.0)
         d_weights = plt.dot(d_rows, _rows(v, b, at, T, head), trans_b=True)
         d_scores = weights * (d_weights - m) * slope
@@ -321,7 +321,7 @@ def _query_kernel(static, shape, R, *refs):
 
 
 def _key_kernel(static, shape, R, *refs):
-    tiles, counts, chunks, window, *places, q, k, v, d_out, log_z, mean, d_k, d_v = refs
+    tiles, counts, chunks, window, *all_places, q, k, v, d_out, log_z, mean, d_k, d_v = refs
     b, head, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
     S, T, blocks = shape.mine, shape.theirs, static.tile // shape.theirs
     part = static.tile // S
@@ -332,7 +332,8 @@ def _key_kernel(static, shape, R, *refs):
     def _():
         first = tile * static.tile + row
         key, value = _rows(k, b, first, S, head), _rows(v, b, first, S, head)
-        keys = _tokens(places, b, first, S, 0)
+        places, key_places = all_places[:3], all_places[3:]
+        keys = _tokens(key_places, b, first, S, 0)
 
         def of_head(r, grads):
             h = head * R + r
@@ -402,10 +403,8 @@ def _like(x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(
-    static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window, sinks_H
-):
-    return _forward(static, q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H)[0]
+def _attention(static: _Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, sinks_H):
+    return _forward(static, q_BNHD, k_BLKD, v_BLKD, places, lists, window, sinks_H)[0]
 
 
 def _beside_sinks(out_BNHD, log_z_BHN, sinks_H):
@@ -419,40 +418,38 @@ def _in_base_two(sinks_H):
     return sinks_H.astype(jnp.float32) * LOG2_E
 
 
-def _forward(
-    static: _Static, q_BNHD, k_BNKD, v_BNKD, tokens: Tokens, lists: Lists, window, sinks_H
-):
+def _forward(static: _Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, sinks_H):
     B, N, H, _ = q_BNHD.shape
     shape = static.blocks(FORWARD)
     out, log_z = _call(
         static,
-        functools.partial(_forward_kernel, static, shape, H // k_BNKD.shape[2]),
+        functools.partial(_forward_kernel, static, shape, H // k_BLKD.shape[2]),
         shape,
         (N // shape.mine, H, B),
-        [lists.keys, lists.key_counts, window, *tokens, q_BNHD, k_BNKD, v_BNKD],
+        [lists.keys, lists.key_counts, window, *places, q_BNHD, k_BLKD, v_BLKD],
         [_like(q_BNHD), jax.ShapeDtypeStruct((B, H, N), jnp.float32)],
         "stream_attention",
     )
     if sinks_H is not None:
         out, log_z = _beside_sinks(out, log_z, _in_base_two(sinks_H))
     out, log_z = checkpoint_name((out, log_z), "attention")
-    return out, (q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H, out, log_z)
+    return out, (q_BNHD, k_BLKD, v_BLKD, places, lists, window, sinks_H, out, log_z)
 
 
 def _backward(static: _Static, residuals, d_out_BNHD):
-    q_BNHD, k_BNKD, v_BNKD, tokens, lists, window, sinks_H, out_BNHD, log_z = residuals
+    q_BNHD, k_BLKD, v_BLKD, places, lists, window, sinks_H, out_BNHD, log_z = residuals
     B, N, H, D = q_BNHD.shape
-    K, M = k_BNKD.shape[2], lists.chunks.shape[1]
+    K, M = k_BLKD.shape[2], lists.chunks.shape[1]
     product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
     mean = jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
-    tensors = [q_BNHD, k_BNKD, v_BNKD, d_out_BNHD.astype(q_BNHD.dtype), log_z, mean]
+    tensors = [q_BNHD, k_BLKD, v_BLKD, d_out_BNHD.astype(q_BNHD.dtype), log_z, mean]
     shape = static.blocks(OF_QUERIES)
     (d_q,) = _call(
         static,
         functools.partial(_query_kernel, static, shape, H // K),
         shape,
         (N // shape.mine, H, B),
-        [lists.keys, lists.key_counts, window, *tokens, *tensors],
+        [lists.keys, lists.key_counts, window, *places, *tensors],
         [_like(q_BNHD)],
         "stream_attention_d_query",
     )
@@ -463,7 +460,7 @@ def _backward(static: _Static, residuals, d_out_BNHD):
         functools.partial(_key_kernel, static, shape, H // K),
         shape,
         (M * (static.tile // shape.mine), K, B),
-        [lists.queries, lists.query_counts, lists.chunks, window, *tokens, *tensors],
+        [lists.queries, lists.query_counts, lists.chunks, window, *places, *tensors],
         [part, part],
         "stream_attention_d_key",
     )
@@ -472,9 +469,9 @@ def _backward(static: _Static, residuals, d_out_BNHD):
         static,
         functools.partial(_sum_kernel, static, S),
         Shape(S, S, 4, 1),
-        (N // S, K, B),
+        (k_BLKD.shape[1] // S, K, B),
         [lists.sums, *parts],
-        [_like(k_BNKD), _like(v_BNKD)],
+        [_like(k_BLKD), _like(v_BLKD)],
         "stream_attention_d_key_sum",
     )
     d_sinks = None

@@ -5,8 +5,8 @@ The other side of the head lies whole in VMEM and is walked tile by tile along t
 that see each other, with a running softmax (Dao et al. 2022, arXiv 2205.14135). The plain version
 is `tile_attention.stream_attention`.
 
-Letters: B streams, N tokens of one, n tiles, W tokens of a tile, J listed key tiles, H heads, K
-key/value heads, D head dim.
+Letters: B streams, N tokens of one, n tiles, L keys, m tiles of them, W tokens of a tile, J listed
+key tiles, H heads, K key/value heads, D head dim.
 """
 
 import dataclasses
@@ -59,11 +59,10 @@ def attend(
     soft_cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of the tokens of a stream to themselves, 0 at padding.
+    """Attention of the tokens of a stream to its keys, 0 at padding.
 
     Args:
-      q: [B, N, H, D], not scaled; k, v: [B, N, K, D].
-      stream: a `Stream`, or its arrays in a tuple.
+      q: [B, N, H, D], not scaled; k, v: [B, L, K, D].
 
     Returns:
       [B, N, H, D] in the dtype of q.
@@ -71,35 +70,49 @@ def attend(
     static = _Static(scale, soft_cap, interpret)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     window = jnp.asarray(layer.window, jnp.int32)
-    return jnp.swapaxes(_attention(static, *heads_first, Stream(*stream), window), 1, 2)
+    return jnp.swapaxes(_attention(static, *heads_first, stream, window), 1, 2)
 
 
-def query_lists(key_tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
+def query_lists(key_tiles: jax.Array, num_key_tiles: int) -> tuple[jax.Array, jax.Array]:
     """Which query tiles see each key tile, from which key tiles each query tile sees.
 
     Args:
       key_tiles: [B, n, J] int32, -1 for none.
+      num_key_tiles: m.
 
     Returns:
-      tiles [B, n, n] int32, those that see it first, and counts [B, n] int32.
+      tiles [B, m, n] int32, those that see it first, and counts [B, m] int32.
     """
-    n = key_tiles.shape[1]
-    seen_Bqk = jnp.any(key_tiles[..., None] == jnp.arange(n), axis=2)
+    seen_Bqk = jnp.any(key_tiles[..., None] == jnp.arange(num_key_tiles), axis=2)
     sees_Bkq = jnp.swapaxes(seen_Bqk, 1, 2)
     order = jnp.argsort(~sees_Bkq, axis=-1, stable=True).astype(jnp.int32)
     return order, jnp.sum(sees_Bkq, axis=-1, dtype=jnp.int32)
 
 
-class _Sides:
-    """The integers of a stream as the kernels want them: down the rows, or along the lanes."""
+class _Side:
+    """The queries or the keys of a stream, in tiles.
 
-    def __init__(self, stream: Stream):
-        B, N = stream.positions.shape
-        self.n = n = stream.key_tiles.shape[1]
-        self.W = W = N // n
-        columns = jnp.stack([stream.positions, stream.segments, stream.prompts], axis=-1)
-        self.down = columns.reshape(B, n, W, 3)
+    Attributes:
+      n: its tiles.
+      down, along: the integers of its tokens down the rows, and along the lanes.
+    """
+
+    def __init__(self, tokens: Tokens, tile: int):
+        B, N = tokens.positions.shape
+        self.W, self.n = tile, N // tile
+        prompts = tokens.segments if tokens.prompts is None else tokens.prompts
+        columns = jnp.stack([tokens.positions, tokens.segments, prompts], axis=-1)
+        self.down = columns.reshape(B, self.n, tile, 3)
         self.along = jnp.swapaxes(self.down, 2, 3)
+
+    def in_tiles(self, *arrays):
+        return [x.reshape(*x.shape[:2], self.n, self.W, *x.shape[3:]) for x in arrays]
+
+
+def _sides(stream: Stream) -> tuple[_Side, _Side]:
+    """Queries and keys."""
+    queries = _Side(stream.tokens, stream.tile)
+    return queries, queries if stream.keys is None else _Side(stream.keys, stream.tile)
 
 
 def _down(x_W3) -> Tokens:
@@ -175,6 +188,7 @@ def _query_kernel(
 def _key_kernel(
     static, n, tiles, counts, window, q, k, v, mine, theirs, d_out, log_z, mean, d_k, d_v
 ):
+    """A tile of keys; n is that of queries."""
     b, i = pl.program_id(0), pl.program_id(2)
     key, value, keys = k[0, 0, 0], v[0, 0, 0], _down(mine[0, 0])
     scale = jnp.asarray(static.scale, q.dtype)
@@ -233,22 +247,20 @@ def _call(static, kernel, grid, inputs, specs, out_specs, out_shape, scalars, na
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q_BHND, k_BKND, v_BKND, stream: Stream, window):
-    return _forward(static, q_BHND, k_BKND, v_BKND, stream, window)[0]
+def _attention(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
+    return _forward(static, q_BHND, k_BKLD, v_BKLD, stream, window)[0]
 
 
-def _in_tiles(sides: _Sides, *arrays):
-    return [x.reshape(*x.shape[:2], sides.n, sides.W, *x.shape[3:]) for x in arrays]
+def _int_specs(others: _Side):
+    """Of the tile at hand, and of all tiles of the other side."""
 
-
-def _int_specs(sides: _Sides):
     def mine(b, h, i, *scalars):
         return (b, i, 0, 0)
 
     def theirs(b, h, i, *scalars):
         return (b, 0, 0, 0)
 
-    n, W = sides.n, sides.W
+    n, W = others.n, others.W
     return [pl.BlockSpec((1, 1, W, 3), mine), pl.BlockSpec((1, n, 3, W), theirs)]
 
 
@@ -260,17 +272,17 @@ def _key_scalars(stream: Stream, window):
     return tiles.reshape(-1), counts.reshape(-1), window.reshape(1)
 
 
-def _forward(static: _Static, q_BHND, k_BKND, v_BKND, stream: Stream, window):
-    sides = _Sides(stream)
+def _forward(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
+    mine, keys = _sides(stream)
     B, H, N, D = q_BHND.shape
-    n, W, J, R = sides.n, sides.W, stream.key_tiles.shape[-1], H // k_BKND.shape[1]
-    q, k, v = _in_tiles(sides, q_BHND, k_BKND, v_BKND)
+    n, W, J, R = mine.n, mine.W, stream.key_tiles.shape[-1], H // k_BKLD.shape[1]
+    (q,), (k, v) = mine.in_tiles(q_BHND), keys.in_tiles(k_BKLD, v_BKLD)
     out, log_z = _call(
         static,
         functools.partial(_forward_kernel, static, n, J),
         (B, H, n),
-        [q, k, v, sides.down, sides.along],
-        [_of_tile(W, D), *[_whole(n, W, D, queries_of_one=R)] * 2, *_int_specs(sides)],
+        [q, k, v, mine.down, keys.along],
+        [_of_tile(W, D), *[_whole(keys.n, W, D, queries_of_one=R)] * 2, *_int_specs(keys)],
         [_of_tile(W, D), _of_tile(W, 1)],
         [
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -280,41 +292,44 @@ def _forward(static: _Static, q_BHND, k_BKND, v_BKND, stream: Stream, window):
         "stream_attention",
     )
     out, log_z = checkpoint_name((out.reshape(B, H, N, D), log_z), "attention")
-    return out, (q_BHND, k_BKND, v_BKND, stream, window, out, log_z)
+    return out, (q_BHND, k_BKLD, v_BKLD, stream, window, out, log_z)
 
 
 def _backward(static: _Static, residuals, d_out_BHND):
-    q_BHND, k_BKND, v_BKND, stream, window, out_BHND, log_z = residuals
-    sides = _Sides(stream)
+    q_BHND, k_BKLD, v_BKLD, stream, window, out_BHND, log_z = residuals
+    mine, keys = _sides(stream)
     B, H, N, D = q_BHND.shape
-    K = k_BKND.shape[1]
-    n, W, J, R = sides.n, sides.W, stream.key_tiles.shape[-1], H // K
+    K = k_BKLD.shape[1]
+    n, W, J, R = mine.n, mine.W, stream.key_tiles.shape[-1], H // K
     mean_BHN = jnp.sum((d_out_BHND * out_BHND).astype(jnp.float32), axis=-1)
-    q, k, v, d_out = _in_tiles(sides, q_BHND, k_BKND, v_BKND, d_out_BHND.astype(q_BHND.dtype))
+    (q, d_out), (k, v) = (
+        mine.in_tiles(q_BHND, d_out_BHND.astype(q_BHND.dtype)),
+        keys.in_tiles(k_BKLD, v_BKLD),
+    )
     mean = mean_BHN.reshape(B, H, n, W, 1)
-    keys = [_whole(n, W, D, queries_of_one=R)] * 2
+    all_keys = [_whole(keys.n, W, D, queries_of_one=R)] * 2
     d_q = _call(
         static,
         functools.partial(_query_kernel, static, n, J),
         (B, H, n),
-        [q, k, v, sides.down, sides.along, d_out, log_z, mean],
-        [_of_tile(W, D), *keys, *_int_specs(sides), _of_tile(W, D), *[_of_tile(W, 1)] * 2],
+        [q, k, v, mine.down, keys.along, d_out, log_z, mean],
+        [_of_tile(W, D), *all_keys, *_int_specs(keys), _of_tile(W, D), *[_of_tile(W, 1)] * 2],
         _of_tile(W, D),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         _key_scalars(stream, window),
         "stream_attention_d_query",
     )
-    tiles, counts = query_lists(stream.key_tiles)
+    tiles, counts = query_lists(stream.key_tiles, keys.n)
     along = [jnp.swapaxes(x, 3, 4) for x in (log_z, mean)]
     tile_of_keys = _of_tile(W, D, queries_of_one=R)
-    d_kv = jax.ShapeDtypeStruct((B, H, n, W, D), jnp.float32)
+    d_kv = jax.ShapeDtypeStruct((B, H, keys.n, W, D), jnp.float32)
     d_k, d_v = _call(
         static,
         functools.partial(_key_kernel, static, n),
-        (B, H, n),
-        [q, k, v, sides.down, sides.along, d_out, *along],
+        (B, H, keys.n),
+        [q, k, v, keys.down, mine.along, d_out, *along],
         [
-            *[_whole(n, W, D), tile_of_keys, tile_of_keys, *_int_specs(sides)],
+            *[_whole(n, W, D), tile_of_keys, tile_of_keys, *_int_specs(mine)],
             *[_whole(n, W, D), *[_whole(n, 1, W)] * 2],
         ],
         [_of_tile(W, D)] * 2,
@@ -324,7 +339,7 @@ def _backward(static: _Static, residuals, d_out_BHND):
     )
 
     def of_kv_heads(x):
-        return x.reshape(B, K, R, N, D).sum(axis=2).astype(k_BKND.dtype)
+        return x.reshape(B, K, R, -1, D).sum(axis=2).astype(k_BKLD.dtype)
 
     return d_q.reshape(B, H, N, D), of_kv_heads(d_k), of_kv_heads(d_v), None, None
 
