@@ -647,7 +647,10 @@ def _trainer() -> dict[str, Key]:
         "total_epochs": Key(1, "passes over the training prompts", least=1, needs=(total,)),
         "total_training_steps": Key(None, "iterations; wins over total_epochs", kind=int, least=1),
         "per_device_train_batch_size": Key(
-            0, "completions a device holds at once; 0 for all", least=0
+            0,
+            "completions that a device, or those of mesh.tensor and mesh.sequence together, hold at "
+            "once; 0 for all",
+            least=0,
         ),
         "gradient_checkpointing": Key(
             "none", '"true" means full', choices=("none", "full", "save_dots")

@@ -169,14 +169,14 @@ class Learner:
         spread = BatchSharding(self.policy.mesh)
         tile = tile_of(self.policy.attention_settings.platform, plan.completion_length)
         models = (self.policy.config, *(policy.config for policy in self.fixed.values()))
-        micro_completions = plan.micro_completions * spread.num_shares
         packing = Packing(
             sequences,
             # The anchor's forward over all mini-batches takes no more memory than an update.
-            completions_per_micro=micro_completions or plan.mini_prompts // spread.num_shards * G,
+            completions_per_micro=plan.micro_completions
+            or plan.mini_prompts // spread.num_shards * G,
             full_length=plan.completion_length,
             num_shards=spread.num_shards,
-            whole_groups=whole_groups and not 0 < micro_completions < G,
+            whole_groups=whole_groups and not 0 < plan.micro_completions < G,
             tile=tile,
             sizes=self.sizes.of(program) if program else None,
             starts=starts_of(models, tile),

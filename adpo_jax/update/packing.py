@@ -270,8 +270,8 @@ class Packing:
 
     Args:
       sequences: P prompts with G completions each.
-      completions_per_micro: how many completions of full length fit in a device's stream, or more
-        shorter ones with as many tokens. 0 for all in one.
+      completions_per_micro: how many completions of full length fit in a stream, or more shorter
+        ones with as many tokens. 0 for all in one.
       full_length: tokens of a completion of full length, with its prompt where prompts count; 0
         for those of the longest.
       num_shards: streams side by side; divides P.
@@ -285,7 +285,7 @@ class Packing:
       size: the size of the streams, which must hold what is `needed`; None to choose one.
       starts: prompts and completions start at multiples of so many places, a part of a tile, as
         linear attention wants it (`starts_of`).
-      shares: devices that have a share of each stream, which `completions_per_micro` is of.
+      shares: devices that have a share of each stream.
 
     Raises:
       ValueError: when the prompts do not spread over the streams, or a group does not fit in a

@@ -87,7 +87,7 @@ class InStreams:
         self._tile = tile_of(policy.attention_settings.platform, completion_length)
         self._options = {
             "num_shards": self._num_shards,
-            "completions_per_micro": rows_per_micro * spread.num_shares,
+            "completions_per_micro": rows_per_micro,
             "full_length": prompt_length + completion_length,
             "count_prompts": True,
             "tile": self._tile,
