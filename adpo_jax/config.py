@@ -648,8 +648,8 @@ def _trainer() -> dict[str, Key]:
         "total_training_steps": Key(None, "iterations; wins over total_epochs", kind=int, least=1),
         "per_device_train_batch_size": Key(
             0,
-            "completions that a device, or those of mesh.tensor and mesh.sequence together, hold at "
-            "once; 0 for all",
+            "completions held at once by a device, or by those along mesh.tensor and mesh.sequence "
+            "together; 0 for all",
             least=0,
         ),
         "gradient_checkpointing": Key(

@@ -134,7 +134,7 @@ def test_the_engine_compiles_with_its_kernels_on_a_mesh_of_four_chips(v5e):
     assert memory.temp_size_in_bytes < share
 
 
-@pytest.mark.parametrize(("tokens", "longest"), [(2048, 256), (8192, 1024)])
+@pytest.mark.parametrize(("tokens", "longest"), [(2048, 256), (8192, 1024), (65536, 16384)])
 def test_training_attention_over_a_stream_compiles_for_a_v5e_without_scores(
     on_tpu, tokens, longest
 ):

@@ -70,13 +70,17 @@ def tensors(heads, kv_heads, tokens=128, dtype=jnp.float32):
         (stream_tpu, 2, 2, None, GLOBAL_WINDOW),
         (stream_tpu, 4, 2, 3.0, GLOBAL_WINDOW),
         (stream_tpu, 2, 1, None, 11),
+        ("far", 4, 2, 3.0, 11),
         (stream_gpu, 4, 2, 3.0, GLOBAL_WINDOW),
         (stream_gpu, 2, 1, None, 11),
     ],
 )
 def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
-    machine, heads, kv_heads, soft_cap, window
+    machine, heads, kv_heads, soft_cap, window, monkeypatch
 ):
+    if machine == "far":  # a side that lies in the device's memory
+        monkeypatch.setattr(stream_tpu, "VMEM_BYTES", 0)
+        machine = stream_tpu
     stream, (q, k, v, weight) = stream_of(), tensors(heads, kv_heads)
     settings = {"scale": D**-0.5, "soft_cap": soft_cap}
     real = jnp.asarray(stream.segments > 0)[..., None, None]
@@ -192,7 +196,7 @@ def test_streams_side_by_side_on_devices_agree_with_the_plain_version():
 
 def test_the_lists_of_queries_are_the_lists_of_keys_turned_round():
     stream = stream_of()
-    tiles, counts = jax.tree.map(np.asarray, stream_tpu.query_lists(stream.key_tiles))
+    tiles, counts = jax.tree.map(np.asarray, stream_tpu.query_lists(stream.key_tiles, 8))
     n = tiles.shape[1]
     for b in range(B):
         for key in range(n):
@@ -221,13 +225,14 @@ def test_forward_and_backward_lower_for_a_tpu():
 
 
 def test_streams_that_do_not_fit_are_known():
-    assert stream_tpu.limit(12288, 192, 128, 2) == ""
-    assert "at most 12288 tokens in 256 tiles" in stream_tpu.limit(12289, 193, 128, 2)
-    assert "given 8192 in 257" in stream_tpu.limit(8192, 257, 128, 2)
+    assert stream_tpu.is_near(12288, 128, 2)
+    assert not stream_tpu.is_near(12289, 128, 2)
+    assert stream_tpu.limit(256, 512) == ""
+    assert "given 257 tiles of queries that may see 512" in stream_tpu.limit(257, 512)
 
 
 def test_a_stream_too_long_for_the_kernel_runs_plain_with_one_warning(monkeypatch):
-    monkeypatch.setattr(stream_tpu, "VMEM_BYTES", 4 * 4 * 100 * D)
+    monkeypatch.setattr(stream_tpu, "MAX_LISTED", 63)
     attention_choice._warn_once.cache_clear()
     stream, (q, k, v, _) = stream_of(), tensors(4, 2)
     settings = Settings((None,), 2, D, D**-0.5, None, jnp.float32, None)
@@ -236,9 +241,7 @@ def test_a_stream_too_long_for_the_kernel_runs_plain_with_one_warning(monkeypatc
         attend = attention_kernels.stream_attention(name, settings, stream)
         return attend(q, k, v, of_layer(), None)[0]
 
-    message = (
-        "'pallas_tpu_interpret' of packed streams holds streams of at most 100 tokens .*128 in 8"
-    )
+    message = "'pallas_tpu_interpret' of packed streams holds lists of 63 tiles .* given 8 tiles"
     with pytest.warns(AttentionFallback, match=message) as warned:
         fallen_back = [out("pallas_tpu_interpret") for _ in range(2)]
     assert len(warned) == 1

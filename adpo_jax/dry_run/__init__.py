@@ -77,7 +77,7 @@ def _report(
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     source = loading.find_architecture(config)
     policy = loading.make_policy(config, source, mesh)
-    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "dcn_data": 1}
+    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "sequence": 1, "dcn_data": 1}
     rest = len(host or [])
     for name in ("tensor", "expert"):
         sizes[name] = math.gcd(sharding.mesh_axis_size(mesh, name), rest)

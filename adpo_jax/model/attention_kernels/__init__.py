@@ -103,7 +103,7 @@ def _plain_stream(settings: Settings, stream: Stream) -> Attend:
         score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
         **settings.plain,
     )
-    if not per_device.is_split(settings, stream):
+    if per_device.num_shares(settings, stream) == 1:
         return attention_of(stream)  # the partitioner splits rows and heads
 
     def kernel(q, k, v, layer, stream, _):
@@ -142,8 +142,8 @@ def _without_sinks(settings: Settings) -> str:
 
 
 def _tpu_limit(settings: Settings, stream: Stream) -> str:
-    N, n = stream.positions.shape[1], stream.key_tiles.shape[1]
-    return stream_tpu.limit(N, n, max(settings.head_dims), jnp.dtype(settings.dtype).itemsize)
+    n = stream.key_tiles.shape[1]
+    return stream_tpu.limit(n // per_device.num_shares(settings, stream), n)
 
 
 # --- GPU

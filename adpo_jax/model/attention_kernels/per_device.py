@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adpo_jax.devices.sharding import axes_that_split, on_each_device
+from adpo_jax.devices.sharding import axes_that_split, mesh_axis_size, on_each_device
 from adpo_jax.model import tile_attention
 from adpo_jax.model.attention import Attend, LayerInfo, Tokens, by_kv_head
 from adpo_jax.model.tile_attention import Stream
@@ -47,7 +47,7 @@ def of_stream(
       settings: the `Settings` of the model.
       lists_of: makes arrays [B, ...] of a stream, once for all layers; None for none.
     """
-    keys = Tokens(stream.positions, stream.segments) if is_split(settings, stream) else None
+    keys = Tokens(stream.positions, stream.segments) if num_shares(settings, stream) > 1 else None
     (B, n), lists = stream.key_tiles.shape[:2], None
     if lists_of is not None:
         lists = on_each_device(
@@ -65,9 +65,10 @@ def of_stream(
     return _attend(of_share, settings, (stream, lists), keys, num_tiles=n)
 
 
-def is_split(settings, stream: Stream) -> bool:
-    """Whether devices have shares of the stream's queries."""
-    return axes_that_split(settings.mesh, "length", stream.key_tiles.shape[1]) is not None
+def num_shares(settings, stream: Stream) -> int:
+    """The devices that each have a share of the stream's queries."""
+    axes = axes_that_split(settings.mesh, "length", stream.key_tiles.shape[1])
+    return mesh_axis_size(settings.mesh, axes) if axes else 1
 
 
 def _attend(kernel: Callable, settings, arrays, keys: Tokens | None, num_tiles: int) -> Attend:

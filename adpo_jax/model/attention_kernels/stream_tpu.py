@@ -1,9 +1,9 @@
 """Training attention over a packed stream for TPUs: no scores in memory, no tile visited in vain.
 
 A program is one tile of queries (forward, their gradient) or of keys (their gradient) of one head.
-The other side of the head lies whole in VMEM and is walked tile by tile along the list of tiles
-that see each other, with a running softmax (Dao et al. 2022, arXiv 2205.14135). The plain version
-is `tile_attention.stream_attention`.
+It walks the list of tiles that see each other with a running softmax (Dao et al. 2022, arXiv
+2205.14135). A side of a head that is short enough lies whole in VMEM; of a longer one each tile is
+fetched while the one before is at work. The plain version is `tile_attention.stream_attention`.
 
 Letters: B streams, N tokens of one, n tiles, L keys, m tiles of them, W tokens of a tile, J listed
 key tiles, H heads, K key/value heads, D head dim.
@@ -11,6 +11,8 @@ key tiles, H heads, K key/value heads, D head dim.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,8 @@ from adpo_jax.model.tile_attention import Stream
 
 # Bytes of VMEM for two whole sides of a head, each with room to fetch the next one ahead.
 VMEM_BYTES = 12 * 2**20
-# The lists of tiles lie in scalar memory.
-MAX_TILES = 256
+# The lists of tiles lie in scalar memory: so many numbers of each.
+MAX_LISTED = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +36,22 @@ class _Static:
     interpret: bool
 
 
-def limit(num_tokens: int, num_tiles: int, head_dim: int, itemsize: int) -> str:
-    """Why a stream of these sizes, in numbers of `itemsize` bytes, is too long; empty if it is not.
+def limit(num_tiles: int, num_key_tiles: int) -> str:
+    """Why a stream of so many tiles is too long; empty if it is not.
 
-    Needs a head_dim that is a multiple of 128.
+    The head_dim is a multiple of 128.
     """
-    most = VMEM_BYTES // (4 * head_dim * itemsize)
-    if num_tokens <= most and num_tiles <= MAX_TILES:
+    if num_tiles * num_key_tiles <= MAX_LISTED:
         return ""
     return (
-        f"holds streams of at most {most} tokens in {MAX_TILES} tiles in a core's fast memory; "
-        f"given {num_tokens} in {num_tiles}"
+        f"holds lists of {MAX_LISTED} tiles in a core's scalar memory; given {num_tiles} tiles of "
+        f"queries that may see {num_key_tiles} tiles of keys"
     )
+
+
+def is_near(num_tokens: int, head_dim: int, itemsize: int) -> bool:
+    """Whether a side of so many tokens lies whole in a core's fast memory."""
+    return num_tokens <= VMEM_BYTES // (4 * head_dim * itemsize)
 
 
 def attend(
@@ -136,114 +142,223 @@ def _capped(static: _Static, scores):
     return static.soft_cap * tanh, 1.0 - tanh * tanh
 
 
-def _forward_kernel(static, n, J, tiles, counts, window, q, k, v, mine, theirs, out, log_z):
-    b, i = pl.program_id(0), pl.program_id(2)
+class _Other(NamedTuple):
+    """An array of the side that a program walks, in tiles.
+
+    Attributes:
+      tiles: [B, heads, tiles, ...], or [B, tiles, ...] of integers that all heads share.
+      heads_of_one: query heads that share one of its heads; 0 where all do.
+    """
+
+    tiles: jax.Array
+    heads_of_one: int
+
+    @property
+    def tile_shape(self) -> tuple[int, ...]:
+        return self.tiles.shape[3 if self.heads_of_one else 2 :]
+
+    def row(self, b, h) -> tuple:
+        """The index of its tiles for a stream and a query head."""
+        if not self.heads_of_one:
+            return (b,)
+        return b, h if self.heads_of_one == 1 else jax.lax.div(h, self.heads_of_one)
+
+    @property
+    def near_spec(self) -> pl.BlockSpec:
+        """A block of all tiles of a head."""
+
+        def index(b, h, i, *scalars):
+            return *self.row(b, h), *(0,) * (1 + len(self.tile_shape))
+
+        lead = (1, 1) if self.heads_of_one else (1,)
+        return pl.BlockSpec((*lead, *self.tiles.shape[len(lead) :]), index)
+
+
+class _Walk:
+    """The tiles of the other side that the tile at hand sees, one after the other.
+
+    Args:
+      others: the arrays, whose refs are `refs`.
+      listed: how many tiles a list has room for.
+      near: whether the refs are those of `near_spec`, or of whole arrays in the device's memory.
+      scratch: where far tiles go: buffers for two tiles of each array, and their semaphores.
+
+    Attributes:
+      window: that of the layer.
+    """
+
+    def __init__(self, others, listed: int, near: bool, tiles, counts, window, refs, scratch):
+        b, h, i = (pl.program_id(axis) for axis in range(3))
+        at, self._rows = b * pl.num_programs(2) + i, [one.row(b, h) for one in others]
+        self._others, self._near, self._tiles = others, near, tiles
+        self._first, self._count = at * listed, counts[at]
+        self._refs, self._scratch, self.window = refs, scratch, window[0]
+
+    def __call__(self, visit: Callable, carry):
+        """Runs `visit(carry, *tiles of the arrays) -> carry`."""
+        if self._near:
+
+            def at_hand(j, carry):
+                t = self._tiles[self._first + j]
+                places = ((0, 0, t) if one.heads_of_one else (0, t) for one in self._others)
+                return visit(carry, *(ref[at] for ref, at in zip(self._refs, places)))
+
+            return jax.lax.fori_loop(0, self._count, at_hand, carry)
+
+        @pl.when(self._count > 0)
+        def _():
+            self._fetch(0)
+
+        def fetched(j, carry):
+            @pl.when(j + 1 < self._count)
+            def _():
+                self._fetch(j + 1)
+
+            for copy in self._copies(j):
+                copy.wait()
+            *buffers, _ = self._scratch
+            return visit(carry, *(buffer[jax.lax.rem(j, 2)] for buffer in buffers))
+
+        return jax.lax.fori_loop(0, self._count, fetched, carry)
+
+    def _fetch(self, j) -> None:
+        for copy in self._copies(j):
+            copy.start()
+
+    def _copies(self, j) -> list:
+        """The copies of the j-th listed tile of each array into one of its two buffers."""
+        t, slot = self._tiles[self._first + j], jax.lax.rem(j, 2)
+        *buffers, arrived = self._scratch
+        return [
+            pltpu.make_async_copy(ref.at[(*row, t)], buffer.at[slot], arrived.at[slot, nth])
+            for nth, (row, ref, buffer) in enumerate(zip(self._rows, self._refs, buffers))
+        ]
+
+
+def _forward_kernel(static, walk, q, mine, out, log_z):
     query = q[0, 0, 0] * jnp.asarray(static.scale, q.dtype)
     queries = _down(mine[0, 0])
 
-    def visit(j, carry):
+    def visit(carry, k, v, theirs):
         total_out, top, total = carry
-        t = tiles[(b * n + i) * J + j]
-        scores, _ = _capped(static, _dot(query, k[0, 0, t], (1, 1)))
-        seen = visible(queries, _along(theirs[0, t]), window[0])
+        scores, _ = _capped(static, _dot(query, k, (1, 1)))
+        seen = visible(queries, _along(theirs), walk.window)
         scores = jnp.where(seen, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
         shrink = jnp.exp(top - new_top)
-        added = _dot(weights.astype(v.dtype), v[0, 0, t], (1, 0))
+        added = _dot(weights.astype(v.dtype), v, (1, 0))
         total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         return total_out * shrink + added, new_top, total
 
     W, D = query.shape
     zeros = jnp.zeros((W, 1), jnp.float32)
     first = (jnp.zeros((W, D), jnp.float32), zeros + MASKED, zeros)
-    total_out, top, total = jax.lax.fori_loop(0, counts[b * n + i], visit, first)
+    total_out, top, total = walk(visit, first)
     # Padding sees nothing.
     total = jnp.where(total > 0, total, 1.0)
     out[0, 0, 0] = (total_out / total).astype(out.dtype)
     log_z[0, 0, 0] = top + jnp.log(total)
 
 
-def _query_kernel(
-    static, n, J, tiles, counts, window, q, k, v, mine, theirs, d_out, log_z, mean, d_q
-):
-    b, i = pl.program_id(0), pl.program_id(2)
+def _query_kernel(static, walk, q, mine, d_out, log_z, mean, d_q):
     scale = jnp.asarray(static.scale, q.dtype)
     query, queries = q[0, 0, 0] * scale, _down(mine[0, 0])
 
-    def visit(j, grad):
-        t = tiles[(b * n + i) * J + j]
-        scores, slope = _capped(static, _dot(query, k[0, 0, t], (1, 1)))
-        seen = visible(queries, _along(theirs[0, t]), window[0])
+    def visit(grad, k, v, theirs):
+        scores, slope = _capped(static, _dot(query, k, (1, 1)))
+        seen = visible(queries, _along(theirs), walk.window)
         weights = jnp.where(seen, jnp.exp(scores - log_z[0, 0, 0]), 0.0)
-        d_weights = _dot(d_out[0, 0, 0], v[0, 0, t], (1, 1))
+        d_weights = _dot(d_out[0, 0, 0], v, (1, 1))
         d_scores = weights * (d_weights - mean[0, 0, 0]) * slope
-        return grad + _dot(d_scores.astype(k.dtype), k[0, 0, t], (1, 0))
+        return grad + _dot(d_scores.astype(k.dtype), k, (1, 0))
 
-    zeros = jnp.zeros(query.shape, jnp.float32)
-    grad = jax.lax.fori_loop(0, counts[b * n + i], visit, zeros)
+    grad = walk(visit, jnp.zeros(query.shape, jnp.float32))
     d_q[0, 0, 0] = (grad * static.scale).astype(d_q.dtype)
 
 
-def _key_kernel(
-    static, n, tiles, counts, window, q, k, v, mine, theirs, d_out, log_z, mean, d_k, d_v
-):
-    """A tile of keys; n is that of queries."""
-    b, i = pl.program_id(0), pl.program_id(2)
+def _key_kernel(static, walk, k, v, mine, d_k, d_v):
+    """Keys down the rows, queries along the lanes."""
     key, value, keys = k[0, 0, 0], v[0, 0, 0], _down(mine[0, 0])
-    scale = jnp.asarray(static.scale, q.dtype)
+    scale = jnp.asarray(static.scale, k.dtype)
 
-    def visit(j, grads):
+    def visit(grads, query, d_out, theirs, log_z, mean):
         grad_k, grad_v = grads
-        t = tiles[(b * n + i) * n + j]
-        query = q[0, 0, t] * scale
-        # Keys down the rows, queries along the lanes.
+        query = query * scale
         scores, slope = _capped(static, _dot(key, query, (1, 1)))
-        seen = visible(_along(theirs[0, t]), keys, window[0])
-        weights = jnp.where(seen, jnp.exp(scores - log_z[0, 0, t]), 0.0)
-        grad_v = grad_v + _dot(weights.astype(q.dtype), d_out[0, 0, t], (1, 0))
-        d_weights = _dot(value, d_out[0, 0, t], (1, 1))
-        d_scores = weights * (d_weights - mean[0, 0, t]) * slope
-        return grad_k + _dot(d_scores.astype(q.dtype), query, (1, 0)), grad_v
+        seen = visible(_along(theirs), keys, walk.window)
+        weights = jnp.where(seen, jnp.exp(scores - log_z), 0.0)
+        grad_v = grad_v + _dot(weights.astype(query.dtype), d_out, (1, 0))
+        d_weights = _dot(value, d_out, (1, 1))
+        d_scores = weights * (d_weights - mean) * slope
+        return grad_k + _dot(d_scores.astype(query.dtype), query, (1, 0)), grad_v
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    d_k[0, 0, 0], d_v[0, 0, 0] = jax.lax.fori_loop(0, counts[b * n + i], visit, (zeros, zeros))
+    d_k[0, 0, 0], d_v[0, 0, 0] = walk(visit, (zeros, zeros))
 
 
-def _kv_head(h, queries_of_one: int | None):
-    return h if queries_of_one is None else jax.lax.div(h, queries_of_one)
-
-
-def _of_tile(*shape, queries_of_one=None):
+def _of_tile(*shape, heads_of_one: int = 1) -> pl.BlockSpec:
     """A block of one tile of a head."""
 
     def index(b, h, i, *scalars):
-        return (b, _kv_head(h, queries_of_one), i, *(0,) * len(shape))
+        head = h if heads_of_one == 1 else jax.lax.div(h, heads_of_one)
+        return (b, head, i, *(0,) * len(shape))
 
     return pl.BlockSpec((1, 1, 1, *shape), index)
 
 
-def _whole(n, *shape, queries_of_one=None):
-    """A block of all tiles of a head."""
-
-    def index(b, h, i, *scalars):
-        return (b, _kv_head(h, queries_of_one), *(0,) * (1 + len(shape)))
-
-    return pl.BlockSpec((1, 1, n, *shape), index)
+def _ints_of_tile(tile: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, 1, tile, 3), lambda b, h, i, *scalars: (b, i, 0, 0))
 
 
-def _call(static, kernel, grid, inputs, specs, out_specs, out_shape, scalars, name):
+def _call(static, kernel, grid, mine, others: list[_Other], lists, window, outs, name):
+    """Runs a kernel for every tile of one side.
+
+    Args:
+      kernel: (static, walk, *refs of mine, *refs of outs).
+      mine: (array, block) for each array of this side.
+      lists: (tiles, counts), which tiles of the other side each tile of this side sees.
+      outs: (shape, block) for each result.
+    """
+    D, itemsize = others[0].tile_shape[-1], others[0].tiles.dtype.itemsize
+    num_tokens = others[0].tiles.shape[2] * others[0].tile_shape[0]
+    near, (tiles, counts) = is_near(num_tokens, D, itemsize), lists
+    scratch = []
+    if not near:
+        scratch = [pltpu.VMEM((2, *one.tile_shape), one.tiles.dtype) for one in others]
+        scratch.append(pltpu.SemaphoreType.DMA((2, len(others))))
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    arrays, specs = zip(*mine)
+    shapes, out_specs = zip(*outs)
+
+    def run(tiles, counts, window, *refs):
+        own, refs = refs[: len(mine)], refs[len(mine) :]
+        theirs, refs = refs[: len(others)], refs[len(others) :]
+        results, buffers = refs[: len(outs)], refs[len(outs) :]
+        walk = _Walk(others, lists[0].shape[-1], near, tiles, counts, window, theirs, buffers)
+        kernel(static, walk, *own, *results)
+
     return pl.pallas_call(
-        kernel,
+        run,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars), grid=grid, in_specs=specs, out_specs=out_specs
+            num_scalar_prefetch=3,
+            grid=grid,
+            in_specs=[*specs, *(one.near_spec if near else whole for one in others)],
+            out_specs=list(out_specs),
+            scratch_shapes=scratch,
         ),
-        out_shape=out_shape,
+        out_shape=list(shapes),
         # A chip with two cores gives each of them half of the programs.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         interpret=static.interpret,
         name=name,
-    )(*scalars, *inputs)
+    )(
+        tiles.reshape(-1),
+        counts.reshape(-1),
+        window.reshape(1),
+        *arrays,
+        *(one.tiles for one in others),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -251,44 +366,28 @@ def _attention(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
     return _forward(static, q_BHND, k_BKLD, v_BKLD, stream, window)[0]
 
 
-def _int_specs(others: _Side):
-    """Of the tile at hand, and of all tiles of the other side."""
-
-    def mine(b, h, i, *scalars):
-        return (b, i, 0, 0)
-
-    def theirs(b, h, i, *scalars):
-        return (b, 0, 0, 0)
-
-    n, W = others.n, others.W
-    return [pl.BlockSpec((1, 1, W, 3), mine), pl.BlockSpec((1, n, 3, W), theirs)]
-
-
-def _key_scalars(stream: Stream, window):
+def _key_lists(stream: Stream) -> tuple[jax.Array, jax.Array]:
+    """The key tiles of each query tile, those listed first, and their counts."""
     counts = jnp.sum(stream.key_tiles >= 0, axis=-1, dtype=jnp.int32)
-    # Those listed come first, and are as many as counted.
     order = jnp.argsort(stream.key_tiles < 0, axis=-1, stable=True)
-    tiles = jnp.take_along_axis(stream.key_tiles, order, axis=-1)
-    return tiles.reshape(-1), counts.reshape(-1), window.reshape(1)
+    return jnp.take_along_axis(stream.key_tiles, order, axis=-1), counts
 
 
 def _forward(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
     mine, keys = _sides(stream)
     B, H, N, D = q_BHND.shape
-    n, W, J, R = mine.n, mine.W, stream.key_tiles.shape[-1], H // k_BKLD.shape[1]
+    n, W, R = mine.n, mine.W, H // k_BKLD.shape[1]
     (q,), (k, v) = mine.in_tiles(q_BHND), keys.in_tiles(k_BKLD, v_BKLD)
+    log_z = jax.ShapeDtypeStruct((B, H, n, W, 1), jnp.float32)
     out, log_z = _call(
         static,
-        functools.partial(_forward_kernel, static, n, J),
+        _forward_kernel,
         (B, H, n),
-        [q, k, v, mine.down, keys.along],
-        [_of_tile(W, D), *[_whole(keys.n, W, D, queries_of_one=R)] * 2, *_int_specs(keys)],
-        [_of_tile(W, D), _of_tile(W, 1)],
-        [
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, H, n, W, 1), jnp.float32),
-        ],
-        _key_scalars(stream, window),
+        [(q, _of_tile(W, D)), (mine.down, _ints_of_tile(W))],
+        [_Other(k, R), _Other(v, R), _Other(keys.along, 0)],
+        _key_lists(stream),
+        window,
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_tile(W, D)), (log_z, _of_tile(W, 1))],
         "stream_attention",
     )
     out, log_z = checkpoint_name((out.reshape(B, H, N, D), log_z), "attention")
@@ -300,41 +399,41 @@ def _backward(static: _Static, residuals, d_out_BHND):
     mine, keys = _sides(stream)
     B, H, N, D = q_BHND.shape
     K = k_BKLD.shape[1]
-    n, W, J, R = mine.n, mine.W, stream.key_tiles.shape[-1], H // K
+    n, W, R = mine.n, mine.W, H // K
     mean_BHN = jnp.sum((d_out_BHND * out_BHND).astype(jnp.float32), axis=-1)
-    (q, d_out), (k, v) = (
-        mine.in_tiles(q_BHND, d_out_BHND.astype(q_BHND.dtype)),
-        keys.in_tiles(k_BKLD, v_BKLD),
-    )
+    q, d_out = mine.in_tiles(q_BHND, d_out_BHND.astype(q_BHND.dtype))
+    k, v = keys.in_tiles(k_BKLD, v_BKLD)
     mean = mean_BHN.reshape(B, H, n, W, 1)
-    all_keys = [_whole(keys.n, W, D, queries_of_one=R)] * 2
-    d_q = _call(
+    of_query = _of_tile(W, 1)
+    (d_q,) = _call(
         static,
-        functools.partial(_query_kernel, static, n, J),
+        _query_kernel,
         (B, H, n),
-        [q, k, v, mine.down, keys.along, d_out, log_z, mean],
-        [_of_tile(W, D), *all_keys, *_int_specs(keys), _of_tile(W, D), *[_of_tile(W, 1)] * 2],
-        _of_tile(W, D),
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        _key_scalars(stream, window),
+        [
+            (q, _of_tile(W, D)),
+            (mine.down, _ints_of_tile(W)),
+            (d_out, _of_tile(W, D)),
+            (log_z, of_query),
+            (mean, of_query),
+        ],
+        [_Other(k, R), _Other(v, R), _Other(keys.along, 0)],
+        _key_lists(stream),
+        window,
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_tile(W, D))],
         "stream_attention_d_query",
     )
-    tiles, counts = query_lists(stream.key_tiles, keys.n)
-    along = [jnp.swapaxes(x, 3, 4) for x in (log_z, mean)]
-    tile_of_keys = _of_tile(W, D, queries_of_one=R)
+    along = [_Other(jnp.swapaxes(x, 3, 4), 1) for x in (log_z, mean)]
+    of_keys = _of_tile(W, D, heads_of_one=R)
     d_kv = jax.ShapeDtypeStruct((B, H, keys.n, W, D), jnp.float32)
     d_k, d_v = _call(
         static,
-        functools.partial(_key_kernel, static, n),
+        _key_kernel,
         (B, H, keys.n),
-        [q, k, v, keys.down, mine.along, d_out, *along],
-        [
-            *[_whole(n, W, D), tile_of_keys, tile_of_keys, *_int_specs(mine)],
-            *[_whole(n, W, D), *[_whole(n, 1, W)] * 2],
-        ],
-        [_of_tile(W, D)] * 2,
-        [d_kv, d_kv],
-        (tiles.reshape(-1), counts.reshape(-1), window.reshape(1)),
+        [(k, of_keys), (v, of_keys), (keys.down, _ints_of_tile(W))],
+        [_Other(q, 1), _Other(d_out, 1), _Other(mine.along, 0), *along],
+        query_lists(stream.key_tiles, keys.n),
+        window,
+        [(d_kv, _of_tile(W, D))] * 2,
         "stream_attention_d_key",
     )
 
