@@ -504,6 +504,7 @@ WALK = {
         "--config.mesh.fsdp=2",
     ),
     "mesh.tensor": ("2", policy),
+    "mesh.sequence": ("2", policy),
     "mesh.expert": ("2", mesh),
     "mesh.dcn_data": ("1", mesh),
     "environment.path": ("others.py", environment, *TOOLS),

@@ -18,7 +18,9 @@ NAMES = {
     "ahead": "staleness_mean staleness_max in_flight carried_tokens idle_frac waited lag_*_frac",
     "samplers": "connected taken_back doubles",
     "router": "busiest idle_frac balance_loss replay_changed_frac",
-    "update": "grad_norm lr tokens tokens_per_s padding_frac compiles skipped mfu hfu",
+    "update": (
+        "grad_norm lr tokens tokens_per_s padding_frac compiles load_imbalance skipped mfu hfu"
+    ),
     "time": "rollout reward anchor update eval checkpoint",
     "memory": "host_gib device_in_use_gib device_peak_gib",
     "checkpoint": "failures",

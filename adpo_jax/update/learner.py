@@ -56,6 +56,7 @@ class LaidOut:
       padding_frac: the share of the places run through the model that hold no token.
       turns: how often the loop over packed micro-batches turns, which the program does not say.
       ragged: turns values in the shape of the layout into P lists of G arrays, one a completion.
+      load_imbalance: as of `Packing`; 1 where no devices share a stream.
     """
 
     batch: Batch | PackedBatch
@@ -63,6 +64,7 @@ class LaidOut:
     padding_frac: float
     turns: int
     ragged: Callable[[np.ndarray], Ragged]
+    load_imbalance: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,14 @@ class Learner:
         )
         names = ("sampler", *sequences.log_probs)
         batch = packing.abstract(names) if abstract else packing.batch(sequences)
-        return LaidOut(batch, {}, packing.padding_frac, packing.num_micro, packing.unpacked)
+        return LaidOut(
+            batch,
+            {},
+            packing.padding_frac,
+            packing.num_micro,
+            packing.unpacked,
+            packing.load_imbalance,
+        )
 
     def _in_rows(self, sequences: Sequences) -> LaidOut:
         lengths_PG = sequences.lengths
@@ -310,7 +319,7 @@ class Learner:
 
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_device(state.opt_state))
-        history, operations = [], collections.Counter()
+        history, operations, imbalance = [], collections.Counter(), []
         # A micro-batch of whole groups finds what the loss needs without another forward.
         whole_groups = bool(log_probs) or not self.algorithm.needs_no_log_probs
         for rows in self._mini_batches(step):
@@ -324,6 +333,7 @@ class Learner:
                 state, metrics = self.update(state, *part)
                 metrics = jax.device_get(metrics)
             history.append(metrics | {"update/padding_frac": mini.padding_frac})
+            imbalance.append(mini.load_imbalance)
         seconds = time.perf_counter() - anchored
         declared = (*update.METRICS, *update.MIXTURE_METRICS, *self.algorithm.metrics)
         metrics = update.joined(declared, history, self.plan.epochs)
@@ -332,6 +342,8 @@ class Learner:
         metrics |= self.meter.shares(operations, seconds)
         if self.plan.layout == "packed":
             metrics["update/compiles"] = float(self.sizes.count)
+        if BatchSharding(self.policy.mesh).num_shares > 1:
+            metrics["update/load_imbalance"] = float(np.mean(imbalance))
         metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = state.anchor_params, False

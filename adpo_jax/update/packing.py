@@ -456,6 +456,8 @@ class Packing:
 
         It is that of the micro-batches one after the other, in which shares wait for each other.
         """
+        if self.shares == 1:
+            return 1.0
         loads = [order.loads for shard in self._orders for order in shard]
         return float(np.max(loads, axis=1).sum() / np.mean(loads, axis=1).sum())
 
