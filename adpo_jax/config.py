@@ -653,7 +653,7 @@ def _trainer() -> dict[str, Key]:
             least=0,
         ),
         "gradient_checkpointing": Key(
-            "none", '"true" means full', choices=("none", "full", "save_dots")
+            "none", '"true" means full', choices=("none", "full", "save_dots", "offload")
         ),
         "bf16": Key(True, "compute in bfloat16; parameters and optimizer stay float32"),
         "save_freq": Key(

@@ -168,6 +168,7 @@ def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     assert not small.fits
     assert "trainer.per_device_train_batch_size=1 frees about" in cures
     assert "gradient_checkpointing=full" in cures
+    assert "mesh.sequence=2, devices of mesh.fsdp, frees about" in cures
     assert f"anchor.mode=on_policy frees {dry_run.readable(report.resident['anchor'])}" in cures
     assert "mesh.data=1" in cures
     optimizer = dry_run.readable(report.resident["optimizer"])

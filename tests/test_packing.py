@@ -194,7 +194,7 @@ def test_streams_on_eight_devices_give_what_one_device_gives():
     assert_same(in_rows(False), found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "save_dots"])
+@pytest.mark.parametrize("remat", ["full", "save_dots", "offload"])
 def test_recomputing_changes_nothing(remat):
     policy, params = tiny.policy_and_params(gradient_checkpointing=remat)
     batch, rewards = tiny.batch()

@@ -37,6 +37,7 @@ from adpo_jax.dry_run.report import PROGRAM_OF, Report, Step
 from adpo_jax.engine.cache_plan import readable
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Sequences
 from adpo_jax.run import loading, setup
 from adpo_jax.run.batch_plan import batch_plan
@@ -330,8 +331,16 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
             half = f"about {readable(temporary // 2)}"
         if smaller := _smaller_micro(config, mesh):
             yield f"trainer.per_device_train_batch_size={smaller} frees {half} of an update"
-        if config.trainer.gradient_checkpointing != "full":
+        if config.trainer.gradient_checkpointing not in ("full", "offload"):
             yield "trainer.gradient_checkpointing=full keeps one layer's activations at a time"
+        if config.trainer.gradient_checkpointing == "full":
+            yield (
+                "trainer.gradient_checkpointing=offload frees "
+                f"{readable(_between_layers(config, engine.policy, mesh))} of an update"
+            )
+        if mesh.shape["fsdp"] % 2 == 0 and config.actor_rollout_ref.actor.layout == "packed":
+            shares = 2 * sharding.BatchSharding(mesh).num_shares
+            yield f"mesh.sequence={shares}, devices of mesh.fsdp, frees {half} of an update"
         if not engine.free_cache_engine:
             yield f"rollout.free_cache_engine=True frees {readable(cache)} during the update"
     waits = {"optimizer": "actor_rollout_ref.actor.optimizer_offload", "anchor": "anchor.offload"}
@@ -349,6 +358,18 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
         )
     state = sum(report.resident.values())
     yield f"twice the devices on mesh.fsdp frees {readable(state // 2)} of the state"
+
+
+def _between_layers(config, policy: Policy, mesh) -> int:
+    """Bytes of one device of the hidden states between layers, those of a micro-batch."""
+    spread, G = sharding.BatchSharding(mesh), config.algorithm.num_generations
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    count = config.trainer.per_device_train_batch_size or mini * G // spread.num_shards
+    tokens = (
+        count * config.data.max_response_length + -(-count // G) * config.data.max_prompt_length
+    )
+    width = policy.config.hidden_size * policy.dtype.itemsize
+    return policy.config.num_layers * tokens * width // spread.num_shares
 
 
 def _smaller_micro(config, mesh) -> int:

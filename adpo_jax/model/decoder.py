@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import (
@@ -37,11 +38,21 @@ from adpo_jax.model.linear_attention import Hybrid, Inputs
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 
+# The name of the hidden states that come into a layer, for `jax.checkpoint`.
+LAYER_INPUT = "layer_input"
+
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     # What kernels of attention return is saved too: they are the dearest to run again.
     "save_dots": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
+    # As "full", and what is kept, the hidden states between layers, waits in the host's memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -337,8 +348,9 @@ def decoder(
         weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
         has_own_mlp = config.mixture and "experts_router" not in layer_params
         of_layer = gated_mlp if has_own_mlp else ffn
+        x = checkpoint_name(carry[0], LAYER_INPUT)
         x, cache, extras = transformer_layer(
-            weights, carry[0], layer, rope_tables, carry[1], attend, of_layer
+            weights, x, layer, rope_tables, carry[1], attend, of_layer
         )
         return (x, cache), extras
 
