@@ -8,7 +8,7 @@ devices into `fsdp` and `sequence` is compiled, with as many completions a micro
 --tokens tokens a device, at least one. All take the same optimizer step of 8 prompts x 8
 completions with gradient_checkpointing=full. A row says what the update takes of a device's memory,
 by its compiler, and the forecast of its speed: completion tokens a second of the whole machine. The
-fastest that fits is bold. Nothing runs. Needs the compilers of the machines (`[tpu-aot]`, `[gpu-aot]`).
+fastest that fits is bold. Nothing runs. Needs the compilers of the machines ([tpu-aot], [gpu-aot]).
 """
 
 import argparse

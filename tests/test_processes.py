@@ -143,8 +143,9 @@ ENVIRONMENTS_AND_FILTER = (
         ("arithmetic", ()),
         pytest.param("arithmetic", ADAPTERS_AND_FILTER, marks=pytest.mark.long),
         pytest.param("calculator", ENVIRONMENTS_AND_FILTER, marks=pytest.mark.long),
+        pytest.param("arithmetic", ("--config.mesh.sequence=2",), marks=pytest.mark.long),
     ],
-    ids=["weights", "adapters, groups replaced", "environments, groups replaced"],
+    ids=["weights", "adapters, groups replaced", "environments, groups replaced", "shared streams"],
 )
 def test_two_processes_train_as_one_does(tmp_path, overrides, name, more):
     two, one = tmp_path / "two", tmp_path / "one"
