@@ -164,7 +164,15 @@ def test_tiles_in_turn_agree_with_all_at_once(tiles_at_once):
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(score_bytes, q, k, v):
-        attend = stream_attention(stream, scale=D**-0.5, soft_cap=3.0, score_bytes=score_bytes)
+        attend = stream_attention(
+            stream,
+            scale=D**-0.5,
+            soft_cap=3.0,
+            score_bytes=score_bytes,
+            # Gradients of keys are added up in a loop too, and masks are made with the scores.
+            tile_by_tile=score_bytes == tile_bytes,
+            mask_bytes=0 if score_bytes == tile_bytes else 2**20,
+        )
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, of_layer(), None)[0], q, k, v)
         return jnp.where(real, out, 0), pull(jnp.where(real, weight, 0))
 

@@ -29,6 +29,14 @@ from adpo_jax.model.cpu import made, sum_of_columns
 SCORE_BYTES = 256 * 2**20
 CACHED_SCORE_BYTES = 4 * 2**20
 
+# The most bytes of a mask of all tiles, which is made once for all layers that see alike. A larger
+# one is made tile by tile, with the scores.
+MASK_BYTES = 64 * 2**20
+
+# From so many tiles of keys on, a CPU adds up their gradients tile by tile: 0.9 ms for 512 listed
+# of 528 tiles, where a product with a 0/1 matrix takes 6 (64 tokens of 2 x 16 numbers, one core).
+MANY_TILES = 256
+
 # The name of the results for `jax.checkpoint`.
 SAVED = "plain_attention"
 
@@ -70,6 +78,37 @@ class Stream(NamedTuple):
         return self.key_tokens.positions.shape[1] // self.tile
 
 
+class _Seen(NamedTuple):
+    """What tiles of queries see.
+
+    Attributes:
+      tiles: [B, n, J] int32, listed tiles of keys; -1 for none.
+      mask: [B, n, W, S] bool, who sees whom; None where `queries` say it.
+      queries: tokens [B, n, W, 1], with `window` [B, n, W, 1] int32, or a number for all; None
+        where there is a mask.
+    """
+
+    tiles: jax.Array
+    mask: jax.Array | None = None
+    queries: Tokens | None = None
+    window: jax.Array | None = None
+
+    @property
+    def listed(self) -> jax.Array:
+        """Tiles to gather; any where none is listed."""
+        return jnp.maximum(self.tiles, 0)
+
+    def masked(self, keys: Tokens) -> jax.Array:
+        """The mask [B, n, W, S] by the tokens [B, m, W] of all keys."""
+        if self.mask is not None:
+            return self.mask
+        B, n, J = self.tiles.shape
+        W = keys.positions.shape[-1]
+        keys = jax.tree.map(lambda x: _gather(x, self.listed).reshape(B, n, 1, J * W), keys)
+        is_listed = jnp.repeat(self.tiles >= 0, W, axis=2)[:, :, None]
+        return visible(self.queries, keys, self.window) & is_listed
+
+
 @dataclasses.dataclass(frozen=True)
 class _Shape:
     """Static settings of the kernel."""
@@ -77,6 +116,7 @@ class _Shape:
     scale: float
     soft_cap: float | None
     chunk: int  # tiles of a stream whose scores are alive at once
+    tile_by_tile: bool
 
 
 def stream_attention(
@@ -86,45 +126,44 @@ def stream_attention(
     soft_cap: float | None = None,
     windows: bool = False,
     score_bytes: int = SCORE_BYTES,
+    mask_bytes: int = MASK_BYTES,
+    tile_by_tile: bool = False,
 ) -> Attend:
     """Attention of a packed stream to itself, for the training forward.
 
     Args:
-      windows: whether any layer has a window or chunks; else one mask is made for all layers.
+      windows: whether any layer has a window or chunks; else all layers see alike.
       score_bytes: the most bytes of scores that are alive at once, on all devices together.
+      mask_bytes: the most bytes of a mask that is made for all tiles at once.
+      tile_by_tile: whether gradients of keys are added up in a loop over the listed tiles, on one
+        device; else by a product with a 0/1 matrix, which the partitioner can split.
     """
     B, N = stream.positions.shape
     n, J = stream.key_tiles.shape[1:]
     W, m = stream.tile, stream.num_key_tiles
-    tiles = jnp.maximum(stream.key_tiles, 0)
-
-    def of_queries(x_BN):
-        return x_BN.reshape(B, n, W)[..., None]
-
-    def of_keys(x_BN):
-        return _gather(x_BN.reshape(B, m, W), tiles).reshape(B, n, 1, J * W)
-
-    queries = jax.tree.map(of_queries, stream.tokens)
-    keys = Tokens(*map(of_keys, stream.key_tokens[:2]))
-    listed = jnp.repeat(stream.key_tiles >= 0, W, axis=2)
-    causal = visible(queries, keys) & listed[:, :, None]
-    distance = queries.positions - keys.positions
+    in_turn = mask_bytes < B * N * J * W
+    queries = jax.tree.map(lambda x: x.reshape(B, n, W, 1), stream.tokens)
+    keys = Tokens(*(x.reshape(B, m, W) for x in stream.key_tokens[:2]))
+    causal = _Seen(stream.key_tiles, queries=queries)
+    if not windows and not in_turn:
+        causal = _Seen(stream.key_tiles, causal.masked(keys))
 
     def attend(q, k, v, layer: LayerInfo, cache):
         H, K, D = q.shape[2], k.shape[2], q.shape[3]
-        mask = causal
+        seen = causal
         if windows:
-            mask = causal & (distance < layer.window_at(queries.positions))
+            window = jnp.broadcast_to(layer.window_at(queries.positions), (B, n, W, 1))
+            seen = seen._replace(window=window)
         # As [B, n, K, R W, D], so that every product below is a plain batch of matrices.
         q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
         q = q.reshape(B, n, K, H // K * W, D)
         chunk = _even_chunk(n, at_most=score_bytes // (4 * B * H * W * J * W))
-        shape = _Shape(scale, soft_cap, chunk)
+        shape = _Shape(scale, soft_cap, chunk, tile_by_tile)
         k, v = k.reshape(B, m, W, K, D), v.reshape(B, m, W, K, D)
         sinks = None
         if layer.sinks is not None:
             sinks = jnp.repeat(by_kv_head(layer.sinks, K), W, axis=1)
-        out = _attention(shape, q, k, v, tiles, mask, sinks)
+        out = _attention(shape, q, k, v, seen, keys, sinks)
         out = out.reshape(B, n, K, H // K, W, D).transpose(0, 1, 4, 2, 3, 5)
         return out.reshape(B, N, H, D), cache
 
@@ -151,13 +190,20 @@ def _listed(x_BmWKD, tiles_BcJ):
     return x.reshape(B, c, J * W, K, D).swapaxes(2, 3)
 
 
-def _unlisted(g_BcKSD, tiles_BcJ, m: int):
-    """The gradient [B, m, W, K, D] float32 of `_listed`.
-
-    It is a product with a 0/1 matrix, since a CPU scatters one row at a time.
-    """
+def _unlisted(g_BcKSD, tiles_BcJ, m: int, tile_by_tile: bool):
+    """The gradient [B, m, W, K, D] float32 of `_listed`."""
     B, c, J = tiles_BcJ.shape
     K, S, D = g_BcKSD.shape[2:]
+    if tile_by_tile:
+        listed = g_BcKSD.swapaxes(2, 3).reshape(B * c * J, -1).astype(jnp.float32)
+        tiles = (tiles_BcJ + m * jnp.arange(B)[:, None, None]).reshape(-1)
+
+        def add(i, sums):
+            own = jax.lax.dynamic_slice_in_dim(sums, tiles[i], 1) + listed[i]
+            return jax.lax.dynamic_update_slice_in_dim(sums, own, tiles[i], 0)
+
+        zeros = jnp.zeros((B * m, listed.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, len(tiles), add, zeros).reshape(B, m, S // J, K, D)
     used = jax.nn.one_hot(tiles_BcJ.reshape(B, c * J), m, axis=1, dtype=g_BcKSD.dtype)
     flat = g_BcKSD.swapaxes(2, 3).reshape(B, c * J, S // J * K * D)
     summed = jnp.einsum(
@@ -186,7 +232,11 @@ def _scores(shape: _Shape, q_BcKQD, k_BcKSD, mask_BcWS):
 
 
 def _in_chunks(shape: _Shape, function, carry, *tiles):
-    """Runs `function(carry, *chunk) -> (carry, results)` over chunks of the second axis."""
+    """Runs `function(carry, *chunk) -> (carry, results)` over chunks of the second axis.
+
+    Args:
+      tiles: pytrees of arrays [B, n, ...].
+    """
     n = tiles[0].shape[1]
     if shape.chunk >= n:
         return function(carry, *tiles)
@@ -201,7 +251,8 @@ def _in_chunks(shape: _Shape, function, carry, *tiles):
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(len(x), -1, *x.shape[3:])[:, :n]
 
-    carry, out = jax.lax.scan(lambda c, chunk: function(c, *chunk), carry, tuple(map(split, tiles)))
+    split_up = jax.tree.map(split, tiles)
+    carry, out = jax.lax.scan(lambda c, chunk: function(c, *chunk), carry, split_up)
     return carry, jax.tree.map(join, out)
 
 
@@ -212,14 +263,14 @@ def _sum_over_queries(x_BcKQD, weights_BcKQS):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
-    return _forward(shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ)[0]
+def _attention(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Tokens, sinks_KQ):
+    return _forward(shape, q_BnKQD, k_BmWKD, v_BmWKD, seen, keys, sinks_KQ)[0]
 
 
-def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ):
-    def forward(_, q, tiles, mask):
-        k, v = _listed(k_BmWKD, tiles), _listed(v_BmWKD, tiles)
-        scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, mask)
+def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Tokens, sinks_KQ):
+    def forward(_, q, seen):
+        k, v = _listed(k_BmWKD, seen.listed), _listed(v_BmWKD, seen.listed)
+        scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, seen.masked(keys))
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks_KQ is not None:
             top = jnp.maximum(top, sinks_KQ[..., None])
@@ -230,19 +281,20 @@ def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sin
         out = jnp.einsum("bckqs,bcksd->bckqd", weights.astype(v.dtype), v)
         return None, ((out / total).astype(q.dtype), top + jnp.log(total))
 
-    _, found = _in_chunks(shape, forward, None, q_BnKQD, tiles_BnJ, mask_BnWS)
+    _, found = _in_chunks(shape, forward, None, q_BnKQD, seen)
     out, log_z = checkpoint_name(found, SAVED)
-    return out, (q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out, log_z)
+    return out, (q_BnKQD, k_BmWKD, v_BmWKD, seen, keys, sinks_KQ, out, log_z)
 
 
 def _backward(shape: _Shape, residuals, d_out_BnKQD):
-    q_BnKQD, k_BmWKD, v_BmWKD, tiles_BnJ, mask_BnWS, sinks_KQ, out_BnKQD, log_z_BnKQ1 = residuals
+    q_BnKQD, k_BmWKD, v_BmWKD, seen, keys, sinks_KQ, out_BnKQD, log_z_BnKQ1 = residuals
     m = k_BmWKD.shape[1]
 
-    def backward(sums, q, tiles, mask, out, log_z, d_out):
+    def backward(sums, q, seen, out, log_z, d_out):
+        tiles = seen.listed
         k, v = _listed(k_BmWKD, tiles), _listed(v_BmWKD, tiles)
         q = q * jnp.asarray(shape.scale, q.dtype)
-        scores, slope = _scores(shape, q, k, mask)
+        scores, slope = _scores(shape, q, k, seen.masked(keys))
         weights = jnp.exp(scores - log_z)
         product = made((d_out * out).astype(jnp.float32))
         mean = sum_of_columns(product, jnp.ones(q.shape[-1], jnp.float32))[..., None]
@@ -256,12 +308,13 @@ def _backward(shape: _Shape, residuals, d_out_BnKQD):
             # The value of a sink is 0.
             of_sinks = jnp.exp(sinks_KQ - log_z[..., 0]) * mean[..., 0]
             d_sinks = sums[2] - jnp.sum(of_sinks, axis=(0, 1))
-        sums = (sums[0] + _unlisted(d_k, tiles, m), sums[1] + _unlisted(d_v, tiles, m), d_sinks)
+        d_k, d_v = (_unlisted(grad, tiles, m, shape.tile_by_tile) for grad in (d_k, d_v))
+        sums = (sums[0] + d_k, sums[1] + d_v, d_sinks)
         return sums, d_q
 
     zeros = jnp.zeros(k_BmWKD.shape, jnp.float32)
     first = (zeros, zeros, None if sinks_KQ is None else jnp.zeros_like(sinks_KQ))
-    tiled = (q_BnKQD, tiles_BnJ, mask_BnWS, out_BnKQD, log_z_BnKQ1, d_out_BnKQD)
+    tiled = (q_BnKQD, seen, out_BnKQD, log_z_BnKQ1, d_out_BnKQD)
     (d_k, d_v, d_sinks), d_q = _in_chunks(shape, backward, first, *tiled)
     return d_q, d_k.astype(k_BmWKD.dtype), d_v.astype(v_BmWKD.dtype), None, None, d_sinks
 

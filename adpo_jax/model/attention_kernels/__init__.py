@@ -103,11 +103,15 @@ def _plain_stream(settings: Settings, stream: Stream) -> Attend:
         score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
         **settings.plain,
     )
+    is_long = on_cpu and stream.num_key_tiles >= tile_attention.MANY_TILES
     if per_device.num_shares(settings, stream) == 1:
-        return attention_of(stream)  # the partitioner splits rows and heads
+        alone = settings.mesh is None or settings.mesh.size == 1
+        return attention_of(
+            stream, tile_by_tile=is_long and alone
+        )  # else the partitioner splits it
 
     def kernel(q, k, v, layer, stream, _):
-        return attention_of(stream)(q, k, v, layer, None)[0]
+        return attention_of(stream, tile_by_tile=is_long)(q, k, v, layer, None)[0]
 
     return per_device.of_stream(kernel, settings, stream)
 
