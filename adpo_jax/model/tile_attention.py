@@ -190,8 +190,9 @@ def _listed(x_BmWKD, tiles_BcJ):
     return x.reshape(B, c, J * W, K, D).swapaxes(2, 3)
 
 
-def _unlisted(g_BcKSD, tiles_BcJ, m: int, tile_by_tile: bool):
-    """The gradient [B, m, W, K, D] float32 of `_listed`."""
+def _with_unlisted(sums_BmWKD, g_BcKSD, tiles_BcJ, tile_by_tile: bool):
+    """Sums in float32, and the gradient of `_listed` added to them."""
+    m = sums_BmWKD.shape[1]
     B, c, J = tiles_BcJ.shape
     K, S, D = g_BcKSD.shape[2:]
     if tile_by_tile:
@@ -202,8 +203,8 @@ def _unlisted(g_BcKSD, tiles_BcJ, m: int, tile_by_tile: bool):
             own = jax.lax.dynamic_slice_in_dim(sums, tiles[i], 1) + listed[i]
             return jax.lax.dynamic_update_slice_in_dim(sums, own, tiles[i], 0)
 
-        zeros = jnp.zeros((B * m, listed.shape[1]), jnp.float32)
-        return jax.lax.fori_loop(0, len(tiles), add, zeros).reshape(B, m, S // J, K, D)
+        sums = jax.lax.fori_loop(0, len(tiles), add, sums_BmWKD.reshape(B * m, -1))
+        return sums.reshape(sums_BmWKD.shape)
     used = jax.nn.one_hot(tiles_BcJ.reshape(B, c * J), m, axis=1, dtype=g_BcKSD.dtype)
     flat = g_BcKSD.swapaxes(2, 3).reshape(B, c * J, S // J * K * D)
     summed = jnp.einsum(
@@ -213,7 +214,7 @@ def _unlisted(g_BcKSD, tiles_BcJ, m: int, tile_by_tile: bool):
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return summed.reshape(B, m, S // J, K, D)
+    return sums_BmWKD + summed.reshape(sums_BmWKD.shape)
 
 
 def _scores(shape: _Shape, q_BcKQD, k_BcKSD, mask_BcWS):
@@ -269,6 +270,10 @@ def _attention(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Toke
 
 def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Tokens, sinks_KQ):
     def forward(_, q, seen):
+        if seen.mask is None:
+            # Else the masks of all tiles, which are the same in all layers, are made before the
+            # layers and kept.
+            q, seen = jax.lax.optimization_barrier((q, seen))
         k, v = _listed(k_BmWKD, seen.listed), _listed(v_BmWKD, seen.listed)
         scores, _ = _scores(shape, q * jnp.asarray(shape.scale, q.dtype), k, seen.masked(keys))
         top = jnp.max(scores, axis=-1, keepdims=True)
@@ -288,7 +293,6 @@ def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Tokens
 
 def _backward(shape: _Shape, residuals, d_out_BnKQD):
     q_BnKQD, k_BmWKD, v_BmWKD, seen, keys, sinks_KQ, out_BnKQD, log_z_BnKQ1 = residuals
-    m = k_BmWKD.shape[1]
 
     def backward(sums, q, seen, out, log_z, d_out):
         tiles = seen.listed
@@ -308,9 +312,11 @@ def _backward(shape: _Shape, residuals, d_out_BnKQD):
             # The value of a sink is 0.
             of_sinks = jnp.exp(sinks_KQ - log_z[..., 0]) * mean[..., 0]
             d_sinks = sums[2] - jnp.sum(of_sinks, axis=(0, 1))
-        d_k, d_v = (_unlisted(grad, tiles, m, shape.tile_by_tile) for grad in (d_k, d_v))
-        sums = (sums[0] + d_k, sums[1] + d_v, d_sinks)
-        return sums, d_q
+        d_k, d_v = (
+            _with_unlisted(total, grad, tiles, shape.tile_by_tile)
+            for total, grad in zip(sums, (d_k, d_v))
+        )
+        return (d_k, d_v, d_sinks), d_q
 
     zeros = jnp.zeros(k_BmWKD.shape, jnp.float32)
     first = (zeros, zeros, None if sinks_KQ is None else jnp.zeros_like(sinks_KQ))
