@@ -11,10 +11,11 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
-from adpo_jax.rollouts.ahead import Ahead, Sieve
+from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.rollouts.filtering import has_spread
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
+from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.rollouts.source import SourceError
 
 

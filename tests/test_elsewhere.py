@@ -28,8 +28,10 @@ from adpo_jax.records import Completion, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts import elsewhere, recording, wire
 from adpo_jax.rollouts.dispatch import Dispatch, Work
-from adpo_jax.rollouts.elsewhere import Elsewhere
+from adpo_jax.rollouts.elsewhere import Elsewhere, FilteredElsewhere
+from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
+from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.run import roles, sampler_line
 
 ROOT = Path(__file__).parents[1]
@@ -231,7 +233,7 @@ def trainer(policy_and_params, sampler, tmp_path):
     verbs = sampler.engine.verbs
     with contextlib.ExitStack() as stack:
 
-        def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS, weights=""):
+        def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS, weights="", sieve=None):
             source = Elsewhere(
                 sampler,
                 prompts_of,
@@ -246,6 +248,7 @@ def trainer(policy_and_params, sampler, tmp_path):
                 max_staleness=staleness,
                 ahead=staleness * P,
                 weights_folder=weights,
+                sieve=sieve,
             )
             stack.callback(source.close)
             stack.callback(source.end)
@@ -281,16 +284,65 @@ def test_one_sampler_without_staleness_gives_the_very_bits_of_sampling_here(
     for step in range(2):
         weights = at_step(params, step) | {"embed": params["embed"]}  # which is sent once
         found, wanted = source.next(step, weights), here.next(step, weights)
-        assert found.texts == wanted.texts
-        np.testing.assert_array_equal(found.rewards, wanted.rewards)
-        for one, other in zip(found.completions.flat, wanted.completions.flat, strict=True):
-            for name in ("tokens", "log_probs", "full_log_probs", "versions", "trained"):
-                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert_same_groups(found, wanted)
     assert found.metrics["samplers/connected"] == 1
     source.end()
     thread.join(30)
     assert not thread.is_alive()
     assert len(list(tmp_path.glob("*.safetensors"))) == (2 if by == "folder" else 0)
+
+
+def assert_same_groups(found, wanted):
+    assert found.texts == wanted.texts
+    np.testing.assert_array_equal(found.rewards, wanted.rewards)
+    for one, other in zip(found.completions.flat, wanted.completions.flat, strict=True):
+        for name in ("tokens", "log_probs", "full_log_probs", "versions", "trained"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_groups_without_a_spread_are_replaced_as_where_sampling_is_done_here(
+    policy_and_params, engines, sampler, trainer, tmp_path
+):
+    _, params = policy_and_params
+    # So few of the groups are left that batches follow each other.
+    rules = {"max_attempts": 3, "min_reward_std": 0.8}
+    source = FilteredElsewhere(trainer(0), prompts_of, tmp_path / "there", **rules)
+    thread, _ = start(policy_and_params, engines[0], source.address)
+    here = GroupFilter(sampler, prompts_of, tmp_path / "here", **rules)
+    attempts = []
+    for step in range(2):
+        weights = at_step(params, step)
+        found, wanted = source.next(step, weights), here.next(step, weights)
+        assert_same_groups(found, wanted)
+        for name, value in wanted.metrics.items():
+            if name.startswith("filter/"):
+                assert found.metrics[name] == value
+        attempts.append(found.metrics["filter/attempts"])
+        for each in (source, here):
+            each.save(step + 1)
+    assert max(attempts) > 1
+    source.end()
+    thread.join(30)
+
+
+def test_groups_without_a_spread_make_room_for_others_ahead_of_the_update(
+    policy_and_params, engines, sampler, trainer
+):
+    _, params = policy_and_params
+
+    def spread(rewards):
+        return has_spread(rewards, 0.8)
+
+    source = trainer(1, sieve=Sieve(spread, most_dropped=40))
+    thread, _ = start(policy_and_params, engines[0], source.address)
+    for step in range(3):
+        found = source.next(step, at_step(params, step))
+        assert has_spread(found.rewards, 0.8).all()
+        assert found.metrics["filter/fillers"] == 0
+        assert found.metrics["ahead/staleness_max"] <= 1
+    assert found.metrics["filter/dropped_frac"] > 0
+    source.end()
+    thread.join(30)
 
 
 def test_samplers_come_and_go_and_every_prompt_is_trained_on_once(

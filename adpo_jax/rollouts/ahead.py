@@ -28,7 +28,6 @@ from adpo_jax.devices import distributed
 from adpo_jax.engine.session import Session
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
-from adpo_jax.rollouts.filtering import OF_ALL_ATTEMPTS
 from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
@@ -39,7 +38,8 @@ from adpo_jax.rollouts.flight import (
 from adpo_jax.rollouts.group_decoding import Decoding, Numbering, OneTurnDecoding
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
-from adpo_jax.rollouts.sampler import Sampler, logged_metrics, reward_metrics
+from adpo_jax.rollouts.sampler import Sampler
+from adpo_jax.rollouts.sieve import Judging, Sieve
 from adpo_jax.rollouts.source import Source
 from adpo_jax.rollouts.turns_ahead import TurnsAhead
 
@@ -70,22 +70,6 @@ class _Part:
     judged: list[Scores]
     waited: float
     stats: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sieve:
-    """Which whole groups are trained on, where not all are.
-
-    A group without a spread is dropped and another one begun in its place, until `most_dropped`
-    groups of an iteration are; those that come later fill the batch.
-
-    Attributes:
-      has_spread: rewards [P, G] -> [P] bool.
-      most_dropped: groups in an iteration.
-    """
-
-    has_spread: Callable[[np.ndarray], np.ndarray]
-    most_dropped: int
 
 
 class Ahead(Source):
@@ -144,7 +128,7 @@ class Ahead(Source):
           SourceError: when what iteration `step` left in flight was not kept.
         """
         before = self._flight(step)
-        there, judging = self._admitted(step, before), _Judging(self._sieve)
+        there, judging = self._admitted(step, before), Judging(self._sieve)
         sampler, began = self._sampler, time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation("rollout"), contextlib.ExitStack() as stack:
@@ -191,7 +175,7 @@ class Ahead(Source):
         return judging.told(found, judged)
 
     def _until_chosen(
-        self, step: int, decoding: Decoding, there: Flight, judging: "_Judging"
+        self, step: int, decoding: Decoding, there: Flight, judging: Judging
     ) -> tuple[list[int], Flight]:
         """Decodes until the iteration has its groups; returns their numbers, and the flight."""
         while True:
@@ -255,75 +239,6 @@ class Ahead(Source):
         if step not in self._flights:
             self._flights = {step: self._files.load(step)}
         return self._flights[step]
-
-
-class _Judging:
-    """The whole groups of an iteration, of this process, and which of them have a spread.
-
-    Attributes:
-      scores: of all groups that were looked at.
-      seconds: that their grading took.
-      without_spread: the numbers of those of them that have none and have not been dropped.
-    """
-
-    def __init__(self, sieve: Sieve | None):
-        self._sieve = sieve
-        self._graded: dict[int, GradedGroups] = {}
-        self._num_dropped = 0  # of all processes
-        self.scores: list[Scores] = []
-        self.seconds = 0.0
-        self.without_spread: list[int] = []
-
-    def new(self, whole: list[int]) -> list[int]:
-        """Those of the whole groups that have not been looked at; none without a sieve."""
-        if self._sieve is None:
-            return []
-        return [number for number in whole if number not in self._graded]
-
-    def take(self, numbers: list[int], graded: GradedGroups) -> None:
-        spread = self._sieve.has_spread(graded.rewards)
-        self._graded |= {number: graded.select([i]) for i, number in enumerate(numbers)}
-        self.scores.append(dataclasses.replace(graded.scores, extras={}))
-        self.seconds += graded.seconds[1]
-        self.without_spread += [n for n, has in zip(numbers, spread) if not has]
-
-    def dropped(self, candidates: list[int]) -> list[int]:
-        """Those of the groups of all processes without a spread that are dropped now."""
-        if self._sieve is None:
-            return []
-        found = candidates[: self._sieve.most_dropped - self._num_dropped]
-        self._num_dropped += len(found)
-        self.without_spread = [n for n in self.without_spread if n not in set(found)]
-        return found
-
-    def joined(self, numbers: list[int], stats: dict[str, int]) -> GradedGroups | None:
-        """These groups as graded here; None for none, and without a sieve."""
-        if self._sieve is None or not numbers:
-            return None
-        groups = GradedGroups.concatenate([self._graded[number] for number in numbers])
-        completions = dataclasses.replace(groups.completions, stats=stats)
-        return dataclasses.replace(groups, completions=completions, seconds=(0.0, self.seconds))
-
-    def told(self, groups: GradedGroups, judged: Scores) -> GradedGroups:
-        """The groups of the iteration with the metrics of the sieve.
-
-        Args:
-          judged: the scores of all groups that were looked at, of all processes.
-        """
-        G = groups.completions.num_samples
-        count = len(judged.total) // G
-        fillers = int((~self._sieve.has_spread(groups.rewards)).sum())
-        metrics = {
-            "filter/attempts": count / len(groups),
-            "filter/dropped_frac": self._num_dropped / count,
-            "filter/fillers": float(fillers),
-            "filter/carried": float(count - self._num_dropped - len(groups)),
-            "filter/sampled_reward": float(judged.total.mean()),
-        }
-        of_all = reward_metrics(judged, G)
-        metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS if name in of_all}
-        metrics |= logged_metrics(judged)
-        return dataclasses.replace(groups, metrics=groups.metrics | metrics)
 
 
 def _joined(parts: list[_Part], step: int) -> GradedGroups:

@@ -6,16 +6,17 @@ whatever runs the machines; here they come and go.
 
 With `max_staleness` 0 an iteration's groups are sampled by its own weights. With one sampler the
 run is then the same, bit for bit, as one that samples for itself, since the sampler makes the very
-same call of the engine.
+same call of the engine; where groups are filtered, the same calls one after the other.
 
 Several processes may train. The first one speaks to the samplers and tells the others.
 """
 
+import contextlib
 import dataclasses
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import numpy as np
 from adpo_jax.devices import distributed
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.sampling import sample_keys
-from adpo_jax.records import Completions, GradedGroups, Prompts
-from adpo_jax.rewards import RewardError
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
+from adpo_jax.rewards import RewardError, Scores
 from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.dispatch import LEASE_S, Dispatch, Work
+from adpo_jax.rollouts.filtering import GroupFilter
 from adpo_jax.rollouts.flight import (
     Flight,
     FlightFiles,
@@ -39,6 +41,7 @@ from adpo_jax.rollouts.flight import (
 from adpo_jax.rollouts.group_decoding import Numbering
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
+from adpo_jax.rollouts.sieve import Judging, Sieve
 from adpo_jax.rollouts.source import Source
 from adpo_jax.rollouts.weights import Versions, WeightsFolder, name_of_run
 from adpo_jax.serve.samplers import Refused, SamplersHost
@@ -148,7 +151,8 @@ class Elsewhere(Source):
       vocab_size: token ids are below this.
       address: host and port for samplers.
       key: the key that they must know.
-      batch_size, num_steps, max_staleness, ahead: as of `ahead.Ahead`.
+      batch_size, num_steps, max_staleness, ahead, sieve: as of `ahead.Ahead`. Without staleness
+        groups are filtered by `FilteredElsewhere`.
       weights_folder: a folder on shared storage, in which samplers find the weights; "" where the
         trainer sends them.
 
@@ -171,13 +175,18 @@ class Elsewhere(Source):
         num_steps: int,
         max_staleness: int,
         ahead: int,
+        sieve: Sieve | None = None,
         weights_folder: str = "",
     ):
+        assert not sieve or max_staleness
         self._sampler, self._weights_of = sampler, weights_of
+        self._sieve, self._num_steps = sieve, num_steps
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
         limits = Limits(sampler.sampling.n, sampler.sampling.max_tokens, vocab_size)
         self._files = FlightFiles(folder, limits, owner="samplers")
-        self._pacing = Pacing(batch_size, max_staleness, ahead, num_groups=num_steps * batch_size)
+        self._pacing = Pacing(
+            batch_size, max_staleness, ahead, num_groups=None if sieve else num_steps * batch_size
+        )
         self._flights: dict[int, Flight] = {0: Flight()}
         self._dispatch = Dispatch(lease_s=LEASE_S)
         shared = None
@@ -202,6 +211,8 @@ class Elsewhere(Source):
             host, port = address
             self._host = SamplersHost(self._reception, host=host, port=port, key=key)
         self._started = False
+        self._offered = -1  # the step whose weights were published last
+        self._num_asked = 0  # groups, where each iteration asks for its own
 
     @property
     def address(self) -> str:
@@ -225,117 +236,212 @@ class Elsewhere(Source):
           RewardError: when a reward function fails on any process.
           SourceError: when what iteration `step` left in flight was not kept.
         """
-        began = time.perf_counter()
-        host_params = distributed.fetch(self._weights_of(params))
-        found = None
-        with distributed.fail_together():
-            before = self._flight(step)
-            if self._host is not None:
-                self._versions.add(step, host_params)
-            del host_params
-            if self._host is not None:
-                found = self._sampled(step, before)
-        chosen, groups, after, counts = distributed.all_gather(found)[0]
+        if not self._pacing.max_staleness:
+            return self.sample(step, None, self._numbering.prompts_of(step), params)
+        began, found, judging = time.perf_counter(), None, Judging(self._sieve)
+        self._offer(step, params)
+        with self._keeping_samples(step):
+            with distributed.fail_together():
+                before = self._flight(step)
+                if self._host is not None:
+                    found = self._chosen(step, before, judging)
+            chosen, groups, after, counts = distributed.all_gather(found)[0]
         self._flights = {step: before, step + 1: after}
         seconds = time.perf_counter() - began
+        if self._sieve is None:
+            groups = self._graded(step, self._numbering.prompts(chosen), groups)
+        return _told(groups, step, seconds, counts)
+
+    def sample(self, step: int, attempt: int | None, prompts: Prompts, params) -> GradedGroups:
+        """The completions of prompts by the weights of a step, those that `Sampler` gives.
+
+        It is for `max_staleness` 0.
+
+        Raises:
+          RewardError: when a reward function fails on any process.
+        """
+        began, found = time.perf_counter(), None
+        self._offer(step, params)
+        with distributed.fail_together():
+            if self._host is not None:
+                found = self._called(step, attempt, prompts)
+        completions, counts = distributed.all_gather(found)[0]
+        seconds = time.perf_counter() - began
+        return _told(self._graded(step, prompts, completions), step, seconds, counts)
+
+    def _offer(self, step: int, params) -> None:
+        """Has samplers find the weights of a step."""
+        if self._offered == step:
+            return
+        self._offered = step
+        host_params = distributed.fetch(self._weights_of(params))
+        with distributed.fail_together():
+            if self._host is not None:
+                self._versions.add(step, host_params)
+
+    def _graded(
+        self, step: int, prompts: Prompts, completions: list[list[Completion]]
+    ) -> GradedGroups:
+        """Groups graded, of which each process grades its share."""
+        with self._keeping_samples(step), distributed.fail_together():
+            rows = distributed.own_rows(len(prompts))
+            answers = self._sampler.of_one_turn(
+                prompts.select(rows), Completions([completions[row] for row in rows])
+            )
+            mine = self._sampler.graded(step, answers)
+        return GradedGroups.concatenate(distributed.all_gather(mine))
+
+    @contextlib.contextmanager
+    def _keeping_samples(self, step: int) -> Iterator[None]:
+        """Keeps the sample of which a reward function fails."""
         try:
-            with distributed.fail_together():
-                rows = distributed.own_rows(len(chosen))
-                answers = self._sampler.of_one_turn(
-                    self._numbering.prompts([chosen[row] for row in rows]),
-                    Completions([groups[row] for row in rows]),
-                )
-                mine = self._sampler.graded(step, answers)
+            yield
         except RewardError as error:
             self._sampler.keep_sample(step, error)
             raise
-        together = GradedGroups.concatenate(distributed.all_gather(mine))
-        tokens = int(together.completions.lengths.sum())
-        metrics = {
-            **counts,
-            **age_metrics(together, step),
-            "rollout/tokens_per_s": tokens / max(seconds, 1e-9),
-        }
-        return dataclasses.replace(
-            together, seconds=(seconds, together.seconds[1]), metrics=metrics
-        )
 
-    def _sampled(self, step: int, before: Flight):
-        """The first process's part of `next`: what is trained on, and what stays in flight."""
+    # --- on the first process, which speaks to the samplers
+
+    def _called(
+        self, step: int, attempt: int | None, prompts: Prompts
+    ) -> tuple[list[list[Completion]], dict[str, float]]:
+        """The completions of prompts that are asked for now, and counts."""
+        key = jax.random.fold_in(jax.random.key(self._sampler.seed), step)
+        if attempt is not None:
+            key = jax.random.fold_in(key, attempt)
+        arrays = [np.asarray(prompt, np.int32) for prompt in prompts.token_ids]
+        keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(arrays), self._numbering.n))
+        numbers = range(self._num_asked, self._num_asked + len(prompts))
+        self._num_asked += len(prompts)
+        works = zip(numbers, prompts.token_ids, keys, strict=True)
+        works = [Work(number, list(map(int, prompt)), key) for number, prompt, key in works]
+        self._open()
+        with self._counted() as counts:
+            self._dispatch.publish(step, works)
+            told = time.monotonic()
+            while len(whole := self._dispatch.whole()) < len(numbers):
+                told = self._wait_for_more(step, len(whole), told)
+        completions = self._dispatch.take(numbers)
+        return [completions[number] for number in numbers], counts | {"ahead/in_flight": 0.0}
+
+    def _chosen(self, step: int, before: Flight, judging: Judging):
+        """What is trained on of groups ahead, and what stays in flight.
+
+        Returns:
+          The numbers of the groups, their completions (graded groups where there is a sieve), the
+          flight that is left, and counts.
+        """
         dispatch, works = self._dispatch, []
         if not self._started:
-            self._started = True
             whole = {
                 n: [sample.completion() for sample in group] for n, group in before.groups.items()
             }
             dispatch.restore(whole)
             works += self._works([n for n in before.admitted_at if n not in whole])
-            self._host.start()
-            told = f"samplers find this run at --trainer={self._host.address}"
-            print(told, file=sys.stderr, flush=True)
-        new = self._pacing.admitted(before.next_number, len(before.admitted_at))
-        admitted_at = before.admitted_at | dict.fromkeys(new, step)
-        dispatch.publish(step, works + self._works(new))
-        taken_back, doubles = dispatch.num_taken_back, dispatch.num_doubles
-        began = time.perf_counter()
-        chosen = self._wait_for_groups(step, admitted_at)
-        waited = time.perf_counter() - began
+        self._open()
+        there, new = self._admitted(step, before)
+        with self._counted() as counts:
+            dispatch.publish(step, works + self._works(new))
+            chosen, there = self._until_chosen(step, there, judging)
         completions = dispatch.take(chosen)
         gone = set(chosen)
         kept = {n: g for n, g in dispatch.kept().items() if n not in gone}
-        left = {n: at for n, at in admitted_at.items() if n not in gone}
-        after = Flight(
-            {n: tuple(map(FlyingSample.of, group)) for n, group in sorted(kept.items())},
-            left,
-            dict.fromkeys(left, 0),
+        kept = {n: tuple(map(FlyingSample.of, group)) for n, group in sorted(kept.items())}
+        after = there.without(chosen, kept)
+        counts["ahead/in_flight"] = float(len(after.admitted_at))
+        if self._sieve is None:
+            return chosen, [completions[number] for number in chosen], after, counts
+        judged = Scores.concatenate(judging.scores)
+        return chosen, judging.told(judging.joined(chosen, {}), judged), after, counts
+
+    def _admitted(self, step: int, before: Flight) -> tuple[Flight, range]:
+        """The flight with the groups that start now, and their numbers."""
+        in_flight = len(before.admitted_at)
+        new = self._pacing.admitted(before.next_number, in_flight)
+        if self._sieve is not None:  # those that were dropped count for nothing
+            left = (self._num_steps - step) * self._pacing.batch_size - in_flight
+            new = new[: max(left, 0)]
+        there = Flight(
+            before.groups,
+            before.admitted_at | dict.fromkeys(new, step),
+            before.owners | dict.fromkeys(new, 0),
             before.next_number + len(new),
         )
-        counts = {
-            "ahead/in_flight": float(len(left)),
-            "ahead/waited": waited,
+        return there, new
+
+    def _until_chosen(self, step: int, there: Flight, judging: Judging) -> tuple[list[int], Flight]:
+        """Waits until the iteration has its groups; returns their numbers, and the flight."""
+        told = time.monotonic()
+        while True:
+            whole = [n for n in self._dispatch.whole() if n in there.admitted_at]
+            if new := judging.new(whole):
+                kept = self._dispatch.kept()
+                answers = self._sampler.of_one_turn(
+                    self._numbering.prompts(new), Completions([kept[number] for number in new])
+                )
+                judging.take(new, self._sampler.graded(step, answers))
+            if dropped := judging.dropped(sorted(judging.without_spread)):
+                self._dispatch.take(dropped)
+                there, new = self._admitted(step, there.without(dropped, {}))
+                self._dispatch.publish(step, self._works(new))
+                whole = [number for number in whole if number not in set(dropped)]
+            chosen = self._pacing.chosen(step, there.admitted_at, whole)
+            if chosen is not None:
+                return chosen, there
+            told = self._wait_for_more(step, len(self._dispatch.whole()), told)
+
+    def _open(self) -> None:
+        """Lets samplers in."""
+        if not self._started:
+            self._started = True
+            self._host.start()
+            told = f"samplers find this run at --trainer={self._host.address}"
+            print(told, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[dict[str, float]]:
+        """Counts what happens meanwhile."""
+        dispatch, counts, began = self._dispatch, {}, time.perf_counter()
+        taken_back, doubles = dispatch.num_taken_back, dispatch.num_doubles
+        yield counts
+        counts |= {
+            "ahead/waited": time.perf_counter() - began,
             "samplers/connected": float(dispatch.num_samplers),
             "samplers/taken_back": float(dispatch.num_taken_back - taken_back),
             "samplers/doubles": float(dispatch.num_doubles - doubles),
         }
-        return chosen, [completions[number] for number in chosen], after, counts
 
-    def _wait_for_groups(self, step: int, admitted_at: dict[int, int]) -> list[int]:
-        told = time.monotonic()
-        while True:
-            whole = [n for n in self._dispatch.whole() if n in admitted_at]
-            chosen = self._pacing.chosen(step, admitted_at, whole)
-            if chosen is not None:
-                return chosen
-            self._dispatch.wait_for_more(len(whole), timeout=1.0)
-            if self._dispatch.num_samplers:
-                told = time.monotonic()
-            elif time.monotonic() - told > _TELL_S:
-                told = time.monotonic()
-                print(
-                    f"no sampler is connected; iteration {step + 1} waits for one at "
-                    f"{self._host.address}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    def _wait_for_more(self, step: int, num_whole: int, told: float) -> float:
+        """Waits a while for more whole groups than these.
+
+        Args:
+          told: when there was a sampler, or it was told that there is none.
+
+        Returns:
+          The same, by now.
+        """
+        self._dispatch.wait_for_more(num_whole, timeout=1.0)
+        if self._dispatch.num_samplers:
+            return time.monotonic()
+        if time.monotonic() - told > _TELL_S:
+            print(
+                f"no sampler is connected; iteration {step + 1} waits for one at "
+                f"{self._host.address}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return time.monotonic()
+        return told
 
     def _works(self, numbers) -> list[Work]:
         numbers = list(numbers)
         if not numbers:
             return []
         prompts = self._numbering.prompts(numbers).token_ids
-        if self._pacing.max_staleness == 0:
-            keys = self._keys_of_a_batch(numbers[0] // self._numbering.batch_size, prompts)
-        else:
-            keys = [self._numbering.keys(number) for number in numbers]
+        keys = map(self._numbering.keys, numbers)
         return [
             Work(n, list(map(int, prompt)), key) for n, prompt, key in zip(numbers, prompts, keys)
         ]
-
-    def _keys_of_a_batch(self, batch: int, prompts: list) -> np.ndarray:
-        """[P, G, 2]: those that an engine gives the samples when it is asked for the batch."""
-        key = jax.random.fold_in(jax.random.key(self._sampler.seed), batch)
-        arrays = [np.asarray(prompt, np.int32) for prompt in prompts]
-        return np.asarray(sample_keys(key, schedule_lib.prompt_uids(arrays), self._numbering.n))
 
     # --- what is in flight, on disk
 
@@ -355,13 +461,47 @@ class Elsewhere(Source):
 
     def restore(self, step: int) -> None:
         """Takes up what iteration `step` left in flight; errors as of `check`."""
-        if self._pacing.max_staleness:
-            self.check(step)
-        else:
-            P = self._numbering.batch_size
-            self._flights = {step: Flight(next_number=step * P)}
+        self.check(step)
 
     def _flight(self, step: int) -> Flight:
         if step not in self._flights:
             self._flights = {step: self._files.load(step)}
         return self._flights[step]
+
+
+class FilteredElsewhere(GroupFilter):
+    """Groups with a spread that samplers in other processes decode, without staleness.
+
+    Args:
+      elsewhere: decodes each batch.
+      prompts_of, folder, max_attempts, min_reward_std: as of `GroupFilter`.
+    """
+
+    def __init__(self, elsewhere: Elsewhere, prompts_of, folder: Path, **filtering):
+        super().__init__(elsewhere.sample, prompts_of, folder, **filtering)
+        self._elsewhere = elsewhere
+
+    @property
+    def address(self) -> str:
+        """host:port where samplers find the trainer."""
+        return self._elsewhere.address
+
+    def end(self) -> None:
+        """Tells the samplers that the run is over."""
+        self._elsewhere.end()
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._elsewhere.close()
+
+
+def _told(
+    groups: GradedGroups, step: int, seconds: float, counts: dict[str, float]
+) -> GradedGroups:
+    """Groups with the metrics of how they were sampled, in so many seconds."""
+    tokens = int(groups.completions.lengths.sum())
+    metrics = counts | age_metrics(groups, step)
+    metrics["rollout/tokens_per_s"] = tokens / max(seconds, 1e-9)
+    return dataclasses.replace(
+        groups, seconds=(seconds, groups.seconds[1]), metrics=groups.metrics | metrics
+    )

@@ -102,7 +102,7 @@ class GroupFilter(Source):
         # Attempts follow each other, but `concatenate` takes its parts as sampled at the same time.
         seconds = np.sum([groups.seconds for groups in attempts], axis=0).tolist()
         sampled = dataclasses.replace(sampled, seconds=tuple(seconds))
-        metrics = {
+        metrics = groups.metrics | {
             "filter/attempts": attempt + 1.0,
             "filter/dropped_frac": sum(map(len, dropped)) / len(sampled),
             "filter/fillers": float(max(P - num_found, 0)),

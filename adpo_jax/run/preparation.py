@@ -18,11 +18,12 @@ from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log.progress import telling
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardError
-from adpo_jax.rollouts.ahead import Ahead, Sieve
+from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.recording import Replay
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
+from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.rollouts.source import Source
 from adpo_jax.run import checkpoint_files, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
@@ -213,7 +214,12 @@ def _sampled(
         "ahead": rollout.ahead or most,
     }
     if samplers is not None:
-        return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
+        elsewhere = _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
+        if not config.algorithm.filter_groups or rollout.max_staleness:
+            return elsewhere
+        from adpo_jax.rollouts.elsewhere import FilteredElsewhere
+
+        return FilteredElsewhere(elsewhere, prompts_of, folder.surplus, **_filtering(config))
     if rollout.max_staleness:
         in_turns = completer if isinstance(completer, InTurns) else None
         return Ahead(
@@ -226,19 +232,19 @@ def _sampled(
         )
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)
-    return GroupFilter(
-        sampler,
-        prompts_of,
-        folder.surplus,
-        max_attempts=config.algorithm.filter_max_attempts,
-        min_reward_std=config.algorithm.min_reward_std,
-    )
+    return GroupFilter(sampler, prompts_of, folder.surplus, **_filtering(config))
+
+
+def _filtering(config) -> dict[str, Any]:
+    """What `GroupFilter` goes by."""
+    c = config.algorithm
+    return {"max_attempts": c.filter_max_attempts, "min_reward_std": c.min_reward_std}
 
 
 def _sieve(config) -> Sieve | None:
     """Which groups that are sampled ahead are trained on; None for all."""
     c = config.algorithm
-    if not c.filter_groups:
+    if not c.filter_groups or not config.actor_rollout_ref.rollout.max_staleness:
         return None
     spread = functools.partial(has_spread, min_reward_std=c.min_reward_std)
     return Sieve(spread, (c.filter_max_attempts - 1) * config.data.train_batch_size)
@@ -259,7 +265,6 @@ def _elsewhere(
       ValueError: for settings that do not go with that.
     """
     others = {
-        "algorithm.filter_groups=True": config.algorithm.filter_groups,
         "environment.path": config.environment.path,
         "environment.url": config.environment.url,
         "actor_rollout_ref.rollout.router_replay=True": parts.sampling.routed_experts,
@@ -279,6 +284,7 @@ def _elsewhere(
         address=samplers.address,
         key=samplers.key,
         weights_folder=samplers.weights,
+        sieve=_sieve(config),
         **pace,
     )
 
