@@ -471,14 +471,9 @@ def _rollout() -> dict[str, Key]:
         "actor_rollout_ref.actor.layout=packed",
         lambda c: c.actor_rollout_ref.actor.layout == "packed",
     )
-    at_once = Need(
-        "completions of one turn (no environment) that are sampled on the spot "
-        "(actor_rollout_ref.rollout.max_staleness=0)",
-        lambda c: (
-            not (
-                c.environment.path or c.environment.url or c.actor_rollout_ref.rollout.max_staleness
-            )
-        ),
+    one_turn = Need(
+        "completions of one turn (no environment)",
+        lambda c: not (c.environment.path or c.environment.url),
     )
     return {
         "temperature": Key(1.0, "divides the logits", allowed="above 0"),
@@ -526,7 +521,7 @@ def _rollout() -> dict[str, Key]:
             "the update takes prompts and completions through the experts of a mixture that they "
             "went through when they were sampled; k bytes a token and layer, for k experts of a "
             "token",
-            needs=(packed, at_once),
+            needs=(packed, one_turn),
         ),
     }
 

@@ -9,6 +9,8 @@ import tiny
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.model.mixture import ROUTED
+from adpo_jax.policy import Policy
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts.ahead import Ahead
@@ -74,7 +76,7 @@ class Letters:
         return ["".join(chr(97 + token) for token in row) for row in rows]
 
 
-def made(engine, folder, tmp_path, sieve=None):
+def made(engine, folder, tmp_path, sieve=None, **sampling):
     reward = tmp_path / "reward.py"
     reward.write_text(
         "def letters(completions, solution, log_metric, **columns):\n"
@@ -86,7 +88,12 @@ def made(engine, folder, tmp_path, sieve=None):
     sampler = Sampler(
         engine,
         SamplingParams(
-            n=G, max_tokens=12, stop_token_ids=(0, 1, 2, 3), top_k=20, full_log_probs=True
+            n=G,
+            max_tokens=12,
+            stop_token_ids=(0, 1, 2, 3),
+            top_k=20,
+            full_log_probs=True,
+            **sampling,
         ),
         Letters(),
         RewardModel([RewardFunction(str(reward), "letters")]),
@@ -191,6 +198,54 @@ def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path):
     filled = made(engine, tmp_path / "none", tmp_path, none).next(0, params)
     assert filled.metrics["filter/fillers"] == P
     assert filled.metrics["filter/dropped_frac"] * filled.metrics["filter/attempts"] * P == 2
+
+
+MIXTURE = tiny.CONFIG | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 16,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+
+
+def test_samples_that_go_on_keep_the_experts_that_each_token_went_through(tmp_path):
+    policy, params = Policy.from_config(MIXTURE, jax.random.key(0))
+    engine = Engine(
+        policy, max_prompt_length=4, max_response_length=12, num_slots=4, steps_per_dispatch=2
+    )
+    asked = {"routed_experts": True, "prompt_experts": True}
+    source = made(engine, tmp_path / "in_flight", tmp_path, **asked)
+    groups = []
+    for step in range(3):
+        groups.append(source.next(step, at_step(params, step)))
+        source.save(step + 1)
+    resumed = made(engine, tmp_path / "in_flight", tmp_path, **asked)
+    resumed.restore(2)
+    again = resumed.next(2, at_step(params, 2))
+    for one, other in zip(again.completions.flat, groups[2].completions.flat, strict=True):
+        np.testing.assert_array_equal(one.experts, other.experts)
+        np.testing.assert_array_equal(one.prompt_experts, other.prompt_experts)
+
+    sizes = np.array([len(set(c.versions)) for group in groups for c in group.completions.flat])
+    assert sizes.max() > 1  # some went on under other weights
+    for found in groups:
+        prompts = np.repeat(np.arange(len(found.prompts)), G)
+        for p, c in zip(prompts, found.completions.flat, strict=True):
+            prompt = found.prompts.token_ids[p]
+            end = len(prompt) + len(c)
+            tokens = np.array([[*prompt, *c.tokens, *[0] * (16 - end)]])
+            positions = np.arange(16)[None]
+            assert len(c.prompt_experts) == len(prompt) - 1
+            for version in set(c.versions):
+                extras = policy(at_step(params, version), tokens, positions)[2]
+                wanted = np.moveaxis(np.asarray(extras[ROUTED])[:, 0], 0, 1)
+                wanted = wanted[len(prompt) - 1 : end - 1]
+                mine = c.versions == version
+                np.testing.assert_array_equal(
+                    np.sort(c.experts[mine], -1), np.sort(wanted[mine], -1)
+                )
 
 
 def log_probs(policy, params, tokens):

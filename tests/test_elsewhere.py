@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import os
 import queue
@@ -30,6 +31,7 @@ from adpo_jax.rollouts import elsewhere, recording, wire
 from adpo_jax.rollouts.dispatch import Dispatch, Work
 from adpo_jax.rollouts.elsewhere import Elsewhere, FilteredElsewhere
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
+from adpo_jax.rollouts.flight import ExpertLimits
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.run import roles, sampler_line
@@ -159,6 +161,45 @@ def test_groups_come_back_as_they_were_sent():
         assert found.finish_reason == sent.finish_reason
         for name in ("tokens", "log_probs", "trained", "versions", "turns"):
             np.testing.assert_array_equal(getattr(found, name), getattr(sent, name))
+
+
+EXPERTS = ExpertLimits((3, 2), 6, np.uint8)
+
+
+def with_experts():
+    rng = np.random.default_rng(0)
+    of_prompt = rng.integers(0, 6, (7, 3, 2)).astype(np.uint8)
+    return {
+        5: [
+            dataclasses.replace(
+                completion,
+                experts=rng.integers(0, 6, (len(completion), 3, 2)).astype(np.uint8),
+                prompt_experts=of_prompt,
+            )
+            for completion in two()[5]
+        ]
+    }
+
+
+def test_experts_come_back_as_they_were_sent_and_others_are_refused():
+    sent = wire.packed_groups(with_experts())
+    (read,) = wire.read_groups(sent, **LIMITS, experts=EXPERTS).values()
+    for found, wanted in zip(read, with_experts()[5], strict=True):
+        assert found.experts.dtype == found.prompt_experts.dtype == np.uint8
+        np.testing.assert_array_equal(found.experts, wanted.experts)
+        np.testing.assert_array_equal(found.prompt_experts, wanted.prompt_experts)
+    content = dict(np.load(io.BytesIO(sent)))
+    for arrays in (
+        {"experts": content["experts"] + 6},
+        {"experts": content["experts"][:, :1]},
+        {"experts_lengths": np.array([2, 2])},
+        {"prompt_experts_of": np.array([0, 1])},
+        {"prompt_experts_lengths": np.array([-1])},
+    ):
+        with pytest.raises(wire.WireError):
+            wire.read_groups(changed(**content | arrays), **LIMITS, experts=EXPERTS)
+    with pytest.raises(wire.WireError):
+        wire.read_groups(wire.packed_groups(two()), **LIMITS, experts=EXPERTS)
 
 
 def changed(**arrays):

@@ -56,6 +56,8 @@ class Turn(NamedTuple):
       log_probs: [T] float32 in nats, under the distribution that each token was sampled from.
       full_log_probs: [T] float32, tempered and not truncated; None unless asked for.
       finish_reason: "stop", "length", or None in a turn that `leave` interrupted.
+      experts: [T, L, k], those that each token went through; None unless asked for. Those of the
+        prompt are with the sample's request.
     """
 
     sample: Sample
@@ -63,6 +65,7 @@ class Turn(NamedTuple):
     log_probs: np.ndarray
     full_log_probs: np.ndarray | None
     finish_reason: str | None
+    experts: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -402,4 +405,7 @@ def _turn(
 ) -> Turn:
     full = np.array(turn.full_log_probs, np.float32) if sampling.full_log_probs else None
     log_probs = np.array(turn.log_probs, np.float32)
-    return Turn(sample, np.array(turn.tokens, np.int32), log_probs, full, finish_reason)
+    tokens, experts = np.array(turn.tokens, np.int32), None
+    if sampling.routed_experts and turn.experts:
+        experts = np.concatenate(turn.experts)
+    return Turn(sample, tokens, log_probs, full, finish_reason, experts)

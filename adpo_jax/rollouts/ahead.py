@@ -29,6 +29,7 @@ from adpo_jax.engine.session import Session
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
 from adpo_jax.rollouts.flight import (
+    ExpertLimits,
     Flight,
     FlightFiles,
     FlyingSample,
@@ -107,6 +108,7 @@ class Ahead(Source):
             sampler.sampling.max_tokens,
             sampler.engine.policy.config.vocab_size,
             converses=in_turns is not None,
+            experts=ExpertLimits.of(sampler.engine, sampler.sampling),
         )
         self._files = FlightFiles(folder, limits)
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)

@@ -32,6 +32,7 @@ from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.dispatch import LEASE_S, Dispatch, Work
 from adpo_jax.rollouts.filtering import GroupFilter
 from adpo_jax.rollouts.flight import (
+    ExpertLimits,
     Flight,
     FlightFiles,
     FlyingSample,
@@ -182,7 +183,10 @@ class Elsewhere(Source):
         self._sampler, self._weights_of = sampler, weights_of
         self._sieve, self._num_steps = sieve, num_steps
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
-        limits = Limits(sampler.sampling.n, sampler.sampling.max_tokens, vocab_size)
+        experts = ExpertLimits.of(sampler.engine, sampler.sampling)
+        limits = Limits(
+            sampler.sampling.n, sampler.sampling.max_tokens, vocab_size, experts=experts
+        )
         self._files = FlightFiles(folder, limits, owner="samplers")
         self._pacing = Pacing(
             batch_size, max_staleness, ahead, num_groups=None if sieve else num_steps * batch_size
@@ -204,6 +208,7 @@ class Elsewhere(Source):
                 "max_response_length": sampling.max_tokens,
                 "vocab_size": vocab_size,
                 "has_full_log_probs": sampling.full_log_probs,
+                "experts": experts,
             },
         )
         self._host = None

@@ -9,13 +9,15 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from adpo_jax.engine.engine import Engine
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Turn
 from adpo_jax.records import Completion, GradedGroups, token_fields
 from adpo_jax.rollouts.source import SourceError
@@ -79,7 +81,9 @@ class FlyingSample:
     """A sample in flight; [T] each, as in `records.Completion`.
 
     full_log_probs has no tokens where the sampler does not truncate. finish_reason is "" while the
-    sample goes on. `told` is None without an environment.
+    sample goes on. `told` is None without an environment. experts [T, L, k] and prompt_experts
+    [P - 1, L, k] are None unless they are asked for, and while there are none; those of a prompt
+    are of the weights that read it first.
     """
 
     tokens: np.ndarray
@@ -90,6 +94,8 @@ class FlyingSample:
     full_log_probs: np.ndarray
     finish_reason: str = ""
     told: Told | None = None
+    experts: np.ndarray | None = None
+    prompt_experts: np.ndarray | None = None
 
     @classmethod
     def empty(cls, told: Told | None = None) -> "FlyingSample":
@@ -101,7 +107,12 @@ class FlyingSample:
         fields = {name: getattr(completion, name) for name in _FIELDS}
         if completion.full_log_probs is None:
             fields["full_log_probs"] = np.zeros(0, np.float32)
-        return cls(**fields, finish_reason=completion.finish_reason)
+        return cls(
+            **fields,
+            finish_reason=completion.finish_reason,
+            experts=completion.experts,
+            prompt_experts=completion.prompt_experts,
+        )
 
     def sampled(self, turn: Turn, version: int, number: int = 0) -> "FlyingSample":
         """The sample with further tokens of a turn, which weights of this version sampled.
@@ -110,9 +121,17 @@ class FlyingSample:
           number: of the turn, from 0.
         """
         more = {"tokens": turn.tokens, "log_probs": turn.log_probs, "trained": True}
-        return self._extended(
+        found = self._extended(
             more | {"versions": version, "turns": number, "full_log_probs": turn.full_log_probs}
         )
+        if turn.experts is None:
+            return found
+        before = [] if self.experts is None else [self.experts]
+        of_prompt = self.prompt_experts
+        if of_prompt is None:
+            of_prompt = turn.sample.request.prompt_experts
+        experts = np.concatenate([*before, turn.experts])
+        return dataclasses.replace(found, experts=experts, prompt_experts=of_prompt)
 
     def answered(self, ids: Sequence[int], version: int, number: int) -> "FlyingSample":
         """The sample with tokens that tools answered a turn with; nobody trains on them."""
@@ -144,7 +163,12 @@ class FlyingSample:
         fields = {name: getattr(self, name) for name in _FIELDS}
         if not len(self.full_log_probs):
             fields["full_log_probs"] = None
-        return Completion(**fields, finish_reason=self.finish_reason)
+        return Completion(
+            **fields,
+            finish_reason=self.finish_reason,
+            experts=self.experts,
+            prompt_experts=self.prompt_experts,
+        )
 
 
 # The samples of a group in flight.
@@ -191,20 +215,97 @@ def packed(flight: Flight) -> dict[str, np.ndarray]:
     }
     for name in _FIELDS:
         packed[f"{name}_lengths"] = np.array([len(getattr(s, name)) for s in samples], np.int64)
-    return packed | {
-        "numbers": np.array(list(flight.groups), np.int64),
-        "all_numbers": np.array(list(flight.admitted_at), np.int64),
-        "admitted_at": np.array(list(flight.admitted_at.values()), np.int64),
-        "owners": np.array(list(flight.owners.values()), np.int64),
-        "reasons": np.array([_REASONS.index(s.finish_reason) for s in samples], np.int8),
-        "next_number": np.int64(flight.next_number),
-        "told": _as_bytes([s.told and dataclasses.asdict(s.told) for s in samples]),
+    return (
+        packed
+        | packed_experts(samples)
+        | {
+            "numbers": np.array(list(flight.groups), np.int64),
+            "all_numbers": np.array(list(flight.admitted_at), np.int64),
+            "admitted_at": np.array(list(flight.admitted_at.values()), np.int64),
+            "owners": np.array(list(flight.owners.values()), np.int64),
+            "reasons": np.array([_REASONS.index(s.finish_reason) for s in samples], np.int8),
+            "next_number": np.int64(flight.next_number),
+            "told": _as_bytes([s.told and dataclasses.asdict(s.told) for s in samples]),
+        }
+    )
+
+
+def packed_experts(
+    samples: Sequence[FlyingSample | Completion],
+) -> dict[str, np.ndarray]:
+    """The experts of samples as arrays; {} where none has any.
+
+    Those of prompts are written once for samples that share an array.
+    """
+    shapes = {s.experts.shape[1:] for s in samples if s.experts is not None}
+    if not shapes:
+        return {}
+    (shape,) = shapes
+    nothing = np.zeros((0, *shape), np.uint16)
+    own = [nothing if s.experts is None else s.experts for s in samples]
+    prompts = {id(s.prompt_experts): s.prompt_experts for s in samples}
+    places = {name: place for place, name in enumerate(prompts)}
+    of_prompts = [nothing if x is None else x for x in prompts.values()]
+    return {
+        "experts": np.concatenate([nothing, *own]).astype(np.uint16),
+        "experts_lengths": np.array(list(map(len, own)), np.int64),
+        "prompt_experts": np.concatenate([nothing, *of_prompts]).astype(np.uint16),
+        "prompt_experts_lengths": np.array(list(map(len, of_prompts)), np.int64),
+        "prompt_experts_of": np.array([places[id(s.prompt_experts)] for s in samples], np.int64),
     }
+
+
+def unpacked_experts(
+    content: Mapping[str, np.ndarray], limits: "ExpertLimits"
+) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+    """For each sample the experts of its tokens and of its prompt, as `packed_experts` had them.
+
+    Raises:
+      ValueError, LookupError: for arrays that it did not make, or experts that there are not.
+    """
+
+    def parts(name: str) -> list[np.ndarray | None]:
+        values, lengths = content[name], content[f"{name}_lengths"]
+        if values.dtype != np.uint16 or values.shape != (lengths.sum(), *limits.shape):
+            raise ValueError(f"{name} has the shape {values.shape} and dtype {values.dtype}")
+        if lengths.min(initial=0) < 0 or values.max(initial=0) >= limits.num_experts:
+            raise ValueError(f"{name} says more experts than there are")
+        values = np.split(values.astype(limits.dtype), np.cumsum(lengths))[:-1]
+        return [part if len(part) else None for part in values]
+
+    own, of_prompts = parts("experts"), parts("prompt_experts")
+    places = content["prompt_experts_of"]
+    if places.shape != (len(own),) or places.min(initial=0) < 0:
+        raise ValueError("prompt_experts_of does not say a prompt of each sample")
+    return [(experts, of_prompts[place]) for experts, place in zip(own, places.tolist())]
 
 
 def _as_bytes(content: Any) -> np.ndarray:
     """[B] uint8, the bytes of JSON."""
     return np.frombuffer(json.dumps(content).encode(), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLimits:
+    """What the experts of samples must be.
+
+    Attributes:
+      shape: (L, k), the layers and the experts of a token.
+      num_experts: numbers are below it.
+      dtype: of the arrays in completions.
+    """
+
+    shape: tuple[int, int]
+    num_experts: int
+    dtype: Any
+
+    @classmethod
+    def of(cls, engine: Engine, sampling: SamplingParams) -> "ExpertLimits | None":
+        """Those of what an engine samples; None where nobody asks for experts."""
+        if not sampling.routed_experts:
+            return None
+        verbs, mixture = engine.verbs, engine.policy.config.mixture
+        return cls(verbs.experts_shape, mixture.num_experts, verbs.experts_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +317,14 @@ class Limits:
       max_tokens: of a sample.
       vocab_size: token ids are below this.
       converses: whether samples converse with environments.
+      experts: of tokens and prompts, where samples say them; None where they do not.
     """
 
     n: int
     max_tokens: int
     vocab_size: int
     converses: bool = False
+    experts: ExpertLimits | None = None
 
     def check(self, sample: FlyingSample) -> None:
         """Checks a sample that was read.
@@ -236,6 +339,8 @@ class Limits:
         is_full = bool(sample.finish_reason or (sample.told and sample.told.asked))
         ok = ok and count < self.max_tokens + is_full
         ok = ok and 0 <= tokens.min(initial=0) <= tokens.max(initial=0) < self.vocab_size
+        if self.experts is not None:
+            ok = ok and (0 if sample.experts is None else len(sample.experts)) == count
         if not ok or ((sample.told is not None) != self.converses and count):
             raise ValueError("a sample that this run cannot have left")
 
@@ -258,6 +363,13 @@ def unpacked(content: dict[str, np.ndarray], limits: Limits) -> Flight:
         FlyingSample(*values, finish_reason=reason, told=heard)
         for *values, reason, heard in zip(*columns.values(), reasons, told, strict=True)
     ]
+    if limits.experts is not None and "experts" in content:
+        samples = [
+            dataclasses.replace(sample, experts=experts, prompt_experts=of_prompt)
+            for sample, (experts, of_prompt) in zip(
+                samples, unpacked_experts(content, limits.experts), strict=True
+            )
+        ]
     numbers, everywhere, admitted_at, owners = (
         content[name].tolist() for name in ("numbers", "all_numbers", "admitted_at", "owners")
     )

@@ -4,6 +4,7 @@ Nothing that is read here can be more than numbers: `numpy` without pickles. Siz
 and dtypes are checked against what the reader expects, as those of weights are (`weights`).
 """
 
+import dataclasses
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from adpo_jax.records import Completion, token_fields
+from adpo_jax.rollouts.flight import ExpertLimits, packed_experts, unpacked_experts
 
 _REASONS = ("stop", "length")
 _OPTIONAL = "full_log_probs"
@@ -31,7 +33,7 @@ def packed_groups(groups: Mapping[int, Sequence[Completion]]) -> bytes:
         name: np.concatenate([np.zeros(0, token_fields()[name]), *(getattr(c, name) for c in flat)])
         for name in fields
     }
-    content |= {
+    content |= packed_experts(flat) | {
         "numbers": np.array(list(groups), np.int64),
         "lengths": np.array([len(completion) for completion in flat], np.int64),
         "reasons": np.array([_REASONS.index(c.finish_reason) for c in flat], np.int8),
@@ -49,6 +51,7 @@ def read_groups(
     vocab_size: int,
     has_full_log_probs: bool,
     last_version: int,
+    experts: ExpertLimits | None = None,
 ) -> dict[int, list[Completion]]:
     """The groups that `packed_groups` wrote.
 
@@ -56,6 +59,7 @@ def read_groups(
       n: completions of a group.
       max_response_length: tokens of a completion.
       last_version: that of the newest weights.
+      experts: what the experts of tokens must be; None where they are not sent.
 
     Raises:
       WireError: for anything else.
@@ -97,6 +101,14 @@ def read_groups(
             )
             for i in range(len(lengths))
         ]
+        if experts is not None:
+            found = unpacked_experts(arrays, experts)
+            if [0 if own is None else len(own) for own, _ in found] != lengths.tolist():
+                raise WireError("tokens that do not say their experts")
+            flat = [
+                dataclasses.replace(completion, experts=own, prompt_experts=of_prompt)
+                for completion, (own, of_prompt) in zip(flat, found, strict=True)
+            ]
     except WireError:
         raise
     except Exception as error:  # whatever a stranger's file makes numpy and zip raise

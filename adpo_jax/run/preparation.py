@@ -267,7 +267,6 @@ def _elsewhere(
     others = {
         "environment.path": config.environment.path,
         "environment.url": config.environment.url,
-        "actor_rollout_ref.rollout.router_replay=True": parts.sampling.routed_experts,
     }
     for other in (name for name, is_set in others.items() if is_set):
         raise ValueError(f"--role=trainer does not go with {other}: set it back, or sample here")
