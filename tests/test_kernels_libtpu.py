@@ -64,6 +64,20 @@ def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_the_kernel_reads_pages_in_place_on_a_v5e(on_tpu, dtype):
+    layout = CacheLayout(4, 8, 128, dtype, stacked=True, transposed_keys=False)
+    kv = jax.eval_shape(lambda: layout.zeros(300, 256))
+    q = jax.ShapeDtypeStruct((64, 8, 4, 128), jnp.bfloat16)
+
+    def attend(q, kv, index, origin, reach, length, table):
+        return decode_tpu.attend_part(q, kv, index, Reach(origin, reach, length, False), table)
+
+    places = ints(64, 4), ints(64, 4), ints(64), ints(64, 118)
+    compiled = jax.jit(attend).lower(*on_tpu((q, kv, ints(), *places))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
+
+
 def qwen3_06b(layers: int = 28) -> ModelConfig:
     return ModelConfig(
         vocab_size=151_936,
