@@ -213,7 +213,8 @@ class DecodeLoop:
         they attend to in past rows; "again" prefills it for every turn.
 
     Attributes:
-      stats: counts of prefills, decode steps and dispatches.
+      stats: counts of prefills, decode steps and dispatches; where there are pages, also of
+        samples that lost theirs in mid-call ("preempted").
       sizes: the sizes of the present state; None where there is none.
       version: the number of the parameters, 0 for the first ones.
     """
@@ -236,7 +237,6 @@ class DecodeLoop:
         self.stats = dict.fromkeys(
             ("prefill_calls", "prefill_tokens", "dispatches", "steps", "slot_steps", "resizes"), 0
         )
-        self.stats["preempted"] = 0
         self.sizes: Sizes | None = None
         self._verbs, self._sizing, self._settings = verbs, sizing, settings
         self._num_shards = num_shards
@@ -431,7 +431,9 @@ class DecodeLoop:
             schedule.lay_out(slots, rows, width)
             self._state = self._make_state(slots, columns, rows, prefix, width, pages)
             self._written = 0
-            self._pages = None if pages is None else PageTables(pages, self._num_shards)
+            if pages is not None:
+                self._pages = PageTables(pages, self._num_shards)
+                self.stats.setdefault("preempted", 0)
         else:
             self.stats["resizes"] += 1
             self._change(now, sizes, oldest)
