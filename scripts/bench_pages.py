@@ -83,8 +83,8 @@ def plan(a: argparse.Namespace, expected: int | None) -> dict:
         paging=paging,
     )
     columns = a.limit if paging is None else paging.ring
-    slots, prefix = found.num_slots, cache_plan.length_bucket(a.prompt - 1, a.prompt)
-    pages = 0 if paging is None else found.pages(slots, columns, found.rows, prefix, paging)
+    slots = found.num_slots
+    pages = 0 if paging is None else paging.pages(slots)
     return {
         "store": "ring" if paging is None else "pages",
         "slots": slots,
@@ -103,9 +103,7 @@ def run(a: argparse.Namespace, pages: bool) -> dict:
     slots = a.run_slots
     if pages:
         slots = next(
-            n
-            for n in range(8 * a.run_slots, 0, -1)
-            if n * paging.ring + paging.least(n) * a.page <= kept
+            n for n in range(8 * a.run_slots, 0, -1) if n * paging.ring + paging.tokens(n) <= kept
         )
     engine = Engine(
         policy,

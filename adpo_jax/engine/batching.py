@@ -36,7 +36,7 @@ from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.kv_cache import KV
-from adpo_jax.engine.pages import PageTables
+from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import Copies, PastRows, Piece
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule, Start
@@ -252,9 +252,7 @@ class DecodeLoop:
         self._turns = turns
         self.past = PastRows(num_shards)
         self._longest_past = 0  # tokens of the longest completion that lies in the past
-        # None where there are no pages, and so no completion need be remembered.
-        self._pages: PageTables | None = None
-        self._drawn: dict[Sample, list[np.ndarray]] = collections.defaultdict(list)
+        self._pager: Pager | None = None  # None where there are no pages
         # Prompts whose experts the device may still have to find, with their rows there.
         self._experts: list[tuple[Request, int, jax.Array]] = []
         # Samples whose turns ended with the last dispatch; nothing has overwritten them yet.
@@ -311,7 +309,7 @@ class DecodeLoop:
 
     def stop(self, sample: Sample, num_tokens: int):
         """Ends a turn after so many tokens of the completion, and drops those that follow."""
-        slot = next((slot for slot, live in self._live() if live is sample), None)
+        slot = next((slot for slot, live in self.schedule.live() if live is sample), None)
         sample.num_tokens = num_tokens
         if slot is not None:
             self._end_turn(slot, sample)
@@ -348,7 +346,7 @@ class DecodeLoop:
 
     def _drop_cancelled(self):
         self._any_cancelled = False
-        for slot, sample in self._live():
+        for slot, sample in self.schedule.live():
             if sample.cancelled:
                 self._end(slot, sample)
                 self._retired.append(slot)
@@ -365,7 +363,7 @@ class DecodeLoop:
             self._drop_cancelled()
         if self._ended_turns:
             self._keep_turns()
-        if self._pages is not None and self._is_nearly_full():
+        if self._pager is not None:
             self._leave_ring()
         oldest = self._oldest()
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
@@ -374,7 +372,8 @@ class DecodeLoop:
         if self._longest_past:
             self._resize(self._with_past(self.sizes), oldest)
         starts, admitted = self.schedule.start(
-            lambda request: len(request.prompt) - 1 <= self.sizes.prefix, self._finds_pages
+            lambda request: len(request.prompt) - 1 <= self.sizes.prefix,
+            lambda sample, shard: self._pager is None or self._pager.begins(sample, shard),
         )
         if admitted:
             self._prefill(admitted)
@@ -397,23 +396,17 @@ class DecodeLoop:
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
         self._retired, self._ended_turns, self._longest_past = [], {}, 0
-        self._experts, self._pages = [], None
-        self._drawn.clear()
+        self._experts, self._pager = [], None
         self.past = PastRows(self._num_shards)
-
-    def _live(self) -> list[tuple[int, Sample]]:
-        """The live samples and their slots."""
-        return [(slot, place[1]) for slot, place in enumerate(self.schedule.in_slot) if place]
 
     def _oldest(self) -> int:
         """Tokens in the ring of the sample that has most of them there."""
-        return max((sample.age for _, sample in self._live()), default=0)
+        return max((sample.age for _, sample in self.schedule.live()), default=0)
 
     def _end(self, slot: int, sample: Sample):
         sample.ended = True
-        if self._pages is not None:
-            self._pages.release(sample)
-            self._drawn.pop(sample, None)
+        if self._pager is not None:
+            self._pager.release(sample)
         self.schedule.finish(slot)
 
     # --- sizes
@@ -432,7 +425,8 @@ class DecodeLoop:
             self._state = self._make_state(slots, columns, rows, prefix, width, pages)
             self._written = 0
             if pages is not None:
-                self._pages = PageTables(pages, self._num_shards)
+                most = self._sizing.most_columns
+                self._pager = Pager(self._verbs, schedule, pages, most)
                 self.stats.setdefault("preempted", 0)
         else:
             self.stats["resizes"] += 1
@@ -471,8 +465,8 @@ class DecodeLoop:
             self._change_past(now, sizes)
             if moves or not now.past_rows or sizes.past_rows != now.past_rows:
                 self._place_past()
-        if moves and self._pages is not None:
-            self._place_pages()
+        if moves and self._pager is not None:
+            self._state = self._pager.placed(self._state)
 
     # --- samples that go on
 
@@ -488,7 +482,7 @@ class DecodeLoop:
             self.past.lay_out(sizes.past_rows)
             kv = past_lib.empty(verbs, sizes.past_rows, sizes.past)
             self._state = self._state._replace(past=Past(kv, None), slots=self._slots_with_before())
-            for slot, sample in self._live():
+            for slot, sample in self.schedule.live():
                 self.past.take(sample, self.schedule.shard_of_slot(slot))
             return
         if sizes.past_rows != now.past_rows:
@@ -507,7 +501,7 @@ class DecodeLoop:
         """Tells the device which past row belongs to which slot."""
         places = [
             (slot, self.past.row(s), len(s.request.prompt) - 1, s.before)
-            for slot, s in self._live()
+            for slot, s in self.schedule.live()
         ]
         view = past_lib.view_of(places, self.sizes.slots, self.sizes.past_rows)
         past = self._state.past._replace(view=past_lib.placed(self._verbs, view))
@@ -561,87 +555,22 @@ class DecodeLoop:
 
     # --- samples that outgrow the ring
 
-    def _is_nearly_full(self) -> bool:
-        """Whether the ring, as long as it gets, has no room for a whole dispatch."""
-        most = self._sizing.most_columns
-        return self.sizes.columns == most < self._oldest() + self._sizing.steps
-
     def _leave_ring(self):
-        """Moves whole pages of tokens from the ring into the pool, of all samples that fill half.
-
-        Where a shard has too few pages for that, its youngest samples make room.
-        """
-        page, columns = self.sizes.pages.page, self.sizes.columns
-        long = {s: s.num_tokens // page * page for _, s in self._live() if 2 * s.age >= columns}
-        for shard in range(self._num_shards):
-            self._preempt(shard, long)
-        copies = []
-        for slot, sample in self._live():
-            if sample not in long:
-                continue
-            shard, stop = self.schedule.shard_of_slot(slot), long[sample]
-            self._pages.take(sample, shard, stop)
-            first = (self._written - sample.age) % columns
-            moves = self._pages.moves(sample, slot, first, sample.before, stop, columns)
-            copies += [(shard, copy) for copy in moves]
-            sample.before = stop
-        state, pool = self._state, self._state.pages
-        kv = past_lib.put_all(self._verbs, pool.kv, state.own, copies, self._num_shards)
-        before = np.zeros(self.sizes.slots, np.int32)
-        for slot, sample in self._live():
-            before[slot] = sample.before
-        slots = state.slots._replace(before=past_lib.placed(self._verbs, before))
-        self._state = state._replace(slots=slots, pages=pool._replace(kv=kv))
-        self._place_pages()
-
-    def _preempt(self, shard: int, long: dict[Sample, int]):
-        """Lets the youngest samples of a shard wait until the others have the pages they need.
-
-        Args:
-          long: the samples that need pages, and the columns that they will have in them.
-        """
-        users = [
-            (sample.num_tokens, slot, sample)
-            for slot, sample in self._live()
-            if self.schedule.shard_of_slot(slot) == shard
-            and (sample in long or self._pages.holds(sample))
-        ]
-        users.sort(key=lambda user: user[:2], reverse=True)
-        while self._pages.lacks(shard, ((s, long[s]) for *_, s in users if s in long)):
-            _, slot, sample = users.pop()
-            sample.completion = np.concatenate(self._drawn[sample])
-            self._pages.release(sample)
-            self.schedule.preempt(slot)
-            self._retired.append(slot)
-            self.stats["preempted"] += 1
-
-    def _finds_pages(self, sample: Sample, shard: int) -> bool:
-        """Whether there are pages for what a sample has so far; if so it is given them."""
-        if self._pages is None or not sample.num_tokens:
-            return True
-        spare = self.sizes.columns // self.sizes.pages.page
-        return self._pages.begin(sample, shard, sample.num_tokens, spare)
+        """Moves tokens of long samples into pages, once the ring is nearly full."""
+        most, oldest = self._sizing.most_columns, self._oldest()
+        if self.sizes.columns < most or oldest + self._sizing.steps <= most:
+            return
+        self._state, waiting = self._pager.leave_ring(self._state, self._written)
+        self._retired += waiting
+        self.stats["preempted"] += len(waiting)
 
     def _refill_pages(self, starts: list[Start]):
         """Prefills the completions of samples that go on after they waited for pages."""
-        chunks = []
-        for _, sample, slot, row, _ in starts:
-            if sample.num_tokens:
-                prompt, shard = sample.request.prompt, self.schedule.shard_of_slot(slot)
-                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])
-                table = self._pages.table(sample)
-                chunks.append(Piece(shard, fed, 0, len(prompt) - 1, 0, row, table))
-        if chunks:
-            pool, page = self._state.pages, self.sizes.pages.page
-            kv = self._prefill_chunks(pool.kv, chunks, min(page, past_lib.CHUNK_LENGTHS[-1]))
-            self._state = self._state._replace(pages=pool._replace(kv=kv))
-            self._place_pages()
-
-    def _place_pages(self):
-        """Tells the device which pages belong to which slot."""
-        table = self._pages.tables(self._live(), self.sizes.slots)
-        pages = self._state.pages._replace(table=past_lib.placed(self._verbs, table))
-        self._state = self._state._replace(pages=pages)
+        if chunks := self._pager.chunks(starts):
+            pages = self._state.pages
+            kv = self._prefill_chunks(pages.kv, chunks, self._pager.longest_piece)
+            state = self._state._replace(pages=pages._replace(kv=kv))
+            self._state = self._pager.placed(state)
 
     # --- prompts into rows, samples into slots
 
@@ -695,7 +624,7 @@ class DecodeLoop:
     def _assign(self, starts: list[Start]):
         if self.sizes.past_rows:
             self._take_past(starts)
-        if self._pages is not None:
+        if self._pager is not None:
             self._refill_pages(starts)
         B = self.sizes.slots
         fresh, active = np.zeros(B, bool), np.zeros(B, bool)
@@ -704,7 +633,7 @@ class DecodeLoop:
         for request, sample, slot, row, rank in starts:
             token, position = request.prompt[-1], len(request.prompt) - 1
             sample.before = sample.num_tokens
-            if sample.before and (self._turns == "past" or self._pages is not None):
+            if sample.before and (self._turns == "past" or self._pager is not None):
                 token, position = sample.completion[-1], position + sample.before
             sample.completion = None
             ints[:, slot] = token, position, sample.before, row, rank
@@ -725,7 +654,7 @@ class DecodeLoop:
     # --- decoding
 
     def _decode(self, oldest: int) -> list[NewTokens]:
-        live, sizes, steps = self._live(), self.sizes, self._sizing.steps
+        live, sizes, steps = self.schedule.live(), self.sizes, self._sizing.steps
         if self.schedule.num_waiting:
             stop_at = len(live) - max(1, sizes.slots // 8)
         else:
@@ -734,7 +663,7 @@ class DecodeLoop:
         # The slot of a turn that has ended is written on until the dispatch ends, and must not lose
         # the turn's first columns, which are copied then.
         # With pages no slot must lose a column that has not moved on.
-        keeps_columns = self._turns == "past" or self._pages is not None
+        keeps_columns = self._turns == "past" or self._pager is not None
         if sizes.columns < self._sizing.most_columns or keeps_columns:
             room = sizes.columns - oldest
         in_slot = [place and place[1] for place in self.schedule.in_slot]
@@ -780,8 +709,8 @@ class DecodeLoop:
         if stopped or sample.num_tokens >= request.sampling.max_tokens:
             finish_reason = "stop" if stopped else "length"
             self._end_turn(slot, sample)
-        elif self._pages is not None:
-            self._drawn[sample].append(np.array(results.tokens[:count, slot]))
+        elif self._pager is not None:
+            self._pager.note(sample, results.tokens[:count, slot])
         alternatives = full = None
         if request.num_alternatives:
             of_slot = (x[:count, slot, : request.num_alternatives] for x in results.alternatives)

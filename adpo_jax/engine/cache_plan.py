@@ -72,14 +72,14 @@ class Paging:
         """Pages of a completion of so many tokens."""
         return -(-tokens // self.page)
 
-    def least(self, slots: int) -> int:
-        """Pages for completions of expected length in so many slots."""
+    def pages(self, slots: int) -> int:
+        """Pages for completions of expected length in so many slots, and for a longest one."""
         expected = slots // self.shards * self.pages_of(min(self.expected, self.longest))
         return self.shards * max(expected, self.pages_of(self.longest))
 
-    def most(self, slots: int) -> int:
-        """Pages with which no sample ever waits for one."""
-        return slots * self.pages_of(self.longest)
+    def tokens(self, slots: int) -> int:
+        """Tokens that these pages hold."""
+        return self.pages(slots) * self.page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +104,6 @@ class CachePlan:
     copies: Copies
     row_tokens: int = 0
     paging: Paging | None = None
-
-    def pages(self, slots: int, columns: int, rows: int, prefix: int, paging: Paging) -> int:
-        """Pages that fit beside so many slots and prefix rows, up to as many as may be needed.
-
-        There are as many as completions of expected length need, or more.
-        """
-        least, most = paging.least(slots), paging.most(slots)
-        if self.most_tokens is None:
-            return least
-        beside = self.copies.tokens(slots * columns, rows * prefix)
-        each = (self.most_tokens - beside) // paging.page // paging.shards
-        return max(least, min(each * paging.shards, most))
 
     def most_rows(self, slots: int, columns: int, prefix: int, beside: int = 0) -> int | None:
         """Prefix rows of `prefix` tokens that fit beside so many slots; None for no limit.
@@ -260,7 +248,7 @@ def plan(
         rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
         tokens = copies.tokens(slots * (columns[-1] + state), rows * (prefix + state))
         if paging is not None:
-            tokens += paging.least(slots) * paging.page
+            tokens += paging.tokens(slots)
         size = -(-token * tokens // splits)
         return CachePlan(slots, rows, size, most_tokens, copies, state, paging)
 
@@ -274,7 +262,7 @@ def plan(
         beside = f" (+ {state} for the state of linear attention)" if state else ""
         in_pages = ""
         if paging is not None:
-            in_pages = f"+ {paging.least(smallest)} pages x {paging.page} tokens "
+            in_pages = f"+ {paging.pages(smallest)} pages x {paging.page} tokens "
         raise ValueError(
             "the key/value cache of one group does not fit: "
             f"{smallest} slots x {columns[-1]}{beside} tokens + {one_group.rows} prompts x "
@@ -282,7 +270,8 @@ def plan(
             f"+ {copies.tokens(ring, rows) - ring - rows} of second copies, at {readable(token)} a "
             f"token over {splits} device(s), is {readable(one_group.device_bytes)} a device; there "
             f"are {readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, "
-            "shorten max_response_length or max_prompt_length, or take a smaller cache dtype"
+            "shorten max_response_length or max_prompt_length, take a smaller cache dtype, or give "
+            "expected_response_length where most completions are much shorter"
         )
     sizes = range(smallest, largest, multiple)
     most = max(slots for slots in sizes if of(slots).device_bytes <= budget)

@@ -375,11 +375,8 @@ class Engine:
         else:
             column_sizes = paging.columns(self.column_stages)
             columns = column_sizes[-1]
-            slots, rows = self.sizes_for(
-                num_prompts, n, columns, prefix, lambda slots: paging.least(slots) * paging.page
-            )
-            count = self.plan.pages(slots, columns, rows, prefix, paging)
-            pages = PageSizes(paging.page, count, paging.pages_of(max_tokens))
+            slots, rows = self.sizes_for(num_prompts, n, columns, prefix, paging.tokens)
+            pages = PageSizes(paging.page, paging.pages(slots), paging.pages_of(max_tokens))
         width = -(-n // schedule_lib.rows_of_a_group(num_prompts, n, self.shards))
         return Sizes(slots, columns, rows, width, prefix, pages=pages), column_sizes
 

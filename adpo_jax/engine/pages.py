@@ -15,20 +15,26 @@ its youngest samples lose slot and pages. They wait before all others, and their
 prefilled again when there are pages (`past.prefill_all`). The random numbers of a token are those
 of its place in the completion, so such a sample goes on as if nothing had happened.
 
-This is the host's side; it has no arrays of JAX. Letters: B slots, N pages of a slot.
+Letters: B slots, N pages of a slot.
 """
 
 import collections
 from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adpo_jax.engine.past import Copies
-from adpo_jax.engine.verbs import PageSizes
+from adpo_jax.engine import past as past_lib
+from adpo_jax.engine.past import Copies, Piece
+from adpo_jax.engine.schedule import Schedule, Start
+from adpo_jax.engine.verbs import DecodeState, PageSizes, Verbs
+
+if TYPE_CHECKING:
+    from adpo_jax.engine.batching import Sample
 
 
 class PageTables:
-    """Which pages belong to which sample.
+    """Which pages belong to which sample, with no arrays of JAX.
 
     Pages lie in equal parts, one a shard, as slots do. A shard has enough of them for the longest
     completion, so that a sample which is alone there always finds its pages.
@@ -107,3 +113,112 @@ class PageTables:
 
     def _further(self, sample: Hashable, columns: int) -> int:
         return max(0, -(-columns // self.sizes.page) - len(self._pages.get(sample, ())))
+
+
+class Pager:
+    """What a batch does with its pages.
+
+    Args:
+      schedule: which sample runs in which slot.
+      ring: columns of the ring at its longest.
+    """
+
+    def __init__(self, verbs: Verbs, schedule: Schedule, sizes: PageSizes, ring: int):
+        self._verbs, self._schedule, self._ring = verbs, schedule, ring
+        self._page, self._tables = sizes.page, PageTables(sizes, schedule.num_shards)
+        # What is prefilled again where a sample has to wait.
+        self._drawn: dict[Hashable, list[np.ndarray]] = collections.defaultdict(list)
+
+    @property
+    def longest_piece(self) -> int:
+        """The most tokens that are prefilled at once for a sample; they lie within a page."""
+        return min(self._page, past_lib.CHUNK_LENGTHS[-1])
+
+    def note(self, sample: "Sample", tokens: np.ndarray):
+        """Remembers the new tokens of a sample that goes on."""
+        self._drawn[sample].append(np.array(tokens))
+
+    def release(self, sample: "Sample"):
+        """Forgets a sample that has ended; its pages are free."""
+        self._tables.release(sample)
+        self._drawn.pop(sample, None)
+
+    def begins(self, sample: "Sample", shard: int) -> bool:
+        """Whether a shard has pages for what a sample has so far; if so it is given them."""
+        spare = self._ring // self._page
+        return self._tables.begin(sample, shard, sample.num_tokens, spare)
+
+    def leave_ring(self, state: DecodeState, written: int) -> tuple[DecodeState, list[int]]:
+        """Moves whole pages of tokens out of the ring, of all samples that fill half of it.
+
+        Where a shard has too few pages for that, its youngest samples give up their slots.
+
+        Args:
+          written: steps since the ring began at its first column.
+
+        Returns:
+          The state, and the slots that were given up.
+        """
+        schedule, page, copies = self._schedule, self._page, []
+        long = {
+            sample: sample.num_tokens // page * page
+            for _, sample in schedule.live()
+            if 2 * sample.age >= self._ring
+        }
+        waiting = [s for shard in range(schedule.num_shards) for s in self._preempt(shard, long)]
+        before = np.zeros(schedule.num_slots, np.int32)
+        for slot, sample in schedule.live():
+            if sample in long:
+                shard, stop = schedule.shard_of_slot(slot), long[sample]
+                self._tables.take(sample, shard, stop)
+                first = (written - sample.age) % self._ring
+                moves = self._tables.moves(sample, slot, first, sample.before, stop, self._ring)
+                copies += [(shard, copy) for copy in moves]
+                sample.before = stop
+            before[slot] = sample.before
+        kv = past_lib.put_all(self._verbs, state.pages.kv, state.own, copies, schedule.num_shards)
+        slots = state.slots._replace(before=past_lib.placed(self._verbs, before))
+        state = state._replace(slots=slots, pages=state.pages._replace(kv=kv))
+        return self.placed(state), waiting
+
+    def _preempt(self, shard: int, long: dict["Sample", int]) -> list[int]:
+        """Lets the youngest samples of a shard wait until the others have the pages they need.
+
+        Args:
+          long: the samples that need pages, and the columns that they will have in them.
+
+        Returns:
+          The slots of those that wait.
+        """
+        users = [
+            (sample.num_tokens, slot, sample)
+            for slot, sample in self._schedule.live()
+            if self._schedule.shard_of_slot(slot) == shard
+            and (sample in long or self._tables.holds(sample))
+        ]
+        users.sort(key=lambda user: user[:2], reverse=True)
+        slots = []
+        while self._tables.lacks(shard, ((s, long[s]) for *_, s in users if s in long)):
+            _, slot, sample = users.pop()
+            sample.completion = np.concatenate(self._drawn[sample])
+            self._tables.release(sample)
+            self._schedule.preempt(slot)
+            slots.append(slot)
+        return slots
+
+    def chunks(self, starts: Sequence[Start]) -> list[Piece]:
+        """What is prefilled for samples that go on after they waited: all they have."""
+        chunks = []
+        for _, sample, slot, row, _ in starts:
+            if sample.num_tokens:
+                prompt, shard = sample.request.prompt, self._schedule.shard_of_slot(slot)
+                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])
+                table = self._tables.table(sample)
+                chunks.append(Piece(shard, fed, 0, len(prompt) - 1, 0, row, table))
+        return chunks
+
+    def placed(self, state: DecodeState) -> DecodeState:
+        """The state with the present tables, split over the devices as the slots are."""
+        table = self._tables.tables(self._schedule.live(), self._schedule.num_slots)
+        table = past_lib.placed(self._verbs, table)
+        return state._replace(pages=state.pages._replace(table=table))

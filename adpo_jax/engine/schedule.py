@@ -158,6 +158,10 @@ class Schedule:
     def live_slots(self) -> list[int]:
         return [slot for slot, place in enumerate(self.in_slot) if place is not None]
 
+    def live(self) -> list[tuple[int, Any]]:
+        """The slots with samples, and these."""
+        return [(slot, place[1]) for slot, place in enumerate(self.in_slot) if place is not None]
+
     @property
     def needed_slots(self) -> int:
         """The smallest batch that holds the live samples, each in its shard."""
