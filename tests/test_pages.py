@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from golden_models import drawn_model
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
@@ -13,6 +14,7 @@ from adpo_jax.dry_run.hlo import Program
 from adpo_jax.engine import cpu_engine
 from adpo_jax.engine.pages import PageTables
 from adpo_jax.engine.verbs import PageSizes
+from adpo_jax.model.model_config import LinearAttention
 
 V = 61
 # Ends of all lengths, from a few tokens up to the limit.
@@ -125,6 +127,17 @@ def test_pages_stay_on_the_devices_of_their_slots(model, in_ring):
     assert not [source for source in sources if "attention/" in source and "dot" not in source]
 
 
+def test_a_kept_pool_serves_the_next_call(model, in_ring):
+    policy, params = model
+    engine = engine_of(policy, **TIGHT, free_cache_engine=False)
+    first = sampled(engine, params)
+    pool = engine._kept.pages.kv
+    second = sampled(engine, params)
+    assert all(x.is_deleted() for x in jax.tree.leaves(pool))  # it was written in place
+    assert_same(second, in_ring)
+    assert second.stats == first.stats
+
+
 def test_a_stop_string_gives_pages_back(model):
     policy, params = model
     text = {"detokenize": lambda tokens: "".join(chr(65 + token) for token in tokens)}
@@ -175,3 +188,17 @@ def test_the_tables_of_pages():
 def test_what_cannot_be_is_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         engine_of(model[0], **options)
+
+
+def test_a_model_with_linear_attention_is_refused():
+    linear = LinearAttention((True, False), 2, 8, 2, 8, taps=4, fused=True)
+    with pytest.raises(ValueError, match="the state of linear attention has none"):
+        engine_of(policy_of(linear_attention=linear, windows=(None, None)), **ROOMY)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gemma4_text", "gpt_oss", "llama4_text"])
+def test_layers_of_two_kinds_with_sinks_and_in_chunks_have_pages_too(name):
+    policy, params = drawn_model(name)[:2]
+    wanted = sampled(engine_of(policy), params, n=2)
+    assert_same(sampled(engine_of(policy, **TIGHT), params, n=2), wanted)

@@ -365,8 +365,22 @@ def attend_part(
     return Part(out, top, total)
 
 
-def _attend_pages(q, kv: KV, index, reach: Reach, table: jax.Array, **options) -> Part:
-    """`attend_part` with a table: one page of every row after the other, from the first one seen.
+def _attend_pages(
+    q, kv: KV, index, reach: Reach, table: jax.Array, *, transposed_keys: bool, **options
+) -> Part:
+    """`attend_part` with a table."""
+    visit = functools.partial(_visit_pages, kv, index, transposed_keys=transposed_keys, **options)
+    arguments = q, reach.origin, reach.reach, reach.length, table
+    # Keys are transposed on a CPU. There rows are visited in turn, each with its own number of
+    # pages; side by side, as others want them, all would wait for the longest one.
+    if transposed_keys and len(q) > 1:
+        part = jax.lax.map(lambda row: visit(*(x[None] for x in row)), arguments)
+        return jax.tree.map(lambda x: x[:, 0], part)
+    return visit(*arguments)
+
+
+def _visit_pages(kv: KV, index, q, origin, back, length, table: jax.Array, **options) -> Part:
+    """Attention to one page of every row after the other, from the first one that is seen.
 
     Only the pages of one step are gathered, never all of them.
     """
@@ -376,16 +390,20 @@ def _attend_pages(q, kv: KV, index, reach: Reach, table: jax.Array, **options) -
         rows = table[:, j]
         if isinstance(kv, LayerKV):
             return jax.tree.map(lambda x: x[index, rows], kv)
-        return jax.tree.map(lambda x: x[rows], kv[index])
+        if len(rows) > 1:
+            return jax.tree.map(lambda x: x[rows], kv[index])
+        # A CPU slices a single page faster than it gathers it.
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, rows[0], 1), kv[index])
 
     def visit(j, part: Part) -> Part:
-        of_page = Reach(reach.origin - j * page, reach.reach, reach.length - j * page, ring=False)
+        of_page = Reach(origin - j * page, back, length - j * page, ring=False)
         return _joined(part, attend_part(q, (pages_at(j),), 0, of_page, **options))
 
     top = jnp.full(q.shape[:-1], MASKED, jnp.float32)
     nothing = Part(jnp.zeros(q.shape, jnp.float32), top, jnp.zeros_like(top))
+    reach = Reach(origin, back, length, ring=False)
     start, last = block_range(reach, page * table.shape[1], page)
-    stop = jnp.max(-(-reach.length // page))
+    stop = jnp.max(-(-length // page))
     return jax.lax.fori_loop(jnp.min(start - last), stop, visit, nothing)
 
 
