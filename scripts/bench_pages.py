@@ -131,7 +131,7 @@ def run(a: argparse.Namespace, pages: bool) -> dict:
         "longest": int(found.lengths.max()),
         "steps": found.stats["steps"],
         "tokens_a_step": round(tokens / found.stats["steps"], 1),
-        "preempted": found.stats["preempted"],
+        "preempted": found.stats.get("preempted", 0),
         "prefill_tokens": found.stats["prefill_tokens"],
         "tokens_a_second": round(tokens / seconds),
         "tokens_a_cpu_second": round(tokens / cpu),

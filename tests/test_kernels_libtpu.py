@@ -68,14 +68,15 @@ def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
 def test_the_kernel_reads_pages_in_place_on_a_v5e(on_tpu, dtype):
     layout = CacheLayout(4, 8, 128, dtype, stacked=True, transposed_keys=False)
     kv = jax.eval_shape(lambda: layout.zeros(300, 256))
-    q = jax.ShapeDtypeStruct((64, 8, 4, 128), jnp.bfloat16)
+    rows, most = 256, 118  # the slots of a device, the pages of 30,000 tokens
+    q = jax.ShapeDtypeStruct((rows, 8, 4, 128), jnp.bfloat16)
 
     def attend(q, kv, index, origin, reach, length, table):
         return decode_tpu.attend_part(q, kv, index, Reach(origin, reach, length, False), table)
 
-    places = ints(64, 4), ints(64, 4), ints(64), ints(64, 118)
+    places = ints(rows, 4), ints(rows, 4), ints(rows), ints(rows, most)
     compiled = jax.jit(attend).lower(*on_tpu((q, kv, ints(), *places))).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**24
 
 
 def qwen3_06b(layers: int = 28) -> ModelConfig:
