@@ -503,6 +503,15 @@ def _rollout() -> dict[str, Key]:
             "does",
         ),
         "gpu_memory_utilization": Key(0.85, "share of the device's memory in use while sampling"),
+        "expected_response_length": Key(
+            0,
+            "tokens of a completion that the memory is planned for, where the mean is far below "
+            "the limit: more are decoded at once, and where their keys and values need more pages "
+            "than there are, the youngest wait and are prefilled again; 0 for memory for "
+            "data.max_response_length in each",
+            least=0,
+            needs=(at_once,),
+        ),
         "max_staleness": Key(
             0,
             "iterations that a group may begin ahead of the update that trains on it; 0 decodes "

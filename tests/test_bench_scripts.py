@@ -1,4 +1,4 @@
-"""The benchmarks: what is missing is a line of the result; compiled figures that must stay."""
+"""The benchmarks: what is missing is a line of the result; figures that must stay."""
 
 import json
 import runpy
@@ -99,3 +99,14 @@ def test_a_peer_is_told_from_us_by_its_rate(monkeypatch, tmp_path):
     line, _ = script["compared"](1, ["trl"], run)
     assert line["tokens_per_s_ratio_to_better_peer"] == 3.0
     assert "missing" not in line
+
+
+@pytest.mark.long
+def test_the_benchmark_of_pages_says_the_same_completions_in_fewer_steps(monkeypatch, capsys):
+    sizes = ("--run-limit=128", "--run-mean=16", "--run-slots=2", "--run-prompts=2", "--page=8")
+    monkeypatch.setattr(sys, "argv", ["bench_pages.py", "--run", *sizes])
+    runpy.run_path(str(SCRIPTS / "bench_pages.py"))["main"]()
+    *_, ring, pages = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (ring["tokens"], ring["longest"]) == (pages["tokens"], pages["longest"])
+    assert pages["slots"] > ring["slots"]
+    assert pages["steps"] < ring["steps"]

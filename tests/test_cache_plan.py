@@ -276,3 +276,35 @@ def test_a_kept_cache_holds_no_samples_that_a_stop_string_ended():
     assert engine._kept.slots.active.all()  # nobody told the device
     engine.generate(params, [[1], [2], [3]], SamplingParams(n=2, max_tokens=8), jax.random.key(0))
     assert not engine._kept.slots.active.any()
+
+
+def test_pages_for_the_mean_hold_three_times_the_samples_of_a_ring_for_the_longest():
+    """Qwen3-8B on a v5p host, as scripts/bench_pages.py plans it."""
+    layout = CacheLayout(36, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
+    paging = cache_plan.Paging(expected=8_000, longest=30_000, page=256, shards=1)
+
+    def slots(paging):
+        plan = cache_plan.plan(
+            layout,
+            max_prompt_length=1024,
+            max_response_length=30_000,
+            group_size=8,
+            **PLAIN | {"splits": 4},
+            most_slots=256,
+            budget=75 * 2**30,
+            tile=8,
+            paging=paging,
+        )
+        assert plan.device_bytes <= 75 * 2**30
+        return plan.num_slots
+
+    assert slots(None) <= 72
+    assert slots(paging) >= 3 * slots(None) >= 180
+
+
+def test_a_pool_holds_the_expected_of_all_slots_and_a_longest_one_on_each_device():
+    paging = cache_plan.Paging(expected=20, longest=100, page=8, shards=2)
+    assert paging.pages(64) == 64 * 3
+    assert paging.pages(8) == 2 * 13
+    assert dataclasses.replace(paging, expected=1000).pages(8) == 8 * 13
+    assert paging.columns(4) == [8, 16, 24, 32]

@@ -461,6 +461,11 @@ WALK = {
     ),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
     f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    f"{ROLLOUT}.expected_response_length": (
+        "64",
+        engine,
+        "--config.data.max_response_length=2048",
+    ),
     f"{ROLLOUT}.max_staleness": ("2", pacing),
     f"{ROLLOUT}.router_replay": ("true", sampling),
     f"{ACTOR}.router_aux_loss_coef": ("0.1", balance),

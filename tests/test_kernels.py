@@ -82,6 +82,53 @@ def test_a_kernel_agrees_with_the_plain_version(machine, where, columns, soft_ca
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
 
 
+def paged(columns, dtype=jnp.float32, page=32):
+    """The keys of `stored` in pages that lie in any order, with their table."""
+    kv, N = stored(columns, dtype), columns // page
+    order = np.random.default_rng(2).permutation(ROWS * N)
+
+    def cut(x):  # [L, rows, K, columns, ...] -> [L, pages, K, page, ...]
+        x = x.reshape(L, ROWS, K, N, page, *x.shape[4:])
+        return x.swapaxes(2, 3).reshape(L, ROWS * N, K, page, *x.shape[5:])[:, order]
+
+    return jax.tree.map(cut, kv), jnp.asarray(np.argsort(order).reshape(ROWS, N), jnp.int32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("machine", ["plain", *KERNELS])
+def test_keys_in_pages_are_read_as_if_they_lay_side_by_side(machine, dtype):
+    kv, q, reach = stored(128, dtype), queries(), prefix_reach(128)
+    options = {"soft_cap": 2.0, "transposed_keys": False}
+    wanted = kv_cache.attend_part(q, kv, 1, reach, **options)
+    pages, table = paged(128, dtype)
+    if machine == "plain":
+        found = kv_cache.attend_part(q, pages, 1, reach, table, **options)
+    elif machine == "gpu" and dtype == jnp.int8:
+        pytest.skip("has no int8 cache")
+    else:
+        kernel = KERNELS[machine].attend_part
+        found = kernel(q, pages, 1, reach, table, soft_cap=2.0, interpret=True)
+    for a, b in zip(normalised(found), normalised(wanted)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_pages_that_no_row_sees_are_not_read():
+    pages, table = paged(128)
+    reach = Reach(
+        *(jnp.full((ROWS, Q), x, jnp.int32) for x in (100, 20)), jnp.full(ROWS, 96), False
+    )
+    broken = jax.tree.map(
+        lambda x: x.at[:, table[:, :2]].set(jnp.nan).at[:, table[:, 3]].set(jnp.nan), pages
+    )
+    for attend in (
+        functools.partial(kv_cache.attend_part, soft_cap=None, transposed_keys=False),
+        functools.partial(decode_tpu.attend_part, interpret=True),
+        functools.partial(decode_gpu.attend_part, interpret=True),
+    ):
+        whole, part = (attend(queries(), kv, 0, reach, table) for kv in (pages, broken))
+        np.testing.assert_array_equal(part.out, whole.out)
+
+
 def test_the_gpu_kernel_reads_a_layer_of_its_own_as_it_reads_a_stack():
     kv, q, reach = stored(96), queries(), ring_reach(96)
     apart = tuple(jax.tree.map(lambda x, i=i: x[i], kv) for i in range(L))
@@ -98,41 +145,44 @@ def test_the_tpu_kernel_reads_an_int8_cache():
 
 
 def test_a_young_slot_needs_few_blocks():
-    start, last = decode_tpu.block_range(ring_reach(128), 128, 32)
+    start, last = kv_cache.block_range(ring_reach(128), 128, 32)
     assert start.tolist() == [0] * ROWS
     assert last.tolist() == [0, 0, 0, 1, 3]
-    start, last = decode_tpu.block_range(prefix_reach(128), 128, 32)
+    start, last = kv_cache.block_range(prefix_reach(128), 128, 32)
     assert start.tolist() == [0, 0, 1, 3, 3]
     assert last.tolist() == [0, 0, 1, 3, 3]
 
 
-def lowered_for(platform, attend, columns=256, dtype=jnp.bfloat16):
+def lowered_for(platform, attend, columns=256, dtype=jnp.bfloat16, pages=0):
     kv = jax.eval_shape(lambda: layout(dtype).zeros(ROWS, columns))
     q = jax.ShapeDtypeStruct((ROWS, K, Q, D), jnp.bfloat16)
     ints = jax.ShapeDtypeStruct((ROWS, Q), jnp.int32)
     lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    tables = (jax.ShapeDtypeStruct((ROWS, pages), jnp.int32),) if pages else ()
 
-    def f(q, kv, index, origin, reach, length):
-        return attend(q, kv, index, Reach(origin, reach, length, ring=True))
+    def f(q, kv, index, origin, reach, length, *tables):
+        return attend(q, kv, index, Reach(origin, reach, length, not tables), *tables)
 
-    arguments = (q, kv, jax.ShapeDtypeStruct((), jnp.int32), ints, ints, lengths)
+    arguments = (q, kv, jax.ShapeDtypeStruct((), jnp.int32), ints, ints, lengths, *tables)
     return jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,))
 
 
+@pytest.mark.parametrize("pages", [0, 3])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
-def test_the_tpu_kernel_lowers_for_a_tpu(dtype):
-    text = lowered_for("tpu", decode_tpu.attend_part, dtype=dtype).as_text()
+def test_the_tpu_kernel_lowers_for_a_tpu(dtype, pages):
+    text = lowered_for("tpu", decode_tpu.attend_part, dtype=dtype, pages=pages).as_text()
     assert "tpu_custom_call" in text
 
 
 # jax 0.12 deprecates Triton in Pallas; it has it still. Ends with the version that has it no more,
 # where this kernel has to be one of Mosaic GPU.
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-def test_the_gpu_kernel_lowers_for_cuda():
+@pytest.mark.parametrize("pages", [0, 3])
+def test_the_gpu_kernel_lowers_for_cuda(pages):
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        text = lowered_for("cuda", decode_gpu.attend_part).as_text()
+        text = lowered_for("cuda", decode_gpu.attend_part, pages=pages).as_text()
     assert "triton" in text
 
 

@@ -64,6 +64,21 @@ def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_the_kernel_reads_pages_in_place_on_a_v5e(on_tpu, dtype):
+    layout = CacheLayout(4, 8, 128, dtype, stacked=True, transposed_keys=False)
+    kv = jax.eval_shape(lambda: layout.zeros(300, 256))
+    rows, most = 256, 118  # the slots of a device, the pages of 30,000 tokens
+    q = jax.ShapeDtypeStruct((rows, 8, 4, 128), jnp.bfloat16)
+
+    def attend(q, kv, index, origin, reach, length, table):
+        return decode_tpu.attend_part(q, kv, index, Reach(origin, reach, length, False), table)
+
+    places = ints(rows, 4), ints(rows, 4), ints(rows), ints(rows, most)
+    compiled = jax.jit(attend).lower(*on_tpu((q, kv, ints(), *places))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**24
+
+
 def qwen3_06b(layers: int = 28) -> ModelConfig:
     return ModelConfig(
         vocab_size=151_936,
@@ -111,21 +126,24 @@ def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
     assert memory.temp_size_in_bytes < cache / 8
 
 
-def test_the_engine_compiles_with_its_kernels_on_a_mesh_of_four_chips(v5e):
+@pytest.mark.parametrize(("longest", "expected"), [(512, None), (8192, 1024)])
+def test_the_engine_compiles_with_its_kernels_on_a_mesh_of_four_chips(v5e, longest, expected):
     mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=v5e)
     engine = Engine(
         Policy(qwen3_06b(layers=4), jnp.bfloat16, jnp.bfloat16),
         max_prompt_length=512,
-        max_response_length=512,
+        max_response_length=longest,
         num_slots=64,
         group_size=8,
         mesh=mesh,
         attention="pallas_tpu",
+        expected_response_length=expected,
     )
-    traced = engine.trace(SamplingParams(n=8, max_tokens=512))
+    traced = engine.trace(SamplingParams(n=8, max_tokens=longest))
     prefill, decode = (traced[name].lower().compile() for name in ("prefill", "decode"))
-    # Attention to the prompt and to the own tokens, in a loop over the layers.
-    assert decode.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    # Attention to the prompt, the ring and the pages, in a loop over the layers.
+    stores = 2 if expected is None else 3
+    assert decode.as_text().count('custom_call_target="tpu_custom_call"') == stores
     assert prefill.as_text().count('custom_call_target="tpu_custom_call"') == 1
     # Each chip's share of the cache is updated in place, and none is gathered.
     share = engine.plan.device_bytes

@@ -175,3 +175,23 @@ def test_every_sample_stays_beside_its_prompt_through_sizes_of_all_kinds(seed, s
     assert ended == len(started) == added - len(dropped)
     assert not started & dropped
     assert schedule.rows_in_use == 0
+
+
+def test_a_sample_that_gives_up_its_slot_goes_on_before_others_when_there_is_memory():
+    schedule = schedule_of(num_groups=3, n=2, num_slots=4, num_rows=4, num_shards=2)
+    starts, _ = schedule.start()
+    of_first = [start.slot for start in starts if start.group == 0]
+    (shard,) = {schedule.shard_of_slot(slot) for slot in of_first}
+    row, rank = schedule.row_of[of_first[0]], schedule.rank_of[of_first[0]]
+    for slot in of_first:
+        schedule.preempt(slot)
+    assert (schedule.num_live, schedule.num_waiting) == (2, 4)
+    # The third group waits behind the samples of the first, whose shard has no memory for them.
+    starts, admitted = schedule.start(begins=lambda sample, at: at != shard)
+    assert (starts, admitted) == ([], {})
+    # The one that gave up its slot last goes on first, in the place that it had beside its prompt.
+    starts, admitted = schedule.start(begins=lambda sample, at: sample != (0, 0))
+    assert ([start.sample for start in starts], admitted) == ([(0, 1)], {})
+    starts, admitted = schedule.start()
+    assert ([start.sample for start in starts], admitted) == ([(0, 0)], {})
+    assert (starts[0].row, starts[0].rank) == (row, rank)

@@ -14,6 +14,9 @@ its samples share their settings.
 Samples may be decoded in turns: a sample whose turn has ended gets no slot until it goes on. Its
 keys and values stay meanwhile (`past`), or in the plain version are made again.
 
+The ring may be shorter than the longest completion. Then the tokens of long samples move on into
+pages, and where these run short the youngest samples wait (`pages`).
+
 The loop knows no text. The model's side of a step is in `verbs` and
 `sampling`.
 
@@ -33,10 +36,19 @@ from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.kv_cache import KV
+from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import Copies, PastRows, Piece
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule, Start
-from adpo_jax.engine.verbs import DecodeState, Past, Prefixes, ResultTokens, Slots, Verbs
+from adpo_jax.engine.verbs import (
+    DecodeState,
+    PageSizes,
+    Past,
+    Prefixes,
+    ResultTokens,
+    Slots,
+    Verbs,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,7 +91,8 @@ class Sample:
     Attributes:
       index: its number among the samples of its request.
       num_tokens: tokens of the completion so far.
-      before: those of them that it had when it took its slot: of earlier turns, or begun.
+      before: those of them that do not lie in the ring: it had them when it took its slot (of
+        earlier turns, or begun), or they are in pages.
       completion: [num_tokens] int32, its tokens when it goes on or begins with some; else None.
       in_past: columns of its past row that are written.
       first: column of the ring where its tokens begin.
@@ -99,7 +112,7 @@ class Sample:
 
     @property
     def age(self) -> int:
-        """Tokens sampled since it took its slot."""
+        """Tokens that it has in the ring."""
         return self.num_tokens - self.before
 
 
@@ -142,6 +155,7 @@ class Sizes(NamedTuple):
     prefix: int  # tokens of a prefix row
     past_rows: int = 0
     past: int = 0  # columns of a past row
+    pages: PageSizes | None = None  # None where the ring holds the longest completion
 
 
 class Sizing(Protocol):
@@ -149,7 +163,8 @@ class Sizing(Protocol):
 
     Attributes:
       steps: the most decode steps of a dispatch.
-      most_columns: columns of the ring at its longest, which hold the longest completion.
+      most_columns: columns of the ring at its longest. They hold the longest completion, or with
+        pages twice `steps` and more.
     """
 
     steps: int
@@ -198,7 +213,8 @@ class DecodeLoop:
         they attend to in past rows; "again" prefills it for every turn.
 
     Attributes:
-      stats: counts of prefills, decode steps and dispatches.
+      stats: counts of prefills, decode steps and dispatches; where there are pages, also of
+        samples that lost theirs in mid-call ("preempted").
       sizes: the sizes of the present state; None where there is none.
       version: the number of the parameters, 0 for the first ones.
     """
@@ -236,6 +252,7 @@ class DecodeLoop:
         self._turns = turns
         self.past = PastRows(num_shards)
         self._longest_past = 0  # tokens of the longest completion that lies in the past
+        self._pager: Pager | None = None  # None where there are no pages
         # Prompts whose experts the device may still have to find, with their rows there.
         self._experts: list[tuple[Request, int, jax.Array]] = []
         # Samples whose turns ended with the last dispatch; nothing has overwritten them yet.
@@ -292,7 +309,7 @@ class DecodeLoop:
 
     def stop(self, sample: Sample, num_tokens: int):
         """Ends a turn after so many tokens of the completion, and drops those that follow."""
-        slot = next((slot for slot, live in self._live() if live is sample), None)
+        slot = next((slot for slot, live in self.schedule.live() if live is sample), None)
         sample.num_tokens = num_tokens
         if slot is not None:
             self._end_turn(slot, sample)
@@ -329,7 +346,7 @@ class DecodeLoop:
 
     def _drop_cancelled(self):
         self._any_cancelled = False
-        for slot, sample in self._live():
+        for slot, sample in self.schedule.live():
             if sample.cancelled:
                 self._end(slot, sample)
                 self._retired.append(slot)
@@ -346,14 +363,17 @@ class DecodeLoop:
             self._drop_cancelled()
         if self._ended_turns:
             self._keep_turns()
-        oldest = max((sample.age for _, sample in self._live()), default=0)
+        if self._pager is not None:
+            self._leave_ring()
+        oldest = self._oldest()
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
             return []
         if self._longest_past:
             self._resize(self._with_past(self.sizes), oldest)
         starts, admitted = self.schedule.start(
-            lambda request: len(request.prompt) - 1 <= self.sizes.prefix
+            lambda request: len(request.prompt) - 1 <= self.sizes.prefix,
+            lambda sample, shard: self._pager is None or self._pager.begins(sample, shard),
         )
         if admitted:
             self._prefill(admitted)
@@ -376,15 +396,17 @@ class DecodeLoop:
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
         self._retired, self._ended_turns, self._longest_past = [], {}, 0
-        self._experts = []
+        self._experts, self._pager = [], None
         self.past = PastRows(self._num_shards)
 
-    def _live(self) -> list[tuple[int, Sample]]:
-        """The live samples and their slots."""
-        return [(slot, place[1]) for slot, place in enumerate(self.schedule.in_slot) if place]
+    def _oldest(self) -> int:
+        """Tokens in the ring of the sample that has most of them there."""
+        return max((sample.age for _, sample in self.schedule.live()), default=0)
 
     def _end(self, slot: int, sample: Sample):
         sample.ended = True
+        if self._pager is not None:
+            self._pager.release(sample)
         self.schedule.finish(slot)
 
     # --- sizes
@@ -398,10 +420,14 @@ class DecodeLoop:
             self._state, self._retired = None, []
             schedule.lay_out(0, 0, 1)
         elif now is None:
-            slots, columns, rows, width, prefix, *_ = sizes
+            slots, columns, rows, width, prefix, *_, pages = sizes
             schedule.lay_out(slots, rows, width)
-            self._state = self._make_state(slots, columns, rows, prefix, width)
+            self._state = self._make_state(slots, columns, rows, prefix, width, pages)
             self._written = 0
+            if pages is not None:
+                most = self._sizing.most_columns
+                self._pager = Pager(self._verbs, schedule, pages, most)
+                self.stats.setdefault("preempted", 0)
         else:
             self.stats["resizes"] += 1
             self._change(now, sizes, oldest)
@@ -439,6 +465,8 @@ class DecodeLoop:
             self._change_past(now, sizes)
             if moves or not now.past_rows or sizes.past_rows != now.past_rows:
                 self._place_past()
+        if moves and self._pager is not None:
+            self._state = self._pager.placed(self._state)
 
     # --- samples that go on
 
@@ -454,7 +482,7 @@ class DecodeLoop:
             self.past.lay_out(sizes.past_rows)
             kv = past_lib.empty(verbs, sizes.past_rows, sizes.past)
             self._state = self._state._replace(past=Past(kv, None), slots=self._slots_with_before())
-            for slot, sample in self._live():
+            for slot, sample in self.schedule.live():
                 self.past.take(sample, self.schedule.shard_of_slot(slot))
             return
         if sizes.past_rows != now.past_rows:
@@ -473,7 +501,7 @@ class DecodeLoop:
         """Tells the device which past row belongs to which slot."""
         places = [
             (slot, self.past.row(s), len(s.request.prompt) - 1, s.before)
-            for slot, s in self._live()
+            for slot, s in self.schedule.live()
         ]
         view = past_lib.view_of(places, self.sizes.slots, self.sizes.past_rows)
         past = self._state.past._replace(view=past_lib.placed(self._verbs, view))
@@ -483,8 +511,7 @@ class DecodeLoop:
         """Copies the turns that have ended, and may go on, from the ring into past rows."""
         longest = max(ended.at + ended.count for ended in self._ended_turns.values())
         self._longest_past = max(self._longest_past, longest)
-        oldest = max((sample.age for _, sample in self._live()), default=0)
-        self._resize(self._with_past(self.sizes), oldest)
+        self._resize(self._with_past(self.sizes), self._oldest())
         copies = []
         for sample, (slot, first, at, count) in self._ended_turns.items():
             shard = self.schedule.shard_of_slot(slot)
@@ -494,7 +521,9 @@ class DecodeLoop:
             copies.append((shard, Copies(self.past.row(sample), slot, first, at, count)))
             sample.in_past = at + count
         self._ended_turns = {}
-        self._state = past_lib.put_all(self._verbs, self._state, copies, self._num_shards)
+        state, past = self._state, self._state.past
+        kv = past_lib.put_all(self._verbs, past.kv, state.own, copies, self._num_shards)
+        self._state = state._replace(past=past._replace(kv=kv))
 
     def _take_past(self, starts: list[Start]):
         """Gives the samples that start past rows, and prefills what these do not hold yet."""
@@ -510,19 +539,38 @@ class DecodeLoop:
                 chunk = Piece(shard, fed, sample.in_past, len(prompt) - 1, past_row, row)
                 chunks.append(chunk)
                 sample.in_past = sample.num_tokens
-        longest = past_lib.CHUNK_LENGTHS[-1]
-        while chunks:
-            pieces = [chunk._replace(tokens=chunk.tokens[:longest]) for chunk in chunks]
-            self._state = past_lib.prefill_all(
-                self._verbs, self.params, self._state, pieces, self._num_shards
+        past = self._state.past
+        kv = self._prefill_chunks(past.kv, chunks, past_lib.CHUNK_LENGTHS[-1])
+        self._state = self._state._replace(past=past._replace(kv=kv))
+
+    def _prefill_chunks(self, store: KV, chunks: list[Piece], longest: int) -> KV:
+        """The store, past rows or pages, with chunks that are prefilled piece by piece."""
+        for pieces in past_lib.in_rounds(chunks, longest):
+            store = past_lib.prefill_all(
+                self._verbs, self.params, self._state.prefix, store, pieces, self._num_shards
             )
             self.stats["prefill_calls"] += 1
             self.stats["prefill_tokens"] += sum(len(piece.tokens) for piece in pieces)
-            chunks = [
-                chunk._replace(tokens=chunk.tokens[longest:], at=chunk.at + longest)
-                for chunk in chunks
-                if len(chunk.tokens) > longest
-            ]
+        return store
+
+    # --- samples that outgrow the ring
+
+    def _leave_ring(self):
+        """Moves tokens of long samples into pages, once the ring is nearly full."""
+        most, oldest = self._sizing.most_columns, self._oldest()
+        if self.sizes.columns < most or oldest + self._sizing.steps <= most:
+            return
+        self._state, waiting = self._pager.leave_ring(self._state, self._written)
+        self._retired += waiting
+        self.stats["preempted"] += len(waiting)
+
+    def _refill_pages(self, starts: list[Start]):
+        """Prefills the completions of samples that go on after they waited for pages."""
+        if chunks := self._pager.chunks(starts):
+            pages = self._state.pages
+            kv = self._prefill_chunks(pages.kv, chunks, self._pager.longest_piece)
+            state = self._state._replace(pages=pages._replace(kv=kv))
+            self._state = self._pager.placed(state)
 
     # --- prompts into rows, samples into slots
 
@@ -576,6 +624,8 @@ class DecodeLoop:
     def _assign(self, starts: list[Start]):
         if self.sizes.past_rows:
             self._take_past(starts)
+        if self._pager is not None:
+            self._refill_pages(starts)
         B = self.sizes.slots
         fresh, active = np.zeros(B, bool), np.zeros(B, bool)
         fresh[self._retired] = True
@@ -583,7 +633,7 @@ class DecodeLoop:
         for request, sample, slot, row, rank in starts:
             token, position = request.prompt[-1], len(request.prompt) - 1
             sample.before = sample.num_tokens
-            if self._turns == "past" and sample.before:
+            if sample.before and (self._turns == "past" or self._pager is not None):
                 token, position = sample.completion[-1], position + sample.before
             sample.completion = None
             ints[:, slot] = token, position, sample.before, row, rank
@@ -604,7 +654,7 @@ class DecodeLoop:
     # --- decoding
 
     def _decode(self, oldest: int) -> list[NewTokens]:
-        live, sizes, steps = self._live(), self.sizes, self._sizing.steps
+        live, sizes, steps = self.schedule.live(), self.sizes, self._sizing.steps
         if self.schedule.num_waiting:
             stop_at = len(live) - max(1, sizes.slots // 8)
         else:
@@ -612,7 +662,9 @@ class DecodeLoop:
         room = steps
         # The slot of a turn that has ended is written on until the dispatch ends, and must not lose
         # the turn's first columns, which are copied then.
-        if sizes.columns < self._sizing.most_columns or self._turns == "past":
+        # With pages no slot must lose a column that has not moved on.
+        keeps_columns = self._turns == "past" or self._pager is not None
+        if sizes.columns < self._sizing.most_columns or keeps_columns:
             room = sizes.columns - oldest
         in_slot = [place and place[1] for place in self.schedule.in_slot]
         knobs, method = self._settings(in_slot)
@@ -657,6 +709,8 @@ class DecodeLoop:
         if stopped or sample.num_tokens >= request.sampling.max_tokens:
             finish_reason = "stop" if stopped else "length"
             self._end_turn(slot, sample)
+        elif self._pager is not None:
+            self._pager.note(sample, results.tokens[:count, slot])
         alternatives = full = None
         if request.num_alternatives:
             of_slot = (x[:count, slot, : request.num_alternatives] for x in results.alternatives)

@@ -5,6 +5,11 @@
 A store is there twice while it is copied into another size. The ring is copied where it grows in
 stages and where the batch shrinks, the prefix rows where the batch shrinks (in a `ContinuousBatch`
 also where either grows). The two stores are never copied at the same time.
+
+With `Paging` the ring is short, and the tokens that have left it lie in pages, which are never
+copied:
+
+    tokens = slots x short columns + pages x page + prefix rows x prefix tokens + second copies
 """
 
 import contextlib
@@ -21,6 +26,10 @@ from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.schedule import column_buckets, length_bucket
 
 MAX_SLOTS = 256
+# Columns of a page: a block of keys that TPUs read in 512 kB with 8 heads of 128 in bf16.
+PAGE = 256
+# Pages that the ring has room for. Samples leave it when they fill half of it.
+RING_PAGES = 4
 
 
 class Copies(NamedTuple):
@@ -35,6 +44,45 @@ class Copies(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Paging:
+    """How memory is shared out where completions leave a short ring for pages (`pages`).
+
+    Attributes:
+      expected: tokens of a completion for which each slot adds pages to the pool.
+      longest: tokens of the longest completion, for which each shard has pages.
+      page: columns of a page, a power of two.
+      shards: devices that slots and pages are split over.
+    """
+
+    expected: int
+    longest: int
+    page: int
+    shards: int
+
+    @property
+    def ring(self) -> int:
+        """Columns of the ring at its longest."""
+        return RING_PAGES * self.page
+
+    def columns(self, stages: int) -> list[int]:
+        """Lengths that the ring grows through."""
+        return [self.ring * (i + 1) // stages for i in range(stages)]
+
+    def pages_of(self, tokens: int) -> int:
+        """Pages of a completion of so many tokens."""
+        return -(-tokens // self.page)
+
+    def pages(self, slots: int) -> int:
+        """Pages for completions of expected length in so many slots, and for a longest one."""
+        expected = slots // self.shards * self.pages_of(min(self.expected, self.longest))
+        return self.shards * max(expected, self.pages_of(self.longest))
+
+    def tokens(self, slots: int) -> int:
+        """Tokens that these pages hold."""
+        return self.pages(slots) * self.page
+
+
+@dataclasses.dataclass(frozen=True)
 class CachePlan:
     """The sizes of the cache, and what they cost on one device.
 
@@ -46,6 +94,7 @@ class CachePlan:
       copies: the stores that are there twice for a while.
       row_tokens: tokens whose keys and values take the memory that a row, of either store, has
         besides its columns.
+      paging: how completions are kept in pages; None where the ring holds the longest one.
     """
 
     num_slots: int
@@ -54,17 +103,18 @@ class CachePlan:
     most_tokens: int | None
     copies: Copies
     row_tokens: int = 0
+    paging: Paging | None = None
 
-    def most_rows(self, slots: int, columns: int, prefix: int, past: int = 0) -> int | None:
+    def most_rows(self, slots: int, columns: int, prefix: int, beside: int = 0) -> int | None:
         """Prefix rows of `prefix` tokens that fit beside so many slots; None for no limit.
 
         Args:
-          past: columns of the past row of each slot.
+          beside: tokens of further stores.
         """
         if self.most_tokens is None:
             return None
         ring = slots * (columns + self.row_tokens)
-        left = self.most_tokens - ring - slots * past
+        left = self.most_tokens - ring - beside
         most = min(left - ring * self.copies.ring, left // (1 + self.copies.rows))
         return most // (prefix + self.row_tokens)
 
@@ -167,6 +217,7 @@ def plan(
     budget: int | None,
     budget_text: str = "",
     tile: int = 1,
+    paging: Paging | None = None,
 ) -> CachePlan:
     """The most slots, up to `most_slots`, whose cache fits the budget.
 
@@ -180,11 +231,14 @@ def plan(
       budget_text: how the budget came about, for the error.
       tile: slots of a device that are computed at once; the slots that fit are rounded down to
         whole tiles.
+      paging: how completions are kept in pages; None for a ring that holds the longest one.
 
     Raises:
       ValueError: when not even one group fits, with the arithmetic.
     """
     columns = column_buckets(max_response_length, stages)
+    if paging is not None:
+        columns = paging.columns(stages)
     prefix = length_bucket(max_prompt_length - 1, max_prompt_length)
     token, state = layout.token_bytes(), layout.row_tokens()
     copies = Copies(ring=shrinks or len(columns) > 1, rows=shrinks)
@@ -193,7 +247,10 @@ def plan(
     def of(slots: int) -> CachePlan:
         rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
         tokens = copies.tokens(slots * (columns[-1] + state), rows * (prefix + state))
-        return CachePlan(slots, rows, -(-token * tokens // splits), most_tokens, copies, state)
+        if paging is not None:
+            tokens += paging.tokens(slots)
+        size = -(-token * tokens // splits)
+        return CachePlan(slots, rows, size, most_tokens, copies, state, paging)
 
     smallest = up_to_multiple(min(group_size, most_slots), multiple)
     largest = max(smallest, up_to_multiple(most_slots, multiple))
@@ -203,14 +260,18 @@ def plan(
     if one_group.device_bytes > budget:
         ring, rows = smallest * (columns[-1] + state), one_group.rows * (prefix + state)
         beside = f" (+ {state} for the state of linear attention)" if state else ""
+        in_pages = ""
+        if paging is not None:
+            in_pages = f"+ {paging.pages(smallest)} pages x {paging.page} tokens "
         raise ValueError(
             "the key/value cache of one group does not fit: "
             f"{smallest} slots x {columns[-1]}{beside} tokens + {one_group.rows} prompts x "
-            f"{prefix}{beside} tokens "
+            f"{prefix}{beside} tokens {in_pages}"
             f"+ {copies.tokens(ring, rows) - ring - rows} of second copies, at {readable(token)} a "
             f"token over {splits} device(s), is {readable(one_group.device_bytes)} a device; there "
             f"are {readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, "
-            "shorten max_response_length or max_prompt_length, or take a smaller cache dtype"
+            "shorten max_response_length or max_prompt_length, take a smaller cache dtype, or give "
+            "expected_response_length where most completions are much shorter"
         )
     sizes = range(smallest, largest, multiple)
     most = max(slots for slots in sizes if of(slots).device_bytes <= budget)

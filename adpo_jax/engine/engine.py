@@ -35,7 +35,7 @@ from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.state_store import StateLayout
-from adpo_jax.engine.verbs import DecodeState, Verbs
+from adpo_jax.engine.verbs import DecodeState, PageSizes, Verbs
 from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Completions
@@ -58,6 +58,12 @@ class Engine:
       resident_bytes: bytes of one device that others need while the engine samples, such as a
         trainer's parameters and optimizer; has an effect with `gpu_memory_utilization` alone.
       group_size: samples of a prompt that memory is planned for.
+      expected_response_length: tokens of a completion that memory is planned for, where the longest
+        ones are much longer. Keys and values then lie in pages (`pages`), as many as completions
+        need; where a batch needs more pages than there are, its youngest samples wait. None for
+        memory for the longest completion in every slot. Calls whose `max_tokens` are few, a
+        `session` and a `ContinuousBatch` keep everything in the ring all the same.
+      page_size: tokens of a page, a power of two; the ring has room for four pages.
       free_cache_engine: whether to give the cache's memory back after every call; else it is kept
         for the next call of the same sizes, unless the batch shrank meanwhile, as on a CPU.
       steps_per_dispatch: decode steps between two looks of the host.
@@ -77,6 +83,8 @@ class Engine:
         gpu_memory_utilization: float | None = None,
         resident_bytes: int = 0,
         group_size: int = 1,
+        expected_response_length: int | None = None,
+        page_size: int = cache_plan.PAGE,
         free_cache_engine: bool = True,
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
@@ -87,6 +95,7 @@ class Engine:
                 f"{type(policy).__name__}. The parameters go to `generate`"
             )
         counts = {"num_slots": num_slots, "steps_per_dispatch": steps_per_dispatch}
+        counts["expected_response_length"] = expected_response_length
         counts |= {
             "max_prompt_length": max_prompt_length,
             "max_response_length": max_response_length,
@@ -94,6 +103,13 @@ class Engine:
         for name, value in counts.items():
             if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
                 raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
+        if not (page_size >= 8 and page_size & (page_size - 1) == 0):
+            raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
+        if expected_response_length and policy.config.linear_attention:
+            raise ValueError(
+                "expected_response_length keeps completions in pages, and the state of linear "
+                "attention has none: leave it out for this model"
+            )
         given = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
@@ -121,6 +137,12 @@ class Engine:
                 copied=self.verbs.copied_bytes(given),
             )
         self.shrinks = tuning.shrinks
+        paging = None
+        if expected_response_length is not None:
+            paging = cache_plan.Paging(
+                expected_response_length, max_response_length, page_size, self.shards
+            )
+            paging = paging if max_response_length > paging.ring else None
         self.plan = cache_plan.plan(
             layout,
             max_prompt_length=max_prompt_length,
@@ -134,6 +156,7 @@ class Engine:
             budget=budget,
             budget_text=budget_text,
             tile=tuning.slot_tile,
+            paging=paging,
         )
         self.num_slots = self.plan.num_slots
         self.slot_sizes = tuning.slot_sizes(self.num_slots, self.shards)
@@ -145,7 +168,12 @@ class Engine:
         return schedule_lib.prefill_rows(length, self.shards)
 
     def sizes_for(
-        self, num_prompts: int, n: int, columns: int, prefix: int, past: int = 0
+        self,
+        num_prompts: int,
+        n: int,
+        columns: int,
+        prefix: int,
+        beside: Callable[[int], int] = lambda slots: 0,
     ) -> tuple[int, int]:
         """Slots and prefix rows that decode as many samples at once as the memory allows.
 
@@ -153,7 +181,7 @@ class Engine:
           n: samples of a prompt.
           columns: of the ring at its longest.
           prefix: tokens of a prefix row.
-          past: columns of the past row of each slot, of samples that are decoded in turns.
+          beside: tokens of further stores that so many slots need.
         """
         enough = next((s for s in self.slot_sizes if s >= num_prompts * n), self.num_slots)
         parts = schedule_lib.rows_of_a_group(num_prompts, n, self.shards)
@@ -162,7 +190,7 @@ class Engine:
             rows = schedule_lib.power_of_two(num_prompts * parts)
             rows = min(rows, cache_plan.prefix_rows(slots, n))
             rows = cache_plan.up_to_multiple(rows, self.shards)
-            most = self.plan.most_rows(slots, columns, prefix, past)
+            most = self.plan.most_rows(slots, columns, prefix, beside(slots))
             if most is not None:
                 rows = min(rows, most // self.shards * self.shards)
             sizes.append((slots, rows))
@@ -173,10 +201,10 @@ class Engine:
         """The programs "prefill" and "decode" at their largest sizes, from shapes alone."""
         n, verbs = sampling.n, self.verbs
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
-        columns = schedule_lib.column_buckets(self.max_response_length, self.column_stages)[-1]
-        slots, rows = self.sizes_for(2 * self.num_slots, n, columns, length)
+        sizes, _ = self._sizes(2 * self.num_slots, n, self.max_response_length, length)
+        slots, columns, rows, width, prefix, *_, pages = sizes
         params = verbs.abstract_params()
-        state = verbs.abstract_state(slots, columns, rows, length, n)
+        state = verbs.abstract_state(slots, columns, rows, prefix, width, pages)
         tokens = jax.ShapeDtypeStruct((self.prefill_rows, length), jnp.int32)
         lengths = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
@@ -192,7 +220,7 @@ class Engine:
         """Gives the memory of a kept cache back."""
         self._kept = None
 
-    def _new_state(self, *sizes: int) -> DecodeState:
+    def _new_state(self, *sizes: int | PageSizes | None) -> DecodeState:
         """A state without active slots: the kept state if it has these sizes, else a new one."""
         kept, self._kept = self._kept, None
         if kept is not None:
@@ -319,20 +347,38 @@ class Engine:
 
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
         """The sizes that a call goes through."""
-        P, n = len(prompts), sampling.n
-        column_sizes = schedule_lib.column_buckets(sampling.max_tokens, self.column_stages)
         longest = max(len(prompt) for prompt in prompts) - 1
         prefix = schedule_lib.length_bucket(longest, self.max_prompt_length)
-        slots, rows = self.sizes_for(P, n, column_sizes[-1], prefix)
-        width = -(-n // schedule_lib.rows_of_a_group(P, n, self.shards))
+        first, column_sizes = self._sizes(len(prompts), sampling.n, sampling.max_tokens, prefix)
         # A batch that shrinks goes through these sizes; another one stays as it is.
         smaller = self.slot_sizes if self.shrinks else ()
+        # With pages the ring has room for two dispatches or more.
+        most_steps = first.columns // 2 if first.pages else self.steps_per_dispatch
         return CallSizing(
-            first=Sizes(slots, column_sizes[-1], rows, width, prefix),
-            slot_sizes=[*(s for s in smaller if s < slots), slots],
+            first=first,
+            slot_sizes=[*(s for s in smaller if s < first.slots), first.slots],
             column_sizes=column_sizes,
-            steps=self.steps_per_dispatch,
+            steps=min(self.steps_per_dispatch, most_steps),
         )
+
+    def _sizes(
+        self, num_prompts: int, n: int, max_tokens: int, prefix: int
+    ) -> tuple[Sizes, list[int]]:
+        """The largest sizes of a call, and the lengths that its ring grows through."""
+        paging = self.plan.paging
+        if paging is not None:
+            paging = dataclasses.replace(paging, longest=max_tokens)
+        if paging is None or max_tokens <= paging.ring:
+            column_sizes = schedule_lib.column_buckets(max_tokens, self.column_stages)
+            columns, pages = column_sizes[-1], None
+            slots, rows = self.sizes_for(num_prompts, n, columns, prefix)
+        else:
+            column_sizes = paging.columns(self.column_stages)
+            columns = column_sizes[-1]
+            slots, rows = self.sizes_for(num_prompts, n, columns, prefix, paging.tokens)
+            pages = PageSizes(paging.page, paging.pages(slots), paging.pages_of(max_tokens))
+        width = -(-n // schedule_lib.rows_of_a_group(num_prompts, n, self.shards))
+        return Sizes(slots, columns, rows, width, prefix, pages=pages), column_sizes
 
     def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
         """The prompts as arrays, or a ValueError if this engine cannot sample from them so."""

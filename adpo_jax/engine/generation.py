@@ -60,7 +60,7 @@ class CallSizing:
             if slots < now.slots:
                 rows = min(now.rows, slots)
                 width = schedule.narrow_width(slots, rows, self.first.width)
-                return Sizes(slots, columns, rows, width, now.prefix)
+                return now._replace(slots=slots, columns=columns, rows=rows, width=width)
         return now._replace(columns=max(now.columns, columns))
 
     def smaller(self, live: int) -> int:

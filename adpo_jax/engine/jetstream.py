@@ -79,6 +79,11 @@ class JetStreamEngine(engine_api.Engine):
             raise ValueError(
                 f"JetStream pads prompts to powers of two from 16 up; max_prompt_length is {length}"
             )
+        if engine.plan.paging is not None:
+            raise ValueError(
+                "JetStream's slots hold the longest completion: make the engine without "
+                "expected_response_length"
+            )
         self._engine, self._verbs = engine, engine.verbs
         self._sampling, self._tokenizer = sampling, Tokenizer(tokenizer)
         self._params, self._key = params, threefry(key)

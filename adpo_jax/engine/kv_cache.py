@@ -14,21 +14,26 @@ Where samples go on after tokens that they did not sample in their slot there is
 - *past*: one row a sample, its completion from before it took its slot: earlier turns, and what
   tools said. The first column is the last token of the prompt, which the prefix does not hold.
 
+Where completions may be long, the ring is short, and what no longer fits it lies in a fourth store:
+
+- *pages*: rows of equal length that belong to no slot for good. The table of a slot lists the pages
+  with the tokens of its sample that left the ring (`pages`), in their order. The first column of
+  the first page is the last token of the prompt, as in the past.
+
 Layers of linear attention keep a state of fixed size in place of columns (`state_store`).
 
 A decode step gathers the queries of a group and attends to its prefix once for all of them. The
 parts are merged by their log-sum-exps, as if the keys lay side by side.
 
 Letters: B slots, P prefix rows, M samples of a prefix row, S past rows, C columns of the ring, T
-tokens of a prefix, L layers, H heads, K key/value heads, R = H / K, D head dim.
+tokens of a prefix, N pages of a slot, L layers, H heads, K key/value heads, R = H / K, D head dim.
 """
 
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +233,16 @@ class PastView(NamedTuple):
     length: jax.Array  # [S] int32, columns that the slot sees; 0 for a row without a slot
 
 
+class PageView(NamedTuple):
+    """Which pages belong to which slot; all layers share it."""
+
+    table: jax.Array  # [B, N] int32, the slot's pages in their order; any number past the last one
+    place: (
+        jax.Array
+    )  # [B] int32, of the token being fed, counted from the first page's first column
+    length: jax.Array  # [B] int32, columns that the slot has in pages
+
+
 class View(NamedTuple):
     """Where each slot is in this step; all layers share it."""
 
@@ -239,6 +254,7 @@ class View(NamedTuple):
     slot: jax.Array  # [P, M] int32, slot of each sample of a prefix row; any number where none
     prefix_length: jax.Array  # [P] int32
     past: PastView | None = None
+    pages: PageView | None = None
 
 
 class Reach(NamedTuple):
@@ -296,19 +312,36 @@ class Part(NamedTuple):
     total: jax.Array  # [rows, K, Q] float32, sum of exp(score - top)
 
 
-# (q [rows, K, Q, D] scaled, kv, layer index, reach) -> Part
-AttendPart = Callable[[jax.Array, KV, Any, Reach], Part]
+class AttendPart(Protocol):
+    """Attention of decoding to one store, as `attend_part`."""
+
+    def __call__(
+        self, q: jax.Array, kv: KV, index, reach: Reach, table: jax.Array | None = None
+    ) -> Part: ...
 
 
 def attend_part(
-    q, kv: KV, index, reach: Reach, *, soft_cap: float | None, transposed_keys: bool
+    q,
+    kv: KV,
+    index,
+    reach: Reach,
+    table: jax.Array | None = None,
+    *,
+    soft_cap: float | None,
+    transposed_keys: bool,
 ) -> Part:
     """Attention of queries to the keys of their row; the plain version of the kernels.
 
     Args:
       q: [rows, K, Q, D], scaled.
       kv, index: the stored layers, and the number of the layer.
+      table: [rows, N] int32, the rows of the store whose columns, one row after the other, each
+        row of q attends to; None for the row with the same number.
     """
+    if table is not None:
+        return _attend_pages(
+            q, kv, index, reach, table, soft_cap=soft_cap, transposed_keys=transposed_keys
+        )
     layer = read_layer(kv, index)
     spec = "bkqd,bkds->bkqs" if transposed_keys else "bkqd,bksd->bkqs"
     k = layer.k.astype(q.dtype)
@@ -330,6 +363,74 @@ def attend_part(
         preferred_element_type=jnp.float32,
     )
     return Part(out, top, total)
+
+
+def _attend_pages(
+    q, kv: KV, index, reach: Reach, table: jax.Array, *, transposed_keys: bool, **options
+) -> Part:
+    """`attend_part` with a table."""
+    visit = functools.partial(_visit_pages, kv, index, transposed_keys=transposed_keys, **options)
+    arguments = q, reach.origin, reach.reach, reach.length, table
+    # Keys are transposed on a CPU. There rows are visited in turn, each with its own number of
+    # pages; side by side, as others want them, all would wait for the longest one.
+    if transposed_keys and len(q) > 1:
+        part = jax.lax.map(lambda row: visit(*(x[None] for x in row)), arguments)
+        return jax.tree.map(lambda x: x[:, 0], part)
+    return visit(*arguments)
+
+
+def _visit_pages(kv: KV, index, q, origin, back, length, table: jax.Array, **options) -> Part:
+    """Attention to one page of every row after the other, from the first one that is seen.
+
+    Only the pages of one step are gathered, never all of them.
+    """
+    page = any_layer(kv).v.shape[-2]
+
+    def pages_at(j) -> LayerKV:
+        rows = table[:, j]
+        if isinstance(kv, LayerKV):
+            return jax.tree.map(lambda x: x[index, rows], kv)
+        if len(rows) > 1:
+            return jax.tree.map(lambda x: x[rows], kv[index])
+        # A CPU slices a single page faster than it gathers it.
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, rows[0], 1), kv[index])
+
+    def visit(j, part: Part) -> Part:
+        of_page = Reach(origin - j * page, back, length - j * page, ring=False)
+        return _joined(part, attend_part(q, (pages_at(j),), 0, of_page, **options))
+
+    top = jnp.full(q.shape[:-1], MASKED, jnp.float32)
+    nothing = Part(jnp.zeros(q.shape, jnp.float32), top, jnp.zeros_like(top))
+    reach = Reach(origin, back, length, ring=False)
+    start, last = block_range(reach, page * table.shape[1], page)
+    stop = jnp.max(-(-length // page))
+    return jax.lax.fori_loop(jnp.min(start - last), stop, visit, nothing)
+
+
+def block_range(reach: Reach, columns: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """Which blocks of columns a row needs.
+
+    Returns:
+      start, last: [rows] int32; block (start - j) mod n for j = 0 .. last.
+    """
+    blocks = -(-columns // block)
+    newest = jnp.max(reach.origin, axis=1)
+    if not reach.ring:
+        newest = jnp.maximum(reach.length - 1, 0)
+    oldest = jnp.min(reach.origin - reach.reach, axis=1)
+    if not reach.ring:
+        oldest = jnp.clip(oldest, 0, newest)
+    start = newest // block
+    last = jnp.clip(start - oldest // block, 0, blocks - 1)
+    return start.astype(jnp.int32), last.astype(jnp.int32)
+
+
+def _joined(a: Part, b: Part) -> Part:
+    """Attention to the keys of both parts."""
+    top = jnp.maximum(a.top, b.top)
+    of_a, of_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    out = a.out * of_a[..., None] + b.out * of_b[..., None]
+    return Part(out, top, a.total * of_a + b.total * of_b)
 
 
 def merge(*parts: Part, sinks: jax.Array | None = None) -> jax.Array:
@@ -361,15 +462,17 @@ def group_attention(
     attend: AttendPart,
     mesh: Mesh | None = None,
     past: KV | None = None,
+    pages: KV | None = None,
 ) -> jax.Array:
-    """One query a slot over its group's prefix, its past and its own tokens.
+    """One query a slot over its group's prefix, its past, its pages and its own tokens.
 
     Queries are gathered by group, so that a prefix is read once for all its samples. A slot lies on
-    the device of its prefix row and its past row (`schedule`), so that nothing moves between
-    devices.
+    the device of its prefix row, its past row and its pages (`schedule`), so that nothing moves
+    between devices.
 
     Args:
       past: the third store, where there is one; `view.past` says whose its rows are.
+      pages: the fourth store, where there is one; `view.pages` says whose its pages are.
 
     Returns:
       [B, H, D] in the dtype of q.
@@ -428,5 +531,10 @@ def group_attention(
         rank = jnp.zeros_like(view.past.row)
         place = view.past
         parts.append(part_of(past, place.slot, place.row, rank, place.first, place.length))
+    if pages is not None:
+        paged = view.pages
+        window, lives = layer.window_at(view.position[:, None]), view.age[:, None] >= 0
+        reach = row_reach(paged.place[:, None], lives, paged.length, R, window)
+        parts.append(attend(q_BKRD, of_kind(pages, layer), layer.at, reach, paged.table))
     sinks = None if layer.sinks is None else by_kv_head(layer.sinks, K)
     return merge(*parts, sinks=sinks).reshape(B, H, D).astype(q_BHD.dtype)

@@ -19,7 +19,7 @@ key/value heads, H heads, R = H / K, D head dim.
 import functools
 import heapq
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adpo_jax.devices.sharding import constrain, on_each_device
-from adpo_jax.engine import kv_cache
+from adpo_jax.engine import kernels, kv_cache
 from adpo_jax.engine.kv_cache import KV, LayerKV, PastView, Reach
-from adpo_jax.engine.verbs import DecodeState, Prefixes, Verbs
+from adpo_jax.engine.verbs import Prefixes, Verbs
+from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import by_kv_head
 
 # Lengths of a chunk; a longer one is prefilled in pieces, each attending to those before.
@@ -59,10 +60,15 @@ class Chunks(NamedTuple):
     first: np.ndarray  # int32, position of the first column of the past
     row: np.ndarray  # int32, past row
     prefix_row: np.ndarray  # int32
+    table: np.ndarray | None = None  # [N, pages] int32, where pages hold the past; else None
 
 
 class Piece(NamedTuple):
-    """A piece of one sample's chunk."""
+    """A piece of one sample's chunk.
+
+    Where pages hold the past, `table` lists those of the sample in place of `row`, and the piece
+    lies within one of them.
+    """
 
     shard: int
     tokens: np.ndarray  # [at most CHUNK_LENGTHS[-1]] int32
@@ -70,6 +76,7 @@ class Piece(NamedTuple):
     first: int
     row: int
     prefix_row: int
+    table: np.ndarray | None = None  # [pages] int32
 
 
 # --- the device's side
@@ -132,7 +139,11 @@ def put(verbs: Verbs, past: KV, source: KV, copies: Copies) -> KV:
 
 @functools.partial(jax.jit, static_argnums=0)
 def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> KV:
-    """Keys and values of tokens that go on after prompts and past rows, [N rows, T columns]."""
+    """Keys and values of tokens that go on after prompts and a past, [N rows, T columns].
+
+    Args:
+      past: the past rows; or pages, where the chunks have a table.
+    """
     policy, layout = verbs.policy, verbs.layout
     N, T = chunks.tokens.shape
     place = jnp.arange(T, dtype=jnp.int32)
@@ -156,6 +167,10 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
         by_row,
     )(prefix.lengths, chunks.prefix_row)
 
+    attend_pages = kernels.attend_part(
+        attention_choice.PLAIN, layout, config.attention_soft_cap, policy.mesh
+    )
+
     def attend(q, k, v, layer, kv):
         (H, D), K = q.shape[2:], k.shape[2]
         R = H // K
@@ -163,10 +178,12 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
         q_NKQD = q.transpose(0, 2, 1, 3, 4).reshape(N, K, T * R, D)
         back = jnp.minimum(layer.window_at(positions) - 1, kv_cache.UNBOUNDED)
 
-        def part(layer_kv, origin_NT, length, back=back, ring=False):
+        def reach_of(origin_NT, length, back=back, ring=False):
             origin_NQ = jnp.repeat(origin_NT, R, axis=1)
             back_NQ = jnp.repeat(jnp.broadcast_to(back, origin_NT.shape), R, axis=1)
-            reach = Reach(origin_NQ, back_NQ, length, ring)
+            return Reach(origin_NQ, back_NQ, length, ring)
+
+        def part(layer_kv, reach):
             return kv_cache.attend_part(
                 q_NKQD,
                 (layer_kv,),
@@ -177,17 +194,21 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
             )
 
         own = layout.pack(k, v)
-        of_prefix, of_past = (
-            kv_cache.read_layer(kv_cache.of_kind(store, layer), layer.at)
-            for store in (prefix.kv, past)
-        )
+        of_prefix, of_past = (kv_cache.of_kind(store, layer) for store in (prefix.kv, past))
+        of_prefix = kv_cache.read_layer(of_prefix, layer.at)
+        in_reach = reach_of(in_past, chunks.at)
+        if chunks.table is None:
+            of_past = kv_cache.read_layer(of_past, layer.at)
+            past_part = part(taken(of_past, chunks.row), in_reach)
+        else:
+            past_part = attend_pages(q_NKQD, of_past, layer.at, in_reach, chunks.table)
         places = jnp.broadcast_to(place, (N, T))
         sinks = None if layer.sinks is None else jnp.tile(by_kv_head(layer.sinks, K), (1, T))
         out_NKQD = kv_cache.merge(
             # A token reaches back to the first of its chunk and not, round a ring, to those after.
-            part(own, places, chunks.count, jnp.minimum(back, place), ring=True),
-            part(taken(of_prefix, chunks.prefix_row), positions, prefix_lengths),
-            part(taken(of_past, chunks.row), in_past, chunks.at),
+            part(own, reach_of(places, chunks.count, jnp.minimum(back, place), ring=True)),
+            part(taken(of_prefix, chunks.prefix_row), reach_of(positions, prefix_lengths)),
+            past_part,
             sinks=sinks,
         )
         out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
@@ -240,28 +261,45 @@ def in_shards(entries: Sequence[tuple[int, NamedTuple]], num_shards: int, most: 
         queues = [q[count:] for q in queues]
 
 
-def put_all(verbs: Verbs, state: DecodeState, copies, num_shards: int) -> DecodeState:
-    """Copies columns of the ring into past rows.
+def put_all(verbs: Verbs, past: KV, ring: KV, copies, num_shards: int) -> KV:
+    """Copies columns of the ring into past rows, or into pages.
 
     Args:
       copies: the shard and the `Copies`, of one each, of all of them.
     """
-    past = state.past.kv
     for entries in in_shards(copies, num_shards, 64):
-        past = put(verbs, past, state.own, _stacked(entries, Copies(0, 0, 0, 0, 0)))
-    return state._replace(past=state.past._replace(kv=past))
+        past = put(verbs, past, ring, _stacked(entries, Copies(0, 0, 0, 0, 0)))
+    return past
+
+
+def in_rounds(chunks: Sequence[Piece], longest: int) -> Iterator[list[Piece]]:
+    """Chunks as pieces of at most `longest` tokens; each round has the next piece of each."""
+    while chunks:
+        yield [chunk._replace(tokens=chunk.tokens[:longest]) for chunk in chunks]
+        chunks = [
+            chunk._replace(tokens=chunk.tokens[longest:], at=chunk.at + longest)
+            for chunk in chunks
+            if len(chunk.tokens) > longest
+        ]
 
 
 def prefill_all(
-    verbs: Verbs, params, state: DecodeState, pieces: Sequence[Piece], num_shards: int
-) -> DecodeState:
-    """Prefills pieces of different samples into their past rows."""
-    past = state.past.kv
+    verbs: Verbs,
+    params,
+    prefix: Prefixes,
+    past: KV,
+    pieces: Sequence[Piece],
+    num_shards: int,
+) -> KV:
+    """Prefills pieces of different samples into their past rows, or into their pages."""
     length = next(size for size in CHUNK_LENGTHS if size >= max(len(p.tokens) for p in pieces))
-    columns = sum(_columns(verbs, kv) for kv in (state.prefix.kv, past))
+    row_columns = _columns(verbs, past)
+    columns = _columns(verbs, prefix.kv) + row_columns
     scores = verbs.policy.config.num_heads * (columns + length)
     most = max(1, min(CHUNK_TOKENS, CHUNK_SCORES // scores) // length // num_shards)
-    nothing = Piece(0, np.zeros(0, np.int32), 0, 0, 0, 0)
+    tables = pieces[0].table is not None
+    no_table = np.zeros_like(pieces[0].table) if tables else None
+    nothing = Piece(0, np.zeros(0, np.int32), 0, 0, 0, 0, no_table)
     for entries in in_shards([(piece.shard, piece) for piece in pieces], num_shards, most):
         found = [entry or nothing for entry in entries]
         tokens = np.zeros((len(found), length), np.int32)
@@ -272,11 +310,16 @@ def prefill_all(
             np.array([getattr(piece, name) for piece in found], np.int32)
             for name in ("at", "first", "row", "prefix_row")
         )
-        chunks = Chunks(tokens, count, at, first, row, prefix_row)
-        kv = chunk(verbs, params, state.prefix, past, chunks)
+        table = None
+        if tables:
+            table = np.stack([piece.table for piece in found])
+            row = table[np.arange(len(found)), at // row_columns]
+        chunks = Chunks(tokens, count, at, first, row, prefix_row, table)
+        kv = chunk(verbs, params, prefix, past, chunks)
         places = np.arange(len(found), dtype=np.int32)
-        past = put(verbs, past, kv, Copies(row, places, np.zeros_like(row), at, count))
-    return state._replace(past=state.past._replace(kv=past))
+        # A past row holds the whole past, a page the columns from a multiple of its length on.
+        past = put(verbs, past, kv, Copies(row, places, 0 * row, at % row_columns, count))
+    return past
 
 
 def _stacked(entries, nothing: Copies) -> Copies:
@@ -391,6 +434,6 @@ def view_of(places: Sequence[tuple[int, int, int, int]], num_slots: int, num_row
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def placed(verbs: Verbs, view: PastView) -> PastView:
-    """The table, split over the devices as the rows are."""
+def placed(verbs: Verbs, view):
+    """A table, or several in a tree, split over the devices as the rows are."""
     return jax.tree.map(lambda x: constrain(x, verbs.policy.mesh, "batch"), view)

@@ -158,6 +158,10 @@ class Schedule:
     def live_slots(self) -> list[int]:
         return [slot for slot, place in enumerate(self.in_slot) if place is not None]
 
+    def live(self) -> list[tuple[int, Any]]:
+        """The slots with samples, and these."""
+        return [(slot, place[1]) for slot, place in enumerate(self.in_slot) if place is not None]
+
     @property
     def needed_slots(self) -> int:
         """The smallest batch that holds the live samples, each in its shard."""
@@ -192,22 +196,32 @@ class Schedule:
         self.num_waiting += len(samples)
 
     def start(
-        self, admits: Callable[[Hashable], bool] = lambda group: True
+        self,
+        admits: Callable[[Hashable], bool] = lambda group: True,
+        begins: Callable[[Any, int], bool] = lambda sample, shard: True,
     ) -> tuple[list[Start], dict[int, Hashable]]:
         """Fills free slots from the queue.
 
         Args:
           admits: whether a group's prompt fits a row; the queue waits behind one that does not fit.
+          begins: whether a sample finds the memory that it needs in a shard. If so it starts there;
+            else it waits, and those behind it in the shard too.
 
         Returns:
           The samples that start, and the group of each prefix row that has to be prefilled.
         """
         starts, admitted = [], {}
         for shard in range(self.num_shards):
-            starts += self._fill(shard)
+            starts += self._fill(shard, begins)
         while self._queue and admits(self._queue[0].group):
             roomy = max(
-                (shard for shard in range(self.num_shards) if self._free_rows[shard]),
+                (
+                    shard
+                    for shard in range(self.num_shards)
+                    # Where samples wait for memory, others do not overtake them.
+                    if self._free_rows[shard]
+                    and not (self._admitted[shard] and self._free_slots[shard])
+                ),
                 key=lambda shard: len(self._free_slots[shard]),
                 default=None,
             )
@@ -220,7 +234,7 @@ class Schedule:
             admitted[row], self._left_in_row[row] = group, len(samples)
             places = (_Admitted(group, sample, row, rank) for rank, sample in enumerate(samples))
             self._admitted[roomy].extend(places)
-            starts += self._fill(roomy)
+            starts += self._fill(roomy, begins)
         return starts, admitted
 
     def _next_part(self) -> tuple[Hashable, list]:
@@ -232,11 +246,11 @@ class Schedule:
             self._queue.appendleft(_Queued(group, samples[size:], part))
         return group, samples[:size]
 
-    def _fill(self, shard: int) -> list[Start]:
+    def _fill(self, shard: int, begins: Callable[[Any, int], bool]) -> list[Start]:
         """Starts admitted samples of a shard in its free slots."""
-        starts = []
-        while self._admitted[shard] and self._free_slots[shard]:
-            group, sample, row, rank = self._admitted[shard].popleft()
+        starts, admitted = [], self._admitted[shard]
+        while admitted and self._free_slots[shard] and begins(admitted[0].sample, shard):
+            group, sample, row, rank = admitted.popleft()
             slot = heapq.heappop(self._free_slots[shard])
             self.in_slot[slot] = group, sample
             self.members[row, rank] = slot
@@ -255,6 +269,13 @@ class Schedule:
         """Frees a slot whose sample may go on later."""
         group, sample = self.in_slot[slot]
         self._paused[sample] = _Admitted(group, sample, *self._leave_slot(slot))
+
+    def preempt(self, slot: int):
+        """Frees a slot whose sample goes on before any other that waits in its shard."""
+        (group, sample), shard = self.in_slot[slot], self.shard_of_slot(slot)
+        place = _Admitted(group, sample, *self._leave_slot(slot))
+        self._admitted[shard].appendleft(place)
+        self.num_waiting += 1
 
     def resume(self, sample: Hashable, group: Hashable):
         """Lets a paused sample of a group start again, before those that have not started yet."""

@@ -122,7 +122,11 @@ class SessionSizing:
         limited = self._engine.plan.most_tokens is not None
         planned = schedule_lib.length_bucket(self._longest - 1, self._longest)
         slots, rows = self._engine.sizes_for(
-            groups, self._n, self.most_columns, planned if limited else prefix, self._past
+            groups,
+            self._n,
+            self.most_columns,
+            planned if limited else prefix,
+            lambda slots: slots * self._past,
         )
         if rows < 1:
             raise ValueError(

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels, kv_cache, sampling, state_store
-from adpo_jax.engine.kv_cache import KV, CacheLayout, PastView, View
+from adpo_jax.engine.kv_cache import KV, CacheLayout, PageView, PastView, View
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
@@ -55,7 +55,8 @@ class Slots(NamedTuple):
     row: jax.Array  # int32, prefix row of its prompt
     rank: jax.Array  # int32, its place among the samples of that row
     key_data: jax.Array  # [B, 2] uint32, of its sample
-    # int32, tokens of the completion before it took this slot; None where that is 0 in all slots
+    # int32, tokens of the completion that do not lie in the ring: from before it took this slot, or
+    # in pages; None where that is 0 in all slots
     before: jax.Array | None = None
 
 
@@ -64,6 +65,21 @@ class Past(NamedTuple):
 
     kv: KV  # [S rows, columns]
     view: PastView
+
+
+class PageSizes(NamedTuple):
+    """The sizes of a pool of pages."""
+
+    page: int  # columns of a page
+    pages: int  # on all devices together
+    most: int  # pages of the longest completion
+
+
+class Pages(NamedTuple):
+    """The tokens of samples that left the ring, in pages of a pool."""
+
+    kv: KV  # [pages, columns of a page]
+    table: jax.Array  # [B, N] int32, the pages of each slot
 
 
 class DecodeState(NamedTuple):
@@ -75,6 +91,7 @@ class DecodeState(NamedTuple):
     members: jax.Array  # [P, M] int32, the slot of each sample of a prefix row; 0 where none
     column: jax.Array  # int32 scalar, of the ring, where the next token goes
     past: Past | None = None  # None where all samples began in their slots
+    pages: Pages | None = None  # None where the ring holds the longest completion
 
 
 class ResultTokens(NamedTuple):
@@ -178,12 +195,21 @@ class Verbs:
         """The shapes and shardings of `init_decode_state`'s result."""
         return _abstract_result(Verbs.init_decode_state, self, *sizes)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
     def init_decode_state(
-        self, slots: int, columns: int, rows: int, prefix_length: int, members: int
+        self,
+        slots: int,
+        columns: int,
+        rows: int,
+        prefix_length: int,
+        members: int,
+        pages: PageSizes | None = None,
     ) -> DecodeState:
         """An empty state of these sizes."""
-        ints = jnp.zeros(slots, jnp.int32)
+        ints, pool = jnp.zeros(slots, jnp.int32), None
+        if pages is not None:
+            kv = self.sharded(self.layout.zeros(pages.pages, pages.page))
+            pool = Pages(kv, jnp.zeros((slots, pages.most), jnp.int32))
         return DecodeState(
             own=self.sharded(self.layout.zeros(slots, columns)),
             prefix=Prefixes(
@@ -197,9 +223,11 @@ class Verbs:
                 row=ints,
                 rank=ints,
                 key_data=jnp.zeros((slots, 2), jnp.uint32),
+                before=None if pages is None else ints,
             ),
             members=jnp.zeros((rows, members), jnp.int32),
             column=jnp.zeros((), jnp.int32),
+            pages=pool,
         )
 
     def sharded(self, kv: KV) -> KV:
@@ -402,7 +430,9 @@ class Verbs:
 
     def _forward(self, params, state: DecodeState):
         """Hidden states [B, D] of the slots' tokens, the ring with what they add to it, extras."""
-        slots, layout = state.slots, self.layout
+        slots, layout, pages = state.slots, self.layout, None
+        if state.pages is not None:
+            pages = PageView(state.pages.table, place=slots.generated, length=slots.before)
         view = View(
             position=slots.position,
             age=jnp.where(slots.active, _age(slots), -1),
@@ -412,6 +442,7 @@ class Verbs:
             slot=state.members,
             prefix_length=state.prefix.lengths,
             past=None if state.past is None else state.past.view,
+            pages=pages,
         )
         config, axes = self.policy.config, layout.column_axes()
         attend_part = kernels.attend_part(
@@ -430,6 +461,7 @@ class Verbs:
                 attend=attend_part,
                 mesh=self.policy.mesh,
                 past=None if state.past is None else state.past.kv,
+                pages=None if state.pages is None else state.pages.kv,
             )
             return out[:, None], own
 
@@ -564,7 +596,7 @@ class Verbs:
 
 
 def _age(slots: Slots) -> jax.Array:
-    """[B] int32, the tokens that each slot's sample has fed in its slot."""
+    """[B] int32, the tokens that each slot's sample has in the ring."""
     return slots.generated if slots.before is None else slots.generated - slots.before
 
 

@@ -224,13 +224,19 @@ def sample_records(prompts: Sequence, graded: GradedGroups) -> list[dict]:
 
 
 def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
-    """Lengths in tokens, the share cut off at the limit, tokens a second, and variety."""
+    """Lengths in tokens, the share cut off at the limit, tokens a second, and variety.
+
+    Where long completions lie in pages, also how often a sample waited for some.
+    """
     lengths, seconds = graded.completions.lengths, max(graded.seconds[0], 1e-9)
     P, G = lengths.shape
     texts = graded.texts
     masked = [not completion.trained.any() for completion in graded.completions.flat]
     different = [len(set(texts[i : i + G])) / G for i in range(0, P * G, G)]
-    return turn_metrics(graded) | {
+    stats, metrics = graded.completions.stats, turn_metrics(graded)
+    if "preempted" in stats:
+        metrics["rollout/preempted"] = float(stats["preempted"])
+    return metrics | {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),
         "rollout/truncated_frac": float(np.mean(graded.completions.finish_reasons == "length")),

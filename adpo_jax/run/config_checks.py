@@ -252,6 +252,7 @@ def _check_best_metric(config: ConfigDict) -> None:
         num_samples=config.eval.n,
         ks=tuple(config.eval.ks),
         by_category=bool(config.eval.category_key) or "=" in config.data.val_files,
+        in_pages=config.actor_rollout_ref.rollout.expected_response_length > 0,
         in_turns=bool(config.environment.path or config.environment.url),
         tools=bool(config.environment.path),
         mixture=True,  # the config alone does not say

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "actor_rollout_ref.actor.optim.min_lr_ratio",
     "actor_rollout_ref.actor.optim.weight_decay",
     "actor_rollout_ref.rollout.attention",
+    "actor_rollout_ref.rollout.expected_response_length",
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.num_slots",

@@ -11,7 +11,7 @@ NAMES = {
     "groups": "zero_std_frac all_right_frac all_wrong_frac silence_preferred_frac",
     "rollout": (
         "length_mean length_max truncated_frac masked_frac tokens_per_s unique_frac entropy "
-        "mismatch_kl mismatch_ratio_max turns"
+        "mismatch_kl mismatch_ratio_max preempted turns"
     ),
     "tools": "calls failures seconds",
     "filter": "attempts dropped_frac fillers carried sampled_reward",
@@ -37,6 +37,7 @@ def of_rows(
     num_samples: int,
     ks: tuple[int, ...],
     by_category: bool,
+    in_pages: bool = False,
     in_turns: bool = False,
     tools: bool = False,
     mixture: bool = False,
@@ -50,6 +51,7 @@ def of_rows(
       evaluated: whether there is data to evaluate on.
       num_samples, ks: sampled answers of the evaluation, and the k of its pass@k and maj@k.
       by_category: whether its scores are broken down by category.
+      in_pages: whether memory is planned for completions of expected length.
       in_turns: whether there is an environment.
       tools: whether its tools are known to the run.
       mixture: whether the model may be a mixture of experts.
@@ -59,6 +61,8 @@ def of_rows(
     left_out["router"] = not mixture
     groups = [group for group in NAMES if not left_out.get(group)]
     names = [*of_algorithm, *(f"{g}/{name}" for g in groups for name in NAMES[g].split())]
+    if not in_pages:
+        names.remove("rollout/preempted")
     if not in_turns:
         names.remove("rollout/turns")
     if not evaluated:

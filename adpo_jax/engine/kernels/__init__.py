@@ -5,6 +5,7 @@ that they are tested against. Prefill is attention of whole rows (`attention_ker
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,15 @@ def prefill_attention(
 
 
 def _plain(layout: CacheLayout, soft_cap: float | None, mesh: Mesh | None) -> AttendPart:
-    del mesh  # the partitioner splits the plain version
     transposed = layout.transposed_keys
-    return functools.partial(kv_cache.attend_part, soft_cap=soft_cap, transposed_keys=transposed)
+    plain = functools.partial(kv_cache.attend_part, soft_cap=soft_cap, transposed_keys=transposed)
+    at_home = _of_each_device(plain, mesh)
+
+    def attend(q, kv, index, reach: Reach, table=None) -> Part:
+        # The partitioner splits the plain version, but would gather the pages of all devices.
+        return (plain if table is None else at_home)(q, kv, index, reach, table)
+
+    return attend
 
 
 def _tpu(layout: CacheLayout, soft_cap, mesh, *, interpret=False) -> AttendPart:
@@ -93,22 +100,28 @@ def _of_each_device(kernel: AttendPart, mesh: Mesh | None) -> AttendPart:
     """A kernel that every device runs on its share of the rows and heads."""
     by_row, by_head = ("batch",), ("batch", "kv_heads")
 
-    def attend(q, kv, index, reach: Reach) -> Part:
+    def attend(q, kv, index, reach: Reach, table=None) -> Part:
         stacked = isinstance(kv, LayerKV)
+        rows = kv_cache.any_layer(kv).v.shape[-4]
 
-        def local(q, kv, index, origin, back, length):
+        def local(q, kv, index, origin, back, length, *tables):
             index = index if stacked else 0  # of a tuple it is a number of Python
-            return kernel(q, kv, index, Reach(origin, back, length, reach.ring))
+            reach_here = Reach(origin, back, length, reach.ring)
+            if not tables:
+                return kernel(q, kv, index, reach_here)
+            rows_here = kv_cache.any_layer(kv).v.shape[-4]
+            return kernel(q, kv, index, reach_here, tables[0] % rows_here)
 
         of_layer, stored = ((None, *by_head), kv) if stacked else (by_head, (kv[index],))
         index = index if stacked else 0
+        tables = () if table is None else (table,)
         return on_each_device(
             local,
             mesh,
-            {"batch": q.shape[0], "kv_heads": q.shape[1]},
-            in_axes=(by_head, of_layer, (), by_row, by_row, by_row),
+            {"batch": math.gcd(q.shape[0], rows), "kv_heads": q.shape[1]},
+            in_axes=(by_head, of_layer, (), by_row, by_row, by_row, *(by_row for _ in tables)),
             out_axes=by_head,
-        )(q, stored, index, reach.origin, reach.reach, reach.length)
+        )(q, stored, index, reach.origin, reach.reach, reach.length, *tables)
 
     return attend
 

@@ -1,19 +1,20 @@
 """Decode attention for GPUs in Triton; there is one program for each row and key/value head.
 
 A program walks the blocks of columns that its row sees, from the newest back, with a running
-softmax. The plain version is `kv_cache.attend_part`.
+softmax. With a table it looks up which row of the store, a page, holds a block. The plain version
+is `kv_cache.attend_part`.
 
 Letters: K key/value heads, Q queries of a row and head, D head dim, S columns of a block.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adpo_jax.engine.kernels.decode_tpu import block_range
-from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach
+from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach, block_range
 from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import MASKED
 
@@ -45,10 +46,7 @@ def _kernel(
     reach_ref,
     k_ref,
     v_ref,
-    out_ref,
-    top_ref,
-    total_ref,
-    *,
+    *rest,
     padded: int,
     block: int,
     blocks: int,
@@ -56,6 +54,8 @@ def _kernel(
     ring: bool,
     soft_cap: float | None,
 ):
+    table_ref = rest[0] if len(rest) == 4 else None
+    out_ref, top_ref, total_ref = rest[-3:]
     row, head = pl.program_id(0), pl.program_id(1)
     layer, start, length = index_ref[0], start_ref[row], length_ref[row]
     queries, D = q_ref.shape[2:]
@@ -78,7 +78,11 @@ def _kernel(
         seen = (back <= reach[:, None]) & (at[None, :] < jnp.minimum(length, columns))
         # What no query sees is not read: on average that is a block of each row.
         read = (jnp.max(seen.astype(jnp.int32), axis=0) > 0)[:, None]
-        here = (layer, row, head, pl.ds(this * block, block), slice(None))
+        stored, first = row, this * block
+        if table_ref is not None:
+            of_page = k_ref.shape[-2] // block
+            stored, first = table_ref[row, this // of_page], jax.lax.rem(this, of_page) * block
+        here = (layer, stored, head, pl.ds(first, block), slice(None))
         k = plt.load(k_ref.at[here], mask=read, other=0).astype(q.dtype)
         v = plt.load(v_ref.at[here], mask=read, other=0).astype(q.dtype)
         scores = plt.dot(q, k, trans_b=True)
@@ -109,6 +113,7 @@ def attend_part(
     kv: KV,
     index,
     reach: Reach,
+    table: jax.Array | None = None,
     *,
     soft_cap: float | None = None,
     interpret: bool = False,
@@ -123,7 +128,11 @@ def attend_part(
     if not isinstance(kv, LayerKV):
         kv, index = jax.tree.map(lambda x: x[None], kv[index]), 0
     rows, K, Q, D = q.shape
-    columns = kv.v.shape[-2]
+    columns, tables = kv.v.shape[-2], ()
+    if table is not None:
+        # A block lies within a page.
+        block, columns = math.gcd(block, columns), columns * table.shape[1]
+        tables = (table.astype(jnp.int32),)
     start, last = block_range(reach, columns, block)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     kernel = functools.partial(
@@ -138,7 +147,7 @@ def attend_part(
     part = pl.pallas_call(
         kernel,
         grid=(rows, K),
-        in_specs=[whole] * 9,
+        in_specs=[whole] * (9 + len(tables)),
         out_specs=[whole] * 3,
         out_shape=[
             jax.ShapeDtypeStruct((rows, K, Q, D), jnp.float32),
@@ -147,7 +156,7 @@ def attend_part(
         ],
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
-        name="decode_ring" if reach.ring else "decode_prompts",
+        name="decode_pages" if tables else "decode_ring" if reach.ring else "decode_prompts",
     )(
         jnp.reshape(index, (1,)).astype(jnp.int32),
         start,
@@ -158,5 +167,6 @@ def attend_part(
         reach.reach,
         kv.k,
         kv.v,
+        *tables,
     )
     return Part(*part)

@@ -2,7 +2,8 @@
 
 The stacked cache is read where it lies: the layer is a prefetched scalar, so no slice of the stack
 is copied. Blocks of columns are visited from the newest back. Past the oldest column that a row
-sees, the block index stays the same, so that Mosaic fetches nothing more. The plain version is
+sees, the block index stays the same, so that Mosaic fetches nothing more. With a table a block is a
+page: the table is prefetched too, and the block index is the page's number. The plain version is
 `kv_cache.attend_part`.
 
 Letters: K key/value heads, Q queries of a row and head, D head dim, S columns of a block.
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from adpo_jax.engine.kv_cache import LayerKV, Part, Reach
+from adpo_jax.engine.kv_cache import LayerKV, Part, Reach, block_range
 from adpo_jax.model.attention import MASKED
 
 # Columns of a block. With 8 heads of 128 in bf16 a block of keys is 256 kB.
@@ -23,34 +24,11 @@ BLOCK = 128
 LANES = 128
 
 
-def block_range(reach: Reach, columns: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """Which blocks of columns a row needs.
-
-    Returns:
-      start, last: [rows] int32; block (start - j) mod n for j = 0 .. last.
-    """
-    blocks = -(-columns // block)
-    newest = jnp.max(reach.origin, axis=1)
-    if not reach.ring:
-        newest = jnp.maximum(reach.length - 1, 0)
-    oldest = jnp.min(reach.origin - reach.reach, axis=1)
-    if not reach.ring:
-        oldest = jnp.clip(oldest, 0, newest)
-    start = newest // block
-    last = jnp.clip(start - oldest // block, 0, blocks - 1)
-    return start.astype(jnp.int32), last.astype(jnp.int32)
-
-
 def _kernel(
     layer_ref,
     start_ref,
     last_ref,
     length_ref,
-    q_ref,
-    origin_ref,
-    reach_ref,
-    k_ref,
-    v_ref,
     *rest,
     block: int,
     blocks: int,
@@ -58,8 +36,11 @@ def _kernel(
     ring: bool,
     soft_cap: float | None,
     quantized: bool,
+    paged: bool,
 ):
     del layer_ref  # the index maps use it
+    # Of the table the index maps alone know.
+    q_ref, origin_ref, reach_ref, k_ref, v_ref, *rest = rest[paged:]
     k_scale_ref, v_scale_ref = rest[:2] if quantized else (None, None)
     out_ref, top_ref, total_ref = rest[2:] if quantized else rest
     row, j = pl.program_id(0), pl.program_id(1)
@@ -114,6 +95,7 @@ def attend_part(
     kv: LayerKV,
     index,
     reach: Reach,
+    table: jax.Array | None = None,
     *,
     soft_cap: float | None = None,
     interpret: bool = False,
@@ -122,10 +104,15 @@ def attend_part(
     """As `kv_cache.attend_part`, on a stacked cache with keys [L, rows, K, columns, D]."""
     rows, K, Q, D = q.shape
     columns = kv.v.shape[-2]
-    block = min(block, columns)
+    block, tables = min(block, columns), ()
+    if table is not None:
+        block, columns = columns, columns * table.shape[1]
+        tables = (table.reshape(-1).astype(jnp.int32),)
     blocks = -(-columns // block)
     quantized = kv.k_scale is not None
     start, last = block_range(reach, columns, block)
+    # Tables are wide, for the longest completion; the grid is as long as the longest one there is.
+    visited = blocks if table is None else jnp.max(last) + 1
 
     def of_row(row, j, *scalars):
         return (row, 0, 0, 0)
@@ -136,11 +123,14 @@ def attend_part(
     def column_block(row, j, start, last):
         return jax.lax.rem(start[row] - jnp.minimum(j, last[row]) + blocks, blocks)
 
-    def of_block(row, j, layer, start, last, length):
-        return (layer[0], row, 0, column_block(row, j, start, last), 0)
+    def of_scales(row, j, layer, start, last, length, *tables):
+        this = column_block(row, j, start, last)
+        for table in tables:
+            return (layer[0], table[row * blocks + this], 0, 0)
+        return (layer[0], row, 0, this)
 
-    def of_scales(row, j, layer, start, last, length):
-        return (layer[0], row, 0, column_block(row, j, start, last))
+    def of_block(*args):
+        return (*of_scales(*args), 0)
 
     # One number a query, repeated along the lanes of a vector register.
     per_query = pl.BlockSpec((1, Q, block), of_query)
@@ -162,12 +152,13 @@ def attend_part(
         ring=reach.ring,
         soft_cap=soft_cap,
         quantized=quantized,
+        paged=bool(tables),
     )
     out, top, total = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(rows, blocks),
+            num_scalar_prefetch=4 + len(tables),
+            grid=(rows, visited),
             in_specs=in_specs,
             out_specs=[pl.BlockSpec((1, K, Q, D), of_row), one, one],
         ),
@@ -179,5 +170,5 @@ def attend_part(
         # A chip with two cores gives each of them half of the rows.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
-    )(jnp.reshape(index, (1,)).astype(jnp.int32), start, last, reach.length, *inputs)
+    )(jnp.reshape(index, (1,)).astype(jnp.int32), start, last, reach.length, *tables, *inputs)
     return Part(out, top[..., 0], total[..., 0])
