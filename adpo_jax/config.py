@@ -471,6 +471,15 @@ def _rollout() -> dict[str, Key]:
         "actor_rollout_ref.actor.layout=packed",
         lambda c: c.actor_rollout_ref.actor.layout == "packed",
     )
+    at_once = Need(
+        "completions of one turn (no environment) that are sampled on the spot "
+        "(actor_rollout_ref.rollout.max_staleness=0)",
+        lambda c: (
+            not (
+                c.environment.path or c.environment.url or c.actor_rollout_ref.rollout.max_staleness
+            )
+        ),
+    )
     one_turn = Need(
         "completions of one turn (no environment)",
         lambda c: not (c.environment.path or c.environment.url),
