@@ -65,6 +65,7 @@ def iteration(mesh):
         batch, rewards = tiny.batch(seed=seed)
         state, metrics = learner.learn(state, batch.sequences(), rewards)
         by_machine = ("time/", "update/tokens_per_s", "update/padding_frac", "update/compiles")
+        by_machine += ("update/load_imbalance",)
         history.append({k: v for k, v in metrics.items() if not k.startswith(by_machine)})
     return out.padded("tokens"), jax.device_get((state.params, state.anchor_params)), history
 

@@ -31,7 +31,7 @@ CACHED_SCORE_BYTES = 4 * 2**20
 
 # The most bytes of a mask of all tiles, which is made once for all layers that see alike. A larger
 # one is made tile by tile, with the scores.
-MASK_BYTES = 64 * 2**20
+MASK_BYTES = 16 * 2**20
 
 # From so many tiles of keys on, a CPU adds up their gradients tile by tile: 0.9 ms for 512 listed
 # of 528 tiles, where a product with a 0/1 matrix takes 6 (64 tokens of 2 x 16 numbers, one core).
