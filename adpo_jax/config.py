@@ -467,10 +467,6 @@ def _actor() -> dict[str, Key]:
 
 
 def _rollout() -> dict[str, Key]:
-    packed = Need(
-        "actor_rollout_ref.actor.layout=packed",
-        lambda c: c.actor_rollout_ref.actor.layout == "packed",
-    )
     at_once = Need(
         "completions of one turn (no environment) that are sampled on the spot "
         "(actor_rollout_ref.rollout.max_staleness=0)",
@@ -539,7 +535,7 @@ def _rollout() -> dict[str, Key]:
             "the update takes prompts and completions through the experts of a mixture that they "
             "went through when they were sampled; k bytes a token and layer, for k experts of a "
             "token",
-            needs=(packed, one_turn),
+            needs=(_PACKED, one_turn),
         ),
     }
 
@@ -635,7 +631,9 @@ def _mesh() -> dict[str, Key]:
         "fsdp": Key(-1, "parameters and batch split; -1 for the remaining devices"),
         "tensor": Key(1, "heads, MLP and vocabulary split"),
         "sequence": Key(
-            1, "parameters and the tokens of packed streams split, for long completions"
+            1,
+            "parameters and the tokens of packed streams split, for long completions",
+            needs=(_PACKED,),
         ),
         "expert": Key(1, "experts of a mixture and batch split"),
         "dcn_data": Key(
@@ -716,6 +714,10 @@ def _trainer() -> dict[str, Key]:
     }
 
 
+_PACKED = Need(
+    "actor_rollout_ref.actor.layout=packed",
+    lambda c: c.actor_rollout_ref.actor.layout == "packed",
+)
 _VALIDATION = Need("data.val_files", lambda c: c.data.val_files)
 _SAMPLES = Need("samples (eval.n above 0): the greedy answer has none", lambda c: c.eval.n)
 _COLD_START = Need("a cold start (sft.train_files and sft.steps)", lambda c: c.sft.train_files)

@@ -72,7 +72,8 @@ def num_shares(settings, stream: Stream) -> int:
 
 
 def _attend(kernel: Callable, settings, arrays, keys: Tokens | None, num_tiles: int) -> Attend:
-    """
+    """Attention that every device runs on its share of rows, heads and tiles of queries.
+
     Args:
       kernel: (q, k, v, layer, arrays, keys) -> out.
       arrays: [B, n, ...] or [B, N, ...] each, split as the queries are.
