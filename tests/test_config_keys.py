@@ -24,6 +24,7 @@ from adpo_jax.config import declarations, default_config, keys
 from adpo_jax.data import arithmetic
 from adpo_jax.devices import compilation_cache, sharding
 from adpo_jax.devices.compilation_cache import use as use_cache
+from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.environments.external import External
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.model_config import Mixture
@@ -245,7 +246,7 @@ def first_batch(config):
 def pacing(config):
     """How far ahead of the update groups are sampled."""
     none = dict.fromkeys(("tokenizer", "reward_model", "environments", "train_prompts"))
-    none["sampling"] = types.SimpleNamespace(stop_token_ids=(), n=2, max_tokens=4)
+    none["sampling"] = SamplingParams(n=2, max_tokens=4)
     model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=9))
     none["engine"] = types.SimpleNamespace(policy=model)
     parts = types.SimpleNamespace(num_steps=3, **none)

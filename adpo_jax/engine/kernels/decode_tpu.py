@@ -125,9 +125,10 @@ def attend_part(
 
     def of_scales(row, j, layer, start, last, length, *tables):
         this = column_block(row, j, start, last)
-        for table in tables:
-            return (layer[0], table[row * blocks + this], 0, 0)
-        return (layer[0], row, 0, this)
+        if not tables:
+            return (layer[0], row, 0, this)
+        (table,) = tables
+        return (layer[0], table[row * blocks + this], 0, 0)
 
     def of_block(*args):
         return (*of_scales(*args), 0)
