@@ -202,6 +202,18 @@ def test_recomputing_changes_nothing(remat):
     assert_same(in_rows(False), found)
 
 
+def test_what_is_offloaded_are_the_hidden_states_between_layers_in_the_memory_of_the_host():
+    policy, params = tiny.policy_and_params(gradient_checkpointing="offload")
+    tokens = np.zeros((2, 5), np.int32)
+
+    def total(params):
+        return jnp.sum(policy.hidden(params, tokens, np.ones_like(tokens)))
+
+    text = str(jax.make_jaxpr(jax.grad(total))(params))
+    kept = [line for line in text.splitlines() if "<host>[" in line and "2,2,5,16" in line]
+    assert kept, text
+
+
 def test_every_token_has_one_place_and_a_prompt_runs_once():
     sequences, _ = tiny.sequences()
     packing_of = Packing(sequences, completions_per_micro=4, whole_groups=True, tile=4)

@@ -33,8 +33,11 @@ def adapted_with_windows() -> tuple[Policy, dict]:
     config = tiny.model_config(windows=(None, 4), attention_soft_cap=1.5)
     policy = Policy(config)
     policy, params = policy.with_adapters(policy.init(jax.random.key(0)), LORA, jax.random.key(1))
-    return policy, jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
-                                params)  # fmt: skip
+
+    def moved(x):
+        return x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+
+    return policy, jax.tree.map(moved, params)
 
 
 def mixture() -> tuple[Policy, dict]:
@@ -51,8 +54,8 @@ POLICIES = {
 @functools.cache
 def on_one_device(kind: str):
     batch, rewards = with_holes()
-    return step(*POLICIES[kind](), pack(ragged_of(batch, True), tile=4), rewards,
-                algorithm=ALGORITHM)  # fmt: skip
+    packed = pack(ragged_of(batch, True), tile=4)
+    return step(*POLICIES[kind](), packed, rewards, algorithm=ALGORITHM)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,11 @@ def test_shares_of_queries_attend_to_the_keys_of_all(name):
 
 @pytest.mark.parametrize("lengths", [{"mean": 120.0}, {"P": 2, "G": 4, "T": 8000, "mean": 3000.0}])
 def test_shares_see_equally_many_key_tiles_and_every_token_has_one_place(lengths):
-    sequences = ragged(**lengths)
+    sequences, rng = ragged(**lengths), np.random.default_rng(0)
+    for group in sequences.completions:
+        for g, completion in enumerate(group):
+            tokens = rng.integers(1, 1 << 30, len(completion)).astype(np.int32)
+            group[g] = dataclasses.replace(completion, tokens=tokens)
     cut = {"completions_per_micro": 32, "full_length": 512} if "P" not in lengths else {}
     packing_of = Packing(sequences, **cut, shares=8)
     assert packing_of.load_imbalance < 1.1
@@ -140,8 +147,8 @@ def _seen(batch) -> set:
     for micro in range(batch.num_micro_B[0]):
         streams = jax.tree.map(lambda x: x[0, micro], batch.micro)  # noqa: B023
         n = len(streams.key_tiles)
-        names = list(zip(streams.segments.reshape(n, -1)[:, 0].tolist(),
-                         streams.positions.reshape(n, -1)[:, 0].tolist()))  # fmt: skip
+        firsts = (x.reshape(n, -1)[:, 0].tolist() for x in (streams.segments, streams.positions))
+        names = list(zip(*firsts))
         for name, tiles in zip(names, streams.key_tiles):
             found.add((micro, name, frozenset(names[t - 1] for t in tiles if t)))
     return found

@@ -37,6 +37,7 @@ import numpy as np
 from adpo_jax.model.linear_attention import chunk_of
 from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.records import Batch, Sequences
+from adpo_jax.update.shares import Order, shared_out
 
 # Tokens of an attention tile. On an H200 tiles of 128 are no faster. Forward and the gradients of
 # queries and keys reach 7, 13 and 19% of a v5e's peak with 64, 24, 58 and 54% with 256, by the
@@ -438,15 +439,15 @@ class Packing:
         micro.key_tiles[b, m] = number[micro.key_tiles[b, m]]
 
     @functools.cached_property
-    def _orders(self) -> list[list["_Order"]]:
+    def _orders(self) -> list[list[Order]]:
         """Of each stream, how its tiles are dealt out."""
         prompt_tiles = self.size.prompt // self.tile
 
-        def of_stream(stream: "_Stream") -> _Order:
+        def of_stream(stream: "_Stream") -> Order:
             tiles_of_queries = stream.key_tiles(prompt_tiles)
             costs = np.zeros(self.size.places // self.tile, int)
             costs[: len(tiles_of_queries)] = list(map(len, tiles_of_queries))
-            return _shared_out(costs, prompt_tiles, self.shares)
+            return shared_out(costs, prompt_tiles, self.shares)
 
         return [list(map(of_stream, shard)) for shard in self.streams]
 
@@ -503,45 +504,6 @@ class Packing:
                 for p, g, _, part in stream.places():
                     found[p][g] = np.array(values[part])
         return found
-
-
-class _Order(NamedTuple):
-    """Which tile lies where in a stream whose tiles have been dealt out to shares.
-
-    Attributes:
-      all: [n] int, the number that each tile has where prompts lie before completions.
-      completions: [C / W] int, likewise of the tiles of completions among themselves.
-      loads: [S] int, the key tiles that each share sees.
-    """
-
-    all: np.ndarray
-    completions: np.ndarray
-    loads: np.ndarray
-
-
-def _shared_out(costs: np.ndarray, prompt_tiles: int, shares: int) -> _Order:
-    """Deals tiles out from the dearest to the cheapest, each to the lightest share that has room.
-
-    Args:
-      costs: [n] int, the key tiles that each tile sees, those of prompts first.
-    """
-    loads = np.zeros(shares, int)
-
-    def deal(first: int, end: int) -> np.ndarray:
-        """[S, tiles of a share], ascending in each."""
-        dealt: list[list[int]] = [[] for _ in range(shares)]
-        room = (end - first) // shares
-        for tile in first + np.argsort(-costs[first:end], kind="stable"):
-            open_ones = [s for s in range(shares) if len(dealt[s]) < room]
-            lightest = min(open_ones, key=loads.__getitem__)
-            dealt[lightest].append(tile)
-            loads[lightest] += costs[tile]
-        return np.sort(np.array(dealt, int).reshape(shares, room), axis=1)
-
-    completions = deal(prompt_tiles, len(costs))
-    prompts = deal(0, prompt_tiles)
-    every = np.concatenate([prompts, completions], axis=1).reshape(-1)
-    return _Order(every, completions.reshape(-1) - prompt_tiles, loads)
 
 
 def _needed(streams: list[list["_Stream"]]) -> Size:

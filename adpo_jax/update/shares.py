@@ -1,0 +1,47 @@
+"""Which devices have which tiles of a packed stream that they share (the mesh axis `sequence`).
+
+Letters: n tiles of a stream, W tokens of a tile, C places of completions, S shares.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Order(NamedTuple):
+    """Which tile lies where in a stream whose tiles have been dealt out to shares.
+
+    Attributes:
+      all: [n] int, the number that each tile has where prompts lie before completions.
+      completions: [C / W] int, likewise of the tiles of completions among themselves.
+      loads: [S] int, the key tiles that each share sees.
+    """
+
+    all: np.ndarray
+    completions: np.ndarray
+    loads: np.ndarray
+
+
+def shared_out(costs: np.ndarray, prompt_tiles: int, shares: int) -> Order:
+    """Deals tiles out from the dearest to the cheapest, each to the lightest share that has room.
+
+    Args:
+      costs: [n] int, the key tiles that each tile sees, those of prompts first.
+    """
+    loads = np.zeros(shares, int)
+
+    def deal(first: int, end: int) -> np.ndarray:
+        """[S, tiles of a share], ascending in each."""
+        dealt: list[list[int]] = [[] for _ in range(shares)]
+        room = (end - first) // shares
+        for tile in first + np.argsort(-costs[first:end], kind="stable"):
+            open_ones = [s for s in range(shares) if len(dealt[s]) < room]
+            lightest = min(open_ones, key=loads.__getitem__)
+            dealt[lightest].append(tile)
+            loads[lightest] += costs[tile]
+        return np.sort(np.array(dealt, int).reshape(shares, room), axis=1)
+
+    completions = deal(prompt_tiles, len(costs))
+    prompts = deal(0, prompt_tiles)
+    every = np.concatenate([prompts, completions], axis=1).reshape(-1)
+    return Order(every, completions.reshape(-1) - prompt_tiles, loads)
