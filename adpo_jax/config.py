@@ -666,6 +666,11 @@ def _trainer() -> dict[str, Key]:
         "gradient_checkpointing": Key(
             "none", '"true" means full', choices=("none", "full", "save_dots", "offload")
         ),
+        "scan_layers": Key(
+            True,
+            "the update's layers are the turns of a loop; False writes them out: faster on a GPU, "
+            "and longer to compile",
+        ),
         "bf16": Key(True, "compute in bfloat16; parameters and optimizer stay float32"),
         "save_freq": Key(
             50,

@@ -530,6 +530,7 @@ WALK = {
     "trainer.total_training_steps": ("7", run_length),
     "trainer.per_device_train_batch_size": ("8", learner),
     "trainer.gradient_checkpointing": ("true", policy),
+    "trainer.scan_layers": ("False", policy),
     "trainer.bf16": ("true", policy),
     "trainer.seed": ("5", road, *SHORT),
     "trainer.save_freq": ("2", road, *SHORT),

@@ -194,9 +194,12 @@ def test_streams_on_eight_devices_give_what_one_device_gives():
     assert_same(in_rows(False), found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "save_dots", "offload"])
-def test_recomputing_changes_nothing(remat):
-    policy, params = tiny.policy_and_params(gradient_checkpointing=remat)
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"),
+    [("full", True), ("save_dots", True), ("offload", True), ("none", False), ("full", False)],
+)
+def test_recomputing_changes_nothing(remat, scan_layers):
+    policy, params = tiny.policy_and_params(gradient_checkpointing=remat, scan_layers=scan_layers)
     batch, rewards = tiny.batch()
     found = step(policy, params, pack(batch.sequences(), tile=4), rewards, algorithm=ALGORITHM)
     assert_same(in_rows(False), found)

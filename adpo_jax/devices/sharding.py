@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -256,6 +257,21 @@ def seen(mesh: Mesh) -> Mesh | AbstractMesh:
     """The mesh as code sees it where it is traced: another one within `of_replicas` alone."""
     here = jax.sharding.get_abstract_mesh()
     return here if here.manual_axes == (_REPLICAS,) else mesh
+
+
+def first_device(mesh: Mesh | None) -> jax.Device:
+    """A device of the mesh, which need not be there to compile for; the default one for no mesh."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
+    """Options of XLA for a program whose products have many tokens on a side.
+
+    On a GPU the products of one input stay apart: XLA would copy their operands side by side first,
+    which takes longer than it spares.
+    """
+    on_gpu = first_device(mesh).platform == "gpu"
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if on_gpu else {}
 
 
 def shard_map(

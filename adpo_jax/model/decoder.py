@@ -24,15 +24,18 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import (
     constrain,
+    first_device,
     mesh_axis_size,
     names_of,
+    on_each_device,
     partition_spec,
     rule,
     shard_map,
 )
-from adpo_jax.model import cpu, parameters, two_shapes
+from adpo_jax.model import cpu, norm_rope_gpu, parameters, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
+from adpo_jax.model.attention_choice import old_gpu
 from adpo_jax.model.layers import gated, project, rms_norm, unit_rms
 from adpo_jax.model.linear_attention import Hybrid, Inputs
 from adpo_jax.model.mixture import MixtureFfn
@@ -94,6 +97,47 @@ class LayerWeights:
             return x
         return rms_norm(x, self.params[name], c.norm_eps, c.norm_plus_one)
 
+    def norm_and_rotate(self, x: jax.Array, name: str, cos, sin) -> jax.Array:
+        """Queries "q" or keys "k" [B, T, H, h] after their norm, if they have one, and rotation.
+
+        Args:
+          cos, sin: as for `rope.rotate`.
+        """
+        c, over_heads = self.config, parameters.has(self.config, f"{name}_norm_all")
+        whole = 2 * cos.shape[-1] == x.shape[-1] and not c.rope_interleaved
+        if (
+            whole
+            and not over_heads
+            and self._runs_on_gpu
+            and norm_rope_gpu.runs(x.dtype, x.shape[-1])
+        ):
+            return self._norm_and_rotate_on_gpu(x, name, cos, sin)
+        x = self.norm_over_heads(self.norm(x, f"{name}_norm"), f"{name}_norm_all")
+        return rope_lib.rotate(x, cos, sin, c.rope_interleaved)
+
+    @property
+    def _runs_on_gpu(self) -> bool:
+        """Whether the devices, which need not be there, are GPUs that kernels run on."""
+        device = first_device(self.mesh)
+        return device.platform == "gpu" and not old_gpu(device)
+
+    def _norm_and_rotate_on_gpu(self, x, name, cos, sin):
+        c = self.config
+        has_norm = parameters.has(c, f"{name}_norm")
+        weight = self.params[f"{name}_norm"] if has_norm else None
+
+        def kernel(x, weight, cos, sin):
+            return norm_rope_gpu.norm_and_rotate(
+                x, weight, cos, sin, eps=c.norm_eps, plus_one=c.norm_plus_one
+            )
+
+        by_token, by_head = ("batch", "length"), ("batch", "length", "heads")
+        sizes = dict(zip(by_head, x.shape))
+        local = on_each_device(
+            kernel, self.mesh, sizes, in_axes=(by_head, (), by_token, by_token), out_axes=by_head
+        )
+        return local(x, weight, cos, sin)
+
     def norm_over_heads(self, x: jax.Array, name: str) -> jax.Array:
         """`norm` of x [B, T, H, h] over all heads of a token together."""
         c = self.config
@@ -147,7 +191,7 @@ def attention(
     weights: LayerWeights, x: jax.Array, layer: LayerInfo, rope_tables, cache, attend: Attend
 ):
     """Multi-head attention of x [B, T, D]; returns (out [B, T, D], cache)."""
-    mesh, interleaved = weights.mesh, weights.config.rope_interleaved
+    mesh = weights.mesh
     if not layer.writes:
         return _attention_to_shared_keys(weights, x, layer, rope_tables, cache, attend)
     if weights.has("gated_q"):
@@ -162,10 +206,8 @@ def attention(
         q, gate = jnp.split(q, 2, axis=-1)
     if weights.config.value_norm:
         v = unit_rms(v, weights.config.norm_eps)
-    q, k = weights.norm(q, "q_norm"), weights.norm(k, "k_norm")
-    q, k = weights.norm_over_heads(q, "q_norm_all"), weights.norm_over_heads(k, "k_norm_all")
     cos, sin, *scales = _tables_of(layer, rope_tables, q.shape[-1])
-    q, k = (rope_lib.rotate(x, cos, sin, interleaved) for x in (q, k))
+    q, k = (weights.norm_and_rotate(x, name, cos, sin) for x, name in ((q, "q"), (k, "k")))
     if weights.config.qk_unit_norm:
         turns = [rope.kind != "none" for rope in weights.config.ropes]
         is_normed = jnp.asarray(turns)[layer.rope]
@@ -216,9 +258,9 @@ def _linear_products(weights: LayerWeights, x: jax.Array) -> list[jax.Array]:
 
 def _attention_to_shared_keys(weights: LayerWeights, x, layer, rope_tables, cache, attend: Attend):
     """`attention` of a layer without keys and values; `attend` has those of an earlier layer."""
-    q = weights.norm(weights.dense(x, "q"), "q_norm")
+    q = weights.dense(x, "q")
     cos, sin = _tables_of(layer, rope_tables, q.shape[-1])
-    q = rope_lib.rotate(q, cos, sin, weights.config.rope_interleaved)
+    q = weights.norm_and_rotate(q, "q", cos, sin)
     q = constrain(q, weights.mesh, "batch", "length", "heads", None)
     attended, cache = attend(q, None, None, layer, cache)
     return weights.dense(attended, "o"), cache
@@ -311,6 +353,7 @@ def decoder(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: str = "none",
+    scan_layers: bool = True,
     lora_scale: float = 1.0,
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """Embeds tokens and runs the stack of layers.
@@ -328,6 +371,9 @@ def decoder(
         `ffn` gets hidden states without a norm.
       dtype: dtype of the computation; norms, softmax and logits are float32 whatever it is.
       remat: what the backward pass recomputes of stacked layers, one of `REMAT_POLICIES`.
+      scan_layers: whether stacked layers are the turns of a loop, which compiles fast; False writes
+        them one after the other, and what each keeps for the backward pass is an array of its own
+        in place of a copy into a stack.
       lora_scale: scale of the adapters.
 
     Returns:
@@ -377,29 +423,33 @@ def decoder(
             layers,
             info,
             of_layers,
-            functools.partial(_recomputed, remat=remat),
+            functools.partial(_recomputed, remat=remat, scanned=scan_layers),
+            unroll=not scan_layers,
         )
     else:
 
         def run(carry, params_and_info):
             return run_layer(carry, *params_and_info, rope_tables)
 
-        run = _recomputed(run, remat)
+        run = _recomputed(run, remat, scanned=scan_layers)
         for part, _ in parameters.runs_of_layers(config):
             of_part = parameters.layers_of(layers, config, part)
             of_info = info.of(slice(part.start, part.stop), jnp.asarray)
-            (x, cache), extras = jax.lax.scan(run, (x, cache), (of_part, of_info))
+            (x, cache), extras = jax.lax.scan(
+                run, (x, cache), (of_part, of_info), unroll=not scan_layers
+            )
     if config.shared_kv_layers:
         cache, _ = cache
     x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
     return x, cache, extras
 
 
-def _recomputed(run: Callable, remat: str) -> Callable:
+def _recomputed(run: Callable, remat: str, *, scanned: bool) -> Callable:
     """A layer of which the backward pass recomputes what `remat` says."""
     if remat == "none":
         return run
-    return jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    # Outside of a loop the compiler would find the first result again and keep it.
+    return jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
 
 
 @jax.named_scope("embed")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices import sharding
-from adpo_jax.model.head import TOKENS_PER_CHUNK, _Head, _head_of
+from adpo_jax.model.head import _Head, _head_of
 from adpo_jax.model.model_config import ModelConfig
 
 
@@ -91,7 +91,7 @@ def token_divergences(
     beta: float,
     temperature: float = 1.0,
     mesh: Mesh | None = None,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    tokens_per_chunk: int | None = None,
 ) -> jax.Array:
     """The generalised Jensen-Shannon divergence of policy and teacher at each place.
 
@@ -103,7 +103,7 @@ def token_divergences(
     Args:
       hidden_BTD, teacher_hidden_BTE: hidden states of both models at the same places.
       temperature: divides the logits of both.
-      tokens_per_chunk: tokens of a device whose logits are alive at once.
+      tokens_per_chunk: as for `head.token_log_probs`.
 
     Returns:
       [B, T] float32, in nats.

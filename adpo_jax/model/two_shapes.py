@@ -46,7 +46,15 @@ def no_keys_yet(config: ModelConfig, shape: tuple[int, int], dtype, mesh: Mesh |
 
 
 def scan_periods(
-    config: ModelConfig, run_layer, carry, layers, info: LayerInfo, of_layers, recomputed
+    config: ModelConfig,
+    run_layer,
+    carry,
+    layers,
+    info: LayerInfo,
+    of_layers,
+    recomputed,
+    *,
+    unroll: bool = False,
 ):
     """The scans of the decoder over layers of two kinds; a step of a scan is one period of them.
 
@@ -55,6 +63,7 @@ def scan_periods(
       info: that of all layers, arrays [L].
       of_layers: [L, B, T, P], their own embeddings; None for none.
       recomputed: makes of `run_layer` what the backward pass runs again.
+      unroll: whether all periods are written out in place of a loop.
 
     Returns:
       (carry, extras stacked over all layers that have them).
@@ -81,7 +90,7 @@ def scan_periods(
                 extras += [more] if more else []
             return carry, jax.tree.map(lambda *x: jnp.stack(x), *extras or [{}])
 
-        carry, extras = jax.lax.scan(one_period, carry, (stacked, each))
+        carry, extras = jax.lax.scan(one_period, carry, (stacked, each), unroll=unroll)
         return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), extras)
 
     all_extras = []

@@ -49,6 +49,7 @@ class Policy:
       param_dtype: dtype of the parameters; adapters are float32 whatever it is.
       mesh: the devices that the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
+      scan_layers: whether the layers of whole sequences are the turns of a loop; see `decoder`.
       attention: attention of whole sequences, one of `attention_choice.NAMES`; refused where it
         cannot run.
       lora: the adapters beside the weights, which are frozen then; None for none.
@@ -61,6 +62,7 @@ class Policy:
     param_dtype: Any = jnp.float32
     mesh: Mesh | None = None
     gradient_checkpointing: str = "none"
+    scan_layers: bool = True
     attention: str = "auto"
     lora: Lora | None = None
     hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -106,6 +108,7 @@ class Policy:
         mesh: Mesh | None = None,
         gradient_checkpointing: str = "none",
         override_config: Mapping[str, Any] | None = None,
+        scan_layers: bool = True,
     ) -> tuple["Policy", Any]:
         """Loads a model from a Hugging Face folder or hub name; safetensors only.
 
@@ -115,7 +118,7 @@ class Policy:
           name: a local folder, or a name on the hub, which is downloaded.
           dtype: dtype of the computation.
           param_dtype: dtype of the parameters; None for `dtype`.
-          mesh, gradient_checkpointing: as for `Policy`.
+          mesh, gradient_checkpointing, scan_layers: as for `Policy`.
           override_config: keys of config.json with other values; None leaves the key out.
 
         Returns:
@@ -129,7 +132,7 @@ class Policy:
             name, override=override_config
         )
         policy = cls.abstract_from_config(
-            config_json, dtype, param_dtype, mesh, gradient_checkpointing
+            config_json, dtype, param_dtype, mesh, gradient_checkpointing, scan_layers
         )
         policy = dataclasses.replace(policy, generation_config=generation_config)
         policy.check_room()
@@ -147,6 +150,7 @@ class Policy:
         param_dtype: Any = None,
         mesh: Mesh | None = None,
         gradient_checkpointing: str = "none",
+        scan_layers: bool = True,
     ) -> tuple["Policy", Any]:
         """A model with random weights.
 
@@ -158,7 +162,7 @@ class Policy:
           (policy, params); the other arguments and errors as of `from_pretrained`.
         """
         policy = cls.abstract_from_config(
-            hf_config, dtype, param_dtype, mesh, gradient_checkpointing
+            hf_config, dtype, param_dtype, mesh, gradient_checkpointing, scan_layers
         )
         policy.check_room()
         return policy, policy.init(key)
@@ -171,6 +175,7 @@ class Policy:
         param_dtype: Any = None,
         mesh: Mesh | None = None,
         gradient_checkpointing: str = "none",
+        scan_layers: bool = True,
     ) -> "Policy":
         """The policy alone, without weights: for shapes, compilation and dry runs.
 
@@ -183,6 +188,7 @@ class Policy:
             param_dtype=dtype if param_dtype is None else param_dtype,
             mesh=mesh,
             gradient_checkpointing=gradient_checkpointing,
+            scan_layers=scan_layers,
             hf_config=hf_config,
         )
 
@@ -366,6 +372,7 @@ class Policy:
             dtype=self.dtype,
             mesh=self.mesh,
             remat=self.gradient_checkpointing,
+            scan_layers=self.scan_layers or kv_cache is not None,
             lora_scale=self._lora_scale,
         )
 

@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "trainer.rollout_data_dir",
     "trainer.save_freq",
     "trainer.save_total_limit",
+    "trainer.scan_layers",
     "trainer.test_freq",
     "trainer.total_epochs",
     "trainer.total_training_steps",

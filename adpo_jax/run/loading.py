@@ -402,4 +402,5 @@ def _policy_kwargs(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict:
         "param_dtype": dtype if source.lora else jnp.float32,
         "mesh": mesh,
         "gradient_checkpointing": config.trainer.gradient_checkpointing,
+        "scan_layers": config.trainer.scan_layers,
     }

@@ -23,7 +23,7 @@ import optax
 from adpo_jax import update
 from adpo_jax.devices import distributed, offload
 from adpo_jax.devices.meter import Meter
-from adpo_jax.devices.sharding import BatchSharding, device_bytes
+from adpo_jax.devices.sharding import BatchSharding, device_bytes, first_device
 from adpo_jax.losses import Algorithm
 from adpo_jax.model import lora
 from adpo_jax.model.model_config import ModelConfig
@@ -101,7 +101,7 @@ class Learner:
 
     def __post_init__(self):
         mesh = self.policy.mesh if self.policy else None
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        device = first_device(mesh)
         if self.offload_optimizer:
             offload.check(device, "actor.optimizer_offload")
         if self.anchor.offload:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adpo_jax.devices.sharding import compiler_options
 from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.shared import k3
@@ -214,7 +215,7 @@ def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1
     def log_probs(params, batch: Batch | PackedBatch):
         return scorer.batch(params, layout_of(batch, num_micro=num_micro))
 
-    return jax.jit(log_probs)
+    return jax.jit(log_probs, compiler_options=compiler_options(policy.mesh))
 
 
 def make_update(
@@ -331,7 +332,7 @@ def make_update(
         metrics[SKIPPED] = 1.0 - sound
         return state.replace(params=lora.join(trained, frozen), opt_state=opt_state), metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, compiler_options=compiler_options(policy.mesh))
 
 
 def _check_kind(name: str, value: Any, kind: Any, meaning: str) -> None:

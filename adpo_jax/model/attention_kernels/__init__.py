@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from adpo_jax.devices.sharding import first_device
 from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
 from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
@@ -59,8 +60,7 @@ class Settings(NamedTuple):
     @property
     def platform(self) -> str:
         """The platform of the model's devices, which need not be there to compile for them."""
-        mesh = self.mesh
-        return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        return first_device(self.mesh).platform
 
 
 def self_attention(
