@@ -318,6 +318,8 @@ def test_jax_takes_three_quarters_of_a_gpu_or_what_the_environment_says(monkeypa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+@pytest.mark.filterwarnings("ignore:attention 'pallas_gpu' of ")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_an_iteration_compiles_for_a_gpu_and_two_machines_have_eight_each():
     if not topologies.has_gpu_compiler():
         pytest.skip("needs the extra [gpu-aot]")

@@ -103,23 +103,20 @@ class LayerWeights:
         Args:
           cos, sin: as for `rope.rotate`.
         """
-        c, over_heads = self.config, parameters.has(self.config, f"{name}_norm_all")
+        c = self.config
         whole = 2 * cos.shape[-1] == x.shape[-1] and not c.rope_interleaved
-        if (
-            whole
-            and not over_heads
-            and self._runs_on_gpu
-            and norm_rope_gpu.runs(x.dtype, x.shape[-1])
-        ):
+        over_heads = parameters.has(c, f"{name}_norm_all")
+        # In a step of decoding, the compiler's own kernels take no longer.
+        if x.shape[1] > 1 and whole and not over_heads and self._has_kernel(x):
             return self._norm_and_rotate_on_gpu(x, name, cos, sin)
         x = self.norm_over_heads(self.norm(x, f"{name}_norm"), f"{name}_norm_all")
         return rope_lib.rotate(x, cos, sin, c.rope_interleaved)
 
-    @property
-    def _runs_on_gpu(self) -> bool:
-        """Whether the devices, which need not be there, are GPUs that kernels run on."""
+    def _has_kernel(self, x: jax.Array) -> bool:
+        """Whether a kernel for GPUs takes heads x on these devices, which need not be there."""
         device = first_device(self.mesh)
-        return device.platform == "gpu" and not old_gpu(device)
+        on_gpu = device.platform == "gpu" and not old_gpu(device)
+        return on_gpu and norm_rope_gpu.runs(x.dtype, x.shape[-1])
 
     def _norm_and_rotate_on_gpu(self, x, name, cos, sin):
         c = self.config

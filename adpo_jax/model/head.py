@@ -28,6 +28,8 @@ from jax.sharding import PartitionSpec as Spec
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import axes_that_split
+from adpo_jax.model import head_gpu
+from adpo_jax.model.attention_choice import old_gpu
 from adpo_jax.model.model_config import ModelConfig
 
 # Tokens of a device whose logits are alive at once; at V = 151,936 a thousand take 0.6 GB.
@@ -47,6 +49,7 @@ class _Head:
       rows_axes, places_axes: mesh axes that split the rows and the tokens of a row.
       vocab_axis: the mesh axis that splits the vocabulary, empty for none.
       width_axes: mesh axes that split the width of the weight.
+      with_kernel: whether a kernel for GPUs goes over the logits.
     """
 
     tied: bool
@@ -60,6 +63,7 @@ class _Head:
     places_axes: tuple[str, ...]
     vocab_axis: str
     width_axes: tuple[str, ...]
+    with_kernel: bool
 
     @property
     def weight_spec(self) -> Spec:
@@ -122,6 +126,11 @@ class _Head:
 
     def scores(self, logits_CV, targets_C):
         """(log-prob [C], entropy [C], log of the partition function [C])."""
+        if self.with_kernel:
+            log_z_C, mean_C = head_gpu.log_z_and_mean(logits_CV)
+            target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+            entropy_C = log_z_C - mean_C if self.with_entropy else jnp.zeros_like(log_z_C)
+            return target_C - log_z_C, entropy_C, log_z_C
         top_C = self.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
         exp_CV = jnp.exp(logits_CV - top_C[:, None])
         sum_C = self.over_vocab(jax.lax.psum, jnp.sum(exp_CV, axis=-1))
@@ -197,13 +206,15 @@ def _head_of(
     config, params, mesh, hidden_BTD, chunk: int | None, **settings
 ) -> tuple[_Head, jax.Array]:
     """The head for hidden states of this shape, and its weight."""
+    device = sharding.first_device(mesh)
+    on_gpu = device.platform == "gpu"
     if chunk is None:
-        on_gpu = sharding.first_device(mesh).platform == "gpu"
         chunk = TOKENS_PER_CHUNK_GPU if on_gpu else TOKENS_PER_CHUNK
     names, (B, T) = sharding.names_of, hidden_BTD.shape[:2]
     rows_axes = names(axes_that_split(mesh, "batch", B))
     places_axes = names(axes_that_split(mesh, "length", T))
     width_axes = names(axes_that_split(mesh, "embed", config.hidden_size))
+    vocab_axis = axes_that_split(mesh, "vocab", config.vocab_size) or ""
     head = _Head(
         tied=config.tie_embeddings,
         divisor=config.logit_divisor,
@@ -214,7 +225,8 @@ def _head_of(
         places_axes=places_axes,
         # Devices with the same tokens each make the whole gradient, so that no parts are added up.
         width_axes=width_axes if {*width_axes} <= {*rows_axes, *places_axes} else (),
-        vocab_axis=axes_that_split(mesh, "vocab", config.vocab_size) or "",
+        vocab_axis=vocab_axis,
+        with_kernel=on_gpu and not vocab_axis and not old_gpu(device) and head_gpu.runs(),
         **settings,
     )
     return head, params["embed"] if config.tie_embeddings else params["head"]

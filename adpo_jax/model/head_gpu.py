@@ -1,0 +1,77 @@
+"""What the head needs of a chunk of logits, in one pass over them: a kernel for GPUs, in Triton.
+
+XLA reads the logits once for their maxima and once more for the sums; they are the largest array of
+an update. A program here reads one row, block by block, and keeps a maximum and sums for each place
+of a block (Milakov and Gimelshein 2018, arXiv 1805.02867), which it joins at the end. The plain
+version is in `head._Head.scores`.
+
+Letters: C tokens, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+try:  # jax 0.12 calls it deprecated; a later one has it no more
+    from jax.experimental.pallas import triton as plt
+except ImportError:
+    plt = None
+
+BLOCK, WARPS = 4096, 8
+# Below any logit, and finite, so that no difference of two is NaN.
+_LOWEST = -1e30
+
+
+def runs() -> bool:
+    """Whether there is a kernel under this jax."""
+    return plt is not None
+
+
+def log_z_and_mean(logits_CV: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The log of the partition function of each row, and the mean logit under its softmax.
+
+    Args:
+      logits_CV: float32, finite.
+
+    Returns:
+      (log_z, mean), each [C] float32.
+    """
+    C, V = logits_CV.shape
+    block = min(BLOCK, 1 << (V - 1).bit_length())
+    whole = pl.BlockSpec(memory_space=pl.ANY)
+    of_row = jax.ShapeDtypeStruct((C,), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_kernel, V, block),
+        grid=(C,),
+        in_specs=[whole],
+        out_specs=[whole, whole],
+        out_shape=[of_row, of_row],
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+        name="head_sums",
+    )(logits_CV)
+
+
+def _kernel(V: int, block: int, logits, log_z, mean):
+    row, place = pl.program_id(0), jnp.arange(block)
+
+    def visit(i, sums):
+        top, total, weighted = sums
+        inside = i * block + place < V
+        at = logits.at[row, pl.ds(i * block, block)]
+        x = plt.load(at, mask=inside, other=_LOWEST)
+        new_top = jnp.maximum(top, x)
+        shrink, exp = jnp.exp(top - new_top), jnp.exp(x - new_top)
+        exp = jnp.where(inside, exp, 0.0)
+        return new_top, total * shrink + exp, weighted * shrink + exp * x
+
+    zeros = jnp.zeros(block, jnp.float32)
+    first = jnp.full(block, _LOWEST, jnp.float32), zeros, zeros
+    top, total, weighted = jax.lax.fori_loop(0, pl.cdiv(V, block), visit, first)
+    highest = jnp.max(top, axis=0)
+    share = jnp.exp(top - highest)
+    total, weighted = jnp.sum(total * share, axis=0), jnp.sum(weighted * share, axis=0)
+    plt.store(log_z.at[row], highest + jnp.log(total))
+    plt.store(mean.at[row], weighted / total)

@@ -1,0 +1,52 @@
+"""Small kernels for GPUs against the plain functions, in Pallas' interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adpo_jax.model import head_gpu, norm_rope_gpu, rope
+from adpo_jax.model.layers import rms_norm
+
+
+@pytest.mark.parametrize(
+    ("normed", "plus_one", "shape"),
+    [(True, False, (2, 6, 3, 64)), (True, True, (1, 8, 8, 32)), (False, False, (1, 5, 4, 128))],
+)
+def test_the_kernel_of_norm_and_rotation_equals_the_plain_functions(normed, plus_one, shape):
+    _, T, _, D = shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2])
+    weight = jax.random.normal(keys[2], (D,)) if normed else None
+    positions = jnp.broadcast_to(3 * jnp.arange(T), shape[:2])
+    cos, sin = (table[0] for table in rope.cos_sin((rope.Rope(),), D, positions))
+
+    def plain(x, weight):
+        normed = x if weight is None else rms_norm(x, weight, 1e-6, plus_one)
+        return rope.rotate(normed, cos, sin)
+
+    def kernel(x, weight):
+        settings = {"eps": 1e-6, "plus_one": plus_one, "interpret": True}
+        return norm_rope_gpu.norm_and_rotate(x, weight, cos, sin, **settings)
+
+    wanted, found = (jax.vjp(f, x, weight) for f in (plain, kernel))
+    np.testing.assert_array_equal(wanted[0], found[0])
+    (wanted_x, wanted_w), (found_x, found_w) = wanted[1](g), found[1](g)
+    np.testing.assert_allclose(*(np.float32(y) for y in (wanted_x, found_x)), rtol=1e-2, atol=1e-4)
+    if normed:
+        np.testing.assert_allclose(wanted_w, found_w, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_the_kernel_does_not_take_are_told():
+    assert norm_rope_gpu.runs(jnp.bfloat16, 128)
+    assert not norm_rope_gpu.runs(jnp.float32, 128)
+    assert not norm_rope_gpu.runs(jnp.bfloat16, 96)
+
+
+@pytest.mark.parametrize("V", [100, 3 * head_gpu.BLOCK - 7])
+def test_one_pass_over_the_logits_gives_the_partition_function_and_the_mean(V):
+    logits = 5 * jax.random.normal(jax.random.key(0), (3, V)) - 40.0
+    log_z, mean = head_gpu.log_z_and_mean(logits, interpret=True)
+    np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
+    wanted = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
+    np.testing.assert_allclose(mean, wanted, rtol=1e-6)
