@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from adpo_jax.devices import topologies
 from adpo_jax.model import head_gpu, norm_rope_gpu, rope
 from adpo_jax.model.layers import rms_norm
 
@@ -50,3 +52,25 @@ def test_one_pass_over_the_logits_gives_the_partition_function_and_the_mean(V):
     np.testing.assert_allclose(log_z, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
     wanted = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
     np.testing.assert_allclose(mean, wanted, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_the_small_kernels_compile_for_an_h100():
+    if not topologies.has_gpu_compiler():
+        pytest.skip("needs the extra [gpu-aot]")
+    devices = topologies.topology_devices("h100:1")
+    here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+
+    def total(x, weight, cos, logits):
+        heads = norm_rope_gpu.norm_and_rotate(x, weight, cos, cos)
+        return jnp.sum(heads.astype(jnp.float32)) + jnp.sum(head_gpu.log_z_and_mean(logits)[1])
+
+    shapes = {(2, 6, 3, 64): jnp.bfloat16, (64,): jnp.float32, (2, 6, 32): jnp.float32}
+    shapes |= {(3, 5000): jnp.float32}
+    given = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes.items()]
+    made = topologies.lowered(
+        jax.jit(jax.value_and_grad(total, (0, 1))).trace(*given), devices[0]
+    ).compile()
+    text = made.as_text()
+    assert all(name in text for name in ("norm_rope_gradient", "head_sums"))
