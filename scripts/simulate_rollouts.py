@@ -9,8 +9,9 @@ after each window of steps wait for each other and look whether the iteration ha
 slots of a host take a step together, in `--step-ms`
 milliseconds and `--token-ns` nanoseconds for each token that its live samples have. Lengths are
 lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new weights is
-prefilled again, at `--prefill-tokens-per-s` a host. The update is not counted. One JSON line a
-staleness.
+prefilled again, at `--prefill-tokens-per-s` a host and `--prefill-call-ms` a call; so are prompts,
+of `--prompt-tokens` each, when the first of their samples gets a slot. The update is not counted.
+One JSON line a staleness. `scripts/bench_simulation.py` holds it against the schedule with a model.
 
 The defaults are an 8B model on v5p-128: 16 hosts of 4 chips, each with weights of 16.4 GB read once
 a step and 147 kB of keys and values a token, at 80% of the bandwidth of 4 x 2.765 TB/s.
@@ -44,6 +45,8 @@ def arguments():
     parser.add_argument("--step-ms", type=float, default=1.85)
     parser.add_argument("--token-ns", type=float, default=16.6)
     parser.add_argument("--prefill-tokens-per-s", type=float, default=60_000.0)
+    parser.add_argument("--prefill-call-ms", type=float, default=0.0)
+    parser.add_argument("--prompt-tokens", type=float, default=0.0)
     parser.add_argument("--ahead", type=int, default=0, help="groups; 0 for all that it may")
     parser.add_argument(
         "--dispatch", type=int, default=LEAST_STEPS, help="steps after which free slots are filled"
@@ -75,15 +78,13 @@ class Host:
         self.left: dict[int, list[int]] = {}  # of each sample of a group in flight, 0 at its end
         self.slot_steps = self.live_steps = self.prefilled = 0
 
-    def begin(self, new: list[int]) -> float:
-        """Takes new groups in, and prefills what goes on; returns the seconds that it takes."""
+    def begin(self, new: list[int]) -> None:
+        """Takes new groups in; what goes on waits for its slot before them."""
         self.left |= {n: self.lengths[n].tolist() for n in new}
         self.waiting = [(n, i) for n, group in self.left.items() for i in range(len(group))]
         self.waiting = [(n, i) for n, i in self.waiting if self.left[n][i]][::-1]
-        again = sum(self._there(n, i) for n, i in self.waiting)
-        self.prefilled += again
         self.now, self.live, self.tokens = 0, [], 0  # live: a heap of (last step, group, sample)
-        return again / self.a.prefill_tokens_per_s
+        self.in_rows: set[int] = set()  # groups whose prompts are prefilled
 
     def _there(self, n: int, i: int) -> int:
         """Tokens that a sample has."""
@@ -93,10 +94,7 @@ class Host:
         """Decodes so many steps, or as long as anything is left; returns the seconds."""
         a, until, seconds = self.a, self.now + most_steps, 0.0
         while self.now < until:
-            while self.waiting and len(self.live) < a.slots:
-                n, i = self.waiting.pop()
-                heapq.heappush(self.live, (self.now + self.left[n][i], n, i))
-                self.tokens += self._there(n, i)
+            seconds += self._fill()
             if not self.live:
                 break
             steps = a.dispatch * -(-(self.live[0][0] - self.now) // a.dispatch)
@@ -113,6 +111,21 @@ class Host:
                 self.tokens -= int(self.lengths[n][i]) + self.now - last
                 self.left[n][i] = 0
         return seconds
+
+    def _fill(self) -> float:
+        """Starts samples in free slots; returns the seconds that their prefill takes."""
+        a, prompts, again = self.a, 0, 0
+        while self.waiting and len(self.live) < a.slots:
+            n, i = self.waiting.pop()
+            heapq.heappush(self.live, (self.now + self.left[n][i], n, i))
+            prompts += n not in self.in_rows
+            self.in_rows.add(n)
+            again += self._there(n, i)
+        self.prefilled += again
+        self.tokens += again
+        calls = bool(prompts) + bool(again)
+        tokens = prompts * a.prompt_tokens + again
+        return calls * a.prefill_call_ms / 1e3 + tokens / a.prefill_tokens_per_s
 
     @property
     def whole(self) -> list[int]:
@@ -150,9 +163,8 @@ def simulated(a, staleness: int, lengths: np.ndarray) -> dict:
         following += len(new)
         admitted_at |= dict.fromkeys(new, step)
         owners |= shared_out(new, owners.values(), a.hosts)
-        seconds += max(
-            host.begin([n for n in new if owners[n] == number]) for number, host in enumerate(hosts)
-        )
+        for number, host in enumerate(hosts):
+            host.begin([n for n in new if owners[n] == number])
         while True:
             whole = [n for host in hosts for n in host.whole]
             chosen = pacing.chosen(step, admitted_at, whole)

@@ -6,7 +6,7 @@ Source of the two terms: Chowdhery et al. 2022, "PaLM", arXiv 2204.02311, append
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 
@@ -27,6 +27,7 @@ class Meter:
         self._update, self._make_plain, self._plain = update, plain, None
         chips = [chip_of(device) for device in devices]
         self._peak = None if None in chips else sum(chip.flops for chip in chips)
+        self._counted: dict[Hashable, collections.Counter] = {}
 
     def count(self, args: tuple, turns: int) -> collections.Counter:
         """Operations of one call of the update, under the names of the metrics.
@@ -40,10 +41,20 @@ class Meter:
         return self.operations(args, turns)
 
     def operations(self, args: tuple, turns: int) -> collections.Counter:
-        """As `count`, whatever the devices are."""
-        self._plain = self._plain or self._make_plain()
-        model, run = (traced_flops(p.trace(*args), turns) for p in (self._plain, self._update))
-        return collections.Counter({"update/mfu": model, "update/hfu": run})
+        """As `count`, whatever the devices are.
+
+        Each kind of arguments is counted once: tracing a program and walking through it takes tens
+        of milliseconds, and the device waits.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+        kind = turns, structure, shapes
+        if kind not in self._counted:
+            self._plain = self._plain or self._make_plain()
+            model, run = (traced_flops(p.trace(*args), turns) for p in (self._plain, self._update))
+            found = {"update/mfu": model, "update/hfu": run}
+            self._counted[kind] = collections.Counter(found)
+        return self._counted[kind]
 
     def shares(self, operations: collections.Counter, seconds: float) -> dict[str, float]:
         """The metrics: these operations in this time as shares of the devices' peak."""

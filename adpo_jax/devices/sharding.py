@@ -268,15 +268,10 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
     """Options of XLA for a program whose products have many tokens on a side.
 
     On a GPU the products of one input stay apart: XLA would copy their operands side by side first,
-    which takes longer than it spares. And its kernels are launched one by one: the host would mend
-    a graph of all of them before each step, since the arrays lie elsewhere, and the device wait.
+    which takes longer than it spares.
     """
-    if first_device(mesh).platform != "gpu":
-        return {}
-    return {
-        "xla_gpu_dot_merger_threshold_mb": 0,
-        "xla_gpu_graph_min_graph_size": np.iinfo(np.int32).max,
-    }
+    on_gpu = first_device(mesh).platform == "gpu"
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if on_gpu else {}
 
 
 def shard_map(

@@ -1,9 +1,9 @@
 """What the head needs of a chunk of logits, in one pass over them: a kernel for GPUs, in Triton.
 
 XLA reads the logits once for their maxima and once more for the sums; they are the largest array of
-an update. A program here reads one row, block by block, and keeps a maximum and sums for each place
-of a block (Milakov and Gimelshein 2018, arXiv 1805.02867), which it joins at the end. The plain
-version is in `head._Head.scores`.
+an update. A program here reads one row, two blocks at a time, and keeps a maximum and sums for each
+place of a block, which it joins at the end (Milakov and Gimelshein 2018, arXiv 1805.02867). The
+plain version is in `head._Head.scores`.
 
 Letters: C tokens, V vocabulary.
 """
@@ -59,17 +59,23 @@ def _kernel(V: int, block: int, logits, log_z, mean):
 
     def visit(i, sums):
         top, total, weighted = sums
-        inside = i * block + place < V
-        at = logits.at[row, pl.ds(i * block, block)]
-        x = plt.load(at, mask=inside, other=_LOWEST)
-        new_top = jnp.maximum(top, x)
-        shrink, exp = jnp.exp(top - new_top), jnp.exp(x - new_top)
-        exp = jnp.where(inside, exp, 0.0)
-        return new_top, total * shrink + exp, weighted * shrink + exp * x
+        firsts = [(2 * i + j) * block for j in range(2)]
+        inside = [first + place < V for first in firsts]
+        each = [
+            plt.load(logits.at[row, pl.ds(first, block)], mask=mask, other=_LOWEST)
+            for first, mask in zip(firsts, inside)
+        ]
+        new_top = jnp.maximum(top, jnp.maximum(*each))
+        shrink = jnp.exp(top - new_top)
+        total, weighted = total * shrink, weighted * shrink
+        for x, mask in zip(each, inside):
+            exp = jnp.where(mask, jnp.exp(x - new_top), 0.0)
+            total, weighted = total + exp, weighted + exp * x
+        return new_top, total, weighted
 
     zeros = jnp.zeros(block, jnp.float32)
     first = jnp.full(block, _LOWEST, jnp.float32), zeros, zeros
-    top, total, weighted = jax.lax.fori_loop(0, pl.cdiv(V, block), visit, first)
+    top, total, weighted = jax.lax.fori_loop(0, pl.cdiv(V, 2 * block), visit, first)
     highest = jnp.max(top, axis=0)
     share = jnp.exp(top - highest)
     total, weighted = jnp.sum(total * share, axis=0), jnp.sum(weighted * share, axis=0)
