@@ -2,8 +2,8 @@
 
     python scripts/bench_simulation.py
 
-Both are the trainer's own schedule (`adpo_jax.rollouts.pacing`); `simulate_rollouts.py` has in place
-of a model what a step and a prefill cost. These costs are measured first, each alone: steps
+Both are the trainer's own schedule (`adpo_jax.rollouts.pacing`). `simulate_rollouts.py` has in
+place of a model what a step and a prefill cost. These costs are measured first, each alone: steps
 of full slots with few and with many tokens behind them, and the start of samples with so many
 tokens. Then `adpo_jax.rollouts.ahead.Ahead` decodes some iterations of completions whose lengths a
 model of random weights draws, geometric and cut off; they are the same at any staleness, since
@@ -39,6 +39,7 @@ from adpo_jax.rollouts.sampler import Sampler
 
 PROMPT = 16
 VOCAB = 512
+FEW_STEPS = LEAST_STEPS // 4
 REWARD = """
 def odd(completions, **columns):
     return [float(i % 2) for i in range(len(completions))]
@@ -57,15 +58,15 @@ class NoText:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1, 2, 4])
-    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8, help="of an iteration")
     parser.add_argument("--samples", type=int, default=8, help="of a prompt")
-    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--mean", type=float, default=40.0, help="tokens of a completion, about")
     parser.add_argument("--cap", type=int, default=256)
-    parser.add_argument("--width", type=int, default=384, help="of the model")
+    parser.add_argument("--width", type=int, default=768, help="of the model")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
 
@@ -80,18 +81,21 @@ class Bench:
             "intermediate_size": 3 * a.width,
             "num_hidden_layers": a.layers,
             "num_attention_heads": a.width // 64,
-            "num_key_value_heads": a.width // 64,
+            "num_key_value_heads": 2,
             "head_dim": 64,
             "vocab_size": VOCAB,
         }
         self.policy, self.params = Policy.from_config(hf_config, jax.random.key(0))
-        self.engine = Engine(
-            self.policy,
-            max_prompt_length=PROMPT,
-            max_response_length=a.cap,
-            num_slots=a.slots,
-            steps_per_dispatch=LEAST_STEPS,
-        )
+        self.engines = {
+            steps: Engine(
+                self.policy,
+                max_prompt_length=PROMPT,
+                max_response_length=a.cap,
+                num_slots=a.slots,
+                steps_per_dispatch=steps,
+            )
+            for steps in (FEW_STEPS, LEAST_STEPS)
+        }
         ends = range(max(1, round(VOCAB / a.mean)))
         self.sampling = SamplingParams(
             n=a.samples, max_tokens=a.cap, stop_token_ids=tuple(ends), temperature=0.1
@@ -103,15 +107,17 @@ class Bench:
 
     # --- what steps and prefills cost
 
-    def start(self, begun: int) -> tuple[float, list[float]]:
+    def start(self, begun: int, steps: int = LEAST_STEPS) -> tuple[float, list[float]]:
         """Seconds of the first dispatch of full slots, and of each later one.
 
         Args:
           begun: tokens that each sample has already.
+          steps: of a dispatch.
         """
         a, rng = self.a, np.random.default_rng(0)
         endless = SamplingParams(n=a.samples, max_tokens=a.cap, ignore_eos=True)
-        with self.engine.session(self.params, endless, jax.random.key(0)) as session:
+        engine = self.engines[steps]
+        with engine.session(self.params, endless, jax.random.key(0)) as session:
             for _ in range(a.slots // a.samples):
                 tokens = rng.integers(0, VOCAB, (a.samples, begun)).tolist()
                 session.submit(rng.integers(0, VOCAB, PROMPT).tolist(), tokens)
@@ -120,30 +126,44 @@ class Bench:
                 began = time.perf_counter()
                 session.step()
                 seconds.append(time.perf_counter() - began)
-        return seconds[0], seconds[1:]
+        return seconds[0], seconds[1:-1]
 
     def costs(self) -> dict[str, float]:
         """What `simulate_rollouts.py` wants to know, in its units."""
-        a, a_half = self.a, self.a.cap // 2
-        starts = (0, 8, a_half)
-        measured = {n: [self.start(n) for _ in range(a.repeats + 1)][1:] for n in starts}
-        later = np.median([seconds for _, seconds in measured[0]], axis=0) / LEAST_STEPS
-        tokens = a.slots * LEAST_STEPS * (np.arange(len(later)) + 1.5)
-        token_s, step_s = np.polyfit(tokens, later, 1)
-        first = {n: statistics.median(first for first, _ in runs) for n, runs in measured.items()}
-        for n in starts:
-            first[n] -= LEAST_STEPS * (step_s + a.slots * (n + LEAST_STEPS / 2) * token_s)
-        rate = a.slots * (a_half - 8) / max(first[a_half] - first[8], 1e-9)
+        a, few, many = self.a, 8, self.a.cap // 2
+        measured = {
+            start: [self.start(*start) for _ in range(a.repeats + 1)][1:]
+            for start in ((0, FEW_STEPS), (0, LEAST_STEPS), (few, LEAST_STEPS), (many, LEAST_STEPS))
+        }
+        first = {
+            start: statistics.median(seconds for seconds, _ in runs)
+            for start, runs in measured.items()
+        }
+        # A dispatch takes dispatch_s + steps * (step_s + tokens * token_s), by least squares.
+        rows, later = [], []
+        for steps in (FEW_STEPS, LEAST_STEPS):
+            medians = np.median([seconds for _, seconds in measured[0, steps]], axis=0)
+            behind = a.slots * steps * (np.arange(len(medians)) + 1.5)
+            rows += [[1.0, steps, steps * tokens] for tokens in behind]
+            later += medians.tolist()
+        dispatch_s, step_s, token_s = np.linalg.lstsq(np.array(rows), np.array(later))[0]
+
+        def start_s(begun: int) -> float:
+            """Seconds that samples with so many tokens take before they decode."""
+            behind = a.slots * (begun + LEAST_STEPS / 2)
+            decoding = dispatch_s + LEAST_STEPS * (step_s + behind * token_s)
+            return first[begun, LEAST_STEPS] - decoding
+
+        rate = a.slots * (many - few) / max(start_s(many) - start_s(few), 1e-9)
         # One call for prompts, and one more for what samples have.
         prompts = a.slots // a.samples * PROMPT
-        calls = np.mean(
-            [first[0] - prompts / rate, (first[8] - (prompts + 8 * a.slots) / rate) / 2]
-        )
+        calls = [start_s(0) - prompts / rate, (start_s(few) - (prompts + few * a.slots) / rate) / 2]
         return {
             "step_ms": 1e3 * step_s,
+            "dispatch_ms": max(1e3 * dispatch_s, 0.0),
             "token_ns": max(1e9 * token_s, 0.0),
             "prefill_tokens_per_s": rate,
-            "prefill_call_ms": max(1e3 * calls, 0.0),
+            "prefill_call_ms": max(1e3 * float(np.mean(calls)), 0.0),
         }
 
     # --- the schedule with the model
@@ -153,7 +173,7 @@ class Bench:
         a, reward = self.a, folder / "reward.py"
         reward.write_text(REWARD)
         sampler = Sampler(
-            self.engine,
+            self.engines[LEAST_STEPS],
             self.sampling,
             NoText(),
             RewardModel([RewardFunction(str(reward), "odd")]),

@@ -5,9 +5,12 @@
     python scripts/simulate_rollouts.py --metrics RUN/metrics.jsonl        lengths like a run's
 
 The schedule is the trainer's own (`adpo_jax.rollouts.pacing`): hosts decode their own groups, and
-after each window of steps wait for each other and look whether the iteration has its groups. The
-slots of a host take a step together, in `--step-ms`
-milliseconds and `--token-ns` nanoseconds for each token that its live samples have. Lengths are
+after each window of steps wait for each other and look whether the iteration has its groups. A
+group has a prefix row of its host until its last sample ends, and there are as many rows as the
+engine has. The slots of a host take a step together, in `--step-ms`
+milliseconds and `--token-ns` nanoseconds for each token that its live samples have; after
+`--dispatch` steps, or when a sample ends and others wait, the host is asked for more, in
+`--dispatch-ms`. Lengths are
 lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new weights is
 prefilled again, at `--prefill-tokens-per-s` a host and `--prefill-call-ms` a call; so are prompts,
 of `--prompt-tokens` each, when the first of their samples gets a slot. The update is not counted.
@@ -27,6 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from adpo_jax.engine.cache_plan import prefix_rows
 from adpo_jax.engine.generation import LEAST_STEPS
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 
@@ -48,9 +52,8 @@ def arguments():
     parser.add_argument("--prefill-call-ms", type=float, default=0.0)
     parser.add_argument("--prompt-tokens", type=float, default=0.0)
     parser.add_argument("--ahead", type=int, default=0, help="groups; 0 for all that it may")
-    parser.add_argument(
-        "--dispatch", type=int, default=LEAST_STEPS, help="steps after which free slots are filled"
-    )
+    parser.add_argument("--dispatch", type=int, default=LEAST_STEPS, help="the most steps of one")
+    parser.add_argument("--dispatch-ms", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--metrics", default="", help="a run's file, whose lengths are taken")
     return parser.parse_args()
@@ -77,6 +80,7 @@ class Host:
         self.a, self.lengths = a, lengths
         self.left: dict[int, list[int]] = {}  # of each sample of a group in flight, 0 at its end
         self.slot_steps = self.live_steps = self.prefilled = 0
+        self.rows = prefix_rows(a.slots, a.samples)
 
     def begin(self, new: list[int]) -> None:
         """Takes new groups in; what goes on waits for its slot before them."""
@@ -84,7 +88,7 @@ class Host:
         self.waiting = [(n, i) for n, group in self.left.items() for i in range(len(group))]
         self.waiting = [(n, i) for n, i in self.waiting if self.left[n][i]][::-1]
         self.now, self.live, self.tokens = 0, [], 0  # live: a heap of (last step, group, sample)
-        self.in_rows: set[int] = set()  # groups whose prompts are prefilled
+        self.in_rows: dict[int, int] = {}  # of groups with a row, how many samples have not ended
 
     def _there(self, n: int, i: int) -> int:
         """Tokens that a sample has."""
@@ -97,10 +101,12 @@ class Host:
             seconds += self._fill()
             if not self.live:
                 break
-            steps = a.dispatch * -(-(self.live[0][0] - self.now) // a.dispatch)
-            steps = min(steps, until - self.now)
+            steps = min(a.dispatch, until - self.now)
+            if self.waiting:
+                steps = min(steps, self.live[0][0] - self.now)
             mean_tokens = self.tokens + len(self.live) * steps / 2
             seconds += steps * (a.step_ms / 1e3 + mean_tokens * a.token_ns / 1e9)
+            seconds += a.dispatch_ms / 1e3
             self.slot_steps += steps * a.slots
             self.live_steps += steps * len(self.live)
             self.tokens += steps * len(self.live)
@@ -110,16 +116,23 @@ class Host:
                 self.live_steps -= self.now - last
                 self.tokens -= int(self.lengths[n][i]) + self.now - last
                 self.left[n][i] = 0
+                self.in_rows[n] -= 1
+                if not self.in_rows[n]:
+                    del self.in_rows[n]
         return seconds
 
     def _fill(self) -> float:
         """Starts samples in free slots; returns the seconds that their prefill takes."""
         a, prompts, again = self.a, 0, 0
         while self.waiting and len(self.live) < a.slots:
-            n, i = self.waiting.pop()
+            n, i = self.waiting[-1]
+            if n not in self.in_rows:
+                if len(self.in_rows) == self.rows:
+                    break
+                self.in_rows[n] = sum(left > 0 for left in self.left[n])
+                prompts += 1
+            self.waiting.pop()
             heapq.heappush(self.live, (self.now + self.left[n][i], n, i))
-            prompts += n not in self.in_rows
-            self.in_rows.add(n)
             again += self._there(n, i)
         self.prefilled += again
         self.tokens += again

