@@ -95,63 +95,82 @@ def _full(shape, value, layout):
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _value(ref, transposed: bool):
-    return ref[...].T if transposed else ref[...]
+def _plain(acc, a, b):
+    """acc + a @ b in the interpreter, which knows no products that begin with a sum."""
+    a = a if isinstance(a, jax.Array) else a[...]
+    return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
 
 
-def _times(static: Static, acc, a, b, *, transposed=False):
-    """acc + a @ b on tensor cores; a in registers, b in shared memory.
-
-    The interpreter does not know products whose left side is in registers: there it is a plain one.
-    """
+def _times(static: Static, *sums):
+    """acc + a @ b of each (acc, a, b) on tensor cores; a in registers, b in shared memory."""
+    accs, left, right = zip(*sums)
     if static.interpret:
-        return acc + jnp.dot(a, _value(b, transposed), preferred_element_type=jnp.float32)
+        return tuple(map(_plain, accs, left, right))
 
-    def product(acc_ref):
-        plgpu.wgmma(acc_ref, a, b.T if transposed else b)
+    def products(refs):
+        for acc, a, b in zip(refs, left, right):
+            plgpu.wgmma(acc, a, b)
 
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+    return pl.run_state(products)(tuple(map(plgpu.ACC.init, accs)))
 
 
-def _product(a, b):
-    """a @ b.T, both in shared memory."""
+def _products(static: Static, bias, a, b, meanwhile: Callable):
+    """bias + a @ b, both in shared memory; `meanwhile()` is called when they are on their way."""
+    if static.interpret:
+        meanwhile()
+        return _plain(bias, a, b)
 
-    def product(acc):
-        plgpu.wgmma(acc, a, b.T)
+    def products(acc):
+        acc[...] = bias
+        plgpu.wgmma(acc, a, b)
+        meanwhile()
         return acc[...]
 
-    return pl.run_scoped(product, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+    return pl.run_scoped(products, plgpu.ACC(bias.shape, jnp.float32))
 
 
-def _both_products(a, b, c, d, between: Callable, *, together: bool):
-    """`between(a @ b.T)` and c @ d.T, all in shared memory.
-
-    Args:
-      together: whether the second product runs meanwhile, which takes more registers.
-    """
-    if not together:
-        made = between(_product(a, b))
-        return made, _product(c, d)
+def _both_products(static: Static, bias, a, b, c, d, between: Callable):
+    """`between(bias + a @ b)` and c @ d, all in shared memory; the second runs meanwhile."""
+    if static.interpret:
+        return between(_plain(bias, a, b)), _plain(0.0, c, d)
 
     def products(first, second):
-        plgpu.wgmma(first, a, b.T)
-        plgpu.wgmma(second, c, d.T)
+        first[...] = bias
+        plgpu.wgmma(first, a, b)
+        plgpu.wgmma(second, c, d)
         made = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
         return made, second[...]
 
-    shapes = [(x.shape[0], y.shape[0]) for x, y in ((a, b), (c, d))]
-    return pl.run_scoped(products, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    acc = plgpu.ACC(bias.shape, jnp.float32)
+    return pl.run_scoped(products, acc, acc)
 
 
-def _seen(static: Static, queries, keys, window, shape, query_axis: int):
-    """Who sees whom, by the places of the rows and of the columns of a block of scores."""
+def _bias(static: Static, queries, keys, window, shape, query_axis: int, present=None):
+    """0 where a query sees a key, else -inf: what the products of a block begin with.
+
+    Args:
+      queries, keys: the places of the rows and of the columns of a block of scores, or turned.
+      present: which keys are there at all; None for all of them.
+    """
     queries = Tokens(*(_rows_of(x, query_axis, shape) for x in queries))
     keys = Tokens(*(_rows_of(x, 1 - query_axis, shape) for x in keys))
-    return visible(queries, keys, window[0] if static.windows else None)
+    seen = visible(queries, keys, window[0] if static.windows else None)
+    return jnp.where(seen if present is None else seen & present, 0.0, -jnp.inf)
+
+
+def _scores(static: Static, products):
+    """Scores from products that may be -inf; a factor > 0 that makes powers of two of them; a slope.
+
+    The factor stays outside, where it is multiplied and a maximum subtracted at once.
+    """
+    if static.soft_cap is None:
+        return products, static.scale * LOG2_E, 1.0
+    scores, slope = stream_gpu.capped(static, products)
+    return jnp.where(products == -jnp.inf, -jnp.inf, scores), 1.0, slope
 
 
 def _loads(refs, layout):
-    return [plgpu.load(ref, layout=layout) for ref in refs]
+    return [plgpu.layout_cast(ref[...], layout) for ref in refs]
 
 
 def _scratch(*shape, dtype):
@@ -387,23 +406,22 @@ def _drain(memory, names, fillings, buffers: int):
                 plgpu.barrier_wait(memory[name].at[at])
 
 
-def _mask_of(work: _Work, window, memory, slot, at, c, j, listed):
-    """Which keys of a step the queries of a block see."""
+def _bias_of(work: _Work, window, memory, slot, at, c, j, free, listed):
+    """The bias of a step: which of its keys the queries of a block see."""
     shape, layout = (BLOCK, work.cut.units * BLOCK), plgpu.Layout.WGMMA
-    plgpu.barrier_wait(memory["places_ready"].at[at])
-    queries = _loads([memory["query_places"].at[slot, x, c] for x in range(3)], layout.reduce(1))
-    keys = _loads([memory["places_ring"].at[at, x] for x in range(2)], layout.reduce(0))
-    seen = _seen(work.static, queries, keys, window, shape, 0)
-    if work.cut.units > 1:
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-        seen = seen & (column < (listed - j * work.cut.units) * BLOCK)
-    return seen
 
+    def masked():
+        plgpu.barrier_wait(memory["places_ready"].at[at])
+        queries = [memory["query_places"].at[slot, x, c] for x in range(3)]
+        keys = [memory["places_ring"].at[at, x] for x in range(2)]
+        queries, keys = _loads(queries, layout.reduce(1)), _loads(keys, layout.reduce(0))
+        present = None
+        if work.cut.units > 1:
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+            present = column < (listed - j * work.cut.units) * BLOCK
+        return _bias(work.static, queries, keys, window, shape, 0, present)
 
-def _steps(free, steps, visit: Callable, carry):
-    """Runs `visit(masked, j, carry)` over steps, those that need no mask first."""
-    carry = jax.lax.fori_loop(0, free, functools.partial(visit, False), carry)
-    return jax.lax.fori_loop(free, steps, functools.partial(visit, True), carry)
+    return jax.lax.cond(j >= free, masked, lambda: _full(shape, 0.0, layout))
 
 
 def _forward_kernel(work: _Work, *refs, **memory):
@@ -429,34 +447,30 @@ def _forward_kernel(work: _Work, *refs, **memory):
             query = memory["row_buffers"].at[slot, 0, c]
             free, steps, listed = work.steps(piece, counts)
 
-            def visit(masked, j, carry):
+            def visit(j, carry):
                 total_out, top, total, step = carry
                 at = jax.lax.rem(step, S)
                 plgpu.barrier_wait(memory["k_ready"].at[at])
+                shape, keys = (BLOCK, work.cut.units * BLOCK), memory["k_ring"].at[at].T
+                bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
 
-                def product(acc):
-                    plgpu.wgmma(acc, query, memory["k_ring"].at[at].T)
+                def give_way():
                     arrive()
                     wait()
-                    return acc[...]
 
-                shape = (BLOCK, work.cut.units * BLOCK)
-                scores = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+                products = _products(static, bias, query, keys, give_way)
                 plgpu.barrier_arrive(memory["k_free"].at[at])
-                scores, _ = stream_gpu.capped(static, scores)
-                if masked:
-                    seen = _mask_of(work, window, memory, slot, at, c, j, listed)
-                    scores = jnp.where(seen, scores, -jnp.inf)
-                new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+                scores, factor, _ = _scores(static, products)
+                new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
                 shrink = jnp.exp2(top - new_top)
-                weights = jnp.exp2(scores - _rows_of(new_top, 0, shape))
+                weights = jnp.exp2(scores * factor - _rows_of(new_top, 0, shape))
                 total_out = total_out * _rows_of(shrink, 0, (BLOCK, D))
                 total = total * shrink + jnp.sum(weights, axis=1)
                 weights = weights.astype(v.dtype)
                 arrive()
                 plgpu.barrier_wait(memory["v_ready"].at[at])
                 wait()
-                total_out = _times(static, total_out, weights, memory["v_ring"].at[at])
+                (total_out,) = _times(static, (total_out, weights, memory["v_ring"].at[at]))
                 plgpu.barrier_arrive(memory["v_free"].at[at])
                 return total_out, new_top, total, step + 1
 
@@ -466,7 +480,7 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 _full((BLOCK,), 0.0, row),
                 step,
             )
-            total_out, top, total, step = _steps(free, steps, visit, start)
+            total_out, top, total, step = jax.lax.fori_loop(0, steps, visit, start)
             total = jnp.where(total > 0, total, 1.0)  # padding sees nothing
             first, head = work.block(piece, c)
             log_z[piece.b, head, pl.ds(first, BLOCK)] = top + jnp.log2(total)
@@ -532,7 +546,7 @@ def _query_kernel(work: _Work, *refs, **memory):
         z, m = _loads([memory["query_numbers"].at[slot, x, c] for x in range(2)], row)
         free, steps, listed = work.steps(piece, counts)
 
-        def visit(masked, j, carry):
+        def visit(j, carry):
             grad, step = carry
             at = jax.lax.rem(step, S)
             key, value = memory["k_ring"].at[at], memory["v_ring"].at[at]
@@ -540,23 +554,21 @@ def _query_kernel(work: _Work, *refs, **memory):
             plgpu.barrier_wait(memory["v_ready"].at[at])
 
             def weights_of(products):
-                scores, slope = stream_gpu.capped(static, products)
-                if masked:
-                    seen = _mask_of(work, window, memory, slot, at, c, j, listed)
-                    scores = jnp.where(seen, scores, -jnp.inf)
-                return jnp.exp2(scores - _rows_of(z, 0, shape)), slope
+                scores, factor, slope = _scores(static, products)
+                return jnp.exp2(scores * factor - _rows_of(z, 0, shape)), slope
 
+            bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
             (weights, slope), d_weights = _both_products(
-                query, key, d_rows, value, weights_of, together=not masked
+                static, bias, query, key.T, d_rows, value.T, weights_of
             )
             plgpu.barrier_arrive(memory["v_free"].at[at])
             d_scores = weights * (d_weights - _rows_of(m, 0, shape)) * slope
-            grad = _times(static, grad, d_scores.astype(k.dtype), key)
+            (grad,) = _times(static, (grad, d_scores.astype(k.dtype), key))
             plgpu.barrier_arrive(memory["k_free"].at[at])
             return grad, step + 1
 
         start = _full((BLOCK, D), 0.0, plgpu.Layout.WGMMA), step
-        grad, step = _steps(free, steps, visit, start)
+        grad, step = jax.lax.fori_loop(0, steps, visit, start)
         first, head = work.block(piece, c)
         query[...] = (grad * static.scale).astype(d_q.dtype)
         plgpu.commit_smem()
@@ -647,48 +659,54 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
 
     def compute():
         key, value = memory["key"], memory["value"]
+        free, listed = steps()
         plgpu.barrier_wait(memory["mine_ready"])
 
-        def visit(masked, turn, grads):
+        def visit(turn, grads):
             """A block of queries; keys down the rows, queries along."""
-            grad_k, grad_v = grads
+            grad_v, grad_k = grads
             at = jax.lax.rem(turn * COMPUTING + c, KEY_STAGES)
             plgpu.barrier_wait(memory["q_ready"].at[at])
             query, d_rows = (memory["q_ring"].at[at, x] for x in range(2))
             numbers = [memory["numbers_ring"].at[at, x] for x in range(2)]
 
             def weights_of(products):
-                scores, slope = stream_gpu.capped(static, products)
-                if masked:
-                    of_queries = [memory["places_ring"].at[at, x] for x in range(3)]
-                    of_keys = [memory["key_places"].at[x] for x in range(2)]
-                    of_queries = _loads(of_queries, layout.reduce(0))
-                    of_keys = _loads(of_keys, layout.reduce(1))
-                    seen = _seen(static, of_queries, of_keys, window, shape, 1)
-                    scores = jnp.where(seen, scores, -jnp.inf)
+                scores, factor, slope = _scores(static, products)
                 (z,) = _loads(numbers[:1], layout.reduce(0))
-                return jnp.exp2(scores - _rows_of(z, 1, shape)), slope
+                return jnp.exp2(scores * factor - _rows_of(z, 1, shape)), slope
 
+            def masked():
+                of_queries = [memory["places_ring"].at[at, x] for x in range(3)]
+                of_keys = [memory["key_places"].at[x] for x in range(2)]
+                of_queries = _loads(of_queries, layout.reduce(0))
+                of_keys = _loads(of_keys, layout.reduce(1))
+                return _bias(static, of_queries, of_keys, window, shape, 1)
+
+            is_free = turn * COMPUTING + c < free
+            bias = jax.lax.cond(is_free, lambda: _full(shape, 0.0, layout), masked)
             (weights, slope), d_weights = _both_products(
-                key, query, value, d_rows, weights_of, together=not masked
+                static, bias, key, query.T, value, d_rows.T, weights_of
             )
             (m,) = _loads(numbers[1:], layout.reduce(0))
             d_scores = weights * (d_weights - _rows_of(m, 1, shape)) * slope
-            grad_v = _times(static, grad_v, weights.astype(v.dtype), d_rows)
-            grad_k = _times(static, grad_k, d_scores.astype(k.dtype), query)
+            grads = _times(
+                static,
+                (grad_v, weights.astype(v.dtype), d_rows),
+                (grad_k, d_scores.astype(k.dtype), query),
+            )
             plgpu.barrier_arrive(memory["q_free"].at[at])
-            return grad_k, grad_v
+            return grads
 
         # Step s is turn s // 2 of warpgroup s % 2.
-        turns = (jax.lax.div(x + (COMPUTING - 1) - c, COMPUTING) for x in steps())
+        turns = jax.lax.div(listed + (COMPUTING - 1) - c, COMPUTING)
         zeros = _full((BLOCK, D), 0.0, layout)
-        grad_k, grad_v = _steps(*turns, visit, (zeros, zeros))
+        grad_v, grad_k = jax.lax.fori_loop(0, turns, visit, (zeros, zeros))
         grad_k = grad_k * static.scale
         alone = sums[b, tile, 1] == 1
 
         def leave(total, mine, grad, parts):
             """Writes a sum: the gradient, or the part of a chunk of several."""
-            given = plgpu.load(memory["given"], layout=layout)
+            (given,) = _loads([memory["given"]], layout)
             total = total + given
 
             @pl.when(alone)
