@@ -221,14 +221,17 @@ def attend(
     return _attention(static, q, k, v, places, lists, window, layer.sinks)
 
 
-def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:
+def rows_as_stream(
+    positions: jax.Array, segments: jax.Array, *, least: int = LEAST_BLOCK
+) -> Stream:
     """Rows [B, T] as streams whose length is a multiple of `ROW_TILE`; a tile lists those before.
 
     Args:
       positions, segments: int32, as in `Tokens`.
+      least: the least tokens of a tile, of rows that are shorter than `ROW_TILE`.
     """
     B, T = positions.shape
-    tile = ROW_TILE if T >= ROW_TILE else max(LEAST_BLOCK, 1 << (T - 1).bit_length())
+    tile = ROW_TILE if T >= ROW_TILE else max(least, 1 << (T - 1).bit_length())
     positions, segments = (padded(x, -T % tile) for x in (positions, segments))
     tiles = np.arange(positions.shape[1] // tile, dtype=np.int32)
     lists = np.where(tiles <= tiles[:, None], tiles, -1)

@@ -20,12 +20,15 @@ from jax.experimental import pallas as pl
 
 from adpo_jax.model.attention import MASKED, Tokens, visible
 from adpo_jax.model.attention_kernels import stream_gpu
-from adpo_jax.model.attention_kernels.stream_gpu import LOG2_E, Lists, Static, like
+from adpo_jax.model.attention_kernels.stream_gpu import LOG2_E, Lists, Static, like, lists_of
+from adpo_jax.model.tile_attention import Stream
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 except ImportError:
     plgpu = None
+
+__all__ = ["attend", "limit", "lists_of", "obstacle", "rows_as_stream"]
 
 # The rows of a matrix that a warpgroup multiplies at once: queries or keys of a block.
 BLOCK = 64
@@ -64,7 +67,9 @@ KEY_STAGES = 4
 def obstacle(head_dim: int) -> str:
     """Why the kernels cannot run heads of this size, or not under this jax; empty if they can."""
     if plgpu is None or stream_gpu.plt is None:
-        return f"needs Pallas' Mosaic and Triton for GPUs, which jax {jax.__version__} does not have"
+        return (
+            f"needs Pallas' Mosaic and Triton for GPUs, which jax {jax.__version__} does not have"
+        )
     if head_dim not in HEAD_DIMS:
         sizes = " or ".join(map(str, HEAD_DIMS))
         return f"needs a head_dim of {sizes}; given {head_dim}"
@@ -83,6 +88,11 @@ def attend(*args, **settings) -> jax.Array:
     return stream_gpu.attend(*args, kernels=kernels, **settings)
 
 
+def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:
+    """Rows as streams, as `stream_gpu.rows_as_stream`, in tiles that these kernels take."""
+    return stream_gpu.rows_as_stream(positions, segments, least=BLOCK)
+
+
 # --- parts of all kernels
 
 
@@ -91,21 +101,25 @@ def _rows_of(x, axis: int, shape):
     return jax.lax.broadcast_in_dim(x, shape, (axis,))
 
 
-def _full(shape, value, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+def _laid_out(static: Static, x, layout):
+    """Numbers dealt to the threads of a warpgroup; an older interpreter has no layouts."""
+    return x if static.interpret else plgpu.layout_cast(x, layout)
+
+
+def _full(static: Static, shape, value, layout):
+    return _laid_out(static, jnp.full(shape, value, jnp.float32), layout)
 
 
 def _plain(acc, a, b):
     """acc + a @ b in the interpreter, which knows no products that begin with a sum."""
-    a = a if isinstance(a, jax.Array) else a[...]
-    return acc + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def _times(static: Static, *sums):
     """acc + a @ b of each (acc, a, b) on tensor cores; a in registers, b in shared memory."""
     accs, left, right = zip(*sums)
     if static.interpret:
-        return tuple(map(_plain, accs, left, right))
+        return tuple(_plain(acc, a, b[...]) for acc, a, b in sums)
 
     def products(refs):
         for acc, a, b in zip(refs, left, right):
@@ -115,14 +129,14 @@ def _times(static: Static, *sums):
 
 
 def _products(static: Static, bias, a, b, meanwhile: Callable):
-    """bias + a @ b, both in shared memory; `meanwhile()` is called when they are on their way."""
+    """bias + a @ b.T, both in shared memory; `meanwhile()` is called when they are on their way."""
     if static.interpret:
         meanwhile()
-        return _plain(bias, a, b)
+        return _plain(bias, a[...], b[...].T)
 
     def products(acc):
         acc[...] = bias
-        plgpu.wgmma(acc, a, b)
+        plgpu.wgmma(acc, a, b.T)
         meanwhile()
         return acc[...]
 
@@ -130,14 +144,14 @@ def _products(static: Static, bias, a, b, meanwhile: Callable):
 
 
 def _both_products(static: Static, bias, a, b, c, d, between: Callable):
-    """`between(bias + a @ b)` and c @ d, all in shared memory; the second runs meanwhile."""
+    """`between(bias + a @ b.T)` and c @ d.T, all in shared memory; the second runs meanwhile."""
     if static.interpret:
-        return between(_plain(bias, a, b)), _plain(0.0, c, d)
+        return between(_plain(bias, a[...], b[...].T)), _plain(0.0, c[...], d[...].T)
 
     def products(first, second):
         first[...] = bias
-        plgpu.wgmma(first, a, b)
-        plgpu.wgmma(second, c, d)
+        plgpu.wgmma(first, a, b.T)
+        plgpu.wgmma(second, c, d.T)
         made = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
         return made, second[...]
 
@@ -159,9 +173,10 @@ def _bias(static: Static, queries, keys, window, shape, query_axis: int, present
 
 
 def _scores(static: Static, products):
-    """Scores from products that may be -inf; a factor > 0 that makes powers of two of them; a slope.
+    """Scores of products that may be -inf, a factor, and the slope of the soft cap.
 
-    The factor stays outside, where it is multiplied and a maximum subtracted at once.
+    The factor > 0 makes powers of two of scores. It stays outside, where one instruction multiplies
+    and subtracts a maximum.
     """
     if static.soft_cap is None:
         return products, static.scale * LOG2_E, 1.0
@@ -169,8 +184,19 @@ def _scores(static: Static, products):
     return jnp.where(products == -jnp.inf, -jnp.inf, scores), 1.0, slope
 
 
-def _loads(refs, layout):
-    return [plgpu.layout_cast(ref[...], layout) for ref in refs]
+def _loads(static: Static, refs, layout):
+    return [_laid_out(static, ref[...], layout) for ref in refs]
+
+
+def _give_registers(warpgroups: int):
+    """The copying warpgroup leaves registers to two that compute; there are enough for one."""
+    if warpgroups > COMPUTING:
+        plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+
+
+def _take_registers(warpgroups: int):
+    if warpgroups > COMPUTING:
+        plgpu.set_max_registers(COMPUTER_REGISTERS, action="increase")
 
 
 def _scratch(*shape, dtype):
@@ -318,7 +344,9 @@ class _Work(NamedTuple):
 
         def one(turn, carry):
             index = self.mine(turn)
-            return jax.lax.cond(index < self.pieces, lambda: visit(turn, index, carry), lambda: carry)
+            return jax.lax.cond(
+                index < self.pieces, lambda: visit(turn, index, carry), lambda: carry
+            )
 
         return jax.lax.fori_loop(0, self.turns, one, carry)
 
@@ -414,14 +442,16 @@ def _bias_of(work: _Work, window, memory, slot, at, c, j, free, listed):
         plgpu.barrier_wait(memory["places_ready"].at[at])
         queries = [memory["query_places"].at[slot, x, c] for x in range(3)]
         keys = [memory["places_ring"].at[at, x] for x in range(2)]
-        queries, keys = _loads(queries, layout.reduce(1)), _loads(keys, layout.reduce(0))
+        queries = _loads(work.static, queries, layout.reduce(1))
+        keys = _loads(work.static, keys, layout.reduce(0))
         present = None
         if work.cut.units > 1:
-            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+            column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+            column = _laid_out(work.static, column, layout)
             present = column < (listed - j * work.cut.units) * BLOCK
         return _bias(work.static, queries, keys, window, shape, 0, present)
 
-    return jax.lax.cond(j >= free, masked, lambda: _full(shape, 0.0, layout))
+    return jax.lax.cond(j >= free, masked, lambda: _full(work.static, shape, 0.0, layout))
 
 
 def _forward_kernel(work: _Work, *refs, **memory):
@@ -451,7 +481,7 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 total_out, top, total, step = carry
                 at = jax.lax.rem(step, S)
                 plgpu.barrier_wait(memory["k_ready"].at[at])
-                shape, keys = (BLOCK, work.cut.units * BLOCK), memory["k_ring"].at[at].T
+                shape, keys = (BLOCK, work.cut.units * BLOCK), memory["k_ring"].at[at]
                 bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
 
                 def give_way():
@@ -475,9 +505,9 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 return total_out, new_top, total, step + 1
 
             start = (
-                _full((BLOCK, D), 0.0, layout),
-                _full((BLOCK,), MASKED, row),
-                _full((BLOCK,), 0.0, row),
+                _full(static, (BLOCK, D), 0.0, layout),
+                _full(static, (BLOCK,), MASKED, row),
+                _full(static, (BLOCK,), 0.0, row),
                 step,
             )
             total_out, top, total, step = jax.lax.fori_loop(0, steps, visit, start)
@@ -508,12 +538,12 @@ def _forward_kernel(work: _Work, *refs, **memory):
 
     @pl.when(c < C)
     def _():
-        plgpu.set_max_registers(COMPUTER_REGISTERS, action="increase")
+        _take_registers(C + 1)
         compute()
 
     @pl.when(c == C)
     def _():
-        plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+        _give_registers(C + 1)
         _copy_pieces(work, (order, tiles, counts), places, [q], [], k, v, memory)
 
 
@@ -543,7 +573,7 @@ def _query_kernel(work: _Work, *refs, **memory):
         slot = jax.lax.rem(turn, work.row_slots)
         plgpu.barrier_wait(memory["rows_ready"].at[slot])
         query, d_rows = (memory["row_buffers"].at[slot, x, c] for x in range(2))
-        z, m = _loads([memory["query_numbers"].at[slot, x, c] for x in range(2)], row)
+        z, m = _loads(static, [memory["query_numbers"].at[slot, x, c] for x in range(2)], row)
         free, steps, listed = work.steps(piece, counts)
 
         def visit(j, carry):
@@ -559,7 +589,7 @@ def _query_kernel(work: _Work, *refs, **memory):
 
             bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
             (weights, slope), d_weights = _both_products(
-                static, bias, query, key.T, d_rows, value.T, weights_of
+                static, bias, query, key, d_rows, value, weights_of
             )
             plgpu.barrier_arrive(memory["v_free"].at[at])
             d_scores = weights * (d_weights - _rows_of(m, 0, shape)) * slope
@@ -567,7 +597,7 @@ def _query_kernel(work: _Work, *refs, **memory):
             plgpu.barrier_arrive(memory["k_free"].at[at])
             return grad, step + 1
 
-        start = _full((BLOCK, D), 0.0, plgpu.Layout.WGMMA), step
+        start = _full(static, (BLOCK, D), 0.0, plgpu.Layout.WGMMA), step
         grad, step = jax.lax.fori_loop(0, steps, visit, start)
         first, head = work.block(piece, c)
         query[...] = (grad * static.scale).astype(d_q.dtype)
@@ -579,13 +609,13 @@ def _query_kernel(work: _Work, *refs, **memory):
 
     @pl.when(c < C)
     def _():
-        plgpu.set_max_registers(COMPUTER_REGISTERS, action="increase")
+        _take_registers(C + 1)
         work.each_piece(piece_of, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(c == C)
     def _():
-        plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+        _give_registers(C + 1)
         lists = order, tiles, counts
         _copy_pieces(work, lists, places, [q, d_out], [log_z, mean], k, v, memory)
 
@@ -672,22 +702,22 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
 
             def weights_of(products):
                 scores, factor, slope = _scores(static, products)
-                (z,) = _loads(numbers[:1], layout.reduce(0))
+                (z,) = _loads(static, numbers[:1], layout.reduce(0))
                 return jnp.exp2(scores * factor - _rows_of(z, 1, shape)), slope
 
             def masked():
                 of_queries = [memory["places_ring"].at[at, x] for x in range(3)]
                 of_keys = [memory["key_places"].at[x] for x in range(2)]
-                of_queries = _loads(of_queries, layout.reduce(0))
-                of_keys = _loads(of_keys, layout.reduce(1))
+                of_queries = _loads(static, of_queries, layout.reduce(0))
+                of_keys = _loads(static, of_keys, layout.reduce(1))
                 return _bias(static, of_queries, of_keys, window, shape, 1)
 
             is_free = turn * COMPUTING + c < free
-            bias = jax.lax.cond(is_free, lambda: _full(shape, 0.0, layout), masked)
+            bias = jax.lax.cond(is_free, lambda: _full(static, shape, 0.0, layout), masked)
             (weights, slope), d_weights = _both_products(
-                static, bias, key, query.T, value, d_rows.T, weights_of
+                static, bias, key, query, value, d_rows, weights_of
             )
-            (m,) = _loads(numbers[1:], layout.reduce(0))
+            (m,) = _loads(static, numbers[1:], layout.reduce(0))
             d_scores = weights * (d_weights - _rows_of(m, 1, shape)) * slope
             grads = _times(
                 static,
@@ -699,14 +729,14 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
 
         # Step s is turn s // 2 of warpgroup s % 2.
         turns = jax.lax.div(listed + (COMPUTING - 1) - c, COMPUTING)
-        zeros = _full((BLOCK, D), 0.0, layout)
+        zeros = _full(static, (BLOCK, D), 0.0, layout)
         grad_v, grad_k = jax.lax.fori_loop(0, turns, visit, (zeros, zeros))
         grad_k = grad_k * static.scale
         alone = sums[b, tile, 1] == 1
 
         def leave(total, mine, grad, parts):
             """Writes a sum: the gradient, or the part of a chunk of several."""
-            (given,) = _loads([memory["given"]], layout)
+            (given,) = _loads(static, [memory["given"]], layout)
             total = total + given
 
             @pl.when(alone)
@@ -738,12 +768,12 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
     def _():
         @pl.when(c < COMPUTING)
         def _():
-            plgpu.set_max_registers(COMPUTER_REGISTERS, action="increase")
+            _take_registers(COMPUTING + 1)
             compute()
 
         @pl.when(c == COMPUTING)
         def _():
-            plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+            _give_registers(COMPUTING + 1)
             copy()
 
 
