@@ -455,7 +455,9 @@ def _actor() -> dict[str, Key]:
             choices=("packed", "rows"),
         ),
         "attention": Key(
-            "auto", "of the training forward", allowed="auto, xla, pallas_tpu, pallas_gpu, cudnn"
+            "auto",
+            "of the training forward",
+            allowed="auto, xla, pallas_tpu, pallas_gpu, mosaic_gpu, cudnn",
         ),
         "router_aux_loss_coef": Key(
             0.0,

@@ -78,6 +78,8 @@ REFUSED = {
     "layers apart": (DECODING, "pallas_tpu", {"stacked": False}, "reads layers that are stacked"),
     "float32 on a GPU": (STREAMS, "pallas_gpu", {"dtype": jnp.float32}, "given float32"),
     "Triton's heads": (ROWS, "pallas_gpu", {"head_dim": 256}, "from 16 to 128; given 256"),
+    "tiles of tensor cores": (STREAMS, "mosaic_gpu", {"head_dim": 96}, "of 64 or 128; given 96"),
+    "float32 on Hopper": (ROWS, "mosaic_gpu", {"dtype": jnp.float32}, "given float32"),
     "wide numbers": (ROWS, "cudnn", {"dtype": jnp.float32}, "or float16; given float32"),
     "a wide head": (STREAMS, "cudnn", {"head_dim": 512}, "at most 256 .* given 512"),
     "a soft cap": (ROWS, "cudnn", {"soft_cap": 5.0}, "no soft cap"),
@@ -119,6 +121,24 @@ def test_auto_warns_where_the_kernel_of_a_tpu_cannot_run_the_model(use, each_war
     message = f"'pallas_tpu' of {use.name} needs a head_dim .* 64. The plain version runs instead"
     with pytest.warns(AttentionFallback, match=message):
         assert resolve("auto", use, model, "tpu") == "xla"
+
+
+def test_a_gpu_runs_the_first_of_its_order_that_its_generation_and_the_model_allow(monkeypatch):
+    order = {"gpu": ("mosaic_gpu", "pallas_gpu")}
+    use = attention_choice.Use("streams", STREAMS.table, order)
+    for card, head_dim, name in (
+        (Card("9.0"), 128, "mosaic_gpu"),
+        (Card("10.0"), 128, "pallas_gpu"),
+        (Card("8.0"), 64, "pallas_gpu"),
+        (Card("9.0"), 32, "pallas_gpu"),
+    ):
+        monkeypatch.setattr(Settings, "gpu", card)
+        assert resolve("auto", use, of_model(use, head_dim=head_dim), "gpu") == name
+    monkeypatch.setattr(Settings, "gpu", Card("8.0"))
+    with pytest.raises(
+        ValueError, match="needs a Hopper GPU, of compute capability 9.0; given 8.0"
+    ):
+        resolve("mosaic_gpu", use, of_model(use), "gpu")
 
 
 def test_a_fallback_is_told_once_for_each_use_and_reason(each_warns):

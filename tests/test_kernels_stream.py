@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adpo_jax.devices import topologies
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.model import attention_choice, attention_kernels
 from adpo_jax.model.attention import (
@@ -17,7 +18,7 @@ from adpo_jax.model.attention import (
     visible,
 )
 from adpo_jax.model.attention_choice import AttentionFallback
-from adpo_jax.model.attention_kernels import Settings, stream_gpu, stream_tpu
+from adpo_jax.model.attention_kernels import Settings, stream_gpu, stream_mosaic, stream_tpu
 from adpo_jax.model.tile_attention import Stream, stream_attention
 
 B, W, D = 2, 16, 128
@@ -103,29 +104,45 @@ def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_the_gpu_kernel_walks_tiles_in_blocks_and_their_queries_in_chunks(windows, monkeypatch):
+@pytest.mark.parametrize(
+    ("machine", "lengths", "tile", "heads", "windows"),
+    [
+        (stream_gpu, (40, 75, 70), 32, (4, 2), False),
+        (stream_gpu, (40, 75, 70), 32, (4, 2), True),
+        # A last tile of padding alone, and the thread blocks take several pieces each.
+        (stream_mosaic, (64, 100, 20), 64, (2, 1), False),
+        (stream_mosaic, (60, 70, 50), 64, (1, 1), True),
+    ],
+)
+def test_the_gpu_kernels_walk_tiles_in_blocks_and_their_queries_in_chunks(
+    machine, lengths, tile, heads, windows, monkeypatch
+):
     """Long completions, so that some tiles need no mask, and a prompt that many tiles see."""
-    monkeypatch.setattr(stream_gpu, "CHUNK", 3)
+    monkeypatch.setattr(stream_gpu, "CHUNK", 3 if machine is stream_gpu else 2)
+    monkeypatch.setattr(stream_mosaic, "AT_ONCE", 2)
     for name in ("FORWARD", "OF_QUERIES", "OF_KEYS"):
         monkeypatch.setattr(stream_gpu, name, stream_gpu.Shape(16, 32, 4, 2))
-    lengths, tile = (40, 75, 70), 32
     segments = np.concatenate([[g + 1] * n for g, n in enumerate(lengths)])[None].astype(np.int32)
-    positions = np.concatenate([range(40), *(range(40, 40 + n) for n in lengths[1:])])[None]
-    pad = -segments.shape[1] % tile
+    first = lengths[0]
+    positions = np.concatenate([range(first), *(range(first, first + n) for n in lengths[1:])])[
+        None
+    ]
+    pad = -segments.shape[1] % tile + tile * (machine is stream_mosaic)
     segments, positions = (np.pad(x, ((0, 0), (0, pad))) for x in (segments, positions))
     prompts = np.where(segments > 0, 1, 0).astype(np.int32)
     n = segments.shape[1] // tile
     key_tiles = np.where(np.tri(n, dtype=bool), np.arange(n), -1).astype(np.int32)[None]
+    key_tiles[0, ~segments.reshape(n, tile).any(axis=1)] = -1
     stream = Stream(*map(jnp.asarray, (positions.astype(np.int32), segments, prompts, key_tiles)))
     lists = stream_gpu.lists_of(stream, windows=windows)
     assert (np.asarray(lists.key_counts)[..., 0].max() > 0) != windows
     assert np.asarray(lists.sums)[..., 1].max() > 1
 
     rng = np.random.default_rng(0)
-    N, settings = segments.shape[1], {"scale": D**-0.5}
+    N, (H, K) = segments.shape[1], heads
+    settings = {"scale": D**-0.5, "soft_cap": 3.0 if windows else None}
     q, k, v, weight = (
-        jnp.asarray(rng.normal(size=(1, N, h, D)), jnp.float32) for h in (4, 2, 2, 4)
+        jnp.asarray(rng.normal(size=(1, N, h, D)), jnp.float32) for h in (H, K, K, H)
     )
     layer = of_layer(50 if windows else GLOBAL_WINDOW)
     real = (segments > 0)[..., None, None]
@@ -136,7 +153,7 @@ def test_the_gpu_kernel_walks_tiles_in_blocks_and_their_queries_in_chunks(window
 
     plain = stream_attention(stream, windows=windows, **settings)
     wanted = jax.jit(lambda: both(lambda *a: plain(*a, None)[0]))()
-    kernel = functools.partial(stream_gpu.attend, windows=windows, interpret=True, **settings)
+    kernel = functools.partial(machine.attend, windows=windows, interpret=True, **settings)
     found = jax.jit(lambda: both(lambda *a: kernel(*a, stream, lists)))()
     for ours, theirs in zip(found, wanted):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -153,6 +170,9 @@ def test_the_gpu_kernel_runs_rows_as_streams():
     fast = jax.jit(lambda *qkv: attend(*qkv, of_layer(), None)[0])(q, k, v)
     np.testing.assert_allclose(np.where(real, fast, 0), np.where(real, plain, 0), atol=1e-5)
     assert "tiles of a multiple of 16 tokens; given 8" in stream_gpu.limit(64, 8)
+    assert "tiles of a multiple of 64 tokens; given 32" in stream_mosaic.limit(64, 2)
+    assert stream_mosaic.rows_as_stream(*rows).tile == 128
+    assert stream_mosaic.rows_as_stream(*(x[:, :20] for x in rows)).tile == 64
 
 
 @pytest.mark.parametrize("tiles_at_once", [1, 2, 4])  # of 9: even, padded, fewer than allowed
@@ -212,9 +232,9 @@ def test_the_lists_of_queries_are_the_lists_of_keys_turned_round():
             assert tiles[b, key, : counts[b, key]].tolist() == sees
 
 
-def gradient(q, k, v, stream):
+def gradient(q, k, v, stream, kernels=stream_tpu):
     def loss(q, k, v):
-        out = stream_tpu.attend(q, k, v, of_layer(), stream, scale=D**-0.5)
+        out = kernels.attend(q, k, v, of_layer(), stream, scale=D**-0.5)
         return out.astype(jnp.float32).sum()
 
     return jax.grad(loss, (0, 1, 2))(q, k, v)
@@ -230,6 +250,18 @@ def shapes(tokens, tile, listed, heads, kv_heads, streams=1):
 def test_forward_and_backward_lower_for_a_tpu():
     lowered = jax.jit(gradient).trace(*shapes(512, 64, 4, 4, 2)).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.slow
+def test_the_kernels_of_hopper_cards_compile_for_an_h100():
+    if not topologies.has_gpu_compiler():
+        pytest.skip("needs the extra [gpu-aot]")
+    (device,) = topologies.topology_devices("h100:1")
+    gradient_of = functools.partial(gradient, kernels=stream_mosaic)
+    there = jax.jit(gradient_of, in_shardings=jax.sharding.SingleDeviceSharding(device))
+    program = topologies.lowered(there.trace(*shapes(512, 64, 4, 4, 2)), device).compile()
+    calls = [line for line in program.as_text().splitlines() if "custom-call" in line]
+    assert sum("mosaic_gpu" in line for line in calls) >= 3
 
 
 def test_streams_that_do_not_fit_are_known():

@@ -22,18 +22,21 @@ NAMES = (
     "xla",  # the plain version, everywhere
     "pallas_tpu",  # Mosaic
     "pallas_gpu",  # Triton
+    "mosaic_gpu",  # Mosaic, for Hopper cards
     "cudnn",  # of jax.nn
     "pallas_tpu_interpret",  # the TPU kernels on a CPU, for tests
 )
 PLAIN = "xla"
 
-# The name that `auto` means on a platform, where a use says nothing else; the plain version
+# The names that `auto` means on a platform, where a use says nothing else; the plain version
 # elsewhere.
-PREFERRED = {"tpu": "pallas_tpu"}
+PREFERRED = {"tpu": ("pallas_tpu",)}
 
 
 # The oldest compute capability whose tensor cores take bfloat16: an A100's.
 MIN_CAPABILITY = 8.0
+# That of an H100, H200 or GH200, whose instructions for matrix products no other generation has.
+HOPPER = 9
 
 
 def old_gpu(device: Any) -> str:
@@ -45,6 +48,14 @@ def old_gpu(device: Any) -> str:
     capability = float(getattr(device, "compute_capability", None) or MIN_CAPABILITY)
     if capability < MIN_CAPABILITY:
         return f"needs a GPU of compute capability {MIN_CAPABILITY} or more; given {capability}"
+    return ""
+
+
+def no_hopper(device: Any) -> str:
+    """Why kernels for Hopper cards (compute capability 9) do not run on a device, as `old_gpu`."""
+    capability = getattr(device, "compute_capability", None)
+    if capability and int(float(capability)) != HOPPER:
+        return f"needs a Hopper GPU, of compute capability {HOPPER}.0; given {capability}"
     return ""
 
 
@@ -82,12 +93,13 @@ class Use:
       name: for messages, such as "decoding".
       table: implementations by names of `NAMES`; "xla", the plain version, is always among them and
         runs everything.
-      preferred: the name that `auto` means on a platform; the plain version elsewhere.
+      preferred: the names that `auto` means on a platform: the first of them that can run; the
+        plain version elsewhere.
     """
 
     name: str
     table: Mapping[str, Implementation]
-    preferred: Mapping[str, str] = dataclasses.field(default_factory=PREFERRED.copy)
+    preferred: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=PREFERRED.copy)
 
     def __post_init__(self):
         assert {PLAIN} <= set(self.table) <= set(NAMES), self
@@ -111,7 +123,7 @@ def resolve(name: str, use: Use, model: Any, platform: str) -> str:
     if name not in NAMES:
         raise ValueError(f"attention is one of {', '.join(NAMES)}; given {name!r}")
     if name == "auto":
-        return fitting(use.preferred.get(platform, PLAIN), use, model)
+        return fitting(use.preferred.get(platform, (PLAIN,))[0], use, model)
     if name not in use.table:
         others = ", ".join(["auto", *use.table])
         raise ValueError(
@@ -129,20 +141,24 @@ def resolve(name: str, use: Use, model: Any, platform: str) -> str:
 
 
 def fitting(name: str, use: Use, model: Any, *inputs) -> str:
-    """A resolved name, or "xla", with a warning, where that name cannot run the model or inputs.
+    """A resolved name, or another where that name cannot run the model or inputs.
+
+    The names behind it in a platform's order come next; "xla", with a warning, is the last.
 
     Args:
       name: the name that `resolve` chose for this use or for a related one (decoding for prefill).
       inputs: the inputs that limits look at; none to look at the model alone.
     """
-    one = use.table.get(name)
-    if one is None:
-        why = "is not implemented"
-    else:
-        why = one.obstacle(model) or (one.limit(model, *inputs) if inputs else "")
-    if not why:
-        return name
-    _warn_once(name, use.name, why)
+    order = next((names for names in use.preferred.values() if name in names), (name,))
+    for one_name in order[order.index(name) :]:
+        one = use.table.get(one_name)
+        if one is None:
+            why = "is not implemented"
+        else:
+            why = one.obstacle(model) or (one.limit(model, *inputs) if inputs else "")
+        if not why:
+            return one_name
+    _warn_once(one_name, use.name, why)
     return PLAIN
 
 

@@ -161,7 +161,7 @@ DECODING = Use(
             functools.partial(_tpu, interpret=True), (), _tpu_obstacle
         ),
     },
-    {"tpu": "pallas_tpu", "gpu": "pallas_gpu"},
+    {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)},
 )
 
 # The name chosen for decoding decides prefill too; (settings, positions, segments) -> Attend

@@ -19,8 +19,18 @@ from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
 from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
 from adpo_jax.model.attention_choice import Implementation, Use
-from adpo_jax.model.attention_kernels import per_device, splash_tpu, stream_gpu, stream_tpu
+from adpo_jax.model.attention_kernels import (
+    per_device,
+    splash_tpu,
+    stream_gpu,
+    stream_mosaic,
+    stream_tpu,
+)
 from adpo_jax.model.tile_attention import Stream
+
+# What `auto` means on a GPU, and what runs where that cannot. The kernels in Mosaic come first once
+# they have been measured to be faster: ("mosaic_gpu", "pallas_gpu").
+GPU_ORDER = ("pallas_gpu",)
 
 # An obstacle, as the rest of a sentence.
 NO_CHUNKS = "has no attention to chunks of positions, which this model wants"
@@ -61,6 +71,13 @@ class Settings(NamedTuple):
     def platform(self) -> str:
         """The platform of the model's devices, which need not be there to compile for them."""
         return first_device(self.mesh).platform
+
+    @property
+    def gpu(self) -> Any:
+        """A GPU that the model runs on, which need not be there; None for none."""
+        if self.platform != "gpu":
+            return None
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
 
 
 def self_attention(
@@ -153,18 +170,23 @@ def _tpu_limit(settings: Settings, stream: Stream) -> str:
 # --- GPU
 
 
-def _gpu_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
+def _gpu_stream(
+    settings: Settings, stream: Stream, *, kernels=stream_gpu, interpret=False
+) -> Attend:
+    """Packed streams by the kernels of a module, `stream_gpu` or `stream_mosaic`."""
     windows = any(window is not None for window in settings.windows)
     kernel = functools.partial(
-        stream_gpu.attend, windows=windows, interpret=interpret, **settings.plain
+        kernels.attend, windows=windows, interpret=interpret, **settings.plain
     )
-    lists_of = functools.partial(stream_gpu.lists_of, windows=windows)
+    lists_of = functools.partial(kernels.lists_of, windows=windows)
     return per_device.of_stream(kernel, settings, stream, lists_of)
 
 
-def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> Attend:
-    stream = stream_gpu.rows_as_stream(positions, segments)
-    attend, T = _gpu_stream(settings, stream, interpret=interpret), positions.shape[1]
+def _gpu_rows(
+    settings: Settings, positions, segments, *, kernels=stream_gpu, interpret=False
+) -> Attend:
+    stream, T = kernels.rows_as_stream(positions, segments), positions.shape[1]
+    attend = _gpu_stream(settings, stream, kernels=kernels, interpret=interpret)
     more = stream.positions.shape[1] - T
 
     def attend_rows(q, k, v, layer: LayerInfo, cache):
@@ -175,18 +197,21 @@ def _gpu_rows(settings: Settings, positions, segments, *, interpret=False) -> At
     return attend_rows
 
 
-def _gpu_obstacle(settings: Settings) -> str:
+def _gpu_obstacle(settings: Settings, kernels=stream_gpu) -> str:
     if jnp.dtype(settings.dtype).itemsize != 2:
         return f"takes bfloat16 or float16; given {jnp.dtype(settings.dtype).name}"
     if settings.chunked:
         return NO_CHUNKS
-    device = None if settings.mesh is None else settings.mesh.devices.flat[0]
-    each = (stream_gpu.obstacle(D) for D in settings.head_dims)
-    return attention_choice.old_gpu(device) or next(filter(None, each), "")
+    each = (kernels.obstacle(D) for D in settings.head_dims)
+    return attention_choice.old_gpu(settings.gpu) or next(filter(None, each), "")
 
 
-def _gpu_limit(settings: Settings, stream: Stream) -> str:
-    return stream_gpu.limit(stream.positions.shape[1], stream.key_tiles.shape[1])
+def _mosaic_obstacle(settings: Settings) -> str:
+    return attention_choice.no_hopper(settings.gpu) or _gpu_obstacle(settings, stream_mosaic)
+
+
+def _gpu_limit(settings: Settings, stream: Stream, kernels=stream_gpu) -> str:
+    return kernels.limit(stream.positions.shape[1], stream.key_tiles.shape[1])
 
 
 # --- cuDNN
@@ -237,12 +262,15 @@ ROWS = Use(
         "xla": Implementation(_plain_rows),
         "pallas_tpu": Implementation(_splash_rows, ("tpu",), _tpu_obstacle),
         "pallas_gpu": Implementation(_gpu_rows, ("gpu",), _gpu_obstacle),
+        "mosaic_gpu": Implementation(
+            functools.partial(_gpu_rows, kernels=stream_mosaic), ("gpu",), _mosaic_obstacle
+        ),
         "cudnn": Implementation(_cudnn_rows, ("gpu",), _cudnn_obstacle),
         "pallas_tpu_interpret": Implementation(
             functools.partial(_splash_rows, interpret=True), (), _tpu_obstacle
         ),
     },
-    {"tpu": "pallas_tpu", "gpu": "pallas_gpu"},
+    {"tpu": ("pallas_tpu",), "gpu": GPU_ORDER},
 )
 
 # (settings, stream) -> Attend
@@ -252,10 +280,16 @@ STREAMS = Use(
         "xla": Implementation(_plain_stream),
         "pallas_tpu": Implementation(_kernel_stream, ("tpu",), _tpu_obstacle, _tpu_limit),
         "pallas_gpu": Implementation(_gpu_stream, ("gpu",), _gpu_obstacle, _gpu_limit),
+        "mosaic_gpu": Implementation(
+            functools.partial(_gpu_stream, kernels=stream_mosaic),
+            ("gpu",),
+            _mosaic_obstacle,
+            functools.partial(_gpu_limit, kernels=stream_mosaic),
+        ),
         "cudnn": Implementation(_cudnn_stream, ("gpu",), _cudnn_obstacle),
         "pallas_tpu_interpret": Implementation(
             functools.partial(_kernel_stream, interpret=True), (), _tpu_obstacle, _tpu_limit
         ),
     },
-    {"tpu": "pallas_tpu", "gpu": "pallas_gpu"},
+    {"tpu": ("pallas_tpu",), "gpu": GPU_ORDER},
 )

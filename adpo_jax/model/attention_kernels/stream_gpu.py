@@ -15,6 +15,7 @@ key tiles, H heads, K key/value heads, R = H / K, D head dim, S tokens of a bloc
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -57,8 +58,22 @@ OF_QUERIES = Shape(64, 64, 4, 2)
 OF_KEYS = Shape(64, 64, 4, 2)
 
 
+class Kernels(NamedTuple):
+    """The kernels that one rule of gradients runs.
+
+    Attributes:
+      forward: (static, q, k, v, places, lists, window) -> out [B, N, H, D], log2 of the normaliser
+        [B, H, N] float32.
+      gradients: (static, q, k, v, places, lists, window, d_out, log_z, mean) -> d_q, d_k, d_v; mean
+        [B, H, N] float32 is the product of d_out and out.
+    """
+
+    forward: Callable
+    gradients: Callable
+
+
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Static:
     """Static settings of the kernels.
 
     Attributes:
@@ -71,6 +86,7 @@ class _Static:
     tile: int
     windows: bool
     interpret: bool
+    kernels: Kernels
 
     def blocks(self, shape: Shape) -> Shape:
         """A shape whose blocks divide a tile."""
@@ -89,6 +105,7 @@ class Lists(NamedTuple):
       chunks: [B, M, 2] int32, the key tile of a chunk, -1 for none, and its first place in
         `queries`.
       sums: [B, m, 2] int32, the first chunk of a key tile, and how many it has.
+      order: [B, n] int32, the query tiles, those that see most tiles first.
     """
 
     keys: jax.Array
@@ -97,6 +114,7 @@ class Lists(NamedTuple):
     query_counts: jax.Array
     chunks: jax.Array
     sums: jax.Array
+    order: jax.Array
 
 
 def obstacle(head_dim: int) -> str:
@@ -137,7 +155,7 @@ def lists_of(stream: Stream, *, windows: bool = False) -> Lists:
         found = [jnp.sum(x, axis=axis, dtype=jnp.int32) for x in (free_Bqk, seen_Bqk)]
         return jnp.stack(found, axis=-1)
 
-    query_counts = counts(1)
+    key_counts, query_counts = counts(2), counts(1)
     chunks_Bm = -(-query_counts[..., 1] // CHUNK)
     ends_Bm = jnp.cumsum(chunks_Bm, axis=1, dtype=jnp.int32)
     starts_Bm = ends_Bm - chunks_Bm
@@ -146,7 +164,8 @@ def lists_of(stream: Stream, *, windows: bool = False) -> Lists:
     first = (chunk - jnp.take_along_axis(starts_Bm, jnp.minimum(of_BM, m - 1), axis=1)) * CHUNK
     chunks = jnp.stack([jnp.where(of_BM < m, of_BM, -1), first], axis=-1)
     sums = jnp.stack([starts_Bm, chunks_Bm], axis=-1)
-    return Lists(keys, counts(2), queries, query_counts, chunks, sums)
+    order = jnp.argsort(-key_counts[..., 1], axis=1, stable=True).astype(jnp.int32)
+    return Lists(keys, key_counts, queries, query_counts, chunks, sums, order)
 
 
 def _unmasked(stream: Stream) -> jax.Array:
@@ -181,6 +200,7 @@ def attend(
     soft_cap: float | None = None,
     windows: bool = True,
     interpret: bool = False,
+    kernels: Kernels | None = None,
 ) -> jax.Array:
     """Attention of the tokens of a stream to its keys, 0 at padding.
 
@@ -188,25 +208,30 @@ def attend(
       q: [B, N, H, D], not scaled; k, v: [B, m W, K, D].
       lists: `lists_of(stream, windows=windows)`, made once for all layers.
       windows: whether a layer may have a window.
+      kernels: which ones run; None for those of this module.
 
     Returns:
       [B, N, H, D] in the dtype of q.
     """
     lists = lists_of(stream, windows=windows) if lists is None else lists
-    static = _Static(scale, soft_cap, stream.tile, windows, interpret)
+    kernels = kernels or Kernels(_run_forward, _run_gradients)
+    static = Static(scale, soft_cap, stream.tile, windows, interpret, kernels)
     window = jnp.reshape(jnp.asarray(layer.window, jnp.int32), (1,))
     places = (*stream.tokens, *stream.key_tokens[:2])
     return _attention(static, q, k, v, places, lists, window, layer.sinks)
 
 
-def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:
+def rows_as_stream(
+    positions: jax.Array, segments: jax.Array, *, least: int = LEAST_BLOCK
+) -> Stream:
     """Rows [B, T] as streams whose length is a multiple of `ROW_TILE`; a tile lists those before.
 
     Args:
       positions, segments: int32, as in `Tokens`.
+      least: the least tokens of a tile, of rows that are shorter than `ROW_TILE`.
     """
     B, T = positions.shape
-    tile = ROW_TILE if T >= ROW_TILE else max(LEAST_BLOCK, 1 << (T - 1).bit_length())
+    tile = ROW_TILE if T >= ROW_TILE else max(least, 1 << (T - 1).bit_length())
     positions, segments = (padded(x, -T % tile) for x in (positions, segments))
     tiles = np.arange(positions.shape[1] // tile, dtype=np.int32)
     lists = np.where(tiles <= tiles[:, None], tiles, -1)
@@ -225,7 +250,7 @@ def _tokens(refs, b, first, size: int, axis: int) -> Tokens:
     return Tokens(*(x.reshape(shape) for x in found))
 
 
-def _capped(static: _Static, products):
+def capped(static: Static, products):
     """Scores as powers of two from products of queries and keys, and the slope of the soft cap."""
     if static.soft_cap is None:
         return products * (static.scale * LOG2_E), 1.0
@@ -237,7 +262,7 @@ def _rows(ref, b, first, size, head):
     return plt.load(ref.at[b, pl.ds(first, size), head, slice(None)])
 
 
-def _walk(static: _Static, counts, blocks: int, visit, carry):
+def _walk(static: Static, counts, blocks: int, visit, carry):
     """Runs `visit(masked, j, carry)` over the blocks of tiles, those that need no mask first."""
     free, all_of_them = counts
     if not static.windows:
@@ -264,7 +289,7 @@ def _forward_kernel(static, shape, R, *refs):
     def visit(masked, j, carry):
         total_out, top, total = carry
         at = tiles[b, tile, jax.lax.div(j, blocks)] * static.tile + jax.lax.rem(j, blocks) * T
-        scores, _ = _capped(static, plt.dot(query, _rows(k, b, at, T, head), trans_b=True))
+        scores, _ = capped(static, plt.dot(query, _rows(k, b, at, T, head), trans_b=True))
         if masked:
             seen = _seen(static, queries, _tokens(key_places, b, at, T, 1), window)
             scores = jnp.where(seen, scores, MASKED)
@@ -305,7 +330,7 @@ def _query_kernel(static, shape, R, *refs):
     def visit(masked, j, grad):
         at = tiles[b, tile, jax.lax.div(j, blocks)] * static.tile + jax.lax.rem(j, blocks) * T
         key = _rows(k, b, at, T, head)
-        scores, slope = _capped(static, plt.dot(query, key, trans_b=True))
+        scores, slope = capped(static, plt.dot(query, key, trans_b=True))
         weights = jnp.exp2(scores - z)
         if masked:
             seen = _seen(static, queries, _tokens(key_places, b, at, T, 1), window)
@@ -344,7 +369,7 @@ def _key_kernel(static, shape, R, *refs):
                 listed = tiles[b, tile, place + jax.lax.div(j, blocks)]
                 at = listed * static.tile + jax.lax.rem(j, blocks) * T
                 query, d_rows = _rows(q, b, at, T, h), _rows(d_out, b, at, T, h)
-                scores, slope = _capped(static, plt.dot(key, query, trans_b=True))
+                scores, slope = capped(static, plt.dot(key, query, trans_b=True))
                 of_query = (b, h, pl.ds(at, T))
                 z, m = plt.load(log_z.at[of_query])[None, :], plt.load(mean.at[of_query])[None, :]
                 weights = jnp.exp2(scores - z)
@@ -366,25 +391,28 @@ def _key_kernel(static, shape, R, *refs):
         plt.store(d_v.at[here], grad_v)
 
 
-def _sum_kernel(static, S, *refs):
-    """Adds the chunks of a tile."""
-    sums, parts_k, parts_v, d_k, d_v = refs
+def _sum_kernel(static, S, whole, *refs):
+    """Adds the chunks of a tile; tiles of one chunk are left alone where results are `whole`."""
+    sums, parts_k, parts_v, *_, d_k, d_v = refs
     b, head, i = pl.program_id(2), pl.program_id(1), pl.program_id(0)
     part = static.tile // S
     tile, row = jax.lax.div(i, part), jax.lax.rem(i, part) * S
     start, count = sums[b, tile, 0], sums[b, tile, 1]
-    for parts, grad in ((parts_k, d_k), (parts_v, d_v)):
 
-        def add(j, total, parts=parts):
-            return total + plt.load(parts.at[b, start + j, head, pl.ds(row, S), slice(None)])
+    @pl.when((count != 1) | (not whole))
+    def _():
+        for parts, grad in ((parts_k, d_k), (parts_v, d_v)):
 
-        zeros = jnp.zeros((S, grad.shape[-1]), jnp.float32)
-        total = jax.lax.fori_loop(0, count, add, zeros)
-        here = (b, pl.ds(i * S, S), head, slice(None))
-        plt.store(grad.at[here], total.astype(grad.dtype))
+            def add(j, total, parts=parts):
+                return total + plt.load(parts.at[b, start + j, head, pl.ds(row, S), slice(None)])
+
+            zeros = jnp.zeros((S, grad.shape[-1]), jnp.float32)
+            total = jax.lax.fori_loop(0, count, add, zeros)
+            here = (b, pl.ds(i * S, S), head, slice(None))
+            plt.store(grad.at[here], total.astype(grad.dtype))
 
 
-def _call(static, kernel, shape, grid, inputs, out_shape, name):
+def _call(static, kernel, shape, grid, inputs, out_shape, name, aliases=None):
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         kernel,
@@ -393,17 +421,18 @@ def _call(static, kernel, shape, grid, inputs, out_shape, name):
         out_specs=[whole] * len(out_shape),
         out_shape=out_shape,
         compiler_params=plt.CompilerParams(num_warps=shape.warps, num_stages=shape.stages),
+        input_output_aliases=aliases or {},
         interpret=static.interpret,
         name=name,
     )(*inputs)
 
 
-def _like(x):
+def like(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, sinks_H):
+def _attention(static: Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, sinks_H):
     return _forward(static, q_BNHD, k_BLKD, v_BLKD, places, lists, window, sinks_H)[0]
 
 
@@ -418,31 +447,34 @@ def _in_base_two(sinks_H):
     return sinks_H.astype(jnp.float32) * LOG2_E
 
 
-def _forward(static: _Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, sinks_H):
+def _run_forward(static: Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window):
     B, N, H, _ = q_BNHD.shape
     shape = static.blocks(FORWARD)
-    out, log_z = _call(
+    return _call(
         static,
         functools.partial(_forward_kernel, static, shape, H // k_BLKD.shape[2]),
         shape,
         (N // shape.mine, H, B),
         [lists.keys, lists.key_counts, window, *places, q_BNHD, k_BLKD, v_BLKD],
-        [_like(q_BNHD), jax.ShapeDtypeStruct((B, H, N), jnp.float32)],
+        [like(q_BNHD), jax.ShapeDtypeStruct((B, H, N), jnp.float32)],
         "stream_attention",
     )
+
+
+def _forward(static: Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, sinks_H):
+    out, log_z = static.kernels.forward(static, q_BNHD, k_BLKD, v_BLKD, places, lists, window)
     if sinks_H is not None:
         out, log_z = _beside_sinks(out, log_z, _in_base_two(sinks_H))
     out, log_z = checkpoint_name((out, log_z), "attention")
     return out, (q_BNHD, k_BLKD, v_BLKD, places, lists, window, sinks_H, out, log_z)
 
 
-def _backward(static: _Static, residuals, d_out_BNHD):
-    q_BNHD, k_BLKD, v_BLKD, places, lists, window, sinks_H, out_BNHD, log_z = residuals
+def _run_gradients(
+    static: Static, q_BNHD, k_BLKD, v_BLKD, places, lists: Lists, window, d_out_BNHD, log_z, mean
+):
     B, N, H, D = q_BNHD.shape
     K, M = k_BLKD.shape[2], lists.chunks.shape[1]
-    product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
-    mean = jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
-    tensors = [q_BNHD, k_BLKD, v_BLKD, d_out_BNHD.astype(q_BNHD.dtype), log_z, mean]
+    tensors = [q_BNHD, k_BLKD, v_BLKD, d_out_BNHD, log_z, mean]
     shape = static.blocks(OF_QUERIES)
     (d_q,) = _call(
         static,
@@ -450,7 +482,7 @@ def _backward(static: _Static, residuals, d_out_BNHD):
         shape,
         (N // shape.mine, H, B),
         [lists.keys, lists.key_counts, window, *places, *tensors],
-        [_like(q_BNHD)],
+        [like(q_BNHD)],
         "stream_attention_d_query",
     )
     shape = static.blocks(OF_KEYS)
@@ -464,16 +496,38 @@ def _backward(static: _Static, residuals, d_out_BNHD):
         [part, part],
         "stream_attention_d_key",
     )
+    return d_q, *sum_of_parts(static, lists, *parts, like(k_BLKD), like(v_BLKD))
+
+
+def sum_of_parts(static: Static, lists: Lists, parts_k, parts_v, of_k, of_v, *, whole=False):
+    """The gradients of keys and values, from the sums of chunks.
+
+    Args:
+      parts_k, parts_v: [B, M, K, W, D] float32.
+      of_k, of_v: shapes and dtypes of the results; where they are `whole`, arrays in which the
+        tiles that have one chunk alone are there already.
+    """
+    B, L, K, _ = of_k.shape
     S = math.gcd(static.tile, 32)
-    d_k, d_v = _call(
+    inputs = [lists.sums, parts_k, parts_v, *((of_k, of_v) if whole else ())]
+    return _call(
         static,
-        functools.partial(_sum_kernel, static, S),
+        functools.partial(_sum_kernel, static, S, whole),
         Shape(S, S, 4, 1),
-        (k_BLKD.shape[1] // S, K, B),
-        [lists.sums, *parts],
-        [_like(k_BLKD), _like(v_BLKD)],
+        (L // S, K, B),
+        inputs,
+        [like(of_k), like(of_v)],
         "stream_attention_d_key_sum",
+        {3: 0, 4: 1} if whole else {},
     )
+
+
+def _backward(static: Static, residuals, d_out_BNHD):
+    *inputs, sinks_H, out_BNHD, log_z = residuals
+    product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
+    mean = jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
+    d_out_BNHD = d_out_BNHD.astype(out_BNHD.dtype)
+    d_q, d_k, d_v = static.kernels.gradients(static, *inputs, d_out_BNHD, log_z, mean)
     d_sinks = None
     if sinks_H is not None:
         shares = jnp.exp2(_in_base_two(sinks_H)[:, None] - log_z)
