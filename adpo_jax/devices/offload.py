@@ -1,4 +1,6 @@
-"""Arrays that wait in the host's memory while the device does not need them."""
+"""What is the host's and not the device's: arrays that wait in its memory, and small arithmetic."""
+
+import contextlib
 
 import jax
 
@@ -30,3 +32,15 @@ def to_host(tree):
 def to_device(tree):
     """Moves arrays to the device's memory; they keep their layout."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)
+
+
+def on_the_host() -> contextlib.AbstractContextManager:
+    """Has new arrays made on this process's CPU, where a few numbers are worked on faster.
+
+    On an accelerator each operation on them would be a program of its own and a wait. Without a CPU
+    among the platforms (`JAX_PLATFORMS=cuda`) it does nothing.
+    """
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()

@@ -309,12 +309,13 @@ class Learner:
             log_probs, entropy_P = self._other_log_probs(state, sequences)
         anchored = time.perf_counter()
         sequences = dataclasses.replace(sequences, log_probs=log_probs)
-        scores = self.algorithm.judge(
-            jnp.asarray(rewards),
-            reward_weights,
-            entropy_P=entropy_P,
-            lengths_PG=jnp.asarray(sequences.num_trained, jnp.float32),
-        )
+        with offload.on_the_host():
+            scores = self.algorithm.judge(
+                jnp.asarray(rewards),
+                reward_weights,
+                entropy_P=entropy_P,
+                lengths_PG=jnp.asarray(sequences.num_trained, jnp.float32),
+            )
         scores = jax.device_get(scores)
 
         if self.offload_optimizer:
@@ -344,7 +345,8 @@ class Learner:
             metrics["update/compiles"] = float(self.sizes.count)
         if BatchSharding(self.policy.mesh).num_shares > 1:
             metrics["update/load_imbalance"] = float(np.mean(imbalance))
-        metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
+        with offload.on_the_host():
+            metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
 
         anchor_params, renewed = state.anchor_params, False
         if metrics[update.SKIPPED] < 1.0:  # else the policy has not moved: the anchor stays too
