@@ -47,6 +47,7 @@ class Cut(NamedTuple):
     Attributes:
       units: blocks of keys that a step multiplies with.
       stages: steps whose keys and values lie in shared memory.
+      rows: pieces of work whose queries lie in shared memory.
       persistent: whether a thread block takes piece after piece of work, so that it copies for the
         next one while it computes; else one piece.
       take_turns: whether one warpgroup multiplies while the other makes weights.
@@ -54,12 +55,13 @@ class Cut(NamedTuple):
 
     units: int
     stages: int
+    rows: int
     persistent: bool
     take_turns: bool
 
 
-FORWARD = Cut(2, 2, persistent=True, take_turns=True)
-OF_QUERIES = Cut(1, 2, persistent=True, take_turns=False)
+FORWARD = Cut(2, 2, 2, persistent=True, take_turns=True)
+OF_QUERIES = Cut(2, 2, 1, persistent=True, take_turns=False)
 # Blocks of queries in the ring of the kernel for keys.
 KEY_STAGES = 4
 
@@ -320,13 +322,13 @@ class _Work(NamedTuple):
             "k_ring": keys,
             "v_ring": keys,
             "places_ring": plgpu.SMEM((S, 2, U * BLOCK), jnp.int32),
-            "row_buffers": _scratch(self.row_slots, rows, C, BLOCK, D, dtype=dtype),
-            "query_places": plgpu.SMEM((self.row_slots, 3, C, BLOCK), jnp.int32),
-            "query_numbers": plgpu.SMEM((self.row_slots, max(numbers, 1), C, BLOCK), jnp.float32),
+            "row_buffers": _scratch(self.cut.rows, rows, C, BLOCK, D, dtype=dtype),
+            "query_places": plgpu.SMEM((self.cut.rows, 3, C, BLOCK), jnp.int32),
+            "query_numbers": plgpu.SMEM((self.cut.rows, max(numbers, 1), C, BLOCK), jnp.float32),
             "rows_ready": plgpu.Barrier(
-                num_arrivals=(rows + 3 + numbers) * C, num_barriers=self.row_slots
+                num_arrivals=(rows + 3 + numbers) * C, num_barriers=self.cut.rows
             ),
-            "rows_free": plgpu.Barrier(num_arrivals=C, num_barriers=self.row_slots),
+            "rows_free": plgpu.Barrier(num_arrivals=C, num_barriers=self.cut.rows),
             "k_ready": plgpu.Barrier(num_arrivals=U, num_barriers=S),
             "k_free": plgpu.Barrier(num_arrivals=C, num_barriers=S),
             "v_ready": plgpu.Barrier(num_arrivals=U, num_barriers=S),
@@ -334,10 +336,6 @@ class _Work(NamedTuple):
             "places_ready": plgpu.Barrier(num_arrivals=2 * U, num_barriers=S),
             "turns": plgpu.Barrier(num_arrivals=C, num_barriers=1),
         }
-
-    @property
-    def row_slots(self) -> int:
-        return 2 if self.cut.persistent else 1
 
     def each_piece(self, visit: Callable, carry):
         """Runs `visit(turn, index, carry) -> carry` for the pieces of this thread block."""
@@ -361,10 +359,9 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
       numbers: the numbers of queries, [B, H, N] float32.
     """
     order, tiles, counts = lists
-    U, S, slots = work.cut.units, work.cut.stages, work.row_slots
+    U, S, slots = work.cut.units, work.cut.stages, work.cut.rows
 
-    def piece_of(turn, index, step):
-        piece = work.piece(index, order)
+    def copy_rows(piece, turn):
         slot = jax.lax.rem(turn, slots)
 
         @pl.when(turn >= slots)
@@ -384,6 +381,9 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
             for x, number in enumerate(numbers):
                 buffer = memory["query_numbers"].at[slot, x, c]
                 plgpu.copy_gmem_to_smem(number.at[piece.b, head, here], buffer, ready)
+
+    def piece_of(turn, index, carry):
+        piece = work.piece(index, order)
         free, steps, listed = work.steps(piece, counts)
 
         def step_of(j, step):
@@ -413,12 +413,13 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
 
             return step + 1
 
-        return jax.lax.fori_loop(0, steps, step_of, step), turn + 1
+        # The first keys need not wait until the queries of the piece before have left.
+        ahead = jnp.minimum(steps, S)
+        step = jax.lax.fori_loop(0, ahead, step_of, carry[0])
+        copy_rows(piece, turn)
+        return jax.lax.fori_loop(ahead, steps, step_of, step), turn + 1
 
-    def one(turn, index, carry):
-        return piece_of(turn, index, carry[0])
-
-    steps, turns = work.each_piece(one, (jnp.int32(0), jnp.int32(0)))
+    steps, turns = work.each_piece(piece_of, (jnp.int32(0), jnp.int32(0)))
     _drain(memory, ("k_free", "v_free"), steps, S)
     _drain(memory, ("rows_free",), turns, slots)
 
@@ -469,10 +470,14 @@ def _forward_kernel(work: _Work, *refs, **memory):
         if take_turns:
             plgpu.barrier_wait(memory["turns"].at[0])
 
+    def give_way():
+        arrive()
+        wait()
+
     def compute():
         def piece_of(turn, index, step):
             piece = work.piece(index, order)
-            slot = jax.lax.rem(turn, work.row_slots)
+            slot = jax.lax.rem(turn, work.cut.rows)
             plgpu.barrier_wait(memory["rows_ready"].at[slot])
             query = memory["row_buffers"].at[slot, 0, c]
             free, steps, listed = work.steps(piece, counts)
@@ -483,10 +488,6 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 plgpu.barrier_wait(memory["k_ready"].at[at])
                 shape, keys = (BLOCK, work.cut.units * BLOCK), memory["k_ring"].at[at]
                 bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
-
-                def give_way():
-                    arrive()
-                    wait()
 
                 products = _products(static, bias, query, keys, give_way)
                 plgpu.barrier_arrive(memory["k_free"].at[at])
@@ -510,7 +511,11 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 _full(static, (BLOCK,), 0.0, row),
                 step,
             )
+            # The second warpgroup is half a step behind, in each piece anew: none waits in one piece
+            # for what the other does in the next, whose copies wait for both.
+            pl.when(c == 1)(give_way)
             total_out, top, total, step = jax.lax.fori_loop(0, steps, visit, start)
+            pl.when(c == 0)(arrive)
             total = jnp.where(total > 0, total, 1.0)  # padding sees nothing
             first, head = work.block(piece, c)
             log_z[piece.b, head, pl.ds(first, BLOCK)] = top + jnp.log2(total)
@@ -520,20 +525,10 @@ def _forward_kernel(work: _Work, *refs, **memory):
             plgpu.copy_smem_to_gmem(query, out.at[piece.b, pl.ds(first, BLOCK), head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(memory["rows_free"].at[slot])
+            pl.when(c == 0)(wait)
             return step
 
-        @pl.when(c == 1)
-        def _():
-            arrive()
-            wait()
-
         work.each_piece(piece_of, jnp.int32(0))
-
-        @pl.when(c == 0)
-        def _():
-            arrive()
-            wait()
-
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(c < C)
@@ -570,7 +565,7 @@ def _query_kernel(work: _Work, *refs, **memory):
 
     def piece_of(turn, index, step):
         piece = work.piece(index, order)
-        slot = jax.lax.rem(turn, work.row_slots)
+        slot = jax.lax.rem(turn, work.cut.rows)
         plgpu.barrier_wait(memory["rows_ready"].at[slot])
         query, d_rows = (memory["row_buffers"].at[slot, x, c] for x in range(2))
         z, m = _loads(static, [memory["query_numbers"].at[slot, x, c] for x in range(2)], row)
