@@ -511,7 +511,7 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 _full(static, (BLOCK,), 0.0, row),
                 step,
             )
-            # The second warpgroup is half a step behind, in each piece anew: none waits in one piece
+            # The second warpgroup is half a step behind, in each piece anew. None waits in a piece
             # for what the other does in the next, whose copies wait for both.
             pl.when(c == 1)(give_way)
             total_out, top, total, step = jax.lax.fori_loop(0, steps, visit, start)
