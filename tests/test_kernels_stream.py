@@ -109,7 +109,7 @@ def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
     [
         (stream_gpu, (40, 75, 70), 32, (4, 2), False),
         (stream_gpu, (40, 75, 70), 32, (4, 2), True),
-        # A last tile of padding alone, and the thread blocks take several pieces each.
+        # Two last tiles of padding alone, and one thread block takes all pieces.
         (stream_mosaic, (64, 100, 20), 64, (2, 1), False),
         (stream_mosaic, (60, 70, 50), 64, (1, 1), True),
     ],
@@ -119,7 +119,9 @@ def test_the_gpu_kernels_walk_tiles_in_blocks_and_their_queries_in_chunks(
 ):
     """Long completions, so that some tiles need no mask, and a prompt that many tiles see."""
     monkeypatch.setattr(stream_gpu, "CHUNK", 3 if machine is stream_gpu else 2)
-    monkeypatch.setattr(stream_mosaic, "AT_ONCE", 2)
+    monkeypatch.setattr(stream_mosaic, "AT_ONCE", 1)
+    overlap = stream_mosaic.FORWARD._replace(overlap=not windows)
+    monkeypatch.setattr(stream_mosaic, "FORWARD", overlap)
     for name in ("FORWARD", "OF_QUERIES", "OF_KEYS"):
         monkeypatch.setattr(stream_gpu, name, stream_gpu.Shape(16, 32, 4, 2))
     segments = np.concatenate([[g + 1] * n for g, n in enumerate(lengths)])[None].astype(np.int32)
@@ -127,7 +129,7 @@ def test_the_gpu_kernels_walk_tiles_in_blocks_and_their_queries_in_chunks(
     positions = np.concatenate([range(first), *(range(first, first + n) for n in lengths[1:])])[
         None
     ]
-    pad = -segments.shape[1] % tile + tile * (machine is stream_mosaic)
+    pad = -segments.shape[1] % tile + 2 * tile * (machine is stream_mosaic)
     segments, positions = (np.pad(x, ((0, 0), (0, pad))) for x in (segments, positions))
     prompts = np.where(segments > 0, 1, 0).astype(np.int32)
     n = segments.shape[1] // tile

@@ -11,6 +11,7 @@ Letters: as in `stream_gpu`; P blocks of a tile, C computing warpgroups, U block
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,19 +48,24 @@ class Cut(NamedTuple):
     Attributes:
       units: blocks of keys that a step multiplies with.
       stages: steps whose keys and values lie in shared memory.
+      rows: pieces of work whose queries lie in shared memory.
       persistent: whether a thread block takes piece after piece of work, so that it copies for the
         next one while it computes; else one piece.
       take_turns: whether one warpgroup multiplies while the other makes weights.
+      overlap: whether a warpgroup makes the weights of a step while it multiplies those of the step
+        before with values.
     """
 
     units: int
     stages: int
+    rows: int
     persistent: bool
     take_turns: bool
+    overlap: bool = False
 
 
-FORWARD = Cut(2, 2, persistent=True, take_turns=True)
-OF_QUERIES = Cut(1, 2, persistent=True, take_turns=False)
+FORWARD = Cut(2, 2, 2, persistent=True, take_turns=True)
+OF_QUERIES = Cut(2, 2, 1, persistent=True, take_turns=False)
 # Blocks of queries in the ring of the kernel for keys.
 KEY_STAGES = 4
 
@@ -153,10 +159,29 @@ def _both_products(static: Static, bias, a, b, c, d, between: Callable):
         plgpu.wgmma(first, a, b.T)
         plgpu.wgmma(second, c, d.T)
         made = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
-        return made, second[...]
+        # Else the compiler waits for the second product first.
+        return jax.lax.optimization_barrier(made), second[...]
 
     acc = plgpu.ACC(bias.shape, jnp.float32)
     return pl.run_scoped(products, acc, acc)
+
+
+def _step_in_two(static: Static, bias, a, b, acc, c, d, meanwhile: Callable, between: Callable):
+    """`between(bias + a @ b.T)`, while acc + c @ d is made; c in registers, all else is shared."""
+    if static.interpret:
+        meanwhile()
+        return between(_plain(bias, a[...], b[...].T)), _plain(acc, c, d[...])
+
+    def products(first, second):
+        first[...] = bias
+        second[...] = acc
+        plgpu.wgmma(first, a, b.T)
+        plgpu.wgmma(second, c, d)
+        meanwhile()
+        made = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
+        return jax.lax.optimization_barrier(made), second[...]
+
+    return pl.run_scoped(products, *(plgpu.ACC(x.shape, jnp.float32) for x in (bias, acc)))
 
 
 def _bias(static: Static, queries, keys, window, shape, query_axis: int, present=None):
@@ -320,13 +345,13 @@ class _Work(NamedTuple):
             "k_ring": keys,
             "v_ring": keys,
             "places_ring": plgpu.SMEM((S, 2, U * BLOCK), jnp.int32),
-            "row_buffers": _scratch(self.row_slots, rows, C, BLOCK, D, dtype=dtype),
-            "query_places": plgpu.SMEM((self.row_slots, 3, C, BLOCK), jnp.int32),
-            "query_numbers": plgpu.SMEM((self.row_slots, max(numbers, 1), C, BLOCK), jnp.float32),
+            "row_buffers": _scratch(self.cut.rows, rows, C, BLOCK, D, dtype=dtype),
+            "query_places": plgpu.SMEM((self.cut.rows, 3, C, BLOCK), jnp.int32),
+            "query_numbers": plgpu.SMEM((self.cut.rows, max(numbers, 1), C, BLOCK), jnp.float32),
             "rows_ready": plgpu.Barrier(
-                num_arrivals=(rows + 3 + numbers) * C, num_barriers=self.row_slots
+                num_arrivals=(rows + 3 + numbers) * C, num_barriers=self.cut.rows
             ),
-            "rows_free": plgpu.Barrier(num_arrivals=C, num_barriers=self.row_slots),
+            "rows_free": plgpu.Barrier(num_arrivals=C, num_barriers=self.cut.rows),
             "k_ready": plgpu.Barrier(num_arrivals=U, num_barriers=S),
             "k_free": plgpu.Barrier(num_arrivals=C, num_barriers=S),
             "v_ready": plgpu.Barrier(num_arrivals=U, num_barriers=S),
@@ -334,10 +359,6 @@ class _Work(NamedTuple):
             "places_ready": plgpu.Barrier(num_arrivals=2 * U, num_barriers=S),
             "turns": plgpu.Barrier(num_arrivals=C, num_barriers=1),
         }
-
-    @property
-    def row_slots(self) -> int:
-        return 2 if self.cut.persistent else 1
 
     def each_piece(self, visit: Callable, carry):
         """Runs `visit(turn, index, carry) -> carry` for the pieces of this thread block."""
@@ -361,10 +382,9 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
       numbers: the numbers of queries, [B, H, N] float32.
     """
     order, tiles, counts = lists
-    U, S, slots = work.cut.units, work.cut.stages, work.row_slots
+    U, S, slots = work.cut.units, work.cut.stages, work.cut.rows
 
-    def piece_of(turn, index, step):
-        piece = work.piece(index, order)
+    def copy_rows(piece, turn):
         slot = jax.lax.rem(turn, slots)
 
         @pl.when(turn >= slots)
@@ -384,6 +404,9 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
             for x, number in enumerate(numbers):
                 buffer = memory["query_numbers"].at[slot, x, c]
                 plgpu.copy_gmem_to_smem(number.at[piece.b, head, here], buffer, ready)
+
+    def piece_of(turn, index, carry):
+        piece = work.piece(index, order)
         free, steps, listed = work.steps(piece, counts)
 
         def step_of(j, step):
@@ -392,10 +415,10 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
             firsts = [
                 work.key_block(piece, tiles, jnp.minimum(j * U + u, listed - 1)) for u in range(U)
             ]
-            for ring, matrix in (("k", k), ("v", v)):
 
+            def copy(ring, matrix):
                 @pl.when(step >= S)
-                def _(ring=ring):
+                def _():
                     plgpu.barrier_wait(memory[f"{ring}_free"].at[at])
 
                 for u, first in enumerate(firsts):
@@ -403,6 +426,10 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
                     target = memory[f"{ring}_ring"].at[at, pl.ds(u * BLOCK, BLOCK)]
                     plgpu.copy_gmem_to_smem(source, target, memory[f"{ring}_ready"].at[at])
 
+            copy("k", k)
+
+            # Places are read before keys are free again. They do not wait for values, which one
+            # warpgroup may still hold while the other needs these places to let it go on.
             @pl.when(j >= free)
             def _():
                 for u, first in enumerate(firsts):
@@ -411,14 +438,16 @@ def _copy_pieces(work: _Work, lists, places, rows, numbers, k, v, memory):
                         source = place.at[piece.b, pl.ds(first, BLOCK)]
                         plgpu.copy_gmem_to_smem(source, target, memory["places_ready"].at[at])
 
+            copy("v", v)
             return step + 1
 
-        return jax.lax.fori_loop(0, steps, step_of, step), turn + 1
+        # The first keys need not wait until the queries of the piece before have left.
+        ahead = jnp.minimum(steps, S)
+        step = jax.lax.fori_loop(0, ahead, step_of, carry[0])
+        copy_rows(piece, turn)
+        return jax.lax.fori_loop(ahead, steps, step_of, step), turn + 1
 
-    def one(turn, index, carry):
-        return piece_of(turn, index, carry[0])
-
-    steps, turns = work.each_piece(one, (jnp.int32(0), jnp.int32(0)))
+    steps, turns = work.each_piece(piece_of, (jnp.int32(0), jnp.int32(0)))
     _drain(memory, ("k_free", "v_free"), steps, S)
     _drain(memory, ("rows_free",), turns, slots)
 
@@ -469,71 +498,122 @@ def _forward_kernel(work: _Work, *refs, **memory):
         if take_turns:
             plgpu.barrier_wait(memory["turns"].at[0])
 
+    def give_way():
+        arrive()
+        wait()
+
     def compute():
         def piece_of(turn, index, step):
             piece = work.piece(index, order)
-            slot = jax.lax.rem(turn, work.row_slots)
+            slot = jax.lax.rem(turn, work.cut.rows)
             plgpu.barrier_wait(memory["rows_ready"].at[slot])
             query = memory["row_buffers"].at[slot, 0, c]
             free, steps, listed = work.steps(piece, counts)
 
-            def visit(j, carry):
-                total_out, top, total, step = carry
-                at = jax.lax.rem(step, S)
-                plgpu.barrier_wait(memory["k_ready"].at[at])
-                shape, keys = (BLOCK, work.cut.units * BLOCK), memory["k_ring"].at[at]
-                bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
+            shape = (BLOCK, work.cut.units * BLOCK)
 
-                def give_way():
-                    arrive()
-                    wait()
+            def slot_of(j):
+                return jax.lax.rem(step + j, S)
 
-                products = _products(static, bias, query, keys, give_way)
-                plgpu.barrier_arrive(memory["k_free"].at[at])
+            def bias_of(j):
+                return _bias_of(work, window, memory, slot, slot_of(j), c, j, free, listed)
+
+            def weights_of(products, top, total):
+                """Weights, the new maximum and sum, and what older ones shrink by."""
                 scores, factor, _ = _scores(static, products)
                 new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
                 shrink = jnp.exp2(top - new_top)
                 weights = jnp.exp2(scores * factor - _rows_of(new_top, 0, shape))
-                total_out = total_out * _rows_of(shrink, 0, (BLOCK, D))
                 total = total * shrink + jnp.sum(weights, axis=1)
-                weights = weights.astype(v.dtype)
+                return weights, new_top, total, shrink
+
+            def first_half(j, top, total):
+                """The weights of a step."""
+                at = slot_of(j)
+                plgpu.barrier_wait(memory["k_ready"].at[at])
+                products = _products(static, bias_of(j), query, memory["k_ring"].at[at], give_way)
+                plgpu.barrier_arrive(memory["k_free"].at[at])
+                return weights_of(products, top, total)
+
+            def second_half(j, total_out, weights):
+                """Their product with values."""
+                at = slot_of(j)
                 arrive()
                 plgpu.barrier_wait(memory["v_ready"].at[at])
                 wait()
                 (total_out,) = _times(static, (total_out, weights, memory["v_ring"].at[at]))
                 plgpu.barrier_arrive(memory["v_free"].at[at])
-                return total_out, new_top, total, step + 1
+                return total_out
+
+            def visit(j, carry):
+                total_out, top, total = carry
+                weights, top, total, shrink = first_half(j, top, total)
+                total_out = total_out * _rows_of(shrink, 0, (BLOCK, D))
+                return second_half(j, total_out, weights.astype(v.dtype)), top, total
+
+            def visit_overlapping(j, carry):
+                """The second half of the step before, during the first half of this one."""
+                total_out, top, total, weights = carry
+                at, before = slot_of(j), slot_of(j - 1)
+                plgpu.barrier_wait(memory["k_ready"].at[at])
+                bias, keys, values = (
+                    bias_of(j),
+                    memory["k_ring"].at[at],
+                    memory["v_ring"].at[before],
+                )
+                arrive()
+                plgpu.barrier_wait(memory["v_ready"].at[before])
+                wait()
+
+                def between(products):
+                    plgpu.barrier_arrive(memory["k_free"].at[at])
+                    return weights_of(products, top, total)
+
+                (weights, new_top, new_total, shrink), total_out = _step_in_two(
+                    static, bias, query, keys, total_out, weights, values, give_way, between
+                )
+                plgpu.barrier_arrive(memory["v_free"].at[before])
+                # Two bytes a weight from here on: before, the product still reads the older ones.
+                weights = weights.astype(v.dtype)
+                return total_out * _rows_of(shrink, 0, (BLOCK, D)), new_top, new_total, weights
 
             start = (
                 _full(static, (BLOCK, D), 0.0, layout),
                 _full(static, (BLOCK,), MASKED, row),
                 _full(static, (BLOCK,), 0.0, row),
-                step,
             )
-            total_out, top, total, step = jax.lax.fori_loop(0, steps, visit, start)
+
+            def overlapping(total_out, top, total):
+                weights, top, total, _ = first_half(0, top, total)
+                weights = weights.astype(v.dtype)
+                carry = jax.lax.fori_loop(
+                    1, steps, visit_overlapping, (total_out, top, total, weights)
+                )
+                total_out, top, total, weights = carry
+                return second_half(steps - 1, total_out, weights), top, total
+
+            # The second warpgroup is half a step behind, in each piece anew. None waits in a piece
+            # for what the other does in the next, whose copies wait for both.
+            pl.when(c == 1)(give_way)
+            if work.cut.overlap:
+                found = jax.lax.cond(steps > 0, overlapping, lambda *start: start, *start)
+            else:
+                found = jax.lax.fori_loop(0, steps, visit, start)
+            total_out, top, total = found
+            pl.when(c == 0)(arrive)
             total = jnp.where(total > 0, total, 1.0)  # padding sees nothing
             first, head = work.block(piece, c)
             log_z[piece.b, head, pl.ds(first, BLOCK)] = top + jnp.log2(total)
             # The queries have been read: the results leave through their place.
-            query[...] = (total_out / _rows_of(total, 0, (BLOCK, D))).astype(out.dtype)
+            query[...] = (total_out * _rows_of(1.0 / total, 0, (BLOCK, D))).astype(out.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(query, out.at[piece.b, pl.ds(first, BLOCK), head])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(memory["rows_free"].at[slot])
-            return step
-
-        @pl.when(c == 1)
-        def _():
-            arrive()
-            wait()
+            pl.when(c == 0)(wait)
+            return step + steps
 
         work.each_piece(piece_of, jnp.int32(0))
-
-        @pl.when(c == 0)
-        def _():
-            arrive()
-            wait()
-
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(c < C)
@@ -570,7 +650,7 @@ def _query_kernel(work: _Work, *refs, **memory):
 
     def piece_of(turn, index, step):
         piece = work.piece(index, order)
-        slot = jax.lax.rem(turn, work.row_slots)
+        slot = jax.lax.rem(turn, work.cut.rows)
         plgpu.barrier_wait(memory["rows_ready"].at[slot])
         query, d_rows = (memory["row_buffers"].at[slot, x, c] for x in range(2))
         z, m = _loads(static, [memory["query_numbers"].at[slot, x, c] for x in range(2)], row)
@@ -585,14 +665,17 @@ def _query_kernel(work: _Work, *refs, **memory):
 
             def weights_of(products):
                 scores, factor, slope = _scores(static, products)
-                return jnp.exp2(scores * factor - _rows_of(z, 0, shape)), slope
+                weights = jnp.exp2(scores * factor - _rows_of(z, 0, shape))
+                return (weights,) if static.soft_cap is None else (weights, slope)
 
             bias = _bias_of(work, window, memory, slot, at, c, j, free, listed)
-            (weights, slope), d_weights = _both_products(
+            (weights, *slope), d_weights = _both_products(
                 static, bias, query, key, d_rows, value, weights_of
             )
             plgpu.barrier_arrive(memory["v_free"].at[at])
-            d_scores = weights * (d_weights - _rows_of(m, 0, shape)) * slope
+            d_scores = functools.reduce(
+                operator.mul, slope, weights * (d_weights - _rows_of(m, 0, shape))
+            )
             (grad,) = _times(static, (grad, d_scores.astype(k.dtype), key))
             plgpu.barrier_arrive(memory["k_free"].at[at])
             return grad, step + 1
@@ -703,7 +786,8 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
             def weights_of(products):
                 scores, factor, slope = _scores(static, products)
                 (z,) = _loads(static, numbers[:1], layout.reduce(0))
-                return jnp.exp2(scores * factor - _rows_of(z, 1, shape)), slope
+                weights = jnp.exp2(scores * factor - _rows_of(z, 1, shape))
+                return (weights,) if static.soft_cap is None else (weights, slope)
 
             def masked():
                 of_queries = [memory["places_ring"].at[at, x] for x in range(3)]
@@ -714,11 +798,13 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
 
             is_free = turn * COMPUTING + c < free
             bias = jax.lax.cond(is_free, lambda: _full(static, shape, 0.0, layout), masked)
-            (weights, slope), d_weights = _both_products(
+            (weights, *slope), d_weights = _both_products(
                 static, bias, key, query, value, d_rows, weights_of
             )
             (m,) = _loads(static, numbers[1:], layout.reduce(0))
-            d_scores = weights * (d_weights - _rows_of(m, 1, shape)) * slope
+            d_scores = functools.reduce(
+                operator.mul, slope, weights * (d_weights - _rows_of(m, 1, shape))
+            )
             grads = _times(
                 static,
                 (grad_v, weights.astype(v.dtype), d_rows),
