@@ -57,6 +57,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=800, help="seconds until the last start")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
+    parser.add_argument("--attention", default="auto", help="of the update")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--child", action="store_true", help="run the parts in this process")
     return parser.parse_args(argv)
@@ -87,6 +88,7 @@ class Bench:
         self.repeats = a.repeats
         config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
         config.actor_rollout_ref.model.path = a.model
+        config.actor_rollout_ref.actor.attention = a.attention
         if a.tiny:
             with config.unlocked():
                 config.actor_rollout_ref.model.hf_config.update(TINY)
@@ -423,7 +425,17 @@ def in_processes(a: argparse.Namespace, names: list[str]) -> int:
             continue
         with_memory = name == "iteration" and "memory" in names
         parts = "iteration,memory" if with_memory else name
-        options = ["--parts", parts, "--model", a.model, "--repeats", str(a.repeats), "--child"]
+        options = [
+            "--parts",
+            parts,
+            "--model",
+            a.model,
+            "--attention",
+            a.attention,
+            "--repeats",
+            str(a.repeats),
+            "--child",
+        ]
         options += ["--tiny"] * a.tiny + (["--out", str(a.out)] if a.out else [])
         try:
             done = subprocess.run([sys.executable, __file__, *options], timeout=left)

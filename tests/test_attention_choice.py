@@ -47,8 +47,7 @@ def each_warns():
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_auto_is_the_kernel_of_the_platform_and_plain_elsewhere_without_a_word(use):
     assert resolve("auto", use, of_model(use), "tpu") == "pallas_tpu"
-    of_gpu = "pallas_gpu" if use is DECODING else "mosaic_gpu"
-    assert resolve("auto", use, of_model(use), "gpu") == of_gpu
+    assert resolve("auto", use, of_model(use), "gpu") == "pallas_gpu"
     assert resolve("auto", use, of_model(use, head_dim=16, dtype=jnp.float32), "cpu") == "xla"
 
 
