@@ -30,6 +30,7 @@ import simulate_rollouts as simulation
 from adpo_jax.devices.host_memory import tune_malloc
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.generation import LEAST_STEPS
+from adpo_jax.engine.past import CHUNK_LENGTHS
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.policy import Policy
 from adpo_jax.records import Prompts
@@ -58,7 +59,7 @@ class NoText:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1, 2, 4])
-    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=8, help="of an iteration")
     parser.add_argument("--samples", type=int, default=4, help="of a prompt")
     parser.add_argument("--slots", type=int, default=8, help="8 never shrink")
@@ -130,7 +131,7 @@ class Bench:
 
     def costs(self) -> dict[str, float]:
         """What `simulate_rollouts.py` wants to know, in its units."""
-        a, few, many = self.a, 8, self.a.cap // 2
+        a, few, many = self.a, *CHUNK_LENGTHS[:2]
         measured = {
             start: [self.start(*start) for _ in range(a.repeats + 1)][1:]
             for start in ((0, FEW_STEPS), (0, LEAST_STEPS), (few, LEAST_STEPS), (many, LEAST_STEPS))

@@ -12,8 +12,9 @@ milliseconds and `--token-ns` nanoseconds for each token that its live samples h
 `--dispatch` steps, or when a sample ends and others wait, the host is asked for more, in
 `--dispatch-ms`. Lengths are
 lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new weights is
-prefilled again, at `--prefill-tokens-per-s` a host and `--prefill-call-ms` a call; so are prompts,
-of `--prompt-tokens` each, when the first of their samples gets a slot. The update is not counted.
+prefilled again in pieces, as the engine cuts and pads them, at `--prefill-tokens-per-s` a host and
+`--prefill-call-ms` a call; so are prompts, of `--prompt-tokens` each, when the first of their
+samples gets a slot. The update is not counted.
 One JSON line a staleness. `scripts/bench_simulation.py` holds it against the schedule with a model.
 
 The defaults are an 8B model on v5p-128: 16 hosts of 4 chips, each with weights of 16.4 GB read once
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adpo_jax.engine.cache_plan import prefix_rows
 from adpo_jax.engine.generation import LEAST_STEPS
+from adpo_jax.engine.past import CHUNK_LENGTHS, chunk_length
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 
 
@@ -123,7 +125,7 @@ class Host:
 
     def _fill(self) -> float:
         """Starts samples in free slots; returns the seconds that their prefill takes."""
-        a, prompts, again = self.a, 0, 0
+        a, prompts, again, padded, calls = self.a, 0, 0, 0, set()
         while self.waiting and len(self.live) < a.slots:
             n, i = self.waiting[-1]
             if n not in self.in_rows:
@@ -133,12 +135,17 @@ class Host:
                 prompts += 1
             self.waiting.pop()
             heapq.heappush(self.live, (self.now + self.left[n][i], n, i))
-            again += self._there(n, i)
+            there = self._there(n, i)
+            again += there
+            rounds, rest = divmod(there, CHUNK_LENGTHS[-1])
+            lengths = [CHUNK_LENGTHS[-1]] * rounds + [chunk_length(rest)] * bool(rest)
+            calls |= set(enumerate(lengths))
+            padded += sum(lengths)
         self.prefilled += again
         self.tokens += again
-        calls = bool(prompts) + bool(again)
-        tokens = prompts * a.prompt_tokens + again
-        return calls * a.prefill_call_ms / 1e3 + tokens / a.prefill_tokens_per_s
+        tokens = prompts * a.prompt_tokens + padded
+        num_calls = len(calls) + bool(prompts)
+        return num_calls * a.prefill_call_ms / 1e3 + tokens / a.prefill_tokens_per_s
 
     @property
     def whole(self) -> list[int]:

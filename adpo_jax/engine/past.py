@@ -16,6 +16,7 @@ Letters: B slots, S past rows, N chunks or copies of one call, T tokens of a chu
 key/value heads, H heads, R = H / K, D head dim.
 """
 
+import collections
 import functools
 import heapq
 import math
@@ -291,8 +292,32 @@ def prefill_all(
     pieces: Sequence[Piece],
     num_shards: int,
 ) -> KV:
-    """Prefills pieces of different samples into their past rows, or into their pages."""
-    length = next(size for size in CHUNK_LENGTHS if size >= max(len(p.tokens) for p in pieces))
+    """Prefills pieces of different samples into their past rows, or into their pages.
+
+    Pieces of like length go together, so that short ones are not padded to the longest.
+    """
+    by_length = collections.defaultdict(list)
+    for piece in pieces:
+        by_length[chunk_length(len(piece.tokens))].append(piece)
+    for length, alike in sorted(by_length.items()):
+        past = _prefill_alike(verbs, params, prefix, past, alike, length, num_shards)
+    return past
+
+
+def chunk_length(count: int) -> int:
+    """The places that a piece of so many tokens takes, at most `CHUNK_LENGTHS[-1]`."""
+    return next(size for size in CHUNK_LENGTHS if size >= count)
+
+
+def _prefill_alike(
+    verbs: Verbs,
+    params,
+    prefix: Prefixes,
+    past: KV,
+    pieces: Sequence[Piece],
+    length: int,
+    num_shards: int,
+) -> KV:
     row_columns = _columns(verbs, past)
     columns = _columns(verbs, prefix.kv) + row_columns
     scores = verbs.policy.config.num_heads * (columns + length)
