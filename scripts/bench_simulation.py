@@ -132,9 +132,10 @@ class Bench:
     def costs(self) -> dict[str, float]:
         """What `simulate_rollouts.py` wants to know, in its units."""
         a, few, many = self.a, *CHUNK_LENGTHS[:2]
+        steady = ((0, FEW_STEPS), (0, LEAST_STEPS), (a.cap // 2, LEAST_STEPS))
         measured = {
             start: [self.start(*start) for _ in range(a.repeats + 1)][1:]
-            for start in ((0, FEW_STEPS), (0, LEAST_STEPS), (few, LEAST_STEPS), (many, LEAST_STEPS))
+            for start in (*steady, (few, LEAST_STEPS), (many, LEAST_STEPS))
         }
         first = {
             start: statistics.median(seconds for seconds, _ in runs)
@@ -142,9 +143,9 @@ class Bench:
         }
         # A dispatch takes dispatch_s + steps * (step_s + tokens * token_s), by least squares.
         rows, later = [], []
-        for steps in (FEW_STEPS, LEAST_STEPS):
-            medians = np.median([seconds for _, seconds in measured[0, steps]], axis=0)
-            behind = a.slots * steps * (np.arange(len(medians)) + 1.5)
+        for begun, steps in steady:
+            medians = np.median([seconds for _, seconds in measured[begun, steps]], axis=0)
+            behind = a.slots * (begun + steps * (np.arange(len(medians)) + 1.5))
             rows += [[1.0, steps, steps * tokens] for tokens in behind]
             later += medians.tolist()
         dispatch_s, step_s, token_s = np.linalg.lstsq(np.array(rows), np.array(later))[0]
