@@ -1,8 +1,6 @@
-"""How soon a run with long-tailed completions learns, by staleness and loss, and in a simulation.
+"""How soon a run with long-tailed completions learns, by staleness and loss.
 
     python scripts/bench_ahead.py --out runs/ahead
-    python scripts/bench_ahead.py --out runs/ahead --seeds 0 --losses adpo --lr 4e-4 \\
-        --iterations 16 --simulated-iterations 12                the table of docs/ahead.md
 
 The embedded task, of which a few percent of the problems ask for ten checks: the working is then
 written ten times over, as a second cold start shows. So a few percent of the samples are ten times
@@ -15,9 +13,7 @@ as long. Of one seed all runs start from the same weights (`scripts/compare.py`)
 One JSON line a loss and staleness: seconds (rollout, reward, anchor and update; no evaluation and
 no compiling) and iterations until 80% of the held-out problems are right, the accuracy at the end,
 its difference to staleness 0 and the speed-up over it, seed by seed, with half of the 95% interval;
-runs that never came to 80% are counted. Then one line a staleness with the tokens a second and the
-idle share of the slots, of runs with `--slots` slots, which stay as many, beside those of
-`scripts/simulate_rollouts.py` for the lengths that were sampled at staleness 0.
+runs that never came to 80% are counted.
 """
 
 import argparse
@@ -29,16 +25,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import compare
-import simulate_rollouts as simulation
 
 from adpo_jax.data import arithmetic
 from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.engine.generation import LEAST_STEPS
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
 
@@ -66,8 +59,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test-freq", type=int, default=1, help="iterations between evaluations")
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--slots", type=int, default=8, help="of the runs that are simulated")
-    parser.add_argument("--simulated-iterations", type=int, default=12, help="0 for none of these")
     a = parser.parse_args()
     a.staleness = sorted({0, *a.staleness})
     return a
@@ -209,52 +200,6 @@ def told(a: argparse.Namespace) -> None:
             print(json.dumps(rounded), flush=True)
 
 
-def simulated(a: argparse.Namespace, base: str, files: dict[str, Path]) -> None:
-    """Runs with few slots, and prints them beside their simulation."""
-    out = a.out / "slots"
-    settings = [
-        *common(a, base, files, a.simulated_iterations),
-        f"{ROLLOUT}.num_slots={a.slots}",
-        "trainer.rollout_data_dir=rollouts",
-        "trainer.test_freq=0",
-        "trainer.val_before_train=False",
-        "actor_rollout_ref.actor.optim.lr=0.0",
-    ]
-    start = str(a.out / "start")
-    made = variants(["adpo"], a.staleness)
-    run_all(["--out", str(out), "--start", start, "--seeds", "0", *made, "--set", *settings])
-    runs = {s: Run.read(out / f"adpo_{s}" / "seed0") for s in a.staleness}
-    lengths = []
-    for path in sorted((out / f"adpo_{a.staleness[0]}" / "seed0" / "rollouts").iterdir()):
-        lengths += map(len, pq.read_table(path, columns=["tokens"])["tokens"].to_pylist())
-    lengths = np.array(lengths).reshape(-1, 8)
-    settings = argparse.Namespace(
-        prompts=a.prompts, samples=8, hosts=1, slots=a.slots, iterations=a.simulated_iterations,
-        ahead=0, dispatch=LEAST_STEPS, step_ms=1.0, token_ns=0.0, prefill_tokens_per_s=1e9,
-    )  # fmt: skip
-    # The one thing that is fitted: how long a step takes, so that staleness 0 is as measured.
-    base, first = None, None
-    for staleness, run in runs.items():
-        made = simulation.simulated(settings, staleness, lengths)
-        # The median, since some iterations compile.
-        measured = float(np.median(list(run.series("rollout/tokens_per_s").values())))
-        base = base or made["tokens_per_s"] / measured
-        first = first or measured
-        line = {
-            "slots": a.slots,
-            "staleness": staleness,
-            "tokens_per_s": round(measured, 1),
-            "ratio": round(measured / first, 3),
-            "simulated_tokens_per_s": round(made["tokens_per_s"] / base, 1),
-            "simulated_over_measured": round(made["tokens_per_s"] / base / measured, 3),
-            "simulated_idle_frac": made["idle_frac"],
-        }
-        if staleness:
-            idle = list(run.series("ahead/idle_frac").values())
-            line["idle_frac"] = round(float(np.mean(idle)), 4)
-        print(json.dumps(line))
-
-
 def run_all(argv: list[str]) -> None:
     """Runs what a command line of `compare.py` says."""
     if code := compare.main(argv):
@@ -273,8 +218,6 @@ def main() -> None:
     made = variants(a.losses, a.staleness)
     run_all(["--out", str(a.out), "--seeds", *seeds, *made, "--set", *settings])
     told(a)
-    if a.simulated_iterations:
-        simulated(a, base, files)
 
 
 if __name__ == "__main__":
