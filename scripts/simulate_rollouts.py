@@ -7,14 +7,13 @@
 The schedule is the trainer's own (`adpo_jax.rollouts.pacing`): hosts decode their own groups, and
 after each window of steps wait for each other and look whether the iteration has its groups. A
 group has a prefix row of its host until its last sample ends, and there are as many rows as the
-engine has. The slots of a host take a step together, in `--step-ms`
-milliseconds and `--token-ns` nanoseconds for each token that its live samples have; after
-`--dispatch` steps, or when a sample ends and others wait, the host is asked for more, in
-`--dispatch-ms`. Lengths are
-lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new weights is
-prefilled again in pieces, as the engine cuts and pads them, at `--prefill-tokens-per-s` a host and
-`--prefill-call-ms` a call; so are prompts, of `--prompt-tokens` each, when the first of their
-samples gets a slot. The update is not counted.
+engine has. The slots of a host take a step together, in `--step-ms` milliseconds and `--token-ns`
+nanoseconds for each token that its live samples have; after `--dispatch` steps, or when samples of
+an eighth of the slots have ended and others wait, the host is asked for more, in `--dispatch-ms`.
+Lengths are lognormal with `--mean` and `--sigma`, cut off at `--cap`. What goes on under new
+weights is prefilled again in pieces, as the engine cuts and pads them, at `--prefill-tokens-per-s`
+a host and `--prefill-call-ms` a call; so are prompts, of `--prompt-tokens` each, when the first of
+their samples gets a slot. The update is not counted.
 One JSON line a staleness. `scripts/bench_simulation.py` holds it against the schedule with a model.
 
 The defaults are an 8B model on v5p-128: 16 hosts of 4 chips, each with weights of 16.4 GB read once
@@ -105,7 +104,8 @@ class Host:
                 break
             steps = min(a.dispatch, until - self.now)
             if self.waiting:
-                steps = min(steps, self.live[0][0] - self.now)
+                ends = heapq.nsmallest(max(1, a.slots // 8), self.live)
+                steps = min(steps, ends[-1][0] - self.now)
             mean_tokens = self.tokens + len(self.live) * steps / 2
             seconds += steps * (a.step_ms / 1e3 + mean_tokens * a.token_ns / 1e9)
             seconds += a.dispatch_ms / 1e3
