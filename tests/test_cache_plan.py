@@ -1,6 +1,7 @@
 """Slots from bytes."""
 
 import dataclasses
+import heapq
 import os
 
 import jax
@@ -308,3 +309,28 @@ def test_a_pool_holds_the_expected_of_all_slots_and_a_longest_one_on_each_device
     assert paging.pages(8) == 2 * 13
     assert dataclasses.replace(paging, expected=1000).pages(8) == 8 * 13
     assert paging.columns(4) == [8, 16, 24, 32]
+
+
+@pytest.mark.parametrize(("slots", "n"), [(64, 8), (256, 8), (256, 16), (64, 16)])
+def test_groups_that_wait_for_their_last_sample_leave_no_slots_idle(slots, n):
+    """Groups of lognormal lengths, cut off, each in a row until its last sample ends."""
+    rng, groups = np.random.default_rng(0), 100 * slots // n // 4
+    lengths = np.minimum(rng.lognormal(6.0, 0.8, groups * n), 2048)
+    rows, left = cache_plan.prefix_rows(slots, n), {}
+    live, following, now, idle = [], 0, 0.0, 0.0
+    while True:
+        while following < lengths.size and len(live) < slots:
+            group = following // n
+            if group not in left and len(left) == rows:
+                break
+            left.setdefault(group, n)
+            heapq.heappush(live, (now + lengths[following], group))
+            following += 1
+        if following == lengths.size:
+            break
+        end, group = heapq.heappop(live)
+        idle, now = idle + (end - now) * (slots - 1 - len(live)), end
+        left[group] -= 1
+        if not left[group]:
+            del left[group]
+    assert idle < 0.03 * slots * now
