@@ -58,6 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
     parser.add_argument("--attention", default="auto", help="of the update")
+    parser.add_argument("--trace", default="", help="a folder for a profile of one more update")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--child", action="store_true", help="run the parts in this process")
     return parser.parse_args(argv)
@@ -85,7 +86,7 @@ class Bench:
         from adpo_jax.run.config_checks import finalized
 
         self.sizes = s = Sizes(a.tiny)
-        self.repeats = a.repeats
+        self.repeats, self.trace = a.repeats, a.trace
         config = runpy.run_path(str(ROOT / "configs" / "gsm8k.py"))["get_config"]()
         config.actor_rollout_ref.model.path = a.model
         config.actor_rollout_ref.actor.attention = a.attention
@@ -319,6 +320,8 @@ def rollout(bench: Bench) -> dict:
 
 def update(bench: Bench) -> dict:
     """Optimizer steps on so many groups as fill the wanted number of packed tokens."""
+    import jax
+
     s = bench.sizes
     prompts = max(1, round(s.packed / (s.prompt // 2 + s.samples * s.response)))
     learner = bench.learner(prompts)
@@ -332,6 +335,9 @@ def update(bench: Bench) -> dict:
     tokens = prompts * (s.prompt // 2 + s.samples * s.response)
     seconds = [seconds for seconds, _ in found[1:]]
     last = found[-1][1]
+    if bench.trace:  # for scripts/kernel_times.py
+        with jax.profiler.trace(bench.trace):
+            learner.learn(state, sequences, rewards)
     return {
         "packed_tokens": tokens,
         "first_s": round(found[0][0], 2),
@@ -425,17 +431,8 @@ def in_processes(a: argparse.Namespace, names: list[str]) -> int:
             continue
         with_memory = name == "iteration" and "memory" in names
         parts = "iteration,memory" if with_memory else name
-        options = [
-            "--parts",
-            parts,
-            "--model",
-            a.model,
-            "--attention",
-            a.attention,
-            "--repeats",
-            str(a.repeats),
-            "--child",
-        ]
+        options = ["--parts", parts, "--child", "--repeats", str(a.repeats)]
+        options += ["--model", a.model, "--attention", a.attention, "--trace", a.trace]
         options += ["--tiny"] * a.tiny + (["--out", str(a.out)] if a.out else [])
         try:
             done = subprocess.run([sys.executable, __file__, *options], timeout=left)

@@ -120,8 +120,6 @@ def test_the_gpu_kernels_walk_tiles_in_blocks_and_their_queries_in_chunks(
     """Long completions, so that some tiles need no mask, and a prompt that many tiles see."""
     monkeypatch.setattr(stream_gpu, "CHUNK", 3 if machine is stream_gpu else 2)
     monkeypatch.setattr(stream_mosaic, "AT_ONCE", 1)
-    overlap = stream_mosaic.FORWARD._replace(overlap=not windows)
-    monkeypatch.setattr(stream_mosaic, "FORWARD", overlap)
     for name in ("FORWARD", "OF_QUERIES", "OF_KEYS"):
         monkeypatch.setattr(stream_gpu, name, stream_gpu.Shape(16, 32, 4, 2))
     segments = np.concatenate([[g + 1] * n for g, n in enumerate(lengths)])[None].astype(np.int32)

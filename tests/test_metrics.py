@@ -399,4 +399,8 @@ def test_a_device_without_a_published_peak_has_no_mfu():
     meter = Meter(program, lambda: program, [chip, chip])
     counted = meter.count(args, 1)
     assert counted == {"update/mfu": 128, "update/hfu": 128}
+    meter._update = None  # what is counted once is not traced again
+    assert meter.count((jnp.zeros((4, 4)),), 1) == counted
+    with pytest.raises(AttributeError):
+        meter.count((jnp.ones((8, 8)),), 1)
     assert meter.shares(counted, 2.0)["update/mfu"] == 128 / 2.0 / (2 * 197e12)

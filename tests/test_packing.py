@@ -205,6 +205,14 @@ def test_recomputing_changes_nothing(remat, scan_layers):
     assert_same(in_rows(False), found)
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_layers_are_the_turns_of_a_loop_or_written_out(scan_layers):
+    policy, params = tiny.policy_and_params(scan_layers=scan_layers)
+    tokens = np.zeros((1, 4), np.int32)
+    text = jax.jit(policy.hidden).lower(params, tokens, np.ones_like(tokens)).as_text()
+    assert ("stablehlo.while" in text) == scan_layers
+
+
 def test_what_is_offloaded_are_the_hidden_states_between_layers_in_the_memory_of_the_host():
     policy, params = tiny.policy_and_params(gradient_checkpointing="offload")
     tokens = np.zeros((2, 5), np.int32)

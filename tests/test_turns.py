@@ -10,6 +10,7 @@ import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine import past
 from adpo_jax.model import cpu
 
 V = 61
@@ -167,6 +168,34 @@ def test_samples_that_were_interrupted_go_on_in_another_session(model, little):
     for request, group in zip(requests, wanted.groups, strict=True):
         for index, completion in enumerate(group):
             np.testing.assert_array_equal(found[request, index], completion.tokens)
+
+
+def test_samples_that_have_unlike_lengths_go_on_together(model, little, monkeypatch):
+    _, params = model
+    prompts, key = prompts_of(5, 12), jax.random.key(4)
+    sampling = dataclasses.replace(SAMPLING, stop_token_ids=())
+    wanted = little.generate(params, prompts, sampling, key)
+    session = little.session(params, sampling, key)
+    keys = [session.submit(p).key_data for p in prompts]
+    session.leave()
+    lengths, prefill = set(), past._prefill_alike
+
+    def noted(*args):
+        lengths.add(args[5])
+        return prefill(*args)
+
+    monkeypatch.setattr(past, "_prefill_alike", noted)
+    with little.session(params, sampling, jax.random.key(9)) as session:
+        for prompt, group, of_group in zip(prompts, wanted.groups, keys, strict=True):
+            begun = [c.tokens[:count] for c, count in zip(group, (1, 3, 18, 31), strict=True)]
+            session.submit(prompt, begun, keys=of_group)
+        found = [turn for _ in range(20) for turn in session.step()]
+    assert lengths == {16, 64}
+    for turn in found:
+        group = wanted.groups[[len(p) for p in prompts].index(len(turn.sample.request.prompt))]
+        tokens = group[turn.sample.index].tokens
+        np.testing.assert_array_equal(turn.tokens, tokens[len(tokens) - len(turn.tokens) :])
+    assert len(found) == 8
 
 
 def whole_forward(policy, params, prompt, tokens):

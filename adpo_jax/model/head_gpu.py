@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-try:  # jax 0.12 calls it deprecated; a later one has it no more
-    from jax.experimental.pallas import triton as plt
-except ImportError:
-    plt = None
+from adpo_jax.model.triton import plt
 
 BLOCK, WARPS = 4096, 8
 # Below any logit, and finite, so that no difference of two is NaN.

@@ -15,10 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-try:  # jax 0.12 calls it deprecated; a later one has it no more
-    from jax.experimental.pallas import triton as plt
-except ImportError:
-    plt = None
+from adpo_jax.model.triton import plt
 
 # Tokens and heads of a block, where they divide what there is.
 BLOCK = (4, 8)

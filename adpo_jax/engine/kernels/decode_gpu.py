@@ -17,11 +17,7 @@ from jax.experimental import pallas as pl
 from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach, block_range
 from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import MASKED
-
-try:  # jax 0.12 calls it deprecated; a later one has it no more
-    from jax.experimental.pallas import triton as plt
-except ImportError:
-    plt = None
+from adpo_jax.model.triton import plt
 
 # Of 32 ways to cut it, the fastest on an H200 (0.139 ms for 232 rows of 8 heads that see 483 MB).
 BLOCK, WARPS, STAGES = 64, 4, 3

@@ -26,11 +26,7 @@ from jax.experimental import pallas as pl
 
 from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
 from adpo_jax.model.tile_attention import Stream
-
-try:  # jax 0.12 calls it deprecated; a later one has it no more
-    from jax.experimental.pallas import triton as plt
-except ImportError:
-    plt = None
+from adpo_jax.model.triton import plt
 
 # The smallest side of a matrix product on tensor cores.
 LEAST_BLOCK = 16

@@ -23,6 +23,7 @@ from adpo_jax.model.attention import MASKED, Tokens, visible
 from adpo_jax.model.attention_kernels import stream_gpu
 from adpo_jax.model.attention_kernels.stream_gpu import LOG2_E, Lists, Static, like, lists_of
 from adpo_jax.model.tile_attention import Stream
+from adpo_jax.model.triton import plt
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -52,8 +53,6 @@ class Cut(NamedTuple):
       persistent: whether a thread block takes piece after piece of work, so that it copies for the
         next one while it computes; else one piece.
       take_turns: whether one warpgroup multiplies while the other makes weights.
-      overlap: whether a warpgroup makes the weights of a step while it multiplies those of the step
-        before with values.
     """
 
     units: int
@@ -61,7 +60,6 @@ class Cut(NamedTuple):
     rows: int
     persistent: bool
     take_turns: bool
-    overlap: bool = False
 
 
 FORWARD = Cut(2, 2, 2, persistent=True, take_turns=True)
@@ -72,7 +70,7 @@ KEY_STAGES = 4
 
 def obstacle(head_dim: int) -> str:
     """Why the kernels cannot run heads of this size, or not under this jax; empty if they can."""
-    if plgpu is None or stream_gpu.plt is None:
+    if plgpu is None or plt is None:
         return (
             f"needs Pallas' Mosaic and Triton for GPUs, which jax {jax.__version__} does not have"
         )
@@ -164,24 +162,6 @@ def _both_products(static: Static, bias, a, b, c, d, between: Callable):
 
     acc = plgpu.ACC(bias.shape, jnp.float32)
     return pl.run_scoped(products, acc, acc)
-
-
-def _step_in_two(static: Static, bias, a, b, acc, c, d, meanwhile: Callable, between: Callable):
-    """`between(bias + a @ b.T)`, while acc + c @ d is made; c in registers, all else is shared."""
-    if static.interpret:
-        meanwhile()
-        return between(_plain(bias, a[...], b[...].T)), _plain(acc, c, d[...])
-
-    def products(first, second):
-        first[...] = bias
-        second[...] = acc
-        plgpu.wgmma(first, a, b.T)
-        plgpu.wgmma(second, c, d)
-        meanwhile()
-        made = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
-        return jax.lax.optimization_barrier(made), second[...]
-
-    return pl.run_scoped(products, *(plgpu.ACC(x.shape, jnp.float32) for x in (bias, acc)))
 
 
 def _bias(static: Static, queries, keys, window, shape, query_axis: int, present=None):
@@ -551,55 +531,16 @@ def _forward_kernel(work: _Work, *refs, **memory):
                 total_out = total_out * _rows_of(shrink, 0, (BLOCK, D))
                 return second_half(j, total_out, weights.astype(v.dtype)), top, total
 
-            def visit_overlapping(j, carry):
-                """The second half of the step before, during the first half of this one."""
-                total_out, top, total, weights = carry
-                at, before = slot_of(j), slot_of(j - 1)
-                plgpu.barrier_wait(memory["k_ready"].at[at])
-                bias, keys, values = (
-                    bias_of(j),
-                    memory["k_ring"].at[at],
-                    memory["v_ring"].at[before],
-                )
-                arrive()
-                plgpu.barrier_wait(memory["v_ready"].at[before])
-                wait()
-
-                def between(products):
-                    plgpu.barrier_arrive(memory["k_free"].at[at])
-                    return weights_of(products, top, total)
-
-                (weights, new_top, new_total, shrink), total_out = _step_in_two(
-                    static, bias, query, keys, total_out, weights, values, give_way, between
-                )
-                plgpu.barrier_arrive(memory["v_free"].at[before])
-                # Two bytes a weight from here on: before, the product still reads the older ones.
-                weights = weights.astype(v.dtype)
-                return total_out * _rows_of(shrink, 0, (BLOCK, D)), new_top, new_total, weights
-
             start = (
                 _full(static, (BLOCK, D), 0.0, layout),
                 _full(static, (BLOCK,), MASKED, row),
                 _full(static, (BLOCK,), 0.0, row),
             )
 
-            def overlapping(total_out, top, total):
-                weights, top, total, _ = first_half(0, top, total)
-                weights = weights.astype(v.dtype)
-                carry = jax.lax.fori_loop(
-                    1, steps, visit_overlapping, (total_out, top, total, weights)
-                )
-                total_out, top, total, weights = carry
-                return second_half(steps - 1, total_out, weights), top, total
-
             # The second warpgroup is half a step behind, in each piece anew. None waits in a piece
             # for what the other does in the next, whose copies wait for both.
             pl.when(c == 1)(give_way)
-            if work.cut.overlap:
-                found = jax.lax.cond(steps > 0, overlapping, lambda *start: start, *start)
-            else:
-                found = jax.lax.fori_loop(0, steps, visit, start)
-            total_out, top, total = found
+            total_out, top, total = jax.lax.fori_loop(0, steps, visit, start)
             pl.when(c == 0)(arrive)
             total = jnp.where(total > 0, total, 1.0)  # padding sees nothing
             first, head = work.block(piece, c)
