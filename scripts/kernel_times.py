@@ -6,7 +6,8 @@
 FOLDER is what `jax.profiler.trace` wrote, as a run does for `trainer.profile_steps`.
 One JSON line for all (milliseconds a step in which a kernel ran, and between the first and the last
 of them), then one a kind of kernel, the dearest first: its launches and milliseconds a step.
-Kernels of one kind differ in the number behind their name.
+Kernels of one kind differ in the number behind their name. At last the longest times in which none
+ran, and which kernels ran before and after; shorter ones are launches.
 """
 
 import argparse
@@ -24,6 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=1, help="that the profile holds")
     parser.add_argument("--most", type=int, default=30, help="kinds that are told")
+    parser.add_argument("--gaps", type=int, default=5, help="idle times that are told")
     return parser.parse_args()
 
 
@@ -45,10 +47,13 @@ def main() -> int:
     if not kernels:
         print(f"{a.folder} has no profile of a GPU: give what jax.profiler.trace wrote on one")
         return 2
-    busy, end = 0, kernels[0][0]
+    busy, end, last, gaps = 0, kernels[0][0], "", []
     kinds: dict[str, list[int]] = collections.defaultdict(list)
     for start, duration, name in kernels:
+        if start > end:
+            gaps.append((start - end, last, name))
         busy, end = busy + max(0, start + duration - max(end, start)), max(end, start + duration)
+        last = name
         kinds[re.sub(r"[_.\d]+$", "", name)].append(duration)
     per_step = 1e6 * a.steps
     whole = {"busy_ms": busy / per_step, "span_ms": (end - kernels[0][0]) / per_step}
@@ -56,6 +61,8 @@ def main() -> int:
     for name, each in sorted(kinds.items(), key=lambda kind: -sum(kind[1]))[: a.most]:
         line = {"kernel": name, "launches": len(each) / a.steps}
         print(json.dumps(line | {"ms": round(sum(each) / per_step, 3)}))
+    for gap, before, after in sorted(gaps, reverse=True)[: a.gaps]:
+        print(json.dumps({"idle_ms": round(gap / 1e6, 3), "after": before, "before": after}))
     return 0
 
 

@@ -47,7 +47,8 @@ def each_warns():
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_auto_is_the_kernel_of_the_platform_and_plain_elsewhere_without_a_word(use):
     assert resolve("auto", use, of_model(use), "tpu") == "pallas_tpu"
-    assert resolve("auto", use, of_model(use), "gpu") == "pallas_gpu"
+    of_gpu = "pallas_gpu" if use is DECODING else "mosaic_gpu"
+    assert resolve("auto", use, of_model(use), "gpu") == of_gpu
     assert resolve("auto", use, of_model(use, head_dim=16, dtype=jnp.float32), "cpu") == "xla"
 
 
@@ -124,8 +125,6 @@ def test_auto_warns_where_the_kernel_of_a_tpu_cannot_run_the_model(use, each_war
 
 
 def test_a_gpu_runs_the_first_of_its_order_that_its_generation_and_the_model_allow(monkeypatch):
-    order = {"gpu": ("mosaic_gpu", "pallas_gpu")}
-    use = attention_choice.Use("streams", STREAMS.table, order)
     for card, head_dim, name in (
         (Card("9.0"), 128, "mosaic_gpu"),
         (Card("10.0"), 128, "pallas_gpu"),
@@ -133,12 +132,12 @@ def test_a_gpu_runs_the_first_of_its_order_that_its_generation_and_the_model_all
         (Card("9.0"), 32, "pallas_gpu"),
     ):
         monkeypatch.setattr(Settings, "gpu", card)
-        assert resolve("auto", use, of_model(use, head_dim=head_dim), "gpu") == name
+        assert resolve("auto", STREAMS, of_model(STREAMS, head_dim=head_dim), "gpu") == name
     monkeypatch.setattr(Settings, "gpu", Card("8.0"))
     with pytest.raises(
         ValueError, match="needs a Hopper GPU, of compute capability 9.0; given 8.0"
     ):
-        resolve("mosaic_gpu", use, of_model(use), "gpu")
+        resolve("mosaic_gpu", STREAMS, of_model(STREAMS), "gpu")
 
 
 def test_a_fallback_is_told_once_for_each_use_and_reason(each_warns):

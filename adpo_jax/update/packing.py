@@ -716,7 +716,7 @@ class _Stream:
                 completions[tile] = also, min(first, tiles[0]), tile + 1
         return prompts, completions
 
-    @property
+    @functools.cached_property
     def num_listed(self) -> int:
         """The most key tiles that a tile of queries sees."""
         prompts, completions = self._seen
