@@ -7,8 +7,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adpo_jax.devices import topologies
-from adpo_jax.model import head_gpu, norm_rope_gpu, rope
+from adpo_jax.model import gated_gpu, head_gpu, layers, norm_rope_gpu, rope
 from adpo_jax.model.layers import rms_norm
+from adpo_jax.model.model_config import ClampedGate
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,26 @@ def test_heads_that_the_kernel_does_not_take_are_told():
     assert not norm_rope_gpu.runs(jnp.bfloat16, 96)
 
 
+@pytest.mark.parametrize("activation", gated_gpu.LOWERED)
+@pytest.mark.parametrize("shape", [(2, 3, 40), (1, 5, gated_gpu.BLOCK)])
+def test_one_pass_gives_both_gradients_of_a_gated_activation(activation, shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    gate, up, g = (2 * jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    exact = [x.astype(jnp.float32) for x in (gate, up)]
+    out, pull = jax.vjp(lambda *x: gated_gpu.gated(activation, *x, True), gate, up)
+    np.testing.assert_array_equal(out, layers.gated(activation, gate, up))
+    wanted = jax.vjp(lambda *x: layers.gated(activation, *x), *exact)[1](g.astype(jnp.float32))
+    for found, plain in zip(pull(g), wanted):
+        np.testing.assert_allclose(np.float32(found), plain, rtol=2**-7, atol=1e-4)
+
+
+def test_a_gate_that_the_kernel_does_not_take_is_told():
+    assert gated_gpu.runs("silu", jnp.bfloat16)
+    assert not gated_gpu.runs("silu", jnp.float32)
+    assert not gated_gpu.runs("gelu", jnp.bfloat16)
+    assert not gated_gpu.runs(ClampedGate(1.7, 7.0), jnp.bfloat16)
+
+
 @pytest.mark.parametrize("V", [100, 3 * head_gpu.BLOCK - 7])
 def test_one_pass_over_the_logits_gives_the_partition_function_and_the_mean(V):
     logits = 5 * jax.random.normal(jax.random.key(0), (3, V)) - 40.0
@@ -64,7 +85,8 @@ def test_the_small_kernels_compile_for_an_h100():
 
     def total(x, weight, cos, logits):
         heads = norm_rope_gpu.norm_and_rotate(x, weight, cos, cos)
-        return jnp.sum(heads.astype(jnp.float32)) + jnp.sum(head_gpu.log_z_and_mean(logits)[1])
+        opened = gated_gpu.gated("silu", heads, x) + gated_gpu.gated("gelu_tanh", x, heads)
+        return jnp.sum(opened.astype(jnp.float32)) + jnp.sum(head_gpu.log_z_and_mean(logits)[1])
 
     shapes = {(2, 6, 3, 64): jnp.bfloat16, (64,): jnp.float32, (2, 6, 32): jnp.float32}
     shapes |= {(3, 5000): jnp.float32}
@@ -73,4 +95,4 @@ def test_the_small_kernels_compile_for_an_h100():
         jax.jit(jax.value_and_grad(total, (0, 1))).trace(*given), devices[0]
     ).compile()
     text = made.as_text()
-    assert all(name in text for name in ("norm_rope_gradient", "head_sums"))
+    assert all(name in text for name in ("norm_rope_gradient", "gated_gradient", "head_sums"))

@@ -32,7 +32,7 @@ from adpo_jax.devices.sharding import (
     rule,
     shard_map,
 )
-from adpo_jax.model import cpu, norm_rope_gpu, parameters, two_shapes
+from adpo_jax.model import cpu, gated_gpu, norm_rope_gpu, parameters, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.attention_choice import old_gpu
@@ -107,16 +107,17 @@ class LayerWeights:
         whole = 2 * cos.shape[-1] == x.shape[-1] and not c.rope_interleaved
         over_heads = parameters.has(c, f"{name}_norm_all")
         # In a step of decoding, the compiler's own kernels take no longer.
-        if x.shape[1] > 1 and whole and not over_heads and self._has_kernel(x):
+        has_kernel = self._on_gpu and norm_rope_gpu.runs(x.dtype, x.shape[-1])
+        if x.shape[1] > 1 and whole and not over_heads and has_kernel:
             return self._norm_and_rotate_on_gpu(x, name, cos, sin)
         x = self.norm_over_heads(self.norm(x, f"{name}_norm"), f"{name}_norm_all")
         return rope_lib.rotate(x, cos, sin, c.rope_interleaved)
 
-    def _has_kernel(self, x: jax.Array) -> bool:
-        """Whether a kernel for GPUs takes heads x on these devices, which need not be there."""
+    @property
+    def _on_gpu(self) -> bool:
+        """Whether these devices, which need not be there, are GPUs that kernels run on."""
         device = first_device(self.mesh)
-        on_gpu = device.platform == "gpu" and not old_gpu(device)
-        return on_gpu and norm_rope_gpu.runs(x.dtype, x.shape[-1])
+        return device.platform == "gpu" and not old_gpu(device)
 
     def _norm_and_rotate_on_gpu(self, x, name, cos, sin):
         c = self.config
@@ -134,6 +135,18 @@ class LayerWeights:
             kernel, self.mesh, sizes, in_axes=(by_head, (), by_token, by_token), out_axes=by_head
         )
         return local(x, weight, cos, sin)
+
+    def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """activation(gate) * up, of the two products [B, T, F] of an MLP."""
+        activation = self.config.activation
+        if not (self._on_gpu and gated_gpu.runs(activation, gate.dtype)):
+            return gated(activation, gate, up)
+        axes = ("batch", "length", "mlp")
+        kernel = functools.partial(gated_gpu.gated, activation)
+        sizes = dict(zip(axes, gate.shape))
+        return on_each_device(kernel, self.mesh, sizes, in_axes=(axes, axes), out_axes=axes)(
+            gate, up
+        )
 
     def norm_over_heads(self, x: jax.Array, name: str) -> jax.Array:
         """`norm` of x [B, T, H, h] over all heads of a token together."""
@@ -178,7 +191,7 @@ Ffn = Callable[[LayerWeights, jax.Array, LayerInfo], tuple[jax.Array, dict[str, 
 def gated_mlp(weights: LayerWeights, x: jax.Array, layer: LayerInfo):
     """The dense `Ffn`: down(activation(gate x) * up x), without extras."""
     gate, up = weights.dense_each(x, "gate", "up")
-    hidden = gated(weights.config.activation, gate, up)
+    hidden = weights.gated(gate, up)
     hidden = constrain(hidden, weights.mesh, "batch", "length", "mlp")
     return weights.dense(hidden, "down"), {}
 

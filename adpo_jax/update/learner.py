@@ -328,6 +328,7 @@ class Learner:
         history, operations, imbalance = [], collections.Counter(), []
         # A micro-batch of whole groups finds what the loss needs without another forward.
         whole_groups = bool(log_probs) or not self.algorithm.needs_no_log_probs
+        under_way = []  # metrics of a step that the devices are still at work on
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(sequences.select(rows))]
             mini = self.laid_out(
@@ -337,9 +338,11 @@ class Learner:
             operations += self.meter.count((state, *part), mini.turns)
             with jax.profiler.TraceAnnotation("update"):
                 state, metrics = self.update(state, *part)
-                metrics = jax.device_get(metrics)
-            history.append(metrics | {"update/padding_frac": mini.padding_frac})
+            history += jax.device_get(under_way)
+            under_way = [metrics | {"update/padding_frac": mini.padding_frac}]
             imbalance.append(mini.load_imbalance)
+        state = state.replace(step=state.step + 1)
+        history += jax.device_get(under_way)
         seconds = time.perf_counter() - anchored
         declared = (*update.METRICS, *update.MIXTURE_METRICS, *self.algorithm.metrics)
         metrics = update.joined(declared, history, self.plan.epochs)
@@ -363,8 +366,7 @@ class Learner:
                 anchor_params, state.trained, measured_kl=measured_kl
             )
         metrics["anchor/renewed"] = float(renewed)
-        state = state.replace(step=state.step + 1, anchor_params=anchor_params)
-        return self.put_away(state), metrics
+        return self.put_away(state.replace(anchor_params=anchor_params)), metrics
 
     def log_probs(
         self, params, sequences: Sequences, forward: Callable | None = None
