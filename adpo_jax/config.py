@@ -519,6 +519,12 @@ def _rollout() -> dict[str, Key]:
             least=0,
             needs=(at_once,),
         ),
+        "prefill_chunk_size": Key(
+            0,
+            "tokens of a piece, a power of two, in which longer prompts are read while others "
+            "decode; 0 prefills each prompt at once",
+            least=0,
+        ),
         "max_staleness": Key(
             0,
             "iterations that a group may begin ahead of the update that trains on it; 0 decodes "

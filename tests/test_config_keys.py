@@ -467,6 +467,7 @@ WALK = {
         engine,
         "--config.data.max_response_length=2048",
     ),
+    f"{ROLLOUT}.prefill_chunk_size": ("64", engine),
     f"{ROLLOUT}.max_staleness": ("2", pacing),
     f"{ROLLOUT}.router_replay": ("true", sampling),
     f"{ACTOR}.router_aux_loss_coef": ("0.1", balance),

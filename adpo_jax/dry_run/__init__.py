@@ -115,13 +115,16 @@ def _report(
                 raise
             failed[name] = _hbm_text(str(error))
     copy = engine.verbs.copied_bytes(policy)
+    rollout = {"parameters to sample with": copy, "cache": engine.plan.device_bytes}
+    if engine.reading_bytes:
+        rollout["a prompt that is read"] = engine.reading_bytes
     report = Report(
         title=_title(config, policy, mesh, engine, where),
         device_kind=devices[0].device_kind,
         chip=chip,
         memory=_memory(devices[0], chip),
         resident=learner.state_bytes(),
-        rollout={"parameters to sample with": copy, "cache": engine.plan.device_bytes},
+        rollout=rollout,
         on_host=learner.parts_on_host,
         keeps_cache=not engine.free_cache_engine,
         steps=steps,
@@ -226,7 +229,7 @@ def _least(config, engine: Engine, mesh) -> dict[str, Least]:
     state = 2 * layout.linear.row_bytes() * slots if layout.linear else 0
     splits = (layout.token_bytes() * seen + state) // local
     weights = sharding.device_bytes(engine.verbs.abstract_params())
-    prefill_pairs = engine.prefill_rows * prompt * (prompt - 1) // 2
+    prefill_pairs = engine.prefill_rows * prompt * (prompt - 1) // 2 // engine.prefill_pieces
     mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
     return {
         "prefill": Least(per_pair * prefill_pairs // local),
@@ -242,7 +245,7 @@ def _calls(config, engine: Engine, learner: Learner, *, num_processes: int) -> d
     rows = engine.prefill_rows
     waves = -(-own * config.algorithm.num_generations // engine.num_slots)
     return {
-        "prefill": -(-own // rows),
+        "prefill": -(-own // rows) * engine.prefill_pieces,
         "decode": waves * config.data.max_response_length,
         "anchor": 1,
         "reference": 1,
@@ -306,7 +309,7 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
     rollout_config = config.actor_rollout_ref.rollout
     names = [n for n, peak in report.peaks.items() if peak > (report.memory or peak)]
     names += list(report.failed)
-    copy, cache = report.rollout.values()
+    copy, cache, *_ = report.rollout.values()
     local, tensor = engine.policy.mesh.size, engine.policy.mesh.shape["tensor"]
     if {"prefill", "decode"} & set(names):
         if tensor < local:

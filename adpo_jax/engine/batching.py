@@ -38,6 +38,7 @@ from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import Copies, PastRows, Piece
+from adpo_jax.engine.reading import Reader
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule, Start
 from adpo_jax.engine.verbs import (
@@ -209,6 +210,8 @@ class DecodeLoop:
         `state_to_keep`.
       most_prefilled: (length, count) -> how many of that many prompts go into one prefill; None for
         all that fit one.
+      prefill_chunk_size: tokens of a piece in which longer prompts are read (`reading`), a power of
+        two; 0 prefills each prompt at once.
       turns: whether samples may go on after their turns, or begin with tokens: "past" keeps what
         they attend to in past rows; "again" prefills it for every turn.
 
@@ -230,6 +233,7 @@ class DecodeLoop:
         make_state: Callable[..., DecodeState] | None = None,
         keeps_memory: bool = False,
         most_prefilled: Callable[[int, int], int] | None = None,
+        prefill_chunk_size: int = 0,
         turns: Literal["past", "again"] | None = None,
     ):
         self.params, self.version = verbs.load_params(params), 0
@@ -250,6 +254,7 @@ class DecodeLoop:
         # The ring that the first state began with, remembered while a longer one is in use.
         self._first_ring: KV | None = None
         self._turns = turns
+        self._reader = Reader(verbs, prefill_chunk_size, num_shards)
         self.past = PastRows(num_shards)
         self._longest_past = 0  # tokens of the longest completion that lies in the past
         self._pager: Pager | None = None  # None where there are no pages
@@ -365,6 +370,7 @@ class DecodeLoop:
             self._keep_turns()
         if self._pager is not None:
             self._leave_ring()
+        self._read()
         oldest = self._oldest()
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
@@ -372,11 +378,14 @@ class DecodeLoop:
         if self._longest_past:
             self._resize(self._with_past(self.sizes), oldest)
         starts, admitted = self.schedule.start(
-            lambda request: len(request.prompt) - 1 <= self.sizes.prefix,
+            lambda request: (
+                len(request.prompt) - 1 <= self.sizes.prefix and self._reader.is_ready(request)
+            ),
             lambda sample, shard: self._pager is None or self._pager.begins(sample, shard),
         )
         if admitted:
             self._prefill(admitted)
+        self._reader.let_go(self.schedule.queued)
         # This comes before the batch shrinks, since `starts` name the present slots and rows.
         if starts or self._retired:
             self._assign(starts)
@@ -397,6 +406,7 @@ class DecodeLoop:
         self.sizes = self._state = self._first_ring = None
         self._retired, self._ended_turns, self._longest_past = [], {}, 0
         self._experts, self._pager = [], None
+        self._reader.let_go(())
         self.past = PastRows(self._num_shards)
 
     def _oldest(self) -> int:
@@ -574,12 +584,32 @@ class DecodeLoop:
 
     # --- prompts into rows, samples into slots
 
+    def _read(self):
+        """Reads a piece of the first long prompt in the queue; all of it where nothing decodes."""
+        schedule, reader = self.schedule, self._reader
+        unread = (request for request in schedule.queued if not reader.is_ready(request))
+        request = next(unread, None)
+        if request is None:
+            return
+        schedule.overtake(reader.is_ready)
+        others = schedule.num_live > 0 or schedule.queued[0] is not request
+        request.version = self.version if request.version is None else request.version
+        while True:
+            self.stats["prefill_calls"] += 1
+            self.stats["prefill_tokens"] += reader.go_on(self.params, request)
+            if others or reader.is_ready(request):
+                return
+
     def _prefill(self, admitted: dict[int, Request]):
         """Prefills each prompt once into its prefix rows; prompts of like length go together."""
         rows_of = collections.defaultdict(list)
         for row, request in admitted.items():
             request.version = self.version if request.version is None else request.version
-            rows_of[request.prompt.tobytes()].append(row)
+            if self._reader.in_pieces(request):
+                columns = self._prefill_length(request)
+                self._copy(self._reader.prefixes(request, columns), 0, [row])
+            else:
+                rows_of[request.prompt.tobytes()].append(row)
         prompts = sorted(rows_of.values(), key=lambda rows: len(admitted[rows[0]].prompt))
         while prompts:
             length = self._prefill_length(admitted[prompts[-1][0]])

@@ -173,6 +173,7 @@ class ContinuousBatch:
                 sizing.column_sizes,
                 sizing.prefix_sizes,
                 MAX_ALTERNATIVES,
+                engine.prefill_chunk_size,
             )
             settings, most_prefilled = decides.settings, decides.most_prefilled
         self._loop = DecodeLoop(
@@ -182,6 +183,7 @@ class ContinuousBatch:
             settings,
             num_shards=engine.shards,
             most_prefilled=most_prefilled,
+            prefill_chunk_size=engine.prefill_chunk_size,
         )
         self._loop.version = version
         self._scorer = Scorer(engine.verbs, self._loop.params, MAX_ALTERNATIVES, version)

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import RULES, mesh_axis_size
-from adpo_jax.engine import cache_plan, cpu_engine, kernels
+from adpo_jax.engine import cache_plan, cpu_engine, kernels, reading
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, Request, Sizes
 from adpo_jax.engine.cpu_engine import EngineTuning
@@ -64,6 +64,8 @@ class Engine:
         memory for the longest completion in every slot. Calls whose `max_tokens` are few, a
         `session` and a `ContinuousBatch` keep everything in the ring all the same.
       page_size: tokens of a page, a power of two; the ring has room for four pages.
+      prefill_chunk_size: tokens of a piece, a power of two, in which longer prompts are read while
+        others decode (`reading`); 0 prefills every prompt at once.
       free_cache_engine: whether to give the cache's memory back after every call; else it is kept
         for the next call of the same sizes, unless the batch shrank meanwhile, as on a CPU.
       steps_per_dispatch: decode steps between two looks of the host.
@@ -85,6 +87,7 @@ class Engine:
         group_size: int = 1,
         expected_response_length: int | None = None,
         page_size: int = cache_plan.PAGE,
+        prefill_chunk_size: int = 0,
         free_cache_engine: bool = True,
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
@@ -105,6 +108,7 @@ class Engine:
                 raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
         if not (page_size >= 8 and page_size & (page_size - 1) == 0):
             raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
+        reading.check_size(prefill_chunk_size, policy.config)
         if expected_response_length and policy.config.linear_attention:
             raise ValueError(
                 "expected_response_length keeps completions in pages, and the state of linear "
@@ -121,6 +125,7 @@ class Engine:
         self.verbs = Verbs(policy, layout, attention)
         self.max_prompt_length = max_prompt_length
         self.max_response_length = max_response_length
+        self.prefill_chunk_size = prefill_chunk_size
         self.steps_per_dispatch = steps_per_dispatch
         self.detokenize = detokenize
         self.free_cache_engine = free_cache_engine
@@ -133,7 +138,7 @@ class Engine:
             budget, budget_text = cache_plan.memory_budget(
                 gpu_memory_utilization,
                 device,
-                resident=resident_bytes,
+                resident=resident_bytes + self.reading_bytes,
                 copied=self.verbs.copied_bytes(given),
             )
         self.shrinks = tuning.shrinks
@@ -162,10 +167,27 @@ class Engine:
         self.slot_sizes = tuning.slot_sizes(self.num_slots, self.shards)
 
     @property
+    def prefill_pieces(self) -> int:
+        """The pieces in which the longest prompt is read; 1 for all at once."""
+        size, length = self.prefill_chunk_size, self.max_prompt_length - 1
+        return -(-length // size) if 0 < size < length else 1
+
+    @property
     def prefill_rows(self) -> int:
         """The most prompts of full length that are prefilled at once."""
+        if self.prefill_pieces > 1:
+            return self.shards
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         return schedule_lib.prefill_rows(length, self.shards)
+
+    @property
+    def reading_bytes(self) -> int:
+        """Bytes on a device of the longest prompt while it is read, and copied into its rows."""
+        if self.prefill_pieces == 1:
+            return 0
+        columns = schedule_lib.power_of_two(self.max_prompt_length - 1)
+        shards, splits = _splits(self.policy)
+        return 2 * self.verbs.layout.token_bytes() * columns * shards // splits
 
     def sizes_for(
         self,
@@ -198,19 +220,26 @@ class Engine:
         return max(sizes, key=lambda size: (min(size[0], size[1] * each), -size[0]))
 
     def trace(self, sampling: SamplingParams) -> dict[str, jax.stages.Traced]:
-        """The programs "prefill" and "decode" at their largest sizes, from shapes alone."""
+        """The programs "prefill" and "decode" at their largest sizes, from shapes alone.
+
+        Where prompts are read in pieces, "prefill" is that of a piece.
+        """
         n, verbs = sampling.n, self.verbs
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         sizes, _ = self._sizes(2 * self.num_slots, n, self.max_response_length, length)
         slots, columns, rows, width, prefix, *_, pages = sizes
         params = verbs.abstract_params()
         state = verbs.abstract_state(slots, columns, rows, prefix, width, pages)
-        tokens = jax.ShapeDtypeStruct((self.prefill_rows, length), jnp.int32)
-        lengths = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
+        if self.prefill_pieces > 1:
+            prefill = reading.trace(verbs, params, self.prefill_chunk_size, length, self.shards)
+        else:
+            tokens = jax.ShapeDtypeStruct((self.prefill_rows, length), jnp.int32)
+            lengths = jax.ShapeDtypeStruct((self.prefill_rows,), jnp.int32)
+            prefill = Verbs.prefill.trace(verbs, params, tokens, lengths)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
         return {
-            "prefill": Verbs.prefill.trace(verbs, params, tokens, lengths),
+            "prefill": prefill,
             "decode": Verbs.generate.trace(
                 verbs, params, state, knobs, sampling.method, self.steps_per_dispatch, count, count
             ),
@@ -303,6 +332,7 @@ class Engine:
             num_shards=self.shards,
             make_state=self._new_state,
             keeps_memory=not self.free_cache_engine,
+            prefill_chunk_size=self.prefill_chunk_size,
         )
         for request in requests:
             loop.submit(request)

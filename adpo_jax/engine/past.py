@@ -139,10 +139,11 @@ def put(verbs: Verbs, past: KV, source: KV, copies: Copies) -> KV:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> KV:
+def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunks) -> KV:
     """Keys and values of tokens that go on after prompts and a past, [N rows, T columns].
 
     Args:
+      prefix: the prompts; None where the past is all that there is before.
       past: the past rows; or pages, where the chunks have a table.
     """
     policy, layout = verbs.policy, verbs.layout
@@ -160,13 +161,10 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
         sizes = {"batch": math.gcd(N, len(kv.v)), "kv_heads": kv.v.shape[1]}
         return on_each_device(of_row, policy.mesh, sizes, (by_head, by_row), by_head)(kv, rows)
 
-    prefix_lengths = on_each_device(
-        of_row,
-        policy.mesh,
-        {"batch": math.gcd(N, len(prefix.lengths))},
-        (by_row, by_row),
-        by_row,
-    )(prefix.lengths, chunks.prefix_row)
+    if prefix is not None:
+        sizes = {"batch": math.gcd(N, len(prefix.lengths))}
+        of_rows = on_each_device(of_row, policy.mesh, sizes, (by_row, by_row), by_row)
+        prefix_lengths = of_rows(prefix.lengths, chunks.prefix_row)
 
     attend_pages = kernels.attend_part(
         attention_choice.PLAIN, layout, config.attention_soft_cap, policy.mesh
@@ -195,23 +193,21 @@ def chunk(verbs: Verbs, params, prefix: Prefixes, past: KV, chunks: Chunks) -> K
             )
 
         own = layout.pack(k, v)
-        of_prefix, of_past = (kv_cache.of_kind(store, layer) for store in (prefix.kv, past))
-        of_prefix = kv_cache.read_layer(of_prefix, layer.at)
-        in_reach = reach_of(in_past, chunks.at)
+        places = jnp.broadcast_to(place, (N, T))
+        # A token reaches back to the first of its chunk and not, round a ring, to those after.
+        parts = [part(own, reach_of(places, chunks.count, jnp.minimum(back, place), ring=True))]
+        if prefix is not None:
+            of_prefix = kv_cache.read_layer(kv_cache.of_kind(prefix.kv, layer), layer.at)
+            of_prefix = taken(of_prefix, chunks.prefix_row)
+            parts.append(part(of_prefix, reach_of(positions, prefix_lengths)))
+        of_past, in_reach = kv_cache.of_kind(past, layer), reach_of(in_past, chunks.at)
         if chunks.table is None:
             of_past = kv_cache.read_layer(of_past, layer.at)
-            past_part = part(taken(of_past, chunks.row), in_reach)
+            parts.append(part(taken(of_past, chunks.row), in_reach))
         else:
-            past_part = attend_pages(q_NKQD, of_past, layer.at, in_reach, chunks.table)
-        places = jnp.broadcast_to(place, (N, T))
+            parts.append(attend_pages(q_NKQD, of_past, layer.at, in_reach, chunks.table))
         sinks = None if layer.sinks is None else jnp.tile(by_kv_head(layer.sinks, K), (1, T))
-        out_NKQD = kv_cache.merge(
-            # A token reaches back to the first of its chunk and not, round a ring, to those after.
-            part(own, reach_of(places, chunks.count, jnp.minimum(back, place), ring=True)),
-            part(taken(of_prefix, chunks.prefix_row), reach_of(positions, prefix_lengths)),
-            past_part,
-            sinks=sinks,
-        )
+        out_NKQD = kv_cache.merge(*parts, sinks=sinks)
         out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
         return out.astype(q.dtype), kv_cache.keep_layer(kv, layer, own, axes)
 

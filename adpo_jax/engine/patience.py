@@ -16,6 +16,7 @@ import numpy as np
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import Request, Sample, Sizes, Sizing
 from adpo_jax.engine.programs import Decode, Draws, Move, Prefill, Program, Programs
+from adpo_jax.engine.reading import in_pieces
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule
 
@@ -83,6 +84,7 @@ class Patience:
       sizing: decides the sizes that the load asks for.
       column_sizes, prefix_sizes: the sizes that there are programs for, rising.
       num_alternatives: as of `needs_of`.
+      prefill_chunk_size: as of `DecodeLoop`; the programs of pieces are not compiled ahead.
     """
 
     def __init__(
@@ -92,8 +94,10 @@ class Patience:
         column_sizes: Sequence[int],
         prefix_sizes: Sequence[int],
         num_alternatives: int,
+        prefill_chunk_size: int = 0,
     ):
         self._sizing, self._programs = sizing, programs
+        self._chunk_size = prefill_chunk_size
         self._column_sizes, self._prefix_sizes = column_sizes, prefix_sizes
         self._num_alternatives = num_alternatives
         self._now: Sizes | None = None
@@ -159,10 +163,8 @@ class Patience:
             return True
         waiting = _waiting(schedule)
         needs = self._needs_with([*_live(schedule), *waiting])
-        prefills = [self._prefill(sizes, request) for request in waiting]
-        return self._programs.ready(
-            [Move(now, sizes), *self._decodes(sizes, needs), *(p for p in prefills if p)]
-        )
+        prefills = self._prefills(sizes, waiting)
+        return self._programs.ready([Move(now, sizes), *self._decodes(sizes, needs), *prefills])
 
     # --- which requests may start
 
@@ -173,7 +175,7 @@ class Patience:
         prefix = _size_for(self._prefix_sizes, len(request.prompt) - 1)
         sizes = now._replace(prefix=max(now.prefix, prefix))
         needs = self._needs_with([*_live(schedule), *_waiting(schedule), request])
-        programs = [*self._decodes(sizes, needs), self._prefill(sizes, request)]
+        programs = [*self._decodes(sizes, needs), *self._prefills(sizes, [request])]
         programs.append(Draws(schedule_lib.power_of_two(len(request.samples))))
         if sizes != now:
             programs.append(Move(now, sizes))
@@ -211,12 +213,15 @@ class Patience:
                 programs.append(Move(old, new))
         return programs
 
-    def _prefill(self, sizes: Sizes, request: Request) -> Program | None:
-        """The prefill of this prompt alone; None where it is too long for these sizes."""
-        length, most = len(request.prompt) - 1, sizes.prefix
-        if length > most:
-            return None
-        return Prefill(sizes, 1, min(schedule_lib.length_bucket(length, most), most))
+    def _prefills(self, sizes: Sizes, requests: Sequence[Request]) -> list[Program]:
+        """The prefill of each prompt alone, but of those too long for these sizes or for one."""
+        most, programs = sizes.prefix, []
+        for request in requests:
+            length = len(request.prompt) - 1
+            if length <= most and not in_pieces(request, self._chunk_size):
+                bucket = min(schedule_lib.length_bucket(length, most), most)
+                programs.append(Prefill(sizes, 1, bucket))
+        return programs
 
     # --- settings
 

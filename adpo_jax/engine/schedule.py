@@ -195,6 +195,16 @@ class Schedule:
         self._queue.append(_Queued(group, list(samples), part or len(samples)))
         self.num_waiting += len(samples)
 
+    @property
+    def queued(self) -> list[Hashable]:
+        """The groups with samples that have no prefix row yet, in their order."""
+        return list(dict.fromkeys(group for group, *_ in self._queue))
+
+    def overtake(self, is_ready: Callable[[Hashable], bool]):
+        """Lets the groups in the queue that are ready go before those that are not."""
+        places = sorted(self._queue, key=lambda place: not is_ready(place.group))
+        self._queue = collections.deque(places)
+
     def start(
         self,
         admits: Callable[[Hashable], bool] = lambda group: True,

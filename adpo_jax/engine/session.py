@@ -202,6 +202,7 @@ class Session:
             num_shards=engine.shards,
             make_state=engine._new_state,
             turns="past" if keeps_turns else "again",
+            prefill_chunk_size=engine.prefill_chunk_size,
         )
         self._conversations: dict[Sample, _Conversation] = {}
         self._seen: collections.Counter[bytes] = collections.Counter()

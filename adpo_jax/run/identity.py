@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.num_slots",
+    "actor_rollout_ref.rollout.prefill_chunk_size",
     "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "custom_reward_function.num_workers",
     "custom_reward_function.on_timeout",

@@ -391,7 +391,7 @@ def make_engine(
     """
     c = config.actor_rollout_ref.rollout
     names = ("num_slots", "cache_dtype", "attention", "gpu_memory_utilization")
-    names += ("expected_response_length",)
+    names += ("expected_response_length", "prefill_chunk_size")
     lengths = ("max_prompt_length", "max_response_length")
     if c.router_replay and not policy.config.mixture:
         raise ValueError(
@@ -414,6 +414,7 @@ def make_engine(
             resident_bytes=resident_bytes,
             group_size=config.algorithm.num_generations,
             expected_response_length=c.expected_response_length or None,
+            prefill_chunk_size=c.prefill_chunk_size,
             free_cache_engine=c.free_cache_engine,
             **({"steps_per_dispatch": EXTERNAL_STEPS} if config.environment.url else {}),
         )

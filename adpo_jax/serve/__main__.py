@@ -64,6 +64,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-prompt-characters", type=_number(int, 1), help=longer)
     experts = "tell the experts of a mixture that each token went through (/inference/v1/generate)"
     add("--enable-return-routed-experts", action="store_true", help=experts)
+    pieces = (
+        "tokens of a piece, a power of two, in which longer prompts are read while others decode"
+    )
+    add("--prefill-chunk-size", type=_number(int, 0), default=0, help=f"{pieces}; 0 for none")
     add("--steps-per-dispatch", type=_number(int, 1), default=4, help="tokens that come at once")
     share, count, seconds = _number(float, 0, 1), _number(int, 0), _number(float, 0)
     add("--gpu-memory-utilization", type=share, default=0.9, help="of the device's memory")
@@ -163,6 +167,7 @@ def make_server(a: argparse.Namespace):
         num_slots=a.slots,
         gpu_memory_utilization=a.gpu_memory_utilization,
         steps_per_dispatch=a.steps_per_dispatch,
+        prefill_chunk_size=a.prefill_chunk_size,
     )
     batch = ContinuousBatch(engine, model.params, compile_ahead=True)
     language = Language(

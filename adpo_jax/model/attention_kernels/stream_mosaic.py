@@ -63,7 +63,7 @@ class Cut(NamedTuple):
 
 
 FORWARD = Cut(2, 2, 2, persistent=True, take_turns=True)
-OF_QUERIES = Cut(2, 2, 1, persistent=True, take_turns=False)
+OF_QUERIES = Cut(1, 2, 2, persistent=True, take_turns=False)
 # Blocks of queries in the ring of the kernel for keys.
 KEY_STAGES = 4
 

@@ -1,0 +1,248 @@
+"""Long prompts that are read in pieces, against the same prompts prefilled at once."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from golden_models import drawn_model
+
+from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine import cpu_engine, past
+from adpo_jax.engine.continuous import ContinuousBatch
+from adpo_jax.model.model_config import LinearAttention
+
+V = 61
+SAMPLING = SamplingParams(n=2, max_tokens=20, stop_token_ids=(3,))
+# Shorter than a piece, of one token more, of whole pieces and one more, and of many pieces.
+LENGTHS = (5, 18, 33, 34, 90)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Rings do not grow, so that each engine compiles one program for decoding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_engine, "COLUMN_STAGES", 1)
+        yield
+
+
+def policy_of(**changes):
+    changes = {"qk_norm": True, "windows": (20, None), "attention_soft_cap": 20.0} | changes
+    return Policy(tiny.model_config(vocab_size=V, **changes))
+
+
+@pytest.fixture(scope="module")
+def model():
+    policy = policy_of()
+    return policy, policy.init(jax.random.key(0))
+
+
+def engine_of(policy, **options):
+    sizes = {"max_prompt_length": 96, "max_response_length": 20, "num_slots": 8}
+    return Engine(policy, **{**sizes, "steps_per_dispatch": 4, **options})
+
+
+def prompts_of(*lengths):
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, V, length).tolist() for length in lengths]
+
+
+def sampled(engine, params, **changes):
+    sampling = dataclasses.replace(SAMPLING, **changes)
+    return engine.generate(params, prompts_of(*LENGTHS), sampling, jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def at_once(model):
+    policy, params = model
+    return sampled(engine_of(policy), params)
+
+
+def assert_same(found, wanted, atol=1e-4):
+    for ours, theirs in zip(found.groups, wanted.groups, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=atol)
+
+
+def test_prompts_read_in_pieces_have_the_completions_of_prompts_prefilled_at_once(model, at_once):
+    policy, params = model
+    found = sampled(engine_of(policy, prefill_chunk_size=16), params)
+    assert_same(found, at_once)
+    assert found.stats["prefill_tokens"] == sum(length - 1 for length in LENGTHS)
+    # 17 tokens are two pieces, 32 are two, 33 three and 89 six.
+    assert found.stats["prefill_calls"] == 1 + 2 + 2 + 3 + 6
+
+
+def test_pieces_become_smaller_where_they_would_make_too_many_scores(model, at_once, monkeypatch):
+    policy, params = model
+    monkeypatch.setattr(past, "CHUNK_SCORES", 1 << 12)
+    found = sampled(engine_of(policy, prefill_chunk_size=64), params)
+    assert_same(found, at_once)
+
+
+def test_devices_have_copies_of_what_is_read(model, at_once):
+    policy, params = model
+    policy = dataclasses.replace(policy, mesh=make_mesh(data=4, fsdp=1, tensor=2))
+    assert_same(sampled(engine_of(policy, prefill_chunk_size=32), params), at_once)
+
+
+def test_an_int8_cache_is_read_in_pieces(model):
+    policy, params = model
+    whole, pieces = (
+        engine_of(policy, prefill_chunk_size=size, cache_dtype="int8") for size in (0, 16)
+    )
+    options = {"n": 1, "max_tokens": 1, "temperature": 0.0}
+    whole, pieces = (sampled(engine, params, **options) for engine in (whole, pieces))
+    # Pieces see what those before have left in the cache, and a whole prompt its own keys.
+    for ours, theirs in zip(pieces.groups, whole.groups, strict=True):
+        np.testing.assert_allclose(ours[0].log_probs, theirs[0].log_probs, atol=0.05)
+
+
+def test_a_group_of_several_rows_and_a_prompt_that_comes_twice_are_read_once_each(model):
+    policy, params = model
+    prompts = prompts_of(70)
+    sampling = dataclasses.replace(SAMPLING, n=12, max_tokens=8)
+    whole, pieces = (
+        engine_of(policy, num_slots=4, prefill_chunk_size=size).generate(
+            params, prompts, sampling, jax.random.key(0)
+        )
+        for size in (0, 32)
+    )
+    assert_same(pieces, whole)
+    assert pieces.stats["prefill_tokens"] == 69
+
+
+class Slots:
+    """A batch of requests that come and go, and the tokens of each."""
+
+    def __init__(self, model, **options):
+        policy, self.params = model
+        self.engine = engine_of(policy, prefill_chunk_size=16, **options)
+        self.batch, self.tokens, self.ended = ContinuousBatch(self.engine, self.params), {}, []
+
+    def submit(self, prompt, **changes):
+        sampling = dataclasses.replace(SAMPLING, n=1, ignore_eos=True, **changes)
+        (sample,) = self.batch.submit(prompt, sampling, seed=len(prompt))
+        self.tokens[sample] = []
+        return sample
+
+    def step(self):
+        for new in self.batch.step():
+            self.tokens[new.sample] += new.tokens.tolist()
+            self.ended += [new.sample] * bool(new.finish_reason)
+
+    def count(self, sample):
+        return len(self.tokens[sample])
+
+    def alone(self, prompt):
+        sampling = dataclasses.replace(SAMPLING, n=1, ignore_eos=True)
+        key = jax.random.key(len(prompt))
+        out = self.engine.generate(self.params, [prompt], sampling, key)
+        return out.groups[0][0].tokens.tolist()
+
+
+def test_others_decode_and_overtake_while_a_long_prompt_is_read(model):
+    slots, (long, short, late) = Slots(model), prompts_of(90, 9, 12)
+    first = slots.submit(short)
+    slots.step()
+    reading = slots.submit(long)
+    counts = []
+    for _ in range(2):
+        slots.step()
+        counts.append((slots.count(first), slots.count(reading)))
+    after = slots.submit(late)
+    slots.step()
+    # Each piece of the long prompt lies between two dispatches of four tokens.
+    assert counts == [(8, 0), (12, 0)]
+    assert slots.count(first) == 16 and slots.count(after) == 4 and not slots.count(reading)
+    while slots.batch.busy:
+        slots.step()
+    assert slots.ended == [first, after, reading]
+    for sample, prompt in ((first, short), (after, late), (reading, long)):
+        assert slots.tokens[sample] == slots.alone(prompt)
+    assert not slots.batch._loop._reader._readings
+
+
+def test_a_prompt_that_nobody_wants_any_more_is_not_read_on(model):
+    slots, (long, short) = Slots(model), prompts_of(90, 9)
+    first, reading = slots.submit(short), slots.submit(long)
+    slots.step()
+    assert slots.batch._loop._reader._readings
+    slots.batch.cancel(reading)
+    slots.step()
+    assert not slots.batch._loop._reader._readings and reading.ended
+    while slots.batch.busy:
+        slots.step()
+    assert slots.ended == [first]
+
+
+def test_parameters_may_change_between_two_pieces(model):
+    policy, params = model
+    slots, (long, short) = Slots(model), prompts_of(90, 9)
+    slots.submit(short)
+    reading = slots.submit(long)
+    slots.step()
+    slots.batch.exchange(policy.init(jax.random.key(1)), 1)
+    while slots.batch.busy:
+        slots.step()
+    assert slots.count(reading) == 20
+    assert reading.request.version == 0
+
+
+def test_turns_go_on_after_prompts_that_were_read_in_pieces(model):
+    policy, params = model
+    prompts, found = prompts_of(40, 8), []
+    for size in (0, 16):
+        engine = engine_of(policy, prefill_chunk_size=size)
+        sampling = dataclasses.replace(SAMPLING, max_tokens=20, stop_token_ids=(5, 9, 14))
+        with engine.session(params, sampling, jax.random.key(2)) as session:
+            for prompt in prompts:
+                session.submit(prompt)
+            tokens, turns = [], 0
+            while session.busy:
+                for turn in session.step():
+                    tokens.append((turn.sample.index, turn.tokens.tolist()))
+                    if turns < 3 and session.room(turn.sample) > 6:
+                        turns += 1
+                        session.go_on(turn.sample, [7, 8, 11])
+                    else:
+                        session.end(turn.sample)
+        found.append(sorted(tokens))
+    assert found[0] == found[1]
+
+
+def test_the_dry_run_sees_a_piece_and_the_prompt_that_is_read(model):
+    policy, _ = model
+    whole, pieces = (engine_of(policy, prefill_chunk_size=size) for size in (0, 16))
+    assert (whole.prefill_pieces, whole.reading_bytes) == (1, 0)
+    assert pieces.prefill_pieces == 6
+    assert pieces.reading_bytes == 2 * 128 * pieces.verbs.layout.token_bytes()
+    temporary = [
+        engine.trace(SAMPLING)["prefill"].lower().compile().memory_analysis().temp_size_in_bytes
+        for engine in (whole, pieces)
+    ]
+    assert temporary[1] < temporary[0]
+
+
+@pytest.mark.parametrize("size", [24, 8, -16])
+def test_a_piece_is_a_power_of_two(model, size):
+    with pytest.raises(ValueError, match=f"prefill_chunk_size is a power of two, .* given {size}"):
+        engine_of(model[0], prefill_chunk_size=size)
+
+
+def test_a_model_with_linear_attention_is_refused():
+    linear = LinearAttention((True, False), 2, 8, 2, 8, taps=4, fused=True)
+    policy = policy_of(linear_attention=linear, windows=(None, None))
+    with pytest.raises(ValueError, match="the state of linear attention is made at once"):
+        engine_of(policy, prefill_chunk_size=16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gemma4_text", "gpt_oss", "llama4_text", "qwen3_moe"])
+def test_layers_of_two_kinds_with_sinks_and_in_chunks_are_read_in_pieces_too(name):
+    policy, params = drawn_model(name)[:2]
+    wanted = sampled(engine_of(policy), params)
+    assert_same(sampled(engine_of(policy, prefill_chunk_size=16), params), wanted)
