@@ -393,7 +393,9 @@ def memory(bench: Bench) -> dict:
     from adpo_jax.dry_run import dry_run
 
     stats = bench.device.memory_stats() or {}
-    report = dry_run(bench.config, devices=[bench.device])
+    config = bench.config.copy_and_resolve_references()
+    config.data.max_prompt_length = bench.sizes.prompt // 2  # that of the iteration's prompts
+    report = dry_run(config, devices=[bench.device])
     peak = stats.get("peak_bytes_in_use")
     return {
         "predicted_bytes": report.peak,

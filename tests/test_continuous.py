@@ -389,7 +389,7 @@ class AtOnce:
 
 
 def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
-    """Other settings, then more slots: the loop itself meets no program that is new to it."""
+    """Other settings, more slots, a prompt in pieces: the loop meets no program new to it."""
     from jax._src import compiler
 
     thread, met, compile_ = AtOnce(), [], compiler.compile_or_get_cached
@@ -400,8 +400,8 @@ def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
         return compile_(backend, computation, *args, **kwargs)
 
     policy = Policy(tiny.model_config(vocab_size=V + 2))  # with programs of its own
-    lengths = {"max_prompt_length": 16, "max_response_length": 32}
-    engine = Engine(policy, **lengths, num_slots=8, steps_per_dispatch=4)
+    lengths = {"max_prompt_length": 96, "max_response_length": 32}
+    engine = Engine(policy, **lengths, num_slots=8, steps_per_dispatch=4, prefill_chunk_size=16)
     params = policy.init(jax.random.key(0))
     batch = ContinuousBatch(engine, params, compile_ahead=True)
     batch._programs._thread = thread
@@ -416,8 +416,11 @@ def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
     batch.submit([4, 5], dataclasses.replace(truncated, n=4), seed=1)
     batch.step()
     assert (batch.num_running, batch.sizes.slots) == (6, 8)
-    # A prompt of several rows is copied by programs too small to wait for.
-    assert set(met) <= {"jit_rows_of", "jit_insert"}
+    long = batch.submit(list(range(60)), truncated, seed=2)[0]
+    while not long.num_tokens:
+        batch.step()
+    # A prompt of several rows is copied, and one in pieces begun, by programs that take no time.
+    assert set(met) <= {"jit_rows_of", "jit_insert", "jit_empty"}
 
 
 def test_a_request_whose_programs_are_missing_waits_while_others_stream_and_come(

@@ -111,7 +111,9 @@ def test_the_kernel_and_its_gradients_agree_with_the_plain_version(
         (stream_gpu, (40, 75, 70), 32, (4, 2), True),
         # Two last tiles of padding alone, and one thread block takes all pieces.
         (stream_mosaic, (64, 100, 20), 64, (2, 1), False),
-        (stream_mosaic, (60, 70, 50), 64, (1, 1), True),
+        (stream_mosaic, (60, 70, 50), 64, (3, 1), True),
+        pytest.param(stream_mosaic, (130, 260, 40), 128, (4, 1), False, marks=pytest.mark.long),
+        pytest.param(stream_mosaic, (60, 70, 50), 64, (4, 1), True, marks=pytest.mark.long),
     ],
 )
 def test_the_gpu_kernels_walk_tiles_in_blocks_and_their_queries_in_chunks(

@@ -157,7 +157,7 @@ def test_others_decode_and_overtake_while_a_long_prompt_is_read(model):
     slots.step()
     # Each piece of the long prompt lies between two dispatches of four tokens.
     assert counts == [(8, 0), (12, 0)]
-    assert slots.count(first) == 16 and slots.count(after) == 4 and not slots.count(reading)
+    assert [slots.count(sample) for sample in (first, after, reading)] == [16, 4, 0]
     while slots.batch.busy:
         slots.step()
     assert slots.ended == [first, after, reading]
@@ -173,14 +173,15 @@ def test_a_prompt_that_nobody_wants_any_more_is_not_read_on(model):
     assert slots.batch._loop._reader._readings
     slots.batch.cancel(reading)
     slots.step()
-    assert not slots.batch._loop._reader._readings and reading.ended
+    assert reading.ended
+    assert not slots.batch._loop._reader._readings
     while slots.batch.busy:
         slots.step()
     assert slots.ended == [first]
 
 
 def test_parameters_may_change_between_two_pieces(model):
-    policy, params = model
+    policy, _ = model
     slots, (long, short) = Slots(model), prompts_of(90, 9)
     slots.submit(short)
     reading = slots.submit(long)

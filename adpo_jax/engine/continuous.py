@@ -28,7 +28,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import numpy as np
 
-from adpo_jax.engine import cache_plan, sampling
+from adpo_jax.engine import cache_plan, reading, sampling
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
 from adpo_jax.engine.engine import Engine
@@ -173,7 +173,7 @@ class ContinuousBatch:
                 sizing.column_sizes,
                 sizing.prefix_sizes,
                 MAX_ALTERNATIVES,
-                engine.prefill_chunk_size,
+                functools.partial(reading.pieces_of, engine.verbs, engine.prefill_chunk_size),
             )
             settings, most_prefilled = decides.settings, decides.most_prefilled
         self._loop = DecodeLoop(

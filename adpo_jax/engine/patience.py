@@ -9,14 +9,22 @@ loop compiles what it runs.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import Request, Sample, Sizes, Sizing
-from adpo_jax.engine.programs import Decode, Draws, Move, Prefill, Program, Programs
-from adpo_jax.engine.reading import in_pieces
+from adpo_jax.engine.programs import (
+    Copies,
+    Decode,
+    Draws,
+    Move,
+    Piece,
+    Prefill,
+    Program,
+    Programs,
+)
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule
 
@@ -84,7 +92,8 @@ class Patience:
       sizing: decides the sizes that the load asks for.
       column_sizes, prefix_sizes: the sizes that there are programs for, rising.
       num_alternatives: as of `needs_of`.
-      prefill_chunk_size: as of `DecodeLoop`; the programs of pieces are not compiled ahead.
+      pieces_of: the shapes of the pieces in which the prompt of a request is read, as of
+        `reading.shapes`; none for one that is prefilled at once.
     """
 
     def __init__(
@@ -94,10 +103,10 @@ class Patience:
         column_sizes: Sequence[int],
         prefix_sizes: Sequence[int],
         num_alternatives: int,
-        prefill_chunk_size: int = 0,
+        pieces_of: Callable[[Request], list[tuple[int, int]]] = lambda request: [],
     ):
         self._sizing, self._programs = sizing, programs
-        self._chunk_size = prefill_chunk_size
+        self._pieces_of = pieces_of
         self._column_sizes, self._prefix_sizes = column_sizes, prefix_sizes
         self._num_alternatives = num_alternatives
         self._now: Sizes | None = None
@@ -214,12 +223,17 @@ class Patience:
         return programs
 
     def _prefills(self, sizes: Sizes, requests: Sequence[Request]) -> list[Program]:
-        """The prefill of each prompt alone, but of those too long for these sizes or for one."""
+        """What prefills each prompt alone, but for those too long for these sizes."""
         most, programs = sizes.prefix, []
         for request in requests:
             length = len(request.prompt) - 1
-            if length <= most and not in_pieces(request, self._chunk_size):
-                bucket = min(schedule_lib.length_bucket(length, most), most)
+            if length > most:
+                continue
+            bucket = min(schedule_lib.length_bucket(length, most), most)
+            if pieces := self._pieces_of(request):
+                programs += [Piece(*shape) for shape in pieces]
+                programs.append(Copies(sizes, pieces[-1][1], bucket))
+            else:
                 programs.append(Prefill(sizes, 1, bucket))
         return programs
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from adpo_jax.engine import sampling
+from adpo_jax.engine import reading, sampling
 from adpo_jax.engine.batching import Sizes
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.verbs import DecodeState, Slots, Verbs
@@ -40,6 +40,24 @@ class Prefill(NamedTuple):
     length: int
 
 
+class Piece(NamedTuple):
+    """A piece of a long prompt, beside a store of so many columns."""
+
+    tokens: int
+    columns: int
+
+
+class Copies(NamedTuple):
+    """The way of a long prompt, once it has been read, into the prefix rows.
+
+    columns are those of its store, length those of a row that it is copied into.
+    """
+
+    sizes: Sizes
+    columns: int
+    length: int
+
+
 class Move(NamedTuple):
     """The copies from one set of sizes to another."""
 
@@ -53,7 +71,7 @@ class Draws(NamedTuple):
     count: int
 
 
-Program = Decode | Prefill | Move | Draws
+Program = Decode | Prefill | Piece | Copies | Move | Draws
 
 
 class Programs:
@@ -97,6 +115,8 @@ class Programs:
             compile_: Callable[..., None] = {
                 Decode: self._compile_decode,
                 Prefill: self._compile_prefill,
+                Piece: self._compile_piece,
+                Copies: self._compile_copies,
                 Move: self._compile_move,
                 Draws: self._compile_draws,
             }[type(program)]
@@ -142,6 +162,14 @@ class Programs:
         lowered.compile()
         prefixes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
         Verbs.insert.lower(self._verbs, self._state(sizes), prefixes, lengths).compile()
+
+    def _compile_piece(self, tokens: int, columns: int) -> None:
+        reading.compile_piece(self._verbs, self._params(), tokens, columns)
+
+    def _compile_copies(self, sizes: Sizes, columns: int, length: int) -> None:
+        prefixes = reading.compile_copies(self._verbs, columns, length)
+        state = self._state(sizes)
+        Verbs.insert.lower(self._verbs, state, prefixes, np.zeros(1, np.int32)).compile()
 
     def _compile_move(self, old: Sizes, new: Sizes) -> None:
         state, verbs = self._state(old), self._verbs

@@ -53,21 +53,83 @@ def check_size(size: int, config: ModelConfig):
         )
 
 
-def trace(verbs: Verbs, params, size: int, columns: int, num_shards: int) -> jax.stages.Traced:
-    """The program of the last piece of a prompt of so many columns, from shapes alone."""
-    S, T = num_shards, _fitting(verbs, size, columns)
-    store = verbs.abstract_state(S, schedule_lib.MIN_BUCKET, S, columns, 1).prefix.kv
-    chunks = Chunks(np.zeros((S, T), np.int32), *np.zeros((5, S), np.int32))
-    chunks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunks)
-    return past_lib.chunk.trace(verbs, params, None, store, chunks)
+def shapes(verbs: Verbs, size: int, length: int) -> list[tuple[int, int]]:
+    """(tokens of a piece, columns of the store) of the pieces of a prompt, each once, in order."""
+    found, at = {}, 0
+    while at < length:
+        T, columns = _shape(verbs, size, at, length - at)
+        found[T, columns] = None
+        at += T
+    return list(found)
 
 
-def _fitting(verbs: Verbs, T: int, columns: int) -> int:
-    """The tokens of a piece, at most T, that make no more scores than there may be."""
+def pieces_of(verbs: Verbs, size: int, request: "Request") -> list[tuple[int, int]]:
+    """`shapes` of the prompt of a request; none where it is prefilled at once."""
+    return shapes(verbs, size, _length(request)) if in_pieces(request, size) else []
+
+
+def _shape(verbs: Verbs, size: int, at: int, left: int) -> tuple[int, int]:
+    """The tokens of the piece at a place, which make no more scores than there may be, and the
+    columns of the store that it is written into."""
+    T = schedule_lib.length_bucket(min(left, size), size)
+    columns = max(size, schedule_lib.power_of_two(at + T))
     scores = verbs.policy.config.num_heads * (columns + T)
     while T > LEAST_PIECE and T * scores > past_lib.CHUNK_SCORES:
         T //= 2
-    return T
+    return T, columns
+
+
+def _chunks(num_shards: int, tokens: np.ndarray, T: int, at: int) -> Chunks:
+    """Tokens as one piece of T places on each shard."""
+    padded = np.zeros((num_shards, T), np.int32)
+    padded[:, : len(tokens)] = tokens
+    counts, places, zeros = (np.full(num_shards, n, np.int32) for n in (len(tokens), at, 0))
+    return Chunks(padded, counts, places, zeros, np.arange(num_shards, dtype=np.int32), zeros)
+
+
+def trace(verbs: Verbs, params, size: int, length: int, num_shards: int) -> jax.stages.Traced:
+    """The program of the last piece of a prompt, from shapes alone."""
+    T, columns = shapes(verbs, size, length)[-1]
+    chunks = _plain(_chunks(num_shards, np.zeros(0, np.int32), T, 0))
+    return past_lib.chunk.trace(verbs, params, None, _store(verbs, num_shards, columns), chunks)
+
+
+def compile_piece(verbs: Verbs, params, T: int, columns: int):
+    """Compiles what reads such a piece on one device, from shapes alone."""
+    store = _plain(_store(verbs, 1, columns))
+    chunks = _chunks(1, np.zeros(0, np.int32), T, 0)
+    lowered = past_lib.chunk.lower(verbs, params, None, store, chunks)
+    lowered.compile()
+    piece = _plain(lowered.out_info)
+    _written.lower(verbs, store, piece, np.int32(0)).compile()
+    Verbs.with_columns.lower(verbs, store, 2 * columns).compile()
+
+
+def _plain(tree):
+    """The shapes of a tree, without shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _store(verbs: Verbs, num_shards: int, columns: int) -> KV:
+    """The shapes of a store."""
+    state = verbs.abstract_state(num_shards, schedule_lib.MIN_BUCKET, num_shards, columns, 1)
+    return state.prefix.kv
+
+
+def compile_copies(verbs: Verbs, columns: int, length: int) -> Prefixes:
+    """Compiles the way of a prompt out of a store of so many columns, on one device.
+
+    Args:
+      length: the columns of what it is copied into.
+
+    Returns:
+      The shapes of the copy.
+    """
+    lowered = Verbs.with_columns.lower(verbs, _plain(_store(verbs, 1, columns)), length)
+    lowered.compile()
+    prefixes = _plain(Prefixes(lowered.out_info, jax.ShapeDtypeStruct((1,), jnp.int32)))
+    Verbs.rows_of.lower(verbs, prefixes, np.zeros(1, np.int32)).compile()
+    return prefixes
 
 
 def in_pieces(request: "Request", size: int) -> bool:
@@ -113,16 +175,11 @@ class Reader:
             reading = _Reading(past_lib.empty(verbs, S, self._size))
             self._readings[request] = reading
         at, left = reading.done, _length(request) - reading.done
-        T = schedule_lib.length_bucket(min(left, self._size), self._size)
-        columns = max(self._size, schedule_lib.power_of_two(at + T))
-        T = _fitting(verbs, T, columns)
+        T, columns = _shape(verbs, self._size, at, left)
         store = past_lib.resized(verbs, reading.store, None, columns)
         reading.store = None  # it is donated
         count = min(T, left)
-        tokens, rows = np.zeros((S, T), np.int32), np.arange(S, dtype=np.int32)
-        tokens[:, :count] = request.prompt[at : at + count]
-        counts, places, zeros = (np.full(S, n, np.int32) for n in (count, at, 0))
-        chunks = Chunks(tokens, counts, places, zeros, rows, zeros)
+        chunks = _chunks(S, request.prompt[at : at + count], T, at)
         piece = past_lib.chunk(verbs, params, None, store, chunks)
         reading.store = _written(verbs, store, piece, np.int32(at))
         reading.done += count
