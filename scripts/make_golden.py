@@ -366,6 +366,16 @@ DRAWN = {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_value_head_dim": 16,
     },
+    "qwen3_5_moe_text": {
+        **QWEN_HYBRID,
+        "model_type": "qwen3_5_moe_text",
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_value_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 12,
+    },
     # Some activations reach the limit. Sizes are multiples of 32, as MXFP4 has them.
     "gpt_oss": {
         "model_type": "gpt_oss",

@@ -42,6 +42,7 @@ DRAWN = (
     "gpt_oss",
     "qwen3_next",
     "qwen3_5_text",
+    "qwen3_5_moe_text",
 )
 
 

@@ -676,6 +676,32 @@ QWEN35_27B = {
     "tie_word_embeddings": False,
     "vision_config": {"model_type": "qwen3_5", "depth": 27, "hidden_size": 1152},
 }
+QWEN35_35B_A3B = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "image_token_id": 248056,
+    "model_type": "qwen3_5_moe",
+    "text_config": {
+        **{
+            key: value
+            for key, value in QWEN35_27B["text_config"].items()
+            if key not in ("intermediate_size", "mlp_only_layers")
+        },
+        "hidden_size": 2048,
+        "layer_types": _HYBRID * 10,
+        "linear_num_value_heads": 32,
+        "model_type": "qwen3_5_moe_text",
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 512,
+    },
+    "tie_word_embeddings": False,
+    "vision_config": {"model_type": "qwen3_5_moe", "depth": 27, "hidden_size": 1152},
+}
 
 ALL = {
     "smollm3-3b": (SMOLLM3_3B, 3_075_098_624),
@@ -701,4 +727,5 @@ ALL = {
     "glm4.5": (GLM45, 352_797_829_024),
     "qwen3-next-80b-a3b": (QWEN3_NEXT_80B_A3B, 79_674_391_296),
     "qwen3.5-27b": (QWEN35_27B, 26_895_998_464),
+    "qwen3.5-35b-a3b": (QWEN35_35B_A3B, 34_660_610_688),
 }

@@ -142,7 +142,10 @@ def layout_of(policy: Policy, stacked: bool):
     return _layout(policy, None, tuning)
 
 
-@pytest.mark.parametrize(("name", "stacked"), [("qwen3_next", True), ("qwen3_5_text", False)])
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [("qwen3_next", True), ("qwen3_5_text", False), ("qwen3_5_moe_text", True)],
+)
 def test_decoding_token_by_token_equals_the_forward_of_transformers(name, stacked):
     policy, params = drawn_model(name)
     golden = arrays(name)
@@ -348,22 +351,57 @@ def test_adapters_come_back_from_their_folder_and_are_merged(name, tmp_path):
     assert_adapters_come_back(base, (policy, params), tmp_path, atol=1e-3)
 
 
-def test_a_qwen35_with_vision_and_further_layers_gives_its_language_model(tmp_path):
-    expected, wanted = drawn_model("qwen3_5_text")
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_a_qwen35_with_vision_and_further_layers_gives_its_language_model(name, tmp_path):
+    expected, wanted = drawn_model(f"{name}_text")
     tensors = {
         name.replace("model.", "model.language_model.", 1): drawn(name, leaf.hf_shape)
         for leaf in leaves(expected.config, wanted)
         for name in leaf.hf_names
     }
+    if name == "qwen3_5_moe":
+        tensors = with_experts_together(tensors)
     for other in ("model.visual.blocks.0.attn.qkv.weight", "mtp.layers.0.mlp.up_proj.weight"):
         tensors[other] = np.zeros((2, 2), np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    text = {k: v for k, v in config_of("qwen3_5_text").items() if k != "architectures"}
-    config = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}}
+    text = {k: v for k, v in config_of(f"{name}_text").items() if k != "architectures"}
+    config = {"model_type": name, "text_config": text, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     policy, params = Policy.from_pretrained(tmp_path)
     assert policy.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
+
+
+def with_experts_together(tensors):
+    """The tensors with those of the experts of a layer in one, as the published folders have it."""
+    experts = {name for name in tensors if ".experts." in name}
+    together = {name: x for name, x in tensors.items() if name not in experts}
+    for layer in {name.split("experts.")[0] + "experts." for name in experts}:
+        gate, up, down = (
+            np.stack([tensors[f"{layer}{e}.{kind}_proj.weight"] for e in range(4)])
+            for kind in ("gate", "up", "down")
+        )
+        together[f"{layer}gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        together[f"{layer}down_proj"] = down
+    return together
+
+
+def test_experts_together_whose_shape_is_another_are_told(tmp_path):
+    policy, params = drawn_model("qwen3_5_moe_text")
+    tensors = {
+        name: drawn(name, leaf.hf_shape)
+        for leaf in leaves(policy.config, params)
+        for name in leaf.hf_names
+    }
+    tensors = with_experts_together(tensors)
+    # [E, D, 2 I], as some other families have it.
+    turned = {name: x.swapaxes(1, 2).copy() for name, x in tensors.items() if "gate_up" in name}
+    save_file(tensors | turned, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_of("qwen3_5_moe_text")))
+    with pytest.raises(
+        ValueError, match=r"wrong shape: .*gate_proj.weight \(wanted \[8, 32\], got"
+    ):
+        Policy.from_pretrained(tmp_path)
 
 
 # --- the whole road

@@ -82,6 +82,7 @@ FIELDS = {
     "llama4_text": llama4.fields,
     "qwen3_next": qwen_hybrid.fields,
     "qwen3_5_text": qwen_hybrid.fields,
+    "qwen3_5_moe_text": qwen_hybrid.fields,
 }
 WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 

@@ -179,6 +179,28 @@ def _all_but_every_nth_is_linear(c: Settings, layer: int) -> bool:
     return (layer + 1) % c["full_attention_interval"] != 0
 
 
+def _qwen3_5(architecture: str, more: Mapping[str, Any]) -> Family:
+    """Qwen3.5, of which the dense models and the mixtures differ in `more` defaults."""
+    return Family(
+        architecture,
+        {
+            **QWEN_HYBRID,
+            "attn_output_gate": True,
+            "mamba_ssm_dtype": None,
+            # Of layers that predict further tokens, which are not read.
+            "mtp_num_hidden_layers": 0,
+            "mtp_use_dedicated_embeddings": False,
+            **more,
+        },
+        slides=_all_but_every_nth_is_linear,
+        kinds=FULL_AND_LINEAR,
+        # Text has one position for all three sections of the rope.
+        rope_keys=frozenset({"mrope_section", "mrope_interleaved"}),
+        exported={"mtp_num_hidden_layers": None, "mtp_use_dedicated_embeddings": None},
+        further_layers=True,
+    )
+
+
 FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -574,23 +596,19 @@ FAMILIES: Mapping[str, Family] = {
         kinds=FULL_AND_LINEAR,
         further_layers=True,
     ),
-    "qwen3_5_text": Family(
-        "Qwen3_5ForCausalLM",
+    "qwen3_5_text": _qwen3_5("Qwen3_5ForCausalLM", {"num_key_value_heads": 4}),
+    "qwen3_5_moe_text": _qwen3_5(
+        "Qwen3_5MoeForCausalLM",
         {
-            **QWEN_HYBRID,
-            "num_key_value_heads": 4,
-            "attn_output_gate": True,
-            "mamba_ssm_dtype": None,
-            # Of layers that predict further tokens, which are not read.
-            "mtp_num_hidden_layers": 0,
-            "mtp_use_dedicated_embeddings": False,
+            "intermediate_size": 512,  # of an MLP, which no layer has
+            "num_experts": None,
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            # The weights of the experts of a token are always made to sum to 1.
+            "norm_topk_prob": True,
         },
-        slides=_all_but_every_nth_is_linear,
-        kinds=FULL_AND_LINEAR,
-        # Text has one position for all three sections of the rope.
-        rope_keys=frozenset({"mrope_section", "mrope_interleaved"}),
-        exported={"mtp_num_hidden_layers": None, "mtp_use_dedicated_embeddings": None},
-        further_layers=True,
     ),
 }
 # What transformers takes for the number of experts, under any of its names.
@@ -602,6 +620,7 @@ NUM_EXPERTS = {
     "gpt_oss": 128,
     "glm4_moe": 128,
     "qwen3_next": 512,
+    "qwen3_5_moe_text": 256,
 }
 # What the keys that are read hold; a size is a positive integer of at most `LARGEST[key]`.
 NUMBERS = (
@@ -709,6 +728,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "gemma4": Wrapper("Gemma4ForConditionalGeneration", ("gemma4_text",), ties=True),
     "llama4": Wrapper("Llama4ForConditionalGeneration", ("llama4_text",), ties=False),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", ("qwen3_5_text",), ties=False),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", ("qwen3_5_moe_text",), ties=False),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3", "ministral")),
 }
 SUPPORTED_MODEL_TYPES = (*FAMILIES, *WRAPPERS)

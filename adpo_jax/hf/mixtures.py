@@ -40,7 +40,9 @@ def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | No
     if model_type == "mixtral":
         return Mixture(num_experts, chosen, count(c, "intermediate_size"), block="block_sparse_moe")
     own_size = "moe_intermediate_size" if "moe_intermediate_size" in c else "intermediate_size"
-    shared = model_type in ("qwen2_moe", "qwen3_next")
+    shared = model_type in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
+    if model_type == "qwen3_5_moe_text" and not c["norm_topk_prob"]:
+        raise ValueError("norm_topk_prob = False is not supported; supported: True")
     return Mixture(
         num_experts,
         chosen,

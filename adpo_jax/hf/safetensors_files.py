@@ -28,6 +28,13 @@ DISK_DTYPES = {
 LARGEST_HEADER = 100_000_000
 
 
+# What a tensor of all experts of a layer holds of each.
+_OF_ALL_EXPERTS = {
+    ".mlp.experts.gate_up_proj": ("gate_proj", "up_proj"),
+    ".mlp.experts.down_proj": ("down_proj",),
+}
+
+
 def read_header(path: Path) -> dict[str, dict]:
     """Name -> {"dtype", "shape", "data_offsets" (within the file)} of a safetensors file.
 
@@ -120,6 +127,35 @@ class Checkpoint:
             E, rows, n = shapes[1]
             entry = {"dtype": "MXFP4", "shape": (E, mxfp4.BLOCK * n, rows), "parts": parts}
             self._entries[name] = (parts[0][0], entry)
+
+    def part_experts(self) -> None:
+        """Puts the three matrices of each expert in place of two tensors for all of a layer.
+
+        `<layer>.mlp.experts.gate_up_proj` [E, 2 I, D] has for each expert its gate and behind it
+        its up, `<layer>.mlp.experts.down_proj` is [E, D, I]. So the matrices of an expert are
+        parts of them that lie in one piece, and are called as those of models that have them apart.
+        """
+        for whole in [name for name in self._entries if name.endswith(tuple(_OF_ALL_EXPERTS))]:
+            path, entry = self._entries[whole]
+            layer, name = whole.rsplit(".", 1)
+            kinds = _OF_ALL_EXPERTS[f".mlp.experts.{name}"]
+            if len(entry["shape"]) != 3 or "parts" in entry or entry["shape"][1] % len(kinds):
+                continue  # whatever it is: it will be called unexpected
+            del self._entries[whole]
+            E, rows, columns = entry["shape"]
+            start, end = entry["data_offsets"]
+            extent = (end - start) // (E * len(kinds)) if E else 0
+            for number in range(E * len(kinds)):
+                expert, kind = divmod(number, len(kinds))
+                first = start + number * extent
+                self._entries[f"{layer}.{expert}.{kinds[kind]}.weight"] = (
+                    path,
+                    {
+                        "dtype": entry["dtype"],
+                        "shape": (rows // len(kinds), columns),
+                        "data_offsets": (first, first + extent),
+                    },
+                )
 
     def _is_bytes(self, name: str) -> bool:
         return name in self._entries and self._entries[name][1]["dtype"] == "U8"

@@ -9,6 +9,7 @@ needs. Transposing, casting and the check for NaN happen on the devices.
 import functools
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -24,6 +25,9 @@ from adpo_jax.model.model_config import ModelConfig
 
 # --- reading
 
+# A matrix of one expert, which some checkpoints have in a tensor of all of them.
+EXPERT_APART = re.compile(r"\.mlp\.experts\.\d+\.")
+
 
 def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
     """Reads the parameters, every leaf straight into its sharding.
@@ -35,6 +39,8 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
       ValueError: naming the tensors that are missing, unexpected, of a wrong shape or not finite.
     """
     all_leaves = leaves(config, abstract_params)
+    if any(EXPERT_APART.search(name) for leaf in all_leaves for name in leaf.hf_names):
+        checkpoint.part_experts()
     _account_for_all(config, all_leaves, checkpoint)
     params, finite = {"layers": {}}, []
     for leaf in all_leaves:
