@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adpo_jax.devices import topologies
-from adpo_jax.model import gated_gpu, head_gpu, layers, norm_rope_gpu, rope
+from adpo_jax.model import gated_gpu, grouped, head_gpu, layers, norm_rope_gpu, rope
 from adpo_jax.model.layers import rms_norm
 from adpo_jax.model.model_config import ClampedGate
 
@@ -96,3 +96,23 @@ def test_the_small_kernels_compile_for_an_h100():
     ).compile()
     text = made.as_text()
     assert all(name in text for name in ("norm_rope_gradient", "gated_gradient", "head_sums"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_products_of_experts_compile_for_an_h100_and_multiply_no_row_by_all_matrices():
+    if not topologies.has_gpu_compiler():
+        pytest.skip("needs the extra [gpu-aot]")
+    devices = topologies.topology_devices("h100:1")
+    here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+
+    def total(x, w, sizes):
+        return jnp.sum(grouped.product(None, x, w, None, sizes).astype(jnp.float32))
+
+    shapes = ((200, 128), jnp.bfloat16), ((8, 128, 64), jnp.bfloat16), ((8,), jnp.int32)
+    given = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes]
+    gradient = jax.jit(jax.value_and_grad(total, (0, 1)))
+    text = topologies.lowered(gradient.trace(*given), devices[0]).compile().as_text()
+    assert all(name in text for name in ("grouped_product", "grouped_outer"))
+    assert " dot(" not in text
+    assert "gemm" not in text

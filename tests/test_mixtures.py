@@ -17,7 +17,7 @@ from test_serve import post, running
 from adpo_jax import Engine, Policy, SamplingParams, losses
 from adpo_jax.data import arithmetic
 from adpo_jax.devices import sharding
-from adpo_jax.model import grouped, lora, mixture, parameters
+from adpo_jax.model import grouped, grouped_gpu, lora, mixture, parameters
 from adpo_jax.model.decoder import LayerWeights
 from adpo_jax.model.exchange import Exchange
 from adpo_jax.model.lora import Lora
@@ -54,6 +54,28 @@ def test_grouped_products_are_those_of_each_row_with_its_own_matrix(form):
         sums = np.zeros_like(w)
         np.add.at(sums, group, np.einsum("sd,sf->sdf", x[:n], g[:n]))
         np.testing.assert_allclose(outer(x, g, sizes), sums, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[0, 90, 3, 47], [150, 0, 0, 0], [0, 0, 0, 0], [37, 38, 37, 38]])
+def test_the_kernels_for_gpus_give_what_the_blocks_give(sizes):
+    rng = np.random.default_rng(0)
+    shapes = (150, 96), (4, 96, 48), (150, 48)
+    x, w, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    x = x.at[sum(sizes) :].set(jnp.nan)  # rows that are in no group are not read
+    sizes = jnp.asarray(sizes, jnp.int32)
+    found = grouped.product_by_kernel(x, w, sizes, interpret=True)
+    wanted = grouped.product_by_blocks(jnp.nan_to_num(x), w, sizes)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    found = grouped_gpu.outer(x, g, sizes, interpret=True)
+    np.testing.assert_allclose(
+        found, grouped.outer_by_blocks(jnp.nan_to_num(x), g, sizes), atol=1e-4
+    )
+
+
+def test_rows_that_the_kernels_do_not_take_are_told():
+    assert grouped_gpu.runs(jnp.bfloat16, 2048, 768)
+    assert not grouped_gpu.runs(jnp.float32, 2048, 768)
+    assert not grouped_gpu.runs(jnp.bfloat16, 2048, 24)
 
 
 def test_a_block_loop_turns_for_the_experts_that_are_hit_alone():

@@ -4,10 +4,11 @@
     grouped_outer(x, g, sizes)     for each group the sum of the outer products of its rows
 
 Rows are sorted by group. No group has a bound, and rows behind the last group give zeros. There are
-two forms. `jax.lax.ragged_dot` is the one of TPUs and GPUs. XLA's CPU compiler has no such product
-and multiplies every row by every matrix, E times the work, so there a loop runs over blocks of
-rows of one group. It turns as often as there are blocks that hold a row, so the matrices of groups
-without rows are not read.
+three forms. `jax.lax.ragged_dot` is the one of TPUs. XLA's compilers for CPUs and GPUs have no such
+product and multiply every row by every matrix, E times the work. On a GPU kernels do it
+(`grouped_gpu`), where they take the dtype. On a CPU a loop runs over blocks of rows of one group.
+It turns as often as there are blocks that hold a row, so the matrices of groups without rows are
+not read.
 
 Letters: S rows, E groups, D width, F width of the output, C rows of a block.
 """
@@ -16,6 +17,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from adpo_jax.model import grouped_gpu
 
 # Rows of a block at most: enough to pay for the copy of a matrix that XLA makes before each block.
 MAX_BLOCK = 256
@@ -28,17 +31,19 @@ def grouped_product(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> ja
     Args:
       sizes_E: int32, the rows of each group; they may sum to less than S.
     """
-    return jax.lax.platform_dependent(
-        x_SD, w_EDF, sizes_E, cpu=product_by_blocks, default=product_by_ragged_dot
-    )
+    forms = {"cpu": product_by_blocks, "default": product_by_ragged_dot}
+    if grouped_gpu.runs(x_SD.dtype, *w_EDF.shape[1:]):
+        forms["cuda"] = product_by_kernel
+    return jax.lax.platform_dependent(x_SD, w_EDF, sizes_E, **forms)
 
 
 @jax.jit
 def grouped_outer(x_SD: jax.Array, g_SF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The sum of x g^T over the rows of each group, [E, D, F] float32; 0 for an empty group."""
-    return jax.lax.platform_dependent(
-        x_SD, g_SF, sizes_E, cpu=outer_by_blocks, default=outer_by_ragged_dot
-    )
+    forms = {"cpu": outer_by_blocks, "default": outer_by_ragged_dot}
+    if grouped_gpu.runs(x_SD.dtype, x_SD.shape[1], g_SF.shape[1]):
+        forms["cuda"] = grouped_gpu.outer
+    return jax.lax.platform_dependent(x_SD, g_SF, sizes_E, **forms)
 
 
 def _behind(sizes_E, num_rows: int) -> jax.Array:
@@ -49,6 +54,12 @@ def _behind(sizes_E, num_rows: int) -> jax.Array:
 def product_by_ragged_dot(x_SD, w_EDF, sizes_E):
     """`grouped_product` by the product that XLA has for it."""
     y_SF = jax.lax.ragged_dot(x_SD, w_EDF, sizes_E)
+    return jnp.where(_behind(sizes_E, len(x_SD)), jnp.zeros((), y_SF.dtype), y_SF)
+
+
+def product_by_kernel(x_SD, w_EDF, sizes_E, *, interpret: bool = False):
+    """`grouped_product` by the kernel for GPUs."""
+    y_SF = grouped_gpu.product(x_SD, w_EDF, sizes_E, interpret=interpret)
     return jnp.where(_behind(sizes_E, len(x_SD)), jnp.zeros((), y_SF.dtype), y_SF)
 
 
