@@ -386,7 +386,18 @@ def with_experts_together(tensors):
     return together
 
 
-def test_experts_together_whose_shape_is_another_are_told(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # [E, D, 2 I], as some other families have it.
+        (lambda x: x.swapaxes(1, 2), r"wrong shape: .*gate_proj.weight \(wanted \[8, 32\], got"),
+        (lambda x: x[:3], "unexpected tensors: .*experts.gate_up_proj"),
+        # So many experts, each of no byte, that nobody counts them to the end.
+        (lambda x: np.zeros((1 << 40, 16, 0), np.float32), "unexpected tensors: .*gate_up_proj"),
+    ],
+    ids=["turned", "fewer", "endless"],
+)
+def test_experts_together_whose_shape_is_another_are_told(change, message, tmp_path):
     policy, params = drawn_model("qwen3_5_moe_text")
     tensors = {
         name: drawn(name, leaf.hf_shape)
@@ -394,13 +405,10 @@ def test_experts_together_whose_shape_is_another_are_told(tmp_path):
         for name in leaf.hf_names
     }
     tensors = with_experts_together(tensors)
-    # [E, D, 2 I], as some other families have it.
-    turned = {name: x.swapaxes(1, 2).copy() for name, x in tensors.items() if "gate_up" in name}
-    save_file(tensors | turned, tmp_path / "model.safetensors")
+    changed = {name: change(x).copy() for name, x in tensors.items() if "gate_up" in name}
+    save_file(tensors | changed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_of("qwen3_5_moe_text")))
-    with pytest.raises(
-        ValueError, match=r"wrong shape: .*gate_proj.weight \(wanted \[8, 32\], got"
-    ):
+    with pytest.raises(ValueError, match=message):
         Policy.from_pretrained(tmp_path)
 
 

@@ -128,7 +128,7 @@ class Checkpoint:
             entry = {"dtype": "MXFP4", "shape": (E, mxfp4.BLOCK * n, rows), "parts": parts}
             self._entries[name] = (parts[0][0], entry)
 
-    def part_experts(self) -> None:
+    def part_experts(self, num_experts: int) -> None:
         """Puts the three matrices of each expert in place of two tensors for all of a layer.
 
         `<layer>.mlp.experts.gate_up_proj` [E, 2 I, D] has for each expert its gate and behind it
@@ -139,12 +139,12 @@ class Checkpoint:
             path, entry = self._entries[whole]
             layer, name = whole.rsplit(".", 1)
             kinds = _OF_ALL_EXPERTS[f".mlp.experts.{name}"]
-            if len(entry["shape"]) != 3 or "parts" in entry or entry["shape"][1] % len(kinds):
-                continue  # whatever it is: it will be called unexpected
+            E, rows, columns = entry["shape"] if len(entry["shape"]) == 3 else (0, 0, 0)
+            if num_experts != E or "parts" in entry or rows % len(kinds):
+                continue  # whatever it is, it will be called unexpected
             del self._entries[whole]
-            E, rows, columns = entry["shape"]
             start, end = entry["data_offsets"]
-            extent = (end - start) // (E * len(kinds)) if E else 0
+            extent = (end - start) // (E * len(kinds))
             for number in range(E * len(kinds)):
                 expert, kind = divmod(number, len(kinds))
                 first = start + number * extent

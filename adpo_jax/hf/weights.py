@@ -40,7 +40,7 @@ def load(config: ModelConfig, abstract_params, checkpoint: Checkpoint):
     """
     all_leaves = leaves(config, abstract_params)
     if any(EXPERT_APART.search(name) for leaf in all_leaves for name in leaf.hf_names):
-        checkpoint.part_experts()
+        checkpoint.part_experts(config.mixture.num_experts)
     _account_for_all(config, all_leaves, checkpoint)
     params, finite = {"layers": {}}, []
     for leaf in all_leaves:
