@@ -10,7 +10,7 @@ from golden_models import drawn_model
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.engine import cpu_engine, past
+from adpo_jax.engine import cpu_engine, past, reading
 from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.model.model_config import LinearAttention
 
@@ -101,20 +101,6 @@ def test_an_int8_cache_is_read_in_pieces(model):
         np.testing.assert_allclose(ours[0].log_probs, theirs[0].log_probs, atol=0.05)
 
 
-def test_a_group_of_several_rows_and_a_prompt_that_comes_twice_are_read_once_each(model):
-    policy, params = model
-    prompts = prompts_of(70)
-    sampling = dataclasses.replace(SAMPLING, n=12, max_tokens=8)
-    whole, pieces = (
-        engine_of(policy, num_slots=4, prefill_chunk_size=size).generate(
-            params, prompts, sampling, jax.random.key(0)
-        )
-        for size in (0, 32)
-    )
-    assert_same(pieces, whole)
-    assert pieces.stats["prefill_tokens"] == 69
-
-
 class Slots:
     """A batch of requests that come and go, and the tokens of each."""
 
@@ -148,32 +134,75 @@ def test_others_decode_and_overtake_while_a_long_prompt_is_read(model):
     slots, (long, short, late) = Slots(model), prompts_of(90, 9, 12)
     first = slots.submit(short)
     slots.step()
-    reading = slots.submit(long)
+    held = slots.submit(long)
     counts = []
     for _ in range(2):
         slots.step()
-        counts.append((slots.count(first), slots.count(reading)))
+        counts.append((slots.count(first), slots.count(held)))
     after = slots.submit(late)
     slots.step()
     # Each piece of the long prompt lies between two dispatches of four tokens.
     assert counts == [(8, 0), (12, 0)]
-    assert [slots.count(sample) for sample in (first, after, reading)] == [16, 4, 0]
+    assert [slots.count(sample) for sample in (first, after, held)] == [16, 4, 0]
     while slots.batch.busy:
         slots.step()
-    assert slots.ended == [first, after, reading]
-    for sample, prompt in ((first, short), (after, late), (reading, long)):
+    assert slots.ended == [first, after, held]
+    for sample, prompt in ((first, short), (after, late), (held, long)):
         assert slots.tokens[sample] == slots.alone(prompt)
     assert not slots.batch._loop._reader._readings
 
 
+def test_an_idle_batch_reads_a_piece_a_step_and_short_requests_overtake(model):
+    slots, (long, short) = Slots(model), prompts_of(90, 9)
+    held = slots.submit(long)
+    slots.step()
+    assert slots.batch._loop._reader._readings[held.request].done == 16
+    late = slots.submit(short)
+    slots.step()
+    assert (slots.count(late), slots.count(held)) == (4, 0)
+    while slots.batch.busy:
+        slots.step()
+    assert slots.tokens[held] == slots.alone(long)
+
+
+def test_long_requests_of_many_samples_keep_no_other_client_waiting(model):
+    slots, (short, *longs) = Slots(model, num_slots=4), prompts_of(9, 90, 80, 70)
+    sampling = dataclasses.replace(SAMPLING, n=6, ignore_eos=True)
+    groups = [slots.batch.submit(p, sampling, seed=len(p), client="one") for p in longs]
+    slots.tokens |= {sample: [] for group in groups for sample in group}
+    slots.step()
+    late, most = slots.submit(short), 0
+    slots.step()
+    assert slots.count(late) == 4
+    while slots.batch.busy:
+        slots.step()
+        most = max(most, len(slots.batch._loop._reader._readings))
+    # One prompt is read and kept at a time, and a group of two rows is read once.
+    assert most == 1
+    assert slots.batch._loop.stats["prefill_tokens"] == 8 + 89 + 79 + 69
+    for prompt, group in zip(longs, groups):
+        key = jax.random.key(len(prompt))
+        wanted = slots.engine.generate(slots.params, [prompt], sampling, key).groups[0]
+        assert [slots.tokens[s] for s in group] == [c.tokens.tolist() for c in wanted]
+
+
+def test_the_store_never_shrinks_and_is_no_larger_than_the_prompt_needs(model, monkeypatch):
+    verbs = engine_of(model[0]).verbs
+    monkeypatch.setattr(past, "CHUNK_SCORES", 1 << 19)
+    for length in range(1000, 1100, 7):
+        columns = [columns for _, columns in reading.shapes(verbs, 256, length)]
+        assert columns == sorted(columns)
+        assert columns[-1] == max(256, 1 << (length - 1).bit_length())
+
+
 def test_a_prompt_that_nobody_wants_any_more_is_not_read_on(model):
     slots, (long, short) = Slots(model), prompts_of(90, 9)
-    first, reading = slots.submit(short), slots.submit(long)
+    first, held = slots.submit(short), slots.submit(long)
     slots.step()
     assert slots.batch._loop._reader._readings
-    slots.batch.cancel(reading)
+    slots.batch.cancel(held)
     slots.step()
-    assert reading.ended
+    assert held.ended
     assert not slots.batch._loop._reader._readings
     while slots.batch.busy:
         slots.step()
@@ -184,13 +213,14 @@ def test_parameters_may_change_between_two_pieces(model):
     policy, _ = model
     slots, (long, short) = Slots(model), prompts_of(90, 9)
     slots.submit(short)
-    reading = slots.submit(long)
+    held = slots.submit(long)
     slots.step()
     slots.batch.exchange(policy.init(jax.random.key(1)), 1)
     while slots.batch.busy:
         slots.step()
-    assert slots.count(reading) == 20
-    assert reading.request.version == 0
+    assert slots.count(held) == 20
+    assert slots.tokens[held] != slots.alone(long)
+    assert held.request.version == 0
 
 
 def test_turns_go_on_after_prompts_that_were_read_in_pieces(model):
@@ -220,12 +250,16 @@ def test_the_dry_run_sees_a_piece_and_the_prompt_that_is_read(model):
     whole, pieces = (engine_of(policy, prefill_chunk_size=size) for size in (0, 16))
     assert (whole.prefill_pieces, whole.reading_bytes) == (1, 0)
     assert pieces.prefill_pieces == 6
-    assert pieces.reading_bytes == 2 * 128 * pieces.verbs.layout.token_bytes()
+    assert pieces.reading_bytes == 3 * 128 * pieces.verbs.layout.token_bytes()
+    # The last piece of the third is one of 16 tokens, and not the dearest.
+    odd = engine_of(policy, prefill_chunk_size=32, max_prompt_length=82)
+    even = engine_of(policy, prefill_chunk_size=32, max_prompt_length=97)
     temporary = [
         engine.trace(SAMPLING)["prefill"].lower().compile().memory_analysis().temp_size_in_bytes
-        for engine in (whole, pieces)
+        for engine in (whole, pieces, odd, even)
     ]
     assert temporary[1] < temporary[0]
+    assert temporary[2] == temporary[3]
 
 
 @pytest.mark.parametrize("size", [24, 8, -16])

@@ -10,6 +10,8 @@ from jax.interpreters import partial_eval
 # makes it do.
 GROUPED_PRODUCTS = ("grouped_product", "grouped_outer")
 OF_ROWS_LEFT = "of_rows_left"
+# Kernels without products.
+SMALL_KERNELS = ("norm_rope", "norm_rope_gradient", "head_sums", "gated_gradient")
 
 
 def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
@@ -35,6 +37,7 @@ def has_kernels(traced: jax.stages.Traced) -> bool:
     """Whether a program calls hand-written kernels of attention, whose operations XLA does not see.
 
     Those of `GROUPED_PRODUCTS` are one form among others, and there whatever the platform is.
+    `SMALL_KERNELS` do not count.
     """
     return _any_kernel(traced.jaxpr.jaxpr)
 
@@ -44,7 +47,7 @@ def _any_kernel(jaxpr) -> bool:
         eqn.primitive.name == "pallas_call"
         or any(_any_kernel(sub) for value in eqn.params.values() for sub in _jaxprs(value))
         for eqn in jaxpr.eqns
-        if eqn.params.get("name") not in GROUPED_PRODUCTS
+        if eqn.params.get("name") not in (*GROUPED_PRODUCTS, *SMALL_KERNELS)
     )
 
 

@@ -268,6 +268,18 @@ class DecodeLoop:
         """Whether anything waits or decodes."""
         return self.schedule.num_waiting > 0 or self.schedule.num_live > 0
 
+    @property
+    def num_ready(self) -> int:
+        """The samples that wait, but for those whose prompts are not read yet."""
+        return self.schedule.num_waiting - self.schedule.count(
+            lambda request: not self._reader.is_ready(request)
+        )
+
+    def may_read(self, request: Request) -> bool:
+        """Whether the prompt of a request would be prefilled at once, or is the next to be read."""
+        others = (self._reader.in_pieces(queued) for queued in self.schedule.queued)
+        return not self._reader.in_pieces(request) or not any(others)
+
     def submit(self, request: Request, part: int | None = None):
         """Queues the samples of a request.
 
@@ -370,7 +382,8 @@ class DecodeLoop:
             self._keep_turns()
         if self._pager is not None:
             self._leave_ring()
-        self._read()
+        if not self._read():
+            return []
         oldest = self._oldest()
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
@@ -584,21 +597,22 @@ class DecodeLoop:
 
     # --- prompts into rows, samples into slots
 
-    def _read(self):
-        """Reads a piece of the first long prompt in the queue; all of it where nothing decodes."""
+    def _read(self) -> bool:
+        """Reads a piece of the first long prompt in the queue; returns whether there is more to do.
+
+        A prompt that has been read starts before the next one is read.
+        """
         schedule, reader = self.schedule, self._reader
-        unread = (request for request in schedule.queued if not reader.is_ready(request))
-        request = next(unread, None)
-        if request is None:
-            return
+        unread = [request for request in schedule.queued if not reader.is_ready(request)]
+        if not unread:
+            return True
         schedule.overtake(reader.is_ready)
-        others = schedule.num_live > 0 or schedule.queued[0] is not request
-        request.version = self.version if request.version is None else request.version
-        while True:
+        if not any(reader.in_pieces(r) and reader.is_ready(r) for r in schedule.queued):
+            request = unread[0]
+            request.version = self.version if request.version is None else request.version
             self.stats["prefill_calls"] += 1
             self.stats["prefill_tokens"] += reader.go_on(self.params, request)
-            if others or reader.is_ready(request):
-                return
+        return schedule.num_live > 0 or self.num_ready > 0
 
     def _prefill(self, admitted: dict[int, Request]):
         """Prefills each prompt once into its prefix rows; prompts of like length go together."""

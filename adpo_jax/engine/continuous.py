@@ -320,9 +320,9 @@ class ContinuousBatch:
         if self.holds:
             return
         held = []
-        while self._arrived and self._loop.schedule.num_waiting < self.num_slots:
+        while self._arrived and self._loop.num_ready < self.num_slots:
             client, requests = self._arrived.popitem(last=False)
-            if not self._may_start(requests[0]):
+            if not (self._loop.may_read(requests[0]) and self._may_start(requests[0])):
                 held.append((client, requests))
                 continue
             request = requests.popleft()

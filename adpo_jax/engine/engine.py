@@ -187,7 +187,8 @@ class Engine:
             return 0
         columns = schedule_lib.power_of_two(self.max_prompt_length - 1)
         shards, splits = _splits(self.policy)
-        return 2 * self.verbs.layout.token_bytes() * columns * shards // splits
+        # The store, the part of it that is copied, and the copies of that for the rows.
+        return 3 * self.verbs.layout.token_bytes() * columns * shards // splits
 
     def sizes_for(
         self,

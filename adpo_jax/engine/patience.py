@@ -16,14 +16,14 @@ import numpy as np
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import Request, Sample, Sizes, Sizing
 from adpo_jax.engine.programs import (
-    Copies,
+    CopyPrompt,
     Decode,
     Draws,
     Move,
-    Piece,
     Prefill,
     Program,
     Programs,
+    ReadPiece,
 )
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule
@@ -92,8 +92,8 @@ class Patience:
       sizing: decides the sizes that the load asks for.
       column_sizes, prefix_sizes: the sizes that there are programs for, rising.
       num_alternatives: as of `needs_of`.
-      pieces_of: the shapes of the pieces in which the prompt of a request is read, as of
-        `reading.shapes`; none for one that is prefilled at once.
+      pieces_of: the shapes of the pieces in which the prompt of a request is read, as
+        `reading.pieces_of` gives them; none for one that is prefilled at once.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ class Patience:
                 continue
             bucket = min(schedule_lib.length_bucket(length, most), most)
             if pieces := self._pieces_of(request):
-                programs += [Piece(*shape) for shape in pieces]
-                programs.append(Copies(sizes, pieces[-1][1], bucket))
+                programs += [ReadPiece(*shape) for shape in pieces]
+                programs.append(CopyPrompt(sizes, max(c for _, c in pieces), bucket))
             else:
                 programs.append(Prefill(sizes, 1, bucket))
         return programs

@@ -40,14 +40,14 @@ class Prefill(NamedTuple):
     length: int
 
 
-class Piece(NamedTuple):
+class ReadPiece(NamedTuple):
     """A piece of a long prompt, beside a store of so many columns."""
 
     tokens: int
     columns: int
 
 
-class Copies(NamedTuple):
+class CopyPrompt(NamedTuple):
     """The way of a long prompt, once it has been read, into the prefix rows.
 
     columns are those of its store, length those of a row that it is copied into.
@@ -71,7 +71,7 @@ class Draws(NamedTuple):
     count: int
 
 
-Program = Decode | Prefill | Piece | Copies | Move | Draws
+Program = Decode | Prefill | ReadPiece | CopyPrompt | Move | Draws
 
 
 class Programs:
@@ -115,8 +115,8 @@ class Programs:
             compile_: Callable[..., None] = {
                 Decode: self._compile_decode,
                 Prefill: self._compile_prefill,
-                Piece: self._compile_piece,
-                Copies: self._compile_copies,
+                ReadPiece: self._compile_piece,
+                CopyPrompt: self._compile_copies,
                 Move: self._compile_move,
                 Draws: self._compile_draws,
             }[type(program)]

@@ -2,7 +2,8 @@
 
 The keys and values of a prompt grow in a store of its own, in which each piece attends to those
 before. Meanwhile its request stays in the queue, and others overtake it. When all of it has been
-read its samples may start, and their prefix rows are copies of the store. (Read at once, 100,000
+read its samples may start, and their prefix rows are copies of the store. Then the next prompt is
+read, so that there is one store at a time. (Read at once, 100,000
 tokens keep everyone waiting, and where attention is not a kernel their scores fit no memory.)
 
 The pieces are those of `past.chunk`. The plain version is `Verbs.prefill`, of the whole prompt.
@@ -70,13 +71,14 @@ def pieces_of(verbs: Verbs, size: int, request: "Request") -> list[tuple[int, in
 
 def _shape(verbs: Verbs, size: int, at: int, left: int) -> tuple[int, int]:
     """The tokens of the piece at a place, which make no more scores than there may be, and the
-    columns of the store that it is written into."""
+    columns of the store that it is written into, which never become fewer."""
     T = schedule_lib.length_bucket(min(left, size), size)
-    columns = max(size, schedule_lib.power_of_two(at + T))
-    scores = verbs.policy.config.num_heads * (columns + T)
-    while T > LEAST_PIECE and T * scores > past_lib.CHUNK_SCORES:
+    while True:
+        columns = max(size, schedule_lib.power_of_two(at + T))
+        scores = T * verbs.policy.config.num_heads * (columns + T)
+        if T <= LEAST_PIECE or scores <= past_lib.CHUNK_SCORES:
+            return T, columns
         T //= 2
-    return T, columns
 
 
 def _chunks(num_shards: int, tokens: np.ndarray, T: int, at: int) -> Chunks:
@@ -88,8 +90,8 @@ def _chunks(num_shards: int, tokens: np.ndarray, T: int, at: int) -> Chunks:
 
 
 def trace(verbs: Verbs, params, size: int, length: int, num_shards: int) -> jax.stages.Traced:
-    """The program of the last piece of a prompt, from shapes alone."""
-    T, columns = shapes(verbs, size, length)[-1]
+    """The program of the piece of a prompt that makes most scores, from shapes alone."""
+    T, columns = max(shapes(verbs, size, length), key=lambda shape: shape[0] * sum(shape))
     chunks = _plain(_chunks(num_shards, np.zeros(0, np.int32), T, 0))
     return past_lib.chunk.trace(verbs, params, None, _store(verbs, num_shards, columns), chunks)
 

@@ -200,6 +200,10 @@ class Schedule:
         """The groups with samples that have no prefix row yet, in their order."""
         return list(dict.fromkeys(group for group, *_ in self._queue))
 
+    def count(self, is_meant: Callable[[Hashable], bool]) -> int:
+        """The samples in the queue of the groups that are meant."""
+        return sum(len(samples) for group, samples, _ in self._queue if is_meant(group))
+
     def overtake(self, is_ready: Callable[[Hashable], bool]):
         """Lets the groups in the queue that are ready go before those that are not."""
         places = sorted(self._queue, key=lambda place: not is_ready(place.group))

@@ -139,7 +139,7 @@ class LayerWeights:
     def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         """activation(gate) * up, of the two products [B, T, F] of an MLP."""
         activation = self.config.activation
-        if not (self._on_gpu and gated_gpu.runs(activation, gate.dtype)):
+        if not (self._on_gpu and gated_gpu.runs(activation, gate.dtype, gate.size)):
             return gated(activation, gate, up)
         axes = ("batch", "length", "mlp")
         kernel = functools.partial(gated_gpu.gated, activation)

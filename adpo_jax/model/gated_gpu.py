@@ -19,9 +19,10 @@ BLOCK, WARPS = 2048, 4
 LOWERED = ("silu", "gelu_tanh")
 
 
-def runs(activation, dtype) -> bool:
-    """Whether there is a kernel for this activation and dtype under this jax."""
-    return plt is not None and activation in LOWERED and jnp.dtype(dtype).itemsize == 2
+def runs(activation, dtype, size: int) -> bool:
+    """Whether there is a kernel for this activation, dtype and number of gates under this jax."""
+    fits = jnp.dtype(dtype).itemsize == 2 and size < 1 << 31
+    return plt is not None and activation in LOWERED and fits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
