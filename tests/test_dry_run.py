@@ -211,6 +211,7 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic():
         verbs=types.SimpleNamespace(layout=layout, abstract_params=lambda: weights),
         num_slots=16,
         prefill_rows=8,
+        prefill_pieces=1,
     )
     least = dry_run._least(config, engine, mesh)
     # A step reads the weights once, of each of 16 rings 14 tokens of 1 to 28, and 8 prompts of 25.

@@ -190,7 +190,7 @@ class Reader:
     def prefixes(self, request: "Request", columns: int) -> Prefixes:
         """A prompt that has been read, S equal rows with so many columns, which hold all of it."""
         kv = self._verbs.with_columns(self._readings[request].store, columns)
-        return Prefixes(kv, jnp.full(self._num_shards, _length(request), jnp.int32))
+        return Prefixes(kv, np.full(self._num_shards, _length(request), np.int32))
 
     def let_go(self, queued: Iterable["Request"]):
         """Frees what was read of requests that are not in the queue any more."""
