@@ -160,6 +160,24 @@ def test_whatever_a_process_prints_logs_warns_of_or_dies_of_is_spelled_out():
     assert_inert(bar.replace("\r", ""))
 
 
+SET_UP_AGAIN = """
+import absl.logging, logging.config, sys
+absl.logging.use_absl_handler()
+from adpo_jax.log.printable import guard
+guard()
+guard()
+logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+print("still open", file=sys.stderr)
+"""
+
+
+def test_standard_error_stays_open_when_logging_is_set_up_again():
+    """As uvicorn does it: absl's handler closes its stream unless that is `sys.stderr` itself."""
+    done = subprocess.run([sys.executable, "-c", SET_UP_AGAIN], capture_output=True, text=True)
+    assert "still open" in done.stderr
+    assert done.returncode == 0
+
+
 def test_every_command_line_is_guarded():
     starts = ["adpo_jax/main.py", "adpo_jax/evaluate.py", "adpo_jax/serve/__main__.py"]
     starts += ["adpo_jax/report/__main__.py", "adpo_jax/generate.py", "adpo_jax/export.py"]

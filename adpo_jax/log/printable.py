@@ -90,8 +90,8 @@ def guard() -> None:
     The command lines call it once, before anything else. Python's own hooks for exceptions and
     warnings print to `sys.stderr`, and so are guarded too.
     """
-    before = {id(unguarded(stream)) for stream in (sys.stdout, sys.stderr) if stream is not None}
     sys.stdout, sys.stderr = guarded(sys.stdout), guarded(sys.stderr)
+    streams = {id(unguarded(stream)): stream for stream in (sys.stdout, sys.stderr)}
     loggers = [logging.root, *logging.Logger.manager.loggerDict.values()]
     handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
     # absl's handler prints through another one, and it is not installed before absl's app runs.
@@ -99,9 +99,11 @@ def guard() -> None:
         handlers.append(sys.modules["absl.logging"].get_absl_handler())
     for handler in handlers:
         handler = getattr(handler, "python_handler", handler)
-        # A handler that was made before this call holds the stream of that time.
-        if id(getattr(handler, "stream", None)) in before:
-            handler.stream = guarded(handler.stream)
+        # A handler that was made before this call holds the stream of that time. It gets the very
+        # object that is `sys.stderr` now: absl's closes any other when logging is set up again.
+        stream = getattr(handler, "stream", None)
+        if stream is not None and id(unguarded(stream)) in streams:
+            handler.stream = streams[id(unguarded(stream))]
     _let_bars_draw()
 
 
