@@ -173,7 +173,8 @@ print("still open", file=sys.stderr)
 
 def test_standard_error_stays_open_when_logging_is_set_up_again():
     """As uvicorn does it: absl's handler closes its stream unless that is `sys.stderr` itself."""
-    done = subprocess.run([sys.executable, "-c", SET_UP_AGAIN], capture_output=True, text=True)
+    command = [sys.executable, "-c", SET_UP_AGAIN]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert "still open" in done.stderr
     assert done.returncode == 0
 
