@@ -20,24 +20,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from bench_pages import SMALL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.hf.config import model_config
-
-SMALL = {
-    "model_type": "qwen3",
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "tie_word_embeddings": True,
-}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

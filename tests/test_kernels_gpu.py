@@ -76,14 +76,20 @@ def test_one_pass_over_the_logits_gives_the_partition_function_and_the_mean(V):
     np.testing.assert_allclose(mean, wanted, rtol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-def test_the_small_kernels_compile_for_an_h100():
+def gradient_for_an_h100(total, *shapes) -> str:
+    """The compiled program of a sum and its gradient by the first two arguments."""
     if not topologies.has_gpu_compiler():
         pytest.skip("needs the extra [gpu-aot]")
     devices = topologies.topology_devices("h100:1")
     here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
+    given = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes]
+    traced = jax.jit(jax.value_and_grad(total, (0, 1))).trace(*given)
+    return topologies.lowered(traced, devices[0]).compile().as_text()
 
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_the_small_kernels_compile_for_an_h100():
     def total(x, weight, cos, logits):
         heads = norm_rope_gpu.norm_and_rotate(x, weight, cos, cos)
         opened = gated_gpu.gated("silu", heads, x) + gated_gpu.gated("gelu_tanh", x, heads)
@@ -91,29 +97,18 @@ def test_the_small_kernels_compile_for_an_h100():
 
     shapes = {(2, 6, 3, 64): jnp.bfloat16, (64,): jnp.float32, (2, 6, 32): jnp.float32}
     shapes |= {(3, 5000): jnp.float32}
-    given = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes.items()]
-    made = topologies.lowered(
-        jax.jit(jax.value_and_grad(total, (0, 1))).trace(*given), devices[0]
-    ).compile()
-    text = made.as_text()
+    text = gradient_for_an_h100(total, *shapes.items())
     assert all(name in text for name in ("norm_rope_gradient", "gated_gradient", "head_sums"))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_products_of_experts_compile_for_an_h100_and_multiply_no_row_by_all_matrices():
-    if not topologies.has_gpu_compiler():
-        pytest.skip("needs the extra [gpu-aot]")
-    devices = topologies.topology_devices("h100:1")
-    here = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
-
     def total(x, w, sizes):
         return jnp.sum(grouped.product(None, x, w, None, sizes).astype(jnp.float32))
 
     shapes = ((200, 128), jnp.bfloat16), ((8, 128, 64), jnp.bfloat16), ((8,), jnp.int32)
-    given = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes]
-    gradient = jax.jit(jax.value_and_grad(total, (0, 1)))
-    text = topologies.lowered(gradient.trace(*given), devices[0]).compile().as_text()
+    text = gradient_for_an_h100(total, *shapes)
     assert all(name in text for name in ("grouped_product", "grouped_outer"))
     assert " dot(" not in text
     assert "gemm" not in text

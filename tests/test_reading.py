@@ -5,32 +5,19 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny
 from golden_models import drawn_model
+from test_pages import assert_same, few_programs, policy_of, prompts_of  # noqa: F401  (a fixture)
 
-from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax import Engine, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.engine import cpu_engine, past, reading
+from adpo_jax.engine import past, reading
 from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.model.model_config import LinearAttention
 
-V = 61
 SAMPLING = SamplingParams(n=2, max_tokens=20, stop_token_ids=(3,))
+SAMPLING_ALONE = dataclasses.replace(SAMPLING, n=1)
 # Shorter than a piece, of one token more, of whole pieces and one more, and of many pieces.
 LENGTHS = (5, 18, 33, 34, 90)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_programs():
-    """Rings do not grow, so that each engine compiles one program for decoding."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_engine, "COLUMN_STAGES", 1)
-        yield
-
-
-def policy_of(**changes):
-    changes = {"qk_norm": True, "windows": (20, None), "attention_soft_cap": 20.0} | changes
-    return Policy(tiny.model_config(vocab_size=V, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +31,6 @@ def engine_of(policy, **options):
     return Engine(policy, **{**sizes, "steps_per_dispatch": 4, **options})
 
 
-def prompts_of(*lengths):
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, V, length).tolist() for length in lengths]
-
-
 def sampled(engine, params, **changes):
     sampling = dataclasses.replace(SAMPLING, **changes)
     return engine.generate(params, prompts_of(*LENGTHS), sampling, jax.random.key(3))
@@ -58,13 +40,6 @@ def sampled(engine, params, **changes):
 def at_once(model):
     policy, params = model
     return sampled(engine_of(policy), params)
-
-
-def assert_same(found, wanted, atol=1e-4):
-    for ours, theirs in zip(found.groups, wanted.groups, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.tokens.tolist() == b.tokens.tolist()
-            np.testing.assert_allclose(a.log_probs, b.log_probs, atol=atol)
 
 
 def test_prompts_read_in_pieces_have_the_completions_of_prompts_prefilled_at_once(model, at_once):
@@ -207,6 +182,14 @@ def test_a_prompt_that_nobody_wants_any_more_is_not_read_on(model):
     while slots.batch.busy:
         slots.step()
     assert slots.ended == [first]
+    # Neither where nothing else decodes.
+    (alone,) = slots.batch.submit(long, SAMPLING_ALONE, seed=0)
+    slots.step()
+    assert slots.batch._loop._reader._readings
+    slots.batch.cancel(alone)
+    slots.step()
+    assert not slots.batch._loop._reader._readings
+    assert not slots.batch.busy
 
 
 def test_parameters_may_change_between_two_pieces(model):

@@ -309,7 +309,7 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
     rollout_config = config.actor_rollout_ref.rollout
     names = [n for n, peak in report.peaks.items() if peak > (report.memory or peak)]
     names += list(report.failed)
-    copy, cache, *_ = report.rollout.values()
+    copy, cache = (report.rollout[name] for name in ("parameters to sample with", "cache"))
     local, tensor = engine.policy.mesh.size, engine.policy.mesh.shape["tensor"]
     if {"prefill", "decode"} & set(names):
         if tensor < local:

@@ -373,6 +373,7 @@ class DecodeLoop:
             return sample.cancelled
 
         self.schedule.drop(is_cancelled)
+        self._reader.let_go(self.schedule.queued)
 
     def step(self) -> list[NewTokens]:
         """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""

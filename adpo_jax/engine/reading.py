@@ -3,8 +3,8 @@
 The keys and values of a prompt grow in a store of its own, in which each piece attends to those
 before. Meanwhile its request stays in the queue, and others overtake it. When all of it has been
 read its samples may start, and their prefix rows are copies of the store. Then the next prompt is
-read, so that there is one store at a time. (Read at once, 100,000
-tokens keep everyone waiting, and where attention is not a kernel their scores fit no memory.)
+read, so that there is one store at a time. (Read at once, 100,000 tokens keep everyone waiting, and
+where attention is not a kernel their scores fit no memory.)
 
 The pieces are those of `past.chunk`. The plain version is `Verbs.prefill`, of the whole prompt.
 
