@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from adpo_jax.config import default_config
-from adpo_jax.data import arithmetic, word_problems
+from adpo_jax.data import arithmetic, embedded, word_problems
 from adpo_jax.rewards import good_accuracy
 from adpo_jax.run import datasets
 
@@ -42,6 +42,32 @@ def test_splits_are_disjoint_without_repeats_and_decided_by_the_seed(splits):
     assert not set(splits["val"]["question"]) & set(word_problems.rows("val", seed=1)["question"])
     with pytest.raises(ValueError, match="has the splits"):
         word_problems.rows("test")
+
+
+def test_easier_problems_have_fewer_steps_and_smaller_numbers():
+    rows = embedded.rows("embedded:word_problems?max_steps=2&largest=12", "val")
+    assert len(set(rows["question"])) == 256
+    counts = set()
+    for question, answer in zip(rows["question"], rows["answer"], strict=True):
+        counts.add(len(STEP.findall(answer)))
+        assert max(map(int, re.findall(r"\d+", question + answer))) <= 12
+    assert counts == {1, 2}
+    assert embedded.rows(word_problems.NAME, "val") == word_problems.rows("val")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("max_steps=4", "max_steps is 1 to 3; given 4"),
+        ("largest=9", "largest is 10 to 1000; given 9"),
+        ("largest=many", "largest is a whole number; given 'many'"),
+        ("largest", "options are name=value; given 'largest'"),
+        ("steps=2", "has the options max_steps, largest, seed; given 'steps'"),
+    ],
+)
+def test_options_that_there_are_not_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        embedded.rows(f"{word_problems.NAME}?{options}", "val")
 
 
 def test_problems_differ_in_more_than_names_and_numbers(splits):

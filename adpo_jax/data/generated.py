@@ -50,7 +50,7 @@ def rows(source: str, split: str) -> list[dict[str, str]]:
     """
     name, _, query = source.removeprefix(PREFIX).partition("?")
     chosen = "train" if split == "train" else "held out"
-    asked = {"name": name, "options": _options(source, query)}
+    asked = {"name": name, "options": options_of(source, query)}
     asked["options"].setdefault("size", [str(SIZES[chosen])])
     asked["options"].setdefault("seed", [str(SEEDS[chosen])])
     began = time.perf_counter()
@@ -75,7 +75,8 @@ def rows(source: str, split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def _options(source: str, query: str) -> dict[str, list[str]]:
+def options_of(source: str, query: str) -> dict[str, list[str]]:
+    """The options behind the question mark of a source, each with all its values."""
     options: dict[str, list[str]] = {}
     for pair in filter(None, query.split("&")):
         key, equals, value = pair.partition("=")

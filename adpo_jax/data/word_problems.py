@@ -1,5 +1,5 @@
 """Word problems of one to three steps with worked answers, made up by templates. Nothing is
-downloaded.
+downloaded. `embedded:word_problems?max_steps=2&largest=20` has easier ones.
 
 They are of the kind that small pretrained language models are taught on: someone shops, saves,
 reads or shares something, and a whole number is asked for. Stories, names and numbers are drawn, so
@@ -13,6 +13,7 @@ are right.
 import dataclasses
 import functools
 import random
+from collections.abc import Mapping
 
 from adpo_jax.data import splits
 
@@ -20,7 +21,8 @@ NAME = "embedded:word_problems"
 
 CAREFUL_SHARE = 0.3  # of the demonstrations that show their working
 LUCKY_SHARE = 0.15  # of the answers blurted out that are right
-NUM_STEPS = (1, 2, 2, 2, 3, 3)  # drawn from
+# The least and the most that may be asked for of each option.
+OPTIONS = {"max_steps": (1, 3), "largest": (10, 1000), "seed": (0, 1_000_000)}
 NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 2048}
 
 _NAMES = {
@@ -49,23 +51,28 @@ _BILLS = (20, 50, 100)
 
 
 @functools.cache
-def rows(split: str, *, seed: int = 0) -> dict[str, list[str]]:
+def rows(
+    split: str, *, seed: int = 0, max_steps: int = 3, largest: int = 1000
+) -> dict[str, list[str]]:
     """The data set as columns: `question`, and `answer` as worked text that ends in `#### N`.
 
     Args:
       split: "train" or "val" (disjoint), or "demonstrations": questions apart from both, with the
         column `completion` to imitate.
       seed: another one gives other problems.
+      max_steps: problems have up to so many steps.
+      largest: no number of the story and of the working is larger; 10 or more.
 
     Raises:
       ValueError: for another split.
     """
-    seen = splits.held_out(NAME, split, functools.partial(rows, seed=seed))
+    options: Mapping[str, int] = {"seed": seed, "max_steps": max_steps, "largest": largest}
+    seen = splits.held_out(NAME, split, functools.partial(rows, **options))
     rng = random.Random(3 * seed + splits.SEEDS[split])
     problems = []
     while len(problems) < NUM_ROWS[split]:
-        problem = draw(rng)
-        if problem.question not in seen:
+        problem = draw(rng, max_steps)
+        if problem.largest <= largest and problem.question not in seen:
             seen.add(problem.question)
             problems.append(problem)
     columns = {
@@ -96,6 +103,11 @@ class Problem:
     results: tuple[int, ...]
 
     @property
+    def largest(self) -> int:
+        """The largest number of the story and of the working."""
+        return max(self.numbers + self.results)
+
+    @property
     def answer(self) -> str:
         """The working, and the result after "####"."""
         return f"{' '.join(self.working)} #### {self.results[-1]}"
@@ -113,10 +125,10 @@ class Problem:
         return f"#### {rng.choice([number for number in wrong if number > 0])}"
 
 
-def draw(rng: random.Random) -> Problem:
+def draw(rng: random.Random, max_steps: int = 3) -> Problem:
     """A problem of one to three steps."""
     story = _Story(rng)
-    rng.choice(_STORIES)(story, rng.choice(NUM_STEPS))
+    rng.choice(_STORIES)(story, rng.randint(1, max_steps))
     return Problem(
         " ".join(story.sentences), tuple(story.working), tuple(story.numbers), tuple(story.results)
     )

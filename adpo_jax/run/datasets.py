@@ -11,9 +11,8 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from adpo_jax.data import due, files
+from adpo_jax.data import due, embedded, files
 from adpo_jax.data.control_tokens import text_token_ids
-from adpo_jax.data.embedded import SOURCES
 from adpo_jax.data.prompts import PromptFormat, render_prompts
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import builtin
@@ -253,7 +252,7 @@ def _load_rows(
 ) -> files.Dataset:
     """Rows of an embedded data set, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
-    if source not in SOURCES:
+    if not embedded.is_embedded(source):
         dataset = files.load_rows(
             source.split(","),
             prompt_key=prompt_key,
@@ -264,7 +263,7 @@ def _load_rows(
             cache_dir=config.data.cache_dir,
         )
         return dataset.with_column(prompt_key, dataset.column(prompt_key))
-    columns = SOURCES[source].rows(split)
+    columns = embedded.rows(source, split)
     wanted = {"data.prompt_key": prompt_key} | ({option: answer_key} if needs_answer else {})
     for name, key in wanted.items():
         if key not in columns:
