@@ -65,7 +65,7 @@ def test_runs_without_evaluations_are_compared_by_what_they_have(compare, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name", ["arithmetic", "gsm8k", "gsm8k_grpo", "math_level3", "smollm2_gsm8k"]
+    "name", ["arithmetic", "gsm8k", "gsm8k_grpo", "math_level3", "smollm2", "smollm2_gsm8k"]
 )
 def test_a_start_can_be_made_under_every_config(compare, name):
     changes = {"sft.train_files": "embedded:arithmetic", "sft.steps": 3}
