@@ -32,7 +32,7 @@ def get_config():
 
     sft = config.sft
     sft.train_files = PROBLEMS
-    sft.steps = 80
+    sft.steps = 200
     sft.batch_size = 16
     sft.lr = 1e-4
     sft.lr_warmup_steps = 5
@@ -46,7 +46,7 @@ def get_config():
     trainer.experiment_name = "smollm2_adpo"
     trainer.bf16 = False
     trainer.per_device_train_batch_size = 16
-    trainer.total_training_steps = 30
+    trainer.total_training_steps = 20
     trainer.test_freq = 10
-    trainer.save_freq = 10
+    trainer.save_freq = 20
     return config
