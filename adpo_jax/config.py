@@ -469,14 +469,9 @@ def _actor() -> dict[str, Key]:
 
 
 def _rollout() -> dict[str, Key]:
-    at_once = Need(
-        "completions of one turn (no environment) that are sampled on the spot "
-        "(actor_rollout_ref.rollout.max_staleness=0)",
-        lambda c: (
-            not (
-                c.environment.path or c.environment.url or c.actor_rollout_ref.rollout.max_staleness
-            )
-        ),
+    in_process = Need(
+        "completions that the trainer samples itself (environment.url='')",
+        lambda c: not c.environment.url,
     )
     one_turn = Need(
         "completions of one turn (no environment)",
@@ -517,7 +512,7 @@ def _rollout() -> dict[str, Key]:
             "than there are, the youngest wait and are prefilled again; 0 for memory for "
             "data.max_response_length in each",
             least=0,
-            needs=(at_once,),
+            needs=(in_process,),
         ),
         "prefill_chunk_size": Key(
             0,

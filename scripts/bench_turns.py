@@ -1,12 +1,13 @@
 """Tokens per second of samples in turns, against prefilling the whole transcript for every turn.
 
     python scripts/bench_turns.py [--prompts 4] [--samples 8] [--prompt 512] [--turns 4] [--turn 64]
+    python scripts/bench_turns.py --model hybrid    three of four layers have linear attention
 
-A Qwen3 of 6 million parameters in float32 samples some turns of 64 tokens after a prompt of 512; a
-tool answers each at once with 16 tokens. Only sampled tokens are counted. Both ways say the same
-transcripts, in one process and by turns, `--repeats` times after one run that compiles; the result
-is one JSON line with the median, least and most, by the clock and by CPU seconds (which say more
-where something else was running).
+A Qwen3 of 6 million parameters in float32, or a Qwen3.5 with 8 layers, samples some turns of 64
+tokens after a prompt of 512; a tool answers each at once with 16 tokens. Only sampled tokens are
+counted. Both ways say the same transcripts, in one process and by turns, `--repeats` times after
+one run that compiles; the result is one JSON line with the median, least and most, by the clock and
+by CPU seconds (which say more where something else was running).
 """
 
 import argparse
@@ -34,10 +35,22 @@ CONFIG = {
     "head_dim": 32,
     "tie_word_embeddings": True,
 }
+HYBRID = CONFIG | {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 8,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+}
+MODELS = {"full": CONFIG, "hybrid": HYBRID}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="full", help="attention of the layers")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
@@ -48,7 +61,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     a = parser.parse_args()
     longest = a.turns * (a.turn + a.answer)
-    policy, params = Policy.from_config(CONFIG, jax.random.key(0))
+    policy, params = Policy.from_config(MODELS[a.model], jax.random.key(0))
     engine = Engine(
         policy,
         max_prompt_length=a.prompt,
@@ -68,7 +81,7 @@ def main():
         for way, keeps in ways.items():
             runs[way].append(converse(engine, params, sampling, a, keeps)[1:])
     useful = a.prompts * a.samples * a.turns * a.turn
-    line = {"useful_tokens": useful, "device": jax.devices()[0].device_kind}
+    line = {"model": a.model, "useful_tokens": useful, "device": jax.devices()[0].device_kind}
     line["same_tokens"] = float(np.mean(transcripts["kept"] == transcripts["again"]))
     for way, results in runs.items():
         for name, at in (("tokens_per_s", 0), ("tokens_per_cpu_s", 1)):

@@ -20,7 +20,8 @@ from test_policy import QUICK, TOLERANCE, decoded_log_probs
 from test_resume import assert_same, interrupt
 from test_train import REWARD, scalars, train, with_reward
 from test_train import TINY as TINY_RUN
-from test_turns import assert_turns_agree, engine_of, prompts_of
+from test_turns import MOST_TURNS, SAMPLING, converse, engine_of, late, prompts_of, whole_forward
+from test_turns import assert_same as assert_scripts_agree
 
 import adpo_jax
 from adpo_jax import Engine, Policy, SamplingParams
@@ -121,6 +122,27 @@ def test_the_chunked_form_equals_the_recurrent_one_with_its_gradient(seed, chunk
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     for a, b in zip(gradient, wanted_gradient, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("seed", "cut", "chunk"), [(0, 2, 4), (1, 13, 8), (2, 24, 16)])
+def test_rows_that_go_on_from_a_memory_give_what_they_give_whole(seed, cut, chunk):
+    rng = np.random.default_rng(seed)
+    inputs, lengths = drawn_inputs(rng, 3, 30), np.array([30, cut + 1, cut - 1])
+
+    def part(start, stop):
+        counts = np.clip(lengths - start, 0, stop - start)
+        segments = jnp.asarray(np.arange(stop - start) < counts[:, None], jnp.int32)
+        return Inputs(*(x[:, start:stop] for x in inputs[:5]), *inputs[5:]), segments
+
+    whole = linear_attention.recurrent(*part(0, 30))
+    first, memory = FORMS[chunk](*part(0, cut))
+    second, memory = FORMS[chunk](*part(cut, 30), memory)
+    there = np.arange(30) < lengths[:, None]
+    np.testing.assert_allclose(
+        jnp.concatenate([first, second], axis=1)[there], whole[0][there], rtol=0, atol=1e-5
+    )
+    for found, wanted in zip(memory, whole[1], strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_keys_that_repeat_do_not_blow_up_the_chunked_form():
@@ -225,11 +247,58 @@ def test_requests_that_come_and_go_are_sampled_from_their_own_states():
         np.testing.assert_allclose(log_probs[sample], scored, rtol=0, atol=1e-4)
 
 
-@pytest.mark.long
-def test_log_probs_over_turns_are_those_of_one_forward():
+@pytest.mark.parametrize(
+    "on_mesh", [False, pytest.param(True, marks=pytest.mark.long)], ids=["one device", "mesh"]
+)
+def test_turns_go_on_from_the_states_that_they_ended_with(on_mesh, monkeypatch):
     policy, params = tiny_hybrid()
-    engine = engine_of(policy)
-    assert assert_turns_agree(engine, policy, params, prompts_of(5, 12), 1e-3) >= 2
+    if on_mesh:
+        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
+        policy = dataclasses.replace(policy, mesh=mesh)
+    # Stop strings end turns within a dispatch, and memory holds few rows beside those of the slots.
+    detokenize = lambda ids: "".join(chr(65 + i) for i in ids)  # noqa: E731
+    engine = engine_of(policy, num_slots=4, detokenize=detokenize)
+    row = 32 + engine.plan.row_tokens
+    engine.plan = dataclasses.replace(engine.plan, most_tokens=16 * row)
+    sampling = dataclasses.replace(SAMPLING, stop_token_ids=(), stop=tuple("DHLPTXbfj"))
+    prompts, key, found = prompts_of(5, 12), jax.random.key(5), {}
+    for keeps in (False, True):
+        with engine.session(params, sampling, key, keeps_turns=keeps) as session:
+            found[keeps] = converse(session, prompts, delay=late), session.stats
+    (again, stats_again), (kept, stats) = found[False], found[True]
+    assert max(script.num_turns for script in kept) == MOST_TURNS
+    assert sum(script.reason == "stop" for script in kept) > 0
+    assert stats["prefill_tokens"] < stats_again["prefill_tokens"]
+    assert stats["evicted"] > 0
+    assert_scripts_agree(again, kept)
+    single, weights = tiny_hybrid()
+    for place, script in enumerate(kept):
+        wanted = whole_forward(single, weights, prompts[place // SAMPLING.n], script.tokens)
+        sampled = np.array(script.log_probs) != 0
+        np.testing.assert_allclose(
+            np.array(script.log_probs)[sampled], wanted[sampled], rtol=0, atol=1e-4
+        )
+
+
+def test_prompts_are_read_in_pieces_from_state_to_state():
+    policy, params = tiny_hybrid()
+    prompts, found = prompts_of(5, 18, 33, 60), []
+    for size in (0, 16):
+        engine = Engine(
+            policy,
+            max_prompt_length=64,
+            max_response_length=8,
+            num_slots=8,
+            prefill_chunk_size=size,
+        )
+        sampling = SamplingParams(n=2, max_tokens=8)
+        out = engine.generate(params, prompts, sampling, jax.random.key(3))
+        found.append(out)
+    assert found[1].stats["prefill_calls"] == 1 + 2 + 2 + 4
+    for ours, theirs in zip(found[1].flat, found[0].flat, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
 
 
 def test_the_memory_of_states_is_planned():

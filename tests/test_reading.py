@@ -12,7 +12,6 @@ from adpo_jax import Engine, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import past, reading
 from adpo_jax.engine.continuous import ContinuousBatch
-from adpo_jax.model.model_config import LinearAttention
 
 SAMPLING = SamplingParams(n=2, max_tokens=20, stop_token_ids=(3,))
 SAMPLING_ALONE = dataclasses.replace(SAMPLING, n=1)
@@ -249,13 +248,6 @@ def test_the_dry_run_sees_a_piece_and_the_prompt_that_is_read(model):
 def test_a_piece_is_a_power_of_two(model, size):
     with pytest.raises(ValueError, match=f"prefill_chunk_size is a power of two, .* given {size}"):
         engine_of(model[0], prefill_chunk_size=size)
-
-
-def test_a_model_with_linear_attention_is_refused():
-    linear = LinearAttention((True, False), 2, 8, 2, 8, taps=4, fused=True)
-    policy = policy_of(linear_attention=linear, windows=(None, None))
-    with pytest.raises(ValueError, match="the state of linear attention is made at once"):
-        engine_of(policy, prefill_chunk_size=16)
 
 
 @pytest.mark.long

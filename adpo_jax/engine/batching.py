@@ -12,7 +12,8 @@ all known) and `continuous` (requests that come and go) decide how large the bat
 its samples share their settings.
 
 Samples may be decoded in turns: a sample whose turn has ended gets no slot until it goes on. Its
-keys and values stay meanwhile (`past`), or in the plain version are made again.
+memory stays meanwhile in a row of its own (`past`) or in pages, or in the plain version it is made
+again.
 
 The ring may be shorter than the longest completion. Then the tokens of long samples move on into
 pages, and where these run short the youngest samples wait (`pages`).
@@ -35,15 +36,14 @@ import numpy as np
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.kv_cache import KV
+from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
 from adpo_jax.engine.pages import Pager
-from adpo_jax.engine.past import Copies, PastRows, Piece
+from adpo_jax.engine.past import PastRows, Piece
 from adpo_jax.engine.reading import Reader
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule, Start
 from adpo_jax.engine.verbs import (
     DecodeState,
-    PageSizes,
     Past,
     Prefixes,
     ResultTokens,
@@ -95,7 +95,7 @@ class Sample:
       before: those of them that do not lie in the ring: it had them when it took its slot (of
         earlier turns, or begun), or they are in pages.
       completion: [num_tokens] int32, its tokens when it goes on or begins with some; else None.
-      in_past: columns of its past row that are written.
+      in_past: columns of its past row, or of its pages, that hold what it had as a turn ended.
       first: column of the ring where its tokens begin.
       cancelled: whether its request gave up on further tokens.
       ended: whether it gets no further tokens, unless it goes on with a further turn.
@@ -142,7 +142,7 @@ class _Ended(NamedTuple):
 
     slot: int
     first: int  # column of the ring
-    at: int  # column of the past row where they go
+    at: int  # column of the past row, or of the pages, where they go
     count: int  # columns
 
 
@@ -213,7 +213,8 @@ class DecodeLoop:
       prefill_chunk_size: tokens of a piece in which longer prompts are read (`reading`), a power of
         two; 0 prefills each prompt at once.
       turns: whether samples may go on after their turns, or begin with tokens: "past" keeps what
-        they attend to in past rows; "again" prefills it for every turn.
+        they attend to in past rows, "pages" in pages (which `sizing` must then give); "again"
+        prefills it for every turn.
 
     Attributes:
       stats: counts of prefills, decode steps and dispatches; where there are pages, also of
@@ -234,7 +235,7 @@ class DecodeLoop:
         keeps_memory: bool = False,
         most_prefilled: Callable[[int, int], int] | None = None,
         prefill_chunk_size: int = 0,
-        turns: Literal["past", "again"] | None = None,
+        turns: Literal["past", "pages", "again"] | None = None,
     ):
         self.params, self.version = verbs.load_params(params), 0
         self.schedule = Schedule(num_shards=num_shards)
@@ -254,6 +255,9 @@ class DecodeLoop:
         # The ring that the first state began with, remembered while a longer one is in use.
         self._first_ring: KV | None = None
         self._turns = turns
+        if turns == "pages":
+            self.stats["preempted"] = 0
+        self._num_evicted = 0  # before the memory was freed
         self._reader = Reader(verbs, prefill_chunk_size, num_shards)
         self.past = PastRows(num_shards)
         self._longest_past = 0  # tokens of the longest completion that lies in the past
@@ -287,9 +291,8 @@ class DecodeLoop:
           part: the most samples that share a prefix row; None for as many as rows are wide.
         """
         begun = [s for s in request.samples if s.num_tokens]
-        if self._turns == "past":
-            longest = max((sample.num_tokens for sample in begun), default=0)
-            self._longest_past = max(self._longest_past, longest)
+        if self._keeps_turns:
+            self._note_past(max((sample.num_tokens for sample in begun), default=0))
             begun = []
         for sample in begun:
             self._begin_again(sample)
@@ -311,8 +314,8 @@ class DecodeLoop:
         """
         sample.completion, sample.num_tokens = completion, len(completion)
         sample.ended = False
-        if self._turns == "past":
-            self._longest_past = max(self._longest_past, sample.num_tokens)
+        if self._keeps_turns:
+            self._note_past(sample.num_tokens)
             self.schedule.resume(sample, sample.request)
         else:
             self._begin_again(sample)
@@ -327,23 +330,44 @@ class DecodeLoop:
     def stop(self, sample: Sample, num_tokens: int):
         """Ends a turn after so many tokens of the completion, and drops those that follow."""
         slot = next((slot for slot, live in self.schedule.live() if live is sample), None)
-        sample.num_tokens = num_tokens
+        drops, sample.num_tokens = num_tokens < sample.num_tokens, num_tokens
         if slot is not None:
             self._end_turn(slot, sample)
             self._retired.append(slot)
         elif sample in self._ended_turns:
             ended = self._ended_turns[sample]
             self._ended_turns[sample] = ended._replace(count=sample.age)
+        # A state of linear attention holds all tokens that were fed, and cannot go back: the turn
+        # is prefilled again, after what the past row holds.
+        if drops and self._verbs.layout.linear:
+            self._ended_turns.pop(sample, None)
+
+    @property
+    def _keeps_turns(self) -> bool:
+        return self._turns in ("past", "pages")
+
+    @property
+    def num_evicted(self) -> int:
+        """Samples that lost their memory while they waited, and are prefilled again."""
+        of_pages = self._pager.num_evicted if self._pager else 0
+        return self._num_evicted + self.past.num_evicted + of_pages
+
+    def _note_past(self, num_tokens: int):
+        """Notes how many columns past rows need."""
+        if self._turns == "past":
+            self._longest_past = max(self._longest_past, num_tokens)
 
     def end(self, sample: Sample):
         """Frees what is kept for a sample whose turn has ended and that does not go on."""
         self._ended_turns.pop(sample, None)
         self.schedule.forget(sample)
         self.past.release(sample)
+        if self._pager is not None:
+            self._pager.release(sample)
 
     def _end_turn(self, slot: int, sample: Sample):
         """Ends what a sample decodes in its slot."""
-        if self._turns != "past":
+        if not self._keeps_turns:
             self._end(slot, sample)
             return
         sample.ended = True
@@ -370,6 +394,8 @@ class DecodeLoop:
 
         def is_cancelled(sample: Sample) -> bool:
             sample.ended = sample.cancelled
+            if sample.cancelled and self._pager is not None:
+                self._pager.release(sample)
             return sample.cancelled
 
         self.schedule.drop(is_cancelled)
@@ -380,7 +406,7 @@ class DecodeLoop:
         if self._any_cancelled:
             self._drop_cancelled()
         if self._ended_turns:
-            self._keep_turns()
+            self._store_turns()
         if self._pager is not None:
             self._leave_ring()
         if not self._read():
@@ -416,6 +442,7 @@ class DecodeLoop:
 
     def free(self):
         """Forgets all samples and frees the memory."""
+        self._num_evicted = self.num_evicted
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
         self._retired, self._ended_turns, self._longest_past = [], {}, 0
@@ -429,6 +456,7 @@ class DecodeLoop:
 
     def _end(self, slot: int, sample: Sample):
         sample.ended = True
+        self.past.release(sample)
         if self._pager is not None:
             self._pager.release(sample)
         self.schedule.finish(slot)
@@ -531,10 +559,16 @@ class DecodeLoop:
         past = self._state.past._replace(view=past_lib.placed(self._verbs, view))
         self._state = self._state._replace(past=past)
 
-    def _keep_turns(self):
-        """Copies the turns that have ended, and may go on, from the ring into past rows."""
+    def _store_turns(self):
+        """Copies the turns that have ended, and may go on, from the ring to where they stay."""
+        if self._pager is not None:
+            ended = [
+                (s, turn.slot, turn.first, turn.count) for s, turn in self._ended_turns.items()
+            ]
+            self._state, self._ended_turns = self._pager.keep(self._state, ended), {}
+            return
         longest = max(ended.at + ended.count for ended in self._ended_turns.values())
-        self._longest_past = max(self._longest_past, longest)
+        self._note_past(longest)
         self._resize(self._with_past(self.sizes), self._oldest())
         copies = []
         for sample, (slot, first, at, count) in self._ended_turns.items():
@@ -542,7 +576,8 @@ class DecodeLoop:
             had_row = self.past.take(sample, shard)
             assert had_row or not at
             self.past.pause(sample)
-            copies.append((shard, Copies(self.past.row(sample), slot, first, at, count)))
+            row = self.past.row(sample)
+            copies.append((shard, Copies(row, slot, first, at, count, row)))
             sample.in_past = at + count
         self._ended_turns = {}
         state, past = self._state, self._state.past
@@ -589,12 +624,13 @@ class DecodeLoop:
         self.stats["preempted"] += len(waiting)
 
     def _refill_pages(self, starts: list[Start]):
-        """Prefills the completions of samples that go on after they waited for pages."""
+        """Prefills what the pages of samples that go on do not hold."""
         if chunks := self._pager.chunks(starts):
-            pages = self._state.pages
-            kv = self._prefill_chunks(pages.kv, chunks, self._pager.longest_piece)
-            state = self._state._replace(pages=pages._replace(kv=kv))
-            self._state = self._pager.placed(state)
+            store = self._pager.store(self._state)
+            store = self._prefill_chunks(store, chunks, self._pager.longest_piece)
+            self._state = self._pager.with_store(self._state, store)
+        if any(sample.num_tokens for _, sample, *_ in starts):
+            self._state = self._pager.placed(self._state)
 
     # --- prompts into rows, samples into slots
 
@@ -628,7 +664,8 @@ class DecodeLoop:
         prompts = sorted(rows_of.values(), key=lambda rows: len(admitted[rows[0]].prompt))
         while prompts:
             length = self._prefill_length(admitted[prompts[-1][0]])
-            most = schedule_lib.prefill_rows(length, self._num_shards)
+            most_rows = self._verbs.layout.most_new_rows
+            most = schedule_lib.prefill_rows(length, self._num_shards, most_rows)
             if self._most_prefilled is not None:
                 fitting = min(most, schedule_lib.power_of_two(len(prompts)))
                 most = self._most_prefilled(length, fitting)
@@ -678,7 +715,7 @@ class DecodeLoop:
         for request, sample, slot, row, rank in starts:
             token, position = request.prompt[-1], len(request.prompt) - 1
             sample.before = sample.num_tokens
-            if sample.before and (self._turns == "past" or self._pager is not None):
+            if sample.before and (self._keeps_turns or self._pager is not None):
                 token, position = sample.completion[-1], position + sample.before
             sample.completion = None
             ints[:, slot] = token, position, sample.before, row, rank
@@ -691,10 +728,10 @@ class DecodeLoop:
         if self._state.slots.before is not None:
             before = generated.copy()
         slots = Slots(token, position, generated, active, row, rank, key_data, before)
-        self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
-        self._retired = []
         if self.sizes.past_rows:
             self._place_past()
+        self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
+        self._retired = []
 
     # --- decoding
 
@@ -708,7 +745,7 @@ class DecodeLoop:
         # The slot of a turn that has ended is written on until the dispatch ends, and must not lose
         # the turn's first columns, which are copied then.
         # With pages no slot must lose a column that has not moved on.
-        keeps_columns = self._turns == "past" or self._pager is not None
+        keeps_columns = self._keeps_turns or self._pager is not None
         if sizes.columns < self._sizing.most_columns or keeps_columns:
             room = sizes.columns - oldest
         in_slot = [place and place[1] for place in self.schedule.in_slot]

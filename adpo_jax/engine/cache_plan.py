@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 
 from adpo_jax.devices.chips import chip_of
-from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
 from adpo_jax.engine.schedule import column_buckets, length_bucket
 
 MAX_SLOTS = 256
@@ -80,6 +80,10 @@ class Paging:
     def tokens(self, slots: int) -> int:
         """Tokens that these pages hold."""
         return self.pages(slots) * self.page
+
+    def sizes(self, slots: int) -> PageSizes:
+        """The pool for so many slots."""
+        return PageSizes(self.page, self.pages(slots), self.pages_of(self.longest))
 
 
 @dataclasses.dataclass(frozen=True)

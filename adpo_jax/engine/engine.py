@@ -31,11 +31,11 @@ from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, Request, Sizes
 from adpo_jax.engine.cpu_engine import EngineTuning
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
-from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.state_store import StateLayout
-from adpo_jax.engine.verbs import DecodeState, PageSizes, Verbs
+from adpo_jax.engine.verbs import DecodeState, Verbs
 from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Completions
@@ -62,7 +62,8 @@ class Engine:
         ones are much longer. Keys and values then lie in pages (`pages`), as many as completions
         need; where a batch needs more pages than there are, its youngest samples wait. None for
         memory for the longest completion in every slot. Calls whose `max_tokens` are few, a
-        `session` and a `ContinuousBatch` keep everything in the ring all the same.
+        `ContinuousBatch`, and a `session` of a model with linear attention keep everything in the
+        ring all the same.
       page_size: tokens of a page, a power of two; the ring has room for four pages.
       prefill_chunk_size: tokens of a piece, a power of two, in which longer prompts are read while
         others decode (`reading`); 0 prefills every prompt at once.
@@ -108,12 +109,7 @@ class Engine:
                 raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
         if not (page_size >= 8 and page_size & (page_size - 1) == 0):
             raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
-        reading.check_size(prefill_chunk_size, policy.config)
-        if expected_response_length and policy.config.linear_attention:
-            raise ValueError(
-                "expected_response_length keeps completions in pages, and the state of linear "
-                "attention has none: leave it out for this model"
-            )
+        reading.check_size(prefill_chunk_size)
         given = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
@@ -178,17 +174,17 @@ class Engine:
         if self.prefill_pieces > 1:
             return self.shards
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
-        return schedule_lib.prefill_rows(length, self.shards)
+        return schedule_lib.prefill_rows(length, self.shards, self.verbs.layout.most_new_rows)
 
     @property
     def reading_bytes(self) -> int:
         """Bytes on a device of the longest prompt while it is read, and copied into its rows."""
         if self.prefill_pieces == 1:
             return 0
-        columns = schedule_lib.power_of_two(self.max_prompt_length - 1)
-        shards, splits = _splits(self.policy)
+        layout, (shards, splits) = self.verbs.layout, _splits(self.policy)
+        columns = schedule_lib.power_of_two(self.max_prompt_length - 1) + layout.row_tokens()
         # The store, the part of it that is copied, and the copies of that for the rows.
-        return 3 * self.verbs.layout.token_bytes() * columns * shards // splits
+        return 3 * layout.token_bytes() * columns * shards // splits
 
     def sizes_for(
         self,
@@ -364,17 +360,22 @@ class Engine:
           params: the policy's parameters.
           key: the samples of a prompt are those of `generate` with this key.
           version: iterations done by these parameters.
-          keeps_turns: whether keys and values of earlier turns stay, so that a turn costs its new
-            tokens alone; else every turn prefills the whole transcript, as it always does for a
-            model with linear attention.
+          keeps_turns: whether the memory of earlier turns stays, so that a turn costs its new
+            tokens alone; else every turn prefills the whole transcript.
 
         Raises:
           ValueError: for settings that the engine was not made for.
         """
         _check_given(params, key)
-        # A state cannot go back to where a turn is cut off, so it is made again for every turn.
-        keeps_turns = keeps_turns and not self.policy.config.linear_attention
         return Session(self, params, sampling, key, version=version, keeps_turns=keeps_turns)
+
+    def paging_for(self, max_tokens: int) -> cache_plan.Paging | None:
+        """How completions of at most so many tokens are kept in pages; None where the ring holds
+        them."""
+        paging = self.plan.paging
+        if paging is None or max_tokens <= paging.ring:
+            return None
+        return dataclasses.replace(paging, longest=max_tokens)
 
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
         """The sizes that a call goes through."""
@@ -396,10 +397,8 @@ class Engine:
         self, num_prompts: int, n: int, max_tokens: int, prefix: int
     ) -> tuple[Sizes, list[int]]:
         """The largest sizes of a call, and the lengths that its ring grows through."""
-        paging = self.plan.paging
-        if paging is not None:
-            paging = dataclasses.replace(paging, longest=max_tokens)
-        if paging is None or max_tokens <= paging.ring:
+        paging = self.paging_for(max_tokens)
+        if paging is None:
             column_sizes = schedule_lib.column_buckets(max_tokens, self.column_stages)
             columns, pages = column_sizes[-1], None
             slots, rows = self.sizes_for(num_prompts, n, columns, prefix)
@@ -407,7 +406,7 @@ class Engine:
             column_sizes = paging.columns(self.column_stages)
             columns = column_sizes[-1]
             slots, rows = self.sizes_for(num_prompts, n, columns, prefix, paging.tokens)
-            pages = PageSizes(paging.page, paging.pages(slots), paging.pages_of(max_tokens))
+            pages = paging.sizes(slots)
         width = -(-n // schedule_lib.rows_of_a_group(num_prompts, n, self.shards))
         return Sizes(slots, columns, rows, width, prefix, pages=pages), column_sizes
 

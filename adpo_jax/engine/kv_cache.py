@@ -20,7 +20,10 @@ Where completions may be long, the ring is short, and what no longer fits it lie
   with the tokens of its sample that left the ring (`pages`), in their order. The first column of
   the first page is the last token of the prompt, as in the past.
 
-Layers of linear attention keep a state of fixed size in place of columns (`state_store`).
+Layers of linear attention keep a state of fixed size in place of columns (`state_store`). A row of
+a store has one beside its columns, so that what is done with rows of keys and values is done with
+states too: `CacheLayout` reads and writes the memory of a layer, and copies and takes rows of all
+layers, whatever it is made of.
 
 A decode step gathers the queries of a group and attends to its prefix once for all of them. The
 parts are merged by their log-sum-exps, as if the keys lay side by side.
@@ -33,19 +36,25 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
-from adpo_jax.engine import state_store
 from adpo_jax.engine.state_store import StateLayout
 from adpo_jax.model.attention import MASKED, LayerInfo, by_kv_head
+from adpo_jax.model.linear_attention import Memory
 
 # A reach that is longer than any sequence.
 UNBOUNDED = 1 << 30
+# Bytes of the states of rows that are prefilled in one call, about.
+STATE_BYTES = 1 << 29
+# In place of the axis of the columns, for an array that has none.
+NO_COLUMNS = -1
 
 
 class LayerKV(NamedTuple):
@@ -70,7 +79,7 @@ KV = Any
 
 def is_layers(kv: KV) -> bool:
     """Whether it is what a tree of layers ends at."""
-    return isinstance(kv, LayerKV) or state_store.is_memory(kv)
+    return isinstance(kv, LayerKV | Memory)
 
 
 def any_layer(kv: KV) -> LayerKV:
@@ -83,11 +92,18 @@ def of_kind(kv: KV, layer: LayerInfo) -> KV:
     return kv if layer.store is None else kv[layer.store.kind]
 
 
-def with_kind(kv: KV, layer: LayerInfo, part: KV) -> KV:
-    """The store with another part in place of `of_kind(kv, layer)`."""
-    if layer.store is None:
-        return part
-    return tuple(part if i == layer.store.kind else other for i, other in enumerate(kv))
+class Copies(NamedTuple):
+    """Copies of columns into rows of another store, and of the state that lies beside them.
+
+    [N] int32 each; those of a shard lie side by side.
+    """
+
+    row: np.ndarray  # row that is written
+    source: np.ndarray  # row of the store that is read
+    first: np.ndarray  # column of that row where the copy begins; it goes on round the ring
+    at: np.ndarray  # column of the row that is written where it begins
+    count: np.ndarray  # columns; 0 for no copy
+    state_row: np.ndarray  # row whose state is written; another one where rows are pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +148,11 @@ class CacheLayout:
         )
 
     @property
+    def without_states(self) -> "CacheLayout":
+        """The layout of keys and values alone."""
+        return dataclasses.replace(self, linear=None)
+
+    @property
     def quantized(self) -> bool:
         return jnp.dtype(self.dtype) == jnp.int8
 
@@ -145,6 +166,14 @@ class CacheLayout:
     def row_tokens(self) -> int:
         """How many tokens' keys and values take the memory that a row has besides them."""
         return -(-self.linear.row_bytes() // self.token_bytes()) if self.linear else 0
+
+    @property
+    def most_new_rows(self) -> int | None:
+        """The most rows of one prefill, which no plan counts; None for no limit but their tokens.
+
+        They have a state each, however few their tokens are.
+        """
+        return max(1, STATE_BYTES // self.linear.row_bytes()) if self.linear else None
 
     def zeros(self, rows: int, columns: int) -> KV:
         """An empty store with room for `rows` sequences of `columns` tokens."""
@@ -176,10 +205,129 @@ class CacheLayout:
             k = jnp.swapaxes(k, 2, 3)
         return LayerKV(k.astype(self.dtype), v.astype(self.dtype), k_scale, v_scale)
 
-    def column_axes(self) -> LayerKV:
-        """The axis of the columns in each array of a layer."""
-        scale = 2 if self.quantized else None
-        return LayerKV(3 if self.transposed_keys else 2, 2, scale, scale)
+    # --- what lies in a store
+
+    def axes(self, store: KV) -> KV:
+        """The axis of the columns in each array of a store; `NO_COLUMNS` in a state."""
+        lead, scale = int(self.stacked), 2 if self.quantized else None
+        of_kv = LayerKV(3 if self.transposed_keys else 2, 2, scale, scale)
+        of_kv = jax.tree.map(lambda axis: axis + lead, of_kv)
+
+        def of_layer(layer):
+            if isinstance(layer, LayerKV):
+                return of_kv
+            return jax.tree.map(lambda _: NO_COLUMNS, layer)
+
+        return jax.tree.map(of_layer, store, is_leaf=is_layers)
+
+    def read(self, store: KV, layer: LayerInfo) -> LayerKV | Memory:
+        """The memory of one layer."""
+        return read_layer(of_kind(store, layer), layer.at)
+
+    def write(
+        self, store: KV, layer: LayerInfo, new: LayerKV | Memory, column: jax.Array | int = 0
+    ) -> KV:
+        """The store with columns of one layer, from `column` on, or its states, in all rows.
+
+        A layer without keys of its own writes none.
+        """
+        if not layer.writes:
+            return store
+        of_layer, index = of_kind(store, layer), layer.at
+        axes = self.axes(of_layer)
+
+        def put(stored, new, axis):
+            at = [0] * stored.ndim
+            if axis != NO_COLUMNS:
+                at[axis] = column
+            if self.stacked:
+                new, at[0] = new[None], index
+            return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), at)
+
+        if self.stacked:
+            written = jax.tree.map(put, of_layer, new, axes)
+        else:
+            changed = jax.tree.map(put, of_layer[index], new, axes[index])
+            written = (*of_layer[:index], changed, *of_layer[index + 1 :])
+        if layer.store is None:
+            return written
+        return tuple(written if i == layer.store.kind else part for i, part in enumerate(store))
+
+    def copy(self, store: KV, source: KV, copies: Copies, mesh: Mesh | None) -> KV:
+        """The store with copies of columns and states of some rows of another one.
+
+        A row lies on the device of the row that is copied into it. Where the store has no states,
+        none are copied.
+        """
+        lead = int(self.stacked)
+        of_rows = (*(None,) * lead, "batch", "kv_heads")
+        if self.linear:
+            source = source[: len(store)]
+
+        def of_layers(stored, new):
+            axes = self.axes(stored)
+            rows, sources = (jax.tree.leaves(kv)[0].shape[lead] for kv in (stored, new))
+
+            def one(n, stored, new, copies):
+                copy = jax.tree.map(lambda x: x[n], copies)
+                return jax.tree.map(
+                    lambda x, y, axis: _copied(x, y, axis, lead, copy), stored, new, axes
+                )
+
+            def local(stored, new, copies):
+                count = copies.row.shape[0]
+                each = functools.partial(one, new=new, copies=copies)
+                return jax.lax.fori_loop(0, count, each, stored)
+
+            batch = functools.reduce(math.gcd, (rows, sources, copies.row.shape[0]))
+            heads = min(x.shape[lead + 1] for x in jax.tree.leaves(stored))
+            split = on_each_device(
+                local,
+                mesh,
+                {"batch": batch, "kv_heads": heads},
+                (of_rows, of_rows, ("batch",)),
+                of_rows,
+            )
+            return split(stored, new, copies)
+
+        return jax.tree.map(of_layers, store, source, is_leaf=is_layers)
+
+    def take(self, store: KV, rows: jax.Array) -> KV:
+        """The rows with these numbers; one past the last takes any."""
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=int(self.stacked), mode="clip"), store)
+
+    def by_columns(self, change: Callable[[jax.Array, int], jax.Array], store: KV) -> KV:
+        """`change(array, axis of its columns)` for all that has columns; states stay."""
+
+        def of_array(x, axis):
+            return x if axis == NO_COLUMNS else change(x, axis)
+
+        return jax.tree.map(of_array, store, self.axes(store))
+
+
+def _copied(stored, new, axis: int, lead: int, copy: Copies):
+    """One of the copies, in one array."""
+    row = copy.state_row if axis == NO_COLUMNS else copy.row
+    row, source = row % stored.shape[lead], copy.source % new.shape[lead]
+    taken = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=lead)
+    old = jax.lax.dynamic_slice_in_dim(stored, row, 1, axis=lead)
+    if axis == NO_COLUMNS:
+        merged = jnp.where(copy.count > 0, taken.astype(old.dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(stored, merged, row, lead)
+    C, columns = new.shape[axis], stored.shape[axis]
+    # A slice of two rounds is taken, since gathering columns takes several times as long.
+    twice = jnp.concatenate([taken, taken], axis)
+    turned = jax.lax.dynamic_slice_in_dim(twice, copy.first, C, axis=axis)
+    shape = list(turned.shape)
+    shape[axis] = columns + C
+    placed = jax.lax.dynamic_update_slice_in_dim(
+        jnp.zeros(shape, turned.dtype), turned, copy.at, axis
+    )
+    placed = jax.lax.slice_in_dim(placed, 0, columns, axis=axis)
+    at = jnp.arange(columns).reshape(-1, *(1,) * (stored.ndim - axis - 1))
+    is_new = (at >= copy.at) & (at < copy.at + copy.count)
+    merged = jnp.where(is_new, placed, old)
+    return jax.lax.dynamic_update_slice_in_dim(stored, merged, row, lead)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,39 +337,11 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale[..., None]).astype(jnp.int8), scale
 
 
-def read_layer(kv: KV, index) -> LayerKV:
-    """One layer of a store; `index` is an int where layers are a tuple."""
-    if not isinstance(kv, LayerKV):
+def read_layer(kv: KV, index) -> LayerKV | Memory:
+    """One layer of those of one kind; `index` is an int where layers are a tuple."""
+    if not is_layers(kv):
         return kv[index]
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), kv)
-
-
-def write_layer(kv: KV, index, layer: LayerKV, axes: LayerKV, column=0) -> KV:
-    """Stores columns of one layer, starting at `column`, for all rows.
-
-    Args:
-      axes: `CacheLayout.column_axes()`.
-    """
-
-    def write(stored, new, axis):
-        at = [0] * new.ndim
-        at[axis] = column
-        if stored.ndim > new.ndim:
-            new, at = new[None], [index, *at]
-        return jax.lax.dynamic_update_slice(stored, new, at)
-
-    if isinstance(kv, LayerKV):
-        return jax.tree.map(write, kv, layer, axes)
-    written = jax.tree.map(write, kv[index], layer, axes)
-    return (*kv[:index], written, *kv[index + 1 :])
-
-
-def keep_layer(kv: KV, layer: LayerInfo, packed: LayerKV, axes: LayerKV, column=0) -> KV:
-    """The store with columns of a layer as of `write_layer`, if it has keys of its own."""
-    if not layer.writes:
-        return kv
-    written = write_layer(of_kind(kv, layer), layer.at, packed, axes, column)
-    return with_kind(kv, layer, written)
 
 
 class PastView(NamedTuple):
@@ -231,6 +351,14 @@ class PastView(NamedTuple):
     slot: jax.Array  # [S, 1] int32, slot of the sample of a past row; any number where none
     first: jax.Array  # [S] int32, position of the first column, in its sequence
     length: jax.Array  # [S] int32, columns that the slot sees; 0 for a row without a slot
+
+
+class PageSizes(NamedTuple):
+    """The sizes of a pool of pages."""
+
+    page: int  # columns of a page
+    pages: int  # on all devices together
+    most: int  # pages of the longest completion
 
 
 class PageView(NamedTuple):

@@ -15,6 +15,10 @@ its youngest samples lose slot and pages. They wait before all others, and their
 prefilled again when there are pages (`past.prefill_all`). The random numbers of a token are those
 of its place in the completion, so such a sample goes on as if nothing had happened.
 
+Samples in turns keep in pages what they have when a turn ends, and what a tool answers is prefilled
+behind it. While they wait they lose their pages before any sample that decodes loses its own, those
+that have waited longest first.
+
 Letters: B slots, N pages of a slot.
 """
 
@@ -24,10 +28,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
-from adpo_jax.engine.past import Copies, Piece
+from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
+from adpo_jax.engine.past import Piece
 from adpo_jax.engine.schedule import Schedule, Start
-from adpo_jax.engine.verbs import DecodeState, PageSizes, Verbs
+from adpo_jax.engine.verbs import DecodeState, Verbs
 
 if TYPE_CHECKING:
     from adpo_jax.engine.batching import Sample
@@ -70,10 +76,25 @@ class PageTables:
             other sample has any.
         """
         further, free = self._further(sample, columns), self._free[shard]
-        if further and further + (spare if len(free) < self._part else 0) > len(free):
+        others_have_some = len(free) + len(self._pages.get(sample, ())) < self._part
+        if further and further + (spare if others_have_some else 0) > len(free):
             return False
         self.take(sample, shard, columns)
         return True
+
+    def could_begin(
+        self,
+        sample: Hashable,
+        shard: int,
+        columns: int,
+        spare: int,
+        idle: Iterable[Hashable],
+    ) -> bool:
+        """Whether `begin` would give a sample its pages if these others had none."""
+        free, own = len(self._free[shard]), len(self._pages.get(sample, ()))
+        free += sum(len(self._pages.get(other, ())) for other in idle if other is not sample)
+        others_have_some = free + own < self._part
+        return self._further(sample, columns) + (spare if others_have_some else 0) <= free
 
     def release(self, sample: Hashable):
         """Frees the pages of a sample, if it has any."""
@@ -107,7 +128,7 @@ class PageTables:
         while at < stop:
             count = min(page - at % page, stop - at)
             column = (first + at - start) % ring
-            copies.append(Copies(pages[at // page], slot, column, at % page, count))
+            copies.append(Copies(pages[at // page], slot, column, at % page, count, slot))
             at += count
         return copies
 
@@ -128,6 +149,9 @@ class Pager:
         self._page, self._tables = sizes.page, PageTables(sizes, schedule.num_shards)
         # What is prefilled again where a sample has to wait.
         self._drawn: dict[Hashable, list[np.ndarray]] = collections.defaultdict(list)
+        # The samples without a slot that have pages, the one that paused first first.
+        self._idle: dict[Sample, int] = {}
+        self.num_evicted = 0  # samples whose pages others took while they waited
 
     @property
     def longest_piece(self) -> int:
@@ -142,11 +166,78 @@ class Pager:
         """Forgets a sample that has ended; its pages are free."""
         self._tables.release(sample)
         self._drawn.pop(sample, None)
+        self._idle.pop(sample, None)
 
     def begins(self, sample: "Sample", shard: int) -> bool:
-        """Whether a shard has pages for what a sample has so far; if so it is given them."""
-        spare = self._ring // self._page
-        return self._tables.begin(sample, shard, sample.num_tokens, spare)
+        """Whether a shard has pages for what a sample has so far; if so it is given them.
+
+        A sample that has pages of another shard loses them.
+        """
+        if self._idle.get(sample, shard) != shard:
+            self._forget(sample)
+        spare, count = self._ring // self._page, sample.num_tokens
+        begins = self._tables.begin(sample, shard, count, spare)
+        if not begins and self._tables.could_begin(sample, shard, count, spare, self._of(shard)):
+            while not begins and self._give_up_idle(shard, sample):
+                begins = self._tables.begin(sample, shard, count, spare)
+        if begins:
+            self._idle.pop(sample, None)
+        return begins
+
+    def keep(
+        self, state: DecodeState, ended: Sequence[tuple["Sample", int, int, int]]
+    ) -> DecodeState:
+        """Copies turns that have ended out of the ring into the pages of their samples.
+
+        A sample for which there are none is prefilled again when it goes on.
+
+        Args:
+          ended: each sample, its slot, the column of the ring where its tokens begin, and their
+            count.
+        """
+        schedule, copies = self._schedule, []
+        ring = kv_cache.any_layer(state.own).v.shape[-2]  # which may not be at its longest
+        for sample, slot, first, count in ended:
+            shard, stop = schedule.shard_of_slot(slot), sample.before + count
+            self._make_room(shard, [(sample, stop)], sample)
+            if self._tables.lacks(shard, [(sample, stop)]):
+                self._forget(sample)
+                self.num_evicted += 1
+                continue
+            self._tables.take(sample, shard, stop)
+            moves = self._tables.moves(sample, slot, first, sample.before, stop, ring)
+            copies += [(shard, copy) for copy in moves]
+            sample.in_past, self._idle[sample] = stop, shard
+        kv = past_lib.put_all(self._verbs, state.pages.kv, state.own, copies, schedule.num_shards)
+        return state._replace(pages=state.pages._replace(kv=kv))
+
+    def _make_room(
+        self, shard: int, wanted: Sequence[tuple["Sample", int]], keeps: "Sample | None" = None
+    ):
+        """Takes pages from samples of a shard that wait, while these have too few."""
+        while self._tables.lacks(shard, wanted) and self._give_up_idle(shard, keeps):
+            pass
+
+    def _give_up_idle(self, shard: int, keeps: "Sample | None") -> bool:
+        """Takes the pages of one sample of a shard that waits, if there is any.
+
+        Those that wait for a tool come first, then the last of those that wait for a slot.
+        """
+        idle = [sample for sample in self._of(shard) if sample is not keeps]
+        if idle:
+            self._forget(next((sample for sample in idle if sample.ended), idle[-1]))
+        return bool(idle)
+
+    def _of(self, shard: int) -> list["Sample"]:
+        """The samples of a shard that wait with pages, the one that paused first first."""
+        return [sample for sample, at in self._idle.items() if at == shard]
+
+    def _forget(self, sample: "Sample"):
+        """Takes the pages of a sample, which is prefilled again when it goes on."""
+        self.num_evicted += sample in self._idle
+        sample.in_past = 0
+        self._tables.release(sample)
+        self._idle.pop(sample, None)
 
     def leave_ring(self, state: DecodeState, written: int) -> tuple[DecodeState, list[int]]:
         """Moves whole pages of tokens out of the ring, of all samples that fill half of it.
@@ -197,25 +288,42 @@ class Pager:
             and (sample in long or self._tables.holds(sample))
         ]
         users.sort(key=lambda user: user[:2], reverse=True)
+        self._make_room(shard, [(s, long[s]) for *_, s in users if s in long])
         slots = []
         while self._tables.lacks(shard, ((s, long[s]) for *_, s in users if s in long)):
             _, slot, sample = users.pop()
             sample.completion = np.concatenate(self._drawn[sample])
-            self._tables.release(sample)
+            self._forget(sample)
             self._schedule.preempt(slot)
             slots.append(slot)
         return slots
 
     def chunks(self, starts: Sequence[Start]) -> list[Piece]:
-        """What is prefilled for samples that go on after they waited: all they have."""
+        """What is prefilled for samples that go on: all that their pages do not hold yet."""
         chunks = []
         for _, sample, slot, row, _ in starts:
-            if sample.num_tokens:
+            if not sample.num_tokens:
+                continue
+            self._drawn[sample] = [sample.completion]
+            if sample.num_tokens > sample.in_past:
                 prompt, shard = sample.request.prompt, self._schedule.shard_of_slot(slot)
-                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])
+                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])[sample.in_past :]
                 table = self._tables.table(sample)
-                chunks.append(Piece(shard, fed, 0, len(prompt) - 1, 0, row, table))
+                chunks.append(Piece(shard, fed, sample.in_past, len(prompt) - 1, slot, row, table))
+                sample.in_past = sample.num_tokens
         return chunks
+
+    def store(self, state: DecodeState) -> KV:
+        """What a sample's chunks are prefilled into: its pages, and the state in its slot."""
+        states = state.own[-1:] if self._verbs.layout.linear else ()
+        return (*state.pages.kv, *states) if states else state.pages.kv
+
+    def with_store(self, state: DecodeState, store: KV) -> DecodeState:
+        """The state with another such store."""
+        if self._verbs.layout.linear:
+            *store, states = store
+            state, store = state._replace(own=(*state.own[:-1], states)), tuple(store)
+        return state._replace(pages=state.pages._replace(kv=store))
 
     def placed(self, state: DecodeState) -> DecodeState:
         """The state with the present tables, split over the devices as the slots are."""

@@ -1,9 +1,9 @@
 """What samples have of their completions from before they took their slots: the third store.
 
 When a turn ends, its keys and values are copied from the ring into the sample's past row (`put`),
-and its slot is free for others. What a tool answers is prefilled in chunks, which attend to the
-prompt, to the past and to themselves (`chunk`), and are put into the past row as well. Then the
-sample may decode in any slot of its shard.
+with the state of linear attention after them, and its slot is free for others. What a tool answers
+is prefilled in chunks, which attend to the prompt, to the past and to themselves (`chunk`), and are
+put into the past row as well. Then the sample may decode in any slot of its shard.
 
 Column c of a past row is the token before place c of the completion. So the first column is the
 last token of the prompt, which no prefix row holds, and a sample of c tokens has c columns.
@@ -28,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adpo_jax.devices.sharding import constrain, on_each_device
-from adpo_jax.engine import kernels, kv_cache
-from adpo_jax.engine.kv_cache import KV, LayerKV, PastView, Reach
+from adpo_jax.engine import kernels, kv_cache, state_store
+from adpo_jax.engine.kv_cache import KV, Copies, LayerKV, PastView, Reach
 from adpo_jax.engine.verbs import Prefixes, Verbs
-from adpo_jax.model import attention_choice
+from adpo_jax.model import attention_choice, linear_attention
 from adpo_jax.model.attention import by_kv_head
+from adpo_jax.model.linear_attention import Memory
 
 # Lengths of a chunk; a longer one is prefilled in pieces, each attending to those before.
 CHUNK_LENGTHS = (16, 64, 256)
@@ -42,16 +43,6 @@ CHUNK_TOKENS = 2048
 CHUNK_SCORES = 1 << 27
 
 
-class Copies(NamedTuple):
-    """Copies of columns into past rows, [N] int32 each; those of a shard lie side by side."""
-
-    row: np.ndarray  # past row that is written
-    source: np.ndarray  # row of the store that is read, a ring or chunks
-    first: np.ndarray  # column of that row where the copy begins; it goes on round the ring
-    at: np.ndarray  # column of the past row where it begins
-    count: np.ndarray  # columns; 0 for no copy
-
-
 class Chunks(NamedTuple):
     """Tokens that go on after those of past rows, [N] each; those of a shard lie side by side."""
 
@@ -59,7 +50,7 @@ class Chunks(NamedTuple):
     count: np.ndarray  # int32, tokens of each
     at: np.ndarray  # int32, columns of the past before
     first: np.ndarray  # int32, position of the first column of the past
-    row: np.ndarray  # int32, past row
+    row: np.ndarray  # int32, past row; where pages hold the past, the slot that has the state
     prefix_row: np.ndarray  # int32
     table: np.ndarray | None = None  # [N, pages] int32, where pages hold the past; else None
 
@@ -67,8 +58,8 @@ class Chunks(NamedTuple):
 class Piece(NamedTuple):
     """A piece of one sample's chunk.
 
-    Where pages hold the past, `table` lists those of the sample in place of `row`, and the piece
-    lies within one of them.
+    Where pages hold the past, `table` lists those of the sample, `row` is its slot, in which its
+    state lies, and the piece lies within one of the pages.
     """
 
     shard: int
@@ -91,56 +82,13 @@ def empty(verbs: Verbs, rows: int, columns: int) -> KV:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def put(verbs: Verbs, past: KV, source: KV, copies: Copies) -> KV:
-    """Copies columns of rings or chunks into past rows."""
-    lead, layout = verbs.lead, verbs.layout
-    axes = jax.tree.map(lambda axis: axis + lead, layout.column_axes())
-
-    def into(stored, new, axis, copy: Copies):
-        """One copy in one array."""
-        C, columns = new.shape[axis], stored.shape[axis]
-        row = copy.row % stored.shape[lead]
-        source = copy.source % new.shape[lead]
-        taken = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=lead)
-        # A slice of two rounds is taken, since gathering columns takes several times as long.
-        twice = jnp.concatenate([taken, taken], axis)
-        turned = jax.lax.dynamic_slice_in_dim(twice, copy.first, C, axis=axis)
-        shape = list(turned.shape)
-        shape[axis] = columns + C
-        placed = jax.lax.dynamic_update_slice_in_dim(
-            jnp.zeros(shape, turned.dtype), turned, copy.at, axis
-        )
-        placed = jax.lax.slice_in_dim(placed, 0, columns, axis=axis)
-        at = jnp.arange(columns).reshape(-1, *(1,) * (stored.ndim - axis - 1))
-        old = jax.lax.dynamic_slice_in_dim(stored, row, 1, axis=lead)
-        is_new = (at >= copy.at) & (at < copy.at + copy.count)
-        merged = jnp.where(is_new, placed, old)
-        return jax.lax.dynamic_update_slice_in_dim(stored, merged, row, lead)
-
-    def local(past: LayerKV, source: LayerKV, copies: Copies):
-        def one(n, past):
-            copy = jax.tree.map(lambda x: x[n], copies)
-            return jax.tree.map(
-                lambda stored, new, axis: into(stored, new, axis, copy), past, source, axes
-            )
-
-        return jax.lax.fori_loop(0, copies.row.shape[0], one, past)
-
-    of_rows = (*(None,) * lead, "batch", "kv_heads")
-
-    def at_home(past: LayerKV, source: LayerKV):
-        rows, sources = past.v.shape[lead], source.v.shape[lead]
-        batch = functools.reduce(math.gcd, (rows, sources, copies.row.shape[0]))
-        sizes = {"batch": batch, "kv_heads": past.v.shape[lead + 1]}
-        axes = (of_rows, of_rows, ("batch",))
-        split = on_each_device(local, verbs.policy.mesh, sizes, axes, of_rows)
-        return split(past, source, copies)
-
-    return verbs.sharded(jax.tree.map(at_home, past, source, is_leaf=kv_cache.is_layers))
+    """Copies columns and states of rings or chunks into past rows, or into pages."""
+    return verbs.sharded(verbs.layout.copy(past, source, copies, verbs.policy.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunks) -> KV:
-    """Keys and values of tokens that go on after prompts and a past, [N rows, T columns].
+    """What tokens that go on after prompts and a past write, [N rows, T columns].
 
     Args:
       prefix: the prompts; None where the past is all that there is before.
@@ -152,13 +100,15 @@ def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunk
     in_past = chunks.at[:, None] + place[None, :]
     positions = chunks.first[:, None] + in_past
     by_row, by_head = ("batch",), ("batch", "kv_heads")
-    config, axes = policy.config, layout.column_axes()
+    config = policy.config
 
     def of_row(kv, rows):
         return jax.tree.map(lambda x: x[rows % len(x)], kv)
 
-    def taken(kv: LayerKV, rows):
-        sizes = {"batch": math.gcd(N, len(kv.v)), "kv_heads": kv.v.shape[1]}
+    def taken(kv: LayerKV | Memory, rows):
+        arrays = jax.tree.leaves(kv)
+        heads = min(x.shape[1] for x in arrays)
+        sizes = {"batch": math.gcd(N, len(arrays[0])), "kv_heads": heads}
         return on_each_device(of_row, policy.mesh, sizes, (by_head, by_row), by_head)(kv, rows)
 
     if prefix is not None:
@@ -197,31 +147,38 @@ def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunk
         # A token reaches back to the first of its chunk and not, round a ring, to those after.
         parts = [part(own, reach_of(places, chunks.count, jnp.minimum(back, place), ring=True))]
         if prefix is not None:
-            of_prefix = kv_cache.read_layer(kv_cache.of_kind(prefix.kv, layer), layer.at)
-            of_prefix = taken(of_prefix, chunks.prefix_row)
+            of_prefix = taken(layout.read(prefix.kv, layer), chunks.prefix_row)
             parts.append(part(of_prefix, reach_of(positions, prefix_lengths)))
-        of_past, in_reach = kv_cache.of_kind(past, layer), reach_of(in_past, chunks.at)
+        in_reach = reach_of(in_past, chunks.at)
         if chunks.table is None:
-            of_past = kv_cache.read_layer(of_past, layer.at)
-            parts.append(part(taken(of_past, chunks.row), in_reach))
+            parts.append(part(taken(layout.read(past, layer), chunks.row), in_reach))
         else:
+            of_past = kv_cache.of_kind(past, layer)
             parts.append(attend_pages(q_NKQD, of_past, layer.at, in_reach, chunks.table))
         sinks = None if layer.sinks is None else jnp.tile(by_kv_head(layer.sinks, K), (1, T))
         out_NKQD = kv_cache.merge(*parts, sinks=sinks)
         out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
-        return out.astype(q.dtype), kv_cache.keep_layer(kv, layer, own, axes)
+        return out.astype(q.dtype), layout.write(kv, layer, own)
+
+    def recur(inputs, layer, kv):
+        memory = taken(layout.read(past, layer), chunks.row)
+        if prefix is not None:
+            of_prefix = taken(layout.read(prefix.kv, layer), chunks.prefix_row)
+            memory = state_store.where_rows(chunks.at > 0, memory, of_prefix)
+        segments = (place < chunks.count[:, None]).astype(jnp.int32)
+        out, memory = linear_attention.rows_with_memory(inputs, segments, policy.mesh, memory)
+        return out, layout.write(kv, layer, memory)
 
     tokens = constrain(chunks.tokens, policy.mesh, "batch", None)
     store = verbs.sharded(layout.zeros(N, T))
-    _, kv, _ = policy(params, tokens, positions, store, attend)
+    _, kv, _ = policy(params, tokens, positions, store, verbs.attention_of(attend, recur))
     return verbs.sharded(kv)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def rows_of(verbs: Verbs, past: KV, rows: jax.Array) -> KV:
     """The past rows with these numbers, [new S] int32."""
-    taken = jax.tree.map(lambda x: jnp.take(x, rows, axis=verbs.lead, mode="clip"), past)
-    return verbs.sharded(taken)
+    return verbs.sharded(verbs.layout.take(past, rows))
 
 
 def resized(verbs: Verbs, past: KV, rows: np.ndarray | None, columns: int) -> KV:
@@ -265,18 +222,26 @@ def put_all(verbs: Verbs, past: KV, ring: KV, copies, num_shards: int) -> KV:
       copies: the shard and the `Copies`, of one each, of all of them.
     """
     for entries in in_shards(copies, num_shards, 64):
-        past = put(verbs, past, ring, _stacked(entries, Copies(0, 0, 0, 0, 0)))
+        past = put(verbs, past, ring, _stacked(entries, Copies(0, 0, 0, 0, 0, 0)))
     return past
 
 
 def in_rounds(chunks: Sequence[Piece], longest: int) -> Iterator[list[Piece]]:
-    """Chunks as pieces of at most `longest` tokens; each round has the next piece of each."""
+    """Chunks as pieces of at most `longest` tokens; each round has the next piece of each.
+
+    Args:
+      longest: where pages hold the past, a part of a page, across whose end no piece goes.
+    """
+
+    def cut(chunk: Piece) -> int:
+        return longest if chunk.table is None else longest - chunk.at % longest
+
     while chunks:
-        yield [chunk._replace(tokens=chunk.tokens[:longest]) for chunk in chunks]
+        yield [chunk._replace(tokens=chunk.tokens[: cut(chunk)]) for chunk in chunks]
         chunks = [
-            chunk._replace(tokens=chunk.tokens[longest:], at=chunk.at + longest)
+            chunk._replace(tokens=chunk.tokens[cut(chunk) :], at=chunk.at + cut(chunk))
             for chunk in chunks
-            if len(chunk.tokens) > longest
+            if len(chunk.tokens) > cut(chunk)
         ]
 
 
@@ -317,7 +282,10 @@ def _prefill_alike(
     row_columns = _columns(verbs, past)
     columns = _columns(verbs, prefix.kv) + row_columns
     scores = verbs.policy.config.num_heads * (columns + length)
-    most = max(1, min(CHUNK_TOKENS, CHUNK_SCORES // scores) // length // num_shards)
+    most = min(CHUNK_TOKENS, CHUNK_SCORES // scores) // length
+    if verbs.layout.most_new_rows:
+        most = min(most, verbs.layout.most_new_rows)
+    most = max(1, most // num_shards)
     tables = pieces[0].table is not None
     no_table = np.zeros_like(pieces[0].table) if tables else None
     nothing = Piece(0, np.zeros(0, np.int32), 0, 0, 0, 0, no_table)
@@ -331,15 +299,15 @@ def _prefill_alike(
             np.array([getattr(piece, name) for piece in found], np.int32)
             for name in ("at", "first", "row", "prefix_row")
         )
-        table = None
+        table, target = None, row
         if tables:
             table = np.stack([piece.table for piece in found])
-            row = table[np.arange(len(found)), at // row_columns]
+            target = table[np.arange(len(found)), at // row_columns]
         chunks = Chunks(tokens, count, at, first, row, prefix_row, table)
         kv = chunk(verbs, params, prefix, past, chunks)
         places = np.arange(len(found), dtype=np.int32)
         # A past row holds the whole past, a page the columns from a multiple of its length on.
-        past = put(verbs, past, kv, Copies(row, places, 0 * row, at % row_columns, count))
+        past = put(verbs, past, kv, Copies(target, places, 0 * row, at % row_columns, count, row))
     return past
 
 

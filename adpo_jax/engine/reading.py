@@ -26,7 +26,6 @@ from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.past import Chunks
 from adpo_jax.engine.verbs import Prefixes, Verbs
-from adpo_jax.model.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from adpo_jax.engine.batching import Request
@@ -35,22 +34,17 @@ if TYPE_CHECKING:
 LEAST_PIECE = 64
 
 
-def check_size(size: int, config: ModelConfig):
+def check_size(size: int):
     """Checks the tokens of a piece.
 
     Raises:
-      ValueError: for none that is a power of two, or a model that has no pieces.
+      ValueError: for none that is a power of two.
     """
     least = schedule_lib.MIN_BUCKET
     if size and not (size >= least and size & (size - 1) == 0):
         raise ValueError(
             f"prefill_chunk_size is a power of two, {least} or more, or 0 for prompts that are "
             f"prefilled at once; given {size!r}"
-        )
-    if size and config.linear_attention:
-        raise ValueError(
-            "prefill_chunk_size reads prompts in pieces, and the state of linear attention is made "
-            "at once: leave it 0 for this model"
         )
 
 
@@ -206,10 +200,11 @@ def _length(request: "Request") -> int:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _written(verbs: Verbs, store: KV, piece: KV, at: jax.Array) -> KV:
     """The store with a piece [S, T] from column `at` on; its padding is written over, or unseen."""
-    axes = jax.tree.map(lambda axis: axis + verbs.lead, verbs.layout.column_axes())
+    layout = verbs.layout
 
-    def write(stored, new):
-        put = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda x, y, axis: put(x, y, at, axis), stored, new, axes)
+    def write(stored, new, axis):
+        if axis == kv_cache.NO_COLUMNS:
+            return new
+        return jax.lax.dynamic_update_slice_in_dim(stored, new, at, axis)
 
-    return verbs.sharded(jax.tree.map(write, store, piece, is_leaf=kv_cache.is_layers))
+    return verbs.sharded(jax.tree.map(write, store, piece, layout.axes(store)))

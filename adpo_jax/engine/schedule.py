@@ -34,12 +34,17 @@ def power_of_two(x: int) -> int:
     return 1 << max(x - 1, 0).bit_length()
 
 
-def prefill_rows(length: int, multiple: int) -> int:
+def prefill_rows(length: int, multiple: int, most: int | None = None) -> int:
     """The most prompts of this length that are prefilled at once.
 
     It is a power of two, since the rows of a call are padded to one, rounded up to `multiple`.
+
+    Args:
+      most: rows that there may be whatever their length; None for no limit.
     """
-    rows = 1 << (max(1, PREFILL_TOKENS // length).bit_length() - 1)
+    rows = max(1, PREFILL_TOKENS // length)
+    rows = rows if most is None else max(1, min(rows, most))
+    rows = 1 << (rows.bit_length() - 1)
     return -(-rows // multiple) * multiple
 
 

@@ -27,7 +27,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +40,7 @@ from adpo_jax.engine.generation import (
     shared_settings,
     tokens_to_stop_string,
 )
+from adpo_jax.engine.kv_cache import PageSizes
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.schedule import Schedule
 
@@ -89,21 +90,31 @@ class SessionSizing:
     shrinks, where it does, when no sample is left that could need the slots.
 
     Args:
-      keeps_turns: whether samples have past rows; else each has a prefix row of its own, for its
-        whole transcript.
+      keeps_turns: whether samples keep what they attend to, in pages where the engine plans for
+        them and else in past rows; else each has a prefix row of its own, for its whole transcript.
 
     Attributes:
+      turns: as of `DecodeLoop`.
       num_samples: samples that have not ended.
       num_paused: those of them that wait for `go_on` or `end`.
     """
 
     def __init__(self, engine: "Engine", sampling: SamplingParams, keeps_turns: bool):
-        self._engine = engine
+        self._engine, self._max_tokens = engine, sampling.max_tokens
         self._n = sampling.n if keeps_turns else 1
-        self._columns = schedule_lib.column_buckets(sampling.max_tokens, engine.column_stages)
-        self._past = self.most_columns if keeps_turns else 0
-        self._longest = engine.max_prompt_length + (0 if keeps_turns else sampling.max_tokens)
+        # The states of samples that wait have rows of the past, and no pages.
+        pages = keeps_turns and not engine.policy.config.linear_attention
+        self._paging = engine.paging_for(sampling.max_tokens) if pages else None
+        self.turns: Literal["past", "pages", "again"] = "past" if keeps_turns else "again"
         self.steps = engine.steps_per_dispatch
+        if self._paging is None:
+            self._columns = schedule_lib.column_buckets(sampling.max_tokens, engine.column_stages)
+        else:
+            self.turns, self._columns = "pages", self._paging.columns(engine.column_stages)
+            self.steps = min(self.steps, self._columns[0] // 2)
+        self._row = engine.plan.row_tokens  # of each store
+        self._past = self.most_columns + self._row if self.turns == "past" else 0
+        self._longest = engine.max_prompt_length + (0 if keeps_turns else sampling.max_tokens)
         self.num_samples = self.num_paused = 0
 
     @property
@@ -126,17 +137,25 @@ class SessionSizing:
             self._n,
             self.most_columns,
             planned if limited else prefix,
-            lambda slots: slots * self._past,
+            lambda slots: self._pool_tokens + slots * self._past,
         )
         if rows < 1:
+            each = f"each takes twice {self.most_columns + self._row} tokens beside its prompt"
+            if self._paging is not None:
+                each = f"each takes {self.most_columns} tokens and its pages beside its prompt"
+            elif self._engine.paging_for(self._max_tokens) is not None:
+                each += (
+                    ", since expected_response_length plans for pages, which samples in turns of a "
+                    "model with linear attention, or that keep no turns, do not have"
+                )
             raise ValueError(
                 f"the memory holds {self._engine.plan.most_tokens} tokens of keys and values, too "
-                f"few for samples in turns: each takes twice {self.most_columns} tokens beside its "
-                f"prompt of {planned}. Raise gpu_memory_utilization, or lower the lengths"
+                f"few for samples in turns: {each}, which has {planned}. Raise "
+                "gpu_memory_utilization, or lower the lengths"
             )
         if now is None:
             width = -(-self._n // schedule_lib.rows_of_a_group(groups, self._n, self._shards))
-            return Sizes(slots, self._columns_for(0), rows, width, prefix)
+            return Sizes(slots, self._columns_for(0), rows, width, prefix, pages=self._pages)
         return now._replace(slots=max(slots, now.slots), rows=max(rows, now.rows), prefix=prefix)
 
     def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
@@ -147,15 +166,16 @@ class SessionSizing:
             if slots < now.slots:
                 rows = min(now.rows, slots)
                 width = schedule.narrow_width(slots, rows, now.width)
-                return Sizes(slots, columns, rows, width, now.prefix)
+                return Sizes(slots, columns, rows, width, now.prefix, pages=now.pages)
         return now._replace(columns=max(now.columns, columns))
 
     def with_past(self, sizes: Sizes, longest: int) -> Sizes:
         plan, columns = self._engine.plan, next(c for c in self._columns if c >= longest)
         rows = sizes.slots
         if self.num_samples > sizes.slots:
-            ring, prefixes = sizes.slots * self.most_columns, sizes.rows * sizes.prefix
-            needed = plan.copies.tokens(ring, prefixes) + 2 * rows * self.most_columns
+            ring = sizes.slots * (self.most_columns + self._row)
+            prefixes = sizes.rows * (sizes.prefix + self._row)
+            needed = plan.copies.tokens(ring, prefixes) + 2 * rows * self._past
             rows *= 1 if plan.most_tokens is not None and needed > plan.most_tokens else 2
         rows = max(rows, sizes.past_rows)
         return sizes._replace(past_rows=rows, past=max(columns, sizes.past))
@@ -163,6 +183,16 @@ class SessionSizing:
     @property
     def _shards(self) -> int:
         return self._engine.shards
+
+    @property
+    def _pool_tokens(self) -> int:
+        """Tokens that the pages hold; there are as many for a small batch as for a large one."""
+        return self._paging.tokens(self._engine.num_slots) if self._paging else 0
+
+    @property
+    def _pages(self) -> PageSizes | None:
+        paging = self._paging
+        return paging and paging.sizes(self._engine.num_slots)
 
     def smaller(self, live: int) -> int:
         sizes = self._engine.slot_sizes if self._engine.shrinks else ()
@@ -201,7 +231,7 @@ class Session:
             shared_settings(sampling),
             num_shards=engine.shards,
             make_state=engine._new_state,
-            turns="past" if keeps_turns else "again",
+            turns=self._sizing.turns,
             prefill_chunk_size=engine.prefill_chunk_size,
         )
         self._conversations: dict[Sample, _Conversation] = {}
@@ -219,7 +249,7 @@ class Session:
 
         A sample that was evicted while it waited is prefilled again when it goes on.
         """
-        return self._loop.stats | {"evicted": self._loop.past.num_evicted}
+        return self._loop.stats | {"evicted": self._loop.num_evicted}
 
     @property
     def busy(self) -> bool:

@@ -1,8 +1,9 @@
 """The memory of linear attention in the rollout engine: a state beside keys and values.
 
-A slot's memory is that of all its tokens so far, and a prefix row's that of its prompt without the
-last token. It has rows as keys and values have, but no columns: a sample that starts takes a copy
-of its prompt's (`begun`), and what moves rows of keys and values moves these too.
+A slot's memory is that of all its tokens so far, a prefix row's that of its prompt without the last
+token, and a past row's that of the turns that have ended. It has rows as keys and values have, but
+no columns: a sample that starts takes a copy of its prompt's or of its past row's (`begun`), and
+what moves rows of keys and values moves these too (`kv_cache.CacheLayout`).
 
 Letters: B slots, P prefix rows, N key heads, n key dim, M value heads, m value dim, t taps.
 """
@@ -64,30 +65,6 @@ class StateLayout:
         of_value = self.num_value_heads * self.value_dim
         inputs = self.before * (2 * of_key + of_value) * jnp.dtype(self.dtype).itemsize
         return self.num_layers * (4 * self.key_dim * of_value + inputs)
-
-
-def is_memory(store: Any) -> bool:
-    return isinstance(store, Memory)
-
-
-def read(store: MemoryStore, index) -> Memory:
-    """The memory of one layer; `index` is an int where layers are a tuple."""
-    if not is_memory(store):
-        return store[index]
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), store)
-
-
-def write(store: MemoryStore, index, memory: Memory) -> MemoryStore:
-    """The store with another memory of one layer."""
-    if not is_memory(store):
-        return (*store[:index], memory, *store[index + 1 :])
-    return jax.tree.map(
-        lambda stored, new: jax.lax.dynamic_update_index_in_dim(
-            stored, new.astype(stored.dtype), index, 0
-        ),
-        store,
-        memory,
-    )
 
 
 def where_rows(rows: jax.Array, new: MemoryStore, old: MemoryStore, lead: int = 0) -> MemoryStore:

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels, kv_cache, sampling, state_store
-from adpo_jax.engine.kv_cache import KV, CacheLayout, PageView, PastView, View
+from adpo_jax.engine.kv_cache import KV, CacheLayout, PageSizes, PageView, PastView, View
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
@@ -65,14 +65,6 @@ class Past(NamedTuple):
 
     kv: KV  # [S rows, columns]
     view: PastView
-
-
-class PageSizes(NamedTuple):
-    """The sizes of a pool of pages."""
-
-    page: int  # columns of a page
-    pages: int  # on all devices together
-    most: int  # pages of the longest completion
 
 
 class Pages(NamedTuple):
@@ -208,7 +200,7 @@ class Verbs:
         """An empty state of these sizes."""
         ints, pool = jnp.zeros(slots, jnp.int32), None
         if pages is not None:
-            kv = self.sharded(self.layout.zeros(pages.pages, pages.page))
+            kv = self.sharded(self.layout.without_states.zeros(pages.pages, pages.page))
             pool = Pages(kv, jnp.zeros((slots, pages.most), jnp.int32))
         return DecodeState(
             own=self.sharded(self.layout.zeros(slots, columns)),
@@ -256,18 +248,17 @@ class Verbs:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (rows, T))
         segments = (positions < true_length[:, None]).astype(jnp.int32)
         attend_within = kernels.prefill_attention(self.attention, self.policy, positions, segments)
-        axes = self.layout.column_axes()
+        layout = self.layout
 
         def attend(q, k, v, layer, kv):
             out, _ = attend_within(q, k, v, layer, None)
-            return out, kv_cache.keep_layer(kv, layer, self.layout.pack(k, v), axes)
+            return out, layout.write(kv, layer, layout.pack(k, v))
 
         def recur(inputs, layer, kv):
             out, memory = linear_attention.rows_with_memory(inputs, segments, self.policy.mesh)
-            store = state_store.write(kv_cache.of_kind(kv, layer), layer.at, memory)
-            return out, kv_cache.with_kind(kv, layer, store)
+            return out, layout.write(kv, layer, memory)
 
-        attend = self._with(attend, recur)
+        attend = self.attention_of(attend, recur)
         empty = self.sharded(self.layout.zeros(rows, T))
         ffn = self.policy.ffn(segments)
         _, kv, extras = self.policy(params, tokens, positions, empty, attend, ffn)
@@ -278,7 +269,8 @@ class Verbs:
             experts = constrain(experts, self.policy.mesh, *(None,) * experts.ndim)
         return Prefixes(kv, true_length, experts)
 
-    def _with(self, attend: Attend, recur: Recur) -> Attend:
+    def attention_of(self, attend: Attend, recur: Recur) -> Attend:
+        """The attention of all layers; `recur` is that of the linear ones, if there are any."""
         return Hybrid(attend, recur) if self.layout.linear else attend
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -326,14 +318,22 @@ class Verbs:
             return jnp.where(fresh.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
         if self.layout.linear:
-            starts = fresh & (_age(slots) == 0)
-            *others, memory = state.own
-            of_prompts = state.prefix.kv[-1]
-            memory = state_store.begun(
-                memory, of_prompts, starts, slots.row, lead=self.lead, mesh=self.policy.mesh
-            )
-            state = state._replace(own=(*others, memory))
+            state = self._with_states(state, fresh & (_age(slots) == 0), slots)
         return state._replace(slots=jax.tree.map(choose, slots, state.slots), members=members)
+
+    def _with_states(self, state: DecodeState, starts: jax.Array, slots: Slots) -> DecodeState:
+        """The decode state whose slots that start have the state of linear attention of what their
+        samples have so far: that of the prompt, or of the past where there is one. Where there are
+        pages the slot of a sample that goes on has it already."""
+        *others, memory = state.own
+        if state.pages is not None:
+            starts &= slots.before == 0
+        begun = functools.partial(state_store.begun, lead=self.lead, mesh=self.policy.mesh)
+        memory = begun(memory, state.prefix.kv[-1], starts, slots.row)
+        if state.past is not None:
+            goes_on = starts & (slots.before > 0)
+            memory = begun(memory, state.past.kv[-1], goes_on, state.past.view.row)
+        return state._replace(own=(*others, memory))
 
     # --- generate
 
@@ -444,13 +444,13 @@ class Verbs:
             past=None if state.past is None else state.past.view,
             pages=pages,
         )
-        config, axes = self.policy.config, layout.column_axes()
+        config = self.policy.config
         attend_part = kernels.attend_part(
             self.attention, layout, config.attention_soft_cap, self.policy.mesh
         )
 
         def attend(q, k, v, layer, own):
-            own = kv_cache.keep_layer(own, layer, layout.pack(k, v), axes, state.column)
+            own = layout.write(own, layer, layout.pack(k, v), state.column)
             out = kv_cache.group_attention(
                 q[:, 0],
                 own,
@@ -466,15 +466,12 @@ class Verbs:
             return out[:, None], own
 
         def recur(inputs, layer, own):
-            store = kv_cache.of_kind(own, layer)
-            old = state_store.read(store, layer.at)
+            old = layout.read(own, layer)
             out, new = linear_attention.step(inputs, old)
             # A sample that has ended may go on later, so its state must stay as it is.
-            kept = state_store.where_rows(slots.active, new, old)
-            store = state_store.write(store, layer.at, kept)
-            return out, kv_cache.with_kind(own, layer, store)
+            return out, layout.write(own, layer, state_store.where_rows(slots.active, new, old))
 
-        attend = self._with(attend, recur)
+        attend = self.attention_of(attend, recur)
         tokens, positions = slots.token[:, None], slots.position[:, None]
         ffn = self.policy.ffn(slots.active[:, None])
         hidden, own, extras = self.policy(params, tokens, positions, state.own, attend, ffn)
@@ -512,17 +509,6 @@ class Verbs:
 
     # --- resize
 
-    def _by_columns(self, change, kv: KV) -> KV:
-        """`change(array, axis of its columns)` for every array of a store."""
-        axes = jax.tree.map(lambda axis: axis + self.lead, self.layout.column_axes())
-
-        def of_layer(layer):
-            if state_store.is_memory(layer):
-                return layer  # it has no columns
-            return jax.tree.map(change, layer, axes)
-
-        return self.sharded(jax.tree.map(of_layer, kv, is_leaf=kv_cache.is_layers))
-
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def with_columns(self, kv: KV, columns: int) -> KV:
         """The store with this many columns: cut off, or padded with empty ones at the end."""
@@ -533,7 +519,7 @@ class Verbs:
             widths[axis] = (0, columns - x.shape[axis])
             return jnp.pad(x, widths)
 
-        return self._by_columns(fit, kv)
+        return self.sharded(self.layout.by_columns(fit, kv))
 
     def grow(self, state: DecodeState, columns: int, column: int) -> DecodeState:
         """Lengthens a ring that has not gone round. It copies the ring, while `resize` gathers it.
@@ -574,8 +560,8 @@ class Verbs:
     @functools.partial(jax.jit, static_argnums=0)
     def rows_of(self, prefix: Prefixes, rows: jax.Array) -> Prefixes:
         """The prompts of these rows; a row may be taken several times."""
-        kv = jax.tree.map(lambda x: jnp.take(x, rows, axis=self.lead, mode="clip"), prefix.kv)
-        return Prefixes(self.sharded(kv), jnp.take(prefix.lengths, rows, mode="clip"))
+        kv = self.sharded(self.layout.take(prefix.kv, rows))
+        return Prefixes(kv, jnp.take(prefix.lengths, rows, mode="clip"))
 
     @functools.partial(jax.jit, static_argnums=(0, 5))
     def _gather(self, own: KV, slots: Slots, column, order, columns: int, kept):
@@ -586,9 +572,8 @@ class Verbs:
             size = min(columns, x.shape[axis])
             return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis), first, size, axis)
 
-        turned = self.with_columns(self._by_columns(turn, own), columns)
-        take = functools.partial(jnp.take, indices=order, axis=self.lead, mode="clip")
-        moved = jax.tree.map(take, turned)
+        turned = self.with_columns(self.sharded(self.layout.by_columns(turn, own)), columns)
+        moved = self.layout.take(turned, order)
         exists = order < slots.token.shape[0]
         slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)

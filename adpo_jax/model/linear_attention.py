@@ -188,15 +188,21 @@ class _Ends(NamedTuple):
     segments: jax.Array  # [B, P]
 
 
-def chunked(inputs: Inputs, segments: jax.Array, *, chunk: int = CHUNK) -> tuple[jax.Array, Memory]:
+def chunked(
+    inputs: Inputs, segments: jax.Array, memory: Memory | None = None, *, chunk: int = CHUNK
+) -> tuple[jax.Array, Memory]:
     """`recurrent`, chunk by chunk.
 
     Args:
+      memory: of the tokens before these, which are all of one segment and have their padding on the
+        right; None for empty ones.
       chunk: tokens of a chunk, a power of two, at least as many as the convolution reaches back.
     """
     inputs, segments, T = _padded(inputs, segments, chunk)
-    out, state, _ = _chunks(inputs, segments, chunk)
-    return out[:, :T], _memory_at_end(inputs, segments, state)
+    out, state, _ = _chunks(inputs, segments, chunk, memory=memory)
+    if memory is None:
+        return out[:, :T], _memory_at_end(inputs, segments, state)
+    return out[:, :T], _memory_after(inputs, segments, memory, state)
 
 
 def chunked_stream(
@@ -262,9 +268,18 @@ def _carried(segments: jax.Array) -> jax.Array:
 
 
 def _chunks(
-    inputs: Inputs, segments, chunk: int, origins: Origins | None = None, ends: _Ends | None = None
+    inputs: Inputs,
+    segments,
+    chunk: int,
+    origins: Origins | None = None,
+    ends: _Ends | None = None,
+    memory: Memory | None = None,
 ):
     """The chunked form of whole chunks.
+
+    Args:
+      origins, ends: what some of the chunks go on from; None for none.
+      memory: what the first chunk of each row goes on from; None for nothing.
 
     Returns:
       (out [B, T, M, m]; the last state [B, M, n, m]; the state after each chunk [B, c, M, n, m]).
@@ -279,7 +294,11 @@ def _chunks(
         return x.reshape(B, T // chunk, chunk, *x.shape[2:])
 
     segments_BcC = split(segments)
-    tails = None if origins is None else _tails(origins, ends, inputs.k_taps.shape[-1] - 1)
+    tails = None
+    if origins is not None:
+        tails = _tails(origins, ends, inputs.k_taps.shape[-1] - 1)
+    elif memory is not None:
+        tails = _tails_of_memory(memory, T // chunk)
     mixed, taps = _mixed(inputs)
     mixed = _convolved(split(mixed), taps, segments_BcC, tails)
     widths = [math.prod(x.shape[2:]) for x in inputs[:2]]
@@ -292,12 +311,15 @@ def _chunks(
     decay, beta = (jnp.where(present, split(x), 0.0) for x in (inputs.log_decay, inputs.beta))
     carried = split(_carried(segments))
     before = jnp.pad(carried[:, :-1, -1], ((0, 0), (1, 0)))
+    first = None
+    if memory is not None:
+        before, first = before.at[:, 0].set(carried[:, 0, 0]), memory.state
     source = None
     if origins is not None:
         source = jnp.where(origins.end < 0, -1, origins.end // chunk)
         before = jnp.where(source < 0, before, carried[:, :, 0])
     states = None if ends is None else ends.states
-    out, last, after = _delta_rule(q, k, v, decay, beta, carried, before, source, states)
+    out, last, after = _delta_rule(q, k, v, decay, beta, carried, before, first, source, states)
     return out.reshape(B, T, *out.shape[3:]).astype(inputs.v.dtype), last, after
 
 
@@ -320,6 +342,15 @@ def _tails(origins: Origins, ends: _Ends, count: int):
     there = (places >= 0) & (origins.end[..., None] >= 0)
     there &= taken(ends.segments) == origins.segment[..., None]
     return taken(ends.mixed), there
+
+
+def _tails_of_memory(memory: Memory, num_chunks: int):
+    """`_tails` where the first chunk of each row alone goes on, after the tokens of its memory."""
+    by_token = (x.swapaxes(1, 2) for x in memory[1:])
+    values = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in by_token], axis=-1)
+    values = jnp.pad(values[:, None], ((0, 0), (0, num_chunks - 1), (0, 0), (0, 0)))
+    is_first = jnp.arange(num_chunks) == 0
+    return values, jnp.broadcast_to(is_first[:, None], values.shape[:3])
 
 
 def _mixed(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -364,7 +395,7 @@ def _convolved(x_BcCX, taps_Xt, segments_BcC, tails) -> jax.Array:
     return jax.nn.silu(y)
 
 
-def _delta_rule(q, k, v, log_decay, beta, segments, before, source, sources):
+def _delta_rule(q, k, v, log_decay, beta, segments, before, first, source, sources):
     """The gated delta rule of chunks, in float32.
 
     Args:
@@ -372,6 +403,7 @@ def _delta_rule(q, k, v, log_decay, beta, segments, before, source, sources):
       log_decay, beta: [B, c, C, M]; 0 at padding.
       segments: [B, c, C], in which padding counts to the segment before it.
       before: [B, c], the segment whose state a chunk finds.
+      first: [B, M, n, m], the state that the first chunk finds; None for an empty one.
       source: [B, c], the number of the state in `sources` [B, s, M, n, m] that it finds; -1 for
         that of the chunk before. None for no sources.
     """
@@ -413,7 +445,9 @@ def _delta_rule(q, k, v, log_decay, beta, segments, before, source, sources):
     B, _, M, _, n = k.shape
     if source is not None and not sources.shape[1]:
         each, source = each[:-1], None
-    last, (out, after) = jax.lax.scan(body, jnp.zeros((B, M, n, m), jnp.float32), each)
+    if first is None:
+        first = jnp.zeros((B, M, n, m), jnp.float32)
+    last, (out, after) = jax.lax.scan(body, first, each)
     return out.transpose(1, 0, 3, 2, 4), last, jnp.moveaxis(after, 0, 1)
 
 
@@ -474,6 +508,20 @@ def _memory_at_end(inputs: Inputs, segments, state) -> Memory:
     return Memory(state, tail(inputs.q), tail(inputs.k), tail(inputs.v))
 
 
+def _memory_after(inputs: Inputs, segments, memory: Memory, state) -> Memory:
+    """`_memory_at_end` of rows that went on from a memory."""
+    count = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+    before = inputs.k_taps.shape[-1] - 1
+    at = count[:, None] + jnp.arange(before, dtype=jnp.int32)
+
+    def tail(x_BTHh, before_BHth):
+        whole = jnp.concatenate([before_BHth.swapaxes(1, 2).astype(x_BTHh.dtype), x_BTHh], axis=1)
+        return whole[jnp.arange(len(whole))[:, None], at].swapaxes(1, 2)
+
+    tails = (tail(x, kept) for x, kept in zip(inputs[:3], memory[1:], strict=True))
+    return Memory(state, *tails)
+
+
 # --- whole sequences as `Recur`
 
 _BY_HEAD = ("batch", None, "heads")
@@ -485,7 +533,7 @@ def _of_each_device(function: Callable, inputs: Inputs, mesh: Mesh | None, out_a
     """`function(inputs, *others)` on each device's share of the rows and heads.
 
     Args:
-      others: pytrees of arrays [B, ...].
+      others: pytrees of arrays [B, ...]; a `Memory` is split over the heads too.
     """
 
     def local(*arrays):
@@ -493,25 +541,27 @@ def _of_each_device(function: Callable, inputs: Inputs, mesh: Mesh | None, out_a
 
     # Value heads are a multiple of the key heads, so what divides these divides them too.
     sizes = {"batch": len(inputs.k), "heads": inputs.k.shape[2]}
-    in_axes = (*_INPUT_AXES, *(("batch",) for _ in others))
+    with_heads = (("batch", "heads") if isinstance(x, Memory) else ("batch",) for x in others)
+    in_axes = (*_INPUT_AXES, *with_heads)
     return on_each_device(local, mesh, sizes, in_axes, out_axes)(*inputs, *others)
 
 
 def rows_with_memory(
-    inputs: Inputs, segments: jax.Array, mesh: Mesh | None = None
+    inputs: Inputs, segments: jax.Array, mesh: Mesh | None = None, memory: Memory | None = None
 ) -> tuple[jax.Array, Memory]:
     """`chunked` of each device's share of rows and heads, with the memory after each row."""
 
     # Short rows need no long chunk, which is not shorter than any convolution.
     chunk = min(CHUNK, max(16, 1 << (segments.shape[1] - 1).bit_length()))
 
-    def local(inputs, segments):
-        out, memory = chunked(inputs, segments, chunk=chunk)
+    def local(inputs, segments, *memory):
+        out, after = chunked(inputs, segments, *memory, chunk=chunk)
         # Heads of the output come first too, so that all results are split alike.
-        return out.swapaxes(1, 2), memory
+        return out.swapaxes(1, 2), after
 
-    out, memory = _of_each_device(local, inputs, mesh, ("batch", "heads"), segments)
-    return out.swapaxes(1, 2), memory
+    before = () if memory is None else (memory,)
+    out, after = _of_each_device(local, inputs, mesh, ("batch", "heads"), segments, *before)
+    return out.swapaxes(1, 2), after
 
 
 def rows(segments: jax.Array, mesh: Mesh | None = None) -> Recur:

@@ -235,7 +235,7 @@ def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
     different = [len(set(texts[i : i + G])) / G for i in range(0, P * G, G)]
     stats, metrics = graded.completions.stats, turn_metrics(graded)
     if "preempted" in stats:
-        metrics["rollout/preempted"] = float(stats["preempted"])
+        metrics["rollout/preempted"] = float(stats["preempted"] + stats.get("evicted", 0))
     return metrics | {
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),

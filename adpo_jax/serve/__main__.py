@@ -67,8 +67,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     experts = "tell the experts of a mixture that each token went through (/inference/v1/generate)"
     add("--enable-return-routed-experts", action="store_true", help=experts)
     pieces = "tokens of a piece, a power of two, in which longer prompts are read beside decoding"
-    default = f"0 for none; by default {CHUNK_SIZE}, and none for a model with linear attention"
-    add("--prefill-chunk-size", type=_number(int, 0), help=f"{pieces}; {default}")
+    default = f"0 for none; by default {CHUNK_SIZE}"
+    add(
+        "--prefill-chunk-size",
+        type=_number(int, 0),
+        default=CHUNK_SIZE,
+        help=f"{pieces}; {default}",
+    )
     add("--steps-per-dispatch", type=_number(int, 1), default=4, help="tokens that come at once")
     share, count, seconds = _number(float, 0, 1), _number(int, 0), _number(float, 0)
     add("--gpu-memory-utilization", type=share, default=0.9, help="of the device's memory")
@@ -161,9 +166,6 @@ def make_server(a: argparse.Namespace):
     if a.weights_root is not None:
         weights_root = WeightsRoot(a.weights_root, model.policy)
     limits = Limits(*_lengths(a, model.policy), a.max_prompt_characters)
-    chunk_size = a.prefill_chunk_size
-    if chunk_size is None:
-        chunk_size = 0 if model.policy.config.linear_attention else CHUNK_SIZE
     engine = Engine(
         model.policy.for_length(limits.max_prompt_length + limits.max_response_length),
         max_prompt_length=limits.max_prompt_length,
@@ -171,7 +173,7 @@ def make_server(a: argparse.Namespace):
         num_slots=a.slots,
         gpu_memory_utilization=a.gpu_memory_utilization,
         steps_per_dispatch=a.steps_per_dispatch,
-        prefill_chunk_size=chunk_size,
+        prefill_chunk_size=a.prefill_chunk_size,
     )
     batch = ContinuousBatch(engine, model.params, compile_ahead=True)
     language = Language(
