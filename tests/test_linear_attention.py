@@ -27,7 +27,7 @@ import adpo_jax
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices import flops
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.engine import cache_plan
+from adpo_jax.engine import cache_plan, kv_cache
 from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.engine.cpu_engine import engine_tuning
 from adpo_jax.engine.engine import _layout
@@ -299,6 +299,20 @@ def test_prompts_are_read_in_pieces_from_state_to_state():
     for ours, theirs in zip(found[1].flat, found[0].flat, strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         np.testing.assert_allclose(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
+
+
+def test_prompts_with_large_states_are_prefilled_a_few_at_a_time(monkeypatch):
+    policy, params = tiny_hybrid()
+    engine = Engine(policy, max_prompt_length=16, max_response_length=8, num_slots=8)
+    state = engine.verbs.layout.linear.row_bytes()
+    sampling, prompts = SamplingParams(max_tokens=4), [[3, 4 + i, 5] for i in range(8)]
+    found = {}
+    for most in (8, 2):
+        monkeypatch.setattr(kv_cache, "STATE_BYTES", most * state)
+        found[most] = engine.generate(params, prompts, sampling, jax.random.key(2))
+    assert [found[most].stats["prefill_calls"] for most in (8, 2)] == [1, 4]
+    for ours, theirs in zip(found[2].flat, found[8].flat, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
 def test_the_memory_of_states_is_planned():
