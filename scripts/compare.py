@@ -27,6 +27,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adpo_jax import train
+from adpo_jax.config import default_config
+from adpo_jax.devices import compilation_cache
 from adpo_jax.devices.host_memory import tune_malloc
 from adpo_jax.log.printable import guard, say_error
 from adpo_jax.losses import ALGORITHMS
@@ -219,7 +221,10 @@ def run(config: ConfigDict, folder: Path) -> None:
     start_params = jax.tree.map(jnp.copy, parts.initial_params() if params is None else params)
     learner = MeasuringLearner(**fields, start_params=start_params)
     train.run(dataclasses.replace(prepared, parts=dataclasses.replace(parts, learner=learner)))
-    # Linux gives a process 65,530 mappings of memory, which a dozen runs' programs use up.
+
+
+def forget_programs() -> None:
+    """Lets go of programs: those of a dozen methods use up the 65,530 mappings of a process."""
     jax.clear_caches()
     gc.collect()
 
@@ -290,11 +295,14 @@ def compare(a: argparse.Namespace) -> None:
     variants = {name: METHODS[name] for name in a.methods}
     variants |= {name: overrides(changes) for name, *changes in a.variant}
     check_comparable(common, variants)
-    for seed in a.seeds:
-        start = common_start(a.config, a.start or a.out / "start", common, seed)
-        for name, changes in variants.items():
-            changes = common | changes | start | {"trainer.seed": seed}
-            run(read_config(a.config, changes), a.out / name / f"seed{seed}")
+    start_folder = a.start or a.out / "start"
+    compilation_cache.use(default_config().trainer.compilation_cache_dir)
+    starts = {seed: common_start(a.config, start_folder, common, seed) for seed in a.seeds}
+    for name, changes in variants.items():
+        for seed, start in starts.items():  # which share the method's programs
+            config = read_config(a.config, common | changes | start | {"trainer.seed": seed})
+            run(config, a.out / name / f"seed{seed}")
+        forget_programs()
     folders = {name: [a.out / name / f"seed{seed}" for seed in a.seeds] for name in variants}
     text = table({name: [Run.read(path) for path in paths] for name, paths in folders.items()})
     (a.out / "comparison.md").write_text(text)

@@ -1,0 +1,313 @@
+"""Compares every loss of the trainer on the embedded task, each at its own best settings.
+
+    python scripts/compare_family.py --out runs/family                       # all of it, hours
+    python scripts/compare_family.py --out runs/family --results docs/results/family.json
+
+First each method's learning rate and gradient clip are searched on seeds that are in no table; then
+it runs with the best of them under every condition: one and four updates an iteration, rewards with
+a fifth of the verdicts flipped, and rollouts that are up to one, two and four updates old. Runs
+that are finished are not repeated, so the same command goes on where it stopped; two processes may
+share the work (`--share 1/2` and `2/2`, after `--starts`). With `--results`, what is finished is
+written to that file, and its tables and pictures beside it; `--tables` makes these from the file
+alone.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from compare import (
+    METHODS,
+    common_start,
+    forget_programs,
+    mean_and_interval,
+    measures,
+    read_config,
+    run,
+)
+from ml_collections import ConfigDict
+
+from adpo_jax.config import default_config
+from adpo_jax.devices import compilation_cache
+from adpo_jax.devices.host_memory import tune_malloc
+from adpo_jax.log.printable import guard, say_error
+from adpo_jax.report.figures import Picture
+from adpo_jax.report.page import t_quantile
+from adpo_jax.report.runs import Run
+from adpo_jax.run.exit_codes import USER_ERROR
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "arithmetic.py")
+COMMON = {
+    "actor_rollout_ref.actor.layout": "rows",  # one program a method, whatever the lengths
+    "data.train_batch_size": 8,
+    "trainer.log_samples_freq": 0,
+    "trainer.save_freq": 0,
+    "trainer.test_freq": 10,
+    "trainer.total_training_steps": 40,
+}
+FLIPPED = {
+    "custom_reward_function.path": str(ROOT / "scripts" / "flipped_verdicts.py"),
+    "custom_reward_function.name": "flipped_accuracy",
+    "reward_model.reward_kwargs": {"rate": 0.2},
+}
+
+
+def _behind(most: int) -> dict:
+    """Rollouts up to so many updates old, each loss anchored at the policy that drew a token."""
+    return {"actor_rollout_ref.rollout.max_staleness": most, "anchor.mode": "sampler"}
+
+
+CONDITIONS = {
+    "1 update": {},
+    "4 updates": {"actor_rollout_ref.actor.ppo_epochs": 4},
+    "20% flipped": FLIPPED,
+    "up to 2 updates old": _behind(2),
+    "up to 4 updates old": _behind(4),
+    "up to 1 update old": _behind(1),
+}
+METHOD_NAMES = tuple(name for name in METHODS if name != "adpo-fixed")
+SEEDS, SEARCH_SEEDS = (0, 1, 2, 3, 4), (10, 11)
+LR, CLIP = "actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.grad_clip"
+GRID = [{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in (2.5e-4, 5e-4, 1e-3)]
+
+# A run has collapsed where its last rewards are less than this share of its best five iterations'.
+COLLAPSE = 0.5
+ENTROPY = "rollout/entropy"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument(
+        "--share", default="1/1", metavar="I/N", help="this process' part of the methods"
+    )
+    parser.add_argument("--starts", action="store_true", help="make the common starts and stop")
+    parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
+    parser.add_argument("--results", type=Path, help="JSON file to write; runs nothing")
+    parser.add_argument(
+        "--tables", type=Path, help="JSON file to make tables and pictures of; runs nothing"
+    )
+    return parser.parse_args(argv)
+
+
+class Family:
+    """The runs of the comparison in a folder."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def config(self, changes: dict, seed: int) -> ConfigDict:
+        start = common_start(CONFIG, self.out / "start", COMMON, seed)
+        return read_config(CONFIG, COMMON | changes | start | {"trainer.seed": seed})
+
+    def folder(self, condition: str, method: str, seed: int, settings: dict | None = None) -> Path:
+        """Where a run lies; of the search, with its settings."""
+        name = method
+        if settings:
+            name += f"-lr{settings[LR]:g}-clip{settings[CLIP]:g}"
+        return self.out / condition.replace(" ", "-").replace("%", "pc") / name / f"seed{seed}"
+
+    def run(self, changes: dict, seed: int, folder: Path) -> None:
+        run(self.config(changes, seed), folder)
+
+    def search(self, method: str) -> None:
+        for settings in GRID:
+            for seed in SEARCH_SEEDS:
+                self.run(
+                    METHODS[method] | settings, seed, self.folder("search", method, seed, settings)
+                )
+
+    def searched(self, method: str) -> list[dict]:
+        """The settings that were tried, with the mean reward over all iterations and seeds."""
+        found = []
+        for settings in GRID:
+            folders = [self.folder("search", method, seed, settings) for seed in SEARCH_SEEDS]
+            rewards = [measures(Run.read(f))["reward, all iterations"] for f in folders]
+            found.append(
+                {
+                    "lr": settings[LR],
+                    "clip": settings[CLIP],
+                    "reward": round(float(np.mean(rewards)), 4),
+                }
+            )
+        return found
+
+    def best(self, method: str) -> dict:
+        """The best settings of a method, as changes of the config."""
+        best = max(self.searched(method), key=lambda tried: tried["reward"])
+        return {LR: best["lr"], CLIP: best["clip"]}
+
+    def finished(self) -> Iterator[tuple[str, str, int, Path]]:
+        """Condition, method, seed and folder of the runs that are done."""
+        for condition in CONDITIONS:
+            for method in METHOD_NAMES:
+                for seed in SEEDS:
+                    folder = self.folder(condition, method, seed)
+                    if (folder / "export").exists():
+                        yield condition, method, seed, folder
+
+
+def result(run: Run) -> dict:
+    """What the comparison keeps of a run."""
+    found, entropy = measures(run), list(run.series(ENTROPY).values())
+    rewards = list(run.series("reward/mean").values())
+    recent = np.convolve(rewards, np.ones(5) / 5, "valid")
+    staleness = list(run.series("ahead/staleness_mean").values())
+    kept = {
+        "accuracy": list(run.series("eval/accuracy").values()),
+        "rewards": rewards,
+        "final": found["final accuracy"],
+        "reward": found["reward, all iterations"],
+        "kl": found["KL from the start, last 10"],
+        "entropy": float(np.mean(entropy[-10:])),
+        "collapsed": bool(recent[-1] < COLLAPSE * recent.max()),
+    }
+    if staleness:
+        kept["staleness"] = float(np.mean(staleness))
+    return json.loads(json.dumps(kept), parse_float=lambda text: round(float(text), 4))
+
+
+def results(family: Family) -> dict:
+    """All that is finished: settings tried of each method, and its runs by condition and seed."""
+    environment = {}
+    runs: dict = {}
+    for condition, method, seed, folder in family.finished():
+        found = Run.read(folder)
+        environment = found.environment
+        runs.setdefault(condition, {}).setdefault(method, {})[str(seed)] = result(found)
+    methods = sorted(
+        {method for by_method in runs.values() for method in by_method}, key=METHOD_NAMES.index
+    )
+    return {
+        "common": COMMON,
+        "versions": {k: environment[k] for k in ("jax", "commit") if k in environment},
+        "search": {method: family.searched(method) for method in methods},
+        "runs": runs,
+    }
+
+
+def table(found: dict, condition: str) -> str:
+    """One condition: a line a method, and its difference in accuracy to ADPO seed by seed."""
+    header = [
+        "method",
+        "lr, clip",
+        "final accuracy",
+        "less adpo",
+        "reward, all iterations",
+        "less adpo",
+    ]
+    header += ["KL from the start", "entropy", "collapsed"]
+    lines = [header, ["---"] * len(header)]
+    runs = found["runs"][condition]
+    for method, by_seed in runs.items():
+        best = max(found["search"][method], key=lambda tried: tried["reward"])
+        rows = list(by_seed.values())
+        cells = [method, f"{best['lr']:g}, {best['clip'] or 'none'}"]
+        for name in ("final", "reward"):
+            cells.append(mean_and_interval([row[name] for row in rows]))
+            pairs = [
+                (row[name], runs["adpo"][seed][name])
+                for seed, row in by_seed.items()
+                if seed in runs["adpo"]
+            ]
+            cells.append("" if method == "adpo" else marked([a - b for a, b in pairs]))
+        cells += [mean_and_interval([row[name] for row in rows]) for name in ("kl", "entropy")]
+        cells.append(f"{sum(row['collapsed'] for row in rows)} of {len(rows)}")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def marked(differences: list[float]) -> str:
+    """A mean with its interval, bold where the interval leaves out 0."""
+    text = mean_and_interval(differences)
+    mean, half = interval(differences)
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95% interval by Student's t (infinite for a single value)."""
+    if len(values) < 2:
+        return float(np.mean(values)), float("inf")
+    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return float(np.mean(values)), float(half)
+
+
+def picture(found: dict) -> Picture:
+    """Final accuracy of every method under every condition, with intervals over seeds."""
+    conditions = list(found["runs"])
+    methods = list(found["search"])
+
+    def draw(axes):
+        for number, condition in enumerate(conditions):
+            runs = found["runs"][condition]
+            shown = [method for method in methods if method in runs]
+            both = [interval([row["final"] for row in runs[method].values()]) for method in shown]
+            mean, half = np.array(both).T
+            offset = (number - (len(conditions) - 1) / 2) * 0.13
+            places = np.array([methods.index(method) for method in shown]) + offset
+            low = np.minimum(half, mean)
+            high = np.minimum(half, 1 - mean)
+            axes.errorbar(places, mean, [low, high], fmt="o", ms=3, lw=1, label=condition)
+        axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
+        axes.set_ylim(0, 1.02)
+
+    return Picture("family_accuracy", "Final accuracy, five seeds", draw, size=(8, 3.6))
+
+
+def write_tables(path: Path) -> None:
+    """Prints the tables of a results file, and draws its picture beside the docs' others."""
+    found = json.loads(path.read_text())
+    for condition in found["runs"]:
+        print(f"**{condition}**\n\n{table(found, condition)}")
+    picture(found).save_png(path.parent)
+
+
+def work(family: Family, share: str, conditions: list[str]) -> None:
+    """Does this process' part of the search and of the runs."""
+    part, of = map(int, share.split("/"))
+    methods = METHOD_NAMES[part - 1 :: of]
+    for method in methods:
+        family.search(method)
+        forget_programs()
+    for condition in conditions:
+        for method in methods:
+            best = family.best(method)
+            for seed in SEEDS:
+                changes = METHODS[method] | best | CONDITIONS[condition]
+                family.run(changes, seed, family.folder(condition, method, seed))
+            forget_programs()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Does what the command line says; returns the exit code."""
+    a = arguments(argv)
+    try:
+        if a.tables:
+            write_tables(a.tables)
+            return 0
+        family = Family(a.out)
+        if a.results:
+            a.results.parent.mkdir(parents=True, exist_ok=True)
+            a.results.write_text(json.dumps(results(family), indent=None) + "\n")
+            write_tables(a.results)
+            return 0
+        if a.starts:
+            for seed in (*SEEDS, *SEARCH_SEEDS):
+                family.config({}, seed)
+            return 0
+        compilation_cache.use(default_config().trainer.compilation_cache_dir)
+        work(family, a.share, a.conditions)
+    except (OSError, ValueError) as error:
+        say_error(error)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    guard()
+    tune_malloc()
+    sys.exit(main())
