@@ -459,6 +459,17 @@ def _actor() -> dict[str, Key]:
             "of the training forward",
             allowed="auto, xla, pallas_tpu, pallas_gpu, mosaic_gpu, cudnn",
         ),
+        "sequence_exchange": Key(
+            "auto",
+            "how devices along mesh.sequence see each other's keys and values: all gathered in "
+            "every layer, or one share after the other in a ring, which holds two shares at once; "
+            "auto takes the ring where a layer's are 1 GiB or more",
+            choices=("auto", "gather", "ring"),
+            needs=(
+                Need("mesh.sequence above 1", lambda c: c.mesh.sequence != 1),
+                _PACKED,
+            ),
+        ),
         "router_aux_loss_coef": Key(
             0.0,
             "weight of the auxiliary loss that spreads tokens over the experts of a mixture; 0 for "

@@ -512,6 +512,7 @@ WALK = {
     ),
     "mesh.tensor": ("2", policy),
     "mesh.sequence": ("2", policy),
+    "actor_rollout_ref.actor.sequence_exchange": ("ring", policy, "--config.mesh.sequence=2"),
     "mesh.expert": ("2", mesh),
     "mesh.dcn_data": ("1", mesh),
     "environment.path": ("others.py", environment, *TOOLS),

@@ -17,8 +17,10 @@ from test_update import assert_same, step
 
 from adpo_jax import Policy
 from adpo_jax.devices import sharding
-from adpo_jax.model import attention_kernels
-from adpo_jax.model.attention_kernels import Settings
+from adpo_jax.model import attention_kernels, tile_attention
+from adpo_jax.model.attention import Tokens
+from adpo_jax.model.attention_kernels import Settings, ring, stream_gpu, stream_mosaic
+from adpo_jax.model.tile_attention import Stream
 from adpo_jax.update.packing import Packing, pack
 
 MESHES = {
@@ -67,11 +69,14 @@ def on_one_device(kind: str):
         ("mixture", "beside experts"),
     ],
 )
-def test_devices_that_share_streams_take_the_step_of_one_device(kind, axes):
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_devices_that_share_streams_take_the_step_of_one_device(kind, axes, exchange):
     """With shared prompts and holes in what is trained on."""
     mesh = sharding.make_mesh(**MESHES[axes])
     policy, params = POLICIES[kind]()
-    policy = dataclasses.replace(policy, mesh=mesh, gradient_checkpointing="save_dots")
+    policy = dataclasses.replace(
+        policy, mesh=mesh, gradient_checkpointing="save_dots", sequence_exchange=exchange
+    )
     spread = sharding.BatchSharding(mesh)
     batch, rewards = with_holes()
     packed = pack(
@@ -91,29 +96,33 @@ def test_devices_that_share_streams_take_the_step_of_one_device(kind, axes):
     assert_same(wanted, found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("name", ["xla", "pallas_tpu_interpret", "pallas_gpu"])
-def test_shares_of_queries_attend_to_the_keys_of_all(name):
+def test_shares_of_queries_attend_to_the_keys_of_all(name, exchange):
     stream, (q, k, v, weight) = stream_of(), tensors(4, 2)
     whole = Settings((None, 11), 2, D, D**-0.5, 3.0, jnp.float32, None)
-    shared = whole._replace(mesh=sharding.make_mesh(data=2, fsdp=1, sequence=4))
+    mesh = sharding.make_mesh(data=2, fsdp=1, sequence=4)
+    shared = whole._replace(mesh=mesh, exchange=exchange)
     real = (stream.segments > 0)[..., None, None]
 
-    def both(name, settings, window):
+    sinks = None if "tpu" in name else jnp.asarray([0.3, -1.0, 2.0, 0.0])
+
+    def both(name, settings, layer):
         if name == "pallas_gpu":
             attend = attention_kernels._gpu_stream(settings, stream, interpret=True)
         else:
             attend = attention_kernels.stream_attention(name, settings, stream)
 
-        def loss(q, k, v):
-            out = jnp.where(real, attend(q, k, v, of_layer(window), None)[0], 0)
+        def loss(q, k, v, sinks):
+            out = jnp.where(real, attend(q, k, v, layer._replace(sinks=sinks), None)[0], 0)
             return jnp.sum(out * weight), out
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
 
-    (_, out), gradients = both(name, shared, 11)
-    (_, wanted), wanted_gradients = both("xla", whole, 11)
+    (_, out), gradients = both(name, shared, of_layer(11))
+    (_, wanted), wanted_gradients = both("xla", whole, of_layer(11))
     np.testing.assert_allclose(out, wanted, atol=1e-5)
-    for ours, theirs in zip(gradients, wanted_gradients):
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients)):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -158,3 +167,52 @@ def test_linear_attention_runs_through_a_stream_on_one_device():
     mesh = sharding.make_mesh(fsdp=4, sequence=2)
     with pytest.raises(ValueError, match=r"mesh.sequence is 2.* give the devices to mesh.fsdp"):
         Policy.abstract_from_config(config_of("qwen3_next"), mesh=mesh)
+
+
+def test_the_passes_over_parts_of_the_keys_add_up_for_the_kernels_of_hopper_cards():
+    """As a ring adds them up, here on one device. Some tiles see nothing of a part."""
+    tile, lengths = 64, (70, 100, 30)
+    segments = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
+    positions = np.concatenate([range(70), range(70, 170), range(70, 100)])[None]
+    segments, positions = (np.pad(x, ((0, 0), (0, 56))) for x in (segments, positions))
+    prompts, n = np.where(segments > 0, 1, 0).astype(np.int32), segments.shape[1] // tile
+    key_tiles = np.where(np.tri(n, dtype=bool), np.arange(n), -1).astype(np.int32)[None]
+    stream = Stream(*map(jnp.asarray, (positions.astype(np.int32), segments, prompts, key_tiles)))
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=(1, segments.shape[1], heads, D)), jnp.float32)
+        for heads in (2, 1, 1, 2)
+    )
+    settings = {"scale": D**-0.5, "windows": False, "interpret": True}
+    passes = ring.Passes(
+        functools.partial(stream_mosaic.forward, **settings),
+        functools.partial(stream_mosaic.gradients, **settings),
+    )
+    weight = jnp.where((segments > 0)[..., None, None], weight, 0)
+    lists_of = functools.partial(stream_gpu.lists_of, windows=False)
+    whole = stream._replace(keys=Tokens(stream.positions, stream.segments))
+    parts = ring.Parts(whole, *ring.parts_of(whole, 2, lists_of))
+    assert (np.asarray(parts.key_tiles)[0, 1, :2] == -1).all()
+
+    def in_parts():
+        halves = [(k[:, at], v[:, at]) for at in (slice(0, 128), slice(128, 256))]
+        found = [passes.forward(q, *kv, of_layer(), *parts.of(i)) for i, kv in enumerate(halves)]
+        saved = ring._added(*found)
+        grads = [
+            passes.gradients(q, *kv, of_layer(), *parts.of(i), saved, weight)
+            for i, kv in enumerate(halves)
+        ]
+        (d_q, *first), (more, *second) = grads
+        d_k, d_v = (jnp.concatenate(pair, axis=1) for pair in zip(first, second))
+        return saved.out, d_q + more, d_k, d_v
+
+    def plain():
+        attend = tile_attention.stream_attention(stream, scale=D**-0.5)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, of_layer(), None)[0], q, k, v)
+        return out, *pull(weight)
+
+    real = (segments > 0)[..., None, None]
+    (out, *grads), (wanted, *wanted_grads) = jax.jit(in_parts)(), jax.jit(plain)()
+    np.testing.assert_allclose(jnp.where(real, out, 0), jnp.where(real, wanted, 0), atol=2e-5)
+    for ours, theirs in zip(grads, wanted_grads):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)

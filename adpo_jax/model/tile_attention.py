@@ -138,36 +138,108 @@ def stream_attention(
       tile_by_tile: whether gradients of keys are added up in a loop over the listed tiles, on one
         device; else by a product with a 0/1 matrix, which the partitioner can split.
     """
-    B, N = stream.positions.shape
-    n, J = stream.key_tiles.shape[1:]
-    W, m = stream.tile, stream.num_key_tiles
-    in_turn = mask_bytes < B * N * J * W
-    queries = jax.tree.map(lambda x: x.reshape(B, n, W, 1), stream.tokens)
-    keys = Tokens(*(x.reshape(B, m, W) for x in stream.key_tokens[:2]))
-    causal = _Seen(stream.key_tiles, queries=queries)
-    if not windows and not in_turn:
-        causal = _Seen(stream.key_tiles, causal.masked(keys))
+    return StreamAttention(
+        stream, scale, soft_cap, windows, score_bytes, mask_bytes, tile_by_tile
+    ).attend
 
-    def attend(q, k, v, layer: LayerInfo, cache):
-        H, K, D = q.shape[2], k.shape[2], q.shape[3]
-        seen = causal
-        if windows:
-            window = jnp.broadcast_to(layer.window_at(queries.positions), (B, n, W, 1))
-            seen = seen._replace(window=window)
-        # As [B, n, K, R W, D], so that every product below is a plain batch of matrices.
-        q = q.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
-        q = q.reshape(B, n, K, H // K * W, D)
-        chunk = _even_chunk(n, at_most=score_bytes // (4 * B * H * W * J * W))
-        shape = _Shape(scale, soft_cap, chunk, tile_by_tile)
-        k, v = k.reshape(B, m, W, K, D), v.reshape(B, m, W, K, D)
+
+class Saved(NamedTuple):
+    """What a backward pass needs of a forward pass besides its inputs.
+
+    Attributes:
+      out: [B, N, H, D], the results.
+      log_z: [B, H, N] float32, the log of the softmax's normaliser.
+    """
+
+    out: jax.Array
+    log_z: jax.Array
+
+
+class StreamAttention:
+    """`stream_attention`, and its two passes each alone.
+
+    Args: as of `stream_attention`.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        scale: float,
+        soft_cap: float | None = None,
+        windows: bool = False,
+        score_bytes: int = SCORE_BYTES,
+        mask_bytes: int = MASK_BYTES,
+        tile_by_tile: bool = False,
+    ):
+        B, N = stream.positions.shape
+        n, J = stream.key_tiles.shape[1:]
+        W, m = stream.tile, stream.num_key_tiles
+        queries = jax.tree.map(lambda x: x.reshape(B, n, W, 1), stream.tokens)
+        self._keys = Tokens(*(x.reshape(B, m, W) for x in stream.key_tokens[:2]))
+        self._causal = _Seen(stream.key_tiles, queries=queries)
+        if not windows and mask_bytes >= B * N * J * W:
+            self._causal = _Seen(stream.key_tiles, self._causal.masked(self._keys))
+        self._queries, self._windows = queries, windows
+        self._sizes, self._score_bytes = (B, n, W, m, J), score_bytes
+        self._scale, self._soft_cap, self._tile_by_tile = scale, soft_cap, tile_by_tile
+
+    def attend(self, q, k, v, layer: LayerInfo, cache):
         sinks = None
         if layer.sinks is not None:
+            W, K = self._sizes[2], k.shape[2]
             sinks = jnp.repeat(by_kv_head(layer.sinks, K), W, axis=1)
-        out = _attention(shape, q, k, v, seen, keys, sinks)
-        out = out.reshape(B, n, K, H // K, W, D).transpose(0, 1, 4, 2, 3, 5)
-        return out.reshape(B, N, H, D), cache
+        tensors = self._of_queries(q, k), self._of_keys(k), self._of_keys(v)
+        out = _attention(self._shape(q), *tensors, self._seen(layer), self._keys, sinks)
+        return self._in_heads(out), cache
 
-    return attend
+    def forward(self, q, k, v, layer: LayerInfo) -> Saved:
+        """The results without sinks. Of a query that sees no key `log_z` is about `MASKED`."""
+        B, n, W, *_ = self._sizes
+        tensors = self._of_queries(q, k), self._of_keys(k), self._of_keys(v)
+        out, (*_, log_z) = _forward(self._shape(q), *tensors, self._seen(layer), self._keys, None)
+        log_z = log_z.reshape(B, n, -1, W).swapaxes(1, 2).reshape(B, -1, n * W)
+        return Saved(self._in_heads(out), log_z)
+
+    def gradients(self, q, k, v, layer: LayerInfo, saved: Saved, d_out):
+        """Those of q, k and v, where `saved` may be of more keys than these."""
+        B, n, W, *_ = self._sizes
+        K = k.shape[2]
+        log_z = saved.log_z.reshape(B, -1, n, W).swapaxes(1, 2).reshape(B, n, K, -1, 1)
+        tensors = self._of_queries(q, k), self._of_keys(k), self._of_keys(v)
+        out, d_out = self._of_queries(saved.out, k), self._of_queries(d_out, k)
+        residuals = *tensors, self._seen(layer), self._keys, None, out, log_z
+        d_q, d_k, d_v, *_ = _backward(self._shape(q), residuals, d_out)
+        return self._in_heads(d_q), d_k.reshape(k.shape), d_v.reshape(v.shape)
+
+    def _shape(self, q) -> _Shape:
+        B, n, W, _, J = self._sizes
+        chunk = _even_chunk(n, at_most=self._score_bytes // (4 * B * q.shape[2] * W * J * W))
+        return _Shape(self._scale, self._soft_cap, chunk, self._tile_by_tile)
+
+    def _seen(self, layer: LayerInfo) -> _Seen:
+        if not self._windows:
+            return self._causal
+        B, n, W, *_ = self._sizes
+        window = jnp.broadcast_to(layer.window_at(self._queries.positions), (B, n, W, 1))
+        return self._causal._replace(window=window)
+
+    def _of_queries(self, x_BNHD, k):
+        """[B, n, K, R W, D], so that every product is a plain batch of matrices."""
+        B, n, W, *_ = self._sizes
+        (H, D), K = x_BNHD.shape[2:], k.shape[2]
+        x = x_BNHD.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(B, n, K, H // K * W, D)
+
+    def _of_keys(self, x):
+        B, _, W, m, _ = self._sizes
+        return x.reshape(B, m, W, *x.shape[2:])
+
+    def _in_heads(self, x_BnKQD):
+        """[B, N, H, D] from `_of_queries`."""
+        B, n, W, *_ = self._sizes
+        K, D = x_BnKQD.shape[2], x_BnKQD.shape[-1]
+        x = x_BnKQD.reshape(B, n, K, -1, W, D).transpose(0, 1, 4, 2, 3, 5)
+        return x.reshape(B, n * W, -1, D)
 
 
 def _even_chunk(n: int, at_most: int) -> int:

@@ -30,6 +30,7 @@ from adpo_jax.model import (
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Use
 from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
+from adpo_jax.model.attention_kernels.per_device import EXCHANGES
 from adpo_jax.model.decoder import REMAT_POLICIES, Ffn, decoder, head_logits
 from adpo_jax.model.head import token_log_probs
 from adpo_jax.model.linear_attention import Hybrid
@@ -52,6 +53,8 @@ class Policy:
       scan_layers: whether the layers of whole sequences are the turns of a loop; see `decoder`.
       attention: attention of whole sequences, one of `attention_choice.NAMES`; refused where it
         cannot run.
+      sequence_exchange: how devices that share a packed stream see each other's keys and values:
+        "gather", "ring", or "auto" for the ring where a layer's are large; see `per_device`.
       lora: the adapters beside the weights, which are frozen then; None for none.
       hf_config: the Hugging Face `config.json` that it came from; `save_pretrained` writes it back.
       generation_config: likewise its `generation_config.json`; empty for none.
@@ -64,6 +67,7 @@ class Policy:
     gradient_checkpointing: str = "none"
     scan_layers: bool = True
     attention: str = "auto"
+    sequence_exchange: str = "auto"
     lora: Lora | None = None
     hf_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
     generation_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -73,6 +77,11 @@ class Policy:
             raise ValueError(
                 f"gradient_checkpointing is one of {sorted(REMAT_POLICIES)}, "
                 f"given {self.gradient_checkpointing!r}"
+            )
+        if self.sequence_exchange not in EXCHANGES:
+            raise ValueError(
+                f"sequence_exchange is one of {', '.join(EXCHANGES)}, "
+                f"given {self.sequence_exchange!r}"
             )
         if (
             self.mesh
@@ -429,6 +438,7 @@ class Policy:
             chunked=bool(c.chunks),
             global_head_dim=c.global_layers.head_dim if c.global_layers else None,
             sinks=c.attention_sinks,
+            exchange=self.sequence_exchange,
         )
 
     def head(self, params, hidden: jax.Array) -> jax.Array:

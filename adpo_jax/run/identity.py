@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "actor_rollout_ref.actor.optim.lr_warmup_steps",
     "actor_rollout_ref.actor.optim.min_lr_ratio",
     "actor_rollout_ref.actor.optim.weight_decay",
+    "actor_rollout_ref.actor.sequence_exchange",
     "actor_rollout_ref.rollout.attention",
     "actor_rollout_ref.rollout.expected_response_length",
     "actor_rollout_ref.rollout.free_cache_engine",

@@ -310,9 +310,14 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
     policy = policy.for_length(longest_sequence(config))
     if source.tokenizer is not None:
         _check_vocabulary(source, policy.config.vocab_size)
-    attention = config.actor_rollout_ref.actor.attention
+    actor = config.actor_rollout_ref.actor
     with whole_keys({"attention": "actor_rollout_ref.actor.attention"}):
-        return dataclasses.replace(policy, lora=source.lora, attention=attention)
+        return dataclasses.replace(
+            policy,
+            lora=source.lora,
+            attention=actor.attention,
+            sequence_exchange=actor.sequence_exchange,
+        )
 
 
 def longest_sequence(config: ConfigDict) -> int:

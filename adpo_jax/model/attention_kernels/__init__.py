@@ -26,6 +26,7 @@ from adpo_jax.model.attention_kernels import (
     stream_mosaic,
     stream_tpu,
 )
+from adpo_jax.model.attention_kernels.ring import Passes
 from adpo_jax.model.tile_attention import Stream
 
 # What `auto` means on a GPU, the first that can run there. The kernels in Mosaic are for Hopper
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
       chunked: whether queries of some layers see their chunk of positions alone.
       global_head_dim: that of layers without a window where it is another; None where it is not.
       sinks: whether heads have attention sinks.
+      exchange: how devices that share a stream see each other's keys, of `per_device.EXCHANGES`.
     """
 
     windows: tuple[int | None, ...]
@@ -57,6 +59,7 @@ class Settings(NamedTuple):
     global_head_dim: int | None = None
     chunked: bool = False
     sinks: bool = False
+    exchange: str = "auto"
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -113,21 +116,28 @@ def _plain_rows(settings: Settings, positions, segments) -> Attend:
 def _plain_stream(settings: Settings, stream: Stream) -> Attend:
     on_cpu = settings.platform == "cpu"
     attention_of = functools.partial(
-        tile_attention.stream_attention,
+        tile_attention.StreamAttention,
         windows=settings.chunked or any(window is not None for window in settings.windows),
         score_bytes=tile_attention.CACHED_SCORE_BYTES if on_cpu else tile_attention.SCORE_BYTES,
         **settings.plain,
     )
-    is_long = on_cpu and stream.num_key_tiles >= tile_attention.MANY_TILES
+    is_long = on_cpu and per_device.tiles_at_once(settings, stream)[1] >= tile_attention.MANY_TILES
     if per_device.num_shares(settings, stream) == 1:
         alone = settings.mesh is None or settings.mesh.size == 1
-        return attention_of(
-            stream, tile_by_tile=is_long and alone
-        )  # else the partitioner splits it
+        # Else the partitioner splits it.
+        return attention_of(stream, tile_by_tile=is_long and alone).attend
 
-    def kernel(q, k, v, layer, stream, _):
-        return attention_of(stream, tile_by_tile=is_long)(q, k, v, layer, None)[0]
+    def attend(q, k, v, layer, stream, _):
+        return attention_of(stream, tile_by_tile=is_long).attend(q, k, v, layer, None)[0]
 
+    def forward(q, k, v, layer, stream, _):
+        return attention_of(stream, tile_by_tile=is_long).forward(q, k, v, layer)
+
+    def gradients(q, k, v, layer, stream, _, saved, d_out):
+        one = attention_of(stream, tile_by_tile=is_long)
+        return one.gradients(q, k, v, layer, saved, d_out)
+
+    kernel = per_device.Kernel(attend, Passes(forward, gradients))
     return per_device.of_stream(kernel, settings, stream)
 
 
@@ -141,9 +151,18 @@ def _splash_rows(settings: Settings, positions, segments, *, interpret=False) ->
 
 
 def _kernel_stream(settings: Settings, stream: Stream, *, interpret=False) -> Attend:
-    def kernel(q, k, v, layer, stream, _):
-        return stream_tpu.attend(q, k, v, layer, stream, interpret=interpret, **settings.plain)
+    options = {"interpret": interpret, **settings.plain}
 
+    def attend(q, k, v, layer, stream, _):
+        return stream_tpu.attend(q, k, v, layer, stream, **options)
+
+    def forward(q, k, v, layer, stream, _):
+        return stream_tpu.forward(q, k, v, layer, stream, **options)
+
+    def gradients(q, k, v, layer, stream, _, *results):
+        return stream_tpu.gradients(q, k, v, layer, stream, *results, **options)
+
+    kernel = per_device.Kernel(attend, Passes(forward, gradients))
     return per_device.of_stream(kernel, settings, stream)
 
 
@@ -161,8 +180,7 @@ def _without_sinks(settings: Settings) -> str:
 
 
 def _tpu_limit(settings: Settings, stream: Stream) -> str:
-    n = stream.key_tiles.shape[1]
-    return stream_tpu.limit(n // per_device.num_shares(settings, stream), n)
+    return stream_tpu.limit(*per_device.tiles_at_once(settings, stream))
 
 
 # --- GPU
@@ -173,11 +191,14 @@ def _gpu_stream(
 ) -> Attend:
     """Packed streams by the kernels of a module, `stream_gpu` or `stream_mosaic`."""
     windows = any(window is not None for window in settings.windows)
-    kernel = functools.partial(
-        kernels.attend, windows=windows, interpret=interpret, **settings.plain
+    options = {"windows": windows, "interpret": interpret, **settings.plain}
+    attend, forward, gradients = (
+        functools.partial(one, **options)
+        for one in (kernels.attend, kernels.forward, kernels.gradients)
     )
     lists_of = functools.partial(kernels.lists_of, windows=windows)
-    return per_device.of_stream(kernel, settings, stream, lists_of)
+    kernel = per_device.Kernel(attend, Passes(forward, gradients), lists_of)
+    return per_device.of_stream(kernel, settings, stream)
 
 
 def _gpu_rows(

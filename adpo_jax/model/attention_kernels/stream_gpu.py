@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
-from adpo_jax.model.tile_attention import Stream
+from adpo_jax.model.tile_attention import Saved, Stream
 from adpo_jax.model.triton import plt
 
 # The smallest side of a matrix product on tensor cores.
@@ -83,6 +83,13 @@ class Static:
     windows: bool
     interpret: bool
     kernels: Kernels
+
+    @classmethod
+    def of(
+        cls, stream: Stream, scale, soft_cap=None, windows=True, interpret=False, kernels=None
+    ) -> "Static":
+        kernels = kernels or Kernels(_run_forward, _run_gradients)
+        return cls(scale, soft_cap, stream.tile, windows, interpret, kernels)
 
     def blocks(self, shape: Shape) -> Shape:
         """A shape whose blocks divide a tile."""
@@ -210,11 +217,46 @@ def attend(
       [B, N, H, D] in the dtype of q.
     """
     lists = lists_of(stream, windows=windows) if lists is None else lists
-    kernels = kernels or Kernels(_run_forward, _run_gradients)
-    static = Static(scale, soft_cap, stream.tile, windows, interpret, kernels)
+    static = Static.of(stream, scale, soft_cap, windows, interpret, kernels)
+    places = _places(layer, stream, lists)
+    return _attention(static, q, k, v, *places, layer.sinks)
+
+
+def forward(q, k, v, layer: LayerInfo, stream: Stream, lists: Lists, **settings) -> Saved:
+    """What `attend` gives without sinks, and what it keeps; `settings` as there."""
+    static = Static.of(stream, **settings)
+    places = _places(layer, stream, lists)
+    out, log_z = static.kernels.forward(static, q, k, v, *places)
+    return Saved(out, _in_units(log_z, 1 / LOG2_E))
+
+
+def gradients(
+    q, k, v, layer: LayerInfo, stream: Stream, lists: Lists, saved: Saved, d_out, **settings
+):
+    """Those of q, k and v, where `saved` may be of more keys than these; `settings` as `attend`."""
+    static = Static.of(stream, **settings)
+    places = _places(layer, stream, lists)
+    mean_BHN = _mean(saved.out, d_out)
+    d_out = d_out.astype(saved.out.dtype)
+    log_z = _in_units(saved.log_z, LOG2_E)
+    return static.kernels.gradients(static, q, k, v, *places, d_out, log_z, mean_BHN)
+
+
+def _in_units(log_z, factor: float):
+    """Logs to another base. Those of queries that see nothing stay what masked scores are."""
+    return jnp.where(log_z > MASKED / 2, log_z * factor, MASKED)
+
+
+def _places(layer: LayerInfo, stream: Stream, lists: Lists) -> tuple:
+    """What kernels take of where tokens lie: places, lists, window."""
     window = jnp.reshape(jnp.asarray(layer.window, jnp.int32), (1,))
-    places = (*stream.tokens, *stream.key_tokens[:2])
-    return _attention(static, q, k, v, places, lists, window, layer.sinks)
+    return (*stream.tokens, *stream.key_tokens[:2]), lists, window
+
+
+def _mean(out_BNHD, d_out_BNHD):
+    """[B, H, N] float32, the product of results and their gradients."""
+    product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
+    return jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
 
 
 def rows_as_stream(
@@ -520,8 +562,7 @@ def sum_of_parts(static: Static, lists: Lists, parts_k, parts_v, of_k, of_v, *, 
 
 def _backward(static: Static, residuals, d_out_BNHD):
     *inputs, sinks_H, out_BNHD, log_z = residuals
-    product = d_out_BNHD.astype(jnp.float32) * out_BNHD.astype(jnp.float32)
-    mean = jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
+    mean = _mean(out_BNHD, d_out_BNHD)
     d_out_BNHD = d_out_BNHD.astype(out_BNHD.dtype)
     d_q, d_k, d_v = static.kernels.gradients(static, *inputs, d_out_BNHD, log_z, mean)
     d_sinks = None

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from adpo_jax.model.attention import MASKED, Tokens, visible
 from adpo_jax.model.attention_kernels import stream_gpu
 from adpo_jax.model.attention_kernels.stream_gpu import LOG2_E, Lists, Static, like, lists_of
-from adpo_jax.model.tile_attention import Stream
+from adpo_jax.model.tile_attention import Saved, Stream
 from adpo_jax.model.triton import plt
 
 try:
@@ -88,8 +88,21 @@ def limit(num_tokens: int, num_tiles: int) -> str:
 
 def attend(*args, **settings) -> jax.Array:
     """Attention of the tokens of a stream to its keys, as `stream_gpu.attend`."""
-    kernels = stream_gpu.Kernels(_run_forward, _run_gradients)
-    return stream_gpu.attend(*args, kernels=kernels, **settings)
+    return stream_gpu.attend(*args, kernels=_kernels(), **settings)
+
+
+def forward(*args, **settings) -> Saved:
+    """As `stream_gpu.forward`."""
+    return stream_gpu.forward(*args, kernels=_kernels(), **settings)
+
+
+def gradients(*args, **settings) -> tuple[jax.Array, ...]:
+    """As `stream_gpu.gradients`."""
+    return stream_gpu.gradients(*args, kernels=_kernels(), **settings)
+
+
+def _kernels() -> stream_gpu.Kernels:
+    return stream_gpu.Kernels(_run_forward, _run_gradients)
 
 
 def rows_as_stream(positions: jax.Array, segments: jax.Array) -> Stream:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
-from adpo_jax.model.tile_attention import Stream
+from adpo_jax.model.tile_attention import Saved, Stream
 
 # Bytes of VMEM for two whole sides of a head, each with room to fetch the next one ahead.
 VMEM_BYTES = 12 * 2**20
@@ -34,6 +34,10 @@ class _Static:
     scale: float
     soft_cap: float | None
     interpret: bool
+
+    @classmethod
+    def of(cls, *, scale, soft_cap=None, interpret=False) -> "_Static":
+        return cls(scale, soft_cap, interpret)
 
 
 def limit(num_tiles: int, num_key_tiles: int) -> str:
@@ -74,9 +78,30 @@ def attend(
       [B, N, H, D] in the dtype of q.
     """
     static = _Static(scale, soft_cap, interpret)
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     window = jnp.asarray(layer.window, jnp.int32)
-    return jnp.swapaxes(_attention(static, *heads_first, stream, window), 1, 2)
+    return _turned(_attention(static, *_turned(q, k, v), stream, window))
+
+
+def forward(q, k, v, layer: LayerInfo, stream: Stream, **settings) -> Saved:
+    """What `attend` gives, and what it keeps; `settings` as there."""
+    window = jnp.asarray(layer.window, jnp.int32)
+    out, log_z = _run_forward(_Static.of(**settings), *_turned(q, k, v), stream, window)
+    return Saved(_turned(out), log_z.reshape(log_z.shape[0], log_z.shape[1], -1))
+
+
+def gradients(q, k, v, layer: LayerInfo, stream: Stream, saved: Saved, d_out, **settings):
+    """Those of q, k and v, where `saved` may be of more keys than these; `settings` as `attend`."""
+    window = jnp.asarray(layer.window, jnp.int32)
+    log_z_BHnW1 = saved.log_z.reshape(*saved.log_z.shape[:2], -1, stream.tile, 1)
+    residuals = *_turned(q, k, v), stream, window, _turned(saved.out), log_z_BHnW1
+    d_q, d_k, d_v, *_ = _backward(_Static.of(**settings), residuals, _turned(d_out))
+    return _turned(d_q, d_k, d_v)
+
+
+def _turned(*arrays):
+    """[B, H, N, D] of [B, N, H, D], or the other way round; of one array alone that one."""
+    turned = tuple(jnp.swapaxes(x, 1, 2) for x in arrays)
+    return turned if len(turned) > 1 else turned[0]
 
 
 def query_lists(key_tiles: jax.Array, num_key_tiles: int) -> tuple[jax.Array, jax.Array]:
@@ -374,6 +399,12 @@ def _key_lists(stream: Stream) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
+    found = _run_forward(static, q_BHND, k_BKLD, v_BKLD, stream, window)
+    out, log_z = checkpoint_name(found, "attention")
+    return out, (q_BHND, k_BKLD, v_BKLD, stream, window, out, log_z)
+
+
+def _run_forward(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
     mine, keys = _sides(stream)
     B, H, N, D = q_BHND.shape
     n, W, R = mine.n, mine.W, H // k_BKLD.shape[1]
@@ -390,8 +421,7 @@ def _forward(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window):
         [(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_tile(W, D)), (log_z, _of_tile(W, 1))],
         "stream_attention",
     )
-    out, log_z = checkpoint_name((out.reshape(B, H, N, D), log_z), "attention")
-    return out, (q_BHND, k_BKLD, v_BKLD, stream, window, out, log_z)
+    return out.reshape(B, H, N, D), log_z
 
 
 def _backward(static: _Static, residuals, d_out_BHND):
