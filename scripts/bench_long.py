@@ -1,14 +1,16 @@
 """Tokens per second and memory of an update of long completions: rows, a stream, a shared stream.
 
     python scripts/bench_long.py
-    python scripts/bench_long.py --tokens 8192 --ways rows,stream,shared --repeats 3
+    python scripts/bench_long.py --tokens 8192 --ways rows,stream,shared,ring --repeats 3
 
 Four demonstrations whose completions have --tokens tokens together; a model of width 64 in float32
 on the CPU; a supervised step with AdamW, which runs through the model like any update. The ways:
 
     rows      the plain version: padded rows, scores of all pairs of tokens, a row after the other
     stream    one packed stream on one device
-    shared    the same stream, whose tokens 8 simulated devices share (mesh.sequence=8)
+    shared    the same stream, whose tokens 8 simulated devices share (mesh.sequence=8), with the
+              keys and values of a layer gathered on each of them
+    ring      likewise, with keys and values going round (actor.sequence_exchange=ring)
 
 Each runs in a process of its own. A result is one JSON line: `tokens_per_s` of prompts and
 completions without padding, the median of the repeats; `compiled_temp_mb`, what XLA allocates on
@@ -18,6 +20,7 @@ share the cores, so that theirs is no speed of eight devices.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -29,7 +32,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-WAYS = ("rows", "stream", "shared")
+WAYS = ("rows", "stream", "shared", "ring")
 PROMPT, SHARES, VOCAB = 128, 8, 512
 PARTS = (0.3, 0.26, 0.24, 0.2)  # of the tokens, in each completion
 CONFIG = {
@@ -61,7 +64,8 @@ def arguments() -> argparse.Namespace:
 def measure(way: str, tokens: int, repeats: int) -> dict:
     """The result of one way, in this process."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if way == "shared":
+    is_shared = way in ("shared", "ring")
+    if is_shared:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={SHARES}"
     import jax
     import numpy as np
@@ -79,8 +83,9 @@ def measure(way: str, tokens: int, repeats: int) -> dict:
     prompts = [rng.integers(1, VOCAB, PROMPT).tolist() for _ in lengths]
     completions = [rng.integers(1, VOCAB, length).tolist() for length in lengths]
     examples, every = sft.demonstrations(prompts, completions), np.arange(len(PARTS))
-    mesh = make_mesh(fsdp=1, sequence=SHARES) if way == "shared" else None
+    mesh = make_mesh(fsdp=1, sequence=SHARES) if is_shared else None
     policy, params = Policy.from_config(CONFIG, jax.random.key(0), mesh=mesh)
+    policy = dataclasses.replace(policy, sequence_exchange="ring" if way == "ring" else "gather")
     longest = {"prompt_length": PROMPT, "completion_length": max(lengths)}
     if way == "rows":
         batch = sft.InRows(examples, **longest)(every)

@@ -16,7 +16,8 @@ from test_serve import post, running
 
 from adpo_jax import Engine, Policy, SamplingParams, losses
 from adpo_jax.data import arithmetic
-from adpo_jax.devices import sharding
+from adpo_jax.devices import flops, sharding
+from adpo_jax.dry_run.hlo import Program
 from adpo_jax.model import grouped, grouped_gpu, lora, mixture, parameters
 from adpo_jax.model.decoder import LayerWeights
 from adpo_jax.model.exchange import Exchange
@@ -304,6 +305,21 @@ def test_however_uneven_the_choice_no_device_multiplies_many_more_rows_than_anot
         for ours, theirs in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
             scale = max(np.abs(theirs).max(), 1e-3)
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
+
+
+def test_the_balance_of_products_over_devices_leaves_those_of_experts_out():
+    """They depend on what routers choose; a loop that no even choice enters counts for nothing."""
+    mesh = sharding.make_mesh(fsdp=4, expert=2)
+    policy, params = Policy.from_config(config_of("qwen3_moe"), jax.random.key(0), mesh=mesh)
+    tokens, mask = np.ones((8, 16), np.int32), np.ones((8, 16), bool)
+    loss = jax.jit(jax.grad(lambda params: policy.hidden(params, tokens, mask).sum()))
+    traced = loss.trace(params)
+    program = Program(traced.lower().compile().as_text())
+    asked = flops.traced_flops(traced, of_experts=False)
+    assert asked < flops.traced_flops(traced)
+    functions = (*flops.GROUPED_PRODUCTS, flops.OF_ROWS_LEFT)
+    assert 8 * program.flops_without(functions) == asked
+    assert program.flops_without(functions) < program.flops
 
 
 def test_a_mesh_with_experts_for_a_model_without_is_refused():

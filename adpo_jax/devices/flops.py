@@ -1,6 +1,7 @@
 """Counts the arithmetic of a program before it is compiled and cut up over devices."""
 
 import math
+from typing import NamedTuple
 
 import jax
 from jax.extend import core
@@ -14,7 +15,7 @@ OF_ROWS_LEFT = "of_rows_left"
 SMALL_KERNELS = ("norm_rope", "norm_rope_gradient", "head_sums", "gated_gradient")
 
 
-def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
+def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1, of_experts: bool = True) -> int:
     """Floating-point operations of the matrix products of a program, all devices together.
 
     Operations that a backward pass recomputes are included; those that no result depends on are
@@ -27,10 +28,18 @@ def traced_flops(traced: jax.stages.Traced, unknown_turns: int = 1) -> int:
     Args:
       traced: the result of `jitted.trace(*args)` with arrays or their shapes.
       unknown_turns: the turns of a loop whose end is decided while it runs.
+      of_experts: whether the products of experts count.
     """
     jaxpr = traced.jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _flops(used, unknown_turns)
+    return _flops(used, _Counting(unknown_turns, of_experts))
+
+
+class _Counting(NamedTuple):
+    """What counts, as in `traced_flops`."""
+
+    unknown_turns: int
+    of_experts: bool
 
 
 def has_kernels(traced: jax.stages.Traced) -> bool:
@@ -51,11 +60,11 @@ def _any_kernel(jaxpr) -> bool:
     )
 
 
-def _flops(jaxpr, turns: int) -> int:
-    return sum(_equation_flops(eqn, turns) for eqn in jaxpr.eqns)
+def _flops(jaxpr, counting: _Counting) -> int:
+    return sum(_equation_flops(eqn, counting) for eqn in jaxpr.eqns)
 
 
-def _equation_flops(eqn, turns: int) -> int:
+def _equation_flops(eqn, counting: _Counting) -> int:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -64,19 +73,19 @@ def _equation_flops(eqn, turns: int) -> int:
     # Differentiation may set numbers apart that such a product has without its rows and matrices.
     is_product = params.get("name") in GROUPED_PRODUCTS and len(eqn.invars) > 2
     if name == "ragged_dot_general" or is_product:
-        return _grouped_flops(eqn)
+        return _grouped_flops(eqn) if counting.of_experts else 0
     if params.get("name") == OF_ROWS_LEFT:
         return 0
     if name == "pallas_call":
         estimate = params.get("cost_estimate")
         return int(estimate.flops) if estimate else 0
-    inner = [_flops(sub, turns) for value in params.values() for sub in _jaxprs(value)]
+    inner = [_flops(sub, counting) for value in params.values() for sub in _jaxprs(value)]
     if name == "cond":
         return max(inner)
     if name == "scan":
         return sum(inner) * params["length"]
     if name == "while":
-        return sum(inner) * turns
+        return sum(inner) * counting.unknown_turns
     if name == "shard_map":
         return sum(inner) * _num_parts(params)
     return sum(inner)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import Chip, chip_of
-from adpo_jax.devices.flops import has_kernels, traced_flops
+from adpo_jax.devices.flops import GROUPED_PRODUCTS, OF_ROWS_LEFT, has_kernels, traced_flops
 from adpo_jax.devices.topologies import lowered, one_host, topology_devices
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.forecast import Least, Lengths
@@ -37,6 +37,7 @@ from adpo_jax.dry_run.report import PROGRAM_OF, Report, Step
 from adpo_jax.engine.cache_plan import readable
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.model.exchange import ROOM
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Sequences
 from adpo_jax.run import loading, setup
@@ -271,7 +272,11 @@ def _compiled(
     program = Program(compiled.as_text(), turns, slices)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = memory.argument_size_in_bytes + results
-    flops = program.flops + (least.kernel_flops if has_kernels(traced) else 0)
+    asked = traced_flops(traced, turns, of_experts=False)
+    others = program.flops_without((*GROUPED_PRODUCTS, OF_ROWS_LEFT))
+    of_attention = least.kernel_flops if has_kernels(traced) else 0
+    # What experts multiply depends on what routers choose: this is the room for it.
+    of_experts = (traced_flops(traced, turns) - asked) // len(devices)
     kernel_s, linked_s = None, 0.0
     if chip is not None:
         launch = forecast.LAUNCH_S.get("gpu" if chip.gpu else "tpu", 0.0)
@@ -280,16 +285,17 @@ def _compiled(
         share = (moved if least.moved is None else least.moved) // max(sum(kernels.values()), 1)
         of_kernels = dict.fromkeys(kernels, share if name == "decode" else 0)
         kernel_s = program.seconds(chip.flops, chip.bandwidth, launch=launch, of_kernels=of_kernels)
-        if has_kernels(traced):
-            kernel_s += least.kernel_flops / chip.flops
+        kernel_s += of_attention / chip.flops
+        if program.flops == others:  # else they are no kernels, and counted
+            kernel_s += of_experts / chip.flops
         linked_s = sum(c.bytes for c in program.collectives) / (chip.link or chip.bandwidth)
     return Step(
         name=name,
         calls=calls,
         temporary=memory.temp_size_in_bytes + results,
         moved=moved if least.moved is None else least.moved,
-        flops=flops,
-        balance=program.flops * len(devices) / max(traced_flops(traced, turns), 1),
+        flops=others + of_attention + int(of_experts / ROOM),
+        balance=others * len(devices) / max(asked, 1),
         collectives=program.collectives,
         launches=program.launches,
         compile_s=seconds,

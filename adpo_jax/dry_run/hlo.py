@@ -163,14 +163,18 @@ class Program:
     @functools.cached_property
     def flops(self) -> int:
         """Floating-point operations of the matrix products; a multiply-add counts as two."""
+        return self.flops_without(())
+
+    def flops_without(self, functions: Sequence[str]) -> int:
+        """`flops` but for those of jitted functions with these names."""
         total = 0
         for name, instructions in self._computations.items():
             shapes = {i.name: i.shape for i in instructions}
             for i in instructions:
-                if i.opcode == "dot":
-                    total += self._times[name] * _dot_flops(i, shapes)
-                elif i.opcode == "convolution":
-                    total += self._times[name] * _convolution_flops(i, shapes)
+                if i.opcode not in ("dot", "convolution") or _is_of(i, functions):
+                    continue
+                count = _dot_flops if i.opcode == "dot" else _convolution_flops
+                total += self._times[name] * count(i, shapes)
         return total
 
     @functools.cached_property
@@ -481,6 +485,13 @@ def _convolution_flops(i: _Instruction, shapes: dict[str, str]) -> int:
             if 0 <= (at := o * stride + k * dilate - low) < length and at % spread == 0
         )
     return 2 * total
+
+
+def _is_of(i: _Instruction, functions: Sequence[str]) -> bool:
+    """Whether a jitted function with one of these names made an instruction."""
+    if not functions:
+        return False
+    return bool(re.search(rf'op_name="[^"]*\bjit\(({"|".join(functions)})\)', i.rest))
 
 
 def _source(rest: str) -> str:

@@ -21,9 +21,10 @@ class Step:
       temporary: bytes that it allocates while it runs, its results included.
       moved: bytes that it has to read and write: its arguments and results, of the cache what is
         seen.
-      flops: FLOPs of its matrix products, those inside of kernels included.
-      balance: flops x devices / flops that the program asks for: 1 if no device repeats another's
-        work.
+      flops: FLOPs of its matrix products, those inside of kernels included, and those of experts
+        as an even choice needs them.
+      balance: FLOPs of its products x devices / FLOPs that the program asks for, kernels and
+        experts left out of both: 1 if no device repeats another's work.
       launches: kernels that the device is given, one after the other; what a TPU's compiler makes
         of a program is one.
       compile_s: seconds that compiling took here.
