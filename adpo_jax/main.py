@@ -104,6 +104,7 @@ def main(argv: list[str], **parts) -> int:
 
     from adpo_jax import train
     from adpo_jax.devices import compilation_cache, distributed
+    from adpo_jax.devices.host_network import HostLost
     from adpo_jax.log.progress import telling
     from adpo_jax.rewards import RewardError
     from adpo_jax.rollouts.source import SourceError
@@ -154,7 +155,7 @@ def main(argv: list[str], **parts) -> int:
         except Interrupted:
             distributed.wait_for_all("stopped")  # else the last process takes the others for dead
             return INTERRUPTED
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, HostLost) as error:
             if jax.process_count() == 1:
                 raise
             _failed(

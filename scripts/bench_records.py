@@ -43,17 +43,21 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
-def main() -> None:
-    a = arguments()
-    host_memory.tune_malloc()
-    rng = np.random.default_rng(0)
-    median = a.mean / np.exp(a.sigma**2 / 2)
-    shape = (a.prompts, a.gens)
-    lengths = np.clip(rng.lognormal(np.log(median), a.sigma, shape), 1, a.cap).astype(int)
-    fields = {name: dtype for name, dtype in token_fields().items() if name != "full_log_probs"}
-    wanted = int(lengths.sum()) * sum(dtype.itemsize for dtype in fields.values())
+def lognormal(prompts: int, gens: int, mean: float, sigma: float, cap: int) -> np.ndarray:
+    """Lengths [prompts, gens] of completions, the same every time."""
+    median = mean / np.exp(sigma**2 / 2)
+    drawn = np.random.default_rng(0).lognormal(np.log(median), sigma, (prompts, gens))
+    return np.clip(drawn, 1, cap).astype(int)
 
-    before = resident()
+
+def field_bytes() -> int:
+    """Bytes of the fields of a token, without the log-probs that only truncated sampling keeps."""
+    fields = token_fields()
+    return sum(dtype.itemsize for name, dtype in fields.items() if name != "full_log_probs")
+
+
+def graded(lengths: np.ndarray, prompt_len: int) -> GradedGroups:
+    """Records of completions with these lengths."""
     groups = [
         [
             Completion.sampled(np.full(n, 7, np.int32), np.full(n, -1.0, np.float32), "stop")
@@ -61,9 +65,19 @@ def main() -> None:
         ]
         for row in lengths
     ]
-    prompts = Prompts([[1] * a.prompt_len for _ in range(a.prompts)], {"solution": [""]})
+    columns = {"solution": [""] * len(lengths)}
+    prompts = Prompts([[1] * prompt_len for _ in lengths], columns)
     scores = Scores(np.zeros(lengths.size, np.float32), {}, {})
-    batch = GradedGroups(prompts, Completions(groups), [""] * lengths.size, scores)
+    return GradedGroups(prompts, Completions(groups), [""] * lengths.size, scores)
+
+
+def main() -> None:
+    a = arguments()
+    host_memory.tune_malloc()
+    lengths = lognormal(a.prompts, a.gens, a.mean, a.sigma, a.cap)
+    wanted = int(lengths.sum()) * field_bytes()
+    before = resident()
+    batch = graded(lengths, a.prompt_len)
     host_memory.give_back()
     records = resident() - before
 

@@ -9,11 +9,15 @@ command goes on from the last checkpoint.
 """
 
 import contextlib
+import dataclasses
+import functools
 import glob
 import importlib.util
 import os
 import pickle
+import secrets
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +25,33 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from adpo_jax.devices.host_network import SECRET_BYTES, Address, Listener, Ring
+
 # The variables that a launcher sets for each process; JAX itself reads the first one alone.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
+
+# Where a process listens, and what it would have all say to each other.
+_ADDRESS = np.dtype([("host", "S46"), ("port", np.uint16), ("secret", np.uint8, SECRET_BYTES)])
+
+
+@dataclasses.dataclass
+class _Network:
+    """What `initialize` learns of the network between the hosts.
+
+    Attributes:
+      near: the host of process 0; "" where JAX finds it itself.
+      timeout_s: as of `initialize`.
+    """
+
+    near: str = ""
+    timeout_s: float = 100.0
+
+
+_network = _Network()
 
 
 def initialize(wanted: bool | None, *, timeout_s: int) -> None:
@@ -42,6 +67,9 @@ def initialize(wanted: bool | None, *, timeout_s: int) -> None:
     found = _environment()
     if wanted is False or (wanted is None and found is None):
         return
+    _network.timeout_s = timeout_s
+    if address := (found or {}).get("coordinator_address"):
+        _network.near = address.rpartition(":")[0].strip("[]")
     try:
         jax.distributed.initialize(
             **(found or {}),
@@ -131,13 +159,51 @@ def all_gather(value: Any) -> list:
     """
     if jax.process_count() == 1:
         return [value]
-    mine = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(mine.size))
+    mine, ring = pickle.dumps(value, protocol=5), host_ring()
+    blocks = _through_devices(mine) if ring is None else ring.all_gather(mine)
+    return [pickle.loads(block) for block in blocks]
+
+
+@functools.cache
+def host_ring() -> Ring | None:
+    """The connections of all processes; None where their hosts do not reach each other.
+
+    All processes call this for the first time together.
+    """
+    me, mine, ring, problem = jax.process_index(), np.zeros((), _ADDRESS), None, ""
+    with Listener(_network.near) as listener:
+        mine["host"], mine["port"] = listener.address.host.encode(), listener.address.port
+        mine["secret"] = list(secrets.token_bytes(SECRET_BYTES))
+        every = multihost_utils.process_allgather(np.frombuffer(mine.tobytes(), np.uint8))
+        every = np.frombuffer(np.ascontiguousarray(every).tobytes(), _ADDRESS)
+        addresses = [Address(one["host"].decode(), int(one["port"])) for one in every]
+        try:
+            ring = listener.ring(addresses, me, every[0]["secret"].tobytes(), _network.timeout_s)
+        except OSError as error:
+            problem = str(error)
+    if np.all(multihost_utils.process_allgather(np.array(ring is not None))):
+        return ring
+    if problem:
+        warnings.warn(
+            f"process {me} does not reach its neighbours over ports of their hosts ({problem}); "
+            "what processes sample is exchanged through the memory of the devices",
+            stacklevel=2,
+        )
+    if ring is not None:
+        ring.close()
+    return None
+
+
+def _through_devices(mine: bytes) -> list[bytes]:
+    """The bytes of all processes, by a collective of their devices."""
+    mine = np.frombuffer(mine, np.uint8)
+    parts = np.array(divmod(mine.size, 1 << 20), np.int32)  # the size may need 64 bits
+    sizes = multihost_utils.process_allgather(parts).reshape(-1, 2) @ np.array([1 << 20, 1])
     # The length is a power of two, so that few programs are compiled.
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
     padded[: mine.size] = mine
     rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+    return [row[:size].tobytes() for row, size in zip(rows, sizes)]
 
 
 def wait_for_all(name: str) -> None:
