@@ -162,6 +162,7 @@ def test_two_processes_train_as_one_does(tmp_path, overrides, name, more):
         samples = [(run / "samples" / f"{name}.jsonl").read_text() for run in (two, one)]
         assert samples[0] == samples[1]
     assert "2 processes" in log_of(two, 0)
+    assert "does not reach its neighbours" not in log_of(two, 0)
     assert "iteration" not in log_of(two, 1)
 
 
@@ -208,6 +209,7 @@ def test_a_process_that_dies_stops_the_other_and_the_run_goes_on_from_its_checkp
     while not (two / "checkpoints" / "2").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     processes[victim].send_signal(signal.SIGKILL)
+    processes[victim].wait()
     killed = time.monotonic()
     other = processes[1 - victim]
     try:

@@ -79,16 +79,18 @@ def parts_of(stream: Stream, shares: int, lists_of: Callable | None) -> tuple[ja
     m = stream.num_key_tiles // shares
     N = m * stream.tile
 
-    def of_share(share: int):
+    def of_share(share):
         within = stream.key_tiles - share * m
         is_here = (within >= 0) & (within < m)
         order = jnp.argsort(~is_here, axis=-1, stable=True)[..., : min(m, within.shape[-1])]
         tiles = jnp.take_along_axis(jnp.where(is_here, within, -1), order, axis=-1)
-        keys = Tokens(*(x[:, share * N : (share + 1) * N] for x in stream.keys[:2]))
-        part = stream._replace(key_tiles=tiles, keys=keys)
+        keys = (jax.lax.dynamic_slice_in_dim(x, share * N, N, axis=1) for x in stream.keys[:2])
+        part = stream._replace(key_tiles=tiles, keys=Tokens(*keys))
         return tiles, None if lists_of is None else lists_of(part)
 
-    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *map(of_share, range(shares)))
+    # One after the other: there may be many shares.
+    every = jax.lax.map(of_share, jnp.arange(shares, dtype=jnp.int32))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), every)
 
 
 def attend(
