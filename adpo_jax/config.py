@@ -462,8 +462,8 @@ def _actor() -> dict[str, Key]:
         "sequence_exchange": Key(
             "auto",
             "how devices along mesh.sequence see each other's keys and values: all gathered in "
-            "every layer, or one share after the other in a ring, which holds two shares at once; "
-            "auto takes the ring where a layer's are 1 GiB or more",
+            "every layer, or one share after the other in a ring, which holds a few shares at "
+            "once; auto takes the ring where a layer's are 1 GiB or more",
             choices=("auto", "gather", "ring"),
             needs=(
                 Need("mesh.sequence above 1", lambda c: c.mesh.sequence != 1),

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -144,6 +145,8 @@ def main(argv: list[str], **parts) -> int:
             return _failed(error)
         except Interrupted as reason:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
+        except HostLost as error:
+            _leave(error)
         try:
             train.run(prepared, interruption)
         except (RewardError, EnvironmentFailed, CheckpointError, SourceError) as error:
@@ -158,12 +161,17 @@ def main(argv: list[str], **parts) -> int:
         except (jax.errors.JaxRuntimeError, HostLost) as error:
             if jax.process_count() == 1:
                 raise
-            _failed(
-                "another host has stopped or cannot be reached; the last checkpoint is whole, and "
-                f"the same command goes on from it. What was seen here: {error}"
-            )
-            os._exit(HOST_LOST)  # leaving in good order would wait for the other host
+            _leave(error)
     return 0
+
+
+def _leave(error: Exception) -> NoReturn:
+    """Ends this process at once: leaving in good order would wait for the host that is lost."""
+    _failed(
+        "another host has stopped or cannot be reached; the last checkpoint is whole, and "
+        f"the same command goes on from it. What was seen here: {error}"
+    )
+    os._exit(HOST_LOST)
 
 
 def _check_role() -> None:

@@ -13,6 +13,7 @@ bytes that a process sends over the bytes of the fields of the tokens that the o
 import argparse
 import json
 import os
+import pickle
 import socket
 import statistics
 import subprocess
@@ -49,6 +50,8 @@ def measure(a: argparse.Namespace) -> None:
     own = distributed.own_rows(a.prompts)
     mine = graded(lengths[own.start : own.stop], a.prompt_len)
     ring = distributed.host_ring()
+    if ring is None:
+        raise SystemExit("the processes do not reach each other")
     for way in ("hosts", "devices"):
         if way == "devices":
             distributed.host_ring = lambda: None
@@ -63,7 +66,7 @@ def measure(a: argparse.Namespace) -> None:
         following = (jax.process_index() + 1) % a.processes
         theirs = range(*(a.prompts * (following + i) // a.processes for i in (0, 1)))
         passed_on = lengths.sum() - lengths[theirs.start : theirs.stop].sum()
-        padded = 1 << (mine_bytes(mine) - 1).bit_length()
+        padded = 1 << (max(map(travelling_bytes, found)) - 1).bit_length()
         result = {
             "way": way,
             "processes": a.processes,
@@ -78,11 +81,9 @@ def measure(a: argparse.Namespace) -> None:
             print(json.dumps(result), flush=True)
 
 
-def mine_bytes(mine) -> int:
+def travelling_bytes(part) -> int:
     """Bytes of a process' part as it travels."""
-    import pickle
-
-    return len(pickle.dumps(mine, protocol=5))
+    return len(pickle.dumps(part, protocol=5))
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from adpo_jax.report.figures import Picture
 from adpo_jax.report.page import t_quantile
 from adpo_jax.report.runs import Run
 from adpo_jax.run.exit_codes import USER_ERROR
+from adpo_jax.run.guard import TrainingStopped
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "arithmetic.py")
@@ -203,17 +204,14 @@ def table(found: dict, condition: str) -> str:
     header += ["KL from the start", "entropy", "collapsed"]
     lines = [header, ["---"] * len(header)]
     runs = found["runs"][condition]
+    adpo = runs.get("adpo", {})
     for method, by_seed in runs.items():
         best = max(found["search"][method], key=lambda tried: tried["reward"])
         rows = list(by_seed.values())
         cells = [method, f"{best['lr']:g}, {best['clip'] or 'none'}"]
         for name in ("final", "reward"):
             cells.append(mean_and_interval([row[name] for row in rows]))
-            pairs = [
-                (row[name], runs["adpo"][seed][name])
-                for seed, row in by_seed.items()
-                if seed in runs["adpo"]
-            ]
+            pairs = [(row[name], adpo[seed][name]) for seed, row in by_seed.items() if seed in adpo]
             cells.append("" if method == "adpo" else marked([a - b for a, b in pairs]))
         cells += [mean_and_interval([row[name] for row in rows]) for name in ("kl", "entropy")]
         cells.append(f"{sum(row['collapsed'] for row in rows)} of {len(rows)}")
@@ -301,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         compilation_cache.use(default_config().trainer.compilation_cache_dir)
         work(family, a.share, a.conditions)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TrainingStopped) as error:
         say_error(error)
         return USER_ERROR
     return 0

@@ -1,7 +1,9 @@
 """What scripts/compare.py makes of runs that are there."""
 
 import dataclasses
+import json
 import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -155,3 +157,58 @@ def test_methods_start_from_the_same_weights_and_see_the_same_prompts(
     assert compare["main"]([*argv, "algorithm.num_generations=4"]) == 2
     assert "num_generations: 2 -> 4" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "seed3" in p.parts} == before
+
+
+# --- the whole family
+
+
+@pytest.fixture(scope="module")
+def family():
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        yield runpy.run_path(str(SCRIPT.parent / "compare_family.py"))
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+
+
+def test_every_method_runs_under_every_condition_and_setting_of_the_search(family):
+    for method in family["METHOD_NAMES"]:
+        for changes in family["CONDITIONS"].values():
+            settings = family["GRID"][-1]
+            changes = family["COMMON"] | family["METHODS"][method] | settings | changes
+            config = finalized(family["read_config"](family["CONFIG"], changes))
+            assert config.actor_rollout_ref.actor.optim.lr == settings[family["LR"]]
+
+
+def test_a_known_share_of_verdicts_is_flipped_and_the_same_ones_again(family):
+    path, name = (family["FLIPPED"][f"custom_reward_function.{key}"] for key in ("path", "name"))
+    flipped = runpy.run_path(path)[name]
+    texts, solutions = ["#### 4", "#### 5"] * 2000, ["4"] * 4000
+    right = np.array([1.0, 0.0] * 2000)
+    np.testing.assert_array_equal(flipped(texts, solutions, rate=0.0), right)
+    np.testing.assert_array_equal(flipped(texts, solutions, rate=1.0), 1 - right)
+    found = np.array(flipped(texts, solutions, rate=0.2))
+    np.testing.assert_array_equal(flipped(texts, solutions, rate=0.2), found)
+    for wrong in (found != right)[::2], (found != right)[1::2]:  # each of equal texts for itself
+        assert wrong.mean() == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_table_of_a_condition_marks_what_seeds_do_not_explain(family, tmp_path):
+    def row(final, collapsed=False):
+        return {"final": final, "reward": 0.5, "kl": 1.0, "entropy": 0.1, "collapsed": collapsed}
+
+    tried = [
+        {"lr": 1e-3, "clip": 1.0, "reward": 0.4},
+        {"lr": 5e-4, "clip": 0, "reward": 0.6},
+    ]
+    ours = {"adpo": {"0": row(0.9), "1": row(0.92)}}
+    runs = ours | {"grpo": {"0": row(0.5), "1": row(0.521, True)}, "rloo": {"0": row(0.9)}}
+    found = {"search": dict.fromkeys(runs, tried), "runs": {"1 update": runs}}
+    _, _, adpo, grpo, rloo = family["table"](found, "1 update").splitlines()
+    assert adpo.startswith("| adpo | 0.0005, none | 0.91 ± 0.127 |  |")
+    assert "| **-0.4 ± 0.00635** |" in grpo
+    assert grpo.endswith("| 1 of 2 |")
+    assert "| 0 |" in rloo  # one seed: nothing is marked
+    (tmp_path / "family.json").write_text(json.dumps(found))
+    family["write_tables"](tmp_path / "family.json")
+    assert (tmp_path / "family_accuracy.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,7 @@ SECRET = bytes(range(SECRET_BYTES))
 
 
 @contextlib.contextmanager
-def rings_of(size: int, secrets=None, before=lambda addresses: None):
+def rings_of(size: int, secrets=None, before=lambda addresses: None, timeout_s=10.0):
     """What each of so many processes gets when they connect: a ring, or an error."""
     with contextlib.ExitStack() as opened:
         listeners = [opened.enter_context(Listener("127.0.0.1")) for _ in range(size)]
@@ -23,7 +24,7 @@ def rings_of(size: int, secrets=None, before=lambda addresses: None):
 
         def connect(rank, listener):
             try:
-                ring = listener.ring(addresses, rank, (secrets or {}).get(rank, SECRET), 10.0)
+                ring = listener.ring(addresses, rank, (secrets or {}).get(rank, SECRET), timeout_s)
             except OSError as error:
                 return error
             return opened.enter_context(contextlib.closing(ring))
@@ -53,6 +54,52 @@ def test_one_that_leaves_is_noticed_by_those_that_wait_for_it():
         for waiting in [pool.submit(rings[rank].all_gather, b"x") for rank in (0, 2)]:
             with pytest.raises(HostLost, match="another process broke"):
                 waiting.result(10)
+
+
+def test_a_slow_one_is_waited_for_however_much_it_has_to_take():
+    blocks = [bytes(20_000_000), b"late"]
+    with rings_of(2, timeout_s=1.0) as rings, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(rings[0].all_gather, blocks[0])
+        time.sleep(2.5)
+        assert not first.done()
+        assert list(map(bytes, rings[1].all_gather(blocks[1]))) == blocks
+        assert list(map(bytes, first.result(10))) == blocks
+
+
+def test_a_ring_that_breaks_leaves_no_thread_that_sends():
+    """The next one has not come to the exchange when the one before leaves."""
+    with rings_of(3) as rings:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(rings[0].all_gather, bytes(50_000_000))
+            time.sleep(0.3)
+            rings[2].close()
+            with pytest.raises(HostLost):
+                waiting.result(10)
+        with pytest.raises(HostLost, match="broke before"):
+            rings[0].all_gather(b"again")
+        (sender,) = rings[0]._sender._threads
+        sender.join(10)
+        assert not sender.is_alive()
+        with pytest.raises(HostLost):
+            rings[1].all_gather(b"x")
+
+
+def test_a_name_that_means_this_host_alone_to_itself_is_not_told_to_others(monkeypatch):
+    monkeypatch.setattr(host_network, "_NOBODY", "203.0.113.7")
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **k: real({"node0": "127.0.1.1"}.get(host, host), *a, **k),
+    )
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("203.0.113.7", 9))
+            by_default = probe.getsockname()[0]
+    except OSError:
+        pytest.skip("this machine has no default route")
+    assert host_network._own_address("node0") == by_default
+    assert host_network._own_address("127.0.0.1") == "127.0.0.1"
 
 
 def test_strangers_are_turned_away(monkeypatch):

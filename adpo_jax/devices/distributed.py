@@ -171,16 +171,23 @@ def host_ring() -> Ring | None:
     All processes call this for the first time together.
     """
     me, mine, ring, problem = jax.process_index(), np.zeros((), _ADDRESS), None, ""
-    with Listener(_network.near) as listener:
-        mine["host"], mine["port"] = listener.address.host.encode(), listener.address.port
-        mine["secret"] = list(secrets.token_bytes(SECRET_BYTES))
+    mine["secret"] = list(secrets.token_bytes(SECRET_BYTES))
+    with contextlib.ExitStack() as opened:
+        # Whatever fails here, the other processes wait in both exchanges.
+        try:
+            listener = opened.enter_context(Listener(_network.near))
+            mine["host"], mine["port"] = listener.address.host.encode(), listener.address.port
+        except Exception as error:
+            listener, problem = None, str(error)
         every = multihost_utils.process_allgather(np.frombuffer(mine.tobytes(), np.uint8))
         every = np.frombuffer(np.ascontiguousarray(every).tobytes(), _ADDRESS)
         addresses = [Address(one["host"].decode(), int(one["port"])) for one in every]
-        try:
-            ring = listener.ring(addresses, me, every[0]["secret"].tobytes(), _network.timeout_s)
-        except OSError as error:
-            problem = str(error)
+        if listener is not None:
+            try:
+                secret = every[0]["secret"].tobytes()
+                ring = listener.ring(addresses, me, secret, _network.timeout_s)
+            except Exception as error:
+                problem = str(error)
     if np.all(multihost_utils.process_allgather(np.array(ring is not None))):
         return ring
     if problem:

@@ -51,6 +51,19 @@ def has_kernels(traced: jax.stages.Traced) -> bool:
     return _any_kernel(traced.jaxpr.jaxpr)
 
 
+def has_exchange(traced: jax.stages.Traced) -> bool:
+    """Whether rows travel to the experts of other devices, with room for an uneven choice."""
+
+    def any_exchange(jaxpr) -> bool:
+        return any(
+            eqn.params.get("name") == OF_ROWS_LEFT
+            or any(any_exchange(sub) for value in eqn.params.values() for sub in _jaxprs(value))
+            for eqn in jaxpr.eqns
+        )
+
+    return any_exchange(traced.jaxpr.jaxpr)
+
+
 def _any_kernel(jaxpr) -> bool:
     return any(
         eqn.primitive.name == "pallas_call"

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 SECRET_BYTES = 16
+_NOBODY = "192.0.2.1"  # kept for documentation: the way there is the default route
 _CONNECT_S = 20.0
 _HANDSHAKE_S = (
     5.0  # of one connection: a stranger's that says nothing does not keep the ring waiting
@@ -104,6 +105,7 @@ class Ring:
         self._to_next, self._from_last = to_next, from_last
         self._rank, self._size = rank, size
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="host-network")
+        self._is_closed = False
         self.bytes_sent = 0
 
     def all_gather(self, mine: bytes) -> list[bytes | bytearray]:
@@ -112,6 +114,8 @@ class Ring:
         Raises:
           HostLost: when a connection breaks.
         """
+        if self._is_closed:
+            raise HostLost("the connection to another process broke before")
         blocks: list[bytes | bytearray] = [b""] * self._size
         blocks[self._rank] = mine
         try:
@@ -136,7 +140,10 @@ class Ring:
 
     def close(self) -> None:
         """Closes both connections; others that wait for this process are told."""
+        self._is_closed = True
         for connection in (self._to_next, self._from_last):
+            with contextlib.suppress(OSError):  # the other end has closed it
+                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that sends
             connection.close()
         self._sender.shutdown(wait=False)
 
@@ -159,21 +166,31 @@ def _received(connection: socket.socket, length: int) -> bytearray:
 
 def _own_address(near: str) -> str:
     """This host's address on the network that leads to another one."""
-    for target in (near, "192.0.2.1"):  # the second is nobody's: it names the default route
+    for target in (near, _NOBODY):
         if not target:
             continue
         try:
             family, *_, to = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
                 probe.connect(to)  # of UDP: sends nothing
-                return probe.getsockname()[0]
+                host = probe.getsockname()[0]
         except OSError:
             continue
+        # Many a host knows itself by a loopback address, which leads no other host to it.
+        if _is_loopback(target) or not _is_loopback(host):
+            return host
     return "127.0.0.1"
 
 
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def _keep_alive(connection: socket.socket, timeout_s: float) -> None:
-    """Lets a process wait for the other end as long as its host lives."""
+    """Lets a process wait for the other end as long as its host answers.
+
+    A host that falls silent while it has bytes to take is noticed by JAX's own signs of life.
+    """
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -182,5 +199,3 @@ def _keep_alive(connection: socket.socket, timeout_s: float) -> None:
     for name, value in (("TCP_KEEPIDLE", every), ("TCP_KEEPINTVL", every), ("TCP_KEEPCNT", probes)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout_s))

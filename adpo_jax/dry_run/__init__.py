@@ -28,7 +28,13 @@ from ml_collections import ConfigDict
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import Chip, chip_of
-from adpo_jax.devices.flops import GROUPED_PRODUCTS, OF_ROWS_LEFT, has_kernels, traced_flops
+from adpo_jax.devices.flops import (
+    GROUPED_PRODUCTS,
+    OF_ROWS_LEFT,
+    has_exchange,
+    has_kernels,
+    traced_flops,
+)
 from adpo_jax.devices.topologies import lowered, one_host, topology_devices
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.forecast import Least, Lengths
@@ -275,7 +281,8 @@ def _compiled(
     asked = traced_flops(traced, turns, of_experts=False)
     others = program.flops_without((*GROUPED_PRODUCTS, OF_ROWS_LEFT))
     of_attention = least.kernel_flops if has_kernels(traced) else 0
-    # What experts multiply depends on what routers choose: this is the room for it.
+    # What experts multiply depends on what routers choose: this is the room for it, and the rows
+    # of an even choice where nothing is exchanged.
     of_experts = (traced_flops(traced, turns) - asked) // len(devices)
     kernel_s, linked_s = None, 0.0
     if chip is not None:
@@ -286,7 +293,7 @@ def _compiled(
         of_kernels = dict.fromkeys(kernels, share if name == "decode" else 0)
         kernel_s = program.seconds(chip.flops, chip.bandwidth, launch=launch, of_kernels=of_kernels)
         kernel_s += of_attention / chip.flops
-        if program.flops == others:  # else they are no kernels, and counted
+        if program.flops_without((OF_ROWS_LEFT,)) == others:  # else they are counted
             kernel_s += of_experts / chip.flops
         linked_s = sum(c.bytes for c in program.collectives) / (chip.link or chip.bandwidth)
     return Step(
@@ -294,7 +301,7 @@ def _compiled(
         calls=calls,
         temporary=memory.temp_size_in_bytes + results,
         moved=moved if least.moved is None else least.moved,
-        flops=others + of_attention + int(of_experts / ROOM),
+        flops=others + of_attention + int(of_experts / (ROOM if has_exchange(traced) else 1)),
         balance=others * len(devices) / max(asked, 1),
         collectives=program.collectives,
         launches=program.launches,

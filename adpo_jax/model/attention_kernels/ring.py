@@ -1,10 +1,11 @@
 """Attention of shares of a stream, to which the keys and values of all others come one by one.
 
-Each device has the queries, keys and values of its share. Keys and values go round: after every
-turn a device hands those that it has on to the next one, so that it never holds more than two
-shares of them. What queries found in each share is added up by the logs of its normaliser (Liu et
-al. 2023, arXiv 2310.01889). In the backward pass the gradients of keys and values go round with
-them and come home last. The plain version is the all-gather of `per_device`.
+Each device has the queries, keys and values of its share. Keys and values go round: in every turn
+a device hands those that it has on to the next one, so that however many devices there are, it
+holds three shares of them: its own, those at hand and those that arrive. What queries found in each
+share is added up by the logs of its normaliser (Liu et al. 2023, arXiv 2310.01889). In the backward
+pass the gradients of keys and values go round with them and come home last. The plain version is
+the all-gather of `per_device`.
 
 Letters: B streams, N tokens of a share, n tiles, J listed key tiles, S shares, H heads, K key/value
 heads, D head dim.
