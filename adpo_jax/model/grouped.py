@@ -3,12 +3,13 @@
     grouped_product(x, w, sizes)   row s of x times the matrix of its group
     grouped_outer(x, g, sizes)     for each group the sum of the outer products of its rows
 
-Rows are sorted by group. No group has a bound, and rows behind the last group give zeros. There are
-three forms. `jax.lax.ragged_dot` is the one of TPUs. XLA's compilers for CPUs and GPUs have no such
-product and multiply every row by every matrix, E times the work. On a GPU kernels do it
-(`grouped_gpu`), where they take the dtype. On a CPU a loop runs over blocks of rows of one group.
-It turns as often as there are blocks that hold a row, so the matrices of groups without rows are
-not read.
+Rows are sorted by group. No group has a bound, and rows behind the last group give zeros. The plain
+form is `jax.lax.ragged_dot`. A TPU's compiler has such a product but not the outer one; those for
+CPUs and GPUs have neither. What a compiler has not it does with every row and every matrix, E times
+the work. So outer products are summed by jax's kernel (`megablox`) on a TPU; on a GPU kernels do
+both (`grouped_gpu`), where they take the dtype; and on a CPU a loop runs over blocks of rows of one
+group. It turns as often as there are blocks that hold a row, so the matrices of groups without rows
+are not read.
 
 Letters: S rows, E groups, D width, F width of the output, C rows of a block.
 """
@@ -17,8 +18,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
 from adpo_jax.model import grouped_gpu
+
+# Of a TPU: numbers side by side, and the most on a side of a tile of sums, whose float32 lie in the
+# fast memory of a core three times.
+LANES, MOST_SUMS = 128, 768
 
 # Rows of a block at most: enough to pay for the copy of a matrix that XLA makes before each block.
 MAX_BLOCK = 256
@@ -40,7 +46,7 @@ def grouped_product(x_SD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> ja
 @jax.jit
 def grouped_outer(x_SD: jax.Array, g_SF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The sum of x g^T over the rows of each group, [E, D, F] float32; 0 for an empty group."""
-    forms = {"cpu": outer_by_blocks, "default": outer_by_ragged_dot}
+    forms = {"cpu": outer_by_blocks, "tpu": outer_by_megablox, "default": outer_by_ragged_dot}
     if grouped_gpu.runs(x_SD.dtype, x_SD.shape[1], g_SF.shape[1]):
         forms["cuda"] = grouped_gpu.outer
     return jax.lax.platform_dependent(x_SD, g_SF, sizes_E, **forms)
@@ -78,6 +84,20 @@ def outer_by_ragged_dot(x_SD, g_SF, sizes_E):
         ),
         preferred_element_type=jnp.float32,
     )
+
+
+def outer_by_megablox(x_SD, g_SF, sizes_E, *, interpret: bool = False):
+    """`grouped_outer` by jax's kernel for TPUs."""
+    tile = LANES * min(-(-len(x_SD) // LANES), 4)
+    x, g = (jnp.pad(a, ((0, -len(a) % tile), (0, 0))) for a in (x_SD, g_SF))
+    tiling = (tile, _tile_of(x.shape[1]), _tile_of(g.shape[1]))
+    return tgmm(x.T, g, sizes_E, jnp.float32, tiling, interpret=interpret)
+
+
+def _tile_of(size: int) -> int:
+    """The side of a tile of sums: whole lanes where they divide the size, within fast memory."""
+    fits = [tile for tile in range(LANES, MOST_SUMS + 1, LANES) if size % tile == 0]
+    return max(fits, default=min(size, MOST_SUMS))
 
 
 # --- blocks
