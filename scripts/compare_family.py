@@ -7,7 +7,7 @@ First each method's learning rate and gradient clip are searched on seeds that a
 it runs with the best of them under every condition: one and four updates an iteration, rewards with
 a fifth of the verdicts flipped, and rollouts that are up to one, two and four updates old. Runs
 that are finished are not repeated, so the same command goes on where it stopped; two processes may
-share the work (`--share 1/2` and `2/2`, after `--starts`). With `--results`, what is finished is
+share the work by methods (`--methods`, after `--starts`). With `--results`, what is finished is
 written to that file, and its tables and pictures beside it; `--tables` makes these from the file
 alone.
 """
@@ -15,7 +15,7 @@ alone.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +83,7 @@ ENTROPY = "rollout/entropy"
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument(
-        "--share", default="1/1", metavar="I/N", help="this process' part of the methods"
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--starts", action="store_true", help="make the common starts and stop")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--results", type=Path, help="JSON file to write; runs nothing")
@@ -264,10 +262,8 @@ def write_tables(path: Path) -> None:
     picture(found).save_png(path.parent)
 
 
-def work(family: Family, share: str, conditions: list[str]) -> None:
-    """Does this process' part of the search and of the runs."""
-    part, of = map(int, share.split("/"))
-    methods = METHOD_NAMES[part - 1 :: of]
+def work(family: Family, methods: Sequence[str], conditions: Sequence[str]) -> None:
+    """The search of these methods, and their runs under these conditions."""
     for method in methods:
         family.search(method)
         forget_programs()
@@ -298,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
                 family.config({}, seed)
             return 0
         compilation_cache.use(default_config().trainer.compilation_cache_dir)
-        work(family, a.share, a.conditions)
+        work(family, a.methods, a.conditions)
     except (OSError, ValueError, TrainingStopped) as error:
         say_error(error)
         return USER_ERROR
