@@ -10,9 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.dry_run.hlo import Program
 from adpo_jax.engine.kernels import decode_tpu
 from adpo_jax.engine.kv_cache import CacheLayout, Reach
 from adpo_jax.engine.verbs import Verbs
+from adpo_jax.model import grouped
 from adpo_jax.model.decoder import ModelConfig
 from adpo_jax.model.rope import Rope
 from adpo_jax.update.packing import tile_of
@@ -173,3 +175,17 @@ def test_replicas_alone_reach_over_two_slices(v5e):
     for number, devices in enumerate(mesh.devices):
         assert {device.slice_index for device in devices.flat} == {number}
     assert dict(make_mesh(devices=topology.devices, dcn_data=1).shape)["fsdp"] == 8
+
+
+def test_products_of_experts_multiply_each_row_once_on_a_v5e(on_tpu):
+    """XLA alone would sum outer products over all rows for each of the experts."""
+    x, g = (jax.ShapeDtypeStruct((4096, width), jnp.bfloat16) for width in (2048, 768))
+    w = jax.ShapeDtypeStruct((16, 2048, 768), jnp.bfloat16)
+    for function, arguments in (
+        (grouped.grouped_outer, (x, g, ints(16))),
+        (grouped.grouped_product, (x, w, ints(16))),
+    ):
+        compiled = function.lower(*on_tpu(arguments)).compile()
+        assert Program(compiled.as_text()).flops == 0  # what is left is a kernel's
+    plain = jax.jit(grouped.outer_by_ragged_dot).lower(*on_tpu((x, g, ints(16)))).compile()
+    assert Program(plain.as_text()).flops == 16 * 2 * 4096 * 2048 * 768

@@ -275,11 +275,12 @@ def _compiled(
     compiled = lowered(traced, devices[0]).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    program = Program(compiled.as_text(), turns, slices)
+    # No device has rows left where routers choose evenly.
+    program = Program(compiled.as_text(), turns, slices, not_entered=(OF_ROWS_LEFT,))
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = memory.argument_size_in_bytes + results
     asked = traced_flops(traced, turns, of_experts=False)
-    others = program.flops_without((*GROUPED_PRODUCTS, OF_ROWS_LEFT))
+    others = program.flops_without(GROUPED_PRODUCTS)
     of_attention = least.kernel_flops if has_kernels(traced) else 0
     # What experts multiply depends on what routers choose: this is the room for it, and the rows
     # of an even choice where nothing is exchanged.
@@ -293,7 +294,7 @@ def _compiled(
         of_kernels = dict.fromkeys(kernels, share if name == "decode" else 0)
         kernel_s = program.seconds(chip.flops, chip.bandwidth, launch=launch, of_kernels=of_kernels)
         kernel_s += of_attention / chip.flops
-        if program.flops_without((OF_ROWS_LEFT,)) == others:  # else they are counted
+        if program.flops == others:  # else they are counted
             kernel_s += of_experts / chip.flops
         linked_s = sum(c.bytes for c in program.collectives) / (chip.link or chip.bandwidth)
     return Step(

@@ -96,12 +96,20 @@ class Program:
     Args:
       unknown_turns: the turns of a loop whose end is decided while it runs.
       slices: the slice that each device of the program is in, in the order of the mesh.
+      not_entered: names of jitted functions whose loops do not turn.
     """
 
-    def __init__(self, text: str, unknown_turns: int = 1, slices: Sequence[int] = ()):
+    def __init__(
+        self,
+        text: str,
+        unknown_turns: int = 1,
+        slices: Sequence[int] = (),
+        not_entered: Sequence[str] = (),
+    ):
         self._computations, self._entry = _parse(text)
         self._unknown_turns = unknown_turns
         self._slices = slices
+        self._not_entered = not_entered
 
     @functools.cached_property
     def _times(self) -> dict[str, int]:
@@ -132,6 +140,8 @@ class Program:
         return order[::-1]
 
     def _turns(self, loop: _Instruction) -> int:
+        if _is_of(loop, self._not_entered):
+            return 0
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1)
         instructions = self._computations[condition]
         root = instructions[-1]
