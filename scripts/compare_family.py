@@ -217,6 +217,18 @@ def table(found: dict, condition: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def table_of_search(found: dict) -> str:
+    """The mean reward of every setting that was tried, a line a method, the best one bold."""
+    settings = list(next(iter(found["search"].values())))
+    names = [f"{one['lr']:g}, {one['clip'] or 'none'}" for one in settings]
+    lines = [["method", *names], ["---"] * (len(names) + 1)]
+    for method, tried in found["search"].items():
+        rewards = [one["reward"] for one in tried]
+        cells = [f"**{r:.3f}**" if r == max(rewards) else f"{r:.3f}" for r in rewards]
+        lines.append([method, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def marked(differences: list[float]) -> str:
     """A mean with its interval, bold where the interval leaves out 0."""
     text = mean_and_interval(differences)
@@ -257,6 +269,7 @@ def picture(found: dict) -> Picture:
 def write_tables(path: Path) -> None:
     """Prints the tables of a results file, and draws its picture beside the docs' others."""
     found = json.loads(path.read_text())
+    print(f"**lr, clip**\n\n{table_of_search(found)}")
     for condition in found["runs"]:
         print(f"**{condition}**\n\n{table(found, condition)}")
     picture(found).save_png(path.parent)

@@ -209,6 +209,9 @@ def test_the_table_of_a_condition_marks_what_seeds_do_not_explain(family, tmp_pa
     assert "| **-0.4 ± 0.00635** |" in grpo
     assert grpo.endswith("| 1 of 2 |")
     assert "| 0 |" in rloo  # one seed: nothing is marked
+    search = family["table_of_search"](found).splitlines()
+    assert search[0] == "| method | 0.001, 1.0 | 0.0005, none |"
+    assert search[2] == "| adpo | 0.400 | **0.600** |"
     (tmp_path / "family.json").write_text(json.dumps(found))
     family["write_tables"](tmp_path / "family.json")
     assert (tmp_path / "family_accuracy.png").stat().st_size > 10_000
