@@ -171,6 +171,9 @@ def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     assert "mesh.sequence=2, devices of mesh.fsdp, frees about" in cures
     assert f"anchor.mode=on_policy frees {dry_run.readable(report.resident['anchor'])}" in cures
     assert "mesh.data=1" in cures
+    assert "sequence_exchange=ring" not in cures
+    shared = sharding.make_mesh(fsdp=4, sequence=2)
+    assert "sequence_exchange=ring" in "\n".join(dry_run._cures(config, small, shared, engine))
     optimizer = dry_run.readable(report.resident["optimizer"])
     assert f"optimizer_offload=True frees {optimizer} but for the update" not in cures
     rollout_alone = dataclasses.replace(small, steps=small.steps[:2])

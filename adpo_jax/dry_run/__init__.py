@@ -358,6 +358,12 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
         if mesh.shape["fsdp"] % 2 == 0 and config.actor_rollout_ref.actor.layout == "packed":
             shares = 2 * sharding.BatchSharding(mesh).num_shares
             yield f"mesh.sequence={shares}, devices of mesh.fsdp, frees {half} of an update"
+        is_shared = sharding.BatchSharding(mesh).num_shares > 1
+        if is_shared and config.actor_rollout_ref.actor.sequence_exchange != "ring":
+            yield (
+                "actor_rollout_ref.actor.sequence_exchange=ring holds a few shares of a layer's "
+                "keys and values in an update, in place of all (auto does from 1 GiB on)"
+            )
         if not engine.free_cache_engine:
             yield f"rollout.free_cache_engine=True frees {readable(cache)} during the update"
     waits = {"optimizer": "actor_rollout_ref.actor.optimizer_offload", "anchor": "anchor.offload"}
