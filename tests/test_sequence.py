@@ -150,6 +150,20 @@ def test_shares_see_equally_many_key_tiles_and_every_token_has_one_place(lengths
     assert before == after
 
 
+def test_every_turn_of_a_ring_gives_all_devices_about_as_much_to_do():
+    """Two completions with tiles on devices of their own would each wait for half the turns."""
+    sequences = ragged(P=1, G=2, T=12000, mean=9000.0)
+    packed = Packing(sequences, shares=8).batch(sequences)
+    (key_tiles,) = packed.micro.key_tiles[0]
+    share = len(key_tiles) // 8
+    seen = np.zeros((8, 8), int)
+    for query, tiles in enumerate(key_tiles):
+        np.add.at(seen[query // share], (tiles[tiles > 0] - 1) // share, 1)
+    devices = np.arange(8)
+    busiest = sum(seen[devices, (devices - turn) % 8].max() for turn in range(8))
+    assert busiest < 1.2 * seen.sum() / 8
+
+
 def _seen(batch) -> set:
     """For each tile of queries, its first token and those of the tiles that it sees."""
     found = set()

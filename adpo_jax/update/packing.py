@@ -444,10 +444,9 @@ class Packing:
         prompt_tiles = self.size.prompt // self.tile
 
         def of_stream(stream: "_Stream") -> Order:
-            tiles_of_queries = stream.key_tiles(prompt_tiles)
-            costs = np.zeros(self.size.places // self.tile, int)
-            costs[: len(tiles_of_queries)] = list(map(len, tiles_of_queries))
-            return shared_out(costs, prompt_tiles, self.shares)
+            tiles_of_queries = list(stream.key_tiles(prompt_tiles))
+            empty = self.size.places // self.tile - len(tiles_of_queries)
+            return shared_out(tiles_of_queries + [()] * empty, prompt_tiles, self.shares)
 
         return [list(map(of_stream, shard)) for shard in self.streams]
 

@@ -3,6 +3,8 @@
 Letters: n tiles of a stream, W tokens of a tile, C places of completions, S shares.
 """
 
+import collections
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +24,22 @@ class Order(NamedTuple):
     loads: np.ndarray
 
 
-def shared_out(costs: np.ndarray, prompt_tiles: int, shares: int) -> Order:
+def shared_out(key_tiles: Sequence[Collection[int]], prompt_tiles: int, shares: int) -> Order:
     """Deals tiles out from the dearest to the cheapest, each to the lightest share that has room.
 
+    The tiles of one completion, which see each other, go to all shares alike: in a ring every
+    device then has something to do in each turn.
+
     Args:
-      costs: [n] int, the key tiles that each tile sees, those of prompts first.
+      key_tiles: the key tiles that each of the n tiles sees, those of prompts first.
     """
-    loads = np.zeros(shares, int)
+    costs, loads = np.array(list(map(len, key_tiles))), np.zeros(shares, int)
+    held = collections.defaultdict(lambda: np.zeros(shares, int))
+
+    def owner(tile: int) -> int:
+        """The first tile of the prompt or completion that a tile begins with."""
+        first = 0 if tile < prompt_tiles else prompt_tiles
+        return min((t for t in key_tiles[tile] if t >= first), default=-1)
 
     def deal(first: int, end: int) -> np.ndarray:
         """[S, tiles of a share], ascending in each."""
@@ -36,9 +47,11 @@ def shared_out(costs: np.ndarray, prompt_tiles: int, shares: int) -> Order:
         room = (end - first) // shares
         for tile in first + np.argsort(-costs[first:end], kind="stable"):
             open_ones = [s for s in range(shares) if len(dealt[s]) < room]
-            lightest = min(open_ones, key=loads.__getitem__)
+            of_owner = held[owner(tile)]
+            lightest = min(open_ones, key=lambda s: (of_owner[s], loads[s]))
             dealt[lightest].append(tile)
             loads[lightest] += costs[tile]
+            of_owner[lightest] += 1
         return np.sort(np.array(dealt, int).reshape(shares, room), axis=1)
 
     completions = deal(prompt_tiles, len(costs))
