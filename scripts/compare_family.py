@@ -82,7 +82,7 @@ ENTROPY = "rollout/entropy"
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/family"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--starts", action="store_true", help="make the common starts and stop")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))

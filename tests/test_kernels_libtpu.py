@@ -187,5 +187,10 @@ def test_products_of_experts_multiply_each_row_once_on_a_v5e(on_tpu):
     ):
         compiled = function.lower(*on_tpu(arguments)).compile()
         assert Program(compiled.as_text()).flops == 0  # what is left is a kernel's
+    # Of adapters, and of a width that is no multiple of the lanes.
+    for rows, D, F in ((4096, 2048, 32), (1000, 2880, 2880)):
+        x, g = (jax.ShapeDtypeStruct((rows, width), jnp.bfloat16) for width in (D, F))
+        grouped.grouped_outer.lower(*on_tpu((x, g, ints(16)))).compile()
+    x, g = (jax.ShapeDtypeStruct((4096, width), jnp.bfloat16) for width in (2048, 768))
     plain = jax.jit(grouped.outer_by_ragged_dot).lower(*on_tpu((x, g, ints(16)))).compile()
     assert Program(plain.as_text()).flops == 16 * 2 * 4096 * 2048 * 768

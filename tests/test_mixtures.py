@@ -315,6 +315,7 @@ def test_the_balance_of_products_over_devices_leaves_those_of_experts_out():
     traced = loss.trace(params)
     text = traced.lower().compile().as_text()
     program = Program(text, not_entered=(flops.OF_ROWS_LEFT,))
+    assert flops.has_exchange(traced)
     asked = flops.traced_flops(traced, of_experts=False)
     assert asked < flops.traced_flops(traced)
     assert 8 * program.flops_without(flops.GROUPED_PRODUCTS) == asked

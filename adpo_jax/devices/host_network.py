@@ -16,9 +16,7 @@ from typing import NamedTuple
 SECRET_BYTES = 16
 _NOBODY = "192.0.2.1"  # kept for documentation: the way there is the default route
 _CONNECT_S = 20.0
-_HANDSHAKE_S = (
-    5.0  # of one connection: a stranger's that says nothing does not keep the ring waiting
-)
+_HANDSHAKE_S = 5.0  # a stranger that connects and says nothing keeps the ring waiting no longer
 _LENGTH = struct.Struct("!Q")
 _GREETING = struct.Struct(f"!{SECRET_BYTES}sI")
 _WELCOME = b"welcome"

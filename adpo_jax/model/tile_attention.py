@@ -119,28 +119,13 @@ class _Shape:
     tile_by_tile: bool
 
 
-def stream_attention(
-    stream: Stream,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    windows: bool = False,
-    score_bytes: int = SCORE_BYTES,
-    mask_bytes: int = MASK_BYTES,
-    tile_by_tile: bool = False,
-) -> Attend:
+def stream_attention(stream: Stream, **settings) -> Attend:
     """Attention of a packed stream to itself, for the training forward.
 
     Args:
-      windows: whether any layer has a window or chunks; else all layers see alike.
-      score_bytes: the most bytes of scores that are alive at once, on all devices together.
-      mask_bytes: the most bytes of a mask that is made for all tiles at once.
-      tile_by_tile: whether gradients of keys are added up in a loop over the listed tiles, on one
-        device; else by a product with a 0/1 matrix, which the partitioner can split.
+      settings: as of `StreamAttention`.
     """
-    return StreamAttention(
-        stream, scale, soft_cap, windows, score_bytes, mask_bytes, tile_by_tile
-    ).attend
+    return StreamAttention(stream, **settings).attend
 
 
 class Saved(NamedTuple):
@@ -156,14 +141,20 @@ class Saved(NamedTuple):
 
 
 class StreamAttention:
-    """`stream_attention`, and its two passes each alone.
+    """Attention of a packed stream to its keys, and its two passes each alone.
 
-    Args: as of `stream_attention`.
+    Args:
+      windows: whether any layer has a window or chunks; else all layers see alike.
+      score_bytes: the most bytes of scores that are alive at once, on all devices together.
+      mask_bytes: the most bytes of a mask that is made for all tiles at once.
+      tile_by_tile: whether gradients of keys are added up in a loop over the listed tiles, on one
+        device; else by a product with a 0/1 matrix, which the partitioner can split.
     """
 
     def __init__(
         self,
         stream: Stream,
+        *,
         scale: float,
         soft_cap: float | None = None,
         windows: bool = False,
