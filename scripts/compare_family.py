@@ -1,7 +1,10 @@
-"""Compares every loss of the trainer on the embedded task, each at its own best settings.
+"""Compares every loss of the trainer on one task, each at its own best settings.
 
     python scripts/compare_family.py --out runs/family                       # all of it, hours
     python scripts/compare_family.py --out runs/family --results docs/results/family.json
+    python scripts/compare_family.py --task word_problems --model FOLDER --out runs/words   # days
+
+The task is the embedded one, or word problems with a real language model (configs/smollm2.py).
 
 First each method's learning rate and gradient clip are searched on seeds that are in no table; then
 it runs with the best of them under every condition: one and four updates an iteration, rewards with
@@ -13,6 +16,7 @@ alone.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,15 +45,6 @@ from adpo_jax.run.exit_codes import USER_ERROR
 from adpo_jax.run.guard import TrainingStopped
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = str(ROOT / "configs" / "arithmetic.py")
-COMMON = {
-    "actor_rollout_ref.actor.layout": "rows",  # one program a method, whatever the lengths
-    "data.train_batch_size": 8,
-    "trainer.log_samples_freq": 0,
-    "trainer.save_freq": 0,
-    "trainer.test_freq": 10,
-    "trainer.total_training_steps": 40,
-}
 FLIPPED = {
     "custom_reward_function.path": str(ROOT / "scripts" / "flipped_verdicts.py"),
     "custom_reward_function.name": "flipped_accuracy",
@@ -71,9 +66,61 @@ CONDITIONS = {
     "up to 1 update old": _behind(1),
 }
 METHOD_NAMES = tuple(name for name in METHODS if name != "adpo-fixed")
-SEEDS, SEARCH_SEEDS = (0, 1, 2, 3, 4), (10, 11)
 LR, CLIP = "actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.grad_clip"
-GRID = [{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in (2.5e-4, 5e-4, 1e-3)]
+MODEL = "actor_rollout_ref.model.path"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the methods are compared on.
+
+    Attributes:
+      config: the config file, of `configs/`.
+      common: changes of the config for all methods.
+      of_search: further changes for the runs of the search.
+      grid: the settings that are searched, as changes of the config.
+      seeds: those of the tables.
+      search_seeds: those of the search, none of them in a table.
+    """
+
+    config: str
+    common: dict
+    of_search: dict
+    grid: list[dict]
+    seeds: tuple[int, ...]
+    search_seeds: tuple[int, ...]
+
+
+TASKS = {
+    "arithmetic": Task(
+        config=str(ROOT / "configs" / "arithmetic.py"),
+        common={
+            "actor_rollout_ref.actor.layout": "rows",  # one program a method, whatever the lengths
+            "data.train_batch_size": 8,
+            "trainer.log_samples_freq": 0,
+            "trainer.save_freq": 0,
+            "trainer.test_freq": 10,
+            "trainer.total_training_steps": 40,
+        },
+        of_search={},
+        grid=[{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in (2.5e-4, 5e-4, 1e-3)],
+        seeds=(0, 1, 2, 3, 4),
+        search_seeds=(10, 11),
+    ),
+    "word_problems": Task(
+        config=str(ROOT / "configs" / "smollm2.py"),
+        common={
+            "trainer.log_samples_freq": 0,
+            "trainer.save_freq": 0,
+            "trainer.test_freq": 5,
+            "trainer.total_training_steps": 10,
+        },
+        of_search={"trainer.test_freq": 0, "trainer.total_training_steps": 6},
+        grid=[{LR: lr, CLIP: 1.0} for lr in (1e-5, 2e-5, 4e-5)],
+        seeds=(0, 1, 2),
+        search_seeds=(10,),
+    ),
+}
 
 # A run has collapsed where its last rewards are less than this share of its best five iterations'.
 COLLAPSE = 0.5
@@ -82,6 +129,8 @@ ENTROPY = "rollout/entropy"
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="arithmetic")
+    parser.add_argument("--model", help="folder of the model, for a task that would download it")
     parser.add_argument("--out", type=Path, default=Path("runs/family"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--starts", action="store_true", help="make the common starts and stop")
@@ -94,14 +143,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Family:
-    """The runs of the comparison in a folder."""
+    """The runs of the comparison in a folder.
 
-    def __init__(self, out: Path):
-        self.out = out
+    Args:
+      model: a folder with the task's model; None for the config's own.
+    """
+
+    def __init__(self, out: Path, task: Task, model: str | None = None):
+        self.out, self.task = out, task
+        self.common = task.common | ({MODEL: model} if model else {})
 
     def config(self, changes: dict, seed: int) -> ConfigDict:
-        start = common_start(CONFIG, self.out / "start", COMMON, seed)
-        return read_config(CONFIG, COMMON | changes | start | {"trainer.seed": seed})
+        start = common_start(self.task.config, self.out / "start", self.common, seed)
+        return read_config(self.task.config, self.common | changes | start | {"trainer.seed": seed})
 
     def folder(self, condition: str, method: str, seed: int, settings: dict | None = None) -> Path:
         """Where a run lies; of the search, with its settings."""
@@ -114,17 +168,17 @@ class Family:
         run(self.config(changes, seed), folder)
 
     def search(self, method: str) -> None:
-        for settings in GRID:
-            for seed in SEARCH_SEEDS:
-                self.run(
-                    METHODS[method] | settings, seed, self.folder("search", method, seed, settings)
-                )
+        for settings in self.task.grid:
+            for seed in self.task.search_seeds:
+                changes = METHODS[method] | self.task.of_search | settings
+                self.run(changes, seed, self.folder("search", method, seed, settings))
 
     def searched(self, method: str) -> list[dict]:
         """The settings that were tried, with the mean reward over all iterations and seeds."""
         found = []
-        for settings in GRID:
-            folders = [self.folder("search", method, seed, settings) for seed in SEARCH_SEEDS]
+        for settings in self.task.grid:
+            seeds = self.task.search_seeds
+            folders = [self.folder("search", method, seed, settings) for seed in seeds]
             rewards = [measures(Run.read(f))["reward, all iterations"] for f in folders]
             found.append(
                 {
@@ -144,7 +198,7 @@ class Family:
         """Condition, method, seed and folder of the runs that are done."""
         for condition in CONDITIONS:
             for method in METHOD_NAMES:
-                for seed in SEEDS:
+                for seed in self.task.seeds:
                     folder = self.folder(condition, method, seed)
                     if (folder / "export").exists():
                         yield condition, method, seed, folder
@@ -182,7 +236,7 @@ def results(family: Family) -> dict:
         {method for by_method in runs.values() for method in by_method}, key=METHOD_NAMES.index
     )
     return {
-        "common": COMMON,
+        "common": family.task.common,
         "versions": {k: environment[k] for k in ("jax", "commit") if k in environment},
         "search": {method: family.searched(method) for method in methods},
         "runs": runs,
@@ -244,7 +298,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
-def picture(found: dict) -> Picture:
+def picture(found: dict, name: str) -> Picture:
     """Final accuracy of every method under every condition, with intervals over seeds."""
     conditions = list(found["runs"])
     methods = list(found["search"])
@@ -263,7 +317,8 @@ def picture(found: dict) -> Picture:
         axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
         axes.set_ylim(0, 1.02)
 
-    return Picture("family_accuracy", "Final accuracy, five seeds", draw, size=(8, 3.6))
+    seeds = max(len(by_seed) for runs in found["runs"].values() for by_seed in runs.values())
+    return Picture(name, f"Final accuracy, {seeds} seeds", draw, size=(8, 3.6))
 
 
 def write_tables(path: Path) -> None:
@@ -272,7 +327,7 @@ def write_tables(path: Path) -> None:
     print(f"**lr, clip**\n\n{table_of_search(found)}")
     for condition in found["runs"]:
         print(f"**{condition}**\n\n{table(found, condition)}")
-    picture(found).save_png(path.parent)
+    picture(found, f"{path.stem}_accuracy").save_png(path.parent)
 
 
 def work(family: Family, methods: Sequence[str], conditions: Sequence[str]) -> None:
@@ -283,7 +338,7 @@ def work(family: Family, methods: Sequence[str], conditions: Sequence[str]) -> N
     for condition in conditions:
         for method in methods:
             best = family.best(method)
-            for seed in SEEDS:
+            for seed in family.task.seeds:
                 changes = METHODS[method] | best | CONDITIONS[condition]
                 family.run(changes, seed, family.folder(condition, method, seed))
             forget_programs()
@@ -296,14 +351,15 @@ def main(argv: list[str] | None = None) -> int:
         if a.tables:
             write_tables(a.tables)
             return 0
-        family = Family(a.out)
+        task = TASKS[a.task]
+        family = Family(a.out, task, a.model)
         if a.results:
             a.results.parent.mkdir(parents=True, exist_ok=True)
             a.results.write_text(json.dumps(results(family), indent=None) + "\n")
             write_tables(a.results)
             return 0
         if a.starts:
-            for seed in (*SEEDS, *SEARCH_SEEDS):
+            for seed in (*task.seeds, *task.search_seeds):
                 family.config({}, seed)
             return 0
         compilation_cache.use(default_config().trainer.compilation_cache_dir)

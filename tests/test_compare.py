@@ -171,13 +171,17 @@ def family():
         sys.path.remove(str(SCRIPT.parent))
 
 
-def test_every_method_runs_under_every_condition_and_setting_of_the_search(family):
+@pytest.mark.parametrize("task", ["arithmetic", "word_problems"])
+def test_every_method_runs_under_every_condition_and_setting_of_the_search(family, task):
+    task = family["TASKS"][task]
+    assert not set(task.seeds) & set(task.search_seeds)
     for method in family["METHOD_NAMES"]:
-        for changes in family["CONDITIONS"].values():
-            settings = family["GRID"][-1]
-            changes = family["COMMON"] | family["METHODS"][method] | settings | changes
-            config = finalized(family["read_config"](family["CONFIG"], changes))
-            assert config.actor_rollout_ref.actor.optim.lr == settings[family["LR"]]
+        for condition in family["CONDITIONS"].values():
+            settings = task.grid[-1]
+            changes = task.common | family["METHODS"][method] | settings | condition
+            for of_search in {}, task.of_search:
+                config = finalized(family["read_config"](task.config, changes | of_search))
+                assert config.actor_rollout_ref.actor.optim.lr == settings[family["LR"]]
 
 
 def test_a_known_share_of_verdicts_is_flipped_and_the_same_ones_again(family):

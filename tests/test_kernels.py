@@ -144,6 +144,33 @@ def test_the_tpu_kernel_reads_an_int8_cache():
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
 
 
+def test_the_tpu_kernel_fetches_ahead_over_rows_and_programs():
+    """Heads with eight queries each, 40 rows in five programs, idle rows among them."""
+    rng = np.random.default_rng(3)
+    rows, columns = 40, 96
+    k, v = rng.normal(size=(2, 1, rows, columns, K, D)).astype(np.float32)
+    kv = jax.vmap(layout().pack)(k, v)
+    q = jnp.asarray(rng.normal(size=(rows, K, 8, D)) / D**0.5, jnp.float32)
+    age = jnp.asarray(rng.integers(-1, columns, (rows, 1)), jnp.int32)
+    reach = Reach(
+        origin=jnp.full((rows, 8), 50, jnp.int32),
+        reach=jnp.broadcast_to(age, (rows, 8)),
+        length=jnp.full((rows,), columns, jnp.int32),
+        ring=True,
+    )
+    plain = kv_cache.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)
+    fast = decode_tpu.attend_part(q, kv, 0, reach, interpret=True, block=32)
+    for ours, wanted in zip(normalised(fast), normalised(plain)):
+        np.testing.assert_allclose(ours, wanted, atol=2e-6)
+
+
+def test_a_block_of_the_tpu_kernel_is_whole_tiles_or_all_columns():
+    assert decode_tpu.block_of(1024, 128, is_quantized=False) == 128
+    assert decode_tpu.block_of(96, 128, is_quantized=False) == 32
+    assert decode_tpu.block_of(96, 128, is_quantized=True) == 96
+    assert decode_tpu.block_of(24, 128, is_quantized=False) == 24
+
+
 def test_a_young_slot_needs_few_blocks():
     start, last = kv_cache.block_range(ring_reach(128), 128, 32)
     assert start.tolist() == [0] * ROWS

@@ -1,6 +1,10 @@
 """The decode kernel and a whole decode step compiled by the TPU's own compiler, without a TPU."""
 
 import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +168,24 @@ def test_training_attention_over_a_stream_compiles_for_a_v5e_without_scores(
     compiled = jax.jit(gradient).lower(*arguments).compile()
     # Less than the scores of one head.
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * tokens * 4
+
+
+def test_kernels_take_few_cycles_on_a_v5p():
+    """The figures of `scripts/bench_bundles.py`, in a process that libtpu is not loaded in yet."""
+    pytest.importorskip("libtpu", reason='needs pip install "libtpu==0.0.42.*"')
+    script = Path(__file__).resolve().parents[1] / "scripts" / "bench_bundles.py"
+    command = [sys.executable, script, "--platforms", "v5p:2x2x1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    ring, prompts = (line for line in lines if line["kernel"].startswith("decode"))
+    times = [max(line["bundles_us"], line["fetched_us"]) for line in (ring, prompts)]
+    assert sum(times) < 1.5 * (ring["roofline_us"] + prompts["roofline_us"])
+    wanted = {"stream_attention": 0.22, "stream_attention_d_query": 0.5}
+    wanted["stream_attention_d_key"] = 0.5
+    for line in lines:
+        if line["kernel"] in wanted:
+            assert line["share_of_peak"] >= wanted[line["kernel"]], line
 
 
 def test_replicas_alone_reach_over_two_slices(v5e):

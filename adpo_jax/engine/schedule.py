@@ -25,7 +25,12 @@ COLUMN_STEP = 32
 
 
 def length_bucket(length: int, limit: int) -> int:
-    """The smallest power of two that holds `length`, at least 16 and at most about `limit`."""
+    """The smallest power of two that holds `length`, at least 16 and at most about `limit`.
+
+    A limit above `COLUMN_STEP` is rounded up to a multiple of it: kernels read whole tiles.
+    """
+    if limit > COLUMN_STEP:
+        limit = -(-limit // COLUMN_STEP) * COLUMN_STEP
     return max(min(max(MIN_BUCKET, power_of_two(length)), limit), length, 1)
 
 
