@@ -9,7 +9,8 @@ which nothing is searched.
 
 First each method's learning rate and gradient clip are searched on seeds that are in no table; then
 it runs with the best of them under every condition: one and four updates an iteration, rewards with
-a fifth of the verdicts flipped, and rollouts that are up to one, two and four updates old. Runs
+a fifth of the verdicts flipped, samples that are up to one, two and four updates old since the
+prompts of an iteration are cut into as many more updates, and rollouts ahead of the update. Runs
 that are finished are not repeated, so the same command goes on where it stopped; two processes may
 share the work by methods (`--methods`, after `--starts`). With `--results`, what is finished is
 written to that file, and its tables and pictures beside it; `--tables` makes these from the file
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from compare import (
     METHODS,
+    START_KL,
     common_start,
     forget_programs,
     mean_and_interval,
@@ -53,19 +55,6 @@ FLIPPED = {
 }
 
 
-def _behind(most: int) -> dict:
-    """Rollouts up to so many updates old, each loss anchored at the policy that drew a token."""
-    return {"actor_rollout_ref.rollout.max_staleness": most, "anchor.mode": "sampler"}
-
-
-CONDITIONS = {
-    "1 update": {},
-    "4 updates": {"actor_rollout_ref.actor.ppo_epochs": 4},
-    "20% flipped": FLIPPED,
-    "up to 2 updates old": _behind(2),
-    "up to 4 updates old": _behind(4),
-    "up to 1 update old": _behind(1),
-}
 METHOD_NAMES = tuple(name for name in METHODS if name != "adpo-fixed")
 LR, CLIP = "actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.grad_clip"
 MODEL = "actor_rollout_ref.model.path"
@@ -77,13 +66,17 @@ class Task:
 
     Attributes:
       config: the config file, of `configs/`.
-      common: changes of the config for all methods.
+      prompts: those of an update.
+      updates: updates of a run.
+      common: further changes of the config for all methods.
       grid: the settings that are searched, as changes of the config; one alone is just taken.
       seeds: those of the tables.
       search_seeds: those of the search, none of them in a table.
     """
 
     config: str
+    prompts: int
+    updates: int
     common: dict
     grid: list[dict]
     seeds: tuple[int, ...]
@@ -93,13 +86,13 @@ class Task:
 TASKS = {
     "arithmetic": Task(
         config=str(ROOT / "configs" / "arithmetic.py"),
+        prompts=8,
+        updates=40,
         common={
             "actor_rollout_ref.actor.layout": "rows",  # one program a method, whatever the lengths
-            "data.train_batch_size": 8,
             "trainer.log_samples_freq": 0,
             "trainer.save_freq": 0,
             "trainer.test_freq": 10,
-            "trainer.total_training_steps": 40,
         },
         grid=[{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in (2.5e-4, 5e-4, 1e-3)],
         seeds=(0, 1, 2, 3, 4),
@@ -107,11 +100,12 @@ TASKS = {
     ),
     "word_problems": Task(
         config=str(ROOT / "configs" / "smollm2.py"),
+        prompts=16,
+        updates=10,
         common={
             "trainer.log_samples_freq": 0,
             "trainer.save_freq": 0,
             "trainer.test_freq": 5,
-            "trainer.total_training_steps": 10,
         },
         grid=[{LR: 2e-5, CLIP: 1.0}],  # of the config: a run takes eight minutes
         seeds=(0, 1, 2),
@@ -119,7 +113,43 @@ TASKS = {
     ),
 }
 
-# A run has collapsed where its last rewards are less than this share of its best five iterations'.
+
+def _cut(task: Task, batches: int = 1) -> dict:
+    """An iteration's prompts cut into so many updates, one on each part of them.
+
+    The last of these updates trains on samples from before all the others. Runs have as many
+    updates, and prompts in each, however they are cut.
+    """
+    iterations = task.updates // batches
+    cut = {
+        "data.train_batch_size": task.prompts * batches,
+        "trainer.total_training_steps": iterations,
+    }
+    if batches > 1:
+        cut["actor_rollout_ref.actor.ppo_mini_batch_size"] = task.prompts
+        cut["trainer.test_freq"] = iterations
+    return cut
+
+
+def _behind(most: int) -> dict:
+    """Rollouts ahead of the update, each loss anchored at the policy that drew a token."""
+    return {"actor_rollout_ref.rollout.max_staleness": most, "anchor.mode": "sampler"}
+
+
+# What differs under each condition from one update an iteration.
+CONDITIONS = {
+    "1 update": lambda task: {},
+    "4 updates": lambda task: {"actor_rollout_ref.actor.ppo_epochs": 4},
+    "20% flipped": lambda task: FLIPPED,
+    "up to 1 update old": lambda task: _cut(task, 2),
+    "up to 2 updates old": lambda task: _cut(task, 3),
+    "up to 4 updates old": lambda task: _cut(task, 5),
+    "ahead by 2": lambda task: _behind(2),
+    "ahead by 4": lambda task: _behind(4),
+}
+
+# A run has collapsed where the rewards of its last eighth are less than this share of those of the
+# best one.
 COLLAPSE = 0.5
 ENTROPY = "rollout/entropy"
 
@@ -148,7 +178,7 @@ class Family:
 
     def __init__(self, out: Path, task: Task, model: str | None = None):
         self.out, self.task = out, task
-        self.common = task.common | ({MODEL: model} if model else {})
+        self.common = task.common | _cut(task) | ({MODEL: model} if model else {})
 
     def config(self, changes: dict, seed: int) -> ConfigDict:
         start = common_start(self.task.config, self.out / "start", self.common, seed)
@@ -200,15 +230,17 @@ def result(run: Run) -> dict:
     """What the comparison keeps of a run."""
     found, entropy = measures(run), list(run.series(ENTROPY).values())
     rewards = list(run.series("reward/mean").values())
-    recent = np.convolve(rewards, np.ones(5) / 5, "valid")
+    length = max(1, len(rewards) // 8)
+    recent = np.convolve(rewards, np.ones(length) / length, "valid")
+    last = max(1, len(rewards) // 4)
     staleness = list(run.series("ahead/staleness_mean").values())
     kept = {
         "accuracy": list(run.series("eval/accuracy").values()),
         "rewards": rewards,
         "final": found["final accuracy"],
         "reward": found["reward, all iterations"],
-        "kl": found["KL from the start, last 10"],
-        "entropy": float(np.mean(entropy[-10:])),
+        "kl": float(np.mean(list(run.series(START_KL).values())[-last:])),
+        "entropy": float(np.mean(entropy[-last:])),
         "collapsed": bool(recent[-1] < COLLAPSE * recent.max()),
     }
     if staleness:
@@ -228,7 +260,7 @@ def results(family: Family) -> dict:
         {method for by_method in runs.values() for method in by_method}, key=METHOD_NAMES.index
     )
     return {
-        "common": family.task.common,
+        "common": family.common,
         "versions": {k: environment[k] for k in ("jax", "commit") if k in environment},
         "search": {method: family.searched(method) for method in methods},
         "runs": runs,
@@ -332,7 +364,7 @@ def work(family: Family, methods: Sequence[str], conditions: Sequence[str]) -> N
         for method in methods:
             best = family.best(method)
             for seed in family.task.seeds:
-                changes = METHODS[method] | best | CONDITIONS[condition]
+                changes = METHODS[method] | best | CONDITIONS[condition](family.task)
                 family.run(changes, seed, family.folder(condition, method, seed))
             forget_programs()
 

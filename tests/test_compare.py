@@ -179,7 +179,8 @@ def test_every_method_runs_under_every_condition_and_setting_of_the_search(famil
     for method in family["METHOD_NAMES"]:
         for condition in family["CONDITIONS"].values():
             settings = task.grid[-1]
-            changes = task.common | family["METHODS"][method] | settings | condition
+            changes = task.common | family["_cut"](task) | family["METHODS"][method] | settings
+            changes |= condition(task)
             config = finalized(family["read_config"](task.config, changes))
             assert config.actor_rollout_ref.actor.optim.lr == settings[family["LR"]]
 
