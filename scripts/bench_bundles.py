@@ -138,13 +138,14 @@ def decode(compiler: Compiler, name: str, a: argparse.Namespace) -> dict:
     columns, seen = (a.columns, a.own) if ring else (2 * a.prompt, a.prompt)
     layout = CacheLayout(4, a.heads, HEAD_DIM, jnp.bfloat16, stacked=True, transposed_keys=False)
     kv = jax.eval_shape(lambda: layout.zeros(rows, columns))
+    q = shape(rows, a.heads, queries, HEAD_DIM, dtype=jnp.bfloat16)
 
     def attend(q, kv, index, origin, reach, length):
         return decode_tpu.attend_part(q, kv, index, Reach(origin, reach, length, ring))
 
     found = compiler.loops(
         attend,
-        shape(rows, a.heads, queries, HEAD_DIM, dtype=jnp.bfloat16),
+        q,
         kv,
         shape(),
         shape(rows, queries),
@@ -152,18 +153,17 @@ def decode(compiler: Compiler, name: str, a: argparse.Namespace) -> dict:
         shape(rows),
     )
     (loops,) = (loops for kernel, loops in found.items() if kernel.startswith(name))
-    program, first_fetches, row, chunk = (loop.bundles for loop in loops)
-    block = min(decode_tpu.BLOCK, columns)
-    together = min(decode_tpu.TOGETHER, columns // block)
+    program, first_fetches, row, visit = (loop.bundles for loop in loops)
+    block = decode_tpu.block_of(columns, decode_tpu.BLOCK, is_quantized=False)
+    cut = decode_tpu.cut_of(q, block, layout.dtype)
     # What a sample sees begins anywhere in a block, a prompt at the first column.
-    blocks = [-(-(seen + first) // block) for first in range(block if ring else 1)]
-    chunks = np.mean([-(-n // together) for n in blocks])
-    of_core = rows / compiler.cores.count
-    cycles = of_core * (chunks * chunk + row + program / decode_tpu.ROWS)
-    cycles += decode_tpu.AHEAD * first_fetches
+    starts = range(block if ring else 1)
+    blocks = np.mean([min(-(-(seen + first) // block), -(-columns // block)) for first in starts])
+    cycles = cut.programs * (program + cut.rows * (row + blocks * visit))
+    cycles = (cycles + (cut.buffers - 1) * first_fetches) * 2 / compiler.cores.count
     token = 2 * a.heads * HEAD_DIM * layout.dtype(0).itemsize
     roofline = rows * seen * token / compiler.chip.bandwidth
-    fetched = rows * np.mean(blocks) * block * token / compiler.chip.bandwidth
+    fetched = rows * blocks * block * token / compiler.chip.bandwidth
     return {
         "kernel": name,
         "rows": rows,
@@ -173,9 +173,9 @@ def decode(compiler: Compiler, name: str, a: argparse.Namespace) -> dict:
             "program": program,
             "first_fetches": first_fetches,
             "row": row,
-            "blocks_together": chunk,
+            "block": visit,
         },
-        "columns_together": together * block,
+        "block": block,
         "bundles_us": round(cycles / compiler.clock * 1e6, 1),
         "fetched_us": round(fetched * 1e6, 1),
         "roofline_us": round(roofline * 1e6, 1),

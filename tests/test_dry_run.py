@@ -387,6 +387,34 @@ ENTRY %main (a: (s32[], bf16[28,64,64])) -> (s32[], bf16[28,64,64]) {
     assert program.traffic({"mine": 5}) == 28 * (2 * layer + 5 + 2 * layer + scalars)
 
 
+def test_a_slice_in_a_fusion_within_a_fusion_is_all_that_is_read():
+    """As a TPU's compiler puts the slice of stacked weights into the product."""
+    text = """
+HloModule m
+%slice (p: bf16[28,64,64], i: s32[]) -> bf16[64,64] {
+  %i = s32[] parameter(1)
+  %p = bf16[28,64,64] parameter(0)
+  %z = s32[] constant(0)
+  %d = bf16[1,64,64] dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,64,64}
+  ROOT %b = bf16[64,64] bitcast(%d)
+}
+%product (x: bf16[8,64], w: bf16[28,64,64], j: s32[]) -> bf16[8,64] {
+  %x = bf16[8,64] parameter(0)
+  %w = bf16[28,64,64] parameter(1)
+  %j = s32[] parameter(2)
+  %one = bf16[64,64] fusion(%w, %j), kind=kLoop, calls=%slice
+  ROOT %y = bf16[8,64] convolution(%x, %one), dim_labels=bf_io->bf
+}
+ENTRY %main (a: bf16[8,64], s: bf16[28,64,64], l: s32[]) -> bf16[8,64] {
+  %a = bf16[8,64] parameter(0)
+  %s = bf16[28,64,64] parameter(1)
+  %l = s32[] parameter(2)
+  ROOT %out = bf16[8,64] fusion(%a, %s, %l), kind=kOutput, calls=%product
+}
+"""
+    assert Program(text).traffic() == 2 * 8 * 64 * 2 + 64 * 64 * 2 + 4
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():

@@ -164,11 +164,32 @@ def test_the_tpu_kernel_fetches_ahead_over_rows_and_programs():
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("columns", "dtype"), [(160, jnp.float32), (40, jnp.float32), (256, jnp.int8), (160, jnp.int8)]
+)
+@pytest.mark.parametrize("where", REACHES)
+def test_the_tpu_kernel_reads_stores_of_any_length(where, columns, dtype):
+    kv, q, reach = stored(columns, dtype), queries(), REACHES[where](columns)
+    plain = kv_cache.attend_part(q, kv, 1, reach, soft_cap=None, transposed_keys=False)
+    fast = decode_tpu.attend_part(q, kv, 1, reach, interpret=True)
+    for ours, wanted in zip(normalised(fast), normalised(plain)):
+        np.testing.assert_allclose(ours, wanted, atol=2e-6)
+
+
+def test_a_sample_with_a_nan_spoils_no_other_in_the_tpu_kernel():
+    kv, q, reach = stored(96), queries(), ring_reach(96)
+    kv = kv._replace(v=kv.v.at[:, 4, :, 60].set(jnp.nan))
+    fast = decode_tpu.attend_part(q, kv, 0, reach, interpret=True, block=32)
+    assert np.isnan(fast.out).any(axis=(1, 2, 3)).tolist() == [False, False, False, False, True]
+
+
 def test_a_block_of_the_tpu_kernel_is_whole_tiles_or_all_columns():
     assert decode_tpu.block_of(1024, 128, is_quantized=False) == 128
-    assert decode_tpu.block_of(96, 128, is_quantized=False) == 32
-    assert decode_tpu.block_of(96, 128, is_quantized=True) == 96
-    assert decode_tpu.block_of(24, 128, is_quantized=False) == 24
+    assert decode_tpu.block_of(96, 128, is_quantized=False) == 96
+    assert decode_tpu.block_of(160, 128, is_quantized=False) == 128
+    assert decode_tpu.block_of(160, 128, is_quantized=True) == 160
+    assert decode_tpu.block_of(500, 128, is_quantized=False) == 500
+    assert decode_tpu.block_of(192, 128, is_quantized=False, is_page=True) == 192
 
 
 def test_a_young_slot_needs_few_blocks():

@@ -52,7 +52,8 @@ def ints(*shape):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
 @pytest.mark.parametrize(
-    ("rows", "queries", "columns", "ring"), [(64, 2, 1024, True), (8, 16, 512, False)]
+    ("rows", "queries", "columns", "ring"),
+    [(64, 2, 1024, True), (8, 16, 512, False), (17, 3, 160, True), (17, 8, 96, False)],
 )
 def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
     on_tpu, dtype, rows, queries, columns, ring
@@ -70,10 +71,11 @@ def test_the_kernel_compiles_for_a_v5e_and_copies_no_cache(
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
+@pytest.mark.parametrize("page", [64, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
-def test_the_kernel_reads_pages_in_place_on_a_v5e(on_tpu, dtype):
+def test_the_kernel_reads_pages_in_place_on_a_v5e(on_tpu, dtype, page):
     layout = CacheLayout(4, 8, 128, dtype, stacked=True, transposed_keys=False)
-    kv = jax.eval_shape(lambda: layout.zeros(300, 256))
+    kv = jax.eval_shape(lambda: layout.zeros(300, page))
     rows, most = 256, 118  # the slots of a device, the pages of 30,000 tokens
     q = jax.ShapeDtypeStruct((rows, 8, 4, 128), jnp.bfloat16)
 

@@ -1,5 +1,6 @@
 """One iteration is the same on every mesh, and everything large is split over it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,9 +16,12 @@ from adpo_jax.dry_run import traced_learning
 from adpo_jax.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model.decoder import embed_tokens
+from adpo_jax.model.head import Once
 from adpo_jax.model.parameters import logical_axes
+from adpo_jax.policy import Policy
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import Anchor
+from adpo_jax.update.gradient import Gradient
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.plan import BatchPlan
 
@@ -84,6 +88,42 @@ def test_an_iteration_on_eight_devices_equals_one_on_one_device(sizes):
         (params, history),
         (expected_params, expected_history),
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("is_tied", "layout", "anchor"),
+    [(True, "packed", "on_policy"), (False, "packed", "ema"), (True, "rows", "ema")],
+)
+def test_micro_batches_share_one_exchange_of_the_head(monkeypatch, is_tied, layout, anchor, dtype):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    config = tiny.CONFIG | {"tie_word_embeddings": is_tied}
+    policy, params = Policy.from_config(
+        config, jax.random.key(0), mesh=mesh, dtype=dtype, param_dtype="float32"
+    )
+    cut = {"micro_prompts": 4} if layout == "rows" else {"micro_completions": 2}
+    plan = BatchPlan(8, 8, epochs=1, layout=layout, **({"micro_prompts": 8} | cut))
+    learner = dataclasses.replace(make_learner(policy), plan=plan, anchor=Anchor(anchor))
+    padded, rewards = tiny.batch()
+    state = learner.init_state(params)
+    settled, settle = [], Once.settle
+    monkeypatch.setattr(Once, "settle", lambda *args: settled.append(1) or settle(*args))
+
+    def learned():
+        jax.clear_caches()
+        state_now, metrics = learner.learn(
+            jax.tree.map(jnp.copy, state), padded.sequences(), rewards
+        )
+        return jax.device_get(state_now.params), metrics["update/grad_norm"]
+
+    once = learned()
+    assert settled == [1]
+    monkeypatch.setattr(Gradient, "_head_once", lambda *args: None)
+    each = learned()
+    assert settled == [1]
+    tolerance = 1e-6 if dtype == "float32" else 2e-3
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    jax.tree.map(close, once, each)
 
 
 def split_axes(x) -> set[str]:

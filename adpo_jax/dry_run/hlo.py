@@ -288,26 +288,30 @@ class Program:
             total += _shape_bytes(made[result.operands[1]].shape if updated else result.shape)
         return total
 
-    def _read(self, inside: list[_Instruction]) -> Iterator[int]:
-        """Bytes that a fusion reads of each of its operands."""
+    def _read(self, inside: list[_Instruction]) -> list[int]:
+        """Bytes that a fusion reads of each of its operands, fusions within it included."""
         users = collections.defaultdict(list)
         for i in inside:
             for place, operand in enumerate(i.operands):
                 users[operand].append((i, place))
+        read = {}
         for parameter in inside:
             if parameter.opcode != "parameter":
                 continue
+            whole = _shape_bytes(parameter.shape)
             total, open_ = 0, list(users[parameter.name])
-            while open_:
+            while open_ and total < whole:
                 user, place = open_.pop()
                 if user.opcode == "bitcast":
                     open_ += users[user.name]
+                elif user.opcode == "fusion":
+                    total += self._read(self._computations[_called(user)[0]])[place]
                 elif user.opcode in _READS_A_PART and place == 0:
                     total += _shape_bytes(user.shape)
                 elif user.opcode != "dynamic-update-slice" or place:
-                    total = _shape_bytes(parameter.shape)
-                    break
-            yield min(total, _shape_bytes(parameter.shape))
+                    total = whole
+            read[int(re.match(r"\((\d+)\)", parameter.rest).group(1))] = min(total, whole)
+        return [read[place] for place in sorted(read)]
 
     @functools.cached_property
     def _shapes(self) -> dict[str, str]:

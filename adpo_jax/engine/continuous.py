@@ -378,10 +378,13 @@ def _load_sizing(engine: Engine) -> LoadSizing:
         parts = (max(least, limit // part) for part in SIZE_STEPS)
         return sorted({min(cache_plan.up_to_multiple(p, multiple), limit) for p in parts})
 
+    def tiles(limit: int, least: int) -> list[int]:
+        return sorted({min(schedule_lib.whole_tiles(n), limit) for n in whole(limit, 1, least)})
+
     return LoadSizing(
         slot_sizes=whole(num_slots, engine.shards, 4),
-        column_sizes=whole(columns, 1, max(schedule_lib.COLUMN_STEP, steps)),
-        prefix_sizes=whole(prefix, 1, 64),
+        column_sizes=tiles(columns, max(schedule_lib.COLUMN_STEP, steps)),
+        prefix_sizes=tiles(prefix, 64),
         steps=steps,
         num_shards=engine.shards,
     )

@@ -22,16 +22,28 @@ MIN_BUCKET = 16
 # The most tokens of one prefill call, padding included; they bound its activations.
 PREFILL_TOKENS = 8192
 COLUMN_STEP = 32
+# The most columns that are no multiple of four steps.
+FEW_COLUMNS = 512
 
 
 def length_bucket(length: int, limit: int) -> int:
     """The smallest power of two that holds `length`, at least 16 and at most about `limit`.
 
-    A limit above `COLUMN_STEP` is rounded up to a multiple of it: kernels read whole tiles.
+    The limit is rounded up to `whole_tiles`.
     """
-    if limit > COLUMN_STEP:
-        limit = -(-limit // COLUMN_STEP) * COLUMN_STEP
+    limit = whole_tiles(limit)
     return max(min(max(MIN_BUCKET, power_of_two(length)), limit), length, 1)
+
+
+def whole_tiles(columns: int) -> int:
+    """So many columns rounded up to what kernels cut at whole tiles.
+
+    Few are rounded to a multiple of 32, many to one of 128, and below 32 they are one piece.
+    """
+    if columns <= COLUMN_STEP:
+        return columns
+    step = COLUMN_STEP if columns <= FEW_COLUMNS else 4 * COLUMN_STEP
+    return -(-columns // step) * step
 
 
 def power_of_two(x: int) -> int:
@@ -58,6 +70,7 @@ def column_buckets(max_tokens: int, stages: int) -> list[int]:
     step = -(-max_tokens // (stages * COLUMN_STEP)) * COLUMN_STEP
     if max_tokens <= COLUMN_STEP:
         step = length_bucket(max_tokens, COLUMN_STEP)
+    step = whole_tiles(step)
     return [step * (i + 1) for i in range(-(-max_tokens // step))]
 
 

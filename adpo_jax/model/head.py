@@ -12,13 +12,16 @@ Softmax, log-probs and accumulated gradients are float32 whatever the hidden sta
 mesh splits the vocabulary, each device keeps its part of the logits, and only maxima, sums and the
 targets' logits travel. Where the mesh splits the width, the weight is gathered once before the
 chunks, and the parts of its gradient are added up once after them, each on the device that keeps
-it.
+it; of many micro-batches, before the first and after the last one where memory allows (`Once`).
 
-Letters: B batch, T tokens, C tokens of a chunk, D model width, V vocabulary.
+Letters: B batch, T tokens, C tokens of a chunk, D model width, V vocabulary, S devices that share
+out the tokens.
 """
 
 import dataclasses
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from adpo_jax.devices import sharding
+from adpo_jax.devices.chips import chip_of
 from adpo_jax.devices.sharding import axes_that_split
 from adpo_jax.model import head_gpu
 from adpo_jax.model.attention_choice import old_gpu
@@ -37,6 +41,22 @@ from adpo_jax.model.model_config import ModelConfig
 TOKENS_PER_CHUNK, TOKENS_PER_CHUNK_GPU = 1024, 4096
 # A chunk is a multiple of this, where there are as many tokens.
 CHUNK_MULTIPLE = 128
+# The most of a device's memory that a whole weight and its gradient may take, `Once`.
+WHOLE_SHARE = 1 / 16
+
+
+class Whole(NamedTuple):
+    """A weight that every device has whole, and where each keeps its own gradient of it.
+
+    Attributes:
+      weight: [V, D] where it is the embedding, else [D, V], in the dtype of the hidden states. It
+        gets no gradient.
+      gradient: [S, *weight.shape] float32. Its numbers do not matter; its gradient is what each
+        device's tokens give, which the weight would have the sum of.
+    """
+
+    weight: jax.Array
+    gradient: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +69,7 @@ class _Head:
       rows_axes, places_axes: mesh axes that split the rows and the tokens of a row.
       vocab_axis: the mesh axis that splits the vocabulary, empty for none.
       width_axes: mesh axes that split the width of the weight.
+      is_whole: whether the weight is a `Whole`.
       with_kernel: whether a kernel for GPUs goes over the logits.
     """
 
@@ -63,7 +84,20 @@ class _Head:
     places_axes: tuple[str, ...]
     vocab_axis: str
     width_axes: tuple[str, ...]
+    is_whole: bool
     with_kernel: bool
+
+    @property
+    def tokens_axes(self) -> tuple[str, ...]:
+        """The mesh axes that split the tokens."""
+        return (*self.rows_axes, *self.places_axes)
+
+    @property
+    def gradient_spec(self) -> Spec:
+        """How the gradient of the weight lies."""
+        return (
+            Spec(self.tokens_axes or None, *self.weight_spec) if self.is_whole else self.weight_spec
+        )
 
     @property
     def weight_spec(self) -> Spec:
@@ -86,7 +120,7 @@ class _Head:
 
         Args:
           out_rows: how many results have the rows' leading axes.
-          with_weight: whether there is one more result, which lies as the weight does (`settle`).
+          with_weight: whether there is one more result, the weight's gradient (`settle`).
         """
         if self.mesh is None or self.mesh.size == 1:
             return function(weight, *rows)
@@ -98,7 +132,7 @@ class _Head:
             local,
             self.mesh,
             (self.weight_spec, *(self.rows_spec for _ in rows)),
-            (*(self.rows_spec,) * out_rows, *((self.weight_spec,) if with_weight else ())),
+            (*(self.rows_spec,) * out_rows, *((self.gradient_spec,) if with_weight else ())),
         )(weight, *rows)
 
     def over_vocab(self, reduce, x):
@@ -194,17 +228,32 @@ class _Head:
     def settle(self, d_hidden_BTD, d_weight_DV, dtype):
         """Sums the gradients over the devices that share an array, in the arrays' layouts."""
         d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
-        of_tokens = (*self.rows_axes, *self.places_axes)
-        if copies := [axis for axis in of_tokens if axis not in self.width_axes]:
+        if not self.is_whole:
+            return d_hidden_BTD, self.settled(d_weight_DV)
+        return d_hidden_BTD, (d_weight_DV.T if self.tied else d_weight_DV)[None]
+
+    def settled(self, d_weight_DV):
+        """The gradient of the weight, summed over the devices, each with its part."""
+        if copies := [axis for axis in self.tokens_axes if axis not in self.width_axes]:
             d_weight_DV = jax.lax.psum(d_weight_DV, copies)
         if self.width_axes:
             d_weight_DV = jax.lax.psum_scatter(d_weight_DV, self.width_axes, tiled=True)
-        return d_hidden_BTD, d_weight_DV.T if self.tied else d_weight_DV
+        return d_weight_DV.T if self.tied else d_weight_DV
+
+    def cast(self, weight, dtype):
+        """The weight in the dtype of the computation."""
+        return weight.weight if self.is_whole else weight.astype(dtype)
+
+    def cotangent(self, weight, d_weight):
+        """The gradient as JAX wants it, in the form and dtype of the weight."""
+        if self.is_whole:
+            return Whole(jnp.zeros_like(weight.weight), d_weight)
+        return d_weight.astype(weight.dtype)
 
 
 def _head_of(
-    config, params, mesh, hidden_BTD, chunk: int | None, **settings
-) -> tuple[_Head, jax.Array]:
+    config, params, mesh, hidden_BTD, chunk: int | None, whole: Whole | None = None, **settings
+) -> tuple[_Head, jax.Array | Whole]:
     """The head for hidden states of this shape, and its weight."""
     device = sharding.first_device(mesh)
     on_gpu = device.platform == "gpu"
@@ -226,10 +275,71 @@ def _head_of(
         # Devices with the same tokens each make the whole gradient, so that no parts are added up.
         width_axes=width_axes if {*width_axes} <= {*rows_axes, *places_axes} else (),
         vocab_axis=vocab_axis,
+        is_whole=whole is not None,
         with_kernel=on_gpu and not vocab_axis and not old_gpu(device) and head_gpu.runs(),
         **settings,
     )
-    return head, params["embed"] if config.tie_embeddings else params["head"]
+    if whole is not None:
+        return dataclasses.replace(head, width_axes=()), whole
+    return head, params[weight_name(config)]
+
+
+def weight_name(config: ModelConfig) -> str:
+    """The name of the head's weight among the parameters."""
+    return "embed" if config.tie_embeddings else "head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Once:
+    """A head whose weight is gathered, and its gradient summed, once for many micro-batches.
+
+    The micro-batches take `gather`'s result as `whole`, and add up its gradient.
+    """
+
+    _head: _Head
+    _dtype: jnp.dtype
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, weight: jax.Array, mesh: Mesh | None, hidden: jax.ShapeDtypeStruct
+    ) -> "Once | None":
+        """That of micro-batches with such hidden states [B, T, D]; None where it does not pay.
+
+        It does where the mesh splits the weight's width, and a device has the memory (of an unknown
+        one it is taken to have it).
+        """
+        settings = {"temperature": 1.0, "chunk": None, "with_entropy": False}
+        head, _ = _head_of(config, {weight_name(config): weight}, mesh, hidden, **settings)
+        if not head.width_axes:
+            return None
+        shares = mesh.shape[head.vocab_axis] if head.vocab_axis else 1
+        chip = chip_of(sharding.first_device(mesh))
+        size = math.prod(weight.shape) // shares * (4 + jnp.dtype(hidden.dtype).itemsize)
+        if chip is not None and size > WHOLE_SHARE * chip.usable:
+            return None
+        return cls(head, hidden.dtype)
+
+    def gather(self, weight: jax.Array) -> Whole:
+        """The weight as it is, whole on every device."""
+        head = self._head
+        whole = dataclasses.replace(head, width_axes=(), is_whole=True)
+
+        def local(weight):
+            weight = head.whole(weight.astype(self._dtype))
+            return Whole(weight, jnp.zeros((1, *weight.shape), jnp.float32))
+
+        specs = Whole(whole.weight_spec, whole.gradient_spec)
+        return sharding.shard_map(local, head.mesh, (head.weight_spec,), specs)(weight)
+
+    def settle(self, gradient: jax.Array) -> jax.Array:
+        """The gradient of the weight, float32, laid out as it, from that of `Whole.gradient`."""
+        head = self._head
+        of_device = dataclasses.replace(head, width_axes=(), is_whole=True).gradient_spec
+
+        def local(gradient):
+            return head.settled(gradient[0].T if head.tied else gradient[0])
+
+        return sharding.shard_map(local, head.mesh, (of_device,), head.weight_spec)(gradient)
 
 
 def token_log_probs(
@@ -242,6 +352,7 @@ def token_log_probs(
     with_entropy: bool = True,
     mesh: Mesh | None = None,
     tokens_per_chunk: int | None = None,
+    whole: Whole | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each target under the tempered softmax at its position, and the entropy there.
 
@@ -254,6 +365,8 @@ def token_log_probs(
       with_entropy: False spares a pass over the logits; the entropy is then 0.
       tokens_per_chunk: tokens of a device whose logits are alive at once; None for what suits the
         devices.
+      whole: the weight, which then gets its gradient there and not in `params`; None for that of
+        `params`.
 
     Returns:
       (log_probs, entropy), each [B, T] float32, in nats.
@@ -266,6 +379,7 @@ def token_log_probs(
         temperature=temperature,
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,
+        whole=whole,
     )
     return _log_probs(head, weight, hidden_BTD, targets_BT)
 
@@ -284,7 +398,7 @@ def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
 
     log_probs, entropy, log_z = head.spread(
         forward,
-        weight.astype(hidden_BTD.dtype),
+        head.cast(weight, hidden_BTD.dtype),
         hidden_BTD,
         targets_BT,
         out_rows=3,
@@ -307,13 +421,13 @@ def _log_probs_backward(head: _Head, residuals, cotangents):
 
         zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
         d_weight, d_hidden_BTD = head.chunked(of_chunk, zeros, *rows)
-        return head.settle(d_hidden_BTD, d_weight, weight.dtype)
+        return head.settle(d_hidden_BTD, d_weight, hidden_BTD.dtype)
 
     rows = (hidden_BTD, targets_BT, log_z_BT, cotangents[0])
     rows += (cotangents[1], entropy_BT) if head.with_entropy else ()
-    cast = weight.astype(hidden_BTD.dtype)
+    cast = head.cast(weight, hidden_BTD.dtype)
     d_hidden, d_weight = head.spread(backward, cast, *rows, out_rows=1, with_weight=True)
-    return d_weight.astype(weight.dtype), d_hidden, _no_gradient(targets_BT)
+    return head.cotangent(weight, d_weight), d_hidden, _no_gradient(targets_BT)
 
 
 _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
@@ -331,6 +445,7 @@ def weighted_log_probs(
     with_entropy: bool = True,
     mesh: Mesh | None = None,
     tokens_per_chunk: int | None = None,
+    whole: Whole | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """sum(weights * log-probs), differentiable by `params` and `hidden_BTD`, in one pass.
 
@@ -349,6 +464,7 @@ def weighted_log_probs(
         temperature=temperature,
         chunk=tokens_per_chunk,
         with_entropy=with_entropy,
+        whole=whole,
     )
     weights = jax.lax.stop_gradient((weights_BT, entropy_weights_BT))
     return _weighted(head, weight, hidden_BTD, targets_BT, weights)
@@ -377,15 +493,15 @@ def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
 
         zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
         d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, zeros, *rows)
-        return log_probs, entropy, *head.settle(d_hidden, d_weight, weight.dtype)
+        return log_probs, entropy, *head.settle(d_hidden, d_weight, hidden_BTD.dtype)
 
     rows = (hidden_BTD, targets_BT, *(w for w in weights if w is not None))
-    cast = weight.astype(hidden_BTD.dtype)
+    cast = head.cast(weight, hidden_BTD.dtype)
     log_probs, entropy, d_hidden, d_weight = head.spread(
         forward, cast, *rows, out_rows=3, with_weight=True
     )
     scored = (log_probs, entropy)
-    residuals = (d_weight.astype(weight.dtype), d_hidden, targets_BT, weights)
+    residuals = (head.cotangent(weight, d_weight), d_hidden, targets_BT, weights)
     return (_weighted_sum(weights, scored), scored), residuals
 
 
@@ -393,7 +509,7 @@ def _weighted_backward(head: _Head, residuals, cotangents):
     d_weight, d_hidden_BTD, targets_BT, weights = residuals
     scale = cotangents[0]
     return (
-        (scale * d_weight).astype(d_weight.dtype),
+        jax.tree.map(lambda x: (scale * x).astype(x.dtype), d_weight),
         (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),
         _no_gradient(targets_BT),
         jax.tree.map(jnp.zeros_like, weights),

@@ -12,7 +12,8 @@ Otherwise a micro-batch of whole groups finds them between its forward and backw
 groups are split, a forward without gradient over all micro-batches comes first.
 
 Each replica of the parameters (the mesh axis `data`, which may reach over a slow network) sums the
-gradients of its micro-batches, and the sums are exchanged once an optimizer step.
+gradients of its micro-batches, and the sums are exchanged once an optimizer step. Within a replica
+that holds for the weight of the head, the largest one, where memory allows (`head.Once`).
 
 Letters: P prompts, G completions of a prompt.
 """
@@ -29,7 +30,7 @@ from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.tokens import Tokens
 from adpo_jax.model import lora, mixture
 from adpo_jax.model.divergence import token_divergences
-from adpo_jax.model.head import token_log_probs, weighted_log_probs
+from adpo_jax.model.head import Once, Whole, token_log_probs, weight_name, weighted_log_probs
 from adpo_jax.policy.policy import Policy
 from adpo_jax.update.layouts import Layout, MicroBatch
 
@@ -85,9 +86,16 @@ class Load(NamedTuple):
         )
 
 
+class Variables(NamedTuple):
+    """What a micro-batch has a gradient by: the trained parameters, and perhaps the whole head."""
+
+    trained: Any
+    head: Whole | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Computes log-probs of micro-batches, and their gradient by the trained parameters.
+    """Computes log-probs of micro-batches, and their gradient by `Variables`.
 
     Attributes:
       teacher: the model to find divergences from; None for none.
@@ -109,10 +117,12 @@ class Scorer:
         """Log-probs, entropies and, with a teacher, divergences, [rows, places] each."""
         return self._micro(params, micro)[0]
 
-    def _micro(self, params, micro: MicroBatch):
+    def _micro(self, params, micro: MicroBatch, whole: Whole | None = None):
         """(`micro`, the load of the experts)."""
         hidden, targets, extras = micro.hidden_and_targets(self.policy, params)
-        found = token_log_probs(self.policy.config, params, hidden, targets, **self._head)
+        found = token_log_probs(
+            self.policy.config, params, hidden, targets, whole=whole, **self._head
+        )
         return (*found, *self._divergences(params, hidden, micro)), Load.of(extras)
 
     def _divergences(self, params, hidden, micro: MicroBatch) -> tuple[jax.Array, ...]:
@@ -145,7 +155,14 @@ class Scorer:
             return None
         return self.balance_weight * load.balance_loss(num_tokens())
 
-    def gradient(self, trained, frozen, micro: MicroBatch, weights: Scored, num_tokens: Callable):
+    def gradient(
+        self,
+        variables: "Variables",
+        frozen,
+        micro: MicroBatch,
+        weights: Scored,
+        num_tokens: Callable,
+    ):
         """The gradient of the sum of weights times what was scored, what `micro` gives, the load.
 
         Args:
@@ -154,8 +171,8 @@ class Scorer:
           num_tokens: gives the tokens of the whole batch.
         """
 
-        def weighted(trained):
-            params = lora.join(trained, frozen)
+        def weighted(variables: Variables):
+            params = lora.join(variables.trained, frozen)
             hidden, targets, extras = micro.hidden_and_targets(self.policy, params)
             value, scored = weighted_log_probs(
                 self.policy.config,
@@ -163,6 +180,7 @@ class Scorer:
                 hidden,
                 targets,
                 *(None if w is None else micro.rows(w) for w in weights[:2]),
+                whole=variables.head,
                 **self._head,
             )
             divergences = self._divergences(params, hidden, micro)
@@ -173,19 +191,25 @@ class Scorer:
             value = value if balance is None else value + balance
             return value, ((*scored, *divergences), load)
 
-        grads, (scored, load) = jax.grad(weighted, has_aux=True)(trained)
+        grads, (scored, load) = jax.grad(weighted, has_aux=True)(variables)
         return grads, scored, load
 
     def gradient_of(
-        self, trained, frozen, micro: MicroBatch, weights_of: Callable, num_tokens: Callable
+        self,
+        variables: "Variables",
+        frozen,
+        micro: MicroBatch,
+        weights_of: Callable,
+        num_tokens: Callable,
     ):
         """As `gradient`, with the weights that `weights_of` makes of what was scored."""
 
-        def scored_and_balance(trained):
-            scored, load = self._micro(lora.join(trained, frozen), micro)
+        def scored_and_balance(variables: Variables):
+            params = lora.join(variables.trained, frozen)
+            scored, load = self._micro(params, micro, variables.head)
             return (scored, self._balance_loss(load, num_tokens)), load
 
-        (scored, balance), pull, load = jax.vjp(scored_and_balance, trained, has_aux=True)
+        (scored, balance), pull, load = jax.vjp(scored_and_balance, variables, has_aux=True)
         weights = weights_of(Scored(*map(micro.from_rows, scored)))
         cotangents = (
             jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
@@ -253,6 +277,9 @@ class Gradient:
           weights: d loss / d scored; None if each micro-batch finds its own.
         """
         policy = self.scorer.policy
+        once = self._head_once(trained, layout)
+        name = weight_name(policy.config)
+        variables = Variables(trained, None if once is None else once.gather(trained[name]))
 
         def num_tokens():
             return layout.num_tokens
@@ -266,18 +293,34 @@ class Gradient:
                 return self._weights(scored, others, micro.tokens, micro.prepared(prepared))
 
             if weights is None:
-                more = self.scorer.gradient_of(trained, frozen, micro, weights_of, num_tokens)
+                more = self.scorer.gradient_of(variables, frozen, micro, weights_of, num_tokens)
             else:
                 of_micro = jax.tree.map(micro.of, weights)
-                more = self.scorer.gradient(trained, frozen, micro, of_micro, num_tokens)
+                more = self.scorer.gradient(variables, frozen, micro, of_micro, num_tokens)
             grads, *found = more
             # Without this the partitioner may sum whole gradients on every device.
-            return jax.tree.map(jnp.add, sums, policy.constrained(grads)), tuple(found)
+            grads = policy.constrained(grads.trained), grads.head and grads.head.gradient
+            return jax.tree.map(jnp.add, sums, grads), tuple(found)
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
-        grads, (parts, loads) = layout.loop(add_micro, zeros)
+        first = zeros, variables.head and variables.head.gradient
+        (grads, of_head), (parts, loads) = layout.loop(add_micro, first)
+        if once is not None:
+            summed = grads[name] + once.settle(of_head).astype(grads[name].dtype)
+            grads = policy.constrained({**grads, name: summed})
         load = jax.tree.map(lambda x: jnp.sum(x, axis=0), loads)
         return grads, Scored(*jax.tree.map(layout.joined, parts)), load
+
+    def _head_once(self, trained, layout: Layout) -> Once | None:
+        """The head that is gathered once for all micro-batches; None where each gathers its own."""
+        policy = self.scorer.policy
+        weight = trained.get(weight_name(policy.config))
+        if weight is None or layout.most_micro == 1:
+            return None
+        first = layout.micro(0)
+        B, T = first.rows(first.of(layout.tokens.trained)).shape
+        hidden = jax.ShapeDtypeStruct((B, T, policy.config.hidden_size), policy.dtype)
+        return Once.of(policy.config, weight, policy.mesh, hidden)
 
     def loss_of(self, scored: Scored, layout: Layout, prepared):
         """(loss, metrics) of the whole batch."""

@@ -69,6 +69,10 @@ class Layout(Protocol):
     has_whole_groups: bool
 
     @property
+    def most_micro(self) -> int:
+        """Micro-batches, or the most that there may be."""
+
+    @property
     def num_tokens(self) -> jax.Array:
         """Tokens that run through the model, prompts included, float32."""
 
@@ -114,6 +118,10 @@ class RowLayout(NamedTuple):
     @property
     def tokens(self) -> PaddedTokens:
         return PaddedTokens(self.batch.completion_mask_PGT > 0)
+
+    @property
+    def most_micro(self) -> int:
+        return self.num_micro
 
     @property
     def num_tokens(self) -> jax.Array:
@@ -189,6 +197,10 @@ class PackedLayout(NamedTuple):
         return StreamTokens(batch.trained, batch.completion, batch.num_prompts, batch.group_size)
 
     @property
+    def most_micro(self) -> int:
+        return self.batch.trained.shape[1]
+
+    @property
     def num_tokens(self) -> jax.Array:
         return jnp.sum(self.batch.micro.segments > 0, dtype=jnp.float32)
 
@@ -200,8 +212,7 @@ class PackedLayout(NamedTuple):
         return PackedMicro(self, i, jax.tree.map(lambda x: x[:, i], self.batch.micro))
 
     def loop(self, body, first):
-        max_micro = self.batch.trained.shape[1]
-        if max_micro == 1:
+        if self.most_micro == 1:
             carry, out = body(first, 0)
             return carry, jax.tree.map(lambda x: x[None], out)
 
@@ -211,7 +222,7 @@ class PackedLayout(NamedTuple):
             return carry, jax.tree.map(lambda xs, x: xs.at[i].set(x), outs, out)
 
         _, out = jax.eval_shape(body, first, 0)
-        outs = jax.tree.map(lambda s: jnp.zeros((max_micro, *s.shape), s.dtype), out)
+        outs = jax.tree.map(lambda s: jnp.zeros((self.most_micro, *s.shape), s.dtype), out)
         # The loop runs the micro-batches that hold something; their number is data, not a shape.
         return jax.lax.fori_loop(0, self.batch.num_micro_B[0], step, (first, outs))
 

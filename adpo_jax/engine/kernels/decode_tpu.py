@@ -1,18 +1,17 @@
 """Decode attention for TPUs: a few queries a row, which read only the columns that they see.
 
 The stacked cache stays in the device's memory. A program has some rows, and for each fetches blocks
-of columns from the newest back to the oldest that the row sees, two at a time. While these are at
-work the next ones are on their way, as many as fast memory has room for, those of the next rows and
-programs too. So what is read does not depend on how long the store is. With a table, it says in
-which row of the store, a page, a block lies. The queries of all heads are worked on together, since
-few of them fill no vector register. The plain version is `kv_cache.attend_part`.
+of columns from the newest back to the oldest that the row sees. While one is at work the next ones
+are on their way, as many as fast memory has room for, those of the next rows and programs too. So
+what is read does not depend on how long the store is. With a table, it says in which row of the
+store, a page, a block lies. The queries of all heads are worked on together, since few of them fill
+no vector register. The plain version is `kv_cache.attend_part`.
 
 Letters: K key/value heads, Q queries of a row and head, N queries of a row, D head dim, S columns
-of a block, T blocks at a time, A buffers for so many, G rows of a program.
+of a block, A buffers for blocks, G rows of a program.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -23,12 +22,12 @@ from jax.experimental.pallas import tpu as pltpu
 from adpo_jax.engine.kv_cache import LayerKV, Part, Reach, block_range
 from adpo_jax.model.attention import MASKED
 
-# Columns of a block, and blocks that are worked on at a time.
-BLOCK, TOGETHER = 128, 2
+# Columns of a block.
+BLOCK = 128
 # The most buffers. At 1.4 TB/s and a microsecond of waiting for memory 1.4 MB are on their way.
-AHEAD = 8
+AHEAD = 16
 LANES, SUBLANES = 128, 8
-# Columns that a block starts at a multiple of: rows of a tile of int8.
+# Columns that a block begins at a multiple of: rows of a tile of int8.
 ALIGNED = 32
 # Rows of a program.
 ROWS = 8
@@ -42,18 +41,17 @@ class _Static(NamedTuple):
     Attributes:
       columns: those of a row of the store, or of all pages of a row together.
       blocks: blocks of a row, over all its pages.
-      of_page: blocks of a page; 0 where there is no table.
+      page: columns of a page; 0 where there is no table.
     """
 
     K: int
     Q: int
     G: int
-    T: int
     A: int
     block: int
     blocks: int
     columns: int
-    of_page: int
+    page: int
     ring: bool
     soft_cap: float | None
 
@@ -74,17 +72,48 @@ class _Static(NamedTuple):
         return [(range(h, h + 1), slice(h * self.Q, (h + 1) * self.Q)) for h in range(self.K)]
 
 
-def block_of(columns: int, most: int, *, is_quantized: bool) -> int:
-    """Columns of a block: `most`, or fewer, or all where they cannot be cut at whole tiles."""
-    size = math.gcd(columns, most)
-    return columns if size % ALIGNED or (is_quantized and size % LANES) else size
+def block_of(columns: int, most: int, *, is_quantized: bool, is_page: bool = False) -> int:
+    """Columns of a block: `most`, or all where they cannot be cut at whole tiles.
+
+    The last block of a row may reach back into the one before; that of a page may not. Scales of an
+    int8 cache lie along the lanes.
+    """
+    aligned = most if is_page else LANES if is_quantized else ALIGNED
+    return columns if columns <= most or columns % aligned else most
+
+
+class Cut(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+      rows: of a program.
+      programs: of one core of two, or of one half of the work.
+      buffers: blocks that fast memory has room for.
+      queries: rows of queries of a row, those of padding included.
+    """
+
+    rows: int
+    programs: int
+    buffers: int
+    queries: int
+
+
+def cut_of(q: jax.ShapeDtypeStruct, block: int, dtype) -> Cut:
+    """The cut of queries [rows, K, Q, D] over blocks of keys and values of a dtype."""
+    rows, K, Q, D = q.shape
+    buffers = BUFFER_BYTES // (2 * K * block * D * jnp.dtype(dtype).itemsize)
+    N = -(-K * Q // SUBLANES) * SUBLANES
+    row_bytes = 2 * N * (D * (q.dtype.itemsize + 4) + 4 * 4 * LANES)
+    most = max(1, min(ROWS, BUFFER_BYTES // row_bytes))
+    programs = -(-rows // (2 * most))
+    return Cut(-(-rows // (2 * programs)), programs, max(2, min(AHEAD, buffers)), N)
 
 
 class _At(NamedTuple):
-    """Which blocks, and their buffer."""
+    """Which block, and its buffer."""
 
     row: jax.Array
-    chunk: jax.Array  # the T blocks from the chunk T-th on
+    nth: jax.Array  # of the row, from the newest back
     buffer: jax.Array
 
 
@@ -94,8 +123,8 @@ class _Fetch:
     Args:
       layer, start, count, tables: of all rows, in scalar memory.
       stored: keys, values and perhaps their scales, in the device's memory.
-      buffers: [A, T, ...] of each.
-      arrived: semaphores [A, T, arrays].
+      buffers: [A, ...] of each.
+      arrived: semaphores [A, arrays].
     """
 
     def __init__(self, static: _Static, layer, start, count, tables, stored, buffers, arrived):
@@ -103,16 +132,22 @@ class _Fetch:
         self._start, self._count, self._tables = start, count, tables
         self._stored, self._buffers, self._arrived = stored, buffers, arrived
 
-    def number(self, row, at):
-        """The number of the block that is visited `at`-th, from 0."""
-        blocks = self._static.blocks
-        behind = jax.lax.rem(at, blocks)
-        this = self._start[row] - behind
-        return jnp.where(this < 0, this + blocks, this)
+    def columns(self, row, nth):
+        """The first column that a block has of its own, and the first one that is copied.
 
-    def chunks(self, row):
-        """How many chunks a row has, at least one."""
-        return jnp.maximum(jax.lax.div(self._count[row] + self._static.T - 1, self._static.T), 1)
+        They are counted from the first of the row, over all its pages.
+        """
+        static = self._static
+        this = self._start[row] - nth
+        this = jnp.where(this < 0, this + static.blocks, this)
+        own = this * static.block
+        if static.page or static.columns % static.block == 0:
+            return own, own
+        return own, jnp.minimum(own, static.columns - static.block)
+
+    def blocks(self, row):
+        """How many blocks a row visits, at least one."""
+        return jnp.maximum(self._count[row], 1)
 
     def start(self, at: _At, end) -> _At:
         """Begins to copy, unless the row is `end`; returns what comes next."""
@@ -121,42 +156,49 @@ class _Fetch:
         def _():
             self._each(at, lambda copy: copy.start())
 
-        row, chunk = jnp.minimum(at.row, end - 1), at.chunk + 1
-        is_last = chunk >= self.chunks(row)
-        buffer = jnp.where(at.buffer + 1 < self._static.A, at.buffer + 1, 0)
-        return _At(jnp.where(is_last, at.row + 1, at.row), jnp.where(is_last, 0, chunk), buffer)
+        row, nth = jnp.minimum(at.row, end - 1), at.nth + 1
+        is_last = nth >= self.blocks(row)
+        return _At(
+            jnp.where(is_last, at.row + 1, at.row),
+            jnp.where(is_last, 0, nth),
+            self.after(at.buffer),
+        )
+
+    def after(self, buffer):
+        """The number of the next buffer."""
+        return jnp.where(buffer + 1 < self._static.A, buffer + 1, 0)
 
     def wait(self, at: _At) -> None:
         self._each(at, lambda copy: copy.wait())
 
     def _each(self, at: _At, do) -> None:
-        for t in range(self._static.T):
-            nth = at.chunk * self._static.T + t
+        @pl.when(at.nth < self._count[at.row])
+        def _():
+            for copy in self._copies(at):
+                do(copy)
 
-            @pl.when(nth < self._count[at.row])
-            def _(nth=nth, t=t):
-                for copy in self._copies(at.row, nth, at.buffer, t):
-                    do(copy)
-
-    def _copies(self, row, at, into, t):
-        static, this = self._static, self.number(row, at)
-        if static.of_page:
-            pages = static.blocks // static.of_page
-            page = self._tables[0][row * pages + jax.lax.div(this, static.of_page)]
-            row, this = page, jax.lax.rem(this, static.of_page)
-        cut = pl.ds(pl.multiple_of(this * static.block, static.block), static.block)
+    def _copies(self, at: _At):
+        static, row = self._static, at.row
+        _, first = self.columns(row, at.nth)
+        if static.page:
+            pages = static.columns // static.page
+            row = self._tables[0][row * pages + jax.lax.div(first, static.page)]
+            first = jax.lax.rem(first, static.page)
         for nth, (stored, buffer) in enumerate(zip(self._stored, self._buffers)):
-            if stored.shape[3] == static.block:
-                cut = slice(None)
+            cut = slice(None)
+            if stored.shape[3] != static.block:
+                cut = pl.ds(pl.multiple_of(first, ALIGNED), static.block)
+            if nth >= 2 and stored.shape[3] != static.block:  # scales lie along the lanes
+                cut = pl.ds(pl.multiple_of(first, LANES), static.block)
             yield pltpu.make_async_copy(
                 stored.at[self._layer, row, :, cut],
-                buffer.at[into, t],
-                self._arrived.at[into, t, nth],
+                buffer.at[at.buffer],
+                self._arrived.at[at.buffer, nth],
             )
 
 
 def _kernel(static: _Static, layer, start, count, length, *refs):
-    tables, refs = refs[: bool(static.of_page)], refs[bool(static.of_page) :]
+    tables, refs = refs[: bool(static.page)], refs[bool(static.page) :]
     q_ref, origin_ref, reach_ref, *refs = refs
     arrays = (len(refs) - 5) // 2  # two of keys and values, or four with their scales
     stored, refs = refs[:arrays], refs[arrays:]
@@ -173,9 +215,6 @@ def _kernel(static: _Static, layer, start, count, length, *refs):
 
     @pl.when(i == 0)
     def _():
-        # Scores of what is not fetched are masked, but a value that is NaN would stay in the sum.
-        for buffer in buffers[1::2]:
-            buffer[...] = jnp.zeros_like(buffer)
         zero = jnp.int32(0)
         coming = _At(first_row, zero, zero)
         coming = jax.lax.fori_loop(0, static.A - 1, lambda _, at: fetch.start(at, end), coming)
@@ -185,26 +224,23 @@ def _kernel(static: _Static, layer, start, count, length, *refs):
     def of_row(g, carry):
         row = first_row + g
 
-        def visit(chunk, carry):
+        def visit(nth, carry):
             coming, buffer = carry
-            here = _At(row, chunk, buffer)
             coming = fetch.start(coming, end)
-            fetch.wait(here)
-            seen = []
-            for t in range(static.T):
-                nth = chunk * static.T + t
-                # A block that is not there has no columns.
-                below = jnp.where(nth < count[row], jnp.minimum(length[row], static.columns), 0)
-                first = fetch.number(row, nth) * static.block
-                seen.append(_seen(static, origin_ref[g], reach_ref[g], first, below))
-            seen = jnp.concatenate(seen, axis=1)
-            arrived_here = [x.at[buffer] for x in buffers]
-            for heads, rows in static.work:
-                results = (ref.at[g, rows] for ref in (out_ref, top_ref, total_ref))
-                _add(static, q_ref[g, rows], heads, arrived_here, seen, *results)
-            return coming, jnp.where(buffer + 1 < static.A, buffer + 1, 0)
 
-        return jax.lax.fori_loop(0, fetch.chunks(row), visit, carry)
+            @pl.when(count[row] > 0)
+            def _():
+                fetch.wait(_At(row, nth, buffer))
+                below = jnp.minimum(length[row], static.columns)
+                places = origin_ref[g], reach_ref[g], *fetch.columns(row, nth), below
+                seen, here = _seen(static, *places), [x.at[buffer] for x in buffers]
+                for heads, rows in static.work:
+                    results = (ref.at[g, rows] for ref in (out_ref, top_ref, total_ref))
+                    _add(static, q_ref[g, rows], heads, here, seen, *results)
+
+            return coming, fetch.after(buffer)
+
+        return jax.lax.fori_loop(0, fetch.blocks(row), visit, carry)
 
     carry = _At(*(next_ref[nth] for nth in range(3))), next_ref[3]
     coming, buffer = jax.lax.fori_loop(0, static.G, of_row, carry)
@@ -212,34 +248,29 @@ def _kernel(static: _Static, layer, start, count, length, *refs):
         next_ref[nth] = x
 
 
-def _seen(static: _Static, origin, reach, first, below):
-    """Which columns of a block each query sees, [N, S] bool."""
+def _seen(static: _Static, origin, reach, own, first, below):
+    """Which columns of a block, copied from `first` on, each query sees there, [N, S] bool."""
     at = first + jax.lax.broadcasted_iota(jnp.int32, (origin.shape[0], static.block), 1)
     back = origin[:, :1] - at
     if static.ring:
         back = jnp.where(back < 0, back + static.columns, back)
-    return (back <= reach[:, :1]) & (at < below)
+    seen = (back <= reach[:, :1]) & (at < below)
+    return seen if own is first else seen & (at >= own)
 
 
 def _add(static: _Static, q, heads: range, buffers, seen, out_ref, top_ref, total_ref) -> None:
-    """Adds the attention of some heads to some blocks to that of a row.
+    """Adds the attention of some heads to a block to that of a row.
 
     Args:
       q: [N, D], the queries of these heads, and perhaps padding.
-      buffers: of keys and values, [T, K, S, D], and perhaps of their scales, [T, K, S].
-      seen: [N, T S] bool.
+      buffers: of keys and values, [K, S, D], and perhaps of their scales, [K, S].
+      seen: [N, S] bool.
       out_ref: [N, D]; top_ref, total_ref: [N, LANES].
     """
     keys, values, *scales = buffers
     of_head = heads.start + jax.lax.div(
         jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0), static.Q
     )
-
-    def columns_of(ref, h):
-        return ref[:, h].reshape(-1, ref.shape[-1]).astype(q.dtype)
-
-    def scale_of(ref, h):
-        return jnp.concatenate([ref[t, h][None, :] for t in range(static.T)], axis=1)
 
     def of_own_head(product):
         """Rows [N, ...] of `product(head)`, each of its own head; all meet the keys of each."""
@@ -251,9 +282,9 @@ def _add(static: _Static, q, heads: range, buffers, seen, out_ref, top_ref, tota
     def scores_of(h):
         dimensions = (((1,), (1,)), ((), ()))
         scores = jax.lax.dot_general(
-            q, columns_of(keys, h), dimensions, preferred_element_type=jnp.float32
+            q, keys[h].astype(q.dtype), dimensions, preferred_element_type=jnp.float32
         )
-        return scores * scale_of(scales[0], h) if scales else scores
+        return scores * scales[0][h][None, :] if scales else scores
 
     scores = of_own_head(scores_of)
     if static.soft_cap is not None:
@@ -268,9 +299,9 @@ def _add(static: _Static, q, heads: range, buffers, seen, out_ref, top_ref, tota
     top_ref[...] = top
 
     def added(h):
-        of_values = weights * scale_of(scales[1], h) if scales else weights
+        of_values = weights * scales[1][h][None, :] if scales else weights
         return jnp.dot(
-            of_values.astype(q.dtype), columns_of(values, h), preferred_element_type=jnp.float32
+            of_values.astype(q.dtype), values[h].astype(q.dtype), preferred_element_type=jnp.float32
         )
 
     out_ref[...] = out_ref[...] * shrink[:, :1] + of_own_head(added)
@@ -292,22 +323,15 @@ def attend_part(
     page, tables = kv.v.shape[-2], ()
     columns = page
     is_quantized = kv.k_scale is not None
-    block = block_of(page, block, is_quantized=is_quantized)
+    block = block_of(page, block, is_quantized=is_quantized, is_page=table is not None)
     if table is not None:
         columns = page * table.shape[1]
         tables = (table.reshape(-1).astype(jnp.int32),)
     start, last = block_range(reach, columns, block)
     sees = jnp.any(reach.reach >= 0, axis=1) & (reach.length > 0)
     count = jnp.where(sees, last + 1, 0)
-    block_bytes = 2 * K * block * D * kv.k.dtype.itemsize
-    T = BUFFER_BYTES // (2 * block_bytes)
-    T = max(1, min(T, -(-TOGETHER * BLOCK // block), columns // block))
-    A = max(2, min(AHEAD, BUFFER_BYTES // (T * block_bytes)))
-    N = -(-K * Q // SUBLANES) * SUBLANES
-    row_bytes = 2 * N * (D * (q.dtype.itemsize + 4) + 4 * 4 * LANES)
+    G, programs, A, N = cut_of(q, block, kv.k.dtype)
     # A chip with two cores gives each of them half of the programs.
-    G = max(1, min(ROWS, -(-rows // 2), BUFFER_BYTES // row_bytes))
-    programs = -(-rows // (2 * G))
     padded = 2 * G * programs
 
     def of_rows(x, *more):
@@ -324,12 +348,11 @@ def attend_part(
         K=K,
         Q=Q,
         G=G,
-        T=T,
         A=A,
         block=block,
-        blocks=columns // block,
+        blocks=-(-columns // block),
         columns=columns,
-        of_page=page // block if tables else 0,
+        page=page if tables else 0,
         ring=reach.ring,
         soft_cap=soft_cap,
     )
@@ -351,8 +374,8 @@ def attend_part(
             in_specs=[per_query(N, D), *places, *[whole] * len(stored)],
             out_specs=[per_query(N, size) for size in (D, LANES, LANES)],
             scratch_shapes=[
-                *(pltpu.VMEM((A, T, *size), x.dtype) for size, x in zip(buffers, stored)),
-                pltpu.SemaphoreType.DMA((A, T, len(stored))),
+                *(pltpu.VMEM((A, *size), x.dtype) for size, x in zip(buffers, stored)),
+                pltpu.SemaphoreType.DMA((A, len(stored))),
                 pltpu.SMEM((4,), jnp.int32),
             ],
         ),
