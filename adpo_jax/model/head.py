@@ -51,8 +51,9 @@ class Whole(NamedTuple):
     Attributes:
       weight: [V, D] where it is the embedding, else [D, V], in the dtype of the hidden states. It
         gets no gradient.
-      gradient: [S, *weight.shape] float32. Its numbers do not matter; its gradient is what each
-        device's tokens give, which the weight would have the sum of.
+      gradient: [S, D, V] float32, the sum of what each device's tokens of earlier micro-batches
+        give. Its own gradient is this sum with what the tokens at hand give, which the weight would
+        have over all devices.
     """
 
     weight: jax.Array
@@ -95,9 +96,9 @@ class _Head:
     @property
     def gradient_spec(self) -> Spec:
         """How the gradient of the weight lies."""
-        return (
-            Spec(self.tokens_axes or None, *self.weight_spec) if self.is_whole else self.weight_spec
-        )
+        if not self.is_whole:
+            return self.weight_spec
+        return Spec(self.tokens_axes or None, None, self.vocab_axis or None)
 
     @property
     def weight_spec(self) -> Spec:
@@ -128,10 +129,13 @@ class _Head:
         def local(weight, *rows):
             return function(self.whole(weight), *rows)
 
+        spec = self.weight_spec
+        if isinstance(weight, Whole):
+            spec = Whole(spec, self.gradient_spec)
         return sharding.shard_map(
             local,
             self.mesh,
-            (self.weight_spec, *(self.rows_spec for _ in rows)),
+            (spec, *(self.rows_spec for _ in rows)),
             (*(self.rows_spec,) * out_rows, *((self.gradient_spec,) if with_weight else ())),
         )(weight, *rows)
 
@@ -230,7 +234,7 @@ class _Head:
         d_hidden_BTD = self.over_vocab(jax.lax.psum, d_hidden_BTD).astype(dtype)
         if not self.is_whole:
             return d_hidden_BTD, self.settled(d_weight_DV)
-        return d_hidden_BTD, (d_weight_DV.T if self.tied else d_weight_DV)[None]
+        return d_hidden_BTD, d_weight_DV[None]
 
     def settled(self, d_weight_DV):
         """The gradient of the weight, summed over the devices, each with its part."""
@@ -242,7 +246,14 @@ class _Head:
 
     def cast(self, weight, dtype):
         """The weight in the dtype of the computation."""
-        return weight.weight if self.is_whole else weight.astype(dtype)
+        return weight if self.is_whole else weight.astype(dtype)
+
+    def begin(self, weight):
+        """The weight, and what its gradient [D, V] is added to."""
+        if self.is_whole:
+            return weight.weight, weight.gradient[0]
+        shape = weight.T.shape if self.tied else weight.shape
+        return weight, jnp.zeros(shape, jnp.float32)
 
     def cotangent(self, weight, d_weight):
         """The gradient as JAX wants it, in the form and dtype of the weight."""
@@ -293,7 +304,8 @@ def weight_name(config: ModelConfig) -> str:
 class Once:
     """A head whose weight is gathered, and its gradient summed, once for many micro-batches.
 
-    The micro-batches take `gather`'s result as `whole`, and add up its gradient.
+    The first micro-batch takes `gather`'s result as `whole`, the others the same weight with the
+    gradient of the one before, and `settle` takes that of the last one.
     """
 
     _head: _Head
@@ -326,7 +338,8 @@ class Once:
 
         def local(weight):
             weight = head.whole(weight.astype(self._dtype))
-            return Whole(weight, jnp.zeros((1, *weight.shape), jnp.float32))
+            shape = weight.T.shape if head.tied else weight.shape
+            return Whole(weight, jnp.zeros((1, *shape), jnp.float32))
 
         specs = Whole(whole.weight_spec, whole.gradient_spec)
         return sharding.shard_map(local, head.mesh, (head.weight_spec,), specs)(weight)
@@ -337,7 +350,7 @@ class Once:
         of_device = dataclasses.replace(head, width_axes=(), is_whole=True).gradient_spec
 
         def local(gradient):
-            return head.settled(gradient[0].T if head.tied else gradient[0])
+            return head.settled(gradient[0])
 
         return sharding.shard_map(local, head.mesh, (of_device,), head.weight_spec)(gradient)
 
@@ -398,7 +411,7 @@ def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
 
     log_probs, entropy, log_z = head.spread(
         forward,
-        head.cast(weight, hidden_BTD.dtype),
+        weight.weight if head.is_whole else head.cast(weight, hidden_BTD.dtype),
         hidden_BTD,
         targets_BT,
         out_rows=3,
@@ -411,6 +424,8 @@ def _log_probs_backward(head: _Head, residuals, cotangents):
     weight, hidden_BTD, targets_BT, log_z_BT, entropy_BT = residuals
 
     def backward(weight, *rows):
+        weight, begun = head.begin(weight)
+
         def of_chunk(d_weight, hidden_CD, targets_C, log_z_C, g_C, *entropy):
             logits_CV, slope = head.logits(weight, hidden_CD)
             e_C, h_C = entropy or (None, None)
@@ -419,8 +434,7 @@ def _log_probs_backward(head: _Head, residuals, cotangents):
             )
             return d_weight + d_chunk, d_hidden_CD
 
-        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
-        d_weight, d_hidden_BTD = head.chunked(of_chunk, zeros, *rows)
+        d_weight, d_hidden_BTD = head.chunked(of_chunk, begun, *rows)
         return head.settle(d_hidden_BTD, d_weight, hidden_BTD.dtype)
 
     rows = (hidden_BTD, targets_BT, log_z_BT, cotangents[0])
@@ -482,6 +496,8 @@ def _weighted_sum(weights, scored):
 
 def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
     def forward(weight, *rows):
+        weight, begun = head.begin(weight)
+
         def of_chunk(d_weight, hidden_CD, targets_C, g_C, e_C=None):
             logits_CV, slope = head.logits(weight, hidden_CD)
             log_prob_C, entropy_C, log_z_C = head.scores(logits_CV, targets_C)
@@ -491,8 +507,7 @@ def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
             )
             return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
 
-        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
-        d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, zeros, *rows)
+        d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, begun, *rows)
         return log_probs, entropy, *head.settle(d_hidden, d_weight, hidden_BTD.dtype)
 
     rows = (hidden_BTD, targets_BT, *(w for w in weights if w is not None))

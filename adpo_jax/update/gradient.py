@@ -292,15 +292,18 @@ class Gradient:
                 others = jax.tree.map(micro.of, layout.log_probs)
                 return self._weights(scored, others, micro.tokens, micro.prepared(prepared))
 
+            sums, of_head = sums
+            head = variables.head and variables.head._replace(gradient=of_head)
+            here = variables._replace(head=head)
             if weights is None:
-                more = self.scorer.gradient_of(variables, frozen, micro, weights_of, num_tokens)
+                more = self.scorer.gradient_of(here, frozen, micro, weights_of, num_tokens)
             else:
                 of_micro = jax.tree.map(micro.of, weights)
-                more = self.scorer.gradient(variables, frozen, micro, of_micro, num_tokens)
+                more = self.scorer.gradient(here, frozen, micro, of_micro, num_tokens)
             grads, *found = more
             # Without this the partitioner may sum whole gradients on every device.
-            grads = policy.constrained(grads.trained), grads.head and grads.head.gradient
-            return jax.tree.map(jnp.add, sums, grads), tuple(found)
+            sums = jax.tree.map(jnp.add, sums, policy.constrained(grads.trained))
+            return (sums, grads.head and grads.head.gradient), tuple(found)
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
         first = zeros, variables.head and variables.head.gradient
