@@ -187,9 +187,8 @@ class _Fetch:
         for nth, (stored, buffer) in enumerate(zip(self._stored, self._buffers)):
             cut = slice(None)
             if stored.shape[3] != static.block:
-                cut = pl.ds(pl.multiple_of(first, ALIGNED), static.block)
-            if nth >= 2 and stored.shape[3] != static.block:  # scales lie along the lanes
-                cut = pl.ds(pl.multiple_of(first, LANES), static.block)
+                aligned = LANES if nth >= 2 else ALIGNED  # scales lie along the lanes
+                cut = pl.ds(pl.multiple_of(first, aligned), static.block)
             yield pltpu.make_async_copy(
                 stored.at[self._layer, row, :, cut],
                 buffer.at[at.buffer],
