@@ -391,11 +391,16 @@ def test_a_slice_in_a_fusion_within_a_fusion_is_all_that_is_read():
     """As a TPU's compiler puts the slice of stacked weights into the product."""
     text = """
 HloModule m
+%tiles (t: bf16[28,64,64]) -> bf16[28,64,64] {
+  %t = bf16[28,64,64] parameter(0)
+  ROOT %copied = bf16[28,64,64] copy(%t)
+}
 %slice (p: bf16[28,64,64], i: s32[]) -> bf16[64,64] {
   %i = s32[] parameter(1)
   %p = bf16[28,64,64] parameter(0)
+  %in = bf16[28,64,64] fusion(%p), output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
   %z = s32[] constant(0)
-  %d = bf16[1,64,64] dynamic-slice(%p, %i, %z, %z), dynamic_slice_sizes={1,64,64}
+  %d = bf16[1,64,64] dynamic-slice(%in, %i, %z, %z), dynamic_slice_sizes={1,64,64}
   ROOT %b = bf16[64,64] bitcast(%d)
 }
 %product (x: bf16[8,64], w: bf16[28,64,64], j: s32[]) -> bf16[8,64] {

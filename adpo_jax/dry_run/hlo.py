@@ -302,7 +302,7 @@ class Program:
             total, open_ = 0, list(users[parameter.name])
             while open_ and total < whole:
                 user, place = open_.pop()
-                if user.opcode == "bitcast":
+                if user.opcode == "bitcast" or _is_in_place(user):
                     open_ += users[user.name]
                 elif user.opcode == "fusion":
                     total += self._read(self._computations[_called(user)[0]])[place]
@@ -439,6 +439,11 @@ def _constant(instruction: _Instruction) -> int | None:
     """The value of an integer constant."""
     match = instruction.opcode == "constant" and re.match(r"\((\d+)\)", instruction.rest)
     return int(match.group(1)) if match else None
+
+
+def _is_in_place(i: _Instruction) -> bool:
+    """Whether it gives its only operand another name: within a fusion, other tiles of a layout."""
+    return len(i.operands) == 1 and "output_to_operand_aliasing={{}: (0, {})}" in i.rest
 
 
 def _kernel_name(i: _Instruction) -> str:
