@@ -21,6 +21,8 @@ import runpy
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -249,13 +249,19 @@ def result(run: Run) -> dict:
 
 
 def results(family: Family) -> dict:
-    """All that is finished: settings tried of each method, and its runs by condition and seed."""
+    """All that is finished: settings tried of each method, and its runs by condition and seed.
+
+    A method is left out of a condition until all its seeds are done.
+    """
     environment = {}
     runs: dict = {}
     for condition, method, seed, folder in family.finished():
         found = Run.read(folder)
         environment = found.environment
         runs.setdefault(condition, {}).setdefault(method, {})[str(seed)] = result(found)
+    for condition, by_method in runs.items():
+        whole = {m: done for m, done in by_method.items() if len(done) == len(family.task.seeds)}
+        runs[condition] = whole
     methods = sorted(
         {method for by_method in runs.values() for method in by_method}, key=METHOD_NAMES.index
     )
@@ -333,7 +339,7 @@ def picture(found: dict, name: str) -> Picture:
             shown = [method for method in methods if method in runs]
             both = [interval([row["final"] for row in runs[method].values()]) for method in shown]
             mean, half = np.array(both).T
-            offset = (number - (len(conditions) - 1) / 2) * 0.13
+            offset = (number - (len(conditions) - 1) / 2) * 0.8 / len(conditions)
             places = np.array([methods.index(method) for method in shown]) + offset
             low = np.minimum(half, mean)
             high = np.minimum(half, 1 - mean)
