@@ -118,7 +118,7 @@ def _cut(task: Task, batches: int = 1) -> dict:
     """An iteration's prompts cut into so many updates, one on each part of them.
 
     The last of these updates trains on samples from before all the others. Runs have as many
-    updates, and prompts in each, however they are cut.
+    updates, but for what does not divide, and prompts in each, however they are cut.
     """
     iterations = task.updates // batches
     cut = {
@@ -259,14 +259,17 @@ def results(family: Family) -> dict:
         found = Run.read(folder)
         environment = found.environment
         runs.setdefault(condition, {}).setdefault(method, {})[str(seed)] = result(found)
-    for condition, by_method in runs.items():
-        whole = {m: done for m, done in by_method.items() if len(done) == len(family.task.seeds)}
-        runs[condition] = whole
+    seeds = len(family.task.seeds)
+    whole = {
+        condition: {method: done for method, done in by_method.items() if len(done) == seeds}
+        for condition, by_method in runs.items()
+    }
+    runs = {condition: by_method for condition, by_method in whole.items() if by_method}
     methods = sorted(
         {method for by_method in runs.values() for method in by_method}, key=METHOD_NAMES.index
     )
     return {
-        "common": family.common,
+        "common": family.task.common | _cut(family.task),
         "versions": {k: environment[k] for k in ("jax", "commit") if k in environment},
         "search": {method: family.searched(method) for method in methods},
         "runs": runs,

@@ -420,6 +420,26 @@ ENTRY %main (a: bf16[8,64], s: bf16[28,64,64], l: s32[]) -> bf16[8,64] {
     assert Program(text).traffic() == 2 * 8 * 64 * 2 + 64 * 64 * 2 + 4
 
 
+def test_an_array_in_another_shape_within_a_fusion_is_read_whole():
+    text = """
+HloModule m
+%view (p: f32[8,64]) -> f32[512] {
+  %p = f32[8,64] parameter(0)
+  ROOT %b = f32[512] bitcast(%p)
+}
+%sum (x: f32[8,64]) -> f32[512] {
+  %x = f32[8,64] parameter(0)
+  %flat = f32[512] fusion(%x), kind=kLoop, calls=%view
+  ROOT %e = f32[512] exponential(%flat)
+}
+ENTRY %main (a: f32[8,64]) -> f32[512] {
+  %a = f32[8,64] parameter(0)
+  ROOT %out = f32[512] fusion(%a), kind=kLoop, calls=%sum
+}
+"""
+    assert Program(text).traffic() == 2 * 512 * 4
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():

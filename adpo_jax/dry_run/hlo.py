@@ -290,28 +290,38 @@ class Program:
 
     def _read(self, inside: list[_Instruction]) -> list[int]:
         """Bytes that a fusion reads of each of its operands, fusions within it included."""
+        wholes = [_shape_bytes(i.shape) for i in _parameters(inside)]
+        return [
+            whole if is_result else min(read, whole)
+            for (read, is_result), whole in zip(self._reads(inside), wholes)
+        ]
+
+    def _reads(self, inside: list[_Instruction]) -> Iterator[tuple[int, bool]]:
+        """Of each operand the bytes that are read, and whether the result is a view of it."""
         users = collections.defaultdict(list)
         for i in inside:
             for place, operand in enumerate(i.operands):
                 users[operand].append((i, place))
-        read = {}
-        for parameter in inside:
-            if parameter.opcode != "parameter":
-                continue
-            whole = _shape_bytes(parameter.shape)
-            total, open_ = 0, list(users[parameter.name])
-            while open_ and total < whole:
+        for parameter in _parameters(inside):
+            whole, total, is_result = _shape_bytes(parameter.shape), 0, False
+            open_ = list(users[parameter.name])
+            while open_:
                 user, place = open_.pop()
-                if user.opcode == "bitcast" or _is_in_place(user):
+                passes_on = user.opcode == "bitcast" or _is_in_place(user)
+                if user.opcode == "fusion" and not passes_on:
+                    reads = list(self._reads(self._computations[_called(user)[0]]))
+                    more, passes_on = reads[place]
+                    total += more
+                if passes_on:
+                    is_result = is_result or user is inside[-1]
                     open_ += users[user.name]
                 elif user.opcode == "fusion":
-                    total += self._read(self._computations[_called(user)[0]])[place]
+                    continue
                 elif user.opcode in _READS_A_PART and place == 0:
                     total += _shape_bytes(user.shape)
                 elif user.opcode != "dynamic-update-slice" or place:
-                    total = whole
-            read[int(re.match(r"\((\d+)\)", parameter.rest).group(1))] = min(total, whole)
-        return [read[place] for place in sorted(read)]
+                    total += whole
+            yield total, is_result
 
     @functools.cached_property
     def _shapes(self) -> dict[str, str]:
@@ -439,6 +449,12 @@ def _constant(instruction: _Instruction) -> int | None:
     """The value of an integer constant."""
     match = instruction.opcode == "constant" and re.match(r"\((\d+)\)", instruction.rest)
     return int(match.group(1)) if match else None
+
+
+def _parameters(inside: list[_Instruction]) -> list[_Instruction]:
+    """The parameters of a computation in the order of its operands."""
+    found = [i for i in inside if i.opcode == "parameter"]
+    return sorted(found, key=lambda i: int(re.match(r"\((\d+)\)", i.rest).group(1)))
 
 
 def _is_in_place(i: _Instruction) -> bool:

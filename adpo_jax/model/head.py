@@ -465,6 +465,7 @@ def weighted_log_probs(
 
     Args:
       weights_BT: float32, without gradient; the other arguments are those of `token_log_probs`.
+        With `whole` the sum must be differentiated with a cotangent of 1.
       entropy_weights_BT: the same for the entropies, whose weighted sum is added; None for none.
 
     Returns:
