@@ -377,12 +377,14 @@ def test_groups_without_a_spread_make_room_for_others_ahead_of_the_update(
 
     source = trainer(1, sieve=Sieve(spread, most_dropped=40))
     thread, _ = start(policy_and_params, engines[0], source.address)
+    dropped = []
     for step in range(3):
         found = source.next(step, at_step(params, step))
         assert has_spread(found.rewards, 0.8).all()
         assert found.metrics["filter/fillers"] == 0
         assert found.metrics["ahead/staleness_max"] <= 1
-    assert found.metrics["filter/dropped_frac"] > 0
+        dropped.append(found.metrics["filter/dropped_frac"])
+    assert max(dropped) > 0  # in which step depends on how fast the samplers are
     source.end()
     thread.join(30)
 
