@@ -161,7 +161,7 @@ def decode(compiler: Compiler, name: str, a: argparse.Namespace) -> dict:
     blocks = np.mean([min(-(-(seen + first) // block), -(-columns // block)) for first in starts])
     cycles = cut.programs * (program + cut.rows * (row + blocks * visit))
     cycles = (cycles + (cut.buffers - 1) * first_fetches) * 2 / compiler.cores.count
-    token = 2 * a.heads * HEAD_DIM * layout.dtype(0).itemsize
+    token = 2 * a.heads * HEAD_DIM * q.dtype.itemsize
     roofline = rows * seen * token / compiler.chip.bandwidth
     fetched = rows * blocks * block * token / compiler.chip.bandwidth
     return {

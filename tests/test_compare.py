@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -220,3 +221,22 @@ def test_the_table_of_a_condition_marks_what_seeds_do_not_explain(family, tmp_pa
     (tmp_path / "family.json").write_text(json.dumps(found))
     family["write_tables"](tmp_path / "family.json")
     assert (tmp_path / "family_accuracy.png").stat().st_size > 10_000
+
+
+def test_a_method_whose_seeds_are_not_all_done_is_in_no_table(family, monkeypatch, tmp_path):
+    row = {"final": 0.9, "reward": 0.5, "kl": 1.0, "entropy": 0.1, "collapsed": False}
+    task = family["TASKS"]["word_problems"]
+    done = [("1 update", "adpo", seed, tmp_path) for seed in task.seeds]
+    under_way = [("1 update", "grpo", 0, tmp_path), ("4 updates", "adpo", 0, tmp_path)]
+    names = family["results"].__globals__
+    monkeypatch.setitem(
+        names, "Run", SimpleNamespace(read=lambda _: SimpleNamespace(environment={}))
+    )
+    monkeypatch.setitem(names, "result", lambda run: row)
+    monkeypatch.setattr(family["Family"], "finished", lambda self: iter(done + under_way))
+    found = family["results"](family["Family"](tmp_path, task, "model"))
+    assert {name: list(runs) for name, runs in found["runs"].items()} == {"1 update": ["adpo"]}
+    assert "model" not in found["common"].values()
+    (tmp_path / "words.json").write_text(json.dumps(found))
+    family["write_tables"](tmp_path / "words.json")
+    assert (tmp_path / "words_accuracy.png").exists()

@@ -6,10 +6,13 @@ import pytest
 from adpo_jax.engine.schedule import (
     PREFILL_TOKENS,
     Schedule,
+    column_buckets,
     doubling_sizes,
+    length_bucket,
     power_of_two,
     prefill_rows,
     rows_of_a_group,
+    whole_tiles,
 )
 
 
@@ -35,6 +38,15 @@ def test_the_rows_of_a_prefill_are_as_many_as_it_is_padded_to():
         assert rows * length <= PREFILL_TOKENS or rows == 1
         assert 2 * rows * length > PREFILL_TOKENS
     assert prefill_rows(5000, 6) == 6
+
+
+def test_columns_come_in_whole_tiles():
+    found = [whole_tiles(n) for n in (16, 32, 33, 160, 500, 513, 4000)]
+    assert found == [16, 32, 64, 160, 512, 640, 4096]
+    assert length_bucket(499, 500) == 512
+    assert length_bucket(159, 160) == 160
+    assert column_buckets(4000, 1) == [4096]
+    assert column_buckets(300, 4) == [96, 192, 288, 384]
 
 
 def test_sizes_double_up_to_the_largest():

@@ -70,8 +70,8 @@ class _Head:
       rows_axes, places_axes: mesh axes that split the rows and the tokens of a row.
       vocab_axis: the mesh axis that splits the vocabulary, empty for none.
       width_axes: mesh axes that split the width of the weight.
-      is_whole: whether the weight is a `Whole`.
       with_kernel: whether a kernel for GPUs goes over the logits.
+      is_whole: whether the weight is a `Whole`.
     """
 
     tied: bool
@@ -85,8 +85,13 @@ class _Head:
     places_axes: tuple[str, ...]
     vocab_axis: str
     width_axes: tuple[str, ...]
-    is_whole: bool
     with_kernel: bool
+    is_whole: bool = False
+
+    @property
+    def of_whole(self) -> "_Head":
+        """This head for a `Whole` weight."""
+        return dataclasses.replace(self, width_axes=(), is_whole=True)
 
     @property
     def tokens_axes(self) -> tuple[str, ...]:
@@ -286,12 +291,11 @@ def _head_of(
         # Devices with the same tokens each make the whole gradient, so that no parts are added up.
         width_axes=width_axes if {*width_axes} <= {*rows_axes, *places_axes} else (),
         vocab_axis=vocab_axis,
-        is_whole=whole is not None,
         with_kernel=on_gpu and not vocab_axis and not old_gpu(device) and head_gpu.runs(),
         **settings,
     )
     if whole is not None:
-        return dataclasses.replace(head, width_axes=()), whole
+        return head.of_whole, whole
     return head, params[weight_name(config)]
 
 
@@ -333,8 +337,7 @@ class Once:
 
     def gather(self, weight: jax.Array) -> Whole:
         """The weight as it is, whole on every device."""
-        head = self._head
-        whole = dataclasses.replace(head, width_axes=(), is_whole=True)
+        head, whole = self._head, self._head.of_whole
 
         def local(weight):
             weight = head.whole(weight.astype(self._dtype))
@@ -347,12 +350,12 @@ class Once:
     def settle(self, gradient: jax.Array) -> jax.Array:
         """The gradient of the weight, float32, laid out as it, from that of `Whole.gradient`."""
         head = self._head
-        of_device = dataclasses.replace(head, width_axes=(), is_whole=True).gradient_spec
 
         def local(gradient):
             return head.settled(gradient[0])
 
-        return sharding.shard_map(local, head.mesh, (of_device,), head.weight_spec)(gradient)
+        specs = (head.of_whole.gradient_spec,)
+        return sharding.shard_map(local, head.mesh, specs, head.weight_spec)(gradient)
 
 
 def token_log_probs(
