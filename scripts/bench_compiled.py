@@ -136,7 +136,9 @@ def decode(a: argparse.Namespace, parts: Parts) -> dict:
     """A step of decoding of one device, against the bytes that it cannot do without."""
     engine = parts.engine(a)
     made, line = compiled(engine.trace(parts.sampling)["decode"], parts.devices[0])
-    program = Program(made.as_text())
+    # What comes before the loop of a call's steps, and after it, is shared out over them.
+    program, steps = Program(made.as_text()), engine.steps_per_dispatch
+    call = Program(made.as_text(), outer_turns=steps)
     layout, policy = engine.verbs.layout, engine.policy
     weights = sharding.device_bytes(engine.verbs.abstract_params())
     heads = layout.num_kv_heads // engine.policy.mesh.shape["tensor"]
@@ -150,7 +152,7 @@ def decode(a: argparse.Namespace, parts: Parts) -> dict:
     }
     of_kernels["tpu_custom_call"] = sum(of_kernels.values()) // 2
     seen = layout.num_layers * token * (parts.slots * a.own + rows * a.prompt)
-    roofline, moved = weights + seen, program.traffic(of_kernels)
+    roofline, moved = weights + seen, round(call.traffic(of_kernels) / steps)
     return line | {
         "attention": engine.verbs.attention,
         "slots": parts.slots,
@@ -160,6 +162,7 @@ def decode(a: argparse.Namespace, parts: Parts) -> dict:
         "kernels": program.kernel_calls,
         "roofline_tokens_per_s": round(parts.slots * parts.chip.bandwidth / roofline),
         **seen_of(program),
+        "launches": round(call.launches / steps),
     }
 
 

@@ -128,6 +128,32 @@ ENTRY %main (a: (f32[4,4], u32[])) -> (f32[4,4], u32[]) {
     assert Program(text).flops == 8 // 2 * 2 * 4 * 4 * 4
 
 
+def test_what_a_call_does_once_is_told_from_what_it_does_at_every_step():
+    text = """HloModule m
+%more (s.1: (s32[], pred[], f32[64])) -> pred[] {
+  %s.1 = (s32[], pred[], f32[64]) parameter(0)
+  ROOT %going = pred[] get-tuple-element(%s.1), index=1
+}
+%step (s: (s32[], pred[], f32[64])) -> (s32[], pred[], f32[64]) {
+  %s = (s32[], pred[], f32[64]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %p = pred[] get-tuple-element(%s), index=1
+  %x = f32[64] get-tuple-element(%s), index=2
+  %y = f32[64] exponential(%x)
+  ROOT %t = (s32[], pred[], f32[64]) tuple(%i, %p, %y)
+}
+ENTRY %main (a: (s32[], pred[], f32[64])) -> f32[64] {
+  %a = (s32[], pred[], f32[64]) parameter(0)
+  %w = (s32[], pred[], f32[64]) while(%a), condition=%more, body=%step
+  %z = f32[64] get-tuple-element(%w), index=2
+  ROOT %n = f32[64] negate(%z)
+}
+"""
+    assert Program(text).traffic() == 2 * 2 * 64 * 4
+    call = Program(text, outer_turns=16)
+    assert (call.launches, call.traffic()) == (17, 17 * 2 * 64 * 4)
+
+
 def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
     report = dry_run.dry_run(parse(*TINY, "--config.anchor.mode=fixed", "--config.mesh.tensor=2"))
     assert [step.name for step in report.steps] == ["prefill", "decode", "anchor", "update"]

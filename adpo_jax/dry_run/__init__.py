@@ -18,6 +18,7 @@ Letters: P prompts, G completions of a prompt, T tokens.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,10 @@ def _report(
             on = engine.policy.mesh if name in ("prefill", "decode") else mesh
             on = list(on.devices.flat)
             slices = sharding.slice_numbers(on, of_processes=config.mesh.dcn_data > 1)
-            step = _compiled(name, traced, on, turns, calls[name], least[name], chip, slices)
+            steps_of_call = engine.steps_per_dispatch if name == "decode" else 1
+            step = _compiled(
+                name, traced, on, turns, calls[name], least[name], chip, slices, steps_of_call
+            )
             if name == "decode":
                 step = dataclasses.replace(step, expected_calls=expected)
             elif name != "prefill":
@@ -270,13 +274,20 @@ def _compiled(
     least: Least,
     chip: Chip | None,
     slices: Sequence[int],
+    steps_of_call: int,
 ) -> Step:
+    """A program as it is compiled; where a call makes several steps, one of them."""
     started = time.perf_counter()
     compiled = lowered(traced, devices[0]).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     # No device has rows left where routers choose evenly.
-    program = Program(compiled.as_text(), turns, slices, not_entered=(OF_ROWS_LEFT,))
+    read = functools.partial(
+        Program, compiled.as_text(), turns, slices, not_entered=(OF_ROWS_LEFT,)
+    )
+    program = read()
+    # What comes before the loop of the steps, and after it, is shared out over them.
+    call = program if steps_of_call == 1 else read(outer_turns=steps_of_call)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = memory.argument_size_in_bytes + results
     asked = traced_flops(traced, turns, of_experts=False)
@@ -292,11 +303,12 @@ def _compiled(
         kernels = program.kernel_calls
         share = (moved if least.moved is None else least.moved) // max(sum(kernels.values()), 1)
         of_kernels = dict.fromkeys(kernels, share if name == "decode" else 0)
-        kernel_s = program.seconds(chip.flops, chip.bandwidth, launch=launch, of_kernels=of_kernels)
-        kernel_s += of_attention / chip.flops
+        kernel_s = call.seconds(chip.flops, chip.bandwidth, launch=launch, of_kernels=of_kernels)
+        kernel_s = kernel_s / steps_of_call + of_attention / chip.flops
         if program.flops == others:  # else they are counted
             kernel_s += of_experts / chip.flops
-        linked_s = sum(c.bytes for c in program.collectives) / (chip.link or chip.bandwidth)
+        linked_s = sum(c.bytes for c in call.collectives) / (chip.link or chip.bandwidth)
+        linked_s /= steps_of_call
     return Step(
         name=name,
         calls=calls,
@@ -305,7 +317,7 @@ def _compiled(
         flops=others + of_attention + int(of_experts / (ROOM if has_exchange(traced) else 1)),
         balance=others * len(devices) / max(asked, 1),
         collectives=program.collectives,
-        launches=program.launches,
+        launches=round(call.launches / steps_of_call),
         compile_s=seconds,
         kernel_s=kernel_s,
         linked_s=linked_s,

@@ -97,6 +97,7 @@ class Program:
       unknown_turns: the turns of a loop whose end is decided while it runs.
       slices: the slice that each device of the program is in, in the order of the mesh.
       not_entered: names of jitted functions whose loops do not turn.
+      outer_turns: as `unknown_turns`, of loops that are in no other; None for the same.
     """
 
     def __init__(
@@ -105,9 +106,11 @@ class Program:
         unknown_turns: int = 1,
         slices: Sequence[int] = (),
         not_entered: Sequence[str] = (),
+        outer_turns: int | None = None,
     ):
         self._computations, self._entry = _parse(text)
         self._unknown_turns = unknown_turns
+        self._outer_turns = unknown_turns if outer_turns is None else outer_turns
         self._slices = slices
         self._not_entered = not_entered
 
@@ -117,9 +120,8 @@ class Program:
         times = collections.Counter({self._entry: 1})
         for name in self._in_call_order():
             for instruction in self._computations[name]:
-                called = _called(instruction)
-                turns = self._turns(instruction) if instruction.opcode == "while" else 1
-                for other in called:
+                turns = self._turns(instruction, name) if instruction.opcode == "while" else 1
+                for other in _called(instruction):
                     times[other] += times[name] * turns
         return times
 
@@ -139,9 +141,11 @@ class Program:
         visit(self._entry)
         return order[::-1]
 
-    def _turns(self, loop: _Instruction) -> int:
+    def _turns(self, loop: _Instruction, computation: str) -> int:
+        """How often a loop of a computation turns."""
         if _is_of(loop, self._not_entered):
             return 0
+        unknown = self._outer_turns if computation == self._entry else self._unknown_turns
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest).group(1)
         instructions = self._computations[condition]
         root = instructions[-1]
@@ -149,10 +153,10 @@ class Program:
             instructions = instructions + self._computations[_called(root)[0]]
             root = instructions[-1]
         if root.opcode != "compare" or "direction=LT" not in root.rest:
-            return self._unknown_turns
+            return unknown
         numbers = [n for i in instructions if (n := _constant(i)) is not None]
         if len(numbers) != 1:
-            return self._unknown_turns
+            return unknown
         return -(-numbers[0] // self._stride(loop, instructions))
 
     def _stride(self, loop: _Instruction, condition: list[_Instruction]) -> int:
@@ -194,7 +198,7 @@ class Program:
         for name in self._in_call_order():
             for i in self._computations[name] if times[name] else ():
                 if i.opcode in ("while", "conditional", "call"):
-                    turns = self._turns(i) if i.opcode == "while" else 1
+                    turns = self._turns(i, name) if i.opcode == "while" else 1
                     for other in _called(i):
                         times[other] += times[name] * turns
         return times
