@@ -1,4 +1,4 @@
-"""The environment of the embedded task with a tool, written as those of a user are."""
+"""Environments of the embedded tasks, a calculator and a game, written as those of a user are."""
 
 
 class Calculator:

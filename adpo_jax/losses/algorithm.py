@@ -181,7 +181,7 @@ class Algorithm:
     name: ClassVar[str]
     # Metrics of `objective`, and those of `SHARED_METRICS` that have another meaning here.
     own_metrics: ClassVar[tuple[Metric, ...]] = ()
-    # Whether it needs anchor.mode=on_policy: log-ratios to the policy that sampled.
+    # Whether its log-ratios must be to the policy that sampled: anchor.mode on_policy or sampler.
     on_policy_anchor: ClassVar[bool] = False
     # Whether the objective reads log-probs too, and not their differences alone.
     needs_levels: ClassVar[bool] = False

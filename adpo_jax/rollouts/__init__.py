@@ -1,1 +1,2 @@
-"""Sources of graded groups: sampling on the spot, filtering, recordings; and evaluation."""
+"""Sources of graded groups: sampled on the spot, filtered, ahead of the update, from samplers
+elsewhere, from recordings; and evaluation."""
