@@ -31,12 +31,12 @@ from adpo_jax.rewards import RewardError, TrainerState
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.evaluation import evaluate
 from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_records
-from adpo_jax.rollouts.silence import SilenceWatch
 from adpo_jax.run import digests, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints, Restored
 from adpo_jax.run.environments import make_completer
 from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interrupted, Interruption
 from adpo_jax.run.preparation import Run, abstract_state, prepare
 from adpo_jax.run.setup import Parts
@@ -96,21 +96,21 @@ def train(
 
 
 def run(
-    run: Run, interruption: Interruption | None = None, callbacks: Sequence[Callback] = ()
+    prepared: Run, interruption: Interruption | None = None, callbacks: Sequence[Callback] = ()
 ) -> dict[str, float]:
     """Trains from the given parameters or from the newest checkpoint, as `train` does.
 
     Raises:
       Interrupted: when `interruption` asked the run to stop; the state has been saved.
     """
-    config, parts, folder = run.config, run.parts, run.folder
+    config, parts, folder = prepared.config, prepared.parts, prepared.folder
     interruption = interruption or Interruption()
     _announce(parts, folder)
     with (
         folder,
         parts.reward_model,
         parts.environments or contextlib.nullcontext(),
-        contextlib.closing(run.source),
+        contextlib.closing(prepared.source),
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
         restored = None
@@ -119,21 +119,21 @@ def run(
                 restored = checkpoints.restore_latest(abstract_state(parts))
         purge_step = -config.sft.steps if restored is None else restored.step + 1
         writer = metrics_lib.make_writer(
-            folder.root, purge_step, *run.trackers, writes=folder.writes
+            folder.root, purge_step, *prepared.trackers, writes=folder.writes
         )
         # An interrupted `_iterate` saves before this is closed, since writing a trace takes long.
         profiler = setup.make_profiler(config, folder.profile, parts.num_steps)
         with contextlib.closing(writer), contextlib.closing(profiler):
             writer.write_hparams(config.to_dict())
             folder.write_environment(profiling.environment())
-            state, metrics = _start(run, restored, writer, checkpoints, interruption)
+            state, metrics = _start(prepared, restored, writer, checkpoints, interruption)
             del restored  # it would keep the memory of the donated state
             state = _iterate(
-                run, state, metrics, writer, checkpoints, interruption, profiler, callbacks
+                prepared, state, metrics, writer, checkpoints, interruption, profiler, callbacks
             )
-        run.source.end()
+        prepared.source.end()
         with interruption.abandonable(), telling("writing the policy"):
-            _export(run, state)
+            _export(prepared, state)
         print(f"done; the policy is in {folder.export}", flush=True)
         rows = metrics_lib.read_jsonl(folder.metrics)
         evaluations = [row for row in rows if "eval/accuracy" in row]
@@ -194,27 +194,17 @@ def _iterate(
     callbacks: Sequence[Callback],
 ) -> TrainState:
     """The training loop; `metrics` belong to the iteration that made `state`."""
-    config, folder, learner = run.config, run.folder, run.parts.learner
-    start, num_steps = int(state.step), run.parts.num_steps
+    config, folder, num_steps = run.config, run.folder, run.parts.num_steps
+    start, rows = int(state.step), _logged(folder)
     guard = setup.make_guard(config)
-    silence = SilenceWatch(
-        min_reward_std=config.algorithm.min_reward_std,
-        # Without a part in the loss, rewards teach nobody to be brief.
-        drops_all_failed=config.algorithm.drop_all_failed_prompts
-        or run.parts.learner.algorithm.needs_teacher,
-    )
-    # Process 0 alone reads the file, since it may be writing it.
-    rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
-    rows = [row for row in rows if "sft/step" not in row]
     guard.resume(rows)
+    silence = setup.make_silence_watch(config)
     run.source.restore(start)
     try:
         with Progress("iteration", num_steps, start) as progress:
             if not rows or rows[-1]["step"] < start:
                 # The run starts, or it was interrupted between an update and its evaluation's end.
-                with interruption.abandonable(), progress.doing("evaluating"):
-                    evaluated = _due_evaluation(run, state, metrics)
-                metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
+                _evaluate_if_due(run, state, metrics, interruption, progress)
                 if metrics:
                     writer.write_scalars(start, metrics)
             if start == 0 and config.trainer.save_freq >= 0:
@@ -234,13 +224,8 @@ def _iterate(
                     state, metrics = _learn(run.parts, state, groups)
                 host_memory.give_back()
                 metrics |= saving | silence.metrics(groups)
-                evidence = ""
-                if metrics[SKIPPED] and folder.writes:
-                    evidence = str(recording.write(folder.bad_batches, step + 1, groups))
-                guard.check(step + 1, metrics, evidence)
-                with interruption.abandonable(), progress.doing("evaluating"):
-                    evaluated = _due_evaluation(run, state, metrics)
-                metrics |= evaluated
+                _stop_if_unsound(guard, folder, step + 1, metrics, groups)
+                _evaluate_if_due(run, state, metrics, interruption, progress)
                 if checkpoints.num_failures:
                     metrics["checkpoint/failures"] = float(checkpoints.num_failures)
                 for callback in callbacks:
@@ -252,20 +237,51 @@ def _iterate(
                 if checkpoints.is_due(step + 1, metrics):
                     with _timed(saving, "time/checkpoint"), progress.doing("saving"):
                         writer.flush()  # the log reaches as far as the checkpoint
-                        run.save_source(step + 1, checkpoints)
-                        checkpoints.save(step + 1, state.saved, metrics, learner.sizes.saved)
+                        _save(run, checkpoints, checkpoints.save, state, metrics)
     except Interrupted as reason:
         writer.flush()
-        run.save_source(int(state.step), checkpoints)
-        checkpoints.save_now(int(state.step), state.saved, metrics, learner.sizes.saved)
+        _save(run, checkpoints, checkpoints.save_now, state, metrics)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
     if config.trainer.save_freq >= 0:
-        run.save_source(num_steps, checkpoints)
         with telling("saving the last checkpoint"):
-            checkpoints.save_now(num_steps, state.saved, metrics, learner.sizes.saved)
+            _save(run, checkpoints, checkpoints.save_now, state, metrics)
     return state
+
+
+def _logged(folder: RunFolder) -> list[dict]:
+    """The rows of the iterations that the run has logged, the same on every process."""
+    # Process 0 alone reads the file, since it may be writing it.
+    rows = distributed.all_gather(folder.writes and metrics_lib.read_jsonl(folder.metrics))[0]
+    return [row for row in rows if "sft/step" not in row]
+
+
+def _stop_if_unsound(
+    guard: Guard, folder: RunFolder, step: int, metrics: dict[str, float], groups: GradedGroups
+) -> None:
+    """Lets the guard judge an update; the groups of one that was skipped are kept as evidence."""
+    evidence = ""
+    if metrics[SKIPPED] and folder.writes:
+        evidence = str(recording.write(folder.bad_batches, step, groups))
+    guard.check(step, metrics, evidence)
+
+
+def _save(
+    run: Run,
+    checkpoints: Checkpoints,
+    save: Callable,
+    state: TrainState,
+    metrics: dict[str, float],
+) -> None:
+    """Saves what the run needs to go on after `state.step` iterations.
+
+    Args:
+      save: the method of `checkpoints` to save with.
+    """
+    step = int(state.step)
+    run.save_source(step, checkpoints)
+    save(step, state.saved, metrics, run.parts.learner.sizes.saved)
 
 
 def trained_on(config: ConfigDict, groups: GradedGroups) -> GradedGroups:
@@ -287,6 +303,19 @@ def _learn(
     metrics |= reward_metrics(groups.scores, rewards_PG.shape[1])
     metrics |= rollout_metrics(groups) | groups.metrics
     return state, metrics | profiling.memory_metrics()
+
+
+def _evaluate_if_due(
+    run: Run,
+    state: TrainState,
+    metrics: dict[str, float],
+    interruption: Interruption,
+    progress: Progress,
+) -> None:
+    """Adds the metrics of an evaluation where one is due after `state.step` iterations."""
+    with interruption.abandonable(), progress.doing("evaluating"):
+        evaluated = _due_evaluation(run, state, metrics)
+    metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
 
 
 def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:

@@ -12,7 +12,7 @@ from ml_collections import config_flags
 
 from adpo_jax.config import default_config
 from adpo_jax.losses import PaddedTokens
-from adpo_jax.run import setup
+from adpo_jax.run import config_checks, setup
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.config_checks import check_overrides, finalized
 
@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_spread_over_the_devices_is_refused():
 def adpo_loss_under(*overrides):
     """Loss plus size of its gradient, of a fixed batch under the algorithm of the command line."""
     config = parse(*overrides)
-    algorithm = setup.make_algorithm(config)
+    algorithm = config_checks.make_algorithm(config)
     rng = np.random.default_rng(0)
     P, G, T = 3, config.algorithm.num_generations, 5
     log_probs = jnp.asarray(rng.normal(-2, 0.5, (P, G, T)), jnp.float32)
@@ -234,6 +234,6 @@ OF_SEVERAL_REWARDS_OR_A_TEACHER = {
 @pytest.mark.parametrize("key", OF_SEVERAL_REWARDS_OR_A_TEACHER)
 def test_a_parameter_of_several_rewards_or_a_teacher_reaches_the_algorithm(key):
     value, *context = OF_SEVERAL_REWARDS_OR_A_TEACHER[key]
-    before = getattr(setup.make_algorithm(parse(*context)), key)
-    changed = setup.make_algorithm(parse(*context, f"--config.algorithm.{key}={value}"))
+    before = getattr(config_checks.make_algorithm(parse(*context)), key)
+    changed = config_checks.make_algorithm(parse(*context, f"--config.algorithm.{key}={value}"))
     assert getattr(changed, key) == value != before

@@ -18,7 +18,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from adpo_jax import losses
 from adpo_jax.devices import sharding
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
@@ -32,6 +31,7 @@ from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rewards.binding import OFFERED_IN_TURNS
 from adpo_jax.rollouts.completing import Reading
 from adpo_jax.rollouts.evaluation import EvalSettings
+from adpo_jax.rollouts.silence import SilenceWatch
 from adpo_jax.run import config_checks, datasets, loading
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.checkpoints import Checkpoints
@@ -102,7 +102,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     """
     mesh = make_mesh(config, devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
-    make_algorithm(config)  # its parameters are checked before any file is read
+    config_checks.make_algorithm(config)  # its parameters are checked before any file is read
     trackers.check_installed(config.trainer.logger)
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
@@ -223,11 +223,6 @@ def num_iterations(config: ConfigDict, num_prompts: int) -> int:
     """Iterations of the whole run over `num_prompts` training prompts."""
     passes = config.trainer.total_epochs * num_prompts / config.data.train_batch_size
     return config.trainer.total_training_steps or math.ceil(passes)
-
-
-def make_algorithm(config: ConfigDict) -> losses.Algorithm:
-    """The loss that `algorithm.adv_estimator` names, with its parameters."""
-    return config_checks.make_algorithm(config)
 
 
 def make_reward_model(
@@ -434,11 +429,21 @@ def make_checkpoints(config: ConfigDict, folder: Path) -> Checkpoints:
 
 def make_guard(config: ConfigDict) -> Guard:
     """The guard that watches the updates."""
-    algorithm = make_algorithm(config)
+    algorithm = config_checks.make_algorithm(config)
     return Guard(
         config.trainer.on_bad_update,
         config.trainer.max_bad_updates,
         watched=(algorithm.loss_metric, algorithm.anchor_kl_metric, "update/grad_norm"),
+    )
+
+
+def make_silence_watch(config: ConfigDict) -> SilenceWatch:
+    """The watch that notices when rewards teach the policy to say less and less."""
+    return SilenceWatch(
+        min_reward_std=config.algorithm.min_reward_std,
+        # Without a part in the loss, rewards teach nobody to be brief.
+        drops_all_failed=config.algorithm.drop_all_failed_prompts
+        or config_checks.make_algorithm(config).needs_teacher,
     )
 
 
@@ -469,7 +474,7 @@ def make_learner(
     adamw, schedule = make_optimizer(config, num_steps * plan.updates_per_iteration)
     return Learner(
         policy=policy,
-        algorithm=make_algorithm(config),
+        algorithm=config_checks.make_algorithm(config),
         optimizer=adamw,
         schedule=schedule,
         anchor=Anchor(**config.anchor),
