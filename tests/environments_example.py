@@ -136,3 +136,21 @@ class BrokenReset:
 
     def tool(self) -> str:
         """A tool."""
+
+
+class Careless:
+    """Raises what our own deadline raises, and returns no number."""
+
+    def reset(self, **row):
+        return None
+
+    def unreachable(self) -> str:
+        """Waits for a site."""
+        raise TimeoutError("did not answer")
+
+    async def cancels(self) -> str:
+        """Gives up."""
+        raise asyncio.CancelledError
+
+    def get_reward(self):
+        return "good"

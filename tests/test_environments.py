@@ -27,7 +27,7 @@ from adpo_jax.environments import contract, rendering
 from adpo_jax.environments.calls import Call, calls_in, form_of
 from adpo_jax.environments.contract import EndedEnvironment, Spec
 from adpo_jax.environments.environments import Environments
-from adpo_jax.environments.pool import EnvironmentFailed, EnvironmentPool
+from adpo_jax.environments.pool import EnvironmentFailed, EnvironmentPool, failure_text
 from adpo_jax.environments.rendering import TurnTemplate
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.records import GradedGroups, Prompts
@@ -174,8 +174,30 @@ def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_
     assert ask(pool, other, "call", tool="add", arguments={"number": 1}).content["said"] == "1"
     assert not ask(pool, lease, "reset", row={"start": 2}, seed=0).kind
     slow = ask(pool, lease, "call", tool="wait", arguments={"seconds": 30})
-    assert slow.kind == "timeout"  # cancelled, and the environment lives
+    assert slow.kind == "cancelled"  # and the environment lives
     assert ask(pool, lease, "call", tool="add", arguments={"number": 1}).content["said"] == "3"
+
+
+def test_what_a_tool_raises_is_its_answer_even_if_it_looks_like_our_own_deadline():
+    with EnvironmentPool(Spec(FILE, "Careless"), num_workers=1, timeout_s=5.0) as pool:
+        lease = pool.lease(None)
+        assert not ask(pool, lease, "reset", row={}, seed=0).kind
+        for tool, text in (("unreachable", "did not answer"), ("cancels", "")):
+            answer = ask(pool, lease, "call", tool=tool, arguments={})
+            assert (answer.kind, answer.error) == ("raised", text)
+        ended = ask(pool, lease, "end")
+        assert ended.kind == "raised"
+        owner = "the environment Careless"
+        wanted = f"get_reward of {owner} returned 'good'; wanted a finite number"
+        assert failure_text("end", ended, 5.0) == wanted
+
+
+def test_attributes_that_are_too_large_cost_no_reward(caplog):
+    instance = example.Counter()
+    instance.reset(start=2)
+    instance.log = "x" * contract.MOST_ATTRIBUTES
+    assert contract.attributes_of(instance).keys() == {"made", "resets", "count", "luck", "double"}
+    assert "Counter.log has 1,048,578 characters" in caplog.text
 
 
 def test_a_process_that_answers_something_else_is_replaced(pool, monkeypatch):
@@ -223,6 +245,7 @@ MALFORMED = [
     ("tags", '<tool_call>{"name": {"a": 1}, "arguments": {}}</tool_call>', "there is no tool"),
     ("tags", '<tool_call>{"name": "add", "arguments": [1]}</tool_call>', "arguments of add"),
     ("tags", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', "no JSON object"),
+    ("tags", '<tool_call>{"name": "add", "arguments": {"a": 1e999}}</tool_call>', "no JSON object"),
     ("tags", "<tool_call>" + "[" * 100_000, "no JSON object"),
     ("tags", '<tool_call>{"name": "add", "arguments": {"a": ' + "9" * 10_000 + "}}", "no JSON"),
     ("json", '{"name": "add", "parameters": {', "no JSON object"),
@@ -240,6 +263,28 @@ def test_calls_of_all_families_are_found_and_malformed_ones_say_why():
         assert why in call.error, (text[:80], call)
         assert len(call.error) < 300
     assert len(calls_in("tags", "<tool_call>{}" * 1000, ("add",))) == 65
+
+
+def test_a_block_of_code_in_another_language_does_not_hide_the_one_with_the_call():
+    text = 'So:\n```python\nadd(1)\n```\nor\n```json\n{"name": "add", "parameters": {"a": 1}}\n```'
+    assert calls_in("json", text, ("add",)) == ONE
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("json", "```json" + "\n" * 200_000),
+        ("json", "``` " * 50_000),
+        ("tags", "<tool_call><function=add>" + "<parameter=" * 20_000),
+        ("tags", "<tool_call><function=add>" + "<parameter= " * 20_000 + ">"),
+        ("tags", "<tool_call>" + "<function=" * 20_000),
+    ],
+)
+def test_calls_are_looked_for_in_linear_time(form, text):
+    """Each took minutes by regular expressions with two open repeats."""
+    started = time.process_time()
+    calls_in(form, text, ("add",))
+    assert time.process_time() - started < 5
 
 
 def test_no_text_makes_the_parsers_raise_or_hang():

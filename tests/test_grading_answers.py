@@ -601,10 +601,39 @@ CASES = {
         r"120^\circ",
         [
             r"120^{\circ}", "120", "120 degrees", "120°", r"120\text{ degrees}", r"120^\circ.",
-            r"\frac{2\pi}{3}", r"120\degree", r"120.0^\circ",
+            r"\frac{2\pi}{3}", r"120\degree", r"120.0^\circ", r"\angle A = 120^\circ",
+            "m∠ABC = 120°",
         ],
         [
             r"60^\circ", r"12^\circ", r"210^\circ", r"-120^\circ", r"120\pi", r"\frac{\pi}{3}",
+        ],
+    ),
+    "temperature": (
+        r"72^\circ\text{C}",
+        [
+            r"72^\circ C", "72°C", "72", r"72^\circ\mathrm{C}", r"72\,^\circ\mathrm{~C}",
+        ],
+        [
+            "27°C", "72°F", r"72^\circ\text{F}", "C",
+        ],
+    ),
+    "unit after a fixed space": (
+        r"25 \mathrm{~cm}^{2}",
+        [
+            "25", r"25 \mathrm{~cm}^2", r"25\text{~cm}^2", r"25\mathrm{\,cm}^2",
+            r"25.0 \text{ cm}^2",
+        ],
+        [
+            "5", r"25 \mathrm{~m}^2", r"26 \mathrm{~cm}^2",
+        ],
+    ),
+    "length of a segment": (
+        "5",
+        [
+            "|AB| = 5", "AB = 5", r"|AB|=5 \mathrm{~cm}",
+        ],
+        [
+            "|AB| = 6", "|A| = 6",
         ],
     ),
     "base": (

@@ -461,7 +461,8 @@ CASES = {
                     "The answer is Monday. The answer is final."], []),
         "C": (
             [
-                "The answer is (C).", "The correct option is (C) 15.",
+                "The answer is (C).", "The correct option is (C) 15.", "The answer is C) 15",
+                "The answer is option (C): mitochondria",
                 "The answer is C because it is largest.", "The answer is \\textbf{(C) } 15.",
                 "The correct answer is option C.", "The correct choice is C.",
                 "Correct option: C",

@@ -14,7 +14,7 @@ ROOMS = {
     "devices": "",
     "log": "devices",
     "data": "",
-    "rewards": "",
+    "rewards": "log",
     "environments": "data rewards",
     "losses": "",
     "records": "rewards",

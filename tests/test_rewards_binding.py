@@ -49,6 +49,21 @@ def no_score(solution_str, ground_truth):
 def picky(completions, level, subject, threshold, tone="kind"):
     return [1.0 for _ in completions]
 
+def any_of_verl(solution_str, **kwargs):
+    return float(kwargs["data_source"] == "one") + len(kwargs["extra_info"])
+
+def starred(*args, completions, **kwargs):
+    return [1.0 for _ in completions]
+
+def huge(solution_str, ground_truth):
+    return {"score": 1.0, "seen": 7**1000}
+
+def texts(completions):
+    return "12"
+
+def beyond(completions):
+    return [10**400 for _ in completions]
+
 def by_position(completions, /, **columns):
     return [1.0 for _ in completions]
 '''
@@ -119,6 +134,39 @@ def test_verls_functions_grade_data_of_another_kind(file, num_workers):
         model.check_columns(["question", "solution"])
         scores = model.score(["5", "6"], {"question": ["a", "b"], "solution": ["5", "5"]})
     assert scores.total.tolist() == [2.0, 0.0]
+
+
+@both
+def test_a_function_with_kwargs_gets_what_verl_gives_and_large_integers_are_no_fault(
+    file, num_workers
+):
+    names = ("any_of_verl", "starred", "huge")
+    columns = {"data_source": ["one"], "extra_info": [{"a": 1}], "solution": ["5"]}
+    functions = [RewardFunction(file, name) for name in names]
+    with RewardModel(functions, num_workers=num_workers) as model:
+        scores = model.score(["5"], columns)
+    assert {k: v.tolist() for k, v in scores.components.items()} == {
+        "any_of_verl": [2.0],
+        "starred": [1.0],
+        "huge": [1.0],
+    }
+    assert scores.extras == {"seen": [hex(7**1000)]}
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        ("texts", 2, "texts.* wanted a list of . rewards, got no list"),
+        ("beyond", 1, "reward of sample 0 is inf"),
+    ],
+)
+def test_what_is_no_number_is_no_reward(file, num_workers, name, count, message):
+    with (
+        RewardModel([RewardFunction(file, name)], num_workers=num_workers) as model,
+        pytest.raises(RewardError, match=message),
+    ):
+        model.score(["5"] * count, {"solution": ["5"] * count})
 
 
 def test_a_dict_without_a_score_stops_the_run(file):

@@ -77,6 +77,13 @@ async def waits(completions, solution):
     await asyncio.sleep(0.1)
     ASLEEP.pop()
     return [together]
+
+async def thinks(completions):
+    time.sleep(0.1)
+    await asyncio.sleep(0.01)
+    print(completions[0][0]["content"])
+    time.sleep(0.1)
+    return [1.0]
 '''
 
 
@@ -200,6 +207,16 @@ def test_async_functions_wait_together_and_are_cut_off_one_by_one(file):
     # 4 chunks of 4, each of which sleeps together; the last sample is cut off.
     np.testing.assert_array_equal(scores.total, [4] * 15 + [0])
     assert scores.counts["timeouts"] == 1
+
+
+def test_what_async_functions_do_between_their_waits_is_not_the_others_time(file, capfd):
+    completions = ["\x1b[2J"] * 24
+    with make(file, name="thinks", num_workers=1) as model:
+        scores = model.score(completions, columns(completions))
+    np.testing.assert_array_equal(scores.total, [1] * 24)
+    out = capfd.readouterr().out
+    assert out.count("[2J") == 24
+    assert "\x1b" not in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

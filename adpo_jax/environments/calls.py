@@ -12,9 +12,10 @@ a text as it comes, and leaves as text whatever is no call of a tool that there 
 """
 
 import json
+import math
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -31,9 +32,9 @@ _MARKS = {
 }
 _QUOTES = {"gemma": "<escape>", "gemma4": '<|"|>'}
 
-_FENCE = re.compile(r"```(?:json|tool_code|tool_call)?\s*\n(.*?)\n?```", re.DOTALL)
-_XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_XML_ARGUMENT = re.compile(r"<parameter=([^>\s]+)>(.*?)(?:</parameter>|\Z)", re.DOTALL)
+_FENCE = "```"
+_FENCE_LABELS = ("", "json", "tool_code", "tool_call")
+_LONGEST_NAME = 256  # of a function and of a parameter, in XML
 _DEEPEST = 32  # values inside values
 _MOST_CALLS = 64  # of a turn
 
@@ -86,8 +87,7 @@ def _json_bodies(text: str) -> list[Any]:
 
     Calls may stand in a list or in a block of code, with semicolons between.
     """
-    fenced = _FENCE.search(text)
-    text = (fenced[1] if fenced else text).strip()
+    text = _unfenced(text).strip()
     marked = text.startswith(PYTHON_TAG)
     rest, found = text.removeprefix(PYTHON_TAG).strip(), []
     if not rest.startswith(("{", "[")) or not (marked or '"name"' in rest):
@@ -102,13 +102,28 @@ def _json_bodies(text: str) -> list[Any]:
     return found
 
 
+def _unfenced(text: str) -> str:
+    """What the first block of code holds that may be calls; the text itself where there is none."""
+    at = text.find(_FENCE)
+    while at >= 0:
+        start = at + len(_FENCE)
+        first, newline, _ = text[start : start + 32].partition("\n")
+        end = text.find(_FENCE, start + len(first))
+        if end < 0:
+            break
+        if newline and first.strip() in _FENCE_LABELS:
+            return text[start + len(first) : end]
+        at = text.find(_FENCE, end + len(_FENCE))
+    return text
+
+
 def _read(form: Form, body: Any) -> tuple[Any, Any] | None:
     """The name and the arguments in the body of a call, not checked yet; None for neither."""
     if form in _QUOTES:
         return _gemma_call(body, _QUOTES[form])
-    if form == "tags" and (xml := _XML_CALL.search(body)):
-        values = {key: _xml_value(value) for key, value in _XML_ARGUMENT.findall(xml[2])}
-        return xml[1], values
+    if form == "tags" and (xml := next(_xml_elements("function", body), None)):
+        name, inside = xml
+        return name, {key: _xml_value(value) for key, value in _xml_elements("parameter", inside)}
     value = json_object(body)
     if value is None:
         return None
@@ -146,7 +161,32 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is no JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(text: str) -> float:
+    if math.isfinite(number := float(text)):
+        return number
+    raise ValueError(f"{text} is no finite number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+
+
+def _xml_elements(tag: str, text: str) -> Iterator[tuple[str, str]]:
+    """The name and the inside of each `<tag=name>...</tag>`; the last one may not be closed.
+
+    The time is linear in the text, whatever it says.
+    """
+    opening, closing = f"<{tag}=", f"</{tag}>"
+    at = text.find(opening)
+    while at >= 0:
+        start = at + len(opening)
+        end = text.find(">", start, start + _LONGEST_NAME)
+        name = text[start : max(end, start)]
+        if not name or any(c.isspace() for c in name):
+            at = text.find(opening, start)
+            continue
+        stop = text.find(closing, end + 1)
+        yield name, text[end + 1 : stop if stop >= 0 else len(text)]
+        at = text.find(opening, stop + len(closing)) if stop >= 0 else -1
 
 
 def _xml_value(text: str) -> Any:

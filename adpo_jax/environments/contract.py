@@ -11,8 +11,10 @@ Source: TRL 1.16, `GRPOTrainer` (environment_factory, tools).
 """
 
 import dataclasses
+import functools
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from adpo_jax.rewards.custom import import_file
 
 # The methods of an environment that are no tools.
 RESET, REWARD = "reset", "get_reward"
+
+# The characters, as JSON, of the attributes of an environment that reward functions are given.
+MOST_ATTRIBUTES = 1 << 20
 
 # What comes with the package, beside data and a model of the same name.
 EMBEDDED = ("embedded:calculator", "embedded:guess_number")
@@ -65,6 +70,10 @@ class Described:
     @property
     def tool_names(self) -> tuple[str, ...]:
         return tuple(tool["function"]["name"] for tool in self.tools)
+
+
+class Unfit(ValueError):
+    """An environment that cannot be used as it is written, in a sentence for its author."""
 
 
 class EndedEnvironment:
@@ -149,32 +158,69 @@ def describe(instance: Any, functions: Mapping[str, Callable]) -> Described:
     """What is known of an environment.
 
     Raises:
-      ValueError: no `reset`, or a tool without the type hints or the docstring that it needs.
+      Unfit: no `reset`, or a tool without the type hints or the docstring that it needs.
     """
     name = type(instance).__name__
     reset = getattr(instance, RESET, None)
     if not callable(reset):
-        raise ValueError(
+        raise Unfit(
             f"the environment {name} has no method reset(self, **row), which prepares it for a row "
             "of the data"
         )
     both = functions.keys() & methods_of(instance).keys()
     if both:
-        raise ValueError(f"{sorted(both)[0]} is a tool of {name} and one of environment.tools")
+        raise Unfit(f"{sorted(both)[0]} is a tool of {name} and one of environment.tools")
     tools = [schema(name, tool) for tool in tools_of(instance, functions).values()]
     if not tools:
-        raise ValueError(
+        raise Unfit(
             f"the environment {name} has no tools: its public methods are, and environment.tools"
         )
     has_reward = callable(getattr(instance, REWARD, None))
-    return Described(name, tools, has_reward, binding.signature_of(reset).required)
+    return Described(name, tools, has_reward, signature_of_reset(name, reset).required)
+
+
+def signature_of_reset(owner: str, reset: Callable) -> binding.Signature:
+    """What `reset` takes.
+
+    Raises:
+      Unfit: it cannot be called by name.
+    """
+    try:
+        return binding.signature_of(reset)
+    except ValueError as error:
+        raise Unfit(f"reset of the environment {owner}: {error}") from None
+
+
+def number_of(instance: Any, reward: Any) -> float:
+    """What `get_reward` returned as a number.
+
+    Raises:
+      Unfit: it is none.
+    """
+    try:
+        if isinstance(reward, str | bytes):
+            raise TypeError
+        return float(reward)
+    except (TypeError, ValueError, OverflowError):
+        raise Unfit(
+            f"get_reward of the environment {type(instance).__name__} returned {brief(reward)}; "
+            "wanted a finite number"
+        ) from None
+
+
+def brief(value: Any) -> str:
+    """A value of a user's as a few characters of an error."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def schema(owner: str, tool: Callable) -> dict[str, Any]:
     """The schema of a tool in OpenAI's form.
 
     Raises:
-      ValueError: a tool without type hints or docstring.
+      Unfit: a tool without type hints or docstring.
     """
     from transformers.utils import get_json_schema
 
@@ -183,31 +229,49 @@ def schema(owner: str, tool: Callable) -> dict[str, Any]:
         return json.loads(json.dumps(found))
     except Exception as error:
         where = tool.__name__ if owner == NoEnvironment.__name__ else f"{owner}.{tool.__name__}"
-        raise ValueError(
+        raise Unfit(
             f"the tool {where} needs type hints, and a docstring that says what it does and has a "
             f"line for each argument under Args: (Google's style): {error}"
         ) from error
 
 
 def attributes_of(instance: Any) -> dict[str, Any]:
-    """The public attributes and properties of an environment that JSON can hold."""
+    """The public attributes and properties of an environment that JSON can hold.
+
+    Together they are at most `MOST_ATTRIBUTES` characters; what is beyond is left out, with a
+    warning.
+    """
     names = dict.fromkeys(getattr(instance, "__dict__", {}))
     names |= dict.fromkeys(
         name for name, value in inspect.getmembers(type(instance))
         if isinstance(value, property)
         or not (callable(value) or isinstance(value, classmethod | staticmethod))
     )  # fmt: skip
-    found = {}
+    found, room = {}, MOST_ATTRIBUTES
     for name in names:
         if name.startswith("_"):
             continue
         try:
             value = getattr(instance, name)
-            json.dumps(value)
+            size = len(json.dumps(value))
         except Exception:  # what cannot be read is not there
             continue
+        if size > room:
+            _warn_once(f"{type(instance).__name__}.{name} has {size:,} characters as JSON")
+            continue
+        room -= size
         found[name] = value
     return found
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    logging.warning(
+        "%s: reward functions do not get it, since the attributes of an environment are %s "
+        "characters at most; let its name begin with _ if they need not have it",
+        what,
+        f"{MOST_ATTRIBUTES:,}",
+    )
 
 
 def content_of(result: Any) -> str:

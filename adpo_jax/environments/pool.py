@@ -40,7 +40,8 @@ class Answer(NamedTuple):
       tag: what the request was tagged with.
       content: the reply of the worker; {} where there is none.
       error: why there is no reply, or what was raised; "" where all went well.
-      kind: of the error: "raised", "timeout", "crash" or "lost" (the environment was, before).
+      kind: of the error: "raised", "cancelled" (an async method took too long), or, where the
+        environment is lost, "timeout", "crash" or "lost" (it was, before).
       seconds: that it took.
     """
 
@@ -184,12 +185,14 @@ class EnvironmentPool:
 def failure_text(verb: str, answer: Answer, timeout_s: float) -> str:
     """What is said of a failure that stops the run."""
     what = {"reset": "its reset", "end": "its get_reward", "describe": "making it"}.get(verb, verb)
+    too_long = f"took longer than environment.timeout_s={timeout_s:g}"
     why = {
-        "timeout": f"took longer than environment.timeout_s={timeout_s:g}",
+        "timeout": too_long,
+        "cancelled": too_long,
         "crash": "ended its process, or needs more memory than it may have",
         "lost": "comes after its process was killed",
     }.get(answer.kind)
-    if verb == "describe" and not why and "traceback" not in answer.content:
+    if not why and "traceback" not in answer.content:
         return answer.error
     text = f"environment: {what} {why or 'failed: ' + answer.error}"
     return f"{text}\n{answer.content.get('traceback', '')}".rstrip()

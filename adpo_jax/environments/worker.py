@@ -14,7 +14,8 @@ import traceback
 from typing import Any
 
 from adpo_jax.environments import contract
-from adpo_jax.rewards import binding, wire
+from adpo_jax.environments.contract import Unfit
+from adpo_jax.rewards import wire
 from adpo_jax.rewards.worker import connected, limit_memory
 
 
@@ -37,6 +38,10 @@ def main(descriptor: int, lifeline: int, run: int) -> None:
         pass
 
 
+class _Cancelled(Exception):
+    """An async method took longer than it may."""
+
+
 class House:
     """The environments of one process.
 
@@ -55,11 +60,13 @@ class House:
         """What comes of a request: a dict that JSON can hold, with "error" where it failed."""
         try:
             return getattr(self, verb)(**arguments)
-        except TimeoutError:
-            return {"error": "", "kind": "timeout"}
+        except _Cancelled:
+            return {"error": "", "kind": "cancelled"}
         except MemoryError:
             return {"error": "it needs more memory than it may have", "kind": "raised"}
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except Unfit as error:
+            return {"error": str(error), "kind": "raised"}
+        except BaseException as error:  # whatever it raises, the others' environments live on
             text = "".join(traceback.format_exception(error))[-20_000:]
             return {"error": str(error)[:2000], "kind": "raised", "traceback": text}
 
@@ -79,14 +86,15 @@ class House:
         if number not in self._there:
             self._there[number] = self._make[name]()
         reset = self._there[number].reset
-        signature = binding.signature_of(reset)
+        signature = contract.signature_of_reset(type(self._there[number]).__name__, reset)
         taken = {k: v for k, v in row.items() if signature.takes_any or k in signature.names}
         said = self._awaited(reset(**taken))
         self._keep_random(number)
         if isinstance(said, list):
             said = contract.content_of(said)
         if said is not None and not isinstance(said, str):
-            raise TypeError(f"reset returns text or None; it returned {type(said).__name__}")
+            owner, returned = type(self._there[number]).__name__, contract.brief(said)
+            raise Unfit(f"reset of {owner} returned {returned}; wanted text for the model, or None")
         return {"said": said}
 
     def call(self, number: int, tool: str, arguments: dict) -> dict:
@@ -106,7 +114,7 @@ class House:
         self._take_random(number)
         reward = None
         if callable(getattr(instance, contract.REWARD, None)):
-            reward = float(self._awaited(getattr(instance, contract.REWARD)()))
+            reward = contract.number_of(instance, self._awaited(instance.get_reward()))
         return {"reward": reward, "attributes": contract.attributes_of(instance)}
 
     def _awaited(self, result: Any) -> Any:
@@ -116,9 +124,15 @@ class House:
             self._loop = asyncio.new_event_loop()
 
         async def awaited():
-            return await result
+            try:
+                async with asyncio.timeout(self._timeout_s) as limit:
+                    return await result
+            except TimeoutError:
+                if limit.expired():
+                    raise _Cancelled from None
+                raise  # its own, of a connection say
 
-        return self._loop.run_until_complete(asyncio.wait_for(awaited(), self._timeout_s))
+        return self._loop.run_until_complete(awaited())
 
     def _take_random(self, number: int) -> None:
         python, numpy = self._random[number]

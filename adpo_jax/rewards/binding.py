@@ -125,7 +125,8 @@ def signature_of(found: Callable) -> Signature:
             f"it is called by name, and {', '.join(unnamed)} can only be given by position; remove "
             "the slash from its parameters"
         )
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    kinds = {p.kind for p in parameters}
+    if kinds == {inspect.Parameter.VAR_POSITIONAL}:
         raise ValueError("it is called by name, and *args gets nothing; name what it needs")
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     names = [p.name for p in named]
@@ -210,7 +211,8 @@ def keywords_of_each(
     for i, text in enumerate(completions):
         row = {name: values[i] for name, values in columns.items()}
         offered = row | shared | {"completions": text} | _verl_values(row, text)
-        calls.append({k: v for k, v in offered.items() if k in signature.names} | kwargs)
+        taken = {*signature.names, *(_VERL if signature.takes_any else ())}
+        calls.append({k: v for k, v in offered.items() if k in taken} | kwargs)
     return calls
 
 
@@ -234,9 +236,17 @@ def scores_of_each(results: list, log: Log) -> list:
         values = [found.get(name) for found in more]
         log.extra(name, values)
         for value in values:
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and is_finite(value):
                 log.metric(name, value)
     return [r["score"] if isinstance(r, dict) else r for r in results]
+
+
+def is_finite(number: int | float) -> bool:
+    """Whether a float can hold a number; an integer may be too large."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def refuse_columns(columns: Iterable[str]) -> None:
@@ -294,4 +304,6 @@ def _verl_values(row: dict[str, Any], text: str) -> dict[str, Any]:
 def _plain(value) -> Any:
     """A value that JSON can hold: itself, or its text."""
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if isinstance(value, int) and value.bit_length() > 63:
+        value = hex(value)  # in decimals Python refuses to write the longest ones
     return value if value is None or isinstance(value, str | int | float) else str(value)[:10_000]

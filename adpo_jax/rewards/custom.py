@@ -242,7 +242,8 @@ def checked(result, count: int) -> dict[str, list[float | None]]:
 
 def _numbers(values, count: int) -> list[float | None]:
     try:
-        values = values.tolist() if hasattr(values, "tolist") else list(values)
+        values = values.tolist() if hasattr(values, "tolist") else values
+        values = None if isinstance(values, str | bytes) else list(values)
     except TypeError:
         values = None
     if values is None or isinstance(values, (int, float)) or len(values) != count:
@@ -252,9 +253,13 @@ def _numbers(values, count: int) -> list[float | None]:
     for i, value in enumerate(values):
         if value is not None:
             try:
+                if isinstance(value, str | bytes):
+                    raise TypeError
                 value = float(value)
             except (TypeError, ValueError):
                 raise BadReward(f"the reward of sample {i} is {value!r:.100}", i) from None
+            except OverflowError:
+                value = math.inf if value > 0 else -math.inf
             if not math.isfinite(value):
                 raise BadReward(f"the reward of sample {i} is {value}", i, nonfinite=True)
         numbers.append(value)

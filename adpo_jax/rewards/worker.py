@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 
+from adpo_jax.log.printable import guard
 from adpo_jax.rewards import custom, wire
 from adpo_jax.rewards.grading import faults
 from adpo_jax.rewards.supervisor import become_supervised, die_with_parent
@@ -43,7 +44,11 @@ def main(descriptor: int, lifeline: int, run: int) -> None:
 
 
 def connected(descriptor: int, lifeline: int, run: int) -> socket.socket:
-    """The socket to the run, in a process that ends when the run does; arguments as of `main`."""
+    """The socket to the run, in a process that ends when the run does; arguments as of `main`.
+
+    What is printed here may be a model's text, and goes to the run's terminal.
+    """
+    guard()
     _end_with(become_supervised(lifeline, (descriptor,), run))
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)  # a program that a function starts would keep it open
@@ -89,25 +94,41 @@ def _serve(connection, found, function, positions, completions, columns, state, 
 def _serve_together(
     connection, found, function, positions, completions, columns, state, timeout_s
 ) -> None:
-    """Grades completions with an async function, all waiting at the same time."""
+    """Grades completions with an async function, waiting for many of them at the same time.
+
+    What such a function does between its waits holds the others up, and must not count as their
+    time. So each begins when there is nothing else to do, and where beginning takes long, as few
+    are under way as can hold each other up for a small part of `timeout_s`.
+    """
 
     async def grade_one(i: int) -> None:
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             with faults.collected() as collected:
                 call = custom.Call(found, function, completions[i : i + 1], one, state)
-                result = await asyncio.wait_for(call.start(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    result = await call.start()
                 reply = call.grades(result)._replace(faults=tuple(collected)).as_json()
         except TimeoutError:
             reply = {"killed": "timeouts"}
         except MemoryError:
             reply = {"killed": "crashes"}
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             reply = _failure(error)
         wire.send_json(connection, reply | {"position": positions[i]})
 
     async def grade_all() -> None:
-        await asyncio.gather(*(grade_one(i) for i in range(len(positions))))
+        under_way: set[asyncio.Task] = set()
+        longest = 0.0
+        for i in range(len(positions)):
+            started = time.perf_counter()
+            under_way.add(asyncio.create_task(grade_one(i)))
+            await asyncio.sleep(0)  # until it waits for the first time
+            longest = max(longest, time.perf_counter() - started)
+            under_way = {task for task in under_way if not task.done()}
+            while under_way and len(under_way) * longest > timeout_s / 4:
+                _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.gather(*under_way)
 
     asyncio.run(grade_all())
 

@@ -323,17 +323,18 @@ class Conversations:
         """What the model reads of an answer."""
         if not answer.kind:
             return answer.content["said"]
-        seconds = self._pool.timeout_s
+        too_long = f"the tool took longer than {self._pool.timeout_s:g} s and was stopped"
         return error_content(
             {
-                "timeout": f"the tool took longer than {seconds:g} s and was stopped",
+                "timeout": too_long,
+                "cancelled": too_long,
                 "crash": "the tool ended in a crash",
                 "lost": "the tool is no longer there, since an earlier call was stopped",
             }.get(answer.kind, answer.error)
         )
 
     def _ended(self, conversation: Conversation, answer: Answer) -> None:
-        if answer.kind not in _LOSSES:
+        if answer.kind not in (*_LOSSES, "cancelled"):
             self._refuse_failure("end", answer)
         reward = LOST_REWARD if answer.kind else answer.content["reward"]
         if reward is not None and not np.isfinite(reward):

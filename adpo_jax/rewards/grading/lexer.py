@@ -50,8 +50,13 @@ _SIZES = re.compile(
 )
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|mbox|hbox|mathrm|mathbf|mathit|mathsf|mathtt|mathcal"
-    r"|bold|bm|boldsymbol|operatorname\*?|underline|boxed|fbox|mathbb)[ ]{0,4}\{([^{}\\$]{0,120})\}"
+    r"|bold|bm|boldsymbol|operatorname\*?|underline|boxed|fbox|mathbb)[ ]{0,4}"
+    r"\{((?:[^{}\\$]|\\[,;:! ]){0,120})\}"
 )
+_LENGTH = re.compile(r"\|([A-Z]{2})\|(?= ?=)")  # of a segment, as a label
+_SPACES = re.compile(r"~|\\[,;:! ]")
+# What an angle is called is no part of its measure: "m∠ABC = ".
+_ANGLE = re.compile(r"(?<![A-Za-z\\])(?:m ?)?(?:\\angle(?![A-Za-z])|∠) ?(?:[A-Z]{1,3} ?= ?)?")
 _WHOLE_TEXT = re.compile(r"\\(?:text[a-z]{0,6}|mbox|mathrm|mathbf|bm|boldsymbol)\{([^{}]*)\}")
 _REALS = {"all real numbers", "all reals", "the real numbers", "all real numbers x",
           "the set of all real numbers", "the set of real numbers"}  # fmt: skip
@@ -86,6 +91,10 @@ OPERATORS = {
 
 def normalise(text: str) -> str:
     """One spelling for what has several, by replacements that keep the meaning."""
+    if "angle" in text or "∠" in text:
+        text = _ANGLE.sub("", text)
+    if "|" in text:
+        text = _LENGTH.sub(r"\1", text)
     if not text.isascii():
         text = text.translate(_TRANSLATION)
     text = text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
@@ -165,7 +174,7 @@ def tokenize(text: str, join_thousands: bool = True) -> list[Token]:
 
 
 def _text_token(group: re.Match, glued: bool, following: str) -> Token:
-    content, command = group[1], group.group()[1:].split("{", 1)[0].strip()
+    content, command = _SPACES.sub(" ", group[1]), group.group()[1:].split("{", 1)[0].strip()
     if command == "mathbb":
         return Token("cmd", "mathbb" + content.strip(), glued)
     inner = content.strip()

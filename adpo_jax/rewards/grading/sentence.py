@@ -30,6 +30,7 @@ from adpo_jax.rewards.grading.sentence_words import (
     OUTRIGHT,
 )
 from adpo_jax.rewards.grading.shortening import IN_TOTAL, WHY_CUT, WINDOW, WITHIN, shortened
+from adpo_jax.rewards.grading.words import choice_of
 
 MAX_CLAIMS = 16  # looked back over
 
@@ -215,6 +216,8 @@ def claim(text: str) -> str | None:
     for form in forms:
         if _VALUE.search(form) and is_readable(form):
             return form
+    if choice_of(text) is not None:
+        return text
     if _VALUE.search(text):
         return None
     why = WHY_CUT.search(text)

@@ -29,6 +29,7 @@ _SHORT_NOUNS = """
 _SHORT = set(CANONICAL) | set(_SHORT_NOUNS.split())
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_TEMPERATURES = set("CFK")  # after a degree sign
 _CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
 _MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp", "rupee": "rupee", "yen": "yen"}
 _NO_LABELS = {
@@ -74,6 +75,12 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
         tokens = tokens[1:]
     for start in range(1, len(tokens)):
         if tokens[start].kind in ("text", "word") and _ends_value(tokens[start - 1]):
+            if tokens[start - 1].text == "circ" and tokens[start].text in _TEMPERATURES:
+                tokens = [
+                    *tokens[:start],
+                    tokens[start]._replace(kind="text"),
+                    *tokens[start + 1 :],
+                ]
             name = _unit_name(tokens[start:])
             if name is not None:
                 if unit is not None and name != unit:
