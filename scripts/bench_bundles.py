@@ -33,7 +33,7 @@ from adpo_jax.engine.kv_cache import CacheLayout, Reach
 from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
 from adpo_jax.model.attention_kernels import stream_tpu
 from adpo_jax.model.tile_attention import Stream
-from adpo_jax.update.packing import TPU_TILE
+from adpo_jax.update.stream_sizes import TPU_TILE
 
 HEAD_DIM = 128
 # Products of the training kernels, for each pair of tiles.

@@ -20,7 +20,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adpo_jax.records import Completion, Sequences
-from adpo_jax.update.packing import TILE, Packing, Sizes, balanced
+from adpo_jax.update.packing import Packing, balanced
+from adpo_jax.update.stream_sizes import TILE, Sizes
 
 
 def gsm8k_like(seed: int, *, mean: float, prompts: int, group: int, limit: int) -> Sequences:

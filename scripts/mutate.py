@@ -55,7 +55,11 @@ MODULES: dict[str, tuple[list[str], list[str], str]] = {
         "",
     ),
     "sampling": (["engine/sampling.py"], ["tests/test_sampling.py", "tests/test_engine.py"], ""),
-    "packing": (["update/packing.py"], ["tests/test_packing.py"], ""),
+    "packing": (
+        ["update/packing.py", "update/stream_sizes.py"],
+        ["tests/test_packing.py"],
+        "",
+    ),
     "update": (
         ["update/step.py", "update/gradient.py"],
         [

@@ -21,7 +21,7 @@ from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import grouped
 from adpo_jax.model.decoder import ModelConfig
 from adpo_jax.model.rope import Rope
-from adpo_jax.update.packing import tile_of
+from adpo_jax.update.stream_sizes import tile_of
 
 pytestmark = pytest.mark.slow
 

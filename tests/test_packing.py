@@ -19,8 +19,8 @@ from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.tile_attention import Stream, stream_attention
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Completion, Sequences
-from adpo_jax.update import packing
-from adpo_jax.update.packing import Packing, pack
+from adpo_jax.update.packing import Packing, balanced, pack
+from adpo_jax.update.stream_sizes import TILE, Size, Sizes, tile_of
 
 
 def anchored(batch: Batch) -> np.ndarray:
@@ -294,7 +294,7 @@ def test_long_prompts_are_padded_by_less_than_a_sixth(micro):
 def test_what_is_kept_for_the_gradient_does_not_grow_with_the_listed_tiles():
     rng = np.random.default_rng(0)
     B, N, H, K, D = 1, 1024, 4, 2, 8
-    n = N // packing.TILE
+    n = N // TILE
     ones = jnp.ones((B, N), jnp.int32)
     positions = jnp.arange(N, dtype=jnp.int32)[None]
     lists = np.where(np.tri(n, dtype=bool), np.arange(n), -1)[None].astype(np.int32)
@@ -314,7 +314,7 @@ def test_balanced_shards_hold_equally_many_prompts_and_nearly_as_many_tokens():
     batches = [ragged(P=64, seed=seed) for seed in range(4)]
     before, after = [], []
     for batch in batches:
-        order = packing.balanced(batch.tokens_of_groups, 8)
+        order = balanced(batch.tokens_of_groups, 8)
         assert sorted(order) == list(range(64))
         even = batch.select(order)
         before.append(Packing(batch, num_shards=8).padding_frac)
@@ -337,11 +337,11 @@ def test_sizes_are_rounded_up_to_a_few_values_an_octave():
     def values(name, sizes):
         return sorted({getattr(size.rounded(1), name) for size in sizes})
 
-    listed = [packing.Size(1, 64, 64, n) for n in range(1, 33)]
+    listed = [Size(1, 64, 64, n) for n in range(1, 33)]
     assert values("listed", listed) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
-    completions = [packing.Size(1, 64, n, 1) for n in range(1025, 2049)]
+    completions = [Size(1, 64, n, 1) for n in range(1025, 2049)]
     assert values("completion", completions) == list(range(1088, 2049, 64))
-    prompts = [packing.Size(1, n, 1024, 1) for n in range(1, 1025)]
+    prompts = [Size(1, n, 1024, 1) for n in range(1, 1025)]
     assert values("prompt", prompts) == list(range(32, 1025, 32))
 
 
@@ -359,19 +359,19 @@ def test_a_run_that_knows_the_sizes_of_before_chooses_as_if_it_had_gone_on():
     cut = {"completions_per_micro": 8, "full_length": 512}
     batches = [ragged(P=8, seed=seed) for seed in range(8)]
 
-    def sizes_of(batches, sizes: packing.Sizes) -> list[packing.Size]:
+    def sizes_of(batches, sizes: Sizes) -> list[Size]:
         return [Packing(batch, sizes=sizes.of("update"), **cut).size for batch in batches]
 
-    whole = packing.Sizes()
+    whole = Sizes()
     wanted = sizes_of(batches, whole)
-    before = packing.Sizes()
+    before = Sizes()
     sizes_of(batches[:4], before)
-    resumed = packing.Sizes()
+    resumed = Sizes()
     resumed.restore(json.loads(json.dumps(before.saved)))
     assert sizes_of(batches[4:], resumed) == wanted[4:]
     assert resumed.saved == whole.saved
     # Without them it would have chosen the smallest sizes.
-    assert sizes_of(batches[4:], packing.Sizes()) != wanted[4:]
+    assert sizes_of(batches[4:], Sizes()) != wanted[4:]
     # Sizes of another tile fit none of its own.
     assert Packing(batches[0], sizes=resumed.of("update"), tile=48, **cut).size.prompt % 48 == 0
 
@@ -388,9 +388,9 @@ def test_a_size_that_was_used_before_changes_no_gradient():
 
 
 def test_a_tpu_has_wide_tiles_and_narrower_ones_for_short_completions():
-    tiles = [packing.tile_of("tpu", length) for length in (0, 256, 511, 512, 4096)]
+    tiles = [tile_of("tpu", length) for length in (0, 256, 511, 512, 4096)]
     assert tiles == [128, 128, 128, 256, 256]
-    assert packing.tile_of("cpu", 4096) == packing.tile_of("gpu", 0) == packing.TILE
+    assert tile_of("cpu", 4096) == tile_of("gpu", 0) == TILE
 
 
 def test_what_cannot_be_laid_out_is_refused():

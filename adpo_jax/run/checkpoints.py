@@ -58,7 +58,7 @@ class Restored:
       step: iterations done.
       state: the tree of arrays.
       metrics: the metrics that were saved with it.
-      sizes: the sizes of streams that had been used (`packing.Sizes.saved`).
+      sizes: the sizes of streams that had been used (`stream_sizes.Sizes.saved`).
     """
 
     step: int
@@ -144,7 +144,7 @@ class Checkpoints:
 
         Args:
           metrics: the metrics of that iteration, which are saved with it.
-          sizes: the sizes of streams that have been used, likewise (`packing.Sizes.saved`).
+          sizes: the sizes of streams that have been used, likewise (`stream_sizes.Sizes.saved`).
 
         Raises:
           SaveError: after too many failures in a row.

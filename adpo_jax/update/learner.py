@@ -33,15 +33,9 @@ from adpo_jax.update import TrainState
 from adpo_jax.update import anchor as anchor_lib
 from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.optimizer import steps_taken
-from adpo_jax.update.packing import (
-    PackedBatch,
-    Packing,
-    Sizes,
-    balanced,
-    starts_of,
-    tile_of,
-)
+from adpo_jax.update.packing import PackedBatch, Packing, balanced, starts_of
 from adpo_jax.update.plan import BatchPlan
+from adpo_jax.update.stream_sizes import Sizes, tile_of
 
 Ragged = list[list[np.ndarray]]
 

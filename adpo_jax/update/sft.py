@@ -17,7 +17,8 @@ from adpo_jax.losses.imitation import Imitation
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch, Completion, Sequences, make_batch
 from adpo_jax.update import TrainState, make_update
-from adpo_jax.update.packing import PackedBatch, Packing, Size, balanced, starts_of, tile_of
+from adpo_jax.update.packing import PackedBatch, Packing, balanced, starts_of
+from adpo_jax.update.stream_sizes import Size, tile_of
 
 
 def demonstrations(
