@@ -56,7 +56,7 @@ MODULES: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "sampling": (["engine/sampling.py"], ["tests/test_sampling.py", "tests/test_engine.py"], ""),
     "packing": (
-        ["update/packing.py", "update/stream_sizes.py"],
+        ["update/packing.py", "update/streams.py", "update/stream_sizes.py"],
         ["tests/test_packing.py"],
         "",
     ),

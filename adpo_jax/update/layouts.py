@@ -20,7 +20,8 @@ from adpo_jax.losses.tokens import PaddedTokens, StreamTokens, Tokens
 from adpo_jax.model.tile_attention import Stream
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
-from adpo_jax.update.packing import Micro, PackedBatch
+from adpo_jax.update.packing import PackedBatch
+from adpo_jax.update.streams import Micro
 
 
 class MicroBatch(Protocol):

@@ -1,0 +1,238 @@
+"""The stream of a micro-batch: which completions it takes, and where they lie.
+
+`cut` decides which completions run together, from their lengths. A `Stream` gives their segments
+places, lists the key tiles that each tile of queries sees, and writes the arrays of a `Micro`.
+Attention has a `Stream` of its own, the arrays that it reads (`model/tile_attention.py`).
+
+Letters: P prompts, G completions of a prompt, B streams side by side, M micro-batches, N tokens of
+a stream, C of them of completions, n tiles, J listed key tiles, L layers, k experts of a token.
+"""
+
+import bisect
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from adpo_jax.records import Sequences
+
+
+class Micro(NamedTuple):
+    """The streams of the micro-batches; leaves [B, M, ...] int32.
+
+    In every array 0 stands for nothing, so that the memory of empty micro-batches is never touched.
+    """
+
+    tokens: np.ndarray  # [B, M, N]
+    positions: np.ndarray  # [B, M, N], in the sequence
+    segments: np.ndarray  # [B, M, N], the prompt or completion of each token, 0 for padding
+    prompts: np.ndarray  # [B, M, N], the segment of its group's prompt
+    key_tiles: np.ndarray  # [B, M, n, J], 1 + the tiles that a tile of queries sees, 0 for none
+    targets: np.ndarray  # [B, M, C], the token that each place of the completions predicts
+
+
+class _Piece(NamedTuple):
+    """Completions of one prompt that go into the same micro-batch."""
+
+    prompt: int
+    completions: tuple[int, ...]
+    num_tokens: int
+
+
+def cut(costs_PG, rows, budget: int, whole_groups: bool) -> list[list[_Piece]]:
+    """The prompts `rows`, cut into micro-batches of at most `budget` tokens by their costs."""
+    groups = [_Piece(p, tuple(range(costs_PG.shape[1])), int(costs_PG[p].sum())) for p in rows]
+    whole = _cut_whole(groups, budget)
+    if whole_groups:
+        return whole
+    singles = [_Piece(p, (g,), int(costs_PG[p, g])) for p in rows for g in range(costs_PG.shape[1])]
+    split = [_merged(micro) for micro in _next_fit(singles, budget)]
+    return min((micros for micros in (whole, split) if micros), key=_heaviest)
+
+
+def _heaviest(cut: list[list[_Piece]]) -> int:
+    return len(cut) * max(sum(piece.num_tokens for piece in micro) for micro in cut)
+
+
+def _cut_whole(groups: list[_Piece], budget: int) -> list[list[_Piece]]:
+    """Whole groups dealt out from the longest to the shortest, each to the lightest micro-batch.
+
+    The result is [] where a group does not fit.
+    """
+    total = sum(group.num_tokens for group in groups)
+    if max(group.num_tokens for group in groups) > budget:
+        return []
+    for num_micro in range(max(-(-total // budget), 1), len(groups) + 1):
+        micros: list[list[_Piece]] = [[] for _ in range(num_micro)]
+        loads = [0] * num_micro
+        for group in sorted(groups, key=lambda group: -group.num_tokens):
+            lightest = loads.index(min(loads))
+            micros[lightest].append(group)
+            loads[lightest] += group.num_tokens
+        if max(loads) <= budget:
+            return micros
+    return [[group] for group in groups]
+
+
+def _next_fit(pieces: list[_Piece], budget: int) -> list[list[_Piece]]:
+    """The pieces in their order, in the fewest micro-batches, as even as that order allows."""
+
+    def fill(bound: int) -> list[list[_Piece]]:
+        micros, load = [[]], 0
+        for piece in pieces:
+            if load + piece.num_tokens > bound and micros[-1]:
+                micros.append([])
+                load = 0
+            micros[-1].append(piece)
+            load += piece.num_tokens
+        return micros
+
+    fewest = len(fill(budget))
+    bounds = range(max(piece.num_tokens for piece in pieces), budget + 1)
+    return fill(bounds[bisect.bisect_left(bounds, -fewest, key=lambda bound: -len(fill(bound)))])
+
+
+def _merged(pieces: Iterable[_Piece]) -> list[_Piece]:
+    """The pieces with neighbours of the same prompt put together."""
+    merged: list[_Piece] = []
+    for piece in pieces:
+        if merged and merged[-1].prompt == piece.prompt:
+            last = merged.pop()
+            piece = _Piece(
+                piece.prompt,
+                last.completions + piece.completions,
+                last.num_tokens + piece.num_tokens,
+            )
+        merged.append(piece)
+    return merged
+
+
+class _Segment(NamedTuple):
+    """A prompt, or a completion, in a stream."""
+
+    prompt: int
+    start: int  # among the tokens of its kind
+    length: int
+    completion: int = 0
+    behind: int = 0  # of a completion: the number of its prompt's segment in the stream
+
+
+def _tiles(segment: _Segment, tile: int) -> range:
+    end = segment.start + segment.length
+    return range(segment.start // tile, -(-end // tile) if segment.length else 0)
+
+
+class Stream:
+    """The stream of one micro-batch: where its prompts and completions lie."""
+
+    def __init__(
+        self,
+        pieces,
+        first_prompt: int,
+        prompt_lengths_P,
+        lengths_PG,
+        share_prompts: bool,
+        tile: int,
+        starts: int,
+    ):
+        self.starts = starts
+        self.tile, self.first_prompt, self.group_size = tile, first_prompt, lengths_PG.shape[1]
+        self.prompts: list[_Segment] = []
+        self.completions: list[_Segment] = []
+        self.num_prompt = self.num_completion = 0
+        for p, completions, _ in pieces:
+            for nth, g in enumerate(completions):
+                if nth == 0 or not share_prompts:
+                    start = self._start(self.num_prompt)
+                    self.prompts.append(_Segment(p, start, prompt_lengths_P[p] - 1))
+                    self.num_prompt = start + prompt_lengths_P[p] - 1
+                start, length = self._start(self.num_completion), int(lengths_PG[p, g])
+                behind = len(self.prompts) - 1
+                self.completions.append(_Segment(p, start, length, g, behind))
+                self.num_completion = start + length
+
+    def _start(self, end: int) -> int:
+        """Where the next segment starts: at the next tile, if that costs next to nothing."""
+        gap = -end % self.tile
+        return end + gap if gap <= self.tile // 16 else end + -end % self.starts
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in (*self.prompts, *self.completions))
+
+    def places(self):
+        """For each completion: (prompt, completion, its number in the shard, its places)."""
+        for p, start, length, g, _ in self.completions:
+            number = (p - self.first_prompt) * self.group_size + g
+            yield p, g, number, slice(start, start + length)
+
+    @functools.cached_property
+    def _seen(self) -> tuple[list[tuple[int, int]], list[tuple[set[int], int, int]]]:
+        """What each tile of queries sees.
+
+        Returns:
+          For each tile of prompts the first of those that it sees, and the end; for each tile of
+          completions the tiles of prompts that it sees, and likewise its first tile of completions.
+        """
+        of_prompts = [_tiles(segment, self.tile) for segment in self.prompts]
+        prompts = [(tile, tile) for tile in range(-(-self.num_prompt // self.tile))]
+        completions = [(set(), t, t) for t in range(-(-self.num_completion // self.tile))]
+        # A segment sees its tiles up to the tile at hand, so all segments of a tile see a range.
+        for tiles in of_prompts:
+            for tile in tiles:
+                prompts[tile] = min(prompts[tile][0], tiles[0]), tile + 1
+        for segment in self.completions:
+            tiles = _tiles(segment, self.tile)
+            for tile in tiles:
+                also, first, _ = completions[tile]
+                also.update(of_prompts[segment.behind])
+                completions[tile] = also, min(first, tiles[0]), tile + 1
+        return prompts, completions
+
+    @functools.cached_property
+    def num_listed(self) -> int:
+        """The most key tiles that a tile of queries sees."""
+        prompts, completions = self._seen
+        counts = [end - first for first, end in prompts]
+        counts += [len(also) + end - first for also, first, end in completions]
+        return max(counts, default=0)
+
+    def key_tiles(self, prompt_tiles: int) -> list[list[int]]:
+        """The key tiles of each query tile, where completions start at the tile `prompt_tiles`."""
+        prompts, completions = self._seen
+        lists = [list(range(first, end)) for first, end in prompts]
+        lists += [[]] * (prompt_tiles - len(lists))
+        for also, first, end in completions:
+            lists.append([*sorted(also), *range(prompt_tiles + first, prompt_tiles + end)])
+        return lists
+
+    def write(self, sequences: Sequences, micro: Micro) -> None:
+        """Fills the arrays of one micro-batch."""
+        num_prompt = len(micro.tokens) - len(micro.targets)
+        for number, (p, start, length, *_) in enumerate(self.prompts, start=1):
+            part = slice(start, start + length)
+            micro.tokens[part] = sequences.prompts[p][:-1]
+            micro.positions[part] = np.arange(length)
+            micro.segments[part] = micro.prompts[part] = number
+        for number, segment in enumerate(self.completions, start=len(self.prompts) + 1):
+            p, start, length, g, behind = segment
+            tokens, last = sequences.completions[p][g].tokens, sequences.prompts[p][-1]
+            part = slice(num_prompt + start, num_prompt + start + length)
+            micro.tokens[part] = np.concatenate([[last], tokens])[:length]
+            micro.positions[part] = len(sequences.prompts[p]) - 1 + np.arange(length)
+            micro.segments[part] = number
+            micro.prompts[part] = behind + 1
+            micro.targets[start : start + length] = tokens
+
+    def write_experts(self, sequences: Sequences, num_prompt: int, into: np.ndarray) -> None:
+        """Fills the experts [N, L, k] of one micro-batch, where completions start at a place."""
+
+        def write(start: int, length: int, experts: np.ndarray | None) -> None:
+            if experts is not None:
+                into[start : start + length] = np.add(experts, 1, dtype=np.uint16)
+
+        for p, start, length, *_ in self.prompts:
+            write(start, length, sequences.prompt_experts(p))
+        for p, start, length, g, _ in self.completions:
+            write(num_prompt + start, length, sequences.completions[p][g].experts)
