@@ -29,8 +29,8 @@ from adpo_jax.devices import flops
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import cache_plan, kv_cache
 from adpo_jax.engine.continuous import ContinuousBatch
-from adpo_jax.engine.cpu_engine import engine_tuning
 from adpo_jax.engine.engine import _layout
+from adpo_jax.engine.tuning import engine_tuning
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.hf.tensors import leaves
 from adpo_jax.model import cpu, linear_attention, lora, parameters

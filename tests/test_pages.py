@@ -14,7 +14,7 @@ from test_turns import converse, late
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.dry_run.hlo import Program
-from adpo_jax.engine import cpu_engine
+from adpo_jax.engine import tuning
 from adpo_jax.engine.kv_cache import PageSizes
 from adpo_jax.engine.pages import PageTables
 from adpo_jax.model.model_config import LinearAttention
@@ -30,7 +30,7 @@ ROOMY, TIGHT = {"expected_response_length": 100}, {"expected_response_length": 1
 def few_programs():
     """Rings do not grow, so that each engine compiles one program for decoding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_engine, "COLUMN_STAGES", 1)
+        patch.setattr(tuning, "COLUMN_STAGES", 1)
         yield
 
 
@@ -103,7 +103,7 @@ def test_an_int8_cache_lies_in_pages_with_its_scales(model):
 
 def test_a_batch_shrinks_beside_its_pages(model, monkeypatch):
     policy, params = model
-    monkeypatch.setattr(cpu_engine, "MIN_SLOTS", 2)
+    monkeypatch.setattr(tuning, "MIN_SLOTS", 2)
     arguments = params, prompts_of(5, 1), SAMPLING, jax.random.key(3)
     wanted = engine_of(policy).generate(*arguments)
     found = engine_of(policy, **ROOMY).generate(*arguments)
@@ -281,7 +281,7 @@ def test_samples_that_were_interrupted_go_on_in_pages(model):
 def test_turns_that_go_on_at_once_have_their_own_pages(
     stops, page, stages, columns, model, monkeypatch
 ):
-    monkeypatch.setattr(cpu_engine, "COLUMN_STAGES", stages)
+    monkeypatch.setattr(tuning, "COLUMN_STAGES", stages)
     policy, params = model
     sampling, found = dataclasses.replace(TURNS, stop_token_ids=tuple(stops)), []
     for room in ({}, ROOMY | {"page_size": page}):

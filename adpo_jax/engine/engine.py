@@ -26,15 +26,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import RULES, mesh_axis_size
-from adpo_jax.engine import cache_plan, cpu_engine, kernels, reading
+from adpo_jax.engine import cache_plan, kernels, reading
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, Request, Sizes
-from adpo_jax.engine.cpu_engine import EngineTuning
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
 from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.state_store import StateLayout
+from adpo_jax.engine.tuning import EngineTuning, column_stages, engine_tuning
 from adpo_jax.engine.verbs import DecodeState, Verbs
 from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
@@ -114,7 +114,7 @@ class Engine:
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
         device = _device(policy)
-        tuning = cpu_engine.engine_tuning(device.platform, attention, policy.config.num_layers)
+        tuning = engine_tuning(device.platform, attention, policy.config.num_layers)
         layout = _layout(policy, cache_dtype, tuning)
         attention = kernels.choose(attention, layout, device)
         self.policy = policy
@@ -127,7 +127,7 @@ class Engine:
         self.free_cache_engine = free_cache_engine
         self._kept: DecodeState | None = None
 
-        self.column_stages = cpu_engine.column_stages(attention)
+        self.column_stages = column_stages(attention)
         self.shards, splits = _splits(policy)
         budget, budget_text = None, ""
         if gpu_memory_utilization is not None:
