@@ -158,6 +158,11 @@ class Sizes(NamedTuple):
     past: int = 0  # columns of a past row
     pages: PageSizes | None = None  # None where the ring holds the longest completion
 
+    @property
+    def of_state(self) -> tuple[int, int, int, int, int, PageSizes | None]:
+        """The arguments of `Verbs.init_decode_state`."""
+        return self.slots, self.columns, self.rows, self.prefix, self.width, self.pages
+
 
 class Sizing(Protocol):
     """Decides how large the batch is, from the samples that wait and those that are alive.
@@ -472,13 +477,12 @@ class DecodeLoop:
             self._state, self._retired = None, []
             schedule.lay_out(0, 0, 1)
         elif now is None:
-            slots, columns, rows, width, prefix, *_, pages = sizes
-            schedule.lay_out(slots, rows, width)
-            self._state = self._make_state(slots, columns, rows, prefix, width, pages)
+            schedule.lay_out(sizes.slots, sizes.rows, sizes.width)
+            self._state = self._make_state(*sizes.of_state)
             self._written = 0
-            if pages is not None:
+            if sizes.pages is not None:
                 most = self._sizing.most_columns
-                self._pager = Pager(self._verbs, schedule, pages, most)
+                self._pager = Pager(self._verbs, schedule, sizes.pages, most)
                 self.stats.setdefault("preempted", 0)
         else:
             self.stats["resizes"] += 1

@@ -224,9 +224,8 @@ class Engine:
         n, verbs = sampling.n, self.verbs
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         sizes, _ = self._sizes(2 * self.num_slots, n, self.max_response_length, length)
-        slots, columns, rows, width, prefix, *_, pages = sizes
         params = verbs.abstract_params()
-        state = verbs.abstract_state(slots, columns, rows, prefix, width, pages)
+        state = verbs.abstract_state(*sizes.of_state)
         if self.prefill_pieces > 1:
             prefill = reading.trace(verbs, params, self.prefill_chunk_size, length, self.shards)
         else:

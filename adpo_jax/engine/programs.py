@@ -132,10 +132,7 @@ class Programs:
 
     def _state(self, sizes: Sizes) -> DecodeState:
         """The shapes of a state."""
-        slots, columns, rows, width, prefix, *_ = sizes
-        return jax.eval_shape(
-            lambda: self._verbs.init_decode_state(slots, columns, rows, prefix, width)
-        )
+        return jax.eval_shape(lambda: self._verbs.init_decode_state(*sizes.of_state))
 
     def _compile_decode(self, sizes: Sizes, method: Method, stop_width: int) -> None:
         state = self._state(sizes)

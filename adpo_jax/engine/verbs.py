@@ -183,7 +183,7 @@ class Verbs:
 
     # --- the state
 
-    def abstract_state(self, *sizes: int) -> DecodeState:
+    def abstract_state(self, *sizes: int | PageSizes | None) -> DecodeState:
         """The shapes and shardings of `init_decode_state`'s result."""
         return _abstract_result(Verbs.init_decode_state, self, *sizes)
 
