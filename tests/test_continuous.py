@@ -157,7 +157,7 @@ def test_rows_are_shared_until_they_are_too_few_and_again_when_the_load_is_gone(
     now, _ = started(follows, [1] * 20, now, schedule)
     assert (now.slots, now.rows, now.width) == (64, 64, 1)
     first = schedule.in_slot[0][0]
-    for slot in schedule.live_slots:
+    for slot, _ in schedule.live():
         if schedule.in_slot[slot][0] is not first:
             schedule.finish(slot)
     now = follows.fitted(now, schedule, 0)

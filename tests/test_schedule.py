@@ -58,7 +58,7 @@ def test_sizes_double_up_to_the_largest():
 def assert_consistent(schedule: Schedule, prompt_in_row: np.ndarray):
     """Every live sample is in the table of members, on a row of its shard with its prompt."""
     B, P, shards = schedule.num_slots, len(schedule.members), schedule.num_shards
-    for slot in schedule.live_slots:
+    for slot, _ in schedule.live():
         row, rank = schedule.row_of[slot], schedule.rank_of[slot]
         assert schedule.members[row, rank] == slot
         group, sample = schedule.in_slot[slot]
@@ -79,10 +79,10 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards,
             prompt_in_row[row] = group
         assert not started & {start.sample for start in starts}
         started |= {start.sample for start in starts}
-        assert len(started) - ended == schedule.num_live == len(schedule.live_slots)
+        assert len(started) - ended == schedule.num_live == len(schedule.live())
         assert 4 * groups - len(started) == schedule.num_waiting
         assert_consistent(schedule, prompt_in_row)
-        for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 4)]:
+        for slot in rng.permutation([slot for slot, _ in schedule.live()])[: rng.integers(1, 4)]:
             ended += 1
             schedule.finish(slot)
         smaller = max(2, shards, schedule.num_slots // 2)
@@ -91,7 +91,7 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards,
             _, source = shrunk(schedule, smaller, 4)
             prompt_in_row = prompt_in_row[source]
             assert_consistent(schedule, prompt_in_row)
-    assert len(schedule.live_slots) == 0
+    assert len(schedule.live()) == 0
     assert len(started) == 4 * groups
 
 
@@ -121,7 +121,7 @@ def test_each_batch_size_has_at_most_two_tables_of_members():
         schedule = schedule_of(num_groups=16, n=8, num_slots=128, num_rows=16)
         schedule.start()
         for slots in (96, 64, 48, 32, 24, 16, 8):
-            for slot in rng.permutation(schedule.live_slots)[slots:]:
+            for slot in rng.permutation([slot for slot, _ in schedule.live()])[slots:]:
                 schedule.finish(slot)
             shrunk(schedule, slots, 8)
             shapes.setdefault(slots, set()).add(schedule.members.shape)
@@ -170,7 +170,7 @@ def test_every_sample_stays_beside_its_prompt_through_sizes_of_all_kinds(seed, s
         started |= {start.sample for start in starts}
         assert schedule.num_waiting == added - len(started) - len(dropped)
         assert_consistent(schedule, prompt_in_row)
-        for slot in rng.permutation(schedule.live_slots)[: rng.integers(1, 5)]:
+        for slot in rng.permutation([slot for slot, _ in schedule.live()])[: rng.integers(1, 5)]:
             ended += 1
             schedule.finish(slot)
         if turn == 20:
@@ -181,7 +181,7 @@ def test_every_sample_stays_beside_its_prompt_through_sizes_of_all_kinds(seed, s
     while schedule.num_live or schedule.num_waiting:
         starts, _ = schedule.start()
         started |= {start.sample for start in starts}
-        for slot in schedule.live_slots:
+        for slot, _ in schedule.live():
             ended += 1
             schedule.finish(slot)
     assert ended == len(started) == added - len(dropped)

@@ -35,7 +35,7 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.patience import Patience, own_settings
 from adpo_jax.engine.programs import Programs
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.schedule import Schedule, smallest_holding
 from adpo_jax.engine.scoring import Scorer
 
 # One program finds so many of the likeliest tokens; a request is given the first of them.
@@ -100,11 +100,11 @@ class LoadSizing:
         if not alive:
             return None
         longest = max(len(request.prompt) for request in requests) - 1
-        slots = _size_for(self.slot_sizes, max(alive, schedule.needed_slots))
+        slots = smallest_holding(self.slot_sizes, max(alive, schedule.needed_slots))
         if now is not None:
             slots = max(slots, now.slots)
-        columns = _size_for(self.column_sizes, min(oldest + self.steps, self.most_columns))
-        prefix = _size_for(self.prefix_sizes, longest)
+        columns = smallest_holding(self.column_sizes, min(oldest + self.steps, self.most_columns))
+        prefix = smallest_holding(self.prefix_sizes, longest)
         rows, width = self._rows_and_width(now, slots, rows, alive)
         return Sizes(slots, columns, rows, width, prefix)
 
@@ -408,7 +408,3 @@ def _host() -> jax.Device | None:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
-
-
-def _size_for(sizes: Sequence[int], needed: int) -> int:
-    return next(size for size in sizes if size >= needed)

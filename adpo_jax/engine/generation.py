@@ -16,7 +16,7 @@ import numpy as np
 
 from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Settings, Sizes
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.schedule import Schedule, smallest_holding
 from adpo_jax.records import Completion
 
 # A ring with room for so many steps is not grown yet, since a step reads all of its columns.
@@ -56,7 +56,7 @@ class CallSizing:
     def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
         columns = self._columns_for(oldest)
         if not schedule.num_waiting:
-            slots = next(s for s in self.slot_sizes if s >= schedule.needed_slots)
+            slots = smallest_holding(self.slot_sizes, schedule.needed_slots)
             if slots < now.slots:
                 rows = min(now.rows, slots)
                 width = schedule.narrow_width(slots, rows, self.first.width)

@@ -26,7 +26,7 @@ from adpo_jax.engine.programs import (
     ReadPiece,
 )
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
-from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.schedule import Schedule, smallest_holding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Patience:
         """Whether a request can go to the loop without keeping a sample waiting that decodes."""
         if now is None or not schedule.num_live:
             return True
-        prefix = _size_for(self._prefix_sizes, len(request.prompt) - 1)
+        prefix = smallest_holding(self._prefix_sizes, len(request.prompt) - 1)
         sizes = now._replace(prefix=max(now.prefix, prefix))
         needs = self._needs_with([*_live(schedule), *_waiting(schedule), request])
         programs = [*self._decodes(sizes, needs), *self._prefills(sizes, [request])]
@@ -209,7 +209,7 @@ class Patience:
     def _decodes(self, sizes: Sizes, needs: Needs) -> list[Program]:
         """What decodes so in these sizes, and in the longer rings that may be needed."""
         longest = min(needs.longest + self.steps, self.most_columns)
-        last = max(sizes.columns, _size_for(self._column_sizes, longest))
+        last = max(sizes.columns, smallest_holding(self._column_sizes, longest))
         rings = [
             sizes._replace(columns=columns)
             for columns in self._column_sizes
@@ -286,10 +286,6 @@ def _waiting(schedule: Schedule) -> list[Request]:
 
 def _live(schedule: Schedule) -> list[Request]:
     return [place[0] for place in schedule.in_slot if place]
-
-
-def _size_for(sizes: Sequence[int], needed: int) -> int:
-    return next(size for size in sizes if size >= needed)
 
 
 def _padded(stop_ids: np.ndarray, width: int) -> np.ndarray:

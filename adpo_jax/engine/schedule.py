@@ -89,6 +89,11 @@ def doubling_sizes(most: int, multiple: int, smallest: int) -> list[int]:
     return sorted({size for size in sizes if size < most} | {most})
 
 
+def smallest_holding(sizes: Sequence[int], needed: int) -> int:
+    """The smallest of rising sizes that holds so many."""
+    return next(size for size in sizes if size >= needed)
+
+
 def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:
     """A number for each prompt that does not depend on its place in the list, [P] uint32.
 
@@ -176,10 +181,6 @@ class Schedule:
     @property
     def width(self) -> int:
         return self.members.shape[1]
-
-    @property
-    def live_slots(self) -> list[int]:
-        return [slot for slot, place in enumerate(self.in_slot) if place is not None]
 
     def live(self) -> list[tuple[int, Any]]:
         """The slots with samples, and these."""
