@@ -28,8 +28,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adpo_jax.devices.chips import chip_of
 from adpo_jax.devices.topologies import topology_devices
+from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kernels import decode_tpu
-from adpo_jax.engine.kv_cache import CacheLayout, Reach
+from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
 from adpo_jax.model.attention_kernels import stream_tpu
 from adpo_jax.model.tile_attention import Stream

@@ -164,7 +164,8 @@ def _decoding(bench: Bench) -> dict:
     import jax.numpy as jnp
 
     from adpo_jax.engine import kernels, kv_cache
-    from adpo_jax.engine.kv_cache import CacheLayout, Reach
+    from adpo_jax.engine.group_attention import Reach
+    from adpo_jax.engine.kv_cache import CacheLayout
 
     s, c = bench.sizes, bench.policy.config
     K, D, Q = c.num_kv_heads, c.head_dim, c.num_heads // c.num_kv_heads

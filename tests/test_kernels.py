@@ -11,9 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from adpo_jax import Policy
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.engine import kernels, kv_cache
+from adpo_jax.engine import group_attention, kernels
+from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
-from adpo_jax.engine.kv_cache import CacheLayout, LayerKV, Reach
+from adpo_jax.engine.kv_cache import CacheLayout, LayerKV
 from adpo_jax.engine.verbs import Prefixes, Verbs
 from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
 
@@ -50,7 +51,7 @@ def prefix_reach(columns):
     """Prefixes of all lengths, an empty one first, queries at different positions and windows."""
     length = jnp.array([0, 1, 33, columns - 1, columns], jnp.int32)
     origin = length[:, None] + jnp.array([0, 3, 20], jnp.int32)
-    reach = jnp.where(jnp.arange(ROWS)[:, None] == 2, 25, kv_cache.UNBOUNDED)
+    reach = jnp.where(jnp.arange(ROWS)[:, None] == 2, 25, group_attention.UNBOUNDED)
     return Reach(origin, jnp.broadcast_to(reach, (ROWS, Q)).astype(jnp.int32), length, ring=False)
 
 
@@ -71,7 +72,7 @@ def normalised(part):
 @pytest.mark.parametrize("machine", KERNELS)
 def test_a_kernel_agrees_with_the_plain_version(machine, where, columns, soft_cap):
     kv, q, reach = stored(columns), queries(), REACHES[where](columns)
-    plain = kv_cache.attend_part(q, kv, 1, reach, soft_cap=soft_cap, transposed_keys=False)
+    plain = group_attention.attend_part(q, kv, 1, reach, soft_cap=soft_cap, transposed_keys=False)
     attend = functools.partial(
         KERNELS[machine].attend_part, soft_cap=soft_cap, interpret=True, block=32
     )
@@ -99,10 +100,10 @@ def paged(columns, dtype=jnp.float32, page=32):
 def test_keys_in_pages_are_read_as_if_they_lay_side_by_side(machine, dtype):
     kv, q, reach = stored(128, dtype), queries(), prefix_reach(128)
     options = {"soft_cap": 2.0, "transposed_keys": False}
-    wanted = kv_cache.attend_part(q, kv, 1, reach, **options)
+    wanted = group_attention.attend_part(q, kv, 1, reach, **options)
     pages, table = paged(128, dtype)
     if machine == "plain":
-        found = kv_cache.attend_part(q, pages, 1, reach, table, **options)
+        found = group_attention.attend_part(q, pages, 1, reach, table, **options)
     elif machine == "gpu" and dtype == jnp.int8:
         pytest.skip("has no int8 cache")
     else:
@@ -121,7 +122,7 @@ def test_pages_that_no_row_sees_are_not_read():
         lambda x: x.at[:, table[:, :2]].set(jnp.nan).at[:, table[:, 3]].set(jnp.nan), pages
     )
     for attend in (
-        functools.partial(kv_cache.attend_part, soft_cap=None, transposed_keys=False),
+        functools.partial(group_attention.attend_part, soft_cap=None, transposed_keys=False),
         functools.partial(decode_tpu.attend_part, interpret=True),
         functools.partial(decode_gpu.attend_part, interpret=True),
     ):
@@ -138,7 +139,7 @@ def test_the_gpu_kernel_reads_a_layer_of_its_own_as_it_reads_a_stack():
 
 def test_the_tpu_kernel_reads_an_int8_cache():
     kv, q, reach = stored(96, jnp.int8), queries(), ring_reach(96)
-    plain = kv_cache.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)
+    plain = group_attention.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)
     fast = decode_tpu.attend_part(q, kv, 0, reach, interpret=True, block=32)
     for ours, wanted in zip(normalised(fast), normalised(plain)):
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
@@ -158,7 +159,7 @@ def test_the_tpu_kernel_fetches_ahead_over_rows_and_programs():
         length=jnp.full((rows,), columns, jnp.int32),
         ring=True,
     )
-    plain = kv_cache.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)
+    plain = group_attention.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)
     fast = decode_tpu.attend_part(q, kv, 0, reach, interpret=True, block=32)
     for ours, wanted in zip(normalised(fast), normalised(plain)):
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
@@ -170,7 +171,7 @@ def test_the_tpu_kernel_fetches_ahead_over_rows_and_programs():
 @pytest.mark.parametrize("where", REACHES)
 def test_the_tpu_kernel_reads_stores_of_any_length(where, columns, dtype):
     kv, q, reach = stored(columns, dtype), queries(), REACHES[where](columns)
-    plain = kv_cache.attend_part(q, kv, 1, reach, soft_cap=None, transposed_keys=False)
+    plain = group_attention.attend_part(q, kv, 1, reach, soft_cap=None, transposed_keys=False)
     fast = decode_tpu.attend_part(q, kv, 1, reach, interpret=True)
     for ours, wanted in zip(normalised(fast), normalised(plain)):
         np.testing.assert_allclose(ours, wanted, atol=2e-6)
@@ -201,10 +202,10 @@ def test_a_block_of_the_tpu_kernel_is_whole_tiles_or_all_columns():
 
 
 def test_a_young_slot_needs_few_blocks():
-    start, last = kv_cache.block_range(ring_reach(128), 128, 32)
+    start, last = group_attention.block_range(ring_reach(128), 128, 32)
     assert start.tolist() == [0] * ROWS
     assert last.tolist() == [0, 0, 0, 1, 3]
-    start, last = kv_cache.block_range(prefix_reach(128), 128, 32)
+    start, last = group_attention.block_range(prefix_reach(128), 128, 32)
     assert start.tolist() == [0, 0, 1, 3, 3]
     assert last.tolist() == [0, 0, 1, 3, 3]
 
@@ -290,9 +291,11 @@ def test_the_prompts_of_idle_samples_and_of_nobody_are_not_read():
     def attend(q, kv, index, reach):
         if not reach.ring:
             seen.append(np.asarray(reach.reach))
-        return kv_cache.attend_part(q, kv, index, reach, soft_cap=None, transposed_keys=False)
+        return group_attention.attend_part(
+            q, kv, index, reach, soft_cap=None, transposed_keys=False
+        )
 
-    view = kv_cache.View(
+    view = group_attention.View(
         position=jnp.array([9, 9, 9], jnp.int32),
         age=jnp.array([0, -1, 2], jnp.int32),
         column=jnp.int32(2),
@@ -304,8 +307,8 @@ def test_the_prompts_of_idle_samples_and_of_nobody_are_not_read():
     q = jnp.ones((3, K, D))
     own, prefix = layout().zeros(3, 4), layout().zeros(3, 8)
     layer = LayerInfo(np.int32(0), np.int32(GLOBAL_WINDOW), np.int32(0))
-    kv_cache.group_attention(q, own, prefix, layer, view, scale=1.0, attend=attend)
-    everything = kv_cache.UNBOUNDED
+    group_attention.group_attention(q, own, prefix, layer, view, scale=1.0, attend=attend)
+    everything = group_attention.UNBOUNDED
     assert seen[0].tolist() == [[everything, -1], [everything, -1], [-1, -1]]
 
 

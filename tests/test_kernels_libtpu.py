@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.dry_run.hlo import Program
+from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kernels import decode_tpu
-from adpo_jax.engine.kv_cache import CacheLayout, Reach
+from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import grouped
 from adpo_jax.model.decoder import ModelConfig

@@ -8,7 +8,7 @@ before that and never touch a page.
 
 Column c of a sample's pages is the token before place c of its completion, as in a past row. The
 slot's table says which page holds columns 0 .. page - 1, which the next ones, and so on. Attention
-reads the pages where they lie (`kv_cache.attend_part`, with a table).
+reads the pages where they lie (`group_attention.attend_part`, with a table).
 
 A page belongs to one sample, and to the device of its slot. Where a device has too few of them,
 its youngest samples lose slot and pages. They wait before all others, and their completions are

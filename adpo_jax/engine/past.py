@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adpo_jax.devices.sharding import constrain, on_each_device
-from adpo_jax.engine import kernels, kv_cache, state_store
-from adpo_jax.engine.kv_cache import KV, Copies, LayerKV, PastView, Reach
+from adpo_jax.engine import group_attention, kernels, kv_cache, state_store
+from adpo_jax.engine.group_attention import PastView, Reach
+from adpo_jax.engine.kv_cache import KV, Copies, LayerKV
 from adpo_jax.engine.verbs import Prefixes, Verbs
 from adpo_jax.model import attention_choice, linear_attention
 from adpo_jax.model.attention import by_kv_head
@@ -125,7 +126,7 @@ def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunk
         R = H // K
         q = (q * jnp.asarray(config.attention_scale, q.dtype)).reshape(N, T, K, R, D)
         q_NKQD = q.transpose(0, 2, 1, 3, 4).reshape(N, K, T * R, D)
-        back = jnp.minimum(layer.window_at(positions) - 1, kv_cache.UNBOUNDED)
+        back = jnp.minimum(layer.window_at(positions) - 1, group_attention.UNBOUNDED)
 
         def reach_of(origin_NT, length, back=back, ring=False):
             origin_NQ = jnp.repeat(origin_NT, R, axis=1)
@@ -133,7 +134,7 @@ def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunk
             return Reach(origin_NQ, back_NQ, length, ring)
 
         def part(layer_kv, reach):
-            return kv_cache.attend_part(
+            return group_attention.attend_part(
                 q_NKQD,
                 (layer_kv,),
                 0,
@@ -156,7 +157,7 @@ def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunk
             of_past = kv_cache.of_kind(past, layer)
             parts.append(attend_pages(q_NKQD, of_past, layer.at, in_reach, chunks.table))
         sinks = None if layer.sinks is None else jnp.tile(by_kv_head(layer.sinks, K), (1, T))
-        out_NKQD = kv_cache.merge(*parts, sinks=sinks)
+        out_NKQD = group_attention.merge(*parts, sinks=sinks)
         out = out_NKQD.reshape(N, K, T, R, D).transpose(0, 2, 1, 3, 4).reshape(N, T, H, D)
         return out.astype(q.dtype), layout.write(kv, layer, own)
 

@@ -24,7 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels, kv_cache, sampling, state_store
-from adpo_jax.engine.kv_cache import KV, CacheLayout, PageSizes, PageView, PastView, View
+from adpo_jax.engine.group_attention import PageView, PastView, View, group_attention
+from adpo_jax.engine.kv_cache import KV, CacheLayout, PageSizes
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
@@ -451,7 +452,7 @@ class Verbs:
 
         def attend(q, k, v, layer, own):
             own = layout.write(own, layer, layout.pack(k, v), state.column)
-            out = kv_cache.group_attention(
+            out = group_attention(
                 q[:, 0],
                 own,
                 state.prefix.kv,

@@ -1,7 +1,7 @@
 """Attention of the rollout engine: a table of implementations for decoding, and one for prefill.
 
-The implementations of decoding take the same arguments as `kv_cache.attend_part`, the plain version
-that they are tested against. Prefill is attention of whole rows (`attention_kernels`).
+The implementations of decoding take the same arguments as `group_attention.attend_part`, the plain
+version that they are tested against. Prefill is attention of whole rows (`attention_kernels`).
 """
 
 import functools
@@ -13,9 +13,10 @@ from absl import logging
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
-from adpo_jax.engine import kv_cache
+from adpo_jax.engine import group_attention, kv_cache
+from adpo_jax.engine.group_attention import AttendPart, Part, Reach
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
-from adpo_jax.engine.kv_cache import AttendPart, CacheLayout, LayerKV, Part, Reach
+from adpo_jax.engine.kv_cache import CacheLayout, LayerKV
 from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Implementation, Use
@@ -75,7 +76,9 @@ def prefill_attention(
 
 def _plain(layout: CacheLayout, soft_cap: float | None, mesh: Mesh | None) -> AttendPart:
     transposed = layout.transposed_keys
-    plain = functools.partial(kv_cache.attend_part, soft_cap=soft_cap, transposed_keys=transposed)
+    plain = functools.partial(
+        group_attention.attend_part, soft_cap=soft_cap, transposed_keys=transposed
+    )
     at_home = _of_each_device(plain, mesh)
 
     def attend(q, kv, index, reach: Reach, table=None) -> Part:

@@ -2,7 +2,7 @@
 
 A program walks the blocks of columns that its row sees, from the newest back, with a running
 softmax. With a table it looks up which row of the store, a page, holds a block. The plain version
-is `kv_cache.attend_part`.
+is `group_attention.attend_part`.
 
 Letters: K key/value heads, Q queries of a row and head, D head dim, S columns of a block.
 """
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adpo_jax.engine.kv_cache import KV, LayerKV, Part, Reach, block_range
+from adpo_jax.engine.group_attention import Part, Reach, block_range
+from adpo_jax.engine.kv_cache import KV, LayerKV
 from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import MASKED
 from adpo_jax.model.triton import plt
@@ -117,7 +118,7 @@ def attend_part(
     warps: int = WARPS,
     stages: int = STAGES,
 ) -> Part:
-    """As `kv_cache.attend_part`, on a cache whose layers are a tuple or stacked.
+    """As `group_attention.attend_part`, on a cache whose layers are a tuple or stacked.
 
     Keys are [rows, K, columns, D] of a layer.
     """

@@ -5,7 +5,7 @@ of columns from the newest back to the oldest that the row sees. While one is at
 are on their way, as many as fast memory has room for, those of the next rows and programs too. So
 what is read does not depend on how long the store is. With a table, it says in which row of the
 store, a page, a block lies. The queries of all heads are worked on together, since few of them fill
-no vector register. The plain version is `kv_cache.attend_part`.
+no vector register. The plain version is `group_attention.attend_part`.
 
 Letters: K key/value heads, Q queries of a row and head, N queries of a row, D head dim, S columns
 of a block, A buffers for blocks, G rows of a program.
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from adpo_jax.engine.kv_cache import LayerKV, Part, Reach, block_range
+from adpo_jax.engine.group_attention import Part, Reach, block_range
+from adpo_jax.engine.kv_cache import LayerKV
 from adpo_jax.model.attention import MASKED
 
 # Columns of a block.
@@ -317,7 +318,7 @@ def attend_part(
     interpret: bool = False,
     block: int = BLOCK,
 ) -> Part:
-    """As `kv_cache.attend_part`, on a stacked cache with keys [L, rows, K, columns, D]."""
+    """As `group_attention.attend_part`, on a stacked cache with keys [L, rows, K, columns, D]."""
     rows, K, Q, D = q.shape
     page, tables = kv.v.shape[-2], ()
     columns = page
