@@ -11,9 +11,9 @@ import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine import cache_plan
-from adpo_jax.engine.batching import Request
 from adpo_jax.engine.continuous import ContinuousBatch, LoadSizing
 from adpo_jax.engine.programs import Decode, Programs
+from adpo_jax.engine.requests import Request
 from adpo_jax.engine.schedule import Schedule
 from adpo_jax.engine.verbs import Verbs
 

@@ -23,7 +23,7 @@ from test_serve import wait_until
 
 import adpo_jax
 from adpo_jax.data import calculator
-from adpo_jax.engine.batching import NewTokens, Request
+from adpo_jax.engine.requests import NewTokens, Request
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.environments import external
 from adpo_jax.environments.external import External, parse_record

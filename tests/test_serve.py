@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.data import arithmetic
-from adpo_jax.engine.batching import NewTokens, Request
+from adpo_jax.engine.requests import NewTokens, Request
 from adpo_jax.environments import calls as tools
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve

@@ -30,10 +30,11 @@ import numpy as np
 
 from adpo_jax.engine import cache_plan, reading, sampling
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
+from adpo_jax.engine.batching import DecodeLoop, Sizes
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.patience import Patience, own_settings
 from adpo_jax.engine.programs import Programs
+from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule, smallest_holding
 from adpo_jax.engine.scoring import Scorer

@@ -28,9 +28,10 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import RULES, mesh_axis_size
 from adpo_jax.engine import cache_plan, kernels, reading
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import DecodeLoop, Request, Sizes
+from adpo_jax.engine.batching import DecodeLoop, Sizes
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
 from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
+from adpo_jax.engine.requests import Request
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.state_store import StateLayout

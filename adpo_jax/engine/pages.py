@@ -24,7 +24,6 @@ Letters: B slots, N pages of a slot.
 
 import collections
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,11 +31,9 @@ from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
 from adpo_jax.engine.past import Piece
+from adpo_jax.engine.requests import Sample
 from adpo_jax.engine.schedule import Schedule, Start
 from adpo_jax.engine.verbs import DecodeState, Verbs
-
-if TYPE_CHECKING:
-    from adpo_jax.engine.batching import Sample
 
 
 class PageTables:
@@ -158,17 +155,17 @@ class Pager:
         """The most tokens that are prefilled at once for a sample; they lie within a page."""
         return min(self._page, past_lib.CHUNK_LENGTHS[-1])
 
-    def note(self, sample: "Sample", tokens: np.ndarray):
+    def note(self, sample: Sample, tokens: np.ndarray):
         """Remembers the new tokens of a sample that goes on."""
         self._drawn[sample].append(np.array(tokens))
 
-    def release(self, sample: "Sample"):
+    def release(self, sample: Sample):
         """Forgets a sample that has ended; its pages are free."""
         self._tables.release(sample)
         self._drawn.pop(sample, None)
         self._idle.pop(sample, None)
 
-    def begins(self, sample: "Sample", shard: int) -> bool:
+    def begins(self, sample: Sample, shard: int) -> bool:
         """Whether a shard has pages for what a sample has so far; if so it is given them.
 
         A sample that has pages of another shard loses them.
@@ -185,7 +182,7 @@ class Pager:
         return begins
 
     def keep(
-        self, state: DecodeState, ended: Sequence[tuple["Sample", int, int, int]]
+        self, state: DecodeState, ended: Sequence[tuple[Sample, int, int, int]]
     ) -> DecodeState:
         """Copies turns that have ended out of the ring into the pages of their samples.
 
@@ -212,13 +209,13 @@ class Pager:
         return state._replace(pages=state.pages._replace(kv=kv))
 
     def _make_room(
-        self, shard: int, wanted: Sequence[tuple["Sample", int]], keeps: "Sample | None" = None
+        self, shard: int, wanted: Sequence[tuple[Sample, int]], keeps: Sample | None = None
     ):
         """Takes pages from samples of a shard that wait, while these have too few."""
         while self._tables.lacks(shard, wanted) and self._give_up_idle(shard, keeps):
             pass
 
-    def _give_up_idle(self, shard: int, keeps: "Sample | None") -> bool:
+    def _give_up_idle(self, shard: int, keeps: Sample | None) -> bool:
         """Takes the pages of one sample of a shard that waits, if there is any.
 
         Those that wait for a tool come first, then the last of those that wait for a slot.
@@ -228,11 +225,11 @@ class Pager:
             self._forget(next((sample for sample in idle if sample.ended), idle[-1]))
         return bool(idle)
 
-    def _of(self, shard: int) -> list["Sample"]:
+    def _of(self, shard: int) -> list[Sample]:
         """The samples of a shard that wait with pages, the one that paused first first."""
         return [sample for sample, at in self._idle.items() if at == shard]
 
-    def _forget(self, sample: "Sample"):
+    def _forget(self, sample: Sample):
         """Takes the pages of a sample, which is prefilled again when it goes on."""
         self.num_evicted += sample in self._idle
         sample.in_past = 0
@@ -272,7 +269,7 @@ class Pager:
         state = state._replace(slots=slots, pages=state.pages._replace(kv=kv))
         return self.placed(state), waiting
 
-    def _preempt(self, shard: int, long: dict["Sample", int]) -> list[int]:
+    def _preempt(self, shard: int, long: dict[Sample, int]) -> list[int]:
         """Lets the youngest samples of a shard wait until the others have the pages they need.
 
         Args:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import Request, Sample, Sizes, Sizing
+from adpo_jax.engine.batching import Sizes, Sizing
 from adpo_jax.engine.programs import (
     CopyPrompt,
     Decode,
@@ -25,6 +25,7 @@ from adpo_jax.engine.programs import (
     Programs,
     ReadPiece,
 )
+from adpo_jax.engine.requests import Request, Sample
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.schedule import Schedule, smallest_holding
 

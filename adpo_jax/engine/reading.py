@@ -14,7 +14,6 @@ Letters: S shards, which hold a copy each, T tokens of a piece, C columns of the
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,8 @@ from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.past import Chunks
+from adpo_jax.engine.requests import Request
 from adpo_jax.engine.verbs import Prefixes, Verbs
-
-if TYPE_CHECKING:
-    from adpo_jax.engine.batching import Request
 
 # A piece has no fewer tokens than these because more of them would make too many scores.
 LEAST_PIECE = 64
@@ -58,7 +55,7 @@ def shapes(verbs: Verbs, size: int, length: int) -> list[tuple[int, int]]:
     return list(found)
 
 
-def pieces_of(verbs: Verbs, size: int, request: "Request") -> list[tuple[int, int]]:
+def pieces_of(verbs: Verbs, size: int, request: Request) -> list[tuple[int, int]]:
     """`shapes` of the prompt of a request; none where it is prefilled at once."""
     return shapes(verbs, size, _length(request)) if in_pieces(request, size) else []
 
@@ -128,7 +125,7 @@ def compile_copies(verbs: Verbs, columns: int, length: int) -> Prefixes:
     return prefixes
 
 
-def in_pieces(request: "Request", size: int) -> bool:
+def in_pieces(request: Request, size: int) -> bool:
     """Whether the prompt of a request is read in pieces of at most `size` tokens; 0 reads none."""
     # A piece does not tell which experts its tokens went through.
     return 0 < size < len(request.prompt) - 1 and not request.sampling.prompt_experts
@@ -154,17 +151,17 @@ class Reader:
         self._verbs, self._size, self._num_shards = verbs, size, num_shards
         self._readings: dict[Request, _Reading] = {}
 
-    def in_pieces(self, request: "Request") -> bool:
+    def in_pieces(self, request: Request) -> bool:
         return in_pieces(request, self._size)
 
-    def is_ready(self, request: "Request") -> bool:
+    def is_ready(self, request: Request) -> bool:
         """Whether its samples may start: its prompt has been read, or is prefilled at once."""
         if not self.in_pieces(request):
             return True
         reading = self._readings.get(request)
         return reading is not None and reading.done == _length(request)
 
-    def go_on(self, params, request: "Request") -> int:
+    def go_on(self, params, request: Request) -> int:
         """Reads the next piece of a prompt; returns the number of its tokens."""
         verbs, S, reading = self._verbs, self._num_shards, self._readings.get(request)
         if reading is None:
@@ -181,18 +178,18 @@ class Reader:
         reading.done += count
         return count
 
-    def prefixes(self, request: "Request", columns: int) -> Prefixes:
+    def prefixes(self, request: Request, columns: int) -> Prefixes:
         """A prompt that has been read, S equal rows with so many columns, which hold all of it."""
         kv = self._verbs.with_columns(self._readings[request].store, columns)
         return Prefixes(kv, np.full(self._num_shards, _length(request), np.int32))
 
-    def let_go(self, queued: Iterable["Request"]):
+    def let_go(self, queued: Iterable[Request]):
         """Frees what was read of requests that are not in the queue any more."""
         if self._readings:
             self._readings = {r: self._readings[r] for r in queued if r in self._readings}
 
 
-def _length(request: "Request") -> int:
+def _length(request: Request) -> int:
     """Tokens to read: all but the last, which each sample feeds itself."""
     return len(request.prompt) - 1
 

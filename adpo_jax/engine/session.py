@@ -33,7 +33,7 @@ import jax
 import numpy as np
 
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import DecodeLoop, NewTokens, Request, Sample, Sizes
+from adpo_jax.engine.batching import DecodeLoop, Sizes
 from adpo_jax.engine.generation import (
     LEAST_STEPS,
     Growing,
@@ -41,6 +41,7 @@ from adpo_jax.engine.generation import (
     tokens_to_stop_string,
 )
 from adpo_jax.engine.kv_cache import PageSizes
+from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.schedule import Schedule
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from adpo_jax.engine.batching import Sample
+from adpo_jax.engine.requests import Sample
 from adpo_jax.engine.sampling import sample_keys
 from adpo_jax.engine.session import Session, Turn
 from adpo_jax.records import Completions, Prompts

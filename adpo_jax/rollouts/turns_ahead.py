@@ -12,7 +12,7 @@ all answers are waited for.
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from adpo_jax.engine.batching import Sample
+from adpo_jax.engine.requests import Sample
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Session
 from adpo_jax.records import Prompts

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from adpo_jax.engine.continuous import NewTokens
+from adpo_jax.engine.requests import NewTokens
 from adpo_jax.engine.scoring import ScoredPrompt
 from adpo_jax.engine.text_stream import REPLACEMENT, TextStream
 from adpo_jax.environments.calls import CallParser

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from adpo_jax.engine.continuous import ContinuousBatch, NewTokens, Sample
+from adpo_jax.engine.continuous import ContinuousBatch
+from adpo_jax.engine.requests import NewTokens, Sample
 from adpo_jax.engine.sampling import SamplingParams
 
 

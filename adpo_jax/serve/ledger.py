@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adpo_jax.engine.continuous import ContinuousBatch, NewTokens, Sample
+from adpo_jax.engine.continuous import ContinuousBatch
+from adpo_jax.engine.requests import NewTokens, Sample
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, token_fields
 

@@ -19,7 +19,7 @@ from absl import logging
 from adpo_jax.data.control_tokens import control_token_in
 from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
 from adpo_jax.engine import scoring
-from adpo_jax.engine.continuous import NewTokens, Sample
+from adpo_jax.engine.requests import NewTokens, Sample
 from adpo_jax.environments import calls
 from adpo_jax.serve.access import Client
 from adpo_jax.serve.answers import Answer, Choice, Piece, TokenTexts

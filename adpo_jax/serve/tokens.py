@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adpo_jax.engine.continuous import MAX_ALTERNATIVES, NewTokens
+from adpo_jax.engine.continuous import MAX_ALTERNATIVES
+from adpo_jax.engine.requests import NewTokens
 from adpo_jax.engine.scoring import ScoredPrompt
 from adpo_jax.engine.text_stream import TextStream
 from adpo_jax.serve.answers import LEAST_LOG_PROB, TokenTexts, WeightVersions, usage
