@@ -12,10 +12,11 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from adpo_jax import Policy
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import group_attention, kernels
+from adpo_jax.engine.decode_state import Prefixes
 from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
 from adpo_jax.engine.kv_cache import CacheLayout, LayerKV
-from adpo_jax.engine.verbs import Prefixes, Verbs
+from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model.attention import GLOBAL_WINDOW, LayerInfo
 
 ROWS, K, Q, D, L = 5, 2, 3, 128, 2

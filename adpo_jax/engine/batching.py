@@ -35,6 +35,7 @@ import numpy as np
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
+from adpo_jax.engine.decode_state import DecodeState, Past, Prefixes, ResultTokens, Slots
 from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
 from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import PastRows, Piece
@@ -42,14 +43,7 @@ from adpo_jax.engine.reading import Reader
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import Knobs, Method
 from adpo_jax.engine.schedule import Schedule, Start
-from adpo_jax.engine.verbs import (
-    DecodeState,
-    Past,
-    Prefixes,
-    ResultTokens,
-    Slots,
-    Verbs,
-)
+from adpo_jax.engine.verbs import Verbs
 
 
 class _Ended(NamedTuple):

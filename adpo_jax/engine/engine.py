@@ -29,6 +29,7 @@ from adpo_jax.devices.sharding import RULES, mesh_axis_size
 from adpo_jax.engine import cache_plan, kernels, reading
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop, Sizes
+from adpo_jax.engine.decode_state import DecodeState
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
 from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
 from adpo_jax.engine.requests import Request
@@ -36,7 +37,7 @@ from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.state_store import StateLayout
 from adpo_jax.engine.tuning import EngineTuning, column_stages, engine_tuning
-from adpo_jax.engine.verbs import DecodeState, Verbs
+from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Completions

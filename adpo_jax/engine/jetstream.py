@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jetstream.engine import engine_api, tokenizer_api, tokenizer_pb2
 
+from adpo_jax.engine.decode_state import DecodeState, Prefixes, Slots
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams, threefry
 from adpo_jax.engine.schedule import column_buckets, length_bucket
-from adpo_jax.engine.verbs import DecodeState, Prefixes, Slots
 
 
 class Prefix(NamedTuple):

@@ -29,11 +29,12 @@ import numpy as np
 
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
+from adpo_jax.engine.decode_state import DecodeState
 from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
 from adpo_jax.engine.past import Piece
 from adpo_jax.engine.requests import Sample
 from adpo_jax.engine.schedule import Schedule, Start
-from adpo_jax.engine.verbs import DecodeState, Verbs
+from adpo_jax.engine.verbs import Verbs
 
 
 class PageTables:

@@ -29,9 +29,10 @@ import numpy as np
 
 from adpo_jax.devices.sharding import constrain, on_each_device
 from adpo_jax.engine import group_attention, kernels, kv_cache, state_store
+from adpo_jax.engine.decode_state import Prefixes
 from adpo_jax.engine.group_attention import PastView, Reach
 from adpo_jax.engine.kv_cache import KV, Copies, LayerKV
-from adpo_jax.engine.verbs import Prefixes, Verbs
+from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import attention_choice, linear_attention
 from adpo_jax.model.attention import by_kv_head
 from adpo_jax.model.linear_attention import Memory

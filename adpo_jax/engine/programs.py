@@ -17,8 +17,9 @@ from absl import logging
 
 from adpo_jax.engine import reading, sampling
 from adpo_jax.engine.batching import Sizes
+from adpo_jax.engine.decode_state import DecodeState, Slots
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
-from adpo_jax.engine.verbs import DecodeState, Slots, Verbs
+from adpo_jax.engine.verbs import Verbs
 
 
 class Decode(NamedTuple):

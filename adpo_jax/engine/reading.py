@@ -22,10 +22,11 @@ import numpy as np
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
+from adpo_jax.engine.decode_state import Prefixes
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.past import Chunks
 from adpo_jax.engine.requests import Request
-from adpo_jax.engine.verbs import Prefixes, Verbs
+from adpo_jax.engine.verbs import Verbs
 
 # A piece has no fewer tokens than these because more of them would make too many scores.
 LEAST_PIECE = 64
