@@ -27,6 +27,7 @@ from adpo_jax.hf.families import (
     Family,
 )
 from adpo_jax.hf.mixtures import mixture
+from adpo_jax.hf.values import is_number, positive, positive_int, wrong
 from adpo_jax.model.model_config import Mixture, ModelConfig
 from adpo_jax.model.rope import Rope
 
@@ -123,7 +124,7 @@ def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
     if not given or not family.quantized:
         return
     if not isinstance(given, Mapping):
-        raise _wrong(config, "quantization_config", "an object, or null")
+        raise wrong(config, "quantization_config", "an object, or null")
     method = given.get("quant_method")
     if method != family.quantized:
         raise ValueError(
@@ -142,7 +143,7 @@ def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
 def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     wrapper = WRAPPERS[hf_config["model_type"]]
     if not isinstance(hf_config.get("text_config") or {}, Mapping):
-        raise _wrong(hf_config, "text_config", "an object")
+        raise wrong(hf_config, "text_config", "an object")
     config = dict(hf_config.get("text_config") or {})
     text_type = config.setdefault("model_type", wrapper.text_types[0])
     if text_type not in wrapper.text_types:
@@ -193,27 +194,27 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
     if c["rope_scaling"] and "rope_parameters" not in hf_config:
         c["rope_parameters"] = None  # the family's own are for files without either
     _check_types(c)
-    sizes = {key: _positive_int(c, key) for key in SIZES}
+    sizes = {key: positive_int(c, key) for key in SIZES}
     for key in PERIODS:
         if key in family.defaults:
-            _positive_int(c, key)
+            positive_int(c, key)
     heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
     if c["num_key_value_heads"] is None:
         c["num_key_value_heads"] = heads
     if c.get("head_dim") is None:
         c["head_dim"] = sizes["hidden_size"] // heads
-    head_dim = _positive_int(c, "head_dim")
+    head_dim = positive_int(c, "head_dim")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
 
-    experts = mixture(hf_config["model_type"], c, _positive_int)
-    _check_total(sizes, head_dim, _positive_int(c, "num_key_value_heads"), experts)
+    experts = mixture(hf_config["model_type"], c)
+    _check_total(sizes, head_dim, positive_int(c, "num_key_value_heads"), experts)
     _check_no_rope_layers(c, layers)
     layer_types = _layer_types(family, c, layers)
     ropes, layer_ropes = _ropes(family, c, layer_types, max_length)
     bias = bool(c.get("attention_bias"))
     if "query_pre_attn_scalar" in family.defaults:
-        scale = _positive(c, "query_pre_attn_scalar") ** -0.5
+        scale = positive(c, "query_pre_attn_scalar") ** -0.5
     else:
         scale = head_dim**-0.5
     act = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
@@ -223,7 +224,7 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "intermediate_size": sizes["intermediate_size"],
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": _positive_int(c, "num_key_value_heads"),
+        "num_kv_heads": positive_int(c, "num_key_value_heads"),
         "head_dim": head_dim,
         "windows": _windows(c, layer_types),
         "ropes": ropes,
@@ -241,7 +242,7 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "mixture": experts,
     }
     if hf_config["model_type"] in FIELDS:
-        fields |= FIELDS[hf_config["model_type"]](c, layer_types, _positive_int)
+        fields |= FIELDS[hf_config["model_type"]](c, layer_types)
     return ModelConfig(**{**fields, **family.traits(c)})
 
 
@@ -273,14 +274,11 @@ def _refuse_unknown(hf_config: Mapping[str, Any], family: Family) -> None:
 def _check_types(c: Mapping[str, Any]) -> None:
     """Refuses values that no model of the family can have, before they are computed with."""
 
-    def number(value) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-
     wanted = [
-        *((key, "a number above 0", number) for key in NUMBERS),
-        *((key, "a number above 0, or null", lambda v: v is None or number(v))
+        *((key, "a number above 0", is_number) for key in NUMBERS),
+        *((key, "a number above 0, or null", lambda v: v is None or is_number(v))
           for key in NUMBERS_OR_NULL),
-        *((key, "a number of at least 0", lambda v: v == 0 or number(v)) for key in COUNTS),
+        *((key, "a number of at least 0", lambda v: v == 0 or is_number(v)) for key in COUNTS),
         *((key, "true or false", lambda v: v is None or isinstance(v, bool)) for key in SWITCHES),
         *((key, "an object, or null", lambda v: v is None or isinstance(v, Mapping))
           for key in OBJECTS_OR_NULL),
@@ -288,16 +286,11 @@ def _check_types(c: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     for key, what, holds in wanted:
         if key in c and not holds(c[key]):
-            raise _wrong(c, key, what)
+            raise wrong(c, key, what)
 
 
 def _is_list_of_text(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
-
-
-def _wrong(config: Mapping[str, Any], key: str, wanted: str) -> ValueError:
-    given = "null" if config[key] is None else f"{config[key]!r:.80}"
-    return ValueError(f"config.json needs {key} as {wanted}; given {given}")
 
 
 def _check_total(
@@ -312,24 +305,6 @@ def _check_total(
         raise ValueError(
             f"config.json describes a model of {total:,} parameters, which no machine holds"
         )
-
-
-def _positive_int(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"config.json needs {key} as a positive integer; given {value!r:.80}")
-    if value > LARGEST.get(key, value):
-        raise ValueError(
-            f"config.json has {key} = {value:,}, more than any machine holds; at most "
-            f"{LARGEST[key]:,} is read"
-        )
-    return value
-
-
-def _positive(config: Mapping[str, Any], key: str) -> float:
-    if not config[key] > 0:
-        raise _wrong(config, key, "a number above 0")
-    return config[key]
 
 
 def _activation(name: str) -> str:
@@ -364,7 +339,7 @@ def _windows(c: Mapping[str, Any], layer_types: list[str]) -> tuple[int | None, 
         return (None,) * len(layer_types)
     if not c.get("use_sliding_window", True):
         raise ValueError("layer_types has sliding_attention, but use_sliding_window is false")
-    window = _positive_int(c, "sliding_window")
+    window = positive_int(c, "sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
@@ -377,7 +352,7 @@ def _check_no_rope_layers(c: Mapping[str, Any], num_layers: int) -> None:
     if listed is None or (listed == [] and c["model_type"] == "llama4_text"):
         return
     if not isinstance(listed, list | tuple) or not all(x in (0, 1) for x in listed):
-        raise _wrong(c, "no_rope_layers", "a list of 1 (with a rope) and 0 (without), or null")
+        raise wrong(c, "no_rope_layers", "a list of 1 (with a rope) and 0 (without), or null")
     if len(listed) < num_layers:
         raise ValueError(f"{len(listed)} no_rope_layers for num_hidden_layers = {num_layers}")
 
@@ -416,13 +391,13 @@ def _ropes_by_kind(
         )
     for kind in nested:
         if not isinstance(nested[kind] or {}, Mapping):
-            raise _wrong(nested, kind, "an object inside rope_parameters")
+            raise wrong(nested, kind, "an object inside rope_parameters")
     local = nested.get("sliding_attention") or {}
     distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
     local_theta = c.get("rope_local_base_freq", c["rope_theta"])
     of_distant = c
     if c["model_type"] == "gemma4_text":
-        _, head_dim = gemma4.global_sizes(c, layer_types, _positive_int)
+        _, head_dim = gemma4.global_sizes(c, layer_types)
         of_distant = {**c, "head_dim": head_dim}
     return (
         _rope(family, of_distant, distant, c["rope_theta"], max_length),
@@ -492,14 +467,11 @@ def _rope(
 
 
 def _check_rope_values(given: Mapping[str, Any]) -> None:
-    def number(value) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-
     for key in sorted(given.keys() & ROPE_NUMBERS):
-        if not number(given[key]):
+        if not is_number(given[key]):
             raise ValueError(f"the rope needs {key} as a number above 0; given {given[key]!r:.80}")
     for key in sorted(given.keys() & ROPE_LISTS):
-        if not isinstance(given[key], list | tuple) or not all(map(number, given[key])):
+        if not isinstance(given[key], list | tuple) or not all(map(is_number, given[key])):
             raise ValueError(
                 f"the rope needs {key} as a list of numbers above 0; given {given[key]!r:.80}"
             )

@@ -1,17 +1,16 @@
 """What a `config.json` of Gemma 4 says besides that of Gemma 3: layers of two shapes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adpo_jax.hf.values import positive_int
 from adpo_jax.model.model_config import GlobalLayers, Mixture
 
-# Reads a key of the config as a positive integer, as `config.model_config` does.
-Count = Callable[[Mapping[str, Any], str], int]
 # The settings that a file of transformers may give for single layers.
 OF_LAYERS = ("head_dim", "num_key_value_heads")
 
 
-def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> tuple[int, int]:
+def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int, int]:
     """(num_kv_heads, head_dim) of the layers without a window.
 
     Files have `global_head_dim` and `num_global_key_value_heads`, or, as transformers writes them
@@ -24,7 +23,7 @@ def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str], count: Count)
     if given is None:
         own_heads = c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None
         heads = "num_global_key_value_heads" if own_heads else "num_key_value_heads"
-        return count(c, heads), count(c, "global_head_dim")
+        return positive_int(c, heads), positive_int(c, "global_head_dim")
     distant = {str(i) for i, kind in enumerate(layer_types) if kind == "full_attention"}
     each = list(given.values()) if isinstance(given, Mapping) and set(given) == distant else [None]
     if not all(isinstance(one, Mapping) and one.keys() <= set(OF_LAYERS) for one in each):
@@ -39,10 +38,10 @@ def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str], count: Count)
             f"which is not supported; given {c['per_layer_config']!r:.200}"
         )
     sizes = {**c, **each[0]}
-    return count(sizes, "num_key_value_heads"), count(sizes, "head_dim")
+    return positive_int(sizes, "num_key_value_heads"), positive_int(sizes, "head_dim")
 
 
-def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> dict[str, Any]:
+def fields(c: Mapping[str, Any], layer_types: Sequence[str]) -> dict[str, Any]:
     """The fields of `ModelConfig` that Gemma 3 does not have.
 
     Args:
@@ -60,7 +59,7 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
         raise ValueError(
             f"the last of layer_types is {layer_types[-1]!r}; Gemma 4 needs 'full_attention' there"
         )
-    heads, head_dim = global_sizes(c, layer_types, count)
+    heads, head_dim = global_sizes(c, layer_types)
     shared = _shared_layers(c, layer_types)
     width = c["hidden_size_per_layer_input"] or 0
     wide = bool(c["use_double_wide_mlp"]) and shared > 0
@@ -75,12 +74,12 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
         "global_layers": GlobalLayers(heads, head_dim, own_values=not c["attention_k_eq_v"]),
         "shared_kv_layers": shared,
         "shared_mlp_size": 2 * c["intermediate_size"] if wide else 0,
-        "per_layer_size": count(c, "hidden_size_per_layer_input") if width else 0,
-        "per_layer_vocab_size": count(c, "vocab_size_per_layer_input") if width else 0,
+        "per_layer_size": positive_int(c, "hidden_size_per_layer_input") if width else 0,
+        "per_layer_vocab_size": positive_int(c, "vocab_size_per_layer_input") if width else 0,
     }
 
 
-def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
+def mixture(c: Mapping[str, Any]) -> Mixture | None:
     """The mixture of experts beside the MLPs (Gemma 4 26B-A4B); None for a model without.
 
     Raises:
@@ -88,7 +87,7 @@ def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
     """
     if not c["enable_moe_block"]:
         return None
-    num_experts, chosen = count(c, "num_experts"), count(c, "top_k_experts")
+    num_experts, chosen = positive_int(c, "num_experts"), positive_int(c, "top_k_experts")
     if chosen > num_experts:
         raise ValueError(
             f"config.json has top_k_experts = {chosen}, more than its {num_experts} experts"
@@ -99,7 +98,7 @@ def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
             f"config.json has moe_intermediate_size = {size!r:.80} and expert_intermediate_size = "
             f"{other!r:.80}; the two mean the same"
         )
-    size = count({"moe_intermediate_size": size or other}, "moe_intermediate_size")
+    size = positive_int({"moe_intermediate_size": size or other}, "moe_intermediate_size")
     return Mixture(num_experts, chosen, size, beside_mlp=True, block="")
 
 

@@ -1,15 +1,13 @@
 """What a `config.json` of Llama 4 says besides that of Llama."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adpo_jax.hf.values import positive_int
 from adpo_jax.model.model_config import Mixture
 
-# Reads a key of the config as a positive integer, as `config.model_config` does.
-Count = Callable[[Mapping[str, Any], str], int]
 
-
-def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> dict[str, Any]:
+def fields(c: Mapping[str, Any], layer_types: Sequence[str]) -> dict[str, Any]:
     """The fields of `ModelConfig` that Llama does not have.
 
     Args:
@@ -18,12 +16,12 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
     Raises:
       ValueError: for numbers that do not fit.
     """
-    mixtures = _mixture_layers(c, count)
+    mixtures = _mixture_layers(c)
     chunked = "chunked_attention" in layer_types
-    chunk = count(c, "attention_chunk_size") if chunked else None
+    chunk = positive_int(c, "attention_chunk_size") if chunked else None
     chunks = tuple(chunk if kind == "chunked_attention" else None for kind in layer_types)
     return {
-        "intermediate_size": count(c, "intermediate_size_mlp"),
+        "intermediate_size": positive_int(c, "intermediate_size_mlp"),
         "chunks": chunks if chunked else (),
         "qk_unit_norm": bool(c["use_qk_norm"]),
         "rope_interleaved": True,
@@ -32,20 +30,21 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
     }
 
 
-def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
+def mixture(c: Mapping[str, Any]) -> Mixture | None:
     """The mixture of experts of some layers or all (Scout, Maverick); None for a model without.
 
     Raises:
       ValueError: for numbers that do not fit.
     """
-    if not _mixture_layers(c, count):
+    if not _mixture_layers(c):
         return None
-    num_experts, chosen = count(c, "num_local_experts"), count(c, "num_experts_per_tok")
+    num_experts = positive_int(c, "num_local_experts")
+    chosen = positive_int(c, "num_experts_per_tok")
     if chosen > num_experts:
         raise ValueError(
             f"config.json has num_experts_per_tok = {chosen}, more than its {num_experts} experts"
         )
-    size = count(c, "intermediate_size")
+    size = positive_int(c, "intermediate_size")
     return Mixture(
         num_experts,
         chosen,
@@ -57,11 +56,11 @@ def mixture(c: Mapping[str, Any], count: Count) -> Mixture | None:
     )
 
 
-def _mixture_layers(c: Mapping[str, Any], count: Count) -> Sequence[int]:
+def _mixture_layers(c: Mapping[str, Any]) -> Sequence[int]:
     """The layers that have a mixture; every nth one where the file does not list them."""
-    layers, listed = count(c, "num_hidden_layers"), c["moe_layers"]
+    layers, listed = positive_int(c, "num_hidden_layers"), c["moe_layers"]
     if listed is None:
-        step = count(c, "interleave_moe_layer_step")
+        step = positive_int(c, "interleave_moe_layer_step")
         return range(step - 1, layers, step)
     if not isinstance(listed, list | tuple) or not all(
         isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in listed

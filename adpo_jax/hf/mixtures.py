@@ -1,17 +1,15 @@
 """The mixture of experts that a `config.json` describes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from adpo_jax.hf import gemma4, llama4
 from adpo_jax.hf.families import NUM_EXPERTS
+from adpo_jax.hf.values import positive_int
 from adpo_jax.model.model_config import Mixture
 
-# Reads a key of the config as a positive integer, as `config.model_config` does.
-Count = Callable[[Mapping[str, Any], str], int]
 
-
-def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | None:
+def mixture(model_type: str, c: Mapping[str, Any]) -> Mixture | None:
     """The mixture of a model; None for a family without one.
 
     Args:
@@ -21,24 +19,26 @@ def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | No
       ValueError: for a setting that is not supported, or numbers that do not fit.
     """
     if model_type == "gemma4_text":
-        return gemma4.mixture(c, count)
+        return gemma4.mixture(c)
     if model_type == "llama4_text":
-        return llama4.mixture(c, count)
+        return llama4.mixture(c)
     if model_type not in NUM_EXPERTS:
         return None
-    num_experts = count({"num_experts": _num_experts(model_type, c)}, "num_experts")
-    chosen = count(c, "num_experts_per_tok")
+    num_experts = positive_int({"num_experts": _num_experts(model_type, c)}, "num_experts")
+    chosen = positive_int(c, "num_experts_per_tok")
     if chosen > num_experts:
         raise ValueError(
             f"config.json has num_experts_per_tok = {chosen}, more than its {num_experts} experts"
         )
     _refuse_layers_without(c)
     if model_type == "gpt_oss":
-        return _gpt_oss(c, num_experts, chosen, count)
+        return _gpt_oss(c, num_experts, chosen)
     if model_type == "glm4_moe":
-        return _glm4_moe(c, num_experts, chosen, count)
+        return _glm4_moe(c, num_experts, chosen)
     if model_type == "mixtral":
-        return Mixture(num_experts, chosen, count(c, "intermediate_size"), block="block_sparse_moe")
+        return Mixture(
+            num_experts, chosen, positive_int(c, "intermediate_size"), block="block_sparse_moe"
+        )
     own_size = "moe_intermediate_size" if "moe_intermediate_size" in c else "intermediate_size"
     shared = model_type in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")
     if model_type == "qwen3_5_moe_text" and not c["norm_topk_prob"]:
@@ -46,14 +46,14 @@ def mixture(model_type: str, c: Mapping[str, Any], count: Count) -> Mixture | No
     return Mixture(
         num_experts,
         chosen,
-        count(c, own_size),
+        positive_int(c, own_size),
         normalised=bool(c["norm_topk_prob"]),
-        shared_size=count(c, "shared_expert_intermediate_size") if shared else 0,
+        shared_size=positive_int(c, "shared_expert_intermediate_size") if shared else 0,
         shared_gate=shared,
     )
 
 
-def _gpt_oss(c: Mapping[str, Any], num_experts: int, chosen: int, count: Count) -> Mixture:
+def _gpt_oss(c: Mapping[str, Any], num_experts: int, chosen: int) -> Mixture:
     again = c["experts_per_token"]
     if again is not None and again != chosen:
         raise ValueError(
@@ -63,27 +63,27 @@ def _gpt_oss(c: Mapping[str, Any], num_experts: int, chosen: int, count: Count) 
     return Mixture(
         num_experts,
         chosen,
-        count(c, "intermediate_size"),
+        positive_int(c, "intermediate_size"),
         router="softmax_of_chosen",
         biases=True,
         fused=True,
     )
 
 
-def _glm4_moe(c: Mapping[str, Any], num_experts: int, chosen: int, count: Count) -> Mixture:
-    first, layers = c["first_k_dense_replace"], count(c, "num_hidden_layers")
+def _glm4_moe(c: Mapping[str, Any], num_experts: int, chosen: int) -> Mixture:
+    first, layers = c["first_k_dense_replace"], positive_int(c, "num_hidden_layers")
     if not isinstance(first, int) or first >= layers:
         raise ValueError(
             f"config.json needs first_k_dense_replace as an integer below its {layers} layers; "
             f"given {first!r:.80}"
         )
-    groups = count(c, "n_group")
+    groups = positive_int(c, "n_group")
     if groups > 1 and num_experts < 2 * groups:
         raise ValueError(
             f"config.json has n_group = {groups} for {num_experts} experts; a group is chosen by "
             "its two best experts, so it needs two"
         )
-    size = count(c, "moe_intermediate_size")
+    size = positive_int(c, "moe_intermediate_size")
     return Mixture(
         num_experts,
         chosen,
@@ -92,8 +92,8 @@ def _glm4_moe(c: Mapping[str, Any], num_experts: int, chosen: int, count: Count)
         normalised=bool(c["norm_topk_prob"]),
         scale=float(c["routed_scaling_factor"]),
         groups=groups,
-        chosen_groups=count(c, "topk_group"),
-        shared_size=count(c, "n_shared_experts") * size,
+        chosen_groups=positive_int(c, "topk_group"),
+        shared_size=positive_int(c, "n_shared_experts") * size,
     )
 
 

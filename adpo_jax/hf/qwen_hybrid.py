@@ -1,16 +1,14 @@
 """What a `config.json` of Qwen3-Next or Qwen3.5 says besides that of Qwen3: linear attention."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adpo_jax.hf.values import positive_int
 from adpo_jax.model.linear_attention import CHUNK
 from adpo_jax.model.model_config import LinearAttention
 
-# Reads a key of the config as a positive integer, as `config.model_config` does.
-Count = Callable[[Mapping[str, Any], str], int]
 
-
-def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> dict[str, Any]:
+def fields(c: Mapping[str, Any], layer_types: Sequence[str]) -> dict[str, Any]:
     """The fields of `ModelConfig` that Qwen3 does not have.
 
     Args:
@@ -28,7 +26,9 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
             f"mamba_ssm_dtype = {c['mamba_ssm_dtype']!r:.80} is not supported; supported: "
             "'float32', the dtype of the state"
         )
-    key_heads, value_heads = (count(c, f"linear_num_{kind}_heads") for kind in ("key", "value"))
+    key_heads, value_heads = (
+        positive_int(c, f"linear_num_{kind}_heads") for kind in ("key", "value")
+    )
     if value_heads % key_heads:
         raise ValueError(
             f"config.json has linear_num_value_heads = {value_heads}, which is not a multiple of "
@@ -39,7 +39,7 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
             "layer_types has no layer of full_attention, and a model of linear attention alone is "
             "not supported"
         )
-    taps = count(c, "linear_conv_kernel_dim")
+    taps = positive_int(c, "linear_conv_kernel_dim")
     if taps > CHUNK // 4:
         raise ValueError(
             f"linear_conv_kernel_dim = {taps} is not supported; supported: 1 to {CHUNK // 4}"
@@ -47,9 +47,9 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str], count: Count) -> di
     linear = LinearAttention(
         layers=tuple(kind == "linear_attention" for kind in layer_types),
         num_key_heads=key_heads,
-        key_dim=count(c, "linear_key_head_dim"),
+        key_dim=positive_int(c, "linear_key_head_dim"),
         num_value_heads=value_heads,
-        value_dim=count(c, "linear_value_head_dim"),
+        value_dim=positive_int(c, "linear_value_head_dim"),
         taps=taps,
         fused=c["model_type"] == "qwen3_next",
     )
