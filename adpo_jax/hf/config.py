@@ -4,28 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adpo_jax.hf import gemma4, llama4, qwen_hybrid
-from adpo_jax.hf.families import (
-    ACTIVATION_NAMES,
-    COMMON,
-    COUNTS,
-    FAMILIES,
-    GENERATION,
-    HARMLESS,
-    LARGEST,
-    MOST_OF_ANY,
-    MOST_PARAMETERS,
-    NUMBERS,
-    NUMBERS_OR_NULL,
-    OBJECTS_OR_NULL,
-    ONLY_VALUE,
-    PERIODS,
-    SIZES,
-    SUPPORTED_MODEL_TYPES,
-    SWITCHES,
-    WRAPPERS,
-    Family,
-)
+from adpo_jax.hf import families, gemma4, keys, llama4, qwen_hybrid
 from adpo_jax.hf.mixtures import mixture
 from adpo_jax.hf.values import is_number, positive, positive_int, wrong
 from adpo_jax.model.model_config import Mixture, ModelConfig
@@ -98,14 +77,14 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: for an unsupported `model_type` or architecture.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if model_type not in families.SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"model_type {model_type!r:.80} is not supported; supported: "
-            + ", ".join(SUPPORTED_MODEL_TYPES)
+            + ", ".join(families.SUPPORTED_MODEL_TYPES)
         )
-    wrapper = WRAPPERS.get(model_type)
+    wrapper = families.WRAPPERS.get(model_type)
     config = _text_config(hf_config) if wrapper else dict(hf_config)
-    architecture = FAMILIES[config["model_type"]].architecture
+    architecture = families.FAMILIES[config["model_type"]].architecture
     wanted = wrapper.architecture if wrapper else architecture
     given = hf_config.get("architectures") or [wanted]
     if given not in ([wanted], (wanted,)):
@@ -114,11 +93,11 @@ def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"supported: {wanted}"
         )
     config["architectures"] = [architecture]
-    _check_quantization(config, FAMILIES[config["model_type"]])
+    _check_quantization(config, families.FAMILIES[config["model_type"]])
     return config
 
 
-def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
+def _check_quantization(config: Mapping[str, Any], family: families.Family) -> None:
     """Refuses weights in a form that is not read."""
     given = config.get("quantization_config")
     if not given or not family.quantized:
@@ -141,7 +120,7 @@ def _check_quantization(config: Mapping[str, Any], family: Family) -> None:
 
 
 def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    wrapper = WRAPPERS[hf_config["model_type"]]
+    wrapper = families.WRAPPERS[hf_config["model_type"]]
     if not isinstance(hf_config.get("text_config") or {}, Mapping):
         raise wrong(hf_config, "text_config", "an object")
     config = dict(hf_config.get("text_config") or {})
@@ -171,7 +150,7 @@ def check_counts(content: Any, path: str = "config.json") -> None:
     """
     for key, value in content.items() if isinstance(content, Mapping) else ():
         check_counts(value, path)
-        most = min(LARGEST.get(key, MOST_OF_ANY), MOST_OF_ANY)
+        most = min(keys.LARGEST.get(key, keys.MOST_OF_ANY), keys.MOST_OF_ANY)
         counts = key.startswith(("num_", "n_")) or key.endswith("_layers")
         if counts and isinstance(value, int | float) and not value <= most:
             raise ValueError(f"{path} has {key[:80]} = {value!r:.80}, more than any machine holds")
@@ -188,14 +167,14 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
     Raises:
       ValueError: for a setting that is missing, unknown or not supported, by name.
     """
-    family = FAMILIES[hf_config["model_type"]]
+    family = families.FAMILIES[hf_config["model_type"]]
     _refuse_unknown(hf_config, family)
     c = {**family.defaults, **hf_config}
     if c["rope_scaling"] and "rope_parameters" not in hf_config:
         c["rope_parameters"] = None  # the family's own are for files without either
     _check_types(c)
-    sizes = {key: positive_int(c, key) for key in SIZES}
-    for key in PERIODS:
+    sizes = {key: positive_int(c, key) for key in keys.SIZES}
+    for key in keys.PERIODS:
         if key in family.defaults:
             positive_int(c, key)
     heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
@@ -246,14 +225,15 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
     return ModelConfig(**{**fields, **family.traits(c)})
 
 
-def _refuse_unknown(hf_config: Mapping[str, Any], family: Family) -> None:
-    read = family.defaults.keys() - COMMON.keys() | family.passed_over
-    for key, only in ONLY_VALUE.items():
+def _refuse_unknown(hf_config: Mapping[str, Any], family: families.Family) -> None:
+    read = family.defaults.keys() - families.COMMON.keys() | family.passed_over
+    for key, only in keys.ONLY_VALUE.items():
         if key not in read and hf_config.get(key) not in (None, only):
             raise ValueError(
                 f"{key} = {hf_config[key]!r:.80} is not supported; supported: {only!r}"
             )
-    known = SIZES | HARMLESS | GENERATION | family.defaults.keys() | ONLY_VALUE.keys()
+    known = keys.SIZES | keys.HARMLESS | keys.GENERATION | keys.ONLY_VALUE.keys()
+    known |= family.defaults.keys()
     # A switch that is off changes nothing. Names with "_" in front are transformers' own notes.
     unknown = sorted(
         key
@@ -275,13 +255,14 @@ def _check_types(c: Mapping[str, Any]) -> None:
     """Refuses values that no model of the family can have, before they are computed with."""
 
     wanted = [
-        *((key, "a number above 0", is_number) for key in NUMBERS),
+        *((key, "a number above 0", is_number) for key in keys.NUMBERS),
         *((key, "a number above 0, or null", lambda v: v is None or is_number(v))
-          for key in NUMBERS_OR_NULL),
-        *((key, "a number of at least 0", lambda v: v == 0 or is_number(v)) for key in COUNTS),
-        *((key, "true or false", lambda v: v is None or isinstance(v, bool)) for key in SWITCHES),
+          for key in keys.NUMBERS_OR_NULL),
+        *((key, "a number of at least 0", lambda v: v == 0 or is_number(v)) for key in keys.COUNTS),
+        *((key, "true or false", lambda v: v is None or isinstance(v, bool))
+          for key in keys.SWITCHES),
         *((key, "an object, or null", lambda v: v is None or isinstance(v, Mapping))
-          for key in OBJECTS_OR_NULL),
+          for key in keys.OBJECTS_OR_NULL),
         ("layer_types", "a list of text, or null", lambda v: v is None or _is_list_of_text(v)),
     ]  # fmt: skip
     for key, what, holds in wanted:
@@ -301,24 +282,25 @@ def _check_total(
         F = max(F, experts.num_experts * experts.expert_size + experts.shared_size)
     layer = D * (2 * (heads + kv_heads) * head_dim + 3 * F)
     total = D * sizes["vocab_size"] + sizes["num_hidden_layers"] * layer
-    if total > MOST_PARAMETERS:
+    if total > keys.MOST_PARAMETERS:
         raise ValueError(
             f"config.json describes a model of {total:,} parameters, which no machine holds"
         )
 
 
 def _activation(name: str) -> str:
-    if not isinstance(name, str) or name not in ACTIVATION_NAMES:
+    if not isinstance(name, str) or name not in keys.ACTIVATION_NAMES:
         raise ValueError(
-            f"activation {name!r:.80} is not supported; supported: {', '.join(ACTIVATION_NAMES)}"
+            f"activation {name!r:.80} is not supported; supported: "
+            + ", ".join(keys.ACTIVATION_NAMES)
         )
-    return ACTIVATION_NAMES[name]
+    return keys.ACTIVATION_NAMES[name]
 
 
 # --- which layers see how far
 
 
-def _layer_types(family: Family, c: Mapping[str, Any], num_layers: int) -> list[str]:
+def _layer_types(family: families.Family, c: Mapping[str, Any], num_layers: int) -> list[str]:
     if c.get("layer_types") is not None:
         layer_types = list(c["layer_types"])
     else:
@@ -358,7 +340,7 @@ def _check_no_rope_layers(c: Mapping[str, Any], num_layers: int) -> None:
 
 
 def _ropes(
-    family: Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
+    family: families.Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
 ) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """The distinct ropes, and each layer's index into them."""
     if family.rope_by_kind:
@@ -380,7 +362,7 @@ def _ropes(
 
 
 def _ropes_by_kind(
-    family: Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
+    family: families.Family, c: Mapping[str, Any], layer_types: list[str], max_length: int | None
 ) -> tuple[Rope, Rope]:
     nested = c["rope_parameters"] or family.defaults["rope_parameters"] or {}
     flat = sorted(nested.keys() - {"full_attention", "sliding_attention"})
@@ -406,7 +388,7 @@ def _ropes_by_kind(
 
 
 def _rope(
-    family: Family,
+    family: families.Family,
     c: Mapping[str, Any],
     parameters: Mapping[str, Any],
     theta: float,

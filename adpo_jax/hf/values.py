@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from adpo_jax.hf.families import LARGEST
+from adpo_jax.hf.keys import LARGEST
 
 
 def positive_int(config: Mapping[str, Any], key: str) -> int:
