@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from adpo_jax import Policy
 from adpo_jax.hf.config import language_config, model_config
-from adpo_jax.hf.families import FAMILIES, NUM_EXPERTS
+from adpo_jax.hf.families import FAMILIES
 from adpo_jax.model.rope import Rope
 
 QWEN25_05B = {
@@ -307,8 +307,8 @@ def test_defaults_are_those_of_transformers(model_type):
     ours = FAMILIES[model_type].defaults
     given = {key: ours[key] for key in ours.keys() & fields.keys() - derived - experts}
     numbers = [fields[key].default for key in experts & fields.keys()]
-    if model_type in NUM_EXPERTS:
-        assert numbers == [NUM_EXPERTS[model_type]]
+    if FAMILIES[model_type].num_experts:
+        assert numbers == [FAMILIES[model_type].num_experts]
     assert given == {key: fields[key].default for key in given}
     assert len(given) >= 8
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adpo_jax.hf import families, gemma4, keys, llama4, qwen_hybrid
+from adpo_jax.hf import families, gemma4, keys
 from adpo_jax.hf.mixtures import mixture
 from adpo_jax.hf.values import is_number, positive, positive_int, wrong
 from adpo_jax.model.model_config import Mixture, ModelConfig
@@ -56,14 +56,6 @@ ROPE_NUMBERS = set().union(
 KNOWN_ROPE_KEYS = set().union(*ROPE_KEYS.values(), {"rope_theta", "rope_type", "type", "finetuned"})
 
 
-# The fields of `ModelConfig` that a family alone has.
-FIELDS = {
-    "gemma4_text": gemma4.fields,
-    "llama4_text": llama4.fields,
-    "qwen3_next": qwen_hybrid.fields,
-    "qwen3_5_text": qwen_hybrid.fields,
-    "qwen3_5_moe_text": qwen_hybrid.fields,
-}
 WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -220,8 +212,8 @@ def model_config(hf_config: Mapping[str, Any], max_length: int | None = None) ->
         "initializer_range": c["initializer_range"],
         "mixture": experts,
     }
-    if hf_config["model_type"] in FIELDS:
-        fields |= FIELDS[hf_config["model_type"]](c, layer_types)
+    if family.fields:
+        fields |= family.fields(c, layer_types)
     return ModelConfig(**{**fields, **family.traits(c)})
 
 

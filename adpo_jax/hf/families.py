@@ -1,9 +1,10 @@
 """The supported model types: what tells each from Llama, and which keys of its file are read."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from adpo_jax.hf import gemma4, llama4, qwen_hybrid
 from adpo_jax.model.model_config import ClampedGate
 
 # The keys of a config.json on top of the defaults of its family.
@@ -33,6 +34,10 @@ class Family:
         values in an export; None leaves a key out.
       further_layers: whether a folder may hold layers behind the last one, or some named "mtp",
         which predict further tokens and are not read.
+      num_experts: of a mixture that `mixtures.py` reads itself, what transformers takes where the
+        file names none; 0 for other families.
+      fields: the fields of `ModelConfig` that it alone has, from the settings and the type of each
+        layer; None for a family without any.
     """
 
     architecture: str
@@ -49,6 +54,8 @@ class Family:
     quantized: str | None = None
     exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     further_layers: bool = False
+    num_experts: int = 0
+    fields: Callable[[Settings, Sequence[str]], Mapping[str, Any]] | None = None
 
 
 COMMON = {
@@ -168,7 +175,7 @@ def _all_but_every_nth_is_linear(c: Settings, layer: int) -> bool:
     return (layer + 1) % c["full_attention_interval"] != 0
 
 
-def _qwen3_5(architecture: str, more: Mapping[str, Any]) -> Family:
+def _qwen3_5(architecture: str, more: Mapping[str, Any], num_experts: int = 0) -> Family:
     """Qwen3.5, of which the dense models and the mixtures differ in `more` defaults."""
     return Family(
         architecture,
@@ -187,6 +194,8 @@ def _qwen3_5(architecture: str, more: Mapping[str, Any]) -> Family:
         rope_keys=frozenset({"mrope_section", "mrope_interleaved"}),
         exported={"mtp_num_hidden_layers": None, "mtp_use_dedicated_embeddings": None},
         further_layers=True,
+        num_experts=num_experts,
+        fields=qwen_hybrid.fields,
     )
 
 
@@ -260,7 +269,6 @@ FAMILIES: Mapping[str, Family] = {
         slides=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
         rope_by_kind=True,
     ),
-    # What it has besides is in `gemma4.py`.
     "gemma4_text": Family(
         "Gemma4ForCausalLM",
         {
@@ -296,6 +304,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         slides=lambda c, layer: (layer + 1) % 6 != 0,
         rope_by_kind=True,
+        fields=gemma4.fields,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -319,7 +328,6 @@ FAMILIES: Mapping[str, Family] = {
         ),
         rotates=_listed_or_not_every_nth_rotates,
     ),
-    # What it has besides is in `llama4.py`.
     "llama4_text": Family(
         "Llama4ForCausalLM",
         {
@@ -362,6 +370,7 @@ FAMILIES: Mapping[str, Family] = {
             if c["attn_temperature_tuning"]
             else {}
         ),
+        fields=llama4.fields,
     ),
     "olmo2": Family("Olmo2ForCausalLM", OLMO, traits=lambda c: OLMO_TRAITS),
     "olmo3": Family(
@@ -444,6 +453,7 @@ FAMILIES: Mapping[str, Family] = {
         {**QWEN_MOE, "num_key_value_heads": 4, "head_dim": None, "attention_bias": False},
         traits=lambda c: {"qk_norm": True},
         slides=_all_layers_slide_if_asked,
+        num_experts=128,
     ),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
@@ -462,6 +472,7 @@ FAMILIES: Mapping[str, Family] = {
             and layer % 2 == 0
             and layer < c["max_window_layers"]
         ),
+        num_experts=60,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -478,6 +489,7 @@ FAMILIES: Mapping[str, Family] = {
             "num_experts_per_tok": 2,
         },
         slides=_all_layers_slide,
+        num_experts=8,
     ),
     "olmoe": Family(
         "OlmoeForCausalLM",
@@ -494,6 +506,7 @@ FAMILIES: Mapping[str, Family] = {
             "norm_topk_prob": False,
         },
         traits=lambda c: {"qk_norm_over_heads": True},
+        num_experts=64,
     ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
@@ -532,6 +545,7 @@ FAMILIES: Mapping[str, Family] = {
         slides=lambda c, layer: layer % 2 == 0,
         quantized="mxfp4",
         exported={"quantization_config": None},
+        num_experts=128,
     ),
     # GLM-4.5 and its relatives.
     "glm4_moe": Family(
@@ -566,8 +580,8 @@ FAMILIES: Mapping[str, Family] = {
         },
         exported={"num_nextn_predict_layers": 0, "num_mtp_layers": None},
         further_layers=True,
+        num_experts=128,
     ),
-    # What the two have besides is in `qwen_hybrid.py`.
     "qwen3_next": Family(
         "Qwen3NextForCausalLM",
         {
@@ -584,6 +598,8 @@ FAMILIES: Mapping[str, Family] = {
         slides=_all_but_every_nth_is_linear,
         kinds=FULL_AND_LINEAR,
         further_layers=True,
+        num_experts=512,
+        fields=qwen_hybrid.fields,
     ),
     "qwen3_5_text": _qwen3_5("Qwen3_5ForCausalLM", {"num_key_value_heads": 4}),
     "qwen3_5_moe_text": _qwen3_5(
@@ -598,18 +614,8 @@ FAMILIES: Mapping[str, Family] = {
             # The weights of the experts of a token are always made to sum to 1.
             "norm_topk_prob": True,
         },
+        num_experts=256,
     ),
-}
-# What transformers takes for the number of experts, under any of its names.
-NUM_EXPERTS = {
-    "qwen3_moe": 128,
-    "qwen2_moe": 60,
-    "mixtral": 8,
-    "olmoe": 64,
-    "gpt_oss": 128,
-    "glm4_moe": 128,
-    "qwen3_next": 512,
-    "qwen3_5_moe_text": 256,
 }
 
 

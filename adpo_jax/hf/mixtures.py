@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adpo_jax.hf import gemma4, llama4
-from adpo_jax.hf.families import NUM_EXPERTS
+from adpo_jax.hf.families import FAMILIES
 from adpo_jax.hf.values import positive_int
 from adpo_jax.model.model_config import Mixture
 
@@ -22,7 +22,7 @@ def mixture(model_type: str, c: Mapping[str, Any]) -> Mixture | None:
         return gemma4.mixture(c)
     if model_type == "llama4_text":
         return llama4.mixture(c)
-    if model_type not in NUM_EXPERTS:
+    if not FAMILIES[model_type].num_experts:
         return None
     num_experts = positive_int({"num_experts": _num_experts(model_type, c)}, "num_experts")
     chosen = positive_int(c, "num_experts_per_tok")
@@ -101,7 +101,7 @@ def _num_experts(model_type: str, c: Mapping[str, Any]) -> Any:
     """The number of experts, which transformers writes under several names."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     given = {key: c[key] for key in names if c.get(key) is not None}
-    (key, value), *others = given.items() if given else [("", NUM_EXPERTS[model_type])]
+    (key, value), *others = given.items() if given else [("", FAMILIES[model_type].num_experts)]
     for other, again in others:
         if again != value:
             raise ValueError(
