@@ -15,7 +15,7 @@ WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
 def language_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, as a new dict.
 
-    `gemma3` and `mistral3` wrap a language model and a vision tower; for them `text_config` is
+    The types of `WRAPPERS` hold a language model beside a vision tower; for them `text_config` is
     returned. Every other config is returned as it is, with `architectures` filled in.
 
     Raises:
