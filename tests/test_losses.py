@@ -309,6 +309,14 @@ def test_the_policy_entropy_mode_raises_tau_with_entropy_between_its_bounds():
         algorithm.score(rewards, entropy_P=entropy[:2])
 
 
+def test_a_flat_batch_adapts_tau_to_the_entropy_of_its_prompts():
+    options = {"adaptive_tau_mode": "policy_entropy", "num_generations": G}
+    _, metrics = adpo_loss(*make_batch(), entropy_P=np.full(P, 0.5), **options)
+    np.testing.assert_allclose(metrics["adpo/mean_tau"], 0.8 * 1.25, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs entropy_P"):
+        adpo_loss(*make_batch(), **options)
+
+
 def test_tau_is_constant_without_adaptation_and_floored_with_it():
     log_probs, anchor, rewards, mask = make_batch()
     _, metrics = loss_and_metrics(
@@ -591,15 +599,18 @@ def test_the_pull_to_the_reference_is_k3_over_the_tokens_of_kept_prompts(loss_fn
 def test_the_pull_to_the_reference_of_a_mean_over_sequences_is_one_too():
     log_probs, anchor, rewards, mask = make_batch()
     reference = log_probs + np.random.default_rng(2).normal(0, 0.3, log_probs.shape)
-    _, metrics = loss_and_metrics(
+    loss, metrics = loss_and_metrics(
         functools.partial(grpo_loss, reference_log_probs=reference.astype(np.float32)),
         *(log_probs, anchor, rewards, mask),
         beta_reference_kl=1.0,
         loss_aggregation="sequence-mean",
     )
     d = reference - log_probs
-    expected = ((np.exp(d) - d - 1) * mask).sum(-1) / mask.sum(-1)
-    np.testing.assert_allclose(metrics["grpo/reference_kl"], expected.mean(), rtol=1e-4)
+    k3 = (np.exp(d) - d - 1) * mask
+    pull = (k3.sum(-1) / mask.sum(-1)).mean()
+    np.testing.assert_allclose(loss, metrics["grpo/loss"] + pull, rtol=1e-4)
+    # The metric is a mean over tokens under every aggregation, so that losses can be compared.
+    np.testing.assert_allclose(metrics["grpo/reference_kl"], k3.sum() / mask.sum(), rtol=1e-4)
 
 
 def test_a_pull_to_a_reference_that_is_not_given_or_does_not_fit_is_refused():
@@ -713,8 +724,7 @@ def test_decoupled_rewards_keep_what_a_group_is_dropped_for_and_refuse_other_sha
     np.testing.assert_array_equal(scores.kept_P, [True, True, False])
     rewards[1, 2] = np.nan
     found = np.asarray(Grpo(**DECOUPLED).judge(rewards, weights).advantages_PG)
-    np.testing.assert_array_equal(found[1], 0)  # as a group with a single reward that is NaN
-    assert np.isfinite(found).all()
+    assert np.isnan(found[1]).all()  # as a group with a single reward that is NaN
     assert np.abs(found[[0, 2]]).min() > 0
     with pytest.raises(ValueError, match=r"needs the rewards of each function, \[P, G, K\]"):
         Grpo(**DECOUPLED).judge(rewards[..., 0])
@@ -729,6 +739,67 @@ def test_a_run_hands_over_each_functions_rewards_where_they_are_decoupled():
     np.testing.assert_array_equal(groups.rewards_of(["b", "a"])[0], [[1.0, 0.0], [np.nan, 1.0]])
     with pytest.raises(ValueError, match="no rewards of c; they have those of a, b"):
         groups.rewards_of(["a", "c"])
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        losses.tpo_loss,
+        losses.grpo_loss,
+        losses.rloo_loss,
+        losses.dr_grpo_loss,
+        losses.reinforce_pp_loss,
+    ],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_reward_that_is_no_number_makes_the_loss_none(loss_fn, bad):
+    """So that the step is skipped and counted, whatever the loss."""
+    log_probs, anchor, rewards, mask = make_batch(prompts=2, group=3)
+    rewards[1] = bad
+    value, _ = loss_fn(log_probs, anchor, rewards, mask, num_generations=3)
+    assert not np.isfinite(value)
+
+
+@pytest.mark.parametrize("loss_fn", [losses.tpo_loss, losses.lpo_loss])
+def test_a_completion_without_trained_tokens_leaves_the_others_of_its_group_to_learn(loss_fn):
+    log_probs, anchor, rewards, mask = make_batch(prompts=2, group=4)
+    mask[1] = 0
+    gradient = jax.grad(lambda x: loss_fn(x, anchor, rewards, mask, num_generations=4)[0])(
+        log_probs
+    )
+    moved = np.abs(np.asarray(gradient)).sum(-1)
+    assert moved[1] == 0
+    others = np.delete(moved, 1)
+    assert others.min() > 1e-4
+    mask[:4] = 0
+    value, _ = loss_fn(log_probs, anchor, rewards, mask, num_generations=4)
+    assert np.isfinite(value)
+
+
+def test_groups_that_count_as_equal_have_one_reward_in_reinforce_pp():
+    rewards = jnp.array([[0.0, -0.01, -0.02, 0.0], [0.0, 1.0, 0.0, 1.0]])
+    found = np.asarray(ReinforcePp(min_reward_std=0.05).score(rewards).advantages_PG)
+    assert np.ptp(found[0]) == 0
+    assert np.ptp(found[1]) > 1
+    same = ReinforcePp().score(jnp.full((3, 4), 0.9), lengths_PG=jnp.arange(12.0).reshape(3, 4))
+    np.testing.assert_array_equal(same.advantages_PG, 0)
+
+
+def test_weights_for_the_sampler_scale_the_gradient_of_divergences_too():
+    log_probs, anchor, rewards, mask = make_batch(prompts=2, group=3)
+    options = {"num_generations": 3, "distillation_loss": "jsd"}
+
+    def gradient(**more):
+        def loss(divergence):
+            return losses.opd_loss(
+                log_probs, anchor, rewards, mask, divergence=divergence, **options, **more
+            )
+
+        return jax.grad(lambda x: loss(x)[0])(np.ones_like(log_probs))
+
+    sampler = anchor + np.float32(math.log(2.0))
+    weighted = gradient(sampler_log_probs=sampler, sampler_correction="truncate")
+    np.testing.assert_allclose(weighted, 0.5 * gradient(), rtol=1e-5)
 
 
 # What every loss owes.
@@ -991,6 +1062,10 @@ def test_trailing_rows_are_ignored_with_a_warning_and_have_no_gradient(loss_fn):
         ({"scale_rewards": "prompt"}, "one of group, batch, none; got 'prompt'"),
         ({"num_generations": 1}, "num_generations must be a whole number of at least 2, got 1"),
         ({"num_generations": 2.5}, "num_generations must be"),
+        ({"num_generations": None}, "num_generations must be"),
+        ({"tau": "0.8"}, "tau must be a finite number above 0, fixed at trace time|tau must be"),
+        ({"use_adaptive_tau": "false"}, "use_adaptive_tau must be True or False, got 'false'"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights go with several kinds of rewards"),
         ({"num_generations": 64}, "32 rows, fewer than one group of num_generations=64"),
     ],
 )

@@ -21,6 +21,8 @@ from adpo_jax.losses.algorithm import Algorithm, Metric, Prepared
 from adpo_jax.losses.parameters import parameter, scale_rewards_parameter, with_default
 from adpo_jax.losses.tokens import Tokens
 
+# The log-prob of what has no probability; finite, so that 0 times it is 0.
+_IMPOSSIBLE = -1e9
 # Added to the standard deviation that rewards are divided by; the reference has it so.
 _EPS = 1e-8
 
@@ -182,10 +184,15 @@ class Adpo(Algorithm):
         return (weights.kept_group_P * term_P).sum(), metrics
 
     def _log_p_anchor(self, anchor: jax.Array, tokens: Tokens) -> jax.Array:
-        """[P, G] log-probs of a group's completions among themselves, under the anchor."""
+        """[P, G] log-probs of a group's completions among themselves, under the anchor.
+
+        A completion without a trained token, whose probability is not known, has none: the others
+        are compared among themselves. (Its sum would be 0, more than that of any other.)
+        """
         s_PG = tokens.sum(shared.at_trained(anchor, tokens.trained))
         if self.length_normalize:
             s_PG = s_PG / shared.lengths(tokens)
+        s_PG = jnp.where(shared.lengths(tokens, least=0) > 0, s_PG, _IMPOSSIBLE)
         return jax.nn.log_softmax(s_PG, axis=-1)
 
     def sequence_weights(

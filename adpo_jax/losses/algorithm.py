@@ -470,43 +470,48 @@ class Algorithm:
         policy, weights = log_probs["policy"], prepared.weights
         log_ratio = shared.log_ratios(policy, log_probs["anchor"], tokens.trained)
         k3_PG = tokens.sum(shared.k3(log_ratio))
-        weighted, corrections = self._corrected(log_ratio, log_probs, tokens, prepared)
-        loss, metrics = self.objective(weighted, tokens, prepared, log_probs)
+        weighted, corrections = self._correction(log_probs, tokens, prepared)
+        read = dict(log_probs)
+        if "divergence" in read:
+            read["divergence"] = weighted(read["divergence"].astype(log_ratio.dtype))
+        loss, metrics = self.objective(weighted(log_ratio), tokens, prepared, read)
         token_weight_PG = self.token_weights(tokens, prepared)
-        kl_penalty = (token_weight_PG * k3_PG).sum()
+
+        def mean_of_kept(values_PG):
+            return (weights.kept_token_P * values_PG.sum(-1)).sum()
+
         metrics = {
             "loss": loss,
             "anchor_kl": (weights.token_P * k3_PG.sum(-1)).sum(),
             "abs_log_ratio": (weights.group_P * jnp.abs(tokens.sum(log_ratio)).mean(-1)).sum(),
-            "kl_penalty": kl_penalty,
+            "kl_penalty": mean_of_kept(k3_PG),
             "dropped_prompts": (~prepared.scores.kept_P).sum(dtype=k3_PG.dtype),
             "zero_std_frac": jnp.where(prepared.scores.spread_P, 0.0, weights.group_P).sum(),
             **corrections,
             **metrics,
         }
         if self.beta_anchor_kl:
-            loss = loss + self.beta_anchor_kl * kl_penalty
+            loss = loss + self.beta_anchor_kl * (token_weight_PG * k3_PG).sum()
         if self.beta_reference_kl:
             to_reference = shared.log_ratios(policy, log_probs["reference"], tokens.trained)
-            kl = shared.KL_ESTIMATORS[self.kl_estimator](to_reference)
-            penalty = (token_weight_PG * tokens.sum(kl)).sum()
-            metrics[REFERENCE_KL.name] = penalty
-            loss = loss + self.beta_reference_kl * penalty
+            kl_PG = tokens.sum(shared.KL_ESTIMATORS[self.kl_estimator](to_reference))
+            metrics[REFERENCE_KL.name] = mean_of_kept(kl_PG)
+            loss = loss + self.beta_reference_kl * (token_weight_PG * kl_PG).sum()
         if self.entropy_bonus:
             if entropy is None:
                 raise ValueError(
                     f"entropy_bonus={self.entropy_bonus} needs the policy's entropy at each token: "
                     "pass `entropy` too"
                 )
-            mean = (weights.kept_token_P * tokens.sum(entropy).sum(-1)).sum()
+            mean = mean_of_kept(tokens.sum(entropy.astype(log_ratio.dtype)))
             metrics["entropy_bonus"] = mean
             loss = loss - self.entropy_bonus * mean
         return loss, {f"{self.name}/{name}": value for name, value in metrics.items()}
 
-    def _corrected(self, log_ratio, log_probs, tokens: Tokens, prepared: Prepared):
-        """The log-ratio with its gradient weighted for the sampler, and what the weights were."""
+    def _correction(self, log_probs, tokens: Tokens, prepared: Prepared):
+        """A function that weighs the gradient of tokens for the sampler, and what it did."""
         if not self.corrects:
-            return log_ratio, {}
+            return lambda values: values, {}
         anchor = jax.lax.stop_gradient(log_probs["anchor"])
         apart = shared.log_ratios(anchor, log_probs["sampler"], tokens.trained)
         if self.correction_level == "sequence":
@@ -515,9 +520,13 @@ class Algorithm:
         beyond = weight > self.correction_cap
         instead = self.correction_cap if self.sampler_correction == "truncate" else 0.0
         weight = jnp.where(beyond, instead, weight)
-        fixed = jax.lax.stop_gradient(log_ratio)
         token_P = prepared.weights.token_P
-        return fixed + weight * (log_ratio - fixed), {
+
+        def weighted(values):
+            fixed = jax.lax.stop_gradient(values)
+            return fixed + weight * (values - fixed)
+
+        return weighted, {
             "sampler_weight": (token_P * tokens.sum(weight).sum(-1)).sum(),
             "sampler_clip_frac": (token_P * tokens.sum(beyond.astype(weight.dtype)).sum(-1)).sum(),
         }

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adpo_jax.losses.algorithm import Algorithm
 from adpo_jax.losses.shared import Metrics
@@ -32,7 +33,7 @@ Args:
   sampler_log_probs: [B, T], the same under the sampler, where there is a sampler_correction.
   reward_weights: [K], of the kinds of rewards; None for 1.
   entropy: [B, T], the policy's entropy at each token, where entropy_bonus is above 0.
-{teacher}  **parameters: those of `{algorithm}`, by name.
+{further}  **parameters: those of `{algorithm}`, by name.
 
 Returns:
   Scalar float32 loss (float64 under x64) and a flat dict of scalars:
@@ -43,7 +44,11 @@ Raises:
     parameter needs and that are not given.
 """
 
-# What a loss that learns from a teacher takes besides.
+# What some losses take besides: one that learns from a teacher, and one that adapts tau.
+_OF_ENTROPY = {
+    "entropy_P": "[P] in [0, 1], the mean token entropy on each prompt under the anchor over "
+    "log(vocabulary size), under adaptive_tau_mode policy_entropy.",
+}
 _OF_TEACHER = {
     "teacher_log_probs": "[B, T], the same under the teacher, under reverse_kl.",
     "divergence": "[B, T], from the teacher at each token, under jsd; the gradient flows into it.",
@@ -74,7 +79,8 @@ class LossFunction(Protocol):
 def loss_function(algorithm: type[Algorithm]) -> LossFunction:
     """The algorithm's loss as a function of a flat batch, named after it."""
     fields = [field.name for field in dataclasses.fields(algorithm)]
-    of_teacher = _OF_TEACHER if algorithm.needs_teacher else {}
+    further = _OF_TEACHER if algorithm.needs_teacher else {}
+    further = further | (_OF_ENTROPY if "adaptive_tau_mode" in fields else {})
 
     def loss(
         log_probs,
@@ -89,7 +95,7 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
         entropy=None,
         **parameters,
     ):
-        told = {name: parameters.pop(name, None) for name in of_teacher}
+        told = {name: parameters.pop(name, None) for name in further}
         unknown = sorted(parameters.keys() - fields)
         if unknown:
             raise TypeError(
@@ -103,13 +109,19 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
             "teacher": told.get("teacher_log_probs"),
             "divergence": told.get("divergence"),
         }
-        given = {"log_probs": log_probs, "rewards": rewards, "completion_mask": completion_mask}
+        given = {
+            "log_probs": log_probs,
+            "anchor_log_probs": anchor_log_probs,
+            "rewards": rewards,
+            "completion_mask": completion_mask,
+        }
         missing = [name for name, value in given.items() if value is None]
         if missing:
             raise TypeError(f"{loss.__name__} needs {missing[0]}, an array; given None")
         made = algorithm(**parameters)
         rewards = jnp.asarray(rewards), reward_weights
-        return _flat_loss(made, found, rewards, completion_mask, num_generations, entropy)
+        entropies = entropy, told.get("entropy_P")
+        return _flat_loss(made, found, rewards, completion_mask, num_generations, entropies)
 
     loss.__name__ = loss.__qualname__ = f"{algorithm.name}_loss"
     loss.__module__ = "adpo_jax.losses"
@@ -118,13 +130,13 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
         name=algorithm.name,
         algorithm=algorithm.__name__,
         metrics="\n".join(metrics),
-        teacher="".join(f"  {name}: {meaning}\n" for name, meaning in of_teacher.items()),
+        further="".join(f"  {name}: {meaning}\n" for name, meaning in further.items()),
     )
     *given, _ = inspect.signature(LossFunction.__call__).parameters.values()
     own = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
         for name, default in (
-            *dict.fromkeys(of_teacher).items(),
+            *dict.fromkeys(further).items(),
             *((field.name, field.default) for field in dataclasses.fields(algorithm)),
         )
     ]
@@ -140,15 +152,22 @@ def _flat_loss(
     weighted_rewards: tuple[jax.Array, Any],
     completion_mask: jax.Array,
     num_generations: int,
-    entropy: jax.Array | None,
+    entropies: tuple[Any, Any],
 ) -> tuple[jax.Array, Metrics]:
     """Folds [B, T] into [P, G, T], trailing rows dropped, and applies `algorithm` to it.
 
     Args:
       log_probs: as for `Algorithm.loss`, but [B, T] each, and None for those that are not given.
       weighted_rewards: the rewards, [B] or [B, K], and the weights of the K kinds.
+      entropies: those of each token, [B, T], and of each prompt, [P]; None for not given.
     """
     rewards, weights = weighted_rewards
+    entropy, entropy_P = entropies
+    entropy = None if entropy is None else jnp.asarray(entropy)
+    if weights is not None and rewards.ndim != 2:
+        raise ValueError(
+            f"reward_weights go with several kinds of rewards, [B, K]; rewards are {rewards.shape}"
+        )
     log_probs = {whose: jnp.asarray(x) for whose, x in log_probs.items() if x is not None}
     for whose, parameter in (
         ("reference", "beta_reference_kl"),
@@ -178,12 +197,14 @@ def _flat_loss(
             raise ValueError(
                 f"{name} must have shape {wanted} to go with log_probs {shape}, got {array.shape}"
             )
-    if int(num_generations) != num_generations or num_generations < 2:
+    is_whole = isinstance(num_generations, int | np.integer | float)
+    if not is_whole or num_generations % 1 or num_generations < 2:
         raise ValueError(
             f"num_generations must be a whole number of at least 2, got {num_generations!r}: "
             "completions are compared within their group"
         )
-    num_groups, group = shape[0] // num_generations, int(num_generations)
+    group = int(num_generations)
+    num_groups = shape[0] // group
     if num_groups == 0:
         raise ValueError(
             f"the batch has {shape[0]} rows, fewer than one group of "
@@ -201,7 +222,7 @@ def _flat_loss(
         return array[: num_groups * group].reshape(num_groups, group, *array.shape[1:])
 
     tokens = PaddedTokens(fold(completion_mask).astype(bool))
-    prepared = algorithm.prepare(fold(rewards), tokens, weights=weights)
+    prepared = algorithm.prepare(fold(rewards), tokens, weights=weights, entropy_P=entropy_P)
     folded = {whose: fold(array) for whose, array in log_probs.items()}
-    entropy = None if entropy is None else fold(jnp.asarray(entropy))
+    entropy = None if entropy is None else fold(entropy)
     return algorithm.loss(folded, tokens, prepared, entropy=entropy)

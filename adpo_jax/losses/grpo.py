@@ -97,7 +97,9 @@ class ReinforcePp(Clipped):
 
         A = R                       baseline "none"
         A = R - group mean          baseline "group"
-        A_i = (A_i - mean A) / (std A + 1e-8),   over all tokens of the iteration
+        A_i = (A_i - mean A) / sqrt(var A + 1e-8),   over all tokens of the iteration
+
+    A group whose rewards count as all equal has its mean reward in place of each.
 
     Source: Hu 2025, "REINFORCE++", arXiv 2501.03262.
     """
@@ -118,7 +120,11 @@ class ReinforcePp(Clipped):
         """Advantages from the rewards, [P, G], of the whole iteration."""
         scores = self.advantages(rewards_PG, "none", eps=0.0)
         rewards_PG = shared.as_groups(rewards_PG)
-        raw_PG = scores.advantages_PG if self.baseline == "group" else rewards_PG
+        raw_PG = scores.advantages_PG
+        if self.baseline == "none":
+            first_PG = rewards_PG[:, :1]
+            mean_PG = first_PG + (rewards_PG - first_PG).mean(-1, keepdims=True)
+            raw_PG = jnp.where(scores.spread_P[:, None], rewards_PG, mean_PG)
         weights_PG = jnp.ones_like(raw_PG) if lengths_PG is None else lengths_PG
         whitened_PG = shared.whitened(raw_PG, weights_PG)
         return jax.lax.stop_gradient(scores._replace(advantages_PG=whitened_PG))

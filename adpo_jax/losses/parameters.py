@@ -10,6 +10,8 @@ import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from adpo_jax.losses import shared
 
 _BOUNDS = ("above", "least", "most")
@@ -70,10 +72,16 @@ def check(algorithm) -> None:
         assert "meaning" in declared, f"{field.name} of {algorithm.name} is no `parameter`"
         if declared["choices"]:
             shared.check_choice(field.name, value, declared["choices"])
-        elif kind_of(type(algorithm), field.name) not in (int, float):
             continue
-        elif value is not None or field.default is not None:
+        kind = kind_of(type(algorithm), field.name)
+        if value is None and field.default is None:
+            continue
+        if kind is bool and not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{field.name} must be True or False, got {value!r}")
+        if kind in (int, float):
             shared.check_number(field.name, value, **{name: declared[name] for name in _BOUNDS})
+        if kind is int and int(value) != value:
+            raise ValueError(f"{field.name} must be a whole number, got {value!r}")
 
 
 def kind_of(algorithm: type, name: str) -> type:

@@ -76,6 +76,7 @@ class PolicyGradient(Algorithm):
         advantages = tokens.spread(prepared.scores.advantages_PG)
         gain, is_clipped = self.gain(log_ratio, advantages, tokens, log_probs)
         loss = -(self.token_weights(tokens, prepared) * tokens.sum(gain)).sum()
+        is_clipped &= advantages != 0  # else there is no gradient to change
         clipped_P = tokens.sum(is_clipped.astype(gain.dtype)).sum(-1)
         return loss, {"clip_frac": (prepared.weights.token_P * clipped_P).sum()}
 

@@ -53,7 +53,8 @@ def scale_rewards(
     relative_PG = rewards_PG - rewards_PG[:, :1]
     centred_PG = relative_PG - relative_PG.mean(-1, keepdims=True)
     std_P = jnp.std(relative_PG, axis=-1, ddof=1)
-    spread_P = (std_P > 0) & (std_P >= min_reward_std)
+    # What is no number stays none, so that the step is found out to be unsound.
+    spread_P = ~((std_P <= 0) | (std_P < min_reward_std))
     centred_PG = jnp.where(spread_P[:, None], centred_PG, 0.0)
     if scale == "group":
         std_P = std_P if ddof == 1 else jnp.std(relative_PG, axis=-1, ddof=ddof)
@@ -86,7 +87,7 @@ def decoupled_rewards(
     centred_PGK = jnp.where(given_PGK, relative_PGK - mean_PGK, 0.0)
     variance_PGK = jnp.square(centred_PGK).sum(1, keepdims=True) / jnp.maximum(count_PGK - 1, 1)
     std_PGK = jnp.sqrt(variance_PGK)
-    has_spread = jnp.any(relative_PGK != 0, axis=1, keepdims=True) & (std_PGK >= min_reward_std)
+    has_spread = jnp.any(relative_PGK != 0, axis=1, keepdims=True) & ~(std_PGK < min_reward_std)
     z_PGK = jnp.where(has_spread, centred_PGK / (std_PGK + eps), 0.0)
     total_PG = (z_PGK * weights_K).sum(-1)
     return (total_PG - total_PG.mean()) / (jnp.std(total_PG, ddof=1) + eps)
@@ -129,11 +130,12 @@ def at_trained(log_probs: jax.Array, trained: jax.Array) -> jax.Array:
 
 
 def whitened(values_PG: jax.Array, weights_PG: jax.Array) -> jax.Array:
-    """Values less their weighted mean, over their weighted standard deviation, [P, G].
+    """Values less their weighted mean, over sqrt(weighted variance + 1e-8), [P, G].
 
     The weights count how often each value occurs; the variance has ddof=1 of those counts.
     """
     total = jnp.maximum(weights_PG.sum(), 1.0)
+    values_PG = values_PG - values_PG.min()  # so that equal values give exactly 0
     centred_PG = values_PG - (weights_PG * values_PG).sum() / total
     variance = (weights_PG * centred_PG**2).sum() / jnp.maximum(total - 1.0, 1.0)
     return centred_PG * jax.lax.rsqrt(variance + 1e-8)
@@ -204,7 +206,7 @@ def check_number(
     bounds = [f"{text} {bound:g}" for text, bound in texts.items() if math.isfinite(bound)]
     wanted = " and ".join(bounds) or "a finite number"
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be {wanted}, fixed at trace time, got {value!r}") from error
     if not (math.isfinite(number) and above < number and least <= number <= most):
