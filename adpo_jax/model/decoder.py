@@ -369,7 +369,7 @@ def decoder(
     """Embeds tokens and runs the stack of layers.
 
     Args:
-      params: the tree of `parameters.init`, perhaps with adapters; or that of
+      params: the tree of `random_weights.init`, perhaps with adapters; or that of
         `cpu.decoding_params`, a tuple of layers that run one by one.
       tokens, positions: [B, T] int32.
       cache: a pytree that `attend` keeps between calls; where layers run one by one, it may be a

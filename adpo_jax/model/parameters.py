@@ -1,9 +1,9 @@
-"""Every parameter of a model, declared once in one row of a table.
+"""Every parameter of a model, declared in a table: one row for each form that it has on disk.
 
-The rows decide the tree of random parameters (`init`), its layout on a mesh (`logical_axes`), the
-tensors of a Hugging Face folder (`hf/tensors.py`), adapters (`lora`), weight decay
-(`update/optimizer.py`), the dtypes of decoding (`engine/verbs.py`) and the matrices that a CPU
-joins (`cpu`). A new parameter is a row here and a line in the function that uses it.
+The rows decide the tree of random parameters (`random_weights`), its layout on a mesh
+(`logical_axes`), the tensors of a Hugging Face folder (`hf/tensors.py`), adapters (`lora`), weight
+decay (`update/optimizer.py`), the dtypes of decoding (`engine/verbs.py`) and the matrices that a
+CPU joins (`cpu`). A new parameter is a row here and a line in the function that uses it.
 
 Letters, the axes of a parameter: V vocabulary, D model width, d model width of a vector, H heads, K
 key/value heads, h head dimension, F width of the MLP, R rank of an adapter, E experts, f width of
@@ -750,6 +750,19 @@ def logical_axes(params) -> Any:
     return axes
 
 
+def check_params(params: Any) -> None:
+    """Refuses what is no parameter tree of a policy.
+
+    Raises:
+      TypeError: saying what it is.
+    """
+    if not isinstance(params, Mapping) or "layers" not in params:
+        raise TypeError(
+            "params is the policy's parameter tree, the second of what Policy.from_pretrained "
+            f"returns; given {type(params).__name__}"
+        )
+
+
 # --- adapters
 
 
@@ -781,71 +794,3 @@ def adapter_names(name: str) -> tuple[str, str]:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of a layer is an A or a B."""
     return name.endswith(adapter_names(""))
-
-
-# --- random weights
-
-
-def init(config: ModelConfig, key: jax.Array, dtype) -> dict[str, Any]:
-    """Random parameters, those of the layers stacked [L, ...]."""
-    params = _Model(config, dtype).init(key)["params"]
-    layers = [params.pop(name) for name in tuple(params) if name.startswith("layers")]
-    return {**params, "layers": {name: leaf for part in layers for name, leaf in part.items()}}
-
-
-class _Model(nn.Module):
-    """Declares all parameters of a model to flax, which draws each by a key of its own."""
-
-    config: ModelConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self):
-        _declare(self, TOP)
-        config = self.config
-        for length, group in itertools.groupby(_by_length(config), lambda each: each[0]):
-            stack = nn.scan(
-                _Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=length,
-            )
-            rows = tuple(row for _, row in group)
-            name = "layers" if length == config.num_layers else f"layers_{rows[0].layers}"
-            stack(config, self.dtype, rows, name=name)(None)
-
-
-def _by_length(config: ModelConfig) -> list[tuple[int, Parameter]]:
-    """The parameters of the layers, those that all layers have first."""
-    rows = [(len(row.layers_of(config)), row) for row in LAYER if row.when(config)]
-    return sorted(rows, key=lambda each: -each[0])
-
-
-class _Layer(nn.Module):
-    config: ModelConfig
-    dtype: Any
-    rows: tuple[Parameter, ...]
-
-    @nn.compact
-    def __call__(self, carry):
-        _declare(self, self.rows)
-        return carry, None
-
-
-def _declare(module: _Model | _Layer, rows: tuple[Parameter, ...]) -> None:
-    for row in rows:
-        if row.when(module.config):
-            module.param(row.name, row.init(module.config), row.shape(module.config), module.dtype)
-
-
-def check_params(params: Any) -> None:
-    """Refuses what is no parameter tree of a policy.
-
-    Raises:
-      TypeError: saying what it is.
-    """
-    if not isinstance(params, Mapping) or "layers" not in params:
-        raise TypeError(
-            "params is the policy's parameter tree, the second of what Policy.from_pretrained "
-            f"returns; given {type(params).__name__}"
-        )

@@ -26,6 +26,7 @@ from adpo_jax.model import (
     attention_kernels,
     linear_attention,
     parameters,
+    random_weights,
 )
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.attention_choice import Use
@@ -277,7 +278,7 @@ class Policy:
         return self.lora.scale if self.lora else 1.0
 
     def _init(self, key: jax.Array):
-        params = parameters.init(self.config, key, self.param_dtype)
+        params = random_weights.init(self.config, key, self.param_dtype)
         return join(self._init_adapters(key, params), params) if self.lora else params
 
     def _init_adapters(self, key: jax.Array, params):
