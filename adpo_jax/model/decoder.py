@@ -32,7 +32,7 @@ from adpo_jax.devices.sharding import (
     rule,
     shard_map,
 )
-from adpo_jax.model import cpu, gated_gpu, norm_rope_gpu, parameters, two_shapes
+from adpo_jax.model import cpu, gated_gpu, norm_rope_gpu, parameters, shared_keys, two_shapes
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.attention_choice import old_gpu
@@ -395,8 +395,8 @@ def decoder(
     x = embed_tokens(config, params["embed"], tokens, dtype, mesh)
     x = constrain(x, mesh, "batch", "length", None)
     if config.shared_kv_layers:
-        attend = two_shapes.sharing_keys(attend)
-        cache = cache, two_shapes.no_keys_yet(config, tokens.shape, dtype, mesh)
+        attend = shared_keys.sharing_keys(attend)
+        cache = cache, shared_keys.no_keys_yet(config, tokens.shape, dtype, mesh)
 
     def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
         if config.global_layers:

@@ -1,48 +1,19 @@
-"""Layers of two kinds in turn, and layers that take the keys and values of earlier ones.
+"""Layers of two kinds in turn.
 
 Layers without a window may have other heads than those with one (`ModelConfig.global_layers`, Gemma
 4), layers may have linear attention (`ModelConfig.linear_attention`, Qwen3-Next), and a layer with
 an MLP may follow each with a mixture of experts (`ModelConfig.mlp_layers`, Llama 4), so that no
-scan runs them all: a step of a scan runs one period of their pattern. The last layers may have no
-keys and values of their own (`ModelConfig.shared_kv_layers`, Gemma 4).
+scan runs them all: a step of a scan runs one period of their pattern.
 
 Letters: B batch, T tokens, L layers, P width of a layer's own embeddings.
 """
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from adpo_jax.devices.sharding import constrain
 from adpo_jax.model import parameters
-from adpo_jax.model.attention import Attend, LayerInfo
+from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.model_config import ModelConfig
-
-
-def sharing_keys(attend: Attend) -> Attend:
-    """An attention that keeps keys and values for the layers which have none of their own.
-
-    Its cache is (the cache of `attend`, (keys, values) of the last layer of each kind).
-    """
-
-    def attend_and_keep(q, k, v, layer: LayerInfo, cache):
-        cache, last = cache
-        if layer.writes:
-            last = tuple((k, v) if i == layer.store.kind else kv for i, kv in enumerate(last))
-        out, cache = attend(q, *last[layer.store.kind], layer, cache)
-        return out, (cache, last)
-
-    return attend_and_keep
-
-
-def no_keys_yet(config: ModelConfig, shape: tuple[int, int], dtype, mesh: Mesh | None):
-    """What `sharing_keys` keeps before the first layer of a batch [B, T]."""
-
-    def zeros(heads, head_dim):
-        empty = jnp.zeros((*shape, heads, head_dim), dtype)
-        return constrain(empty, mesh, "batch", "length", "kv_heads", None)
-
-    return tuple((zeros(*sizes), zeros(*sizes)) for _, *sizes in config.kinds)
 
 
 def scan_periods(
