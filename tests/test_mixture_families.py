@@ -12,7 +12,7 @@ from test_policy import QUICK, assert_golden
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices import sharding
-from adpo_jax.model import parameters
+from adpo_jax.model import layer_stacks
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.model.mixture import ROUTED
 from adpo_jax.policy import adapters
@@ -123,6 +123,6 @@ def test_the_published_models_have_mixtures_where_they_say():
     assert maverick.mixture.shared_size == maverick.mixture.expert_size == 8192
     assert (scout.qk_unit_norm, maverick.qk_unit_norm) == (True, False)
     # One scan of 24 steps, each of an MLP and a mixture.
-    assert parameters.runs_of_layers(maverick) == [parameters.Run(range(48), 2)]
-    assert parameters.runs_of_layers(scout) == [parameters.Run(range(48), 1)]
-    assert [run.period for run in parameters.runs_of_layers(gemma)] == [6]
+    assert layer_stacks.stretches(maverick) == [layer_stacks.Stretch(range(48), 2)]
+    assert layer_stacks.stretches(scout) == [layer_stacks.Stretch(range(48), 1)]
+    assert [stretch.period for stretch in layer_stacks.stretches(gemma)] == [6]

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adpo_jax.model import parameters
+from adpo_jax.model import layer_stacks, parameters
 from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.lora import merged_layer
 from adpo_jax.model.model_config import ModelConfig
@@ -107,7 +107,7 @@ def decoding_params(
         on a mesh, which splits each of them for itself.
     """
     layers = params["layers"]
-    each = [parameters.layer_of(layers, config, i) for i in range(config.num_layers)]
+    each = [layer_stacks.layer_of(layers, config, i) for i in range(config.num_layers)]
     if lora_scale is not None:
         each = [merged_layer(layer, lora_scale) for layer in each]
     if not join:

@@ -32,7 +32,7 @@ from adpo_jax.devices.sharding import (
     rule,
     shard_map,
 )
-from adpo_jax.model import cpu, gated_gpu, norm_rope_gpu, parameters, shared_keys, two_shapes
+from adpo_jax.model import cpu, gated_gpu, layer_stacks, norm_rope_gpu, parameters, shared_keys
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
 from adpo_jax.model.attention_choice import old_gpu
@@ -400,7 +400,7 @@ def decoder(
 
     def run_layer(carry, layer_params, layer: LayerInfo, rope_tables):
         if config.global_layers:
-            layer_params = parameters.plainly_named(layer_params)
+            layer_params = layer_stacks.plainly_named(layer_params)
         weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
         has_own_mlp = config.mixture and "experts_router" not in layer_params
         of_layer = gated_mlp if has_own_mlp else ffn
@@ -426,7 +426,7 @@ def decoder(
 
         (x, cache), extras = cpu.layer_by_layer(run_one, (x, cache), layers, info, rope_tables)
     elif config.in_periods:
-        (x, cache), extras = two_shapes.scan_periods(
+        (x, cache), extras = layer_stacks.scan_periods(
             config,
             lambda *layer: run_layer(*layer, rope_tables),
             (x, cache),
@@ -442,8 +442,8 @@ def decoder(
             return run_layer(carry, *params_and_info, rope_tables)
 
         run = _recomputed(run, remat, scanned=scan_layers)
-        for part, _ in parameters.runs_of_layers(config):
-            of_part = parameters.layers_of(layers, config, part)
+        for part, _ in layer_stacks.stretches(config):
+            of_part = layer_stacks.layers_of(layers, config, part)
             of_info = info.of(slice(part.start, part.stop), jnp.asarray)
             (x, cache), extras = jax.lax.scan(
                 run, (x, cache), (of_part, of_info), unroll=not scan_layers

@@ -17,7 +17,6 @@ out.
 """
 
 import dataclasses
-import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -609,93 +608,9 @@ def of_model(config: ModelConfig) -> dict[Path, Parameter]:
     return top | {("layers", row.name): row for row in LAYER if row.when(config)}
 
 
-class Run(NamedTuple):
-    """Layers that a scan runs: the same period of layers again and again."""
-
-    layers: range
-    period: int
-
-
-def runs_of_layers(config: ModelConfig) -> list[Run]:
-    """The layers, cut where their parameters change.
-
-    Layers with keys of their own come before those that share keys, and those with an MLP may come
-    before those with a mixture. Where layers of other parameters take turns, with and without a
-    window, of full and of linear attention, or with a mixture and without, the period of a run is
-    that of their pattern, and layers that do not complete a period are a run of their own.
-    """
-    last, mlps = config.num_layers, config.mlp_layers if config.mlps_first else ()
-    cuts = sorted({0, len(mlps), last - config.shared_kv_layers, last})
-    parts = [range(*bounds) for bounds in itertools.pairwise(cuts)]
-    if not config.in_periods:
-        return [Run(part, 1) for part in parts]
-    runs, mixtures = [], config.mixture_layers
-    for part in parts:
-        kinds = [(config.kind_of(i), i in mixtures) for i in part]
-        period = next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p])
-        whole = len(part) // period * period
-        runs.append(Run(part[:whole], period))
-        if rest := part[whole:]:
-            runs.append(Run(rest, len(rest)))
-    return runs
-
-
-def layers_of(layers: Mapping[str, Any], config: ModelConfig, part: range) -> dict[str, Any]:
-    """The stacked parameters of some layers, from those of a model's stack.
-
-    Args:
-      layers: parameters, each stacked over the layers that have it.
-      part: neighbours. A parameter that none of them has is left out.
-    """
-    found = {}
-    for name, x in layers.items():
-        having = at(("layers", name)).layers_of(config)
-        places = [place for place, layer in enumerate(having) if layer in part]
-        if places:
-            found[name] = x if len(x) == len(places) else x[places[0] : places[0] + len(places)]
-    return found
-
-
-def layer_of(layers: Mapping[str, Any], config: ModelConfig, layer: int) -> dict[str, Any]:
-    """The parameters of one layer, from those of a model's stack."""
-    places = {name: _place(config, name, layer) for name in layers}
-    return {name: x[places[name]] for name, x in layers.items() if places[name] is not None}
-
-
-def in_periods(
-    layers: Mapping[str, Any], config: ModelConfig, run: Run
-) -> tuple[dict[str, Any], list[dict[str, int]]]:
-    """The parameters of a run by its periods.
-
-    Returns:
-      The parameters, each [periods, layers of a period that have it, ...], and of each layer of a
-      period the places of its parameters there, by their names.
-    """
-    stacked, repeats = {}, len(run.layers) // run.period
-    for name, x in layers_of(layers, config, run.layers).items():
-        stacked[name] = x.reshape(repeats, len(x) // repeats, *x.shape[1:])
-    places = [{} for _ in range(run.period)]
-    for name in stacked:
-        having = at(("layers", name)).layers_of(config)
-        for place in [i - run.layers.start for i in having if i in run.layers[: run.period]]:
-            places[place][name] = sum(name in before for before in places[:place])
-    return stacked, places
-
-
-def plainly_named(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of one layer by their plain names."""
-    return {plain_name(name): x for name, x in layer.items()}
-
-
 def plain_name(name: str) -> str:
     """The name of a parameter without a prefix of `PREFIXES`."""
     return name.removeprefix(next(filter(name.startswith, PREFIXES), ""))
-
-
-def _place(config: ModelConfig, name: str, layer: int) -> int | None:
-    """The place of a layer in the stack of a parameter; None where the layer does not have it."""
-    having = at(("layers", name)).layers_of(config)
-    return having.index(layer) if layer in having else None
 
 
 def has(config: ModelConfig, name: str) -> bool:
