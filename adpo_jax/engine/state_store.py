@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
-from adpo_jax.model.linear_attention import Memory
+from adpo_jax.model.linear_attention import Memory, where_rows
 
 # All layers of linear attention: a tuple with one entry a layer (unrolled), or one `Memory` of
 # stacked arrays.
@@ -65,21 +65,6 @@ class StateLayout:
         of_value = self.num_value_heads * self.value_dim
         inputs = self.before * (2 * of_key + of_value) * jnp.dtype(self.dtype).itemsize
         return self.num_layers * (4 * self.key_dim * of_value + inputs)
-
-
-def where_rows(rows: jax.Array, new: MemoryStore, old: MemoryStore, lead: int = 0) -> MemoryStore:
-    """`new` in some rows and `old` in the others.
-
-    Args:
-      rows: [B] bool.
-      lead: the axis of the rows.
-    """
-
-    def choose(new, old):
-        chosen = rows.reshape(-1, *(1,) * (new.ndim - lead - 1))
-        return jnp.where(chosen, new.astype(old.dtype), old)
-
-    return jax.tree.map(choose, new, old)
 
 
 def begun(

@@ -30,7 +30,7 @@ from adpo_jax.engine.kv_cache import KV, CacheLayout, PageSizes
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
-from adpo_jax.model.linear_attention import Hybrid, Recur
+from adpo_jax.model.linear_attention import Hybrid, Recur, where_rows
 from adpo_jax.model.mixture import ROUTED
 from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy.policy import Policy
@@ -403,7 +403,7 @@ class Verbs:
             old = layout.read(own, layer)
             out, new = linear_attention.step(inputs, old)
             # A sample that has ended may go on later, so its state must stay as it is.
-            return out, layout.write(own, layer, state_store.where_rows(slots.active, new, old))
+            return out, layout.write(own, layer, where_rows(slots.active, new, old))
 
         attend = self.attention_of(attend, recur)
         tokens, positions = slots.token[:, None], slots.position[:, None]

@@ -138,9 +138,9 @@ def recurrent(inputs: Inputs, segments: jax.Array) -> tuple[jax.Array, Memory]:
         memory, last = carry
         *tokens, segment = now
         begins = (segment > 0) & (segment != last)
-        memory = _where_rows(begins, jax.tree.map(jnp.zeros_like, memory), memory)
+        memory = where_rows(begins, jax.tree.map(jnp.zeros_like, memory), memory)
         out, after = step(Inputs(*(x[:, None] for x in tokens), *taps), memory)
-        memory = _where_rows(segment > 0, after, memory)
+        memory = where_rows(segment > 0, after, memory)
         return (memory, jnp.where(segment > 0, segment, last)), out[:, 0]
 
     by_token = [x.swapaxes(0, 1) for x in (*inputs[:5], segments)]
@@ -149,9 +149,17 @@ def recurrent(inputs: Inputs, segments: jax.Array) -> tuple[jax.Array, Memory]:
     return out.swapaxes(0, 1), memory
 
 
-def _where_rows(rows_B, new: Memory, old: Memory) -> Memory:
+def where_rows(rows: jax.Array, new: Any, old: Any, lead: int = 0) -> Any:
+    """`new` in some rows and `old` in the others; each a `Memory`, or a tuple of them.
+
+    Args:
+      rows: [B] bool.
+      lead: the axis of the rows.
+    """
+
     def choose(new, old):
-        return jnp.where(rows_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+        chosen = rows.reshape(-1, *(1,) * (new.ndim - lead - 1))
+        return jnp.where(chosen, new.astype(old.dtype), old)
 
     return jax.tree.map(choose, new, old)
 
