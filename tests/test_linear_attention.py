@@ -35,6 +35,7 @@ from adpo_jax.engine.verbs import Verbs
 from adpo_jax.hf.tensors import leaves
 from adpo_jax.model import cpu, linear_attention, lora, parameters
 from adpo_jax.model.linear_attention import Inputs
+from adpo_jax.model.linear_attention_chunks import chunked
 from adpo_jax.records import Completion, Sequences
 from adpo_jax.update import make_log_probs, packing
 
@@ -105,7 +106,7 @@ def outputs_and_gradients(form, inputs: Inputs, segments, weights):
     return jax.grad(loss, has_aux=True)(inputs)
 
 
-FORMS = {chunk: functools.partial(linear_attention.chunked, chunk=chunk) for chunk in (4, 8, 16)}
+FORMS = {chunk: functools.partial(chunked, chunk=chunk) for chunk in (4, 8, 16)}
 
 
 @settings(max_examples=25, deadline=None)
@@ -151,7 +152,7 @@ def test_keys_that_repeat_do_not_blow_up_the_chunked_form():
     inputs = inputs._replace(k=same, beta=jnp.ones_like(inputs.beta))
     inputs = inputs._replace(log_decay=jnp.zeros_like(inputs.log_decay))
     segments = jnp.ones((1, 64), jnp.int32)
-    forms = linear_attention.chunked, linear_attention.recurrent
+    forms = chunked, linear_attention.recurrent
     found, wanted = (jax.jit(form)(inputs, segments)[0] for form in forms)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 

@@ -33,9 +33,10 @@ from adpo_jax.engine.decode_state import Prefixes
 from adpo_jax.engine.group_attention import PastView, Reach
 from adpo_jax.engine.kv_cache import KV, Copies, LayerKV
 from adpo_jax.engine.verbs import Verbs
-from adpo_jax.model import attention_choice, linear_attention
+from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import by_kv_head
 from adpo_jax.model.linear_attention import Memory, where_rows
+from adpo_jax.model.linear_attention_chunks import rows_with_memory
 
 # Lengths of a chunk; a longer one is prefilled in pieces, each attending to those before.
 CHUNK_LENGTHS = (16, 64, 256)
@@ -168,7 +169,7 @@ def chunk(verbs: Verbs, params, prefix: Prefixes | None, past: KV, chunks: Chunk
             of_prefix = taken(layout.read(prefix.kv, layer), chunks.prefix_row)
             memory = where_rows(chunks.at > 0, memory, of_prefix)
         segments = (place < chunks.count[:, None]).astype(jnp.int32)
-        out, memory = linear_attention.rows_with_memory(inputs, segments, policy.mesh, memory)
+        out, memory = rows_with_memory(inputs, segments, policy.mesh, memory)
         return out, layout.write(kv, layer, memory)
 
     tokens = constrain(chunks.tokens, policy.mesh, "batch", None)

@@ -31,6 +31,7 @@ from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
 from adpo_jax.model.linear_attention import Hybrid, Recur, where_rows
+from adpo_jax.model.linear_attention_chunks import rows_with_memory
 from adpo_jax.model.mixture import ROUTED
 from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy.policy import Policy
@@ -189,7 +190,7 @@ class Verbs:
             return out, layout.write(kv, layer, layout.pack(k, v))
 
         def recur(inputs, layer, kv):
-            out, memory = linear_attention.rows_with_memory(inputs, segments, self.policy.mesh)
+            out, memory = rows_with_memory(inputs, segments, self.policy.mesh)
             return out, layout.write(kv, layer, memory)
 
         attend = self.attention_of(attend, recur)

@@ -24,7 +24,7 @@ from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model import (
     attention_choice,
     attention_kernels,
-    linear_attention,
+    linear_attention_chunks,
     parameters,
     random_weights,
 )
@@ -406,7 +406,7 @@ class Policy:
         """An attention of rows without a cache, with linear attention if the model has it."""
         if not self.config.linear_attention:
             return attend
-        return Hybrid(attend, linear_attention.rows(segments, self.mesh))
+        return Hybrid(attend, linear_attention_chunks.rows(segments, self.mesh))
 
     def stream_attention(self, stream: Stream, num_prompt: int) -> Attend:
         """Attention of a packed stream to itself, for the training forward.
@@ -419,7 +419,7 @@ class Policy:
         attend = attention_kernels.stream_attention(name, self.attention_settings, stream)
         if not self.config.linear_attention:
             return attend
-        return Hybrid(attend, linear_attention.stream(stream, num_prompt, self.mesh))
+        return Hybrid(attend, linear_attention_chunks.stream(stream, num_prompt, self.mesh))
 
     def _attention_of(self, use: Use) -> str:
         settings = self.attention_settings
