@@ -136,6 +136,17 @@ def test_no_group_is_handed_out_before_there_are_weights_and_all_hear_of_the_end
     assert dispatch.order("a", [0], 0, 4, timeout=30).finished
 
 
+def test_a_group_that_says_the_experts_of_another_prompt_is_not_taken(dispatch):
+    dispatch.publish(0, works(0))
+    experts = np.zeros((1, 3, 2), np.uint8)
+    for of_prompt in (np.zeros((2, 3, 2), np.uint8), None):
+        told = Completion.sampled([7], [-1.0], "stop", experts=experts, prompt_experts=of_prompt)
+        with pytest.raises(ValueError, match="group 0 says the experts of . tokens of its prompt"):
+            dispatch.deliver("a", 0, [told])
+    assert dispatch.whole() == []
+    assert dispatch.deliver("a", 0, [dataclasses.replace(told, prompt_experts=experts)])
+
+
 # --- what is sent
 
 LIMITS = {

@@ -178,8 +178,15 @@ class Dispatch:
             return Order(self._version, works, dropped, False)
 
     def deliver(self, sampler: str, number: int, completions: list[Completion]) -> bool:
-        """Takes a whole group; returns False where nobody waits for it."""
+        """Takes a whole group; returns False where nobody waits for it.
+
+        Raises:
+          ValueError: for completions that say experts of another prompt than the group's.
+        """
         with self._changed:
+            asked = self._works.get(number) or self._waiting.get(number)
+            if asked is not None:
+                _check_experts(asked, completions)
             if sampler in self._samplers:
                 self._heard(sampler)
             for known in self._samplers.values():
@@ -239,3 +246,15 @@ class Dispatch:
         self._works |= {work.number: work for work in works}
         known.holds |= set(numbers)
         return works
+
+
+def _check_experts(work: Work, completions: list[Completion]) -> None:
+    wanted = len(work.prompt) - 1
+    for completion in completions:
+        of_prompt = completion.prompt_experts
+        count = 0 if of_prompt is None else len(of_prompt)
+        if completion.experts is not None and count != wanted:
+            raise ValueError(
+                f"group {work.number} says the experts of {count} tokens of its prompt, which has "
+                f"{wanted} before its last"
+            )

@@ -117,9 +117,9 @@ class Reception:
         self._check_run(run)
         try:
             groups = wire.read_groups(content, **self._limits, last_version=self._dispatch.version)
-        except wire.WireError as error:
+            taken = [n for n, group in groups.items() if self._dispatch.deliver(name, n, group)]
+        except ValueError as error:
             raise Refused(str(error)) from None
-        taken = [n for n, group in groups.items() if self._dispatch.deliver(name, n, group)]
         return {"taken": taken}
 
     def weights(self, version: int) -> tuple[bytes, str]:
