@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import httpx
@@ -221,6 +222,40 @@ def changed(**arrays):
     return buffer.getvalue()
 
 
+def npz(compression=zipfile.ZIP_STORED, **members):
+    """A file of groups, with members that are arrays or the bytes of such."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(wire.packed_groups(two()))) as old,
+        zipfile.ZipFile(buffer, "w", compression) as new,
+    ):
+        contents = {name.removesuffix(".npy"): old.read(name) for name in old.namelist()}
+        for name, content in (contents | members).items():
+            with new.open(f"{name}.npy", "w") as member:
+                if isinstance(content, bytes):
+                    member.write(content)
+                else:
+                    np.lib.format.write_array(member, content)
+    return buffer.getvalue()
+
+
+def header_of(shape):
+    """The header of an array of which nothing comes."""
+    buffer = io.BytesIO()
+    told = {"descr": "<i4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, told)
+    return buffer.getvalue()
+
+
+def overlapping():
+    """A file of groups of which a member says that it goes on through the others."""
+    content = bytearray(changed(tokens=np.zeros(1000, np.int32)))
+    directory = content.index(b"PK\x01\x02")
+    size = (len(content) - 1).to_bytes(4, "little")
+    content[directory + 20 : directory + 28] = size + size
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -239,6 +274,12 @@ def changed(**arrays):
         (changed(trained=np.zeros(4, bool)), "not sampled in one turn"),
         (changed(log_probs=np.ones(4, np.float32)), "log-probs above 0"),
         (changed(numbers=np.array([np.nan])), "numbers that are none"),
+        (changed(more=np.zeros(1)), "more.npy.* are wanted"),
+        (npz(zipfile.ZIP_DEFLATED, tokens=np.zeros(1 << 20, np.int32)), "compressed"),
+        (npz(tokens=b"\x93NUMPY\x01\x00"), "no file of groups"),
+        (npz(tokens=header_of((1 << 40,))), "another size than its header tells"),
+        (overlapping(), r"arrays of \d+ bytes in a file of"),
+        (npz(**{f"a{i}": b"" for i in range(2000)}), "its directory is too large"),
     ],
 )
 def test_what_is_no_file_of_groups_is_refused(content, why):

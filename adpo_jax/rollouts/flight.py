@@ -25,6 +25,14 @@ from adpo_jax.rollouts.source import SourceError
 # The fields of a token that are kept in flight, with their dtypes.
 _FIELDS = token_fields()
 _REASONS = ("", "stop", "length")
+# The arrays of `packed_experts`.
+EXPERT_ARRAYS = (
+    "experts",
+    "experts_lengths",
+    "prompt_experts",
+    "prompt_experts_lengths",
+    "prompt_experts_of",
+)
 # What reading a file that is missing or damaged raises.
 _DAMAGES = (
     OSError,

@@ -1,21 +1,29 @@
 """What samplers send their trainer: groups as arrays.
 
-Nothing that is read here can be more than numbers: `numpy` without pickles. Sizes, names, shapes
-and dtypes are checked against what the reader expects, as those of weights are (`weights`).
+Nothing that is read here can be more than numbers, and no more bytes than were sent: arrays of
+known names, stored as they are, whose headers are read before anything else. Sizes, shapes and
+dtypes are checked against what the reader expects, as those of weights are (`weights`).
 """
 
 import dataclasses
 import hashlib
 import io
+import math
+import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from adpo_jax.records import Completion, token_fields
-from adpo_jax.rollouts.flight import ExpertLimits, packed_experts, unpacked_experts
+from adpo_jax.rollouts.flight import EXPERT_ARRAYS, ExpertLimits, packed_experts, unpacked_experts
 
 _REASONS = ("stop", "length")
 _OPTIONAL = "full_log_probs"
+_SHAPES = ("numbers", "lengths", "reasons")
+# Groups of a file; a sampler sends one. A completion takes some kB here, however short it is.
+_MOST_GROUPS = 1024
+_MOST_DIRECTORY = 1 << 16
 
 
 class WireError(ValueError):
@@ -64,11 +72,13 @@ def read_groups(
     Raises:
       WireError: for anything else.
     """
+    names = [name for name in token_fields() if name != _OPTIONAL or has_full_log_probs]
+    wanted = {*names, *_SHAPES, *(() if experts is None else EXPERT_ARRAYS)}
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        numbers, lengths, reasons = (arrays[name] for name in ("numbers", "lengths", "reasons"))
-        names = [name for name in token_fields() if name != _OPTIONAL or has_full_log_probs]
+        arrays = _arrays(content, wanted)
+        numbers, lengths, reasons = (arrays[name] for name in _SHAPES)
+        if len(numbers) > _MOST_GROUPS:
+            raise WireError(f"{len(numbers)} groups, where up to {_MOST_GROUPS} come at once")
         if len(lengths) != len(numbers) * n or len(reasons) != len(lengths) or not len(numbers):
             raise WireError(f"{len(lengths)} completions of {len(numbers)} groups of {n}")
         if lengths.min() < 1 or lengths.max() > max_response_length:
@@ -102,6 +112,8 @@ def read_groups(
             for i in range(len(lengths))
         ]
         if experts is not None:
+            if len(arrays["prompt_experts_lengths"]) > len(lengths):
+                raise WireError("experts of more prompts than there are completions")
             found = unpacked_experts(arrays, experts)
             if [0 if own is None else len(own) for own, _ in found] != lengths.tolist():
                 raise WireError("tokens that do not say their experts")
@@ -114,6 +126,53 @@ def read_groups(
     except Exception as error:  # whatever a stranger's file makes numpy and zip raise
         raise WireError(f"no file of groups: {str(error)[:200]}") from None
     return {int(number): flat[i * n : (i + 1) * n] for i, number in enumerate(numbers)}
+
+
+def _arrays(content: bytes, names: set[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that has these and no others, none of them compressed.
+
+    Raises:
+      WireError: for other names, for compressed members, and for sizes that are not true.
+    """
+    # A directory becomes objects many times its bytes.
+    if _directory_size(content) > _MOST_DIRECTORY:
+        raise WireError("no file of groups: its directory is too large")
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        members = {member.filename: member for member in file.infolist()}
+        if sorted(m.filename for m in file.infolist()) != sorted(f"{n}.npy" for n in names):
+            raise WireError(f"arrays {list(members)!r:.200}, where {sorted(names)} are wanted")
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members.values()):
+            raise WireError("arrays that are compressed; they are sent as they are")
+        # Members may lie over one another, and so be more than the bytes that came.
+        size = sum(member.file_size for member in members.values())
+        if size > len(content) or any(m.compress_size != m.file_size for m in members.values()):
+            raise WireError(f"arrays of {size} bytes in a file of {len(content)}")
+        return {name: _array(file, members[f"{name}.npy"]) for name in names}
+
+
+def _directory_size(content: bytes) -> int:
+    """Bytes of a zip file's directory, as its last record tells."""
+    tells, further = content[-22:], content[-42:-38]
+    if not tells.startswith(b"PK\x05\x06") or further == b"PK\x06\x07":
+        raise ValueError("it does not end as a zip file without a comment")
+    return struct.unpack_from("<I", tells, 12)[0]
+
+
+def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """The array of a member, which is read only if its header tells its size."""
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with file.open(member) as stream:
+        shape, by_columns, dtype = headers[np.lib.format.read_magic(stream)](stream)
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} has more than numbers")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != member.file_size - stream.tell():
+            raise WireError(f"{member.filename} has another size than its header tells")
+        values = np.frombuffer(bytearray(stream.read()), dtype)
+        return values.reshape(shape, order="F" if by_columns else "C")
 
 
 # --- digests
