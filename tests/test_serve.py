@@ -30,8 +30,10 @@ from adpo_jax.engine.requests import NewTokens, Request
 from adpo_jax.environments import calls as tools
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
+from adpo_jax.serve import hosting
 from adpo_jax.serve.access import Hosts
 from adpo_jax.serve.connections import Connections
+from adpo_jax.serve.decoding import Decoding
 from adpo_jax.serve.fields import ApiError
 from adpo_jax.serve.service import Service
 
@@ -63,10 +65,10 @@ def folder(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def running(folder, *options):
+def running(folder, *options, on_close=lambda service: None):
     """A server in a thread; yields (it, its address)."""
     command = ["--model", str(folder), "--port=0", *LENGTHS, *options]
-    server = serve.make_server(serve.arguments(command))
+    server = serve.make_server(serve.arguments(command), on_close)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -408,8 +410,6 @@ def test_the_template_tells_the_form_of_calls():
 
 def writes(monkeypatch, text: str):
     """Every completion says this, three tokens at a time."""
-    from adpo_jax.serve.decoding import Decoding
-
     tokens = np.array(arithmetic.make_tokenizer()(text)["input_ids"], np.int32)
 
     def submit(self, prompt, sampling, *, queue, **_):
@@ -1037,8 +1037,11 @@ def test_the_key_is_asked_for_and_never_written_down(folder, monkeypatch, tmp_pa
     assert serve.read_api_key(serve.arguments(["--model=x", "--host=0.0.0.0"])) == "k"
 
 
-def test_sigterm_lets_streams_finish_and_takes_no_more(folder):
-    with running(folder) as (server, address):
+def test_sigterm_lets_streams_finish_and_takes_no_more(folder, monkeypatch):
+    ended, codes = [], []
+    monkeypatch.setattr(serve, "CLOSE_S", 0.01)
+    monkeypatch.setattr(serve.os, "_exit", codes.append)
+    with running(folder, on_close=ended.append) as (server, address):
         body = {"prompt": "Ann", "max_tokens": 64, "ignore_eos": True, "stream": True}
         body["stream_options"] = {"include_usage": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
@@ -1059,6 +1062,55 @@ def test_sigterm_lets_streams_finish_and_takes_no_more(folder):
             return True
 
         wait_until(refused)
+    # Of a process of its own threads do not hold up the end.
+    assert ended == [server.app.service]
+    serve.end_in_time(ended[0])
+    wait_until(lambda: codes == [0])
+
+
+class LateEvent(threading.Event):
+    """An event that is set, for the end of a thread, just before the thread clears it."""
+
+    def __init__(self, decoding):
+        super().__init__()
+        self._decoding = decoding
+
+    def clear(self):
+        self._decoding._stopping = True
+        self.set()
+        super().clear()
+
+
+def test_decoding_ends_whenever_it_is_told_to():
+    loop = asyncio.new_event_loop()
+    idle = mock.Mock(step=list, under_way=False, holds=False, busy=False)
+    decoding = Decoding(idle, loop)
+    first, decoding._wake = decoding._wake, LateEvent(decoding)
+    first.set()
+    decoding._thread.join(10)
+    assert not decoding._thread.is_alive()
+    loop.close()
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve.main(["--model=no/model", f"--port={port}"]) == 2
+    said = capsys.readouterr().err
+    assert f"--port is 127.0.0.1:{port}, at which this machine cannot listen" in said
+
+
+def test_a_name_with_several_addresses_has_one_port_on_all_of_them(monkeypatch):
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 0)) for last in (2, 3)]
+    found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)))  # not this machine
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(one) for one in hosting.bound("name", 0, "--port")]
+        (host, port), (other, same) = (one.getsockname() for one in sockets)
+    assert (host, other, port) == ("127.0.0.2", "127.0.0.3", same)
+    del found[:2]
+    with pytest.raises(ValueError, match="--port is name:0, at which this machine cannot listen"):
+        hosting.bound("name", 0, "--port")
 
 
 def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, monkeypatch):
@@ -1074,6 +1126,23 @@ def test_when_decoding_fails_clients_are_told_and_the_server_goes_down(folder, m
         assert "memory" not in response.text
         wait_until(lambda: server.should_exit)
         assert server.app.service.decoding.failed
+
+
+@pytest.mark.long
+def test_a_process_whose_threads_do_not_end_ends_all_the_same(folder):
+    program = (
+        "import threading, time\n"
+        "from adpo_jax.serve import __main__ as serve, service\n"
+        "service.Service.close = lambda self: time.sleep(600)\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "serve.run()\n"
+    )
+    command = [sys.executable, "-c", program, f"--model={folder}", "--port=0", *LENGTHS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stderr if "running on" in line)
+        process.send_signal(signal.SIGTERM)
+        assert "without its threads" in process.stderr.read()
+        assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.long

@@ -14,8 +14,12 @@ import argparse
 import asyncio
 import dataclasses
 import os
+import socket
 import sys
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from adpo_jax.log.printable import say_error
 from adpo_jax.run.command_line import begin
@@ -24,6 +28,8 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
 # Tokens of a piece of a long prompt. Others wait that long for their next token.
 CHUNK_SIZE = 512
+# Seconds for threads to end once no request is under way. One may be compiling for minutes.
+CLOSE_S = 5.0
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -128,30 +134,50 @@ def read_api_key(a: argparse.Namespace) -> str | None:
     return key or None
 
 
-def make_server(a: argparse.Namespace):
+def make_server(a: argparse.Namespace, on_close: Callable[[Any], None] = lambda service: None):
     """A uvicorn server of the model that the command line names.
+
+    Args:
+      on_close: called with the service when it begins to end.
 
     Raises:
       ValueError: for anything on the command line that cannot work.
     """
     try:
-        from adpo_jax.serve.app import App
-        from adpo_jax.serve.hosting import make_host
-        from adpo_jax.serve.metrics import Metrics
+        from adpo_jax.serve.hosting import bound
     except ImportError as error:
         raise ValueError(
             f"{error.name} is missing: pip install 'adpo-jax[serve]', or '.[serve]' in a clone"
         ) from None
+    api_key = read_api_key(a)
+    # A port that is taken is told before the model is loaded. Nobody is let in until it is there.
+    sockets = bound(a.host, a.port, "--port")
+    try:
+        return _server_of_model(a, api_key, sockets, on_close)
+    except BaseException:
+        for opened in sockets:
+            opened.close()
+        raise
+
+
+def _server_of_model(
+    a: argparse.Namespace,
+    api_key: str | None,
+    sockets: Sequence[socket.socket],
+    on_close: Callable[[Any], None],
+):
     from adpo_jax import pretrained
     from adpo_jax.engine.continuous import ContinuousBatch
     from adpo_jax.engine.engine import Engine
     from adpo_jax.serve.access import Hosts
+    from adpo_jax.serve.app import App
     from adpo_jax.serve.decoding import Decoding
+    from adpo_jax.serve.hosting import make_host
+    from adpo_jax.serve.metrics import Metrics
     from adpo_jax.serve.protocol import Limits
     from adpo_jax.serve.service import Language, Service
     from adpo_jax.serve.weights import WeightsRoot
 
-    api_key = read_api_key(a)
     model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
     # A request is a stranger's, whatever the data of the run were.
     prompt_format = dataclasses.replace(
@@ -201,14 +227,9 @@ def make_server(a: argparse.Namespace):
         max_requests=a.max_requests,
         max_requests_per_client=a.max_requests_per_client,
         body_timeout_s=a.body_timeout,
+        on_close=on_close,
     )
-    server = make_host(
-        app,
-        head_timeout_s=a.head_timeout,
-        drain_s=a.drain_seconds,
-        host=a.host,
-        port=a.port,
-    )
+    server = make_host(app, head_timeout_s=a.head_timeout, drain_s=a.drain_seconds, sockets=sockets)
     return server
 
 
@@ -225,15 +246,21 @@ def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
     return prompt, response
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Serves until it is told to stop; returns the exit code."""
+def main(
+    argv: list[str] | None = None, on_close: Callable[[Any], None] = lambda service: None
+) -> int:
+    """Serves until it is told to stop; returns the exit code.
+
+    Args:
+      on_close: as of `make_server`.
+    """
     a = arguments(argv)
     from adpo_jax.config import default_config
     from adpo_jax.devices import compilation_cache  # after the arguments, so that --help is quick
 
     compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
-        server = make_server(a)
+        server = make_server(a, on_close)
     except ValueError as error:
         say_error(error)
         return 2
@@ -245,7 +272,19 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> int:
     """Runs `python -m adpo_jax.serve`; returns the exit code."""
     begin()
-    return main()
+    return main(on_close=end_in_time)
+
+
+def end_in_time(service: Any) -> None:
+    """Ends this process in `CLOSE_S` if it has not ended by then."""
+
+    def end():
+        print("the server ends without its threads, which are still at work", file=sys.stderr)
+        os._exit(1 if service.decoding.failed else 0)
+
+    timer = threading.Timer(CLOSE_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":

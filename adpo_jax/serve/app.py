@@ -45,6 +45,7 @@ class App:
       max_requests: the most requests at once; clients of further ones are told to come back later.
       max_requests_per_client: likewise of one client; None for half of `max_requests`.
       body_timeout_s: seconds for a request's body to arrive.
+      on_close: called when the service begins to end, after the requests under way.
 
     Attributes:
       service: None until the server has started.
@@ -63,8 +64,10 @@ class App:
         max_requests: int = 256,
         max_requests_per_client: int | None = None,
         body_timeout_s: float = 30.0,
+        on_close: Callable[[Service], None] = lambda service: None,
     ):
         self._make_service, self._model_name = make_service, model_name
+        self._on_close = on_close
         self._hosts, self._api_key = hosts, api_key
         self._cors_origins = frozenset(cors_origins)
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
@@ -107,6 +110,7 @@ class App:
     async def _lifespan(self, _):
         self.service = self._make_service()
         yield
+        self._on_close(self.service)
         await asyncio.to_thread(self.service.close)
 
     # --- access

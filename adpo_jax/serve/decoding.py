@@ -154,8 +154,11 @@ class Decoding:
 
     def _run(self):
         try:
-            while not self._stopping:
+            while True:
+                # Before anything is looked at, so that whatever changes later ends the next wait.
                 self._wake.clear()
+                if self._stopping:
+                    return
                 self._turn()
         except Exception:
             logging.exception("decoding failed")

@@ -1,6 +1,9 @@
 """The uvicorn server under an `App`, with limits for connections."""
 
+import errno
+import logging
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -14,19 +17,41 @@ KEEP_ALIVE_S = 30
 
 
 class Host(uvicorn.Server):
-    """A uvicorn server that knows its application."""
+    """A uvicorn server that knows its application.
 
-    def __init__(self, config: uvicorn.Config, app: App):
+    Args:
+      sockets: where it listens, unless `run` or `serve` is told otherwise.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: App, sockets: Sequence[socket.socket] = ()):
         super().__init__(config)
-        self.app = app
+        self.app, self._sockets = app, list(sockets)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets or self._sockets or None)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for at in self._sockets:  # uvicorn tells of those alone that it has opened
+            logging.getLogger("uvicorn.error").info(
+                "Uvicorn running on http://%s (Press CTRL+C to quit)", _shown(*at.getsockname()[:2])
+            )
 
 
-def make_host(app: App, *, head_timeout_s: float, drain_s: int, **options: Any) -> Host:
+def make_host(
+    app: App,
+    *,
+    head_timeout_s: float,
+    drain_s: int,
+    sockets: Sequence[socket.socket] = (),
+    **options: Any,
+) -> Host:
     """A server for an application.
 
     Args:
       head_timeout_s: seconds for the head of a request to arrive.
       drain_s: seconds for requests under way, when the server is told to end.
+      sockets: where it listens, unless `run` or `serve` is told otherwise.
       options: further arguments of `uvicorn.Config`.
     """
     # These are above the app's own limits, so that they are met by connections without requests.
@@ -44,7 +69,55 @@ def make_host(app: App, *, head_timeout_s: float, drain_s: int, **options: Any) 
         use_colors=False,  # nothing that is logged steers the terminal, colours neither
         **options,
     )
-    return Host(config, app)
+    return Host(config, app, sockets)
+
+
+def bound(host: str, port: int, option: str) -> list[socket.socket]:
+    """Sockets that have the addresses of a host, and do not listen yet.
+
+    A name may have an address of IPv4 and one of IPv6, which get the same port.
+
+    Args:
+      port: 0 for any that is free.
+      option: what named the address, for the error.
+
+    Raises:
+      ValueError: for an address at which this machine cannot listen.
+    """
+    made: list[socket.socket] = []
+    failure = OSError("the name has no address")
+    try:
+        flags = socket.AI_PASSIVE
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+        for family, kind, proto, _, (name, _, *rest) in dict.fromkeys(found):
+            at = (name, made[0].getsockname()[1] if made else port, *rest)
+            try:
+                made.append(_bound_at(family, kind, proto, at))
+            except OSError as error:
+                failure = error
+                # A name may have an address of a family that this machine has not.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+        if not made:
+            raise failure
+    except OSError as error:
+        for one in made:
+            one.close()
+        raise _no_listening(host, port, option, error) from None
+    return made
+
+
+def _bound_at(family: int, kind: int, proto: int, address: tuple) -> socket.socket:
+    made = socket.socket(family, kind, proto)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 def listening(host: str, port: int, option: str) -> tuple[socket.socket, str]:
@@ -68,8 +141,13 @@ def listening(host: str, port: int, option: str) -> tuple[socket.socket, str]:
             made.close()
             raise
     except OSError as error:
-        raise ValueError(
-            f"{option} is {host}:{port}, at which this machine cannot listen: {error}"
-        ) from None
-    shown = f"[{host}]" if ":" in host else host
-    return made, f"{shown}:{made.getsockname()[1]}"
+        raise _no_listening(host, port, option, error) from None
+    return made, _shown(host, made.getsockname()[1])
+
+
+def _no_listening(host: str, port: int, option: str, error: OSError) -> ValueError:
+    return ValueError(f"{option} is {host}:{port}, at which this machine cannot listen: {error}")
+
+
+def _shown(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
