@@ -15,7 +15,9 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -37,6 +39,8 @@ from adpo_jax.rollouts.flight import ExpertLimits
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.run import roles, sampler_line
+from adpo_jax.serve import samplers
+from adpo_jax.serve.samplers import SamplersHost
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,6 +150,17 @@ def test_a_group_that_says_the_experts_of_another_prompt_is_not_taken(dispatch):
             dispatch.deliver("a", 0, [told])
     assert dispatch.whole() == []
     assert dispatch.deliver("a", 0, [dataclasses.replace(told, prompt_experts=experts)])
+
+
+def test_a_sampler_that_asks_again_ends_its_earlier_question(dispatch):
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(dispatch.order("a", [], 5, -1, 30)))
+    waiting.start()
+    while dispatch.num_samplers < 1:
+        time.sleep(0.001)
+    assert asked(dispatch, "a") == []
+    waiting.join(10)
+    assert (found[0].works, found[0].finished) == ([], False)
 
 
 # --- what is sent
@@ -634,6 +649,58 @@ def test_strangers_and_samplers_of_another_run_are_refused(policy_and_params, en
     answer = httpx.post(f"{address}/sampler/groups", content=b"x", headers=headers | run)
     assert answer.status_code == 400
     assert "no file of groups" in answer.json()["error"]
+
+
+@contextlib.contextmanager
+def hosted(desk):
+    """The server for samplers of this desk; yields its address."""
+    host = SamplersHost(desk, host="127.0.0.1", port=0, key=KEY)
+    host.start()
+    try:
+        yield f"http://{host.address}"
+    finally:
+        host.close()
+
+
+def test_a_head_that_is_half_sent_to_the_samplers_port_ends(monkeypatch):
+    monkeypatch.setattr(samplers, "_HEAD_S", 0.2)
+    monkeypatch.setattr(samplers, "_CONNECTIONS_EACH", 1)
+    with hosted(mock.Mock()) as address, contextlib.ExitStack() as stack:
+        at = address.removeprefix("http://").split(":")
+        first, second = (stack.enter_context(socket.create_connection(at, 20)) for _ in range(2))
+        first.sendall(b"POST /sampler/order HTTP/1.1\r\n")
+        assert b" 503 " in second.recv(4096)
+        with contextlib.suppress(ConnectionError):
+            assert first.recv(4096) == b""
+
+
+def test_samplers_that_wait_for_orders_keep_nothing_else_waiting(monkeypatch):
+    monkeypatch.setattr(samplers, "MAX_SAMPLERS", 2)
+    asked, release = threading.Semaphore(0), threading.Event()
+
+    def order(_):
+        asked.release()
+        release.wait(30)
+        return {}
+
+    desk = mock.Mock(order=order, alive=lambda _: {})
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with hosted(desk) as address, ThreadPoolExecutor(2) as pool:
+
+        def ask(what):
+            return httpx.post(f"{address}/sampler/{what}", json={}, headers=headers, timeout=30)
+
+        try:
+            waiting = [pool.submit(ask, "order") for _ in range(2)]
+            assert all(asked.acquire(timeout=20) for _ in waiting)
+            refused = ask("order")
+            assert refused.status_code == 503
+            assert "wait for orders; come back later" in refused.json()["error"]
+            assert ask("alive").status_code == 200
+        finally:
+            release.set()
+        assert [one.result().status_code for one in waiting] == [200, 200]
+        assert ask("order").status_code == 200
 
 
 def test_roles_that_cannot_work_are_refused_in_a_sentence(monkeypatch):

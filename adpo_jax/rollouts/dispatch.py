@@ -60,6 +60,8 @@ class _Known:
 
     heard: float
     holds: set[int] = dataclasses.field(default_factory=set)
+    num_asked: int = 0  # how often it asked what to do next
+    num_waiting: int = 0  # of these questions
     room: int = 0  # for further groups, as it said last
 
 
@@ -148,6 +150,8 @@ class Dispatch:
     ) -> Order:
         """What a sampler is to do next. Waits while there is nothing new for it.
 
+        A sampler that asks again has lost its line, so its earlier question ends with nothing.
+
         Args:
           sampler: its name, another one each time that it starts.
           holds: the numbers of all groups that it has and has not delivered.
@@ -159,19 +163,28 @@ class Dispatch:
         with self._changed:
             known = self._heard(sampler)
             known.room = room
+            known.num_asked += 1
+            asked = known.num_asked
             for lost in known.holds - holds:
                 self._give_back(known, lost)
             unwanted = sorted(holds - known.holds)
 
             def has_news() -> bool:
                 newer = self._version is not None and self._version != version
-                return bool(self._finished or unwanted or newer or (room and self._waiting))
+                news = self._finished or unwanted or newer or (room and self._waiting)
+                return bool(news or known.num_asked != asked)
 
+            if known.num_waiting:
+                self._changed.notify_all()
+            known.num_waiting += 1
             self._changed.wait_for(has_news, timeout)
+            known.num_waiting -= 1
             if self._finished:
                 self._samplers.pop(sampler, None)
                 self._changed.notify_all()
                 return Order(self._version, [], [], True)
+            if known.num_asked != asked:
+                return Order(self._version, [], [], False)
             known = self._heard(sampler)
             dropped = sorted(holds - known.holds)
             works = [] if self._version is None else self._handed_out(known, room, holds)

@@ -15,7 +15,6 @@ whoever works for an earlier start is told so (410).
 import asyncio
 import contextlib
 import hmac
-import json
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +26,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from adpo_jax.serve.connections import Connections
+from adpo_jax.serve.fields import ApiError, parse_object
 from adpo_jax.serve.hosting import KEEP_ALIVE_S, listening
 
 MAX_JSON_BYTES, MAX_GROUPS_BYTES = 4 << 20, 512 << 20
-# Long polls each keep a thread.
+# Questions for orders that wait at once; each keeps a thread.
 MAX_SAMPLERS = 256
-_BODY_S = 120.0
+# Threads for everything else, which waits for nobody.
+_THREADS = 16
+# A sampler has two connections, and all of them may come through one address.
+_CONNECTIONS, _CONNECTIONS_EACH = 2 * MAX_SAMPLERS + 64, 2 * MAX_SAMPLERS
+_HEAD_S = 10.0
+_BODY_S = _READING_S = 120.0
 # Bytes of tensors that are sent at a time.
 _PART = 1 << 20
 
@@ -52,7 +58,7 @@ class Desk(Protocol):
         """What a sampler needs to know; raises `Refused` for one of another run."""
 
     def order(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """What a sampler is to do next; it may wait for it."""
+        """What a sampler is to do next; it may wait for it, in a thread of its own."""
 
     def alive(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Takes note that a sampler lives."""
@@ -86,7 +92,9 @@ class SamplersHost:
 
     def __init__(self, desk: Desk, *, host: str, port: int, key: str):
         self._desk, self._key = desk, key
-        self._threads = ThreadPoolExecutor(MAX_SAMPLERS, "samplers")
+        self._threads = ThreadPoolExecutor(_THREADS, "samplers")
+        self._waiting = ThreadPoolExecutor(MAX_SAMPLERS, "orders")
+        self._num_waiting = 0  # counted on the loop alone
         self._socket, self.address = listening(host, port, "--listen")
         routes = [
             Route("/sampler/hello", self._guarded(self._hello), methods=["POST"]),
@@ -96,8 +104,15 @@ class SamplersHost:
             Route("/sampler/weights/{version:int}", self._guarded(self._weights)),
             Route("/sampler/tensors/{version:int}", self._guarded(self._tensors), methods=["POST"]),
         ]
+        connections = Connections(
+            _CONNECTIONS,
+            _CONNECTIONS_EACH,
+            head_timeout_s=_HEAD_S,
+            reading_timeout_s=_READING_S,
+        )
         config = uvicorn.Config(
             Starlette(routes=routes),
+            http=connections.protocol,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -121,7 +136,8 @@ class SamplersHost:
             self._thread.join()
         with contextlib.suppress(OSError):
             self._socket.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._waiting):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _guarded(self, endpoint):
         async def guarded(request: Request) -> Response:
@@ -138,11 +154,30 @@ class SamplersHost:
     async def _in_thread(self, function, *args):
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
+    async def _when_there_is_news(self, function, *args):
+        """As `_in_thread`, for what may wait; it keeps nothing else waiting."""
+        if self._num_waiting >= MAX_SAMPLERS:
+            raise Refused(f"{MAX_SAMPLERS} samplers wait for orders; come back later", 503)
+        loop = asyncio.get_running_loop()
+        work = self._waiting.submit(function, *args)
+        self._num_waiting += 1
+
+        def ended(_):
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody counts
+                loop.call_soon_threadsafe(self._count_down)
+
+        work.add_done_callback(ended)
+        return await asyncio.wrap_future(work)
+
+    def _count_down(self) -> None:
+        self._num_waiting -= 1
+
     async def _hello(self, request: Request) -> Response:
         return JSONResponse(await self._in_thread(self._desk.hello, await _object(request)))
 
     async def _order(self, request: Request) -> Response:
-        return JSONResponse(await self._in_thread(self._desk.order, await _object(request)))
+        asked = await _object(request)
+        return JSONResponse(await self._when_there_is_news(self._desk.order, asked))
 
     async def _alive(self, request: Request) -> Response:
         return JSONResponse(await self._in_thread(self._desk.alive, await _object(request)))
@@ -180,14 +215,10 @@ async def _parts(tensors: list[memoryview]) -> AsyncIterator[memoryview]:
 
 
 async def _object(request: Request) -> dict[str, Any]:
-    content = await _body(request, MAX_JSON_BYTES)
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Refused("the body is no JSON") from None
-    if not isinstance(found, dict):
-        raise Refused("the body is no JSON object")
-    return found
+        return parse_object(await _body(request, MAX_JSON_BYTES))
+    except ApiError as error:
+        raise Refused(error.message) from None
 
 
 async def _body(request: Request, most: int) -> bytes:
