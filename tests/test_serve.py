@@ -682,6 +682,13 @@ def test_bytes_that_are_no_http_harm_nobody(address, client):
     ):
         with socket.create_connection(address.removeprefix("http://").split(":")) as connection:
             connection.sendall(garbage)
+            if garbage.startswith(b"\x00"):
+                with connection.makefile("rb") as file:
+                    head, _, body = file.read().partition(b"\r\n\r\n")
+                assert b" 400 " in head
+                assert error_of(httpx.Response(400, content=body))["message"].endswith(
+                    "no HTTP request"
+                )
     answer = client.completions.create(model="tiny", prompt="Ann", max_tokens=2)
     assert answer.choices[0].finish_reason in ("stop", "length")
 
@@ -801,13 +808,21 @@ def test_a_client_that_does_not_read_is_let_go():
         limits = Connections(most=4, most_each=4, reading_timeout_s=0.01)
         state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
         made = limits.protocol(config=config, server_state=state, app_state={})
+        unread = 1 << 20
         transport = mock.Mock(get_extra_info={}.get, abort=lambda: aborted.append(1))
+        transport.get_write_buffer_size = lambda: unread
         made.connection_made(transport)
         made.pause_writing()
         made.resume_writing()
         await asyncio.sleep(0.05)
         assert not aborted
         made.pause_writing()
+        for _ in range(5):  # one that reads slowly, but all the time
+            made._read_at -= 1.0
+            unread -= 1
+            made._reading_timer.cancel()
+            made._check_reading()
+        assert not aborted
         await asyncio.sleep(0.05)
         made.connection_lost(OSError())
         assert limits.open.total() == 0
@@ -818,7 +833,7 @@ def test_a_client_that_does_not_read_is_let_go():
 
 def test_a_client_with_too_many_connections_leaves_room_for_others():
     limits = Connections(most=10, most_each=2)
-    states = []
+    states, said = [], []
 
     async def run():
         config = uvicorn.Config(app=no_app, lifespan="off", log_config=None)
@@ -830,8 +845,14 @@ def test_a_client_with_too_many_connections_leaves_room_for_others():
                 transport
             )
             states.append(transport.close.called)
+            said.extend(call.args[0] for call in transport.write.call_args_list)
 
     asyncio.run(run())
+    (answer,) = said
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"Content-Length: %d\r\n" % len(body) in head + b"\r\n"
+    assert "too many connections" in error_of(httpx.Response(503, content=body))["message"]
     assert states == [False, False, True, False, False, False]
     # The addresses of one IPv6 network are one client.
     assert limits.open["2001:db8::/64"] == 2

@@ -7,16 +7,32 @@ This one gives up. The bodies of requests have a limit of time of their own, in 
 import asyncio
 import collections
 import dataclasses
+import json
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from adpo_jax.serve.access import client_key
+from adpo_jax.serve.fields import ApiError
 
-BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\n"
-    b"Content-Length: 0\r\n\r\n"
+# Looks at how much a client has read, within the time in which it must read something.
+_LOOKS = 4
+
+
+def _answer(status: str, error: ApiError) -> bytes:
+    """A whole response, after which the connection is closed."""
+    body = json.dumps(error.body()).encode()
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    if error.status == 503:
+        head += "Retry-After: 1\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+BUSY = _answer(
+    "503 Service Unavailable",
+    ApiError("there are too many connections; come back later", status=503, kind="server_error"),
 )
+NO_HTTP = _answer("400 Bad Request", ApiError("this is no HTTP request"))
 
 
 @dataclasses.dataclass
@@ -49,6 +65,7 @@ class Protocol(H11Protocol):
         self._limits, self._key = connections, None
         self._head_timer: asyncio.TimerHandle | None = None
         self._reading_timer: asyncio.TimerHandle | None = None
+        self._unread, self._read_at = 0, 0.0  # bytes that wait, and when they became fewer
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -90,10 +107,34 @@ class Protocol(H11Protocol):
             seconds = self._limits.head_timeout_s
             self._head_timer = self.loop.call_later(seconds, self.transport.abort)
 
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR):
+            self.transport.write(NO_HTTP)
+        # Else a response has begun, and nothing else can be said.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # its answer would follow this one
+            self.cycle.message_event.set()
+        self.transport.close()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        seconds = self._limits.reading_timeout_s
-        self._reading_timer = self.loop.call_later(seconds, self.transport.abort)
+        self._unread = self.transport.get_write_buffer_size()
+        self._read_at = self.loop.time()
+        self._look_again()
+
+    def _look_again(self) -> None:
+        seconds = self._limits.reading_timeout_s / _LOOKS
+        self._reading_timer = self.loop.call_later(seconds, self._check_reading)
+
+    def _check_reading(self) -> None:
+        """Lets a client go that has read nothing for as long as it may."""
+        unread, now = self.transport.get_write_buffer_size(), self.loop.time()
+        if unread < self._unread:
+            self._unread, self._read_at = unread, now
+        if now - self._read_at >= self._limits.reading_timeout_s:
+            self.transport.abort()
+        else:
+            self._look_again()
 
     def resume_writing(self) -> None:
         super().resume_writing()
