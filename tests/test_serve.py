@@ -34,8 +34,9 @@ from adpo_jax.serve import hosting
 from adpo_jax.serve.access import Hosts
 from adpo_jax.serve.connections import Connections
 from adpo_jax.serve.decoding import Decoding
-from adpo_jax.serve.fields import ApiError
+from adpo_jax.serve.fields import MAX_DEPTH, ApiError, Fields, parse_object
 from adpo_jax.serve.service import Service
+from adpo_jax.serve.tools import parse_tools
 
 CONFIG = arithmetic.MODEL_CONFIG | {
     "hidden_size": 16,
@@ -458,6 +459,22 @@ def test_a_model_calls_functions_and_is_told_what_they_gave(client, folder, monk
     assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
 
 
+def test_null_is_as_good_as_absent_in_tools_and_messages(address):
+    told = {"name": "add", "parameters": None, "description": None, "strict": None}
+    tool = {"type": "function", "function": told, "extra": None}
+    call = {"id": None, "type": None, "function": {"name": "add", "arguments": None}}
+    messages = [
+        {"role": "user", "content": "x", "name": None, "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": None},
+    ]
+    asked = {"messages": messages, "max_tokens": 1, "tools": [tool], "tool_choice": None}
+    answer = post(address, "/v1/chat/completions", json=asked)
+    assert answer.status_code == 200, answer.text
+    fields = Fields({"tools": [tool]})
+    assert parse_tools(fields) == [{"type": "function", "function": {"name": "add"}}]
+
+
 STRICT = {"type": "function", "function": {"name": "add", "strict": True}}
 
 
@@ -480,7 +497,10 @@ def test_tools_that_cannot_be_served_are_refused(address, fields, message):
     assert message in error_of(refused)["message"]
 
 
-@pytest.mark.parametrize("arguments", ["no JSON", "[1]", '{"a": NaN}', "[" * 9999, 5])
+DEEP = '{"a": ' * 900 + "1" + "}" * 900
+
+
+@pytest.mark.parametrize("arguments", ["no JSON", "[1]", '{"a": NaN}', "[" * 9999, DEEP, 5])
 def test_calls_of_earlier_messages_have_arguments_that_can_be_read(address, arguments):
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -576,6 +596,9 @@ REFUSED = {
     "not UTF-8": (b'{"prompt": "\xff"}', None),
     "no object": (b"[1]", None),
     "deep": (b'{"prompt":' + b"[" * 100_000, None),
+    "deeper than any schema": (b'{"metadata":' + b"[" * 100 + b"]" * 100 + b"}", None),
+    "UTF-16": ('{"prompt": "x"}'.encode("utf-16"), None),
+    "half as bytes": (b'{"prompt": "\xed\xa0\xbd"}', "prompt"),
     "endless number": (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", None),
     "no prompt": ({}, "prompt"),
     "empty prompt": ({"prompt": ""}, "prompt"),
@@ -627,6 +650,15 @@ def test_bad_input_is_refused_in_openais_form_naming_the_field(address, name):
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert len(error["message"]) < 600
+
+
+def test_a_body_may_be_as_deep_as_is_said_and_hold_any_character():
+    deep = b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1)
+    assert parse_object(b'{"a":' + deep + b"}")["a"]
+    with pytest.raises(ApiError, match="nested too deeply: up to 100 levels"):
+        parse_object(b'{"a":[' + deep + b"]}")
+    held = parse_object('\ufeff{"a": "\ud7ff\U0001f600"}'.encode())
+    assert held == {"a": "\ud7ff\U0001f600"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+# Objects and lists inside each other: more than a tool's schema has, and well below the thousand at
+# which Python's own functions give up.
+MAX_DEPTH = 100
+
 
 class ApiError(Exception):
     """A refusal in OpenAI's form.
@@ -33,22 +37,42 @@ class ApiError(Exception):
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object."""
+    """A JSON object.
+
+    Raises:
+      ApiError: for anything else, for text that is not UTF-8, and for one that is too deep.
+    """
     try:
-        value = json.loads(body)
+        # Halves of characters are told apart from other bytes below.
+        text = body.decode("utf-8-sig", "surrogatepass")
+        value = json.loads(text)
+        is_too_deep = is_deeper(value, MAX_DEPTH)
     except RecursionError:
-        raise ApiError("the body is nested too deeply") from None
+        is_too_deep = True
     except ValueError as error:  # bad UTF-8 and endless numbers too
-        raise ApiError(f"the body is no valid JSON: {str(error)[:200]}") from None
+        raise ApiError(f"the body is no valid JSON in UTF-8: {str(error)[:200]}") from None
+    if is_too_deep:
+        raise ApiError(f"the body is nested too deeply: up to {MAX_DEPTH} levels are taken")
     if not isinstance(value, dict):
         raise ApiError("the body must be a JSON object")
-    if b"\\ud" in body.lower():
+    if b"\\ud" in body.lower() or b"\xed" in body:
         _refuse_halves(value)
     return value
 
 
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether objects and lists lie inside each other at more levels than these."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [x for x in level if isinstance(x, dict | list)]
+        if not level:
+            return False
+        level = [x for each in level for x in (each.values() if type(each) is dict else each)]
+    return True
+
+
 def _refuse_halves(value: dict[str, Any]) -> None:
-    """Refuses escapes such as \\ud83d without their other half, which no text can hold."""
+    """Refuses halves of characters, escaped (\\ud83d) or as bytes, which no text can hold."""
     for name, content in value.items():
         try:
             json.dumps([name, content], ensure_ascii=False).encode()

@@ -331,7 +331,7 @@ def _messages(fields: Fields) -> list[Message]:
         )
     checked = [_message(message, number) for number, message in enumerate(messages)]
     # What the chat template has no place for is refused where it is rendered, and not dropped here.
-    return [given | message for given, message in zip(messages, checked)]
+    return [tools_lib.given(told) | message for told, message in zip(messages, checked)]
 
 
 def _message(message: Any, number: int) -> Message:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from adpo_jax.environments.calls import json_object
-from adpo_jax.serve.fields import ApiError, Fields, shown
+from adpo_jax.serve.fields import MAX_DEPTH, ApiError, Fields, is_deeper, shown
 
 MAX_TOOLS = 128
 
@@ -26,8 +26,7 @@ def parse_tools(fields: Fields) -> list[dict[str, Any]]:
         f"a list of up to {MAX_TOOLS} tools",
         lambda value: isinstance(value, list) and len(value) <= MAX_TOOLS,
     )
-    for number, tool in enumerate(tools):
-        _check_tool(tool, f"tools[{number}]")
+    tools = [_parse_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
     choice = fields.take("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise ApiError(
@@ -39,9 +38,17 @@ def parse_tools(fields: Fields) -> list[dict[str, Any]]:
     return tools if choice == "auto" else []
 
 
-def _check_tool(tool: Any, where: str) -> None:
-    function = tool.get("function") if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or tool.get("type") != "function":
+def given(value: Any) -> Any:
+    """An object without its fields that are null, which are as good as absent."""
+    if not isinstance(value, dict):
+        return value
+    return {name: content for name, content in value.items() if content is not None}
+
+
+def _parse_tool(tool: Any, where: str) -> dict[str, Any]:
+    told = given(tool)
+    function = given(told.get("function")) if isinstance(told, dict) else None
+    if not isinstance(function, dict) or told.get("type") != "function":
         raise ApiError(
             f'{where} must be {{"type": "function", "function": {{...}}}}; given {shown(tool)}',
             param="tools",
@@ -49,7 +56,7 @@ def _check_tool(tool: Any, where: str) -> None:
     checked_name(function.get("name"), f"{where}.function.name", "tools")
     if not isinstance(function.get("parameters", {}), dict):
         raise ApiError(f"{where}.function.parameters must be an object", param="tools")
-    if not isinstance(function.get("description") or "", str):
+    if not isinstance(function.get("description", ""), str):
         raise ApiError(f"{where}.function.description must be text", param="tools")
     if function.get("strict"):
         raise ApiError(
@@ -57,6 +64,7 @@ def _check_tool(tool: Any, where: str) -> None:
             param="tools",
             code="unsupported_parameter",
         )
+    return told | {"function": function}
 
 
 def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -73,6 +81,7 @@ def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _parse_call(call: Any, where: str) -> dict[str, Any]:
+    call = given(call)
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or call.get("type", "function") != "function":
         raise ApiError(
@@ -80,9 +89,11 @@ def _parse_call(call: Any, where: str) -> dict[str, Any]:
         )
     name = checked_name(function.get("name"), f"{where}.function.name")
     arguments = json_object(function.get("arguments") or "{}")
-    if arguments is None:
+    if arguments is None or is_deeper(arguments, MAX_DEPTH):
         raise ApiError(
-            f"{where}.function.arguments must be a JSON object as text", param="messages"
+            f"{where}.function.arguments must be a JSON object as text, of up to {MAX_DEPTH} "
+            "levels",
+            param="messages",
         )
     made = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if call.get("id") is not None:
