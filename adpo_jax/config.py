@@ -320,8 +320,8 @@ def _data() -> dict[str, Key]:
             'as train_files; "" for no evaluation; several sets with scores of their own as '
             '"name=file,other=file"',
         ),
-        "train_split": Key("train", "of a Hugging Face data set"),
-        "val_split": Key("test", "of a Hugging Face data set", needs=(_VALIDATION,)),
+        "train_split": Key("train", _SPLIT),
+        "val_split": Key("test", _SPLIT, needs=(_VALIDATION,)),
         "prompt_key": Key(
             "question", 'column of the prompts; it and answer_key may be paths, "extra_info.text"'
         ),
@@ -741,6 +741,7 @@ _VALIDATION = Need("data.val_files", lambda c: c.data.val_files)
 _SAMPLES = Need("samples (eval.n above 0): the greedy answer has none", lambda c: c.eval.n)
 _COLD_START = Need("a cold start (sft.train_files and sft.steps)", lambda c: c.sft.train_files)
 _BETAS = "two numbers in [0, 1)"
+_SPLIT = "of a Hugging Face data set, or of a folder whose files or folders are named after splits"
 
 
 def keys(config: ConfigDict, prefix: str = ""):

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from adpo_jax.data import readers
+from adpo_jax.data import folders, readers
 from adpo_jax.data.files import Dataset, extract_solution, load_rows, prompt_indices
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
@@ -85,6 +85,66 @@ def test_a_folder_gives_all_its_files_in_order_unless_they_are_named_after_split
     assert len(load(splits)) == 4
     with pytest.raises(ValueError, match=r"named after the split 'extra'"):
         load(splits, split="extra")
+
+
+SPLITS = {
+    "gsm8k_train.jsonl": "train",
+    "gsm8kTrain2.jsonl": "train",
+    "train-00000-of-00002.parquet": "train",
+    "test.v2.jsonl": "test",
+    "MATH-TEST.jsonl": "test",
+    "my dev set.jsonl": "validation",
+    "constrained_latest.jsonl": None,
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_word_anywhere_in_a_files_name_says_its_split(tmp_path, name):
+    others = ("z_train.jsonl", "z_test.jsonl", "z_validation.jsonl")
+    for file in (name, *others):
+        (tmp_path / file).touch()
+    for other in others:
+        split = other.removeprefix("z_").removesuffix(".jsonl")
+        found = {path.name for path in folders.files_of(tmp_path, split)}
+        assert found == {other} | ({name} if split == SPLITS[name] else set())
+
+
+# Folders as they are laid out: the files, those of training, and those of the test.
+LAYOUTS = {
+    "folders of splits": (("train/part-0.jsonl", "test/part-0.jsonl"), 0, 1),
+    "the Hub's data": (("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"), 0, 1),
+    "one configuration": (("main/train.jsonl", "main/test.jsonl", "dataset_infos.json"), 0, 1),
+    "folders in a configuration": (("main/train/0.jsonl", "main/eval/0.jsonl"), 0, 1),
+    "hidden files": (("a_train.jsonl", "a_test.jsonl", "._train.jsonl", ".x/train.jsonl"), 0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_is_read_as_the_hub_lays_it_out(tmp_path, layout):
+    names, train, test = LAYOUTS[layout]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert folders.files_of(tmp_path, "train") == [tmp_path / names[train]]
+    assert folders.files_of(tmp_path, "test") == [tmp_path / names[test]]
+
+
+def test_a_folder_that_does_not_say_what_is_meant_is_refused(tmp_path):
+    for name in (
+        "c/main/train.jsonl",
+        "c/socratic/train.jsonl",
+        "two/train_test.jsonl",
+        "no/x.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="folders main, socratic in it all have data.*c/main"):
+        folders.files_of(tmp_path / "c", "train")
+    with pytest.raises(ValueError, match=r"train_test.jsonl says the splits test, train; name the"):
+        folders.files_of(tmp_path / "two", "train")
+    (tmp_path / "no" / "linked").symlink_to(tmp_path / "c")
+    with pytest.raises(ValueError, match="no/linked is a link that leaves it"):
+        folders.files_of(tmp_path / "no", None)
 
 
 def test_the_real_gsm8k_is_read_and_every_answer_is_a_number():

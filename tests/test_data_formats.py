@@ -148,6 +148,29 @@ def test_every_named_validation_set_has_scores_of_its_own(tmp_path):
         datasets.named_sources("a.jsonl,two=b.jsonl")
 
 
+def test_a_folder_that_does_not_say_its_splits_is_not_trained_and_evaluated_on(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"question": "1?", "answer": 1}\n')
+    tokenizer = arithmetic.make_tokenizer()
+    for train, val in ((".", tmp_path), (".", "one=a.jsonl"), ("b.jsonl,a.jsonl", ".")):
+        config = config_of(f"data.train_files={train}", f"data.val_files={val}")
+        with pytest.raises(
+            ValueError, match=r"both read .*a\.jsonl: no name in the folder .* says"
+        ):
+            datasets.load_val_prompts(config, tokenizer)
+    named = config_of("data.train_files=a.jsonl", "data.val_files=a.jsonl")
+    assert len(datasets.load_val_prompts(named, tokenizer)) == 1
+
+    Path("a.jsonl").rename("my_train.jsonl")
+    Path("my_test.jsonl").write_text('{"question": "2?", "answer": 2}\n')
+    config = config_of("data.train_files=.", "data.val_files=.")
+    assert datasets.load_val_prompts(config, tokenizer).columns["question"] == ["2?"]
+    train = datasets.load_prompts(config, tokenizer, ".", split="train")
+    assert train.columns["question"] == ["1?"]
+
+
 def test_rows_come_in_the_order_of_the_data_without_shuffle():
     dealt = [
         prompt_indices(s, seed=1, num_rows=3, batch_size=2, shuffle=False).tolist() for s in (0, 1)

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adpo_jax.data import generated, stored
+from adpo_jax.data import folders, generated, stored
 from adpo_jax.data.readers import (
     BEGINNING,
-    SUFFIXES,
     Placed,
     Row,
     parquet_batches,
@@ -36,10 +35,6 @@ from adpo_jax.data.stored import Segment, StoredColumn
 
 # Above so many bytes in its files a data set is mapped into memory. Compressed ones count tenfold.
 LARGE_BYTES = 32 * 2**20
-
-# The first word of a file's name in a folder, and the split that the file then belongs to.
-_SPLITS = {"train": "train", "test": "test", "dev": "validation", "val": "validation"}
-_SPLITS["validation"] = _SPLITS["valid"] = "validation"
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -165,7 +160,7 @@ def load_rows(
         be dotted paths into a column of objects, as in `reward_model.ground_truth`.
       answer_key: the column of answers.
       split: which split of a Hugging Face data set, "train" unless given. In a folder whose files
-        are named after splits (train.jsonl, test-00000.parquet) it chooses among them.
+        or folders are named after splits (gsm8k_train.jsonl, test/0.parquet) it chooses among them.
       answer_option: what the user calls `answer_key`, for errors.
       needs_answer: whether rows without an answer are refused.
       cache_dir: where large files are kept as Arrow; "" for a folder that goes with the process.
@@ -468,7 +463,7 @@ def _find(source: str, split: str | None) -> _Source:
         return _Source(source, split, [], generated.rows(source, split), 0)
     path = Path(source).expanduser()
     if path.is_dir():
-        files = _folder_files(path, split)
+        files = folders.files_of(path, split)
     elif path.exists():
         files = [path]
     elif suffix_of(path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -482,24 +477,6 @@ def _find(source: str, split: str | None) -> _Source:
     compressed = {".jsonl.gz": 10, ".csv.gz": 10, ".parquet": 10}
     weight = sum(file.stat().st_size * compressed.get(suffix_of(file), 1) for file in files)
     return _Source(source, split or "train", files, None, weight)
-
-
-def _folder_files(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if suffix_of(file))
-    if not files:
-        raise ValueError(f"{folder}: the folder has no {', '.join(SUFFIXES)} file")
-    splits = {file: _SPLITS.get(re.split(r"[^a-z]", file.stem.lower())[0]) for file in files}
-    if split is None or not any(splits.values()):
-        return files
-    # Test rows must not slip into training because the files lie in one folder.
-    wanted = _SPLITS.get(split, split)
-    chosen = [file for file in files if splits[file] == wanted]
-    if not chosen:
-        raise ValueError(
-            f"{folder}: none of {', '.join(file.name for file in files)} is named after the split "
-            f"{split!r}; name the file itself"
-        )
-    return chosen
 
 
 def _hub_rows(source: str, split: str):

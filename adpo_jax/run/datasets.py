@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from adpo_jax.data import due, embedded, files
+from adpo_jax.data import due, embedded, files, folders
 from adpo_jax.data.control_tokens import text_token_ids
 from adpo_jax.data.prompts import PromptFormat, render_prompts
 from adpo_jax.records import Prompts
@@ -121,6 +121,7 @@ def load_val_prompts(config: ConfigDict, tokenizer, tools: Mapping | None = None
     """
     if not config.data.val_files:
         return None
+    _refuse_training_files(config)
     category, parts = config.eval.category_key, []
     for name, source in named_sources(config.data.val_files).items():
         prompts = load_prompts(config, tokenizer, source, split="val", tools=tools)
@@ -145,6 +146,39 @@ def load_val_prompts(config: ConfigDict, tokenizer, tools: Mapping | None = None
             for part in parts
         ]
     )
+
+
+def _refuse_training_files(config: ConfigDict) -> None:
+    """Refuses to evaluate on training rows because a folder does not say which are which.
+
+    A file that is itself named for both is what the user wants.
+
+    Raises:
+      ValueError: naming the folder and a file of it.
+    """
+    evaluated = [
+        s for both in named_sources(config.data.val_files).values() for s in both.split(",")
+    ]
+    training = {"data.train_files": config.data.train_files}
+    training |= {"sft.train_files": config.sft.train_files} if config.sft.steps else {}
+    for option, sources in training.items():
+        trained = [source.strip() for source in sources.split(",")]
+        for one, others in ((trained, evaluated), (evaluated, trained)):
+            unsplit = {
+                f: source for source in one for f, source in folders.unsplit_files(source).items()
+            }
+            for other in others:
+                shared = unsplit.keys() & {
+                    *folders.unsplit_files(other),
+                    Path(other).expanduser().resolve(),
+                }
+                if shared:
+                    file = min(shared)
+                    raise ValueError(
+                        f"{option} and data.val_files would both read {file}: no name in the "
+                        f"folder {unsplit[file]} says its split. Name the files of each, or give "
+                        "them names with train and test"
+                    )
 
 
 def named_sources(val_files: str) -> dict[str, str]:
