@@ -140,6 +140,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
     assert "thesis is no run's folder" in capsys.readouterr().err
 
 
+def test_a_page_takes_the_place_of_an_older_one_and_of_no_other_file(folders, tmp_path):
+    out = tmp_path / "notes.html"
+    out.write_text("<p>of a week's work</p>")
+    with pytest.raises(ValueError, match=r"notes\.html exists and is no report; give the page"):
+        page.write(folders, out)
+    assert out.read_text() == "<p>of a week's work</p>"
+    out.write_text("")  # as mktemp leaves it
+    for group in (folders[:1], folders[2:]):
+        page.write(group, out)
+    assert "seed0" in out.read_text()
+
+
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory):
     """A report, as PNG files too, of a run with an odd name, metrics of its own, and damage."""

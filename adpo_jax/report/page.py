@@ -43,6 +43,8 @@ _MORE = ("reward/*", "eval/*")
 _NUM_MORE = 48
 _STAGES = ("rollout", "reward", "anchor", "update", "eval", "checkpoint")
 _NUM_SAMPLES = 6  # of a group
+# In the head of every page, by which a later report knows that it may take its place.
+_MARK = b'<meta name="generator" content="adpo-jax report">'
 
 
 def write(
@@ -65,8 +67,9 @@ def write(
 
     Raises:
       ValueError: when a folder holds no run, no run has such a metric, or the page cannot be
-        written.
+        written or would take the place of another file.
     """
+    _refuse_other_file(out)
     groups = grouped([Run.read(Path(folder)) for folder in folders])
     further, num_left_out = _further(groups, metrics)
     pictures = [p for name, title, unit in CURVES if (p := _curve(groups, name, title, unit))]
@@ -122,6 +125,23 @@ def write(
     except OSError as error:
         raise ValueError(f"{error.filename or out} cannot be written: {error.strerror}") from error
     return problems
+
+
+def _refuse_other_file(out: Path) -> None:
+    """Refuses to write over a file that is no page of this report.
+
+    Raises:
+      ValueError: there is such a file, or it cannot be read.
+    """
+    if not out.is_file():  # what is there otherwise is no file to lose
+        return
+    try:
+        with out.open("rb") as file:
+            ours = _MARK in (file.read(1024) or _MARK)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be read: {error.strerror}") from error
+    if not ours:
+        raise ValueError(f"{out} exists and is no report; give the page another name by --out")
 
 
 def _further(groups: Sequence[Group], patterns: Collection[str]) -> tuple[list[str], int]:
