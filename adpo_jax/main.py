@@ -146,7 +146,7 @@ def main(argv: list[str], **parts) -> int:
         except Interrupted as reason:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)
         except HostLost as error:
-            _leave(error)
+            _leave(error, interruption.what_is_left)
         try:
             train.run(prepared, interruption)
         except (RewardError, EnvironmentFailed, CheckpointError, SourceError) as error:
@@ -161,15 +161,15 @@ def main(argv: list[str], **parts) -> int:
         except (jax.errors.JaxRuntimeError, HostLost) as error:
             if jax.process_count() == 1:
                 raise
-            _leave(error)
+            _leave(error, interruption.what_is_left)
     return 0
 
 
-def _leave(error: Exception) -> NoReturn:
+def _leave(error: Exception, what_is_left: str) -> NoReturn:
     """Ends this process at once: leaving in good order would wait for the host that is lost."""
     _failed(
-        "another host has stopped or cannot be reached; the last checkpoint is whole, and "
-        f"the same command goes on from it. What was seen here: {error}"
+        f"another host has stopped or cannot be reached; {what_is_left}. "
+        f"What was seen here: {error}"
     )
     os._exit(HOST_LOST)
 

@@ -105,6 +105,7 @@ def run(
     """
     config, parts, folder = prepared.config, prepared.parts, prepared.folder
     interruption = interruption or Interruption()
+    interruption.checkpoints = folder.checkpoints
     _announce(parts, folder)
     with (
         folder,

@@ -50,7 +50,15 @@ def test_a_stage_that_outlasts_the_grace_period_is_left():
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == INTERRUPTED
-    assert "not done after 0.2 s" in err
+    assert "not done after 0.2 s: exiting; this process has saved nothing yet, and the same" in err
+
+
+def test_what_is_left_after_an_exit_is_said_as_it_is(tmp_path):
+    interruption = Interruption()
+    interruption.checkpoints = tmp_path / "checkpoints"
+    assert interruption.what_is_left == "nothing has been saved, and the same command starts again"
+    (interruption.checkpoints / "50").mkdir(parents=True)
+    assert "the last checkpoint is whole, and the same command" in interruption.what_is_left
 
 
 def test_a_stage_that_may_be_abandoned_is_left_and_any_other_finished():

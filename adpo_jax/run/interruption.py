@@ -13,11 +13,13 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from adpo_jax.run.checkpoint_files import complete_steps
 from adpo_jax.run.exit_codes import INTERRUPTED, SECOND_INTERRUPT
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -32,10 +34,14 @@ class Interruption:
 
     Args:
       grace_s: seconds from the first signal until the process exits, whatever it is doing then.
+
+    Attributes:
+      checkpoints: the folder of the run's checkpoints; None before it is known.
     """
 
     def __init__(self, grace_s: float = 30.0):
         self.grace_s = grace_s
+        self.checkpoints: Path | None = None
         self._name: str | None = None
         self._may_raise = False
         self._checks = 0
@@ -46,6 +52,16 @@ class Interruption:
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         return self._name is not None
+
+    @property
+    def what_is_left(self) -> str:
+        """What the same command does after an exit at this moment, in words."""
+        if self.checkpoints is None:
+            return "this process has saved nothing yet, and the same command goes on as before"
+        with contextlib.suppress(OSError):  # a disk that cannot be read has nothing to go on from
+            if complete_steps(self.checkpoints):
+                return "the last checkpoint is whole, and the same command goes on from it"
+        return "nothing has been saved, and the same command starts again"
 
     def check(self) -> None:
         """Raises if this or any other process was asked to stop; all processes must call this.
@@ -129,7 +145,7 @@ class Interruption:
             timer.cancel()
 
     def _give_up(self) -> None:
-        text = f"not done after {self.grace_s:g} s: exiting; the last checkpoint is whole"
+        text = f"not done after {self.grace_s:g} s: exiting; {self.what_is_left}"
         _exit(text, INTERRUPTED)
 
 
