@@ -35,7 +35,8 @@ class Key(NamedTuple):
       default: its value where a config says nothing; None for none.
       meaning: what it is and in which unit, for docs/config.md.
       kind: the type of the values of a key without a default.
-      least, most: bounds of a number.
+      least, most: bounds of a number. Every number is finite.
+      above: in place of least, what a number has to be above.
       choices: the values allowed.
       allowed: what is allowed in words, where the bounds and choices do not say it: whoever uses
         the value checks it.
@@ -50,6 +51,7 @@ class Key(NamedTuple):
     kind: type | None = None
     least: float | None = None
     most: float | None = None
+    above: float | None = None
     choices: tuple[str, ...] = ()
     allowed: str = ""
     needs: tuple[Need, ...] = ()
@@ -64,6 +66,15 @@ class Key(NamedTuple):
         """What is allowed, in words; "" where the type says it all."""
         if self.allowed or self.choices:
             return self.allowed or ", ".join(choice or '""' for choice in self.choices)
+        return self.bounds
+
+    @property
+    def bounds(self) -> str:
+        """The bounds of a number, in words; "" where it has none."""
+        if self.above is not None:
+            return f"above {self.above:g}" + (
+                "" if self.most is None else f" and at most {self.most:g}"
+            )
         if self.most is not None:
             return f"{self.least:,g} to {self.most:,.10g}"
         return "" if self.least is None else f"at least {self.least:g}"
@@ -218,7 +229,7 @@ def _reward_function() -> dict[str, Key]:
         "timeout_s": Key(
             10.0,
             "seconds; a completion that takes longer is given up",
-            allowed="above 0",
+            above=0,
             needs=(workers,),
         ),
         "on_timeout": Key(
@@ -271,7 +282,7 @@ def _environment() -> dict[str, Key]:
             30.0,
             "seconds for a call of a tool, a reset and a reward; a call that takes longer is "
             "killed, and the model is told",
-            allowed="above 0",
+            above=0,
             needs=(there,),
         ),
         "num_workers": Key(
@@ -299,7 +310,7 @@ def _environment() -> dict[str, Key]:
         "rollout_timeout_s": Key(
             600.0,
             "seconds for the rollouts of a row there; they are asked for three times at most",
-            allowed="above 0",
+            above=0,
             needs=(external,),
         ),
     }
@@ -400,7 +411,7 @@ def _model() -> dict[str, Key]:
             "adapters of this rank (LoRA) are trained beside frozen weights; 0 trains the weights",
             least=0,
         ),
-        "lora_alpha": Key(32.0, "adapters are scaled by lora_alpha / lora_rank"),
+        "lora_alpha": Key(32.0, "adapters are scaled by lora_alpha / lora_rank", above=0),
         "lora_target_modules": Key(
             "all-linear",
             '"all-linear", or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj',
@@ -489,10 +500,12 @@ def _rollout() -> dict[str, Key]:
         lambda c: not (c.environment.path or c.environment.url),
     )
     return {
-        "temperature": Key(1.0, "divides the logits", allowed="above 0"),
-        "top_p": Key(1.0, "keep the fewest tokens with this mass; 1 for all"),
-        "top_k": Key(-1, "-1 for all tokens"),
-        "min_p": Key(0.0, "drop tokens less likely than this share of the likeliest"),
+        "temperature": Key(1.0, "divides the logits", above=0),
+        "top_p": Key(1.0, "keep the fewest tokens with this mass; 1 for all", above=0, most=1),
+        "top_k": Key(-1, "-1 for all tokens", allowed=_TOP_K, least=-1),
+        "min_p": Key(
+            0.0, "drop tokens less likely than this share of the likeliest", least=0, most=1
+        ),
         "tensor_model_parallel_size": Key(
             0,
             "devices that a copy of the parameters is split over while sampling, within one "
@@ -515,7 +528,9 @@ def _rollout() -> dict[str, Key]:
             "give the KV cache back before the update; a batch that shrinks, as on a CPU, always "
             "does",
         ),
-        "gpu_memory_utilization": Key(0.85, "share of the device's memory in use while sampling"),
+        "gpu_memory_utilization": Key(
+            0.85, "share of the device's memory in use while sampling", above=0, most=1
+        ),
         "expected_response_length": Key(
             0,
             "tokens of a completion that the memory is planned for, where the mean is far below "
@@ -591,10 +606,12 @@ def _eval() -> dict[str, Key]:
             needs=(_VALIDATION,),
         ),
         "ks": Key((), "the k of pass@k and maj@k, each at most n; () for n alone", needs=sampled),
-        "temperature": Key(1.0, "of the samples", needs=sampled),
-        "top_p": Key(1.0, "of the samples; 1 keeps all tokens", needs=sampled),
-        "top_k": Key(-1, "of the samples; -1 keeps all tokens", needs=sampled),
-        "min_p": Key(0.0, "of the samples; 0 keeps all tokens", needs=sampled),
+        "temperature": Key(1.0, "of the samples", least=0, needs=sampled),
+        "top_p": Key(1.0, "of the samples; 1 keeps all tokens", above=0, most=1, needs=sampled),
+        "top_k": Key(
+            -1, "of the samples; -1 keeps all tokens", allowed=_TOP_K, least=-1, needs=sampled
+        ),
+        "min_p": Key(0.0, "of the samples; 0 keeps all tokens", least=0, most=1, needs=sampled),
         "max_tokens": Key(
             0,
             "length limit of an answer; 0 for data.max_response_length",
@@ -741,6 +758,7 @@ _VALIDATION = Need("data.val_files", lambda c: c.data.val_files)
 _SAMPLES = Need("samples (eval.n above 0): the greedy answer has none", lambda c: c.eval.n)
 _COLD_START = Need("a cold start (sft.train_files and sft.steps)", lambda c: c.sft.train_files)
 _BETAS = "two numbers in [0, 1)"
+_TOP_K = "-1, or at least 1"
 _SPLIT = "of a Hugging Face data set, or of a folder whose files or folders are named after splits"
 
 

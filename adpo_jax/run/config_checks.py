@@ -8,6 +8,7 @@ the bounds of their own parameters.
 import dataclasses
 import difflib
 import fnmatch
+import math
 import re
 from pathlib import PurePath
 
@@ -69,6 +70,11 @@ def validate(config: ConfigDict) -> None:
       ValueError: naming the wanted values, the given one and the cure.
     """
     declared = declarations()
+    if config.actor_rollout_ref.rollout.temperature <= 0:
+        raise ValueError(
+            "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
+            "completions of a prompt are all the same. Evaluation is greedy as it is"
+        )
     for name, key in declared.items():
         _check_value(name, key, _value(config, name))
     prompts, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -87,11 +93,6 @@ def validate(config: ConfigDict) -> None:
     _check_paths(config)
     _check_anchor(config)
     _check_ahead(config)
-    if config.actor_rollout_ref.rollout.temperature <= 0:
-        raise ValueError(
-            "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
-            "completions of a prompt are all the same. Evaluation is greedy as it is"
-        )
     if config.sft.steps and not config.sft.train_files:
         raise ValueError(f"sft.steps is {config.sft.steps}, but sft.train_files names no data")
     kind = losses.ALGORITHMS[config.algorithm.adv_estimator]
@@ -117,7 +118,13 @@ def _check_value(name: str, key: Key, value) -> None:
             raise ValueError(f"{name} is at most {most:,}; given {value:,}")
         if key.least is not None and value < key.least:
             raise ValueError(f"{name} is at least {key.least:g}, given {value:,}")
-    if value is None or key.least is None:
+    if not isinstance(value, int | float):
+        return
+    if key.above is not None and not key.above < value <= (key.most or LARGEST):
+        raise ValueError(f"{name} is {key.bounds}; given {value}")
+    if key.least is None:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is a finite number; given {value}")
         return
     if key.most is not None and not key.least <= value <= key.most:
         raise ValueError(f"{name} is in [{key.least:g}, {key.most:g}], given {value}")
