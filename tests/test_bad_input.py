@@ -794,8 +794,21 @@ REWARD_SETTINGS = {
         "takes the place of",
     ),
     "an entry that is no function": (
+        ("reward_functions=({'weight': 1.0},)",),
+        ['reward_functions: wanted dicts with "name"', "as reward_functions[0]"],
+    ),
+    "a misspelt field": (
         ("reward_functions=({'name': 'exact_match', 'weigth': 1.0},)",),
-        'wanted dicts with "name"',
+        "reward_functions[0] has the key 'weigth', and takes path, name, weight, kwargs; did you "
+        "mean 'weight'?",
+    ),
+    "a weight that is text": (
+        ("reward_functions=({'name': 'exact_match'}, {'name': 'good_accuracy', 'weight': '0.1'})",),
+        "reward_functions[1].weight is a number; given '0.1'",
+    ),
+    "keywords that are none": (
+        ("reward_functions=({'name': 'exact_match', 'kwargs': 'x=1'},)",),
+        "reward_functions[0].kwargs is a dict; given 'x=1'",
     ),
     "an infinite weight": (
         ("reward_functions=({'name': 'exact_match', 'weight': 1e999},)",),

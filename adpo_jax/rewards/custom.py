@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import inspect
 import math
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -86,8 +87,11 @@ def load(function: RewardFunction) -> Callable:
       ValueError: no such built-in, file or function, a file that does not import, a keyword that
         the function does not take, or a setting that a built-in refuses.
     """
-    if not math.isfinite(function.weight):
-        raise ValueError(f"reward function {function.name}: its weight is {function.weight}")
+    if not isinstance(function.weight, numbers.Real) or not math.isfinite(function.weight):
+        raise ValueError(
+            f"reward function {function.name}: its weight is a finite number; given "
+            f"{function.weight!r}"
+        )
     if function.path is None:
         if function.name not in BUILTINS:
             raise ValueError(
