@@ -323,7 +323,8 @@ def _data() -> dict[str, Key]:
             "embedded:arithmetic",
             "a .jsonl, .json, .csv or .parquet file (.jsonl.gz and .csv.gz too), a folder of "
             "them, several of either "
-            "(comma-separated), a Hugging Face data set name, an embedded one, or "
+            "(comma-separated, or a list as verl's), a Hugging Face data set name, an embedded "
+            "one, or "
             'generated tasks: "reasoning_gym:chain_sum?max_terms=3"',
         ),
         "val_files": Key(
@@ -739,7 +740,8 @@ def _trainer() -> dict[str, Key]:
         "val_before_train": Key(True, "evaluate before the first iteration", needs=(_VALIDATION,)),
         "logger": Key(
             (),
-            'besides metrics.jsonl and TensorBoard: any of wandb, mlflow, trackio, e.g. ("wandb",)',
+            'besides metrics.jsonl and TensorBoard: wandb, mlflow, trackio, e.g. ("wandb",), '
+            "beside verl's console and tensorboard, which are written anyway",
         ),
         "profile_steps": Key(
             (), "first and last iteration of an xprof trace, e.g. (3, 5); () for none"

@@ -82,7 +82,18 @@ def test_grpo_config_differs_from_adpo_in_the_algorithm_and_the_name_alone():
     assert adpo == grpo
 
 
+def test_lists_and_loggers_are_taken_as_users_of_verl_write_them():
+    for files in ("['a.parquet', 'b.parquet']", "[a.parquet,b.parquet]", "a.parquet,b.parquet"):
+        config = parse(f"--config.data.train_files={files}", f"--config.data.val_files={files}")
+        assert config.data.train_files == config.data.val_files == "a.parquet,b.parquet"
+    for logger in ("('console', 'wandb')", "['tensorboard','wandb']", "[console,wandb]"):
+        assert parse(f"--config.trainer.logger={logger}").trainer.logger == ("wandb",)
+    assert parse("--config.trainer.logger=console").trainer.logger == ()
+
+
 REFUSALS = {
+    "--config.data.train_files=['a.parquet','b.parquet'": "list .* has no end; write",
+    "--config.data.val_files=[1, 2]": "data.val_files is a list of texts",
     "--config.data.train_batch_size=0": "data.train_batch_size is at least 1",
     "--config.algorithm.num_generations=1": "algorithm.num_generations is at least 2",
     "--config.actor_rollout_ref.actor.ppo_mini_batch_size=5": "must divide data.train_batch_size",

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax import losses
 from adpo_jax.config import Key, declarations, default_config, keys
-from adpo_jax.run import metric_names
+from adpo_jax.run import metric_names, other_trainers
 from adpo_jax.run.reward_functions import reward_functions
 from adpo_jax.run.whole_keys import section, whole_keys
 
@@ -30,6 +30,7 @@ def finalized(config: ConfigDict) -> ConfigDict:
     """A validated and locked copy of the config, with derived defaults filled in."""
     config = ConfigDict(config).copy_and_resolve_references()
     with config.unlocked():
+        other_trainers.taken_as_given(config)
         actor = config.actor_rollout_ref.actor
         actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
         remat = str(config.trainer.gradient_checkpointing).lower()
