@@ -1,4 +1,5 @@
 import functools
+import re
 import runpy
 import types
 from pathlib import Path
@@ -12,7 +13,8 @@ from ml_collections import config_flags
 
 from adpo_jax.config import default_config
 from adpo_jax.losses import PaddedTokens
-from adpo_jax.run import config_checks, setup
+from adpo_jax.run import config_checks, other_trainers, setup
+from adpo_jax.run import keys as list_keys
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.config_checks import check_overrides, finalized
 
@@ -55,6 +57,56 @@ def test_a_misspelt_key_is_refused_and_the_nearest_named():
     check_overrides(["main", "--config.algorithm.tau=4", "--config.reward_model.reward_kwargs={}"])
     with pytest.raises(ValueError, match="reward_kwargs is set as a whole"):
         check_overrides(["main", "--config.reward_model.reward_kwargs.ngram_size=3"])
+
+
+FOREIGN = {
+    "actor_rollout_ref.rollout.n": "a name of verl; did you mean algorithm.num_generations?",
+    "rollout.n": "did you mean algorithm.num_generations?",
+    "algorithm.kl_ctrl.kl_coef": "did you mean algorithm.beta_reference_kl: its weight",
+    "data.filter_overlong_prompts": "did you mean data.overlong_prompts: filter or truncate",
+    "actor_rollout_ref.rollout.val_kwargs.n": "did you mean eval.n and eval.temperature",
+    "trainer.val_only": "a name of verl; `adpo-jax evaluate --model=RUN` evaluates alone",
+    "trainer.resume_mode": "the flag is --resume=auto, never or must",
+    "trainer.max_completion_length": "a name of TRL; did you mean data.max_response_length?",
+    "trainer.num_generations": "trainer.num_generations; did you mean algorithm.num_generations?",
+    "trainer.frobnicate": "`adpo-jax keys WORD` lists those that have to do with a word, such as",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_name_of_another_trainer_is_answered_with_ours(name):
+    with pytest.raises(ValueError, match=re.escape(FOREIGN[name])):
+        check_overrides(["main", f"--config.{name}=1"])
+
+
+def test_names_of_other_trainers_are_those_of_the_documentation():
+    known = set(flat(default_config()))
+    missing = {key for cure in other_trainers.NAMES.values() for key in cure.keys} - known
+    assert missing == set()
+    ends = {name.rpartition(".")[2] for name in known}
+    page = (CONFIGS.parent / "docs" / "coming_from.md").read_text()
+    documented = set()
+    for row in re.findall(r"^\| (?!what|---)(.*) \|$", page, re.M):
+        cells = row.split(" | ")
+        assert len(cells) == 5, row
+        text = " ".join(cells[1:4]) + " ".join(re.findall("verl's `[^`]*`", cells[4]))
+        for code in re.findall("`([^`]*)`", text):
+            documented |= set(re.findall(r"(?<!\w)[a-z][a-z_.]*[a-z]", code.partition("=")[0]))
+    told = documented | {n.rpartition(".")[2] for n in documented}
+    for name in other_trainers.NAMES:
+        assert name.rpartition(".")[2] in told, f"{name} is not in docs/coming_from.md"
+    answered = {n.rpartition(".")[2] for n in other_trainers.NAMES} | ends
+    unanswered = {name for name in documented if name.rpartition(".")[2] not in answered}
+    assert unanswered == {"get_soft_overlong_punishment"}  # a function, no setting
+
+
+def test_keys_finds_names_of_other_trainers(monkeypatch, capsys):
+    for word in ("resume", "filter_overlong", "val_only"):
+        monkeypatch.setattr("sys.argv", ["adpo-jax keys", word])
+        assert list_keys.main() == 0
+    told = capsys.readouterr().out
+    for words in ("--resume=auto", "here: data.overlong_prompts", "`adpo-jax evaluate"):
+        assert words in told
 
 
 def test_log_probs_of_the_whole_distribution_are_asked_for_where_sampling_truncates():

@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import math
 import re
+from collections.abc import Collection
 from pathlib import PurePath
 
 from ml_collections import ConfigDict
@@ -20,6 +21,9 @@ from adpo_jax.run import metric_names, other_trainers
 from adpo_jax.run.reward_functions import reward_functions
 from adpo_jax.run.whole_keys import section, whole_keys
 
+# How like a misspelt key another is that it is taken for: trainer.val_only is at 0.72 like
+# trainer.seed, and algorithm.tauu at 0.97 like algorithm.tau.
+_NEAR = 0.8
 # Of whole numbers: what an int32 holds.
 LARGEST = 2**31 - 1
 # The names that a folder may have: one part of a path, and not hidden.
@@ -289,8 +293,22 @@ def check_overrides(argv: list[str]) -> None:
         if above in known:
             raise ValueError(f"{above} is set as a whole: --config.{above}=\"{{'{below}': ...}}\"")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"the config has no key {key}; did you mean {near}?")
+            raise ValueError(f"the config has no key {key}{_advice(key, known)}")
+
+
+def _advice(key: str, known: Collection[str]) -> str:
+    """What to do in place of a key that there is not; continues the sentence that says so."""
+    if cure := other_trainers.cure_of(key):
+        of = f", a name of {cure.trainers}"
+        return f"{of}; did you mean {cure}?" if cure.keys else f"{of}; {cure}"
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.endswith(f".{key}")]
+    same = same or [name for name in known if name.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(key, same, n=2, cutoff=0.0)
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=_NEAR)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; `adpo-jax keys WORD` lists those that have to do with a word, such as {last!r}"
 
 
 def _value(config: ConfigDict, key: str):

@@ -11,7 +11,9 @@ def main() -> int:
     parser = Parser(prog="adpo-jax keys", description="Keys of the config, set by --config.KEY=V.")
     parser.add_argument("word", nargs="?", default="", help="part of a name or a meaning")
     word = parser.parse_args().word.lower()
-    from adpo_jax.config import declarations  # after the arguments, since this imports JAX
+    # After the arguments, since this imports JAX.
+    from adpo_jax.config import declarations
+    from adpo_jax.run.other_trainers import NAMES
 
     found = {
         name: key
@@ -21,7 +23,10 @@ def main() -> int:
     for name, key in found.items():
         allowed = f" ({key.allows})" if key.allows else ""
         print(f"{name} = {key.default!r}\n    {key.meaning}{allowed}")
-    if not found:
+    others = {name: cure for name, cure in NAMES.items() if word and word in name.lower()}
+    for name, cure in others.items():
+        print(f"{name}, a name of {cure.trainers}\n    here: {cure}")
+    if not found and not others:
         print(f"error: no key's name or meaning has the word {word!r}", file=sys.stderr)
         return USER_ERROR
     return 0

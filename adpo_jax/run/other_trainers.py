@@ -58,3 +58,102 @@ def _listed(text: str, key: str) -> list[str]:
     if odd := [name for name in found if "," in name and key != "trainer.logger"]:
         raise ValueError(f"{key}: a comma ends a file's name, and {odd[0]!r} has one; rename it")
     return found
+
+
+_ROLLOUT, _ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
+_REFERENCE = Cure("verl", ("algorithm.beta_reference_kl",), "its weight, 0 for none")
+_OVERLONG = Cure("verl", ("data.overlong_prompts",), "filter or truncate")
+_MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+_DEVICES = Cure("verl", _MESH, "all devices of all hosts are used, one process a host")
+_ENGINE = "there is one engine, built in: leave it out"
+_OPTIMIZER = "actor_rollout_ref.actor.optim"
+
+# verl's names whole, those of TRL's and Tunix's settings by themselves. A name that is a key here
+# too, or the last part of one, needs no entry.
+NAMES = {
+    f"{_ROLLOUT}.n": Cure("verl", ("algorithm.num_generations",)),
+    f"{_ROLLOUT}.name": Cure("verl", (), _ENGINE),
+    f"{_ROLLOUT}.enable_chunked_prefill": Cure("verl", (f"{_ROLLOUT}.prefill_chunk_size",)),
+    f"{_ROLLOUT}.max_num_batched_tokens": Cure("verl", (f"{_ROLLOUT}.prefill_chunk_size",)),
+    f"{_ROLLOUT}.val_kwargs": Cure("verl", ("eval.n", "eval.temperature", "eval.top_p")),
+    f"{_ACTOR}.use_kl_loss": _REFERENCE,
+    f"{_ACTOR}.kl_loss_coef": _REFERENCE,
+    "algorithm.kl_ctrl.kl_coef": _REFERENCE,
+    f"{_ACTOR}.clip_ratio_low": Cure("verl", ("algorithm.clip_low",)),
+    f"{_ACTOR}.clip_ratio_high": Cure("verl", ("algorithm.clip_high",)),
+    f"{_ACTOR}.loss_agg_mode": Cure("verl and Tunix", ("algorithm.loss_aggregation",)),
+    f"{_ACTOR}.ppo_micro_batch_size_per_gpu": Cure(
+        "verl", ("trainer.per_device_train_batch_size",), "completions; it changes no result"
+    ),
+    f"{_ACTOR}.ulysses_sequence_parallel_size": Cure("verl", ("mesh.sequence",)),
+    "actor_rollout_ref.model.enable_gradient_checkpointing": Cure(
+        "verl", ("trainer.gradient_checkpointing",)
+    ),
+    "algorithm.norm_adv_by_std_in_grpo": Cure("verl", ("algorithm.scale_rewards",)),
+    "distillation.teacher_models": Cure("verl", ("algorithm.adv_estimator", "teacher.path"), "opd"),
+    "data.filter_overlong_prompts": _OVERLONG,
+    "data.truncation": _OVERLONG,
+    "data.apply_chat_template_kwargs": Cure("verl", ("data.chat_template_kwargs",)),
+    "custom_reward_function.reward_kwargs": Cure("verl", ("reward_model.reward_kwargs",)),
+    "reward_model.overlong_buffer": Cure(
+        "verl", ("reward_functions",), "length_penalty is one of those that there are"
+    ),
+    "trainer.val_only": Cure("verl", (), "`adpo-jax evaluate --model=RUN` evaluates alone"),
+    "trainer.resume_mode": Cure("verl", (), "the flag is --resume=auto, never or must"),
+    "trainer.default_local_dir": Cure("verl", (), "the flag is --workdir=DIR"),
+    "trainer.n_gpus_per_node": _DEVICES,
+    "trainer.nnodes": _DEVICES,
+    "trainer.max_actor_ckpt_to_keep": Cure("verl", ("trainer.save_total_limit",)),
+    "model": Cure("TRL", ("actor_rollout_ref.model.path",)),
+    "max_completion_length": Cure("TRL", ("data.max_response_length",)),
+    "epsilon": Cure("TRL and Tunix", ("algorithm.clip_low",)),
+    "epsilon_high": Cure("TRL", ("algorithm.clip_high",)),
+    "loss_type": Cure("TRL", ("algorithm.adv_estimator", "algorithm.loss_aggregation")),
+    "beta": Cure("TRL and Tunix", ("algorithm.beta_reference_kl",)),
+    "teacher_model_name_or_path": Cure("TRL", ("teacher.path",)),
+    "sync_ref_model": Cure("TRL", ("anchor.mode",), "ema"),
+    "ref_model_mixup_alpha": Cure("TRL", ("anchor.ema_alpha",)),
+    "steps_per_generation": Cure("TRL", (f"{_ACTOR}.ppo_mini_batch_size",)),
+    "num_iterations": Cure("TRL and Tunix", (f"{_ACTOR}.ppo_epochs",)),
+    "generation_batch_size": Cure("TRL", ("data.train_batch_size",), "it counts prompts"),
+    "learning_rate": Cure("TRL", (f"{_OPTIMIZER}.lr",)),
+    "max_grad_norm": Cure("TRL", (f"{_ACTOR}.grad_clip",)),
+    "use_vllm": Cure("TRL", (), _ENGINE),
+    "vllm_gpu_memory_utilization": Cure("TRL", (f"{_ROLLOUT}.gpu_memory_utilization",)),
+    "vllm_enable_sleep_mode": Cure("TRL", (f"{_ROLLOUT}.free_cache_engine",)),
+    "reward_funcs": Cure("TRL", ("reward_functions",)),
+    "reward_weights": Cure("TRL", ("reward_functions",), "each has its weight"),
+    "num_train_epochs": Cure("TRL", ("trainer.total_epochs",)),
+    "max_steps": Cure("TRL and Tunix", ("trainer.total_training_steps",)),
+    "save_steps": Cure("TRL", ("trainer.save_freq",)),
+    "save_strategy": Cure("TRL", ("trainer.save_freq",)),
+    "eval_steps": Cure("TRL", ("trainer.test_freq",)),
+    "eval_strategy": Cure("TRL", ("trainer.test_freq",)),
+    "eval_on_start": Cure("TRL", ("trainer.val_before_train",)),
+    "report_to": Cure("TRL", ("trainer.logger",)),
+    "shuffle_dataset": Cure("TRL", ("data.shuffle",)),
+    "max_tokens_to_generate": Cure("Tunix", ("data.max_response_length",)),
+    "algo_variant": Cure("Tunix", ("algorithm.adv_estimator",)),
+    "advantage_estimator": Cure("Tunix", ("algorithm.scale_rewards",)),
+    "mini_batch_size": Cure("Tunix", (f"{_ACTOR}.ppo_mini_batch_size",)),
+    "train_micro_batch_size": Cure("Tunix", ("trainer.per_device_train_batch_size",)),
+    "actor_optimizer": Cure("Tunix", (f"{_OPTIMIZER}.lr",)),
+    "rollout_engine": Cure("Tunix", (), _ENGINE),
+    "kv_cache_size": Cure("Tunix", (f"{_ROLLOUT}.gpu_memory_utilization",)),
+    "reward_fns": Cure("Tunix", ("reward_functions",)),
+    "role_to_mesh": Cure("Tunix", _MESH),
+    "checkpointing_options": Cure("Tunix", ("trainer.save_freq", "trainer.save_total_limit")),
+    "eval_every_n_steps": Cure("Tunix", ("trainer.test_freq",)),
+    "metrics_logging_options": Cure("Tunix", ("trainer.logger",)),
+}
+
+
+def cure_of(key: str) -> Cure | None:
+    """What stands here for another trainer's name; None where there is no such name.
+
+    verl's may lack `actor_rollout_ref.` or lie below a name that has an entry, and those of TRL and
+    Tunix may stand in any section.
+    """
+    above, _, last = key.rpartition(".")
+    names = (key, f"actor_rollout_ref.{key}", above if "." in above else "", last)
+    return next((NAMES[name] for name in names if name in NAMES), None)
