@@ -679,7 +679,8 @@ def _mesh() -> dict[str, Key]:
 
 def _trainer() -> dict[str, Key]:
     total = Need(
-        "leaving trainer.total_training_steps out, which wins over it",
+        "leaving trainer.total_training_steps out (--config.trainer.total_training_steps=None), "
+        "which wins over it",
         lambda c: c.trainer.total_training_steps is None,
     )
     printed = Need("trainer.log_samples_freq above 0", lambda c: c.trainer.log_samples_freq)

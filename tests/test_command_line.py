@@ -39,6 +39,28 @@ def write_run(folder: Path, config) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("nothing", ["None", "null"])
+def test_a_key_that_may_have_no_value_is_unset(nothing, monkeypatch):
+    steps = f"--config.trainer.total_training_steps={nothing}"
+    epochs = "--config.trainer.total_epochs=3"
+    config = parsed("--config=arithmetic", steps, epochs, monkeypatch=monkeypatch)
+    assert config.trainer.total_training_steps is None
+    assert config.trainer.total_epochs == 3
+    again = steps.replace(nothing, "7")
+    config = parsed("--config=arithmetic", steps, again, monkeypatch=monkeypatch)
+    assert config.trainer.total_training_steps == 7
+    scale = "--config.algorithm.scale_rewards=none"
+    argv = (
+        "--config=arithmetic",
+        again,
+        *steps.split("="),
+        "--config.algorithm.adv_estimator=grpo",
+    )
+    config = parsed(*argv, scale, monkeypatch=monkeypatch)
+    assert config.trainer.total_training_steps is None
+    assert config.algorithm.scale_rewards == "none"
+
+
 # --- an installed package
 
 

@@ -77,12 +77,54 @@ def parse_flags(
         from adpo_jax.run.config_checks import check_overrides  # imports JAX
 
         check_overrides(argv)
-        return values(argv)
+        argv, unset = _without_unset(argv)
+        if unset:
+            sys.argv[:] = argv  # as above
+        rest = values(argv)
+        for key in unset:
+            _unset(values["config"].value, key)
+        return rest
     except Exception as error:  # a config file is a program: anything may go wrong in it
         if debug:
             traceback.print_exc()
         say_error(_in_words(error))
         sys.exit(USER_ERROR)
+
+
+def _without_unset(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without those that unset a key, and the keys whose last value is unset.
+
+    That is `--config.KEY=None` or `=null` of a key that may have no value; config_flags takes
+    neither.
+    """
+    from adpo_jax.config import declarations
+
+    optional = {f"config.{name}" for name, key in declarations().items() if key.default is None}
+    left, unset, skip = [], {}, False
+    for argument, after in zip(argv, [*argv[1:], ""]):
+        flag, equals, value = argument.partition("=")
+        name = flag.lstrip("-")
+        if skip:
+            skip = False
+            continue
+        if flag.startswith("-") and name in optional:
+            # In small letters it is a value: algorithm.scale_rewards=none.
+            unset[name] = (value if equals else after) in ("None", "null")
+            if unset[name]:
+                skip = not equals
+                continue
+        left.append(argument)
+    keys = [name for name, is_unset in unset.items() if is_unset]
+    # An earlier value of such a key would be set after all.
+    left = [a for a in left if a.lstrip("-").partition("=")[0] not in keys or "=" not in a]
+    return left, [key.removeprefix("config.") for key in keys]
+
+
+def _unset(config: Any, key: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config[section]
+    config[last] = None
 
 
 def load_config(flag: flags.FlagHolder) -> Any:
