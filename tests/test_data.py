@@ -59,6 +59,13 @@ def test_a_byte_order_mark_blank_lines_and_windows_line_ends_are_accepted(tmp_pa
         assert load(tmp_path / name).columns["answer"] == ["2", "3.14"]
 
 
+def test_a_csv_may_have_blanks_in_its_header_and_any_line_ends(tmp_path):
+    path = tmp_path / "rows.csv"
+    for end in ("\r", "\n", "\r\n"):
+        path.write_bytes(end.join(["question, answer", '"a\rb",2', "3?,4", ""]).encode())
+        assert load(path).columns == {"question": ["a\rb", "3?"], "answer": ["2", "4"]}
+
+
 def test_several_sources_follow_each_other_and_missing_columns_are_none(tmp_path):
     first = write_jsonl(tmp_path / "a.jsonl")
     second = write_parquet(tmp_path / "b.parquet", [{"question": "q", "answer": "a", "hint": "h"}])
@@ -222,6 +229,16 @@ GOOD = json.dumps(ROWS[0])
         ("rows.jsonl", b'\xff\xfe{\x00"\x00', r"rows\.jsonl:1:1: byte 0xff is not UTF-8"),
         ("rows.jsonl", GOOD.encode() + b'\n{"question": "\xe9"}', r"rows\.jsonl:2:15: byte 0xe9"),
         ("rows.json", b"[\n\n  \xe9]", r"rows\.json:3:3: byte 0xe9 is not UTF-8"),
+        (
+            "rows.jsonl",
+            f'{GOOD}\n{{"answer": 1, "answer": 2}}',
+            r":2: .* has the key 'answer' twice",
+        ),
+        ("rows.json", '[\n{"x": {"a": 1, "a": 2}}]', r"json: the object .* the key 'a' twice"),
+        ("rows.json", '{"question": ["q"],\n"question": ["r"]}', r"the key 'question' twice"),
+        ("rows.csv", "question, question\n1,2", r"csv:1: the header names a column twice"),
+        ("rows.csv", "question;answer\n1;2", r"csv:1: .* are separated by ';'; separate them by"),
+        ("rows.csv", "question\tanswer\n1\t2", r"separated by '\\t'"),
         ("rows.parquet", "no parquet", r"rows\.parquet: not a readable Parquet file"),
         ("rows.txt", "question,answer", r"rows\.txt: data files end in \.jsonl, \.json"),
     ],

@@ -7,6 +7,7 @@ import csv
 import gzip
 import itertools
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -25,11 +26,28 @@ MAX_LINE_BYTES = 32 * 2**20
 # What Arrow parses at once.
 _BLOCK_BYTES = 8 * 2**20
 
-_DECODER = json.JSONDecoder()
 _BOM = b"\xef\xbb\xbf"
+_CR = re.compile(r"(?<=\r)(?!\n|\Z)")
+_SEPARATORS = re.compile(r"[;\t|]")
 
 Row = dict[str, Any]
 Placed = tuple[str, int, Row]  # (the place in a file up to the row's number, that number, row)
+
+
+class _TwiceError(ValueError):
+    """An object that has a key twice, of whose values JSON's readers keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _TwiceError(f"the object {shorten(dict(pairs))} has the key {twice!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def suffix_of(path: Path) -> str:
@@ -192,7 +210,9 @@ def _columns_of_json(path: Path) -> dict[str, list] | None:
     if of_lines:
         return None
     try:
-        value = json.loads(path.read_bytes().removeprefix(_BOM))
+        value = json.loads(path.read_bytes().removeprefix(_BOM), object_pairs_hook=_object)
+    except _TwiceError as error:
+        raise ValueError(f"{path}: {error}; remove one") from None
     except (ValueError, RecursionError):
         return None  # the reader of lines says what is wrong
     if not isinstance(value, dict) or not value:
@@ -216,11 +236,18 @@ def _columns_of_json(path: Path) -> dict[str, list] | None:
 def _csv_rows(path: Path) -> Iterator[Placed]:
     """Rows of a CSV file with a header; every value is text."""
     place = f"{path}:"
-    lines = (text for _, text in _lines(path, "a quotation mark may be open"))
+    whole = (text for _, text in _lines(path, "a quotation mark may be open"))
+    # Lines may end with CR alone, as old programs for the Macintosh write them.
+    lines = (line for text in whole for line in _CR.split(text))
     reader = csv.reader(lines, strict=True)
     csv.field_size_limit(MAX_LINE_BYTES)
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
+        if len(names) == 1 and (other := _SEPARATORS.search(names[0])):
+            raise ValueError(
+                f"{place}1: the columns of the header are separated by {other[0]!r}; separate them "
+                "by commas, with quotation marks around values that have commas"
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"{place}1: the header names a column twice: {', '.join(names)}")
         begin = reader.line_num + 1
@@ -276,7 +303,12 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
+    except _TwiceError as error:
+        line = (
+            f":{first_line}" if text.lstrip().startswith("{") else ""
+        )  # of an array, in one of many
+        raise ValueError(f"{path}{line}: {error}; remove one") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}:{line}:{error.colno}: not JSON: {error.msg}") from error
