@@ -9,6 +9,7 @@ checkpoint, evaluation.
 """
 
 import contextlib
+import functools
 import sys
 import time
 import types
@@ -129,12 +130,16 @@ def run(
             folder.write_environment(profiling.environment())
             state, metrics = _start(prepared, restored, writer, checkpoints, interruption)
             del restored  # it would keep the memory of the donated state
-            state = _iterate(
+            state, metrics = _iterate(
                 prepared, state, metrics, writer, checkpoints, interruption, profiler, callbacks
             )
         prepared.source.end()
-        with interruption.abandonable(), telling("writing the policy"):
-            _export(prepared, state)
+        try:
+            with interruption.abandonable(), telling("writing the policy"):
+                _export(prepared, state)
+        except Interrupted:  # trainer.save_freq may have left nothing else of the run
+            _save(prepared, checkpoints.save_now, state, metrics)
+            raise
         print(f"done; the policy is in {folder.export}", flush=True)
         rows = metrics_lib.read_jsonl(folder.metrics)
         evaluations = [row for row in rows if "eval/accuracy" in row]
@@ -193,21 +198,23 @@ def _iterate(
     interruption: Interruption,
     profiler: profiling.Profiler,
     callbacks: Sequence[Callback],
-) -> TrainState:
+) -> tuple[TrainState, dict[str, float]]:
     """The training loop; `metrics` belong to the iteration that made `state`."""
     config, folder, num_steps = run.config, run.folder, run.parts.num_steps
     start, rows = int(state.step), _logged(folder)
+    has_row = bool(rows) and rows[-1]["step"] >= start
     guard = setup.make_guard(config)
-    guard.resume(rows)
+    guard.resume(rows if has_row else [*rows, metrics])
     silence = setup.make_silence_watch(config)
     run.source.restore(start)
     try:
         with Progress("iteration", num_steps, start) as progress:
-            if not rows or rows[-1]["step"] < start:
+            if not has_row:
                 # The run starts, or it was interrupted between an update and its evaluation's end.
                 _evaluate_if_due(run, state, metrics, interruption, progress)
                 if metrics:
                     writer.write_scalars(start, metrics)
+                    checkpoints.complete(start, metrics)
             if start == 0 and config.trainer.save_freq >= 0:
                 writer.flush()
                 checkpoints.save(0, state.saved, metrics)
@@ -226,29 +233,50 @@ def _iterate(
                 host_memory.give_back()
                 metrics |= saving | silence.metrics(groups)
                 _stop_if_unsound(guard, folder, step + 1, metrics, groups)
-                _evaluate_if_due(run, state, metrics, interruption, progress)
+                show = functools.partial(_show, config, progress, writer, folder)
+                try:
+                    _evaluate_if_due(run, state, metrics, interruption, progress)
+                except Interrupted:
+                    # Evaluation and row are made up for later, and of the groups nothing is left.
+                    _call(callbacks, step + 1, state, groups, metrics)
+                    show(step + 1, metrics, groups)
+                    raise
                 if checkpoints.num_failures:
                     metrics["checkpoint/failures"] = float(checkpoints.num_failures)
-                for callback in callbacks:
-                    metrics |= callback(Iteration(step + 1, state, groups, dict(metrics))) or {}
+                _call(callbacks, step + 1, state, groups, metrics)
                 writer.write_scalars(step + 1, metrics)
-                _show(config, progress, writer, folder, step + 1, metrics, groups)
+                show(step + 1, metrics, groups)
                 profiler.end(step + 1)
                 saving.clear()
                 if checkpoints.is_due(step + 1, metrics):
                     with _timed(saving, "time/checkpoint"), progress.doing("saving"):
                         writer.flush()  # the log reaches as far as the checkpoint
-                        _save(run, checkpoints, checkpoints.save, state, metrics)
+                        run.save_source(step + 1, checkpoints)
+                        _save(run, checkpoints.save, state, metrics)
     except Interrupted as reason:
         writer.flush()
-        _save(run, checkpoints, checkpoints.save_now, state, metrics)
+        run.save_source(int(state.step), checkpoints)
+        _save(run, checkpoints.save_now, state, metrics)
         print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
         raise
     writer.flush()
+    run.save_source(num_steps, checkpoints)
     if config.trainer.save_freq >= 0:
         with telling("saving the last checkpoint"):
-            _save(run, checkpoints, checkpoints.save_now, state, metrics)
-    return state
+            _save(run, checkpoints.save_now, state, metrics)
+    return state, metrics
+
+
+def _call(
+    callbacks: Sequence[Callback],
+    step: int,
+    state: TrainState,
+    groups: GradedGroups,
+    metrics: dict[str, float],
+) -> None:
+    """Calls all callbacks, and adds the metrics that they return."""
+    for callback in callbacks:
+        metrics |= callback(Iteration(step, state, groups, dict(metrics))) or {}
 
 
 def _logged(folder: RunFolder) -> list[dict]:
@@ -268,21 +296,9 @@ def _stop_if_unsound(
     guard.check(step, metrics, evidence)
 
 
-def _save(
-    run: Run,
-    checkpoints: Checkpoints,
-    save: Callable,
-    state: TrainState,
-    metrics: dict[str, float],
-) -> None:
-    """Saves what the run needs to go on after `state.step` iterations.
-
-    Args:
-      save: the method of `checkpoints` to save with.
-    """
-    step = int(state.step)
-    run.save_source(step, checkpoints)
-    save(step, state.saved, metrics, run.parts.learner.sizes.saved)
+def _save(run: Run, save: Callable, state: TrainState, metrics: dict[str, float]) -> None:
+    """Saves the state with what belongs to it, by one of the methods of `Checkpoints`."""
+    save(int(state.step), state.saved, metrics, run.parts.learner.sizes.saved)
 
 
 def trained_on(config: ConfigDict, groups: GradedGroups) -> GradedGroups:
@@ -314,20 +330,26 @@ def _evaluate_if_due(
     progress: Progress,
 ) -> None:
     """Adds the metrics of an evaluation where one is due after `state.step` iterations."""
+    if not _is_evaluation_due(run, int(state.step), metrics):
+        return
     with interruption.abandonable(), progress.doing("evaluating"):
-        evaluated = _due_evaluation(run, state, metrics)
+        evaluated = _evaluation(run, state)
     metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
 
 
-def _due_evaluation(run: Run, state: TrainState, metrics: dict) -> dict[str, float]:
-    """The metrics of an evaluation where one is due after `state.step` iterations."""
-    done, test_freq = int(state.step), run.config.trainer.test_freq
+def _is_evaluation_due(run: Run, done: int, metrics: dict) -> bool:
+    """Whether an evaluation is due after so many iterations, and not among the metrics yet."""
+    test_freq = run.config.trainer.test_freq
     if done == 0 and not run.config.trainer.val_before_train:
-        return {}
+        return False
     due = done in (0, run.parts.num_steps) or (test_freq > 0 and done % test_freq == 0)
     due = due and test_freq >= 0  # -1 is verl's word for never
-    if not run.parts.val_prompts or not due or "eval/accuracy" in metrics:
-        return {}
+    return bool(run.parts.val_prompts) and due and "eval/accuracy" not in metrics
+
+
+def _evaluation(run: Run, state: TrainState) -> dict[str, float]:
+    """The metrics of an evaluation."""
+    done = int(state.step)
     try:
         metrics = _evaluate(run.parts, state, run.folder, done)
     except RewardError as error:

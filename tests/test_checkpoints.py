@@ -245,6 +245,17 @@ def test_the_best_checkpoint_is_saved_at_once_and_kept_beside_the_newest(tmp_pat
         assert checkpoints.steps == [2, 4, 8]
 
 
+def test_metrics_that_are_found_later_count_for_the_best_and_are_restored(tmp_path):
+    with Checkpoints(tmp_path, save_freq=1, keep=1, best_metric="eval/accuracy") as checkpoints:
+        checkpoints.save_now(1, state(1), {"loss": 2.0})
+        checkpoints.complete(1, {"loss": 2.0, "eval/accuracy": 0.7})
+        checkpoints.complete(2, {"eval/accuracy": 0.9})  # there is none
+        checkpoints.save_now(3, state(3), {"eval/accuracy": 0.1})
+        assert checkpoints.steps == [1, 3]
+    shutil.rmtree(tmp_path / "3")
+    assert restore(tmp_path).metrics == {"loss": 2.0, "eval/accuracy": 0.7}
+
+
 def test_of_checkpoints_that_are_equally_good_the_first_is_kept(tmp_path):
     with Checkpoints(tmp_path, save_freq=1, keep=1, best_metric="eval/accuracy") as checkpoints:
         for step, value in {1: 0.7, 2: 0.7, 3: 0.1}.items():

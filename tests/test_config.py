@@ -174,6 +174,13 @@ def test_a_config_that_cannot_work_is_refused(override):
         parse(override)
 
 
+def test_an_anchor_that_is_never_renewed_for_steps_that_are_skipped_before_is_refused():
+    triggered = ("--config.anchor.mode=kl_triggered", "--config.anchor.kl_threshold=0.1")
+    with pytest.raises(ValueError, match="max_anchor_kl=0.05 skips every step before"):
+        parse(*triggered, "--config.trainer.max_anchor_kl=0.05")
+    parse(*triggered, "--config.trainer.max_anchor_kl=0.2")
+
+
 def test_grpo_refuses_an_anchor_that_is_not_the_sampling_policy():
     with pytest.raises(ValueError, match="anchor.mode=on_policy"):
         parse("--config.algorithm.adv_estimator=grpo", "--config.anchor.mode=ema")

@@ -785,6 +785,11 @@ def test_groups_that_count_as_equal_have_one_reward_in_reinforce_pp():
     np.testing.assert_array_equal(same.advantages_PG, 0)
 
 
+def test_opd_refuses_an_aggregation_of_rewards_that_have_no_part_in_it():
+    with pytest.raises(ValueError, match="no effect under opd"):
+        losses.Opd(multi_objective_aggregation="normalize_then_sum")
+
+
 def test_weights_for_the_sampler_scale_the_gradient_of_divergences_too():
     log_probs, anchor, rewards, mask = make_batch(prompts=2, group=3)
     options = {"num_generations": 3, "distillation_loss": "jsd"}

@@ -8,6 +8,7 @@ from test_faults import digests
 from test_train import TINY, on_one_device, scalars, train
 
 from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.run.checkpoint_files import complete_steps
 from adpo_jax.run.interruption import Interrupted, Interruption
 from adpo_jax.run.preparation import prepare
 from adpo_jax.train import run
@@ -118,3 +119,50 @@ def test_a_cold_start_and_the_evaluation_after_it_go_on_where_they_stopped(tmp_p
         (0, 7),
     ]
     assert supervised == [{k: v for k, v in r.items() if k != "time"} for r in whole[:4]]
+
+
+def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoint(
+    tmp_path, monkeypatch
+):
+    config = parse(
+        *SHORT[:-1],
+        "--config.data.val_files=embedded:arithmetic",
+        "--config.data.max_val_samples=2",
+        "--config.trainer.test_freq=1",
+        "--config.trainer.save_freq=0",
+        "--config.trainer.save_total_limit=1",
+        "--config.trainer.best_metric=eval/accuracy",
+    )
+    accuracy, called, stops = {0: 0.0, 1: 0.1, 2: 0.7, 3: 0.2}, [], [2]
+
+    def evaluate(parts, state, folder, step):
+        if step in stops:
+            stops.remove(step)
+            raise Interrupted("a test")
+        return {"eval/accuracy": accuracy[step]}
+
+    def callback(iteration):
+        called.append(iteration.step)
+        return {"mine/step": float(iteration.step)}
+
+    monkeypatch.setattr("adpo_jax.train._evaluate", evaluate)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path, callbacks=[callback])
+    train(config, tmp_path, callbacks=[callback])
+    assert called == [1, 2, 3]
+    rows = [(row["step"], row.get("mine/step"), row["eval/accuracy"]) for row in scalars(tmp_path)]
+    assert rows == [(0, None, 0.0), (1, 1.0, 0.1), (2, 2.0, 0.7), (3, 3.0, 0.2)]
+    assert complete_steps(tmp_path / "checkpoints") == [2, 3]
+
+
+def test_a_run_without_checkpoints_that_is_stopped_while_it_writes_its_policy_goes_on_there(
+    tmp_path, monkeypatch
+):
+    config = parse(*SHORT[:-1], "--config.trainer.save_freq=-1")
+    with monkeypatch.context() as patch:
+        patch.setattr("adpo_jax.train._export", stopped)
+        with pytest.raises(Interrupted):
+            train(config, tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == [3]
+    train(config, tmp_path)
+    assert (tmp_path / "export" / "config.json").exists()

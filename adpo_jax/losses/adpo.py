@@ -88,7 +88,8 @@ class Adpo(Algorithm):
     )
     adaptive_tau_mode: str = parameter(
         "target_entropy",
-        "whose entropy adapts tau, that of the target distribution or the policy's",
+        "whose entropy adapts tau, that of the target distribution or the policy's (the anchor's, "
+        "where anchor.mode is fixed, ema or kl_triggered)",
         choices=("target_entropy", "policy_entropy"),
         needs={"use_adaptive_tau": True},
     )

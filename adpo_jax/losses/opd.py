@@ -78,6 +78,14 @@ class Opd(Clipped):
     clip_high: float = _of_reverse_kl("clip_high")
     dual_clip: float | None = _of_reverse_kl("dual_clip")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decouples_rewards:
+            raise ValueError(
+                "multi_objective_aggregation='normalize_then_sum' has no effect under opd, where "
+                "rewards have no part; leave it at 'sum_then_normalize'"
+            )
+
     @property
     def needs(self) -> frozenset[str]:
         teacher = {"teacher"} if self.distillation_loss == "reverse_kl" else set()

@@ -14,6 +14,7 @@ Source: Yu et al. 2025, "DAPO", arXiv 2503.14476, section 3.2, which drops the s
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,10 @@ class GroupFilter(Source):
         if state.surplus is not None:
             recording.write(self._folder, step, state.surplus)
         content = {"drawn": state.drawn, "surplus": state.surplus is not None}
-        (self._folder / f"{step:06d}.json").write_text(json.dumps(content) + "\n")
+        path = self._folder / f"{step:06d}.json"
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(json.dumps(content) + "\n")
+        os.replace(new, path)  # it may be there, and a kill must not leave half of it
         for path in self._folder.iterdir():
             if int(path.name.partition(".")[0]) < oldest:
                 path.unlink()

@@ -19,8 +19,9 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -152,8 +153,12 @@ def check(
     num_samples: int,
     max_response_length: int,
     max_prompt_length: int,
+    rewards: Collection[str] = (),
 ) -> None:
     """Checks that iterations `steps` are recorded, and fit the run that will replay them.
+
+    Args:
+      rewards: the names of reward functions whose own rewards the run needs.
 
     Raises:
       ReplayError: naming what is missing or differs.
@@ -179,6 +184,13 @@ def check(
                 "data.train_batch_size and algorithm.num_generations are "
                 f"{(num_prompts, num_samples)}"
             )
+        there = _opened(path, pa.parquet.read_schema).names
+        if lacks := [name for name in rewards if f"{_REWARD}{name}" not in there]:
+            raise ReplayError(
+                f"--replay: {path} has no rewards of {', '.join(lacks)}, which "
+                "algorithm.multi_objective_aggregation needs; replay with the reward functions of "
+                "the recording"
+            )
         tokens = "token_ids" if info["version"] == 1 else "tokens"
         for column, limit, key in (
             ("prompt_token_ids", max_prompt_length, "data.max_prompt_length"),
@@ -202,7 +214,7 @@ class Replay(Source):
       limits: the limits of the run, as for `check`.
     """
 
-    def __init__(self, folder: Path, num_steps: int, **limits: int):
+    def __init__(self, folder: Path, num_steps: int, **limits: Any):
         self._folder, self._num_steps, self._limits = folder, num_steps, limits
 
     def check(self, step: int) -> None:

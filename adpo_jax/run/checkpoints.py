@@ -129,7 +129,7 @@ class Checkpoints:
             self._notice()
         freq = self._save_freq if every is None else every
         due = freq > 0 and step % freq == 0
-        return bool(due or self._owed or self._is_best(metrics or {}))
+        return _as_on_first(bool(due or self._owed or self._is_best(metrics or {})))
 
     def save(
         self,
@@ -150,8 +150,9 @@ class Checkpoints:
           SaveError: after too many failures in a row.
         """
         self.wait()
-        if step in self.steps:
+        if _as_on_first(step in self.steps):
             return False
+        failure = None
         try:
             content = description(state) | {"metrics": metrics or {}, "sizes": sizes or {}}
             # On a CPU orbax writes from the very buffers that the next update reuses.
@@ -165,7 +166,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # orbax's errors have no common base, and none may lose the run
-            self._failed(error)
+            failure = error
+        if not on_all_processes(failure is None):
+            self._failed(failure or RuntimeError("another process could not write"))
         return True
 
     def save_now(
@@ -184,10 +187,28 @@ class Checkpoints:
         while True:
             self.save(step, state, metrics, sizes)
             self.wait()
-            if step in self.steps:
+            if _as_on_first(step in self.steps):
                 return
             time.sleep(pause_s)
             pause_s *= 2
+
+    def complete(self, step: int, metrics: dict[str, float]) -> None:
+        """Gives a checkpoint the metrics that were found only after it was saved.
+
+        Those of an evaluation that was interrupted are found when the run goes on. Without them a
+        checkpoint that is the best one would not be kept. Does nothing where there is no checkpoint
+        of that step.
+        """
+        path = self._folder / str(step) / "description" / "metadata"
+        if jax.process_index() or not self._best_metric or not path.exists():
+            return
+        try:
+            content = unsealed(json.loads(path.read_text())) | {"metrics": metrics}
+            new = path.with_name(f"{path.name}.new")
+            new.write_text(json.dumps(sealed(content)))
+            os.replace(new, path)
+        except (OSError, ValueError, KeyError) as error:
+            say(f"WARNING: checkpoint {step} keeps its old metrics: {first_line(error)}")
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written.
@@ -367,6 +388,14 @@ class Checkpoints:
             if value is not None and math.isfinite(value):
                 values[step] = value
         return values
+
+
+def _as_on_first(decision: bool) -> bool:
+    """What the first process decides, where there are several, so that all do the same.
+
+    Folders may look different on each of them while a checkpoint is being written.
+    """
+    return distributed.all_gather(decision)[0]
 
 
 def _told_here(record: logging.LogRecord) -> bool:

@@ -101,10 +101,12 @@ class ColdStart:
                         writer.write_scalars(done - last, {"sft/step": done, "sft/loss": loss})
                         _check(int(skipped), done)
                     if done < last and checkpoints.is_due(done - last, every=self.save_freq):
+                        _check(int(skipped), done)  # the count is in no checkpoint
                         writer.flush()  # the log reaches as far as the checkpoint
                         checkpoints.save(done - last, state.saved)
         except Interrupted as reason:
             writer.flush()
+            _check(int(skipped), done)
             checkpoints.save_now(done - last, state.saved)
             print(f"stopped by {reason} after cold start step {done}, which is saved", flush=True)
             raise

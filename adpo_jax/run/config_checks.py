@@ -147,6 +147,12 @@ def _check_anchor(config: ConfigDict) -> None:
             f"it needs anchor.mode=on_policy or sampler; given {config.anchor.mode!r}. To stay "
             "near the policy before the first iteration, set algorithm.beta_reference_kl"
         )
+    most = config.trainer.max_anchor_kl
+    if config.anchor.mode == "kl_triggered" and 0 < most <= config.anchor.kl_threshold:
+        raise ValueError(
+            f"trainer.max_anchor_kl={most} skips every step before the anchor is renewed at "
+            f"anchor.kl_threshold={config.anchor.kl_threshold}: set it higher, or leave it at 0"
+        )
     if config.algorithm.sampler_correction not in ("auto", "none"):
         raise ValueError(
             f"algorithm.sampler_correction={config.algorithm.sampler_correction} compares the "

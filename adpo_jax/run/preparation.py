@@ -297,4 +297,5 @@ def _replayed(config, parts: Parts, replay: Path) -> Source:
         num_samples=config.algorithm.num_generations,
         max_response_length=config.data.max_response_length,
         max_prompt_length=config.data.max_prompt_length,
+        rewards=parts.reward_model.names if parts.learner.algorithm.decouples_rewards else (),
     )
