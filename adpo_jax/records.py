@@ -155,9 +155,21 @@ class Completions:
 
         Returns:
           [P, G, length] in the field's dtype, completions at the left.
+
+        Raises:
+          ValueError: for another field, one that completions have not, and a length too short.
         """
-        dtype = np.dtype(bool) if field == "present" else token_fields()[field]
-        lengths = self.lengths
+        fields = token_fields() | {"present": np.dtype(bool)}
+        if field not in fields:
+            raise ValueError(f"a completion has {', '.join(fields)}; given {field!r}")
+        dtype, lengths = fields[field], self.lengths
+        if length is not None and length < lengths.max(initial=0):
+            raise ValueError(
+                f"length={length} is below the longest completion's {lengths.max()} tokens"
+            )
+        everyone = (completion for group in self.groups for completion in group)
+        if field != "present" and any(getattr(c, field) is None for c in everyone):
+            raise ValueError(f"not all completions have {field}; it is there where it is asked for")
         shape = (*lengths.shape, int(lengths.max(initial=0)) if length is None else length)
         out = np.full(shape, fill, dtype)
         for p, group in enumerate(self.groups):
@@ -472,7 +484,26 @@ def make_batch(
     Returns:
       A batch of P prompts with S = prompt_length + completion_length. Its sampler's log-probs are
       the `full_log_probs` of completions that have them, else their `log_probs`.
+
+    Raises:
+      ValueError: for groups that do not fit the prompts or each other, and for lengths too short.
     """
+    sizes = {len(group) for group in completions}
+    if not len(prompts) or len(completions) != len(prompts) or len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            "wanted P prompts and a group of G completions for each; given "
+            f"{len(prompts)} prompts and groups of {[len(group) for group in completions][:20]}"
+        )
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if not 0 < shortest <= longest <= prompt_length:
+        raise ValueError(
+            f"prompts have 1 to prompt_length={prompt_length} tokens; given {shortest} to {longest}"
+        )
+    longest = max(len(completion) for group in completions for completion in group)
+    if longest > completion_length:
+        raise ValueError(
+            f"completions have up to completion_length={completion_length} tokens; given {longest}"
+        )
     P, G = len(prompts), len(completions[0])
     tokens = np.zeros((P, G, prompt_length + completion_length), np.int32)
     attention_mask = np.zeros_like(tokens)

@@ -80,6 +80,7 @@ def train(
       workdir: the run's folder; None for runs/<project_name>/<experiment_name>. A run of the same
         config that lies there is resumed.
       callbacks: called with each `Iteration`, on every process, before its metrics are logged.
+        Signals are the caller's: trainer.grace_period_s is of the command line.
       options: further keyword arguments of `prepare`.
 
     Returns:
@@ -93,6 +94,8 @@ def train(
       TrainingStopped: for updates that are not sound, where the config says so.
       SaveError: when no checkpoint can be written.
     """
+    if callable(callbacks) or not all(map(callable, callbacks)):
+        raise ValueError(f"callbacks is a list of functions; given {callbacks!r:.100}")
     return run(prepare(config, workdir, **options), callbacks=callbacks)
 
 
@@ -274,9 +277,21 @@ def _call(
     groups: GradedGroups,
     metrics: dict[str, float],
 ) -> None:
-    """Calls all callbacks, and adds the metrics that they return."""
+    """Calls all callbacks, and adds the metrics that they return.
+
+    Raises:
+      ValueError: where one returns something else.
+    """
     for callback in callbacks:
-        metrics |= callback(Iteration(step, state, groups, dict(metrics))) or {}
+        found = callback(Iteration(step, state, groups, dict(metrics)))
+        try:
+            metrics |= {str(name): float(value) for name, value in (found or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            name = getattr(callback, "__name__", type(callback).__name__)
+            raise ValueError(
+                f"the callback {name} returns a dict of numbers by name, or None; it returned "
+                f"{found!r:.100}"
+            ) from None
 
 
 def _logged(folder: RunFolder) -> list[dict]:

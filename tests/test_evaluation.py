@@ -47,6 +47,11 @@ MAJORITIES = {
     "the wrong ones differ": ([1, 1, 0, 0], ["4", "4", "5", "6"], 1.0),
     "a tie counts as its expectation": ([1, 0], ["4", "5"], 0.5),
     "no answer is no vote": ([1, 0, 0], ["4", None, None], 1.0),
+    "the wrong ones agree in other words": (
+        [1, 1, 0, 0, 0],
+        ["3", "3", "1/2", "0.5", r"\frac{1}{2}"],
+        0.0,
+    ),
     "no answer at all": ([0, 0], [None, None], 0.0),
 }
 
@@ -106,6 +111,11 @@ def test_an_evaluation_scores_greedy_answers_and_samples_by_category():
     assert m["eval/hard/pass@2"] == 0.5
     assert m["eval/hard/num_prompts"] == 2
     assert 0 <= m["eval/accuracy_low"] <= m["eval/accuracy"] <= m["eval/accuracy_high"] <= 1
+    named = Prompts(PROMPTS.token_ids, PROMPTS.columns | {"set": ["easy", "C#", "C+"]})
+    both = EvalSettings(SAMPLING, num_samples=0, set_key="set", category_key="kind")
+    counts = evaluate(Parrot(tokenizer, LINES), None, named, tokenizer, both).metrics
+    sizes = {k.split("/")[1]: v for k, v in counts.items() if k.endswith("num_prompts")}
+    assert sizes == {"C_": 1, "C__2": 1, "easy": 1, "easy_2": 1, "hard": 2}
     assert len(result.records) == 3 + 6
     assert [r["sampling"] for r in result.records].count("greedy") == 3
     second = result.records[1]

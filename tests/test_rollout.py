@@ -104,6 +104,23 @@ def test_a_batch_has_prompts_to_the_left_of_their_completions():
     np.testing.assert_array_equal(batch.attention_mask_PGS[1, 2, :5], [0, 0, 0, 0, 1])
     np.testing.assert_array_equal(batch.tokens_PGS[:, :, 5:], out.padded("tokens", 6))
     np.testing.assert_array_equal(batch.completion_mask_PGT, out.padded("present", 6))
+    longest = int(out.lengths.max())
+    for field, length, text in (
+        ("colour", None, "a completion has tokens, .*; given 'colour'"),
+        ("present", longest - 1, f"length={longest - 1} is below the longest completion"),
+        ("full_log_probs", None, "not all completions have full_log_probs"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            out.padded(field, length)
+    ids, sizes = prompts().token_ids, {"prompt_length": 5, "completion_length": 6}
+    for given, groups, more, text in (
+        (ids, out.groups[:1], {}, "a group of G completions for each"),
+        (ids, [*out.groups[:-1], out.groups[-1][:1]], {}, "a group of G completions for each"),
+        ([[], *ids[1:]], out.groups, {}, "prompts have 1 to prompt_length=5 tokens; given 0"),
+        (ids, out.groups, {"completion_length": longest - 1}, "completions have up to"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make_batch(given, groups, **sizes | more)
     assert batch.num_completion == 6
 
 

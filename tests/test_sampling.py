@@ -204,10 +204,25 @@ def test_other_numbers_compile_nothing_new():
     assert shapes[0] == shapes[1]
 
 
+def test_a_temperature_next_to_zero_is_greedy_and_nothing_given_is_nothing():
+    assert SamplingParams(temperature=1e-38).greedy
+    assert not SamplingParams(temperature=0.01).greedy
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("n", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("min_p", 1.5)]
-    + [("max_tokens", 0), ("min_tokens", 500), ("stop", ("",))],
+    + [("max_tokens", 0), ("min_tokens", 500), ("stop", ("",)), ("stop", [1]), ("n", 2.5)]
+    + [
+        ("n", True),
+        ("top_k", 2**40),
+        ("top_k", 2.9),
+        ("max_tokens", 2**40),
+        ("temperature", np.inf),
+    ]
+    + [("stop_token_ids", [2**40]), ("stop_token_ids", [1.7]), ("stop_token_ids", 5)]
+    + [("ignore_eos", "false"), ("full_log_probs", "no")],
 )
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} is "):

@@ -28,13 +28,34 @@ from adpo_jax.devices.sharding import axes_that_split
 BLOCK = 128
 
 
+# A lower temperature is taken as greedy: the quotient of a logit would soon be infinite.
+LEAST_TEMPERATURE = 1e-3
+# The largest int32, in which a device counts.
+LARGEST = 2**31 - 1
+
+
+def _listed(name: str, values: Any, kind: type, what: str) -> tuple:
+    """Values as a tuple; none for None.
+
+    Raises:
+      ValueError: for what is no list of values of this kind.
+    """
+    try:
+        found = () if values is None else tuple(values)
+    except TypeError:
+        found = (None,)
+    if not all(isinstance(value, kind) for value in found):
+        raise ValueError(f"{name} is a list of {what}; given {values!r:.100}")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How completions are sampled and when they end.
 
     Attributes:
       n: completions of each prompt.
-      temperature: divides the logits; 0 is greedy.
+      temperature: divides the logits; below `LEAST_TEMPERATURE` it is greedy.
       top_k: keep the k most likely tokens (and ties with the last of them); -1 keeps all.
       top_p: keep the fewest tokens whose mass, among those top_k kept, reaches top_p; 1 keeps all.
       min_p: drop tokens less likely than min_p times the most likely one; 0 keeps all.
@@ -67,14 +88,24 @@ class SamplingParams:
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in self.stop_token_ids))
-        for name in ("n", "temperature", "top_k", "top_p", "min_p", "max_tokens", "min_tokens"):
+        self._set("stop", _listed("stop", stop, str, "strings"))
+        ids = _listed("stop_token_ids", self.stop_token_ids, numbers.Integral, "token ids")
+        self._set("stop_token_ids", tuple(int(i) for i in ids))
+        for name in ("n", "top_k", "max_tokens", "min_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} is a whole number; given {value!r}")
+            if value > LARGEST:
+                raise ValueError(f"{name} is at most {LARGEST}; given {value}")
+        for name in ("temperature", "top_p", "min_p"):
             if not isinstance(getattr(self, name), numbers.Real):
                 raise ValueError(f"{name} is a number; given {getattr(self, name)!r}")
+        for name in ("ignore_eos", "full_log_probs", "routed_experts", "prompt_experts"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name} is True or False; given {getattr(self, name)!r}")
         rules = {
             "n": (self.n >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more, and finite"),
             "top_k": (self.top_k == -1 or self.top_k >= 1, "-1 (off) or at least 1"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
@@ -84,14 +115,21 @@ class SamplingParams:
                 f"in [0, max_tokens={self.max_tokens}]",
             ),
             "stop": (all(self.stop), "strings that are not empty"),
+            "stop_token_ids": (
+                all(0 <= i <= LARGEST for i in self.stop_token_ids),
+                f"token ids, 0 to {LARGEST}",
+            ),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise ValueError(f"{name} is {wanted}; given {getattr(self, name)!r}")
 
+    def _set(self, name: str, value: tuple) -> None:
+        object.__setattr__(self, name, value)
+
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < LEAST_TEMPERATURE
 
     @property
     def method(self) -> "Method":

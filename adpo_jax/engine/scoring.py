@@ -67,7 +67,21 @@ class Scorer:
 
         Args:
           num_alternatives: how many of the likeliest tokens to return, at most those of the scorer.
+
+        Raises:
+          ValueError: for an empty prompt, token ids outside the vocabulary, or another number of
+            alternatives.
         """
+        if not 0 <= num_alternatives <= self.num_alternatives:
+            raise ValueError(
+                f"num_alternatives is 0 to {self.num_alternatives}; given {num_alternatives}"
+            )
+        vocab_size = self.verbs.policy.config.vocab_size
+        for place, prompt in enumerate(map(np.asarray, prompts)):
+            if not prompt.size or prompt.min() < 0 or prompt.max() >= vocab_size:
+                raise ValueError(
+                    f"prompt {place} is a list of token ids in [0, {vocab_size}), at least one"
+                )
         scored: list[ScoredPrompt | None] = [None] * len(prompts)
         by_size = collections.defaultdict(list)
         for index, prompt in enumerate(prompts):

@@ -533,7 +533,12 @@ class Policy:
                 "tokens and attention_mask are both [B, T]; given shapes "
                 f"{np.shape(tokens)} and {np.shape(attention_mask)}"
             )
-        if not isinstance(tokens, jax.Array):
+        is_traced = isinstance(tokens, jax.core.Tracer)
+        kind = tokens.dtype if isinstance(tokens, jax.Array) else np.asarray(tokens).dtype
+        if not np.issubdtype(kind, np.integer):
+            raise ValueError(f"token ids are whole numbers, int32; given {kind}")
+        if not is_traced and getattr(tokens, "is_fully_addressable", True):
+            tokens = np.asarray(tokens)
             low, high = np.min(tokens, initial=0), np.max(tokens, initial=0)
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(

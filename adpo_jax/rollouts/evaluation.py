@@ -4,6 +4,7 @@ Letters: N prompts, n sampled completions of a prompt, M scores, R bootstrap rep
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completions, Prompts
 from adpo_jax.rewards import NO_RUN, RewardFunction, RewardModel, TrainerState
+from adpo_jax.rewards.grading.compare import compare
 from adpo_jax.rewards.grading.extract import find_answer
 from adpo_jax.rollouts.completing import Completer, Message, OneTurn, Reading
 
@@ -113,13 +115,15 @@ def evaluate(
         f"{PREFIX}/length_mean": float(answers.lengths.mean()),
         f"{PREFIX}/truncated_frac": float(answers.truncated.mean()),
     }
+    taken: set[str] = set()
     for key in filter(None, (settings.set_key, settings.category_key)):
         categories = [str(value) for value in prompts.columns[key]]
         for category in sorted(set(categories)):
             rows = np.array([value == category for value in categories])
             of_category = {name: values[rows] for name, values in scores.items()}
-            metrics |= with_intervals(of_category, f"{PREFIX}/{metric_name(category)}")
-            metrics[f"{PREFIX}/{metric_name(category)}/num_prompts"] = float(rows.sum())
+            prefix = f"{PREFIX}/{_free_name(metric_name(category), taken)}"
+            metrics |= with_intervals(of_category, prefix)
+            metrics[f"{prefix}/num_prompts"] = float(rows.sum())
     return Evaluation(metrics, records)
 
 
@@ -229,14 +233,25 @@ def majority_at_k(right: Sequence[bool], votes: Sequence[str | None], k: int) ->
     """How often the most frequent answer of k samples is right, from the n samples of a prompt.
 
     The samples are cut into n // k blocks of k, and the result is the mean over the blocks, which
-    is unbiased. Right answers are one candidate however they are written. A tie of the most
-    frequent candidates counts as the expectation of a random draw among them. A completion without
-    an answer has no vote.
+    is unbiased. Equal answers are one candidate however they are written, as the grader judges. A
+    tie of the most frequent candidates counts as the expectation of a random draw among them. A
+    completion without an answer has no vote.
 
     Source: Wang et al. 2022, "Self-Consistency", arXiv 2203.11171.
     """
+    votes = _by_candidate(right, votes)
     blocks = range(0, len(votes) // k * k, k)
     return sum(_majority_is_right(right[i : i + k], votes[i : i + k]) for i in blocks) / len(blocks)
+
+
+def _by_candidate(right: Sequence[bool], votes: Sequence[str | None]) -> list[str | None]:
+    """The votes, of which wrong ones that are equal are written like the first of them."""
+    first: dict[str, str] = {}
+    for is_right, vote in zip(right, votes):
+        if not is_right and vote and vote not in first:
+            others = dict.fromkeys(first.values())
+            first[vote] = next((other for other in others if compare(vote, other).right), vote)
+    return [first.get(vote, vote) for vote in votes]
 
 
 def _majority_is_right(right: Sequence[bool], votes: Sequence[str | None]) -> float:
@@ -275,6 +290,16 @@ def bootstrap_interval(
     tail = (1.0 - confidence) / 2
     low_M, high_M = np.quantile(means_MR, [tail, 1.0 - tail], axis=1)
     return low_M, high_M
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """The name, or with a number behind it where another group has it; it is taken then."""
+    numbers = itertools.count(2)
+    free = name
+    while free in taken:
+        free = f"{name}_{next(numbers)}"
+    taken.add(free)
+    return free
 
 
 def metric_name(text: str) -> str:

@@ -16,8 +16,6 @@ from adpo_jax.serve.fields import ApiError, Fields, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters
-# Below this the tempered logits leave float32; it is greedy by any measure.
-LEAST_TEMPERATURE = 1e-3
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # More tokens than any model has places; what a client writes for "no limit".
 ANY_NUMBER = 2**31 - 1
@@ -233,7 +231,7 @@ def sampling_of(
     ids = fields.checked("stop_token_ids", (), "up to 16 token ids", _is_token_ids)
     sampling = SamplingParams(
         n=fields.integer("n", 1, 1, limits.max_choices),
-        temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+        temperature=temperature,
         top_k=top_k or -1,
         # The likeliest token alone, where OpenAI's own servers take 0 too.
         top_p=max(top_p, 1e-6),
