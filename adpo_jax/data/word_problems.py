@@ -20,7 +20,7 @@ from adpo_jax.data import splits
 NAME = "embedded:word_problems"
 
 CAREFUL_SHARE = 0.15  # of the demonstrations that show their working
-LUCKY_SHARE = 0.1  # of the answers blurted out that are right
+LUCKY_SHARE = 0.15  # of the answers blurted out that are right
 # The least and the most that may be asked for of each option.
 OPTIONS = {"max_steps": (1, 3), "largest": (10, 1000), "seed": (0, 1_000_000)}
 NUM_ROWS = {"train": 8192, "val": 256, "demonstrations": 2048}
