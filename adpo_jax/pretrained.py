@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adpo_jax.config import default_config
 from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
@@ -19,9 +19,17 @@ from adpo_jax.hf.files import read_json
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.run import datasets, loading
-from adpo_jax.run.checkpoint_files import complete_steps
+from adpo_jax.run.checkpoint_files import (
+    CheckpointError,
+    DamagedError,
+    check_arrays,
+    check_digests,
+    complete_steps,
+    read_description,
+    read_on_all,
+)
 from adpo_jax.run.folder import RunFolder
-from adpo_jax.run.loading import ModelSource
+from adpo_jax.update import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +121,13 @@ def load(
         policy, lora=source.lora, generation_config=source.generation_config
     )
     checkpoint = _checkpoint_folder(run, step)
-    params = _read_params(checkpoint, policy)
+    state = _read_state(checkpoint, policy)
     if policy.lora:
-        params = lora.join(params, _frozen_params(config, source, policy))
+        # The frozen weights are told by their bits in the dtype that the run held them in.
+        state = state.joined(loading.initial_params(config, source, policy.mesh))
+    params = jax.tree.map(
+        lambda x, like: x.astype(like.dtype), state.params, policy.abstract_params()
+    )
     return Pretrained(
         policy=policy,
         params=params,
@@ -181,26 +193,62 @@ def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:
     return run.checkpoints / step
 
 
-def _read_params(checkpoint: Path, policy: Policy):
-    """The trained parameters alone, in the dtype and layout of the policy."""
+def _read_state(checkpoint: Path, policy: Policy) -> TrainState:
+    """What a policy needs of a checkpoint, checked bit by bit; None for the rest of the state.
 
-    def placed(leaf):
-        sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    The trained parameters come in the dtype and layout of the policy. Where others are frozen,
+    their checksum comes too.
 
+    Raises:
+      CheckpointError: for a checkpoint that is damaged, or of another model.
+      OSError: for one that cannot be read now, and may be whole.
+    """
     trained, _ = lora.split(policy.abstract_params())
-    wanted = {"params": jax.tree.map(placed, trained)}
+    checksum = jax.ShapeDtypeStruct((), "uint32") if policy.lora else None
+    wanted = TrainState(None, trained, None, frozen_checksum=checksum)
+    everywhere = SingleDeviceSharding(jax.local_devices()[0])
+    if policy.mesh:
+        everywhere = NamedSharding(policy.mesh, PartitionSpec())
+
+    try:
+        content = read_on_all(lambda: read_description(checkpoint))
+
+        def on_disk(path, leaf):
+            _, dtype = content["arrays"].get(jax.tree_util.keystr(path), (None, leaf.dtype))
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding or everywhere)
+
+        stored = jax.tree_util.tree_map_with_path(on_disk, wanted)
+        parts = (".params[", ".frozen_checksum")
+        there = {name: x for name, x in content["arrays"].items() if name.startswith(parts)}
+        check_arrays(checkpoint, there, stored)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            # One at a time, since those on the disk may be wider than those of the policy.
+            return jax.tree_util.tree_map_with_path(
+                lambda path, leaf, like: _read_leaf(
+                    checkpointer, checkpoint, path, leaf, content["digests"]
+                ).astype(like.dtype),
+                stored,
+                wanted,
+            )
+    except DamagedError as error:
+        step = checkpoint.name
+        others = [x for x in complete_steps(checkpoint.parent) if str(x) != step]
+        cure = f"load {checkpoint.parent / str(others[-1])}" if others else "the run has no other"
+        raise CheckpointError(f"checkpoint {step} is damaged: {error}; {cure}") from error
+
+
+def _read_leaf(checkpointer, checkpoint: Path, path, like, digests: dict[str, str]) -> jax.Array:
+    """One array of a checkpoint, by its path in the state, if it is the one that was saved."""
+    item = like
+    for key in reversed(path):
+        item = {getattr(key, "name", None) or key.key: item}
     args = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(checkpoint.resolve() / "state", args=args)["params"]
-
-
-def _frozen_params(config, source: ModelSource, policy: Policy):
-    """The frozen weights beside a run's adapters, in the dtype and layout of the policy."""
-    _, frozen = lora.split(loading.initial_params(config, source, policy.mesh))
-    _, wanted = lora.split(policy.abstract_params())
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, wanted)
+    folder = checkpoint.resolve() / "state"
+    alone = read_on_all(lambda: checkpointer.restore(folder, args=args))
+    check_digests(TrainState(None, None, None).replace(**alone), digests)
+    (x,) = jax.tree.leaves(alone)
+    return x

@@ -166,10 +166,19 @@ def wrapped(cause: Exception) -> Exception:
     return error
 
 
+def no_json() -> Exception:
+    """What json raises while it handles a StopIteration, which it says not to look at."""
+    with pytest.raises(ValueError, match="Expecting value") as raised:
+        json.loads("[")
+    return raised.value
+
+
 @pytest.mark.parametrize(
     ("error", "is_damage"),
     [
         (FileNotFoundError(2, "No such file"), True),
+        (AssertionError(), True),
+        (no_json(), True),
         (ValueError("its checksum is wrong"), True),
         (
             ValueError('DATA_LOSS: Error reading "params": CRC-32C checksum verification failed'),

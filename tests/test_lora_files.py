@@ -164,6 +164,13 @@ def test_a_run_trains_adapters_on_a_base_that_stays_and_goes_on_where_it_stopped
     # So is the checkpoint of the last iteration, which holds adapters and reads the weights again.
     read = pretrained.load(tmp_path / "whole" / "checkpoints")
     np.testing.assert_allclose(read.policy.logits(read.params, TOKENS), logits, rtol=0, atol=1e-4)
+    # It is merged into no other weights.
+    path = tmp_path / "whole" / "config.json"
+    written = json.loads(path.read_text())
+    written["trainer"]["seed"] += 1
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="not those that the adapters of this checkpoint"):
+        pretrained.load(tmp_path / "whole" / "checkpoints")
 
 
 def test_a_checkpoint_holds_the_adapters_and_goes_on_with_no_other_weights():

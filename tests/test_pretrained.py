@@ -1,6 +1,7 @@
 """One name for a model: a Hugging Face folder, a run, a checkpoint; and what is made of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from adpo_jax.log.printable import printable
 from adpo_jax.model import lora
 from adpo_jax.policy import Policy
 from adpo_jax.run import setup
+from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.folder import RunFolder
@@ -78,6 +80,36 @@ def test_an_export_is_read_unless_a_checkpoint_is_newer(run, tmp_path):
         RunFolder(copy).note_export(step, "")
         assert_params(pretrained.load(copy).params, scaled(params, expected))
     assert pretrained.load(copy).prompt_format.prompt_template == "{prompt}\n"
+
+
+def test_a_checkpoint_that_is_not_what_was_saved_is_refused_by_name(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    newest = copy / "checkpoints" / "2"
+    shutil.rmtree(newest / "state")
+    shutil.copytree(copy / "checkpoints" / "1" / "state", newest / "state")
+    other = re.escape(str(copy / "checkpoints" / "1"))
+    message = rf"checkpoint 2 is damaged: bits have changed in \.params\[.*; load {other}$"
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(CheckpointError, match=message):
+            pretrained.load(copy, dtype=dtype)
+    shutil.rmtree(newest / "description")
+    with pytest.raises(CheckpointError, match=f"checkpoint 2 is damaged: .*; load {other}$"):
+        pretrained.load(newest)
+    shutil.rmtree(copy / "checkpoints" / "1")
+    with pytest.raises(CheckpointError, match="checkpoint 2 is damaged: .*; the run has no other$"):
+        pretrained.load(copy)
+
+
+def test_a_checkpoint_of_another_model_than_the_config_says_is_refused(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    written = json.loads((copy / "config.json").read_text())
+    written["actor_rollout_ref"]["model"]["hf_config"]["intermediate_size"] = 64
+    (copy / "config.json").write_text(json.dumps(written))
+    wanted = r"gate'\]: \[\[1, 16, 32\], 'float32'\] there, \[\[1, 16, 64\], 'float32'\] wanted"
+    with pytest.raises(CheckpointError, match=wanted):
+        pretrained.load(copy)
 
 
 def test_the_dtype_is_that_asked_for(run):

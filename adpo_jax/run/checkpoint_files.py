@@ -51,12 +51,21 @@ def check(folder: Path, like: Callable[[int], Any]) -> None:
     for step in reversed(complete_steps(folder)):
         path = Path(folder) / str(step)
         try:
-            text = (path / "description" / "metadata").read_text(encoding="utf-8")
-            arrays = unsealed(json.loads(text))["arrays"]
+            arrays = read_description(path)["arrays"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it is damaged; a restore will say so and take the one before
         check_arrays(path, arrays, like(step))
         return
+
+
+def read_description(folder: Path) -> dict:
+    """The description of a checkpoint, as `description` gave it, with what was saved beside it.
+
+    Raises:
+      OSError, ValueError, KeyError, TypeError: when it is missing or not what was written.
+    """
+    text = (Path(folder) / "description" / "metadata").read_text(encoding="utf-8")
+    return unsealed(json.loads(text))
 
 
 def description(state) -> dict:
@@ -80,6 +89,18 @@ def check_arrays(folder: Path, there: dict, like) -> None:
     wanted = _shapes(like)
     if there != wanted:
         raise CheckpointError(_mismatch(folder, there, wanted))
+
+
+def check_digests(state, there: dict[str, str]) -> None:
+    """Checks that arrays are, bit for bit, those that a checkpoint's description has digests of.
+
+    Raises:
+      DamagedError: naming the arrays that are not.
+    """
+    found = digests(state)
+    changed = [name for name in found if found[name] != there[name]]
+    if changed:
+        raise DamagedError(f"bits have changed in {', '.join(changed[:4])}")
 
 
 def _mismatch(folder: Path, there: dict, wanted: dict) -> str:
@@ -141,7 +162,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     found = []
     while error is not None and error not in found:
         found.append(error)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return found
 
 
@@ -159,7 +180,9 @@ def _says_damage(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if not isinstance(error, ValueError | LookupError | TypeError | AttributeError | EOFError):
+    # orbax looks up what it has read, and asserts what it expects of it.
+    said = ValueError | LookupError | TypeError | AttributeError | EOFError | AssertionError
+    if not isinstance(error, said):
         return False  # MemoryError, and RuntimeError where no thread can be started
     numbers = re.findall(r"OS error (\d+)", str(error))
     missing = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)

@@ -32,6 +32,7 @@ from adpo_jax.run.checkpoint_files import (
     CheckpointError,
     DamagedError,
     check_arrays,
+    check_digests,
     complete_steps,
     description,
     first_line,
@@ -40,7 +41,6 @@ from adpo_jax.run.checkpoint_files import (
     sealed,
     unsealed,
 )
-from adpo_jax.run.digests import digests
 
 _DELETED = ".deleted"
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -288,10 +288,7 @@ class Checkpoints:
         state = read_on_all(lambda: self._checkpointer.restore(folder, args=args).state)
         if wanted is not abstract:
             state = dataclasses.replace(abstract, **state)
-        found = digests(state)
-        changed = [name for name in found if found[name] != content["digests"][name]]
-        if changed:
-            raise DamagedError(f"bits have changed in {', '.join(changed[:4])}")
+        check_digests(state, content["digests"])
         # Checkpoints of older versions have no sizes.
         return Restored(step, state, content["metrics"], content.get("sizes", {}))
 
