@@ -80,6 +80,11 @@ def test_the_export_has_the_adapters_in_its_weights(trained, tmp_path):
         ({"use_dora": True}, "use_dora is True, supported is None"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', supported is 'LORA'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, r"layer_replication is \[\[0, 1\], \[0, 1\]\]"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config is .*, supported is None; write that there"),
+        ({"of_a_later_peft": 1}, "of_a_later_peft is 1, supported is None"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', .* base"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga', supported is True"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern is"),
         ({"r": 3}, r"q_proj.lora_A.weight has shape \(2, 16\), wanted \(3, 16\)"),
     ],
@@ -89,6 +94,24 @@ def test_a_folder_that_means_another_model_is_refused(trained, folder, changes, 
     rewrite(folder, **changes)
     with pytest.raises(ValueError, match=message):
         adapters.load(policy, lora.without_adapters(params), folder)
+
+
+def test_what_peft_notes_of_a_plain_adapter_is_passed_over(folder):
+    """All keys that peft 0.21 writes, and initialisations that leave the base's weights alone."""
+    off = (
+        "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules "
+        "kasa_config layer_replication layers_pattern layers_to_transform lora_ga_config "
+        "megatron_config modules_to_save monteclora_config revision target_parameters "
+        "trainable_token_indices use_bdlora velora_config"
+    )
+    false = "ensure_weight_tying fan_in_fan_out lora_bias use_dora use_qalora use_rslora"
+    noted = {"loftq_config": {}, "megatron_core": "megatron.core", "qalora_group_size": 16}
+    noted |= {"peft_version": "0.21.2", "alpha_pattern": {}, "rank_pattern": {}}
+    expected = adapters.find(folder)
+    rewrite(folder, **dict.fromkeys(off.split()), **dict.fromkeys(false.split(), False), **noted)
+    for start in (True, False, "gaussian", "orthogonal", "eva", "mica"):
+        rewrite(folder, init_lora_weights=start)
+        assert adapters.find(folder) == expected
 
 
 def test_tensors_that_do_not_fit_are_named(trained, folder):

@@ -40,17 +40,24 @@ PREFIX = "base_model.model."
 
 LARGEST_RANK = 1 << 16
 
-# Settings of peft that may change the forward pass, with the values that leave it alone.
-WITHOUT_EFFECT: dict[str, tuple] = {
+# Settings of peft that the folder's tensors tell too, that are read below, or that no forward pass
+# depends on. The configs of initialisations say no more than `init_lora_weights` does.
+PASSED_OVER = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "task_type", "inference_mode", "qalora_group_size", "runtime_config"),
+    *("peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("megatron_config", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+# Those with values that leave a plain adapter of the base's own weights; the first is the default.
+# Every other setting, of this version of peft or a later one, has to be off.
+PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "lora_bias": (None, False),
-    "use_rslora": (None, False),
-    "use_dora": (None, False),
-    "alora_invocation_tokens": (None, []),
-    "fan_in_fan_out": (None, False),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, []),
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train beside base weights that they have changed.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
 
 
@@ -62,11 +69,7 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     """
     folder = folders.find_folder(name, (CONFIG, WEIGHTS))
     config = folders.read_json(folder / CONFIG)
-    for key, allowed in WITHOUT_EFFECT.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{folder / CONFIG}: {key} is {config[key]!r:.80}, supported is {allowed[0]!r}"
-            )
+    _refuse_unknown(folder / CONFIG, config)
     if not {"r", "lora_alpha"} <= config.keys():
         raise ValueError(f"{folder / CONFIG} gives no r and lora_alpha; is it an adapter of peft?")
     rank, alpha = config["r"], config["lora_alpha"]
@@ -86,6 +89,22 @@ def find(name: str | os.PathLike) -> tuple[Path, Lora]:
     if not targets:
         raise ValueError(f"{folder / WEIGHTS} holds no adapter of a layer's {_supported()}")
     return folder, Lora(rank, float(alpha), targets)
+
+
+def _refuse_unknown(path: Path, config: dict) -> None:
+    """Refuses settings that may make another model of the tensors than plain LoRA does."""
+    for key, value in config.items():
+        off = not value and key not in PLAIN
+        if off or key in PASSED_OVER or value in PLAIN.get(key, ()):
+            continue
+        supported = ", ".join(map(repr, PLAIN.get(key, (None,))))
+        cure = "" if key in PLAIN else "; write that there if the adapter is plain LoRA without it"
+        if key == "init_lora_weights":
+            cure = (
+                ". Others change the weights of the base; peft's save_pretrained with "
+                "path_initial_model_for_weight_conversion writes an adapter of the unchanged ones"
+            )
+        raise ValueError(f"{path}: {key[:80]} is {value!r:.80}, supported is {supported}{cure}")
 
 
 def _check_patterns(path: Path, config: dict, rank: int, alpha: float) -> None:
