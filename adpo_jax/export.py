@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.log.printable import say_error
-from adpo_jax.run.command_line import Parser, begin
+from adpo_jax.run.command_line import Parser, begin, with_cure
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -56,6 +56,7 @@ def export(a: argparse.Namespace) -> None:
 
     Raises:
       ValueError: for a model that cannot be read, a folder that is there, a failed upload.
+      OSError: for a folder that cannot be written.
     """
     import jax  # after the arguments, so that --help is quick
 
@@ -85,9 +86,13 @@ def export(a: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exports what the command line names; returns the exit code."""
+    a = arguments()
     try:
-        export(arguments())
-    except (OSError, ValueError) as error:
+        export(a)
+    except OSError as error:
+        say_error(with_cure(error, a.out, "writes it"))
+        return USER_ERROR
+    except ValueError as error:
         say_error(error)
         return USER_ERROR
     return 0

@@ -7,12 +7,10 @@ folder, whose settings are taken. `adpo-jax train` is the same command. The exit
 `exit_codes`.
 """
 
-import errno
 import functools
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -20,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log.printable import say, say_error
-from adpo_jax.run.command_line import begin, load_config, parse_flags
+from adpo_jax.run.command_line import begin, load_config, parse_flags, with_cure
 from adpo_jax.run.exit_codes import (
     DISK_ERROR,
     DOES_NOT_FIT,
@@ -154,7 +152,7 @@ def main(argv: list[str], **parts) -> int:
         except TrainingStopped as error:
             return _failed(error, STOPPED)
         except OSError as error:
-            return _failed(_with_cure(error, prepared.folder.root), DISK_ERROR)
+            return _failed(with_cure(error, prepared.folder.root, "goes on"), DISK_ERROR)
         except Interrupted:
             distributed.wait_for_all("stopped")  # else the last process takes the others for dead
             return INTERRUPTED
@@ -268,14 +266,6 @@ def _main(argv: list[str]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _with_cure(error: OSError, folder: Path) -> OSError:
-    """The error of a full disk with the folder and what to do; any other as it is."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    text = f"{error}; make room for {folder}, and the same command goes on"
-    return OSError(text).with_traceback(error.__traceback__)
 
 
 def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:

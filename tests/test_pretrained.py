@@ -1,17 +1,21 @@
 """One name for a model: a Hugging Face folder, a run, a checkpoint; and what is made of it."""
 
+import errno
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from test_config import parse
 
 from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic
+from adpo_jax.hf import folders, weights
 from adpo_jax.log.printable import printable
 from adpo_jax.model import lora
 from adpo_jax.policy import Policy
@@ -209,6 +213,41 @@ def test_export_writes_the_parameters_of_a_checkpoint_and_overwrites_nothing(run
     assert read.tokenizer.get_vocab() == pretrained.load(root).tokenizer.get_vocab()
     with pytest.raises(ValueError, match="is there already"):
         export.export(export.arguments(command))
+
+
+def test_a_disk_that_fails_is_an_error_of_the_system_whichever_library_writes(tmp_path):
+    """A limit on the size of files stands for a full disk: the real writers meet a real error."""
+    writers = {
+        "weights": lambda path: weights.save_file({"x": np.zeros(5000)}, path / "x.safetensors"),
+        "tokenizer": arithmetic.make_tokenizer().save_pretrained,
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with (
+                pytest.raises(OSError, match=rf"File too large: '.*/{name}'$") as raised,
+                folders.new_folder(tmp_path / name, overwrite=False) as temporary,
+            ):
+                write(temporary)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert raised.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_to_a_full_disk_says_what_to_do(folder, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["export", "--model", str(folder), "--out", str(out)])
+    assert export.main() == 2
+    assert capsys.readouterr().err == (
+        f"error: [Errno 28] No space left on device: '{out}'; make room for {out}, and the same "
+        "command writes it\n"
+    )
 
 
 class Hub:

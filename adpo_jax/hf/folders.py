@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from jax.experimental import multihost_utils
+from safetensors import SafetensorError
 
 from adpo_jax.hf import weights
 from adpo_jax.hf.config import check_counts
@@ -261,13 +263,14 @@ def new_folder(folder: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
 
     Raises:
       ValueError: for a folder that is not empty, unless `overwrite`.
+      OSError: where the disk fails, also inside of a library that has another error for it.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give another folder, or overwrite=True")
-    with _renamed_when_done(folder) as temporary:
+    with _renamed_when_done(folder) as temporary, _disk_errors_of(folder):
         yield temporary
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
@@ -300,6 +303,24 @@ def push_folder(folder: str | os.PathLike, name: str, *, private: bool = True) -
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _disk_errors_of(folder: Path) -> Iterator[None]:
+    """Makes an OSError of what safetensors and tokenizers raise when they cannot write.
+
+    Those raise an error of their own, or a bare Exception, with the system's number in its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, SafetensorError) and not number:
+            raise OSError(f"{folder} cannot be written: {error}") from error
+        if number and (isinstance(error, SafetensorError) or type(error) is Exception):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(folder)) from error
+        raise
 
 
 @contextlib.contextmanager

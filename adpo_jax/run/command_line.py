@@ -5,11 +5,13 @@ are answered at once.
 """
 
 import argparse
+import errno
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
@@ -48,6 +50,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"error: {message}; `{self.prog} --help` lists the options\n")
+
+
+def with_cure(error: OSError, folder: Path, outcome: str) -> OSError:
+    """The error of a full disk with what to do; any other as it is.
+
+    Args:
+      folder: what there is no room for.
+      outcome: what the same command does then.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    text = f"{error}; make room for {folder}, and the same command {outcome}"
+    return OSError(text).with_traceback(error.__traceback__)
 
 
 def parse_flags(
