@@ -188,6 +188,10 @@ REFUSED = {
         "olmo3-7b",
         {"rope_parameters": {"rope_type": "default"}},
     ),
+    "rope_theta = 1000000.0 of olmo3 is read in two ways: .*inside rope_parameters": (
+        "olmo3-7b",
+        {"rope_theta": 1e6},
+    ),
     "not implemented .*use_moe = True": ("phi4-14b", {"use_moe": True}),
     "llama_4_scaling_beta as a number above 0; given 'x'": (
         "ministral3-8b",

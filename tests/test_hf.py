@@ -192,6 +192,14 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_together(tmp_path):
     )
 
 
+def test_where_the_head_alone_is_missing_the_error_says_how_to_tie_it(tmp_path):
+    tensors = tensors_of(GOLDEN / "qwen2")
+    del tensors["lm_head.weight"]
+    message = r"missing tensors: lm_head.weight; if .*, set tie_word_embeddings to true$"
+    with pytest.raises(ValueError, match=message):
+        Policy.from_pretrained(edited("qwen2", tmp_path, tensors))
+
+
 def test_a_long_list_of_tensors_is_cut(tmp_path):
     shorter = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     with pytest.raises(ValueError, match=r"unexpected tensors: model.layers.1.* and 16 more$"):

@@ -105,6 +105,15 @@ def _ropes_by_kind(
     local = nested.get("sliding_attention") or {}
     distant = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
     local_theta = c.get("rope_local_base_freq", c["rope_theta"])
+    usual = family.defaults["rope_theta"]
+    own = "rope_theta" in local or "rope_theta" in distant or "rope_local_base_freq" in c
+    if c["rope_theta"] != usual and not own and "sliding_attention" in layer_types:
+        # transformers gives it to the layers of full attention and takes no second look.
+        raise ValueError(
+            f"rope_theta = {c['rope_theta']!r:.80} of {c['model_type']} is read in two ways: "
+            f"transformers 5 leaves the layers of sliding_attention at {usual}; give each kind of "
+            "layer its rope_theta inside rope_parameters"
+        )
     of_distant = c
     if c["model_type"] == "gemma4_text":
         _, head_dim = gemma4.global_sizes(c, layer_types)

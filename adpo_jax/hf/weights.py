@@ -97,7 +97,10 @@ def _account_for_all(config: ModelConfig, all_leaves: list[Leaf], checkpoint: Ch
         if names
     ]
     if problems:
-        raise ValueError("the weights do not fit config.json; " + "; ".join(problems))
+        cure = ""
+        if missing == [head] and embed in checkpoint:
+            cure = "; if the embeddings are the head too, set tie_word_embeddings to true"
+        raise ValueError("the weights do not fit config.json; " + "; ".join(problems) + cure)
     if tied_copy and not np.array_equal(checkpoint.array(head), checkpoint.array(embed)):
         raise ValueError(
             f"{head} differs from {embed}, but config.json ties them; "
