@@ -132,7 +132,7 @@ def test_adapters_are_merged_into_the_weights_that_they_were_trained_beside(tmp_
     parts = setup.build(config)
     state = parts.learner.init_state(parts.initial_params())
     with folder, Checkpoints(folder.checkpoints, save_freq=1, keep=1) as checkpoints:
-        checkpoints.save(1, state)
+        checkpoints.save(1, state.saved)
     kept = pretrained.load(folder.root, keep_base_dtype=True)
     wide = pretrained.load(folder.root)
     (trained, frozen), (_, widened) = lora.split(kept.params), lora.split(wide.params)
