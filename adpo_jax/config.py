@@ -1,10 +1,10 @@
 """The configuration: every key there is, its default, what it means and what it allows.
 
 `configs/*.py` start from `default_config()` and change what they need. The dictionary is locked, so
-a misspelt key stops the run and names the nearest one. A key is declared once, as a `Key`: from
-that come its default, its row in docs/config.md and the refusals of `config_checks`. The parameters
-of algorithms are declared by the algorithms (`losses`). In the meanings, "prompts" count distinct
-prompts, "completions" count their samples. An empty string means "not set".
+a misspelt key stops the run and names what was probably meant. A key is declared once, as a `Key`:
+from that come its default, its row in docs/config.md and the refusals of `config_checks`. The
+parameters of algorithms are declared by the algorithms (`losses`). In the meanings, "prompts" count
+distinct prompts, "completions" count their samples. An empty string means "not set".
 """
 
 from collections.abc import Callable

@@ -16,7 +16,7 @@ HEAD = """\
 # Every config key
 
 A config of `configs/` starts from these defaults and changes what it needs; the command line does
-the rest: `--config.algorithm.tau=0.5`. A misspelt key stops the run and names the nearest one, and
+the rest: `--config.algorithm.tau=0.5`. A misspelt key stops the run and names what was meant, and
 so does a value that is not allowed or has no effect. A test sets every key and sees what it governs
 change.
 

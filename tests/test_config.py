@@ -141,6 +141,8 @@ def test_lists_and_loggers_are_taken_as_users_of_verl_write_them():
     for logger in ("('console', 'wandb')", "['tensorboard','wandb']", "[console,wandb]"):
         assert parse(f"--config.trainer.logger={logger}").trainer.logger == ("wandb",)
     assert parse("--config.trainer.logger=console").trainer.logger == ()
+    many = [f"train-{i:05d}-of-00010.parquet" for i in range(10)]  # no file has so long a name
+    assert parse(f"--config.data.train_files={many}").data.train_files == ",".join(many)
 
 
 REFUSALS = {

@@ -296,11 +296,8 @@ def environment(config):
 def evaluated_before(config):
     """Whether an evaluation is due before the first iteration."""
     parts = types.SimpleNamespace(num_steps=5, val_prompts=[1])
-    run = types.SimpleNamespace(config=config, parts=parts, folder=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adpo_jax.train, "_evaluate", lambda *_: {"eval/accuracy": 1.0})
-        state = types.SimpleNamespace(step=0)
-        return adpo_jax.train._due_evaluation(run, state, {})
+    run = types.SimpleNamespace(config=config, parts=parts)
+    return adpo_jax.train._is_evaluation_due(run, 0, {})
 
 
 class FakeEngine:
@@ -461,7 +458,7 @@ WALK = {
         f"--config.{MODEL}.hf_config={{'head_dim': 128}}",
     ),
     f"{ROLLOUT}.free_cache_engine": ("false", engine),
-    f"{ROLLOUT}.gpu_memory_utilization": ("0.002", engine, f"--config.{ROLLOUT}.num_slots=256"),
+    f"{ROLLOUT}.gpu_memory_utilization": ("0.003", engine, f"--config.{ROLLOUT}.num_slots=256"),
     f"{ROLLOUT}.expected_response_length": (
         "64",
         engine,

@@ -197,7 +197,9 @@ def test_attributes_that_are_too_large_cost_no_reward(caplog):
     instance.reset(start=2)
     instance.log = "x" * contract.MOST_ATTRIBUTES
     assert contract.attributes_of(instance).keys() == {"made", "resets", "count", "luck", "double"}
-    assert "Counter.log has 1,048,578 characters" in caplog.text
+    instance.log += "x"
+    contract.attributes_of(instance)
+    assert caplog.text.count("Counter.log is too large") == 1
 
 
 def test_a_process_that_answers_something_else_is_replaced(pool, monkeypatch):
@@ -263,6 +265,11 @@ def test_calls_of_all_families_are_found_and_malformed_ones_say_why():
         assert why in call.error, (text[:80], call)
         assert len(call.error) < 300
     assert len(calls_in("tags", "<tool_call>{}" * 1000, ("add",))) == 65
+
+
+def test_a_fence_within_a_line_is_no_block():
+    text = 'Use ```add```:\n```json\n{"name": "add", "arguments": {"a": 1}}\n```'
+    assert calls_in("json", text, ("add",)) == ONE
 
 
 def test_a_block_of_code_in_another_language_does_not_hide_the_one_with_the_call():

@@ -606,6 +606,7 @@ CASES = {
         ],
         [
             r"60^\circ", r"12^\circ", r"210^\circ", r"-120^\circ", r"120\pi", r"\frac{\pi}{3}",
+            r"1\angle 20^\circ", r"1 ∠ 20^\circ",
         ],
     ),
     "temperature": (

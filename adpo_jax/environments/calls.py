@@ -108,7 +108,7 @@ def _unfenced(text: str) -> str:
     while at >= 0:
         start = at + len(_FENCE)
         first, newline, _ = text[start : start + 32].partition("\n")
-        end = text.find(_FENCE, start + len(first))
+        end = text.find(_FENCE, start)
         if end < 0:
             break
         if newline and first.strip() in _FENCE_LABELS:

@@ -257,7 +257,7 @@ def attributes_of(instance: Any) -> dict[str, Any]:
         except Exception:  # what cannot be read is not there
             continue
         if size > room:
-            _warn_once(f"{type(instance).__name__}.{name} has {size:,} characters as JSON")
+            _warn_once(f"{type(instance).__name__}.{name}")
             continue
         room -= size
         found[name] = value
@@ -267,8 +267,8 @@ def attributes_of(instance: Any) -> dict[str, Any]:
 @functools.cache
 def _warn_once(what: str) -> None:
     logging.warning(
-        "%s: reward functions do not get it, since the attributes of an environment are %s "
-        "characters at most; let its name begin with _ if they need not have it",
+        "%s is too large for reward functions to get it: the attributes of an environment are %s "
+        "characters of JSON at most; let its name begin with _ if they need not have it",
         what,
         f"{MOST_ATTRIBUTES:,}",
     )

@@ -22,6 +22,8 @@ from adpo_jax.rewards.grading.extract import find_answer
 from adpo_jax.rollouts.completing import Completer, Message, OneTurn, Reading
 
 BOOTSTRAP_REPLICATES = 2000
+# Of wrong answers of a prompt, so many are compared with each further one.
+COMPARED = 16
 PREFIX = "eval"
 
 
@@ -204,10 +206,11 @@ def sample_scores(
     """
     n = right_Nn.shape[1]
     scores = {f"mean@{n}": right_Nn.mean(1)}
+    candidates = [_by_candidate(right, vote) for right, vote in zip(right_Nn, votes)]
     for k in ks:
         scores[f"pass@{k}"] = pass_at_k(right_Nn.sum(1), n, k)
         scores[f"maj@{k}"] = np.array(
-            [majority_at_k(right, vote, k) for right, vote in zip(right_Nn, votes)]
+            [_majority_of_blocks(right, vote, k) for right, vote in zip(right_Nn, candidates)]
         )
     return scores
 
@@ -239,18 +242,24 @@ def majority_at_k(right: Sequence[bool], votes: Sequence[str | None], k: int) ->
 
     Source: Wang et al. 2022, "Self-Consistency", arXiv 2203.11171.
     """
-    votes = _by_candidate(right, votes)
+    return _majority_of_blocks(right, _by_candidate(right, votes), k)
+
+
+def _majority_of_blocks(right: Sequence[bool], votes: Sequence[str | None], k: int) -> float:
     blocks = range(0, len(votes) // k * k, k)
     return sum(_majority_is_right(right[i : i + k], votes[i : i + k]) for i in blocks) / len(blocks)
 
 
 def _by_candidate(right: Sequence[bool], votes: Sequence[str | None]) -> list[str | None]:
-    """The votes, of which wrong ones that are equal are written like the first of them."""
+    """The votes, of which wrong ones that are equal are written alike.
+
+    Each is compared with the `COMPARED` most frequent ones.
+    """
+    counts = Counter(vote for is_right, vote in zip(right, votes) if not is_right and vote)
     first: dict[str, str] = {}
-    for is_right, vote in zip(right, votes):
-        if not is_right and vote and vote not in first:
-            others = dict.fromkeys(first.values())
-            first[vote] = next((other for other in others if compare(vote, other).right), vote)
+    for vote, _ in counts.most_common():
+        others = list(dict.fromkeys(first.values()))[:COMPARED]
+        first[vote] = next((other for other in others if compare(vote, other).right), vote)
     return [first.get(vote, vote) for vote in votes]
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax import losses
 from adpo_jax.config import Key, declarations, default_config, keys
+from adpo_jax.engine.sampling import LEAST_TEMPERATURE
 from adpo_jax.run import metric_names, other_trainers
 from adpo_jax.run.reward_functions import reward_functions
 from adpo_jax.run.whole_keys import section, whole_keys
@@ -75,10 +76,11 @@ def validate(config: ConfigDict) -> None:
       ValueError: naming the wanted values, the given one and the cure.
     """
     declared = declarations()
-    if config.actor_rollout_ref.rollout.temperature <= 0:
+    if config.actor_rollout_ref.rollout.temperature < LEAST_TEMPERATURE:
         raise ValueError(
-            "actor_rollout_ref.rollout.temperature is above 0: training samples, and greedy "
-            "completions of a prompt are all the same. Evaluation is greedy as it is"
+            f"actor_rollout_ref.rollout.temperature is at least {LEAST_TEMPERATURE}: training "
+            "samples, and greedy completions of a prompt are all the same. Evaluation is greedy by "
+            "itself"
         )
     for name, key in declared.items():
         _check_value(name, key, _value(config, name))

@@ -145,8 +145,14 @@ class Interruption:
             timer.cancel()
 
     def _give_up(self) -> None:
-        text = f"not done after {self.grace_s:g} s: exiting; {self.what_is_left}"
-        _exit(text, INTERRUPTED)
+        # The disk that this asks may hang, and be the reason of it all.
+        last = threading.Timer(2.0, os._exit, (INTERRUPTED,))
+        last.daemon = True
+        last.start()
+        left = "what is saved is not known"
+        with contextlib.suppress(Exception):
+            left = self.what_is_left
+        _exit(f"not done after {self.grace_s:g} s: exiting; {left}", INTERRUPTED)
 
 
 def _exit(text: str, code: int) -> None:

@@ -45,7 +45,7 @@ def taken_as_given(config: ConfigDict) -> None:
 def _listed(text: str, key: str) -> list[str]:
     """The texts of a list, with quotation marks or, as Hydra takes it, without; else the text."""
     text = str(text)
-    if not text.strip().startswith("[") or Path(text).exists():
+    if not text.strip().startswith("[") or _is_file(text):
         return [text]
     try:
         found = ast.literal_eval(text.strip())
@@ -58,6 +58,13 @@ def _listed(text: str, key: str) -> list[str]:
     if odd := [name for name in found if "," in name and key != "trainer.logger"]:
         raise ValueError(f"{key}: a comma ends a file's name, and {odd[0]!r} has one; rename it")
     return found
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # no file has so long a name
+        return False
 
 
 _ROLLOUT, _ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
@@ -152,8 +159,10 @@ def cure_of(key: str) -> Cure | None:
     """What stands here for another trainer's name; None where there is no such name.
 
     verl's may lack `actor_rollout_ref.` or lie below a name that has an entry, and those of TRL and
-    Tunix may stand in any section.
+    Tunix may stand alone or in the sections that have most of what these are settings of.
     """
     above, _, last = key.rpartition(".")
-    names = (key, f"actor_rollout_ref.{key}", above if "." in above else "", last)
+    # Elsewhere the last part of a name may mean something of ours: `teacher.model`.
+    bare = last if above in ("", "trainer", "algorithm", "data") else ""
+    names = (key, f"actor_rollout_ref.{key}", above if "." in above else "", bare)
     return next((NAMES[name] for name in names if name in NAMES), None)

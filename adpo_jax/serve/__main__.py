@@ -264,7 +264,11 @@ def main(
     except ValueError as error:
         say_error(error)
         return 2
-    server.run()
+    try:
+        server.run()
+    except OSError as error:  # another server that was loading at the same time listens there now
+        say_error(error)
+        return 2
     failed = server.app.service is None or server.app.service.decoding.failed
     return 1 if failed else 0
 

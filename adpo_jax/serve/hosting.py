@@ -27,8 +27,8 @@ class Host(uvicorn.Server):
         super().__init__(config)
         self.app, self._sockets = app, list(sockets)
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        super().run(sockets or self._sockets or None)
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(sockets or self._sockets or None)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

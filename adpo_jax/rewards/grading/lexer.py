@@ -37,7 +37,7 @@ _UNICODE = {
     "ℝ": "\\mathbb{R}", "²": "^2", "³": "^3", "½": "\\frac12 ", "⅓": "\\frac13 ",
     "¼": "\\frac14 ", "¾": "\\frac34 ", "⅔": "\\frac23 ", "θ": "\\theta ", "α": "\\alpha ",
     "β": "\\beta ", "γ": "\\gamma ", "φ": "\\phi ", "λ": "\\lambda ", "€": "\\euro ",
-    "£": "\\pound ", "¢": "\\text{ cents}", "∠": "", "′": "'", "’": "'", "％": "%",
+    "£": "\\pound ", "¢": "\\text{ cents}", "∠": "\\angle ", "′": "'", "’": "'", "％": "%",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2002": " ", "\u2003": " ", "\t": " ",
     "\n": " ", "\r": " ",
 }  # fmt: skip
@@ -56,7 +56,10 @@ _TEXT = re.compile(
 _LENGTH = re.compile(r"\|([A-Z]{2})\|(?= ?=)")  # of a segment, as a label
 _SPACES = re.compile(r"~|\\[,;:! ]")
 # What an angle is called is no part of its measure: "m∠ABC = ".
-_ANGLE = re.compile(r"(?<![A-Za-z\\])(?:m ?)?(?:\\angle(?![A-Za-z])|∠) ?(?:[A-Z]{1,3} ?= ?)?")
+# After a number it is a phasor's: "5\angle 30".
+_ANGLE = re.compile(
+    r"(?<![A-Za-z\\0-9)}])(?<![0-9)}] )(?:m ?)?(?:\\angle(?![A-Za-z])|∠) ?(?:[A-Z]{1,3} ?= ?)?"
+)
 _WHOLE_TEXT = re.compile(r"\\(?:text[a-z]{0,6}|mbox|mathrm|mathbf|bm|boldsymbol)\{([^{}]*)\}")
 _REALS = {"all real numbers", "all reals", "the real numbers", "all real numbers x",
           "the set of all real numbers", "the set of real numbers"}  # fmt: skip
