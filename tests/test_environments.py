@@ -186,7 +186,7 @@ def test_what_a_tool_raises_is_its_answer_even_if_it_looks_like_our_own_deadline
             answer = ask(pool, lease, "call", tool=tool, arguments={})
             assert (answer.kind, answer.error) == ("raised", text)
         ended = ask(pool, lease, "end")
-        assert ended.kind == "raised"
+        assert ended.kind == "unfit"
         owner = "the environment Careless"
         wanted = f"get_reward of {owner} returned 'good'; wanted a finite number"
         assert failure_text("end", ended, 5.0) == wanted

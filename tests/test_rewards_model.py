@@ -144,7 +144,7 @@ def test_what_is_no_reward_stops_the_run_with_the_function_name(file, name, mess
         ({"name": "good_accuracy", "kwargs": {"ngram": 1}}, "takes no keyword ngram"),
         ({"name": "good_accuracy", "kwargs": {"max_penalty": 1}}, "max_penalty <= 0"),
         ({"name": "format_reward", "kwargs": {"pattern": "(?=a)"}}, "linear time"),
-        ({"weight": float("nan")}, "its weight is nan"),
+        ({"weight": float("nan")}, "its weight is a finite number; given nan"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])

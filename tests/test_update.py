@@ -376,7 +376,7 @@ def test_what_is_given_in_a_wrong_place_is_told_in_words():
          "max_prompt_length is a whole number, 1 or more; given 0"),
         (lambda: Engine(policy, max_prompt_length="a", max_response_length=4),
          "max_prompt_length is a whole number, 1 or more; given 'a'"),
-        (lambda: SamplingParams(max_tokens="a"), "max_tokens is a number; given 'a'"),
+        (lambda: SamplingParams(max_tokens="a"), "max_tokens is a whole number; given 'a'"),
         (lambda: engine.generate(None, [[1]], one, jax.random.key(0)),
          "params is the policy's parameter tree, .* given NoneType"),
         (lambda: engine.generate(params, [[1]], one, 0), r"key is a jax.random.key.* given int"),

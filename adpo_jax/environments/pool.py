@@ -40,8 +40,9 @@ class Answer(NamedTuple):
       tag: what the request was tagged with.
       content: the reply of the worker; {} where there is none.
       error: why there is no reply, or what was raised; "" where all went well.
-      kind: of the error: "raised", "cancelled" (an async method took too long), or, where the
-        environment is lost, "timeout", "crash" or "lost" (it was, before).
+      kind: of the error: "raised", "unfit" (the environment cannot be used as it is written),
+        "cancelled" (an async method took too long), or, where the environment is lost, "timeout",
+        "crash" or "lost" (it was, before).
       seconds: that it took.
     """
 
@@ -192,7 +193,7 @@ def failure_text(verb: str, answer: Answer, timeout_s: float) -> str:
         "crash": "ended its process, or needs more memory than it may have",
         "lost": "comes after its process was killed",
     }.get(answer.kind)
-    if not why and "traceback" not in answer.content:
+    if answer.kind == "unfit" or (verb == "describe" and not why and not answer.content):
         return answer.error
     text = f"environment: {what} {why or 'failed: ' + answer.error}"
     return f"{text}\n{answer.content.get('traceback', '')}".rstrip()

@@ -65,7 +65,7 @@ class House:
         except MemoryError:
             return {"error": "it needs more memory than it may have", "kind": "raised"}
         except Unfit as error:
-            return {"error": str(error), "kind": "raised"}
+            return {"error": str(error), "kind": "unfit"}
         except BaseException as error:  # whatever it raises, the others' environments live on
             text = "".join(traceback.format_exception(error))[-20_000:]
             return {"error": str(error)[:2000], "kind": "raised", "traceback": text}
