@@ -222,7 +222,7 @@ CONFIG = {
         "needs anchor.mode=on_policy or sampler; given",
     ),
     "a KL penalty of 0": ("algorithm.beta_anchor_kl=0.1", "has no effect on one optimizer step"),
-    "temperature 0": (f"{ROLLOUT}.temperature=0", "temperature is above 0"),
+    "temperature 0": (f"{ROLLOUT}.temperature=0", "temperature is at least 0.001"),
     "top_p 0": (f"{ROLLOUT}.top_p=0", "top_p"),
     "top_p above 1": (f"{ROLLOUT}.top_p=1.5", "top_p"),
     "top_k": (f"{ROLLOUT}.top_k=0", "top_k"),
