@@ -374,7 +374,8 @@ def test_sums_over_micro_batches_are_the_batch(algorithm, sizes):
         part = jax.tree.map(lambda leaf: leaf[start:end], (log_probs, anchor, tokens, prepared))  # noqa: B023
         parts.append(whole_fn(*part))
     summed = jax.tree.map(lambda *values: sum(values), *[part[0] for part in parts])
-    np.testing.assert_allclose(summed[0], loss, rtol=1e-6)
+    # The terms are of order 1, and what is left of them may be small.
+    np.testing.assert_allclose(summed[0], loss, rtol=1e-6, atol=1e-7)
     assert metrics.keys() == summed[1].keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(summed[1][name], value, rtol=2e-6, atol=1e-7, err_msg=name)
