@@ -23,6 +23,9 @@ from adpo_jax.log.printable import printable, say_error
 from adpo_jax.run.command_line import Parser, begin
 from adpo_jax.run.exit_codes import USER_ERROR
 
+# The tokens of a completion where nothing is asked for and the model has the positions.
+MAX_TOKENS = 512
+
 if TYPE_CHECKING:  # these import JAX, and --help is quick
     from adpo_jax.engine.generation import FinishedGroup
     from adpo_jax.pretrained import Pretrained
@@ -36,7 +39,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="JSON lines with a key `prompt`")
     parser.add_argument("--out", type=Path, help="JSON lines, one a completion; a new file")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help=f"of a completion; the default is {MAX_TOKENS}, or what the model has positions for",
+    )
     parser.add_argument("--min-tokens", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -175,7 +182,7 @@ def generate(a: argparse.Namespace) -> None:
         top_k=a.top_k,
         top_p=a.top_p,
         min_p=a.min_p,
-        max_tokens=a.max_tokens,
+        max_tokens=MAX_TOKENS if a.max_tokens is None else a.max_tokens,
         min_tokens=a.min_tokens,
         stop=tuple(a.stop),
         ignore_eos=a.ignore_eos,
@@ -188,16 +195,19 @@ def generate(a: argparse.Namespace) -> None:
     prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
     longest = max(len(prompt) for prompt in prompts)
     positions = model.policy.hf_config.get("max_position_embeddings") or sys.maxsize
-    if longest + a.max_tokens > positions:
+    most = sampling.max_tokens
+    if a.max_tokens is None:
+        most = max(1, min(most, positions - longest))
+    if longest + most > positions:
         raise ValueError(
-            f"the longest prompt has {longest} tokens; with --max-tokens {a.max_tokens} that is "
+            f"the longest prompt has {longest} tokens; with --max-tokens {most} that is "
             f"more than the {positions} positions of this model: lower --max-tokens"
         )
-    sampling = dataclasses.replace(sampling, stop_token_ids=model.stop_token_ids)
+    sampling = dataclasses.replace(sampling, max_tokens=most, stop_token_ids=model.stop_token_ids)
     engine = Engine(
         model.policy,
         max_prompt_length=longest,
-        max_response_length=a.max_tokens,
+        max_response_length=most,
         num_slots=a.slots,
         gpu_memory_utilization=0.9,
         group_size=a.n,

@@ -172,6 +172,16 @@ def test_generate_shows_all_text_and_writes_each_completion_once(folder, tmp_pat
         generate.generate(generate.arguments(command))
 
 
+def test_generate_takes_no_more_tokens_than_the_model_has_positions_for(folder, tmp_path, capsys):
+    short = tmp_path / "short"
+    shutil.copytree(folder, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    command = ["--model", str(short), "--prompt", "3 apples", "--ignore-eos", "--n", "1"]
+    generate.generate(generate.arguments(command))
+    assert "cut off at --max-tokens" in capsys.readouterr().out
+
+
 def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):
     model = pretrained.load(folder)
     screen = generate.Screen(model, 1, 2)
