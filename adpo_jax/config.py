@@ -501,7 +501,7 @@ def _rollout() -> dict[str, Key]:
         lambda c: not (c.environment.path or c.environment.url),
     )
     return {
-        "temperature": Key(1.0, "divides the logits", above=0),
+        "temperature": Key(1.0, "divides the logits", above=0, allowed="at least 0.001"),
         "top_p": Key(1.0, "keep the fewest tokens with this mass; 1 for all", above=0, most=1),
         "top_k": Key(-1, "-1 for all tokens", allowed=_TOP_K, least=-1),
         "min_p": Key(

@@ -157,7 +157,10 @@ def test_sampled_scores_lie_between_their_bounds():
     [
         (["--config.eval.ks=(4,)"], "eval.n above 0"),
         (["--config.eval.n=2", "--config.eval.ks=(4,)"], "pass@k needs at least k samples"),
-        (["--config.eval.n=2", "--config.eval.temperature=0.0"], "eval.temperature is above 0"),
+        (
+            ["--config.eval.n=2", "--config.eval.temperature=0.0"],
+            "eval.temperature is at least 0.001",
+        ),
         (["--config.eval.graded_by=me"], "one of accuracy, reward; given 'me'"),
     ],
 )

@@ -14,7 +14,7 @@ import numpy as np
 
 from adpo_jax.devices import distributed
 from adpo_jax.engine.engine import Engine
-from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.sampling import LEAST_TEMPERATURE, SamplingParams
 from adpo_jax.records import Completions, Prompts
 from adpo_jax.rewards import NO_RUN, RewardFunction, RewardModel, TrainerState
 from adpo_jax.rewards.grading.compare import compare
@@ -58,8 +58,8 @@ class EvalSettings:
             )
         if self.num_samples and self.sampling.greedy:
             raise ValueError(
-                "eval.temperature is above 0 where eval.n asks for samples: greedy ones are all "
-                "the same, and the greedy accuracy is always measured"
+                f"eval.temperature is at least {LEAST_TEMPERATURE} where eval.n asks for samples: "
+                "greedy ones are all the same, and the greedy accuracy is always measured"
             )
 
 

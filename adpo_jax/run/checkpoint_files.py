@@ -6,6 +6,7 @@ description names every array with shape, dtype and digest, and has a checksum o
 
 import errno
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -64,8 +65,19 @@ def read_description(folder: Path) -> dict:
     Raises:
       OSError, ValueError, KeyError, TypeError: when it is missing or not what was written.
     """
-    text = (Path(folder) / "description" / "metadata").read_text(encoding="utf-8")
-    return unsealed(json.loads(text))
+    return unsealed(json.loads(_description_file(folder).read_text(encoding="utf-8")))
+
+
+def replace_description(folder: Path, content: dict) -> None:
+    """Gives a checkpoint another description; a kill leaves the old one or the new one."""
+    path = _description_file(folder)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(sealed(content)), encoding="utf-8")
+    os.replace(new, path)
+
+
+def _description_file(folder: Path) -> Path:
+    return Path(folder) / "description" / "metadata"
 
 
 def description(state) -> dict:

@@ -37,9 +37,10 @@ from adpo_jax.run.checkpoint_files import (
     description,
     first_line,
     on_all_processes,
+    read_description,
     read_on_all,
+    replace_description,
     sealed,
-    unsealed,
 )
 
 _DELETED = ".deleted"
@@ -199,15 +200,12 @@ class Checkpoints:
         checkpoint that is the best one would not be kept. Does nothing where there is no checkpoint
         of that step.
         """
-        path = self._folder / str(step) / "description" / "metadata"
-        if jax.process_index() or not self._best_metric or not path.exists():
+        folder = self._folder / str(step)
+        if jax.process_index() or not self._best_metric or not folder.exists():
             return
         try:
-            content = unsealed(json.loads(path.read_text())) | {"metrics": metrics}
-            new = path.with_name(f"{path.name}.new")
-            new.write_text(json.dumps(sealed(content)))
-            os.replace(new, path)
-        except (OSError, ValueError, KeyError) as error:
+            replace_description(folder, read_description(folder) | {"metrics": metrics})
+        except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"WARNING: checkpoint {step} keeps its old metrics: {first_line(error)}")
 
     def wait(self) -> None:
@@ -281,7 +279,7 @@ class Checkpoints:
     def _restore(self, step: int, like) -> Restored:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         folder = self._folder / str(step)
-        content = read_on_all(lambda: self._read_description(folder))
+        content = read_on_all(lambda: read_description(folder))
         check_arrays(folder, content["arrays"], abstract)
         wanted = _stored(abstract)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
@@ -291,10 +289,6 @@ class Checkpoints:
         check_digests(state, content["digests"])
         # Checkpoints of older versions have no sizes.
         return Restored(step, state, content["metrics"], content.get("sizes", {}))
-
-    def _read_description(self, folder: Path) -> dict:
-        args = ocp.args.Composite(description=ocp.args.JsonRestore())
-        return unsealed(self._checkpointer.restore(folder, args=args).description)
 
     @property
     def _aside(self) -> Path:
@@ -378,7 +372,7 @@ class Checkpoints:
         values = {}
         for step in self.steps:
             try:
-                metrics = self._read_description(self._folder / str(step))["metrics"]
+                metrics = read_description(self._folder / str(step))["metrics"]
             except Exception:  # it is damaged; a restore will say so
                 continue
             value = metrics.get(self._best_metric)
