@@ -296,7 +296,8 @@ def test_another_mesh_goes_on_with_the_same_results(tmp_path):
     for here, there in zip(scalars(run), scalars(tmp_path / "whole"), strict=True):
         assert there["update/grad_norm"] > 0
         for row in (here, there):
-            del row["update/padding_frac"]  # four streams are padded to the longest
+            # Four streams are padded to the longest, in a program of their own.
+            del row["update/padding_frac"], row["update/compiles"]
         assert here == pytest.approx(there, rel=1e-5, abs=1e-5)
 
 
