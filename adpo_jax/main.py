@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -83,11 +84,11 @@ _DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of a mistake")
 _FLAGS = tuple(value for value in list(globals().values()) if isinstance(value, flags.FlagHolder))
 
 
-def main(argv: list[str], **parts) -> int:
+def main(argv: list[str], build: Callable | None = None) -> int:
     """Trains what the config says; returns the exit code.
 
     Args:
-      parts: the argument `build` of `preparation.prepare`, for a run with parts of one's own.
+      build: makes the parts of the run from the config; None for `setup.build`.
     """
     if len(argv) > 1:
         return _failed(f"unknown arguments {argv[1:]}; keys are set as --config.key=value")
@@ -118,8 +119,7 @@ def main(argv: list[str], **parts) -> int:
         _check_role()
         if _ROLE.value == "sampler":
             return _sample(config)
-        if _ROLE.value == "trainer":
-            parts["samplers"] = _for_samplers()
+        samplers = _for_samplers() if _ROLE.value == "trainer" else None
     except ValueError as error:
         return _failed(error)
     try:
@@ -137,7 +137,8 @@ def main(argv: list[str], **parts) -> int:
                     resume=_RESUME.value,
                     allow_config_change=_ALLOW_CONFIG_CHANGE.value,
                     replay=_REPLAY.value or None,
-                    **parts,
+                    build=build or setup.build,
+                    samplers=samplers,
                 )
         except ValueError as error:
             return _failed(error)

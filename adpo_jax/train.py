@@ -39,7 +39,7 @@ from adpo_jax.run.environments import make_completer
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interrupted, Interruption
-from adpo_jax.run.preparation import Run, abstract_state, prepare
+from adpo_jax.run.preparation import Run, prepare, state_shapes_of
 from adpo_jax.run.setup import Parts
 from adpo_jax.update import SKIPPED, TrainState
 
@@ -121,27 +121,28 @@ def run(
         restored = None
         if checkpoints.steps:
             with telling("reading the newest checkpoint"):
-                restored = checkpoints.restore_latest(abstract_state(parts))
+                restored = checkpoints.restore_latest(state_shapes_of(parts))
         purge_step = -config.sft.steps if restored is None else restored.step + 1
         writer = metrics_lib.make_writer(
             folder.root, purge_step, *prepared.trackers, writes=folder.writes
         )
-        # An interrupted `_iterate` saves before this is closed, since writing a trace takes long.
+        # An interrupted loop saves before this is closed, since writing a trace takes long.
         profiler = setup.make_profiler(config, folder.profile, parts.num_steps)
         with contextlib.closing(writer), contextlib.closing(profiler):
             writer.write_hparams(config.to_dict())
             folder.write_environment(profiling.environment())
             state, metrics = _start(prepared, restored, writer, checkpoints, interruption)
             del restored  # it would keep the memory of the donated state
-            state, metrics = _iterate(
-                prepared, state, metrics, writer, checkpoints, interruption, profiler, callbacks
-            )
+            tools = _Tools(writer, checkpoints, interruption, profiler, callbacks)
+            loop = _Loop(prepared, state, metrics, tools)
+            del state  # the loop has it, and its first update takes its memory over
+            loop.iterate()
         prepared.source.end()
         try:
             with interruption.abandonable(), telling("writing the policy"):
-                _export(prepared, state)
+                _export(prepared, loop.state)
         except Interrupted:  # trainer.save_freq may have left nothing else of the run
-            _save(prepared, checkpoints.save_now, state, metrics)
+            loop.save(checkpoints.save_now)
             raise
         print(f"done; the policy is in {folder.export}", flush=True)
         rows = metrics_lib.read_jsonl(folder.metrics)
@@ -192,82 +193,122 @@ def _start(
     return state.replace(fixed_params=run.fixed_params), {}
 
 
-def _iterate(
-    run: Run,
-    state: TrainState,
-    metrics: dict[str, float],
-    writer,
-    checkpoints: Checkpoints,
-    interruption: Interruption,
-    profiler: profiling.Profiler,
-    callbacks: Sequence[Callback],
-) -> tuple[TrainState, dict[str, float]]:
-    """The training loop; `metrics` belong to the iteration that made `state`."""
-    config, folder, num_steps = run.config, run.folder, run.parts.num_steps
-    start, rows = int(state.step), _logged(folder)
-    has_row = bool(rows) and rows[-1]["step"] >= start
-    guard = setup.make_guard(config)
-    guard.resume(rows if has_row else [*rows, metrics])
-    silence = setup.make_silence_watch(config)
-    run.source.restore(start)
-    try:
-        with Progress("iteration", num_steps, start) as progress:
-            if not has_row:
-                # The run starts, or it was interrupted between an update and its evaluation's end.
-                _evaluate_if_due(run, state, metrics, interruption, progress)
-                if metrics:
-                    writer.write_scalars(start, metrics)
-                    checkpoints.complete(start, metrics)
-            if start == 0 and config.trainer.save_freq >= 0:
-                writer.flush()
-                checkpoints.save(0, state.saved, metrics)
-            saving: dict[str, float] = {}  # times of the iteration before
-            for step in range(start, num_steps):
-                interruption.check()
-                profiler.begin(step + 1)
-                compiling = "compiling, " if step == start else ""
-                with interruption.abandonable(), progress.doing(f"{compiling}sampling, grading"):
-                    groups = run.source.next(step, state.params)
-                groups = trained_on(config, groups)
-                if config.trainer.rollout_data_dir and folder.writes:
-                    recording.write(folder.recordings(config), step + 1, groups)
-                with progress.doing(f"{compiling}updating"):
-                    state, metrics = _learn(run.parts, state, groups)
-                host_memory.give_back()
-                metrics |= saving | silence.metrics(groups)
-                _stop_if_unsound(guard, folder, step + 1, metrics, groups)
-                show = functools.partial(_show, config, progress, writer, folder)
-                try:
-                    _evaluate_if_due(run, state, metrics, interruption, progress)
-                except Interrupted:
-                    # Evaluation and row are made up for later, and of the groups nothing is left.
-                    _call(callbacks, step + 1, state, groups, metrics)
-                    show(step + 1, metrics, groups)
-                    raise
-                if checkpoints.num_failures:
-                    metrics["checkpoint/failures"] = float(checkpoints.num_failures)
-                _call(callbacks, step + 1, state, groups, metrics)
-                writer.write_scalars(step + 1, metrics)
-                show(step + 1, metrics, groups)
-                profiler.end(step + 1)
-                saving.clear()
-                if checkpoints.is_due(step + 1, metrics):
-                    with _timed(saving, "time/checkpoint"), progress.doing("saving"):
-                        writer.flush()  # the log reaches as far as the checkpoint
-                        run.save_source(step + 1, checkpoints)
-                        _save(run, checkpoints.save, state, metrics)
-    except Interrupted as reason:
-        writer.flush()
-        run.save_source(int(state.step), checkpoints)
-        _save(run, checkpoints.save_now, state, metrics)
-        print(f"stopped by {reason} after iteration {int(state.step)}, which is saved", flush=True)
-        raise
-    writer.flush()
-    run.save_source(num_steps, checkpoints)
-    if config.trainer.save_freq >= 0:
-        with telling("saving the last checkpoint"):
-            _save(run, checkpoints.save_now, state, metrics)
-    return state, metrics
+class _Tools(NamedTuple):
+    """What iterations are logged and saved with, and who may watch or stop them."""
+
+    writer: metrics_lib.Writers
+    checkpoints: Checkpoints
+    interruption: Interruption
+    profiler: profiling.Profiler
+    callbacks: Sequence[Callback]
+
+
+class _Loop:
+    """The iterations of a run.
+
+    Attributes:
+      state: after the last update.
+      metrics: of the iteration that made it.
+    """
+
+    def __init__(self, run: Run, state: TrainState, metrics: dict[str, float], tools: _Tools):
+        self.state, self.metrics = state, metrics
+        self._run, self._tools = run, tools
+        self._first = int(state.step)
+        self._guard = setup.make_guard(run.config)
+        self._silence = setup.make_silence_watch(run.config)
+        self._saving: dict[str, float] = {}  # times of the iteration before
+
+    def iterate(self) -> None:
+        """Does the iterations that are left, and saves the last state.
+
+        Raises:
+          Interrupted: when the run was asked to stop; the state has been saved.
+        """
+        run, tools, num_steps = self._run, self._tools, self._run.parts.num_steps
+        rows = _logged(run.folder)
+        has_row = bool(rows) and rows[-1]["step"] >= self._first
+        self._guard.resume(rows if has_row else [*rows, self.metrics])
+        run.source.restore(self._first)
+        try:
+            with Progress("iteration", num_steps, self._first) as progress:
+                if not has_row:
+                    # The run starts, or was interrupted between an update and its evaluation's end.
+                    self._complete_row(progress)
+                if self._first == 0 and run.config.trainer.save_freq >= 0:
+                    tools.writer.flush()
+                    tools.checkpoints.save(0, self.state.saved, self.metrics)
+                for step in range(self._first, num_steps):
+                    self._iteration(step, progress)
+        except Interrupted as reason:
+            done = int(self.state.step)
+            tools.writer.flush()
+            run.save_source(done, tools.checkpoints)
+            self.save(tools.checkpoints.save_now)
+            print(f"stopped by {reason} after iteration {done}, which is saved", flush=True)
+            raise
+        tools.writer.flush()
+        run.save_source(num_steps, tools.checkpoints)
+        if run.config.trainer.save_freq >= 0:
+            with telling("saving the last checkpoint"):
+                self.save(tools.checkpoints.save_now)
+
+    def save(self, save: Callable) -> None:
+        """Saves the state with what belongs to it, by one of the methods of `Checkpoints`."""
+        sizes = self._run.parts.learner.sizes.saved
+        save(int(self.state.step), self.state.saved, self.metrics, sizes)
+
+    def _complete_row(self, progress: Progress) -> None:
+        """The row of the state that the loop begins with, where it was not written before."""
+        self._evaluate_if_due(progress)
+        if self.metrics:
+            self._tools.writer.write_scalars(self._first, self.metrics)
+            self._tools.checkpoints.complete(self._first, self.metrics)
+
+    def _iteration(self, step: int, progress: Progress) -> None:
+        """From prompts to a row of metrics, and a checkpoint where one is due."""
+        run, (writer, checkpoints, interruption, profiler, callbacks) = self._run, self._tools
+        interruption.check()
+        profiler.begin(step + 1)
+        compiling = "compiling, " if step == self._first else ""
+        with interruption.abandonable(), progress.doing(f"{compiling}sampling, grading"):
+            groups = run.source.next(step, self.state.params)
+        groups = trained_on(run.config, groups)
+        if run.config.trainer.rollout_data_dir and run.folder.writes:
+            recording.write(run.folder.recordings(run.config), step + 1, groups)
+        with progress.doing(f"{compiling}updating"):
+            self.state, self.metrics = _learn(run.parts, self.state, groups)
+        host_memory.give_back()
+        self.metrics |= self._saving | self._silence.metrics(groups)
+        _stop_if_unsound(self._guard, run.folder, step + 1, self.metrics, groups)
+        show = functools.partial(_show, run.config, progress, writer, run.folder)
+        try:
+            self._evaluate_if_due(progress)
+        except Interrupted:
+            # Evaluation and row are made up for later, and of the groups nothing is left.
+            _call(callbacks, step + 1, self.state, groups, self.metrics)
+            show(step + 1, self.metrics, groups)
+            raise
+        if checkpoints.num_failures:
+            self.metrics["checkpoint/failures"] = float(checkpoints.num_failures)
+        _call(callbacks, step + 1, self.state, groups, self.metrics)
+        writer.write_scalars(step + 1, self.metrics)
+        show(step + 1, self.metrics, groups)
+        profiler.end(step + 1)
+        self._saving.clear()
+        if checkpoints.is_due(step + 1, self.metrics):
+            with _timed(self._saving, "time/checkpoint"), progress.doing("saving"):
+                writer.flush()  # the log reaches as far as the checkpoint
+                run.save_source(step + 1, checkpoints)
+                self.save(checkpoints.save)
+
+    def _evaluate_if_due(self, progress: Progress) -> None:
+        """Adds the metrics of an evaluation where one is due."""
+        if not _is_evaluation_due(self._run, int(self.state.step), self.metrics):
+            return
+        with self._tools.interruption.abandonable(), progress.doing("evaluating"):
+            evaluated = _evaluation(self._run, self.state)
+        self.metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
 
 
 def _call(
@@ -311,11 +352,6 @@ def _stop_if_unsound(
     guard.check(step, metrics, evidence)
 
 
-def _save(run: Run, save: Callable, state: TrainState, metrics: dict[str, float]) -> None:
-    """Saves the state with what belongs to it, by one of the methods of `Checkpoints`."""
-    save(int(state.step), state.saved, metrics, run.parts.learner.sizes.saved)
-
-
 def trained_on(config: ConfigDict, groups: GradedGroups) -> GradedGroups:
     """The groups as the config has them trained on."""
     return groups.without_truncated() if config.data.mask_truncated_completions else groups
@@ -335,21 +371,6 @@ def _learn(
     metrics |= reward_metrics(groups.scores, rewards_PG.shape[1])
     metrics |= rollout_metrics(groups) | groups.metrics
     return state, metrics | profiling.memory_metrics()
-
-
-def _evaluate_if_due(
-    run: Run,
-    state: TrainState,
-    metrics: dict[str, float],
-    interruption: Interruption,
-    progress: Progress,
-) -> None:
-    """Adds the metrics of an evaluation where one is due after `state.step` iterations."""
-    if not _is_evaluation_due(run, int(state.step), metrics):
-        return
-    with interruption.abandonable(), progress.doing("evaluating"):
-        evaluated = _evaluation(run, state)
-    metrics |= evaluated  # only now, so that an abandoned evaluation is not saved
 
 
 def _is_evaluation_due(run: Run, done: int, metrics: dict) -> bool:

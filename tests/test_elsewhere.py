@@ -348,7 +348,7 @@ def trainer(policy_and_params, sampler, tmp_path):
                 prompts_of,
                 tmp_path / "in_flight",
                 fits=roles.fits_of(policy, sampler.engine, SAMPLING),
-                weights_of=lambda params: roles.sent_weights(policy, verbs, params),
+                weights_of=lambda params: roles.sent_weights(verbs, params),
                 vocab_size=policy.config.vocab_size,
                 address=(host, port),
                 key=KEY,

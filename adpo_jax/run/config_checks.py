@@ -208,7 +208,7 @@ def _refuse_unmet_needs(config: ConfigDict, declared: dict[str, Key]) -> None:
         if unmet and _value(config, name) != _value(default, name):
             raise ValueError(
                 f"{name}={_value(config, name)} has no effect without {unmet[0].text}; leave it "
-                f"at the default ({_value(default, name)}) or see to that too"
+                f"at the default ({_value(default, name)!r}) or see to that too"
             )
 
 
@@ -261,7 +261,7 @@ def _check_best_metric(config: ConfigDict) -> None:
         lacks = "trainer.test_freq of at least 0" if config.data.val_files else "data.val_files"
         raise ValueError(
             f"trainer.best_metric={name} has no effect without {lacks}; leave it at the "
-            "default () or see to that too"
+            "default ('') or see to that too"
         )
     algorithm = make_algorithm(config)
     names = metric_names.of_rows(

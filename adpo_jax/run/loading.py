@@ -57,7 +57,7 @@ def find_model(config: ConfigDict) -> ModelSource:
     """
     model = config.actor_rollout_ref.model
     overrides = model.hf_config.to_dict()
-    adapted = _find_lora(model)
+    lora, adapter = _find_lora(model)
     if model.path in TASKS:
         if model.override_config:
             raise ValueError(
@@ -67,7 +67,9 @@ def find_model(config: ConfigDict) -> ModelSource:
         tokenizer = TASKS[model.path].make_tokenizer()
         stop = (tokenizer.eos_token_id,)
         hf_config = TASKS[model.path].MODEL_CONFIG | overrides
-        return ModelSource(None, hf_config, tokenizer, stop, True, *adapted)
+        return ModelSource(
+            None, hf_config, tokenizer, stop, random_init=True, lora=lora, adapter=adapter
+        )
     if overrides and not model.random_init:
         raise ValueError(
             f"actor_rollout_ref.model.hf_config changes the architecture ({sorted(overrides)}), so "
@@ -83,7 +85,14 @@ def find_model(config: ConfigDict) -> ModelSource:
     tokenizer = _load_tokenizer(folder, hf_config, model.trust_remote_code)
     stop = _stop_token_ids(folder, tokenizer, generation, hf_config)
     return ModelSource(
-        folder, hf_config | overrides, tokenizer, stop, model.random_init, *adapted, generation
+        folder,
+        hf_config | overrides,
+        tokenizer,
+        stop,
+        random_init=model.random_init,
+        lora=lora,
+        adapter=adapter,
+        generation_config=generation,
     )
 
 
@@ -212,7 +221,16 @@ def find_architecture(config: ConfigDict) -> ModelSource:
     hf_config = folders.find_config(model.path)
     hf_config = folders.overridden(hf_config, model.override_config.to_dict())
     hf_config |= model.hf_config.to_dict()
-    return ModelSource(None, hf_config, None, (0,), True, *_find_lora(model))
+    lora, adapter = _find_lora(model)
+    return ModelSource(
+        None,
+        hf_config,
+        tokenizer=None,
+        stop_token_ids=(0,),
+        random_init=True,
+        lora=lora,
+        adapter=adapter,
+    )
 
 
 def _load_tokenizer(folder: Path, hf_config: dict, trust_remote_code: bool):
@@ -235,8 +253,8 @@ def _load_tokenizer(folder: Path, hf_config: dict, trust_remote_code: bool):
     try:
         settings = {"trust_remote_code": trust_remote_code}
         if not trust_remote_code:
-            # Else transformers makes one of the folder's config.json, whose mistakes are no matter
-            # of the tokenizer, and whose overrides it does not know.
+            # Otherwise transformers reads the folder's config.json, whose errors do not concern the
+            # tokenizer and whose overrides it does not know.
             named = hf_config.get("tokenizer_class")
             settings["config"] = AutoConfig.for_model(
                 hf_config["model_type"], name_or_path=str(folder)
@@ -332,8 +350,6 @@ def _check_vocabulary(source: ModelSource, num_embedded: int) -> None:
     An added token beyond (as `<image_soft_token>` of Gemma 3's text models) does no harm as long as
     no prompt has it, which `check_embedded` makes sure of.
     """
-    if source.tokenizer is None:
-        return
     words = source.tokenizer.vocab_size
     if words > num_embedded:
         raise ValueError(

@@ -124,7 +124,7 @@ def prepare(
             source = _sampled(config, parts, folder, samplers)
         with contextlib.ExitStack() as to_close:
             to_close.callback(source.close)
-            checkpoint_files.check(folder.checkpoints, abstract_state(parts))
+            checkpoint_files.check(folder.checkpoints, state_shapes_of(parts))
             source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
             to_close.pop_all()  # nothing failed
         contents = {} if replay else setup.contents(config, parts)  # a replay uses no such files
@@ -158,7 +158,7 @@ def default_workdir(config: ConfigDict) -> Path:
     return folder
 
 
-def abstract_state(parts: Parts) -> Callable[[int], TrainState]:
+def state_shapes_of(parts: Parts) -> Callable[[int], TrainState]:
     """From a step to the shapes of its checkpoint's state; steps below 0 are of the cold start."""
 
     def of_step(step: int) -> TrainState:
@@ -278,7 +278,7 @@ def _elsewhere(
         prompts_of,
         folder.in_flight,
         fits=roles.fits_of(parts.policy, parts.engine, parts.sampling),
-        weights_of=functools.partial(roles.sent_weights, parts.policy, parts.engine.verbs),
+        weights_of=functools.partial(roles.sent_weights, parts.engine.verbs),
         vocab_size=parts.policy.config.vocab_size,
         address=samplers.address,
         key=samplers.key,

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.rollouts import weights as weights_lib
@@ -64,7 +65,7 @@ def parsed_address(text: str, flag: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def sent_weights(policy: Policy, verbs, params) -> Any:
+def sent_weights(verbs: Verbs, params) -> Any:
     """What samplers are sent of the parameters: the trained ones, as decoding reads them."""
     return lora.split(verbs.cast(params))[0]
 

@@ -141,7 +141,7 @@ def _with_data(
     check_environments(config, environments, data)
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
-    make_profiler(config, Path(), num_steps)
+    make_profiler(config, Path(), num_steps)  # refuses steps that the run does not have
     reward_model = make_reward_model(config, environments)
     try:
         check_rewards(config, reward_model, train_prompts, val_prompts)
