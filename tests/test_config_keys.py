@@ -26,6 +26,8 @@ from adpo_jax.devices import compilation_cache, sharding
 from adpo_jax.devices.compilation_cache import use as use_cache
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.environments.external import External
+from adpo_jax.model import decoder
+from adpo_jax.model.attention_kernels import per_device
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import Policy, adapters
@@ -34,7 +36,7 @@ from adpo_jax.rewards import Scores
 from adpo_jax.run import datasets, loading, preparation, setup
 from adpo_jax.run import environments as run_environments
 from adpo_jax.run.batch_plan import batch_plan
-from adpo_jax.update import sft
+from adpo_jax.update import anchor, optimizer, sft
 from adpo_jax.update.learner import Learner
 
 
@@ -616,6 +618,19 @@ def test_every_key_is_declared_with_a_meaning_and_the_reference_is_as_declared()
 def test_a_choice_that_a_key_does_not_have_is_refused_with_those_that_it_has(name):
     with pytest.raises(ValueError, match=rf"{name} is one of .*; given 'neither'"):
         parse(f"--config.{name}=neither")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("anchor.mode", anchor.MODES),
+        ("actor_rollout_ref.actor.optim.lr_scheduler_type", optimizer.SCHEDULES),
+        ("actor_rollout_ref.actor.sequence_exchange", per_device.EXCHANGES),
+        ("trainer.gradient_checkpointing", decoder.REMAT_POLICIES),
+    ],
+)
+def test_the_choices_of_a_key_are_those_of_the_part_that_it_sets(name, options):
+    assert sorted(declarations()[name].choices) == sorted(options)
 
 
 @pytest.mark.parametrize("name", [n for n, k in declarations().items() if k.least is not None])
