@@ -4,8 +4,8 @@
 #   export ADPO_JAX_RUN_KEY=...       # the same for the trainer
 #   sbatch --nodes=4 scripts/launch_samplers_slurm.sh --trainer=node17:8470 --config=configs/gsm8k.py
 #
-# NOT YET RUN ON HARDWARE: written from the documentation of SLURM and JAX, checked by shellcheck
-# alone. The trainer is scripts/launch_slurm.sh with --role=trainer --listen=0.0.0.0:8470. Samplers
+# NOT YET RUN ON HARDWARE: written from the documentation of SLURM and JAX, run with a
+# stand-in for SLURM. The trainer is scripts/launch_slurm.sh with --role=trainer --listen=0.0.0.0:8470. Samplers
 # may be fewer or more at any time: this job can be cancelled, resized or started again while the
 # trainer runs. Give the model's key values of the mesh for one GPU here (mesh.fsdp=1). For many
 # samplers let the trainer write its weights to the cluster's file system (--weights=FOLDER there).

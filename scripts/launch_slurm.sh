@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes=4 scripts/launch_slurm.sh --config=configs/gsm8k.py --workdir=/shared/runs/gsm8k
 #
-# NOT YET RUN ON HARDWARE: written from the documentation of SLURM and JAX, checked by shellcheck
-# alone. The working folder, data and models lie on a file system that all nodes share.
+# NOT YET RUN ON HARDWARE: written from the documentation of SLURM and JAX, run with a
+# stand-in for SLURM. The working folder, data and models lie on a file system that all nodes share.
 #
 # The processes find each other through SLURM's variables. One process a node, not one a GPU, so
 # that a copy of the parameters can be split over the node's GPUs while sampling

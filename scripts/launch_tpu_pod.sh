@@ -7,7 +7,7 @@
 #   scripts/launch_tpu_pod.sh logs
 #   scripts/launch_tpu_pod.sh delete
 #
-# NOT YET RUN ON HARDWARE: written from Google's documentation and checked by shellcheck alone.
+# NOT YET RUN ON HARDWARE: written from Google's documentation, run with a stand-in for gcloud.
 # Before paying, see that the run fits:
 #   python -m adpo_jax.main --config=configs/gsm8k.py --dry_run_topology=v5e:4x4
 #

@@ -1,8 +1,9 @@
-"""Lets a run train in an environment of the package verifiers (docs/environments.md).
+r"""Lets a run train in an environment of the package verifiers (docs/environments.md).
 
-    python verifiers_bridge.py my_taskset --model FOLDER --rows tasks.jsonl --port 9000
+    python scripts/verifiers_bridge.py my_taskset --model FOLDER --rows tasks.jsonl --port 9000
     python -m adpo_jax.main --config=... --config.data.train_files=tasks.jsonl \
-      --config.environment.url=http://127.0.0.1:9000/ --config.custom_reward_function.name=
+      --config.data.prompt_key=prompt --config.environment.url=http://127.0.0.1:9000/ \
+      --config.custom_reward_function.name=
 
 It runs where verifiers 0.4 is installed and needs nothing of adpo_jax. --rows writes the tasks of
 the taskset as training data, once. A row's rollouts are its task's episodes; the tokens go to the

@@ -32,6 +32,7 @@ from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
 from adpo_jax.serve import hosting
 from adpo_jax.serve.access import Hosts
+from adpo_jax.serve.app import Page
 from adpo_jax.serve.connections import Connections
 from adpo_jax.serve.decoding import Decoding
 from adpo_jax.serve.fields import MAX_DEPTH, ApiError, Fields, parse_object
@@ -1003,6 +1004,13 @@ def test_the_page_is_one_file_that_may_load_nothing_beside_it(address):
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert not re.search(r"""(src|href)\s*=|https?:|innerHTML|@import""", page.text)
+
+
+@pytest.mark.parametrize("has_chat", [True, False])
+def test_the_page_sends_plain_text_where_there_is_no_chat_template(has_chat):
+    page = asyncio.run(Page(lambda: has_chat).answer(None)).body.decode()
+    assert ('<option value="chat" disabled>' in page) is not has_chat
+    assert '<option value="text">' in page  # which a browser chooses where the first is disabled
 
 
 @pytest.mark.filterwarnings("ignore")

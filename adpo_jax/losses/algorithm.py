@@ -206,7 +206,8 @@ class Algorithm:
         "auto",
         "tokens are weighted by their probability under trainer and sampler; a weight above "
         "correction_cap is cut there, or takes its token out of the objective. auto is truncate "
-        "where the sampler's cache is narrower than the trainer's numbers, else none",
+        "under the anchor on_policy where the sampler's cache is narrower than the trainer's "
+        "numbers or samples may be old, else none",
         choices=("auto", "none", "truncate", "mask"),
     )
     correction_level: str = parameter(

@@ -58,7 +58,8 @@ class SilenceWatch:
             logging.warning(
                 "in %.0f%% of the groups no answer is right and the best rewards go to completions "
                 "of less than half the usual length, so the policy learns to say little: set "
-                "algorithm.min_reward_std=0.05 or reward_model.reward_kwargs.max_penalty=0.0 "
+                "algorithm.min_reward_std=0.05 or "
+                "reward_model.reward_kwargs=\"{'max_penalty': 0.0}\" "
                 "(docs/rewards.md, metric groups/silence_preferred_frac)",
                 100 * share,
             )

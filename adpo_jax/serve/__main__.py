@@ -1,4 +1,4 @@
-"""The command line of the server.
+"""Serves a policy to clients of OpenAI's API.
 
     python -m adpo_jax.serve --model Qwen/Qwen3-0.6B --dtype bfloat16
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adpo_jax.log.printable import say_error
-from adpo_jax.run.command_line import begin
+from adpo_jax.run.command_line import Parser, begin
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -33,11 +33,12 @@ CLOSE_S = 5.0
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m adpo_jax.serve", description=__doc__.split("\n")[0])
+    parser = Parser(prog="adpo-jax serve", description=__doc__.split("\n")[0])
 
     def add(flag: str, **options):
         # The flags of the trainer have underscores.
-        parser.add_argument(flag, "--" + flag[2:].replace("-", "_"), **options)
+        also = "--" + flag[2:].replace("-", "_")
+        parser.add_argument(*dict.fromkeys((flag, also)), **options)
 
     add("--model", required=True, help="Hugging Face folder or name, run, or checkpoint")
     add("--name", help="what clients call the model; by default the last part of --model")

@@ -74,7 +74,7 @@ class App:
         if max_requests_per_client is None:
             max_requests_per_client = -(-max_requests // 2)
         self.clients = Clients(max_requests, max_requests_per_client)
-        self._page = Page()
+        self._page = Page(lambda: bool(self.service.language.tokenizer.chat_template))
         self.service: Service | None = None
         guarded = self._guarded
         routes = [
@@ -352,9 +352,13 @@ class Page:
     """The page to try the policy in: one file, which a browser may load nothing beside.
 
     Its own script and style are named by their hashes, so that no other script can run in it.
+
+    Args:
+      has_chat: whether the model has a chat template; messages are sent as plain text without one.
     """
 
-    def __init__(self):
+    def __init__(self, has_chat: Callable[[], bool]):
+        self._has_chat = has_chat
         text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
         def digest(tag: str) -> str:
@@ -370,7 +374,10 @@ class Page:
         self._headers |= {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
     async def answer(self, _: Request) -> Response:
-        return Response(self._text, headers=self._headers, media_type="text/html")
+        text = self._text
+        if not self._has_chat():
+            text = text.replace('<option value="chat">', '<option value="chat" disabled>')
+        return Response(text, headers=self._headers, media_type="text/html")
 
 
 class EventStream(Response):
