@@ -63,6 +63,11 @@ def test_a_seed_gives_the_weights_that_it_gave_when_results_were_measured():
 # --- a parameter more is a row
 
 
+def test_a_row_of_layers_that_there_are_not_is_no_row():
+    with pytest.raises(AssertionError, match="layers='mixtures'"):
+        Parameter("router", "DH", "mlp.router.weight", "H D", layers="mixtures")
+
+
 ROUTER = Parameter("router", "DH", "mlp.router.weight", "H D", adapter_inputs=1)
 
 

@@ -95,7 +95,7 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
         entropy=None,
         **parameters,
     ):
-        told = {name: parameters.pop(name, None) for name in further}
+        optional = {name: parameters.pop(name, None) for name in further}
         unknown = sorted(parameters.keys() - fields)
         if unknown:
             raise TypeError(
@@ -106,8 +106,8 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
             "anchor": anchor_log_probs,
             "reference": reference_log_probs,
             "sampler": sampler_log_probs,
-            "teacher": told.get("teacher_log_probs"),
-            "divergence": told.get("divergence"),
+            "teacher": optional.get("teacher_log_probs"),
+            "divergence": optional.get("divergence"),
         }
         given = {
             "log_probs": log_probs,
@@ -120,7 +120,7 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
             raise TypeError(f"{loss.__name__} needs {missing[0]}, an array; given None")
         made = algorithm(**parameters)
         rewards = jnp.asarray(rewards), reward_weights
-        entropies = entropy, told.get("entropy_P")
+        entropies = entropy, optional.get("entropy_P")
         return _flat_loss(made, found, rewards, completion_mask, num_generations, entropies)
 
     loss.__name__ = loss.__qualname__ = f"{algorithm.name}_loss"

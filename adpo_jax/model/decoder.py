@@ -115,7 +115,7 @@ class LayerWeights:
 
     @property
     def _on_gpu(self) -> bool:
-        """Whether these devices, which need not be there, are GPUs that kernels run on."""
+        """Whether the target devices (perhaps only compiled for) are GPUs that run the kernels."""
         device = first_device(self.mesh)
         return device.platform == "gpu" and not old_gpu(device)
 
@@ -219,8 +219,8 @@ def attention(
     cos, sin, *scales = _tables_of(layer, rope_tables, q.shape[-1])
     q, k = (weights.norm_and_rotate(x, name, cos, sin) for x, name in ((q, "q"), (k, "k")))
     if weights.config.qk_unit_norm:
-        turns = [rope.kind != "none" for rope in weights.config.ropes]
-        is_normed = jnp.asarray(turns)[layer.rope]
+        is_rotated = [rope.kind != "none" for rope in weights.config.ropes]
+        is_normed = jnp.asarray(is_rotated)[layer.rope]
         q, k = (jnp.where(is_normed, unit_rms(x, weights.config.norm_eps), x) for x in (q, k))
     for scale in scales:
         q = (q * scale[..., None]).astype(q.dtype)

@@ -51,9 +51,9 @@ class Whole(NamedTuple):
     Attributes:
       weight: [V, D] where it is the embedding, else [D, V], in the dtype of the hidden states. It
         gets no gradient.
-      gradient: [S, D, V] float32, the sum of what each device's tokens of earlier micro-batches
-        give. Its own gradient is this sum with what the tokens at hand give, which the weight would
-        have over all devices.
+      gradient: [S, D, V] float32, running sum over micro-batches of each device's gradient. The
+        cotangent returned is the sum including the current micro-batch, not yet reduced over
+        devices.
     """
 
     weight: jax.Array
@@ -319,10 +319,10 @@ class Once:
     def of(
         cls, config: ModelConfig, weight: jax.Array, mesh: Mesh | None, hidden: jax.ShapeDtypeStruct
     ) -> "Once | None":
-        """That of micro-batches with such hidden states [B, T, D]; None where it does not pay.
+        """That of micro-batches with such hidden states [B, T, D].
 
-        It does where the mesh splits the weight's width, and a device has the memory (of an unknown
-        one it is taken to have it).
+        None where it does not pay: the mesh does not split the width, or the device is known to
+        lack the memory.
         """
         settings = {"temperature": 1.0, "chunk": None, "with_entropy": False}
         head, _ = _head_of(config, {weight_name(config): weight}, mesh, hidden, **settings)

@@ -66,6 +66,9 @@ AXES = {
     "Y": Axis("linear_attention.group_numbers", None),
 }
 
+# Which layers have a parameter; `Parameter.layers` says what each name means.
+LAYERS = {"all", "mlp", "mixture", "shared", "linear", "local", "local_kv", "global", "global_kv"}
+
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
 
@@ -121,9 +124,10 @@ class Parameter:
         and A of this adapter (Llama 4, whose experts do not say which is which).
       joined: the name of the matrix that `cpu` makes of this parameter and the others with the same
         input; "" for none.
-      layers: the layers that have it: "all", or those with an MLP ("mlp") or a mixture ("mixture").
-        Where layers without a window have other shapes, "local" are those with one and "global"
-        those without; "local_kv" and "global_kv" are those of them that have keys of their own.
+      layers: the layers that have it, one of `LAYERS`: "all", or those with an MLP ("mlp") or a
+        mixture ("mixture"). Where layers without a window have other shapes, "local" are those with
+        one and "global" those without; "local_kv" and "global_kv" are those of them that have keys
+        of their own.
         "shared" are the layers without. Where a layer has a row of a wider MLP or of the global
         layers, its name is that of the plain row behind a prefix of `PREFIXES`. "linear" are those
         of linear attention, beside which the "local" ones are all others.
@@ -143,6 +147,9 @@ class Parameter:
     layers: str = "all"
     alternates: bool = False
     parted: int = 0
+
+    def __post_init__(self):
+        assert self.layers in LAYERS, f"{self.name}: layers={self.layers!r} is none of {LAYERS}"
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, without the layer axis."""
@@ -257,7 +264,7 @@ def _has_mlp(config: ModelConfig) -> bool:
 
 
 def _global(name: str, make: Callable[..., Parameter], *row, **settings) -> Parameter:
-    """The row of the layers without a window for a parameter of the others."""
+    """The row for layers without a window, of a parameter with another shape in the others."""
     when = settings.pop("when", _always)
     settings = {"layers": "global", **settings}
     return make(

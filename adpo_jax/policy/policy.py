@@ -50,7 +50,8 @@ class Policy:
       dtype: dtype of the computation (norms, softmax and log-probs are float32 whatever it is).
       param_dtype: dtype of the parameters; adapters are float32 whatever it is.
       mesh: the devices that the parameters are spread over; None for the default device.
-      gradient_checkpointing: what a backward pass recomputes: "none", "full" or "save_dots".
+      gradient_checkpointing: what a backward pass recomputes, one of `decoder.REMAT_POLICIES`:
+        "none", "full", "save_dots" or "offload".
       scan_layers: whether the layers of whole sequences are the turns of a loop; see `decoder`.
       attention: attention of whole sequences, one of `attention_choice.NAMES`; refused where it
         cannot run.
