@@ -124,7 +124,7 @@ def load(
     state = _read_state(checkpoint, policy)
     if policy.lora:
         # The frozen weights are told by their bits in the dtype that the run held them in.
-        state = state.joined(loading.initial_params(config, source, policy.mesh))
+        state = state.with_frozen(loading.initial_params(config, source, policy.mesh))
     params = jax.tree.map(
         lambda x, like: x.astype(like.dtype), state.params, policy.abstract_params()
     )

@@ -177,7 +177,7 @@ def _start(
     if restored is not None:
         where = "iteration" if restored.step >= 0 else "cold start step"
         try:
-            state = restored.state.joined(params)
+            state = restored.state.with_frozen(params)
         except ValueError as error:  # the frozen weights have changed
             raise CheckpointError(str(error)) from error
         print(f"going on after {where} {int(state.step)}", flush=True)

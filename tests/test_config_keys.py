@@ -75,7 +75,8 @@ def checkpoint(tmp_path_factory):
 
 
 def learner(config):
-    made = setup.make_learner(config, None, batch_plan(config, num_shards=1), num_steps=10)
+    model = Policy.abstract_from_config(arithmetic.MODEL_CONFIG)
+    made = setup.make_learner(config, model, batch_plan(config, num_shards=1), num_steps=10)
     return made.anchor, made.plan, made.seed, made.offload_optimizer, made.max_anchor_kl
 
 
@@ -313,7 +314,7 @@ class FakeEngine:
 class FakeLearner(Learner):
     """Counts iterations."""
 
-    def learn(self, state, sequences, rewards_PG):
+    def learn(self, state, sequences, rewards_PG, reward_weights=None):
         metrics = {"rollout/entropy": 0.0, "update/skipped": 0.0}
         return state.replace(step=state.step + 1), metrics
 

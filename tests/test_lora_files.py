@@ -202,10 +202,10 @@ def test_a_checkpoint_holds_the_adapters_and_goes_on_with_no_other_weights():
     assert jax.tree.map(np.shape, state.saved.params) == jax.tree.map(
         np.shape, lora.split(params)[0]
     )
-    jax.tree.map(np.testing.assert_array_equal, state.saved.joined(params), state)
+    jax.tree.map(np.testing.assert_array_equal, state.saved.with_frozen(params), state)
     other = {**params, "embed": params["embed"].at[3, 1].add(1e-3)}
     with pytest.raises(ValueError, match="not those that the adapters of this checkpoint"):
-        state.saved.joined(other)
+        state.saved.with_frozen(other)
 
 
 # peft reads a name that transformers 6 takes away.

@@ -10,10 +10,11 @@ import pytest
 import tiny
 
 from adpo_jax.devices import sharding
+from adpo_jax.losses.imitation import Imitation
 from adpo_jax.model.lora import Lora
 from adpo_jax.records import Batch
 from adpo_jax.run.cold_start import ColdStart
-from adpo_jax.update import init_state, sft
+from adpo_jax.update import init_state, make_update, sft
 from adpo_jax.update.packing import PackedBatch
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8], [9], [7, 9, 3], [2, 3], [8, 4, 6]]
@@ -50,6 +51,12 @@ def mean_nll(policy, params):
 
 def assert_close(one, other, atol=2e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), one, other)
+
+
+def test_a_limit_of_the_kl_to_an_anchor_is_refused_where_there_is_none():
+    policy, _ = tiny.policy_and_params()
+    with pytest.raises(ValueError, match="max_anchor_kl=0.1 limits the KL to an anchor, and sft"):
+        make_update(policy, Imitation(), optax.sgd(1.0), max_anchor_kl=0.1)
 
 
 @pytest.mark.parametrize("rows_per_micro", [0, 3])

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from adpo_jax.devices import offload, sharding
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.records import Sequences
 from adpo_jax.update import optimizer
-from adpo_jax.update.anchor import Anchor
+from adpo_jax.update.anchor import MODES, Anchor
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.packing import pack
 from adpo_jax.update.plan import BatchPlan
@@ -191,6 +192,33 @@ def test_one_update_needs_no_anchor_forward_and_more_need_one():
     assert make_learner(policy, anchor=Anchor("fixed")).needs_anchor_forward
     follows_entropy = losses.Adpo(adaptive_tau_mode="policy_entropy")
     assert make_learner(policy, algorithm=follows_entropy).needs_anchor_forward
+
+
+class StillLearner(Learner):
+    """Finds log-probs under other policies without a model."""
+
+    def log_probs(self, params, sequences, forward=None):
+        values = [[np.zeros(len(c.tokens)) for c in group] for group in sequences.completions]
+        return values, values
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_named_other_policies_are_those_whose_log_probs_are_found(mode):
+    policy, params = tiny.policy_and_params()
+    sequences, _ = tiny.sequences()
+    fixed = {"teacher": policy, "reference": policy}
+    for algorithm, names, mini in itertools.product(
+        (losses.Adpo(), losses.Grpo(beta_reference_kl=0.1), losses.Opd()), ((), fixed), (8, 4)
+    ):
+        made = make_learner(policy, anchor=Anchor(mode), algorithm=algorithm, mini=mini)
+        learner = StillLearner(
+            **{f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+            | {"fixed": {name: fixed[name] for name in names}}
+        )
+        state = learner.init_state(jax.tree.map(jnp.copy, params))
+        state = state.replace(fixed_params=dict.fromkeys(names))
+        found, _ = learner._other_log_probs(state, sequences)
+        assert set(found) == set(learner.other_policies)
 
 
 def test_several_updates_measure_against_the_first_parameters_of_the_iteration():

@@ -29,18 +29,18 @@ class Meter:
         self._peak = None if None in chips else sum(chip.flops for chip in chips)
         self._counted: dict[Hashable, collections.Counter] = {}
 
-    def count(self, args: tuple, turns: int) -> collections.Counter:
+    def count(self, args: tuple, num_micro: int) -> collections.Counter:
         """Operations of one call of the update, under the names of the metrics.
 
         Args:
           args: the arguments of the update, arrays or their shapes.
-          turns: how often its loop over micro-batches turns, which the program does not say.
+          num_micro: packed micro-batches of the call, which the program does not say.
         """
         if self._peak is None:
             return collections.Counter()
-        return self.operations(args, turns)
+        return self.operations(args, num_micro)
 
-    def operations(self, args: tuple, turns: int) -> collections.Counter:
+    def operations(self, args: tuple, num_micro: int) -> collections.Counter:
         """As `count`, whatever the devices are.
 
         Each kind of arguments is counted once: tracing a program and walking through it takes tens
@@ -48,10 +48,11 @@ class Meter:
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
-        kind = turns, structure, shapes
+        kind = num_micro, structure, shapes
         if kind not in self._counted:
             self._plain = self._plain or self._make_plain()
-            model, run = (traced_flops(p.trace(*args), turns) for p in (self._plain, self._update))
+            programs = self._plain, self._update
+            model, run = (traced_flops(p.trace(*args), num_micro) for p in programs)
             found = {"update/mfu": model, "update/hfu": run}
             self._counted[kind] = collections.Counter(found)
         return self._counted[kind]

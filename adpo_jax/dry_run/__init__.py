@@ -86,14 +86,9 @@ def _report(
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     source = loading.find_architecture(config)
     policy = loading.make_policy(config, source, mesh)
-    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "sequence": 1, "dcn_data": 1}
-    rest = len(host or [])
-    for name in ("tensor", "expert"):
-        sizes[name] = math.gcd(sharding.mesh_axis_size(mesh, name), rest)
-        rest //= sizes[name]
-    host_mesh = host and sharding.make_mesh(**sizes, devices=host)
-    # This is more steps than the learning rate takes to warm up.
+    host_mesh = host and _host_mesh(config, mesh, host)
     fixed = {name: found.policy for name, found in loading.find_fixed(config, source, mesh).items()}
+    # So many steps are more than the learning rate takes to warm up.
     learner = setup.make_learner(config, policy, plan, num_steps=10**6, fixed=fixed)
     engine = setup.make_engine(config, policy, host_mesh, resident_bytes=learner.resident_bytes())
     sampling = setup.make_sampling(config, source)
@@ -149,6 +144,16 @@ def _report(
     return dataclasses.replace(report, cures=list(_cures(config, report, mesh, engine)))
 
 
+def _host_mesh(config: ConfigDict, mesh, host: list):
+    """The mesh of one host, over whose devices `host` it samples."""
+    sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "sequence": 1, "dcn_data": 1}
+    rest = len(host)
+    for name in ("tensor", "expert"):
+        sizes[name] = math.gcd(sharding.mesh_axis_size(mesh, name), rest)
+        rest //= sizes[name]
+    return sharding.make_mesh(**sizes, devices=host)
+
+
 def _title(config, policy, mesh, engine: Engine, where: str) -> str:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(policy.abstract_params()))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -188,25 +193,23 @@ def traced_learning(
     """
     abstract = sharding.BatchSharding(learner.policy.mesh).abstract
     state, shape_PG, traced = learner.abstract_state(), sequences.lengths.shape, {}
-    forwards = learner.forwards(state)
-    if forwards:
+    if run := learner.other_params(state).keys():
         whole = learner.laid_out(sequences, abstract=True)
         whole_batch, fixed = abstract(whole.batch), learner.fixed_forwards
-        if forwards.keys() - fixed.keys():
-            traced["anchor"] = learner.forward.trace(state.params, whole_batch), whole.turns
+        if run - fixed.keys():
+            traced["anchor"] = learner.forward.trace(state.params, whole_batch), whole.num_micro
         for name, forward in fixed.items():
-            traced[name] = forward.trace(state.fixed_params[name], whole_batch), whole.turns
+            traced[name] = forward.trace(state.fixed_params[name], whole_batch), whole.num_micro
     entropy_P = np.zeros(shape_PG[0]) if learner.algorithm.needs_entropy else None
     rewards = np.zeros((*shape_PG, 1) if learner.algorithm.decouples_rewards else shape_PG)
     scores = learner.algorithm.judge(rewards, entropy_P=entropy_P)
     rows = range(learner.plan.mini_prompts)
     others = dict.fromkeys(learner.other_policies, sequences.values("sampler"))
     mini = dataclasses.replace(sequences, log_probs=others).select(rows)
-    whole_groups = bool(others) or not learner.algorithm.needs_no_log_probs
-    mini = learner.laid_out(mini, whole_groups=whole_groups, abstract=True)
+    mini = learner.laid_out(mini, whole_groups=learner.keeps_groups_whole, abstract=True)
     scores = jax.tree.map(lambda x: x[: len(rows)], jax.device_get(scores))
     part = abstract((mini.batch, scores, mini.log_probs))
-    traced["update"] = learner.update.trace(state, *part), mini.turns
+    traced["update"] = learner.update.trace(state, *part), mini.num_micro
     return traced
 
 

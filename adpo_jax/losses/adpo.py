@@ -135,7 +135,7 @@ class Adpo(Algorithm):
         return self.use_adaptive_tau and self.adaptive_tau_mode == "policy_entropy"
 
     @property
-    def needs_levels(self) -> bool:
+    def reads_absolute_log_probs(self) -> bool:
         return bool(self.anchor_weight)
 
     def score(

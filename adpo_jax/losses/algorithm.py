@@ -184,7 +184,7 @@ class Algorithm:
     # Whether its log-ratios must be to the policy that sampled: anchor.mode on_policy or sampler.
     on_policy_anchor: ClassVar[bool] = False
     # Whether the objective reads log-probs too, and not their differences alone.
-    needs_levels: ClassVar[bool] = False
+    reads_absolute_log_probs: ClassVar[bool] = False
     # Whether it learns from another policy, the teacher.
     needs_teacher: ClassVar[bool] = False
 
@@ -267,12 +267,12 @@ class Algorithm:
         return None
 
     @property
-    def needs_no_log_probs(self) -> bool:
+    def slope_is_known(self) -> bool:
         """Whether the slope of the loss is known beforehand where the policy is its own anchor.
 
         Every log-ratio is 0 then, whatever the log-probs are.
         """
-        return self.needs <= {"anchor"} and not self.needs_levels
+        return self.needs <= {"anchor"} and not self.reads_absolute_log_probs
 
     @property
     def needs_entropy(self) -> bool:
@@ -395,7 +395,7 @@ class Algorithm:
         Args:
           log_ratio: log-probs of the policy less those of the anchor, in the shape of the tokens; 0
             at tokens that are not trained on. The gradient flows through it alone.
-          log_probs: as for `loss`, for an algorithm that `needs_levels`.
+          log_probs: as for `loss`, for an algorithm that `reads_absolute_log_probs`.
         """
         raise NotImplementedError
 

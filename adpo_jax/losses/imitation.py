@@ -14,7 +14,8 @@ from adpo_jax.losses.tokens import Tokens
 class Imitation:
     """The mean negative log-prob of a completion token in nats.
 
-    It has those attributes of an `Algorithm` that an update uses. Groups have one completion.
+    It has those attributes of an `Algorithm` that an update uses. Groups have one completion, and
+    there is neither an anchor nor a teacher.
     """
 
     name: ClassVar[str] = "sft"
@@ -23,9 +24,10 @@ class Imitation:
         Metric("sft/loss", "tokens", "mean negative log-prob of a completion token, nats"),
     )
     loss_metric: ClassVar[str] = "sft/loss"
+    anchor_kl_metric: ClassVar[None] = None
+    teacher_beta: ClassVar[None] = None
     entropy_bonus: ClassVar[float] = 0.0
-    # The slope of its loss is the same whatever the log-probs are.
-    needs_no_log_probs: ClassVar[bool] = True
+    slope_is_known: ClassVar[bool] = True
 
     def normalise(self, scores: None, tokens: Tokens) -> jax.Array:
         """1 / the number of trained tokens of an optimizer step."""

@@ -92,7 +92,7 @@ class Opd(Clipped):
         return super().needs | teacher
 
     @property
-    def needs_levels(self) -> bool:
+    def reads_absolute_log_probs(self) -> bool:
         return self.distillation_loss == "reverse_kl"
 
     @property

@@ -152,7 +152,7 @@ class Dppo(GroupRelative):
     """
 
     name: ClassVar[str] = "dppo"
-    needs_levels: ClassVar[bool] = True
+    reads_absolute_log_probs: ClassVar[bool] = True
 
     clip_low: float = parameter(0.2, "divergence of tokens that have become rarer", above=0.0)
     clip_high: float = parameter(0.2, "divergence of tokens that have become likelier", above=0.0)

@@ -6,8 +6,8 @@ from adpo_jax.update.step import (
     SKIPPED,
     TrainState,
     abstract_state,
+    averaged_metrics,
     init_state,
-    joined,
     make_log_probs,
     make_update,
 )
@@ -18,8 +18,8 @@ __all__ = [
     "SKIPPED",
     "TrainState",
     "abstract_state",
+    "averaged_metrics",
     "init_state",
-    "joined",
     "make_log_probs",
     "make_update",
 ]

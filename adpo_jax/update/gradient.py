@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from adpo_jax.devices import sharding
 from adpo_jax.losses.algorithm import Algorithm
+from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.tokens import Tokens
 from adpo_jax.model import lora, mixture
 from adpo_jax.model.divergence import token_divergences
@@ -59,7 +60,9 @@ class Teacher(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How the tokens of a micro-batch spread over experts; None of a model without experts.
+    """How the tokens of a micro-batch spread over experts.
+
+    `of` gives None for a model without experts.
 
     tokens and probabilities are [layers, experts] float32, and changed is [layers] float32, as in
     the extras of a mixture; changed is None where the router chooses everywhere.
@@ -147,7 +150,7 @@ class Scorer:
     def batch(self, params, layout: Layout):
         """What `micro` finds, of a batch and in the shape of its layout."""
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
-        return jax.tree.map(layout.joined, parts)
+        return jax.tree.map(layout.in_layout, parts)
 
     def _balance_loss(self, load: Load | None, num_tokens: Callable) -> jax.Array | None:
         """The weighted auxiliary loss; None where there is none."""
@@ -223,7 +226,7 @@ class Gradient:
     """The loss of a batch and its gradient by the trained parameters."""
 
     scorer: Scorer
-    algorithm: Algorithm
+    algorithm: Algorithm | Imitation
 
     def __call__(
         self, trained, frozen, layout: Layout, prepared
@@ -312,7 +315,7 @@ class Gradient:
             summed = grads[name] + once.settle(of_head).astype(grads[name].dtype)
             grads = policy.constrained({**grads, name: summed})
         load = jax.tree.map(lambda x: jnp.sum(x, axis=0), loads)
-        return grads, Scored(*jax.tree.map(layout.joined, parts)), load
+        return grads, Scored(*jax.tree.map(layout.in_layout, parts)), load
 
     def _head_once(self, trained, layout: Layout) -> Once | None:
         """The head that is gathered once for all micro-batches; None where each gathers its own."""
@@ -352,7 +355,7 @@ class Gradient:
 
     def _known_weights(self, params, layout: Layout, prepared) -> Scored | None:
         """d loss / d scored in the layout's shape; None if each micro-batch finds its own."""
-        if "anchor" not in layout.log_probs and self.algorithm.needs_no_log_probs:
+        if "anchor" not in layout.log_probs and self.algorithm.slope_is_known:
             # Only the difference of the log-probs to themselves counts.
             log_probs = jnp.zeros(layout.tokens.trained.shape)
         elif layout.has_whole_groups:

@@ -86,7 +86,7 @@ class Layout(Protocol):
     def loop(self, body, first):
         """Runs `body(carry, i) -> (carry, out)` over the micro-batches; returns (carry, outs)."""
 
-    def joined(self, outs: jax.Array) -> jax.Array:
+    def in_layout(self, outs: jax.Array) -> jax.Array:
         """The `outs` of `loop`, [micro-batches, rows, places], in the shape of the layout."""
 
 
@@ -144,7 +144,7 @@ class RowLayout(NamedTuple):
             return carry, jax.tree.map(lambda x: x[None], out)
         return jax.lax.scan(body, first, jnp.arange(self.num_micro))
 
-    def joined(self, outs):
+    def in_layout(self, outs):
         P, G, T = self.batch.completion_mask_PGT.shape
         outs = outs.reshape(self.num_micro, -1, G, T)
         return jnp.moveaxis(outs, 0, 1).reshape(P, G, T)
@@ -227,7 +227,7 @@ class PackedLayout(NamedTuple):
         # The loop runs the micro-batches that hold something; their number is data, not a shape.
         return jax.lax.fori_loop(0, self.batch.num_micro_B[0], step, (first, outs))
 
-    def joined(self, outs):
+    def in_layout(self, outs):
         return jnp.moveaxis(outs, 0, 1)
 
 

@@ -48,7 +48,8 @@ class LaidOut:
       batch: host arrays, or their shapes.
       log_probs: log-probs under other policies beside a padded batch; a packed batch holds them.
       padding_frac: the share of the places run through the model that hold no token.
-      turns: how often the loop over packed micro-batches turns, which the program does not say.
+      num_micro: micro-batches of a packed batch that hold anything, which the program does not
+        say; 1 for rows, whose number it says.
       ragged: turns values in the shape of the layout into P lists of G arrays, one a completion.
       load_imbalance: as of `Packing`; 1 where no devices share a stream.
     """
@@ -56,7 +57,7 @@ class LaidOut:
     batch: Batch | PackedBatch
     log_probs: dict[str, np.ndarray]
     padding_frac: float
-    turns: int
+    num_micro: int
     ragged: Callable[[np.ndarray], Ragged]
     load_imbalance: float = 1.0
 
@@ -94,8 +95,7 @@ class Learner:
     router_aux_loss_coef: float = 0.0
 
     def __post_init__(self):
-        mesh = self.policy.mesh if self.policy else None
-        device = first_device(mesh)
+        device = first_device(self.policy.mesh)
         if self.offload_optimizer:
             offload.check(device, "actor.optimizer_offload")
         if self.anchor.offload:
@@ -320,16 +320,14 @@ class Learner:
         if self.offload_optimizer:
             state = state.replace(opt_state=offload.to_device(state.opt_state))
         history, operations, imbalance = [], collections.Counter(), []
-        # A micro-batch of whole groups finds what the loss needs without another forward.
-        whole_groups = bool(log_probs) or not self.algorithm.needs_no_log_probs
         under_way = []  # metrics of a step that the devices are still at work on
         for rows in self._mini_batches(step):
             rows = rows[self._balanced(sequences.select(rows))]
             mini = self.laid_out(
-                sequences.select(rows), whole_groups=whole_groups, program="update"
+                sequences.select(rows), whole_groups=self.keeps_groups_whole, program="update"
             )
             part = self.put((mini.batch, _rows(scores, rows), mini.log_probs))
-            operations += self.meter.count((state, *part), mini.turns)
+            operations += self.meter.count((state, *part), mini.num_micro)
             with jax.profiler.TraceAnnotation("update"):
                 state, metrics = self.update(state, *part)
             history += jax.device_get(under_way)
@@ -339,7 +337,7 @@ class Learner:
         history += jax.device_get(under_way)
         seconds = time.perf_counter() - anchored
         declared = (*update.METRICS, *update.MIXTURE_METRICS, *self.algorithm.metrics)
-        metrics = update.joined(declared, history, self.plan.epochs)
+        metrics = update.averaged_metrics(declared, history, self.plan.epochs)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
         metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
         metrics |= self.meter.shares(operations, seconds)
@@ -380,8 +378,8 @@ class Learner:
         places = np.argsort(order)
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
-    def forwards(self, state: TrainState) -> dict[str, Callable]:
-        """The other policies whose log-probs an iteration needs: name -> getter of parameters."""
+    def other_params(self, state: TrainState) -> dict[str, Callable]:
+        """Of the other policies that an iteration runs: name -> getter of its parameters."""
 
         def anchor():
             if not self.anchor.keeps_params:
@@ -390,10 +388,10 @@ class Learner:
                 return state.anchor
             return state.replace(anchor_params=offload.to_device(state.anchor_params)).anchor
 
-        forwards = {"anchor": anchor} if self.needs_anchor_forward else {}
+        getters = {"anchor": anchor} if self.needs_anchor_forward else {}
         if self.keeps_reference:
-            forwards["reference"] = lambda: state.reference
-        return forwards | {
+            getters["reference"] = lambda: state.reference
+        return getters | {
             name: functools.partial(state.fixed_params.get, name) for name in self.fixed_forwards
         }
 
@@ -405,14 +403,24 @@ class Learner:
         names += ["reference"] * ("reference" in self.algorithm.needs)
         return list(dict.fromkeys([*names, *self.fixed_forwards]))
 
-    def _other_log_probs(self, state: TrainState, sequences: Sequences):
+    @property
+    def keeps_groups_whole(self) -> bool:
+        """Whether an update's micro-batches are to hold whole groups.
+
+        Such a micro-batch finds what the loss needs without another forward.
+        """
+        return bool(self.other_policies) or not self.algorithm.slope_is_known
+
+    def _other_log_probs(
+        self, state: TrainState, sequences: Sequences
+    ) -> tuple[dict[str, Ragged], np.ndarray | None]:
         """Log-probs under the names of their policies, and the anchor's entropy.
 
         The entropy is [P], a fraction of log(vocabulary size), or None where the algorithm does not
         need it.
         """
         log_probs, entropy_P = {}, None
-        for name, params in self.forwards(state).items():
+        for name, params in self.other_params(state).items():
             log_probs[name], entropy = self.log_probs(
                 params(), sequences, self.fixed_forwards.get(name)
             )

@@ -293,16 +293,16 @@ class Packing:
         """Deals the tiles of a stream out to its shares, in place."""
         order, micro = self._orders[b][m], batch.micro
 
-        def turn(x, order):
+        def permute(x, order):
             tiles = x[b, m].reshape(len(order), -1, *x.shape[3:])
             x[b, m] = tiles[order].reshape(x.shape[2:])
 
         for x in (micro.tokens, micro.positions, micro.segments, micro.prompts, micro.key_tiles):
-            turn(x, order.all)
+            permute(x, order.all)
         if batch.experts is not None:
-            turn(batch.experts, order.all)
+            permute(batch.experts, order.all)
         for x in (micro.targets, batch.trained, batch.completion, *batch.log_probs.values()):
-            turn(x, order.completions)
+            permute(x, order.completions)
         number = np.zeros(len(order.all) + 1, np.int32)
         number[order.all + 1] = np.arange(1, len(order.all) + 1)
         micro.key_tiles[b, m] = number[micro.key_tiles[b, m]]

@@ -119,7 +119,7 @@ class TrainState:
         """
         return self.replace(params=self.trained, fixed_params=None)
 
-    def joined(self, params) -> "TrainState":
+    def with_frozen(self, params) -> "TrainState":
         """The whole state again, from a state as `saved` gives it.
 
         Args:
@@ -220,7 +220,7 @@ def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1
 
 def make_update(
     policy: Policy,
-    algorithm: Algorithm,
+    algorithm: Algorithm | Imitation,
     optimizer: optax.GradientTransformation,
     *,
     num_micro: int = 1,
@@ -274,6 +274,11 @@ def make_update(
     _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
     if not (isinstance(num_micro, int) and num_micro >= 1):
         raise ValueError(f"num_micro is a whole number, 1 or more; given {num_micro!r}")
+    if max_anchor_kl and algorithm.anchor_kl_metric is None:
+        raise ValueError(
+            f"max_anchor_kl={max_anchor_kl} limits the KL to an anchor, and {algorithm.name} has "
+            "none; leave it 0"
+        )
     if router_aux_loss_coef and not policy.config.mixture:
         raise ValueError(
             "router_aux_loss_coef spreads tokens over the experts of a mixture, and the model has "
@@ -286,7 +291,7 @@ def make_update(
         with_entropy or bool(algorithm.entropy_bonus),
         balance_weight=router_aux_loss_coef,
     )
-    if (teacher is None) != (getattr(algorithm, "teacher_beta", None) is None):
+    if (teacher is None) != (algorithm.teacher_beta is None):
         raise ValueError(
             f"{algorithm.name} reads "
             f"{'no divergence from a teacher' if teacher else 'the divergence from a teacher'}: "
@@ -341,7 +346,7 @@ def _check_kind(name: str, value: Any, kind: Any, meaning: str) -> None:
         raise TypeError(f"{name} is a {wanted} ({meaning}); given {type(value).__name__}")
 
 
-def _check_given(algorithm: Algorithm, layout: Layout) -> None:
+def _check_given(algorithm: Algorithm | Imitation, layout: Layout) -> None:
     shape = layout.tokens.trained.shape
     for whose, values in layout.log_probs.items():
         if whose not in LOG_PROBS:
@@ -387,7 +392,7 @@ def _mixture_metrics(load: Load) -> dict[str, jax.Array]:
     }
 
 
-def joined(
+def averaged_metrics(
     declared: Sequence[Metric], history: Sequence[Mapping[str, Any]], epochs: int
 ) -> dict[str, float]:
     """The metrics of an iteration from those of its optimizer steps.
