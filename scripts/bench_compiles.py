@@ -66,6 +66,7 @@ def count(
         cut = {"completions_per_micro": micro, "full_length": limit, "num_shards": shards}
         alone = Packing(sequences, tile=tile, **cut)
         used = Packing(sequences, tile=tile, sizes=sizes.of("update"), **cut)
+        sizes.note("update", used.size)
         smallest.add(alone.size)
         places += used.num_places, alone.num_places
     return {

@@ -360,7 +360,11 @@ def test_a_run_that_knows_the_sizes_of_before_chooses_as_if_it_had_gone_on():
     batches = [ragged(P=8, seed=seed) for seed in range(8)]
 
     def sizes_of(batches, sizes: Sizes) -> list[Size]:
-        return [Packing(batch, sizes=sizes.of("update"), **cut).size for batch in batches]
+        found = []
+        for batch in batches:
+            found.append(Packing(batch, sizes=sizes.of("update"), **cut).size)
+            sizes.note("update", found[-1])
+        return found
 
     whole = Sizes()
     wanted = sizes_of(batches, whole)

@@ -14,6 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -179,10 +180,12 @@ class Learner:
             num_shards=spread.num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
             tile=tile,
-            sizes=self.sizes.of(program) if program else None,
+            sizes=self.sizes.of(program),
             starts=starts_of(models, tile),
             shares=spread.num_shares,
         )
+        if program:
+            self.sizes.note(program, packing.size)
         names = ("sampler", *sequences.log_probs)
         batch = packing.abstract(names) if abstract else packing.batch(sequences)
         return LaidOut(
@@ -336,29 +339,45 @@ class Learner:
         state = state.replace(step=state.step + 1)
         history += jax.device_get(under_way)
         seconds = time.perf_counter() - anchored
-        declared = (*update.METRICS, *update.MIXTURE_METRICS, *self.algorithm.metrics)
-        metrics = update.averaged_metrics(declared, history, self.plan.epochs)
+        metrics = self._metrics(history, seconds)
         metrics |= {"time/anchor": anchored - started, "time/update": seconds}
-        metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
         metrics |= self.meter.shares(operations, seconds)
-        if self.plan.layout == "packed":
-            metrics["update/compiles"] = float(self.sizes.count)
         if BatchSharding(self.policy.mesh).num_shares > 1:
             metrics["update/load_imbalance"] = float(np.mean(imbalance))
         with offload.on_the_host():
             metrics["update/lr"] = float(self.schedule(max(steps_taken(state.opt_state) - 1, 0)))
-
-        anchor_params, renewed = state.anchor_params, False
-        if metrics[update.SKIPPED] < 1.0:  # else the policy has not moved: the anchor stays too
-            if self.anchor.offload:
-                anchor_params = offload.to_device(anchor_params)
-            # Nats a token between the anchor and the policy before the iteration's last step.
-            measured_kl = float(history[-1][self.algorithm.anchor_kl_metric])
-            anchor_params, renewed = self.anchor.refresh(
-                anchor_params, state.trained, measured_kl=measured_kl
-            )
+        state, renewed = self._refreshed(state, metrics, history)
         metrics["anchor/renewed"] = float(renewed)
-        return self.put_away(state.replace(anchor_params=anchor_params)), metrics
+        return self.put_away(state), metrics
+
+    def _metrics(self, history: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+        """The metrics of an iteration, from those of its optimizer steps and the time they took."""
+        declared = (*update.METRICS, *update.MIXTURE_METRICS, *self.algorithm.metrics)
+        metrics = update.averaged_metrics(declared, history, self.plan.epochs)
+        metrics["update/tokens_per_s"] = metrics["update/tokens"] * self.plan.epochs / seconds
+        if self.plan.layout == "packed":
+            metrics["update/compiles"] = float(self.sizes.count)
+        return metrics
+
+    def _refreshed(
+        self, state: TrainState, metrics: dict[str, float], history: list[dict[str, Any]]
+    ) -> tuple[TrainState, bool]:
+        """The state with the anchor as its mode has it next, and whether the anchor is a new one.
+
+        Args:
+          metrics: those of the iteration; history: those of its optimizer steps.
+        """
+        if metrics[update.SKIPPED] >= 1.0:  # the policy has not moved: the anchor stays too
+            return state, False
+        anchor_params = state.anchor_params
+        if self.anchor.offload:
+            anchor_params = offload.to_device(anchor_params)
+        # Nats a token between the anchor and the policy before the iteration's last step.
+        measured_kl = float(history[-1][self.algorithm.anchor_kl_metric])
+        anchor_params, renewed = self.anchor.refresh(
+            anchor_params, state.trained, measured_kl=measured_kl
+        )
+        return state.replace(anchor_params=anchor_params), renewed
 
     def log_probs(
         self, params, sequences: Sequences, forward: Callable | None = None

@@ -27,7 +27,7 @@ a tile, J listed key tiles.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import flax.struct
 import jax
@@ -150,8 +150,8 @@ class Packing:
       count_prompts: cut by the tokens of prompts too, as groups of one completion need: where many
         share a prompt, those of the completions are nearly all there are.
       tile: tokens of an attention tile.
-      sizes: sizes to prefer where they waste little; the size that is used is added. None for the
-        smallest size that there is.
+      sizes: sizes to prefer where they waste little, of any tile; () for the smallest size that
+        there is.
       size: the size of the streams, which must hold what is `needed`; None to choose one.
       starts: prompts and completions start at multiples of so many places, a part of a tile, as
         linear attention wants it (`starts_of`).
@@ -173,7 +173,7 @@ class Packing:
         share_prompts: bool = True,
         count_prompts: bool = False,
         tile: int = TILE,
-        sizes: list[Size] | None = None,
+        sizes: Sequence[Size] = (),
         size: Size | None = None,
         starts: int = 1,
         shares: int = 1,
@@ -222,25 +222,21 @@ class Packing:
         # The arrays have room for as many micro-batches as completions of full length would make.
         room = -(-per_shard * full_length // budget)
         self.streams = streams_of(budget)
-        self.needed = needed = _needed(self.streams)
-        self.num_micro = needed.room
-        if size is not None:
-            self.size = size
-            return
-        self.size = needed._replace(room=max(room, needed.room)).rounded(whole_tiles)
-        usable = [size for size in sizes or () if size.fits(whole_tiles)]
-        if usable:
+        self.needed = _needed(self.streams)
+        if size is None:
             # A group of full length must fit where groups are kept whole.
             least = int(lengths_PG.sum(1).max()) if whole_groups else int(lengths_PG.max())
-            found = _reused(usable, self.streams, streams_of, least, budget)
-            most = max(self.size.completion, rounded(budget, whole_tiles, 16))
-            if found is not None:
-                self.streams, self.size = found
-            else:
-                grown = needed._replace(room=self.size.room).grown(usable, whole_tiles)
-                self.size = grown._replace(completion=min(grown.completion, most))
-        if sizes is not None and self.size not in sizes:
-            sizes.append(self.size)
+            known = [size for size in sizes if size.fits(whole_tiles)]
+            self.streams, size = _fitted(
+                self.streams,
+                known,
+                streams_of,
+                room=room,
+                least=least,
+                most=budget,
+                tile=whole_tiles,
+            )
+        self.size = size
         self.num_micro = _needed(self.streams).room
 
     @property
@@ -383,6 +379,38 @@ def _needed(streams: list[list[Stream]]) -> Size:
         completion=max(s.num_completion for s in flat),
         listed=max(s.num_listed for s in flat),
     )
+
+
+def _fitted(
+    best: list[list[Stream]],
+    known: Sequence[Size],
+    streams_of: Callable,
+    *,
+    room: int,
+    least: int,
+    most: int,
+    tile: int,
+) -> tuple[list[list[Stream]], Size]:
+    """The cut and the size of its streams: a known size that wastes little, or a new one.
+
+    The first size is as small as it can be; beside others, a new one has room to grow.
+
+    Args:
+      known: the sizes to prefer.
+      room: micro-batches that the arrays have room for, or more where more are needed.
+      tile: the tokens that prompts and completions of a new size are multiples of.
+      best, streams_of, least, most: as for `_reused`.
+    """
+    needed = _needed(best)
+    needed = needed._replace(room=max(room, needed.room))
+    smallest = needed.rounded(tile)
+    if not known:
+        return best, smallest
+    if found := _reused(known, best, streams_of, least, most):
+        return found
+    grown = needed.grown(known, tile)
+    largest = max(smallest.completion, rounded(most, tile, 16))
+    return best, grown._replace(completion=min(grown.completion, largest))
 
 
 def _reused(

@@ -99,9 +99,15 @@ class Sizes:
     def __init__(self):
         self._known: dict[str, list[Size]] = {}
 
-    def of(self, program: str) -> list[Size]:
-        """The sizes of a program; a `Packing` adds to them."""
-        return self._known.setdefault(program, [])
+    def of(self, program: str) -> tuple[Size, ...]:
+        """The sizes of a program."""
+        return tuple(self._known.get(program, ()))
+
+    def note(self, program: str, size: Size) -> None:
+        """Adds the size of a batch that the program runs, where it is a new one."""
+        known = self._known.setdefault(program, [])
+        if size not in known:
+            known.append(size)
 
     @property
     def count(self) -> int:
