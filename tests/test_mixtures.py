@@ -462,7 +462,7 @@ def test_the_load_of_a_batch_is_measured_by_hand_and_its_balance_is_a_mean_over_
         jnp.array([[3.0, 1.0, 0.0, 4.0], [2.0, 2.0, 3.0, 1.0]]),
         jnp.array([[1.0, 1.0, 0.5, 1.5], [0.5, 0.5, 2.0, 1.0]]),
     )
-    metrics = _mixture_metrics(load)
+    metrics = _mixture_metrics(load, None)
     assert metrics["router/busiest"] == pytest.approx((4 / 2 + 3 / 2) / 2)
     assert metrics["router/idle_frac"] == pytest.approx(1 / 8)
     of_layers = [4 * (3 + 1 + 0 + 6) / 16, 4 * (1 + 1 + 6 + 1) / 16]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from adpo_jax.losses import parameters, shared
 from adpo_jax.losses.parameters import OFF, SET, parameter
-from adpo_jax.losses.shared import Metrics, Weights
+from adpo_jax.losses.shared import Metrics, Normalisers
 from adpo_jax.losses.tokens import Tokens
 
 # The log-probs that a loss may ask for beside the policy's own, and whose they are.
@@ -141,7 +141,7 @@ class Prepared(NamedTuple):
     """
 
     scores: Any
-    weights: Weights
+    weights: Normalisers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,7 +431,7 @@ class Algorithm:
                 f"the tokens are of {tokens_P.shape[0]} prompts, the rewards of "
                 f"{scores.kept_P.shape[0]}; pass the same groups"
             )
-        return Prepared(scores, shared.batch_weights(scores.kept_P, tokens_P))
+        return Prepared(scores, shared.batch_normalisers(scores.kept_P, tokens_P))
 
     def prepare(
         self,

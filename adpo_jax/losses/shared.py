@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 _LINEAR_FROM = 40.0
 
 
-class Weights(NamedTuple):
+class Normalisers(NamedTuple):
     """Normalisers of a whole batch, one row a prompt so that a part of the batch has its own."""
 
     kept_group_P: jax.Array  # 1 / number of kept groups; 0 for a dropped group
@@ -100,11 +100,11 @@ def kept_prompts(rewards_PG: jax.Array, drop_all_failed_prompts: bool) -> jax.Ar
     return (rewards_PG > 0).any(-1)
 
 
-def batch_weights(kept_P: jax.Array, tokens_P: jax.Array) -> Weights:
+def batch_normalisers(kept_P: jax.Array, tokens_P: jax.Array) -> Normalisers:
     """The normalisers of a batch from its kept prompts and its trained tokens, [P] each."""
     kept_P = kept_P.astype(tokens_P.dtype)
     ones_P = jnp.ones_like(kept_P)
-    return Weights(
+    return Normalisers(
         kept_group_P=kept_P / jnp.maximum(kept_P.sum(), 1.0),
         kept_token_P=kept_P / jnp.maximum((kept_P * tokens_P).sum(), 1.0),
         group_P=ones_P / kept_P.shape[0],

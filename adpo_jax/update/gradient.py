@@ -36,7 +36,7 @@ from adpo_jax.policy.policy import Policy
 from adpo_jax.update.layouts import Layout, MicroBatch
 
 
-class Scored(NamedTuple):
+class TokenValues(NamedTuple):
     """What the model finds of each token, in the shape of a layout; or weights of the same shape.
 
     entropy is None where nothing depends on it, divergence where there is no teacher.
@@ -52,11 +52,12 @@ class Teacher(NamedTuple):
 
     Attributes:
       beta: as for `token_divergences`.
+      params: its parameters; None before `ForwardPass.with_teacher`.
     """
 
     policy: Policy
-    params: Any
     beta: float
+    params: Any = None
 
 
 class Load(NamedTuple):
@@ -97,7 +98,7 @@ class Variables(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class ForwardPass:
     """Computes log-probs of micro-batches, and their gradient by `Variables`.
 
     Attributes:
@@ -110,6 +111,12 @@ class Scorer:
     with_entropy: bool
     teacher: Teacher | None = None
     balance_weight: float = 0.0
+
+    def with_teacher(self, params) -> "ForwardPass":
+        """The same with these parameters of the teacher, where there is one."""
+        if self.teacher is None:
+            return self
+        return dataclasses.replace(self, teacher=self.teacher._replace(params=params))
 
     @property
     def _head(self) -> dict:
@@ -132,7 +139,7 @@ class Scorer:
         """The divergences from the teacher, where there is one."""
         if self.teacher is None:
             return ()
-        teacher, teacher_params, beta = self.teacher
+        teacher, beta, teacher_params = self.teacher
         return (
             token_divergences(
                 self.policy.config,
@@ -152,32 +159,32 @@ class Scorer:
         _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
         return jax.tree.map(layout.in_layout, parts)
 
-    def _balance_loss(self, load: Load | None, num_tokens: Callable) -> jax.Array | None:
+    def _balance_loss(self, load: Load | None, num_tokens: jax.Array | None) -> jax.Array | None:
         """The weighted auxiliary loss; None where there is none."""
-        if load is None or not self.balance_weight:
+        if load is None or num_tokens is None:
             return None
-        return self.balance_weight * load.balance_loss(num_tokens())
+        return self.balance_weight * load.balance_loss(num_tokens)
 
     def gradient(
         self,
         variables: "Variables",
         frozen,
         micro: MicroBatch,
-        weights: Scored,
-        num_tokens: Callable,
+        weights: TokenValues,
+        num_tokens: jax.Array | None,
     ):
-        """The gradient of the sum of weights times what was scored, what `micro` gives, the load.
+        """Returns (gradient of sum(weights * values), values, load).
 
         Args:
           weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
             trained on.
-          num_tokens: gives the tokens of the whole batch.
+          num_tokens: the tokens of the whole batch; None without an auxiliary loss.
         """
 
         def weighted(variables: Variables):
             params = lora.join(variables.trained, frozen)
             hidden, targets, extras = micro.hidden_and_targets(self.policy, params)
-            value, scored = weighted_log_probs(
+            total, found = weighted_log_probs(
                 self.policy.config,
                 params,
                 hidden,
@@ -187,15 +194,15 @@ class Scorer:
                 **self._head,
             )
             divergences = self._divergences(params, hidden, micro)
-            for found in divergences:
-                value += jnp.sum(micro.rows(weights.divergence) * found)
+            for divergence in divergences:
+                total += jnp.sum(micro.rows(weights.divergence) * divergence)
             load = Load.of(extras)
             balance = self._balance_loss(load, num_tokens)
-            value = value if balance is None else value + balance
-            return value, ((*scored, *divergences), load)
+            total = total if balance is None else total + balance
+            return total, ((*found, *divergences), load)
 
-        grads, (scored, load) = jax.grad(weighted, has_aux=True)(variables)
-        return grads, scored, load
+        grads, (values, load) = jax.grad(weighted, has_aux=True)(variables)
+        return grads, values, load
 
     def gradient_of(
         self,
@@ -203,55 +210,55 @@ class Scorer:
         frozen,
         micro: MicroBatch,
         weights_of: Callable,
-        num_tokens: Callable,
+        num_tokens: jax.Array | None,
     ):
-        """As `gradient`, with the weights that `weights_of` makes of what was scored."""
+        """As `gradient`, with the weights that `weights_of` makes of the values."""
 
-        def scored_and_balance(variables: Variables):
+        def values_and_balance(variables: Variables):
             params = lora.join(variables.trained, frozen)
-            scored, load = self._micro(params, micro, variables.head)
-            return (scored, self._balance_loss(load, num_tokens)), load
+            values, load = self._micro(params, micro, variables.head)
+            return (values, self._balance_loss(load, num_tokens)), load
 
-        (scored, balance), pull, load = jax.vjp(scored_and_balance, variables, has_aux=True)
-        weights = weights_of(Scored(*map(micro.from_rows, scored)))
+        (values, balance), pull, load = jax.vjp(values_and_balance, variables, has_aux=True)
+        weights = weights_of(TokenValues(*map(micro.from_rows, values)))
         cotangents = (
-            jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(scored, weights)
+            jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(values, weights)
         )
         balance = None if balance is None else jnp.ones_like(balance)
-        return pull((tuple(cotangents), balance))[0], scored, load
+        return pull((tuple(cotangents), balance))[0], values, load
 
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
     """The loss of a batch and its gradient by the trained parameters."""
 
-    scorer: Scorer
+    forward: ForwardPass
     algorithm: Algorithm | Imitation
 
     def __call__(
         self, trained, frozen, layout: Layout, prepared
-    ) -> tuple[Any, Scored, Load | None]:
+    ) -> tuple[Any, TokenValues, Load | None]:
         """The gradient, in the layout of `trained`, what the policy made of every token, the load.
 
         The load of the experts is that of all micro-batches.
         """
         weights = self._known_weights(lora.join(trained, frozen), layout, prepared)
-        mesh = self.scorer.policy.mesh
+        mesh = self.forward.policy.mesh
         replicas = sharding.num_replicas(mesh)
-        if replicas == 1 or self.scorer.balance_weight:
+        if replicas == 1 or self.forward.balance_weight:
             # The auxiliary loss of routers is of all tokens of a micro-batch together.
             return self._sum(trained, frozen, layout, prepared, weights)
 
         def of_replica(trained, frozen, batch, log_probs, prepared, weights, fixed_params):
             """The sums over the whole batch, exchanged after the last micro-batch."""
-            own = self._with_teacher(fixed_params)
+            own = dataclasses.replace(self, forward=self.forward.with_teacher(fixed_params))
             part = layout.part(batch, log_probs, replicas)
-            grads, scored, load = own._sum(trained, frozen, part, prepared, weights)
+            grads, values, load = own._sum(trained, frozen, part, prepared, weights)
             grads, load = sharding.sum_of_replicas((grads, load))
-            return grads, scored, load
+            return grads, values, load
 
         everywhere, by_row = None, "batch"
-        teacher = self.scorer.teacher
+        teacher = self.forward.teacher
         return sharding.of_replicas(
             of_replica,
             mesh,
@@ -264,45 +271,36 @@ class Gradient:
             None if teacher is None else teacher.params,
         )
 
-    def _with_teacher(self, params) -> "Gradient":
-        """The same with these parameters of the teacher, where there is one."""
-        if params is None:
-            return self
-        teacher = self.scorer.teacher._replace(params=params)
-        return dataclasses.replace(self, scorer=dataclasses.replace(self.scorer, teacher=teacher))
-
     def _sum(
-        self, trained, frozen, layout: Layout, prepared, weights: Scored | None
-    ) -> tuple[Any, Scored, Load | None]:
+        self, trained, frozen, layout: Layout, prepared, weights: TokenValues | None
+    ) -> tuple[Any, TokenValues, Load | None]:
         """The sums over the micro-batches, one after the other.
 
         Args:
-          weights: d loss / d scored; None if each micro-batch finds its own.
+          weights: d loss / d values; None if each micro-batch finds its own.
         """
-        policy = self.scorer.policy
+        policy = self.forward.policy
         once = self._head_once(trained, layout)
         name = weight_name(policy.config)
         variables = Variables(trained, None if once is None else once.gather(trained[name]))
 
-        def num_tokens():
-            return layout.num_tokens
-
         def add_micro(sums, i):
             micro = layout.micro(i)
+            num_tokens = layout.num_tokens if self.forward.balance_weight else None
 
-            def weights_of(scored: Scored):
+            def weights_of(values: TokenValues):
                 # The weights of a group depend on the log-probs of that group alone.
                 others = jax.tree.map(micro.of, layout.log_probs)
-                return self._weights(scored, others, micro.tokens, micro.prepared(prepared))
+                return self._weights(values, others, micro.tokens, micro.prepared(prepared))
 
             sums, of_head = sums
             head = variables.head and variables.head._replace(gradient=of_head)
             here = variables._replace(head=head)
             if weights is None:
-                more = self.scorer.gradient_of(here, frozen, micro, weights_of, num_tokens)
+                more = self.forward.gradient_of(here, frozen, micro, weights_of, num_tokens)
             else:
                 of_micro = jax.tree.map(micro.of, weights)
-                more = self.scorer.gradient(here, frozen, micro, of_micro, num_tokens)
+                more = self.forward.gradient(here, frozen, micro, of_micro, num_tokens)
             grads, *found = more
             # Without this the partitioner may sum whole gradients on every device.
             sums = jax.tree.map(jnp.add, sums, policy.constrained(grads.trained))
@@ -315,11 +313,11 @@ class Gradient:
             summed = grads[name] + once.settle(of_head).astype(grads[name].dtype)
             grads = policy.constrained({**grads, name: summed})
         load = jax.tree.map(lambda x: jnp.sum(x, axis=0), loads)
-        return grads, Scored(*jax.tree.map(layout.in_layout, parts)), load
+        return grads, TokenValues(*jax.tree.map(layout.in_layout, parts)), load
 
     def _head_once(self, trained, layout: Layout) -> Once | None:
         """The head that is gathered once for all micro-batches; None where each gathers its own."""
-        policy = self.scorer.policy
+        policy = self.forward.policy
         weight = trained.get(weight_name(policy.config))
         if weight is None or layout.most_micro == 1:
             return None
@@ -328,42 +326,42 @@ class Gradient:
         hidden = jax.ShapeDtypeStruct((B, T, policy.config.hidden_size), policy.dtype)
         return Once.of(policy.config, weight, policy.mesh, hidden)
 
-    def loss_of(self, scored: Scored, layout: Layout, prepared):
+    def loss_of(self, values: TokenValues, layout: Layout, prepared):
         """(loss, metrics) of the whole batch."""
         with jax.named_scope("loss"):
-            return self._loss(*self._given(scored, layout.log_probs), layout.tokens, prepared)
+            return self._loss(*self._given(values, layout.log_probs), layout.tokens, prepared)
 
-    def _loss(self, scored: Scored, others: dict, tokens: Tokens, prepared):
-        found = others | {"policy": scored.log_probs}
-        if scored.divergence is not None:
-            found["divergence"] = scored.divergence
-        return self.algorithm.loss(found, tokens, prepared, entropy=scored.entropy)
+    def _loss(self, values: TokenValues, others: dict, tokens: Tokens, prepared):
+        found = others | {"policy": values.log_probs}
+        if values.divergence is not None:
+            found["divergence"] = values.divergence
+        return self.algorithm.loss(found, tokens, prepared, entropy=values.entropy)
 
-    def _weights(self, scored: Scored, others: dict, tokens: Tokens, prepared) -> Scored:
-        """d loss / d scored."""
+    def _weights(self, values: TokenValues, others: dict, tokens: Tokens, prepared) -> TokenValues:
+        """d loss / d values."""
         slope = jax.grad(self._loss, has_aux=True)
-        return slope(*self._given(scored, others), tokens, prepared)[0]
+        return slope(*self._given(values, others), tokens, prepared)[0]
 
-    def _given(self, scored: Scored, others: dict) -> tuple[Scored, dict]:
+    def _given(self, values: TokenValues, others: dict) -> tuple[TokenValues, dict]:
         """What the loss depends on: the entropy where it has a bonus, and all other log-probs.
 
         Without an anchor, the policy's own log-probs stand for it.
         """
         if not self.algorithm.entropy_bonus:
-            scored = scored._replace(entropy=None)
-        return scored, {"anchor": jax.lax.stop_gradient(scored.log_probs)} | others
+            values = values._replace(entropy=None)
+        return values, {"anchor": jax.lax.stop_gradient(values.log_probs)} | others
 
-    def _known_weights(self, params, layout: Layout, prepared) -> Scored | None:
-        """d loss / d scored in the layout's shape; None if each micro-batch finds its own."""
+    def _known_weights(self, params, layout: Layout, prepared) -> TokenValues | None:
+        """d loss / d values in the layout's shape; None if each micro-batch finds its own."""
         if "anchor" not in layout.log_probs and self.algorithm.slope_is_known:
             # Only the difference of the log-probs to themselves counts.
             log_probs = jnp.zeros(layout.tokens.trained.shape)
         elif layout.has_whole_groups:
             return None
         else:
-            scorer = dataclasses.replace(self.scorer, with_entropy=False, teacher=None)
-            log_probs, _ = scorer.batch(params, layout)
+            forward = dataclasses.replace(self.forward, with_entropy=False, teacher=None)
+            log_probs, _ = forward.batch(params, layout)
         # The loss is linear in entropy and divergence, so its slope needs no value of them.
         zeros = jnp.zeros_like(log_probs)
-        scored = Scored(log_probs, zeros, None if self.scorer.teacher is None else zeros)
-        return self._weights(scored, layout.log_probs, layout.tokens, prepared)
+        values = TokenValues(log_probs, zeros, None if self.forward.teacher is None else zeros)
+        return self._weights(values, layout.log_probs, layout.tokens, prepared)

@@ -7,7 +7,6 @@ Letters: P prompts, G completions of a prompt, T completion tokens, B streams si
 micro-batches, C completion places of a stream.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ from adpo_jax.model import lora
 from adpo_jax.model.parameters import check_params
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
-from adpo_jax.update.gradient import Gradient, Load, Scored, Scorer, Teacher
+from adpo_jax.update.gradient import ForwardPass, Gradient, Load, Teacher, TokenValues
 from adpo_jax.update.layouts import Layout, layout_of
 from adpo_jax.update.packing import PackedBatch
 
@@ -210,10 +209,10 @@ def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1
       num_micro: micro-batches of a padded `Batch`, run one after the other; divides P. A
         `PackedBatch` has its own.
     """
-    scorer = Scorer(policy, temperature, with_entropy=True)
+    forward = ForwardPass(policy, temperature, with_entropy=True)
 
     def log_probs(params, batch: Batch | PackedBatch):
-        return scorer.batch(params, layout_of(batch, num_micro=num_micro))
+        return forward.batch(params, layout_of(batch, num_micro=num_micro))
 
     return jax.jit(log_probs, compiler_options=compiler_options(policy.mesh))
 
@@ -285,10 +284,11 @@ def make_update(
             "none; leave it 0"
         )
 
-    scorer = Scorer(
+    forward = ForwardPass(
         policy,
         temperature,
         with_entropy or bool(algorithm.entropy_bonus),
+        None if teacher is None else Teacher(teacher, algorithm.teacher_beta),
         balance_weight=router_aux_loss_coef,
     )
     if (teacher is None) != (algorithm.teacher_beta is None):
@@ -305,39 +305,36 @@ def make_update(
         layout = layout_of(batch, log_probs, num_micro)
         _check_given(algorithm, layout)
         prepared = algorithm.normalise(scores, layout.tokens)
-        trained, frozen = state.trained, state.frozen
-        of_step = scorer
+        taught = forward
         if teacher is not None:
-            taught = Teacher(teacher, state.fixed_params["teacher"], algorithm.teacher_beta)
-            of_step = dataclasses.replace(scorer, teacher=taught)
-        gradient = Gradient(of_step, algorithm)
-        grads, scored, load = gradient(trained, frozen, layout, prepared)
-        loss, metrics = gradient.loss_of(scored, layout, prepared)
-        metrics |= _sampling_metrics(scored, layout, with_entropy)
+            taught = forward.with_teacher(state.fixed_params["teacher"])
+        gradient = Gradient(taught, algorithm)
+        grads, values, load = gradient(state.trained, state.frozen, layout, prepared)
+        loss, metrics = gradient.loss_of(values, layout, prepared)
+        metrics |= _sampling_metrics(values, layout, with_entropy)
         if load is not None:
-            metrics |= _mixture_metrics(load)
-        if load is not None and load.changed is not None:
-            replayed = jnp.sum(batch.experts > 0, dtype=jnp.float32)
-            changed = jnp.sum(load.changed)
-            metrics["router/replay_changed_frac"] = changed / jnp.maximum(replayed, 1.0)
-
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            moved = optax.apply_updates(trained, updates)
+            metrics |= _mixture_metrics(load, batch)
         metrics["update/grad_norm"] = optax.tree.norm(grads)
         sound = jnp.isfinite(loss) & jnp.isfinite(metrics[algorithm.loss_metric])
         sound &= jnp.isfinite(metrics["update/grad_norm"])
         if max_anchor_kl:
             sound &= metrics[algorithm.anchor_kl_metric] <= max_anchor_kl
-        trained, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old),
-            (moved, opt_state),
-            (trained, state.opt_state),
-        )
         metrics[SKIPPED] = 1.0 - sound
-        return state.replace(params=lora.join(trained, frozen), opt_state=opt_state), metrics
+        return _applied(optimizer, grads, state, sound), metrics
 
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options(policy.mesh))
+
+
+def _applied(
+    optimizer: optax.GradientTransformation, grads, state: TrainState, sound: jax.Array
+) -> TrainState:
+    """The state after the optimizer's step; where it is not sound, the state as it was."""
+    before = state.trained, state.opt_state
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        after = optax.apply_updates(state.trained, updates), opt_state
+    trained, opt_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
+    return state.replace(params=lora.join(trained, state.frozen), opt_state=opt_state)
 
 
 def _check_kind(name: str, value: Any, kind: Any, meaning: str) -> None:
@@ -365,31 +362,38 @@ def _check_given(algorithm: Algorithm | Imitation, layout: Layout) -> None:
         )
 
 
-def _sampling_metrics(scored: Scored, layout: Layout, with_entropy: bool) -> dict[str, jax.Array]:
+def _sampling_metrics(
+    values: TokenValues, layout: Layout, with_entropy: bool
+) -> dict[str, jax.Array]:
     """Metrics that compare the policy with the sampler over the trained tokens."""
     trained = layout.tokens.trained
     tokens = jnp.sum(trained, dtype=jnp.float32)
-    log_ratio = jnp.where(trained, scored.log_probs - layout.log_probs["sampler"], 0.0)
+    log_ratio = jnp.where(trained, values.log_probs - layout.log_probs["sampler"], 0.0)
     metrics = {
         "rollout/mismatch_kl": jnp.sum(k3(-log_ratio)) / jnp.maximum(tokens, 1.0),
         "rollout/mismatch_ratio_max": jnp.exp(jnp.max(jnp.abs(log_ratio))),
         "update/tokens": tokens,
     }
     if with_entropy:
-        total = jnp.sum(jnp.where(trained, scored.entropy, 0.0))
+        total = jnp.sum(jnp.where(trained, values.entropy, 0.0))
         metrics["rollout/entropy"] = total / jnp.maximum(tokens, 1.0)
     return metrics
 
 
-def _mixture_metrics(load: Load) -> dict[str, jax.Array]:
-    """How tokens spread over experts."""
+def _mixture_metrics(load: Load, batch: Batch | PackedBatch) -> dict[str, jax.Array]:
+    """How the tokens of a batch spread over experts."""
     even = jnp.maximum(jnp.mean(load.tokens, axis=-1, keepdims=True), 1e-9)
     num_tokens = jnp.sum(load.probabilities[0])
-    return {
+    metrics = {
         "router/busiest": jnp.mean(jnp.max(load.tokens / even, axis=-1)),
         "router/idle_frac": jnp.mean(load.tokens == 0, dtype=jnp.float32),
         "router/balance_loss": load.balance_loss(num_tokens),
     }
+    if load.changed is not None:
+        replayed = jnp.sum(batch.experts > 0, dtype=jnp.float32)
+        changed = jnp.sum(load.changed)
+        metrics["router/replay_changed_frac"] = changed / jnp.maximum(replayed, 1.0)
+    return metrics
 
 
 def averaged_metrics(
