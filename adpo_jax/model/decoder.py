@@ -410,12 +410,49 @@ def decoder(
         )
         return (x, cache), extras
 
-    layers, info = params["layers"], config.layer_info
     rope_tables = rope_lib.cos_sin(config.ropes, config.rope_head_dims, positions)
     rope_tables += rope_lib.query_scales(config.ropes, positions)
     of_layers = None
     if config.per_layer_size:
         of_layers = per_layer_inputs(config, params, tokens, x, mesh)
+    (x, cache), extras = _run_stack(
+        config,
+        run_layer,
+        (x, cache),
+        params["layers"],
+        rope_tables,
+        of_layers,
+        remat=remat,
+        scan_layers=scan_layers,
+    )
+    if config.shared_kv_layers:
+        cache, _ = cache
+    x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
+    return x, cache, extras
+
+
+def _run_stack(
+    config: ModelConfig,
+    run_layer: Callable,
+    carry,
+    layers,
+    rope_tables,
+    of_layers: jax.Array | None,
+    *,
+    remat: str,
+    scan_layers: bool,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Runs the layers: a tuple of them one by one, stacked ones by scans.
+
+    Args:
+      run_layer: (carry, layer's parameters, `LayerInfo`, rope tables) -> (carry, extras).
+      layers, remat, scan_layers: as for `decoder`.
+      of_layers: [L, B, T, P], the layers' own embeddings; None for none.
+
+    Returns:
+      (carry, extras stacked over the layers that have them).
+    """
+    info = config.layer_info
     if isinstance(layers, tuple):
         if of_layers is not None:
             layers = tuple(p | {"per_layer_input": y} for p, y in zip(layers, of_layers))
@@ -424,34 +461,30 @@ def decoder(
             layer = layer._replace(store=config.stores[layer.index])
             return run_layer(carry, layer_params, layer, rope_tables)
 
-        (x, cache), extras = cpu.layer_by_layer(run_one, (x, cache), layers, info, rope_tables)
-    elif config.in_periods:
-        (x, cache), extras = layer_stacks.scan_periods(
+        return cpu.layer_by_layer(run_one, carry, layers, info, rope_tables)
+    if config.in_periods:
+        return layer_stacks.scan_periods(
             config,
             lambda *layer: run_layer(*layer, rope_tables),
-            (x, cache),
+            carry,
             layers,
             info,
             of_layers,
             functools.partial(_recomputed, remat=remat, scanned=scan_layers),
             unroll=not scan_layers,
         )
-    else:
 
-        def run(carry, params_and_info):
-            return run_layer(carry, *params_and_info, rope_tables)
+    def run(carry, params_and_info):
+        return run_layer(carry, *params_and_info, rope_tables)
 
-        run = _recomputed(run, remat, scanned=scan_layers)
-        for part, _ in layer_stacks.stretches(config):
-            of_part = layer_stacks.layers_of(layers, config, part)
-            of_info = info.of(slice(part.start, part.stop), jnp.asarray)
-            (x, cache), extras = jax.lax.scan(
-                run, (x, cache), (of_part, of_info), unroll=not scan_layers
-            )
-    if config.shared_kv_layers:
-        cache, _ = cache
-    x = rms_norm(x, params["final_norm"], config.norm_eps, config.norm_plus_one)
-    return x, cache, extras
+    run = _recomputed(run, remat, scanned=scan_layers)
+    all_extras = []
+    for part, _ in layer_stacks.stretches(config):
+        of_part = layer_stacks.layers_of(layers, config, part)
+        of_info = info.of(slice(part.start, part.stop), jnp.asarray)
+        carry, extras = jax.lax.scan(run, carry, (of_part, of_info), unroll=not scan_layers)
+        all_extras += [extras] if extras else []
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *all_extras or [{}])
 
 
 def _recomputed(run: Callable, remat: str, *, scanned: bool) -> Callable:
