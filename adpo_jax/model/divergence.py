@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adpo_jax.devices import sharding
-from adpo_jax.model.head import _Head, _head_of
+from adpo_jax.model.head import Head, head_of
 from adpo_jax.model.model_config import ModelConfig
 
 
@@ -24,32 +23,9 @@ from adpo_jax.model.model_config import ModelConfig
 class _Pair:
     """The heads of policy and teacher, which split rows and vocabulary over the mesh alike."""
 
-    policy: _Head
-    teacher: _Head
+    policy: Head
+    teacher: Head
     beta: float
-
-    def spread(self, function, weights, rows, *, with_weight: bool):
-        """Runs `function(*weights, *rows)` on every device, over its part of rows and vocabulary.
-
-        Args:
-          with_weight: whether a second result lies as the policy's weight does.
-        """
-        heads, mesh = (self.policy, self.teacher), self.policy.mesh
-        if mesh is None or mesh.size == 1:
-            return function(*weights, *rows)
-        row = self.policy.rows_spec
-
-        def local(*arguments):
-            whole = [head.whole(weight) for head, weight in zip(heads, arguments)]
-            return function(*whole, *arguments[2:])
-
-        specs = [head.weight_spec for head in heads]
-        return sharding.shard_map(
-            local,
-            mesh,
-            (*specs, *(row for _ in rows)),
-            (row, specs[0]) if with_weight else row,
-        )(*weights, *rows)
 
     def of_chunk(self, weight, teacher_weight, hidden_CD, hidden_CE):
         """(divergence [C], its derivative by the policy's logits before cap and temperature)."""
@@ -122,8 +98,8 @@ def token_divergences(
         )
     settings = {"temperature": temperature, "chunk": tokens_per_chunk, "with_entropy": False}
     teacher_config = dataclasses.replace(teacher_config, vocab_size=num_tokens)
-    head, weight = _head_of(config, params, mesh, hidden_BTD, **settings)
-    teacher, teacher_weight = _head_of(teacher_config, teacher_params, mesh, hidden_BTD, **settings)
+    head, weight = head_of(config, params, mesh, hidden_BTD, **settings)
+    teacher, teacher_weight = head_of(teacher_config, teacher_params, mesh, hidden_BTD, **settings)
     teacher_weight = teacher_weight[:num_tokens] if teacher.tied else teacher_weight[:, :num_tokens]
     fixed = jax.lax.stop_gradient((teacher_weight, teacher_hidden_BTE))
     return _divergences(_Pair(head, teacher, float(beta)), weight, hidden_BTD, *fixed)
@@ -137,12 +113,18 @@ def _divergences(pair: _Pair, weight, hidden_BTD, teacher_weight, hidden_BTE):
 def _forward(pair: _Pair, weight, hidden_BTD, teacher_weight, hidden_BTE):
     def forward(weight, teacher_weight, *rows):
         def of_chunk(_, hidden_CD, hidden_CE):
-            return None, pair.of_chunk(weight, teacher_weight, hidden_CD, hidden_CE)[0]
+            return None, pair.of_chunk(weight, teacher_weight, hidden_CD, hidden_CE)[:1]
 
         return pair.policy.chunked(of_chunk, None, *rows)[1]
 
-    weights = weight.astype(hidden_BTD.dtype), teacher_weight.astype(hidden_BTE.dtype)
-    found = pair.spread(forward, weights, (hidden_BTD, hidden_BTE), with_weight=False)
+    (found,) = pair.policy.spread(
+        forward,
+        weight.astype(hidden_BTD.dtype),
+        *(hidden_BTD, hidden_BTE),
+        out_rows=1,
+        with_weight=False,
+        others=[(pair.teacher, teacher_weight.astype(hidden_BTE.dtype))],
+    )
     return found, (weight, hidden_BTD, teacher_weight, hidden_BTE)
 
 
@@ -153,19 +135,20 @@ def _backward(pair: _Pair, residuals, g_BT):
     def backward(weight, teacher_weight, *rows):
         def of_chunk(d_weight_DV, hidden_CD, hidden_CE, g_C):
             _, d_CV = pair.of_chunk(weight, teacher_weight, hidden_CD, hidden_CE)
-            d_CV = (g_C[:, None] * d_CV).astype(hidden_CD.dtype)
-            spec = "cv,vd->cd" if head.tied else "cv,dv->cd"
-            f32 = {"preferred_element_type": jnp.float32}
-            d_hidden_CD = jnp.einsum(spec, d_CV, weight, **f32)
-            return d_weight_DV + jnp.einsum("cd,cv->dv", hidden_CD, d_CV, **f32), d_hidden_CD
+            d_hidden_CD, d_chunk_DV = head.by_inputs(weight, hidden_CD, g_C[:, None] * d_CV)
+            return d_weight_DV + d_chunk_DV, d_hidden_CD
 
-        zeros = jnp.zeros(weight.T.shape if head.tied else weight.shape, jnp.float32)
-        d_weight, d_hidden = head.chunked(of_chunk, zeros, *rows)
+        weight, begun = head.begin(weight)
+        d_weight, d_hidden = head.chunked(of_chunk, begun, *rows)
         return head.settle(d_hidden, d_weight, hidden_BTD.dtype)
 
-    weights = weight.astype(hidden_BTD.dtype), teacher_weight.astype(hidden_BTE.dtype)
-    d_hidden, d_weight = pair.spread(
-        backward, weights, (hidden_BTD, hidden_BTE, g_BT), with_weight=True
+    d_hidden, d_weight = head.spread(
+        backward,
+        weight.astype(hidden_BTD.dtype),
+        *(hidden_BTD, hidden_BTE, g_BT),
+        out_rows=1,
+        with_weight=True,
+        others=[(pair.teacher, teacher_weight.astype(hidden_BTE.dtype))],
     )
     nothing = jnp.zeros_like(teacher_weight), jnp.zeros_like(hidden_BTE)
     return d_weight.astype(weight.dtype), d_hidden, *nothing

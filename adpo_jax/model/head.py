@@ -61,7 +61,7 @@ class Whole(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Head:
+class Head:
     """The settings of a head; its methods see one device's part of every array.
 
     Attributes:
@@ -89,7 +89,7 @@ class _Head:
     is_whole: bool = False
 
     @property
-    def of_whole(self) -> "_Head":
+    def of_whole(self) -> "Head":
         """This head for a `Whole` weight."""
         return dataclasses.replace(self, width_axes=(), is_whole=True)
 
@@ -121,28 +121,35 @@ class _Head:
             return weight
         return jax.lax.all_gather(weight, self.width_axes, axis=1 if self.tied else 0, tiled=True)
 
-    def spread(self, function, weight, *rows, out_rows: int, with_weight: bool):
+    def spread(self, function, weight, *rows, out_rows: int, with_weight: bool, others=()):
         """Runs `function(weight, *rows)` on every device, over its part of rows and vocabulary.
 
         Args:
           out_rows: how many results have the rows' leading axes.
           with_weight: whether there is one more result, the weight's gradient (`settle`).
+          others: (head, weight) of each further head, which splits rows and vocabulary alike;
+            their weights follow the first one among the arguments of `function`.
         """
+        heads, weights = zip((self, weight), *others)
         if self.mesh is None or self.mesh.size == 1:
-            return function(weight, *rows)
+            return function(*weights, *rows)
 
-        def local(weight, *rows):
-            return function(self.whole(weight), *rows)
+        def local(*arguments):
+            whole = map(Head.whole, heads, arguments)
+            return function(*whole, *arguments[len(heads) :])
 
-        spec = self.weight_spec
-        if isinstance(weight, Whole):
-            spec = Whole(spec, self.gradient_spec)
+        specs = [
+            Whole(head.weight_spec, head.gradient_spec)
+            if isinstance(w, Whole)
+            else head.weight_spec
+            for head, w in zip(heads, weights)
+        ]
         return sharding.shard_map(
             local,
             self.mesh,
-            (spec, *(self.rows_spec for _ in rows)),
+            (*specs, *(self.rows_spec for _ in rows)),
             (*(self.rows_spec,) * out_rows, *((self.gradient_spec,) if with_weight else ())),
-        )(weight, *rows)
+        )(*weights, *rows)
 
     def over_vocab(self, reduce, x):
         """Finishes a reduction over the vocabulary; `reduce` is jax.lax.psum or pmax."""
@@ -188,8 +195,8 @@ class _Head:
         mean_C = self.over_vocab(jax.lax.psum, jnp.sum(exp_CV * logits_CV, axis=-1)) / sum_C
         return target_C - log_z_C, log_z_C - mean_C, log_z_C
 
-    def gradients(self, weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C):
-        """Gradients by hidden states and weight of g . log_prob + e . entropy.
+    def logit_gradient(self, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C):
+        """The gradient of g . log_prob + e . entropy by the logits before cap and temperature.
 
         d log_prob / d logits = one-hot - p,   d entropy / d logits = -p (log p + H)
 
@@ -200,7 +207,11 @@ class _Head:
         if e_C is not None:
             pull_CV = pull_CV + e_C[:, None] * (log_p_CV + h_C[:, None])
         onehot_CV = jnp.where(self.targets(logits_CV, targets_C), g_C[:, None], 0.0)
-        d_CV = (slope * (onehot_CV - pull_CV * jnp.exp(log_p_CV))).astype(hidden_CD.dtype)
+        return slope * (onehot_CV - pull_CV * jnp.exp(log_p_CV))
+
+    def by_inputs(self, weight, hidden_CD, d_CV):
+        """Gradients by hidden states and weight, from that of `logit_gradient`."""
+        d_CV = d_CV.astype(hidden_CD.dtype)
         spec = "cv,vd->cd" if self.tied else "cv,dv->cd"
         d_hidden = jnp.einsum(spec, d_CV, weight, preferred_element_type=jnp.float32)
         # It is always [D, V], so that a CPU transposes the narrow operand.
@@ -267,9 +278,9 @@ class _Head:
         return d_weight.astype(weight.dtype)
 
 
-def _head_of(
+def head_of(
     config, params, mesh, hidden_BTD, chunk: int | None, whole: Whole | None = None, **settings
-) -> tuple[_Head, jax.Array | Whole]:
+) -> tuple[Head, jax.Array | Whole]:
     """The head for hidden states of this shape, and its weight."""
     device = sharding.first_device(mesh)
     on_gpu = device.platform == "gpu"
@@ -280,7 +291,7 @@ def _head_of(
     places_axes = names(axes_that_split(mesh, "length", T))
     width_axes = names(axes_that_split(mesh, "embed", config.hidden_size))
     vocab_axis = axes_that_split(mesh, "vocab", config.vocab_size) or ""
-    head = _Head(
+    head = Head(
         tied=config.tie_embeddings,
         divisor=config.logit_divisor,
         soft_cap=config.logit_soft_cap,
@@ -312,7 +323,7 @@ class Once:
     gradient of the one before, and `settle` takes that of the last one.
     """
 
-    _head: _Head
+    _head: Head
     _dtype: jnp.dtype
 
     @classmethod
@@ -325,7 +336,7 @@ class Once:
         lack the memory.
         """
         settings = {"temperature": 1.0, "chunk": None, "with_entropy": False}
-        head, _ = _head_of(config, {weight_name(config): weight}, mesh, hidden, **settings)
+        head, _ = head_of(config, {weight_name(config): weight}, mesh, hidden, **settings)
         if not head.width_axes:
             return None
         shares = mesh.shape[head.vocab_axis] if head.vocab_axis else 1
@@ -387,7 +398,7 @@ def token_log_probs(
     Returns:
       (log_probs, entropy), each [B, T] float32, in nats.
     """
-    head, weight = _head_of(
+    head, weight = head_of(
         config,
         params,
         mesh,
@@ -401,11 +412,11 @@ def token_log_probs(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_probs(head: _Head, weight, hidden_BTD, targets_BT):
+def _log_probs(head: Head, weight, hidden_BTD, targets_BT):
     return _log_probs_forward(head, weight, hidden_BTD, targets_BT)[0]
 
 
-def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
+def _log_probs_forward(head: Head, weight, hidden_BTD, targets_BT):
     def forward(weight, hidden_BTD, targets_BT):
         def of_chunk(_, hidden_CD, targets_C):
             return None, head.scores(head.logits(weight, hidden_CD)[0], targets_C)
@@ -423,7 +434,7 @@ def _log_probs_forward(head: _Head, weight, hidden_BTD, targets_BT):
     return (log_probs, entropy), (weight, hidden_BTD, targets_BT, log_z, entropy)
 
 
-def _log_probs_backward(head: _Head, residuals, cotangents):
+def _log_probs_backward(head: Head, residuals, cotangents):
     weight, hidden_BTD, targets_BT, log_z_BT, entropy_BT = residuals
 
     def backward(weight, *rows):
@@ -432,9 +443,8 @@ def _log_probs_backward(head: _Head, residuals, cotangents):
         def of_chunk(d_weight, hidden_CD, targets_C, log_z_C, g_C, *entropy):
             logits_CV, slope = head.logits(weight, hidden_CD)
             e_C, h_C = entropy or (None, None)
-            d_hidden_CD, d_chunk = head.gradients(
-                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C
-            )
+            d_CV = head.logit_gradient(targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C)
+            d_hidden_CD, d_chunk = head.by_inputs(weight, hidden_CD, d_CV)
             return d_weight + d_chunk, d_hidden_CD
 
         d_weight, d_hidden_BTD = head.chunked(of_chunk, begun, *rows)
@@ -474,7 +484,7 @@ def weighted_log_probs(
     Returns:
       The sum, and (log_probs, entropy) as of `token_log_probs` but without gradient.
     """
-    head, weight = _head_of(
+    head, weight = head_of(
         config,
         params,
         mesh,
@@ -489,7 +499,7 @@ def weighted_log_probs(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(head: _Head, weight, hidden_BTD, targets_BT, weights):
+def _weighted(head: Head, weight, hidden_BTD, targets_BT, weights):
     scored = _log_probs(head, weight, hidden_BTD, targets_BT)
     return _weighted_sum(weights, scored), scored
 
@@ -498,7 +508,7 @@ def _weighted_sum(weights, scored):
     return sum(jnp.sum(w * x) for w, x in zip(weights, scored) if w is not None)
 
 
-def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
+def _weighted_forward(head: Head, weight, hidden_BTD, targets_BT, weights):
     def forward(weight, *rows):
         weight, begun = head.begin(weight)
 
@@ -506,9 +516,8 @@ def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
             logits_CV, slope = head.logits(weight, hidden_CD)
             log_prob_C, entropy_C, log_z_C = head.scores(logits_CV, targets_C)
             h_C = None if e_C is None else entropy_C
-            d_hidden_CD, d_chunk = head.gradients(
-                weight, hidden_CD, targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C
-            )
+            d_CV = head.logit_gradient(targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C)
+            d_hidden_CD, d_chunk = head.by_inputs(weight, hidden_CD, d_CV)
             return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
 
         d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, begun, *rows)
@@ -524,7 +533,7 @@ def _weighted_forward(head: _Head, weight, hidden_BTD, targets_BT, weights):
     return (_weighted_sum(weights, scored), scored), residuals
 
 
-def _weighted_backward(head: _Head, residuals, cotangents):
+def _weighted_backward(head: Head, residuals, cotangents):
     d_weight, d_hidden_BTD, targets_BT, weights = residuals
     scale = cotangents[0]
     return (

@@ -3,7 +3,7 @@
 XLA reads the logits once for their maxima and once more for the sums; they are the largest array of
 an update. A program here reads one row, two blocks at a time, and keeps a maximum and sums for each
 place of a block, which it joins at the end (Milakov and Gimelshein 2018, arXiv 1805.02867). The
-plain version is in `head._Head.scores`.
+plain version is in `head.Head.scores`.
 
 Letters: C tokens, V vocabulary.
 """
