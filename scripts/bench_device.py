@@ -404,7 +404,7 @@ def memory(bench: Bench) -> dict:
         "peak_bytes_in_use": peak,
         "bytes_limit": stats.get("bytes_limit"),
         "prediction_over_peak": _rounded(peak and report.peak / peak),
-        "compile_s": {step.name: round(step.compile_s, 1) for step in report.steps},
+        "compile_s": {p.name: round(p.compile_s, 1) for p in report.programs},
     }
 
 

@@ -68,7 +68,7 @@ def rows(model: str, topology: str, length: int, tokens: int) -> Iterator[list[s
         if fsdp > PROMPTS:
             continue  # fewer prompts than devices that want one
         report = dry_run(config_of(model, length, fsdp, sequence, tokens), topology)
-        update = next((step for step in report.steps if step.name == "update"), None)
+        update = next((p for p in report.programs if p.name == "update"), None)
         mesh = f"fsdp {fsdp}, sequence {sequence}" if sequence > 1 else f"fsdp {fsdp}"
         held = completions(length, sequence, tokens) * length // sequence
         cells = [model, topology, f"{length:,}", mesh, f"{held:,}"]

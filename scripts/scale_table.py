@@ -77,17 +77,17 @@ def cells(machine: str, model: str, changes: dict) -> list[str]:
     if report.failed:
         return [machine, model, shown, "no: " + "; ".join(report.failed.values())]
     at = max(report.peaks, key=report.peaks.get)
-    forecasts = [step.forecast_s for step in report.steps]
+    forecasts = [p.forecast_s for p in report.programs]
     return [
         machine,
         model,
         shown,
         "yes" if report.fits else "no",
         f"{readable(report.peak)} of {readable(report.memory)}, in {at}",
-        ", ".join(f"{step.balance:.3f} ({step.name})" for step in report.steps),
-        seconds(sum(step.floor_s(report.chip) for step in report.steps)),
+        ", ".join(f"{p.balance:.3f} ({p.name})" for p in report.programs),
+        seconds(sum(p.floor_s(report.chip) for p in report.programs)),
         "-" if None in forecasts else seconds(sum(forecasts)),
-        ", ".join(f"{s.launches:,} ({s.name})" for s in report.steps) if report.chip.gpu else "",
+        ", ".join(f"{p.launches:,} ({p.name})" for p in report.programs) if report.chip.gpu else "",
         f"{built:.0f} s",
     ]
 

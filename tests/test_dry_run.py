@@ -16,7 +16,7 @@ from adpo_jax.devices import chips, sharding, topologies
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.device_groups import device_groups
 from adpo_jax.dry_run.hlo import Program
-from adpo_jax.dry_run.report import Report, Step
+from adpo_jax.dry_run.report import ProgramCost, Report
 from adpo_jax.run.config_checks import finalized
 
 TINY = (
@@ -156,21 +156,21 @@ ENTRY %main (a: (s32[], pred[], f32[64])) -> f32[64] {
 
 def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
     report = dry_run.dry_run(parse(*TINY, "--config.anchor.mode=fixed", "--config.mesh.tensor=2"))
-    assert [step.name for step in report.steps] == ["prefill", "decode", "anchor", "update"]
+    assert [p.name for p in report.programs] == ["prefill", "decode", "anchor", "update"]
     parameters = report.resident["parameters"]
     assert report.resident["anchor"] == parameters
     assert 2 * parameters < report.resident["optimizer"] < 2 * parameters + 100
     assert report.rollout["cache"] > 0
-    steps = {step.name: step for step in report.steps}
-    assert steps["decode"].calls == 28
+    programs = {p.name: p for p in report.programs}
+    assert programs["decode"].calls == 28
     state = sum(report.resident.values())
     sampling = state + sum(report.rollout.values())
     assert report.peaks == {
-        name: (sampling if name in ("prefill", "decode") else state) + step.temporary
-        for name, step in steps.items()
+        name: (sampling if name in ("prefill", "decode") else state) + p.temporary
+        for name, p in programs.items()
     }
-    assert min(step.temporary for step in report.steps) > 0
-    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
+    assert min(p.temporary for p in report.programs) > 0
+    assert all(p.balance == pytest.approx(1.0, abs=0.1) for p in report.programs)
     text = "\n".join(report.lines())
     for part in ("| optimizer |", "| update |", "all-gather", "8 x cpu", "FLOPs balance"):
         assert part in text
@@ -202,7 +202,7 @@ def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     assert "sequence_exchange=ring" in "\n".join(dry_run._cures(config, small, shared, engine))
     optimizer = dry_run.readable(report.resident["optimizer"])
     assert f"optimizer_offload=True frees {optimizer} but for the update" not in cures
-    rollout_alone = dataclasses.replace(small, steps=small.steps[:2])
+    rollout_alone = dataclasses.replace(small, programs=small.programs[:2])
     cures = "\n".join(dry_run._cures(config, rollout_alone, mesh, engine))
     assert f"optimizer_offload=True frees {optimizer} but for the update" in cures
     assert "Does not fit: 2" in "\n".join(small.lines())
@@ -251,10 +251,12 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic():
     assert least["update"].kernel_flops == int(3.5 * 256 * pairs * 8 / 8) // 8
 
     chip = chips.Chip("a chip", 2**30, flops=1e9, bandwidth=1e8)
-    step = Step("decode", 28, 0, 10**6, 10**6, 1.0, [], 9, 0.0, kernel_s=0.02, linked_s=0.01)
-    assert step.floor_s(chip) == pytest.approx(28 * 0.01)  # reading takes longer than computing
-    half = dataclasses.replace(step, expected_calls=14, expected_share=0.5)
-    assert step.forecast_s == pytest.approx(28 * 0.03)
+    decode = ProgramCost(
+        "decode", 28, 0, 10**6, 10**6, 1.0, [], 9, 0.0, kernel_s=0.02, linked_s=0.01
+    )
+    assert decode.floor_s(chip) == pytest.approx(28 * 0.01)  # reading takes longer than computing
+    half = dataclasses.replace(decode, expected_calls=14, expected_share=0.5)
+    assert decode.forecast_s == pytest.approx(28 * 0.03)
     assert half.forecast_s == pytest.approx(14 * 0.5 * 0.03)
     rollout = {"parameters to sample with": 0, "cache": 0}
     parts = {"parameters": 0, "optimizer": 0, "anchor": 0}
@@ -357,10 +359,10 @@ def test_an_iteration_compiles_for_a_gpu_and_two_machines_have_eight_each():
     assert [d.process_index for d in two] == [0] * 8 + [1] * 8
     assert len(topologies.one_host("h100:16", two)) == 8
     report = dry_run.dry_run(parse(*TINY), "h200:1")
-    assert [step.name for step in report.steps] == ["prefill", "decode", "update"]
+    assert [p.name for p in report.programs] == ["prefill", "decode", "update"]
     assert report.fits
     assert report.memory == 0.75 * 141 * 10**9
-    assert all(step.launches > 10 and not step.collectives for step in report.steps)
+    assert all(p.launches > 10 and not p.collectives for p in report.programs)
 
 
 def test_what_moves_and_what_computes_are_told_apart_and_an_update_in_place_counts_its_part():
@@ -480,11 +482,11 @@ def test_an_iteration_compiles_for_a_v5e_slice_with_its_kernels():
     )
     report = dry_run.dry_run(config, "v5e:2x2")
     assert "attention pallas_tpu" in report.title
-    assert [step.name for step in report.steps] == ["prefill", "decode", "update"]
+    assert [p.name for p in report.programs] == ["prefill", "decode", "update"]
     assert report.fits
     assert report.memory == 16 * 2**30
     # Products within a kernel are not seen, in the cut program nor before.
-    assert all(step.balance == pytest.approx(1.0, abs=0.1) for step in report.steps)
+    assert all(p.balance == pytest.approx(1.0, abs=0.1) for p in report.programs)
     with pytest.raises(ValueError, match="libtpu has no topology 'v5e:banana'"):
         dry_run.dry_run(config, "v5e:banana")
     two = topologies.topology_devices("2xv5e:2x4")

@@ -40,7 +40,7 @@ from adpo_jax.devices.topologies import lowered, one_host, topology_devices
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.forecast import Least, Lengths
 from adpo_jax.dry_run.hlo import Program
-from adpo_jax.dry_run.report import PROGRAM_OF, Report, Step
+from adpo_jax.dry_run.report import PROGRAM_OF, ProgramCost, Report
 from adpo_jax.engine.cache_plan import readable
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
@@ -101,21 +101,21 @@ def _report(
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
     G = config.algorithm.num_generations
     share = (prompt + G * drawn.mean()) / (prompt + G * response)
-    steps, failed = [], {}
+    programs, failed = [], {}
     for name, (traced, turns) in _traced(config, engine, learner, sampling).items():
         try:
             on = engine.policy.mesh if name in ("prefill", "decode") else mesh
             on = list(on.devices.flat)
             slices = sharding.slice_numbers(on, of_processes=config.mesh.dcn_data > 1)
             steps_of_call = engine.steps_per_dispatch if name == "decode" else 1
-            step = _compiled(
+            program = _compiled(
                 name, traced, on, turns, calls[name], least[name], chip, slices, steps_of_call
             )
             if name == "decode":
-                step = dataclasses.replace(step, expected_calls=expected)
+                program = dataclasses.replace(program, expected_calls=expected)
             elif name != "prefill":
-                step = dataclasses.replace(step, expected_share=share)
-            steps.append(step)
+                program = dataclasses.replace(program, expected_share=share)
+            programs.append(program)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -133,7 +133,7 @@ def _report(
         rollout=rollout,
         on_host=learner.parts_on_host,
         keeps_cache=not engine.free_cache_engine,
-        steps=steps,
+        programs=programs,
         failed=failed,
         cures=[],
         lengths=lengths.source,
@@ -278,7 +278,7 @@ def _compiled(
     chip: Chip | None,
     slices: Sequence[int],
     steps_of_call: int,
-) -> Step:
+) -> ProgramCost:
     """A program as it is compiled; where a call makes several steps, one of them."""
     started = time.perf_counter()
     compiled = lowered(traced, devices[0]).compile()
@@ -312,7 +312,7 @@ def _compiled(
             kernel_s += of_experts / chip.flops
         linked_s = sum(c.bytes for c in call.collectives) / (chip.link or chip.bandwidth)
         linked_s /= steps_of_call
-    return Step(
+    return ProgramCost(
         name=name,
         calls=calls,
         temporary=memory.temp_size_in_bytes + results,
@@ -357,7 +357,7 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
                 f"{readable(cache // 2)} while sampling"
             )
     if {"anchor", "update"} & set(names):
-        temporary = max((s.temporary for s in report.steps if s.name in names), default=None)
+        temporary = max((p.temporary for p in report.programs if p.name in names), default=None)
         half = "about half of the activations"
         if temporary is not None:
             half = f"about {readable(temporary // 2)}"

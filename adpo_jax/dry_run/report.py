@@ -12,7 +12,7 @@ PROGRAM_OF = {"optimizer": "update", "anchor": "anchor"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class ProgramCost:
     """A compiled program of an iteration; figures of one device.
 
     Attributes:
@@ -84,7 +84,7 @@ class Report:
     rollout: dict[str, int]
     on_host: frozenset[str]
     keeps_cache: bool
-    steps: list[Step]
+    programs: list[ProgramCost]
     failed: dict[str, str]
     cures: list[str]
     lengths: str = ""
@@ -93,7 +93,7 @@ class Report:
     @property
     def peaks(self) -> dict[str, int]:
         """Bytes in use at the peak of each program."""
-        return {s.name: self._there(s.name) + s.temporary for s in self.steps}
+        return {p.name: self._there(p.name) + p.temporary for p in self.programs}
 
     def _there(self, program: str) -> int:
         """Bytes that lie on the device while a program runs, without those that it allocates."""
@@ -124,11 +124,11 @@ class Report:
         yield from _table(
             ["program", "calls", "TFLOP a call", "FLOPs balance", "bytes a call", "floor"]
             + ["launches a call", "forecast", "built"],
-            [self._step_row(s) for s in self.steps],
+            [self._program_row(p) for p in self.programs],
         )
         yield ""
         if self.chip is not None and not self.failed:
-            floor = sum(s.floor_s(self.chip) for s in self.steps)
+            floor = sum(p.floor_s(self.chip) for p in self.programs)
             yield (
                 f"An iteration takes {_seconds(floor)} or more: {self.chip.flops / 1e12:.0f} "
                 f"TFLOP/s and {self.chip.bandwidth / 1e9:.0f} GB/s are published for one "
@@ -137,9 +137,9 @@ class Report:
             yield ""
             yield from self._forecast_lines()
         rows = [
-            [s.name, c.kind, c.shape, f"{c.calls}", readable(c.bytes), c.source or "-"]
-            for s in self.steps
-            for c in s.collectives[:6]
+            [p.name, c.kind, c.shape, f"{c.calls}", readable(c.bytes), c.source or "-"]
+            for p in self.programs
+            for c in p.collectives[:6]
         ]
         if rows:
             yield "Collectives of one call that move most (results on one device):"
@@ -151,27 +151,27 @@ class Report:
 
     def _crossing_lines(self) -> Iterator[str]:
         """What one call of each program moves over the slow network between slices."""
-        for step in self.steps:
-            across = [c for c in step.collectives if c.crosses]
+        for program in self.programs:
+            across = [c for c in program.collectives if c.crosses]
             if across:
                 calls = sum(c.calls for c in across)
                 yield ""
                 yield (
-                    f"Between slices, a call of {step.name} makes {calls} exchanges, of "
+                    f"Between slices, a call of {program.name} makes {calls} exchanges, of "
                     f"{readable(sum(c.bytes for c in across))} together: "
                     + ", ".join(f"{c.calls} x {c.kind} {c.shape}" for c in across[:4])
                     + ("." if len(across) <= 4 else ", and smaller ones.")
                 )
 
     def _forecast_lines(self) -> Iterator[str]:
-        seconds = [s.forecast_s for s in self.steps]
+        seconds = [p.forecast_s for p in self.programs]
         if None in seconds or not seconds:
             return
         linked = sum(
-            (s.calls if s.expected_calls is None else s.expected_calls)
-            * s.expected_share
-            * s.linked_s
-            for s in self.steps
+            (p.calls if p.expected_calls is None else p.expected_calls)
+            * p.expected_share
+            * p.linked_s
+            for p in self.programs
         )
         yield (
             f"Forecast: {_seconds(sum(seconds))}, of which {_seconds(linked)} is for collectives "
@@ -190,7 +190,7 @@ class Report:
         rows += [
             [f"{name} (while sampling)", readable(size)] for name, size in self.rollout.items()
         ]
-        rows += [[f"activations of {s.name}", readable(s.temporary)] for s in self.steps]
+        rows += [[f"activations of {p.name}", readable(p.temporary)] for p in self.programs]
         rows += [[f"peak, in {n}", readable(p)] for n, p in self.peaks.items() if p == self.peak]
         return [*rows, [f"memory of one {self.device_kind}", _memory_text(self.memory)]]
 
@@ -202,18 +202,18 @@ class Report:
         share = f"{self.peak / self.memory:.0%} of the memory"
         return f"Fits: {share}." if self.fits else f"Does not fit: {share}. What would help:"
 
-    def _step_row(self, s: Step) -> list[str]:
-        floor = "-" if self.chip is None else _seconds(s.floor_s(self.chip))
+    def _program_row(self, p: ProgramCost) -> list[str]:
+        floor = "-" if self.chip is None else _seconds(p.floor_s(self.chip))
         return [
-            s.name,
-            f"{s.calls}",
-            f"{s.flops / 1e12:.3g}",
-            f"{s.balance:.3f}",
-            readable(s.moved),
+            p.name,
+            f"{p.calls}",
+            f"{p.flops / 1e12:.3g}",
+            f"{p.balance:.3f}",
+            readable(p.moved),
             floor,
-            f"{s.launches}",
-            "-" if s.forecast_s is None else _seconds(s.forecast_s),
-            f"{s.compile_s:.1f} s",
+            f"{p.launches}",
+            "-" if p.forecast_s is None else _seconds(p.forecast_s),
+            f"{p.compile_s:.1f} s",
         ]
 
 
