@@ -175,11 +175,11 @@ def simulated(a, staleness: int, lengths: np.ndarray) -> dict:
     """
     P = a.prompts
     ahead = min(a.ahead or staleness * P, staleness * P)
-    pacing = Pacing(P, staleness, ahead, num_groups=P * a.iterations)
+    pacing = Pacing(P, staleness, ahead, num_steps=a.iterations)
     hosts = [Host(a, lengths) for _ in range(a.hosts)]
     admitted_at, owners, following, seconds, ages = {}, {}, 0, 0.0, []
     for step in range(a.iterations):
-        new = pacing.admitted(following, len(admitted_at))
+        new = pacing.admitted(step, following, len(admitted_at))
         following += len(new)
         admitted_at |= dict.fromkeys(new, step)
         owners |= shared_out(new, owners.values(), a.hosts)

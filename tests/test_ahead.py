@@ -24,12 +24,12 @@ from adpo_jax.rollouts.source import SourceError
 @pytest.mark.parametrize(("P", "staleness", "ahead"), [(4, 1, 4), (4, 2, 8), (4, 3, 5), (1, 2, 2)])
 def test_every_group_is_trained_once_and_none_is_too_old(P, staleness, ahead):
     steps, rng = 30, np.random.default_rng(P)
-    pacing = Pacing(P, staleness, ahead, num_groups=P * steps)
+    pacing = Pacing(P, staleness, ahead, num_steps=steps)
     left = {n: int(rng.lognormal(2, 1.5)) + 1 for n in range(P * steps)}  # work of each group
     at, trained, waited = {}, [], 0
     following = 0
     for step in range(steps):
-        new = pacing.admitted(following, len(at))
+        new = pacing.admitted(step, following, len(at))
         following += len(new)
         at |= dict.fromkeys(new, step)
         assert len(at) <= P + ahead
@@ -51,7 +51,7 @@ def test_every_group_is_trained_once_and_none_is_too_old(P, staleness, ahead):
 
 def test_more_groups_ahead_than_the_staleness_allows_are_refused():
     with pytest.raises(ValueError, match="ahead is 0 to max_staleness .* iteration, 8; given 9"):
-        Pacing(4, 2, 9, num_groups=100)
+        Pacing(4, 2, 9, num_steps=25)
 
 
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8, 9], [7, 9], [3, 2, 3], [8, 4], [6, 2, 6, 4]]

@@ -33,7 +33,8 @@ from adpo_jax.records import Completion, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts import elsewhere, recording, wire
 from adpo_jax.rollouts.dispatch import Dispatch, Work
-from adpo_jax.rollouts.elsewhere import Elsewhere, FilteredElsewhere
+from adpo_jax.rollouts.elsewhere import FilteredBatches, RemoteBatches
+from adpo_jax.rollouts.elsewhere_ahead import RemoteAhead
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.flight import ExpertLimits
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
@@ -343,22 +344,24 @@ def trainer(policy_and_params, sampler, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS, weights="", sieve=None):
-            source = Elsewhere(
-                sampler,
-                prompts_of,
-                tmp_path / "in_flight",
-                fits=roles.fits_of(policy, sampler.engine, SAMPLING),
-                weights_of=lambda params: roles.sent_weights(verbs, params),
-                vocab_size=policy.config.vocab_size,
-                address=(host, port),
-                key=KEY,
-                batch_size=P,
-                num_steps=num_steps,
-                max_staleness=staleness,
-                ahead=staleness * P,
-                weights_folder=weights,
-                sieve=sieve,
-            )
+            settings = {
+                "fits": roles.fits_of(policy, sampler.engine, SAMPLING),
+                "weights_of": lambda params: roles.sent_weights(verbs, params),
+                "vocab_size": policy.config.vocab_size,
+                "address": (host, port),
+                "key": KEY,
+                "batch_size": P,
+                "weights_folder": weights,
+            }
+            if staleness:
+                settings |= {
+                    "num_steps": num_steps,
+                    "max_staleness": staleness,
+                    "ahead": staleness * P,
+                    "sieve": sieve,
+                }
+            kind = RemoteAhead if staleness else RemoteBatches
+            source = kind(sampler, prompts_of, tmp_path / "in_flight", **settings)
             stack.callback(source.close)
             stack.callback(source.end)
             return source
@@ -415,7 +418,7 @@ def test_groups_without_a_spread_are_replaced_as_where_sampling_is_done_here(
     _, params = policy_and_params
     # So few of the groups are left that batches follow each other.
     rules = {"max_attempts": 3, "min_reward_std": 0.8}
-    source = FilteredElsewhere(trainer(0), prompts_of, tmp_path / "there", **rules)
+    source = FilteredBatches(trainer(0), prompts_of, tmp_path / "there", **rules)
     thread, _ = start(policy_and_params, engines[0], source.address)
     here = GroupFilter(sampler, prompts_of, tmp_path / "here", **rules)
     attempts = []

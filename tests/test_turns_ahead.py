@@ -30,7 +30,8 @@ from adpo_jax.records import Prompts
 from adpo_jax.rewards.model import GIVEN
 from adpo_jax.rollouts import conversations
 from adpo_jax.rollouts.completing import Reading
-from adpo_jax.rollouts.flight import FlightFiles, FlyingSample, Limits, Told
+from adpo_jax.rollouts.flight import FlyingSample, Limits, Told
+from adpo_jax.rollouts.flight_files import FlightFiles
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.source import SourceError
 from adpo_jax.rollouts.turns_ahead import TurnsAhead

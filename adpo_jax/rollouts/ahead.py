@@ -28,14 +28,8 @@ from adpo_jax.devices import distributed
 from adpo_jax.engine.session import Session
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import RewardError, Scores
-from adpo_jax.rollouts.flight import (
-    ExpertLimits,
-    Flight,
-    FlightFiles,
-    FlyingSample,
-    Limits,
-    age_metrics,
-)
+from adpo_jax.rollouts.flight import ExpertLimits, Flight, FlyingSample, Limits, age_metrics
+from adpo_jax.rollouts.flight_files import FlightFiles, Flights
 from adpo_jax.rollouts.group_decoding import Decoding, Numbering, OneTurnDecoding
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
@@ -102,7 +96,7 @@ class Ahead(Source):
         sieve: Sieve | None = None,
         in_turns: InTurns | None = None,
     ):
-        self._sampler, self._sieve, self._num_steps = sampler, sieve, num_steps
+        self._sampler, self._sieve = sampler, sieve
         limits = Limits(
             sampler.sampling.n,
             sampler.sampling.max_tokens,
@@ -110,17 +104,14 @@ class Ahead(Source):
             converses=in_turns is not None,
             experts=ExpertLimits.of(sampler.engine, sampler.sampling),
         )
-        self._files = FlightFiles(folder, limits)
+        self._flights = Flights(FlightFiles(folder, limits))
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
         self._start: Callable[[Session], Decoding] = functools.partial(
             OneTurnDecoding, numbering=self._numbering, answers_of=sampler.of_one_turn
         )
         if in_turns is not None:
             self._start = TurnsAhead(in_turns, self._numbering, sampler.sampling).start
-        self._pacing = Pacing(
-            batch_size, max_staleness, ahead, num_groups=None if sieve else num_steps * batch_size
-        )
-        self._flights: dict[int, Flight] = {0: Flight()}  # by iterations done
+        self._pacing = Pacing(batch_size, max_staleness, ahead, num_steps)
 
     def next(self, step: int, params) -> GradedGroups:
         """The groups of the iteration after `step` iterations, the same on every process.
@@ -129,7 +120,7 @@ class Ahead(Source):
           RewardError: when a reward function fails on any process.
           SourceError: when what iteration `step` left in flight was not kept.
         """
-        before = self._flight(step)
+        before = self._flights.at(step)
         there, judging = self._admitted(step, before), Judging(self._sieve)
         sampler, began = self._sampler, time.perf_counter()
         try:
@@ -168,7 +159,7 @@ class Ahead(Source):
             waited=decoding.waited,
             stats=stats,
         )
-        self._flights = {step: before, step + 1: there.without(chosen, left)}
+        self._flights.put(step, before, there.without(chosen, left))
         parts = distributed.all_gather(mine)
         found = _joined(parts, step)
         if self._sieve is None:
@@ -204,43 +195,23 @@ class Ahead(Source):
 
     def _admitted(self, step: int, before: Flight) -> Flight:
         """The flight with the groups that start now."""
-        in_flight = len(before.admitted_at)
-        new = self._pacing.admitted(before.next_number, in_flight)
-        if self._sieve is not None:  # those that were dropped count for nothing
-            left = (self._num_steps - step) * self._pacing.batch_size - in_flight
-            new = new[: max(left, 0)]
-        owners = before.owners | shared_out(new, before.owners.values(), jax.process_count())
+        new = self._pacing.admitted(step, before.next_number, len(before.admitted_at))
+        owners = shared_out(new, before.owners.values(), jax.process_count())
         started = (FlyingSample.empty(),) * self._sampler.sampling.n
         mine = {n: started for n in new if owners[n] == jax.process_index()}
-        return Flight(
-            groups=before.groups | mine,
-            admitted_at=before.admitted_at | dict.fromkeys(new, step),
-            owners=owners,
-            next_number=before.next_number + len(new),
-        )
-
-    # --- what is in flight, on disk
+        return before.admitting(owners, step, mine)
 
     def save(self, step: int, *, oldest: int = 0) -> None:
         """Saves what iteration `step` left in flight on this process."""
-        self._files.save(step, self._flight(step), oldest=oldest)
+        self._flights.save(step, oldest=oldest)
 
     def check(self, step: int) -> None:
-        """Checks that what iteration `step` left in flight was kept.
-
-        Raises:
-          SourceError: when it was not.
-        """
-        self._flight(max(step, 0))
+        """See `Flights.check`."""
+        self._flights.check(step)
 
     def restore(self, step: int) -> None:
         """Takes up what iteration `step` left in flight; errors as of `check`."""
-        self.check(step)
-
-    def _flight(self, step: int) -> Flight:
-        if step not in self._flights:
-            self._flights = {step: self._files.load(step)}
-        return self._flights[step]
+        self._flights.check(step)
 
 
 def _joined(parts: list[_Part], step: int) -> GradedGroups:

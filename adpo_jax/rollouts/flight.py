@@ -1,26 +1,16 @@
-"""Groups in flight: samples that one iteration leaves to the next, in memory and on disk.
-
-On disk they are arrays of numbers alone, a file for each process and checkpoint.
-"""
+"""Groups in flight: samples that one iteration leaves to the next, and the arrays made of them."""
 
 import dataclasses
-import io
 import json
-import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Turn
 from adpo_jax.records import Completion, GradedGroups, token_fields
-from adpo_jax.rollouts.source import SourceError
 
 # The fields of a token that are kept in flight, with their dtypes.
 _FIELDS = token_fields()
@@ -32,17 +22,6 @@ EXPERT_ARRAYS = (
     "prompt_experts",
     "prompt_experts_lengths",
     "prompt_experts_of",
-)
-# What reading a file that is missing or damaged raises.
-_DAMAGES = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    RecursionError,
-    zipfile.BadZipFile,
-    zlib.error,
 )
 
 
@@ -202,6 +181,22 @@ class Flight:
     admitted_at: dict[int, int] = dataclasses.field(default_factory=dict)
     owners: dict[int, int] = dataclasses.field(default_factory=dict)
     next_number: int = 0
+
+    def admitting(
+        self, owners: Mapping[int, int], step: int, groups: Mapping[int, FlyingGroup]
+    ) -> "Flight":
+        """The flight with groups that start after `step` iterations.
+
+        Args:
+          owners: the process of each new group, by the numbers that follow.
+          groups: those of them that are this process's.
+        """
+        return Flight(
+            groups=self.groups | groups,
+            admitted_at=self.admitted_at | dict.fromkeys(owners, step),
+            owners=self.owners | owners,
+            next_number=self.next_number + len(owners),
+        )
 
     def without(self, chosen: list[int], left: dict[int, FlyingGroup]) -> "Flight":
         """The flight without the groups that are trained on; `left` are this process's others."""
@@ -408,51 +403,3 @@ def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:
         "ahead/staleness_mean": float(lags.mean()),
         "ahead/staleness_max": float(lags.max()),
     } | {f"ahead/lag_{lag}_frac": float(share) for lag, share in enumerate(shares)}
-
-
-class FlightFiles:
-    """What iterations left in flight, in a folder.
-
-    Args:
-      limits: what the samples in them must keep to.
-      owner: whose files they are, a part of their names; None for this process among so many.
-    """
-
-    def __init__(self, folder: Path, limits: Limits, owner: str | None = None):
-        self._folder, self._limits = folder, limits
-        self._owner = owner or f"{jax.process_index()}.of{jax.process_count()}"
-
-    def save(self, step: int, flight: Flight, *, oldest: int = 0) -> None:
-        """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(step)
-        unfinished = path.with_name(f"{path.name}.tmp")
-        with unfinished.open("wb") as file:
-            np.savez(file, **packed(flight))
-        os.replace(unfinished, path)
-        for other in self._folder.glob("*.npz"):
-            number, _, owner = other.name.removesuffix(".npz").partition(".")
-            if owner == self._owner and number.isdecimal() and int(number) < oldest:
-                other.unlink()
-
-    def load(self, step: int) -> Flight:
-        """What iteration `step` left in flight.
-
-        Raises:
-          SourceError: where it is missing or damaged.
-        """
-        path = self._path(step)
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-                return unpacked(dict(content), self._limits)
-        except _DAMAGES as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-            raise SourceError(
-                f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "
-                f"iteration {step} left its samples in flight. A run that began without it, on "
-                "another number of processes, with other environments, or with its samplers "
-                "elsewhere (--role), goes on as it was; set it so, or start again in another folder"
-            ) from error
-
-    def _path(self, step: int) -> Path:
-        return self._folder / f"{step:06d}.{self._owner}.npz"

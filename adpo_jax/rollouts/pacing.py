@@ -30,13 +30,13 @@ class Pacing:
       max_staleness: iterations between the one that a group is admitted for and the one that
         trains on it, at most.
       ahead: groups in flight beyond a batch, at most `max_staleness * batch_size`.
-      num_groups: groups that the whole run begins; None for any number.
+      num_steps: iterations of the whole run.
     """
 
     batch_size: int
     max_staleness: int
     ahead: int
-    num_groups: int | None
+    num_steps: int
 
     def __post_init__(self):
         most = self.max_staleness * self.batch_size
@@ -46,16 +46,17 @@ class Pacing:
                 f"{self.ahead}"
             )
 
-    def admitted(self, next_number: int, num_in_flight: int) -> range:
-        """The numbers of the groups that start now.
+    def admitted(self, step: int, next_number: int, num_in_flight: int) -> range:
+        """The numbers of the groups that start now: as many as the rest of the run can train on.
 
         Args:
+          step: iterations done.
           next_number: the number of the first group that has not started.
           num_in_flight: groups that have started and wait or decode.
         """
         room = self.batch_size + self.ahead - num_in_flight
-        end = next_number + max(room, 0)
-        return range(next_number, end if self.num_groups is None else min(end, self.num_groups))
+        wanted = (self.num_steps - step) * self.batch_size - num_in_flight
+        return range(next_number, next_number + max(min(room, wanted), 0))
 
     def chosen(
         self, step: int, admitted_at: Mapping[int, int], whole: Collection[int]

@@ -214,12 +214,7 @@ def _sampled(
         "ahead": rollout.ahead or most,
     }
     if samplers is not None:
-        elsewhere = _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
-        if not config.algorithm.filter_groups or rollout.max_staleness:
-            return elsewhere
-        from adpo_jax.rollouts.elsewhere import FilteredElsewhere
-
-        return FilteredElsewhere(elsewhere, prompts_of, folder.surplus, **_filtering(config))
+        return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
     if rollout.max_staleness:
         in_turns = completer if isinstance(completer, InTurns) else None
         return Ahead(
@@ -270,22 +265,26 @@ def _elsewhere(
     }
     for other in (name for name, is_set in others.items() if is_set):
         raise ValueError(f"--role=trainer does not go with {other}: set it back, or sample here")
-    from adpo_jax.rollouts.elsewhere import Elsewhere  # needs what [serve] installs
+    # These need what [serve] installs.
+    from adpo_jax.rollouts.elsewhere import FilteredBatches, RemoteBatches
+    from adpo_jax.rollouts.elsewhere_ahead import RemoteAhead
     from adpo_jax.run import roles
 
-    return Elsewhere(
-        sampler,
-        prompts_of,
-        folder.in_flight,
-        fits=roles.fits_of(parts.policy, parts.engine, parts.sampling),
-        weights_of=functools.partial(roles.sent_weights, parts.engine.verbs),
-        vocab_size=parts.policy.config.vocab_size,
-        address=samplers.address,
-        key=samplers.key,
-        weights_folder=samplers.weights,
-        sieve=_sieve(config),
-        **pace,
-    )
+    given = (sampler, prompts_of, folder.in_flight)
+    settings = {
+        "fits": roles.fits_of(parts.policy, parts.engine, parts.sampling),
+        "weights_of": functools.partial(roles.sent_weights, parts.engine.verbs),
+        "vocab_size": parts.policy.config.vocab_size,
+        "address": samplers.address,
+        "key": samplers.key,
+        "weights_folder": samplers.weights,
+    }
+    if pace["max_staleness"]:
+        return RemoteAhead(*given, **settings, **pace, sieve=_sieve(config))
+    batches = RemoteBatches(*given, **settings, batch_size=pace["batch_size"])
+    if not config.algorithm.filter_groups:
+        return batches
+    return FilteredBatches(batches, prompts_of, folder.surplus, **_filtering(config))
 
 
 def _replayed(config, parts: Parts, replay: Path) -> Source:

@@ -1,0 +1,110 @@
+"""What iterations left in flight, kept for the next one in memory and for a resumed run on disk.
+
+On disk it is arrays of numbers alone, a file for each process and checkpoint.
+"""
+
+import io
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from adpo_jax.rollouts.flight import Flight, Limits, packed, unpacked
+from adpo_jax.rollouts.source import SourceError
+
+# What reading a file that is missing or damaged raises.
+_DAMAGES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    RecursionError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+class FlightFiles:
+    """What iterations left in flight, in a folder.
+
+    Args:
+      limits: what the samples in them must keep to.
+      owner: whose files they are, a part of their names; None for this process among so many.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, owner: str | None = None):
+        self._folder, self._limits = folder, limits
+        self._owner = owner or f"{jax.process_index()}.of{jax.process_count()}"
+
+    def save(self, step: int, flight: Flight, *, oldest: int = 0) -> None:
+        """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(step)
+        unfinished = path.with_name(f"{path.name}.tmp")
+        with unfinished.open("wb") as file:
+            np.savez(file, **packed(flight))
+        os.replace(unfinished, path)
+        for other in self._folder.glob("*.npz"):
+            number, _, owner = other.name.removesuffix(".npz").partition(".")
+            if owner == self._owner and number.isdecimal() and int(number) < oldest:
+                other.unlink()
+
+    def load(self, step: int) -> Flight:
+        """What iteration `step` left in flight.
+
+        Raises:
+          SourceError: where it is missing or damaged.
+        """
+        path = self._path(step)
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
+                return unpacked(dict(content), self._limits)
+        except _DAMAGES as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+            raise SourceError(
+                f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "
+                f"iteration {step} left its samples in flight. A run that began without it, on "
+                "another number of processes, with other environments, or with its samplers "
+                "elsewhere (--role), goes on as it was; set it so, or start again in another folder"
+            ) from error
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{step:06d}.{self._owner}.npz"
+
+
+class Flights:
+    """What the newest iterations left in flight; what older ones left is read from files."""
+
+    def __init__(self, files: FlightFiles):
+        self._files = files
+        self._flights: dict[int, Flight] = {0: Flight()}  # by iterations done
+
+    def at(self, step: int) -> Flight:
+        """What iteration `step` left in flight.
+
+        Raises:
+          SourceError: where it was not kept.
+        """
+        if step not in self._flights:
+            self._flights = {step: self._files.load(step)}
+        return self._flights[step]
+
+    def put(self, step: int, before: Flight, after: Flight) -> None:
+        """Keeps what the iteration after `step` iterations found in flight, and what it left."""
+        self._flights = {step: before, step + 1: after}
+
+    def save(self, step: int, *, oldest: int = 0) -> None:
+        """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
+        self._files.save(step, self.at(step), oldest=oldest)
+
+    def check(self, step: int) -> None:
+        """Checks that what iteration `step` left in flight was kept; below 0 there is nothing.
+
+        Raises:
+          SourceError: when it was not.
+        """
+        self.at(max(step, 0))
