@@ -299,7 +299,7 @@ class GradedGroups:
         return np.stack(kinds, axis=-1).reshape(len(self), -1, len(names))
 
     def select(self, rows: Sequence[int]) -> "GradedGroups":
-        """The groups with these numbers, in this order, without the counts of the whole."""
+        """The groups with these numbers, in this order, without counts and metrics of the whole."""
         G = self.completions.num_samples
         flat = [row * G + g for row in rows for g in range(G)]
         return dataclasses.replace(
@@ -308,18 +308,19 @@ class GradedGroups:
             completions=self.completions.select(rows),
             texts=[self.texts[i] for i in flat],
             scores=self.scores.select(flat),
+            metrics={},
             transcripts=self.transcripts and [self.transcripts[i] for i in flat],
         )
 
     @classmethod
     def concatenate(cls, parts: "Sequence[GradedGroups]") -> "GradedGroups":
-        """The groups of all parts, in their order; counts are summed.
+        """The groups of all parts, in their order, without metrics; counts are summed.
 
         The seconds are those of the slowest part, since the processes of a run sample at the same
         time.
         """
         if len(parts) == 1:
-            return parts[0]
+            return dataclasses.replace(parts[0], metrics={})
         return cls(
             prompts=Prompts.concatenate([part.prompts for part in parts]),
             completions=Completions.concatenate([part.completions for part in parts]),

@@ -164,8 +164,16 @@ def test_samples_go_on_under_new_weights_and_a_resumed_run_has_the_same(parts, t
                     np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
 
 
-def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path):
+def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path, monkeypatch):
     _, params, engine = parts
+    judged, graded = {}, Sampler.graded  # tokens of each group
+
+    def counted(self, step, answers):
+        numbers = answers.prompts.columns["solution"]
+        judged.update(zip(numbers, answers.completions.lengths.sum(axis=1)))
+        return graded(self, step, answers)
+
+    monkeypatch.setattr(Sampler, "graded", counted)
 
     def spread(rewards):
         return has_spread(rewards, 0.0)
@@ -185,6 +193,10 @@ def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path):
     assert all(g.seconds[1] > 0 for g in groups)
     assert all(g.metrics["filter/fillers"] == 0 for g in groups)
     assert groups[-1].metrics["ahead/in_flight"] == 0
+    # What was sampled is counted in its iteration, trained on or not.
+    sampled = sum(g.metrics["rollout/tokens_per_s"] * g.seconds[0] for g in groups)
+    assert sampled == pytest.approx(sum(judged.values()))
+    assert len(judged) > len(trained)
     resumed = made(engine, tmp_path / "in_flight", tmp_path, Sieve(spread, most_dropped=6))
     resumed.restore(2)
     for step in (2, 3):

@@ -429,6 +429,8 @@ def test_groups_without_a_spread_are_replaced_as_where_sampling_is_done_here(
         for name, value in wanted.metrics.items():
             if name.startswith("filter/"):
                 assert found.metrics[name] == value
+        versions = np.concatenate([c.versions for c in found.completions.flat])
+        assert found.metrics["ahead/staleness_max"] == step - versions.min()
         attempts.append(found.metrics["filter/attempts"])
         for each in (source, here):
             each.save(step + 1)
@@ -453,6 +455,9 @@ def test_groups_without_a_spread_make_room_for_others_ahead_of_the_update(
         assert has_spread(found.rewards, 0.8).all()
         assert found.metrics["filter/fillers"] == 0
         assert found.metrics["ahead/staleness_max"] <= 1
+        sampled = found.metrics["rollout/tokens_per_s"] * found.seconds[0]
+        of_dropped = sampled - found.completions.lengths.sum()
+        assert (of_dropped > 0.5) == (found.metrics["filter/dropped_frac"] > 0)
         dropped.append(found.metrics["filter/dropped_frac"])
     assert max(dropped) > 0  # in which step depends on how fast the samplers are
     source.end()

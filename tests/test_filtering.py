@@ -1,10 +1,13 @@
 """Dynamic sampling, with a sampler whose rewards are given."""
 
+import types
+
 import numpy as np
 import pytest
 
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
+from adpo_jax.rollouts.elsewhere import FilteredBatches
 from adpo_jax.rollouts.filtering import GroupFilter
 
 P, G, T = 3, 2, 4
@@ -17,12 +20,17 @@ def prompts_of(number):
 
 
 class Sampler:
-    """Prompts in `useful` have one right completion, all others none."""
+    """Prompts in `useful` have one right completion, all others none.
 
-    def __init__(self, useful):
-        self.useful, self.calls = useful, []
+    Args:
+      metrics: of each call, in turn.
+    """
+
+    def __init__(self, useful, metrics=()):
+        self.useful, self.calls, self.metrics = useful, [], metrics
 
     def __call__(self, step, attempt, prompts, params):
+        metrics = self.metrics[len(self.calls)] if self.metrics else {}
         self.calls.append((step, attempt))
         names = [ids[0] - 1 for ids in prompts.token_ids]
         rewards = np.array([[float(name in self.useful), 0.0] for name in names], np.float32)
@@ -30,16 +38,17 @@ class Sampler:
             [
                 [Completion.sampled([name + 1] * T, [-0.5] * T, "stop", version=step)] * G
                 for name in names
-            ]
+            ],
+            {"preempted": 5},
         )
         texts = [f"{name}.{g}" for name in names for g in range(G)]
         counts = {"timeouts": 1, "crashes": 2, "unparsed": 3, "grader_faults": 4}
         scores = Scores(rewards.reshape(-1), {"right": rewards.reshape(-1)}, counts)
-        return GradedGroups(prompts, out, texts, scores, (1.0, 0.5))
+        return GradedGroups(prompts, out, texts, scores, (1.0, 0.5), metrics)
 
 
-def made(folder, useful, max_attempts=4, **kwargs):
-    sampler = Sampler(useful)
+def made(folder, useful, max_attempts=4, metrics=(), **kwargs):
+    sampler = Sampler(useful, metrics)
     return GroupFilter(sampler, prompts_of, folder, max_attempts=max_attempts, **kwargs), sampler
 
 
@@ -62,6 +71,7 @@ def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_tim
         "reward/unparsed_frac": 6 / (2 * P * G),
         "reward/grader_faults": 8.0,
         "rollout/tokens_per_s": 2 * P * G * T / 2.0,
+        "rollout/preempted": 10.0,
         "filter/attempts": 2.0,
         "filter/dropped_frac": 2 / 6,
         "filter/fillers": 0.0,
@@ -73,6 +83,26 @@ def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_tim
     # The group that waited was drawn by the weights of the iteration before.
     assert [group[0].versions[0] for group in carried.completions.groups] == [0, 1, 1]
     assert sampler.calls == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_what_comes_with_each_batch_is_summed_where_it_is_a_count_or_seconds(tmp_path):
+    names = ("ahead/waited", "samplers/taken_back", "samplers/doubles", "samplers/connected")
+    each = [dict(zip(names, values)) for values in ((1.5, 2.0, 0.0, 3.0), (0.25, 1.0, 1.0, 4.0))]
+    filtered, _ = made(tmp_path, useful={1, 3, 4, 5}, metrics=each)
+    found = filtered.next(0, None).metrics
+    assert found["filter/attempts"] == 2
+    assert [found[name] for name in names] == [1.75, 3.0, 1.0, 4.0]
+
+
+def test_the_age_of_groups_from_samplers_elsewhere_is_of_what_is_trained_on(tmp_path):
+    batches = types.SimpleNamespace(sample=Sampler({1, 3, 4, 5, 7, 8}))
+    filtered = FilteredBatches(batches, prompts_of, tmp_path, max_attempts=4)
+    assert filtered.next(0, None).metrics["ahead/staleness_max"] == 0
+    carried = filtered.next(1, None)
+    assert questions(carried) == [5, 7, 8]
+    assert carried.metrics["ahead/staleness_max"] == 1
+    assert carried.metrics["ahead/staleness_mean"] == pytest.approx(1 / 3)
+    assert carried.metrics["ahead/lag_1_frac"] == pytest.approx(1 / 3)
 
 
 def test_after_the_last_attempt_groups_without_spread_fill_the_batch(tmp_path):

@@ -146,6 +146,11 @@ def test_groups_are_selected_and_put_together_field_by_field():
     assert again.texts == groups.texts[3:] + groups.texts[:3]
     np.testing.assert_array_equal(again.rewards, groups.rewards[[1, 0]])
     assert again.completions.flat == groups.completions[1] + groups.completions[0]
+    # Metrics are of the groups that they came with, and of no others.
+    counted = dataclasses.replace(groups, metrics={"ahead/waited": 1.0})
+    assert counted.select([0, 1]).metrics == {}
+    assert type(groups).concatenate([counted]).metrics == {}
+    assert type(groups).concatenate([counted, counted]).metrics == {}
 
 
 def test_a_group_in_which_saying_nothing_is_the_best_wrong_answer_is_counted_and_told(caplog):

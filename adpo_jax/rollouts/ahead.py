@@ -47,7 +47,7 @@ class _Part:
       numbers: of its groups that are trained on.
       graded: these groups; None for none.
       seconds: of sampling.
-      sampled: tokens sampled by all of its samples.
+      sampled: tokens sampled by all of its samples in the iteration, dropped groups' included.
       slot_steps: steps times slots.
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
@@ -137,7 +137,7 @@ class Ahead(Source):
             seconds = time.perf_counter() - began - judging.seconds
             taken = [number for number in chosen if number in groups]
             with distributed.fail_together():
-                graded = judging.joined(taken, stats)
+                graded = judging.graded_groups(taken, stats)
                 if graded is None and taken:
                     graded = sampler.graded(step, decoding.answers(taken, stats))
             decoding.forget(taken)
@@ -145,13 +145,13 @@ class Ahead(Source):
             sampler.keep_sample(step, error)
             raise
         left = {n: group for n, group in groups.items() if n not in set(chosen)}
+        dropped = [c for each in judging.dropped_groups for c in each.completions.flat]
+        samples = [*dropped, *(sample for group in groups.values() for sample in group)]
         mine = _Part(
             numbers=taken,
             graded=graded,
             seconds=seconds,
-            sampled=sum(
-                int(np.sum(s.trained & (s.versions == step))) for g in groups.values() for s in g
-            ),
+            sampled=sum(int(np.sum(s.trained & (s.versions == step))) for s in samples),
             slot_steps=stats["slot_steps"],
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
@@ -161,11 +161,11 @@ class Ahead(Source):
         )
         self._flights.put(step, before, there.without(chosen, left))
         parts = distributed.all_gather(mine)
-        found = _joined(parts, step)
+        found = _of_all_processes(parts, step)
         if self._sieve is None:
             return found
         judged = Scores.concatenate([scores for part in parts for scores in part.judged])
-        return judging.told(found, judged)
+        return judging.with_filter_metrics(found, judged)
 
     def _until_chosen(
         self, step: int, decoding: Decoding, there: Flight, judging: Judging
@@ -214,7 +214,7 @@ class Ahead(Source):
         self._flights.check(step)
 
 
-def _joined(parts: list[_Part], step: int) -> GradedGroups:
+def _of_all_processes(parts: list[_Part], step: int) -> GradedGroups:
     """The groups of all processes in the order of their numbers, and the metrics of the flight."""
     graded = [part.graded for part in parts if part.graded is not None]
     numbers = [number for part in parts for number in part.numbers]

@@ -352,6 +352,11 @@ class FilteredBatches(GroupFilter):
         super().__init__(batches.sample, prompts_of, folder, **filtering)
         self._batches = batches
 
+    def next(self, step: int, params) -> GradedGroups:
+        """See `GroupFilter`; the ages are those of what is trained on, groups that waited too."""
+        groups = super().next(step, params)
+        return dataclasses.replace(groups, metrics=groups.metrics | age_metrics(groups, step))
+
     @property
     def address(self) -> str:
         """host:port where samplers find the trainer."""
@@ -375,10 +380,20 @@ def works(
 
 
 def with_sampling_metrics(
-    groups: GradedGroups, step: int, seconds: float, counts: dict[str, float]
+    groups: GradedGroups,
+    step: int,
+    seconds: float,
+    counts: dict[str, float],
+    tokens_dropped: int = 0,
 ) -> GradedGroups:
-    """Groups with the metrics of how they were sampled, in so many seconds."""
-    tokens = int(groups.completions.lengths.sum())
+    """Groups with the metrics of how they were sampled.
+
+    Args:
+      seconds: of the iteration's sampling.
+      counts: further metrics.
+      tokens_dropped: of groups that were sampled beside these, and dropped.
+    """
+    tokens = int(groups.completions.lengths.sum()) + tokens_dropped
     metrics = counts | age_metrics(groups, step)
     metrics["rollout/tokens_per_s"] = tokens / max(seconds, 1e-9)
     return dataclasses.replace(

@@ -65,12 +65,12 @@ class RemoteAhead(RemoteSamplers):
                 before = self._flights.at(step)
                 if self._host is not None:
                     found = self._chosen(step, before, judging)
-            chosen, groups, after, counts = distributed.all_gather(found)[0]
+            chosen, groups, after, counts, dropped = distributed.all_gather(found)[0]
         self._flights.put(step, before, after)
         seconds = time.perf_counter() - began
         if self._sieve is None:
             groups = self._graded(step, self._numbering.prompts(chosen), groups)
-        return with_sampling_metrics(groups, step, seconds, counts)
+        return with_sampling_metrics(groups, step, seconds, counts, dropped)
 
     # --- on the first process, which speaks to the samplers
 
@@ -79,7 +79,7 @@ class RemoteAhead(RemoteSamplers):
 
         Returns:
           The numbers of the groups, their completions (graded groups where there is a sieve), the
-          flight that is left, and counts.
+          flight that is left, counts, and the tokens of the groups that were dropped.
         """
         dispatch, again = self._dispatch, []
         if not self._started:
@@ -100,9 +100,11 @@ class RemoteAhead(RemoteSamplers):
         after = there.without(chosen, kept)
         counts["ahead/in_flight"] = float(len(after.admitted_at))
         if self._sieve is None:
-            return chosen, [completions[number] for number in chosen], after, counts
+            return chosen, [completions[number] for number in chosen], after, counts, 0
+        dropped = sum(int(each.completions.lengths.sum()) for each in judging.dropped_groups)
         judged = Scores.concatenate(judging.scores)
-        return chosen, judging.told(judging.joined(chosen, {}), judged), after, counts
+        groups = judging.with_filter_metrics(judging.graded_groups(chosen, {}), judged)
+        return chosen, groups, after, counts, dropped
 
     def _admitted(self, step: int, before: Flight) -> tuple[Flight, range]:
         """The flight with the groups that start now, and their numbers."""

@@ -29,6 +29,7 @@ from adpo_jax.rollouts.source import Source, SourceError
 # Metrics of an iteration that are taken over all batches sampled in it.
 OF_ALL_ATTEMPTS = (
     "rollout/tokens_per_s",
+    "rollout/preempted",
     "reward/timeouts",
     "reward/crashes",
     "reward/unparsed_frac",
@@ -37,6 +38,9 @@ OF_ALL_ATTEMPTS = (
     "tools/failures",
     "tools/seconds",
 )
+
+# Counts and seconds that come with each of these batches, and are summed.
+_SUMMED = ("ahead/waited", "samplers/taken_back", "samplers/doubles")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,11 @@ class GroupFilter(Source):
         seconds = np.sum([groups.seconds for groups in attempts], axis=0).tolist()
         sampled = dataclasses.replace(sampled, seconds=tuple(seconds))
         metrics = groups.metrics | {
+            name: sum(each.metrics[name] for each in attempts)
+            for name in _SUMMED
+            if name in groups.metrics
+        }
+        metrics |= {
             "filter/attempts": attempt + 1.0,
             "filter/dropped_frac": sum(map(len, dropped)) / len(sampled),
             "filter/fillers": float(max(P - num_found, 0)),

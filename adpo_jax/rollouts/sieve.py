@@ -34,6 +34,7 @@ class Judging:
       scores: of all groups that were looked at.
       seconds: that their grading took.
       without_spread: the numbers of those of them that have none and have not been dropped.
+      dropped_groups: those of them that have been dropped.
     """
 
     def __init__(self, sieve: Sieve | None):
@@ -43,6 +44,7 @@ class Judging:
         self.scores: list[Scores] = []
         self.seconds = 0.0
         self.without_spread: list[int] = []
+        self.dropped_groups: list[GradedGroups] = []
 
     def new(self, whole: list[int]) -> list[int]:
         """Those of the whole groups that have not been looked at; none without a sieve."""
@@ -63,10 +65,11 @@ class Judging:
             return []
         found = candidates[: self._sieve.most_dropped - self._num_dropped]
         self._num_dropped += len(found)
+        self.dropped_groups += [self._graded[number] for number in found if number in self._graded]
         self.without_spread = [n for n in self.without_spread if n not in set(found)]
         return found
 
-    def joined(self, numbers: list[int], stats: dict[str, int]) -> GradedGroups | None:
+    def graded_groups(self, numbers: list[int], stats: dict[str, int]) -> GradedGroups | None:
         """These groups as graded here; None for none, and without a sieve."""
         if self._sieve is None or not numbers:
             return None
@@ -74,7 +77,7 @@ class Judging:
         completions = dataclasses.replace(groups.completions, stats=stats)
         return dataclasses.replace(groups, completions=completions, seconds=(0.0, self.seconds))
 
-    def told(self, groups: GradedGroups, judged: Scores) -> GradedGroups:
+    def with_filter_metrics(self, groups: GradedGroups, judged: Scores) -> GradedGroups:
         """The groups of the iteration with the metrics of the sieve.
 
         Args:
