@@ -99,20 +99,20 @@ def test_conversations_in_flight_that_no_run_can_have_left_are_refused(whole, tm
     )
     changed = dataclasses.replace
     broken = [
-        changed(sample, told=None),
-        changed(sample, told=Told(asked="x")),
-        changed(sample, told=Told(answers=((1,),))),
-        changed(sample, told=Told(reward="much")),
-        changed(sample, tokens=sample.tokens + 10_000),
-        changed(sample, trained=sample.trained[1:]),
+        (changed(sample, told=None), "a sample has no environment"),
+        (changed(sample, told=Told(asked="x")), "told: asked is of another type"),
+        (changed(sample, told=Told(answers=((1,),))), "told: answers is of another type"),
+        (changed(sample, told=Told(reward="much")), "told: reward is of another type"),
+        (changed(sample, tokens=sample.tokens + 10_000), r"token ids outside \[0, "),
+        (changed(sample, trained=sample.trained[1:]), r"fields of \[\d+, \d+\] tokens"),
     ]
-    for wrong in broken:
+    for wrong, why in broken:
         groups = flight.groups | {number: (wrong, *others)}
         files.save(2, changed(flight, groups=groups))
-        with pytest.raises(SourceError, match="is damaged"):
+        with pytest.raises(SourceError, match=rf"is damaged \(ValueError\(.*{why}"):
             files.load(2)
     files.save(2, changed(flight, admitted_at={}))
-    with pytest.raises(SourceError, match="is damaged"):
+    with pytest.raises(SourceError, match="is damaged .*groups that were never admitted"):
         files.load(2)
     alone = FlightFiles(whole / "in_flight", changed(LIMITS, converses=False))
     with pytest.raises(SourceError, match="with other environments"):

@@ -35,6 +35,11 @@ class Reading:
     skip_special_tokens: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> "Reading":
+        """The default reading of what is sampled so."""
+        return cls(stop_token_ids=tuple(sampling.stop_token_ids))
+
     def texts(self, tokenizer, completions: Sequence[Completion]) -> list[str]:
         """The text of each completion."""
         return self.decoded(tokenizer, [completion.tokens for completion in completions])
@@ -88,22 +93,28 @@ class Answers:
         )
 
     @classmethod
-    def concatenate(cls, parts: "Sequence[Answers]", stats: dict[str, int]) -> "Answers":
-        """The answers of one or more parts without logged numbers, in their order.
+    def concatenate(
+        cls, parts: "Sequence[Answers]", stats: dict[str, int] | None = None
+    ) -> "Answers":
+        """The answers of one or more parts, in their order.
 
         Args:
-          stats: the counts of the whole call.
+          stats: the counts of the whole call; None for the sums of the parts'.
         """
         completions = Completions.concatenate([part.completions for part in parts])
+        if stats is not None:
+            completions = dataclasses.replace(completions, stats=stats)
         transcripts = None
         if parts[0].transcripts is not None:
             transcripts = [messages for part in parts for messages in part.transcripts]
+        logged = dict.fromkeys(name for part in parts for name in part.logged)
         return cls(
             Prompts.concatenate([part.prompts for part in parts]),
-            dataclasses.replace(completions, stats=stats),
+            completions,
             [text for part in parts for text in part.texts],
             transcripts,
             {name: [x for p in parts for x in p.columns[name]] for name in parts[0].columns},
+            {name: [x for p in parts for x in p.logged.get(name, ())] for name in logged},
         )
 
     def reward_columns(self, reading: Reading, takes: Callable[[str], bool]) -> dict[str, list]:

@@ -95,7 +95,7 @@ def evaluate(
       state: how far the run has come, for rewards that ask.
       completer: makes the completions; None for one turn of the engine.
     """
-    reading = settings.reading or Reading(stop_token_ids=tuple(settings.sampling.stop_token_ids))
+    reading = settings.reading or Reading.of(settings.sampling)
     complete = completer or OneTurn(engine, tokenizer, reading)
     if reward_model is None:
         reward_model = RewardModel([RewardFunction(name="good_accuracy")])

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ class Externally:
                 done[place] = self._answers(prompts.select([place]), records, server, sampling)
                 if on_group_done is not None:
                     on_group_done(place, done[place])
-        return _joined(done)
+        return Answers.concatenate(done)
 
     def _records(self, server: InsideServer, bodies: list[dict], max_response_length: int):
         """Pairs of a place and its records, as they come."""
@@ -210,19 +210,3 @@ def _bodies(
         }
         for row, seed in zip(rows_of(prompts), seeds)
     ]
-
-
-def _joined(parts: Sequence[Answers]) -> Answers:
-    """The answers to all rows as those of one call."""
-    logged: dict[str, list[float]] = {}
-    for part in parts:
-        for name, values in part.logged.items():
-            logged.setdefault(name, []).extend(values)
-    return Answers(
-        Prompts.concatenate([part.prompts for part in parts]),
-        Completions.concatenate([part.completions for part in parts]),
-        [text for part in parts for text in part.texts],
-        [messages for part in parts for messages in part.transcripts],
-        {name: [x for part in parts for x in part.columns[name]] for name in parts[0].columns},
-        logged,
-    )

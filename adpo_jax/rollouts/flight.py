@@ -53,13 +53,18 @@ class Told:
           ValueError, TypeError: for anything else.
         """
         told = cls(**content)
-        ok = told.observation is None or isinstance(told.observation, str)
-        ok = ok and (told.reward is None or type(told.reward) is float)
-        ok = ok and type(told.asked) is bool and type(told.is_lost) is bool
         answers = tuple(tuple(turn) for turn in told.answers)
-        ok = ok and all(isinstance(text, str) for turn in answers for text in turn)
-        if not ok or not isinstance(told.attributes, dict):
-            raise ValueError("no record of what an environment told")
+        texts = [text for turn in answers for text in turn]
+        fits = {
+            "observation": told.observation is None or isinstance(told.observation, str),
+            "answers": all(isinstance(text, str) for text in texts),
+            "asked": type(told.asked) is bool,
+            "is_lost": type(told.is_lost) is bool,
+            "reward": told.reward is None or type(told.reward) is float,
+            "attributes": isinstance(told.attributes, dict),
+        }
+        for name in (name for name, holds in fits.items() if not holds):
+            raise ValueError(f"what an environment told: {name} is of another type")
         return dataclasses.replace(told, answers=answers)
 
 
@@ -337,15 +342,26 @@ class Limits:
         """
         lengths = {len(getattr(sample, name)) for name in _FIELDS if name != "full_log_probs"}
         tokens, count = sample.tokens, len(sample.tokens)
-        ok = lengths == {count} and len(sample.full_log_probs) in (0, count)
         # One that goes on has room for a token, unless its last turn has ended with calls.
         is_full = bool(sample.finish_reason or (sample.told and sample.told.asked))
-        ok = ok and count < self.max_tokens + is_full
-        ok = ok and 0 <= tokens.min(initial=0) <= tokens.max(initial=0) < self.vocab_size
-        if self.experts is not None:
-            ok = ok and (0 if sample.experts is None else len(sample.experts)) == count
-        if not ok or ((sample.told is not None) != self.converses and count):
-            raise ValueError("a sample that this run cannot have left")
+        num_experts = 0 if sample.experts is None else len(sample.experts)
+        is_told = sample.told is not None
+        rules = [
+            (lengths == {count}, f"fields of {sorted(lengths)} tokens"),
+            (len(sample.full_log_probs) in (0, count), f"full_log_probs of other than {count}"),
+            (count < self.max_tokens + is_full, f"{count} tokens of at most {self.max_tokens}"),
+            (
+                0 <= tokens.min(initial=0) <= tokens.max(initial=0) < self.vocab_size,
+                f"token ids outside [0, {self.vocab_size})",
+            ),
+            (self.experts is None or num_experts == count, f"experts of {num_experts} tokens"),
+            (
+                is_told == self.converses or not count,
+                "environments" if is_told else "no environment",
+            ),
+        ]
+        for what in (what for holds, what in rules if not holds):
+            raise ValueError(f"a sample has {what}")
 
 
 def unpacked(content: dict[str, np.ndarray], limits: Limits) -> Flight:

@@ -64,7 +64,8 @@ class FlightFiles:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
                 return unpacked(dict(content), self._limits)
         except _DAMAGES as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+            is_missing = isinstance(error, FileNotFoundError)
+            reason = "missing" if is_missing else f"damaged ({error!r:.200})"
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "
                 f"iteration {step} left its samples in flight. A run that began without it, on "

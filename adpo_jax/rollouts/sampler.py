@@ -48,8 +48,7 @@ def generate_and_grade(
     """
     P, G = len(prompts), sampling.n
     graded: list = [None] * P
-    reading = reading or Reading(stop_token_ids=tuple(sampling.stop_token_ids))
-
+    reading = reading or Reading.of(sampling)
     complete = completer or OneTurn(engine, tokenizer, reading)
 
     def submit(place: int, answers: Answers):
@@ -133,7 +132,7 @@ class Sampler:
 
     def of_one_turn(self, prompts: Prompts, completions: Completions) -> Answers:
         """Completions of one turn as answers."""
-        reading = self.reading or Reading(stop_token_ids=tuple(self.sampling.stop_token_ids))
+        reading = self.reading or Reading.of(self.sampling)
         return Answers(prompts, completions, reading.texts(self.tokenizer, completions.flat))
 
     def graded(self, step: int, answers: Answers) -> GradedGroups:

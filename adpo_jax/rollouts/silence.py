@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from adpo_jax.records import GradedGroups
+from adpo_jax.rollouts.filtering import has_spread
 
 WARNED_SHARE = 0.25
 
@@ -28,8 +29,7 @@ def silence_preferred_frac(
       lengths_PG: [P, G] int, tokens of each completion.
     """
     best_PG = rewards_PG == rewards_PG.max(axis=1, keepdims=True)
-    spread_P = rewards_PG.std(axis=1, ddof=1) if rewards_PG.shape[1] > 1 else 0.0 * rewards_PG[:, 0]
-    trained_P = (np.ptp(rewards_PG, axis=1) > 0) & (spread_P >= min_reward_std)
+    trained_P = has_spread(rewards_PG, min_reward_std)
     wrong_P = (rewards_PG <= 0).all(axis=1)
     length_P = (lengths_PG * best_PG).sum(axis=1) / np.maximum(best_PG.sum(axis=1), 1)
     is_brief_P = length_P < 0.5 * np.median(lengths_PG, axis=1)
@@ -45,14 +45,16 @@ class SilenceWatch:
     """
 
     def __init__(self, *, min_reward_std: float, drops_all_failed: bool):
-        self._min_reward_std = np.inf if drops_all_failed else min_reward_std
+        self._min_reward_std, self._drops_all_failed = min_reward_std, drops_all_failed
         self._has_warned = False
 
     def metrics(self, groups: GradedGroups) -> dict[str, float]:
         """The metric of an iteration's groups."""
-        share = silence_preferred_frac(
-            groups.rewards, groups.completions.lengths, self._min_reward_std
-        )
+        share = 0.0
+        if not self._drops_all_failed:
+            share = silence_preferred_frac(
+                groups.rewards, groups.completions.lengths, self._min_reward_std
+            )
         if share >= WARNED_SHARE and not self._has_warned:
             self._has_warned = True
             logging.warning(
