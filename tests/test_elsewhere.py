@@ -622,7 +622,7 @@ def test_what_was_begun_for_an_earlier_start_is_not_delivered_to_a_later_one(
     assert [work.number for work in order.works] == [0]
     reception.run = "another start"
     line.deliver(old, [Completion.sampled([1], [-1.0], "stop")] * 2)
-    threading.Thread(target=line._told, args=(line._deliver,), daemon=True).start()
+    threading.Thread(target=line._guarded, args=(line._deliver,), daemon=True).start()
     deadline = time.monotonic() + 20
     while line._run and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -180,7 +180,7 @@ class Conversations:
                 self._refuse_failure(verb, answer)
             if answer.kind in _LOSSES:
                 self.under_way[place].tell(is_lost=True)
-            if (answer.content.get("said") if not answer.kind else self._words(answer)) != text:
+            if self._words(answer) != text:
                 logging.log_first_n(
                     logging.WARNING,
                     "an environment answers otherwise when its calls are made again, as a resumed "

@@ -1,9 +1,8 @@
 """Who samples which group: what a trainer hands out to samplers, and what comes back.
 
-A group is handed to one sampler, which keeps it as long as it is heard of. That of one that is
-silent for `lease_s`, or says that it no longer holds it, is handed to another; whoever brings a
-group first has sampled it, and it counts once. A sampler that joins late, dies or comes back costs
-its own samples' time.
+A group is handed to one sampler. If that one is silent for `lease_s`, or reports that it no longer
+holds the group, the group is handed out again. The first delivery counts; later ones are dropped. A
+sampler that joins late, dies or comes back costs its own samples' time.
 
 This knows neither HTTP nor a model, and takes its clock as an argument. Its methods are called from
 any thread.

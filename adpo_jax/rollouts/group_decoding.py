@@ -1,4 +1,4 @@
-"""Groups in flight under decode: what that is, how it is with one turn, and what a number has."""
+"""Decoding groups in flight: the protocol, its version for one turn, what a number determines."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence

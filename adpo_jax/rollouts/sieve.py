@@ -15,8 +15,8 @@ from adpo_jax.rollouts.sampler import logged_metrics, reward_metrics
 class Sieve:
     """Which whole groups are trained on, where not all are.
 
-    A group without a spread is dropped and another one begun in its place, until `most_dropped`
-    groups of an iteration are; those that come later fill the batch.
+    A group without a spread is dropped and replaced, until an iteration has dropped `most_dropped`;
+    later ones fill the batch.
 
     Attributes:
       has_spread: rewards [P, G] -> [P] bool.

@@ -25,16 +25,16 @@ from adpo_jax.rollouts.rows import group_seeds, rows_of
 
 
 class TurnsAhead:
-    """What stays from one iteration to the next, the environments of what is in flight above all.
+    """State kept between iterations, mainly the environments of samples in flight.
 
     Attributes:
       overlap: decode steps beside a call before its answer is taken.
     """
 
-    def __init__(self, parts: InTurns, numbering: Numbering, sampling: SamplingParams):
-        self.conversations: Conversations = parts.conversations()
+    def __init__(self, in_turns: InTurns, numbering: Numbering, sampling: SamplingParams):
+        self.conversations: Conversations = in_turns.conversations()
         self.numbering, self.sampling = numbering, sampling
-        self.overlap = parts.environments.overlap_steps
+        self.overlap = in_turns.environments.overlap_steps
 
     def start(self, session: Session) -> "TurnsDecoding":
         """Starts the decoding of an iteration."""

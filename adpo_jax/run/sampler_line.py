@@ -92,7 +92,7 @@ class Line:
         self._reached = self._beaten = time.monotonic()
         self._outbox: queue.SimpleQueue[tuple[dict, list[Completion]]] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._told, args=(work,), name=name, daemon=True)
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
             for name, work in (("orders", self._ask), ("deliveries", self._deliver))
         ]
 
@@ -117,7 +117,7 @@ class Line:
 
     # --- in the threads
 
-    def _told(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         """Works; what it raises ends the sampler, which would wait for ever else."""
         try:
             work()
