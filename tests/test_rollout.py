@@ -11,6 +11,7 @@ from adpo_jax.engine import FinishedGroup
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, Completions, Prompts, make_batch, token_fields
 from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
+from adpo_jax.rollouts.completing import Answers
 from adpo_jax.rollouts.sampler import (
     Reading,
     Sampler,
@@ -151,6 +152,17 @@ def test_groups_are_selected_and_put_together_field_by_field():
     assert counted.select([0, 1]).metrics == {}
     assert type(groups).concatenate([counted]).metrics == {}
     assert type(groups).concatenate([counted, counted]).metrics == {}
+
+
+def test_answers_put_together_keep_what_was_logged_and_sum_their_counts():
+    completions = Completions([[Completion.sampled([2], [-1.0], "stop")]], {"steps": 3})
+    one = Answers(Prompts([[1]], {}), completions, ["a"], logged={"env/turns": [2.0]})
+    two = dataclasses.replace(one, texts=["b"], logged={"env/turns": [1.0], "env/other": [0.5]})
+    both = Answers.concatenate([one, two])
+    assert both.texts == ["a", "b"]
+    assert both.logged == {"env/turns": [2.0, 1.0], "env/other": [0.5]}
+    assert both.completions.stats == {"steps": 6}
+    assert Answers.concatenate([one, two], {"steps": 4}).completions.stats == {"steps": 4}
 
 
 def test_a_group_in_which_saying_nothing_is_the_best_wrong_answer_is_counted_and_told(caplog):
