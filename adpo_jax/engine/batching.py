@@ -12,8 +12,8 @@ all known) and `continuous` (requests that come and go) decide how large the bat
 its samples share their settings.
 
 Samples may be decoded in turns: a sample whose turn has ended gets no slot until it goes on. Its
-memory stays meanwhile in a row of its own (`past`) or in pages, or in the plain version it is made
-again.
+memory stays meanwhile in a row of its own (`past_rows`) or in pages, or in the plain version it is
+made again.
 
 The ring may be shorter than the longest completion. Then the tokens of long samples move on into
 pages, and where these run short the youngest samples wait (`pages`).
@@ -35,10 +35,11 @@ import numpy as np
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.decode_state import DecodeState, Past, Prefixes, ResultTokens, Slots
-from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
+from adpo_jax.engine.decode_state import DecodeState, Prefixes, ResultTokens, Slots, with_before
+from adpo_jax.engine.kv_cache import KV, PageSizes
 from adpo_jax.engine.pages import Pager
-from adpo_jax.engine.past import PastRows, Piece
+from adpo_jax.engine.past import Piece
+from adpo_jax.engine.past_rows import PastKeeper
 from adpo_jax.engine.reading import Reader
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import Knobs, Method
@@ -51,7 +52,6 @@ class _Ended(NamedTuple):
 
     slot: int
     first: int  # column of the ring
-    at: int  # column of the past row, or of the pages, where they go
     count: int  # columns
 
 
@@ -173,8 +173,7 @@ class DecodeLoop:
             self.stats["preempted"] = 0
         self._num_evicted = 0  # before the memory was freed
         self._reader = Reader(verbs, prefill_chunk_size, num_shards)
-        self.past = PastRows(num_shards)
-        self._longest_past = 0  # tokens of the longest completion that lies in the past
+        self._past = self._new_past()
         self._pager: Pager | None = None  # None where there are no pages
         # Prompts whose experts the device may still have to find, with their rows there.
         self._experts: list[tuple[Request, int, jax.Array]] = []
@@ -188,7 +187,7 @@ class DecodeLoop:
 
     @property
     def num_ready(self) -> int:
-        """The samples that wait, but for those whose prompts are not read yet."""
+        """Waiting samples whose prompts need no more reading."""
         return self.schedule.num_waiting - self.schedule.count(
             lambda request: not self._reader.is_ready(request)
         )
@@ -206,7 +205,8 @@ class DecodeLoop:
         """
         begun = [s for s in request.samples if s.num_tokens]
         if self._keeps_turns:
-            self._note_past(max((sample.num_tokens for sample in begun), default=0))
+            for sample in begun:
+                self._note_past(sample)
             begun = []
         for sample in begun:
             self._begin_again(sample)
@@ -229,7 +229,7 @@ class DecodeLoop:
         sample.completion, sample.num_tokens = completion, len(completion)
         sample.ended = False
         if self._keeps_turns:
-            self._note_past(sample.num_tokens)
+            self._note_past(sample)
             self.schedule.resume(sample, sample.request)
         else:
             self._begin_again(sample)
@@ -263,21 +263,27 @@ class DecodeLoop:
     @property
     def num_evicted(self) -> int:
         """Samples that lost their memory while they waited, and are prefilled again."""
-        of_pages = self._pager.num_evicted if self._pager else 0
-        return self._num_evicted + self.past.num_evicted + of_pages
+        return self._num_evicted + sum(keeper.num_evicted for keeper in self._keepers)
 
-    def _note_past(self, num_tokens: int):
-        """Notes how many columns past rows need."""
-        if self._turns == "past":
-            self._longest_past = max(self._longest_past, num_tokens)
+    @property
+    def _keepers(self) -> list[PastKeeper | Pager]:
+        """What keeps tokens of samples outside the ring."""
+        return [keeper for keeper in (self._past, self._pager) if keeper is not None]
+
+    def _new_past(self) -> PastKeeper | None:
+        """What keeps past rows; None where turns are not kept in them."""
+        return PastKeeper(self._verbs, self.schedule) if self._turns == "past" else None
+
+    def _note_past(self, sample: Sample):
+        """Notes how many columns the past rows need for a sample."""
+        if self._past is not None:
+            self._past.note(sample.num_tokens)
 
     def end(self, sample: Sample):
         """Frees what is kept for a sample whose turn has ended and that does not go on."""
         self._ended_turns.pop(sample, None)
         self.schedule.forget(sample)
-        self.past.release(sample)
-        if self._pager is not None:
-            self._pager.release(sample)
+        self._release(sample)
 
     def _end_turn(self, slot: int, sample: Sample):
         """Ends what a sample decodes in its slot."""
@@ -285,9 +291,10 @@ class DecodeLoop:
             self._end(slot, sample)
             return
         sample.ended = True
-        self._ended_turns[sample] = _Ended(slot, sample.first, sample.before, sample.age)
+        self._ended_turns[sample] = _Ended(slot, sample.first, sample.age)
         self.schedule.pause(slot)
-        self.past.pause(sample)
+        if self._past is not None:
+            self._past.pause(sample)
 
     def exchange(self, params, version: int):
         """Goes on with other parameters of the same policy, from the next step on.
@@ -305,14 +312,9 @@ class DecodeLoop:
             if sample.cancelled:
                 self._end(slot, sample)
                 self._retired.append(slot)
-
-        def is_cancelled(sample: Sample) -> bool:
-            sample.ended = sample.cancelled
-            if sample.cancelled and self._pager is not None:
-                self._pager.release(sample)
-            return sample.cancelled
-
-        self.schedule.drop(is_cancelled)
+        for sample in self.schedule.drop(lambda sample: sample.cancelled):
+            sample.ended = True
+            self._release(sample)
         self._reader.let_go(self.schedule.queued)
 
     def step(self) -> list[NewTokens]:
@@ -329,8 +331,7 @@ class DecodeLoop:
         self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
         if self._state is None:
             return []
-        if self._longest_past:
-            self._resize(self._with_past(self.sizes), oldest)
+        self._resize(self._with_past(self.sizes), oldest)
         starts, admitted = self.schedule.start(
             lambda request: (
                 len(request.prompt) - 1 <= self.sizes.prefix and self._reader.is_ready(request)
@@ -359,10 +360,9 @@ class DecodeLoop:
         self._num_evicted = self.num_evicted
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
-        self._retired, self._ended_turns, self._longest_past = [], {}, 0
-        self._experts, self._pager = [], None
+        self._retired, self._ended_turns, self._experts = [], {}, []
+        self._past, self._pager = self._new_past(), None
         self._reader.let_go(())
-        self.past = PastRows(self._num_shards)
 
     def _oldest(self) -> int:
         """Tokens in the ring of the sample that has most of them there."""
@@ -370,10 +370,13 @@ class DecodeLoop:
 
     def _end(self, slot: int, sample: Sample):
         sample.ended = True
-        self.past.release(sample)
-        if self._pager is not None:
-            self._pager.release(sample)
+        self._release(sample)
         self.schedule.finish(slot)
+
+    def _release(self, sample: Sample):
+        """Frees what is kept for a sample outside the ring."""
+        for keeper in self._keepers:
+            keeper.release(sample)
 
     # --- sizes
 
@@ -427,93 +430,33 @@ class DecodeLoop:
             lengths = self._state.prefix.lengths
             self._state = self._state._replace(prefix=Prefixes(kv, lengths))
         if sizes.past_rows:
-            self._change_past(now, sizes)
-            if moves or not now.past_rows or sizes.past_rows != now.past_rows:
-                self._place_past()
+            self._state = self._past.resized(self._state, sizes.past_rows, sizes.past)
+            if moves or sizes.past_rows != now.past_rows:
+                self._state = self._past.placed(self._state)
         if moves and self._pager is not None:
             self._state = self._pager.placed(self._state)
 
     # --- samples that go on
 
     def _with_past(self, sizes: Sizes) -> Sizes:
-        if not self._longest_past:
+        if self._past is None or not self._past.longest:
             return sizes
-        return self._sizing.with_past(sizes, self._longest_past)
-
-    def _change_past(self, now: Sizes, sizes: Sizes):
-        """Makes the past rows, or moves them into a store of another size."""
-        verbs, past, order = self._verbs, self._state.past, None
-        if not now.past_rows:
-            self.past.lay_out(sizes.past_rows)
-            kv = past_lib.empty(verbs, sizes.past_rows, sizes.past)
-            self._state = self._state._replace(past=Past(kv, None), slots=self._slots_with_before())
-            for slot, sample in self.schedule.live():
-                self.past.take(sample, self.schedule.shard_of_slot(slot))
-            return
-        if sizes.past_rows != now.past_rows:
-            order = self.past.lay_out(sizes.past_rows)
-        kv = past_lib.resized(verbs, past.kv, order, sizes.past)
-        self._state = self._state._replace(past=past._replace(kv=kv))
-
-    def _slots_with_before(self) -> Slots:
-        """The slots of the device, which from now on say how many tokens samples had before."""
-        slots = self._state.slots
-        if slots.before is not None:
-            return slots
-        return slots._replace(before=np.zeros(self.sizes.slots, np.int32))
-
-    def _place_past(self):
-        """Tells the device which past row belongs to which slot."""
-        places = [
-            (slot, self.past.row(s), len(s.request.prompt) - 1, s.before)
-            for slot, s in self.schedule.live()
-        ]
-        view = past_lib.view_of(places, self.sizes.slots, self.sizes.past_rows)
-        past = self._state.past._replace(view=past_lib.placed(self._verbs, view))
-        self._state = self._state._replace(past=past)
+        return self._sizing.with_past(sizes, self._past.longest)
 
     def _store_turns(self):
         """Copies the turns that have ended, and may go on, from the ring to where they stay."""
-        if self._pager is not None:
-            ended = [
-                (s, turn.slot, turn.first, turn.count) for s, turn in self._ended_turns.items()
-            ]
-            self._state, self._ended_turns = self._pager.keep(self._state, ended), {}
-            return
-        longest = max(ended.at + ended.count for ended in self._ended_turns.values())
-        self._note_past(longest)
-        self._resize(self._with_past(self.sizes), self._oldest())
-        copies = []
-        for sample, (slot, first, at, count) in self._ended_turns.items():
-            shard = self.schedule.shard_of_slot(slot)
-            had_row = self.past.take(sample, shard)
-            assert had_row or not at
-            self.past.pause(sample)
-            row = self.past.row(sample)
-            copies.append((shard, Copies(row, slot, first, at, count, row)))
-            sample.in_past = at + count
-        self._ended_turns = {}
-        state, past = self._state, self._state.past
-        kv = past_lib.put_all(self._verbs, past.kv, state.own, copies, self._num_shards)
-        self._state = state._replace(past=past._replace(kv=kv))
+        if self._past is not None:
+            self._past.note(max(s.before + turn.count for s, turn in self._ended_turns.items()))
+            self._resize(self._with_past(self.sizes), self._oldest())
+        keeper = self._past or self._pager
+        ended = [(s, turn.slot, turn.first, turn.count) for s, turn in self._ended_turns.items()]
+        self._state, self._ended_turns = keeper.keep(self._state, ended), {}
 
-    def _take_past(self, starts: list[Start]):
-        """Gives the samples that start past rows, and prefills what these do not hold yet."""
-        chunks = []
-        for _, sample, slot, row, _ in starts:
-            shard = self.schedule.shard_of_slot(slot)
-            if not self.past.take(sample, shard):
-                sample.in_past = 0
-            if sample.num_tokens > sample.in_past:
-                prompt = sample.request.prompt
-                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])[sample.in_past :]
-                past_row = self.past.row(sample)
-                chunk = Piece(shard, fed, sample.in_past, len(prompt) - 1, past_row, row)
-                chunks.append(chunk)
-                sample.in_past = sample.num_tokens
-        past = self._state.past
-        kv = self._prefill_chunks(past.kv, chunks, past_lib.CHUNK_LENGTHS[-1])
-        self._state = self._state._replace(past=past._replace(kv=kv))
+    def _refill(self, keeper: PastKeeper | Pager, starts: list[Start]):
+        """Prefills what past rows or pages of samples that go on do not hold."""
+        if chunks := keeper.chunks(starts):
+            store = self._prefill_chunks(keeper.store(self._state), chunks, keeper.longest_piece)
+            self._state = keeper.with_store(self._state, store)
 
     def _prefill_chunks(self, store: KV, chunks: list[Piece], longest: int) -> KV:
         """The store, past rows or pages, with chunks that are prefilled piece by piece."""
@@ -535,15 +478,6 @@ class DecodeLoop:
         self._state, waiting = self._pager.leave_ring(self._state, self._written)
         self._retired += waiting
         self.stats["preempted"] += len(waiting)
-
-    def _refill_pages(self, starts: list[Start]):
-        """Prefills what the pages of samples that go on do not hold."""
-        if chunks := self._pager.chunks(starts):
-            store = self._pager.store(self._state)
-            store = self._prefill_chunks(store, chunks, self._pager.longest_piece)
-            self._state = self._pager.with_store(self._state, store)
-        if any(sample.num_tokens for _, sample, *_ in starts):
-            self._state = self._pager.placed(self._state)
 
     # --- prompts into rows, samples into slots
 
@@ -618,9 +552,11 @@ class DecodeLoop:
 
     def _assign(self, starts: list[Start]):
         if self.sizes.past_rows:
-            self._take_past(starts)
+            self._refill(self._past, starts)
         if self._pager is not None:
-            self._refill_pages(starts)
+            self._refill(self._pager, starts)
+            if any(sample.num_tokens for _, sample, *_ in starts):
+                self._state = self._pager.placed(self._state)
         B = self.sizes.slots
         fresh, active = np.zeros(B, bool), np.zeros(B, bool)
         fresh[self._retired] = True
@@ -637,12 +573,12 @@ class DecodeLoop:
         token, position, generated, row, rank = ints
         before = None
         if generated.any():
-            self._state = self._state._replace(slots=self._slots_with_before())
+            self._state = self._state._replace(slots=with_before(self._state.slots))
         if self._state.slots.before is not None:
             before = generated.copy()
         slots = Slots(token, position, generated, active, row, rank, key_data, before)
         if self.sizes.past_rows:
-            self._place_past()
+            self._state = self._past.placed(self._state)
         self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
         self._retired = []
 

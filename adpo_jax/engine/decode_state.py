@@ -7,6 +7,7 @@ columns of the ring, T tokens, A alternatives, L layers with a mixture, k expert
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from adpo_jax.engine.group_attention import PastView
 from adpo_jax.engine.kv_cache import KV
@@ -84,3 +85,10 @@ class ResultTokens(NamedTuple):
 def age(slots: Slots) -> jax.Array:
     """[B] int32, the tokens that each slot's sample has in the ring."""
     return slots.generated if slots.before is None else slots.generated - slots.before
+
+
+def with_before(slots: Slots) -> Slots:
+    """The slots, which from now on say how many tokens samples have outside the ring."""
+    if slots.before is not None:
+        return slots
+    return slots._replace(before=np.zeros(slots.token.shape, np.int32))

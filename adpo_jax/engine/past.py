@@ -3,14 +3,11 @@
 When a turn ends, its keys and values are copied from the ring into the sample's past row (`put`),
 with the state of linear attention after them, and its slot is free for others. What a tool answers
 is prefilled in chunks, which attend to the prompt, to the past and to themselves (`chunk`), and are
-put into the past row as well. Then the sample may decode in any slot of its shard.
+put into the past row as well. Then the sample may decode in any slot of its shard. Which row
+belongs to which sample is in `past_rows`.
 
 Column c of a past row is the token before place c of the completion. So the first column is the
 last token of the prompt, which no prefix row holds, and a sample of c tokens has c columns.
-
-Rows belong to samples as `PastRows` says. Where a live sample needs one and none is free, the
-sample that has waited longest for its tool gives its row back. When it goes on, its whole
-completion is a chunk.
 
 Letters: B slots, S past rows, N chunks or copies of one call, T tokens of a chunk, C columns, K
 key/value heads, H heads, R = H / K, D head dim.
@@ -18,9 +15,8 @@ key/value heads, H heads, R = H / K, D head dim.
 
 import collections
 import functools
-import heapq
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,7 +26,7 @@ import numpy as np
 from adpo_jax.devices.sharding import constrain, on_each_device
 from adpo_jax.engine import group_attention, kernels, kv_cache
 from adpo_jax.engine.decode_state import Prefixes
-from adpo_jax.engine.group_attention import PastView, Reach
+from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kv_cache import KV, Copies, LayerKV
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import attention_choice
@@ -72,9 +68,6 @@ class Piece(NamedTuple):
     row: int
     prefix_row: int
     table: np.ndarray | None = None  # [pages] int32
-
-
-# --- the device's side
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -199,6 +192,12 @@ def _columns(verbs: Verbs, kv: KV) -> int:
     return kv_cache.any_layer(kv).v.shape[-2]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def placed(verbs: Verbs, view):
+    """A table, or several in a tree, split over the devices as the rows are."""
+    return jax.tree.map(lambda x: constrain(x, verbs.policy.mesh, "batch"), view)
+
+
 def in_shards(entries: Sequence[tuple[int, NamedTuple]], num_shards: int, most: int):
     """Entries of several shards as equal parts of few sizes, in calls of `most` a shard at most.
 
@@ -317,115 +316,3 @@ def _prefill_alike(
 def _stacked(entries, nothing: Copies) -> Copies:
     columns = zip(*(entry or nothing for entry in entries), strict=True)
     return Copies(*(np.array(column, np.int32) for column in columns))
-
-
-# --- the host's side
-
-
-class PastRows:
-    """Which past row belongs to which sample.
-
-    Rows lie in equal parts, one a shard, as slots do; a shard has as many of them as slots, or
-    more. So a live sample always finds a row.
-
-    Attributes:
-      num_evicted: samples that gave their row back to another one.
-    """
-
-    def __init__(self, num_shards: int):
-        self.num_shards, self.num_rows, self.num_evicted = num_shards, 0, 0
-        self._row: dict[Hashable, int] = {}
-        self._free: list[list[int]] = [[] for _ in range(num_shards)]
-        # The samples without a slot that have rows, the one that paused first first.
-        self._idle: dict[Hashable, None] = {}
-
-    def row(self, sample: Hashable) -> int | None:
-        return self._row.get(sample)
-
-    def take(self, sample: Hashable, shard: int) -> bool:
-        """Gives a sample that takes a slot of a shard a row there.
-
-        Returns:
-          Whether it had the row already, with what the row holds.
-        """
-        self._idle.pop(sample, None)
-        row = self._row.get(sample)
-        if row is not None and self._shard(row) == shard:
-            return True
-        self.release(sample)
-        if not self._free[shard]:
-            self._evict(shard)
-        self._row[sample] = heapq.heappop(self._free[shard])
-        return False
-
-    def pause(self, sample: Hashable):
-        """Lets others take the row of a sample that has given up its slot."""
-        if sample in self._row:
-            self._idle[sample] = None
-
-    def release(self, sample: Hashable):
-        """Frees the row of a sample, if it has one."""
-        self._idle.pop(sample, None)
-        row = self._row.pop(sample, None)
-        if row is not None:
-            heapq.heappush(self._free[self._shard(row)], row)
-
-    def lay_out(self, num_rows: int) -> np.ndarray:
-        """Moves all rows into a store of another size, which holds those of the live samples.
-
-        Where it holds too few of the others, those that paused first lose theirs.
-
-        Returns:
-          [new S] int32, the old row of each new one.
-        """
-        part = num_rows // self.num_shards
-        live = [sample for sample in self._row if sample not in self._idle]
-        of_shard: list[list[Hashable]] = [[] for _ in range(self.num_shards)]
-        for sample in [*live, *reversed(self._idle)]:
-            of_shard[self._shard(self._row[sample])].append(sample)
-        old, self._row = self._row, {}
-        source = np.zeros(num_rows, np.int32)
-        for shard, samples in enumerate(of_shard):
-            for row, sample in enumerate(samples[:part], shard * part):
-                source[row], self._row[sample] = old[sample], row
-            for sample in samples[part:]:
-                del self._idle[sample]
-                self.num_evicted += 1
-            used = shard * part + min(len(samples), part)
-            self._free[shard] = list(range(used, (shard + 1) * part))
-        self.num_rows = num_rows
-        return source
-
-    def _shard(self, row: int) -> int:
-        return row * self.num_shards // self.num_rows
-
-    def _evict(self, shard: int):
-        """Frees the row of a sample without a slot.
-
-        Those that wait for a tool come first, and of them the one that has waited longest; then
-        the last of those that wait for a slot.
-        """
-        idle = [sample for sample in self._idle if self._shard(self._row[sample]) == shard]
-        waiting = (sample for sample in idle if sample.ended)
-        self.release(next(waiting, idle[-1]))
-        self.num_evicted += 1
-
-
-def view_of(places: Sequence[tuple[int, int, int, int]], num_slots: int, num_rows: int) -> PastView:
-    """The table of the rows of live samples.
-
-    Args:
-      places: (slot, past row, position of its first column, its columns) of each.
-    """
-    row = np.zeros(num_slots, np.int32)
-    slot, first, length = np.zeros((3, num_rows), np.int32)
-    for at, past_row, position, columns in places:
-        row[at] = past_row
-        slot[past_row], first[past_row], length[past_row] = at, position, columns
-    return PastView(row, slot[:, None], first, length)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def placed(verbs: Verbs, view):
-    """A table, or several in a tree, split over the devices as the rows are."""
-    return jax.tree.map(lambda x: constrain(x, verbs.policy.mesh, "batch"), view)

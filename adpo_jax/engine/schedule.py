@@ -361,22 +361,26 @@ class Schedule:
         if not self._left_in_row[row]:
             heapq.heappush(self._free_rows[self._shard_of_row(row)], row)
 
-    def drop(self, is_unwanted: Callable[[Any], bool]):
-        """Forgets the waiting samples that nobody wants any more."""
+    def drop(self, is_unwanted: Callable[[Any], bool]) -> list:
+        """Forgets the waiting samples that nobody wants any more, and returns them."""
+        dropped = []
         queue, self._queue = self._queue, collections.deque()
         for group, samples, part in queue:
-            left = [sample for sample in samples if not is_unwanted(sample)]
-            self.num_waiting -= len(samples) - len(left)
+            left = []
+            for sample in samples:
+                (dropped if is_unwanted(sample) else left).append(sample)
             if left:
                 self._queue.append(_Queued(group, left, part))
         for shard, entries in enumerate(self._admitted):
             self._admitted[shard] = collections.deque[_Admitted]()
             for entry in entries:
                 if is_unwanted(entry.sample):
-                    self.num_waiting -= 1
+                    dropped.append(entry.sample)
                     self._leave_row(entry.row)
                 else:
                     self._admitted[shard].append(entry)
+        self.num_waiting -= len(dropped)
+        return dropped
 
     def lay_out(self, num_slots: int, num_rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Moves all samples into batches of other sizes, the live ones into the first slots.
