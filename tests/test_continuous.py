@@ -118,7 +118,7 @@ def started(sizing, groups, now=None, schedule=None):
     schedule = schedule or Schedule(num_shards=sizing.num_shards)
     for n in groups:
         request = Request(np.ones(9, np.int32), SamplingParams(n=n), keys=None)
-        schedule.add(request, request.samples, sizing.part(n))
+        schedule.add(request, request.samples, sizing.per_row(n))
     now = sizing.room(now, schedule, 0)
     schedule.lay_out(now.slots, now.rows, now.width)
     schedule.start()

@@ -439,13 +439,13 @@ def test_a_resized_ring_holds_what_gathering_column_by_column_gives(model, colum
     verbs, rng = engine_of(policy).verbs, np.random.default_rng(0)
     state = verbs.init_decode_state(4, 16, 2, 8, 2)
     filled = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state.own)
-    column, kept, order = 5, 7, np.array([3, 1, 4], np.int32)  # the third is empty
+    column, kept, old_slots = 5, 7, np.array([3, 1, 4], np.int32)  # the third is empty
     state = state._replace(own=filled, column=np.int32(column))
-    resized = verbs.resize(state, order, state.members, columns, np.int32(kept))
+    resized = verbs.resize(state, old_slots, state.members, columns, np.int32(kept))
     take = (column - kept + np.arange(kept)) % 16
     for old, new in zip(filled, resized.own):
-        np.testing.assert_array_equal(new.k[:2, ..., :kept], old.k[order[:2]][..., take])
-        np.testing.assert_array_equal(new.v[:2, :, :kept], old.v[order[:2]][:, :, take])
+        np.testing.assert_array_equal(new.k[:2, ..., :kept], old.k[old_slots[:2]][..., take])
+        np.testing.assert_array_equal(new.v[:2, :, :kept], old.v[old_slots[:2]][:, :, take])
         assert new.v.shape[2] == columns
     assert resized.column == kept % columns
     assert not resized.slots.active[2]

@@ -166,20 +166,20 @@ def test_a_call_and_turns_of_few_tokens_stay_in_the_ring(model):
 
 def test_the_tables_of_pages():
     tables = PageTables(PageSizes(page=8, pages=8, most=4), num_shards=2)
-    assert tables.begin("a", 0, 0, spare=4)
+    assert tables.try_take("a", 0, 0, spare=4)
     assert not tables.holds("a")
     tables.take("a", 0, 24)
     assert tables.table("a").tolist() == [0, 1, 2, 0]
     assert tables.lacks(0, [("a", 40), ("b", 1)])
     assert not tables.lacks(0, [("a", 32)])
-    assert not tables.begin("b", 0, 1, spare=1)
-    assert tables.begin("c", 1, 32, spare=4)
+    assert not tables.try_take("b", 0, 1, spare=1)
+    assert tables.try_take("c", 1, 32, spare=4)
     assert tables.table("c").tolist() == [4, 5, 6, 7]
     # Columns 20 .. 25, of which two lie past the end of the ring.
     copies = tables.moves("c", slot=5, first=28, start=20, stop=26, ring=32)
     assert [tuple(copy) for copy in copies] == [(6, 5, 28, 4, 4, 5), (7, 5, 0, 0, 2, 5)]
     tables.release("a")
-    assert tables.begin("b", 0, 32, spare=1)
+    assert tables.try_take("b", 0, 32, spare=1)
 
 
 @pytest.mark.parametrize(

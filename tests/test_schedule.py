@@ -88,8 +88,8 @@ def test_every_sample_stays_beside_its_prompt_as_the_batch_shrinks(seed, shards,
         smaller = max(2, shards, schedule.num_slots // 2)
         fits = schedule.needed_slots <= smaller < schedule.num_slots
         if fits and not schedule.num_waiting:
-            _, source = shrunk(schedule, smaller, 4)
-            prompt_in_row = prompt_in_row[source]
+            _, old_rows = shrunk(schedule, smaller, 4)
+            prompt_in_row = prompt_in_row[old_rows]
             assert_consistent(schedule, prompt_in_row)
     assert len(schedule.live()) == 0
     assert len(started) == 4 * groups
@@ -137,9 +137,9 @@ def test_the_table_of_members_narrows_as_samples_end():
     assert schedule.members.shape == (2, 8)
     for slot in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14):
         schedule.finish(slot)
-    order, source = shrunk(schedule, 4, 8)
-    assert order.tolist() == [5, 6, 7, 15]
-    assert source.tolist() == [0, 1]
+    old_slots, old_rows = shrunk(schedule, 4, 8)
+    assert old_slots.tolist() == [5, 6, 7, 15]
+    assert old_rows.tolist() == [0, 1]
     assert schedule.members.tolist() == [[0, 1, 2, 0], [3, 0, 0, 0]]
 
 
@@ -160,8 +160,8 @@ def test_every_sample_stays_beside_its_prompt_through_sizes_of_all_kinds(seed, s
         rows = -(-max(schedule.rows_needed(width), slots // width) // shards) * shards
         if turn % 3 == 0:  # enough for the live ones; those that wait may lose their rows
             rows = slots
-        _, source = schedule.lay_out(slots, rows, width)
-        prompt_in_row = prompt_in_row[source] if len(prompt_in_row) else np.full(rows, -1)
+        _, old_rows = schedule.lay_out(slots, rows, width)
+        prompt_in_row = prompt_in_row[old_rows] if len(prompt_in_row) else np.full(rows, -1)
         assert_consistent(schedule, prompt_in_row)
         starts, admitted = schedule.start()
         for row, group in admitted.items():
@@ -199,10 +199,10 @@ def test_a_sample_that_gives_up_its_slot_goes_on_before_others_when_there_is_mem
         schedule.preempt(slot)
     assert (schedule.num_live, schedule.num_waiting) == (2, 4)
     # The third group waits behind the samples of the first, whose shard has no memory for them.
-    starts, admitted = schedule.start(begins=lambda sample, at: at != shard)
+    starts, admitted = schedule.start(try_begin=lambda sample, at: at != shard)
     assert (starts, admitted) == ([], {})
     # The one that gave up its slot last goes on first, in the place that it had beside its prompt.
-    starts, admitted = schedule.start(begins=lambda sample, at: sample != (0, 0))
+    starts, admitted = schedule.start(try_begin=lambda sample, at: sample != (0, 0))
     assert ([start.sample for start in starts], admitted) == ([(0, 1)], {})
     starts, admitted = schedule.start()
     assert ([start.sample for start in starts], admitted) == ([(0, 0)], {})

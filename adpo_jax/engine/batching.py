@@ -85,15 +85,15 @@ class Sizing(Protocol):
     steps: int
     most_columns: int
 
-    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
+    def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes | None:
         """The sizes in which waiting samples start; None if no memory is needed any more.
 
         Args:
           now: the present sizes, None where there is no state yet.
-          oldest: tokens of the longest live sample.
+          most_in_ring: tokens in the ring of the live sample with most of them there.
         """
 
-    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
+    def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
         """The sizes for the next dispatch, after all samples that can start have started."""
 
     def smaller(self, live: int) -> int:
@@ -197,11 +197,11 @@ class DecodeLoop:
         others = (self._reader.in_pieces(queued) for queued in self.schedule.queued)
         return not self._reader.in_pieces(request) or not any(others)
 
-    def submit(self, request: Request, part: int | None = None):
+    def submit(self, request: Request, per_row: int | None = None):
         """Queues the samples of a request.
 
         Args:
-          part: the most samples that share a prefix row; None for as many as rows are wide.
+          per_row: the most samples that share a prefix row; None for as many as rows are wide.
         """
         begun = [s for s in request.samples if s.num_tokens]
         if self._keeps_turns:
@@ -212,7 +212,7 @@ class DecodeLoop:
             self._begin_again(sample)
         fresh = [sample for sample in request.samples if sample not in begun]
         if fresh:
-            self.schedule.add(request, fresh, part)
+            self.schedule.add(request, fresh, per_row)
 
     def cancel(self, sample: Sample):
         """Ends a sample, which gets no further tokens; its slot is free at the next step."""
@@ -327,16 +327,16 @@ class DecodeLoop:
             self._leave_ring()
         if not self._read():
             return []
-        oldest = self._oldest()
-        self._resize(self._sizing.room(self.sizes, self.schedule, oldest), oldest)
+        most_in_ring = self._most_in_ring()
+        self._resize(self._sizing.room(self.sizes, self.schedule, most_in_ring), most_in_ring)
         if self._state is None:
             return []
-        self._resize(self._with_past(self.sizes), oldest)
+        self._resize(self._with_past(self.sizes), most_in_ring)
         starts, admitted = self.schedule.start(
             lambda request: (
                 len(request.prompt) - 1 <= self.sizes.prefix and self._reader.is_ready(request)
             ),
-            lambda sample, shard: self._pager is None or self._pager.begins(sample, shard),
+            lambda sample, shard: self._pager is None or self._pager.try_begin(sample, shard),
         )
         if admitted:
             self._prefill(admitted)
@@ -344,9 +344,9 @@ class DecodeLoop:
         # This comes before the batch shrinks, since `starts` name the present slots and rows.
         if starts or self._retired:
             self._assign(starts)
-        fitted = self._sizing.fitted(self.sizes, self.schedule, oldest)
-        self._resize(self._with_past(fitted), oldest)
-        return self._decode(oldest)
+        fitted = self._sizing.fitted(self.sizes, self.schedule, most_in_ring)
+        self._resize(self._with_past(fitted), most_in_ring)
+        return self._decode(most_in_ring)
 
     def state_to_keep(self) -> DecodeState | None:
         """The memory that the loop began with; None if the batch has moved out of it."""
@@ -364,8 +364,8 @@ class DecodeLoop:
         self._past, self._pager = self._new_past(), None
         self._reader.let_go(())
 
-    def _oldest(self) -> int:
-        """Tokens in the ring of the sample that has most of them there."""
+    def _most_in_ring(self) -> int:
+        """Tokens in the ring of the live sample with most of them there."""
         return max((sample.age for _, sample in self.schedule.live()), default=0)
 
     def _end(self, slot: int, sample: Sample):
@@ -380,7 +380,7 @@ class DecodeLoop:
 
     # --- sizes
 
-    def _resize(self, sizes: Sizes | None, oldest: int):
+    def _resize(self, sizes: Sizes | None, most_in_ring: int):
         now, schedule = self.sizes, self.schedule
         if sizes == now:
             return
@@ -398,33 +398,33 @@ class DecodeLoop:
                 self.stats.setdefault("preempted", 0)
         else:
             self.stats["resizes"] += 1
-            self._change(now, sizes, oldest)
+            self._change(now, sizes, most_in_ring)
 
-    def _change(self, now: Sizes, sizes: Sizes, oldest: int):
+    def _change(self, now: Sizes, sizes: Sizes, most_in_ring: int):
         """Moves the state into other sizes, one store after the other.
 
         The old form of a store is freed before the next store is copied.
         """
         slots, columns, rows, width, prefix, *_ = sizes
-        schedule, verbs = self.schedule, self._verbs
+        schedule, verbs, kept = self.schedule, self._verbs, np.int32(most_in_ring)
         moves = (slots, rows, width) != (now.slots, now.rows, now.width)
         if moves:
             self._has_moved, self._first_ring = True, None
         elif self._keeps_memory and not self._has_moved and self._first_ring is None:
             self._first_ring = self._state.own
         if moves:
-            order, source = schedule.lay_out(slots, rows, width)
+            old_slots, old_rows = schedule.lay_out(slots, rows, width)
             members = schedule.members.copy()
-            self._state = verbs.resize(self._state, order, members, columns, np.int32(oldest))
+            self._state = verbs.resize(self._state, old_slots, members, columns, kept)
             row, rank = schedule.row_of.copy(), schedule.rank_of.copy()
-            self._state = verbs.regroup(self._state, source, row, rank)
-            self._written, self._retired = oldest, []
+            self._state = verbs.regroup(self._state, old_rows, row, rank)
+            self._written, self._retired = most_in_ring, []
         elif columns != now.columns and self._written <= now.columns < columns:
             self._state = verbs.grow(self._state, columns, self._written)
         elif columns != now.columns:
-            order, members = np.arange(slots, dtype=np.int32), schedule.members.copy()
-            self._state = verbs.resize(self._state, order, members, columns, np.int32(oldest))
-            self._written = oldest
+            old_slots, members = np.arange(slots, dtype=np.int32), schedule.members.copy()
+            self._state = verbs.resize(self._state, old_slots, members, columns, kept)
+            self._written = most_in_ring
         if prefix != now.prefix:
             kv = verbs.with_columns(self._state.prefix.kv, prefix)
             lengths = self._state.prefix.lengths
@@ -447,7 +447,7 @@ class DecodeLoop:
         """Copies the turns that have ended, and may go on, from the ring to where they stay."""
         if self._past is not None:
             self._past.note(max(s.before + turn.count for s, turn in self._ended_turns.items()))
-            self._resize(self._with_past(self.sizes), self._oldest())
+            self._resize(self._with_past(self.sizes), self._most_in_ring())
         keeper = self._past or self._pager
         ended = [(s, turn.slot, turn.first, turn.count) for s, turn in self._ended_turns.items()]
         self._state, self._ended_turns = keeper.keep(self._state, ended), {}
@@ -472,8 +472,8 @@ class DecodeLoop:
 
     def _leave_ring(self):
         """Moves tokens of long samples into pages, once the ring is nearly full."""
-        most, oldest = self._sizing.most_columns, self._oldest()
-        if self.sizes.columns < most or oldest + self._sizing.steps <= most:
+        most, most_in_ring = self._sizing.most_columns, self._most_in_ring()
+        if self.sizes.columns < most or most_in_ring + self._sizing.steps <= most:
             return
         self._state, waiting = self._pager.leave_ring(self._state, self._written)
         self._retired += waiting
@@ -584,7 +584,7 @@ class DecodeLoop:
 
     # --- decoding
 
-    def _decode(self, oldest: int) -> list[NewTokens]:
+    def _decode(self, most_in_ring: int) -> list[NewTokens]:
         live, sizes, steps = self.schedule.live(), self.sizes, self._sizing.steps
         if self.schedule.num_waiting:
             stop_at = len(live) - max(1, sizes.slots // 8)
@@ -596,7 +596,7 @@ class DecodeLoop:
         # With pages no slot must lose a column that has not moved on.
         keeps_columns = self._keeps_turns or self._pager is not None
         if sizes.columns < self._sizing.most_columns or keeps_columns:
-            room = sizes.columns - oldest
+            room = sizes.columns - most_in_ring
         in_slot = [place and place[1] for place in self.schedule.in_slot]
         knobs, method = self._settings(in_slot)
         self._state, results = self._verbs.generate(

@@ -67,28 +67,28 @@ class LoadSizing:
     def most_columns(self) -> int:
         return self.column_sizes[-1]
 
-    def part(self, n: int) -> int:
+    def per_row(self, n: int) -> int:
         """The most samples of a request that share a row, so that all devices have some of them."""
         return -(-n // self.num_shards)
 
-    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
-        needed = self._needed(now, schedule, oldest, self.slot_sizes[-1])
+    def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes | None:
+        needed = self._needed(now, schedule, most_in_ring, self.slot_sizes[-1])
         if now is None or needed is None:
             return needed
         columns, prefix = max(now.columns, needed.columns), max(now.prefix, needed.prefix)
         return needed._replace(columns=columns, prefix=prefix)
 
-    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
+    def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
         if schedule.num_waiting or schedule.num_live * 4 > now.slots:
             return now
-        needed = self._needed(None, schedule, oldest, 0)
+        needed = self._needed(None, schedule, most_in_ring, 0)
         return needed if needed.slots * 4 <= now.slots else now
 
     def smaller(self, live: int) -> int:
         return 0
 
     def _needed(
-        self, now: Sizes | None, schedule: Schedule, oldest: int, most_slots: int
+        self, now: Sizes | None, schedule: Schedule, most_in_ring: int, most_slots: int
     ) -> Sizes | None:
         """The smallest sizes for the live samples and those that can start in `most_slots`."""
         requests = [place[0] for place in schedule.in_slot if place]
@@ -104,7 +104,8 @@ class LoadSizing:
         slots = smallest_holding(self.slot_sizes, max(alive, schedule.needed_slots))
         if now is not None:
             slots = max(slots, now.slots)
-        columns = smallest_holding(self.column_sizes, min(oldest + self.steps, self.most_columns))
+        columns = min(most_in_ring + self.steps, self.most_columns)
+        columns = smallest_holding(self.column_sizes, columns)
         prefix = smallest_holding(self.prefix_sizes, longest)
         rows, width = self._rows_and_width(now, slots, rows, alive)
         return Sizes(slots, columns, rows, width, prefix)
@@ -161,7 +162,7 @@ class ContinuousBatch:
         self.engine, self.verbs = engine, engine.verbs
         sizing = _load_sizing(engine)
         self.num_slots = sizing.slot_sizes[-1]
-        self._part = sizing.part
+        self._per_row = sizing.per_row
         self._programs = Programs(engine.verbs, self._present_params, sizing.steps)
         self._patience: Patience | None = None
         decides, most_prefilled = sizing, None
@@ -330,7 +331,7 @@ class ContinuousBatch:
             if requests:
                 self._arrived[client] = requests  # at the end
             self._num_arrived -= len(request.samples)
-            self._loop.submit(request, self._part(len(request.samples)))
+            self._loop.submit(request, self._per_row(len(request.samples)))
             for sample in request.samples:
                 if sample.cancelled:
                     self._loop.cancel(sample)  # the loop did not know it the first time

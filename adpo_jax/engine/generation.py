@@ -51,11 +51,11 @@ class CallSizing:
     def most_columns(self) -> int:
         return self.column_sizes[-1]
 
-    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes:
+    def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes:
         return self.first._replace(columns=self._columns_for(0)) if now is None else now
 
-    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
-        columns = self._columns_for(oldest)
+    def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
+        columns = self._columns_for(most_in_ring)
         if not schedule.num_waiting:
             slots = smallest_holding(self.slot_sizes, schedule.needed_slots)
             if slots < now.slots:
@@ -67,10 +67,10 @@ class CallSizing:
     def smaller(self, live: int) -> int:
         return max((s for s in self.slot_sizes if s < live), default=0)
 
-    def _columns_for(self, oldest: int) -> int:
-        """Columns for the oldest live sample and the fewest steps that are worth a dispatch."""
+    def _columns_for(self, most_in_ring: int) -> int:
+        """Columns for so many tokens and the fewest steps that are worth a dispatch."""
         steps = min(LEAST_STEPS, self.steps, self.column_sizes[0])
-        needed = min(oldest + steps, self.most_columns)
+        needed = min(most_in_ring + steps, self.most_columns)
         return next(c for c in self.column_sizes if c >= needed)
 
 

@@ -66,12 +66,15 @@ class PageTables:
         further = self._further(sample, columns)
         self._pages[sample] += [self._free[shard].pop() for _ in range(further)]
 
-    def begin(self, sample: Hashable, shard: int, columns: int, spare: int) -> bool:
+    def try_take(self, sample: Hashable, shard: int, columns: int, spare: int) -> bool:
         """Gives a sample that takes a slot pages for what it has, if there are enough of them.
 
         Args:
           spare: pages that have to be free beyond these, for what samples write next; none where no
             other sample has any.
+
+        Returns:
+          Whether there were enough.
         """
         further, free = self._further(sample, columns), self._free[shard]
         others_have_some = len(free) + len(self._pages.get(sample, ())) < self._part
@@ -88,7 +91,7 @@ class PageTables:
         spare: int,
         idle: Iterable[Hashable],
     ) -> bool:
-        """Whether `begin` would give a sample its pages if these others had none."""
+        """Whether `try_take` would give a sample its pages if these others had none."""
         free, own = len(self._free[shard]), len(self._pages.get(sample, ()))
         free += sum(len(self._pages.get(other, ())) for other in idle if other is not sample)
         others_have_some = free + own < self._part
@@ -166,18 +169,21 @@ class Pager:
         self._drawn.pop(sample, None)
         self._idle.pop(sample, None)
 
-    def begins(self, sample: Sample, shard: int) -> bool:
-        """Whether a shard has pages for what a sample has so far; if so it is given them.
+    def try_begin(self, sample: Sample, shard: int) -> bool:
+        """Gives a sample pages of a shard for what it has so far, if there are enough of them.
 
-        A sample that has pages of another shard loses them.
+        Samples that wait lose theirs for it. A sample that has pages of another shard loses them.
+
+        Returns:
+          Whether there were enough.
         """
         if self._idle.get(sample, shard) != shard:
             self._forget(sample)
         spare, count = self._ring // self._page, sample.num_tokens
-        begins = self._tables.begin(sample, shard, count, spare)
+        begins = self._tables.try_take(sample, shard, count, spare)
         if not begins and self._tables.could_begin(sample, shard, count, spare, self._of(shard)):
             while not begins and self._give_up_idle(shard, sample):
-                begins = self._tables.begin(sample, shard, count, spare)
+                begins = self._tables.try_take(sample, shard, count, spare)
         if begins:
             self._idle.pop(sample, None)
         return begins

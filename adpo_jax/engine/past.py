@@ -177,14 +177,14 @@ def rows_of(verbs: Verbs, past: KV, rows: jax.Array) -> KV:
     return verbs.sharded(verbs.layout.take(past, rows))
 
 
-def resized(verbs: Verbs, past: KV, rows: np.ndarray | None, columns: int) -> KV:
+def resized(verbs: Verbs, past: KV, old_rows: np.ndarray | None, columns: int) -> KV:
     """A past of another size.
 
     Args:
-      rows: [new S] int32, the old row of each new one; None to keep all as they are.
+      old_rows: [new S] int32, the old row of each new one; None to keep all as they are.
     """
-    if rows is not None:
-        past = rows_of(verbs, past, rows)
+    if old_rows is not None:
+        past = rows_of(verbs, past, old_rows)
     return past if _columns(verbs, past) == columns else verbs.with_columns(past, columns)
 
 

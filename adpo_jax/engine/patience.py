@@ -125,8 +125,8 @@ class Patience:
 
     # --- sizes
 
-    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
-        wanted = self._sizing.room(now, schedule, oldest)
+    def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes | None:
+        wanted = self._sizing.room(now, schedule, most_in_ring)
         self._streaming = schedule.num_live > 0
         if now is None or wanted is None or not self._streaming:
             self._programs.wait()
@@ -141,7 +141,7 @@ class Patience:
             found = next(ready, None)
             if found is not None:
                 wanted = found
-            elif oldest < now.columns:
+            elif most_in_ring < now.columns:
                 wanted = now
             else:
                 # A completion needs the longer ring that was begun to be compiled at its start.
@@ -158,8 +158,8 @@ class Patience:
             self._foreseen = now, self._needs
             self._programs.ready(self._decodes(now, self._needs))
 
-    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
-        wanted = self._sizing.fitted(now, schedule, oldest)
+    def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
+        wanted = self._sizing.fitted(now, schedule, most_in_ring)
         if wanted != now and not self._may_change(now, wanted, schedule):
             wanted = now
         self._now = wanted

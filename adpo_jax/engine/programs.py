@@ -173,9 +173,9 @@ class Programs:
         state, verbs = self._state(old), self._verbs
         moves = (new.slots, new.rows, new.width) != (old.slots, old.rows, old.width)
         if moves or new.columns != old.columns:
-            order = np.zeros(new.slots, np.int32)
+            old_slots = np.zeros(new.slots, np.int32)
             Verbs._gather.lower(
-                verbs, state.own, state.slots, state.column, order, new.columns, np.int32(0)
+                verbs, state.own, state.slots, state.column, old_slots, new.columns, np.int32(0)
             ).compile()
         if moves:
             Verbs.rows_of.lower(verbs, state.prefix, np.zeros(new.rows, np.int32)).compile()

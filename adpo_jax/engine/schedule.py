@@ -119,11 +119,11 @@ class Start(NamedTuple):
 
 
 class _Queued(NamedTuple):
-    """Samples of a group without a prefix row; at most `part` of them will share one."""
+    """Samples of a group without a prefix row; at most `per_row` of them will share one."""
 
     group: Hashable
     samples: list
-    part: int
+    per_row: int
 
 
 class _Admitted(NamedTuple):
@@ -133,6 +133,15 @@ class _Admitted(NamedTuple):
     sample: Any
     row: int
     rank: int
+
+
+class _Placed(NamedTuple):
+    """A sample with a place in a prefix row; its slot is None while it has none."""
+
+    group: Hashable
+    sample: Any
+    row: int
+    slot: int | None
 
 
 class Schedule:
@@ -189,17 +198,17 @@ class Schedule:
     @property
     def needed_slots(self) -> int:
         """The smallest batch that holds the live samples, each in its shard."""
-        return self._fullest(len(part) - len(free) for part, free in self._shards())
+        return self._fullest(len(slots) - len(free) for slots, free in self._shards())
 
     @property
     def rows_in_use(self) -> int:
         """The fewest rows in all that would hold the rows in use, each in its shard."""
-        parts = _parts(self.num_rows, self.num_shards)
-        return self._fullest(len(p) - len(free) for p, free in zip(parts, self._free_rows))
+        rows = _ranges_of_shards(self.num_rows, self.num_shards)
+        return self._fullest(len(r) - len(free) for r, free in zip(rows, self._free_rows))
 
     def rows_needed(self, width: int) -> int:
         """The fewest rows of this width that hold the admitted samples, each in its shard."""
-        counts = [collections.Counter(group for group, *_ in e) for e in self._entries()]
+        counts = [collections.Counter(p.group for p in placed) for placed in self._placed()]
         return self._fullest(sum(-(-n // width) for n in count.values()) for count in counts)
 
     def waiting(self, width: int) -> Iterator[tuple[Hashable, int, int]]:
@@ -207,16 +216,16 @@ class Schedule:
         for entries in self._admitted:
             for entry in entries:
                 yield entry.group, 1, 0
-        for group, samples, part in self._queue:
-            yield group, len(samples), -(-len(samples) // min(part, width))
+        for group, samples, per_row in self._queue:
+            yield group, len(samples), -(-len(samples) // min(per_row, width))
 
-    def add(self, group: Hashable, samples: Sequence, part: int | None = None):
+    def add(self, group: Hashable, samples: Sequence, per_row: int | None = None):
         """Queues the samples of a group.
 
         Args:
-          part: the most samples that share a prefix row; None for as many as rows are wide.
+          per_row: the most samples that share a prefix row; None for as many as rows are wide.
         """
-        self._queue.append(_Queued(group, list(samples), part or len(samples)))
+        self._queue.append(_Queued(group, list(samples), per_row or len(samples)))
         self.num_waiting += len(samples)
 
     @property
@@ -236,21 +245,21 @@ class Schedule:
     def start(
         self,
         admits: Callable[[Hashable], bool] = lambda group: True,
-        begins: Callable[[Any, int], bool] = lambda sample, shard: True,
+        try_begin: Callable[[Any, int], bool] = lambda sample, shard: True,
     ) -> tuple[list[Start], dict[int, Hashable]]:
         """Fills free slots from the queue.
 
         Args:
           admits: whether a group's prompt fits a row; the queue waits behind one that does not fit.
-          begins: whether a sample finds the memory that it needs in a shard. If so it starts there;
-            else it waits, and those behind it in the shard too.
+          try_begin: takes the memory that a sample needs in a shard, and returns whether there was
+            enough. If so it starts there; else it waits, and those behind it in the shard too.
 
         Returns:
           The samples that start, and the group of each prefix row that has to be prefilled.
         """
         starts, admitted = [], {}
         for shard in range(self.num_shards):
-            starts += self._fill(shard, begins)
+            starts += self._fill(shard, try_begin)
         while self._queue and admits(self._queue[0].group):
             roomy = max(
                 (
@@ -272,22 +281,22 @@ class Schedule:
             admitted[row], self._left_in_row[row] = group, len(samples)
             places = (_Admitted(group, sample, row, rank) for rank, sample in enumerate(samples))
             self._admitted[roomy].extend(places)
-            starts += self._fill(roomy, begins)
+            starts += self._fill(roomy, try_begin)
         return starts, admitted
 
     def _next_part(self) -> tuple[Hashable, list]:
         """Takes the next samples that share a row from the queue; a group is cut evenly."""
-        group, samples, part = self._queue.popleft()
-        num_parts = -(-len(samples) // min(part, self.width))
+        group, samples, per_row = self._queue.popleft()
+        num_parts = -(-len(samples) // min(per_row, self.width))
         size = -(-len(samples) // num_parts)
         if samples[size:]:
-            self._queue.appendleft(_Queued(group, samples[size:], part))
+            self._queue.appendleft(_Queued(group, samples[size:], per_row))
         return group, samples[:size]
 
-    def _fill(self, shard: int, begins: Callable[[Any, int], bool]) -> list[Start]:
+    def _fill(self, shard: int, try_begin: Callable[[Any, int], bool]) -> list[Start]:
         """Starts admitted samples of a shard in its free slots."""
         starts, admitted = [], self._admitted[shard]
-        while admitted and self._free_slots[shard] and begins(admitted[0].sample, shard):
+        while admitted and self._free_slots[shard] and try_begin(admitted[0].sample, shard):
             group, sample, row, rank = admitted.popleft()
             slot = heapq.heappop(self._free_slots[shard])
             self.in_slot[slot] = group, sample
@@ -365,12 +374,12 @@ class Schedule:
         """Forgets the waiting samples that nobody wants any more, and returns them."""
         dropped = []
         queue, self._queue = self._queue, collections.deque()
-        for group, samples, part in queue:
+        for group, samples, per_row in queue:
             left = []
             for sample in samples:
                 (dropped if is_unwanted(sample) else left).append(sample)
             if left:
-                self._queue.append(_Queued(group, left, part))
+                self._queue.append(_Queued(group, left, per_row))
         for shard, entries in enumerate(self._admitted):
             self._admitted[shard] = collections.deque[_Admitted]()
             for entry in entries:
@@ -404,28 +413,29 @@ class Schedule:
         if self.rows_needed(width) > num_rows:
             self._requeue_admitted()
         assert self.rows_needed(width) <= num_rows
-        entries, in_slot = self._entries(), self.in_slot
-        order = np.full(num_slots, self.num_slots, np.int32)
-        source = np.zeros(num_rows, np.int32)
+        placed, in_slot = self._placed(), self.in_slot
+        old_slots = np.full(num_slots, self.num_slots, np.int32)
+        old_rows = np.zeros(num_rows, np.int32)
         self.in_slot = [None] * num_slots
         self.members = np.zeros((num_rows, width), np.int32)
         self.row_of, self.rank_of = np.zeros((2, num_slots), np.int32)
         self._left_in_row = {}
-        slots, rows = _parts(num_slots, self.num_shards), _parts(num_rows, self.num_shards)
-        for shard, of_shard in enumerate(entries):
-            live = sorted(slot for *_, slot in of_shard if slot is not None)
+        slots = _ranges_of_shards(num_slots, self.num_shards)
+        rows = _ranges_of_shards(num_rows, self.num_shards)
+        for shard, of_shard in enumerate(placed):
+            live = sorted(place.slot for place in of_shard if place.slot is not None)
             moved = dict(zip(live, slots[shard]))
             for old, new in moved.items():
-                order[new], self.in_slot[new] = old, in_slot[old]
+                old_slots[new], self.in_slot[new] = old, in_slot[old]
             groups = collections.defaultdict(list)
-            for group, sample, row, slot in of_shard:
-                groups[group].append((sample, row, slot))
+            for place in of_shard:
+                groups[place.group].append(place)
             self._admitted[shard].clear()
             row = rows[shard].start
             for group, members in groups.items():
-                for number, (sample, old_row, slot) in enumerate(members):
+                for number, (_, sample, old_row, slot) in enumerate(members):
                     at, rank = row + number // width, number % width
-                    source[at] = old_row
+                    old_rows[at] = old_row
                     self._left_in_row[at] = self._left_in_row.get(at, 0) + 1
                     if slot is None and sample in self._paused:
                         self._paused[sample] = _Admitted(group, sample, at, rank)
@@ -438,7 +448,7 @@ class Schedule:
                 row += -(-len(members) // width)
             self._free_slots[shard] = list(slots[shard][len(live) :])
             self._free_rows[shard] = list(range(row, rows[shard].stop))
-        return order, source
+        return old_slots, old_rows
 
     def _requeue_admitted(self):
         """Puts the admitted samples that wait for a slot back at the head of the queue."""
@@ -464,20 +474,24 @@ class Schedule:
         narrow = min(power_of_two(-(-2 * num_slots // num_rows)), most)
         return narrow if self.rows_needed(narrow) <= num_rows else most
 
-    def _entries(self) -> list[list[tuple[Hashable, Any, int, int | None]]]:
-        """For each shard, (group, sample, row, slot) of the samples in rows, live ones first."""
+    def _placed(self) -> list[list[_Placed]]:
+        """The samples in rows, for each shard, live ones first."""
         found = []
-        for (part, _), admitted in zip(self._shards(), self._admitted):
-            live = ((*self.in_slot[s], int(self.row_of[s]), s) for s in part if self.in_slot[s])
-            found.append([*live, *((e.group, e.sample, e.row, None) for e in admitted)])
-        for place in self._paused.values():
-            entry = place.group, place.sample, place.row, None
-            found[self._shard_of_row(place.row)].append(entry)
+        for (slots, _), admitted in zip(self._shards(), self._admitted):
+            live = [
+                _Placed(*self.in_slot[slot], int(self.row_of[slot]), slot)
+                for slot in slots
+                if self.in_slot[slot]
+            ]
+            found.append([*live, *(_Placed(e.group, e.sample, e.row, None) for e in admitted)])
+        for entry in self._paused.values():
+            place = _Placed(entry.group, entry.sample, entry.row, None)
+            found[self._shard_of_row(entry.row)].append(place)
         return found
 
     def _shards(self) -> Iterator[tuple[range, list[int]]]:
         """The slots of each shard, and those that are free."""
-        return zip(_parts(self.num_slots, self.num_shards), self._free_slots)
+        return zip(_ranges_of_shards(self.num_slots, self.num_shards), self._free_slots)
 
     def _fullest(self, counts: Iterator[int]) -> int:
         """The total over all shards if each had as many as the one with the largest count."""
@@ -489,6 +503,6 @@ def rows_of_a_group(num_groups: int, n: int, num_shards: int) -> int:
     return min(n, -(-num_shards // max(num_groups, 1)))
 
 
-def _parts(size: int, num_shards: int) -> list[range]:
+def _ranges_of_shards(size: int, num_shards: int) -> list[range]:
     each = size // num_shards
     return [range(shard * each, (shard + 1) * each) for shard in range(num_shards)]

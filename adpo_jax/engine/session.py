@@ -122,7 +122,7 @@ class SessionSizing:
     def most_columns(self) -> int:
         return self._columns[-1]
 
-    def room(self, now: Sizes | None, schedule: Schedule, oldest: int) -> Sizes | None:
+    def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes | None:
         if not schedule.num_waiting:
             return now
         longest = max(len(group.prompt) for group, *_ in schedule.waiting(1)) - 1
@@ -159,8 +159,8 @@ class SessionSizing:
             return Sizes(slots, self._columns_for(0), rows, width, prefix, pages=self._pages)
         return now._replace(slots=max(slots, now.slots), rows=max(rows, now.rows), prefix=prefix)
 
-    def fitted(self, now: Sizes, schedule: Schedule, oldest: int) -> Sizes:
-        columns = self._columns_for(oldest)
+    def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
+        columns = self._columns_for(most_in_ring)
         if self._engine.shrinks and not schedule.num_waiting:
             wanted = schedule.needed_slots + self.num_paused
             slots = min((s for s in self._engine.slot_sizes if s >= wanted), default=now.slots)
@@ -199,9 +199,9 @@ class SessionSizing:
         sizes = self._engine.slot_sizes if self._engine.shrinks else ()
         return max((s for s in sizes if s < live), default=0)
 
-    def _columns_for(self, oldest: int) -> int:
+    def _columns_for(self, most_in_ring: int) -> int:
         steps = min(LEAST_STEPS, self.steps, self._columns[0])
-        needed = min(oldest + steps, self.most_columns)
+        needed = min(most_in_ring + steps, self.most_columns)
         return next(c for c in self._columns if c >= needed)
 
 

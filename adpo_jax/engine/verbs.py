@@ -465,30 +465,31 @@ class Verbs:
         return state._replace(own=self.with_columns(state.own, columns), column=np.int32(column))
 
     def resize(
-        self, state: DecodeState, order: jax.Array, members: jax.Array, columns: int, kept
+        self, state: DecodeState, old_slots: jax.Array, members: jax.Array, columns: int, kept
     ) -> DecodeState:
         """Gathers slots into a batch of another size, over a ring of another length.
 
         Args:
-          order: [new B] int32, the old slot of each new one; one past the last for an empty one.
+          old_slots: [new B] int32, the old slot of each new one; one past the last for an empty
+            one.
           members: [P, M] int32, the table of members by new slots.
           kept: int32 scalar, own tokens of the longest slot; they move to columns 0 .. kept - 1.
         """
         own, slots, column = self._gather(
-            state.own, state.slots, state.column, order, columns, kept
+            state.own, state.slots, state.column, old_slots, columns, kept
         )
         return state._replace(own=own, slots=slots, column=column, members=members)
 
     def regroup(
-        self, state: DecodeState, rows: jax.Array, row: jax.Array, rank: jax.Array
+        self, state: DecodeState, old_rows: jax.Array, row: jax.Array, rank: jax.Array
     ) -> DecodeState:
         """Gathers prefix rows, after a `resize` whose table of members has the new rows already.
 
         Args:
-          rows: [new P] int32, the old row of each new one.
+          old_rows: [new P] int32, the old row of each new one.
           row, rank: [B] int32, the place of each slot among the members.
         """
-        prefix = self.rows_of(state.prefix, rows)
+        prefix = self.rows_of(state.prefix, old_rows)
         slots = state.slots._replace(row=row, rank=rank)
         return state._replace(prefix=prefix, slots=slots)
 
@@ -499,7 +500,7 @@ class Verbs:
         return Prefixes(kv, jnp.take(prefix.lengths, rows, mode="clip"))
 
     @functools.partial(jax.jit, static_argnums=(0, 5))
-    def _gather(self, own: KV, slots: Slots, column, order, columns: int, kept):
+    def _gather(self, own: KV, slots: Slots, column, old_slots, columns: int, kept):
         first = jnp.mod(column - kept, self._columns(own))
 
         def turn(x, axis):
@@ -508,9 +509,9 @@ class Verbs:
             return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis), first, size, axis)
 
         turned = self.with_columns(self.sharded(self.layout.by_columns(turn, own)), columns)
-        moved = self.layout.take(turned, order)
-        exists = order < slots.token.shape[0]
-        slots = jax.tree.map(lambda x: jnp.take(x, order, axis=0, mode="clip"), slots)
+        moved = self.layout.take(turned, old_slots)
+        exists = old_slots < slots.token.shape[0]
+        slots = jax.tree.map(lambda x: jnp.take(x, old_slots, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)
         return self.sharded(moved), slots, jnp.mod(jnp.asarray(kept, jnp.int32), columns)
 
