@@ -11,7 +11,9 @@ import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine import cache_plan
+from adpo_jax.engine.batching import DecodeLoop
 from adpo_jax.engine.continuous import ContinuousBatch, LoadSizing
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.programs import Decode, Programs
 from adpo_jax.engine.requests import Request
 from adpo_jax.engine.schedule import Schedule
@@ -374,41 +376,78 @@ def test_a_prompt_is_scored_as_the_policy_scores_it(engine):
 
 
 class AtOnce:
-    """Compiles when it is told to, in the thread that tells it; `busy` meanwhile."""
+    """Compiles when it is told to, in the thread that tells it; keeps that out of `compiled`."""
 
-    busy = False
+    def __init__(self, compiled):
+        self.compiled = compiled
 
     def submit(self, function, *args):
-        job, self.busy = Future(), True
+        job, known = Future(), len(self.compiled)
         job.set_result(function(*args))
-        self.busy = False
+        del self.compiled[known:]
         return job
 
     def shutdown(self, **_):
         pass
 
 
-def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
-    """Other settings, more slots, a prompt in pieces: the loop meets no program new to it."""
+@pytest.fixture
+def compiled(monkeypatch):
+    """The names of the programs that are compiled from here on."""
     from jax._src import compiler
 
-    thread, met, compile_ = AtOnce(), [], compiler.compile_or_get_cached
+    names, compile_ = [], compiler.compile_or_get_cached
 
     def noting(backend, computation, *args, **kwargs):
-        if not thread.busy:
-            met.append(computation.operation.attributes["sym_name"].value)
+        names.append(computation.operation.attributes["sym_name"].value)
         return compile_(backend, computation, *args, **kwargs)
 
+    monkeypatch.setattr(compiler, "compile_or_get_cached", noting)
+    return names
+
+
+@pytest.mark.parametrize("written", [0, 40])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slots": 8},
+        {"rows": 2, "width": 2},
+        {"columns": 64},
+        {"prefix": 32},
+        {"slots": 8, "columns": 64, "rows": 8, "prefix": 32},
+    ],
+    ids=lambda changes: " and ".join(changes),
+)
+def test_a_change_of_sizes_runs_what_was_compiled_for_it(changes, written, compiled):
+    """With more steps `written` than columns the ring has gone round."""
+    policy = Policy(tiny.model_config(vocab_size=V + 3))
+    verbs = Engine(policy, max_prompt_length=32, max_response_length=64).verbs
+    loop = DecodeLoop(verbs, policy.init(jax.random.key(0)), None, None)
+    old = Sizes(slots=4, columns=32, rows=4, width=1, prefix=16)
+    new = old._replace(**changes)
+    loop._resize(old, 0)
+    loop._written = written
+    Programs(verbs, lambda: loop.params, 4)._compile_move(old, new)
+    compiled.clear()
+    loop._resize(new, 5)
+    assert compiled == []
+    assert jax.tree.map(np.shape, loop._state) == jax.tree.map(
+        np.shape, jax.eval_shape(lambda: verbs.init_decode_state(new))
+    )
+
+
+def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(compiled):
+    """Other settings, more slots, a prompt in pieces: the loop meets no program new to it."""
     policy = Policy(tiny.model_config(vocab_size=V + 2))  # with programs of its own
     lengths = {"max_prompt_length": 96, "max_response_length": 32}
     engine = Engine(policy, **lengths, num_slots=8, steps_per_dispatch=4, prefill_chunk_size=16)
     params = policy.init(jax.random.key(0))
     batch = ContinuousBatch(engine, params, compile_ahead=True)
-    batch._programs._thread = thread
+    batch._programs._thread = AtOnce(compiled)
     batch.submit([1, 2, 3], SamplingParams(max_tokens=32), seed=0)
     batch.step()
     batch.step()
-    monkeypatch.setattr(compiler, "compile_or_get_cached", noting)
+    compiled.clear()
     truncated = SamplingParams(max_tokens=20, top_k=5)
     batch.submit([4, 5], truncated, seed=1)
     batch.step()
@@ -420,7 +459,7 @@ def test_what_a_new_kind_of_request_needs_is_compiled_ahead_of_it(monkeypatch):
     while not long.num_tokens:
         batch.step()
     # A prompt of several rows is copied, and one in pieces begun, by programs that take no time.
-    assert set(met) <= {"jit_rows_of", "jit_insert", "jit_empty"}
+    assert set(compiled) <= {"jit_rows_of", "jit_insert", "jit_empty"}
 
 
 def test_a_request_whose_programs_are_missing_waits_while_others_stream_and_come(

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.model.decoder import ModelConfig
 from adpo_jax.model.rope import Rope
 
@@ -204,7 +205,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(model):
     sampling = SamplingParams(n=4, max_tokens=4)
     out = engine_of(policy).generate(params, prompts, sampling, jax.random.key(0))
     assert out.stats["prefill_tokens"] == sum(MIXED) - len(MIXED)
-    state = engine_of(policy).verbs.init_decode_state(8, 16, 2, 24, 4)
+    state = engine_of(policy).verbs.init_decode_state(Sizes(8, 16, rows=2, width=4, prefix=24))
     # Two rows of 24 tokens for two groups of four; a copy a sample would be eight.
     assert state.prefix.kv[0].v.shape == (2, 2, 24, 16)
 
@@ -437,7 +438,7 @@ def test_full_log_probs_are_the_trainers_under_truncation(model):
 def test_a_resized_ring_holds_what_gathering_column_by_column_gives(model, columns):
     policy, _ = model
     verbs, rng = engine_of(policy).verbs, np.random.default_rng(0)
-    state = verbs.init_decode_state(4, 16, 2, 8, 2)
+    state = verbs.init_decode_state(Sizes(4, 16, rows=2, width=2, prefix=8))
     filled = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state.own)
     column, kept, old_slots = 5, 7, np.array([3, 1, 4], np.int32)  # the third is empty
     state = state._replace(own=filled, column=np.int32(column))
@@ -533,7 +534,8 @@ def test_the_program_of_28_layers_is_hardly_larger_than_that_of_4():
         policy = Policy(config(num_layers=layers, **changes))
         verbs = engine_of(policy).verbs
         sampling = SamplingParams(n=2)
-        state = jax.eval_shape(lambda: verbs.init_decode_state(8, 32, 4, 16, 2))
+        sizes = Sizes(8, 32, rows=4, width=2, prefix=16)
+        state = jax.eval_shape(lambda: verbs.init_decode_state(sizes))
         params = jax.eval_shape(verbs.load_params, policy.abstract_params())
         numbers = (np.int32(0), np.int32(8))
         lowered = type(verbs).generate.lower(

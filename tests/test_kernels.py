@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from adpo_jax import Policy
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.engine import group_attention, kernels
-from adpo_jax.engine.decode_state import Prefixes
+from adpo_jax.engine.decode_state import Prefixes, Sizes
 from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kernels import decode_gpu, decode_tpu
 from adpo_jax.engine.kv_cache import CacheLayout, LayerKV
@@ -331,7 +331,7 @@ def test_a_gpu_puts_prompts_into_rows_as_others_do(stacked, monkeypatch):
     found = []
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr("adpo_jax.engine.verbs._platform", lambda _, name=platform: name)
-        state = verbs.init_decode_state(2, 4, 4, 16, 1)
+        state = verbs.init_decode_state(Sizes(2, 4, rows=4, width=1, prefix=16))
         found.append(Verbs.insert.__wrapped__(verbs, state, prefixes, jnp.array([3, 0, 0])).prefix)
     jax.tree.map(np.testing.assert_array_equal, *found)
     assert all(np.abs(x).max() > 1 for x in jax.tree.leaves(found[0].kv))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.dry_run.hlo import Program
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.group_attention import Reach
 from adpo_jax.engine.kernels import decode_tpu
 from adpo_jax.engine.kv_cache import CacheLayout
@@ -111,7 +112,8 @@ def test_decoding_qwen3_06b_compiles_for_a_v5e_with_the_cache_in_place(on_tpu):
     layout = CacheLayout(28, 8, 128, jnp.bfloat16, stacked=True, transposed_keys=False)
     verbs = Verbs(policy, layout, "pallas_tpu")
     sampling = SamplingParams(n=8, max_tokens=512)
-    state = jax.eval_shape(lambda: verbs.init_decode_state(64, 512, 16, 512, 8))
+    sizes = Sizes(64, 512, rows=16, width=8, prefix=512)
+    state = jax.eval_shape(lambda: verbs.init_decode_state(sizes))
     verbs_params = policy.abstract_params()
     knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), sampling.knobs())
     compiled = Verbs.generate.lower(

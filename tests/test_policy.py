@@ -11,6 +11,7 @@ from golden_models import FAMILIES, GOLDEN, VARIANTS, arrays, config_of, model
 
 from adpo_jax import Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
 
@@ -57,7 +58,7 @@ def decoded_log_probs(verbs: Verbs, params, tokens, lengths) -> np.ndarray:
     greedy = SamplingParams(temperature=0, max_tokens=T)
     method = dataclasses.replace(greedy.method, num_alternatives=V)
     params = verbs.load_params(params)
-    state = verbs.init_decode_state(B, T, B, T, 1)
+    state = verbs.init_decode_state(Sizes(B, T, rows=B, width=1, prefix=T))
     state = verbs.insert(state, verbs.prefill(params, tokens, lengths), rows)
     found = np.full((B, T, V), np.nan, np.float32)
     for step in range(T - lengths.min()):

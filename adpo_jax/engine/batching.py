@@ -35,8 +35,15 @@ import numpy as np
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.decode_state import DecodeState, Prefixes, ResultTokens, Slots, with_before
-from adpo_jax.engine.kv_cache import KV, PageSizes
+from adpo_jax.engine.decode_state import (
+    DecodeState,
+    Prefixes,
+    ResultTokens,
+    Sizes,
+    Slots,
+    with_before,
+)
+from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import Piece
 from adpo_jax.engine.past_rows import PastKeeper
@@ -53,24 +60,6 @@ class _Ended(NamedTuple):
     slot: int
     first: int  # column of the ring
     count: int  # columns
-
-
-class Sizes(NamedTuple):
-    """The sizes of a decode state."""
-
-    slots: int
-    columns: int  # of the ring
-    rows: int  # prefix rows
-    width: int  # the most samples of a prefix row
-    prefix: int  # tokens of a prefix row
-    past_rows: int = 0
-    past: int = 0  # columns of a past row
-    pages: PageSizes | None = None  # None where the ring holds the longest completion
-
-    @property
-    def of_state(self) -> tuple[int, int, int, int, int, PageSizes | None]:
-        """The arguments of `Verbs.init_decode_state`."""
-        return self.slots, self.columns, self.rows, self.prefix, self.width, self.pages
 
 
 class Sizing(Protocol):
@@ -145,7 +134,7 @@ class DecodeLoop:
         settings: Settings,
         *,
         num_shards: int = 1,
-        make_state: Callable[..., DecodeState] | None = None,
+        make_state: Callable[[Sizes], DecodeState] | None = None,
         keeps_memory: bool = False,
         most_prefilled: Callable[[int, int], int] | None = None,
         prefill_chunk_size: int = 0,
@@ -390,7 +379,7 @@ class DecodeLoop:
             schedule.lay_out(0, 0, 1)
         elif now is None:
             schedule.lay_out(sizes.slots, sizes.rows, sizes.width)
-            self._state = self._make_state(*sizes.of_state)
+            self._state = self._make_state(sizes)
             self._written = 0
             if sizes.pages is not None:
                 most = self._sizing.most_columns
@@ -407,7 +396,7 @@ class DecodeLoop:
         """
         slots, columns, rows, width, prefix, *_ = sizes
         schedule, verbs, kept = self.schedule, self._verbs, np.int32(most_in_ring)
-        moves = (slots, rows, width) != (now.slots, now.rows, now.width)
+        moves = sizes.moves(now)
         if moves:
             self._has_moved, self._first_ring = True, None
         elif self._keeps_memory and not self._has_moved and self._first_ring is None:

@@ -30,7 +30,8 @@ import numpy as np
 
 from adpo_jax.engine import cache_plan, reading, sampling
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import DecodeLoop, Sizes
+from adpo_jax.engine.batching import DecodeLoop
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.patience import Patience, own_settings
 from adpo_jax.engine.programs import Programs

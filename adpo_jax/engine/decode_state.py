@@ -10,8 +10,25 @@ import jax
 import numpy as np
 
 from adpo_jax.engine.group_attention import PastView
-from adpo_jax.engine.kv_cache import KV
+from adpo_jax.engine.kv_cache import KV, PageSizes
 from adpo_jax.engine.sampling import Alternatives
+
+
+class Sizes(NamedTuple):
+    """The sizes of a decode state."""
+
+    slots: int
+    columns: int  # of the ring
+    rows: int  # prefix rows
+    width: int  # the most samples of a prefix row
+    prefix: int  # tokens of a prefix row
+    past_rows: int = 0
+    past: int = 0  # columns of a past row
+    pages: PageSizes | None = None  # None where the ring holds the longest completion
+
+    def moves(self, old: "Sizes") -> bool:
+        """Whether slots or prefix rows move into others when these sizes follow the old ones."""
+        return (self.slots, self.rows, self.width) != (old.slots, old.rows, old.width)
 
 
 class Prefixes(NamedTuple):

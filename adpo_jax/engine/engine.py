@@ -28,10 +28,10 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import RULES, mesh_axis_size
 from adpo_jax.engine import cache_plan, kernels, reading
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import DecodeLoop, Sizes
-from adpo_jax.engine.decode_state import DecodeState
+from adpo_jax.engine.batching import DecodeLoop
+from adpo_jax.engine.decode_state import DecodeState, Sizes
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
-from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
+from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.requests import Request
 from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.engine.session import Session
@@ -227,7 +227,7 @@ class Engine:
         length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         sizes, _ = self._sizes(2 * self.num_slots, n, self.max_response_length, length)
         params = verbs.abstract_params()
-        state = verbs.abstract_state(*sizes.of_state)
+        state = verbs.abstract_state(sizes)
         if self.prefill_pieces > 1:
             prefill = reading.trace(verbs, params, self.prefill_chunk_size, length, self.shards)
         else:
@@ -247,17 +247,17 @@ class Engine:
         """Gives the memory of a kept cache back."""
         self._kept = None
 
-    def _new_state(self, *sizes: int | PageSizes | None) -> DecodeState:
+    def new_state(self, sizes: Sizes) -> DecodeState:
         """A state without active slots: the kept state if it has these sizes, else a new one."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(*sizes))
+            wanted = jax.eval_shape(lambda: self.verbs.init_decode_state(sizes))
             if jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, wanted):
                 # Samples that a stop string ended last are still active on the device.
                 idle = kept.slots._replace(active=jnp.zeros_like(kept.slots.active))
                 return kept._replace(slots=idle, column=np.int32(0))
         del kept
-        return self.verbs.init_decode_state(*sizes)
+        return self.verbs.init_decode_state(sizes)
 
     def generate(
         self,
@@ -328,7 +328,7 @@ class Engine:
             self._sizing(prompts, sampling),
             shared_settings(sampling),
             num_shards=self.shards,
-            make_state=self._new_state,
+            make_state=self.new_state,
             keeps_memory=not self.free_cache_engine,
             prefill_chunk_size=self.prefill_chunk_size,
         )

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adpo_jax.engine.batching import DecodeLoop, Settings, Sizes
+from adpo_jax.engine.batching import DecodeLoop, Settings
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule, smallest_holding

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jetstream.engine import engine_api, tokenizer_api, tokenizer_pb2
 
-from adpo_jax.engine.decode_state import DecodeState, Prefixes, Slots
+from adpo_jax.engine.decode_state import DecodeState, Prefixes, Sizes, Slots
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams, threefry
 from adpo_jax.engine.schedule import column_buckets, length_bucket
@@ -96,9 +96,8 @@ class JetStreamEngine(engine_api.Engine):
         slots = self._engine.num_slots
         columns = column_buckets(self._sampling.max_tokens, 1)[-1]
         # Every slot has a prefix row, since JetStream inserts one sample of a prompt.
-        return self._verbs.init_decode_state(
-            slots, columns, slots, self._engine.max_prompt_length, 1
-        )
+        sizes = Sizes(slots, columns, slots, width=1, prefix=self._engine.max_prompt_length)
+        return self._verbs.init_decode_state(sizes)
 
     def prefill(
         self, *, params, existing_prefix=None, padded_tokens: jax.Array, true_length: int

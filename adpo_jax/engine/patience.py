@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import Sizes, Sizing
+from adpo_jax.engine.batching import Sizing
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.programs import (
     CopyPrompt,
     Decode,

@@ -16,8 +16,7 @@ import numpy as np
 from absl import logging
 
 from adpo_jax.engine import reading, sampling
-from adpo_jax.engine.batching import Sizes
-from adpo_jax.engine.decode_state import DecodeState, Slots
+from adpo_jax.engine.decode_state import DecodeState, Sizes, Slots
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
 from adpo_jax.engine.verbs import Verbs
 
@@ -133,7 +132,7 @@ class Programs:
 
     def _state(self, sizes: Sizes) -> DecodeState:
         """The shapes of a state."""
-        return jax.eval_shape(lambda: self._verbs.init_decode_state(*sizes.of_state))
+        return jax.eval_shape(lambda: self._verbs.init_decode_state(sizes))
 
     def _compile_decode(self, sizes: Sizes, method: Method, stop_width: int) -> None:
         state = self._state(sizes)
@@ -171,7 +170,7 @@ class Programs:
 
     def _compile_move(self, old: Sizes, new: Sizes) -> None:
         state, verbs = self._state(old), self._verbs
-        moves = (new.slots, new.rows, new.width) != (old.slots, old.rows, old.width)
+        moves = new.moves(old)
         if moves or new.columns != old.columns:
             old_slots = np.zeros(new.slots, np.int32)
             Verbs._gather.lower(

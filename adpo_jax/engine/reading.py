@@ -22,7 +22,7 @@ import numpy as np
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.decode_state import Prefixes
+from adpo_jax.engine.decode_state import Prefixes, Sizes
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.past import Chunks
 from adpo_jax.engine.requests import Request
@@ -106,8 +106,9 @@ def _plain(tree):
 
 def _store(verbs: Verbs, num_shards: int, columns: int) -> KV:
     """The shapes of a store."""
-    state = verbs.abstract_state(num_shards, schedule_lib.MIN_BUCKET, num_shards, columns, 1)
-    return state.prefix.kv
+    least, S = schedule_lib.MIN_BUCKET, num_shards
+    sizes = Sizes(slots=S, columns=least, rows=S, width=1, prefix=columns)
+    return verbs.abstract_state(sizes).prefix.kv
 
 
 def compile_copies(verbs: Verbs, columns: int, length: int) -> Prefixes:

@@ -33,7 +33,8 @@ import jax
 import numpy as np
 
 from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.batching import DecodeLoop, Sizes
+from adpo_jax.engine.batching import DecodeLoop
+from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.generation import (
     LEAST_STEPS,
     Growing,
@@ -231,7 +232,7 @@ class Session:
             self._sizing,
             shared_settings(sampling),
             num_shards=engine.shards,
-            make_state=engine._new_state,
+            make_state=engine.new_state,
             turns=self._sizing.turns,
             prefill_chunk_size=engine.prefill_chunk_size,
         )

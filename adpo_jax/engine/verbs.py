@@ -24,9 +24,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adpo_jax.devices import sharding
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels, kv_cache, sampling, state_store
-from adpo_jax.engine.decode_state import DecodeState, Pages, Prefixes, ResultTokens, Slots, age
+from adpo_jax.engine.decode_state import (
+    DecodeState,
+    Pages,
+    Prefixes,
+    ResultTokens,
+    Sizes,
+    Slots,
+    age,
+)
 from adpo_jax.engine.group_attention import PageView, View, group_attention
-from adpo_jax.engine.kv_cache import KV, CacheLayout, PageSizes
+from adpo_jax.engine.kv_cache import KV, CacheLayout
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
 from adpo_jax.model.attention import Attend
@@ -118,21 +126,15 @@ class Verbs:
 
     # --- the state
 
-    def abstract_state(self, *sizes: int | PageSizes | None) -> DecodeState:
+    def abstract_state(self, sizes: Sizes) -> DecodeState:
         """The shapes and shardings of `init_decode_state`'s result."""
-        return _abstract_result(Verbs.init_decode_state, self, *sizes)
+        return _abstract_result(Verbs.init_decode_state, self, sizes)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-    def init_decode_state(
-        self,
-        slots: int,
-        columns: int,
-        rows: int,
-        prefix_length: int,
-        members: int,
-        pages: PageSizes | None = None,
-    ) -> DecodeState:
-        """An empty state of these sizes."""
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def init_decode_state(self, sizes: Sizes) -> DecodeState:
+        """An empty state of these sizes, which has no past rows yet."""
+        assert not sizes.past_rows  # else it would be compiled for each number of them
+        slots, columns, rows, width, prefix, *_, pages = sizes
         ints, pool = jnp.zeros(slots, jnp.int32), None
         if pages is not None:
             kv = self.sharded(self.layout.without_states.zeros(pages.pages, pages.page))
@@ -140,7 +142,7 @@ class Verbs:
         return DecodeState(
             own=self.sharded(self.layout.zeros(slots, columns)),
             prefix=Prefixes(
-                self.sharded(self.layout.zeros(rows, prefix_length)), jnp.zeros(rows, jnp.int32)
+                self.sharded(self.layout.zeros(rows, prefix)), jnp.zeros(rows, jnp.int32)
             ),
             slots=Slots(
                 token=ints,
@@ -152,7 +154,7 @@ class Verbs:
                 key_data=jnp.zeros((slots, 2), jnp.uint32),
                 before=None if pages is None else ints,
             ),
-            members=jnp.zeros((rows, members), jnp.int32),
+            members=jnp.zeros((rows, width), jnp.int32),
             column=jnp.zeros((), jnp.int32),
             pages=pool,
         )
