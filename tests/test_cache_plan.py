@@ -231,19 +231,19 @@ def test_a_kept_cache_is_used_again_and_can_be_freed():
     longer = dataclasses.replace(sampling, max_tokens=64)
     engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
     engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
-    kept = engine._kept.own[0].k.unsafe_buffer_pointer()
+    kept = engine._kept.ring[0].k.unsafe_buffer_pointer()
     second = engine.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
     np.testing.assert_array_equal(second.padded("tokens"), first.padded("tokens"))
-    assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
+    assert engine._kept.ring[0].k.unsafe_buffer_pointer() == kept
     third = engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
     np.testing.assert_array_equal(third.padded("tokens")[..., :8], first.padded("tokens"))
     engine.free_cache()
     fresh = engine.generate(params, [[1, 2], [3]], longer, jax.random.key(0))
     np.testing.assert_array_equal(third.padded("tokens"), fresh.padded("tokens"))
     # The ring has grown; what is kept is what the next call begins with.
-    kept = engine._kept.own[0].k.unsafe_buffer_pointer()
+    kept = engine._kept.ring[0].k.unsafe_buffer_pointer()
     engine.generate(params, [[1, 2], [3]], longer, jax.random.key(1))
-    assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
+    assert engine._kept.ring[0].k.unsafe_buffer_pointer() == kept
     engine.free_cache()
     assert engine._kept is None
 

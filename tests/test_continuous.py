@@ -276,7 +276,7 @@ def test_a_batch_that_grows_stays_within_the_memory_it_was_planned_for(monkeypat
 
         return call
 
-    for name in ("_gather", "rows_of", "with_columns"):
+    for name in ("gather_slots", "rows_of", "with_columns"):
         monkeypatch.setattr(Verbs, name, watched(getattr(Verbs, name)))
     sampling = SamplingParams(max_tokens=columns)
     batch.submit([1] * prefix, sampling, seed=0)

@@ -344,7 +344,7 @@ def test_a_decode_program_is_compiled_for_each_size_and_no_more(model, monkeypat
     generate = verbs.generate
 
     def recorded(self, params, state, *rest):
-        columns, prefix = state.own[0].v.shape[2], state.prefix.kv[0].v.shape[2]
+        columns, prefix = state.ring[0].v.shape[2], state.prefix.kv[0].v.shape[2]
         sizes.add((len(state.slots.token), columns, prefix, state.members.shape))
         return generate(self, params, state, *rest)
 
@@ -382,9 +382,9 @@ def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model
     # No smaller as samples end; the ring grows.
     assert out.stats["slot_steps"] == 16 * out.stats["steps"]
     assert out.stats["resizes"] > 0
-    kept = engine._kept.own[0].k.unsafe_buffer_pointer()
+    kept = engine._kept.ring[0].k.unsafe_buffer_pointer()
     again = engine.generate(params, prompts, sampling, jax.random.key(3))
-    assert engine._kept.own[0].k.unsafe_buffer_pointer() == kept
+    assert engine._kept.ring[0].k.unsafe_buffer_pointer() == kept
     assert_equal_tokens(again.groups, out.groups)
     alone = engine.generate(params, prompts[:1], sampling, jax.random.key(3))
     assert alone.stats["slot_steps"] == 8 * alone.stats["steps"]
@@ -439,12 +439,12 @@ def test_a_resized_ring_holds_what_gathering_column_by_column_gives(model, colum
     policy, _ = model
     verbs, rng = engine_of(policy).verbs, np.random.default_rng(0)
     state = verbs.init_decode_state(Sizes(4, 16, rows=2, width=2, prefix=8))
-    filled = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state.own)
+    filled = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state.ring)
     column, kept, old_slots = 5, 7, np.array([3, 1, 4], np.int32)  # the third is empty
-    state = state._replace(own=filled, column=np.int32(column))
+    state = state._replace(ring=filled, column=np.int32(column))
     resized = verbs.resize(state, old_slots, state.members, columns, np.int32(kept))
     take = (column - kept + np.arange(kept)) % 16
-    for old, new in zip(filled, resized.own):
+    for old, new in zip(filled, resized.ring):
         np.testing.assert_array_equal(new.k[:2, ..., :kept], old.k[old_slots[:2]][..., take])
         np.testing.assert_array_equal(new.v[:2, :, :kept], old.v[old_slots[:2]][:, :, take])
         assert new.v.shape[2] == columns

@@ -42,7 +42,7 @@ def ring_reach(columns):
     age = np.array([-1, 0, 7, 40, columns - 1], np.int32)[:, None]
     return Reach(
         origin=jnp.full((ROWS, Q), 19, jnp.int32),
-        reach=jnp.broadcast_to(jnp.asarray(age), (ROWS, Q)),
+        back=jnp.broadcast_to(jnp.asarray(age), (ROWS, Q)),
         length=jnp.full((ROWS,), columns, jnp.int32),
         ring=True,
     )
@@ -156,7 +156,7 @@ def test_the_tpu_kernel_fetches_ahead_over_rows_and_programs():
     age = jnp.asarray(rng.integers(-1, columns, (rows, 1)), jnp.int32)
     reach = Reach(
         origin=jnp.full((rows, 8), 50, jnp.int32),
-        reach=jnp.broadcast_to(age, (rows, 8)),
+        back=jnp.broadcast_to(age, (rows, 8)),
         length=jnp.full((rows,), columns, jnp.int32),
         ring=True,
     )
@@ -291,7 +291,7 @@ def test_the_prompts_of_idle_samples_and_of_nobody_are_not_read():
 
     def attend(q, kv, index, reach):
         if not reach.ring:
-            seen.append(np.asarray(reach.reach))
+            seen.append(np.asarray(reach.back))
         return group_attention.attend_part(
             q, kv, index, reach, soft_cap=None, transposed_keys=False
         )
@@ -306,9 +306,9 @@ def test_the_prompts_of_idle_samples_and_of_nobody_are_not_read():
         prefix_length=jnp.array([8, 8, 8], jnp.int32),
     )
     q = jnp.ones((3, K, D))
-    own, prefix = layout().zeros(3, 4), layout().zeros(3, 8)
+    ring, prefix = layout().zeros(3, 4), layout().zeros(3, 8)
     layer = LayerInfo(np.int32(0), np.int32(GLOBAL_WINDOW), np.int32(0))
-    group_attention.group_attention(q, own, prefix, layer, view, scale=1.0, attend=attend)
+    group_attention.group_attention(q, ring, prefix, layer, view, scale=1.0, attend=attend)
     everything = group_attention.UNBOUNDED
     assert seen[0].tolist() == [[everything, -1], [everything, -1], [-1, -1]]
 

@@ -157,7 +157,7 @@ def test_parameters_gradients_optimizer_anchor_cache_and_batches_are_split():
         assert f"f32[{','.join(map(str, x.shape))}]" not in compiled
 
     engine.generate(state.params, PROMPTS, SamplingParams(n=1, max_tokens=6), jax.random.key(0))
-    for layer in (*engine._kept.own, *engine._kept.prefix.kv):
+    for layer in (*engine._kept.ring, *engine._kept.prefix.kv):
         for x in (layer.k, layer.v):
             assert x.addressable_shards[0].data.size == x.size // 8
 

@@ -341,8 +341,8 @@ class DecodeLoop:
         """The memory that the loop began with; None if the batch has moved out of it."""
         if self._has_moved or self._state is None:
             return None
-        own = self._state.own if self._first_ring is None else self._first_ring
-        return self._state._replace(own=own)
+        ring = self._state.ring if self._first_ring is None else self._first_ring
+        return self._state._replace(ring=ring)
 
     def free(self):
         """Forgets all samples and frees the memory."""
@@ -400,7 +400,7 @@ class DecodeLoop:
         if moves:
             self._has_moved, self._first_ring = True, None
         elif self._keeps_memory and not self._has_moved and self._first_ring is None:
-            self._first_ring = self._state.own
+            self._first_ring = self._state.ring
         if moves:
             old_slots, old_rows = schedule.lay_out(slots, rows, width)
             members = schedule.members.copy()

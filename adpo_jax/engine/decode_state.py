@@ -74,7 +74,7 @@ class Pages(NamedTuple):
 class DecodeState(NamedTuple):
     """Everything that decoding keeps between calls."""
 
-    own: KV  # [B rows, C columns]
+    ring: KV  # [B rows, C columns]
     prefix: Prefixes  # [P rows, T columns]
     slots: Slots
     members: jax.Array  # [P, M] int32, the slot of each sample of a prefix row; 0 where none

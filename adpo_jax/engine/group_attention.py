@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
-from adpo_jax.engine.kv_cache import KV, LayerKV, any_layer, of_kind, read_layer
+from adpo_jax.engine.kv_cache import KV, LayerKV, any_layer, num_columns, of_kind, read_layer
 from adpo_jax.model.attention import MASKED, LayerInfo, by_kv_head
 
 # A reach that is longer than any sequence.
@@ -39,9 +39,7 @@ class PageView(NamedTuple):
     """Which pages belong to which slot; all layers share it."""
 
     table: jax.Array  # [B, N] int32, the slot's pages in their order; any number past the last one
-    place: (
-        jax.Array
-    )  # [B] int32, of the token being fed, counted from the first page's first column
+    place: jax.Array  # [B] int32, of the token being fed, from the first page's first column on
     length: jax.Array  # [B] int32, columns that the slot has in pages
 
 
@@ -49,7 +47,7 @@ class View(NamedTuple):
     """Where each slot is in this step; all layers share it."""
 
     position: jax.Array  # [B] int32, of the token being fed, in its sequence
-    age: jax.Array  # [B] int32, own tokens before the one being fed; -1 for an idle slot
+    age: jax.Array  # [B] int32, tokens in the ring before the one being fed; -1 for an idle slot
     column: jax.Array  # int32 scalar, of the ring, where this step writes
     row: jax.Array  # [B] int32, the slot's prefix row
     rank: jax.Array  # [B] int32, the slot's place among the samples of that row
@@ -60,24 +58,24 @@ class View(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Which columns a query sees: of those below `length`, the last `reach + 1` up to `origin`.
+    """Which columns a query sees: of those below `length`, the last `back + 1` up to `origin`.
 
     In a ring, the columns before the first are the last ones.
     """
 
     origin: jax.Array  # [rows, Q] int32
-    reach: jax.Array  # [rows, Q] int32, -1 for nothing
+    back: jax.Array  # [rows, Q] int32, -1 for nothing
     length: jax.Array  # [rows] int32
     ring: bool
 
 
-def own_reach(view: View, columns: int, queries: int, window) -> Reach:
+def ring_reach(view: View, columns: int, queries: int, window) -> Reach:
     """The reach of slots in the ring: a slot sees its own tokens, the one being fed included."""
     B = view.age.shape[0]
-    reach = jnp.minimum(view.age, window - 1)
+    back = jnp.minimum(view.age, window - 1)
     return Reach(
         origin=jnp.broadcast_to(view.column, (B, queries)),
-        reach=jnp.broadcast_to(reach[:, None], (B, queries)),
+        back=jnp.broadcast_to(back[:, None], (B, queries)),
         length=jnp.full((B,), columns, jnp.int32),
         ring=True,
     )
@@ -92,18 +90,18 @@ def row_reach(position_PM: jax.Array, lives_PM: jax.Array, length_P, queries: in
       length_P: int32, columns of the row.
       queries: heads a sample.
     """
-    reach = jnp.where(lives_PM, jnp.minimum(window - 1, UNBOUNDED), -1)
-    origin, reach = (jnp.repeat(x, queries, axis=1) for x in (position_PM, reach))
-    return Reach(origin, reach, length_P, ring=False)
+    back = jnp.where(lives_PM, jnp.minimum(window - 1, UNBOUNDED), -1)
+    origin, back = (jnp.repeat(x, queries, axis=1) for x in (position_PM, back))
+    return Reach(origin, back, length_P, ring=False)
 
 
 def columns_in_reach(reach: Reach, columns: int) -> jax.Array:
     """Which columns of a store each query sees, [rows, Q, columns] bool."""
     at = jnp.arange(columns, dtype=jnp.int32)
-    back = reach.origin[:, :, None] - at
+    behind = reach.origin[:, :, None] - at
     if reach.ring:
-        back = jnp.mod(back, columns)
-    return (back <= reach.reach[:, :, None]) & (at < reach.length[:, None, None])
+        behind = jnp.mod(behind, columns)
+    return (behind <= reach.back[:, :, None]) & (at < reach.length[:, None, None])
 
 
 class Part(NamedTuple):
@@ -172,7 +170,7 @@ def _attend_pages(
 ) -> Part:
     """`attend_part` with a table."""
     visit = functools.partial(_visit_pages, kv, index, transposed_keys=transposed_keys, **options)
-    arguments = q, reach.origin, reach.reach, reach.length, table
+    arguments = q, reach.origin, reach.back, reach.length, table
     # Keys are transposed on a CPU. There rows are visited in turn, each with its own number of
     # pages; side by side, as others want them, all would wait for the longest one.
     if transposed_keys and len(q) > 1:
@@ -186,7 +184,7 @@ def _visit_pages(kv: KV, index, q, origin, back, length, table: jax.Array, **opt
 
     Only the pages of one step are gathered, never all of them.
     """
-    page = any_layer(kv).v.shape[-2]
+    page = num_columns(kv)
 
     def pages_at(j) -> LayerKV:
         rows = table[:, j]
@@ -219,7 +217,7 @@ def block_range(reach: Reach, columns: int, block: int) -> tuple[jax.Array, jax.
     newest = jnp.max(reach.origin, axis=1)
     if not reach.ring:
         newest = jnp.maximum(reach.length - 1, 0)
-    oldest = jnp.min(reach.origin - reach.reach, axis=1)
+    oldest = jnp.min(reach.origin - reach.back, axis=1)
     if not reach.ring:
         oldest = jnp.clip(oldest, 0, newest)
     start = newest // block
@@ -255,7 +253,7 @@ def merge(*parts: Part, sinks: jax.Array | None = None) -> jax.Array:
 
 def group_attention(
     q_BHD: jax.Array,
-    own: KV,
+    ring: KV,
     prefix: KV,
     layer: LayerInfo,
     view: View,
@@ -266,7 +264,7 @@ def group_attention(
     past: KV | None = None,
     pages: KV | None = None,
 ) -> jax.Array:
-    """One query a slot over its group's prefix, its past, its pages and its own tokens.
+    """One query a slot over its group's prefix, its past, its pages and its row of the ring.
 
     Queries are gathered by group, so that a prefix is read once for all its samples. A slot lies on
     the device of its prefix row, its past row and its pages (`schedule`), so that nothing moves
@@ -280,13 +278,13 @@ def group_attention(
       [B, H, D] in the dtype of q.
     """
     B, H, D = q_BHD.shape
-    own, prefix = of_kind(own, layer), of_kind(prefix, layer)
+    ring, prefix = of_kind(ring, layer), of_kind(prefix, layer)
     past = None if past is None else of_kind(past, layer)
-    one = any_layer(own)
-    K, C = one.v.shape[-3], one.v.shape[-2]
+    K, C = any_layer(ring).v.shape[-3], num_columns(ring)
     R = H // K
     q_BKRD = (q_BHD * jnp.asarray(scale, q_BHD.dtype)).reshape(B, K, R, D)
-    own_part = attend(q_BKRD, own, layer.at, own_reach(view, C, R, layer.window_at(view.position)))
+    reach = ring_reach(view, C, R, layer.window_at(view.position))
+    of_ring = attend(q_BKRD, ring, layer.at, reach)
     by_row, by_head = ("batch",), ("batch", "kv_heads")
 
     def of_rows(q_BKRD, slot_PM):  # -> [P, K, M * R, D]
@@ -328,7 +326,7 @@ def group_attention(
 
     first = jnp.zeros_like(view.prefix_length)
     of_prefix = part_of(prefix, view.slot, view.row, view.rank, first, view.prefix_length)
-    parts = [own_part, of_prefix]
+    parts = [of_ring, of_prefix]
     if past is not None:
         rank = jnp.zeros_like(view.past.row)
         place = view.past

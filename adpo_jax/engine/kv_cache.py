@@ -4,7 +4,7 @@ A slot (one sample being decoded) attends to two stores:
 
 - *prefix*: one row a prompt, shared by the samples of its group. It holds all tokens of the prompt
   but the last, which is the first token that each sample feeds.
-- *own*: one row a slot, the tokens of the sample itself. The columns form a ring that all slots
+- *ring*: one row a slot, the tokens of the sample itself. The columns form a ring that all slots
   fill together: step t of the engine writes column t mod C of every row. So a step writes one
   column, whatever the slots' lengths, instead of scattering. A slot sees the columns of its own
   last steps, so a refilled slot needs no reset.
@@ -78,6 +78,11 @@ def is_layers(kv: KV) -> bool:
 def any_layer(kv: KV) -> LayerKV:
     """The first LayerKV of a store; all have as many rows and columns."""
     return jax.tree.leaves(kv, is_leaf=is_layers)[0]
+
+
+def num_columns(kv: KV) -> int:
+    """The columns of each row of a store."""
+    return any_layer(kv).v.shape[-2]
 
 
 def of_kind(kv: KV, layer: LayerInfo) -> KV:

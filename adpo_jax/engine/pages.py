@@ -200,7 +200,7 @@ class Pager:
             count.
         """
         schedule, copies = self._schedule, []
-        ring = kv_cache.any_layer(state.own).v.shape[-2]  # which may not be at its longest
+        columns = kv_cache.num_columns(state.ring)  # it may not be at its longest
         for sample, slot, first, count in ended:
             shard, stop = schedule.shard_of_slot(slot), sample.before + count
             self._make_room(shard, [(sample, stop)], sample)
@@ -209,10 +209,10 @@ class Pager:
                 self.num_evicted += 1
                 continue
             self._tables.take(sample, shard, stop)
-            moves = self._tables.moves(sample, slot, first, sample.before, stop, ring)
+            moves = self._tables.moves(sample, slot, first, sample.before, stop, columns)
             copies += [(shard, copy) for copy in moves]
             sample.in_past, self._idle[sample] = stop, shard
-        kv = past_lib.put_all(self._verbs, state.pages.kv, state.own, copies, schedule.num_shards)
+        kv = past_lib.put_all(self._verbs, state.pages.kv, state.ring, copies, schedule.num_shards)
         return state._replace(pages=state.pages._replace(kv=kv))
 
     def _make_room(
@@ -271,7 +271,7 @@ class Pager:
                 copies += [(shard, copy) for copy in moves]
                 sample.before = stop
             before[slot] = sample.before
-        kv = past_lib.put_all(self._verbs, state.pages.kv, state.own, copies, schedule.num_shards)
+        kv = past_lib.put_all(self._verbs, state.pages.kv, state.ring, copies, schedule.num_shards)
         slots = state.slots._replace(before=past_lib.placed(self._verbs, before))
         state = state._replace(slots=slots, pages=state.pages._replace(kv=kv))
         return self.placed(state), waiting
@@ -319,14 +319,14 @@ class Pager:
 
     def store(self, state: DecodeState) -> KV:
         """What a sample's chunks are prefilled into: its pages, and the state in its slot."""
-        states = state.own[-1:] if self._verbs.layout.linear else ()
+        states = state.ring[-1:] if self._verbs.layout.linear else ()
         return (*state.pages.kv, *states) if states else state.pages.kv
 
     def with_store(self, state: DecodeState, store: KV) -> DecodeState:
         """The state with another such store."""
         if self._verbs.layout.linear:
             *store, states = store
-            state, store = state._replace(own=(*state.own[:-1], states)), tuple(store)
+            state, store = state._replace(ring=(*state.ring[:-1], states)), tuple(store)
         return state._replace(pages=state.pages._replace(kv=store))
 
     def placed(self, state: DecodeState) -> DecodeState:

@@ -185,11 +185,7 @@ def resized(verbs: Verbs, past: KV, old_rows: np.ndarray | None, columns: int) -
     """
     if old_rows is not None:
         past = rows_of(verbs, past, old_rows)
-    return past if _columns(verbs, past) == columns else verbs.with_columns(past, columns)
-
-
-def _columns(verbs: Verbs, kv: KV) -> int:
-    return kv_cache.any_layer(kv).v.shape[-2]
+    return past if kv_cache.num_columns(past) == columns else verbs.with_columns(past, columns)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -281,8 +277,8 @@ def _prefill_alike(
     length: int,
     num_shards: int,
 ) -> KV:
-    row_columns = _columns(verbs, past)
-    columns = _columns(verbs, prefix.kv) + row_columns
+    row_columns = kv_cache.num_columns(past)
+    columns = kv_cache.num_columns(prefix.kv) + row_columns
     scores = verbs.policy.config.num_heads * (columns + length)
     most = min(CHUNK_TOKENS, CHUNK_SCORES // scores) // length
     if verbs.layout.most_new_rows:

@@ -191,7 +191,7 @@ class PastKeeper:
             row = self._rows.row(sample)
             copies.append((shard, Copies(row, slot, first, at, count, row)))
             sample.in_past = at + count
-        kv = past_lib.put_all(self._verbs, state.past.kv, state.own, copies, schedule.num_shards)
+        kv = past_lib.put_all(self._verbs, state.past.kv, state.ring, copies, schedule.num_shards)
         return self.with_store(state, kv)
 
     def chunks(self, starts: Sequence[Start]) -> list[Piece]:

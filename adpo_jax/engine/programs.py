@@ -173,13 +173,13 @@ class Programs:
         moves = new.moves(old)
         if moves or new.columns != old.columns:
             old_slots = np.zeros(new.slots, np.int32)
-            Verbs._gather.lower(
-                verbs, state.own, state.slots, state.column, old_slots, new.columns, np.int32(0)
+            Verbs.gather_slots.lower(
+                verbs, state.ring, state.slots, state.column, old_slots, new.columns, np.int32(0)
             ).compile()
         if moves:
             Verbs.rows_of.lower(verbs, state.prefix, np.zeros(new.rows, np.int32)).compile()
         elif new.columns != old.columns:
-            Verbs.with_columns.lower(verbs, state.own, new.columns).compile()
+            Verbs.with_columns.lower(verbs, state.ring, new.columns).compile()
         if new.prefix != old.prefix:
             kv = self._state(old._replace(rows=new.rows)).prefix.kv
             Verbs.with_columns.lower(verbs, kv, new.prefix).compile()

@@ -68,7 +68,7 @@ class StateLayout:
 
 
 def begun(
-    own: MemoryStore,
+    ring: MemoryStore,
     prefix: MemoryStore,
     starts: jax.Array,
     row: jax.Array,
@@ -79,19 +79,19 @@ def begun(
     """The memory of slots, of which those that start take a copy of that of their prompt.
 
     Args:
-      own, prefix: of B slots and of P prefix rows; a slot lies on the device of its row.
+      ring, prefix: of B slots and of P prefix rows; a slot lies on the device of its row.
       starts: [B] bool.
       row: [B] int32, the slot's prefix row.
     """
     rows = jax.tree.leaves(prefix)[0].shape[lead]
 
-    def local(own, prefix, starts, row):
+    def local(ring, prefix, starts, row):
         P = jax.tree.leaves(prefix)[0].shape[lead]
         copies = jax.tree.map(lambda x: jnp.take(x, row % P, axis=lead), prefix)
-        return where_rows(starts, copies, own, lead)
+        return where_rows(starts, copies, ring, lead)
 
-    heads = min(x.shape[lead + 1] for x in jax.tree.leaves(own))
+    heads = min(x.shape[lead + 1] for x in jax.tree.leaves(ring))
     sizes = {"batch": math.gcd(len(starts), rows), "kv_heads": heads}
     of_rows = (*(None,) * lead, "batch", "kv_heads")
     axes = (of_rows, of_rows, ("batch",), ("batch",))
-    return on_each_device(local, mesh, sizes, axes, of_rows)(own, prefix, starts, row)
+    return on_each_device(local, mesh, sizes, axes, of_rows)(ring, prefix, starts, row)

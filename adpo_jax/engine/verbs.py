@@ -140,7 +140,7 @@ class Verbs:
             kv = self.sharded(self.layout.without_states.zeros(pages.pages, pages.page))
             pool = Pages(kv, jnp.zeros((slots, pages.most), jnp.int32))
         return DecodeState(
-            own=self.sharded(self.layout.zeros(slots, columns)),
+            ring=self.sharded(self.layout.zeros(slots, columns)),
             prefix=Prefixes(
                 self.sharded(self.layout.zeros(rows, prefix)), jnp.zeros(rows, jnp.int32)
             ),
@@ -262,7 +262,7 @@ class Verbs:
         """The decode state whose slots that start have the state of linear attention of what their
         samples have so far: that of the prompt, or of the past where there is one. Where there are
         pages the slot of a sample that goes on has it already."""
-        *others, memory = state.own
+        *others, memory = state.ring
         if state.pages is not None:
             starts &= slots.before == 0
         begun = functools.partial(state_store.begun, lead=self.lead, mesh=self.policy.mesh)
@@ -270,7 +270,7 @@ class Verbs:
         if state.past is not None:
             goes_on = starts & (slots.before > 0)
             memory = begun(memory, state.past.kv[-1], goes_on, state.past.view.row)
-        return state._replace(own=(*others, memory))
+        return state._replace(ring=(*others, memory))
 
     # --- generate
 
@@ -338,7 +338,7 @@ class Verbs:
     def _step(self, params, state: DecodeState, uniform, knobs: Knobs, method: Method):
         """Samples one token of every slot; the tokens of inactive slots are discarded."""
         slots = state.slots
-        hidden, own, extras = self._forward(params, state)
+        hidden, ring, extras = self._forward(params, state)
         logits = self.policy.head(params, hidden)
         drawn = sampling.sample(logits, uniform, slots.generated, knobs, method, self.policy.mesh)
         stopped = jnp.any(drawn.tokens[:, None] == knobs.stop_ids, axis=-1) & slots.active
@@ -352,9 +352,9 @@ class Verbs:
         if method.routed_experts:
             experts = jnp.moveaxis(extras[ROUTED][:, :, 0], 0, 1).astype(self.experts_dtype)
         result = ResultTokens(*drawn, valid=slots.active, stopped=stopped, experts=experts)
-        columns = self._columns(own)
+        columns = kv_cache.num_columns(ring)
         state = state._replace(
-            own=own,
+            ring=ring,
             slots=slots._replace(
                 token=advance(drawn.tokens, slots.token),
                 position=advance(slots.position + 1, slots.position),
@@ -386,11 +386,11 @@ class Verbs:
             self.attention, layout, config.attention_soft_cap, self.policy.mesh
         )
 
-        def attend(q, k, v, layer, own):
-            own = layout.write(own, layer, layout.pack(k, v), state.column)
+        def attend(q, k, v, layer, ring):
+            ring = layout.write(ring, layer, layout.pack(k, v), state.column)
             out = group_attention(
                 q[:, 0],
-                own,
+                ring,
                 state.prefix.kv,
                 layer,
                 view,
@@ -400,19 +400,19 @@ class Verbs:
                 past=None if state.past is None else state.past.kv,
                 pages=None if state.pages is None else state.pages.kv,
             )
-            return out[:, None], own
+            return out[:, None], ring
 
-        def recur(inputs, layer, own):
-            old = layout.read(own, layer)
+        def recur(inputs, layer, ring):
+            old = layout.read(ring, layer)
             out, new = linear_attention.step(inputs, old)
             # A sample that has ended may go on later, so its state must stay as it is.
-            return out, layout.write(own, layer, where_rows(slots.active, new, old))
+            return out, layout.write(ring, layer, where_rows(slots.active, new, old))
 
         attend = self.attention_of(attend, recur)
         tokens, positions = slots.token[:, None], slots.position[:, None]
         ffn = self.policy.ffn(slots.active[:, None])
-        hidden, own, extras = self.policy(params, tokens, positions, state.own, attend, ffn)
-        return hidden[:, 0], own, extras
+        hidden, ring, extras = self.policy(params, tokens, positions, state.ring, attend, ffn)
+        return hidden[:, 0], ring, extras
 
     @property
     def experts_shape(self) -> tuple[int, int]:
@@ -441,9 +441,6 @@ class Verbs:
             "False"
         )
 
-    def _columns(self, own: KV) -> int:
-        return kv_cache.any_layer(own).v.shape[-2]
-
     # --- resize
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -464,7 +461,7 @@ class Verbs:
         Args:
           column: steps written so far, at most the old columns.
         """
-        return state._replace(own=self.with_columns(state.own, columns), column=np.int32(column))
+        return state._replace(ring=self.with_columns(state.ring, columns), column=np.int32(column))
 
     def resize(
         self, state: DecodeState, old_slots: jax.Array, members: jax.Array, columns: int, kept
@@ -475,12 +472,13 @@ class Verbs:
           old_slots: [new B] int32, the old slot of each new one; one past the last for an empty
             one.
           members: [P, M] int32, the table of members by new slots.
-          kept: int32 scalar, own tokens of the longest slot; they move to columns 0 .. kept - 1.
+          kept: int32 scalar, the most tokens that a slot has in the ring; so many of the newest
+            columns move to columns 0 .. kept - 1.
         """
-        own, slots, column = self._gather(
-            state.own, state.slots, state.column, old_slots, columns, kept
+        ring, slots, column = self.gather_slots(
+            state.ring, state.slots, state.column, old_slots, columns, kept
         )
-        return state._replace(own=own, slots=slots, column=column, members=members)
+        return state._replace(ring=ring, slots=slots, column=column, members=members)
 
     def regroup(
         self, state: DecodeState, old_rows: jax.Array, row: jax.Array, rank: jax.Array
@@ -502,16 +500,16 @@ class Verbs:
         return Prefixes(kv, jnp.take(prefix.lengths, rows, mode="clip"))
 
     @functools.partial(jax.jit, static_argnums=(0, 5))
-    def _gather(self, own: KV, slots: Slots, column, old_slots, columns: int, kept):
-        first = jnp.mod(column - kept, self._columns(own))
+    def gather_slots(self, ring: KV, slots: Slots, column, old_slots, columns: int, kept):
+        first = jnp.mod(column - kept, kv_cache.num_columns(ring))
 
-        def turn(x, axis):
+        def rotate(x, axis):
             # A slice is taken, since gathering columns takes several times as long.
             size = min(columns, x.shape[axis])
             return jax.lax.dynamic_slice_in_dim(jnp.concatenate([x, x], axis), first, size, axis)
 
-        turned = self.with_columns(self.sharded(self.layout.by_columns(turn, own)), columns)
-        moved = self.layout.take(turned, old_slots)
+        rotated = self.with_columns(self.sharded(self.layout.by_columns(rotate, ring)), columns)
+        moved = self.layout.take(rotated, old_slots)
         exists = old_slots < slots.token.shape[0]
         slots = jax.tree.map(lambda x: jnp.take(x, old_slots, axis=0, mode="clip"), slots)
         slots = slots._replace(active=slots.active & exists)

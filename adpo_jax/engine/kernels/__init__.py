@@ -124,7 +124,7 @@ def _of_each_device(kernel: AttendPart, mesh: Mesh | None) -> AttendPart:
             {"batch": math.gcd(q.shape[0], rows), "kv_heads": q.shape[1]},
             in_axes=(by_head, of_layer, (), by_row, by_row, by_row, *(by_row for _ in tables)),
             out_axes=by_head,
-        )(q, stored, index, reach.origin, reach.reach, reach.length, *tables)
+        )(q, stored, index, reach.origin, reach.back, reach.length, *tables)
 
     return attend
 

@@ -161,7 +161,7 @@ def attend_part(
         reach.length,
         q,
         reach.origin,
-        reach.reach,
+        reach.back,
         kv.k,
         kv.v,
         *tables,

@@ -328,7 +328,7 @@ def attend_part(
         columns = page * table.shape[1]
         tables = (table.reshape(-1).astype(jnp.int32),)
     start, last = block_range(reach, columns, block)
-    sees = jnp.any(reach.reach >= 0, axis=1) & (reach.length > 0)
+    sees = jnp.any(reach.back >= 0, axis=1) & (reach.length > 0)
     count = jnp.where(sees, last + 1, 0)
     G, programs, A, N = cut_of(q, block, kv.k.dtype)
     # A chip with two cores gives each of them half of the programs.
@@ -391,7 +391,7 @@ def attend_part(
         *tables,
         of_rows(q.reshape(rows, K * Q, D), (0, N - K * Q), (0, 0)),
         of_queries(reach.origin),
-        of_queries(reach.reach),
+        of_queries(reach.back),
         *stored,
     )
 
