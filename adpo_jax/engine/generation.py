@@ -53,10 +53,12 @@ class CallSizing:
         return self.column_sizes[-1]
 
     def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes:
-        return self.first._replace(columns=self._columns_for(0)) if now is None else now
+        if now is not None:
+            return now
+        return self.first._replace(columns=columns_for(self.column_sizes, 0, self.steps))
 
     def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
-        columns = self._columns_for(most_in_ring)
+        columns = columns_for(self.column_sizes, most_in_ring, self.steps)
         if not schedule.num_waiting:
             slots = smallest_holding(self.slot_sizes, schedule.needed_slots)
             if slots < now.slots:
@@ -68,11 +70,16 @@ class CallSizing:
     def smaller(self, live: int) -> int:
         return max((s for s in self.slot_sizes if s < live), default=0)
 
-    def _columns_for(self, most_in_ring: int) -> int:
-        """Columns for so many tokens and the fewest steps that are worth a dispatch."""
-        steps = min(LEAST_STEPS, self.steps, self.column_sizes[0])
-        needed = min(most_in_ring + steps, self.most_columns)
-        return next(c for c in self.column_sizes if c >= needed)
+
+def columns_for(column_sizes: Sequence[int], in_ring: int, steps: int) -> int:
+    """Columns for so many tokens in the ring and the fewest steps that are worth a dispatch.
+
+    Args:
+      column_sizes: the lengths that there may be, rising.
+      steps: the most decode steps of a dispatch.
+    """
+    steps = min(LEAST_STEPS, steps, column_sizes[0])
+    return smallest_holding(column_sizes, min(in_ring + steps, column_sizes[-1]))
 
 
 def shared_settings(sampling: SamplingParams) -> Settings:
@@ -101,23 +108,24 @@ class Growing:
 
 def tokens_to_stop_string(
     detokenize: Callable[[list[int]], str],
-    stops: Sequence[str],
-    old: list[int],
-    new: list[int],
-    first: int,
+    sampling: SamplingParams,
+    old: array.array,
+    new: np.ndarray,
+    num_before: int,
 ) -> int | None:
     """How many new tokens it takes to complete the first stop string; None if there is none.
 
     Args:
-      old, new: the tokens without a stop string, and those that follow.
-      first: the fewest of the new tokens that may complete one.
+      old, new: the tokens in which a stop string may begin, without one, and those that follow.
+      num_before: tokens of the completion before the new ones.
     """
+    old, new = old.tolist(), new.tolist()
 
     def contains(count: int) -> bool:
         text = detokenize(old + new[:count])
-        return any(stop in text for stop in stops)
+        return any(stop in text for stop in sampling.stop)
 
-    first = max(1, first)
+    first = max(1, sampling.min_tokens - num_before)
     if first > len(new) or not contains(len(new)):
         return None
     return next(count for count in range(first, len(new) + 1) if contains(count))
@@ -171,13 +179,9 @@ class Generation:
         if growing is None:
             growing = self._growing[sample] = Growing()
         if self._sampling.stop:
-            first = self._sampling.min_tokens - len(growing.tokens)
+            old = growing.tokens
             at_string = tokens_to_stop_string(
-                self._detokenize,
-                self._sampling.stop,
-                growing.tokens.tolist(),
-                new.tokens.tolist(),
-                first,
+                self._detokenize, self._sampling, old, new.tokens, len(old)
             )
             if at_string is not None:
                 if finish_reason is None:

@@ -36,8 +36,8 @@ from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop
 from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.generation import (
-    LEAST_STEPS,
     Growing,
+    columns_for,
     shared_settings,
     tokens_to_stop_string,
 )
@@ -157,11 +157,12 @@ class SessionSizing:
             )
         if now is None:
             width = -(-self._n // schedule_lib.rows_of_a_group(groups, self._n, self._shards))
-            return Sizes(slots, self._columns_for(0), rows, width, prefix, pages=self._pages)
+            columns = columns_for(self._columns, 0, self.steps)
+            return Sizes(slots, columns, rows, width, prefix, pages=self._pages)
         return now._replace(slots=max(slots, now.slots), rows=max(rows, now.rows), prefix=prefix)
 
     def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
-        columns = self._columns_for(most_in_ring)
+        columns = columns_for(self._columns, most_in_ring, self.steps)
         if self._engine.shrinks and not schedule.num_waiting:
             wanted = schedule.needed_slots + self.num_paused
             slots = min((s for s in self._engine.slot_sizes if s >= wanted), default=now.slots)
@@ -199,11 +200,6 @@ class SessionSizing:
     def smaller(self, live: int) -> int:
         sizes = self._engine.slot_sizes if self._engine.shrinks else ()
         return max((s for s in sizes if s < live), default=0)
-
-    def _columns_for(self, most_in_ring: int) -> int:
-        steps = min(LEAST_STEPS, self.steps, self._columns[0])
-        needed = min(most_in_ring + steps, self.most_columns)
-        return next(c for c in self._columns if c >= needed)
 
 
 class Session:
@@ -379,19 +375,16 @@ class Session:
         """Takes the new tokens of a sample; returns its turn if that has ended with them."""
         sample, count, finish_reason = new.sample, len(new.tokens), new.finish_reason
         conversation, sampling = self._of(sample), self._sampling
-        old, turn = len(conversation.tokens), conversation.turn
+        old, turn = conversation.tokens, conversation.turn
         if sampling.stop:
-            first = sampling.min_tokens - old - len(turn.tokens)
+            num_before = len(old) + len(turn.tokens)
+            of_turn = old[len(old) - conversation.begun :] + turn.tokens
             at_string = tokens_to_stop_string(
-                self._engine.detokenize,
-                sampling.stop,
-                (conversation.tokens[old - conversation.begun :] + turn.tokens).tolist(),
-                new.tokens.tolist(),
-                first,
+                self._engine.detokenize, sampling, of_turn, new.tokens, num_before
             )
             if at_string is not None:
                 count, finish_reason = at_string, "stop"
-                self._loop.stop(sample, old + len(turn.tokens) + count)
+                self._loop.stop(sample, num_before + count)
         turn.take(new, count)
         if finish_reason is None:
             return None
