@@ -9,8 +9,8 @@ belongs to which sample is in `past_rows`.
 Column c of a past row is the token before place c of the completion. So the first column is the
 last token of the prompt, which no prefix row holds, and a sample of c tokens has c columns.
 
-Letters: B slots, S past rows, N chunks or copies of one call, T tokens of a chunk, C columns, K
-key/value heads, H heads, R = H / K, D head dim.
+Letters: S past rows, N chunks or copies of one call, T tokens of a chunk, K key/value heads, H
+heads, R = H / K, D head dim.
 """
 
 import collections

@@ -3,7 +3,7 @@
 Where a live sample needs a row and none is free, the sample that has waited longest for its tool
 gives its row back. When it goes on, its whole completion is a chunk.
 
-Letters: B slots, S past rows.
+Letters: S past rows.
 """
 
 import heapq
