@@ -205,7 +205,7 @@ def generate(a: argparse.Namespace) -> None:
         )
     sampling = dataclasses.replace(sampling, max_tokens=most, stop_token_ids=model.stop_token_ids)
     engine = Engine(
-        model.policy,
+        model.policy.for_length(longest + most),
         max_prompt_length=longest,
         max_response_length=most,
         num_slots=a.slots,

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from test_config import parse
 from test_policy import TOLERANCE, assert_golden, decoded_log_probs
 
-from adpo_jax import Policy, dry_run
+from adpo_jax import Policy, dry_run, generate
+from adpo_jax.data import arithmetic
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
@@ -21,6 +22,7 @@ from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model import lora
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.policy import adapters
+from adpo_jax.run import loading, setup
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -159,6 +161,50 @@ def test_the_longest_sequence_decides_between_the_frequencies_of_longrope():
     assert policy.for_length(4096).config.ropes == architecture("phi4-mini", 4096).ropes
     frequencies, _ = policy.for_length(4096).config.ropes[0].frequencies(128)
     assert frequencies.shape == (48,)
+
+
+def test_a_reference_and_the_command_generate_have_the_frequencies_of_the_policy(
+    tmp_path, monkeypatch
+):
+    tokenizer = arithmetic.make_tokenizer()
+    hf_config = {
+        **{"model_type": "phi3", "vocab_size": len(tokenizer), "hidden_size": 32},
+        **{"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"num_key_value_heads": 2, "rope_theta": 1e4, "eos_token_id": tokenizer.eos_token_id},
+        **{"max_position_embeddings": 4096, "original_max_position_embeddings": 512},
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [float(n) for n in range(1, 9)],
+        },
+    }
+    policy, params = Policy.from_config(hf_config, jax.random.key(0))
+    policy.save_pretrained(tmp_path, params, tokenizer)
+    (long,) = policy.config.ropes
+    (short,) = policy.for_length(128).config.ropes
+    assert long != short
+    path = f"--config.actor_rollout_ref.model.path={tmp_path}"
+    pull = "--config.algorithm.beta_reference_kl=0.1"
+    config = parse(path, pull, f"--config.actor_rollout_ref.ref.path={tmp_path}")
+    config.data.max_prompt_length = config.data.max_response_length = 64
+    mesh = setup.make_mesh(config, jax.devices()[:1])
+    for length, rope in ((64, short), (512, long)):
+        config.eval.max_tokens = length
+        fixed = loading.find_fixed(config, loading.find_model(config), mesh)["reference"]
+        assert fixed.policy.config.ropes == (rope,)
+
+    class Seen(Exception):
+        pass
+
+    def engine(policy, **settings):
+        raise Seen(policy.config.ropes)
+
+    monkeypatch.setattr("adpo_jax.engine.engine.Engine", engine)
+    for length, rope in ((64, short), (512, long)):
+        command = ["--model", str(tmp_path), "--prompt", "Ann", "--max-tokens", str(length)]
+        with pytest.raises(Seen) as seen:
+            generate.generate(generate.arguments(command))
+        assert seen.value.args == ((rope,),)
 
 
 REFUSED = {

@@ -4,12 +4,14 @@ import importlib
 
 import jax
 import numpy as np
+import published
 import pytest
 from golden_models import FAMILIES as GOLDEN_FAMILIES
 from golden_models import MIXTURES, config_of
 from transformers import AutoConfig
 
 from adpo_jax import Policy
+from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.hf.families import FAMILIES
 from adpo_jax.model.rope import Rope
@@ -430,6 +432,30 @@ def test_settings_of_other_families_are_refused_by_name(message):
     hf_config, changes = REFUSED_IN_OTHERS[message]
     with pytest.raises(ValueError, match=message):
         architecture({**hf_config, **changes})
+
+
+def test_what_changes_nothing_is_accepted_and_a_null_reaches_into_a_wrapper():
+    def read(name, **changes):
+        hf_config = published.ALL[name][0]
+        if "text_config" in hf_config:
+            changes = {"text_config": changes}
+        return model_config(language_config(folders.overridden(hf_config, changes)))
+
+    llama4 = read("llama4-scout")
+    assert read("llama4-scout", attn_temperature_tuning=4) == llama4
+    assert read("llama4-scout", attn_temperature_tuning=0) != llama4
+    for name, changes in (
+        ("qwen3-30b-a3b", {"use_qk_norm": True}),
+        ("qwen3.5-27b", {"output_gate_type": "swish"}),
+        ("granite3.3-8b", {"attention_dropout": 0.1}),
+    ):
+        assert read(name, **changes) == read(name)
+    config = {"model_type": "gemma3", "text_config": {"more": 1, "less": 2}, "less": 3}
+    without = folders.overridden(config, {"less": None})
+    assert without == {"model_type": "gemma3", "text_config": {"more": 1}}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.878}
+    with pytest.raises(ValueError, match=r"attn_factor.* as in {'rope_scaling': {'attn_factor'"):
+        read("qwen3-30b-a3b", rope_scaling=scaling)
 
 
 def test_switches_that_are_off_and_private_notes_are_accepted():

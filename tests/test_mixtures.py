@@ -190,6 +190,13 @@ def test_the_bias_of_a_sigmoid_router_and_its_groups_decide_the_choice_and_no_we
     )
 
 
+def test_large_logits_of_sigmoids_are_told_apart():
+    m = Mixture(4, 1, 12, router="sigmoid_of_inputs")
+    logits = jnp.array([[17.5, 20.0, 3.0, 1.0]])
+    assert jax.nn.sigmoid(logits)[0, 0] == jax.nn.sigmoid(logits)[0, 1]
+    assert mixture.choose(m, logits, None, None).experts.tolist() == [[1]]
+
+
 def test_forced_experts_are_taken_with_the_routers_own_weights():
     weights = layer("softmax")
     forced = RNG.permuted(np.tile(np.arange(6), (8, 5, 1)), axis=-1)[..., :3]

@@ -206,6 +206,8 @@ def _check_types(c: Mapping[str, Any]) -> None:
         *((key, "a number of at least 0", lambda v: v == 0 or is_number(v)) for key in keys.COUNTS),
         *((key, "true or false", lambda v: v is None or isinstance(v, bool))
           for key in keys.SWITCHES),
+        *((key, "true, false or a number", lambda v: v is None or isinstance(v, bool | int | float))
+          for key in keys.SWITCHES_OR_NUMBERS),
         *((key, "an object, or null", lambda v: v is None or isinstance(v, Mapping))
           for key in keys.OBJECTS_OR_NULL),
         ("layer_types", "a list of text, or null", lambda v: v is None or _is_list_of_text(v)),

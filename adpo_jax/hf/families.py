@@ -398,7 +398,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        {
+        passed_over=frozenset({"attention_dropout"}),
+        defaults={
             **LLAMA,
             "embedding_multiplier": 1.0,
             "logits_scaling": 1.0,
@@ -450,7 +451,13 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
-        {**QWEN_MOE, "num_key_value_heads": 4, "head_dim": None, "attention_bias": False},
+        {
+            **QWEN_MOE,
+            "num_key_value_heads": 4,
+            "head_dim": None,
+            "attention_bias": False,
+            "use_qk_norm": True,  # some files say so; transformers does not read it
+        },
         traits=lambda c: {"qk_norm": True},
         slides=_all_layers_slide_if_asked,
         num_experts=128,

@@ -40,6 +40,7 @@ DOWNLOADED = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
 ]
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -195,8 +196,12 @@ def save_folder(
       ValueError: for a folder that is not empty, unless `overwrite`.
     """
     dtype = np.dtype(dtype)
-    exported = FAMILIES[config_json["model_type"]].exported | {"torch_dtype": None}
-    config_json = overridden(config_json, {**exported, "dtype": dtype.name})
+    exported = FAMILIES[config_json["model_type"]].exported | {
+        "auto_map": None,  # names Python files, which are not copied
+        "dtype": dtype.name,
+        "torch_dtype": dtype.name,  # the same for transformers 4, and for engines built on it
+    }
+    config_json = overridden(config_json, exported)
     token_ids = {k: config_json[k] for k in TOKEN_IDS if config_json.get(k) is not None}
     generation_config = generation_config or {"_from_model_config": True, **token_ids}
     with new_folder(folder, overwrite=overwrite) as temporary:
@@ -219,7 +224,9 @@ def _save_tokenizer(folder: Path, tokenizer) -> None:
     """The files that the tokenizer was read from, or its own writing where it has changed.
 
     transformers 5 writes another form than that of most published files, which transformers 4 and
-    engines built on it cannot read.
+    engines built on it cannot read. But it reads some files otherwise beside a config.json with
+    another `model_type` (those of Qwen3.5 say Qwen2Tokenizer, which it mends for
+    some types alone), and then its own writing is taken too.
     """
     name = str(getattr(tokenizer, "name_or_path", None) or "")
     source = Path(name)
@@ -230,6 +237,10 @@ def _save_tokenizer(folder: Path, tokenizer) -> None:
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if not _is_as_read(tokenizer, folder):
+        for path in tokenizer_files(folder):
+            path.unlink()
+        tokenizer.save_pretrained(folder)
 
 
 def _is_as_read(tokenizer, source: Path) -> bool:
@@ -375,12 +386,15 @@ def overridden(
 ) -> dict[str, Any]:
     """The content of a config.json with other values for some keys; None leaves a key out.
 
-    A dict goes into the dict of that key, as in {"text_config": {"rope_theta": 1e6}}.
+    A dict goes into the dict of that key, as in {"text_config": {"rope_theta": 1e6}}. What is left
+    out may lie in `text_config` too.
     """
     result = dict(config_json)
     for key, value in (override or {}).items():
         if value is None:
             result.pop(key, None)
+            if isinstance(text := result.get("text_config"), Mapping):
+                result["text_config"] = {k: v for k, v in text.items() if k != key}
         elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
             result[key] = overridden(result[key], value)
         else:

@@ -55,11 +55,12 @@ SWITCHES = (
     "qkv_bias",
     "attention_k_eq_v",
     "use_qk_norm",
-    "attn_temperature_tuning",
     "use_double_wide_mlp",
     "enable_moe_block",
     "attn_output_gate",
 )
+# Early configs of Llama 4 say 4, which transformers takes for true.
+SWITCHES_OR_NUMBERS = ("attn_temperature_tuning",)
 OBJECTS_OR_NULL = ("rope_scaling", "rope_parameters")
 # Beyond what any machine holds; a file with more is a mistake or an attack.
 LARGEST = {
@@ -109,6 +110,7 @@ ONLY_VALUE = {
     "full_attn_mod": 1,
     "interpolate_factor": 1,
     "is_causal": True,
+    "output_gate_type": "swish",
     "partial_rotary_factor": 1.0,
     "router_jitter_noise": 0.0,
 }

@@ -146,7 +146,12 @@ def _rope(
         raise ValueError("partial_rotary_factor of the rope is not supported; supported: 1.0")
     unknown = sorted(given.keys() - KNOWN_ROPE_KEYS - family.rope_keys)
     if unknown:
-        raise ValueError(f"rope settings that are not implemented: {', '.join(unknown)[:300]}")
+        raise ValueError(
+            f"rope settings that are not implemented: {', '.join(unknown)[:300]}. Those that do "
+            "not change the model are passed over by a null in "
+            "actor_rollout_ref.model.override_config, as in "
+            f"{{'rope_scaling': {{{unknown[0][:80]!r}: None}}}} (rope_parameters where that has it)"
+        )
     _check_rope_values({**given, "partial_rotary_factor": partial})
     theta = given.get("rope_theta", theta)
     used = {key: value for key, value in given.items() if key in ROPE_KEYS[kind]}

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -180,11 +181,11 @@ def save(
     must call this, and process 0 writes.
 
     Args:
-      dtype: dtype on disk.
+      dtype: dtype on disk, but for what is float32 whatever the others are.
       max_shard_size: bytes of a shard.
     """
     dtype = np.dtype(dtype)
-    shards = _shards(leaves(config, lora.without_adapters(params)), dtype.itemsize, max_shard_size)
+    shards = _shards(leaves(config, lora.without_adapters(params)), dtype, max_shard_size)
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = "model.safetensors"
@@ -202,13 +203,18 @@ def save(
             # transformers refuses a file that does not name its framework.
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
     if len(shards) > 1 and jax.process_index() == 0:
-        size = sum(math.prod(parts[0].hf_shape) * dtype.itemsize for s in shards for parts, _ in s)
+        size = sum(_num_bytes(parts, dtype) for shard in shards for parts, _ in shard)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
-def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
+def _num_bytes(parts: Sequence[Leaf], dtype) -> int:
+    """Bytes on disk of the tensor of these leaves."""
+    return math.prod(parts[0].hf_shape) * np.dtype(parts[0].parameter.dtype(dtype)).itemsize
+
+
+def _shards(all_leaves: list[Leaf], dtype, max_shard_size: int):
     """Lists of (the leaves of a tensor, the number of the tensor among those of the leaves)."""
     tensors = [
         (parts, number)
@@ -226,7 +232,7 @@ def _shards(all_leaves: list[Leaf], itemsize: int, max_shard_size: int):
     tensors.sort(key=place)
     shards, used = [[]], 0
     for parts, number in tensors:
-        size = math.prod(parts[0].hf_shape) * itemsize
+        size = _num_bytes(parts, dtype)
         if shards[-1] and used + size > max_shard_size:
             shards.append([])
             used = 0
@@ -252,7 +258,7 @@ def _gather(leaf: Leaf, number: int, params, lora_scale: float, dtype) -> jax.Ar
         of_experts=leaf.parameter.one_tensor_for_all,
         order=leaf.disk_order,
         shape=leaf.part_shape,
-        dtype=dtype,
+        dtype=np.dtype(leaf.parameter.dtype(dtype)),
         sharding=sharding,
     )
 

@@ -67,7 +67,9 @@ def choose(
         probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
     else:
         scores = probabilities = jax.nn.softmax(logits, axis=-1)
-    ranked = logits if m.router == "softmax_of_chosen" else scores
+    # Sigmoids of large logits are equal in float32; the order of the logits is the same.
+    by_logits = m.router in ("softmax_of_chosen", "sigmoid_of_inputs")
+    ranked = logits if by_logits else scores
     ranked = jax.lax.stop_gradient(ranked if bias is None else ranked + bias)
     if m.groups > 1:
         ranked = _within_groups(m, ranked)

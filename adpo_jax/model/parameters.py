@@ -118,6 +118,8 @@ class Parameter:
       decays: whether weight decay applies.
       wide: whether decoding leaves it in the dtype of the parameters, since the arithmetic with it
         is float32 whatever the dtype of the computation.
+      is_float32: whether it is float32 in memory and on disk whatever the other parameters are, as
+        transformers keeps it: rounded, the bias of a router would choose other experts.
       adapter_inputs: how many leading axes the A of an adapter sums over, that of the experts not
         counted; 0 if the parameter may have no adapter.
       turned_in_peft: whether peft takes its inputs for outputs, so that peft's A and B are the B
@@ -141,6 +143,7 @@ class Parameter:
     init: Callable[[ModelConfig], Initializer] | None = _normal
     decays: bool = True
     wide: bool = False
+    is_float32: bool = False
     adapter_inputs: int = 0
     turned_in_peft: bool = False
     joined: str = ""
@@ -150,6 +153,10 @@ class Parameter:
 
     def __post_init__(self):
         assert self.layers in LAYERS, f"{self.name}: layers={self.layers!r} is none of {LAYERS}"
+
+    def dtype(self, of_others: Any) -> Any:
+        """Its dtype beside parameters of another one."""
+        return jnp.float32 if self.is_float32 else of_others
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Its shape in a model, without the layer axis."""
@@ -433,6 +440,7 @@ LAYER = (
         init=_zeros,
         decays=False,
         wide=True,
+        is_float32=True,
     ),
     # Experts lie in the order of the layers on disk too, each with three matrices of its own.
     *(

@@ -65,4 +65,5 @@ class _Layer(nn.Module):
 def _declare(module: _Model | _Layer, rows: tuple[Parameter, ...]) -> None:
     for row in rows:
         if row.when(module.config):
-            module.param(row.name, row.init(module.config), row.shape(module.config), module.dtype)
+            init, shape = row.init(module.config), row.shape(module.config)
+            module.param(row.name, init, shape, row.dtype(module.dtype))

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
@@ -328,6 +329,7 @@ def save(
         for number, names in enumerate(module.tensors):
             for name, x in zip(names, _written(module, on_disk, number, policy.lora.rank)):
                 tensors[PREFIX + name] = np.ascontiguousarray(x)
+    _warn_of_peft(modules)
     several = {_last_part(m.name): len(m.names) for m in modules if len(m.names) > 1}
     config = {
         "peft_type": "LORA",
@@ -351,6 +353,24 @@ def save(
         if jax.process_index() == 0:
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             folders.write_json(temporary / CONFIG, config)
+
+
+def _warn_of_peft(modules: list[_Module]) -> None:
+    """Says where peft would drop adapters: of experts and of other modules with the same names.
+
+    peft 0.21 takes names such as gate_proj for those of one of the two kinds alone.
+    """
+    of_experts, of_others = (
+        {_last_part(module.name) for module in modules if ("{}" in module.name) is experts}
+        for experts in (True, False)
+    )
+    if both := sorted(of_experts & of_others):
+        logging.warning(
+            "the adapters of %s belong to experts and to other modules, of which peft 0.21 loads "
+            "one kind alone without a word; load the merged export there, or train adapters of "
+            "attention alone (actor_rollout_ref.model.lora_target_modules)",
+            ", ".join(both),
+        )
 
 
 def _written(module: _Module, on_disk: dict[str, list], number: int, rank: int):

@@ -181,6 +181,7 @@ def _fixed_policy(option: str, path: str, config, source: ModelSource, mesh) -> 
     kwargs = _policy_kwargs(config, source, mesh)
     kwargs |= {"param_dtype": kwargs["dtype"], "gradient_checkpointing": "none"}
     policy = Policy.abstract_from_config(hf_config, **kwargs)
+    policy = policy.for_length(longest_sequence(config))  # as the policy that it is compared with
     if tokenizer:
         _check_same_vocabulary(option, path, tokenizer, source.tokenizer)
     own = model_config(language_config(source.hf_config)).vocab_size
