@@ -138,6 +138,20 @@ class BrokenReset:
         """A tool."""
 
 
+class Slow:
+    """Takes longer than it may, in a way that can be cancelled."""
+
+    def reset(self, **row):
+        return None
+
+    async def wait(self) -> str:
+        """Waits."""
+        await asyncio.sleep(60)
+
+    async def get_reward(self):
+        await asyncio.sleep(60)
+
+
 class Careless:
     """Raises what our own deadline raises, and returns no number."""
 
@@ -147,6 +161,10 @@ class Careless:
     def unreachable(self) -> str:
         """Waits for a site."""
         raise TimeoutError("did not answer")
+
+    async def hangs_up(self) -> str:
+        """Waits for a site in another way."""
+        raise TimeoutError("hung up")
 
     async def cancels(self) -> str:
         """Gives up."""

@@ -265,6 +265,52 @@ def test_metrics_that_are_found_later_count_for_the_best_and_are_restored(tmp_pa
     assert restore(tmp_path).metrics == {"loss": 2.0, "eval/accuracy": 0.7}
 
 
+def test_a_kill_while_metrics_are_completed_leaves_the_checkpoint_as_it_was(tmp_path, monkeypatch):
+    def half(path, text, **_):
+        path.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    with Checkpoints(tmp_path, save_freq=1, keep=1, best_metric="eval/accuracy") as checkpoints:
+        checkpoints.save_now(1, state(1), {"loss": 2.0})
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.write_text", half)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.complete(1, {"loss": 2.0, "eval/accuracy": 0.7})
+    assert restore(tmp_path).metrics == {"loss": 2.0}
+
+
+def test_of_several_processes_the_first_decides_and_a_failure_of_one_is_one_of_all(
+    tmp_path, monkeypatch
+):
+    with Checkpoints(tmp_path, save_freq=2, keep=5, max_failures=2) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints_lib.distributed, "all_gather", lambda mine: [not mine, mine])
+            assert checkpoints.is_due(1)
+            assert not checkpoints.is_due(2)
+            assert not checkpoints.save(2, state(2))  # it is there on the first
+        monkeypatch.setattr(checkpoints._checkpointer, "save", lambda *_, **__: None)
+        monkeypatch.setattr(checkpoints_lib, "on_all_processes", lambda ok: False)
+        assert checkpoints.save(4, state(4))
+        assert checkpoints.num_failures == 1
+        assert checkpoints.is_due(5)
+        with pytest.raises(SaveError, match="another process could not write"):
+            checkpoints.save(6, state(6))
+
+
+def test_a_save_that_another_process_did_not_begin_costs_no_traceback(
+    tmp_path, monkeypatch, capsys
+):
+    with Checkpoints(tmp_path, save_freq=2, keep=5, max_failures=9) as checkpoints:
+        monkeypatch.setattr(checkpoints_lib, "on_all_processes", lambda ok: False)
+        assert checkpoints.save(2, state(2))  # its files are swept while they are written
+
+        def close():
+            raise ValueError("NOT_FOUND: a file that was swept")
+
+        monkeypatch.setattr(checkpoints._checkpointer, "close", close)
+    assert "WARNING: a checkpoint was given up: NOT_FOUND" in capsys.readouterr().err
+
+
 def test_of_checkpoints_that_are_equally_good_the_first_is_kept(tmp_path):
     with Checkpoints(tmp_path, save_freq=1, keep=1, best_metric="eval/accuracy") as checkpoints:
         for step, value in {1: 0.7, 2: 0.7, 3: 0.1}.items():

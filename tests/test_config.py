@@ -68,6 +68,7 @@ FOREIGN = {
     "trainer.val_only": "a name of verl; `adpo-jax evaluate --model=RUN` evaluates alone",
     "trainer.resume_mode": "the flag is --resume=auto, never or must",
     "trainer.max_completion_length": "a name of TRL; did you mean data.max_response_length?",
+    "teacher.model": "the config has no key teacher.model; ",  # no setting of TRL's
     "trainer.num_generations": "trainer.num_generations; did you mean algorithm.num_generations?",
     "trainer.frobnicate": "`adpo-jax keys WORD` lists those that have to do with a word, such as",
 }
@@ -155,6 +156,7 @@ REFUSALS = {
     "--config.trainer.total_training_steps=0": "total_training_steps is at least 1",
     "--config.sft.train_files=": "sft.train_files names no data",
     "--config.actor_rollout_ref.rollout.temperature=0": "training samples",
+    "--config.actor_rollout_ref.rollout.temperature=0.0009": "at least 0.001: training samples",
     "--config.actor_rollout_ref.rollout.temperature=inf": "temperature is above 0; given inf",
     "--config.actor_rollout_ref.rollout.temperature=nan": "temperature is above 0; given nan",
     "--config.actor_rollout_ref.rollout.gpu_memory_utilization=3": "above 0 and at most 1; given 3",

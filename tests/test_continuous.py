@@ -355,6 +355,18 @@ def test_a_client_that_asks_for_much_does_not_keep_another_waiting(engine):
     assert all(sample.ended for sample in many)
 
 
+def test_a_prompt_that_cannot_be_scored_is_refused(engine):
+    scorer = ContinuousBatch(*engine).scorer
+    for prompts, num_alternatives, text in (
+        ([[1], []], 0, "prompt 1 is a list of token ids"),
+        ([[V]], 0, "prompt 0 is a list of token ids"),
+        ([[-1]], 0, "prompt 0 is a list of token ids"),
+        ([[1, 2]], scorer.num_alternatives + 1, "num_alternatives is 0 to"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            scorer.score(prompts, num_alternatives)
+
+
 def test_a_prompt_is_scored_as_the_policy_scores_it(engine):
     made, params = engine
     prompts = [np.arange(1, n + 1, dtype=np.int32) % V for n in (1, 2, 17, 9, 16, 3, 5)]

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ from adpo_jax.records import Completion, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts import elsewhere, recording, wire
 from adpo_jax.rollouts.dispatch import Dispatch, Work
-from adpo_jax.rollouts.elsewhere import FilteredBatches, RemoteBatches
+from adpo_jax.rollouts.elsewhere import FilteredBatches, Reception, RemoteBatches
 from adpo_jax.rollouts.elsewhere_ahead import RemoteAhead
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.flight import ExpertLimits
@@ -153,6 +154,16 @@ def test_a_group_that_says_the_experts_of_another_prompt_is_not_taken(dispatch):
     assert dispatch.deliver("a", 0, [dataclasses.replace(told, prompt_experts=experts)])
 
 
+def test_a_sampler_is_told_why_its_experts_are_not_taken(dispatch):
+    dispatch.publish(3, works(5))
+    limits = {name: LIMITS[name] for name in LIMITS if name != "last_version"}
+    reception = Reception(dispatch, None, {}, {}, limits | {"experts": EXPERTS})
+    with pytest.raises(
+        samplers.Refused, match="group 5 says the experts of 7 tokens of its prompt"
+    ):
+        reception.deliver("a", reception.run, wire.packed_groups(with_experts()))
+
+
 def test_a_sampler_that_asks_again_ends_its_earlier_question(dispatch):
     found = []
     waiting = threading.Thread(target=lambda: found.append(dispatch.order("a", [], 5, -1, 30)))
@@ -162,6 +173,21 @@ def test_a_sampler_that_asks_again_ends_its_earlier_question(dispatch):
     assert asked(dispatch, "a") == []
     waiting.join(10)
     assert (found[0].works, found[0].finished) == ([], False)
+
+
+def test_nothing_is_handed_to_a_line_that_its_sampler_has_lost(dispatch):
+    dispatch.publish(0, [])
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(dispatch.order("a", [], 5, 0, 30)))
+    waiting.start()
+    while dispatch.num_samplers < 1:
+        time.sleep(0.001)
+    with dispatch._changed:  # both before the earlier question wakes
+        dispatch.publish(0, works(0, 1))
+        assert asked(dispatch, "a", room=1) == [0]
+    waiting.join(10)
+    assert found[0].works == []
+    assert asked(dispatch, "a", [0]) == [1]
 
 
 # --- what is sent
@@ -229,6 +255,9 @@ def test_experts_come_back_as_they_were_sent_and_others_are_refused():
             wire.read_groups(changed(**content | arrays), **LIMITS, experts=EXPERTS)
     with pytest.raises(wire.WireError):
         wire.read_groups(wire.packed_groups(two()), **LIMITS, experts=EXPERTS)
+    many = content | {"prompt_experts_lengths": np.zeros(1 << 16, np.int64)}
+    with pytest.raises(wire.WireError, match="experts of more prompts than there are completions"):
+        wire.read_groups(changed(**many), **LIMITS, experts=EXPERTS)
 
 
 def changed(**arrays):
@@ -272,6 +301,17 @@ def overlapping():
     return bytes(content)
 
 
+def with_second_end(content):
+    """A file of groups that says the size of its directory in a further record, as long ones do."""
+    end = len(content) - 22
+    fields = struct.unpack("<4s4H2LH", content[end:])
+    *_, size, at, _ = fields
+    count = fields[4]
+    further = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, at)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    return content[:end] + further + locator + content[end:]
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -296,6 +336,8 @@ def overlapping():
         (npz(tokens=header_of((1 << 40,))), "another size than its header tells"),
         (overlapping(), r"arrays of \d+ bytes in a file of"),
         (npz(**{f"a{i}": b"" for i in range(2000)}), "its directory is too large"),
+        (with_second_end(npz()), "does not end as a zip file without a comment"),
+        (changed(numbers=np.arange(1025)), "1025 groups, where up to 1024 come at once"),
     ],
 )
 def test_what_is_no_file_of_groups_is_refused(content, why):
@@ -684,6 +726,7 @@ def test_a_head_that_is_half_sent_to_the_samplers_port_ends(monkeypatch):
 
 def test_samplers_that_wait_for_orders_keep_nothing_else_waiting(monkeypatch):
     monkeypatch.setattr(samplers, "MAX_SAMPLERS", 2)
+    monkeypatch.setattr(samplers, "_THREADS", 1)
     asked, release = threading.Semaphore(0), threading.Event()
 
     def order(_):

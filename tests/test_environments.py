@@ -27,7 +27,7 @@ from adpo_jax.environments import contract, rendering
 from adpo_jax.environments.calls import Call, calls_in, form_of
 from adpo_jax.environments.contract import EndedEnvironment, Spec
 from adpo_jax.environments.environments import Environments
-from adpo_jax.environments.pool import EnvironmentFailed, EnvironmentPool, failure_text
+from adpo_jax.environments.pool import Answer, EnvironmentFailed, EnvironmentPool, failure_text
 from adpo_jax.environments.rendering import TurnTemplate
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.records import GradedGroups, Prompts
@@ -182,7 +182,11 @@ def test_what_a_tool_raises_is_its_answer_even_if_it_looks_like_our_own_deadline
     with EnvironmentPool(Spec(FILE, "Careless"), num_workers=1, timeout_s=5.0) as pool:
         lease = pool.lease(None)
         assert not ask(pool, lease, "reset", row={}, seed=0).kind
-        for tool, text in (("unreachable", "did not answer"), ("cancels", "")):
+        for tool, text in (
+            ("unreachable", "did not answer"),
+            ("hangs_up", "hung up"),
+            ("cancels", ""),
+        ):
             answer = ask(pool, lease, "call", tool=tool, arguments={})
             assert (answer.kind, answer.error) == ("raised", text)
         ended = ask(pool, lease, "end")
@@ -282,8 +286,8 @@ def test_a_block_of_code_in_another_language_does_not_hide_the_one_with_the_call
     [
         ("json", "```json" + "\n" * 200_000),
         ("json", "``` " * 50_000),
-        ("tags", "<tool_call><function=add>" + "<parameter=" * 20_000),
-        ("tags", "<tool_call><function=add>" + "<parameter= " * 20_000 + ">"),
+        ("tags", "<tool_call><function=add>" + "<parameter=" * 200_000),
+        ("tags", "<tool_call><function=add>" + "<parameter= " * 200_000 + ">"),
         ("tags", "<tool_call>" + "<function=" * 20_000),
     ],
 )
@@ -566,6 +570,20 @@ def test_a_tool_that_hangs_is_told_to_the_model_and_its_environment_earns_nothin
     assert answers.completions.stats["tool_failures"] == 2
     with pytest.raises(AttributeError, match="killed"):
         _ = answers.columns["environments"][0].count
+
+
+def test_what_is_async_and_takes_too_long_is_cancelled_told_and_earns_nothing(tokenizer):
+    lines = {(0, 0): [call("wait"), "so<eos>"], (0, 1): ["no<eos>"]}
+    with EnvironmentPool(Spec(FILE, "Slow"), 1, timeout_s=0.2) as pool:
+        found = rolled_out(pool, tokenizer, lines, {"question": ["Wait."]})
+        complete, prompts, sampling, session = found
+        template = dataclasses.replace(complete.environments, template=template_of(tokenizer, 99))
+        complete = dataclasses.replace(complete, environments=template)
+        answers = complete(None, prompts, sampling, jax.random.key(0))
+    assert "took longer than 0.2 s" in session.appended[0, 0][0]
+    assert answers.columns[GIVEN + "Slow"] == [0.0, 0.0]
+    cancelled = Answer(None, {}, "", "cancelled", 0.2)
+    assert "took longer than environment.timeout_s=0.2" in failure_text("reset", cancelled, 0.2)
 
 
 REWARD = """

@@ -393,6 +393,13 @@ def test_a_recording_that_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "replayed").exists()
 
 
+def test_a_recording_without_rewards_that_the_loss_needs_is_refused(tmp_path, folder_of_recordings):
+    each = "--config.algorithm.multi_objective_aggregation=normalize_then_sum"
+    config = parse(*SHORT, "--config.algorithm.adv_estimator=grpo", each)
+    with pytest.raises(ValueError, match="has no rewards of good_accuracy, which .* needs; replay"):
+        train(config, tmp_path / "replayed", replay=folder_of_recordings)
+
+
 @pytest.fixture
 def folder_of_recordings(tmp_path):
     rng = np.random.default_rng(0)

@@ -142,6 +142,24 @@ def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
     fresh.check(-1)  # in the supervised stage nothing has been kept yet
 
 
+def test_a_kill_while_the_state_is_written_again_leaves_the_earlier_one(tmp_path, monkeypatch):
+    def half(path, text):
+        path.write_bytes(text.encode()[:3])
+        raise KeyboardInterrupt
+
+    filtered, _ = made(tmp_path, useful=set(range(30)))
+    filtered.next(0, None)
+    filtered.save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            filtered.save(1)
+    again, _ = made(tmp_path, useful=set(range(30)))
+    again.restore(1)
+    again.save(1)
+    assert {path.name for path in tmp_path.glob("*.json*")} == {"000001.json"}
+
+
 def test_the_surplus_of_the_oldest_checkpoint_that_is_kept_stays(tmp_path):
     filtered, _ = made(tmp_path, useful=set(range(30)))
     for step in range(3):

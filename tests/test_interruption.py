@@ -23,9 +23,9 @@ with Interruption(grace_s=float(sys.argv[1])):
 """
 
 
-def busy(grace_s: float) -> subprocess.Popen:
+def busy(grace_s: float, program: str = BUSY) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY, str(grace_s)],
+        [sys.executable, "-c", program, str(grace_s)],
         cwd=Path(__file__).resolve().parents[1],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -51,6 +51,14 @@ def test_a_stage_that_outlasts_the_grace_period_is_left():
     _, err = process.communicate(timeout=20)
     assert process.returncode == INTERRUPTED
     assert "not done after 0.2 s: exiting; this process has saved nothing yet, and the same" in err
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_exit():
+    hung = "Interruption.what_is_left = property(lambda self: time.sleep(60))\nwith Interruption"
+    process = busy(grace_s=0.2, program=BUSY.replace("with Interruption", hung))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == INTERRUPTED
 
 
 def test_what_is_left_after_an_exit_is_said_as_it_is(tmp_path):

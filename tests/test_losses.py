@@ -612,6 +612,9 @@ def test_the_pull_to_the_reference_of_a_mean_over_sequences_is_one_too():
     np.testing.assert_allclose(loss, metrics["grpo/loss"] + pull, rtol=1e-4)
     # The metric is a mean over tokens under every aggregation, so that losses can be compared.
     np.testing.assert_allclose(metrics["grpo/reference_kl"], k3.sum() / mask.sum(), rtol=1e-4)
+    d = anchor - log_probs
+    of_anchor = ((np.exp(d) - d - 1) * mask).sum() / mask.sum()
+    np.testing.assert_allclose(metrics["grpo/kl_penalty"], of_anchor, rtol=1e-4)
 
 
 def test_a_pull_to_a_reference_that_is_not_given_or_does_not_fit_is_refused():
@@ -727,6 +730,9 @@ def test_decoupled_rewards_keep_what_a_group_is_dropped_for_and_refuse_other_sha
     found = np.asarray(Grpo(**DECOUPLED).judge(rewards, weights).advantages_PG)
     assert np.isnan(found[1]).all()  # as a group with a single reward that is NaN
     assert np.abs(found[[0, 2]]).min() > 0
+    rewards[0, 1, 0] = np.inf  # no number that could be compared, and not one that was not given
+    found = np.asarray(Grpo(**DECOUPLED).judge(rewards, weights).advantages_PG)
+    assert not np.isfinite(found[0]).any()
     with pytest.raises(ValueError, match=r"needs the rewards of each function, \[P, G, K\]"):
         Grpo(**DECOUPLED).judge(rewards[..., 0])
     with pytest.raises(ValueError, match="give each reward a weight"):
@@ -764,6 +770,8 @@ def test_a_reward_that_is_no_number_makes_the_loss_none(loss_fn, bad):
 @pytest.mark.parametrize("loss_fn", [losses.tpo_loss, losses.lpo_loss])
 def test_a_completion_without_trained_tokens_leaves_the_others_of_its_group_to_learn(loss_fn):
     log_probs, anchor, rewards, mask = make_batch(prompts=2, group=4)
+    # Sums far below 0, as those of real completions are: that of no token is none of them.
+    log_probs[:], anchor[:], mask[:] = -8.0, -8.0, 1.0
     mask[1] = 0
     gradient = jax.grad(lambda x: loss_fn(x, anchor, rewards, mask, num_generations=4)[0])(
         log_probs
@@ -930,6 +938,28 @@ def test_the_entropy_bonus_is_the_mean_over_tokens_of_kept_prompts():
     np.testing.assert_allclose(loss, plain - 0.3 * mean, rtol=1e-5)
     with pytest.raises(ValueError, match="entropy_bonus=0.3 needs the policy's entropy"):
         grpo_loss(log_probs, anchor, rewards, mask, entropy_bonus=0.3)
+    # Summed in float32, whatever the model computes in: a sum of 301 is none of bfloat16's.
+    batch = make_batch(prompts=1, group=2, tokens=301)[:3]
+    ones = jnp.ones(batch[0].shape, jnp.bfloat16)
+    _, metrics = grpo_loss(
+        *batch, np.ones(ones.shape), entropy=ones, entropy_bonus=0.3, num_generations=2
+    )
+    np.testing.assert_allclose(metrics["grpo/entropy_bonus"], 1.0, rtol=1e-6)
+
+
+def test_nothing_is_clipped_where_there_is_no_advantage():
+    _, anchor, rewards, mask = make_batch(prompts=2, group=4)
+    rewards[:4], rewards[4:] = 1.0, [1.0, 0.0, 0.0, 1.0]
+    batch = (anchor + np.float32(4.0), anchor, rewards, mask)
+    _, metrics = loss_and_metrics(losses.cispo_loss, *batch, num_generations=4)
+    expected = mask[4:].sum() / mask.sum()
+    np.testing.assert_allclose(metrics["cispo/clip_frac"], expected, rtol=1e-6)
+
+
+def test_a_batch_without_its_anchor_is_refused_by_name():
+    log_probs, _, rewards, mask = make_batch()
+    with pytest.raises(TypeError, match="adpo_loss needs anchor_log_probs, an array; given None"):
+        adpo_loss(log_probs, None, rewards, mask, num_generations=G)
 
 
 # What algorithms declare.
@@ -1089,6 +1119,10 @@ def test_adpo_refuses_what_cannot_work(options, text):
         ({"beta_anchor_kl": -1}, "beta_anchor_kl must be"),
         ({"min_reward_std": math.nan}, "min_reward_std must be"),
         ({"scale_rewards": "prompt"}, "one of group, batch, none"),
+        (
+            {"loss_aggregation": "constant", "constant_length": 2.5},
+            "constant_length must be a whole number, got 2.5",
+        ),
         ({"loss_aggregation": "mean"}, "one of token-mean, sequence-mean, constant; got 'mean'"),
     ],
 )

@@ -9,9 +9,11 @@ from test_train import TINY, on_one_device, scalars, train
 
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.run.checkpoint_files import complete_steps
+from adpo_jax.run.guard import Guard
 from adpo_jax.run.interruption import Interrupted, Interruption
 from adpo_jax.run.preparation import prepare
 from adpo_jax.train import run
+from adpo_jax.update import SKIPPED
 
 SHORT = (
     *TINY,
@@ -132,6 +134,11 @@ def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoi
         "--config.trainer.save_freq=0",
         "--config.trainer.save_total_limit=1",
         "--config.trainer.best_metric=eval/accuracy",
+        "--config.trainer.log_samples_freq=1",
+    )
+    counted = []
+    monkeypatch.setattr(
+        Guard, "resume", lambda self, rows: counted.append(sum(SKIPPED in row for row in rows))
     )
     accuracy, called, stops = {0: 0.0, 1: 0.1, 2: 0.7, 3: 0.2}, [], [2]
 
@@ -148,8 +155,10 @@ def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoi
     monkeypatch.setattr("adpo_jax.train._evaluate", evaluate)
     with pytest.raises(Interrupted):
         train(config, tmp_path, callbacks=[callback])
+    assert (tmp_path / "samples" / "train_000002.jsonl").exists()
     train(config, tmp_path, callbacks=[callback])
     assert called == [1, 2, 3]
+    assert counted == [0, 2]  # the second update has no row yet, and counts all the same
     rows = [(row["step"], row.get("mine/step"), row["eval/accuracy"]) for row in scalars(tmp_path)]
     assert rows == [(0, None, 0.0), (1, 1.0, 0.1), (2, 2.0, 0.7), (3, 3.0, 0.2)]
     assert complete_steps(tmp_path / "checkpoints") == [2, 3]

@@ -66,7 +66,7 @@ def obeys(completions, solution, **columns):
         return [float("jax" in sys.modules or "sympy" in sys.modules)]
     return [1.0]
 
-ASLEEP = []
+ASLEEP, UNDER_WAY = [], []
 
 async def waits(completions, solution):
     ASLEEP.append(1)
@@ -78,11 +78,25 @@ async def waits(completions, solution):
     ASLEEP.pop()
     return [together]
 
+async def imports_first(completions):
+    if not ASLEEP:
+        time.sleep(0.4)
+    ASLEEP.append(1)
+    UNDER_WAY.append(1)
+    await asyncio.sleep(0.1)
+    together = float(len(UNDER_WAY))
+    UNDER_WAY.pop()
+    return [together]
+
+async def cancels(completions):
+    raise asyncio.CancelledError
+
 async def thinks(completions):
-    time.sleep(0.1)
-    await asyncio.sleep(0.01)
-    print(completions[0][0]["content"])
-    time.sleep(0.1)
+    text = completions[0][0]["content"]
+    for _ in range(3):
+        time.sleep(0.0 if text == "a" else 0.26)
+        await asyncio.sleep(0.01)
+    print(text)
     return [1.0]
 '''
 
@@ -210,13 +224,28 @@ def test_async_functions_wait_together_and_are_cut_off_one_by_one(file):
 
 
 def test_what_async_functions_do_between_their_waits_is_not_the_others_time(file, capfd):
-    completions = ["\x1b[2J"] * 24
+    # Each of the first chunk takes 0.8 of the second that it may, and more beside another one.
+    completions = ["\x1b[2J"] * 4 + ["a"] * 12
     with make(file, name="thinks", num_workers=1) as model:
         scores = model.score(completions, columns(completions))
-    np.testing.assert_array_equal(scores.total, [1] * 24)
+    np.testing.assert_array_equal(scores.total, [1] * 16)
     out = capfd.readouterr().out
-    assert out.count("[2J") == 24
+    assert out.count("[2J") == 4
     assert "\x1b" not in out
+
+
+def test_a_slow_first_call_of_an_async_function_does_not_have_the_others_wait(file):
+    with make(file, name="imports_first", num_workers=1) as model:
+        scores = model.score(["a"] * 16, columns(["a"] * 16))
+    assert scores.total[1:4].max() > 1  # of the first chunk, after the slow one
+
+
+def test_an_async_function_that_cancels_itself_has_raised(file):
+    with (
+        make(file, name="cancels", num_workers=1) as model,
+        pytest.raises(RewardError, match="CancelledError"),
+    ):
+        model.score(["a"], columns(["a"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

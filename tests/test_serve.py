@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import errno
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import h11
 import httpx
 import jax
 import numpy as np
@@ -30,7 +32,7 @@ from adpo_jax.engine.requests import NewTokens, Request
 from adpo_jax.environments import calls as tools
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
-from adpo_jax.serve import hosting
+from adpo_jax.serve import hosting, protocol
 from adpo_jax.serve.access import Hosts
 from adpo_jax.serve.app import Page
 from adpo_jax.serve.connections import Connections
@@ -472,6 +474,8 @@ def test_null_is_as_good_as_absent_in_tools_and_messages(address):
     asked = {"messages": messages, "max_tokens": 1, "tools": [tool], "tool_choice": None}
     answer = post(address, "/v1/chat/completions", json=asked)
     assert answer.status_code == 200, answer.text
+    given = protocol._messages(Fields({"messages": messages}))
+    assert None not in [value for message in given for value in message.values()]
     fields = Fields({"tools": [tool]})
     assert parse_tools(fields) == [{"type": "function", "function": {"name": "add"}}]
 
@@ -599,7 +603,7 @@ REFUSED = {
     "deep": (b'{"prompt":' + b"[" * 100_000, None),
     "deeper than any schema": (b'{"metadata":' + b"[" * 100 + b"]" * 100 + b"}", None),
     "UTF-16": ('{"prompt": "x"}'.encode("utf-16"), None),
-    "half as bytes": (b'{"prompt": "\xed\xa0\xbd"}', "prompt"),
+    "half as bytes": (b'{"prompt": "x", "user": "\xed\xa0\xbd"}', "user"),
     "endless number": (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", None),
     "no prompt": ({}, "prompt"),
     "empty prompt": ({"prompt": ""}, "prompt"),
@@ -862,6 +866,40 @@ def test_a_client_that_does_not_read_is_let_go():
 
     asyncio.run(run())
     assert aborted == [1]
+
+
+def test_a_body_that_breaks_off_ends_its_request_and_never_follows_an_answer():
+    broken = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ended = []
+
+    async def waits(scope, receive, send):
+        while (message := await receive())["type"] != "http.disconnect":
+            assert message["type"] == "http.request"
+        ended.append(scope["path"])
+
+    async def run():
+        config = uvicorn.Config(app=waits, lifespan="off", log_config=None)
+        config.load()
+        state = types.SimpleNamespace(
+            connections=set(), tasks=set(), default_headers=[], total_requests=0
+        )
+        for begun in (False, True):
+            made = Connections(most=4, most_each=4).protocol(
+                config=config, server_state=state, app_state={}
+            )
+            transport = mock.Mock(get_extra_info={}.get, is_closing=lambda: False)
+            made.connection_made(transport)
+            made.data_received(broken)
+            if begun:
+                made.conn.send(h11.Response(status_code=200, headers=[]))
+            made.data_received(b"no size\r\n")
+            assert transport.close.called
+            # What has begun is broken off; two answers would be read as one.
+            assert transport.write.called != begun
+            await asyncio.wait_for(asyncio.gather(*state.tasks), 5)
+
+    asyncio.run(run())
+    assert ended == ["/", "/"]
 
 
 def test_a_client_with_too_many_connections_leaves_room_for_others():
@@ -1153,12 +1191,32 @@ def test_decoding_ends_whenever_it_is_told_to():
     loop.close()
 
 
+def test_a_server_without_its_model_leaves_the_port(folder, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    made = []
+    monkeypatch.setattr(
+        hosting, "bound", lambda *a, bound=hosting.bound: made.extend(bound(*a)) or made
+    )
+    assert serve.main(["--model=no/model", f"--port={port}"]) == 2
+    assert [one.fileno() for one in made] == [-1]
+
+
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert serve.main(["--model=no/model", f"--port={port}"]) == 2
     said = capsys.readouterr().err
     assert f"--port is 127.0.0.1:{port}, at which this machine cannot listen" in said
+
+
+def test_a_port_that_another_server_took_while_this_one_loaded_is_told(monkeypatch, capsys):
+    def run():
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(serve, "make_server", lambda *_: types.SimpleNamespace(run=run))
+    assert serve.main(["--model=x"]) == 2
+    assert "Address already in use" in capsys.readouterr().err
 
 
 def test_a_name_with_several_addresses_has_one_port_on_all_of_them(monkeypatch):

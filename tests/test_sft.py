@@ -1,6 +1,7 @@
 """The cold start: supervised steps in micro-batches, and what happens when one goes wrong."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from adpo_jax.losses.imitation import Imitation
 from adpo_jax.model.lora import Lora
 from adpo_jax.records import Batch
 from adpo_jax.run.cold_start import ColdStart
+from adpo_jax.run.guard import TrainingStopped
+from adpo_jax.run.interruption import Interrupted
 from adpo_jax.update import init_state, make_update, sft
 from adpo_jax.update.packing import PackedBatch
 
@@ -111,6 +114,31 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_as_they_were():
     found, metrics = descended(policy, params)
     assert metrics["update/skipped"] == 1.0
     jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+@pytest.mark.parametrize("how", ["due", "interrupted"])
+def test_no_checkpoint_of_a_stage_is_saved_without_the_steps_that_were_left_out(how):
+    policy, params = tiny.policy_and_params()
+    params["final_norm"] = params["final_norm"].at[0].set(jnp.nan)
+    stage = ColdStart(
+        policy,
+        optax.sgd(1.0),
+        PROMPTS,
+        COMPLETIONS,
+        num_steps=5,
+        batch_size=4,
+        prompt_length=4,
+        completion_length=100,
+        seed=0,
+        save_freq=1,
+        layout="rows",
+    )
+    checkpoints = mock.Mock(is_due=lambda *_, **__: how == "due")
+    stop = mock.Mock(check=mock.Mock(side_effect=[None, Interrupted("a test")]))
+    with pytest.raises(TrainingStopped, match="1 of the cold start's steps up to 1 was not finite"):
+        stage.train(stage.init_state(params), mock.Mock(), checkpoints, stop)
+    assert not checkpoints.save.called
+    assert not checkpoints.save_now.called
 
 
 def test_a_stage_goes_on_with_the_batches_that_it_would_have_had():

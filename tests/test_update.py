@@ -8,7 +8,7 @@ import optax
 import pytest
 import tiny
 
-from adpo_jax import Engine, SamplingParams, losses, update
+from adpo_jax import Engine, SamplingParams, losses, train, update
 from adpo_jax.devices import offload, sharding
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.records import Sequences
@@ -414,6 +414,12 @@ def test_what_is_given_in_a_wrong_place_is_told_in_words():
          "num_micro is a whole number, 1 or more; given 0"),
         (lambda: update.make_update(policy, algorithm, SGD, router_aux_loss_coef=0.1),
          "router_aux_loss_coef .* the model has none"),
+        (lambda: policy.logits(params, jnp.array([[1, 10**6]])), "token ids .*; given 0 to 10"),
+        (lambda: policy.logits(params, jnp.array([[0.5]])), "whole numbers, int32; given float32"),
+        (lambda: policy.logits(params, [[0.5]]), "whole numbers, int32; given float64"),
+        (lambda: train(None, callbacks=print), "callbacks is a list of functions; given <built-in"),
+        (lambda: train._call([lambda _: {"a": "b"}], 1, None, None, {}),
+         "callback <lambda> returns a dict of numbers by name, or None; it returned {'a': 'b'}"),
         (lambda: losses.adpo_loss(rewards, rewards, rewards[:, 0], None),
          "adpo_loss needs completion_mask, an array; given None"),
     ):  # fmt: skip

@@ -266,7 +266,10 @@ class Checkpoints:
             self.wait()
         except SaveError as error:
             say(f"WARNING: {error}")
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        except Exception as error:  # of a save that this process began and another one did not
+            say(f"WARNING: a checkpoint was given up: {first_line(error)}")
 
     def __enter__(self):
         return self
