@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import importlib.util
+import io
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import httpx
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+import rich.console
 from test_config import parse
 from test_environments import TINY, on_one_device, shortened
 from test_serve import wait_until
@@ -29,6 +32,7 @@ from adpo_jax.environments import external
 from adpo_jax.environments.external import External, parse_record
 from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.log.progress import Progress
 from adpo_jax.run.environments import make_environments
 from adpo_jax.serve.ledger import Ledger, NeverSampled
 
@@ -258,12 +262,42 @@ def test_a_record_says_no_more_than_it_must():
         ({"reward": 10**400}, "reward of a rollout is a finite number"),
         ({"finish_reason": ["x"]}, "finish_reason is"),
         ({"messages": "hello"}, "messages of a rollout are a list"),
+        ({"messages": [{"content": "hello"}]}, 'each with a text "role"'),
+        ({"messages": [{"role": None, "content": "hello"}]}, 'each with a text "role"'),
         ({"metrics": {"a": "b"}}, "metrics of a rollout are finite numbers"),
     ],
 )
 def test_what_is_no_record_is_refused_naming_the_field(changes, why):
     with pytest.raises(ValueError, match=why):
         parse_record(RECORD | changes, **LIMITS)
+
+
+def test_every_content_that_openai_allows_can_be_read_and_shown():
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    picture = {"type": "image_url", "image_url": {"url": "data:"}}
+    deep = []
+    for _ in range(900):
+        deep = [deep]
+    told = [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "name": "add", "content": [{"type": "text", "text": "42"}]},
+        {"role": "assistant", "content": None, "tool_calls": deep},
+        {"role": "user", "content": [{"type": "text", "text": "see"}, picture]},
+        {"role": "assistant", "content": "#### 42"},
+    ]
+    messages = parse_record(RECORD | {"messages": told}, **LIMITS).messages
+    assert [m["content"] for m in messages] == ["", "42", "", told[3]["content"], "#### 42"]
+    json.dumps(messages), pickle.dumps(messages)
+    sample = {"prompt": "q", "completion": "x", "reward": 1.0, "components": {}}
+    for turns, terminal in ((messages, True), (messages, False), (told, False)):  # recorded before
+        screen = io.StringIO()
+        console = rich.console.Console(file=screen, force_terminal=terminal, width=200)
+        with Progress("iteration", 2, console=console) as progress:
+            progress.print_samples([sample | {"turns": turns}])
+        shown = screen.getvalue()
+        for line in ("""assistant: '[add({"a": 1})]'""", "add: '42'", "user: 'see[image_url]'"):
+            assert line in shown
+        assert "assistant: ''" in shown
 
 
 def asked_of(url, **options):

@@ -27,6 +27,8 @@ from typing import Any
 from absl import logging
 
 from adpo_jax.data.prompts import PromptFormat
+from adpo_jax.environments.contract import content_of
+from adpo_jax.environments.nesting import nests_deeper
 from adpo_jax.environments.pool import EnvironmentFailed
 
 # The name of its reward, as `reward/environment` in the metrics.
@@ -38,6 +40,8 @@ LASTING = 422
 MAX_ANSWER_BYTES = 256 << 20
 # Of what an environment says in an error, so much is shown.
 _SHOWN = 300
+# Of a message; what is deeper cannot be handed to other processes.
+_DEEPEST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Record:
       tokens: T token ids after it, what was appended among them.
       trained: T, whether the policy sampled the token.
       reward: None where it gives none.
-      messages: its messages; None where they are not told.
+      messages: its messages, each with a text as its role; None where they are not told.
       metrics: numbers that it tells beside the reward.
     """
 
@@ -261,11 +265,7 @@ def parse_record(
     reason = rollout.get("finish_reason") or "stop"
     if reason not in ("stop", "length", "tool_calls"):
         raise ValueError(f'finish_reason is "stop" or "length"; given {reason!r:.80}')
-    messages = rollout.get("messages")
-    if messages is not None and not (
-        isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    ):
-        raise ValueError("the messages of a rollout are a list of objects")
+    messages = _messages(rollout.get("messages"))
     metrics = rollout.get("metrics") or {}
     if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
         raise ValueError("the metrics of a rollout are finite numbers by name")
@@ -282,6 +282,30 @@ def parse_record(
 
 
 _BITS = {"0", "1", "True", "False"}
+
+
+def _messages(told: Any) -> list[dict[str, Any]] | None:
+    """The messages of a rollout, with a content in each, a text unless it has parts that are none.
+
+    OpenAI's may do without: those that only call a tool. A field that nests too deeply is left out.
+    """
+    if told is None:
+        return None
+    if not isinstance(told, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in told
+    ):
+        raise ValueError('the messages of a rollout are a list of objects, each with a text "role"')
+    made = []
+    for message in told:
+        message = {k: v for k, v in message.items() if not nests_deeper(v, _DEEPEST)}
+        content = message.get("content")
+        is_text = isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content
+        )
+        if content is None or is_text:
+            content = content_of(content) if content else ""
+        made.append(message | {"content": content})
+    return made
 
 
 def _token_ids(rollout: dict, field: str, vocab_size: int) -> list[int]:

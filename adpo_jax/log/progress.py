@@ -16,6 +16,7 @@ import rich.table
 import rich.text
 
 from adpo_jax.log.printable import guarded, printable, unguarded
+from adpo_jax.log.transcripts import turns_of
 
 QUIET_S = 10.0
 
@@ -197,10 +198,7 @@ class _Ticker:
 
 def _turns(sample: Mapping) -> list[str]:
     """A line for each message of a sample in several turns; none for a single turn."""
-    return [
-        f"{message.get('name') or message['role']}: {message['content']!r}"
-        for message in sample.get("turns", ())
-    ]
+    return [f"{who}: {what!r}" for who, what in turns_of(sample)]
 
 
 def _scores(components: Mapping[str, float | None]) -> str:

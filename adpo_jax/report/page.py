@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from adpo_jax.log.transcripts import turns_of
 from adpo_jax.losses import ALGORITHMS
 from adpo_jax.report import figures
 from adpo_jax.report.figures import SERIES, Picture
@@ -170,17 +171,6 @@ def metrics_table(groups: Sequence[Group]) -> dict[str, list[str]]:
         means = [group.band(name)[1] for group in groups]
         table[name] = [f"{_number(m[0])} to {_number(m[-1])}" if len(m) else "" for m in means]
     return table
-
-
-def turns_of(record: dict) -> list[tuple[str, str]]:
-    """(who, what) of each message of a sample in several turns; none of one in a single turn."""
-    messages = record.get("turns")
-    messages = messages if isinstance(messages, list) else []
-    return [
-        (str(m.get("name") or m.get("role", ""))[:100], str(m.get("content", "")))
-        for m in messages
-        if isinstance(m, dict)
-    ]
 
 
 def blank(text: str) -> str:
