@@ -1,7 +1,9 @@
 """Environments as users write them; TRL takes this file as it is."""
 
 import asyncio
+import os
 import random
+import threading
 
 
 def shout(text: str) -> str:
@@ -172,3 +174,18 @@ class Careless:
 
     def get_reward(self):
         return "good"
+
+
+class Deck:
+    """Draws before its first reset."""
+
+    def __init__(self):
+        self.deck = random.sample(range(52), 52)
+
+    def reset(self, **row) -> str:
+        return f"{self.deck[0]} {random.random()}"
+
+    def deal(self) -> str:
+        """Deals a card, and has the process end soon."""
+        threading.Timer(0.1, os._exit, (1,)).start()
+        return "a card"

@@ -161,6 +161,24 @@ def test_random_numbers_of_an_environment_are_its_own(pool):
     assert lucks == {random.Random(5).random()}
 
 
+def test_an_environment_that_is_made_for_a_reset_is_reset_as_one_that_was_there():
+    with EnvironmentPool(Spec(FILE, "Deck"), 2, timeout_s=5.0) as pool:
+        leases = [pool.lease(None) for _ in range(3)]
+        said = [ask(pool, lease, "reset", row={}, seed=7).content["said"] for lease in leases * 2]
+        assert len(set(said)) == 1
+        assert ask(pool, leases[0], "reset", row={}, seed=8).content["said"] not in said
+
+
+def test_a_process_that_has_ended_between_two_rollouts_is_replaced_at_the_next_reset():
+    with EnvironmentPool(Spec(FILE, "Deck"), 1, timeout_s=5.0) as pool:
+        lease = pool.lease(None)
+        assert not ask(pool, lease, "reset", row={}, seed=7).kind
+        assert ask(pool, lease, "call", tool="deal", arguments={}).content["said"] == "a card"
+        time.sleep(1)
+        assert not ask(pool, lease, "reset", row={}, seed=7).kind
+        assert ask(pool, lease, "call", tool="deal", arguments={}).content["said"] == "a card"
+
+
 def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_reset(pool):
     lease, other = pool.lease("counter"), None
     while other is None or other.worker is lease.worker:

@@ -250,6 +250,13 @@ class _Worker:
         self._retire()
 
     def _ask(self, request: _Request) -> dict:
+        answer = self._ask_once(request)
+        if (request.verb, answer.get("kind")) == ("reset", "crash") and not self._closed:
+            # The process may have ended long before, by what an earlier call had started in it.
+            answer = self._ask_once(request)
+        return answer
+
+    def _ask_once(self, request: _Request) -> dict:
         if self._process is None:
             self._start()
         lease, arguments, timeout_s = request.lease, dict(request.arguments), self._timeout_s

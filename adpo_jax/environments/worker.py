@@ -3,6 +3,7 @@
 It is asked one thing at a time: to describe the environments, to make or reset one, to call a tool
 of one, or to end a rollout. An environment's random numbers (Python's, and NumPy's where it uses
 them) are its own: they begin with a seed at each reset, whatever else the process does in between.
+All are made with the same random numbers, so that one made anew is like one used before.
 """
 
 import asyncio
@@ -36,6 +37,12 @@ def main(descriptor: int, lifeline: int, run: int) -> None:
             wire.send_json(connection, house.answer(verb, arguments))
     except ConnectionError:
         pass
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
 class _Cancelled(Exception):
@@ -80,11 +87,10 @@ class House:
 
     def reset(self, number: int, name: str | None, row: dict, seed: int) -> dict:
         """Prepares an environment for a row, which is made where it is not there yet."""
-        random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed % 2**32)
         if number not in self._there:
+            _seed(0)  # whichever environments are made before, in this run and in a resumed one
             self._there[number] = self._make[name]()
+        _seed(seed)
         reset = self._there[number].reset
         signature = contract.signature_of_reset(type(self._there[number]).__name__, reset)
         taken = {k: v for k, v in row.items() if signature.takes_any or k in signature.names}
