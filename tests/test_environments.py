@@ -214,14 +214,25 @@ def test_what_a_tool_raises_is_its_answer_even_if_it_looks_like_our_own_deadline
         assert failure_text("end", ended, 5.0) == wanted
 
 
+def nested(depth):
+    """Lists in lists."""
+    value = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
 def test_attributes_that_are_too_large_cost_no_reward(caplog):
     instance = example.Counter()
     instance.reset(start=2)
+    kept = {"made", "resets", "count", "luck", "double", "fits"}
     instance.log = "x" * contract.MOST_ATTRIBUTES
-    assert contract.attributes_of(instance).keys() == {"made", "resets", "count", "luck", "double"}
+    instance.deep, instance.fits = nested(500), nested(60)
+    assert contract.attributes_of(instance).keys() == kept
     instance.log += "x"
     contract.attributes_of(instance)
     assert caplog.text.count("Counter.log is too large") == 1
+    assert caplog.text.count("Counter.deep is too large") == 1
 
 
 def test_a_process_that_answers_something_else_is_replaced(pool, monkeypatch):
@@ -272,6 +283,16 @@ MALFORMED = [
     ("tags", '<tool_call>{"name": "add", "arguments": {"a": 1e999}}</tool_call>', "no JSON object"),
     ("tags", "<tool_call>" + "[" * 100_000, "no JSON object"),
     ("tags", '<tool_call>{"name": "add", "arguments": {"a": ' + "9" * 10_000 + "}}", "no JSON"),
+    (
+        "tags",
+        '<tool_call>{"name": "add", "arguments": {"a": %s}}' % ("[" * 600 + "]" * 600),
+        "nest",
+    ),
+    (
+        "json",
+        '{"name": "add", "parameters": {"a": %s}}' % ("[" * 600 + "]" * 600),
+        "add nest deeper",
+    ),
     ("json", '{"name": "add", "parameters": {', "no JSON object"),
     ("gemma", "<start_function_call>call:add{a:" + "[" * 100_000, "arguments of add"),
     ("gemma", "<start_function_call>call:add{a:<escape>x", "arguments of add"),
@@ -287,6 +308,8 @@ def test_calls_of_all_families_are_found_and_malformed_ones_say_why():
         assert why in call.error, (text[:80], call)
         assert len(call.error) < 300
     assert len(calls_in("tags", "<tool_call>{}" * 1000, ("add",))) == 65
+    deep = json.dumps({"name": "add", "arguments": {"a": nested(31)}})
+    assert calls_in("json", deep, ("add",)) == [Call("add", {"a": nested(31)})]
 
 
 def test_a_fence_within_a_line_is_no_block():

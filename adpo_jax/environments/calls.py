@@ -18,6 +18,8 @@ import uuid
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple
 
+from adpo_jax.environments.nesting import nests_deeper
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # Llama 3.1 writes it before a call; as a special token it is mostly left out of the text.
 PYTHON_TAG = "<|python_tag|>"
@@ -35,7 +37,7 @@ _QUOTES = {"gemma": "<escape>", "gemma4": '<|"|>'}
 _FENCE = "```"
 _FENCE_LABELS = ("", "json", "tool_code", "tool_call")
 _LONGEST_NAME = 256  # of a function and of a parameter, in XML
-_DEEPEST = 32  # values inside values
+_DEEPEST = 32  # values inside values; deeper ones could not be handed to the tool's process
 _MOST_CALLS = 64  # of a turn
 
 
@@ -139,6 +141,8 @@ def _checked(read: tuple[Any, Any] | None, names: Collection[str]) -> Call:
     arguments = json_object(arguments)
     if arguments is None:
         return Call(name, {}, f"the arguments of {name} are no JSON object")
+    if nests_deeper(arguments, _DEEPEST):
+        return Call(name, {}, f"the arguments of {name} nest deeper than {_DEEPEST} levels")
     return Call(name, arguments)
 
 

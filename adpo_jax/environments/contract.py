@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adpo_jax.environments.nesting import nests_deeper
 from adpo_jax.rewards import binding
 from adpo_jax.rewards.custom import import_file
 
@@ -27,6 +28,8 @@ RESET, REWARD = "reset", "get_reward"
 
 # The characters, as JSON, of the attributes of an environment that reward functions are given.
 MOST_ATTRIBUTES = 1 << 20
+# How many dicts and lists of an attribute may lie in each other; Python can copy about 300.
+DEEPEST_ATTRIBUTE = 64
 
 # What comes with the package, beside data and a model of the same name.
 EMBEDDED = ("embedded:calculator", "embedded:guess_number")
@@ -238,8 +241,8 @@ def schema(owner: str, tool: Callable) -> dict[str, Any]:
 def attributes_of(instance: Any) -> dict[str, Any]:
     """The public attributes and properties of an environment that JSON can hold.
 
-    Together they are at most `MOST_ATTRIBUTES` characters; what is beyond is left out, with a
-    warning.
+    Together they are at most `MOST_ATTRIBUTES` characters, in `DEEPEST_ATTRIBUTE` levels; what is
+    beyond is left out, with a warning.
     """
     names = dict.fromkeys(getattr(instance, "__dict__", {}))
     names |= dict.fromkeys(
@@ -256,7 +259,7 @@ def attributes_of(instance: Any) -> dict[str, Any]:
             size = len(json.dumps(value))
         except Exception:  # what cannot be read is not there
             continue
-        if size > room:
+        if size > room or nests_deeper(value, DEEPEST_ATTRIBUTE):
             _warn_once(f"{type(instance).__name__}.{name}")
             continue
         room -= size
@@ -268,9 +271,11 @@ def attributes_of(instance: Any) -> dict[str, Any]:
 def _warn_once(what: str) -> None:
     logging.warning(
         "%s is too large for reward functions to get it: the attributes of an environment are %s "
-        "characters of JSON at most; let its name begin with _ if they need not have it",
+        "characters of JSON at most, in %d levels; let its name begin with _ if they need not have "
+        "it",
         what,
         f"{MOST_ATTRIBUTES:,}",
+        DEEPEST_ATTRIBUTE,
     )
 
 
