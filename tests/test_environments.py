@@ -609,8 +609,9 @@ def test_a_tool_that_hangs_is_told_to_the_model_and_its_environment_earns_nothin
     assert "no longer there" in session.appended[0, 0][1]
     assert answers.columns[GIVEN + "Counter"][0] == 0.0
     assert answers.completions.stats["tool_failures"] == 2
+    assert answers.columns["environments"][0].count == 2
     with pytest.raises(AttributeError, match="killed"):
-        _ = answers.columns["environments"][0].count
+        answers.columns["environments"][0].add(1)
 
 
 def test_what_is_async_and_takes_too_long_is_cancelled_told_and_earns_nothing(tokenizer):
@@ -652,6 +653,32 @@ def test_reward_functions_get_environments_and_transcripts_beside_the_environmen
             )  # fmt: skip
         assert graded.scores.components["Counter"].tolist() == [2.0, 1.0]
         assert graded.scores.total.tolist() == [3.0, 1.5]
+
+
+def test_reward_functions_read_a_lost_environment_as_it_was_when_it_last_answered(
+    tokenizer, tmp_path
+):
+    (tmp_path / "rewards.py").write_text(
+        "def counted(completions, environments, **columns):\n"
+        "    return [environment.count for environment in environments]\n"
+    )
+    lines = {(0, 0): [call("add", number=1), call("hang"), "a<eos>"]}
+    lines |= {(0, i): [call("add", number=i)] * 3 + ["b<eos>"] for i in (1, 2)}
+    function = RewardFunction(str(tmp_path / "rewards.py"), "counted")
+    for workers in (0, 1):
+        with (
+            EnvironmentPool(Spec(FILE, "Counter"), 1, timeout_s=1.0) as pool,
+            RewardModel([function], num_workers=workers, given=("Counter",)) as model,
+        ):
+            columns = {"question": ["Count."], "start": [3]}
+            complete, prompts, sampling, _ = rolled_out(pool, tokenizer, lines, columns, n=3)
+            graded = generate_and_grade(
+                None, None, prompts, sampling, jax.random.key(0), tokenizer, model,
+                reading=complete.reading, completer=complete,
+            )  # fmt: skip
+        assert graded.scores.components["counted"][0] == 4
+        assert (graded.scores.components["counted"] >= 4).all()
+        assert graded.scores.components["Counter"].tolist() == [0.0] * 3
 
 
 def test_a_reset_that_differs_within_a_group_stops_the_run(pool, tokenizer):

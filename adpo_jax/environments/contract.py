@@ -83,7 +83,8 @@ class EndedEnvironment:
     """An environment after its rollout, as reward functions get it: its attributes, to be read.
 
     The environment itself lives in a process of its own, where methods ran; what JSON can hold of
-    its public attributes and properties is here.
+    its public attributes and properties is here. Where that process was killed, they are as they
+    were after the last call that was answered.
     """
 
     def __init__(self, class_name: str, attributes: Mapping[str, Any], lost: bool = False):
@@ -95,7 +96,7 @@ class EndedEnvironment:
             raise AttributeError(name)
         why = "what JSON can hold of its public attributes is there, and no methods"
         if self._lost:
-            why = "its process was killed, since a call took too long or crashed"
+            why = "it had none when its process was killed, since a call took too long or crashed"
         raise AttributeError(f"the environment {self._class_name} has no {name!r} to read: {why}")
 
 

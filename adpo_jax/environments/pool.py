@@ -22,8 +22,8 @@ from adpo_jax.rewards.pool import WorkerProcess
 # What the answer to a request has.
 _NEEDED = {
     "describe": {"environments", "several"},
-    "reset": {"said"},
-    "call": {"said"},
+    "reset": {"said", "attributes"},
+    "call": {"said", "attributes"},
     "end": {"reward", "attributes"},
 }
 _START_TIMEOUT_S = 300.0  # a user's file may import much, and a class load much

@@ -86,7 +86,10 @@ class House:
         return {"environments": found, "several": None not in self._make}
 
     def reset(self, number: int, name: str | None, row: dict, seed: int) -> dict:
-        """Prepares an environment for a row, which is made where it is not there yet."""
+        """Prepares an environment for a row, which is made where it is not there yet.
+
+        Its attributes come with each answer, since its process may be killed before the end.
+        """
         if number not in self._there:
             _seed(0)  # whichever environments are made before, in this run and in a resumed one
             self._there[number] = self._make[name]()
@@ -101,7 +104,7 @@ class House:
         if said is not None and not isinstance(said, str):
             owner, returned = type(self._there[number]).__name__, contract.brief(said)
             raise Unfit(f"reset of {owner} returned {returned}; wanted text for the model, or None")
-        return {"said": said}
+        return {"said": said, "attributes": contract.attributes_of(self._there[number])}
 
     def call(self, number: int, tool: str, arguments: dict) -> dict:
         """Calls a tool; what it returns comes as text."""
@@ -109,10 +112,11 @@ class House:
         self._take_random(number)
         try:
             result = self._awaited(tools[tool](**arguments))
-            # What the model reads is cut anyway, and a message between processes has a limit too.
-            return {"said": contract.content_of(result)[:1_000_000]}
         finally:
             self._keep_random(number)
+        # What the model reads is cut anyway, and a message between processes has a limit too.
+        said = contract.content_of(result)[:1_000_000]
+        return {"said": said, "attributes": contract.attributes_of(self._there[number])}
 
     def end(self, number: int) -> dict:
         """The reward of an environment, None where it has none, and its attributes."""

@@ -52,6 +52,7 @@ class Conversation:
       num_failed: those of them that failed.
       finish_reason: why the last turn ended.
       is_over: whether no further turn comes; the environment may still be asked for its reward.
+      attributes: of the environment after its last answer.
     """
 
     described: Described
@@ -64,6 +65,7 @@ class Conversation:
     num_failed: int = 0
     finish_reason: str = "length"
     is_over: bool = False
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_answered(self) -> bool:
@@ -75,6 +77,12 @@ class Conversation:
         """The environment after the end."""
         told = self.sample.told
         return EndedEnvironment(self.described.class_name, told.attributes, told.is_lost)
+
+    def note_state(self, answer: Answer) -> None:
+        """Notes the state of the environment after an answer: its attributes, or its loss."""
+        self.attributes = answer.content.get("attributes", self.attributes)
+        if answer.kind in _LOSSES:
+            self.tell(is_lost=True, attributes=self.attributes)
 
     def tell(self, **changes: Any) -> None:
         """Notes what the environment told."""
@@ -124,6 +132,7 @@ class Conversations:
             answer = resets.get()
             self._refuse_failure("reset", answer)
             said[answer.tag[0]].add(answer.content["said"])
+            self.under_way[answer.tag].note_state(answer)
             self.under_way[answer.tag].tell(observation=answer.content["said"])
         return {group: _the_same(found) for group, found in said.items()}
 
@@ -178,8 +187,7 @@ class Conversations:
             place, verb, text = wanted[answer.tag]
             if verb == "reset":
                 self._refuse_failure(verb, answer)
-            if answer.kind in _LOSSES:
-                self.under_way[place].tell(is_lost=True)
+            self.under_way[place].note_state(answer)
             if self._words(answer) != text:
                 logging.log_first_n(
                     logging.WARNING,
@@ -193,7 +201,9 @@ class Conversations:
     def _open(self, place: Place, row: dict, sample: FlyingSample, *, leases: bool = True) -> None:
         environments = self._environments
         lease = self._pool.lease(environments.name_of(row)) if leases else None
-        self.under_way[place] = Conversation(environments.of_row(row), sample, lease)
+        self.under_way[place] = Conversation(
+            environments.of_row(row), sample, lease, attributes=sample.told.attributes
+        )
 
     def _reset(
         self, place: Place, row: dict, seed: int, answers: queue.SimpleQueue, tag: Any
@@ -309,8 +319,7 @@ class Conversations:
             conversation, place, *number = answer.tag
             if self.under_way.get(place) is conversation:
                 break
-        if answer.kind in _LOSSES:
-            conversation.tell(is_lost=True)
+        conversation.note_state(answer)
         if number:
             self.counts["tool_microseconds"] += int(answer.seconds * 1e6)
             conversation.num_failed += bool(answer.kind)
@@ -341,7 +350,7 @@ class Conversations:
             raise EnvironmentFailed(
                 f"get_reward of {conversation.described.class_name} gave {reward}, no finite number"
             )
-        conversation.tell(reward=reward, attributes=answer.content.get("attributes", {}))
+        conversation.tell(reward=reward, attributes=conversation.attributes)
         conversation.sample = conversation.sample.ended(conversation.finish_reason)
 
     def go_on(

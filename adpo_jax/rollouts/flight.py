@@ -35,7 +35,7 @@ class Told:
       asked: whether the last turn has ended with calls that are not answered yet.
       is_lost: whether the environment's process was killed.
       reward: of the environment, once the sample has ended; None for none.
-      attributes: of the environment, once the sample has ended.
+      attributes: of the environment, once the sample has ended or its environment is lost.
     """
 
     observation: str | None = None
