@@ -29,6 +29,7 @@ from adpo_jax.environments.contract import EndedEnvironment, Spec
 from adpo_jax.environments.environments import Environments
 from adpo_jax.environments.pool import Answer, EnvironmentFailed, EnvironmentPool, failure_text
 from adpo_jax.environments.rendering import TurnTemplate
+from adpo_jax.environments.worker import House
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel, Scores
@@ -235,6 +236,21 @@ def test_attributes_that_are_too_large_cost_no_reward(caplog):
     assert caplog.text.count("Counter.deep is too large") == 1
 
 
+def test_what_is_said_has_a_limit(tmp_path):
+    (tmp_path / "pages.py").write_text(
+        "class Pages:\n"
+        "    def reset(self, **row):\n"
+        "        return 'a' * 1_000_000 + 'z'\n\n"
+        "    def read(self):\n"
+        "        return self.reset()\n"
+    )
+    house = House(Spec(str(tmp_path / "pages.py"), "Pages"), timeout_s=5.0)
+    said = house.reset(number=0, name=None, row={}, seed=0)["said"]
+    assert (len(said), said[-1]) == (1_000_000, "z")  # as prompts are cut
+    said = house.call(number=0, tool="read", arguments={})["said"]
+    assert (len(said), said[-1]) == (1_000_000, "a")
+
+
 def test_a_process_that_answers_something_else_is_replaced(pool, monkeypatch):
     lease = pool.lease("counter")
     for reply in ({}, [], None, {"said2": 1}):
@@ -376,7 +392,8 @@ def test_an_answer_is_what_the_rendering_grows_by(tokenizer):
 
 
 def test_control_tokens_in_an_answer_are_text(tokenizer):
-    (ids,) = template_of(tokenizer).answer_ids([[("add", "</tool><eos>\ud800")]])
+    template = template_of(tokenizer)
+    (ids,) = template.answer_ids([[("add", template.cut("</tool><eos>\ud800"))]])
     assert tokenizer.decode(ids) == "<tool></tool><eos>?</tool>"
     special = [i for i in ids if i in tokenizer.all_special_ids or i < 6]
     assert tokenizer.convert_ids_to_tokens(special) == ["<tool>", "</tool>"]

@@ -340,6 +340,27 @@ def test_an_answer_that_does_not_fit_ends_the_sample_before_it_goes_on(world):
     assert answers.columns[GIVEN + "Counter"] == [4.0, 3.0]
 
 
+def test_a_long_answer_is_kept_as_the_model_reads_it(world, monkeypatch):
+    tokenizer, started = world
+    script = {(0, 0): [call("fail"), call("add", number=2)], (0, 1): ["#### 0<eos>"]}
+    ahead, flight = left_with_a_call(world, script)
+    decoding = ahead.start(Session(tokenizer, script))
+    decoding.begin(flight)
+    sample, other = decoding.left()[0]
+    shown = "{'error'... (cut at 8 tokens)"
+    assert sample.told.answers == ((shown,),)
+    assert ahead.conversations.under_way[0, 0].messages[-1]["content"] == shown
+
+    said = []
+    monkeypatch.setattr(conversations.logging, "log_first_n", lambda *a: said.append(a[1]))
+    # One of an earlier version was kept in full.
+    for kept, same in ((shown, True), ("{'error': 'it is broken'}", True), ("other", False)):
+        told = dataclasses.replace(sample.told, answers=((kept,),))
+        group = (dataclasses.replace(sample, told=told), other)
+        started().start(Session(tokenizer, {})).begin({0: group})
+        assert same == (not said)
+
+
 def test_what_cannot_be_done_again_after_a_restart_is_told(world, monkeypatch):
     tokenizer, started = world
     script = {(0, 0): [call("add", number=1), call("add", number=2)], (0, 1): ["#### 0<eos>"]}
@@ -363,7 +384,7 @@ def test_what_cannot_be_done_again_after_a_restart_is_told(world, monkeypatch):
     assert "answers otherwise" in said[0]
     # The environment was killed: nothing is done again, and the model is told.
     lost = resumed(is_lost=True).answers[-1]
-    assert "no longer there" in lost[0]
+    assert lost[0].startswith("{'error'")
     with pytest.raises(SourceError, match="answered other calls than they made"):
         resumed(answers=(("4", "5"),))
     monkeypatch.setattr(conversations, "reset_row", lambda *_: {"start": lambda: None})

@@ -96,12 +96,12 @@ class TurnTemplate:
         """The ids that are appended to completions whose turns have ended with calls.
 
         Args:
-          answers: for each completion the name of the tool and its answer of every call.
+          answers: for each completion the name of the tool and its answer of every call, `cut`.
         """
         hiding = hiding_of(self._tokenizer)
         tables: list[list[str]] = [[] for _ in answers]
         messages = [
-            [(name, hiding.hide(self.cut(text), table)) for name, text in told]
+            [(name, hiding.hide(text, table)) for name, text in told]
             for told, table in zip(answers, tables)
         ]
         befores = self._texts([_told(told, []) for told in messages])

@@ -19,6 +19,9 @@ from adpo_jax.environments.contract import Unfit
 from adpo_jax.rewards import wire
 from adpo_jax.rewards.worker import connected, limit_memory
 
+# Characters of an answer; what the model reads is cut by tokens, and messages have a limit too.
+_MOST_SAID = 1_000_000
+
 
 def main(descriptor: int, lifeline: int, run: int) -> None:
     """Serves the run over a socket until it closes; arguments as of `rewards.worker.main`."""
@@ -101,7 +104,9 @@ class House:
         self._keep_random(number)
         if isinstance(said, list):
             said = contract.content_of(said)
-        if said is not None and not isinstance(said, str):
+        if isinstance(said, str):
+            said = said[-_MOST_SAID:]  # prompts that are too long are cut at the front
+        elif said is not None:
             owner, returned = type(self._there[number]).__name__, contract.brief(said)
             raise Unfit(f"reset of {owner} returned {returned}; wanted text for the model, or None")
         return {"said": said, "attributes": contract.attributes_of(self._there[number])}
@@ -114,8 +119,7 @@ class House:
             result = self._awaited(tools[tool](**arguments))
         finally:
             self._keep_random(number)
-        # What the model reads is cut anyway, and a message between processes has a limit too.
-        said = contract.content_of(result)[:1_000_000]
+        said = contract.content_of(result)[:_MOST_SAID]
         return {"said": said, "attributes": contract.attributes_of(self._there[number])}
 
     def end(self, number: int) -> dict:

@@ -188,7 +188,9 @@ class Conversations:
             if verb == "reset":
                 self._refuse_failure(verb, answer)
             self.under_way[place].note_state(answer)
-            if self._words(answer) != text:
+            said = self._words(answer)
+            # Earlier versions kept answers in full.
+            if text != said and (verb == "reset" or text != self._template.cut(said)):
                 logging.log_first_n(
                     logging.WARNING,
                     "an environment answers otherwise when its calls are made again, as a resumed "
@@ -367,13 +369,14 @@ class Conversations:
           completion has ended.
         """
         found = [self.under_way[place] for place in places]
-        told = [[c.answers[i] for i in range(len(c.calls))] for c in found]
+        told = [[self._template.cut(c.answers[i]) for i in range(len(c.calls))] for c in found]
         named = [
             [(call.name, text) for call, text in zip(c.calls, texts)]
             for c, texts in zip(found, told)
         ]
         all_ids = self._template.answer_ids(named)
         for place, conversation, texts, ids in zip(places, found, told, all_ids, strict=True):
+            conversation.answers = {}  # in full they may be long
             # They count here, which is no matter of when answers come.
             self.counts["tool_calls"] += len(texts)
             self.counts["tool_failures"] += conversation.num_failed
@@ -392,7 +395,7 @@ class Conversations:
     def _note(self, conversation: Conversation, calls: Sequence[Call], told: Sequence[str]) -> None:
         """Notes answers as messages."""
         conversation.messages += [
-            {"role": "tool", "name": call.name, "content": self._template.cut(text)}
+            {"role": "tool", "name": call.name, "content": text}
             for call, text in zip(calls, told, strict=True)
         ]
 

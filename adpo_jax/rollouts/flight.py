@@ -31,7 +31,8 @@ class Told:
 
     Attributes:
       observation: what its reset returned for the prompt; None for nothing.
-      answers: of each turn that tools have answered, the answer of each call, in full.
+      answers: of each turn that tools have answered, the answer of each call, as the model reads
+        it.
       asked: whether the last turn has ended with calls that are not answered yet.
       is_lost: whether the environment's process was killed.
       reward: of the environment, once the sample has ended; None for none.
