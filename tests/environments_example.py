@@ -1,6 +1,7 @@
 """Environments as users write them; TRL takes this file as it is."""
 
 import asyncio
+import functools
 import os
 import random
 import threading
@@ -189,3 +190,46 @@ class Deck:
         """Deals a card, and has the process end soon."""
         threading.Timer(0.1, os._exit, (1,)).start()
         return "a card"
+
+
+class Backend:
+    """What an environment has a tool of."""
+
+    def search(self, query: str) -> str:
+        """Searches.
+
+        Args:
+            query: What for.
+        """
+        return f"found {query}"
+
+
+class Bound:
+    """Has tools of several kinds, and what is none."""
+
+    def __init__(self):
+        self.find = Backend().search
+        self.reads = 0
+
+    def reset(self, **row):
+        return None
+
+    def tool(self) -> str:
+        """A tool."""
+
+    @classmethod
+    def other(cls) -> str:
+        """Another tool."""
+
+    @staticmethod
+    def helper(x):
+        return x
+
+    @property
+    def seen(self) -> int:
+        self.reads += 1
+        return self.reads
+
+    @functools.cached_property
+    def kept(self) -> int:
+        return self.seen

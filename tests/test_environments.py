@@ -1,6 +1,7 @@
 """Environments: the contract, processes, calls, answers as tokens, rollouts."""
 
 import dataclasses
+import inspect
 import json
 import os
 import queue
@@ -57,6 +58,26 @@ def test_public_methods_and_plain_functions_are_tools_with_schemas():
     assert add["description"] == "Adds to the count."
     number = add["parameters"]["properties"]["number"]
     assert number == {"type": "integer", "description": "What to add."}
+
+
+def members_as_trl(instance):
+    """What TRL 1.16 makes tools of."""
+    members = inspect.getmembers(instance, predicate=inspect.ismethod)
+    return [m for name, m in members if name not in ("reset", "get_reward") and name[0] != "_"]
+
+
+def test_bound_methods_are_tools_as_in_trl_and_no_property_is_read():
+    bound = example.Bound()
+    assert list(contract.methods_of(bound).values()) == [bound.find, bound.other, bound.tool]
+    assert not bound.reads
+    assert members_as_trl(bound) == [bound.find, bound.other, bound.tool]
+    described = contract.describe(bound, {})
+    assert described.tool_names == ("search", "other", "tool")
+    assert contract.tools_of(bound, {})["search"]("x") == "found x"
+    bound.again = example.make_counter().add
+    bound.plus = example.make_counter().add
+    with pytest.raises(contract.Unfit, match="two tools of Bound have functions of the name add"):
+        contract.describe(bound, {})
 
 
 @pytest.mark.filterwarnings("ignore")  # of TRL, torch and transformers about each other

@@ -31,6 +31,8 @@ MOST_ATTRIBUTES = 1 << 20
 # How many dicts and lists of an attribute may lie in each other; Python can copy about 300.
 DEEPEST_ATTRIBUTE = 64
 
+_PROPERTIES = property | functools.cached_property
+
 # What comes with the package, beside data and a model of the same name.
 EMBEDDED = ("embedded:calculator", "embedded:guess_number")
 
@@ -144,13 +146,27 @@ def load(spec: Spec) -> tuple[dict[str | None, Callable[[], Any]], dict[str, Cal
 
 
 def methods_of(instance: Any) -> dict[str, Callable]:
-    """The methods of an environment that are tools, by name."""
-    members = inspect.getmembers(type(instance), predicate=inspect.isfunction)
-    return {
-        name: getattr(instance, name)
-        for name, _ in members
-        if name not in (RESET, REWARD) and not name.startswith("_")
-    }
+    """The methods of an environment that are tools, by the names of their functions.
+
+    They are what is bound, as in TRL: to the instance, methods of other objects that it has as
+    attributes among them, or to the class. No property is read for it.
+
+    Raises:
+      Unfit: different methods of one name.
+    """
+    found: dict[str, Callable] = {}
+    for name in dir(instance):
+        if name.startswith("_") or name in (RESET, REWARD):
+            continue
+        if isinstance(inspect.getattr_static(instance, name, None), _PROPERTIES):
+            continue
+        method = getattr(instance, name, None)
+        if inspect.ismethod(method) and found.setdefault(method.__name__, method) != method:
+            raise Unfit(
+                f"two tools of {type(instance).__name__} have functions of the name "
+                f"{method.__name__}; a decorator keeps the names apart by functools.wraps"
+            )
+    return found
 
 
 def tools_of(instance: Any, functions: Mapping[str, Callable]) -> dict[str, Callable]:
