@@ -349,6 +349,40 @@ def test_calls_of_all_families_are_found_and_malformed_ones_say_why():
     assert calls_in("json", deep, ("add",)) == [Call("add", {"a": nested(31)})]
 
 
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "wanted"),
+    [
+        ("tags", f"<think>\nOr {CALL}?\n</think>\n\nNothing to do.", []),
+        ("tags", f"<think>\nOr {CALL}?\n</think>\n\n{CALL}", ONE),
+        ("tags", f"<think>a</think> <think>{CALL}</think>{CALL}", ONE),
+        ("tags", f"Well.<think>\n{CALL} and", []),
+        ("tags", f"<think>\n{CALL} or {QWEN_XML}", ONE),  # as Qwen3.5 ends a thought
+        ("tags", CALL + "<think>", ONE),
+        ("tags", '<tool_call>{"name": "add", "arguments": {"a": "</think>"}}</tool_call>',
+         [Call("add", {"a": "</think>"})]),
+        ("tags", '<tool_call>{"name": "add", "arguments": {"a": "<think>"}}</tool_call>',
+         [Call("add", {"a": "<think>"})]),
+        ("json", '<think>{"name": "add"}</think>{"name": "add", "parameters": {"a": 1}}', ONE),
+        ("json", '{"name": "add", "parameters": {"a": "<think>"}}',
+         [Call("add", {"a": "<think>"})]),
+        ("gemma4", "<|channel>thought\n<|tool_call>call:add{a:1}<tool_call|><channel|>Done.", []),
+        ("gemma4", "<|channel>thought\n<channel|><|tool_call>call:add{a:1}<tool_call|>", ONE),
+    ],
+)  # fmt: skip
+def test_a_call_that_is_drafted_in_a_thought_is_none(form, text, wanted):
+    assert calls_in(form, text, ("add",)) == wanted
+
+
+def test_a_template_that_begins_a_thought_is_known(tokenizer, monkeypatch):
+    assert template_of(tokenizer).thought == ""
+    begins = "{%- if add_generation_prompt %}<think>\n{%- endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + begins)
+    assert template_of(tokenizer).thought == "<think>"
+
+
 def test_a_fence_within_a_line_is_no_block():
     text = 'Use ```add```:\n```json\n{"name": "add", "arguments": {"a": 1}}\n```'
     assert calls_in("json", text, ("add",)) == ONE
@@ -367,6 +401,8 @@ def test_a_block_of_code_in_another_language_does_not_hide_the_one_with_the_call
         ("tags", "<tool_call><function=add>" + "<parameter=" * 200_000),
         ("tags", "<tool_call><function=add>" + "<parameter= " * 200_000 + ">"),
         ("tags", "<tool_call>" + "<function=" * 20_000),
+        ("tags", "<think></think>" * 20_000),
+        ("tags", "<think>" + "<tool_call> " * 20_000),
     ],
 )
 def test_calls_are_looked_for_in_linear_time(form, text):

@@ -6,6 +6,9 @@
     gemma    <start_function_call>call:name{key:value}<end_function_call>     FunctionGemma
     gemma4   <|tool_call>call:name{key:value}<tool_call|>                     Gemma 4
 
+A call that is only drafted in a thought is none: thoughts are parted off first, as vLLM and SGLang
+do with their parsers of reasoning.
+
 A text of a model is hostile: it is parsed here, and neither evaluated nor trusted. `calls_in` reads
 a whole turn, and says of a malformed call what is wrong in words for the model. `CallParser` takes
 a text as it comes, and leaves as text whatever is no call of a tool that there is.
@@ -32,6 +35,9 @@ _MARKS = {
     "gemma": ("<start_function_call>", "<end_function_call>"),
     "gemma4": ("<|tool_call>", "<tool_call|>"),
 }
+# The marks around a thought.
+_THOUGHTS = {"gemma4": ("<|channel>", "<channel|>")}
+_THOUGHT = "<think>", "</think>"
 _QUOTES = {"gemma": "<escape>", "gemma4": '<|"|>'}
 
 _FENCE = "```"
@@ -65,17 +71,43 @@ def form_of(template: str) -> Form | None:
     return "json" if re.search(r"""parameters\\?":\s*dictionary""", template) else None
 
 
+def begun_thought(form: Form, prompt: str) -> str:
+    """The mark with which a prompt has begun a thought that the model goes on with; "" for none."""
+    opening, _ = _THOUGHTS.get(form, _THOUGHT)
+    return opening if prompt.rstrip().endswith(opening) else ""
+
+
 def calls_in(form: Form, text: str, names: Collection[str]) -> list[Call]:
     """The calls in a whole turn, in their order, malformed ones among them; none for plain text.
 
     Args:
+      text: the turn, behind `begun_thought`.
       names: the tools that there are.
     """
+    text = _behind_thoughts(form, text)
     bodies = _bodies(form, text) if form in _MARKS else _json_bodies(text)
     calls = [_checked(_read(form, body), names) for body in bodies[:_MOST_CALLS]]
     if len(bodies) > _MOST_CALLS:
         calls.append(Call("", {}, f"a turn has {_MOST_CALLS} calls at most; the rest was left out"))
     return calls
+
+
+def _behind_thoughts(form: Form, text: str) -> str:
+    """What follows the thoughts of a turn that stand before its first call.
+
+    A thought that is not closed goes on to the end, or to a call in XML, which Qwen3.5 may begin
+    without closing its thought.
+    """
+    opening, closing = _THOUGHTS.get(form, _THOUGHT)
+    begins_call = _MARKS[form][0] if form in _MARKS else "{"
+    at = 0
+    while (start := text.find(opening, at)) >= 0 and text.find(begins_call, at, start) < 0:
+        end = text.find(closing, start)
+        if end < 0:
+            call = re.compile(rf"{OPEN}\s*<function=").search(text, start)
+            return text[call.start() :] if call and form == "tags" else ""
+        at = end + len(closing)
+    return text[at:]
 
 
 def _bodies(form: Form, text: str) -> list[str]:

@@ -43,6 +43,7 @@ class TurnTemplate:
     Attributes:
       form: the form in which the model writes calls.
       patch: the name of the patch under which the template keeps earlier turns; "" for none.
+      thought: the mark with which it begins a thought for the model to go on with; "" for none.
 
     Raises:
       ValueError: a template without a place for tools, with calls in a form that is not known, or
@@ -76,6 +77,8 @@ class TurnTemplate:
                 "known are those of Hermes and Qwen, Llama 3, FunctionGemma and Gemma 4"
             )
         self.form = form
+        (prompt,) = self._texts([[{"role": "user", "content": "u"}]], goes_on=True)
+        self.thought = calls.begun_thought(form, prompt)
         changed = self._turn_that_changes()
         for name, replacements in PATCHES.items() if changed else ():
             if all(old in source for old, _ in replacements):

@@ -256,7 +256,7 @@ class Conversations:
         (shown,) = self._reading.decoded(self._tokenizer, [tokens])
         (text,) = self._with_marks.decoded(self._tokenizer, [tokens])
         names = conversation.described.tool_names
-        calls = calls_lib.calls_in(self._template.form, text, names)
+        calls = calls_lib.calls_in(self._template.form, self._template.thought + text, names)
         conversation.texts.append(shown)
         conversation.messages.append({"role": "assistant", "content": shown} | _as_message(calls))
         return calls
