@@ -199,6 +199,8 @@ def test_a_process_that_has_ended_between_two_rollouts_is_replaced_at_the_next_r
         time.sleep(1)
         assert not ask(pool, lease, "reset", row={}, seed=7).kind
         assert ask(pool, lease, "call", tool="deal", arguments={}).content["said"] == "a card"
+        time.sleep(1)
+        assert pool.describe()[0][""].tool_names == ("deal",)
 
 
 def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_reset(pool):

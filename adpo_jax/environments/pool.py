@@ -251,7 +251,8 @@ class _Worker:
 
     def _ask(self, request: _Request) -> dict:
         answer = self._ask_once(request)
-        if (request.verb, answer.get("kind")) == ("reset", "crash") and not self._closed:
+        begins = request.verb in ("describe", "reset")
+        if begins and answer.get("kind") == "crash" and not self._closed:
             # The process may have ended long before, by what an earlier call had started in it.
             answer = self._ask_once(request)
         return answer
