@@ -59,6 +59,7 @@ class Counter:
 
     def fail(self) -> str:
         """Fails."""
+        self.count += 10
         raise RuntimeError("it is broken")
 
     def hang(self) -> str:
@@ -185,6 +186,10 @@ class Deck:
 
     def reset(self, **row) -> str:
         return f"{self.deck[0]} {random.random()}"
+
+    @property
+    def leaves(self) -> int:
+        raise SystemExit(1)
 
     def deal(self) -> str:
         """Deals a card, and has the process end soon."""

@@ -163,10 +163,11 @@ def test_an_environment_is_reset_called_and_read_in_its_process(pool):
     assert ask(pool, lease, "call", tool="whisper", arguments={"text": "X"}).content["said"] == "x"
     failed = ask(pool, lease, "call", tool="fail", arguments={})
     assert (failed.error, failed.kind) == ("it is broken", "raised")
+    assert failed.content["attributes"]["count"] == 17
     assert "unexpected keyword" in ask(pool, lease, "call", tool="add", arguments={"x": 1}).error
     ended = ask(pool, lease, "end").content
-    assert ended["reward"] == 7.0
-    assert ended["attributes"]["double"] == 14
+    assert ended["reward"] == 17.0
+    assert ended["attributes"]["double"] == 34
     assert ended["attributes"]["resets"] == 1
     pool.give_back(lease)
     again = pool.lease("counter")

@@ -274,7 +274,7 @@ def attributes_of(instance: Any) -> dict[str, Any]:
         try:
             value = getattr(instance, name)
             size = len(json.dumps(value))
-        except Exception:  # what cannot be read is not there
+        except BaseException:  # what cannot be read is not there
             continue
         if size > room or nests_deeper(value, DEEPEST_ATTRIBUTE):
             _warn_once(f"{type(instance).__name__}.{name}")

@@ -67,7 +67,17 @@ class House:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def answer(self, verb: str, arguments: dict) -> dict:
-        """What comes of a request: a dict that JSON can hold, with "error" where it failed."""
+        """What comes of a request: a dict that JSON can hold, with "error" where it failed.
+
+        An environment's attributes come with it, since its process may be killed before the end.
+        """
+        answer = self._answer(verb, arguments)
+        instance = self._there.get(arguments.get("number"))
+        if instance is None:
+            return answer
+        return answer | {"attributes": contract.attributes_of(instance)}
+
+    def _answer(self, verb: str, arguments: dict) -> dict:
         try:
             return getattr(self, verb)(**arguments)
         except _Cancelled:
@@ -89,10 +99,7 @@ class House:
         return {"environments": found, "several": None not in self._make}
 
     def reset(self, number: int, name: str | None, row: dict, seed: int) -> dict:
-        """Prepares an environment for a row, which is made where it is not there yet.
-
-        Its attributes come with each answer, since its process may be killed before the end.
-        """
+        """Prepares an environment for a row, which is made where it is not there yet."""
         if number not in self._there:
             _seed(0)  # whichever environments are made before, in this run and in a resumed one
             self._there[number] = self._make[name]()
@@ -109,7 +116,7 @@ class House:
         elif said is not None:
             owner, returned = type(self._there[number]).__name__, contract.brief(said)
             raise Unfit(f"reset of {owner} returned {returned}; wanted text for the model, or None")
-        return {"said": said, "attributes": contract.attributes_of(self._there[number])}
+        return {"said": said}
 
     def call(self, number: int, tool: str, arguments: dict) -> dict:
         """Calls a tool; what it returns comes as text."""
@@ -117,19 +124,18 @@ class House:
         self._take_random(number)
         try:
             result = self._awaited(tools[tool](**arguments))
+            return {"said": contract.content_of(result)[:_MOST_SAID]}
         finally:
             self._keep_random(number)
-        said = contract.content_of(result)[:_MOST_SAID]
-        return {"said": said, "attributes": contract.attributes_of(self._there[number])}
 
     def end(self, number: int) -> dict:
-        """The reward of an environment, None where it has none, and its attributes."""
+        """The reward of an environment; None where it has none."""
         instance = self._there[number]
         self._take_random(number)
         reward = None
         if callable(getattr(instance, contract.REWARD, None)):
             reward = contract.number_of(instance, self._awaited(instance.get_reward()))
-        return {"reward": reward, "attributes": contract.attributes_of(instance)}
+        return {"reward": reward}
 
     def _awaited(self, result: Any) -> Any:
         if not inspect.isawaitable(result):
