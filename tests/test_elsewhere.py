@@ -190,6 +190,26 @@ def test_nothing_is_handed_to_a_line_that_its_sampler_has_lost(dispatch):
     assert asked(dispatch, "a", [0]) == [1]
 
 
+def test_a_sampler_waits_while_what_is_left_is_kept_for_another(dispatch, clock):
+    for name in "ab":
+        asked(dispatch, name)
+    dispatch.publish(0, works(0, 1, 2))
+    assert asked(dispatch, "a") == [0, 1]
+    found = []
+
+    def ask():
+        order = dispatch.order("a", [0, 1], 2, 0, timeout=20)
+        found.append([work.number for work in order.works])
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    waiting.join(0.2)
+    assert found == []
+    asked(dispatch, "b", room=0)  # it has no room for it any more
+    waiting.join(10)
+    assert found == [[2]]
+
+
 # --- what is sent
 
 LIMITS = {
@@ -645,6 +665,22 @@ def test_a_group_that_is_dropped_and_handed_out_again_is_sampled_once(
                     wanted = log_probs(policy, at_step(params, version), tokens)[0, len(ids) :]
                     drawn = c.versions == version
                     np.testing.assert_allclose(c.full_log_probs[drawn], wanted[drawn], atol=2e-5)
+
+
+def test_decoding_goes_on_when_the_trainer_drops_what_was_delivered(policy_and_params, engines):
+    policy, params = policy_and_params
+    role = roles.SamplerRole(policy, engines[0], SAMPLING, address="127.0.0.1:1", key=KEY)
+    role._params, role._version = params, 0
+    keys = np.arange(8, dtype=np.uint32).reshape(2, 2, 2)
+    role._on_works([{"number": n, "prompt": PROMPTS[n], "keys": keys[n - 4]} for n in (4, 5)])
+    with mock.patch.object(roles, "_STEPS", 0):
+        role._decode()
+    decoding = role._decoding
+    role._on_dropped([3])
+    assert role._decoding is decoding is not None
+    role._on_dropped([3, 4])
+    assert role._decoding is None
+    assert list(role._works) == list(role._groups) == list(role._fresh) == [5]
 
 
 def test_what_was_begun_for_an_earlier_start_is_not_delivered_to_a_later_one(

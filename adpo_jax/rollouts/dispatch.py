@@ -161,6 +161,8 @@ class Dispatch:
         holds = set(holds)
         with self._changed:
             known = self._heard(sampler)
+            if known.room != room and self._waiting:
+                self._changed.notify_all()  # what was kept for it may be others'
             known.room = room
             known.num_asked += 1
             asked = known.num_asked
@@ -170,7 +172,7 @@ class Dispatch:
 
             def has_news() -> bool:
                 newer = self._version is not None and self._version != version
-                news = self._finished or unwanted or newer or (room and self._waiting)
+                news = self._finished or unwanted or newer or self._share(known, room, holds)
                 return bool(news or known.num_asked != asked)
 
             if known.num_waiting:
@@ -186,7 +188,7 @@ class Dispatch:
                 return Order(self._version, [], [], False)
             known = self._heard(sampler)
             dropped = sorted(holds - known.holds)
-            works = [] if self._version is None else self._handed_out(known, room, holds)
+            works = self._handed_out(known, room, holds)
             return Order(self._version, works, dropped, False)
 
     def deliver(self, sampler: str, number: int, completions: list[Completion]) -> bool:
@@ -233,6 +235,7 @@ class Dispatch:
             known = self._samplers.pop(name)
             for number in list(known.holds):
                 self._give_back(known, number)
+            self._changed.notify_all()  # what was kept for it is others'
 
     def _give_back(self, known: _Known, number: int) -> None:
         known.holds.discard(number)
@@ -242,17 +245,22 @@ class Dispatch:
             self._waiting = dict(sorted((self._waiting | {number: work}).items()))
             self._changed.notify_all()
 
-    def _handed_out(self, known: _Known, room: int, holds: set[int]) -> list[Work]:
-        """The sampler's share of all that is not whole, the oldest groups first.
+    def _share(self, known: _Known, room: int, holds: set[int]) -> list[int]:
+        """The groups that a sampler may begin now: its share of what is not whole, oldest first.
 
         It gets more where others have no room for theirs. Those that it is being told to drop are
         not among them.
         """
-        share = -(-(len(self._waiting) + len(self._works)) // len(self._samplers))
-        others = (other for other in self._samplers.values() if other is not known)
+        if self._version is None or not room or not self._waiting:
+            return []
+        others = [other for other in self._samplers.values() if other is not known]
+        share = -(-(len(self._waiting) + len(self._works)) // (len(others) + 1))
         kept = sum(max(0, min(other.room, share - len(other.holds))) for other in others)
         count = min(room, max(share - len(known.holds), len(self._waiting) - kept, 0))
-        numbers = [number for number in self._waiting if number not in holds][:count]
+        return [number for number in self._waiting if number not in holds][:count]
+
+    def _handed_out(self, known: _Known, room: int, holds: set[int]) -> list[Work]:
+        numbers = self._share(known, room, holds)
         known.room = room - len(numbers)
         works = [self._waiting.pop(number) for number in numbers]
         self._works |= {work.number: work for work in works}

@@ -237,11 +237,13 @@ class SamplerRole:
         self._tell_room()
 
     def _on_dropped(self, numbers: list[int]) -> None:
+        numbers = [number for number in numbers if number in self._works]  # others are delivered
+        if not numbers:
+            return
         # They may be handed out again, so nothing of them may go on; others do, in a new session.
         self._leave()
         for number in numbers:
-            self._works.pop(number, None)
-            self._groups.pop(number, None)
+            del self._works[number], self._groups[number]
         self._fresh = collections.deque(sorted(self._works))
 
     def _tell_room(self) -> None:
