@@ -54,6 +54,32 @@ def test_more_groups_ahead_than_the_staleness_allows_are_refused():
         Pacing(4, 2, 9, num_steps=25)
 
 
+@pytest.mark.parametrize(("P", "staleness"), [(4, 1), (2, 1), (2, 2), (6, 1)])
+def test_a_run_that_goes_on_with_less_staleness_trains_on_old_groups_first(P, staleness):
+    old, at = Pacing(4, 4, 16, num_steps=50), {}
+    for step in range(6):
+        at |= dict.fromkeys(old.admitted(step, 4 * step + len(at), len(at)), step)
+        for n in old.chosen(step, at, sorted(at)[:4]):
+            del at[n]
+    pacing, following = Pacing(P, staleness, staleness * P, num_steps=50), max(at) + 1
+    missing = dict.fromkeys(at, 3)  # steps until a group is whole
+    for step in range(6, 30):
+        new = pacing.admitted(step, following, len(at))
+        following += len(new)
+        at |= dict.fromkeys(new, step)
+        missing |= {n: 1 + n % 5 for n in new}
+        while (chosen := pacing.chosen(step, at, [n for n in at if missing[n] <= 0])) is None:
+            assert any(missing[n] > 0 for n in at)
+            for n in at:
+                missing[n] -= 1
+        assert len(chosen) == P
+        if min(at[n] for n in at) < step - staleness:
+            assert chosen == sorted(at)[:P]
+        for n in chosen:
+            del at[n]
+    assert min(at.values()) >= 29 - staleness
+
+
 PROMPTS = [[3, 1, 4], [1, 5], [9, 2, 6, 5], [3, 5, 8, 9], [7, 9], [3, 2, 3], [8, 4], [6, 2, 6, 4]]
 P, G = 2, 2
 

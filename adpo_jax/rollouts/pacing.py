@@ -63,7 +63,9 @@ class Pacing:
     ) -> list[int] | None:
         """The groups that iteration `step` trains on; None while it has to wait.
 
-        They are the oldest whole ones: those of the smallest numbers.
+        They are the oldest whole ones: those of the smallest numbers. If these are the oldest in
+        flight, there is nothing to wait for, whatever is late: more groups may be than a run that
+        goes on with a smaller `max_staleness` allows.
 
         Args:
           admitted_at: the iterations done when each group in flight was admitted, by its number.
@@ -72,6 +74,8 @@ class Pacing:
         chosen = sorted(whole)[: self.batch_size]
         if len(chosen) < self.batch_size:
             return None
+        if chosen == sorted(admitted_at)[: self.batch_size]:
+            return chosen
         left = set(admitted_at) - set(chosen)
         for last in range(step, step + self.max_staleness):
             due = sum(admitted_at[number] + self.max_staleness <= last for number in left)
