@@ -170,6 +170,9 @@ def test_a_run_trains_on_what_an_environment_elsewhere_had_sampled(tmp_path):
     assert first["row"]["answer"].startswith("#### ")
     assert len(set(first["seeds"])) == first["num_rollouts"] == 2
     assert first["model"]["max_model_length"] == first["model"]["max_prompt_length"] + 32
+    # An evaluation's greedy answers are asked for with the iterations done, too.
+    greedy = [body for body in environment.asked if body["sampling_params"]["temperature"] == 0]
+    assert {body["step"] for body in greedy} == {2}
     # The addresses of two iterations have nothing to do with each other.
     keys = {body["step"]: body["model"]["api_key"] for body in environment.asked}
     assert len(set(keys.values())) == len(keys)

@@ -172,7 +172,7 @@ def _graded(
 ) -> _Graded:
     with distributed.fail_together():
         mine = prompts.select(distributed.own_rows(len(prompts)))
-        answers = complete(params, mine, sampling, jax.random.key(0))
+        answers = complete(params, mine, sampling, jax.random.key(0), version=state.global_step)
         columns = answers.reward_columns(reading, reward_model.takes)
         rewards = reward_model.score(answers.texts, columns, state).total
     mine = answers.prompts.token_ids, answers.completions, answers.texts, answers.transcripts
