@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest import mock
 
 import httpx
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -30,6 +31,9 @@ from test_processes import OVERRIDES, finish, start_two
 
 from adpo_jax.engine.engine import Engine
 from adpo_jax.log.metrics import read_jsonl
+from adpo_jax.model import lora
+from adpo_jax.model.lora import Lora
+from adpo_jax.policy import Policy
 from adpo_jax.records import Completion, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts import elsewhere, recording, wire
@@ -408,6 +412,7 @@ def trainer(policy_and_params, sampler, tmp_path):
         def make(staleness, port=0, host="127.0.0.1", num_steps=STEPS, weights="", sieve=None):
             settings = {
                 "fits": roles.fits_of(policy, sampler.engine, SAMPLING),
+                "fits_of_params": lambda params: roles.fits_of_params(verbs, params),
                 "weights_of": lambda params: roles.sent_weights(verbs, params),
                 "vocab_size": policy.config.vocab_size,
                 "address": (host, port),
@@ -735,6 +740,44 @@ def test_strangers_and_samplers_of_another_run_are_refused(policy_and_params, en
     answer = httpx.post(f"{address}/sampler/groups", content=b"x", headers=headers | run)
     assert answer.status_code == 400
     assert "no file of groups" in answer.json()["error"]
+
+
+def test_a_sampler_whose_frozen_weights_are_others_is_refused(tmp_path):
+    def made(seed):
+        policy, params = Policy.from_config(tiny.CONFIG, jax.random.key(seed))
+        policy, params = policy.with_adapters(params, Lora(2, 4.0), jax.random.key(1))
+        return policy, params, Engine(policy, steps_per_dispatch=2, **LENGTHS)
+
+    def role(seed, address):
+        policy, params, engine = made(seed)
+        frozen = lora.split(engine.verbs.cast(params))[1]
+        return roles.SamplerRole(policy, engine, SAMPLING, frozen=frozen, address=address, key=KEY)
+
+    policy, params, engine = made(0)
+    model = RewardModel([RewardFunction(name="good_accuracy")])
+    sampler = Sampler(engine, SAMPLING, Letters(), model, seed=0, keep_sample=lambda *_: None)
+    source = RemoteBatches(
+        sampler,
+        prompts_of,
+        tmp_path / "in_flight",
+        fits=roles.fits_of(policy, engine, SAMPLING),
+        fits_of_params=lambda params: roles.fits_of_params(engine.verbs, params),
+        weights_of=lambda params: roles.sent_weights(engine.verbs, params),
+        vocab_size=policy.config.vocab_size,
+        address=("127.0.0.1", 0),
+        key=KEY,
+        batch_size=P,
+    )
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            training = pool.submit(source.next, 0, params)
+            with pytest.raises(roles.Refusal, match="its digest of the frozen weights is '"):
+                pool.submit(role(1, source.address).run).result(60)
+            pool.submit(role(0, source.address).run)
+            assert len(training.result(60)) == P
+        finally:
+            source.end()
+            source.close()
 
 
 @contextlib.contextmanager

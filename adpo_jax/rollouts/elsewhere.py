@@ -67,6 +67,10 @@ class Reception:
         self._fits, self._tells, self._limits = fits, tells, limits
         self.run = secrets.token_hex(8)
 
+    def require(self, fits: dict[str, Any]) -> None:
+        """Adds to what a sampler must have in common with this run."""
+        self._fits = self._fits | fits
+
     def hello(self, fits: dict[str, Any]) -> dict[str, Any]:
         given = fits.get("fits")
         given = given if isinstance(given, dict) else {}
@@ -74,7 +78,7 @@ class Reception:
             if given.get(name) != value:
                 raise Refused(
                     f"this sampler is of another run: its {name} is {given.get(name)!r:.100}, the "
-                    f"trainer's {value!r:.100}. Start both with the same config",
+                    f"trainer's {value!r:.100}. Start both with the same config and the same model",
                     409,
                 )
         return {"run": self.run, **self._tells}
@@ -139,6 +143,7 @@ class RemoteSamplers(Source):
       prompts_of: number of a batch, from 0 -> its prompts.
       folder: the folder of what is in flight, inside the run's; it names the run's weights too.
       fits: what a sampler must have in common with this run.
+      fits_of_params: the parameters -> what it must have in common with them.
       weights_of: the parameters -> what samplers need of them (adapters alone, where there are
         such).
       vocab_size: token ids are below this.
@@ -164,6 +169,7 @@ class RemoteSamplers(Source):
         folder: Path,
         *,
         fits: dict[str, Any],
+        fits_of_params: Callable[[Any], dict[str, Any]],
         weights_of: Callable[[Any], Any],
         vocab_size: int,
         address: tuple[str, int],
@@ -172,6 +178,7 @@ class RemoteSamplers(Source):
         weights_folder: str = "",
     ):
         self._sampler, self._weights_of = sampler, weights_of
+        self._fits_of_params = fits_of_params
         sampling = sampler.sampling
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampling.n)
         self._dispatch = Dispatch(lease_s=LEASE_S)
@@ -218,6 +225,8 @@ class RemoteSamplers(Source):
         """Has samplers find the weights of a step."""
         if self._offered == step:
             return
+        if self._offered < 0:  # no sampler has been let in
+            self._reception.require(self._fits_of_params(params))
         self._offered = step
         host_params = distributed.fetch(self._weights_of(params))
         with distributed.fail_together():

@@ -273,6 +273,7 @@ def _elsewhere(
     given = (sampler, prompts_of, folder.in_flight)
     settings = {
         "fits": roles.fits_of(parts.policy, parts.engine, parts.sampling),
+        "fits_of_params": functools.partial(roles.fits_of_params, parts.engine.verbs),
         "weights_of": functools.partial(roles.sent_weights, parts.engine.verbs),
         "vocab_size": parts.policy.config.vocab_size,
         "address": samplers.address,

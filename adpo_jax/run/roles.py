@@ -28,7 +28,7 @@ from adpo_jax.rollouts import weights as weights_lib
 from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample
 from adpo_jax.rollouts.group_decoding import GroupDecoding
-from adpo_jax.run import loading, setup
+from adpo_jax.run import digests, loading, setup
 from adpo_jax.run.sampler_line import Line, Refusal, TrainerLost
 
 KEY_VARIABLE = "ADPO_JAX_RUN_KEY"
@@ -82,6 +82,17 @@ def fits_of(policy: Policy, engine: Engine, sampling: SamplingParams) -> dict[st
         "cache": str(engine.verbs.layout.dtype),
         "longest prompt": str(engine.max_prompt_length),
     }
+
+
+def fits_of_params(verbs: Verbs, params) -> dict[str, str]:
+    """What `fits_of` lacks: that the weights which are not sent are the same."""
+    return _fits_of_frozen(lora.split(verbs.cast(params))[1])
+
+
+def _fits_of_frozen(weights: Any) -> dict[str, str]:
+    if not jax.tree.leaves(weights):
+        return {}
+    return {"digest of the frozen weights": digests.digest(weights)}
 
 
 def make_sampler(config: ConfigDict, address: str, key: str, *, weights: str = "") -> "SamplerRole":
@@ -153,7 +164,7 @@ class SamplerRole:
         self._frozen = frozen
         abstract = jax.eval_shape(engine.verbs.cast, policy.abstract_params())
         self._abstract = lora.split(abstract)[0]
-        fits = fits_of(policy, engine, sampling)
+        fits = fits_of(policy, engine, sampling) | _fits_of_frozen(frozen)
         self._line = Line(address, key, fits, self._abstract, folder=weights)
         self._address = address
         self._clear()
