@@ -102,7 +102,7 @@ class Letters:
         return ["".join(chr(97 + token) for token in row) for row in rows]
 
 
-def made(engine, folder, tmp_path, sieve=None, **sampling):
+def made(engine, folder, tmp_path, sieve=None, all_prompts=PROMPTS, **sampling):
     reward = tmp_path / "reward.py"
     reward.write_text(
         "def letters(completions, solution, log_metric, **columns):\n"
@@ -129,7 +129,7 @@ def made(engine, folder, tmp_path, sieve=None, **sampling):
 
     def prompts_of(batch):
         numbers = range(P * batch, P * batch + P)
-        prompts = [PROMPTS[number % len(PROMPTS)] for number in numbers]
+        prompts = [all_prompts[number % len(PROMPTS)] for number in numbers]
         return Prompts(prompts, {"solution": list(map(str, numbers))})
 
     return Ahead(
@@ -304,3 +304,26 @@ def test_what_is_missing_or_damaged_in_flight_is_told(parts, tmp_path):
         path.with_name(path.name.replace("000000", "000002")).write_bytes(content)
         with pytest.raises(SourceError, match="is damaged"):
             made(parts[2], tmp_path / "in_flight", tmp_path).check(2)
+
+
+def test_samples_in_flight_do_not_go_on_behind_other_prompts(parts, tmp_path):
+    _, params, engine = parts
+    folder = tmp_path / "in_flight"
+    source = made(engine, folder, tmp_path)
+    source.next(0, params)
+    source.save(1)
+    made(engine, folder, tmp_path).check(1)
+    other = made(engine, folder, tmp_path, all_prompts=PROMPTS[::-1])
+    with pytest.raises(SourceError, match=r"000001.* of other prompts .*groups \[.*data.shuf"):
+        other.check(1)
+    # Earlier versions wrote files that name no prompts.
+    [path] = folder.iterdir()
+    arrays = dict(np.load(path))
+    with path.open("wb") as file:
+        np.savez(file, **{name: array for name, array in arrays.items() if name != "prompts"})
+    other.check(1)
+    for wrong in (arrays["prompts"][:-1], arrays["prompts"][:, :3], np.zeros(())):
+        with path.open("wb") as file:
+            np.savez(file, **arrays | {"prompts": wrong})
+        with pytest.raises(SourceError, match="is damaged"):
+            made(engine, folder, tmp_path).check(1)

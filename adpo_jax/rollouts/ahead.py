@@ -104,8 +104,8 @@ class Ahead(Source):
             converses=in_turns is not None,
             experts=ExpertLimits.of(sampler.engine, sampler.sampling),
         )
-        self._flights = Flights(FlightFiles(folder, limits))
         self._numbering = Numbering(prompts_of, batch_size, sampler.seed, sampler.sampling.n)
+        self._flights = Flights(FlightFiles(folder, limits, self._numbering.digests))
         self._start: Callable[[Session], Decoding] = functools.partial(
             OneTurnDecoding, numbering=self._numbering, answers_of=sampler.of_one_turn
         )

@@ -47,7 +47,8 @@ class RemoteAhead(RemoteSamplers):
         sampling = sampler.sampling
         experts = ExpertLimits.of(sampler.engine, sampling)
         limits = Limits(sampling.n, sampling.max_tokens, vocab_size, experts=experts)
-        self._flights = Flights(FlightFiles(folder, limits, owner="samplers"))
+        files = FlightFiles(folder, limits, self._numbering.digests, owner="samplers")
+        self._flights = Flights(files)
         self._pacing = Pacing(batch_size, max_staleness, ahead, num_steps)
         self._sieve = sieve
 

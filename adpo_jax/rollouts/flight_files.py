@@ -7,6 +7,7 @@ import io
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -33,20 +34,31 @@ class FlightFiles:
 
     Args:
       limits: what the samples in them must keep to.
+      digests_of: numbers of groups -> [N, B] uint8, digests of their prompts, which the files keep;
+        None to keep and compare none.
       owner: whose files they are, a part of their names; None for this process among so many.
     """
 
-    def __init__(self, folder: Path, limits: Limits, owner: str | None = None):
-        self._folder, self._limits = folder, limits
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        digests_of: Callable[[list[int]], np.ndarray] | None = None,
+        owner: str | None = None,
+    ):
+        self._folder, self._limits, self._digests_of = folder, limits, digests_of
         self._owner = owner or f"{jax.process_index()}.of{jax.process_count()}"
 
     def save(self, step: int, flight: Flight, *, oldest: int = 0) -> None:
         """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
+        arrays = packed(flight)
+        if self._digests_of is not None:
+            arrays["prompts"] = self._digests_of(list(flight.groups))
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(step)
         unfinished = path.with_name(f"{path.name}.tmp")
         with unfinished.open("wb") as file:
-            np.savez(file, **packed(flight))
+            np.savez(file, **arrays)
         os.replace(unfinished, path)
         for other in self._folder.glob("*.npz"):
             number, _, owner = other.name.removesuffix(".npz").partition(".")
@@ -57,12 +69,14 @@ class FlightFiles:
         """What iteration `step` left in flight.
 
         Raises:
-          SourceError: where it is missing or damaged.
+          SourceError: where it is missing or damaged, or of other prompts.
         """
         path = self._path(step)
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
-                return unpacked(dict(content), self._limits)
+                arrays = dict(content)
+            flight = unpacked(arrays, self._limits)
+            others = self._of_other_prompts(flight, arrays)
         except _DAMAGES as error:
             is_missing = isinstance(error, FileNotFoundError)
             reason = "missing" if is_missing else f"damaged ({error!r:.200})"
@@ -72,6 +86,24 @@ class FlightFiles:
                 "another number of processes, with other environments, or with its samplers "
                 "elsewhere (--role), goes on as it was; set it so, or start again in another folder"
             ) from error
+        if others:
+            raise SourceError(
+                f"actor_rollout_ref.rollout.max_staleness: {path} has samples in flight of other "
+                f"prompts than this run has (of groups {others}). Set trainer.seed, data.shuffle, "
+                "data.train_batch_size, the data files and the tokenizer as they were, or start "
+                "again in another folder"
+            )
+        return flight
+
+    def _of_other_prompts(self, flight: Flight, arrays: dict[str, np.ndarray]) -> list[int]:
+        """The first groups whose prompts are not those that were saved; files may name none."""
+        if self._digests_of is None or "prompts" not in arrays:
+            return []
+        numbers, kept = list(flight.groups), arrays["prompts"]
+        wanted = self._digests_of(numbers)
+        if kept.shape != wanted.shape:
+            raise ValueError(f"prompts has the shape {kept.shape}, where {wanted.shape} is wanted")
+        return [n for n, one, other in zip(numbers, kept, wanted) if (one != other).any()][:5]
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:06d}.{self._owner}.npz"

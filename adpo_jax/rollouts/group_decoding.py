@@ -1,6 +1,7 @@
 """Decoding groups in flight: the protocol, its version for one turn, what a number determines."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -121,6 +122,13 @@ class Numbering:
         P = self.batch_size
         found = {batch: self.prompts_of(batch) for batch in {n // P: None for n in numbers}}
         return Prompts.concatenate([found[n // P].select([n % P]) for n in numbers])
+
+    def digests(self, numbers: Sequence[int]) -> np.ndarray:
+        """[N, 16] uint8, a digest of the prompt of each of N groups."""
+        prompts = self.prompts(numbers).token_ids if numbers else []
+        found = [np.asarray(ids, "<i8").tobytes() for ids in prompts]
+        found = b"".join(hashlib.blake2b(ids, digest_size=16).digest() for ids in found)
+        return np.frombuffer(found, np.uint8).reshape(-1, 16)
 
     def keys(self, number: int) -> np.ndarray:
         """[n, 2] uint32, the keys of a group's samples, whatever iteration samples from them."""
