@@ -238,6 +238,30 @@ def test_groups_without_a_spread_are_replaced_ahead_too(parts, tmp_path, monkeyp
     assert filled.metrics["filter/dropped_frac"] * filled.metrics["filter/attempts"] * P == 2
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_whole_group_that_waits_is_graded_once(parts, tmp_path, monkeypatch, has):
+    policy, params, _ = parts
+    lengths = {"max_prompt_length": 4, "max_response_length": 12}
+    engine = Engine(policy, num_slots=10, steps_per_dispatch=6, **lengths)
+    graded, looked_at = Sampler.graded, []
+
+    def counted(self, step, answers):
+        looked_at.extend(answers.prompts.columns["solution"])
+        return graded(self, step, answers)
+
+    monkeypatch.setattr(Sampler, "graded", counted)
+    sieve = Sieve(lambda rewards: np.full(len(rewards), has), most_dropped=1)
+    source = made(engine, tmp_path / "in_flight", tmp_path, sieve)
+    found = [source.next(step, at_step(params, step)).metrics for step in range(4)]
+    assert any(metrics["filter/carried"] for metrics in found)
+    assert len(looked_at) == len(set(looked_at))
+    assert sum(metrics["filter/attempts"] for metrics in found) * P == len(looked_at)
+    fractions = [metrics["filter/dropped_frac"] for metrics in found]
+    left = [metrics["filter/carried"] for metrics in found]
+    dropped = [f * (P + n) / (1 - f) for f, n in zip(fractions, left)]
+    assert sum(dropped) == pytest.approx(0 if has else len(looked_at) - 4 * P - left[-1])
+
+
 MIXTURE = tiny.CONFIG | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",

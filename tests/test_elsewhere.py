@@ -507,9 +507,16 @@ def test_groups_without_a_spread_are_replaced_as_where_sampling_is_done_here(
 
 
 def test_groups_without_a_spread_make_room_for_others_ahead_of_the_update(
-    policy_and_params, engines, sampler, trainer
+    policy_and_params, engines, sampler, trainer, monkeypatch
 ):
     _, params = policy_and_params
+    graded, looked_at = Sampler.graded, []
+
+    def counted(self, step, answers):
+        looked_at.extend(answers.prompts.columns["solution"])
+        return graded(self, step, answers)
+
+    monkeypatch.setattr(Sampler, "graded", counted)
 
     def spread(rewards):
         return has_spread(rewards, 0.8)
@@ -527,6 +534,7 @@ def test_groups_without_a_spread_make_room_for_others_ahead_of_the_update(
         assert (of_dropped > 0.5) == (found.metrics["filter/dropped_frac"] > 0)
         dropped.append(found.metrics["filter/dropped_frac"])
     assert max(dropped) > 0  # in which step depends on how fast the samplers are
+    assert len(looked_at) == len(set(looked_at))
     source.end()
     thread.join(30)
 

@@ -51,7 +51,8 @@ class _Part:
       slot_steps: steps times slots.
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
-      judged: the scores of the groups that were looked at for a spread.
+      judged: the scores of the groups that were graded in the iteration, to look for a spread.
+      judged_left: graded groups that it has left in flight.
       waited, stats: as of `Decoding`.
     """
 
@@ -63,6 +64,7 @@ class _Part:
     carried: int
     in_flight: int
     judged: list[Scores]
+    judged_left: int
     waited: float
     stats: dict[str, int]
 
@@ -121,7 +123,8 @@ class Ahead(Source):
           SourceError: when what iteration `step` left in flight was not kept.
         """
         before = self._flights.at(step)
-        there, judging = self._admitted(step, before), Judging(self._sieve)
+        there = self._admitted(step, before)
+        judging = Judging(self._sieve, self._flights.graded(step))
         sampler, began = self._sampler, time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation("rollout"), contextlib.ExitStack() as stack:
@@ -156,16 +159,17 @@ class Ahead(Source):
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
             judged=judging.scores,
+            judged_left=len(judging.left(chosen)),
             waited=decoding.waited,
             stats=stats,
         )
-        self._flights.put(step, before, there.without(chosen, left))
+        self._flights.put(step, before, there.without(chosen, left), judging.left(chosen))
         parts = distributed.all_gather(mine)
         found = _of_all_processes(parts, step)
         if self._sieve is None:
             return found
-        judged = Scores.concatenate([scores for part in parts for scores in part.judged])
-        return judging.with_filter_metrics(found, judged)
+        judged = [scores for part in parts for scores in part.judged]
+        return judging.with_filter_metrics(found, judged, sum(part.judged_left for part in parts))
 
     def _until_chosen(
         self, step: int, decoding: Decoding, there: Flight, judging: Judging

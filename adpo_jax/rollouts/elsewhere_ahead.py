@@ -7,7 +7,6 @@ from typing import Any
 
 from adpo_jax.devices import distributed
 from adpo_jax.records import Completions, GradedGroups, Prompts
-from adpo_jax.rewards import Scores
 from adpo_jax.rollouts.dispatch import Work
 from adpo_jax.rollouts.elsewhere import RemoteSamplers, with_sampling_metrics, works
 from adpo_jax.rollouts.flight import ExpertLimits, Flight, FlyingSample, Limits
@@ -59,15 +58,16 @@ class RemoteAhead(RemoteSamplers):
           RewardError: when a reward function fails on any process.
           SourceError: when what iteration `step` left in flight was not kept.
         """
-        began, found, judging = time.perf_counter(), None, Judging(self._sieve)
+        began, found = time.perf_counter(), None
         self._offer(step, params)
         with self._keeping_samples(step):
             with distributed.fail_together():
                 before = self._flights.at(step)
+                judging = Judging(self._sieve, self._flights.graded(step))
                 if self._host is not None:
                     found = self._chosen(step, before, judging)
             chosen, groups, after, counts, dropped = distributed.all_gather(found)[0]
-        self._flights.put(step, before, after)
+        self._flights.put(step, before, after, judging.left(chosen))
         seconds = time.perf_counter() - began
         if self._sieve is None:
             groups = self._graded(step, self._numbering.prompts(chosen), groups)
@@ -103,8 +103,9 @@ class RemoteAhead(RemoteSamplers):
         if self._sieve is None:
             return chosen, [completions[number] for number in chosen], after, counts, 0
         dropped = sum(int(each.completions.lengths.sum()) for each in judging.dropped_groups)
-        judged = Scores.concatenate(judging.scores)
-        groups = judging.with_filter_metrics(judging.graded_groups(chosen, {}), judged)
+        groups = judging.with_filter_metrics(
+            judging.graded_groups(chosen, {}), judging.scores, len(judging.left(chosen))
+        )
         return chosen, groups, after, counts, dropped
 
     def _admitted(self, step: int, before: Flight) -> tuple[Flight, range]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from adpo_jax.records import GradedGroups
 from adpo_jax.rollouts.flight import Flight, Limits, packed, unpacked
 from adpo_jax.rollouts.source import SourceError
 
@@ -110,11 +111,15 @@ class FlightFiles:
 
 
 class Flights:
-    """What the newest iterations left in flight; what older ones left is read from files."""
+    """What the newest iterations left in flight; what older ones left is read from files.
+
+    Whole groups that have been graded are kept graded, in memory alone.
+    """
 
     def __init__(self, files: FlightFiles):
         self._files = files
         self._flights: dict[int, Flight] = {0: Flight()}  # by iterations done
+        self._graded: dict[int, dict[int, GradedGroups]] = {}  # likewise
 
     def at(self, step: int) -> Flight:
         """What iteration `step` left in flight.
@@ -123,12 +128,22 @@ class Flights:
           SourceError: where it was not kept.
         """
         if step not in self._flights:
-            self._flights = {step: self._files.load(step)}
+            self._flights, self._graded = {step: self._files.load(step)}, {}
         return self._flights[step]
 
-    def put(self, step: int, before: Flight, after: Flight) -> None:
-        """Keeps what the iteration after `step` iterations found in flight, and what it left."""
-        self._flights = {step: before, step + 1: after}
+    def graded(self, step: int) -> dict[int, GradedGroups]:
+        """The groups that iteration `step` graded and left in flight, by their numbers."""
+        return self._graded.get(step, {})
+
+    def put(
+        self, step: int, before: Flight, after: Flight, graded: dict[int, GradedGroups]
+    ) -> None:
+        """Keeps what the iteration after `step` iterations found in flight, and what it left.
+
+        Args:
+          graded: groups of `after` that it has graded.
+        """
+        self._flights, self._graded = {step: before, step + 1: after}, {step + 1: graded}
 
     def save(self, step: int, *, oldest: int = 0) -> None:
         """Saves what iteration `step` left in flight on this process; files before `oldest` go."""

@@ -1,7 +1,7 @@
 """Which groups are trained on where rollouts run ahead of the update and groups are filtered."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -30,14 +30,17 @@ class Sieve:
 class Judging:
     """The whole groups of an iteration, of this process, and which of them have a spread.
 
+    Args:
+      graded: those that earlier iterations have graded and left, by their numbers.
+
     Attributes:
-      scores: of all groups that were looked at.
+      scores: of all groups that were graded in this iteration.
       seconds: that their grading took.
       without_spread: the numbers of those of them that have none and have not been dropped.
       dropped_groups: those of them that have been dropped.
     """
 
-    def __init__(self, sieve: Sieve | None):
+    def __init__(self, sieve: Sieve | None, graded: Mapping[int, GradedGroups]):
         self._sieve = sieve
         self._graded: dict[int, GradedGroups] = {}
         self._num_dropped = 0  # of all processes
@@ -45,18 +48,23 @@ class Judging:
         self.seconds = 0.0
         self.without_spread: list[int] = []
         self.dropped_groups: list[GradedGroups] = []
+        for number, group in graded.items():
+            self._look_at([number], group)
 
     def new(self, whole: list[int]) -> list[int]:
-        """Those of the whole groups that have not been looked at; none without a sieve."""
+        """Those of the whole groups that have not been graded; none without a sieve."""
         if self._sieve is None:
             return []
         return [number for number in whole if number not in self._graded]
 
     def take(self, numbers: list[int], graded: GradedGroups) -> None:
-        spread = self._sieve.has_spread(graded.rewards)
-        self._graded |= {number: graded.select([i]) for i, number in enumerate(numbers)}
+        self._look_at(numbers, graded)
         self.scores.append(dataclasses.replace(graded.scores, extras={}))
         self.seconds += graded.seconds[1]
+
+    def _look_at(self, numbers: list[int], graded: GradedGroups) -> None:
+        spread = self._sieve.has_spread(graded.rewards)
+        self._graded |= {number: graded.select([i]) for i, number in enumerate(numbers)}
         self.without_spread += [n for n, has in zip(numbers, spread) if not has]
 
     def dropped(self, candidates: list[int]) -> list[int]:
@@ -65,7 +73,7 @@ class Judging:
             return []
         found = candidates[: self._sieve.most_dropped - self._num_dropped]
         self._num_dropped += len(found)
-        self.dropped_groups += [self._graded[number] for number in found if number in self._graded]
+        self.dropped_groups += [self._graded.pop(n) for n in found if n in self._graded]
         self.without_spread = [n for n in self.without_spread if n not in set(found)]
         return found
 
@@ -77,23 +85,33 @@ class Judging:
         completions = dataclasses.replace(groups.completions, stats=stats)
         return dataclasses.replace(groups, completions=completions, seconds=(0.0, self.seconds))
 
-    def with_filter_metrics(self, groups: GradedGroups, judged: Scores) -> GradedGroups:
+    def left(self, chosen: Sequence[int]) -> dict[int, GradedGroups]:
+        """The graded groups that stay in flight when these are trained on."""
+        return {n: group for n, group in self._graded.items() if n not in set(chosen)}
+
+    def with_filter_metrics(
+        self, groups: GradedGroups, judged: Sequence[Scores], num_left: int
+    ) -> GradedGroups:
         """The groups of the iteration with the metrics of the sieve.
 
         Args:
-          judged: the scores of all groups that were looked at, of all processes.
+          judged: the scores of all groups that were graded in it, of all processes.
+          num_left: graded groups that stay in flight, of all processes.
         """
         G = groups.completions.num_samples
-        count = len(judged.total) // G
+        count = sum(len(scores.total) for scores in judged) / G
+        looked_at = self._num_dropped + len(groups) + num_left
         fillers = int((~self._sieve.has_spread(groups.rewards)).sum())
+        # Where all that is trained on has waited, nothing was graded; its scores have no counts.
+        scores = Scores.concatenate(list(judged)) if judged else groups.scores
         metrics = {
             "filter/attempts": count / len(groups),
-            "filter/dropped_frac": self._num_dropped / count,
+            "filter/dropped_frac": self._num_dropped / looked_at,
             "filter/fillers": float(fillers),
-            "filter/carried": float(count - self._num_dropped - len(groups)),
-            "filter/sampled_reward": float(judged.total.mean()),
+            "filter/carried": float(num_left),
+            "filter/sampled_reward": float(scores.total.mean()),
         }
-        of_all = reward_metrics(judged, G)
+        of_all = reward_metrics(scores, G)
         metrics |= {name: of_all[name] for name in OF_ALL_ATTEMPTS if name in of_all}
-        metrics |= logged_metrics(judged)
+        metrics |= logged_metrics(scores)
         return dataclasses.replace(groups, metrics=groups.metrics | metrics)
