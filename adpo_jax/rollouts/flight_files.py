@@ -15,6 +15,7 @@ import numpy as np
 
 from adpo_jax.records import GradedGroups
 from adpo_jax.rollouts.flight import Flight, Limits, packed, unpacked
+from adpo_jax.rollouts.group_decoding import DIGEST_SIZE
 from adpo_jax.rollouts.source import SourceError
 
 # What reading a file that is missing or damaged raises.
@@ -35,8 +36,8 @@ class FlightFiles:
 
     Args:
       limits: what the samples in them must keep to.
-      digests_of: numbers of groups -> [N, B] uint8, digests of their prompts, which the files keep;
-        None to keep and compare none.
+      digests_of: numbers of groups -> digests of their prompts, as of `Numbering.digests`; they are
+        kept with the samples. None to keep and compare none.
       owner: whose files they are, a part of their names; None for this process among so many.
     """
 
@@ -77,7 +78,9 @@ class FlightFiles:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as content:
                 arrays = dict(content)
             flight = unpacked(arrays, self._limits)
-            others = self._of_other_prompts(flight, arrays)
+            kept = arrays.get("prompts")  # earlier versions kept no digests
+            if kept is not None and kept.shape != (len(flight.groups), DIGEST_SIZE):
+                raise ValueError(f"digests of prompts of the shape {kept.shape}")
         except _DAMAGES as error:
             is_missing = isinstance(error, FileNotFoundError)
             reason = "missing" if is_missing else f"damaged ({error!r:.200})"
@@ -87,24 +90,18 @@ class FlightFiles:
                 "another number of processes, with other environments, or with its samplers "
                 "elsewhere (--role), goes on as it was; set it so, or start again in another folder"
             ) from error
+        others = []
+        if kept is not None and self._digests_of is not None:
+            differ = (kept != self._digests_of(list(flight.groups))).any(axis=1)
+            others = [n for n, differs in zip(flight.groups, differ, strict=True) if differs]
         if others:
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} has samples in flight of other "
-                f"prompts than this run has (of groups {others}). Set trainer.seed, data.shuffle, "
-                "data.train_batch_size, the data files and the tokenizer as they were, or start "
-                "again in another folder"
+                f"prompts than this run has (of groups {others[:5]}). Set trainer.seed, "
+                "data.shuffle, data.train_batch_size, the data files and the tokenizer as they "
+                "were, or start again in another folder"
             )
         return flight
-
-    def _of_other_prompts(self, flight: Flight, arrays: dict[str, np.ndarray]) -> list[int]:
-        """The first groups whose prompts are not those that were saved; files may name none."""
-        if self._digests_of is None or "prompts" not in arrays:
-            return []
-        numbers, kept = list(flight.groups), arrays["prompts"]
-        wanted = self._digests_of(numbers)
-        if kept.shape != wanted.shape:
-            raise ValueError(f"prompts has the shape {kept.shape}, where {wanted.shape} is wanted")
-        return [n for n, one, other in zip(numbers, kept, wanted) if (one != other).any()][:5]
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:06d}.{self._owner}.npz"

@@ -15,6 +15,9 @@ from adpo_jax.records import Completions, Prompts
 from adpo_jax.rollouts.completing import Answers
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample, is_whole
 
+# Bytes of the digest of a prompt.
+DIGEST_SIZE = 16
+
 
 class Decoding(Protocol):
     """Groups that are decoded in an iteration ahead of the update, on this process.
@@ -124,11 +127,11 @@ class Numbering:
         return Prompts.concatenate([found[n // P].select([n % P]) for n in numbers])
 
     def digests(self, numbers: Sequence[int]) -> np.ndarray:
-        """[N, 16] uint8, a digest of the prompt of each of N groups."""
+        """[N, DIGEST_SIZE] uint8, a digest of the prompt of each of N groups."""
         prompts = self.prompts(numbers).token_ids if numbers else []
         found = [np.asarray(ids, "<i8").tobytes() for ids in prompts]
-        found = b"".join(hashlib.blake2b(ids, digest_size=16).digest() for ids in found)
-        return np.frombuffer(found, np.uint8).reshape(-1, 16)
+        found = b"".join(hashlib.blake2b(ids, digest_size=DIGEST_SIZE).digest() for ids in found)
+        return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_SIZE)
 
     def keys(self, number: int) -> np.ndarray:
         """[n, 2] uint32, the keys of a group's samples, whatever iteration samples from them."""
