@@ -84,7 +84,7 @@ def calls_of(form, text, names):
 def run(folder: Path, files: Path) -> None:
     """Trains in a folder, or goes on there, with an environment in the folder `files`."""
     import jax
-    from test_config import parse
+    from parsing import parse
 
     import adpo_jax
     import adpo_jax.rollouts.conversations as conversations

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from absl import flags
+from fakes import FakeEngine, FakeLearner, vars_of
 from ml_collections import config_flags
+from parsing import parse
 from safetensors.numpy import load_file, save_file
-from test_config import parse
-from test_config_keys import FakeEngine, FakeLearner, vars_of
 
 from adpo_jax import main, pretrained
 from adpo_jax.config import default_config
@@ -839,7 +839,7 @@ def linked_folder():
 
 
 def claimed(**changes):
-    from test_config import parse
+    from parsing import parse
 
     from adpo_jax.run.folder import RunFolder
 

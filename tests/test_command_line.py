@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from test_config import parse
+from parsing import parse
 
 from adpo_jax import evaluate
 from adpo_jax.__main__ import COMMANDS

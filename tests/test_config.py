@@ -2,14 +2,12 @@ import functools
 import re
 import runpy
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
+from parsing import CONFIGS, parse
 
 from adpo_jax.config import default_config
 from adpo_jax.losses import PaddedTokens
@@ -17,17 +15,6 @@ from adpo_jax.run import config_checks, other_trainers, setup
 from adpo_jax.run import keys as list_keys
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.run.config_checks import check_overrides, finalized
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-def parse(*overrides, name="arithmetic"):
-    """The config as the command line gives it."""
-    values = flags.FlagValues()
-    argv = ["main", f"--config={CONFIGS / name}.py", *overrides]
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    values(argv)
-    return finalized(holder.value)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_config import parse
+from fakes import FakeEngine, FakeLearner, vars_of
+from parsing import parse
 
 import adpo_jax
 from adpo_jax.config import declarations, default_config, keys
@@ -37,7 +38,6 @@ from adpo_jax.run import datasets, loading, preparation, setup
 from adpo_jax.run import environments as run_environments
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.update import anchor, optimizer, sft
-from adpo_jax.update.learner import Learner
 
 
 @pytest.fixture(autouse=True)
@@ -303,22 +303,6 @@ def evaluated_before(config):
     return adpo_jax.train._is_evaluation_due(run, 0, {})
 
 
-class FakeEngine:
-    """Answers every prompt with two tokens."""
-
-    def generate(self, params, prompts, sampling, key, *, version=0):
-        answer = Completion.sampled([40, 40], [-1.0, -1.0], "stop", version=version)
-        return Completions([[answer] * sampling.n for _ in prompts])
-
-
-class FakeLearner(Learner):
-    """Counts iterations."""
-
-    def learn(self, state, sequences, rewards_PG, reward_weights=None):
-        metrics = {"rollout/entropy": 0.0, "update/skipped": 0.0}
-        return state.replace(step=state.step + 1), metrics
-
-
 def road(config):
     """The folder, the samples drawn for and the lines printed by a run without a model's work."""
     seen = []
@@ -343,10 +327,6 @@ def road(config):
     first = (folder / "samples").glob("train*")
     prompts = [json.loads(p.read_text().splitlines()[0])["prompt"] for p in sorted(first)]
     return files, prompts, seen, out.getvalue().count("\n  [")
-
-
-def vars_of(record):
-    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
 
 
 def one_device_mesh(**_):

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_config_keys import FakeEngine, FakeLearner, vars_of
+from fakes import FakeEngine, FakeLearner, vars_of
 from test_prompts import CHAT_TEMPLATE, make_tokenizer
 
 import adpo_jax

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from test_config import parse
+from parsing import parse
 from test_resume import SHORT, assert_same, interrupt
 from test_train import on_one_device, scalars, train
 

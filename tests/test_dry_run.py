@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_config import parse
+from parsing import parse
 
 from adpo_jax import dry_run
 from adpo_jax.devices import chips, sharding, topologies

@@ -15,7 +15,7 @@ import environments_example as example
 import jax
 import numpy as np
 import pytest
-from test_config import parse
+from parsing import parse
 from test_metrics import check_documented
 
 import adpo_jax

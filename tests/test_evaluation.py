@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from test_config import parse
+from parsing import parse
 
 from adpo_jax import evaluate as evaluate_module
 from adpo_jax.data import arithmetic

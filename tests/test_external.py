@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import rich.console
-from test_config import parse
+from parsing import parse
 from test_environments import TINY, on_one_device, shortened
 from test_serve import wait_until
 

@@ -9,8 +9,8 @@ import numpy as np
 import published
 import pytest
 from golden_models import DRAWN, arrays, config_of, drawn, drawn_model
+from parsing import parse
 from safetensors.numpy import load_file, save_file
-from test_config import parse
 from test_policy import TOLERANCE, assert_golden, decoded_log_probs
 
 from adpo_jax import Policy, dry_run, generate

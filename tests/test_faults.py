@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from parsing import parse
 from test_bad_input import ARITHMETIC, model, outcome, workplace  # noqa: F401  (fixtures)
-from test_config import parse
 from test_train import TINY, scalars, train
 
 from adpo_jax.log import metrics

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from test_config import parse
+from parsing import parse
 
 from adpo_jax.data import arithmetic, files, generated
 from adpo_jax.rewards import RewardFunction, RewardModel

@@ -13,8 +13,8 @@ import tiny
 from golden_models import arrays, assert_adapters_come_back, config_of, drawn, drawn_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parsing import parse
 from safetensors.numpy import save_file
-from test_config import parse
 from test_families import adapted
 from test_policy import QUICK, TOLERANCE, decoded_log_probs
 from test_resume import assert_same, interrupt

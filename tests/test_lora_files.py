@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from golden_models import GOLDEN, arrays, model
+from parsing import parse
 from safetensors.numpy import load_file, save_file
-from test_config import parse
 from test_lora import adapted
 from test_train import TINY, on_one_device, reward_file, scalars, train, with_reward  # noqa: F401
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import rich.console
 from jax.sharding import PartitionSpec
-from test_config import parse
+from parsing import parse
 
 from adpo_jax.devices import sharding
 from adpo_jax.devices.flops import traced_flops

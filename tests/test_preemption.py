@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from test_config import parse
+from parsing import parse
 from test_processes import assert_same_run, log_of, overrides, start_two  # noqa: F401  (a fixture)
 
 from adpo_jax.log.metrics import read_jsonl

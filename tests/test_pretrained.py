@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from parsing import parse
 from safetensors import SafetensorError
-from test_config import parse
 
 from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parsing import parse
 from safetensors.numpy import load_file
-from test_config import parse
 from test_train import TIMED
 
 from adpo_jax.devices import distributed

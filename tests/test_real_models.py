@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_config import parse
+from parsing import parse
 from transformers import AutoTokenizer
 
 from adpo_jax import train

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from test_config import parse
+from parsing import parse
 from test_faults import digests
 from test_train import TINY, on_one_device, scalars, train
 

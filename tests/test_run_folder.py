@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_config import parse
+from parsing import parse
 
 from adpo_jax.log.clu_without_tensorflow import metric_writers
 from adpo_jax.log.metrics import JsonlWriter, make_writer, read_jsonl

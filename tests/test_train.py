@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_config import parse
+from parsing import parse
 from test_metrics import StandIn, check_documented
 
 import adpo_jax
