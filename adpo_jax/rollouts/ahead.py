@@ -51,8 +51,8 @@ class _Part:
       slot_steps: steps times slots.
       carried: tokens of the groups that it has left in flight.
       in_flight: their number.
-      judged: the scores of the groups that were graded in the iteration, to look for a spread.
-      judged_left: graded groups that it has left in flight.
+      judged: the scores of the groups that were looked at for a spread, by number.
+      counted: what was counted in their grading.
       waited, stats: as of `Decoding`.
     """
 
@@ -63,8 +63,8 @@ class _Part:
     slot_steps: int
     carried: int
     in_flight: int
-    judged: list[Scores]
-    judged_left: int
+    judged: dict[int, Scores]
+    counted: list[Scores]
     waited: float
     stats: dict[str, int]
 
@@ -159,7 +159,7 @@ class Ahead(Source):
             carried=sum(len(sample.tokens) for group in left.values() for sample in group),
             in_flight=len(left),
             judged=judging.scores,
-            judged_left=len(judging.left(chosen)),
+            counted=judging.counted,
             waited=decoding.waited,
             stats=stats,
         )
@@ -168,8 +168,9 @@ class Ahead(Source):
         found = _of_all_processes(parts, step)
         if self._sieve is None:
             return found
-        judged = [scores for part in parts for scores in part.judged]
-        return judging.with_filter_metrics(found, judged, sum(part.judged_left for part in parts))
+        judged = {number: scores for part in parts for number, scores in part.judged.items()}
+        counted = [scores for part in parts for scores in part.counted]
+        return judging.with_filter_metrics(found, judged, counted)
 
     def _until_chosen(
         self, step: int, decoding: Decoding, there: Flight, judging: Judging

@@ -104,7 +104,7 @@ class RemoteAhead(RemoteSamplers):
             return chosen, [completions[number] for number in chosen], after, counts, 0
         dropped = sum(int(each.completions.lengths.sum()) for each in judging.dropped_groups)
         groups = judging.with_filter_metrics(
-            judging.graded_groups(chosen, {}), judging.scores, len(judging.left(chosen))
+            judging.graded_groups(chosen, {}), judging.scores, judging.counted
         )
         return chosen, groups, after, counts, dropped
 

@@ -34,7 +34,8 @@ class Judging:
       graded: those that earlier iterations have graded and left, by their numbers.
 
     Attributes:
-      scores: of all groups that were graded in this iteration.
+      scores: of each group that was looked at, by its number.
+      counted: what was counted and logged in this iteration's grading, without rewards.
       seconds: that their grading took.
       without_spread: the numbers of those of them that have none and have not been dropped.
       dropped_groups: those of them that have been dropped.
@@ -44,7 +45,8 @@ class Judging:
         self._sieve = sieve
         self._graded: dict[int, GradedGroups] = {}
         self._num_dropped = 0  # of all processes
-        self.scores: list[Scores] = []
+        self.scores: dict[int, Scores] = {}
+        self.counted: list[Scores] = []
         self.seconds = 0.0
         self.without_spread: list[int] = []
         self.dropped_groups: list[GradedGroups] = []
@@ -59,12 +61,15 @@ class Judging:
 
     def take(self, numbers: list[int], graded: GradedGroups) -> None:
         self._look_at(numbers, graded)
-        self.scores.append(dataclasses.replace(graded.scores, extras={}))
+        scores = graded.scores
+        self.counted.append(Scores(scores.total[:0], {}, scores.counts, scores.logged))
         self.seconds += graded.seconds[1]
 
     def _look_at(self, numbers: list[int], graded: GradedGroups) -> None:
         spread = self._sieve.has_spread(graded.rewards)
-        self._graded |= {number: graded.select([i]) for i, number in enumerate(numbers)}
+        found = {number: graded.select([i]) for i, number in enumerate(numbers)}
+        self._graded |= found
+        self.scores |= {n: dataclasses.replace(g.scores, extras={}) for n, g in found.items()}
         self.without_spread += [n for n, has in zip(numbers, spread) if not has]
 
     def dropped(self, candidates: list[int]) -> list[int]:
@@ -90,25 +95,24 @@ class Judging:
         return {n: group for n, group in self._graded.items() if n not in set(chosen)}
 
     def with_filter_metrics(
-        self, groups: GradedGroups, judged: Sequence[Scores], num_left: int
+        self, groups: GradedGroups, judged: Mapping[int, Scores], counted: Sequence[Scores]
     ) -> GradedGroups:
         """The groups of the iteration with the metrics of the sieve.
 
+        They are those of a resumed run too, which grades again what had waited.
+
         Args:
-          judged: the scores of all groups that were graded in it, of all processes.
-          num_left: graded groups that stay in flight, of all processes.
+          judged: the scores of all groups that were looked at, by number, of all processes.
+          counted: what was counted in their grading, of all processes.
         """
-        G = groups.completions.num_samples
-        count = sum(len(scores.total) for scores in judged) / G
-        looked_at = self._num_dropped + len(groups) + num_left
+        G, count = groups.completions.num_samples, len(judged)
         fillers = int((~self._sieve.has_spread(groups.rewards)).sum())
-        # Where all that is trained on has waited, nothing was graded; its scores have no counts.
-        scores = Scores.concatenate(list(judged)) if judged else groups.scores
+        scores = Scores.concatenate([*(judged[number] for number in sorted(judged)), *counted])
         metrics = {
             "filter/attempts": count / len(groups),
-            "filter/dropped_frac": self._num_dropped / looked_at,
+            "filter/dropped_frac": self._num_dropped / count,
             "filter/fillers": float(fillers),
-            "filter/carried": float(num_left),
+            "filter/carried": float(count - self._num_dropped - len(groups)),
             "filter/sampled_reward": float(scores.total.mean()),
         }
         of_all = reward_metrics(scores, G)
