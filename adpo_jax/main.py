@@ -115,6 +115,8 @@ def main(argv: list[str], build: Callable | None = None) -> int:
 
     if _DRY_RUN.value or _DRY_RUN_TOPOLOGY.value:
         return _dry_run(config)
+    if _DRY_RUN_LENGTHS.value:
+        return _failed("--dry_run_lengths belongs to --dry_run and --dry_run_topology: give one")
     try:
         _check_role()
         if _ROLE.value == "sampler":

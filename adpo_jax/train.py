@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from adpo_jax.devices import distributed, host_memory
+from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log import profiling
 from adpo_jax.log.progress import Progress, telling
@@ -32,6 +33,7 @@ from adpo_jax.rewards import RewardError, TrainerState
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.evaluation import evaluate
 from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_records
+from adpo_jax.rollouts.source import SourceError
 from adpo_jax.run import digests, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints, Restored
@@ -61,6 +63,9 @@ class Iteration(NamedTuple):
     groups: GradedGroups
     metrics: dict[str, float]
 
+
+# What may fail while samples are drawn and graded, before the policy has changed.
+_FAILURES = (RewardError, EnvironmentFailed, SourceError)
 
 # The metrics that a callback returns are logged beside those of the iteration.
 Callback = Callable[[Iteration], Mapping[str, float] | None]
@@ -224,6 +229,8 @@ class _Loop:
 
         Raises:
           Interrupted: when the run was asked to stop; the state has been saved.
+          RewardError, EnvironmentFailed, SourceError: as of the source; the state before the
+            iteration has been saved, unless there are several processes.
         """
         run, tools, num_steps = self._run, self._tools, self._run.parts.num_steps
         rows = _logged(run.folder)
@@ -241,17 +248,25 @@ class _Loop:
                 for step in range(self._first, num_steps):
                     self._iteration(step, progress)
         except Interrupted as reason:
+            self._save_where_it_stopped()
             done = int(self.state.step)
-            tools.writer.flush()
-            run.save_source(done, tools.checkpoints)
-            self.save(tools.checkpoints.save_now)
             print(f"stopped by {reason} after iteration {done}, which is saved", flush=True)
+            raise
+        except _FAILURES:
+            # One process alone may have failed, and the others wait elsewhere than in a save.
+            if jax.process_count() == 1:
+                self._save_where_it_stopped()
             raise
         tools.writer.flush()
         run.save_source(num_steps, tools.checkpoints)
         if run.config.trainer.save_freq >= 0:
             with telling("saving the last checkpoint"):
                 self.save(tools.checkpoints.save_now)
+
+    def _save_where_it_stopped(self) -> None:
+        self._tools.writer.flush()
+        self._run.save_source(int(self.state.step), self._tools.checkpoints)
+        self.save(self._tools.checkpoints.save_now)
 
     def save(self, save: Callable) -> None:
         """Saves the state with what belongs to it, by one of the methods of `Checkpoints`."""
@@ -284,7 +299,7 @@ class _Loop:
         show = functools.partial(_show, run.config, progress, writer, run.folder)
         try:
             self._evaluate_if_due(progress)
-        except Interrupted:
+        except (Interrupted, *_FAILURES):
             # Evaluation and row are made up for later, and of the groups nothing is left.
             _call(callbacks, step + 1, self.state, groups, self.metrics)
             show(step + 1, self.metrics, groups)

@@ -706,6 +706,30 @@ def test_a_reward_function_that_fails_in_the_middle(case, monkeypatch, capsys):
     assert outcome([*argv, "--workdir=run"], monkeypatch, capsys) == (0, "")
 
 
+def test_a_reward_function_that_fails_later_costs_no_iteration(monkeypatch, capsys):
+    argv = with_reward(
+        "def f(completions, trainer_state, **columns):\n"
+        "    if trainer_state.global_step == 1:\n"
+        "        raise ConnectionError('judge is down')\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    argv += ["--workdir=run", "--config.trainer.total_training_steps=3"]
+    code, err = outcome(argv, monkeypatch, capsys)
+    assert (code, "judge is down" in err) == (2, True)
+    assert sorted(os.listdir("run/checkpoints")) == ["0", "1"]
+
+
+def test_a_home_folder_is_found_and_lengths_alone_are_no_dry_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    argv = with_reward("def f(completions, **columns):\n    return [0.5] * len(completions)\n")
+    code, err = outcome([*argv, "--workdir=~/run", "--dry_run_lengths=9"], monkeypatch, capsys)
+    assert (code, "--dry_run_lengths belongs to --dry_run" in err) == (2, True)
+    monkeypatch.setattr(Policy, "save_pretrained", save_nothing)
+    assert outcome([*argv, "--workdir=~/run"], monkeypatch, capsys) == (0, "")
+    assert (tmp_path / "home" / "run" / "metrics.jsonl").exists()
+    assert not Path("~").exists()
+
+
 def test_a_signal_while_rewards_are_given_saves_the_run_and_is_no_mistake(monkeypatch, capsys):
     argv = with_reward(
         "import os, signal, time\n"

@@ -279,6 +279,7 @@ async def _all(awaitables: list) -> list:
 
 
 def _from_file(path: Path, name: str) -> Callable:
+    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"reward function {name}: no file {path}")
     module = import_file(path, f"reward function {name}")

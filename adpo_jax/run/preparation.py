@@ -103,8 +103,9 @@ def prepare(
       ValueError: for every such mistake. Nothing has been written then, except for the config where
         a tracker cannot be started.
     """
-    workdir = default_workdir(config) if workdir is None else Path(workdir)
-    replay = None if replay is None else Path(replay)
+    # No shell expands the ~ in --workdir=~/runs.
+    workdir = default_workdir(config) if workdir is None else Path(workdir).expanduser()
+    replay = None if replay is None else Path(replay).expanduser()
     options = {
         "replay": replay,
         "resume": resume,
