@@ -142,7 +142,7 @@ def main(argv: list[str], build: Callable | None = None) -> int:
                     build=build or setup.build,
                     samplers=samplers,
                 )
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # another user's folder, too long a name
             return _failed(error)
         except Interrupted as reason:
             return _failed(f"stopped by {reason}; nothing had been begun", INTERRUPTED)

@@ -719,6 +719,15 @@ def test_a_reward_function_that_fails_later_costs_no_iteration(monkeypatch, caps
     assert sorted(os.listdir("run/checkpoints")) == ["0", "1"]
 
 
+@pytest.mark.parametrize("flag", ["--workdir=", "--replay=", "--config.data.train_files="])
+def test_a_name_that_no_disk_takes_is_told_in_a_sentence(flag, monkeypatch, capsys):
+    argv = with_reward("def f(completions, **columns):\n    return [0.5] * len(completions)\n")
+    code, err = outcome([*argv, flag + "x" * 300], monkeypatch, capsys)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
 def test_a_home_folder_is_found_and_lengths_alone_are_no_dry_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     argv = with_reward("def f(completions, **columns):\n    return [0.5] * len(completions)\n")
