@@ -238,3 +238,13 @@ def test_evaluate_takes_data_and_settings_from_the_run_and_runs_no_code_that_it_
     with pytest.raises(SystemExit):
         parsed(model, **options)
     assert f"{run / 'config.json'} cannot be read as JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["keys"], ["train", "--help"]])
+def test_a_command_whose_output_nobody_reads_ends_quietly(arguments):
+    command = [sys.executable, "-m", "adpo_jax", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -1,7 +1,10 @@
 """What models, data, folders and clients wrote does not steer the terminal that it is shown on."""
 
+import contextlib
 import io
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -210,3 +213,71 @@ def test_the_progress_bar_and_its_table_draw_but_hostile_words_in_them_do_not(mo
     for sequence in ("\x1b[2J\x1b", "\x1b]0;", "\x07", "\x9b", "\u202e", "\x08"):
         assert sequence not in shown
     assert shown.count("pwned") >= 4
+
+
+# --- outputs that end, or know few characters
+
+LASTING = """
+import os, sys, time
+from adpo_jax.log.printable import guard
+guard()
+from adpo_jax.log.progress import Progress
+sys.stdin.read()  # until the reader has gone
+print("before", flush=True)
+with Progress("step", total=2) as progress:
+    for step in (1, 2):
+        progress.update(step, "loss 1 \u2603")
+        progress.print_samples([{"prompt": "\u2603", "completion": "\u2603\u00fc", "reward": 1.0,
+                                 "components": {"f": 1.0}}])
+        print("beside")
+        sys.stdout.flush()
+print("after")
+print("done", file=sys.stderr)
+"""
+
+
+def program(**options) -> subprocess.Popen:
+    """A program that shows what a run shows, once its standard input ends."""
+    return subprocess.Popen(
+        [sys.executable, "-c", LASTING],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="latin-1",
+        **options,
+    )
+
+
+def test_a_program_outlives_the_reader_of_its_output():
+    process = program(stdout=subprocess.PIPE)
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "done\n")
+
+
+def test_a_program_outlives_its_terminal():
+    main, side = pty.openpty()
+    process = program(stdout=side, env=os.environ | {"TERM": "xterm"})
+    os.close(side)
+    os.close(main)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "done\n")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_sample_with_a_character_that_the_output_lacks_is_spelled_out(encoding, terminal):
+    main, side = pty.openpty()
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "TERM": "xterm"}
+    process = program(stdout=side if terminal else subprocess.PIPE, env=environment)
+    os.close(side)
+    process.stdin.close()
+    with os.fdopen(main, "rb", buffering=0) as screen, process:
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while piece := screen.read(65536) if terminal else process.stdout.read().encode():
+                shown += piece
+        assert process.stderr.read() == "done\n"
+    assert process.returncode == 0
+    assert b"\\u2603" in shown
+    assert b"after" in shown

@@ -6,10 +6,13 @@ does so for everything that this process prints or logs, tracebacks and warnings
 """
 
 import contextlib
+import errno
 import logging
+import os
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import Any, TextIO
 
 # Characters that are not printable by Python's own measure, but harmless: other spaces, and the two
@@ -47,31 +50,55 @@ def say_error(error: BaseException | str) -> None:
     say(f"error: {error}")
 
 
-class GuardedStream:
-    """A text stream that spells out control characters.
+class LastingStream:
+    """A text stream that outlives its readers, and spells out what its encoding lacks.
+
+    When a pipe has no reader any more, or a terminal is gone, the rest goes to the null device: a
+    run is not lost for want of a reader.
 
     Attributes:
-      unguarded: the stream below, for those who draw (progress bars).
+      unguarded: the stream below.
     """
 
     def __init__(self, stream: TextIO):
         self.unguarded = stream
 
     def write(self, text: str) -> int:
-        shown = printable(text)
         try:
-            self.unguarded.write(shown)
+            self._lasting(self.unguarded.write, text)
         except UnicodeEncodeError:  # a terminal of few characters
             encoding = self.unguarded.encoding
-            self.unguarded.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+            spelled = text.encode(encoding, "backslashreplace").decode(encoding)
+            self._lasting(self.unguarded.write, spelled)
         return len(text)
 
     def writelines(self, lines) -> None:
         for line in lines:
             self.write(line)
 
+    def flush(self) -> None:
+        self._lasting(self.unguarded.flush)
+
+    def _lasting(self, call: Callable, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # In the place of the descriptor, so that what is buffered goes there too.
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.unguarded.fileno())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unguarded, name)
+
+
+class GuardedStream(LastingStream):
+    """A lasting stream that spells out control characters."""
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
 
 
 def guarded(stream: Any) -> Any:
@@ -80,8 +107,13 @@ def guarded(stream: Any) -> Any:
 
 
 def unguarded(stream: Any) -> Any:
-    """The stream below a guarded one; for text that `printable` has seen, and drawings."""
-    return stream.unguarded if isinstance(stream, GuardedStream) else stream
+    """The stream below a guarded one."""
+    return stream.unguarded if isinstance(stream, LastingStream) else stream
+
+
+def drawable(stream: Any) -> Any:
+    """The stream for text that `printable` has seen, and drawings; None stays None."""
+    return stream if stream is None else LastingStream(unguarded(stream))
 
 
 def guard() -> None:
@@ -118,7 +150,7 @@ def _let_bars_draw() -> None:
 
         def __init__(self, iterable=None, desc=None, total=None, leave=True, file=None, *a, **k):
             desc = printable(desc) if isinstance(desc, str) else desc
-            file = unguarded(sys.stderr if file is None else file)
+            file = drawable(sys.stderr if file is None else file)
             original(self, iterable, desc, total, leave, file, *a, **k)
 
         __init__.guarded = True

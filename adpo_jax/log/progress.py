@@ -15,7 +15,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from adpo_jax.log.printable import guarded, printable, unguarded
+from adpo_jax.log.printable import drawable, guarded, printable
 from adpo_jax.log.transcripts import turns_of
 
 QUIET_S = 10.0
@@ -38,7 +38,7 @@ class Progress:
     ):
         # A bar is drawn with escape sequences; all words in it are made printable here.
         self._console = console or rich.console.Console(
-            highlight=False, soft_wrap=True, file=unguarded(sys.stdout)
+            highlight=False, soft_wrap=True, file=drawable(sys.stdout)
         )
         self._title, self._total, self._first = printable(title), total, done
         self._done, self._doing = done, ("", 0.0)
