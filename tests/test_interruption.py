@@ -53,6 +53,19 @@ def test_a_stage_that_outlasts_the_grace_period_is_left():
     assert "not done after 0.2 s: exiting; this process has saved nothing yet, and the same" in err
 
 
+def test_a_terminal_that_closes_stops_the_run_unless_that_is_ignored():
+    process = busy(grace_s=0.2)
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=20) == INTERRUPTED
+    process.stdout.close()
+    ignoring = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)" + BUSY
+    process = busy(grace_s=0.2, program=ignoring.replace("time.sleep(60)", "time.sleep(0.5)"))
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
+
+
 def test_a_disk_that_hangs_does_not_hold_up_the_exit():
     hung = "Interruption.what_is_left = property(lambda self: time.sleep(60))\nwith Interruption"
     process = busy(grace_s=0.2, program=BUSY.replace("with Interruption", hung))
@@ -139,10 +152,10 @@ def test_an_error_without_a_signal_stays_what_it_is():
 
 
 def test_the_handlers_from_before_come_back():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in interruption_lib.SIGNALS]
     with Interruption():
         assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in interruption_lib.SIGNALS] == before
 
 
 def test_a_preemption_notice_stops_all_processes_at_the_same_call(monkeypatch):

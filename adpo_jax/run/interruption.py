@@ -1,6 +1,7 @@
-"""Stops a run in good order, within a grace period, on SIGTERM, SIGINT and preemption notices.
+"""Stops a run in good order, within a grace period, on a signal or a preemption notice.
 
-The first signal asks the run to stop. A stage that has changed nothing yet (rollout, grading,
+The signals are SIGTERM, SIGINT and SIGHUP, which a terminal sends that closes, unless it is ignored
+(nohup). The first asks the run to stop. A stage that has changed nothing yet (rollout, grading,
 evaluation) is abandoned at once; any other stage is finished. When the grace period ends first, the
 process exits at once, and the next one goes on from the last checkpoint. A second Ctrl-C exits at
 once too.
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 from adpo_jax.run.checkpoint_files import complete_steps
 from adpo_jax.run.exit_codes import INTERRUPTED, SECOND_INTERRUPT
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -106,7 +107,11 @@ class Interruption:
         # grace period and the second Ctrl-C cannot wait for that, so the kernel tells a thread.
         self._ends = socket.socketpair()
         self._ends[1].setblocking(False)
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
@@ -140,7 +145,7 @@ class Interruption:
                     timer.start()
                     name = signal.Signals(number).name
                     text = f"{name}: stopping, within {self.grace_s:g} s; a second Ctrl-C exits"
-                    print(text, file=sys.stderr, flush=True)
+                    _print(text)
         if timer is not None:
             timer.cancel()
 
@@ -156,8 +161,13 @@ class Interruption:
 
 
 def _exit(text: str, code: int) -> None:
-    print(text, file=sys.stderr, flush=True)
+    _print(text)
     os._exit(code)
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be what has gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _reached_preemption(number: int) -> bool:
