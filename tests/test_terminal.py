@@ -281,3 +281,12 @@ def test_a_sample_with_a_character_that_the_output_lacks_is_spelled_out(encoding
     assert process.returncode == 0
     assert b"\\u2603" in shown
     assert b"after" in shown
+
+
+def test_a_long_note_leaves_the_count_and_the_time_in_sight():
+    screen = io.StringIO()
+    options = {"force_terminal": True, "width": 80, "_environ": {"TERM": "xterm"}}
+    with Progress("step", 1000, console=rich.console.Console(file=screen, **options)) as progress:
+        progress.update(120, "loss 1.2345  reward 0.531  " * 9)
+    last = screen.getvalue().rpartition("step")[2]
+    assert re.search(r"━━.*\b120/1000\b.*-:--:--.*loss 1\.2345.*…", last), last

@@ -46,13 +46,19 @@ class Progress:
         self._ticker = _Ticker(self._tell)
         self._bar = None
         if self._console.is_terminal:
+            whole = rich.table.Column(no_wrap=True)  # a long note gives way, then the bar
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}", markup=False),
                 rich.progress.BarColumn(bar_width=20),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-                rich.progress.TextColumn("{task.fields[note]}", markup=False),
+                rich.progress.MofNCompleteColumn(table_column=whole),
+                rich.progress.TimeRemainingColumn(elapsed_when_finished=True, table_column=whole),
+                rich.progress.TextColumn(
+                    "{task.fields[note]}",
+                    markup=False,
+                    table_column=rich.table.Column(no_wrap=True, ratio=1),
+                ),
                 console=self._console,
+                expand=True,
             )
             self._task = self._bar.add_task(self._title, total=total, completed=done, note="")
 
