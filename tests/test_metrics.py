@@ -276,9 +276,8 @@ SAMPLES = [
 
 def shown(terminal: bool) -> str:
     out = io.StringIO()
-    console = rich.console.Console(
-        file=out, force_terminal=terminal, width=100, highlight=False, soft_wrap=not terminal
-    )
+    options = {"highlight": False, "soft_wrap": not terminal, "_environ": {"TERM": "xterm"}}
+    console = rich.console.Console(file=out, force_terminal=terminal, width=100, **options)
     with Progress("iteration", total=4, done=1, console=console) as bar:
         bar.update(2, "reward 0.5  100 tokens/s")
         bar.print_samples(SAMPLES)

@@ -200,7 +200,8 @@ def test_a_terminal_that_knows_few_characters_gets_the_rest_spelled_out():
 
 def test_the_progress_bar_and_its_table_draw_but_hostile_words_in_them_do_not(monkeypatch):
     screen = io.StringIO()
-    console = rich.console.Console(file=screen, force_terminal=True, width=200)
+    options = {"force_terminal": True, "width": 200, "_environ": {"TERM": "xterm"}}
+    console = rich.console.Console(file=screen, **options)
     sample = {"prompt": HOSTILE, "completion": "[red]not markup[/red]", "reward": 1.0}
     sample["components"] = {f"[bold]{HOSTILE}": 1.0, "b": 0.5}
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -290,3 +291,11 @@ def test_a_long_note_leaves_the_count_and_the_time_in_sight():
         progress.update(120, "loss 1.2345  reward 0.531  " * 9)
     last = screen.getvalue().rpartition("step")[2]
     assert re.search(r"━━.*\b120/1000\b.*-:--:--.*loss 1\.2345.*…", last), last
+
+
+def test_a_terminal_that_cannot_draw_gets_lines_at_once():
+    screen = io.StringIO()
+    options = {"force_terminal": True, "width": 80, "_environ": {"TERM": "dumb"}}
+    with Progress("step", 4, console=rich.console.Console(file=screen, **options)) as progress:
+        progress.update(1, "loss 1")
+        assert "step 1/4  loss 1" in screen.getvalue()

@@ -22,7 +22,7 @@ QUIET_S = 10.0
 
 
 class Progress:
-    """A progress bar with an ETA on a terminal, plain lines elsewhere.
+    """A progress bar with an ETA on a terminal that can draw one, plain lines elsewhere.
 
     While nothing else is printed, a line every `QUIET_S` seconds says what is being done.
 
@@ -45,7 +45,7 @@ class Progress:
         self._started = self._updated = time.monotonic()
         self._ticker = _Ticker(self._tell)
         self._bar = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             whole = rich.table.Column(no_wrap=True)  # a long note gives way, then the bar
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}", markup=False),
