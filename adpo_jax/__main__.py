@@ -11,6 +11,7 @@ import importlib
 import sys
 
 from adpo_jax.log.printable import guard
+from adpo_jax.run.command_line import unless_interrupted
 from adpo_jax.run.exit_codes import USER_ERROR
 
 # Command -> its module, the function there that does it and returns the exit code, its meaning.
@@ -27,6 +28,10 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the command line names; returns the exit code."""
+    return unless_interrupted(_main)
+
+
+def _main() -> int:
     guard()
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if command in ("-h", "--help", "help"):

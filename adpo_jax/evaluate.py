@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.log.printable import say, say_error
 from adpo_jax.run import config_files
-from adpo_jax.run.command_line import begin, load_config, parse_flags
+from adpo_jax.run.command_line import begin, load_config, parse_flags, unless_interrupted
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -232,4 +232,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(unless_interrupted(run))

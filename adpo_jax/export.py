@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.log.printable import say_error
-from adpo_jax.run.command_line import Parser, begin, with_cure
+from adpo_jax.run.command_line import Parser, begin, unless_interrupted, with_cure
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -105,4 +105,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(unless_interrupted(run))

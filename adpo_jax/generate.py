@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adpo_jax.log.printable import printable, say_error
-from adpo_jax.run.command_line import Parser, begin
+from adpo_jax.run.command_line import Parser, begin, unless_interrupted
 from adpo_jax.run.exit_codes import USER_ERROR
 
 # The tokens of a completion where nothing is asked for and the model has the positions.
@@ -257,4 +257,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(unless_interrupted(run))

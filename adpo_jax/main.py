@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log.printable import say, say_error
-from adpo_jax.run.command_line import begin, load_config, parse_flags, with_cure
+from adpo_jax.run.command_line import begin, load_config, parse_flags, unless_interrupted, with_cure
 from adpo_jax.run.exit_codes import (
     DISK_ERROR,
     DOES_NOT_FIT,
@@ -280,4 +280,4 @@ def _failed(error: BaseException | str, code: int = USER_ERROR) -> int:
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(unless_interrupted(run))

@@ -16,6 +16,7 @@ from adpo_jax import evaluate
 from adpo_jax.__main__ import COMMANDS
 from adpo_jax.run import command_line, config_files
 from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.exit_codes import SECOND_INTERRUPT
 from adpo_jax.run.identity import as_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,3 +249,27 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(arguments):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+INTERRUPTED_AT_ONCE = """
+import runpy, signal, sys
+from adpo_jax.log import printable
+printable.guard = lambda: signal.raise_signal(signal.SIGINT)
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+MODULES = ["adpo_jax", *("adpo_jax." + name for name in COMMANDS if name not in ("train", "keys"))]
+
+
+@pytest.mark.parametrize("module", [*MODULES, "adpo_jax.main"])
+def test_an_interrupt_before_a_command_is_at_work_is_told_in_one_line(module):
+    command = [sys.executable, "-c", INTERRUPTED_AT_ONCE, module]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (SECOND_INTERRUPT, "interrupted\n")
+
+
+def test_an_interrupt_while_a_config_is_read_is_told_in_one_line(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    command = [sys.executable, "-m", "adpo_jax", "train", f"--config={config}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (SECOND_INTERRUPT, "interrupted\n")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from adpo_jax.log.printable import guard, say, say_error
-from adpo_jax.run.command_line import Parser
+from adpo_jax.run.command_line import Parser, unless_interrupted
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -36,6 +36,11 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Runs `python -m adpo_jax.report`; returns the exit code."""
     guard()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(unless_interrupted(run))

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from absl import flags
 
 from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, say_error
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.run import config_files
-from adpo_jax.run.exit_codes import USER_ERROR
+from adpo_jax.run.exit_codes import SECOND_INTERRUPT, USER_ERROR
 
 _HELP = ("--help", "-help", "-h", "--helpshort")
 _KEYS = """
@@ -43,6 +43,15 @@ def begin() -> None:
     guard()
     tune_malloc()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def unless_interrupted(command: Callable[[], int | None]) -> int | None:
+    """The exit code of a command; a Ctrl-C that it does not handle itself ends it with one line."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        say("interrupted")
+        return SECOND_INTERRUPT
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,4 +6,4 @@ DISK_ERROR = 4  # no checkpoint could be written, or one could not be read for n
 HOST_LOST = 5  # one of several died; 134, JAX's own, if JAX notices while nothing is exchanged
 DOES_NOT_FIT = 6  # a dry run found that the devices are too small
 INTERRUPTED = 75  # by a signal or a preemption notice; the same command goes on (EX_TEMPFAIL)
-SECOND_INTERRUPT = 130  # a second Ctrl-C
+SECOND_INTERRUPT = 130  # a second Ctrl-C, or one before the run heeds signals

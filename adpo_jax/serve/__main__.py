@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adpo_jax.log.printable import say_error
-from adpo_jax.run.command_line import Parser, begin
+from adpo_jax.run.command_line import Parser, begin, unless_interrupted
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -293,4 +293,4 @@ def end_in_time(service: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(unless_interrupted(run))
