@@ -272,6 +272,14 @@ def test_missing_files_empty_folders_and_no_source_are_refused(tmp_path):
         load([])
 
 
+@pytest.mark.parametrize("names", ["", "rows.jsonl,", " ,rows.jsonl"])
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch, names):
+    write_jsonl(tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="has an empty name: name a file or a folder"):
+        load(names.split(","))
+
+
 def test_columns_of_different_lengths_are_no_data_set():
     with pytest.raises(ValueError, match="columns of one length"):
         Dataset({"a": [1], "b": [1, 2]})

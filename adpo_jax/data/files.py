@@ -458,6 +458,11 @@ class _Source(NamedTuple):
 
 
 def _find(source: str, split: str | None) -> _Source:
+    if not source:
+        raise ValueError(
+            "a list of data files, separated by commas, has an empty name: name a file or a folder "
+            "there, or remove the comma too many (the working folder is .)"
+        )
     if source.startswith(generated.PREFIX):
         split = split or "train"
         return _Source(source, split, [], generated.rows(source, split), 0)
