@@ -236,6 +236,18 @@ def test_mistakes_in_large_files_are_reported_with_their_line(tmp_path, large):
             large_prompts(path, tmp_path, make_tokenizer(CHAT_TEMPLATE))
 
 
+def test_a_large_file_has_no_row_that_cannot_be_rendered_when_it_is_due(tmp_path, large):
+    """The template has no place for the name."""
+    message = {"role": "user", "content": "Why?"}
+    rows = [{"question": [message], "answer": "a"} for _ in range(8)]
+    rows[5]["question"] = [message | {"name": "bob"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for template in (CHAT_TEMPLATE, None):
+        with pytest.raises(ValueError, match=r"rows\.jsonl: row 6: .*name"):
+            large_prompts(path, tmp_path, make_tokenizer(template))
+
+
 ODD_LINES = {
     "an escape by number": '{"question": "caf\\u00e9", "answer": "1"}',
     "both halves of a character": '{"question": "\\ud83d\\ude00 \\u0000", "answer": "1"}',

@@ -8,9 +8,11 @@ a prompt that is due is cut at its front.)
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from adpo_jax.data import prompts
 from adpo_jax.data.files import Dataset
 from adpo_jax.data.stored import StoredColumn
 
-VERSION = 1
+VERSION = 2
 
 _ROWS_AT_ONCE = 1024
 _MOST_KINDS = 1000
@@ -36,10 +38,14 @@ class DuePrompts(Sequence):
       dataset: the rows.
       rows: [N] their numbers in the data, for errors.
       options: keyword arguments of `render_prompts`.
+      source: the name of the data, for errors.
     """
 
-    def __init__(self, dataset: Dataset, rows: np.ndarray, tokenizer: Any, options: dict):
+    def __init__(
+        self, dataset: Dataset, rows: np.ndarray, tokenizer: Any, options: dict, source: str = ""
+    ):
         self._dataset, self._rows, self._tokenizer = dataset, rows, tokenizer
+        self._source = source
         self._options = options | {"overlong": "truncate"}
 
     def __len__(self) -> int:
@@ -57,17 +63,38 @@ class DuePrompts(Sequence):
         rows = np.asarray(list(rows), np.int64)
         if not len(rows):
             return []
-        return prompts.render_prompts(
-            self._dataset.select(rows), self._tokenizer, numbers=self._rows[rows], **self._options
-        ).token_ids
+        chosen, numbers = self._dataset.select(rows), self._rows[rows]
+        with _naming(self._source):
+            return prompts.render_prompts(
+                chosen, self._tokenizer, numbers=numbers, **self._options
+            ).token_ids
 
 
-def fitting_rows(dataset: Dataset, tokenizer: Any, options: dict, cache: str) -> np.ndarray:
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Puts the name of the data before the row that an error names; "" for none.
+
+    (`render_prompts` does so too, but warns of each of its rows besides.)
+    """
+    try:
+        yield
+    except ValueError as error:
+        place = re.match(r"(?:the prompt of )?(?=row \d)", str(error)) if source else None
+        if not place:
+            raise
+        rest = str(error)[place.end() :]
+        raise ValueError(f"{place[0]}{source}: {rest}") from error
+
+
+def fitting_rows(
+    dataset: Dataset, tokenizer: Any, options: dict, cache: str, source: str = ""
+) -> np.ndarray:
     """The rows whose prompts fit, after the checks that need no tokens.
 
     Args:
       options: keyword arguments of `render_prompts`.
       cache: the cache folder; "" for none.
+      source: the name of the data, for errors.
 
     Returns:
       [N] int64 in ascending order; all rows where `overlong` is "truncate".
@@ -81,7 +108,8 @@ def fitting_rows(dataset: Dataset, tokenizer: Any, options: dict, cache: str) ->
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError):  # damaged
             pass
-    rows = _fitting_rows(dataset, tokenizer, options)
+    with _naming(source):
+        rows = _fitting_rows(dataset, tokenizer, options)
     if path is not None:
         _save(path, rows)
     return rows
@@ -144,9 +172,10 @@ def _sizes(column: Sequence) -> np.ndarray:
 
 
 def _kinds(column: Sequence) -> tuple[np.ndarray, list[int]]:
-    """(the kind of each prompt, the first row of each kind): text, or messages of certain roles.
+    """(the kind of each prompt, the first row of each kind): text, or messages alike.
 
-    A chat template adds the same to prompts of one kind, or about so.
+    Messages of one kind have the same roles and the same keys. A chat template adds
+    the same to prompts of one kind, or about so.
     """
     if isinstance(column, StoredColumn) and column.is_text():
         return np.zeros(len(column), np.int32), [0]
@@ -155,7 +184,8 @@ def _kinds(column: Sequence) -> tuple[np.ndarray, list[int]]:
     for row, prompt in enumerate(column):
         kind = ()
         if not isinstance(prompt, str):
-            kind = tuple(message["role"] for message in prompts.checked_messages(prompt, row))
+            messages = prompts.checked_messages(prompt, row)
+            kind = tuple((message["role"], *sorted(message)) for message in messages)
         if kind not in numbers:
             if len(numbers) == _MOST_KINDS:  # such conversations grow; the last stands for them
                 kinds[row] = _MOST_KINDS - 1

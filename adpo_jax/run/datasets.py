@@ -343,10 +343,10 @@ def _render(
 ) -> Prompts:
     c, options = config.data, prompt_options(config, tools)
     if dataset.digest:
-        rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir)
+        rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir, source)
         kept = dataset if len(rows) == len(dataset) else dataset.select(rows)
         num_overlong = len(dataset) - len(rows)
-        token_ids = due.DuePrompts(kept, rows, tokenizer, options)
+        token_ids = due.DuePrompts(kept, rows, tokenizer, options, source)
     else:
         kept, token_ids, num_overlong = render_prompts(dataset, tokenizer, source=source, **options)
     if num_overlong:
