@@ -248,6 +248,21 @@ def test_a_large_file_has_no_row_that_cannot_be_rendered_when_it_is_due(tmp_path
             large_prompts(path, tmp_path, make_tokenizer(template))
 
 
+BYTES = {"bytes": pyarrow.binary(), "large": pyarrow.large_binary(), "fixed": pyarrow.binary(1)}
+
+
+@pytest.mark.parametrize("kind", BYTES)
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_bytes_are_no_text(tmp_path, monkeypatch, kind, limit):
+    """No completion is equal to them."""
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    path = tmp_path / "rows.parquet"
+    answers = pyarrow.array([b"1", b"2"], BYTES[kind])
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a", "b"], "answer": answers}), path)
+    with pytest.raises(ValueError, match=r"row 1: .*'answer' .* holds bytes.*cast the column to"):
+        large_prompts(path, tmp_path, make_tokenizer())
+
+
 ODD_LINES = {
     "an escape by number": '{"question": "caf\\u00e9", "answer": "1"}',
     "both halves of a character": '{"question": "\\ud83d\\ude00 \\u0000", "answer": "1"}',

@@ -313,10 +313,13 @@ def _check_stored(segment: Segment, part: Dataset, path: str, option: str, key: 
         column = segment.table[key]
         kind = column.type
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not column.null_count and (text or option != "data.prompt_key"):
+        binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        binary = binary or pa.types.is_fixed_size_binary(kind)
+        if not column.null_count and (text or (option != "data.prompt_key" and not binary)):
             return
     for row, value in enumerate(part.column(key)):
-        if value is None or (option == "data.prompt_key" and not isinstance(value, str | list)):
+        wrong = option == "data.prompt_key" and not isinstance(value, str | list)
+        if value is None or isinstance(value, bytes) or wrong:
             _check_row(part.row(row), segment.where(path, row), {option: key})
 
 
@@ -513,6 +516,11 @@ def _check_row(row: Row, where: str, wanted: dict[str, str]) -> None:
             )
         if value is None:
             raise ValueError(f"{where}: the column {key!r} ({option}) is null")
+        if isinstance(value, bytes):
+            raise ValueError(
+                f"{where}: the column {key!r} ({option}) holds bytes, got {shorten(value)}; cast "
+                "the column to text"
+            )
         if option == "data.prompt_key" and not isinstance(value, str | list):
             raise ValueError(
                 f"{where}: the prompt in column {key!r} must be text or a list of chat "
