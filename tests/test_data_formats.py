@@ -248,6 +248,17 @@ def test_a_large_file_has_no_row_that_cannot_be_rendered_when_it_is_due(tmp_path
             large_prompts(path, tmp_path, make_tokenizer(template))
 
 
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_a_table_with_a_column_twice_is_refused(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    path = tmp_path / "rows.parquet"
+    columns = [pyarrow.array([text]) for text in ("q", "1", "2")]
+    table = pyarrow.Table.from_arrays(columns, ["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=r"rows\.parquet: .* the column 'answer' twice; rename"):
+        large_prompts(path, tmp_path, make_tokenizer())
+
+
 BYTES = {"bytes": pyarrow.binary(), "large": pyarrow.large_binary(), "fixed": pyarrow.binary(1)}
 
 

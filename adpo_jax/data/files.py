@@ -26,6 +26,7 @@ from adpo_jax.data.readers import (
     Placed,
     Row,
     parquet_batches,
+    refuse_twice,
     rows_of,
     shorten,
     suffix_of,
@@ -291,6 +292,7 @@ def _hub_segments(source: "_Source", cache_dir: str) -> tuple[str, list[Segment]
 def _check_segments(segments: Sequence[Segment], path: str, wanted: dict[str, str]) -> None:
     """The checks of `_check_row` and `_unique_ids` on the stored rows of one file."""
     for segment in segments:
+        refuse_twice(path, segment.table.column_names)  # one converted before this was refused
         head = {name: segment.table[name] for name in segment.names}
         for key in wanted.values():
             if not _split_path(key, head)[0]:

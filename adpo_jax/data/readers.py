@@ -272,6 +272,13 @@ def _parquet_rows(path: Path) -> Iterator[Placed]:
             yield f"{path}: row ", next(numbers), row
 
 
+def refuse_twice(path: Path | str, names: list[str]) -> None:
+    """Refuses a table that has two columns of one name."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: the table has the column {twice!r} twice; rename or remove one")
+
+
 def parquet_batches(path: Path) -> Iterator:
     """The record batches of a Parquet file, with `stored.NUMBER`."""
     import pyarrow
@@ -279,6 +286,7 @@ def parquet_batches(path: Path) -> Iterator:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            refuse_twice(path, file.schema_arrow.names)
             first = 1
             for batch in file.iter_batches(batch_size=4096):
                 yield stored.numbered(batch, first)
