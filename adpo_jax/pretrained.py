@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from adpo_jax.config import default_config
 from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
 from adpo_jax.hf.files import read_json
+from adpo_jax.hf.folders import local_path
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
 from adpo_jax.run import datasets, loading
@@ -96,7 +97,7 @@ def load(
     Raises:
       ValueError: when there is no such model, or it cannot be read.
     """
-    run, step = _run_and_step(Path(name).expanduser())
+    run, step = _run_and_step(local_path(name))
     if run is None:
         return _from_hugging_face(
             name, dtype, mesh, PromptFormat(), trust_remote_code, override_config

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from adpo_jax import pretrained
 from adpo_jax.data import folders, readers
 from adpo_jax.data.files import Dataset, extract_solution, load_rows, prompt_indices
 
@@ -270,6 +271,16 @@ def test_missing_files_empty_folders_and_no_source_are_refused(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="there are no rows"):
         load([])
+
+
+def test_the_home_folder_of_nobody_is_refused():
+    for source in ("~nosuchuser/rows.jsonl", "~nosuchuser/rows"):
+        with pytest.raises(ValueError, match="there is no home folder ~nosuchuser here; write"):
+            load(source)
+        with pytest.raises(ValueError, match="there is no home folder"):
+            folders.unsplit_files(source)
+    with pytest.raises(ValueError, match="there is no folder '~nosuchuser/model'"):
+        pretrained.load("~nosuchuser/model")
 
 
 @pytest.mark.parametrize("names", ["", "rows.jsonl,", " ,rows.jsonl"])

@@ -471,7 +471,7 @@ def _find(source: str, split: str | None) -> _Source:
     if source.startswith(generated.PREFIX):
         split = split or "train"
         return _Source(source, split, [], generated.rows(source, split), 0)
-    path = Path(source).expanduser()
+    path = folders.path_of(source)
     if path.is_dir():
         files = folders.files_of(path, split)
     elif path.exists():

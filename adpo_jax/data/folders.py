@@ -84,12 +84,27 @@ def placed_files(folder: Path) -> list[Placed]:
     return found
 
 
+def path_of(source: str) -> Path:
+    """A source as a path, with the home folder that it begins with.
+
+    Raises:
+      ValueError: for the home folder of nobody.
+    """
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        home = Path(source).parts[0]
+        raise ValueError(
+            f"{source}: there is no home folder {home} here; write the whole path"
+        ) from None
+
+
 def unsplit_files(source: str) -> dict[Path, str]:
     """The files that a source stands for without a word of their split, and the source itself.
 
     That is a folder none of whose files says its split; any other source has none.
     """
-    folder = Path(source).expanduser()
+    folder = path_of(source)
     if not folder.is_dir():
         return {}
     placed = placed_files(folder)
