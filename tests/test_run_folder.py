@@ -202,6 +202,18 @@ def test_metrics_rows_beyond_a_resume_are_taken_back_and_a_torn_line_dropped(tmp
     assert rows[0]["bad"] is None
 
 
+def test_metrics_touched_by_hand_are_read_but_for_the_lines_that_hold_no_row(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.dumps({"step": step, "a": step}).encode() for step in range(4)]
+    bad = [b"", b'{"step": 1, "a', b'{"step": "\xff"}', b"[1]", b'{"a": 5}', b'{"step": null}']
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join([*rows[:1], *bad, *rows[1:], b""]))
+    JsonlWriter(path, purge_step=2).close()
+    assert [(row["step"], row["a"]) for row in read_jsonl(path)] == [(0, 0), (1, 1)]
+    for number in range(2, 6):
+        assert f"metrics.jsonl: line {number} holds no JSON object" in caplog.text
+    assert "metrics.jsonl: 2 rows without a step are left out" in caplog.text
+
+
 def test_the_writer_is_clus_and_writes_both_kinds(tmp_path):
     writer = make_writer(tmp_path)
     assert isinstance(writer, metric_writers.MetricWriter)

@@ -4,6 +4,7 @@ A row belongs to a step, the number of iterations done when it was measured. Aft
 step k, the rows beyond k are taken back, since their iterations are about to be done again.
 """
 
+import codecs
 import html
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -133,7 +135,13 @@ class JsonlWriter(Writer):
     def __init__(self, path: str | Path, purge_step: int | None = None):
         path = Path(path)
         if purge_step is not None and path.exists():
-            kept = [row for row in read_jsonl(path) if row["step"] < purge_step]
+            rows = read_jsonl(path)
+            kept = [row for row in rows if type(row.get("step")) is int]
+            if len(kept) < len(rows):
+                logging.warning(
+                    "%s: %d rows without a step are left out", path, len(rows) - len(kept)
+                )
+            kept = [row for row in kept if row["step"] < purge_step]
             rewritten = path.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept))
             os.replace(rewritten, path)
@@ -153,9 +161,22 @@ class JsonlWriter(Writer):
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The rows of a metrics file, without a last line that a crash cut short."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a metrics file, without a last line that a crash cut short.
+
+    A line that holds no row, as an editor may leave it, is left out and warned of.
+    """
+    rows = []
+    lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            logging.warning("%s: line %d holds no JSON object and is left out", path, number)
+    return rows
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
