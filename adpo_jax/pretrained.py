@@ -4,6 +4,7 @@ Only the parameters of a checkpoint are read, not the rest of the training state
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -177,10 +178,25 @@ def _is_run(folder: Path) -> bool:
 
 def _run_config(run: RunFolder):
     """The run's config; keys that are newer than the file have their defaults."""
-    config = default_config()
+    config, saved = default_config(), read_json(run.config)
+    _check_kinds(run.config, json.loads(config.to_json()), saved)
     with config.unlocked(), config.ignore_type():
-        config.update(read_json(run.config))
+        config.update(saved)
     return config
+
+
+def _check_kinds(path: Path, defaults: dict, saved: dict, prefix: str = "") -> None:
+    """Refuses a config that was edited: a section that is none, or no text where text belongs."""
+    for key in defaults.keys() & saved.keys():
+        default, value = defaults[key], saved[key]
+        for kind, word in ((dict, "section"), (str, "text")):
+            if isinstance(default, kind) and not isinstance(value, kind):
+                raise ValueError(
+                    f"{path}: {prefix}{key} must be a {word}, given {value!r:.100}; put back what "
+                    "the run wrote there"
+                )
+        if isinstance(default, dict):
+            _check_kinds(path, default, value, f"{prefix}{key}.")
 
 
 def _checkpoint_folder(run: RunFolder, step: str | None) -> Path:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from parsing import parse
 
+from adpo_jax import pretrained
 from adpo_jax.log.clu_without_tensorflow import metric_writers
 from adpo_jax.log.metrics import JsonlWriter, make_writer, read_jsonl
 from adpo_jax.log.progress import Progress
@@ -104,6 +105,48 @@ def test_a_run_goes_on_whose_config_lacks_what_is_no_secret_any_more(tmp_path):
     assert folder.config.read_text() == text
     with pytest.raises(ValueError, match=r"model.path: '.*3d' -> '.*4e'"):
         folder.check(parse(f"--config.actor_rollout_ref.model.path={path[:-2]}4e"))
+
+
+def edited(folder, **values):
+    """The folder of a run with other values in its config."""
+    folder.claim(parse())
+    folder.config.write_text(json.dumps(json.loads(folder.config.read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize("contents", [None, [], "x"])
+def test_digests_that_are_none_are_taken_as_unknown(tmp_path, contents):
+    folder = edited(RunFolder(tmp_path / "run"), contents=contents)
+    folder.claim(parse())
+    folder.claim(parse(), contents=CONTENTS)
+    assert json.loads(folder.config.read_text())["contents"] == CONTENTS
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"data": None}, "data must be a section, given None"),
+        ({"trainer": "x"}, "trainer must be a section, given 'x'"),
+        ({"data": {"prompt_template": 5}}, "data.prompt_template must be a text, given 5"),
+        ({"actor_rollout_ref": []}, r"actor_rollout_ref must be a section, given \[\]"),
+    ],
+)
+def test_a_model_of_a_run_whose_config_was_edited_is_refused_in_a_sentence(tmp_path, values, words):
+    folder = edited(RunFolder(tmp_path / "run"), **values)
+    with pytest.raises(ValueError, match=rf"config\.json: {words}; put back"):
+        pretrained.load(folder.root)
+    with pytest.raises(ValueError, match="holds a run with another config"):
+        folder.check(parse())
+
+
+@pytest.mark.parametrize("note", ["[]", "5", '{"iterations": "x", "state": 5}', "null"])
+def test_a_note_of_an_export_that_is_none_is_no_note(tmp_path, note):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse())
+    folder.export.mkdir()
+    (folder.export / "adpo_jax.json").write_text(note)
+    assert (folder.exported_step, folder.exported_state) == (None, None)
+    folder.check(parse())
 
 
 def test_a_config_older_than_a_key_had_its_default(tmp_path):

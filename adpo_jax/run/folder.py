@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from adpo_jax.hf.files import read_json
 from adpo_jax.run import checkpoint_files
 from adpo_jax.run.checkpoint_files import complete_steps
-from adpo_jax.run.identity import CONTENTS, as_json, changes, may_change
+from adpo_jax.run.identity import CONTENTS, as_json, changes, digests_in, may_change
 
 RESUME = ("auto", "never", "must")
 
@@ -122,12 +122,14 @@ class RunFolder:
     @property
     def exported_step(self) -> int | None:
         """Iterations done by the exported policy; None where there is no export."""
-        return self._exported.get("iterations")
+        step = self._exported.get("iterations")
+        return step if type(step) is int else None
 
     @property
     def exported_state(self) -> str | None:
         """The digest of the exported state; None without an export, or if its note has none."""
-        return self._exported.get("state")
+        state = self._exported.get("state")
+        return state if isinstance(state, str) else None
 
     def note_export(self, step: int, state: str) -> None:
         """Notes which state the export holds; the note goes when the export is replaced.
@@ -144,9 +146,10 @@ class RunFolder:
     @property
     def _exported(self) -> dict:
         try:
-            return json.loads(self._export_note.read_text())
+            note = json.loads(self._export_note.read_text())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
+        return note if isinstance(note, dict) else {}
 
     @property
     def _export_note(self) -> Path:
@@ -323,7 +326,7 @@ class RunFolder:
 
     def _write_config(self, content: dict) -> None:
         there = self._saved_config
-        content = {CONTENTS: (there or {}).get(CONTENTS, {})} | content
+        content = {CONTENTS: digests_in(there or {})} | content
         if there == content:
             return
         changes = self._changes(content)

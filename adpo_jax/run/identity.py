@@ -85,6 +85,12 @@ def as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> d
     return content if contents is None else content | {CONTENTS: contents}
 
 
+def digests_in(saved: dict) -> dict:
+    """The digests in a saved identity; none where it is older, or edited."""
+    found = saved.get(CONTENTS)
+    return found if isinstance(found, dict) else {}
+
+
 def may_change(key: str, step: int) -> bool:
     """Whether a run whose newest checkpoint is `step` may go on under another value of a key."""
     if key.startswith(f"{CONTENTS}."):
@@ -103,7 +109,8 @@ def changes(there: dict, here: dict) -> dict[str, str]:
     # A run that is older than a key is taken to have its present default; one that is older than
     # the digests, the present contents.
     there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
-    known, now = there.pop(CONTENTS, {}), here.get(CONTENTS, {})
+    known, now = digests_in(there), here.get(CONTENTS, {})
+    there.pop(CONTENTS, None)
     shared = {name: known.get(name, value) for name, value in now.items()}
     lines = _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
     prompts = f"{CONTENTS}.train_prompts"
