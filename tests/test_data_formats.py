@@ -249,6 +249,27 @@ def test_a_large_file_has_no_row_that_cannot_be_rendered_when_it_is_due(tmp_path
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])
+def test_a_misspelt_column_in_the_template_is_told_of(tmp_path, monkeypatch, caplog, limit):
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "1", "level": "easy"}\n' * 3)
+    quiet = r"{prompt} \boxed{answr} \frac{a}{b} x^{n} {} {0} {a b}"
+    for template, told in (
+        ("{prompt} Level {leve}, {leve}", ["has {leve}, which is no column .*write {level}$"]),
+        (
+            "{prompt} {zzzz}",
+            ["{zzzz}, .* write {answer} or {level} or {prompt} or {question} or {solution}$"],
+        ),
+        (quiet, []),
+    ):
+        caplog.clear()
+        large_prompts(path, tmp_path, make_tokenizer(), prompt_template=template)
+        assert len(caplog.messages) == len(told) + 1  # the batch is larger than the data
+        for text in told:
+            assert any(re.search(rf"rows\.jsonl: .*{text}", line) for line in caplog.messages)
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
 def test_a_table_with_a_column_twice_is_refused(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(files, "LARGE_BYTES", limit)
     path = tmp_path / "rows.parquet"

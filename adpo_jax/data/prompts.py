@@ -1,8 +1,9 @@
 """Rows of a data set as tokenised prompts: template, system prompt, chat template, length limit."""
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -11,6 +12,9 @@ from adpo_jax.data import conversations as conversations_lib
 from adpo_jax.data.control_tokens import Mixed, control_token_in, text_token_ids
 from adpo_jax.data.conversations import Conversations, Message
 from adpo_jax.data.files import Dataset, Row
+
+# A word in braces, with what stands before it in LaTeX.
+_WORD_IN_BRACES = re.compile(r"(\\[A-Za-z]+(?:\{\w*\})*|[\^_])?\{([A-Za-z_]\w*)\}")
 
 # Arguments of apply_chat_template that the user may not give.
 _RESERVED = {
@@ -232,6 +236,28 @@ def _rows_by_tools(
 def names_in_template(text: str, names: set[str]) -> list[str]:
     """The columns that a prompt template fills in, each as often as it does so."""
     return _Template(text, names).filled_in
+
+
+def tell_of_unknown_names(template: str, names: Collection[str], source: str) -> None:
+    """Warns of each `{word}` in a prompt template that is no column; such braces may be meant.
+
+    Those of LaTeX, as in `\\frac{a}{b}` and `x^{n}`, are not looked at.
+
+    Args:
+      names: the columns, and "prompt".
+      source: the name of the data.
+    """
+    found = [match[2] for match in _WORD_IN_BRACES.finditer(template) if not match[1]]
+    for word in dict.fromkeys(found):
+        if word not in names:
+            near = difflib.get_close_matches(word, names, n=1) or sorted(names)
+            logging.warning(
+                "%s: data.prompt_template has {%s}, which is no column and stays in every prompt "
+                "as it is; if a column is meant, write %s",
+                source,
+                word,
+                " or ".join(f"{{{name}}}" for name in near),
+            )
 
 
 def _tell_of_control_tokens(dataset: Dataset, tokenizer: Any, prompt_key: str, where) -> None:

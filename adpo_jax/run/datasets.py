@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from adpo_jax.data import due, embedded, files, folders
 from adpo_jax.data.control_tokens import text_token_ids
-from adpo_jax.data.prompts import PromptFormat, render_prompts
+from adpo_jax.data.prompts import PromptFormat, render_prompts, tell_of_unknown_names
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import builtin
 from adpo_jax.rewards.references import check_references
@@ -342,6 +342,7 @@ def _render(
     tools: Mapping | None = None,
 ) -> Prompts:
     c, options = config.data, prompt_options(config, tools)
+    tell_of_unknown_names(c.prompt_template, {"prompt", *dataset.columns}, source)
     if dataset.digest:
         rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir, source)
         kept = dataset if len(rows) == len(dataset) else dataset.select(rows)
