@@ -152,6 +152,20 @@ def test_a_page_takes_the_place_of_an_older_one_and_of_no_other_file(folders, tm
     assert "seed0" in out.read_text()
 
 
+def test_pictures_take_the_place_of_older_ones_and_of_no_other_file(folders, tmp_path):
+    out, png = tmp_path / "report.html", tmp_path / "pictures"
+    page.write(folders, out, png=png)
+    page.write(folders, out, png=png)
+    picture = png / "reward_mean.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\na picture of the user's")
+    before = {path.name: path.read_bytes() for path in png.iterdir()}
+    out.unlink()
+    with pytest.raises(ValueError, match=r"reward_mean.png exists and is no picture of a report"):
+        page.write(folders, out, png=png)
+    assert {path.name: path.read_bytes() for path in png.iterdir()} == before
+    assert not out.exists()
+
+
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory):
     """A report, as PNG files too, of a run with an odd name, metrics of its own, and damage."""

@@ -31,6 +31,9 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c
 _INK, _FAINT = "#010101", "#c8c8c9"
 _STYLES = ("-", "--", "-.", ":")
 _LONGEST = 48  # characters of a title or a label
+_SOFTWARE = "adpo_jax"
+# Near the start of every PNG file, by which a later report knows that it may take its place.
+PNG_MARK = b"tEXtSoftware\0" + _SOFTWARE.encode()
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -99,7 +102,12 @@ class Picture:
             legend = None
             if len(labels) > 1 and not self._figure.legends:
                 legend = self._figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-            self._figure.savefig(folder / f"{self.name}.png", dpi=160, facecolor="white")
+            self._figure.savefig(
+                folder / f"{self.name}.png",
+                dpi=160,
+                facecolor="white",
+                metadata={"Software": _SOFTWARE},
+            )
             if legend is not None:
                 legend.remove()
 

@@ -60,17 +60,17 @@ def write(
     Args:
       folders: of runs; those that differ in their seed alone are joined.
       out: the page; one that is there is replaced.
-      png: a folder for the pictures as PNG files too.
+      png: a folder for the pictures as PNG files too; those of an older report are replaced.
       metrics: patterns of further metrics to draw, such as "update/*".
 
     Returns:
       What could not be read, a sentence each.
 
     Raises:
-      ValueError: when a folder holds no run, no run has such a metric, or the page cannot be
-        written or would take the place of another file.
+      ValueError: when a folder holds no run, no run has such a metric, or the page or a picture
+        cannot be written or would take the place of another file.
     """
-    _refuse_other_file(out)
+    _refuse_other_file(out, _MARK, "is no report; give the page another name by --out")
     groups = grouped([Run.read(Path(folder)) for folder in folders])
     further, num_left_out = _further(groups, metrics)
     pictures = [p for name, title, unit in CURVES if (p := _curve(groups, name, title, unit))]
@@ -78,7 +78,11 @@ def write(
     spreads = [p for group in groups for p in _spreads(group)]
     seconds = [stage_seconds(group) for group in groups]
     bars = [figures.stages(groups, seconds)] if any(seconds) else []
-    figures.name_apart([*pictures, *more, *spreads, *bars])
+    drawn = [*pictures, *more, *spreads, *bars]
+    figures.name_apart(drawn)
+    for picture in drawn if png is not None else ():
+        no_picture = "is no picture of a report; give another folder by --png"
+        _refuse_other_file(png / f"{picture.name}.png", figures.PNG_MARK, no_picture)
     samples = [samples_of(group) for group in groups]
     problems = list(
         dict.fromkeys(p for group in groups for run in group.runs for p in run.problems)
@@ -121,15 +125,19 @@ def write(
         out.write_text(page, encoding="utf-8", errors="replace")
         if png is not None:
             png.mkdir(parents=True, exist_ok=True)
-            for picture in (*pictures, *more, *spreads, *bars):
+            for picture in drawn:
                 picture.save_png(png)
     except OSError as error:
         raise ValueError(f"{error.filename or out} cannot be written: {error.strerror}") from error
     return problems
 
 
-def _refuse_other_file(out: Path) -> None:
-    """Refuses to write over a file that is no page of this report.
+def _refuse_other_file(out: Path, mark: bytes, otherwise: str) -> None:
+    """Refuses to write over a file that no report wrote.
+
+    Args:
+      mark: what the first bytes of a report's file hold.
+      otherwise: the end of the sentence about a file that lacks it.
 
     Raises:
       ValueError: there is such a file, or it cannot be read.
@@ -138,11 +146,11 @@ def _refuse_other_file(out: Path) -> None:
         return
     try:
         with out.open("rb") as file:
-            ours = _MARK in (file.read(1024) or _MARK)
+            ours = mark in (file.read(1024) or mark)
     except OSError as error:
         raise ValueError(f"{out} cannot be read: {error.strerror}") from error
     if not ours:
-        raise ValueError(f"{out} exists and is no report; give the page another name by --out")
+        raise ValueError(f"{out} exists and {otherwise}")
 
 
 def _further(groups: Sequence[Group], patterns: Collection[str]) -> tuple[list[str], int]:
