@@ -112,6 +112,16 @@ def test_the_overview_has_the_interval_over_seeds_and_the_stages_their_seconds(f
     assert page.stage_seconds(groups[0]) == {"rollout": 1.0, "update": 3.0}
 
 
+def test_a_run_that_is_given_twice_is_no_second_seed(folders, tmp_path):
+    run = Run.read(folders[0])
+    copied = page.overview(Group("a", [run, run]))
+    assert copied["95% interval"] == page.overview(Group("a", [run]))["95% interval"]
+    once, twice = tmp_path / "once.html", tmp_path / "twice.html"
+    page.write(folders[:2], once)
+    page.write([folders[0], folders[1], folders[0].parent / "." / "../a/seed0"], twice)
+    assert once.read_text() == twice.read_text()
+
+
 def test_every_stage_of_any_group_has_its_column(folders, tmp_path):
     metrics = folders[2] / "metrics.jsonl"
     rows = read_jsonl(metrics)

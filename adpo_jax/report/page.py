@@ -58,7 +58,8 @@ def write(
     """Writes one self-contained page about some runs.
 
     Args:
-      folders: of runs; those that differ in their seed alone are joined.
+      folders: of runs; those that differ in their seed alone are joined, and one that is named
+        twice counts once.
       out: the page; one that is there is replaced.
       png: a folder for the pictures as PNG files too; those of an older report are replaced.
       metrics: patterns of further metrics to draw, such as "update/*".
@@ -71,7 +72,10 @@ def write(
         cannot be written or would take the place of another file.
     """
     _refuse_other_file(out, _MARK, "is no report; give the page another name by --out")
-    groups = grouped([Run.read(Path(folder)) for folder in folders])
+    once: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        once.setdefault(folder.resolve(), folder)
+    groups = grouped([Run.read(folder) for folder in once.values()])
     further, num_left_out = _further(groups, metrics)
     pictures = [p for name, title, unit in CURVES if (p := _curve(groups, name, title, unit))]
     more = [p for name in further if (p := _curve(groups, name, name, ""))]
@@ -291,7 +295,11 @@ def _span(values: Sequence[int]) -> str:
 
 def _interval(group: Group, last: list[float | None]) -> str:
     """Over seeds by Student's t where there are several, else over prompts by bootstrap."""
-    present = np.array([value for value in last if value is not None])
+    of_seed: dict[int, list[float]] = {}
+    for run, value in zip(group.runs, last):
+        if value is not None:
+            of_seed.setdefault(run.seed, []).append(value)
+    present = np.array([np.mean(values) for values in of_seed.values()])
     if len(present) > 1:
         half = t_quantile(len(present) - 1) * present.std(ddof=1) / np.sqrt(len(present))
         return f"{max(present.mean() - half, 0):.3f} to {min(present.mean() + half, 1):.3f}, seeds"
