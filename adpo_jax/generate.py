@@ -6,7 +6,7 @@
 `--model` is a Hugging Face folder or hub name, the folder of a run, or one of its checkpoints
 (`runs/.../checkpoints/50`). Prompts go through the chat template where there is one, and those for
 a run through its prompt template and system prompt. A line of `--prompts` is {"prompt": text or
-[messages]}; its other keys are copied to the output.
+[messages]}; its other keys are copied to the output, whose own keys they cannot have the names of.
 
 All completions are sampled at once; the screen follows the first one that has not ended.
 """
@@ -25,6 +25,15 @@ from adpo_jax.run.exit_codes import USER_ERROR
 
 # The tokens of a completion where nothing is asked for and the model has the positions.
 MAX_TOKENS = 512
+# The keys that a row of the output has beside those of its prompt.
+OUTPUT_KEYS = (
+    "prompt_index",
+    "sample",
+    "completion",
+    "num_tokens",
+    "finish_reason",
+    "log_prob",
+)
 
 if TYPE_CHECKING:  # these import JAX, and --help is quick
     from adpo_jax.engine.generation import FinishedGroup
@@ -73,16 +82,38 @@ def read_rows(a: argparse.Namespace) -> list[dict]:
     if a.prompts is not None:
         try:
             # JSON text may hold other line separators as they are.
-            lines = a.prompts.read_text(encoding="utf-8").split("\n")
-            rows += [json.loads(line) for line in lines if line.strip()]
+            lines = a.prompts.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, ValueError) as error:
             raise ValueError(f"--prompts {a.prompts}: {error}") from error
+        rows += [
+            _row(line, f"--prompts {a.prompts}: line {number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
     if not rows:
         raise ValueError("nothing to complete: give --prompt or --prompts")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise ValueError(f'row {number} has no key "prompt"')
     return rows
+
+
+def _row(line: str, where: str) -> dict:
+    """A line of --prompts as a row; `where` opens the sentence about one that cannot be read."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be read as JSON: {error}") from error
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise ValueError(
+            f'{where} has no key "prompt"; wanted {{"prompt": text or [messages]}}, '
+            f"given {line.strip()!r:.80}"
+        )
+    if taken := [key for key in OUTPUT_KEYS if key in row]:
+        raise ValueError(
+            f"{where} has the key {taken[0]!r}, which the output has for itself: rename it, or "
+            "leave it out"
+        )
+    return row
 
 
 def with_options(model: "Pretrained", a: argparse.Namespace) -> "Pretrained":
@@ -148,18 +179,14 @@ class Screen:
 
 def completions(group: "FinishedGroup", row: dict, tokenizer) -> list[dict]:
     """A group as rows of the output."""
-    return [
-        {
-            **row,
-            "prompt_index": group.prompt_index,
-            "sample": sample,
-            "completion": tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True),
-            "num_tokens": len(completion),
-            "finish_reason": completion.finish_reason,
-            "log_prob": float(completion.log_probs.sum()),
-        }
-        for sample, completion in enumerate(group.completions)
-    ]
+    found = []
+    for sample, completion in enumerate(group.completions):
+        text = tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        log_prob = float(completion.log_probs.sum())
+        reason = completion.finish_reason
+        own = (group.prompt_index, sample, text, len(completion), reason, log_prob)
+        found.append(row | dict(zip(OUTPUT_KEYS, own, strict=True)))
+    return found
 
 
 def generate(a: argparse.Namespace) -> None:

@@ -213,6 +213,33 @@ def test_generate_tells_a_mistake_in_one_line(folder, command, message, monkeypa
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": }', r"line 3 is no JSON: Expecting value at column 12$"),
+        ('{"question": "x"}', r'line 3 has no key "prompt"; wanted .*, given .*question'),
+        ("[" * 100_000, r"line 3 cannot be read as JSON: .*recursion"),
+        (
+            '{"prompt": "x", "completion": "y"}',
+            r"line 3 has the key 'completion', which the output has for itself: rename it",
+        ),
+    ],
+)
+def test_generate_names_the_line_of_the_prompts_that_cannot_be_used(tmp_path, line, message):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(f'{{"prompt": "a"}}\n\n{line}\n')
+    command = ["--model", "m", "--prompt", "x", "--prompts", str(prompts)]
+    with pytest.raises(ValueError, match=rf"^--prompts .*prompts\.jsonl: {message}"):
+        generate.read_rows(generate.arguments(command))
+
+
+def test_generate_takes_a_file_of_prompts_with_a_byte_order_mark(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    command = ["--model", "m", "--prompts", str(prompts)]
+    assert generate.read_rows(generate.arguments(command)) == [{"prompt": "a"}]
+
+
 def test_export_writes_the_parameters_of_a_checkpoint_and_overwrites_nothing(run, tmp_path):
     out = tmp_path / "out"
     root, params = run
