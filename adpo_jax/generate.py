@@ -202,6 +202,8 @@ def generate(a: argparse.Namespace) -> None:
     from adpo_jax.engine.sampling import SamplingParams
     from adpo_jax.log.progress import telling
 
+    if not 0 <= a.seed < 2**32:  # JAX drops the bits above
+        raise ValueError(f"--seed is a whole number from 0 to 2**32 - 1; given {a.seed}")
     rows = read_rows(a)
     sampling = SamplingParams(
         n=a.n,
@@ -225,6 +227,11 @@ def generate(a: argparse.Namespace) -> None:
     most = sampling.max_tokens
     if a.max_tokens is None:
         most = max(1, min(most, positions - longest))
+    if longest >= positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, which leaves no place for a completion in "
+            f"the {positions} positions of this model: give a prompt of at most {positions - 1}"
+        )
     if longest + most > positions:
         raise ValueError(
             f"the longest prompt has {longest} tokens; with --max-tokens {most} that is "

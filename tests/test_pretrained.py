@@ -203,6 +203,8 @@ def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder,
             ["--prompt", "x", "--max-tokens", "100000"],
             "positions of this model: lower --max-tokens",
         ),
+        (["--prompt", "a " * 50_000], "which leaves no place for a completion in the"),
+        (["--prompt", "x", "--seed", "99999999999999999999"], "--seed is a whole number from 0"),
     ],
 )
 def test_generate_tells_a_mistake_in_one_line(folder, command, message, monkeypatch, capsys):
