@@ -222,6 +222,21 @@ def test_wrong_shapes_and_token_ids_are_refused():
         policy.logits(params, np.array([[0, 64]]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("fp16", "given 'fp16'; did you mean float16"),
+        ("bf16", "did you mean bfloat16"),
+        ("int8", "given 'int8'$"),
+    ],
+)
+def test_a_dtype_that_no_model_computes_in_is_refused(dtype, words):
+    with pytest.raises(
+        ValueError, match=rf"^dtype is one of float32, bfloat16, float16; .*{words}"
+    ):
+        Policy.abstract_from_config(config_of("qwen2"), dtype)
+
+
 def test_an_unknown_gradient_checkpointing_is_refused():
     with pytest.raises(ValueError, match=r"one of .*given 'some'"):
         Policy.from_config(config_of("qwen3"), jax.random.key(0), gradient_checkpointing="some")

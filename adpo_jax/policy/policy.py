@@ -7,6 +7,7 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 import os
@@ -40,6 +41,8 @@ from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.tile_attention import Stream
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -47,7 +50,8 @@ class Policy:
 
     Attributes:
       config: the architecture.
-      dtype: dtype of the computation (norms, softmax and log-probs are float32 whatever it is).
+      dtype: dtype of the computation, one of `DTYPES` (norms, softmax and log-probs are float32
+        whatever it is).
       param_dtype: dtype of the parameters; adapters are float32 whatever it is.
       mesh: the devices that the parameters are spread over; None for the default device.
       gradient_checkpointing: what a backward pass recomputes, one of `decoder.REMAT_POLICIES`:
@@ -102,8 +106,8 @@ class Policy:
             )
         if self.lora:
             object.__setattr__(self, "lora", self.lora.of_model(self.config))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
         if self.attention != "auto":
             for use in (ROWS, STREAMS):
                 self._attention_of(use)
@@ -546,3 +550,16 @@ class Policy:
                     f"token ids are in [0, {self.config.vocab_size}); given {low} to {high}"
                 )
         return jnp.asarray(tokens, jnp.int32), jnp.asarray(attention_mask, jnp.int32)
+
+
+def _float_dtype(name: str, given: Any) -> jnp.dtype:
+    """A dtype of `DTYPES`, by its name or as NumPy and JAX give it."""
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        near = difflib.get_close_matches(str(given), DTYPES, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} is one of {', '.join(DTYPES)}; given {given!r}{hint}")
+    return dtype
