@@ -207,6 +207,14 @@ def test_completion_log_probs_are_the_last_columns_tempered():
     np.testing.assert_allclose(entropy, -(np.exp(full) * full).sum(-1), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("num_completion", [-1, 0, 8])
+def test_a_completion_without_tokens_or_without_one_before_it_is_refused(num_completion):
+    policy, params = model("qwen2")
+    tokens = np.ones((1, 8), np.int32)
+    with pytest.raises(ValueError, match=f"below the 8 columns of tokens.*given {num_completion}$"):
+        policy.completion_log_probs(params, tokens, tokens, num_completion=num_completion)
+
+
 def test_one_token_has_no_log_prob():
     policy, params = model("qwen3")
     assert np.asarray(policy.log_probs(params, [[5], [6]])).tolist() == [[0.0], [0.0]]

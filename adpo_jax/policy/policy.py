@@ -477,7 +477,15 @@ class Policy:
         Returns:
           (log_probs, entropy), each [B, num_completion] float32 in nats; finite but meaningless at
           padding.
+
+        Raises:
+          ValueError: num_completion is below 1, or leaves no token before the completion.
         """
+        if not 1 <= num_completion < tokens.shape[1]:
+            raise ValueError(
+                f"num_completion is at least 1 and below the {tokens.shape[1]} columns of tokens, "
+                f"whose first has no log-prob; given {num_completion}"
+            )
         hidden = self.hidden(params, tokens, attention_mask)[:, -num_completion - 1 : -1]
         targets = tokens[:, -num_completion:]
         return token_log_probs(
