@@ -204,6 +204,7 @@ def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder,
             "positions of this model: lower --max-tokens",
         ),
         (["--prompt", "a " * 50_000], "which leaves no place for a completion in the"),
+        (["--prompt", "x", "--dtype", "fp16"], "did you mean float16?"),
         (["--prompt", "x", "--seed", "99999999999999999999"], "--seed is a whole number from 0"),
     ],
 )

@@ -1305,3 +1305,16 @@ def test_control_tokens_of_clients_are_text_and_no_field_is_dropped_unless_by_fl
     tokenizer = pretrained.load(folder).tokenizer
     assert meant == len(tokenizer("user: a<eos>b\n")["input_ids"])
     assert as_text > meant
+
+
+def test_a_model_is_served_under_the_name_of_its_folder_or_of_its_run(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    for inner in ("export", "checkpoints/50"):
+        (folder / inner).mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert serve.model_name(".") == serve.model_name("checkpoints/..") == "mine"
+    assert serve.model_name("Qwen/Qwen3-0.6B") == "Qwen3-0.6B"
+    assert serve.model_name("export") == "export"
+    (folder / "config.json").write_text('{"actor_rollout_ref": {}}')
+    assert serve.model_name(".") == serve.model_name("export") == "mine"
+    assert serve.model_name("checkpoints/50") == serve.model_name("checkpoints") == "mine"

@@ -23,6 +23,7 @@ from typing import Any
 
 from adpo_jax.log.printable import say_error
 from adpo_jax.run.command_line import Parser, begin, unless_interrupted
+from adpo_jax.run.config_files import run_of
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -206,7 +207,7 @@ def _server_of_model(
     language = Language(
         model.tokenizer, model.policy.config.vocab_size, model.stop_token_ids, prompt_format
     )
-    name = a.name or Path(a.model).name
+    name = a.name or model_name(a.model)
 
     def make_service() -> Service:
         def go_down():
@@ -232,6 +233,13 @@ def _server_of_model(
     )
     server = make_host(app, head_timeout_s=a.head_timeout, drain_s=a.drain_seconds, sockets=sockets)
     return server
+
+
+def model_name(model: str) -> str:
+    """What a model is served as by default: the name of its folder, or of the run that it is of."""
+    path = Path(os.path.abspath(Path(model).expanduser()))
+    run = run_of(str(path))
+    return (run or path).name
 
 
 def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
