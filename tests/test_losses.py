@@ -1140,8 +1140,17 @@ def test_mismatched_shapes_are_refused_with_both_shapes(loss_fn):
         loss_fn(log_probs, anchor, rewards, mask[:8])
     with pytest.raises(ValueError, match=r"rewards must have shape \(32,\).*\(8,\)"):
         loss_fn(log_probs, anchor, rewards[:8], mask)
+    with pytest.raises(ValueError, match=r"must have shape \(32,\), .*got \(4, 8\): flatten"):
+        loss_fn(log_probs, anchor, rewards.reshape(4, 8), mask)
     with pytest.raises(ValueError, match=r"log_probs must be \[B, T\]"):
         loss_fn(log_probs[0], anchor[0], rewards[0], mask[0])
+
+
+def test_a_number_of_generations_that_jit_traces_is_refused_with_the_cure():
+    wanted = 'one that is traced: give jax.jit static_argnames="num_generations"'
+    with pytest.raises(ValueError, match=wanted):
+        jax.jit(adpo_loss)(*make_batch(), num_generations=8)
+    jax.jit(adpo_loss, static_argnames="num_generations")(*make_batch(), num_generations=8)
 
 
 def test_the_pieces_refuse_groups_that_do_not_fit():

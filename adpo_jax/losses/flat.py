@@ -193,10 +193,20 @@ def _flat_loss(
         ("completion_mask", completion_mask, shape),
         ("rewards", rewards, (*shape[:1], *rewards.shape[1:2])),
     ):
+        if name == "rewards" and array.ndim == 2 and array.size == shape[0] != len(array):
+            raise ValueError(
+                f"rewards must have shape {shape[:1]}, one a row of log_probs {shape}, got "
+                f"{array.shape}: flatten those of each prompt by rewards.reshape(-1)"
+            )
         if array.shape != wanted:
             raise ValueError(
                 f"{name} must have shape {wanted} to go with log_probs {shape}, got {array.shape}"
             )
+    if isinstance(num_generations, jax.core.Tracer):
+        raise ValueError(
+            "num_generations must be a whole number of at least 2 that is fixed at trace time, got "
+            'one that is traced: give jax.jit static_argnames="num_generations"'
+        )
     is_whole = isinstance(num_generations, int | np.integer | float)
     if not is_whole or num_generations % 1 or num_generations < 2:
         raise ValueError(

@@ -42,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(*dict.fromkeys((flag, also)), **options)
 
     add("--model", required=True, help="Hugging Face folder or name, run, or checkpoint")
-    add("--name", help="what clients call the model; by default the last part of --model")
+    add("--name", help="what clients call the model; by default its folder's or run's name")
     add("--dtype", default="float32", help="float32 or bfloat16")
     add("--trust-remote-code", action="store_true", help="run its tokenizer's own code")
     meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
