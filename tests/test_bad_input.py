@@ -309,6 +309,13 @@ CONFIG_FILES = {
 }
 
 
+def test_a_config_file_in_a_folder_with_a_colon_is_told_what_a_colon_means(monkeypatch, capsys):
+    Path("a:b").mkdir()
+    Path("a:b/mine.py").write_text("def get_config():\n    return None")
+    words = "what follows the first colon is an argument to a config file"
+    assert_refused(["--config=a:b/mine.py"], words, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("case", CONFIG_FILES)
 def test_a_config_file_that_is_none(case, monkeypatch, capsys):
     text, words = CONFIG_FILES[case]

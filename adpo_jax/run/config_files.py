@@ -87,6 +87,11 @@ def config_file(name: str) -> str:
         return f"{Path(__file__).resolve()}:{file.resolve()}"
     if Path(name.partition(":")[0]).expanduser().is_file():  # a file may take an argument
         return str(path)
+    if path.is_file():
+        raise ValueError(
+            f"--config={name}: what follows the first colon is an argument to a config file, so "
+            "its path can have none: rename the folder or the file, or start within that folder"
+        )
     near = [other for other in ours if other == path.stem]
     raise ValueError(
         f"--config={name}: No such file. --config is a Python file, the folder of a run, or a name "
