@@ -534,6 +534,17 @@ MODELS = {
         lambda: edit_json("config.json", architectures=["Mamba"], model_type="mamba"),
         "mamba",
     ),
+    "a run": (
+        lambda: Path("model/config.json").write_text('{"actor_rollout_ref": {}}'),
+        "is the folder of a run, not of a model: give what adpo-jax export makes of it",
+    ),
+    "a run with an export": (
+        lambda: (
+            Path("model/config.json").write_text('{"actor_rollout_ref": {}}'),
+            Path("model/export").mkdir(),
+        ),
+        "is the folder of a run, not of a model: give model/export",
+    ),
     "no weights": (lambda: Path("model/model.safetensors").unlink(), "has neither"),
     "a tensor that is missing": (
         lambda: edit_tensors(lambda t: t.pop(FIRST)),

@@ -106,7 +106,7 @@ def find_config(name: str | os.PathLike) -> dict[str, Any]:
     """
     folder = local_path(name)
     if folder.is_dir() or folder.exists() or str(name).count("/") != 1:
-        return read_json(find_folder(name) / "config.json")
+        return _read_config(find_folder(name))
     try:
         return read_json(Path(huggingface_hub.hf_hub_download(str(name), "config.json")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -376,9 +376,26 @@ def load_folder_config(
     _refuse_unreadable(folder)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
-    config_json = read_json(folder / "config.json")
+    config_json = _read_config(folder)
     check_counts(config_json, str(folder / "config.json"))
     return folder, overridden(config_json, override), generation
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder.
+
+    Raises:
+      ValueError: when there is none, or the folder is a run's.
+    """
+    content = read_json(folder / "config.json")
+    if "actor_rollout_ref" in content and "model_type" not in content:
+        export = folder / "export"
+        cure = f"give {export}" if export.is_dir() else "give what adpo-jax export makes of it"
+        raise ValueError(
+            f"{folder} is the folder of a run, not of a model: {cure}, or in Python use "
+            "pretrained.load, which reads a run"
+        )
+    return content
 
 
 def overridden(
