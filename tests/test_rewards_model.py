@@ -173,6 +173,19 @@ def test_settings_out_of_range_are_refused(settings, message):
         RewardModel(**({"functions": [RewardFunction()]} | settings))
 
 
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        ("good_accuracy", r"a built-in one is RewardFunction\(name='good_accuracy'\)$"),
+        (sum, r"one of your own is RewardFunction\(path='its file.py', name='sum'\)$"),
+        (3, r"given 3 in it$"),
+    ],
+)
+def test_what_is_no_reward_function_is_refused_with_the_one_to_give(given, cure):
+    with pytest.raises(ValueError, match=f"^RewardModel: functions is a list of .*{cure}"):
+        RewardModel([given])
+
+
 def test_columns_of_another_length_are_refused():
     with RewardModel([RewardFunction()]) as model, pytest.raises(ValueError, match="'solution'"):
         model.score(["a", "b"], {"solution": ["1"]})

@@ -127,6 +127,9 @@ class RewardModel:
     ):
         if not functions and not given:
             raise ValueError("RewardModel: no reward function; give at least one")
+        for function in functions:
+            if not isinstance(function, RewardFunction):
+                raise ValueError(_wanted(function))
         if on_timeout not in ("zero", "stop"):
             raise ValueError(f"on_timeout: wanted 'zero' or 'stop', got {on_timeout!r}")
         if num_workers < 0:
@@ -467,6 +470,18 @@ def _logged(of_grader: Iterable[str]) -> int:
         faults.log(fault)
         count += 1
     return count
+
+
+def _wanted(given: Any) -> str:
+    """The sentence about what was given in place of a `RewardFunction`."""
+    if isinstance(given, str):
+        cure = f"; a built-in one is RewardFunction(name={given!r})"
+    elif callable(given):
+        name = getattr(given, "__name__", "f")
+        cure = f"; one of your own is RewardFunction(path='its file.py', name={name!r})"
+    else:
+        cure = ""
+    return f"RewardModel: functions is a list of RewardFunction; given {given!r:.80} in it{cure}"
 
 
 def _distinct(names: list[str]) -> list[str]:
