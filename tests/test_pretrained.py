@@ -7,6 +7,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import huggingface_hub.errors
 import jax
 import numpy as np
 import pytest
@@ -299,6 +300,8 @@ class Hub:
     def create_repo(self, name, **kwargs):
         if name == "someone/else":
             raise OSError("403 Forbidden\nmore")
+        if name == "out/of-reach":  # the error of the client's own HTTP library
+            raise huggingface_hub.errors.HTTPError("[Errno -2] Name or service not known")
         self.calls.append(("create", name, kwargs))
 
     def upload_folder(self, *, folder_path, repo_id):
@@ -319,3 +322,6 @@ def test_an_export_is_uploaded_privately_by_flag(folder, tmp_path, monkeypatch, 
     command = ["--model", str(folder), "--out", str(tmp_path / "b"), "--push-to-hub"]
     with pytest.raises(ValueError, match=r"not uploaded to 'someone/else': 403 Forbidden$"):
         export.export(export.arguments([*command, "someone/else"]))
+    command[3] = str(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"not uploaded to 'out/of-reach': \[Errno -2\] Name or"):
+        export.export(export.arguments([*command, "out/of-reach"]))

@@ -15,6 +15,7 @@ import numpy as np
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of its client: httpx or, from 2.0 on, httpx2
     LocalEntryNotFoundError,
 )
 from jax.experimental import multihost_utils
@@ -306,7 +307,7 @@ def push_folder(folder: str | os.PathLike, name: str, *, private: bool = True) -
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} was not uploaded to {name!r}: {reason}") from error
     return f"https://huggingface.co/{name}"
