@@ -54,7 +54,9 @@ def test_a_stage_that_outlasts_the_grace_period_is_left():
 
 
 def test_a_terminal_that_closes_stops_the_run_unless_that_is_ignored():
-    process = busy(grace_s=0.2)
+    # The tests may run under nohup themselves.
+    heeding = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)" + BUSY
+    process = busy(grace_s=0.2, program=heeding)
     process.stderr.close()
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=20) == INTERRUPTED
