@@ -116,23 +116,18 @@ def test_a_step_that_is_not_finite_leaves_the_parameters_as_they_were():
     jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
+def five_steps(policy, save_freq=0, **options):
+    """A stage of five steps on the prompts of this file."""
+    lengths = {"prompt_length": 4, "completion_length": 100}
+    options |= {"num_steps": 5, "batch_size": 4, "seed": 0, "save_freq": save_freq, **lengths}
+    return ColdStart(policy, optax.sgd(1.0), PROMPTS, COMPLETIONS, **options)
+
+
 @pytest.mark.parametrize("how", ["due", "interrupted"])
 def test_no_checkpoint_of_a_stage_is_saved_without_the_steps_that_were_left_out(how):
     policy, params = tiny.policy_and_params()
     params["final_norm"] = params["final_norm"].at[0].set(jnp.nan)
-    stage = ColdStart(
-        policy,
-        optax.sgd(1.0),
-        PROMPTS,
-        COMPLETIONS,
-        num_steps=5,
-        batch_size=4,
-        prompt_length=4,
-        completion_length=100,
-        seed=0,
-        save_freq=1,
-        layout="rows",
-    )
+    stage = five_steps(policy, save_freq=1, layout="rows")
     checkpoints = mock.Mock(is_due=lambda *_, **__: how == "due")
     stop = mock.Mock(check=mock.Mock(side_effect=[None, Interrupted("a test")]))
     with pytest.raises(TrainingStopped, match="1 of the cold start's steps up to 1 was not finite"):
@@ -143,18 +138,7 @@ def test_no_checkpoint_of_a_stage_is_saved_without_the_steps_that_were_left_out(
 
 def test_a_stage_goes_on_with_the_batches_that_it_would_have_had():
     policy, _ = tiny.policy_and_params()
-    stage = ColdStart(
-        policy,
-        optax.sgd(1.0),
-        PROMPTS,
-        COMPLETIONS,
-        num_steps=5,
-        batch_size=4,
-        prompt_length=4,
-        completion_length=100,
-        seed=0,
-        save_freq=0,
-    )
+    stage = five_steps(policy)
     whole, rest = list(stage._batches(0)), list(stage._batches(3))
     assert all(isinstance(batch, PackedBatch) for batch in whole)
     jax.tree.map(np.testing.assert_array_equal, whole[3:], rest)
