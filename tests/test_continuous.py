@@ -14,6 +14,7 @@ from adpo_jax.engine import cache_plan
 from adpo_jax.engine.batching import DecodeLoop
 from adpo_jax.engine.continuous import ContinuousBatch, LoadSizing
 from adpo_jax.engine.decode_state import Sizes
+from adpo_jax.engine.generation import CallSizing
 from adpo_jax.engine.programs import Decode, Programs
 from adpo_jax.engine.requests import Request
 from adpo_jax.engine.schedule import Schedule
@@ -434,9 +435,10 @@ def test_a_change_of_sizes_runs_what_was_compiled_for_it(changes, written, compi
     """With more steps `written` than columns the ring has gone round."""
     policy = Policy(tiny.model_config(vocab_size=V + 3))
     verbs = Engine(policy, max_prompt_length=32, max_response_length=64).verbs
-    loop = DecodeLoop(verbs, policy.init(jax.random.key(0)), None, None)
     old = Sizes(slots=4, columns=32, rows=4, width=1, prefix=16)
     new = old._replace(**changes)
+    sizing = CallSizing(old, slot_sizes=(4, 8), column_sizes=(32, 64), steps=4)
+    loop = DecodeLoop(verbs, policy.init(jax.random.key(0)), sizing, None)
     loop._resize(old, 0)
     loop._written = written
     Programs(verbs, lambda: loop.params, 4)._compile_move(old, new)

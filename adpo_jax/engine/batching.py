@@ -27,7 +27,7 @@ Letters: B slots, T tokens.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -43,7 +43,8 @@ from adpo_jax.engine.decode_state import (
     Slots,
     with_before,
 )
-from adpo_jax.engine.kv_cache import KV
+from adpo_jax.engine.keeper import EndedTurn, Keeper
+from adpo_jax.engine.kv_cache import KV, PageSizes
 from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import Piece
 from adpo_jax.engine.past_rows import PastKeeper
@@ -54,14 +55,6 @@ from adpo_jax.engine.schedule import Schedule, Start
 from adpo_jax.engine.verbs import Verbs
 
 
-class _Ended(NamedTuple):
-    """A turn that has ended, and whose keys and values lie in the ring alone."""
-
-    slot: int
-    first: int  # column of the ring
-    count: int  # columns
-
-
 class Sizing(Protocol):
     """Decides how large the batch is, from the samples that wait and those that are alive.
 
@@ -69,10 +62,12 @@ class Sizing(Protocol):
       steps: the most decode steps of a dispatch.
       most_columns: columns of the ring at its longest. They hold the longest completion, or with
         pages twice `steps` and more.
+      pages: the pool of pages of all its sizes; None where the ring holds the longest completion.
     """
 
     steps: int
     most_columns: int
+    pages: PageSizes | None
 
     def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes | None:
         """The sizes in which waiting samples start; None if no memory is needed any more.
@@ -115,9 +110,9 @@ class DecodeLoop:
         all that fit one.
       prefill_chunk_size: tokens of a piece in which longer prompts are read (`reading`), a power of
         two; 0 prefills each prompt at once.
-      turns: whether samples may go on after their turns, or begin with tokens: "past" keeps what
-        they attend to in past rows, "pages" in pages (which `sizing` must then give); "again"
-        prefills it for every turn.
+      keeps_turns: whether what samples attend to stays when their turns have ended, in pages where
+        there are any and else in past rows; else a sample that goes on, or begins with tokens, is
+        prefilled again.
 
     Attributes:
       stats: counts of prefills, decode steps and dispatches; where there are pages, also of
@@ -138,7 +133,7 @@ class DecodeLoop:
         keeps_memory: bool = False,
         most_prefilled: Callable[[int, int], int] | None = None,
         prefill_chunk_size: int = 0,
-        turns: Literal["past", "pages", "again"] | None = None,
+        keeps_turns: bool = False,
     ):
         self.params, self.version = verbs.load_params(params), 0
         self.schedule = Schedule(num_shards=num_shards)
@@ -157,17 +152,16 @@ class DecodeLoop:
         self._keeps_memory, self._has_moved = keeps_memory, False
         # The ring that the first state began with, remembered while a longer one is in use.
         self._first_ring: KV | None = None
-        self._turns = turns
-        if turns == "pages":
+        if sizing.pages is not None:
             self.stats["preempted"] = 0
         self._num_evicted = 0  # before the memory was freed
         self._reader = Reader(verbs, prefill_chunk_size, num_shards)
-        self._past = self._new_past()
-        self._pager: Pager | None = None  # None where there are no pages
+        self._keeps_turns = keeps_turns
+        self._keeper = self._new_keeper()
         # Prompts whose experts the device may still have to find, with their rows there.
         self._experts: list[tuple[Request, int, jax.Array]] = []
         # Samples whose turns ended with the last dispatch; nothing has overwritten them yet.
-        self._ended_turns: dict[Sample, _Ended] = {}
+        self._ended_turns: dict[Sample, EndedTurn] = {}
 
     @property
     def busy(self) -> bool:
@@ -192,14 +186,13 @@ class DecodeLoop:
         Args:
           per_row: the most samples that share a prefix row; None for as many as rows are wide.
         """
-        begun = [s for s in request.samples if s.num_tokens]
-        if self._keeps_turns:
-            for sample in begun:
-                self._note_past(sample)
-            begun = []
-        for sample in begun:
-            self._begin_again(sample)
-        fresh = [sample for sample in request.samples if sample not in begun]
+        fresh = []
+        for sample in request.samples:
+            if sample.num_tokens and not self._keeps_turns:
+                self._begin_again(sample)
+            else:
+                self._keeper.expect(sample.num_tokens)
+                fresh.append(sample)
         if fresh:
             self.schedule.add(request, fresh, per_row)
 
@@ -218,7 +211,7 @@ class DecodeLoop:
         sample.completion, sample.num_tokens = completion, len(completion)
         sample.ended = False
         if self._keeps_turns:
-            self._note_past(sample)
+            self._keeper.expect(sample.num_tokens)
             self.schedule.resume(sample, sample.request)
         else:
             self._begin_again(sample)
@@ -235,7 +228,7 @@ class DecodeLoop:
         slot = next((slot for slot, live in self.schedule.live() if live is sample), None)
         drops, sample.num_tokens = num_tokens < sample.num_tokens, num_tokens
         if slot is not None:
-            self._end_turn(slot, sample)
+            self._pause_or_finish(slot, sample)
             self._retired.append(slot)
         elif sample in self._ended_turns:
             ended = self._ended_turns[sample]
@@ -246,44 +239,37 @@ class DecodeLoop:
             self._ended_turns.pop(sample, None)
 
     @property
-    def _keeps_turns(self) -> bool:
-        return self._turns in ("past", "pages")
-
-    @property
     def num_evicted(self) -> int:
         """Samples that lost their memory while they waited, and are prefilled again."""
-        return self._num_evicted + sum(keeper.num_evicted for keeper in self._keepers)
+        return self._num_evicted + self._keeper.num_evicted
 
-    @property
-    def _keepers(self) -> list[PastKeeper | Pager]:
-        """What keeps tokens of samples outside the ring."""
-        return [keeper for keeper in (self._past, self._pager) if keeper is not None]
-
-    def _new_past(self) -> PastKeeper | None:
-        """What keeps past rows; None where turns are not kept in them."""
-        return PastKeeper(self._verbs, self.schedule) if self._turns == "past" else None
-
-    def _note_past(self, sample: Sample):
-        """Notes how many columns the past rows need for a sample."""
-        if self._past is not None:
-            self._past.note(sample.num_tokens)
+    def _new_keeper(self) -> Keeper:
+        sizing = self._sizing
+        if sizing.pages is not None:
+            return Pager(self._verbs, self.schedule, sizing.pages, sizing.most_columns)
+        return PastKeeper(self._verbs, self.schedule) if self._keeps_turns else Keeper()
 
     def end(self, sample: Sample):
         """Frees what is kept for a sample whose turn has ended and that does not go on."""
         self._ended_turns.pop(sample, None)
         self.schedule.forget(sample)
-        self._release(sample)
+        self._keeper.release(sample)
 
-    def _end_turn(self, slot: int, sample: Sample):
-        """Ends what a sample decodes in its slot."""
+    def _pause_or_finish(self, slot: int, sample: Sample):
+        """Takes a sample whose turn has ended out of its slot, with what it keeps or without."""
         if not self._keeps_turns:
-            self._end(slot, sample)
+            self._finish(slot, sample)
             return
         sample.ended = True
-        self._ended_turns[sample] = _Ended(slot, sample.first, sample.age)
+        self._ended_turns[sample] = EndedTurn(sample, slot, sample.first, sample.age)
         self.schedule.pause(slot)
-        if self._past is not None:
-            self._past.pause(sample)
+        self._keeper.pause(sample)
+
+    def _finish(self, slot: int, sample: Sample):
+        """Takes a sample out of its slot for good, and frees what is kept for it."""
+        sample.ended = True
+        self._keeper.release(sample)
+        self.schedule.finish(slot)
 
     def exchange(self, params, version: int):
         """Goes on with other parameters of the same policy, from the next step on.
@@ -299,11 +285,11 @@ class DecodeLoop:
         self._any_cancelled = False
         for slot, sample in self.schedule.live():
             if sample.cancelled:
-                self._end(slot, sample)
+                self._finish(slot, sample)
                 self._retired.append(slot)
         for sample in self.schedule.drop(lambda sample: sample.cancelled):
             sample.ended = True
-            self._release(sample)
+            self._keeper.release(sample)
         self._reader.let_go(self.schedule.queued)
 
     def step(self) -> list[NewTokens]:
@@ -312,7 +298,7 @@ class DecodeLoop:
             self._drop_cancelled()
         if self._ended_turns:
             self._store_turns()
-        if self._pager is not None:
+        if self._state is not None:
             self._leave_ring()
         if not self._read():
             return []
@@ -325,7 +311,7 @@ class DecodeLoop:
             lambda request: (
                 len(request.prompt) - 1 <= self.sizes.prefix and self._reader.is_ready(request)
             ),
-            lambda sample, shard: self._pager is None or self._pager.try_begin(sample, shard),
+            self._keeper.try_begin,
         )
         if admitted:
             self._prefill(admitted)
@@ -350,22 +336,12 @@ class DecodeLoop:
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
         self._retired, self._ended_turns, self._experts = [], {}, []
-        self._past, self._pager = self._new_past(), None
+        self._keeper = self._new_keeper()
         self._reader.let_go(())
 
     def _most_in_ring(self) -> int:
         """Tokens in the ring of the live sample with most of them there."""
         return max((sample.age for _, sample in self.schedule.live()), default=0)
-
-    def _end(self, slot: int, sample: Sample):
-        sample.ended = True
-        self._release(sample)
-        self.schedule.finish(slot)
-
-    def _release(self, sample: Sample):
-        """Frees what is kept for a sample outside the ring."""
-        for keeper in self._keepers:
-            keeper.release(sample)
 
     # --- sizes
 
@@ -381,10 +357,6 @@ class DecodeLoop:
             schedule.lay_out(sizes.slots, sizes.rows, sizes.width)
             self._state = self._make_state(sizes)
             self._written = 0
-            if sizes.pages is not None:
-                most = self._sizing.most_columns
-                self._pager = Pager(self._verbs, schedule, sizes.pages, most)
-                self.stats.setdefault("preempted", 0)
         else:
             self.stats["resizes"] += 1
             self._change(now, sizes, most_in_ring)
@@ -418,34 +390,20 @@ class DecodeLoop:
             kv = verbs.with_columns(self._state.prefix.kv, prefix)
             lengths = self._state.prefix.lengths
             self._state = self._state._replace(prefix=Prefixes(kv, lengths))
-        if sizes.past_rows:
-            self._state = self._past.resized(self._state, sizes.past_rows, sizes.past)
-            if moves or sizes.past_rows != now.past_rows:
-                self._state = self._past.placed(self._state)
-        if moves and self._pager is not None:
-            self._state = self._pager.placed(self._state)
+        self._state = self._keeper.resized(self._state, now, sizes)
 
     # --- samples that go on
 
     def _with_past(self, sizes: Sizes) -> Sizes:
-        if self._past is None or not self._past.longest:
-            return sizes
-        return self._sizing.with_past(sizes, self._past.longest)
+        longest = self._keeper.longest
+        return self._sizing.with_past(sizes, longest) if longest else sizes
 
     def _store_turns(self):
         """Copies the turns that have ended, and may go on, from the ring to where they stay."""
-        if self._past is not None:
-            self._past.note(max(s.before + turn.count for s, turn in self._ended_turns.items()))
-            self._resize(self._with_past(self.sizes), self._most_in_ring())
-        keeper = self._past or self._pager
-        ended = [(s, turn.slot, turn.first, turn.count) for s, turn in self._ended_turns.items()]
-        self._state, self._ended_turns = keeper.keep(self._state, ended), {}
-
-    def _refill(self, keeper: PastKeeper | Pager, starts: list[Start]):
-        """Prefills what past rows or pages of samples that go on do not hold."""
-        if chunks := keeper.chunks(starts):
-            store = self._prefill_chunks(keeper.store(self._state), chunks, keeper.longest_piece)
-            self._state = keeper.with_store(self._state, store)
+        ended = list(self._ended_turns.values())
+        self._keeper.expect(max(turn.sample.before + turn.count for turn in ended))
+        self._resize(self._with_past(self.sizes), self._most_in_ring())
+        self._state, self._ended_turns = self._keeper.keep(self._state, ended), {}
 
     def _prefill_chunks(self, store: KV, chunks: list[Piece], longest: int) -> KV:
         """The store, past rows or pages, with chunks that are prefilled piece by piece."""
@@ -464,9 +422,10 @@ class DecodeLoop:
         most, most_in_ring = self._sizing.most_columns, self._most_in_ring()
         if self.sizes.columns < most or most_in_ring + self._sizing.steps <= most:
             return
-        self._state, waiting = self._pager.leave_ring(self._state, self._written)
+        self._state, waiting = self._keeper.leave_ring(self._state, self._written)
         self._retired += waiting
-        self.stats["preempted"] += len(waiting)
+        if waiting:
+            self.stats["preempted"] += len(waiting)
 
     # --- prompts into rows, samples into slots
 
@@ -540,12 +499,7 @@ class DecodeLoop:
         return min(schedule_lib.length_bucket(len(request.prompt) - 1, longest), longest)
 
     def _assign(self, starts: list[Start]):
-        if self.sizes.past_rows:
-            self._refill(self._past, starts)
-        if self._pager is not None:
-            self._refill(self._pager, starts)
-            if any(sample.num_tokens for _, sample, *_ in starts):
-                self._state = self._pager.placed(self._state)
+        self._state = self._keeper.refilled(self._state, starts, self._prefill_chunks)
         B = self.sizes.slots
         fresh, active = np.zeros(B, bool), np.zeros(B, bool)
         fresh[self._retired] = True
@@ -553,7 +507,8 @@ class DecodeLoop:
         for request, sample, slot, row, rank in starts:
             token, position = request.prompt[-1], len(request.prompt) - 1
             sample.before = sample.num_tokens
-            if sample.before and (self._keeps_turns or self._pager is not None):
+            # A prompt that is read for a further turn ends with the completion.
+            if sample.before and request is sample.request:
                 token, position = sample.completion[-1], position + sample.before
             sample.completion = None
             ints[:, slot] = token, position, sample.before, row, rank
@@ -566,8 +521,7 @@ class DecodeLoop:
         if self._state.slots.before is not None:
             before = generated.copy()
         slots = Slots(token, position, generated, active, row, rank, key_data, before)
-        if self.sizes.past_rows:
-            self._state = self._past.placed(self._state)
+        self._state = self._keeper.started(self._state, starts)
         self._state = self._verbs.assign(self._state, fresh, slots, self.schedule.members.copy())
         self._retired = []
 
@@ -583,8 +537,7 @@ class DecodeLoop:
         # The slot of a turn that has ended is written on until the dispatch ends, and must not lose
         # the turn's first columns, which are copied then.
         # With pages no slot must lose a column that has not moved on.
-        keeps_columns = self._keeps_turns or self._pager is not None
-        if sizes.columns < self._sizing.most_columns or keeps_columns:
+        if sizes.columns < self._sizing.most_columns or self._keeper.copies_ring:
             room = sizes.columns - most_in_ring
         in_slot = [place and place[1] for place in self.schedule.in_slot]
         knobs, method = self._settings(in_slot)
@@ -628,9 +581,9 @@ class DecodeLoop:
         request, finish_reason = sample.request, None
         if stopped or sample.num_tokens >= request.sampling.max_tokens:
             finish_reason = "stop" if stopped else "length"
-            self._end_turn(slot, sample)
-        elif self._pager is not None:
-            self._pager.note(sample, results.tokens[:count, slot])
+            self._pause_or_finish(slot, sample)
+        else:
+            self._keeper.remember(sample, results.tokens[:count, slot])
         alternatives = full = None
         if request.num_alternatives:
             of_slot = (x[:count, slot, : request.num_alternatives] for x in results.alternatives)

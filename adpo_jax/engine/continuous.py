@@ -63,6 +63,7 @@ class LoadSizing:
     prefix_sizes: Sequence[int]
     steps: int
     num_shards: int
+    pages = None
 
     @property
     def most_columns(self) -> int:

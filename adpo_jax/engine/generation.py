@@ -16,6 +16,7 @@ import numpy as np
 
 from adpo_jax.engine.batching import DecodeLoop, Settings
 from adpo_jax.engine.decode_state import Sizes
+from adpo_jax.engine.kv_cache import PageSizes
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule, smallest_holding
@@ -51,6 +52,10 @@ class CallSizing:
     @property
     def most_columns(self) -> int:
         return self.column_sizes[-1]
+
+    @property
+    def pages(self) -> PageSizes | None:
+        return self.first.pages
 
     def room(self, now: Sizes | None, schedule: Schedule, most_in_ring: int) -> Sizes:
         if now is not None:

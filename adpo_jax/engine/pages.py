@@ -29,7 +29,8 @@ import numpy as np
 
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
-from adpo_jax.engine.decode_state import DecodeState
+from adpo_jax.engine.decode_state import DecodeState, Sizes
+from adpo_jax.engine.keeper import EndedTurn, Keeper, Prefill, first_to_lose, missing
 from adpo_jax.engine.kv_cache import KV, Copies, PageSizes
 from adpo_jax.engine.past import Piece
 from adpo_jax.engine.requests import Sample
@@ -137,13 +138,15 @@ class PageTables:
         return max(0, -(-columns // self.sizes.page) - len(self._pages.get(sample, ())))
 
 
-class Pager:
+class Pager(Keeper):
     """What a batch does with its pages.
 
     Args:
       schedule: which sample runs in which slot.
       ring: columns of the ring at its longest.
     """
+
+    copies_ring = True
 
     def __init__(self, verbs: Verbs, schedule: Schedule, sizes: PageSizes, ring: int):
         self._verbs, self._schedule, self._ring = verbs, schedule, ring
@@ -152,15 +155,9 @@ class Pager:
         self._drawn: dict[Hashable, list[np.ndarray]] = collections.defaultdict(list)
         # The samples without a slot that have pages, the one that paused first first.
         self._idle: dict[Sample, int] = {}
-        self.num_evicted = 0  # samples whose pages others took while they waited
+        self.num_evicted = 0
 
-    @property
-    def longest_piece(self) -> int:
-        """The most tokens that are prefilled at once for a sample; they lie within a page."""
-        return min(self._page, past_lib.CHUNK_LENGTHS[-1])
-
-    def note(self, sample: Sample, tokens: np.ndarray):
-        """Remembers the new tokens of a sample that goes on."""
+    def remember(self, sample: Sample, tokens: np.ndarray):
         self._drawn[sample].append(np.array(tokens))
 
     def release(self, sample: Sample):
@@ -188,16 +185,10 @@ class Pager:
             self._idle.pop(sample, None)
         return begins
 
-    def keep(
-        self, state: DecodeState, ended: Sequence[tuple[Sample, int, int, int]]
-    ) -> DecodeState:
+    def keep(self, state: DecodeState, ended: Sequence[EndedTurn]) -> DecodeState:
         """Copies turns that have ended out of the ring into the pages of their samples.
 
         A sample for which there are none is prefilled again when it goes on.
-
-        Args:
-          ended: each sample, its slot, the column of the ring where its tokens begin, and their
-            count.
         """
         schedule, copies = self._schedule, []
         columns = kv_cache.num_columns(state.ring)  # it may not be at its longest
@@ -223,13 +214,10 @@ class Pager:
             pass
 
     def _give_up_idle(self, shard: int, keeps: Sample | None) -> bool:
-        """Takes the pages of one sample of a shard that waits, if there is any.
-
-        Those that wait for a tool come first, then the last of those that wait for a slot.
-        """
+        """Takes the pages of one sample of a shard that waits, if there is any."""
         idle = [sample for sample in self._of(shard) if sample is not keeps]
         if idle:
-            self._forget(next((sample for sample in idle if sample.ended), idle[-1]))
+            self._forget(first_to_lose(idle))
         return bool(idle)
 
     def _of(self, shard: int) -> list[Sample]:
@@ -274,7 +262,7 @@ class Pager:
         kv = past_lib.put_all(self._verbs, state.pages.kv, state.ring, copies, schedule.num_shards)
         slots = state.slots._replace(before=past_lib.placed(self._verbs, before))
         state = state._replace(slots=slots, pages=state.pages._replace(kv=kv))
-        return self.placed(state), waiting
+        return self._placed(state), waiting
 
     def _preempt(self, shard: int, long: dict[Sample, int]) -> list[int]:
         """Lets the youngest samples of a shard wait until the others have the pages they need.
@@ -302,34 +290,45 @@ class Pager:
             slots.append(slot)
         return slots
 
-    def chunks(self, starts: Sequence[Start]) -> list[Piece]:
+    def refilled(
+        self, state: DecodeState, starts: Sequence[Start], prefill: Prefill
+    ) -> DecodeState:
+        chunks = self._chunks(starts)
+        if not chunks:
+            return state
+        # No piece goes across the end of a page.
+        longest = min(self._page, past_lib.CHUNK_LENGTHS[-1])
+        return self._with_store(state, prefill(self._store(state), chunks, longest))
+
+    def started(self, state: DecodeState, starts: Sequence[Start]) -> DecodeState:
+        return self._placed(state) if any(s.sample.num_tokens for s in starts) else state
+
+    def resized(self, state: DecodeState, now: Sizes, sizes: Sizes) -> DecodeState:
+        return self._placed(state) if sizes.moves(now) else state
+
+    def _chunks(self, starts: Sequence[Start]) -> list[Piece]:
         """What is prefilled for samples that go on: all that their pages do not hold yet."""
         chunks = []
         for _, sample, slot, row, _ in starts:
-            if not sample.num_tokens:
-                continue
-            self._drawn[sample] = [sample.completion]
-            if sample.num_tokens > sample.in_past:
-                prompt, shard = sample.request.prompt, self._schedule.shard_of_slot(slot)
-                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])[sample.in_past :]
-                table = self._tables.table(sample)
-                chunks.append(Piece(shard, fed, sample.in_past, len(prompt) - 1, slot, row, table))
-                sample.in_past = sample.num_tokens
+            if sample.num_tokens:
+                self._drawn[sample] = [sample.completion]
+                shard, table = self._schedule.shard_of_slot(slot), self._tables.table(sample)
+                chunks += missing(sample, shard, slot, row, table)
         return chunks
 
-    def store(self, state: DecodeState) -> KV:
+    def _store(self, state: DecodeState) -> KV:
         """What a sample's chunks are prefilled into: its pages, and the state in its slot."""
         states = state.ring[-1:] if self._verbs.layout.linear else ()
         return (*state.pages.kv, *states) if states else state.pages.kv
 
-    def with_store(self, state: DecodeState, store: KV) -> DecodeState:
+    def _with_store(self, state: DecodeState, store: KV) -> DecodeState:
         """The state with another such store."""
         if self._verbs.layout.linear:
             *store, states = store
             state, store = state._replace(ring=(*state.ring[:-1], states)), tuple(store)
         return state._replace(pages=state.pages._replace(kv=store))
 
-    def placed(self, state: DecodeState) -> DecodeState:
+    def _placed(self, state: DecodeState) -> DecodeState:
         """The state with the present tables, split over the devices as the slots are."""
         table = self._tables.tables(self._schedule.live(), self._schedule.num_slots)
         table = past_lib.placed(self._verbs, table)

@@ -7,13 +7,14 @@ Letters: S past rows.
 """
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from adpo_jax.engine import past as past_lib
-from adpo_jax.engine.decode_state import DecodeState, Past, with_before
+from adpo_jax.engine.decode_state import DecodeState, Past, Sizes, with_before
 from adpo_jax.engine.group_attention import PastView
+from adpo_jax.engine.keeper import EndedTurn, Keeper, Prefill, first_to_lose, missing
 from adpo_jax.engine.kv_cache import KV, Copies
 from adpo_jax.engine.past import Piece
 from adpo_jax.engine.requests import Sample
@@ -33,15 +34,15 @@ class PastRows:
 
     def __init__(self, num_shards: int):
         self.num_shards, self.num_rows, self.num_evicted = num_shards, 0, 0
-        self._row: dict[Hashable, int] = {}
+        self._row: dict[Sample, int] = {}
         self._free: list[list[int]] = [[] for _ in range(num_shards)]
         # The samples without a slot that have rows, the one that paused first first.
-        self._idle: dict[Hashable, None] = {}
+        self._idle: dict[Sample, None] = {}
 
-    def row(self, sample: Hashable) -> int | None:
+    def row(self, sample: Sample) -> int | None:
         return self._row.get(sample)
 
-    def take(self, sample: Hashable, shard: int) -> bool:
+    def take(self, sample: Sample, shard: int) -> bool:
         """Gives a sample that takes a slot of a shard a row there.
 
         Returns:
@@ -57,12 +58,12 @@ class PastRows:
         self._row[sample] = heapq.heappop(self._free[shard])
         return False
 
-    def pause(self, sample: Hashable):
+    def pause(self, sample: Sample):
         """Lets others take the row of a sample that has given up its slot."""
         if sample in self._row:
             self._idle[sample] = None
 
-    def release(self, sample: Hashable):
+    def release(self, sample: Sample):
         """Frees the row of a sample, if it has one."""
         self._idle.pop(sample, None)
         row = self._row.pop(sample, None)
@@ -79,7 +80,7 @@ class PastRows:
         """
         part = num_rows // self.num_shards
         live = [sample for sample in self._row if sample not in self._idle]
-        of_shard: list[list[Hashable]] = [[] for _ in range(self.num_shards)]
+        of_shard: list[list[Sample]] = [[] for _ in range(self.num_shards)]
         for sample in [*live, *reversed(self._idle)]:
             of_shard[self._shard(self._row[sample])].append(sample)
         old, self._row = self._row, {}
@@ -99,26 +100,20 @@ class PastRows:
         return row * self.num_shards // self.num_rows
 
     def _evict(self, shard: int):
-        """Frees the row of a sample without a slot.
-
-        Those that wait for a tool come first, and of them the one that has waited longest; then
-        the last of those that wait for a slot.
-        """
+        """Frees the row of a sample without a slot."""
         idle = [sample for sample in self._idle if self._shard(self._row[sample]) == shard]
-        waiting = (sample for sample in idle if sample.ended)
-        self.release(next(waiting, idle[-1]))
+        self.release(first_to_lose(idle))
         self.num_evicted += 1
 
 
-class PastKeeper:
+class PastKeeper(Keeper):
     """What a batch does with its past rows; there are none until a first turn has ended.
 
     Args:
       schedule: which sample runs in which slot.
-
-    Attributes:
-      longest: tokens of the longest completion that lies in the past, or will; 0 for none.
     """
+
+    copies_ring = True
 
     def __init__(self, verbs: Verbs, schedule: Schedule):
         self._verbs, self._schedule = verbs, schedule
@@ -127,43 +122,39 @@ class PastKeeper:
 
     @property
     def num_evicted(self) -> int:
-        """Samples whose rows others took while they waited."""
         return self._rows.num_evicted
 
-    @property
-    def longest_piece(self) -> int:
-        """The most tokens that are prefilled at once for a sample."""
-        return past_lib.CHUNK_LENGTHS[-1]
-
-    def note(self, num_tokens: int):
-        """Notes how many columns the rows need."""
+    def expect(self, num_tokens: int):
         self.longest = max(self.longest, num_tokens)
 
     def pause(self, sample: Sample):
-        """Lets others take the row of a sample that has given up its slot."""
         self._rows.pause(sample)
 
     def release(self, sample: Sample):
-        """Frees the row of a sample, if it has one."""
         self._rows.release(sample)
 
-    def resized(self, state: DecodeState, num_rows: int, columns: int) -> DecodeState:
-        """The state with so many past rows, in which the samples keep theirs, or with first ones.
-
-        The tables of the device are those of before, and `placed` makes new ones.
-        """
+    def resized(self, state: DecodeState, now: Sizes, sizes: Sizes) -> DecodeState:
+        """The state with past rows of these sizes; samples keep theirs, or get their first ones."""
+        if not sizes.past_rows:
+            return state
         verbs, past, old_rows = self._verbs, state.past, None
+        changed = sizes.past_rows != now.past_rows
         if past is None:
-            self._rows.lay_out(num_rows)
+            self._rows.lay_out(sizes.past_rows)
             for slot, sample in self._schedule.live():
                 self._rows.take(sample, self._schedule.shard_of_slot(slot))
-            past = Past(past_lib.empty(verbs, num_rows, columns), None)
-            return state._replace(past=past, slots=with_before(state.slots))
-        if num_rows != self._rows.num_rows:
-            old_rows = self._rows.lay_out(num_rows)
-        return self.with_store(state, past_lib.resized(verbs, past.kv, old_rows, columns))
+            past = Past(past_lib.empty(verbs, sizes.past_rows, sizes.past), None)
+            state = state._replace(past=past, slots=with_before(state.slots))
+        else:
+            if changed:
+                old_rows = self._rows.lay_out(sizes.past_rows)
+            state = _with_kv(state, past_lib.resized(verbs, past.kv, old_rows, sizes.past))
+        return self._placed(state) if changed or sizes.moves(now) else state
 
-    def placed(self, state: DecodeState) -> DecodeState:
+    def started(self, state: DecodeState, starts: Sequence[Start]) -> DecodeState:
+        return state if state.past is None else self._placed(state)
+
+    def _placed(self, state: DecodeState) -> DecodeState:
         """The state whose tables say which past row belongs to which slot now."""
         places = [
             (slot, self._rows.row(s), len(s.request.prompt) - 1, s.before)
@@ -173,15 +164,8 @@ class PastKeeper:
         view = past_lib.placed(self._verbs, view)
         return state._replace(past=state.past._replace(view=view))
 
-    def keep(
-        self, state: DecodeState, ended: Sequence[tuple[Sample, int, int, int]]
-    ) -> DecodeState:
-        """Copies turns that have ended out of the ring into the past rows of their samples.
-
-        Args:
-          ended: each sample, its slot, the column of the ring where its tokens begin, and their
-            count.
-        """
+    def keep(self, state: DecodeState, ended: Sequence[EndedTurn]) -> DecodeState:
+        """Copies turns that have ended out of the ring into the past rows of their samples."""
         schedule, copies = self._schedule, []
         for sample, slot, first, count in ended:
             shard, at = schedule.shard_of_slot(slot), sample.before
@@ -192,9 +176,19 @@ class PastKeeper:
             copies.append((shard, Copies(row, slot, first, at, count, row)))
             sample.in_past = at + count
         kv = past_lib.put_all(self._verbs, state.past.kv, state.ring, copies, schedule.num_shards)
-        return self.with_store(state, kv)
+        return _with_kv(state, kv)
 
-    def chunks(self, starts: Sequence[Start]) -> list[Piece]:
+    def refilled(
+        self, state: DecodeState, starts: Sequence[Start], prefill: Prefill
+    ) -> DecodeState:
+        if state.past is None:
+            return state
+        chunks = self._chunks(starts)
+        if not chunks:
+            return state
+        return _with_kv(state, prefill(state.past.kv, chunks, past_lib.CHUNK_LENGTHS[-1]))
+
+    def _chunks(self, starts: Sequence[Start]) -> list[Piece]:
         """What is prefilled for samples that start: all that their past rows do not hold yet.
 
         Each of them gets a row first.
@@ -204,21 +198,13 @@ class PastKeeper:
             shard = self._schedule.shard_of_slot(slot)
             if not self._rows.take(sample, shard):
                 sample.in_past = 0
-            if sample.num_tokens > sample.in_past:
-                prompt, row = sample.request.prompt, self._rows.row(sample)
-                fed = np.concatenate([prompt[-1:], sample.completion[:-1]])[sample.in_past :]
-                first = len(prompt) - 1
-                chunks.append(Piece(shard, fed, sample.in_past, first, row, prefix_row))
-                sample.in_past = sample.num_tokens
+            chunks += missing(sample, shard, self._rows.row(sample), prefix_row)
         return chunks
 
-    def store(self, state: DecodeState) -> KV:
-        """What a sample's chunks are prefilled into."""
-        return state.past.kv
 
-    def with_store(self, state: DecodeState, store: KV) -> DecodeState:
-        """The state with another such store."""
-        return state._replace(past=state.past._replace(kv=store))
+def _with_kv(state: DecodeState, kv: KV) -> DecodeState:
+    """The state with these past rows."""
+    return state._replace(past=state.past._replace(kv=kv))
 
 
 def view_of(places: Sequence[tuple[int, int, int, int]], num_slots: int, num_rows: int) -> PastView:

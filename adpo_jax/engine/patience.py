@@ -16,6 +16,7 @@ import numpy as np
 from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import Sizing
 from adpo_jax.engine.decode_state import Sizes
+from adpo_jax.engine.kv_cache import PageSizes
 from adpo_jax.engine.programs import (
     CopyPrompt,
     Decode,
@@ -123,6 +124,10 @@ class Patience:
     @property
     def most_columns(self) -> int:
         return self._sizing.most_columns
+
+    @property
+    def pages(self) -> PageSizes | None:
+        return self._sizing.pages
 
     # --- sizes
 

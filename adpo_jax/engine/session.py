@@ -27,7 +27,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -96,7 +96,6 @@ class SessionSizing:
         them and else in past rows; else each has a prefix row of its own, for its whole transcript.
 
     Attributes:
-      turns: as of `DecodeLoop`.
       num_samples: samples that have not ended.
       num_paused: those of them that wait for `go_on` or `end`.
     """
@@ -107,15 +106,15 @@ class SessionSizing:
         # The states of samples that wait have rows of the past, and no pages.
         pages = keeps_turns and not engine.policy.config.linear_attention
         self._paging = engine.paging_for(sampling.max_tokens) if pages else None
-        self.turns: Literal["past", "pages", "again"] = "past" if keeps_turns else "again"
         self.steps = engine.steps_per_dispatch
         if self._paging is None:
             self._columns = schedule_lib.column_buckets(sampling.max_tokens, engine.column_stages)
         else:
-            self.turns, self._columns = "pages", self._paging.columns(engine.column_stages)
+            self._columns = self._paging.columns(engine.column_stages)
             self.steps = min(self.steps, self._columns[0] // 2)
         self._row = engine.plan.row_tokens  # of each store
-        self._past = self.most_columns + self._row if self.turns == "past" else 0
+        in_rows = keeps_turns and self._paging is None
+        self._past = self.most_columns + self._row if in_rows else 0
         self._longest = engine.max_prompt_length + (0 if keeps_turns else sampling.max_tokens)
         self.num_samples = self.num_paused = 0
 
@@ -158,7 +157,7 @@ class SessionSizing:
         if now is None:
             width = -(-self._n // schedule_lib.rows_of_a_group(groups, self._n, self._shards))
             columns = columns_for(self._columns, 0, self.steps)
-            return Sizes(slots, columns, rows, width, prefix, pages=self._pages)
+            return Sizes(slots, columns, rows, width, prefix, pages=self.pages)
         return now._replace(slots=max(slots, now.slots), rows=max(rows, now.rows), prefix=prefix)
 
     def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
@@ -193,7 +192,7 @@ class SessionSizing:
         return self._paging.tokens(self._engine.num_slots) if self._paging else 0
 
     @property
-    def _pages(self) -> PageSizes | None:
+    def pages(self) -> PageSizes | None:
         paging = self._paging
         return paging and paging.sizes(self._engine.num_slots)
 
@@ -229,7 +228,7 @@ class Session:
             shared_settings(sampling),
             num_shards=engine.shards,
             make_state=engine.new_state,
-            turns=self._sizing.turns,
+            keeps_turns=keeps_turns,
             prefill_chunk_size=engine.prefill_chunk_size,
         )
         self._conversations: dict[Sample, _Conversation] = {}
