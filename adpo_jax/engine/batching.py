@@ -24,7 +24,6 @@ The loop knows no text. The model's side of a step is in `verbs` and
 Letters: B slots, T tokens.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -32,9 +31,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from adpo_jax.engine import cache_plan
 from adpo_jax.engine import past as past_lib
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.decode_state import (
     DecodeState,
     Prefixes,
@@ -48,6 +45,7 @@ from adpo_jax.engine.kv_cache import KV, PageSizes
 from adpo_jax.engine.pages import Pager
 from adpo_jax.engine.past import Piece
 from adpo_jax.engine.past_rows import PastKeeper
+from adpo_jax.engine.prompt_rows import PromptRows
 from adpo_jax.engine.reading import Reader
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import Knobs, Method
@@ -145,7 +143,6 @@ class DecodeLoop:
         self._num_shards = num_shards
         self._make_state = make_state or verbs.init_decode_state
         self._state: DecodeState | None = None
-        self._most_prefilled = most_prefilled
         self._any_cancelled = False
         self._retired: list[int] = []  # freed slots that the device still thinks are active
         self._written = 0  # steps since the ring began at its first column
@@ -156,10 +153,9 @@ class DecodeLoop:
             self.stats["preempted"] = 0
         self._num_evicted = 0  # before the memory was freed
         self._reader = Reader(verbs, prefill_chunk_size, num_shards)
+        self._prompts = PromptRows(verbs, self._reader, num_shards, most_prefilled, self.stats)
         self._keeps_turns = keeps_turns
         self._keeper = self._new_keeper()
-        # Prompts whose experts the device may still have to find, with their rows there.
-        self._experts: list[tuple[Request, int, jax.Array]] = []
         # Samples whose turns ended with the last dispatch; nothing has overwritten them yet.
         self._ended_turns: dict[Sample, EndedTurn] = {}
 
@@ -256,7 +252,7 @@ class DecodeLoop:
         self._keeper.release(sample)
 
     def _pause_or_finish(self, slot: int, sample: Sample):
-        """Takes a sample whose turn has ended out of its slot, with what it keeps or without."""
+        """Takes a sample whose turn has ended out of its slot, for good unless turns are kept."""
         if not self._keeps_turns:
             self._finish(slot, sample)
             return
@@ -300,7 +296,9 @@ class DecodeLoop:
             self._store_turns()
         if self._state is not None:
             self._leave_ring()
-        if not self._read():
+        self._prompts.read(self.params, self.schedule, self.version)
+        # Where nothing decodes and all that waits is being read, there is no more to do yet.
+        if self.schedule.num_waiting and not (self.schedule.num_live or self.num_ready):
             return []
         most_in_ring = self._most_in_ring()
         self._resize(self._sizing.room(self.sizes, self.schedule, most_in_ring), most_in_ring)
@@ -314,7 +312,7 @@ class DecodeLoop:
             self._keeper.try_begin,
         )
         if admitted:
-            self._prefill(admitted)
+            self._state = self._prompts.fill(self.params, self._state, admitted, self.version)
         self._reader.let_go(self.schedule.queued)
         # This comes before the batch shrinks, since `starts` name the present slots and rows.
         if starts or self._retired:
@@ -335,7 +333,7 @@ class DecodeLoop:
         self._num_evicted = self.num_evicted
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
-        self._retired, self._ended_turns, self._experts = [], {}, []
+        self._retired, self._ended_turns = [], {}
         self._keeper = self._new_keeper()
         self._reader.let_go(())
 
@@ -427,76 +425,7 @@ class DecodeLoop:
         if waiting:
             self.stats["preempted"] += len(waiting)
 
-    # --- prompts into rows, samples into slots
-
-    def _read(self) -> bool:
-        """Reads a piece of the first long prompt in the queue; returns whether there is more to do.
-
-        A prompt that has been read starts before the next one is read.
-        """
-        schedule, reader = self.schedule, self._reader
-        unread = [request for request in schedule.queued if not reader.is_ready(request)]
-        if not unread:
-            return True
-        schedule.overtake(reader.is_ready)
-        if not any(reader.in_pieces(r) and reader.is_ready(r) for r in schedule.queued):
-            request = unread[0]
-            request.version = self.version if request.version is None else request.version
-            self.stats["prefill_calls"] += 1
-            self.stats["prefill_tokens"] += reader.go_on(self.params, request)
-        return schedule.num_live > 0 or self.num_ready > 0
-
-    def _prefill(self, admitted: dict[int, Request]):
-        """Prefills each prompt once into its prefix rows; prompts of like length go together."""
-        rows_of = collections.defaultdict(list)
-        for row, request in admitted.items():
-            request.version = self.version if request.version is None else request.version
-            if self._reader.in_pieces(request):
-                columns = self._prefill_length(request)
-                self._copy(self._reader.prefixes(request, columns), 0, [row])
-            else:
-                rows_of[request.prompt.tobytes()].append(row)
-        prompts = sorted(rows_of.values(), key=lambda rows: len(admitted[rows[0]].prompt))
-        while prompts:
-            length = self._prefill_length(admitted[prompts[-1][0]])
-            most_rows = self._verbs.layout.most_new_rows
-            most = schedule_lib.prefill_rows(length, self._num_shards, most_rows)
-            if self._most_prefilled is not None:
-                fitting = min(most, schedule_lib.power_of_two(len(prompts)))
-                most = self._most_prefilled(length, fitting)
-            batch, prompts = prompts[-most:], prompts[:-most]
-            # Rows beyond the batch repeat its last prompt and go into the same prefix row.
-            count = schedule_lib.power_of_two(len(batch))
-            count = min(cache_plan.up_to_multiple(count, self._num_shards), most)
-            targets = [rows[0] for rows in batch]
-            targets += targets[-1:] * (count - len(batch))
-            tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
-            for i, row in enumerate(targets):
-                prompt = admitted[row].prompt[:-1]
-                tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-            asked = any(admitted[row].sampling.prompt_experts for rows in batch for row in rows)
-            prefixes = self._verbs.prefill(self.params, tokens, lengths, asked)
-            for i, rows in enumerate(batch if asked else ()):
-                self._experts += [(admitted[row], i, prefixes.experts) for row in rows]
-            prefixes = prefixes._replace(experts=None)
-            self._state = self._verbs.insert(self._state, prefixes, np.array(targets, np.int32))
-            for i, rows in enumerate(batch):
-                if len(rows) > 1:
-                    self._copy(prefixes, i, rows[1:])
-            self.stats["prefill_calls"] += 1
-            self.stats["prefill_tokens"] += int(lengths[: len(batch)].sum())
-
-    def _copy(self, prefixes: Prefixes, index: int, rows: list[int]):
-        """Puts one of the prefilled prompts into further prefix rows."""
-        count = schedule_lib.power_of_two(len(rows))
-        count = cache_plan.up_to_multiple(count, self._num_shards)
-        targets = np.array(rows + rows[-1:] * (count - len(rows)), np.int32)
-        repeated = self._verbs.rows_of(prefixes, np.full(count, index, np.int32))
-        self._state = self._verbs.insert(self._state, repeated, targets)
-
-    def _prefill_length(self, request: Request) -> int:
-        longest = self.sizes.prefix
-        return min(schedule_lib.length_bucket(len(request.prompt) - 1, longest), longest)
+    # --- samples into slots
 
     def _assign(self, starts: list[Start]):
         self._state = self._keeper.refilled(self._state, starts, self._prefill_chunks)
@@ -553,7 +482,7 @@ class DecodeLoop:
         for _, sample in live:
             sample.first = (self._written - sample.age) % sizes.columns
         results = jax.device_get(results)
-        self._take_experts()
+        self._prompts.take_experts()
         done = int(np.sum(results.valid.any(axis=1)))
         self.stats["dispatches"] += 1
         self.stats["steps"] += done
@@ -562,16 +491,6 @@ class DecodeLoop:
         counts = results.valid.sum(axis=0).tolist()
         stopped = results.stopped.any(axis=0).tolist()
         return [self._new(slot, s, counts[slot], stopped[slot], results) for slot, s in live]
-
-    def _take_experts(self):
-        """Notes the experts of the prompts that were prefilled, now that they are there."""
-        held = {id(experts): experts for _, _, experts in self._experts}
-        held = jax.device_get(held)
-        for request, row, experts in self._experts:
-            of_row = held[id(experts)][row, : len(request.prompt) - 1]
-            if request.prompt_experts is None:
-                request.prompt_experts = np.array(of_row)
-        self._experts = []
 
     def _new(
         self, slot: int, sample: Sample, count: int, stopped: bool, results: ResultTokens

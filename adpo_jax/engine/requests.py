@@ -40,6 +40,11 @@ class Request:
     def __post_init__(self):
         self.samples = [Sample(self, index) for index in range(self.sampling.n)]
 
+    def begin(self, version: int):
+        """Notes the version of the parameters that read the prompt, unless others did before."""
+        if self.version is None:
+            self.version = version
+
     @functools.cached_property
     def key_data(self) -> np.ndarray:
         """[n or more, 2] uint32."""
