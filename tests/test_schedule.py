@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from adpo_jax.engine.schedule import (
+from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.sizes import (
     PREFILL_TOKENS,
-    Schedule,
     column_buckets,
     doubling_sizes,
     length_bucket,

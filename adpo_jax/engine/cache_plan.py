@@ -23,7 +23,7 @@ import jax
 
 from adpo_jax.devices.chips import chip_of
 from adpo_jax.engine.kv_cache import CacheLayout, PageSizes
-from adpo_jax.engine.schedule import column_buckets, length_bucket
+from adpo_jax.engine.sizes import column_buckets, length_bucket, up_to_multiple
 
 MAX_SLOTS = 256
 # Columns of a page: a block of keys that TPUs read in 512 kB with 8 heads of 128 in bf16.
@@ -283,10 +283,6 @@ def plan(
     most = max(slots for slots in sizes if of(slots).device_bytes <= budget)
     whole = most // (tile * multiple) * (tile * multiple)
     return of(whole if whole >= smallest else most)
-
-
-def up_to_multiple(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def readable(count: int) -> str:

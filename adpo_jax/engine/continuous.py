@@ -29,7 +29,6 @@ import jax
 import numpy as np
 
 from adpo_jax.engine import cache_plan, reading, sampling
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop
 from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.engine import Engine
@@ -37,8 +36,17 @@ from adpo_jax.engine.patience import Patience, own_settings
 from adpo_jax.engine.programs import Programs
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.engine.schedule import Schedule, smallest_holding
+from adpo_jax.engine.schedule import Schedule
 from adpo_jax.engine.scoring import Scorer
+from adpo_jax.engine.sizes import (
+    COLUMN_STEP,
+    column_buckets,
+    length_bucket,
+    power_of_two,
+    smallest_holding,
+    up_to_multiple,
+    whole_tiles,
+)
 
 # One program finds so many of the likeliest tokens; a request is given the first of them.
 MAX_ALTERNATIVES = 20
@@ -136,7 +144,7 @@ class LoadSizing:
           needed: the rows that samples would need if they shared rows.
           alive: live samples, and those that can start.
         """
-        rows = cache_plan.up_to_multiple(-(-2 * slots // self._width), self.num_shards)
+        rows = up_to_multiple(-(-2 * slots // self._width), self.num_shards)
         shares = now is not None and now.width > 1
         if rows < slots and needed <= rows and (shares or 4 * needed <= alive):
             return rows, self._width
@@ -361,8 +369,8 @@ def _load_sizing(engine: Engine) -> LoadSizing:
     Raises:
       ValueError: where the memory does not hold a single completion.
     """
-    columns = schedule_lib.column_buckets(engine.max_response_length, 1)[-1]
-    prefix = schedule_lib.length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
+    columns = column_buckets(engine.max_response_length, 1)[-1]
+    prefix = length_bucket(engine.max_prompt_length - 1, engine.max_prompt_length)
     num_slots, most = engine.num_slots, engine.plan.most_tokens
     if most is not None:
         # Every slot has a row beside it, and either store is copied when it is resized.
@@ -380,14 +388,14 @@ def _load_sizing(engine: Engine) -> LoadSizing:
 
     def whole(limit: int, multiple: int, least: int) -> list[int]:
         parts = (max(least, limit // part) for part in SIZE_STEPS)
-        return sorted({min(cache_plan.up_to_multiple(p, multiple), limit) for p in parts})
+        return sorted({min(up_to_multiple(p, multiple), limit) for p in parts})
 
     def tiles(limit: int, least: int) -> list[int]:
-        return sorted({min(schedule_lib.whole_tiles(n), limit) for n in whole(limit, 1, least)})
+        return sorted({min(whole_tiles(n), limit) for n in whole(limit, 1, least)})
 
     return LoadSizing(
         slot_sizes=whole(num_slots, engine.shards, 4),
-        column_sizes=tiles(columns, max(schedule_lib.COLUMN_STEP, steps)),
+        column_sizes=tiles(columns, max(COLUMN_STEP, steps)),
         prefix_sizes=tiles(prefix, 64),
         steps=steps,
         num_shards=engine.shards,
@@ -397,10 +405,10 @@ def _load_sizing(engine: Engine) -> LoadSizing:
 def _keys(prompt: np.ndarray, n: int, seed: int) -> np.ndarray:
     """[n or more, 2] uint32."""
     # Compiled once for each power of two.
-    several = schedule_lib.power_of_two(n)
+    several = power_of_two(n)
     with jax.default_device(_host()):
         key = jax.random.key(np.uint32(seed % 2**32))
-        return np.asarray(sampling.sample_keys(key, schedule_lib.prompt_uids([prompt]), several))[0]
+        return np.asarray(sampling.sample_keys(key, sampling.prompt_uids([prompt]), several))[0]
 
 
 @functools.cache

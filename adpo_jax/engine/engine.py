@@ -27,14 +27,21 @@ from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import RULES, mesh_axis_size
 from adpo_jax.engine import cache_plan, kernels, reading
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop
 from adpo_jax.engine.decode_state import DecodeState, Sizes
 from adpo_jax.engine.generation import CallSizing, FinishedGroup, Generation, shared_settings
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.requests import Request
-from adpo_jax.engine.sampling import SamplingParams, sample_keys
+from adpo_jax.engine.sampling import SamplingParams, prompt_uids, sample_keys
 from adpo_jax.engine.session import Session
+from adpo_jax.engine.sizes import (
+    column_buckets,
+    length_bucket,
+    power_of_two,
+    prefill_rows,
+    rows_of_a_group,
+    up_to_multiple,
+)
 from adpo_jax.engine.state_store import StateLayout
 from adpo_jax.engine.tuning import EngineTuning, column_stages, engine_tuning
 from adpo_jax.engine.verbs import Verbs
@@ -139,7 +146,6 @@ class Engine:
                 resident=resident_bytes + self.reading_bytes,
                 copied=self.verbs.copied_bytes(given),
             )
-        self.shrinks = tuning.shrinks
         paging = None
         if expected_response_length is not None:
             paging = cache_plan.Paging(
@@ -155,7 +161,7 @@ class Engine:
             multiple=self.shards,
             splits=splits,
             stages=self.column_stages,
-            shrinks=self.shrinks,
+            shrinks=tuning.shrinks,
             budget=budget,
             budget_text=budget_text,
             tile=tuning.slot_tile,
@@ -163,6 +169,8 @@ class Engine:
         )
         self.num_slots = self.plan.num_slots
         self.slot_sizes = tuning.slot_sizes(self.num_slots, self.shards)
+        # A batch that shrinks goes through these sizes; another one stays as it is.
+        self.smaller_sizes = self.slot_sizes if tuning.shrinks else []
 
     @property
     def prefill_pieces(self) -> int:
@@ -175,8 +183,8 @@ class Engine:
         """The most prompts of full length that are prefilled at once."""
         if self.prefill_pieces > 1:
             return self.shards
-        length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
-        return schedule_lib.prefill_rows(length, self.shards, self.verbs.layout.most_new_rows)
+        length = length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
+        return prefill_rows(length, self.shards, self.verbs.layout.most_new_rows)
 
     @property
     def reading_bytes(self) -> int:
@@ -184,7 +192,7 @@ class Engine:
         if self.prefill_pieces == 1:
             return 0
         layout, (shards, splits) = self.verbs.layout, _splits(self.policy)
-        columns = schedule_lib.power_of_two(self.max_prompt_length - 1) + layout.row_tokens()
+        columns = power_of_two(self.max_prompt_length - 1) + layout.row_tokens()
         # The store, the part of it that is copied, and the copies of that for the rows.
         return 3 * layout.token_bytes() * columns * shards // splits
 
@@ -205,12 +213,12 @@ class Engine:
           beside: tokens of further stores that so many slots need.
         """
         enough = next((s for s in self.slot_sizes if s >= num_prompts * n), self.num_slots)
-        parts = schedule_lib.rows_of_a_group(num_prompts, n, self.shards)
+        parts = rows_of_a_group(num_prompts, n, self.shards)
         sizes = []
         for slots in self.slot_sizes[: self.slot_sizes.index(enough) + 1]:
-            rows = schedule_lib.power_of_two(num_prompts * parts)
+            rows = power_of_two(num_prompts * parts)
             rows = min(rows, cache_plan.prefix_rows(slots, n))
-            rows = cache_plan.up_to_multiple(rows, self.shards)
+            rows = up_to_multiple(rows, self.shards)
             most = self.plan.most_rows(slots, columns, prefix, beside(slots))
             if most is not None:
                 rows = min(rows, most // self.shards * self.shards)
@@ -224,7 +232,7 @@ class Engine:
         Where prompts are read in pieces, "prefill" is that of a piece.
         """
         n, verbs = sampling.n, self.verbs
-        length = schedule_lib.length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
+        length = length_bucket(self.max_prompt_length - 1, self.max_prompt_length)
         sizes, _ = self._sizes(2 * self.num_slots, n, self.max_response_length, length)
         params = verbs.abstract_params()
         state = verbs.abstract_state(sizes)
@@ -317,7 +325,7 @@ class Engine:
         prompts = self.checked(prompts, sampling)
         _check_given(params, key)
         if keys is None:
-            keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(prompts), sampling.n))
+            keys = np.asarray(sample_keys(key, prompt_uids(prompts), sampling.n))
         requests = [
             Request(prompt, sampling, functools.partial(keys.__getitem__, index))
             for index, prompt in enumerate(prompts)
@@ -381,15 +389,13 @@ class Engine:
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
         """The sizes that a call goes through."""
         longest = max(len(prompt) for prompt in prompts) - 1
-        prefix = schedule_lib.length_bucket(longest, self.max_prompt_length)
+        prefix = length_bucket(longest, self.max_prompt_length)
         first, column_sizes = self._sizes(len(prompts), sampling.n, sampling.max_tokens, prefix)
-        # A batch that shrinks goes through these sizes; another one stays as it is.
-        smaller = self.slot_sizes if self.shrinks else ()
         # With pages the ring has room for two dispatches or more.
         most_steps = first.columns // 2 if first.pages else self.steps_per_dispatch
         return CallSizing(
             first=first,
-            slot_sizes=[*(s for s in smaller if s < first.slots), first.slots],
+            slot_sizes=[*(s for s in self.smaller_sizes if s < first.slots), first.slots],
             column_sizes=column_sizes,
             steps=min(self.steps_per_dispatch, most_steps),
         )
@@ -400,7 +406,7 @@ class Engine:
         """The largest sizes of a call, and the lengths that its ring grows through."""
         paging = self.paging_for(max_tokens)
         if paging is None:
-            column_sizes = schedule_lib.column_buckets(max_tokens, self.column_stages)
+            column_sizes = column_buckets(max_tokens, self.column_stages)
             columns, pages = column_sizes[-1], None
             slots, rows = self.sizes_for(num_prompts, n, columns, prefix)
         else:
@@ -408,7 +414,7 @@ class Engine:
             columns = column_sizes[-1]
             slots, rows = self.sizes_for(num_prompts, n, columns, prefix, paging.tokens)
             pages = paging.sizes(slots)
-        width = -(-n // schedule_lib.rows_of_a_group(num_prompts, n, self.shards))
+        width = -(-n // rows_of_a_group(num_prompts, n, self.shards))
         return Sizes(slots, columns, rows, width, prefix, pages=pages), column_sizes
 
     def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:

@@ -19,7 +19,8 @@ from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.kv_cache import PageSizes
 from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.engine.schedule import Schedule, smallest_holding
+from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.sizes import largest_below, smallest_holding
 from adpo_jax.records import Completion
 
 # A ring with room for so many steps is not grown yet, since a step reads all of its columns.
@@ -63,17 +64,27 @@ class CallSizing:
         return self.first._replace(columns=columns_for(self.column_sizes, 0, self.steps))
 
     def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
-        columns = columns_for(self.column_sizes, most_in_ring, self.steps)
+        columns, slots = columns_for(self.column_sizes, most_in_ring, self.steps), now.slots
         if not schedule.num_waiting:
             slots = smallest_holding(self.slot_sizes, schedule.needed_slots)
-            if slots < now.slots:
-                rows = min(now.rows, slots)
-                width = schedule.narrow_width(slots, rows, self.first.width)
-                return now._replace(slots=slots, columns=columns, rows=rows, width=width)
-        return now._replace(columns=max(now.columns, columns))
+        return fitted_to(now, slots, columns, schedule, self.first.width)
 
     def smaller(self, live: int) -> int:
-        return max((s for s in self.slot_sizes if s < live), default=0)
+        return largest_below(self.slot_sizes, live)
+
+
+def fitted_to(now: Sizes, slots: int, columns: int, schedule: Schedule, width: int) -> Sizes:
+    """The sizes of a batch that shrinks to so many slots; if it does not, its ring may grow.
+
+    Args:
+      columns: those that the ring needs.
+      width: the most samples of a row where the batch shrinks.
+    """
+    if slots >= now.slots:
+        return now._replace(columns=max(now.columns, columns))
+    rows = min(now.rows, slots)
+    width = schedule.narrow_width(slots, rows, width)
+    return Sizes(slots, columns, rows, width, now.prefix, pages=now.pages)
 
 
 def columns_for(column_sizes: Sequence[int], in_ring: int, steps: int) -> int:

@@ -19,7 +19,7 @@ from jetstream.engine import engine_api, tokenizer_api, tokenizer_pb2
 from adpo_jax.engine.decode_state import DecodeState, Prefixes, Sizes, Slots
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams, threefry
-from adpo_jax.engine.schedule import column_buckets, length_bucket
+from adpo_jax.engine.sizes import column_buckets, length_bucket
 
 
 class Prefix(NamedTuple):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import Sizing
 from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.kv_cache import PageSizes
@@ -29,7 +28,8 @@ from adpo_jax.engine.programs import (
 )
 from adpo_jax.engine.requests import Request, Sample
 from adpo_jax.engine.sampling import Knobs, Method, SamplingParams
-from adpo_jax.engine.schedule import Schedule, smallest_holding
+from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.sizes import length_bucket, power_of_two, smallest_holding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Patience:
         sizes = now._replace(prefix=max(now.prefix, prefix))
         needs = self._needs_with([*_live(schedule), *_waiting(schedule), request])
         programs = [*self._decodes(sizes, needs), *self._prefills(sizes, [request])]
-        programs.append(Draws(schedule_lib.power_of_two(len(request.samples))))
+        programs.append(Draws(power_of_two(len(request.samples))))
         if sizes != now:
             programs.append(Move(now, sizes))
         return self._programs.ready(programs)
@@ -236,7 +236,7 @@ class Patience:
             length = len(request.prompt) - 1
             if length > most:
                 continue
-            bucket = min(schedule_lib.length_bucket(length, most), most)
+            bucket = min(length_bucket(length, most), most)
             if pieces := self._pieces_of(request):
                 programs += [ReadPiece(*shape) for shape in pieces]
                 programs.append(CopyPrompt(sizes, max(c for _, c in pieces), bucket))

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from adpo_jax.engine import cache_plan, kv_cache
-from adpo_jax.engine import schedule as schedule_lib
+from adpo_jax.engine import kv_cache
 from adpo_jax.engine.decode_state import DecodeState, Prefixes
 from adpo_jax.engine.reading import Reader
 from adpo_jax.engine.requests import Request
 from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.sizes import length_bucket, power_of_two, prefill_rows, up_to_multiple
 from adpo_jax.engine.verbs import Verbs
 
 
@@ -97,10 +97,10 @@ class PromptRows:
     def _most_at_once(self, length: int, wanted: int) -> int:
         """The prompts of a length that go into the next prefill."""
         most_rows = self._verbs.layout.most_new_rows
-        most = schedule_lib.prefill_rows(length, self._num_shards, most_rows)
+        most = prefill_rows(length, self._num_shards, most_rows)
         if self._most_prefilled is None:
             return most
-        return self._most_prefilled(length, min(most, schedule_lib.power_of_two(wanted)))
+        return self._most_prefilled(length, min(most, power_of_two(wanted)))
 
     def _prefilled(
         self, params, state: DecodeState, batch: list[_Prompt], most: int, length: int
@@ -138,7 +138,7 @@ class PromptRows:
 
     def _whole(self, count: int) -> int:
         """The rows of a call for so many prompts: few sizes, split evenly over the devices."""
-        return cache_plan.up_to_multiple(schedule_lib.power_of_two(count), self._num_shards)
+        return up_to_multiple(power_of_two(count), self._num_shards)
 
     def _count(self, num_tokens: int):
         self._stats["prefill_calls"] += 1
@@ -156,4 +156,4 @@ class PromptRows:
 
 def _columns(prompt: np.ndarray, longest: int) -> int:
     """The columns that a prompt is padded to, at most those of a prefix row."""
-    return min(schedule_lib.length_bucket(len(prompt) - 1, longest), longest)
+    return min(length_bucket(len(prompt) - 1, longest), longest)

@@ -21,11 +21,11 @@ import numpy as np
 
 from adpo_jax.engine import kv_cache
 from adpo_jax.engine import past as past_lib
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.decode_state import Prefixes, Sizes
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.past import Chunks
 from adpo_jax.engine.requests import Request
+from adpo_jax.engine.sizes import MIN_BUCKET, length_bucket, power_of_two
 from adpo_jax.engine.verbs import Verbs
 
 # A piece has no fewer tokens than these because more of them would make too many scores.
@@ -38,7 +38,7 @@ def check_size(size: int):
     Raises:
       ValueError: for none that is a power of two.
     """
-    least = schedule_lib.MIN_BUCKET
+    least = MIN_BUCKET
     if size and not (size >= least and size & (size - 1) == 0):
         raise ValueError(
             f"prefill_chunk_size is a power of two, {least} or more, or 0 for prompts that are "
@@ -64,9 +64,9 @@ def pieces_of(verbs: Verbs, size: int, request: Request) -> list[tuple[int, int]
 def _shape(verbs: Verbs, size: int, at: int, left: int) -> tuple[int, int]:
     """The tokens of the piece at a place, which make no more scores than there may be, and the
     columns of the store that it is written into, which never become fewer."""
-    T = schedule_lib.length_bucket(min(left, size), size)
+    T = length_bucket(min(left, size), size)
     while True:
-        columns = max(size, schedule_lib.power_of_two(at + T))
+        columns = max(size, power_of_two(at + T))
         scores = T * verbs.policy.config.num_heads * (columns + T)
         if T <= LEAST_PIECE or scores <= past_lib.CHUNK_SCORES:
             return T, columns
@@ -106,7 +106,7 @@ def _plain(tree):
 
 def _store(verbs: Verbs, num_shards: int, columns: int) -> KV:
     """The shapes of a store."""
-    least, S = schedule_lib.MIN_BUCKET, num_shards
+    least, S = MIN_BUCKET, num_shards
     sizes = Sizes(slots=S, columns=least, rows=S, width=1, prefix=columns)
     return verbs.abstract_state(sizes).prefix.kv
 

@@ -11,9 +11,11 @@ number among the prompt's samples, its uniforms of that key and the position.
 Letters: B rows, P prompts, V vocabulary, N blocks of the vocabulary, W tokens of a block.
 """
 
+import collections
 import dataclasses
 import functools
 import numbers
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import axes_that_split
+from adpo_jax.engine.sizes import up_to_multiple
 
 # Tokens of a block of the vocabulary. 128 divides most vocabularies and is a vector register's
 # multiple everywhere; 152k tokens make 1,187 blocks.
@@ -148,7 +151,7 @@ class SamplingParams:
         """The part of the settings that does not change the compiled program."""
         stop_ids = () if self.ignore_eos else self.stop_token_ids
         # The length is a multiple of 8, so that adding a stop token rarely changes a shape.
-        padded = np.full(max(8, -(-len(stop_ids) // 8) * 8), -1, np.int32)
+        padded = np.full(max(8, up_to_multiple(len(stop_ids), 8)), -1, np.int32)
         padded[: len(stop_ids)] = stop_ids
         return Knobs(
             greedy=np.bool_(self.greedy),
@@ -226,11 +229,25 @@ def _fold_in_all(key, uids, samples):
     return jax.vmap(jax.vmap(of_sample, (None, 0)), (0, None))(uids, samples)
 
 
+def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:
+    """A number for each prompt that does not depend on its place in the list, [P] uint32.
+
+    It is a hash of the tokens and of how often the same prompt stands before.
+    """
+    seen = collections.Counter()
+    uids = []
+    for prompt in prompts:
+        tokens = prompt.astype("<i4").tobytes()
+        uids.append(zlib.crc32(seen[tokens].to_bytes(4, "little"), zlib.crc32(tokens)))
+        seen[tokens] += 1
+    return np.array(uids, np.uint32)
+
+
 def sample_keys(key: jax.Array, uids: np.ndarray, n: int) -> jax.Array:
     """The keys of n samples of each prompt, [P, n, 2] uint32.
 
     Args:
-      uids: [P] uint32, a number for each prompt (`schedule.prompt_uids`).
+      uids: [P] uint32, a number for each prompt (`prompt_uids`).
     """
     return _fold_in_all(threefry(key), uids, np.arange(n, dtype=np.uint32))
 

@@ -12,100 +12,12 @@ Letters: B slots, P prefix rows, M samples of a prefix row.
 
 import collections
 import heapq
-import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-MIN_BUCKET = 16
-# The most tokens of one prefill call, padding included; they bound its activations.
-PREFILL_TOKENS = 8192
-COLUMN_STEP = 32
-# The most columns that are no multiple of four steps.
-FEW_COLUMNS = 512
-
-
-def length_bucket(length: int, limit: int) -> int:
-    """The smallest power of two that holds `length`, at least 16 and at most about `limit`.
-
-    The limit is rounded up to `whole_tiles`.
-    """
-    limit = whole_tiles(limit)
-    return max(min(max(MIN_BUCKET, power_of_two(length)), limit), length, 1)
-
-
-def whole_tiles(columns: int) -> int:
-    """So many columns rounded up to what kernels cut at whole tiles.
-
-    Few are rounded to a multiple of 32, many to one of 128, and below 32 they are one piece.
-    """
-    if columns <= COLUMN_STEP:
-        return columns
-    step = COLUMN_STEP if columns <= FEW_COLUMNS else 4 * COLUMN_STEP
-    return -(-columns // step) * step
-
-
-def power_of_two(x: int) -> int:
-    """The smallest power of two that is at least x."""
-    return 1 << max(x - 1, 0).bit_length()
-
-
-def prefill_rows(length: int, multiple: int, most: int | None = None) -> int:
-    """The most prompts of this length that are prefilled at once.
-
-    It is a power of two, since the rows of a call are padded to one, rounded up to `multiple`.
-
-    Args:
-      most: rows that there may be whatever their length; None for no limit.
-    """
-    rows = max(1, PREFILL_TOKENS // length)
-    rows = rows if most is None else max(1, min(rows, most))
-    rows = 1 << (rows.bit_length() - 1)
-    return -(-rows // multiple) * multiple
-
-
-def column_buckets(max_tokens: int, stages: int) -> list[int]:
-    """Lengths that the ring of columns grows through; the last one is at least `max_tokens`."""
-    step = -(-max_tokens // (stages * COLUMN_STEP)) * COLUMN_STEP
-    if max_tokens <= COLUMN_STEP:
-        step = length_bucket(max_tokens, COLUMN_STEP)
-    step = whole_tiles(step)
-    return [step * (i + 1) for i in range(-(-max_tokens // step))]
-
-
-def slot_buckets(
-    num_slots: int, fractions: tuple[float, ...], multiple: int, smallest: int
-) -> list[int]:
-    """Batch sizes that the slots shrink through, rising; the last one is `num_slots`."""
-    sizes = {-(-round(num_slots * f) // multiple) * multiple for f in fractions}
-    return sorted({s for s in sizes if smallest <= s < num_slots} | {num_slots})
-
-
-def doubling_sizes(most: int, multiple: int, smallest: int) -> list[int]:
-    """`smallest`, twice that and so on, each rounded up to `multiple`; the last one is `most`."""
-    doubled = (smallest << i for i in range(most.bit_length()))
-    sizes = {-(-size // multiple) * multiple for size in doubled}
-    return sorted({size for size in sizes if size < most} | {most})
-
-
-def smallest_holding(sizes: Sequence[int], needed: int) -> int:
-    """The smallest of rising sizes that holds so many."""
-    return next(size for size in sizes if size >= needed)
-
-
-def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:
-    """A number for each prompt that does not depend on its place in the list, [P] uint32.
-
-    It is a hash of the tokens and of how often the same prompt stands before.
-    """
-    seen = collections.Counter()
-    uids = []
-    for prompt in prompts:
-        tokens = prompt.astype("<i4").tobytes()
-        uids.append(zlib.crc32(seen[tokens].to_bytes(4, "little"), zlib.crc32(tokens)))
-        seen[tokens] += 1
-    return np.array(uids, np.uint32)
+from adpo_jax.engine.sizes import power_of_two
 
 
 class Start(NamedTuple):
@@ -126,22 +38,14 @@ class _Queued(NamedTuple):
     per_row: int
 
 
-class _Admitted(NamedTuple):
-    """A sample that waits for a slot, while its prompt already lies in a prefix row."""
+class _Place(NamedTuple):
+    """The place that a sample has in a prefix row, and its slot; None while it has none."""
 
     group: Hashable
     sample: Any
     row: int
     rank: int
-
-
-class _Placed(NamedTuple):
-    """A sample with a place in a prefix row; its slot is None while it has none."""
-
-    group: Hashable
-    sample: Any
-    row: int
-    slot: int | None
+    slot: int | None = None
 
 
 class Schedule:
@@ -173,10 +77,10 @@ class Schedule:
         # Heaps of the free slots and rows of each shard.
         self._free_slots: list[list[int]] = [[] for _ in range(num_shards)]
         self._free_rows: list[list[int]] = [[] for _ in range(num_shards)]
-        self._admitted = [collections.deque[_Admitted]() for _ in range(num_shards)]
+        self._admitted = [collections.deque[_Place]() for _ in range(num_shards)]
         self._left_in_row: dict[int, int] = {}
         # Samples without a slot that are not to start yet, the one that paused first first.
-        self._paused: dict[Any, _Admitted] = {}
+        self._paused: dict[Any, _Place] = {}
         self.lay_out(num_slots, num_rows, width)
 
     @property
@@ -279,7 +183,7 @@ class Schedule:
             group, samples = self._next_part()
             row = heapq.heappop(self._free_rows[roomy])
             admitted[row], self._left_in_row[row] = group, len(samples)
-            places = (_Admitted(group, sample, row, rank) for rank, sample in enumerate(samples))
+            places = (_Place(group, sample, row, rank) for rank, sample in enumerate(samples))
             self._admitted[roomy].extend(places)
             starts += self._fill(roomy, try_begin)
         return starts, admitted
@@ -297,31 +201,31 @@ class Schedule:
         """Starts admitted samples of a shard in its free slots."""
         starts, admitted = [], self._admitted[shard]
         while admitted and self._free_slots[shard] and try_begin(admitted[0].sample, shard):
-            group, sample, row, rank = admitted.popleft()
-            slot = heapq.heappop(self._free_slots[shard])
-            self.in_slot[slot] = group, sample
-            self.members[row, rank] = slot
-            self.row_of[slot], self.rank_of[slot] = row, rank
-            starts.append(Start(group, sample, slot, row, rank))
+            place = admitted.popleft()._replace(slot=heapq.heappop(self._free_slots[shard]))
+            self._take_slot(place)
+            starts.append(Start(place.group, place.sample, place.slot, place.row, place.rank))
         self.num_live += len(starts)
         self.num_waiting -= len(starts)
         return starts
 
+    def _take_slot(self, place: _Place):
+        """Puts a sample into the slot of its place."""
+        self.in_slot[place.slot] = place.group, place.sample
+        self.members[place.row, place.rank] = place.slot
+        self.row_of[place.slot], self.rank_of[place.slot] = place.row, place.rank
+
     def finish(self, slot: int):
         """Frees a slot whose sample has ended."""
-        row, _ = self._leave_slot(slot)
-        self._leave_row(row)
+        self._leave_row(self._leave_slot(slot).row)
 
     def pause(self, slot: int):
         """Frees a slot whose sample may go on later."""
-        group, sample = self.in_slot[slot]
-        self._paused[sample] = _Admitted(group, sample, *self._leave_slot(slot))
+        place = self._leave_slot(slot)
+        self._paused[place.sample] = place
 
     def preempt(self, slot: int):
         """Frees a slot whose sample goes on before any other that waits in its shard."""
-        (group, sample), shard = self.in_slot[slot], self.shard_of_slot(slot)
-        place = _Admitted(group, sample, *self._leave_slot(slot))
-        self._admitted[shard].appendleft(place)
+        self._admitted[self.shard_of_slot(slot)].appendleft(self._leave_slot(slot))
         self.num_waiting += 1
 
     def resume(self, sample: Hashable, group: Hashable):
@@ -345,14 +249,18 @@ class Schedule:
     def _shard_of_row(self, row: int) -> int:
         return row * self.num_shards // self.num_rows
 
-    def _leave_slot(self, slot: int) -> tuple[int, int]:
+    def _leave_slot(self, slot: int) -> _Place:
         """Frees a slot; returns the place that its sample has in its prefix row."""
-        row, rank = int(self.row_of[slot]), int(self.rank_of[slot])
+        place = self._place_in(slot)._replace(slot=None)
         self.in_slot[slot] = None
         self.num_live -= 1
         heapq.heappush(self._free_slots[self.shard_of_slot(slot)], slot)
-        self.members[row, rank] = 0
-        return row, rank
+        self.members[place.row, place.rank] = 0
+        return place
+
+    def _place_in(self, slot: int) -> _Place:
+        """The place of the sample in a slot."""
+        return _Place(*self.in_slot[slot], int(self.row_of[slot]), int(self.rank_of[slot]), slot)
 
     def _take_row_of_paused(self) -> bool:
         """Frees the prefix row, of those all of whose samples paused, that paused first."""
@@ -381,7 +289,7 @@ class Schedule:
             if left:
                 self._queue.append(_Queued(group, left, per_row))
         for shard, entries in enumerate(self._admitted):
-            self._admitted[shard] = collections.deque[_Admitted]()
+            self._admitted[shard] = collections.deque[_Place]()
             for entry in entries:
                 if is_unwanted(entry.sample):
                     dropped.append(entry.sample)
@@ -413,42 +321,38 @@ class Schedule:
         if self.rows_needed(width) > num_rows:
             self._requeue_admitted()
         assert self.rows_needed(width) <= num_rows
-        placed, in_slot = self._placed(), self.in_slot
         old_slots = np.full(num_slots, self.num_slots, np.int32)
         old_rows = np.zeros(num_rows, np.int32)
+        placed, self._left_in_row = self._placed(), {}
         self.in_slot = [None] * num_slots
         self.members = np.zeros((num_rows, width), np.int32)
         self.row_of, self.rank_of = np.zeros((2, num_slots), np.int32)
-        self._left_in_row = {}
         slots = _ranges_of_shards(num_slots, self.num_shards)
         rows = _ranges_of_shards(num_rows, self.num_shards)
-        for shard, of_shard in enumerate(placed):
-            live = sorted(place.slot for place in of_shard if place.slot is not None)
+        for shard, places in enumerate(placed):
+            live = sorted(place.slot for place in places if place.slot is not None)
             moved = dict(zip(live, slots[shard]))
             for old, new in moved.items():
-                old_slots[new], self.in_slot[new] = old, in_slot[old]
-            groups = collections.defaultdict(list)
-            for place in of_shard:
-                groups[place.group].append(place)
-            self._admitted[shard].clear()
-            row = rows[shard].start
-            for group, members in groups.items():
-                for number, (_, sample, old_row, slot) in enumerate(members):
-                    at, rank = row + number // width, number % width
-                    old_rows[at] = old_row
-                    self._left_in_row[at] = self._left_in_row.get(at, 0) + 1
-                    if slot is None and sample in self._paused:
-                        self._paused[sample] = _Admitted(group, sample, at, rank)
-                    elif slot is None:
-                        self._admitted[shard].append(_Admitted(group, sample, at, rank))
-                    else:
-                        new = moved[slot]
-                        self.row_of[new], self.rank_of[new] = at, rank
-                        self.members[at, rank] = new
-                row += -(-len(members) // width)
+                old_slots[new] = old
             self._free_slots[shard] = list(slots[shard][len(live) :])
-            self._free_rows[shard] = list(range(row, rows[shard].stop))
+            self._admitted[shard].clear()
+            used = rows[shard].start
+            for old, row, rank in _in_rows(places, width, used):
+                old_rows[row] = old.row
+                self._move(shard, old._replace(row=row, rank=rank, slot=moved.get(old.slot)))
+                used = row + 1
+            self._free_rows[shard] = list(range(used, rows[shard].stop))
         return old_slots, old_rows
+
+    def _move(self, shard: int, place: _Place):
+        """Puts a sample into another place, as one that is live, has paused or waits for a slot."""
+        self._left_in_row[place.row] = self._left_in_row.get(place.row, 0) + 1
+        if place.slot is not None:
+            self._take_slot(place)
+        elif place.sample in self._paused:
+            self._paused[place.sample] = place
+        else:
+            self._admitted[shard].append(place)
 
     def _requeue_admitted(self):
         """Puts the admitted samples that wait for a slot back at the head of the queue."""
@@ -474,19 +378,14 @@ class Schedule:
         narrow = min(power_of_two(-(-2 * num_slots // num_rows)), most)
         return narrow if self.rows_needed(narrow) <= num_rows else most
 
-    def _placed(self) -> list[list[_Placed]]:
+    def _placed(self) -> list[list[_Place]]:
         """The samples in rows, for each shard, live ones first."""
         found = []
         for (slots, _), admitted in zip(self._shards(), self._admitted):
-            live = [
-                _Placed(*self.in_slot[slot], int(self.row_of[slot]), slot)
-                for slot in slots
-                if self.in_slot[slot]
-            ]
-            found.append([*live, *(_Placed(e.group, e.sample, e.row, None) for e in admitted)])
-        for entry in self._paused.values():
-            place = _Placed(entry.group, entry.sample, entry.row, None)
-            found[self._shard_of_row(entry.row)].append(place)
+            live = (self._place_in(slot) for slot in slots if self.in_slot[slot])
+            found.append([*live, *admitted])
+        for place in self._paused.values():
+            found[self._shard_of_row(place.row)].append(place)
         return found
 
     def _shards(self) -> Iterator[tuple[range, list[int]]]:
@@ -498,9 +397,19 @@ class Schedule:
         return max(counts) * self.num_shards
 
 
-def rows_of_a_group(num_groups: int, n: int, num_shards: int) -> int:
-    """Prefix rows of one group: several where there are fewer groups than shards."""
-    return min(n, -(-num_shards // max(num_groups, 1)))
+def _in_rows(places: Sequence[_Place], width: int, first: int) -> Iterator[tuple[_Place, int, int]]:
+    """Each place with its new row, from `first` on, and its new rank; a group has rows of its own.
+
+    Args:
+      width: samples of a row.
+    """
+    groups = collections.defaultdict(list)
+    for place in places:
+        groups[place.group].append(place)
+    for members in groups.values():
+        for number, place in enumerate(members):
+            yield place, first + number // width, number % width
+        first += -(-len(members) // width)
 
 
 def _ranges_of_shards(size: int, num_shards: int) -> list[range]:

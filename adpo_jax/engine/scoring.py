@@ -23,8 +23,8 @@ import numpy as np
 
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.sampling import Alternatives
+from adpo_jax.engine.sizes import MIN_BUCKET, power_of_two, up_to_multiple
 from adpo_jax.engine.verbs import Verbs
 
 # The most tokens of one call, padding included, unless a single prompt is longer. They bound the
@@ -85,7 +85,7 @@ class Scorer:
         scored: list[ScoredPrompt | None] = [None] * len(prompts)
         by_size = collections.defaultdict(list)
         for index, prompt in enumerate(prompts):
-            size = schedule_lib.power_of_two(max(len(prompt), schedule_lib.MIN_BUCKET))
+            size = power_of_two(max(len(prompt), MIN_BUCKET))
             by_size[size].append(index)
         for length, indices in by_size.items():
             while indices:
@@ -102,7 +102,7 @@ class Scorer:
         count, shards = 1, self._shards
         while count < wanted and 4 * count * length <= CALL_TOKENS:
             count *= 4
-        return -(-count // shards) * shards
+        return up_to_multiple(count, shards)
 
     @property
     def _shards(self) -> int:

@@ -32,19 +32,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from adpo_jax.engine import schedule as schedule_lib
 from adpo_jax.engine.batching import DecodeLoop
 from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.generation import (
     Growing,
     columns_for,
+    fitted_to,
     shared_settings,
     tokens_to_stop_string,
 )
 from adpo_jax.engine.kv_cache import PageSizes
 from adpo_jax.engine.requests import NewTokens, Request, Sample
-from adpo_jax.engine.sampling import SamplingParams, sample_keys
+from adpo_jax.engine.sampling import SamplingParams, prompt_uids, sample_keys
 from adpo_jax.engine.schedule import Schedule
+from adpo_jax.engine.sizes import column_buckets, largest_below, length_bucket, rows_of_a_group
 
 if TYPE_CHECKING:
     from adpo_jax.engine.engine import Engine
@@ -108,7 +109,7 @@ class SessionSizing:
         self._paging = engine.paging_for(sampling.max_tokens) if pages else None
         self.steps = engine.steps_per_dispatch
         if self._paging is None:
-            self._columns = schedule_lib.column_buckets(sampling.max_tokens, engine.column_stages)
+            self._columns = column_buckets(sampling.max_tokens, engine.column_stages)
         else:
             self._columns = self._paging.columns(engine.column_stages)
             self.steps = min(self.steps, self._columns[0] // 2)
@@ -126,13 +127,13 @@ class SessionSizing:
         if not schedule.num_waiting:
             return now
         longest = max(len(group.prompt) for group, *_ in schedule.waiting(1)) - 1
-        prefix = schedule_lib.length_bucket(longest, self._longest)
+        prefix = length_bucket(longest, self._longest)
         if now is not None:
             prefix = max(prefix, now.prefix)
         groups = -(-(schedule.num_live + schedule.num_waiting) // self._n)
         # Where memory is short the rows are planned for the longest prompts, which may come later.
         limited = self._engine.plan.most_tokens is not None
-        planned = schedule_lib.length_bucket(self._longest - 1, self._longest)
+        planned = length_bucket(self._longest - 1, self._longest)
         slots, rows = self._engine.sizes_for(
             groups,
             self._n,
@@ -155,21 +156,17 @@ class SessionSizing:
                 "gpu_memory_utilization, or lower the lengths"
             )
         if now is None:
-            width = -(-self._n // schedule_lib.rows_of_a_group(groups, self._n, self._shards))
+            width = -(-self._n // rows_of_a_group(groups, self._n, self._shards))
             columns = columns_for(self._columns, 0, self.steps)
             return Sizes(slots, columns, rows, width, prefix, pages=self.pages)
         return now._replace(slots=max(slots, now.slots), rows=max(rows, now.rows), prefix=prefix)
 
     def fitted(self, now: Sizes, schedule: Schedule, most_in_ring: int) -> Sizes:
-        columns = columns_for(self._columns, most_in_ring, self.steps)
-        if self._engine.shrinks and not schedule.num_waiting:
+        columns, slots = columns_for(self._columns, most_in_ring, self.steps), now.slots
+        if not schedule.num_waiting:
             wanted = schedule.needed_slots + self.num_paused
-            slots = min((s for s in self._engine.slot_sizes if s >= wanted), default=now.slots)
-            if slots < now.slots:
-                rows = min(now.rows, slots)
-                width = schedule.narrow_width(slots, rows, now.width)
-                return Sizes(slots, columns, rows, width, now.prefix, pages=now.pages)
-        return now._replace(columns=max(now.columns, columns))
+            slots = min((s for s in self._engine.smaller_sizes if s >= wanted), default=slots)
+        return fitted_to(now, slots, columns, schedule, now.width)
 
     def with_past(self, sizes: Sizes, longest: int) -> Sizes:
         plan, columns = self._engine.plan, next(c for c in self._columns if c >= longest)
@@ -197,8 +194,7 @@ class SessionSizing:
         return paging and paging.sizes(self._engine.num_slots)
 
     def smaller(self, live: int) -> int:
-        sizes = self._engine.slot_sizes if self._engine.shrinks else ()
-        return max((s for s in sizes if s < live), default=0)
+        return largest_below(self._engine.smaller_sizes, live)
 
 
 class Session:
@@ -425,7 +421,7 @@ class Session:
 
 def _keys(key: jax.Array, prompt: np.ndarray, n: int, seen: int) -> np.ndarray:
     """[n, 2] uint32, the keys of `Engine.generate` for the prompt where it stands `seen` before."""
-    uid = schedule_lib.prompt_uids([prompt] * (seen + 1))[-1:]
+    uid = prompt_uids([prompt] * (seen + 1))[-1:]
     return np.asarray(sample_keys(key, uid, n))[0]
 
 

@@ -7,7 +7,7 @@ number or a flag.
 import dataclasses
 
 from adpo_jax.engine import cache_plan
-from adpo_jax.engine.schedule import doubling_sizes, slot_buckets
+from adpo_jax.engine.sizes import doubling_sizes, slot_buckets
 from adpo_jax.model import cpu
 
 # The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.

@@ -25,8 +25,7 @@ import jax
 import numpy as np
 
 from adpo_jax.devices import distributed
-from adpo_jax.engine import schedule as schedule_lib
-from adpo_jax.engine.sampling import sample_keys
+from adpo_jax.engine.sampling import prompt_uids, sample_keys
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts import wire
@@ -336,7 +335,7 @@ class RemoteBatches(RemoteSamplers):
         if attempt is not None:
             key = jax.random.fold_in(key, attempt)
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts.token_ids]
-        keys = np.asarray(sample_keys(key, schedule_lib.prompt_uids(arrays), self._numbering.n))
+        keys = np.asarray(sample_keys(key, prompt_uids(arrays), self._numbering.n))
         numbers = range(self._num_asked, self._num_asked + len(prompts))
         self._num_asked += len(prompts)
         self._open()
