@@ -64,6 +64,10 @@ class Paging:
         """Columns of the ring at its longest."""
         return RING_PAGES * self.page
 
+    def for_longest(self, longest: int) -> "Paging | None":
+        """The same for completions of at most so many tokens; None where the ring holds them."""
+        return dataclasses.replace(self, longest=longest) if longest > self.ring else None
+
     def columns(self, stages: int) -> list[int]:
         """Lengths that the ring grows through."""
         return [self.ring * (i + 1) // stages for i in range(stages)]

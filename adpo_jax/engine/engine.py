@@ -102,20 +102,14 @@ class Engine:
         steps_per_dispatch: int = 32,
         detokenize: Callable[[list[int]], str] | None = None,
     ):
-        if not isinstance(policy, Policy):
-            raise TypeError(
-                "policy is a Policy, the first of what Policy.from_pretrained returns; given "
-                f"{type(policy).__name__}. The parameters go to `generate`"
-            )
-        counts = {"num_slots": num_slots, "steps_per_dispatch": steps_per_dispatch}
-        counts["expected_response_length"] = expected_response_length
-        counts |= {
-            "max_prompt_length": max_prompt_length,
-            "max_response_length": max_response_length,
-        }
-        for name, value in counts.items():
-            if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
-                raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
+        _check_policy(policy)
+        _check_counts(
+            num_slots=num_slots,
+            steps_per_dispatch=steps_per_dispatch,
+            expected_response_length=expected_response_length,
+            max_prompt_length=max_prompt_length,
+            max_response_length=max_response_length,
+        )
         if not (page_size >= 8 and page_size & (page_size - 1) == 0):
             raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
         reading.check_size(prefill_chunk_size)
@@ -137,21 +131,13 @@ class Engine:
         self._kept: DecodeState | None = None
 
         self.column_stages = column_stages(attention)
-        self.shards, splits = _splits(policy)
-        budget, budget_text = None, ""
-        if gpu_memory_utilization is not None:
-            budget, budget_text = cache_plan.memory_budget(
-                gpu_memory_utilization,
-                device,
-                resident=resident_bytes + self.reading_bytes,
-                copied=self.verbs.copied_bytes(given),
-            )
+        self.shards, self._splits = _splits(policy)
+        budget, budget_text = self._budget(gpu_memory_utilization, resident_bytes, given)
         paging = None
         if expected_response_length is not None:
-            paging = cache_plan.Paging(
-                expected_response_length, max_response_length, page_size, self.shards
-            )
-            paging = paging if max_response_length > paging.ring else None
+            longest = max_response_length
+            paging = cache_plan.Paging(expected_response_length, longest, page_size, self.shards)
+            paging = paging.for_longest(longest)
         self.plan = cache_plan.plan(
             layout,
             max_prompt_length=max_prompt_length,
@@ -159,7 +145,7 @@ class Engine:
             group_size=group_size,
             most_slots=num_slots or tuning.default_slots,
             multiple=self.shards,
-            splits=splits,
+            splits=self._splits,
             stages=self.column_stages,
             shrinks=tuning.shrinks,
             budget=budget,
@@ -171,6 +157,23 @@ class Engine:
         self.slot_sizes = tuning.slot_sizes(self.num_slots, self.shards)
         # A batch that shrinks goes through these sizes; another one stays as it is.
         self.smaller_sizes = self.slot_sizes if tuning.shrinks else []
+
+    def _budget(
+        self, utilization: float | None, resident_bytes: int, given: Policy
+    ) -> tuple[int | None, str]:
+        """Bytes of one device that the cache may take, and the arithmetic; None for no limit.
+
+        Args:
+          given: the policy with the places that the parameters are copied from.
+        """
+        if utilization is None:
+            return None, ""
+        return cache_plan.memory_budget(
+            utilization,
+            _device(self.policy),
+            resident=resident_bytes + self.reading_bytes,
+            copied=self.verbs.copied_bytes(given),
+        )
 
     @property
     def prefill_pieces(self) -> int:
@@ -191,10 +194,10 @@ class Engine:
         """Bytes on a device of the longest prompt while it is read, and copied into its rows."""
         if self.prefill_pieces == 1:
             return 0
-        layout, (shards, splits) = self.verbs.layout, _splits(self.policy)
+        layout = self.verbs.layout
         columns = power_of_two(self.max_prompt_length - 1) + layout.row_tokens()
         # The store, the part of it that is copied, and the copies of that for the rows.
-        return 3 * layout.token_bytes() * columns * shards // splits
+        return 3 * layout.token_bytes() * columns * self.shards // self._splits
 
     def sizes_for(
         self,
@@ -382,9 +385,7 @@ class Engine:
         """How completions of at most so many tokens are kept in pages; None where the ring holds
         them."""
         paging = self.plan.paging
-        if paging is None or max_tokens <= paging.ring:
-            return None
-        return dataclasses.replace(paging, longest=max_tokens)
+        return paging and paging.for_longest(max_tokens)
 
     def _sizing(self, prompts: list[np.ndarray], sampling: SamplingParams) -> CallSizing:
         """The sizes that a call goes through."""
@@ -451,6 +452,20 @@ class Engine:
                 f"{name} has token ids outside [0, {V}): {tokens.min()} to {tokens.max()} given"
             )
         return tokens.astype(np.int32)
+
+
+def _check_policy(policy) -> None:
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            "policy is a Policy, the first of what Policy.from_pretrained returns; given "
+            f"{type(policy).__name__}. The parameters go to `generate`"
+        )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+            raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
 
 
 def _check_given(params, key) -> None:
