@@ -270,7 +270,7 @@ def test_a_model_on_eight_devices_equals_transformers(tmp_path):
 
 def biased_layer(mesh=None):
     config = tiny.model_config(
-        mixture=Mixture(6, 2, 12, router="softmax_of_chosen", biases=True, fused=True),
+        mixture=Mixture(6, 2, 12, router="softmax_of_chosen", biases=True, alternating=True),
         activation=ClampedGate(1.7, 0.8),
     )
     params = Policy(config).init(jax.random.key(0))["layers"]

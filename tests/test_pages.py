@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused(model, options, message):
     "on_mesh", [False, pytest.param(True, marks=pytest.mark.long)], ids=["one device", "mesh"]
 )
 def test_samples_with_a_state_beside_their_pages_go_on_after_they_waited(on_mesh):
-    linear = LinearAttention((True, False), 2, 8, 2, 8, taps=4, fused=True)
+    linear = LinearAttention((True, False), 2, 8, 2, 8, taps=4, by_key_head=True)
     policy = policy_of(linear_attention=linear, windows=(None, None))
     params = policy.init(jax.random.key(0))
     wanted = sampled(engine_of(policy), params)

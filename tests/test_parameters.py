@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.model import cpu, parameters
+from adpo_jax.model import cpu, parameter_table, parameters
 from adpo_jax.model.decoder import LayerWeights, decoder, gated_mlp
 from adpo_jax.model.lora import Lora
-from adpo_jax.model.parameters import Parameter
+from adpo_jax.model.parameter_row import Parameter
 from adpo_jax.policy import adapters
 from adpo_jax.update import optimizer
 
@@ -40,9 +40,9 @@ ON_DISK = ("when", "hf_name", "hf_axes", "alternates", "parted", "adapter_inputs
 
 
 def test_rows_of_one_name_differ_in_their_tensor_alone():
-    for rows in (parameters.TOP, parameters.LAYER):
+    for rows in (parameter_table.TOP, parameter_table.LAYER):
         for row in rows:
-            path = ("layers", row.name) if row in parameters.LAYER else (row.name,)
+            path = ("layers", row.name) if row in parameter_table.LAYER else (row.name,)
             first = parameters.at(path)
             same = {field: getattr(first, field) for field in ON_DISK}
             assert dataclasses.replace(row, **same) == first
@@ -82,7 +82,7 @@ def routed_mlp(weights: LayerWeights, x, layer):
 @pytest.fixture
 def routed(monkeypatch):
     """A policy whose layers have a router, and its parameters."""
-    monkeypatch.setattr(parameters, "LAYER", (*parameters.LAYER, ROUTER))
+    monkeypatch.setattr(parameter_table, "LAYER", (*parameter_table.LAYER, ROUTER))
     return routed_model()
 
 

@@ -83,8 +83,8 @@ class Verbs:
     @functools.partial(jax.jit, static_argnums=0)
     def _cast(self, params):
         def cast(path, leaf):
-            wide = parameters.at(tuple(key.key for key in path)).wide
-            return leaf if wide else leaf.astype(self.policy.dtype)
+            row = parameters.at(tuple(key.key for key in path))
+            return leaf if row.keeps_dtype else leaf.astype(self.policy.dtype)
 
         return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -66,7 +66,7 @@ def _gpt_oss(c: Mapping[str, Any], num_experts: int, chosen: int) -> Mixture:
         positive_int(c, "intermediate_size"),
         router="softmax_of_chosen",
         biases=True,
-        fused=True,
+        alternating=True,
     )
 
 

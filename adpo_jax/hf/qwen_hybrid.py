@@ -51,7 +51,7 @@ def fields(c: Mapping[str, Any], layer_types: Sequence[str]) -> dict[str, Any]:
         num_value_heads=value_heads,
         value_dim=positive_int(c, "linear_value_head_dim"),
         taps=taps,
-        fused=c["model_type"] == "qwen3_next",
+        by_key_head=c["model_type"] == "qwen3_next",
     )
     return {
         "norm_plus_one": True,

@@ -1,6 +1,6 @@
 """The place of every parameter in a Hugging Face checkpoint, for loading and saving.
 
-The table of parameters (`model/parameters.py`) has the names and the axes on disk.
+The table of parameters (`model/parameter_table.py`) has the names and the axes on disk.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ import numpy as np
 
 from adpo_jax.model import parameters
 from adpo_jax.model.model_config import ModelConfig
-from adpo_jax.model.parameters import Parameter, Path
+from adpo_jax.model.parameter_row import Parameter
+from adpo_jax.model.parameters import Path
 
 # Buffers that old versions of transformers wrote, computed from the config.
 HARMLESS_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -166,7 +167,7 @@ def leaves(config: ModelConfig, params) -> list[Leaf]:
     rows = parameters.of_model(config)
     for row in tuple(rows.values()):
         if row.adapter_inputs:
-            rows |= {("layers", adapter.name): adapter for adapter in row.adapter()}
+            rows |= {("layers", adapter.name): adapter for adapter in parameters.adapter_rows(row)}
     unknown = held.keys() - rows.keys()
     assert not unknown, f"parameters that the table does not give this model: {unknown}"
     whole = [leaf(path, row, held[path]) for path, row in rows.items() if path in held]

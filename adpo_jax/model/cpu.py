@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adpo_jax.model import layer_stacks, parameters
+from adpo_jax.model import layer_stacks, parameter_table, parameters
 from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.lora import merged_layer
 from adpo_jax.model.model_config import ModelConfig
@@ -125,8 +125,9 @@ def _joined(layer: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     layer = dict(layer)
     if any(map(parameters.is_adapter, layer)):
         return layer
-    for group in dict.fromkeys(row.joined for row in parameters.LAYER if row.joined):
-        names = list(dict.fromkeys(row.name for row in parameters.LAYER if row.joined == group))
+    rows = [row for row in parameter_table.LAYER if row.joined]
+    for group in dict.fromkeys(row.joined for row in rows):
+        names = list(dict.fromkeys(row.name for row in rows if row.joined == group))
         if layer.keys() >= set(names):
             matrices = [layer.pop(name) for name in names]
             flat = [matrix.reshape(len(matrix), -1) for matrix in matrices]

@@ -1,8 +1,8 @@
 """One decoder for all families of `hf/families.py`.
 
-The decoder is plain functions over the parameter tree that `parameters` declares. Families differ
-in data (`ModelConfig`). The uses of a model differ in two arguments: `attend` (which keys a query
-sees, and where keys are kept) and `ffn` (what follows attention). The layers are stacked on a
+The decoder is plain functions over the parameter tree that `parameter_table` declares. Families
+differ in data (`ModelConfig`). The uses of a model differ in two arguments: `attend` (which keys a
+query sees, and where keys are kept) and `ffn` (what follows attention). The layers are stacked on a
 leading axis and run by a scan, so compile time does not grow with depth. The decoder returns hidden
 states, and the caller chooses what to make of them (logits, log-probs), since [B, T, V] is the
 largest array of all.
@@ -255,7 +255,7 @@ def linear_attention(weights: LayerWeights, x: jax.Array, layer: LayerInfo, cach
 def _linear_products(weights: LayerWeights, x: jax.Array) -> list[jax.Array]:
     """Queries, keys [B, T, N, n], values, gates [B, T, M, m], and two numbers a value head."""
     linear = weights.config.linear_attention
-    if not linear.fused:
+    if not linear.by_key_head:
         names = ("q", "k", "v", "z", "b", "a")
         return [weights.dense(x, f"linear_{name}") for name in names]
     n, width = linear.key_dim, linear.sharing * linear.value_dim

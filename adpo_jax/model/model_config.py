@@ -66,8 +66,8 @@ class Mixture:
         experts have w1, w3 and w2 (Mixtral); "feed_forward" (Llama 4); or "" for the layer itself
         (Gemma 4). The latter two have one tensor for a matrix of all experts, in which the outputs
         of up stand behind those of gate.
-      fused: whether, on disk, one tensor holds a matrix of all experts of a layer, in which the
-        outputs of gate and up alternate (gpt-oss).
+      alternating: whether, on disk, one tensor holds a matrix of all experts of a layer, in which
+        the outputs of gate and up alternate (gpt-oss).
     """
 
     num_experts: int
@@ -83,7 +83,7 @@ class Mixture:
     biases: bool = False
     beside_mlp: bool = False
     block: str = "mlp"
-    fused: bool = False
+    alternating: bool = False
 
     def __post_init__(self):
         if self.router not in ROUTERS:
@@ -128,8 +128,8 @@ class LinearAttention:
       num_key_heads, key_dim: of queries and keys.
       num_value_heads, value_dim: of values; so many value heads share a key head.
       taps: tokens that the convolution of queries, keys and values sees, the last one included.
-      fused: whether, on disk, one tensor holds the weights of queries, keys, values and gates by
-        key head, and one those of the two numbers of each value head (Qwen3-Next, not Qwen3.5).
+      by_key_head: whether, on disk, one tensor holds the weights of queries, keys, values and gates
+        by key head, and one those of the two numbers of each value head (Qwen3-Next, not Qwen3.5).
     """
 
     layers: tuple[bool, ...]
@@ -138,7 +138,7 @@ class LinearAttention:
     num_value_heads: int
     value_dim: int
     taps: int
-    fused: bool
+    by_key_head: bool
 
     def __post_init__(self):
         if self.num_value_heads % self.num_key_heads:

@@ -1,6 +1,6 @@
 """Random parameters of a model.
 
-The rows of the table of `parameters` say how each is drawn.
+The rows of `parameter_table` say how each is drawn.
 
 Letters: L layers.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from adpo_jax.model import parameters
+from adpo_jax.model import parameter_table
 from adpo_jax.model.model_config import ModelConfig
-from adpo_jax.model.parameters import Parameter
+from adpo_jax.model.parameter_row import Parameter
 
 
 def init(config: ModelConfig, key: jax.Array, dtype) -> dict[str, Any]:
@@ -31,7 +31,7 @@ class _Model(nn.Module):
 
     @nn.compact
     def __call__(self):
-        _declare(self, parameters.TOP)
+        _declare(self, parameter_table.TOP)
         config = self.config
         for length, group in itertools.groupby(_by_length(config), lambda each: each[0]):
             stack = nn.scan(
@@ -47,7 +47,7 @@ class _Model(nn.Module):
 
 def _by_length(config: ModelConfig) -> list[tuple[int, Parameter]]:
     """The parameters of the layers, those that all layers have first."""
-    rows = [(len(row.layers_of(config)), row) for row in parameters.LAYER if row.when(config)]
+    rows = [(len(row.layers_of(config)), row) for row in parameter_table.LAYER if row.when(config)]
     return sorted(rows, key=lambda each: -each[0])
 
 

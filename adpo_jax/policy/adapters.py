@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from adpo_jax.hf import folders
 from adpo_jax.hf.safetensors_files import Checkpoint
 from adpo_jax.hf.tensors import WRAPPED_PREFIXES, layer_tensor, leaves
-from adpo_jax.model import lora, parameters
+from adpo_jax.model import lora, parameter_table, parameters
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.policy.policy import Policy
@@ -132,7 +132,7 @@ def _held_parameters(path: Path, config: dict, held: set[str]) -> list[str]:
         raise ValueError(
             f"{path}: target_parameters is a list of names, or null; given {given!r:.80}"
         )
-    found = {row.hf_module for row in parameters.LAYER if row.one_tensor_for_all}
+    found = {row.hf_module for row in parameter_table.LAYER if row.one_tensor_for_all}
     found &= set(parameters.adapted_modules())
     return [
         name
