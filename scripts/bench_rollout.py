@@ -53,7 +53,7 @@ def arguments():
 
 def policy_of(shape: dict):
     """The policy of a shape, a Qwen3."""
-    from adpo_jax.model.decoder import ModelConfig
+    from adpo_jax.model.model_config import ModelConfig
     from adpo_jax.model.rope import Rope
     from adpo_jax.policy import Policy
 

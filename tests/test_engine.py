@@ -12,7 +12,7 @@ import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine.decode_state import Sizes
-from adpo_jax.model.decoder import ModelConfig
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.rope import Rope
 
 V = 61

@@ -24,7 +24,7 @@ from adpo_jax.model import attention_choice, attention_kernels, mixture, paramet
 from adpo_jax.model.attention import dot_product_attention, visible
 from adpo_jax.model.attention_choice import AttentionFallback
 from adpo_jax.model.attention_kernels import ROWS, STREAMS, Settings
-from adpo_jax.model.decoder import LayerWeights
+from adpo_jax.model.layer_weights import LayerWeights
 from adpo_jax.model.model_config import ClampedGate, Mixture
 from adpo_jax.records import Sequences
 from adpo_jax.update import make_log_probs, packing

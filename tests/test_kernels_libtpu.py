@@ -21,7 +21,7 @@ from adpo_jax.engine.kernels import decode_tpu
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model import grouped
-from adpo_jax.model.decoder import ModelConfig
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.rope import Rope
 from adpo_jax.update.stream_sizes import tile_of
 

@@ -15,7 +15,7 @@ from adpo_jax.devices import sharding
 from adpo_jax.dry_run import traced_learning
 from adpo_jax.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
-from adpo_jax.model.decoder import embed_tokens
+from adpo_jax.model.embedding import embed_tokens
 from adpo_jax.model.head import Once
 from adpo_jax.model.parameters import logical_axes
 from adpo_jax.policy import Policy

@@ -19,8 +19,8 @@ from adpo_jax.data import arithmetic
 from adpo_jax.devices import flops, sharding
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.model import grouped, grouped_gpu, lora, mixture, parameters
-from adpo_jax.model.decoder import LayerWeights
 from adpo_jax.model.exchange import Exchange
+from adpo_jax.model.layer_weights import LayerWeights
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import Mixture

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.model import cpu, parameter_table, parameters
-from adpo_jax.model.decoder import LayerWeights, decoder, gated_mlp
+from adpo_jax.model.decoder import decoder, gated_mlp
+from adpo_jax.model.layer_weights import LayerWeights
 from adpo_jax.model.lora import Lora
 from adpo_jax.model.parameter_row import Parameter
 from adpo_jax.policy import adapters

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from adpo_jax.model.decoder import ModelConfig
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.rope import Rope
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Sequences

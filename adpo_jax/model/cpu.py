@@ -170,7 +170,6 @@ def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rop
     rope_tables = tuple(map(kept, rope_tables))
     all_extras = []
     for i, params in enumerate(layers):
-        of_layer = info.of(i, int)
-        carry, extras = run_layer(carry, params, of_layer, rope_tables)
+        carry, extras = run_layer(carry, params, info.of(i, int), rope_tables)
         all_extras += [extras] if extras else []
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras or [{}])

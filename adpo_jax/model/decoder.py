@@ -11,32 +11,22 @@ Letters: B batch, T tokens, D model width, H heads, K key/value heads, h head di
 the MLP, V vocabulary, L layers.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from adpo_jax.devices.sharding import (
-    constrain,
-    first_device,
-    mesh_axis_size,
-    names_of,
-    on_each_device,
-    partition_spec,
-    rule,
-    shard_map,
-)
-from adpo_jax.model import cpu, gated_gpu, layer_stacks, norm_rope_gpu, parameters, shared_keys
+from adpo_jax.devices.sharding import constrain
+from adpo_jax.model import cpu, layer_stacks, shared_keys
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo
-from adpo_jax.model.attention_choice import old_gpu
-from adpo_jax.model.layers import gated, project, rms_norm, unit_rms
+from adpo_jax.model.embedding import embed_tokens, per_layer_inputs
+from adpo_jax.model.layer_weights import LayerWeights
+from adpo_jax.model.layers import gated, rms_norm, unit_rms
 from adpo_jax.model.linear_attention import Hybrid, Inputs
 from adpo_jax.model.mixture import MixtureFfn
 from adpo_jax.model.model_config import ModelConfig
@@ -57,128 +47,6 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerWeights:
-    """The parameters of one layer, and how they act on hidden states.
-
-    Attributes:
-      params: parameters by their names in the table of parameters.
-      dtype: dtype of the computation; norms are float32 whatever it is.
-      lora_scale: scale of the adapters among `params`.
-    """
-
-    params: Mapping[str, jax.Array]
-    config: ModelConfig
-    dtype: Any
-    mesh: Mesh | None
-    lora_scale: float
-
-    def has(self, name: str) -> bool:
-        """Whether this layer has a parameter of this name; joined ones count as one."""
-        return name in self.params or (name in ("q", "k", "v") and "qkv" in self.params)
-
-    def dense(self, x: jax.Array, name: str) -> jax.Array:
-        """x [B, T, *in] times a weight [*in, *out], plus its adapter's product and its bias."""
-        return self._biased(self._product(x, name), name)
-
-    def dense_each(self, x: jax.Array, *names: str) -> list[jax.Array]:
-        """`dense` by several weights of the same input."""
-        products = cpu.joined_products(
-            self.config, self.params, names, lambda name: self._product(x, name)
-        )
-        return [self._biased(y, name) for y, name in zip(products, names)]
-
-    def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """The norm of x over its last axis, or x itself if the model has no norm of this name."""
-        c = self.config
-        if not parameters.has(c, name):
-            return x
-        return rms_norm(x, self.params[name], c.norm_eps, c.norm_plus_one)
-
-    def norm_and_rotate(self, x: jax.Array, name: str, cos, sin) -> jax.Array:
-        """Queries "q" or keys "k" [B, T, H, h] after their norm, if they have one, and rotation.
-
-        Args:
-          cos, sin: as for `rope.rotate`.
-        """
-        c = self.config
-        whole = 2 * cos.shape[-1] == x.shape[-1] and not c.rope_interleaved
-        over_heads = parameters.has(c, f"{name}_norm_all")
-        # In a step of decoding, the compiler's own kernels take no longer.
-        has_kernel = self._on_gpu and norm_rope_gpu.runs(x.dtype, x.shape[-1])
-        if x.shape[1] > 1 and whole and not over_heads and has_kernel:
-            return self._norm_and_rotate_on_gpu(x, name, cos, sin)
-        x = self.norm_over_heads(self.norm(x, f"{name}_norm"), f"{name}_norm_all")
-        return rope_lib.rotate(x, cos, sin, c.rope_interleaved)
-
-    @property
-    def _on_gpu(self) -> bool:
-        """Whether the target devices (perhaps only compiled for) are GPUs that run the kernels."""
-        device = first_device(self.mesh)
-        return device.platform == "gpu" and not old_gpu(device)
-
-    def _norm_and_rotate_on_gpu(self, x, name, cos, sin):
-        c = self.config
-        has_norm = parameters.has(c, f"{name}_norm")
-        weight = self.params[f"{name}_norm"] if has_norm else None
-
-        def kernel(x, weight, cos, sin):
-            return norm_rope_gpu.norm_and_rotate(
-                x, weight, cos, sin, eps=c.norm_eps, plus_one=c.norm_plus_one
-            )
-
-        by_token, by_head = ("batch", "length"), ("batch", "length", "heads")
-        sizes = dict(zip(by_head, x.shape))
-        local = on_each_device(
-            kernel, self.mesh, sizes, in_axes=(by_head, (), by_token, by_token), out_axes=by_head
-        )
-        return local(x, weight, cos, sin)
-
-    def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """activation(gate) * up, of the two products [B, T, F] of an MLP."""
-        activation = self.config.activation
-        if not (self._on_gpu and gated_gpu.runs(activation, gate.dtype, gate.size)):
-            return gated(activation, gate, up)
-        axes = ("batch", "length", "mlp")
-        kernel = functools.partial(gated_gpu.gated, activation)
-        sizes = dict(zip(axes, gate.shape))
-        return on_each_device(kernel, self.mesh, sizes, in_axes=(axes, axes), out_axes=axes)(
-            gate, up
-        )
-
-    def norm_over_heads(self, x: jax.Array, name: str) -> jax.Array:
-        """`norm` of x [B, T, H, h] over all heads of a token together."""
-        c = self.config
-        if not parameters.has(c, name):
-            return x
-        flat, weight = x.reshape(*x.shape[:2], -1), self.params[name].reshape(-1)
-        return rms_norm(flat, weight, c.norm_eps, c.norm_plus_one).reshape(x.shape)
-
-    def to_residual(self, x: jax.Array, norm: str) -> jax.Array:
-        """What a part of the layer adds to the hidden states, given its result x [B, T, D]."""
-        x, multiplier = self.norm(x, norm), self.config.residual_multiplier
-        if multiplier == 1.0:
-            return x
-        return (x.astype(jnp.float32) * multiplier).astype(x.dtype)
-
-    def _product(self, x, name):
-        weight, num_inputs = self.params[name], x.ndim - 2
-        width, out = math.prod(weight.shape[:num_inputs]), weight.shape[num_inputs:]
-        y = project(x.reshape(*x.shape[:2], width), weight.reshape(width, -1))
-        y = y.reshape(*x.shape[:2], *out)
-        a, b = parameters.adapter_names(name)
-        if a not in self.params:
-            return y
-        a, b = (self.params[n].astype(self.dtype) for n in (a, b))
-        return y + jnp.tensordot(self.lora_scale * jnp.tensordot(x, a, num_inputs), b, 1)
-
-    def _biased(self, y, name):
-        bias = f"{name}_bias"
-        if not parameters.has(self.config, bias):
-            return y
-        return y + self.params[bias].astype(self.dtype)
 
 
 # The part of a layer after attention: (weights, x [B, T, D], layer) -> (out [B, T, D], extras). The
@@ -216,12 +84,12 @@ def attention(
         q, gate = jnp.split(q, 2, axis=-1)
     if weights.config.value_norm:
         v = unit_rms(v, weights.config.norm_eps)
-    cos, sin, *scales = _tables_of(layer, rope_tables, q.shape[-1])
-    q, k = (weights.norm_and_rotate(x, name, cos, sin) for x, name in ((q, "q"), (k, "k")))
+    cos, sin, scales = _tables_of(layer, rope_tables, q.shape[-1])
+    q, k = (weights.norm_and_rotate(y, name, cos, sin) for y, name in ((q, "q"), (k, "k")))
     if weights.config.qk_unit_norm:
         is_rotated = [rope.kind != "none" for rope in weights.config.ropes]
         is_normed = jnp.asarray(is_rotated)[layer.rope]
-        q, k = (jnp.where(is_normed, unit_rms(x, weights.config.norm_eps), x) for x in (q, k))
+        q, k = (jnp.where(is_normed, unit_rms(y, weights.config.norm_eps), y) for y in (q, k))
     for scale in scales:
         q = (q * scale[..., None]).astype(q.dtype)
     q = constrain(q, mesh, "batch", "length", "heads", None)
@@ -269,7 +137,8 @@ def _linear_products(weights: LayerWeights, x: jax.Array) -> list[jax.Array]:
 def _attention_to_shared_keys(weights: LayerWeights, x, layer, rope_tables, cache, attend: Attend):
     """`attention` of a layer without keys and values; `attend` has those of an earlier layer."""
     q = weights.dense(x, "q")
-    cos, sin = _tables_of(layer, rope_tables, q.shape[-1])
+    cos, sin, scales = _tables_of(layer, rope_tables, q.shape[-1])
+    assert not scales, "queries of layers that share keys are not scaled"
     q = weights.norm_and_rotate(q, "q", cos, sin)
     q = constrain(q, weights.mesh, "batch", "length", "heads", None)
     attended, cache = attend(q, None, None, layer, cache)
@@ -277,11 +146,14 @@ def _attention_to_shared_keys(weights: LayerWeights, x, layer, rope_tables, cach
 
 
 def _tables_of(layer: LayerInfo, rope_tables, head_dim: int):
-    """The rope tables of a layer, whose heads may be narrower than those of others."""
+    """(cos, sin, scales of queries) of a layer, whose heads may be narrower than those of others.
+
+    Most models have no scales, and the third is an empty list.
+    """
     cos, sin, *scales = (table[layer.rope] for table in rope_tables)
     if cos.shape[-1] > head_dim // 2:
         cos, sin = cos[..., : head_dim // 2], sin[..., : head_dim // 2]
-    return cos, sin, *scales
+    return cos, sin, scales
 
 
 def transformer_layer(
@@ -327,28 +199,6 @@ def _from_per_layer_input(weights: LayerWeights, x: jax.Array) -> jax.Array:
     own = weights.params["per_layer_input"]
     opened = gated(weights.config.activation, weights.dense(x, "per_layer_gate"), own)
     return weights.dense(opened, "per_layer_out")
-
-
-@jax.named_scope("embed")
-def per_layer_inputs(
-    config: ModelConfig, params, tokens: jax.Array, x: jax.Array, mesh: Mesh | None
-) -> jax.Array:
-    """The embeddings of tokens for each layer, [L, B, T, P].
-
-    Half of them is looked up, the other half is made of the embeddings of the model.
-
-    Args:
-      tokens: [B, T] int32.
-      x: [B, T, D], their embeddings.
-    """
-    L, P = config.num_layers, config.per_layer_size
-    table = params["per_layer_embed"]
-    looked_up = lookup(table, tokens, x.dtype, mesh) * jnp.asarray(P**0.5, x.dtype)
-    made = project(x, params["per_layer_context"]) * jnp.asarray(config.hidden_size**-0.5, x.dtype)
-    made, looked_up = (y.reshape(*tokens.shape, L, P) for y in (made, looked_up))
-    made = rms_norm(made, params["per_layer_norm"], config.norm_eps, config.norm_plus_one)
-    both = jnp.moveaxis((made + looked_up) * jnp.asarray(0.5**0.5, x.dtype), 2, 0)
-    return constrain(both, mesh, None, "batch", "length", None)
 
 
 def decoder(
@@ -402,26 +252,26 @@ def decoder(
         if config.global_layers:
             layer_params = layer_stacks.plainly_named(layer_params)
         weights = LayerWeights(layer_params, config, dtype, mesh, lora_scale)
-        has_own_mlp = config.mixture and "experts_router" not in layer_params
-        of_layer = gated_mlp if has_own_mlp else ffn
+        lacks_mixture = config.mixture and "experts_router" not in layer_params
+        layer_ffn = gated_mlp if lacks_mixture else ffn
         x = checkpoint_name(carry[0], LAYER_INPUT)
         x, cache, extras = transformer_layer(
-            weights, x, layer, rope_tables, carry[1], attend, of_layer
+            weights, x, layer, rope_tables, carry[1], attend, layer_ffn
         )
         return (x, cache), extras
 
     rope_tables = rope_lib.cos_sin(config.ropes, config.rope_head_dims, positions)
     rope_tables += rope_lib.query_scales(config.ropes, positions)
-    of_layers = None
+    layer_inputs = None
     if config.per_layer_size:
-        of_layers = per_layer_inputs(config, params, tokens, x, mesh)
+        layer_inputs = per_layer_inputs(config, params, tokens, x, mesh)
     (x, cache), extras = _run_stack(
         config,
         run_layer,
         (x, cache),
         params["layers"],
         rope_tables,
-        of_layers,
+        layer_inputs,
         remat=remat,
         scan_layers=scan_layers,
     )
@@ -437,7 +287,7 @@ def _run_stack(
     carry,
     layers,
     rope_tables,
-    of_layers: jax.Array | None,
+    layer_inputs: jax.Array | None,
     *,
     remat: str,
     scan_layers: bool,
@@ -447,15 +297,15 @@ def _run_stack(
     Args:
       run_layer: (carry, layer's parameters, `LayerInfo`, rope tables) -> (carry, extras).
       layers, remat, scan_layers: as for `decoder`.
-      of_layers: [L, B, T, P], the layers' own embeddings; None for none.
+      layer_inputs: [L, B, T, P], the layers' own embeddings; None for none.
 
     Returns:
       (carry, extras stacked over the layers that have them).
     """
     info = config.layer_info
     if isinstance(layers, tuple):
-        if of_layers is not None:
-            layers = tuple(p | {"per_layer_input": y} for p, y in zip(layers, of_layers))
+        if layer_inputs is not None:
+            layers = tuple(p | {"per_layer_input": y} for p, y in zip(layers, layer_inputs))
 
         def run_one(carry, layer_params, layer: LayerInfo, rope_tables):
             layer = layer._replace(store=config.stores[layer.index])
@@ -469,7 +319,7 @@ def _run_stack(
             carry,
             layers,
             info,
-            of_layers,
+            layer_inputs,
             functools.partial(_recomputed, remat=remat, scanned=scan_layers),
             unroll=not scan_layers,
         )
@@ -480,9 +330,9 @@ def _run_stack(
     run = _recomputed(run, remat, scanned=scan_layers)
     all_extras = []
     for part, _ in layer_stacks.stretches(config):
-        of_part = layer_stacks.layers_of(layers, config, part)
-        of_info = info.of(slice(part.start, part.stop), jnp.asarray)
-        carry, extras = jax.lax.scan(run, carry, (of_part, of_info), unroll=not scan_layers)
+        part_params = layer_stacks.layers_of(layers, config, part)
+        part_info = info.of(slice(part.start, part.stop), jnp.asarray)
+        carry, extras = jax.lax.scan(run, carry, (part_params, part_info), unroll=not scan_layers)
         all_extras += [extras] if extras else []
     return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *all_extras or [{}])
 
@@ -493,60 +343,6 @@ def _recomputed(run: Callable, remat: str, *, scanned: bool) -> Callable:
         return run
     # Outside of a loop the compiler would find the first result again and keep it.
     return jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=not scanned)
-
-
-@jax.named_scope("embed")
-def embed_tokens(
-    config: ModelConfig, embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None
-) -> jax.Array:
-    """Embeddings [B, T, D] of tokens [B, T]."""
-    x = lookup(embed, tokens, dtype, mesh)
-    if config.embed_multiplier != 1.0:
-        x = (x.astype(jnp.float32) * config.embed_multiplier).astype(dtype)
-    return x * jnp.asarray(config.hidden_size**0.5, dtype) if config.embed_scale else x
-
-
-def lookup(table: jax.Array, tokens: jax.Array, dtype, mesh: Mesh | None) -> jax.Array:
-    """The rows [B, T, D] of a table [V, D], split as that of the embeddings is."""
-    if mesh is not None and mesh.size > 1:
-        return _split_lookup(table, tokens, dtype, mesh)
-    return jnp.take(table, tokens, axis=0).astype(dtype)
-
-
-def _split_lookup(embed: jax.Array, tokens: jax.Array, dtype, mesh: Mesh) -> jax.Array:
-    """Rows of a table that is split over the mesh, found without gathering it or its gradient.
-
-    Devices that split the width look each other's tokens up in their parts of the table, and the
-    parts of the result change places, so that no more than the result moves. (The partitioner would
-    gather the table, and sum its gradient whole on every device: 2.5 GB each for 152k tokens of
-    width 4096.) Rows are cast after they are found, so that the gradient of a frequent token is
-    summed in the table's dtype: in bfloat16, 4,096 times 0.01 would come to 4.
-    """
-    B, T = tokens.shape
-    vocab, width = partition_spec(mesh, parameters.at(("embed",)).logical_axes, embed.shape)
-    spec = PartitionSpec(rule(mesh, "batch"), rule(mesh, "length"))
-    if any(size % mesh_axis_size(mesh, axes) for size, axes in zip((B, T), spec)):
-        return jnp.take(constrain(embed, mesh, None, None), tokens, axis=0).astype(dtype)
-    # For each mesh axis that splits the width, the axis of the tokens that it splits too.
-    axes = [(name, 0 if name in names_of(spec[0]) else 1) for name in names_of(width)]
-
-    def lookup(embed, tokens):
-        for name, axis in axes:
-            tokens = jax.lax.all_gather(tokens, name, axis=axis, tiled=True)
-        if vocab is None:
-            x = jnp.take(embed, tokens, axis=0).astype(dtype)
-        else:
-            local = tokens - jax.lax.axis_index(vocab) * embed.shape[0]
-            here = (local >= 0) & (local < embed.shape[0])
-            x = jnp.take(embed, jnp.where(here, local, 0), axis=0).astype(dtype)
-            x = jax.lax.psum(jnp.where(here[..., None], x, jnp.zeros((), dtype)), vocab)
-        for name, axis in reversed(axes):
-            x = jax.lax.all_to_all(x, name, split_axis=axis, concat_axis=2, tiled=True)
-        return x
-
-    return shard_map(lookup, mesh, (PartitionSpec(vocab, width), spec), spec, check_vma=True)(
-        embed, tokens
-    )
 
 
 def head_logits(config: ModelConfig, params, hidden: jax.Array, mesh: Mesh | None = None):

@@ -112,7 +112,7 @@ def scan_periods(
     carry,
     layers,
     info: LayerInfo,
-    of_layers,
+    layer_inputs,
     recomputed,
     *,
     unroll: bool = False,
@@ -122,7 +122,7 @@ def scan_periods(
     Args:
       run_layer: (carry, layer's parameters, `LayerInfo`) -> (carry, extras).
       info: that of all layers, arrays [L].
-      of_layers: [L, B, T, P], their own embeddings; None for none.
+      layer_inputs: [L, B, T, P], their own embeddings; None for none.
       recomputed: makes of `run_layer` what the backward pass runs again.
       unroll: whether all periods are written out in place of a loop.
 
@@ -133,21 +133,21 @@ def scan_periods(
     def scan(carry, stretch: Stretch):
         stacked, places = in_periods(layers, config, stretch)
         first, last = stretch.layers.start, stretch.layers.stop
-        each = jax.tree.map(lambda x: jnp.asarray(x[first:last]), (info, of_layers))
+        each = jax.tree.map(lambda x: jnp.asarray(x[first:last]), (info, layer_inputs))
         each = jax.tree.map(lambda x: x.reshape(-1, stretch.period, *x.shape[1:]), each)
 
-        def one_layer(carry, i: int, at, stacked, info: LayerInfo, of_layers):
-            of_layer = {name: stacked[name][place] for name, place in at.items()}
-            if of_layers is not None:
-                of_layer["per_layer_input"] = of_layers[i]
+        def one_layer(carry, i: int, at, stacked, info: LayerInfo, layer_inputs):
+            layer_params = {name: stacked[name][place] for name, place in at.items()}
+            if layer_inputs is not None:
+                layer_params["per_layer_input"] = layer_inputs[i]
             layer = info.of(i)._replace(store=config.stores[first + i])
-            return recomputed(run_layer)(carry, of_layer, layer)
+            return recomputed(run_layer)(carry, layer_params, layer)
 
-        def one_period(carry, of_period):
-            stacked, of_layers = of_period
+        def one_period(carry, period):
+            stacked, (info, layer_inputs) = period
             extras = []
             for i, at in enumerate(places):
-                carry, more = one_layer(carry, i, at, stacked, *of_layers)
+                carry, more = one_layer(carry, i, at, stacked, info, layer_inputs)
                 extras += [more] if more else []
             return carry, jax.tree.map(lambda *x: jnp.stack(x), *extras or [{}])
 
