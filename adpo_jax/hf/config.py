@@ -251,7 +251,7 @@ def _layer_types(family: families.Family, c: Mapping[str, Any], num_layers: int)
     if c.get("layer_types") is not None:
         layer_types = list(c["layer_types"])
     else:
-        layer_types = [family.kinds[bool(family.slides(c, i))] for i in range(num_layers)]
+        layer_types = [family.kinds[bool(family.is_second_kind(c, i))] for i in range(num_layers)]
 
     unknown = sorted(set(layer_types) - set(family.kinds))
     if unknown:

@@ -20,11 +20,12 @@ class Family:
       defaults: every key that is read, with the value that transformers takes where config.json
         leaves it out.
       traits: the fields of `ModelConfig` that are otherwise than in Llama.
-      slides: whether a layer has a window, where config.json lists no `layer_types`.
+      is_second_kind: whether a layer is of the second of `kinds`, where config.json lists no
+        `layer_types`.
       rotates: whether a layer has rotary embeddings.
       rope_by_kind: whether layers with a window have a rope of their own; `rope_parameters` then
         has one entry for each kind of layer.
-      kinds: the layer types that it may have; the second is that of layers of which `slides` is so.
+      kinds: the layer types that it may have.
       scale_of_no_rope: the fields of `Rope` by which queries grow in layers without a rope.
       rope_keys: keys of the rope that this family reads besides those of its type.
       rope_types: other names of rope types in files of this family.
@@ -43,7 +44,7 @@ class Family:
     architecture: str
     defaults: Mapping[str, Any]
     traits: Callable[[Settings], Mapping[str, Any]] = lambda c: {}
-    slides: Callable[[Settings, int], bool] = lambda c, layer: False
+    is_second_kind: Callable[[Settings, int], bool] = lambda c, layer: False
     rotates: Callable[[Settings, int], bool] = lambda c, layer: True
     rope_by_kind: bool = False
     kinds: tuple[str, str] = ("full_attention", "sliding_attention")
@@ -58,6 +59,8 @@ class Family:
     fields: Callable[[Settings, Sequence[str]], Mapping[str, Any]] | None = None
 
 
+# --- defaults and traits that families share
+
 COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -68,6 +71,8 @@ COMMON = {
     "rope_scaling": None,
     "rope_parameters": None,
 }
+# The number of experts of a mixture, which transformers writes under either name.
+NUM_EXPERTS = {"num_experts": None, "num_local_experts": None}
 LLAMA = {
     **COMMON,
     "num_key_value_heads": None,
@@ -84,6 +89,31 @@ QWEN = {
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
+}
+QWEN_MOE = {
+    **QWEN,
+    "moe_intermediate_size": 768,
+    **NUM_EXPERTS,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+# Of Qwen3-Next and Qwen3.5: a period of layers ends with one of full attention.
+QWEN_HYBRID = {
+    **COMMON,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32_768,
+    "attention_bias": False,
+    "partial_rotary_factor": 0.25,
+    "layer_types": None,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
 }
 MISTRAL = {
     **COMMON,
@@ -110,16 +140,11 @@ GEMMA = {
     "sliding_window": 4096,
     "layer_types": None,
 }
-# Of the mixture that `enable_moe_block` turns on.
-GEMMA4_EXPERTS = (
-    "num_experts",
-    "top_k_experts",
-    "moe_intermediate_size",
-    "expert_intermediate_size",
-)
-GEMMA4_WITHOUT = {"query_pre_attn_scalar", "attention_bias"}
 GEMMA_TRAITS = {"norm_plus_one": True, "post_norms": True, "embed_scale": True}
 OLMO_TRAITS = {"pre_norms": False, "post_norms": True, "qk_norm_over_heads": True}
+FULL_AND_LINEAR = ("full_attention", "linear_attention")
+
+# --- which layers are of the second kind, and which rotate
 
 
 def _late_layers_slide(c: Settings, layer: int) -> bool:
@@ -135,44 +160,22 @@ def _all_layers_slide_if_asked(c: Settings, layer: int) -> bool:
     return bool(c["use_sliding_window"]) and c["sliding_window"] is not None
 
 
+def _all_but_every_nth_is_linear(c: Settings, layer: int) -> bool:
+    return (layer + 1) % c["full_attention_interval"] != 0
+
+
 def _listed_or_not_every_nth_rotates(c: Settings, layer: int) -> bool:
     if c["no_rope_layers"]:
         return bool(c["no_rope_layers"][layer])
     return (layer + 1) % c["no_rope_layer_interval"] != 0
 
 
-QWEN_MOE = {
-    **QWEN,
-    "moe_intermediate_size": 768,
-    "num_experts": None,
-    "num_local_experts": None,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": None,
-}
-
-# Of Qwen3-Next and Qwen3.5: a period of layers ends with one of full attention.
-QWEN_HYBRID = {
-    **COMMON,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "max_position_embeddings": 32_768,
-    "attention_bias": False,
-    "partial_rotary_factor": 0.25,
-    "layer_types": None,
-    "full_attention_interval": 4,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-}
-FULL_AND_LINEAR = ("full_attention", "linear_attention")
+# --- the families
 
 
-def _all_but_every_nth_is_linear(c: Settings, layer: int) -> bool:
-    return (layer + 1) % c["full_attention_interval"] != 0
+def _without(defaults: Settings, *keys: str) -> dict[str, Any]:
+    """The defaults of other families but for some that a family does not read."""
+    return {key: value for key, value in defaults.items() if key not in keys}
 
 
 def _qwen3_5(architecture: str, more: Mapping[str, Any], num_experts: int = 0) -> Family:
@@ -188,7 +191,7 @@ def _qwen3_5(architecture: str, more: Mapping[str, Any], num_experts: int = 0) -
             "mtp_use_dedicated_embeddings": False,
             **more,
         },
-        slides=_all_but_every_nth_is_linear,
+        is_second_kind=_all_but_every_nth_is_linear,
         kinds=FULL_AND_LINEAR,
         # Text has one position for all three sections of the rope.
         rope_keys=frozenset({"mrope_section", "mrope_interleaved"}),
@@ -204,18 +207,18 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen2ForCausalLM",
         {**QWEN, "head_dim": None},
         traits=lambda c: {"qkv_bias": True},
-        slides=_late_layers_slide,
+        is_second_kind=_late_layers_slide,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**QWEN, "head_dim": 128, "attention_bias": False},
         traits=lambda c: {"qk_norm": True},
-        slides=_late_layers_slide,
+        is_second_kind=_late_layers_slide,
     ),
     "llama": Family("LlamaForCausalLM", LLAMA),
-    "mistral": Family("MistralForCausalLM", MISTRAL, slides=_all_layers_slide),
+    "mistral": Family("MistralForCausalLM", MISTRAL, is_second_kind=_all_layers_slide),
     "ministral": Family(
-        "MinistralForCausalLM", {**MISTRAL, "layer_types": None}, slides=_all_layers_slide
+        "MinistralForCausalLM", {**MISTRAL, "layer_types": None}, is_second_kind=_all_layers_slide
     ),
     "ministral3": Family(
         "Ministral3ForCausalLM",
@@ -235,7 +238,7 @@ FAMILIES: Mapping[str, Family] = {
                 "llama_4_scaling_beta": 0.1,
             },
         },
-        slides=_all_layers_slide,
+        is_second_kind=_all_layers_slide,
         rope_keys=frozenset({"llama_4_scaling_beta", "max_position_embeddings"}),
     ),
     "gemma2": Family(
@@ -247,7 +250,7 @@ FAMILIES: Mapping[str, Family] = {
             "attn_logit_softcapping": 50.0,
         },
         traits=lambda c: GEMMA_TRAITS,
-        slides=lambda c, layer: (layer + 1) % 2 != 0,
+        is_second_kind=lambda c, layer: (layer + 1) % 2 != 0,
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -266,13 +269,13 @@ FAMILIES: Mapping[str, Family] = {
             "final_logit_softcapping": None,
         },
         traits=lambda c: {**GEMMA_TRAITS, "qk_norm": True},
-        slides=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
+        is_second_kind=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
         rope_by_kind=True,
     ),
     "gemma4_text": Family(
         "Gemma4ForCausalLM",
         {
-            **{key: value for key, value in GEMMA.items() if key not in GEMMA4_WITHOUT},
+            **_without(GEMMA, "query_pre_attn_scalar", "attention_bias"),
             # The published configs may leave these sizes to the defaults.
             "vocab_size": 262_144,
             "hidden_size": 2304,
@@ -300,9 +303,13 @@ FAMILIES: Mapping[str, Family] = {
             "vocab_size_per_layer_input": 262_144,
             "use_bidirectional_attention": None,
             "enable_moe_block": False,
-            **dict.fromkeys(GEMMA4_EXPERTS),
+            # Of the mixture that `enable_moe_block` turns on.
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
+            "expert_intermediate_size": None,
         },
-        slides=lambda c, layer: (layer + 1) % 6 != 0,
+        is_second_kind=lambda c, layer: (layer + 1) % 6 != 0,
         rope_by_kind=True,
         fields=gemma4.fields,
     ),
@@ -321,7 +328,7 @@ FAMILIES: Mapping[str, Family] = {
             "no_rope_layers": None,
             "no_rope_layer_interval": 4,
         },
-        slides=lambda c, layer: (
+        is_second_kind=lambda c, layer: (
             c["use_sliding_window"]
             and c["sliding_window"] is not None
             and not _listed_or_not_every_nth_rotates(c, layer)
@@ -331,7 +338,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama4_text": Family(
         "Llama4ForCausalLM",
         {
-            **{key: value for key, value in LLAMA.items() if key != "mlp_bias"},
+            **_without(LLAMA, "mlp_bias"),
             "vocab_size": 202_048,
             "hidden_size": 5120,
             "intermediate_size": 8192,
@@ -356,7 +363,7 @@ FAMILIES: Mapping[str, Family] = {
             "num_local_experts": 16,
             "num_experts_per_tok": 1,
         },
-        slides=lambda c, layer: (
+        is_second_kind=lambda c, layer: (
             c["attention_chunk_size"] is not None and _listed_or_not_every_nth_rotates(c, layer)
         ),
         rotates=_listed_or_not_every_nth_rotates,
@@ -377,7 +384,7 @@ FAMILIES: Mapping[str, Family] = {
         "Olmo3ForCausalLM",
         {**OLMO, "rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
         traits=lambda c: OLMO_TRAITS,
-        slides=lambda c, layer: (layer + 1) % 4 != 0,
+        is_second_kind=lambda c, layer: (layer + 1) % 4 != 0,
         rope_by_kind=True,
     ),
     # Phi-4 is of this type too.
@@ -393,13 +400,12 @@ FAMILIES: Mapping[str, Family] = {
             "partial_rotary_factor": 1.0,
         },
         traits=lambda c: {"fused_qkv": True, "fused_gate_up": True},
-        slides=_all_layers_slide,
+        is_second_kind=_all_layers_slide,
         rope_types={"su": "longrope", "yarn": "longrope"},
     ),
     "granite": Family(
         "GraniteForCausalLM",
-        passed_over=frozenset({"attention_dropout"}),
-        defaults={
+        {
             **LLAMA,
             "embedding_multiplier": 1.0,
             "logits_scaling": 1.0,
@@ -412,6 +418,7 @@ FAMILIES: Mapping[str, Family] = {
             "logit_divisor": c["logits_scaling"],
             "attention_scale": c["attention_multiplier"],
         },
+        passed_over=frozenset({"attention_dropout"}),
     ),
     # GLM-4 of April 2025 (0414); the type of older GLM-4 files is "chatglm" or "glm".
     "glm4": Family(
@@ -459,7 +466,7 @@ FAMILIES: Mapping[str, Family] = {
             "use_qk_norm": True,  # some files say so; transformers does not read it
         },
         traits=lambda c: {"qk_norm": True},
-        slides=_all_layers_slide_if_asked,
+        is_second_kind=_all_layers_slide_if_asked,
         num_experts=128,
     ),
     "qwen2_moe": Family(
@@ -474,7 +481,7 @@ FAMILIES: Mapping[str, Family] = {
             "qkv_bias": True,
         },
         traits=lambda c: {"qkv_bias": bool(c["qkv_bias"])},
-        slides=lambda c, layer: (
+        is_second_kind=lambda c, layer: (
             _all_layers_slide_if_asked(c, layer)
             and layer % 2 == 0
             and layer < c["max_window_layers"]
@@ -491,11 +498,10 @@ FAMILIES: Mapping[str, Family] = {
             "head_dim": None,
             "max_position_embeddings": 131_072,
             "sliding_window": None,
-            "num_experts": None,
-            "num_local_experts": None,
+            **NUM_EXPERTS,
             "num_experts_per_tok": 2,
         },
-        slides=_all_layers_slide,
+        is_second_kind=_all_layers_slide,
         num_experts=8,
     ),
     "olmoe": Family(
@@ -507,8 +513,7 @@ FAMILIES: Mapping[str, Family] = {
             "head_dim": None,
             "max_position_embeddings": 4096,
             "attention_bias": False,
-            "num_experts": None,
-            "num_local_experts": None,
+            **NUM_EXPERTS,
             "num_experts_per_tok": 8,
             "norm_topk_prob": False,
         },
@@ -538,8 +543,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": True,
             "sliding_window": 128,
             "layer_types": None,
-            "num_experts": None,
-            "num_local_experts": None,
+            **NUM_EXPERTS,
             "num_experts_per_tok": 4,
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
@@ -549,7 +553,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_sinks": True,
             "activation": ClampedGate(float(c["swiglu_alpha"]), float(c["swiglu_limit"])),
         },
-        slides=lambda c, layer: layer % 2 == 0,
+        is_second_kind=lambda c, layer: layer % 2 == 0,
         quantized="mxfp4",
         exported={"quantization_config": None},
         num_experts=128,
@@ -566,8 +570,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_bias": False,
             "partial_rotary_factor": 0.5,
             "use_qk_norm": False,
-            "num_experts": None,
-            "num_local_experts": None,
+            **NUM_EXPERTS,
             "n_routed_experts": None,
             "n_shared_experts": 1,
             "num_experts_per_tok": 8,
@@ -593,8 +596,7 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3NextForCausalLM",
         {
             **QWEN_HYBRID,
-            "num_experts": None,
-            "num_local_experts": None,
+            **NUM_EXPERTS,
             "num_experts_per_tok": 10,
             "moe_intermediate_size": 512,
             "shared_expert_intermediate_size": 512,
@@ -602,7 +604,7 @@ FAMILIES: Mapping[str, Family] = {
             "decoder_sparse_step": 1,
             "mlp_only_layers": None,
         },
-        slides=_all_but_every_nth_is_linear,
+        is_second_kind=_all_but_every_nth_is_linear,
         kinds=FULL_AND_LINEAR,
         further_layers=True,
         num_experts=512,
@@ -613,8 +615,7 @@ FAMILIES: Mapping[str, Family] = {
         "Qwen3_5MoeForCausalLM",
         {
             "intermediate_size": 512,  # of an MLP, which no layer has
-            "num_experts": None,
-            "num_local_experts": None,
+            **NUM_EXPERTS,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 512,
             "shared_expert_intermediate_size": 512,
@@ -624,6 +625,8 @@ FAMILIES: Mapping[str, Family] = {
         num_experts=256,
     ),
 }
+
+# --- language models beside a vision tower
 
 
 @dataclasses.dataclass(frozen=True)
