@@ -118,9 +118,13 @@ def load(
     base_dtype = None
     if keep_base_dtype and source.lora:
         base_dtype = "bfloat16" if config.trainer.bf16 else "float32"
-    policy = Policy.abstract_from_config(source.hf_config, dtype, base_dtype, mesh=mesh)
-    policy = dataclasses.replace(
-        policy, lora=source.lora, generation_config=source.generation_config
+    policy = Policy.abstract_from_config(
+        source.hf_config,
+        dtype=dtype,
+        param_dtype=base_dtype,
+        mesh=mesh,
+        lora=source.lora,
+        generation_config=source.generation_config,
     )
     checkpoint = _checkpoint_folder(run, step)
     state = _read_state(checkpoint, policy)

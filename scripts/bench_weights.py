@@ -65,7 +65,7 @@ def make_policy(a: argparse.Namespace) -> Policy:
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
     }
-    return Policy.abstract_from_config(config, a.dtype, a.dtype)
+    return Policy.abstract_from_config(config, dtype=a.dtype)
 
 
 def fetch(a: argparse.Namespace) -> None:

@@ -242,7 +242,7 @@ def test_a_dtype_that_no_model_computes_in_is_refused(dtype, words):
     with pytest.raises(
         ValueError, match=rf"^dtype is one of float32, bfloat16, float16; .*{words}"
     ):
-        Policy.abstract_from_config(config_of("qwen2"), dtype)
+        Policy.abstract_from_config(config_of("qwen2"), dtype=dtype)
 
 
 def test_an_unknown_gradient_checkpointing_is_refused():

@@ -79,6 +79,18 @@ class Policy:
     generation_config: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
+        self._check_choices()
+        self._check_mesh()
+        if self.lora:
+            object.__setattr__(self, "lora", self.lora.of_model(self.config))
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
+        if self.attention != "auto":
+            for use in (ROWS, STREAMS):
+                self._attention_of(use)
+
+    def _check_choices(self) -> None:
+        """Refuses names that are none of their lists."""
         if self.gradient_checkpointing not in REMAT_POLICIES:
             raise ValueError(
                 f"gradient_checkpointing is one of {sorted(REMAT_POLICIES)}, "
@@ -89,13 +101,13 @@ class Policy:
                 f"sequence_exchange is one of {', '.join(EXCHANGES)}, "
                 f"given {self.sequence_exchange!r}"
             )
-        if (
-            self.mesh
-            and not self.config.mixture
-            and sharding.mesh_axis_size(self.mesh, "expert") > 1
-        ):
+
+    def _check_mesh(self) -> None:
+        """Refuses axes of the mesh over which nothing of the model can be split."""
+        experts = sharding.mesh_axis_size(self.mesh, "expert") if self.mesh else 1
+        if experts > 1 and not self.config.mixture:
             raise ValueError(
-                f"mesh.expert is {self.mesh.shape['expert']}, but the model has no experts; give "
+                f"mesh.expert is {experts}, but the model has no experts; give "
                 "its devices to mesh.fsdp"
             )
         shares = sharding.BatchSharding(self.mesh).num_shares
@@ -104,13 +116,6 @@ class Policy:
                 f"mesh.sequence is {shares}, but this model's linear attention runs through a "
                 "sequence in order, on one device; give the devices to mesh.fsdp"
             )
-        if self.lora:
-            object.__setattr__(self, "lora", self.lora.of_model(self.config))
-        for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, _float_dtype(name, getattr(self, name)))
-        if self.attention != "auto":
-            for use in (ROWS, STREAMS):
-                self._attention_of(use)
 
     # --- from and to Hugging Face
 
@@ -147,9 +152,14 @@ class Policy:
             name, override=override_config
         )
         policy = cls.abstract_from_config(
-            config_json, dtype, param_dtype, mesh, gradient_checkpointing, scan_layers
+            config_json,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            gradient_checkpointing=gradient_checkpointing,
+            scan_layers=scan_layers,
+            generation_config=generation_config,
         )
-        policy = dataclasses.replace(policy, generation_config=generation_config)
         policy.check_room()
         params = folders.load_params(
             policy.config, policy.abstract_params(), folder, config_json["model_type"]
@@ -177,7 +187,12 @@ class Policy:
           (policy, params); the other arguments and errors as of `from_pretrained`.
         """
         policy = cls.abstract_from_config(
-            hf_config, dtype, param_dtype, mesh, gradient_checkpointing, scan_layers
+            hf_config,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            mesh=mesh,
+            gradient_checkpointing=gradient_checkpointing,
+            scan_layers=scan_layers,
         )
         policy.check_room()
         return policy, policy.init(key)
@@ -186,25 +201,25 @@ class Policy:
     def abstract_from_config(
         cls,
         hf_config: Mapping[str, Any],
+        *,
         dtype: Any = "float32",
         param_dtype: Any = None,
-        mesh: Mesh | None = None,
-        gradient_checkpointing: str = "none",
-        scan_layers: bool = True,
+        **settings: Any,
     ) -> "Policy":
         """The policy alone, without weights: for shapes, compilation and dry runs.
 
-        Arguments and errors as of `from_config`.
+        Args:
+          settings: other fields of `Policy`.
+
+        The other arguments and errors are those of `from_config`.
         """
         hf_config = language_config(hf_config)
         return cls(
             config=model_config(hf_config),
             dtype=dtype,
             param_dtype=dtype if param_dtype is None else param_dtype,
-            mesh=mesh,
-            gradient_checkpointing=gradient_checkpointing,
-            scan_layers=scan_layers,
             hf_config=hf_config,
+            **settings,
         )
 
     def for_length(self, max_length: int) -> "Policy":

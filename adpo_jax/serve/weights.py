@@ -88,7 +88,7 @@ class WeightsRoot:
     def _check_model(self, folder: Path) -> None:
         config_json = read_json(folder / "config.json")
         check_counts(config_json, str(folder / "config.json"))
-        other = Policy.abstract_from_config(config_json, self._policy.dtype).config
+        other = Policy.abstract_from_config(config_json, dtype=self._policy.dtype).config
         mine = self._policy.config
         if other != mine:
             differing = [name for name in vars(mine) if vars(mine)[name] != vars(other)[name]]
