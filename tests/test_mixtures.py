@@ -285,16 +285,16 @@ def test_however_uneven_the_choice_no_device_multiplies_many_more_rows_than_anot
         grad = jax.value_and_grad(value, (0, 1), has_aux=True)
         return jax.jit(lambda p, x, forced: grad(p, x, forced, weights))
 
-    rows, of_rows = collections.Counter(), mixture._Experts.of_rows
+    rows, apply_rows = collections.Counter(), mixture._Experts.apply_rows
 
     def counted(self, params, likes, x, weights, sizes):
         device = jax.lax.axis_index("expert")
         jax.debug.callback(lambda d, n: rows.update({int(d): int(n)}), device, jnp.sum(sizes))
-        return of_rows(self, params, likes, x, weights, sizes)
+        return apply_rows(self, params, likes, x, weights, sizes)
 
     on_one, on_all = both(alone), both(spread)
     with monkeypatch.context() as patched:
-        patched.setattr(mixture._Experts, "of_rows", counted)
+        patched.setattr(mixture._Experts, "apply_rows", counted)
         counting = jax.jit(lambda p, x, forced: value(p, x, forced, spread)[1])
         for name, choice in CHOICES.items():
             forced = np.array([choice(n) for n in range(8 * 128)], np.int32).reshape(8, 128, 2)

@@ -139,7 +139,7 @@ def _scores(verbs: Verbs, num_alternatives: int, params, tokens, lengths):
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     attend = kernels.prefill_attention(verbs.attention, policy, positions, segments)
-    attend = policy.of_rows(attend, segments)
+    attend = policy.with_linear_attention(attend, segments)
     hidden, _, _ = policy(params, tokens, positions, None, attend, policy.ffn(segments))
     hidden, targets = hidden[:, :-1], tokens[:, 1:]
 

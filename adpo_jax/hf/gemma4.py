@@ -7,7 +7,7 @@ from adpo_jax.hf.values import positive_int
 from adpo_jax.model.model_config import GlobalLayers, Mixture
 
 # The settings that a file of transformers may give for single layers.
-OF_LAYERS = ("head_dim", "num_key_value_heads")
+PER_LAYER_KEYS = ("head_dim", "num_key_value_heads")
 
 
 def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int,
         return positive_int(c, heads), positive_int(c, "global_head_dim")
     distant = {str(i) for i, kind in enumerate(layer_types) if kind == "full_attention"}
     each = list(given.values()) if isinstance(given, Mapping) and set(given) == distant else [None]
-    if not all(isinstance(one, Mapping) and one.keys() <= set(OF_LAYERS) for one in each):
+    if not all(isinstance(one, Mapping) and one.keys() <= set(PER_LAYER_KEYS) for one in each):
         raise ValueError(
             "config.json needs per_layer_config as an object with head_dim and, if they have other "
             "numbers of key/value heads, num_key_value_heads for every layer of full_attention and "

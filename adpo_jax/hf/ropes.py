@@ -114,12 +114,12 @@ def _ropes_by_kind(
             f"transformers 5 leaves the layers of sliding_attention at {usual}; give each kind of "
             "layer its rope_theta inside rope_parameters"
         )
-    of_distant = c
+    distant_settings = c
     if c["model_type"] == "gemma4_text":
         _, head_dim = gemma4.global_sizes(c, layer_types)
-        of_distant = {**c, "head_dim": head_dim}
+        distant_settings = {**c, "head_dim": head_dim}
     return (
-        _rope(family, of_distant, distant, c["rope_theta"], max_length),
+        _rope(family, distant_settings, distant, c["rope_theta"], max_length),
         _rope(family, c, local, local_theta, max_length),
     )
 

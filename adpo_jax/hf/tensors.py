@@ -125,8 +125,8 @@ class Leaf:
 
 def is_read_nowhere(config: ModelConfig, name: str) -> bool:
     """Whether a tensor is one that a checkpoint may hold without a use."""
-    of_layer = KEYS_AND_VALUES.match(name)
-    layer = int(of_layer[1][:9]) if of_layer else config.num_layers
+    shared = KEYS_AND_VALUES.match(name)
+    layer = int(shared[1][:9]) if shared else config.num_layers
     unused = layer < config.num_layers and not config.has_own_keys(layer)
     return unused or bool(HARMLESS_TENSORS.search(name))
 

@@ -255,7 +255,7 @@ def _gather(leaf: Leaf, number: int, params, lora_scale: float, dtype) -> jax.Ar
         leaf.place(number),
         adapter,
         scale=lora_scale,
-        of_experts=leaf.parameter.one_tensor_for_all,
+        has_experts=leaf.parameter.one_tensor_for_all,
         order=leaf.disk_order,
         shape=leaf.part_shape,
         dtype=np.dtype(leaf.parameter.dtype(dtype)),
@@ -264,12 +264,12 @@ def _gather(leaf: Leaf, number: int, params, lora_scale: float, dtype) -> jax.Ar
 
 
 @functools.partial(
-    jax.jit, static_argnames=("scale", "of_experts", "order", "shape", "dtype", "sharding")
+    jax.jit, static_argnames=("scale", "has_experts", "order", "shape", "dtype", "sharding")
 )
-def _to_disk_layout(param, place, adapter, *, scale, of_experts, order, shape, dtype, sharding):
+def _to_disk_layout(param, place, adapter, *, scale, has_experts, order, shape, dtype, sharding):
     x = param[place]
     if adapter is not None:
-        merge = jax.vmap(lora.merged, (0, 0, 0, None)) if of_experts else lora.merged
+        merge = jax.vmap(lora.merged, (0, 0, 0, None)) if has_experts else lora.merged
         x = merge(x, *(matrix[place] for matrix in adapter), scale)
     x = jnp.transpose(x, order).reshape(shape).astype(dtype)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

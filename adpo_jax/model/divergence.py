@@ -27,7 +27,7 @@ class _Pair:
     teacher: Head
     beta: float
 
-    def of_chunk(self, weight, teacher_weight, hidden_CD, hidden_CE):
+    def divergence(self, weight, teacher_weight, hidden_CD, hidden_CE):
         """(divergence [C], its derivative by the policy's logits before cap and temperature)."""
         logits_CV, slope = self.policy.logits(weight, hidden_CD)
         log_p_CV = self._log_softmax(logits_CV)
@@ -36,12 +36,12 @@ class _Pair:
         if b == 0.0:
             return self._total(t_CV * (log_t_CV - log_p_CV)), slope * (p_CV - t_CV)
         if b == 1.0:
-            log_m_CV, of_policy = log_t_CV, 1.0
+            log_m_CV, policy_share = log_t_CV, 1.0
         else:
             log_m_CV = jnp.logaddexp(math.log(b) + log_t_CV, math.log1p(-b) + log_p_CV)
-            of_policy = 1.0 - b
+            policy_share = 1.0 - b
         # d JSD / d p = (1 - b) log(p / m), since the terms from m cancel.
-        by_p_CV = of_policy * (log_p_CV - log_m_CV)
+        by_p_CV = policy_share * (log_p_CV - log_m_CV)
         mean_C = self._total(p_CV * by_p_CV)
         found_C = mean_C if b == 1.0 else mean_C + self._total(b * t_CV * (log_t_CV - log_m_CV))
         return found_C, slope * p_CV * (by_p_CV - mean_C[:, None])
@@ -112,10 +112,10 @@ def _divergences(pair: _Pair, weight, hidden_BTD, teacher_weight, hidden_BTE):
 
 def _forward(pair: _Pair, weight, hidden_BTD, teacher_weight, hidden_BTE):
     def forward(weight, teacher_weight, *rows):
-        def of_chunk(_, hidden_CD, hidden_CE):
-            return None, pair.of_chunk(weight, teacher_weight, hidden_CD, hidden_CE)[:1]
+        def chunk_divergence(_, hidden_CD, hidden_CE):
+            return None, pair.divergence(weight, teacher_weight, hidden_CD, hidden_CE)[:1]
 
-        return pair.policy.chunked(of_chunk, None, *rows)[1]
+        return pair.policy.chunked(chunk_divergence, None, *rows)[1]
 
     (found,) = pair.policy.spread(
         forward,
@@ -133,13 +133,13 @@ def _backward(pair: _Pair, residuals, g_BT):
     head = pair.policy
 
     def backward(weight, teacher_weight, *rows):
-        def of_chunk(d_weight_DV, hidden_CD, hidden_CE, g_C):
-            _, d_CV = pair.of_chunk(weight, teacher_weight, hidden_CD, hidden_CE)
+        def chunk_gradient(d_weight_DV, hidden_CD, hidden_CE, g_C):
+            _, d_CV = pair.divergence(weight, teacher_weight, hidden_CD, hidden_CE)
             d_hidden_CD, d_chunk_DV = head.by_inputs(weight, hidden_CD, g_C[:, None] * d_CV)
             return d_weight_DV + d_chunk_DV, d_hidden_CD
 
         weight, begun = head.begin(weight)
-        d_weight, d_hidden = head.chunked(of_chunk, begun, *rows)
+        d_weight, d_hidden = head.chunked(chunk_gradient, begun, *rows)
         return head.settle(d_hidden, d_weight, hidden_BTD.dtype)
 
     d_hidden, d_weight = head.spread(

@@ -101,7 +101,7 @@ def _through_others(experts, exchange: Exchange, params, rows, weights_S1, likes
     came, came_weights = (travel(grouped.moved(1, x, row, place)) for x in (rows, weights_S1))
     to, back, sizes = grouped.sorted_by(ids, per_device)
     came, came_weights = (grouped.moved(1, x, to, back) for x in (came, came_weights))
-    y = experts.of_rows(params, likes, came, came_weights, sizes)
+    y = experts.apply_rows(params, likes, came, came_weights, sizes)
     return grouped.moved(1, travel(grouped.moved(1, y, back, to)), place, row)
 
 
@@ -112,12 +112,12 @@ def _through_own(experts, exchange: Exchange, device, part, params, rows, weight
     ids = exchange.ids(row, per_device)
     sizes = jnp.sum(ids[:, None] == jnp.arange(per_device), axis=0, dtype=jnp.int32)
     kept, kept_weights = (grouped.moved(1, x, row, place) for x in (rows, weights_S1))
-    y = experts.of_rows(params, likes, kept, kept_weights, sizes)
+    y = experts.apply_rows(params, likes, kept, kept_weights, sizes)
     return grouped.moved(1, y, place, row)
 
 
-def _with_those_left(experts, exchange: Exchange, params, sums, of_device: Callable) -> Any:
-    """The sums, with what `of_device(device, params)` adds for each device with too few places."""
+def _with_those_left(experts, exchange: Exchange, params, sums, device_term: Callable) -> Any:
+    """The sums, with `device_term(device, params)` added for each device with too few places."""
 
     @jax.jit
     def of_rows_left(sums):  # `devices/flops.py` knows the name
@@ -134,19 +134,19 @@ def _with_those_left(experts, exchange: Exchange, params, sums, of_device: Calla
                 ),
                 params,
             )
-            return jax.tree.map(jnp.add, sums, of_device(device, theirs))
+            return jax.tree.map(jnp.add, sums, device_term(device, theirs))
 
         return jax.lax.fori_loop(0, jnp.sum(is_full_X), one, sums)
 
     return of_rows_left(sums)
 
 
-def _sum_of_parts(exchange: Exchange, device, zeros, of_part: Callable) -> Any:
-    """The sum of `of_part(part)` over the parts that a device left here."""
+def _sum_of_parts(exchange: Exchange, device, zeros, part_term: Callable) -> Any:
+    """The sum of `part_term(part)` over the parts that a device left here."""
     return jax.lax.fori_loop(
         0,
         exchange.parts_left(device),
-        lambda part, sums: jax.tree.map(jnp.add, sums, of_part(part)),
+        lambda part, sums: jax.tree.map(jnp.add, sums, part_term(part)),
         zeros,
     )
 
@@ -174,14 +174,14 @@ def exchanged(experts, rows, weights_S1, params, sizes_E):
     # Without a gather in the products: the parts are gathered once for all rows.
     alone = dataclasses.replace(experts, gathers=())
 
-    def of_device(device, theirs):
-        def of_part(part):
+    def device_term(device, theirs):
+        def part_term(part):
             return _through_own(alone, exchange, device, part, theirs, rows, weights_S1, None)
 
-        return _sum_of_parts(exchange, device, jnp.zeros_like(rows), of_part)
+        return _sum_of_parts(exchange, device, jnp.zeros_like(rows), part_term)
 
     y = _through_others(alone, exchange, params, rows, weights_S1, None)
-    return _with_those_left(experts, exchange, params, y, of_device)
+    return _with_those_left(experts, exchange, params, y, device_term)
 
 
 def _exchanged_backward(experts, residuals, g):
@@ -194,19 +194,19 @@ def _exchanged_backward(experts, residuals, g):
     def gradient(forward):
         return jax.vjp(forward, rows, weights_S1, likes)[1](g)
 
-    def of_device(device, theirs):
-        def of_part(part):
+    def device_term(device, theirs):
+        def part_term(part):
             return gradient(
                 lambda *args: _through_own(experts, exchange, device, part, theirs, *args)
             )
 
         zeros = jnp.zeros_like(rows), jnp.zeros_like(weights_S1), likes
-        d_rows, d_weights, d_theirs = _sum_of_parts(exchange, device, zeros, of_part)
+        d_rows, d_weights, d_theirs = _sum_of_parts(exchange, device, zeros, part_term)
         d_theirs = jax.lax.psum(d_theirs, experts.expert)
         return d_rows, d_weights, jax.tree.map(lambda d: jnp.where(here == device, d, 0), d_theirs)
 
     sums = gradient(lambda *args: _through_others(experts, exchange, whole, *args))
-    d_rows, d_weights, d_params = _with_those_left(experts, exchange, whole, sums, of_device)
+    d_rows, d_weights, d_params = _with_those_left(experts, exchange, whole, sums, device_term)
     gathers = dict(experts.gathers)
     d_params = {
         name: grouped.parts(gathers.get(name), d).astype(params[name].dtype)

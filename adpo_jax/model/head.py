@@ -89,7 +89,7 @@ class Head:
     is_whole: bool = False
 
     @property
-    def of_whole(self) -> "Head":
+    def for_whole(self) -> "Head":
         """This head for a `Whole` weight."""
         return dataclasses.replace(self, width_axes=(), is_whole=True)
 
@@ -306,7 +306,7 @@ def head_of(
         **settings,
     )
     if whole is not None:
-        return head.of_whole, whole
+        return head.for_whole, whole
     return head, params[weight_name(config)]
 
 
@@ -348,7 +348,7 @@ class Once:
 
     def gather(self, weight: jax.Array) -> Whole:
         """The weight as it is, whole on every device."""
-        head, whole = self._head, self._head.of_whole
+        head, whole = self._head, self._head.for_whole
 
         def local(weight):
             weight = head.whole(weight.astype(self._dtype))
@@ -365,7 +365,7 @@ class Once:
         def local(gradient):
             return head.settled(gradient[0])
 
-        specs = (head.of_whole.gradient_spec,)
+        specs = (head.for_whole.gradient_spec,)
         return sharding.shard_map(local, head.mesh, specs, head.weight_spec)(gradient)
 
 
@@ -418,10 +418,10 @@ def _log_probs(head: Head, weight, hidden_BTD, targets_BT):
 
 def _log_probs_forward(head: Head, weight, hidden_BTD, targets_BT):
     def forward(weight, hidden_BTD, targets_BT):
-        def of_chunk(_, hidden_CD, targets_C):
+        def chunk_scores(_, hidden_CD, targets_C):
             return None, head.scores(head.logits(weight, hidden_CD)[0], targets_C)
 
-        return head.chunked(of_chunk, None, hidden_BTD, targets_BT)[1]
+        return head.chunked(chunk_scores, None, hidden_BTD, targets_BT)[1]
 
     log_probs, entropy, log_z = head.spread(
         forward,
@@ -440,14 +440,14 @@ def _log_probs_backward(head: Head, residuals, cotangents):
     def backward(weight, *rows):
         weight, begun = head.begin(weight)
 
-        def of_chunk(d_weight, hidden_CD, targets_C, log_z_C, g_C, *entropy):
+        def chunk_gradient(d_weight, hidden_CD, targets_C, log_z_C, g_C, *entropy):
             logits_CV, slope = head.logits(weight, hidden_CD)
             e_C, h_C = entropy or (None, None)
             d_CV = head.logit_gradient(targets_C, logits_CV, slope, log_z_C, g_C, e_C, h_C)
             d_hidden_CD, d_chunk = head.by_inputs(weight, hidden_CD, d_CV)
             return d_weight + d_chunk, d_hidden_CD
 
-        d_weight, d_hidden_BTD = head.chunked(of_chunk, begun, *rows)
+        d_weight, d_hidden_BTD = head.chunked(chunk_gradient, begun, *rows)
         return head.settle(d_hidden_BTD, d_weight, hidden_BTD.dtype)
 
     rows = (hidden_BTD, targets_BT, log_z_BT, cotangents[0])
@@ -512,7 +512,7 @@ def _weighted_forward(head: Head, weight, hidden_BTD, targets_BT, weights):
     def forward(weight, *rows):
         weight, begun = head.begin(weight)
 
-        def of_chunk(d_weight, hidden_CD, targets_C, g_C, e_C=None):
+        def chunk_results(d_weight, hidden_CD, targets_C, g_C, e_C=None):
             logits_CV, slope = head.logits(weight, hidden_CD)
             log_prob_C, entropy_C, log_z_C = head.scores(logits_CV, targets_C)
             h_C = None if e_C is None else entropy_C
@@ -520,7 +520,7 @@ def _weighted_forward(head: Head, weight, hidden_BTD, targets_BT, weights):
             d_hidden_CD, d_chunk = head.by_inputs(weight, hidden_CD, d_CV)
             return d_weight + d_chunk, (log_prob_C, entropy_C, d_hidden_CD)
 
-        d_weight, (log_probs, entropy, d_hidden) = head.chunked(of_chunk, begun, *rows)
+        d_weight, (log_probs, entropy, d_hidden) = head.chunked(chunk_results, begun, *rows)
         return log_probs, entropy, *head.settle(d_hidden, d_weight, hidden_BTD.dtype)
 
     rows = (hidden_BTD, targets_BT, *(w for w in weights if w is not None))

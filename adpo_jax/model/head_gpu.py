@@ -38,13 +38,13 @@ def log_z_and_mean(logits_CV: jax.Array, *, interpret: bool = False) -> tuple[ja
     C, V = logits_CV.shape
     block = min(BLOCK, 1 << (V - 1).bit_length())
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    of_row = jax.ShapeDtypeStruct((C,), jnp.float32)
+    row_numbers = jax.ShapeDtypeStruct((C,), jnp.float32)
     return pl.pallas_call(
         functools.partial(_kernel, V, block),
         grid=(C,),
         in_specs=[whole],
         out_specs=[whole, whole],
-        out_shape=[of_row, of_row],
+        out_shape=[row_numbers, row_numbers],
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="head_sums",

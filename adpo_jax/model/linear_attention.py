@@ -84,9 +84,9 @@ def empty_memory(inputs: Inputs) -> Memory:
     B, _, N, n = inputs.k.shape
     M, m = inputs.v.shape[2:]
     before = inputs.k_taps.shape[-1] - 1
-    of_key = jnp.zeros((B, N, before, n), inputs.k.dtype)
-    of_value = jnp.zeros((B, M, before, m), inputs.v.dtype)
-    return Memory(jnp.zeros((B, M, n, m), jnp.float32), of_key, of_key, of_value)
+    no_keys = jnp.zeros((B, N, before, n), inputs.k.dtype)
+    no_values = jnp.zeros((B, M, before, m), inputs.v.dtype)
+    return Memory(jnp.zeros((B, M, n, m), jnp.float32), no_keys, no_keys, no_values)
 
 
 def step(inputs: Inputs, memory: Memory) -> tuple[jax.Array, Memory]:
@@ -107,7 +107,7 @@ def step(inputs: Inputs, memory: Memory) -> tuple[jax.Array, Memory]:
     q, q_memory = convolved(inputs.q, memory.q, inputs.q_taps)
     k, k_memory = convolved(inputs.k, memory.k, inputs.k_taps)
     v, v_memory = convolved(inputs.v, memory.v, inputs.v_taps)
-    q, k = of_value_heads(query(q), v.shape[1], 1), of_value_heads(unit(k), v.shape[1], 1)
+    q, k = to_value_heads(query(q), v.shape[1], 1), to_value_heads(unit(k), v.shape[1], 1)
     state = memory.state * jnp.exp(inputs.log_decay[:, 0, :, None, None])
     found = jnp.einsum("bhkv,bhk->bhv", state, k)
     change = (v - found) * inputs.beta[:, 0, :, None]
@@ -168,6 +168,6 @@ def query(x: jax.Array) -> jax.Array:
     return unit(x) * x.shape[-1] ** -0.5
 
 
-def of_value_heads(x: jax.Array, num_value_heads: int, axis: int) -> jax.Array:
+def to_value_heads(x: jax.Array, num_value_heads: int, axis: int) -> jax.Array:
     """Queries or keys of all value heads; neighbours among these share a key head."""
     return jnp.repeat(x, num_value_heads // x.shape[axis], axis=axis)

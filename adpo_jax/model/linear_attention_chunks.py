@@ -28,8 +28,8 @@ from adpo_jax.model.linear_attention import (
     Memory,
     Recur,
     chunk_of,
-    of_value_heads,
     query,
+    to_value_heads,
     unit,
 )
 from adpo_jax.model.tile_attention import Stream
@@ -87,9 +87,9 @@ def chunked_stream(
         return Inputs(*(x[:, places] for x in inputs[:5]), *inputs[5:])
 
     prompts, completions = part(slice(num_prompt)), part(slice(num_prompt, None))
-    of_prompts = segments[:, :num_prompt]
-    out, _, states = _chunks(prompts, of_prompts, chunk)
-    ends = _Ends(states, _mixed(prompts)[0], of_prompts)
+    prompt_segments = segments[:, :num_prompt]
+    out, _, states = _chunks(prompts, prompt_segments, chunk)
+    ends = _Ends(states, _mixed(prompts)[0], prompt_segments)
     rest, _, _ = _chunks(completions, segments[:, num_prompt:], chunk, origins, ends)
     return jnp.concatenate([out, rest], axis=1)
 
@@ -100,14 +100,14 @@ def origins_of(segments: jax.Array, prompts: jax.Array, *, num_prompt: int, chun
     Args:
       segments, prompts: [B, T] int32, the segment of each token and that of its prompt.
     """
-    of_prompts, of_completions = segments[:, :num_prompt], segments[:, num_prompt:]
-    first = of_completions[:, ::chunk]
-    last = _carried(of_completions)[:, chunk - 1 :: chunk]
+    prompt_segments, completion_segments = segments[:, :num_prompt], segments[:, num_prompt:]
+    first = completion_segments[:, ::chunk]
+    last = _carried(completion_segments)[:, chunk - 1 :: chunk]
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
     begins = (first > 0) & (first != before)
     prompt = prompts[:, num_prompt::chunk]
     places = jnp.arange(num_prompt, dtype=jnp.int32)
-    found = (of_prompts[:, None] == prompt[..., None]) & (prompt[..., None] > 0)
+    found = (prompt_segments[:, None] == prompt[..., None]) & (prompt[..., None] > 0)
     end = jnp.max(jnp.where(found, places, -1), axis=-1, initial=-1)
     return Origins(jnp.where(begins, end, -1), prompt)
 
@@ -167,7 +167,7 @@ def _chunks(
     parts = jnp.split(mixed, (widths[0], sum(widths)), axis=-1)
     q, k, v = (y.reshape(*y.shape[:3], *x.shape[2:]) for y, x in zip(parts, inputs[:3]))
     M = v.shape[3]
-    q, k = of_value_heads(query(q), M, 3), of_value_heads(unit(k), M, 3)
+    q, k = to_value_heads(query(q), M, 3), to_value_heads(unit(k), M, 3)
     present = (segments_BcC > 0)[..., None]
     # Padding neither decays nor writes, so the state after a chunk is that of its last token.
     decay, beta = (jnp.where(present, split(x), 0.0) for x in (inputs.log_decay, inputs.beta))
@@ -235,11 +235,11 @@ def _convolved(x_BcCX, taps_Xt, segments_BcC, tails) -> jax.Array:
     if not before:
         return jax.nn.silu(x * taps[..., 0])
 
-    def of_chunk_before(x):
+    def end_of_chunk_before(x):
         widths = ((0, 0), (1, 0), *((0, 0),) * (x.ndim - 2))
         return jnp.pad(x, widths)[:, :-1, C - before :]
 
-    ahead, ahead_segments = of_chunk_before(x), of_chunk_before(segments_BcC)
+    ahead, ahead_segments = end_of_chunk_before(x), end_of_chunk_before(segments_BcC)
     if tails is not None:
         values, there = tails
         goes_on = jnp.any(there, axis=-1)
@@ -294,8 +294,8 @@ def _delta_rule(q, k, v, log_decay, beta, segments, before, first, source, sourc
     if source is not None:
         each.append(source.T)
 
-    def body(state, of_chunk):
-        writes, reads, q, scores, k, kept, *at = of_chunk
+    def body(state, chunk_inputs):
+        writes, reads, q, scores, k, kept, *at = chunk_inputs
         if at:
             found = jax.vmap(lambda states, i: states[jnp.maximum(i, 0)])(sources, at[0])
             state = jnp.where((at[0] >= 0)[:, None, None, None], found, state)
@@ -391,7 +391,7 @@ _TAPS_BY_HEAD = ("heads",)
 _INPUT_AXES = (_BY_HEAD,) * 5 + (_TAPS_BY_HEAD,) * 3
 
 
-def _of_each_device(function: Callable, inputs: Inputs, mesh: Mesh | None, out_axes, *others):
+def _on_shares(function: Callable, inputs: Inputs, mesh: Mesh | None, out_axes, *others):
     """`function(inputs, *others)` on each device's share of the rows and heads.
 
     Args:
@@ -422,7 +422,7 @@ def rows_with_memory(
         return out.swapaxes(1, 2), after
 
     before = () if memory is None else (memory,)
-    out, after = _of_each_device(local, inputs, mesh, ("batch", "heads"), segments, *before)
+    out, after = _on_shares(local, inputs, mesh, ("batch", "heads"), segments, *before)
     return out.swapaxes(1, 2), after
 
 
@@ -452,7 +452,7 @@ def stream(streams: Stream, num_prompt: int, mesh: Mesh | None = None) -> Recur:
     local = functools.partial(chunked_stream, num_prompt=num_prompt, chunk=chunk)
 
     def recur(inputs: Inputs, layer: LayerInfo, cache):
-        out = _of_each_device(local, inputs, mesh, _BY_HEAD, streams.segments, origins)
+        out = _on_shares(local, inputs, mesh, _BY_HEAD, streams.segments, origins)
         return out, cache
 
     return recur

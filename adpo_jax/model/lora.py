@@ -163,13 +163,13 @@ def adapter_of(params, name: str) -> tuple[jax.Array, jax.Array] | None:
 def checksum(tree) -> jax.Array:
     """The bits of all leaves added up, uint32; the same for every layout on devices."""
 
-    def of(leaf):
+    def bit_sum(leaf):
         size = 8 * leaf.dtype.itemsize
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{size}"))
         # The factors are odd and differ by leaf, so that two swapped leaves change the sum.
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
-    sums = [of(leaf) * np.uint32(2 * i + 1) for i, leaf in enumerate(jax.tree.leaves(tree))]
+    sums = [bit_sum(leaf) * np.uint32(2 * i + 1) for i, leaf in enumerate(jax.tree.leaves(tree))]
     return functools.reduce(jnp.add, sums, jnp.uint32(0))
 
 
@@ -189,7 +189,7 @@ def merged_layer(layer: Mapping[str, jax.Array], scale: float) -> dict[str, jax.
     for name in plain:
         a, b = adapter_names(name)
         if a in layer:
-            of_experts = parameters.adaptable()[name].experts
-            merge = jax.vmap(merged, (0, 0, 0, None)) if of_experts else merged
+            has_experts = parameters.adaptable()[name].experts
+            merge = jax.vmap(merged, (0, 0, 0, None)) if has_experts else merged
             plain[name] = merge(plain[name], layer[a], layer[b], scale)
     return plain

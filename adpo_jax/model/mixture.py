@@ -91,11 +91,11 @@ def choose(
 
 def _within_groups(mixture: Mixture, ranked: jax.Array) -> jax.Array:
     """The scores [..., E], -inf outside the groups whose two best experts add up to the most."""
-    of_groups = ranked.reshape(*ranked.shape[:-1], mixture.groups, -1)
-    best = jnp.sum(jax.lax.top_k(of_groups, 2)[0], axis=-1)
+    scores_by_group = ranked.reshape(*ranked.shape[:-1], mixture.groups, -1)
+    best = jnp.sum(jax.lax.top_k(scores_by_group, 2)[0], axis=-1)
     chosen = jax.lax.top_k(best, mixture.chosen_groups)[1]
     held = jnp.any(chosen[..., None] == jnp.arange(mixture.groups), axis=-2)
-    return jnp.where(held[..., None], of_groups, -jnp.inf).reshape(ranked.shape)
+    return jnp.where(held[..., None], scores_by_group, -jnp.inf).reshape(ranked.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,12 +158,12 @@ class MixtureFfn:
         given = {"logits": logits} | ({} if forced is None else {"forced": forced})
         bias = weights.params.get("experts_bias")
 
-        def of_rows(given, bias):
+        def chosen(given, bias):
             return choose(weights.config.mixture, given["logits"], bias, given.get("forced"))
 
         by_token, whole = ("batch", "length"), ()
         sizes = {"batch": x.shape[0], "length": x.shape[1]}
-        spread = sharding.on_each_device(of_rows, weights.mesh, sizes, (by_token, whole), by_token)
+        spread = sharding.on_each_device(chosen, weights.mesh, sizes, (by_token, whole), by_token)
         routing = spread(given, bias)
         if "experts_scale" not in weights.params:
             return routing
@@ -196,8 +196,8 @@ def balance_loss(load: jax.Array, probability: jax.Array, tokens: jax.Array) -> 
     Source: Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6.
     """
     tokens = jnp.maximum(tokens, 1.0)
-    of_layers = jnp.sum(jax.lax.stop_gradient(load / tokens) * (probability / tokens), axis=-1)
-    return load.shape[-1] * jnp.mean(of_layers)
+    layer_losses = jnp.sum(jax.lax.stop_gradient(load / tokens) * (probability / tokens), axis=-1)
+    return load.shape[-1] * jnp.mean(layer_losses)
 
 
 # --- the experts of a device's tokens
@@ -227,7 +227,7 @@ class _Experts:
     num_parts: int = 1
     everywhere: tuple[str, ...] = ()
 
-    def of_rows(self, params: Mapping[str, Any], likes, x_SD, weights_S1, sizes_E) -> jax.Array:
+    def apply_rows(self, params: Mapping[str, Any], likes, x_SD, weights_S1, sizes_E) -> jax.Array:
         """Rows through the experts, rows sorted by expert, times their weights."""
         gathers = {} if likes is not None else dict(self.gathers)
 
@@ -270,7 +270,7 @@ class _Experts:
         if self.expert:
             y_SD = exchange.exchanged(self, rows, weights_S1, params, sizes_E)
         else:
-            y_SD = self.of_rows(params, None, rows, weights_S1, sizes_E)
+            y_SD = self.apply_rows(params, None, rows, weights_S1, sizes_E)
         out = grouped.collected(k, y_SD, to, back).reshape(B, T, D)
         return jax.lax.psum(out, self.tensor) if self.tensor else out
 

@@ -179,14 +179,14 @@ class StreamAttention:
         if layer.sinks is not None:
             W, K = self._sizes[2], k.shape[2]
             sinks = jnp.repeat(by_kv_head(layer.sinks, K), W, axis=1)
-        tensors = self._of_queries(q, k), self._of_keys(k), self._of_keys(v)
+        tensors = self._query_tiles(q, k), self._key_tiles(k), self._key_tiles(v)
         out = _attention(self._shape(q), *tensors, self._seen(layer), self._keys, sinks)
         return self._in_heads(out), cache
 
     def forward(self, q, k, v, layer: LayerInfo) -> Saved:
         """The results without sinks. Of a query that sees no key `log_z` is about `MASKED`."""
         B, n, W, *_ = self._sizes
-        tensors = self._of_queries(q, k), self._of_keys(k), self._of_keys(v)
+        tensors = self._query_tiles(q, k), self._key_tiles(k), self._key_tiles(v)
         out, (*_, log_z) = _forward(self._shape(q), *tensors, self._seen(layer), self._keys, None)
         log_z = log_z.reshape(B, n, -1, W).swapaxes(1, 2).reshape(B, -1, n * W)
         return Saved(self._in_heads(out), log_z)
@@ -196,8 +196,8 @@ class StreamAttention:
         B, n, W, *_ = self._sizes
         K = k.shape[2]
         log_z = saved.log_z.reshape(B, -1, n, W).swapaxes(1, 2).reshape(B, n, K, -1, 1)
-        tensors = self._of_queries(q, k), self._of_keys(k), self._of_keys(v)
-        out, d_out = self._of_queries(saved.out, k), self._of_queries(d_out, k)
+        tensors = self._query_tiles(q, k), self._key_tiles(k), self._key_tiles(v)
+        out, d_out = self._query_tiles(saved.out, k), self._query_tiles(d_out, k)
         residuals = *tensors, self._seen(layer), self._keys, None, out, log_z
         d_q, d_k, d_v, *_ = _backward(self._shape(q), residuals, d_out)
         return self._in_heads(d_q), d_k.reshape(k.shape), d_v.reshape(v.shape)
@@ -214,19 +214,19 @@ class StreamAttention:
         window = jnp.broadcast_to(layer.window_at(self._queries.positions), (B, n, W, 1))
         return self._causal._replace(window=window)
 
-    def _of_queries(self, x_BNHD, k):
+    def _query_tiles(self, x_BNHD, k):
         """[B, n, K, R W, D], so that every product is a plain batch of matrices."""
         B, n, W, *_ = self._sizes
         (H, D), K = x_BNHD.shape[2:], k.shape[2]
         x = x_BNHD.reshape(B, n, W, K, H // K, D).transpose(0, 1, 3, 4, 2, 5)
         return x.reshape(B, n, K, H // K * W, D)
 
-    def _of_keys(self, x):
+    def _key_tiles(self, x):
         B, _, W, m, _ = self._sizes
         return x.reshape(B, m, W, *x.shape[2:])
 
     def _in_heads(self, x_BnKQD):
-        """[B, N, H, D] from `_of_queries`."""
+        """[B, N, H, D] from `_query_tiles`."""
         B, n, W, *_ = self._sizes
         K, D = x_BnKQD.shape[2], x_BnKQD.shape[-1]
         x = x_BnKQD.reshape(B, n, K, -1, W, D).transpose(0, 1, 4, 2, 3, 5)
@@ -373,8 +373,8 @@ def _backward(shape: _Shape, residuals, d_out_BnKQD):
         d_sinks = None
         if sinks_KQ is not None:
             # The value of a sink is 0.
-            of_sinks = jnp.exp(sinks_KQ - log_z[..., 0]) * mean[..., 0]
-            d_sinks = sums[2] - jnp.sum(of_sinks, axis=(0, 1))
+            sink_terms = jnp.exp(sinks_KQ - log_z[..., 0]) * mean[..., 0]
+            d_sinks = sums[2] - jnp.sum(sink_terms, axis=(0, 1))
         d_k, d_v = (
             _with_unlisted(total, grad, tiles, shape.tile_by_tile)
             for total, grad in zip(sums, (d_k, d_v))

@@ -246,14 +246,14 @@ def _modules(config: ModelConfig, adapters: Lora) -> list[_Module]:
             for e in range(experts)
         )
         outputs = tuple(out for _, out in sizes)
-        of_experts = {}
+        expert_fields = {}
         if first.one_tensor_for_all:
-            of_experts = {
+            expert_fields = {
                 "experts": config.mixture.num_experts,
                 "alternates": first.alternates,
                 "turned": first.turned_in_peft,
             }
-        found.append(_Module(module, tuple(names), sizes[0][0], outputs, tensors, **of_experts))
+        found.append(_Module(module, tuple(names), sizes[0][0], outputs, tensors, **expert_fields))
     return found
 
 
@@ -322,7 +322,7 @@ def save(
             for number in range(len(leaf.hf_names))
         ]
         if leaf.parameter.one_tensor_for_all:
-            each = [of_expert for of_layer in each for of_expert in of_layer]
+            each = [matrix for experts in each for matrix in experts]
         on_disk[leaf.path[-1]] = each
     modules, tensors = _modules(policy.config, policy.lora), {}
     for module in modules:
@@ -360,11 +360,11 @@ def _warn_of_peft(modules: list[_Module]) -> None:
 
     peft 0.21 takes names such as gate_proj for those of one of the two kinds alone.
     """
-    of_experts, of_others = (
+    in_experts, elsewhere = (
         {_last_part(module.name) for module in modules if ("{}" in module.name) is experts}
         for experts in (True, False)
     )
-    if both := sorted(of_experts & of_others):
+    if both := sorted(in_experts & elsewhere):
         logging.warning(
             "the adapters of %s belong to experts and to other modules, of which peft 0.21 loads "
             "one kind alone without a word; load the merged export there, or train adapters of "

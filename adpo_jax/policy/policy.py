@@ -420,9 +420,9 @@ class Policy:
         """Causal attention within segments; [B, T] int32 each, segment 0 is padding."""
         name, settings = self._attention_of(ROWS), self.attention_settings
         attend = attention_kernels.self_attention(name, settings, positions, segments)
-        return self.of_rows(attend, segments)
+        return self.with_linear_attention(attend, segments)
 
-    def of_rows(self, attend: Attend, segments: jax.Array) -> Attend:
+    def with_linear_attention(self, attend: Attend, segments: jax.Array) -> Attend:
         """An attention of rows without a cache, with linear attention if the model has it."""
         if not self.config.linear_attention:
             return attend

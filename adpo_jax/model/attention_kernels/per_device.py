@@ -93,12 +93,12 @@ def of_stream(kernel: Kernel, settings, stream: Stream) -> Attend:
         parts = ring.Parts(stream._replace(keys=keys), *lists)
         return ring.attend(q, k, v, layer, parts, passes=kernel.passes, axis=axis)
 
-    of_share = alone
+    on_share = alone
     if shares > 1:
-        of_share = jax.checkpoint(gathering, policy=_RESULTS, prevent_cse=False)
+        on_share = jax.checkpoint(gathering, policy=_RESULTS, prevent_cse=False)
     if goes_round:
-        of_share = going_round
-    return _attend(of_share, settings, [(stream, by_token), (lists, lists_axes), (keys, whole)], n)
+        on_share = going_round
+    return _attend(on_share, settings, [(stream, by_token), (lists, lists_axes), (keys, whole)], n)
 
 
 def num_shares(settings, stream: Stream) -> int:
@@ -132,12 +132,12 @@ def tiles_at_once(settings, stream: Stream) -> tuple[int, int]:
 
 
 def _attend(
-    of_share: Callable, settings, others: Sequence[tuple[Any, tuple]], num_tiles: int
+    on_share: Callable, settings, others: Sequence[tuple[Any, tuple]], num_tiles: int
 ) -> Attend:
     """Attention that every device runs on its share of rows, heads and tiles of queries.
 
     Args:
-      of_share: (q, k, v, layer, *others) -> out.
+      on_share: (q, k, v, layer, *others) -> out.
       others: pytrees of arrays, each with the logical axes of all its arrays.
       num_tiles: n, which the devices share along `sequence`; 1 for queries that stay whole.
     """
@@ -148,7 +148,7 @@ def _attend(
         def local(q, k, v, layer, sinks, *others):
             if sinks is not None:
                 layer = layer._replace(sinks=sinks.reshape(-1))
-            return of_share(q, k, v, layer, *others)
+            return on_share(q, k, v, layer, *others)
 
         on_devices = on_each_device(
             local,

@@ -80,7 +80,7 @@ def parts_of(stream: Stream, shares: int, lists_of: Callable | None) -> tuple[ja
     m = stream.num_key_tiles // shares
     N = m * stream.tile
 
-    def of_share(share):
+    def tiles_and_lists(share):
         within = stream.key_tiles - share * m
         is_here = (within >= 0) & (within < m)
         order = jnp.argsort(~is_here, axis=-1, stable=True)[..., : min(m, within.shape[-1])]
@@ -90,7 +90,7 @@ def parts_of(stream: Stream, shares: int, lists_of: Callable | None) -> tuple[ja
         return tiles, None if lists_of is None else lists_of(part)
 
     # One after the other: there may be many shares.
-    every = jax.lax.map(of_share, jnp.arange(shares, dtype=jnp.int32))
+    every = jax.lax.map(tiles_and_lists, jnp.arange(shares, dtype=jnp.int32))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), every)
 
 

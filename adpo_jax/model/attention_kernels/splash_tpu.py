@@ -33,12 +33,12 @@ def segment_attention(q, k, v, layer: LayerInfo, arrays, *, settings, interpret:
       [B, T, H, D], meaningless at padding.
     """
     windows = sorted(set(settings.windows), key=lambda w: (w is None, w))
-    of_layer = np.array([windows.index(w) for w in settings.windows], np.int32)
+    branch_of_layer = np.array([windows.index(w) for w in settings.windows], np.int32)
     branches = [
         functools.partial(_splash, settings=settings, window=w, interpret=interpret)
         for w in windows
     ]
-    return jax.lax.switch(jnp.asarray(of_layer)[layer.index], branches, q, k, v, arrays[0])
+    return jax.lax.switch(jnp.asarray(branch_of_layer)[layer.index], branches, q, k, v, arrays[0])
 
 
 def _splash(q, k, v, segments, *, settings, window: int | None, interpret: bool):
@@ -49,11 +49,11 @@ def _splash(q, k, v, segments, *, settings, window: int | None, interpret: bool)
         segments = jnp.pad(segments, ((0, 0), (0, padding)))
     kernel = _kernel(T + padding, q.shape[2], settings.soft_cap, window, interpret)
 
-    def of_row(q, k, v, segments):
+    def attend_row(q, k, v, segments):
         return kernel(q, k, v, splash_attention_kernel.SegmentIds(segments, segments))
 
     q = q * jnp.asarray(settings.scale, q.dtype)
-    out = jax.vmap(of_row)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
+    out = jax.vmap(attend_row)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
     return jnp.swapaxes(out, 1, 2)[:, :T].astype(q.dtype)
 
 

@@ -183,9 +183,9 @@ def _unmasked(stream: Stream) -> jax.Array:
         return jnp.where(least == most, least, -1)
 
     segment, prompt, keys = one(stream.segments), one(stream.prompts), stream.key_tokens
-    of_keys = one(keys.segments)[:, None]
-    same = (segment[..., None] == of_keys) | (prompt[..., None] == of_keys)
-    alone = (segment > 0)[..., None] & (of_keys > 0)
+    key_segments = one(keys.segments)[:, None]
+    same = (segment[..., None] == key_segments) | (prompt[..., None] == key_segments)
+    alone = (segment > 0)[..., None] & (key_segments > 0)
     first_query, _ = ends(stream.positions)
     _, last_key = ends(keys.positions)
     return same & alone & (last_key[:, None] <= first_query[..., None])
@@ -345,8 +345,8 @@ def _forward_kernel(static, shape, R, *refs):
         jnp.full((S,), MASKED, jnp.float32),
         jnp.zeros((S,), jnp.float32),
     )
-    of_tile = counts[b, tile, 0], counts[b, tile, 1]
-    total_out, top, total = _walk(static, of_tile, blocks, visit, start)
+    tile_counts = counts[b, tile, 0], counts[b, tile, 1]
+    total_out, top, total = _walk(static, tile_counts, blocks, visit, start)
     total = jnp.where(total > 0, total, 1.0)  # padding sees nothing
     plt.store(
         out.at[b, pl.ds(first, S), h, slice(None)], (total_out / total[:, None]).astype(out.dtype)
@@ -362,8 +362,8 @@ def _query_kernel(static, shape, R, *refs):
     tile, head = jax.lax.div(first, static.tile), jax.lax.div(h, R)
     places, key_places = places[:3], places[3:]
     query, queries = _rows(q, b, first, S, h), _tokens(places, b, first, S, 0)
-    d_rows, of_query = _rows(d_out, b, first, S, h), (b, h, pl.ds(first, S))
-    z, m = plt.load(log_z.at[of_query])[:, None], plt.load(mean.at[of_query])[:, None]
+    d_rows, at_query = _rows(d_out, b, first, S, h), (b, h, pl.ds(first, S))
+    z, m = plt.load(log_z.at[at_query])[:, None], plt.load(mean.at[at_query])[:, None]
 
     def visit(masked, j, grad):
         at = tiles[b, tile, jax.lax.div(j, blocks)] * static.tile + jax.lax.rem(j, blocks) * T
@@ -377,8 +377,8 @@ def _query_kernel(static, shape, R, *refs):
         d_scores = weights * (d_weights - m) * slope
         return grad + plt.dot(d_scores.astype(key.dtype), key)
 
-    of_tile, zeros = (counts[b, tile, 0], counts[b, tile, 1]), jnp.zeros(query.shape, jnp.float32)
-    grad = _walk(static, of_tile, blocks, visit, zeros)
+    tile_counts = counts[b, tile, 0], counts[b, tile, 1]
+    grad = _walk(static, tile_counts, blocks, visit, jnp.zeros(query.shape, jnp.float32))
     here = (b, pl.ds(first, S), h, slice(None))
     plt.store(d_q.at[here], (grad * static.scale).astype(d_q.dtype))
 
@@ -398,7 +398,7 @@ def _key_kernel(static, shape, R, *refs):
         places, key_places = all_places[:3], all_places[3:]
         keys = _tokens(key_places, b, first, S, 0)
 
-        def of_head(r, grads):
+        def add_head(r, grads):
             h = head * R + r
 
             def visit(masked, j, grads):
@@ -408,8 +408,8 @@ def _key_kernel(static, shape, R, *refs):
                 at = listed * static.tile + jax.lax.rem(j, blocks) * T
                 query, d_rows = _rows(q, b, at, T, h), _rows(d_out, b, at, T, h)
                 scores, slope = capped(static, plt.dot(key, query, trans_b=True))
-                of_query = (b, h, pl.ds(at, T))
-                z, m = plt.load(log_z.at[of_query])[None, :], plt.load(mean.at[of_query])[None, :]
+                at_query = (b, h, pl.ds(at, T))
+                z, m = plt.load(log_z.at[at_query])[None, :], plt.load(mean.at[at_query])[None, :]
                 weights = jnp.exp2(scores - z)
                 if masked:
                     seen = _seen(static, _tokens(places, b, at, T, 1), keys, window)
@@ -423,7 +423,7 @@ def _key_kernel(static, shape, R, *refs):
             return _walk(static, (free, listed), blocks, visit, grads)
 
         zeros = jnp.zeros(key.shape, jnp.float32)
-        grad_k, grad_v = jax.lax.fori_loop(0, R, of_head, (zeros, zeros))
+        grad_k, grad_v = jax.lax.fori_loop(0, R, add_head, (zeros, zeros))
         here = (b, chunk, head, pl.ds(row, S), slice(None))
         plt.store(d_k.at[here], grad_k * static.scale)
         plt.store(d_v.at[here], grad_v)
@@ -537,24 +537,24 @@ def _run_gradients(
     return d_q, *sum_of_parts(static, lists, *parts, like(k_BLKD), like(v_BLKD))
 
 
-def sum_of_parts(static: Static, lists: Lists, parts_k, parts_v, of_k, of_v, *, whole=False):
+def sum_of_parts(static: Static, lists: Lists, parts_k, parts_v, like_k, like_v, *, whole=False):
     """The gradients of keys and values, from the sums of chunks.
 
     Args:
       parts_k, parts_v: [B, M, K, W, D] float32.
-      of_k, of_v: shapes and dtypes of the results; where they are `whole`, arrays in which the
+      like_k, like_v: shapes and dtypes of the results; where they are `whole`, arrays in which the
         tiles that have one chunk alone are there already.
     """
-    B, L, K, _ = of_k.shape
+    B, L, K, _ = like_k.shape
     S = math.gcd(static.tile, 32)
-    inputs = [lists.sums, parts_k, parts_v, *((of_k, of_v) if whole else ())]
+    inputs = [lists.sums, parts_k, parts_v, *((like_k, like_v) if whole else ())]
     return _call(
         static,
         functools.partial(_sum_kernel, static, S, whole),
         Shape(S, S, 4, 1),
         (L // S, K, B),
         inputs,
-        [like(of_k), like(of_v)],
+        [like(like_k), like(like_v)],
         "stream_attention_d_key_sum",
         {3: 0, 4: 1} if whole else {},
     )

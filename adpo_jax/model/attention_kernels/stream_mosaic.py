@@ -744,11 +744,11 @@ def _key_kernel(static: Static, R: int, *refs, **memory):
                 return (weights,) if static.soft_cap is None else (weights, slope)
 
             def masked():
-                of_queries = [memory["places_ring"].at[at, x] for x in range(3)]
-                of_keys = [memory["key_places"].at[x] for x in range(2)]
-                of_queries = _loads(static, of_queries, layout.reduce(0))
-                of_keys = _loads(static, of_keys, layout.reduce(1))
-                return _bias(static, of_queries, of_keys, window, shape, 1)
+                query_places = [memory["places_ring"].at[at, x] for x in range(3)]
+                key_places = [memory["key_places"].at[x] for x in range(2)]
+                query_places = _loads(static, query_places, layout.reduce(0))
+                key_places = _loads(static, key_places, layout.reduce(1))
+                return _bias(static, query_places, key_places, window, shape, 1)
 
             is_free = turn * COMPUTING + c < free
             bias = jax.lax.cond(is_free, lambda: _full(static, shape, 0.0, layout), masked)

@@ -322,7 +322,7 @@ def _key_kernel(static, walk, k, v, mine, d_k, d_v):
     d_k[0, 0, 0], d_v[0, 0, 0] = walk(visit, (zeros, zeros))
 
 
-def _of_tile(*shape, heads_of_one: int = 1) -> pl.BlockSpec:
+def _tile_spec(*shape, heads_of_one: int = 1) -> pl.BlockSpec:
     """A block of one tile of a head."""
 
     def index(b, h, i, *scalars):
@@ -332,7 +332,7 @@ def _of_tile(*shape, heads_of_one: int = 1) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, 1, *shape), index)
 
 
-def _ints_of_tile(tile: int) -> pl.BlockSpec:
+def _tile_ints_spec(tile: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, tile, 3), lambda b, h, i, *scalars: (b, i, 0, 0))
 
 
@@ -414,11 +414,11 @@ def _run_forward(static: _Static, q_BHND, k_BKLD, v_BKLD, stream: Stream, window
         static,
         _forward_kernel,
         (B, H, n),
-        [(q, _of_tile(W, D)), (mine.down, _ints_of_tile(W))],
+        [(q, _tile_spec(W, D)), (mine.down, _tile_ints_spec(W))],
         [_Other(k, R), _Other(v, R), _Other(keys.along, 0)],
         _key_lists(stream),
         window,
-        [(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_tile(W, D)), (log_z, _of_tile(W, 1))],
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), _tile_spec(W, D)), (log_z, _tile_spec(W, 1))],
         "stream_attention",
     )
     return out.reshape(B, H, N, D), log_z
@@ -434,43 +434,43 @@ def _backward(static: _Static, residuals, d_out_BHND):
     q, d_out = mine.in_tiles(q_BHND, d_out_BHND.astype(q_BHND.dtype))
     k, v = keys.in_tiles(k_BKLD, v_BKLD)
     mean = mean_BHN.reshape(B, H, n, W, 1)
-    of_query = _of_tile(W, 1)
+    query_spec = _tile_spec(W, 1)
     (d_q,) = _call(
         static,
         _query_kernel,
         (B, H, n),
         [
-            (q, _of_tile(W, D)),
-            (mine.down, _ints_of_tile(W)),
-            (d_out, _of_tile(W, D)),
-            (log_z, of_query),
-            (mean, of_query),
+            (q, _tile_spec(W, D)),
+            (mine.down, _tile_ints_spec(W)),
+            (d_out, _tile_spec(W, D)),
+            (log_z, query_spec),
+            (mean, query_spec),
         ],
         [_Other(k, R), _Other(v, R), _Other(keys.along, 0)],
         _key_lists(stream),
         window,
-        [(jax.ShapeDtypeStruct(q.shape, q.dtype), _of_tile(W, D))],
+        [(jax.ShapeDtypeStruct(q.shape, q.dtype), _tile_spec(W, D))],
         "stream_attention_d_query",
     )
     along = [_Other(jnp.swapaxes(x, 3, 4), 1) for x in (log_z, mean)]
-    of_keys = _of_tile(W, D, heads_of_one=R)
+    key_spec = _tile_spec(W, D, heads_of_one=R)
     d_kv = jax.ShapeDtypeStruct((B, H, keys.n, W, D), jnp.float32)
     d_k, d_v = _call(
         static,
         _key_kernel,
         (B, H, keys.n),
-        [(k, of_keys), (v, of_keys), (keys.down, _ints_of_tile(W))],
+        [(k, key_spec), (v, key_spec), (keys.down, _tile_ints_spec(W))],
         [_Other(q, 1), _Other(d_out, 1), _Other(mine.along, 0), *along],
         query_lists(stream.key_tiles, keys.n),
         window,
-        [(d_kv, _of_tile(W, D))] * 2,
+        [(d_kv, _tile_spec(W, D))] * 2,
         "stream_attention_d_key",
     )
 
-    def of_kv_heads(x):
+    def summed_by_kv_head(x):
         return x.reshape(B, K, R, -1, D).sum(axis=2).astype(k_BKLD.dtype)
 
-    return d_q.reshape(B, H, N, D), of_kv_heads(d_k), of_kv_heads(d_v), None, None
+    return d_q.reshape(B, H, N, D), summed_by_kv_head(d_k), summed_by_kv_head(d_v), None, None
 
 
 _attention.defvjp(_forward, _backward)
