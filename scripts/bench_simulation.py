@@ -36,6 +36,7 @@ from adpo_jax.policy import Policy
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts.ahead import Ahead
+from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 
 PROMPT = 16
@@ -186,10 +187,7 @@ class Bench:
             sampler,
             self.prompts_of,
             folder / "in_flight",
-            batch_size=a.prompts,
-            num_steps=a.iterations,
-            max_staleness=staleness,
-            ahead=staleness * a.prompts,
+            Pacing(a.prompts, staleness, staleness * a.prompts, a.iterations),
         )
         seconds, lengths, idle = 0.0, [], []
         for step in range(a.iterations):

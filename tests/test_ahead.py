@@ -132,16 +132,7 @@ def made(engine, folder, tmp_path, sieve=None, all_prompts=PROMPTS, **sampling):
         prompts = [all_prompts[number % len(PROMPTS)] for number in numbers]
         return Prompts(prompts, {"solution": list(map(str, numbers))})
 
-    return Ahead(
-        sampler,
-        prompts_of,
-        folder,
-        batch_size=P,
-        num_steps=4,
-        max_staleness=2,
-        ahead=3,
-        sieve=sieve,
-    )
+    return Ahead(sampler, prompts_of, folder, Pacing(P, 2, 3, num_steps=4), sieve=sieve)
 
 
 def at_step(params, step):

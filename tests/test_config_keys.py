@@ -34,6 +34,7 @@ from adpo_jax.model.model_config import Mixture
 from adpo_jax.policy import Policy, adapters
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
+from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.run import datasets, loading, preparation, setup
 from adpo_jax.run import environments as run_environments
 from adpo_jax.run.batch_plan import batch_plan
@@ -254,7 +255,7 @@ def pacing(config):
     none["engine"] = types.SimpleNamespace(policy=model)
     parts = types.SimpleNamespace(num_steps=3, **none)
     source = preparation._sampled(config, parts, types.SimpleNamespace(in_flight=None))
-    return getattr(source, "_pacing", None)
+    return source._in_flight._pacing if isinstance(source, Ahead) else None
 
 
 def balance(config):

@@ -42,6 +42,7 @@ from adpo_jax.rollouts.elsewhere import FilteredBatches, Reception, RemoteBatche
 from adpo_jax.rollouts.elsewhere_ahead import RemoteAhead
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.flight import ExpertLimits
+from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.run import roles, sampler_line
@@ -414,21 +415,16 @@ def trainer(policy_and_params, sampler, tmp_path):
                 "fits": roles.fits_of(policy, sampler.engine, SAMPLING),
                 "fits_of_params": lambda params: roles.fits_of_params(verbs, params),
                 "weights_of": lambda params: roles.sent_weights(verbs, params),
-                "vocab_size": policy.config.vocab_size,
                 "address": (host, port),
                 "key": KEY,
-                "batch_size": P,
                 "weights_folder": weights,
             }
+            given = (sampler, prompts_of, tmp_path / "in_flight")
             if staleness:
-                settings |= {
-                    "num_steps": num_steps,
-                    "max_staleness": staleness,
-                    "ahead": staleness * P,
-                    "sieve": sieve,
-                }
-            kind = RemoteAhead if staleness else RemoteBatches
-            source = kind(sampler, prompts_of, tmp_path / "in_flight", **settings)
+                pacing = Pacing(P, staleness, staleness * P, num_steps)
+                source = RemoteAhead(*given, pacing, **settings, sieve=sieve)
+            else:
+                source = RemoteBatches(*given, **settings, batch_size=P)
             stack.callback(source.close)
             stack.callback(source.end)
             return source
@@ -771,7 +767,6 @@ def test_a_sampler_whose_frozen_weights_are_others_is_refused(tmp_path):
         fits=roles.fits_of(policy, engine, SAMPLING),
         fits_of_params=lambda params: roles.fits_of_params(engine.verbs, params),
         weights_of=lambda params: roles.sent_weights(engine.verbs, params),
-        vocab_size=policy.config.vocab_size,
         address=("127.0.0.1", 0),
         key=KEY,
         batch_size=P,

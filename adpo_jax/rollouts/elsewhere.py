@@ -21,13 +21,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from adpo_jax.devices import distributed
 from adpo_jax.engine.sampling import prompt_uids, sample_keys
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
-from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.dispatch import LEASE_S, Dispatch, Work
 from adpo_jax.rollouts.filtering import GroupFilter
@@ -145,7 +143,6 @@ class RemoteSamplers(Source):
       fits_of_params: the parameters -> what it must have in common with them.
       weights_of: the parameters -> what samplers need of them (adapters alone, where there are
         such).
-      vocab_size: token ids are below this.
       address: host and port for samplers.
       key: the key that they must know.
       batch_size: prompts of a batch.
@@ -170,7 +167,6 @@ class RemoteSamplers(Source):
         fits: dict[str, Any],
         fits_of_params: Callable[[Any], dict[str, Any]],
         weights_of: Callable[[Any], Any],
-        vocab_size: int,
         address: tuple[str, int],
         key: str,
         batch_size: int,
@@ -193,7 +189,7 @@ class RemoteSamplers(Source):
             {
                 "n": sampling.n,
                 "max_response_length": sampling.max_tokens,
-                "vocab_size": vocab_size,
+                "vocab_size": sampler.engine.policy.config.vocab_size,
                 "has_full_log_probs": sampling.full_log_probs,
                 "experts": ExpertLimits.of(sampler.engine, sampling),
             },
@@ -236,22 +232,13 @@ class RemoteSamplers(Source):
         self, step: int, prompts: Prompts, completions: list[list[Completion]]
     ) -> GradedGroups:
         """Groups graded, of which each process grades its share."""
-        with self._keeping_samples(step), distributed.fail_together():
+        with self._sampler.keeping_samples(step), distributed.fail_together():
             rows = distributed.own_rows(len(prompts))
             answers = self._sampler.of_one_turn(
                 prompts.select(rows), Completions([completions[row] for row in rows])
             )
             mine = self._sampler.graded(step, answers)
         return GradedGroups.concatenate(distributed.all_gather(mine))
-
-    @contextlib.contextmanager
-    def _keeping_samples(self, step: int) -> Iterator[None]:
-        """Keeps the sample of which a reward function fails."""
-        try:
-            yield
-        except RewardError as error:
-            self._sampler.keep_sample(step, error)
-            raise
 
     # --- on the first process, which speaks to the samplers
 
@@ -331,9 +318,7 @@ class RemoteBatches(RemoteSamplers):
         self, step: int, attempt: int | None, prompts: Prompts
     ) -> tuple[list[list[Completion]], dict[str, float]]:
         """The completions of prompts that are asked for now, and counts."""
-        key = jax.random.fold_in(jax.random.key(self._sampler.seed), step)
-        if attempt is not None:
-            key = jax.random.fold_in(key, attempt)
+        key = self._sampler.key(step, attempt)
         arrays = [np.asarray(prompt, np.int32) for prompt in prompts.token_ids]
         keys = np.asarray(sample_keys(key, prompt_uids(arrays), self._numbering.n))
         numbers = range(self._num_asked, self._num_asked + len(prompts))

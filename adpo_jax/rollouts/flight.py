@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -204,15 +204,14 @@ class Flight:
             next_number=self.next_number + len(owners),
         )
 
-    def without(self, chosen: list[int], left: dict[int, FlyingGroup]) -> "Flight":
-        """The flight without the groups that are trained on; `left` are this process's others."""
-        gone = set(chosen)
-        return Flight(
-            left,
-            {number: at for number, at in self.admitted_at.items() if number not in gone},
-            {number: owner for number, owner in self.owners.items() if number not in gone},
-            self.next_number,
+    def without(self, numbers: Iterable[int]) -> "Flight":
+        """The flight without these groups."""
+        gone = set(numbers)
+        left = (
+            {number: value for number, value in values.items() if number not in gone}
+            for values in (self.groups, self.admitted_at, self.owners)
         )
+        return Flight(*left, self.next_number)
 
 
 def packed(flight: Flight) -> dict[str, np.ndarray]:

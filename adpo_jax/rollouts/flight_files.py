@@ -1,6 +1,6 @@
-"""What iterations left in flight, kept for the next one in memory and for a resumed run on disk.
+"""What iterations left in flight, on disk: arrays of numbers alone, a file for each checkpoint.
 
-On disk it is arrays of numbers alone, a file for each process and checkpoint.
+Each process that decodes groups has files of its own.
 """
 
 import io
@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adpo_jax.records import GradedGroups
 from adpo_jax.rollouts.flight import Flight, Limits, packed, unpacked
 from adpo_jax.rollouts.group_decoding import DIGEST_SIZE
 from adpo_jax.rollouts.source import SourceError
@@ -105,51 +104,3 @@ class FlightFiles:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:06d}.{self._owner}.npz"
-
-
-class Flights:
-    """What the newest iterations left in flight; what older ones left is read from files.
-
-    Whole groups that have been graded are kept graded, in memory alone.
-    """
-
-    def __init__(self, files: FlightFiles):
-        self._files = files
-        self._flights: dict[int, Flight] = {0: Flight()}  # by iterations done
-        self._graded: dict[int, dict[int, GradedGroups]] = {}  # likewise
-
-    def at(self, step: int) -> Flight:
-        """What iteration `step` left in flight.
-
-        Raises:
-          SourceError: where it was not kept.
-        """
-        if step not in self._flights:
-            self._flights, self._graded = {step: self._files.load(step)}, {}
-        return self._flights[step]
-
-    def graded(self, step: int) -> dict[int, GradedGroups]:
-        """The groups that iteration `step` graded and left in flight, by their numbers."""
-        return self._graded.get(step, {})
-
-    def put(
-        self, step: int, before: Flight, after: Flight, graded: dict[int, GradedGroups]
-    ) -> None:
-        """Keeps what the iteration after `step` iterations found in flight, and what it left.
-
-        Args:
-          graded: groups of `after` that it has graded.
-        """
-        self._flights, self._graded = {step: before, step + 1: after}, {step + 1: graded}
-
-    def save(self, step: int, *, oldest: int = 0) -> None:
-        """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
-        self._files.save(step, self.at(step), oldest=oldest)
-
-    def check(self, step: int) -> None:
-        """Checks that what iteration `step` left in flight was kept; below 0 there is nothing.
-
-        Raises:
-          SourceError: when it was not.
-        """
-        self.at(max(step, 0))

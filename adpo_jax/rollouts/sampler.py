@@ -3,9 +3,10 @@
 Letters: P prompts, G completions of a prompt.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -118,17 +119,25 @@ class Sampler:
         Raises:
           RewardError: when a reward function fails on any process.
         """
+        key = self.key(step, attempt)
+        with self.keeping_samples(step), distributed.fail_together():
+            mine = prompts.select(distributed.own_rows(len(prompts)))
+            graded = self._graded(step, mine, self.completer, params, key)
+        return GradedGroups.concatenate(distributed.all_gather(graded))
+
+    def key(self, step: int, attempt: int | None) -> jax.Array:
+        """The key of all completions of a step; see `__call__`."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
-        if attempt is not None:
-            key = jax.random.fold_in(key, attempt)
+        return key if attempt is None else jax.random.fold_in(key, attempt)
+
+    @contextlib.contextmanager
+    def keeping_samples(self, step: int) -> Iterator[None]:
+        """Keeps the sample that a reward function fails on."""
         try:
-            with distributed.fail_together():
-                mine = prompts.select(distributed.own_rows(len(prompts)))
-                graded = self._graded(step, mine, self.completer, params, key)
+            yield
         except RewardError as error:
             self.keep_sample(step, error)
             raise
-        return GradedGroups.concatenate(distributed.all_gather(graded))
 
     def of_one_turn(self, prompts: Prompts, completions: Completions) -> Answers:
         """Completions of one turn as answers."""

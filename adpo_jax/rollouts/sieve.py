@@ -1,7 +1,7 @@
 """Which groups are trained on where rollouts run ahead of the update and groups are filtered."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -53,14 +53,13 @@ class Judging:
         for number, group in graded.items():
             self._look_at([number], group)
 
-    def new(self, whole: list[int]) -> list[int]:
-        """Those of the whole groups that have not been graded; none without a sieve."""
-        if self._sieve is None:
-            return []
-        return [number for number in whole if number not in self._graded]
-
-    def take(self, numbers: list[int], graded: GradedGroups) -> None:
-        self._look_at(numbers, graded)
+    def grade(self, whole: list[int], graded_of: Callable[[list[int]], GradedGroups]) -> None:
+        """Has those of the whole groups graded that have not been; none without a sieve."""
+        new = [number for number in whole if number not in self._graded]
+        if self._sieve is None or not new:
+            return
+        graded = graded_of(new)
+        self._look_at(new, graded)
         scores = graded.scores
         self.counted.append(Scores(scores.total[:0], {}, scores.counts, scores.logged))
         self.seconds += graded.seconds[1]
@@ -90,14 +89,14 @@ class Judging:
         completions = dataclasses.replace(groups.completions, stats=stats)
         return dataclasses.replace(groups, completions=completions, seconds=(0.0, self.seconds))
 
-    def left(self, chosen: Sequence[int]) -> dict[int, GradedGroups]:
+    def left(self, chosen: Collection[int]) -> dict[int, GradedGroups]:
         """The graded groups that stay in flight when these are trained on."""
         return {n: group for n, group in self._graded.items() if n not in set(chosen)}
 
     def with_filter_metrics(
         self, groups: GradedGroups, judged: Mapping[int, Scores], counted: Sequence[Scores]
     ) -> GradedGroups:
-        """The groups of the iteration with the metrics of the sieve.
+        """The groups of the iteration with the metrics of the sieve, if there is one.
 
         They are those of a resumed run too, which grades again what had waited.
 
@@ -105,6 +104,8 @@ class Judging:
           judged: the scores of all groups that were looked at, by number, of all processes.
           counted: what was counted in their grading, of all processes.
         """
+        if self._sieve is None:
+            return groups
         G, count = groups.completions.num_samples, len(judged)
         fillers = int((~self._sieve.has_spread(groups.rewards)).sum())
         scores = Scores.concatenate([*(judged[number] for number in sorted(judged)), *counted])

@@ -21,6 +21,7 @@ from adpo_jax.rewards import RewardError
 from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.rollouts.filtering import GroupFilter, has_spread
 from adpo_jax.rollouts.in_turns import InTurns
+from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.recording import Replay
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.sieve import Sieve
@@ -208,21 +209,18 @@ def _sampled(
     )
     rollout = config.actor_rollout_ref.rollout
     most = rollout.max_staleness * config.data.train_batch_size
-    pace = {
-        "batch_size": config.data.train_batch_size,
-        "num_steps": parts.num_steps,
-        "max_staleness": rollout.max_staleness,
-        "ahead": rollout.ahead or most,
-    }
+    pacing = Pacing(
+        config.data.train_batch_size, rollout.max_staleness, rollout.ahead or most, parts.num_steps
+    )
     if samplers is not None:
-        return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pace)
+        return _elsewhere(config, parts, folder, samplers, sampler, prompts_of, pacing)
     if rollout.max_staleness:
         in_turns = completer if isinstance(completer, InTurns) else None
         return Ahead(
             sampler,
             prompts_of,
             folder.in_flight,
-            **pace,
+            pacing,
             sieve=_sieve(config),
             in_turns=in_turns,
         )
@@ -253,7 +251,7 @@ def _elsewhere(
     samplers: ForSamplers,
     sampler: Sampler,
     prompts_of: Callable[[int], Prompts],
-    pace: dict[str, int],
+    pacing: Pacing,
 ) -> Source:
     """The source whose groups samplers in other processes decode.
 
@@ -276,14 +274,13 @@ def _elsewhere(
         "fits": roles.fits_of(parts.policy, parts.engine, parts.sampling),
         "fits_of_params": functools.partial(roles.fits_of_params, parts.engine.verbs),
         "weights_of": functools.partial(roles.sent_weights, parts.engine.verbs),
-        "vocab_size": parts.policy.config.vocab_size,
         "address": samplers.address,
         "key": samplers.key,
         "weights_folder": samplers.weights,
     }
-    if pace["max_staleness"]:
-        return RemoteAhead(*given, **settings, **pace, sieve=_sieve(config))
-    batches = RemoteBatches(*given, **settings, batch_size=pace["batch_size"])
+    if pacing.max_staleness:
+        return RemoteAhead(*given, pacing, **settings, sieve=_sieve(config))
+    batches = RemoteBatches(*given, **settings, batch_size=pacing.batch_size)
     if not config.algorithm.filter_groups:
         return batches
     return FilteredBatches(batches, prompts_of, folder.surplus, **_filtering(config))
