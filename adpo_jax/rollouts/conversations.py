@@ -33,6 +33,10 @@ Place = tuple[Hashable, int]
 
 LOST_REWARD = 0.0  # of an environment whose process was killed
 _LOSSES = ("timeout", "crash", "lost")
+_OTHER_CALLS = (
+    "the samples in flight were answered other calls than they made: they are of another model or "
+    "environment"
+)
 # What is counted of tools.
 COUNTS = ("tool_calls", "tool_failures", "tool_microseconds")
 
@@ -153,52 +157,68 @@ class Conversations:
           SourceError: for samples of other environments.
         """
         again: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        wanted: list[tuple[Place, str, str | None]] = []  # what is to be answered as it was
-        asked: dict[Place, list[Call]] = {}
+        num_requests = 0
+        unanswered: dict[Place, list[Call]] = {}
         for place, sample in samples.items():
-            self._open(place, rows[place[0]], sample, leases=_needs_environment(sample))
-            conversation, told = self.under_way[place], sample.told
+            row = rows[place[0]]
+            self._open(place, row, sample, leases=_needs_environment(sample))
+            conversation = self.under_way[place]
+            answered, last = self._read_again(conversation)
             if conversation.lease is not None:
-                self._reset(place, rows[place[0]], seeds[place[0]], again, len(wanted))
-                wanted.append((place, "reset", told.observation))
-            has_ended = bool(sample.finish_reason)
-            for number in range(len(told.answers) + (has_ended or told.asked)):
-                calls = self._read(conversation, number)
-                if number == len(told.answers) and has_ended:
-                    continue
-                is_asked = number == len(told.answers)
-                if not calls or (not is_asked and len(calls) != len(told.answers[number])):
-                    raise SourceError(
-                        "the samples in flight were answered other calls than they made: they are "
-                        "of another model or environment"
-                    )
-                if is_asked:
-                    asked[place] = calls
-                    continue
-                self._note(conversation, calls, told.answers[number])
-                for call, text in zip(calls, told.answers[number]):
-                    if conversation.lease is not None and not call.error:
-                        self._pool.ask(*self._call(conversation, call), again, len(wanted))
-                        wanted.append((place, "call", text))
-            conversation.is_over = has_ended
-            conversation.finish_reason = sample.finish_reason or conversation.finish_reason
-        for _ in wanted:
-            answer = again.get()
-            place, verb, text = wanted[answer.tag]
-            if verb == "reset":
-                self._refuse_failure(verb, answer)
-            self.under_way[place].note_state(answer)
-            said = self._words(answer)
-            # Earlier versions kept answers in full.
-            if text != said and (verb == "reset" or text != self._template.cut(said)):
-                logging.log_first_n(
-                    logging.WARNING,
-                    "an environment answers otherwise when its calls are made again, as a resumed "
-                    "run makes them; its samples go on with what they were told before",
-                    1,
-                )
-        for place, calls in asked.items():
+                tag = place, "reset", sample.told.observation
+                self._reset(place, row, seeds[place[0]], again, tag)
+                for call, text in answered:
+                    self._pool.ask(*self._call(conversation, call), again, (place, "call", text))
+                num_requests += 1 + len(answered)
+            if sample.finish_reason:
+                conversation.is_over, conversation.finish_reason = True, sample.finish_reason
+            elif last:
+                unanswered[place] = last
+        for _ in range(num_requests):
+            self._hear_again(again.get())
+        for place, calls in unanswered.items():
             self._ask(place, calls)
+
+    def _read_again(self, conversation: Conversation) -> tuple[list[tuple[Call, str]], list[Call]]:
+        """Reads the turns of a sample in flight that have ended, and notes how they were answered.
+
+        Returns:
+          The calls of answered turns, without malformed ones, with the answer to each; and all
+          calls of the last turn, if that is not answered.
+
+        Raises:
+          SourceError: for answers to other calls than there are.
+        """
+        told, answered = conversation.sample.told, []
+        has_ended = bool(conversation.sample.finish_reason)
+        for number, texts in enumerate(told.answers):
+            calls = self._read(conversation, number)
+            if not calls or len(calls) != len(texts):
+                raise SourceError(_OTHER_CALLS)
+            self._note(conversation, calls, texts)
+            answered += [(call, text) for call, text in zip(calls, texts) if not call.error]
+        last = []
+        if has_ended or told.asked:
+            last = self._read(conversation, len(told.answers))
+            if not (last or has_ended):
+                raise SourceError(_OTHER_CALLS)
+        return answered, last
+
+    def _hear_again(self, answer: Answer) -> None:
+        """Takes an answer to what was asked before; the sample keeps what it was told then."""
+        place, verb, text = answer.tag
+        if verb == "reset":
+            self._refuse_failure(verb, answer)
+        self.under_way[place].note_state(answer)
+        said = self._words(answer)
+        # Earlier versions kept answers in full.
+        if text != said and (verb == "reset" or text != self._template.cut(said)):
+            logging.log_first_n(
+                logging.WARNING,
+                "an environment answers otherwise when its calls are made again, as a resumed "
+                "run makes them; its samples go on with what they were told before",
+                1,
+            )
 
     def _open(self, place: Place, row: dict, sample: FlyingSample, *, leases: bool = True) -> None:
         environments = self._environments
