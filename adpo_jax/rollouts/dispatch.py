@@ -54,7 +54,7 @@ class Order:
 
 
 @dataclasses.dataclass
-class _Known:
+class _Sampler:
     """A sampler."""
 
     heard: float
@@ -78,9 +78,9 @@ class Dispatch:
         self._version: int | None = None
         self._finished = False
         self._waiting: dict[int, Work] = {}  # in the order of their numbers
-        self._works: dict[int, Work] = {}  # handed out
+        self._handed_out: dict[int, Work] = {}
         self._whole: dict[int, list[Completion]] = {}
-        self._samplers: dict[str, _Known] = {}
+        self._samplers: dict[str, _Sampler] = {}
         self.num_taken_back = 0
         self.num_doubles = 0
 
@@ -188,7 +188,7 @@ class Dispatch:
                 return Order(self._version, [], [], False)
             known = self._heard(sampler)
             dropped = sorted(holds - known.holds)
-            works = self._handed_out(known, room, holds)
+            works = self._hand_out(known, room, holds)
             return Order(self._version, works, dropped, False)
 
     def deliver(self, sampler: str, number: int, completions: list[Completion]) -> bool:
@@ -198,14 +198,14 @@ class Dispatch:
           ValueError: for completions that say experts of another prompt than the group's.
         """
         with self._changed:
-            asked = self._works.get(number) or self._waiting.get(number)
+            asked = self._handed_out.get(number) or self._waiting.get(number)
             if asked is not None:
                 _check_experts(asked, completions)
             if sampler in self._samplers:
                 self._heard(sampler)
             for known in self._samplers.values():
                 known.holds.discard(number)
-            wanted = self._works.pop(number, None) or self._waiting.pop(number, None)
+            wanted = self._handed_out.pop(number, None) or self._waiting.pop(number, None)
             if wanted is None:
                 self.num_doubles += 1
                 return False
@@ -221,9 +221,9 @@ class Dispatch:
 
     # --- with the lock held
 
-    def _heard(self, sampler: str) -> _Known:
+    def _heard(self, sampler: str) -> _Sampler:
         now = self._clock()
-        known = self._samplers.setdefault(sampler, _Known(now))
+        known = self._samplers.setdefault(sampler, _Sampler(now))
         known.heard = now
         self._take_back()
         return known
@@ -237,15 +237,15 @@ class Dispatch:
                 self._give_back(known, number)
             self._changed.notify_all()  # what was kept for it is others'
 
-    def _give_back(self, known: _Known, number: int) -> None:
+    def _give_back(self, known: _Sampler, number: int) -> None:
         known.holds.discard(number)
-        work = self._works.pop(number, None)
+        work = self._handed_out.pop(number, None)
         if work is not None:
             self.num_taken_back += 1
             self._waiting = dict(sorted((self._waiting | {number: work}).items()))
             self._changed.notify_all()
 
-    def _share(self, known: _Known, room: int, holds: set[int]) -> list[int]:
+    def _share(self, known: _Sampler, room: int, holds: set[int]) -> list[int]:
         """The groups that a sampler may begin now: its share of what is not whole, oldest first.
 
         It gets more where others have no room for theirs. Those that it is being told to drop are
@@ -254,16 +254,16 @@ class Dispatch:
         if self._version is None or not room or not self._waiting:
             return []
         others = [other for other in self._samplers.values() if other is not known]
-        share = -(-(len(self._waiting) + len(self._works)) // (len(others) + 1))
+        share = -(-(len(self._waiting) + len(self._handed_out)) // (len(others) + 1))
         kept = sum(max(0, min(other.room, share - len(other.holds))) for other in others)
         count = min(room, max(share - len(known.holds), len(self._waiting) - kept, 0))
         return [number for number in self._waiting if number not in holds][:count]
 
-    def _handed_out(self, known: _Known, room: int, holds: set[int]) -> list[Work]:
+    def _hand_out(self, known: _Sampler, room: int, holds: set[int]) -> list[Work]:
         numbers = self._share(known, room, holds)
         known.room = room - len(numbers)
         works = [self._waiting.pop(number) for number in numbers]
-        self._works |= {work.number: work for work in works}
+        self._handed_out |= {work.number: work for work in works}
         known.holds |= set(numbers)
         return works
 
