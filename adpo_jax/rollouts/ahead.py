@@ -29,9 +29,10 @@ from adpo_jax.engine.session import Session
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import Scores
 from adpo_jax.rollouts.flight import Flight, age_metrics
-from adpo_jax.rollouts.group_decoding import Decoding, Numbering, OneTurnDecoding
+from adpo_jax.rollouts.group_decoding import Decoding, OneTurnDecoding
 from adpo_jax.rollouts.in_flight import FlyingSource, InFlight, Iteration
 from adpo_jax.rollouts.in_turns import InTurns
+from adpo_jax.rollouts.numbering import Numbering
 from adpo_jax.rollouts.pacing import WINDOW, Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.sieve import Sieve

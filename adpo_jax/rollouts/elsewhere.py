@@ -1,13 +1,13 @@
 """Rollouts by samplers in other processes, on devices of their own.
 
 The trainer publishes its weights after every update, hands out groups (`dispatch`), and trains on
-those that come back. Samplers are started, watched and restarted by
-whatever runs the machines; here they come and go.
+those that come back. Samplers are started, watched and restarted by whatever runs the machines;
+here they come and go.
 
-With `max_staleness` 0 an iteration's groups are sampled by its own weights (`RemoteBatches`); above
-0 see `elsewhere_ahead`. With one sampler the
-run is then the same, bit for bit, as one that samples for itself, since the sampler makes the very
-same call of the engine; where groups are filtered, the same calls one after the other.
+With `max_staleness` 0 an iteration's groups are sampled by its own weights (`RemoteBatches`). With
+one sampler the run is then the same, bit for bit, as one that samples for itself, since the sampler
+makes the very same call of the engine; where groups are filtered, the same calls one after the
+other. With `max_staleness` above 0 see `elsewhere_ahead`.
 
 Several processes may train. The first one speaks to the samplers and tells the others.
 """
@@ -30,7 +30,7 @@ from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.dispatch import LEASE_S, Dispatch, Work
 from adpo_jax.rollouts.filtering import GroupFilter
 from adpo_jax.rollouts.flight import ExpertLimits, age_metrics
-from adpo_jax.rollouts.group_decoding import Numbering
+from adpo_jax.rollouts.numbering import Numbering
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.source import Source
 from adpo_jax.rollouts.weights import Versions, WeightsFolder, name_of_run

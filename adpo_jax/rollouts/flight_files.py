@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from adpo_jax.rollouts.flight import Flight, Limits, packed, unpacked
-from adpo_jax.rollouts.group_decoding import DIGEST_SIZE
+from adpo_jax.rollouts.numbering import DIGEST_SIZE
 from adpo_jax.rollouts.source import SourceError
 
 # What reading a file that is missing or damaged raises.

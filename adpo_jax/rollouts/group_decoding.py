@@ -1,22 +1,16 @@
-"""Decoding groups in flight: the protocol, its version for one turn, what a number determines."""
+"""Decoding groups in flight: the protocol, and the decoding of groups with one turn."""
 
-import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-import jax
 import numpy as np
 
 from adpo_jax.engine.requests import Sample
-from adpo_jax.engine.sampling import sample_keys
 from adpo_jax.engine.session import Session, Turn
 from adpo_jax.records import Completions, Prompts
 from adpo_jax.rollouts.completing import Answers
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample, is_whole
-
-# Bytes of the digest of a prompt.
-DIGEST_SIZE = 16
+from adpo_jax.rollouts.numbering import Numbering
 
 
 class Decoding(Protocol):
@@ -89,10 +83,10 @@ class GroupDecoding:
         until = session.stats["steps"] + steps
         while session.num_decoding and session.stats["steps"] < until:
             for turn in session.step():
-                self._take(turn)
+                self._add(turn)
                 session.end(turn.sample)
 
-    def _take(self, turn: Turn):
+    def _add(self, turn: Turn) -> None:
         number, i = self._places[turn.sample]
         if number in self._samples:
             sample = self._samples[number][i].sampled(turn, self._session.version)
@@ -101,47 +95,8 @@ class GroupDecoding:
     def left(self) -> dict[int, FlyingGroup]:
         """Ends the session; the groups with the tokens that they have."""
         for turn in self._session.leave():
-            self._take(turn)
+            self._add(turn)
         return {number: tuple(group) for number, group in self._samples.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Numbering:
-    """What belongs to the number of a group, which counts the prompts in their order.
-
-    Attributes:
-      prompts_of: number of a batch, from 0 -> its prompts.
-      batch_size: prompts of a batch.
-      n: samples of a group.
-    """
-
-    prompts_of: Callable[[int], Prompts]
-    batch_size: int
-    seed: int
-    n: int
-
-    def prompts(self, numbers: Iterable[int]) -> Prompts:
-        """The prompts of groups, in this order."""
-        P = self.batch_size
-        found = {batch: self.prompts_of(batch) for batch in {n // P: None for n in numbers}}
-        return Prompts.concatenate([found[n // P].select([n % P]) for n in numbers])
-
-    def digests(self, numbers: Sequence[int]) -> np.ndarray:
-        """[N, DIGEST_SIZE] uint8, a digest of the prompt of each of N groups."""
-        prompts = self.prompts(numbers).token_ids if numbers else []
-        found = [np.asarray(ids, "<i8").tobytes() for ids in prompts]
-        found = b"".join(hashlib.blake2b(ids, digest_size=DIGEST_SIZE).digest() for ids in found)
-        return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_SIZE)
-
-    def keys(self, number: int) -> np.ndarray:
-        """[n, 2] uint32, the keys of a group's samples, whatever iteration samples from them."""
-        batch, row = divmod(number, self.batch_size)
-        key = jax.random.fold_in(jax.random.key(self.seed), batch)
-        return np.asarray(sample_keys(key, np.array([row], np.uint32), self.n))[0]
-
-    def key(self, number: int) -> jax.Array:
-        """A key of the group as a whole."""
-        return jax.random.fold_in(jax.random.key(self.seed), number)
 
 
 class OneTurnDecoding(GroupDecoding):

@@ -13,7 +13,7 @@ import jax
 from adpo_jax.records import GradedGroups
 from adpo_jax.rollouts.flight import ExpertLimits, Flight, FlyingGroup, FlyingSample, Limits
 from adpo_jax.rollouts.flight_files import FlightFiles
-from adpo_jax.rollouts.group_decoding import Numbering
+from adpo_jax.rollouts.numbering import Numbering
 from adpo_jax.rollouts.pacing import Pacing, shared_out
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.sieve import Judging, Sieve

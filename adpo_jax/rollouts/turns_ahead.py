@@ -19,8 +19,8 @@ from adpo_jax.records import Prompts
 from adpo_jax.rollouts.completing import Answers
 from adpo_jax.rollouts.conversations import COUNTS, Conversations, Place
 from adpo_jax.rollouts.flight import FlyingGroup, is_whole
-from adpo_jax.rollouts.group_decoding import Numbering
 from adpo_jax.rollouts.in_turns import InTurns
+from adpo_jax.rollouts.numbering import Numbering
 from adpo_jax.rollouts.rows import group_seeds, rows_of
 
 
@@ -80,14 +80,14 @@ class TurnsDecoding:
         samples = {(n, i): sample for n, group in groups.items() for i, sample in enumerate(group)}
         said = {n: group[0].told.observation for n, group in groups.items() if group[0].told}
         new = [place for place in samples if place[0] not in said]
-        absent = {}
         for place, sample in samples.items():
-            conversation = self._under_way.get(place)
-            if conversation is not None and conversation.sample is not sample:
+            if place in self._under_way and self._under_way[place].sample is not sample:
                 self._conversations.give_back(place)
-                conversation = None
-            if conversation is None and place[0] in said:
-                absent[place] = sample
+        absent = {
+            place: sample
+            for place, sample in samples.items()
+            if place[0] in said and place not in self._under_way
+        }
         began = time.perf_counter()
         said |= self._conversations.begin(rows, seeds, new)
         self._conversations.resume(rows, seeds, absent)
