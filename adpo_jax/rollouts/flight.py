@@ -1,7 +1,6 @@
-"""Groups in flight: samples that one iteration leaves to the next, and the arrays made of them."""
+"""Groups in flight: the samples that one iteration leaves to the next."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,16 +12,7 @@ from adpo_jax.engine.session import Turn
 from adpo_jax.records import Completion, GradedGroups, token_fields
 
 # The fields of a token that are kept in flight, with their dtypes.
-_FIELDS = token_fields()
-_REASONS = ("", "stop", "length")
-# The arrays of `packed_experts`.
-EXPERT_ARRAYS = (
-    "experts",
-    "experts_lengths",
-    "prompt_experts",
-    "prompt_experts_lengths",
-    "prompt_experts_of",
-)
+FIELDS = token_fields()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +82,12 @@ class FlyingSample:
 
     @classmethod
     def empty(cls, told: Told | None = None) -> "FlyingSample":
-        return cls(**{name: np.zeros(0, dtype) for name, dtype in _FIELDS.items()}, told=told)
+        return cls(**{name: np.zeros(0, dtype) for name, dtype in FIELDS.items()}, told=told)
 
     @classmethod
     def of(cls, completion: Completion) -> "FlyingSample":
         """A sample that has ended."""
-        fields = {name: getattr(completion, name) for name in _FIELDS}
+        fields = {name: getattr(completion, name) for name in FIELDS}
         if completion.full_log_probs is None:
             fields["full_log_probs"] = np.zeros(0, np.float32)
         return cls(
@@ -136,7 +126,7 @@ class FlyingSample:
     def _extended(self, more: dict[str, Any]) -> "FlyingSample":
         count = len(more["tokens"])
         fields = {}
-        for name, dtype in _FIELDS.items():
+        for name, dtype in FIELDS.items():
             value, old = more[name], getattr(self, name)
             if value is not None:
                 new = np.broadcast_to(np.asarray(value, dtype), count)
@@ -153,7 +143,7 @@ class FlyingSample:
         return self.tokens[self.trained & (self.turns == number)]
 
     def completion(self) -> Completion:
-        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields = {name: getattr(self, name) for name in FIELDS}
         if not len(self.full_log_probs):
             fields["full_log_probs"] = None
         return Completion(
@@ -214,85 +204,6 @@ class Flight:
         return Flight(*left, self.next_number)
 
 
-def packed(flight: Flight) -> dict[str, np.ndarray]:
-    """The flight as arrays of numbers alone; what environments told is the bytes of JSON."""
-    samples = [sample for group in flight.groups.values() for sample in group]
-    packed = {
-        name: np.concatenate([np.zeros(0, dtype), *(getattr(s, name) for s in samples)])
-        for name, dtype in _FIELDS.items()
-    }
-    for name in _FIELDS:
-        packed[f"{name}_lengths"] = np.array([len(getattr(s, name)) for s in samples], np.int64)
-    return (
-        packed
-        | packed_experts(samples)
-        | {
-            "numbers": np.array(list(flight.groups), np.int64),
-            "all_numbers": np.array(list(flight.admitted_at), np.int64),
-            "admitted_at": np.array(list(flight.admitted_at.values()), np.int64),
-            "owners": np.array(list(flight.owners.values()), np.int64),
-            "reasons": np.array([_REASONS.index(s.finish_reason) for s in samples], np.int8),
-            "next_number": np.int64(flight.next_number),
-            "told": _as_bytes([s.told and dataclasses.asdict(s.told) for s in samples]),
-        }
-    )
-
-
-def packed_experts(
-    samples: Sequence[FlyingSample | Completion],
-) -> dict[str, np.ndarray]:
-    """The experts of samples as arrays; {} where none has any.
-
-    Those of prompts are written once for samples that share an array.
-    """
-    shapes = {s.experts.shape[1:] for s in samples if s.experts is not None}
-    if not shapes:
-        return {}
-    (shape,) = shapes
-    nothing = np.zeros((0, *shape), np.uint16)
-    own = [nothing if s.experts is None else s.experts for s in samples]
-    prompts = {id(s.prompt_experts): s.prompt_experts for s in samples}
-    places = {name: place for place, name in enumerate(prompts)}
-    of_prompts = [nothing if x is None else x for x in prompts.values()]
-    return {
-        "experts": np.concatenate([nothing, *own]).astype(np.uint16),
-        "experts_lengths": np.array(list(map(len, own)), np.int64),
-        "prompt_experts": np.concatenate([nothing, *of_prompts]).astype(np.uint16),
-        "prompt_experts_lengths": np.array(list(map(len, of_prompts)), np.int64),
-        "prompt_experts_of": np.array([places[id(s.prompt_experts)] for s in samples], np.int64),
-    }
-
-
-def unpacked_experts(
-    content: Mapping[str, np.ndarray], limits: "ExpertLimits"
-) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
-    """For each sample the experts of its tokens and of its prompt, as `packed_experts` had them.
-
-    Raises:
-      ValueError, LookupError: for arrays that it did not make, or experts that there are not.
-    """
-
-    def parts(name: str) -> list[np.ndarray | None]:
-        values, lengths = content[name], content[f"{name}_lengths"]
-        if values.dtype != np.uint16 or values.shape != (lengths.sum(), *limits.shape):
-            raise ValueError(f"{name} has the shape {values.shape} and dtype {values.dtype}")
-        if lengths.min(initial=0) < 0 or values.max(initial=0) >= limits.num_experts:
-            raise ValueError(f"{name} says more experts than there are")
-        values = np.split(values.astype(limits.dtype), np.cumsum(lengths))[:-1]
-        return [part if len(part) else None for part in values]
-
-    own, of_prompts = parts("experts"), parts("prompt_experts")
-    places = content["prompt_experts_of"]
-    if places.shape != (len(own),) or places.min(initial=0) < 0:
-        raise ValueError("prompt_experts_of does not say a prompt of each sample")
-    return [(experts, of_prompts[place]) for experts, place in zip(own, places.tolist())]
-
-
-def _as_bytes(content: Any) -> np.ndarray:
-    """[B] uint8, the bytes of JSON."""
-    return np.frombuffer(json.dumps(content).encode(), np.uint8)
-
-
 @dataclasses.dataclass(frozen=True)
 class ExpertLimits:
     """What the experts of samples must be.
@@ -340,7 +251,7 @@ class Limits:
         Raises:
           ValueError: for one that does not keep to them.
         """
-        lengths = {len(getattr(sample, name)) for name in _FIELDS if name != "full_log_probs"}
+        lengths = {len(getattr(sample, name)) for name in FIELDS if name != "full_log_probs"}
         tokens, count = sample.tokens, len(sample.tokens)
         # One that goes on has room for a token, unless its last turn has ended with calls.
         is_full = bool(sample.finish_reason or (sample.told and sample.told.asked))
@@ -362,51 +273,6 @@ class Limits:
         ]
         for what in (what for holds, what in rules if not holds):
             raise ValueError(f"a sample has {what}")
-
-
-def unpacked(content: dict[str, np.ndarray], limits: Limits) -> Flight:
-    """The flight that `packed` made arrays of.
-
-    Raises:
-      ValueError, KeyError: for arrays that it did not make.
-    """
-    n = limits.n
-    columns = {}
-    for name, dtype in _FIELDS.items():
-        ends = np.cumsum(content[f"{name}_lengths"])
-        columns[name] = np.split(content[name].astype(dtype), ends)[:-1] if len(ends) else []
-    reasons = [_REASONS[reason] for reason in content["reasons"]]
-    found = json.loads(content["told"].tobytes())
-    told = [None if x is None else Told.from_json(x) for x in found]
-    samples = [
-        FlyingSample(*values, finish_reason=reason, told=heard)
-        for *values, reason, heard in zip(*columns.values(), reasons, told, strict=True)
-    ]
-    if limits.experts is not None and "experts" in content:
-        samples = [
-            dataclasses.replace(sample, experts=experts, prompt_experts=of_prompt)
-            for sample, (experts, of_prompt) in zip(
-                samples, unpacked_experts(content, limits.experts), strict=True
-            )
-        ]
-    numbers, everywhere, admitted_at, owners = (
-        content[name].tolist() for name in ("numbers", "all_numbers", "admitted_at", "owners")
-    )
-    if len(samples) != len(numbers) * n:
-        raise ValueError(f"{len(samples)} samples of {len(numbers)} groups of {n}")
-    if not set(numbers) <= set(everywhere) or min(everywhere, default=0) < 0:
-        raise ValueError("groups that were never admitted")
-    for sample in samples:
-        limits.check(sample)
-    for i in range(0, len(samples), n):
-        if len({sample.told is None for sample in samples[i : i + n]}) > 1:
-            raise ValueError("a group of which some samples have an environment, and some none")
-    return Flight(
-        {number: tuple(samples[i * n : (i + 1) * n]) for i, number in enumerate(numbers)},
-        dict(zip(everywhere, admitted_at, strict=True)),
-        dict(zip(everywhere, owners, strict=True)),
-        int(content["next_number"]),
-    )
 
 
 def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adpo_jax.rollouts.flight import Flight, Limits, packed, unpacked
+from adpo_jax.rollouts.flight import Flight, Limits
+from adpo_jax.rollouts.flight_arrays import packed, unpacked
 from adpo_jax.rollouts.numbering import DIGEST_SIZE
 from adpo_jax.rollouts.source import SourceError
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from adpo_jax.records import Completion, token_fields
-from adpo_jax.rollouts.flight import EXPERT_ARRAYS, ExpertLimits, packed_experts, unpacked_experts
+from adpo_jax.rollouts.flight import ExpertLimits
+from adpo_jax.rollouts.flight_arrays import EXPERT_ARRAYS, packed_experts, unpacked_experts
 
 _REASONS = ("stop", "length")
 _OPTIONAL = "full_log_probs"
