@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -500,6 +501,27 @@ def test_groups_without_a_spread_are_replaced_as_where_sampling_is_done_here(
     assert max(attempts) > 1
     source.end()
     thread.join(30)
+
+
+def test_a_group_that_comes_while_others_are_graded_is_not_waited_for(trainer, monkeypatch):
+    source, whole, waited = trainer(1), [0], []
+    monkeypatch.setattr(source._dispatch, "whole", lambda: list(whole))
+    monkeypatch.setattr(
+        source, "_wait_for_more", lambda step, num_seen, last: waited.append(num_seen)
+    )
+
+    def grade(numbers, graded):
+        if len(whole) == 1:
+            whole.append(1)  # comes now
+
+    now = types.SimpleNamespace(
+        step=0,
+        judging=types.SimpleNamespace(grade=grade, without_spread=[]),
+        drop=lambda numbers: [],
+        chosen=lambda numbers: [1] if 1 in numbers else None,
+    )
+    assert source._until_chosen(now) == [1]
+    assert waited == [1]  # for more than the one that was seen, of which there are two by now
 
 
 def test_groups_without_a_spread_make_room_for_others_ahead_of_the_update(

@@ -133,7 +133,9 @@ class RemoteAhead(FlyingSource, RemoteSamplers):
             chosen = now.chosen(whole)
             if chosen is not None:
                 return chosen
-            last_notice = self._wait_for_more(now.step, len(dispatch.whole()), last_notice)
+            # What came while these were graded is not waited for.
+            num_seen = len(whole) - len(dropped)
+            last_notice = self._wait_for_more(now.step, num_seen, last_notice)
 
     def _works(self, numbers: Iterable[int]) -> list[Work]:
         numbers = list(numbers)
