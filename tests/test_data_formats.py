@@ -97,6 +97,54 @@ def test_completions_of_trl_are_demonstrations_of_the_supervised_stage(tmp_path)
     assert [decode(ids[:-1]) for ids in found.completions] == ["5", "7"]
 
 
+def demonstrations(path, completions):
+    """The texts of the demonstrations of a file with these completions."""
+    rows = [{"prompt": "2+3?", "completion": completion} for completion in completions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of("data.prompt_key=prompt", f"sft.train_files={path}")
+    found = datasets.load_demonstrations(config, loading.find_model(config))
+    return [arithmetic.make_tokenizer().decode(ids[:-1]) for ids in found.completions]
+
+
+def said(content, **fields):
+    return {"role": "assistant", "content": content} | fields
+
+
+def test_a_completion_to_imitate_is_text_a_number_or_one_message_of_text(tmp_path, monkeypatch):
+    completions = [
+        *("5", 5, 2.5, "", said("5"), [said("5")], [said("")]),
+        [said([{"type": "text", "text": "5"}], tool_calls=None, reasoning_content="")],
+    ]
+    for limit in (2**20, 0):
+        monkeypatch.setattr(files, "LARGE_BYTES", limit)
+        texts = demonstrations(tmp_path / f"rows_{limit}.jsonl", completions)
+        assert texts == ["5", "5", "2.5", "", "5", "5", "", "5"]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        [said("", tool_calls=[CALL])],
+        said("Let me see.", tool_calls=[CALL]),
+        [said("5", reasoning_content="two and three")],
+        [said("Hm?"), {"role": "user", "content": "2+3"}, said("5")],
+        [{"role": "user", "content": "5"}],
+        [said(None)],
+        [said([{"type": "image"}])],
+        [],
+        ["5"],
+        {"answer": "5"},
+    ],
+    ids=str,
+)
+def test_a_completion_of_anything_else_is_refused_with_file_row_and_cure(tmp_path, completion):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: the completion .* into one text"):
+        demonstrations(tmp_path / "rows.jsonl", ["5", completion])
+
+
 def test_gzip_is_read_and_what_is_wrong_has_its_line(tmp_path):
     row = '{"question": "q", "answer": "a"}\n'
     for name, content in (("a.jsonl.gz", row * 2), ("a.csv.gz", "question,answer\nq,a\nq,a\n")):

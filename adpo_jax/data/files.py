@@ -378,6 +378,24 @@ def message_text(value: Any) -> str | None:
     return None
 
 
+def text_to_imitate(value: Any) -> str | None:
+    """The text of a completion: of text, of a number, or of one message of the assistant.
+
+    The message stands alone or in a list, and has nothing but its role and text. None for anything
+    else, whose text would say less than it does.
+    """
+    if isinstance(value, str | int | float):
+        return str(value)
+    message = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return None
+    # Columns of tables have every key in every row.
+    if any(v not in (None, "", []) for k, v in message.items() if k not in ("role", "content")):
+        return None
+    content = joined_parts(message.get("content"))
+    return content if isinstance(content, str) else None
+
+
 def joined_parts(content: Any) -> Any:
     """A message's content with its text parts joined; what has other parts stays as it is.
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from adpo_jax.data import due, embedded, files, folders
 from adpo_jax.data.control_tokens import text_token_ids
 from adpo_jax.data.prompts import PromptFormat, render_prompts, tell_of_unknown_names
+from adpo_jax.data.readers import shorten
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import builtin
 from adpo_jax.rewards.references import check_references
@@ -226,7 +227,8 @@ def load_demonstrations(
       tools: what prompts show of tools, as of `render_prompts`.
 
     Raises:
-      ValueError: for data that cannot be read, or completions that are all too long.
+      ValueError: for data that cannot be read, a completion that is no text, or completions that
+        are all too long.
     """
     c, limit = config.sft, config.data.max_response_length
     dataset = _load_rows(
@@ -238,11 +240,17 @@ def load_demonstrations(
         c.completion_key,
     )
     dataset = _first(dataset, c.train_max_samples)
+    for row, value in enumerate(dataset.column(c.completion_key), 1):
+        if files.text_to_imitate(value) is None:
+            raise ValueError(
+                f"{c.train_files}: row {row}: the completion in column {c.completion_key!r} "
+                "(sft.completion_key) must be text or one message of the assistant with nothing "
+                f"but text, got {shorten(value)}; write calls of tools, reasoning and further "
+                "turns into one text, as the model is to write them"
+            )
     prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files, tools)
-    texts = [
-        files.message_text(value) or str(value)
-        for value in files.Dataset(prompts.columns).column(c.completion_key)
-    ]
+    completion_column = files.Dataset(prompts.columns).column(c.completion_key)
+    texts = [files.text_to_imitate(value) for value in completion_column]
     token_ids = text_token_ids(
         source.tokenizer,
         texts,
