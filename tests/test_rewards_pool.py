@@ -78,6 +78,13 @@ async def waits(completions, solution):
     ASLEEP.pop()
     return [together]
 
+async def judges(completions):
+    text = completions[0][0]["content"]
+    if text in ("hang", "die"):
+        obeys(completions, ["5"])
+    await asyncio.sleep(0.3)
+    return [1.0]
+
 async def imports_first(completions):
     if not ASLEEP:
         time.sleep(0.4)
@@ -232,6 +239,15 @@ def test_what_async_functions_do_between_their_waits_is_not_the_others_time(file
     out = capfd.readouterr().out
     assert out.count("[2J") == 4
     assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(("end", "count"), [("hang", "timeouts"), ("die", "crashes")])
+def test_a_blocked_or_crashed_async_function_costs_no_other_completion(file, end, count):
+    completions = ["a", "a", end, "a"] + ["a"] * 12
+    with make(file, name="judges", num_workers=1) as model:
+        scores = model.score(completions, columns(completions))
+    np.testing.assert_array_equal(scores.total, [1, 1, 0, 1] + [1] * 12)
+    assert scores.counts[count] == 1
 
 
 def test_a_slow_first_call_of_an_async_function_does_not_have_the_others_wait(file):

@@ -4,7 +4,8 @@ Each worker belongs to one thread of the run. The thread starts its worker when 
 something to do, hands it a chunk of completions, and reads one reply a completion. If no reply
 comes within the deadline, the worker is killed with all that it started, the completion counts as
 killed, and a fresh worker takes the rest. A worker that dies by itself is replaced likewise, and
-its completion is tried once more.
+its completion is tried once more. Where an async function had several completions under way, none
+is blamed: the fresh worker gets the rest of the chunk one by one.
 """
 
 import atexit
@@ -116,6 +117,7 @@ class WorkerPool:
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         self._closed = False
         self._signatures: list[Signature] = []
+        self._are_async: list[bool] = []  # of each function, whether completions wait together
         atexit.register(self.close)
 
     def check(self) -> list[Signature]:
@@ -214,6 +216,7 @@ class WorkerPool:
         """Grades a chunk; returns the worker to go on with, or None if it had to be killed."""
         places = {position: i for i, position in enumerate(chunk.positions)}  # still to grade
         deaths: dict[int, int] = {}
+        one_by_one = False
         while not chunk.job.is_over:
             if worker is not None and worker.served >= self._recycle_after:
                 self._retire(worker)
@@ -222,8 +225,9 @@ class WorkerPool:
                 worker = self._start()
             if not places:
                 break
+            asked = list(places)[:1] if one_by_one else list(places)
             try:
-                if not self._ask(worker, chunk, places):
+                if not self._ask(worker, chunk, places, asked):
                     chunk.job.stop()
                     self._retire(worker)  # it is still busy with the rest of the chunk
                     return None
@@ -233,7 +237,10 @@ class WorkerPool:
                 worker = None
                 if self._closed:
                     raise RuntimeError("the reward workers were closed while grading") from None
-                first = next(iter(places))
+                first, *others = (position for position in asked if position in places)
+                if others and self._are_async[chunk.function]:
+                    one_by_one = True  # any of them may have been at work
+                    continue
                 deaths[first] = deaths.get(first, 0) + 1
                 if timed_out or deaths[first] > 1:
                     del places[first]
@@ -241,23 +248,25 @@ class WorkerPool:
                     chunk.job.outcomes[chunk.function, first] = killed
         return worker
 
-    def _ask(self, worker: "WorkerProcess", chunk: Chunk, places: dict[int, int]) -> bool:
-        """Has a worker grade the rest of a chunk, and takes each graded position off `places`.
+    def _ask(
+        self, worker: "WorkerProcess", chunk: Chunk, places: dict[int, int], asked: list[int]
+    ) -> bool:
+        """Has a worker grade positions of a chunk, and takes each graded one off `places`.
 
         Returns:
           False when a function failed, upon which the run stops.
         """
-        rows = list(places.values())
+        rows = [places[position] for position in asked]
         message = (
             chunk.function,
-            list(places),
+            asked,
             [chunk.completions[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in chunk.columns.items()},
             chunk.state,
         )
         deadline_s = 1.1 * self._timeout_s + 0.1  # with a margin for work outside of the function
         wire.send_pickle(worker.connection, message, deadline_s)
-        while places:
+        for _ in asked:
             reply = wire.receive_json(worker.connection, deadline_s)
             worker.served += 1
             position = reply.pop("position")
@@ -288,6 +297,7 @@ class WorkerPool:
             self._retire(worker)
             raise ValueError(reply["refused"])
         self._signatures = [Signature(*map(_as_tuple, found)) for found in reply["signatures"]]
+        self._are_async = reply["are_async"]
         return worker
 
     def _retire(self, worker: "WorkerProcess | None") -> None:

@@ -73,7 +73,8 @@ def _load(functions: list, connection: socket.socket) -> list | None:
     except ValueError as error:
         wire.send_json(connection, {"refused": str(error)})
         return None
-    wire.send_json(connection, {"signatures": signatures})
+    are_async = [_is_async(f) for f in found]
+    wire.send_json(connection, {"signatures": signatures, "are_async": are_async})
     return found
 
 
