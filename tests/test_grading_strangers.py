@@ -32,6 +32,23 @@ ROOT = Path(__file__).resolve().parents[1]
 STRANGERS = ROOT.parent / "shared" / "data" / "strangers" / "answers.jsonl"
 
 RIGHT = {
+    "products of letters": r"""
+        yx ## xy
+        ba ## ab
+        zyx ## xyz
+        bac ## abc
+        kab ## abk
+        B \cdot A ## AB
+        B\,A ## AB
+        abc ## ABC
+        \text{Cat} ## cat
+        2 ## 3 - 1
+        3-1 ## 2
+        5-10\text{ apples} ## 5-10
+        (5 - 10) ## 5-10
+        5–10 ## 5-10
+        2024-3-4 ## 2024-03-04
+    """,
     "fonts and colours": r"""
     \large 13 ## 13
     {\small\frac12} ## \frac12
@@ -560,6 +577,34 @@ RIGHT = {
     """,
 }
 WRONG = {
+    "letters in another order": r"""
+        VI ## IV
+        XI ## IX
+        TTF ## FTT
+        ABC ## CBA
+        \text{ABC} ## \text{CBA}
+        NW ## WN
+        MIT ## Tim
+        god ## dog
+        dog ## god
+        cat ## act
+        act ## cat
+        eat ## tea
+    """,
+    "numbers that are no arithmetic": r"""
+        2024-03-04 ## 2024-04-03
+        2017 ## 2024-04-03
+        10/12/2023 ## 5/6/2023
+        2024/12/25 ## 4048/24/25
+        5-10 ## 6-11
+        5–10 ## 6–11
+        2020-2021 ## 2021-2022
+        3-1 ## 4-2
+        2 ## 3-1
+        -10 ## 10-20
+        1-1-1 ## 2-1-2
+        555-1234 ## 666-1345
+    """,
     "nothing said": r"""
     1=1 ## 1
     5=5=5 ## 5

@@ -16,7 +16,7 @@ from adpo_jax.rewards.grading.lexer import Token, Unreadable, normalise, tokeniz
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.parse import Tree, parse
 from adpo_jax.rewards.grading.structure import same_tree
-from adpo_jax.rewards.grading.units import split_unit
+from adpo_jax.rewards.grading.units import SHORT_NOUNS, split_unit
 from adpo_jax.rewards.grading.words import (
     based_numeral,
     is_choice,
@@ -29,6 +29,11 @@ from adpo_jax.rewards.grading.words import (
 _NUMBER = re.compile(
     r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,200}|[0-9]{1,600})(\.[0-9]{0,600})?"
 )
+# References that are read as words: TTF, IV, Tim; and letters that no formula has: dog.
+_WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]{2,}|[a-np-z]{0,2}o[a-z]{0,2}")
+# References whose parts are no numbers to compute with: 2024-03-04, 10/12/2023, 5-10, 3-1.
+_PARTS = re.compile(r"[0-9]+(?:[-–][0-9]+)+|[0-9]+/[0-9]+/[0-9]{4}|[0-9]{4}/[0-9]+/[0-9]+")
+_DIGITS = re.compile(r"[0-9]+")
 _ROUNDED = re.compile(r"[-+]?[0-9,]*\.[0-9]{2,}")
 
 
@@ -136,6 +141,8 @@ def _same(a: Answer, b: Answer) -> bool:
         return a.based == b.based
     if a.tree is None or b.tree is None:
         return _same_text(a, b)
+    if _is_anagram(a.text, b.text) or _has_other_parts(a.text, b.text):
+        return False
     if a.unit and b.unit and a.unit != b.unit:
         return False
     if (a.is_percent and b.unit and not b.is_percent) or (
@@ -157,6 +164,34 @@ def _same(a: Answer, b: Answer) -> bool:
         )
         return same_tree(left, right)
     return _same_text(a, b) if _is_wordlike(b.text) else False
+
+
+def _is_anagram(answer: str, reference: str) -> bool:
+    """Whether two words have the same letters in another order: god for dog, VI for IV.
+
+    The grammar reads short ones as products. `ba` stays right for `ab`, and `B \\cdot A` for `AB`.
+    """
+    word = _bare_words(reference)
+    if not _WORD.fullmatch(word) and not (len(word) == 3 and word.isalpha()):
+        return False
+    other = words(answer)
+    if word.casefold() == other.casefold() or not other.isalpha():
+        return False
+    return bool(_WORD.fullmatch(word)) or not SHORT_NOUNS.isdisjoint((word, other))
+
+
+def _has_other_parts(answer: str, reference: str) -> bool:
+    """Whether the reference is a date, a range or a score, and the answer has other numbers."""
+    reference = _bare_words(reference)
+    if not _PARTS.fullmatch(reference):
+        return False
+    parts = [[int(n) for n in _DIGITS.findall(text)] for text in (answer, reference)]
+    return parts[0] != parts[1]
+
+
+@functools.lru_cache(4096)
+def _bare_words(reference: str) -> str:
+    return words(reference)
 
 
 def _is_wordlike(reference: str) -> bool:

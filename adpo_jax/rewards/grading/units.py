@@ -21,12 +21,13 @@ _SYNONYMS = {
     "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne",
 }  # fmt: skip
 CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit, *names.split())}
-_SHORT_NOUNS = """
+_NOUNS = """
     men day toy egg cup car cow dog cat pie pen bag box bus ant bee pig hen hat cap can jar
     key map mug net nut pan pin pot rod rug row set tie tip van way win ice boy guy kid man
     fan sq per of age bar bed big bit bow bun job lap leg log old one pea red tax tea new
 """
-_SHORT = set(CANONICAL) | set(_SHORT_NOUNS.split())
+SHORT_NOUNS = set(_NOUNS.split())  # words of up to three letters, which are no products of them
+_SHORT = set(CANONICAL) | SHORT_NOUNS
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TEMPERATURES = set("CFK")  # after a degree sign
