@@ -1,5 +1,8 @@
 """RewardModel in this process: weights, components, custom functions and their failures."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -23,6 +26,23 @@ def scaled(completions, solution, factor=1.0):
 async def waits(completions, solution):
     await asyncio.sleep(0.01)
     return [0.25] * len(completions)
+
+# What belongs to the loop in which it was first used.
+ONE_AT_A_TIME, CLIENT = asyncio.Semaphore(1), []
+
+async def keeps_a_client(completions, **columns):
+    loop = asyncio.get_running_loop()
+    CLIENT.append(loop)
+
+    async def ask():
+        async with ONE_AT_A_TIME:
+            await asyncio.sleep(0.001)
+        return float(CLIENT[0] is loop)
+
+    return list(await asyncio.gather(*(ask() for _ in completions)))
+
+async def keeps_a_client_a_sample(data_source, solution_str, ground_truth, extra_info=None):
+    return (await keeps_a_client([solution_str]))[0]
 
 def parts(completions, solution, **columns):
     return {"even": [float(i % 2 == 0) for i, _ in enumerate(completions)],
@@ -102,6 +122,23 @@ def test_a_sample_without_any_reward_stops_the_run(file):
 def test_the_same_function_twice_is_told_apart(file):
     functions = [RewardFunction(file, "scaled", kwargs={"factor": f}) for f in (1.0, 2.0)]
     assert list(score(functions, ["a"]).components) == ["scaled", "scaled_2"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("name", ["keeps_a_client", "keeps_a_client_a_sample"])
+def test_an_async_function_keeps_its_loop_from_call_to_call(file, name, num_workers):
+    data = {"solution": ["5"] * 8, "data_source": ["a"] * 8}
+
+    async def asked_where_a_loop_runs(model):
+        return model.score(["a"] * 8, data)
+
+    for _ in range(2):  # two models, whose functions share a module in this process
+        with RewardModel([RewardFunction(file, name)], num_workers=num_workers) as model:
+            scores = [model.score(["a"] * 8, data) for _ in range(3)]
+            with ThreadPoolExecutor(1) as thread:
+                scores.append(thread.submit(model.score, ["a"] * 8, data).result())
+            scores.append(asyncio.run(asked_where_a_loop_runs(model)))
+        assert [s.total.tolist() for s in scores] == [[1.0] * 8] * 5
 
 
 def test_a_function_that_raises_stops_the_run_with_its_traceback_and_the_sample(file):

@@ -16,7 +16,7 @@ from typing import Any
 
 from adpo_jax.environments import contract
 from adpo_jax.environments.contract import Unfit
-from adpo_jax.rewards import wire
+from adpo_jax.rewards import loop, wire
 from adpo_jax.rewards.worker import connected, limit_memory
 
 # Characters of an answer; what the model reads is cut by tokens, and messages have a limit too.
@@ -64,7 +64,6 @@ class House:
         self._timeout_s = timeout_s
         self._there: dict[int, Any] = {}
         self._random: dict[int, tuple] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     def answer(self, verb: str, arguments: dict) -> dict:
         """What comes of a request: a dict that JSON can hold, with "error" where it failed.
@@ -140,8 +139,6 @@ class House:
     def _awaited(self, result: Any) -> Any:
         if not inspect.isawaitable(result):
             return result
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
 
         async def awaited():
             try:
@@ -152,7 +149,7 @@ class House:
                     raise _Cancelled from None
                 raise  # its own, of a connection say
 
-        return self._loop.run_until_complete(awaited())
+        return loop.run(awaited())
 
     def _take_random(self, number: int) -> None:
         python, numpy = self._random[number]

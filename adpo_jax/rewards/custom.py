@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
-from adpo_jax.rewards import binding, builtin, generated
+from adpo_jax.rewards import binding, builtin, generated, loop
 from adpo_jax.rewards.binding import NO_RUN, Log, Signature, TrainerState
 from adpo_jax.rewards.grading import faults
 
@@ -227,7 +227,7 @@ def grade(
             call = Call(found, function, completions, columns, state)
             result = call.start()
             if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+                result = loop.run(_awaited(result))
             grades = call.grades(result)
     return grades._replace(faults=tuple(collected))
 

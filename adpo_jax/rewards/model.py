@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adpo_jax.rewards import binding, builtin, custom, leftovers
+from adpo_jax.rewards import binding, builtin, custom, leftovers, loop
 from adpo_jax.rewards.binding import NO_RUN, TrainerState
 from adpo_jax.rewards.custom import BadReward, Grades, RewardFunction
 from adpo_jax.rewards.errors import RewardError
@@ -296,7 +296,7 @@ class RewardModel:
                     grades[i] = call.grades(result)
         results = []
         if waiting:
-            results = asyncio.run(_all_ended([result for _, result in waiting.values()]))
+            results = loop.run(_all_ended([result for _, result in waiting.values()]))
         for (i, (call, _)), result in zip(waiting.items(), results):
             with self._told(i, completions, columns, state):
                 if isinstance(result, BaseException):

@@ -16,7 +16,7 @@ import time
 import traceback
 
 from adpo_jax.log.printable import guard
-from adpo_jax.rewards import custom, wire
+from adpo_jax.rewards import custom, loop, wire
 from adpo_jax.rewards.grading import faults
 from adpo_jax.rewards.supervisor import become_supervised, die_with_parent
 
@@ -132,7 +132,7 @@ def _serve_together(
                 _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*under_way)
 
-    asyncio.run(grade_all())
+    loop.run(grade_all())
 
 
 def _failure(error: BaseException) -> dict:

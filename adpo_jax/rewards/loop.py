@@ -1,0 +1,47 @@
+"""The event loop of async functions: one a process, kept from call to call.
+
+What a function keeps in its module, such as a client or a semaphore, belongs to the loop in which
+it was first used, and fails in any other.
+"""
+
+import asyncio
+import atexit
+import contextvars
+import functools
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+_at_work = threading.Lock()
+
+
+def run(coroutine: Coroutine) -> Any:
+    """What a coroutine returns; it may be called from any thread, and where another loop runs.
+
+    While the kept loop is at work for another thread, the coroutine gets a loop of its own.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        with ThreadPoolExecutor(1) as thread:  # since a thread runs one loop at a time
+            return thread.submit(contextvars.copy_context().run, _run, coroutine).result()
+    return _run(coroutine)
+
+
+def _run(coroutine: Coroutine) -> Any:
+    if not _at_work.acquire(blocking=False):
+        return asyncio.run(coroutine)
+    try:
+        return _kept().run(coroutine, context=contextvars.copy_context())
+    finally:
+        _at_work.release()
+
+
+@functools.cache
+def _kept() -> asyncio.Runner:
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    atexit.register(runner.close)
+    return runner
