@@ -43,6 +43,13 @@ FOUND = {
     "a sentence that announces a line": ("The final answer is on the next line.\n0.64", "0.64"),
     "a factorial": ("So it is\n5!", "5!"),
     "a line after a thought": ("<think>Maybe the answer is 6. No.</think>\n7", "7"),
+    "a bold line after a draft": ("<think>\\boxed{42}? No.</think>\n\n**41**", "41"),
+    "maths after a draft": ("<think>\\boxed{42}? No.</think>\n\n$41$", "$41$"),
+    "display maths after a draft": ("<think>\n#### 42\nNo.</think>\n$$\nx = 41\n$$", "x = 41"),
+    "a choice after a draft": ("<think><answer>A</answer>?</think>\n\n(B)", "(B)"),
+    "a choice with its text after a draft": ("<think>\\boxed{A}?</think>\n\nB. Rome", "B. Rome"),
+    "a word after a draft": ("<think>so \\boxed{24}</think>\n\nOK", "24"),
+    "a sentence after a draft": ("<think>so \\boxed{24}</think>\n\nShe has 2 cats.", "24"),
     "only while thinking": (r"<think>so \boxed{24}</think> That is all.", "24"),
 }
 

@@ -4,7 +4,7 @@ The kinds, best first: the last balanced `\boxed{}` (or `\fbox{}`, `\boxed 5`), 
 `<answer>`, the last `####` that can be read as an answer, the last sentence that says what the
 answer is, a last line. Of one kind the last that says something counts. Text after the last
 `</think>` is searched first, so that a draft made while thinking does not beat the final answer;
-boxes, tags and hashes before it count when there is none after it.
+boxes, tags and hashes before it count when there is none after it and its last line is no answer.
 
 Every regular expression here is a plain alternation or has bounded repeats: time is linear in the
 completion, whatever it says.
@@ -16,6 +16,7 @@ import re
 from adpo_jax.rewards.grading import sentence
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS, MAX_SEARCHED_CHARS
 from adpo_jax.rewards.grading.markup import first_block, undressed, without_calculations
+from adpo_jax.rewards.grading.words import choice_of
 
 _MAX_LOOKS = 16  # back over tags and hashes
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
@@ -54,13 +55,19 @@ def find_answer(completion: str) -> str | None:
     if not answer:
         said = sentence.stated_answer(tail)
         if not said and think_end >= 0:
-            said = _marked(text)
+            line = _last_line(tail)
+            said = line if line and _is_answer(line) else _marked(text)
         answer = said or answer
     if answer is None:
         answer = _last_line(tail)
     if answer is None or len(answer) > 2 * MAX_ANSWER_CHARS:
         return None
     return answer.strip()
+
+
+def _is_answer(line: str) -> bool:
+    """Whether a line without any mark is an answer: a choice or a value, not `OK`."""
+    return choice_of(line) is not None or (sentence.is_readable(line) and not line.isalpha())
 
 
 def find_reference(solution: object) -> str:
