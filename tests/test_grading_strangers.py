@@ -32,6 +32,67 @@ ROOT = Path(__file__).resolve().parents[1]
 STRANGERS = ROOT.parent / "shared" / "data" / "strangers" / "answers.jsonl"
 
 RIGHT = {
+    "money and words": r"""
+        \$5 \text{ per hour} ## 5
+        \$5 \text{ per hour} ## \$5
+        \$5 ## \$5 \text{ per hour}
+        \$5/\text{hour} ## \$5
+        \$5 / \text{hour} ## 5
+        \$5/\text{hour} ## \$5 \text{ per hour}
+        $5/hour ## 5
+        $5/hour ## \$5
+        $5 per hour ## \$5
+        5 dollars per hour ## \$5
+        \$5 \text{ each} ## \$5
+        \$5 \text{ profit} ## 5
+        \$5 \text{ a day} ## 5
+        \text{\$5 per hour} ## \$5
+        \text{\$1,500.50 left} ## 1500.5
+        5€/h ## €5
+    """,
+    "degrees and temperatures": r"""
+        60^{\circ}\mathrm{C} ## 60
+        60^{\circ}\mathrm{C} ## 60^\circ\text{C}
+        60^{\circ}\mathrm{C} ## 60^\circ C
+        60^{\circ} C ## 60^{\circ} \mathrm{C}
+        -60^{\circ}\mathrm{F} ## -60
+        60\text{ °C} ## 60^\circ C
+        60^\circ\text{ Celsius} ## 60^\circ C
+        60\text{ degrees Celsius} ## 60°C
+        x = 30^\circ ## 30
+        x = 30^{\circ} ## 30^\circ
+        x = 30^\circ ## \frac{\pi}{6}
+        x = 30 ## x = 30^\circ
+        30^\circ, 60^\circ ## 30,60
+        30^\circ \text{ and } 60^\circ ## 30,60
+        30,60 ## 30^\circ,60^\circ
+        30^\circ, 60^\circ ## \frac{\pi}{6},\frac{\pi}{3}
+        x = 30^\circ, 150^\circ ## 30^\circ,150^\circ
+    """,
+    "percents and units of each": r"""
+        x = 25\% ## 25
+        x = 25\% ## 0.25
+        x = 0.25 ## 25\%
+        25\% ## x=25\%
+        25\%, 75\% ## 25,75
+        25\%, 75\% ## 0.25,0.75
+        10\text{ cm}, 20\text{ cm} ## 10,20
+        20\text{ cm} \text{ and } 10\text{ cm} ## 10,20
+        -25\% ## -0.25
+        x = -30^\circ ## -30
+        x = 10\text{ cm}, y = 20\text{ cm} ## (10,20)
+    """,
+    "units of two parts": r"""
+        60\frac{\text{mi}}{\text{h}} ## 60
+        60 \tfrac{\text{miles}}{\text{hour}} ## 60\text{ mph}
+        60\ \frac{\text{m}}{\text{s}^2} ## 60\text{ m/s}^2
+        60\,\mathrm{N\cdot m} ## 60
+        60\,\mathrm{N\cdot m} ## 60\,\text{N}\cdot\text{m}
+        60\ \Omega ## 60
+        60\ \Omega ## 60 ohms
+        1 hour and 15 minutes ## 1 hour 15 minutes
+        1\text{ hour and }15\text{ minutes} ## 1 hour 15 minutes
+    """,
     "products of letters": r"""
         yx ## xy
         ba ## ab
@@ -577,6 +638,35 @@ RIGHT = {
     """,
 }
 WRONG = {
+    "money and words": r"""
+        \$5 \text{ euros} ## 5
+        \$5 \text{ cents} ## 5
+        \$5 \text{ per hour} ## \$5 \text{ per day}
+        \$5 \text{ per hour} ## 5 \text{ per day}
+        \$5/\text{hour} ## €5
+        \$5 \text{ per hour} ## 5 \text{ apples}
+        5/x ## 5
+        \$5/2 ## 5
+        \$5 \text{ million} ## 5
+        \$5 \text{ or } 6 ## 5
+    """,
+    "degrees, percents and units of each": r"""
+        60^{\circ}\mathrm{F} ## 60^\circ C
+        60\text{ degrees Fahrenheit} ## 60^\circ C
+        x = 25 ## 0.25
+        x = 25\% ## 2.5
+        x = 30^\circ ## 31
+        30^\circ, 60^\circ ## \frac{\pi}{6},60
+        y = 30^\circ ## x = 30^\circ
+        2x = 30^\circ ## 15
+        10\text{ cm}, 20\text{ m} ## 10,20
+        10\text{ cm}, 20\text{ cm} ## 10\text{ m}, 20\text{ m}
+        10\text{ cm} \text{ or } 20\text{ cm} ## 10
+        60\frac{\text{mi}}{\text{h}} ## 60\text{ km/h}
+        60\frac{x}{y} ## 60
+        2\Omega ## 2
+        1 hour and 15 minutes ## 1 hour 16 minutes
+    """,
     "letters in another order": r"""
         VI ## IV
         XI ## IX

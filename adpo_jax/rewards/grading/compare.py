@@ -5,6 +5,7 @@ First what is cheap: the same text, the same number. Then both are parsed and co
 
 import functools
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from adpo_jax.rewards.grading.lexer import Token, Unreadable, normalise, tokeniz
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.parse import Tree, parse
 from adpo_jax.rewards.grading.structure import same_tree
-from adpo_jax.rewards.grading.units import SHORT_NOUNS, split_unit
+from adpo_jax.rewards.grading.units import SHORT_NOUNS, differ, split_unit
 from adpo_jax.rewards.grading.words import (
     based_numeral,
     is_choice,
@@ -109,12 +110,34 @@ def read(text: str, join_thousands: bool = True) -> Answer:
         tree = parse(bare)
     except (Unreadable, RecursionError):
         return Answer(text, tokens, None, None, False, None)
-    is_percent = tree[0] == "percent"
+    is_percent = _is_each(tree, "percent")
     if is_percent:
-        tree = tree[1]
-    elif tree[0] == "degree" and unit in (None, "c", "f"):
-        tree, unit = tree[1], unit or "degree"
+        tree = _each(tree, lambda value: value[1])
+    elif unit in (None, "c", "f") and _is_each(tree, "degree"):
+        tree, unit = _each(tree, lambda value: value[1]), unit or "degree"
     return Answer(text, tokens, tree, unit, is_percent, None)
+
+
+def _is_each(tree: Tree, kind: str) -> bool:
+    """Whether a value, what a name is given, or each of several values is of a kind."""
+    if tree[0] == "neg":
+        return _is_each(tree[1], kind)
+    if tree[0] == "rel":
+        return tree[1] in (("=",), ("~",)) and _is_each(tree[2][1], kind)
+    if tree[0] in ("list", "or", "set"):
+        return bool(tree[1]) and all(_is_each(member, kind) for member in tree[1])
+    return tree[0] == kind
+
+
+def _each(tree: Tree, change: Callable[[Tree], Tree]) -> Tree:
+    """The tree with its value changed, or each of its values, as `_is_each` counts them."""
+    if tree[0] == "neg":
+        return ("neg", _each(tree[1], change))
+    if tree[0] == "rel":
+        return (*tree[:2], (tree[2][0], *(_each(side, change) for side in tree[2][1:])))
+    if tree[0] in ("list", "or", "set"):
+        return (tree[0], tuple(_each(member, change) for member in tree[1]))
+    return change(tree)
 
 
 @functools.lru_cache(4096)
@@ -143,7 +166,7 @@ def _same(a: Answer, b: Answer) -> bool:
         return _same_text(a, b)
     if _is_anagram(a.text, b.text) or _has_other_parts(a.text, b.text):
         return False
-    if a.unit and b.unit and a.unit != b.unit:
+    if differ(a.unit, b.unit):
         return False
     if (a.is_percent and b.unit and not b.is_percent) or (
         b.is_percent and a.unit and not a.is_percent
@@ -155,12 +178,14 @@ def _same(a: Answer, b: Answer) -> bool:
     if a.is_percent != b.is_percent:
         hundred = ("num", Fraction(100))
         left, right = (
-            ("div", t, hundred) if x.is_percent else t for t, x in ((left, a), (right, b))
+            _each(t, lambda value: ("div", value, hundred)) if x.is_percent else t
+            for t, x in ((left, a), (right, b))
         )
         return same_tree(left, right)
     if (a.unit == "degree") != (b.unit == "degree"):
         left, right = (
-            ("degree", t) if x.unit == "degree" else t for t, x in ((left, a), (right, b))
+            _each(t, lambda value: ("degree", value)) if x.unit == "degree" else t
+            for t, x in ((left, a), (right, b))
         )
         return same_tree(left, right)
     return _same_text(a, b) if _is_wordlike(b.text) else False
@@ -210,9 +235,7 @@ def _same_text(a: Answer, b: Answer) -> bool:
 def _same_lists(answer: str, reference: str) -> bool:
     """Compares with `1,234` read as two numbers on both sides."""
     a, b = read(answer, join_thousands=False), read(reference, join_thousands=False)
-    return bool(
-        a.tree and b.tree and a.tree[0] == b.tree[0] == "list" and same_tree(a.tree, b.tree)
-    )
+    return bool(a.tree and b.tree and a.tree[0] == b.tree[0] == "list" and _same(a, b))
 
 
 def _is_rounding(a: Answer, b: Answer) -> bool:

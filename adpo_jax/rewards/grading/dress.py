@@ -46,8 +46,9 @@ _TEXT_NAMES = r"(?:text[a-z]{0,6}|mbox|hbox|math(?:rm|bf|it|sf|tt)|bm|boldsymbol
 _NESTED_TEXT = re.compile(
     rf"\\{_TEXT_NAMES} {{0,4}}\{{ {{0,4}}(\\{_TEXT_NAMES} {{0,4}}\{{[^{{}}]*\}}) {{0,4}}\}}"
 )
-_TEXT_WITH_COMMANDS = re.compile(rf"\\({_TEXT_NAMES}) {{0,4}}\{{([^{{}}]*[\\€£¢][^{{}}]*)\}}")
-_ESCAPED_IN_TEXT = re.compile(r"(\\[$%]|[€£¢])")
+_TEXT_WITH_COMMANDS = re.compile(rf"\\({_TEXT_NAMES}) {{0,4}}\{{([^{{}}]*[\\€£¢°][^{{}}]*)\}}")
+_ESCAPED_IN_TEXT = re.compile(r"(\\[$%]|\\cdot(?![A-Za-z])|[€£¢°])")
+_NUMBER_IN_TEXT = re.compile(r" {0,4}[0-9]{1,20}(?:[.,][0-9]{1,20}){0,8}(?![0-9])")
 _SPACING_IN_TEXT = re.compile(rf"\\[,;:! ]|~|\\q?quad{_NO_LETTER}")
 _UNITS = re.compile(r"\\(?:SI|qty) {0,4}\{([^{}\\]{1,40})\} {0,4}\{([^{}\\]{1,40})\}")
 _NUM = re.compile(r"\\num {0,4}\{([^{}\\]{1,80})\}")
@@ -235,11 +236,17 @@ def _plain_text(match: re.Match) -> str:
     r"""`\text{\$5}` as `\$\text{5}`: what is escaped in a text stands beside it."""
     command, content = match[1], _SPACING_IN_TEXT.sub(" ", match[2])
     content = content.replace("\\&", "&").replace("\\#", "#").replace("\\_", "_")
-    parts = _ESCAPED_IN_TEXT.split(content)
-    return "".join(
-        f"\\{command}{{{part}}}" if part.strip() and part[0] not in "\\€£¢" else part
-        for part in parts
-    )
+    command = "text" if "\\cdot" in content else command
+    beside = ""
+    for part in _ESCAPED_IN_TEXT.split(content):
+        if part[:1] in "\\€£¢°":
+            beside += part
+            continue
+        number = _NUMBER_IN_TEXT.match(part) if beside.endswith(("$", "€", "£")) else None
+        beside += number[0] if number else ""
+        part = part[number.end() :] if number else part
+        beside += f"\\{command}{{{part}}}" if part.strip() else part
+    return beside
 
 
 def _without_layout(text: str) -> str:

@@ -55,6 +55,7 @@ _TEXT = re.compile(
 )
 _LENGTH = re.compile(r"\|([A-Z]{2})\|(?= ?=)")  # of a segment, as a label
 _SPACES = re.compile(r"~|\\[,;:! ]")
+_BRACED_CIRC = re.compile(r"\{ ?\\circ ?\}")
 # What an angle is called is no part of its measure: "m∠ABC = ".
 # After a number it is a phasor's: "5\angle 30".
 _ANGLE = re.compile(
@@ -103,6 +104,7 @@ def normalise(text: str) -> str:
     text = text.replace("\t", " ").replace("\n", " ").replace("\r", " ")
     if "\\" in text:
         text = _SIZES.sub(" ", text)
+        text = _BRACED_CIRC.sub(r"\\circ ", text)
     if "+/-" in text:
         text = text.replace("+/-", "\\pm ")
     if "$" in text:

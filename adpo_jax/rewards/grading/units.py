@@ -1,11 +1,13 @@
 """Units and other words around a value.
 
 `5 cm`, `5\\text{ apples}`, `$5` and `5 dollars` are 5 with a unit. A unit on one side only does not
-matter; two different units do.
+matter; two different units do. Beside a money sign words are none, but for a rate: `$5 profit` are
+dollars, `$5 per hour` dollars an hour.
 """
 
 from adpo_jax.rewards.grading.functions import FUNCTION_WORDS
 from adpo_jax.rewards.grading.lexer import Token
+from adpo_jax.rewards.grading.scalars import INFINITIES
 
 _SYNONYMS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre cms", "m": "meter metre",
@@ -18,7 +20,7 @@ _SYNONYMS = {
     "cent": "", "mph": "mileperhour", "degree": "deg degrees",
     "rad": "radian", "unit": "", "hz": "hertz Hz", "n": "newton N", "j": "joule J", "w": "watt W",
     "v": "volt V", "a": "amp ampere A", "mole": "mol", "k": "kelvin K", "ha": "hectare",
-    "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne",
+    "gal": "gallon", "qt": "quart", "pt": "pint", "ton": "tonne", "ohm": "",
 }  # fmt: skip
 CANONICAL = {name: unit for unit, names in _SYNONYMS.items() for name in (unit, *names.split())}
 _NOUNS = """
@@ -30,9 +32,14 @@ SHORT_NOUNS = set(_NOUNS.split())  # words of up to three letters, which are no 
 _SHORT = set(CANONICAL) | SHORT_NOUNS
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_TEMPERATURES = set("CFK")  # after a degree sign
+_TEMPERATURES = {"C", "F", "K", "Celsius", "Fahrenheit"}  # after a degree sign
+_SCALES_OF_DEGREES = {
+    "celsiu": "c", "fahrenheit": "f", "degreecelsiu": "c", "degreefahrenheit": "f",
+    "degreec": "c", "degreef": "f",
+}  # fmt: skip
 _CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
 _MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp", "rupee": "rupee", "yen": "yen"}
+CURRENCIES = {*_MONEY.values(), "cent"}
 _NO_LABELS = {
     "not", "never", "no", "nor", "or", "but", "except", "anything", "either", "neither", "between",
     "than",
@@ -53,14 +60,65 @@ _NOT_COUNTED = """
     now final solution value number
 """
 _NO_UNITS = set(_NOT_COUNTED.split())
+_OPENING, _CLOSING = {"(", "[", "{", "\\{"}, {")", "]", "}", "\\}"}
 
 
 def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
     """Takes money signs and a closing unit off; spells out `million` and its like.
 
+    Of a list whose members all have the same unit, it is taken off each.
+
     Returns:
       The other tokens, and the unit under its canonical name or None.
     """
+    if any(map(_separates, tokens)) and any(t.kind in ("text", "word") for t in tokens):
+        return _split_each(tokens) or _split(tokens)
+    return _split(tokens)
+
+
+def differ(unit: str | None, other: str | None) -> bool:
+    """Whether two units are different ones; of money a rate may be left out, and the money of it.
+
+    `/h` and `dollar` are both `dollar/h`.
+    """
+    if not unit or not other or unit == other:
+        return False
+    (money, _, rate), (other_money, _, other_rate) = unit.partition("/"), other.partition("/")
+    if CURRENCIES.isdisjoint((money, other_money)):
+        return True
+    return (money != other_money and bool(money and other_money)) or (
+        rate != other_rate and bool(rate and other_rate)
+    )
+
+
+def _split_each(tokens: list[Token]) -> tuple[list[Token], str] | None:
+    """The list without the one unit of its members; None where there is no such unit."""
+    bare: list[Token] = []
+    units: set[str | None] = set()
+    member: list[Token] = []
+    depth = 0
+    for token in [*tokens, None]:
+        if token is not None and (depth or not _separates(token)):
+            member.append(token)
+            if token.kind == "op":
+                depth += (token.text in _OPENING) - (token.text in _CLOSING)
+            continue
+        if member:
+            value, unit = _split(member)
+            units.add(unit)
+            bare += value
+        bare += [token] if token is not None else []
+        member = []
+    return (bare, units.pop()) if len(units) == 1 and None not in units else None
+
+
+def _separates(token: Token) -> bool:
+    if token.kind in ("text", "word"):
+        return token.text.strip(" ,").lower() in ("and", "or")
+    return token[:2] in (("op", ","), ("op", ";"))
+
+
+def _split(tokens: list[Token]) -> tuple[list[Token], str | None]:
     unit = None
     if any(t.kind == "cmd" and t.text in _MONEY for t in tokens):
         money = {_MONEY[t.text] for t in tokens if t.kind == "cmd" and t.text in _MONEY}
@@ -68,15 +126,22 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
         if len(money) > 1:
             return tokens, None
         unit = money.pop()
+    if tokens and tokens[-1][:2] == ("cmd", "Omega") and not tokens[-1].glued:
+        tokens = [*tokens[:-1], Token("text", "ohm", False)]
     if all(t.kind not in ("text", "word") for t in tokens):
         return tokens, unit
-    tokens = _without_label(_without_brackets(_scaled(tokens)))
+    tokens = _without_label(_without_brackets(_in_one_line(_scaled(tokens))))
     if len(tokens) > 1 and tokens[0].text.strip() in _CURRENCIES and tokens[1].kind == "num":
         unit = unit or _CURRENCIES[tokens[0].text.strip()]
         tokens = tokens[1:]
     for start in range(1, len(tokens)):
-        if tokens[start].kind in ("text", "word") and _ends_value(tokens[start - 1]):
-            if tokens[start - 1].text == "circ" and tokens[start].text in _TEMPERATURES:
+        if not _ends_value(tokens[start - 1]):
+            continue
+        if tokens[start].kind in ("text", "word") or _is_rate(tokens[start:]):
+            if (
+                tokens[start - 1].text in ("circ", "degree")
+                and tokens[start].text.strip() in _TEMPERATURES
+            ):
                 tokens = [
                     *tokens[:start],
                     tokens[start]._replace(kind="text"),
@@ -84,10 +149,45 @@ def split_unit(tokens: list[Token]) -> tuple[list[Token], str | None]:
                 ]
             name = _unit_name(tokens[start:])
             if name is not None:
-                if unit is not None and name != unit:
-                    return tokens, None
-                return tokens[:start], name
+                return _beside_money(tokens, start, unit, name) if unit else (tokens[:start], name)
     return tokens, unit
+
+
+def _beside_money(
+    tokens: list[Token], start: int, money: str, name: str
+) -> tuple[list[Token], str | None]:
+    """The value and the unit of `$5 per hour`, `$5 profit`; of `$5 euros` as it stands and None."""
+    first, slash, rate = name.partition("/")
+    if first != money and (first in CURRENCIES or name == "lb"):
+        return tokens, None
+    return tokens[:start], money + slash + rate if first in ("", money) else money
+
+
+def _is_rate(tokens: list[Token]) -> bool:
+    """Whether tokens begin as `/hour` does: `$5/hour` has no unit before the slash."""
+    if tokens[0][:2] != ("op", "/") or len(tokens) < 2:
+        return False
+    word = tokens[1].text.strip()
+    if tokens[1].kind == "text":
+        return len(word) > 1 or word in CANONICAL
+    return tokens[1].kind == "word" and (
+        word in ("day", "min", "h", "hr", "kg") or (len(word) > 3 and word not in INFINITIES)
+    )
+
+
+def _in_one_line(tokens: list[Token]) -> list[Token]:
+    r"""`60\frac{\text{mi}}{\text{h}}` as `60\text{mi}/\text{h}`."""
+    for i, token in enumerate(tokens):
+        if token[:2] != ("cmd", "frac") or not i or not _ends_value(tokens[i - 1]):
+            continue
+        rest = tokens[i + 1 :]
+        ends = [at for at, t in enumerate(rest) if t[:2] == ("op", "}")]
+        between = next((at for at in ends if rest[at + 1 : at + 2] and rest[at + 1].text == "{"), 0)
+        above, below = rest[1:between], rest[between + 2 : -1]
+        is_whole = between and ends[-1] == len(rest) - 1 and rest[0].text == "{"
+        if is_whole and above and below and {above[0].kind, below[0].kind} == {"text"}:
+            return [*tokens[:i], *above, Token("op", "/", True), *below]
+    return tokens
 
 
 def _ends_value(token: Token) -> bool:
@@ -179,7 +279,7 @@ def _unit_name(tokens: list[Token]) -> str | None:
         if name.startswith(adjective + " "):
             name = f"{name[len(adjective) + 1 :]} ^ {power}"
     name = name.replace(" ", "")
-    return "mph" if name == "mi/h" else name
+    return "mph" if name == "mi/h" else _SCALES_OF_DEGREES.get(name, name)
 
 
 def _word_name(word: str, token: Token, after_slash: bool) -> str | None:

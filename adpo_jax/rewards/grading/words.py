@@ -12,6 +12,7 @@ _CHOICE = re.compile(
 )
 _OTHER_CHOICE = re.compile(r"\([A-Ja-j]\)|\b(?:or|and|not)\b|\b[A-J]\b")
 _COMMAS = re.compile(r"[,;&]| and ")
+_AND_NUMBER = re.compile(r"(?<=[a-z]),? and (?=[0-9])")  # 1 hour and 15 minutes
 _TIME = re.compile(
     r"(?P<hour>[0-9]{1,2})(?: ?[:.] ?(?P<minute>[0-5][0-9])(?: ?: ?(?P<second>[0-5][0-9]))?)?"
     r"(?: ?o'? ?clock)?"
@@ -40,6 +41,7 @@ def same_words(answer: str, reference: str) -> bool:
         return False  # numbers have their own comparison, which nothing here may loosen
     if is_choice(reference):
         return choice_of(answer) == choice_of(reference)
+    a, b = _AND_NUMBER.sub(" ", a), _AND_NUMBER.sub(" ", b)
     if a == b:
         return True
     a, b = a.casefold(), b.casefold()
