@@ -270,6 +270,40 @@ def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
             )
 
 
+NARROW = {
+    "float16": ([0.1, 2.5, None, 65504.0], pyarrow.float16()),
+    "float32": ([0.1, 2.99, None, 1e20], pyarrow.float32()),
+    "list": ([[0.1, None], None, [], [0.3]], pyarrow.list_(pyarrow.float32())),
+    "fixed": ([[0.1, 0.2], None, [None, 0.4]], pyarrow.list_(pyarrow.float32(), 2)),
+    "struct": (
+        [{"a": 0.1, "b": [{"c": 0.7}]}, None, {"a": None, "b": None}],
+        pyarrow.struct(
+            {"a": pyarrow.float32(), "b": pyarrow.list_(pyarrow.struct({"c": pyarrow.float16()}))}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_numbers_of_16_and_32_bits_are_read_as_they_are_written(tmp_path, monkeypatch, kind, limit):
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    values, arrow = NARROW[kind]
+    columns = {"question": ["q"] * len(values), "answer": ["1"] * len(values)}
+    table = pyarrow.table(columns | {"level": pyarrow.array(values, arrow)})
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(table, path)
+    dataset = load_rows(str(path), prompt_key="question", answer_key="answer")
+    assert list(dataset.column("level")) == values
+
+
+def test_a_solution_of_32_bits_is_what_a_model_writes(tmp_path):
+    table = pyarrow.table({"question": ["q"], "answer": pyarrow.array([0.1], pyarrow.float32())})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    prompts = large_prompts(tmp_path / "rows.parquet", tmp_path, make_tokenizer(CHAT_TEMPLATE))
+    assert list(prompts.columns["solution"]) == ["0.1"]
+
+
 def test_mistakes_in_large_files_are_reported_with_their_line(tmp_path, large):
     good = json.dumps(MIXED[0])
     path = tmp_path / "rows.jsonl"

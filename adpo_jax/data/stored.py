@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-VERSION = 1
+VERSION = 2
 
 # The column with the number of each row in its file: a line, or a count of rows.
 NUMBER = "\0number"
@@ -262,13 +262,54 @@ def _batch(numbers: list[int], rows: list[dict], names: dict[str, bool]) -> pa.R
 
 
 def numbered(batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
-    """A record batch with its types, without dictionaries, and with the numbers of its rows."""
-    arrays = [
-        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-        for column in batch.columns
-    ]
+    """A record batch with the numbers of its rows and, but for the following, its types.
+
+    It has no dictionaries, and its numbers of 16 and 32 bits are those of 64 that one writes like
+    them: the float32 nearest to 0.1 is 0.1, and not 0.10000000149011612.
+    """
+    arrays = []
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        arrays.append(_written_shortly(column))
     arrays.append(pa.array(np.arange(first, first + batch.num_rows), pa.int64()))
     return pa.RecordBatch.from_arrays(arrays, [*batch.schema.names, NUMBER])
+
+
+def _written_shortly(array: pa.Array) -> pa.Array:
+    """An array whose numbers of 16 and 32 bits, at any depth, are those of 64 written like them."""
+    kind = array.type
+    if not _has_short_numbers(kind):
+        return array
+    if pa.types.is_struct(kind):
+        fields = [_written_shortly(field) for field in array.flatten()]
+        return pa.StructArray.from_arrays(fields, [f.name for f in kind], mask=array.is_null())
+    if _is_list(kind):
+        ends = np.cumsum(pc.fill_null(pc.list_value_length(array), 0).to_numpy(), dtype=np.int64)
+        is_null = [*array.is_null().to_pylist(), False]  # of the place where each list begins
+        begins = pa.array([0, *ends], pa.int64(), mask=np.array(is_null))
+        return pa.LargeListArray.from_arrays(begins, _written_shortly(array.flatten()))
+    if pa.types.is_float16(kind):
+        numbers = [  # whole ones are exact; the shortest text of 65504 is 65500
+            x if x is None or float(x).is_integer() else float(str(np.float16(x)))
+            for x in array.to_pylist()
+        ]
+        return pa.array(numbers, pa.float64())
+    return pc.cast(pc.cast(array, pa.string()), pa.float64())
+
+
+def _has_short_numbers(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_has_short_numbers(field.type) for field in kind)
+    if _is_list(kind):
+        return _has_short_numbers(kind.value_type)
+    return pa.types.is_float16(kind) or pa.types.is_float32(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def _write(folder: Path, batches: Iterable[pa.RecordBatch]) -> None:
