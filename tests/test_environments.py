@@ -25,7 +25,7 @@ from adpo_jax.data.prompts import render_prompts
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Turn
 from adpo_jax.environments import contract, rendering
-from adpo_jax.environments.calls import Call, calls_in, form_of
+from adpo_jax.environments.calls import Call, CallParser, calls_in, form_of, parameters_of
 from adpo_jax.environments.contract import EndedEnvironment, Spec
 from adpo_jax.environments.environments import Environments
 from adpo_jax.environments.pool import Answer, EnvironmentFailed, EnvironmentPool, failure_text
@@ -53,7 +53,7 @@ def test_public_methods_and_plain_functions_are_tools_with_schemas():
     described = contract.describe(example.Counter(), {"shout": example.shout})
     assert described.class_name == "Counter"
     assert described.has_reward
-    assert described.tool_names == ("shout", "add", "fail", "hang", "wait")
+    assert tuple(described.parameters) == ("shout", "add", "fail", "hang", "wait")
     add = described.tools[1]["function"]
     assert add["description"] == "Adds to the count."
     number = add["parameters"]["properties"]["number"]
@@ -72,7 +72,7 @@ def test_bound_methods_are_tools_as_in_trl_and_no_property_is_read():
     assert not bound.reads
     assert members_as_trl(bound) == [bound.find, bound.other, bound.tool]
     described = contract.describe(bound, {})
-    assert described.tool_names == ("search", "other", "tool")
+    assert tuple(described.parameters) == ("search", "other", "tool")
     assert contract.tools_of(bound, {})["search"]("x") == "found x"
     bound.again = example.make_counter().add
     bound.plus = example.make_counter().add
@@ -153,7 +153,7 @@ def ask(pool, lease, verb, **arguments):
 def test_an_environment_is_reset_called_and_read_in_its_process(pool):
     described, several = pool.describe()
     assert several
-    assert described["other"].tool_names == ("shout", "whisper", "look")
+    assert tuple(described["other"].parameters) == ("shout", "whisper", "look")
     lease = pool.lease("counter")
     row = {"start": 3, "prompt": "Go."}
     assert ask(pool, lease, "reset", row=row, seed=1).content["said"] == " It stands at 3."
@@ -201,7 +201,7 @@ def test_a_process_that_has_ended_between_two_rollouts_is_replaced_at_the_next_r
         assert not ask(pool, lease, "reset", row={}, seed=7).kind
         assert ask(pool, lease, "call", tool="deal", arguments={}).content["said"] == "a card"
         time.sleep(1)
-        assert pool.describe()[0][""].tool_names == ("deal",)
+        assert tuple(pool.describe()[0][""].parameters) == ("deal",)
 
 
 def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_reset(pool):
@@ -298,6 +298,7 @@ def test_what_reward_functions_read_of_an_ended_environment():
 
 
 QWEN_XML = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+TOOLS = {"add": {}}
 ONE = [Call("add", {"a": 1})]
 CALLS = [
     ("tags", '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', ONE),
@@ -342,14 +343,14 @@ MALFORMED = [
 
 def test_calls_of_all_families_are_found_and_malformed_ones_say_why():
     for form, text, wanted in CALLS:
-        assert calls_in(form, text, ("add",)) == wanted, text
+        assert calls_in(form, text, TOOLS) == wanted, text
     for form, text, why in MALFORMED:
-        (call,) = calls_in(form, text, ("add",))
+        (call,) = calls_in(form, text, TOOLS)
         assert why in call.error, (text[:80], call)
         assert len(call.error) < 300
-    assert len(calls_in("tags", "<tool_call>{}" * 1000, ("add",))) == 65
+    assert len(calls_in("tags", "<tool_call>{}" * 1000, TOOLS)) == 65
     deep = json.dumps({"name": "add", "arguments": {"a": nested(31)}})
-    assert calls_in("json", deep, ("add",)) == [Call("add", {"a": nested(31)})]
+    assert calls_in("json", deep, TOOLS) == [Call("add", {"a": nested(31)})]
 
 
 CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
@@ -376,7 +377,7 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
     ],
 )  # fmt: skip
 def test_a_call_that_is_drafted_in_a_thought_is_none(form, text, wanted):
-    assert calls_in(form, text, ("add",)) == wanted
+    assert calls_in(form, text, TOOLS) == wanted
 
 
 def test_a_template_that_begins_a_thought_is_known(tokenizer, monkeypatch):
@@ -386,14 +387,54 @@ def test_a_template_that_begins_a_thought_is_known(tokenizer, monkeypatch):
     assert template_of(tokenizer).thought == "<think>"
 
 
+TEXT, FLAG, WHOLE = ({"type": kind} for kind in ("string", "boolean", "integer"))
+TEXT_OR_NONE = {"anyOf": [TEXT, {"type": "null"}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        (TEXT, "\n2024\n", "2024"),
+        (TEXT, "true", "true"),
+        (TEXT, "null", "null"),
+        (TEXT, "1.10", "1.10"),
+        (TEXT, '"x"', '"x"'),
+        (TEXT, "\n\n  123\n\n", "\n  123\n"),
+        (TEXT_OR_NONE, "null", None),
+        (TEXT_OR_NONE, "2024", "2024"),
+        ({"type": ["string", "integer"]}, "2024", 2024),
+        ({"type": ["string", "integer"]}, "1.10", "1.10"),
+        (FLAG, "\nTrue\n", True),
+        (FLAG, "false", False),
+        (WHOLE, "\n5\n", 5),
+        (WHOLE, "five", "five"),
+        ({"type": "array"}, '["a"]', ["a"]),
+        ({}, "2024", 2024),
+        ({}, "\n\na\n", "\na"),
+        ({"type": 5}, "2024", 2024),
+        (None, "2024", 2024),
+    ],
+    ids=str,
+)
+def test_an_argument_in_xml_has_the_type_that_its_tool_declares(schema, text, value):
+    written = QWEN_XML.replace("\n1\n", text)
+    tool = {"name": "add", "parameters": {"properties": {"a": schema}}}
+    tools = [{"type": "function", "function": tool}]
+    (call,) = calls_in("tags", written, parameters_of(tools))
+    assert call == Call("add", {"a": value})
+    assert type(call.arguments["a"]) is type(value)
+    (call,) = CallParser("tags", tools).push(written, last=True).calls
+    assert json.loads(call["function"]["arguments"]) == {"a": value}
+
+
 def test_a_fence_within_a_line_is_no_block():
     text = 'Use ```add```:\n```json\n{"name": "add", "arguments": {"a": 1}}\n```'
-    assert calls_in("json", text, ("add",)) == ONE
+    assert calls_in("json", text, TOOLS) == ONE
 
 
 def test_a_block_of_code_in_another_language_does_not_hide_the_one_with_the_call():
     text = 'So:\n```python\nadd(1)\n```\nor\n```json\n{"name": "add", "parameters": {"a": 1}}\n```'
-    assert calls_in("json", text, ("add",)) == ONE
+    assert calls_in("json", text, TOOLS) == ONE
 
 
 @pytest.mark.parametrize(
@@ -411,7 +452,7 @@ def test_a_block_of_code_in_another_language_does_not_hide_the_one_with_the_call
 def test_calls_are_looked_for_in_linear_time(form, text):
     """Each took minutes by regular expressions with two open repeats."""
     started = time.process_time()
-    calls_in(form, text, ("add",))
+    calls_in(form, text, TOOLS)
     assert time.process_time() - started < 5
 
 
@@ -425,7 +466,7 @@ def test_no_text_makes_the_parsers_raise_or_hang():
     for _ in range(3000):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 30)))
         for form in ("tags", "json", "gemma", "gemma4"):
-            for call in calls_in(form, text, ("add",)):
+            for call in calls_in(form, text, TOOLS):
                 assert call.error or call.name == "add"
     assert time.monotonic() - started < 20
 

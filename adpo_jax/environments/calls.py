@@ -11,14 +11,15 @@ do with their parsers of reasoning.
 
 A text of a model is hostile: it is parsed here, and neither evaluated nor trusted. `calls_in` reads
 a whole turn, and says of a malformed call what is wrong in words for the model. `CallParser` takes
-a text as it comes, and leaves as text whatever is no call of a tool that there is.
+a text as it comes, and leaves as text whatever is no call of a tool that there is. XML does not say
+of an argument whether it is text, so the tool's schema does.
 """
 
 import json
 import math
 import re
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from adpo_jax.environments.nesting import nests_deeper
@@ -77,16 +78,22 @@ def begun_thought(form: Form, prompt: str) -> str:
     return opening if prompt.rstrip().endswith(opening) else ""
 
 
-def calls_in(form: Form, text: str, names: Collection[str]) -> list[Call]:
+def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The schema of each tool's arguments by the tool's name; `tools` in OpenAI's form."""
+    functions = [tool["function"] for tool in tools]
+    return {function["name"]: _mapping(function.get("parameters")) for function in functions}
+
+
+def calls_in(form: Form, text: str, tools: Mapping[str, Mapping[str, Any]]) -> list[Call]:
     """The calls in a whole turn, in their order, malformed ones among them; none for plain text.
 
     Args:
       text: the turn, behind `begun_thought`.
-      names: the tools that there are.
+      tools: the tools that there are, as of `parameters_of`.
     """
     text = _behind_thoughts(form, text)
     bodies = _bodies(form, text) if form in _MARKS else _json_bodies(text)
-    calls = [_checked(_read(form, body), names) for body in bodies[:_MOST_CALLS]]
+    calls = [_checked(_read(form, body, tools), tools) for body in bodies[:_MOST_CALLS]]
     if len(bodies) > _MOST_CALLS:
         calls.append(Call("", {}, f"a turn has {_MOST_CALLS} calls at most; the rest was left out"))
     return calls
@@ -151,13 +158,15 @@ def _unfenced(text: str) -> str:
     return text
 
 
-def _read(form: Form, body: Any) -> tuple[Any, Any] | None:
+def _read(form: Form, body: Any, tools: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Any] | None:
     """The name and the arguments in the body of a call, not checked yet; None for neither."""
     if form in _QUOTES:
         return _gemma_call(body, _QUOTES[form])
     if form == "tags" and (xml := next(_xml_elements("function", body), None)):
         name, inside = xml
-        return name, {key: _xml_value(value) for key, value in _xml_elements("parameter", inside)}
+        schemas = _mapping(tools.get(name, {}).get("properties"))
+        arguments = _xml_elements("parameter", inside)
+        return name, {key: _xml_value(text, schemas.get(key)) for key, text in arguments}
     value = json_object(body)
     if value is None:
         return None
@@ -225,9 +234,53 @@ def _xml_elements(tag: str, text: str) -> Iterator[tuple[str, str]]:
         at = text.find(opening, stop + len(closing)) if stop >= 0 else -1
 
 
-def _xml_value(text: str) -> Any:
-    """An argument between XML marks: JSON where it is such, else text."""
-    text = text.strip("\n")
+def _xml_value(text: str, schema: Any) -> Any:
+    """An argument between XML marks, of the type that its schema declares.
+
+    What may be text stays as it stands, without the line breaks at the marks, unless it is JSON of
+    another type that it may have. Where no type is declared it is JSON if it can be, else text.
+    """
+    text = text.removeprefix("\n").removesuffix("\n")
+    types = _types_of(schema)
+    value = _json_or_text(text)
+    if not types and isinstance(value, str):
+        return text
+    if "string" in types and not types & _TYPES_OF_JSON.get(type(value), set()):
+        return text
+    if "boolean" in types and text.strip() in ("True", "False"):  # as Python writes them
+        return text.strip() == "True"
+    return value
+
+
+_TYPES_OF_JSON = {
+    bool: {"boolean"},
+    int: {"integer", "number"},
+    float: {"number"},
+    type(None): {"null"},
+    dict: {"object"},
+    list: {"array"},
+}
+
+
+def _types_of(schema: Any) -> set[str]:
+    """The types that a JSON schema declares; none where it declares none that is known."""
+    schema = _mapping(schema)
+    types = schema.get("type")
+    found = _list(types) or [types]
+    for options in (schema.get("anyOf"), schema.get("oneOf")):
+        found = found + [_mapping(o).get("type") for o in _list(options)]
+    return {kind for kind in found if isinstance(kind, str)}
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _json_or_text(text: str) -> Any:
     try:
         return _DECODER.decode(text.strip())
     except (ValueError, RecursionError):
@@ -270,7 +323,7 @@ def _gemma_value(text: str, at: int, quote: str, depth: int) -> tuple[Any, int]:
     match = re.compile(r"[^,}\]{\[]+").match(text, at)
     if not match:
         raise ValueError
-    return _xml_value(match[0].strip()), match.end()
+    return _json_or_text(match[0].strip()), match.end()
 
 
 def _gemma_key(text: str, at: int, quote: str) -> tuple[str, int]:
@@ -309,7 +362,7 @@ class CallParser:
     def __init__(self, form: Form, tools: list[dict[str, Any]], parallel: bool = True):
         self._form = form
         self._take = self._take_tagged if form in _MARKS else self._take_json
-        self._names = [tool["function"]["name"] for tool in tools]
+        self._tools = parameters_of(tools)
         self._parallel = parallel
         self._held, self._space, self._inside = "", "", False
         self._is_text = False  # of the form json: the text has begun as text
@@ -392,7 +445,7 @@ class CallParser:
 
     def _call(self, body: Any) -> dict[str, Any] | None:
         """A call in OpenAI's form; None if this is no call of a function that was given."""
-        call = _checked(_read(self._form, body), self._names)
+        call = _checked(_read(self._form, body, self._tools), self._tools)
         if call.error:
             return None
         self.num_calls += 1

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adpo_jax.environments.calls import parameters_of
 from adpo_jax.environments.nesting import nests_deeper
 from adpo_jax.rewards import binding
 from adpo_jax.rewards.custom import import_file
@@ -73,8 +74,9 @@ class Described:
     reset_needs: tuple[str, ...]
 
     @property
-    def tool_names(self) -> tuple[str, ...]:
-        return tuple(tool["function"]["name"] for tool in self.tools)
+    def parameters(self) -> dict[str, Mapping[str, Any]]:
+        """The schema of each tool's arguments, by the tool's name."""
+        return parameters_of(self.tools)
 
 
 class Unfit(ValueError):

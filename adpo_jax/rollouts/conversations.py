@@ -275,8 +275,8 @@ class Conversations:
         tokens = conversation.sample.turn_tokens(number)
         (shown,) = self._reading.decoded(self._tokenizer, [tokens])
         (text,) = self._with_marks.decoded(self._tokenizer, [tokens])
-        names = conversation.described.tool_names
-        calls = calls_lib.calls_in(self._template.form, self._template.thought + text, names)
+        tools = conversation.described.parameters
+        calls = calls_lib.calls_in(self._template.form, self._template.thought + text, tools)
         conversation.texts.append(shown)
         conversation.messages.append({"role": "assistant", "content": shown} | _as_message(calls))
         return calls
