@@ -183,6 +183,21 @@ def test_fields_that_a_table_fills_with_nothing_are_not_there(chatml):
     assert ids(chatml, [user(parts)]) == ids(chatml, [user("hi")])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        ({"a": 1, "query": None}, '{"a": 1}'),
+        ({"where": {"x": 1, "y": None}, "of": [{"z": None}, None]},
+         '{"where": {"x": 1}, "of": [{}, null]}'),
+        ('{"a": null}', '{"a": null}'),
+    ],
+)  # fmt: skip
+def test_arguments_that_a_table_fills_with_nothing_are_not_there(tools, arguments, written):
+    call = CALL | {"function": {"name": "add", "arguments": arguments}}
+    messages = [user("1+0?"), assistant("", tool_calls=[call]), {"role": "tool", "content": "1"}]
+    assert f"<tool_call>add{written}</tool_call>" in text(tools, messages)
+
+
 def test_reasoning_of_earlier_turns_goes_by_the_rule_of_a_template_that_knows_it(tools, chatml):
     messages = [user("a"), assistant("b", reasoning_content="hm"), user("c")]
     assert "hm" not in text(tools, messages)

@@ -76,6 +76,8 @@ def _checked_calls(calls: Any) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"{wanted}, got {str(call)[:200]}")
         arguments = function.get("arguments") or {}
+        if isinstance(arguments, dict):  # of a table, with every tool's arguments in every call
+            arguments = _without_nulls(arguments)
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
@@ -88,6 +90,13 @@ def _checked_calls(calls: Any) -> list[dict]:
         call = {k: v for k, v in call.items() if v is not None}
         made.append(call | {"function": function | {"arguments": arguments}})
     return made
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value whose objects, at any depth, have no null."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _malformed(messages: Any) -> ValueError:
