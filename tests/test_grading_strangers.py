@@ -32,6 +32,16 @@ ROOT = Path(__file__).resolve().parents[1]
 STRANGERS = ROOT.parent / "shared" / "data" / "strangers" / "answers.jsonl"
 
 RIGHT = {
+    "words that only count": r"""
+        3\text{ fifth graders} ## 3
+        5\text{ quarters} ## 5
+        5\text{ factors} ## 5
+        5\text{ V} ## 5
+        5\text{ K} ## 5
+        5\text{ C} ## 5
+        5\text{m} ## 5
+        5\text{ a day} ## 5
+    """,
     "money and words": r"""
         \$5 \text{ per hour} ## 5
         \$5 \text{ per hour} ## \$5
@@ -638,6 +648,23 @@ RIGHT = {
     """,
 }
 WRONG = {
+    "words that change the value": r"""
+        2\text{ thirds} ## 2
+        2 thirds ## 2
+        3\text{ fifths} ## 3
+        3 halves ## 3
+        2\text{ pi} ## 2
+        0.3 repeating ## 0.3
+        0.3\text{ (recurring)} ## 0.3
+        5\text{ lakh} ## 5
+        5\text{ crores} ## 5
+        3\text{ tens} ## 3
+        3\text{ inverse} ## 3
+        5\text{x} ## 5
+        5\text{ i} ## 5
+        5\text{k} ## 5
+        5\text{M} ## 5
+    """,
     "money and words": r"""
         \$5 \text{ euros} ## 5
         \$5 \text{ cents} ## 5

@@ -30,7 +30,9 @@ _NOUNS = """
 """
 SHORT_NOUNS = set(_NOUNS.split())  # words of up to three letters, which are no products of them
 _SHORT = set(CANONICAL) | SHORT_NOUNS
-_SINGLE_LETTERS = set("mgshLl")  # bare and after a space; in \text{} any known one
+_SINGLE_LETTERS = set("mgshLl")  # bare and after a space
+# In \text{}; a k is a thousand and no kelvin.
+_LETTERS_IN_TEXT = {name for name in CANONICAL if len(name) == 1} - {"k"} | set("CFHT")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TEMPERATURES = {"C", "F", "K", "Celsius", "Fahrenheit"}  # after a degree sign
 _SCALES_OF_DEGREES = {
@@ -55,7 +57,9 @@ _NOT_COUNTED = """
     like ish least most up down at from until till only just also another other instead rather
     versus vs even odd unknown undefined question reference one two three four five six seven
     eight nine ten eleven twelve twenty mod modulo remainder tenth tenths hundredth hundredths
-    thousandth thousandths squared cubed power base factorial hundreds thousands millions
+    thousandth thousandths halves thirds fourths fifths sixths sevenths eighths ninths elevenths
+    twelfths twentieths tens pi repeating recurring lakh lakhs crore crores inverse squared
+    cubed power base factorial hundreds thousands millions
     billions choose however actually wait sorry could would should may might can cannot will
     now final solution value number
 """
@@ -287,6 +291,8 @@ def _word_name(word: str, token: Token, after_slash: bool) -> str | None:
         return None
     lower = word.lower()
     if lower in _NO_UNITS or word in FUNCTION_WORDS:
+        return None
+    if token.kind == "text" and not after_slash and len(word) == 1 and word not in _LETTERS_IN_TEXT:
         return None
     if token.kind == "word" and not after_slash:
         if len(word) == 1 and (token.glued or word not in _SINGLE_LETTERS):
