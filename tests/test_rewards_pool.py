@@ -98,6 +98,9 @@ async def imports_first(completions):
 async def cancels(completions):
     raise asyncio.CancelledError
 
+async def waits_too_briefly(completions):
+    await asyncio.wait_for(asyncio.sleep(5), 0.01)
+
 async def thinks(completions):
     text = completions[0][0]["content"]
     for _ in range(3):
@@ -256,10 +259,13 @@ def test_a_slow_first_call_of_an_async_function_does_not_have_the_others_wait(fi
     assert scores.total[1:4].max() > 1  # of the first chunk, after the slow one
 
 
-def test_an_async_function_that_cancels_itself_has_raised(file):
+@pytest.mark.parametrize(
+    ("name", "error"), [("cancels", "CancelledError"), ("waits_too_briefly", "TimeoutError")]
+)
+def test_an_async_function_that_cancels_or_limits_itself_has_raised(file, name, error):
     with (
-        make(file, name="cancels", num_workers=1) as model,
-        pytest.raises(RewardError, match="CancelledError"),
+        make(file, name=name, num_workers=1) as model,
+        pytest.raises(RewardError, match=error),
     ):
         model.score(["a"], columns(["a"]))
 

@@ -103,19 +103,20 @@ def _serve_together(
     """
 
     async def grade_one(i: int) -> None:
+        limit = asyncio.timeout(timeout_s)
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             with faults.collected() as collected:
                 call = custom.Call(found, function, completions[i : i + 1], one, state)
-                async with asyncio.timeout(timeout_s):
+                async with limit:
                     result = await call.start()
                 reply = call.grades(result)._replace(faults=tuple(collected)).as_json()
-        except TimeoutError:
-            reply = {"killed": "timeouts"}
         except MemoryError:
             reply = {"killed": "crashes"}
         except (Exception, SystemExit, asyncio.CancelledError) as error:
-            reply = _failure(error)
+            # A TimeoutError may be the function's own, of a connection say.
+            is_late = isinstance(error, TimeoutError) and limit.expired()
+            reply = {"killed": "timeouts"} if is_late else _failure(error)
         wire.send_json(connection, reply | {"position": positions[i]})
 
     async def grade_all() -> None:
