@@ -1,6 +1,7 @@
 """RewardModel in this process: weights, components, custom functions and their failures."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +12,7 @@ from adpo_jax.rewards import RewardError, RewardFunction, RewardModel
 SOURCE = """
 import asyncio
 import dataclasses
+import time
 
 @dataclasses.dataclass
 class Length:
@@ -55,6 +57,15 @@ def raises(completions, solution):
     for c in completions:
         if c[0]["content"] == "bad":
             raise KeyError("no such thing")
+    return [1.0] * len(completions)
+
+CALLS = []
+
+def fails_once(completions, solution):
+    CALLS.append(len(completions))
+    if len(CALLS) == 1:
+        raise ConnectionError("the judge is down for a moment")
+    time.sleep(0.02)
     return [1.0] * len(completions)
 
 def too_few(completions, solution):
@@ -153,6 +164,15 @@ def test_a_function_that_raises_stops_the_run_with_its_traceback_and_the_sample(
     }
     assert 'raise KeyError("no such thing")' in error.traceback_text
     assert file in str(error)
+
+
+def test_a_failure_that_passes_is_told_without_grading_everything_again(file, monkeypatch):
+    monkeypatch.setattr("adpo_jax.rewards.model._SEARCH_S", 0.1)
+    started = time.monotonic()
+    with pytest.raises(RewardError, match="down for a moment") as caught:
+        score([RewardFunction(file, "fails_once")], ["a"] * 500)
+    assert caught.value.sample is None
+    assert time.monotonic() - started < 5.0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import inspect
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from adpo_jax.rewards.pool import Job, WorkerPool
 
 # Before the name of a reward that comes with the completions, as the name of a column.
 GIVEN = "reward of "
+
+# Seconds for finding the completion that a function fails on, by grading each of them alone.
+_SEARCH_S = 10.0
 
 _COUNTS = ("timeouts", "crashes", "unparsed", "grader_faults")
 
@@ -501,8 +505,14 @@ def _culprit(
     columns: dict[str, list],
     state: TrainerState,
 ) -> int | None:
-    """The completion on which a failing function also fails alone; None if there is none."""
+    """The completion on which a failing function also fails alone; None if none is found in time.
+
+    A failure may have passed by then, and a slow function would hold up the error for long.
+    """
+    end = time.monotonic() + _SEARCH_S
     for i in range(len(completions)):
+        if time.monotonic() > end:
+            break
         one = {name: values[i : i + 1] for name, values in columns.items()}
         try:
             custom.grade(found, function, completions[i : i + 1], one, state)
