@@ -31,6 +31,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     more = {"source": data_source, "split": extra_info["split"]}
     return {"score": float(right), "acc": right} | more
 
+def compute_other(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 0.0, "acc": "no"}
+
 def compute_number(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     assert data_source == "" and extra_info == {}
     return 1 if solution_str == ground_truth else 0
@@ -115,6 +118,17 @@ def test_functions_of_trl_and_verl_work_as_they_stand(file, num_workers):
         "source": ["one", "two"],
         "split": ["train", "test"],
     }
+
+
+@both
+def test_extras_of_two_functions_under_one_name_are_told_apart(file, num_workers):
+    columns = {"data_source": ["one"], "extra_info": [{"split": "a"}], "solution": ["Aha"]}
+    names = ("compute_score", "compute_score", "compute_other")
+    functions = [RewardFunction(file, name) for name in names]
+    with RewardModel(functions, num_workers=num_workers) as model:
+        extras = model.score(["Aha"], columns).extras
+    assert [extras[f"{prefix}acc"] for prefix in ("", "compute_score_2/")] == [[True], [True]]
+    assert extras["compute_other/acc"] == ["no"]
 
 
 def test_completions_are_messages_where_prompts_are(file):

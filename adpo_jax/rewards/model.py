@@ -41,7 +41,7 @@ class Scores:
         can read; "grader_faults", comparisons that failed inside the grader, by a fault of ours.
       logged: the numbers that functions logged, under "function/name".
       extras: N values under each name, which functions logged beside the completions; None where
-        one logged nothing.
+        one logged nothing. A name that an earlier function took is "function/name".
     """
 
     total: np.ndarray
@@ -387,7 +387,8 @@ class RewardModel:
         for function, name, graded, zeros in zip(self.functions, self.names, grades, killed):
             parts = graded.parts
             logged |= {f"{name}/{key}": values for key, values in graded.metrics.items()}
-            extras |= graded.extras
+            for key, values in graded.extras.items():
+                extras[f"{name}/{key}" if key in extras else key] = values
             table = np.array(list(parts.values()), np.float64).reshape(len(parts), -1)
             table[:, list(zeros)] = 0.0
             given = ~np.isnan(table).all(axis=0)
