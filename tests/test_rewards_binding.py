@@ -52,6 +52,10 @@ def no_score(solution_str, ground_truth):
 def picky(completions, level, subject, threshold, tone="kind"):
     return [1.0 for _ in completions]
 
+def of_numpy(solution_str, ground_truth):
+    import numpy as np
+    return {"score": np.float32(1), "a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True)}
+
 def any_of_verl(solution_str, **kwargs):
     return float(kwargs["data_source"] == "one") + len(kwargs["extra_info"])
 
@@ -129,6 +133,13 @@ def test_extras_of_two_functions_under_one_name_are_told_apart(file, num_workers
         extras = model.score(["Aha"], columns).extras
     assert [extras[f"{prefix}acc"] for prefix in ("", "compute_score_2/")] == [[True], [True]]
     assert extras["compute_other/acc"] == ["no"]
+
+
+@both
+def test_numbers_of_numpy_in_a_dict_are_logged(file, num_workers):
+    with RewardModel([RewardFunction(file, "of_numpy")], num_workers=num_workers) as model:
+        logged = model.score(["Aha"], {"solution": ["Aha"]}).logged
+    assert logged == {"of_numpy/a": [0.5], "of_numpy/b": [3.0], "of_numpy/c": [1.0]}
 
 
 def test_completions_are_messages_where_prompts_are(file):

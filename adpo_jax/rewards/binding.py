@@ -235,7 +235,7 @@ def scores_of_each(results: list, log: Log) -> list:
     for name in dict.fromkeys(name for found in more for name in found):
         values = [found.get(name) for found in more]
         log.extra(name, values)
-        for value in values:
+        for value in map(_plain, values):
             if isinstance(value, int | float) and is_finite(value):
                 log.metric(name, value)
     return [r["score"] if isinstance(r, dict) else r for r in results]
