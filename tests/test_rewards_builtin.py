@@ -48,8 +48,11 @@ def test_good_accuracy_refuses_columns_of_another_length():
 
 
 def test_exact_match_wants_the_same_text_but_for_spaces():
-    completions = ["\\boxed{x + 1}", "\\boxed{x  +  1}", "\\boxed{1 + x}", ""]
-    assert exact_match(completions, ["x + 1"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    completions = ["\\boxed{x + 1}", "\\boxed{x  +  1}", "\\boxed{1 + x}", "", "\\boxed{x+1}"]
+    assert exact_match(completions, ["x + 1"] * 5) == [1.0, 1.0, 0.0, 0.0, 1.0]
+    pairs = [("\\frac {1}{2}", "\\frac{1}{2}"), ("(1, 2)", "(1,2)"), ("3 1/2", "31/2")]
+    completions, references = [f"\\boxed{{{pair[0]}}}" for pair in pairs], [p[1] for p in pairs]
+    assert exact_match(completions, references) == [1.0, 1.0, 0.0]
 
 
 def test_format_reward_wants_the_whole_completion_to_match():

@@ -1,9 +1,13 @@
 """The ready rewards. Each takes completions as strings or as chat messages."""
 
+import re
+
 from adpo_jax.rewards.grading.compare import compare
 from adpo_jax.rewards.grading.extract import find_answer, find_reference
 from adpo_jax.rewards.grading.limits import MAX_NGRAM_WORDS
 from adpo_jax.rewards.grading.linear_regex import compile_linear
+
+_SPACES = re.compile(r"(?<!\w) | (?!\w)")
 
 Completions = list[str] | list[list[dict[str, str]]]
 
@@ -92,9 +96,14 @@ def exact_match(completions: Completions, solution: list, **columns) -> list[flo
     scores = []
     for text, reference in zip(texts(completions), solution, strict=True):
         answer = find_answer(text)
-        same = answer and answer.split() == find_reference(reference).split()
+        same = answer and _without_spaces(answer) == _without_spaces(find_reference(reference))
         scores.append(1.0 if same else 0.0)
     return scores
+
+
+def _without_spaces(text: str) -> str:
+    """A text without the spaces that part no letters or digits: `x + 1` is `x+1`."""
+    return _SPACES.sub("", " ".join(text.split()))
 
 
 THINK_THEN_ANSWER = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
