@@ -687,6 +687,18 @@ CASES = {
         ),
         "70,72": ([], ["<answer>between 70 and 72</answer>"]),
     },
+    "italics": {
+        "42": (
+            [
+                "The answer is *42*.", "The answer is *42*", "The answer is _42_.",
+                "The answer is *42 apples*.", "**Answer:** *42*", "The answer is: _42_, as said.",
+                "So the answer is ***42***.", "The answer is *$42$*.",
+            ],
+            ["The answer is *not 42*.", "The answer is *42* or 43.", "The answer is *42*2."],
+        ),
+        "84": (["The answer is 42*2.", "Answer: *84*"], []),
+        "x_1": (["The answer is x_1."], []),
+    },
     "boxes and last lines": {
         "72": (
             [

@@ -89,6 +89,8 @@ _END = re.compile(
 _RETRACTED = re.compile(r"""["'”’)\]*_`.\s]{0,8}(?:or\b|no[,.][^.!?\n]{0,40}\d)""", re.I)
 # A plain number, which needs no parsing.
 _PLAIN = re.compile(r"(?:\\?\$)?-?[0-9]{1,40}(?:,[0-9]{3}){0,9}(?:\.[0-9]{1,40})?")
+# "*42*" and "_42_" at the beginning of a claim.
+_ITALIC = re.compile(r"\A([ \t:]{0,8})([*_])(?![\s*_])([^*_\n]{1,80})(?<!\s)\2(?![\w*_])")
 _BULLET = re.compile(r"[ \t>]{0,4}([-–]|[*•‣◦]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
 _MAX_BULLETS = 20
 _RANGE = re.compile(r"\d \w{0,20} ?to\b|\bto \$?\d")
@@ -268,7 +270,7 @@ def _claim_after(rest: str, denied: set[str], is_label: bool, is_last: bool) -> 
       is_label: whether a colon stands before the value, so that a sentence or a list may follow.
       is_last: whether the text ends within `rest`.
     """
-    rest = without_emphasis(without_calculations(rest))
+    rest = _ITALIC.sub(r"\1\3", without_emphasis(without_calculations(rest)))
     line, _, below = rest.partition("\n")
     bare = line.strip(" \t*_:`#>")
     lead = _LEAD.match(bare)
