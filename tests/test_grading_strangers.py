@@ -32,6 +32,40 @@ ROOT = Path(__file__).resolve().parents[1]
 STRANGERS = ROOT.parent / "shared" / "data" / "strangers" / "answers.jsonl"
 
 RIGHT = {
+    "names of what is asked for": r"""
+        f^{-1}(x) = 2x ## 2x
+        f(g(3)) = 3 ## 3
+        g''(2) = 3 ## 3
+        \bar{x} = 3 ## 3
+        \overline{AB} = 3 ## 3
+        P(X=2) = \frac16 ## \frac16
+        P(X \le 2) = \frac16 = 1/6 ## \frac16
+        P(A \mid B) = \frac16 ## \frac16
+        P(\text{red}) = \frac16 ## \frac16
+        \mathbb{P}(A) = \frac16 ## \frac16
+        E[X] = 3 ## 3
+        \mathbb{E}[X] = 3 ## 3
+        \text{Var}(X) = 3 ## 3
+        \det A = 3 ## 3
+        \left[ABC\right] = 3 ## 3
+        |A\cup B| = 3 ## 3
+        n(A\cup B) = 3 ## 3
+        \|v\| = 3 ## 3
+        \varphi(12) = 4 ## 4
+        \sin\theta = \frac12 ## \frac12
+        \cos(x) = \frac12 ## 0.5
+        x+y = 3 ## 3
+        a + b + c = 3 ## 3
+        AB+BC = 3 ## 3
+        xy = 3 ## 3
+        \frac{a}{b} = 3 ## 3
+        P(X=2) = 25\% ## 25
+    """,
+    "sets of reals": r"""
+        \{x \in \mathbb{R} \mid x > 2\} ## (2,\infty)
+        \{ x \in \mathbb{R} : -1 < x < 1 \} ## (-1,1)
+        \{x \in \mathbb{R} \mid x \neq 2\} ## \{x \mid x \neq 2\}
+    """,
     "words that only count": r"""
         3\text{ fifth graders} ## 3
         5\text{ quarters} ## 5
@@ -648,6 +682,26 @@ RIGHT = {
     """,
 }
 WRONG = {
+    "equations that are not solved": r"""
+        2x = 10 ## 10
+        2x = 10 ## 5
+        x(x+1) = 6 ## 6
+        |x| = 3 ## 3
+        x^2 = 3 ## 3
+        x+1 = 3 ## 3
+        n(n+1) = 6 ## 6
+        P(1+r) = 6 ## 6
+        f(1)f(2) = 6 ## 6
+        xx = 3 ## 3
+        P(X=2) = \frac16 ## \frac13
+        P(X=2) = \frac16 = \frac13 ## \frac13
+        P(X=2) = \frac16 = \frac13 ## \frac16
+        x+y = 3 ## 2
+        x+y = 3 ## x+y = 4
+        x+y = 4-x ## 4-x
+        P(A) = 2, P(B) = 3 ## 3
+        \{x \in \mathbb{Z} \mid x > 2\} ## (2,\infty)
+    """,
     "words that change the value": r"""
         2\text{ thirds} ## 2
         2 thirds ## 2

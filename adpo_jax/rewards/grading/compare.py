@@ -13,6 +13,7 @@ from adpo_jax.rewards.grading import faults, values
 from adpo_jax.rewards.grading.ball import Undefined
 from adpo_jax.rewards.grading.dress import undress
 from adpo_jax.rewards.grading.evaluate import evaluate, symbols
+from adpo_jax.rewards.grading.left_sides import values_behind
 from adpo_jax.rewards.grading.lexer import Token, Unreadable, normalise, tokenize
 from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS
 from adpo_jax.rewards.grading.parse import Tree, parse
@@ -34,6 +35,7 @@ _NUMBER = re.compile(
 _WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]{2,}|[a-np-z]{0,2}o[a-z]{0,2}")
 # References whose parts are no numbers to compute with: 2024-03-04, 10/12/2023, 5-10, 3-1.
 _PARTS = re.compile(r"[0-9]+(?:[-–][0-9]+)+|[0-9]+/[0-9]+/[0-9]{4}|[0-9]{4}/[0-9]+/[0-9]+")
+_RELATION = re.compile(r"[=<>]|\\(?:le|ge|leq|geq|ne|neq|in)(?![a-z])")
 _DIGITS = re.compile(r"[0-9]+")
 _ROUNDED = re.compile(r"[-+]?[0-9,]*\.[0-9]{2,}")
 
@@ -85,9 +87,19 @@ def _compare(answer: str, reference: str) -> Verdict:
         right = _same(read_answer, read_reference(reference))
         if not right and "," in answer and "," in reference:
             right = _same_lists(answer, reference)
+        if not right and "=" in answer and not _RELATION.search(reference):
+            right = _is_named(read_answer.text, read_reference(reference))
     except (Undefined, RecursionError):
         return Verdict(False, False)
     return Verdict(right, right or read_answer.tree is not None or read_answer.based is not None)
+
+
+def _is_named(answer: str, reference: Answer) -> bool:
+    """Whether the answer is an equation that gives the reference a name, as `P(X=2) = ...`."""
+    if reference.tree is None:
+        return False
+    sides = values_behind(answer, of_function=bool(symbols(reference.tree)))
+    return bool(sides) and all(_same(read(side), reference) for side in sides)
 
 
 def _is_nan(reference: str) -> bool:

@@ -194,8 +194,10 @@ class Parser(ScalarParser):
     def braces(self) -> Tree:
         if self.accept("\\}"):
             return ("set", ())
-        if self.peek().kind == "word" and self.peek(1).text in (":", "|"):
-            self.position += 2  # {x : x > 3} and {x | x > 3} are their conditions
+        is_of_reals = self.peek(1)[:2] == ("cmd", "in") and self.peek(2)[:2] == ("cmd", "mathbbR")
+        behind = 3 if is_of_reals else 1
+        if self.peek().kind == "word" and self.peek(behind).text in (":", "|"):
+            self.position += behind + 1  # {x : x > 3} and {x | x > 3} are their conditions
             tree = self.nested(self.items)
             self.expect("\\}")
             return tree
