@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from adpo_jax.rewards import good_accuracy
 from adpo_jax.rewards.grading.compare import compare
 from adpo_jax.rewards.grading.extract import find_answer
+from adpo_jax.rewards.grading.words import words
 
 SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -175,5 +176,6 @@ def test_garbled_answers_never_raise_and_take_little_time(answer, reference):
 @settings(SETTINGS, max_examples=500)
 @given(garbled)
 def test_an_answer_that_can_be_read_equals_itself(answer):
-    if answer.strip() and len(answer) < 600:
+    is_nan = words(answer).lower() == "nan"  # which equals nothing
+    if answer.strip() and len(answer) < 600 and not is_nan:
         assert compare(answer, answer).right
