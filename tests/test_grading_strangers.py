@@ -140,6 +140,8 @@ RIGHT = {
     "products of letters": r"""
         yx ## xy
         ba ## ab
+        DB ## BD
+        CBA ## ABC
         zyx ## xyz
         bac ## abc
         kab ## abk
@@ -761,6 +763,7 @@ WRONG = {
         cat ## act
         act ## cat
         eat ## tea
+        CAB ## BAC
     """,
     "numbers that are no arithmetic": r"""
         2024-03-04 ## 2024-04-03

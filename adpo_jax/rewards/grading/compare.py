@@ -206,15 +206,20 @@ def _same(a: Answer, b: Answer) -> bool:
 def _is_anagram(answer: str, reference: str) -> bool:
     """Whether two words have the same letters in another order: god for dog, VI for IV.
 
-    The grammar reads short ones as products. `ba` stays right for `ab`, and `B \\cdot A` for `AB`.
+    The grammar reads short ones as products. `ba` stays right for `ab`, and `DB` for `BD`.
     """
     word = _bare_words(reference)
-    if not _WORD.fullmatch(word) and not (len(word) == 3 and word.isalpha()):
+    if _is_of_choices(word) or not (_WORD.fullmatch(word) or (len(word) == 3 and word.isalpha())):
         return False
     other = words(answer)
     if word.casefold() == other.casefold() or not other.isalpha():
         return False
     return bool(_WORD.fullmatch(word)) or not SHORT_NOUNS.isdisjoint((word, other))
+
+
+def _is_of_choices(word: str) -> bool:
+    """Whether capitals may be choices that are all right, or the corners of an angle: BD, ABC."""
+    return word.isupper() and word[-1] <= "J" and list(word) == sorted(set(word))
 
 
 def _has_other_parts(answer: str, reference: str) -> bool:
