@@ -400,6 +400,15 @@ class Sequences:
         found = (c.prompt_experts for c in self.completions[prompt])
         return next((experts for experts in found if experts is not None), None)
 
+    @property
+    def without_experts(self) -> "Sequences":
+        """The same for a model other than the sampler's, whose router chooses for itself."""
+        groups = [
+            [dataclasses.replace(c, experts=None, prompt_experts=None) for c in group]
+            for group in self.completions
+        ]
+        return dataclasses.replace(self, completions=groups)
+
     def select(self, rows: Sequence[int]) -> "Sequences":
         """The groups with these numbers, in this order."""
 

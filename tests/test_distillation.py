@@ -14,6 +14,7 @@ import tiny
 from parsing import parse
 from test_resume import SHORT, assert_same, interrupt
 from test_train import on_one_device, scalars, train
+from test_update import make_learner
 
 from adpo_jax import Policy, losses, update
 from adpo_jax.data import arithmetic
@@ -22,12 +23,17 @@ from adpo_jax.dry_run import traced_learning
 from adpo_jax.model.divergence import token_divergences
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.preparation import prepare
-from adpo_jax.update.packing import Packing
+from adpo_jax.update.gradient import ForwardPass, Teacher
+from adpo_jax.update.layouts import layout_of
+from adpo_jax.update.packing import Packing, pack
 
 SGD = optax.sgd(1.0)
 # Another architecture and size, and a few tokens that the policy does not know.
 LARGER = tiny.CONFIG | {"hidden_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
 LARGER |= {"tie_word_embeddings": False, "num_key_value_heads": 4}
+MIXTURE = tiny.CONFIG | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+MIXTURE |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+MIXTURE |= {"norm_topk_prob": True, "num_hidden_layers": 1}
 
 
 @functools.cache
@@ -175,6 +181,34 @@ def test_any_cut_of_a_batch_gives_the_gradient_of_the_divergence_from_the_teache
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), found[0], expected
         )
         assert found[1]["opd/divergence"] == pytest.approx(cuts[0][1]["opd/divergence"], rel=1e-5)
+
+
+def test_a_teacher_or_reference_takes_none_of_the_experts_that_the_sampler_took():
+    policy, params = Policy.from_config(MIXTURE, jax.random.key(0))
+    other, others = Policy.from_config(MIXTURE | {"num_experts": 4}, jax.random.key(7))
+    plain, _ = tiny.sequences(P=2, G=2)
+    rng = np.random.default_rng(0)
+
+    def with_experts(completion):
+        experts = rng.integers(0, 8, (len(completion), 1, 2)).astype(np.uint8)
+        return dataclasses.replace(completion, experts=experts)
+
+    replayed = dataclasses.replace(
+        plain, completions=[list(map(with_experts, group)) for group in plain.completions]
+    )
+    learner = make_learner(policy, algorithm=losses.Opd())
+    learner = dataclasses.replace(learner, fixed={"teacher": other})
+    own = learner.log_probs(params, replayed)[0], learner.log_probs(params, plain)[0]
+    assert not np.array_equal(own[0][0][0], own[1][0][0])
+    forward = learner.fixed_forwards["teacher"]
+    found, expected = (learner.log_probs(others, s, forward)[0] for s in (replayed, plain))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    # In the update the teacher of the JSD runs in the same micro-batches as the policy.
+    dense, dense_params = tiny.policy_and_params()
+    forward = ForwardPass(dense, 1.0, False, Teacher(other, 0.5, others))
+    apart = jax.jit(lambda batch: forward.batch(dense_params, layout_of(batch))[-1])
+    np.testing.assert_array_equal(apart(pack(replayed)), apart(pack(plain)))
 
 
 # In a run.

@@ -147,7 +147,7 @@ class ForwardPass:
                 hidden,
                 teacher.config,
                 teacher_params,
-                micro.hidden_and_targets(teacher, teacher_params)[0],
+                micro.without_experts.hidden_and_targets(teacher, teacher_params)[0],
                 beta=beta,
                 temperature=self.temperature,
                 mesh=self.policy.mesh,

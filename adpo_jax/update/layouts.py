@@ -41,6 +41,10 @@ class MicroBatch(Protocol):
         The extras are those of the layers, over all tokens of the micro-batch.
         """
 
+    @property
+    def without_experts(self) -> "MicroBatch":
+        """The same for a model other than the sampler's, whose router chooses for itself."""
+
     def of(self, values: jax.Array) -> jax.Array:
         """This micro-batch's part of `values`, which have the shape of the layout."""
 
@@ -168,6 +172,10 @@ class RowMicro(NamedTuple):
         hidden, extras = policy.hidden_and_extras(params, tokens, mask)
         return hidden[:, -T - 1 : -1], tokens[:, -T:], extras
 
+    @property
+    def without_experts(self) -> "RowMicro":
+        return self  # rows have none
+
     def of(self, values):
         return self.layout.of_micro(values, self.i)
 
@@ -254,12 +262,17 @@ class PackedMicro(NamedTuple):
         )
         return self.layout.batch.of_completions(hidden), streams.targets, extras
 
+    @property
+    def without_experts(self) -> "PackedMicro":
+        batch = self.layout.batch.replace(experts=None)
+        return self._replace(layout=self.layout._replace(batch=batch))
+
     def _ffn(self, policy: Policy):
         """The layers' mixtures, where tokens take the experts that the sampler took."""
         streams, experts = self.streams, self.layout.batch.experts
         m = policy.config.mixture
         if experts is None or not m or experts.shape[-2:] != (policy.config.num_mixtures, m.chosen):
-            return policy.ffn(streams.segments)  # a teacher may have other experts, or none
+            return policy.ffn(streams.segments)  # another model may have others, or none
         return policy.ffn(streams.segments, experts[:, self.i].astype(jnp.int32) - 1)
 
     def of(self, values):

@@ -385,14 +385,18 @@ class Learner:
         """Log-probs and entropies of the completions' tokens.
 
         Args:
-          forward: that of another architecture; None for `self.forward`.
+          forward: that of another model, whose router chooses its experts itself; None for
+            `self.forward`, in which tokens take the experts that the sampler took.
 
         Returns:
           (log-probs, entropies), each P lists of G arrays [T] float32.
         """
+        if forward is None:
+            forward = self.forward
+        else:
+            sequences = sequences.without_experts
         order = self._balanced(sequences)
         laid_out = self.laid_out(sequences.select(order), program="forward")
-        forward = self.forward if forward is None else forward
         found = distributed.fetch(forward(params, self.put(laid_out.batch)))
         places = np.argsort(order)
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
