@@ -49,6 +49,7 @@ def count(
     prompts: int = 64,
     group: int = 8,
     limit: int = 1024,
+    prompt_limit: int = 512,
     tile: int = TILE,
     seed: int = 0,
 ) -> dict:
@@ -63,7 +64,8 @@ def count(
     for step, mean in enumerate(np.linspace(*means, iterations)):
         sequences = gsm8k_like(seed + step, mean=mean, prompts=prompts, group=group, limit=limit)
         sequences = sequences.select(balanced(sequences.tokens_of_groups, shards))
-        cut = {"completions_per_micro": micro, "full_length": limit, "num_shards": shards}
+        longest = {"full_length": limit, "prompt_length": prompt_limit}
+        cut = {"completions_per_micro": micro, "num_shards": shards} | longest
         alone = Packing(sequences, tile=tile, **cut)
         used = Packing(sequences, tile=tile, sizes=sizes.of("update"), **cut)
         sizes.note("update", used.size)

@@ -276,9 +276,41 @@ def test_padding_stays_under_a_tenth_on_lengths_like_those_of_gsm8k(micro):
 def test_whole_groups_share_the_fewest_micro_batches_that_hold_them(micro):
     for seed in range(2):
         batch = ragged(seed=seed)
-        cut = {"completions_per_micro": micro, "full_length": 512}
+        cut = {"completions_per_micro": micro, "full_length": 512, "prompt_length": 512}
         packing_of = Packing(batch, **cut, whole_groups=True)
         assert packing_of.num_micro == -(-batch.lengths.sum() // (micro * 512))
+
+
+@pytest.mark.parametrize(
+    ("micro", "group", "prompts", "whole_groups"),
+    [
+        (8, 8, 1, False),
+        (8, 8, 1, True),
+        (12, 4, 3, False),
+        (12, 4, 3, True),
+        (6, 4, 2, True),
+        (6, 8, 2, False),
+        (2, 8, 1, False),
+        (1, 1, 1, False),
+    ],
+)
+def test_short_completions_take_no_more_places_than_those_of_full_length(
+    micro, group, prompts, whole_groups
+):
+    cut = {"completions_per_micro": micro, "full_length": 64, "whole_groups": whole_groups}
+    most = micro * 64 + prompts * 39
+
+    def needed(length, prompt_length=40):
+        ones = np.ones(length)
+        completion = Completion.sampled(ones, ones, "stop")
+        sequences = Sequences([[1] * 40] * 24, [[completion] * group] * 24)
+        return Packing(sequences, **cut, prompt_length=prompt_length, tile=4).needed
+
+    full = needed(64)
+    assert full == needed(64, prompt_length=10**6)  # where there is room the completions decide
+    for size in (full, *map(needed, (32, 8, 1))):
+        assert most / 3 < size.places <= most
+        assert size.room <= full.room
 
 
 @pytest.mark.parametrize("micro", [0, 16])

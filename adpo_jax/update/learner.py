@@ -177,6 +177,7 @@ class Learner:
             completions_per_micro=plan.micro_completions
             or plan.mini_prompts // spread.num_shards * G,
             full_length=plan.completion_length,
+            prompt_length=plan.prompt_length,
             num_shards=spread.num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
             tile=tile,

@@ -27,6 +27,7 @@ a tile, J listed key tiles.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import flax.struct
@@ -38,7 +39,7 @@ from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.records import Batch, Sequences
 from adpo_jax.update.shares import Order, shared_out
 from adpo_jax.update.stream_sizes import REUSED_PLACES, REUSED_TILES, TILE, Size, rounded
-from adpo_jax.update.streams import Micro, Stream, cut
+from adpo_jax.update.streams import Budget, Micro, Stream, cut
 
 
 def starts_of(configs: Iterable[ModelConfig], tile: int) -> int:
@@ -144,6 +145,9 @@ class Packing:
         ones with as many tokens. 0 for all in one.
       full_length: tokens of a completion of full length, with its prompt where prompts count; 0
         for those of the longest.
+      prompt_length: tokens of a prompt of full length; 0 for those of the longest. A stream takes
+        no more places than completions and prompts of full length do, so shorter completions bring
+        only as many more prompts as there is room for.
       num_shards: streams side by side; divides P.
       whole_groups: keep the completions of a prompt in one micro-batch.
       share_prompts: False runs each completion with a prompt of its own.
@@ -168,6 +172,7 @@ class Packing:
         *,
         completions_per_micro: int = 0,
         full_length: int = 0,
+        prompt_length: int = 0,
         num_shards: int = 1,
         whole_groups: bool = False,
         share_prompts: bool = True,
@@ -186,16 +191,22 @@ class Packing:
             )
         per_shard = P // num_shards * G
         prompt_lengths_P = [len(ids) for ids in sequences.prompts]
+        num_prompt_P = [length - 1 for length in prompt_lengths_P]
         costs_PG = lengths_PG
         if count_prompts:
             costs_PG = lengths_PG + np.array(prompt_lengths_P)[:, None]
         full_length = max(full_length, int(costs_PG.max(initial=0)), 1)
-        budget = (completions_per_micro or per_shard) * full_length
+        completions_per_micro = completions_per_micro or per_shard
+        budget = completions_per_micro * full_length
         if whole_groups and budget < G * full_length:
             raise ValueError(
                 f"a micro-batch of {completions_per_micro} completions does not hold a group of "
                 f"{G}; pass completions_per_micro of at least {G}, or whole_groups=False"
             )
+        most_places = math.inf
+        if share_prompts and not count_prompts:
+            longest = max(prompt_length - 1, *num_prompt_P)
+            most_places = budget + _prompts_of(completions_per_micro, G) * longest
         self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
         self.tile, self.starts, self.shares = tile, starts, shares
         assert tile % starts == 0
@@ -214,7 +225,9 @@ class Packing:
                         tile,
                         starts,
                     )
-                    for pieces in cut(costs_PG, rows, budget, whole_groups)
+                    for pieces in cut(
+                        costs_PG, num_prompt_P, rows, Budget(budget, most_places), whole_groups
+                    )
                 ]
                 for rows in shards
             ]
@@ -368,6 +381,11 @@ class Packing:
                 for p, g, _, part in stream.places():
                     found[p][g] = np.array(values[part])
         return found
+
+
+def _prompts_of(completions: int, group_size: int) -> int:
+    """The most prompts of so many completions in a row, cut off one such row after the other."""
+    return -(-(completions - math.gcd(completions, group_size)) // group_size) + 1
 
 
 def _needed(streams: list[list[Stream]]) -> Size:

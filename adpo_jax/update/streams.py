@@ -10,7 +10,8 @@ a stream, C of them of completions, n tiles, J listed key tiles, L layers, k exp
 
 import bisect
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,21 +33,53 @@ class Micro(NamedTuple):
     targets: np.ndarray  # [B, M, C], the token that each place of the completions predicts
 
 
+class Budget(NamedTuple):
+    """What a micro-batch has room for.
+
+    Attributes:
+      tokens: those of its completions, by their costs.
+      places: those of its completions and of their prompts, each once.
+    """
+
+    tokens: int
+    places: float = math.inf
+
+
 class _Piece(NamedTuple):
     """Completions of one prompt that go into the same micro-batch."""
 
     prompt: int
     completions: tuple[int, ...]
     num_tokens: int
+    num_prompt: int  # places of the prompt
 
 
-def cut(costs_PG, rows, budget: int, whole_groups: bool) -> list[list[_Piece]]:
-    """The prompts `rows`, cut into micro-batches of at most `budget` tokens by their costs."""
-    groups = [_Piece(p, tuple(range(costs_PG.shape[1])), int(costs_PG[p].sum())) for p in rows]
+def cut(
+    costs_PG, num_prompt_P: Sequence[int], rows, budget: Budget, whole_groups: bool
+) -> list[list[_Piece]]:
+    """The prompts `rows`, cut into micro-batches within the budget.
+
+    Completions alone decide, unless that takes more places than there are. What is larger than the
+    budget by itself has a micro-batch to itself.
+
+    Args:
+      costs_PG: [P, G] int, what each completion takes of `budget.tokens`.
+      num_prompt_P: places of each prompt.
+    """
+    for within in (Budget(budget.tokens), budget):
+        micros = _cut(costs_PG, num_prompt_P, rows, within, whole_groups)
+        if all(_num_places(micro) <= budget.places for micro in micros):
+            break
+    return micros
+
+
+def _cut(costs_PG, num_prompt_P, rows, budget: Budget, whole_groups: bool) -> list[list[_Piece]]:
+    every = tuple(range(costs_PG.shape[1]))
+    groups = [_Piece(p, every, int(costs_PG[p].sum()), num_prompt_P[p]) for p in rows]
     whole = _cut_whole(groups, budget)
     if whole_groups:
         return whole
-    singles = [_Piece(p, (g,), int(costs_PG[p, g])) for p in rows for g in range(costs_PG.shape[1])]
+    singles = [_Piece(p, (g,), int(costs_PG[p, g]), num_prompt_P[p]) for p in rows for g in every]
     split = [_merged(micro) for micro in _next_fit(singles, budget)]
     return min((micros for micros in (whole, split) if micros), key=_heaviest)
 
@@ -55,41 +88,51 @@ def _heaviest(cut: list[list[_Piece]]) -> int:
     return len(cut) * max(sum(piece.num_tokens for piece in micro) for micro in cut)
 
 
-def _cut_whole(groups: list[_Piece], budget: int) -> list[list[_Piece]]:
+def _num_places(micro: list[_Piece]) -> int:
+    """Places of pieces of different prompts."""
+    return sum(piece.num_prompt + piece.num_tokens for piece in micro)
+
+
+def _cut_whole(groups: list[_Piece], budget: Budget) -> list[list[_Piece]]:
     """Whole groups dealt out from the longest to the shortest, each to the lightest micro-batch.
 
     The result is [] where a group does not fit.
     """
     total = sum(group.num_tokens for group in groups)
-    if max(group.num_tokens for group in groups) > budget:
+    if max(group.num_tokens for group in groups) > budget.tokens:
         return []
-    for num_micro in range(max(-(-total // budget), 1), len(groups) + 1):
+    fewest = max(-(-total // budget.tokens), math.ceil(_num_places(groups) / budget.places), 1)
+    for num_micro in range(fewest, len(groups) + 1):
         micros: list[list[_Piece]] = [[] for _ in range(num_micro)]
         loads = [0] * num_micro
         for group in sorted(groups, key=lambda group: -group.num_tokens):
             lightest = loads.index(min(loads))
             micros[lightest].append(group)
             loads[lightest] += group.num_tokens
-        if max(loads) <= budget:
+        if max(loads) <= budget.tokens and max(map(_num_places, micros)) <= budget.places:
             return micros
     return [[group] for group in groups]
 
 
-def _next_fit(pieces: list[_Piece], budget: int) -> list[list[_Piece]]:
+def _next_fit(pieces: list[_Piece], budget: Budget) -> list[list[_Piece]]:
     """The pieces in their order, in the fewest micro-batches, as even as that order allows."""
 
     def fill(bound: int) -> list[list[_Piece]]:
-        micros, load = [[]], 0
+        micros, load, places = [[]], 0, 0
         for piece in pieces:
-            if load + piece.num_tokens > bound and micros[-1]:
+            last = micros[-1]
+            new = 0 if last and last[-1].prompt == piece.prompt else piece.num_prompt
+            more = new + piece.num_tokens
+            if last and (load + piece.num_tokens > bound or places + more > budget.places):
                 micros.append([])
-                load = 0
+                load, places, more = 0, 0, piece.num_prompt + piece.num_tokens
             micros[-1].append(piece)
             load += piece.num_tokens
+            places += more
         return micros
 
-    fewest = len(fill(budget))
-    bounds = range(max(piece.num_tokens for piece in pieces), budget + 1)
+    fewest = len(fill(budget.tokens))
+    bounds = range(max(piece.num_tokens for piece in pieces), budget.tokens + 1)
     return fill(bounds[bisect.bisect_left(bounds, -fewest, key=lambda bound: -len(fill(bound)))])
 
 
@@ -99,10 +142,9 @@ def _merged(pieces: Iterable[_Piece]) -> list[_Piece]:
     for piece in pieces:
         if merged and merged[-1].prompt == piece.prompt:
             last = merged.pop()
-            piece = _Piece(
-                piece.prompt,
-                last.completions + piece.completions,
-                last.num_tokens + piece.num_tokens,
+            piece = last._replace(
+                completions=last.completions + piece.completions,
+                num_tokens=last.num_tokens + piece.num_tokens,
             )
         merged.append(piece)
     return merged
@@ -141,7 +183,7 @@ class Stream:
         self.prompts: list[_Segment] = []
         self.completions: list[_Segment] = []
         self.num_prompt = self.num_completion = 0
-        for p, completions, _ in pieces:
+        for p, completions, *_ in pieces:
             for nth, g in enumerate(completions):
                 if nth == 0 or not share_prompts:
                     start = self._start(self.num_prompt)
