@@ -465,10 +465,11 @@ def test_the_auxiliary_loss_evens_out_the_experts_and_replayed_ones_are_counted(
 
 def test_the_load_of_a_batch_is_measured_by_hand_and_its_balance_is_a_mean_over_tokens():
     """Two layers of four experts, two experts a token."""
-    load = Load(
-        jnp.array([[3.0, 1.0, 0.0, 4.0], [2.0, 2.0, 3.0, 1.0]]),
-        jnp.array([[1.0, 1.0, 0.5, 1.5], [0.5, 0.5, 2.0, 1.0]]),
-    )
+    extras = {
+        mixture.LOAD: jnp.array([[3.0, 1.0, 0.0, 4.0], [2.0, 2.0, 3.0, 1.0]]),
+        mixture.PROBABILITY: jnp.array([[1.0, 1.0, 0.5, 1.5], [0.5, 0.5, 2.0, 1.0]]),
+    }
+    load = Load.of(extras)
     metrics = _mixture_metrics(load, None)
     assert metrics["router/busiest"] == pytest.approx((4 / 2 + 3 / 2) / 2)
     assert metrics["router/idle_frac"] == pytest.approx(1 / 8)
@@ -476,6 +477,10 @@ def test_the_load_of_a_batch_is_measured_by_hand_and_its_balance_is_a_mean_over_
     assert metrics["router/balance_loss"] == pytest.approx(np.mean(of_layers))
     # It has four of the ten tokens of a batch.
     assert load.balance_loss(10.0) == pytest.approx(0.4 * np.mean(of_layers))
+    # The loss of two micro-batches is the mean of theirs, and not that of their summed load.
+    other = Load.of({name: x[:, ::-1] * 2 for name, x in extras.items()})
+    metrics = _mixture_metrics(jax.tree.map(jnp.add, load, other), None)
+    assert metrics["router/balance_loss"] == pytest.approx(np.mean(of_layers))
 
 
 def test_experts_of_another_model_are_refused():

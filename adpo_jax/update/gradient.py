@@ -4,7 +4,7 @@ The gradient is taken in two steps. The first step differentiates the loss of th
 by the log-probs, which costs next to nothing and gives one weight a token. The second step
 differentiates the sum of weights times log-probs by the parameters, micro-batch by micro-batch. So
 the loss and gradient are the same however a mini-batch is cut, and a group need not fit in a
-micro-batch.
+micro-batch. The auxiliary loss of routers alone is of a micro-batch's tokens together.
 
 The weights need the log-probs of whole groups. They are known beforehand where the anchor is the
 policy of this very step and the loss needs nothing else, since every log-ratio is then 0.
@@ -61,33 +61,37 @@ class Teacher(NamedTuple):
 
 
 class Load(NamedTuple):
-    """How the tokens of a micro-batch spread over experts.
+    """How the tokens of a micro-batch spread over experts; or the sum of several.
 
     `of` gives None for a model without experts.
 
-    tokens and probabilities are [layers, experts] float32, and changed is [layers] float32, as in
-    the extras of a mixture; changed is None where the router chooses everywhere.
+    Attributes:
+      tokens, probabilities: [layers, experts] float32, as in the extras of a mixture.
+      balance: float32 scalar, the auxiliary loss of `mixture.balance_loss` of each micro-batch,
+        times its tokens.
+      changed: [layers] float32, as in the extras; None where the router chooses everywhere.
     """
 
     tokens: jax.Array
     probabilities: jax.Array
+    balance: jax.Array
     changed: jax.Array | None = None
 
     @classmethod
     def of(cls, extras) -> "Load | None":
-        names = (mixture.LOAD, mixture.PROBABILITY, mixture.CHANGED)
-        return cls(*map(extras.get, names)) if extras else None
+        if not extras:
+            return None
+        tokens, probabilities = extras[mixture.LOAD], extras[mixture.PROBABILITY]
+        own = jax.lax.stop_gradient(jnp.sum(probabilities[0]))
+        balance = own * mixture.balance_loss(tokens, probabilities, own)
+        return cls(tokens, probabilities, balance, extras.get(mixture.CHANGED))
 
     def balance_loss(self, num_tokens: jax.Array) -> jax.Array:
-        """The auxiliary loss of `mixture.balance_loss`, of a batch of so many tokens.
+        """Its part of the auxiliary loss of a batch of so many tokens.
 
-        That of a batch is the mean of those of its micro-batches, weighted by their tokens.
+        The loss of a batch is the mean of those of its micro-batches, weighted by their tokens.
         """
-        own = jnp.sum(self.probabilities[0])
-        share = own / jnp.maximum(num_tokens, 1.0)
-        return jax.lax.stop_gradient(share) * mixture.balance_loss(
-            self.tokens, self.probabilities, jax.lax.stop_gradient(own)
-        )
+        return self.balance / jnp.maximum(num_tokens, 1.0)
 
 
 class Variables(NamedTuple):

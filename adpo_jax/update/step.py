@@ -53,8 +53,8 @@ MIXTURE_METRICS = (
     Metric(
         "router/balance_loss",
         "steps",
-        "auxiliary loss of the router before its weight; the number of experts of a token where "
-        "they are even",
+        "auxiliary loss of the router before its weight, the mean of those of the micro-batches; "
+        "the number of experts of a token where they are even",
     ),
     Metric(
         "router/replay_changed_frac",
@@ -242,7 +242,8 @@ def make_update(
       teacher: the policy of `state.fixed_params["teacher"]`, where the algorithm reads the
         divergence from it (`teacher_beta`).
       router_aux_loss_coef: weight of the auxiliary loss that spreads tokens over the experts of a
-        mixture (`mixture.balance_loss`), beside the algorithm's loss; 0 for none.
+        mixture (`mixture.balance_loss`), beside the algorithm's loss; 0 for none. It is of the
+        tokens of a micro-batch together, so it depends on how the batch is cut.
 
     The step takes
 
