@@ -477,19 +477,40 @@ def test_a_step_beyond_the_largest_anchor_kl_is_skipped():
         assert metrics["update/skipped"] == skipped
 
 
-def test_mini_batches_do_not_change_counts_and_token_means():
+@pytest.mark.parametrize(
+    ("algorithm", "names"),
+    [
+        (
+            losses.Adpo(drop_all_failed_prompts=True),
+            ("rollout/entropy", "update/tokens", "adpo/mean_tau"),
+        ),
+        (
+            losses.Grpo(drop_all_failed_prompts=True, beta_reference_kl=0.1, entropy_bonus=0.1),
+            ("grpo/reference_kl", "grpo/entropy_bonus", "grpo/loss", "update/kept_tokens"),
+        ),
+        (
+            losses.ReinforcePp(drop_all_failed_prompts=True, loss_aggregation="sequence-mean"),
+            ("reinforce_pp/loss",),
+        ),
+    ],
+    ids=["adpo", "grpo", "sequence-mean"],
+)
+def test_mini_batches_do_not_change_counts_and_means(algorithm, names):
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
     rewards[[1, 4, 6]] = -1.0
-    algorithm = losses.Adpo(drop_all_failed_prompts=True)
     found = []
-    for mini in (8, 2):
+    for mini in (8, 1):
         learner = make_learner(policy, mini=mini, algorithm=algorithm, lr=0.0)
         state = learner.init_state(jax.tree.map(jnp.copy, params))
+        if learner.keeps_reference:
+            state = state.replace(reference_params=jax.tree.map(lambda x: x / 2, params))
         found.append(learner.learn(state, batch.sequences(), rewards)[1])
-    for name in ("adpo/dropped_prompts", "rollout/entropy", "update/tokens", "adpo/mean_tau"):
-        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5)
-    assert found[0]["adpo/dropped_prompts"] == (rewards <= 0).all(axis=1).sum()
+    for name in (f"{algorithm.name}/dropped_prompts", *names):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4), name
+    dropped = (rewards <= 0).all(axis=1).sum()
+    assert 8 > dropped == found[0][f"{algorithm.name}/dropped_prompts"] > 2
+    assert found[0]["update/kept_prompts"] == 8 - dropped
 
 
 def test_the_state_keeps_its_layout_on_a_mesh():

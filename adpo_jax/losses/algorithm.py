@@ -43,6 +43,8 @@ _LARGEST_LOG_WEIGHT = 20.0
 OVER = {
     "tokens": "a mean over tokens",
     "groups": "a mean over groups",
+    "kept tokens": "a mean over the tokens of prompts that were kept",
+    "kept groups": "a mean over the groups that were kept",
     "steps": "a mean over optimizer steps",
     "sum": "a sum",
     "first": "that of the first optimizer step",
@@ -71,8 +73,8 @@ class Metric(NamedTuple):
 
 REFERENCE_KL = Metric(
     "reference_kl",
-    "tokens",
-    "KL to the reference (kl_estimator) over the prompts that were kept, before beta_reference_kl",
+    "kept tokens",
+    "KL to the reference (kl_estimator), before beta_reference_kl",
     unit="nats a token",
     title="KL to the reference",
     needs="beta_reference_kl",
@@ -109,16 +111,16 @@ SHARED_METRICS = (
     ),
     Metric(
         "kl_penalty",
-        "tokens",
-        "k3 to the anchor over the prompts that were kept, before beta_anchor_kl",
+        "kept tokens",
+        "k3 to the anchor, before beta_anchor_kl",
         unit="nats a token",
     ),
     REFERENCE_KL,
     *CORRECTION,
     Metric(
         "entropy_bonus",
-        "tokens",
-        "entropy of the policy over the prompts that were kept, before the factor entropy_bonus",
+        "kept tokens",
+        "entropy of the policy, before the factor entropy_bonus",
         unit="nats",
         needs="entropy_bonus",
     ),

@@ -27,7 +27,11 @@ class PolicyGradient(Algorithm):
 
     on_policy_anchor: ClassVar[bool] = True
     own_metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("loss", "groups", "the surrogate alone"),
+        Metric(
+            "loss",
+            "kept tokens",
+            "the surrogate alone; unless loss_aggregation is token-mean a mean over groups",
+        ),
         Metric(
             "clip_frac",
             "tokens",
@@ -49,6 +53,16 @@ class PolicyGradient(Algorithm):
         above=0,
         needs={"loss_aggregation": "constant"},
     )
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """As of `Algorithm`; `loss_aggregation` says what the loss is a mean over."""
+        if self.loss_aggregation == "token-mean":
+            return super().metrics
+        return tuple(
+            metric._replace(over="kept groups") if metric.name == self.loss_metric else metric
+            for metric in super().metrics
+        )
 
     def gain(
         self,

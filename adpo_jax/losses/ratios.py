@@ -118,7 +118,11 @@ class Sapo(GroupRelative):
 
     name: ClassVar[str] = "sapo"
     own_metrics: ClassVar[tuple[Metric, ...]] = (
-        Metric("loss", "groups", "the gated surrogate alone"),
+        Metric(
+            "loss",
+            "kept tokens",
+            "the gated surrogate alone; unless loss_aggregation is token-mean a mean over groups",
+        ),
         Metric("clip_frac", "tokens", "of tokens whose gate lets less than half through", "share"),
     )
 

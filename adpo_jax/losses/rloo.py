@@ -35,7 +35,7 @@ class Rloo(Algorithm):
     own_metrics: ClassVar[tuple[Metric, ...]] = (
         Metric(
             "loss",
-            "groups",
+            "kept groups",
             "the REINFORCE term; 0 on one optimizer step under the on-policy anchor",
         ),
     )

@@ -19,7 +19,8 @@ NAMES = {
     "samplers": "connected taken_back doubles",
     "router": "busiest idle_frac balance_loss replay_changed_frac",
     "update": (
-        "grad_norm lr tokens tokens_per_s padding_frac compiles load_imbalance skipped mfu hfu"
+        "grad_norm lr tokens kept_tokens kept_prompts tokens_per_s padding_frac compiles "
+        "load_imbalance skipped mfu hfu"
     ),
     "time": "rollout reward anchor update eval checkpoint",
     "memory": "host_gib device_in_use_gib device_peak_gib",

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.devices.sharding import compiler_options
-from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric
+from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric, Prepared
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
@@ -42,6 +42,8 @@ METRICS = (
     ),
     Metric("rollout/entropy", "tokens", "the policy's mean token entropy, nats"),
     Metric("update/tokens", "sum", "completion tokens trained on, an epoch"),
+    Metric("update/kept_tokens", "sum", "those of the prompts that were kept"),
+    Metric("update/kept_prompts", "sum", "prompts that were kept, an epoch"),
     Metric("update/grad_norm", "steps", "global norm of the gradient before clipping"),
     Metric(SKIPPED, "steps", "share of the optimizer steps that were not sound"),
     Metric("update/padding_frac", "steps", "share of the places that hold no token"),
@@ -313,6 +315,8 @@ def make_update(
         grads, values, load = gradient(state.trained, state.frozen, layout, prepared)
         loss, metrics = gradient.loss_of(values, layout, prepared)
         metrics |= _sampling_metrics(values, layout, with_entropy)
+        if isinstance(algorithm, Algorithm):
+            metrics |= _kept_metrics(prepared, layout)
         if load is not None:
             metrics |= _mixture_metrics(load, batch)
         metrics["update/grad_norm"] = optax.tree.norm(grads)
@@ -381,6 +385,16 @@ def _sampling_metrics(
     return metrics
 
 
+def _kept_metrics(prepared: Prepared, layout: Layout) -> dict[str, jax.Array]:
+    """How much of a batch has a part in the loss (`drop_all_failed_prompts`)."""
+    tokens, kept_P = layout.tokens, prepared.scores.kept_P
+    tokens_P = tokens.sum(tokens.trained.astype(jnp.float32)).sum(-1)
+    return {
+        "update/kept_tokens": jnp.sum(jnp.where(kept_P, tokens_P, 0.0)),
+        "update/kept_prompts": jnp.sum(kept_P, dtype=jnp.float32),
+    }
+
+
 def _mixture_metrics(load: Load, batch: Batch | PackedBatch) -> dict[str, jax.Array]:
     """How the tokens of a batch spread over experts."""
     even = jnp.maximum(jnp.mean(load.tokens, axis=-1, keepdims=True), 1e-9)
@@ -397,21 +411,29 @@ def _mixture_metrics(load: Load, batch: Batch | PackedBatch) -> dict[str, jax.Ar
     return metrics
 
 
+# The metrics that steps are weighted by in means over tokens or over what was kept.
+_COUNTS = {
+    "tokens": "update/tokens",
+    "kept tokens": "update/kept_tokens",
+    "kept groups": "update/kept_prompts",
+}
+
+
 def averaged_metrics(
     declared: Sequence[Metric], history: Sequence[Mapping[str, Any]], epochs: int
 ) -> dict[str, float]:
     """The metrics of an iteration from those of its optimizer steps.
 
-    Means over tokens are weighted by tokens and counts are summed over an epoch, so that they do
-    not depend on the size of a mini-batch.
+    Means over tokens, and over what was kept, are weighted by how many of them each step has, and
+    counts are summed over an epoch, so that they do not depend on the size of a mini-batch.
 
     Args:
       declared: the metrics, which say how each is averaged.
-      history: the values of each optimizer step, "update/tokens" among them.
+      history: the values of each optimizer step, those of `_COUNTS` among them.
     """
     over = {metric.name: metric.over for metric in declared}
-    tokens = [float(m["update/tokens"]) for m in history]
-    weights = {"tokens": tokens if sum(tokens) > 0 else None}
+    counts = {name: [float(m[count]) for m in history] for name, count in _COUNTS.items()}
+    weights = {name: values if sum(values) > 0 else None for name, values in counts.items()}
     metrics = {}
     for name in history[0]:
         values = [float(m[name]) for m in history]
