@@ -19,6 +19,7 @@ from adpo_jax.update.packing import pack
 from adpo_jax.update.plan import BatchPlan
 
 SGD = optax.sgd(1.0)
+FOLLOWS_ENTROPY = losses.Adpo(adaptive_tau_mode="policy_entropy")
 SCHEDULE = optax.constant_schedule(1e-3)
 
 
@@ -190,8 +191,7 @@ def test_one_update_needs_no_anchor_forward_and_more_need_one():
     assert make_learner(policy, mini=4).needs_anchor_forward
     assert make_learner(policy, epochs=2).needs_anchor_forward
     assert make_learner(policy, anchor=Anchor("fixed")).needs_anchor_forward
-    follows_entropy = losses.Adpo(adaptive_tau_mode="policy_entropy")
-    assert make_learner(policy, algorithm=follows_entropy).needs_anchor_forward
+    assert make_learner(policy, algorithm=FOLLOWS_ENTROPY).needs_anchor_forward
 
 
 class StillLearner(Learner):
@@ -208,7 +208,9 @@ def test_the_named_other_policies_are_those_whose_log_probs_are_found(mode):
     sequences, _ = tiny.sequences()
     fixed = {"teacher": policy, "reference": policy}
     for algorithm, names, mini in itertools.product(
-        (losses.Adpo(), losses.Grpo(beta_reference_kl=0.1), losses.Opd()), ((), fixed), (8, 4)
+        (losses.Adpo(), FOLLOWS_ENTROPY, losses.Grpo(beta_reference_kl=0.1), losses.Opd()),
+        ((), fixed),
+        (8, 4),
     ):
         made = make_learner(policy, anchor=Anchor(mode), algorithm=algorithm, mini=mini)
         learner = StillLearner(
@@ -278,10 +280,12 @@ def test_a_fixed_anchor_is_the_reference_and_is_kept_once():
 def test_policy_entropy_sets_tau():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()
-    algorithm = losses.Adpo(adaptive_tau_mode="policy_entropy")
-    learner = make_learner(policy, algorithm=algorithm)
+    learner = make_learner(policy, algorithm=FOLLOWS_ENTROPY)
     _, metrics = learner.learn(learner.init_state(params), batch.sequences(), rewards)
     assert 0.8 < metrics["adpo/mean_tau"] <= 0.8 * 1.5
+    # The forward for the entropy is another program: its log-probs are not those of the step.
+    assert "anchor" not in learner.other_policies
+    assert metrics["adpo/abs_log_ratio"] == 0.0
 
 
 def test_anchor_modes_follow_the_policy_as_documented():

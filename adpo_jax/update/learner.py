@@ -227,11 +227,17 @@ class Learner:
         """Whether an iteration runs the anchor over its completions."""
         if self.algorithm.needs_entropy:
             return True
-        if self.anchor.mode == "sampler":
+        if self.anchor.mode == "sampler" or self._anchor_is_of_the_step:
             return False
-        one_step = self.plan.updates_per_iteration == 1
-        moved_away = self.anchor.keeps_params or not one_step
-        return "anchor" in self.algorithm.needs and moved_away
+        return "anchor" in self.algorithm.needs
+
+    @property
+    def _anchor_is_of_the_step(self) -> bool:
+        """Whether the anchor is the policy of the very step, which finds its log-probs itself.
+
+        Those of a forward would be apart from them by rounding.
+        """
+        return self.anchor.mode == "on_policy" and self.plan.updates_per_iteration == 1
 
     @property
     def keeps_reference(self) -> bool:
@@ -423,7 +429,8 @@ class Learner:
     def other_policies(self) -> list[str]:
         """The policies, by name, whose log-probs an update takes beside its own."""
         from_sampler = self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs
-        names = ["anchor"] if self.needs_anchor_forward or from_sampler else []
+        from_forward = self.needs_anchor_forward and not self._anchor_is_of_the_step
+        names = ["anchor"] if from_forward or from_sampler else []
         names += ["reference"] * ("reference" in self.algorithm.needs)
         return list(dict.fromkeys([*names, *self.fixed_forwards]))
 
@@ -450,6 +457,8 @@ class Learner:
             )
             if name == "anchor" and self.algorithm.needs_entropy:
                 entropy_P = self._mean_entropy(sequences, entropy)
+        if self._anchor_is_of_the_step:
+            log_probs.pop("anchor", None)  # it ran for its entropy alone
         if self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs:
             log_probs["anchor"] = sequences.values("sampler")
         if "reference" in self.algorithm.needs - log_probs.keys():
