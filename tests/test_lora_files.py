@@ -96,6 +96,16 @@ def test_a_folder_that_means_another_model_is_refused(trained, folder, changes, 
         adapters.load(policy, lora.without_adapters(params), folder)
 
 
+def test_a_second_set_of_adapters_does_not_take_the_place_of_the_first(trained, folder):
+    policy, params = trained
+    for again in (
+        lambda: policy.with_adapters(params, Lora(2, 4.0, ("q",)), jax.random.key(0)),
+        lambda: adapters.load(policy, params, folder),
+    ):
+        with pytest.raises(ValueError, match=r"have adapters already: give the base .* or merge"):
+            again()
+
+
 def test_what_peft_notes_of_a_plain_adapter_is_passed_over(folder):
     """All keys that peft 0.21 writes, and initialisations that leave the base's weights alone."""
     off = (

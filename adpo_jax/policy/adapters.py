@@ -161,7 +161,8 @@ def load(policy: Policy, params, name: str | os.PathLike) -> tuple[Policy, Any]:
       (policy, params).
 
     Raises:
-      ValueError: as `find`, and naming the tensors that do not fit the model.
+      ValueError: as `find` and `Policy.with_adapters`, and naming the tensors that do not fit the
+        model.
     """
     folder, adapters = find(name)
     checkpoint = _checkpoint(folder)

@@ -357,7 +357,15 @@ class Policy:
 
         Returns:
           (policy, params).
+
+        Raises:
+          ValueError: for parameters with adapters, which would be lost.
         """
+        if any(map(parameters.is_adapter, params["layers"])):
+            raise ValueError(
+                "these parameters have adapters already: give the base without them, or merge them "
+                "into the weights (save_pretrained, then Policy.from_pretrained)"
+            )
         policy = dataclasses.replace(self, lora=lora)
         wanted, _ = split(policy.abstract_params())
         layout = None if self.mesh is None else jax.tree.map(lambda s: s.sharding, wanted)
