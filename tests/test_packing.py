@@ -412,6 +412,18 @@ def test_a_run_that_knows_the_sizes_of_before_chooses_as_if_it_had_gone_on():
     assert Packing(batches[0], sizes=resumed.of("update"), tile=48, **cut).size.prompt % 48 == 0
 
 
+def test_a_known_size_is_not_asked_to_hold_a_group_that_it_is_too_small_for():
+    ones = np.ones(8)
+    group = [Completion.sampled(ones, ones, "stop")] * 2
+    sequences = Sequences([[1] * 60] * 2, [group] * 2)
+    cut = {"whole_groups": True, "count_prompts": True, "completions_per_micro": 2, "tile": 4}
+    # It holds the completions, of 16 tokens a group, and not their prompts beside them.
+    small = Size(2, 20, 24, 8)
+    found = Packing(sequences, **cut, sizes=[small])
+    assert found.num_micro == 2
+    assert found.size != small
+
+
 def test_a_size_that_was_used_before_changes_no_gradient():
     batch, rewards = tiny.batch()
     policy, params = tiny.policy_and_params()

@@ -237,8 +237,8 @@ class Packing:
         self.streams = streams_of(budget)
         self.needed = _needed(self.streams)
         if size is None:
-            # A group of full length must fit where groups are kept whole.
-            least = int(lengths_PG.sum(1).max()) if whole_groups else int(lengths_PG.max())
+            # The longest group must fit where groups are kept whole.
+            least = int(costs_PG.sum(1).max()) if whole_groups else int(costs_PG.max())
             known = [size for size in sizes if size.fits(whole_tiles)]
             self.streams, size = _fitted(
                 self.streams,
