@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import runpy
+import time
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from adpo_jax.model.attention import LayerInfo
 from adpo_jax.model.tile_attention import Stream, stream_attention
 from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Completion, Sequences
+from adpo_jax.update import streams
 from adpo_jax.update.packing import Packing, balanced, pack
 from adpo_jax.update.stream_sizes import TILE, Size, Sizes, tile_of
 
@@ -311,6 +313,25 @@ def test_short_completions_take_no_more_places_than_those_of_full_length(
     for size in (full, *map(needed, (32, 8, 1))):
         assert most / 3 < size.places <= most
         assert size.room <= full.room
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prompt", "places", "together"),
+    [
+        ((540, 640), 1, 10**6, 1),
+        ((350, 500), 1, 10**6, 2),
+        ((8, 9), 2000, 3000, 1),
+    ],
+    ids=["above half", "above a third", "prompts above half"],
+)
+def test_groups_of_which_few_fit_together_are_cut_soon(lengths, prompt, places, together):
+    P = 1536
+    costs_PG = np.random.default_rng(0).integers(*lengths, (P, 8))
+    started = time.process_time()
+    budget = streams.Budget(8 * 1024, places)
+    micros = streams.cut(costs_PG, [prompt] * P, range(P), budget, True)
+    assert time.process_time() - started < 1.5
+    assert len(micros) == P // together
 
 
 @pytest.mark.parametrize("micro", [0, 16])

@@ -10,6 +10,7 @@ a stream, C of them of completions, n tiles, J listed key tiles, L layers, k exp
 
 import bisect
 import functools
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -101,17 +102,32 @@ def _cut_whole(groups: list[_Piece], budget: Budget) -> list[list[_Piece]]:
     total = sum(group.num_tokens for group in groups)
     if max(group.num_tokens for group in groups) > budget.tokens:
         return []
-    fewest = max(-(-total // budget.tokens), math.ceil(_num_places(groups) / budget.places), 1)
+    fewest = max(
+        math.ceil(_num_places(groups) / budget.places),
+        -(-total // budget.tokens),
+        # No two groups of more than half a micro-batch share one.
+        sum(2 * group.num_tokens > budget.tokens for group in groups),
+        sum(2 * _num_places([group]) > budget.places for group in groups),
+        1,
+    )
+    longest_first = sorted(groups, key=lambda group: -group.num_tokens)
     for num_micro in range(fewest, len(groups) + 1):
-        micros: list[list[_Piece]] = [[] for _ in range(num_micro)]
-        loads = [0] * num_micro
-        for group in sorted(groups, key=lambda group: -group.num_tokens):
-            lightest = loads.index(min(loads))
-            micros[lightest].append(group)
-            loads[lightest] += group.num_tokens
-        if max(loads) <= budget.tokens and max(map(_num_places, micros)) <= budget.places:
+        if micros := _dealt(longest_first, num_micro, budget):
             return micros
     return [[group] for group in groups]
+
+
+def _dealt(groups: list[_Piece], num_micro: int, budget: Budget) -> list[list[_Piece]]:
+    """The groups, each dealt to the lightest micro-batch; [] where that exceeds the budget."""
+    micros: list[list[_Piece]] = [[] for _ in range(num_micro)]
+    loads = [(0, nth) for nth in range(num_micro)]  # a heap, the lightest first
+    for group in groups:
+        load, nth = loads[0]
+        if load + group.num_tokens > budget.tokens:
+            return []
+        micros[nth].append(group)
+        heapq.heapreplace(loads, (load + group.num_tokens, nth))
+    return micros if max(map(_num_places, micros)) <= budget.places else []
 
 
 def _next_fit(pieces: list[_Piece], budget: Budget) -> list[list[_Piece]]:
