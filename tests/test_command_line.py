@@ -12,9 +12,10 @@ from absl import flags
 from ml_collections import config_flags
 from parsing import parse
 
-from adpo_jax import evaluate
+from adpo_jax import evaluate, losses
 from adpo_jax.__main__ import COMMANDS
-from adpo_jax.run import command_line, config_files
+from adpo_jax.config import default_config
+from adpo_jax.run import command_line, config_checks, config_files
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.exit_codes import SECOND_INTERRUPT
 from adpo_jax.run.identity import as_json
@@ -146,6 +147,40 @@ def test_a_run_gives_its_config_again(name, tmp_path, monkeypatch):
         assert config.to_dict() == parse(name=name).to_dict()
     by_name = parsed("--config", name, monkeypatch=monkeypatch)
     assert by_name.to_dict() == parse(name=name).to_dict()
+
+
+@pytest.mark.parametrize("name", losses.ALGORITHMS)
+def test_a_key_that_a_run_derived_is_unset_where_the_run_gives_its_config_again(name, tmp_path):
+    given = default_config()
+    given.algorithm.adv_estimator = name
+    final = given.copy_and_resolve_references()
+    with final.unlocked():
+        config_checks.fill_in(final)
+    assert final != given
+    (tmp_path / "config.json").write_text(json.dumps(as_json(final, None, {})))
+    assert config_files.get_config(str(tmp_path / "config.json")) == given
+
+
+OTHER_KEYS = {  # algorithm of the run -> overrides that its derived defaults follow
+    "adpo": [
+        ("--config.algorithm.adv_estimator=tpo", "--config.data.train_batch_size=8"),
+        ("--config.algorithm.adv_estimator=grpo", "--config.data.train_batch_size=64"),
+        ("--config.actor_rollout_ref.rollout.cache_dtype=int8",),
+    ],
+    "grpo": [("--config.algorithm.adv_estimator=gspo",)],
+    "dr_grpo": [("--config.data.max_response_length=32",)],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KEYS)
+def test_an_override_of_a_runs_config_has_the_effect_that_it_has_on_the_first_config(
+    name, tmp_path, monkeypatch
+):
+    named = f"--config.algorithm.adv_estimator={name}"
+    run = write_run(tmp_path / "run", parse(named))
+    for overrides in OTHER_KEYS[name]:
+        config = parsed(f"--config={run}", *overrides, monkeypatch=monkeypatch)
+        assert config.to_dict() == parse(named, *overrides).to_dict()
 
 
 def test_a_config_of_a_run_has_lists_of_objects_too(tmp_path, monkeypatch):

@@ -36,15 +36,43 @@ def finalized(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(config).copy_and_resolve_references()
     with config.unlocked():
         other_trainers.taken_as_given(config)
-        actor = config.actor_rollout_ref.actor
-        actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
-        remat = str(config.trainer.gradient_checkpointing).lower()
-        spelled = {"true": "full", "false": "none"}
-        config.trainer.gradient_checkpointing = spelled.get(remat, remat)
-        _fill_in_defaults_of_the_algorithm(config)
-        _fill_in_what_depends_on_other_keys(config)
+        fill_in(config)
     validate(config)
     return config.lock()
+
+
+def fill_in(config: ConfigDict) -> None:
+    """Sets the keys that are left unset and whose default depends on others, in place."""
+    actor = config.actor_rollout_ref.actor
+    actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
+    remat = str(config.trainer.gradient_checkpointing).lower()
+    spelled = {"true": "full", "false": "none"}
+    config.trainer.gradient_checkpointing = spelled.get(remat, remat)
+    _fill_in_defaults_of_the_algorithm(config)
+    _fill_in_what_depends_on_other_keys(config)
+
+
+def take_back_defaults(config: ConfigDict) -> None:
+    """Leaves unset what `fill_in` would set to the value that is there, in place.
+
+    So a value that was derived from another key does not outlive a change of that key.
+    """
+    final = _filled(config)
+    for name, key in declarations().items():
+        given = _value(config, name)
+        if given == key.default:
+            continue
+        _set(config, name, key.default)
+        if _filled(config) != final:
+            _set(config, name, given)
+
+
+def _filled(config: ConfigDict) -> ConfigDict:
+    """A copy with all that `fill_in` sets."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        fill_in(config)
+    return config
 
 
 def _fill_in_defaults_of_the_algorithm(config: ConfigDict) -> None:
@@ -323,6 +351,11 @@ def _value(config: ConfigDict, key: str):
     for part in key.split("."):
         config = config[part]
     return config
+
+
+def _set(config: ConfigDict, key: str, value) -> None:
+    above, _, last = key.rpartition(".")
+    (_value(config, above) if above else config)[last] = value
 
 
 def _check_paths(config: ConfigDict) -> None:

@@ -129,10 +129,14 @@ def run_of(path: str) -> Path | None:
 def get_config(path: str) -> ConfigDict:
     """The config that a run wrote; keys that are newer than the file have their defaults.
 
+    The file holds the final config. A key whose value there is what its default would be derived to
+    be is left unset again, so that it follows the keys that the caller changes.
+
     Raises:
       ValueError: for a file that is no run's, a key that there is not, or a value of another kind.
     """
     from adpo_jax.config import declarations, default_config
+    from adpo_jax.run.config_checks import take_back_defaults
 
     file = Path(path)
     content = _read_json(file)
@@ -159,6 +163,7 @@ def get_config(path: str) -> ConfigDict:
                 section = section[part]
             optional = key.kind is not None or key.default is None
             section[last] = None if value is None and optional else _as(kind, value, name, file)
+        take_back_defaults(config)
     return config.lock()
 
 
