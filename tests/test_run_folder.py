@@ -160,6 +160,27 @@ def test_a_config_older_than_a_key_had_its_default(tmp_path):
         folder.check(parse("--config.sft.steps=0", *as_default))
 
 
+@pytest.mark.parametrize("name", ["adpo", "dapo", "dr_grpo"])
+def test_a_config_older_than_a_derived_default_had_what_its_other_keys_derive(tmp_path, name):
+    config = parse(f"--config.algorithm.adv_estimator={name}")
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(config)
+    saved = json.loads(folder.config.read_text())
+    common = ("adv_estimator", "num_generations")
+    saved["algorithm"] = {key: saved["algorithm"][key] for key in common}
+    del saved["actor_rollout_ref"]["actor"]["ppo_mini_batch_size"]
+    folder.config.write_text(json.dumps(saved))
+    folder.check(config)
+    folder.claim(config)
+    with pytest.raises(ValueError, match=r"algorithm.sampler_correction: 'none' -> 'truncate'"):
+        folder.check(
+            parse(
+                f"--config.algorithm.adv_estimator={name}",
+                "--config.actor_rollout_ref.rollout.cache_dtype=int8",
+            )
+        )
+
+
 LOSSES = {
     "the checkpoints were damaged": (
         lambda root: (

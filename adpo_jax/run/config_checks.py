@@ -41,13 +41,19 @@ def finalized(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
-def fill_in(config: ConfigDict) -> None:
-    """Sets the keys that are left unset and whose default depends on others, in place."""
-    actor = config.actor_rollout_ref.actor
-    actor.ppo_mini_batch_size = actor.ppo_mini_batch_size or config.data.train_batch_size
-    remat = str(config.trainer.gradient_checkpointing).lower()
+def fill_in(config: ConfigDict | dict) -> None:
+    """Sets the keys that are left unset and whose default depends on others, in place.
+
+    Args:
+      config: one that has every key, or the same as dicts.
+    """
+    actor, trainer = config["actor_rollout_ref"]["actor"], config["trainer"]
+    actor["ppo_mini_batch_size"] = (
+        actor["ppo_mini_batch_size"] or config["data"]["train_batch_size"]
+    )
+    remat = str(trainer["gradient_checkpointing"]).lower()
     spelled = {"true": "full", "false": "none"}
-    config.trainer.gradient_checkpointing = spelled.get(remat, remat)
+    trainer["gradient_checkpointing"] = spelled.get(remat, remat)
     _fill_in_defaults_of_the_algorithm(config)
     _fill_in_what_depends_on_other_keys(config)
 
@@ -75,26 +81,25 @@ def _filled(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _fill_in_defaults_of_the_algorithm(config: ConfigDict) -> None:
+def _fill_in_defaults_of_the_algorithm(config: ConfigDict | dict) -> None:
     """Sets parameters that the config leaves unset, since their default differs by algorithm."""
-    kind = losses.ALGORITHMS.get(config.algorithm.adv_estimator)
+    algorithm = config["algorithm"]
+    kind = losses.ALGORITHMS.get(algorithm["adv_estimator"])
     for field in dataclasses.fields(kind) if kind else ():
-        if config.algorithm[field.name] is None:
-            config.algorithm[field.name] = field.default
+        if algorithm[field.name] is None:
+            algorithm[field.name] = field.default
 
 
-def _fill_in_what_depends_on_other_keys(config: ConfigDict) -> None:
-    algorithm = config.algorithm
-    if algorithm.loss_aggregation == "constant" and algorithm.constant_length is None:
-        algorithm.constant_length = config.data.max_response_length
-    if algorithm.sampler_correction == "auto":
-        cache = config.actor_rollout_ref.rollout.cache_dtype
-        computed = "bfloat16" if config.trainer.bf16 else "float32"
-        narrow = cache and cache not in (computed, "float32")
-        stale = config.actor_rollout_ref.rollout.max_staleness
-        on_policy = config.anchor.mode == "on_policy"
-        differs = (narrow or stale) and on_policy
-        algorithm.sampler_correction = "truncate" if differs else "none"
+def _fill_in_what_depends_on_other_keys(config: ConfigDict | dict) -> None:
+    algorithm, rollout = config["algorithm"], config["actor_rollout_ref"]["rollout"]
+    if algorithm["loss_aggregation"] == "constant" and algorithm["constant_length"] is None:
+        algorithm["constant_length"] = config["data"]["max_response_length"]
+    if algorithm["sampler_correction"] == "auto":
+        computed = "bfloat16" if config["trainer"]["bf16"] else "float32"
+        narrow = rollout["cache_dtype"] and rollout["cache_dtype"] not in (computed, "float32")
+        on_policy = config["anchor"]["mode"] == "on_policy"
+        differs = (narrow or rollout["max_staleness"]) and on_policy
+        algorithm["sampler_correction"] = "truncate" if differs else "none"
 
 
 def validate(config: ConfigDict) -> None:

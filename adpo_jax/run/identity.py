@@ -4,6 +4,7 @@ Two parts of one run may differ in a learning rate or a log. They may not differ
 data, the seed or the algorithm, unless the user says so.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from adpo_jax.config import default_config
 from adpo_jax.log.redaction import is_redaction_of, redacted
 from adpo_jax.losses import ALGORITHMS, parameters
+from adpo_jax.run.config_checks import fill_in
 
 # The keys that may differ between two parts of one run; all others say what the run is. A name that
 # ends in a dot stands for all keys below it.
@@ -106,9 +108,11 @@ def changes(there: dict, here: dict) -> dict[str, str]:
       there: an identity that `as_json` wrote, maybe in an earlier version.
       here: the present identity.
     """
-    # A run that is older than a key is taken to have its present default; one that is older than
-    # the digests, the present contents.
+    # A run that is older than a key is taken to have its present default, as the other keys of the
+    # run derive it; one that is older than the digests, the present contents.
     there = _filled(redacted(there), json.loads(default_config().to_json()) | {"replay": ""})
+    with contextlib.suppress(TypeError):  # a section that was edited into none shows below
+        fill_in(there)
     known, now = digests_in(there), here.get(CONTENTS, {})
     there.pop(CONTENTS, None)
     shared = {name: known.get(name, value) for name, value in now.items()}
