@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import jax
@@ -24,6 +25,32 @@ def test_a_new_folder_is_claimed_and_the_same_config_finds_it_again(tmp_path):
     assert not folder.has_checkpoint
     saved = json.loads(folder.config.read_text())
     assert saved["algorithm"]["num_generations"] == 8
+
+
+def test_a_folder_is_claimed_that_is_a_mount_point_or_the_working_one(tmp_path, monkeypatch):
+    root = tmp_path / "disk"
+    (root / "lost+found").mkdir(parents=True)
+    (root / ".config.json.tmp").write_text("{")  # a claim was killed here
+    monkeypatch.chdir(root)
+    for folder in (RunFolder("."), RunFolder(root)):
+        folder.check(parse())
+        folder.claim(parse())
+        folder.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]
+    assert {path.name for path in root.iterdir()} == {"config.json", "lost+found", "samples"}
+    (tmp_path / "another" / "lost+found").mkdir(parents=True)
+    (tmp_path / "another" / "notes").write_text("")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        RunFolder(tmp_path / "another").check(parse())
+
+
+def test_a_claim_writes_on_the_file_system_of_its_folder(tmp_path, monkeypatch):
+    renamed = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda *a: (renamed.append(a), real(*a)))
+    RunFolder(tmp_path / "run").claim(parse())
+    assert renamed
+    assert all(before.parent == after.parent for before, after in renamed)
 
 
 def test_another_config_is_refused_with_every_difference(tmp_path):

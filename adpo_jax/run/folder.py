@@ -182,7 +182,7 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{self.root} is a file; choose another --workdir")
         holds_run = self.config.exists()
-        if not holds_run and self.root.exists() and any(self.root.iterdir()):
+        if not holds_run and self.root.exists() and not self._is_as_good_as_empty:
             raise ValueError(f"{self.root} is not empty and holds no run; choose another --workdir")
         if resume == "never" and holds_run:
             raise ValueError(
@@ -252,6 +252,12 @@ class RunFolder:
         # Text of a model may hold lone surrogates, which UTF-8 has no bytes for.
         text = "".join(line + "\n" for line in lines)
         _replace(self.samples / f"{name}.jsonl", text.encode(errors="replace"))
+
+    @property
+    def _is_as_good_as_empty(self) -> bool:
+        """Whether there is nothing but what a file system keeps or a killed claim has left."""
+        left_over = {"lost+found", _unfinished(self.config).name}
+        return all(path.name in left_over for path in self.root.iterdir())
 
     def _check_state_is_there(self) -> None:
         """Refuses a run that had a state and has lost it: it would overwrite its own files."""
@@ -338,10 +344,7 @@ class RunFolder:
             }
             with (self.root / "config_changes.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        # The unfinished file lies beside the folder, since a folder that is not empty must hold a
-        # config.
-        unfinished = self.root.with_name(self.root.name + ".config.tmp")
-        _replace(self.config, (json.dumps(content, indent=2) + "\n").encode(), unfinished)
+        _replace(self.config, (json.dumps(content, indent=2) + "\n").encode())
 
     def _hold(self) -> None:
         if self._release is not None:
@@ -365,11 +368,16 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _replace(path: Path, content: bytes, unfinished: Path | None = None) -> None:
+def _replace(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all."""
-    unfinished = unfinished or path.with_name(f".{path.name}.tmp")
+    unfinished = _unfinished(path)
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    """The name of a file while it is being written."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _check_recordings(name: str) -> None:
