@@ -70,6 +70,9 @@ _FAILURES = (RewardError, EnvironmentFailed, SourceError)
 # The metrics that a callback returns are logged beside those of the iteration.
 Callback = Callable[[Iteration], Mapping[str, float] | None]
 
+# The names by which the rows of the log are told, which no metric of a callback may have.
+_OF_ROWS = ("step", "time", "sft/step")
+
 
 def train(
     config: ConfigDict,
@@ -85,7 +88,9 @@ def train(
       workdir: the run's folder; None for runs/<project_name>/<experiment_name>. A run of the same
         config that lies there is resumed.
       callbacks: called with each `Iteration`, on every process, before its metrics are logged.
-        Signals are the caller's: trainer.grace_period_s is of the command line.
+        Each returns None, or more metrics to log: a dict of numbers by names other than "step",
+        "time" and "sft/step". Signals are the caller's: trainer.grace_period_s is of the command
+        line.
       options: further keyword arguments of `prepare`.
 
     Returns:
@@ -336,18 +341,24 @@ def _call(
     """Calls all callbacks, and adds the metrics that they return.
 
     Raises:
-      ValueError: where one returns something else.
+      ValueError: where one returns something else, or a metric under a name of `_OF_ROWS`.
     """
     for callback in callbacks:
         found = callback(Iteration(step, state, groups, dict(metrics)))
+        name = getattr(callback, "__name__", type(callback).__name__)
         try:
-            metrics |= {str(name): float(value) for name, value in (found or {}).items()}
+            returned = {str(metric): float(value) for metric, value in (found or {}).items()}
         except (AttributeError, TypeError, ValueError):
-            name = getattr(callback, "__name__", type(callback).__name__)
             raise ValueError(
                 f"the callback {name} returns a dict of numbers by name, or None; it returned "
                 f"{found!r:.100}"
             ) from None
+        for metric in returned.keys() & _OF_ROWS:
+            raise ValueError(
+                f"the callback {name} returns a metric called {metric}, a name that every row of "
+                f"the log has of its own or is told by: call it mine/{metric.rpartition('/')[2]}"
+            )
+        metrics |= returned
 
 
 def _logged(folder: RunFolder) -> list[dict]:

@@ -152,6 +152,31 @@ def test_a_run_leaves_metrics_samples_checkpoints_events_and_a_loadable_export(t
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+RETURNED = {
+    "step": (
+        {"mine": 1.0, "step": 3},
+        "lengths returns a metric called step, .* call it mine/step",
+    ),
+    "time": ({"time": 0.5}, "a metric called time"),
+    "sft/step": ({"sft/step": 0.5}, "a metric called sft/step, .* call it mine/step"),
+    "no dict": ([1.0], "lengths returns a dict of numbers by name, or None; it returned"),
+    "a text": ({"mine": "long"}, "a dict of numbers by name"),
+}
+
+
+@pytest.mark.parametrize("case", RETURNED)
+def test_what_a_callback_may_not_return_is_refused_and_leaves_the_metrics_alone(case):
+    returned, words = RETURNED[case]
+
+    def lengths(iteration):
+        return returned
+
+    metrics = {"reward/mean": 0.5}
+    with pytest.raises(ValueError, match=words):
+        adpo_jax.train._call([lengths], 1, None, None, metrics)
+    assert metrics == {"reward/mean": 0.5}
+
+
 def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, reward_file):
     config = parse(*TINY, *with_reward(reward_file))
     profiled = parse(*TINY, *with_reward(reward_file), "--config.trainer.profile_steps=(3, 4)")
