@@ -218,6 +218,55 @@ def test_a_tracker_that_fails_is_told_of_once_and_counted_and_ends_nothing(
     assert [row.get("tracker/failures") for row in rows] == [None, 1, 2, 3]
 
 
+NAMES_FOR_MLFLOW = {
+    "eval/pass@4": "eval/pass_at_4",
+    "eval/Counting & Probability/accuracy": "eval/Counting _ Probability/accuracy",
+    "eval/Älgebra: a-b.c_d/accuracy": "eval/Älgebra: a-b.c_d/accuracy",
+    "eval//accuracy": "eval/_/accuracy",
+    "eval/../accuracy": "eval/_/accuracy",
+    "reward/f": "reward/f/value",
+    "reward/f/len": "reward/f/len",
+}
+
+
+class Refused(Exception):
+    error_code = "INVALID_PARAMETER_VALUE"
+
+
+def test_mlflow_gets_every_metric_that_it_takes_under_a_name_that_it_takes(
+    tmp_path, monkeypatch, capsys
+):
+    module = StandIn()
+    logged = []
+
+    def log_batch(run, metrics):
+        if len(metrics) > 1000 or any(len(metric.key) > 250 for metric in metrics):
+            raise Refused("too many, or too long")
+        logged.extend((metric.key, metric.value) for metric in metrics)
+
+    module.log_batch = log_batch
+    module.entities.Metric = lambda key, value, time, step: types.SimpleNamespace(
+        key=key, value=value
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    config = parse("--config.trainer.logger=('mlflow',)")
+    (tracker,) = setup.make_trackers(config, tmp_path)
+    for name, taken in NAMES_FOR_MLFLOW.items():
+        logged.clear()
+        both = dict.fromkeys((name, "reward/f/len"), 1.0)
+        tracker.write_scalars(1, both)
+        assert (taken, 1.0) in logged
+        assert len(logged) == len(both)
+    for _ in range(2):
+        logged.clear()
+        many = {f"eval/{i}/accuracy": 0.5 for i in range(1001)} | {"x" * 251: 0.5, "reward/f": 0.2}
+        tracker.write_scalars(2, many)
+        assert len(logged) == 1002
+        assert ("reward/f/value", 0.2) in logged
+    assert tracker.num_failures == 0
+    assert capsys.readouterr().err.count("warning: mlflow gets no metric 'xxx") == 1
+
+
 def test_metrics_that_cannot_be_written_to_the_run_folder_are_no_small_matter(
     tmp_path, monkeypatch
 ):

@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from uuid import uuid4
 from adpo_jax.log.metrics import Writer
 from adpo_jax.log.printable import say
 from adpo_jax.log.redaction import redacted
+
+# Metrics that MLflow takes in one call.
+_MOST_AT_ONCE = 1000
 
 
 class WandbWriter(Writer):
@@ -63,6 +67,7 @@ class MlflowWriter(Writer):
         mlflow = _tracker("mlflow")
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient()
+        self._folders, self._refused = set(), set()  # of names of metrics
         experiment = self._client.get_experiment_by_name(project)
         experiment_id = (
             experiment.experiment_id if experiment else self._client.create_experiment(project)
@@ -72,11 +77,40 @@ class MlflowWriter(Writer):
     def write_scalars(self, step: int, scalars: Mapping[str, Any]):
         now = int(time.time() * 1000)
         values = [
-            # MLflow allows no "@" in a name.
-            self._entities.Metric(name.replace("@", "_at_"), value, now, int(step))
-            for name, value in _finite(scalars).items()
+            self._entities.Metric(name, value, now, int(step))
+            for name, value in self._named(_finite(scalars)).items()
         ]
-        self._client.log_batch(self.id, metrics=values)
+        for first in range(0, len(values), _MOST_AT_ONCE):
+            self._log(values[first : first + _MOST_AT_ONCE])
+
+    def _named(self, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Scalars by names that MLflow takes, without those that it has refused.
+
+        A store of files cannot have `reward/f` beside `reward/f/len`, so the first has a name below
+        it then.
+        """
+        named = {_allowed(name): value for name, value in scalars.items()}
+        self._folders |= {name[: m.start()] for name in named for m in re.finditer("/", name)}
+        named = {f"{n}/value" if n in self._folders else n: v for n, v in named.items()}
+        return {name: value for name, value in named.items() if name not in self._refused}
+
+    def _log(self, values: list) -> None:
+        """Logs metrics together, or one by one where MLflow refuses one of them."""
+        try:
+            self._client.log_batch(self.id, metrics=values)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+        else:
+            return
+        for value in values:
+            try:
+                self._client.log_batch(self.id, metrics=[value])
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
+                self._refused.add(value.key)
+                _warn(f"mlflow gets no metric {value.key!r}: {_in_words(error)}")
 
     def write_table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]):
         text = json.dumps([dict(row) for row in rows], ensure_ascii=True, default=str, indent=1)
@@ -88,6 +122,17 @@ class MlflowWriter(Writer):
 
     def close(self):
         self._client.set_terminated(self.id)
+
+
+def _allowed(name: str) -> str:
+    """A metric's name with what MLflow allows in one: no other characters, no part that is none."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_")).split("/")
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow was reached and does not take what it got."""
+    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
 
 
 class TrackioWriter(Writer):
