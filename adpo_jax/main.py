@@ -155,7 +155,8 @@ def main(argv: list[str], build: Callable | None = None) -> int:
         except TrainingStopped as error:
             return _failed(error, STOPPED)
         except OSError as error:
-            return _failed(with_cure(error, prepared.folder.root, "goes on"), DISK_ERROR)
+            outcome = "goes on" if prepared.folder.has_checkpoint else "starts again"
+            return _failed(with_cure(error, prepared.folder.root, outcome), DISK_ERROR)
         except Interrupted:
             distributed.wait_for_all("stopped")  # else the last process takes the others for dead
             return INTERRUPTED

@@ -25,6 +25,7 @@ from adpo_jax.devices import distributed, host_memory
 from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log import profiling
+from adpo_jax.log.printable import say
 from adpo_jax.log.progress import Progress, telling
 from adpo_jax.model import lora
 from adpo_jax.policy import adapters
@@ -36,7 +37,7 @@ from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_re
 from adpo_jax.rollouts.source import SourceError
 from adpo_jax.run import digests, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
-from adpo_jax.run.checkpoints import Checkpoints, Restored
+from adpo_jax.run.checkpoints import Checkpoints, Restored, SaveError
 from adpo_jax.run.environments import make_completer
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.run.guard import Guard
@@ -151,8 +152,8 @@ def run(
         try:
             with interruption.abandonable(), telling("writing the policy"):
                 _export(prepared, loop.state)
-        except Interrupted:  # trainer.save_freq may have left nothing else of the run
-            loop.save(checkpoints.save_now)
+        except BaseException as reason:  # trainer.save_freq may have left nothing else of the run
+            loop.save_after(reason)
             raise
         print(f"done; the policy is in {folder.export}", flush=True)
         rows = metrics_lib.read_jsonl(folder.metrics)
@@ -277,6 +278,16 @@ class _Loop:
         """Saves the state with what belongs to it, by one of the methods of `Checkpoints`."""
         sizes = self._run.parts.learner.sizes.saved
         save(int(self.state.step), self.state.saved, self.metrics, sizes)
+
+    def save_after(self, reason: BaseException) -> None:
+        """Saves the state after the last iteration, though `reason` ends the run."""
+        if isinstance(reason, Interrupted):
+            self.save(self._tools.checkpoints.save_now)
+        elif jax.process_count() == 1:  # of several, one alone may have failed
+            try:
+                self.save(self._tools.checkpoints.save_now)
+            except SaveError as error:  # the reason is what the user has to see to
+                say(f"WARNING: {error}")
 
     def _complete_row(self, progress: Progress) -> None:
         """The row of the state that the loop begins with, where it was not written before."""

@@ -204,16 +204,25 @@ def test_a_failure_of_the_disk_is_one_line_and_no_traceback(tmp_path, small_file
     assert caplog.records == []
 
 
-def test_a_full_disk_ends_the_run_with_one_line_that_says_what_to_do(monkeypatch, capsys):
+WITHOUT_CHECKPOINTS = ("--config.sft.steps=0", "--config.trainer.save_freq=-1")
+
+
+@pytest.mark.parametrize(
+    ("more", "outcome_then"), [((), "goes on"), (WITHOUT_CHECKPOINTS, "starts again")]
+)
+def test_a_full_disk_ends_the_run_with_one_line_that_says_what_to_do(
+    more, outcome_then, monkeypatch, capsys
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(metrics.JsonlWriter, "write_scalars", full)
-    code, err = outcome([ARITHMETIC, *SHORT, "--workdir=run"], monkeypatch, capsys)
+    code, err = outcome([ARITHMETIC, *SHORT, *more, "--workdir=run"], monkeypatch, capsys)
     assert code == DISK_ERROR
     (line,) = err.splitlines()
     assert line == (
-        "error: [Errno 28] No space left on device; make room for run, and the same command goes on"
+        "error: [Errno 28] No space left on device; make room for run, and the same command "
+        f"{outcome_then}"
     )
 
 

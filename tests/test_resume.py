@@ -164,14 +164,34 @@ def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoi
     assert complete_steps(tmp_path / "checkpoints") == [2, 3]
 
 
-def test_a_run_without_checkpoints_that_is_stopped_while_it_writes_its_policy_goes_on_there(
-    tmp_path, monkeypatch
+ENDS_OF_AN_EXPORT = {
+    "it is stopped": (Interrupted("a test"), False),
+    "the disk is full": (OSError(28, "No space left on device"), False),
+    "the disk is full for checkpoints too": (OSError(28, "No space left on device"), True),
+}
+
+
+@pytest.mark.parametrize("end", ENDS_OF_AN_EXPORT)
+def test_a_run_without_checkpoints_whose_policy_is_not_written_goes_on_from_its_last_state(
+    end, tmp_path, monkeypatch, capsys
 ):
-    config = parse(*SHORT[:-1], "--config.trainer.save_freq=-1")
+    reason, is_full = ENDS_OF_AN_EXPORT[end]
+    config = parse(
+        *SHORT[:-1], "--config.trainer.save_freq=-1", "--config.trainer.total_training_steps=1"
+    )
+
+    def fail(*_, **__):
+        raise reason
+
     with monkeypatch.context() as patch:
-        patch.setattr("adpo_jax.train._export", stopped)
-        with pytest.raises(Interrupted):
+        patch.setattr("adpo_jax.train._export", fail)
+        if is_full:
+            patch.setattr("adpo_jax.run.checkpoints.ocp.AsyncCheckpointer.save", fail)
+        with pytest.raises(type(reason)) as raised:
             train(config, tmp_path)
-    assert complete_steps(tmp_path / "checkpoints") == [3]
-    train(config, tmp_path)
-    assert (tmp_path / "export" / "config.json").exists()
+    assert raised.value is reason
+    assert complete_steps(tmp_path / "checkpoints") == ([] if is_full else [1])
+    assert ("WARNING: checkpoint" in capsys.readouterr().err) == is_full
+    if isinstance(reason, OSError) and not is_full:
+        train(config, tmp_path)
+        assert (tmp_path / "export" / "config.json").exists()
