@@ -65,6 +65,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             dtype=dtype,
             mesh=setup.make_mesh(config),
             trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
+            for_prompts=False,  # they are as the config says
         )
     environments = make_environments(config, found.tokenizer, found.stop_token_ids)
     graded_by_reward = config.eval.graded_by == "reward"

@@ -73,6 +73,7 @@ def export(a: argparse.Namespace) -> None:
         trust_remote_code=a.trust_remote_code,
         override_config=a.override_config,
         keep_base_dtype=True,
+        for_prompts=False,
     )
     dtype = a.dtype or model.policy.dtype_on_disk.name
     model.policy.save_pretrained(a.out, model.params, model.tokenizer, dtype=dtype)

@@ -20,7 +20,7 @@ from adpo_jax.hf.files import read_json
 from adpo_jax.hf.folders import local_path
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
-from adpo_jax.run import datasets, loading
+from adpo_jax.run import config_files, datasets, loading
 from adpo_jax.run.checkpoint_files import (
     CheckpointError,
     DamagedError,
@@ -80,6 +80,7 @@ def load(
     trust_remote_code: bool = False,
     override_config: Mapping[str, Any] | None = None,
     keep_base_dtype: bool = False,
+    for_prompts: bool = True,
 ) -> Pretrained:
     """Loads a model by its folder or hub name.
 
@@ -94,6 +95,8 @@ def load(
         of its own config besides.
       keep_base_dtype: hold the frozen weights of a run's adapters in the dtype that they had there,
         whatever `dtype` is, so that the adapters are merged into those.
+      for_prompts: whether the prompt format will be used. A run is refused then whose config.json
+        left out a part of it for a secret.
 
     Raises:
       ValueError: when there is no such model, or it cannot be read.
@@ -107,6 +110,8 @@ def load(
     # The user consents, not the folder.
     config.actor_rollout_ref.model.trust_remote_code = trust_remote_code
     prompt_format = datasets.prompt_format(config)
+    if for_prompts:
+        _refuse_format_with_gaps(run, prompt_format)
     newest = max(complete_steps(run.checkpoints), default=0)
     # An export without a note is whole, since it appears by a rename.
     if step is None and run.export.is_dir() and (run.exported_step or newest) >= newest:
@@ -187,6 +192,15 @@ def _run_config(run: RunFolder):
     with config.unlocked(), config.ignore_type():
         config.update(saved)
     return config
+
+
+def _refuse_format_with_gaps(run: RunFolder, prompt_format: PromptFormat) -> None:
+    """Refuses a format that is not the one that the run trained with."""
+    for key in config_files.secrets_left_out(dataclasses.asdict(prompt_format), "data"):
+        raise ValueError(
+            f"{key} of the run held what looks like a secret, which {run.config} leaves out, and "
+            "the prompts would not be those that it trained on: put the text back in that file"
+        )
 
 
 def _check_kinds(path: Path, defaults: dict, saved: dict, prefix: str = "") -> None:

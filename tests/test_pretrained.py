@@ -25,6 +25,7 @@ from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.identity import as_json
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
 
@@ -242,6 +243,29 @@ def test_generate_takes_a_file_of_prompts_with_a_byte_order_mark(tmp_path):
     prompts.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
     command = ["--model", "m", "--prompts", str(prompts)]
     assert generate.read_rows(generate.arguments(command)) == [{"prompt": "a"}]
+
+
+def test_a_run_whose_prompts_lost_a_part_for_a_secret_is_exported_and_not_prompted(run, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(run[0], root)
+    given = "The password: swordfish."
+    config = finalized(
+        parse(
+            f"--config.actor_rollout_ref.model.hf_config={SMALL}",
+            f"--config.data.system_prompt={given}",
+        )
+    )
+    content = as_json(config, None, {})
+    RunFolder(root).config.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"data.system_prompt of the run held .* put the text back"
+    ):
+        pretrained.load(root)
+    export.export(export.arguments(["--model", str(root), "--out", str(tmp_path / "out")]))
+    content["data"]["system_prompt"] = given
+    RunFolder(root).config.write_text(json.dumps(content))
+    assert pretrained.load(root).prompt_format.system_prompt == given
+    RunFolder(root).check(config)
 
 
 def test_export_writes_the_parameters_of_a_checkpoint_and_overwrites_nothing(run, tmp_path):

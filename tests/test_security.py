@@ -142,6 +142,7 @@ def test_a_secret_inside_a_text_is_known_by_its_form_or_the_name_before_it(secre
         {"url": "https://host:8000/v1?model=a&max_tokens=5&n=1#author=me"},
         {"path": "/data/hf_models/ghp/eyJ/AKIA", "name": "desk-" + "lamp-" * 6},
         {"url": "ssh://git@github.com/me/x", "note": "The password: {answer}", "bypass": "x"},
+        {"prompt_template": "Send the header Authorization: Bearer {prompt}, not Bearer $TOKEN."},
         {"command": "judge.py --max-tokens 5 --tokenizer x --author=me TOKEN=$TOKEN"},
     ],
 )

@@ -47,7 +47,7 @@ _SECRET_VALUE = re.compile(
     r"|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}|dapi[0-9a-f]{32}|lin_api_[A-Za-z0-9]{20,}"
     r"|do[opr]_v1_[0-9a-f]{32,}|xai-[A-Za-z0-9]{20,}|SK[0-9a-f]{32})"
     r"|(?<=hooks\.slack\.com/)[^\s\"']+|(?<=/api/webhooks/)[^\s\"']+"
-    r"|(?<=\bBearer )[^\s\"']+|\A[0-9a-f]{40}\Z"
+    r"|(?<=\bBearer )[^\s\"'{$<][^\s\"']*|\A[0-9a-f]{40}\Z"
     r"|(?<=://)[^/\s:?#@]*:[^/\s?#@]*(?=@)|(?<=://)[^/\s:?#@]{12,}(?=@)",
     re.DOTALL,
 )

@@ -174,12 +174,16 @@ def refuse_secrets_left_out(config: ConfigDict) -> None:
       ValueError: naming the key.
     """
     for name, value in config.to_dict().items():
-        for key, text in _texts(value, name):
-            if REDACTED in text:
-                raise ValueError(
-                    f"{key} held a secret, which config.json leaves out; give it again, as "
-                    f"--config.{key}=VALUE or in a config file"
-                )
+        for key in secrets_left_out(value, name):
+            raise ValueError(
+                f"{key} held a secret, which config.json leaves out; give it again, as "
+                f"--config.{key}=VALUE or in a config file"
+            )
+
+
+def secrets_left_out(value: Any, name: str) -> list[str]:
+    """The keys of the texts in the value of a key from which config.json left something out."""
+    return [key for key, text in _texts(value, name) if REDACTED in text]
 
 
 def _texts(value: Any, name: str):
