@@ -130,7 +130,9 @@ def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
     second.restore(3)
     assert [questions(second.next(step, None)) for step in range(3, 6)] == expected[3:]
     assert sampler.calls[0] == (3, 0)
-    second.save(6, oldest=4)
+    (tmp_path / "run" / ".DS_Store").touch()  # what a file browser leaves
+    second.save(6, kept=[4])
+    (tmp_path / "run" / ".DS_Store").unlink()
     assert {path.name[:6] for path in (tmp_path / "run").iterdir()} == {"000006"}
     lost, _ = made(tmp_path / "run", useful)
     with pytest.raises(ValueError, match="is missing, in which iteration 2 left its surplus"):
@@ -160,12 +162,14 @@ def test_a_kill_while_the_state_is_written_again_leaves_the_earlier_one(tmp_path
     assert {path.name for path in tmp_path.glob("*.json*")} == {"000001.json"}
 
 
-def test_the_surplus_of_the_oldest_checkpoint_that_is_kept_stays(tmp_path):
-    filtered, _ = made(tmp_path, useful=set(range(30)))
-    for step in range(3):
+def test_the_surplus_of_the_checkpoints_that_are_kept_stays_and_no_other(tmp_path):
+    filtered, _ = made(tmp_path, useful=set(range(60)))
+    # The best checkpoint is 2; that of the step before is still being written at each save.
+    for step, kept in enumerate([(), (), (1, 2), (2, 3), (2, 4)]):
         filtered.next(step, None)
-        filtered.save(step + 1, oldest=2)
-    assert {path.name for path in tmp_path.glob("*.json")} == {"000002.json", "000003.json"}
+        filtered.save(step + 1, kept=kept)
+    left = {path.name for path in tmp_path.glob("*.json")}
+    assert left == {"000002.json", "000004.json", "000005.json"}
     again, _ = made(tmp_path, useful=set())
     again.restore(2)
 

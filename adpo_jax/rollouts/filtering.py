@@ -15,7 +15,7 @@ Source: Yu et al. 2025, "DAPO", arXiv 2503.14476, section 3.2, which drops the s
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.sampler import logged_metrics, reward_metrics, rollout_metrics
-from adpo_jax.rollouts.source import Source, SourceError
+from adpo_jax.rollouts.source import Source, SourceError, is_left_over
 
 # Metrics of an iteration that are taken over all batches sampled in it.
 OF_ALL_ATTEMPTS = (
@@ -127,8 +127,8 @@ class GroupFilter(Source):
         chosen = candidates.select(range(P))
         return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
 
-    def save(self, step: int, *, oldest: int = 0) -> None:
-        """Saves the state that iteration `step` left to the next."""
+    def save(self, step: int, *, kept: Collection[int] = ()) -> None:
+        """Saves the state that iteration `step` left to the next; what is left over goes."""
         state = self._state(step)
         self._folder.mkdir(parents=True, exist_ok=True)
         if state.surplus is not None:
@@ -139,7 +139,8 @@ class GroupFilter(Source):
         new.write_text(json.dumps(content) + "\n")
         os.replace(new, path)  # it may be there, and a kill must not leave half of it
         for path in self._folder.iterdir():
-            if int(path.name.partition(".")[0]) < oldest:
+            number = path.name.partition(".")[0]
+            if number.isdecimal() and is_left_over(int(number), kept):
                 path.unlink()
 
     def check(self, step: int) -> None:

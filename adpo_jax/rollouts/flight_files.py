@@ -7,7 +7,7 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from adpo_jax.rollouts.flight import Flight, Limits
 from adpo_jax.rollouts.flight_arrays import packed, unpacked
 from adpo_jax.rollouts.numbering import DIGEST_SIZE
-from adpo_jax.rollouts.source import SourceError
+from adpo_jax.rollouts.source import SourceError, is_left_over
 
 # What reading a file that is missing or damaged raises.
 _DAMAGES = (
@@ -51,8 +51,8 @@ class FlightFiles:
         self._folder, self._limits, self._digests_of = folder, limits, digests_of
         self._owner = owner or f"{jax.process_index()}.of{jax.process_count()}"
 
-    def save(self, step: int, flight: Flight, *, oldest: int = 0) -> None:
-        """Saves what iteration `step` left in flight on this process; files before `oldest` go."""
+    def save(self, step: int, flight: Flight, *, kept: Collection[int] = ()) -> None:
+        """Saves what iteration `step` left in flight on this process; what is left over goes."""
         arrays = packed(flight)
         if self._digests_of is not None:
             arrays["prompts"] = self._digests_of(list(flight.groups))
@@ -64,7 +64,8 @@ class FlightFiles:
         os.replace(unfinished, path)
         for other in self._folder.glob("*.npz"):
             number, _, owner = other.name.removesuffix(".npz").partition(".")
-            if owner == self._owner and number.isdecimal() and int(number) < oldest:
+            mine = owner == self._owner and number.isdecimal()
+            if mine and is_left_over(int(number), kept):
                 other.unlink()
 
     def load(self, step: int) -> Flight:

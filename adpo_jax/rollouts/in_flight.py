@@ -78,9 +78,9 @@ class InFlight:
         self._flights = {step: self._at(step), step + 1: after}
         self._graded = {step + 1: iteration.judging.left(chosen)}
 
-    def save(self, step: int, *, oldest: int = 0) -> None:
-        """Saves what iteration `step` left in flight; files before `oldest` go."""
-        self._files.save(step, self._at(step), oldest=oldest)
+    def save(self, step: int, *, kept: Collection[int] = ()) -> None:
+        """Saves what iteration `step` left in flight; what is left over goes."""
+        self._files.save(step, self._at(step), kept=kept)
 
     def check(self, step: int) -> None:
         """Checks that what iteration `step` left in flight was kept; below 0 there is nothing.
@@ -156,9 +156,9 @@ class FlyingSource(Source):
 
     _in_flight: InFlight
 
-    def save(self, step: int, *, oldest: int = 0) -> None:
+    def save(self, step: int, *, kept: Collection[int] = ()) -> None:
         """See `InFlight.save`."""
-        self._in_flight.save(step, oldest=oldest)
+        self._in_flight.save(step, kept=kept)
 
     def check(self, step: int) -> None:
         """See `InFlight.check`."""

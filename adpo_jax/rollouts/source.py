@@ -1,5 +1,6 @@
 """The source of an iteration's graded groups, the one thing that the loop knows of rollouts."""
 
+from collections.abc import Collection
 from typing import Any
 
 from adpo_jax.records import GradedGroups
@@ -48,11 +49,11 @@ class Source:
         """
         raise NotImplementedError
 
-    def save(self, step: int, *, oldest: int = 0) -> None:
+    def save(self, step: int, *, kept: Collection[int] = ()) -> None:
         """Saves the state that the source needs to go on after `step` iterations.
 
         Args:
-          oldest: step of the oldest checkpoint that is kept; states of earlier steps may go.
+          kept: the steps of the checkpoints that there are; see `is_left_over`.
         """
 
     def end(self) -> None:
@@ -60,3 +61,13 @@ class Source:
 
     def close(self) -> None:
         """Ends what the source has started; this process asks nothing of it any more."""
+
+
+def is_left_over(step: int, kept: Collection[int]) -> bool:
+    """Whether no run goes on from the state of a step any more, so that its files may go.
+
+    Args:
+      kept: the steps of the checkpoints that there are. Another one may be on its way to the disk,
+        and is newer than all of them.
+    """
+    return step not in kept and step < max(kept, default=0)

@@ -61,7 +61,7 @@ class Run:
     def save_source(self, step: int, checkpoints: Checkpoints) -> None:
         """Saves the state that the source needs to go on after `step` iterations."""
         if self.folder.writes or self.source.saves_on_every_process:
-            self.source.save(step, oldest=min(checkpoints.steps, default=0))
+            self.source.save(step, kept=checkpoints.steps)
 
 
 class ForSamplers(NamedTuple):
