@@ -53,6 +53,8 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
         shown_tools,
     )
 
+    config = ConfigDict(config).copy_and_resolve_references()
+    config.trainer.best_metric = ""  # it chooses among checkpoints, and none is made here
     config = finalized(config)
     if not config.data.val_files:
         raise ValueError("data.val_files is empty: there is nothing to evaluate on")

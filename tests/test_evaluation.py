@@ -10,6 +10,7 @@ from ml_collections import config_flags
 from parsing import parse
 
 from adpo_jax import evaluate as evaluate_module
+from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.evaluate import evaluate_model, table
@@ -215,6 +216,14 @@ def test_a_model_is_evaluated_alone_and_nothing_is_overwritten(small_model, tmp_
 
 def broken(*_, **__):
     raise RuntimeError("the device is gone")
+
+
+def test_an_evaluation_does_not_ask_for_the_metric_of_the_best_checkpoint():
+    config = default_config()
+    config.trainer.best_metric = "eval/pass@4"
+    with pytest.raises(ValueError, match="data.val_files is empty: there is nothing to evaluate"):
+        evaluate_model(config, "model")
+    assert config.trainer.best_metric == "eval/pass@4"
 
 
 def test_an_evaluation_that_begins_beside_another_takes_the_next_number(tmp_path, monkeypatch):
