@@ -248,7 +248,8 @@ class _Loop:
                 if not has_row:
                     # The run starts, or was interrupted between an update and its evaluation's end.
                     self._complete_row(progress)
-                if self._first == 0 and run.config.trainer.save_freq >= 0:
+                saves = run.config.trainer.save_freq >= 0
+                if self._first == 0 and (saves or tools.checkpoints.is_due(0, self.metrics)):
                     tools.writer.flush()
                     tools.checkpoints.save(0, self.state.saved, self.metrics)
                 for step in range(self._first, num_steps):

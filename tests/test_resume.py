@@ -164,6 +164,22 @@ def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoi
     assert complete_steps(tmp_path / "checkpoints") == [2, 3]
 
 
+def test_the_best_checkpoint_may_be_the_one_before_training(tmp_path, monkeypatch):
+    config = parse(
+        *SHORT[:-1],
+        "--config.data.val_files=embedded:arithmetic",
+        "--config.data.max_val_samples=2",
+        "--config.trainer.total_training_steps=1",
+        "--config.trainer.save_freq=-1",
+        "--config.trainer.best_metric=eval/accuracy",
+    )
+    monkeypatch.setattr(
+        "adpo_jax.train._evaluate", lambda *given: {"eval/accuracy": 0.9 - 0.5 * given[-1]}
+    )
+    train(config, tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == [0]
+
+
 ENDS_OF_AN_EXPORT = {
     "it is stopped": (Interrupted("a test"), False),
     "the disk is full": (OSError(28, "No space left on device"), False),
