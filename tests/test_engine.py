@@ -1,5 +1,6 @@
 """The engine against the plain forward of the policy, and against itself in another shape."""
 
+import array
 import dataclasses
 import tracemalloc
 import types
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tokenizers import decoders
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine.decode_state import Sizes
+from adpo_jax.engine.generation import tokens_to_stop_string
 from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.rope import Rope
 
@@ -266,6 +269,35 @@ def test_a_stop_string_across_tokens_ends_a_completion_where_it_is_complete(mode
         assert len(completion) == max(min(ends, default=40), min_tokens)
         assert completion.finish_reason == ("stop" if ends else "length")
         np.testing.assert_array_equal(completion.tokens, unstopped.tokens[: len(completion)])
+
+
+def in_bytes(ids) -> str:
+    """Every token is a byte, and a run of them with a broken end has no text at all."""
+    pieces = [f"<0x{i:02X}>" if i > 32 else chr(i) for i in ids]
+    return "".join(decoders.ByteFallback().decode(pieces))
+
+
+@pytest.mark.parametrize(
+    ("said", "min_tokens", "ends"),
+    [
+        (b"a \xf0\x9f\xa6\x99\xf0\x9f\xa6\x99 b", 0, 6),
+        (b"a \xf0\x9f\xa6\x99\xf0\x9f\xa6\x99 b", 7, 10),
+        (b"a \xf0\x9f\xa6\x99\xf0 b c", 0, 6),
+        (b"\xf0 \xf0\x9f\xf0\x9f\xa6\x99 b", 0, None),
+    ],
+)
+def test_a_stop_string_of_bytes_ends_a_completion_however_tokens_are_handed_over(
+    said, min_tokens, ends
+):
+    sampling = SamplingParams(stop=("🦙",), min_tokens=min_tokens)
+    for steps in (*range(1, 9), 32):
+        old, found = array.array("i"), None
+        while found is None and len(old) < len(said):
+            new = np.array(list(said[len(old) :][:steps]), np.int32)
+            count = tokens_to_stop_string(in_bytes, sampling, old, new, len(old))
+            found = None if count is None else len(old) + count
+            old.frombytes(new.tobytes())
+        assert found == ends, steps
 
 
 def test_groups_are_handed_over_as_they_end(model):

@@ -21,6 +21,7 @@ from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.schedule import Schedule
 from adpo_jax.engine.sizes import largest_below, smallest_holding
+from adpo_jax.engine.text_stream import REPLACEMENT
 from adpo_jax.records import Completion
 
 # A ring with room for so many steps is not grown yet, since a step reads all of its columns.
@@ -131,20 +132,38 @@ def tokens_to_stop_string(
 ) -> int | None:
     """How many new tokens it takes to complete the first stop string; None if there is none.
 
+    A completion ends at the same token however its tokens are spread over the calls.
+
     Args:
       old, new: the tokens in which a stop string may begin, without one, and those that follow.
       num_before: tokens of the completion before the new ones.
     """
     old, new = old.tolist(), new.tolist()
+    first = max(1, sampling.min_tokens - num_before)
 
-    def contains(count: int) -> bool:
-        text = detokenize(old + new[:count])
+    def contains(text: str) -> bool:
         return any(stop in text for stop in sampling.stop)
 
-    first = max(1, sampling.min_tokens - num_before)
-    if first > len(new) or not contains(len(new)):
+    if first > len(new):
         return None
-    return next(count for count in range(first, len(new) + 1) if contains(count))
+    text = detokenize(old + new)
+    if not contains(text) and not (REPLACEMENT in text and _may_hide(text, detokenize(old))):
+        return None
+    counts = range(first, len(new) + 1)
+    return next((count for count in counts if contains(detokenize(old + new[:count]))), None)
+
+
+def _may_hide(text: str, before: str) -> bool:
+    """Whether the first of the new tokens alone may have characters that the text of all lacks.
+
+    A tokenizer with tokens of single bytes writes a whole run of them as `REPLACEMENT` where its
+    end is no character, the characters at its beginning too.
+
+    Args:
+      text, before: the text of all tokens, and of those before the new ones.
+    """
+    parting = next((i for i, (a, b) in enumerate(zip(text, before)) if a != b), len(before))
+    return REPLACEMENT in text[parting:]
 
 
 class Generation:
