@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import re
 import tracemalloc
 import types
 
@@ -423,11 +424,22 @@ def test_an_accelerator_starts_with_the_smallest_batch_that_holds_the_call(model
     assert_equal_tokens(alone.groups, out.groups[:1])
 
 
-@pytest.mark.parametrize("name", ["num_slots", "steps_per_dispatch"])
-@pytest.mark.parametrize("value", [0, -3])
-def test_counts_below_one_are_refused_by_name(model, name, value):
-    with pytest.raises(ValueError, match=f"{name} is a whole number, 1 or more; given {value}"):
-        engine_of(model[0], **{name: value})
+@pytest.mark.parametrize(
+    ("name", "values", "wanted"),
+    [
+        ("num_slots", [0, -3], "a whole number, 1 or more"),
+        ("steps_per_dispatch", [0, -3], "a whole number, 1 or more"),
+        (
+            "cache_dtype",
+            ["int4", jnp.int16, np.dtype("uint8"), "bool", "float8_e4m3fn", "bf16", ""],
+            "one of float32, bfloat16, float16, int8",
+        ),
+    ],
+)
+def test_a_value_that_no_engine_has_is_refused_by_name(model, name, values, wanted):
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{name} is {wanted}; given {value!r}")):
+            engine_of(model[0], **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ from adpo_jax.model import parameters
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Completions
 
+# The last one has a scale for each token and head.
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
 
 class Engine:
     """Samples completions of groups of prompts.
@@ -60,7 +63,7 @@ class Engine:
       num_slots: the most samples decoded at once; None for 64 on a CPU and 256 elsewhere.
       mesh: the devices; slots are split over (`data`, `fsdp`), heads over `tensor`. None for the
         policy's mesh.
-      cache_dtype: dtype of keys and values: float32, bfloat16 or int8; None for the policy's dtype.
+      cache_dtype: dtype of keys and values, one of `CACHE_DTYPES`; None for the policy's dtype.
       attention: attention of decoding, one of `attention_choice.NAMES`; prefill follows it.
       gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
         may be in use while sampling; lowers `num_slots` to the number that fits. None for no limit.
@@ -113,6 +116,7 @@ class Engine:
         if not (page_size >= 8 and page_size & (page_size - 1) == 0):
             raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
         reading.check_size(prefill_chunk_size)
+        _check_cache_dtype(cache_dtype)
         given = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
@@ -466,6 +470,17 @@ def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
             raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
+
+
+def _check_cache_dtype(given: Any) -> None:
+    if given is None:
+        return
+    try:
+        name = jnp.dtype(given).name
+    except (TypeError, ValueError):
+        name = None
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype is one of {', '.join(CACHE_DTYPES)}; given {given!r}")
 
 
 def _check_given(params, key) -> None:
