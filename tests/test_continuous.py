@@ -333,6 +333,7 @@ def test_alternatives_come_to_whom_they_are_due(engine):
         ([1] * 25, {}, "1 to 24 token ids"),
         ([V], {}, "outside"),
         ([1], {"max_tokens": 41}, "max_response_length"),
+        ([1], {"routed_experts": True}, "routed_experts needs a mixture"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_at_once(engine, prompt, changes, message):
@@ -340,6 +341,22 @@ def test_what_cannot_be_sampled_is_refused_at_once(engine, prompt, changes, mess
     with pytest.raises(ValueError, match=message):
         batch.submit(prompt, SamplingParams(**{"max_tokens": 4} | changes), seed=0)
     assert not batch.busy
+
+
+@pytest.mark.parametrize("program", ["prefill", "assign", "generate"])
+def test_no_step_follows_one_that_failed(engine, program, monkeypatch):
+    def fails(*args):
+        raise MemoryError(program)
+
+    batch = ContinuousBatch(*engine)
+    batch.submit([1, 2, 3], SamplingParams(max_tokens=4), seed=0)
+    monkeypatch.setattr(Verbs, program, fails)
+    with pytest.raises(MemoryError, match=program):
+        batch.step()
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="an earlier step failed .* make a new batch"):
+            batch.step()
 
 
 def test_a_client_that_asks_for_much_does_not_keep_another_waiting(engine):

@@ -551,6 +551,8 @@ def test_attention_of_decoding_moves_nothing_between_devices(model):
         ([[0.5]], {}, "made of token ids"),
         ([[1]], {"max_tokens": 41}, "max_response_length"),
         ([[1]], {"stop": ("x",)}, "detokenize"),
+        ([[1]], {"routed_experts": True}, "routed_experts needs a mixture of experts"),
+        ([[1]], {"prompt_experts": True}, "prompt_experts needs a mixture of experts"),
     ],
 )
 def test_what_the_engine_was_not_made_for_is_refused(model, prompts, changes, message):

@@ -143,7 +143,7 @@ class DecodeLoop:
         self._num_shards = num_shards
         self._make_state = make_state or verbs.init_decode_state
         self._state: DecodeState | None = None
-        self._any_cancelled = False
+        self._any_cancelled = self._in_step = False
         self._retired: list[int] = []  # freed slots that the device still thinks are active
         self._written = 0  # steps since the ring began at its first column
         self._keeps_memory, self._has_moved = keeps_memory, False
@@ -289,7 +289,22 @@ class DecodeLoop:
         self._reader.let_go(self.schedule.queued)
 
     def step(self) -> list[NewTokens]:
-        """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
+        """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens.
+
+        Raises:
+          RuntimeError: after a step that raised anything, until the memory is freed.
+        """
+        if self._in_step:
+            raise RuntimeError(
+                "an earlier step failed and may have left samples half begun, so no further one "
+                "can run: make a new batch or session, and submit the prompts again"
+            )
+        self._in_step = True
+        found = self._step()
+        self._in_step = False
+        return found
+
+    def _step(self) -> list[NewTokens]:
         if self._any_cancelled:
             self._drop_cancelled()
         if self._ended_turns:
@@ -333,7 +348,7 @@ class DecodeLoop:
         self._num_evicted = self.num_evicted
         self.schedule = Schedule(num_shards=self._num_shards)
         self.sizes = self._state = self._first_ring = None
-        self._retired, self._ended_turns = [], {}
+        self._retired, self._ended_turns, self._in_step = [], {}, False
         self._keeper = self._new_keeper()
         self._reader.let_go(())
 

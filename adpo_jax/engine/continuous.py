@@ -280,7 +280,11 @@ class ContinuousBatch:
         self._any_cancelled = True
 
     def step(self) -> list[NewTokens]:
-        """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens."""
+        """Starts waiting samples, decodes some tokens of all live ones, and returns the tokens.
+
+        Raises:
+          RuntimeError: after a step that raised anything, such as one without enough memory.
+        """
         with self._lock:
             self._hand_on()
         return self._loop.step()

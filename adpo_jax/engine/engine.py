@@ -433,6 +433,9 @@ class Engine:
             )
         if sampling.stop and self.detokenize is None:
             raise ValueError("stop strings need Engine(..., detokenize=...), token ids -> text")
+        for name in ("routed_experts", "prompt_experts"):
+            if getattr(sampling, name) and not self.policy.config.num_mixtures:
+                raise ValueError(f"{name} needs a mixture of experts, and this model has none")
         checked = []
         for i, prompt in enumerate(prompts):
             tokens = np.asarray(prompt)
