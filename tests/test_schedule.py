@@ -207,3 +207,34 @@ def test_a_sample_that_gives_up_its_slot_goes_on_before_others_when_there_is_mem
     starts, admitted = schedule.start()
     assert ([start.sample for start in starts], admitted) == ([(0, 0)], {})
     assert (starts[0].row, starts[0].rank) == (row, rank)
+
+
+def test_samples_that_paused_keep_their_rows_while_others_wait_for_memory():
+    schedule = schedule_of(num_groups=4, n=1, num_slots=4, num_rows=8)
+    *first, last = schedule.start()[0]
+    for start in first:
+        schedule.pause(start.slot)
+    schedule.preempt(last.slot)
+    schedule.add("next", ["next"])
+    for _ in range(2):
+        assert schedule.start(try_begin=lambda sample, shard: False) == ([], {})
+    for start in first:
+        schedule.resume(start.sample, start.group)
+    starts, admitted = schedule.start()
+    assert [(start.sample, start.row) for start in starts] == [
+        (start.sample, start.row) for start in (last, *first)
+    ]
+    assert not admitted
+
+
+def test_the_sample_that_paused_first_gives_its_row_to_one_that_can_start_in_its_shard():
+    schedule = schedule_of(num_groups=2, n=1, num_slots=2, num_rows=4, num_shards=2)
+    (_, start), _ = schedule.start()  # the first one stays in its slot, beside a free row
+    rows = []
+    for number in range(3):
+        rows.append(start.row)
+        schedule.pause(start.slot)
+        schedule.add(number, [number])
+        ((start,), _) = schedule.start()
+        assert start.sample == number
+    assert [*rows, start.row] == [2, 3, 2, 3]

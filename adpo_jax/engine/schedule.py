@@ -165,20 +165,16 @@ class Schedule:
         for shard in range(self.num_shards):
             starts += self._fill(shard, try_begin)
         while self._queue and admits(self._queue[0].group):
+            # Where samples wait for memory, others do not overtake them.
+            takes = [s for s, free in enumerate(self._free_slots) if free and not self._admitted[s]]
             roomy = max(
-                (
-                    shard
-                    for shard in range(self.num_shards)
-                    # Where samples wait for memory, others do not overtake them.
-                    if self._free_rows[shard]
-                    and not (self._admitted[shard] and self._free_slots[shard])
-                ),
+                (shard for shard in takes if self._free_rows[shard]),
                 key=lambda shard: len(self._free_slots[shard]),
                 default=None,
             )
-            if roomy is None and any(self._free_slots) and self._take_row_of_paused():
+            if roomy is None and self._take_row_of_paused(takes):
                 continue
-            if roomy is None or not self._free_slots[roomy]:
+            if roomy is None:
                 break
             group, samples = self._next_part()
             row = heapq.heappop(self._free_rows[roomy])
@@ -262,10 +258,11 @@ class Schedule:
         """The place of the sample in a slot."""
         return _Place(*self.in_slot[slot], int(self.row_of[slot]), int(self.rank_of[slot]), slot)
 
-    def _take_row_of_paused(self) -> bool:
-        """Frees the prefix row, of those all of whose samples paused, that paused first."""
+    def _take_row_of_paused(self, shards: Sequence[int]) -> bool:
+        """Frees the prefix row, of those in the shards all of whose samples paused, that paused
+        first."""
         paused = collections.Counter(place.row for place in self._paused.values())
-        rows = (place.row for place in self._paused.values())
+        rows = (row for row in paused if self._shard_of_row(row) in shards)
         row = next((row for row in rows if paused[row] == self._left_in_row[row]), None)
         if row is None:
             return False
