@@ -381,8 +381,16 @@ def test_a_recording_is_never_overwritten(tmp_path):
     assert recording.path_of(folder, 1).read_bytes() == before
     graded.texts[0] += "!"
     recording.write(folder, 1, graded)
-    assert (folder / "000001.superseded-0.parquet").read_bytes() == before
+    superseded = [folder / f"000001.superseded-{number}.parquet" for number in range(2)]
+    assert superseded[0].read_bytes() == before
     assert recording.read(folder, 1).texts == graded.texts
+    graded.texts[0] += "!"
+    recording.write(folder, 1, graded)
+    second = superseded[1].read_bytes()
+    superseded[0].unlink()
+    graded.texts[0] += "!"
+    recording.write(folder, 1, graded)
+    assert superseded[1].read_bytes() == second != superseded[0].read_bytes()
 
 
 @pytest.mark.parametrize(

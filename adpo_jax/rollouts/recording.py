@@ -16,6 +16,7 @@ Version 1 of the format had token_ids for tokens, and completions of one turn al
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -63,8 +64,8 @@ def write(folder: Path, step: int, groups: GradedGroups) -> Path:
     if path.exists():
         if path.read_bytes() == content:
             return path
-        number = len(list(path.parent.glob(f"{path.stem}.superseded-*")))
-        path.rename(path.with_name(f"{path.stem}.superseded-{number}{path.suffix}"))
+        olds = (path.with_stem(f"{path.stem}.superseded-{i}") for i in itertools.count())
+        path.rename(next(old for old in olds if not old.exists()))
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
