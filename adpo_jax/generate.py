@@ -38,6 +38,7 @@ OUTPUT_KEYS = (
 if TYPE_CHECKING:  # these import JAX, and --help is quick
     from adpo_jax.engine.generation import FinishedGroup
     from adpo_jax.pretrained import Pretrained
+    from adpo_jax.records import Completion
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -151,12 +152,10 @@ class Screen:
         self._unseen[prompt, sample] += self._texts[prompt, sample].push(tokens)
         self._show()
 
-    def end(self, group: "FinishedGroup") -> None:
-        """The completions of a prompt have ended."""
-        for sample, completion in enumerate(group.completions):
-            at = group.prompt_index, sample
-            self._unseen[at] += self._texts[at].finish()
-            self._ended[at] = completion.finish_reason
+    def end(self, prompt: int, sample: int, completion: "Completion") -> None:
+        """A completion has ended."""
+        self._unseen[prompt, sample] += self._texts[prompt, sample].finish()
+        self._ended[prompt, sample] = completion.finish_reason
         self._show()
 
     def _header(self) -> None:
@@ -256,11 +255,10 @@ def generate(a: argparse.Namespace) -> None:
         sampling,
         jax.random.key(a.seed),
         on_tokens=None if screen is None else screen.push,
+        on_completion=None if screen is None else screen.end,
     )
     out = a.out.open("x", encoding="utf-8") if a.out else None
     for group in groups:
-        if screen is not None:
-            screen.end(group)
         for line in completions(group, rows[group.prompt_index], model.tokenizer) if out else ():
             out.write(json.dumps(line) + "\n")
             out.flush()

@@ -313,18 +313,28 @@ def test_groups_are_handed_over_as_they_end(model):
 
 def test_new_tokens_are_handed_over_after_every_dispatch(model):
     policy, params = model
-    prompts, seen = prompts_of(MIXED), {}
+    prompts, seen, ended = prompts_of(MIXED), {}, {}
     sampling = SamplingParams(n=2, max_tokens=30, stop_token_ids=tuple(range(10)))
 
     def on_tokens(prompt, sample, tokens):
         assert 1 <= len(tokens) <= 4
+        assert (prompt, sample) not in ended
         seen.setdefault((prompt, sample), []).extend(tokens.tolist())
 
+    def on_completion(prompt, sample, completion):
+        ended[prompt, sample] = completion
+        assert seen.pop((prompt, sample)) == completion.tokens.tolist()
+
     engine = engine_of(policy, num_slots=4, steps_per_dispatch=4)
-    for group in engine.stream(params, prompts, sampling, jax.random.key(8), on_tokens=on_tokens):
+    hooks = {"on_tokens": on_tokens, "on_completion": on_completion}
+    alone = 0
+    for group in engine.stream(params, prompts, sampling, jax.random.key(8), **hooks):
         for sample, completion in enumerate(group.completions):
-            assert seen.pop((group.prompt_index, sample)) == completion.tokens.tolist()
+            assert ended.pop((group.prompt_index, sample)) is completion
+        alone += len(ended)  # those whose groups have not ended
     assert not seen
+    assert not ended
+    assert alone
 
 
 def test_host_memory_follows_the_tokens_that_there_are(model):

@@ -20,6 +20,7 @@ from adpo_jax.hf import folders, weights
 from adpo_jax.log.printable import printable
 from adpo_jax.model import lora
 from adpo_jax.policy import Policy
+from adpo_jax.records import Completion
 from adpo_jax.run import setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints
@@ -187,11 +188,14 @@ def test_generate_takes_no_more_tokens_than_the_model_has_positions_for(folder, 
 def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):
     model = pretrained.load(folder)
     screen = generate.Screen(model, 1, 2)
-    ids = model.tokenizer("3 apples and 4 pens")["input_ids"]
+    text = "3 apples and 4 pens"
+    ids = model.tokenizer(text)["input_ids"]
     screen.push(0, 1, ids)  # the second waits for the first
     assert "apples" not in capsys.readouterr().out
     screen.push(0, 0, ids[:3])
     assert model.tokenizer.decode(ids[:3]) in capsys.readouterr().out
+    screen.end(0, 0, Completion.sampled(ids[:3], [0.0] * 3, "stop"))
+    assert capsys.readouterr().out == f"\n--- prompt 0, completion 1\n{text}"
 
 
 @pytest.mark.parametrize(

@@ -322,12 +322,14 @@ class Engine:
         keys: np.ndarray | None = None,
         stats: dict[str, int] | None = None,
         on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> Iterator[FinishedGroup]:
         """`generate` as an iterator over the groups, in the order in which they end.
 
         Args:
           stats: a dict that is filled with the counts of the call at its end.
           on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
+          on_completion: called with (prompt, sample, its completion) when a sample has ended.
         """
         prompts = self.checked(prompts, sampling)
         _check_given(params, key)
@@ -350,7 +352,12 @@ class Engine:
         for request in requests:
             loop.submit(request)
         generation = Generation(
-            loop, requests, version=version, detokenize=self.detokenize, on_tokens=on_tokens
+            loop,
+            requests,
+            version=version,
+            detokenize=self.detokenize,
+            on_tokens=on_tokens,
+            on_completion=on_completion,
         )
         try:
             while not generation.done:

@@ -175,6 +175,7 @@ class Generation:
       version: iterations done by the weights that are sampled from.
       detokenize: token ids -> text; needed where the settings have stop strings.
       on_tokens: called with (prompt, sample, its new tokens [T]) after every dispatch.
+      on_completion: called with (prompt, sample, its completion) when a sample has ended.
     """
 
     def __init__(
@@ -185,10 +186,12 @@ class Generation:
         version: int = 0,
         detokenize: Callable[[list[int]], str] | None = None,
         on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
     ):
         self._loop, self._version = loop, version
         self._sampling = requests[0].sampling
-        self._detokenize, self._on_tokens = detokenize, on_tokens
+        self._detokenize = detokenize
+        self._on_tokens, self._on_completion = on_tokens, on_completion
         self._index = {request: index for index, request in enumerate(requests)}
         self._growing: dict[Sample, Growing] = {}
         # The ended completions of each prompt whose group has not ended yet.
@@ -241,6 +244,8 @@ class Generation:
             prompt_experts=request.prompt_experts,
             version=self._version,
         )
+        if self._on_completion is not None:
+            self._on_completion(self._index[request], sample.index, ended[sample.index])
         if len(ended) < len(request.samples):
             return None
         del self._ended[request]
