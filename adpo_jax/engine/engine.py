@@ -36,6 +36,8 @@ from adpo_jax.engine.sampling import SamplingParams, prompt_uids, sample_keys
 from adpo_jax.engine.session import Session
 from adpo_jax.engine.sizes import (
     column_buckets,
+    is_power_of_two,
+    is_whole,
     length_bucket,
     power_of_two,
     prefill_rows,
@@ -65,8 +67,9 @@ class Engine:
         policy's mesh.
       cache_dtype: dtype of keys and values, one of `CACHE_DTYPES`; None for the policy's dtype.
       attention: attention of decoding, one of `attention_choice.NAMES`; prefill follows it.
-      gpu_memory_utilization: fraction of the device's memory (of a CPU machine's free memory) that
-        may be in use while sampling; lowers `num_slots` to the number that fits. None for no limit.
+      gpu_memory_utilization: fraction, at most 1, of the device's memory (of a CPU machine's free
+        memory) that may be in use while sampling; lowers `num_slots` to the number that fits. None
+        for no limit.
       resident_bytes: bytes of one device that others need while the engine samples, such as a
         trainer's parameters and optimizer; has an effect with `gpu_memory_utilization` alone.
       group_size: samples of a prompt that memory is planned for.
@@ -107,13 +110,17 @@ class Engine:
     ):
         _check_policy(policy)
         _check_counts(
-            num_slots=num_slots,
             steps_per_dispatch=steps_per_dispatch,
-            expected_response_length=expected_response_length,
+            group_size=group_size,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
         )
-        if not (page_size >= 8 and page_size & (page_size - 1) == 0):
+        if num_slots is not None:
+            _check_counts(num_slots=num_slots)
+        if expected_response_length is not None:
+            _check_counts(expected_response_length=expected_response_length)
+        _check_memory(gpu_memory_utilization, resident_bytes)
+        if not is_power_of_two(page_size, least=8):
             raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
         reading.check_size(prefill_chunk_size)
         _check_cache_dtype(cache_dtype)
@@ -476,10 +483,23 @@ def _check_policy(policy) -> None:
         )
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
-        if value is not None and not (isinstance(value, numbers.Integral) and value >= 1):
+        if not (is_whole(value) and value >= 1):
             raise ValueError(f"{name} is a whole number, 1 or more; given {value!r}")
+
+
+def _check_memory(utilization: float | None, resident_bytes: int) -> None:
+    is_fraction = isinstance(utilization, numbers.Real) and 0 < utilization <= 1
+    if not (utilization is None or is_fraction):
+        raise ValueError(
+            "gpu_memory_utilization is a fraction above 0 and at most 1, or None for no limit; "
+            f"given {utilization!r}"
+        )
+    if not (isinstance(resident_bytes, numbers.Real) and 0 <= resident_bytes < float("inf")):
+        raise ValueError(
+            f"resident_bytes is a number of bytes, 0 or more; given {resident_bytes!r}"
+        )
 
 
 def _check_cache_dtype(given: Any) -> None:

@@ -25,7 +25,13 @@ from adpo_jax.engine.decode_state import Prefixes, Sizes
 from adpo_jax.engine.kv_cache import KV
 from adpo_jax.engine.past import Chunks
 from adpo_jax.engine.requests import Request
-from adpo_jax.engine.sizes import MIN_BUCKET, length_bucket, power_of_two
+from adpo_jax.engine.sizes import (
+    MIN_BUCKET,
+    is_power_of_two,
+    is_whole,
+    length_bucket,
+    power_of_two,
+)
 from adpo_jax.engine.verbs import Verbs
 
 # A piece has no fewer tokens than these because more of them would make too many scores.
@@ -39,7 +45,7 @@ def check_size(size: int):
       ValueError: for none that is a power of two.
     """
     least = MIN_BUCKET
-    if size and not (size >= least and size & (size - 1) == 0):
+    if not (is_power_of_two(size, least=least) or (is_whole(size) and size == 0)):
         raise ValueError(
             f"prefill_chunk_size is a power of two, {least} or more, or 0 for prompts that are "
             f"prefilled at once; given {size!r}"

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import axes_that_split
-from adpo_jax.engine.sizes import up_to_multiple
+from adpo_jax.engine.sizes import is_whole, up_to_multiple
 
 # Tokens of a block of the vocabulary. 128 divides most vocabularies and is a vector register's
 # multiple everywhere; 152k tokens make 1,187 blocks.
@@ -96,7 +96,7 @@ class SamplingParams:
         self._set("stop_token_ids", tuple(int(i) for i in ids))
         for name in ("n", "top_k", "max_tokens", "min_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            if not is_whole(value):
                 raise ValueError(f"{name} is a whole number; given {value!r}")
             if value > LARGEST:
                 raise ValueError(f"{name} is at most {LARGEST}; given {value}")

@@ -4,7 +4,9 @@ With few sizes a bounded number of programs is compiled, and what is split over 
 evenly.
 """
 
+import numbers
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MIN_BUCKET = 16
 # The most tokens of one prefill call, padding included; they bound its activations.
@@ -12,6 +14,16 @@ PREFILL_TOKENS = 8192
 COLUMN_STEP = 32
 # The most columns that are no multiple of four steps.
 FEW_COLUMNS = 512
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_power_of_two(value: Any, *, least: int) -> bool:
+    """Whether a value is a whole number, a power of two and `least` or more."""
+    return is_whole(value) and value >= least and value & (value - 1) == 0
 
 
 def length_bucket(length: int, limit: int) -> int:
