@@ -8,7 +8,8 @@
 a run through its prompt template and system prompt. A line of `--prompts` is {"prompt": text or
 [messages]}; its other keys are copied to the output, whose own keys they cannot have the names of.
 
-All completions are sampled at once; the screen follows the first one that has not ended.
+All completions are sampled at once; the screen follows the first one that has not ended. When
+nobody reads it any more (`adpo-jax generate ... | head`), sampling ends unless `--out` is given.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adpo_jax.log.printable import printable, say_error
+from adpo_jax.log.printable import has_reader, printable, say_error
 from adpo_jax.run.command_line import Parser, begin, unless_interrupted
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -133,10 +134,19 @@ def with_options(model: "Pretrained", a: argparse.Namespace) -> "Pretrained":
     return dataclasses.replace(model, prompt_format=prompt_format)
 
 
-class Screen:
-    """Shows completions one after the other, the first that has not ended as it is sampled."""
+class Unread(Exception):
+    """Nobody reads what is shown any more."""
 
-    def __init__(self, model: "Pretrained", num_prompts: int, n: int):
+
+class Screen:
+    """Shows completions one after the other, the first that has not ended as it is sampled.
+
+    Args:
+      is_all: whether completions go nowhere else, so that `push` and `end` raise `Unread` when
+        standard output has no reader any more.
+    """
+
+    def __init__(self, model: "Pretrained", num_prompts: int, n: int, *, is_all: bool = False):
         from adpo_jax.engine.text_stream import TextStream
 
         self._order = [(prompt, sample) for prompt in range(num_prompts) for sample in range(n)]
@@ -144,7 +154,7 @@ class Screen:
         self._texts = {at: TextStream(decode) for at in self._order}
         self._unseen = dict.fromkeys(self._order, "")
         self._ended: dict[tuple[int, int], str] = {}
-        self._at = 0
+        self._at, self._is_all = 0, is_all
         self._header()
 
     def push(self, prompt: int, sample: int, tokens) -> None:
@@ -163,6 +173,11 @@ class Screen:
         print(f"--- prompt {prompt}, completion {sample}", flush=True)
 
     def _show(self) -> None:
+        self._print()
+        if self._is_all and not has_reader(sys.stdout):
+            raise Unread
+
+    def _print(self) -> None:
         while True:
             at = self._order[self._at]
             print(printable(self._unseen[at]), end="", flush=True)
@@ -193,6 +208,7 @@ def generate(a: argparse.Namespace) -> None:
 
     Raises:
       ValueError: for anything on the command line that cannot work.
+      Unread: where completions are shown alone, and nobody reads them any more.
     """
     import jax
 
@@ -248,7 +264,7 @@ def generate(a: argparse.Namespace) -> None:
         steps_per_dispatch=32 if a.quiet else 8,
         detokenize=functools.partial(model.tokenizer.decode, skip_special_tokens=True),
     )
-    screen = None if a.quiet else Screen(model, len(rows), a.n)
+    screen = None if a.quiet else Screen(model, len(rows), a.n, is_all=a.out is None)
     groups = engine.stream(
         model.params,
         prompts,
@@ -279,6 +295,8 @@ def main() -> int:
     except (OSError, ValueError) as error:
         say_error(error)
         return USER_ERROR
+    except Unread:
+        pass
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic
 from adpo_jax.hf import folders, weights
-from adpo_jax.log.printable import printable
+from adpo_jax.log.printable import LastingStream, printable
 from adpo_jax.model import lora
 from adpo_jax.policy import Policy
 from adpo_jax.records import Completion
@@ -196,6 +197,29 @@ def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder,
     assert model.tokenizer.decode(ids[:3]) in capsys.readouterr().out
     screen.end(0, 0, Completion.sampled(ids[:3], [0.0] * 3, "stop"))
     assert capsys.readouterr().out == f"\n--- prompt 0, completion 1\n{text}"
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_generate_ends_when_nobody_reads_it_unless_it_writes_to_a_file(
+    folder, to_file, tmp_path, monkeypatch
+):
+    out, pushes = tmp_path / "out.jsonl", []
+    push = generate.Screen.push
+    monkeypatch.setattr(
+        generate.Screen, "push", lambda *given: pushes.append(given) or push(*given)
+    )
+    command = ["--model", str(folder), "--prompt", "x", "--max-tokens", "48", "--ignore-eos"]
+    command += ["--out", str(out)] if to_file else []
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr("sys.stdout", LastingStream(stream))
+        monkeypatch.setattr("sys.argv", ["generate.py", *command])
+        assert generate.main() == 0
+    assert len(pushes) == (6 if to_file else 1)
+    assert out.exists() == to_file
+    if to_file:
+        assert json.loads(out.read_text())["num_tokens"] == 48
 
 
 @pytest.mark.parametrize(

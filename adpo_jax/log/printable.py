@@ -58,10 +58,11 @@ class LastingStream:
 
     Attributes:
       unguarded: the stream below.
+      has_reader: whether what is written has gone to anybody so far.
     """
 
     def __init__(self, stream: TextIO):
-        self.unguarded = stream
+        self.unguarded, self.has_reader = stream, True
 
     def write(self, text: str) -> int:
         try:
@@ -85,6 +86,7 @@ class LastingStream:
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
+            self.has_reader = False
             # In the place of the descriptor, so that what is buffered goes there too.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.unguarded.fileno())
@@ -104,6 +106,11 @@ class GuardedStream(LastingStream):
 def guarded(stream: Any) -> Any:
     """The stream, guarded; None stays None."""
     return stream if stream is None or isinstance(stream, GuardedStream) else GuardedStream(stream)
+
+
+def has_reader(stream: Any) -> bool:
+    """Whether a stream still has a reader, as far as is known."""
+    return getattr(stream, "has_reader", True)
 
 
 def unguarded(stream: Any) -> Any:
