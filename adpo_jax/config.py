@@ -357,7 +357,11 @@ def _data() -> dict[str, Key]:
             "leave them out, or cut them off at the front",
             choices=("filter", "truncate"),
         ),
-        "max_response_length": Key(1024, "tokens", least=1),
+        "max_response_length": Key(
+            1024,
+            "tokens; a run warns where prompt and completion may exceed the model's positions",
+            least=1,
+        ),
         "mask_truncated_completions": Key(
             False, "completions that ran into max_response_length are not trained on"
         ),

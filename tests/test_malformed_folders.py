@@ -431,3 +431,24 @@ def test_frozen_weights_that_are_narrower_than_their_folder_are_told_of(folder, 
     c.trainer.bf16 = False
     loading.initial_params(c, source, None)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("positions", "rope", "told"),
+    [
+        (40, None, False),
+        (39, None, True),
+        (20, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}, False),
+        (20, {"rope_type": "yarn", "factor": 3.9, "original_max_position_embeddings": 10}, True),
+    ],
+)
+def test_sequences_that_may_exceed_the_positions_of_the_model_are_told_of(
+    folder, caplog, positions, rope, told
+):
+    c, source = source_of(folder)
+    c.data.max_prompt_length, c.data.max_response_length, c.eval.max_tokens = 10, 20, 30
+    source.hf_config["max_position_embeddings"] = positions
+    source.hf_config["rope_scaling"] = rope
+    loading.make_policy(c, source, None)
+    words = "may have 40 tokens together, and the model is made for 39 positions"
+    assert (words in caplog.text) == bool(caplog.text) == told

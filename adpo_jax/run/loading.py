@@ -327,6 +327,7 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
     """
     policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
     policy = policy.for_length(longest_sequence(config))
+    _tell_of_positions(policy, longest_sequence(config))
     if source.tokenizer is not None:
         _check_vocabulary(source, policy.config.vocab_size)
     actor = config.actor_rollout_ref.actor
@@ -343,6 +344,25 @@ def longest_sequence(config: ConfigDict) -> int:
     """Tokens of the longest prompt and the longest completion together."""
     completion = max(config.data.max_response_length, config.eval.max_tokens)
     return config.data.max_prompt_length + completion
+
+
+def _tell_of_positions(policy: Policy, longest: int) -> None:
+    """Says so where sequences may be longer than those that the model is made for.
+
+    No family has a table of positions that would end there, so training goes on, as elsewhere.
+    """
+    positions = policy.hf_config.get("max_position_embeddings") or longest
+    # YaRN may stretch the rope further than its config says.
+    positions = max(positions, *(r.factor * r.original_length for r in policy.config.ropes))
+    if longest > positions and jax.process_index() == 0:
+        logging.warning(
+            "a prompt and its completion may have %d tokens together, and the model is made for %d "
+            "positions (max_position_embeddings): lower data.max_prompt_length, "
+            "data.max_response_length or eval.max_tokens, or change the model's positions by "
+            "actor_rollout_ref.model.override_config",
+            longest,
+            positions,
+        )
 
 
 def _check_vocabulary(source: ModelSource, num_embedded: int) -> None:
