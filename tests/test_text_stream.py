@@ -5,6 +5,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from adpo_jax.data import arithmetic
 from adpo_jax.engine.text_stream import TextStream
@@ -18,24 +19,49 @@ def in_bytes(ids) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
+# As SentencePiece with byte fallback has them (Gemma, Llama 2, Mistral): words, and bytes.
+PIECES = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁a", "a", "b", "▁", "\n"]
+SENTENCE_PIECE = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+)
+
+
+def in_pieces(ids) -> str:
+    """A run of bytes is text as a whole, or as many replacements as it has bytes."""
+    return SENTENCE_PIECE.decode([PIECES[i] for i in ids])
+
+
+def as_pieces(text: str) -> list[int]:
+    text = text.replace(" ", "▁")
+    known = ([PIECES.index(c)] if c in PIECES else list(c.encode()) for c in text)
+    return [i for ids in known for i in ids]
+
+
+WAYS = {"bytes": (in_bytes, lambda text: list(text.encode())), "pieces": (in_pieces, as_pieces)}
+
+
 def pieces_of(tokens, cuts):
     places = sorted({0, len(tokens), *(cut % (len(tokens) + 1) for cut in cuts)})
     return [tokens[a:b] for a, b in itertools.pairwise(places)]
 
 
-@given(WORDS, st.lists(st.integers(0, 99)))
-def test_the_pieces_of_a_text_make_the_text_however_it_is_cut(text, cuts):
-    stream, tokens = TextStream(in_bytes), list(text.encode())
+@pytest.mark.parametrize("way", WAYS)
+@given(text=WORDS, cuts=st.lists(st.integers(0, 99)))
+def test_the_pieces_of_a_text_make_the_text_however_it_is_cut(way, text, cuts):
+    decode, encode = WAYS[way]
+    stream, tokens = TextStream(decode), encode(text)
     shown = "".join(stream.push(piece) for piece in pieces_of(tokens, cuts)) + stream.finish()
     assert shown == stream.text == text
     assert stream.num_tokens == len(tokens)
 
 
-@given(WORDS, st.lists(st.text(alphabet="ab€\n", min_size=1, max_size=3), min_size=1))
-def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(text, stop):
-    stream, shown = TextStream(in_bytes, stop), ""
-    for byte in text.encode():
-        shown += stream.push([byte])
+@pytest.mark.parametrize("way", WAYS)
+@given(text=WORDS, stop=st.lists(st.text(alphabet="ab€\n", min_size=1, max_size=3), min_size=1))
+def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(way, text, stop):
+    decode, encode = WAYS[way]
+    stream, shown = TextStream(decode, stop), ""
+    for token in encode(text):
+        shown += stream.push([token])
         assert text.startswith(shown)
     shown += stream.finish()
     # The first to be complete ends the text; of several at once, the one that began first.
@@ -46,14 +72,18 @@ def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(tex
     end = min(ends)
     assert stream.stopped
     assert shown == text[: min(text.find(s) for s in stop if s in text[:end])]
-    assert stream.num_tokens == len(text[:end].encode())
+    assert stream.num_tokens == len(encode(text[:end]))
 
 
-@given(st.lists(st.integers(0, 255), max_size=12))
-def test_bytes_that_are_no_text_neither_raise_nor_get_lost(tokens):
-    stream = TextStream(in_bytes)
+@pytest.mark.parametrize("way", WAYS)
+@given(tokens=st.lists(st.integers(0, 255), max_size=12))
+def test_bytes_that_are_no_text_neither_raise_nor_get_lost(way, tokens):
+    decode, _ = WAYS[way]
+    stream = TextStream(decode)
     shown = "".join(stream.push([token]) for token in tokens) + stream.finish()
-    assert shown.replace("\ufffd", "") == in_bytes(tokens).replace("\ufffd", "")
+    whole = decode(tokens).replace("\ufffd", "")
+    # A character that was given out is not taken back for what follows it.
+    assert set(whole) <= set(shown) if way == "pieces" else shown.replace("\ufffd", "") == whole
 
 
 @pytest.mark.parametrize("text", ["Ann has 3 apples.", "3+4=7 so 7*2=14"])
@@ -88,6 +118,13 @@ def test_a_stop_string_waits_for_min_tokens_and_the_text_still_ends_before_it():
 
 def test_a_stop_string_is_found_among_bytes_that_are_no_text():
     stream = TextStream(in_bytes, ["ab"])
-    assert "".join(stream.push([byte]) for byte in b"\xff\xff\xff\xff\xff\xff") != ""
-    stream.push(list(b"ab and more"))
+    stream.push(list(b"\xff\xff\xff\xff\xff\xffab and more"))
     assert (stream.stopped, stream.num_tokens) == (True, 8)
+    assert stream.text == "\ufffd" * 6
+
+
+def test_text_that_goes_on_with_bytes_that_are_none_is_given_on_at_once():
+    stream, smile = TextStream(in_pieces), list("🙂".encode())
+    shown = [stream.push([token]) for token in [*as_pieces("a"), *smile, 0xFF, *as_pieces(" b")]]
+    assert "".join(shown[:5]) == "a🙂"
+    assert (shown[-2][-1], shown[-1]) == (" ", "b")

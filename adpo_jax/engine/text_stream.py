@@ -1,13 +1,15 @@
 """Takes tokens as they are sampled and gives text out as soon as it is certain.
 
 A character may span tokens and a tokenizer may look back, so text is held until it ends in a whole
-character. Text that could be the beginning of a stop string is held until it cannot be one.
+character. SentencePiece even takes back whole characters for as long as the bytes behind them are
+none. Text that could be the beginning of a stop string is held until it cannot be one.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to this
-LONGEST_BEGINNING = 3  # bytes of a character that may still become whole
+LONGEST_CHARACTER = 4  # bytes, and with that tokens
 # The most pushes in a row without a whole character at the end. Without a limit, bytes that never
 # make a character, and special tokens without text, would be decoded again with each new token.
 MOST_WAITS = 16
@@ -36,7 +38,6 @@ class TextStream:
         # ones, since a tokenizer may write a token in another way at the start of a text.
         self._context = self._done = 0
         self._waits = 0  # pushes since `_done` moved
-        self._given = 0  # characters given out of the text after `_done`
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -55,25 +56,39 @@ class TextStream:
         """The rest of the text, after the last token."""
         if self.stopped:
             return ""
-        return self._give(self._held + self._new_text()[self._given :], last=True)
+        return self._give(self._held + self._new_text(len(self._tokens)), last=True)
 
     def _push(self, tokens: Sequence[int]) -> str:
         self._tokens.extend(int(token) for token in tokens)
-        new = self._new_text()
-        beginning = len(new) - len(new.rstrip(REPLACEMENT))
-        settled = (new and not beginning) or self._waits >= MOST_WAITS
-        certain = new if settled else new[: len(new) - min(beginning, LONGEST_BEGINNING)]
-        fresh = certain[self._given :]
-        self._given = max(len(certain), self._given)
-        self._waits = 0 if settled else self._waits + 1
-        if settled:
-            self._context, self._done, self._given = self._done, len(self._tokens), 0
-        return self._give(self._held + fresh) if fresh or self._held else ""
+        end, new = self._settled()
+        if end == self._done and self._waits < MOST_WAITS:
+            self._waits += 1
+            return self._give(self._held) if self._held else ""
+        self._waits, self._context, self._done = 0, self._done, end
+        return self._give(self._held + new)
 
-    def _new_text(self) -> str:
-        """What the tokens since `_done` add to the text before them."""
+    def _settled(self) -> tuple[int, str]:
+        """The last place up to which the text is certain, and what is new there.
+
+        That is the end of a whole character, or after many waits whatever there is. It is `_done`
+        where nothing is certain yet.
+        """
+        newest = len(self._tokens)
+        for end in range(newest, max(self._done, newest - LONGEST_CHARACTER), -1):
+            new = self._new_text(end)
+            if new and not new.endswith(REPLACEMENT):
+                return end, new
+        if self._waits >= MOST_WAITS:
+            return newest, self._new_text(newest)
+        return self._done, ""
+
+    def _new_text(self, end: int) -> str:
+        """What the tokens from `_done` to `end` add to the text before them."""
         context = self._decode(self._tokens[self._context : self._done])
-        return self._decode(self._tokens[self._context :])[len(context) :]
+        text = self._decode(self._tokens[self._context : end])
+        # They may change the text before them too; all that is not as it was is given again.
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(context, text))
+        return text[sum(1 for _ in same) :]
 
     def _give(self, text: str, last: bool = False) -> str:
         """Gives text out up to a stop string, or up to the beginning of a possible one."""
