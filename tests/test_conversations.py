@@ -2,6 +2,9 @@
 
 import os
 import re
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -335,6 +338,19 @@ def test_the_first_row_whose_control_tokens_are_text_is_told(chatml, caplog):
 # --- real tokenizers
 
 FOLDER = Path(os.environ.get("ADPO_JAX_MODELS", "/nowhere"))
+
+
+def test_threads_that_begin_together_hide_control_tokens_in_one_way(chatml, monkeypatch):
+    class Slow(control_tokens.Hiding):
+        def __init__(self, tokenizer):
+            time.sleep(0.05)
+            super().__init__(tokenizer)
+
+    monkeypatch.setattr(control_tokens, "Hiding", Slow)
+    monkeypatch.setattr(control_tokens, "_HIDINGS", weakref.WeakKeyDictionary())
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(control_tokens.hiding_of, chatml) for _ in range(4)]
+    assert len({id(one.result()) for one in made}) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "llama3_1"])

@@ -7,6 +7,7 @@ them has the ids that the tokenizer gives it.
 import functools
 import re
 import secrets
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -199,12 +200,16 @@ def _literal(match: re.Match, table: list[str], seam: str) -> str:
 
 # Making one takes seconds for a large vocabulary, and a server renders one prompt at a time.
 _HIDINGS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# What one hides another cannot find again, so that threads must not make two.
+_MAKING = threading.Lock()
 
 
 def hiding_of(tokenizer: Any) -> Hiding:
-    if tokenizer not in _HIDINGS:
-        _HIDINGS[tokenizer] = Hiding(tokenizer)
-    return _HIDINGS[tokenizer]
+    """The one `Hiding` of a tokenizer; any thread may call this."""
+    with _MAKING:
+        if tokenizer not in _HIDINGS:
+            _HIDINGS[tokenizer] = Hiding(tokenizer)
+        return _HIDINGS[tokenizer]
 
 
 def control_token_in(tokenizer: Any, value: Any) -> str:
