@@ -364,6 +364,8 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
         ("tags", f"<think>a</think> <think>{CALL}</think>{CALL}", ONE),
         ("tags", f"Well.<think>\n{CALL} and", []),
         ("tags", f"<think>\n{CALL} or {QWEN_XML}", ONE),  # as Qwen3.5 ends a thought
+        ("tags", f"<think>\n{QWEN_XML} or so</think>Well.", []),
+        ("tags", "<think>\nOr <tool_call> <fun", []),
         ("tags", CALL + "<think>", ONE),
         ("tags", '<tool_call>{"name": "add", "arguments": {"a": "</think>"}}</tool_call>',
          [Call("add", {"a": "</think>"})]),
@@ -378,6 +380,18 @@ CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
 )  # fmt: skip
 def test_a_call_that_is_drafted_in_a_thought_is_none(form, text, wanted):
     assert calls_in(form, text, TOOLS) == wanted
+    begun = [mark for mark in ("<think>", "<|channel>") if text.startswith(mark)]
+    for thought in ("", *begun):
+        for size in (1, 3, len(text)):
+            parser = CallParser(form, [{"function": {"name": "add"}}], thought=thought)
+            comes = text.removeprefix(thought)
+            found = [parser.push(comes[i : i + size]) for i in range(0, len(comes), size)]
+            found.append(parser.push("", last=True))
+            functions = [call["function"] for piece in found for call in piece.calls]
+            made = [Call(each["name"], json.loads(each["arguments"])) for each in functions]
+            assert made == wanted
+            if not wanted:
+                assert "".join(piece.text for piece in found) == comes
 
 
 def test_a_template_that_begins_a_thought_is_known(tokenizer, monkeypatch):

@@ -39,6 +39,8 @@ _MARKS = {
 # The marks around a thought.
 _THOUGHTS = {"gemma4": ("<|channel>", "<channel|>")}
 _THOUGHT = "<think>", "</think>"
+_XML_CALL = re.compile(rf"{OPEN}\s*<function=")
+_MAY_BE_XML_CALL = re.compile(rf"{OPEN}\s*(?:<function=|<?[a-z]*\Z)")
 _QUOTES = {"gemma": "<escape>", "gemma4": '<|"|>'}
 
 _FENCE = "```"
@@ -111,7 +113,7 @@ def _behind_thoughts(form: Form, text: str) -> str:
     while (start := text.find(opening, at)) >= 0 and text.find(begins_call, at, start) < 0:
         end = text.find(closing, start)
         if end < 0:
-            call = re.compile(rf"{OPEN}\s*<function=").search(text, start)
+            call = _XML_CALL.search(text, start)
             return text[call.start() :] if call and form == "tags" else ""
         at = end + len(closing)
     return text[at:]
@@ -354,13 +356,18 @@ class CallParser:
       form: the form in which this model writes calls.
       tools: the functions that it was given, in OpenAI's form.
       parallel: whether it may call more than one; further calls are left out.
+      thought: the `begun_thought` of the prompt.
 
     Attributes:
       num_calls: calls found so far.
     """
 
-    def __init__(self, form: Form, tools: list[dict[str, Any]], parallel: bool = True):
+    def __init__(
+        self, form: Form, tools: list[dict[str, Any]], parallel: bool = True, thought: str = ""
+    ):
         self._form = form
+        # Thoughts stand before the first call, and calls that are drafted in them are text.
+        self._may_think, self._thinks = True, bool(thought)
         self._take = self._take_tagged if form in _MARKS else self._take_json
         self._tools = parameters_of(tools)
         self._parallel = parallel
@@ -376,7 +383,43 @@ class CallParser:
     def push(self, text: str, *, last: bool = False) -> Found:
         """Takes further text; what may become a call is held back until it is one, or the last."""
         self._held += text
-        return self._take(last)
+        said = self._thoughts(last)
+        found = Found("", []) if self._thinks else self._take(last)
+        return Found(said + found.text, found.calls)
+
+    def _thoughts(self, last: bool) -> str:
+        """The thoughts that the held text begins with, and what stands before each of them."""
+        opening, closing = _THOUGHTS.get(self._form, _THOUGHT)
+        said = ""
+        while self._thinks or self._may_think:
+            mark = closing if self._thinks else opening
+            at = self._held.find(mark)
+            if at < 0 or not (self._thinks or self._may_begin_thought(at)):
+                break
+            at += len(mark)
+            said, self._held = said + self._held[:at], self._held[at:]
+            self._thinks = not self._thinks
+        if not self._thinks:
+            return said
+        # What may be a call in XML is one if the thought is never closed: see `_behind_thoughts`.
+        pattern = _XML_CALL if last else _MAY_BE_XML_CALL
+        call = pattern.search(self._held) if self._form == "tags" else None
+        if call:
+            at, self._thinks = call.start(), not last
+        else:
+            at = len(self._held)
+            at -= 0 if last else max(map(self._beginning, (closing, OPEN)))
+        said, self._held = said + self._held[:at], self._held[at:]
+        return said
+
+    def _may_begin_thought(self, at: int) -> bool:
+        """Whether a mark of a thought at this place is one, and not within or behind a call."""
+        before = self._held[:at]
+        if self._form in _MARKS:
+            self._may_think = _MARKS[self._form][0] not in before
+        else:
+            self._may_think = not self._is_text and not before.strip()
+        return self._may_think
 
     def _take_tagged(self, last: bool) -> Found:
         said, calls = "", []
@@ -390,6 +433,7 @@ class CallParser:
                 at, mark = len(self._held), ""
             before, self._held = self._held[:at], self._held[at + len(mark) :]
             if not self._inside:
+                self._may_think = False
                 # Space around calls is no text for people.
                 said += before.rstrip()
                 self._space, self._inside = before[len(before.rstrip()) :], True
@@ -411,11 +455,16 @@ class CallParser:
         if last:
             text, self._held = self._held, ""
             return text
-        beginnings = range(len(opening), 0, -1)
-        beginning = next((n for n in beginnings if self._held.endswith(opening[:n])), 0)
-        text = self._held[: len(self._held) - beginning].rstrip()
+        marks = [opening]
+        if self._may_think:
+            marks.append(_THOUGHTS.get(self._form, _THOUGHT)[0])
+        text = self._held[: len(self._held) - max(map(self._beginning, marks))].rstrip()
         self._held = self._held[len(text) :]
         return text
+
+    def _beginning(self, mark: str) -> int:
+        """The number of characters at the end of the held text that may begin a mark."""
+        return next((n for n in range(len(mark), 0, -1) if self._held.endswith(mark[:n])), 0)
 
     def _take_json(self, last: bool) -> Found:
         text = self._held.lstrip()
@@ -435,11 +484,12 @@ class CallParser:
                 value, end = _DECODER.raw_decode(rest)
             except (ValueError, RecursionError):
                 value = None
-            call = self._call(value)
-            if call is None:
-                self.num_calls = 0
-                return []
-            calls.append(call)
+            for each in value if isinstance(value, list) and value else [value]:
+                call = self._call(each)
+                if call is None:
+                    self.num_calls = 0
+                    return []
+                calls.append(call)
             rest = rest[end:].strip().removeprefix(";").strip()
         return calls if self._parallel else calls[:1]
 
@@ -454,5 +504,6 @@ class CallParser:
 
 
 def _may_be_json(text: str) -> bool:
-    """Whether a text that has begun so may be a call."""
-    return text.startswith(("{", PYTHON_TAG)) or PYTHON_TAG.startswith(text)
+    """Whether a text that has begun so may be calls, or a thought before them."""
+    begun = any(mark.startswith(text) for mark in (PYTHON_TAG, _THOUGHT[0]))
+    return begun or bool(re.match(r"\{|\[\s*(\{|$)", text)) or text.startswith(PYTHON_TAG)

@@ -34,6 +34,8 @@ from adpo_jax.serve.weights import WeightsRoot
 TOKENIZER_THREADS = 4
 # Log-probs of one answer's echoed prompts: each token has its own and those of the likeliest.
 MAX_ECHOED = 1 << 17
+# Tokens of a mark of thoughts and of the space behind it, where each character is one.
+_LONGEST_MARK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +347,9 @@ class Service:
         parser = None
         if request.tools:
             form, parallel = self.tool_form(request), request.parallel_tool_calls
-            parser = calls.CallParser(form, request.tools, parallel)
+            rendered = self.language.tokenizer.decode(prompt.tokens[-_LONGEST_MARK:])
+            thought = calls.begun_thought(form, rendered)
+            parser = calls.CallParser(form, request.tools, parallel, thought)
         decode = self._decoder(request)
         return Choice(index, request, version, decode, self._token_texts, parser, prompt.echo)
 
