@@ -304,6 +304,7 @@ CALLS = [
     ("tags", '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>', ONE),
     ("tags", 'Well.<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}', ONE),
     ("tags", QWEN_XML, ONE),
+    ("tags", QWEN_XML.removesuffix("</tool_call>"), ONE),
     ("tags", "no call", []),
     ("json", '{"name": "add", "parameters": {"a": 1}}', ONE),
     ("json", '<|python_tag|>[{"name": "add", "arguments": {"a": 1}}]', ONE),
@@ -316,6 +317,7 @@ CALLS = [
      ONE * 2),
 ]  # fmt: skip
 MALFORMED = [
+    ("tags", QWEN_XML[: QWEN_XML.find("</parameter>")], "no </function>"),
     ("tags", "<tool_call>{", "no JSON object"),
     ("tags", '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', 'no tool "rm"; there are'),
     ("tags", '<tool_call>{"name": {"a": 1}, "arguments": {}}</tool_call>', "there is no tool"),

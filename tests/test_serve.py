@@ -354,6 +354,7 @@ def test_max_tokens_above_the_room_is_cut(client):
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 SUB = {"type": "function", "function": {"name": "sub"}}
+XML_CALL = "<tool_call>\n<function=add>\n<parameter=a>\n12\n</parameter>\n</function>"
 ADD_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
@@ -384,6 +385,8 @@ def pieces(form, text, size, **options):
         ("tags", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', None),
         ("tags", "<tool_call>" + "[" * 3000, None),
         ("tags", "1 < 2 <tool", None),
+        ("tags", XML_CALL, ("", [("add", {"a": 12})])),
+        *(("tags", XML_CALL[: XML_CALL.find(cut)], None) for cut in ("2", "</par", "/function")),
         ("json", '{"name": "add", "parameters": {"a": 1}}', ("", [("add", {"a": 1})])),
         (
             "json",

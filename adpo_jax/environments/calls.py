@@ -95,7 +95,10 @@ def calls_in(form: Form, text: str, tools: Mapping[str, Mapping[str, Any]]) -> l
     """
     text = _behind_thoughts(form, text)
     bodies = _bodies(form, text) if form in _MARKS else _json_bodies(text)
-    calls = [_checked(_read(form, body, tools), tools) for body in bodies[:_MOST_CALLS]]
+    calls = [
+        body if isinstance(body, Call) else _checked(_read(form, body, tools), tools)
+        for body in bodies[:_MOST_CALLS]
+    ]
     if len(bodies) > _MOST_CALLS:
         calls.append(Call("", {}, f"a turn has {_MOST_CALLS} calls at most; the rest was left out"))
     return calls
@@ -119,10 +122,23 @@ def _behind_thoughts(form: Form, text: str) -> str:
     return text[at:]
 
 
-def _bodies(form: Form, text: str) -> list[str]:
-    """What stands between the marks; up to the end of the text where the last is not closed."""
+def _bodies(form: Form, text: str) -> list[str | Call]:
+    """What stands between the marks; up to the end of the text where the last is not closed.
+
+    A call that breaks off within that is given as a malformed one.
+    """
     opening, closing = _MARKS[form]
-    return [part.partition(closing)[0].strip() for part in text.split(opening)[1:]]
+    made = []
+    for part in text.split(opening)[1:]:
+        body, mark, _ = part.partition(closing)
+        broken = Call("", {}, "this call breaks off: it has no </function>")
+        made.append(broken if _breaks_off(form, body, mark) else body.strip())
+    return made
+
+
+def _breaks_off(form: Form, body: str, mark: str) -> bool:
+    """Whether a call in XML ends within an argument, where no closing mark follows it."""
+    return form == "tags" and not mark and "<function=" in body and "</function>" not in body
 
 
 def _json_bodies(text: str) -> list[Any]:
@@ -439,7 +455,8 @@ class CallParser:
                 self._space, self._inside = before[len(before.rstrip()) :], True
                 continue
             self._inside = False
-            call = self._call(before.strip())
+            cut = _breaks_off(self._form, before, mark)
+            call = None if cut else self._call(before.strip())
             if call is None:
                 said += self._space + opening + before + mark
             else:
