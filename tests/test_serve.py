@@ -64,6 +64,8 @@ def folder(tmp_path_factory):
     policy, params = Policy.from_config(CONFIG, jax.random.key(0))
     tokenizer = copy.deepcopy(arithmetic.make_tokenizer())
     tokenizer.chat_template = TEMPLATE
+    # As Gemma 4 has them: without special tokens a text has no calls any more.
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<tool_call>", "</tool_call>"]})
     policy.save_pretrained(folder, params, tokenizer)
     return folder
 
@@ -428,9 +430,10 @@ def test_the_template_tells_the_form_of_calls():
     assert tools.form_of("{% if tools %}[TOOL_CALLS]") is None
 
 
-def writes(monkeypatch, text: str):
+def writes(monkeypatch, text: str, tokenizer=None):
     """Every completion says this, three tokens at a time."""
-    tokens = np.array(arithmetic.make_tokenizer()(text)["input_ids"], np.int32)
+    tokenizer = tokenizer or arithmetic.make_tokenizer()
+    tokens = np.array(tokenizer(text)["input_ids"], np.int32)
 
     def submit(self, prompt, sampling, *, queue, **_):
         request = Request(np.array(prompt), sampling, lambda: None)
@@ -446,13 +449,15 @@ def writes(monkeypatch, text: str):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_model_calls_functions_and_is_told_what_they_gave(client, folder, monkeypatch, parallel):
-    writes(monkeypatch, f"I add.\n{ADD_CALL}\n{ADD_CALL}")
+    tokenizer = pretrained.load(folder).tokenizer
+    end = tokenizer.eos_token
+    assert "<tool_call>" in tokenizer.all_special_tokens
+    writes(monkeypatch, f"I add.\n{ADD_CALL}\n{ADD_CALL}{end}", tokenizer)
     asked = {"model": "tiny", "tools": [ADD, SUB], "max_tokens": 64}
     asked["parallel_tool_calls"] = parallel
     question = {"role": "user", "content": "x"}
     whole = client.chat.completions.create(messages=[question], **asked)
     rendered = "add sub by <tool_call>user: x\n"
-    tokenizer = pretrained.load(folder).tokenizer
     assert whole.usage.prompt_tokens == len(tokenizer(rendered)["input_ids"])
     choice = whole.choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I add.")

@@ -74,6 +74,12 @@ def form_of(template: str) -> Form | None:
     return "json" if re.search(r"""parameters\\?":\s*dictionary""", template) else None
 
 
+def marks_of(form: Form) -> tuple[str, ...]:
+    """The marks by which calls and thoughts are known; a tokenizer may have them as special."""
+    marks = *_MARKS.get(form, (PYTHON_TAG,)), *_THOUGHTS.get(form, _THOUGHT)
+    return marks + ((_QUOTES[form],) if form in _QUOTES else ())
+
+
 def begun_thought(form: Form, prompt: str) -> str:
     """The mark with which a prompt has begun a thought that the model goes on with; "" for none."""
     opening, _ = _THOUGHTS.get(form, _THOUGHT)

@@ -6,6 +6,7 @@ And from a folder of new weights to the weights that it decodes with.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import inspect
 import secrets
 import sys
@@ -402,8 +403,28 @@ class Service:
             yield choice, piece
 
     def _decoder(self, request: CompletionRequest) -> Callable[[list[int]], str]:
-        skip = request.skip_special_tokens
-        return lambda tokens: self.language.tokenizer.decode(tokens, skip_special_tokens=skip)
+        tokenizer, skip = self.language.tokenizer, request.skip_special_tokens
+        if not request.tools:
+            return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=skip)
+        left_out = set(self._ends)
+        if skip:
+            marks = calls.marks_of(self.tool_form(request))
+            left_out |= {i for i, token in self._special_tokens.items() if token not in marks}
+        return lambda tokens: tokenizer.decode([i for i in tokens if i not in left_out])
+
+    @functools.cached_property
+    def _ends(self) -> set[int]:
+        """The tokens that end, begin or pad a text, which no call holds."""
+        named = (f"{name}_token_id" for name in ("eos", "bos", "pad"))
+        ids = {getattr(self.language.tokenizer, name, None) for name in named}
+        return {*ids, *self.language.stop_token_ids} - {None}
+
+    @functools.cached_property
+    def _special_tokens(self) -> dict[int, str]:
+        tokenizer = self.language.tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
+        return dict(named) | {i: token.content for i, token in added if token.special}
 
 
 def failed() -> ApiError:
