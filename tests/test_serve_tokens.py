@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.policy import Policy
 from adpo_jax.serve.decoding import Decoding
+from adpo_jax.serve.service import Service
 
 PATH = "/inference/v1/generate"
 PROMPT = [70, 71, 72, 73, 74]
@@ -381,6 +383,66 @@ def test_a_pause_lets_what_is_under_way_end_and_nothing_begin(address, sampled, 
         post(address, "/resume")
         assert later.result()["choices"][0]["token_ids"] == sampled(1, 6)[0].tokens.tolist()
     assert "abort" in error_of(post(address, "/pause?mode=abort"))["message"]
+
+
+SCORED = {"prompt": [PROMPT, PROMPT[:3]], "echo": True, "logprobs": 0}
+
+
+def scored_by(choice, versions, number) -> bool:
+    """Whether the log-probs of a choice's prompt are those of these weights."""
+    policy, params = versions
+    count = len(choice["logprobs"]["token_logprobs"])
+    wanted = policy.log_probs(params[number], [PROMPT])[0, 1:count]
+    found = choice["logprobs"]["token_logprobs"][1:]
+    return found == pytest.approx(wanted[: len(found)].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep"])
+def test_a_pause_holds_the_scoring_of_prompts(address, versions, mode):
+    old = with_weights(address, 0)
+    post(address, f"/pause?mode={mode}")
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(post, address, json=SCORED | {"max_tokens": 0})
+        time.sleep(0.3)
+        with_weights(address, 1)
+        assert not later.done()
+        post(address, "/resume")
+        for choice in later.result().json()["choices"]:
+            assert scored_by(choice, versions, 1)
+            assert choice["weight_versions"] == [[old + 1, 0]]
+
+
+@pytest.mark.parametrize(("during", "max_tokens"), [(1, 0), (2, 0), (2, 1)])
+def test_prompts_have_the_version_of_the_weights_that_scored_them(
+    address, versions, monkeypatch, during, max_tokens
+):
+    """New weights come while one prompt of two is scored, or once both are."""
+    old = with_weights(address, 0)
+    score, calls, inside, go = Service._score, [], threading.Event(), threading.Event()
+
+    def slow(self, prompts, *rest):
+        made = score(self, prompts, *rest)
+        calls.append(prompts)
+        if len(calls) == during:
+            inside.set()
+            assert go.wait(30)
+        return made
+
+    monkeypatch.setattr(Service, "_score", slow)
+    monkeypatch.setattr(scoring, "CALL_TOKENS", 4)  # a call for each prompt
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(post, address, json=SCORED | {"max_tokens": max_tokens})
+        assert inside.wait(30)
+        new = with_weights(address, 1)
+        go.set()
+        choices = later.result().json()["choices"]
+    again = during == 1
+    assert len(calls) == (4 if again else 2)
+    for choice in choices:
+        assert choice["prompt_weight_version"] == (new if again else old)
+        assert choice["weight_versions"] == [[new if again or max_tokens else old, 0]]
+        if not max_tokens:
+            assert scored_by(choice, versions, int(again))
 
 
 def test_an_exchange_of_weights_compiles_nothing(address):

@@ -88,15 +88,17 @@ class Choice:
     """One completion under way.
 
     Args:
-      version: the present version of the weights.
+      version: the present version of the weights; where nothing is sampled, `prompt_version`.
       decode: token ids -> text.
       parser: parts text and calls of tools; None where there are no tools.
       prompt: what the answer begins with; None for nothing.
+      prompt_version: the version of the weights that scored the prompt; None where none did.
 
     Attributes:
       index: its number among the choices of the request.
       finish_reason: "stop", "length" or "tool_calls" at the end, None before.
       versions: which weights sampled it.
+      prompt_version: as it was given.
     """
 
     def __init__(
@@ -108,9 +110,11 @@ class Choice:
         token_texts: TokenTexts,
         parser: CallParser | None = None,
         prompt: Piece | None = None,
+        prompt_version: int | None = None,
     ):
         self.index, self.finish_reason = index, None if request.samples else "length"
         self.prompt, self.versions = prompt, WeightVersions(version)
+        self.prompt_version = prompt_version
         self._request, self._token_texts, self._parser = request, token_texts, parser
         sampling = request.sampling
         self._stream = TextStream(decode, sampling.stop, sampling.min_tokens)
@@ -235,6 +239,8 @@ class Answer:
         made: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
         if choice.finish_reason:
             made["weight_versions"] = choice.versions.segments
+            if choice.prompt_version is not None:
+                made["prompt_weight_version"] = choice.prompt_version
         if self._chat:
             logprobs = {"content": piece.scored, "refusal": None} if piece.scored else None
             return made | {"logprobs": logprobs}

@@ -67,6 +67,8 @@ class Decoding:
         # Those who wait until decoding stands still; touched on the loop alone.
         self._until_still: list[asyncio.Future] = []
         self._num_pauses = 0
+        self._begins = asyncio.Event()  # while requests that arrive begin
+        self._begins.set()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -120,7 +122,8 @@ class Decoding:
         """
         if self.failed:
             raise DecodingFailed
-        self.paused, self.batch.holds = how, True
+        self.paused = how
+        self._hold(True)
         self._num_pauses += 1
         still = self._loop.create_future()
         self._until_still.append(still)
@@ -129,7 +132,8 @@ class Decoding:
 
     def resume(self) -> None:
         """Ends a pause."""
-        self.paused, self.batch.holds = None, self._exchange is not None
+        self.paused = None
+        self._hold(self._exchange is not None)
         self._num_pauses += 1
         self._tell_still(self._num_pauses)
         self._wake.set()
@@ -147,10 +151,24 @@ class Decoding:
             raise DecodingFailed
         assert self._exchange is None
         done = self._loop.create_future()
-        self.batch.holds = True
+        self._hold(True)
         self._exchange = _Exchange(params, version, done)
         self._wake.set()
         await done
+
+    async def may_begin(self) -> None:
+        """Returns once neither a pause nor an exchange keeps a request from beginning.
+
+        Raises:
+          DecodingFailed: when there is no thread any more.
+        """
+        await self._begins.wait()
+        if self.failed:
+            raise DecodingFailed
+
+    def _hold(self, holds: bool):
+        self.batch.holds = holds
+        (self._begins.clear if holds else self._begins.set)()
 
     def _run(self):
         try:
@@ -190,7 +208,7 @@ class Decoding:
             self._wake.wait()
 
     def _exchanged(self, done: asyncio.Future):
-        self.batch.holds = self.paused is not None
+        self._hold(self.paused is not None)
         _tell(done)
         self._wake.set()
 
@@ -217,6 +235,7 @@ class Decoding:
 
     def _fail(self):
         self.failed = True
+        self._begins.set()
         for queue in {id(queue): queue for queue in self._queues.values()}.values():
             queue.put_nowait(DecodingFailed())
         self._queues.clear()

@@ -221,7 +221,7 @@ class Service:
     # --- scored prompts
 
     async def _scored(self, request: CompletionRequest, prompts: list[Prompt]) -> list[Prompt]:
-        """The prompts with the log-probs of their tokens."""
+        """The prompts with the log-probs of their tokens, all under the same weights."""
         alternatives = request.prompt_alternatives
         count = sum(len(prompt.tokens) for prompt in prompts) * (1 + alternatives)
         if count > MAX_ECHOED:
@@ -233,15 +233,23 @@ class Service:
                 f"to {MAX_ECHOED} in an answer: send fewer prompts at once",
                 param=field,
             )
-        made, batch, size = [], [], 0
-        # Others' prompts have their turn between the batches.
-        for number, prompt in enumerate(prompts, start=1):
-            batch.append(prompt)
+        batches, size = [[]], 0
+        for prompt in prompts:
+            if size >= scoring.CALL_TOKENS:
+                batches, size = [*batches, []], 0
+            batches[-1].append(prompt)
             size += len(prompt.tokens)
-            if size >= scoring.CALL_TOKENS or number == len(prompts):
+        while True:
+            made = []
+            # Others' prompts have their turn between the batches, and so have new weights.
+            for batch in batches:
+                try:
+                    await self.decoding.may_begin()
+                except DecodingFailed:
+                    raise failed() from None
                 made += await self._in(self._scoring, self._score, batch, alternatives)
-                batch, size = [], 0
-        return made
+            if len({prompt.scored.version for prompt in made}) == 1:
+                return made
 
     def _score(self, prompts: list[Prompt], top_logprobs: int) -> list[Prompt]:
         arrays = [np.array(prompt.tokens, np.int32) for prompt in prompts]
@@ -351,8 +359,12 @@ class Service:
             rendered = self.language.tokenizer.decode(prompt.tokens[-_LONGEST_MARK:])
             thought = calls.begun_thought(form, rendered)
             parser = calls.CallParser(form, request.tools, parallel, thought)
-        decode = self._decoder(request)
-        return Choice(index, request, version, decode, self._token_texts, parser, prompt.echo)
+        decode, scored_by = self._decoder(request), None
+        if prompt.scored is not None:
+            scored_by = prompt.scored.version
+            version = version if request.samples else scored_by
+        beside = parser, prompt.echo, scored_by
+        return Choice(index, request, version, decode, self._token_texts, *beside)
 
     def _submit(
         self, request: CompletionRequest, prompt: Prompt, queue: asyncio.Queue, client: Client
