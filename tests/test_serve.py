@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import errno
+import functools
 import json
 import re
 import shutil
@@ -32,13 +34,14 @@ from adpo_jax.engine.requests import NewTokens, Request
 from adpo_jax.environments import calls as tools
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
-from adpo_jax.serve import hosting, protocol
+from adpo_jax.serve import app, hosting, protocol, service
 from adpo_jax.serve.access import Hosts
 from adpo_jax.serve.app import Page
 from adpo_jax.serve.connections import Connections
 from adpo_jax.serve.decoding import Decoding
 from adpo_jax.serve.fields import MAX_DEPTH, ApiError, Fields, parse_object
 from adpo_jax.serve.service import Service
+from adpo_jax.serve.tokens import parse_tokens
 from adpo_jax.serve.tools import parse_tools
 
 CONFIG = arithmetic.MODEL_CONFIG | {
@@ -289,18 +292,58 @@ def test_an_echoed_prompt_has_the_log_probs_that_the_policy_gives_it(client, fol
         assert mine[-1].logprobs.text_offset == longer.logprobs.text_offset[-1:]
 
 
-def test_more_log_probs_than_an_answer_holds_are_refused(address):
+def test_more_log_probs_than_an_answer_holds_are_refused(address, monkeypatch):
     body = {"prompt": ["Ann has 3 apples. " * 4] * 128, "echo": True, "max_tokens": 0}
     assert post(address, json=body).status_code == 200
-    from adpo_jax.serve import service
-
-    most, service.MAX_ECHOED = service.MAX_ECHOED, 1000
-    try:
-        refused = post(address, json=body | {"logprobs": 5})
-    finally:
-        service.MAX_ECHOED = most
+    monkeypatch.setattr(service, "MAX_ECHOED", 1000)
+    refused = post(address, json=body | {"logprobs": 5})
     assert refused.status_code == 400
     assert "send fewer prompts at once" in error_of(refused)["message"]
+
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+SAMPLES = {"n": 128, "max_tokens": 2048}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "x", "logprobs": 4} | SAMPLES, "logprobs"),
+        ("/v1/completions", {"prompt": ["x"] * 128, "logprobs": 4, "max_tokens": 2048}, "logprobs"),
+        ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 4, "n": 128},
+         "top_logprobs"),
+        ("/inference/v1/generate", {"token_ids": [1], "sampling_params": SAMPLES | {"logprobs": 4}},
+         "logprobs"),
+    ],
+)  # fmt: skip
+def test_samples_have_no_more_log_probs_than_an_answer_holds(path, body, param):
+    limits = protocol.Limits(2048, 2048)
+    if path == "/inference/v1/generate":
+        parse = parse_tokens
+    else:
+        parse = functools.partial(protocol.parse, chat="chat" in path)
+    with pytest.raises(ApiError, match="is 1310720 log-probs; .* up to 1048576 in an") as error:
+        parse(body, model="tiny", limits=limits)
+    assert error.value.param == param
+    parse(body, model="tiny", limits=dataclasses.replace(limits, max_response_length=64))
+
+
+def test_an_answer_of_many_log_probs_is_written_down_in_small_parts(monkeypatch):
+    entry = {"token": "é", "logprob": -1.5, "bytes": [1, 2], "top_logprobs": [{"a": None}] * 20}
+    choice = {"index": 0, "logprobs": {"content": [entry] * 1000, "refusal": None}, "text": ""}
+    columns = {"index": 1, "logprobs": {"tokens": ["a"] * 999, "top_logprobs": [{"a": -1}] * 999}}
+    prompt = [None, *[{"5": {"logprob": -1}}] * 1000]
+    body = {"choices": [choice, columns], "prompt_logprobs": prompt, "usage": {"a": 1}, "b": []}
+    wanted, dumps, longest = app._dumped(body), json.dumps, []
+
+    def noted(*args, **kwargs):
+        made = dumps(*args, **kwargs)
+        longest.append(len(made))
+        return made
+
+    monkeypatch.setattr(app.json, "dumps", noted)
+    assert app._dumped_in_parts(body) == wanted
+    assert max(longest) < len(wanted) / 20
 
 
 NEUTRAL = {

@@ -31,6 +31,9 @@ from adpo_jax.serve.protocol import CompletionRequest, parse
 from adpo_jax.serve.service import Service
 from adpo_jax.serve.tokens import parse_tokens
 
+# What is written down at once of an answer: what is so deep in it, or so many entries of a list.
+_SMALL_DEPTH, _PART = 4, 32
+
 
 class App:
     """The server as a Starlette application.
@@ -323,7 +326,7 @@ class App:
             if not await _unless_gone(request.receive, all_news()):
                 return Response(status_code=499)
         # An answer of many log-probs takes a while to write down.
-        content = await asyncio.to_thread(lambda: _dumped(answer.body(choices)))
+        content = await asyncio.to_thread(lambda: _dumped_in_parts(answer.body(choices)))
         return Response(content, media_type="application/json")
 
 
@@ -432,9 +435,26 @@ async def _unless_gone(receive, work) -> bool:
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-def _dumped(content: dict[str, Any]) -> str:
+def _dumped(content: Any) -> str:
     # The JSON is ASCII, so that no lone surrogate can break it.
     return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def _dumped_in_parts(content: Any, depth: int = 0) -> str:
+    """The same for a large answer, between whose parts other threads have their turn.
+
+    `json.dumps` lets none of them on until its end.
+    """
+    if isinstance(content, dict) and depth < _SMALL_DEPTH:
+        items = content.items()
+        inside = (f"{_dumped(key)}:{_dumped_in_parts(item, depth + 1)}" for key, item in items)
+        return f"{{{','.join(inside)}}}"
+    if isinstance(content, list) and depth <= 1:  # the choices
+        return f"[{','.join(_dumped_in_parts(item, depth + 1) for item in content)}]"
+    if isinstance(content, list):
+        starts = range(0, len(content), _PART)
+        return f"[{','.join(_dumped(content[at : at + _PART])[1:-1] for at in starts)}]"
+    return _dumped(content)
 
 
 def _json(content: dict[str, Any], status: int = 200, headers=None) -> Response:

@@ -73,6 +73,7 @@ class Limits:
       max_prompt_length, max_response_length: tokens.
       max_prompt_characters: the longest text that is tokenised; None for 16 times the tokens.
       max_choices: completions of a request, over all its prompts.
+      max_log_probs: log-probs of all tokens of these, the likeliest beside each included.
       max_model_length: tokens of a prompt and its completion together; None for the sum of the
         limits of both.
     """
@@ -81,12 +82,33 @@ class Limits:
     max_response_length: int
     max_prompt_characters: int | None = None
     max_choices: int = 128
+    max_log_probs: int = 1 << 20
     max_model_length: int | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and completion together."""
         return self.max_model_length or self.max_prompt_length + self.max_response_length
+
+    def check_log_probs(self, request: "CompletionRequest", field: str) -> None:
+        """Refuses an answer whose log-probs would take much memory and long to write down.
+
+        Args:
+          field: what asks for the likeliest tokens.
+
+        Raises:
+          ApiError: for more log-probs than the limit.
+        """
+        if not request.logprobs or not request.samples:
+            return
+        tokens = len(request.prompts) * request.sampling.n * request.sampling.max_tokens
+        count = tokens * (1 + request.top_logprobs)
+        if count > self.max_log_probs:
+            raise ApiError(
+                f"n x prompts x max_tokens x (1 + {field}) is {count} log-probs; this server gives "
+                f"up to {self.max_log_probs} in an answer: ask for fewer at once",
+                param=field,
+            )
 
     def check_characters(self, count: int, field: str) -> None:
         """Refuses a text too long to be worth the tokenizer's time.
@@ -181,6 +203,7 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
         parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
     )
     _refuse_the_rest(fields, sampling.n, chat=chat)
+    limits.check_log_probs(request, "top_logprobs" if chat else "logprobs")
     if chat:
         values = [value for message in prompts[0] for value in message.values()]
         values += [*request.chat_template_kwargs.values(), *request.tools]

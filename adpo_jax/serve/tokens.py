@@ -124,6 +124,7 @@ def parse_tokens(body: dict[str, Any], *, model: str, limits: Limits) -> TokensR
     for name, values in NEUTRAL_BESIDE.items():
         fields.without_effect(name, *values)
     fields.finish()
+    limits.check_log_probs(made, "logprobs")
     return made
 
 
