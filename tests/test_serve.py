@@ -27,20 +27,24 @@ import openai
 import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.data import arithmetic
-from adpo_jax.engine.requests import NewTokens, Request
+from adpo_jax.data.prompts import PromptFormat
+from adpo_jax.engine.requests import NewTokens, Request, Sample
 from adpo_jax.environments import calls as tools
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
 from adpo_jax.serve import app, hosting, protocol, service
 from adpo_jax.serve.access import Hosts
+from adpo_jax.serve.answers import TokenTexts
 from adpo_jax.serve.app import Page
 from adpo_jax.serve.connections import Connections
 from adpo_jax.serve.decoding import Decoding
 from adpo_jax.serve.fields import MAX_DEPTH, ApiError, Fields, parse_object
-from adpo_jax.serve.service import Service
+from adpo_jax.serve.service import Language, Prompt, Service
 from adpo_jax.serve.tokens import parse_tokens
 from adpo_jax.serve.tools import parse_tools
 
@@ -184,7 +188,7 @@ def test_a_chat_goes_through_the_template_and_streams_what_it_gives_whole(client
         for entry in choice.logprobs.content:
             assert len(entry.top_logprobs) == 3
             assert entry.top_logprobs[0].logprob >= entry.logprob - 1e-5
-            assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+            assert entry.bytes is None or bytes(entry.bytes).decode(errors="replace") == entry.token
     assert usage == whole.usage
 
 
@@ -215,6 +219,54 @@ def test_several_prompts_as_texts_or_token_ids(client):
     ids = [tokenizer(text)["input_ids"] for text in ("Ann has", "Ben")]
     by_ids = client.completions.create(prompt=ids, **asked)
     assert [c.text for c in by_ids.choices] == [c.text for c in texts.choices]
+
+
+def sentence_pieces():
+    """A tokenizer as Llama 2's: a space begins a word, and is cut at the start of a text."""
+    words = ["<unk>", "</s>", "▁a", "a", "▁", "b"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    model = models.BPE(
+        {word: i for i, word in enumerate(words)},
+        [("▁", "a")],
+        byte_fallback=True,
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_tokens_keep_their_space_and_their_bytes_whatever_the_tokenizer_cuts():
+    pieces, levels = sentence_pieces(), arithmetic.make_tokenizer()
+    half = levels("é")["input_ids"][:1]
+    for tokenizer, token, text, made in (
+        (pieces, pieces.convert_tokens_to_ids("▁a"), " a", b" a"),
+        (pieces, pieces.convert_tokens_to_ids("a"), "a", b"a"),
+        (pieces, pieces.convert_tokens_to_ids("<0xC3>"), "\ufffd", b"\xc3"),
+        (pieces, pieces.eos_token_id, "</s>", b"</s>"),
+        (levels, half[0], "\ufffd", b"\xc3"),
+        (levels, levels.eos_token_id, "<eos>", b"<eos>"),
+    ):
+        entry = TokenTexts(tokenizer).entry(token, 0.0)
+        assert (entry["token"], bytes(entry["bytes"])) == (text, made)
+
+
+def test_a_completion_begins_with_the_space_that_stands_behind_its_prompt():
+    tokenizer = sentence_pieces()
+    asked = protocol.parse({"prompt": "x"}, chat=False, model="m", limits=protocol.Limits(9, 9))
+    language = Language(tokenizer, len(tokenizer), (), PromptFormat())
+    decoding = mock.Mock(batch=mock.Mock(version=0))
+    made = Service(language, decoding, protocol.Limits(9, 9), mock.Mock())
+    try:
+        choice = made._choice(0, asked, Prompt(tokenizer("b")["input_ids"]))
+    finally:
+        made.close()
+    ids = np.array(tokenizer("a a")["input_ids"], np.int32)
+    sample = Sample(Request(np.zeros(1, np.int32), asked.sampling, None), 0)
+    choice.push(NewTokens(sample, ids, np.zeros(len(ids), np.float32), None, "stop"))
+    assert choice.whole().text == " a a"
 
 
 # --- what lm-eval and others ask

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from adpo_jax.data import arithmetic
-from adpo_jax.engine.text_stream import TextStream
+from adpo_jax.engine.text_stream import TextStream, end_of_prompt
 
 TOKENIZER = arithmetic.make_tokenizer()
 WORDS = st.text(alphabet="ab €😀\n", max_size=20)
@@ -35,6 +35,11 @@ def as_pieces(text: str) -> list[int]:
     text = text.replace(" ", "▁")
     known = ([PIECES.index(c)] if c in PIECES else list(c.encode()) for c in text)
     return [i for ids in known for i in ids]
+
+
+def without_first_space(ids) -> str:
+    """As Llama 2 and Mistral do."""
+    return in_pieces(ids).removeprefix(" ")
 
 
 WAYS = {"bytes": (in_bytes, lambda text: list(text.encode())), "pieces": (in_pieces, as_pieces)}
@@ -128,3 +133,15 @@ def test_text_that_goes_on_with_bytes_that_are_none_is_given_on_at_once():
     shown = [stream.push([token]) for token in [*as_pieces("a"), *smile, 0xFF, *as_pieces(" b")]]
     assert "".join(shown[:5]) == "a🙂"
     assert (shown[-2][-1], shown[-1]) == (" ", "b")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [("b a", " a b"), ("b a", "a"), ("", "a a"), ("a€你", " 你"), ("a", "€ a"), ("🙂", "€")],
+)
+def test_a_text_goes_on_behind_its_prompt(prompt, text):
+    before = end_of_prompt(without_first_space, as_pieces(prompt))
+    stream = TextStream(without_first_space, before=before)
+    tokens = as_pieces(text)
+    assert "".join(stream.push([token]) for token in tokens) + stream.finish() == text
+    assert stream.num_tokens == len(tokens)

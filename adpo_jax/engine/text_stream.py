@@ -15,6 +15,13 @@ LONGEST_CHARACTER = 4  # bytes, and with that tokens
 MOST_WAITS = 16
 
 
+def end_of_prompt(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt that are whole characters; [] where there are none."""
+    ends = (list(prompt[-count:]) for count in range(LONGEST_CHARACTER, 0, -1))
+    texts = ((end, decode(end)) for end in ends)
+    return next((end for end, text in texts if text and REPLACEMENT not in text), [])
+
+
 class TextStream:
     """The text of one completion under way.
 
@@ -22,6 +29,8 @@ class TextStream:
       decode: token ids -> text.
       stop: stop strings; the text ends before the first of them that appears.
       min_tokens: no text ends at a stop string before this many tokens.
+      before: tokens that the text follows, as `end_of_prompt` gives them; a tokenizer may leave a
+        space out at the start of a text.
 
     Attributes:
       text: all text that was given out.
@@ -30,13 +39,17 @@ class TextStream:
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        before: Sequence[int] = (),
     ):
         self._decode, self._stop, self._min_tokens = decode, tuple(stop), min_tokens
-        self._tokens: list[int] = []
+        self._tokens, self._num_before = list(before), len(before)
         # Tokens before `_done` are decoded. Those from `_context` on are decoded again with the new
         # ones, since a tokenizer may write a token in another way at the start of a text.
-        self._context = self._done = 0
+        self._context, self._done = 0, len(before)
         self._waits = 0  # pushes since `_done` moved
         self._held = ""
         self.text = ""
@@ -44,7 +57,7 @@ class TextStream:
 
     @property
     def num_tokens(self) -> int:
-        return len(self._tokens)
+        return len(self._tokens) - self._num_before
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes further tokens; returns the text that is certain now."""

@@ -1,5 +1,6 @@
 """The answers to clients: choices as their tokens come, and bodies and chunks of JSON."""
 
+import functools
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,24 +26,50 @@ class Piece(NamedTuple):
 NOTHING = Piece("", [], [])
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes with."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+_BYTES = _byte_alphabet() | {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
 class TokenTexts:
-    """The text of single tokens, special ones too, each decoded once.
+    """The text of single tokens, special ones too, as it is within a text; each is decoded once.
 
     Args:
-      decode: token ids -> text, special tokens included.
+      tokenizer: of transformers.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode = decode
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
         self._known: dict[int, tuple[str, list[int] | None]] = {}
+
+    @functools.cached_property
+    def _before(self) -> tuple[list[int], str]:
+        """Some tokens and their text; the start of a text may lack the space of its first token."""
+        ids = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        return ids, self._tokenizer.decode(ids)
+
+    def _read(self, token: int) -> tuple[str, list[int] | None]:
+        """The text and the bytes of a token; None where these are not known."""
+        ids, before = self._before
+        text = self._tokenizer.decode([*ids, token])
+        whole = text.startswith(before)
+        text = text.removeprefix(before) if whole else self._tokenizer.decode([token])
+        if REPLACEMENT not in text:
+            return text, list(text.encode("utf-8", errors="replace"))
+        # These bytes are no text, and become some together with those of other tokens.
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        made = [_BYTES.get(part) for part in ([piece] if piece in _BYTES else piece)]
+        return text, None if None in made else made
 
     def entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
         """A token with its log-prob, as /v1/chat/completions has it."""
         if token not in self._known:
-            text = self._decode([token])
-            whole = REPLACEMENT not in text
-            made = list(text.encode("utf-8", errors="replace")) if whole else None
-            self._known[token] = text, made
+            self._known[token] = self._read(token)
         text, made = self._known[token]
         if log_prob is not None:
             log_prob = max(log_prob, LEAST_LOG_PROB)
@@ -92,6 +119,7 @@ class Choice:
       decode: token ids -> text.
       parser: parts text and calls of tools; None where there are no tools.
       prompt: what the answer begins with; None for nothing.
+      before: tokens that the text follows; see `TextStream`.
       prompt_version: the version of the weights that scored the prompt; None where none did.
 
     Attributes:
@@ -110,6 +138,7 @@ class Choice:
         token_texts: TokenTexts,
         parser: CallParser | None = None,
         prompt: Piece | None = None,
+        before: Sequence[int] = (),
         prompt_version: int | None = None,
     ):
         self.index, self.finish_reason = index, None if request.samples else "length"
@@ -117,7 +146,7 @@ class Choice:
         self.prompt_version = prompt_version
         self._request, self._token_texts, self._parser = request, token_texts, parser
         sampling = request.sampling
-        self._stream = TextStream(decode, sampling.stop, sampling.min_tokens)
+        self._stream = TextStream(decode, sampling.stop, sampling.min_tokens, before)
         self._pieces: list[Piece] = [] if prompt is None else [prompt]
 
     @property

@@ -21,6 +21,7 @@ from adpo_jax.data.control_tokens import control_token_in
 from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
 from adpo_jax.engine import scoring
 from adpo_jax.engine.requests import NewTokens, Sample
+from adpo_jax.engine.text_stream import end_of_prompt
 from adpo_jax.environments import calls
 from adpo_jax.serve.access import Client
 from adpo_jax.serve.answers import Answer, Choice, Piece, TokenTexts
@@ -94,7 +95,7 @@ class Service:
         self.metrics, self.weights_root = metrics, weights_root
         self._returns = dict(returns or {})
         self._updating = False
-        self._token_texts = TokenTexts(lambda tokens: self.language.tokenizer.decode(tokens))
+        self._token_texts = TokenTexts(self.language.tokenizer)
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizing")
         # One thread: what is scored shares the device with what decodes.
         self._scoring = ThreadPoolExecutor(1, "scoring")
@@ -363,7 +364,8 @@ class Service:
         if prompt.scored is not None:
             scored_by = prompt.scored.version
             version = version if request.samples else scored_by
-        beside = parser, prompt.echo, scored_by
+        before = [] if request.chat else end_of_prompt(decode, prompt.tokens)
+        beside = parser, prompt.echo, before, scored_by
         return Choice(index, request, version, decode, self._token_texts, *beside)
 
     def _submit(
