@@ -17,7 +17,15 @@ import jax
 import numpy as np
 import openai
 import pytest
-from test_serve import CONFIG, error_of, folder, post, running, wait_until  # noqa: F401
+from test_serve import (  # noqa: F401
+    CONFIG,
+    error_of,
+    folder,
+    post,
+    running,
+    wait_until,
+    writes,
+)
 
 from adpo_jax import Engine, SamplingParams, pretrained
 from adpo_jax.engine import scoring
@@ -151,6 +159,25 @@ def test_a_stop_token_ends_the_tokens_and_is_one_of_them(address, folder):  # no
     assert text not in decode(choice["token_ids"][:-1])
     assert choice["token_ids"] == free[: len(choice["token_ids"])]
     assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [({}, "3 7"), ({"skip_special_tokens": False}, "all>")]
+)
+def test_a_stop_string_is_found_in_the_text_as_it_is_shown(
+    address,
+    folder,  # noqa: F811
+    monkeypatch,
+    asked,
+    found,
+):
+    writes(monkeypatch, "3<tool_call> 7 and 5", pretrained.load(folder).tokenizer)
+    counts = {}
+    for stop in ("3 7", "all>"):
+        (choice,) = generate(address, stop=[stop], **asked)["choices"]
+        counts[stop] = len(choice["token_ids"])
+    assert min(counts, key=counts.get) == found
+    assert len(set(counts.values())) == 2
 
 
 def test_log_probs_of_the_prompt_are_those_of_the_present_weights(address, versions):

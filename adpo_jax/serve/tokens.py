@@ -35,7 +35,6 @@ SAMPLING_NOTES = (
     "detokenize",
     "output_kind",
     "routed_experts_prompt_start",
-    "skip_special_tokens",
     "spaces_between_special_tokens",
 )
 NEUTRAL_BESIDE = {
@@ -105,7 +104,7 @@ def parse_tokens(body: dict[str, Any], *, model: str, limits: Limits) -> TokensR
         top_logprobs=top or 0,
         stream=fields.boolean("stream"),
         include_usage=wants_usage(fields),
-        skip_special_tokens=False,
+        skip_special_tokens=settings.boolean("skip_special_tokens", True),
         chat_template_kwargs={},
         tools=[],
         parallel_tool_calls=True,
