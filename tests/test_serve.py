@@ -1335,6 +1335,15 @@ def test_a_port_that_another_server_took_while_this_one_loaded_is_told(monkeypat
     assert "Address already in use" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_read_is_told(monkeypatch, capsys):
+    def load(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "model")
+
+    monkeypatch.setattr(pretrained, "load", load)
+    assert serve.main(["--model=model", "--port=0"]) == 2
+    assert "Permission denied: 'model'" in capsys.readouterr().err
+
+
 def test_a_name_with_several_addresses_has_one_port_on_all_of_them(monkeypatch):
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{last}", 0)) for last in (2, 3)]
     found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)))  # not this machine

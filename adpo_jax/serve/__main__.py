@@ -270,12 +270,9 @@ def main(
     compilation_cache.use(default_config().trainer.compilation_cache_dir)
     try:
         server = make_server(a, on_close)
-    except ValueError as error:
-        say_error(error)
-        return 2
-    try:
+        # Another server that was loading at the same time may listen there by now.
         server.run()
-    except OSError as error:  # another server that was loading at the same time listens there now
+    except (OSError, ValueError) as error:
         say_error(error)
         return 2
     failed = server.app.service is None or server.app.service.decoding.failed
