@@ -38,7 +38,7 @@ from adpo_jax.environments import calls as tools
 from adpo_jax.policy import Policy
 from adpo_jax.serve import __main__ as serve
 from adpo_jax.serve import app, hosting, protocol, service
-from adpo_jax.serve.access import Hosts
+from adpo_jax.serve.access import Hosts, bears
 from adpo_jax.serve.answers import TokenTexts
 from adpo_jax.serve.app import Page
 from adpo_jax.serve.connections import Connections
@@ -897,9 +897,31 @@ def test_a_server_on_all_interfaces_takes_addresses_and_names_it_was_told():
     Hosts("127.0.0.1", ["*"]).check("evil.example")
 
 
+@pytest.mark.parametrize(
+    ("header", "let_in"),
+    [
+        ("Bearer schlüssel", True),
+        ("bearer schlüssel", True),
+        ("BEARER  schlüssel", True),
+        ("schlüssel", True),
+        ("Bearer", False),
+        ("Bearer schl?ssel", False),
+        ("Bearer schlüsse", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("code", ["utf-8", "latin-1"])
+def test_a_key_is_read_in_either_code_and_whatever_the_case_of_its_scheme(header, let_in, code):
+    # Starlette reads headers so.
+    assert bears(header.encode(code).decode("latin-1"), "schlüssel") is let_in
+    assert not bears("Bearer ?", "€")
+
+
 def test_pages_of_named_origins_alone_may_use_the_server(strict, address):
     asked = {"Access-Control-Request-Method": "POST"}
-    asked["Access-Control-Request-Headers"] = "authorization, content-type"
+    # As OpenAI's client for JavaScript asks.
+    names = "authorization, content-type, x-stainless-lang, x-stainless-retry-count"
+    asked["Access-Control-Request-Headers"] = names
     for origin, allowed in (
         ("https://a.example", "https://a.example"),
         ("https://b.example", None),

@@ -20,7 +20,7 @@ from adpo_jax.rollouts.wire import WireError
 from adpo_jax.run import roles, sampler_line
 from adpo_jax.serve.samplers import SamplersHost
 
-KEY = "a key"
+KEY = "a key, schlüssel"
 
 
 def tree(embed=0.0, up=0.0):

@@ -76,7 +76,7 @@ class Line:
         self._given_folder = self._folder = folder
         self._client = httpx.Client(
             base_url=f"http://{address}",
-            headers={"Authorization": f"Bearer {key}"},
+            headers={"Authorization": f"Bearer {key}".encode()},
             timeout=httpx.Timeout(60.0, connect=5.0),
             trust_env=False,
         )

@@ -1,7 +1,9 @@
 """Who may ask, and how much of the server one of them may take."""
 
 import asyncio
+import contextlib
 import dataclasses
+import hmac
 import ipaddress
 from collections.abc import Sequence
 
@@ -63,6 +65,22 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def bears(authorization: str, key: str) -> bool:
+    """Whether an Authorization header, `Bearer ...`, has the key.
+
+    Args:
+      authorization: as Starlette gives it, which reads the bytes of a header as latin-1. Clients
+        write other letters than those of ASCII in UTF-8 or in latin-1.
+    """
+    scheme, space, given = authorization.partition(" ")
+    if not space or scheme.lower() != "bearer":
+        given = authorization
+    sent, written = given.strip().encode("latin-1"), [key.encode(errors="surrogateescape")]
+    with contextlib.suppress(UnicodeEncodeError):
+        written.append(key.encode("latin-1"))
+    return any(hmac.compare_digest(sent, one) for one in written)
 
 
 def client_key(address: str | None) -> str:

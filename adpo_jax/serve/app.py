@@ -5,7 +5,6 @@ import base64
 import contextlib
 import functools
 import hashlib
-import hmac
 import json
 import re
 import time
@@ -24,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from adpo_jax.serve import metrics as metrics_lib
-from adpo_jax.serve.access import ANY, Clients, Hosts
+from adpo_jax.serve.access import ANY, Clients, Hosts, bears
 from adpo_jax.serve.decoding import Pause
 from adpo_jax.serve.fields import ApiError, Fields, parse_object
 from adpo_jax.serve.protocol import CompletionRequest, parse
@@ -98,7 +97,8 @@ class App:
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            # OpenAI's client for JavaScript sends several of its own.
+            allow_headers=["*"],
         )
         self.asgi = self._door(
             Starlette(
@@ -159,8 +159,7 @@ class App:
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+        if not bears(request.headers.get("authorization", ""), self._api_key):
             raise ApiError(
                 "the API key is missing or wrong",
                 status=401,

@@ -14,7 +14,6 @@ whoever works for an earlier start is told so (410).
 
 import asyncio
 import contextlib
-import hmac
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from adpo_jax.serve.access import bears
 from adpo_jax.serve.connections import Connections
 from adpo_jax.serve.fields import ApiError, parse_object
 from adpo_jax.serve.hosting import KEEP_ALIVE_S, listening
@@ -141,8 +141,7 @@ class SamplersHost:
 
     def _guarded(self, endpoint):
         async def guarded(request: Request) -> Response:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
+            if not bears(request.headers.get("authorization", ""), self._key):
                 return JSONResponse({"error": "the key is missing or wrong"}, 401)
             try:
                 return await endpoint(request)
