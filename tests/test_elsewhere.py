@@ -818,7 +818,7 @@ def hosted(desk):
 
 def test_a_head_that_is_half_sent_to_the_samplers_port_ends(monkeypatch):
     monkeypatch.setattr(samplers, "_HEAD_S", 0.2)
-    monkeypatch.setattr(samplers, "_CONNECTIONS_EACH", 1)
+    monkeypatch.setattr(samplers, "_CONNECTIONS", 1)
     with hosted(mock.Mock()) as address, contextlib.ExitStack() as stack:
         at = address.removeprefix("http://").split(":")
         first, second = (stack.enter_context(socket.create_connection(at, 20)) for _ in range(2))

@@ -1041,13 +1041,16 @@ def test_a_body_that_breaks_off_ends_its_request_and_never_follows_an_answer():
 
 
 def test_a_client_with_too_many_connections_leaves_room_for_others():
-    limits = Connections(most=10, most_each=2)
+    limits = Connections(most=13, most_each=2, proxies=["10.0.0.9"])
     states, said = [], []
+    peers = ["10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"]
+    # Behind a proxy there are many clients, who come by its address.
+    proxies = ["10.0.0.9"] * 3 + ["127.0.0.1", "::ffff:127.0.0.1", "127.0.0.1", "::1"]
 
     async def run():
         config = uvicorn.Config(app=no_app, lifespan="off", log_config=None)
         state = types.SimpleNamespace(connections=set(), tasks=set(), default_headers=[])
-        for peer in ("10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2"):
+        for peer in peers + proxies:
             known = {"peername": (peer, 1)}
             transport = mock.Mock(get_extra_info=known.get)
             limits.protocol(config=config, server_state=state, app_state={}).connection_made(
@@ -1062,7 +1065,7 @@ def test_a_client_with_too_many_connections_leaves_room_for_others():
     assert head.startswith(b"HTTP/1.1 503 ")
     assert b"Content-Length: %d\r\n" % len(body) in head + b"\r\n"
     assert "too many connections" in error_of(httpx.Response(503, content=body))["message"]
-    assert states == [False, False, True, False, False, False]
+    assert states == [False, False, True, *[False] * 10]
     # The addresses of one IPv6 network are one client.
     assert limits.open["2001:db8::/64"] == 2
 

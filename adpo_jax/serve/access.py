@@ -96,6 +96,15 @@ def client_key(address: str | None) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
+def is_loopback(address: str | None) -> bool:
+    """Whether a peer is on this machine."""
+    try:
+        parsed = ipaddress.ip_address(address or "")
+    except ValueError:
+        return False
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
 @dataclasses.dataclass(eq=False)
 class Client:
     """A client with requests under way.

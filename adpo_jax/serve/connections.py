@@ -8,11 +8,12 @@ import asyncio
 import collections
 import dataclasses
 import json
+from collections.abc import Container
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from adpo_jax.serve.access import client_key
+from adpo_jax.serve.access import client_key, is_loopback
 from adpo_jax.serve.fields import ApiError
 
 # Looks at how much a client has read, within the time in which it must read something.
@@ -41,16 +42,23 @@ class Connections:
 
     Attributes:
       most: connections of all clients.
-      most_each: connections of one client.
+      most_each: connections of one client; a proxy, behind which there are many, may have all.
       head_timeout_s: seconds for a request to begin and for its head to arrive.
       reading_timeout_s: seconds in which a client must read something of what it is sent.
+      proxies: addresses of proxies, beside those of this machine.
     """
 
     most: int
     most_each: int
     head_timeout_s: float = 10.0
     reading_timeout_s: float = 60.0
+    proxies: Container[str] = ()
     open: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def most_of(self, address: str | None) -> int:
+        """Connections that a peer may have."""
+        is_proxy = address in self.proxies or is_loopback(address)
+        return self.most if is_proxy else self.most_each
 
     def protocol(self, *args, **kwargs) -> "Protocol":
         """A protocol for one connection; `uvicorn.Config(http=...)` takes this method."""
@@ -69,10 +77,11 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._key = client_key(self.client[0] if self.client else None)
+        address = self.client[0] if self.client else None
+        self._key = client_key(address)
         limits, counts = self._limits, self._limits.open
         counts[self._key] += 1
-        if counts.total() > limits.most or counts[self._key] > limits.most_each:
+        if counts.total() > limits.most or counts[self._key] > limits.most_of(address):
             transport.write(BUSY)
             transport.close()
             return

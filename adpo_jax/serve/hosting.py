@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from adpo_jax.serve.app import App
 from adpo_jax.serve.connections import Connections
@@ -69,6 +70,9 @@ def make_host(
         use_colors=False,  # nothing that is logged steers the terminal, colours neither
         **options,
     )
+    # Those whose X-Forwarded-For uvicorn takes.
+    trusted = ProxyHeadersMiddleware(app.asgi, config.forwarded_allow_ips)
+    connections.proxies = trusted.trusted_hosts
     return Host(config, app, sockets)
 
 
