@@ -262,6 +262,39 @@ def with_experts():
     }
 
 
+@pytest.mark.parametrize("experts", [None, EXPERTS, ExpertLimits((94, 8), 128, np.uint8)])
+@pytest.mark.parametrize("has_full_log_probs", [False, True])
+def test_the_largest_group_is_let_in(experts, has_full_log_probs):
+    n, prompt, response = 3, 11, 200
+    more = {"full_log_probs": [-1.0] * response} if has_full_log_probs else {}
+    if experts is not None:
+        more["experts"] = np.zeros((response, *experts.shape), experts.dtype)
+    group = []
+    for _ in range(n):
+        if experts is not None:
+            more["prompt_experts"] = np.zeros((prompt, *experts.shape), experts.dtype)
+        sampled = Completion.sampled([1] * response, [-1.0] * response, "length", **more)
+        group.append(sampled)
+    settings = {"n": n, "max_prompt_length": prompt, "max_response_length": response}
+    settings |= {"has_full_log_probs": has_full_log_probs, "experts": experts}
+    size, most = len(wire.packed_groups({0: group})), wire.most_bytes(**settings)
+    assert size <= most < 1.2 * size + wire._MOST_DIRECTORY
+    if experts is not None and experts.shape == (94, 8):
+        settings |= {"n": 128, "max_response_length": 32768}
+        with pytest.raises(ValueError, match=r"may take [56]\.\d GiB, 1,5.. bytes .* up to 4 GiB"):
+            wire.most_bytes(**settings)
+
+
+def test_a_trainer_takes_as_large_a_group_as_its_settings_allow(trainer):
+    source = trainer(0)
+    source._host.start()
+    most = source._host._max_group_bytes
+    asked = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 30}
+    for size, status in ((most, 410), (most + 1, 413)):  # 410: it is of no run
+        at = f"http://{source.address}/sampler/groups"
+        assert httpx.post(at, content=bytes(size), **asked).status_code == status
+
+
 def test_experts_come_back_as_they_were_sent_and_others_are_refused():
     sent = wire.packed_groups(with_experts())
     (read,) = wire.read_groups(sent, **LIMITS, experts=EXPERTS).values()

@@ -153,7 +153,8 @@ class RemoteSamplers(Source):
       whole_calls: whether a sampler decodes all groups that are asked for in one call.
 
     Raises:
-      ValueError: for an address or a folder that cannot be used.
+      ValueError: for an address or a folder that cannot be used, and for groups that are too large
+        to be sent.
     """
 
     whole_calls: bool
@@ -181,23 +182,26 @@ class RemoteSamplers(Source):
         if weights_folder and distributed.is_leader():
             shared = WeightsFolder(weights_folder, lambda: name_of_run(folder))
         self._versions = Versions(shared)
+        limits = {
+            "n": sampling.n,
+            "max_response_length": sampling.max_tokens,
+            "has_full_log_probs": sampling.full_log_probs,
+            "experts": ExpertLimits.of(sampler.engine, sampling),
+        }
         self._reception = Reception(
             self._dispatch,
             self._versions,
             fits,
             {"whole_calls": self.whole_calls, "weights": str(shared.path) if shared else ""},
-            {
-                "n": sampling.n,
-                "max_response_length": sampling.max_tokens,
-                "vocab_size": sampler.engine.policy.config.vocab_size,
-                "has_full_log_probs": sampling.full_log_probs,
-                "experts": ExpertLimits.of(sampler.engine, sampling),
-            },
+            limits | {"vocab_size": sampler.engine.policy.config.vocab_size},
         )
+        most = wire.most_bytes(max_prompt_length=sampler.engine.max_prompt_length, **limits)
         self._host = None
         if distributed.is_leader():
             host, port = address
-            self._host = SamplersHost(self._reception, host=host, port=port, key=key)
+            self._host = SamplersHost(
+                self._reception, host=host, port=port, key=key, max_group_bytes=most
+            )
         self._started = False
         self._offered = -1  # the step whose weights were published last
 

@@ -27,11 +27,46 @@ _MOST_GROUPS = 1024
 _MOST_DIRECTORY = 1 << 16
 
 
+# A larger file would be of another form (zip64), which is not read.
+_MOST_BYTES = (1 << 32) - (1 << 20)
+
+
 class WireError(ValueError):
     """Something that was sent is not what it must be."""
 
 
 # --- groups
+
+
+def most_bytes(
+    *,
+    n: int,
+    max_prompt_length: int,
+    max_response_length: int,
+    has_full_log_probs: bool,
+    experts: ExpertLimits | None,
+) -> int:
+    """Bytes of the largest group that `packed_groups` may have to write.
+
+    Raises:
+      ValueError: where that is more than can be sent.
+    """
+    dtypes = token_fields()
+    names = [name for name in dtypes if name != _OPTIONAL or has_full_log_probs]
+    of_token, of_prompt = sum(dtypes[name].itemsize for name in names), 0
+    if experts is not None:
+        of_experts = math.prod(experts.shape) * np.dtype(np.uint16).itemsize
+        of_token, of_prompt = of_token + of_experts, max_prompt_length * of_experts
+    # Beside the tokens a file has a few numbers of each completion, and its directory.
+    size = n * (max_response_length * of_token + of_prompt + 64) + _MOST_DIRECTORY
+    if size > _MOST_BYTES:
+        raise ValueError(
+            f"a sampler sends a group as a whole, and one of rollout.n {n} completions of up to "
+            f"data.max_response_length {max_response_length} tokens may take {size / 2**30:.1f} "
+            f"GiB, {of_token:,} bytes a token; up to 4 GiB can be sent: lower either, or leave "
+            "router_replay off"
+        )
+    return size
 
 
 def packed_groups(groups: Mapping[int, Sequence[Completion]]) -> bytes:

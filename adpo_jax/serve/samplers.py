@@ -30,7 +30,7 @@ from adpo_jax.serve.connections import Connections
 from adpo_jax.serve.fields import ApiError, parse_object
 from adpo_jax.serve.hosting import KEEP_ALIVE_S, listening
 
-MAX_JSON_BYTES, MAX_GROUPS_BYTES = 4 << 20, 512 << 20
+MAX_JSON_BYTES = 4 << 20
 # Questions for orders that wait at once; each keeps a thread.
 MAX_SAMPLERS = 256
 # Threads for everything else, which waits for nobody.
@@ -82,6 +82,7 @@ class SamplersHost:
     Args:
       host, port: where it listens; port 0 for any that is free.
       key: what samplers must send as `Authorization: Bearer ...`.
+      max_group_bytes: the most bytes of a group.
 
     Attributes:
       address: "host:port".
@@ -90,8 +91,10 @@ class SamplersHost:
       ValueError: for an address at which this machine cannot listen.
     """
 
-    def __init__(self, desk: Desk, *, host: str, port: int, key: str):
-        self._desk, self._key = desk, key
+    def __init__(
+        self, desk: Desk, *, host: str, port: int, key: str, max_group_bytes: int = 512 << 20
+    ):
+        self._desk, self._key, self._max_group_bytes = desk, key, max_group_bytes
         self._threads = ThreadPoolExecutor(_THREADS, "samplers")
         self._waiting = ThreadPoolExecutor(MAX_SAMPLERS, "orders")
         self._num_waiting = 0  # counted on the loop alone
@@ -183,7 +186,7 @@ class SamplersHost:
 
     async def _groups(self, request: Request) -> Response:
         name, run = (request.headers.get(f"x-{what}", "") for what in ("sampler", "run"))
-        content = await _body(request, MAX_GROUPS_BYTES)
+        content = await _body(request, self._max_group_bytes)
         return JSONResponse(await self._in_thread(self._desk.deliver, name, run, content))
 
     async def _weights(self, request: Request) -> Response:
