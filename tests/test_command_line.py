@@ -288,6 +288,7 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(arguments):
 
 INTERRUPTED_AT_ONCE = """
 import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
 from adpo_jax.log import printable
 printable.guard = lambda: signal.raise_signal(signal.SIGINT)
 runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
@@ -304,7 +305,8 @@ def test_an_interrupt_before_a_command_is_at_work_is_told_in_one_line(module):
 
 def test_an_interrupt_while_a_config_is_read_is_told_in_one_line(tmp_path):
     config = tmp_path / "config.py"
-    config.write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    config.write_text(f"import signal\n{heeding}\nsignal.raise_signal(signal.SIGINT)\n")
     command = [sys.executable, "-m", "adpo_jax", "train", f"--config={config}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (SECOND_INTERRUPT, "interrupted\n")
