@@ -122,6 +122,16 @@ def check_comparable(common: dict, variants: dict[str, dict]) -> None:
             )
 
 
+def check_distinct(flag: str, given: list) -> None:
+    """Checks that nothing is given twice, of which one would hide the other.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if twice := sorted({each for each in given if given.count(each) > 1}):
+        raise ValueError(f"{flag}: {', '.join(map(str, twice))} is given more than once")
+
+
 def read_config(path: str, changes: dict) -> ConfigDict:
     """A config file's config with some keys changed."""
     config = runpy.run_path(path)["get_config"]()
@@ -238,7 +248,8 @@ def measures(run: Run) -> dict[str, float]:
     """
     accuracy, reward = run.series("eval/accuracy"), run.series("reward/mean")
     rewards, start_kl = np.array(list(reward.values())), list(run.series(START_KL).values())
-    recent = np.convolve(rewards, np.ones(5) / 5, "valid")  # of 5 iterations: one alone is noisy
+    # Means of 5 iterations, since one alone is noisy; `convolve` would take the shorter for a window.
+    recent = np.convolve(rewards, np.ones(5) / 5, "valid") if len(rewards) >= 5 else []
     found = {
         "final accuracy": accuracy.get(max(accuracy, default=0)),
         "reward, last 10 iterations": rewards[-10:].mean(),
@@ -294,6 +305,8 @@ def compare(a: argparse.Namespace) -> None:
       ValueError: for settings that cannot work, or other ones than those of a run that is there.
     """
     common = overrides(a.set)
+    check_distinct("--methods, --variant", [*a.methods, *(name for name, *_ in a.variant)])
+    check_distinct("--seeds", a.seeds)
     variants = {name: METHODS[name] for name in a.methods}
     variants |= {name: overrides(changes) for name, *changes in a.variant}
     check_comparable(common, variants)

@@ -42,6 +42,7 @@ create() {
 install() {
     local archive
     archive="$(mktemp --suffix=.tar.gz)"
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
     # What git ignores stays here; what is not committed yet goes along.
     git ls-files -z --cached --others --exclude-standard --deduplicate |
         tar --null --ignore-failed-read -czf "$archive" -T -

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adpo_jax.engine.cache_plan import prefix_rows
 from adpo_jax.engine.generation import LEAST_STEPS
 from adpo_jax.engine.past import CHUNK_LENGTHS, chunk_length
+from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 
 
@@ -57,13 +58,22 @@ def arguments():
     parser.add_argument("--dispatch-ms", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--metrics", default="", help="a run's file, whose lengths are taken")
-    return parser.parse_args()
+    a = parser.parse_args()
+    for name in ("iterations", "prompts", "samples", "hosts", "slots", "cap", "dispatch"):
+        if getattr(a, name) < 1:
+            parser.error(f"--{name} is at least 1; given {getattr(a, name)}")
+    for name in ("mean", "prefill_tokens_per_s"):
+        if not getattr(a, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} is above 0; given {getattr(a, name)}")
+    return a
 
 
 def fit_lengths(a) -> None:
     """Sets the mean and the cap of the lengths to those of a run."""
-    rows = [json.loads(line) for line in Path(a.metrics).read_text().splitlines()]
-    rows = [row for row in rows if "rollout/length_mean" in row]
+    try:
+        rows = [row for row in read_jsonl(a.metrics) if "rollout/length_mean" in row]
+    except OSError as error:
+        raise SystemExit(f"--metrics: {error}") from None
     if not rows:
         raise SystemExit(f"{a.metrics} has no rollout/length_mean: give a trainer's metrics.jsonl")
     a.mean = float(np.mean([row["rollout/length_mean"] for row in rows]))

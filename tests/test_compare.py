@@ -95,6 +95,29 @@ def test_what_all_methods_have_in_common_is_not_set_for_one(compare):
         check({}, {})
 
 
+@pytest.mark.parametrize(
+    ("flags", "twice"),
+    [
+        (["--seeds", "0", "1", "0"], "--seeds: 0"),
+        (["--variant", "grpo", "algorithm.tau=9"], "--variant: grpo"),
+        (["--variant", "a", "algorithm.tau=9", "--variant", "a", "algorithm.tau=2"], "a is given"),
+    ],
+)
+def test_what_would_hide_another_run_is_refused(compare, tmp_path, flags, twice):
+    a = compare["arguments"](["--out", str(tmp_path / "out"), "--methods", "grpo", *flags])
+    with pytest.raises(ValueError, match=twice):
+        compare["compare"](a)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_short_run_has_no_mean_of_five_iterations(compare, tmp_path):
+    path = make_run(tmp_path / "a/seed0", seed=0, steps=4)
+    found = Run.read(path)
+    rows = [row | {"reward/mean": 1.0} if "reward/mean" in row else row for row in found.rows]
+    measured = compare["measures"](dataclasses.replace(found, rows=rows))
+    assert np.isnan(measured["iterations to reward 0.8"])
+
+
 def claimed(folder, config):
     """A folder with a finished run of this config."""
     claimed = RunFolder(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_every_host_of_a_pod_gets_the_arguments_as_they_were_given(tmp_path, cod
     assert done.returncode == 0, done.stderr
     wanted = ["-m", "adpo_jax.main", "--distributed", *ARGUMENTS]
     assert told_arguments(told) == [wanted] * attempts
+
+
+def test_the_whole_working_tree_is_sent_from_whatever_folder(tmp_path):
+    stand_in(tmp_path / "bin/gcloud", f'case "$*" in *scp*) cp "$5" {tmp_path}/sent.tar.gz;; esac')
+    done = run_recipe(tmp_path, "launch_tpu_pod.sh", ["install"], PROJECT="p")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / "sent.tar.gz") as sent:
+        assert {"pyproject.toml", "adpo_jax/train.py"} <= set(sent.getnames())
 
 
 @pytest.mark.parametrize(
