@@ -248,7 +248,7 @@ def measures(run: Run) -> dict[str, float]:
     """
     accuracy, reward = run.series("eval/accuracy"), run.series("reward/mean")
     rewards, start_kl = np.array(list(reward.values())), list(run.series(START_KL).values())
-    # Means of 5 iterations, since one alone is noisy; `convolve` would take the shorter for a window.
+    # Of 5 iterations, since one alone is noisy; `convolve` takes the shorter one for the window.
     recent = np.convolve(rewards, np.ones(5) / 5, "valid") if len(rewards) >= 5 else []
     found = {
         "final accuracy": accuracy.get(max(accuracy, default=0)),

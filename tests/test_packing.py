@@ -315,6 +315,20 @@ def test_short_completions_take_no_more_places_than_those_of_full_length(
         assert size.room <= full.room
 
 
+@pytest.mark.parametrize("lengths", ["one of full length", "lognormal"])
+def test_long_prompts_and_ragged_completions_need_no_more_micro_batches_than_full_ones(lengths):
+    P, G, prompt, full = 16, 2, 511, 64
+    budget = streams.Budget(8 * full, 8 * full + 4 * prompt)  # 4 groups fit, whatever their lengths
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        costs_PG = np.ones((P, G), int)
+        if lengths == "lognormal":
+            costs_PG = np.clip(rng.lognormal(1.5, 1.2, (P, G)).astype(int), 1, full)
+        else:
+            costs_PG[rng.integers(P)] = full
+        assert len(streams.cut(costs_PG, [prompt] * P, range(P), budget, True)) == P // 4
+
+
 @pytest.mark.parametrize(
     ("lengths", "prompt", "places", "together"),
     [

@@ -86,7 +86,11 @@ def _cut(costs_PG, num_prompt_P, rows, budget: Budget, whole_groups: bool) -> li
 
 
 def _heaviest(cut: list[list[_Piece]]) -> int:
-    return len(cut) * max(sum(piece.num_tokens for piece in micro) for micro in cut)
+    return len(cut) * max(map(_num_tokens, cut))
+
+
+def _num_tokens(micro: list[_Piece]) -> int:
+    return sum(piece.num_tokens for piece in micro)
 
 
 def _num_places(micro: list[_Piece]) -> int:
@@ -95,9 +99,10 @@ def _num_places(micro: list[_Piece]) -> int:
 
 
 def _cut_whole(groups: list[_Piece], budget: Budget) -> list[list[_Piece]]:
-    """Whole groups dealt out from the longest to the shortest, each to the lightest micro-batch.
+    """Whole groups dealt out from the largest to the smallest, each to the lightest micro-batch.
 
-    The result is [] where a group does not fit.
+    Where places are bounded, size and weight are in places, otherwise in tokens of completions. The
+    result is [] where a group does not fit.
     """
     total = sum(group.num_tokens for group in groups)
     if max(group.num_tokens for group in groups) > budget.tokens:
@@ -110,24 +115,28 @@ def _cut_whole(groups: list[_Piece], budget: Budget) -> list[list[_Piece]]:
         sum(2 * _num_places([group]) > budget.places for group in groups),
         1,
     )
-    longest_first = sorted(groups, key=lambda group: -group.num_tokens)
+    by_places = budget.places < math.inf
+    sized = [(_num_places([group]) if by_places else group.num_tokens, group) for group in groups]
+    sized.sort(key=lambda each: -each[0])
+    most = budget.places if by_places else budget.tokens
     for num_micro in range(fewest, len(groups) + 1):
-        if micros := _dealt(longest_first, num_micro, budget):
+        micros = _dealt(sized, num_micro, most)
+        if micros and max(map(_num_tokens, micros)) <= budget.tokens:
             return micros
     return [[group] for group in groups]
 
 
-def _dealt(groups: list[_Piece], num_micro: int, budget: Budget) -> list[list[_Piece]]:
-    """The groups, each dealt to the lightest micro-batch; [] where that exceeds the budget."""
+def _dealt(sized: list[tuple[int, _Piece]], num_micro: int, most: float) -> list[list[_Piece]]:
+    """Sized groups, each dealt to the lightest micro-batch; [] where one is over `most`."""
     micros: list[list[_Piece]] = [[] for _ in range(num_micro)]
     loads = [(0, nth) for nth in range(num_micro)]  # a heap, the lightest first
-    for group in groups:
+    for size, group in sized:
         load, nth = loads[0]
-        if load + group.num_tokens > budget.tokens:
+        if load + size > most:
             return []
         micros[nth].append(group)
-        heapq.heapreplace(loads, (load + group.num_tokens, nth))
-    return micros if max(map(_num_places, micros)) <= budget.places else []
+        heapq.heapreplace(loads, (load + size, nth))
+    return micros
 
 
 def _next_fit(pieces: list[_Piece], budget: Budget) -> list[list[_Piece]]:
