@@ -170,11 +170,14 @@ class Algorithm:
 
     An update calls its pieces:
 
-        score      finds what the rewards alone decide (targets, advantages), over the iteration
+        judge      makes one reward a completion of several and calls `score`, over the iteration
+        score      finds what the rewards alone decide (targets, advantages)
         normalise  finds the normalisers (1 / kept groups, 1 / kept tokens) of one optimizer step
         loss       sums over any part of the batch that has whole groups. The sums of the parts add
                    up to the loss and metrics of the batch exactly, since every normaliser is
                    already folded in
+
+    `prepare` calls `judge` and `normalise`, for an iteration of one batch (`losses.flat`).
 
     Raises ValueError for a parameter that cannot work.
     """
