@@ -10,24 +10,22 @@ micro-batches, C completion places of a stream.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.devices.sharding import compiler_options
 from adpo_jax.losses.algorithm import LOG_PROBS, Algorithm, Metric, Prepared
 from adpo_jax.losses.imitation import Imitation
 from adpo_jax.losses.shared import k3
 from adpo_jax.model import lora
-from adpo_jax.model.parameters import check_params
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Batch
 from adpo_jax.update.gradient import ForwardPass, Gradient, Load, Teacher, TokenValues
 from adpo_jax.update.layouts import Layout, layout_of
 from adpo_jax.update.packing import PackedBatch
+from adpo_jax.update.state import TrainState, check_kind
 
 SKIPPED = "update/skipped"
 
@@ -67,140 +65,6 @@ MIXTURE_METRICS = (
 )
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that a run carries from one iteration to the next.
-
-    Attributes:
-      step: int32 scalar, iterations done.
-      params: the policy's parameters, trained and frozen.
-      opt_state: the optimizer's state, over the `trained` parameters.
-      anchor_params: the anchor's copy of the trained parameters where its mode needs one, else
-        None.
-      reference_params: the trained parameters as they were before the first iteration, where the
-        loss pulls towards them and the anchor is another policy, else None.
-      frozen_checksum: uint32 scalar, a checksum of the frozen parameters under LoRA, else None.
-      fixed_params: the parameters of policies that came from folders and never move, by "reference"
-        and "teacher"; None for none.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    anchor_params: Any = None
-    reference_params: Any = None
-    frozen_checksum: jax.Array | None = None
-    fixed_params: Any = None
-
-    @property
-    def trained(self) -> Any:
-        """The part of the parameters that the optimizer changes (`lora.split`)."""
-        return lora.split(self.params)[0]
-
-    @property
-    def frozen(self) -> Any:
-        """The rest of the parameters."""
-        return lora.split(self.params)[1]
-
-    @property
-    def anchor(self) -> Any:
-        """The anchor's whole parameter tree, which shares the policy's frozen part."""
-        return lora.join(self.anchor_params, self.frozen)
-
-    @property
-    def reference(self) -> Any:
-        """The reference's whole parameter tree, which shares the policy's frozen part."""
-        return lora.join(self.reference_params, self.frozen)
-
-    @property
-    def saved(self) -> "TrainState":
-        """The state without what never moves, as a checkpoint holds it.
-
-        Frozen and fixed parameters are read from their source again.
-        """
-        return self.replace(params=self.trained, fixed_params=None)
-
-    def with_frozen(self, params) -> "TrainState":
-        """The whole state again, from a state as `saved` gives it.
-
-        Args:
-          params: a parameter tree that has the frozen part; unused where nothing is frozen.
-
-        Raises:
-          ValueError: when the frozen part is not the one that the state was trained on.
-        """
-        if self.frozen_checksum is None:
-            return self
-        _, frozen = lora.split(params)
-        if self.frozen_checksum != lora.checksum(frozen):
-            raise ValueError(
-                "the weights of the model are not those that the adapters of this checkpoint were "
-                "trained on; give the model back its files, or start a new run"
-            )
-        return self.replace(params=lora.join(self.params, frozen))
-
-
-def init_state(
-    policy: Policy,
-    params,
-    optimizer: optax.GradientTransformation,
-    anchor_params=None,
-    reference_params=None,
-) -> TrainState:
-    """The state before the first iteration; the optimizer's arrays lie as the parameters do.
-
-    The state takes `params` over, and the step of `make_update` donates the state. Copy the arrays
-    that are to outlive the first update: `jax.tree.map(jnp.copy, params)`.
-
-    Raises:
-      TypeError: for a policy, parameters or an optimizer that are none.
-    """
-    _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
-    _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
-    check_params(params)
-    trained, frozen = lora.split(params)
-    checksum = lora.checksum(frozen) if policy.lora else None
-    if policy.mesh is None:
-        opt_state, step = jax.jit(optimizer.init)(trained), jnp.zeros((), jnp.int32)
-    else:
-        layout = jax.tree.map(lambda s: s.sharding, abstract_state(policy, optimizer).opt_state)
-        opt_state = jax.jit(optimizer.init, out_shardings=layout)(trained)
-        everywhere = NamedSharding(policy.mesh, PartitionSpec())
-        step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
-        checksum = jax.device_put(checksum, everywhere)
-    return TrainState(step, params, opt_state, anchor_params, reference_params, checksum)
-
-
-def abstract_state(
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    *,
-    keeps_anchor: bool = False,
-    keeps_reference: bool = False,
-    fixed: Mapping[str, Policy] | None = None,
-) -> TrainState:
-    """The state's shapes, dtypes and shardings without any array; `policy` must have a mesh.
-
-    Args:
-      fixed: the policies of `TrainState.fixed_params`, by their names.
-    """
-    replicated = NamedSharding(policy.mesh, PartitionSpec())
-    params = policy.abstract_params()
-    trained, _ = lora.split(params)
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda s, param: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=param.sharding),
-        jax.eval_shape(optimizer.init, trained),
-        trained,
-        transform_non_params=lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-    )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    checksum = jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated) if policy.lora else None
-    anchor, reference = (trained if keeps else None for keeps in (keeps_anchor, keeps_reference))
-    others = {name: other.abstract_params() for name, other in (fixed or {}).items()} or None
-    return TrainState(step, params, opt_state, anchor, reference, checksum, others)
-
-
 def make_log_probs(policy: Policy, *, num_micro: int = 1, temperature: float = 1.0) -> Callable:
     """Makes a jitted `(params, batch) -> (log_probs, entropy)`, without gradient.
 
@@ -238,9 +102,9 @@ def make_update(
       num_micro: micro-batches of a padded `Batch`, whose gradients are summed; divides the number
         of prompts. A `PackedBatch` has its own.
       temperature: the sampler's temperature; the log-probs of the loss are tempered alike.
-      with_entropy: whether to measure the policy's entropy; False spares a pass over the logits.
       max_anchor_kl: KL to the anchor, in nats a token, beyond which the step is skipped; 0 for no
         limit.
+      with_entropy: whether to measure the policy's entropy; False spares a pass over the logits.
       teacher: the policy of `state.fixed_params["teacher"]`, where the algorithm reads the
         divergence from it (`teacher_beta`).
       router_aux_loss_coef: weight of the auxiliary loss that spreads tokens over the experts of a
@@ -271,9 +135,9 @@ def make_update(
       ValueError: the step for log-probs that the loss needs and that are not given, or of another
         shape than the batch.
     """
-    _check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
-    _check_kind("algorithm", algorithm, Algorithm | Imitation, "losses.Adpo(), with its brackets")
-    _check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
+    check_kind("policy", policy, Policy, "the first of what Policy.from_pretrained returns")
+    check_kind("algorithm", algorithm, Algorithm | Imitation, "losses.Adpo(), with its brackets")
+    check_kind("optimizer", optimizer, optax.GradientTransformation, "optax.adamw(1e-5), say")
     if not (isinstance(num_micro, int) and num_micro >= 1):
         raise ValueError(f"num_micro is a whole number, 1 or more; given {num_micro!r}")
     if max_anchor_kl and algorithm.anchor_kl_metric is None:
@@ -286,6 +150,12 @@ def make_update(
             "router_aux_loss_coef spreads tokens over the experts of a mixture, and the model has "
             "none; leave it 0"
         )
+    if (teacher is None) != (algorithm.teacher_beta is None):
+        raise ValueError(
+            f"{algorithm.name} reads "
+            f"{'no divergence from a teacher' if teacher else 'the divergence from a teacher'}: "
+            f"make the update {'without' if teacher else 'with'} one"
+        )
 
     forward = ForwardPass(
         policy,
@@ -294,17 +164,11 @@ def make_update(
         None if teacher is None else Teacher(teacher, algorithm.teacher_beta),
         balance_weight=router_aux_loss_coef,
     )
-    if (teacher is None) != (algorithm.teacher_beta is None):
-        raise ValueError(
-            f"{algorithm.name} reads "
-            f"{'no divergence from a teacher' if teacher else 'the divergence from a teacher'}: "
-            f"make the update {'without' if teacher else 'with'} one"
-        )
 
     def update(state: TrainState, batch: Batch | PackedBatch, scores, log_probs):
-        _check_kind("state", state, TrainState, "the result of init_state or of the step before")
-        _check_kind("batch", batch, Batch | PackedBatch, "of records.make_batch or packing.pack")
-        _check_kind("log_probs", log_probs, dict | None, "whose they are: [P, G, T] or [B, M, C]")
+        check_kind("state", state, TrainState, "the result of init_state or of the step before")
+        check_kind("batch", batch, Batch | PackedBatch, "of records.make_batch or packing.pack")
+        check_kind("log_probs", log_probs, dict | None, "by policy, [P, G, T] or [B, M, C]")
         layout = layout_of(batch, log_probs, num_micro)
         _check_given(algorithm, layout)
         prepared = algorithm.normalise(scores, layout.tokens)
@@ -340,12 +204,6 @@ def _applied(
         after = optax.apply_updates(state.trained, updates), opt_state
     trained, opt_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, before)
     return state.replace(params=lora.join(trained, state.frozen), opt_state=opt_state)
-
-
-def _check_kind(name: str, value: Any, kind: Any, meaning: str) -> None:
-    if not isinstance(value, kind):
-        wanted = getattr(kind, "__name__", kind)
-        raise TypeError(f"{name} is a {wanted} ({meaning}); given {type(value).__name__}")
 
 
 def _check_given(algorithm: Algorithm | Imitation, layout: Layout) -> None:
