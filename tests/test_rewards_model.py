@@ -167,7 +167,7 @@ def test_a_function_that_raises_stops_the_run_with_its_traceback_and_the_sample(
 
 
 def test_a_failure_that_passes_is_told_without_grading_everything_again(file, monkeypatch):
-    monkeypatch.setattr("adpo_jax.rewards.model._SEARCH_S", 0.1)
+    monkeypatch.setattr("adpo_jax.rewards.backends._SEARCH_S", 0.1)
     started = time.monotonic()
     with pytest.raises(RewardError, match="down for a moment") as caught:
         score([RewardFunction(file, "fails_once")], ["a"] * 500)

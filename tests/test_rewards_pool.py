@@ -204,7 +204,7 @@ def test_a_worker_killed_from_outside_costs_nothing(file):
         model.score(["a"], columns(["a"]))
         handle = model.submit(completions, columns(completions))
         time.sleep(0.3)
-        (pid,) = model._pool.worker_ids()
+        (pid,) = model._backend.pool.worker_ids()
         os.kill(pid, signal.SIGKILL)
         scores = handle.result()
     np.testing.assert_array_equal(scores.total, [1] * 6)
@@ -322,7 +322,7 @@ def test_workers_are_recycled(file):
 
 def test_workers_start_lazily_and_import_neither_jax_nor_sympy(file):
     with RewardModel([RewardFunction()], num_workers=1) as lazy:
-        assert lazy._pool.worker_ids() == []
+        assert lazy._backend.pool.worker_ids() == []
     with make(file, num_workers=1) as model:
         np.testing.assert_array_equal(model.score(["modules"], columns(["modules"])).total, [0])
 
@@ -364,8 +364,8 @@ def test_a_column_that_cannot_be_sent_is_named(file):
 def test_closing_kills_the_workers_even_while_they_hang(file):
     model = make(file, timeout_s=1000.0)
     handle = model.submit(["hang"] * 2, columns(["hang"] * 2))
-    assert wait_until(lambda: len(model._pool.worker_ids()) == 2)
-    pids = model._pool.worker_ids()
+    assert wait_until(lambda: len(model._backend.pool.worker_ids()) == 2)
+    pids = model._backend.pool.worker_ids()
     started = time.monotonic()
     model.close()
     model.close()
@@ -387,11 +387,11 @@ from adpo_jax.rewards import RewardFunction, RewardModel
 model = RewardModel([RewardFunction({file!r}, "obeys")], num_workers=2, timeout_s=1000.0)
 daemon = {str(tmp_path / "daemon")!r}
 model.submit(["hang", "daemon"], {{"solution": ["hang"] * 2, "pid_file": [daemon] * 2}})
-while len(model._pool.worker_ids()) < 2:
+while len(model._backend.pool.worker_ids()) < 2:
     time.sleep(0.05)
 while not os.path.exists(daemon) or len(open(daemon).read().split()) < 2:
     time.sleep(0.05)
-open({str(pids_file)!r}, "w").write(json.dumps(model._pool.worker_ids()))
+open({str(pids_file)!r}, "w").write(json.dumps(model._backend.pool.worker_ids()))
 end = {end!r}
 if end == "raises":
     raise SystemExit("as asked")

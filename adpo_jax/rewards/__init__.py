@@ -10,7 +10,8 @@ from adpo_jax.rewards.binding import NO_RUN, TrainerState
 from adpo_jax.rewards.builtin import exact_match, format_reward, good_accuracy, length_penalty
 from adpo_jax.rewards.custom import RewardFunction
 from adpo_jax.rewards.errors import RewardError
-from adpo_jax.rewards.model import Handle, RewardModel, Scores
+from adpo_jax.rewards.model import RewardModel
+from adpo_jax.rewards.scores import Handle, Scores
 
 __all__ = [
     "NO_RUN",
