@@ -69,7 +69,7 @@ def make_tokenizer(folder: str | None):
 def measure(path: str, tokenizer_folder: str | None, cache: str) -> dict:
     """Seconds and memory of everything that a run does with its prompts before iteration 1."""
     from adpo_jax.config import default_config
-    from adpo_jax.data.files import prompt_indices
+    from adpo_jax.data.order import prompt_indices
     from adpo_jax.run import datasets
 
     tokenizer = make_tokenizer(tokenizer_folder)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from adpo_jax.data import control_tokens
 from adpo_jax.data.control_tokens import Mixed
 from adpo_jax.data.conversations import Conversations, checked
-from adpo_jax.data.files import Dataset
+from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.prompts import render_prompts
 
 CHATML = (

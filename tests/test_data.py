@@ -11,7 +11,10 @@ import pytest
 
 from adpo_jax import pretrained
 from adpo_jax.data import folders, readers
-from adpo_jax.data.files import Dataset, extract_solution, load_rows, prompt_indices
+from adpo_jax.data.dataset import Dataset
+from adpo_jax.data.files import load_rows
+from adpo_jax.data.order import prompt_indices
+from adpo_jax.data.solutions import extract_solution
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 

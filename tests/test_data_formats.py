@@ -17,7 +17,8 @@ from test_prompts import CHAT_TEMPLATE, make_tokenizer
 import adpo_jax
 from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic, files, readers
-from adpo_jax.data.files import load_rows, prompt_indices
+from adpo_jax.data.files import load_rows
+from adpo_jax.data.order import prompt_indices
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.run import datasets, loading, setup
 from adpo_jax.run.config_checks import finalized

@@ -20,7 +20,7 @@ from test_metrics import check_documented
 
 import adpo_jax
 from adpo_jax.data import calculator
-from adpo_jax.data.files import Dataset
+from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Turn

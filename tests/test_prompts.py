@@ -4,8 +4,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from adpo_jax.data.files import Dataset, extract_solution, load_rows
+from adpo_jax.data.dataset import Dataset
+from adpo_jax.data.files import load_rows
 from adpo_jax.data.prompts import render_prompts
+from adpo_jax.data.solutions import extract_solution
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 

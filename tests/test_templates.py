@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adpo_jax.data import arithmetic, templates
-from adpo_jax.data.files import Dataset
+from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.prompts import render_prompts
 
 CHATS = [

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from adpo_jax.data import prompts
-from adpo_jax.data.files import Dataset
+from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.stored import StoredColumn
 
 VERSION = 2

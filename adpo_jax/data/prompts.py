@@ -11,7 +11,8 @@ from absl import logging
 from adpo_jax.data import conversations as conversations_lib
 from adpo_jax.data.control_tokens import Mixed, control_token_in, text_token_ids
 from adpo_jax.data.conversations import Conversations, Message
-from adpo_jax.data.files import Dataset, Row
+from adpo_jax.data.dataset import Dataset
+from adpo_jax.data.readers import Row
 
 # A word in braces, with what stands before it in LaTeX.
 _WORD_IN_BRACES = re.compile(r"(\\[A-Za-z]+(?:\{\w*\})*|[\^_])?\{([A-Za-z_]\w*)\}")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from adpo_jax import update
-from adpo_jax.data.files import prompt_indices
+from adpo_jax.data.order import prompt_indices
 from adpo_jax.log.metrics import Writers
 from adpo_jax.log.progress import Progress
 from adpo_jax.policy.policy import Policy

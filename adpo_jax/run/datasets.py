@@ -11,10 +11,13 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from adpo_jax.data import due, embedded, files, folders
+from adpo_jax.data import due, embedded, folders
 from adpo_jax.data.control_tokens import text_token_ids
+from adpo_jax.data.dataset import Dataset
+from adpo_jax.data.files import load_rows
 from adpo_jax.data.prompts import PromptFormat, render_prompts, tell_of_unknown_names
 from adpo_jax.data.readers import shorten
+from adpo_jax.data.solutions import extract_solution, text_to_imitate
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import builtin
 from adpo_jax.rewards.references import check_references
@@ -60,7 +63,7 @@ def load_prompts(
     if split == "train":
         dataset = _first(dataset, c.train_max_samples)
     if dataset.has(c.answer_key):
-        solutions = dataset.mapped(c.answer_key, files.extract_solution)
+        solutions = dataset.mapped(c.answer_key, extract_solution)
         _check_solutions(config, solutions, source, split)
         dataset = dataset.with_column("solution", solutions)
     prompts = _render(config, tokenizer, dataset, split, source, tools)
@@ -241,7 +244,7 @@ def load_demonstrations(
     )
     dataset = _first(dataset, c.train_max_samples)
     for row, value in enumerate(dataset.column(c.completion_key), 1):
-        if files.text_to_imitate(value) is None:
+        if text_to_imitate(value) is None:
             raise ValueError(
                 f"{c.train_files}: row {row}: the completion in column {c.completion_key!r} "
                 "(sft.completion_key) must be text or one message of the assistant with nothing "
@@ -249,8 +252,8 @@ def load_demonstrations(
                 "turns into one text, as the model is to write them"
             )
     prompts = _render(config, source.tokenizer, dataset, "cold start", c.train_files, tools)
-    completion_column = files.Dataset(prompts.columns).column(c.completion_key)
-    texts = [files.text_to_imitate(value) for value in completion_column]
+    completion_column = Dataset(prompts.columns).column(c.completion_key)
+    texts = [text_to_imitate(value) for value in completion_column]
     token_ids = text_token_ids(
         source.tokenizer,
         texts,
@@ -278,7 +281,7 @@ def load_demonstrations(
     return Demonstrations(chosen.token_ids, [completions[row] for row in fitting])
 
 
-def _first(dataset: files.Dataset, count: int) -> files.Dataset:
+def _first(dataset: Dataset, count: int) -> Dataset:
     """The first so many rows; all for a number below 1."""
     return dataset.select(range(count)) if 0 < count < len(dataset) else dataset
 
@@ -291,11 +294,11 @@ def _load_rows(
     option: str,
     answer_key: str,
     needs_answer: bool = True,
-) -> files.Dataset:
+) -> Dataset:
     """Rows of an embedded data set, of files or of the hub, which have the needed columns."""
     prompt_key = config.data.prompt_key
     if not embedded.is_embedded(source):
-        dataset = files.load_rows(
+        dataset = load_rows(
             source.split(","),
             prompt_key=prompt_key,
             answer_key=answer_key,
@@ -310,7 +313,7 @@ def _load_rows(
     for name, key in wanted.items():
         if key not in columns:
             raise ValueError(f"{source} has the columns {sorted(columns)}; {name} is {key!r}")
-    return files.Dataset(columns)
+    return Dataset(columns)
 
 
 def prompt_format(config: ConfigDict) -> PromptFormat:
@@ -344,7 +347,7 @@ def prompt_options(config: ConfigDict, tools: Mapping | None = None) -> dict:
 def _render(
     config: ConfigDict,
     tokenizer,
-    dataset: files.Dataset,
+    dataset: Dataset,
     what: str,
     source: str,
     tools: Mapping | None = None,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from absl import logging
 from ml_collections import ConfigDict
 
-from adpo_jax.data.files import Dataset
+from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.engine.engine import Engine
 from adpo_jax.environments.contract import COLUMN, Spec

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from adpo_jax.data import files
+from adpo_jax.data.order import prompt_indices
 from adpo_jax.devices import distributed
 from adpo_jax.log import metrics as metrics_lib
 from adpo_jax.log.progress import telling
@@ -183,7 +183,7 @@ def _sampled(
         folder.write_samples(f"reward_error_{step + 1:06d}", [error.sample or {}])
 
     def prompts_of(step: int) -> Prompts:
-        rows = files.prompt_indices(
+        rows = prompt_indices(
             step,
             seed=config.trainer.seed,
             num_rows=len(parts.train_prompts),
