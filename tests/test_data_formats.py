@@ -378,6 +378,15 @@ def test_bytes_are_no_text(tmp_path, monkeypatch, kind, limit):
         large_prompts(path, tmp_path, make_tokenizer())
 
 
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_a_missing_column_of_answers_is_named(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a"}\n{"question": "b"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl:1: no column 'answer'; the columns are 'q"):
+        load_rows(str(path), prompt_key="question", answer_key="answer")
+
+
 ODD_LINES = {
     "an escape by number": '{"question": "caf\\u00e9", "answer": "1"}',
     "both halves of a character": '{"question": "\\ud83d\\ude00 \\u0000", "answer": "1"}',

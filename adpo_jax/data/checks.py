@@ -68,10 +68,10 @@ def check_segments(segments: Sequence[Segment], path: str, wanted: dict[str, str
     """The checks of `check_row` and `Ids` on the stored rows of one file."""
     for segment in segments:
         refuse_twice(path, segment.table.column_names)  # one converted before this was refused
-        for key in wanted.values():
+        for option, key in wanted.items():
             if not split_path(key, segment.names)[0]:
                 row = dict.fromkeys(segment.names)
-                check_row(row, segment.where(path, 0), wanted)
+                check_row(row, segment.where(path, 0), {option: key})
         if segment.table.num_rows == 0:
             continue
         part = Dataset({name: StoredColumn([segment], name) for name in segment.names})
