@@ -77,18 +77,25 @@ def marked() -> Iterator[None]:
 def _watch(run: int, mark: str) -> None:
     """Waits until the run is gone, then kills what it left."""
     forked: dict[int, str] = {}
-    text = b""
-    while os.getppid() == run:
-        if not select.select([sys.stdin.fileno()], [], [], _LOOK_S)[0]:
-            continue
+    text, is_open = b"", True
+
+    def hear(wait_s: float) -> bool:
+        """Notes numbers of forked processes that have come, or come in time; False for none."""
+        nonlocal text, is_open
+        if not is_open or not select.select([sys.stdin.fileno()], [], [], wait_s)[0]:
+            return False
         new = os.read(sys.stdin.fileno(), 4096)
-        if not new:  # the run closed it, or is gone
-            break
+        is_open = bool(new)
         *numbers, text = (text + new).split(b"\n")
         for pid in map(int, numbers):
             forked[pid] = _start_time(pid)
+        return is_open
+
+    while is_open and os.getppid() == run:
+        hear(_LOOK_S)
     end = time.monotonic() + _KILLING_S
-    while (found := _left(mark, forked)) and time.monotonic() < end:
+    # The run may have been gone before this process had read, or begun, anything.
+    while hear(0) | bool(found := _left(mark, forked)) and time.monotonic() < end:
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
