@@ -133,6 +133,13 @@ RIGHT = {
         60\,\mathrm{N\cdot m} ## 60
         60\,\mathrm{N\cdot m} ## 60\,\text{N}\cdot\text{m}
         60\ \Omega ## 60
+        3\,\Omega ## 3\Omega
+        R=3\Omega ## 3\,\Omega
+        2\Omega ## 2
+        0.1\text{ M} ## 0.1
+        0.10\text{ M} ## 0.1\text{ M}
+        2.0\text{ t} ## 2\text{ t}
+        5\text{ d} ## 5
         60\ \Omega ## 60 ohms
         1 hour and 15 minutes ## 1 hour 15 minutes
         1\text{ hour and }15\text{ minutes} ## 1 hour 15 minutes
@@ -142,6 +149,12 @@ RIGHT = {
         ba ## ab
         DB ## BD
         CBA ## ABC
+        CAB ## BAC
+        AC ## CA
+        QP ## PQ
+        DC ## CD
+        TR ## RT
+        WLH ## LWH
         zyx ## xyz
         bac ## abc
         kab ## abk
@@ -155,6 +168,10 @@ RIGHT = {
         (5 - 10) ## 5-10
         5–10 ## 5-10
         2024-3-4 ## 2024-03-04
+        1,000-2,000 ## 1000-2000
+        \$1{,}000-\$2{,}000 ## 1000-2000
+        5-10\text{ m}^2 ## 5-10
+        5.0-10.0 ## 5-10
     """,
     "fonts and colours": r"""
     \large 13 ## 13
@@ -717,6 +734,9 @@ WRONG = {
         3\text{ tens} ## 3
         3\text{ inverse} ## 3
         5\text{x} ## 5
+        \$5\text{K} ## 5
+        \$5\text{ per hundred} ## 5
+        \$5\text{ negative} ## 5
         5\text{ i} ## 5
         5\text{k} ## 5
         5\text{M} ## 5
@@ -747,15 +767,12 @@ WRONG = {
         10\text{ cm} \text{ or } 20\text{ cm} ## 10
         60\frac{\text{mi}}{\text{h}} ## 60\text{ km/h}
         60\frac{x}{y} ## 60
-        2\Omega ## 2
         1 hour and 15 minutes ## 1 hour 16 minutes
     """,
     "letters in another order": r"""
         VI ## IV
         XI ## IX
         TTF ## FTT
-        ABC ## CBA
-        \text{ABC} ## \text{CBA}
         NW ## WN
         MIT ## Tim
         god ## dog
@@ -763,7 +780,9 @@ WRONG = {
         cat ## act
         act ## cat
         eat ## tea
-        CAB ## BAC
+        LX ## XL
+        XC ## CX
+        HTT ## TTH
     """,
     "numbers that are no arithmetic": r"""
         2024-03-04 ## 2024-04-03

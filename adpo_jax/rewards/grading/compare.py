@@ -31,12 +31,16 @@ from adpo_jax.rewards.grading.words import (
 _NUMBER = re.compile(
     r"(?:\\?\$)?([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,200}|[0-9]{1,600})(\.[0-9]{0,600})?"
 )
-# References that are read as words: TTF, IV, Tim; and letters that no formula has: dog.
-_WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]{2,}|[a-np-z]{0,2}o[a-z]{0,2}")
+# References that are read as words: Tim; and letters that no formula has: dog.
+_WORD = re.compile(r"[A-Z][a-z]{2,}|[a-np-z]{0,2}o[a-z]{0,2}")
+_CAPITALS = frozenset(("NO", "ON", "NE", "NW", "SE", "SW", "EN", "WN", "ES", "WS"))
+_ROMAN = re.compile(r"M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 # References whose parts are no numbers to compute with: 2024-03-04, 10/12/2023, 5-10, 3-1.
 _PARTS = re.compile(r"[0-9]+(?:[-–][0-9]+)+|[0-9]+/[0-9]+/[0-9]{4}|[0-9]{4}/[0-9]+/[0-9]+")
 _RELATION = re.compile(r"[=<>]|\\(?:le|ge|leq|geq|ne|neq|in)(?![a-z])")
 _DIGITS = re.compile(r"[0-9]+")
+# What a number may have without another value: 1,000.00
+_NO_PARTS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))|\.0+(?![0-9])")
 _ROUNDED = re.compile(r"[-+]?[0-9,]*\.[0-9]{2,}")
 
 
@@ -206,20 +210,23 @@ def _same(a: Answer, b: Answer) -> bool:
 def _is_anagram(answer: str, reference: str) -> bool:
     """Whether two words have the same letters in another order: god for dog, VI for IV.
 
-    The grammar reads short ones as products. `ba` stays right for `ab`, and `DB` for `BD`.
+    The grammar reads short ones as products. `ba` stays right for `ab`, as do `DB` for `BD` and
+    `CBA` for `ABC`: choices that are all right, segments, angles and products.
     """
-    word = _bare_words(reference)
-    if _is_of_choices(word) or not (_WORD.fullmatch(word) or (len(word) == 3 and word.isalpha())):
-        return False
-    other = words(answer)
+    word, other = _bare_words(reference), words(answer)
     if word.casefold() == other.casefold() or not other.isalpha():
+        return False
+    if word.isupper():
+        is_repeating = len(set(word)) < len(word)  # the sides of coins that fell: TTF
+        return is_repeating or word in _CAPITALS or (_is_roman(word) and _is_roman(other))
+    if not _WORD.fullmatch(word) and not (len(word) == 3 and word.isalpha()):
         return False
     return bool(_WORD.fullmatch(word)) or not SHORT_NOUNS.isdisjoint((word, other))
 
 
-def _is_of_choices(word: str) -> bool:
-    """Whether capitals may be choices that are all right, or the corners of an angle: BD, ABC."""
-    return word.isupper() and word[-1] <= "J" and list(word) == sorted(set(word))
+def _is_roman(word: str) -> bool:
+    """Whether a word is a Roman numeral that is hardly anything else: IV, but not CD, a segment."""
+    return bool(_ROMAN.fullmatch(word)) and not set(word).isdisjoint("IVX")
 
 
 def _has_other_parts(answer: str, reference: str) -> bool:
@@ -227,8 +234,9 @@ def _has_other_parts(answer: str, reference: str) -> bool:
     reference = _bare_words(reference)
     if not _PARTS.fullmatch(reference):
         return False
-    parts = [[int(n) for n in _DIGITS.findall(text)] for text in (answer, reference)]
-    return parts[0] != parts[1]
+    plain = _NO_PARTS.sub("", answer.replace("{,}", ",").replace("\\,", ","))
+    wanted, parts = ([int(n) for n in _DIGITS.findall(text)] for text in (reference, plain))
+    return parts[: len(wanted)] != wanted  # a unit may have a number behind them: m^2
 
 
 @functools.lru_cache(4096)

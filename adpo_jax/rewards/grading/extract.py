@@ -18,6 +18,9 @@ from adpo_jax.rewards.grading.limits import MAX_ANSWER_CHARS, MAX_SEARCHED_CHARS
 from adpo_jax.rewards.grading.markup import first_block, undressed, without_calculations
 from adpo_jax.rewards.grading.words import choice_of
 
+_BULLET = re.compile(r"\A[-–•*][ \t]+")
+_REFERS = re.compile(r"\[\d{1,3}\]")  # to a source
+_NAMED = re.compile(r"[$\\(\[{ ]{0,8}[A-Za-z]\w{0,20}[ }]{0,4}=")
 _MAX_LOOKS = 16  # back over tags and hashes
 _BRACES = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
 _UNBRACED = re.compile(r"\s{0,8}([^\s${}\\]{1,64})")
@@ -55,8 +58,7 @@ def find_answer(completion: str) -> str | None:
     if not answer:
         said = sentence.stated_answer(tail)
         if not said and think_end >= 0:
-            line = _last_line(tail)
-            said = line if line and _is_answer(line) else _marked(text)
+            said = _last_answer(tail) or _marked(text)
         answer = said or answer
     if answer is None:
         answer = _last_line(tail)
@@ -65,9 +67,16 @@ def find_answer(completion: str) -> str | None:
     return answer.strip()
 
 
-def _is_answer(line: str) -> bool:
-    """Whether a line without any mark is an answer: a choice or a value, not `OK`."""
-    return choice_of(line) is not None or (sentence.is_readable(line) and not line.isalpha())
+def _last_answer(text: str) -> str | None:
+    """The last line where it is an answer without any mark: a choice or a value, not `OK`.
+
+    An equation is one where its left side is a name, as in `x = 41`, and not `48/2 = 24`.
+    """
+    line = _BULLET.sub("", _last_line(text) or "")
+    if _REFERS.fullmatch(line) or ("=" in line and not _NAMED.match(line)):
+        return None
+    is_value = sentence.is_readable(line) and not line.isalpha()
+    return line if choice_of(line) is not None or is_value else None
 
 
 def find_reference(solution: object) -> str:

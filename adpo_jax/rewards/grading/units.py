@@ -31,8 +31,7 @@ _NOUNS = """
 SHORT_NOUNS = set(_NOUNS.split())  # words of up to three letters, which are no products of them
 _SHORT = set(CANONICAL) | SHORT_NOUNS
 _SINGLE_LETTERS = set("mgshLl")  # bare and after a space
-# In \text{}; a k is a thousand and no kelvin.
-_LETTERS_IN_TEXT = {name for name in CANONICAL if len(name) == 1} - {"k"} | set("CFHT")
+_NO_UNITS_IN_TEXT = set("kxz")  # a thousand and no kelvin, and variables
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TEMPERATURES = {"C", "F", "K", "Celsius", "Fahrenheit"}  # after a degree sign
 _SCALES_OF_DEGREES = {
@@ -42,6 +41,7 @@ _SCALES_OF_DEGREES = {
 _CURRENCIES = {"USD": "dollar", "US": "dollar", "EUR": "euro", "GBP": "gbp"}
 _MONEY = {"dollar": "dollar", "euro": "euro", "pound": "gbp", "rupee": "rupee", "yen": "yen"}
 CURRENCIES = {*_MONEY.values(), "cent"}
+_NOT_BESIDE_MONEY = {"lb", "negative", "short", "loss", "debt"}
 _NO_LABELS = {
     "not", "never", "no", "nor", "or", "but", "except", "anything", "either", "neither", "between",
     "than",
@@ -130,7 +130,7 @@ def _split(tokens: list[Token]) -> tuple[list[Token], str | None]:
         if len(money) > 1:
             return tokens, None
         unit = money.pop()
-    if tokens and tokens[-1][:2] == ("cmd", "Omega") and not tokens[-1].glued:
+    if [t.kind for t in tokens[-2:]] == ["num", "cmd"] and tokens[-1].text == "Omega":
         tokens = [*tokens[:-1], Token("text", "ohm", False)]
     if all(t.kind not in ("text", "word") for t in tokens):
         return tokens, unit
@@ -162,7 +162,9 @@ def _beside_money(
 ) -> tuple[list[Token], str | None]:
     """The value and the unit of `$5 per hour`, `$5 profit`; of `$5 euros` as it stands and None."""
     first, slash, rate = name.partition("/")
-    if first != money and (first in CURRENCIES or name == "lb"):
+    if first != money and (first in CURRENCIES or first in _NOT_BESIDE_MONEY or len(first) == 1):
+        return tokens, None
+    if rate in _SCALES or rate in _NOT_BESIDE_MONEY:
         return tokens, None
     return tokens[:start], money + slash + rate if first in ("", money) else money
 
@@ -292,7 +294,9 @@ def _word_name(word: str, token: Token, after_slash: bool) -> str | None:
     lower = word.lower()
     if lower in _NO_UNITS or word in FUNCTION_WORDS:
         return None
-    if token.kind == "text" and not after_slash and len(word) == 1 and word not in _LETTERS_IN_TEXT:
+    # A glued M is a million; molar has a space before it.
+    in_text = token.kind == "text" and not after_slash
+    if in_text and (word in _NO_UNITS_IN_TEXT or token.text == "M"):
         return None
     if token.kind == "word" and not after_slash:
         if len(word) == 1 and (token.glued or word not in _SINGLE_LETTERS):
