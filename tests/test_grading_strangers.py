@@ -734,6 +734,8 @@ WRONG = {
         3\text{ tens} ## 3
         3\text{ inverse} ## 3
         5\text{x} ## 5
+        f(2x) = 5x ## 5x
+        if = 5 ## 5
         \$5\text{K} ## 5
         \$5\text{ per hundred} ## 5
         \$5\text{ negative} ## 5

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from adpo_jax.rewards import RewardError, RewardFunction, RewardModel
+from adpo_jax.rewards import RewardError, RewardFunction, RewardModel, loop
 
 SOURCE = """
 import asyncio
@@ -93,6 +93,28 @@ def score(functions, completions, **columns):
     columns.setdefault("solution", ["5"] * len(completions))
     with RewardModel(functions) as model:
         return model.score(completions, columns)
+
+
+@pytest.mark.parametrize("keeps_tasks", [False, True])
+def test_what_an_async_call_leaves_running_is_cancelled_unless_it_is_kept(keeps_tasks):
+    ended = []
+
+    async def leaves(seconds):
+        async def rest():
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                ended.append(seconds)
+
+        running.append(asyncio.create_task(rest()))
+        await asyncio.sleep(0)
+
+    running = []
+    loop.run(leaves(0.01), keeps_tasks=keeps_tasks)
+    assert ended == ([] if keeps_tasks else [0.01])
+    loop.run(asyncio.sleep(0.05))
+    assert ended == [0.01]
+    assert running[0].cancelled() == (not keeps_tasks)
 
 
 def test_the_total_is_the_weighted_sum_and_every_function_is_reported(file):

@@ -149,7 +149,7 @@ class House:
                     raise _Cancelled from None
                 raise  # its own, of a connection say
 
-        return loop.run(awaited())
+        return loop.run(awaited(), keeps_tasks=True)
 
     def _take_random(self, number: int) -> None:
         python, numpy = self._random[number]

@@ -16,7 +16,11 @@ _EVENT = r"(?:[A-Z]'?|[^()]*(?:[=<>|]|\\(?:le|ge|leq|geq|mid|vert|cup|cap|text)(
 _SET = r"[A-Z](?:\\(?:cup|cap|setminus)[A-Z]){0,4}"
 _BAR = r"(?:\||\\[lr]?vert)"
 # f(g(3)), f^{-1}(x), g''(2); of a text without spaces, as the next.
-_FUNCTION = re.compile(r"[fghFGH](?:'{1,3}|\^\{?-1\}?|\^\{?\\prime\}?)?\(.*\)")
+_CALLED = r"[fghFGH](?:'{1,3}|\^\{?-1\}?|\^\{?\\prime\}?)?\("
+_FUNCTION = re.compile(_CALLED + r".*\)")
+# f(x), f(g(x)): of a variable alone, since f(2x) = 5x says another thing than f(x) = 5x.
+_FUNCTION_OF_NAME = re.compile(rf"(?:{_CALLED}){{1,3}}[A-Za-z]\){{1,3}}")
+_WORDS = "if|on|is|in|so|or|of|to|an|as|at|be|by|do|go|he|it|me|my|no|up|us|we"
 _NAMES = re.compile(
     _FUNCTION.pattern
     # P(X=2), \mathbb{P}(A), E[X], \text{Var}(X)
@@ -29,7 +33,8 @@ _NAMES = re.compile(
     # \sin\theta, \cos 2x, \tan(A+B)
     rf"|\\(?:sin|cos|tan|cot|sec|csc)(?:{_GREEK}|[A-Za-z]|\((?:{_GREEK}|[A-Za-z])\))"
     # x+y, a-b+c, xy, AB+BC
-    r"|[A-Za-z]{1,2}(?:[-+][A-Za-z]{1,2}){1,5}|(?!([A-Za-z])\1)[A-Za-z]{2}"
+    r"|[A-Za-z]{1,2}(?:[-+][A-Za-z]{1,2}){1,5}"
+    rf"|(?!([A-Za-z])\1|(?:{_WORDS})$)[A-Za-z]{{2}}"
     r"|\\[dt]?frac\{[A-Za-z]\}\{[A-Za-z]\}|[A-Za-z]/[A-Za-z]"
 )
 
@@ -43,7 +48,7 @@ def values_behind(answer: str, *, of_function: bool) -> list[str]:
     """
     first, *values = _sides(normalise(answer))
     name = re.sub(r"\\[,;:! ]|\s", "", first)
-    pattern = _FUNCTION if of_function else _NAMES
+    pattern = _FUNCTION_OF_NAME if of_function else _NAMES
     return values if values and len(name) < 80 and _is_name(name, pattern) else []
 
 
