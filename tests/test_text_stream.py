@@ -1,5 +1,6 @@
 """Text of tokens that arrive one by one."""
 
+import collections
 import itertools
 
 import pytest
@@ -86,9 +87,37 @@ def test_bytes_that_are_no_text_neither_raise_nor_get_lost(way, tokens):
     decode, _ = WAYS[way]
     stream = TextStream(decode)
     shown = "".join(stream.push([token]) for token in tokens) + stream.finish()
-    whole = decode(tokens).replace("\ufffd", "")
-    # A character that was given out is not taken back for what follows it.
-    assert set(whole) <= set(shown) if way == "pieces" else shown.replace("\ufffd", "") == whole
+    if way == "bytes":
+        assert shown == decode(tokens)
+        return
+    # A character that was given out is not taken back for what follows it, nor given again.
+    least, given_out, most = (
+        collections.Counter(text.replace("\ufffd", ""))
+        for text in (decode(tokens), shown, in_bytes(tokens))
+    )
+    assert least <= given_out <= most
+    assert len(shown) <= len(tokens)
+
+
+def cleaned_up(ids) -> str:
+    """As `clean_up_tokenization_spaces` does: what follows may take a space back."""
+    return in_pieces(ids).replace(" a ", "a")
+
+
+@pytest.mark.parametrize(
+    ("decode", "before", "tokens", "text"),
+    [
+        (in_pieces, "", "你好".encode()[:4], "你\ufffd"),
+        (in_pieces, "你", "好".encode()[:1], "\ufffd"),
+        (cleaned_up, "", [PIECES.index("▁a"), *as_pieces(" b")], " a b"),
+    ],
+)
+def test_no_text_is_given_again_where_it_changes_behind_what_was_given(
+    decode, before, tokens, text
+):
+    before = end_of_prompt(decode, as_pieces(before))
+    stream = TextStream(decode, before=before)
+    assert "".join(stream.push([token]) for token in tokens) + stream.finish() == text
 
 
 @pytest.mark.parametrize("text", ["Ann has 3 apples.", "3+4=7 so 7*2=14"])

@@ -5,7 +5,6 @@ character. SentencePiece even takes back whole characters for as long as the byt
 none. Text that could be the beginning of a stop string is held until it cannot be one.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"  # bytes that are no whole character decode to this
@@ -99,9 +98,10 @@ class TextStream:
         """What the tokens from `_done` to `end` add to the text before them."""
         context = self._decode(self._tokens[self._context : self._done])
         text = self._decode(self._tokens[self._context : end])
-        # They may change the text before them too; all that is not as it was is given again.
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(context, text))
-        return text[sum(1 for _ in same) :]
+        # Where they change the text that was given out before them, they are text of their own.
+        if text.startswith(context):
+            return text[len(context) :]
+        return self._decode(self._tokens[self._done : end])
 
     def _give(self, text: str, last: bool = False) -> str:
         """Gives text out up to a stop string, or up to the beginning of a possible one."""
