@@ -25,10 +25,8 @@ _SHAPES = ("numbers", "lengths", "reasons")
 # Groups of a file; a sampler sends one. A completion takes some kB here, however short it is.
 _MOST_GROUPS = 1024
 _MOST_DIRECTORY = 1 << 16
-
-
-# A larger file would be of another form (zip64), which is not read.
-_MOST_BYTES = (1 << 32) - (1 << 20)
+# Python writes larger files in another form (zip64), which is not read.
+_MOST_BYTES = zipfile.ZIP64_LIMIT - (1 << 20)
 
 
 class WireError(ValueError):
@@ -63,7 +61,7 @@ def most_bytes(
         raise ValueError(
             f"a sampler sends a group as a whole, and one of rollout.n {n} completions of up to "
             f"data.max_response_length {max_response_length} tokens may take {size / 2**30:.1f} "
-            f"GiB, {of_token:,} bytes a token; up to 4 GiB can be sent: lower either, or leave "
+            f"GiB, {of_token:,} bytes a token; up to 2 GiB can be sent: lower either, or leave "
             "router_replay off"
         )
     return size
