@@ -305,6 +305,8 @@ CALLS = [
     ("tags", 'Well.<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}', ONE),
     ("tags", QWEN_XML, ONE),
     ("tags", QWEN_XML.removesuffix("</tool_call>"), ONE),
+    ("tags", '<tool_call>{"name": "add", "arguments": {"a": "<function=add>"}}',
+     [Call("add", {"a": "<function=add>"})]),
     ("tags", "no call", []),
     ("json", '{"name": "add", "parameters": {"a": 1}}', ONE),
     ("json", '<|python_tag|>[{"name": "add", "arguments": {"a": 1}}]', ONE),

@@ -253,20 +253,61 @@ def test_tokens_keep_their_space_and_their_bytes_whatever_the_tokenizer_cuts():
         assert (entry["token"], bytes(entry["bytes"])) == (text, made)
 
 
-def test_a_completion_begins_with_the_space_that_stands_behind_its_prompt():
-    tokenizer = sentence_pieces()
-    asked = protocol.parse({"prompt": "x"}, chat=False, model="m", limits=protocol.Limits(9, 9))
+@pytest.fixture
+def continuing():
+    """Begins the first choice of a request in which the model goes on from "b"."""
+    tokenizer, limits = sentence_pieces(), protocol.Limits(9, 9)
+    tokenizer.chat_template = "{# tools <tool_call> #}"
     language = Language(tokenizer, len(tokenizer), (), PromptFormat())
     decoding = mock.Mock(batch=mock.Mock(version=0))
-    made = Service(language, decoding, protocol.Limits(9, 9), mock.Mock())
-    try:
-        choice = made._choice(0, asked, Prompt(tokenizer("b")["input_ids"]))
-    finally:
-        made.close()
-    ids = np.array(tokenizer("a a")["input_ids"], np.int32)
-    sample = Sample(Request(np.zeros(1, np.int32), asked.sampling, None), 0)
-    choice.push(NewTokens(sample, ids, np.zeros(len(ids), np.float32), None, "stop"))
-    assert choice.whole().text == " a a"
+    made = Service(language, decoding, limits, mock.Mock())
+
+    def begun(body, chat):
+        asked = protocol.parse(body, chat=chat, model="m", limits=limits)
+        return made._choice(0, asked, Prompt(tokenizer("b")["input_ids"])), asked.sampling
+
+    yield begun
+    made.close()
+
+
+def push_text(choice, sampling, text):
+    ids = np.array(sentence_pieces()(text)["input_ids"], np.int32)
+    sample = Sample(Request(np.zeros(1, np.int32), sampling, None), 0)
+    choice.push(NewTokens(sample, ids, np.zeros(len(ids), np.float32), None, "length"))
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"prompt": "x"}, " a a"),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, " a a"),
+        ({"messages": [{"role": "user", "content": "b"}]}, "a a"),
+    ],
+)
+def test_a_completion_begins_with_the_space_that_stands_behind_what_it_continues(
+    continuing, body, text
+):
+    choice, sampling = continuing(body, chat="messages" in body)
+    push_text(choice, sampling, "a a")
+    assert choice.whole().text == text
+
+
+@pytest.mark.parametrize(
+    ("content", "num_calls"),
+    [
+        ("<think>\nA sum: ", 0),
+        ("<think>a</think>", 1),
+        ("Well. ", 1),
+        ("<think>a</think><think>", 0),
+    ],
+)
+def test_a_call_that_is_drafted_in_the_thought_of_a_continued_message_is_none(
+    continuing, content, num_calls
+):
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    choice, sampling = continuing({"messages": messages, "tools": [ADD]}, chat=True)
+    push_text(choice, sampling, f"{ADD_CALL} b</think>")
+    assert len(choice.whole().calls) == num_calls
 
 
 # --- what lm-eval and others ask
@@ -396,6 +437,7 @@ def test_an_answer_of_many_log_probs_is_written_down_in_small_parts(monkeypatch)
     monkeypatch.setattr(app.json, "dumps", noted)
     assert app._dumped_in_parts(body) == wanted
     assert max(longest) < len(wanted) / 20
+    assert len(longest) < 200  # entries of a list are written together
 
 
 NEUTRAL = {
@@ -452,6 +494,8 @@ def test_max_tokens_above_the_room_is_cut(client):
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 SUB = {"type": "function", "function": {"name": "sub"}}
 XML_CALL = "<tool_call>\n<function=add>\n<parameter=a>\n12\n</parameter>\n</function>"
+QUOTED = {"text": "use <function=add> here"}
+QUOTING_CALL = f'<tool_call>{{"name": "sub", "arguments": {json.dumps(QUOTED)}}}'
 ADD_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 
 
@@ -483,6 +527,7 @@ def pieces(form, text, size, **options):
         ("tags", "<tool_call>" + "[" * 3000, None),
         ("tags", "1 < 2 <tool", None),
         ("tags", XML_CALL, ("", [("add", {"a": 12})])),
+        *(("tags", QUOTING_CALL + end, ("", [("sub", QUOTED)])) for end in ("", "</tool_call>")),
         *(("tags", XML_CALL[: XML_CALL.find(cut)], None) for cut in ("2", "</par", "/function")),
         ("json", '{"name": "add", "parameters": {"a": 1}}', ("", [("add", {"a": 1})])),
         (

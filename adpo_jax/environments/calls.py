@@ -80,10 +80,16 @@ def marks_of(form: Form) -> tuple[str, ...]:
     return marks + ((_QUOTES[form],) if form in _QUOTES else ())
 
 
-def begun_thought(form: Form, prompt: str) -> str:
-    """The mark with which a prompt has begun a thought that the model goes on with; "" for none."""
-    opening, _ = _THOUGHTS.get(form, _THOUGHT)
-    return opening if prompt.rstrip().endswith(opening) else ""
+def begun_thought(form: Form, prompt: str, continued: str = "") -> str:
+    """The mark with which a prompt has begun a thought that the model goes on with; "" for none.
+
+    Args:
+      prompt: its end at least.
+      continued: the message of the assistant that it ends with; "" where the model begins one.
+    """
+    opening, closing = _THOUGHTS.get(form, _THOUGHT)
+    begun = continued.rfind(opening) > continued.rfind(closing)
+    return opening if begun or prompt.rstrip().endswith(opening) else ""
 
 
 def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -144,7 +150,12 @@ def _bodies(form: Form, text: str) -> list[str | Call]:
 
 def _breaks_off(form: Form, body: str, mark: str) -> bool:
     """Whether a call in XML ends within an argument, where no closing mark follows it."""
-    return form == "tags" and not mark and "<function=" in body and "</function>" not in body
+    return form == "tags" and not mark and _is_xml(body) and "</function>" not in body
+
+
+def _is_xml(body: str) -> bool:
+    """Whether the body of a call is XML, and not JSON that may quote some."""
+    return body.lstrip().startswith("<function=")
 
 
 def _json_bodies(text: str) -> list[Any]:
@@ -186,7 +197,7 @@ def _read(form: Form, body: Any, tools: Mapping[str, Mapping[str, Any]]) -> tupl
     """The name and the arguments in the body of a call, not checked yet; None for neither."""
     if form in _QUOTES:
         return _gemma_call(body, _QUOTES[form])
-    if form == "tags" and (xml := next(_xml_elements("function", body), None)):
+    if form == "tags" and _is_xml(body) and (xml := next(_xml_elements("function", body), None)):
         name, inside = xml
         schemas = _mapping(tools.get(name, {}).get("properties"))
         arguments = _xml_elements("parameter", inside)

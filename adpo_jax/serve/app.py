@@ -439,17 +439,17 @@ def _dumped(content: Any) -> str:
     return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 
-def _dumped_in_parts(content: Any, depth: int = 0) -> str:
+def _dumped_in_parts(content: Any, name: str = "", depth: int = 0) -> str:
     """The same for a large answer, between whose parts other threads have their turn.
 
     `json.dumps` lets none of them on until its end.
     """
     if isinstance(content, dict) and depth < _SMALL_DEPTH:
         items = content.items()
-        inside = (f"{_dumped(key)}:{_dumped_in_parts(item, depth + 1)}" for key, item in items)
+        inside = (f"{_dumped(key)}:{_dumped_in_parts(item, key, depth + 1)}" for key, item in items)
         return f"{{{','.join(inside)}}}"
-    if isinstance(content, list) and depth <= 1:  # the choices
-        return f"[{','.join(_dumped_in_parts(item, depth + 1) for item in content)}]"
+    if isinstance(content, list) and name == "choices":
+        return f"[{','.join(_dumped_in_parts(item, depth=depth + 1) for item in content)}]"
     if isinstance(content, list):
         starts = range(0, len(content), _PART)
         return f"[{','.join(_dumped(content[at : at + _PART])[1:-1] for at in starts)}]"

@@ -354,17 +354,18 @@ class Service:
         version = self.decoding.batch.version
         if isinstance(request, TokensRequest):
             return TokensChoice(index, request, version, self._decoder(request))
-        parser = None
+        parser, continued = None, _continued(request)
         if request.tools:
             form, parallel = self.tool_form(request), request.parallel_tool_calls
             rendered = self.language.tokenizer.decode(prompt.tokens[-_LONGEST_MARK:])
-            thought = calls.begun_thought(form, rendered)
+            thought = calls.begun_thought(form, rendered, continued)
             parser = calls.CallParser(form, request.tools, parallel, thought)
         decode, scored_by = self._decoder(request), None
         if prompt.scored is not None:
             scored_by = prompt.scored.version
             version = version if request.samples else scored_by
-        before = [] if request.chat else end_of_prompt(decode, prompt.tokens)
+        follows = continued or not request.chat
+        before = end_of_prompt(decode, prompt.tokens) if follows else []
         beside = parser, prompt.echo, before, scored_by
         return Choice(index, request, version, decode, self._token_texts, *beside)
 
@@ -439,6 +440,12 @@ class Service:
         added = tokenizer.added_tokens_decoder.items()
         named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)
         return dict(named) | {i: token.content for i, token in added if token.special}
+
+
+def _continued(request: CompletionRequest) -> str:
+    """The message of the assistant that a chat goes on with; "" for none."""
+    last = request.prompts[0][-1] if request.chat else {}
+    return last["content"] if last.get("role") == "assistant" else ""
 
 
 def failed() -> ApiError:
