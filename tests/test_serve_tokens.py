@@ -439,37 +439,62 @@ def test_a_pause_holds_the_scoring_of_prompts(address, versions, mode):
             assert choice["weight_versions"] == [[old + 1, 0]]
 
 
-@pytest.mark.parametrize(("during", "max_tokens"), [(1, 0), (2, 0), (2, 1)])
-def test_prompts_have_the_version_of_the_weights_that_scored_them(
-    address, versions, monkeypatch, during, max_tokens
-):
-    """New weights come while one prompt of two is scored, or once both are."""
-    old = with_weights(address, 0)
+@pytest.fixture
+def held_scoring(monkeypatch):
+    """The first prompt of two is being scored, and may be done: two events, and the calls."""
     score, calls, inside, go = Service._score, [], threading.Event(), threading.Event()
 
     def slow(self, prompts, *rest):
         made = score(self, prompts, *rest)
         calls.append(prompts)
-        if len(calls) == during:
+        if len(calls) == 1:
             inside.set()
             assert go.wait(30)
         return made
 
     monkeypatch.setattr(Service, "_score", slow)
     monkeypatch.setattr(scoring, "CALL_TOKENS", 4)  # a call for each prompt
-    with ThreadPoolExecutor(1) as pool:
+    yield inside, go, calls
+    go.set()
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_new_weights_wait_until_the_prompts_of_a_request_are_scored(
+    address, versions, held_scoring, max_tokens
+):
+    old = with_weights(address, 0)
+    inside, go, calls = held_scoring
+    with ThreadPoolExecutor(2) as pool:
         later = pool.submit(post, address, json=SCORED | {"max_tokens": max_tokens})
         assert inside.wait(30)
-        new = with_weights(address, 1)
+        exchange = pool.submit(with_weights, address, 1)
+        time.sleep(0.5)
+        assert not exchange.done()
         go.set()
-        choices = later.result().json()["choices"]
-    again = during == 1
-    assert len(calls) == (4 if again else 2)
+        choices, new = later.result().json()["choices"], exchange.result()
+    assert len(calls) == 2
     for choice in choices:
-        assert choice["prompt_weight_version"] == (new if again else old)
-        assert choice["weight_versions"] == [[new if again or max_tokens else old, 0]]
+        assert choice["prompt_weight_version"] == old
         if not max_tokens:
-            assert scored_by(choice, versions, int(again))
+            assert choice["weight_versions"] == [[old, 0]]
+            assert scored_by(choice, versions, 0)
+    assert new == old + 1
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep"])
+def test_a_pause_waits_until_the_prompts_of_a_request_are_scored(address, held_scoring, mode):
+    inside, go, calls = held_scoring
+    with ThreadPoolExecutor(2) as pool:
+        later = pool.submit(post, address, json=SCORED | {"max_tokens": 0})
+        assert inside.wait(30)
+        pausing = pool.submit(post, address, f"/pause?mode={mode}")
+        time.sleep(0.3)
+        assert not pausing.done()
+        go.set()
+        assert pausing.result().json()["mode"] == mode
+        assert len(calls) == 2
+        post(address, "/resume")
+        assert later.result().status_code == 200
 
 
 def test_an_exchange_of_weights_compiles_nothing(address):

@@ -4,6 +4,7 @@ It can be paused, and takes other parameters between two steps.
 """
 
 import asyncio
+import contextlib
 import enum
 import threading
 from collections.abc import Callable, Hashable
@@ -69,6 +70,7 @@ class Decoding:
         self._num_pauses = 0
         self._begins = asyncio.Event()  # while requests that arrive begin
         self._begins.set()
+        self._num_scoring = 0  # requests whose prompts are being scored; changed on the loop alone
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -162,9 +164,27 @@ class Decoding:
         Raises:
           DecodingFailed: when there is no thread any more.
         """
-        await self._begins.wait()
+        while not self._begins.is_set():  # it may be cleared again before this goes on
+            await self._begins.wait()
         if self.failed:
             raise DecodingFailed
+
+    @contextlib.asynccontextmanager
+    async def scoring(self):
+        """A context in which prompts are scored, all under the same parameters.
+
+        It is entered when a request may begin. A pause and an exchange wait until it is left.
+
+        Raises:
+          DecodingFailed: when there is no thread any more.
+        """
+        await self.may_begin()
+        self._num_scoring += 1
+        try:
+            yield
+        finally:
+            self._num_scoring -= 1
+            self._wake.set()
 
     def _hold(self, holds: bool):
         self.batch.holds = holds
@@ -187,22 +207,26 @@ class Decoding:
         # The number is read before the pause and set after it, so that it never names a later one.
         number, batch = self._num_pauses, self.batch
         paused, exchange = self.paused, self._exchange
-        if exchange is not None and (paused is Pause.KEEP or not batch.under_way):
+        # Read after them: while either is set, no scoring begins.
+        scoring = self._num_scoring > 0
+        may_exchange = not scoring and (paused is Pause.KEEP or not batch.under_way)
+        if exchange is not None and may_exchange:
             batch.exchange(exchange.params, exchange.version)
             self._exchange = None
             self._hand_over(self._exchanged, exchange.done)
             return
         if paused is Pause.KEEP:
-            self._hand_over(self._tell_still, number)
+            if not scoring:
+                self._hand_over(self._tell_still, number)
             self._wake.wait()
             return
         news = batch.step()
         if news:
             self._hand_over(self._deliver, news)
             return
-        if batch.under_way or self._exchange is not None:
+        if batch.under_way or (self._exchange is not None and not scoring):
             return
-        if paused is not None:
+        if paused is not None and not scoring:
             self._hand_over(self._tell_still, number)
         if batch.holds or not batch.busy:
             self._wake.wait()

@@ -240,17 +240,15 @@ class Service:
                 batches, size = [*batches, []], 0
             batches[-1].append(prompt)
             size += len(prompt.tokens)
-        while True:
-            made = []
-            # Others' prompts have their turn between the batches, and so have new weights.
-            for batch in batches:
-                try:
-                    await self.decoding.may_begin()
-                except DecodingFailed:
-                    raise failed() from None
-                made += await self._in(self._scoring, self._score, batch, alternatives)
-            if len({prompt.scored.version for prompt in made}) == 1:
-                return made
+        made = []
+        try:
+            async with self.decoding.scoring():
+                # Others' prompts have their turn between the batches.
+                for batch in batches:
+                    made += await self._in(self._scoring, self._score, batch, alternatives)
+        except DecodingFailed:
+            raise failed() from None
+        return made
 
     def _score(self, prompts: list[Prompt], top_logprobs: int) -> list[Prompt]:
         arrays = [np.array(prompt.tokens, np.int32) for prompt in prompts]
