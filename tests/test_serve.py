@@ -262,8 +262,9 @@ def continuing():
     decoding = mock.Mock(batch=mock.Mock(version=0))
     made = Service(language, decoding, limits, mock.Mock())
 
-    def begun(body, chat):
-        asked = protocol.parse(body, chat=chat, model="m", limits=limits)
+    def begun(body, **chat):
+        parse = parse_tokens if "token_ids" in body else protocol.parse
+        asked = parse(body, model="m", limits=limits, **chat)
         return made._choice(0, asked, Prompt(tokenizer("b")["input_ids"])), asked.sampling
 
     yield begun
@@ -290,6 +291,19 @@ def test_a_completion_begins_with_the_space_that_stands_behind_what_it_continues
     choice, sampling = continuing(body, chat="messages" in body)
     push_text(choice, sampling, "a a")
     assert choice.whole().text == text
+
+
+@pytest.mark.parametrize(
+    ("body", "chat"),
+    [
+        ({"prompt": "x", "stop": " a"}, {"chat": False}),
+        ({"token_ids": [5], "sampling_params": {"stop": [" a"]}}, {}),
+    ],
+)
+def test_a_stop_string_may_begin_with_the_space_behind_the_prompt(continuing, body, chat):
+    choice, sampling = continuing(body, **chat)
+    push_text(choice, sampling, "ab a")
+    assert choice.num_tokens == 1
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,9 @@ class Service:
     def _choice(self, index: int, request: CompletionRequest, prompt: Prompt):
         version = self.decoding.batch.version
         if isinstance(request, TokensRequest):
-            return TokensChoice(index, request, version, self._decoder(request))
+            decode = self._decoder(request)
+            before = end_of_prompt(decode, prompt.tokens)
+            return TokensChoice(index, request, version, decode, before)
         parser, continued = None, _continued(request)
         if request.tools:
             form, parallel = self.tool_form(request), request.parallel_tool_calls

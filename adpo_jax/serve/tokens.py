@@ -150,6 +150,7 @@ class TokensChoice:
     Args:
       decode: token ids -> text, for stop strings.
       version: the present version of the weights.
+      before: the `end_of_prompt` that the completion follows.
     """
 
     def __init__(
@@ -158,12 +159,13 @@ class TokensChoice:
         request: TokensRequest,
         version: int,
         decode: Callable[[list[int]], str],
+        before: list[int],
     ):
         self.index, self.finish_reason = index, None
         self.versions = WeightVersions(version)
         self._logprobs = request.logprobs
         stop, least = request.sampling.stop, request.sampling.min_tokens
-        self._stream = TextStream(decode, stop, least) if stop else None
+        self._stream = TextStream(decode, stop, least, before) if stop else None
         self._pieces: list[TokensPiece] = []
         self.num_tokens = 0
 
