@@ -427,6 +427,15 @@ TEXT_OR_NONE = {"anyOf": [TEXT, {"type": "null"}]}
         (WHOLE, "\n5\n", 5),
         (WHOLE, "five", "five"),
         ({"type": "array"}, '["a"]', ["a"]),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"const": "1"}, "1", "1"),
+        ({"enum": [1, 2]}, "1", 1),
+        ({"allOf": [TEXT]}, "1", "1"),
+        ({"anyOf": [{"type": ["string", "null"]}]}, "1", "1"),
+        ({"oneOf": [{"anyOf": [TEXT]}]}, "1", "1"),
+        ({"$ref": "#/$defs/text"}, "1", "1"),
+        ({"$ref": "#/$defs/circle"}, "1", 1),
+        ({"$ref": "#/$defs/none"}, "1", 1),
         ({}, "2024", 2024),
         ({}, "\n\na\n", "\na"),
         ({"type": 5}, "2024", 2024),
@@ -436,7 +445,8 @@ TEXT_OR_NONE = {"anyOf": [TEXT, {"type": "null"}]}
 )
 def test_an_argument_in_xml_has_the_type_that_its_tool_declares(schema, text, value):
     written = QWEN_XML.replace("\n1\n", text)
-    tool = {"name": "add", "parameters": {"properties": {"a": schema}}}
+    shared = {"text": TEXT, "circle": {"anyOf": [{"$ref": "#/$defs/circle"}] * 2}}
+    tool = {"name": "add", "parameters": {"properties": {"a": schema}, "$defs": shared}}
     tools = [{"type": "function", "function": tool}]
     (call,) = calls_in("tags", written, parameters_of(tools))
     assert call == Call("add", {"a": value})

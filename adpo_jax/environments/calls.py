@@ -15,6 +15,7 @@ a text as it comes, and leaves as text whatever is no call of a tool that there 
 of an argument whether it is text, so the tool's schema does.
 """
 
+import itertools
 import json
 import math
 import re
@@ -48,6 +49,7 @@ _FENCE_LABELS = ("", "json", "tool_code", "tool_call")
 _LONGEST_NAME = 256  # of a function and of a parameter, in XML
 _DEEPEST = 32  # values inside values; deeper ones could not be handed to the tool's process
 _MOST_CALLS = 64  # of a turn
+_MOST_SCHEMAS = 64  # of an argument
 
 
 class Call(NamedTuple):
@@ -199,9 +201,12 @@ def _read(form: Form, body: Any, tools: Mapping[str, Mapping[str, Any]]) -> tupl
         return _gemma_call(body, _QUOTES[form])
     if form == "tags" and _is_xml(body) and (xml := next(_xml_elements("function", body), None)):
         name, inside = xml
-        schemas = _mapping(tools.get(name, {}).get("properties"))
+        root = tools.get(name, {})
+        schemas = _mapping(root.get("properties"))
         arguments = _xml_elements("parameter", inside)
-        return name, {key: _xml_value(text, schemas.get(key)) for key, text in arguments}
+        return name, {
+            key: _xml_value(text, _types_of(schemas.get(key), root)) for key, text in arguments
+        }
     value = json_object(body)
     if value is None:
         return None
@@ -269,14 +274,13 @@ def _xml_elements(tag: str, text: str) -> Iterator[tuple[str, str]]:
         at = text.find(opening, stop + len(closing)) if stop >= 0 else -1
 
 
-def _xml_value(text: str, schema: Any) -> Any:
-    """An argument between XML marks, of the type that its schema declares.
+def _xml_value(text: str, types: set[str]) -> Any:
+    """An argument between XML marks, of one of the types that its schema declares.
 
     What may be text stays as it stands, without the line breaks at the marks, unless it is JSON of
     another type that it may have. Where no type is declared it is JSON if it can be, else text.
     """
     text = text.removeprefix("\n").removesuffix("\n")
-    types = _types_of(schema)
     value = _json_or_text(text)
     if not types and isinstance(value, str):
         return text
@@ -297,14 +301,35 @@ _TYPES_OF_JSON = {
 }
 
 
-def _types_of(schema: Any) -> set[str]:
-    """The types that a JSON schema declares; none where it declares none that is known."""
-    schema = _mapping(schema)
-    types = schema.get("type")
-    found = _list(types) or [types]
-    for options in (schema.get("anyOf"), schema.get("oneOf")):
-        found = found + [_mapping(o).get("type") for o in _list(options)]
-    return {kind for kind in found if isinstance(kind, str)}
+def _types_of(schema: Any, root: Mapping[str, Any]) -> set[str]:
+    """The types that a JSON schema declares; none where it declares none that is known.
+
+    Args:
+      root: the schema that references start from. They may lead in a circle, so that no more than
+        `_MOST_SCHEMAS` are looked at.
+    """
+    found, schemas = set(), [schema]
+    for schema in itertools.islice(schemas, _MOST_SCHEMAS):  # which grows meanwhile
+        schema = _mapping(schema)
+        types, values = schema.get("type"), _list(schema.get("enum"))
+        found |= {kind for kind in _list(types) or [types] if isinstance(kind, str)}
+        values = [*values, schema["const"]] if "const" in schema else values
+        for value in values if types is None else ():
+            found |= _TYPES_OF_JSON.get(type(value), {"string"})
+        for name in ("anyOf", "oneOf", "allOf"):
+            schemas += _list(schema.get(name))
+        if isinstance(reference := schema.get("$ref"), str):
+            schemas.append(_referred(reference, root))
+    return found
+
+
+def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a reference as `#/$defs/name` leads to; None for nothing."""
+    start, *names = reference.split("/")
+    found: Any = root if start == "#" else None
+    for name in names:
+        found = _mapping(found).get(name)
+    return found
 
 
 def _list(value: Any) -> list:
