@@ -117,6 +117,8 @@ def validate(config: ConfigDict) -> None:
         )
     for name, key in declared.items():
         _check_value(name, key, _value(config, name))
+    for name in _MEMBERS:
+        _check_members(name, _value(config, name))
     prompts, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
     if prompts % mini:
         raise ValueError(
@@ -146,6 +148,24 @@ def validate(config: ConfigDict) -> None:
     _refuse_parameters_of_others(config)
     _refuse_lora_without_effect(config)
     _check_best_metric(config)
+
+
+# What the members of a tuple are, by its key.
+_MEMBERS: dict[str, tuple[type | tuple, str]] = {
+    "actor_rollout_ref.actor.optim.betas": ((int, float), "numbers"),
+    "sft.betas": ((int, float), "numbers"),
+    "eval.ks": (int, "whole numbers"),
+    "trainer.profile_steps": (int, "whole numbers"),
+    "environment.tools": (str, "names"),
+}
+
+
+def _check_members(name: str, value) -> None:
+    wanted, noun = _MEMBERS[name]
+    members = value if isinstance(value, tuple | list) else [value]
+    for member in members:
+        if not isinstance(member, wanted) or isinstance(member, bool):
+            raise ValueError(f"{name} is a tuple of {noun}; given {member!r:.40} in it")
 
 
 def _check_value(name: str, key: Key, value) -> None:

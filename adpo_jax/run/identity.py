@@ -5,12 +5,14 @@ data, the seed or the algorithm, unless the user says so.
 """
 
 import contextlib
+import functools
 import json
+import operator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from adpo_jax.config import default_config
+from adpo_jax.config import declarations, default_config
 from adpo_jax.log.redaction import is_redaction_of, redacted
 from adpo_jax.losses import ALGORITHMS, parameters
 from adpo_jax.run.config_checks import fill_in
@@ -81,10 +83,29 @@ def as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> d
     Args:
       replay: the recording that it trains from; None for none.
       contents: digests of the contents of its files; None where they are not known.
+
+    Raises:
+      ValueError: for a value that JSON has no form for, such as a set.
     """
-    content = redacted(json.loads(config.to_json()))
+    try:
+        text = config.to_json()
+    except TypeError:
+        keys = ", ".join(key for key in declarations() if not _has_json(config, key))
+        raise ValueError(
+            f"{keys} cannot be written to config.json. Values are numbers, texts, booleans, None, "
+            "and lists, tuples and dicts of these"
+        ) from None
+    content = redacted(json.loads(text))
     content["replay"] = str(Path(replay).resolve()) if replay else ""
     return content if contents is None else content | {CONTENTS: contents}
+
+
+def _has_json(config: ConfigDict, key: str) -> bool:
+    try:
+        ConfigDict({"value": functools.reduce(operator.getitem, key.split("."), config)}).to_json()
+    except TypeError:
+        return False
+    return True
 
 
 def digests_in(saved: dict) -> dict:
