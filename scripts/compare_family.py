@@ -7,14 +7,14 @@
 The task is the embedded one, or word problems with a real language model (configs/smollm2.py), for
 which nothing is searched.
 
-First each method's learning rate and gradient clip are searched on seeds that are in no table; then
-it runs with the best of them under every condition: one and four updates an iteration, rewards with
-a fifth of the verdicts flipped, samples that are up to one, two and four updates old since the
-prompts of an iteration are cut into as many more updates, and rollouts ahead of the update. Runs
-that are finished are not repeated, so the same command goes on where it stopped; two processes may
-share the work by methods (`--methods`, after `--starts`). With `--results`, what is finished is
-written to that file, and its tables and pictures beside it; `--tables` makes these from the file
-alone.
+First each method's learning rate and gradient clip are searched on seeds that are in no table, at
+one update an iteration and again at four; then it runs with the best of them under every condition:
+one and four updates, rewards with a fifth of the verdicts flipped, samples that are up to one, two
+and four updates old since the prompts of an iteration are cut into as many more updates, and
+rollouts ahead of the update. Runs that are finished are not repeated, so the same command goes on
+where it stopped; two processes may share the work by methods (`--methods`, after `--starts`). With
+`--results`, the conditions that are finished are written to that file, in place of what it has of
+them, and its tables and pictures beside it; `--tables` makes these from the file alone.
 """
 
 import argparse
@@ -56,6 +56,7 @@ FLIPPED = {
 
 
 METHOD_NAMES = tuple(name for name in METHODS if name != "adpo-fixed")
+ONE_UPDATE, FOUR_UPDATES = "1 update", "4 updates"
 LR, CLIP = "actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.grad_clip"
 MODEL = "actor_rollout_ref.model.path"
 
@@ -69,7 +70,9 @@ class Task:
       prompts: those of an update.
       updates: updates of a run.
       common: further changes of the config for all methods.
-      grid: the settings that are searched, as changes of the config; one alone is just taken.
+      grids: the settings that are searched, as changes of the config, under the conditions that
+        have a search of their own; the others take what is best at one update. A setting alone is
+        just taken.
       seeds: those of the tables.
       search_seeds: those of the search, none of them in a table.
     """
@@ -78,9 +81,14 @@ class Task:
     prompts: int
     updates: int
     common: dict
-    grid: list[dict]
+    grids: dict[str, list[dict]]
     seeds: tuple[int, ...]
     search_seeds: tuple[int, ...]
+
+
+def _grid(*rates: float) -> list[dict]:
+    """These learning rates, each with the gradient clipped to norm 1 and not clipped."""
+    return [{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in rates]
 
 
 TASKS = {
@@ -94,7 +102,10 @@ TASKS = {
             "trainer.save_freq": 0,
             "trainer.test_freq": 10,
         },
-        grid=[{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in (2.5e-4, 5e-4, 1e-3)],
+        grids={
+            ONE_UPDATE: _grid(2.5e-4, 5e-4, 1e-3),
+            FOUR_UPDATES: _grid(6.25e-5, 1.25e-4, 2.5e-4, 5e-4),
+        },
         seeds=(0, 1, 2, 3, 4),
         search_seeds=(10, 11),
     ),
@@ -107,7 +118,7 @@ TASKS = {
             "trainer.save_freq": 0,
             "trainer.test_freq": 5,
         },
-        grid=[{LR: 2e-5, CLIP: 1.0}],  # of the config: a run takes eight minutes
+        grids={ONE_UPDATE: [{LR: 2e-5, CLIP: 1.0}]},  # the config's: a run takes eight minutes
         seeds=(0, 1, 2),
         search_seeds=(),
     ),
@@ -138,8 +149,8 @@ def _behind(most: int) -> dict:
 
 # What differs under each condition from one update an iteration.
 CONDITIONS = {
-    "1 update": lambda task: {},
-    "4 updates": lambda task: {"actor_rollout_ref.actor.ppo_epochs": 4},
+    ONE_UPDATE: lambda task: {},
+    FOUR_UPDATES: lambda task: {"actor_rollout_ref.actor.ppo_epochs": 4},
     "20% flipped": lambda task: FLIPPED,
     "up to 1 update old": lambda task: _cut(task, 2),
     "up to 2 updates old": lambda task: _cut(task, 3),
@@ -162,7 +173,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHOD_NAMES, default=METHOD_NAMES)
     parser.add_argument("--starts", action="store_true", help="make the common starts and stop")
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
-    parser.add_argument("--results", type=Path, help="JSON file to write; runs nothing")
+    parser.add_argument("--results", type=Path, help="JSON file to bring up to date; runs nothing")
     parser.add_argument(
         "--tables", type=Path, help="JSON file to make tables and pictures of; runs nothing"
     )
@@ -194,26 +205,35 @@ class Family:
     def run(self, changes: dict, seed: int, folder: Path) -> None:
         run(self.config(changes, seed), folder)
 
-    def search(self, method: str) -> None:
-        for settings in self.task.grid:
+    def search(self, condition: str, method: str) -> None:
+        """Runs every setting of the grid that the condition goes by."""
+        condition = self.searched_under(condition)
+        for settings in self.task.grids[condition]:
             for seed in self.task.search_seeds:
-                changes = METHODS[method] | settings
-                self.run(changes, seed, self.folder("search", method, seed, settings))
+                changes = METHODS[method] | settings | CONDITIONS[condition](self.task)
+                self.run(changes, seed, self.folder(f"search {condition}", method, seed, settings))
 
-    def searched(self, method: str) -> list[dict]:
+    def searched_under(self, condition: str) -> str:
+        """The condition under which the settings for this one are searched."""
+        return condition if condition in self.task.grids else ONE_UPDATE
+
+    def searched(self, condition: str, method: str) -> list[dict]:
         """The settings that were tried, with the mean reward over all iterations and seeds."""
         found = []
-        for settings in self.task.grid:
-            seeds = self.task.search_seeds
-            folders = [self.folder("search", method, seed, settings) for seed in seeds]
+        for settings in self.task.grids[condition]:
+            folders = [
+                self.folder(f"search {condition}", method, seed, settings)
+                for seed in self.task.search_seeds
+            ]
             rewards = [measures(Run.read(f))["reward, all iterations"] for f in folders]
             reward = round(float(np.mean(rewards)), 4) if rewards else None
             found.append({"lr": settings[LR], "clip": settings[CLIP], "reward": reward})
         return found
 
-    def best(self, method: str) -> dict:
-        """The best settings of a method, as changes of the config."""
-        best = max(self.searched(method), key=lambda tried: tried["reward"])
+    def best(self, condition: str, method: str) -> dict:
+        """The best settings of a method under a condition, as changes of the config."""
+        tried = self.searched(self.searched_under(condition), method)
+        best = max(tried, key=lambda one: one["reward"])
         return {LR: best["lr"], CLIP: best["clip"]}
 
     def finished(self) -> Iterator[tuple[str, str, int, Path]]:
@@ -265,15 +285,24 @@ def results(family: Family) -> dict:
         for condition, by_method in runs.items()
     }
     runs = {condition: by_method for condition, by_method in whole.items() if by_method}
-    methods = sorted(
-        {method for by_method in runs.values() for method in by_method}, key=METHOD_NAMES.index
-    )
+    searches: dict = {}
+    for condition, by_method in runs.items():
+        searched = family.searched_under(condition)
+        for method in by_method:
+            searches.setdefault(searched, {})[method] = family.searched(searched, method)
     return {
         "common": family.task.common | _cut(family.task),
         "versions": {k: environment[k] for k in ("jax", "commit") if k in environment},
-        "search": {method: family.searched(method) for method in methods},
+        "search": searches,
         "runs": runs,
     }
+
+
+def merged(earlier: dict, found: dict) -> dict:
+    """Results with the conditions and searches of `found` in place of those of before."""
+    both = {name: earlier.get(name, {}) | found[name] for name in ("search", "runs")}
+    both["runs"] = {c: both["runs"][c] for c in CONDITIONS if c in both["runs"]}
+    return found | both
 
 
 def table(found: dict, condition: str) -> str:
@@ -290,8 +319,9 @@ def table(found: dict, condition: str) -> str:
     lines = [header, ["---"] * len(header)]
     runs = found["runs"][condition]
     adpo = runs.get("adpo", {})
+    searches = found["search"].get(condition) or found["search"][ONE_UPDATE]
     for method, by_seed in runs.items():
-        best = max(found["search"][method], key=lambda tried: tried["reward"])
+        best = max(searches[method], key=lambda tried: tried["reward"])
         rows = list(by_seed.values())
         cells = [method, f"{best['lr']:g}, {best['clip'] or 'none'}"]
         for name in ("final", "reward"):
@@ -304,12 +334,12 @@ def table(found: dict, condition: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def table_of_search(found: dict) -> str:
+def table_of_search(search: dict) -> str:
     """The mean reward of every setting that was tried, a line a method, the best one bold."""
-    settings = list(next(iter(found["search"].values())))
+    settings = list(next(iter(search.values())))
     names = [f"{one['lr']:g}, {one['clip'] or 'none'}" for one in settings]
     lines = [["method", *names], ["---"] * (len(names) + 1)]
-    for method, tried in found["search"].items():
+    for method, tried in search.items():
         rewards = [one["reward"] for one in tried]
         cells = [f"**{r:.3f}**" if r == max(rewards) else f"{r:.3f}" for r in rewards]
         lines.append([method, *cells])
@@ -334,7 +364,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 def picture(found: dict, name: str) -> Picture:
     """Final accuracy of every method under every condition, with intervals over seeds."""
     conditions = list(found["runs"])
-    methods = list(found["search"])
+    of_any = {method for by_method in found["runs"].values() for method in by_method}
+    methods = sorted(of_any, key=METHOD_NAMES.index)
 
     def draw(axes):
         for number, condition in enumerate(conditions):
@@ -357,21 +388,20 @@ def picture(found: dict, name: str) -> Picture:
 def write_tables(path: Path) -> None:
     """Prints the tables of a results file, and draws its picture beside the docs' others."""
     found = json.loads(path.read_text())
-    if any(len(tried) > 1 for tried in found["search"].values()):
-        print(f"**lr, clip**\n\n{table_of_search(found)}")
+    for condition, search in found["search"].items():
+        if any(len(tried) > 1 for tried in search.values()):
+            print(f"**lr, clip: {condition}**\n\n{table_of_search(search)}")
     for condition in found["runs"]:
         print(f"**{condition}**\n\n{table(found, condition)}")
     picture(found, f"{path.stem}_accuracy").save_png(path.parent)
 
 
 def work(family: Family, methods: Sequence[str], conditions: Sequence[str]) -> None:
-    """The search of these methods, and their runs under these conditions."""
-    for method in methods:
-        family.search(method)
-        forget_programs()
+    """The runs of these methods under these conditions, and the searches that they need."""
     for condition in conditions:
         for method in methods:
-            best = family.best(method)
+            family.search(condition, method)
+            best = family.best(condition, method)
             for seed in family.task.seeds:
                 changes = METHODS[method] | best | CONDITIONS[condition](family.task)
                 family.run(changes, seed, family.folder(condition, method, seed))
@@ -389,7 +419,8 @@ def main(argv: list[str] | None = None) -> int:
         family = Family(a.out, task, a.model)
         if a.results:
             a.results.parent.mkdir(parents=True, exist_ok=True)
-            a.results.write_text(json.dumps(results(family), indent=None) + "\n")
+            earlier = json.loads(a.results.read_text()) if a.results.exists() else {}
+            a.results.write_text(json.dumps(merged(earlier, results(family)), indent=None) + "\n")
             write_tables(a.results)
             return 0
         if a.starts:

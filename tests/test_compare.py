@@ -196,13 +196,14 @@ def family():
 
 
 @pytest.mark.parametrize("task", ["arithmetic", "word_problems"])
-def test_every_method_runs_under_every_condition_and_setting_of_the_search(family, task):
+def test_every_method_runs_under_every_condition_and_setting_of_the_search(family, task, tmp_path):
     task = family["TASKS"][task]
     assert not set(task.seeds) & set(task.search_seeds)
-    assert task.search_seeds or len(task.grid) == 1
+    assert task.search_seeds or all(len(grid) == 1 for grid in task.grids.values())
+    searched_under = family["Family"](tmp_path, task).searched_under
     for method in family["METHOD_NAMES"]:
-        for condition in family["CONDITIONS"].values():
-            settings = task.grid[-1]
+        for name, condition in family["CONDITIONS"].items():
+            settings = task.grids[searched_under(name)][-1]
             changes = task.common | family["_cut"](task) | family["METHODS"][method] | settings
             changes |= condition(task)
             config = finalized(family["read_config"](task.config, changes))
@@ -232,13 +233,15 @@ def test_the_table_of_a_condition_marks_what_seeds_do_not_explain(family, tmp_pa
     ]
     ours = {"adpo": {"0": row(0.9), "1": row(0.92)}}
     runs = ours | {"grpo": {"0": row(0.5), "1": row(0.521, True)}, "rloo": {"0": row(0.9)}}
-    found = {"search": dict.fromkeys(runs, tried), "runs": {"1 update": runs}}
+    search = {"1 update": dict.fromkeys(runs, tried), "4 updates": {"adpo": tried[:1]}}
+    found = {"search": search, "runs": {"1 update": runs, "4 updates": ours}}
     _, _, adpo, grpo, rloo = family["table"](found, "1 update").splitlines()
     assert adpo.startswith("| adpo | 0.0005, none | 0.91 ± 0.127 |  |")
     assert "| **-0.4 ± 0.00635** |" in grpo
     assert grpo.endswith("| 1 of 2 |")
     assert "| 0 |" in rloo  # one seed: nothing is marked
-    search = family["table_of_search"](found).splitlines()
+    assert "| adpo | 0.001, 1.0 |" in family["table"](found, "4 updates")
+    search = family["table_of_search"](search["1 update"]).splitlines()
     assert search[0] == "| method | 0.001, 1.0 | 0.0005, none |"
     assert search[2] == "| adpo | 0.400 | **0.600** |"
     (tmp_path / "family.json").write_text(json.dumps(found))
@@ -260,6 +263,10 @@ def test_a_method_whose_seeds_are_not_all_done_is_in_no_table(family, monkeypatc
     found = family["results"](family["Family"](tmp_path, task, "model"))
     assert {name: list(runs) for name, runs in found["runs"].items()} == {"1 update": ["adpo"]}
     assert "model" not in found["common"].values()
+    earlier = {"search": {"1 update": {"lpo": []}}, "runs": {"4 updates": {}, "1 update": {}}}
+    merged = family["merged"](earlier, found)
+    assert merged["search"] == found["search"]
+    assert list(merged["runs"].items()) == [*found["runs"].items(), ("4 updates", {})]
     (tmp_path / "words.json").write_text(json.dumps(found))
     family["write_tables"](tmp_path / "words.json")
     assert (tmp_path / "words_accuracy.png").exists()
