@@ -230,13 +230,14 @@ def samples_of(group: Group) -> dict[str, object]:
         evaluations = run.samples("eval")
         if len(evaluations) >= 2:
             first, last = min(evaluations), max(evaluations)
-            pairs = list(zip(_greedy(evaluations[first]), _greedy(evaluations[last])))
+            pairs = _same_prompts(evaluations[first], evaluations[last])
             order = sorted(
                 range(len(pairs)),
                 key=lambda i: (pairs[i][0]["correct"] == pairs[i][1]["correct"], i),
             )
             shown = [pairs[i] for i in _varied(order, pairs)]
-            return {"seed": run.seed, "first": first, "last": last, "pairs": shown}
+            if shown:
+                return {"seed": run.seed, "first": first, "last": last, "pairs": shown}
     return {}
 
 
@@ -247,6 +248,19 @@ def _varied(order: list[int], pairs: list) -> list[int]:
         kinds.setdefault((pairs[i][0]["correct"], pairs[i][1]["correct"]), []).append(i)
     rounds = [i for k in range(_NUM_SAMPLES) for rows in kinds.values() for i in rows[k : k + 1]]
     return rounds[:_NUM_SAMPLES]
+
+
+def _same_prompts(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+    """The greedy completions of prompts that both evaluations have, in the order of the first."""
+    later: dict[str, list[dict]] = {}
+    for record in _greedy(after):
+        later.setdefault(_question(record), []).append(record)
+    found = [(record, later.get(_question(record))) for record in _greedy(before)]
+    return [(record, same.pop(0)) for record, same in found if same]
+
+
+def _question(record: dict) -> str:
+    return json.dumps([record.get("prompt"), record.get("solution")])
 
 
 def _greedy(records: list[dict]) -> list[dict]:
