@@ -86,7 +86,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
         engine = setup.make_engine(config, policy)
         answering = telling(f"answering {len(prompts):,} prompts")
         completer = make_completer(engine, found.tokenizer, settings.reading, environments)
-        with _new_folder(out, Path(model)) as folder, answering:
+        with _new_folder(out, config_files.user_path(model)) as folder, answering:
             evaluation = evaluate(
                 engine,
                 found.params,
@@ -168,7 +168,8 @@ def main(argv: list[str], config: flags.FlagHolder, model: str | None, out: str 
                 f"--config is missing, for example --config=gsm8k: {model} is no run, whose data "
                 "and settings could be taken"
             )
-        say(table(evaluate_model(content, model, Path(out) if out else None)), sys.stdout)
+        folder = config_files.user_path(out) if out else None
+        say(table(evaluate_model(content, model, folder)), sys.stdout)
     except (OSError, ValueError, RewardError) as error:
         say_error(error)
         return USER_ERROR

@@ -13,10 +13,10 @@ there; the token is that of the environment variable HF_TOKEN or of `hf auth log
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from adpo_jax.log.printable import say_error
 from adpo_jax.run.command_line import Parser, begin, unless_interrupted, with_cure
+from adpo_jax.run.config_files import user_path
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -24,7 +24,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, parsed."""
     parser = Parser(prog="adpo-jax export", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="run, checkpoint or Hugging Face folder")
-    parser.add_argument("--out", required=True, type=Path, help="a folder that is not there yet")
+    parser.add_argument(
+        "--out", required=True, type=user_path, help="a folder that is not there yet"
+    )
     parser.add_argument(
         "--dtype",
         help="of the weights: float32 or bfloat16; if not given, float32, or bfloat16 where the "

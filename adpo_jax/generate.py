@@ -17,11 +17,11 @@ import dataclasses
 import functools
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adpo_jax.log.printable import has_reader, printable, say_error
 from adpo_jax.run.command_line import Parser, begin, unless_interrupted
+from adpo_jax.run.config_files import user_path
 from adpo_jax.run.exit_codes import USER_ERROR
 
 # The tokens of a completion where nothing is asked for and the model has the positions.
@@ -47,8 +47,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="adpo-jax generate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face folder, run, checkpoint")
     parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
-    parser.add_argument("--prompts", type=Path, help="JSON lines with a key `prompt`")
-    parser.add_argument("--out", type=Path, help="JSON lines, one a completion; a new file")
+    parser.add_argument("--prompts", type=user_path, help="JSON lines with a key `prompt`")
+    parser.add_argument("--out", type=user_path, help="JSON lines, one a completion; a new file")
     parser.add_argument("--n", type=int, default=1, help="completions of each prompt")
     parser.add_argument(
         "--max-tokens",

@@ -112,6 +112,20 @@ def test_the_overview_has_the_interval_over_seeds_and_the_stages_their_seconds(f
     assert page.stage_seconds(groups[0]) == {"rollout": 1.0, "update": 3.0}
 
 
+def test_a_prompt_is_shown_beside_itself_where_the_evaluations_have_other_prompts(folders):
+    samples = folders[0] / "samples"
+    rows = [
+        {"prompt": f"2+{n}", "solution": str(2 + n), "completion": f"{name} {n}", "correct": True}
+        for name, prompts in (("before", (1, 2, 3)), ("after", (3, 4, 2)))
+        for n in prompts
+    ]
+    write_jsonl(samples / "eval_000000.jsonl", rows[:3])
+    write_jsonl(samples / "eval_000005.jsonl", rows[3:])
+    found = page.samples_of(Group("a", [Run.read(folders[0])]))
+    pairs = [[record["completion"] for record in pair] for pair in found["pairs"]]
+    assert pairs == [["before 2", "after 2"], ["before 3", "after 3"]]
+
+
 def test_a_run_that_is_given_twice_is_no_second_seed(folders, tmp_path):
     run = Run.read(folders[0])
     copied = page.overview(Group("a", [run, run]))
@@ -148,6 +162,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "thesis")])
     assert main() == 2
     assert "thesis is no run's folder" in capsys.readouterr().err
+
+
+def test_the_page_is_in_the_home_folder_that_no_shell_expands(folders, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    run = folders[0].rename(home / "run")
+    monkeypatch.setattr("sys.argv", ["report", "~/run", "--out=~/page.html", "--png=~/png"])
+    assert main() == 0
+    assert {path.name for path in home.iterdir()} == {run.name, "page.html", "png"}
 
 
 def test_a_page_takes_the_place_of_an_older_one_and_of_no_other_file(folders, tmp_path):

@@ -5,6 +5,7 @@ one: it calls `get_config` with the path of the config.json.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,13 @@ def config_file(name: str) -> str:
     ours = shipped()
     if name in ours:
         return str(ours[name])
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir() or path.suffix == ".json":
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"--config={name} is no run's folder: there is no file {file}")
         return f"{Path(__file__).resolve()}:{file.resolve()}"
-    if Path(name.partition(":")[0]).expanduser().is_file():  # a file may take an argument
+    if user_path(name.partition(":")[0]).is_file():  # a file may take an argument
         return str(path)
     if path.is_file():
         raise ValueError(
@@ -100,6 +101,11 @@ def config_file(name: str) -> str:
     )
 
 
+def user_path(text: str | os.PathLike) -> Path:
+    """The path that a user means: no shell expands the ~ of --out=~/page.html."""
+    return Path(os.path.expanduser(text))  # which leaves the home of nobody as it is
+
+
 def run_of(path: str) -> Path | None:
     """The folder of the run that a path lies in: the run, its export, a checkpoint; None for none.
 
@@ -108,7 +114,7 @@ def run_of(path: str) -> Path | None:
     Raises:
       ValueError: for a run whose config cannot be read.
     """
-    start = Path(path).expanduser().absolute()
+    start = user_path(path).absolute()
     homes = [start]
     if start.name in ("adapter", "checkpoints", "export"):
         homes.append(start.parent)

@@ -12,7 +12,6 @@ import collections
 import os
 import queue
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from adpo_jax.rollouts import wire
 from adpo_jax.rollouts.flight import FlyingGroup, FlyingSample
 from adpo_jax.rollouts.group_decoding import GroupDecoding
 from adpo_jax.run import digests, loading, setup
+from adpo_jax.run.config_files import user_path
 from adpo_jax.run.sampler_line import Line, Refusal, TrainerLost
 
 KEY_VARIABLE = "ADPO_JAX_RUN_KEY"
@@ -126,7 +126,7 @@ def checked_folder(given: str) -> str:
     Raises:
       ValueError: where there is none.
     """
-    path = Path(given).expanduser().absolute()
+    path = user_path(given).absolute()
     try:
         is_folder = path.is_dir()
     except (OSError, ValueError):

@@ -23,7 +23,7 @@ from typing import Any
 
 from adpo_jax.log.printable import say_error
 from adpo_jax.run.command_line import Parser, begin, unless_interrupted
-from adpo_jax.run.config_files import run_of
+from adpo_jax.run.config_files import run_of, user_path
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 KEY_VARIABLE = "ADPO_JAX_API_KEY"
@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--allow-control-tokens", action="store_true", help=meant)
     add("--host", default="127.0.0.1")
     add("--port", type=_number(int, 0, 65535), default=8000, help="0 for any that is free")
-    add("--api-key-file", type=Path, help=f"holds the API key; or set {KEY_VARIABLE}")
+    add("--api-key-file", type=user_path, help=f"holds the API key; or set {KEY_VARIABLE}")
     several = "; may be given more than once"
     add(
         "--allowed-host",
@@ -65,7 +65,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="an origin (https://example.org) whose pages may use the server; * for any" + several,
     )
     weights = "lets /update_weights take weights from folders in it, and /pause and /resume work"
-    add("--weights-root", type=Path, help=f"a folder; {weights}")
+    add("--weights-root", type=user_path, help=f"a folder; {weights}")
     add("--slots", type=_number(int, 1), default=64, help="completions decoded at once, at most")
     half = "tokens; by default half of the model's positions, at most 2048"
     add("--max-prompt-length", type=_number(int, 1), help=half)
@@ -237,7 +237,7 @@ def _server_of_model(
 
 def model_name(model: str) -> str:
     """What a model is served as by default: the name of its folder, or of the run that it is of."""
-    path = Path(os.path.abspath(Path(model).expanduser()))
+    path = Path(os.path.abspath(user_path(model)))
     run = run_of(str(path))
     return (run or path).name
 
