@@ -124,8 +124,7 @@ def run(
     _announce(parts, folder)
     with (
         folder,
-        parts.reward_model,
-        parts.environments or contextlib.nullcontext(),
+        parts,
         contextlib.closing(prepared.source),
         setup.make_checkpoints(config, folder.checkpoints) as checkpoints,
     ):
@@ -226,8 +225,9 @@ class _Loop:
         self.state, self.metrics = state, metrics
         self._run, self._tools = run, tools
         self._first = int(state.step)
-        self._guard = setup.make_guard(run.config)
-        self._silence = setup.make_silence_watch(run.config)
+        algorithm = run.parts.learner.algorithm
+        self._guard = setup.make_guard(run.config, algorithm)
+        self._silence = setup.make_silence_watch(run.config, algorithm)
         self._saving: dict[str, float] = {}  # times of the iteration before
 
     def iterate(self) -> None:
@@ -245,8 +245,9 @@ class _Loop:
         run.source.restore(self._first)
         try:
             with Progress("iteration", num_steps, self._first) as progress:
-                if not has_row:
-                    # The run starts, or was interrupted between an update and its evaluation's end.
+                # The run starts, or was interrupted between an update and its evaluation's end, or
+                # is to end here and was not before.
+                if not has_row or _is_evaluation_due(run, self._first, self.metrics):
                     self._complete_row(progress)
                 saves = run.config.trainer.save_freq >= 0
                 if self._first == 0 and (saves or tools.checkpoints.is_due(0, self.metrics)):

@@ -657,7 +657,7 @@ def test_a_tokenizer_without_a_pad_or_with_the_end_as_one_is_as_good(pad, monkey
 
 
 def save_nothing(self, folder, *_, **__):
-    Path(folder).mkdir()
+    Path(folder).mkdir(exist_ok=True)
 
 
 def test_weights_of_another_architecture_by_override(monkeypatch, capsys):
@@ -984,6 +984,14 @@ def test_a_replay_with_too_little_room_for_its_prompts(monkeypatch, capsys):
     assert_refused(argv, "raise data.max_prompt_length, which is 3", monkeypatch, capsys)
 
 
+def test_a_replay_whose_prompts_are_in_another_column(monkeypatch, capsys):
+    argv = recorded(monkeypatch, capsys)
+    write_rows("rows.jsonl", [{"prompt": "1+1", "answer": "2"}] * 4)
+    argv += ["--config.data.train_files=rows.jsonl", "--config.data.prompt_key=prompt"]
+    words = ["has no column 'prompt', only question, ", "; set data.prompt_key to the one with"]
+    assert_refused(argv, words, monkeypatch, capsys)
+
+
 def test_a_recording_that_is_damaged_in_its_pages(monkeypatch, capsys):
     argv = recorded(monkeypatch, capsys)
     path = Path("run/rollouts/000001.parquet")
@@ -996,6 +1004,19 @@ def test_a_recording_that_is_damaged_in_its_pages(monkeypatch, capsys):
     code, err = outcome(argv, monkeypatch, capsys)
     assert code == 2, err
     assert "000001.parquet is no readable recording" in err
+
+
+def test_a_run_that_is_to_end_where_it_stopped_is_evaluated_there(monkeypatch, capsys):
+    evaluated = ("--config.data.val_files=embedded:arithmetic", "--config.data.max_val_samples=4")
+    argv = began(monkeypatch, capsys, *evaluated, "--config.trainer.total_training_steps=2")
+    shutil.rmtree("run/checkpoints/2")
+    argv += ["--config.trainer.total_training_steps=1", "--allow_config_change"]
+    assert outcome(argv, monkeypatch, capsys) == (0, "")
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    evaluated = {row["step"]: "eval/accuracy" in row for row in rows}
+    assert evaluated == {0: True, 1: True}
+    assert outcome(argv, monkeypatch, capsys) == (0, "")  # and not twice
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_a_reward_function_that_fails_in_an_evaluation_leaves_the_sample(monkeypatch, capsys):

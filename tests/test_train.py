@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -193,21 +194,30 @@ def test_a_run_that_broke_off_goes_on_as_if_nothing_had_happened(tmp_path, rewar
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path, monkeypatch):
+def children() -> set[str]:
+    """The processes that threads of this one have started."""
+    of_threads = Path("/proc/self/task").glob("*/children")
+    return {child for path in of_threads for child in path.read_text().split()}
+
+
+def test_a_folder_with_another_config_or_other_files_is_refused(tmp_path, reward_file, monkeypatch):
     short = (*TINY, "--config.trainer.total_training_steps=1", "--config.sft.steps=0")
     tracker = StandIn()
     monkeypatch.setitem(sys.modules, "mlflow", tracker)
-    tracked = parse(*short, "--config.trainer.logger=('mlflow',)")
+    workers = (*with_reward(reward_file), "--config.custom_reward_function.num_workers=2")
+    tracked = parse(*short, *workers, "--config.trainer.logger=('mlflow',)")
+    running = children()
     create_run, tracker.create_run = tracker.create_run, unreachable
     with pytest.raises(ValueError, match="mlflow, which cannot be started: ConnectionError"):
         train(tracked, tmp_path / "run")
+    assert children() <= running
     # Nobody holds the folder then, and what fails later ends nothing.
     tracker.create_run, tracker.log_batch = create_run, unreachable
     train(tracked, tmp_path / "run")
     assert scalars(tmp_path / "run")[-1]["tracker/failures"] == 1
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*"))
     with pytest.raises(ValueError, match=r"algorithm.tau: 0.8 -> 0.5"):
-        train(parse(*short, "--config.algorithm.tau=0.5"), tmp_path / "run")
+        train(parse(*short, *workers, "--config.algorithm.tau=0.5"), tmp_path / "run")
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")) == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("all my work")

@@ -154,11 +154,13 @@ def check(
     num_samples: int,
     max_response_length: int,
     max_prompt_length: int,
+    prompt_key: str,
     rewards: Collection[str] = (),
 ) -> None:
     """Checks that iterations `steps` are recorded, and fit the run that will replay them.
 
     Args:
+      prompt_key: the column of the data that has the prompts, which logged samples show.
       rewards: the names of reward functions whose own rewards the run needs.
 
     Raises:
@@ -192,6 +194,12 @@ def check(
                 "algorithm.multi_objective_aggregation needs; replay with the reward functions of "
                 "the recording"
             )
+        columns = list(json.loads(_opened(path, _first_columns)))
+        if prompt_key not in columns:
+            raise ReplayError(
+                f"--replay: {path} has no column {prompt_key!r}, only {', '.join(columns)}; set "
+                "data.prompt_key to the one with the prompts"
+            )
         tokens = "token_ids" if info["version"] == 1 else "tokens"
         for column, limit, key in (
             ("prompt_token_ids", max_prompt_length, "data.max_prompt_length"),
@@ -205,6 +213,11 @@ def check(
                     f"--replay: {path} has a {what} of {longest} tokens; raise {key}, which is "
                     f"{limit}"
                 )
+
+
+def _first_columns(path: Path) -> str:
+    """The columns of the data of a recording's first prompt, as JSON."""
+    return pa.parquet.read_table(path, columns=["columns"])["columns"][0].as_py()
 
 
 class Replay(Source):

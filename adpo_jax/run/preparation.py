@@ -30,6 +30,7 @@ from adpo_jax.run import checkpoint_files, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints
 from adpo_jax.run.config_checks import finalized
+from adpo_jax.run.config_files import user_path
 from adpo_jax.run.environments import make_completer
 from adpo_jax.run.folder import RunFolder
 from adpo_jax.run.setup import Parts
@@ -104,43 +105,40 @@ def prepare(
       ValueError: for every such mistake. Nothing has been written then, except for the config where
         a tracker cannot be started.
     """
-    # No shell expands the ~ in --workdir=~/runs.
-    workdir = default_workdir(config) if workdir is None else Path(workdir).expanduser()
-    replay = None if replay is None else Path(replay).expanduser()
+    workdir = default_workdir(config) if workdir is None else user_path(workdir)
+    replay = None if replay is None else user_path(replay)
     options = {
         "replay": replay,
         "resume": resume,
         "allow_config_change": allow_config_change,
     }
-    with distributed.fail_together():
-        config = finalized(config)
-        if replay and samplers:
-            raise ValueError("--replay trains from recordings, and needs no --role=trainer")
-        folder = RunFolder(workdir, writes=distributed.is_leader())
-        folder.check(config, **options)
-        with telling("reading the model's config, its tokenizer and the data"):
-            parts = build(config)
-        if replay:
-            source = _replayed(config, parts, replay)
-        else:
-            source = _sampled(config, parts, folder, samplers)
-        with contextlib.ExitStack() as to_close:
-            to_close.callback(source.close)
+    with contextlib.ExitStack() as owned:
+        with distributed.fail_together():
+            config = finalized(config)
+            if replay and samplers:
+                raise ValueError("--replay trains from recordings, and needs no --role=trainer")
+            folder = RunFolder(workdir, writes=distributed.is_leader())
+            folder.check(config, **options)
+            with telling("reading the model's config, its tokenizer and the data"):
+                parts = owned.enter_context(build(config))
+            if replay:
+                source = _replayed(config, parts, replay)
+            else:
+                source = _sampled(config, parts, folder, samplers)
+            owned.callback(source.close)
             checkpoint_files.check(folder.checkpoints, state_shapes_of(parts))
             source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
-            to_close.pop_all()  # nothing failed
-        contents = {} if replay else setup.contents(config, parts)  # a replay uses no such files
-    in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
-    with telling("reading or making the weights"):
-        params = None if in_checkpoint else parts.initial_params()
-        fixed_params = {name: other.load() for name, other in parts.fixed.items()} or None
-    with distributed.fail_together():
-        folder.claim(config, contents=contents, **options)
-        try:
+            # A replay uses no such files.
+            contents = {} if replay else setup.contents(config, parts)
+        in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
+        with telling("reading or making the weights"):
+            params = None if in_checkpoint else parts.initial_params()
+            fixed_params = {name: other.load() for name, other in parts.fixed.items()} or None
+        with distributed.fail_together():
+            folder.claim(config, contents=contents, **options)
+            owned.enter_context(folder)
             trackers = setup.make_trackers(config, folder.root)
-        except ValueError:
-            folder.release()
-            raise
+        owned.pop_all()  # nothing failed
     return Run(config, parts, folder, params, source, trackers, fixed_params)
 
 
@@ -295,5 +293,6 @@ def _replayed(config, parts: Parts, replay: Path) -> Source:
         num_samples=config.algorithm.num_generations,
         max_response_length=config.data.max_response_length,
         max_prompt_length=config.data.max_prompt_length,
+        prompt_key=config.data.prompt_key,
         rewards=parts.reward_model.names if parts.learner.algorithm.decouples_rewards else (),
     )

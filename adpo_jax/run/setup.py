@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from adpo_jax import losses
 from adpo_jax.devices import sharding
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
@@ -61,7 +62,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The parts of a run.
+    """The parts of a run; leaving it as a context ends the processes of rewards and environments.
 
     Attributes:
       initial_params: reads or makes the parameters that a fresh run starts from.
@@ -89,6 +90,15 @@ class Parts:
     environments: AnyEnvironments | None = None
     fixed: Mapping[str, FixedPolicy] = dataclasses.field(default_factory=dict)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        with contextlib.ExitStack() as owned:
+            owned.push(self.reward_model)
+            if self.environments is not None:
+                owned.push(self.environments)
+
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Parts:
     """Makes everything that the loop needs but the weights; cheap checks come first.
@@ -109,11 +119,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     fixed = loading.find_fixed(config, source, mesh)
     sampling = make_sampling(config, source)
     environments = make_environments(config, source.tokenizer, source.stop_token_ids)
-    with contextlib.ExitStack() as to_close:
+    with contextlib.ExitStack() as owned:
         if environments is not None:
-            to_close.enter_context(environments)
-        parts = _with_data(config, mesh, plan, source, policy, fixed, sampling, environments)
-        to_close.pop_all()  # nothing failed
+            owned.enter_context(environments)
+        parts = _with_data(config, mesh, plan, source, policy, fixed, sampling, environments, owned)
+        owned.pop_all()  # nothing failed
     return parts
 
 
@@ -126,8 +136,9 @@ def _with_data(
     fixed: Mapping[str, FixedPolicy],
     sampling: SamplingParams,
     environments: AnyEnvironments | None,
+    owned: contextlib.ExitStack,
 ) -> Parts:
-    """The rest of `build`, from the data on."""
+    """The rest of `build`, from the data on; what has to be closed is handed to `owned`."""
     tools = shown_tools(environments)
     train_prompts = datasets.load_prompts(
         config, source.tokenizer, config.data.train_files, split="train", tools=tools
@@ -142,12 +153,8 @@ def _with_data(
     _check_enough_for_all_processes(config, val_prompts)
     num_steps = num_iterations(config, len(train_prompts))
     make_profiler(config, Path(), num_steps)  # refuses steps that the run does not have
-    reward_model = make_reward_model(config, environments)
-    try:
-        check_rewards(config, reward_model, train_prompts, val_prompts)
-    except BaseException:
-        reward_model.close()
-        raise
+    reward_model = owned.enter_context(make_reward_model(config, environments))
+    check_rewards(config, reward_model, train_prompts, val_prompts)
     policies = {name: found.policy for name, found in fixed.items()}
     learner = make_learner(config, policy, plan, num_steps, fixed=policies)
     cold_start = make_cold_start(config, source, learner, tools) if config.sft.steps else None
@@ -427,9 +434,8 @@ def make_checkpoints(config: ConfigDict, folder: Path) -> Checkpoints:
     )
 
 
-def make_guard(config: ConfigDict) -> Guard:
-    """The guard that watches the updates."""
-    algorithm = config_checks.make_algorithm(config)
+def make_guard(config: ConfigDict, algorithm: losses.Algorithm) -> Guard:
+    """The guard that watches the updates of this algorithm."""
     return Guard(
         config.trainer.on_bad_update,
         config.trainer.max_bad_updates,
@@ -437,13 +443,12 @@ def make_guard(config: ConfigDict) -> Guard:
     )
 
 
-def make_silence_watch(config: ConfigDict) -> SilenceWatch:
+def make_silence_watch(config: ConfigDict, algorithm: losses.Algorithm) -> SilenceWatch:
     """The watch that notices when rewards teach the policy to say less and less."""
     return SilenceWatch(
         min_reward_std=config.algorithm.min_reward_std,
         # Without a part in the loss, rewards teach nobody to be brief.
-        drops_all_failed=config.algorithm.drop_all_failed_prompts
-        or config_checks.make_algorithm(config).needs_teacher,
+        drops_all_failed=config.algorithm.drop_all_failed_prompts or algorithm.needs_teacher,
     )
 
 
