@@ -233,6 +233,10 @@ class Refused(Exception):
     error_code = "INVALID_PARAMETER_VALUE"
 
 
+class Clash(Exception):
+    error_code = "INTERNAL_ERROR"
+
+
 def test_mlflow_gets_every_metric_that_it_takes_under_a_name_that_it_takes(
     tmp_path, monkeypatch, capsys
 ):
@@ -242,6 +246,8 @@ def test_mlflow_gets_every_metric_that_it_takes_under_a_name_that_it_takes(
     def log_batch(run, metrics):
         if len(metrics) > 1000 or any(len(metric.key) > 250 for metric in metrics):
             raise Refused("too many, or too long")
+        if any(metric.key.startswith("step/") for metric in metrics):
+            raise Clash("[Errno 20] Not a directory: '/mlruns/1/2/metrics/step/time'")
         logged.extend((metric.key, metric.value) for metric in metrics)
 
     module.log_batch = log_batch
@@ -251,6 +257,9 @@ def test_mlflow_gets_every_metric_that_it_takes_under_a_name_that_it_takes(
     monkeypatch.setitem(sys.modules, "mlflow", module)
     config = parse("--config.trainer.logger=('mlflow',)")
     (tracker,) = setup.make_trackers(config, tmp_path)
+    tracker.write_scalars(1, {"step/time": 1.0, "reward/mean": 2.0})
+    assert logged == [("reward/mean", 2.0)]
+    assert "mlflow gets no metric 'step/time'" in capsys.readouterr().err
     for name, taken in NAMES_FOR_MLFLOW.items():
         logged.clear()
         both = dict.fromkeys((name, "reward/f/len"), 1.0)

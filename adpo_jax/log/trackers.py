@@ -8,6 +8,7 @@ recorded again; `metrics.jsonl` alone takes their first rows back. A tracker tha
 run.
 """
 
+import errno
 import importlib
 import json
 import math
@@ -132,7 +133,10 @@ def _allowed(name: str) -> str:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether MLflow was reached and does not take what it got."""
-    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
+    code = getattr(error, "error_code", None)
+    # A store of files that has `reward/f` can have no `reward/f/len`.
+    is_clash = re.match(rf"\[Errno ({errno.ENOTDIR}|{errno.EISDIR})\]", str(error))
+    return code == "INVALID_PARAMETER_VALUE" or (code == "INTERNAL_ERROR" and bool(is_clash))
 
 
 class TrackioWriter(Writer):
