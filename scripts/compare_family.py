@@ -8,13 +8,14 @@ The task is the embedded one, or word problems with a real language model (confi
 which nothing is searched.
 
 First each method's learning rate and gradient clip are searched on seeds that are in no table, at
-one update an iteration and again at four; then it runs with the best of them under every condition:
-one and four updates, rewards with a fifth of the verdicts flipped, samples that are up to one, two
-and four updates old since the prompts of an iteration are cut into as many more updates, and
-rollouts ahead of the update. Runs that are finished are not repeated, so the same command goes on
-where it stopped; two processes may share the work by methods (`--methods`, after `--starts`). With
-`--results`, the conditions that are finished are written to that file, in place of what it has of
-them, and its tables and pictures beside it; `--tables` makes these from the file alone.
+one update an iteration, and the learning rate again at four; then it runs with the best of them
+under every condition: one and four updates, rewards with a fifth of the verdicts flipped, samples
+that are up to one, two and four updates old since the prompts of an iteration are cut into as many
+more updates, and rollouts ahead of the update. Runs that are finished are not repeated, so the same
+command goes on where it stopped; two processes may share the work by methods (`--methods`, after
+`--starts`). With `--results`, the conditions that are finished are written to that file, in place
+of what it has of them, and its tables and pictures beside it; `--tables` makes these from the file
+alone.
 """
 
 import argparse
@@ -86,9 +87,9 @@ class Task:
     search_seeds: tuple[int, ...]
 
 
-def _grid(*rates: float) -> list[dict]:
-    """These learning rates, each with the gradient clipped to norm 1 and not clipped."""
-    return [{LR: lr, CLIP: clip} for clip in (1.0, 0) for lr in rates]
+def _grid(rates: Sequence[float], clips: Sequence[float]) -> list[dict]:
+    """Every learning rate with every norm that gradients are clipped to; 0 for none."""
+    return [{LR: lr, CLIP: clip} for clip in clips for lr in rates]
 
 
 TASKS = {
@@ -103,8 +104,8 @@ TASKS = {
             "trainer.test_freq": 10,
         },
         grids={
-            ONE_UPDATE: _grid(2.5e-4, 5e-4, 1e-3),
-            FOUR_UPDATES: _grid(6.25e-5, 1.25e-4, 2.5e-4, 5e-4),
+            ONE_UPDATE: _grid((2.5e-4, 5e-4, 1e-3), clips=(1.0, 0)),
+            FOUR_UPDATES: _grid((6.25e-5, 1.25e-4, 2.5e-4, 5e-4), clips=(1.0,)),
         },
         seeds=(0, 1, 2, 3, 4),
         search_seeds=(10, 11),
