@@ -130,6 +130,9 @@ RIGHT = {
         60\frac{\text{mi}}{\text{h}} ## 60
         60 \tfrac{\text{miles}}{\text{hour}} ## 60\text{ mph}
         60\ \frac{\text{m}}{\text{s}^2} ## 60\text{ m/s}^2
+        12\,\frac{\mathrm{m}}{\mathrm{s}} ## 12
+        12\frac{\mathrm{m}}{\mathrm{s}^2} ## 12\text{ m/s}^2
+        \frac{\mathrm{m}}{\mathrm{s}} ## m/s
         60\,\mathrm{N\cdot m} ## 60
         60\,\mathrm{N\cdot m} ## 60\,\text{N}\cdot\text{m}
         60\ \Omega ## 60
@@ -768,6 +771,7 @@ WRONG = {
         10\text{ cm}, 20\text{ cm} ## 10\text{ m}, 20\text{ m}
         10\text{ cm} \text{ or } 20\text{ cm} ## 10
         60\frac{\text{mi}}{\text{h}} ## 60\text{ km/h}
+        60\frac{\mathrm{m}}{\mathrm{s}} ## 60\text{ km/h}
         60\frac{x}{y} ## 60
         1 hour and 15 minutes ## 1 hour 16 minutes
     """,

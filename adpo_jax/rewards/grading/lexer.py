@@ -62,6 +62,11 @@ _ANGLE = re.compile(
     r"(?<![A-Za-z\\0-9)}])(?<![0-9)}] )(?:m ?)?(?:\\angle(?![A-Za-z])|∠) ?(?:[A-Z]{1,3} ?= ?)?"
 )
 _WHOLE_TEXT = re.compile(r"\\(?:text[a-z]{0,6}|mbox|mathrm|mathbf|bm|boldsymbol)\{([^{}]*)\}")
+# Upright letters above and below behind a number are units, as they are in \text: 12 m/s.
+_UNITS = re.compile(
+    r"([0-9)}](?:\\[,;:! ]|[ ~]){0,3}\\[dt]?frac)\{\\mathrm(\{[A-Za-z]{1,4}\})\}"
+    r"\{\\mathrm(?=\{[A-Za-z]{1,4}\}(?:\^(?:[23]|\{[23]\}))?\})"
+)
 _REALS = {"all real numbers", "all reals", "the real numbers", "all real numbers x",
           "the set of all real numbers", "the set of real numbers"}  # fmt: skip
 _LETTERS = re.compile(
@@ -117,6 +122,8 @@ def normalise(text: str) -> str:
     whole = _WHOLE_TEXT.fullmatch(text)
     if whole and any(c in "0123456789" for c in whole[1]):
         return whole[1].strip()  # `\\text{5 apples}` is no word
+    if "\\mathrm{" in text:
+        text = _UNITS.sub(r"\1{\\text\2}{\\text", text)
     if "\\text" in text or "\\math" in text or "\\mbox" in text:
         bare = words(text)
         if _LETTERS.fullmatch(bare):
