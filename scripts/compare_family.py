@@ -13,9 +13,9 @@ under every condition: one and four updates, rewards with a fifth of the verdict
 that are up to one, two and four updates old since the prompts of an iteration are cut into as many
 more updates, and rollouts ahead of the update. Runs that are finished are not repeated, so the same
 command goes on where it stopped; two processes may share the work by methods (`--methods`, after
-`--starts`). With `--results`, the conditions that are finished are written to that file, in place
-of what it has of them, and its tables and pictures beside it; `--tables` makes these from the file
-alone.
+`--starts`). With `--results`, what is finished is written to that file, in place of what it has of
+the same methods and conditions, and its tables and pictures beside it; `--tables` makes these from
+the file alone.
 """
 
 import argparse
@@ -148,6 +148,9 @@ def _behind(most: int) -> dict:
     return {"actor_rollout_ref.rollout.max_staleness": most, "anchor.mode": "sampler"}
 
 
+# Settings are judged by their rewards, so runs of the search are not evaluated.
+UNSEEN = {"data.val_files": ""}
+
 # What differs under each condition from one update an iteration.
 CONDITIONS = {
     ONE_UPDATE: lambda task: {},
@@ -211,7 +214,7 @@ class Family:
         condition = self.searched_under(condition)
         for settings in self.task.grids[condition]:
             for seed in self.task.search_seeds:
-                changes = METHODS[method] | settings | CONDITIONS[condition](self.task)
+                changes = METHODS[method] | settings | CONDITIONS[condition](self.task) | UNSEEN
                 self.run(changes, seed, self.folder(f"search {condition}", method, seed, settings))
 
     def searched_under(self, condition: str) -> str:
@@ -300,10 +303,20 @@ def results(family: Family) -> dict:
 
 
 def merged(earlier: dict, found: dict) -> dict:
-    """Results with the conditions and searches of `found` in place of those of before."""
-    both = {name: earlier.get(name, {}) | found[name] for name in ("search", "runs")}
-    both["runs"] = {c: both["runs"][c] for c in CONDITIONS if c in both["runs"]}
-    return found | both
+    """Results in which what `found` has of a method and condition takes the place of before."""
+
+    def by_method(name: str, condition: str) -> dict:
+        both = earlier.get(name, {}).get(condition, {}) | found[name].get(condition, {})
+        return {method: both[method] for method in METHOD_NAMES if method in both}
+
+    both = {
+        name: {condition: by_method(name, condition) for condition in CONDITIONS}
+        for name in ("search", "runs")
+    }
+    return found | {
+        name: {condition: methods for condition, methods in by_condition.items() if methods}
+        for name, by_condition in both.items()
+    }
 
 
 def table(found: dict, condition: str) -> str:
@@ -320,7 +333,7 @@ def table(found: dict, condition: str) -> str:
     lines = [header, ["---"] * len(header)]
     runs = found["runs"][condition]
     adpo = runs.get("adpo", {})
-    searches = found["search"].get(condition) or found["search"][ONE_UPDATE]
+    searches = found["search"][ONE_UPDATE] | found["search"].get(condition, {})
     for method, by_seed in runs.items():
         best = max(searches[method], key=lambda tried: tried["reward"])
         rows = list(by_seed.values())

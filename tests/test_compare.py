@@ -263,10 +263,16 @@ def test_a_method_whose_seeds_are_not_all_done_is_in_no_table(family, monkeypatc
     found = family["results"](family["Family"](tmp_path, task, "model"))
     assert {name: list(runs) for name, runs in found["runs"].items()} == {"1 update": ["adpo"]}
     assert "model" not in found["common"].values()
-    earlier = {"search": {"1 update": {"lpo": []}}, "runs": {"4 updates": {}, "1 update": {}}}
+    old = {"0": row | {"final": 0.1}}
+    earlier = {
+        "search": {"4 updates": {"lpo": [1]}},
+        "runs": {"4 updates": {"lpo": old}, "1 update": {"lpo": old, "adpo": old}},
+    }
     merged = family["merged"](earlier, found)
-    assert merged["search"] == found["search"]
-    assert list(merged["runs"].items()) == [*found["runs"].items(), ("4 updates", {})]
+    assert merged["search"] == found["search"] | earlier["search"]
+    ours = found["runs"]["1 update"]
+    assert merged["runs"] == {"1 update": ours | {"lpo": old}, "4 updates": {"lpo": old}}
+    assert list(merged["runs"]) == ["1 update", "4 updates"]
     (tmp_path / "words.json").write_text(json.dumps(found))
     family["write_tables"](tmp_path / "words.json")
     assert (tmp_path / "words_accuracy.png").exists()
