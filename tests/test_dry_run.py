@@ -17,6 +17,7 @@ from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.device_groups import device_groups
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.dry_run.report import ProgramCost, Report
+from adpo_jax.run import loading
 from adpo_jax.run.config_checks import finalized
 
 TINY = (
@@ -177,14 +178,23 @@ def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
 
 
 @pytest.fixture(scope="module")
-def with_anchor():
-    """A config with a fixed anchor, and its report."""
-    config = parse(*TINY, "--config.anchor.mode=fixed")
+def with_anchor(tmp_path_factory):
+    """A config with a fixed anchor and a reference of another size, and its report."""
+    config = parse(*TINY, "--config.anchor.mode=fixed", "--config.algorithm.beta_reference_kl=0.1")
+    folder = tmp_path_factory.mktemp("reference")
+    source = loading.find_architecture(config)
+    source.tokenizer.save_pretrained(folder)
+    larger = source.hf_config | {"num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(larger))
+    config.actor_rollout_ref.ref.path = str(folder)
     return config, dry_run.dry_run(config, lengths="9:4")
 
 
 def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     config, report = with_anchor
+    of_update = [p.name for p in report.programs[2:]]
+    assert of_update == ["anchor", "reference", "update"]
+    assert report.programs[3].flops > 1.4 * report.programs[2].flops
     small = dataclasses.replace(report, memory=report.peak // 2)
     mesh = sharding.make_mesh(2, 4, 1)
     engine = types.SimpleNamespace(
@@ -220,6 +230,7 @@ def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are(with_ancho
         "prefill": optimizer + anchor,
         "decode": optimizer + anchor,
         "anchor": optimizer - cache,
+        "reference": optimizer + anchor - cache,
         "update": anchor - cache,
     }
     assert "optimizer (on the host but for the update)" in "\n".join(moved.lines())

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -45,6 +45,7 @@ from adpo_jax.engine.cache_plan import readable
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model.exchange import ROOM
+from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.policy.policy import Policy
 from adpo_jax.records import Completion, Sequences
 from adpo_jax.run import loading, setup
@@ -95,7 +96,7 @@ def _report(
 
     hosts, chip = _num_processes(mesh), chip_of(devices[0])
     calls = _calls(config, engine, learner, num_processes=hosts)
-    least = _least(config, engine, mesh)
+    least = _least(config, engine, mesh, fixed)
     drawn = lengths.draw(_own_prompts(config, hosts) * config.algorithm.num_generations)
     expected = forecast.decode_steps(drawn, engine.num_slots)
     prompt, response = config.data.max_prompt_length, config.data.max_response_length
@@ -218,22 +219,29 @@ def _own_prompts(config, num_processes: int) -> int:
     return -(-config.data.train_batch_size // num_processes)
 
 
-def _least(config, engine: Engine, mesh) -> dict[str, Least]:
-    """What a call of each program cannot do without; completions have full length.
+def _per_pair(model: ModelConfig) -> int:
+    """Operations of a query and a key that it sees, in all layers.
 
-    Of the forward passes of an update the attention of one is counted, and 2.5 times as much of its
-    backward pass (five products for two).
+    They are two products, of 2 D operations each, in every head of every layer that has full
+    attention.
     """
-    model, layout, data = engine.policy.config, engine.verbs.layout, config.data
-    P, G = data.train_batch_size, config.algorithm.num_generations
-    prompt, response = data.max_prompt_length, data.max_response_length
-    # Two products of a query and a key, of 2 D operations each, in every head of every layer that
-    # has full attention.
     full = model.num_layers - sum(map(model.is_linear, range(model.num_layers)))
     per_pair = 4 * model.num_heads * model.head_dim * full
     if model.global_layers:
         count = sum(map(model.is_global, range(model.num_layers)))
         per_pair += 4 * model.num_heads * (model.global_layers.head_dim - model.head_dim) * count
+    return per_pair
+
+
+def _least(config, engine: Engine, mesh, fixed: Mapping[str, Policy]) -> dict[str, Least]:
+    """What a call of each program cannot do without; completions have full length.
+
+    Of the forward passes of an update the attention of one is counted, and 2.5 times as much of its
+    backward pass (five products for two).
+    """
+    layout, data, per_pair = engine.verbs.layout, config.data, _per_pair(engine.policy.config)
+    P, G = data.train_batch_size, config.algorithm.num_generations
+    prompt, response = data.max_prompt_length, data.max_response_length
     pairs = P * forecast.causal_pairs(prompt, response, G)
     local, slots = engine.policy.mesh.size, engine.num_slots
     rows = -(-slots // G)
@@ -249,6 +257,10 @@ def _least(config, engine: Engine, mesh) -> dict[str, Least]:
         "prefill": Least(per_pair * prefill_pairs // local),
         "decode": Least(per_pair * slots * (own + prompt) // local, weights + splits),
         "anchor": Least(per_pair * pairs // mesh.size),
+        **{
+            name: Least(_per_pair(other.config) * pairs // mesh.size)
+            for name, other in fixed.items()
+        },
         "update": Least(int(3.5 * per_pair * pairs * mini / P) // mesh.size),
     }
 
@@ -356,7 +368,7 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
                 "actor_rollout_ref.rollout.cache_dtype=int8 frees about "
                 f"{readable(cache // 2)} while sampling"
             )
-    if {"anchor", "update"} & set(names):
+    if set(names) - {"prefill", "decode"}:
         temporary = max((p.temporary for p in report.programs if p.name in names), default=None)
         half = "about half of the activations"
         if temporary is not None:
@@ -380,7 +392,8 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
                 "keys and values in an update, in place of all (auto does from 1 GiB on)"
             )
         if not engine.free_cache_engine:
-            yield f"rollout.free_cache_engine=True frees {readable(cache)} during the update"
+            freed = readable(cache)
+            yield f"actor_rollout_ref.rollout.free_cache_engine=True frees {freed} in the update"
     waits = {"optimizer": "actor_rollout_ref.actor.optimizer_offload", "anchor": "anchor.offload"}
     for part, setting in waits.items():
         size = report.resident[part]

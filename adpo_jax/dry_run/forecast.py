@@ -15,6 +15,7 @@ import dataclasses
 import heapq
 import json
 import math
+import os
 import re
 import statistics
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_lengths(text: str, most: int, samples: int) -> Lengths:
                 f"{mean:g}"
             )
         return Lengths(mean, deviation, most, f"lengths of {mean:g} +- {deviation:g} tokens")
-    path = Path(text)
+    path = Path(os.path.expanduser(text))
     path = path / "metrics.jsonl" if path.is_dir() else path
     return _of_metrics(path, most, samples)
 
