@@ -178,6 +178,16 @@ def test_malformed_messages_are_refused_with_their_row(chat, messages):
         render(["fine", messages], chat)
 
 
+def test_half_of_a_character_is_refused_in_prompts_and_in_the_system_prompt(plain, chat):
+    for tokenizer in (plain, chat):
+        with pytest.raises(ValueError, match=r"^row 2: the text has half a surrogate pair .*ud83d"):
+            render(["a", "b \ud83d"], tokenizer)
+    with pytest.raises(ValueError, match="row 1: the text has half a surrogate pair"):
+        render([[{"role": "user", "content": "caf\udce9"}]], chat)
+    with pytest.raises(ValueError, match="row 1: the text has half a surrogate pair"):
+        render(["a"], chat, system_prompt="caf\udce9")
+
+
 def test_what_the_chat_template_refuses_is_passed_on_with_a_cure():
     with pytest.raises(ValueError, match=r"no system role.*set data\.system_prompt to ''"):
         render(["Q?"], make_tokenizer(NO_SYSTEM), system_prompt="Be brief.")
