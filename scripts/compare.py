@@ -9,7 +9,8 @@ it has one, runs once a seed and is kept in `OUT/start/`), sees the same prompts
 draws as many completions of at most as many tokens with the same sampler keys, and takes as many
 optimizer steps. Each iteration also measures how far the policy that sampled has moved from the
 start, in nats a completion (`compare/start_kl`). Runs that are finished are not repeated, so the
-same command goes on where it stopped; a folder whose run had other settings is refused. At the end
+same command goes on where it stopped; a folder whose run had other settings is refused. A run that
+trainer.on_bad_update stops is told of and left out, and the others go on. At the end
 `OUT/comparison.md` has a table, `OUT/report.html` the curves.
 """
 
@@ -32,14 +33,16 @@ from adpo_jax import train
 from adpo_jax.config import default_config
 from adpo_jax.devices import compilation_cache
 from adpo_jax.devices.host_memory import tune_malloc
-from adpo_jax.log.printable import guard, say_error
+from adpo_jax.log.printable import guard, say, say_error
 from adpo_jax.losses import ALGORITHMS
 from adpo_jax.report import page
 from adpo_jax.report.runs import Run
 from adpo_jax.run import preparation
+from adpo_jax.run.command_line import unless_interrupted
 from adpo_jax.run.config_checks import check_overrides, finalized
 from adpo_jax.run.exit_codes import USER_ERROR
 from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.guard import TrainingStopped
 from adpo_jax.update.learner import Learner
 
 METHODS = {
@@ -54,6 +57,8 @@ START_KL = "compare/start_kl"
 OF_THE_START = (
     "actor_rollout_ref.model.",
     "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.actor.layout",
+    "data.allow_control_tokens",
     "data.prompt_",
     "data.system_prompt",
     "data.apply_chat_template",
@@ -61,8 +66,11 @@ OF_THE_START = (
     "data.max_prompt_length",
     "data.max_response_length",
     "data.overlong_prompts",
+    "data.train_split",
+    "environment.",
     "sft.",
     "trainer.bf16",
+    "trainer.per_device_train_batch_size",
     "trainer.seed",
 )
 
@@ -277,9 +285,13 @@ def mean_and_interval(values: list[float]) -> str:
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """Every measure of every method, and its difference to the first method seed by seed."""
+    """Every measure of every method, and its difference to the first method seed by seed.
+
+    A method that has not the seeds of the first has no differences.
+    """
     measured = {name: [measures(run) for run in found] for name, found in runs.items()}
     first = next(iter(measured))
+    seeds = {name: [run.seed for run in found] for name, found in runs.items()}
     everywhere = set.intersection(*(set(row) for rows in measured.values() for row in rows))
     names = [name for name in measured[first][0] if name in everywhere]
     lines = [["method", "seeds", *names], ["---"] * (len(names) + 2)]
@@ -287,7 +299,7 @@ def table(runs: dict[str, list[Run]]) -> str:
         cells = [mean_and_interval([row[measure] for row in rows]) for measure in names]
         lines.append([name, str(len(rows)), *cells])
     for name, rows in measured.items():
-        if name != first and len(rows) == len(measured[first]):
+        if name != first and seeds[name] == seeds[first]:
             pairs = list(zip(rows, measured[first]))
             cells = [mean_and_interval([a[n] - b[n] for a, b in pairs]) for n in names]
             lines.append([f"{name} less {first}", str(len(rows)), *cells])
@@ -313,12 +325,20 @@ def compare(a: argparse.Namespace) -> None:
     start_folder = a.start or a.out / "start"
     compilation_cache.use(default_config().trainer.compilation_cache_dir)
     starts = {seed: common_start(a.config, start_folder, common, seed) for seed in a.seeds}
+    folders: dict[str, list[Path]] = {}
     for name, changes in variants.items():
         for seed, start in starts.items():  # which share the method's programs
             config = read_config(a.config, common | changes | start | {"trainer.seed": seed})
-            run(config, a.out / name / f"seed{seed}")
+            folder = a.out / name / f"seed{seed}"
+            try:
+                run(config, folder)
+            except TrainingStopped as error:
+                say(f"WARNING: {folder} is left out: {error}")
+            else:
+                folders.setdefault(name, []).append(folder)
         forget_programs()
-    folders = {name: [a.out / name / f"seed{seed}" for seed in a.seeds] for name in variants}
+    if not folders:
+        raise ValueError("every run was stopped, so there is nothing to compare")
     text = table({name: [Run.read(path) for path in paths] for name, paths in folders.items()})
     (a.out / "comparison.md").write_text(text)
     page.write([path for paths in folders.values() for path in paths], a.out / "report.html")
@@ -338,4 +358,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     guard()
     tune_malloc()
-    sys.exit(main())
+    sys.exit(unless_interrupted(main))

@@ -45,6 +45,7 @@ from adpo_jax.log.printable import guard, say_error
 from adpo_jax.report.figures import Picture
 from adpo_jax.report.page import t_quantile
 from adpo_jax.report.runs import Run
+from adpo_jax.run.command_line import unless_interrupted
 from adpo_jax.run.exit_codes import USER_ERROR
 from adpo_jax.run.guard import TrainingStopped
 
@@ -432,9 +433,14 @@ def main(argv: list[str] | None = None) -> int:
         task = TASKS[a.task]
         family = Family(a.out, task, a.model)
         if a.results:
+            found = results(family)
+            if not found["runs"]:
+                raise ValueError(f"{a.out} has no method whose runs are all finished")
             a.results.parent.mkdir(parents=True, exist_ok=True)
             earlier = json.loads(a.results.read_text()) if a.results.exists() else {}
-            a.results.write_text(json.dumps(merged(earlier, results(family)), indent=None) + "\n")
+            unfinished = a.results.with_name(f"{a.results.name}.tmp")
+            unfinished.write_text(json.dumps(merged(earlier, found)) + "\n")
+            unfinished.replace(a.results)
             write_tables(a.results)
             return 0
         if a.starts:
@@ -452,4 +458,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     guard()
     tune_malloc()
-    sys.exit(main())
+    sys.exit(unless_interrupted(main))

@@ -18,6 +18,7 @@ from adpo_jax.report.runs import Run
 from adpo_jax.run import setup
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.folder import RunFolder
+from adpo_jax.run.guard import TrainingStopped
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "compare.py"
@@ -183,6 +184,26 @@ def test_methods_start_from_the_same_weights_and_see_the_same_prompts(
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "seed3" in p.parts} == before
 
 
+def test_a_run_that_is_stopped_is_left_out_and_costs_no_other(
+    compare, tmp_path, monkeypatch, capsys
+):
+    def run(config, folder):
+        if "hot" in folder.parts and config.trainer.seed == 1:
+            raise TrainingStopped("the update of iteration 3 is not sound")
+        make_run(folder, seed=config.trainer.seed)
+
+    names = compare["compare"].__globals__
+    monkeypatch.setitem(names, "common_start", lambda *_: {})
+    monkeypatch.setitem(names, "run", run)
+    monkeypatch.setattr("adpo_jax.devices.compilation_cache.use", lambda folder: None)
+    argv = ["--config", CONFIGS.format("arithmetic"), "--out", str(tmp_path), "--seeds", "0", "1"]
+    argv += ["--methods", "grpo", "--variant", "hot", "actor_rollout_ref.actor.optim.lr=1e30"]
+    assert compare["main"](argv) == 0
+    assert "seed1 is left out: the update of iteration 3" in capsys.readouterr().err
+    lines = (tmp_path / "comparison.md").read_text().splitlines()
+    assert [line[:9] for line in lines[2:]] == ["| grpo | ", "| hot | 1"]
+
+
 # --- the whole family
 
 
@@ -268,6 +289,12 @@ def test_a_method_whose_seeds_are_not_all_done_is_in_no_table(family, monkeypatc
         "search": {"4 updates": {"lpo": [1]}},
         "runs": {"4 updates": {"lpo": old}, "1 update": {"lpo": old, "adpo": old}},
     }
+    nothing = tmp_path / "kept.json"
+    nothing.write_text(json.dumps(earlier))
+    with monkeypatch.context() as empty:
+        empty.setattr(family["Family"], "finished", lambda self: iter(under_way))
+        assert family["main"](["--out", str(tmp_path), "--results", str(nothing)]) == 2
+    assert json.loads(nothing.read_text()) == earlier
     merged = family["merged"](earlier, found)
     assert merged["search"] == found["search"] | earlier["search"]
     ours = found["runs"]["1 update"]
