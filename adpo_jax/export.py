@@ -16,7 +16,7 @@ import sys
 
 from adpo_jax.log.printable import say_error
 from adpo_jax.run.command_line import Parser, begin, unless_interrupted, with_cure
-from adpo_jax.run.config_files import user_path
+from adpo_jax.run.config_files import run_of, user_path
 from adpo_jax.run.exit_codes import USER_ERROR
 
 
@@ -69,6 +69,10 @@ def export(a: argparse.Namespace) -> None:
         raise ValueError(f"--dtype is float32 or bfloat16; given {a.dtype!r}")
     if a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
+    if run := run_of(str(a.out)):
+        raise ValueError(
+            f"{a.out} is where the run in {run} writes its policy at its end; give another --out"
+        )
     model = pretrained.load(
         a.model,
         dtype=a.dtype or "float32",

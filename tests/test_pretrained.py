@@ -308,6 +308,14 @@ def test_export_writes_the_parameters_of_a_checkpoint_and_overwrites_nothing(run
         export.export(export.arguments(command))
 
 
+def test_an_export_does_not_take_the_place_of_the_one_that_a_run_writes(run):
+    root, _ = run
+    for out in ("export", "checkpoints/7"):
+        command = ["--model", str(root), "--out", str(root / out)]
+        with pytest.raises(ValueError, match="is there already|is where the run in .* its end"):
+            export.export(export.arguments(command))
+
+
 def test_a_disk_that_fails_is_an_error_of_the_system_whichever_library_writes(tmp_path):
     """A limit on the size of files stands for a full disk: the real writers meet a real error."""
     writers = {
