@@ -107,19 +107,17 @@ def common(a: argparse.Namespace, base: str, files: dict[str, Path], iterations:
     ]
 
 
-def is_told_apart(loss: str, staleness: int) -> bool:
-    """Whether a run is made; without staleness GRPO has nothing to correct."""
-    return bool(staleness) or loss != "grpo_tis"
+def made_of(loss: str, staleness: int) -> tuple[str, int]:
+    """The loss and staleness whose runs stand for these; without any GRPO corrects nothing."""
+    return (loss if staleness or loss != "grpo_tis" else "grpo"), staleness
 
 
 def variants(losses: list[str], staleness: list[int]) -> list[str]:
     """The options of `compare.py` for these runs, LOSS_STALENESS by name."""
     options = []
-    for loss in losses:
-        for s in staleness:
-            if is_told_apart(loss, s):
-                options += ["--variant", f"{loss}_{s}", *LOSSES[loss]]
-                options.append(f"{ROLLOUT}.max_staleness={s}")
+    for loss, s in dict.fromkeys(made_of(loss, s) for loss in losses for s in staleness):
+        options += ["--variant", f"{loss}_{s}", *LOSSES[loss]]
+        options.append(f"{ROLLOUT}.max_staleness={s}")
     return options
 
 
@@ -147,7 +145,7 @@ def compiling_in(out: Path, ends: list[float]) -> np.ndarray:
 
 def of_runs(out: Path, loss: str, staleness: int, seeds: list[int]) -> list[dict]:
     """What the runs of a loss and staleness came to, seed by seed."""
-    loss = loss if is_told_apart(loss, staleness) else "grpo"
+    loss, staleness = made_of(loss, staleness)
     found = []
     for seed in seeds:
         run = Run.read(out / f"{loss}_{staleness}" / f"seed{seed}")

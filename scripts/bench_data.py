@@ -11,6 +11,7 @@ tokenizer is that of a Hugging Face folder, or a byte-level one with a chat temp
 """
 
 import argparse
+import hashlib
 import json
 import resource
 import subprocess
@@ -42,6 +43,11 @@ def make_rows(source: str | None, num_rows: int, path: Path) -> None:
             row = dict(originals[number % len(originals)])
             row["question"] = f"{number}: {row['question']}"
             file.write(json.dumps(row) + "\n")
+
+
+def name_of(source: str | None) -> str:
+    """What the name of a file of rows says of the rows that they are made of."""
+    return f"-{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:12]}" if source else ""
 
 
 def make_tokenizer(folder: str | None):
@@ -109,9 +115,11 @@ def main() -> None:
         folder = Path(args.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for num_rows in args.rows:
-            path = folder / f"rows-{num_rows}.jsonl"
+            path = folder / f"rows-{num_rows}{name_of(args.source)}.jsonl"
             if not path.exists():
-                make_rows(args.source, num_rows, path)
+                unfinished = path.with_suffix(".tmp")
+                make_rows(args.source, num_rows, unfinished)
+                unfinished.rename(path)
             for cached in (False, True):
                 argv = [sys.executable, __file__, "--measure", str(path), f"{temporary}/cache"]
                 argv += ["--tokenizer", args.tokenizer] if args.tokenizer else []

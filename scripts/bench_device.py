@@ -6,8 +6,8 @@
 
 One JSON line a part, written as soon as the part ends, so that what is cut short leaves what came
 before. Nothing is fetched: weights are random, shapes those of Qwen3-0.6B and configs/gsm8k.py. A
-part runs in a process of its own, whose peak of memory is its own; one that fails or is still
-running when `--budget` seconds are over is a line that says so, and the next part runs.
+part runs in a process of its own, whose peak of memory is its own; one that fails, is killed or is
+still running when `--budget` seconds are over is a line that says so, and the next part runs.
 
   kernels    each kernel of this device against its plain version: the largest difference, the times
   rollout    256 requests of 100 to 1,024 tokens in and out, seed 0, ends ignored (the published
@@ -351,7 +351,10 @@ def update(bench: Bench) -> dict:
 
 
 def iteration(bench: Bench) -> dict:
-    """Rollout, rewards, update: a second one, after the first has compiled."""
+    """Rollout, rewards, update: a second one, after the first has compiled.
+
+    The sizes of an update follow the lengths, so each is made twice and the second is timed.
+    """
     import jax
 
     from adpo_jax.engine.sampling import SamplingParams
@@ -372,15 +375,19 @@ def iteration(bench: Bench) -> dict:
         sampled = time.perf_counter()
         even = [[np.mean(c.tokens % 2 == 0) for c in group] for group in out.groups]
         sequences = Sequences(prompts, out.groups)
-        state, metrics = learner.learn(state, sequences, np.asarray(even, np.float32))
-        jax.block_until_ready(state)
-        done = time.perf_counter()
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            state, metrics = learner.learn(state, sequences, np.asarray(even, np.float32))
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - began)
         tokens = int(out.lengths.sum())
         found.append(
             {
-                "seconds": round(done - started, 2),
+                "seconds": round(sampled - started + seconds[-1], 2),
                 "rollout_s": round(sampled - started, 2),
-                "update_s": round(done - sampled, 2),
+                "first_update_s": round(seconds[0], 2),
+                "update_s": round(seconds[-1], 2),
                 "tokens": tokens,
                 "rollout_tokens_per_s": round(tokens / (sampled - started), 1),
                 "mfu": _rounded(metrics.get("update/mfu")),
@@ -440,6 +447,8 @@ def in_processes(a: argparse.Namespace, names: list[str]) -> int:
         try:
             done = subprocess.run([sys.executable, __file__, *options], timeout=left)
             failed |= done.returncode != 0
+            if done.returncode < 0:
+                say(a, {"part": name, "failed": f"killed by signal {-done.returncode}"})
         except subprocess.TimeoutExpired:
             failed = True
             say(a, {"part": name, "failed": f"still running after the last {left:.0f} s"})
@@ -451,15 +460,15 @@ def measure(a: argparse.Namespace, names: list[str]) -> int:
     import jax
 
     started, failed = time.perf_counter(), False
-    bench = Bench(a)
-    machine = {
-        "device": bench.device.device_kind,
-        "jax": jax.__version__,
-        "python": sys.version.split()[0],
-    }
-    run = {part.__name__: part for part in (kernels, rollout, update, iteration, memory)}
+    machine = {"jax": jax.__version__, "python": sys.version.split()[0]}
+    bench, run = (
+        None,
+        {part.__name__: part for part in (kernels, rollout, update, iteration, memory)},
+    )
     for name in names:
         try:
+            bench = bench or Bench(a)
+            machine["device"] = bench.device.device_kind
             line = run[name](bench)
         except Exception as error:  # whatever a device refuses, the next part runs
             failed = True

@@ -76,6 +76,7 @@ def main() -> None:
     host_memory.tune_malloc()
     lengths = lognormal(a.prompts, a.gens, a.mean, a.sigma, a.cap)
     wanted = int(lengths.sum()) * field_bytes()
+    host_memory.give_back()
     before = resident()
     batch = graded(lengths, a.prompt_len)
     host_memory.give_back()
