@@ -343,6 +343,14 @@ class GradedGroups:
 
         return dataclasses.replace(self, completions=self.completions.map(masked))
 
+    def without_experts(self) -> "GradedGroups":
+        """The groups without the experts that their tokens went through."""
+
+        def stripped(completion: Completion) -> Completion:
+            return dataclasses.replace(completion, experts=None, prompt_experts=None)
+
+        return dataclasses.replace(self, completions=self.completions.map(stripped))
+
     @property
     def sequences(self) -> "Sequences":
         """The prompts and completions as the update takes them."""

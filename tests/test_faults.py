@@ -417,6 +417,50 @@ def test_a_recording_without_rewards_that_the_loss_needs_is_refused(tmp_path, fo
         train(config, tmp_path / "replayed", replay=folder_of_recordings)
 
 
+LIMITS = {
+    "num_prompts": 8,
+    "num_samples": 2,
+    "max_response_length": 6,
+    "max_prompt_length": 3,
+    "prompt_key": "question",
+    "vocab_size": 90,
+}
+
+
+def test_tokens_that_the_model_does_not_embed_are_told_before_a_replay(tmp_path):
+    groups = random_groups(np.random.default_rng(0))
+    recording.write(tmp_path, 1, groups)
+    recording.check(tmp_path, [1], **LIMITS)
+    beyond = groups.completions.map(
+        lambda c: dataclasses.replace(c, tokens=np.where(np.arange(len(c)) == 0, 90, c.tokens))
+    )
+    recording.write(tmp_path, 2, dataclasses.replace(groups, completions=beyond))
+    groups.prompts.token_ids[3][1] = 95
+    recording.write(tmp_path, 3, groups)
+    for step, what in ((2, "completion with token 90"), (3, "prompt with token 95")):
+        with pytest.raises(ValueError, match=rf"{step}.parquet has a {what}, and .* embeds 90 to"):
+            recording.check(tmp_path, [1, step], **LIMITS)
+
+
+def test_experts_of_a_recording_are_replayed_where_that_is_asked_for(tmp_path):
+    groups = random_groups(np.random.default_rng(0))
+    routed = groups.completions.map(
+        lambda c: dataclasses.replace(c, experts=np.ones((len(c), 3, 2), np.uint16))
+    )
+    recording.write(tmp_path, 1, dataclasses.replace(groups, completions=routed))
+    replayed = recording.Replay(tmp_path, 1, experts=(3, 2), **LIMITS)
+    replayed.check(0)
+    assert_same_completions(replayed.next(0, None).completions, routed)
+    left_out = recording.Replay(tmp_path, 1, **LIMITS)
+    left_out.check(0)
+    assert_same_completions(left_out.next(0, None).completions, groups.completions)
+    with pytest.raises(ValueError, match=r"says \[3, 2\] of .*, which are \[4, 2\] in this model"):
+        recording.Replay(tmp_path, 1, experts=(4, 2), **LIMITS).check(0)
+    recording.write(tmp_path, 2, groups)
+    with pytest.raises(ValueError, match=r"says nothing of .*router_replay=false"):
+        recording.check(tmp_path, [2], experts=(3, 2), **LIMITS)
+
+
 @pytest.fixture
 def folder_of_recordings(tmp_path):
     rng = np.random.default_rng(0)

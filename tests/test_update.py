@@ -597,3 +597,16 @@ def test_the_first_moment_has_its_own_dtype_and_parameters_stay_float32():
     assert np.isfinite(metrics["update/grad_norm"])
     with pytest.raises(ValueError, match="mu_dtype is float32 or bfloat16"):
         optimizer.make_optimizer(SCHEDULE, weight_decay=0.1, grad_clip=1.0, mu_dtype="int8")
+
+
+def test_a_metric_that_some_steps_lack_is_that_of_the_others():
+    declared = (*update.METRICS, *update.MIXTURE_METRICS)
+    counts = [
+        {"update/tokens": n, "update/kept_tokens": n, "update/kept_prompts": 1} for n in (1, 3)
+    ]
+    for replayed in ({}, {"router/replay_changed_frac": 0.5}), ({"router/busiest": 2.0}, {}):
+        history = [count | more for count, more in zip(counts, replayed)]
+        metrics = update.averaged_metrics(declared, history, epochs=1)
+        (name,) = metrics.keys() - counts[0].keys()
+        assert metrics[name] == max(replayed, key=len)[name]
+        assert metrics["update/tokens"] == 4

@@ -155,12 +155,17 @@ def check(
     max_response_length: int,
     max_prompt_length: int,
     prompt_key: str,
+    vocab_size: int,
+    experts: tuple[int, int] | None = None,
     rewards: Collection[str] = (),
 ) -> None:
     """Checks that iterations `steps` are recorded, and fit the run that will replay them.
 
     Args:
       prompt_key: the column of the data that has the prompts, which logged samples show.
+      vocab_size: tokens that the model embeds.
+      experts: the number of mixtures and of the experts of a token, where the run needs those that
+        the tokens went through.
       rewards: the names of reward functions whose own rewards the run needs.
 
     Raises:
@@ -194,6 +199,12 @@ def check(
                 "algorithm.multi_objective_aggregation needs; replay with the reward functions of "
                 "the recording"
             )
+        if experts and info.get("experts") != list(experts):
+            raise ReplayError(
+                f"--replay: {path} says {info.get('experts') or 'nothing'} of (mixtures, experts "
+                f"of a token), which are {list(experts)} in this model: replay its own recording, "
+                "or set actor_rollout_ref.rollout.router_replay=false"
+            )
         columns = list(json.loads(_opened(path, _first_columns)))
         if prompt_key not in columns:
             raise ReplayError(
@@ -207,8 +218,14 @@ def check(
         ):
             values = _opened(path, pa.parquet.read_table, columns=[column])[0]
             longest = pa.compute.max(pa.compute.list_value_length(values)).as_py()
+            what = "prompt" if column == "prompt_token_ids" else "completion"
+            ids = pa.compute.min_max(pa.compute.list_flatten(values)).as_py()
+            if unknown := [x for x in ids.values() if x is not None and not 0 <= x < vocab_size]:
+                raise ReplayError(
+                    f"--replay: {path} has a {what} with token {unknown[-1]}, and the model embeds "
+                    f"{vocab_size} tokens: it was recorded with another model or tokenizer"
+                )
             if longest > limit:
-                what = "prompt" if column == "prompt_token_ids" else "completion"
                 raise ReplayError(
                     f"--replay: {path} has a {what} of {longest} tokens; raise {key}, which is "
                     f"{limit}"
@@ -225,11 +242,20 @@ class Replay(Source):
 
     Args:
       folder: the folder with the recordings of iterations 1 to `num_steps`.
+      experts: as of `check`; None leaves those of a recording out.
       limits: the limits of the run, as for `check`.
     """
 
-    def __init__(self, folder: Path, num_steps: int, **limits: Any):
-        self._folder, self._num_steps, self._limits = folder, num_steps, limits
+    def __init__(
+        self,
+        folder: Path,
+        num_steps: int,
+        *,
+        experts: tuple[int, int] | None = None,
+        **limits: Any,
+    ):
+        self._folder, self._num_steps = folder, num_steps
+        self._experts, self._limits = experts, limits
 
     def check(self, step: int) -> None:
         """Checks that all iterations are recorded, and fit the run.
@@ -237,10 +263,12 @@ class Replay(Source):
         Raises:
           ReplayError: naming what is missing or differs.
         """
-        check(self._folder, range(1, self._num_steps + 1), **self._limits)
+        steps = range(1, self._num_steps + 1)
+        check(self._folder, steps, experts=self._experts, **self._limits)
 
     def next(self, step: int, params) -> GradedGroups:
-        return read(self._folder, step + 1)
+        groups = read(self._folder, step + 1)
+        return groups if self._experts else groups.without_experts()
 
 
 def _table(step: int, groups: GradedGroups) -> pa.Table:

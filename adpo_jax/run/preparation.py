@@ -286,6 +286,8 @@ def _elsewhere(
 
 def _replayed(config, parts: Parts, replay: Path) -> Source:
     """The source that reads the recordings of another run."""
+    model = parts.policy.config
+    router_replay = config.actor_rollout_ref.rollout.router_replay
     return Replay(
         replay,
         parts.num_steps,
@@ -294,5 +296,7 @@ def _replayed(config, parts: Parts, replay: Path) -> Source:
         max_response_length=config.data.max_response_length,
         max_prompt_length=config.data.max_prompt_length,
         prompt_key=config.data.prompt_key,
+        vocab_size=model.vocab_size,
+        experts=(model.num_mixtures, model.mixture.chosen) if router_replay else None,
         rewards=parts.reward_model.names if parts.learner.algorithm.decouples_rewards else (),
     )

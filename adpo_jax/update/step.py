@@ -283,22 +283,25 @@ def averaged_metrics(
     """The metrics of an iteration from those of its optimizer steps.
 
     Means over tokens, and over what was kept, are weighted by how many of them each step has, and
-    counts are summed over an epoch, so that they do not depend on the size of a mini-batch.
+    counts are summed over an epoch, so that they do not depend on the size of a mini-batch. Steps
+    that lack a metric, since no experts of their completions are known, are left out of it.
 
     Args:
       declared: the metrics, which say how each is averaged.
       history: the values of each optimizer step, those of `_COUNTS` among them.
     """
     over = {metric.name: metric.over for metric in declared}
-    counts = {name: [float(m[count]) for m in history] for name, count in _COUNTS.items()}
-    weights = {name: values if sum(values) > 0 else None for name, values in counts.items()}
     metrics = {}
-    for name in history[0]:
-        values = [float(m[name]) for m in history]
+    history = [{name: float(value) for name, value in step.items()} for step in history]
+    for name in dict.fromkeys(name for step in history for name in step):
+        steps = [step for step in history if name in step]
+        values = [step[name] for step in steps]
         if over[name] == "first":
             metrics[name] = values[0]
         elif over[name] == "sum":
             metrics[name] = sum(values) / epochs
         else:
-            metrics[name] = float(np.average(values, weights=weights.get(over[name])))
+            count = _COUNTS.get(over[name])
+            weights = [step[count] for step in steps] if count else []
+            metrics[name] = float(np.average(values, weights=weights if any(weights) else None))
     return metrics
