@@ -19,6 +19,7 @@ from adpo_jax.model.attention import (
 )
 from adpo_jax.model.attention_choice import AttentionFallback
 from adpo_jax.model.attention_kernels import Settings, stream_gpu, stream_mosaic, stream_tpu
+from adpo_jax.model.attention_kernels.mosaic import pieces
 from adpo_jax.model.tile_attention import Stream, stream_attention
 
 B, W, D = 2, 16, 128
@@ -121,7 +122,7 @@ def test_the_gpu_kernels_walk_tiles_in_blocks_and_their_queries_in_chunks(
 ):
     """Long completions, so that some tiles need no mask, and a prompt that many tiles see."""
     monkeypatch.setattr(stream_gpu, "CHUNK", 3 if machine is stream_gpu else 2)
-    monkeypatch.setattr(stream_mosaic, "AT_ONCE", 1)
+    monkeypatch.setattr(pieces, "AT_ONCE", 1)
     for name in ("FORWARD", "OF_QUERIES", "OF_KEYS"):
         monkeypatch.setattr(stream_gpu, name, stream_gpu.Shape(16, 32, 4, 2))
     segments = np.concatenate([[g + 1] * n for g, n in enumerate(lengths)])[None].astype(np.int32)

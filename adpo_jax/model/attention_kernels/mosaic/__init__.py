@@ -1,0 +1,1 @@
+"""The kernels of `stream_mosaic`, and what they are made of."""
