@@ -13,7 +13,7 @@ import functools
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,12 @@ from adpo_jax.records import GradedGroups
 from adpo_jax.rewards import RewardError, TrainerState
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.evaluation import evaluate
-from adpo_jax.rollouts.sampler import reward_metrics, rollout_metrics, sample_records
+from adpo_jax.rollouts.sampler import (
+    reward_metrics,
+    rollout_metrics,
+    sample_records,
+    sample_table,
+)
 from adpo_jax.rollouts.source import SourceError
 from adpo_jax.run import digests, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
@@ -105,9 +110,9 @@ def train(
       TrainingStopped: for updates that are not sound, where the config says so.
       SaveError: when no checkpoint can be written.
     """
-    if callable(callbacks) or not all(map(callable, callbacks)):
+    if not isinstance(callbacks, Iterable) or not all(map(callable, called := list(callbacks))):
         raise ValueError(f"callbacks is a list of functions; given {callbacks!r:.100}")
-    return run(prepare(config, workdir, **options), callbacks=callbacks)
+    return run(prepare(config, workdir, **options), callbacks=called)
 
 
 def run(
@@ -132,7 +137,9 @@ def run(
         if checkpoints.steps:
             with telling("reading the newest checkpoint"):
                 restored = checkpoints.restore_latest(state_shapes_of(parts))
-        purge_step = -config.sft.steps if restored is None else restored.step + 1
+        purge_step = -config.sft.steps
+        if restored is not None:  # a row that lacks an evaluation is written anew
+            purge_step = restored.step + (not _lacks_evaluation(prepared, restored))
         writer = metrics_lib.make_writer(
             folder.root, purge_step, *prepared.trackers, writes=folder.writes
         )
@@ -245,9 +252,9 @@ class _Loop:
         run.source.restore(self._first)
         try:
             with Progress("iteration", num_steps, self._first) as progress:
-                # The run starts, or was interrupted between an update and its evaluation's end, or
-                # is to end here and was not before.
-                if not has_row or _is_evaluation_due(run, self._first, self.metrics):
+                if not has_row:
+                    # The run starts, or was interrupted between an update and its evaluation's end,
+                    # or is to be evaluated here and was not before.
                     self._complete_row(progress)
                 saves = run.config.trainer.save_freq >= 0
                 if self._first == 0 and (saves or tools.checkpoints.is_due(0, self.metrics)):
@@ -266,7 +273,7 @@ class _Loop:
                 self._save_where_it_stopped()
             raise
         tools.writer.flush()
-        run.save_source(num_steps, tools.checkpoints)
+        run.save_source(int(self.state.step), tools.checkpoints)
         if run.config.trainer.save_freq >= 0:
             with telling("saving the last checkpoint"):
                 self.save(tools.checkpoints.save_now)
@@ -422,6 +429,14 @@ def _is_evaluation_due(run: Run, done: int, metrics: dict) -> bool:
     return bool(run.parts.val_prompts) and due and "eval/accuracy" not in metrics
 
 
+def _lacks_evaluation(run: Run, restored: Restored) -> bool:
+    """Whether the row of a restored state lacks an evaluation that is due after it."""
+    rows = [row for row in _logged(run.folder) if row["step"] == restored.step]
+    logged = {name: value for row in rows for name, value in row.items() if value is not None}
+    done = restored.step
+    return done >= 0 and _is_evaluation_due(run, done, restored.metrics | logged)
+
+
 def _evaluation(run: Run, state: TrainState) -> dict[str, float]:
     """The metrics of an evaluation."""
     done = int(state.step)
@@ -497,9 +512,7 @@ def _show(
     shown = np.random.default_rng([config.trainer.seed, step]).permutation(len(samples))
     shown = [samples[i] for i in shown[: config.trainer.log_num_samples]]
     progress.print_samples(shown)
-    writer.write_table(
-        step, "samples", [s | s.pop("components") | s.pop("extra", {}) for s in shown]
-    )
+    writer.write_table(step, "samples", sample_table(shown))
 
 
 @contextlib.contextmanager

@@ -1006,15 +1006,16 @@ def test_a_recording_that_is_damaged_in_its_pages(monkeypatch, capsys):
     assert "000001.parquet is no readable recording" in err
 
 
-def test_a_run_that_is_to_end_where_it_stopped_is_evaluated_there(monkeypatch, capsys):
+@pytest.mark.parametrize("filtered", ["true", "false"])
+def test_a_run_that_is_to_end_where_it_stopped_is_evaluated_there(filtered, monkeypatch, capsys):
     evaluated = ("--config.data.val_files=embedded:arithmetic", "--config.data.max_val_samples=4")
+    evaluated += (f"--config.algorithm.filter_groups={filtered}",)
     argv = began(monkeypatch, capsys, *evaluated, "--config.trainer.total_training_steps=2")
     shutil.rmtree("run/checkpoints/2")
     argv += ["--config.trainer.total_training_steps=1", "--allow_config_change"]
     assert outcome(argv, monkeypatch, capsys) == (0, "")
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    evaluated = {row["step"]: "eval/accuracy" in row for row in rows}
-    assert evaluated == {0: True, 1: True}
+    assert [(row["step"], "eval/accuracy" in row) for row in rows] == [(0, True), (1, True)]
     assert outcome(argv, monkeypatch, capsys) == (0, "")  # and not twice
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == len(rows)
 

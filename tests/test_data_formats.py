@@ -1,6 +1,7 @@
 """Data as other trainers write it, named validation sets, and large files."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import re
@@ -16,7 +17,7 @@ from test_prompts import CHAT_TEMPLATE, make_tokenizer
 
 import adpo_jax
 from adpo_jax.config import default_config
-from adpo_jax.data import arithmetic, files, readers
+from adpo_jax.data import arithmetic, due, files, readers
 from adpo_jax.data.files import load_rows
 from adpo_jax.data.order import prompt_indices
 from adpo_jax.log.metrics import read_jsonl
@@ -269,6 +270,66 @@ def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
                 small.token_ids,
                 small.columns,
             )
+
+
+@pytest.mark.usefixtures("large")
+def test_large_files_are_filtered_by_the_tools_of_their_environments(tmp_path):
+    """The tokens around a prompt are those of its own tools."""
+    tokenizer = make_tokenizer("{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE)
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{n}+1?", "environment": "ab"[n % 2], "answer": "1"} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_rows(str(path), prompt_key="question", answer_key="answer", cache_dir="")
+    options = {
+        "prompt_key": "question",
+        "prompt_template": "{prompt}",
+        "max_prompt_length": 60,
+        "overlong": "filter",
+        "tools": {"a": [], "b": ["a tool that is described at length"] * 3},
+    }
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        fitting = due.fitting_rows(dataset, tokenizer, options, str(cache))
+        assert fitting.tolist() == [0, 2, 4, 6, 8]
+        (kept,) = cache.glob("fitting-*.npy")
+        kept.write_bytes(b"")  # as after a loss of power
+
+
+@pytest.mark.usefixtures("large")
+def test_large_files_fill_in_columns_of_any_kind_and_leave_rows_alone_that_are_not_taken(tmp_path):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    rows = [{"question": "1+1?", "answer": "2", "choices": ["1", "2"]}] * 3
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"choices": None}])
+    )
+    data = {"prompt_template": "{prompt} {choices} {}"}
+    prompts = large_prompts(
+        tmp_path / "rows.jsonl", tmp_path, tokenizer, train_max_samples=3, **data
+    )
+    assert "['1', '2'] {}" in tokenizer.decode(prompts.token_ids[0])
+    with pytest.raises(ValueError, match="row 4: .* the column 'choices', which is null"):
+        large_prompts(tmp_path / "rows.jsonl", tmp_path, tokenizer, **data)
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_ids_of_bytes_and_times_to_the_nanosecond_are_read(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    times = pyarrow.array([1_000_001_001, None], pyarrow.int64())
+    columns = {
+        "question": ["q", "r"],
+        "answer": ["1", "2"],
+        "id": pyarrow.array([b"\xff" * 16, b"\xfe" * 16], pyarrow.binary(16)),
+        "at": times.cast(pyarrow.timestamp("ns")),
+        "took": pyarrow.array([[1_000_000_001], None], pyarrow.list_(pyarrow.duration("ns"))),
+    }
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    dataset = load_rows(str(path), prompt_key="question", answer_key="answer")
+    assert list(dataset.columns["at"]) == [datetime.datetime(1970, 1, 1, 0, 0, 1, 1), None]
+    assert list(dataset.columns["took"]) == [[datetime.timedelta(seconds=1)], None]
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"id": [b"\xff", b"\xff"]}), path)
+    with pytest.raises(ValueError, match="rows 1 and 2 have the same id"):
+        load_rows(str(path), prompt_key="question", answer_key="answer")
 
 
 NARROW = {

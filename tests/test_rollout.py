@@ -19,6 +19,7 @@ from adpo_jax.rollouts.sampler import (
     reward_metrics,
     rollout_metrics,
     sample_records,
+    sample_table,
 )
 from adpo_jax.rollouts.silence import SilenceWatch, silence_preferred_frac
 
@@ -242,3 +243,10 @@ def test_rewards_are_given_the_prompts_and_the_iteration(tmp_path):
     np.testing.assert_array_equal(result.rewards, 200 + result.completions.lengths)
     records = sample_records(["a"] * 3 + ["b"] * 3, result)
     assert [record["extra"] for record in records] == [{"asked": p} for p in "aaabbb"]
+    del records[0]["extra"]
+    records[1]["turns"] = "many"
+    table = sample_table(records)
+    (names,) = {tuple(row) for row in table}
+    assert {"asked", "turns", *records[0]["components"]} <= set(names)
+    assert not {"components", "extra"} & set(names)
+    assert (table[0]["asked"], table[1]["asked"], table[1]["turns"]) == ("", "a", "many")

@@ -422,6 +422,7 @@ def test_what_is_given_in_a_wrong_place_is_told_in_words():
         (lambda: policy.logits(params, jnp.array([[0.5]])), "whole numbers, int32; given float32"),
         (lambda: policy.logits(params, [[0.5]]), "whole numbers, int32; given float64"),
         (lambda: train(None, callbacks=print), "callbacks is a list of functions; given <built-in"),
+        (lambda: train(None, callbacks=(x for x in "a")), "list of functions; given <g"),
         (lambda: train._call([lambda _: {"a": "b"}], 1, None, None, {}),
          "callback <lambda> returns a dict of numbers by name, or None; it returned {'a': 'b'}"),
         (lambda: losses.adpo_loss(rewards, rewards, rewards[:, 0], None),

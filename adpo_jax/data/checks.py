@@ -98,17 +98,14 @@ def _check_stored(segment: Segment, part: Dataset, path: str, option: str, key: 
 
 
 def _check_stored_ids(ids: StoredColumn, segments: Sequence[Segment], path: str) -> None:
-    def texts(segment: Segment) -> pa.ChunkedArray:
-        column = segment.table["id"]
-        nested = pa.types.is_nested(column.type)
-        return None if nested else pc.cast(column, pa.large_string())
-
-    columns = [texts(segment) for segment in segments]
-    if any(column is None for column in columns):
-        return
-    column = pa.chunked_array([chunk for c in columns for chunk in c.iterchunks()])
-    if pc.count_distinct(column, mode="only_valid").as_py() == len(column) - column.null_count:
-        return
+    try:
+        columns = [pc.cast(segment.table["id"], pa.large_string()) for segment in segments]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # bytes, lists
+        pass
+    else:
+        column = pa.chunked_array([chunk for c in columns for chunk in c.iterchunks()])
+        if pc.count_distinct(column, mode="only_valid").as_py() == len(column) - column.null_count:
+            return
     found = Ids(path)
     for number, value in enumerate(ids, 1):
         found.add(number, value)

@@ -10,6 +10,7 @@ a prompt that is due is cut at its front.)
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from adpo_jax.data import prompts
 from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.stored import StoredColumn
 
-VERSION = 2
+VERSION = 3
 
 _ROWS_AT_ONCE = 1024
 _MOST_KINDS = 1000
@@ -106,7 +107,7 @@ def fitting_rows(
     if path is not None and path.exists():
         try:
             return np.load(path, allow_pickle=False)
-        except (OSError, ValueError):  # damaged
+        except (OSError, ValueError, EOFError):  # damaged
             pass
     with _naming(source):
         rows = _fitting_rows(dataset, tokenizer, options)
@@ -121,11 +122,15 @@ def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray
     for name in filled:
         _refuse_null(dataset.columns[name], name)
     sizes = sum(_sizes(dataset.columns[name]) * times for name, times in filled.items())
-    kinds, examples = _kinds(dataset.columns[prompt_key])
+    tells_apart = len(options.get("tools") or ()) > 1
+    environments = dataset.columns.get("environment") if tells_apart else None
+    kinds, examples = _kinds(dataset.columns[prompt_key], environments)
     _lengths(dataset, np.array(examples), tokenizer, options)  # a template may refuse some kind
     bare = dataset.select(examples)
     for name in filled:
-        bare = bare.with_column(name, [_bare(value) for value in bare.columns[name]])
+        bare = bare.with_column(name, ["."] * len(bare))
+    asked = dataset.select(examples).columns[prompt_key]
+    bare = bare.with_column(prompt_key, [_bare(prompt) for prompt in asked])
     around = _lengths(bare, np.array(examples), tokenizer, options)
     unsure = (sizes + around[kinds] > limit) | (sizes < 4)
     rows = np.flatnonzero(unsure)
@@ -142,11 +147,11 @@ def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray
     return np.flatnonzero(lengths <= limit)
 
 
-def _bare(value: Any) -> Any:
-    """A value with one character of text where it has text."""
-    if not isinstance(value, list):
+def _bare(prompt: str | list) -> str | list:
+    """A prompt with one character of text where it has text."""
+    if not isinstance(prompt, list):
         return "."
-    return [message | {"content": "."} for message in value]
+    return [message | {"content": "."} for message in prompt]
 
 
 def _filled_in(dataset: Dataset, prompt_key: str, template: str) -> dict[str, int]:
@@ -171,21 +176,25 @@ def _sizes(column: Sequence) -> np.ndarray:
     return np.array([len(str(value).encode()) for value in column], np.int64)
 
 
-def _kinds(column: Sequence) -> tuple[np.ndarray, list[int]]:
+def _kinds(column: Sequence, environments: Sequence | None = None) -> tuple[np.ndarray, list[int]]:
     """(the kind of each prompt, the first row of each kind): text, or messages alike.
 
     Messages of one kind have the same roles and the same keys. A chat template adds
     the same to prompts of one kind, or about so.
+
+    Args:
+      environments: those of the prompts, where their tools differ.
     """
-    if isinstance(column, StoredColumn) and column.is_text():
+    if environments is None and isinstance(column, StoredColumn) and column.is_text():
         return np.zeros(len(column), np.int32), [0]
     numbers: dict[tuple, int] = {}
     kinds, examples = np.zeros(len(column), np.int32), []
-    for row, prompt in enumerate(column):
-        kind = ()
+    environments = itertools.repeat("") if environments is None else environments
+    for row, (prompt, environment) in enumerate(zip(column, environments)):
+        kind = (str(environment),)
         if not isinstance(prompt, str):
             messages = prompts.checked_messages(prompt, row)
-            kind = tuple((message["role"], *sorted(message)) for message in messages)
+            kind += tuple((message["role"], *sorted(message)) for message in messages)
         if kind not in numbers:
             if len(numbers) == _MOST_KINDS:  # such conversations grow; the last stands for them
                 kinds[row] = _MOST_KINDS - 1

@@ -278,7 +278,8 @@ class _Template:
     """Literal replacement of `{name}`: no format specifications, no attributes, in one pass."""
 
     def __init__(self, text: str, names: set[str]):
-        alternatives = "|".join(re.escape(name) for name in sorted(names))
+        # The index that a table was written with has no name: `{}` is text.
+        alternatives = "|".join(re.escape(name) for name in sorted(names - {""}))
         pattern = re.compile(rf"(\\[A-Za-z]+)?\{{({alternatives})\}}")
         self.filled_in = [match[2] for match in pattern.finditer(text) if not match[1]]
         self.names = set(self.filled_in)

@@ -9,6 +9,7 @@ text. The cache may be removed at any time: what is in use stays open.
 Left out: limits on the size of the cache.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-VERSION = 2
+VERSION = 3
 
 # The column with the number of each row in its file: a line, or a count of rows.
 NUMBER = "\0number"
@@ -139,14 +140,18 @@ class StoredColumn(Sequence):
         )
 
     def first_null(self) -> int | None:
-        """The first row that is null in the file; None where there is none."""
+        """The first of the rows, by its number in the files, that is null; None for none."""
         begin = 0
         for segment, column in zip(self._segments, self._columns):
-            if column is None:
-                return begin
-            if column.null_count:
-                return begin + pc.index(pc.is_null(column), True).as_py()
-            begin += segment.table.num_rows
+            length = segment.table.num_rows
+            nulls = np.arange(length if column is None else 0)
+            if column is not None and column.null_count:
+                nulls = np.flatnonzero(pc.is_null(column).to_numpy())
+            if self._rows is not None:
+                nulls = nulls[np.isin(begin + nulls, self._rows)]
+            if len(nulls):
+                return begin + int(nulls[0])
+            begin += length
         return None
 
     def sizes(self) -> np.ndarray:
@@ -206,12 +211,18 @@ def segments_of_file(path: Path, digest: str, place: str, batches, cache: str) -
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
         _write(unfinished, batches())
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError, pa.ArrowException):
+            return _opened(folder, place)  # another process was quicker
+        damaged = unfinished.with_name(f"{unfinished.name}.damaged")
         try:
-            os.replace(unfinished, folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, damaged)
+            os.rename(unfinished, folder)
         except OSError:
-            if not folder.is_dir():  # another process was not quicker
+            if not folder.is_dir():
                 raise
+        finally:
+            shutil.rmtree(damaged, ignore_errors=True)
         return _opened(folder, place)
     except OSError as error:
         raise ValueError(
@@ -264,45 +275,58 @@ def _batch(numbers: list[int], rows: list[dict], names: dict[str, bool]) -> pa.R
 def numbered(batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
     """A record batch with the numbers of its rows and, but for the following, its types.
 
-    It has no dictionaries, and its numbers of 16 and 32 bits are those of 64 that one writes like
-    them: the float32 nearest to 0.1 is 0.1, and not 0.10000000149011612.
+    It has no dictionaries, its numbers of 16 and 32 bits are those of 64 that one writes like them
+    (the float32 nearest to 0.1 is 0.1, and not 0.10000000149011612), and its times are those of
+    Python, which have no nanoseconds.
     """
     arrays = []
     for column in batch.columns:
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
-        arrays.append(_written_shortly(column))
+        arrays.append(_as_of_python(column))
     arrays.append(pa.array(np.arange(first, first + batch.num_rows), pa.int64()))
     return pa.RecordBatch.from_arrays(arrays, [*batch.schema.names, NUMBER])
 
 
-def _written_shortly(array: pa.Array) -> pa.Array:
-    """An array whose numbers of 16 and 32 bits, at any depth, are those of 64 written like them."""
+def _as_of_python(array: pa.Array) -> pa.Array:
+    """An array whose short numbers and times, at any depth, are as `numbered` says."""
     kind = array.type
-    if not _has_short_numbers(kind):
+    if not _differs_in_python(kind):
         return array
     if pa.types.is_struct(kind):
-        fields = [_written_shortly(field) for field in array.flatten()]
+        fields = [_as_of_python(field) for field in array.flatten()]
         return pa.StructArray.from_arrays(fields, [f.name for f in kind], mask=array.is_null())
     if _is_list(kind):
         ends = np.cumsum(pc.fill_null(pc.list_value_length(array), 0).to_numpy(), dtype=np.int64)
         is_null = [*array.is_null().to_pylist(), False]  # of the place where each list begins
         begins = pa.array([0, *ends], pa.int64(), mask=np.array(is_null))
-        return pa.LargeListArray.from_arrays(begins, _written_shortly(array.flatten()))
+        return pa.LargeListArray.from_arrays(begins, _as_of_python(array.flatten()))
     if pa.types.is_float16(kind):
         numbers = [  # whole ones are exact; the shortest text of 65504 is 65500
             x if x is None or float(x).is_integer() else float(str(np.float16(x)))
             for x in array.to_pylist()
         ]
         return pa.array(numbers, pa.float64())
-    return pc.cast(pc.cast(array, pa.string()), pa.float64())
+    if pa.types.is_float32(kind):
+        return pc.cast(pc.cast(array, pa.string()), pa.float64())
+    return pc.cast(array, _MICROSECONDS[kind.id](kind), safe=False)
 
 
-def _has_short_numbers(kind: pa.DataType) -> bool:
+# The types of times in nanoseconds, and what makes those in microseconds of them.
+_MICROSECONDS = {
+    pa.timestamp("ns").id: lambda kind: pa.timestamp("us", kind.tz),
+    pa.duration("ns").id: lambda kind: pa.duration("us"),
+    pa.time64("ns").id: lambda kind: pa.time64("us"),
+}
+
+
+def _differs_in_python(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(_has_short_numbers(field.type) for field in kind)
+        return any(_differs_in_python(field.type) for field in kind)
     if _is_list(kind):
-        return _has_short_numbers(kind.value_type)
+        return _differs_in_python(kind.value_type)
+    if kind.id in _MICROSECONDS:
+        return kind.unit == "ns"
     return pa.types.is_float16(kind) or pa.types.is_float32(kind)
 
 

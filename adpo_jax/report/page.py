@@ -195,7 +195,7 @@ def blank(text: str) -> str:
 def overview(group: Group) -> dict[str, object]:
     """A row of the table at the top."""
     last = [_last(run, "eval/accuracy") for run in group.runs]
-    first = [next(iter(run.series("eval/accuracy").values()), None) for run in group.runs]
+    first = [run.series("eval/accuracy").get(0) for run in group.runs]
     rewards = [list(run.series("reward/mean").values())[-10:] for run in group.runs]
     steps = [run.rows[-1]["step"] for run in group.runs]
     tokens = [sum(run.series("update/tokens").values()) for run in group.runs]

@@ -231,6 +231,19 @@ def sample_records(prompts: Sequence, graded: GradedGroups) -> list[dict]:
     return records
 
 
+def sample_table(records: Sequence[dict]) -> list[dict]:
+    """The records of `sample_records` without dicts in them, all with the same keys."""
+    nested = ("components", "extra")
+    flat = [
+        {name: value for name, value in record.items() if name not in nested}
+        | record["components"]
+        | record.get("extra", {})
+        for record in records
+    ]
+    names = dict.fromkeys(name for record in flat for name in record)
+    return [{name: record.get(name, "") for name in names} for record in flat]
+
+
 def rollout_metrics(graded: GradedGroups) -> dict[str, float]:
     """Lengths in tokens, the share cut off at the limit, tokens a second, and variety.
 

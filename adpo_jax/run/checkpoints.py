@@ -196,12 +196,11 @@ class Checkpoints:
     def complete(self, step: int, metrics: dict[str, float]) -> None:
         """Gives a checkpoint the metrics that were found only after it was saved.
 
-        Those of an evaluation that was interrupted are found when the run goes on. Without them a
-        checkpoint that is the best one would not be kept. Does nothing where there is no checkpoint
-        of that step.
+        Those of an evaluation that was interrupted are found when the run goes on. Without them the
+        best checkpoint might not be kept. Does nothing where there is no checkpoint of that step.
         """
         folder = self._folder / str(step)
-        if jax.process_index() or not self._best_metric or not folder.exists():
+        if jax.process_index() or not folder.exists():
             return
         try:
             replace_description(folder, read_description(folder) | {"metrics": metrics})
