@@ -121,6 +121,19 @@ class NoDoc:
         return x
 
 
+class ByPlace:
+    def reset(self, **row):
+        return None
+
+    def tool(self, *numbers: int) -> str:
+        """Adds.
+
+        Args:
+            numbers: What to add.
+        """
+        return str(sum(numbers))
+
+
 class NoTools:
     def reset(self, **row):
         return None
@@ -156,11 +169,22 @@ class Slow:
         await asyncio.sleep(60)
 
 
+class Speechless(Exception):
+    """Cannot be written."""
+
+    def __str__(self):
+        return None
+
+
 class Careless:
     """Raises what our own deadline raises, and returns no number."""
 
     def reset(self, **row):
-        return None
+        return "caf\udce9"
+
+    def speechless(self) -> str:
+        """Fails without a word."""
+        raise Speechless
 
     def unreachable(self) -> str:
         """Waits for a site."""

@@ -130,6 +130,7 @@ BROKEN = {
     (FILE, "NoReset"): "has no method reset",
     (FILE, "NoHints"): "NoHints.tool needs type hints",
     (FILE, "NoDoc"): "NoDoc.tool needs type hints, and a docstring",
+    (FILE, "ByPlace"): r"the tool ByPlace.tool takes \*numbers: int by its place",
     (FILE, "NoTools"): "has no tools",
     (FILE, "FILE"): "defines no 'FILE'",
 }
@@ -139,6 +140,23 @@ def test_a_class_that_cannot_work_is_refused_in_a_sentence():
     for (path, name), text in BROKEN.items():
         with pytest.raises(ValueError, match=text):
             described_in(path, name)
+
+
+def test_functions_of_one_name_are_no_two_tools():
+    def made(name):
+        return type(example.shout)(example.shout.__code__, {}, name, None)
+
+    with pytest.raises(contract.Unfit, match="2 functions of environment.tools have the name tool"):
+        contract.describe(contract.NoEnvironment(), {"a": made("tool"), "b": made("tool")})
+    counter = example.make_counter()
+    with pytest.raises(contract.Unfit, match="add is a tool of Counter and one of environment.too"):
+        contract.describe(counter, {"plus": made("add")})
+
+
+def test_environments_are_found_by_the_text_of_their_names(tmp_path):
+    file = tmp_path / "numbered.py"
+    file.write_text("class A: pass\nNUMBERED = {1: A, None: A}\n")
+    assert contract.load(Spec(str(file), "NUMBERED"))[0].keys() == {"1", "None"}
 
 
 # --- processes
@@ -224,8 +242,9 @@ def test_a_call_that_hangs_is_killed_and_its_environment_is_lost_until_the_next_
 def test_what_a_tool_raises_is_its_answer_even_if_it_looks_like_our_own_deadline():
     with EnvironmentPool(Spec(FILE, "Careless"), num_workers=1, timeout_s=5.0) as pool:
         lease = pool.lease(None)
-        assert not ask(pool, lease, "reset", row={}, seed=0).kind
+        assert ask(pool, lease, "reset", row={}, seed=0).content["said"] == "caf?"
         for tool, text in (
+            ("speechless", "Speechless"),
             ("unreachable", "did not answer"),
             ("hangs_up", "hung up"),
             ("cancels", ""),
@@ -258,6 +277,11 @@ def test_attributes_that_are_too_large_cost_no_reward(caplog):
     contract.attributes_of(instance)
     assert caplog.text.count("Counter.log is too large") == 1
     assert caplog.text.count("Counter.deep is too large") == 1
+    for kept in ({"a": [1, "b"]}, "x" * 90, [{}] * 40, [None, 1.5]):
+        for room in range(100):
+            assert not contract._is_longer(kept, room) or len(json.dumps(kept)) > room
+    assert contract._is_longer(["x" * 50] * 10**6, 100)
+    assert contract._is_longer({"a": {"b": "x" * 99}}, 100)
 
 
 def test_what_is_said_has_a_limit(tmp_path):

@@ -213,9 +213,11 @@ def test_a_completion_is_rebuilt_from_what_was_sampled():
     assert (
         ledger.completion([1, 2], [3, 4], [True] * 2, SamplingParams(), "length").turns.max() == 0
     )
-    joined = ledger_of(([1], [2, 3], 0), ([1, 2, 3], [4], 0))
+    joined = ledger_of(([1], [2, 3], 0), ([1, 2, 3], [4], 0), ([1, 2], [5], 1))
     found = joined.completion([1], [2, 3, 4], [True] * 3, SamplingParams(), "stop")
     assert found.turns.tolist() == [0, 0, 1]
+    found = joined.completion([1], [2, 5], [True] * 2, SamplingParams(), "stop")  # both
+    assert (found.turns.tolist(), found.versions.tolist()) == ([0, 1], [0, 1])
 
 
 def test_tokens_that_were_never_sampled_are_no_completion():

@@ -9,6 +9,7 @@ from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
 from adpo_jax.rollouts.elsewhere import FilteredBatches
 from adpo_jax.rollouts.filtering import GroupFilter
+from adpo_jax.rollouts.sampler import reward_metrics
 
 P, G, T = 3, 2, 4
 
@@ -78,6 +79,7 @@ def test_groups_without_spread_are_replaced_and_the_surplus_comes_first_next_tim
         "filter/carried": 1.0,
         "filter/sampled_reward": pytest.approx(4 / 12),
     }
+    assert "reward/unparsed_frac" not in reward_metrics(graded.scores, G)  # of these: unknown
     carried = filtered.next(1, None)
     assert questions(carried) == [5, 7, 8]
     # The group that waited was drawn by the weights of the iteration before.

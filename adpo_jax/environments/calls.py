@@ -558,7 +558,10 @@ class CallParser:
         if call.error:
             return None
         self.num_calls += 1
-        function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        # No client could send half a character back.
+        arguments = arguments.encode(errors="replace").decode()
+        function = {"name": call.name, "arguments": arguments}
         return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 

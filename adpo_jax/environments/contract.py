@@ -10,6 +10,7 @@ transformers makes the schema that the chat template shows the model.
 Source: TRL 1.16, `GRPOTrainer` (environment_factory, tools).
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -137,7 +138,8 @@ def load(spec: Spec) -> tuple[dict[str | None, Callable[[], Any]], dict[str, Cal
     if not spec.name:
         return {None: NoEnvironment}, tools
     found = named(spec.name, "environment.name")
-    made = dict(found) if isinstance(found, Mapping) else {None: found}
+    # The column that names them is compared as text.
+    made = {str(k): v for k, v in found.items()} if isinstance(found, Mapping) else {None: found}
     wrong = [str(name) for name, make in made.items() if not callable(make)]
     if wrong or not made:
         raise ValueError(
@@ -180,7 +182,8 @@ def describe(instance: Any, functions: Mapping[str, Callable]) -> Described:
     """What is known of an environment.
 
     Raises:
-      Unfit: no `reset`, or a tool without the type hints or the docstring that it needs.
+      Unfit: no `reset`, two tools of one name, or a tool without the type hints or the docstring
+        that it needs.
     """
     name = type(instance).__name__
     reset = getattr(instance, RESET, None)
@@ -189,7 +192,14 @@ def describe(instance: Any, functions: Mapping[str, Callable]) -> Described:
             f"the environment {name} has no method reset(self, **row), which prepares it for a row "
             "of the data"
         )
-    both = functions.keys() & methods_of(instance).keys()
+    named = collections.Counter(function.__name__ for function in functions.values())
+    for tool, count in named.items():
+        if count > 1:
+            raise Unfit(
+                f"{count} functions of environment.tools have the name {tool} (their __name__), by "
+                "which the model calls them: give each its own"
+            )
+    both = named.keys() & methods_of(instance).keys()
     if both:
         raise Unfit(f"{sorted(both)[0]} is a tool of {name} and one of environment.tools")
     tools = [schema(name, tool) for tool in tools_of(instance, functions).values()]
@@ -242,19 +252,26 @@ def schema(owner: str, tool: Callable) -> dict[str, Any]:
     """The schema of a tool in OpenAI's form.
 
     Raises:
-      Unfit: a tool without type hints or docstring.
+      Unfit: a tool without type hints or docstring, or one that cannot be called by name.
     """
     from transformers.utils import get_json_schema
 
+    where = tool.__name__ if owner == NoEnvironment.__name__ else f"{owner}.{tool.__name__}"
     try:
-        found = get_json_schema(tool)
-        return json.loads(json.dumps(found))
+        found = json.loads(json.dumps(get_json_schema(tool)))
+        parameters = inspect.signature(tool).parameters.values()
     except Exception as error:
-        where = tool.__name__ if owner == NoEnvironment.__name__ else f"{owner}.{tool.__name__}"
         raise Unfit(
             f"the tool {where} needs type hints, and a docstring that says what it does and has a "
             f"line for each argument under Args: (Google's style): {error}"
         ) from error
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise Unfit(
+                f"the tool {where} takes {parameter} by its place, and the model gives arguments "
+                "by name: let it be a list, or leave out the /"
+            )
+    return found
 
 
 def attributes_of(instance: Any) -> dict[str, Any]:
@@ -275,15 +292,34 @@ def attributes_of(instance: Any) -> dict[str, Any]:
             continue
         try:
             value = getattr(instance, name)
-            size = len(json.dumps(value))
+            is_long = _is_longer(value, room)
+            size = 0 if is_long else len(json.dumps(value))
         except BaseException:  # what cannot be read is not there
             continue
-        if size > room or nests_deeper(value, DEEPEST_ATTRIBUTE):
+        if is_long or size > room or nests_deeper(value, DEEPEST_ATTRIBUTE):
             _warn_once(f"{type(instance).__name__}.{name}")
             continue
         room -= size
         found[name] = value
     return found
+
+
+def _is_longer(value: Any, room: int) -> bool:
+    """Whether the texts and the number of parts of a value alone are more characters than `room`.
+
+    It takes no longer for a corpus than for what just fits, unlike JSON.
+    """
+    waiting = [value]
+    while waiting and room >= 0:
+        value = waiting.pop()
+        room -= 1
+        if isinstance(value, str):
+            room -= len(value)
+        elif isinstance(value, dict | list | tuple):
+            room -= len(value)
+            if room >= 0:
+                waiting += [*value, *value.values()] if isinstance(value, dict) else value
+    return room < 0
 
 
 @functools.cache

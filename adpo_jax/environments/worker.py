@@ -52,6 +52,14 @@ class _Cancelled(Exception):
     """An async method took longer than it may."""
 
 
+def _said_by(error: BaseException) -> str:
+    """What an error says; the name of one that cannot say anything."""
+    try:
+        return str(error)
+    except BaseException:
+        return type(error).__name__
+
+
 class House:
     """The environments of one process.
 
@@ -87,7 +95,7 @@ class House:
             return {"error": str(error), "kind": "unfit"}
         except BaseException as error:  # whatever it raises, the others' environments live on
             text = "".join(traceback.format_exception(error))[-20_000:]
-            return {"error": str(error)[:2000], "kind": "raised", "traceback": text}
+            return {"error": _said_by(error)[:2000], "kind": "raised", "traceback": text}
 
     def describe(self) -> dict:
         """Every environment, made once for the purpose."""
@@ -111,7 +119,8 @@ class House:
         if isinstance(said, list):
             said = contract.content_of(said)
         if isinstance(said, str):
-            said = said[-_MOST_SAID:]  # prompts that are too long are cut at the front
+            # Prompts that are too long are cut at the front; half a character is no text.
+            said = said[-_MOST_SAID:].encode(errors="replace").decode()
         elif said is not None:
             owner, returned = type(self._there[number]).__name__, contract.brief(said)
             raise Unfit(f"reset of {owner} returned {returned}; wanted text for the model, or None")

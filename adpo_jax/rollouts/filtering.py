@@ -125,6 +125,8 @@ class GroupFilter(Source):
             name: of_all[name] for name in OF_ALL_ATTEMPTS if name in of_all
         } | logged_metrics(sampled.scores)
         chosen = candidates.select(range(P))
+        # How many of these went wrong is not known: a recording says nothing of it.
+        chosen = dataclasses.replace(chosen, scores=dataclasses.replace(chosen.scores, counts={}))
         return dataclasses.replace(chosen, seconds=sampled.seconds, metrics=metrics)
 
     def save(self, step: int, *, kept: Collection[int] = ()) -> None:

@@ -295,20 +295,22 @@ def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
     """Mean and spread of the rewards, of each component and of groups of G, and what was logged."""
     rewards_PG = scores.total.reshape(-1, G)
     spread_P = rewards_PG.std(axis=1)
-    counts = scores.counts
     metrics = {
         "reward/mean": float(rewards_PG.mean()),
         "reward/std": float(rewards_PG.std()),
         "reward/group_std": float(spread_P.mean()),
-        "reward/timeouts": float(counts["timeouts"]),
-        "reward/crashes": float(counts["crashes"]),
-        "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
-        # Recordings made before faults were counted have no such count.
-        "reward/grader_faults": float(counts.get("grader_faults", 0)),
         "groups/zero_std_frac": float(np.mean(np.ptp(rewards_PG, axis=1) == 0.0)),
         "groups/all_right_frac": float(np.mean((rewards_PG > 0.0).all(axis=1))),
         "groups/all_wrong_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
     }
+    if counts := scores.counts:
+        metrics |= {
+            "reward/timeouts": float(counts["timeouts"]),
+            "reward/crashes": float(counts["crashes"]),
+            "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
+            # Recordings made before faults were counted have no such count.
+            "reward/grader_faults": float(counts.get("grader_faults", 0)),
+        }
     metrics |= logged_metrics(scores)
     for name, values in scores.components.items():
         graded = values[~np.isnan(values)]  # a function may skip a sample

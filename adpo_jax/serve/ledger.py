@@ -131,13 +131,15 @@ class Ledger:
     def _following(
         self, digest: bytes, wanted: np.ndarray, sampling: SamplingParams, place: int
     ) -> dict[str, np.ndarray]:
-        """What was sampled after a prompt and is the beginning of `wanted`, or begins with it."""
+        """The most that was sampled after a prompt and is the beginning of `wanted`."""
         with self._lock:
             entries = [(entry.sampling, entry.joined()) for entry in self._after.get(digest, ())]
         fitting = []
         for used, found in entries:
             count = min(len(found["tokens"]), len(wanted))
-            if count and np.array_equal(found["tokens"][:count], wanted[:count]):
+            differs = np.flatnonzero(found["tokens"][:count] != wanted[:count])
+            count = int(differs[0]) if len(differs) else count
+            if count:
                 differing = [n for n in _DISTRIBUTION if getattr(used, n) != getattr(sampling, n)]
                 fitting.append((not differing, count, used, differing, found))
         if not fitting:
