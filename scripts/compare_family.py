@@ -8,19 +8,20 @@ The task is the embedded one, or word problems with a real language model (confi
 which nothing is searched.
 
 First each method's learning rate and gradient clip are searched on seeds that are in no table, at
-one update an iteration, and the learning rate again at four; then it runs with the best of them
-under every condition: one and four updates, rewards with a fifth of the verdicts flipped, samples
-that are up to one, two and four updates old since the prompts of an iteration are cut into as many
-more updates, and rollouts ahead of the update. Runs that are finished are not repeated, so the same
-command goes on where it stopped; two processes may share the work by methods (`--methods`, after
-`--starts`). With `--results`, what is finished is written to that file, in place of what it has of
-the same methods and conditions, and its tables and pictures beside it; `--tables` makes these from
-the file alone.
+one update an iteration; then it runs with the best of them under every condition: one and four
+updates, rewards with a fifth of the verdicts flipped, samples that are up to one, two and four
+updates old since the prompts of an iteration are cut into as many more updates, and rollouts ahead
+of the update. Under four updates the learning rate is searched again for a condition of its own.
+Runs that are finished are not repeated, so the same command goes on where it stopped; two processes
+may share the work by methods (`--methods`, after `--starts`). With `--results`, what is finished is
+written to that file, in place of what it has of the same methods and conditions, and its tables and
+pictures beside it; `--tables` makes these from the file alone.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ FLIPPED = {
 
 
 METHOD_NAMES = tuple(name for name in METHODS if name != "adpo-fixed")
-ONE_UPDATE, FOUR_UPDATES = "1 update", "4 updates"
+ONE_UPDATE, OWN_RATE = "1 update", "4 updates, own rate"
 LR, CLIP = "actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.grad_clip"
 MODEL = "actor_rollout_ref.model.path"
 
@@ -106,7 +107,7 @@ TASKS = {
         },
         grids={
             ONE_UPDATE: _grid((2.5e-4, 5e-4, 1e-3), clips=(1.0, 0)),
-            FOUR_UPDATES: _grid((6.25e-5, 1.25e-4, 2.5e-4, 5e-4), clips=(1.0,)),
+            OWN_RATE: _grid((6.25e-5, 1.25e-4, 2.5e-4, 5e-4), clips=(1.0,)),
         },
         seeds=(0, 1, 2, 3, 4),
         search_seeds=(10, 11),
@@ -149,13 +150,16 @@ def _behind(most: int) -> dict:
     return {"actor_rollout_ref.rollout.max_staleness": most, "anchor.mode": "sampler"}
 
 
+FOUR_EPOCHS = {"actor_rollout_ref.actor.ppo_epochs": 4}
+
 # Settings are judged by their rewards, so runs of the search are not evaluated.
 UNSEEN = {"data.val_files": ""}
 
 # What differs under each condition from one update an iteration.
 CONDITIONS = {
     ONE_UPDATE: lambda task: {},
-    FOUR_UPDATES: lambda task: {"actor_rollout_ref.actor.ppo_epochs": 4},
+    "4 updates": lambda task: FOUR_EPOCHS,
+    OWN_RATE: lambda task: FOUR_EPOCHS,
     "20% flipped": lambda task: FLIPPED,
     "up to 1 update old": lambda task: _cut(task, 2),
     "up to 2 updates old": lambda task: _cut(task, 3),
@@ -205,7 +209,7 @@ class Family:
         name = method
         if settings:
             name += f"-lr{settings[LR]:g}-clip{settings[CLIP]:g}"
-        return self.out / condition.replace(" ", "-").replace("%", "pc") / name / f"seed{seed}"
+        return self.out / re.sub(r"[ ,]+", "-", condition).replace("%", "pc") / name / f"seed{seed}"
 
     def run(self, changes: dict, seed: int, folder: Path) -> None:
         run(self.config(changes, seed), folder)
@@ -413,7 +417,8 @@ def write_tables(path: Path) -> None:
 
 def work(family: Family, methods: Sequence[str], conditions: Sequence[str]) -> None:
     """The runs of these methods under these conditions, and the searches that they need."""
-    for condition in conditions:
+    grids = family.task.grids
+    for condition in [c for c in conditions if c != OWN_RATE or c in grids]:
         for method in methods:
             family.search(condition, method)
             best = family.best(condition, method)

@@ -254,14 +254,14 @@ def test_the_table_of_a_condition_marks_what_seeds_do_not_explain(family, tmp_pa
     ]
     ours = {"adpo": {"0": row(0.9), "1": row(0.92)}}
     runs = ours | {"grpo": {"0": row(0.5), "1": row(0.521, True)}, "rloo": {"0": row(0.9)}}
-    search = {"1 update": dict.fromkeys(runs, tried), "4 updates": {"adpo": tried[:1]}}
-    found = {"search": search, "runs": {"1 update": runs, "4 updates": ours}}
+    search = {"1 update": dict.fromkeys(runs, tried), "4 updates, own rate": {"adpo": tried[:1]}}
+    found = {"search": search, "runs": {"1 update": runs, "4 updates, own rate": ours}}
     _, _, adpo, grpo, rloo = family["table"](found, "1 update").splitlines()
     assert adpo.startswith("| adpo | 0.0005, none | 0.91 ± 0.127 |  |")
     assert "| **-0.4 ± 0.00635** |" in grpo
     assert grpo.endswith("| 1 of 2 |")
     assert "| 0 |" in rloo  # one seed: nothing is marked
-    assert "| adpo | 0.001, 1.0 |" in family["table"](found, "4 updates")
+    assert "| adpo | 0.001, 1.0 |" in family["table"](found, "4 updates, own rate")
     search = family["table_of_search"](search["1 update"]).splitlines()
     assert search[0] == "| method | 0.001, 1.0 | 0.0005, none |"
     assert search[2] == "| adpo | 0.400 | **0.600** |"
