@@ -430,11 +430,10 @@ def _is_evaluation_due(run: Run, done: int, metrics: dict) -> bool:
 
 
 def _lacks_evaluation(run: Run, restored: Restored) -> bool:
-    """Whether the row of a restored state lacks an evaluation that is due after it."""
+    """Whether there is a row of a restored state that lacks an evaluation which is due after it."""
     rows = [row for row in _logged(run.folder) if row["step"] == restored.step]
     logged = {name: value for row in rows for name, value in row.items() if value is not None}
-    done = restored.step
-    return done >= 0 and _is_evaluation_due(run, done, restored.metrics | logged)
+    return bool(rows) and _is_evaluation_due(run, restored.step, restored.metrics | logged)
 
 
 def _evaluation(run: Run, state: TrainState) -> dict[str, float]:
