@@ -35,7 +35,7 @@ from adpo_jax.policy import Policy, adapters
 from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rewards import Scores
 from adpo_jax.rollouts.ahead import Ahead
-from adpo_jax.run import datasets, loading, preparation, setup
+from adpo_jax.run import config_checks, datasets, loading, preparation, setup
 from adpo_jax.run import environments as run_environments
 from adpo_jax.run.batch_plan import batch_plan
 from adpo_jax.update import anchor, optimizer, sft
@@ -217,6 +217,7 @@ def settings(make):
 
 WATCHED = ("best_metric", "max_failures", "grace_s", "action", "limit")
 saving = settings(lambda config: setup.make_checkpoints(config, Path(tempfile.mkdtemp())))
+guard = settings(lambda c: setup.make_guard(c, config_checks.make_algorithm(c)))
 
 
 def cache(config):
@@ -521,10 +522,10 @@ WALK = {
     "trainer.best_metric": ("eval/accuracy", saving),
     "trainer.max_save_failures": ("7", saving),
     "trainer.grace_period_s": ("7.0", settings(setup.make_interruption)),
-    "trainer.on_bad_update": ("skip", settings(setup.make_guard)),
+    "trainer.on_bad_update": ("skip", guard),
     "trainer.max_bad_updates": (
         "7",
-        settings(setup.make_guard),
+        guard,
         "--config.trainer.on_bad_update=skip",
     ),
     "trainer.max_anchor_kl": ("0.5", learner, "--config.anchor.mode=fixed"),

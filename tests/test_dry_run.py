@@ -253,12 +253,14 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic():
         prefill_rows=8,
         prefill_pieces=1,
     )
-    least = dry_run._least(config, engine, mesh)
+    larger = types.SimpleNamespace(**vars(model) | {"num_layers": 3})
+    least = dry_run._least(config, engine, mesh, {"teacher": types.SimpleNamespace(config=larger)})
     # A step reads the weights once, of each of 16 rings 14 tokens of 1 to 28, and 8 prompts of 25.
     assert least["decode"].moved == 40 + 128 * (16 * 14 + 8 * 25) // 8
     assert least["decode"].kernel_flops == 4 * 4 * 8 * 2 * 16 * (14 + 26) // 8
     pairs = 8 * (26 * 27 // 2 + 2 * (28 * 29 // 2 + 28 * 26))
     assert least["anchor"].kernel_flops == 256 * pairs // 8
+    assert least["teacher"].kernel_flops == 384 * pairs // 8
     assert least["update"].kernel_flops == int(3.5 * 256 * pairs * 8 / 8) // 8
 
     chip = chips.Chip("a chip", 2**30, flops=1e9, bandwidth=1e8)
