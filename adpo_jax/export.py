@@ -71,7 +71,7 @@ def export(a: argparse.Namespace) -> None:
         raise ValueError(f"{a.out} is there already; give another --out")
     if run := run_of(str(a.out)):
         raise ValueError(
-            f"{a.out} is where the run in {run} writes its policy at its end; give another --out"
+            f"{a.out} is a folder that the run in {run} writes itself; give another --out"
         )
     model = pretrained.load(
         a.model,

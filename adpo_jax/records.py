@@ -60,6 +60,11 @@ class Completion:
     experts: np.ndarray | None = None
     prompt_experts: np.ndarray | None = None
 
+    @property
+    def without_experts(self) -> "Completion":
+        """The completion without the experts that its tokens went through."""
+        return dataclasses.replace(self, experts=None, prompt_experts=None)
+
     @classmethod
     def sampled(
         cls,
@@ -343,13 +348,11 @@ class GradedGroups:
 
         return dataclasses.replace(self, completions=self.completions.map(masked))
 
+    @property
     def without_experts(self) -> "GradedGroups":
         """The groups without the experts that their tokens went through."""
-
-        def stripped(completion: Completion) -> Completion:
-            return dataclasses.replace(completion, experts=None, prompt_experts=None)
-
-        return dataclasses.replace(self, completions=self.completions.map(stripped))
+        stripped = self.completions.map(lambda completion: completion.without_experts)
+        return dataclasses.replace(self, completions=stripped)
 
     @property
     def sequences(self) -> "Sequences":
@@ -411,10 +414,7 @@ class Sequences:
     @property
     def without_experts(self) -> "Sequences":
         """The same for a model other than the sampler's, whose router chooses for itself."""
-        groups = [
-            [dataclasses.replace(c, experts=None, prompt_experts=None) for c in group]
-            for group in self.completions
-        ]
+        groups = [[c.without_experts for c in group] for group in self.completions]
         return dataclasses.replace(self, completions=groups)
 
     def select(self, rows: Sequence[int]) -> "Sequences":

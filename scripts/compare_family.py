@@ -338,7 +338,7 @@ def table(found: dict, condition: str) -> str:
     lines = [header, ["---"] * len(header)]
     runs = found["runs"][condition]
     adpo = runs.get("adpo", {})
-    searches = found["search"][ONE_UPDATE] | found["search"].get(condition, {})
+    searches = found["search"].get(ONE_UPDATE, {}) | found["search"].get(condition, {})
     for method, by_seed in runs.items():
         best = max(searches[method], key=lambda tried: tried["reward"])
         rows = list(by_seed.values())

@@ -262,6 +262,8 @@ def test_the_table_of_a_condition_marks_what_seeds_do_not_explain(family, tmp_pa
     assert grpo.endswith("| 1 of 2 |")
     assert "| 0 |" in rloo  # one seed: nothing is marked
     assert "| adpo | 0.001, 1.0 |" in family["table"](found, "4 updates, own rate")
+    alone = found | {"search": {"4 updates, own rate": search["4 updates, own rate"]}}
+    assert "| adpo | 0.001, 1.0 |" in family["table"](alone, "4 updates, own rate")
     search = family["table_of_search"](search["1 update"]).splitlines()
     assert search[0] == "| method | 0.001, 1.0 | 0.0005, none |"
     assert search[2] == "| adpo | 0.400 | **0.600** |"

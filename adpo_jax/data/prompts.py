@@ -12,7 +12,7 @@ from adpo_jax.data import conversations as conversations_lib
 from adpo_jax.data.control_tokens import Mixed, control_token_in, text_token_ids, texts_in
 from adpo_jax.data.conversations import Conversations, Message
 from adpo_jax.data.dataset import Dataset
-from adpo_jax.data.readers import Row
+from adpo_jax.data.readers import Row, refuse_half_characters
 
 # A word in braces, with what stands before it in LaTeX.
 _WORD_IN_BRACES = re.compile(r"(\\[A-Za-z]+(?:\{\w*\})*|[\^_])?\{([A-Za-z_]\w*)\}")
@@ -320,7 +320,7 @@ def _conversation(
         )
     messages[asked] = messages[asked] | {"content": template.fill(values)}
     for text in texts_in([system_prompt, *messages]):
-        _refuse_half_characters(text, where)
+        refuse_half_characters(text, where)
     if not system_prompt:
         return messages
     if messages[0]["role"] in ("system", "developer"):
@@ -329,16 +329,6 @@ def _conversation(
             "to use those of the data"
         )
     return [{"role": "system", "content": Mixed([(system_prompt, True)])}, *messages]
-
-
-def _refuse_half_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: the text has half a surrogate pair "
-            f"(\\u{ord(error.object[error.start]):04x}), which is no character"
-        ) from None
 
 
 def checked_messages(messages: Any, number: int) -> list[Message]:

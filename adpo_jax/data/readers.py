@@ -229,7 +229,7 @@ def _columns_of_json(path: Path) -> dict[str, list] | None:
     lengths = {name: len(column) for name, column in value.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path}: an object of columns needs columns of one length, got {lengths}")
-    _refuse_half_characters(path.read_text(encoding="utf-8-sig"), value, path, 1)
+    _refuse_half_escapes(path.read_text(encoding="utf-8-sig"), value, f"{path}:1")
     return value
 
 
@@ -327,20 +327,32 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
             f"{path}:{first_line}: not usable JSON: a number has more than "
             f"{sys.get_int_max_str_digits():,} digits; write it as text, in quotes"
         ) from error
-    _refuse_half_characters(text, value, path, first_line)
+    _refuse_half_escapes(text, value, f"{path}:{first_line}")
     return value
 
 
-def _refuse_half_characters(text: str, value: Any, path: Path, first_line: int) -> None:
-    if "\\ud" not in text and "\\uD" not in text:
-        return
+def _refuse_half_escapes(text: str, value: Any, where: str) -> None:
+    """As `refuse_half_characters`, for what was read of JSON."""
+    if "\\ud" in text or "\\uD" in text:
+        refuse_half_characters(json.dumps(value, ensure_ascii=False), where)
+
+
+def refuse_half_characters(text: str, where: str) -> None:
+    """Refuses text that UTF-8 has no bytes for.
+
+    Args:
+      where: the place of the text, for the error.
+
+    Raises:
+      ValueError: naming the half of a character.
+    """
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{path}:{first_line}: the text has half a surrogate pair "
+            f"{where}: the text has half a surrogate pair "
             f"(\\u{ord(error.object[error.start]):04x}), which is no character"
-        ) from error
+        ) from None
 
 
 def _check_object(row: Any, place: str, number: int) -> Row:

@@ -268,7 +268,7 @@ class Replay(Source):
 
     def next(self, step: int, params) -> GradedGroups:
         groups = read(self._folder, step + 1)
-        return groups if self._experts else groups.without_experts()
+        return groups if self._experts else groups.without_experts
 
 
 def _table(step: int, groups: GradedGroups) -> pa.Table:
