@@ -145,12 +145,16 @@ def decode(a: argparse.Namespace, parts: Parts) -> dict:
     token = 2 * heads * layout.head_dim * layout.dtype.itemsize  # of a layer and a device
     rows = -(-parts.slots // a.samples)
     queries = parts.slots * policy.config.num_heads * layout.head_dim // policy.mesh.shape["tensor"]
-    # Queries come in two bytes and results go in four.
+    of_ring, of_prompts = parts.slots * a.own * token, rows * a.prompt * token
+    # Queries come in two bytes and results go in four; those of `step_ring` in two, after it has
+    # read what the other kernel found.
     of_kernels = {
-        "decode_ring": parts.slots * a.own * token + 6 * queries,
-        "decode_prompts": rows * a.prompt * token + 6 * queries,
+        "decode_ring": of_ring + 6 * queries,
+        "decode_prompts": of_prompts + 6 * queries,
+        "step_ring": of_ring + 8 * queries,
+        "step_prompts": of_prompts + 6 * queries,
+        "tpu_custom_call": (of_ring + of_prompts) // 2 + 6 * queries,
     }
-    of_kernels["tpu_custom_call"] = sum(of_kernels.values()) // 2
     seen = layout.num_layers * token * (parts.slots * a.own + rows * a.prompt)
     roofline, moved = weights + seen, round(call.traffic(of_kernels) / steps)
     return line | {

@@ -20,6 +20,7 @@ update recomputes nothing, takes two groups at once, and its layers are written 
 """
 
 import argparse
+import functools
 import json
 import os
 import runpy
@@ -156,7 +157,14 @@ def timed(call, repeats: int) -> tuple[float, list[float]]:
 
 def kernels(bench: Bench) -> dict:
     """Every implementation of decoding and of packed streams against the plain one."""
-    return {"decoding": _decoding(bench), "streams": _streams(bench)}
+    return {"decoding": _decoding(bench), "step": _step(bench), "streams": _streams(bench)}
+
+
+def _runs(bench: Bench, one, model) -> bool:
+    """Whether an implementation of attention runs on this device, and compiled."""
+    return bench.device.platform in (one.platforms or (bench.device.platform,)) and not (
+        one.obstacle(model)
+    )
 
 
 def _decoding(bench: Bench) -> dict:
@@ -182,8 +190,7 @@ def _decoding(bench: Bench) -> dict:
     )
     kv, results, found = kv_cache.LayerKV(k, v), {}, {}
     for name, one in kernels.DECODING.table.items():
-        runs = not one.platforms or bench.device.platform in one.platforms
-        if not runs or one.obstacle(layout) or "interpret" in name:
+        if "interpret" in name or not _runs(bench, one, layout):
             continue
         attend = kernels.attend_part(name, layout, None)
 
@@ -202,6 +209,83 @@ def _decoding(bench: Bench) -> dict:
             "largest_difference": float(np.max(np.abs(results[name] - results["xla"]))),
         }
     return found
+
+
+def _step(bench: Bench) -> dict:
+    """A step of all layers, without the head, in which half of a short ring is seen."""
+    import jax
+    import jax.numpy as jnp
+
+    from adpo_jax.engine import kernels
+    from adpo_jax.engine.kv_cache import CacheLayout
+    from adpo_jax.engine.verbs import Verbs
+
+    policy, c = bench.policy, bench.policy.config
+    layout = CacheLayout(
+        c.num_layers, c.num_kv_heads, c.head_dim, policy.dtype, stacked=False, transposed_keys=False
+    )
+    results, found = {}, {}
+
+    def measure(name: str) -> None:
+        verbs = Verbs(policy, layout, name)
+        params, state = verbs.load_params(bench.params()), _state_of(bench, verbs)
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def step(params, state):
+            hidden, ring, _ = verbs._forward(params, state)
+            return hidden, state._replace(ring=ring)
+
+        def call():
+            nonlocal state
+            hidden, state = step(params, state)
+            results.setdefault(name, hidden)
+            return hidden
+
+        first, times = timed(call, bench.repeats)
+        apart = jnp.abs(results[name] - results["xla"]).astype(jnp.float32)
+        found[name] = {
+            "first_s": round(first, 3),
+            "ms": round(1000 * statistics.median(times), 4),
+            "largest_difference": float(jnp.max(apart)),
+            "largest": float(jnp.max(jnp.abs(results["xla"]))),
+        }
+
+    for name, one in kernels.DECODING.table.items():
+        if "interpret" not in name and _runs(bench, one, layout):
+            measure(name)
+    return found
+
+
+def _state_of(bench: Bench, verbs):
+    """Slots behind full prompts, with random keys and values."""
+    import jax
+    import jax.numpy as jnp
+
+    from adpo_jax.engine.decode_state import Sizes
+
+    s, M = bench.sizes, bench.sizes.samples
+    rows, columns = -(-s.rows // M), s.columns // 4
+    slots = jnp.arange(rows * M, dtype=jnp.int32)
+    generated = jnp.full_like(slots, columns // 2)
+    state = verbs.init_decode_state(Sizes(len(slots), columns, rows, M, s.prompt))
+    key = jax.random.key(1)
+    ring, prefix = jax.tree.map(
+        lambda x: jax.random.normal(key, x.shape, x.dtype), (state.ring, state.prefix.kv)
+    )
+    return state._replace(
+        ring=ring,
+        prefix=state.prefix._replace(kv=prefix, lengths=jnp.full(rows, s.prompt, jnp.int32)),
+        slots=state.slots._replace(
+            token=slots,
+            position=s.prompt + generated,
+            generated=generated,
+            active=slots >= 0,
+            row=slots // M,
+            rank=slots % M,
+        ),
+        members=slots.reshape(rows, M),
+        column=jnp.int32(columns // 3),
+    )
 
 
 def _streams(bench: Bench) -> dict:
@@ -230,8 +314,7 @@ def _streams(bench: Bench) -> dict:
     info = LayerInfo(np.int32(0), np.int32(np.iinfo(np.int32).max), np.int32(0))
     real = np.asarray(stream.segments)[..., None, None] > 0
     for name, one in attention_kernels.STREAMS.table.items():
-        runs = not one.platforms or bench.device.platform in one.platforms
-        if not runs or one.obstacle(settings) or "interpret" in name:
+        if "interpret" in name or not _runs(bench, one, settings):
             continue
 
         @jax.jit

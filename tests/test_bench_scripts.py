@@ -57,7 +57,7 @@ def test_decoding_on_an_h100_copies_neither_weights_nor_cache(bench_compiled):
     options = ("--platforms", "h100:1", "--programs", "decode", "--slots", "64", "--ring", "256")
     (line,) = bench_compiled(*options, "--own", "256", "--prompt", "128")
     assert line["attention"] == "pallas_gpu"
-    assert line["kernels"] == {"decode_ring": 3, "decode_prompts": 3}
+    assert line["kernels"] == {"step_ring": 3, "step_prompts": 3}
     assert line["copies"] == 0
     # The cache is updated in place, and no temporary is as large as a layer of it.
     layer = 2 * 64 * 8 * 256 * 128 * 2

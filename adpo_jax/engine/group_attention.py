@@ -251,6 +251,41 @@ def merge(*parts: Part, sinks: jax.Array | None = None) -> jax.Array:
     return out / total[..., None]
 
 
+def prefix_reach(view: View, layer: LayerInfo, queries: int, mesh: Mesh | None) -> Reach:
+    """The reach of the samples of each prefix row in that row, [P, M queries].
+
+    Args:
+      queries: heads a sample.
+    """
+    first = jnp.zeros_like(view.prefix_length)
+    of_rows = functools.partial(_reach_of_members, view, layer, queries, mesh)
+    return of_rows(view.slot, view.row, view.rank, first, view.prefix_length)
+
+
+def past_reach(view: View, layer: LayerInfo, queries: int, mesh: Mesh | None) -> Reach:
+    """The reach of the sample of each past row in that row, [S, queries], as `prefix_reach`."""
+    past, rank = view.past, jnp.zeros_like(view.past.row)
+    of_rows = functools.partial(_reach_of_members, view, layer, queries, mesh)
+    return of_rows(past.slot, past.row, rank, past.first, past.length)
+
+
+def _reach_of_members(view, layer, queries, mesh, slot_PM, row_B, rank_B, first_P, length_P):
+    """The reach of samples in rows that they share, whose columns count from `first_P` on."""
+
+    def of_members(position_B, age_B, row_B, rank_B, slot_PM):  # -> positions, who lives, [P, M]
+        (P, M), slot_PM = slot_PM.shape, slot_PM % len(position_B)
+        is_there = (row_B[slot_PM] % P == jnp.arange(P)[:, None]) & (
+            rank_B[slot_PM] == jnp.arange(M)
+        )
+        return position_B[slot_PM], is_there & (age_B[slot_PM] >= 0)
+
+    by_row, sizes = ("batch",), {"batch": math.gcd(len(row_B), len(slot_PM))}
+    members = on_each_device(of_members, mesh, sizes, (by_row,) * 5, by_row)
+    position_PM, lives_PM = members(view.position, view.age, row_B, rank_B, slot_PM)
+    window = layer.window_at(position_PM)
+    return row_reach(position_PM - first_P[:, None], lives_PM, length_P, queries, window)
+
+
 def group_attention(
     q_BHD: jax.Array,
     ring: KV,
@@ -291,18 +326,8 @@ def group_attention(
         (P, M), K = slot_PM.shape, q_BKRD.shape[1]
         return q_BKRD[slot_PM % len(q_BKRD)].swapaxes(1, 2).reshape(P, K, M * R, D)
 
-    def of_members(position_B, age_B, row_B, rank_B, slot_PM):  # -> positions, who lives, [P, M]
-        (P, M), slot_PM = slot_PM.shape, slot_PM % len(position_B)
-        is_there = (row_B[slot_PM] % P == jnp.arange(P)[:, None]) & (
-            rank_B[slot_PM] == jnp.arange(M)
-        )
-        return position_B[slot_PM], is_there & (age_B[slot_PM] >= 0)
-
-    def part_of(kv, slot_PM, row_B, rank_B, first_P, length_P) -> Part:
-        """Attention to a store whose rows, P of them, several slots share, M at most.
-
-        A row counts its columns from the position `first_P` on.
-        """
+    def part_of(kv, slot_PM, row_B, rank_B, reach: Reach) -> Part:
+        """Attention to a store whose rows, P of them, several slots share, M at most."""
         P, M = slot_PM.shape
         sizes = {"batch": math.gcd(B, P), "kv_heads": K}
 
@@ -316,21 +341,15 @@ def group_attention(
             return on_each_device(gather, mesh, sizes, axes, by_head)(x, *indices)
 
         q_PKQD = at_home(of_rows, q_BKRD, slot_PM)
-        members = on_each_device(of_members, mesh, sizes, (by_row,) * 5, by_row)
-        position_PM, lives_PM = members(view.position, view.age, row_B, rank_B, slot_PM)
-        window = layer.window_at(position_PM)
-        position_PM -= first_P[:, None]
-        reach = row_reach(position_PM, lives_PM, length_P, R, window)
         shared = attend(q_PKQD, kv, layer.at, reach)
         return jax.tree.map(lambda x: at_home(of_slots, x, row_B, rank_B), shared)
 
-    first = jnp.zeros_like(view.prefix_length)
-    of_prefix = part_of(prefix, view.slot, view.row, view.rank, first, view.prefix_length)
-    parts = [of_ring, of_prefix]
+    reach = prefix_reach(view, layer, R, mesh)
+    parts = [of_ring, part_of(prefix, view.slot, view.row, view.rank, reach)]
     if past is not None:
-        rank = jnp.zeros_like(view.past.row)
-        place = view.past
-        parts.append(part_of(past, place.slot, place.row, rank, place.first, place.length))
+        place, rank = view.past, jnp.zeros_like(view.past.row)
+        reach = past_reach(view, layer, R, mesh)
+        parts.append(part_of(past, place.slot, place.row, rank, reach))
     if pages is not None:
         paged = view.pages
         window, lives = layer.window_at(view.position[:, None]), view.age[:, None] >= 0

@@ -90,6 +90,18 @@ def of_kind(kv: KV, layer: LayerInfo) -> KV:
     return kv if layer.store is None else kv[layer.store.kind]
 
 
+def with_kind(store: KV, layer: LayerInfo, part: KV) -> KV:
+    """The store with another part in place of what `of_kind` gives."""
+    if layer.store is None:
+        return part
+    return tuple(part if i == layer.store.kind else old for i, old in enumerate(store))
+
+
+def with_layer(layers: tuple, index: int, changed: LayerKV | Memory) -> tuple:
+    """A tuple of layers with another one at this place."""
+    return (*layers[:index], changed, *layers[index + 1 :])
+
+
 class Copies(NamedTuple):
     """Copies of columns into rows of another store, and of the state that lies beside them.
 
@@ -251,13 +263,9 @@ class CacheLayout:
             return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), at)
 
         if self.stacked:
-            written = jax.tree.map(put, of_layer, new, axes)
-        else:
-            changed = jax.tree.map(put, of_layer[index], new, axes[index])
-            written = (*of_layer[:index], changed, *of_layer[index + 1 :])
-        if layer.store is None:
-            return written
-        return tuple(written if i == layer.store.kind else part for i, part in enumerate(store))
+            return with_kind(store, layer, jax.tree.map(put, of_layer, new, axes))
+        changed = jax.tree.map(put, of_layer[index], new, axes[index])
+        return with_kind(store, layer, with_layer(of_layer, index, changed))
 
     def copy(self, store: KV, source: KV, copies: Copies, mesh: Mesh | None) -> KV:
         """The store with copies of columns and states of some rows of another one.

@@ -37,7 +37,7 @@ from adpo_jax.engine.group_attention import PageView, View, group_attention
 from adpo_jax.engine.kv_cache import KV, CacheLayout
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
 from adpo_jax.model import cpu, linear_attention, parameters
-from adpo_jax.model.attention import Attend
+from adpo_jax.model.attention import Attend, Turning
 from adpo_jax.model.linear_attention import Hybrid, Recur, where_rows
 from adpo_jax.model.linear_attention_chunks import rows_with_memory
 from adpo_jax.model.mixture import ROUTED
@@ -401,6 +401,17 @@ class Verbs:
                 pages=None if state.pages is None else state.pages.kv,
             )
             return out[:, None], ring
+
+        attend_step = kernels.attend_step(self.attention, layout, self.policy)
+        # Their kernels know two stores.
+        if attend_step and state.past is None and state.pages is None:
+
+            def turn(heads, layer, ring):
+                of_layers = (kv_cache.of_kind(kv, layer) for kv in (ring, state.prefix.kv))
+                out, changed = attend_step(heads, *of_layers, layer, view)
+                return out, kv_cache.with_kind(ring, layer, changed)
+
+            attend = Turning(attend, turn)
 
         def recur(inputs, layer, ring):
             old = layout.read(ring, layer)

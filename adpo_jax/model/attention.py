@@ -71,6 +71,34 @@ class LayerInfo(NamedTuple):
 Attend = Callable[[jax.Array, jax.Array, jax.Array, LayerInfo, Any], tuple[jax.Array, Any]]
 
 
+class Unturned(NamedTuple):
+    """Queries, keys and values as a layer's products made them, and what norms and rotates them."""
+
+    q: jax.Array  # [B, T, H, D]
+    k: jax.Array  # [B, T, K, D]
+    v: jax.Array  # [B, T, K, D]
+    q_norm: jax.Array | None  # [D], the weight of the norm; None for no norm
+    k_norm: jax.Array | None  # [D]
+    cos: jax.Array  # [B, T, D // 2] float32
+    sin: jax.Array  # [B, T, D // 2] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Turning:
+    """An `Attend` that does the norm and rotation of queries and keys itself where it may.
+
+    Attributes:
+      attend: for layers that turn queries and keys in a way of their own.
+      turn: the same of heads that are not turned yet.
+    """
+
+    attend: Attend
+    turn: Callable[[Unturned, LayerInfo, Any], tuple[jax.Array, Any]]
+
+    def __call__(self, q, k, v, layer: LayerInfo, cache):
+        return self.attend(q, k, v, layer, cache)
+
+
 def dot_product_attention(
     q_BTHD: jax.Array,
     k_BSKD: jax.Array,

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.model import cpu, layer_stacks, shared_keys
 from adpo_jax.model import rope as rope_lib
-from adpo_jax.model.attention import Attend, LayerInfo
+from adpo_jax.model.attention import Attend, LayerInfo, Turning
 from adpo_jax.model.embedding import embed_tokens, per_layer_inputs
 from adpo_jax.model.layer_weights import LayerWeights
 from adpo_jax.model.layers import gated, rms_norm, unit_rms
@@ -85,6 +85,9 @@ def attention(
     if weights.config.value_norm:
         v = unit_rms(v, weights.config.norm_eps)
     cos, sin, scales = _tables_of(layer, rope_tables, q.shape[-1])
+    if isinstance(attend, Turning) and weights.turns_plainly(cos, q.shape[-1]):
+        attended, cache = attend.turn(weights.unturned(q, k, v, cos, sin), layer, cache)
+        return weights.dense(_gated(attended, gate), "o"), cache
     q, k = (weights.norm_and_rotate(y, name, cos, sin) for y, name in ((q, "q"), (k, "k")))
     if weights.config.qk_unit_norm:
         is_rotated = [rope.kind != "none" for rope in weights.config.ropes]
@@ -98,9 +101,11 @@ def attention(
     if weights.config.attention_sinks:
         layer = layer._replace(sinks=weights.params["sinks"])
     attended, cache = attend(q, k, v, layer, cache)
-    if gate is not None:
-        attended = attended * jax.nn.sigmoid(gate)
-    return weights.dense(attended, "o"), cache
+    return weights.dense(_gated(attended, gate), "o"), cache
+
+
+def _gated(attended: jax.Array, gate: jax.Array | None) -> jax.Array:
+    return attended if gate is None else attended * jax.nn.sigmoid(gate)
 
 
 @jax.named_scope("linear_attention")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import first_device, on_each_device
 from adpo_jax.model import cpu, gated_gpu, norm_rope_gpu, parameters
 from adpo_jax.model import rope as rope_lib
+from adpo_jax.model.attention import Unturned
 from adpo_jax.model.attention_choice import old_gpu
 from adpo_jax.model.layers import gated, project, rms_norm
 from adpo_jax.model.model_config import ModelConfig
@@ -66,14 +67,30 @@ class LayerWeights:
           cos, sin: as for `rope.rotate`.
         """
         c = self.config
-        whole = 2 * cos.shape[-1] == x.shape[-1] and not c.rope_interleaved
-        over_heads = parameters.has(c, f"{name}_norm_all")
         # In a step of decoding, the compiler's own kernels take no longer.
         has_kernel = self._on_gpu and norm_rope_gpu.runs(x.dtype, x.shape[-1])
-        if x.shape[1] > 1 and whole and not over_heads and has_kernel:
+        if x.shape[1] > 1 and has_kernel and self._turns_whole_heads(cos, x.shape[-1]):
             return self._norm_and_rotate_on_gpu(x, name, cos, sin)
         x = self.norm_over_heads(self.norm(x, f"{name}_norm"), f"{name}_norm_all")
         return rope_lib.rotate(x, cos, sin, c.rope_interleaved)
+
+    def turns_plainly(self, cos, head_dim: int) -> bool:
+        """Whether all that is done to queries and keys is what `Unturned` tells."""
+        c = self.config
+        scaled = c.qk_unit_norm or any(rope.query_beta for rope in c.ropes)
+        return self._turns_whole_heads(cos, head_dim) and not scaled and not c.attention_sinks
+
+    def unturned(self, q, k, v, cos, sin) -> Unturned:
+        """The products of a layer for which `turns_plainly`, with what turns them."""
+        return Unturned(q, k, v, self._weight_of("q_norm"), self._weight_of("k_norm"), cos, sin)
+
+    def _turns_whole_heads(self, cos, head_dim: int) -> bool:
+        """Whether a norm, if there is one, and a rotation in halves are those of a whole head."""
+        c = self.config
+        return 2 * cos.shape[-1] == head_dim and not (c.rope_interleaved or c.qk_norm_over_heads)
+
+    def _weight_of(self, name: str) -> jax.Array | None:
+        return self.params[name] if parameters.has(self.config, name) else None
 
     @property
     def _on_gpu(self) -> bool:
@@ -83,8 +100,7 @@ class LayerWeights:
 
     def _norm_and_rotate_on_gpu(self, x, name, cos, sin):
         c = self.config
-        has_norm = parameters.has(c, f"{name}_norm")
-        weight = self.params[f"{name}_norm"] if has_norm else None
+        weight = self._weight_of(f"{name}_norm")
 
         def kernel(x, weight, cos, sin):
             return norm_rope_gpu.norm_and_rotate(

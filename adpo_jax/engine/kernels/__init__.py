@@ -6,6 +6,7 @@ version that they are tested against. Prefill is attention of whole rows (`atten
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,18 @@ from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import on_each_device
 from adpo_jax.engine import group_attention, kv_cache
-from adpo_jax.engine.group_attention import AttendPart, Part, Reach
-from adpo_jax.engine.kernels import decode_gpu, decode_tpu
-from adpo_jax.engine.kv_cache import CacheLayout, LayerKV
+from adpo_jax.engine.group_attention import AttendPart, Part, Reach, View
+from adpo_jax.engine.kernels import decode_gpu, decode_tpu, step_gpu
+from adpo_jax.engine.kv_cache import KV, CacheLayout, LayerKV
 from adpo_jax.model import attention_choice
-from adpo_jax.model.attention import Attend
+from adpo_jax.model.attention import Attend, LayerInfo, Unturned
 from adpo_jax.model.attention_choice import Implementation, Use
 from adpo_jax.model.attention_kernels import ROWS
 from adpo_jax.policy.policy import Policy
+
+# (heads [B, 1, ...], ring and prefix of the layers of its kind, layer, view) -> attention
+# [B, 1, H, D] and the ring with the keys and values; a ring's layers are a tuple.
+AttendStep = Callable[[Unturned, KV, KV, LayerInfo, View], tuple[jax.Array, KV]]
 
 
 def choose(name: str, layout: CacheLayout, device: jax.Device) -> str:
@@ -55,6 +60,63 @@ def attend_part(
       name: as `attention_choice.resolve` gave it for `DECODING`.
     """
     return DECODING.table[name].attend(layout, soft_cap, mesh)
+
+
+def attend_step(name: str, layout: CacheLayout, policy: Policy) -> AttendStep | None:
+    """Norm, rotation, write and attention of a step in few kernels; None where there are none.
+
+    Args:
+      name: as `attention_choice.resolve` gave it for `DECODING`.
+    """
+    of_16_bits = jnp.dtype(policy.dtype).itemsize == 2
+    if name != "pallas_gpu" or layout.stacked or not of_16_bits:
+        return None
+    return functools.partial(_step_on_gpu, policy)
+
+
+def _step_on_gpu(
+    policy: Policy, heads: Unturned, ring, prefix, layer: LayerInfo, view: View, *, interpret=False
+):
+    c, mesh = policy.config, policy.mesh
+    (B, _, H, D), K = heads.q.shape, heads.k.shape[2]
+    reach = group_attention.ring_reach(
+        view, kv_cache.num_columns(ring), 1, layer.window_at(view.position)
+    )
+    settings = step_gpu.Settings(
+        c.attention_scale, c.attention_soft_cap, c.norm_eps, c.norm_plus_one, interpret
+    )
+
+    def local(by_head, by_row, shared):
+        (q, k, v, ring, prefix), (cos, sin, *members, ring_reach, prefix_reach) = by_head, by_row
+        *norms, column = shared
+        flat = jnp.concatenate([x.reshape(len(x), -1) for x in (q, k, v)], axis=1)
+        fed = step_gpu.Fed(flat.reshape(len(q), -1, D), *norms, cos, sin)
+        return step_gpu.attend(
+            settings,
+            fed,
+            ring,
+            prefix,
+            column,
+            step_gpu.Members(*members),
+            Reach(*ring_reach, ring=True),
+            Reach(*prefix_reach, ring=False),
+        )
+
+    q_BKRD = heads.q.reshape(B, K, H // K, D)
+    by_head = (q_BKRD, heads.k[:, 0], heads.v[:, 0], ring[layer.at], prefix[layer.at])
+    members = (view.slot, view.row, view.rank)
+    reaches = (reach[:3], group_attention.prefix_reach(view, layer, H // K, mesh)[:3])
+    by_row = (heads.cos[:, 0], heads.sin[:, 0], *members, *reaches)
+    axes = ("batch", "kv_heads")
+    split = on_each_device(
+        local,
+        mesh,
+        {"batch": math.gcd(B, len(view.slot)), "kv_heads": K},
+        in_axes=(axes, axes[:1], ()),
+        out_axes=axes,
+    )
+    out, changed = split(by_head, by_row, (heads.q_norm, heads.k_norm, view.column))
+    return out.reshape(B, 1, H, D), kv_cache.with_layer(ring, layer.at, changed)
 
 
 def prefill_attention(

@@ -4,11 +4,13 @@ A program walks the blocks of columns that its row sees, from the newest back, w
 softmax. With a table it looks up which row of the store, a page, holds a block. The plain version
 is `group_attention.attend_part`.
 
-Letters: K key/value heads, Q queries of a row and head, D head dim, S columns of a block.
+Letters: K key/value heads, Q queries of a row and head, S of them and padding, D head dim.
 """
 
+import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,100 @@ def obstacle(device: jax.Device | None = None) -> str:
     return attention_choice.old_gpu(device)
 
 
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How a program walks the columns of a row of a store; all of it is static.
+
+    Attributes:
+      block: columns that are read together.
+      columns: those of a row, in all its pages where there are any.
+      ring: whether the columns before the first are the last ones, as of `Reach`.
+      nearest: how many columns back from its origin a query begins to see.
+    """
+
+    block: int
+    columns: int
+    ring: bool
+    soft_cap: float | None
+    nearest: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """The blocks of a row."""
+        return -(-self.columns // self.block)
+
+    def attend(self, q, k_ref, v_ref, here, bounds, start, last, running):
+        """A running softmax over the blocks that a row sees, from the newest back.
+
+        Args:
+          q: [S, D], scaled.
+          here: block -> where it begins, the leading indices into keys and values and the column.
+          bounds: origin and reach [S] of each query, as in `Reach`, and the row's length.
+          start, last: of the row, as of `block_range`.
+          running: `Running` to go on from.
+        """
+        origin, reach, length = bounds
+
+        def visit(j, running: Running) -> Running:
+            this = jax.lax.rem(start - j + self.blocks, self.blocks)
+            at = this * self.block + jnp.arange(self.block)
+            back = origin[:, None] - at[None, :]
+            if self.ring:
+                back = jnp.where(back < 0, back + self.columns, back)
+            seen = (back <= reach[:, None]) & (at[None, :] < jnp.minimum(length, self.columns))
+            if self.nearest:
+                seen &= back >= self.nearest
+            # What no query sees is not read: on average that is a block of each row.
+            read = (jnp.max(seen.astype(jnp.int32), axis=0) > 0)[:, None]
+            *lead, first = here(this)
+            block = (*lead, pl.ds(first, self.block), slice(None))
+            k, v = (
+                plt.load(ref.at[block], mask=read, other=0).astype(q.dtype)
+                for ref in (k_ref, v_ref)
+            )
+            scores = capped(plt.dot(q, k, trans_b=True), self.soft_cap)
+            scores = jnp.where(seen, scores, MASKED)
+            out, top, total = running
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            out = out * shrink[:, None] + plt.dot(weights.astype(v.dtype), v)
+            return Running(out, new_top, total)
+
+        return jax.lax.fori_loop(0, last + 1, visit, running)
+
+
+class Running(NamedTuple):
+    """Attention to the keys so far, as `Part`."""
+
+    out: jax.Array  # [S, D] float32
+    top: jax.Array  # [S] float32
+    total: jax.Array  # [S] float32
+
+    @classmethod
+    def nothing(cls, queries: int, D: int) -> "Running":
+        """Before the first key."""
+        return cls(
+            jnp.zeros((queries, D), jnp.float32),
+            jnp.full((queries,), MASKED, jnp.float32),
+            # As on a TPU: what is divided by the total of a row that sees no key is 0, not NaN.
+            jnp.ones((queries,), jnp.float32),
+        )
+
+
+def capped(scores, soft_cap: float | None):
+    """soft_cap * tanh(scores / soft_cap), of functions that Triton has."""
+    if soft_cap is None:
+        return scores
+    return soft_cap * (2 / (1 + jnp.exp(-2 * scores / soft_cap)) - 1)
+
+
+def padded_queries(queries: int) -> int:
+    """The rows of a program's queries, for a matrix product."""
+    return max(MIN_QUERIES, 1 << (queries - 1).bit_length())
+
+
 def _kernel(
     index_ref,
     start_ref,
@@ -44,18 +140,14 @@ def _kernel(
     k_ref,
     v_ref,
     *rest,
-    padded: int,
-    block: int,
-    blocks: int,
-    columns: int,
-    ring: bool,
-    soft_cap: float | None,
+    walk: Walk,
 ):
     table_ref = rest[0] if len(rest) == 4 else None
     out_ref, top_ref, total_ref = rest[-3:]
     row, head = pl.program_id(0), pl.program_id(1)
     layer, start, length = index_ref[0], start_ref[row], length_ref[row]
     queries, D = q_ref.shape[2:]
+    padded = padded_queries(queries)
     query = jnp.arange(padded)
     real = query < queries
     # Beyond the arrays a mask holds; jax 0.12 refuses a start that it knows to lead there.
@@ -65,44 +157,26 @@ def _kernel(
     origin = plt.load(origin_ref.at[row, whole], mask=real, other=0)
     reach = plt.load(reach_ref.at[row, whole], mask=real, other=-1)
 
-    def visit(j, carry):
-        out, top, total = carry
-        this = jax.lax.rem(start - j + blocks, blocks)
-        at = this * block + jnp.arange(block)
-        back = origin[:, None] - at[None, :]
-        if ring:
-            back = jnp.where(back < 0, back + columns, back)
-        seen = (back <= reach[:, None]) & (at[None, :] < jnp.minimum(length, columns))
-        # What no query sees is not read: on average that is a block of each row.
-        read = (jnp.max(seen.astype(jnp.int32), axis=0) > 0)[:, None]
-        stored, first = row, this * block
-        if table_ref is not None:
-            of_page = k_ref.shape[-2] // block
-            stored, first = table_ref[row, this // of_page], jax.lax.rem(this, of_page) * block
-        here = (layer, stored, head, pl.ds(first, block), slice(None))
-        k = plt.load(k_ref.at[here], mask=read, other=0).astype(q.dtype)
-        v = plt.load(v_ref.at[here], mask=read, other=0).astype(q.dtype)
-        scores = plt.dot(q, k, trans_b=True)
-        if soft_cap is not None:
-            scores = soft_cap * (2 / (1 + jnp.exp(-2 * scores / soft_cap)) - 1)  # tanh
-        scores = jnp.where(seen, scores, MASKED)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
-        shrink = jnp.exp(top - new_top)
-        total = total * shrink + jnp.sum(weights, axis=1)
-        out = out * shrink[:, None] + plt.dot(weights.astype(v.dtype), v)
-        return out, new_top, total
+    def here(this):
+        if table_ref is None:
+            return layer, row, head, this * walk.block
+        of_page = k_ref.shape[-2] // walk.block
+        page = table_ref[row, this // of_page]
+        return layer, page, head, jax.lax.rem(this, of_page) * walk.block
 
-    first = (
-        jnp.zeros((padded, D), jnp.float32),
-        jnp.full((padded,), MASKED, jnp.float32),
-        # As on a TPU: what is divided by the total of a row that sees no key is 0, not NaN.
-        jnp.ones((padded,), jnp.float32),
+    found = walk.attend(
+        q,
+        k_ref,
+        v_ref,
+        here,
+        (origin, reach, length),
+        start,
+        last_ref[row],
+        Running.nothing(padded, D),
     )
-    out, top, total = jax.lax.fori_loop(0, last_ref[row] + 1, visit, first)
-    plt.store(out_ref.at[*mine, slice(None)], out, mask=real[:, None])
-    plt.store(top_ref.at[*mine], top, mask=real)
-    plt.store(total_ref.at[*mine], total, mask=real)
+    plt.store(out_ref.at[*mine, slice(None)], found.out, mask=real[:, None])
+    plt.store(top_ref.at[*mine], found.top, mask=real)
+    plt.store(total_ref.at[*mine], found.total, mask=real)
 
 
 def attend_part(
@@ -132,17 +206,8 @@ def attend_part(
         tables = (table.astype(jnp.int32),)
     start, last = block_range(reach, columns, block)
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    kernel = functools.partial(
-        _kernel,
-        padded=max(MIN_QUERIES, 1 << (Q - 1).bit_length()),
-        block=block,
-        blocks=-(-columns // block),
-        columns=columns,
-        ring=reach.ring,
-        soft_cap=soft_cap,
-    )
     part = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, walk=Walk(block, columns, reach.ring, soft_cap)),
         grid=(rows, K),
         in_specs=[whole] * (9 + len(tables)),
         out_specs=[whole] * 3,
