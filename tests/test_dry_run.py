@@ -166,10 +166,12 @@ def test_a_dry_run_compiles_every_step_and_accounts_for_the_memory():
     assert programs["decode"].calls == 28
     state = sum(report.resident.values())
     sampling = state + sum(report.rollout.values())
-    assert report.peaks == {
+    loading = state + report.rollout["parameters to sample with"] + report.loading
+    assert report.peaks == {"loading": loading} | {
         name: (sampling if name in ("prefill", "decode") else state) + p.temporary
         for name, p in programs.items()
     }
+    assert 0 < report.loading < 8 * parameters
     assert min(p.temporary for p in report.programs) > 0
     assert all(p.balance == pytest.approx(1.0, abs=0.1) for p in report.programs)
     text = "\n".join(report.lines())
@@ -227,6 +229,7 @@ def test_what_waits_on_the_host_and_a_kept_cache_count_where_they_are(with_ancho
     optimizer, anchor = report.resident["optimizer"], report.resident["anchor"]
     cache = report.rollout["cache"]
     assert less == {
+        "loading": optimizer + anchor - cache,
         "prefill": optimizer + anchor,
         "decode": optimizer + anchor,
         "anchor": optimizer - cache,
@@ -274,7 +277,7 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic():
     rollout = {"parameters to sample with": 0, "cache": 0}
     parts = {"parameters": 0, "optimizer": 0, "anchor": 0}
     lengths = forecast.read_lengths("9:4", 28, 16).source
-    fixed = (parts, rollout, frozenset(), False, [half], {}, [], lengths)
+    fixed = (parts, rollout, 0, frozenset(), False, [half], {}, [], lengths)
     report = Report("a run", "a chip", chip, None, *fixed)
     assert report.fits
     text = "\n".join(report.lines())

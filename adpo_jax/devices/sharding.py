@@ -165,31 +165,6 @@ def _mesh(grid: np.ndarray) -> Mesh:
     return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
 
 
-def move(tree, shardings):
-    """Lays arrays out anew on the devices of this process.
-
-    Args:
-      tree: arrays on a mesh of all processes, or of this process.
-      shardings: a tree of `NamedSharding`s over devices of this process.
-    """
-    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
-        return jax.device_put(tree, shardings)
-    return jax.tree.map(_local_copy, tree, shardings)
-
-
-def _local_copy(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """A copy of an array on the devices of this process; every process gets a copy likewise."""
-    by_process = collections.defaultdict(list)
-    for device in x.sharding.mesh.devices.flat:
-        by_process[device.process_index].append(device)
-    local = sharding.mesh
-    grid = np.array([by_process[p] for p in sorted(by_process)])
-    everywhere = Mesh(grid.reshape(-1, *local.devices.shape), ("process", *local.axis_names))
-    copies = jax.device_put(x, NamedSharding(everywhere, sharding.spec))
-    mine = [shard.data for shard in copies.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, sharding, mine)
-
-
 def resolve_mesh_sizes(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     """Axis sizes with -1 filled in, whose product is the number of devices.
 

@@ -40,7 +40,7 @@ from adpo_jax.devices.topologies import lowered, one_host, topology_devices
 from adpo_jax.dry_run import forecast
 from adpo_jax.dry_run.forecast import Least, Lengths
 from adpo_jax.dry_run.hlo import Program
-from adpo_jax.dry_run.report import PROGRAM_OF, ProgramCost, Report
+from adpo_jax.dry_run.report import COPY, LOADING, PROGRAM_OF, ProgramCost, Report
 from adpo_jax.engine.cache_plan import readable
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
@@ -122,7 +122,7 @@ def _report(
                 raise
             failed[name] = _hbm_text(str(error))
     copy = engine.verbs.copied_bytes(policy)
-    rollout = {"parameters to sample with": copy, "cache": engine.plan.device_bytes}
+    rollout = {COPY: copy, "cache": engine.plan.device_bytes}
     if engine.reading_bytes:
         rollout["a prompt that is read"] = engine.reading_bytes
     report = Report(
@@ -132,6 +132,7 @@ def _report(
         memory=_memory(devices[0], chip),
         resident=learner.state_bytes(),
         rollout=rollout,
+        loading=_loading_bytes(engine, policy),
         on_host=learner.parts_on_host,
         keeps_cache=not engine.free_cache_engine,
         programs=programs,
@@ -143,6 +144,16 @@ def _report(
     if report.fits:
         return report
     return dataclasses.replace(report, cures=list(_cures(config, report, mesh, engine)))
+
+
+def _loading_bytes(engine: Engine, policy: Policy) -> int:
+    """Bytes of one device that loading the parameters to sample with takes besides them."""
+    largest, moved = engine.verbs.loading(policy)
+    if moved is None:
+        return largest
+    traced, _ = moved
+    memory = lowered(traced, policy.mesh.devices.flat[0]).compile().memory_analysis()
+    return largest + memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
 def _host_mesh(config: ConfigDict, mesh, host: list):
@@ -350,14 +361,15 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
     rollout_config = config.actor_rollout_ref.rollout
     names = [n for n, peak in report.peaks.items() if peak > (report.memory or peak)]
     names += list(report.failed)
-    copy, cache = (report.rollout[name] for name in ("parameters to sample with", "cache"))
+    copy, cache = (report.rollout[name] for name in (COPY, "cache"))
     local, tensor = engine.policy.mesh.size, engine.policy.mesh.shape["tensor"]
-    if {"prefill", "decode"} & set(names):
-        if tensor < local:
-            yield (
-                f"actor_rollout_ref.rollout.tensor_model_parallel_size={2 * tensor} frees "
-                f"{readable(copy // 2)} while sampling"
-            )
+    decoding = {"prefill", "decode"}
+    if tensor < local and {LOADING, *decoding} & set(names):
+        yield (
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={2 * tensor} frees "
+            f"{readable(copy // 2)} while sampling"
+        )
+    if decoding & set(names):
         if engine.num_slots > engine.shards:
             yield (
                 f"actor_rollout_ref.rollout.num_slots={engine.num_slots // 2} frees "
@@ -368,7 +380,7 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
                 "actor_rollout_ref.rollout.cache_dtype=int8 frees about "
                 f"{readable(cache // 2)} while sampling"
             )
-    if set(names) - {"prefill", "decode"}:
+    if set(names) - {LOADING, *decoding}:
         temporary = max((p.temporary for p in report.programs if p.name in names), default=None)
         half = "about half of the activations"
         if temporary is not None:

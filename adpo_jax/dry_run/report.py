@@ -9,6 +9,9 @@ from adpo_jax.engine.cache_plan import readable
 
 # The program for which an offloaded part of the state comes back from the host's memory.
 PROGRAM_OF = {"optimizer": "update", "anchor": "anchor"}
+# What happens before the first program: the parameters get the form in which they sample.
+LOADING = "loading"
+COPY = "parameters to sample with"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Report:
 
     Attributes:
       resident: bytes of the state's parts: parameters, optimizer, anchor, reference, teacher.
-      rollout: bytes that sampling adds: the parameters' copy, the cache.
+      rollout: bytes that sampling adds: the parameters' copy (`COPY`), the cache.
+      loading: bytes that are needed for a while to make that copy, besides it.
       on_host: parts of the state that are on the device only while their program runs.
       keeps_cache: whether the cache stays on the device during the update.
       failed: programs that do not fit, with the compiler's words.
@@ -82,6 +86,7 @@ class Report:
     memory: int | None
     resident: dict[str, int]
     rollout: dict[str, int]
+    loading: int
     on_host: frozenset[str]
     keeps_cache: bool
     programs: list[ProgramCost]
@@ -92,8 +97,9 @@ class Report:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Bytes in use at the peak of each program."""
-        return {p.name: self._there(p.name) + p.temporary for p in self.programs}
+        """Bytes in use at the peak of each program, and of `LOADING`."""
+        of_programs = {p.name: self._there(p.name) + p.temporary for p in self.programs}
+        return {LOADING: self._there(LOADING) + self.loading} | of_programs
 
     def _there(self, program: str) -> int:
         """Bytes that lie on the device while a program runs, without those that it allocates."""
@@ -101,7 +107,8 @@ class Report:
         state = sum(size for part, size in self.resident.items() if part not in away)
         if program in ("prefill", "decode"):
             return state + sum(self.rollout.values())
-        return state + (self.rollout["cache"] if self.keeps_cache else 0)
+        copy = self.rollout[COPY] if program == LOADING else 0
+        return state + copy + (self.rollout["cache"] if self.keeps_cache else 0)
 
     @property
     def peak(self) -> int:
@@ -190,6 +197,7 @@ class Report:
         rows += [
             [f"{name} (while sampling)", readable(size)] for name, size in self.rollout.items()
         ]
+        rows += [["in other forms (while loading those)", readable(self.loading)]]
         rows += [[f"activations of {p.name}", readable(p.temporary)] for p in self.programs]
         rows += [[f"peak, in {n}", readable(p)] for n, p in self.peaks.items() if p == self.peak]
         return [*rows, [f"memory of one {self.device_kind}", _memory_text(self.memory)]]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adpo_jax.devices import sharding
+from adpo_jax.devices import moving, sharding
 from adpo_jax.devices.sharding import constrain
 from adpo_jax.engine import kernels, kv_cache, sampling, state_store
 from adpo_jax.engine.decode_state import (
@@ -69,10 +69,28 @@ class Verbs:
         joined, and in float32 adapters are merged into that copy; elsewhere adapters stay beside
         their weights. Parameters that need no change are not copied.
         """
+        if self._merges or self._joins:
+            return self._unstacked(self._laid_out(params))
+        # One after the other, so that no two lie there in more than one form.
+        loaded = {}
+        for name in params.keys() - {"layers"}:
+            loaded |= self._laid_out({name: params[name]})
+        stacked, each = {}, [{} for _ in range(self.policy.config.num_layers)]
+        for name, x in params["layers"].items():
+            one = self._laid_out({"layers": {name: x}})
+            if self.layout.stacked:
+                stacked |= one["layers"]
+            else:
+                for layer, of_layer in zip(each, self._unstacked(one)["layers"], strict=True):
+                    layer |= of_layer
+        return loaded | {"layers": stacked if self.layout.stacked else tuple(each)}
+
+    def _laid_out(self, params):
+        """Some of the parameters, cast and on the mesh of the rollout."""
         params = self.cast(params)
-        if self.policy.mesh is not None:
-            params = sharding.move(params, self.policy.shardings(params))
-        return params if self.layout.stacked else self._unstacked(params)
+        if self.policy.mesh is None:
+            return params
+        return moving.move(params, self.policy.shardings(params))
 
     def cast(self, params):
         """The parameters, or some of them, in the dtypes that decoding reads them in."""
@@ -88,17 +106,21 @@ class Verbs:
 
         return jax.tree_util.tree_map_with_path(cast, params)
 
+    @property
+    def _merges(self) -> bool:
+        """Whether adapters are merged into weights."""
+        return not self.layout.stacked and self.policy.lora and self.policy.dtype == jnp.float32
+
+    @property
+    def _joins(self) -> bool:
+        """Whether weights of one input become one; XLA's compiler for GPUs does so by itself."""
+        alone = self.policy.mesh is None or self.policy.mesh.size == 1
+        return not self.layout.stacked and alone and _platform(self.policy) == "cpu"
+
     @functools.partial(jax.jit, static_argnums=0)
     def _unstacked(self, params):
-        policy = self.policy
-        merge = policy.lora and policy.dtype == jnp.float32
-        return cpu.decoding_params(
-            params,
-            policy.config,
-            lora_scale=policy.lora.scale if merge else None,
-            # XLA's compiler for GPUs joins products of one input by itself, and copies nothing.
-            join=(policy.mesh is None or policy.mesh.size == 1) and _platform(policy) == "cpu",
-        )
+        scale = self.policy.lora.scale if self._merges else None
+        return cpu.decoding_params(params, self.policy.config, lora_scale=scale, join=self._joins)
 
     def abstract_params(self):
         """The shapes and shardings of `load_params`'s result."""
@@ -123,6 +145,30 @@ class Verbs:
             return 0 if same else sharding.device_bytes(new)
 
         return sum(jax.tree.leaves(jax.tree.map(copied, given.abstract_params(), loaded)))
+
+    def loading(self, given: Policy) -> tuple[int, tuple[jax.stages.Traced, int] | None]:
+        """What `load_params` needs besides its result, from parameters that lie as `given`'s.
+
+        Returns:
+          Bytes of one device of the parameter that takes most on the way, cast and, where layers
+          are unstacked, in one piece; and, as of `moving.traced_part`, the program that moves it.
+        """
+        here = self._abstract_cast()
+        cast = jax.tree.map(
+            lambda old, new: jax.ShapeDtypeStruct(old.shape, new.dtype, sharding=old.sharding),
+            given.abstract_params(),
+            here,
+        )
+
+        def on_the_way(old, cast, new):
+            is_cast = sharding.device_bytes(cast) if old.dtype != cast.dtype else 0
+            return is_cast + (0 if self.layout.stacked else sharding.device_bytes(new))
+
+        each = jax.tree.map(on_the_way, given.abstract_params(), cast, here)
+        if self.policy.mesh is None:
+            return max(jax.tree.leaves(each)), None
+        shardings = jax.tree.map(lambda x: x.sharding, here)
+        return max(jax.tree.leaves(each)), moving.traced_part(cast, shardings)
 
     # --- the state
 
