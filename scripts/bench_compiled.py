@@ -14,7 +14,9 @@ that a sample sees, each read once; every sample has `--own` tokens behind it an
 operands and results hold (`dry_run/hlo.py`). `update` is an optimizer step; every completion of it
 has full length. Its MFU is an estimate: model FLOPs over the time in which each kernel reaches
 either the peak or the bandwidth of the card, whichever is slower, and no kernel waits. `exchange`
-is the copy of the parameters from the mesh of training to that of sampling.
+moves the largest part of the parameters from the mesh of training to that of each host's sampling;
+what lies there beside the copy is this part and the parameter it is of, cast and, where layers are
+unstacked, in one piece.
 """
 
 import argparse
@@ -62,6 +64,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
     parser.add_argument("--attention", default="auto", help="of decoding")
+    parser.add_argument("--tensor", type=int, default=0, help="of sampling; 0 for training's")
     parser.add_argument("--slots", type=int, default=0, help="of a device; 0 for 232 or 64")
     parser.add_argument("--ring", type=int, default=1024, help="columns of a slot")
     parser.add_argument("--own", type=int, default=370, help="tokens that a sample has behind it")
@@ -89,7 +92,7 @@ class Parts:
         source = loading.find_architecture(config)
         self.policy = loading.make_policy(config, source, self.mesh)
         host = one_host(platform, self.devices)
-        tensor = math.gcd(self.mesh.shape["tensor"], len(host))
+        tensor = math.gcd(a.tensor or self.mesh.shape["tensor"], len(host))
         self.host_mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=tensor, devices=host)
         self.slots = a.slots or (232 if self.chip.memory >= LARGE else 64)
         self.sampling = SamplingParams(n=a.samples, max_tokens=a.ring)
@@ -205,17 +208,15 @@ def update(a: argparse.Namespace, parts: Parts) -> dict:
 
 
 def exchange(a: argparse.Namespace, parts: Parts) -> dict:
-    """The parameters of one process's devices, from where they are trained to where they sample."""
-    if parts.mesh.size != parts.host_mesh.size:
-        return {"skipped": "compiled for one host alone"}
-    verbs = parts.engine(a).verbs
-    params = parts.policy.abstract_params()
-    out = jax.tree.map(lambda x: x.sharding, verbs._abstract_cast())
-    cast = jax.jit(lambda params: verbs._cast(params), out_shardings=out)
-    made, line = compiled(cast.trace(params), parts.devices[0])
-    memory = made.memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return line | {"peak_bytes": peak, **seen_of(Program(made.as_text()))}
+    """The largest part of the parameters, from where they are trained to where they sample."""
+    largest, moved = parts.engine(a).verbs.loading(parts.policy)
+    if moved is None:
+        return {"parts": 0, "parameter_bytes": largest, "bytes_beside": largest}
+    traced, count = moved
+    made, line = compiled(traced, parts.devices[0])
+    beside = line["temporary_bytes"] + made.memory_analysis().output_size_in_bytes
+    found = {"parts": count, "parameter_bytes": largest, "bytes_beside": largest + beside}
+    return line | found | seen_of(Program(made.as_text()))
 
 
 def lines(a: argparse.Namespace):

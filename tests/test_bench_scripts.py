@@ -67,6 +67,16 @@ def test_decoding_on_an_h100_copies_neither_weights_nor_cache(bench_compiled):
     assert line["launches"] < 80 + 3 * 20
 
 
+@pytest.mark.slow
+def test_weights_of_32b_go_to_the_hosts_of_256_chips_in_parts(bench_compiled):
+    pytest.importorskip("libtpu", reason='needs pip install "libtpu==0.0.42.*"')
+    options = ("--platforms", "v6e:16x16", "--programs", "exchange", "--tensor", "4")
+    model = Path(__file__).resolve().parents[1] / "configs" / "models" / "qwen3-32b"
+    (line,) = bench_compiled(*options, "--model", str(model), "--prompts", "256")
+    assert line["parts"] > 64
+    assert line["bytes_beside"] < 2**30
+
+
 def test_a_peer_that_is_missing_is_named_with_the_cure_and_ours_are_measured(monkeypatch, tmp_path):
     monkeypatch.setenv("PEERS_HOME", str(tmp_path))
     script = runpy.run_path(str(SCRIPTS / "bench_rollout.py"))
