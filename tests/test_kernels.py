@@ -39,7 +39,7 @@ def queries(dtype=jnp.float32):
 
 def ring_reach(columns):
     """Slots of all ages, an idle one first, in a ring that has gone round."""
-    age = np.array([-1, 0, 7, 40, columns - 1], np.int32)[:, None]
+    age = np.array([-1, 0, 7, 45, columns - 1], np.int32)[:, None]
     return Reach(
         origin=jnp.full((ROWS, Q), 19, jnp.int32),
         back=jnp.broadcast_to(jnp.asarray(age), (ROWS, Q)),
@@ -68,7 +68,7 @@ def normalised(part):
 
 
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-@pytest.mark.parametrize("columns", [96, 128])
+@pytest.mark.parametrize("columns", [80, 96, 128])
 @pytest.mark.parametrize("where", REACHES)
 @pytest.mark.parametrize("machine", KERNELS)
 def test_a_kernel_agrees_with_the_plain_version(machine, where, columns, soft_cap):
@@ -209,6 +209,27 @@ def test_a_young_slot_needs_few_blocks():
     start, last = group_attention.block_range(prefix_reach(128), 128, 32)
     assert start.tolist() == [0, 0, 1, 3, 3]
     assert last.tolist() == [0, 0, 1, 3, 3]
+
+
+@pytest.mark.parametrize("columns", [32, 96, 160, 224, 256])
+def test_the_blocks_of_a_ring_are_those_with_columns_that_are_seen(columns):
+    """Also where the last block is not a whole one; a slot that sees nothing needs a block too."""
+    block, column, back = 64, *np.mgrid[0:columns, -1:columns]
+    flat = [jnp.asarray(x.reshape(-1, 1), jnp.int32) for x in (column, back)]
+    length = jnp.full(len(flat[0]), columns, jnp.int32)
+    reach = Reach(*flat, length, ring=True)
+    blocks = -(-columns // block)
+    start, last = (np.asarray(x) for x in group_attention.block_range(reach, columns, block))
+    behind = (start[:, None] - np.arange(blocks)) % blocks
+    visited = np.zeros((len(start), blocks), bool)
+    np.put_along_axis(visited, behind, np.arange(blocks) <= last[:, None], axis=1)
+    seen = np.asarray(group_attention.columns_in_reach(reach, columns))[:, 0]
+    needed = np.zeros_like(visited)
+    for b in range(blocks):
+        needed[:, b] = seen[:, b * block : (b + 1) * block].any(axis=1)
+    assert not (needed & ~visited).any()
+    # A ring that is seen nearly whole begins and ends in one block, which is visited once.
+    assert (visited.sum(1) <= np.maximum(needed.sum(1), 1)).all()
 
 
 def lowered_for(platform, attend, columns=256, dtype=jnp.bfloat16, pages=0):

@@ -29,7 +29,7 @@ MODELS = {
     },
     "keys of one head": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32},
 }
-SLOTS, COLUMNS, ROWS, WIDTH, PREFIX = 8, 80, 8, 3, 72
+SLOTS, COLUMNS, ROWS, WIDTH, PREFIX = 8, 160, 8, 3, 72
 
 
 def state_of(verbs: Verbs, layout: CacheLayout):
@@ -44,7 +44,7 @@ def state_of(verbs: Verbs, layout: CacheLayout):
 
     state = verbs.init_decode_state(Sizes(SLOTS, COLUMNS, ROWS, WIDTH, PREFIX))
     lengths = jnp.array([5, 9, 0, 9, PREFIX, 9, 33, 9], jnp.int32)
-    generated = jnp.array([3, 70, 0, 79, 0, 11, 50, 2], jnp.int32)
+    generated = jnp.array([3, 120, 0, 159, 0, 11, 50, 60], jnp.int32)
     row = jnp.array([0, 0, 2, 2, 4, 4, 6, 6], jnp.int32)
     slots = state.slots._replace(
         token=jnp.arange(SLOTS, dtype=jnp.int32) + 3,

@@ -220,8 +220,10 @@ def block_range(reach: Reach, columns: int, block: int) -> tuple[jax.Array, jax.
     oldest = jnp.min(reach.origin - reach.back, axis=1)
     if not reach.ring:
         oldest = jnp.clip(oldest, 0, newest)
+    # Before the first column of a ring is its last block, which need not be a whole one.
+    of_oldest = jnp.where(oldest < 0, (oldest + columns) // block - blocks, oldest // block)
     start = newest // block
-    last = jnp.clip(start - oldest // block, 0, blocks - 1)
+    last = jnp.clip(start - of_oldest, 0, blocks - 1)
     return start.astype(jnp.int32), last.astype(jnp.int32)
 
 
