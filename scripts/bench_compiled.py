@@ -150,11 +150,11 @@ def decode(a: argparse.Namespace, parts: Parts) -> dict:
     queries = parts.slots * policy.config.num_heads * layout.head_dim // policy.mesh.shape["tensor"]
     of_ring, of_prompts = parts.slots * a.own * token, rows * a.prompt * token
     # Queries come in two bytes and results go in four; those of `step_ring` in two, after it has
-    # read what the other kernel found.
+    # read what the other kernel found. It reads the token that is fed, and writes it.
     of_kernels = {
         "decode_ring": of_ring + 6 * queries,
         "decode_prompts": of_prompts + 6 * queries,
-        "step_ring": of_ring + 8 * queries,
+        "step_ring": of_ring + 2 * parts.slots * token + 8 * queries,
         "step_prompts": of_prompts + 6 * queries,
         "tpu_custom_call": (of_ring + of_prompts) // 2 + 6 * queries,
     }

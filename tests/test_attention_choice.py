@@ -73,7 +73,12 @@ REFUSED = {
     "lanes of rows": (ROWS, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
     "lanes of streams": (STREAMS, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
     "lanes of decoding": (DECODING, "pallas_tpu", {"head_dim": 64}, "multiple of 128; given 64"),
-    "Triton's shapes": (DECODING, "pallas_gpu", {"head_dim": 96}, "power of two, .* given 96"),
+    "Triton's shapes": (
+        DECODING,
+        "pallas_gpu",
+        {"head_dim": 96},
+        "power of two up to 512; given 96",
+    ),
     "an int8 cache": (DECODING, "pallas_gpu", {"dtype": jnp.int8}, "has no int8 cache"),
     "turned keys": (DECODING, "pallas_gpu", {"transposed_keys": True}, "are not transposed"),
     "layers apart": (DECODING, "pallas_tpu", {"stacked": False}, "reads layers that are stacked"),

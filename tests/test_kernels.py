@@ -138,6 +138,27 @@ def test_the_gpu_kernel_reads_a_layer_of_its_own_as_it_reads_a_stack():
     jax.tree.map(np.testing.assert_array_equal, *parts)
 
 
+@pytest.mark.parametrize("where", REACHES)
+def test_the_gpu_kernel_cuts_many_queries_into_programs(where, monkeypatch):
+    monkeypatch.setattr(decode_gpu, "QUERY_NUMBERS", 1)
+    kv, reach = stored(96), REACHES[where](96)
+    q = jnp.concatenate([queries() + i / 64 for i in range(12)], axis=2)
+    many = reach._replace(origin=jnp.tile(reach.origin, 12), back=jnp.tile(reach.back, 12))
+    plain = group_attention.attend_part(q, kv, 1, many, soft_cap=None, transposed_keys=False)
+    fast = decode_gpu.attend_part(q, kv, 1, many, interpret=True)
+    for ours, wanted in zip(normalised(fast), normalised(plain)):
+        np.testing.assert_allclose(ours, wanted, atol=3e-5)
+
+
+def test_a_program_of_the_gpu_kernel_fits_the_shared_memory_of_an_a100():
+    assert decode_gpu.Cut.of(16, 128, 2) == (16, 64, 3)
+    assert decode_gpu.Cut.of(128, 128, 2) == (128, 64, 3)
+    assert decode_gpu.Cut.of(1000, 128, 2) == (128, 64, 3)
+    assert decode_gpu.Cut.of(64, 256, 2) == (64, 32, 3)
+    assert decode_gpu.Cut.of(64, 512, 2) == (32, 32, 2)
+    assert decode_gpu.Cut.of(8, 512, 4) == (16, 32, 2)
+
+
 def test_the_tpu_kernel_reads_an_int8_cache():
     kv, q, reach = stored(96, jnp.int8), queries(), ring_reach(96)
     plain = group_attention.attend_part(q, kv, 0, reach, soft_cap=None, transposed_keys=False)

@@ -7,6 +7,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adpo_jax.devices import topologies
+from adpo_jax.engine.group_attention import Reach
+from adpo_jax.engine.kernels import decode_gpu
+from adpo_jax.engine.kv_cache import LayerKV
 from adpo_jax.model import gated_gpu, grouped, head_gpu, layers, norm_rope_gpu, rope
 from adpo_jax.model.layers import rms_norm
 from adpo_jax.model.model_config import ClampedGate
@@ -99,6 +102,31 @@ def test_the_small_kernels_compile_for_an_h100():
     shapes |= {(3, 5000): jnp.float32}
     text = gradient_for_an_h100(total, *shapes.items())
     assert all(name in text for name in ("norm_rope_gradient", "gated_gradient", "head_sums"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_decoding_with_wide_heads_compiles_for_a_gpu():
+    """For an A100, whose cores have the least shared memory; Gemma 4 has heads of 512."""
+    if not topologies.has_gpu_compiler():
+        pytest.skip("needs the extra [gpu-aot]")
+    (card,) = topologies.topology_devices("a100:1")
+    here = NamedSharding(Mesh(np.array([card]), ("x",)), PartitionSpec())
+
+    def given(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    rows, K, Q, D, columns = 4, 2, 64, 512, 256
+
+    def attend(q, kv, origin, back, length):
+        reach = Reach(origin, back, length, ring=False)
+        return decode_gpu.attend_part(q, kv, 0, reach)
+
+    store = given(1, rows, K, columns, D)
+    ints = given(rows, Q, dtype=jnp.int32)
+    arguments = (given(rows, K, Q, D), LayerKV(store, store), ints, ints)
+    traced = jax.jit(attend).trace(*arguments, given(rows, dtype=jnp.int32))
+    assert "decode_prompts" in topologies.lowered(traced, card).compile().as_text()
 
 
 @pytest.mark.slow

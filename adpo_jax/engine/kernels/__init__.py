@@ -65,6 +65,9 @@ def attend_part(
 def attend_step(name: str, layout: CacheLayout, policy: Policy) -> AttendStep | None:
     """Norm, rotation, write and attention of a step in few kernels; None where there are none.
 
+    In float32 a product of the kernels would be one of 19 bits, as in `attend_part` on a GPU, and
+    norms too would differ from those of prefill.
+
     Args:
       name: as `attention_choice.resolve` gave it for `DECODING`.
     """
@@ -77,6 +80,8 @@ def attend_step(name: str, layout: CacheLayout, policy: Policy) -> AttendStep | 
 def _step_on_gpu(
     policy: Policy, heads: Unturned, ring, prefix, layer: LayerInfo, view: View, *, interpret=False
 ):
+    text = "decoding: norm, rotation and the write to the ring are parts of attention's two kernels"
+    logging.log_first_n(logging.INFO, text, 1)
     c, mesh = policy.config, policy.mesh
     (B, _, H, D), K = heads.q.shape, heads.k.shape[2]
     reach = group_attention.ring_reach(
@@ -210,8 +215,9 @@ def _gpu_obstacle(layout: CacheLayout) -> str:
     if jnp.dtype(layout.dtype) == jnp.int8:
         return "has no int8 cache, which was asked for; bfloat16 is one that it has"
     for D in (part.head_dim for part in layout.parts):
-        if D & (D - 1):
-            return f"needs a head_dim that is a power of two, as Triton does; given {D}"
+        if D & (D - 1) or D > decode_gpu.MOST_HEAD_DIM:
+            most = decode_gpu.MOST_HEAD_DIM
+            return f"needs a head_dim that is a power of two up to {most}; given {D}"
     return "" if not layout.transposed_keys else "reads keys that are not transposed"
 
 

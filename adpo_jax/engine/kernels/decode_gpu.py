@@ -22,10 +22,17 @@ from adpo_jax.model import attention_choice
 from adpo_jax.model.attention import MASKED
 from adpo_jax.model.triton import plt
 
-# Of 32 ways to cut it, the fastest on an H200 (0.139 ms for 232 rows of 8 heads that see 483 MB).
-BLOCK, WARPS, STAGES = 64, 4, 3
 # The smallest side of a matrix product on tensor cores.
 MIN_QUERIES = 16
+# Numbers in the queries of a program; more of them are cut into several programs.
+QUERY_NUMBERS = 1 << 14
+# Bytes of a core's shared memory that a program may take; an A100 has 163 KiB for it.
+SHARED_BYTES = 160 << 10
+# Columns of a block and stages of its pipeline, the first that the memory has room for. The first
+# of all was the fastest of 32 on an H200 (0.139 ms for 232 rows of 8 heads that see 483 MB).
+BLOCKS = ((64, 3), (32, 3), (32, 2), (16, 2))
+WARPS = 4
+MOST_HEAD_DIM = 512
 
 
 def obstacle(device: jax.Device | None = None) -> str:
@@ -33,6 +40,33 @@ def obstacle(device: jax.Device | None = None) -> str:
     if plt is None:
         return f"needs Pallas' Triton backend, which jax {jax.__version__} does not have"
     return attention_choice.old_gpu(device)
+
+
+class Cut(NamedTuple):
+    """The size of a program."""
+
+    queries: int  # padding included
+    block: int  # columns that are read together
+    stages: int
+
+    @classmethod
+    def of(cls, queries: int, D: int, itemsize: int) -> "Cut":
+        """That of so many queries of a row and head, and of keys whose numbers have so many bytes.
+
+        What a compiled program takes is less than what is counted here, by up to 64 KiB.
+        """
+        most = max(MIN_QUERIES, QUERY_NUMBERS // D)
+        S = min(most, max(MIN_QUERIES, 1 << (queries - 1).bit_length()))
+
+        def taken(block: int, stages: int) -> int:
+            return 4 * S * D + (stages - 1) * 2 * block * D * itemsize
+
+        fitting = (pair for pair in BLOCKS if taken(*pair) <= SHARED_BYTES)
+        return cls(S, *next(fitting, BLOCKS[-1]))
+
+    def programs(self, queries: int) -> int:
+        """How many programs have the queries of a row and head."""
+        return -(-queries // self.queries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +158,6 @@ def capped(scores, soft_cap: float | None):
     return soft_cap * (2 / (1 + jnp.exp(-2 * scores / soft_cap)) - 1)
 
 
-def padded_queries(queries: int) -> int:
-    """The rows of a program's queries, for a matrix product."""
-    return max(MIN_QUERIES, 1 << (queries - 1).bit_length())
-
-
 def _kernel(
     index_ref,
     start_ref,
@@ -141,21 +170,21 @@ def _kernel(
     v_ref,
     *rest,
     walk: Walk,
+    padded: int,
 ):
     table_ref = rest[0] if len(rest) == 4 else None
     out_ref, top_ref, total_ref = rest[-3:]
     row, head = pl.program_id(0), pl.program_id(1)
     layer, start, length = index_ref[0], start_ref[row], length_ref[row]
     queries, D = q_ref.shape[2:]
-    padded = padded_queries(queries)
-    query = jnp.arange(padded)
-    real = query < queries
-    # Beyond the arrays a mask holds; jax 0.12 refuses a start that it knows to lead there.
-    whole = pl.ds(row * 0, padded)
-    mine = (row, head, whole)
+    first = pl.program_id(2) * padded
+    real = first + jnp.arange(padded) < queries
+    # Beyond the arrays a mask holds.
+    part = pl.ds(first, padded)
+    mine = (row, head, part)
     q = plt.load(q_ref.at[*mine, slice(None)], mask=real[:, None], other=0)
-    origin = plt.load(origin_ref.at[row, whole], mask=real, other=0)
-    reach = plt.load(reach_ref.at[row, whole], mask=real, other=-1)
+    origin = plt.load(origin_ref.at[row, part], mask=real, other=0)
+    reach = plt.load(reach_ref.at[row, part], mask=real, other=-1)
 
     def here(this):
         if table_ref is None:
@@ -188,17 +217,20 @@ def attend_part(
     *,
     soft_cap: float | None = None,
     interpret: bool = False,
-    block: int = BLOCK,
-    warps: int = WARPS,
-    stages: int = STAGES,
+    block: int = 0,
 ) -> Part:
     """As `group_attention.attend_part`, on a cache whose layers are a tuple or stacked.
 
     Keys are [rows, K, columns, D] of a layer.
+
+    Args:
+      block: columns that are read together; 0 for as many as there is room for.
     """
     if not isinstance(kv, LayerKV):
         kv, index = jax.tree.map(lambda x: x[None], kv[index]), 0
     rows, K, Q, D = q.shape
+    cut = Cut.of(Q, D, kv.v.dtype.itemsize)
+    block = block or cut.block
     columns, tables = kv.v.shape[-2], ()
     if table is not None:
         # A block lies within a page.
@@ -206,9 +238,11 @@ def attend_part(
         tables = (table.astype(jnp.int32),)
     start, last = block_range(reach, columns, block)
     whole = pl.BlockSpec(memory_space=pl.ANY)
-    part = pl.pallas_call(
-        functools.partial(_kernel, walk=Walk(block, columns, reach.ring, soft_cap)),
-        grid=(rows, K),
+    found = pl.pallas_call(
+        functools.partial(
+            _kernel, walk=Walk(block, columns, reach.ring, soft_cap), padded=cut.queries
+        ),
+        grid=(rows, K, cut.programs(Q)),
         in_specs=[whole] * (9 + len(tables)),
         out_specs=[whole] * 3,
         out_shape=[
@@ -216,7 +250,7 @@ def attend_part(
             jax.ShapeDtypeStruct((rows, K, Q), jnp.float32),
             jax.ShapeDtypeStruct((rows, K, Q), jnp.float32),
         ],
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=cut.stages),
         interpret=interpret,
         name="decode_pages" if tables else "decode_ring" if reach.ring else "decode_prompts",
     )(
@@ -231,4 +265,4 @@ def attend_part(
         kv.v,
         *tables,
     )
-    return Part(*part)
+    return Part(*found)

@@ -20,15 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from adpo_jax.engine.group_attention import Part, Reach, block_range
-from adpo_jax.engine.kernels.decode_gpu import (
-    BLOCK,
-    STAGES,
-    WARPS,
-    Running,
-    Walk,
-    capped,
-    padded_queries,
-)
+from adpo_jax.engine.kernels.decode_gpu import WARPS, Cut, Running, Walk, capped
 from adpo_jax.engine.kv_cache import LayerKV
 from adpo_jax.model.attention import MASKED
 from adpo_jax.model.triton import plt
@@ -55,7 +47,7 @@ class Members(NamedTuple):
 
     slot: jax.Array  # [P, M] int32; any number where there is no sample
     row: jax.Array  # [B] int32, the slot's prefix row
-    rank: jax.Array  # [B] int32, the slot's place among the samples of that row
+    rank: jax.Array  # [B] int32, the slot's place among those of the row, below M if idle too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +57,6 @@ class Settings:
     Attributes:
       scale: what queries are multiplied by after their rotation.
       eps, plus_one: those of the norms, as for `rms_norm`.
-      block: columns that are read together.
     """
 
     scale: float
@@ -73,7 +64,6 @@ class Settings:
     eps: float
     plus_one: bool
     interpret: bool = False
-    block: int = BLOCK
 
 
 def attend(
@@ -105,21 +95,23 @@ def attend(
 def _attend_prompts(settings: Settings, fed: Fed, prefix: LayerKV, members, reach) -> Part:
     (P, M), (_, K, _, D) = members.slot.shape, prefix.v.shape
     R = fed.queries_a_head(K)
+    cut = Cut.of(M * R, D, prefix.v.dtype.itemsize)
     of_queries = jax.ShapeDtypeStruct((P, K, M * R), jnp.float32)
     outputs = Part(jax.ShapeDtypeStruct((P, K, M * R, D), jnp.float32), of_queries, of_queries)
-    bounds = _Bounds.of(reach, prefix, settings.block)
-    inputs = (prefix, bounds, fed, members.slot)
-    return _call(settings, _prompts_kernel, (P, K), inputs, outputs, "step_prompts")
+    inputs = (prefix, _Bounds.of(reach, prefix, cut), fed, members.slot)
+    grid = (P, K, cut.programs(M * R))
+    return _call(settings, _prompts_kernel, cut, grid, inputs, outputs, "step_prompts")
 
 
 def _attend_ring(settings: Settings, fed: Fed, part, ring: LayerKV, column, members, reach):
     B, K, _, D = ring.v.shape
-    out = jax.ShapeDtypeStruct((B, K, fed.queries_a_head(K), D), fed.heads.dtype)
+    R = fed.queries_a_head(K)
+    cut = Cut.of(R, D, ring.v.dtype.itemsize)
+    out = jax.ShapeDtypeStruct((B, K, R, D), fed.heads.dtype)
     outputs = (out, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ring))
-    bounds = _Bounds.of(reach, ring, settings.block)
-    inputs = (ring, bounds, fed, column, part, members)
-    in_place = {0: 1, 1: 2}
-    return _call(settings, _ring_kernel, (B, K), inputs, outputs, "step_ring", in_place)
+    inputs = (ring, _Bounds.of(reach, ring, cut), fed, column, part, members)
+    grid, in_place = (B, K, cut.programs(R)), {0: 1, 1: 2}
+    return _call(settings, _ring_kernel, cut, grid, inputs, outputs, "step_ring", in_place)
 
 
 class _Bounds(NamedTuple):
@@ -132,62 +124,65 @@ class _Bounds(NamedTuple):
     length: jax.Array
 
     @classmethod
-    def of(cls, reach: Reach, store: LayerKV, block: int) -> "_Bounds":
-        return cls(*block_range(reach, store.v.shape[-2], block), *reach[:3])
+    def of(cls, reach: Reach, store: LayerKV, cut: Cut) -> "_Bounds":
+        return cls(*block_range(reach, store.v.shape[-2], cut.block), *reach[:3])
 
 
-def _call(settings: Settings, kernel, grid, inputs, outputs, name: str, in_place=None):
+def _call(settings, kernel, cut: Cut, grid, inputs, outputs, name: str, in_place=None):
     """Runs a kernel that finds its way in whole arrays.
 
     Args:
       in_place: which array of the inputs each of the outputs overwrites.
     """
-    whole = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        functools.partial(kernel, settings),
+        functools.partial(kernel, settings, cut),
         grid=grid,
-        in_specs=jax.tree.map(lambda _: whole, inputs),
-        out_specs=jax.tree.map(lambda _: whole, outputs),
+        in_specs=jax.tree.map(lambda _: anywhere, inputs),
+        out_specs=jax.tree.map(lambda _: anywhere, outputs),
         out_shape=outputs,
         input_output_aliases=in_place or {},
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=cut.stages),
         interpret=settings.interpret,
         name=name,
     )(*inputs)
 
 
-def _prompts_kernel(settings: Settings, prefix, bounds, fed, slots, *outputs):
+def _prompts_kernel(settings: Settings, cut: Cut, prefix, bounds, fed, slots, *outputs):
     part = Part(*outputs)
     row, head = pl.program_id(0), pl.program_id(1)
     (B, _, D), (_, K, queries) = fed.heads.shape, part.top.shape
     R = fed.queries_a_head(K)
-    query = jnp.arange(padded_queries(queries))
-    real = query < queries
-    whole = pl.ds(row * 0, len(query))
+    first = pl.program_id(2) * cut.queries
+    query = first + jnp.arange(cut.queries)
+    real, these = query < queries, pl.ds(first, cut.queries)
     slot = plt.load(slots.at[row, query // R], mask=real, other=0) % B
-    origin = plt.load(bounds.origin.at[row, whole], mask=real, other=0)
-    back = plt.load(bounds.back.at[row, whole], mask=real, other=-1)
+    origin = plt.load(bounds.origin.at[row, these], mask=real, other=0)
+    back = plt.load(bounds.back.at[row, these], mask=real, other=-1)
     q = _queries(settings, fed, slot, head * R + jax.lax.rem(query, R), real)
-    walk = Walk(settings.block, prefix.v.shape[-2], False, settings.soft_cap)
+    walk = Walk(cut.block, prefix.v.shape[-2], False, settings.soft_cap)
     found = walk.attend(
         q,
         prefix.k,
         prefix.v,
-        lambda block: (row, head, block * settings.block),
+        lambda block: (row, head, block * cut.block),
         (origin, back, bounds.length[row]),
         bounds.start[row],
         bounds.last[row],
         Running.nothing(len(query), D),
     )
-    plt.store(part.out.at[row, head, whole, slice(None)], found.out, mask=real[:, None])
-    plt.store(part.top.at[row, head, whole], found.top, mask=real)
-    plt.store(part.total.at[row, head, whole], found.total, mask=real)
+    plt.store(part.out.at[row, head, these, slice(None)], found.out, mask=real[:, None])
+    plt.store(part.top.at[row, head, these], found.top, mask=real)
+    plt.store(part.total.at[row, head, these], found.total, mask=real)
 
 
-def _ring_kernel(settings: Settings, ring, bounds, fed, column, part, members, out, written):
-    slot, head = pl.program_id(0), pl.program_id(1)
+def _ring_kernel(
+    settings: Settings, cut: Cut, ring, bounds, fed, column, part, members, out, written
+):
+    """Reads `written`, which is the memory of `ring`."""
+    slot, head, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * cut.queries
     (P, K, _), R = part.top.shape, out.shape[2]
-    query = jnp.arange(padded_queries(R))
+    query = first + jnp.arange(cut.queries)
     real = query < R
     back = jnp.full(query.shape, bounds.back[slot, 0])
     k = _key(settings, fed, slot, (R * K) + head)
@@ -200,8 +195,7 @@ def _ring_kernel(settings: Settings, ring, bounds, fed, column, part, members, o
     q = _queries(settings, fed, slot, head * R + query, real)
     # The prompt's part, then the token itself, which no block has: other threads of the program may
     # still be writing it.
-    row, first = members.row[slot] % P, members.rank[slot] * R
-    mine = (row, head, pl.ds(first, len(query)))
+    mine = (members.row[slot] % P, head, pl.ds(members.rank[slot] * R + first, len(query)))
     prompt = Running(
         plt.load(part.out.at[*mine, slice(None)], mask=real[:, None], other=0.0),
         plt.load(part.top.at[*mine], mask=real, other=MASKED),
@@ -216,21 +210,20 @@ def _ring_kernel(settings: Settings, ring, bounds, fed, column, part, members, o
         top,
         prompt.total * shrink + weight,
     )
-    walk = Walk(settings.block, ring.v.shape[-2], True, settings.soft_cap, nearest=1)
+    walk = Walk(cut.block, written.v.shape[-2], True, settings.soft_cap, nearest=1)
     found = walk.attend(
         q,
         written.k,
         written.v,
-        lambda block: (slot, head, block * settings.block),
+        lambda block: (slot, head, block * cut.block),
         (jnp.full(query.shape, column[0]), back, bounds.length[slot]),
         bounds.start[slot],
         bounds.last[slot],
         both,
     )
     result = (found.out / found.total[:, None]).astype(out.dtype)
-    plt.store(
-        out.at[slot, head, pl.ds(slot * 0, len(query)), slice(None)], result, mask=real[:, None]
-    )
+    these = pl.ds(first, len(query))
+    plt.store(out.at[slot, head, these, slice(None)], result, mask=real[:, None])
 
 
 def _queries(settings: Settings, fed: Fed, slot, head, real):
@@ -250,7 +243,7 @@ def _queries(settings: Settings, fed: Fed, slot, head, real):
     def of_token(table, dims):
         return plt.load(table.at[slot, dims[None, :]])
 
-    q = _turned(settings, load, of_token, fed, fed.q_norm)
+    q = _turned(settings, fed, fed.q_norm, load, of_token)
     return (q.astype(jnp.float32) * jnp.asarray(settings.scale, dtype)).astype(dtype)
 
 
@@ -258,20 +251,20 @@ def _key(settings: Settings, fed: Fed, slot, head):
     """The turned key [D] of a slot; its number is among the heads of all kinds."""
     return _turned(
         settings,
-        lambda dims: plt.load(fed.heads.at[slot, head, dims]).astype(jnp.float32),
-        lambda table, dims: plt.load(table.at[slot, dims]),
         fed,
         fed.k_norm,
+        lambda dims: plt.load(fed.heads.at[slot, head, dims]).astype(jnp.float32),
+        lambda table, dims: plt.load(table.at[slot, dims]),
     )
 
 
-def _turned(settings: Settings, load, of_token, fed: Fed, weight):
+def _turned(settings: Settings, fed: Fed, weight, load, of_token):
     """`rope.rotate` of the norm of heads [..., D], in their dtype.
 
     Args:
+      weight: of the norm; None for none.
       load: dims -> the heads' numbers at these dimensions.
       of_token: (cos or sin, dims) -> its numbers there, in a shape that broadcasts.
-      weight: of the norm; None for none.
     """
     D, dtype = fed.heads.shape[-1], fed.heads.dtype
     half = D // 2
