@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from adpo_jax.config import default_config
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model.mixture import ROUTED
@@ -19,6 +20,8 @@ from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.rollouts.source import SourceError
+from adpo_jax.run import preparation
+from adpo_jax.run.folder import RunFolder
 
 
 @pytest.mark.parametrize(("P", "staleness", "ahead"), [(4, 1, 4), (4, 2, 8), (4, 3, 5), (1, 2, 2)])
@@ -308,6 +311,29 @@ def log_probs(policy, params, tokens):
     """[1, S], of each token; that of the first is 0."""
     mask = np.ones_like(tokens)
     return np.asarray(policy.log_probs(params, tokens, mask))
+
+
+def test_a_run_that_does_not_take_up_what_was_left_says_so(tmp_path):
+    """Else its prompts would be trained on twice or never."""
+    folder, config = RunFolder(tmp_path), default_config()
+    for states in (folder.in_flight, folder.surplus):
+        states.mkdir()
+    (folder.in_flight / "000002.0.of1.npz").touch()
+    (folder.surplus / "000003.json").touch()
+
+    def check(step, **changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        preparation._check_that_nothing_is_left(changed, folder, step)
+
+    staleness, filtering = "actor_rollout_ref.rollout.max_staleness", "algorithm.filter_groups"
+    with pytest.raises(SourceError, match=rf"{staleness}=0 goes on from iteration 2 without"):
+        check(2)
+    with pytest.raises(SourceError, match=rf"{filtering}=False goes on from iteration 3 without"):
+        check(3, **{staleness: 1})
+    check(2, **{staleness: 1})
+    check(3, **{filtering: True})
+    check(4)
 
 
 def test_what_is_missing_or_damaged_in_flight_is_told(parts, tmp_path):

@@ -516,7 +516,7 @@ def test_groups_without_a_spread_are_replaced_as_where_sampling_is_done_here(
 ):
     _, params = policy_and_params
     # So few of the groups are left that batches follow each other.
-    rules = {"max_attempts": 3, "min_reward_std": 0.8}
+    rules = {"num_generations": sampler.sampling.n, "max_attempts": 3, "min_reward_std": 0.8}
     source = FilteredBatches(trainer(0), prompts_of, tmp_path / "there", **rules)
     thread, _ = start(policy_and_params, engines[0], source.address)
     here = GroupFilter(sampler, prompts_of, tmp_path / "here", **rules)

@@ -1,5 +1,6 @@
 """Dynamic sampling, with a sampler whose rewards are given."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -10,6 +11,7 @@ from adpo_jax.rewards import Scores
 from adpo_jax.rollouts.elsewhere import FilteredBatches
 from adpo_jax.rollouts.filtering import GroupFilter
 from adpo_jax.rollouts.sampler import reward_metrics
+from adpo_jax.rollouts.source import SourceError
 
 P, G, T = 3, 2, 4
 
@@ -48,9 +50,10 @@ class Sampler:
         return GradedGroups(prompts, out, texts, scores, (1.0, 0.5), metrics)
 
 
-def made(folder, useful, max_attempts=4, metrics=(), **kwargs):
+def made(folder, useful, max_attempts=4, metrics=(), of=prompts_of, **kwargs):
     sampler = Sampler(useful, metrics)
-    return GroupFilter(sampler, prompts_of, folder, max_attempts=max_attempts, **kwargs), sampler
+    rules = {"num_generations": G, "max_attempts": max_attempts} | kwargs
+    return GroupFilter(sampler, of, folder, **rules), sampler
 
 
 def questions(groups):
@@ -98,7 +101,7 @@ def test_what_comes_with_each_batch_is_summed_where_it_is_a_count_or_seconds(tmp
 
 def test_the_age_of_groups_from_samplers_elsewhere_is_of_what_is_trained_on(tmp_path):
     batches = types.SimpleNamespace(sample=Sampler({1, 3, 4, 5, 7, 8}))
-    filtered = FilteredBatches(batches, prompts_of, tmp_path, max_attempts=4)
+    filtered = FilteredBatches(batches, prompts_of, tmp_path, num_generations=G, max_attempts=4)
     assert filtered.next(0, None).metrics["ahead/staleness_max"] == 0
     carried = filtered.next(1, None)
     assert questions(carried) == [5, 7, 8]
@@ -144,6 +147,23 @@ def test_a_resumed_run_goes_on_with_the_same_groups(tmp_path):
         lost.restore(2)
     fresh, _ = made(tmp_path / "fresh", useful)
     fresh.check(-1)  # in the supervised stage nothing has been kept yet
+
+
+def test_groups_that_are_left_over_from_others_are_refused(tmp_path):
+    first, _ = made(tmp_path, useful={1, 3, 4, 5})
+    first.next(0, None)
+    first.save(1)
+    made(tmp_path, useful=())[0].check(1)
+    with pytest.raises(SourceError, match=r"have 2 completions each, and .*num_generations is 4"):
+        made(tmp_path, useful=(), num_generations=4)[0].check(1)
+
+    def with_level(number):
+        prompts = prompts_of(number)
+        columns = prompts.columns | {"level": prompts.columns["question"]}
+        return dataclasses.replace(prompts, columns=columns)
+
+    with pytest.raises(SourceError, match="columns question, and the data has level, question"):
+        made(tmp_path, useful=(), of=with_level)[0].check(1)
 
 
 def test_a_kill_while_the_state_is_written_again_leaves_the_earlier_one(tmp_path, monkeypatch):

@@ -245,6 +245,24 @@ def test_a_reward_function_that_fails_on_one_process_stops_both(tmp_path, overri
     assert (two / "samples" / "reward_error_000001.jsonl").exists()
 
 
+class NeedsTwo(Exception):
+    """What pickling makes of it is an error of its own."""
+
+    def __init__(self, what: str, reason: str):
+        super().__init__(f"{what}: {reason}")
+
+
+def test_an_error_that_does_not_survive_pickling_travels_as_its_text():
+    class Local(Exception):
+        pass
+
+    fine = ValueError("as it is")
+    assert distributed._sendable(fine) is fine
+    assert distributed._sendable(None) is None
+    for error, text in ((NeedsTwo("it", "broke"), "NeedsTwo: it: broke"), (Local(3), "Local: 3")):
+        assert str(distributed._sendable(error)) == text
+
+
 def test_the_environment_says_whether_there_are_others(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("JAX_COORD", "JAX_NUM", "JAX_PROCESS", "SLURM", "TPU_", "MEGASCALE")):

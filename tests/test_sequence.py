@@ -27,6 +27,7 @@ MESHES = {
     "alone": {"fsdp": 1, "sequence": 8},
     "beside others": {"data": 2, "fsdp": 1, "sequence": 2, "tensor": 2},
     "beside experts": {"fsdp": 2, "sequence": 2, "expert": 2},
+    "replicas of experts": {"data": 2, "fsdp": 1, "sequence": 2, "expert": 2},
 }
 
 
@@ -67,6 +68,7 @@ def on_one_device(kind: str):
         ("adapters, windows", "alone"),
         ("adapters, windows", "beside others"),
         ("mixture", "beside experts"),
+        ("mixture", "replicas of experts"),
     ],
 )
 @pytest.mark.parametrize("exchange", ["gather", "ring"])

@@ -377,6 +377,14 @@ def test_the_mismatch_is_the_divergence_of_the_trainer_from_the_sampler():
     assert metrics["rollout/mismatch_ratio_max"] == pytest.approx(np.exp(0.7), rel=1e-4)
 
 
+def test_micro_batches_of_each_replica_are_of_whole_prompts():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    policy, params = tiny.policy_and_params(mesh)
+    batch, rewards = tiny.batch()
+    with pytest.raises(ValueError, match="num_micro=4 must divide the 2 prompts of each of the 4"):
+        step(policy, params, batch, rewards, num_micro=4)
+
+
 def test_what_is_given_in_a_wrong_place_is_told_in_words():
     policy, params = tiny.policy_and_params()
     batch, rewards = tiny.batch()

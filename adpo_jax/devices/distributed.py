@@ -233,10 +233,19 @@ def fail_together() -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    errors = all_gather(mine)
+    errors = all_gather(_sendable(mine))
     first = next((process for process, error in enumerate(errors) if error is not None), None)
     if first is not None:
         raise mine if mine is not None else errors[first]
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """An error that arrives as itself, in place of one that does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # whatever a class of somebody else raises
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def fetch(tree):

@@ -205,8 +205,8 @@ def of_replicas(
       out_axes: the same for each result.
     """
 
-    def spec(axis):
-        return PartitionSpec(None if axis is None else _REPLICAS)
+    def spec(axis):  # numbers have no axis to name
+        return PartitionSpec() if axis is None else PartitionSpec(_REPLICAS)
 
     return jax.shard_map(
         function,

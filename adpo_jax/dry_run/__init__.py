@@ -394,7 +394,9 @@ def _cures(config, report: Report, mesh, engine: Engine) -> Iterator[str]:
                 "trainer.gradient_checkpointing=offload frees "
                 f"{readable(_between_layers(config, engine.policy, mesh))} of an update"
             )
-        if mesh.shape["fsdp"] % 2 == 0 and config.actor_rollout_ref.actor.layout == "packed":
+        is_packed = config.actor_rollout_ref.actor.layout == "packed"
+        has_halves = is_packed and not engine.policy.config.linear_attention
+        if mesh.shape["fsdp"] % 2 == 0 and has_halves:
             shares = 2 * sharding.BatchSharding(mesh).num_shares
             yield f"mesh.sequence={shares}, devices of mesh.fsdp, frees {half} of an update"
         is_shared = sharding.BatchSharding(mesh).num_shares > 1

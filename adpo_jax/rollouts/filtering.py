@@ -58,6 +58,7 @@ class GroupFilter(Source):
       sample: (step from 0, attempt from 0, prompts, parameters) -> graded completions.
       prompts_of: number of a batch, from 0 -> its prompts.
       folder: the folder that `save` writes in.
+      num_generations: completions of a group.
       max_attempts: the most batches sampled in an iteration.
       min_reward_std: a group whose standard deviation (ddof=1) is below it has no spread.
     """
@@ -68,10 +69,12 @@ class GroupFilter(Source):
         prompts_of: Callable[[int], Prompts],
         folder: Path,
         *,
+        num_generations: int,
         max_attempts: int,
         min_reward_std: float = 0.0,
     ):
         self._sample, self._prompts_of, self._folder = sample, prompts_of, folder
+        self._num_generations = num_generations
         self._max_attempts, self._min_reward_std = max_attempts, min_reward_std
         self._states: dict[int, _State] = {0: _State()}  # by iterations done
 
@@ -146,15 +149,30 @@ class GroupFilter(Source):
                 path.unlink()
 
     def check(self, step: int) -> None:
-        """Checks that the state that iteration `step` left was kept.
+        """Checks that the state that iteration `step` left was kept, and is of such groups.
 
         Args:
           step: iterations done; below 0 the run is in the supervised stage.
 
         Raises:
-          SourceError: when it was not kept.
+          SourceError: when it was not kept, or has groups of another size or of other data.
         """
-        self._state(max(step, 0))
+        surplus = self._state(max(step, 0)).surplus
+        if surplus is None:
+            return
+        first, size = self._prompts_of(0), surplus.rewards.shape[1]
+        names = [sorted(prompts.columns) for prompts in (surplus.prompts, first)]
+        of = f"algorithm.filter_groups: the groups that iteration {step} left over"
+        if size != self._num_generations:
+            raise SourceError(
+                f"{of} have {size} completions each, and algorithm.num_generations is "
+                f"{self._num_generations}; set it as it was, or start again in another folder"
+            )
+        if names[0] != names[1]:
+            raise SourceError(
+                f"{of} are of data with the columns {', '.join(names[0])}, and the data has "
+                f"{', '.join(names[1])}; give the data as it was, or start again in another folder"
+            )
 
     def restore(self, step: int) -> None:
         """Takes up the state that iteration `step` left; errors as of `check`."""

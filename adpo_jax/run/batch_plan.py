@@ -19,13 +19,13 @@ def batch_plan(config: ConfigDict, *, num_shards: int) -> BatchPlan:
     if mini % num_shards:
         raise ValueError(
             f"an optimizer step of {mini} prompts does not spread over {num_shards} devices "
-            "(mesh.data x mesh.fsdp); make actor_rollout_ref.actor.ppo_mini_batch_size a multiple "
-            "of that number"
+            "(mesh.data x mesh.fsdp x mesh.expert); make "
+            "actor_rollout_ref.actor.ppo_mini_batch_size a multiple of that number"
         )
     if config.sft.steps and config.sft.batch_size % num_shards:
         raise ValueError(
             f"sft.batch_size ({config.sft.batch_size} rows) does not spread over {num_shards} "
-            "devices (mesh.data x mesh.fsdp); make it a multiple of that number"
+            "devices (mesh.data x mesh.fsdp x mesh.expert); make it a multiple of that number"
         )
     epochs, layout = (
         config.actor_rollout_ref.actor.ppo_epochs,

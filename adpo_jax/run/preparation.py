@@ -25,7 +25,7 @@ from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.recording import Replay
 from adpo_jax.rollouts.sampler import OnTheSpot, Sampler
 from adpo_jax.rollouts.sieve import Sieve
-from adpo_jax.rollouts.source import Source
+from adpo_jax.rollouts.source import Source, SourceError
 from adpo_jax.run import checkpoint_files, setup
 from adpo_jax.run.checkpoint_files import CheckpointError
 from adpo_jax.run.checkpoints import Checkpoints
@@ -127,7 +127,10 @@ def prepare(
                 source = _sampled(config, parts, folder, samplers)
             owned.callback(source.close)
             checkpoint_files.check(folder.checkpoints, state_shapes_of(parts))
-            source.check(max(checkpoint_files.complete_steps(folder.checkpoints), default=0))
+            step = max(checkpoint_files.complete_steps(folder.checkpoints), default=0)
+            source.check(step)
+            if not replay:
+                _check_that_nothing_is_left(config, folder, step)
             # A replay uses no such files.
             contents = {} if replay else setup.contents(config, parts)
         in_checkpoint = folder.has_checkpoint and parts.policy.lora is None
@@ -140,6 +143,29 @@ def prepare(
             trackers = setup.make_trackers(config, folder.root)
         owned.pop_all()  # nothing failed
     return Run(config, parts, folder, params, source, trackers, fixed_params)
+
+
+def _check_that_nothing_is_left(config, folder: RunFolder, step: int) -> None:
+    """Checks that iteration `step` left no samples that this config does not take up.
+
+    Raises:
+      SourceError: where it did: they would be lost, and others of their prompts trained on twice.
+    """
+    staleness = "actor_rollout_ref.rollout.max_staleness"
+    filtering = "algorithm.filter_groups"
+    ahead = config.actor_rollout_ref.rollout.max_staleness
+    taken_up = {
+        (folder.in_flight, f"{staleness}=0"): ahead,
+        (folder.surplus, f"{filtering}=False"): config.algorithm.filter_groups and not ahead,
+    }
+    for (states, setting), is_taken_up in taken_up.items():
+        left = [] if is_taken_up else sorted(states.glob(f"{step:06d}.*"))
+        if left:
+            raise SourceError(
+                f"{setting} goes on from iteration {step} without the samples that it left in "
+                f"{left[0]}: they would be lost, and their prompts be drawn again or never. Set "
+                f"{staleness} and {filtering} as they were, or start again in another folder"
+            )
 
 
 def default_workdir(config: ConfigDict) -> Path:
@@ -230,7 +256,11 @@ def _sampled(
 def _filtering(config) -> dict[str, Any]:
     """What `GroupFilter` goes by."""
     c = config.algorithm
-    return {"max_attempts": c.filter_max_attempts, "min_reward_std": c.min_reward_std}
+    return {
+        "num_generations": c.num_generations,
+        "max_attempts": c.filter_max_attempts,
+        "min_reward_std": c.min_reward_std,
+    }
 
 
 def _sieve(config) -> Sieve | None:

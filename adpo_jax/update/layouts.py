@@ -133,6 +133,11 @@ class RowLayout(NamedTuple):
         return jnp.sum(self.batch.attention_mask_PGS > 0, dtype=jnp.float32)
 
     def part(self, batch: Batch, log_probs, num_parts: int) -> "RowLayout":
+        if len(batch.tokens_PGS) % self.num_micro:
+            raise ValueError(
+                f"num_micro={self.num_micro} must divide the {len(batch.tokens_PGS)} prompts of "
+                f"each of the {num_parts} replicas of the parameters (mesh.data)"
+            )
         return self._replace(batch=batch, log_probs=log_probs)
 
     def micro(self, i) -> "RowMicro":
