@@ -20,7 +20,7 @@ from adpo_jax.hf.files import read_json
 from adpo_jax.hf.folders import local_path
 from adpo_jax.model import lora
 from adpo_jax.policy.policy import Policy
-from adpo_jax.run import config_files, datasets, loading
+from adpo_jax.run import config_files, datasets, identity, loading
 from adpo_jax.run.checkpoint_files import (
     CheckpointError,
     DamagedError,
@@ -119,6 +119,7 @@ def load(
             run.export, dtype, mesh, prompt_format, trust_remote_code, override_config
         )
     _override(config, override_config)
+    _take_adapters_as_trained(run, config)
     source = loading.find_model(config)
     base_dtype = None
     if keep_base_dtype and source.lora:
@@ -168,8 +169,28 @@ def _override(config, override_config: Mapping[str, Any] | None) -> None:
         config.actor_rollout_ref.model.override_config.update(dict(override_config or {}))
 
 
+def _take_adapters_as_trained(run: RunFolder, config) -> None:
+    """Takes rank, alpha and targets from what the run noted of the adapters that it began with.
+
+    Their folder may have others by now, or be gone.
+    """
+    if noted := identity.digests_in(read_json(run.config)).get(identity.ADAPTERS):
+        model = config.actor_rollout_ref.model
+        model.lora_adapter_path = ""
+        try:
+            was = json.loads(noted)
+            model.lora_rank, model.lora_alpha = int(was["rank"]), float(was["alpha"])
+            model.lora_target_modules = str(was["targets"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{run.config}: contents.{identity.ADAPTERS} is not what a run notes of its "
+                f"adapters: {noted!a:.200}"
+            ) from error
+
+
 def _run_and_step(path: Path) -> tuple[RunFolder | None, str | None]:
     """The run that a path lies in and the step it names; "" for the newest; None for neither."""
+    path = path.absolute()  # "." and "50" have no parents to look at
     for root, step in ((path, None), (path.parent, ""), (path.parent.parent, path.name)):
         inside = step is None or (path if step == "" else path.parent).name == "checkpoints"
         if inside and _is_run(root):

@@ -19,7 +19,7 @@ from adpo_jax.model import lora
 from adpo_jax.model.lora import Lora
 from adpo_jax.policy import adapters
 from adpo_jax.rewards import RewardError
-from adpo_jax.run import config_checks
+from adpo_jax.run import config_checks, setup
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (3, 9)).astype(np.int32)
 
@@ -197,9 +197,23 @@ def test_a_run_trains_adapters_on_a_base_that_stays_and_goes_on_where_it_stopped
     # So is the checkpoint of the last iteration, which holds adapters and reads the weights again.
     read = pretrained.load(tmp_path / "whole" / "checkpoints")
     np.testing.assert_allclose(read.policy.logits(read.params, TOKENS), logits, rtol=0, atol=1e-4)
-    # It is merged into no other weights.
+    # Adapters that came from a folder are those that the run noted, wherever that is by now.
+    began = config_checks.finalized(config).copy_and_resolve_references()
+    began.actor_rollout_ref.model.lora_adapter_path = str(tmp_path / "gone")
     path = tmp_path / "whole" / "config.json"
     written = json.loads(path.read_text())
+    written["contents"] |= {"adapters": setup.contents(began, parts)["adapters"]}
+    written["actor_rollout_ref"]["model"] |= {
+        "lora_adapter_path": str(tmp_path / "gone"),
+        "lora_rank": 0,
+        "lora_alpha": 1.0,
+    }
+    path.write_text(json.dumps(written))
+    again = pretrained.load(tmp_path / "whole" / "checkpoints")
+    np.testing.assert_array_equal(
+        again.policy.logits(again.params, TOKENS), read.policy.logits(read.params, TOKENS)
+    )
+    # It is merged into no other weights.
     written["trainer"]["seed"] += 1
     path.write_text(json.dumps(written))
     with pytest.raises(ValueError, match="not those that the adapters of this checkpoint"):

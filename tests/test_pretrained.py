@@ -78,6 +78,37 @@ def test_a_run_is_its_newest_checkpoint_and_a_step_is_that_one(run):
         pretrained.load(root / "checkpoints" / "3")
 
 
+def test_a_checkpoint_is_found_from_within_its_folder(run, monkeypatch):
+    root, params = run
+    for here, name, by in (
+        ("checkpoints", "1", 1),
+        ("checkpoints", ".", 2),
+        ("checkpoints/1", ".", 1),
+    ):
+        monkeypatch.chdir(root / here)
+        assert_params(pretrained.load(name).params, scaled(params, by))
+
+
+def test_a_folder_that_is_filled_meanwhile_stays_and_a_link_is_followed(tmp_path):
+    out = tmp_path / "out"
+
+    def write(beside: str) -> None:
+        with folders.new_folder(out, overwrite=False) as temporary:
+            (temporary / "mine").touch()
+            out.mkdir()
+            (out / beside).touch()
+
+    with pytest.raises(ValueError, match="out is not empty; give another folder"):
+        write("theirs")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+    (tmp_path / "link").symlink_to(out)
+    for name in ("one", "two"):
+        with folders.new_folder(tmp_path / "link", overwrite=True) as temporary:
+            (temporary / name).touch()
+    assert [path.name for path in out.iterdir()] == ["two"]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_an_export_is_read_unless_a_checkpoint_is_newer(run, tmp_path):
     root, params = run
     copy = tmp_path / "run"

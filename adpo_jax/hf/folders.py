@@ -1,6 +1,7 @@
 """Hugging Face folders: found or downloaded, read, and written whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -267,22 +268,27 @@ def _state(tokenizer) -> tuple:
     return state, sides, tokenizer.special_tokens_map, tokenizer.chat_template
 
 
+_NOT_EMPTY = "{} is not empty; give another folder, or overwrite=True"
+
+
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `folder` at the end, whole or not at all.
 
-    On several processes all of them must enter it, and process 0 writes.
+    On several processes all of them must enter it, and process 0 writes. Of a link, the folder that
+    it leads to is written.
 
     Raises:
-      ValueError: for a folder that is not empty, unless `overwrite`.
+      ValueError: for a folder that is not empty, at the beginning or at the end, unless
+        `overwrite`.
       OSError: where the disk fails, also inside of a library that has another error for it.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(folder).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give another folder, or overwrite=True")
-    with _renamed_when_done(folder) as temporary, _disk_errors_of(folder):
+        raise ValueError(_NOT_EMPTY.format(folder))
+    with _renamed_when_done(folder, overwrite=overwrite) as temporary, _disk_errors_of(folder):
         yield temporary
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
@@ -336,8 +342,12 @@ def _disk_errors_of(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _renamed_when_done(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of `folder` that takes its place at the end, or vanishes on an error."""
+def _renamed_when_done(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `folder` that takes its place at the end, or vanishes on an error.
+
+    Raises:
+      ValueError: where the place is taken by then, unless `overwrite`.
+    """
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if jax.process_index() != 0:
@@ -348,13 +358,16 @@ def _renamed_when_done(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if folder.exists():
+        if overwrite and folder.exists():
             folder.rename(replaced)
         try:
-            temporary.rename(folder)
-        except BaseException:
+            temporary.rename(folder)  # also in place of an empty one
+        except BaseException as error:
             if replaced.exists():
                 replaced.rename(folder)
+            taken = getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST)
+            if taken and not overwrite:
+                raise ValueError(_NOT_EMPTY.format(folder)) from error
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     finally:

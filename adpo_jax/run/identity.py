@@ -75,6 +75,8 @@ MAY_CHANGE = (
 
 # The key of the digests in config.json, a dict of texts.
 CONTENTS = "contents"
+# The digest that says what adapters a run began with that came from a folder, as JSON.
+ADAPTERS = "adapters"
 
 
 def as_json(config: ConfigDict, replay: Path | None, contents: dict | None) -> dict:

@@ -7,6 +7,7 @@ parts that are built here take plain arguments.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from adpo_jax.run.environments import (
     shown_tools,
 )
 from adpo_jax.run.guard import Guard
+from adpo_jax.run.identity import ADAPTERS
 from adpo_jax.run.interruption import Interruption
 from adpo_jax.run.loading import FixedPolicy, ModelSource
 from adpo_jax.run.reward_functions import reward_functions
@@ -188,7 +190,8 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
 
     The keys are "train_prompts" (token ids and solutions), "demonstrations" (token ids, where there
     is a cold start), "reward_files" and "environment_file" (their bytes, where there are any), and
-    "reference_weights" and "teacher_weights", where they come from folders.
+    "reference_weights" and "teacher_weights", where they come from folders. "adapters" are rank,
+    alpha and targets of those that come from a folder, as JSON.
     """
     found = {"train_prompts": _in_words(parts.train_prompts)}
     if parts.cold_start:
@@ -197,6 +200,9 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     paths = sorted({f.path for f in parts.reward_model.functions if f.path})
     if paths:
         found["reward_files"] = ", ".join(f"{path}: sha256 {_sha256(path)}" for path in paths)
+    if config.actor_rollout_ref.model.lora_adapter_path:
+        lora = dataclasses.asdict(parts.policy.lora)
+        found[ADAPTERS] = json.dumps(lora | {"targets": ",".join(lora["targets"])})
     path = config.environment.path
     if path and path not in EMBEDDED:
         found["environment_file"] = f"{path}: sha256 {_sha256(path)}"
