@@ -56,21 +56,33 @@ def write_rows(env, path: Path, most: int | None) -> int:
     if not taskset.bounded:
         raise SystemExit("this taskset never ends: give --num-rows")
     count = 0
-    with path.open("x", encoding="utf-8") as file:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
         for task in taskset:
             data = task.data.model_dump(mode="json")
             prompt = data.get("prompt") or str(task.key)
             file.write(json.dumps({"prompt": prompt, TASK: json.dumps(data)}) + "\n")
             count += 1
+    os.replace(unfinished, path)
     return count
 
 
 def record_of(episode) -> dict:
-    """The one trained branch of an episode, as a run takes it."""
-    if episode.errors or not episode.traces:
-        return {"error": "; ".join(str(error.message) for error in episode.errors) or "no trace"}
+    """The one trained branch of an episode, as a run takes it.
+
+    Its place is taken by `error` where the episode failed, and the row may be asked for again, and
+    by `lasting` where that would change nothing. Errors that verifiers' own retries have mended
+    stay in `errors`, so `ok` alone says what failed.
+    """
+    if not episode.ok or not episode.traces:
+        failed = [trace for trace in episode.traces if not trace.ok]
+        errors = [str(error.message) for part in (episode, *failed) for error in part.errors]
+        return {"error": "; ".join(dict.fromkeys(errors)) or "no trace"}
     traces = [trace for trace in episode.traces if trace.agent.trainable]
     branches = [(t, b) for t in traces for b in t.branches if b.trainable and any(b.sampled_mask)]
+    if traces and not branches:  # its time may have run out before the first turn
+        stops = ", ".join(str(trace.stop_condition) for trace in traces)
+        return {"error": f"the policy sampled nothing in it; it ended with {stops}"}
     if len(branches) != 1:
         return {
             "lasting": f"{len(branches)} branches are to be trained on, and a rollout is one: an "
@@ -78,8 +90,10 @@ def record_of(episode) -> dict:
             "cannot be a run's"
         }
     ((trace, branch),) = branches
-    if trace.errors:
-        return {"error": "; ".join(str(error.message) for error in trace.errors)}
+    if not _is_number(trace.reward):
+        given = {name: reward.value for name, reward in trace.rewards.items() if reward is not None}
+        shown = ", ".join(f"{name} is {v}" for name, v in given.items() if not _is_number(v))
+        return {"error": f"its reward is {trace.reward}, and a run takes finite ones: {shown}"}
     ids, mask = branch.token_ids, branch.sampled_mask
     first = mask.index(True)
     last = branch.calls[-1].finish_reason if branch.calls else "stop"
@@ -90,8 +104,13 @@ def record_of(episode) -> dict:
         "reward": trace.reward,
         "finish_reason": "length" if last == "length" else "stop",
         "messages": [m.model_dump(mode="json", exclude_none=True) for m in branch.messages],
-        "metrics": {name: value for name, value in trace.metrics.items() if value is not None},
+        "metrics": {name: value for name, value in trace.metrics.items() if _is_number(value)},
     }
+
+
+def _is_number(value: float | None) -> bool:
+    """Whether a run takes it: it is finite, and below 1e30."""
+    return value is not None and abs(value) < 1e30
 
 
 class Bridge:

@@ -7,10 +7,12 @@ import io
 import json
 import os
 import pickle
+import runpy
 import socket
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -378,6 +380,101 @@ def test_an_address_that_cannot_work_is_refused_before_anything_is_sampled(tmp_p
 
 
 # --- verifiers
+
+
+@pytest.fixture
+def bridge(monkeypatch):
+    """What scripts/verifiers_bridge.py defines, with verifiers' own names left empty."""
+    settings = {
+        "clients": ["ModelContext"],
+        "configs.client": ["TrainClientConfig"],
+        "types": ["SamplingConfig"],
+        "utils.loaders": ["load_environment", "resolve_env_config"],
+    }
+    for name, names in settings.items():
+        module = types.SimpleNamespace(**dict.fromkeys(names))
+        monkeypatch.setitem(sys.modules, f"verifiers.v1.{name}", module)
+    return runpy.run_path(
+        str(Path(__file__).parents[1] / "scripts" / "verifiers_bridge.py"), run_name="bridge"
+    )
+
+
+def error_of(message):
+    return types.SimpleNamespace(message=message)
+
+
+def trace_of(**fields):
+    """A trace of verifiers with one branch."""
+    branch = types.SimpleNamespace(
+        trainable=True, token_ids=[1, 2], sampled_mask=[False, True], calls=[], messages=[]
+    )
+    fields = {"ok": True, "errors": [], "branches": [branch], "metrics": {}, "score": 1.0} | fields
+    reward = types.SimpleNamespace(value=fields.pop("score"))
+    rewards = {"exact": reward, "format": types.SimpleNamespace(value=0.0), "judge": None}
+    fields |= {"rewards": rewards, "reward": reward.value, "stop_condition": "setup_timeout"}
+    return types.SimpleNamespace(agent=types.SimpleNamespace(trainable=True), **fields)
+
+
+def episode_of(*traces, errors=()):
+    ok = bool(traces) and all(trace.ok for trace in traces)
+    return types.SimpleNamespace(ok=ok, errors=list(errors), traces=list(traces))
+
+
+@pytest.mark.parametrize(
+    ("episode", "why"),
+    [
+        (
+            episode_of(trace_of(ok=False, errors=[error_of("no container")], branches=[])),
+            "no container",
+        ),
+        (episode_of(errors=[error_of("setup() failed")]), "setup() failed"),
+        (episode_of(), "no trace"),
+        (episode_of(trace_of(branches=[])), "sampled nothing in it; it ended with setup_timeout"),
+        (episode_of(trace_of(score=float("nan"))), "a run takes finite ones: exact is nan"),
+        (episode_of(trace_of(score=float("inf"))), "a run takes finite ones: exact is inf"),
+    ],
+)
+def test_a_failed_episode_of_verifiers_is_an_error_and_may_be_asked_for_again(bridge, episode, why):
+    record = bridge["record_of"](episode)
+    assert record.keys() == {"error"}
+    assert why in record["error"]
+
+
+def test_an_episode_of_verifiers_that_its_retries_mended_is_a_rollout(bridge):
+    mended = [error_of("broken pipe")]
+    metrics = {"turns": 1.0, "late": None, "ratio": float("nan"), "cost": float("-inf")}
+    trace = trace_of(errors=mended, metrics=metrics)
+    record = bridge["record_of"](episode_of(trace, errors=mended))
+    assert (record["token_ids"], record["mask"], record["reward"]) == ([2], [1], 1.0)
+    assert record["metrics"] == {"turns": 1.0}
+    json.dumps(record, allow_nan=False)
+    assert bridge["record_of"](episode_of(trace, trace)).keys() == {"lasting"}
+
+
+def test_rows_of_verifiers_are_there_when_they_are_all_there(bridge, tmp_path):
+    def tasks(count, broken):
+        for number in range(count):
+            data = types.SimpleNamespace(model_dump=lambda mode, n=number: {"prompt": f"task {n}"})
+            yield types.SimpleNamespace(key=number, data=data)
+        if broken:
+            raise KeyboardInterrupt
+
+    class Tasks:
+        bounded, broken = True, True
+
+        def __iter__(self):
+            return tasks(3, self.broken)
+
+    env, path = types.SimpleNamespace(taskset=Tasks()), tmp_path / "tasks.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        bridge["write_rows"](env, path, None)
+    assert not path.exists()
+    env.taskset.broken = False
+    assert bridge["write_rows"](env, path, None) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["tasks.jsonl"]
+    assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == [
+        f"task {n}" for n in range(3)
+    ]
 
 
 def test_a_taskset_of_verifiers_is_trained_on_through_the_bridge(tmp_path):
