@@ -22,12 +22,14 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import rich.console
+import tiny
 from parsing import parse
 from test_environments import TINY, on_one_device, shortened
 from test_serve import wait_until
 
 import adpo_jax
 from adpo_jax.data import calculator
+from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.requests import NewTokens, Request
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.environments import external
@@ -35,6 +37,7 @@ from adpo_jax.environments.external import External, parse_record
 from adpo_jax.environments.pool import EnvironmentFailed
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.log.progress import Progress
+from adpo_jax.rollouts.externally import Externally
 from adpo_jax.run.environments import make_environments
 from adpo_jax.serve.ledger import Ledger, NeverSampled
 
@@ -377,6 +380,30 @@ def test_an_address_that_cannot_work_is_refused_before_anything_is_sampled(tmp_p
             parse(f"--config.environment.{key}")
     secret = External("http://me:secret@127.0.0.1:9/x", "127.0.0.1", 1.0, max_prompt_length=2)
     assert "secret" not in secret.shown
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        *((host, "stands for all addresses of this machine") for host in ("0.0.0.0", "::", "0")),
+        *((host, "this machine cannot listen") for host in ("", "192.0.2.1", "a:80", 70 * "a")),
+    ],
+)
+def test_an_address_of_this_machine_that_cannot_work_is_refused_likewise(host, why):
+    with answering(lambda _: (200, {})) as url:
+        config = parse(f"--config.environment.url={url}", f"--config.environment.serve_host={host}")
+        with pytest.raises(ValueError, match=f"environment.serve_host is .*{why}"):
+            make_environments(config, None, ())
+
+
+def test_an_address_of_this_machine_that_is_lost_in_a_run_is_a_failure_of_the_environment():
+    lost = External("http://127.0.0.1:9/x", "192.0.2.1", 1.0, max_prompt_length=2)
+    policy, params = tiny.policy_and_params()
+    engine = Engine(policy, max_prompt_length=4, max_response_length=12, num_slots=2)
+    reading = types.SimpleNamespace(stop_token_ids=(), prompt_key="prompt")
+    complete = Externally(engine, calculator.make_tokenizer(), reading, lost)
+    with pytest.raises(EnvironmentFailed, match="environment.serve_host is .* cannot listen"):
+        complete(params, [], SamplingParams(), None)
 
 
 # --- verifiers

@@ -19,8 +19,10 @@ far as this process is concerned: everything is checked, and the log-probs come 
 
 import asyncio
 import dataclasses
+import ipaddress
 import json
 import math
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,10 +111,10 @@ class External:
         self.shown = str(parsed.copy_with(userinfo=b""))
 
     def check(self) -> None:
-        """Checks that somebody answers there.
+        """Checks that somebody answers there, and finds this run's engine at an address of ours.
 
         Raises:
-          ValueError: where nobody does.
+          ValueError: where nobody does, or `serve_host` is no address to be found at.
         """
         import httpx
 
@@ -123,6 +125,7 @@ class External:
                 f"environment.url: nobody answers at {self.shown} ({_reason(error)}); start the "
                 "environment before the run"
             ) from None
+        _check_own_address(self.serve_host)
 
     def close(self) -> None:
         """There is nothing to end: the processes are not ours."""
@@ -226,6 +229,26 @@ class External:
             return [parse_record(rollout, **limits) for rollout in rollouts]
         except ValueError as error:
             raise EnvironmentFailed(f"the environment at {self.shown}: {error}") from None
+
+
+def _check_own_address(host: str) -> None:
+    """Checks that this machine can listen at an address which others can be told."""
+    cure = "set it to the address of this machine, or its name, by which the environment finds it"
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as made:
+            made.bind(address)
+            made.listen()
+    except (OSError, ValueError) as error:  # ValueError: for a name that no host can have
+        raise ValueError(
+            f"environment.serve_host is {host!r:.200}, at which this machine cannot listen "
+            f"({_reason(error)}); {cure}"
+        ) from None
+    if ipaddress.ip_address(address[0]).is_unspecified:
+        raise ValueError(
+            f"environment.serve_host is {host!r}, which stands for all addresses of this machine "
+            f"and leads an environment on another one nowhere; {cure}"
+        )
 
 
 class _Unanswered(Exception):

@@ -58,7 +58,8 @@ class Externally:
         """See `Completer`.
 
         Raises:
-          EnvironmentFailed: the environment failed, or told of tokens that were never sampled.
+          EnvironmentFailed: the environment failed, told of tokens that were never sampled, or
+            cannot be served, because this machine has lost the address.
         """
         longest = self.environment.max_prompt_length + sampling.max_tokens
         limits = Limits(longest - 1, sampling.max_tokens, max_model_length=longest)
@@ -68,15 +69,19 @@ class Externally:
             self.reading.stop_token_ids,
             self.environment.prompt_format,
         )
-        with InsideServer(
-            self.engine,
-            params,
-            language,
-            limits,
-            version=version,
-            host=self.environment.serve_host,
-            returns={"full_log_probs": sampling.full_log_probs},
-        ) as server:
+        try:
+            inside = InsideServer(
+                self.engine,
+                params,
+                language,
+                limits,
+                version=version,
+                host=self.environment.serve_host,
+                returns={"full_log_probs": sampling.full_log_probs},
+            )
+        except ValueError as error:
+            raise EnvironmentFailed(str(error)) from None
+        with inside as server:
             bodies = _bodies(prompts, sampling, key, version, self.reading.prompt_key)
             for body in bodies:
                 body["model"] = {

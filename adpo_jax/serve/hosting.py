@@ -104,7 +104,7 @@ def bound(host: str, port: int, option: str) -> list[socket.socket]:
                     raise
         if not made:
             raise failure
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         for one in made:
             one.close()
         raise _no_listening(host, port, option, error) from None
@@ -144,12 +144,12 @@ def listening(host: str, port: int, option: str) -> tuple[socket.socket, str]:
         except OSError:
             made.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: for a name that no host can have
         raise _no_listening(host, port, option, error) from None
     return made, _shown(host, made.getsockname()[1])
 
 
-def _no_listening(host: str, port: int, option: str, error: OSError) -> ValueError:
+def _no_listening(host: str, port: int, option: str, error: Exception) -> ValueError:
     return ValueError(f"{option} is {host}:{port}, at which this machine cannot listen: {error}")
 
 

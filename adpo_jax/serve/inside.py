@@ -43,6 +43,9 @@ class InsideServer:
       host: the address that it listens on, at any free port.
       returns: as of `Service`.
 
+    Raises:
+      ValueError: for an address at which this machine cannot listen.
+
     Attributes:
       base_url: where it answers, without a path.
       api_key: what clients must send.
