@@ -120,6 +120,34 @@ def test_a_run_older_than_its_digests_goes_on_and_gets_them(tmp_path):
     assert not (folder.root / "config_changes.jsonl").exists()
 
 
+def test_an_environment_may_move_to_another_address_and_neither_come_nor_go(tmp_path):
+    alone, there, moved = (
+        parse(*(f"--config.environment.url=http://me:secret@{at}/" for at in addresses))
+        for addresses in ((), ("a:9000",), ("b:9000",))
+    )
+    for name, first, other in (("gone", there, alone), ("come", alone, there)):
+        folder = RunFolder(tmp_path / name)
+        folder.claim(first)
+        with pytest.raises(ValueError, match=r"\n  environment.url: '.*' -> '") as error:
+            folder.check(other)
+        assert "secret" not in str(error.value)
+        folder.check(other, allow_config_change=True)
+    folder = RunFolder(tmp_path / "moved")
+    folder.claim(there)
+    folder.claim(moved)
+    noted = json.loads((folder.root / "config_changes.jsonl").read_text())
+    assert list(noted["changed"]) == ["environment.url"]
+    # One that is older than the key had no environment elsewhere.
+    folder = RunFolder(tmp_path / "older")
+    folder.claim(alone)
+    saved = json.loads(folder.config.read_text())
+    del saved["environment"]["url"]
+    folder.config.write_text(json.dumps(saved))
+    folder.check(alone)
+    with pytest.raises(ValueError, match="environment.url: '' -> 'http"):
+        folder.check(there)
+
+
 def test_a_run_goes_on_whose_config_lacks_what_is_no_secret_any_more(tmp_path):
     path = "/hub/models--a--b/snapshots/" + "0a1b2c3d" * 5
     here = parse(f"--config.actor_rollout_ref.model.path={path}")

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from adpo_jax.hf.files import read_json
 from adpo_jax.run import checkpoint_files
 from adpo_jax.run.checkpoint_files import complete_steps
-from adpo_jax.run.identity import CONTENTS, as_json, changes, digests_in, may_change
+from adpo_jax.run.identity import CONTENTS, as_json, changes, digests_in, refused
 
 RESUME = ("auto", "never", "must")
 
@@ -299,14 +299,13 @@ class RunFolder:
                 raise ValueError(f"{path} is a link that leaves the run's folder; remove it")
 
     def _check_config(self, here: dict, allow_config_change: bool) -> None:
-        step = self._step
-        changes = self._changes(here)
-        refused = [text for key, text in changes.items() if not may_change(key, step)]
-        if refused and not allow_config_change:
+        there = self._saved_config
+        lines = [] if there is None else refused(there, here, self._step)
+        if lines and not allow_config_change:
             raise ValueError(
                 f"{self.root} holds a run with another config, data or reward function; choose "
                 "another --workdir or trainer.experiment_name, or go on with "
-                "--allow_config_change. Changed (there -> here):\n  " + "\n  ".join(refused)
+                "--allow_config_change. Changed (there -> here):\n  " + "\n  ".join(lines)
             )
 
     @property

@@ -73,6 +73,10 @@ MAY_CHANGE = (
     "trainer.val_before_train",
 )
 
+# Of these, the keys that may get another value, and may not begin or cease to have one: without its
+# environment a run gets other rewards.
+MAY_MOVE = ("environment.url",)
+
 # The key of the digests in config.json, a dict of texts.
 CONTENTS = "contents"
 # The digest that says what adapters a run began with that came from a folder, as JSON.
@@ -116,12 +120,29 @@ def digests_in(saved: dict) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def may_change(key: str, step: int) -> bool:
+def refused(there: dict, here: dict, step: int) -> list[str]:
+    """The lines of `changes` with which a run whose newest checkpoint is `step` may not go on."""
+    return [
+        line
+        for key, line in changes(there, here).items()
+        if not _may_change(key, step)
+        or (key in MAY_MOVE and _is_set(there, key) != _is_set(here, key))
+    ]
+
+
+def _may_change(key: str, step: int) -> bool:
     """Whether a run whose newest checkpoint is `step` may go on under another value of a key."""
     if key.startswith(f"{CONTENTS}."):
         # Files that have not been used yet, or never will be again, have no part in the state.
         return step >= 0 if key == f"{CONTENTS}.demonstrations" else step <= 0
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in MAY_CHANGE)
+
+
+def _is_set(identity: dict, key: str) -> bool:
+    """Whether an identity, maybe of an earlier version, has a value of a key that is not empty."""
+    section, _, name = key.partition(".")
+    values = identity.get(section)
+    return isinstance(values, dict) and bool(values.get(name))
 
 
 def changes(there: dict, here: dict) -> dict[str, str]:
