@@ -10,12 +10,15 @@ import tiny
 from adpo_jax.config import default_config
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.session import Turn
 from adpo_jax.model.mixture import ROUTED
 from adpo_jax.policy import Policy
 from adpo_jax.records import Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel
 from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.rollouts.filtering import has_spread
+from adpo_jax.rollouts.flight import ExpertLimits, Flight, FlyingSample, Limits
+from adpo_jax.rollouts.flight_files import FlightFiles
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.sieve import Sieve
@@ -348,6 +351,29 @@ def test_what_is_missing_or_damaged_in_flight_is_told(parts, tmp_path):
         path.with_name(path.name.replace("000000", "000002")).write_bytes(content)
         with pytest.raises(SourceError, match="is damaged"):
             made(parts[2], tmp_path / "in_flight", tmp_path).check(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"n": 4}, "a group has 2 samples in place of 4"),
+        ({"n": 1}, "a group has 2 samples in place of 1"),
+        ({"max_tokens": 5}, "a sample has 6 tokens of at most 5"),
+        ({"vocab_size": 5}, r"a sample has token ids outside \[0, 5\)"),
+        ({"converses": True}, "a sample has no environment"),
+        ({"experts": ExpertLimits((3, 2), 6, np.uint8)}, "a sample has no experts"),
+    ],
+)
+def test_samples_in_flight_of_a_run_with_other_limits_are_not_called_damaged(change, why, tmp_path):
+    limits = Limits(n=2, max_tokens=8, vocab_size=10)
+    sample = FlyingSample.empty().sampled(Turn(None, np.arange(6), np.zeros(6), None, None), 0)
+    flight = Flight({5: (sample, sample)}, {5: 2}, {5: 0}, 6)
+    FlightFiles(tmp_path, limits).save(3, flight)
+    assert FlightFiles(tmp_path, limits).load(3).next_number == 6
+    with pytest.raises(SourceError, match=f"cannot go on with: {why}") as error:
+        FlightFiles(tmp_path, dataclasses.replace(limits, **change)).load(3)
+    assert "algorithm.num_generations, data.max_response_length" in str(error.value)
+    assert "damaged" not in str(error.value)
 
 
 def test_samples_in_flight_do_not_go_on_behind_other_prompts(parts, tmp_path):

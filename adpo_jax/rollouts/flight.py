@@ -204,6 +204,10 @@ class Flight:
         return Flight(*left, self.next_number)
 
 
+class OtherLimits(ValueError):
+    """Samples that are whole and were made under other limits than those of the run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertLimits:
     """What the experts of samples must be.
@@ -249,7 +253,8 @@ class Limits:
         """Checks a sample that was read.
 
         Raises:
-          ValueError: for one that does not keep to them.
+          OtherLimits: for one that another run may have made.
+          ValueError: for one that no run makes.
         """
         lengths = {len(getattr(sample, name)) for name in FIELDS if name != "full_log_probs"}
         tokens, count = sample.tokens, len(sample.tokens)
@@ -257,22 +262,27 @@ class Limits:
         is_full = bool(sample.finish_reason or (sample.told and sample.told.asked))
         num_experts = 0 if sample.experts is None else len(sample.experts)
         is_told = sample.told is not None
-        rules = [
+        of_all_runs = [
             (lengths == {count}, f"fields of {sorted(lengths)} tokens"),
             (len(sample.full_log_probs) in (0, count), f"full_log_probs of other than {count}"),
+            (tokens.min(initial=0) >= 0, "token ids below 0"),
+            (num_experts in (0, count), f"experts of {num_experts} tokens"),
+        ]
+        of_this_run = [
             (count < self.max_tokens + is_full, f"{count} tokens of at most {self.max_tokens}"),
             (
-                0 <= tokens.min(initial=0) <= tokens.max(initial=0) < self.vocab_size,
+                tokens.max(initial=0) < self.vocab_size,
                 f"token ids outside [0, {self.vocab_size})",
             ),
-            (self.experts is None or num_experts == count, f"experts of {num_experts} tokens"),
+            (self.experts is None or num_experts == count, "no experts"),
             (
                 is_told == self.converses or not count,
-                "environments" if is_told else "no environment",
+                "an environment" if is_told else "no environment",
             ),
         ]
-        for what in (what for holds, what in rules if not holds):
-            raise ValueError(f"a sample has {what}")
+        for kind, rules in ((ValueError, of_all_runs), (OtherLimits, of_this_run)):
+            for what in (what for holds, what in rules if not holds):
+                raise kind(f"a sample has {what}")
 
 
 def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:

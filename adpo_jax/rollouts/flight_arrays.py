@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from adpo_jax.records import Completion
-from adpo_jax.rollouts.flight import FIELDS, ExpertLimits, Flight, FlyingSample, Limits, Told
+from adpo_jax.rollouts.flight import (
+    FIELDS,
+    ExpertLimits,
+    Flight,
+    FlyingSample,
+    Limits,
+    OtherLimits,
+    Told,
+)
 
 _REASONS = ("", "stop", "length")
 # The arrays of `packed_experts`.
@@ -95,6 +103,7 @@ def unpacked(content: dict[str, np.ndarray], limits: Limits) -> Flight:
     """The flight that `packed` made arrays of.
 
     Raises:
+      OtherLimits: for those of a run with other limits.
       ValueError, KeyError: for arrays that it did not make.
     """
     n, samples = limits.n, _unpacked_samples(content, limits)
@@ -102,14 +111,17 @@ def unpacked(content: dict[str, np.ndarray], limits: Limits) -> Flight:
         content[name].tolist() for name in ("numbers", "all_numbers", "admitted_at", "owners")
     )
     if len(samples) != len(numbers) * n:
-        raise ValueError(f"{len(samples)} samples of {len(numbers)} groups of {n}")
+        if numbers and samples and len(samples) % len(numbers) == 0:
+            given = len(samples) // len(numbers)
+            raise OtherLimits(f"a group has {given} samples in place of {n}")
+        raise ValueError(f"{len(samples)} samples of {len(numbers)} groups")
     if not set(numbers) <= set(everywhere) or min(everywhere, default=0) < 0:
         raise ValueError("groups that were never admitted")
-    for sample in samples:
-        limits.check(sample)
     for i in range(0, len(samples), n):
         if len({sample.told is None for sample in samples[i : i + n]}) > 1:
             raise ValueError("a group of which some samples have an environment, and some none")
+    for sample in samples:
+        limits.check(sample)
     return Flight(
         {number: tuple(samples[i * n : (i + 1) * n]) for i, number in enumerate(numbers)},
         dict(zip(everywhere, admitted_at, strict=True)),

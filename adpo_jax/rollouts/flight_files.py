@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from adpo_jax.rollouts.flight import Flight, Limits
+from adpo_jax.rollouts.flight import Flight, Limits, OtherLimits
 from adpo_jax.rollouts.flight_arrays import packed, unpacked
 from adpo_jax.rollouts.numbering import DIGEST_SIZE
 from adpo_jax.rollouts.source import SourceError, is_left_over
@@ -72,7 +72,7 @@ class FlightFiles:
         """What iteration `step` left in flight.
 
         Raises:
-          SourceError: where it is missing or damaged, or of other prompts.
+          SourceError: where it is missing or damaged, or of other limits or prompts.
         """
         path = self._path(step)
         try:
@@ -82,14 +82,22 @@ class FlightFiles:
             kept = arrays.get("prompts")  # earlier versions kept no digests
             if kept is not None and kept.shape != (len(flight.groups), DIGEST_SIZE):
                 raise ValueError(f"digests of prompts of the shape {kept.shape}")
+        except OtherLimits as error:
+            raise SourceError(
+                f"actor_rollout_ref.rollout.max_staleness: {path} has samples in flight that this "
+                f"run cannot go on with: {error}. Set algorithm.num_generations, "
+                "data.max_response_length, the tokenizer, the environments and "
+                "actor_rollout_ref.rollout.router_replay as they were, or start again in another "
+                "folder"
+            ) from error
         except _DAMAGES as error:
             is_missing = isinstance(error, FileNotFoundError)
             reason = "missing" if is_missing else f"damaged ({error!r:.200})"
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} is {reason}, in which "
                 f"iteration {step} left its samples in flight. A run that began without it, on "
-                "another number of processes, with other environments, or with its samplers "
-                "elsewhere (--role), goes on as it was; set it so, or start again in another folder"
+                "another number of processes, or with its samplers elsewhere (--role), goes on as "
+                "it was; set it so, or start again in another folder"
             ) from error
         others = []
         if kept is not None and self._digests_of is not None:
