@@ -33,6 +33,7 @@ from adpo_jax.records import GradedGroups
 from adpo_jax.rewards import RewardError, TrainerState
 from adpo_jax.rollouts import recording
 from adpo_jax.rollouts.evaluation import evaluate
+from adpo_jax.rollouts.flight import with_ages_anew
 from adpo_jax.rollouts.sampler import (
     reward_metrics,
     rollout_metrics,
@@ -313,7 +314,7 @@ class _Loop:
         compiling = "compiling, " if step == self._first else ""
         with interruption.abandonable(), progress.doing(f"{compiling}sampling, grading"):
             groups = run.source.next(step, self.state.params)
-        groups = trained_on(run.config, groups)
+        groups = trained_on(run.config, groups, step)
         if run.config.trainer.rollout_data_dir and run.folder.writes:
             recording.write(run.folder.recordings(run.config), step + 1, groups)
         with progress.doing(f"{compiling}updating"):
@@ -398,9 +399,11 @@ def _stop_if_unsound(
     guard.check(step, metrics, evidence)
 
 
-def trained_on(config: ConfigDict, groups: GradedGroups) -> GradedGroups:
-    """The groups as the config has them trained on."""
-    return groups.without_truncated() if config.data.mask_truncated_completions else groups
+def trained_on(config: ConfigDict, groups: GradedGroups, step: int) -> GradedGroups:
+    """The groups as the config has them trained on, in the iteration after `step` iterations."""
+    if not config.data.mask_truncated_completions:
+        return groups
+    return with_ages_anew(groups.without_truncated(), step)
 
 
 def _learn(

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from parsing import parse
 
 from adpo_jax.config import default_config
 from adpo_jax.engine.engine import Engine
@@ -13,11 +14,11 @@ from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.engine.session import Turn
 from adpo_jax.model.mixture import ROUTED
 from adpo_jax.policy import Policy
-from adpo_jax.records import Prompts
-from adpo_jax.rewards import RewardFunction, RewardModel
+from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
+from adpo_jax.rewards import RewardFunction, RewardModel, Scores
 from adpo_jax.rollouts.ahead import Ahead
 from adpo_jax.rollouts.filtering import has_spread
-from adpo_jax.rollouts.flight import ExpertLimits, Flight, FlyingSample, Limits
+from adpo_jax.rollouts.flight import ExpertLimits, Flight, FlyingSample, Limits, age_metrics
 from adpo_jax.rollouts.flight_files import FlightFiles
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
@@ -25,6 +26,7 @@ from adpo_jax.rollouts.sieve import Sieve
 from adpo_jax.rollouts.source import SourceError
 from adpo_jax.run import preparation
 from adpo_jax.run.folder import RunFolder
+from adpo_jax.train import trained_on
 
 
 @pytest.mark.parametrize(("P", "staleness", "ahead"), [(4, 1, 4), (4, 2, 8), (4, 3, 5), (1, 2, 2)])
@@ -337,6 +339,29 @@ def test_a_run_that_does_not_take_up_what_was_left_says_so(tmp_path):
     check(2, **{staleness: 1})
     check(3, **{filtering: True})
     check(4)
+
+
+def test_the_ages_are_of_the_tokens_that_are_trained_on_where_what_was_cut_off_is_not():
+    old, new = (
+        Completion.sampled([4] * length, np.zeros(length), reason, version=version)
+        for length, reason, version in ((3, "length", 0), (1, "stop", 2))
+    )
+    scores = Scores.unknown(2, [])
+    groups = GradedGroups(Prompts([[1]], {}), Completions([[old, new]]), ["a", "b"], scores)
+    groups = dataclasses.replace(groups, metrics={"ahead/waited": 1.0} | age_metrics(groups, 2))
+    assert groups.metrics["ahead/lag_2_frac"] == 0.75
+    config = parse()
+    assert trained_on(config, groups, 2) is groups
+    config = parse("--config.data.mask_truncated_completions=true")
+    found = trained_on(config, groups, 2).metrics
+    assert found == {
+        "ahead/waited": 1.0,
+        "ahead/staleness_mean": 0.0,
+        "ahead/staleness_max": 0.0,
+        "ahead/lag_0_frac": 1.0,
+    }
+    on_the_spot = dataclasses.replace(groups, metrics={"filter/attempts": 1.0})
+    assert trained_on(config, on_the_spot, 2).metrics == {"filter/attempts": 1.0}
 
 
 def test_what_is_missing_or_damaged_in_flight_is_told(parts, tmp_path):

@@ -182,7 +182,7 @@ def trained(config):
     """Whether a completion that was cut off is trained on."""
     cut = Completions([[Completion.sampled([40], [-1.0], "length")]])
     groups = GradedGroups(Prompts([[1]], {}), cut, ["a"], Scores.unknown(1, []))
-    return bool(adpo_jax.train.trained_on(config, groups).completions.flat[0].trained.any())
+    return bool(adpo_jax.train.trained_on(config, groups, 0).completions.flat[0].trained.any())
 
 
 def tracked(config):

@@ -285,6 +285,10 @@ class Limits:
                 raise kind(f"a sample has {what}")
 
 
+# The metrics of `age_metrics` begin so.
+_AGES = ("ahead/staleness_", "ahead/lag_")
+
+
 def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:
     """How old the tokens are that the iteration after `step` iterations trains on."""
     lags = step - np.concatenate([c.versions[c.trained] for c in groups.completions.flat])
@@ -295,3 +299,11 @@ def age_metrics(groups: GradedGroups, step: int) -> dict[str, float]:
         "ahead/staleness_mean": float(lags.mean()),
         "ahead/staleness_max": float(lags.max()),
     } | {f"ahead/lag_{lag}_frac": float(share) for lag, share in enumerate(shares)}
+
+
+def with_ages_anew(groups: GradedGroups, step: int) -> GradedGroups:
+    """Groups of which fewer tokens are trained on than when their source told their ages."""
+    others = {k: v for k, v in groups.metrics.items() if not k.startswith(_AGES)}
+    if len(others) == len(groups.metrics):
+        return groups  # their source tells none
+    return dataclasses.replace(groups, metrics=others | age_metrics(groups, step))
