@@ -385,6 +385,7 @@ def test_what_is_missing_or_damaged_in_flight_is_told(parts, tmp_path):
         ({"n": 1}, "a group has 2 samples in place of 1"),
         ({"max_tokens": 5}, "a sample has 6 tokens of at most 5"),
         ({"vocab_size": 5}, r"a sample has token ids outside \[0, 5\)"),
+        ({"full_log_probs": True}, "a sample has log-probs of a sampler that does not truncate"),
         ({"converses": True}, "a sample has no environment"),
         ({"experts": ExpertLimits((3, 2), 6, np.uint8)}, "a sample has no experts"),
     ],

@@ -156,6 +156,8 @@ def test_groups_that_are_left_over_from_others_are_refused(tmp_path):
     made(tmp_path, useful=())[0].check(1)
     with pytest.raises(SourceError, match=r"have 2 completions each, and .*num_generations is 4"):
         made(tmp_path, useful=(), num_generations=4)[0].check(1)
+    with pytest.raises(SourceError, match="of a sampler that does not truncate; set .*top_k"):
+        made(tmp_path, useful=(), full_log_probs=True)[0].check(1)
 
     def with_level(number):
         prompts = prompts_of(number)

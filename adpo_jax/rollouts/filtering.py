@@ -59,6 +59,7 @@ class GroupFilter(Source):
       prompts_of: number of a batch, from 0 -> its prompts.
       folder: the folder that `save` writes in.
       num_generations: completions of a group.
+      full_log_probs: whether the sampler truncates, so that completions have these.
       max_attempts: the most batches sampled in an iteration.
       min_reward_std: a group whose standard deviation (ddof=1) is below it has no spread.
     """
@@ -70,11 +71,12 @@ class GroupFilter(Source):
         folder: Path,
         *,
         num_generations: int,
+        full_log_probs: bool = False,
         max_attempts: int,
         min_reward_std: float = 0.0,
     ):
         self._sample, self._prompts_of, self._folder = sample, prompts_of, folder
-        self._num_generations = num_generations
+        self._num_generations, self._truncates = num_generations, full_log_probs
         self._max_attempts, self._min_reward_std = max_attempts, min_reward_std
         self._states: dict[int, _State] = {0: _State()}  # by iterations done
 
@@ -167,6 +169,13 @@ class GroupFilter(Source):
             raise SourceError(
                 f"{of} have {size} completions each, and algorithm.num_generations is "
                 f"{self._num_generations}; set it as it was, or start again in another folder"
+            )
+        truncated = {c.full_log_probs is not None for c in surplus.completions.flat}
+        if truncated != {self._truncates}:
+            did = "does not truncate" if self._truncates else "truncates"
+            raise SourceError(
+                f"{of} are of a sampler that {did}; set actor_rollout_ref.rollout.top_k, top_p and "
+                "min_p as they were, or start again in another folder"
             )
         if names[0] != names[1]:
             raise SourceError(

@@ -241,6 +241,7 @@ class Limits:
       vocab_size: token ids are below this.
       converses: whether samples converse with environments.
       experts: of tokens and prompts, where samples say them; None where they do not.
+      full_log_probs: whether the sampler truncates, so that tokens have these; None for either.
     """
 
     n: int
@@ -248,6 +249,7 @@ class Limits:
     vocab_size: int
     converses: bool = False
     experts: ExpertLimits | None = None
+    full_log_probs: bool | None = None
 
     def check(self, sample: FlyingSample) -> None:
         """Checks a sample that was read.
@@ -261,10 +263,11 @@ class Limits:
         # One that goes on has room for a token, unless its last turn has ended with calls.
         is_full = bool(sample.finish_reason or (sample.told and sample.told.asked))
         num_experts = 0 if sample.experts is None else len(sample.experts)
+        num_full = len(sample.full_log_probs)
         is_told = sample.told is not None
         of_all_runs = [
             (lengths == {count}, f"fields of {sorted(lengths)} tokens"),
-            (len(sample.full_log_probs) in (0, count), f"full_log_probs of other than {count}"),
+            (num_full in (0, count), f"full_log_probs of other than {count}"),
             (tokens.min(initial=0) >= 0, "token ids below 0"),
             (num_experts in (0, count), f"experts of {num_experts} tokens"),
         ]
@@ -273,6 +276,10 @@ class Limits:
             (
                 tokens.max(initial=0) < self.vocab_size,
                 f"token ids outside [0, {self.vocab_size})",
+            ),
+            (
+                self.full_log_probs in (None, bool(num_full)) or not count,
+                f"log-probs of a sampler that {'truncates' if num_full else 'does not truncate'}",
             ),
             (self.experts is None or num_experts == count, "no experts"),
             (

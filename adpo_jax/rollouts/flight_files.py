@@ -86,9 +86,9 @@ class FlightFiles:
             raise SourceError(
                 f"actor_rollout_ref.rollout.max_staleness: {path} has samples in flight that this "
                 f"run cannot go on with: {error}. Set algorithm.num_generations, "
-                "data.max_response_length, the tokenizer, the environments and "
-                "actor_rollout_ref.rollout.router_replay as they were, or start again in another "
-                "folder"
+                "data.max_response_length, the tokenizer, the environments and, of "
+                "actor_rollout_ref.rollout, router_replay, top_k, top_p and min_p as they were, or "
+                "start again in another folder"
             ) from error
         except _DAMAGES as error:
             is_missing = isinstance(error, FileNotFoundError)

@@ -51,6 +51,7 @@ class InFlight:
             sampler.engine.policy.config.vocab_size,
             converses=converses,
             experts=ExpertLimits.of(sampler.engine, sampler.sampling),
+            full_log_probs=sampler.sampling.full_log_probs,
         )
         self._files = FlightFiles(folder, limits, numbering.digests, owner)
         self._pacing, self._sieve, self._num_samples = pacing, sieve, sampler.sampling.n

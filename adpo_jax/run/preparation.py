@@ -250,14 +250,15 @@ def _sampled(
         )
     if not config.algorithm.filter_groups:
         return OnTheSpot(sampler, prompts_of)
-    return GroupFilter(sampler, prompts_of, folder.surplus, **_filtering(config))
+    return GroupFilter(sampler, prompts_of, folder.surplus, **_filtering(config, parts))
 
 
-def _filtering(config) -> dict[str, Any]:
+def _filtering(config, parts: Parts) -> dict[str, Any]:
     """What `GroupFilter` goes by."""
     c = config.algorithm
     return {
         "num_generations": c.num_generations,
+        "full_log_probs": parts.sampling.full_log_probs,
         "max_attempts": c.filter_max_attempts,
         "min_reward_std": c.min_reward_std,
     }
@@ -311,7 +312,7 @@ def _elsewhere(
     batches = RemoteBatches(*given, **settings, batch_size=pacing.batch_size)
     if not config.algorithm.filter_groups:
         return batches
-    return FilteredBatches(batches, prompts_of, folder.surplus, **_filtering(config))
+    return FilteredBatches(batches, prompts_of, folder.surplus, **_filtering(config, parts))
 
 
 def _replayed(config, parts: Parts, replay: Path) -> Source:
