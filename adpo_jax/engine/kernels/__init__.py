@@ -65,8 +65,8 @@ def attend_part(
 def attend_step(name: str, layout: CacheLayout, policy: Policy) -> AttendStep | None:
     """Norm, rotation, write and attention of a step in few kernels; None where there are none.
 
-    In float32 a product of the kernels would be one of 19 bits, as in `attend_part` on a GPU, and
-    norms too would differ from those of prefill.
+    They are for the 16 bits that a GPU samples in; float32 keeps the compiler's norm and rotation,
+    to the bit those of prefill.
 
     Args:
       name: as `attention_choice.resolve` gave it for `DECODING`.
