@@ -25,6 +25,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from option_types import integer, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,15 +51,19 @@ TIMES_OF = ("time/rollout", "time/reward", "time/anchor", "time/update")
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=integer(0), default=[0, 1, 2])
     parser.add_argument(
-        "--staleness", nargs="+", type=int, default=[0, 1, 2, 4], help="0 comes first"
+        "--staleness", nargs="+", type=integer(0), default=[0, 1, 2, 4], help="0 comes first"
     )
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--test-freq", type=int, default=1, help="iterations between evaluations")
-    parser.add_argument("--prompts", type=int, default=16, help="of an iteration, 8 samples each")
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--iterations", type=integer(1), default=40)
+    parser.add_argument(
+        "--test-freq", type=integer(1), default=1, help="iterations between evaluations"
+    )
+    parser.add_argument(
+        "--prompts", type=integer(1), default=16, help="of an iteration, 8 samples each"
+    )
+    parser.add_argument("--lr", type=real(above=0), default=4e-4)
     a = parser.parse_args()
     a.staleness = sorted({0, *a.staleness})
     return a

@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from option_types import integer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
 import jax
@@ -56,14 +58,18 @@ CORES = {"TPU v5e": Cores(1), "TPU v5p": Cores(2)}
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--platforms", default="v5e:2x2,v5p:2x2x1")
-    parser.add_argument("--rows", type=int, default=256, help="slots of a device")
-    parser.add_argument("--columns", type=int, default=1024, help="of the ring")
-    parser.add_argument("--own", type=int, default=370, help="tokens that a sample has behind it")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--samples", type=int, default=8, help="of a prompt")
-    parser.add_argument("--heads", type=int, default=2, help="key/value heads of a device")
-    parser.add_argument("--sharing", type=int, default=4, help="query heads of one of them")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of a stream")
+    parser.add_argument("--rows", type=integer(1), default=256, help="slots of a device")
+    parser.add_argument("--columns", type=integer(1), default=1024, help="of the ring")
+    parser.add_argument(
+        "--own", type=integer(0), default=370, help="tokens that a sample has behind it"
+    )
+    parser.add_argument("--prompt", type=integer(1), default=256, help="tokens of a prompt")
+    parser.add_argument("--samples", type=integer(1), default=8, help="of a prompt")
+    parser.add_argument("--heads", type=integer(1), default=2, help="key/value heads of a device")
+    parser.add_argument("--sharing", type=integer(1), default=4, help="query heads of one of them")
+    parser.add_argument(
+        "--tokens", type=integer(1), nargs="+", default=[8192, 32768], help="of a stream"
+    )
     return parser.parse_args(argv)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from option_types import among, integer, listed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -95,10 +96,12 @@ def measure(case: str, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--cases", default="arithmetic,tail", help="of arithmetic, tail")
-    parser.add_argument("--steps", type=int, default=15, help="steps of each layout")
+    parser.add_argument(
+        "--cases", type=listed(among(CASES)), default=",".join(CASES), help=f"of {', '.join(CASES)}"
+    )
+    parser.add_argument("--steps", type=integer(1), default=15, help="steps of each layout")
     args = parser.parse_args()
-    for case in args.cases.split(","):
+    for case in args.cases:
         print(json.dumps(measure(case, args.steps)), flush=True)
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from option_types import among, integer, listed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
@@ -61,17 +62,21 @@ LARGE = 60e9
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--platforms", default="h100:1,v5e:2x2")
-    parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--programs", type=listed(among(PROGRAMS)), default=",".join(PROGRAMS))
     parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
     parser.add_argument("--attention", default="auto", help="of decoding")
-    parser.add_argument("--tensor", type=int, default=0, help="of sampling; 0 for training's")
-    parser.add_argument("--slots", type=int, default=0, help="of a device; 0 for 232 or 64")
-    parser.add_argument("--ring", type=int, default=1024, help="columns of a slot")
-    parser.add_argument("--own", type=int, default=370, help="tokens that a sample has behind it")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--prompts", type=int, default=64, help="of an iteration")
-    parser.add_argument("--samples", type=int, default=8, help="of a prompt")
-    parser.add_argument("--micro", type=int, default=8, help="completions of a micro-batch")
+    parser.add_argument(
+        "--tensor", type=integer(0), default=0, help="of sampling; 0 for training's"
+    )
+    parser.add_argument("--slots", type=integer(0), default=0, help="of a device; 0 for 232 or 64")
+    parser.add_argument("--ring", type=integer(1), default=1024, help="columns of a slot")
+    parser.add_argument(
+        "--own", type=integer(0), default=370, help="tokens that a sample has behind it"
+    )
+    parser.add_argument("--prompt", type=integer(1), default=256, help="tokens of a prompt")
+    parser.add_argument("--prompts", type=integer(1), default=64, help="of an iteration")
+    parser.add_argument("--samples", type=integer(1), default=8, help="of a prompt")
+    parser.add_argument("--micro", type=integer(1), default=8, help="completions of a micro-batch")
     return parser.parse_args(argv)
 
 
@@ -228,7 +233,7 @@ def lines(a: argparse.Namespace):
         except (ValueError, OSError) as error:
             yield first | {"skipped": str(error)}
             continue
-        for name in a.programs.split(","):
+        for name in a.programs:
             line = first | {"program": name}
             try:
                 yield line | {"decode": decode, "update": update, "exchange": exchange}[name](
@@ -240,9 +245,6 @@ def lines(a: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     a = arguments(argv)
-    if unknown := set(a.programs.split(",")) - set(PROGRAMS):
-        print(f"--programs are {', '.join(PROGRAMS)}; given {', '.join(sorted(unknown))}")
-        return 2
     with contextlib.suppress(BrokenPipeError):
         for line in lines(a):
             print(json.dumps(line), flush=True)

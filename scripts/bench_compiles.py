@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from option_types import integer, listed, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,17 +86,25 @@ def count(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shards", default="1,8", help="streams side by side")
-    parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--mean", default="120,120", help="mean lengths at first and last")
-    parser.add_argument("--micro", type=int, default=8, help="completions of a micro-batch")
-    parser.add_argument("--tile", type=int, default=TILE, help="tokens of an attention tile")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shards", type=listed(integer(1)), default="1,8", help="streams side by side"
+    )
+    parser.add_argument("--iterations", type=integer(1), default=60)
+    parser.add_argument(
+        "--mean",
+        type=listed(real(above=0)),
+        default="120,120",
+        help="mean lengths at first and last",
+    )
+    parser.add_argument("--micro", type=integer(1), default=8, help="completions of a micro-batch")
+    parser.add_argument("--tile", type=integer(1), default=TILE, help="tokens of an attention tile")
+    parser.add_argument("--seed", type=integer(0), default=0)
     a = parser.parse_args()
-    first, last = map(float, a.mean.split(","))
-    for shards in map(int, a.shards.split(",")):
+    if len(a.mean) != 2:
+        parser.error(f"--mean is the first and the last mean; given {len(a.mean)} numbers")
+    for shards in a.shards:
         options = {"iterations": a.iterations, "micro": a.micro, "tile": a.tile, "seed": a.seed}
-        print(json.dumps(count(shards, means=(first, last), **options)), flush=True)
+        print(json.dumps(count(shards, means=tuple(a.mean), **options)), flush=True)
 
 
 if __name__ == "__main__":

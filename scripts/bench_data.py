@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from option_types import integer
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CHAT_TEMPLATE = (
@@ -102,7 +104,7 @@ def measure(path: str, tokenizer_folder: str | None, cache: str) -> dict:
 def main() -> None:
     """Runs the measurements that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[300_000, 1_000_000])
+    parser.add_argument("--rows", type=integer(1), nargs="+", default=[300_000, 1_000_000])
     parser.add_argument("--source")
     parser.add_argument("--tokenizer")
     parser.add_argument("--keep", help="the folder for the files; a temporary one if not given")

@@ -32,6 +32,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from option_types import among, integer, listed, real
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clone needs no installation
@@ -53,10 +54,12 @@ TINY = {
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", type=listed(among(PARTS)), default=",".join(PARTS))
     parser.add_argument("--out", type=Path, help="a file that gets the lines too")
-    parser.add_argument("--budget", type=float, default=800, help="seconds until the last start")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--budget", type=real(above=0), default=800, help="seconds until the last start"
+    )
+    parser.add_argument("--repeats", type=integer(1), default=3)
     parser.add_argument("--model", default=str(ROOT / "configs" / "models" / "qwen3-0.6b"))
     parser.add_argument("--attention", default="auto", help="of the update")
     parser.add_argument("--trace", default="", help="a folder for a profile of one more update")
@@ -504,13 +507,9 @@ def _rounded(value):
 
 def main(argv: list[str] | None = None) -> int:
     a = arguments(argv)
-    names = a.parts.split(",")
-    if unknown := set(names) - set(PARTS):
-        print(f"--parts are {', '.join(PARTS)}; given {', '.join(sorted(unknown))}")
-        return 2
     if a.tiny:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return measure(a, names) if a.child else in_processes(a, names)
+    return measure(a, a.parts) if a.child else in_processes(a, a.parts)
 
 
 def in_processes(a: argparse.Namespace, names: list[str]) -> int:

@@ -21,20 +21,26 @@ import sys
 import time
 from pathlib import Path
 
+from option_types import integer, real
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_records import field_bytes, graded, lognormal
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--gens", type=int, default=16, help="completions of a prompt")
-    parser.add_argument("--prompt_len", type=int, default=512)
-    parser.add_argument("--mean", type=float, default=8000, help="tokens of a completion")
-    parser.add_argument("--sigma", type=float, default=0.8, help="of the logarithm of the length")
-    parser.add_argument("--cap", type=int, default=30_000, help="tokens of the longest completion")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=integer(1), default=2)
+    parser.add_argument("--prompts", type=integer(1), default=64)
+    parser.add_argument("--gens", type=integer(1), default=16, help="completions of a prompt")
+    parser.add_argument("--prompt_len", type=integer(1), default=512)
+    parser.add_argument("--mean", type=real(above=0), default=8000, help="tokens of a completion")
+    parser.add_argument(
+        "--sigma", type=real(least=0), default=0.8, help="of the logarithm of the length"
+    )
+    parser.add_argument(
+        "--cap", type=integer(1), default=30_000, help="tokens of the longest completion"
+    )
+    parser.add_argument("--repeats", type=integer(1), default=3)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 

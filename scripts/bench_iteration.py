@@ -20,19 +20,25 @@ import sys
 import time
 from types import SimpleNamespace
 
-from bench_rollout import PEERS, REPO, compared, in_process, model_of, run_peer
+from bench_rollout import PEER_NAMES, PEERS, REPO, SHAPES, compared, in_process, model_of, run_peer
+from option_types import among, integer, listed
 
 NEW, PROMPT, PROMPTS, GENS = 128, 64, 16, 8
+CASES = ("fixed", "ragged")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", default="S,M")
-    parser.add_argument("--cases", default="fixed,ragged")
-    parser.add_argument("--peers", default="tunix,trl")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="timed iterations of a process")
-    parser.add_argument("--micro", type=int, default=16, help="completions a micro-batch")
+    parser.add_argument("--shapes", type=listed(among(SHAPES)), default="S,M")
+    parser.add_argument("--cases", type=listed(among(CASES)), default=",".join(CASES))
+    parser.add_argument(
+        "--peers", type=listed(among(PEER_NAMES), least=0), default=",".join(PEER_NAMES)
+    )
+    parser.add_argument("--rounds", type=integer(1), default=1)
+    parser.add_argument(
+        "--repeats", type=integer(1), default=3, help="timed iterations of a process"
+    )
+    parser.add_argument("--micro", type=integer(1), default=16, help="completions a micro-batch")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -147,13 +153,13 @@ def run_one(a, who: str, shape: str, case: str) -> dict:
 def main():
     a = arguments()
     if a.here:
+        a.shapes, a.cases = a.shapes[0], a.cases[0]
         print("RESULT " + json.dumps(run_ours(a)), flush=True)
         return
-    peers = [peer for peer in a.peers.split(",") if peer]
-    for shape in a.shapes.split(","):
-        for case in a.cases.split(","):
+    for shape in a.shapes:
+        for case in a.cases:
             rates, runs = compared(
-                a.rounds, peers, lambda who, _, s=shape, c=case: run_one(a, who, s, c)
+                a.rounds, a.peers, lambda who, _, s=shape, c=case: run_one(a, who, s, c)
             )
             line = {"shape": shape, "case": case} | rates
             ours = runs["adpo_jax"][-1]

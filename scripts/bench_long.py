@@ -30,6 +30,8 @@ import sys
 import time
 from pathlib import Path
 
+from option_types import among, integer, listed
+
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 WAYS = ("rows", "stream", "shared", "ring")
@@ -54,9 +56,11 @@ CONFIG = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=32768, help="of the completions together")
-    parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--tokens", type=integer(1), default=32768, help="of the completions together"
+    )
+    parser.add_argument("--ways", type=listed(among(WAYS)), default=",".join(WAYS))
+    parser.add_argument("--repeats", type=integer(1), default=3)
     parser.add_argument("--here", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -116,7 +120,7 @@ def main() -> None:
     if a.here:
         print(json.dumps(measure(a.here, a.tokens, a.repeats)))
         return
-    for way in a.ways.split(","):
+    for way in a.ways:
         options = [f"--tokens={a.tokens}", f"--repeats={a.repeats}", f"--here={way}"]
         subprocess.run([sys.executable, __file__, *options], check=True)
 

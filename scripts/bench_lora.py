@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from option_types import integer
 
 from adpo_jax import losses, update
 from adpo_jax.model import lora
 from adpo_jax.policy import Policy
+from adpo_jax.records import Batch
 from adpo_jax.update import optimizer
 
 CONFIG = {
@@ -37,9 +39,9 @@ PROMPTS, SAMPLES, PROMPT, COMPLETION = 16, 8, 64, 128
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--micro", type=int, default=2, help="prompts of a micro-batch")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rank", type=integer(1), default=16)
+    parser.add_argument("--micro", type=integer(1), default=2, help="prompts of a micro-batch")
+    parser.add_argument("--repeats", type=integer(1), default=5)
     a = parser.parse_args()
     device = jax.devices()[0].device_kind
     print(f"jax {jax.__version__} on {device}, rank {a.rank}, {a.micro} prompts a micro-batch")
@@ -77,13 +79,13 @@ def measure(policy: Policy, params, a: argparse.Namespace) -> list[str]:
     ]
 
 
-def random_batch() -> tuple[update.Batch, jax.Array]:
+def random_batch() -> tuple[Batch, jax.Array]:
     """Random tokens without padding, and rewards [P, G]."""
     rng = np.random.default_rng(1)
     shape = (PROMPTS, SAMPLES, PROMPT + COMPLETION)
     tokens = rng.integers(2, CONFIG["vocab_size"], shape).astype(np.int32)
     mask = np.ones((PROMPTS, SAMPLES, COMPLETION), np.float32)
-    batch = update.Batch(tokens, np.ones_like(tokens), mask, np.full_like(mask, -6.2))
+    batch = Batch(tokens, np.ones_like(tokens), mask, np.full_like(mask, -6.2))
     rewards = jnp.asarray(rng.normal(size=shape[:2]), jnp.float32)
     return jax.tree.map(jnp.asarray, batch), rewards
 

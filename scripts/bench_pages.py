@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from option_types import integer, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
@@ -142,19 +143,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="configs/models/qwen3-8b", help="a folder with a config")
     parser.add_argument("--chip", default="TPU v5p", choices=sorted(CHIPS))
-    parser.add_argument("--chips", type=int, default=4, help="of a host")
-    parser.add_argument("--utilization", type=float, default=0.85)
-    parser.add_argument("--resident", type=float, default=1.43, help="GiB of a chip")
-    parser.add_argument("--limit", type=int, default=30_000, help="tokens of a completion")
-    parser.add_argument("--mean", type=int, default=8_000, help="tokens of a completion")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the longest prompt")
-    parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
+    parser.add_argument("--chips", type=integer(1), default=4, help="of a host")
+    parser.add_argument("--utilization", type=real(above=0), default=0.85)
+    parser.add_argument("--resident", type=real(least=0), default=1.43, help="GiB of a chip")
+    parser.add_argument("--limit", type=integer(1), default=30_000, help="tokens of a completion")
+    parser.add_argument("--mean", type=integer(1), default=8_000, help="tokens of a completion")
+    parser.add_argument(
+        "--prompt", type=integer(1), default=1024, help="tokens of the longest prompt"
+    )
+    parser.add_argument("--group", type=integer(1), default=8, help="completions of a prompt")
     parser.add_argument("--run", action="store_true")
-    parser.add_argument("--run-limit", type=int, default=1024)
-    parser.add_argument("--run-mean", type=int, default=128)
-    parser.add_argument("--run-slots", type=int, default=8)
-    parser.add_argument("--run-prompts", type=int, default=16)
-    parser.add_argument("--page", type=int, default=16, help="tokens, of --run")
+    parser.add_argument("--run-limit", type=integer(1), default=1024)
+    parser.add_argument("--run-mean", type=integer(1), default=128)
+    parser.add_argument("--run-slots", type=integer(1), default=8)
+    parser.add_argument("--run-prompts", type=integer(1), default=16)
+    parser.add_argument("--page", type=integer(1), default=16, help="tokens, of --run")
     a = parser.parse_args()
     for expected in (None, a.mean):
         print(json.dumps(plan(a, expected)), flush=True)

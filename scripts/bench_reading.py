@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from bench_pages import SMALL
+from option_types import integer, listed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
@@ -31,9 +32,16 @@ from adpo_jax.hf.config import model_config
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the long prompt")
-    parser.add_argument("--sizes", default="0,256,1024", help="tokens of a piece; 0 for at once")
-    parser.add_argument("--others", type=int, default=7, help="requests that decode meanwhile")
+    parser.add_argument("--prompt", type=integer(1), default=8192, help="tokens of the long prompt")
+    parser.add_argument(
+        "--sizes",
+        type=listed(integer(0)),
+        default="0,256,1024",
+        help="tokens of a piece; 0 for at once",
+    )
+    parser.add_argument(
+        "--others", type=integer(0), default=7, help="requests that decode meanwhile"
+    )
     return parser.parse_args(argv)
 
 
@@ -89,7 +97,7 @@ def main() -> int:
     policy = Policy(config)
     params = policy.init(jax.random.key(0))
     # The largest comes last, so that the peak of memory is that of each line.
-    for size in sorted(map(int, a.sizes.split(",")), key=lambda size: size or a.prompt):
+    for size in sorted(a.sizes, key=lambda size: size or a.prompt):
         print(json.dumps(measure(a, policy, params, size)), flush=True)
     return 0
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from option_types import integer, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adpo_jax.devices import host_memory
@@ -27,13 +28,19 @@ from adpo_jax.update.packing import Packing
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--gens", type=int, default=16, help="completions of a prompt")
-    parser.add_argument("--prompt_len", type=int, default=512)
-    parser.add_argument("--mean", type=float, default=4000, help="tokens of a completion")
-    parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithm of the length")
-    parser.add_argument("--cap", type=int, default=33_000, help="tokens of the longest completion")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of the iteration")
+    parser.add_argument("--prompts", type=integer(1), default=512)
+    parser.add_argument("--gens", type=integer(1), default=16, help="completions of a prompt")
+    parser.add_argument("--prompt_len", type=integer(1), default=512)
+    parser.add_argument("--mean", type=real(above=0), default=4000, help="tokens of a completion")
+    parser.add_argument(
+        "--sigma", type=real(least=0), default=1.0, help="of the logarithm of the length"
+    )
+    parser.add_argument(
+        "--cap", type=integer(1), default=33_000, help="tokens of the longest completion"
+    )
+    parser.add_argument(
+        "--steps", type=integer(1), default=8, help="optimizer steps of the iteration"
+    )
     return parser.parse_args()
 
 

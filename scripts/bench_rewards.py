@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from option_types import integer, real
+
 from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
 from adpo_jax.rewards.grading.extract import find_answer
 
@@ -110,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
     parser.add_argument("--gsm8k", type=Path, default=default, help="GSM8K's train.jsonl")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
-    parser.add_argument("--workers", type=int, default=2, help="of the pool")
+    parser.add_argument("--seconds", type=real(above=0), default=3.0, help="for each measurement")
+    parser.add_argument("--workers", type=integer(1), default=2, help="of the pool")
     arguments = parser.parse_args()
     print(f"Python {platform.python_version()}, {platform.machine()}")
     loads = {"LaTeX": latex(4000)}

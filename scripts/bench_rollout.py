@@ -26,9 +26,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from option_types import among, integer, listed
+
 REPO = Path(__file__).resolve().parents[1]
 PEERS = REPO / "scripts" / "peers"
 PEERS_HOME = Path(os.environ.get("PEERS_HOME", Path.home() / ".cache" / "adpo_peers"))
+SHAPES = ("XS", "S", "M", "L")  # of the peers' scripts
+PEER_NAMES = ("tunix", "trl")
 CASES = {
     "fixed": {"phase": "rollout", "prompt_len": 64, "new": 128},
     "eos": {"phase": "rollout_eos", "prompt_len": 64, "new": 128},
@@ -38,15 +42,22 @@ CASES = {
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", default="S,M")
-    parser.add_argument("--cases", default="fixed,eos,long")
-    parser.add_argument("--peers", default="tunix,trl")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats of a process")
-    parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--steps-per-dispatch", type=int, default=32)
+    parser.add_argument("--shapes", type=listed(among(SHAPES)), default="S,M")
+    parser.add_argument("--cases", type=listed(among(CASES)), default=",".join(CASES))
+    parser.add_argument(
+        "--peers", type=listed(among(PEER_NAMES), least=0), default=",".join(PEER_NAMES)
+    )
+    parser.add_argument("--rounds", type=integer(1), default=1)
+    parser.add_argument("--repeats", type=integer(1), default=3, help="timed repeats of a process")
+    parser.add_argument("--slots", type=integer(1), default=128)
+    parser.add_argument("--steps-per-dispatch", type=integer(1), default=32)
     parser.add_argument("--cache-dtype", default="float32")
-    parser.add_argument("--compile-time", default="", help="of models of so many layers: 4,12,28")
+    parser.add_argument(
+        "--compile-time",
+        type=listed(integer(1), least=0),
+        default=[],
+        help="of models of so many layers: 4,12,28",
+    )
     parser.add_argument("--engine-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -235,7 +246,7 @@ def run_peer(who: str, *options: str) -> dict:
     """
     python = PEERS_HOME / f"venv-{who}" / "bin" / "python"
     if not (PEERS / f"bench_{who}.py").exists():
-        raise Missing("no such peer; those that there are: tunix, trl")
+        raise Missing("no such peer; those that there are: " + ", ".join(PEER_NAMES))
     if not python.exists():
         raise Missing(f"{python} is not there; python scripts/peers/setup.py {who} makes it")
     try:
@@ -306,16 +317,15 @@ def compared(rounds: int, peers: list[str], run) -> tuple[dict, dict]:
 def main():
     a = arguments()
     if a.engine_only:
-        print("RESULT " + json.dumps(run_engine(a, a.shapes, a.cases)), flush=True)
+        print("RESULT " + json.dumps(run_engine(a, a.shapes[0], a.cases[0])), flush=True)
         return
     if a.compile_time:
-        print(json.dumps({"compile_s": compile_times([*map(int, a.compile_time.split(","))])}))
+        print(json.dumps({"compile_s": compile_times(a.compile_time)}))
         return
-    peers = [peer for peer in a.peers.split(",") if peer]
-    for shape in a.shapes.split(","):
-        for case in a.cases.split(","):
+    for shape in a.shapes:
+        for case in a.cases:
             rates, runs = compared(
-                a.rounds, peers, lambda who, _, s=shape, c=case: run_one(a, who, s, c)
+                a.rounds, a.peers, lambda who, _, s=shape, c=case: run_one(a, who, s, c)
             )
             line = {"shape": shape, "case": case} | rates
             ours = runs["adpo_jax"][-1]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from option_types import integer, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -59,16 +60,18 @@ class NoText:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--staleness", nargs="+", type=int, default=[0, 1, 2, 4])
-    parser.add_argument("--iterations", type=int, default=6)
-    parser.add_argument("--prompts", type=int, default=8, help="of an iteration")
-    parser.add_argument("--samples", type=int, default=4, help="of a prompt")
-    parser.add_argument("--slots", type=int, default=8, help="8 never shrink")
-    parser.add_argument("--mean", type=float, default=40.0, help="tokens of a completion, about")
-    parser.add_argument("--cap", type=int, default=256)
-    parser.add_argument("--width", type=int, default=768, help="of the model")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--staleness", nargs="+", type=integer(0), default=[0, 1, 2, 4])
+    parser.add_argument("--iterations", type=integer(1), default=6)
+    parser.add_argument("--prompts", type=integer(1), default=8, help="of an iteration")
+    parser.add_argument("--samples", type=integer(1), default=4, help="of a prompt")
+    parser.add_argument("--slots", type=integer(1), default=8, help="8 never shrink")
+    parser.add_argument(
+        "--mean", type=real(above=0), default=40.0, help="tokens of a completion, about"
+    )
+    parser.add_argument("--cap", type=integer(1), default=256)
+    parser.add_argument("--width", type=integer(1), default=768, help="of the model")
+    parser.add_argument("--layers", type=integer(1), default=8)
+    parser.add_argument("--repeats", type=integer(1), default=3)
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from option_types import integer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
@@ -51,14 +52,14 @@ MODELS = {"full": CONFIG, "hybrid": HYBRID}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="full", help="attention of the layers")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=8, help="of each prompt")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--turn", type=int, default=64, help="tokens of a turn")
-    parser.add_argument("--answer", type=int, default=16, help="tokens of a tool's answer")
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompts", type=integer(1), default=4)
+    parser.add_argument("--samples", type=integer(1), default=8, help="of each prompt")
+    parser.add_argument("--prompt", type=integer(1), default=512, help="tokens of a prompt")
+    parser.add_argument("--turns", type=integer(1), default=4)
+    parser.add_argument("--turn", type=integer(1), default=64, help="tokens of a turn")
+    parser.add_argument("--answer", type=integer(0), default=16, help="tokens of a tool's answer")
+    parser.add_argument("--slots", type=integer(1), default=64)
+    parser.add_argument("--repeats", type=integer(1), default=3)
     a = parser.parse_args()
     longest = a.turns * (a.turn + a.answer)
     policy, params = Policy.from_config(MODELS[a.model], jax.random.key(0))

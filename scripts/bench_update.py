@@ -28,7 +28,18 @@ import sys
 import time
 from types import SimpleNamespace
 
-from bench_rollout import PEERS, REPO, compared, gemm_ceiling, in_process, model_of, run_peer
+from bench_rollout import (
+    PEER_NAMES,
+    PEERS,
+    REPO,
+    SHAPES,
+    compared,
+    gemm_ceiling,
+    in_process,
+    model_of,
+    run_peer,
+)
+from option_types import among, integer, listed
 
 CASES = {
     "equal": {"prompt_len": 64, "new": 128},
@@ -39,13 +50,15 @@ CASES = {
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", default="S,M")
-    parser.add_argument("--cases", default="equal,long,ragged")
-    parser.add_argument("--peers", default="tunix,trl")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats of a process")
-    parser.add_argument("--layout", default="packed", help="packed or rows")
-    parser.add_argument("--micro", type=int, default=16, help="completions a micro-batch")
+    parser.add_argument("--shapes", type=listed(among(SHAPES)), default="S,M")
+    parser.add_argument("--cases", type=listed(among(CASES)), default=",".join(CASES))
+    parser.add_argument(
+        "--peers", type=listed(among(PEER_NAMES), least=0), default=",".join(PEER_NAMES)
+    )
+    parser.add_argument("--rounds", type=integer(1), default=1)
+    parser.add_argument("--repeats", type=integer(1), default=3, help="timed repeats of a process")
+    parser.add_argument("--layout", choices=("packed", "rows"), default="packed")
+    parser.add_argument("--micro", type=integer(1), default=16, help="completions a micro-batch")
     parser.add_argument("--head", action="store_true", help="measure the head alone")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--mixture", action="store_true", help=argparse.SUPPRESS)
@@ -275,6 +288,7 @@ def measure_head(V: int, D: int, tokens: int, repeats: int = 3) -> dict:
 def main():
     a = arguments()
     if a.here:
+        a.shapes, a.cases = a.shapes[0], a.cases[0]
         print("RESULT " + json.dumps(run_ours(a)), flush=True)
         return
     if a.head:
@@ -282,10 +296,9 @@ def main():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         print(json.dumps(measure_head(151_936, 256, 16_384)), flush=True)
         return
-    peers = [peer for peer in a.peers.split(",") if peer]
-    for shape in a.shapes.split(","):
-        for case in a.cases.split(","):
-            print(json.dumps(compare(a, shape, case, peers)), flush=True)
+    for shape in a.shapes:
+        for case in a.cases:
+            print(json.dumps(compare(a, shape, case, a.peers)), flush=True)
 
 
 if __name__ == "__main__":

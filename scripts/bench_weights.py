@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from option_types import integer, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adpo_jax.policy import Policy
@@ -36,16 +37,18 @@ KEY = "bench"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--kv_heads", type=int, default=3)
-    parser.add_argument("--intermediate", type=int, default=1536)
-    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--hidden", type=integer(1), default=576)
+    parser.add_argument("--layers", type=integer(1), default=30)
+    parser.add_argument("--heads", type=integer(1), default=9)
+    parser.add_argument("--kv_heads", type=integer(1), default=3)
+    parser.add_argument("--intermediate", type=integer(1), default=1536)
+    parser.add_argument("--vocab", type=integer(1), default=49152)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=integer(1), default=5)
     parser.add_argument("--folder", default="", help="the weights go through this folder")
-    parser.add_argument("--changed", type=float, default=1.0, help="share of the bytes that change")
+    parser.add_argument(
+        "--changed", type=real(least=0), default=1.0, help="share of the bytes that change"
+    )
     parser.add_argument("--fetch", default="", help="used by the script itself")
     return parser.parse_args()
 

@@ -18,14 +18,15 @@ import sys
 from pathlib import Path
 
 import jax
+from option_types import integer
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=1, help="that the profile holds")
-    parser.add_argument("--most", type=int, default=30, help="kinds that are told")
-    parser.add_argument("--gaps", type=int, default=5, help="idle times that are told")
+    parser.add_argument("--steps", type=integer(1), default=1, help="that the profile holds")
+    parser.add_argument("--most", type=integer(1), default=30, help="kinds that are told")
+    parser.add_argument("--gaps", type=integer(0), default=5, help="idle times that are told")
     return parser.parse_args()
 
 

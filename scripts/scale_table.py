@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from option_types import among, listed
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
@@ -41,13 +43,14 @@ ROWS = [
     ("v6e:16x16", "qwen3-32b", {TENSOR: 4, MICRO: 8, BATCH: 256}),
     ("tpu7x:4x4x4", "qwen3-32b", {TENSOR: 4, MICRO: 8, BATCH: 128}),
 ]
+MACHINES = tuple(dict.fromkeys(row[0] for row in ROWS))
 HEADER = ["machine", "model", "changes", "fits", "peak of a device", "FLOPs balance"]
 HEADER += ["floor", "forecast", "launches", "built"]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--machines", default=",".join(dict.fromkeys(row[0] for row in ROWS)))
+    parser.add_argument("--machines", type=listed(among(MACHINES)), default=",".join(MACHINES))
     return parser.parse_args()
 
 
@@ -93,7 +96,7 @@ def cells(machine: str, model: str, changes: dict) -> list[str]:
 
 
 def main() -> None:
-    machines = arguments().machines.split(",")
+    machines = arguments().machines
     print("| " + " | ".join(HEADER) + " |")
     print("|" + " --- |" * len(HEADER), flush=True)
     for machine, model, changes in ROWS:

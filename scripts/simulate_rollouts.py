@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from option_types import integer, listed, real
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,43 +40,49 @@ from adpo_jax.rollouts.pacing import WINDOW, Pacing, shared_out
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--staleness", default="0,1,2,4")
-    parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=64, help="of an iteration, on all hosts")
-    parser.add_argument("--samples", type=int, default=16, help="of a prompt")
-    parser.add_argument("--hosts", type=int, default=16)
-    parser.add_argument("--slots", type=int, default=64, help="of a host")
-    parser.add_argument("--mean", type=float, default=8000.0, help="tokens of a completion")
-    parser.add_argument("--sigma", type=float, default=0.8, help="of the logarithm of the lengths")
-    parser.add_argument("--cap", type=int, default=30_000)
-    parser.add_argument("--step-ms", type=float, default=1.85)
-    parser.add_argument("--token-ns", type=float, default=16.6)
-    parser.add_argument("--prefill-tokens-per-s", type=float, default=60_000.0)
-    parser.add_argument("--prefill-call-ms", type=float, default=0.0)
-    parser.add_argument("--prompt-tokens", type=float, default=0.0)
-    parser.add_argument("--ahead", type=int, default=0, help="groups; 0 for all that it may")
-    parser.add_argument("--dispatch", type=int, default=LEAST_STEPS, help="the most steps of one")
-    parser.add_argument("--dispatch-ms", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--staleness", type=listed(integer(0)), default="0,1,2,4")
+    parser.add_argument("--iterations", type=integer(1), default=40)
+    parser.add_argument(
+        "--prompts", type=integer(1), default=64, help="of an iteration, on all hosts"
+    )
+    parser.add_argument("--samples", type=integer(1), default=16, help="of a prompt")
+    parser.add_argument("--hosts", type=integer(1), default=16)
+    parser.add_argument("--slots", type=integer(1), default=64, help="of a host")
+    parser.add_argument("--mean", type=real(above=0), default=8000.0, help="tokens of a completion")
+    parser.add_argument(
+        "--sigma", type=real(least=0), default=0.8, help="of the logarithm of the lengths"
+    )
+    parser.add_argument("--cap", type=integer(1), default=30_000)
+    parser.add_argument("--step-ms", type=real(least=0), default=1.85)
+    parser.add_argument("--token-ns", type=real(least=0), default=16.6)
+    parser.add_argument("--prefill-tokens-per-s", type=real(above=0), default=60_000.0)
+    parser.add_argument("--prefill-call-ms", type=real(least=0), default=0.0)
+    parser.add_argument("--prompt-tokens", type=real(least=0), default=0.0)
+    parser.add_argument("--ahead", type=integer(0), default=0, help="groups; 0 for all that it may")
+    parser.add_argument(
+        "--dispatch", type=integer(1), default=LEAST_STEPS, help="the most steps of one"
+    )
+    parser.add_argument("--dispatch-ms", type=real(least=0), default=0.0)
+    parser.add_argument("--seed", type=integer(0), default=0)
     parser.add_argument("--metrics", default="", help="a run's file, whose lengths are taken")
     a = parser.parse_args()
-    for name in ("iterations", "prompts", "samples", "hosts", "slots", "cap", "dispatch"):
-        if getattr(a, name) < 1:
-            parser.error(f"--{name} is at least 1; given {getattr(a, name)}")
-    for name in ("mean", "prefill_tokens_per_s"):
-        if not getattr(a, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} is above 0; given {getattr(a, name)}")
+    if a.step_ms == a.token_ns == 0:
+        parser.error("--step-ms and --token-ns are both 0, and a step takes some time; set one")
     return a
 
 
 def fit_lengths(a) -> None:
     """Sets the mean and the cap of the lengths to those of a run."""
+    lengths = {"rollout/length_mean", "rollout/length_max"}
     try:
-        rows = [row for row in read_jsonl(a.metrics) if "rollout/length_mean" in row]
+        rows = [row for row in read_jsonl(a.metrics) if lengths <= row.keys()]
     except OSError as error:
         raise SystemExit(f"--metrics: {error}") from None
     if not rows:
-        raise SystemExit(f"{a.metrics} has no rollout/length_mean: give a trainer's metrics.jsonl")
+        raise SystemExit(
+            f"--metrics: {a.metrics} has no row with {' and '.join(sorted(lengths))}; give a "
+            "trainer's metrics.jsonl"
+        )
     a.mean = float(np.mean([row["rollout/length_mean"] for row in rows]))
     a.cap = int(max(row["rollout/length_max"] for row in rows))
 
@@ -225,10 +232,10 @@ def main():
         fit_lengths(a)
     names = ("prompts", "samples", "hosts", "slots", "mean", "sigma", "cap")
     base = None
-    for staleness in map(int, a.staleness.split(",")):
+    for staleness in a.staleness:
         found = simulated(a, staleness, drawn_lengths(a))
         base = base or found["tokens_per_s"]
-        ratio = {"ratio": round(found["tokens_per_s"] / base, 3)}
+        ratio = {"ratio": round(found["tokens_per_s"] / base, 3) if base else None}
         print(json.dumps({name: getattr(a, name) for name in names} | found | ratio))
 
 

@@ -27,6 +27,12 @@ MODEL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """Scripts find those beside them, as when they are started."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
 @pytest.fixture
 def bench_compiled(tmp_path, capsys):
     """Runs scripts/bench_compiled.py on a small model; returns its lines."""
@@ -38,6 +44,70 @@ def bench_compiled(tmp_path, capsys):
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
+
+
+WITH_REPEATS = [p.stem for p in sorted(SCRIPTS.glob("bench_*.py")) if "--repeats" in p.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "why"),
+    [
+        *(
+            (name, "--repeats 0", "--repeats: wanted a whole number from 1")
+            for name in WITH_REPEATS
+        ),
+        (
+            "bench_rollout",
+            "--cases fixed,none",
+            "--cases: there are fixed, eos, long; given 'none'",
+        ),
+        ("bench_rollout", "--shapes XL", "--shapes: there are XS, S, M, L; given 'XL'"),
+        ("bench_rollout", "--peers verl", "--peers: there are tunix, trl; given 'verl'"),
+        ("bench_rollout", "--compile-time 4,x", "--compile-time: wanted a whole number from 1"),
+        ("bench_update", "--cases eos", "--cases: there are equal, long, ragged; given 'eos'"),
+        ("bench_update", "--layout columns", "--layout: invalid choice"),
+        ("bench_iteration", "--cases long", "--cases: there are fixed, ragged; given 'long'"),
+        ("bench_cold_start", "--cases none", "--cases: there are arithmetic, tail"),
+        ("bench_compiled", "--programs none", "--programs: there are decode, update, exchange"),
+        ("bench_device", "--parts none", "--parts: there are "),
+        ("bench_long", "--ways none", "--ways: there are "),
+        ("bench_compiles", "--mean 3", "--mean is the first and the last mean; given 1"),
+        ("bench_reading", "--sizes ,", "--sizes: wanted a whole number from 0; given ''"),
+        ("scale_table", "--machines none", "--machines: there are "),
+        ("simulate_rollouts", "--staleness x", "--staleness: wanted a whole number from 0"),
+        ("simulate_rollouts", "--staleness -1", "--staleness: wanted a whole number from 0"),
+        ("simulate_rollouts", "--staleness=", "--staleness: wanted 1 or more, with commas"),
+        ("simulate_rollouts", "--ahead -3", "--ahead: wanted a whole number from 0; given '-3'"),
+        ("simulate_rollouts", "--sigma -1", "--sigma: wanted a finite number of at least 0"),
+        ("simulate_rollouts", "--mean 0", "--mean: wanted a finite number above 0; given '0'"),
+        ("simulate_rollouts", "--step-ms 0 --token-ns 0", "--step-ms and --token-ns are both 0"),
+        ("simulate_rollouts", "--prefill-call-ms nan", "--prefill-call-ms: wanted a finite number"),
+        ("kernel_times", "folder --most 0", "--most: wanted a whole number from 1"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_in_one_sentence(
+    script, options, why, monkeypatch, capsys
+):
+    found = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name=script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *options.split(" ")])
+    with pytest.raises(SystemExit) as ended:
+        found["main"]()
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err
+
+
+def test_a_run_whose_rows_have_no_lengths_is_refused_by_the_simulation(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "rollout/length_mean": 2.0}\n')
+    monkeypatch.setattr(sys, "argv", ["simulate_rollouts.py", f"--metrics={path}"])
+    with pytest.raises(SystemExit, match="no row with rollout/length_max and rollout/length_mean"):
+        runpy.run_path(str(SCRIPTS / "simulate_rollouts.py"))["main"]()
+
+
+def test_the_shapes_of_the_benchmarks_are_those_of_the_peers_scripts():
+    ours = runpy.run_path(str(SCRIPTS / "bench_rollout.py"))["SHAPES"]
+    theirs = runpy.run_path(str(SCRIPTS / "peers" / "common.py"))["SHAPES"]
+    assert set(ours) == theirs.keys()
 
 
 def test_a_compiler_or_a_card_that_is_missing_is_a_line_of_the_result(bench_compiled, monkeypatch):

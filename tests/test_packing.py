@@ -414,8 +414,9 @@ def test_sizes_are_rounded_up_to_a_few_values_an_octave():
 
 # All that is known of lengths beforehand is a guess: they stay, or fall as the policy learns.
 @pytest.mark.parametrize(("shards", "means"), [(1, (120, 120)), (8, (220, 150))])
-def test_sizes_used_again_keep_the_programs_of_sixty_iterations_few(shards, means):
+def test_sizes_used_again_keep_the_programs_of_sixty_iterations_few(shards, means, monkeypatch):
     script = Path(__file__).resolve().parents[1] / "scripts" / "bench_compiles.py"
+    monkeypatch.syspath_prepend(script.parent)
     found = runpy.run_path(str(script))["count"](shards, means=means)
     assert found["programs"] <= {1: 4, 8: 5}[shards]
     assert found["places"] <= 1.06
