@@ -156,8 +156,16 @@ def test_the_two_spellings_of_the_shapes_of_global_layers_mean_the_same():
     found = Policy.abstract_from_config(written).config
     assert found == Policy.abstract_from_config(published.GEMMA4_31B).config
     assert found.kinds == ((50, 16, 256), (10, 4, 512))
+    # transformers 5.24 puts zeros in front of the numbers of models with more than ten layers.
+    padded = {f"{int(i):02}": sizes for i in listed}
+    assert Policy.abstract_from_config({**written, "per_layer_config": padded}).config == found
     for wrong in (
         {**listed, "0": sizes},
+        {**listed, "05": sizes},
+        {**padded, "+5": padded["05"]},
+        {"\u0665" if i == "5" else i: sizes for i in listed},
+        {"": sizes},
+        {},
         {**listed, "5": {"head_dim": 256}},
         {**listed, "5": {**sizes, "sliding_window": 3}},
         [sizes],

@@ -14,7 +14,8 @@ def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int,
     """(num_kv_heads, head_dim) of the layers without a window.
 
     Files have `global_head_dim` and `num_global_key_value_heads`, or, as transformers writes them
-    from 5.24 on, the sizes of single layers in `per_layer_config`.
+    from 5.24 on, the sizes of single layers in `per_layer_config`, whose keys are numbers of layers
+    with zeros in front of the shorter ones ("05", "11").
 
     Raises:
       ValueError: for sizes that are no positive integers, or that differ among these layers.
@@ -24,8 +25,10 @@ def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int,
         own_heads = c["attention_k_eq_v"] and c["num_global_key_value_heads"] is not None
         heads = "num_global_key_value_heads" if own_heads else "num_key_value_heads"
         return positive_int(c, heads), positive_int(c, "global_head_dim")
-    distant = {str(i) for i, kind in enumerate(layer_types) if kind == "full_attention"}
-    each = list(given.values()) if isinstance(given, Mapping) and set(given) == distant else [None]
+    distant = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
+    each = [None]
+    if isinstance(given, Mapping) and sorted(map(_layer_number, given)) == distant:
+        each = list(given.values()) or [{}]
     if not all(isinstance(one, Mapping) and one.keys() <= set(PER_LAYER_KEYS) for one in each):
         raise ValueError(
             "config.json needs per_layer_config as an object with head_dim and, if they have other "
@@ -39,6 +42,13 @@ def global_sizes(c: Mapping[str, Any], layer_types: Sequence[str]) -> tuple[int,
         )
     sizes = {**c, **each[0]}
     return positive_int(sizes, "num_key_value_heads"), positive_int(sizes, "head_dim")
+
+
+def _layer_number(key: Any) -> int:
+    """The number of a layer that a key of `per_layer_config` writes; -1 for none."""
+    text = str(key)
+    text = text.lstrip("0") or text[-1:]
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
 
 
 def fields(c: Mapping[str, Any], layer_types: Sequence[str]) -> dict[str, Any]:
