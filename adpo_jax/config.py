@@ -399,11 +399,16 @@ def _model() -> dict[str, Key]:
             "embedded:arithmetic",
             'a folder or Hub name with config.json and safetensors, or "embedded:arithmetic"',
         ),
-        "hf_config": Key({}, "overrides of config.json; with random_init, any size by one line"),
+        "hf_config": Key(
+            {},
+            "overrides of config.json (of its text_config where there is a vision tower); with "
+            "random_init, any size by one line",
+        ),
         "override_config": Key(
             {},
-            "keys of the model's config.json with other values, None to leave one out, e.g. "
-            '{"use_qk_clip": None}; the weights must still fit',
+            "keys of the model's config.json (of its text_config where there is a vision tower) "
+            'with other values, None to leave one out, e.g. {"use_qk_clip": None}; the weights '
+            "must still fit",
         ),
         "random_init": Key(False, "start from random weights, not from those in the folder"),
         "trust_remote_code": Key(

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from adpo_jax import Policy
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
-from adpo_jax.hf.families import FAMILIES
+from adpo_jax.hf.families import FAMILIES, WRAPPERS
 from adpo_jax.model.rope import Rope
 
 QWEN25_05B = {
@@ -456,6 +456,45 @@ def test_what_changes_nothing_is_accepted_and_a_null_reaches_into_a_wrapper():
     scaling = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.878}
     with pytest.raises(ValueError, match=r"attn_factor.* as in {'rope_scaling': {'attn_factor'"):
         read("qwen3-30b-a3b", rope_scaling=scaling)
+
+
+@pytest.mark.parametrize("keep_nulls", [False, True])
+@pytest.mark.parametrize("model_type", WRAPPERS)
+def test_overrides_of_a_wrapper_change_its_language_model(model_type, keep_nulls):
+    text = {
+        "model_type": WRAPPERS[model_type].text_types[0],
+        "num_hidden_layers": 8,
+        "sliding_window": 5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+    }
+    config = {"model_type": model_type, "text_config": text, "vision_config": {"depth": 2}}
+    override = {
+        "num_hidden_layers": 4,
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0},
+        "text_config": {"rms_norm_eps": 1e-3},
+        "tie_word_embeddings": True,
+        "eos_token_id": [3],
+        "dtype": "bfloat16",
+        "architectures": None,
+    }
+    found = folders.overridden(config, override, keep_nulls=keep_nulls)
+    outer = ("tie_word_embeddings", "eos_token_id", "dtype")
+    wanted = {**text, "num_hidden_layers": 4, "rms_norm_eps": 1e-3} | {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e7}
+    }
+    if keep_nulls:
+        wanted["sliding_window"] = None
+    else:
+        del wanted["sliding_window"]
+    nulls = {"architectures": None} if keep_nulls else {}
+    assert found == {**config, "text_config": wanted} | {k: override[k] for k in outer} | nulls
+    of_text = language_config(found)
+    assert {k: v for k, v in of_text.items() if k in wanted} == wanted
+    assert {k: of_text[k] for k in outer} == {k: override[k] for k in outer}
+    # Another model_type makes it another model.
+    other = {"model_type": "llama", "num_hidden_layers": 2}
+    assert folders.overridden(config, other, keep_nulls=keep_nulls)["num_hidden_layers"] == 2
 
 
 def test_switches_that_are_off_and_private_notes_are_accepted():

@@ -390,6 +390,25 @@ def test_a_key_that_is_not_known_is_passed_over_by_an_override(folder):
     assert found.config == policy.config
 
 
+@pytest.mark.parametrize("option", ["override_config", "hf_config"])
+def test_the_config_overrides_the_language_model_beside_a_vision_tower(option, folder):
+    path = folder / "config.json"
+    inner = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": 8}
+    architectures = ["Mistral3ForConditionalGeneration"]
+    outer = {"model_type": "mistral3", "architectures": architectures, "text_config": inner}
+    path.write_text(json.dumps(outer))
+    override = {"rms_norm_eps": 1e-3, "sliding_window": None}
+    c, source = source_of(folder, random_init=option == "hf_config", **{option: override})
+    for found in (source, loading.find_architecture(c)):
+        text = found.hf_config["text_config"]
+        assert text["rms_norm_eps"] == 1e-3
+        # A null of hf_config is a value, which turns the window off.
+        assert text.get("sliding_window", "left out") == (
+            None if option == "hf_config" else "left out"
+        )
+        assert loading.make_policy(c, found, None).config.norm_eps == 1e-3
+
+
 @pytest.mark.parametrize(
     ("generation", "inner", "wanted"),
     [

@@ -57,6 +57,17 @@ TOKENIZER_FILES = (
 LARGEST_TOKENIZER_FILE = 1 << 28  # bytes; that of Gemma 3 has an eighth of it
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What is read of a config.json beside its `text_config`.
+OUTER_KEYS = {
+    "model_type",
+    "architectures",
+    "text_config",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "dtype",
+    "torch_dtype",
+    *TOKEN_IDS,
+}
 
 
 def local_path(name: str | os.PathLike) -> Path:
@@ -413,21 +424,45 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def overridden(
-    config_json: Mapping[str, Any], override: Mapping[str, Any] | None
+    config_json: Mapping[str, Any],
+    override: Mapping[str, Any] | None,
+    *,
+    keep_nulls: bool = False,
 ) -> dict[str, Any]:
-    """The content of a config.json with other values for some keys; None leaves a key out.
+    """The content of a config.json with other values for some keys.
 
-    A dict goes into the dict of that key, as in {"text_config": {"rope_theta": 1e6}}. What is left
-    out may lie in `text_config` too.
+    A dict goes into the dict of that key, as in {"rope_parameters": {"factor": 4.0}}. Where the
+    language model has a `text_config`, the keys are those of it, but for `OUTER_KEYS`.
+
+    Args:
+      keep_nulls: None stands for a null; else it leaves the key out, so that the model has the
+        default of its family.
     """
-    result = dict(config_json)
-    for key, value in (override or {}).items():
-        if value is None:
+    override = dict(override or {})
+    if override.get("model_type", config_json.get("model_type")) not in [*WRAPPERS]:
+        return _merged(config_json, override, keep_nulls)
+    outer, inner = {}, {}
+    for key, value in override.items():
+        (outer if key in OUTER_KEYS else inner)[key] = value
+    if not keep_nulls:  # what is left out may lie on either side
+        nulls = {key: None for key, value in override.items() if value is None}
+        outer, inner = outer | nulls, inner | nulls
+    result = _merged(config_json, outer, keep_nulls)
+    text = result.get("text_config")
+    if inner and (text is None or isinstance(text, Mapping)):
+        result["text_config"] = _merged(text or {}, inner, keep_nulls)
+    return result
+
+
+def _merged(
+    content: Mapping[str, Any], override: Mapping[str, Any], keep_nulls: bool
+) -> dict[str, Any]:
+    result = dict(content)
+    for key, value in override.items():
+        if value is None and not keep_nulls:
             result.pop(key, None)
-            if isinstance(text := result.get("text_config"), Mapping):
-                result["text_config"] = {k: v for k, v in text.items() if k != key}
         elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = overridden(result[key], value)
+            result[key] = _merged(result[key], value, keep_nulls)
         else:
             result[key] = value
     return result

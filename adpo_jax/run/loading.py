@@ -66,7 +66,7 @@ def find_model(config: ConfigDict) -> ModelSource:
             )
         tokenizer = TASKS[model.path].make_tokenizer()
         stop = (tokenizer.eos_token_id,)
-        hf_config = TASKS[model.path].MODEL_CONFIG | overrides
+        hf_config = folders.overridden(TASKS[model.path].MODEL_CONFIG, overrides, keep_nulls=True)
         return ModelSource(
             None, hf_config, tokenizer, stop, random_init=True, lora=lora, adapter=adapter
         )
@@ -81,12 +81,13 @@ def find_model(config: ConfigDict) -> ModelSource:
         with_code=model.trust_remote_code,
         override=model.override_config.to_dict(),
     )
-    model_config(language_config(hf_config | overrides))  # transformers' refusals say less
+    resized = folders.overridden(hf_config, overrides, keep_nulls=True)
+    model_config(language_config(resized))  # transformers' refusals say less
     tokenizer = _load_tokenizer(folder, hf_config, model.trust_remote_code)
     stop = _stop_token_ids(folder, tokenizer, generation, hf_config)
     return ModelSource(
         folder,
-        hf_config | overrides,
+        resized,
         tokenizer,
         stop,
         random_init=model.random_init,
@@ -221,7 +222,7 @@ def find_architecture(config: ConfigDict) -> ModelSource:
         return find_model(config)
     hf_config = folders.find_config(model.path)
     hf_config = folders.overridden(hf_config, model.override_config.to_dict())
-    hf_config |= model.hf_config.to_dict()
+    hf_config = folders.overridden(hf_config, model.hf_config.to_dict(), keep_nulls=True)
     lora, adapter = _find_lora(model)
     return ModelSource(
         None,
