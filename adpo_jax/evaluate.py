@@ -5,9 +5,10 @@
 
 `--model` is a Hugging Face folder or hub name, a run's folder (its export, or its newest checkpoint
 if that is newer) or one of its checkpoints (`runs/gsm8k/mine/checkpoints/50`). Data, prompts and
-`eval.*` are those of `--config`; without it, those of the run. Two files, `metrics.json` and
-`completions.jsonl`, are written to `--out`, or to `evaluations/N` in the run's folder (for any
-other model in the working folder). No file is overwritten.
+`eval.*` are those of `--config`; without it, those of the run. The config.json of a model that is
+no run's is changed by `actor_rollout_ref.model.override_config`, as in training. Two files,
+`metrics.json` and `completions.jsonl`, are written to `--out`, or to `evaluations/N` in the run's
+folder (for any other model in the working folder). No file is overwritten.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -67,6 +69,7 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             dtype=dtype,
             mesh=setup.make_mesh(config),
             trust_remote_code=config.actor_rollout_ref.model.trust_remote_code,
+            override_config=_override_config(config, model),
             for_prompts=False,  # they are as the config says
         )
     environments = make_environments(config, found.tokenizer, found.stop_token_ids)
@@ -101,6 +104,13 @@ def evaluate_model(config: ConfigDict, model: str, out: Path | None = None) -> d
             write_jsonl(folder / "completions.jsonl", evaluation.records)
     say(f"every completion is in {folder / 'completions.jsonl'}", sys.stdout)
     return evaluation.metrics
+
+
+def _override_config(config: ConfigDict, model: str) -> dict[str, Any]:
+    """Keys of a model's config.json with other values; a run has those that it trained with."""
+    if config_files.run_of(model) is not None:
+        return {}
+    return config.actor_rollout_ref.model.override_config.to_dict()
 
 
 @contextlib.contextmanager

@@ -11,11 +11,10 @@ there; the token is that of the environment variable HF_TOKEN or of `hf auth log
 """
 
 import argparse
-import json
 import sys
 
 from adpo_jax.log.printable import say_error
-from adpo_jax.run.command_line import Parser, begin, unless_interrupted, with_cure
+from adpo_jax.run.command_line import Parser, begin, json_object, unless_interrupted, with_cure
 from adpo_jax.run.config_files import run_of, user_path
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -37,20 +36,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--override-config",
-        type=_json_object,
+        type=json_object,
         metavar="JSON",
         help="keys of config.json with other values; null leaves a key out",
     )
     parser.add_argument("--push-to-hub", metavar="NAME", help="user/model to upload to")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     return parser.parse_args(argv)
-
-
-def _json_object(text: str) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"wanted a JSON object, given {text!r}")
-    return value
 
 
 def export(a: argparse.Namespace) -> None:

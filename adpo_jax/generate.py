@@ -20,7 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from adpo_jax.log.printable import has_reader, printable, say_error
-from adpo_jax.run.command_line import Parser, begin, unless_interrupted
+from adpo_jax.run.command_line import Parser, begin, json_object, unless_interrupted
 from adpo_jax.run.config_files import user_path
 from adpo_jax.run.exit_codes import USER_ERROR
 
@@ -67,6 +67,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run its tokenizer's own code"
+    )
+    parser.add_argument(
+        "--override-config",
+        type=json_object,
+        metavar="JSON",
+        help="keys of config.json with other values; null leaves a key out",
     )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--no-chat-template", action="store_true")
@@ -234,7 +240,12 @@ def generate(a: argparse.Namespace) -> None:
     if a.out is not None and a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
     with telling(f"reading {a.model}"):
-        read = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+        read = pretrained.load(
+            a.model,
+            dtype=a.dtype,
+            trust_remote_code=a.trust_remote_code,
+            override_config=a.override_config,
+        )
     model = with_options(read, a)
     prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
     longest = max(len(prompt) for prompt in prompts)

@@ -12,13 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 from parsing import parse
 
-from adpo_jax import evaluate, losses
+from adpo_jax import evaluate, export, generate, losses
 from adpo_jax.__main__ import COMMANDS
 from adpo_jax.config import default_config
 from adpo_jax.run import command_line, config_checks, config_files
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.exit_codes import SECOND_INTERRUPT
 from adpo_jax.run.identity import as_json
+from adpo_jax.serve import __main__ as serve
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +32,17 @@ def parsed(*argv: str, monkeypatch, **options):
     flags.DEFINE_string("model", None, "", flag_values=values)
     command_line.parse_flags(argv, values, **options)
     return finalized(command_line.load_config(holder))
+
+
+@pytest.mark.parametrize("text", ["[]", "{'a': None}", "3", "", "[" * 100_000])
+@pytest.mark.parametrize("command", [export, generate, serve])
+def test_an_override_that_is_no_json_object_is_refused_in_one_sentence(command, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.arguments(["--model", "m", "--override-config", text])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert ': wanted a JSON object, such as {"use_qk_clip": null}; given' in error
+    assert error.count("\n") == 1
 
 
 def write_run(folder: Path, config) -> Path:

@@ -214,6 +214,21 @@ def test_a_model_is_evaluated_alone_and_nothing_is_overwritten(small_model, tmp_
     assert sorted(p.name for p in Path("evaluations").iterdir()) == ["0", "1"]
 
 
+@pytest.mark.parametrize("is_run", [False, True])
+def test_a_model_that_is_no_run_is_changed_by_the_override_of_the_config(
+    is_run, tmp_path, monkeypatch
+):
+    given = {"rms_norm_eps": 1e-3}
+    (tmp_path / "config.json").write_text('{"actor_rollout_ref": {}}' if is_run else "{}")
+    seen = {}
+    monkeypatch.setattr("adpo_jax.pretrained.load", lambda name, **kw: seen.update(kw) or broken())
+    with pytest.raises(RuntimeError):
+        evaluate_model(
+            parse(f"--config.actor_rollout_ref.model.override_config={given}"), str(tmp_path)
+        )
+    assert seen["override_config"] == ({} if is_run else given)
+
+
 def broken(*_, **__):
     raise RuntimeError("the device is gone")
 

@@ -1,6 +1,9 @@
 """config.json -> ModelConfig: published configs, both spellings of the rope, and refusals."""
 
+import ast
 import importlib
+import json
+import re
 
 import jax
 import numpy as np
@@ -495,6 +498,29 @@ def test_overrides_of_a_wrapper_change_its_language_model(model_type, keep_nulls
     # Another model_type makes it another model.
     other = {"model_type": "llama", "num_hidden_layers": 2}
     assert folders.overridden(config, other, keep_nulls=keep_nulls)["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("qwen3-30b-a3b", {"rope_parameters": {"new_setting": 3}}),
+        ("qwen3-30b-a3b", {"rope_scaling": {"new_setting": 3}}),
+        ("qwen3.5-27b", {"rope_parameters": {"new_setting": 3}}),
+        ("qwen3.5-27b", {"use_qk_clip": True}),
+        ("gemma4-31b", {"rope_parameters": {"full_attention": {"new_setting": 3}}}),
+        ("gemma4-31b", {"rope_parameters": {"sliding_attention": {"new_setting": 3}}}),
+    ],
+)
+def test_what_a_refusal_says_passes_a_setting_over(name, setting):
+    config = published.ALL[name][0]
+    changed = folders.overridden(config, setting)
+    with pytest.raises(ValueError, match="can be taken out of its config.json") as refused:
+        model_config(language_config(changed))
+    in_python, in_json = re.findall(r"as in ({.*?})(?:, or|$)", str(refused.value))
+    cure = ast.literal_eval(in_python)
+    assert json.loads(in_json) == cure
+    cured = model_config(language_config(folders.overridden(changed, cure)))
+    assert cured == model_config(language_config(config))
 
 
 def test_switches_that_are_off_and_private_notes_are_accepted():

@@ -34,6 +34,7 @@ from adpo_jax.engine.verbs import Verbs
 from adpo_jax.policy import Policy
 from adpo_jax.serve.decoding import Decoding
 from adpo_jax.serve.service import Service
+from adpo_jax.serve.weights import WeightsRoot
 
 PATH = "/inference/v1/generate"
 PROMPT = [70, 71, 72, 73, 74]
@@ -564,6 +565,15 @@ def _of(tmp, root, versions):
         "odd": "",
         "index": "outside its folder",
     }
+
+
+def test_new_weights_are_read_with_the_overrides_that_are_served(root, versions):
+    override = {"rms_norm_eps": 1e-3}
+    policy, _ = Policy.from_pretrained(root / "v1", override_config=override)
+    with pytest.raises(ValueError, match="differs in norm_eps"):
+        WeightsRoot(root, policy).read("v1")
+    found = WeightsRoot(root, policy, override).read("v1")
+    jax.tree.map(np.testing.assert_array_equal, found, versions[1][1])
 
 
 def test_a_folder_that_is_no_good_leaves_the_weights_as_they_are(

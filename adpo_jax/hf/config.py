@@ -6,7 +6,7 @@ from typing import Any
 from adpo_jax.hf import families, keys
 from adpo_jax.hf.mixtures import mixture
 from adpo_jax.hf.ropes import check_no_rope_layers, ropes
-from adpo_jax.hf.values import is_number, positive, positive_int, wrong
+from adpo_jax.hf.values import cure, is_number, positive, positive_int, wrong
 from adpo_jax.model.model_config import Mixture, ModelConfig
 
 WIDTHS = ("hidden_size", "num_attention_heads", "intermediate_size")
@@ -191,8 +191,7 @@ def _refuse_unknown(hf_config: Mapping[str, Any], family: families.Family) -> No
             "implemented and may change the model: "
             + ", ".join(f"{key[:80]} = {hf_config[key]!r:.80}" for key in unknown[:16])
             + (f" and {len(unknown) - 16} more" if len(unknown) > 16 else "")
-            + ". Those that do not change it are passed over by a null in "
-            f"actor_rollout_ref.model.override_config, as in {{{unknown[0][:80]!r}: None}}."
+            + f". {cure({unknown[0][:80]: None})}"
         )
 
 

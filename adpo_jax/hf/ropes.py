@@ -6,7 +6,7 @@ from typing import Any
 
 from adpo_jax.hf import gemma4
 from adpo_jax.hf.families import Family
-from adpo_jax.hf.values import is_number, wrong
+from adpo_jax.hf.values import cure, is_number, wrong
 from adpo_jax.model.rope import Rope
 
 # The keys that transformers reads for each rope type.
@@ -147,10 +147,8 @@ def _rope(
     unknown = sorted(given.keys() - KNOWN_ROPE_KEYS - family.rope_keys)
     if unknown:
         raise ValueError(
-            f"rope settings that are not implemented: {', '.join(unknown)[:300]}. Those that do "
-            "not change the model are passed over by a null in "
-            "actor_rollout_ref.model.override_config, as in "
-            f"{{'rope_scaling': {{{unknown[0][:80]!r}: None}}}} (rope_parameters where that has it)"
+            f"rope settings that are not implemented: {', '.join(unknown)[:300]}. "
+            + cure(_without(c, unknown[0]))
         )
     _check_rope_values({**given, "partial_rotary_factor": partial})
     theta = given.get("rope_theta", theta)
@@ -188,6 +186,19 @@ def _rope(
             f"{dimensions // 2} are needed, half of the rotated dimensions"
         )
     return rope
+
+
+def _without(c: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """An override that leaves a setting of a rope out, in the first place that has it."""
+    null = {setting[:80]: None}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = c[name] or {}
+        if given.get(setting) is not None:
+            return {name: null}
+        for kind, inner in given.items():
+            if isinstance(inner, Mapping) and inner.get(setting) is not None:
+                return {name: {kind: null}}
+    raise AssertionError(f"no rope has {setting!r}")
 
 
 def _check_rope_values(given: Mapping[str, Any]) -> None:

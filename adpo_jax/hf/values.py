@@ -1,5 +1,6 @@
 """Values of a `config.json`, read as what they must be."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,20 @@ def positive(config: Mapping[str, Any], key: str) -> float:
 def is_number(value: Any) -> bool:
     """Whether it is a number above 0 that can be computed with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def cure(override: Mapping[str, Any]) -> str:
+    """What to do about settings that are not implemented.
+
+    Args:
+      override: one that passes such a setting over.
+    """
+    return (
+        "Those that do not change the model can be taken out of its config.json, or passed over by "
+        "a null in actor_rollout_ref.model.override_config (for the policy of a run or of "
+        f"adpo-jax evaluate), as in {override}, or in --override-config of adpo-jax export, "
+        f"generate and serve, as in {json.dumps(override)}"
+    )
 
 
 def wrong(config: Mapping[str, Any], key: str, wanted: str) -> ValueError:

@@ -6,6 +6,7 @@ are answered at once.
 
 import argparse
 import errno
+import json
 import os
 import re
 import sys
@@ -59,6 +60,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"error: {message}; `{self.prog} --help` lists the options\n")
+
+
+def json_object(text: str) -> dict:
+    """What argparse makes a dict of."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'wanted a JSON object, such as {{"use_qk_clip": null}}; given {text!r:.80}'
+        )
+    return value
 
 
 def with_cure(error: OSError, folder: Path, outcome: str) -> OSError:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adpo_jax.log.printable import say_error
-from adpo_jax.run.command_line import Parser, begin, unless_interrupted
+from adpo_jax.run.command_line import Parser, begin, json_object, unless_interrupted
 from adpo_jax.run.config_files import run_of, user_path
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -45,6 +45,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--name", help="what clients call the model; by default its folder's or run's name")
     add("--dtype", default="float32", help="float32 or bfloat16")
     add("--trust-remote-code", action="store_true", help="run its tokenizer's own code")
+    keys = "keys of config.json with other values; null leaves a key out"
+    add("--override-config", type=json_object, metavar="JSON", help=keys)
     meant = "take control tokens (<|im_end|>) in requests for such; they are text otherwise"
     add("--allow-control-tokens", action="store_true", help=meant)
     add("--host", default="127.0.0.1")
@@ -180,7 +182,12 @@ def _server_of_model(
     from adpo_jax.serve.service import Language, Service
     from adpo_jax.serve.weights import WeightsRoot
 
-    model = pretrained.load(a.model, dtype=a.dtype, trust_remote_code=a.trust_remote_code)
+    model = pretrained.load(
+        a.model,
+        dtype=a.dtype,
+        trust_remote_code=a.trust_remote_code,
+        override_config=a.override_config,
+    )
     # A request is a stranger's, whatever the data of the run were.
     prompt_format = dataclasses.replace(
         model.prompt_format, allow_control_tokens=a.allow_control_tokens
@@ -192,7 +199,7 @@ def _server_of_model(
         )
     weights_root = None
     if a.weights_root is not None:
-        weights_root = WeightsRoot(a.weights_root, model.policy)
+        weights_root = WeightsRoot(a.weights_root, model.policy, a.override_config)
     limits = Limits(*_lengths(a, model.policy), a.max_prompt_characters)
     engine = Engine(
         model.policy.for_length(limits.max_prompt_length + limits.max_response_length),

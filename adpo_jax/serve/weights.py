@@ -5,7 +5,9 @@ beside the decoding and checked whole, before anything of the old weights is let
 """
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,12 +27,18 @@ class WeightsRoot:
     Args:
       root: the folder.
       policy: the model, whose weights must fit.
+      override_config: keys of their config.json with other values, as of `pretrained.load`.
 
     Raises:
       ValueError: where there is no such folder, or the model has adapters.
     """
 
-    def __init__(self, root: str | Path, policy: Policy):
+    def __init__(
+        self,
+        root: str | Path,
+        policy: Policy,
+        override_config: Mapping[str, Any] | None = None,
+    ):
         try:
             self._root = Path(root).expanduser().resolve(strict=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -42,7 +50,7 @@ class WeightsRoot:
                 "--weights-root: the model is a checkpoint with adapters beside its weights, and "
                 "folders hold whole weights; serve the run's export instead"
             )
-        self._policy = policy
+        self._policy, self._override_config = policy, override_config
 
     def read(self, given: str):
         """The parameters that a folder holds, in the memory of the host where there is another.
@@ -88,6 +96,7 @@ class WeightsRoot:
     def _check_model(self, folder: Path) -> None:
         config_json = read_json(folder / "config.json")
         check_counts(config_json, str(folder / "config.json"))
+        config_json = folders.overridden(config_json, self._override_config)
         other = Policy.abstract_from_config(config_json, dtype=self._policy.dtype).config
         mine = self._policy.config
         if other != mine:
