@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from ml_collections import ConfigDict
 
 from adpo_jax.config import default_config
 from adpo_jax.data.prompts import Message, PromptFormat, prompts_of_texts
@@ -165,8 +166,21 @@ def _from_hugging_face(
 
 
 def _override(config, override_config: Mapping[str, Any] | None) -> None:
+    """Puts further overrides over those of the config; a null takes the place of what is there."""
+    model = config.actor_rollout_ref.model
+    own = model.override_config.to_dict()
     with config.unlocked(), config.ignore_type():
-        config.actor_rollout_ref.model.override_config.update(dict(override_config or {}))
+        model.override_config = ConfigDict(
+            _merged(own, override_config or {}), allow_dotted_keys=True
+        )
+
+
+def _merged(own: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(own)
+    for key, value in further.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result
 
 
 def _take_adapters_as_trained(run: RunFolder, config) -> None:

@@ -151,6 +151,28 @@ def test_a_checkpoint_of_another_model_than_the_config_says_is_refused(run, tmp_
         pretrained.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("override", "kind", "factor"),
+    [
+        (None, "yarn", 4.0),
+        ({"rope_scaling": {"factor": 2.0}}, "yarn", 2.0),
+        ({"rope_scaling": None, "a.dotted.key": None}, "default", 1.0),
+    ],
+)
+def test_overrides_are_put_over_those_of_the_run(run, folder, override, kind, factor, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    written = json.loads((copy / "config.json").read_text())
+    written["actor_rollout_ref"]["model"] |= {
+        "path": str(folder),
+        "hf_config": {},
+        "override_config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    }
+    (copy / "config.json").write_text(json.dumps(written))
+    (rope,) = pretrained.load(copy, override_config=override).policy.config.ropes
+    assert (rope.kind, rope.factor) == (kind, factor)
+
+
 def test_the_dtype_is_that_asked_for(run):
     model = pretrained.load(run[0], dtype="bfloat16")
     assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
@@ -228,6 +250,19 @@ def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder,
     assert model.tokenizer.decode(ids[:3]) in capsys.readouterr().out
     screen.end(0, 0, Completion.sampled(ids[:3], [0.0] * 3, "stop"))
     assert capsys.readouterr().out == f"\n--- prompt 0, completion 1\n{text}"
+
+
+def test_generate_passes_over_what_the_command_line_says(folder, tmp_path, monkeypatch, capsys):
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    config = json.loads((newer / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps(config | {"note_of_its_maker": "v2"}))
+    command = ["generate", "--model", str(newer), "--prompt", "3", "--max-tokens", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    assert generate.main() == 2
+    cure = re.search(r"--override-config of .* as in ({.*?})", capsys.readouterr().err)[1]
+    monkeypatch.setattr("sys.argv", [*command, "--override-config", cure])
+    assert generate.main() == 0
 
 
 @pytest.mark.parametrize("to_file", [False, True])
