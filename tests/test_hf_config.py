@@ -366,6 +366,21 @@ REFUSED = {
     "rope type 'llama3' needs factor, high_freq_factor, low_freq_factor": {
         "rope_scaling": {"rope_type": "llama3"}
     },
+    "rope type 'yarn' needs original_max_position_embeddings, or else max_.* above 0; given 0": {
+        "rope_scaling": {"rope_type": "yarn"},
+        "max_position_embeddings": 0,
+    },
+    "rope type 'yarn' needs factor, or else max_position_embeddings, .* above 0; given 0": {
+        "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 8},
+        "max_position_embeddings": 0,
+    },
+    "rope type 'yarn' needs rope_theta as a number above 1; given 1.0": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+        "rope_theta": 1,
+    },
+    "the rope needs beta_slow as a number above 0; given 1e-320": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_slow": 1e-320},
+    },
     "rope settings that are not implemented: mrope_section": {
         "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}
     },

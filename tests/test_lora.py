@@ -249,8 +249,9 @@ def test_what_cannot_be_adapted_is_refused():
         Lora(2, 4.0, lora.parse_targets("q_proj,lm_head"))
     with pytest.raises(ValueError, match="rank of LoRA is at least 1, given 0"):
         Lora(0, 4.0)
-    with pytest.raises(ValueError, match="alpha of LoRA is above 0, given 0"):
-        Lora(2, 0.0)
+    for alpha in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"alpha of LoRA is above 0 and finite, given {alpha}"):
+            Lora(2, alpha)
     assert lora.parse_targets("all-linear") == tuple(adaptable())
     # Layers of two shapes, and those with gates, have weights of their own under the same name.
     found = lora.parse_targets("q_proj, v_proj")

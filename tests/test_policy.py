@@ -226,6 +226,10 @@ def test_wrong_shapes_and_token_ids_are_refused():
         policy.logits(params, np.ones(3, np.int32))
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
         policy.logits(params, np.ones((2, 3), np.int32), np.ones((2, 4), np.int32))
+    for shape in ((2, 0), (0, 3)):
+        for scored in (policy.logits, policy.log_probs):
+            with pytest.raises(ValueError, match=rf"at least one row and .* shape \({shape[0]}, "):
+                scored(params, np.ones(shape, np.int32))
     with pytest.raises(ValueError, match=r"in \[0, 64\); given 0 to 64"):
         policy.logits(params, np.array([[0, 64]]))
 

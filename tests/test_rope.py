@@ -111,3 +111,5 @@ def test_unknown_types_and_missing_lengths_are_refused():
         Rope(kind="dynamic")
     with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
         Rope(kind="llama3")
+    with pytest.raises(ValueError, match=r"needs rope_theta as a number above 1; given 1\.0"):
+        Rope(kind="yarn", original_length=8, theta=1.0)

@@ -157,8 +157,19 @@ def _rope(
         used.setdefault("original_max_position_embeddings", max_positions)
         if c.get("original_max_position_embeddings"):
             used["original_max_position_embeddings"] = c["original_max_position_embeddings"]
+        if not is_number(used["original_max_position_embeddings"]):
+            raise ValueError(
+                f"rope type {kind!r} needs original_max_position_embeddings, or else "
+                "max_position_embeddings, as a number above 0; given "
+                f"{used['original_max_position_embeddings']!r:.80}"
+            )
     if kind in ("yarn", "longrope"):
         used.setdefault("factor", max_positions / used["original_max_position_embeddings"])
+        if not is_number(used["factor"]):
+            raise ValueError(
+                f"rope type {kind!r} needs factor, or else max_position_embeddings, as a number "
+                f"above 0; given {max_positions!r:.80}"
+            )
     if kind == "yarn":
         used.setdefault("attention_factor", _yarn_attention_factor(used))
     missing = sorted(REQUIRED_ROPE_KEYS[kind] - used.keys())

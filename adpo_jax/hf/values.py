@@ -27,7 +27,7 @@ def positive(config: Mapping[str, Any], key: str) -> float:
 
 def is_number(value: Any) -> bool:
     """Whether it is a number above 0 that can be computed with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
 def cure(override: Mapping[str, Any]) -> str:

@@ -45,8 +45,8 @@ class Lora:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"the rank of LoRA is at least 1, given {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"the alpha of LoRA is above 0, given {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"the alpha of LoRA is above 0 and finite, given {self.alpha}")
         known = parameters.adaptable()
         if not self.targets or not known.keys() >= set(self.targets):
             raise ValueError(

@@ -62,6 +62,11 @@ class Rope:
                 f"rope type {self.kind!r} needs original_max_position_embeddings in the config"
             )
 
+        if self.kind == "yarn" and not self.theta > 1:
+            raise ValueError(
+                f"rope type 'yarn' needs rope_theta as a number above 1; given {self.theta}"
+            )
+
     def dimensions(self, head_dim: int) -> int:
         """How many dimensions of a head are rotated."""
         if self.kind == "proportional":

@@ -569,6 +569,11 @@ class Policy:
                 "tokens and attention_mask are both [B, T]; given shapes "
                 f"{np.shape(tokens)} and {np.shape(attention_mask)}"
             )
+        if 0 in np.shape(tokens):
+            raise ValueError(
+                "tokens are [B, T] with at least one row and one column; given shape "
+                f"{np.shape(tokens)}"
+            )
         is_traced = isinstance(tokens, jax.core.Tracer)
         kind = tokens.dtype if isinstance(tokens, jax.Array) else np.asarray(tokens).dtype
         if not np.issubdtype(kind, np.integer):
