@@ -249,7 +249,7 @@ def generate(a: argparse.Namespace) -> None:
     model = with_options(read, a)
     prompts = model.prompts([row["prompt"] for row in rows], max_length=sys.maxsize)
     longest = max(len(prompt) for prompt in prompts)
-    positions = model.policy.hf_config.get("max_position_embeddings") or sys.maxsize
+    positions = model.policy.positions or sys.maxsize
     most = sampling.max_tokens
     if a.max_tokens is None:
         most = max(1, min(most, positions - longest))

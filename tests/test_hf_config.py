@@ -1,6 +1,7 @@
 """config.json -> ModelConfig: published configs, both spellings of the rope, and refusals."""
 
 import ast
+import contextlib
 import importlib
 import json
 import re
@@ -18,6 +19,8 @@ from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.hf.families import FAMILIES, WRAPPERS
 from adpo_jax.model.rope import Rope
+from adpo_jax.run import loading
+from adpo_jax.serve import __main__ as serve
 
 QWEN25_05B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -283,6 +286,31 @@ def test_the_first_spelling_of_the_rope_type_is_read():
     assert architecture({**MISTRAL_7B, "rope_scaling": scaling}).ropes == (
         Rope(theta=10_000.0, kind="linear", factor=2.0),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "scaling", "wanted"),
+    [
+        (None, None, None),
+        (64, None, 64),
+        (64, {"rope_type": "yarn", "factor": 4.0}, 256),
+        (256, {"rope_type": "yarn", "original_max_position_embeddings": 64}, 256),
+        (64, {"rope_type": "longrope", "short_factor": [1] * 32, "long_factor": [2] * 32}, 64),
+    ],
+)
+def test_positions_are_those_that_the_rope_is_stretched_to(given, scaling, wanted, caplog):
+    changes = {"max_position_embeddings": given or 0, "rope_scaling": scaling}
+    policy = Policy.abstract_from_config(LLAMA32_1B | changes)
+    assert policy.positions == wanted
+    most = wanted or 4096
+    limits = ("--max-prompt-length", str(most // 2), "--max-response-length")
+    for response, fits in ((most // 2, True), (most // 2 + 1, False)):
+        a = serve.arguments(["--model", "m", *limits, str(response)])
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="positions of"):
+            serve._lengths(a, policy)
+        caplog.clear()
+        loading._tell_of_positions(policy, most // 2 + response)
+        assert (caplog.text == "") == (fits or wanted is None)
 
 
 def test_yarn_fills_in_what_transformers_fills_in():

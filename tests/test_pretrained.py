@@ -233,10 +233,17 @@ def test_generate_takes_no_more_tokens_than_the_model_has_positions_for(folder, 
     short = tmp_path / "short"
     shutil.copytree(folder, short)
     config = json.loads((short / "config.json").read_text())
-    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    config["max_position_embeddings"] = 16
+    (short / "config.json").write_text(json.dumps(config))
     command = ["--model", str(short), "--prompt", "3 apples", "--ignore-eos", "--n", "1"]
     generate.generate(generate.arguments(command))
     assert "cut off at --max-tokens" in capsys.readouterr().out
+    command += ["--max-tokens", "16"]
+    with pytest.raises(ValueError, match="more than the 16 positions"):
+        generate.generate(generate.arguments(command))
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    (short / "config.json").write_text(json.dumps(config))
+    generate.generate(generate.arguments(command))
 
 
 def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):

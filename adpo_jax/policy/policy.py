@@ -234,6 +234,19 @@ class Policy:
             return self
         return dataclasses.replace(self, config=model_config(self.hf_config, max_length))
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence that the model is made for; None where nothing says so.
+
+        That is `max_position_embeddings`, or the length that a rope is stretched to where a file
+        leaves that number as it was before.
+        """
+        given = self.hf_config.get("max_position_embeddings")
+        if not given:
+            return None
+        stretched = [rope.factor * rope.original_length for rope in self.config.ropes]
+        return int(max([given, *stretched]))
+
     def save_pretrained(
         self,
         folder: str | os.PathLike,

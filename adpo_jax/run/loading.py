@@ -352,9 +352,7 @@ def _tell_of_positions(policy: Policy, longest: int) -> None:
 
     No family has a table of positions that would end there, so training goes on, as elsewhere.
     """
-    positions = policy.hf_config.get("max_position_embeddings") or longest
-    # YaRN may stretch the rope further than its config says.
-    positions = max(positions, *(r.factor * r.original_length for r in policy.config.ropes))
+    positions = policy.positions or longest
     if longest > positions and jax.process_index() == 0:
         logging.warning(
             "a prompt and its completion may have %d tokens together, and the model is made for %d "

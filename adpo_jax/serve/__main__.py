@@ -251,7 +251,7 @@ def model_name(model: str) -> str:
 
 def _lengths(a: argparse.Namespace, policy) -> tuple[int, int]:
     """Tokens of the longest prompt and the longest completion."""
-    positions = policy.hf_config.get("max_position_embeddings") or 4096
+    positions = policy.positions or 4096
     half = min(positions // 2, 2048)
     prompt, response = a.max_prompt_length or half, a.max_response_length or half
     if prompt < 1 or response < 1 or prompt + response > positions:
