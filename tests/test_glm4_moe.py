@@ -16,6 +16,7 @@ from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model import lora
 from adpo_jax.model.lora import Lora
 from adpo_jax.records import Sequences
+from adpo_jax.run import loading
 from adpo_jax.update import make_log_probs, packing
 
 
@@ -108,7 +109,7 @@ def test_the_update_takes_the_experts_that_the_sampler_took_in_layers_behind_the
     )
 
 
-def test_the_bias_of_the_router_stays_float32_as_in_transformers(tmp_path):
+def test_the_bias_of_the_router_stays_float32_as_in_transformers(tmp_path, caplog):
     policy, _ = Policy.from_config(config_of("glm4_moe"), jax.random.key(0), dtype="bfloat16")
     bias = np.linspace(3.95, 4.05, 8, dtype=np.float32)  # of which bfloat16 has four values
     params = policy.init(jax.random.key(0))
@@ -120,6 +121,12 @@ def test_the_bias_of_the_router_stays_float32_as_in_transformers(tmp_path):
     files = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
     size = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
     assert size["total_size"] == sum(x.nbytes for tensors in files for x in tensors.values())
+    # Only a folder whose other weights are float32 is rounded to train adapters beside it.
+    loading._tell_of_rounding(tmp_path / "out", "bfloat16")
+    assert caplog.text == ""
+    policy.save_pretrained(tmp_path / "wide", params, dtype="float32")
+    loading._tell_of_rounding(tmp_path / "wide", "bfloat16")
+    assert "are float32, and the frozen ones are held in bfloat16" in caplog.text
     _, read = Policy.from_pretrained(tmp_path / "out", dtype="bfloat16")
     np.testing.assert_array_equal(read["layers"]["experts_bias"], [bias, bias])
 

@@ -28,6 +28,7 @@ from adpo_jax.hf.families import FAMILIES, WRAPPERS
 from adpo_jax.hf.files import is_plain_name, read_json, size_of
 from adpo_jax.hf.safetensors_files import Checkpoint, read_header
 from adpo_jax.hf.tensors import FURTHER, VISION, WRAPPED_PREFIXES, layer_of
+from adpo_jax.model import parameter_table
 from adpo_jax.model.model_config import ModelConfig
 
 # The files that a language model needs; a hub repository may have other formats beside them.
@@ -165,9 +166,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def dtypes(folder: Path) -> set[str]:
-    """The dtypes of a folder's tensors, by the names of safetensors ("F32", "BF16")."""
+    """The dtypes of a folder's tensors, by the names of safetensors ("F32", "BF16").
+
+    Those that are float32 in every folder are left out.
+    """
+    always = tuple(f".{row.hf_name}" for row in parameter_table.LAYER if row.is_float32)
     headers = (read_header(path) for path in weight_files(folder))
-    return {entry["dtype"] for header in headers for entry in header.values()}
+    return {
+        entry["dtype"]
+        for header in headers
+        for name, entry in header.items()
+        if not name.endswith(always)
+    }
 
 
 def load_params(config: ModelConfig, abstract_params, folder: Path, model_type: str):
