@@ -268,7 +268,7 @@ def generate(a: argparse.Namespace) -> None:
         model.policy.for_length(longest + most),
         max_prompt_length=longest,
         max_response_length=most,
-        num_slots=a.slots,
+        num_slots=None if a.slots is None else min(a.slots, len(rows) * a.n),
         gpu_memory_utilization=0.9,
         group_size=a.n,
         # Few, so that text flows; a fourth of a second for a model of 30 tokens a second.

@@ -65,6 +65,25 @@ def test_a_budget_is_filled_and_not_passed():
     assert split.num_slots % 4 == 0
 
 
+@pytest.mark.parametrize("group_size", [1, 8])
+def test_the_most_slots_that_fit_are_found_by_few_tries(group_size, monkeypatch):
+    sizes, tries = SIZES | {"group_size": group_size}, []
+    device_bytes = {
+        slots: cache_plan.plan(LAYOUT, **sizes, **PLAIN, most_slots=slots, budget=None).device_bytes
+        for slots in range(group_size, 200)
+    }
+    assert sorted(device_bytes.values()) == list(device_bytes.values())
+    budget = 5 * 2**30
+    fitting = max(slots for slots, size in device_bytes.items() if size <= budget)
+    rows = cache_plan.prefix_rows
+    monkeypatch.setattr(
+        cache_plan, "prefix_rows", lambda *given: tries.append(given) or rows(*given)
+    )
+    plan = cache_plan.plan(LAYOUT, **sizes, **PLAIN, most_slots=10**9, budget=budget)
+    assert plan.num_slots == fitting
+    assert len(tries) < 50
+
+
 @pytest.mark.parametrize(("shards", "wanted"), [(1, 48), (2, 48), (4, 32)])
 def test_slots_fill_whole_tiles_of_every_device(shards, wanted):
     plain = PLAIN | {"multiple": shards}

@@ -246,6 +246,18 @@ def test_generate_takes_no_more_tokens_than_the_model_has_positions_for(folder, 
     generate.generate(generate.arguments(command))
 
 
+@pytest.mark.parametrize(("slots", "taken"), [(None, None), (10**7, 6), (4, 4)])
+def test_generate_has_no_more_slots_than_completions(folder, slots, taken, monkeypatch):
+    def engine(policy, **settings):
+        raise RuntimeError(f"{settings['num_slots']} slots")
+
+    monkeypatch.setattr("adpo_jax.engine.engine.Engine", engine)
+    command = ["--model", str(folder), "--prompt", "a", "--prompt", "b", "--n", "3"]
+    command += [] if slots is None else ["--slots", str(slots)]
+    with pytest.raises(RuntimeError, match=f"^{taken} slots"):
+        generate.generate(generate.arguments(command))
+
+
 def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):
     model = pretrained.load(folder)
     screen = generate.Screen(model, 1, 2)

@@ -12,6 +12,7 @@ copied:
     tokens = slots x short columns + pages x page + prefix rows x prefix tokens + second copies
 """
 
+import bisect
 import contextlib
 import dataclasses
 import os
@@ -284,7 +285,9 @@ def plan(
             "expected_response_length where most completions are much shorter"
         )
     sizes = range(smallest, largest, multiple)
-    most = max(slots for slots in sizes if of(slots).device_bytes <= budget)
+    # More slots never take fewer bytes.
+    fitting = bisect.bisect_right(sizes, budget, key=lambda slots: of(slots).device_bytes)
+    most = sizes[fitting - 1]
     whole = most // (tile * multiple) * (tile * multiple)
     return of(whole if whole >= smallest else most)
 
