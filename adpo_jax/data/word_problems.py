@@ -115,13 +115,14 @@ class Problem:
     def blurted(self, rng: random.Random) -> str:
         """A result without working, and mostly a wrong one.
 
-        A wrong one stops a step too early, repeats a number of the story or slips a little.
+        A wrong one stops a step too early, repeats a number of the story or slips a little. None
+        follows a rule, such as the sum, that is right where another problem asks for it.
         """
         right = self.results[-1]
         if rng.random() < LUCKY_SHARE:
             return f"#### {right}"
-        slips = (right + rng.choice((-10, -2, -1, 1, 2, 10)), sum(self.numbers[:2]))
-        wrong = sorted({*self.results, *self.numbers, *slips} - {right})
+        slip = right + rng.choice((-10, -2, -1, 1, 2, 10))
+        wrong = sorted({*self.results, *self.numbers, slip} - {right})
         return f"#### {rng.choice([number for number in wrong if number > 0])}"
 
 
