@@ -199,9 +199,9 @@ def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     assert report.programs[3].flops > 1.4 * report.programs[2].flops
     small = dataclasses.replace(report, memory=report.peak // 2)
     mesh = sharding.make_mesh(2, 4, 1)
-    engine = types.SimpleNamespace(
-        policy=types.SimpleNamespace(mesh=mesh), shards=2, num_slots=8, free_cache_engine=True
-    )
+    model = types.SimpleNamespace(linear_attention=None)
+    policy = types.SimpleNamespace(mesh=mesh, config=model)
+    engine = types.SimpleNamespace(policy=policy, shards=2, num_slots=8, free_cache_engine=True)
     cures = "\n".join(dry_run._cures(config, small, mesh, engine))
     assert not small.fits
     assert "trainer.per_device_train_batch_size=1 frees about" in cures
@@ -210,6 +210,8 @@ def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     assert f"anchor.mode=on_policy frees {dry_run.readable(report.resident['anchor'])}" in cures
     assert "mesh.data=1" in cures
     assert "sequence_exchange=ring" not in cures
+    model.linear_attention = object()  # which runs through a sequence in order
+    assert "mesh.sequence=2" not in "\n".join(dry_run._cures(config, small, mesh, engine))
     shared = sharding.make_mesh(fsdp=4, sequence=2)
     assert "sequence_exchange=ring" in "\n".join(dry_run._cures(config, small, shared, engine))
     optimizer = dry_run.readable(report.resident["optimizer"])
