@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adpo_jax.devices import moving
 from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine.kv_cache import CacheLayout
+from adpo_jax.engine.verbs import Verbs
 
 # Shape, layout before, layout after, over fsdp 8 and over fsdp 2 x tensor 4.
 CASES = {
@@ -71,3 +74,21 @@ def test_the_program_of_the_largest_part_needs_as_much_less_memory(monkeypatch):
     whole, cut = bytes_of[2], bytes_of[16 + 2]
     assert 8 * cut <= whole
     assert moving.traced_part({"there": tree["there"]}, {"there": target}) is None
+
+
+def test_parameters_move_in_the_order_of_their_names(monkeypatch):
+    """Not in that of a set, which differs between processes, who would wait for each other."""
+    policy, params = tiny.policy_and_params(make_mesh(data=1, fsdp=8))
+    moved = []
+
+    def move(tree, shardings):
+        moved.extend(jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree))
+        return tree
+
+    monkeypatch.setattr(moving, "move", move)
+    layout = CacheLayout(2, 2, 8, jnp.float32, stacked=True, transposed_keys=False)
+    backwards = dict(reversed(params.items()))
+    Verbs(policy, layout).load_params(backwards)
+    outer = [name for name in moved if "layers" not in name]
+    assert len(outer) == 2 + ("head" in params)
+    assert moved == sorted(outer) + sorted(name for name in moved if "layers" in name)

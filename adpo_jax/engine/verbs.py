@@ -71,12 +71,13 @@ class Verbs:
         """
         if self._merges or self._joins:
             return self._unstacked(self._laid_out(params))
-        # One after the other, so that no two lie there in more than one form.
+        # One after the other, so that no two lie there in more than one form; all processes in the
+        # same order, since each takes part in moving what others hold.
         loaded = {}
-        for name in params.keys() - {"layers"}:
+        for name in sorted(params.keys() - {"layers"}):
             loaded |= self._laid_out({name: params[name]})
         stacked, each = {}, [{} for _ in range(self.policy.config.num_layers)]
-        for name, x in params["layers"].items():
+        for name, x in sorted(params["layers"].items()):
             one = self._laid_out({"layers": {name: x}})
             if self.layout.stacked:
                 stacked |= one["layers"]

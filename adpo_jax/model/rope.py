@@ -61,7 +61,6 @@ class Rope:
             raise ValueError(
                 f"rope type {self.kind!r} needs original_max_position_embeddings in the config"
             )
-
         if self.kind == "yarn" and not self.theta > 1:
             raise ValueError(
                 f"rope type 'yarn' needs rope_theta as a number above 1; given {self.theta}"
