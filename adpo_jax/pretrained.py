@@ -226,6 +226,11 @@ def _run_config(run: RunFolder):
     _check_kinds(run.config, json.loads(config.to_json()), saved)
     with config.unlocked(), config.ignore_type():
         config.update(saved)
+    # A relative path started from where the run was started.
+    path, start = config.actor_rollout_ref.model.path, saved.get(identity.WORKING_DIRECTORY)
+    if isinstance(start, str) and not local_path(path).exists():
+        there = local_path(Path(start) / path)
+        config.actor_rollout_ref.model.path = str(there) if there.is_dir() else path
     return config
 
 

@@ -36,14 +36,20 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "he
 def run(tmp_path_factory):
     """A run of the embedded task with checkpoints after 1 and 2 iterations, and no export yet."""
     config = finalized(parse(f"--config.actor_rollout_ref.model.hf_config={SMALL}"))
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "small")
+    root = tmp_path_factory.mktemp("runs") / "small"
+    return root, checkpointed(root, config, steps=(1, 2))
+
+
+def checkpointed(root, config, steps):
+    """Makes a run whose parameters at each step are the first ones times the step; returns those."""
+    folder = RunFolder(root)
     folder.claim(config)
     parts = setup.build(config)
     state = parts.learner.init_state(parts.initial_params())
     with folder, Checkpoints(folder.checkpoints, save_freq=1, keep=3) as checkpoints:
-        for step in (1, 2):
+        for step in steps:
             checkpoints.save(step, state.replace(params=scaled(state.params, step)))
-    return folder.root, jax.device_get(state.params)
+    return jax.device_get(state.params)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,16 @@ def test_a_checkpoint_is_found_from_within_its_folder(run, monkeypatch):
     ):
         monkeypatch.chdir(root / here)
         assert_params(pretrained.load(name).params, scaled(params, by))
+
+
+def test_a_relative_path_of_a_run_starts_where_the_run_started(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    config = finalized(parse("--config.actor_rollout_ref.model.path=hf"))
+    params = checkpointed(tmp_path / "run", config, steps=(2,))
+    monkeypatch.chdir(tmp_path)
+    assert_params(pretrained.load("run").params, scaled(params, 2))
+    monkeypatch.chdir(folder.parent)
+    assert not RunFolder(tmp_path / "run").changes(config)
 
 
 def test_a_folder_that_is_filled_meanwhile_stays_and_a_link_is_followed(tmp_path):

@@ -17,7 +17,7 @@ from adpo_jax.log.redaction import REDACTED
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MOST_BYTES = 16 << 20  # of a config.json
 # What a config.json says beside the keys of the config.
-_BESIDE = ("contents", "replay")
+_BESIDE = ("contents", "replay", "working_directory")
 _KINDS = {
     bool: "true or false",
     int: "a whole number",

@@ -32,7 +32,14 @@ from ml_collections import ConfigDict
 from adpo_jax.hf.files import read_json
 from adpo_jax.run import checkpoint_files
 from adpo_jax.run.checkpoint_files import complete_steps
-from adpo_jax.run.identity import CONTENTS, as_json, changes, digests_in, refused
+from adpo_jax.run.identity import (
+    CONTENTS,
+    WORKING_DIRECTORY,
+    as_json,
+    changes,
+    digests_in,
+    refused,
+)
 
 RESUME = ("auto", "never", "must")
 
@@ -332,9 +339,10 @@ class RunFolder:
     def _write_config(self, content: dict) -> None:
         there = self._saved_config
         content = {CONTENTS: digests_in(there or {})} | content
+        changes = self._changes(content)
+        content[WORKING_DIRECTORY] = os.getcwd()
         if there == content:
             return
-        changes = self._changes(content)
         if changes:
             line = {
                 "time": round(time.time(), 3),

@@ -79,6 +79,8 @@ MAY_MOVE = ("environment.url",)
 
 # The key of the digests in config.json, a dict of texts.
 CONTENTS = "contents"
+# The key of the folder that relative paths of the config start from; no part of the identity.
+WORKING_DIRECTORY = "working_directory"
 # The digest that says what adapters a run began with that came from a folder, as JSON.
 ADAPTERS = "adapters"
 
@@ -158,7 +160,8 @@ def changes(there: dict, here: dict) -> dict[str, str]:
     with contextlib.suppress(TypeError):  # a section that was edited into none shows below
         fill_in(there)
     known, now = digests_in(there), here.get(CONTENTS, {})
-    there.pop(CONTENTS, None)
+    for name in (CONTENTS, WORKING_DIRECTORY):
+        there.pop(name, None)
     shared = {name: known.get(name, value) for name, value in now.items()}
     lines = _differences(there | {CONTENTS: shared}, {CONTENTS: {}} | here)
     prompts = f"{CONTENTS}.train_prompts"
