@@ -307,9 +307,10 @@ def test_a_tracker_that_cannot_start_is_refused_in_a_new_run_and_not_missed_in_a
     tracker.write_scalars(1, {"reward/mean": 0.5})
     assert tracker.num_failures == 1
     assert "goes on without: RuntimeError: no API key" in capsys.readouterr().err
-    (tmp_path / "trackers.json").write_text('{"wandb"')
-    with pytest.raises(ValueError, match=r"trackers.json is no JSON.* remove it"):
-        setup.make_trackers(config, tmp_path)
+    for damaged in ('{"wandb"', "null", '{"wandb": 3}'):
+        (tmp_path / "trackers.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"trackers.json is not what a run wrote.* remove it"):
+            setup.make_trackers(config, tmp_path)
 
 
 def without_account(**_):

@@ -265,9 +265,14 @@ def _kept_ids(workdir: Path) -> dict[str, str]:
     """The identifiers of the run's records, by tracker."""
     path = workdir / "trackers.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; remove it to begin new records") from error
+        ids = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(ids, dict) or not all(isinstance(x, str) for x in ids.values()):
+            raise ValueError("it holds something other than names and identifiers")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not what a run wrote: {error}; remove it to begin new records"
+        ) from error
+    return ids
 
 
 def _warn(text: str) -> None:
