@@ -713,7 +713,7 @@ def _trainer() -> dict[str, Key]:
             "the update's layers are the turns of a loop; False writes them out: faster on a GPU, "
             "and longer to compile",
         ),
-        "bf16": Key(True, "compute in bfloat16; parameters and optimizer stay float32"),
+        "bf16": Key(True, "compute in bfloat16; what is trained stays float32"),
         "save_freq": Key(
             50,
             "iterations between two checkpoints; 0 for the start and the end alone, -1 for none "

@@ -26,7 +26,7 @@ def _one_a_token(dtype: type) -> dict:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Completion:
-    """One completion of a prompt. Its fields are listed here and nowhere else.
+    """One completion of a prompt.
 
     `trained` says which tokens the loss trains, and it may have holes: what a tool answered between
     two turns is part of the completion, and nobody trains on it. (Where completions lie padded in a

@@ -71,13 +71,13 @@ class Iteration(NamedTuple):
     metrics: dict[str, float]
 
 
-# What may fail while samples are drawn and graded, before the policy has changed.
+# What may fail while samples are drawn and graded, for an update or an evaluation.
 _FAILURES = (RewardError, EnvironmentFailed, SourceError)
 
 # The metrics that a callback returns are logged beside those of the iteration.
 Callback = Callable[[Iteration], Mapping[str, float] | None]
 
-# The names by which the rows of the log are told, which no metric of a callback may have.
+# The names that say which row of the log it is; no metric of a callback may have them.
 _OF_ROWS = ("step", "time", "sft/step")
 
 
@@ -107,7 +107,8 @@ def train(
       ValueError: for a config, data, model or folder that cannot work, before anything is written.
       RewardError: when a reward function fails; the sample at fault is in `samples/`.
       CheckpointError: when the run cannot go on from any of its checkpoints.
-      SourceError: for a recording that is damaged inside.
+      EnvironmentFailed: when an environment cannot go on.
+      SourceError: for a recording that is damaged inside, or completions in flight that are lost.
       TrainingStopped: for updates that are not sound, where the config says so.
       SaveError: when no checkpoint can be written.
     """
@@ -243,8 +244,8 @@ class _Loop:
 
         Raises:
           Interrupted: when the run was asked to stop; the state has been saved.
-          RewardError, EnvironmentFailed, SourceError: as of the source; the state before the
-            iteration has been saved, unless there are several processes.
+          RewardError, EnvironmentFailed, SourceError: as of the source or of an evaluation; the
+            newest state has been saved, unless there are several processes.
         """
         run, tools, num_steps = self._run, self._tools, self._run.parts.num_steps
         rows = _logged(run.folder)

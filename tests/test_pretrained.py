@@ -41,7 +41,7 @@ def run(tmp_path_factory):
 
 
 def checkpointed(root, config, steps):
-    """Makes a run whose parameters at each step are the first ones times the step; returns those."""
+    """Makes a run whose parameters at a step are the first ones times the step; returns those."""
     folder = RunFolder(root)
     folder.claim(config)
     parts = setup.build(config)

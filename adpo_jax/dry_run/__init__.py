@@ -157,7 +157,7 @@ def _loading_bytes(engine: Engine, policy: Policy) -> int:
 
 
 def _host_mesh(config: ConfigDict, mesh, host: list):
-    """The mesh of one host, over whose devices `host` it samples."""
+    """The mesh of one host, which samples over its devices, `host`."""
     sizes = dict(config.mesh) | {"data": 1, "fsdp": -1, "sequence": 1, "dcn_data": 1}
     rest = len(host)
     for name in ("tensor", "expert"):

@@ -7,9 +7,9 @@
             new.sample, new.tokens, new.log_probs, new.finish_reason
 
 Each step fills free slots from the queue, fits the sizes of the batch to the live samples, runs
-some decode steps in one dispatch, and takes their tokens. `generation` (a call whose requests are
-all known) and `continuous` (requests that come and go) decide how large the batch is, and whether
-its samples share their settings.
+some decode steps in one dispatch, and takes their tokens. Who drives the loop decides how large the
+batch is, and whether its samples share their settings: `generation` (a call whose requests are all
+known), `session` (samples in turns), `continuous` (requests that come and go) with `patience`.
 
 Samples may be decoded in turns: a sample whose turn has ended gets no slot until it goes on. Its
 memory stays meanwhile in a row of its own (`past_rows`) or in pages, or in the plain version it is
@@ -18,8 +18,7 @@ made again.
 The ring may be shorter than the longest completion. Then the tokens of long samples move on into
 pages, and where these run short the youngest samples wait (`pages`).
 
-The loop knows no text. The model's side of a step is in `verbs` and
-`sampling`.
+The loop knows no text. The model's side of a step is in `verbs` and `sampling`.
 
 Letters: B slots, T tokens.
 """

@@ -55,7 +55,7 @@ class Keeper:
     def refilled(
         self, state: DecodeState, starts: Sequence[Start], prefill: Prefill
     ) -> DecodeState:
-        """The state that holds all that samples which start have had so far.
+        """The state with all that the starting samples have had so far.
 
         Args:
           prefill: prefills what is not kept of it.
@@ -63,7 +63,7 @@ class Keeper:
         return state
 
     def started(self, state: DecodeState, starts: Sequence[Start]) -> DecodeState:
-        """The state whose tables hold for the samples that start, too."""
+        """The state whose tables know the starting samples too."""
         return state
 
     def remember(self, sample: Sample, tokens: np.ndarray):

@@ -118,7 +118,7 @@ def _store(verbs: Verbs, num_shards: int, columns: int) -> KV:
 
 
 def compile_copies(verbs: Verbs, columns: int, length: int) -> Prefixes:
-    """Compiles the way of a prompt out of a store of so many columns, on one device.
+    """Compiles the copying of a prompt out of a store of so many columns, on one device.
 
     Args:
       length: the columns of what it is copied into.

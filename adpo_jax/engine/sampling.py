@@ -209,7 +209,7 @@ class Sampled(NamedTuple):
     """One token of every row."""
 
     tokens: jax.Array  # [B] int32
-    log_probs: jax.Array  # [B] float32, under the distribution sampled from
+    log_probs: jax.Array  # [B] float32, under the distribution sampled from; greedy: see `sample`
     full_log_probs: jax.Array | None  # [B] float32, tempered and not truncated
     alternatives: "Alternatives | None" = None
 
@@ -266,7 +266,7 @@ def uniforms(key_data: jax.Array, position: jax.Array) -> jax.Array:
 
     Args:
       key_data: [B, 2] uint32, the key of each sample.
-      position: [B] int32, tokens sampled before.
+      position: [B] int32, tokens of the completion before this one.
 
     Returns:
       [B, 2] float32.
@@ -295,7 +295,8 @@ def sample(
     Args:
       logits: [B, V] float32.
       uniform: [B, 2] float32 in [0, 1).
-      generated: [B] int32, tokens sampled before this one (for `min_tokens`).
+      generated: [B] int32, tokens of the completion before this one (for `min_tokens`); what a tool
+        answered counts too.
       mesh: where it splits the vocabulary, no device gathers the logits (but for alternatives).
     """
     split_by = axes_that_split(mesh, "vocab", logits.shape[1])

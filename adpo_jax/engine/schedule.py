@@ -79,7 +79,7 @@ class Schedule:
         self._free_rows: list[list[int]] = [[] for _ in range(num_shards)]
         self._admitted = [collections.deque[_Place]() for _ in range(num_shards)]
         self._left_in_row: dict[int, int] = {}
-        # Samples without a slot that are not to start yet, the one that paused first first.
+        # Samples without a slot that are not to start yet, in the order in which they paused.
         self._paused: dict[Any, _Place] = {}
         self.lay_out(num_slots, num_rows, width)
 
@@ -259,8 +259,10 @@ class Schedule:
         return _Place(*self.in_slot[slot], int(self.row_of[slot]), int(self.rank_of[slot]), slot)
 
     def _take_row_of_paused(self, shards: Sequence[int]) -> bool:
-        """Frees the prefix row, of those in the shards all of whose samples paused, that paused
-        first."""
+        """Frees a prefix row in these shards whose samples are all paused, the first that paused.
+
+        Returns False where there is none.
+        """
         paused = collections.Counter(place.row for place in self._paused.values())
         rows = (row for row in paused if self._shard_of_row(row) in shards)
         row = next((row for row in rows if paused[row] == self._left_in_row[row]), None)

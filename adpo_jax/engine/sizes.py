@@ -29,7 +29,7 @@ def is_power_of_two(value: Any, *, least: int) -> bool:
 def length_bucket(length: int, limit: int) -> int:
     """The smallest power of two that holds `length`, at least 16 and at most about `limit`.
 
-    The limit is rounded up to `whole_tiles`.
+    The limit is rounded up to `whole_tiles`, and wins where it is below 16.
     """
     limit = whole_tiles(limit)
     return max(min(max(MIN_BUCKET, power_of_two(length)), limit), length, 1)

@@ -306,9 +306,11 @@ class Verbs:
         return state._replace(slots=jax.tree.map(choose, slots, state.slots), members=members)
 
     def _with_states(self, state: DecodeState, starts: jax.Array, slots: Slots) -> DecodeState:
-        """The decode state whose slots that start have the state of linear attention of what their
-        samples have so far: that of the prompt, or of the past where there is one. Where there are
-        pages the slot of a sample that goes on has it already."""
+        """Gives starting slots their state of linear attention.
+
+        It is that after the sample's past, where there is one, else that after the prompt. With
+        pages the slot of a sample that goes on has it already.
+        """
         *others, memory = state.ring
         if state.pages is not None:
             starts &= slots.before == 0

@@ -26,7 +26,7 @@ from adpo_jax.losses.parameters import OFF, SET, parameter
 from adpo_jax.losses.shared import Metrics, Normalisers
 from adpo_jax.losses.tokens import Tokens
 
-# The log-probs that a loss may ask for beside the policy's own, and whose they are.
+# The log-probs that a loss may be given, and whose they are.
 LOG_PROBS = {
     "policy": "the policy that is trained",
     "anchor": "the policy that log-ratios are measured against, by anchor.mode",
@@ -36,7 +36,7 @@ LOG_PROBS = {
 }
 
 
-# Weights above exp(20) = 5e8 are all beyond any cap.
+# Weights above exp(20) = 5e8 count as so much, lest they overflow.
 _LARGEST_LOG_WEIGHT = 20.0
 
 # How the values of a metric at optimizer steps become one value of the iteration.
@@ -196,7 +196,8 @@ class Algorithm:
     beta_anchor_kl: float = parameter(0.0, "coefficient of the k3 penalty to the anchor", least=0.0)
     beta_reference_kl: float = parameter(
         0.0,
-        "coefficient of the k3 penalty to the reference, the policy before the first iteration or "
+        "coefficient of the penalty to the reference (kl_estimator), the policy before the first "
+        "iteration or "
         "that of actor_rollout_ref.ref.path",
         least=0.0,
     )
@@ -354,6 +355,9 @@ class Algorithm:
           weights: [K], the weight of each; None for 1.
           context: further arguments of `score`.
 
+        Raises:
+          ValueError: for rewards or weights of another shape than the algorithm takes.
+
         Source: Liu et al. 2026, "GDPO", arXiv 2601.05242.
         """
         rewards = jnp.asarray(rewards).astype(jnp.result_type(float))
@@ -424,7 +428,12 @@ class Algorithm:
         return prepared.weights.kept_token_P[:, None]
 
     def normalise(self, scores: Any, tokens: Tokens) -> Prepared:
-        """Adds the normalisers of one optimizer step's batch to `scores`."""
+        """Adds the normalisers of one optimizer step's batch to `scores`.
+
+        Raises:
+          TypeError: for `scores` that `score` did not make.
+          ValueError: for those of other prompts than the tokens'.
+        """
         if not hasattr(scores, "kept_P"):
             raise TypeError(
                 f"scores is what {type(self).__name__}.score makes of rewards [P, G]; given "

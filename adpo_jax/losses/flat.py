@@ -42,6 +42,7 @@ Returns:
 Raises:
   ValueError: B < num_generations, mismatched shapes, a parameter that cannot work, log-probs that a
     parameter needs and that are not given.
+  TypeError: a parameter that `{algorithm}` does not have, or None for an array.
 """
 
 # What some losses take besides: one that learns from a teacher, and one that adapts tau.
@@ -118,10 +119,16 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
         missing = [name for name, value in given.items() if value is None]
         if missing:
             raise TypeError(f"{loss.__name__} needs {missing[0]}, an array; given None")
-        made = algorithm(**parameters)
-        rewards = jnp.asarray(rewards), reward_weights
-        entropies = entropy, optional.get("entropy_P")
-        return _flat_loss(made, found, rewards, completion_mask, num_generations, entropies)
+        return _flat_loss(
+            algorithm(**parameters),
+            {whose: jnp.asarray(x) for whose, x in found.items() if x is not None},
+            jnp.asarray(rewards),
+            jnp.asarray(completion_mask),
+            num_generations,
+            reward_weights=reward_weights,
+            entropy=None if entropy is None else jnp.asarray(entropy),
+            entropy_P=optional.get("entropy_P"),
+        )
 
     loss.__name__ = loss.__qualname__ = f"{algorithm.name}_loss"
     loss.__module__ = "adpo_jax.losses"
@@ -148,27 +155,47 @@ def loss_function(algorithm: type[Algorithm]) -> LossFunction:
 
 def _flat_loss(
     algorithm: Algorithm,
-    log_probs: Mapping[str, jax.Array | None],
-    weighted_rewards: tuple[jax.Array, Any],
+    log_probs: Mapping[str, jax.Array],
+    rewards: jax.Array,
     completion_mask: jax.Array,
     num_generations: int,
-    entropies: tuple[Any, Any],
+    *,
+    reward_weights: jax.Array | None,
+    entropy: jax.Array | None,
+    entropy_P: jax.Array | None,
 ) -> tuple[jax.Array, Metrics]:
     """Folds [B, T] into [P, G, T], trailing rows dropped, and applies `algorithm` to it.
 
     Args:
-      log_probs: as for `Algorithm.loss`, but [B, T] each, and None for those that are not given.
-      weighted_rewards: the rewards, [B] or [B, K], and the weights of the K kinds.
-      entropies: those of each token, [B, T], and of each prompt, [P]; None for not given.
+      log_probs: as for `Algorithm.loss`, but [B, T] each.
+      rewards: [B] or [B, K].
     """
-    rewards, weights = weighted_rewards
-    entropy, entropy_P = entropies
-    entropy = None if entropy is None else jnp.asarray(entropy)
-    if weights is not None and rewards.ndim != 2:
-        raise ValueError(
-            f"reward_weights go with several kinds of rewards, [B, K]; rewards are {rewards.shape}"
+    _check_log_probs(algorithm, log_probs)
+    _check_rewards(rewards, reward_weights, log_probs["policy"].shape)
+    _check_shapes(log_probs, entropy=entropy, completion_mask=completion_mask)
+    rows = len(rewards)
+    G = _group_size(num_generations, rows)
+    P, left_out = divmod(rows, G)
+    if left_out:
+        warnings.warn(
+            f"{left_out} of {rows} rows are left out of the {algorithm.name} loss: "
+            f"{P} whole groups of num_generations={G} come before them. The rows of a "
+            "prompt must be adjacent, and num_generations the number of completions of each prompt",
+            stacklevel=3,
         )
-    log_probs = {whose: jnp.asarray(x) for whose, x in log_probs.items() if x is not None}
+
+    def fold(array):
+        return array[: P * G].reshape(P, G, *array.shape[1:])
+
+    tokens = PaddedTokens(fold(completion_mask).astype(bool))
+    prepared = algorithm.prepare(fold(rewards), tokens, weights=reward_weights, entropy_P=entropy_P)
+    folded = {whose: fold(array) for whose, array in log_probs.items()}
+    return algorithm.loss(
+        folded, tokens, prepared, entropy=None if entropy is None else fold(entropy)
+    )
+
+
+def _check_log_probs(algorithm: Algorithm, log_probs: Mapping[str, jax.Array]) -> None:
     for whose, parameter in (
         ("reference", "beta_reference_kl"),
         ("sampler", "sampler_correction"),
@@ -179,29 +206,48 @@ def _flat_loss(
                 f"{parameter}={getattr(algorithm, parameter)} needs {whose}_log_probs, the "
                 f"log-probs of the completions under the {whose}: pass them too"
             )
-    completion_mask = jnp.asarray(completion_mask)
+    if log_probs["policy"].ndim != 2:
+        raise ValueError(
+            f"log_probs must be [B, T], one number a token, got {log_probs['policy'].shape}"
+        )
+
+
+def _check_rewards(rewards: jax.Array, weights: jax.Array | None, shape: tuple[int, int]) -> None:
+    """Checks rewards against the shape of the log-probs, [B, T]."""
+    if weights is not None and rewards.ndim != 2:
+        raise ValueError(
+            f"reward_weights go with several kinds of rewards, [B, K]; rewards are {rewards.shape}"
+        )
+    if rewards.ndim == 2 and rewards.size == shape[0] != len(rewards):
+        raise ValueError(
+            f"rewards must have shape {shape[:1]}, one a row of log_probs {shape}, got "
+            f"{rewards.shape}: flatten those of each prompt by rewards.reshape(-1)"
+        )
+    _check_shape("rewards", rewards, (*shape[:1], *rewards.shape[1:2]), shape)
+
+
+def _check_shapes(log_probs: Mapping[str, jax.Array], **others: jax.Array | None) -> None:
+    """Checks that all arrays have the shape of the policy's log-probs."""
     shape = log_probs["policy"].shape
-    if len(shape) != 2:
-        raise ValueError(f"log_probs must be [B, T], one number a token, got {shape}")
-    for name, array, wanted in (
-        *(
-            (whose if whose == "divergence" else f"{whose}_log_probs", x, shape)
-            for whose, x in log_probs.items()
-            if whose != "policy"
-        ),
-        *(() if entropy is None else (("entropy", entropy, shape),)),
-        ("completion_mask", completion_mask, shape),
-        ("rewards", rewards, (*shape[:1], *rewards.shape[1:2])),
-    ):
-        if name == "rewards" and array.ndim == 2 and array.size == shape[0] != len(array):
-            raise ValueError(
-                f"rewards must have shape {shape[:1]}, one a row of log_probs {shape}, got "
-                f"{array.shape}: flatten those of each prompt by rewards.reshape(-1)"
-            )
-        if array.shape != wanted:
-            raise ValueError(
-                f"{name} must have shape {wanted} to go with log_probs {shape}, got {array.shape}"
-            )
+    named = {
+        whose if whose == "divergence" else f"{whose}_log_probs": x
+        for whose, x in log_probs.items()
+        if whose != "policy"
+    }
+    for name, array in (named | others).items():
+        if array is not None:
+            _check_shape(name, array, shape, shape)
+
+
+def _check_shape(name: str, array: jax.Array, wanted: tuple[int, ...], shape) -> None:
+    if array.shape != wanted:
+        raise ValueError(
+            f"{name} must have shape {wanted} to go with log_probs {shape}, got {array.shape}"
+        )
+
+
+def _group_size(num_generations: Any, rows: int) -> int:
+    """G, of a batch of so many rows."""
     if isinstance(num_generations, jax.core.Tracer):
         raise ValueError(
             "num_generations must be a whole number of at least 2 that is fixed at trace time, got "
@@ -213,26 +259,9 @@ def _flat_loss(
             f"num_generations must be a whole number of at least 2, got {num_generations!r}: "
             "completions are compared within their group"
         )
-    group = int(num_generations)
-    num_groups = shape[0] // group
-    if num_groups == 0:
+    if rows < num_generations:
         raise ValueError(
-            f"the batch has {shape[0]} rows, fewer than one group of "
+            f"the batch has {rows} rows, fewer than one group of "
             f"num_generations={num_generations}: pass whole groups or lower num_generations"
         )
-    if left_out := shape[0] % group:
-        warnings.warn(
-            f"{left_out} of {shape[0]} rows are left out of the {algorithm.name} loss: "
-            f"{num_groups} whole groups of num_generations={group} come before them. The rows of a "
-            "prompt must be adjacent, and num_generations the number of completions of each prompt",
-            stacklevel=3,
-        )
-
-    def fold(array):
-        return array[: num_groups * group].reshape(num_groups, group, *array.shape[1:])
-
-    tokens = PaddedTokens(fold(completion_mask).astype(bool))
-    prepared = algorithm.prepare(fold(rewards), tokens, weights=weights, entropy_P=entropy_P)
-    folded = {whose: fold(array) for whose, array in log_probs.items()}
-    entropy = None if entropy is None else fold(entropy)
-    return algorithm.loss(folded, tokens, prepared, entropy=entropy)
+    return int(num_generations)

@@ -116,7 +116,7 @@ def lengths(tokens, least: int = 1) -> jax.Array:
     """The number of trained tokens of each completion, [P, G] float.
 
     Args:
-      tokens: `algorithm.Tokens`.
+      tokens: `losses.tokens.Tokens`.
       least: completions with fewer tokens count as having so many; 1, so that lengths can divide.
     """
     counted = tokens.sum(tokens.trained.astype(jnp.result_type(float)))

@@ -7,8 +7,9 @@ sequences are in `model/attention_kernels`, those of the rollout engine in `engi
     name = resolve("auto", STREAMS, settings, platform)   before anything is compiled
     name = fitting(name, STREAMS, settings, stream)       while tracing, when shapes are known
 
-A name that the user asked for and that cannot run is refused. Where another implementation runs
-than the chosen one, an `AttentionFallback` warning says so.
+A name that the user asked for and that cannot run is refused. Where the best kernel of a platform
+cannot run, the next one does; where none can, the plain version runs, and an `AttentionFallback`
+warning says so.
 """
 
 import dataclasses
@@ -108,8 +109,8 @@ class Use:
 def resolve(name: str, use: Use, model: Any, platform: str) -> str:
     """The name of the implementation that `name` means for this model on this platform.
 
-    `auto` means the best implementation of the platform. Where that one cannot run the model, it
-    means the plain version, with a warning.
+    `auto` means the best implementation of the platform that can run the model, and where none can
+    the plain version, with a warning.
 
     Args:
       name: one of `NAMES`.

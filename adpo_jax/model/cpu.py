@@ -1,4 +1,4 @@
-"""Formulas and layouts that XLA's CPU compiler (jax 0.10) needs, and no other one.
+"""Formulas and layouts for XLA's CPU compiler (jax 0.10); those of decoding serve GPUs too.
 
 *Fusion.* The compiler hands a product of arrays that is then summed to a library that works through
 it one number at a time. If the product is an array of its own first (`made`) and is then multiplied
@@ -9,10 +9,10 @@ compilers sum while they multiply and make no array in between, so there these a
 formulas.
 
 *Decoding.* The compiler copies the slice of a stack of layers before a matrix product, which more
-than doubles a decode step. So up to `MAX_UNROLLED_LAYERS` the engine takes the stack apart once for
-every set of weights (`decoding_params`), and the decoder runs the layers one by one
-(`layer_by_layer`). On one device the weights of one input are joined too: fewer and wider products
-take a tenth less time a step.
+than doubles a decode step; so does that of GPUs. So up to as many layers as `engine.tuning` says
+the engine takes the stack apart once for every set of weights (`decoding_params`), and the decoder
+runs the layers one by one (`layer_by_layer`). On one device the weights of one input are joined
+too: fewer and wider products take a tenth less time a step.
 
 Letters: T tokens of all rows, D width, L layers.
 """
@@ -97,7 +97,7 @@ def _sum_of_columns_as_product(x, weights):
 def decoding_params(
     params, config: ModelConfig, *, lora_scale: float | None, join: bool
 ) -> dict[str, Any]:
-    """Parameters in the form that a CPU decodes: layers are a tuple of trees in place of a stack.
+    """Parameters as CPUs and GPUs decode them: layers are a tuple of trees in place of a stack.
 
     Args:
       params: a tree whose layers are stacked.

@@ -3,7 +3,8 @@
 The decoder is plain functions over the parameter tree that `parameter_table` declares. Families
 differ in data (`ModelConfig`). The uses of a model differ in two arguments: `attend` (which keys a
 query sees, and where keys are kept) and `ffn` (what follows attention). The layers are stacked on a
-leading axis and run by a scan, so compile time does not grow with depth. The decoder returns hidden
+leading axis and run by a scan, so compile time does not grow with depth; a tuple of layers, which
+some compilers decode faster, and an unrolled scan are written out. The decoder returns hidden
 states, and the caller chooses what to make of them (logits, log-probs), since [B, T, V] is the
 largest array of all.
 
@@ -231,9 +232,9 @@ def decoder(
         tuple with one entry a layer.
       attend: decides what each layer's queries attend to, and where keys and values are kept; a
         `Hybrid` for a model with layers of linear attention.
-      ffn: the part of each layer after attention; None for the model's own. Layers that have an
-        MLP in place of the mixture keep it, and so do those that have it beside the mixture, where
-        `ffn` gets hidden states without a norm.
+      ffn: the part of each layer after attention; None for the model's own. It takes the place of
+        the mixture, where there is one: a layer that has an MLP instead keeps that, and a layer
+        with both runs its MLP beside `ffn`, which then gets hidden states before their norm.
       dtype: dtype of the computation; norms, softmax and logits are float32 whatever it is.
       remat: what the backward pass recomputes of stacked layers, one of `REMAT_POLICIES`.
       scan_layers: whether stacked layers are the turns of a loop, which compiles fast; False writes

@@ -277,8 +277,8 @@ class ModelConfig:
             raise ValueError("windows and layer_ropes need one entry a layer")
         if self.global_layers and self.num_heads % self.global_layers.num_kv_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of the {self.global_layers} "
-                "layers' num_kv_heads"
+                f"num_heads {self.num_heads} is not a multiple of the global layers' num_kv_heads "
+                f"{self.global_layers.num_kv_heads}"
             )
         assert self.global_layers or not self.shared_kv_layers
         assert not (self.global_layers and self.linear_attention)

@@ -211,7 +211,7 @@ class Conversations:
             self._refuse_failure(verb, answer)
         self.under_way[place].note_state(answer)
         said = self._words(answer)
-        # Earlier versions kept answers in full.
+        # A checkpoint may hold an answer in full, where it is cut now.
         if text != said and (verb == "reset" or text != self._template.cut(said)):
             logging.log_first_n(
                 logging.WARNING,

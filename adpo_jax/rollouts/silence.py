@@ -20,9 +20,9 @@ def silence_preferred_frac(
 ) -> float:
     """The share of groups that are trained on, in which silence is the best of the wrong answers.
 
-    Those whose rewards are all 0 or less, with a standard deviation (ddof=1) above 0 and of at
-    least `min_reward_std`, and whose best completions are on average less than half as long as the
-    group's median.
+    Such a group's rewards are all 0 or less, their standard deviation (ddof=1) is above 0 and at
+    least `min_reward_std`, and its best completions are on average less than half as long as its
+    median completion.
 
     Args:
       rewards_PG: [P, G] float32.

@@ -1,9 +1,9 @@
 """One iteration's learning: log-probs of other policies, then optimizer steps over mini-batches.
 
-With one optimizer step an iteration and the on-policy anchor, the anchor needs no forward of its
-own, since it is the policy of that very step. Otherwise the anchor costs one forward an iteration.
-The reference costs another one where the loss pulls towards it, and so does a teacher whose
-log-probs the loss reads.
+The anchor's log-probs cost no forward where the anchor is the sampler, or the policy of the very
+step (on-policy, one optimizer step an iteration); otherwise they cost one an iteration, and so they
+do where the algorithm reads the anchor's entropy. The reference costs another one where the loss
+pulls towards it and it is not a fixed anchor, and so does a teacher whose log-probs the loss reads.
 
 Letters: P prompts, G completions of a prompt, T completion tokens.
 """
@@ -168,22 +168,22 @@ class Learner:
             return self._in_rows(sequences)
         check_experts(self.policy.config, sequences)
         plan, G = self.plan, sequences.lengths.shape[1]
-        spread = BatchSharding(self.policy.mesh)
+        shards = BatchSharding(self.policy.mesh)
         tile = tile_of(self.policy.attention_settings.platform, plan.completion_length)
         models = (self.policy.config, *(policy.config for policy in self.fixed.values()))
         packing = Packing(
             sequences,
             # The anchor's forward over all mini-batches takes no more memory than an update.
             completions_per_micro=plan.micro_completions
-            or plan.mini_prompts // spread.num_shards * G,
+            or plan.mini_prompts // shards.num_shards * G,
             full_length=plan.completion_length,
             prompt_length=plan.prompt_length,
-            num_shards=spread.num_shards,
+            num_shards=shards.num_shards,
             whole_groups=whole_groups and not 0 < plan.micro_completions < G,
             tile=tile,
             sizes=self.sizes.of(program),
             starts=starts_of(models, tile),
-            shares=spread.num_shares,
+            shares=shards.num_shares,
         )
         if program:
             self.sizes.note(program, packing.size)
@@ -225,11 +225,8 @@ class Learner:
     @property
     def needs_anchor_forward(self) -> bool:
         """Whether an iteration runs the anchor over its completions."""
-        if self.algorithm.needs_entropy:
-            return True
-        if self.anchor.mode == "sampler" or self._anchor_is_of_the_step:
-            return False
-        return "anchor" in self.algorithm.needs
+        is_at_hand = self.anchor.mode == "sampler" or self._anchor_is_of_the_step
+        return self.algorithm.needs_entropy or not is_at_hand
 
     @property
     def _anchor_is_of_the_step(self) -> bool:
@@ -409,7 +406,7 @@ class Learner:
         return tuple([values[place] for place in places] for values in map(laid_out.ragged, found))
 
     def other_params(self, state: TrainState) -> dict[str, Callable]:
-        """Of the other policies that an iteration runs: name -> getter of its parameters."""
+        """Getters of the parameters of the policies whose forwards an iteration runs, by name."""
 
         def anchor():
             if not self.anchor.keeps_params:
@@ -428,9 +425,7 @@ class Learner:
     @property
     def other_policies(self) -> list[str]:
         """The policies, by name, whose log-probs an update takes beside its own."""
-        from_sampler = self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs
-        from_forward = self.needs_anchor_forward and not self._anchor_is_of_the_step
-        names = ["anchor"] if from_forward or from_sampler else []
+        names = [] if self._anchor_is_of_the_step else ["anchor"]
         names += ["reference"] * ("reference" in self.algorithm.needs)
         return list(dict.fromkeys([*names, *self.fixed_forwards]))
 
@@ -459,7 +454,7 @@ class Learner:
                 entropy_P = self._mean_entropy(sequences, entropy)
         if self._anchor_is_of_the_step:
             log_probs.pop("anchor", None)  # it ran for its entropy alone
-        if self.anchor.mode == "sampler" and "anchor" in self.algorithm.needs:
+        if self.anchor.mode == "sampler":
             log_probs["anchor"] = sequences.values("sampler")
         if "reference" in self.algorithm.needs - log_probs.keys():
             log_probs["reference"] = log_probs["anchor"]
