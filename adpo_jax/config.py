@@ -756,7 +756,11 @@ def _trainer() -> dict[str, Key]:
         "profile_steps": Key(
             (), "first and last iteration of an xprof trace, e.g. (3, 5); () for none"
         ),
-        "log_samples_freq": Key(10, "iterations between printed samples; 0 for never", least=0),
+        "log_samples_freq": Key(
+            10,
+            "iterations between samples that are printed and written to samples/; 0 for never",
+            least=0,
+        ),
         "log_num_samples": Key(2, "samples printed each time", least=0, needs=(printed,)),
         "seed": Key(0, "of weights, order of the prompts and sampling", least=0),
     }

@@ -351,7 +351,7 @@ def check_overrides(argv: list[str]) -> None:
             continue
         key = key.removeprefix("config.")
         above, _, below = key.rpartition(".")
-        if above in known:
+        if above in known and isinstance(_value(default_config(), above), ConfigDict):
             raise ValueError(f"{above} is set as a whole: --config.{above}=\"{{'{below}': ...}}\"")
         if key not in known:
             raise ValueError(f"the config has no key {key}{_advice(key, known)}")

@@ -74,6 +74,17 @@ _MESH = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 _DEVICES = Cure("verl", _MESH, "all devices of all hosts are used, one process a host")
 _ENGINE = "there is one engine, built in: leave it out"
 _OPTIMIZER = "actor_rollout_ref.actor.optim"
+_AGGREGATION = Cure("verl and Tunix", ("algorithm.loss_aggregation",))
+_CORRECTION = (
+    "algorithm.sampler_correction",
+    "algorithm.correction_level",
+    "algorithm.correction_cap",
+)
+_OF_VLLM = Cure("TRL", _CORRECTION)
+_TURNS = ("environment.path", "environment.max_turns")
+_LORA = ("actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora_alpha")
+_FOLDER = "the flag is --workdir=DIR"
+_RESUME = "the flag is --resume=auto, never or must"
 
 # verl's names whole, those of TRL's and Tunix's settings by themselves. A name that is a key here
 # too, or the last part of one, needs no entry.
@@ -88,7 +99,15 @@ NAMES = {
     "algorithm.kl_ctrl.kl_coef": _REFERENCE,
     f"{_ACTOR}.clip_ratio_low": Cure("verl", ("algorithm.clip_low",)),
     f"{_ACTOR}.clip_ratio_high": Cure("verl", ("algorithm.clip_high",)),
-    f"{_ACTOR}.loss_agg_mode": Cure("verl and Tunix", ("algorithm.loss_aggregation",)),
+    f"{_ACTOR}.loss_agg_mode": _AGGREGATION,
+    f"{_ACTOR}.clip_ratio": Cure("verl", ("algorithm.clip_low", "algorithm.clip_high")),
+    f"{_ACTOR}.clip_ratio_c": Cure("verl", ("algorithm.dual_clip",)),
+    f"{_ACTOR}.entropy_coeff": Cure("verl", ("algorithm.entropy_bonus",)),
+    f"{_ACTOR}.kl_loss_type": Cure("verl", ("algorithm.kl_estimator",), "k1, k2 or k3"),
+    f"{_ROLLOUT}.multi_turn": Cure("verl", _TURNS),
+    "algorithm.rollout_correction": Cure("verl", _CORRECTION),
+    "algorithm.filter_groups.enable": Cure("verl", ("algorithm.filter_groups",), "true or false"),
+    "algorithm.filter_groups.max_num_gen_batches": Cure("verl", ("algorithm.filter_max_attempts",)),
     f"{_ACTOR}.ppo_micro_batch_size_per_gpu": Cure(
         "verl", ("trainer.per_device_train_batch_size",), "completions; it changes no result"
     ),
@@ -106,12 +125,21 @@ NAMES = {
         "verl", ("reward_functions",), "length_penalty is one of those that there are"
     ),
     "trainer.val_only": Cure("verl", (), "`adpo-jax evaluate --model=RUN` evaluates alone"),
-    "trainer.resume_mode": Cure("verl", (), "the flag is --resume=auto, never or must"),
-    "trainer.default_local_dir": Cure("verl", (), "the flag is --workdir=DIR"),
+    "trainer.resume_mode": Cure("verl", (), _RESUME),
+    "trainer.default_local_dir": Cure("verl", (), _FOLDER),
     "trainer.n_gpus_per_node": _DEVICES,
     "trainer.nnodes": _DEVICES,
     "trainer.max_actor_ckpt_to_keep": Cure("verl", ("trainer.save_total_limit",)),
     "model": Cure("TRL", ("actor_rollout_ref.model.path",)),
+    "peft_config": Cure("TRL", _LORA),
+    "delta": Cure("TRL", ("algorithm.dual_clip",)),
+    "importance_sampling_level": Cure("TRL", ("algorithm.adv_estimator",), "gspo for sequence"),
+    "vllm_importance_sampling_correction": _OF_VLLM,
+    "vllm_importance_sampling_mode": _OF_VLLM,
+    "vllm_importance_sampling_cap": _OF_VLLM,
+    "tools": Cure("TRL", ("environment.tools",)),
+    "environment_factory": Cure("TRL", ("environment.path",)),
+    "max_tool_calling_iterations": Cure("TRL", ("environment.max_turns",)),
     "max_completion_length": Cure("TRL", ("data.max_response_length",)),
     "epsilon": Cure("TRL and Tunix", ("algorithm.clip_low",)),
     "epsilon_high": Cure("TRL", ("algorithm.clip_high",)),
@@ -124,6 +152,7 @@ NAMES = {
     "num_iterations": Cure("TRL and Tunix", (f"{_ACTOR}.ppo_epochs",)),
     "generation_batch_size": Cure("TRL", ("data.train_batch_size",), "it counts prompts"),
     "learning_rate": Cure("TRL", (f"{_OPTIMIZER}.lr",)),
+    "warmup_steps": Cure("TRL", (f"{_OPTIMIZER}.lr_warmup_steps",)),
     "max_grad_norm": Cure("TRL", (f"{_ACTOR}.grad_clip",)),
     "use_vllm": Cure("TRL", (), _ENGINE),
     "vllm_gpu_memory_utilization": Cure("TRL", (f"{_ROLLOUT}.gpu_memory_utilization",)),
@@ -138,7 +167,12 @@ NAMES = {
     "eval_strategy": Cure("TRL", ("trainer.test_freq",)),
     "eval_on_start": Cure("TRL", ("trainer.val_before_train",)),
     "report_to": Cure("TRL", ("trainer.logger",)),
+    "log_completions": Cure("TRL", ("trainer.log_samples_freq",)),
+    "resume_from_checkpoint": Cure("TRL", (), _RESUME),
+    "output_dir": Cure("TRL", (), _FOLDER),
     "shuffle_dataset": Cure("TRL", ("data.shuffle",)),
+    "loss_agg_mode": _AGGREGATION,
+    "checkpoint_root_directory": Cure("Tunix", (), _FOLDER),
     "max_tokens_to_generate": Cure("Tunix", ("data.max_response_length",)),
     "algo_variant": Cure("Tunix", ("algorithm.adv_estimator",)),
     "advantage_estimator": Cure("Tunix", ("algorithm.scale_rewards",)),
@@ -164,5 +198,6 @@ def cure_of(key: str) -> Cure | None:
     above, _, last = key.rpartition(".")
     # Elsewhere the last part of a name may mean something of ours: `teacher.model`.
     bare = last if above in ("", "trainer", "algorithm", "data") else ""
-    names = (key, f"actor_rollout_ref.{key}", above if "." in above else "", bare)
-    return next((NAMES[name] for name in names if name in NAMES), None)
+    names = [key, *([above] if "." in above else [])]
+    names = [name for whole in names for name in (whole, f"actor_rollout_ref.{whole}")]
+    return next((NAMES[name] for name in (*names, bare) if name in NAMES), None)
