@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adpo_jax.records import Completion, Sequences
 from adpo_jax.update.packing import Packing, balanced
-from adpo_jax.update.stream_sizes import TILE, Sizes
+from adpo_jax.update.stream_sizes import TILE, KnownSizes
 
 
 def gsm8k_like(seed: int, *, mean: float, prompts: int, group: int, limit: int) -> Sequences:
@@ -61,7 +61,7 @@ def count(
       means: mean lengths of completions in the first iteration and in the last.
       micro: completions of full length in a micro-batch.
     """
-    sizes, smallest, places = Sizes(), set(), np.zeros(2)
+    sizes, smallest, places = KnownSizes(), set(), np.zeros(2)
     for step, mean in enumerate(np.linspace(*means, iterations)):
         sequences = gsm8k_like(seed + step, mean=mean, prompts=prompts, group=group, limit=limit)
         sequences = sequences.select(balanced(sequences.tokens_of_groups, shards))

@@ -9,7 +9,7 @@ import tiny
 from adpo_jax import Policy
 from adpo_jax.devices.sharding import make_mesh
 from adpo_jax.model import attention_kernels
-from adpo_jax.model.attention import LayerInfo, Tokens, visible
+from adpo_jax.model.attention import LayerInfo, Places, visible
 from adpo_jax.model.attention_kernels import Settings
 
 H, K, D, T = 4, 2, 128, 100
@@ -18,7 +18,7 @@ SETTINGS = Settings((40, None), K, D, D**-0.5, 5.0, jnp.float32, None)
 
 def test_a_token_sees_its_segment_and_its_prompt_up_to_itself_within_the_window():
     # A prompt of two tokens, a completion of two that counts on from it, another prompt, padding.
-    tokens = Tokens(
+    tokens = Places(
         positions=np.array([0, 1, 2, 3, 0, 0]),
         segments=np.array([1, 1, 2, 2, 3, 0]),
         prompts=np.array([1, 1, 1, 1, 3, 0]),

@@ -137,7 +137,7 @@ def test_groups_of_another_size_than_planned_for_use_all_slots_that_memory_allow
     assert roomy.sizes_for(256, n, 32, 16) == (64, cache_plan.prefix_rows(64, n))
     slots, rows = exact.sizes_for(256, n, 32, 16)
     assert (slots, rows) == ((48, 48) if n == 1 else (64, 3))
-    assert exact.plan.copies.tokens(slots * 32, rows * 16) <= planned
+    assert exact.plan.copied.tokens(slots * 32, rows * 16) <= planned
     assert exact.sizes_for(256, 8, 32, 16) == (64, 24)
     shape = exact.trace(SamplingParams(n=n)).get("decode").in_avals
     assert any(x.shape[:1] == (rows,) for x in jax.tree.leaves(shape) if x.ndim == 4)

@@ -22,7 +22,7 @@ from adpo_jax.policy import Policy
 from adpo_jax.records import Batch, Completion, Sequences
 from adpo_jax.update import streams
 from adpo_jax.update.packing import Packing, balanced, pack
-from adpo_jax.update.stream_sizes import TILE, Size, Sizes, tile_of
+from adpo_jax.update.stream_sizes import TILE, KnownSizes, Size, tile_of
 
 
 def anchored(batch: Batch) -> np.ndarray:
@@ -427,23 +427,23 @@ def test_a_run_that_knows_the_sizes_of_before_chooses_as_if_it_had_gone_on():
     cut = {"completions_per_micro": 8, "full_length": 512}
     batches = [ragged(P=8, seed=seed) for seed in range(8)]
 
-    def sizes_of(batches, sizes: Sizes) -> list[Size]:
+    def sizes_of(batches, sizes: KnownSizes) -> list[Size]:
         found = []
         for batch in batches:
             found.append(Packing(batch, sizes=sizes.of("update"), **cut).size)
             sizes.note("update", found[-1])
         return found
 
-    whole = Sizes()
+    whole = KnownSizes()
     wanted = sizes_of(batches, whole)
-    before = Sizes()
+    before = KnownSizes()
     sizes_of(batches[:4], before)
-    resumed = Sizes()
+    resumed = KnownSizes()
     resumed.restore(json.loads(json.dumps(before.saved)))
     assert sizes_of(batches[4:], resumed) == wanted[4:]
     assert resumed.saved == whole.saved
     # Without them it would have chosen the smallest sizes.
-    assert sizes_of(batches[4:], Sizes()) != wanted[4:]
+    assert sizes_of(batches[4:], KnownSizes()) != wanted[4:]
     # Sizes of another tile fit none of its own.
     assert Packing(batches[0], sizes=resumed.of("update"), tile=48, **cut).size.prompt % 48 == 0
 

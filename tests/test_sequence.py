@@ -18,7 +18,7 @@ from test_update import assert_same, step
 from adpo_jax import Policy
 from adpo_jax.devices import sharding
 from adpo_jax.model import attention_kernels, tile_attention
-from adpo_jax.model.attention import Tokens
+from adpo_jax.model.attention import Places
 from adpo_jax.model.attention_kernels import Settings, ring, stream_gpu, stream_mosaic
 from adpo_jax.model.tile_attention import Stream
 from adpo_jax.update.packing import Packing, pack
@@ -206,7 +206,7 @@ def test_the_passes_over_parts_of_the_keys_add_up_for_the_kernels_of_hopper_card
     )
     weight = jnp.where((segments > 0)[..., None, None], weight, 0)
     lists_of = functools.partial(stream_gpu.lists_of, windows=False)
-    whole = stream._replace(keys=Tokens(stream.positions, stream.segments))
+    whole = stream._replace(keys=Places(stream.positions, stream.segments))
     parts = ring.Parts(whole, *ring.parts_of(whole, 2, lists_of))
     assert (np.asarray(parts.key_tiles)[0, 1, :2] == -1).all()
 

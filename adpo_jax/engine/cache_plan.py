@@ -33,7 +33,7 @@ PAGE = 256
 RING_PAGES = 4
 
 
-class Copies(NamedTuple):
+class Copied(NamedTuple):
     """Which of the two stores, ring and prefix rows, are ever copied into another size."""
 
     ring: bool
@@ -100,7 +100,7 @@ class CachePlan:
       device_bytes: bytes of the cache on each device at its peak.
       most_tokens: the most tokens that the cache may hold at its peak on all devices together; None
         for no limit.
-      copies: the stores that are there twice for a while.
+      copied: the stores that are there twice for a while.
       row_tokens: tokens whose keys and values take the memory that a row, of either store, has
         besides its columns.
       paging: how completions are kept in pages; None where the ring holds the longest one.
@@ -110,7 +110,7 @@ class CachePlan:
     rows: int
     device_bytes: int
     most_tokens: int | None
-    copies: Copies
+    copied: Copied
     row_tokens: int = 0
     paging: Paging | None = None
 
@@ -124,7 +124,7 @@ class CachePlan:
             return None
         ring = slots * (columns + self.row_tokens)
         left = self.most_tokens - ring - beside
-        most = min(left - ring * self.copies.ring, left // (1 + self.copies.rows))
+        most = min(left - ring * self.copied.ring, left // (1 + self.copied.rows))
         return most // (prefix + self.row_tokens)
 
 
@@ -252,16 +252,16 @@ def plan(
         columns = paging.columns(stages)
     prefix = length_bucket(max_prompt_length - 1, max_prompt_length)
     token, state = layout.token_bytes(), layout.row_tokens()
-    copies = Copies(ring=shrinks or len(columns) > 1, rows=shrinks)
+    copied = Copied(ring=shrinks or len(columns) > 1, rows=shrinks)
     most_tokens = None if budget is None else max(budget, 0) * splits // token
 
     def of(slots: int) -> CachePlan:
         rows = up_to_multiple(prefix_rows(slots, group_size), multiple)
-        tokens = copies.tokens(slots * (columns[-1] + state), rows * (prefix + state))
+        tokens = copied.tokens(slots * (columns[-1] + state), rows * (prefix + state))
         if paging is not None:
             tokens += paging.tokens(slots)
         size = -(-token * tokens // splits)
-        return CachePlan(slots, rows, size, most_tokens, copies, state, paging)
+        return CachePlan(slots, rows, size, most_tokens, copied, state, paging)
 
     smallest = up_to_multiple(min(group_size, most_slots), multiple)
     largest = max(smallest, up_to_multiple(most_slots, multiple))
@@ -278,7 +278,7 @@ def plan(
             "the key/value cache of one group does not fit: "
             f"{smallest} slots x {columns[-1]}{beside} tokens + {one_group.rows} prompts x "
             f"{prefix}{beside} tokens {in_pages}"
-            f"+ {copies.tokens(ring, rows) - ring - rows} of second copies, at {readable(token)} a "
+            f"+ {copied.tokens(ring, rows) - ring - rows} of second copies, at {readable(token)} a "
             f"token over {splits} device(s), is {readable(one_group.device_bytes)} a device; there "
             f"are {readable(max(budget, 0))} ({budget_text}). Raise gpu_memory_utilization, "
             "shorten max_response_length or max_prompt_length, take a smaller cache dtype, or give "

@@ -379,8 +379,8 @@ def _load_sizing(engine: Engine) -> LoadSizing:
     if most is not None:
         # Every slot has a row beside it, and either store is copied when it is resized.
         state = engine.plan.row_tokens
-        copies = cache_plan.Copies(ring=True, rows=True)
-        fitting = most // copies.tokens(columns + state, prefix + state)
+        copied = cache_plan.Copied(ring=True, rows=True)
+        fitting = most // copied.tokens(columns + state, prefix + state)
         num_slots = min(num_slots, fitting // engine.shards * engine.shards)
     if not num_slots:
         raise ValueError(

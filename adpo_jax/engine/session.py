@@ -174,7 +174,7 @@ class SessionSizing:
         if self.num_samples > sizes.slots:
             ring = sizes.slots * (self.most_columns + self._row)
             prefixes = sizes.rows * (sizes.prefix + self._row)
-            needed = plan.copies.tokens(ring, prefixes) + 2 * rows * self._past
+            needed = plan.copied.tokens(ring, prefixes) + 2 * rows * self._past
             rows *= 1 if plan.most_tokens is not None and needed > plan.most_tokens else 2
         rows = max(rows, sizes.past_rows)
         return sizes._replace(past_rows=rows, past=max(columns, sizes.past))

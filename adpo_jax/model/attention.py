@@ -139,20 +139,20 @@ def by_kv_head(sinks_H: jax.Array, num_kv_heads: int) -> jax.Array:
     return sinks_H.astype(jnp.float32).reshape(num_kv_heads, -1)
 
 
-class Tokens(NamedTuple):
+class Places(NamedTuple):
     """The places of tokens, which decide who sees whom; arrays of shapes that broadcast."""
 
     positions: jax.Array  # int32, the position in the sequence
     segments: jax.Array  # int32, the sequence that a token is part of; 0 is padding
     prompts: jax.Array | None = None  # int32, the other segment that a token sees; None for none
 
-    def pairs(self) -> tuple["Tokens", "Tokens"]:
+    def pairs(self) -> tuple["Places", "Places"]:
         """Arrays [..., T] as queries [..., T, 1] and keys [..., 1, T] of `visible`."""
         queries = jax.tree.map(lambda x: x[..., :, None], self)
-        return queries, Tokens(self.positions[..., None, :], self.segments[..., None, :])
+        return queries, Places(self.positions[..., None, :], self.segments[..., None, :])
 
 
-def visible(queries: Tokens, keys: Tokens, window=None) -> jax.Array:
+def visible(queries: Places, keys: Places, window=None) -> jax.Array:
     """Which queries see which keys: the one rule for attention of sequences to themselves.
 
     A query sees the tokens of its segment, and of its prompt, up to itself; padding is never seen.
@@ -179,10 +179,10 @@ def self_attention(
     """Causal attention of a batch to itself without a cache, for the training forward.
 
     Args:
-      positions, segments: [B, T] int32, as in `Tokens`. Segment numbers tell the sequences of a row
+      positions, segments: [B, T] int32, as in `Places`. Segment numbers tell the sequences of a row
         apart.
     """
-    queries, keys = Tokens(positions, segments).pairs()
+    queries, keys = Places(positions, segments).pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):
         mask = visible(queries, keys, layer.window_at(queries.positions))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Tokens, by_kv_head, visible
+from adpo_jax.model.attention import MASKED, Attend, LayerInfo, Places, by_kv_head, visible
 from adpo_jax.model.cpu import made, sum_of_columns
 
 # The most bytes of scores that are made at once; further tiles run afterwards. A CPU has a smaller
@@ -57,14 +57,14 @@ class Stream(NamedTuple):
     segments: jax.Array
     prompts: jax.Array
     key_tiles: jax.Array
-    keys: Tokens | None = None
+    keys: Places | None = None
 
     @property
-    def tokens(self) -> Tokens:
-        return Tokens(self.positions, self.segments, self.prompts)
+    def tokens(self) -> Places:
+        return Places(self.positions, self.segments, self.prompts)
 
     @property
-    def key_tokens(self) -> Tokens:
+    def key_tokens(self) -> Places:
         return self.tokens if self.keys is None else self.keys
 
     @property
@@ -90,7 +90,7 @@ class _Seen(NamedTuple):
 
     tiles: jax.Array
     mask: jax.Array | None = None
-    queries: Tokens | None = None
+    queries: Places | None = None
     window: jax.Array | None = None
 
     @property
@@ -98,7 +98,7 @@ class _Seen(NamedTuple):
         """Tiles to gather; any where none is listed."""
         return jnp.maximum(self.tiles, 0)
 
-    def masked(self, keys: Tokens) -> jax.Array:
+    def masked(self, keys: Places) -> jax.Array:
         """The mask [B, n, W, S] by the tokens [B, m, W] of all keys."""
         if self.mask is not None:
             return self.mask
@@ -166,7 +166,7 @@ class StreamAttention:
         n, J = stream.key_tiles.shape[1:]
         W, m = stream.tile, stream.num_key_tiles
         queries = jax.tree.map(lambda x: x.reshape(B, n, W, 1), stream.tokens)
-        self._keys = Tokens(*(x.reshape(B, m, W) for x in stream.key_tokens[:2]))
+        self._keys = Places(*(x.reshape(B, m, W) for x in stream.key_tokens[:2]))
         self._causal = _Seen(stream.key_tiles, queries=queries)
         if not windows and mask_bytes >= B * N * J * W:
             self._causal = _Seen(stream.key_tiles, self._causal.masked(self._keys))
@@ -327,11 +327,11 @@ def _sum_over_queries(x_BcKQD, weights_BcKQS):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Tokens, sinks_KQ):
+def _attention(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Places, sinks_KQ):
     return _forward(shape, q_BnKQD, k_BmWKD, v_BmWKD, seen, keys, sinks_KQ)[0]
 
 
-def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Tokens, sinks_KQ):
+def _forward(shape: _Shape, q_BnKQD, k_BmWKD, v_BmWKD, seen: _Seen, keys: Places, sinks_KQ):
     def forward(_, q, seen):
         if seen.mask is None:
             # Else the masks of all tiles, which are the same in all layers, are made before the

@@ -30,7 +30,7 @@ from adpo_jax.records import GradedGroups, Prompts
 from adpo_jax.rewards import Scores
 from adpo_jax.rollouts.flight import Flight, age_metrics
 from adpo_jax.rollouts.group_decoding import Decoding, OneTurnDecoding
-from adpo_jax.rollouts.in_flight import FlyingSource, InFlight, Iteration
+from adpo_jax.rollouts.in_flight import FlyingIteration, FlyingSource, InFlight
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.numbering import Numbering
 from adpo_jax.rollouts.pacing import WINDOW, Pacing
@@ -119,7 +119,7 @@ class Ahead(FlyingSource):
         counted = [scores for part in parts for scores in part.counted]
         return now.judging.with_filter_metrics(_of_all_processes(parts, step), judged, counted)
 
-    def _decoded(self, now: Iteration, params) -> tuple[_Part, list[int], Flight]:
+    def _decoded(self, now: FlyingIteration, params) -> tuple[_Part, list[int], Flight]:
         """What this process brings, the groups that all train on, and what stays in flight here."""
         sampler, step, judging = self._sampler, now.step, now.judging
         began = time.perf_counter()
@@ -157,7 +157,7 @@ class Ahead(FlyingSource):
         )
         return part, chosen, after
 
-    def _until_chosen(self, now: Iteration, decoding: Decoding) -> list[int]:
+    def _until_chosen(self, now: FlyingIteration, decoding: Decoding) -> list[int]:
         """Decodes until the iteration has its groups; returns their numbers."""
 
         def graded(numbers: list[int]) -> GradedGroups:

@@ -10,7 +10,7 @@ from adpo_jax.records import Completion, Completions, GradedGroups, Prompts
 from adpo_jax.rollouts.dispatch import Work
 from adpo_jax.rollouts.elsewhere import RemoteSamplers, with_sampling_metrics, works
 from adpo_jax.rollouts.flight import Flight, FlyingSample
-from adpo_jax.rollouts.in_flight import FlyingSource, InFlight, Iteration
+from adpo_jax.rollouts.in_flight import FlyingIteration, FlyingSource, InFlight
 from adpo_jax.rollouts.pacing import Pacing
 from adpo_jax.rollouts.sampler import Sampler
 from adpo_jax.rollouts.sieve import Sieve
@@ -85,7 +85,7 @@ class RemoteAhead(FlyingSource, RemoteSamplers):
 
     # --- on the first process, which speaks to the samplers
 
-    def _found(self, now: Iteration) -> _Found:
+    def _found(self, now: FlyingIteration) -> _Found:
         """Waits for the groups of an iteration; grades them here where there is a sieve."""
         dispatch, again, judging = self._dispatch, [], now.judging
         if not self._started:
@@ -114,7 +114,7 @@ class RemoteAhead(FlyingSource, RemoteSamplers):
         dropped = sum(int(each.completions.lengths.sum()) for each in judging.dropped_groups)
         return _Found(chosen, None, graded, after, counts, dropped)
 
-    def _until_chosen(self, now: Iteration) -> list[int]:
+    def _until_chosen(self, now: FlyingIteration) -> list[int]:
         """Waits until the iteration has its groups; returns their numbers."""
         dispatch, last_notice = self._dispatch, time.monotonic()
 

@@ -1,7 +1,7 @@
 """Groups in flight from one iteration to the next, whoever decodes them.
 
-`InFlight` holds what the iterations of a run leave in flight. An `Iteration` says which groups
-start, which are dropped and which are trained on; its source decodes and grades them.
+`InFlight` holds what the iterations of a run leave in flight. A `FlyingIteration` says which
+groups start, which are dropped and which are trained on; its source decodes and grades them.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class InFlight:
         self._flights: dict[int, Flight] = {0: Flight()}  # by iterations done
         self._graded: dict[int, dict[int, GradedGroups]] = {}  # likewise
 
-    def begin(self, step: int) -> "Iteration":
+    def begin(self, step: int) -> "FlyingIteration":
         """The iteration after `step` iterations.
 
         Raises:
@@ -67,9 +67,11 @@ class InFlight:
         """
         flight = self._at(step)
         judging = Judging(self._sieve, self._graded.get(step, {}))
-        return Iteration(step, flight, judging, self._pacing, self._num_samples, self._num_owners)
+        return FlyingIteration(
+            step, flight, judging, self._pacing, self._num_samples, self._num_owners
+        )
 
-    def end(self, iteration: "Iteration", chosen: Collection[int], after: Flight) -> None:
+    def end(self, iteration: "FlyingIteration", chosen: Collection[int], after: Flight) -> None:
         """Keeps what an iteration found in flight and what it left.
 
         Args:
@@ -98,7 +100,7 @@ class InFlight:
 
 
 @dataclasses.dataclass(eq=False)
-class Iteration:
+class FlyingIteration:
     """The groups in flight in an iteration.
 
     Attributes:

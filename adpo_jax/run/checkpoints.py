@@ -59,7 +59,7 @@ class Restored:
       step: iterations done.
       state: the tree of arrays.
       metrics: the metrics that were saved with it.
-      sizes: the sizes of streams that had been used (`stream_sizes.Sizes.saved`).
+      sizes: the sizes of streams that had been used (`stream_sizes.KnownSizes.saved`).
     """
 
     step: int
@@ -145,7 +145,8 @@ class Checkpoints:
 
         Args:
           metrics: the metrics of that iteration, which are saved with it.
-          sizes: the sizes of streams that have been used, likewise (`stream_sizes.Sizes.saved`).
+          sizes: the sizes of streams that have been used, likewise
+            (`stream_sizes.KnownSizes.saved`).
 
         Raises:
           SaveError: after too many failures in a row.

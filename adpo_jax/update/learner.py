@@ -36,7 +36,7 @@ from adpo_jax.update.anchor import Anchor
 from adpo_jax.update.optimizer import steps_taken
 from adpo_jax.update.packing import PackedBatch, Packing, balanced, starts_of
 from adpo_jax.update.plan import BatchPlan
-from adpo_jax.update.stream_sizes import Sizes, tile_of
+from adpo_jax.update.stream_sizes import KnownSizes, tile_of
 
 Ragged = list[list[np.ndarray]]
 
@@ -92,7 +92,7 @@ class Learner:
     max_anchor_kl: float = 0.0
     offload_optimizer: bool = False
     fixed: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
-    sizes: Sizes = dataclasses.field(default_factory=Sizes, compare=False)
+    sizes: KnownSizes = dataclasses.field(default_factory=KnownSizes, compare=False)
     router_aux_loss_coef: float = 0.0
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ All micro-batches have the shape of the largest one. How many of them there are 
 shape. A new shape costs a compile of a minute, a place without a token costs as much as one with a
 token. So sizes are rounded up to a few values (completion places to one of sixteen an octave,
 prompt places to 1/32 to 1/64 of the stream, listed key tiles to one of two an octave), and
-`stream_sizes.Sizes` are used again where they waste little.
+`stream_sizes.KnownSizes` are used again where they waste little.
 
 Letters: P prompts, G completions of a prompt, B streams side by side (batch shards of the mesh), M
 micro-batches, S shares of a stream, N tokens of it, C of them of completions, n tiles, W tokens of
@@ -39,7 +39,7 @@ from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.records import Batch, Sequences
 from adpo_jax.update.shares import Order, shared_out
 from adpo_jax.update.stream_sizes import REUSED_PLACES, REUSED_TILES, TILE, Size, rounded
-from adpo_jax.update.streams import Budget, Micro, Stream, cut
+from adpo_jax.update.streams import Budget, Micro, StreamPlan, cut
 
 
 def starts_of(configs: Iterable[ModelConfig], tile: int) -> int:
@@ -213,10 +213,10 @@ class Packing:
         whole_tiles = tile * shares  # what a size is a multiple of
         shards = np.split(np.arange(P), num_shards)
 
-        def streams_of(budget: int) -> list[list[Stream]]:
+        def streams_of(budget: int) -> list[list[StreamPlan]]:
             return [
                 [
-                    Stream(
+                    StreamPlan(
                         pieces,
                         int(rows[0]),
                         prompt_lengths_P,
@@ -321,7 +321,7 @@ class Packing:
         """Of each stream, how its tiles are dealt out."""
         prompt_tiles = self.size.prompt // self.tile
 
-        def of_stream(stream: Stream) -> Order:
+        def of_stream(stream: StreamPlan) -> Order:
             tiles_of_queries = list(stream.key_tiles(prompt_tiles))
             empty = self.size.places // self.tile - len(tiles_of_queries)
             return shared_out(tiles_of_queries + [()] * empty, prompt_tiles, self.shares)
@@ -388,7 +388,7 @@ def _prompts_of(completions: int, group_size: int) -> int:
     return -(-(completions - math.gcd(completions, group_size)) // group_size) + 1
 
 
-def _needed(streams: list[list[Stream]]) -> Size:
+def _needed(streams: list[list[StreamPlan]]) -> Size:
     """What the streams of all shards need; `room` is the number of micro-batches."""
     flat = [stream for shard in streams for stream in shard]
     return Size(
@@ -400,7 +400,7 @@ def _needed(streams: list[list[Stream]]) -> Size:
 
 
 def _fitted(
-    best: list[list[Stream]],
+    best: list[list[StreamPlan]],
     known: Sequence[Size],
     streams_of: Callable,
     *,
@@ -408,7 +408,7 @@ def _fitted(
     least: int,
     most: int,
     tile: int,
-) -> tuple[list[list[Stream]], Size]:
+) -> tuple[list[list[StreamPlan]], Size]:
     """The cut and the size of its streams: a known size that wastes little, or a new one.
 
     The first size is as small as it can be; beside others, a new one has room to grow.
@@ -433,7 +433,7 @@ def _fitted(
 
 def _reused(
     sizes: Iterable[Size], best, streams_of: Callable, least: int, most: int
-) -> tuple[list[list[Stream]], Size] | None:
+) -> tuple[list[list[StreamPlan]], Size] | None:
     """The cut that wastes least in one of the sizes, and that size; None if all waste too much.
 
     Args:

@@ -1,7 +1,7 @@
 """The few sizes of streams that programs are compiled for.
 
 A size is rounded up to one of a few values, and has some room for batches that are larger where
-sizes are known already. `Sizes` are those that a run has used, for `packing` to use again.
+sizes are known already. `KnownSizes` are those that a run has used, for `packing` to use again.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -89,7 +89,7 @@ class Size(NamedTuple):
         )
 
 
-class Sizes:
+class KnownSizes:
     """The sizes that a run's programs have been compiled for, in the order of their first use.
 
     Which size is used changes the rounding of sums, so a run that goes on from a checkpoint must

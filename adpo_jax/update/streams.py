@@ -1,8 +1,8 @@
 """The stream of a micro-batch: which completions it takes, and where they lie.
 
-`cut` decides which completions run together, from their lengths. A `Stream` gives their segments
-places, lists the key tiles that each tile of queries sees, and writes the arrays of a `Micro`.
-Attention has a `Stream` of its own, the arrays that it reads (`model/tile_attention.py`).
+`cut` decides which completions run together, from their lengths. A `StreamPlan` gives their
+segments places, lists the key tiles that each tile of queries sees, and writes the arrays of a
+`Micro`, of which attention reads a `Stream` (`model/tile_attention.py`).
 
 Letters: P prompts, G completions of a prompt, B streams side by side, M micro-batches, N tokens of
 a stream, C of them of completions, n tiles, J listed key tiles, L layers, k experts of a token.
@@ -190,7 +190,7 @@ def _tiles(segment: _Segment, tile: int) -> range:
     return range(segment.start // tile, -(-end // tile) if segment.length else 0)
 
 
-class Stream:
+class StreamPlan:
     """The stream of one micro-batch: where its prompts and completions lie."""
 
     def __init__(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from adpo_jax.devices.sharding import first_device
 from adpo_jax.model import attention as plain
 from adpo_jax.model import attention_choice, tile_attention
-from adpo_jax.model.attention import Attend, LayerInfo, Tokens, visible
+from adpo_jax.model.attention import Attend, LayerInfo, Places, visible
 from adpo_jax.model.attention_choice import Implementation, Use
 from adpo_jax.model.attention_kernels import (
     per_device,
@@ -238,14 +238,14 @@ def _gpu_limit(settings: Settings, stream: Stream, kernels=stream_gpu) -> str:
 
 def _cudnn_rows(settings: Settings, positions: jax.Array, segments: jax.Array) -> Attend:
     """Rows by the fused attention of cuDNN, under a mask over all pairs of tokens."""
-    return _cudnn(settings, Tokens(positions, segments))
+    return _cudnn(settings, Places(positions, segments))
 
 
 def _cudnn_stream(settings: Settings, stream: Stream) -> Attend:
     return _cudnn(settings, stream.tokens)
 
 
-def _cudnn(settings: Settings, tokens: Tokens) -> Attend:
+def _cudnn(settings: Settings, tokens: Places) -> Attend:
     queries, keys = tokens.pairs()
 
     def attend(q, k, v, layer: LayerInfo, cache):

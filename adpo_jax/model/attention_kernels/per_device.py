@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from adpo_jax.devices.sharding import axes_that_split, mesh_axis_size, on_each_device
 from adpo_jax.model import tile_attention
-from adpo_jax.model.attention import Attend, LayerInfo, Tokens, by_kv_head
+from adpo_jax.model.attention import Attend, LayerInfo, Places, by_kv_head
 from adpo_jax.model.attention_kernels import ring
 from adpo_jax.model.tile_attention import Stream
 
@@ -64,7 +64,7 @@ def of_stream(kernel: Kernel, settings, stream: Stream) -> Attend:
     """
     (B, n), shares = stream.key_tiles.shape[:2], num_shares(settings, stream)
     axis = axes_that_split(settings.mesh, "length", n)
-    keys = Tokens(stream.positions, stream.segments) if shares > 1 else None
+    keys = Places(stream.positions, stream.segments) if shares > 1 else None
     by_token, whole = ("batch", "length"), ("batch",)
     lists, lists_of, lists_axes = None, kernel.lists_of, by_token
     if goes_round := is_ring(settings, stream):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from adpo_jax.model.attention import MASKED, LayerInfo, Tokens
+from adpo_jax.model.attention import MASKED, LayerInfo, Places
 from adpo_jax.model.tile_attention import Saved, Stream
 
 
@@ -86,7 +86,7 @@ def parts_of(stream: Stream, shares: int, lists_of: Callable | None) -> tuple[ja
         order = jnp.argsort(~is_here, axis=-1, stable=True)[..., : min(m, within.shape[-1])]
         tiles = jnp.take_along_axis(jnp.where(is_here, within, -1), order, axis=-1)
         keys = (jax.lax.dynamic_slice_in_dim(x, share * N, N, axis=1) for x in stream.keys[:2])
-        part = stream._replace(key_tiles=tiles, keys=Tokens(*keys))
+        part = stream._replace(key_tiles=tiles, keys=Places(*keys))
         return tiles, None if lists_of is None else lists_of(part)
 
     # One after the other: there may be many shares.

@@ -24,7 +24,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
+from adpo_jax.model.attention import MASKED, LayerInfo, Places, visible
 from adpo_jax.model.tile_attention import Saved, Stream
 from adpo_jax.model.triton import plt
 
@@ -34,7 +34,7 @@ LEAST_BLOCK = 16
 MAX_HEAD_DIM = 128
 # Query tiles of a chunk.
 CHUNK = 16
-# Tokens of a tile of rows that are padded to tiles.
+# Places of a tile of rows that are padded to tiles.
 ROW_TILE = 128
 LOG2_E = math.log2(math.e)
 
@@ -265,7 +265,7 @@ def rows_as_stream(
     """Rows [B, T] as streams whose length is a multiple of `ROW_TILE`; a tile lists those before.
 
     Args:
-      positions, segments: int32, as in `Tokens`.
+      positions, segments: int32, as in `Places`.
       least: the least tokens of a tile, of rows that are shorter than `ROW_TILE`.
     """
     B, T = positions.shape
@@ -281,11 +281,11 @@ def padded(x: jax.Array, more: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _tokens(refs, b, first, size: int, axis: int) -> Tokens:
+def _tokens(refs, b, first, size: int, axis: int) -> Places:
     """The `size` tokens from `first` on, along an axis of two."""
     shape = (size, 1) if axis == 0 else (1, size)
     found = (plt.load(ref.at[b, pl.ds(first, size)]) for ref in refs)
-    return Tokens(*(x.reshape(shape) for x in found))
+    return Places(*(x.reshape(shape) for x in found))
 
 
 def capped(static: Static, products):
@@ -311,7 +311,7 @@ def _walk(static: Static, counts, blocks: int, visit, carry):
     return jax.lax.fori_loop(turns, all_of_them * blocks, functools.partial(visit, True), carry)
 
 
-def _seen(static, queries: Tokens, keys: Tokens, window):
+def _seen(static, queries: Places, keys: Places, window):
     return visible(queries, keys, window[0] if static.windows else None)
 
 

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from adpo_jax.model.attention import MASKED, LayerInfo, Tokens, visible
+from adpo_jax.model.attention import MASKED, LayerInfo, Places, visible
 from adpo_jax.model.tile_attention import Saved, Stream
 
 # Bytes of VMEM for two whole sides of a head, each with room to fetch the next one ahead.
@@ -128,7 +128,7 @@ class _Side:
       down, along: the integers of its tokens down the rows, and along the lanes.
     """
 
-    def __init__(self, tokens: Tokens, tile: int):
+    def __init__(self, tokens: Places, tile: int):
         B, N = tokens.positions.shape
         self.W, self.n = tile, N // tile
         prompts = tokens.segments if tokens.prompts is None else tokens.prompts
@@ -146,12 +146,12 @@ def _sides(stream: Stream) -> tuple[_Side, _Side]:
     return queries, queries if stream.keys is None else _Side(stream.keys, stream.tile)
 
 
-def _down(x_W3) -> Tokens:
-    return Tokens(x_W3[:, 0:1], x_W3[:, 1:2], x_W3[:, 2:3])
+def _down(x_W3) -> Places:
+    return Places(x_W3[:, 0:1], x_W3[:, 1:2], x_W3[:, 2:3])
 
 
-def _along(x_3W) -> Tokens:
-    return Tokens(x_3W[0:1], x_3W[1:2], x_3W[2:3])
+def _along(x_3W) -> Places:
+    return Places(x_3W[0:1], x_3W[1:2], x_3W[2:3])
 
 
 def _dot(a, b, contract: tuple[int, int]):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adpo_jax.model.attention import Tokens, visible
+from adpo_jax.model.attention import Places, visible
 from adpo_jax.model.attention_kernels import stream_gpu
 from adpo_jax.model.attention_kernels.stream_gpu import LOG2_E, Static
 
@@ -97,8 +97,8 @@ def bias_of(static: Static, queries, keys, window, shape, query_axis: int, prese
       queries, keys: the places of the rows and of the columns of a block of scores, or turned.
       present: which keys are there at all; None for all of them.
     """
-    queries = Tokens(*(rows_of(x, query_axis, shape) for x in queries))
-    keys = Tokens(*(rows_of(x, 1 - query_axis, shape) for x in keys))
+    queries = Places(*(rows_of(x, query_axis, shape) for x in queries))
+    keys = Places(*(rows_of(x, 1 - query_axis, shape) for x in keys))
     seen = visible(queries, keys, window[0] if static.windows else None)
     return jnp.where(seen if present is None else seen & present, 0.0, -jnp.inf)
 
