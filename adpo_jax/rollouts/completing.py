@@ -177,16 +177,3 @@ class OneTurn:
             params, prompts.token_ids, sampling, key, version=version, **overlap
         )
         return Answers(prompts, out, self.reading.texts(self.tokenizer, out.flat))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-    """Completions that have been sampled already."""
-
-    answers: Answers
-
-    def __call__(self, params, prompts, sampling, key, *, version=0, on_group_done=None) -> Answers:
-        if on_group_done is not None:
-            for place in range(len(prompts)):
-                on_group_done(place, self.answers.select([place]))
-        return self.answers

@@ -5,8 +5,10 @@ Letters: P prompts, G completions of a prompt.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completions, GradedGroups, Prompts
 from adpo_jax.rewards import NO_RUN, RewardError, RewardModel, Scores, TrainerState
-from adpo_jax.rollouts.completing import Answers, Completer, OneTurn, Reading, Sampled
+from adpo_jax.rollouts.completing import Answers, Completer, OneTurn, Reading
 from adpo_jax.rollouts.source import Source
 
 
@@ -47,42 +49,69 @@ def generate_and_grade(
     Raises:
       RewardError: when a reward function fails and there is no `on_error`.
     """
-    P, G = len(prompts), sampling.n
-    graded: list = [None] * P
     reading = reading or Reading.of(sampling)
     complete = completer or OneTurn(engine, tokenizer, reading)
+    grading = _Grading(reward_model, reading, state, on_error)
+    handles: list = [None] * len(prompts)
 
-    def submit(place: int, answers: Answers):
-        columns = answers.reward_columns(reading, reward_model.takes)
-        graded[place] = reward_model.submit(answers.texts, columns, state)
+    def begin(place: int, answers: Answers):
+        handles[place] = grading.begin(answers)
 
     started = time.perf_counter()
-    overlap = {"on_group_done": submit} if reward_model.has_workers else {}
+    overlap = {"on_group_done": begin} if reward_model.has_workers else {}
     with jax.profiler.TraceAnnotation("rollout"):
         answers = complete(params, prompts, sampling, key, version=version, **overlap)
-    decoded = time.perf_counter()
-    try:
-        with jax.profiler.TraceAnnotation("reward"):
-            if reward_model.has_workers:
-                scores = Scores.concatenate([handle.result() for handle in graded])
-            else:
-                columns = answers.reward_columns(reading, reward_model.takes)
-                scores = reward_model.score(answers.texts, columns, state)
-    except RewardError as error:
-        if on_error is None:
-            raise
-        on_error(error)
-        scores = Scores.unknown(P * G, reward_model.names)
-    scores = dataclasses.replace(scores, logged=scores.logged | answers.logged)
-    seconds = (decoded - started, time.perf_counter() - decoded)
-    return GradedGroups(
-        answers.prompts,
-        answers.completions,
-        answers.texts,
-        scores,
-        seconds,
-        transcripts=answers.transcripts,
-    )
+    return grading.graded(answers, time.perf_counter() - started, handles)
+
+
+class _Grading(NamedTuple):
+    """How answers are graded; for the attributes see `generate_and_grade`."""
+
+    reward_model: RewardModel
+    reading: Reading
+    state: TrainerState
+    on_error: Callable[[RewardError], None] | None
+
+    def begin(self, answers: Answers):
+        """Has workers grade answers; returns a handle whose `result` is their scores."""
+        return self.reward_model.submit(answers.texts, self._columns(answers), self.state)
+
+    def graded(
+        self, answers: Answers, seconds: float, handles: Sequence | None = None
+    ) -> GradedGroups:
+        """The answers with their scores.
+
+        Args:
+          seconds: the time that it took to sample them.
+          handles: those of each prompt's answers, where there are workers; None to begin here.
+        """
+        started = time.perf_counter()
+        try:
+            with jax.profiler.TraceAnnotation("reward"):
+                scores = self._scores(answers, handles)
+        except RewardError as error:
+            if self.on_error is None:
+                raise
+            self.on_error(error)
+            scores = Scores.unknown(len(answers.texts), self.reward_model.names)
+        return GradedGroups(
+            answers.prompts,
+            answers.completions,
+            answers.texts,
+            dataclasses.replace(scores, logged=scores.logged | answers.logged),
+            (seconds, time.perf_counter() - started),
+            transcripts=answers.transcripts,
+        )
+
+    def _scores(self, answers: Answers, handles: Sequence | None) -> Scores:
+        if not self.reward_model.has_workers:
+            return self.reward_model.score(answers.texts, self._columns(answers), self.state)
+        if handles is None:
+            handles = [self.begin(answers.select([p])) for p in range(len(answers.prompts))]
+        return Scores.concatenate([handle.result() for handle in handles])
+
+    def _columns(self, answers: Answers) -> dict[str, list]:
+        return answers.reward_columns(self.reading, self.reward_model.takes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +151,20 @@ class Sampler:
         key = self.key(step, attempt)
         with self.keeping_samples(step), distributed.fail_together():
             mine = prompts.select(distributed.own_rows(len(prompts)))
-            graded = self._graded(step, mine, self.completer, params, key)
+            graded = generate_and_grade(
+                self.engine,
+                params,
+                mine,
+                self.sampling,
+                key,
+                self.tokenizer,
+                self.reward_model,
+                functools.partial(self._on_error, step),
+                version=step,
+                reading=self.reading,
+                state=TrainerState(step, self.num_steps),
+                completer=self.completer,
+            )
         return GradedGroups.concatenate(distributed.all_gather(graded))
 
     def key(self, step: int, attempt: int | None) -> jax.Array:
@@ -150,30 +192,17 @@ class Sampler:
         Raises:
           RewardError: when a reward function fails.
         """
-        return self._graded(step, answers.prompts, Sampled(answers), None, None)
-
-    def _graded(
-        self, step: int, prompts: Prompts, completer: Completer | None, params, key
-    ) -> GradedGroups:
-        def on_error(error: RewardError):
-            if not (error.nonfinite and self.takes_nonfinite):
-                raise error
-            self.keep_sample(step, error)
-
-        return generate_and_grade(
-            self.engine,
-            params,
-            prompts,
-            self.sampling,
-            key,
-            self.tokenizer,
-            self.reward_model,
-            on_error,
-            version=step,
-            reading=self.reading,
-            state=TrainerState(step, self.num_steps),
-            completer=completer,
+        reading = self.reading or Reading.of(self.sampling)
+        state, on_error = (
+            TrainerState(step, self.num_steps),
+            functools.partial(self._on_error, step),
         )
+        return _Grading(self.reward_model, reading, state, on_error).graded(answers, seconds=0.0)
+
+    def _on_error(self, step: int, error: RewardError) -> None:
+        if not (error.nonfinite and self.takes_nonfinite):
+            raise error
+        self.keep_sample(step, error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,11 +323,11 @@ def logged_metrics(scores: Scores) -> dict[str, float]:
 def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
     """Mean and spread of the rewards, of each component and of groups of G, and what was logged."""
     rewards_PG = scores.total.reshape(-1, G)
-    spread_P = rewards_PG.std(axis=1)
+    std_P = rewards_PG.std(axis=1)
     metrics = {
         "reward/mean": float(rewards_PG.mean()),
         "reward/std": float(rewards_PG.std()),
-        "reward/group_std": float(spread_P.mean()),
+        "reward/group_std": float(std_P.mean()),
         "groups/zero_std_frac": float(np.mean(np.ptp(rewards_PG, axis=1) == 0.0)),
         "groups/all_right_frac": float(np.mean((rewards_PG > 0.0).all(axis=1))),
         "groups/all_wrong_frac": float(np.mean((rewards_PG <= 0.0).all(axis=1))),
@@ -308,7 +337,7 @@ def reward_metrics(scores: Scores, G: int) -> dict[str, float]:
             "reward/timeouts": float(counts["timeouts"]),
             "reward/crashes": float(counts["crashes"]),
             "reward/unparsed_frac": counts["unparsed"] / rewards_PG.size,
-            # Recordings made before faults were counted have no such count.
+            # A recording may lack this count.
             "reward/grader_faults": float(counts.get("grader_faults", 0)),
         }
     metrics |= logged_metrics(scores)
