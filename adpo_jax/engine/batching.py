@@ -80,11 +80,12 @@ class Sizing(Protocol):
     def smaller(self, live: int) -> int:
         """The largest batch smaller than `live` that is worth a resize; 0 for none."""
 
-    def with_past(self, sizes: Sizes, longest: int) -> Sizes:
-        """The sizes with as many past rows as slots or more, for completions of so many tokens.
 
-        Only a loop whose samples go on asks for it.
-        """
+class TurnSizing(Sizing, Protocol):
+    """How large the batch is whose samples go on after their turns, in past rows."""
+
+    def with_past(self, sizes: Sizes, longest: int) -> Sizes:
+        """The sizes with as many past rows as slots or more, for completions of so many tokens."""
 
 
 # A function from the sample in each slot (None where it is free) to the settings of the slots: the
@@ -122,7 +123,7 @@ class DecodeLoop:
         self,
         verbs: Verbs,
         params,
-        sizing: Sizing,
+        sizing: Sizing | TurnSizing,
         settings: Settings,
         *,
         num_shards: int = 1,
@@ -482,7 +483,7 @@ class DecodeLoop:
         # With pages no slot must lose a column that has not moved on.
         if sizes.columns < self._sizing.most_columns or self._keeper.copies_ring:
             room = sizes.columns - most_in_ring
-        in_slot = [place and place[1] for place in self.schedule.in_slot]
+        in_slot = [held and held.sample for held in self.schedule.in_slot]
         knobs, method = self._settings(in_slot)
         self._state, results = self._verbs.generate(
             self.params,

@@ -101,7 +101,7 @@ class LoadSizing:
         self, now: Sizes | None, schedule: Schedule, most_in_ring: int, most_slots: int
     ) -> Sizes | None:
         """The smallest sizes for the live samples and those that can start in `most_slots`."""
-        requests = [place[0] for place in schedule.in_slot if place]
+        requests = schedule.live_groups()
         alive, rows = len(requests), self._rows_in_use(now, schedule)
         for request, count, further_rows in schedule.waiting(self._width):
             if alive >= most_slots:

@@ -178,7 +178,7 @@ class Patience:
         if sizes == now:
             return True
         waiting = _waiting(schedule)
-        needs = self._needs_with([*_live(schedule), *waiting])
+        needs = self._needs_with([*schedule.live_groups(), *waiting])
         prefills = self._prefills(sizes, waiting)
         return self._programs.ready([Move(now, sizes), *self._decodes(sizes, needs), *prefills])
 
@@ -190,7 +190,7 @@ class Patience:
             return True
         prefix = smallest_holding(self._prefix_sizes, len(request.prompt) - 1)
         sizes = now._replace(prefix=max(now.prefix, prefix))
-        needs = self._needs_with([*_live(schedule), *_waiting(schedule), request])
+        needs = self._needs_with([*schedule.live_groups(), *_waiting(schedule), request])
         programs = [*self._decodes(sizes, needs), *self._prefills(sizes, [request])]
         programs.append(Draws(power_of_two(len(request.samples))))
         if sizes != now:
@@ -289,10 +289,6 @@ def own_settings(in_slot: Sequence[Sample | None], num_alternatives: int) -> tup
 def _waiting(schedule: Schedule) -> list[Request]:
     """The requests that wait in the loop, each once."""
     return list(dict.fromkeys(request for request, _, _ in schedule.waiting(1)))
-
-
-def _live(schedule: Schedule) -> list[Request]:
-    return [place[0] for place in schedule.in_slot if place]
 
 
 def _padded(stop_ids: np.ndarray, width: int) -> np.ndarray:

@@ -30,6 +30,13 @@ class Start(NamedTuple):
     rank: int
 
 
+class Held(NamedTuple):
+    """A sample that has a slot, and its group."""
+
+    group: Hashable
+    sample: Any
+
+
 class _Queued(NamedTuple):
     """Samples of a group without a prefix row; at most `per_row` of them will share one."""
 
@@ -60,7 +67,7 @@ class Schedule:
       width: the most samples that share a row, M.
 
     Attributes:
-      in_slot: the (group, sample) of each slot, None where it is free.
+      in_slot: who has each slot, None where it is free.
       members: [P, M] int32, the slot of each sample of a prefix row, 0 for a place without one.
       row_of, rank_of: [B] int32, the place of each slot in `members`; meaningless where it is free.
       num_waiting: samples without a slot.
@@ -69,7 +76,7 @@ class Schedule:
 
     def __init__(self, num_slots: int = 0, num_rows: int = 0, width: int = 1, num_shards: int = 1):
         self.num_shards = num_shards
-        self.in_slot: list[tuple[Hashable, Any] | None] = []
+        self.in_slot: list[Held | None] = []
         self.members = np.zeros((0, width), np.int32)
         self.row_of = self.rank_of = np.zeros(0, np.int32)
         self.num_waiting = self.num_live = 0
@@ -97,7 +104,11 @@ class Schedule:
 
     def live(self) -> list[tuple[int, Any]]:
         """The slots with samples, and these."""
-        return [(slot, place[1]) for slot, place in enumerate(self.in_slot) if place is not None]
+        return [(slot, held.sample) for slot, held in enumerate(self.in_slot) if held is not None]
+
+    def live_groups(self) -> list[Hashable]:
+        """The group of each sample in a slot."""
+        return [held.group for held in self.in_slot if held is not None]
 
     @property
     def needed_slots(self) -> int:
@@ -206,7 +217,7 @@ class Schedule:
 
     def _take_slot(self, place: _Place):
         """Puts a sample into the slot of its place."""
-        self.in_slot[place.slot] = place.group, place.sample
+        self.in_slot[place.slot] = Held(place.group, place.sample)
         self.members[place.row, place.rank] = place.slot
         self.row_of[place.slot], self.rank_of[place.slot] = place.row, place.rank
 

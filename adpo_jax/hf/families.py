@@ -160,14 +160,15 @@ def _all_layers_slide_if_asked(c: Settings, layer: int) -> bool:
     return bool(c["use_sliding_window"]) and c["sliding_window"] is not None
 
 
-def _all_but_every_nth_is_linear(c: Settings, layer: int) -> bool:
-    return (layer + 1) % c["full_attention_interval"] != 0
+def _all_but_every(n: int | str) -> Callable[[Settings, int], bool]:
+    """Whether a layer is none of every nth; n is a number, or the key that has it."""
+    return lambda c, layer: (layer + 1) % (c[n] if isinstance(n, str) else n) != 0
 
 
 def _listed_or_not_every_nth_rotates(c: Settings, layer: int) -> bool:
     if c["no_rope_layers"]:
         return bool(c["no_rope_layers"][layer])
-    return (layer + 1) % c["no_rope_layer_interval"] != 0
+    return _all_but_every("no_rope_layer_interval")(c, layer)
 
 
 # --- the families
@@ -191,7 +192,7 @@ def _qwen3_5(architecture: str, more: Mapping[str, Any], num_experts: int = 0) -
             "mtp_use_dedicated_embeddings": False,
             **more,
         },
-        is_second_kind=_all_but_every_nth_is_linear,
+        is_second_kind=_all_but_every("full_attention_interval"),
         kinds=FULL_AND_LINEAR,
         # Text has one position for all three sections of the rope.
         rope_keys=frozenset({"mrope_section", "mrope_interleaved"}),
@@ -250,7 +251,7 @@ FAMILIES: Mapping[str, Family] = {
             "attn_logit_softcapping": 50.0,
         },
         traits=lambda c: GEMMA_TRAITS,
-        is_second_kind=lambda c, layer: (layer + 1) % 2 != 0,
+        is_second_kind=_all_but_every(2),
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -269,7 +270,7 @@ FAMILIES: Mapping[str, Family] = {
             "final_logit_softcapping": None,
         },
         traits=lambda c: {**GEMMA_TRAITS, "qk_norm": True},
-        is_second_kind=lambda c, layer: (layer + 1) % c["sliding_window_pattern"] != 0,
+        is_second_kind=_all_but_every("sliding_window_pattern"),
         rope_by_kind=True,
     ),
     "gemma4_text": Family(
@@ -309,7 +310,7 @@ FAMILIES: Mapping[str, Family] = {
             "moe_intermediate_size": None,
             "expert_intermediate_size": None,
         },
-        is_second_kind=lambda c, layer: (layer + 1) % 6 != 0,
+        is_second_kind=_all_but_every(6),
         rope_by_kind=True,
         fields=gemma4.fields,
     ),
@@ -384,7 +385,7 @@ FAMILIES: Mapping[str, Family] = {
         "Olmo3ForCausalLM",
         {**OLMO, "rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
         traits=lambda c: OLMO_TRAITS,
-        is_second_kind=lambda c, layer: (layer + 1) % 4 != 0,
+        is_second_kind=_all_but_every(4),
         rope_by_kind=True,
     ),
     # Phi-4 is of this type too.
@@ -604,7 +605,7 @@ FAMILIES: Mapping[str, Family] = {
             "decoder_sparse_step": 1,
             "mlp_only_layers": None,
         },
-        is_second_kind=_all_but_every_nth_is_linear,
+        is_second_kind=_all_but_every("full_attention_interval"),
         kinds=FULL_AND_LINEAR,
         further_layers=True,
         num_experts=512,
