@@ -63,8 +63,6 @@ class Teacher(NamedTuple):
 class Load(NamedTuple):
     """How the tokens of a micro-batch spread over experts; or the sum of several.
 
-    `of` gives None for a model without experts.
-
     Attributes:
       tokens, probabilities: [layers, experts] float32, as in the extras of a mixture.
       balance: float32 scalar, the auxiliary loss of `mixture.balance_loss` of each micro-batch,
@@ -79,6 +77,7 @@ class Load(NamedTuple):
 
     @classmethod
     def of(cls, extras) -> "Load | None":
+        """That which the extras of the layers tell; None for a model without experts."""
         if not extras:
             return None
         tokens, probabilities = extras[mixture.LOAD], extras[mixture.PROBABILITY]
@@ -127,12 +126,10 @@ class ForwardPass:
         names = ("temperature", "with_entropy")
         return {name: getattr(self, name) for name in names} | {"mesh": self.policy.mesh}
 
-    def micro(self, params, micro: MicroBatch):
-        """Log-probs, entropies and, with a teacher, divergences, [rows, places] each."""
-        return self._micro(params, micro)[0]
-
-    def _micro(self, params, micro: MicroBatch, whole: Whole | None = None):
-        """(`micro`, the load of the experts)."""
+    def _values(
+        self, params, micro: MicroBatch, whole: Whole | None = None
+    ) -> tuple[tuple[jax.Array, ...], Load | None]:
+        """(log-probs, entropies and, with a teacher, divergences, [rows, places] each; load)."""
         hidden, targets, extras = micro.hidden_and_targets(self.policy, params)
         found = token_log_probs(
             self.policy.config, params, hidden, targets, whole=whole, **self._head
@@ -159,8 +156,13 @@ class ForwardPass:
         )
 
     def batch(self, params, layout: Layout):
-        """What `micro` finds, of a batch and in the shape of its layout."""
-        _, parts = layout.loop(lambda _, i: (None, self.micro(params, layout.micro(i))), None)
+        """Log-probs, entropies and, with a teacher, divergences in the shape of the layout."""
+
+        def of_micro(_, i):
+            values, _ = self._values(params, layout.micro(i))
+            return None, values
+
+        _, parts = layout.loop(of_micro, None)
         return jax.tree.map(layout.in_layout, parts)
 
     def _balance_loss(self, load: Load | None, num_tokens: jax.Array | None) -> jax.Array | None:
@@ -169,15 +171,15 @@ class ForwardPass:
             return None
         return self.balance_weight * load.balance_loss(num_tokens)
 
-    def gradient(
+    def gradient_by(
         self,
-        variables: "Variables",
+        weights: TokenValues,
+        variables: Variables,
         frozen,
         micro: MicroBatch,
-        weights: TokenValues,
         num_tokens: jax.Array | None,
-    ):
-        """Returns (gradient of sum(weights * values), values, load).
+    ) -> "Found":
+        """The gradient of sum(weights * values), with weights that are known beforehand.
 
         Args:
           weights: in the shape of the micro-batch's part of the batch; 0 at tokens that are not
@@ -206,21 +208,21 @@ class ForwardPass:
             return total, ((*found, *divergences), load)
 
         grads, (values, load) = jax.grad(weighted, has_aux=True)(variables)
-        return grads, values, load
+        return Found(grads, values, load)
 
-    def gradient_of(
+    def gradient_by_found(
         self,
-        variables: "Variables",
+        weights_of: Callable[[TokenValues], TokenValues],
+        variables: Variables,
         frozen,
         micro: MicroBatch,
-        weights_of: Callable,
         num_tokens: jax.Array | None,
-    ):
-        """As `gradient`, with the weights that `weights_of` makes of the values."""
+    ) -> "Found":
+        """As `gradient_by`, with the weights that `weights_of` makes of the values."""
 
         def values_and_balance(variables: Variables):
             params = lora.join(variables.trained, frozen)
-            values, load = self._micro(params, micro, variables.head)
+            values, load = self._values(params, micro, variables.head)
             return (values, self._balance_loss(load, num_tokens)), load
 
         (values, balance), pull, load = jax.vjp(values_and_balance, variables, has_aux=True)
@@ -229,7 +231,18 @@ class ForwardPass:
             jnp.zeros_like(x) if w is None else micro.rows(w) for x, w in zip(values, weights)
         )
         balance = None if balance is None else jnp.ones_like(balance)
-        return pull((tuple(cotangents), balance))[0], values, load
+        return Found(pull((tuple(cotangents), balance))[0], values, load)
+
+
+class Found(NamedTuple):
+    """What a micro-batch gives.
+
+    values are log-probs, entropies and, with a teacher, divergences, [rows, places] each.
+    """
+
+    grads: Variables
+    values: tuple[jax.Array, ...]
+    load: Load | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,14 +314,14 @@ class Gradient:
             head = variables.head and variables.head._replace(gradient=of_head)
             here = variables._replace(head=head)
             if weights is None:
-                more = self.forward.gradient_of(here, frozen, micro, weights_of, num_tokens)
+                found = self.forward.gradient_by_found(weights_of, here, frozen, micro, num_tokens)
             else:
                 of_micro = jax.tree.map(micro.of, weights)
-                more = self.forward.gradient(here, frozen, micro, of_micro, num_tokens)
-            grads, *found = more
+                found = self.forward.gradient_by(of_micro, here, frozen, micro, num_tokens)
             # Without this the partitioner may sum whole gradients on every device.
-            sums = jax.tree.map(jnp.add, sums, policy.constrained(grads.trained))
-            return (sums, grads.head and grads.head.gradient), tuple(found)
+            sums = jax.tree.map(jnp.add, sums, policy.constrained(found.grads.trained))
+            head = found.grads.head
+            return (sums, head and head.gradient), (found.values, found.load)
 
         zeros = policy.constrained(jax.tree.map(jnp.zeros_like, trained))
         first = zeros, variables.head and variables.head.gradient
