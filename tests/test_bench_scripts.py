@@ -104,7 +104,7 @@ def test_a_run_whose_rows_have_no_lengths_is_refused_by_the_simulation(tmp_path,
         runpy.run_path(str(SCRIPTS / "simulate_rollouts.py"))["main"]()
 
 
-def test_the_shapes_of_the_benchmarks_are_those_of_the_peers_scripts():
+def test_the_names_of_the_shapes_are_those_of_the_peers_scripts():
     ours = runpy.run_path(str(SCRIPTS / "bench_rollout.py"))["SHAPES"]
     theirs = runpy.run_path(str(SCRIPTS / "peers" / "common.py"))["SHAPES"]
     assert set(ours) == theirs.keys()

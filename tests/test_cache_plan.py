@@ -265,6 +265,9 @@ def test_a_kept_cache_is_used_again_and_can_be_freed():
     assert engine._kept.ring[0].k.unsafe_buffer_pointer() == kept
     engine.free_cache()
     assert engine._kept is None
+    by_default = Engine(policy, max_prompt_length=8, max_response_length=64, num_slots=4)
+    by_default.generate(params, [[1, 2], [3]], sampling, jax.random.key(0))
+    assert by_default._kept is None
 
 
 def test_a_batch_that_shrinks_keeps_nothing_that_no_call_could_use():

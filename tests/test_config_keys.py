@@ -78,7 +78,8 @@ def checkpoint(tmp_path_factory):
 def learner(config):
     model = Policy.abstract_from_config(arithmetic.MODEL_CONFIG)
     made = setup.make_learner(config, model, batch_plan(config, num_shards=1), num_steps=10)
-    return made.anchor, made.plan, made.seed, made.offload_optimizer, made.max_anchor_kl
+    told = made.anchor, made.plan, made.seed, made.temperature
+    return *told, made.offload_optimizer, made.max_anchor_kl
 
 
 def rewards(config):
@@ -430,7 +431,7 @@ WALK = {
         policy,
         f"--config.{MODEL}.hf_config={{'head_dim': 128}}",
     ),
-    f"{ROLLOUT}.temperature": ("0.7", sampling),
+    f"{ROLLOUT}.temperature": ("0.7", lambda config: (sampling(config), learner(config)[3])),
     f"{ROLLOUT}.top_p": ("0.9", sampling),
     f"{ROLLOUT}.top_k": ("5", sampling),
     f"{ROLLOUT}.min_p": ("0.1", sampling),

@@ -16,6 +16,7 @@ from tokenizers import decoders
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.engine.decode_state import Sizes
 from adpo_jax.engine.generation import tokens_to_stop_string
+from adpo_jax.engine.verbs import Verbs
 from adpo_jax.model.model_config import ModelConfig
 from adpo_jax.model.rope import Rope
 
@@ -301,12 +302,24 @@ def test_a_stop_string_of_bytes_ends_a_completion_however_tokens_are_handed_over
         assert found == ends, steps
 
 
-def test_groups_are_handed_over_as_they_end(model):
+def test_groups_are_handed_over_as_they_end(model, monkeypatch):
     policy, params = model
-    prompts, done = prompts_of(MIXED), []
+    prompts, done, dispatches, seen = prompts_of(MIXED), [], [], []
+    generate = Verbs.generate
+
+    def counted(*args, **kwargs):
+        dispatches.append(1)
+        return generate(*args, **kwargs)
+
+    def on_group_done(group):
+        done.append(group)
+        seen.append(len(dispatches))
+
+    monkeypatch.setattr(Verbs, "generate", counted)
     sampling = SamplingParams(n=2, max_tokens=30, stop_token_ids=tuple(range(10)))
     engine = engine_of(policy, num_slots=2, steps_per_dispatch=4)
-    out = engine.generate(params, prompts, sampling, jax.random.key(8), on_group_done=done.append)
+    out = engine.generate(params, prompts, sampling, jax.random.key(8), on_group_done=on_group_done)
+    assert seen[0] < len(dispatches)
     assert sorted(group.prompt_index for group in done) == list(range(len(prompts)))
     assert all(group.completions is out[group.prompt_index] for group in done)
 

@@ -1,5 +1,6 @@
 """What a model might write to fool, hang or take over its grader."""
 
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -218,7 +219,7 @@ def test_no_symbolic_engine_and_no_jax_is_ever_imported():
 def test_no_module_of_the_package_evaluates_text():
     folder = Path(__file__).parents[1] / "adpo_jax" / "rewards"
     # `generated` names SymPy's parsers to put its own in their place.
-    for path in set(folder.glob("*.py")) - {folder / "generated.py"}:
+    for path in set(folder.rglob("*.py")) - {folder / "generated.py"}:
         source = path.read_text()
         for name in (
             "eval(",
@@ -229,6 +230,5 @@ def test_no_module_of_the_package_evaluates_text():
             "evalf",
             "import sympy",
         ):
-            at = source.find(name)
             # `exec_module` loads the user's own file.
-            assert at < 0 or source[at - 1].isalnum() or source[at - 1] == "_", (path.name, name)
+            assert not re.search(rf"(?<!\w){re.escape(name)}", source), (path.name, name)

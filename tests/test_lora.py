@@ -114,7 +114,13 @@ def learner(policy, *, algorithm=None, anchor="on_policy", micro=8, epochs=1):
         optimizer=optimizer.make_optimizer(rate, weight_decay=0.1, grad_clip=1.0),
         schedule=rate,
         anchor=Anchor(anchor),
-        plan=BatchPlan(num_prompts=8, mini_prompts=8, micro_prompts=micro, epochs=epochs),
+        plan=BatchPlan(
+            num_prompts=8,
+            mini_prompts=8,
+            micro_prompts=micro,
+            micro_completions=0 if micro == 8 else 4 * micro,
+            epochs=epochs,
+        ),
     )
 
 
@@ -168,6 +174,8 @@ def test_a_fixed_anchor_is_the_first_policy_on_the_same_weights():
 
 def test_micro_batches_and_checkpointed_gradients_change_no_update():
     whole, split = learn(anchor="fixed"), learn(anchor="fixed", micro=2, remat="save_dots")
+    batches = [parts.laid_out(tiny.sequences()[0]).batch for parts, *_ in (whole, split)]
+    assert batches[0].num_micro_B[0] == 1 < batches[1].num_micro_B[0]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
         whole[2].params,

@@ -936,6 +936,14 @@ def test_the_entropy_bonus_is_the_mean_over_tokens_of_kept_prompts():
     mean = (entropy * mask)[4:].sum() / mask[4:].sum()
     np.testing.assert_allclose(metrics["grpo/entropy_bonus"], mean, rtol=1e-6)
     np.testing.assert_allclose(loss, plain - 0.3 * mean, rtol=1e-5)
+
+    def of_entropy(entropy):
+        given = {"entropy": entropy, "entropy_bonus": 0.3, **options}
+        return grpo_loss(log_probs, anchor, rewards, mask, **given)[0]
+
+    slope = np.zeros_like(mask)
+    slope[4:] = -0.3 * mask[4:] / mask[4:].sum()
+    np.testing.assert_allclose(jax.grad(of_entropy)(entropy), slope, rtol=1e-5)
     with pytest.raises(ValueError, match="entropy_bonus=0.3 needs the policy's entropy"):
         grpo_loss(log_probs, anchor, rewards, mask, entropy_bonus=0.3)
     # Summed in float32, whatever the model computes in: a sum of 301 is none of bfloat16's.

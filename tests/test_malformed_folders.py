@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -280,8 +281,14 @@ SPOILT = {
 @pytest.mark.parametrize("case", SPOILT)
 def test_a_malformed_folder_is_refused_in_one_sentence(case, folder):
     SPOILT[case](folder)
-    with pytest.raises(ValueError, match=r"\w") as refusal:
-        read(folder)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"\w") as refusal:
+            read(folder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 << 20
     message = str(refusal.value)
     assert type(refusal.value) in (ValueError, json.JSONDecodeError)
     assert len(message) < 1500, message[:300]

@@ -338,6 +338,8 @@ def shown(terminal: bool) -> str:
     options = {"highlight": False, "soft_wrap": not terminal, "_environ": {"TERM": "xterm"}}
     console = rich.console.Console(file=out, force_terminal=terminal, width=100, **options)
     with Progress("iteration", total=4, done=1, console=console) as bar:
+        with bar.doing("updating"):
+            pass
         bar.update(2, "reward 0.5  100 tokens/s")
         bar.print_samples(SAMPLES)
     return out.getvalue()

@@ -66,6 +66,20 @@ def obeys(completions, solution, **columns):
         return [float("jax" in sys.modules or "sympy" in sys.modules)]
     return [1.0]
 
+def on_cpu(completions):
+    return [float(os.environ.get("JAX_PLATFORMS") == "cpu")]
+
+def meets(completions, folder):
+    """Whether another call is there at the same time."""
+    text = completions[0][0]["content"]
+    open(os.path.join(folder[0], text), "w").close()
+    ends = time.monotonic() + 10
+    while time.monotonic() < ends:
+        if len(os.listdir(folder[0])) == 2:
+            return [1.0]
+        time.sleep(0.01)
+    return [0.0]
+
 ASLEEP, UNDER_WAY = [], []
 
 async def waits(completions, solution):
@@ -327,6 +341,12 @@ def test_workers_start_lazily_and_import_neither_jax_nor_sympy(file):
         np.testing.assert_array_equal(model.score(["modules"], columns(["modules"])).total, [0])
 
 
+def test_a_function_that_imports_jax_cannot_take_the_accelerator(file, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with make(file, "on_cpu", num_workers=1) as model:
+        np.testing.assert_array_equal(model.score(["a"], {}).total, [1])
+
+
 def test_odd_characters_reach_the_workers(file):
     completions = ["\ud83d \x00 \\boxed{5}", "\udcff" * 10, "\n" * 1000]
     functions = [RewardFunction(), RewardFunction(file, "obeys")]
@@ -335,10 +355,10 @@ def test_odd_characters_reach_the_workers(file):
     np.testing.assert_array_equal(scores.total, [2, 1, 1])
 
 
-def test_batches_overlap_and_come_from_any_thread(file):
-    with make(file, timeout_s=10.0) as model:
-        model.score(["a"], columns(["a"]))
-        handles = [model.submit(["nap"] * 4, columns(["nap"] * 4)) for _ in range(2)]
+def test_batches_overlap_and_come_from_any_thread(file, tmp_path):
+    with make(file, "meets", timeout_s=30.0) as model:
+        (folder := tmp_path / "meeting").mkdir()
+        handles = [model.submit([text], {"folder": [str(folder)]}) for text in "ab"]
         results = []
         threads = [
             threading.Thread(target=lambda h=h: results.append(h.result().total)) for h in handles
@@ -347,7 +367,7 @@ def test_batches_overlap_and_come_from_any_thread(file):
             thread.start()
         for thread in threads:
             thread.join(30)
-    np.testing.assert_array_equal(results, np.ones((2, 4)))
+    np.testing.assert_array_equal(results, np.ones((2, 1)))
 
 
 def test_a_handle_gives_the_same_scores_twice():

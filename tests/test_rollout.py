@@ -12,6 +12,7 @@ from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, Completions, Prompts, make_batch, token_fields
 from adpo_jax.rewards import RewardFunction, RewardModel, good_accuracy
 from adpo_jax.rollouts.completing import Answers
+from adpo_jax.rollouts.numbering import Numbering
 from adpo_jax.rollouts.sampler import (
     Reading,
     Sampler,
@@ -82,6 +83,21 @@ def test_grading_while_others_decode_gives_the_same_rewards():
     assert here.texts == workers.texts
     np.testing.assert_array_equal(here.scores.total, workers.scores.total)
     assert here.scores.counts == workers.scores.counts
+
+
+def test_every_iteration_and_attempt_samples_with_a_key_of_its_own():
+    sampler = Sampler(None, None, None, None, seed=3, keep_sample=None)
+    numbering = Numbering(None, batch_size=4, seed=3, n=2)
+
+    def data(key):
+        return tuple(jax.random.key_data(key).tolist())
+
+    places = [(0, None), (1, None), (0, 0), (0, 1), (1, 0)]
+    keys = [data(sampler.key(*place)) for place in places]
+    assert keys[1] == data(jax.random.fold_in(jax.random.key(3), 1))
+    assert len(set(keys)) == len(places)
+    ahead = np.concatenate([numbering.keys(number) for number in range(8)])  # of two batches
+    assert len({tuple(key) for key in ahead.tolist()}) == 16
 
 
 def test_reward_metrics_count_groups_and_skip_what_was_not_graded():

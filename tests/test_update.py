@@ -7,11 +7,14 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from parsing import parse
 
 from adpo_jax import Engine, SamplingParams, losses, train, update
 from adpo_jax.devices import offload, sharding
 from adpo_jax.dry_run.hlo import Program
+from adpo_jax.policy import Policy
 from adpo_jax.records import Sequences
+from adpo_jax.run import setup
 from adpo_jax.update import optimizer
 from adpo_jax.update.anchor import MODES, Anchor
 from adpo_jax.update.learner import Learner
@@ -127,8 +130,41 @@ def is_adam(state):
     return isinstance(state, optax.ScaleByAdamState)
 
 
+def test_the_learning_rate_of_a_cold_start_falls_along_a_cosine_to_a_tenth(monkeypatch):
+    made, make_schedule = [], optimizer.make_schedule
+
+    def kept(*args, **kwargs):
+        made.append(make_schedule(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(optimizer, "make_schedule", kept)
+    sft = {"lr": 0.01, "lr_warmup_steps": 0, "steps": 40}
+    setup.make_cold_start_optimizer(parse(*(f"--config.sft.{k}={v}" for k, v in sft.items())))
+    quarter = 0.001 + 0.009 * (1 + 0.5**0.5) / 2
+    rates = [float(made[0](step)) for step in (0, 10, 20, 40)]
+    assert rates == pytest.approx([0.01, quarter, 0.0055, 0.001])
+
+
+def test_adamw_after_a_clip_by_global_norm_by_hand():
+    params = {"embed": jnp.array([0.5, -2.0]), "final_norm": jnp.ones(1)}
+    rate, b1, b2 = 0.1, 0.5, 0.9
+    adamw = optimizer.make_optimizer(
+        optax.constant_schedule(rate), weight_decay=0.0, grad_clip=1.0, b1=b1, b2=b2
+    )
+    state, m, v = adamw.init(params), np.zeros(3), np.zeros(3)
+    for t, g in enumerate((np.array([3.0, 4.0, 12.0]), np.array([0.3, -0.4, 0.0])), 1):
+        gradient = {"embed": jnp.array(g[:2]), "final_norm": jnp.array(g[2:])}
+        updates, state = adamw.update(gradient, state, params)
+        g = g / max(1.0, np.linalg.norm(g))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        wanted = -rate * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
+        found = np.concatenate([updates["embed"], updates["final_norm"]])
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_weight_decay_leaves_norms_and_biases_alone():
-    _, params = tiny.policy_and_params()
+    params = Policy(tiny.model_config(qk_norm=True, qkv_bias=True)).init(jax.random.key(0))
+    params = jax.tree.map(jnp.ones_like, params)  # a bias of 0 cannot decay
     adamw = optimizer.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.5, grad_clip=0)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = adamw.update(zeros, adamw.init(params), params)
@@ -137,6 +173,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     assert decayed["embed"]
     assert not decayed["layers"]["attn_norm"]
     assert not decayed["layers"]["q_norm"]
+    assert not decayed["layers"]["q_bias"]
     assert not decayed["final_norm"]
 
 
@@ -146,6 +183,7 @@ def test_the_schedule_warms_up_and_decays_to_its_floor():
     )
     assert [float(rate(i)) for i in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert float(rate(4)) == pytest.approx(2.0)
+    assert float(rate(6.5)) == pytest.approx(0.2 + 1.8 * (1 + 0.5**0.5) / 2)
     assert float(rate(14)) == pytest.approx(0.2)
     linear = optimizer.make_schedule(2.0, warmup_steps=0, total_steps=10, kind="linear")
     assert float(linear(5)) == pytest.approx(1.0)
@@ -183,6 +221,24 @@ def test_in_bfloat16_the_sampler_and_the_trainer_differ_by_rounding_alone():
     assert mismatch(out) < 1e-3
     truncated = out.map(lambda c: dataclasses.replace(c, full_log_probs=None))
     assert mismatch(truncated) > 1e-2
+
+
+def test_the_trainer_tempers_as_the_sampler_does():
+    policy, params = tiny.policy_and_params()
+    engine = Engine(policy, max_prompt_length=5, max_response_length=16, num_slots=32)
+    prompts = [[1 + i, 2, 3] for i in range(8)]
+    sampling = SamplingParams(n=4, max_tokens=16, temperature=0.7)
+    out = engine.generate(params, prompts, sampling, jax.random.key(0))
+
+    def mismatch(temperature):
+        learner = dataclasses.replace(make_learner(policy), temperature=temperature)
+        state = learner.init_state(jax.tree.map(jnp.copy, params))
+        rewards = np.eye(8, 4, dtype=np.float32)
+        _, metrics = learner.learn(state, Sequences(prompts, out.groups), rewards)
+        return metrics["rollout/mismatch_kl"]
+
+    assert mismatch(0.7) < 1e-5
+    assert mismatch(1.0) > 1e-2
 
 
 def test_one_update_needs_no_anchor_forward_and_more_need_one():
