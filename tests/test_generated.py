@@ -140,7 +140,7 @@ def test_sources_that_there_are_not_are_refused(package, source, message):
     name, _, query = source.partition("?")
 
     def generate():
-        texts = generated._options(source, query)
+        texts = generated.options_of(source, query)
         return list(generated._generate(name, {"size": ["1"], "seed": ["0"]} | texts))
 
     with pytest.raises(ValueError, match=message):
