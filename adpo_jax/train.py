@@ -278,25 +278,25 @@ class _Loop:
         run.save_source(int(self.state.step), tools.checkpoints)
         if run.config.trainer.save_freq >= 0:
             with telling("saving the last checkpoint"):
-                self.save(tools.checkpoints.save_now)
+                self.save_by(tools.checkpoints.save_now)
 
     def _save_where_it_stopped(self) -> None:
         self._tools.writer.flush()
         self._run.save_source(int(self.state.step), self._tools.checkpoints)
-        self.save(self._tools.checkpoints.save_now)
+        self.save_by(self._tools.checkpoints.save_now)
 
-    def save(self, save: Callable) -> None:
+    def save_by(self, method: Callable) -> None:
         """Saves the state with what belongs to it, by one of the methods of `Checkpoints`."""
         sizes = self._run.parts.learner.sizes.saved
-        save(int(self.state.step), self.state.saved, self.metrics, sizes)
+        method(int(self.state.step), self.state.saved, self.metrics, sizes)
 
     def save_after(self, reason: BaseException) -> None:
         """Saves the state after the last iteration, though `reason` ends the run."""
         if isinstance(reason, Interrupted):
-            self.save(self._tools.checkpoints.save_now)
+            self.save_by(self._tools.checkpoints.save_now)
         elif jax.process_count() == 1:  # of several, one alone may have failed
             try:
-                self.save(self._tools.checkpoints.save_now)
+                self.save_by(self._tools.checkpoints.save_now)
             except SaveError as error:  # the reason is what the user has to see to
                 say(f"WARNING: {error}")
 
@@ -342,7 +342,7 @@ class _Loop:
             with _timed(self._saving, "time/checkpoint"), progress.doing("saving"):
                 writer.flush()  # the log reaches as far as the checkpoint
                 run.save_source(step + 1, checkpoints)
-                self.save(checkpoints.save)
+                self.save_by(checkpoints.save)
 
     def _evaluate_if_due(self, progress: Progress) -> None:
         """Adds the metrics of an evaluation where one is due."""
@@ -411,14 +411,12 @@ def _learn(
     parts: Parts, state: TrainState, groups: GradedGroups
 ) -> tuple[TrainState, dict[str, float]]:
     """The update, and the metrics of the iteration."""
-    rewards_PG = groups.rewards
+    rewards, weights = groups.rewards, None
     if parts.learner.algorithm.decouples_rewards:
-        model = parts.reward_model
-        several = groups.rewards_of(model.names), [f.weight for f in model.functions]
-        state, metrics = parts.learner.learn(state, groups.sequences, *several)
-    else:
-        state, metrics = parts.learner.learn(state, groups.sequences, rewards_PG)
-    metrics |= reward_metrics(groups.scores, rewards_PG.shape[1])
+        rewards = groups.rewards_of(parts.reward_model.names)
+        weights = [function.weight for function in parts.reward_model.functions]
+    state, metrics = parts.learner.learn(state, groups.sequences, rewards, weights)
+    metrics |= reward_metrics(groups.scores, rewards.shape[1])
     metrics |= rollout_metrics(groups) | groups.metrics
     return state, metrics | profiling.memory_metrics()
 
@@ -441,16 +439,28 @@ def _lacks_evaluation(run: Run, restored: Restored) -> bool:
 
 
 def _evaluation(run: Run, state: TrainState) -> dict[str, float]:
-    """The metrics of an evaluation."""
-    done = int(state.step)
+    """The metrics of an evaluation, whose answers are written to the run's samples."""
+    parts, step = run.parts, int(state.step)
+    reading, times = parts.eval_settings.reading, {}
     try:
-        metrics = _evaluate(run.parts, state, run.folder, done)
+        with _timed(times, "time/eval"):
+            evaluation = evaluate(
+                parts.engine,
+                state.params,
+                parts.val_prompts,
+                parts.tokenizer,
+                parts.eval_settings,
+                parts.eval_reward_model,
+                TrainerState(step, parts.num_steps),
+                make_completer(parts.engine, parts.tokenizer, reading, parts.environments),
+            )
     except RewardError as error:
-        run.folder.write_samples(f"reward_error_eval_{done:06d}", [error.sample or {}])
+        run.folder.write_samples(f"reward_error_eval_{step:06d}", [error.sample or {}])
         raise
-    if done == 0:
-        print(f"before training: accuracy {metrics['eval/accuracy']:.3f}", flush=True)
-    return metrics
+    run.folder.write_samples(f"eval_{step:06d}", evaluation.records)
+    if step == 0:
+        print(f"before training: accuracy {evaluation.metrics['eval/accuracy']:.3f}", flush=True)
+    return evaluation.metrics | times
 
 
 def _export(run: Run, state: TrainState) -> None:
@@ -468,25 +478,6 @@ def _export(run: Run, state: TrainState) -> None:
         folder.export, state.params, run.parts.tokenizer, overwrite=folder.export.exists()
     )
     folder.note_export(int(state.step), digest)
-
-
-def _evaluate(parts: Parts, state: TrainState, folder: RunFolder, step: int) -> dict[str, float]:
-    times: dict[str, float] = {}
-    with _timed(times, "time/eval"):
-        evaluation = evaluate(
-            parts.engine,
-            state.params,
-            parts.val_prompts,
-            parts.tokenizer,
-            parts.eval_settings,
-            parts.eval_reward_model,
-            TrainerState(step, parts.num_steps),
-            make_completer(
-                parts.engine, parts.tokenizer, parts.eval_settings.reading, parts.environments
-            ),
-        )
-    folder.write_samples(f"eval_{step:06d}", evaluation.records)
-    return evaluation.metrics | times
 
 
 def _show(

@@ -142,7 +142,8 @@ def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoi
     )
     accuracy, called, stops = {0: 0.0, 1: 0.1, 2: 0.7, 3: 0.2}, [], [2]
 
-    def evaluate(parts, state, folder, step):
+    def evaluation(run, state):
+        step = int(state.step)
         if step in stops:
             stops.remove(step)
             raise Interrupted("a test")
@@ -152,7 +153,7 @@ def test_an_interrupted_evaluation_costs_neither_callbacks_nor_the_best_checkpoi
         called.append(iteration.step)
         return {"mine/step": float(iteration.step)}
 
-    monkeypatch.setattr("adpo_jax.train._evaluate", evaluate)
+    monkeypatch.setattr("adpo_jax.train._evaluation", evaluation)
     with pytest.raises(Interrupted):
         train(config, tmp_path, callbacks=[callback])
     assert (tmp_path / "samples" / "train_000002.jsonl").exists()
@@ -174,7 +175,8 @@ def test_the_best_checkpoint_may_be_the_one_before_training(tmp_path, monkeypatc
         "--config.trainer.best_metric=eval/accuracy",
     )
     monkeypatch.setattr(
-        "adpo_jax.train._evaluate", lambda *given: {"eval/accuracy": 0.9 - 0.5 * given[-1]}
+        "adpo_jax.train._evaluation",
+        lambda run, state: {"eval/accuracy": 0.9 - 0.5 * int(state.step)},
     )
     train(config, tmp_path)
     assert complete_steps(tmp_path / "checkpoints") == [0]

@@ -201,12 +201,12 @@ def test_a_group_in_which_saying_nothing_is_the_best_wrong_answer_is_counted_and
     groups = types.SimpleNamespace(
         rewards=penalties, completions=types.SimpleNamespace(lengths=lengths)
     )
-    watch = SilenceWatch(min_reward_std=0.0, drops_all_failed=False)
+    watch = SilenceWatch(min_reward_std=0.0, is_off=False)
     with caplog.at_level("WARNING"):
         assert watch.metrics(groups) == {"groups/silence_preferred_frac": 1.0}
         watch.metrics(groups)
     assert caplog.text.count("algorithm.min_reward_std=0.05") == 1
-    dropping = SilenceWatch(min_reward_std=0.0, drops_all_failed=True)
+    dropping = SilenceWatch(min_reward_std=0.0, is_off=True)
     assert dropping.metrics(groups) == {"groups/silence_preferred_frac": 0.0}
 
 

@@ -41,17 +41,18 @@ class SilenceWatch:
 
     Args:
       min_reward_std: a group whose rewards have a smaller standard deviation is not trained on.
-      drops_all_failed: whether groups without a reward above 0 are not trained on.
+      is_off: whether nothing is measured: where groups without a reward above 0 are not trained
+        on, or a teacher takes the place of rewards.
     """
 
-    def __init__(self, *, min_reward_std: float, drops_all_failed: bool):
-        self._min_reward_std, self._drops_all_failed = min_reward_std, drops_all_failed
+    def __init__(self, *, min_reward_std: float, is_off: bool):
+        self._min_reward_std, self._is_off = min_reward_std, is_off
         self._has_warned = False
 
     def metrics(self, groups: GradedGroups) -> dict[str, float]:
         """The metric of an iteration's groups."""
         share = 0.0
-        if not self._drops_all_failed:
+        if not self._is_off:
             share = silence_preferred_frac(
                 groups.rewards, groups.completions.lengths, self._min_reward_std
             )

@@ -454,7 +454,7 @@ def make_silence_watch(config: ConfigDict, algorithm: losses.Algorithm) -> Silen
     return SilenceWatch(
         min_reward_std=config.algorithm.min_reward_std,
         # Without a part in the loss, rewards teach nobody to be brief.
-        drops_all_failed=config.algorithm.drop_all_failed_prompts or algorithm.needs_teacher,
+        is_off=config.algorithm.drop_all_failed_prompts or algorithm.needs_teacher,
     )
 
 
