@@ -86,6 +86,10 @@ class Engine:
         for the next call of the same sizes, unless the batch shrank meanwhile, as on a CPU.
       steps_per_dispatch: decode steps between two looks of the host.
       detokenize: token ids -> text, needed for stop strings.
+
+    Raises:
+      ValueError: for a size, dtype or attention that cannot be, or where not a single slot fits.
+      TypeError: for a `policy` that is none.
     """
 
     def __init__(
@@ -114,17 +118,17 @@ class Engine:
             group_size=group_size,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
+            num_slots=1 if num_slots is None else num_slots,
+            expected_response_length=(
+                1 if expected_response_length is None else expected_response_length
+            ),
         )
-        if num_slots is not None:
-            _check_counts(num_slots=num_slots)
-        if expected_response_length is not None:
-            _check_counts(expected_response_length=expected_response_length)
         _check_memory(gpu_memory_utilization, resident_bytes)
         if not is_power_of_two(page_size, least=8):
             raise ValueError(f"page_size is a power of two, 8 or more; given {page_size!r}")
         reading.check_size(prefill_chunk_size)
         _check_cache_dtype(cache_dtype)
-        given = policy
+        trainers = policy
         if mesh is not None:
             policy = dataclasses.replace(policy, mesh=mesh)
         device = _device(policy)
@@ -143,7 +147,7 @@ class Engine:
 
         self.column_stages = column_stages(attention)
         self.shards, self._splits = _splits(policy)
-        budget, budget_text = self._budget(gpu_memory_utilization, resident_bytes, given)
+        budget, budget_text = self._budget(gpu_memory_utilization, resident_bytes, trainers)
         paging = None
         if expected_response_length is not None:
             longest = max_response_length
@@ -170,12 +174,12 @@ class Engine:
         self.smaller_sizes = self.slot_sizes if tuning.shrinks else []
 
     def _budget(
-        self, utilization: float | None, resident_bytes: int, given: Policy
+        self, utilization: float | None, resident_bytes: int, trainers: Policy
     ) -> tuple[int | None, str]:
         """Bytes of one device that the cache may take, and the arithmetic; None for no limit.
 
         Args:
-          given: the policy with the places that the parameters are copied from.
+          trainers: the policy where the trainer has it, from which the parameters are copied.
         """
         if utilization is None:
             return None, ""
@@ -183,7 +187,7 @@ class Engine:
             utilization,
             _device(self.policy),
             resident=resident_bytes + self.reading_bytes,
-            copied=self.verbs.copied_bytes(given),
+            copied=self.verbs.copied_bytes(trainers),
         )
 
     @property
@@ -306,6 +310,7 @@ class Engine:
 
         Raises:
           ValueError: for prompts or settings that the engine was not made for.
+          TypeError: for a key that is none of `jax.random.key`.
         """
         stats: dict[str, int] = {}
         groups: list[list[Completion]] = [[] for _ in prompts]
@@ -395,13 +400,16 @@ class Engine:
 
         Raises:
           ValueError: for settings that the engine was not made for.
+          TypeError: for a key that is none of `jax.random.key`.
         """
         _check_given(params, key)
         return Session(self, params, sampling, key, version=version, keeps_turns=keeps_turns)
 
     def paging_for(self, max_tokens: int) -> cache_plan.Paging | None:
-        """How completions of at most so many tokens are kept in pages; None where the ring holds
-        them."""
+        """How completions of at most so many tokens are kept in pages.
+
+        None where the ring holds them.
+        """
         paging = self.plan.paging
         return paging and paging.for_longest(max_tokens)
 
@@ -437,9 +445,13 @@ class Engine:
         return Sizes(slots, columns, rows, width, prefix, pages=pages), column_sizes
 
     def checked(self, prompts, sampling: SamplingParams) -> list[np.ndarray]:
-        """The prompts as arrays, or a ValueError if this engine cannot sample from them so."""
+        """The prompts as int32 arrays.
+
+        Raises:
+          ValueError: where this engine cannot sample from them so.
+        """
         if not len(prompts):
-            raise ValueError("generate needs at least one prompt; given none")
+            raise ValueError("sampling needs at least one prompt; given none")
         if sampling.max_tokens > self.max_response_length:
             raise ValueError(
                 f"max_tokens is {sampling.max_tokens}, above the engine's max_response_length "
@@ -462,7 +474,11 @@ class Engine:
         return checked
 
     def checked_tokens(self, tokens: np.ndarray, name: str) -> np.ndarray:
-        """Token ids as int32, or a ValueError that calls them by this name."""
+        """Token ids as int32.
+
+        Raises:
+          ValueError: for others than the vocabulary's, calling them by this name.
+        """
         V = self.policy.config.vocab_size
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(
