@@ -41,9 +41,9 @@ from adpo_jax.devices import sharding
 from adpo_jax.devices.chips import chip_of
 from adpo_jax.devices.flops import has_kernels, traced_flops
 from adpo_jax.devices.topologies import lowered, one_host, topology_devices
-from adpo_jax.dry_run import traced_learning
 from adpo_jax.dry_run.forecast import causal_pairs
 from adpo_jax.dry_run.hlo import Program
+from adpo_jax.dry_run.programs import traced_learning
 from adpo_jax.engine.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.records import Completion, Sequences

@@ -19,7 +19,7 @@ from test_update import make_learner
 from adpo_jax import Policy, losses, update
 from adpo_jax.data import arithmetic
 from adpo_jax.devices import sharding
-from adpo_jax.dry_run import traced_learning
+from adpo_jax.dry_run.programs import traced_learning
 from adpo_jax.model.divergence import token_divergences
 from adpo_jax.run.config_checks import finalized
 from adpo_jax.run.preparation import prepare

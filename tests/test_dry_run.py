@@ -14,9 +14,12 @@ from parsing import parse
 from adpo_jax import dry_run
 from adpo_jax.devices import chips, sharding, topologies
 from adpo_jax.dry_run import forecast
+from adpo_jax.dry_run.cures import cures_of, smaller_micro
 from adpo_jax.dry_run.device_groups import device_groups
 from adpo_jax.dry_run.hlo import Program
+from adpo_jax.dry_run.programs import least_of
 from adpo_jax.dry_run.report import ProgramCost, Report
+from adpo_jax.engine.cache_plan import readable
 from adpo_jax.run import loading
 from adpo_jax.run.config_checks import finalized
 
@@ -202,22 +205,22 @@ def test_what_does_not_fit_says_which_setting_frees_how_much(with_anchor):
     model = types.SimpleNamespace(linear_attention=None)
     policy = types.SimpleNamespace(mesh=mesh, config=model)
     engine = types.SimpleNamespace(policy=policy, shards=2, num_slots=8, free_cache_engine=True)
-    cures = "\n".join(dry_run._cures(config, small, mesh, engine))
+    cures = "\n".join(cures_of(config, small, mesh, engine))
     assert not small.fits
     assert "trainer.per_device_train_batch_size=1 frees about" in cures
     assert "gradient_checkpointing=full" in cures
     assert "mesh.sequence=2, devices of mesh.fsdp, frees about" in cures
-    assert f"anchor.mode=on_policy frees {dry_run.readable(report.resident['anchor'])}" in cures
+    assert f"anchor.mode=on_policy frees {readable(report.resident['anchor'])}" in cures
     assert "mesh.data=1" in cures
     assert "sequence_exchange=ring" not in cures
     model.linear_attention = object()  # which runs through a sequence in order
-    assert "mesh.sequence=2" not in "\n".join(dry_run._cures(config, small, mesh, engine))
+    assert "mesh.sequence=2" not in "\n".join(cures_of(config, small, mesh, engine))
     shared = sharding.make_mesh(fsdp=4, sequence=2)
-    assert "sequence_exchange=ring" in "\n".join(dry_run._cures(config, small, shared, engine))
-    optimizer = dry_run.readable(report.resident["optimizer"])
+    assert "sequence_exchange=ring" in "\n".join(cures_of(config, small, shared, engine))
+    optimizer = readable(report.resident["optimizer"])
     assert f"optimizer_offload=True frees {optimizer} but for the update" not in cures
     rollout_alone = dataclasses.replace(small, programs=small.programs[:2])
-    cures = "\n".join(dry_run._cures(config, rollout_alone, mesh, engine))
+    cures = "\n".join(cures_of(config, rollout_alone, mesh, engine))
     assert f"optimizer_offload=True frees {optimizer} but for the update" in cures
     assert "Does not fit: 2" in "\n".join(small.lines())
 
@@ -259,7 +262,7 @@ def test_bound_and_forecast_are_those_of_hand_arithmetic():
         prefill_pieces=1,
     )
     larger = types.SimpleNamespace(**vars(model) | {"num_layers": 3})
-    least = dry_run._least(config, engine, mesh, {"teacher": types.SimpleNamespace(config=larger)})
+    least = least_of(config, engine, mesh, {"teacher": types.SimpleNamespace(config=larger)})
     # A step reads the weights once, of each of 16 rings 14 tokens of 1 to 28, and 8 prompts of 25.
     assert least["decode"].moved == 40 + 128 * (16 * 14 + 8 * 25) // 8
     assert least["decode"].kernel_flops == 4 * 4 * 8 * 2 * 16 * (14 + 26) // 8
@@ -318,15 +321,15 @@ def test_a_smaller_micro_batch_is_one_that_works():
     packed = parse(*TINY, "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4")
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
     G = packed.algorithm.num_generations
-    assert dry_run._smaller_micro(packed, mesh) == 4 * G // 2 // 2
+    assert smaller_micro(packed, mesh) == 4 * G // 2 // 2
     rows = parse(
         *TINY,
         "--config.actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "--config.actor_rollout_ref.actor.layout=rows",
     )
-    assert dry_run._smaller_micro(rows, mesh) == G
+    assert smaller_micro(rows, mesh) == G
     rows.trainer.per_device_train_batch_size = G
-    assert dry_run._smaller_micro(rows, mesh) == 0
+    assert smaller_micro(rows, mesh) == 0
 
 
 def test_a_topology_without_libtpu_or_of_no_known_name_is_refused(monkeypatch):

@@ -12,7 +12,7 @@ import tiny
 
 from adpo_jax import losses
 from adpo_jax.devices import sharding
-from adpo_jax.dry_run import traced_learning
+from adpo_jax.dry_run.programs import traced_learning
 from adpo_jax.engine import Engine
 from adpo_jax.engine.sampling import SamplingParams
 from adpo_jax.model.embedding import embed_tokens
