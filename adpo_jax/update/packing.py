@@ -28,7 +28,8 @@ a tile, J listed key tiles.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -136,6 +137,54 @@ def pack(sequences: Sequences | Batch, **options) -> PackedBatch:
     return Packing(sequences, **options).batch(sequences)
 
 
+class _Cutter(NamedTuple):
+    """Cuts completions into the streams of micro-batches.
+
+    Attributes:
+      costs_PG: the tokens by which completions are cut.
+      prompt_lengths_P: tokens of each prompt.
+      shards: the prompts of each stream side by side.
+      most_places: of a stream, beside the budget that each cut has.
+      whole_groups, share_prompts, tile, starts: as for `Packing`.
+    """
+
+    costs_PG: np.ndarray
+    lengths_PG: np.ndarray
+    prompt_lengths_P: list[int]
+    shards: list[np.ndarray]
+    most_places: float
+    whole_groups: bool
+    share_prompts: bool
+    tile: int
+    starts: int
+
+    def streams(self, budget: int) -> list[list[StreamPlan]]:
+        """The streams of each shard's micro-batches, of at most so many tokens by `costs_PG`."""
+        most = Budget(budget, self.most_places)
+        before_last_P = [length - 1 for length in self.prompt_lengths_P]
+        return [
+            [
+                StreamPlan(
+                    pieces,
+                    int(rows[0]),
+                    self.prompt_lengths_P,
+                    self.lengths_PG,
+                    self.share_prompts,
+                    self.tile,
+                    self.starts,
+                )
+                for pieces in cut(self.costs_PG, before_last_P, rows, most, self.whole_groups)
+            ]
+            for rows in self.shards
+        ]
+
+    @property
+    def least(self) -> int:
+        """The smallest budget: the longest completion, or group where groups are kept whole."""
+        costs = self.costs_PG.sum(1) if self.whole_groups else self.costs_PG
+        return int(costs.max())
+
+
 class Packing:
     """Where the tokens of some sequences lie in streams, decided from their lengths alone.
 
@@ -189,9 +238,9 @@ class Packing:
             raise ValueError(
                 f"{P} prompts do not spread over {num_shards} streams; pass a multiple"
             )
+        assert tile % starts == 0
         per_shard = P // num_shards * G
         prompt_lengths_P = [len(ids) for ids in sequences.prompts]
-        num_prompt_P = [length - 1 for length in prompt_lengths_P]
         costs_PG = lengths_PG
         if count_prompts:
             costs_PG = lengths_PG + np.array(prompt_lengths_P)[:, None]
@@ -205,47 +254,31 @@ class Packing:
             )
         most_places = math.inf
         if share_prompts and not count_prompts:
-            longest = max(prompt_length - 1, *num_prompt_P)
+            longest = max(prompt_length, *prompt_lengths_P) - 1
             most_places = budget + _prompts_of(completions_per_micro, G) * longest
+        cutter = _Cutter(
+            costs_PG=costs_PG,
+            lengths_PG=lengths_PG,
+            prompt_lengths_P=prompt_lengths_P,
+            shards=np.split(np.arange(P), num_shards),
+            most_places=most_places,
+            whole_groups=whole_groups,
+            share_prompts=share_prompts,
+            tile=tile,
+            starts=starts,
+        )
         self.num_prompts, self.group_size, self.whole_groups = P, G, whole_groups
         self.tile, self.starts, self.shares = tile, starts, shares
-        assert tile % starts == 0
-        whole_tiles = tile * shares  # what a size is a multiple of
-        shards = np.split(np.arange(P), num_shards)
-
-        def streams_of(budget: int) -> list[list[StreamPlan]]:
-            return [
-                [
-                    StreamPlan(
-                        pieces,
-                        int(rows[0]),
-                        prompt_lengths_P,
-                        lengths_PG,
-                        share_prompts,
-                        tile,
-                        starts,
-                    )
-                    for pieces in cut(
-                        costs_PG, num_prompt_P, rows, Budget(budget, most_places), whole_groups
-                    )
-                ]
-                for rows in shards
-            ]
-
-        # The arrays have room for as many micro-batches as completions of full length would make.
-        room = -(-per_shard * full_length // budget)
-        self.streams = streams_of(budget)
+        self.streams = cutter.streams(budget)
         self.needed = _needed(self.streams)
         if size is None:
-            # The longest group must fit where groups are kept whole.
-            least = int(costs_PG.sum(1).max()) if whole_groups else int(costs_PG.max())
-            known = [size for size in sizes if size.fits(whole_tiles)]
+            whole_tiles = tile * shares  # what a size is a multiple of
             self.streams, size = _fitted(
+                cutter,
                 self.streams,
-                known,
-                streams_of,
-                room=room,
-                least=least,
+                [size for size in sizes if size.fits(whole_tiles)],
+                # As many micro-batches as completions of full length would make.
+                room=-(-per_shard * full_length // budget),
                 most=budget,
                 tile=whole_tiles,
             )
@@ -384,7 +417,7 @@ class Packing:
 
 
 def _prompts_of(completions: int, group_size: int) -> int:
-    """The most prompts of so many completions in a row, cut off one such row after the other."""
+    """The most prompts that so many neighbouring completions touch, cut one run after the other."""
     return -(-(completions - math.gcd(completions, group_size)) // group_size) + 1
 
 
@@ -400,12 +433,11 @@ def _needed(streams: list[list[StreamPlan]]) -> Size:
 
 
 def _fitted(
+    cutter: _Cutter,
     best: list[list[StreamPlan]],
     known: Sequence[Size],
-    streams_of: Callable,
     *,
     room: int,
-    least: int,
     most: int,
     tile: int,
 ) -> tuple[list[list[StreamPlan]], Size]:
@@ -417,14 +449,14 @@ def _fitted(
       known: the sizes to prefer.
       room: micro-batches that the arrays have room for, or more where more are needed.
       tile: the tokens that prompts and completions of a new size are multiples of.
-      best, streams_of, least, most: as for `_reused`.
+      best, most: as for `_reused`.
     """
     needed = _needed(best)
     needed = needed._replace(room=max(room, needed.room))
     smallest = needed.rounded(tile)
     if not known:
         return best, smallest
-    if found := _reused(known, best, streams_of, least, most):
+    if found := _reused(cutter, known, best, most):
         return found
     grown = needed.grown(known, tile)
     largest = max(smallest.completion, rounded(most, tile, 16))
@@ -432,16 +464,15 @@ def _fitted(
 
 
 def _reused(
-    sizes: Iterable[Size], best, streams_of: Callable, least: int, most: int
+    cutter: _Cutter, sizes: Iterable[Size], best: list[list[StreamPlan]], most: int
 ) -> tuple[list[list[StreamPlan]], Size] | None:
     """The cut that wastes least in one of the sizes, and that size; None if all waste too much.
 
     Args:
       best: the streams of the cut with the fewest places.
-      streams_of: cuts into micro-batches of at most so many completion tokens.
-      least, most: bounds of the tokens that may be asked of it.
+      most: the largest budget that may be asked of the cutter.
     """
-    needed = _needed(best)
+    needed, least = _needed(best), cutter.least
     limit = REUSED_PLACES * needed.room * needed.places
     found = []
     for nth, size in enumerate(sizes):
@@ -450,11 +481,11 @@ def _reused(
             bound = min(size.completion, most)
             if bound < least or needed.room * size.places > limit:
                 continue
-            streams = streams_of(bound)
+            streams = cutter.streams(bound)
             need = _needed(streams)
             if need.completion > size.completion >= least + need.completion - bound:
                 # Segments that start at a tile leave gaps.
-                streams = streams_of(bound - (need.completion - size.completion))
+                streams = cutter.streams(bound - (need.completion - size.completion))
                 need = _needed(streams)
         places = need.room * size.places
         if size.holds(need) and places <= limit and size.listed <= REUSED_TILES * need.listed:
