@@ -152,7 +152,7 @@ def test_scanned_layers_sample_what_unrolled_ones_do(model, monkeypatch):
     policy, params = model
     prompts, sampling = prompts_of(MIXED), SamplingParams(n=2, max_tokens=12)
     unrolled = engine_of(policy).generate(params, prompts, sampling, jax.random.key(2))
-    monkeypatch.setattr("adpo_jax.model.cpu.MAX_UNROLLED_LAYERS", 0)
+    monkeypatch.setattr("adpo_jax.engine.tuning.MAX_UNROLLED_ON_CPU", 0)
     engine = engine_of(policy)
     assert engine.verbs.layout.stacked
     scanned = engine.generate(params, prompts, sampling, jax.random.key(2))

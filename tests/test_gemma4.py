@@ -21,11 +21,12 @@ from test_turns import (
 
 from adpo_jax import Policy, update
 from adpo_jax.devices.sharding import make_mesh
+from adpo_jax.engine import tuning
 from adpo_jax.engine.kv_cache import CacheLayout
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.hf.config import language_config
 from adpo_jax.hf.tensors import leaves
-from adpo_jax.model import cpu, lora, parameters
+from adpo_jax.model import lora, parameters
 from adpo_jax.model.attention_kernels import ROWS, STREAMS
 from adpo_jax.update.packing import Packing
 
@@ -70,7 +71,7 @@ def test_log_probs_over_turns_are_those_of_one_forward(stacked, smallest, monkey
     policy, params = smallest
     mesh = None
     if stacked:
-        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr(tuning, "MAX_UNROLLED_ON_CPU", 0)
         mesh = make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2])
     engine, prompts = engine_of(dataclasses.replace(policy, mesh=mesh)), prompts_of(5, 12)
     assert engine.verbs.layout.stacked == stacked

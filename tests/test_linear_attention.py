@@ -27,13 +27,13 @@ import adpo_jax
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices import flops
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.engine import cache_plan, kv_cache
+from adpo_jax.engine import cache_plan, kv_cache, tuning
 from adpo_jax.engine.continuous import ContinuousBatch
 from adpo_jax.engine.engine import _layout
 from adpo_jax.engine.tuning import engine_tuning
 from adpo_jax.engine.verbs import Verbs
 from adpo_jax.hf.tensors import leaves
-from adpo_jax.model import cpu, linear_attention, lora, parameters
+from adpo_jax.model import linear_attention, lora, parameters
 from adpo_jax.model.linear_attention import Inputs
 from adpo_jax.model.linear_attention_chunks import chunked
 from adpo_jax.records import Completion, Sequences
@@ -161,8 +161,8 @@ def test_keys_that_repeat_do_not_blow_up_the_chunked_form():
 
 
 def layout_of(policy: Policy, stacked: bool):
-    tuning = dataclasses.replace(engine_tuning("cpu", "auto", 1), stacked=stacked)
-    return _layout(policy, None, tuning)
+    made = dataclasses.replace(engine_tuning("cpu", "auto", 1), stacked=stacked)
+    return _layout(policy, None, made)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_sampled_log_probs_are_those_of_one_forward_while_slots_refill_and_shrin
 ):
     policy, params = tiny_hybrid()
     if on_mesh:
-        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr(tuning, "MAX_UNROLLED_ON_CPU", 0)
         mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
         policy = dataclasses.replace(policy, mesh=mesh)
     engine = Engine(policy, max_prompt_length=16, max_response_length=24, num_slots=16)
@@ -254,7 +254,7 @@ def test_requests_that_come_and_go_are_sampled_from_their_own_states():
 def test_turns_go_on_from_the_states_that_they_ended_with(on_mesh, monkeypatch):
     policy, params = tiny_hybrid()
     if on_mesh:
-        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr(tuning, "MAX_UNROLLED_ON_CPU", 0)
         mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
         policy = dataclasses.replace(policy, mesh=mesh)
     # Stop strings end turns within a dispatch, and memory holds few rows beside those of the slots.

@@ -235,7 +235,7 @@ def test_an_update_keeps_no_gradient_and_no_copy_of_the_base():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_samples_from_the_policy_that_is_trained(dtype, kwargs, monkeypatch):
     if kwargs:  # layers stacked, as on accelerators
-        monkeypatch.setattr("adpo_jax.model.cpu.MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr("adpo_jax.engine.tuning.MAX_UNROLLED_ON_CPU", 0)
     policy, params = adapted(dtype=dtype)
     engine = Engine(policy, max_prompt_length=6, max_response_length=8, num_slots=4, **kwargs)
     loaded = engine.verbs.load_params(params)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.model import cpu, parameter_table, parameters
+from adpo_jax.model import parameter_table, parameters, unstacked
 from adpo_jax.model.decoder import decoder, gated_mlp
 from adpo_jax.model.layer_weights import LayerWeights
 from adpo_jax.model.lora import Lora
@@ -159,7 +159,7 @@ def test_extras_come_beside_hidden_states_with_their_gradient(routed, remat):
 def test_extras_of_layers_one_by_one_are_those_of_the_scan(routed):
     policy, params = routed
     scanned = jax.jit(lambda p: uneven(policy, p))(params)
-    one_by_one = cpu.decoding_params(params, policy.config, lora_scale=None, join=True)
+    one_by_one = unstacked.decoding_params(params, policy.config, lora_scale=None, join=True)
     unrolled = jax.jit(lambda p: uneven(policy, p))(one_by_one)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scanned, unrolled)
 

@@ -10,8 +10,7 @@ import tiny
 
 from adpo_jax import Engine, Policy, SamplingParams
 from adpo_jax.devices.sharding import make_mesh
-from adpo_jax.engine import past
-from adpo_jax.model import cpu
+from adpo_jax.engine import past, tuning
 
 V = 61
 STOPS = (3, 7, 11, 20, 33, 40)
@@ -225,7 +224,7 @@ def test_log_probs_over_turns_are_those_of_one_forward(name, monkeypatch):
     changes, options, tolerance = VARIANTS[name]
     policy, mesh = policy_of(**changes), None
     if name == "windows on a mesh":
-        monkeypatch.setattr(cpu, "MAX_UNROLLED_LAYERS", 0)
+        monkeypatch.setattr(tuning, "MAX_UNROLLED_ON_CPU", 0)
         mesh = make_mesh(data=2, fsdp=1, tensor=1, devices=jax.devices()[:2])
     params, prompts = policy.init(jax.random.key(0)), prompts_of(5, 12)
     engine = engine_of(dataclasses.replace(policy, mesh=mesh), **options)

@@ -8,7 +8,6 @@ import dataclasses
 
 from adpo_jax.engine import cache_plan
 from adpo_jax.engine.sizes import doubling_sizes, slot_buckets
-from adpo_jax.model import cpu
 
 # The batch shrinks to these when samples run out; below 8 rows a step gets no cheaper.
 SLOT_FRACTIONS = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
@@ -16,6 +15,9 @@ MIN_SLOTS = 8
 DEFAULT_CPU_SLOTS = 64
 # A TPU's registers hold so many rows side by side; a multiple suits a GPU's warps too.
 SLOT_TILE = 8
+# Up to this depth layers run one by one on a CPU (`model.unstacked`); beyond it compile time would
+# grow too far.
+MAX_UNROLLED_ON_CPU = 12
 # XLA's compiler for GPUs copies the weights of a layer, and under plain attention its cache, out of
 # a stack before it uses them: 1 ms and 70 GB a step of 232 samples of a Qwen3-0.6B. So up to this
 # depth layers run one by one there; compiling takes six times as long.
@@ -72,7 +74,7 @@ def engine_tuning(platform: str, attention: str, num_layers: int) -> EngineTunin
     # A kernel that is interpreted on a CPU needs the cache as it lies on an accelerator.
     plain = attention in ("auto", "xla")
     return EngineTuning(
-        stacked=not (plain and num_layers <= cpu.MAX_UNROLLED_LAYERS),
+        stacked=not (plain and num_layers <= MAX_UNROLLED_ON_CPU),
         transposed_keys=plain,
         shrinks=True,
         default_slots=DEFAULT_CPU_SLOTS,

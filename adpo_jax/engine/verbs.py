@@ -36,7 +36,7 @@ from adpo_jax.engine.decode_state import (
 from adpo_jax.engine.group_attention import PageView, View, group_attention
 from adpo_jax.engine.kv_cache import KV, CacheLayout
 from adpo_jax.engine.sampling import Alternatives, Knobs, Method
-from adpo_jax.model import cpu, linear_attention, parameters
+from adpo_jax.model import linear_attention, parameters, unstacked
 from adpo_jax.model.attention import Attend, Turning
 from adpo_jax.model.linear_attention import Hybrid, Recur, where_rows
 from adpo_jax.model.linear_attention_chunks import rows_with_memory
@@ -121,7 +121,9 @@ class Verbs:
     @functools.partial(jax.jit, static_argnums=0)
     def _unstacked(self, params):
         scale = self.policy.lora.scale if self._merges else None
-        return cpu.decoding_params(params, self.policy.config, lora_scale=scale, join=self._joins)
+        return unstacked.decoding_params(
+            params, self.policy.config, lora_scale=scale, join=self._joins
+        )
 
     def abstract_params(self):
         """The shapes and shardings of `load_params`'s result."""

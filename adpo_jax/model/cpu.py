@@ -1,40 +1,21 @@
-"""Formulas and layouts for XLA's CPU compiler (jax 0.10); those of decoding serve GPUs too.
+"""Formulas that XLA's CPU compiler (jax 0.10) needs, and no other one.
 
-*Fusion.* The compiler hands a product of arrays that is then summed to a library that works through
-it one number at a time. If the product is an array of its own first (`made`) and is then multiplied
+The compiler hands a product of arrays that is then summed to a library that works through it one
+number at a time. If the product is an array of its own first (`made`) and is then multiplied
 by a vector, it is read at the speed of memory: the gradient of a norm takes a tenth of the time, an
 update of a small model a sixth less. The compiler may also compute a value again for each of its
 users, such as cosines for every head of every layer, but never a matrix product (`kept`). Other
 compilers sum while they multiply and make no array in between, so there these are the plain
 formulas.
 
-*Decoding.* The compiler copies the slice of a stack of layers before a matrix product, which more
-than doubles a decode step; so does that of GPUs. So up to as many layers as `engine.tuning` says
-the engine takes the stack apart once for every set of weights (`decoding_params`), and the decoder
-runs the layers one by one (`layer_by_layer`). On one device the weights of one input are joined
-too: fewer and wider products take a tenth less time a step.
-
-Letters: T tokens of all rows, D width, L layers.
+Letters: T tokens of all rows, D width.
 """
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from adpo_jax.model import layer_stacks, parameter_table, parameters
-from adpo_jax.model.attention import LayerInfo
-from adpo_jax.model.lora import merged_layer
-from adpo_jax.model.model_config import ModelConfig
-
-# Layers run one by one up to this depth. Beyond it compile time would grow too far.
-MAX_UNROLLED_LAYERS = 12
-
-# --- fusion
 
 
 def made(x: jax.Array) -> jax.Array:
@@ -89,87 +70,3 @@ def _sum_of_rows_as_product(x, weights):
 def _sum_of_columns_as_product(x, weights):
     last = (x.ndim - 1,)
     return _float32_dot_general(x, weights, dimension_numbers=((last, (0,)), ((), ())))
-
-
-# --- decoding
-
-
-def decoding_params(
-    params, config: ModelConfig, *, lora_scale: float | None, join: bool
-) -> dict[str, Any]:
-    """Parameters as CPUs and GPUs decode them: layers are a tuple of trees in place of a stack.
-
-    Args:
-      params: a tree whose layers are stacked.
-      lora_scale: the scale to merge adapters with, into float32 weights; None leaves adapters as
-        they are.
-      join: whether weights of one input become one matrix, and tied embeddings also a head. False
-        on a mesh, which splits each of them for itself.
-    """
-    layers = params["layers"]
-    each = [layer_stacks.layer_of(layers, config, i) for i in range(config.num_layers)]
-    if lora_scale is not None:
-        each = [merged_layer(layer, lora_scale) for layer in each]
-    if not join:
-        return {**params, "layers": tuple(each)}
-    # The product of a small batch with the untransposed table would turn it first: twice the time.
-    head = params["head"] if "head" in params else params["embed"].T
-    return {**params, "layers": tuple(map(_joined, each)), "head": head}
-
-
-def _joined(layer: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A layer with one matrix [D, outputs] for the weights of one input.
-
-    A layer that has adapters stays as it is.
-    """
-    layer = dict(layer)
-    if any(map(parameters.is_adapter, layer)):
-        return layer
-    rows = [row for row in parameter_table.LAYER if row.joined]
-    for group in dict.fromkeys(row.joined for row in rows):
-        names = list(dict.fromkeys(row.name for row in rows if row.joined == group))
-        if layer.keys() >= set(names):
-            matrices = [layer.pop(name) for name in names]
-            flat = [matrix.reshape(len(matrix), -1) for matrix in matrices]
-            layer[group] = jnp.concatenate(flat, axis=1)
-    return layer
-
-
-def joined_products(
-    config: ModelConfig,
-    layer: Mapping[str, jax.Array],
-    names: Sequence[str],
-    product: Callable[[str], jax.Array],
-) -> list[jax.Array]:
-    """The products of one input with several weights of a layer, which may have been joined.
-
-    Args:
-      product: name of a parameter -> its product [B, T, *out] with the input [B, T, D].
-    """
-    rows = parameters.of_model(config)
-    rows = [rows["layers", name] for name in names]
-    if rows[0].joined not in layer:
-        return [product(name) for name in names]
-    shapes = [row.shape(config)[1:] for row in rows]
-    y = product(rows[0].joined)
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    parts = jnp.split(y, ends.tolist(), axis=-1)
-    return [part.reshape(*y.shape[:-1], *shape) for part, shape in zip(parts, shapes)]
-
-
-def layer_by_layer(run_layer, carry, layers: Sequence[Any], info: LayerInfo, rope_tables):
-    """The scan of `model.decoder` unrolled; every layer gets numbers of `info` in place of arrays.
-
-    Args:
-      run_layer: (carry, layer's parameters, `LayerInfo`, rope tables) -> (carry, extras).
-      info: that of all layers, arrays [L].
-
-    Returns:
-      (carry, extras), the latter stacked over the layers that have them.
-    """
-    rope_tables = tuple(map(kept, rope_tables))
-    all_extras = []
-    for i, params in enumerate(layers):
-        carry, extras = run_layer(carry, params, info.of(i, int), rope_tables)
-        all_extras += [extras] if extras else []
-    return carry, jax.tree.map(lambda *each: jnp.stack(each), *all_extras or [{}])

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import constrain
-from adpo_jax.model import cpu, layer_stacks, shared_keys
+from adpo_jax.model import layer_stacks, shared_keys, unstacked
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Attend, LayerInfo, Turning
 from adpo_jax.model.embedding import embed_tokens, per_layer_inputs
@@ -226,7 +226,7 @@ def decoder(
 
     Args:
       params: the tree of `random_weights.init`, perhaps with adapters; or that of
-        `cpu.decoding_params`, a tuple of layers that run one by one.
+        `unstacked.decoding_params`, a tuple of layers that run one by one.
       tokens, positions: [B, T] int32.
       cache: a pytree that `attend` keeps between calls; where layers run one by one, it may be a
         tuple with one entry a layer.
@@ -317,7 +317,7 @@ def _run_stack(
             layer = layer._replace(store=config.stores[layer.index])
             return run_layer(carry, layer_params, layer, rope_tables)
 
-        return cpu.layer_by_layer(run_one, carry, layers, info, rope_tables)
+        return unstacked.layer_by_layer(run_one, carry, layers, info, rope_tables)
     if config.in_periods:
         return layer_stacks.scan_periods(
             config,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adpo_jax.devices.sharding import first_device, on_each_device
-from adpo_jax.model import cpu, gated_gpu, norm_rope_gpu, parameters
+from adpo_jax.model import gated_gpu, norm_rope_gpu, parameters, unstacked
 from adpo_jax.model import rope as rope_lib
 from adpo_jax.model.attention import Unturned
 from adpo_jax.model.attention_choice import old_gpu
@@ -48,7 +48,7 @@ class LayerWeights:
 
     def dense_each(self, x: jax.Array, *names: str) -> list[jax.Array]:
         """`dense` by several weights of the same input."""
-        products = cpu.joined_products(
+        products = unstacked.joined_products(
             self.config, self.params, names, lambda name: self._product(x, name)
         )
         return [self._biased(y, name) for y, name in zip(products, names)]
