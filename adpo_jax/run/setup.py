@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -112,6 +112,53 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     Raises:
       ValueError: for anything in the config that cannot work.
     """
+    models = _models(config, devices)
+    source, policy = models.source, models.policy
+    environments = make_environments(config, source.tokenizer, source.stop_token_ids)
+    with contextlib.ExitStack() as owned:
+        if environments is not None:
+            owned.enter_context(environments)
+        tools = shown_tools(environments)
+        train_prompts, val_prompts = _prompts(config, models, environments, tools)
+        num_steps = num_iterations(config, len(train_prompts))
+        make_profiler(config, Path(), num_steps)  # refuses steps that the run does not have
+        reward_model = owned.enter_context(make_reward_model(config, environments))
+        check_rewards(config, reward_model, train_prompts, val_prompts)
+        policies = {name: found.policy for name, found in models.fixed.items()}
+        learner = make_learner(config, policy, models.plan, num_steps, fixed=policies)
+        cold_start = make_cold_start(config, source, learner, tools) if config.sft.steps else None
+        parts = Parts(
+            policy=policy,
+            initial_params=lambda: loading.initial_params(config, source, policy.mesh),
+            tokenizer=source.tokenizer,
+            cold_start=cold_start,
+            train_prompts=train_prompts,
+            val_prompts=val_prompts,
+            eval_settings=make_eval_settings(config, source.stop_token_ids),
+            eval_reward_model=make_eval_reward_model(config, reward_model),
+            engine=make_engine(config, policy, resident_bytes=learner.resident_bytes()),
+            sampling=models.sampling,
+            reward_model=reward_model,
+            learner=learner,
+            num_steps=num_steps,
+            environments=environments,
+            fixed=models.fixed,
+        )
+        owned.pop_all()  # nothing failed
+    return parts
+
+
+class _Models(NamedTuple):
+    """The policy and the fixed models beside it, without weights, and how they are used."""
+
+    source: ModelSource
+    policy: Policy
+    fixed: Mapping[str, FixedPolicy]
+    plan: BatchPlan
+    sampling: SamplingParams
+
+
+def _models(config: ConfigDict, devices: Sequence[jax.Device] | None) -> _Models:
     mesh = make_mesh(config, devices)
     plan = batch_plan(config, num_shards=sharding.BatchSharding(mesh).num_shards)
     config_checks.make_algorithm(config)  # its parameters are checked before any file is read
@@ -119,64 +166,30 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pa
     source = loading.find_model(config)
     policy = loading.make_policy(config, source, mesh)
     fixed = loading.find_fixed(config, source, mesh)
-    sampling = make_sampling(config, source)
-    environments = make_environments(config, source.tokenizer, source.stop_token_ids)
-    with contextlib.ExitStack() as owned:
-        if environments is not None:
-            owned.enter_context(environments)
-        parts = _with_data(config, mesh, plan, source, policy, fixed, sampling, environments, owned)
-        owned.pop_all()  # nothing failed
-    return parts
+    return _Models(source, policy, fixed, plan, make_sampling(config, source))
 
 
-def _with_data(
-    config: ConfigDict,
-    mesh: Mesh,
-    plan: BatchPlan,
-    source: ModelSource,
-    policy: Policy,
-    fixed: Mapping[str, FixedPolicy],
-    sampling: SamplingParams,
-    environments: AnyEnvironments | None,
-    owned: contextlib.ExitStack,
-) -> Parts:
-    """The rest of `build`, from the data on; what has to be closed is handed to `owned`."""
-    tools = shown_tools(environments)
+def _prompts(
+    config: ConfigDict, models: _Models, environments: AnyEnvironments | None, tools: Any
+) -> tuple[Prompts, Prompts | None]:
+    """The prompts to train and to evaluate on, checked; None for no evaluation.
+
+    Args:
+      tools: as `shown_tools` returns them.
+    """
+    tokenizer = models.source.tokenizer
     train_prompts = datasets.load_prompts(
-        config, source.tokenizer, config.data.train_files, split="train", tools=tools
+        config, tokenizer, config.data.train_files, split="train", tools=tools
     )
-    val_prompts = datasets.load_val_prompts(config, source.tokenizer, tools)
+    val_prompts = datasets.load_val_prompts(config, tokenizer, tools)
     data = {"data.train_files": train_prompts, "data.val_files": val_prompts}
     for option, prompts in data.items():
         # Prompts that are tokenised when they are due are checked by the engine.
         if prompts is not None and isinstance(prompts.token_ids, list):
-            loading.check_embedded(policy, prompts.token_ids, f"{option}: prompt")
+            loading.check_embedded(models.policy, prompts.token_ids, f"{option}: prompt")
     check_environments(config, environments, data)
     _check_enough_for_all_processes(config, val_prompts)
-    num_steps = num_iterations(config, len(train_prompts))
-    make_profiler(config, Path(), num_steps)  # refuses steps that the run does not have
-    reward_model = owned.enter_context(make_reward_model(config, environments))
-    check_rewards(config, reward_model, train_prompts, val_prompts)
-    policies = {name: found.policy for name, found in fixed.items()}
-    learner = make_learner(config, policy, plan, num_steps, fixed=policies)
-    cold_start = make_cold_start(config, source, learner, tools) if config.sft.steps else None
-    return Parts(
-        policy=policy,
-        initial_params=lambda: loading.initial_params(config, source, mesh),
-        tokenizer=source.tokenizer,
-        cold_start=cold_start,
-        train_prompts=train_prompts,
-        val_prompts=val_prompts,
-        eval_settings=make_eval_settings(config, source.stop_token_ids),
-        eval_reward_model=make_eval_reward_model(config, reward_model),
-        engine=make_engine(config, policy, resident_bytes=learner.resident_bytes()),
-        sampling=sampling,
-        reward_model=reward_model,
-        learner=learner,
-        num_steps=num_steps,
-        environments=environments,
-        fixed=fixed,
-    )
+    return train_prompts, val_prompts
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
