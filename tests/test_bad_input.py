@@ -135,7 +135,11 @@ CONFIG = {
     "an unknown key": ("algorithm.tauu=1", "did you mean algorithm.tau?"),
     "a key of no section": ("learning_rate=1", "did you mean"),
     "a key in another section": ("trainer.lr=1", "has no key trainer.lr"),
-    "a key below a value": ("algorithm.tau.x=1", "is set as a whole"),
+    "a key below a value": (
+        "algorithm.tau.x=1",
+        "has no key algorithm.tau.x; did you mean algorithm.tau?",
+    ),
+    "a key below an object": ("reward_model.reward_kwargs.x=1", "is set as a whole"),
     "text for an integer": ("data.train_batch_size=many", "many"),
     "text for a number": ("algorithm.tau=high", "high"),
     "text for yes or no": ("trainer.bf16=maybe", "maybe"),
