@@ -451,6 +451,13 @@ DATA = {
         lambda n: write_rows(n, [row | {"id": i % 5} for i, row in enumerate(ROWS)]),
         "rows 1 and 6 have the same id 0",
     ),
+    "UTF-16": (
+        "x.json",
+        lambda n: Path(n).write_text(
+            json.dumps({k: [row[k] for row in ROWS] for k in ROWS[0]}), encoding="utf-16"
+        ),
+        "x.json:1:1: byte 0xff is not UTF-8",
+    ),
     "half a character": (
         "x.jsonl",
         lambda n: Path(n).write_text('{"question": "\\ud800", "answer": "1"}\n'),

@@ -273,6 +273,38 @@ def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("shapes", ["uusu", "ttu", "ssus"])
+def test_a_large_file_may_have_prompts_of_another_shape_in_any_row(tmp_path, shapes):
+    user, system = {"role": "user", "content": "1+1?"}, {"role": "system", "content": "Add."}
+    prompts = {"t": "1+1?", "u": [user], "s": [system, user]}
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": prompts[shape], "answer": "2"} for shape in shapes]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = large_prompts(path, tmp_path, make_tokenizer(CHAT_TEMPLATE))
+    assert len(found.select(range(len(shapes))).token_ids) == len(shapes)
+
+
+@pytest.mark.parametrize("limit", [2**25, 0], ids=["small", "large"])
+def test_what_python_cannot_hold_is_refused_before_it_is_due(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(files, "LARGE_BYTES", limit)
+    beyond = pyarrow.array([0, 2**62], pyarrow.int64())
+    text = pyarrow.array([b"a", b"\xe9"]).view(pyarrow.utf8())
+    columns = {
+        "text": text,
+        "at": beyond.cast(pyarrow.timestamp("us")),
+        "took": pyarrow.array([None, 2**62], pyarrow.int64()).cast(pyarrow.duration("s")),
+        "where": pyarrow.array([0, 1], pyarrow.timestamp("us", "Foo/Bar")),
+    }
+    for name, column in columns.items():
+        path = tmp_path / f"{name}.parquet"
+        table = {"question": ["a", "b"], "answer": ["1", "2"], name: column}
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+        keys = {"prompt_key": "question", "answer_key": "answer", "cache_dir": str(tmp_path)}
+        with pytest.raises(ValueError, match=rf"{name}\.parquet: column '{name}' has a value in"):
+            load_rows(str(path), **keys)
+
+
+@pytest.mark.usefixtures("large")
 def test_large_files_are_filtered_by_the_tools_of_their_environments(tmp_path):
     """The tokens around a prompt are those of its own tools."""
     tokenizer = make_tokenizer("{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE)

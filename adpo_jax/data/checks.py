@@ -25,8 +25,11 @@ class Ids:
         self._first_rows: dict[str, int] = {}
 
     def add(self, number: int, value: Any) -> None:
-        """Takes the id of a row, None where it has none, and refuses one that another row has."""
-        if value is None:
+        """Takes the id of a row, and refuses one that another row has.
+
+        None and the empty text, as an empty cell of a CSV file, are no ids.
+        """
+        if value is None or value == "":
             return
         first = self._first_rows.setdefault(str(value), number)
         if first != number:

@@ -125,17 +125,17 @@ def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray
     tells_apart = len(options.get("tools") or ()) > 1
     environments = dataset.columns.get("environment") if tells_apart else None
     kinds, examples = _kinds(dataset.columns[prompt_key], environments)
-    _lengths(dataset, np.array(examples), tokenizer, options)  # a template may refuse some kind
-    bare = dataset.select(examples)
+    chosen, numbers = dataset.select(examples), np.array(examples)
+    _lengths(chosen, numbers, tokenizer, options)  # a template may refuse some kind
+    bare = chosen
     for name in filled:
         bare = bare.with_column(name, ["."] * len(bare))
-    asked = dataset.select(examples).columns[prompt_key]
-    bare = bare.with_column(prompt_key, [_bare(prompt) for prompt in asked])
-    around = _lengths(bare, np.array(examples), tokenizer, options)
+    bare = bare.with_column(prompt_key, [_bare(prompt) for prompt in chosen.columns[prompt_key]])
+    around = _lengths(bare, numbers, tokenizer, options)
     unsure = (sizes + around[kinds] > limit) | (sizes < 4)
     rows = np.flatnonzero(unsure)
     lengths = np.zeros(len(dataset), np.int64)
-    lengths[rows] = _lengths(dataset, rows, tokenizer, options)
+    lengths[rows] = _lengths(dataset.select(rows), rows, tokenizer, options)
     if options["overlong"] == "truncate":
         return np.arange(len(dataset))
     if not (lengths <= limit).any():
@@ -205,11 +205,15 @@ def _kinds(column: Sequence, environments: Sequence | None = None) -> tuple[np.n
     return kinds, examples
 
 
-def _lengths(dataset: Dataset, rows: np.ndarray, tokenizer: Any, options: dict) -> np.ndarray:
-    """[len(rows)] int64, tokens of these rows' prompts."""
+def _lengths(dataset: Dataset, numbers: np.ndarray, tokenizer: Any, options: dict) -> np.ndarray:
+    """[N] int64, tokens of the prompts of all rows.
+
+    Args:
+      numbers: of the rows in the whole data, for errors.
+    """
     options = options | {"max_prompt_length": _NO_LIMIT}
-    due = DuePrompts(dataset.select(rows), rows, tokenizer, options)
-    return np.fromiter((len(ids) for ids in due), np.int64, len(rows))
+    due = DuePrompts(dataset, numbers, tokenizer, options)
+    return np.fromiter((len(ids) for ids in due), np.int64, len(dataset))
 
 
 def _cache_path(dataset: Dataset, tokenizer: Any, options: dict, cache: str) -> Path | None:

@@ -347,7 +347,10 @@ def _plain_token_ids(
     tokenizer: Any, conversations: list[list[Message]], where, allow_control_tokens: bool
 ) -> list[list[int]]:
     for index, messages in enumerate(conversations):
-        others = sorted({key for message in messages for key in message} - {"role", "content"})
+        keys = {key for message in messages for key in message}
+        if messages[-1]["role"] == "assistant" or not any(m.get("prefix") for m in messages):
+            keys.discard("prefix")  # nothing follows the last message anyway
+        others = sorted(keys - {"role", "content"})
         if others:
             raise ValueError(
                 f"{where(index)}: without a chat template there is no place for {others[0]!r} of a "

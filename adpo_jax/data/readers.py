@@ -229,7 +229,7 @@ def _columns_of_json(path: Path) -> dict[str, list] | None:
     lengths = {name: len(column) for name, column in value.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path}: an object of columns needs columns of one length, got {lengths}")
-    _refuse_half_escapes(path.read_text(encoding="utf-8-sig"), value, f"{path}:1")
+    _refuse_half_escapes(_decode(path.read_bytes(), path, 1), value, f"{path}:1")
     return value
 
 
@@ -289,10 +289,32 @@ def parquet_batches(path: Path) -> Iterator:
             refuse_twice(path, file.schema_arrow.names)
             first = 1
             for batch in file.iter_batches(batch_size=4096):
+                _refuse_unreadable(path, batch, first)
                 yield stored.numbered(batch, first)
                 first += batch.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _refuse_unreadable(path: Path, batch: Any, first: int) -> None:
+    """Refuses values that Python cannot hold: text that is not UTF-8, times out of its range.
+
+    Args:
+      batch: a `pyarrow.RecordBatch` that begins with row `first`.
+    """
+    import pyarrow
+
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            column.validate(full=True)
+            if stored.has_times(column.type):
+                stored.as_of_python(column).to_pylist()
+        # An unknown time zone is a KeyError.
+        except (pyarrow.ArrowException, ValueError, OverflowError, KeyError) as error:
+            raise ValueError(
+                f"{path}: column {name!r} has a value in rows {first} to "
+                f"{first + len(column) - 1} that cannot be read: {error}"[:500]
+            ) from error
 
 
 def _decode(raw: bytes, path: Path, first_line: int) -> str:

@@ -9,9 +9,10 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 def extract_solution(answer: Any) -> Any:
     """The solution that completions are compared with, from a data set's answer.
 
-    GSM8K's worked answers end in `#### 1,234`, whose solution is that number without its commas.
-    Other text is stripped, a number becomes text, and anything else (a dict of test cases, say)
-    stays as it is. A list of one chat message, TRL's completion, is that message's text.
+    GSM8K's worked answers end in `#### 1,234`, whose solution is that number without its commas;
+    those within brackets stay, as in the point `(3,100)`. Other text is stripped, a number becomes
+    text, and anything else (a dict of test cases, say) stays as it is. A list of one chat message,
+    TRL's completion, is that message's text.
     """
     if message := _message_text(answer):
         answer = message
@@ -25,8 +26,14 @@ def extract_solution(answer: Any) -> Any:
     result = result.strip()
     # Only the last line counts, since elsewhere four hashes are a heading of the worked solution.
     if hashes and result and "\n" not in result:
-        return _THOUSANDS.sub("", result)
+        return _THOUSANDS.sub(_unless_in_brackets, result)
     return answer.strip()
+
+
+def _unless_in_brackets(comma: re.Match[str]) -> str:
+    before = comma.string[: comma.start()]
+    inside = any(before.count(a) > before.count(b) for a, b in ("()", "[]", "{}"))
+    return "," if inside else ""
 
 
 def text_to_imitate(value: Any) -> str | None:

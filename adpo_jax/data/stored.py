@@ -283,24 +283,24 @@ def numbered(batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
     for column in batch.columns:
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
-        arrays.append(_as_of_python(column))
+        arrays.append(as_of_python(column))
     arrays.append(pa.array(np.arange(first, first + batch.num_rows), pa.int64()))
     return pa.RecordBatch.from_arrays(arrays, [*batch.schema.names, NUMBER])
 
 
-def _as_of_python(array: pa.Array) -> pa.Array:
+def as_of_python(array: pa.Array) -> pa.Array:
     """An array whose short numbers and times, at any depth, are as `numbered` says."""
     kind = array.type
     if not _differs_in_python(kind):
         return array
     if pa.types.is_struct(kind):
-        fields = [_as_of_python(field) for field in array.flatten()]
+        fields = [as_of_python(field) for field in array.flatten()]
         return pa.StructArray.from_arrays(fields, [f.name for f in kind], mask=array.is_null())
     if _is_list(kind):
         ends = np.cumsum(pc.fill_null(pc.list_value_length(array), 0).to_numpy(), dtype=np.int64)
         is_null = [*array.is_null().to_pylist(), False]  # of the place where each list begins
         begins = pa.array([0, *ends], pa.int64(), mask=np.array(is_null))
-        return pa.LargeListArray.from_arrays(begins, _as_of_python(array.flatten()))
+        return pa.LargeListArray.from_arrays(begins, as_of_python(array.flatten()))
     if pa.types.is_float16(kind):
         numbers = [  # whole ones are exact; the shortest text of 65504 is 65500
             x if x is None or float(x).is_integer() else float(str(np.float16(x)))
@@ -318,6 +318,14 @@ _MICROSECONDS = {
     pa.duration("ns").id: lambda kind: pa.duration("us"),
     pa.time64("ns").id: lambda kind: pa.time64("us"),
 }
+
+
+def has_times(kind: pa.DataType) -> bool:
+    """Whether a type has times or dates, at any depth."""
+    if pa.types.is_dictionary(kind):
+        return has_times(kind.value_type)
+    fields = (kind.field(i).type for i in range(kind.num_fields))
+    return pa.types.is_temporal(kind) or any(map(has_times, fields))
 
 
 def _differs_in_python(kind: pa.DataType) -> bool:
