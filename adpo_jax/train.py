@@ -413,8 +413,8 @@ def _learn(
     """The update, and the metrics of the iteration."""
     rewards, weights = groups.rewards, None
     if parts.learner.algorithm.decouples_rewards:
-        rewards = groups.rewards_of(parts.reward_model.names)
-        weights = [function.weight for function in parts.reward_model.functions]
+        model = parts.reward_model
+        rewards, weights = groups.rewards_of(model.names), model.weights
     state, metrics = parts.learner.learn(state, groups.sequences, rewards, weights)
     metrics |= reward_metrics(groups.scores, rewards.shape[1])
     metrics |= rollout_metrics(groups) | groups.metrics

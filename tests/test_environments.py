@@ -926,6 +926,28 @@ def test_a_run_in_turns_is_logged_recorded_evaluated_and_resumed_exactly(tmp_pat
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_rewards_of_an_environment_are_normalised_beside_those_of_functions(tmp_path):
+    penalty = {"name": "length_penalty", "weight": 0.5}
+    penalty["kwargs"] = {"max_length": 20, "buffer_length": 10}
+    config = parse(
+        *TINY,
+        "--config.sft.steps=0",
+        "--config.algorithm.adv_estimator=grpo",
+        "--config.algorithm.multi_objective_aggregation=normalize_then_sum",
+        "--config.custom_reward_function.name=good_accuracy",
+        f"--config.reward_functions=({penalty},)",
+        "--config.data.max_response_length=24",
+        "--config.environment.max_turns=2",
+        "--config.trainer.total_training_steps=1",
+        "--config.trainer.test_freq=-1",
+        name="guess_number",
+    )
+    adpo_jax.train(config, tmp_path, build=on_one_device)
+    (*_, row) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["step"] == 1
+    assert np.isfinite(row["grpo/loss"])
+
+
 def shortened(parts, stops):
     """The parts of a run, whose turns many tokens end."""
     ends = {"stop_token_ids": stops}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model import lora
 from adpo_jax.model.lora import Lora, parse_targets
 from adpo_jax.policy import adapters
+from adpo_jax.records import Prompts
 from adpo_jax.run import loading, setup
 
 
@@ -192,6 +194,11 @@ def test_a_reference_and_the_command_generate_have_the_frequencies_of_the_policy
         config.eval.max_tokens = length
         fixed = loading.find_fixed(config, loading.find_model(config), mesh)["reference"]
         assert fixed.policy.config.ropes == (rope,)
+        parts = types.SimpleNamespace(policy=fixed.policy, fixed={}, cold_start=None)
+        parts.train_prompts = Prompts([[1]], {})
+        parts.reward_model = types.SimpleNamespace(functions=())
+        found = setup.contents(config, parts)
+        assert ("within" in found["frequencies"]) == (rope == short)
 
     class Seen(Exception):
         pass

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import types
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from adpo_jax import pretrained
 from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic
 from adpo_jax.policy import Policy, adapters
-from adpo_jax.run import loading
+from adpo_jax.run import loading, setup
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = arithmetic.MODEL_CONFIG | {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8}
@@ -446,6 +447,14 @@ def test_an_added_token_beyond_the_embeddings_is_refused_where_a_prompt_has_it(f
     loading.check_embedded(policy, prompts[:1], "prompt")
     with pytest.raises(ValueError, match=f"prompt 2 has token {number}, and the model embeds"):
         loading.check_embedded(policy, prompts, "prompt")
+    rows = [{"question": "one", "completion": text} for text in ("two", "an <image>")]
+    demonstrations = folder / "shown.jsonl"
+    demonstrations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c.data.prompt_key, c.sft.train_files, c.sft.steps = "question", str(demonstrations), 2
+    c.data.apply_chat_template = False
+    learner = types.SimpleNamespace(policy=policy)
+    with pytest.raises(ValueError, match="sft.train_files: completion 2 has token"):
+        setup.make_cold_start(c, source, learner)
 
 
 def test_frozen_weights_that_are_narrower_than_their_folder_are_told_of(folder, caplog):

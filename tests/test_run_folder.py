@@ -108,6 +108,28 @@ def test_other_contents_of_the_same_files_are_refused_once_they_have_been_used(t
     assert list(noted["changed"]) == ["contents.train_prompts"]
 
 
+def test_adapters_that_were_trained_go_on_under_their_own_alpha(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    ours, other = ({"adapters": json.dumps({"rank": 2, "alpha": a})} for a in (8.0, 64.0))
+    folder.claim(parse(), contents=ours)
+    folder.check(parse(), contents=other)
+    for step in (-50, 0):  # a cold start has trained them too
+        (folder.checkpoints / str(step)).mkdir(parents=True)
+        folder.check(parse(), contents=ours)
+        with pytest.raises(ValueError, match=r"contents\.adapters"):
+            folder.check(parse(), contents=other)
+
+
+def test_what_a_killed_export_left_goes_with_the_next_claim(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(parse())
+    for name in ("export", "adapter"):
+        for state in ("writing", "replaced"):
+            (folder.root / f".{name}.{state}-1").mkdir()
+    folder.claim(parse())
+    assert not list(folder.root.glob(".[ea]*"))
+
+
 def test_a_run_older_than_its_digests_goes_on_and_gets_them(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.claim(parse())

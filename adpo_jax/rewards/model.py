@@ -59,6 +59,8 @@ class RewardModel:
         self.functions = list(functions)
         self._given = tuple(given)
         self.names = _distinct([f.name for f in self.functions] + list(given))
+        # Of each name; those that are given are added as they are.
+        self.weights = [f.weight for f in self.functions] + [1.0] * len(self._given)
         self._backend: Here | Workers
         if num_workers and self.functions:
             self._backend = Workers(

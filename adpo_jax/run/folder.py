@@ -307,7 +307,7 @@ class RunFolder:
 
     def _check_config(self, here: dict, allow_config_change: bool) -> None:
         there = self._saved_config
-        lines = [] if there is None else refused(there, here, self._step)
+        lines = [] if there is None else refused(there, here, self._step, self.has_checkpoint)
         if lines and not allow_config_change:
             raise ValueError(
                 f"{self.root} holds a run with another config, data or reward function; choose "
@@ -370,9 +370,10 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Removes the half-done files of an export that was killed."""
-        for pattern in (".export.writing-*", ".export.replaced-*"):
-            for path in self.root.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+        for folder in (self.export, self.adapter):
+            for state in ("writing", "replaced"):
+                for path in self.root.glob(f".{folder.name}.{state}-*"):
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _replace(path: Path, content: bytes) -> None:

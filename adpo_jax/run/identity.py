@@ -122,18 +122,24 @@ def digests_in(saved: dict) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def refused(there: dict, here: dict, step: int) -> list[str]:
-    """The lines of `changes` with which a run whose newest checkpoint is `step` may not go on."""
+def refused(there: dict, here: dict, step: int, has_checkpoint: bool) -> list[str]:
+    """The lines of `changes` with which a run may not go on.
+
+    Args:
+      step: iterations done in the newest checkpoint, below 0 in a cold start; 0 without one.
+    """
     return [
         line
         for key, line in changes(there, here).items()
-        if not _may_change(key, step)
+        if not _may_change(key, step, has_checkpoint)
         or (key in MAY_MOVE and _is_set(there, key) != _is_set(here, key))
     ]
 
 
-def _may_change(key: str, step: int) -> bool:
-    """Whether a run whose newest checkpoint is `step` may go on under another value of a key."""
+def _may_change(key: str, step: int, has_checkpoint: bool) -> bool:
+    """Whether a run may go on under another value of a key; arguments as for `refused`."""
+    if key == f"{CONTENTS}.{ADAPTERS}":
+        return not has_checkpoint  # every checkpoint has adapters that were trained under these
     if key.startswith(f"{CONTENTS}."):
         # Files that have not been used yet, or never will be again, have no part in the state.
         return step >= 0 if key == f"{CONTENTS}.demonstrations" else step <= 0

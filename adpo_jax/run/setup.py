@@ -204,7 +204,8 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     The keys are "train_prompts" (token ids and solutions), "demonstrations" (token ids, where there
     is a cold start), "reward_files" and "environment_file" (their bytes, where there are any), and
     "reference_weights" and "teacher_weights", where they come from folders. "adapters" are rank,
-    alpha and targets of those that come from a folder, as JSON.
+    alpha and targets of those that come from a folder, as JSON. "frequencies" says which of the two
+    sets of a model with LongRoPE serves the run.
     """
     found = {"train_prompts": _in_words(parts.train_prompts)}
     if parts.cold_start:
@@ -216,6 +217,10 @@ def contents(config: ConfigDict, parts: Parts) -> dict[str, str]:
     if config.actor_rollout_ref.model.lora_adapter_path:
         lora = dataclasses.asdict(parts.policy.lora)
         found[ADAPTERS] = json.dumps(lora | {"targets": ",".join(lora["targets"])})
+    if any(rope.kind == "longrope" for rope in parts.policy.config.ropes):
+        short = parts.policy.for_length(1).config.ropes
+        which = "within" if parts.policy.config.ropes == short else "beyond"
+        found["frequencies"] = f"of sequences {which} the model's original length"
     path = config.environment.path
     if path and path not in EMBEDDED:
         found["environment_file"] = f"{path}: sha256 {_sha256(path)}"
@@ -521,6 +526,9 @@ def make_cold_start(
       tools: what prompts show of tools, as of `render_prompts`.
     """
     demonstrations = datasets.load_demonstrations(config, source, tools)
+    for what in ("prompt", "completion"):
+        rows = getattr(demonstrations, f"{what}s")
+        loading.check_embedded(learner.policy, rows, f"sft.train_files: {what}")
     return ColdStart(
         policy=learner.policy,
         optimizer=make_cold_start_optimizer(config),
