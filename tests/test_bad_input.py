@@ -441,6 +441,11 @@ DATA = {
         lambda n: write_rows(n, [row | {"answer": ["1", "2"]} for row in ROWS]),
         ["x.jsonl: row 1", "is a list of 2 values", "data.answer_key"],
     ),
+    "embedded data beside a file": (
+        "x.jsonl,embedded:arithmetic",
+        lambda n: write_rows("x.jsonl", ROWS),
+        "embedded:arithmetic comes with the package and stands alone in its option",
+    ),
     "all prompts too long": (
         "x.jsonl",
         lambda n: write_rows(n, LONG),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adpo_jax.data import folders, generated, stored
+from adpo_jax.data import embedded, folders, generated, stored
 from adpo_jax.data.readers import (
     BEGINNING,
     Placed,
@@ -106,6 +106,11 @@ def find(source: str, split: str | None) -> Files | Table:
         raise ValueError(
             "a list of data files, separated by commas, has an empty name: name a file or a folder "
             "there, or remove the comma too many (the working folder is .)"
+        )
+    if embedded.is_embedded(source):
+        raise ValueError(
+            f"{source} comes with the package and stands alone in its option: name no other data "
+            "beside it, and no spaces"
         )
     if source.startswith(generated.PREFIX):
         split = split or "train"
