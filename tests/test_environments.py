@@ -19,7 +19,7 @@ from parsing import parse
 from test_metrics import check_documented
 
 import adpo_jax
-from adpo_jax.data import calculator
+from adpo_jax.data import calculator, small_chat
 from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.prompts import render_prompts
 from adpo_jax.engine.sampling import SamplingParams
@@ -32,10 +32,12 @@ from adpo_jax.environments.pool import Answer, EnvironmentFailed, EnvironmentPoo
 from adpo_jax.environments.rendering import TurnTemplate
 from adpo_jax.environments.worker import House
 from adpo_jax.log.metrics import read_jsonl
-from adpo_jax.records import GradedGroups, Prompts
+from adpo_jax.records import Completion, GradedGroups, Prompts
 from adpo_jax.rewards import RewardFunction, RewardModel, Scores
 from adpo_jax.rewards.model import GIVEN
 from adpo_jax.rollouts.completing import Reading
+from adpo_jax.rollouts.conversations import Conversation, Conversations
+from adpo_jax.rollouts.flight import FlyingSample, Told
 from adpo_jax.rollouts.in_turns import InTurns
 from adpo_jax.rollouts.sampler import generate_and_grade, sample_records, turn_metrics
 from adpo_jax.run import setup
@@ -924,6 +926,38 @@ def test_a_run_in_turns_is_logged_recorded_evaluated_and_resumed_exactly(tmp_pat
     adpo_jax.train(config, tmp_path / "replayed", build=build, replay=replay)
     one, other = (tmp_path / r / "export" / "model.safetensors" for r in ("whole", "replayed"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("generic", "last", "called"),
+    [
+        ("", "<think>\n", False),
+        ("<think>\n", None, False),
+        ("<think>\n", "Let me add: ", True),
+        ("<think>\n", "<think>\nsmall sum</think>", True),
+        ("<think>\n", [{"type": "text", "text": "<think>\nsmall"}], False),
+    ],
+)
+def test_the_prompt_decides_whether_the_first_turn_begins_in_a_thought(generic, last, called):
+    tokenizer = small_chat.make_tokenizer(["<think> so </think> add"], 600)
+    ending = "{% if add_generation_prompt %}" + generic + "{% endif %}"
+    tokenizer.chat_template = small_chat.TEMPLATE + ending
+    ends = (tokenizer.eos_token_id,)
+    environments = SimpleNamespace(
+        pool=None, template=TurnTemplate(tokenizer, {}, [ADD], list(ends), 100)
+    )
+    conversations = Conversations(tokenizer, Reading("prompt", False, ends), environments)
+    prompt = [{"role": "user", "content": "1 + 2?"}]
+    prompt += [{"role": "assistant", "content": last}] if last else []
+    said = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    tokens = np.array([*tokenizer(said)["input_ids"], *ends], np.int32)
+    completion = Completion.sampled(tokens, np.zeros(len(tokens)), "stop")
+    conversation = Conversation(
+        contract.Described("X", [ADD], False, ()),
+        dataclasses.replace(FlyingSample.of(completion), told=Told()),
+        begun_thought=conversations.begun_thought({"prompt": prompt}),
+    )
+    assert bool(conversations._read(conversation, 0)) == called
 
 
 def test_rewards_of_an_environment_are_normalised_beside_those_of_functions(tmp_path):

@@ -49,6 +49,8 @@ class Conversation:
       described: its environment.
       sample: its tokens, and what it was told.
       lease: the environment; None where none is needed any more.
+      begun_thought: the mark with which the prompt begins a thought that the first turn goes on
+        with; "" for none, None for what the template begins every turn with.
       messages: what was said after the prompt.
       texts: what the model wrote, turn by turn.
       calls: those of the turn that has just ended; None where it has not, or ended without.
@@ -62,6 +64,7 @@ class Conversation:
     described: Described
     sample: FlyingSample
     lease: Lease | None = None
+    begun_thought: str | None = None
     messages: list[Message] = dataclasses.field(default_factory=list)
     texts: list[str] = dataclasses.field(default_factory=list)
     calls: list[Call] | None = None
@@ -224,8 +227,23 @@ class Conversations:
         environments = self._environments
         lease = self._pool.lease(environments.name_of(row)) if leases else None
         self.under_way[place] = Conversation(
-            environments.of_row(row), sample, lease, attributes=sample.told.attributes
+            environments.of_row(row),
+            sample,
+            lease,
+            begun_thought=self.begun_thought(row),
+            attributes=sample.told.attributes,
         )
+
+    def begun_thought(self, row: Mapping[str, Any]) -> str | None:
+        """As of `Conversation`, where the prompt of a row ends with words of the assistant."""
+        prompt = row.get(self._reading.prompt_key)
+        last = prompt[-1] if isinstance(prompt, list) and prompt else None
+        if not isinstance(last, Mapping) or last.get("role") != "assistant":
+            return None
+        said = last.get("content") or ""
+        if not isinstance(said, str):
+            said = "".join(str(part.get("text") or "") for part in said)
+        return calls_lib.begun_thought(self._template.form, said, continued=said)
 
     def _reset(
         self, place: Place, row: dict, seed: int, answers: queue.SimpleQueue, tag: Any
@@ -276,7 +294,9 @@ class Conversations:
         (shown,) = self._reading.decoded(self._tokenizer, [tokens])
         (text,) = self._with_marks.decoded(self._tokenizer, [tokens])
         tools = conversation.described.parameters
-        calls = calls_lib.calls_in(self._template.form, self._template.thought + text, tools)
+        thought = self._template.thought if number else conversation.begun_thought
+        thought = self._template.thought if thought is None else thought
+        calls = calls_lib.calls_in(self._template.form, thought + text, tools)
         conversation.texts.append(shown)
         conversation.messages.append({"role": "assistant", "content": shown} | _as_message(calls))
         return calls
