@@ -178,7 +178,7 @@ class MeasuringLearner(Learner):
 
     start_params: object = None
 
-    def learn(self, state, sequences, rewards_PG):
+    def learn(self, state, sequences, rewards, reward_weights=None):
         """As `Learner.learn`, with E[log policy - log start] of a whole completion, nats."""
         start, _ = self.log_probs(self.start_params, sequences)
         log_ratios = [
@@ -186,7 +186,7 @@ class MeasuringLearner(Learner):
             for group in zip(sequences.values("sampler"), start)
             for sampled, log_probs in zip(*group)
         ]
-        state, metrics = super().learn(state, sequences, rewards_PG)
+        state, metrics = super().learn(state, sequences, rewards, reward_weights)
         return state, metrics | {START_KL: float(np.mean(log_ratios))}
 
 

@@ -299,7 +299,7 @@ def test_a_text_config_of_another_family_is_refused():
 def dry_run_without_compiling(monkeypatch):
     """dry_run.dry_run, which lays out state and cache but traces no program."""
     monkeypatch.setattr(cache_plan, "free_memory", lambda: 10**14)
-    monkeypatch.setattr(dry_run, "_traced", lambda *_: {})
+    monkeypatch.setattr(dry_run, "programs_of", lambda *_, **__: {})
     return dry_run.dry_run
 
 

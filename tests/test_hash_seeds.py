@@ -82,6 +82,8 @@ def left_by_a_run(folder: Path, seed: str) -> dict[str, bytes | list]:
     run = folder / "run"
     files = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
     files = {name: content for name, content in files.items() if not name.startswith(BY_NATURE)}
+    # It notes where the run was started.
+    files["config.json"] = files["config.json"].replace(os.fsencode(folder), b"")
     lines = files["metrics.jsonl"].splitlines()
     files["metrics.jsonl"] = [
         [(k, "" if MEASURED.match(k) else v) for k, v in json.loads(line).items()] for line in lines
