@@ -25,6 +25,7 @@ def make_run(folder, *, seed, tau=0.8, steps=5):
         "trainer": {"seed": seed, "experiment_name": folder.name},
         "actor_rollout_ref": {"model": {"path": f"start/seed{seed}/export"}},
         "reward_model": {"reward_kwargs": {"api_key": "hunter2"}},
+        "working_directory": f"/home/ann/{folder.parent.name}{seed}",
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "environment.json").write_text(json.dumps({"python": "3.11.9", "devices": "1 x cpu"}))
@@ -77,6 +78,7 @@ def test_the_page_stands_alone_and_shows_hostile_text_as_text(folders, tmp_path)
     assert "&lt;script&gt;alert(1)" in text
     assert "\x00" not in text
     assert "hunter2" not in text
+    assert "/home/ann" not in text
     # Nothing is fetched: the only addresses are names of XML's vocabularies.
     addresses = set(re.findall(r"(?:https?:)?//[a-z][\w.]+", text)) - {"//evil.example"}
     assert addresses <= {"http://www.w3.org"}

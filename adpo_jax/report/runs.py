@@ -20,6 +20,8 @@ from adpo_jax.log.redaction import redacted
 # What tells a run from its siblings, and not what kind of run it is.
 _OF_ONE_RUN = ("trainer.seed", "trainer.experiment_name", "trainer.project_name")
 _DIGESTS = "contents."  # of files that the config names, which may lie in a folder for each seed
+# The folder that a run was started in, which a page that is passed on does not tell.
+_WORKING_DIRECTORY = "working_directory"
 _MOST_BYTES = 16 << 20  # of a line or a JSON file
 _LARGEST = 1e300  # of a metric; beyond it an axis has no room for a margin
 
@@ -50,6 +52,7 @@ class Run:
         problems: list[str] = []
         try:
             config = dict(_flat(redacted(_read_object(folder / "config.json"))))
+            config.pop(_WORKING_DIRECTORY, None)
             rows = [_row(row) for row in read_rows(folder / "metrics.jsonl", problems)]
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder} is no run's folder: {error}") from error
