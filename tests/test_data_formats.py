@@ -18,8 +18,10 @@ from test_prompts import CHAT_TEMPLATE, make_tokenizer
 import adpo_jax
 from adpo_jax.config import default_config
 from adpo_jax.data import arithmetic, due, files, readers
+from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.files import load_rows
 from adpo_jax.data.order import prompt_indices
+from adpo_jax.data.prompts import render_prompts
 from adpo_jax.log.metrics import read_jsonl
 from adpo_jax.run import datasets, loading, setup
 from adpo_jax.run.config_checks import finalized
@@ -270,6 +272,43 @@ def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
                 small.token_ids,
                 small.columns,
             )
+
+
+def test_empty_cells_of_a_csv_file_are_no_ids(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,question,answer\n,a,1\n,b,2\n7,c,3\n")
+    keys = {"prompt_key": "question", "answer_key": "answer"}
+    assert len(load_rows(str(path), **keys)) == 3
+    path.write_text(path.read_text() + "7,d,4\n")
+    with pytest.raises(ValueError, match="rows . and . have the same id '7'"):
+        load_rows(str(path), **keys)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_parquet_file_that_is_damaged_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    texts = [f"{n} " * 400 for n in range(2000)]
+    table = pyarrow.table({"question": texts, "answer": texts})
+    pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    raw[200:4000] = bytes(3800)
+    path.write_bytes(raw)
+    keys = {"prompt_key": "question", "answer_key": "answer", "cache_dir": str(tmp_path / "c")}
+    with pytest.raises(ValueError, match=r"rows\.parquet: not a readable Parquet file"):
+        load_rows(str(path), **keys)
+
+
+@pytest.mark.parametrize("shape", ["last", "false", "first"])
+def test_a_prefix_needs_no_chat_template_where_it_is_at_the_end(shape):
+    user = {"role": "user", "content": "1+1?", "prefix": shape == "first"}
+    said = {"role": "assistant", "content": "It is", "prefix": shape == "last"}
+    options = {"prompt_key": "prompt", "max_prompt_length": 99}
+    dataset = Dataset({"prompt": [[user, said]]})
+    if shape == "first":
+        with pytest.raises(ValueError, match="no place for 'prefix'"):
+            render_prompts(dataset, make_tokenizer(None), **options)
+    else:
+        assert len(render_prompts(dataset, make_tokenizer(None), **options).token_ids) == 1
 
 
 @pytest.mark.usefixtures("large")

@@ -348,7 +348,8 @@ def _plain_token_ids(
 ) -> list[list[int]]:
     for index, messages in enumerate(conversations):
         keys = {key for message in messages for key in message}
-        if messages[-1]["role"] == "assistant" or not any(m.get("prefix") for m in messages):
+        marked = [message for message in messages if message.get("prefix")]
+        if not marked or (marked == messages[-1:] and messages[-1]["role"] == "assistant"):
             keys.discard("prefix")  # nothing follows the last message anyway
         others = sorted(keys - {"role", "content"})
         if others:
