@@ -3,7 +3,9 @@
 import gc
 import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,20 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ).strip()
     if importlib.metadata.version("jax").startswith("0.10."):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+# Tests compile the same small programs again and again, in several processes: what one has compiled
+# the others read. The folder lasts as long as the tests do, and knows no program of earlier ones.
+OWN_CACHE = ""
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    OWN_CACHE = tempfile.mkdtemp(prefix="adpo-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:  # the processes that run tests got it from the one that began them
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
 
 # `configs/` lies beside the package, not inside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -349,11 +349,14 @@ TIGHT = (FROM_FILE, NO_VAL, "--config.data.apply_chat_template=false")
 ELSEWHERE = "--config.environment.url=http://127.0.0.1:9/x"
 TOOLS = ("--config.environment.path=tools.py", "--config.environment.tools=('a',)")
 SMALL = f"--config.{MODEL}.hf_config={{'hidden_size': 16, 'num_hidden_layers': 1, 'head_dim': 8}}"
+FEW = ("--config.data.train_max_samples=64", "--config.data.max_val_samples=4")
+FEW_SHOWN = "--config.sft.train_max_samples=64"
 SHORT = (
     SMALL,
+    *FEW,
+    FEW_SHOWN,
     "--config.sft.steps=2",
     "--config.sft.lr_warmup_steps=0",
-    "--config.data.max_val_samples=4",
     "--config.trainer.total_training_steps=4",
     "--config.trainer.save_freq=1",
     "--config.trainer.test_freq=1",
@@ -384,10 +387,10 @@ WALK = {
     "data.val_split": ("train", prompts, FROM_FILE, "--config.data.val_files=folder", ROOM),
     "data.prompt_key": ("other", prompts, FROM_FILE, "--config.data.val_files=a.jsonl"),
     "data.answer_key": ("other", prompts, FROM_FILE, "--config.data.val_files=a.jsonl"),
-    "data.prompt_template": ("Q: {prompt}", prompts, ROOM),
-    "data.system_prompt": ("Be brief.", prompts, ROOM),
-    "data.apply_chat_template": ("false", prompts, ROOM),
-    "data.chat_template_kwargs": ("{'tone': 'kindly'}", prompts, ROOM),
+    "data.prompt_template": ("Q: {prompt}", prompts, ROOM, *FEW),
+    "data.system_prompt": ("Be brief.", prompts, ROOM, *FEW),
+    "data.apply_chat_template": ("false", prompts, ROOM, *FEW),
+    "data.chat_template_kwargs": ("{'tone': 'kindly'}", prompts, ROOM, *FEW),
     "data.allow_control_tokens": ("true", prompts, "--config.data.train_files=c.jsonl", NO_VAL),
     "data.max_prompt_length": ("14", prompts, *TIGHT),
     "data.overlong_prompts": ("truncate", prompts, "--config.data.max_prompt_length=14", *TIGHT),
@@ -395,9 +398,9 @@ WALK = {
     "data.mask_truncated_completions": ("true", trained),
     "data.skip_special_tokens": ("true", lambda config: setup.make_reading(config, (1,))),
     "data.train_batch_size": ("16", learner),
-    "data.max_val_samples": ("2", prompts, ROOM),
-    "data.val_max_samples": ("2", prompts, ROOM),
-    "data.train_max_samples": ("2", prompts, ROOM),
+    "data.max_val_samples": ("2", prompts, ROOM, *FEW),
+    "data.val_max_samples": ("2", prompts, ROOM, *FEW),
+    "data.train_max_samples": ("2", prompts, ROOM, *FEW),
     "data.shuffle": ("false", first_batch),
     "data.cache_dir": ("cache", data_cache, FROM_FILE),
     f"{MODEL}.path": ("one", start, f"--config.{MODEL}.random_init=true"),
@@ -478,9 +481,9 @@ WALK = {
     "sft.steps": ("3", road, *SHORT),
     "sft.batch_size": ("8", road, *SHORT),
     "sft.save_freq": ("1", road, *SHORT, "--config.trainer.save_freq=0"),
-    "sft.train_files": ("a.jsonl", demonstrations, "--config.sft.completion_key=answer"),
-    "sft.completion_key": ("answer", demonstrations),
-    "sft.train_max_samples": ("2", demonstrations),
+    "sft.train_files": ("a.jsonl", demonstrations, FEW_SHOWN, "--config.sft.completion_key=answer"),
+    "sft.completion_key": ("answer", demonstrations, FEW_SHOWN),
+    "sft.train_max_samples": ("2", demonstrations, FEW_SHOWN),
     "sft.lr": ("0.1", cold_adamw),
     "sft.lr_warmup_steps": ("3", cold_adamw),
     "sft.weight_decay": ("0.5", cold_adamw),
@@ -549,9 +552,9 @@ def unchanged(probe, *context, file):
 
 
 @functools.cache
-def road_unchanged(*context, file):
-    """`unchanged` of whole runs, which are long and say nothing of the folder that they lie in."""
-    return unchanged(road, *context, file=file)
+def unchanged_anywhere(probe, *context, file):
+    """`unchanged` of what takes long and says nothing of the folder that it lies in."""
+    return unchanged(probe, *context, file=file)
 
 
 @pytest.mark.parametrize("key", WALK)
@@ -559,8 +562,8 @@ def test_each_key_on_the_command_line_changes_the_run(key):
     value, probe, *context = WALK[key]
     # The one whose length is given in epochs.
     file = "gsm8k" if key == "trainer.total_epochs" else "arithmetic"
-    find = road_unchanged if probe is road else functools.partial(unchanged, probe)
-    before = find(*context, file=file)
+    find = unchanged_anywhere if probe in (road, policy) else unchanged
+    before = find(probe, *context, file=file)
     assert repr(probe(parse(*context, f"--config.{key}={value}", name=file))) != before
 
 

@@ -5,6 +5,7 @@ documentation and the refusals of keys without effect are made from these declar
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -86,10 +87,15 @@ def check(algorithm) -> None:
 
 def kind_of(algorithm: type, name: str) -> type:
     """The type of a parameter's values, None aside."""
-    hint = typing.get_type_hints(algorithm)[name]
+    hint = _hints(algorithm)[name]
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
     assert len(kinds) == 1, f"{name} of {algorithm.name} has values of several types: {hint}"
     return kinds[0]
+
+
+@functools.cache
+def _hints(algorithm: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(algorithm)
 
 
 @dataclasses.dataclass(frozen=True)
