@@ -8,6 +8,7 @@ Letters: P prompts, G completions of a prompt, T tokens of a completion, S token
 completion.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -214,11 +215,14 @@ class Prompts:
       token_ids: one list of token ids a prompt.
       columns: one value a prompt under each name; rewards compare an answer with "solution".
       files_digest: a digest of the files that they come from, where they are read when due.
+      earlier_copies: how many equal prompts stand before each in the batch that these are a share
+        of; None where these are the batch.
     """
 
     token_ids: Sequence[list[int]]
     columns: dict[str, Sequence]
     files_digest: str = ""
+    earlier_copies: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -227,6 +231,11 @@ class Prompts:
         """The prompts with these numbers, in this order, in memory."""
         columns = {name: _taken(values, rows) for name, values in self.columns.items()}
         return Prompts(_taken(self.token_ids, rows), columns)
+
+    def share(self, rows: Sequence[int]) -> "Prompts":
+        """The prompts with these numbers, told from their copies in the whole batch."""
+        copies = _taken(earlier_copies(self.token_ids), rows)
+        return dataclasses.replace(self.select(rows), earlier_copies=copies)
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Prompts]") -> "Prompts":
@@ -257,6 +266,17 @@ class Prompts:
             name: [value for value in values for _ in range(times)]
             for name, values in self.columns.items()
         }
+
+
+def earlier_copies(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How many equal prompts stand before each of these."""
+    seen: collections.Counter[bytes] = collections.Counter()
+    found = []
+    for prompt in prompts:
+        content = np.asarray(prompt, "<i8").tobytes()
+        found.append(seen[content])
+        seen[content] += 1
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

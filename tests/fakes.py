@@ -9,7 +9,7 @@ from adpo_jax.update.learner import Learner
 class FakeEngine:
     """Answers every prompt with two tokens."""
 
-    def generate(self, params, prompts, sampling, key, *, version=0):
+    def generate(self, params, prompts, sampling, key, *, version=0, keys=None, on_group_done=None):
         answer = Completion.sampled([40, 40], [-1.0, -1.0], "stop", version=version)
         return Completions([[answer] * sampling.n for _ in prompts])
 

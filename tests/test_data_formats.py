@@ -253,7 +253,7 @@ def large_prompts(path, tmp_path, tokenizer, **data):
     return datasets.load_prompts(config, tokenizer, str(path), split="train")
 
 
-def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
+def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch, caplog):
     tokenizer = make_tokenizer(CHAT_TEMPLATE)
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) + "\n" for row in MIXED))
@@ -262,10 +262,15 @@ def test_large_files_give_the_same_prompts_as_small_ones(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), parquet)
     for file, options in ((path, {}), (parquet, {}), (path, {"overlong_prompts": "truncate"})):
         monkeypatch.setattr(files, "LARGE_BYTES", 2**20)
+        caplog.clear()
         small = large_prompts(file, tmp_path, tokenizer, **options)
+        warnings = list(caplog.messages)
+        assert file == parquet or "1 of 3 prompts are longer than data.max" in warnings[0]
         monkeypatch.setattr(files, "LARGE_BYTES", 0)
         for _ in range(2):  # the second time from the cache
+            caplog.clear()
             stored = large_prompts(file, tmp_path, tokenizer, **options)
+            assert caplog.messages == warnings
             assert stored.files_digest
             rows = range(len(stored))
             assert (stored.select(rows).token_ids, stored.select(rows).columns) == (
@@ -360,9 +365,9 @@ def test_large_files_are_filtered_by_the_tools_of_their_environments(tmp_path):
     }
     cache = tmp_path / "cache"
     for _ in range(2):
-        fitting = due.fitting_rows(dataset, tokenizer, options, str(cache))
-        assert fitting.tolist() == [0, 2, 4, 6, 8]
-        (kept,) = cache.glob("fitting-*.npy")
+        overlong = due.overlong_rows(dataset, tokenizer, options, str(cache))
+        assert overlong.tolist() == [1, 3, 5, 7]
+        (kept,) = cache.glob("overlong-*.npy")
         kept.write_bytes(b"")  # as after a loss of power
 
 

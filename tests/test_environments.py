@@ -642,7 +642,7 @@ class Script:
     def num_decoding(self):
         return len(self._ready)
 
-    def submit(self, ids):
+    def submit(self, ids, keys):
         samples = [Sample(self._num_submitted, i) for i in range(self._n)]
         self._num_submitted += 1
         for sample in samples:

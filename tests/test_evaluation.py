@@ -85,7 +85,7 @@ class Parrot:
     def __init__(self, tokenizer, lines):
         self.tokenizer, self.lines = tokenizer, lines
 
-    def generate(self, params, token_ids, sampling, key, *, version=0):
+    def generate(self, params, token_ids, sampling, key, **_):
         def completion(line):
             said = self.tokenizer(line)["input_ids"]
             return Completion.sampled(said, [-1.0] * len(said), "stop")

@@ -31,7 +31,7 @@ def run_it() -> None:
     from adpo_jax.run import setup
 
     class FakeEngine:
-        def generate(self, params, prompts, sampling, key, *, version=0):
+        def generate(self, params, prompts, sampling, key, *, version=0, **_):
             def answer(p, g):
                 return Completion.sampled([40 + p, 40 + g], [-1.0, -1.0], "stop", version=version)
 

@@ -31,7 +31,7 @@ TEXTS = [["#### 4", "#### 5", "no"], ["#### 9", "", "#### 09"]]
 class FakeEngine:
     """Says `TEXTS`; its groups finish in reverse order."""
 
-    def generate(self, params, prompts, sampling, key, *, version=0, on_group_done=None):
+    def generate(self, params, prompts, sampling, key, *, version=0, keys=None, on_group_done=None):
         ids = [arithmetic.make_tokenizer()(texts)["input_ids"] for texts in TEXTS]
         rows = [[np.array([*row, 1][:6]) for row in group] for group in ids]  # 1 is <eos>
         out = Completions(

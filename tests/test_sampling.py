@@ -12,6 +12,8 @@ from adpo_jax.devices import sharding
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.engine import sampling
 from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.records import Prompts
+from adpo_jax.rollouts.rows import group_seeds
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -3.0, 1.5], np.float32)
 CHI_SQUARE_999 = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}
@@ -267,3 +269,15 @@ def test_alternatives_are_the_likeliest_tokens_under_the_distribution_sampled_fr
     np.testing.assert_array_equal(drawn.alternatives.tokens[0, :3], np.argsort(-expected)[:3])
     likeliest = np.exp(drawn.alternatives.log_probs[0])
     np.testing.assert_allclose(likeliest, np.sort(expected)[::-1][:4], atol=1e-6)
+
+
+def test_a_share_of_a_batch_tells_copies_apart_as_the_batch_does():
+    batch = Prompts([[3, 4], [5], [3, 4], [3, 4], [5]], {})
+    whole = sampling.prompt_uids(batch.token_ids)
+    assert len(set(whole)) == 5
+    for rows in ([0, 1], [2, 3, 4], [4, 0], []):
+        part = batch.share(rows)
+        uids = sampling.prompt_uids(part.token_ids, part.earlier_copies)
+        assert uids.tolist() == whole[rows].tolist()
+        seeds = group_seeds(jax.random.key(1), part)
+        assert seeds == [group_seeds(jax.random.key(1), batch)[row] for row in rows]

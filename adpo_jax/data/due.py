@@ -1,10 +1,10 @@
 """Prompts of large data sets: rendered and tokenised when they are due.
 
 Before training only the prompts that may be too long are tokenised, on all cores by the tokenizer,
-and which rows stay is kept in the cache folder. A row is taken to fit where the bytes that it fills
-in and the tokens of a prompt of its kind with hardly any text are no more than the limit together,
-since a token stands for a byte at least. (Where a tokenizer makes more tokens than bytes after all,
-a prompt that is due is cut at its front.)
+and which of them are is kept in the cache folder. A row is taken to fit where the bytes that it
+fills in and the tokens of a prompt of its kind with hardly any text are no more than the limit
+together, since a token stands for a byte at least. (Where a tokenizer makes more tokens than bytes
+after all, a prompt that is due is cut at its front.)
 """
 
 import collections
@@ -25,7 +25,7 @@ from adpo_jax.data import prompts
 from adpo_jax.data.dataset import Dataset
 from adpo_jax.data.stored import StoredColumn
 
-VERSION = 3
+VERSION = 4
 
 _ROWS_AT_ONCE = 1024
 _MOST_KINDS = 1000
@@ -87,10 +87,10 @@ def _naming(source: str) -> Iterator[None]:
         raise ValueError(f"{place[0]}{source}: {rest}") from error
 
 
-def fitting_rows(
+def overlong_rows(
     dataset: Dataset, tokenizer: Any, options: dict, cache: str, source: str = ""
 ) -> np.ndarray:
-    """The rows whose prompts fit, after the checks that need no tokens.
+    """The rows whose prompts are too long, after the checks that need no tokens.
 
     Args:
       options: keyword arguments of `render_prompts`.
@@ -98,7 +98,7 @@ def fitting_rows(
       source: the name of the data, for errors.
 
     Returns:
-      [N] int64 in ascending order; all rows where `overlong` is "truncate".
+      [N] int64 in ascending order.
 
     Raises:
       ValueError: as `render_prompts`, as far as it can be told without tokenising every prompt.
@@ -110,13 +110,13 @@ def fitting_rows(
         except (OSError, ValueError, EOFError):  # damaged
             pass
     with _naming(source):
-        rows = _fitting_rows(dataset, tokenizer, options)
+        rows = _overlong_rows(dataset, tokenizer, options)
     if path is not None:
         _save(path, rows)
     return rows
 
 
-def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray:
+def _overlong_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray:
     limit, prompt_key = options["max_prompt_length"], options["prompt_key"]
     filled = _filled_in(dataset, prompt_key, options["prompt_template"])
     for name in filled:
@@ -136,15 +136,14 @@ def _fitting_rows(dataset: Dataset, tokenizer: Any, options: dict) -> np.ndarray
     rows = np.flatnonzero(unsure)
     lengths = np.zeros(len(dataset), np.int64)
     lengths[rows] = _lengths(dataset.select(rows), rows, tokenizer, options)
-    if options["overlong"] == "truncate":
-        return np.arange(len(dataset))
-    if not (lengths <= limit).any():
+    overlong = np.flatnonzero(lengths > limit)
+    if options["overlong"] == "filter" and len(overlong) == len(lengths):
         raise ValueError(
             f"all {len(lengths)} prompts are longer than max_prompt_length={limit}: "
             f"{lengths.min()} to {lengths.max()} tokens. Raise data.max_prompt_length to "
             f"{lengths.max()}, or truncate them"
         )
-    return np.flatnonzero(lengths <= limit)
+    return overlong
 
 
 def _bare(prompt: str | list) -> str | list:
@@ -224,7 +223,7 @@ def _cache_path(dataset: Dataset, tokenizer: Any, options: dict, cache: str) -> 
     about = [VERSION, dataset.digest, len(dataset), list(dataset.columns), options]
     about += [str(getattr(tokenizer, "chat_template", "")), type(tokenizer).__name__]
     found.update(json.dumps(about, default=str).encode())
-    return Path(cache).expanduser() / f"fitting-{found.hexdigest()}.npy"
+    return Path(cache).expanduser() / f"overlong-{found.hexdigest()}.npy"
 
 
 def _save(path: Path, rows: np.ndarray) -> None:

@@ -11,11 +11,11 @@ number among the prompt's samples, its uniforms of that key and the position.
 Letters: B rows, P prompts, V vocabulary, N blocks of the vocabulary, W tokens of a block.
 """
 
-import collections
 import dataclasses
 import functools
 import numbers
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import axes_that_split
 from adpo_jax.engine.sizes import is_whole, up_to_multiple
+from adpo_jax.records import earlier_copies
 
 # Tokens of a block of the vocabulary. 128 divides most vocabularies and is a vector register's
 # multiple everywhere; 152k tokens make 1,187 blocks.
@@ -229,17 +230,21 @@ def _fold_in_all(key, uids, samples):
     return jax.vmap(jax.vmap(of_sample, (None, 0)), (0, None))(uids, samples)
 
 
-def prompt_uids(prompts: list[np.ndarray]) -> np.ndarray:
+def prompt_uids(
+    prompts: Sequence[Sequence[int]], copies: Sequence[int] | None = None
+) -> np.ndarray:
     """A number for each prompt that does not depend on its place in the list, [P] uint32.
 
     It is a hash of the tokens and of how often the same prompt stands before.
+
+    Args:
+      copies: how often the same prompt stands before each, where these are not the whole list.
     """
-    seen = collections.Counter()
-    uids = []
-    for prompt in prompts:
-        tokens = prompt.astype("<i4").tobytes()
-        uids.append(zlib.crc32(seen[tokens].to_bytes(4, "little"), zlib.crc32(tokens)))
-        seen[tokens] += 1
+    copies = earlier_copies(prompts) if copies is None else copies
+    uids = [
+        zlib.crc32(before.to_bytes(4, "little"), zlib.crc32(np.asarray(prompt, "<i4").tobytes()))
+        for prompt, before in zip(prompts, copies, strict=True)
+    ]
     return np.array(uids, np.uint32)
 
 

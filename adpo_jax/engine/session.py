@@ -421,8 +421,7 @@ class Session:
 
 def _keys(key: jax.Array, prompt: np.ndarray, n: int, seen: int) -> np.ndarray:
     """[n, 2] uint32, the keys of `Engine.generate` for the prompt where it stands `seen` before."""
-    uid = prompt_uids([prompt] * (seen + 1))[-1:]
-    return np.asarray(sample_keys(key, uid, n))[0]
+    return np.asarray(sample_keys(key, prompt_uids([prompt], [seen]), n))[0]
 
 
 def _turn(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from adpo_jax.engine.engine import Engine, FinishedGroup
-from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.sampling import SamplingParams, prompt_uids, sample_keys
 from adpo_jax.records import Completion, Completions, Prompts
 
 Message = dict[str, Any]
@@ -172,8 +172,14 @@ class OneTurn:
             answers = Answers(prompt, Completions([group.completions]), texts)
             on_group_done(group.prompt_index, answers)
 
-        overlap = {} if on_group_done is None else {"on_group_done": done}
+        uids = prompt_uids(prompts.token_ids, prompts.earlier_copies)
         out = self.engine.generate(
-            params, prompts.token_ids, sampling, key, version=version, **overlap
+            params,
+            prompts.token_ids,
+            sampling,
+            key,
+            version=version,
+            keys=np.asarray(sample_keys(key, uids, sampling.n)),
+            on_group_done=on_group_done and done,
         )
         return Answers(prompts, out, self.reading.texts(self.tokenizer, out.flat))

@@ -323,8 +323,7 @@ class RemoteBatches(RemoteSamplers):
     ) -> tuple[list[list[Completion]], dict[str, float]]:
         """The completions of prompts that are asked for now, and counts."""
         key = self._sampler.key(step, attempt)
-        arrays = [np.asarray(prompt, np.int32) for prompt in prompts.token_ids]
-        keys = np.asarray(sample_keys(key, prompt_uids(arrays), self._numbering.n))
+        keys = np.asarray(sample_keys(key, prompt_uids(prompts.token_ids), self._numbering.n))
         numbers = range(self._num_asked, self._num_asked + len(prompts))
         self._num_asked += len(prompts)
         self._open()

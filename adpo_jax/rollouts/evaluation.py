@@ -171,7 +171,7 @@ def _graded(
     complete, params, prompts: Prompts, tokenizer, sampling, reward_model, reading, state
 ) -> _Graded:
     with distributed.fail_together():
-        mine = prompts.select(distributed.own_rows(len(prompts)))
+        mine = prompts.share(distributed.own_rows(len(prompts)))
         answers = complete(params, mine, sampling, jax.random.key(0), version=state.global_step)
         columns = answers.reward_columns(reading, reward_model.takes)
         rewards = reward_model.score(answers.texts, columns, state).total

@@ -204,7 +204,7 @@ def _bodies(
         name: getattr(sampling, name)
         for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens")
     }
-    seeds = group_seeds(key, [list(ids) for ids in prompts.token_ids])
+    seeds = group_seeds(key, prompts)
     return [
         {
             "row": reset_row(row, prompt_key, None),

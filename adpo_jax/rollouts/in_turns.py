@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from adpo_jax.engine.engine import Engine
-from adpo_jax.engine.sampling import SamplingParams
+from adpo_jax.engine.sampling import SamplingParams, sample_keys
 from adpo_jax.environments.environments import Environments
 from adpo_jax.records import Prompts
 from adpo_jax.rollouts.completing import Answers, Reading
@@ -57,12 +58,15 @@ class InTurns:
         Raises:
           EnvironmentFailed: an environment failed in `reset` or `get_reward`.
         """
-        ids = [list(row) for row in prompts.token_ids]
-        rollout = _Rollout(self.conversations(), sampling.n, len(ids), version, on_group_done)
+        seeds = group_seeds(key, prompts)
+        # What an environment adds to a prompt decides nothing of how its completions are drawn.
+        uids = np.array(seeds, np.uint64).astype(np.uint32)
+        keys = np.asarray(sample_keys(key, uids, sampling.n))
+        rollout = _Rollout(self.conversations(), sampling.n, len(seeds), version, on_group_done)
         try:
-            rollout.reset(Prompts(ids, prompts.columns), group_seeds(key, ids))
+            rollout.reset(prompts, seeds)
             with self.engine.session(params, sampling, key, version=version) as session:
-                rollout.run(session)
+                rollout.run(session, keys)
                 return rollout.all_answers(session.stats)
         finally:
             rollout.give_back()
@@ -97,11 +101,16 @@ class _Rollout:
         for place in list(self._under_way):
             self._conversations.give_back(place)
 
-    def run(self, session) -> None:
-        """Decodes until all completions and their environments have ended."""
+    def run(self, session, keys: np.ndarray) -> None:
+        """Decodes until all completions and their environments have ended.
+
+        Args:
+          keys: [P, n, 2] uint32, the keys of the samples.
+        """
         place_of = {}
-        for ids, places in zip(self._prompts.token_ids, self._groups):
-            place_of |= dict(zip(session.submit(ids).samples, places, strict=True))
+        for ids, places, of_group in zip(self._prompts.token_ids, self._groups, keys, strict=True):
+            samples = session.submit(ids, keys=of_group).samples
+            place_of |= dict(zip(samples, places, strict=True))
         sample_of = {place: sample for sample, place in place_of.items()}
 
         def room(place: Place) -> int:

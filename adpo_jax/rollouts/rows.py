@@ -1,13 +1,12 @@
 """What environments are told of a row of the data: its columns, and a seed."""
 
-import collections
 import hashlib
 
 import jax
 import numpy as np
 
 from adpo_jax.environments.contract import COLUMN
-from adpo_jax.records import Prompts
+from adpo_jax.records import Prompts, earlier_copies
 
 
 def rows_of(prompts: Prompts) -> list[dict]:
@@ -24,14 +23,15 @@ def reset_row(row: dict, prompt_key: str, name: str | None) -> dict:
     return ({"prompt": row[prompt_key]} if prompt_key in row else {}) | given
 
 
-def group_seeds(key: jax.Array, ids: list[list[int]]) -> list[int]:
+def group_seeds(key: jax.Array, prompts: Prompts) -> list[int]:
     """The seed of each group's environments, made of the key, the prompt and its repetitions."""
     of_key = np.asarray(jax.random.key_data(key)).tobytes()
-    seen: collections.Counter[bytes] = collections.Counter()
+    copies = prompts.earlier_copies
+    if copies is None:
+        copies = earlier_copies(prompts.token_ids)
     seeds = []
-    for row in ids:
-        content = np.array(row, np.int64).tobytes()
-        digest = hashlib.sha256(of_key + content + seen[content].to_bytes(8, "big")).digest()
+    for ids, before in zip(prompts.token_ids, copies, strict=True):
+        content = np.array(ids, np.int64).tobytes()
+        digest = hashlib.sha256(of_key + content + before.to_bytes(8, "big")).digest()
         seeds.append(int.from_bytes(digest[:7], "big"))
-        seen[content] += 1
     return seeds

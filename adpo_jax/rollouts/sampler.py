@@ -150,7 +150,7 @@ class Sampler:
         """
         key = self.key(step, attempt)
         with self.keeping_samples(step), distributed.fail_together():
-            mine = prompts.select(distributed.own_rows(len(prompts)))
+            mine = prompts.share(distributed.own_rows(len(prompts)))
             graded = generate_and_grade(
                 self.engine,
                 params,

@@ -74,8 +74,8 @@ class TurnsDecoding:
         prompts = self._numbering.prompts(groups)
         rows = dict(zip(groups, rows_of(prompts)))
         seeds = {
-            number: group_seeds(self._numbering.key(number), [list(ids)])[0]
-            for number, ids in zip(groups, prompts.token_ids)
+            number: group_seeds(self._numbering.key(number), prompts.select([i]))[0]
+            for i, number in enumerate(groups)
         }
         samples = {(n, i): sample for n, group in groups.items() for i, sample in enumerate(group)}
         said = {n: group[0].told.observation for n, group in groups.items() if group[0].told}

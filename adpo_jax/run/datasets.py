@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -355,9 +356,11 @@ def _render(
     c, options = config.data, prompt_options(config, tools)
     tell_of_unknown_names(c.prompt_template, {"prompt", *dataset.columns}, source)
     if dataset.digest:
-        rows = due.fitting_rows(dataset, tokenizer, options, c.cache_dir, source)
-        kept = dataset if len(rows) == len(dataset) else dataset.select(rows)
-        num_overlong = len(dataset) - len(rows)
+        overlong = due.overlong_rows(dataset, tokenizer, options, c.cache_dir, source)
+        num_overlong, kept, rows = len(overlong), dataset, np.arange(len(dataset))
+        if num_overlong and c.overlong_prompts == "filter":
+            rows = np.delete(rows, overlong)
+            kept = dataset.select(rows)
         token_ids = due.DuePrompts(kept, rows, tokenizer, options, source)
     else:
         kept, token_ids, num_overlong = render_prompts(dataset, tokenizer, source=source, **options)
