@@ -440,8 +440,9 @@ def sampler(engines, tmp_path):
 
 
 @pytest.fixture
-def trainer(policy_and_params, sampler, tmp_path):
+def trainer(policy_and_params, sampler, tmp_path, monkeypatch):
     """Makes the source of a trainer at a port that stays; they are closed at the end."""
+    monkeypatch.setattr(elsewhere, "POLL_S", 0.5)  # samplers that are lost hear of no end
     policy, _ = policy_and_params
     verbs = sampler.engine.verbs
     with contextlib.ExitStack() as stack:
