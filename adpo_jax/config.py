@@ -7,6 +7,7 @@ parameters of algorithms are declared by the algorithms (`losses`). In the meani
 distinct prompts, "completions" count their samples. An empty string means "not set".
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -588,6 +589,7 @@ def _ref() -> dict[str, Key]:
             'architecture and size; "" for the policy before the first iteration',
             needs=(penalty,),
         ),
+        "override_config": _fixed_override("actor_rollout_ref.ref.path"),
     }
 
 
@@ -603,7 +605,18 @@ def _teacher() -> dict[str, Key]:
             "vocabulary, of any architecture and size",
             needs=(taught,),
         ),
+        "override_config": _fixed_override("teacher.path"),
     }
+
+
+def _fixed_override(path: str) -> Key:
+    """The overrides of a model that never moves, at the path of this key."""
+    return Key(
+        {},
+        f"as actor_rollout_ref.model.override_config, for the model of {path}: what is changed for "
+        "the policy, such as its rope, is not changed for that",
+        needs=(Need(path, operator.attrgetter(path)),),
+    )
 
 
 def _eval() -> dict[str, Key]:

@@ -350,6 +350,7 @@ ELSEWHERE = "--config.environment.url=http://127.0.0.1:9/x"
 TOOLS = ("--config.environment.path=tools.py", "--config.environment.tools=('a',)")
 SMALL = f"--config.{MODEL}.hf_config={{'hidden_size': 16, 'num_hidden_layers': 1, 'head_dim': 8}}"
 FEW = ("--config.data.train_max_samples=64", "--config.data.max_val_samples=4")
+TAUGHT = ("--config.algorithm.adv_estimator=opd", "--config.teacher.path=one")
 FEW_SHOWN = "--config.sft.train_max_samples=64"
 SHORT = (
     SMALL,
@@ -463,12 +464,14 @@ WALK = {
         fixed,
         "--config.algorithm.beta_reference_kl=0.1",
     ),
-    "teacher.path": (
-        "two",
+    "actor_rollout_ref.ref.override_config": (
+        "{'rms_norm_eps': 1e-5}",
         fixed,
-        "--config.algorithm.adv_estimator=opd",
-        "--config.teacher.path=one",
+        "--config.algorithm.beta_reference_kl=0.1",
+        "--config.actor_rollout_ref.ref.path=one",
     ),
+    "teacher.path": ("two", fixed, *TAUGHT),
+    "teacher.override_config": ("{'rms_norm_eps': 1e-5}", fixed, *TAUGHT),
     "eval.n": ("3", evaluation),
     "eval.ks": ("(2,)", evaluation, "--config.eval.n=3"),
     "eval.temperature": ("0.7", evaluation, "--config.eval.n=3"),

@@ -283,6 +283,17 @@ def test_folders_that_cannot_teach_are_refused_in_words(folder, tmp_path):
     assert "4 entries differ: number " in text
     assert "both need the same vocabulary" in text
 
+    path = other / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_qk_clip": True}))
+    (other / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert "teacher have their own" in refusal(taught, f"teacher.path={other}")
+    override = "teacher.override_config={'use_qk_clip': None}"
+    assert "no effect without teacher.path" in refusal(override)
+    settings = (taught, f"teacher.path={other}", override)
+    config = parse(*SHORT, *(f"--config.{change}" for change in settings))
+    parameters = on_one_device(finalized(config)).fixed["teacher"].load()
+    assert parameters["embed"].shape == (512, 24)
+
     fewer = "actor_rollout_ref.model.hf_config={'vocab_size': 600}"
     assert "it embeds 512 tokens and the policy 600" in refusal(
         "algorithm.beta_reference_kl=0.1", of_reference, fewer

@@ -39,8 +39,9 @@ def cure(override: Mapping[str, Any]) -> str:
     return (
         "Those that do not change the model can be taken out of its config.json, or passed over by "
         "a null in actor_rollout_ref.model.override_config (for the policy of a run or of "
-        f"adpo-jax evaluate), as in {override}, or in --override-config of adpo-jax export, "
-        f"generate and serve, as in {json.dumps(override)}"
+        "adpo-jax evaluate; actor_rollout_ref.ref and teacher have their own), as in "
+        f"{override}, or in --override-config of adpo-jax export, generate and serve, as in "
+        f"{json.dumps(override)}"
     )
 
 

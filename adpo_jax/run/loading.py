@@ -6,8 +6,9 @@ These functions read the config, as those of `setup` do; the functions that they
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,10 +122,12 @@ class FixedPolicy:
     Attributes:
       policy: the model, without parameters.
       folder: a folder with its config.json and weights; None where they are not at hand.
+      override: keys of its config.json with other values.
     """
 
     policy: Policy
     folder: Path | None
+    override: Mapping[str, Any]
 
     def load(self):
         """Reads the parameters, as `Policy.from_pretrained` does.
@@ -133,7 +136,7 @@ class FixedPolicy:
           ValueError: for weights that do not fit the architecture.
         """
         kwargs = {name: getattr(self.policy, name) for name in ("dtype", "param_dtype", "mesh")}
-        return Policy.from_pretrained(self.folder, **kwargs)[1]
+        return Policy.from_pretrained(self.folder, override_config=self.override, **kwargs)[1]
 
     def digest(self) -> str:
         """A digest of the files of weights and architecture, in words."""
@@ -152,18 +155,21 @@ def find_fixed(config: ConfigDict, source: ModelSource, mesh: Mesh) -> dict[str,
     Raises:
       ValueError: for a folder that cannot be read, or a model of another vocabulary.
     """
-    paths = {
-        "reference": ("actor_rollout_ref.ref.path", config.actor_rollout_ref.ref.path),
-        "teacher": ("teacher.path", config.teacher.path),
+    sections = {
+        "reference": ("actor_rollout_ref.ref", config.actor_rollout_ref.ref),
+        "teacher": ("teacher", config.teacher),
     }
     return {
-        name: _fixed_policy(option, path, config, source, mesh)
-        for name, (option, path) in paths.items()
-        if path
+        name: _fixed_policy(f"{section}.path", model, config, source, mesh)
+        for name, (section, model) in sections.items()
+        if model.path
     }
 
 
-def _fixed_policy(option: str, path: str, config, source: ModelSource, mesh) -> FixedPolicy:
+def _fixed_policy(
+    option: str, model: ConfigDict, config: ConfigDict, source: ModelSource, mesh: Mesh
+) -> FixedPolicy:
+    path, override = model.path, model.override_config.to_dict()
     if path in TASKS:
         raise ValueError(
             f"{option}={path}: its weights are random before training; give the folder of a model "
@@ -172,9 +178,9 @@ def _fixed_policy(option: str, path: str, config, source: ModelSource, mesh) -> 
     try:
         folder, tokenizer = None, source.tokenizer
         if not tokenizer:
-            hf_config = folders.find_config(path)
+            hf_config = folders.overridden(folders.find_config(path), override)
         else:
-            folder, hf_config, _ = folders.load_folder_config(path)
+            folder, hf_config, _ = folders.load_folder_config(path, override=override)
             model_config(language_config(hf_config))
             tokenizer = _load_tokenizer(folder, hf_config, trust_remote_code=False)
     except ValueError as error:
@@ -192,7 +198,7 @@ def _fixed_policy(option: str, path: str, config, source: ModelSource, mesh) -> 
             "so the policy could write tokens that it does not know; choose a model of the same "
             "family"
         )
-    return FixedPolicy(policy, folder)
+    return FixedPolicy(policy, folder, override)
 
 
 def _check_same_vocabulary(option: str, path: str, other, own) -> None:
