@@ -12,11 +12,12 @@ import optax
 import pytest
 import tiny
 from golden_models import config_of
+from parsing import parse
 from test_serve import post, running
 
 from adpo_jax import Engine, Policy, SamplingParams, losses
 from adpo_jax.data import arithmetic
-from adpo_jax.devices import flops, sharding
+from adpo_jax.devices import flops, host_memory, sharding
 from adpo_jax.dry_run.hlo import Program
 from adpo_jax.model import grouped, grouped_gpu, lora, mixture, parameters
 from adpo_jax.model.exchange import Exchange
@@ -28,6 +29,7 @@ from adpo_jax.policy import adapters
 from adpo_jax.records import GradedGroups, Prompts, Sequences
 from adpo_jax.rewards import Scores
 from adpo_jax.rollouts import recording
+from adpo_jax.run import loading
 from adpo_jax.serve import __main__ as serve
 from adpo_jax.update import init_state, make_log_probs, make_update, packing
 from adpo_jax.update.gradient import Load
@@ -330,9 +332,26 @@ def test_the_balance_of_products_over_devices_leaves_those_of_experts_out():
     assert program.launches < Program(text).launches
 
 
-def test_a_mesh_with_experts_for_a_model_without_is_refused():
+def test_a_mesh_with_experts_is_refused_for_a_policy_without_but_not_beside_a_mixture():
+    config, mesh = parse("--config.mesh.expert=2"), sharding.make_mesh(expert=2)
     with pytest.raises(ValueError, match=r"mesh.expert is 2, but the model has no experts"):
-        tiny.policy_and_params(sharding.make_mesh(expert=2))
+        loading.make_policy(config, loading.find_model(config), mesh)
+    # A teacher's batch is split over the axis, as it is over fsdp.
+    policy, params = tiny.policy_and_params()
+    teacher = dataclasses.replace(policy, mesh=mesh)
+    tokens = np.arange(32).reshape(8, 4)
+    found = jax.jit(teacher.logits)(jax.device_put(params, teacher.shardings(params)), tokens)
+    np.testing.assert_allclose(found, policy.logits(params, tokens), atol=1e-5)
+
+
+def test_parameters_that_a_mesh_repeats_take_their_room_on_each_device(monkeypatch):
+    policy = tiny.policy_and_params()[0]
+    one_copy = sharding.device_bytes(policy.abstract_params())
+    monkeypatch.setattr(host_memory, "room", lambda devices: 3 * one_copy)
+    dataclasses.replace(policy, mesh=sharding.make_mesh(data=2, fsdp=4)).check_room()
+    repeated = dataclasses.replace(policy, mesh=sharding.make_mesh(data=4, fsdp=2))
+    with pytest.raises(ValueError, match=r"the parameters take .* GB, and the memory of 8 cpu"):
+        repeated.check_room()
 
 
 # --- adapters

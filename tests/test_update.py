@@ -16,7 +16,7 @@ from adpo_jax.policy import Policy
 from adpo_jax.records import Sequences
 from adpo_jax.run import setup
 from adpo_jax.update import optimizer
-from adpo_jax.update.anchor import MODES, Anchor
+from adpo_jax.update.anchor import MODES, Anchor, _moving_average
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.packing import pack
 from adpo_jax.update.plan import BatchPlan
@@ -631,6 +631,16 @@ def test_state_that_waits_on_the_host_changes_nothing_but_its_place():
     away = (states[1].opt_state, states[1].anchor_params)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(away)} == {"pinned_host"}
     assert {x.sharding.memory_kind for x in jax.tree.leaves(states[1].params)} == {"device"}
+    # Of a CPU this is the same memory, which the cache cannot have.
+    assert learner.parts_on_host == frozenset()
+
+
+def test_an_anchor_in_bfloat16_beside_a_policy_that_is_equal_stays_there():
+    params = {"w": jnp.linspace(-3.0, 3.0, 101, dtype=jnp.bfloat16)}
+    anchor = jax.tree.map(jnp.copy, params)
+    for _ in range(50):
+        anchor = _moving_average(anchor, params, 0.99)
+    np.testing.assert_array_equal(anchor["w"], params["w"])
 
 
 def test_offload_is_refused_where_there_is_no_pinned_host_memory():

@@ -451,6 +451,8 @@ class DecodeLoop:
         for request, sample, slot, row, rank in starts:
             token, position = request.prompt[-1], len(request.prompt) - 1
             sample.before = sample.num_tokens
+            if sample.version is None:
+                sample.version = request.version
             # A prompt that is read for a further turn ends with the completion.
             if sample.before and request is sample.request:
                 token, position = sample.completion[-1], position + sample.before

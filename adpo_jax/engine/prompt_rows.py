@@ -60,8 +60,7 @@ class PromptRows:
             return
         schedule.overtake(reader.is_ready)
         if not any(reader.in_pieces(r) and reader.is_ready(r) for r in schedule.queued):
-            unread[0].begin(version)
-            self._count(reader.go_on(params, unread[0]))
+            self._count(reader.go_on(params, unread[0], version))
 
     def fill(
         self, params, state: DecodeState, admitted: Mapping[int, Request], version: int
@@ -77,8 +76,9 @@ class PromptRows:
         longest = kv_cache.num_columns(state.prefix.kv)
         prompts: dict[bytes, _Prompt] = {}
         for row, request in admitted.items():
-            request.begin(version)
+            request.version = version
             if self._reader.in_pieces(request):
+                request.version = self._reader.version(request)
                 prefixes = self._reader.prefixes(request, _columns(request.prompt, longest))
                 state = self._copied(state, prefixes, 0, [row])
             else:

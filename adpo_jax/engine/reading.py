@@ -141,9 +141,13 @@ def in_pieces(request: Request, size: int) -> bool:
 
 @dataclasses.dataclass
 class _Reading:
-    """What has been read of a prompt: so many tokens, whose keys and values are S equal rows."""
+    """What has been read of a prompt: so many tokens, whose keys and values are S equal rows.
+
+    `version` is that of the parameters that began to read it.
+    """
 
     store: KV
+    version: int
     done: int = 0
 
 
@@ -169,11 +173,19 @@ class Reader:
         reading = self._readings.get(request)
         return reading is not None and reading.done == _length(request)
 
-    def go_on(self, params, request: Request) -> int:
-        """Reads the next piece of a prompt; returns the number of its tokens."""
+    def version(self, request: Request) -> int:
+        """The version of the parameters that began to read its prompt."""
+        return self._readings[request].version
+
+    def go_on(self, params, request: Request, version: int) -> int:
+        """Reads the next piece of a prompt; returns the number of its tokens.
+
+        Args:
+          version: the number of the parameters.
+        """
         verbs, S, reading = self._verbs, self._num_shards, self._readings.get(request)
         if reading is None:
-            reading = _Reading(past_lib.empty(verbs, S, self._size))
+            reading = _Reading(past_lib.empty(verbs, S, self._size), version)
             self._readings[request] = reading
         at, left = reading.done, _length(request) - reading.done
         T, columns = _shape(verbs, self._size, at, left)

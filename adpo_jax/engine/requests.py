@@ -24,7 +24,8 @@ class Request:
         when the first sample starts.
       num_alternatives: how many of the likeliest tokens to return beside each sampled one.
       samples: the completions.
-      version: the version of the parameters that first read the prompt; None before that.
+      version: the version of the parameters that read the prompt as its samples find it now (where
+        it was read in pieces, that which began); None before it is read.
       prompt_experts: [T - 1, L, k], the experts that the prompt's tokens but the last went through;
         None before it is prefilled, and unless asked for.
     """
@@ -39,11 +40,6 @@ class Request:
 
     def __post_init__(self):
         self.samples = [Sample(self, index) for index in range(self.sampling.n)]
-
-    def begin(self, version: int):
-        """Notes the version of the parameters that read the prompt, unless others did before."""
-        if self.version is None:
-            self.version = version
 
     @functools.cached_property
     def key_data(self) -> np.ndarray:
@@ -63,6 +59,7 @@ class Sample:
       completion: [num_tokens] int32, its tokens when it goes on or begins with some; else None.
       in_past: columns of its past row, or of its pages, that hold what it had as a turn ended.
       first: column of the ring where its tokens begin.
+      version: the version of the parameters that had read the prompt when it began; None before.
       cancelled: whether its request gave up on further tokens.
       ended: whether it gets no further tokens, unless it goes on with a further turn.
     """
@@ -74,6 +71,7 @@ class Sample:
     completion: np.ndarray | None = None
     in_past: int = 0
     first: int = 0
+    version: int | None = None
     cancelled: bool = False
     ended: bool = False
 

@@ -9,7 +9,6 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 import dataclasses
 import difflib
 import functools
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -103,13 +102,7 @@ class Policy:
             )
 
     def _check_mesh(self) -> None:
-        """Refuses axes of the mesh over which nothing of the model can be split."""
-        experts = sharding.mesh_axis_size(self.mesh, "expert") if self.mesh else 1
-        if experts > 1 and not self.config.mixture:
-            raise ValueError(
-                f"mesh.expert is {experts}, but the model has no experts; give "
-                "its devices to mesh.fsdp"
-            )
+        """Refuses axes of the mesh over which the model cannot be computed."""
         shares = sharding.BatchSharding(self.mesh).num_shares
         if shares > 1 and self.config.linear_attention:
             raise ValueError(
@@ -332,8 +325,8 @@ class Policy:
         """Raises ValueError for parameters that the memory of the devices cannot hold."""
         devices = [jax.local_devices()[0]] if self.mesh is None else self.mesh.devices.flatten()
         room = host_memory.room(devices)
-        leaves = jax.tree.leaves(self.abstract_params())
-        needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        # Each of them has a copy of what is not split over it.
+        needed = sharding.device_bytes(self.abstract_params()) * len(devices)
         if room is not None and needed > room:
             raise ValueError(
                 f"the parameters take {needed / 1e9:,.1f} GB, and the memory of "

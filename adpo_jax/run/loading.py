@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from adpo_jax.data.embedded import TASKS
+from adpo_jax.devices import sharding
 from adpo_jax.hf import folders
 from adpo_jax.hf.config import language_config, model_config
 from adpo_jax.model.lora import Lora, parse_targets
@@ -175,19 +176,18 @@ def _fixed_policy(
             f"{option}={path}: its weights are random before training; give the folder of a model "
             "that was trained, such as the `export` of a run"
         )
+    kwargs = _policy_kwargs(config, source, mesh)
+    kwargs |= {"param_dtype": kwargs["dtype"], "gradient_checkpointing": "none"}
     try:
         folder, tokenizer = None, source.tokenizer
         if not tokenizer:
             hf_config = folders.overridden(folders.find_config(path), override)
         else:
             folder, hf_config, _ = folders.load_folder_config(path, override=override)
-            model_config(language_config(hf_config))
             tokenizer = _load_tokenizer(folder, hf_config, trust_remote_code=False)
+        policy = Policy.abstract_from_config(hf_config, **kwargs)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
-    kwargs = _policy_kwargs(config, source, mesh)
-    kwargs |= {"param_dtype": kwargs["dtype"], "gradient_checkpointing": "none"}
-    policy = Policy.abstract_from_config(hf_config, **kwargs)
     policy = policy.for_length(longest_sequence(config))  # as the policy that it is compared with
     if tokenizer:
         _check_same_vocabulary(option, path, tokenizer, source.tokenizer)
@@ -334,6 +334,11 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
     """
     policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
     policy = policy.for_length(longest_sequence(config))
+    experts = sharding.mesh_axis_size(mesh, "expert")
+    if experts > 1 and not policy.config.mixture:
+        raise ValueError(
+            f"mesh.expert is {experts}, but the model has no experts; give its devices to mesh.fsdp"
+        )
     _tell_of_positions(policy, longest_sequence(config))
     if source.tokenizer is not None:
         _check_vocabulary(source, policy.config.vocab_size)

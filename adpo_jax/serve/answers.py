@@ -104,7 +104,7 @@ class WeightVersions:
 
     def note(self, new: NewTokens, before: int) -> None:
         """Takes note of further tokens, after so many earlier ones."""
-        first = new.sample.request.version
+        first = new.sample.version
         if not self._known and first is not None:
             self.segments, self._known = [[first, 0]], True
         if new.version != self.segments[-1][0]:

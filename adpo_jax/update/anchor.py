@@ -76,6 +76,9 @@ def copied(params):
 
 @jax.jit
 def _moving_average(anchor_params, params, alpha):
-    return jax.tree.map(
-        lambda a, p: (alpha * a + (1.0 - alpha) * p).astype(a.dtype), anchor_params, params
-    )
+    def averaged(a, p):
+        # In bfloat16 0.99 would be 0.988, and an anchor would shrink beside a policy that is equal.
+        mean = alpha * a.astype(jnp.float32) + (1.0 - alpha) * p.astype(jnp.float32)
+        return mean.astype(a.dtype)
+
+    return jax.tree.map(averaged, anchor_params, params)

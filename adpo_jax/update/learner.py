@@ -282,7 +282,12 @@ class Learner:
 
     @property
     def parts_on_host(self) -> frozenset[str]:
-        """The parts of the state that wait in the host's memory until they are needed."""
+        """The parts of the state that wait in the host's memory until they are needed.
+
+        A CPU has no other memory: nothing is freed by their waiting.
+        """
+        if first_device(self.policy.mesh).platform == "cpu":
+            return frozenset()
         away = {"optimizer": self.offload_optimizer, "anchor": self.anchor.offload}
         return frozenset(part for part, is_away in away.items() if is_away)
 
