@@ -136,8 +136,7 @@ def _make_folder(out: Path | None, model: Path) -> Path:
     if out is not None:
         out.mkdir(parents=True)
         return out
-    homes = [p for p in (model, *model.parents) if (p / "metrics.jsonl").exists()]
-    parent = (homes or [Path(".")])[0] / "evaluations"
+    parent = (config_files.run_of(str(model)) or Path(".")) / "evaluations"
     parent.mkdir(exist_ok=True)
     taken = [int(p.name) for p in parent.glob("*") if p.name.isdigit()]
     number = max(taken, default=-1) + 1

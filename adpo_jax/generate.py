@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from adpo_jax.log.printable import has_reader, printable, say_error
@@ -38,6 +39,7 @@ OUTPUT_KEYS = (
 
 if TYPE_CHECKING:  # these import JAX, and --help is quick
     from adpo_jax.engine.generation import FinishedGroup
+    from adpo_jax.engine.text_stream import TextStream
     from adpo_jax.pretrained import Pretrained
     from adpo_jax.records import Completion
 
@@ -148,16 +150,21 @@ class Screen:
     """Shows completions one after the other, the first that has not ended as it is sampled.
 
     Args:
+      new_text: makes a `TextStream` for a completion.
       is_all: whether completions go nowhere else, so that `push` and `end` raise `Unread` when
         standard output has no reader any more.
     """
 
-    def __init__(self, model: "Pretrained", num_prompts: int, n: int, *, is_all: bool = False):
-        from adpo_jax.engine.text_stream import TextStream
-
+    def __init__(
+        self,
+        new_text: Callable[[], "TextStream"],
+        num_prompts: int,
+        n: int,
+        *,
+        is_all: bool = False,
+    ):
         self._order = [(prompt, sample) for prompt in range(num_prompts) for sample in range(n)]
-        decode = functools.partial(model.tokenizer.decode, skip_special_tokens=True)
-        self._texts = {at: TextStream(decode) for at in self._order}
+        self._texts = {at: new_text() for at in self._order}
         self._unseen = dict.fromkeys(self._order, "")
         self._ended: dict[tuple[int, int], str] = {}
         self._at, self._is_all = 0, is_all
@@ -197,11 +204,18 @@ class Screen:
             self._header()
 
 
-def completions(group: "FinishedGroup", row: dict, tokenizer) -> list[dict]:
-    """A group as rows of the output."""
+def completions(
+    group: "FinishedGroup", row: dict, new_text: Callable[[], "TextStream"]
+) -> list[dict]:
+    """A group as rows of the output.
+
+    Args:
+      new_text: makes a `TextStream` for a completion.
+    """
     found = []
     for sample, completion in enumerate(group.completions):
-        text = tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
+        stream = new_text()
+        text = stream.push(completion.tokens) + stream.finish()
         log_prob = float(completion.log_probs.sum())
         reason = completion.finish_reason
         own = (group.prompt_index, sample, text, len(completion), reason, log_prob)
@@ -221,6 +235,7 @@ def generate(a: argparse.Namespace) -> None:
     from adpo_jax import pretrained
     from adpo_jax.engine.engine import Engine
     from adpo_jax.engine.sampling import SamplingParams
+    from adpo_jax.engine.text_stream import TextStream
     from adpo_jax.log.progress import telling
 
     if not 0 <= a.seed < 2**32:  # JAX drops the bits above
@@ -237,6 +252,8 @@ def generate(a: argparse.Namespace) -> None:
         stop=tuple(a.stop),
         ignore_eos=a.ignore_eos,
     )
+    if a.quiet and a.out is None:
+        raise ValueError("--quiet shows nothing: give a file for the completions, --out")
     if a.out is not None and a.out.exists():
         raise ValueError(f"{a.out} is there already; give another --out")
     with telling(f"reading {a.model}"):
@@ -264,6 +281,7 @@ def generate(a: argparse.Namespace) -> None:
             f"more than the {positions} positions of this model: lower --max-tokens"
         )
     sampling = dataclasses.replace(sampling, max_tokens=most, stop_token_ids=model.stop_token_ids)
+    decode = functools.partial(model.tokenizer.decode, skip_special_tokens=True)
     engine = Engine(
         model.policy.for_length(longest + most),
         max_prompt_length=longest,
@@ -273,9 +291,13 @@ def generate(a: argparse.Namespace) -> None:
         group_size=a.n,
         # Few, so that text flows; a fourth of a second for a model of 30 tokens a second.
         steps_per_dispatch=32 if a.quiet else 8,
-        detokenize=functools.partial(model.tokenizer.decode, skip_special_tokens=True),
+        detokenize=decode,
     )
-    screen = None if a.quiet else Screen(model, len(rows), a.n, is_all=a.out is None)
+
+    def new_text() -> TextStream:
+        return TextStream(decode, sampling.stop, sampling.min_tokens)
+
+    screen = None if a.quiet else Screen(new_text, len(rows), a.n, is_all=a.out is None)
     groups = engine.stream(
         model.params,
         prompts,
@@ -286,7 +308,7 @@ def generate(a: argparse.Namespace) -> None:
     )
     out = a.out.open("x", encoding="utf-8") if a.out else None
     for group in groups:
-        for line in completions(group, rows[group.prompt_index], model.tokenizer) if out else ():
+        for line in completions(group, rows[group.prompt_index], new_text) if out else ():
             out.write(json.dumps(line) + "\n")
             out.flush()
     if out is not None:

@@ -33,7 +33,10 @@ CHAT_TEMPLATE = (
 def make_rows(source: str | None, num_rows: int, path: Path) -> None:
     """Writes a .jsonl file of so many rows."""
     if source:
-        originals = [json.loads(line) for line in Path(source).read_text().splitlines()]
+        lines = Path(source).read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
+        originals = [json.loads(line) for line in lines if line.strip()]
+        if not originals:
+            raise ValueError(f"--source {source} has no rows")
     else:
         text = "A baker sells rolls and loaves on a market day. "
         originals = [

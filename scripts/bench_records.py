@@ -41,7 +41,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=integer(1), default=8, help="optimizer steps of the iteration"
     )
-    return parser.parse_args()
+    a = parser.parse_args()
+    if a.prompts % a.steps:
+        parser.error(
+            f"--prompts is a multiple of --steps; given {a.prompts} prompts in {a.steps} steps"
+        )
+    return a
 
 
 def resident() -> int:

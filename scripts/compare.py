@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compares what the command line says; returns the exit code."""
     try:
         compare(arguments(argv))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TrainingStopped) as error:  # the last in a common start
         say_error(error)
         return USER_ERROR
     return 0

@@ -76,6 +76,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.text.is_file():
+        parser.error(f"--text {args.text} is no file")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out {args.out} is there already, and not empty: give another folder")
 
     tokenizer = make_tokenizer(args.text, args.vocab_size)
     config = qwen3_config(len(tokenizer), args.hidden, args.layers)

@@ -242,11 +242,15 @@ def test_an_evaluation_does_not_ask_for_the_metric_of_the_best_checkpoint():
 
 
 def test_an_evaluation_that_begins_beside_another_takes_the_next_number(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.json").write_text('{"actor_rollout_ref": {}}')
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     make = evaluate_module._make_folder
     assert make(None, tmp_path / "checkpoints" / "2") == tmp_path / "evaluations" / "0"
     monkeypatch.setattr(Path, "glob", lambda *_: [])  # the other has not made its own yet
     assert make(None, tmp_path) == tmp_path / "evaluations" / "1"
+    for place, name in (("checkpoints/2", "."), ("checkpoints", "2"), (".", "checkpoints")):
+        monkeypatch.chdir(tmp_path / place)
+        assert make(None, Path(name)).parent == tmp_path / "evaluations"
 
 
 @pytest.mark.parametrize("content", ["", "def get_config(: ...", "raise KeyError('lost')"])

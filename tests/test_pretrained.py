@@ -1,6 +1,7 @@
 """One name for a model: a Hugging Face folder, a run, a checkpoint; and what is made of it."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 
 from adpo_jax import export, generate, pretrained
 from adpo_jax.data import arithmetic
+from adpo_jax.engine.text_stream import TextStream
 from adpo_jax.hf import folders, weights
 from adpo_jax.log.printable import LastingStream, printable
 from adpo_jax.model import lora
@@ -262,6 +264,23 @@ def test_generate_takes_no_more_tokens_than_the_model_has_positions_for(folder, 
     generate.generate(generate.arguments(command))
 
 
+def test_generate_ends_a_text_before_its_stop_string(folder, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    command = ["--model", str(folder), "--prompt", "a", "--n", "8", "--max-tokens", "12"]
+    command += ["--stop", "e", "--stop", "a", "--out", str(out)]
+    generate.generate(generate.arguments(command))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    stopped = [row for row in rows if row["finish_reason"] == "stop"]
+    assert stopped
+    assert not any(mark in row["completion"] for row in rows for mark in "ea")
+    texts = re.split(r"--- prompt 0, completion \d\n", capsys.readouterr().out)[1:]
+    for shown, row in zip(texts, rows, strict=True):
+        end = "\n" if row in stopped else " [cut off"
+        assert shown.startswith(printable(row["completion"]) + end)
+    with pytest.raises(ValueError, match="--quiet shows nothing: give a file"):
+        generate.generate(generate.arguments(["--model=x", "--prompt=a", "--quiet"]))
+
+
 @pytest.mark.parametrize(("slots", "taken"), [(None, None), (10**7, 6), (4, 4)])
 def test_generate_has_no_more_slots_than_completions(folder, slots, taken, monkeypatch):
     def engine(policy, **settings):
@@ -276,7 +295,8 @@ def test_generate_has_no_more_slots_than_completions(folder, slots, taken, monke
 
 def test_generate_shows_the_first_unfinished_completion_as_it_is_sampled(folder, capsys):
     model = pretrained.load(folder)
-    screen = generate.Screen(model, 1, 2)
+    decode = functools.partial(model.tokenizer.decode, skip_special_tokens=True)
+    screen = generate.Screen(functools.partial(TextStream, decode), 1, 2)
     text = "3 apples and 4 pens"
     ids = model.tokenizer(text)["input_ids"]
     screen.push(0, 1, ids)  # the second waits for the first

@@ -200,7 +200,7 @@ def test_settings_that_cannot_work_are_refused(plain, chat):
         render(["Q?"], plain, max_prompt_length=0)
     with pytest.raises(ValueError, match="chat_template_kwargs cannot set tokenize"):
         render(["Q?"], chat, chat_template_kwargs={"tokenize": False})
-    with pytest.raises(ValueError, match="the prompt of row 2 is empty"):
+    with pytest.raises(ValueError, match="^row 2: the prompt is empty"):
         render(["Q?", ""], plain)
 
 

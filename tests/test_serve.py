@@ -492,6 +492,36 @@ def test_fields_that_ask_for_nothing_are_taken(address, chat):
     assert answer.status_code == 200, answer.text
 
 
+def test_a_last_message_of_the_assistant_is_continued_and_none_is_begun_behind_it(address):
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "An"}]
+    ask = functools.partial(post, address, "/v1/chat/completions")
+    own = {"messages": talk, "max_tokens": 1}
+    vllms = {"continue_final_message": True, "add_generation_prompt": False}
+    for fields in ({}, vllms):
+        assert ask(json=own | fields).status_code == 200
+    for name, value in vllms.items():
+        refused = ask(json=own | {name: not value})
+        assert (refused.status_code, error_of(refused)["param"]) == (400, name)
+        assert "this server continues it" in error_of(refused)["message"]
+        # Behind a user's message it is the other way round.
+        assert ask(json=own | {"messages": talk[:1], name: not value}).status_code == 200
+        assert ask(json=own | {"messages": talk[:1], name: value}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("--allowed-host", "https://my.server", "wanted a name such as example.org"),
+        ("--cors-origin", "my.server", "wanted an origin such as https://example.org"),
+        ("--cors-origin", "https://my.server/path", "wanted an origin"),
+    ],
+)
+def test_names_that_no_client_sends_are_refused(option, value, wanted, capsys):
+    with pytest.raises(SystemExit):
+        serve.arguments(["--model=x", option, value])
+    assert wanted in capsys.readouterr().err
+
+
 def test_max_tokens_above_the_room_is_cut(client):
     asked = {"model": "tiny", "temperature": 0, "max_tokens": 10**9}
     asked["extra_body"] = {"ignore_eos": True, "min_tokens": 10**6}
@@ -914,7 +944,7 @@ COMMON = {"prompt": "Ann", "max_tokens": 4, "temperature": 0, "ignore_eos": True
 def strict_server(folder):
     """A server that gives up soon; yields it and its address."""
     options = ["--head-timeout=0.4", "--body-timeout=0.4", "--max-requests-per-client=2"]
-    options += ["--allowed-host=my.server", "--cors_origin=https://a.example"]
+    options += ["--allowed-host=My.server:8000", "--cors_origin=https://A.example/"]
     with running(folder, *options) as (server, address):
         yield server, address
 

@@ -80,11 +80,9 @@ def _naming(source: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        place = re.match(r"(?:the prompt of )?(?=row \d)", str(error)) if source else None
-        if not place:
+        if not (source and re.match(r"row \d", str(error))):
             raise
-        rest = str(error)[place.end() :]
-        raise ValueError(f"{place[0]}{source}: {rest}") from error
+        raise ValueError(f"{source}: {error}") from error
 
 
 def overlong_rows(

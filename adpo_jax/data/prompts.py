@@ -157,7 +157,7 @@ def render_prompts(
         token_ids = _plain_token_ids(tokenizer, conversations, where, allow_control_tokens)
     for index, ids in enumerate(token_ids):
         if not ids:
-            raise ValueError(f"the prompt of {where(index)} is empty: it has no tokens")
+            raise ValueError(f"{where(index)}: the prompt is empty: it has no tokens")
 
     if source and not allow_control_tokens:
         _tell_of_control_tokens(dataset, tokenizer, prompt_key, where)

@@ -55,6 +55,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     several = "; may be given more than once"
     add(
         "--allowed-host",
+        type=_host,
         action="append",
         default=[],
         help="a name that clients may address the server by, beside this machine's; * for any"
@@ -62,6 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--cors-origin",
+        type=_origin,
         action="append",
         default=[],
         help="an origin (https://example.org) whose pages may use the server; * for any" + several,
@@ -97,6 +99,25 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     drain = "for requests under way after SIGTERM"
     add("--drain-seconds", type=count, default=60, help=drain)
     return parser.parse_args(argv)
+
+
+def _host(text: str) -> str:
+    """The name of a host, as clients send it."""
+    if "/" in text:
+        raise argparse.ArgumentTypeError(f"wanted a name such as example.org; given {text!r:.80}")
+    return text
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: lower case, and no slash at the end."""
+    scheme, separator, host = text.removesuffix("/").lower().partition("://")
+    if text == "*":
+        return text
+    if not (scheme and separator and host) or "/" in host:
+        raise argparse.ArgumentTypeError(
+            f"wanted an origin such as https://example.org; given {text!r:.80}"
+        )
+    return f"{scheme}://{host}"
 
 
 def _number(kind: type, least: float, most: float = 2**31 - 1):

@@ -37,7 +37,7 @@ class Hosts:
           ApiError: for a host that is not allowed.
         """
         host = _host_of(header)
-        allowed = {name.lower() for name in (*LOCAL_HOSTS, self.bound, *self.further)}
+        allowed = {*LOCAL_HOSTS, self.bound.lower(), *map(_host_of, self.further)}
         if ANY in self.further or host in allowed:
             return
         if self.bound in ALL_INTERFACES and _is_address(host):

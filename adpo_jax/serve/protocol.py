@@ -6,6 +6,7 @@ What would change the answer and is not supported is refused, not ignored.
 """
 
 import dataclasses
+import json
 from typing import Any
 
 from adpo_jax.data.prompts import Message
@@ -202,6 +203,8 @@ def parse(body: dict[str, Any], *, chat: bool, model: str, limits: Limits) -> Co
         tools=tools_lib.parse_tools(fields) if chat else [],
         parallel_tool_calls=fields.boolean("parallel_tool_calls", True),
     )
+    if chat and prompts[0][-1]["role"] == "assistant" and prompts[0][-1]["content"]:
+        _check_continuation(fields)
     _refuse_the_rest(fields, sampling.n, chat=chat)
     limits.check_log_probs(request, "top_logprobs" if chat else "logprobs")
     if chat:
@@ -324,6 +327,18 @@ def _refuse_the_rest(fields: Fields, n: int, *, chat: bool) -> None:
     for name, values in (NEUTRAL | (NEUTRAL_IN_CHATS if chat else NEUTRAL_IN_COMPLETIONS)).items():
         fields.without_effect(name, *values)
     fields.finish()
+
+
+def _check_continuation(fields: Fields) -> None:
+    """Refuses to begin a message behind one of the assistant's, which is continued."""
+    for name, wanted in (("continue_final_message", True), ("add_generation_prompt", False)):
+        if fields.boolean(name, wanted) != wanted:
+            raise ApiError(
+                f"the last message is the assistant's, and this server continues it: leave {name} "
+                f"out, or send {json.dumps(wanted)}",
+                param=name,
+                code="unsupported_parameter",
+            )
 
 
 def _prompts(fields: Fields) -> list[str | list[int]]:
