@@ -135,9 +135,10 @@ def test_rows_that_go_on_from_a_memory_give_what_they_give_whole(seed, cut, chun
         segments = jnp.asarray(np.arange(stop - start) < counts[:, None], jnp.int32)
         return Inputs(*(x[:, start:stop] for x in inputs[:5]), *inputs[5:]), segments
 
-    whole = linear_attention.recurrent(*part(0, 30))
-    first, memory = FORMS[chunk](*part(0, cut))
-    second, memory = FORMS[chunk](*part(cut, 30), memory)
+    form = jax.jit(FORMS[chunk])
+    whole = jax.jit(linear_attention.recurrent)(*part(0, 30))
+    first, memory = form(*part(0, cut))
+    second, memory = form(*part(cut, 30), memory)
     there = np.arange(30) < lengths[:, None]
     np.testing.assert_allclose(
         jnp.concatenate([first, second], axis=1)[there], whole[0][there], rtol=0, atol=1e-5
