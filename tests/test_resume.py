@@ -59,6 +59,12 @@ def assert_same(one, other, last: int):
 
 
 STATES = {
+    "on the host": (
+        "--config.anchor.mode=ema",
+        "--config.anchor.ema_alpha=0.5",
+        "--config.anchor.offload=true",
+        "--config.actor_rollout_ref.actor.optimizer_offload=true",
+    ),
     "fixed": ("--config.anchor.mode=fixed",),
     "ema": ("--config.anchor.mode=ema", "--config.anchor.ema_alpha=0.5"),
     "kl_triggered": ("--config.anchor.mode=kl_triggered", "--config.anchor.kl_threshold=1e-7"),

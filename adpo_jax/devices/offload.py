@@ -34,6 +34,11 @@ def to_device(tree):
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)
 
 
+def read(x: jax.Array) -> jax.Array:
+    """Inside a jitted function: an array that may wait in the host's memory, on the device."""
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
 def on_the_host() -> contextlib.AbstractContextManager:
     """Has new arrays made on this process's CPU, where a few numbers are worked on faster.
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adpo_jax.devices import offload
+
 
 def digest(state) -> str:
     """One digest of all arrays of a state, the same on every mesh: SHA-256 of their digests."""
@@ -25,7 +27,7 @@ def digests(tree) -> dict[str, str]:
 
 @jax.jit
 def _digests_on_device(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_digest(leaf) for leaf in leaves]
+    return [_digest(offload.read(leaf)) for leaf in leaves]
 
 
 def _digest(x: jax.Array) -> jax.Array:
