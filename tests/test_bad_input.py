@@ -830,7 +830,7 @@ def test_a_reward_function_that_hangs(monkeypatch, capsys):
 def reporting_groups(generate):
     from adpo_jax.engine import FinishedGroup
 
-    def reporting(self, params, prompts, sampling, key, *, version, on_group_done):
+    def reporting(self, params, prompts, sampling, key, *, version, keys, on_group_done):
         out = generate(self, params, prompts, sampling, key, version=version)
         for p, completions in enumerate(out.groups):
             on_group_done(FinishedGroup(p, completions))

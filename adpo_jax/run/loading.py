@@ -334,7 +334,7 @@ def make_policy(config: ConfigDict, source: ModelSource, mesh: Mesh) -> Policy:
     """
     policy = Policy.abstract_from_config(source.hf_config, **_policy_kwargs(config, source, mesh))
     policy = policy.for_length(longest_sequence(config))
-    experts = sharding.mesh_axis_size(mesh, "expert")
+    experts = sharding.mesh_axis_size(mesh, "expert") if mesh else 1
     if experts > 1 and not policy.config.mixture:
         raise ValueError(
             f"mesh.expert is {experts}, but the model has no experts; give its devices to mesh.fsdp"
