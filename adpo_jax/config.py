@@ -613,8 +613,8 @@ def _fixed_override(path: str) -> Key:
     """The overrides of a model that never moves, at the path of this key."""
     return Key(
         {},
-        f"as actor_rollout_ref.model.override_config, for the model of {path}: what is changed for "
-        "the policy, such as its rope, is not changed for that",
+        f"as actor_rollout_ref.model.override_config, for the model of {path}, for which the "
+        "policy's overrides do not hold",
         needs=(Need(path, operator.attrgetter(path)),),
     )
 

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -215,14 +215,14 @@ class Prompts:
       token_ids: one list of token ids a prompt.
       columns: one value a prompt under each name; rewards compare an answer with "solution".
       files_digest: a digest of the files that they come from, where they are read when due.
-      earlier_copies: how many equal prompts stand before each in the batch that these are a share
-        of; None where these are the batch.
+      copies_in_batch: the `copy_numbers` in a batch that these are a share of; None where these are
+        the batch.
     """
 
     token_ids: Sequence[list[int]]
     columns: dict[str, Sequence]
     files_digest: str = ""
-    earlier_copies: Sequence[int] | None = None
+    copies_in_batch: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -232,10 +232,20 @@ class Prompts:
         columns = {name: _taken(values, rows) for name, values in self.columns.items()}
         return Prompts(_taken(self.token_ids, rows), columns)
 
-    def share(self, rows: Sequence[int]) -> "Prompts":
-        """The prompts with these numbers, told from their copies in the whole batch."""
-        copies = _taken(earlier_copies(self.token_ids), rows)
-        return dataclasses.replace(self.select(rows), earlier_copies=copies)
+    def share(self, rows: range) -> "Prompts":
+        """The prompts with these numbers, which keep their `copy_numbers` in this batch."""
+        if len(rows) == len(self):  # prompts that are read when due need not be read twice
+            return self.select(rows)
+        return dataclasses.replace(
+            self.select(rows), copies_in_batch=_taken(copy_numbers(self.token_ids), rows)
+        )
+
+    @property
+    def copy_numbers(self) -> Sequence[int]:
+        """`copy_numbers` of the prompts in their batch."""
+        if self.copies_in_batch is not None:
+            return self.copies_in_batch
+        return copy_numbers(self.token_ids)
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Prompts]") -> "Prompts":
@@ -268,8 +278,8 @@ class Prompts:
         }
 
 
-def earlier_copies(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """How many equal prompts stand before each of these."""
+def copy_numbers(prompts: Iterable[Sequence[int]]) -> list[int]:
+    """The number of each prompt among those that are equal to it, from 0."""
     seen: collections.Counter[bytes] = collections.Counter()
     found = []
     for prompt in prompts:

@@ -10,8 +10,8 @@ draws as many completions of at most as many tokens with the same sampler keys, 
 optimizer steps. Each iteration also measures how far the policy that sampled has moved from the
 start, in nats a completion (`compare/start_kl`). Runs that are finished are not repeated, so the
 same command goes on where it stopped; a folder whose run had other settings is refused. A run that
-trainer.on_bad_update stops is told of and left out, and the others go on. At the end
-`OUT/comparison.md` has a table, `OUT/report.html` the curves.
+trainer.on_bad_update stops is told of and left out, and the others go on (without a common start
+nothing does). At the end `OUT/comparison.md` has a table, `OUT/report.html` the curves.
 """
 
 import argparse

@@ -39,6 +39,18 @@ def test_overrides_are_read_as_python_where_they_are(compare):
         compare["overrides"](["algorithm.tauu=0.2"])
 
 
+def test_a_common_start_that_is_stopped_ends_the_comparison_in_words(
+    compare, tmp_path, monkeypatch, capsys
+):
+    def stopped(*_):
+        raise TrainingStopped("the loss of 5 steps is no number")
+
+    monkeypatch.setitem(compare["compare"].__globals__, "common_start", stopped)
+    argv = ["--config", CONFIGS.format("arithmetic"), "--out", str(tmp_path), "--seeds", "3"]
+    assert compare["main"]([*argv, "--methods", "adpo"]) == 2
+    assert "the loss of 5 steps is no number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["adpo", "adpo-fixed", "grpo", "rloo"])
 def test_every_method_is_a_config_that_works(compare, method):
     config = compare["read_config"]("configs/arithmetic.py", compare["METHODS"][method])

@@ -275,9 +275,10 @@ def test_a_share_of_a_batch_tells_copies_apart_as_the_batch_does():
     batch = Prompts([[3, 4], [5], [3, 4], [3, 4], [5]], {})
     whole = sampling.prompt_uids(batch.token_ids)
     assert len(set(whole)) == 5
-    for rows in ([0, 1], [2, 3, 4], [4, 0], []):
+    seeds = group_seeds(jax.random.key(1), batch)
+    assert len(set(seeds)) == 5
+    for rows in (range(2), range(2, 5), range(0), range(5)):
         part = batch.share(rows)
-        uids = sampling.prompt_uids(part.token_ids, part.earlier_copies)
+        uids = sampling.prompt_uids(part.token_ids, part.copy_numbers)
         assert uids.tolist() == whole[rows].tolist()
-        seeds = group_seeds(jax.random.key(1), part)
-        assert seeds == [group_seeds(jax.random.key(1), batch)[row] for row in rows]
+        assert group_seeds(jax.random.key(1), part) == seeds[rows.start : rows.stop]

@@ -983,6 +983,8 @@ def test_a_server_on_all_interfaces_takes_addresses_and_names_it_was_told():
             hosts.check(good)
         with pytest.raises(ApiError, match="--allowed-host"):
             hosts.check("evil.example")
+    for allowed in ("2001:DB8::1", "[2001:db8::1]:8000"):
+        Hosts("127.0.0.1", [allowed]).check("[2001:db8::1]:80")
     Hosts("127.0.0.1", ["*"]).check("evil.example")
 
 

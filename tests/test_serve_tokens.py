@@ -396,7 +396,7 @@ def test_what_a_pause_keeps_goes_on_under_new_weights_and_is_marked(address, sam
         assert tokens[start:] != expected.tokens[start:].tolist()
         starts.append(start)
     assert all(0 < start < 24 for start in starts[:4])
-    assert set(starts[4:]) <= {0}  # their prompt was read by the old weights
+    assert not any(starts[4:])  # their prompt was read by the old weights
     (choice,) = later["choices"]
     assert choice["weight_versions"] == [[old + 7, 0]]
     assert choice["token_ids"] == sampled(1, 5)[0].tokens.tolist()

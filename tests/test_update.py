@@ -16,7 +16,7 @@ from adpo_jax.policy import Policy
 from adpo_jax.records import Sequences
 from adpo_jax.run import setup
 from adpo_jax.update import optimizer
-from adpo_jax.update.anchor import MODES, Anchor, _moving_average
+from adpo_jax.update.anchor import MODES, Anchor
 from adpo_jax.update.learner import Learner
 from adpo_jax.update.packing import pack
 from adpo_jax.update.plan import BatchPlan
@@ -637,9 +637,10 @@ def test_state_that_waits_on_the_host_changes_nothing_but_its_place():
 
 def test_an_anchor_in_bfloat16_beside_a_policy_that_is_equal_stays_there():
     params = {"w": jnp.linspace(-3.0, 3.0, 101, dtype=jnp.bfloat16)}
-    anchor = jax.tree.map(jnp.copy, params)
+    ema = Anchor("ema", ema_alpha=0.99)
+    anchor = ema.init(params)
     for _ in range(50):
-        anchor = _moving_average(anchor, params, 0.99)
+        anchor, _ = ema.refresh(anchor, params, measured_kl=0.0)
     np.testing.assert_array_equal(anchor["w"], params["w"])
 
 

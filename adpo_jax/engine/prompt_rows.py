@@ -76,9 +76,9 @@ class PromptRows:
         longest = kv_cache.num_columns(state.prefix.kv)
         prompts: dict[bytes, _Prompt] = {}
         for row, request in admitted.items():
-            request.version = version
-            if self._reader.in_pieces(request):
-                request.version = self._reader.version(request)
+            in_pieces = self._reader.in_pieces(request)
+            request.version = self._reader.version(request) if in_pieces else version
+            if in_pieces:
                 prefixes = self._reader.prefixes(request, _columns(request.prompt, longest))
                 state = self._copied(state, prefixes, 0, [row])
             else:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adpo_jax.devices.sharding import axes_that_split
 from adpo_jax.engine.sizes import is_whole, up_to_multiple
-from adpo_jax.records import earlier_copies
+from adpo_jax.records import copy_numbers
 
 # Tokens of a block of the vocabulary. 128 divides most vocabularies and is a vector register's
 # multiple everywhere; 152k tokens make 1,187 blocks.
@@ -235,15 +235,15 @@ def prompt_uids(
 ) -> np.ndarray:
     """A number for each prompt that does not depend on its place in the list, [P] uint32.
 
-    It is a hash of the tokens and of how often the same prompt stands before.
+    It is a hash of the tokens and of its number among equal prompts.
 
     Args:
-      copies: how often the same prompt stands before each, where these are not the whole list.
+      copies: these numbers, where the prompts are a part of a list; None to count.
     """
-    copies = earlier_copies(prompts) if copies is None else copies
+    copies = copy_numbers(prompts) if copies is None else copies
     uids = [
-        zlib.crc32(before.to_bytes(4, "little"), zlib.crc32(np.asarray(prompt, "<i4").tobytes()))
-        for prompt, before in zip(prompts, copies, strict=True)
+        zlib.crc32(copy.to_bytes(4, "little"), zlib.crc32(np.asarray(prompt, "<i4").tobytes()))
+        for prompt, copy in zip(prompts, copies, strict=True)
     ]
     return np.array(uids, np.uint32)
 

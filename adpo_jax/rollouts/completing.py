@@ -172,7 +172,7 @@ class OneTurn:
             answers = Answers(prompt, Completions([group.completions]), texts)
             on_group_done(group.prompt_index, answers)
 
-        uids = prompt_uids(prompts.token_ids, prompts.earlier_copies)
+        uids = prompt_uids(prompts.token_ids, prompts.copy_numbers)
         out = self.engine.generate(
             params,
             prompts.token_ids,

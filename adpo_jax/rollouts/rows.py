@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from adpo_jax.environments.contract import COLUMN
-from adpo_jax.records import Prompts, earlier_copies
+from adpo_jax.records import Prompts
 
 
 def rows_of(prompts: Prompts) -> list[dict]:
@@ -24,14 +24,11 @@ def reset_row(row: dict, prompt_key: str, name: str | None) -> dict:
 
 
 def group_seeds(key: jax.Array, prompts: Prompts) -> list[int]:
-    """The seed of each group's environments, made of the key, the prompt and its repetitions."""
+    """The seed of each group's environments, made of the key, the prompt and its copy number."""
     of_key = np.asarray(jax.random.key_data(key)).tobytes()
-    copies = prompts.earlier_copies
-    if copies is None:
-        copies = earlier_copies(prompts.token_ids)
     seeds = []
-    for ids, before in zip(prompts.token_ids, copies, strict=True):
+    for ids, copy in zip(prompts.token_ids, prompts.copy_numbers, strict=True):
         content = np.array(ids, np.int64).tobytes()
-        digest = hashlib.sha256(of_key + content + before.to_bytes(8, "big")).digest()
+        digest = hashlib.sha256(of_key + content + copy.to_bytes(8, "big")).digest()
         seeds.append(int.from_bytes(digest[:7], "big"))
     return seeds

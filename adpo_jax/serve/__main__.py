@@ -110,9 +110,9 @@ def _host(text: str) -> str:
 
 def _origin(text: str) -> str:
     """An origin as browsers send it: lower case, and no slash at the end."""
-    scheme, separator, host = text.removesuffix("/").lower().partition("://")
     if text == "*":
         return text
+    scheme, separator, host = text.removesuffix("/").lower().partition("://")
     if not (scheme and separator and host) or "/" in host:
         raise argparse.ArgumentTypeError(
             f"wanted an origin such as https://example.org; given {text!r:.80}"

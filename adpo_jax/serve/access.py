@@ -37,7 +37,7 @@ class Hosts:
           ApiError: for a host that is not allowed.
         """
         host = _host_of(header)
-        allowed = {*LOCAL_HOSTS, self.bound.lower(), *map(_host_of, self.further)}
+        allowed = {*LOCAL_HOSTS, self.bound.lower(), *map(_name_of, self.further)}
         if ANY in self.further or host in allowed:
             return
         if self.bound in ALL_INTERFACES and _is_address(host):
@@ -57,6 +57,11 @@ def _host_of(header: str) -> str:
         return host[1:].partition("]")[0]
     name, colon, port = host.rpartition(":")
     return name if colon and port.isdecimal() else host
+
+
+def _name_of(allowed: str) -> str:
+    """A name or address that the owner of the server allows, as `_host_of` gives it."""
+    return allowed.lower() if _is_address(allowed) else _host_of(allowed)
 
 
 def _is_address(host: str) -> bool:
